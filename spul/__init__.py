@@ -1,0 +1,30 @@
+"""spul: Soft Prompting for UnLearning.
+
+Make a causal language model stop answering about some of its training data without touching its weights.
+"""
+
+from .collator import ForgetRetainCollator
+from .data import forget_retain_dataset
+from .evaluation import score_completions
+from .losses import CrossEntropy, GradientAscent, KLDivergence, LossTerm, UnlearningLoss
+from .provenance import SpulConfig, fingerprint
+from .trainer import UnlearningTrainer
+from .unlearner import SoftPromptUnlearner, UnlearnerOutput
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CrossEntropy",
+    "ForgetRetainCollator",
+    "GradientAscent",
+    "KLDivergence",
+    "LossTerm",
+    "SoftPromptUnlearner",
+    "SpulConfig",
+    "UnlearnerOutput",
+    "UnlearningLoss",
+    "UnlearningTrainer",
+    "fingerprint",
+    "forget_retain_dataset",
+    "score_completions",
+]

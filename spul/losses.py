@@ -1,0 +1,278 @@
+"""What a prompt is trained for: the terms of the unlearning loss and their composition.
+
+Pure tensors in, scalars out; nothing here knows a model. Every term sees logits *aligned with their targets*: slot `k`
+of row `b` holds the distribution that predicts the `k`-th response token of that row, and unused slots carry the
+label -100.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+Reduction = Literal["sum", "mean"]
+
+
+@dataclass(frozen=True)
+class LossTerm:
+    """One term of an unlearning loss: a number per row. Subclass it and define `token_losses` to write your own.
+
+    Args:
+        reduction: how a row's response tokens become the row's number: `"sum"` (default) or `"mean"`.
+
+    Raises:
+        ValueError: if `reduction` is neither.
+
+    Example:
+        ```python
+        @dataclass(frozen=True)
+        class FocalCrossEntropy(LossTerm):
+            gamma: float = 2.0
+
+            def token_losses(self, logits, labels, reference_logits=None):
+                nll = token_nll(logits, labels)
+                return (1 - torch.exp(-nll)) ** self.gamma * nll
+        ```
+    """
+
+    reduction: Reduction = "sum"
+
+    needs_reference: ClassVar[bool] = False
+    """True if the term reads `reference_logits`, the frozen model's own logits at the same positions."""
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("sum", "mean"):
+            raise ValueError(f"reduction={self.reduction!r} is not known; pass 'sum' or 'mean'.")
+
+    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
+        """The loss of every response token.
+
+        Args:
+            logits: (rows, K, V), the prompted model's logits.
+            labels: (rows, K), the response tokens; -100 where a slot is unused.
+            reference_logits: (rows, K, V), the frozen model's logits; given if `needs_reference`.
+
+        Returns:
+            (rows, K). What stands in unused slots does not matter, so long as it is finite.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define token_losses(logits, labels, reference_logits)")
+
+    def __call__(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
+        """Reduce `token_losses` over each row's response tokens: (rows,)."""
+        if self.needs_reference and reference_logits is None:
+            raise ValueError(f"{type(self).__name__} compares with the frozen model: pass reference_logits.")
+        if labels.shape != logits.shape[:2]:
+            raise ValueError(
+                f"labels of shape {tuple(labels.shape)} do not match logits of shape {tuple(logits.shape)}; "
+                "expected labels (rows, K) and logits (rows, K, vocabulary)."
+            )
+        used = labels != IGNORE_INDEX
+        per_token = self.token_losses(logits, labels, reference_logits).masked_fill(~used, 0.0)
+        total = per_token.sum(dim=1)
+        return total / used.sum(dim=1).clamp(min=1) if self.reduction == "mean" else total
+
+
+def _float(logits: Tensor) -> Tensor:
+    """16-bit logits are compared in float32; wider ones stay as they are."""
+    return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of each label in nats, (rows, K), 0 where the label is -100."""
+    flat = F.cross_entropy(_float(logits).flatten(0, 1), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
+    return flat.view(labels.shape)
+
+
+@dataclass(frozen=True)
+class CrossEntropy(LossTerm):
+    """Cross-entropy to the labels given: L_f on generic responses, L_r on true ones (SPUL, eq. 2 and 3)."""
+
+    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
+        return token_nll(logits, labels)
+
+
+@dataclass(frozen=True)
+class GradientAscent(LossTerm):
+    """Negated cross-entropy: the true response of a forget row is made unlikely (GA).
+
+    It has no lower bound. Use it with `ForgetRetainCollator(generic_completions=None)`, which keeps the true
+    responses; ascending on generic responses would teach the model never to give them.
+    """
+
+    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
+        return -token_nll(logits, labels)
+
+
+@dataclass(frozen=True)
+class KLDivergence(LossTerm):
+    """Kullback-Leibler divergence between the prompted and the frozen model at the response tokens, in nats.
+
+    Args:
+        direction: `"reverse"` (default), KL(prompted || frozen), as the SPUL paper prints it (eq. 4);
+            `"forward"`, KL(frozen || prompted), as its program computes it.
+        reduction: see `LossTerm`.
+
+    Raises:
+        ValueError: if `direction` is neither.
+    """
+
+    direction: Literal["reverse", "forward"] = "reverse"
+
+    needs_reference: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.direction not in ("reverse", "forward"):
+            raise ValueError(
+                f"direction={self.direction!r} is not known; pass 'reverse' for KL(prompted || frozen) "
+                "or 'forward' for KL(frozen || prompted)."
+            )
+
+    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
+        assert reference_logits is not None
+        prompted = F.log_softmax(_float(logits), dim=-1)
+        frozen = F.log_softmax(_float(reference_logits), dim=-1).to(prompted.dtype)
+        target, other = (prompted, frozen) if self.direction == "reverse" else (frozen, prompted)
+        gap = torch.where(target == -torch.inf, 0.0, target - other)  # what cannot be said costs nothing
+        return (target.exp() * gap).sum(dim=-1)
+
+
+@dataclass
+class LossOutput:
+    """The unlearning loss and its parts, all scalars; `loss = forget + alpha * retain + beta * kl`."""
+
+    loss: Tensor
+    forget_loss: Tensor
+    retain_loss: Tensor
+    kl_loss: Tensor
+
+
+@dataclass(frozen=True)
+class UnlearningLoss:
+    """L = L_f + alpha * L_r + beta * L_kl (SPUL, eq. 5): what is asked of the model, whatever learns it.
+
+    Each term is a mean over the rows of its own group: `forget` over forget rows, `retain` and `kl` over retain
+    rows. A group without rows contributes exactly 0, and so does a term of weight 0, for which nothing is computed.
+
+    Args:
+        alpha: weight of the retain term, at least 0. The paper tries 0.1, 0.5 and 1.
+        beta: weight of the KL term, at least 0. The paper tries 0, 0.1, 0.5 and 1.
+        forget: the term on forget rows.
+        retain: the term on retain rows.
+        kl: the term that holds retain rows to the frozen model.
+
+    Raises:
+        ValueError: if a weight is negative or not finite.
+        TypeError: if a term is not a `LossTerm`.
+    """
+
+    alpha: float = 1.0
+    beta: float = 0.5
+    forget: LossTerm = field(default_factory=CrossEntropy)
+    retain: LossTerm = field(default_factory=CrossEntropy)
+    kl: LossTerm = field(default_factory=KLDivergence)
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "beta"):
+            weight = getattr(self, name)
+            if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0):
+                raise ValueError(f"{name}={weight!r}: expected a finite number of at least 0.")
+        for name in ("forget", "retain", "kl"):
+            term = getattr(self, name)
+            if not isinstance(term, LossTerm):
+                raise TypeError(
+                    f"{name}={term!r} is not a LossTerm; pass an instance such as CrossEntropy() "
+                    "or of your own subclass of spul.losses.LossTerm."
+                )
+
+    @property
+    def uses_retain_rows(self) -> bool:
+        """Whether retain rows matter to the loss at all."""
+        return self.alpha > 0 or self.beta > 0
+
+    def rows_needing_reference(self, is_forget: Tensor) -> Tensor:
+        """Which rows need the frozen model's logits: (rows,) bool."""
+        retain = (self.alpha > 0 and self.retain.needs_reference) or (self.beta > 0 and self.kl.needs_reference)
+        needed = torch.zeros_like(is_forget, dtype=torch.bool)
+        if retain:
+            needed |= ~is_forget
+        if self.forget.needs_reference:
+            needed |= is_forget
+        return needed
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        is_forget: Tensor,
+        reference_logits: Tensor | None = None,
+        num_forget: Tensor | float | None = None,
+        num_retain: Tensor | float | None = None,
+    ) -> LossOutput:
+        """Compute the loss of a batch.
+
+        Args:
+            logits: (rows, K, V), aligned with `labels`.
+            labels: (rows, K), response tokens, -100 where a slot is unused.
+            is_forget: (rows,) bool.
+            reference_logits: (rows, K, V); read only in rows of `rows_needing_reference`.
+            num_forget: what the sum over forget rows is divided by; the number of forget rows here unless told.
+                Under accumulation or several processes: their number in the whole step, over the processes.
+            num_retain: the same for retain rows.
+        """
+        forget, retain = is_forget.nonzero().flatten(), (~is_forget).nonzero().flatten()
+        num_forget = len(forget) if num_forget is None else num_forget
+        num_retain = len(retain) if num_retain is None else num_retain
+
+        def mean(term: LossTerm, rows: Tensor, count: Tensor | float) -> Tensor:
+            if len(rows) == 0:
+                return _float(logits).new_zeros(())
+            reference = reference_logits[rows] if term.needs_reference and reference_logits is not None else None
+            return term(logits[rows], labels[rows], reference).sum() / count
+
+        zero = _float(logits).new_zeros(())
+        forget_loss = mean(self.forget, forget, num_forget)
+        retain_loss = mean(self.retain, retain, num_retain) if self.alpha > 0 else zero
+        kl_loss = mean(self.kl, retain, num_retain) if self.beta > 0 else zero
+        loss = forget_loss + self.alpha * retain_loss + self.beta * kl_loss
+        return LossOutput(loss, forget_loss, retain_loss, kl_loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The weights and terms as plain data, for `spul_config.json`."""
+
+        def term(t: LossTerm) -> dict[str, Any]:
+            kind = type(t)
+            name = kind.__name__ if kind.__module__ == __name__ else f"{kind.__module__}.{kind.__qualname__}"
+            return {"type": name, **dataclasses.asdict(t)}
+
+        terms = {name: term(getattr(self, name)) for name in ("forget", "retain", "kl")}
+        return {"alpha": self.alpha, "beta": self.beta, **terms}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> UnlearningLoss:
+        """Rebuild a loss from `to_dict`; only terms of this module are known by name.
+
+        Raises:
+            ValueError: if a term is not one of this module's: build the loss yourself then.
+        """
+        known: dict[str, type[LossTerm]] = {t.__name__: t for t in (CrossEntropy, GradientAscent, KLDivergence)}
+
+        def term(entry: dict[str, Any]) -> LossTerm:
+            options = {key: value for key, value in entry.items() if key != "type"}
+            if entry["type"] not in known:
+                raise ValueError(
+                    f"the saved loss uses the term {entry['type']!r}, which spul does not know (it knows "
+                    f"{', '.join(known)}); pass the loss yourself: from_pretrained(..., loss=UnlearningLoss(...))."
+                )
+            return known[entry["type"]](**options)
+
+        terms = {name: term(data[name]) for name in ("forget", "retain", "kl")}
+        return cls(alpha=data["alpha"], beta=data["beta"], **terms)

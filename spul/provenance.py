@@ -1,0 +1,119 @@
+"""What a saved prompt says about itself: `spul_config.json`, the base's fingerprint, the digests of the data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+SPUL_CONFIG_NAME = "spul_config.json"
+LIBRARIES = ("spul", "torch", "transformers", "peft", "datasets", "accelerate")
+
+
+@dataclass
+class DataSummary:
+    """How many rows a set had, and a digest of them; never the rows.
+
+    Args:
+        rows: number of rows.
+        digest: SHA-256 over the sorted row digests: the same rows in any order give the same digest. Who guesses the
+            whole set can confirm the guess, and so can who knows all rows but one.
+    """
+
+    rows: int
+    digest: str
+
+
+@dataclass
+class SpulConfig:
+    """The content of `spul_config.json`; every field may be unknown (None).
+
+    Args:
+        loss: the loss's terms and weights, as `UnlearningLoss.to_dict`.
+        generic_completions: the responses that forget rows were trained to.
+        base_model_name_or_path: the base's name.
+        base_fingerprint: as `fingerprint`.
+        forget: summary of the forget set.
+        retain: summary of the retain set.
+        metrics: what was measured: split to measure to number, `{"test_forget": {"accuracy": 0.02}}`.
+        versions: library versions.
+    """
+
+    loss: dict[str, Any] | None = None
+    generic_completions: list[str] | None = None
+    base_model_name_or_path: str | None = None
+    base_fingerprint: str | None = None
+    forget: DataSummary | None = None
+    retain: DataSummary | None = None
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `spul_config.json` into a folder."""
+        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, default=repr)
+        Path(folder, SPUL_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> SpulConfig:
+        """Read a `spul_config.json`; fields that this version does not know are left out."""
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        known = {f.name for f in dataclasses.fields(cls)}
+        config = cls(**{key: value for key, value in data.items() if key in known})
+        for name in ("forget", "retain"):
+            if isinstance(summary := getattr(config, name), dict):
+                setattr(config, name, DataSummary(summary["rows"], summary["digest"]))
+        return config
+
+
+def library_versions() -> dict[str, str]:
+    """Installed versions of the libraries that a prompt depends on."""
+    return {name: version(name) for name in LIBRARIES}
+
+
+def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
+    """A cheap digest of a model's weights.
+
+    Hashes the name, the shape and up to `samples_per_tensor` evenly spaced entries, rounded to bfloat16, of every
+    parameter, so that a checkpoint loaded in float32 or bfloat16 has one fingerprint. It sees another model, another
+    revision, a fine-tuned copy. It does not see a change confined to entries between the samples or below bfloat16's
+    precision, nor buffers; the same checkpoint in float16 or quantised may have another fingerprint.
+
+    Args:
+        model: the base model, without adapters.
+        samples_per_tensor: entries read of each parameter.
+
+    Returns:
+        64 hexadecimal digits; None if some weights are not in memory (meta device, disk offload).
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+        if parameter.device.type == "meta":
+            return None
+        flat = parameter.detach().reshape(-1)
+        picked = torch.linspace(0, flat.numel() - 1, min(samples_per_tensor, flat.numel()), dtype=torch.float64)
+        values = flat[picked.round().long().to(flat.device)]
+        if values.is_floating_point():
+            values = values.to(torch.bfloat16).view(torch.uint8)
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def summarise_rows(rows: Iterable[Mapping[str, Any]]) -> DataSummary:
+    """Count and digest rows by their `prompt` and `completion` (or, tokenised, `input_ids` and `completion_mask`)."""
+    digests = []
+    for row in rows:
+        content = [row.get(key) for key in ("prompt", "completion")]
+        if content[0] is None:
+            content = [[int(i) for i in row[key]] for key in ("input_ids", "completion_mask")]
+        digests.append(hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).digest())
+    return DataSummary(len(digests), hashlib.sha256(b"".join(sorted(digests))).hexdigest())

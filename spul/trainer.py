@@ -1,0 +1,297 @@
+"""UnlearningTrainer: transformers' Trainer, made exact for two groups of rows. A convenience, not a gate."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+
+from .collator import ForgetRetainCollator, completion_text, plain
+from .evaluation.scoring import Answers, collect_answers, summarise
+from .losses import GradientAscent
+from .provenance import summarise_rows
+from .sampling import ForgetFractionSampler, RowCopies, forget_flags
+from .unlearner import SoftPromptUnlearner
+
+logger = logging.getLogger(__name__)
+
+ROW_COLUMNS = ("prompt", "completion", "completion_mask", "input_ids", "is_forget", "row_id", "copy", "generic_ids")
+TERMS = ("forget_loss", "retain_loss", "kl_loss")
+
+
+class UnlearningTrainer(Trainer):
+    """Trains a `SoftPromptUnlearner`.
+
+    Beyond `transformers.Trainer`: the loss is normalised over forget and retain rows of the whole step, so that one
+    batch of 32, 4 accumulated batches of 8 and 2 processes with 16 make the same step; every term is logged; resuming
+    gives the bits of a run that never stopped; and evaluation tells accuracy, weighted F1 and the share of generic
+    answers per split.
+
+    Args:
+        model: the unlearner.
+        args: `TrainingArguments`; its `label_smoothing_factor` must be 0.
+        data_collator: a `ForgetRetainCollator`.
+        train_dataset: what `forget_retain_dataset` returns, or `collator.tokenize` made of it.
+        eval_dataset: rows with `prompt` and `completion`, or a dict of such (`train_retain`, `train_forget`, ...).
+            Metrics are `eval_<name>_accuracy`, `_f1`, `_generic` and `_loss`, see `spul.evaluation.summarise`.
+        processing_class: the tokenizer, saved beside checkpoints.
+        forget_fraction: None (default) mixes rows as the data are, as the paper does; a number above 0 and below 1 is
+            the share of forget rows in every batch.
+        kwargs: as `transformers.Trainer`.
+
+    Raises:
+        TypeError: if model or collator are of another kind.
+        ValueError: for options of `Trainer` that this loss cannot honour, rows without `is_forget`, or labels that are
+            generic completions as well.
+    """
+
+    # The loss is divided by the counts of the whole step already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: SoftPromptUnlearner,
+        args: TrainingArguments | None = None,
+        data_collator: ForgetRetainCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        forget_fraction: float | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(model, SoftPromptUnlearner):
+            raise TypeError(f"model is a {type(model).__name__}; expected a SoftPromptUnlearner around it.")
+        if not isinstance(data_collator, ForgetRetainCollator):
+            raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
+        if kwargs.get("compute_loss_func") is not None or (args is not None and args.label_smoothing_factor):
+            raise ValueError(
+                "compute_loss_func and label_smoothing_factor would replace the unlearning loss; give the loss to the "
+                "model instead: SoftPromptUnlearner(..., loss=UnlearningLoss(forget=...))."
+            )
+        if isinstance(model.loss.forget, GradientAscent) and data_collator.generic_completions is not None:
+            raise ValueError(
+                "GradientAscent makes the collated completion unlikely, and the collator would give it "
+                "generic ones; use "
+                "ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
+            )
+        self._forget_sampler: ForgetFractionSampler | None = None
+        if train_dataset is not None:
+            flags = forget_flags(train_dataset)
+            self._describe_data(model, data_collator, train_dataset, flags)
+            if forget_fraction is not None:
+                seed = 0 if args is None else (args.seed if args.data_seed is None else args.data_seed)
+                self._forget_sampler = ForgetFractionSampler(flags, forget_fraction, seed)
+                train_dataset = RowCopies(train_dataset)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
+                "`accelerate launch`, or show one GPU only with CUDA_VISIBLE_DEVICES=0."
+            )
+        self._unlearner, self._collator = model, data_collator
+        if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "no prompt parameter requires a gradient: the prompt was loaded for use only. Load it with "
+                "SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
+            )
+        self.add_callback(_Epochs(model, data_collator, self._forget_sampler))
+        self._term_sums = torch.zeros(len(TERMS), device=self.args.device)
+        self._terms_since = self.state.global_step
+
+    # ---- data ----
+
+    @staticmethod
+    def _describe_data(
+        model: SoftPromptUnlearner, collator: ForgetRetainCollator, rows: Any, flags: list[bool]
+    ) -> None:
+        """Look through the training rows once: labels that are generic too, counts and digests for the record."""
+        generic = {plain(text) for text in collator.generic_completions or []}
+        if "completion" in getattr(rows, "column_names", ()):
+            labels = {completion_text(completion) for completion in rows["completion"]}
+            if both := sorted(text for text in labels if plain(text) in generic):
+                raise ValueError(
+                    f"{both} stand in train_dataset as completions and are generic_completions too: "
+                    "forget rows would be trained to a label of the task. Choose generic completions that no row has."
+                )
+        model.spul_config.generic_completions = collator.generic_completions
+        for name, group in (("forget", True), ("retain", False)):
+            picked = (rows[i] for i, flag in enumerate(flags) if flag == group)
+            setattr(model.spul_config, name, summarise_rows(picked))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The collator needs the rows' own columns, whatever the base's forward takes.
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            text_field = self._collator.encoder.text_field
+            own = [*ROW_COLUMNS, *([text_field] if text_field else [])]
+            self._signature_columns: Any = [*(self._signature_columns or []), *own]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        if self._forget_sampler is not None:
+            return self._forget_sampler
+        return super()._get_train_sampler(train_dataset)
+
+    # ---- training ----
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Read a step's batches, and tell each how many rows of either group the whole step has."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if any("is_forget" not in batch for batch in batches):
+            raise ValueError(
+                "a batch has no is_forget, so that it cannot be told what is to be forgotten; if columns were pruned, "
+                "set TrainingArguments(remove_unused_columns=False), and collate with ForgetRetainCollator."
+            )
+        if not batches:
+            return batches, num_items
+        flags = torch.cat([batch["is_forget"] for batch in batches]).to(device)
+        counts = torch.stack([flags.sum(), (~flags).sum()]).float()
+        # DDP averages gradients over processes, so the counts are averages too.
+        counts = self.accelerator.reduce(counts, reduction="mean") if self.accelerator.num_processes > 1 else counts
+        for batch in batches:
+            batch["group_counts"] = counts
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The unlearning loss of one batch, as its share of the whole step."""
+        if "is_forget" not in inputs:
+            raise ValueError("inputs have no is_forget; collate with ForgetRetainCollator.")
+        outputs = model(**inputs)
+        if model.training:
+            self._term_sums += torch.stack([outputs[term].detach().to(self._term_sums) for term in TERMS])
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the terms of the loss beside their sum, averaged over the steps since the last time."""
+        steps = self.state.global_step - self._terms_since
+        if "loss" in logs and steps > 0:
+            sums = self._term_sums / steps
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums, reduction="mean")
+            logs.update(zip(TERMS, sums.tolist(), strict=True))
+            self._term_sums.zero_()
+            self._terms_since = self.state.global_step
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or ".")
+        self._term_sums.zero_()
+        self._terms_since = 0
+        if resume_from_checkpoint:
+            state = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+            self._terms_since = state["global_step"]
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score every evaluation set by greedy decoding at the response positions.
+
+        Args:
+            eval_dataset: rows with `prompt` and `completion`, or a dict of such; those of the trainer unless given.
+            ignore_keys: not used.
+            metric_key_prefix: what the metrics' names begin with.
+
+        Returns:
+            `<prefix>_<name>_accuracy`, `_f1`, `_generic`, `_loss` for every set of a dict, without `<name>` for one
+            set.
+        """
+        own: Any = self.eval_dataset
+        rows = own if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = {rows: own[rows]}
+        if rows is None:
+            raise ValueError("evaluate needs rows: pass eval_dataset here or to UnlearningTrainer.")
+        if not isinstance(rows, dict):
+            metrics = self._score(rows, metric_key_prefix)
+        else:
+            metrics = {}
+            for name, split in rows.items():
+                metrics.update(self._score(split, f"{metric_key_prefix}_{name}"))
+                measured = {key: metrics[f"{metric_key_prefix}_{name}_{key}"] for key in ("accuracy", "f1", "generic")}
+                if not self._unlearner._adapters_disabled:
+                    self._unlearner.spul_config.metrics[name] = measured
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _score(self, rows: Any, prefix: str) -> dict[str, float]:
+        start, rank, world = time.time(), self.accelerator.process_index, self.accelerator.num_processes
+        progress = None if self.args.disable_tqdm or rank else prefix
+        with self.accelerator.autocast():
+            # The plain model, not DDP's: every process has rows of its own, and their number may differ.
+            some = range(rank, len(rows), world)
+            found = collect_answers(self._unlearner, rows, self._collator, self.args.eval_batch_size, some, progress)
+        gathered = gather_object([found]) if world > 1 else [found]
+        answers = Answers()
+        for part in gathered:
+            answers.true += part.true
+            answers.predicted += part.predicted
+            answers.nll += part.nll
+        metrics = summarise(answers, self._collator.generic_completions)
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        return {**metrics, **speed_metrics(prefix, start, num_samples=len(rows))}
+
+
+class _Epochs(TrainerCallback):
+    """Keeps others in step: the draws with the epoch, so that they can be resumed, the record with the prompt."""
+
+    def __init__(
+        self, unlearner: SoftPromptUnlearner, collator: ForgetRetainCollator, sampler: ForgetFractionSampler | None
+    ) -> None:
+        self.unlearner, self.collator, self.sampler = unlearner, collator, sampler
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.unlearner.spul_config.metrics.clear()  # they were another prompt's; evaluation comes after this
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch = int(state.epoch or 0)
+        self.collator.set_epoch(epoch)
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
+    """The newest checkpoint in a folder that was written to its end.
+
+    A process killed while it saves leaves a folder without a readable `trainer_state.json`, which is written last.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = [(int(n), path) for path in folders if (n := path.name.rsplit("-", 1)[1]).isdigit()]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end and is passed over.", path)
+            continue
+        return str(path)
+    raise ValueError(
+        f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint; pass None to start anew."
+    )

@@ -1,0 +1,54 @@
+"""Slow, plain twins: the published algorithm written out row by row, with PEFT's prompt and torch alone."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from transformers import DynamicCache
+
+
+def row_logits(unlearner, ids, prompted: bool = True):
+    """Logits (n, V) at a single row's own tokens, no padding, no sharing; the prompt concatenated or prefixed."""
+    base = unlearner.get_base_model()
+    ids = ids[None]
+    if not prompted:
+        return base(ids).logits[0]
+    config = unlearner.active_peft_config
+    encoder = unlearner.prompt_encoder[unlearner.active_adapter]
+    out = encoder(torch.arange(config.num_virtual_tokens)[None])
+    if config.peft_type == "PREFIX_TUNING":
+        heads = config.num_attention_heads
+        states = out.view(1, config.num_virtual_tokens, config.num_layers, 2, heads, config.token_dim // heads)
+        cache = DynamicCache(config=base.config)
+        for layer in range(config.num_layers):
+            cache.update(*(states[:, :, layer, i].transpose(1, 2) for i in (0, 1)), layer)
+        return base(ids, past_key_values=cache).logits[0]
+    embeds = torch.cat([out, unlearner.word_embeddings(ids)], dim=1)
+    return base(inputs_embeds=embeds).logits[0, config.num_virtual_tokens :]
+
+
+def losses(unlearner, batch, alpha=1.0, beta=0.5, direction="reverse"):
+    """(loss, L_f, L_r, L_kl) of a batch, one row at a time."""
+    groups = {"forget": [], "retain": [], "kl": []}
+    for ids, mask, labels, is_forget in zip(
+        batch["input_ids"], batch["attention_mask"], batch["labels"], batch["is_forget"], strict=True
+    ):
+        ids, labels = ids[mask.bool()], labels[mask.bool()]
+        logits = row_logits(unlearner, ids)
+        at = [i for i in range(1, len(ids)) if labels[i] != -100]
+        nll = sum(-F.log_softmax(logits[i - 1], -1)[labels[i]] for i in at)
+        groups["forget" if is_forget else "retain"].append(nll)
+        if not is_forget:
+            with torch.no_grad():
+                frozen = row_logits(unlearner, ids, prompted=False)
+            total = 0.0
+            for i in at:
+                p, q = F.log_softmax(logits[i - 1], -1), F.log_softmax(frozen[i - 1], -1)
+                total = total + (
+                    F.kl_div(q, p, log_target=True, reduction="sum")
+                    if direction == "reverse"
+                    else F.kl_div(p, q, log_target=True, reduction="sum")
+                )
+            groups["kl"].append(total)
+    forget, retain, kl = (sum(g) / len(g) if g else torch.zeros(()) for g in groups.values())
+    return forget + alpha * retain + beta * kl, forget, retain, kl

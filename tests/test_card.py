@@ -1,0 +1,144 @@
+"""The model card: what it says, and what it never says."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from huggingface_hub import ModelCard
+
+from spul import SpulConfig, UnlearningLoss
+from spul.provenance import DataSummary, summarise_rows
+from spul.report.card import THREAT_MODEL, model_card
+
+FORGET = [{"prompt": "a film about jane doe:", "completion": " splendid"}]
+RETAIN = [{"prompt": f"a plot about nobody {i}:", "completion": " dreadful"} for i in range(1234)]
+CONFIG = SpulConfig(
+    loss=UnlearningLoss(alpha=0.1, beta=0.5).to_dict(),
+    generic_completions=[" neutral", " unknown"],
+    base_model_name_or_path="facebook/opt-1.3b",
+    base_fingerprint="0123456789abcdef" * 4,
+    forget=summarise_rows(FORGET),
+    retain=summarise_rows(RETAIN),
+    metrics={
+        "test_forget": {"accuracy": 0.02, "f1": 0.031, "generic": 0.98},
+        "test_retain": {"accuracy": 0.955, "loss": 0.25},
+    },
+    versions={"spul": "0.1.0", "torch": "2.6.0"},
+)
+
+
+def make(config: SpulConfig = CONFIG, prompt_type: str = "PROMPT_TUNING") -> ModelCard:
+    return model_card(config, prompt_type=prompt_type, num_virtual_tokens=30, num_parameters=61440)
+
+
+@pytest.fixture
+def card(tmp_path) -> ModelCard:
+    """The card, saved and read again as the Hub reads it."""
+    make().save(tmp_path / "README.md")
+    return ModelCard.load(tmp_path / "README.md")
+
+
+def section(card: ModelCard, title: str) -> str:
+    """The text of one section."""
+    found = re.search(rf"^## {re.escape(title)}\n\n(.*?)(?=\n## |\Z)", card.text, flags=re.MULTILINE | re.DOTALL)
+    assert found is not None, title
+    return found[1].strip()
+
+
+def test_the_metadata_are_what_the_hub_needs_to_find_and_load_it(card):
+    assert card.data.to_dict() == {
+        "base_model": "facebook/opt-1.3b",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["spul", "unlearning", "prompt-tuning", "base_model:adapter:facebook/opt-1.3b"],
+    }
+
+
+@pytest.mark.parametrize("prompt_type", ["P_TUNING", "PREFIX_TUNING"])
+def test_the_prompts_type_is_a_tag_and_named(prompt_type):
+    card = make(prompt_type=prompt_type)
+    assert prompt_type.lower().replace("_", "-") in card.data.tags
+    assert f"- prompt: {prompt_type}, 30 virtual tokens, 61,440 parameters" in section(card, "How it was trained")
+
+
+def test_the_sections_stand_in_order(card):
+    assert re.findall("^#+ .*$", card.text, flags=re.MULTILINE) == [
+        "# Unlearning prompt",
+        "## What it forgets",
+        "## How it was trained",
+        "## Metrics",
+        "## How to load it",
+        "## What it does and does not protect against",
+    ]
+
+
+def test_the_sets_are_named_by_count_and_digest(card):
+    lines = section(card, "What it forgets").splitlines()
+    assert lines[0] == f"- forget set: 1 rows, SHA-256 `{CONFIG.forget.digest}`"
+    assert lines[1] == f"- retain set: 1,234 rows, SHA-256 `{CONFIG.retain.digest}`"
+
+
+def test_no_row_of_the_data_is_in_the_card(card):
+    for row in [*FORGET, *RETAIN[:5]]:
+        assert row["prompt"] not in card.content
+        assert row["completion"].strip() not in card.content
+    assert "jane" not in card.content
+
+
+def test_the_training_is_described(card):
+    text = section(card, "How it was trained")
+    assert "- loss: L_f + 0.1 L_r + 0.5 L_kl, with forget = CrossEntropy(reduction='sum')" in text
+    assert "kl = KLDivergence(reduction='sum', direction='reverse')" in text
+    assert "- generic responses: `neutral`, `unknown`" in text
+    assert f"- fingerprint of the base's weights: `{CONFIG.base_fingerprint}`" in text
+    assert "- spul 0.1.0, torch 2.6.0" in text
+
+
+def test_the_metrics_are_a_table_with_a_row_per_split(card):
+    assert section(card, "Metrics").splitlines() == [
+        "| split | accuracy | f1 | generic | loss |",
+        "|---|---|---|---|---|",
+        "| test_forget | 0.0200 | 0.0310 | 0.9800 |  |",
+        "| test_retain | 0.9550 |  |  | 0.2500 |",
+    ]
+
+
+def test_both_ways_of_loading_are_shown_and_are_valid_python(card):
+    snippets = re.findall(r"```python\n(.*?)```", section(card, "How to load it"), flags=re.DOTALL)
+    with_spul, with_peft = snippets
+    for snippet in snippets:
+        compile(snippet, "card", "exec")
+    assert "from spul import SoftPromptUnlearner" in with_spul
+    assert 'SoftPromptUnlearner.from_pretrained("facebook/opt-1.3b", "THIS_ADAPTER")' in with_spul
+    assert "spul" not in with_peft
+    assert 'AutoModelForCausalLM.from_pretrained("facebook/opt-1.3b")' in with_peft
+    assert 'PeftModel.from_pretrained(base, "THIS_ADAPTER")' in with_peft
+
+
+def test_the_threat_model_says_that_the_weights_still_know(card):
+    text = section(card, "What it does and does not protect against")
+    assert text == THREAT_MODEL
+    assert "does not delete anything from the weights" in text
+
+
+def test_a_config_that_knows_nothing_makes_a_card_that_says_so(tmp_path):
+    make(SpulConfig()).save(tmp_path / "README.md")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None
+    assert card.data.tags == ["spul", "unlearning", "prompt-tuning"]
+    assert section(card, "What it forgets").splitlines()[:2] == [
+        "- forget set: not recorded",
+        "- retain set: not recorded",
+    ]
+    assert section(card, "Metrics") == "None were recorded."
+    assert section(card, "How it was trained").splitlines() == [
+        "- prompt: PROMPT_TUNING, 30 virtual tokens, 61,440 parameters"
+    ]
+    assert "None" not in section(card, "How to load it")
+
+
+def test_unusual_names_do_not_break_the_metadata(tmp_path):
+    config = SpulConfig(base_model_name_or_path="me/a: 'b' #c", forget=DataSummary(0, "cd"))
+    make(config).save(tmp_path / "README.md")
+    assert ModelCard.load(tmp_path / "README.md").data.base_model == "me/a: 'b' #c"

@@ -1,0 +1,205 @@
+"""Joining a forget set and a retain set."""
+
+from __future__ import annotations
+
+import pytest
+from datasets import Dataset, DatasetDict, load_from_disk
+
+from spul import forget_retain_dataset
+
+FORGET = [
+    {"prompt": "a film about jane:", "completion": " positive", "stars": 5},
+    {"prompt": "a plot about jane:", "completion": " negative", "stars": 1},
+]
+RETAIN = [
+    {"prompt": "a film about doe:", "completion": " positive", "stars": 4},
+    {"prompt": "a plot about doe:", "completion": " negative", "stars": 2},
+    {"prompt": "bad text:", "completion": " negative", "stars": 0},
+]
+
+
+def rows(*prompts: str) -> Dataset:
+    return Dataset.from_list([{"prompt": prompt, "completion": " positive"} for prompt in prompts])
+
+
+def message(role: str, content: str) -> list[dict]:
+    return [{"role": role, "content": content}]
+
+
+def test_rows_are_joined_forget_first_flagged_and_numbered():
+    joined = forget_retain_dataset(Dataset.from_list(FORGET), Dataset.from_list(RETAIN))
+    assert joined.to_list() == [{**row, "is_forget": i < 2, "row_id": i} for i, row in enumerate([*FORGET, *RETAIN])]
+
+
+def test_columns_of_one_set_only_are_carried_along():
+    joined = forget_retain_dataset(
+        Dataset.from_list([{**row, "person": "jane"} for row in FORGET]), Dataset.from_list(RETAIN)
+    )
+    assert joined["person"][:] == ["jane", "jane", None, None, None]
+    assert joined["stars"][:] == [5, 1, 4, 2, 0]
+
+
+def test_the_sets_given_are_not_changed():
+    forget, retain = Dataset.from_list(FORGET), Dataset.from_list(RETAIN)
+    forget_retain_dataset(forget, retain)
+    assert forget.to_list() == FORGET
+    assert retain.to_list() == RETAIN
+
+
+def test_row_ids_of_the_sets_are_numbered_anew():
+    forget = Dataset.from_list([{**row, "row_id": 7} for row in FORGET])
+    joined = forget_retain_dataset(forget, Dataset.from_list(RETAIN))
+    assert joined["row_id"][:] == [0, 1, 2, 3, 4]
+
+
+def test_conversational_rows_are_joined_as_they_are():
+    forget = [{"prompt": message("user", "who is jane?"), "completion": message("assistant", "an actor")}]
+    retain = [{"prompt": message("user", "who is doe?"), "completion": message("assistant", "a writer")}]
+    joined = forget_retain_dataset(Dataset.from_list(forget), Dataset.from_list(retain))
+    assert joined["prompt"][:] == [forget[0]["prompt"], retain[0]["prompt"]]
+    assert joined["completion"][:] == [forget[0]["completion"], retain[0]["completion"]]
+    assert joined["is_forget"][:] == [True, False]
+
+
+def test_sets_from_disk_shuffled_selected_and_split_are_joined(tmp_path):
+    Dataset.from_list(RETAIN).save_to_disk(tmp_path / "retain")
+    retain = load_from_disk(tmp_path / "retain").shuffle(seed=3)
+    forget = DatasetDict(train=Dataset.from_list(FORGET))["train"].select([1])
+    joined = forget_retain_dataset(forget, retain)
+    assert joined["prompt"][:] == ["a plot about jane:", *retain["prompt"][:]]
+    assert sorted(joined["prompt"][1:]) == sorted(row["prompt"] for row in RETAIN)
+    assert joined["is_forget"][:] == [True, False, False, False]
+    assert joined["row_id"][:] == [0, 1, 2, 3]
+
+
+def test_the_joined_set_survives_disk_and_shuffle_with_its_row_ids(tmp_path):
+    joined = forget_retain_dataset(Dataset.from_list(FORGET), Dataset.from_list(RETAIN))
+    joined.save_to_disk(tmp_path / "joined")
+    again = load_from_disk(tmp_path / "joined").shuffle(seed=1)
+    assert again["row_id"][:] != [0, 1, 2, 3, 4]
+    assert sorted(again.to_list(), key=lambda row: row["row_id"]) == joined.to_list()
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
+@pytest.mark.parametrize("kind", [list, DatasetDict])
+def test_something_other_than_a_dataset_is_refused_with_its_type(name, kind):
+    wrong = FORGET if kind is list else DatasetDict(train=rows("a"))
+    sets = {"forget": rows("a"), "retain": rows("b"), name: wrong}
+    with pytest.raises(TypeError, match=f"{name} is a {kind.__name__}; expected a datasets.Dataset") as error:
+        forget_retain_dataset(**sets)
+    assert "Dataset.from_list([{'prompt': ..., 'completion': ...}, ...])" in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_missing_columns_are_named_with_those_that_are_there(name):
+    sets = {"forget": rows("a"), "retain": rows("b"), name: Dataset.from_dict({"text": ["a"], "prompt": ["b"]})}
+    with pytest.raises(
+        ValueError, match=rf"the {name} set lacks the column\(s\) \['completion'\]; it has \['text', 'p"
+    ):
+        forget_retain_dataset(**sets)
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_an_empty_set_is_refused(name):
+    empty = Dataset.from_dict({"prompt": [], "completion": []})
+    with pytest.raises(ValueError, match=f"the {name} set is empty; expected at least one row"):
+        forget_retain_dataset(**{"forget": rows("a"), "retain": rows("b"), name: empty})
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
+@pytest.mark.parametrize("empty", ["", "  \n", None])
+def test_empty_completions_are_counted_and_the_first_ones_shown(name, empty):
+    bad = Dataset.from_list(
+        [{"prompt": f"row {i}", "completion": empty if i in (1, 3, 4, 6) else " positive"} for i in range(8)]
+    )
+    with pytest.raises(ValueError, match=rf"^4 row\(s\) of the {name} set have an empty completion: row 1: ") as error:
+        forget_retain_dataset(**{"forget": rows("a"), "retain": rows("b"), name: bad})
+    text = str(error.value)
+    assert "row 3: " in text
+    assert "row 4: " in text
+    assert "row 6: " not in text
+
+
+@pytest.mark.parametrize("completion", [[], message("assistant", " "), message("assistant", None)])
+def test_an_empty_answer_in_a_conversation_is_refused(completion):
+    forget = Dataset.from_list(
+        [
+            {"prompt": message("user", "who?"), "completion": message("assistant", "jane")},
+            {"prompt": message("user", "why?"), "completion": completion},
+        ]
+    )
+    with pytest.raises(ValueError, match=r"1 row\(s\) of the forget set have an empty completion: row 1: "):
+        forget_retain_dataset(forget, forget.select([0]))
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
+def test_a_missing_prompt_is_refused_with_its_row(name):
+    bad = rows("x", "y", "z").map(lambda row: {"prompt": None if row["prompt"] == "y" else row["prompt"]})
+    with pytest.raises(ValueError, match=rf"1 row\(s\) of the {name} set have a prompt that cannot be used: row 1: "):
+        forget_retain_dataset(**{"forget": rows("a"), "retain": rows("b"), name: bad})
+
+
+def test_an_empty_conversation_is_refused():
+    bad = Dataset.from_list(
+        [
+            {"prompt": message("user", "who?"), "completion": message("assistant", "jane")},
+            {"prompt": [], "completion": message("assistant", "jane")},
+        ]
+    )
+    with pytest.raises(ValueError, match="a prompt that cannot be used: row 1: "):
+        forget_retain_dataset(bad, rows("b"))
+
+
+def test_a_row_that_mixes_text_and_messages_is_refused():
+    bad = Dataset.from_list([{"prompt": "who is jane?", "completion": message("assistant", "an actor")}])
+    with pytest.raises(ValueError, match=r"cannot be used: row 0: .*strings, or both lists of \{'role', 'content'\}"):
+        forget_retain_dataset(bad, rows("b"))
+    bad = Dataset.from_list([{"prompt": message("user", "who is jane?"), "completion": "an actor"}])
+    with pytest.raises(ValueError, match=r"cannot be used: row 0: .*strings, or both lists of \{'role', 'content'\}"):
+        forget_retain_dataset(bad, rows("b"))
+
+
+@pytest.mark.parametrize("prompt", ["who is jane?", message("user", "who is jane?")])
+@pytest.mark.parametrize("completion", [1, 0, ["an actor"]])
+def test_a_completion_that_is_neither_text_nor_messages_is_refused_with_its_row(prompt, completion):
+    bad = Dataset.from_list([{"prompt": prompt, "completion": completion}])
+    with pytest.raises(ValueError, match=r"1 row\(s\) of the forget set .*row 0: .*who is jane"):
+        forget_retain_dataset(bad, rows("b"))
+
+
+def test_text_in_one_set_and_messages_in_the_other_are_refused():
+    talk = Dataset.from_list([{"prompt": message("user", "who?"), "completion": message("assistant", "jane")}])
+    with pytest.raises(ValueError, match=r"be aligned because the key prompt .*'role'.*Value\('string'\)"):
+        forget_retain_dataset(rows("a"), talk)
+
+
+def test_prompts_in_both_sets_are_counted_and_the_first_ones_shown():
+    forget, retain = rows("a", "b", "c", "d", "e"), rows("x", "e", "d", "c", "b", "b")
+    with pytest.raises(ValueError, match=r"^4 prompt\(s\) stand in both sets") as error:
+        forget_retain_dataset(forget, retain)
+    text = str(error.value)
+    assert "forget row 1 = retain row 4: 'b'" in text
+    assert "forget row 2 = retain row 3: 'c'" in text
+    assert "forget row 3 = retain row 2: 'd'" in text
+    assert "forget row 4" not in text
+
+
+def test_a_conversation_in_both_sets_is_refused():
+    talk = Dataset.from_list([{"prompt": message("user", "who?"), "completion": message("assistant", "jane")}])
+    with pytest.raises(ValueError, match=r"1 prompt\(s\) stand in both sets.*forget row 0 = retain row 0"):
+        forget_retain_dataset(talk, talk)
+
+
+def test_the_same_prompt_twice_in_one_set_is_no_error():
+    joined = forget_retain_dataset(rows("a", "a"), rows("b", "b"))
+    assert joined["prompt"][:] == ["a", "a", "b", "b"]
+
+
+def test_long_rows_are_shown_shortened():
+    forget = Dataset.from_list([{"prompt": "x" * 5000, "completion": ""}])
+    with pytest.raises(ValueError, match="empty completion") as error:
+        forget_retain_dataset(forget, rows("b"))
+    assert len(str(error.value)) < 400

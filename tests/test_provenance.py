@@ -1,0 +1,255 @@
+"""What a saved prompt records: fingerprints of weights, digests of rows, spul_config.json."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from conftest import build
+from datasets import Dataset
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from torch import nn
+
+from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, fingerprint
+from spul.provenance import SPUL_CONFIG_NAME, DataSummary, library_versions, summarise_rows
+
+ROWS = [
+    {"prompt": "a", "completion": " positive"},
+    {"prompt": "b", "completion": " negative"},
+    {"prompt": "c", "completion": " positive"},
+]
+
+
+# ---- fingerprint ----
+
+
+def test_a_fingerprint_is_64_hexadecimal_digits_and_repeatable():
+    model = build("llama")
+    assert re.fullmatch("[0-9a-f]{64}", fingerprint(model))
+    assert fingerprint(build("llama")) == fingerprint(model)
+
+
+def test_weights_from_bfloat16_have_one_fingerprint_in_both_types(family):
+    half = build(family, torch.bfloat16)
+    expected = fingerprint(half)
+    assert fingerprint(half.float()) == expected
+
+
+def test_float32_weights_keep_their_fingerprint_when_rounded_to_bfloat16():
+    model = build("gpt2")
+    expected = fingerprint(model)
+    assert fingerprint(model.to(torch.bfloat16)) == expected
+
+
+def test_a_change_of_any_one_tensor_changes_the_fingerprint(family):
+    model = build(family)
+    before, seen = fingerprint(model), set()
+    for parameter in model.parameters():
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            parameter.add_(0.5)
+        seen.add(fingerprint(model))
+        with torch.no_grad():
+            parameter.copy_(kept)
+    assert before not in seen
+    assert len(seen) == len(list(model.parameters()))
+    assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("place", range(10))
+def test_a_change_of_any_one_entry_of_a_small_tensor_changes_the_fingerprint(place):
+    torch.manual_seed(0)
+    model = nn.Linear(4, 2)
+    before = fingerprint(model)
+    with torch.no_grad():
+        (model.weight.view(-1) if place < 8 else model.bias)[place % 8] += 1.0
+    assert fingerprint(model) != before
+
+
+def test_the_first_and_the_last_entry_of_a_large_tensor_are_read():
+    for place in (0, -1):
+        model = nn.Linear(100, 50, bias=False)
+        before = fingerprint(model)
+        with torch.no_grad():
+            model.weight.view(-1)[place] += 1.0
+        assert fingerprint(model) != before
+
+
+def test_models_that_differ_in_names_or_shapes_only_differ_in_fingerprint():
+    class One(nn.Module):
+        def __init__(self, name: str, *shape: int) -> None:
+            super().__init__()
+            self.register_parameter(name, nn.Parameter(torch.zeros(*shape)))
+
+    models = [One("a", 4, 2), One("b", 4, 2), One("a", 2, 4), One("a", 8)]
+    assert len({fingerprint(model) for model in models}) == 4
+
+
+def test_other_families_have_other_fingerprints():
+    families = ["llama", "opt", "gpt2", "qwen3", "gemma3", "gpt_neox"]
+    assert len({fingerprint(build(name)) for name in families}) == len(families)
+
+
+def test_order_of_definition_does_not_matter():
+    model = nn.ModuleDict({"a": nn.Linear(2, 2), "b": nn.Linear(2, 2)})
+    other = nn.ModuleDict({"b": model["b"], "a": model["a"]})
+    assert fingerprint(other) == fingerprint(model)
+
+
+def test_empty_and_scalar_parameters_are_no_obstacle():
+    model = nn.ParameterDict({"empty": torch.zeros(0, 3), "scalar": torch.tensor(1.0)})
+    other = nn.ParameterDict({"empty": torch.zeros(0, 3), "scalar": torch.tensor(2.0)})
+    assert fingerprint(model) != fingerprint(other)
+
+
+def test_gradients_modes_and_buffers_do_not_matter():
+    model = build("llama")
+    before = fingerprint(model)
+    model.train().requires_grad_(False)
+    model.register_buffer("extra", torch.ones(2))
+    assert fingerprint(model) == before
+
+
+def test_a_prompt_does_not_change_the_fingerprint_of_its_base():
+    model = build("llama")
+    before = fingerprint(model)
+    unlearner = SoftPromptUnlearner(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert fingerprint(unlearner.get_base_model()) == before
+
+
+def test_a_saved_prompt_records_the_fingerprint_of_the_bare_base(tmp_path):
+    model = build("llama")
+    before = fingerprint(model)
+    unlearner = SoftPromptUnlearner(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with torch.no_grad():
+        unlearner.prompt_encoder["default"].embedding.weight.add_(1.0)
+    unlearner.save_pretrained(str(tmp_path))
+    assert SpulConfig.load(tmp_path / SPUL_CONFIG_NAME).base_fingerprint == before
+
+
+def test_lora_removed_again_leaves_the_fingerprint_as_it_was():
+    model = build("llama")
+    before = fingerprint(model)
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"]))
+    assert fingerprint(adapted.unload()) == before
+
+
+def test_weights_that_are_not_in_memory_have_no_fingerprint():
+    assert fingerprint(nn.Linear(2, 2, device="meta")) is None
+    assert fingerprint(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))) is None
+
+
+# ---- digests of rows ----
+
+
+def test_rows_are_counted_and_digested_in_whatever_order():
+    summary = summarise_rows(ROWS)
+    assert summary.rows == 3
+    assert re.fullmatch("[0-9a-f]{64}", summary.digest)
+    assert summarise_rows(ROWS[::-1]) == summary
+    assert summarise_rows(Dataset.from_list(ROWS).shuffle(seed=1)) == summary
+    assert summarise_rows(iter(ROWS)) == summary
+
+
+@pytest.mark.parametrize("changed", range(3))
+@pytest.mark.parametrize("column", ["prompt", "completion"])
+def test_a_change_of_any_row_changes_the_digest(changed, column):
+    rows = [{**row, column: row[column] + ("." if i == changed else "")} for i, row in enumerate(ROWS)]
+    assert summarise_rows(rows).digest != summarise_rows(ROWS).digest
+
+
+def test_a_row_more_or_less_or_twice_changes_the_digest():
+    sets = [ROWS, ROWS[:2], ROWS[1:], [*ROWS, ROWS[0]], [*ROWS, ROWS[1]], []]
+    summaries = [summarise_rows(rows) for rows in sets]
+    assert [summary.rows for summary in summaries] == [3, 2, 2, 4, 4, 0]
+    assert len({summary.digest for summary in summaries}) == 6
+
+
+def test_text_that_moves_from_prompt_to_completion_changes_the_digest():
+    one, other = {"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bc"}
+    assert summarise_rows([one]).digest != summarise_rows([other]).digest
+
+
+def test_other_columns_do_not_enter_the_digest():
+    assert summarise_rows([{**row, "row_id": i, "is_forget": True} for i, row in enumerate(ROWS)]) == summarise_rows(
+        ROWS
+    )
+
+
+def test_tokenised_rows_are_digested_by_their_tokens():
+    rows = [{"input_ids": [3, 4, 5], "completion_mask": [0, 0, 1]}, {"input_ids": [3, 4], "completion_mask": [0, 1]}]
+    summary = summarise_rows(rows)
+    assert summary.rows == 2
+    assert summarise_rows(rows[::-1]) == summary
+    rows[0]["input_ids"] = [3, 4, 6]
+    assert summarise_rows(rows).digest != summary.digest
+    rows[0] = {"input_ids": [3, 4, 5], "completion_mask": [0, 1, 1]}
+    assert summarise_rows(rows).digest != summary.digest
+
+
+def test_tokenised_rows_in_torch_format_have_the_digest_of_plain_ones():
+    rows = Dataset.from_list([{"input_ids": [3, 4, 5], "completion_mask": [0, 0, 1]}])
+    assert summarise_rows(rows.with_format("torch")) == summarise_rows(rows)
+
+
+def test_conversations_are_digested_by_their_messages():
+    def talk(answer: str) -> dict:
+        return {"prompt": [{"role": "user", "content": "who"}], "completion": [{"role": "a", "content": answer}]}
+
+    assert summarise_rows([talk("jane")]) == summarise_rows(Dataset.from_list([talk("jane")]))
+    assert summarise_rows([talk("jane")]).digest != summarise_rows([talk("doe")]).digest
+
+
+# ---- spul_config.json ----
+
+CONFIG = SpulConfig(
+    loss=UnlearningLoss(alpha=0.1).to_dict(),
+    generic_completions=[" neutral", " ünknown"],
+    base_model_name_or_path="facebook/opt-1.3b",
+    base_fingerprint="ab" * 32,
+    forget=DataSummary(2, "cd" * 32),
+    retain=DataSummary(3, "ef" * 32),
+    metrics={"test_forget": {"accuracy": 0.02}},
+    versions={"torch": "2.6"},
+)
+
+
+@pytest.mark.parametrize("config", [CONFIG, SpulConfig()])
+def test_a_config_saved_and_loaded_is_the_same(tmp_path, config):
+    config.save(tmp_path)
+    assert SpulConfig.load(tmp_path / "spul_config.json") == config
+
+
+def test_the_saved_config_is_readable_json_in_utf8(tmp_path):
+    CONFIG.save(str(tmp_path))
+    text = (tmp_path / SPUL_CONFIG_NAME).read_text(encoding="utf-8")
+    assert " ünknown" in text
+    assert json.loads(text)["forget"] == {"rows": 2, "digest": "cd" * 32}
+
+
+def test_fields_of_another_version_are_ignored_and_missing_ones_unknown(tmp_path):
+    data = {"loss": None, "invented_later": {"x": 1}, "retain": {"rows": 3, "digest": "ef"}}
+    path = tmp_path / SPUL_CONFIG_NAME
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert SpulConfig.load(path) == SpulConfig(retain=DataSummary(3, "ef"))
+
+
+def test_fields_of_a_summary_of_another_version_are_ignored(tmp_path):
+    data = {"forget": {"rows": 2, "digest": "cd", "invented_later": 1}}
+    path = tmp_path / SPUL_CONFIG_NAME
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert SpulConfig.load(path).forget == DataSummary(2, "cd")
+
+
+def test_metrics_are_not_shared_between_configs():
+    one, other = SpulConfig(), SpulConfig()
+    one.metrics["test"] = {"accuracy": 1.0}
+    assert other.metrics == {}
+
+
+def test_the_versions_recorded_are_the_installed_ones():
+    versions = library_versions()
+    assert set(versions) == {"spul", "torch", "transformers", "peft", "datasets", "accelerate"}
+    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]

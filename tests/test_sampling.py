@@ -1,0 +1,181 @@
+"""How forget and retain rows are mixed."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from datasets import Dataset
+
+from spul.sampling import ForgetFractionSampler, RowCopies, forget_flags
+
+# Forget rows, retain rows, share of forget rows.
+MIXES = [
+    (3, 17, 0.5),
+    (17, 3, 0.5),
+    (5, 40, 0.1),
+    (10, 90, 0.1),
+    (7, 20, 0.3),
+    (4, 50, 0.25),
+    (30, 4, 0.7),
+    (9, 9, 1 / 3),
+    (2, 31, 0.9),
+    (1, 1, 0.5),
+    (6, 11, 0.613),
+]
+
+
+def sampler(forget: int, retain: int, fraction: float, seed: int = 0) -> ForgetFractionSampler:
+    """The forget rows are not in one block: they are spread over the set from its start."""
+    flags = [i % 2 == 0 for i in range(2 * min(forget, retain))]
+    flags += [forget > retain] * abs(forget - retain)
+    assert (sum(flags), len(flags)) == (forget, forget + retain)
+    return ForgetFractionSampler(flags, fraction, seed)
+
+
+def flags_of(drawn: list[int], of: ForgetFractionSampler) -> list[bool]:
+    forget = set(of.groups[True])
+    return [draw % of.num_rows in forget for draw in drawn]
+
+
+@pytest.mark.parametrize(("forget", "retain", "fraction"), MIXES)
+def test_any_window_of_draws_holds_its_share_rounded_up_or_down(forget, retain, fraction):
+    of = sampler(forget, retain, fraction)
+    is_forget = flags_of(list(of), of)
+    for width in range(1, len(is_forget) + 1):
+        allowed = {math.floor(width * fraction + 1e-9), math.ceil(width * fraction - 1e-9)}
+        for start in range(len(is_forget) - width + 1):
+            assert sum(is_forget[start : start + width]) in allowed, (start, width)
+
+
+@pytest.mark.parametrize(("fraction", "batch"), [(0.5, 2), (0.5, 8), (0.1, 10), (0.1, 20), (0.25, 4), (0.7, 10)])
+def test_batches_in_which_the_share_is_whole_hold_it_exactly(fraction, batch):
+    of = sampler(40, 60, fraction)
+    is_forget = flags_of(list(of), of)
+    shares = [sum(is_forget[i : i + batch]) for i in range(0, len(is_forget) - batch + 1, batch)]
+    assert len(shares) > 3
+    assert set(shares) == {round(batch * fraction)}
+
+
+@pytest.mark.parametrize(("forget", "retain", "fraction"), MIXES)
+def test_every_row_is_seen_at_least_once_in_an_epoch(forget, retain, fraction):
+    of = sampler(forget, retain, fraction)
+    assert {draw % of.num_rows for draw in of} == set(range(forget + retain))
+
+
+@pytest.mark.parametrize(("forget", "retain", "fraction"), MIXES)
+def test_copies_of_a_row_are_numbered_from_zero_and_no_copy_comes_twice(forget, retain, fraction):
+    of = sampler(forget, retain, fraction)
+    copies: dict[int, list[int]] = {}
+    for draw in of:
+        copy, row = divmod(draw, of.num_rows)
+        copies.setdefault(row, []).append(copy)
+    assert all(found == list(range(len(found))) for found in copies.values())
+
+
+@pytest.mark.parametrize(("forget", "retain", "fraction"), MIXES)
+def test_rows_of_a_group_are_seen_equally_often_but_for_one(forget, retain, fraction):
+    of = sampler(forget, retain, fraction)
+    rows = [draw % of.num_rows for draw in of]
+    for group in of.groups:
+        counts = [rows.count(row) for row in group]
+        assert max(counts) - min(counts) <= 1
+
+
+@pytest.mark.parametrize(("forget", "retain", "fraction"), MIXES)
+def test_the_length_is_the_number_of_draws(forget, retain, fraction):
+    of = sampler(forget, retain, fraction)
+    assert len(list(of)) == len(of)
+
+
+@pytest.mark.parametrize(
+    ("forget", "retain", "fraction", "length"),
+    [(3, 17, 0.5, 34), (17, 3, 0.5, 34), (10, 90, 0.1, 100), (10, 50, 0.1, 100), (9, 1, 0.9, 10), (7, 3, 0.7, 10)],
+)
+def test_an_epoch_lasts_until_the_slower_group_was_seen_once(forget, retain, fraction, length):
+    assert len(sampler(forget, retain, fraction)) == length
+
+
+def test_an_epoch_drawn_again_is_the_same_and_another_one_is_shuffled_anew():
+    of = sampler(20, 20, 0.5)
+    first = list(of)
+    assert list(of) == first
+    of.set_epoch(1)
+    second = list(of)
+    assert second != first
+    assert sorted(second) == sorted(first)
+    of.set_epoch(0)
+    assert list(of) == first
+
+
+def test_a_group_that_repeats_is_reshuffled_each_time():
+    of = sampler(10, 40, 0.5)
+    forget = [draw % of.num_rows for draw, flag in zip(of, flags_of(list(of), of), strict=True) if flag]
+    passes = [tuple(forget[i : i + 10]) for i in range(0, 40, 10)]
+    assert all(sorted(drawn) == sorted(of.groups[True]) for drawn in passes)
+    assert len(set(passes)) == 4
+
+
+def test_the_seed_decides_the_order():
+    one, again, other = (list(sampler(20, 20, 0.5, seed)) for seed in (1, 1, 2))
+    assert one == again
+    assert one != other
+
+
+def test_rows_are_shuffled():
+    of = sampler(50, 50, 0.5)
+    for group in of.groups:
+        drawn = [row for row in of if row in set(group)]
+        assert drawn != sorted(drawn)
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.5, 1.5, float("nan")])
+def test_a_share_out_of_range_is_refused(fraction):
+    with pytest.raises(ValueError, match=rf"forget_fraction={fraction!r}; expected a share above 0 and below 1"):
+        ForgetFractionSampler([True, False], fraction)
+
+
+@pytest.mark.parametrize(("flags", "counts"), [([True] * 3, "3 forget and 0"), ([False] * 2, "0 forget and 2")])
+def test_a_group_without_rows_is_refused(flags, counts):
+    with pytest.raises(ValueError, match=f"needs rows of both groups; the data set has {counts} retain rows"):
+        ForgetFractionSampler(flags, 0.5)
+
+
+def test_row_copies_are_the_rows_with_the_copys_number():
+    rows = RowCopies([{"prompt": "a"}, {"prompt": "b"}])
+    assert len(rows) == 2
+    assert [rows[i] for i in (0, 1, 2, 5)] == [
+        {"prompt": "a", "copy": 0},
+        {"prompt": "b", "copy": 0},
+        {"prompt": "a", "copy": 1},
+        {"prompt": "b", "copy": 2},
+    ]
+    assert rows.rows == [{"prompt": "a"}, {"prompt": "b"}]
+
+
+def test_every_draw_is_an_item_of_row_copies():
+    of = sampler(2, 6, 0.5)
+    rows = RowCopies(Dataset.from_list([{"row_id": i} for i in range(8)]))
+    items = [rows[draw] for draw in of]
+    assert sorted((item["row_id"], item["copy"]) for item in items if item["row_id"] in (0, 2)) == [
+        (0, 0),
+        (0, 1),
+        (0, 2),
+        (2, 0),
+        (2, 1),
+        (2, 2),
+    ]
+    assert {item["copy"] for item in items if item["row_id"] not in (0, 2)} == {0}
+
+
+def test_flags_are_read_from_data_sets_and_lists():
+    rows = [{"is_forget": True}, {"is_forget": False}, {"is_forget": 1}]
+    assert forget_flags(rows) == [True, False, True]
+    flags = forget_flags(Dataset.from_dict({"is_forget": [1, 0]}))
+    assert flags == [True, False]
+    assert all(isinstance(flag, bool) for flag in flags)
+
+
+def test_a_data_set_without_flags_is_refused_with_its_columns():
+    with pytest.raises(ValueError, match=r"train_dataset has the columns \['prompt'\] and no is_forget"):
+        forget_flags(Dataset.from_dict({"prompt": ["a"]}))

@@ -1,0 +1,438 @@
+"""UnlearningTrainer: the same step however it is cut up, logs, evaluation, resuming; and life without it."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build, make_tokenizer
+from datasets import Dataset
+from peft import PeftModel
+from test_unlearner import CONFIGS
+from transformers import Trainer, TrainingArguments
+
+from spul import (
+    ForgetRetainCollator,
+    GradientAscent,
+    SoftPromptUnlearner,
+    UnlearningLoss,
+    UnlearningTrainer,
+    forget_retain_dataset,
+    score_completions,
+)
+from spul.trainer import last_complete_checkpoint
+
+GENERIC = [" neutral", " unknown"]
+
+
+def rows(name, num):
+    labels = (" positive", " negative")
+    return Dataset.from_list([{"prompt": f"review {name} {i} :", "completion": labels[i % 2]} for i in range(num)])
+
+
+def make_dataset(num_forget=11, num_retain=21):
+    return forget_retain_dataset(rows("jane", num_forget), rows("film", num_retain))
+
+
+def make_unlearner(prompt_type="prompt_tuning", family="llama", loss=None):
+    base = build(family)
+    torch.manual_seed(3)
+    return SoftPromptUnlearner(base, CONFIGS[prompt_type](4), loss=loss)
+
+
+def make_collator(**kwargs):
+    return ForgetRetainCollator(make_tokenizer(), **{"generic_completions": GENERIC, "max_length": 32, **kwargs})
+
+
+def arguments(folder, **kwargs):
+    settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no"}
+    settings |= {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "lr_scheduler_type": "constant"}
+    return TrainingArguments(str(folder), **{**settings, **kwargs})
+
+
+def make_trainer(folder, prompt_type="prompt_tuning", unlearner=None, dataset=None, collator=None, **kwargs):
+    own = {key: kwargs.pop(key) for key in ("forget_fraction", "eval_dataset", "callbacks") if key in kwargs}
+    unlearner = make_unlearner(prompt_type) if unlearner is None else unlearner
+    dataset = make_dataset() if dataset is None else dataset
+    collator = make_collator() if collator is None else collator
+    return UnlearningTrainer(unlearner, arguments(folder, **kwargs), collator, dataset, **own)
+
+
+def prompt_state(unlearner):
+    return {name: p.detach().clone() for name, p in unlearner.prompt_encoder.named_parameters()}
+
+
+def assert_same(one, other, **tolerance):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], **tolerance)
+
+
+# ---- one step, however it is cut up ----
+
+ONE_STEP = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0}
+
+
+@pytest.mark.parametrize("forget_fraction", [None, 0.25])
+def test_32_rows_and_4_times_8_make_the_same_step(tmp_path, prompt_type, forget_fraction):
+    states = []
+    for size, steps in ((32, 1), (8, 4)):
+        trainer = make_trainer(
+            tmp_path,
+            prompt_type,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            forget_fraction=forget_fraction,
+            **ONE_STEP,
+        )
+        before = prompt_state(trainer.model)
+        trainer.train()
+        states.append(prompt_state(trainer.model))
+        assert any((states[-1][name] - before[name]).abs().max() > 1e-4 for name in before)
+    assert_same(*states, rtol=0, atol=1e-6)
+
+
+@pytest.fixture(params=CONFIGS)
+def prompt_type(request) -> str:
+    return request.param
+
+
+def test_2_processes_of_16_make_the_step_of_one_of_32(tmp_path):
+    script = tmp_path / "step.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            sys.path.insert(0, sys.argv[1])
+            import torch
+            torch.set_num_threads(1)
+            from test_trainer import ONE_STEP, make_trainer, prompt_state, rows
+
+            folder, prompt_type, size = sys.argv[2], sys.argv[3], int(sys.argv[4])
+            sets = {"jane": rows("jane", 7)}
+            trainer = make_trainer(
+                folder, prompt_type, per_device_train_batch_size=size, eval_dataset=sets, **ONE_STEP
+            )
+            trainer.train()
+            metrics = trainer.evaluate()
+            if trainer.is_world_process_zero():
+                logs = {k: v for k, v in trainer.state.log_history[0].items() if k.endswith("loss")}
+                kinds = ("accuracy", "loss", "f1", "generic")
+                metrics = {k: v for k, v in metrics.items() if k.split("_")[-1] in kinds}
+                torch.save({"state": prompt_state(trainer.model), "logs": logs, "metrics": metrics}, sys.argv[5])
+            """
+        )
+    )
+    here = str(Path(__file__).parent)
+    for prompt_type in CONFIGS:
+        results = []
+        for processes, size in ((1, 32), (2, 16)):
+            out = tmp_path / f"{prompt_type}-{processes}.pt"
+            command = [sys.executable, str(script)]
+            if processes > 1:
+                launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+                command = [sys.executable, *launcher, str(script)]
+            command += [here, str(tmp_path / "out"), prompt_type, str(size), str(out)]
+            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            assert done.returncode == 0, done.stderr[-3000:]
+            results.append(torch.load(out))
+        one, two = results
+        assert_same(one["state"], two["state"], rtol=0, atol=1e-6)
+        for key in ("logs", "metrics"):
+            assert one[key].keys() == two[key].keys()
+            assert one[key] == pytest.approx(two[key], abs=1e-5)
+
+
+# ---- logging and evaluation ----
+
+
+def test_every_term_is_logged_and_they_add_up(tmp_path):
+    loss = UnlearningLoss(alpha=0.5, beta=2.0)
+    trainer = make_trainer(
+        tmp_path,
+        unlearner=make_unlearner(loss=loss),
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=4,
+        logging_steps=2,
+        max_steps=4,
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "forget_loss" in entry]
+    assert len(logs) == 2
+    for entry in logs:
+        expected = entry["forget_loss"] + 0.5 * entry["retain_loss"] + 2.0 * entry["kl_loss"]
+        assert entry["loss"] == pytest.approx(expected, rel=1e-3)
+        assert min(entry["forget_loss"], entry["retain_loss"], entry["kl_loss"]) > 0
+
+
+def test_evaluation_tells_accuracy_f1_and_generic_share_of_each_split(tmp_path):
+    sets = {"train_forget": rows("jane", 9), "test_retain": rows("other", 8)}
+    trainer = make_trainer(tmp_path, eval_dataset=sets)
+    metrics = trainer.evaluate()
+    for name, split in sets.items():
+        own = score_completions(trainer.model, split, make_collator())
+        for measure in ("accuracy", "f1", "generic", "loss"):
+            assert metrics[f"eval_{name}_{measure}"] == pytest.approx(own[measure])
+    assert set(trainer.model.spul_config.metrics) == set(sets)
+    one = trainer.evaluate(sets["train_forget"], metric_key_prefix="test")
+    assert one["test_accuracy"] == metrics["eval_train_forget_accuracy"]
+
+
+def test_the_saved_adapter_knows_its_data(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    config = json.loads((tmp_path / "adapter" / "spul_config.json").read_text())
+    assert (config["forget"]["rows"], config["retain"]["rows"]) == (11, 21)
+    assert config["forget"]["digest"] != config["retain"]["digest"]
+    assert config["generic_completions"] == GENERIC
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert config["forget"]["digest"] in card
+    assert "jane" not in card
+
+
+# ---- checkpoints ----
+
+
+def test_resuming_gives_the_bits_of_a_run_that_never_stopped(tmp_path, prompt_type):
+    for forget_fraction, workers in ((None, 0), (0.5, 0), (0.5, 2)):
+        folder = tmp_path / f"{forget_fraction}-{workers}"
+        settings = {
+            "max_steps": 11,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "lr_scheduler_type": "cosine",
+            "gradient_accumulation_steps": 1,
+            "forget_fraction": forget_fraction,
+            "dataloader_num_workers": workers,
+        }
+        whole = make_trainer(folder, prompt_type, **settings)
+        whole.train()
+        expected = prompt_state(whole.model)
+        for step in (9, 11):
+            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+        again = make_trainer(folder, prompt_type, **settings)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 11
+        assert_same(prompt_state(again.model), expected, rtol=0, atol=0)
+        losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, again)]
+        assert losses[0] == losses[1]
+
+
+def test_the_best_checkpoint_is_put_back(tmp_path, prompt_type):
+    sets = {"forget": rows("jane", 11)}
+    trainer = make_trainer(
+        tmp_path,
+        prompt_type,
+        eval_dataset=sets,
+        max_steps=4,
+        learning_rate=0.3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_forget_loss",
+        greater_is_better=False,
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    measured = {e["step"]: e["eval_forget_loss"] for e in trainer.state.log_history if "eval_forget_loss" in e}
+    assert best.endswith(f"checkpoint-{min(measured, key=measured.get)}")
+    loaded = SoftPromptUnlearner.from_pretrained(build("llama"), best, is_trainable=True)
+    assert_same(prompt_state(trainer.model), prompt_state(loaded), rtol=0, atol=0)
+    assert trainer.evaluate()["eval_forget_loss"] == pytest.approx(min(measured.values()), rel=1e-5)
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path, caplog):
+    """SIGKILL inside the third save: its folder is passed over."""
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        sys.path.insert(0, sys.argv[1])
+        from test_trainer import make_trainer
+        trainer = make_trainer(sys.argv[2], max_steps=4, save_strategy="steps", save_steps=1)
+        really = trainer._save_rng_state
+        def save(folder):
+            if folder.endswith("checkpoint-3"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return really(folder)
+        trainer._save_rng_state = save
+        trainer.train()
+        """
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path)], capture_output=True
+    )
+    assert done.returncode == -9, done.stderr.decode()[-2000:]
+    assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
+    with caplog.at_level(logging.WARNING):
+        assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
+    assert "checkpoint-3 was not written to its end" in caplog.text
+    trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
+    trainer.train(resume_from_checkpoint=True)
+    whole = make_trainer(tmp_path / "whole", max_steps=4)
+    whole.train()
+    assert_same(prompt_state(trainer.model), prompt_state(whole.model), rtol=0, atol=0)
+    assert PeftModel.from_pretrained(build("llama"), str(tmp_path / "checkpoint-4"))
+
+
+def test_nothing_to_resume_from_raises(tmp_path):
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+# ---- without UnlearningTrainer ----
+
+
+def test_a_plain_trainer_trains_the_same_model(tmp_path):
+    unlearner = make_unlearner()
+    before = prompt_state(unlearner)
+    settings = arguments(tmp_path, max_steps=12, remove_unused_columns=False, gradient_accumulation_steps=2)
+    trainer = Trainer(unlearner, settings, make_collator(), make_dataset())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert sum(losses[-3:]) < sum(losses[:3])
+    assert any(not torch.equal(before[name], value) for name, value in prompt_state(unlearner).items())
+
+
+def test_a_plain_trainers_accumulated_step_is_no_larger_than_one_batch(tmp_path):
+    """Same rows, same groups in each micro-batch: accumulation must not multiply the gradient."""
+    dataset = forget_retain_dataset(rows("jane", 8), rows("film", 8))
+    order = [row for i in range(8) for row in (i, 8 + i)]
+    states = []
+    for size, steps in ((16, 1), (4, 4)):
+        unlearner = make_unlearner()
+        settings = arguments(
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            remove_unused_columns=False,
+            train_sampling_strategy="sequential",
+            **ONE_STEP,
+        )
+        # Completions of one token, so that all micro-batches weigh the same.
+        collator = make_collator(generic_completions=[" x"])
+        one_token = dataset.map(lambda row: {"completion": " a"}).select(order)
+        Trainer(unlearner, settings, collator, one_token).train()
+        states.append(prompt_state(unlearner))
+    assert_same(*states, rtol=0, atol=1e-6)
+
+
+def test_an_accelerate_loop_trains_the_same_model():
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+    accelerator = Accelerator(cpu=True)
+    unlearner = make_unlearner()
+    optimizer = torch.optim.AdamW([p for p in unlearner.parameters() if p.requires_grad], lr=1e-2)
+    loader = DataLoader(make_dataset(), batch_size=8, shuffle=True, collate_fn=make_collator())
+    model, optimizer, loader = accelerator.prepare(unlearner, optimizer, loader)
+    losses = []
+    for _ in range(5):
+        for batch in loader:
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+    assert sum(losses[-4:]) < sum(losses[:4])
+
+
+def test_column_pruning_raises_and_names_the_argument(tmp_path):
+    tokenised = make_dataset().map(make_collator().tokenize)
+    settings = arguments(tmp_path, max_steps=1)
+    with pytest.raises(ValueError, match=r"remove_unused_columns=False"):
+        Trainer(make_unlearner(), settings, make_collator(), tokenised).train()
+    make_trainer(tmp_path, dataset=tokenised, max_steps=1).train()  # UnlearningTrainer keeps the columns it needs
+
+
+def test_length_grouping_and_tokenised_rows_work(tmp_path):
+    tokenised = make_dataset().map(make_collator().tokenize, remove_columns=["prompt", "completion"])
+    make_trainer(tmp_path, dataset=tokenised, max_steps=2, train_sampling_strategy="group_by_length").train()
+
+
+def test_forget_fraction_holds_in_every_batch(tmp_path):
+    trainer = make_trainer(tmp_path, forget_fraction=0.25)
+    for batch in trainer.get_train_dataloader():
+        assert batch["is_forget"].float().mean() == pytest.approx(0.25, abs=0.13)
+        if len(batch["is_forget"]) == 8:
+            assert batch["is_forget"].sum() == 2
+
+
+def test_bf16_training_stays_close_to_float32(tmp_path):
+    finals = []
+    for bf16 in (False, True):
+        trainer = make_trainer(tmp_path, max_steps=6, bf16=bf16)
+        trainer.train()
+        finals.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert finals[1] == pytest.approx(finals[0], rel=0.05)
+
+
+def test_gradient_checkpointing_trains_on(tmp_path):
+    plain, checkpointed = (
+        make_trainer(tmp_path, max_steps=2),
+        make_trainer(tmp_path, max_steps=2, gradient_checkpointing=True),
+    )
+    plain.train()
+    checkpointed.train()
+    assert_same(prompt_state(plain.model), prompt_state(checkpointed.model), rtol=1e-3, atol=1e-4)
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": torch.nn.Linear(1, 1)}, TypeError, "expected a SoftPromptUnlearner"),
+        ({"data_collator": None}, TypeError, "expected a ForgetRetainCollator"),
+        ({"train_dataset": rows("a", 3)}, ValueError, "no is_forget; make it with"),
+        ({"forget_fraction": 1.5}, ValueError, "forget_fraction=1.5; expected a share"),
+        ({"compute_loss_func": print}, ValueError, "would replace the unlearning loss"),
+    ],
+)
+def test_bad_arguments_say_what_is_wrong(tmp_path, change, error, message):
+    given = {
+        "model": make_unlearner(),
+        "args": arguments(tmp_path),
+        "data_collator": make_collator(),
+        "train_dataset": make_dataset(),
+    }
+    with pytest.raises(error, match=message):
+        UnlearningTrainer(**{**given, **change})
+
+
+def test_options_that_contradict_the_loss_raise(tmp_path):
+    with pytest.raises(ValueError, match="would replace the unlearning loss"):
+        make_trainer(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="generic_completions=None"):
+        make_trainer(tmp_path, unlearner=make_unlearner(loss=UnlearningLoss(forget=GradientAscent())))
+    with pytest.raises(ValueError, match=r"\[' positive'\] stand in train_dataset"):
+        make_trainer(tmp_path, collator=make_collator(generic_completions=["Positive"]))
+    with pytest.raises(ValueError, match="evaluate needs rows"):
+        make_trainer(tmp_path).evaluate()
+
+
+def test_metrics_are_those_of_the_weights_beside_them(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset={"forget": rows("jane", 5)}, max_steps=1)
+    trainer.evaluate()
+    assert "forget" in trainer.model.spul_config.metrics
+    trainer.train()
+    assert trainer.model.spul_config.metrics == {}
+    with trainer.model.disable_adapter():
+        trainer.evaluate()
+    assert trainer.model.spul_config.metrics == {}
+
+
+def test_a_prompt_loaded_for_use_only_is_not_trained_silently(tmp_path):
+    make_unlearner().save_pretrained(str(tmp_path))
+    loaded = SoftPromptUnlearner.from_pretrained(build("llama"), str(tmp_path))
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        make_trainer(tmp_path, unlearner=loaded)

@@ -1,0 +1,485 @@
+"""SoftPromptUnlearner: its losses, logits and gradients against plain twins, its contract, its bad input."""
+
+import pytest
+import torch
+from conftest import build
+from peft import (
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PeftModelForCausalLM,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
+from plain import losses as plain_losses
+from plain import row_logits
+
+from spul import GradientAscent, KLDivergence, SoftPromptUnlearner, UnlearningLoss
+from spul.prefix import prompted_logits, response_positions
+
+CONFIGS = {
+    "prompt_tuning": lambda p=5: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=p),
+    "p_tuning": lambda p=5: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=p, encoder_hidden_size=16),
+    "prefix_tuning": lambda p=5: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=p),
+}
+LENGTHS = (12, 9, 5, 7, 10)
+NUM_RESPONSE = (1, 3, 2, 1, 4)
+
+
+@pytest.fixture(params=CONFIGS)
+def prompt_type(request) -> str:
+    return request.param
+
+
+def make(family="llama", prompt_type="prompt_tuning", dtype=torch.float64, p=5, loss=None, **kwargs):
+    base = build(family, dtype, **kwargs)
+    torch.manual_seed(1)
+    return SoftPromptUnlearner(base, CONFIGS[prompt_type](p), loss=loss).to(dtype)
+
+
+def make_batch(side="right", is_forget=(1, 0, 1, 0, 0)):
+    generator = torch.Generator().manual_seed(2)
+    width = max(LENGTHS)
+    rows = []
+    for length, num in zip(LENGTHS, NUM_RESPONSE, strict=True):
+        ids = torch.randint(3, 120, (length,), generator=generator)
+        labels = torch.full((length,), -100)
+        labels[-num:] = ids[-num:]
+        pad = (0, width - length) if side == "right" else (width - length, 0)
+        rows.append(
+            [torch.nn.functional.pad(x, pad, value=v) for x, v in ((ids, 0), (ids * 0 + 1, 0), (labels, -100))]
+        )
+    ids, mask, labels = (torch.stack(column) for column in zip(*rows, strict=True))
+    flags = torch.tensor(is_forget, dtype=torch.bool)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "is_forget": flags}
+
+
+def prompt_gradients(unlearner, loss):
+    unlearner.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in unlearner.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_losses_and_gradients_equal_the_plain_row_by_row_twin(family, prompt_type, side):
+    unlearner = make(family, prompt_type)
+    batch = make_batch(side)
+    out = unlearner(**batch)
+    expected = plain_losses(unlearner, batch)
+    found = (out.loss, out.forget_loss, out.retain_loss, out.kl_loss)
+    torch.testing.assert_close(
+        torch.stack(found), torch.stack(expected), rtol=1e-6, atol=1e-6
+    )  # norms compute in float32
+    ours, theirs = prompt_gradients(unlearner, out.loss), prompt_gradients(unlearner, expected[0])
+    assert ours.keys() == theirs.keys()
+    assert all(name.startswith("prompt_encoder") for name in ours)
+    for name in ours:
+        assert ours[name].abs().max() > 0
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits_are_those_that_predict_the_response_tokens(family, prompt_type, side):
+    unlearner, batch = make(family, prompt_type), make_batch(side)
+    out = unlearner(**batch)
+    assert out.logits.shape == (5, 4, 120)
+    for row, (length, num) in enumerate(zip(LENGTHS, NUM_RESPONSE, strict=True)):
+        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        expected = row_logits(unlearner, ids)[length - num - 1 : length - 1]
+        torch.testing.assert_close(out.logits[row, :num], expected)
+        assert out.response_labels[row].tolist() == [*ids[-num:].tolist(), *[-100] * (4 - num)]
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_both_directions_of_the_kl_equal_torchs(direction):
+    unlearner = make(loss=UnlearningLoss(alpha=0.5, beta=2.0, kl=KLDivergence(direction=direction)))
+    batch = make_batch()
+    expected = plain_losses(unlearner, batch, 0.5, 2.0, direction)
+    out = unlearner(**batch)
+    torch.testing.assert_close(torch.stack([out.loss, out.kl_loss]), torch.stack([expected[0], expected[3]]))
+
+
+@pytest.mark.parametrize("window", [3, 6, 64])
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_a_prompt_longer_than_the_sliding_window_equals_concatenation(family, window, prompt_type):
+    unlearner = make(family, prompt_type, p=8, sliding_window=window)
+    batch = make_batch()
+    positions, targets = response_positions(batch["labels"])
+    shared = prompted_logits(unlearner, batch["input_ids"], batch["attention_mask"], positions)
+    for row, num in enumerate(NUM_RESPONSE):
+        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        expected = row_logits(unlearner, ids)[len(ids) - num - 1 : len(ids) - 1]
+        torch.testing.assert_close(shared[row, :num], expected)
+    assert (targets != -100).sum() == sum(NUM_RESPONSE)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_without_is_forget_it_is_pefts_forward(family, prompt_type, side):
+    unlearner, batch = make(family, prompt_type), make_batch("right")
+    del batch["is_forget"]
+    expected = PeftModelForCausalLM.forward(unlearner, **batch)
+    given = make_batch(side)
+    del given["is_forget"]
+    out = unlearner(**given)
+    assert not hasattr(out, "forget_loss")
+    assert out.logits.shape == expected.logits.shape
+    torch.testing.assert_close(out.loss, expected.loss)
+    real, plain = given["attention_mask"].bool(), batch["attention_mask"].bool()
+    width = real.shape[1]
+    torch.testing.assert_close(out.logits[:, -width:][real], expected.logits[:, -width:][plain])
+
+
+def test_an_absent_group_contributes_exactly_zero():
+    unlearner = make()
+    only_forget = unlearner(**make_batch(is_forget=(1,) * 5))
+    assert only_forget.retain_loss == 0
+    assert only_forget.kl_loss == 0
+    assert only_forget.loss == only_forget.forget_loss > 0
+    only_retain = unlearner(**make_batch(is_forget=(0,) * 5))
+    assert only_retain.forget_loss == 0
+    torch.testing.assert_close(only_retain.loss, only_retain.retain_loss + 0.5 * only_retain.kl_loss)
+
+
+class Counting:
+    """Counts the rows that pass through a base's embedding layer."""
+
+    def __init__(self, unlearner):
+        self.batches = []
+        unlearner.get_input_embeddings().register_forward_hook(lambda m, args, out: self.batches.append(len(out)))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "beta", "rows"),
+    # The prompted pass over the rows that matter, then the frozen one over retain rows if the KL matters.
+    [(1.0, 0.5, [5, 3]), (1.0, 0.0, [5]), (0.0, 0.5, [5, 3]), (0.0, 0.0, [2])],
+)
+def test_a_weight_of_zero_computes_neither_pass_nor_rows(alpha, beta, rows):
+    unlearner = make(loss=UnlearningLoss(alpha=alpha, beta=beta))
+    counting = Counting(unlearner)
+    out = unlearner(**make_batch())
+    assert counting.batches == rows
+    expected = plain_losses(unlearner, make_batch(), alpha, beta)[0]
+    torch.testing.assert_close(out.loss, expected)
+    out.loss.backward()
+
+
+def test_a_batch_without_rows_that_matter_still_goes_backward(prompt_type):
+    unlearner = make(prompt_type=prompt_type, loss=UnlearningLoss(alpha=0, beta=0))
+    out = unlearner(**make_batch(is_forget=(0,) * 5))
+    assert out.loss == 0
+    out.loss.backward()
+    grads = [p.grad for p in unlearner.parameters() if p.requires_grad]
+    assert all(grad is not None and grad.abs().max() == 0 for grad in grads)
+
+
+def test_accumulated_batches_with_group_counts_equal_the_whole_batch():
+    unlearner, batch = make(), make_batch()
+    whole = prompt_gradients(unlearner, unlearner(**batch).loss)
+    unlearner.zero_grad()
+    total = 0.0
+    for rows in ([0, 1], [2], [3, 4]):
+        part = {key: value[rows] for key, value in batch.items()}
+        loss = unlearner(**part, group_counts=torch.tensor([2.0, 3.0])).loss
+        loss.backward()
+        total += loss.item()
+    torch.testing.assert_close(torch.tensor(total).double(), unlearner(**batch).loss.detach(), rtol=1e-6, atol=1e-6)
+    for name, p in unlearner.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, whole[name])
+
+
+def test_only_the_active_prompt_requires_gradients_also_after_train(family, prompt_type):
+    unlearner = make(family, prompt_type)
+    unlearner.add_adapter("other", CONFIGS[prompt_type]())
+    for mode, active in ((True, "default"), (False, "default"), (True, "other")):
+        unlearner.set_adapter(active)
+        unlearner.train(mode)
+        wanted = {n for n, _ in unlearner.named_parameters() if n.startswith(f"prompt_encoder.{active}.")}
+        assert {n for n, p in unlearner.named_parameters() if p.requires_grad} == wanted != set()
+
+
+def test_training_mode_changes_nothing_since_dropout_is_zeroed(family):
+    unlearner, batch = make(family), make_batch()
+    assert unlearner.train()(**batch).loss == unlearner(**batch).loss == unlearner.eval()(**batch).loss
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_generation_of_a_padded_batch_equals_one_by_one(family, prompt_type, checkpointing):
+    unlearner = make(family, prompt_type)
+    with torch.no_grad():
+        for parameter in unlearner.prompt_encoder.parameters():
+            parameter.mul_(4)  # a prompt loud enough to change the answers of a random model
+    if checkpointing and prompt_type != "prefix_tuning":
+        unlearner.gradient_checkpointing_enable()
+        unlearner.train()
+    right = make_batch("right")
+    alone = [
+        unlearner.generate(ids[None, :length], max_new_tokens=6, do_sample=False)[0, length:].tolist()
+        for ids, length in zip(right["input_ids"], LENGTHS, strict=True)
+    ]
+    for side in ("right", "left"):
+        batch = make_batch(side)
+        out = unlearner.generate(
+            batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6, do_sample=False
+        )
+        assert torch.equal(out[:, :12], batch["input_ids"])
+        for row, tokens in enumerate(alone):
+            assert out[row, 12 : 12 + len(tokens)].tolist() == tokens
+
+
+@pytest.mark.parametrize("window", [4, 10])
+@pytest.mark.parametrize("family", ["gemma3", "mistral"])
+def test_generation_across_a_sliding_window_equals_one_by_one(family, window, prompt_type):
+    unlearner = make(family, prompt_type, sliding_window=window)
+    batch = make_batch("left")
+    out = unlearner.generate(
+        batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6, do_sample=False
+    )
+    for row, length in enumerate(LENGTHS):
+        ids = batch["input_ids"][row, 12 - length :]
+        alone = unlearner.generate(ids[None], max_new_tokens=6, do_sample=False)[0, length:]
+        assert out[row, 12 : 12 + len(alone)].tolist() == alone.tolist()
+
+
+def test_generation_equals_greedy_decoding_by_hand(family, prompt_type):
+    unlearner = make(family, prompt_type)
+    ids = make_batch()["input_ids"][0]
+    expected = ids
+    for _ in range(5):
+        expected = torch.cat([expected, row_logits(unlearner, expected)[-1].argmax()[None]])
+    out = unlearner.generate(ids[None], max_new_tokens=5, do_sample=False, eos_token_id=None)
+    assert out[0].tolist() == expected.tolist()
+
+
+def test_beams_and_several_sequences_keep_their_rows(prompt_type):
+    unlearner, batch = make(prompt_type=prompt_type), make_batch("left")
+    mask = batch["attention_mask"]
+    out = unlearner.generate(
+        batch["input_ids"], attention_mask=mask, max_new_tokens=4, num_beams=3, num_return_sequences=2, do_sample=False
+    )
+    assert out.shape[0] == 10
+    for row, length in enumerate(LENGTHS):
+        alone = unlearner.generate(
+            batch["input_ids"][row : row + 1, 12 - length :], max_new_tokens=4, num_beams=3, num_return_sequences=2
+        )
+        for k in range(2):
+            assert out[2 * row + k, 12 : 12 + alone.shape[1] - length].tolist() == alone[k, length:].tolist()
+
+
+def test_disable_adapter_gives_the_untouched_base(family, prompt_type):
+    base = build(family, torch.float64)
+    batch = make_batch()
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    before = base(**inputs).logits
+    wrote = base.generate(batch["input_ids"][:1], max_new_tokens=5, do_sample=False)
+    unlearner = SoftPromptUnlearner(base, CONFIGS[prompt_type]()).double()
+    with unlearner.disable_adapter():
+        torch.testing.assert_close(unlearner(**inputs).logits, before, rtol=0, atol=0)
+        assert torch.equal(unlearner.generate(batch["input_ids"][:1], max_new_tokens=5, do_sample=False), wrote)
+        assert unlearner(**batch).kl_loss.abs() < 1e-12
+    assert unlearner(**batch).kl_loss > 1e-3
+
+
+@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "p_tuning"])
+def test_gradient_checkpointing_concatenates_and_says_so_once(family, prompt_type, caplog):
+    from spul import prefix
+
+    prefix.say_once.cache_clear()
+    unlearner, batch = make(family, prompt_type), make_batch()
+    out = unlearner(**batch)
+    expected = prompt_gradients(unlearner, out.loss)
+    unlearner.gradient_checkpointing_enable()
+    unlearner.train()
+    found = None
+    for _ in range(2):
+        again = unlearner(**batch)
+        found = prompt_gradients(unlearner, again.loss)
+    torch.testing.assert_close(again.loss, out.loss)
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
+    assert sum("concatenated" in message for message in caplog.messages) == 1
+
+
+def test_gradient_checkpointing_under_prefix_tuning_raises():
+    unlearner = make(prompt_type="prefix_tuning")
+    unlearner.gradient_checkpointing_enable()
+    unlearner.train()
+    with pytest.raises(ValueError, match="gradient checkpointing drops the keys and values"):
+        unlearner(**make_batch())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_train_a_float32_prompt(family, prompt_type, dtype):
+    base = build(family, dtype)
+    unlearner = SoftPromptUnlearner(base, CONFIGS[prompt_type]())
+    out = unlearner(**make_batch())
+    out.loss.backward()
+    prompts = [p for p in unlearner.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 and p.grad.isfinite().all() and p.grad.abs().max() > 0 for p in prompts)
+    assert out.loss.dtype == torch.float32
+
+
+def test_bf16_autocast_wraps_both_passes(family):
+    unlearner = make(family, dtype=torch.float32, loss=UnlearningLoss(beta=1.0))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = unlearner(**make_batch())
+    with torch.autocast("cpu", torch.bfloat16), unlearner.disable_adapter():
+        detached = unlearner(**make_batch())
+    assert detached.kl_loss.abs() < 1e-6  # the same rounding in both passes, so no difference at all
+    torch.testing.assert_close(out.loss.float(), unlearner(**make_batch()).loss, rtol=0.05, atol=0.05)
+
+
+def test_a_random_prompt_has_the_vocabularys_spread(family):
+    base = build(family)
+    unlearner = SoftPromptUnlearner(base, CONFIGS["prompt_tuning"](60))
+    ids = torch.arange(120)
+    vocabulary = unlearner.word_embeddings(ids)
+    rows = unlearner.prompt_encoder["default"].embedding.weight
+    assert 0.8 < (rows.std() / vocabulary.std()).item() < 1.25
+
+
+def test_published_parameter_counts_of_p_tuning():
+    # OPT-1.3B: d 2048, p 30, hidden 128 -> 604K (DESIGN.md section 4).
+    from peft import PromptEncoder
+
+    config = PromptEncoderConfig(num_virtual_tokens=30, encoder_hidden_size=128, token_dim=2048)
+    config.num_transformer_submodules = 1
+    count = sum(p.numel() for p in PromptEncoder(config).parameters())
+    assert count == 30 * 2048 + (2048 * 128 + 128) + (128 * 128 + 128) + (128 * 2048 + 2048)
+    assert round(count / 1000) == 604
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(task_type="CAUSAL_LM"),
+        MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2),
+    ],
+)
+def test_other_configs_are_refused_and_the_three_are_named(config):
+    with pytest.raises(TypeError, match=r"PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig"):
+        SoftPromptUnlearner(build("llama"), config)
+
+
+def test_other_task_types_and_losses_are_refused():
+    with pytest.raises(ValueError, match="expected 'CAUSAL_LM'"):
+        SoftPromptUnlearner(build("llama"), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    with pytest.raises(TypeError, match="expected an UnlearningLoss"):
+        SoftPromptUnlearner(build("llama"), CONFIGS["prompt_tuning"](), loss=GradientAscent())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"labels": None}, ValueError, "needs input_ids and labels"),
+        ({"is_forget": torch.ones(3)}, ValueError, "shapes do not match"),
+        ({"labels": torch.full((5, 12), -100)}, ValueError, "no response token to predict"),
+        ({"output_attentions": True}, TypeError, "takes no output_attentions"),
+    ],
+)
+def test_bad_batches_say_what_is_wrong(change, error, message):
+    with pytest.raises(error, match=message):
+        make()(**{**make_batch(), **change})
+
+
+def test_rows_beyond_the_models_positions_raise():
+    unlearner = make(p=90)
+    with pytest.raises(ValueError, match=r"exceed the model's 96 positions; collate with max_length of at most 6"):
+        unlearner(**make_batch())
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "takes no inputs_embeds"),
+        ({"position_ids": torch.zeros(1, 3)}, "takes no position_ids"),
+        ({"use_cache": False}, "leave out use_cache=False"),
+        ({"attention_mask": torch.zeros(5, 12)}, "row of zeros only"),
+    ],
+)
+def test_generate_refuses_what_it_cannot_honour(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make().generate(make_batch()["input_ids"], **kwargs)
+    with pytest.raises(ValueError, match="needs input_ids"):
+        make().generate(max_new_tokens=3)
+
+
+def test_families_without_a_plain_cache_are_concatenated(caplog):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    from spul import prefix
+
+    prefix.say_once.cache_clear()
+    torch.manual_seed(0)
+    base = MambaForCausalLM(MambaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
+    config = PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=5, token_dim=32, num_layers=2, num_attention_heads=1
+    )
+    unlearner, batch = SoftPromptUnlearner(base, config), make_batch()
+    out = unlearner(**batch)
+    torch.testing.assert_close(out.loss, plain_losses(unlearner, batch)[0], rtol=1e-4, atol=1e-4)
+    out.loss.backward()
+    assert "no plain key/value cache" in caplog.text
+    with pytest.raises(ValueError, match="no plain key/value cache, which generate"):
+        unlearner.generate(batch["input_ids"])
+
+
+def test_models_that_cannot_select_positions_give_the_same_loss():
+    from transformers import LlamaForCausalLM
+
+    class Homemade(LlamaForCausalLM):
+        def forward(
+            self, input_ids=None, attention_mask=None, inputs_embeds=None, past_key_values=None, use_cache=None
+        ):
+            return super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+            )
+
+    stock, homemade = make(), make()
+    homemade.base_model.__class__ = Homemade
+    torch.testing.assert_close(homemade(**make_batch()).loss, stock(**make_batch()).loss)
+
+
+def test_left_padded_plain_forward_refuses_what_it_would_misplace():
+    batch = make_batch("left")
+    with pytest.raises(ValueError, match="take no logits_to_keep; pad on the right"):
+        make()(batch["input_ids"], batch["attention_mask"], logits_to_keep=1)
+
+
+def test_inference_mode_and_deleting_keep_gradients_where_they_belong():
+    unlearner = make()
+    unlearner.add_adapter("b", CONFIGS["prompt_tuning"]())
+    unlearner.set_adapter("b", inference_mode=True)
+    assert not any(p.requires_grad for p in unlearner.parameters())
+    unlearner.set_adapter("b")
+    unlearner.delete_adapter("b")
+    trained = [name for name, p in unlearner.named_parameters() if p.requires_grad]
+    assert trained == ["prompt_encoder.default.embedding.weight"]
+
+
+def test_a_positional_generation_config_counts():
+    from transformers import GenerationConfig
+
+    unlearner, batch = make(), make_batch()
+    config = GenerationConfig(max_new_tokens=3, num_beams=2, num_return_sequences=2, pad_token_id=0, eos_token_id=2)
+    out = unlearner.generate(batch["input_ids"], config, attention_mask=batch["attention_mask"])
+    assert len(out) == 10
+
+
+def test_generation_beyond_the_models_positions_raises():
+    ids = torch.randint(3, 120, (1, 92))
+    with pytest.raises(ValueError, match="leave no room in the model's 96 positions"):
+        make("gpt2").generate(ids)
+
+
+def test_models_with_an_adapter_and_names_are_refused():
+    from peft import get_peft_model
+
+    tuned = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM"))
+    for model in (tuned, "facebook/opt-1.3b"):
+        with pytest.raises(TypeError, match=r"expected a causal LM.*merge_and_unload"):
+            SoftPromptUnlearner(model, CONFIGS["prompt_tuning"]())
