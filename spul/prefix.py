@@ -2,7 +2,8 @@
 
 A prompt stands in front of a causal model's input, so what it computes does not depend on the input. Prompt tuning and
 P-tuning therefore pass through the model once per step with batch size 1, gradient included; prefix tuning *is* keys
-and values and needs no pass. Where a cache cannot be had, the prompt is concatenated to every row instead.
+and values and needs no pass. Without gradient, what the pass gave is kept for the next call. Where a cache cannot be
+had, the prompt is concatenated to every row instead.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import weakref
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -78,9 +81,18 @@ def response_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return positions, targets
 
 
-@functools.lru_cache(maxsize=32)
-def _selects_positions(model_class: type[nn.Module]) -> bool:
+def uncompiled(base_model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` has wrapped it."""
+    return getattr(base_model, "_orig_mod", base_model)
+
+
+def selects_positions(base_model: nn.Module) -> bool:
     """Whether the model computes logits at given (B, K) positions only."""
+    return _class_selects_positions(type(uncompiled(base_model)))  # type: ignore[arg-type]
+
+
+@functools.lru_cache(maxsize=32)
+def _class_selects_positions(model_class: type[nn.Module]) -> bool:
     return (
         hasattr(transformers.modeling_utils, "slice_logits_to_keep")
         and model_class.__module__.startswith("transformers.")
@@ -90,7 +102,7 @@ def _selects_positions(model_class: type[nn.Module]) -> bool:
 
 def logits_at(base_model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
     """The logits of a causal LM at `positions` (B, K) of its input: (B, K, V), and no others where the family can."""
-    if _selects_positions(type(base_model)):  # type: ignore[arg-type]
+    if selects_positions(base_model):
         return base_model(**inputs, logits_to_keep=positions).logits
     logits = base_model(**inputs).logits
     return logits.take_along_dim(positions[..., None], dim=1)
@@ -106,23 +118,93 @@ def say_once(message: str) -> None:
     logger.warning(message)
 
 
+# Bases that were found to have no plain cache, so that they are not tried again in every step.
+_without_cache: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+@dataclass
+class KeptPrompt:
+    """What the base computed of a prompt, and what it was computed from."""
+
+    prompt: Tensor  # (1, p, d)
+    made_with: tuple  # autocast, and the base's weights by place and version
+    states: list[LayerStates]
+    logits: Tensor | None  # (1, p, V), if they were asked for
+
+    def is_of(self, prompt: Tensor, made_with: tuple) -> bool:
+        """Whether the prompt is the same, bit for bit, and the base too."""
+        mine = self.prompt
+        return (
+            (mine.dtype, mine.device, self.made_with) == (prompt.dtype, prompt.device, made_with)
+            and mine.shape == prompt.shape
+            and torch.equal(mine, prompt)
+        )
+
+
 def prompt_states(model: Any) -> list[LayerStates] | None:
-    """The keys and values of the active prompt, batch size 1, with gradient; None if they cannot be had."""
-    base: Any = model.get_base_model()
+    """The keys and values of the active prompt, batch size 1; None if they cannot be had.
+
+    With gradient they are computed; without, they are kept from call to call until the prompt or the base changes.
+    """
     if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
-        cache = model.get_prompt(batch_size=1)
-    else:
-        prompt = model.get_prompt(batch_size=1).to(model.word_embeddings.weight.dtype)
-        fresh = DynamicCache(config=base.config.get_text_config())
-        last = {"logits_to_keep": 1} if _selects_positions(type(base)) else {}  # type: ignore[arg-type]
-        out = base(inputs_embeds=prompt, past_key_values=fresh, use_cache=True, **last)
-        cache = getattr(out, "past_key_values", None)
+        return _layer_states(model.get_prompt(batch_size=1))
+    kept = _kept_or_computed(model, with_logits=False)
+    return None if kept is None else kept.states
+
+
+def prompt_states_and_logits(model: Any) -> tuple[list[LayerStates], Tensor | None] | None:
+    """As `prompt_states`, with the logits (1, p, V) at the virtual tokens, which prefix tuning has not (None)."""
+    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+        states = prompt_states(model)
+        return None if states is None else (states, None)
+    kept = _kept_or_computed(model, with_logits=True)
+    return None if kept is None else (kept.states, kept.logits)
+
+
+def _kept_or_computed(model: Any, with_logits: bool) -> KeptPrompt | None:
+    base: Any = model.get_base_model()
+    if base in _without_cache:
+        return None
+    prompt = model.get_prompt(batch_size=1).to(model.word_embeddings.weight.dtype)
+    if torch.is_grad_enabled():
+        return _pass(base, prompt, (), with_logits)
+    by_adapter: dict[str, KeptPrompt] = model.__dict__.setdefault("_kept_prompts", {})
+    made_with = (_autocast(prompt.device.type), _weights(base))
+    kept = by_adapter.get(model.active_adapter)
+    if kept is None or not kept.is_of(prompt, made_with) or (with_logits and kept.logits is None):
+        kept = _pass(base, prompt, made_with, with_logits)
+        if kept is not None:
+            by_adapter[model.active_adapter] = kept
+    return kept
+
+
+def _pass(base: Any, prompt: Tensor, made_with: tuple, with_logits: bool) -> KeptPrompt | None:
+    fresh = DynamicCache(config=base.config.get_text_config())
+    last = {"logits_to_keep": 1} if selects_positions(base) and not with_logits else {}
+    out = base(inputs_embeds=prompt, past_key_values=fresh, use_cache=True, **last)
+    states = _layer_states(getattr(out, "past_key_values", None))
+    if states is None:
+        _without_cache.add(base)
+        return None
+    return KeptPrompt(prompt, made_with, states, out.logits if with_logits else None)
+
+
+def _layer_states(cache: Any) -> list[LayerStates] | None:
     layers = getattr(cache, "layers", None)
     if not layers or not all(
         type(x) in (DynamicLayer, DynamicSlidingWindowLayer) and x.is_initialized for x in layers
     ):
         return None
     return [LayerStates(layer.keys, layer.values, layer.get_seq_length()) for layer in layers]
+
+
+def _autocast(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+def _weights(base: nn.Module) -> tuple:
+    """Changes when a weight is replaced, moved, or written to."""
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters())
 
 
 def expand_states(states: list[LayerStates], base_model: Any, batch_size: int) -> DynamicCache:

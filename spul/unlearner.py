@@ -133,6 +133,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         """Remove a prompt. If it was the active one, another becomes active."""
         super().delete_adapter(adapter_name)
         del self.spul_configs[adapter_name]
+        self.__dict__.get("_kept_prompts", {}).pop(adapter_name, None)
         self._train_active_prompt_only()
 
     @property
@@ -191,6 +192,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         row_id: Tensor | None = None,
         group_counts: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        reference_logits: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """The unlearning loss of a batch, or, without `is_forget`, an ordinary PEFT forward.
@@ -206,6 +208,8 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
                 under DDP, which averages gradients.
             num_items_in_batch: number of label tokens in the whole step, as `transformers.Trainer` passes it: without
                 `group_counts`, this batch weighs as its share of them.
+            reference_logits: (B, K, V), what the frozen model says at the response tokens, as `ReferenceCache.logits`
+                gives it; read only in rows whose loss compares with it, and computed unless given.
             kwargs: only for the ordinary forward.
 
         Returns:
@@ -235,6 +239,11 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         attention_mask, input_ids, labels = pack_right(attention_mask, input_ids, labels)
         positions, targets = response_positions(labels)
         is_forget = is_forget.bool()
+        if reference_logits is not None and reference_logits.shape[:2] != targets.shape:
+            raise ValueError(
+                f"reference_logits have the shape {tuple(reference_logits.shape)}; expected {tuple(targets.shape)} and "
+                "the vocabulary: one slot for each response token, as ReferenceCache.logits(batch) gives them."
+            )
         counts = self._group_counts(is_forget, targets, group_counts, num_items_in_batch)
 
         if torch.is_grad_enabled() and not self.loss.uses_retain_rows:
@@ -242,6 +251,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
             rows = is_forget.nonzero().flatten()
             attention_mask, input_ids, positions = attention_mask[rows], input_ids[rows], positions[rows]
             targets, is_forget = targets[rows], is_forget[rows]
+            reference_logits = None if reference_logits is None else reference_logits[rows]
         if len(input_ids) == 0:
             # Still a function of the prompt, so that backward (and DDP's reduction) runs.
             zero = sum(
@@ -251,8 +261,9 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
             return UnlearnerOutput(zero, zero.detach(), zero.detach(), zero.detach(), nothing, targets)
 
         logits = self.response_logits(input_ids, attention_mask, positions)
-        reference = self._reference_logits(input_ids, attention_mask, positions, is_forget, logits)
-        out = self.loss(logits, targets, is_forget, reference, *counts)
+        if reference_logits is None:
+            reference_logits = self._reference_logits(input_ids, attention_mask, positions, is_forget, logits)
+        out = self.loss(logits, targets, is_forget, reference_logits, *counts)
         return UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, logits, targets)
 
     def _group_counts(
@@ -271,7 +282,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         """Logits (B, K, V) at `positions` of a right-padded batch, by the shared prompt; the base's when disabled."""
         base: Any = self.get_base_model()
         if self._adapters_disabled:
-            return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask)
+            return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         num_virtual, limit = self.active_peft_config.num_virtual_tokens, max_positions(base)
         if limit is not None and num_virtual + input_ids.shape[1] > limit:
             raise ValueError(
@@ -289,7 +300,11 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
             return None
         with torch.no_grad():
             said = logits_at(
-                self.get_base_model(), positions[rows], input_ids=input_ids[rows], attention_mask=attention_mask[rows]
+                self.get_base_model(),
+                positions[rows],
+                input_ids=input_ids[rows],
+                attention_mask=attention_mask[rows],
+                use_cache=False,
             )
         return torch.zeros_like(logits, requires_grad=False).index_copy(0, rows, said.to(logits.dtype))
 
