@@ -8,6 +8,7 @@ from .data import forget_retain_dataset
 from .evaluation import score_completions
 from .losses import CrossEntropy, GradientAscent, KLDivergence, LossTerm, UnlearningLoss
 from .provenance import SpulConfig, fingerprint
+from .reference import ReferenceCache
 from .trainer import UnlearningTrainer
 from .unlearner import SoftPromptUnlearner, UnlearnerOutput
 
@@ -19,6 +20,7 @@ __all__ = [
     "GradientAscent",
     "KLDivergence",
     "LossTerm",
+    "ReferenceCache",
     "SoftPromptUnlearner",
     "SpulConfig",
     "UnlearnerOutput",

@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
@@ -20,6 +20,7 @@ from .collator import ForgetRetainCollator, completion_text, plain
 from .evaluation.scoring import Answers, collect_answers, summarise
 from .losses import GradientAscent
 from .provenance import summarise_rows
+from .reference import ReferenceCache
 from .sampling import ForgetFractionSampler, RowCopies, forget_flags
 from .unlearner import SoftPromptUnlearner
 
@@ -47,6 +48,11 @@ class UnlearningTrainer(Trainer):
         processing_class: the tokenizer, saved beside checkpoints.
         forget_fraction: None (default) mixes rows as the data are, as the paper does; a number above 0 and below 1 is
             the share of forget rows in every batch.
+        reference: where the frozen model's answers come from, which the KL term compares with. `"cached"` (default)
+            computes them once before training and keeps them on disk, see `ReferenceCache.build`; `"live"` computes
+            them in every step, which costs a forward pass over its retain rows.
+        reference_dir: the folder to keep them in; unless given, one for each base and data set beside the Hugging Face
+            cache, shared by later runs.
         kwargs: as `transformers.Trainer`.
 
     Raises:
@@ -68,6 +74,8 @@ class UnlearningTrainer(Trainer):
         processing_class: Any = None,
         *,
         forget_fraction: float | None = None,
+        reference: Literal["cached", "live"] = "cached",
+        reference_dir: str | os.PathLike | None = None,
         **kwargs: Any,
     ) -> None:
         if not isinstance(model, SoftPromptUnlearner):
@@ -79,15 +87,22 @@ class UnlearningTrainer(Trainer):
                 "compute_loss_func and label_smoothing_factor would replace the unlearning loss; give the loss to the "
                 "model instead: SoftPromptUnlearner(..., loss=UnlearningLoss(forget=...))."
             )
+        if reference not in ("cached", "live") or (reference == "live" and reference_dir is not None):
+            raise ValueError(
+                f"reference={reference!r}, reference_dir={reference_dir!r}: expected 'cached', with or without a "
+                "folder, or 'live' without one."
+            )
         if isinstance(model.loss.forget, GradientAscent) and data_collator.generic_completions is not None:
             raise ValueError(
                 "GradientAscent makes the collated completion unlikely, and the collator would give it "
                 "generic ones; use "
                 "ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
             )
+        self._reference_mode, self._reference_dir = reference, reference_dir
+        self._reference: ReferenceCache | None = None
         self._forget_sampler: ForgetFractionSampler | None = None
         if train_dataset is not None:
-            flags = forget_flags(train_dataset)
+            flags = self._flags = forget_flags(train_dataset)
             self._describe_data(model, data_collator, train_dataset, flags)
             if forget_fraction is not None:
                 seed = 0 if args is None else (args.seed if args.data_seed is None else args.data_seed)
@@ -172,6 +187,9 @@ class UnlearningTrainer(Trainer):
         """The unlearning loss of one batch, as its share of the whole step."""
         if "is_forget" not in inputs:
             raise ValueError("inputs have no is_forget; collate with ForgetRetainCollator.")
+        if self._reference is not None and model.training:
+            with self.accelerator.autocast():
+                inputs = {**inputs, "reference_logits": self._reference.logits(inputs)}
         outputs = model(**inputs)
         if model.training:
             self._term_sums += torch.stack([outputs[term].detach().to(self._term_sums) for term in TERMS])
@@ -202,7 +220,25 @@ class UnlearningTrainer(Trainer):
         if resume_from_checkpoint:
             state = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
             self._terms_since = state["global_step"]
+        self._open_reference()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _open_reference(self) -> None:
+        """Compute what the frozen model says on the training rows, or find it computed."""
+        self._reference = None
+        asks = self._unlearner.loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
+        if self._reference_mode == "cached" and asks.any():
+            rows: Any = self.train_dataset
+            with self.accelerator.autocast():
+                self._reference = ReferenceCache.build(
+                    self._unlearner,
+                    rows.rows if isinstance(rows, RowCopies) else rows,
+                    self._collator,
+                    self._reference_dir,
+                    self.args.eval_batch_size,
+                    self.accelerator,
+                    progress=not self.args.disable_tqdm,
+                )
 
     # ---- evaluation ----
 

@@ -241,8 +241,8 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         is_forget = is_forget.bool()
         if reference_logits is not None and reference_logits.shape[:2] != targets.shape:
             raise ValueError(
-                f"reference_logits have the shape {tuple(reference_logits.shape)}; expected {tuple(targets.shape)} and "
-                "the vocabulary: one slot for each response token, as ReferenceCache.logits(batch) gives them."
+                f"reference_logits have the shape {tuple(reference_logits.shape)}; expected {tuple(targets.shape)} "
+                "and the vocabulary: one slot for each response token, as ReferenceCache.logits(batch) gives them."
             )
         counts = self._group_counts(is_forget, targets, group_counts, num_items_in_batch)
 

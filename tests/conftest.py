@@ -23,7 +23,20 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import spul.reference
+
 torch.set_num_threads(1)  # tiny models, and pytest -n 2 has one core a worker
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cache_home(tmp_path_factory):
+    """Cached references go to a folder of the tests' own, also in the processes that they start."""
+    home = str(tmp_path_factory.mktemp("hf_home"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HOME", home)
+        patch.setattr(spul.reference, "HF_HOME", home)
+        yield home
+
 
 VOCABULARY = 120
 SHAPE = {

@@ -57,7 +57,8 @@ def arguments(folder, **kwargs):
 
 
 def make_trainer(folder, prompt_type="prompt_tuning", unlearner=None, dataset=None, collator=None, **kwargs):
-    own = {key: kwargs.pop(key) for key in ("forget_fraction", "eval_dataset", "callbacks") if key in kwargs}
+    names = ("forget_fraction", "eval_dataset", "callbacks", "reference", "reference_dir")
+    own = {key: kwargs.pop(key) for key in names if key in kwargs}
     unlearner = make_unlearner(prompt_type) if unlearner is None else unlearner
     dataset = make_dataset() if dataset is None else dataset
     collator = make_collator() if collator is None else collator

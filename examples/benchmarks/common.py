@@ -1,0 +1,253 @@
+"""What the benchmarks share: models of real shapes with random weights, batches, alternating timing, peak memory."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from peft import PromptEncoderConfig, PromptTuningConfig
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, OPTConfig, PretrainedConfig
+from transformers.integrations import replace_with_bnb_linear
+
+
+class Shape(NamedTuple):
+    """A batch as an experiment has it."""
+
+    batch_size: int
+    max_tokens: int  # rows have between 70 and 100 % of it, and are padded to the longest
+    response_tokens: int
+    forget_rows: int
+
+
+# The published data sets: one-token labels, forget rows 3 % (SST-2) and 5 % (Yelp) of the rows.
+SHAPES = {
+    "sst2": Shape(batch_size=32, max_tokens=46, response_tokens=1, forget_rows=1),
+    "yelp": Shape(batch_size=8, max_tokens=295, response_tokens=1, forget_rows=1),
+    "long": Shape(batch_size=2, max_tokens=1024, response_tokens=64, forget_rows=1),
+}
+
+
+def _opt(width: int, layers: int, heads: int) -> OPTConfig:
+    return OPTConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        ffn_dim=4 * width,
+        word_embed_proj_dim=width,
+        max_position_embeddings=2048,
+        vocab_size=50272,
+    )
+
+
+def _llama(width: int, layers: int, heads: int, ffn: int, vocab: int = 32000, tied: bool = False) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=ffn,
+        vocab_size=vocab,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
+    )
+
+
+MODELS: dict[str, Callable[[], PretrainedConfig]] = {
+    "cpu-20m": lambda: _llama(384, 6, 6, 1024, vocab=24000, tied=True),
+    "opt-125m": lambda: _opt(768, 12, 12),
+    "opt-1.3b": lambda: _opt(2048, 24, 32),
+    "llama-2-7b": lambda: _llama(4096, 32, 32, 11008),
+    "llama-2-13b-nf4": lambda: _llama(5120, 40, 40, 13824),
+}
+
+
+def build_model(name: str, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
+    """A causal LM of the named shape with random weights; names ending in `-nf4` are quantised to 4 bits."""
+    torch.manual_seed(seed)
+    config = MODELS[name]()
+    if name.endswith("-nf4"):
+        return build_nf4(config, device)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def build_nf4(config: PretrainedConfig, device: str) -> Any:
+    """The same in NF4 with bfloat16 computation, one layer at a time, so that the 16-bit model need not fit."""
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = replace_with_bnb_linear(model, modules_to_not_convert=["lm_head"], quantization_config=quantization)
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if type(module).__name__ == "Linear4bit" and name == "weight":
+                weight = 0.02 * torch.randn(module.out_features, module.in_features, dtype=torch.bfloat16)
+                made: nn.Parameter = type(parameter)(weight, requires_grad=False, quant_type="nf4").to(device)
+            elif "norm" in type(module).__name__.lower():
+                made = nn.Parameter(torch.ones(parameter.shape, dtype=torch.bfloat16, device=device))
+            else:
+                made = nn.Parameter(0.02 * torch.randn(parameter.shape, dtype=torch.bfloat16, device=device))
+            setattr(module, name, made)
+    rotary = type(model.model.rotary_emb)
+    model.model.rotary_emb = rotary(config).to(device)
+    model.is_loaded_in_4bit = True
+    model.hf_quantizer = None
+    return model.eval()
+
+
+def prompt_config(kind: str, num_virtual_tokens: int) -> PromptTuningConfig | PromptEncoderConfig:
+    """Prompt tuning, or P-tuning with the paper's encoder."""
+    if kind == "p-tuning":
+        return PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, encoder_hidden_size=128
+        )
+    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
+
+
+def make_batch(shape: Shape, vocab_size: int, device: str, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A right-padded batch of random tokens, as `ForgetRetainCollator` would give it."""
+    draw = torch.Generator().manual_seed(seed)
+    rows, width = shape.batch_size, shape.max_tokens
+    lengths = torch.randint(int(0.7 * width), width + 1, (rows,), generator=draw)
+    lengths[0] = width
+    columns = torch.arange(width).expand(rows, width)
+    mask = columns < lengths[:, None]
+    ids = torch.randint(5, vocab_size, (rows, width), generator=draw).masked_fill(~mask, 1)
+    is_response = mask & (columns >= lengths[:, None] - shape.response_tokens)
+    batch = {
+        "input_ids": ids,
+        "attention_mask": mask.long(),
+        "labels": ids.masked_fill(~is_response, -100),
+        "is_forget": torch.arange(rows) < shape.forget_rows,
+    }
+    return {name: value.to(device) for name, value in batch.items()}
+
+
+def alternate(
+    variants: dict[str, Callable[[], Any]], rounds: int, device: str, warmup: int = 2
+) -> dict[str, list[float]]:
+    """Seconds of each variant, called in turn, round after round, so that a slow minute hits all alike."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for turn in tqdm(range(warmup + rounds), desc=" / ".join(variants), leave=False):
+        for name, call in variants.items():
+            synchronize(device)
+            start = time.perf_counter()
+            call()
+            synchronize(device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """The median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+class PeakMemory:
+    """Bytes that the block needs at its peak, over what was in use when it began.
+
+    On a GPU, PyTorch's allocator tells. On a CPU it is the resident set as Linux counts it (`VmHWM`), so the process
+    should be a fresh one: see `in_fresh_process`.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.bytes = 0
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
+            self.before = self._resident("VmRSS")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.device.startswith("cuda"):
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated() - self.before
+        else:
+            self.bytes = self._resident("VmHWM") - self.before
+
+    @staticmethod
+    def _resident(field: str) -> int:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) * 1024
+        raise RuntimeError(f"/proc/self/status has no {field}; peak memory on a CPU is measured on Linux only.")
+
+
+def in_fresh_process(script: str, arguments: Sequence[str]) -> Any:
+    """Run a script again with other arguments and return the JSON of its last line."""
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The options that every benchmark has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="opt-125m")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None)
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds; each runs every variant once")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file too")
+    return parser
+
+
+def dtype_of(args: argparse.Namespace) -> torch.dtype:
+    """The type asked for; float32 on a CPU and bfloat16 on a GPU unless told."""
+    default = "float32" if args.device == "cpu" else "bfloat16"
+    return getattr(torch, args.dtype or default)
+
+
+def surroundings(args: argparse.Namespace) -> dict[str, Any]:
+    """Where a figure was measured."""
+    import transformers
+
+    on_gpu = args.device.startswith("cuda")
+    return {
+        "model": args.model,
+        "dtype": str(dtype_of(args)).removeprefix("torch."),
+        "device": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()} CPU",
+        "threads": torch.get_num_threads(),
+        "rounds": args.rounds,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def report(title: str, where: dict[str, Any], columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Print a Markdown table, with where it was measured above it."""
+    print(f"\n{title}\n" + ", ".join(f"{key} {value}" for key, value in where.items()) + "\n")
+    cells = [[str(cell) if isinstance(cell, str) else f"{cell:.4g}" for cell in row] for row in rows]
+    widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]
+    for line in [list(columns), ["-" * width for width in widths], *cells]:
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |")
+
+
+def write_json(path: Path | None, content: Any) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        print(f"\nwritten to {path}")

@@ -1,0 +1,434 @@
+"""What the frozen model says on the rows that are held to it, computed once and kept on disk.
+
+While a prompt trains, the base's distributions do not change. What is kept of them is the base's final hidden state at
+each response token: d numbers, where the distribution itself has as many as the vocabulary. The LM head is applied
+when a row is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .collator import ForgetRetainCollator
+from .losses import IGNORE_INDEX
+from .prefix import logits_at, response_positions, uncompiled
+from .provenance import fingerprint
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+INDEX_NAME = "reference.json"
+MAX_PARTS, MIN_ROWS_PER_PART = 256, 256
+
+
+class OutputHead:
+    """From a causal LM's final hidden states to its logits: output embeddings, then scaling and soft-capping.
+
+    A head that may learn is copied, so that it stays the one that belongs to the states.
+
+    Args:
+        base_model: a causal LM of transformers.
+
+    Raises:
+        ValueError: if it has no output embeddings.
+    """
+
+    def __init__(self, base_model: nn.Module) -> None:
+        base: Any = uncompiled(base_model)
+        embeddings = base.get_output_embeddings()
+        if embeddings is None:
+            raise ValueError(f"{type(base).__name__} has no output embeddings; use reference='live'.")
+        if any(parameter.requires_grad for parameter in embeddings.parameters()):
+            embeddings = copy.deepcopy(embeddings).requires_grad_(False)
+        config = base.config.get_text_config()
+        self.embeddings = embeddings
+        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+        self.cap = getattr(config, "final_logit_softcapping", None)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The precision of its weights; None if they are quantised."""
+        dtype = self.embeddings.weight.dtype
+        return dtype if dtype.is_floating_point else None
+
+    @torch.no_grad()
+    def __call__(self, states: Tensor) -> Tensor:
+        """Logits (..., V) of final hidden states (..., d)."""
+        logits = self.embeddings(states if self.dtype is None else states.to(self.dtype))
+        logits = logits * self.scale if self.scale != 1.0 else logits
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+class Part(NamedTuple):
+    """One file of the cache, memory-mapped."""
+
+    states: Tensor  # (tokens, d)
+    rows: Tensor  # (rows,) int64, `row_keys`
+    ends: Tensor  # (rows,) int32, where each row's tokens end
+
+
+class ReferenceCache:
+    """The frozen model's final hidden states at the response tokens of a data set; see `build`.
+
+    Example:
+        ```python
+        reference = ReferenceCache.build(unlearner, dataset, collator)
+        for batch in loader:
+            loss = unlearner(**batch, reference_logits=reference.logits(batch)).loss
+        ```
+    """
+
+    def __init__(self, unlearner: Any, parts: Sequence[Part], folder: Path) -> None:
+        self.folder = folder
+        self.head = OutputHead(unlearner.get_base_model())
+        self._unlearner, self._parts = unlearner, parts
+        rows = torch.cat([part.rows for part in parts])
+        self._rows, order = rows.sort()
+        part_of = torch.cat([torch.full_like(part.rows, i) for i, part in enumerate(parts)])
+        starts = [torch.cat([part.ends.new_zeros(1), part.ends[:-1]]) for part in parts]
+        self._spans = torch.stack([part_of, torch.cat(starts).long(), torch.cat([p.ends for p in parts]).long()])
+        self._spans = self._spans[:, order]
+
+    @classmethod
+    def build(
+        cls,
+        unlearner: Any,
+        dataset: Any,
+        collator: ForgetRetainCollator,
+        folder: str | os.PathLike | None = None,
+        batch_size: int = 32,
+        accelerator: Accelerator | None = None,
+        progress: bool = True,
+    ) -> ReferenceCache:
+        """Open the cache of a data set's rows under the unlearner's base, computing what is not there yet.
+
+        Only rows whose loss compares with the frozen model are kept: retain rows, unless the forget term asks too.
+        An interrupted computation goes on where it stopped; later runs, and all processes of one, share the files.
+
+        Args:
+            unlearner: a `SoftPromptUnlearner`; its base and its loss count, not its prompt.
+            dataset: what is trained on: rows with `is_forget`, as text or tokenised.
+            collator: the one that is trained with.
+            folder: where to keep the files. Unless given: a folder of their own for each base and data set, in
+                `spul/reference` beside the Hugging Face cache (`HF_HOME`).
+            batch_size: rows per forward.
+            accelerator: shares the work out over its processes, which must see the same folder.
+            progress: whether to show a progress bar.
+
+        Raises:
+            ValueError: if `folder` holds the reference of another base or other data; if the base has changed in a
+                way that its fingerprint does not show; or if this base, loss or data cannot have a cache.
+        """
+        base: Any = unlearner.get_base_model()
+        rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        progress = progress and rank == 0
+        rows = _rows_to_keep(unlearner, dataset, collator, progress)
+        if not rows:
+            raise ValueError("no row's loss compares with the frozen model (beta=0, or no retain rows).")
+        index = _describe(base, rows)
+        path = Path(folder) if folder is not None else Path(HF_HOME, "spul", "reference", _digest(index)[:32])
+        if rank == 0:
+            _claim(path, index)
+        if accelerator is not None:
+            accelerator.wait_for_everyone()
+        _check_index(path, index)  # also where the folder is not shared
+
+        with _evaluating(base):
+            shares = _in_parts(rows)
+            own = list(range(rank, len(shares), world))
+            num_rows = sum(len(shares[i]) for i in own)
+            bar = tqdm(total=num_rows, desc="reference", unit="row", disable=not progress, leave=False)
+            for i in own:
+                if _read_part(_part_path(path, i), shares[i]) is None:
+                    _write_part(_part_path(path, i), base, dataset, collator, shares[i], batch_size)
+                bar.update(len(shares[i]))
+            bar.close()
+            if accelerator is not None:
+                accelerator.wait_for_everyone()
+            parts = [_read_part(_part_path(path, i), share) for i, share in enumerate(shares)]
+            if missing := [i for i, part in enumerate(parts) if part is None]:
+                raise ValueError(
+                    f"{len(missing)} of {len(parts)} files that other processes wrote are not in {str(path)!r}; "
+                    "pass a folder that all of them see, or reference='live'."
+                )
+            reference = cls(unlearner, [part for part in parts if part is not None], path)
+            reference._check_base(base, collator.true_batch([dataset[row.place] for row in rows[:4]]))
+        logger.info("The reference of %d rows is in %s (%.1f MB).", len(rows), path, reference.num_bytes / 1e6)
+        return reference
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the files, without their headers."""
+        return sum(tensor.nbytes for part in self._parts for tensor in part)
+
+    def __len__(self) -> int:
+        """The number of different rows."""
+        return len(self._rows)
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """What the frozen model says at the response tokens of a batch.
+
+        Args:
+            batch: as `ForgetRetainCollator` gives it, on any device.
+
+        Returns:
+            (B, K, V), to pass to the unlearner's forward as `reference_logits`; zeros in rows whose loss does not ask.
+            None if none does.
+
+        Raises:
+            ValueError: if a row is not, in its every token, one of the rows that the cache was built from.
+        """
+        needed = self._unlearner.loss.rows_needing_reference(batch["is_forget"].bool())
+        rows = needed.nonzero().flatten()
+        if len(rows) == 0:
+            return None
+        states = self.states({name: batch[name][rows] for name in ("input_ids", "attention_mask", "labels")})
+        width = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max())
+        said = self.head(states.to(rows.device))
+        logits = said.new_zeros(len(needed), width, said.shape[-1])
+        logits[rows, : said.shape[1]] = said
+        return logits
+
+    def states(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The final hidden states at the response tokens of rows, on the CPU: (B, K, d), zeros in unused slots.
+
+        Raises:
+            ValueError: if a row is not one of those that the cache was built from.
+        """
+        keys = row_keys(batch)
+        found = torch.searchsorted(self._rows, keys).clamp(max=len(self._rows) - 1)
+        if missing := (self._rows[found] != keys).nonzero().flatten().tolist():
+            raise ValueError(
+                f"{len(missing)} of {len(keys)} rows of the batch are not among the {len(self)} that the reference "
+                f"was computed for (place {missing[0]} is the first): the data changed, or are collated differently. "
+                "Build the reference with the data set and the collator that are trained with, or use "
+                "reference='live'."
+            )
+        spans = self._spans[:, found].T.tolist()
+        width = max(end - start for _, start, end in spans)
+        states = self._parts[0].states.new_zeros(len(spans), width, self._parts[0].states.shape[1])
+        for b, (part, start, end) in enumerate(spans):
+            states[b, : end - start] = self._parts[part].states[start:end]
+        return states
+
+    def _check_base(self, base: Any, batch: Mapping[str, Tensor]) -> None:
+        """Compute a few rows anew: the head must turn states into the base's logits, and the kept states be its own.
+
+        A fingerprint sees samples of the weights; this sees the whole model at work.
+        """
+        device = next(base.parameters()).device
+        batch = {name: tensor.to(device) for name, tensor in batch.items()}
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        positions, targets = response_positions(batch["labels"])
+        with torch.no_grad():
+            expected = logits_at(base, positions, **inputs, use_cache=False)
+            fresh = final_states(base, positions, **inputs)
+        used = targets != IGNORE_INDEX
+        if not _close(self.head(fresh)[used], expected[used]):
+            raise ValueError(
+                f"{type(base).__name__} does more between its output embeddings and its logits than the scaling and "
+                "soft-capping known here, so that its hidden states do not give its logits; use reference='live'."
+            )
+        if not _close(self.head(self.states(batch).to(device))[used], expected[used]):
+            raise ValueError(
+                f"the reference in {str(self.folder)!r} is not what this base says: it has changed in a way that its "
+                "fingerprint does not show. Delete the folder, name another, or use reference='live'."
+            )
+
+
+def final_states(base_model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
+    """What the LM head of a causal LM is given at `positions` (B, K): (B, K, d)."""
+    decoder: Any = uncompiled(base_model)
+    states = decoder.base_model(**inputs, use_cache=False).last_hidden_state
+    return states.take_along_dim(positions[..., None], dim=1)
+
+
+def row_keys(batch: Mapping[str, Tensor]) -> Tensor:
+    """A 64-bit digest of each row's tokens and of how many of them are the response's: (B,) int64."""
+    ids = batch["input_ids"].to("cpu", torch.int32).numpy()
+    mask = batch["attention_mask"].cpu().numpy().astype(bool)
+    num_response = (batch["labels"] != IGNORE_INDEX).sum(dim=1).tolist()
+    return torch.tensor([_row_key(ids[b][mask[b]], num_response[b]) for b in range(len(ids))], dtype=torch.int64)
+
+
+def _row_key(ids: np.ndarray, num_response: int) -> int:
+    digest = hashlib.blake2b(ids.tobytes(), digest_size=8, key=num_response.to_bytes(8, "little"))
+    return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    """Equal up to what batch mates and rounding change."""
+    tolerance = 1e-3 if b.dtype in (torch.float32, torch.float64) and a.dtype == b.dtype else 0.05
+    return bool((a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max())
+
+
+# ---- which rows, of which base ----
+
+
+class _Row(NamedTuple):
+    place: int  # in the data set
+    key: int
+    length: int
+
+
+def _rows_to_keep(unlearner: Any, dataset: Any, collator: ForgetRetainCollator, progress: bool) -> list[_Row]:
+    """The rows whose loss compares with the frozen model, shortest first, each content once."""
+    kept: dict[int, _Row] = {}
+    for place, row in enumerate(tqdm(dataset, "reading rows", disable=not progress, leave=False)):
+        flag = torch.tensor([bool(row["is_forget"])])
+        if not unlearner.loss.rows_needing_reference(flag).any():
+            continue
+        if row["is_forget"] and collator.generic_completions is not None:
+            raise ValueError(
+                "the forget term compares with the frozen model on generic completions, which are drawn anew each "
+                "time: there is no fixed reference to keep. Use reference='live'."
+            )
+        encoded = collator.encoder.encode(row)
+        ids = np.asarray(encoded.prompt_ids + encoded.completion_ids, dtype=np.int32)
+        key = _row_key(ids, len(encoded.completion_ids))
+        kept[key] = _Row(place, key, len(ids))
+    return sorted(kept.values(), key=lambda row: (row.length, row.key))
+
+
+def _describe(base: Any, rows: Sequence[_Row]) -> dict[str, Any]:
+    """What a cache is a cache of."""
+    weights = fingerprint(base)
+    if weights is None:
+        raise ValueError(
+            "some weights of the base are not in memory (meta device or offloaded to disk), so that a reference "
+            "cannot be told from another base's; use reference='live'."
+        )
+    device = next(base.parameters()).device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    keys = hashlib.sha256(np.sort(np.asarray([row.key for row in rows], dtype=np.int64)).tobytes()).hexdigest()
+    return {
+        "format": FORMAT,
+        "base": weights,
+        "precision": f"{str(base.dtype).removeprefix('torch.')}, autocast {autocast}",
+        "data": keys,
+        "rows": len(rows),
+    }
+
+
+def _digest(index: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
+
+
+def _claim(folder: Path, index: Mapping[str, Any]) -> None:
+    """Write down what the folder is for, unless it says so already."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / INDEX_NAME).exists():
+        if any(folder.iterdir()):
+            raise ValueError(f"{str(folder)!r} holds other files and no {INDEX_NAME}; name an empty or a new folder.")
+        with _replacing(folder / INDEX_NAME) as scratch:
+            scratch.write_text(json.dumps(dict(index), indent=2) + "\n", encoding="utf-8")
+
+
+def _check_index(folder: Path, index: Mapping[str, Any]) -> None:
+    try:
+        there = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ValueError(f"{str(folder)!r} is not seen by all processes; name a folder that is.") from error
+    names = {
+        "format": "it was written by another version of spul",
+        "base": "its base has other weights",
+        "precision": f"its base ran in another precision ({there.get('precision')}, now {index['precision']})",
+        "data": f"its rows are others ({there.get('rows')}, now {index['rows']}), or tokenised or cut differently",
+    }
+    if differs := [text for name, text in names.items() if there.get(name) != index[name]]:
+        raise ValueError(
+            f"the reference in {str(folder)!r} does not belong to this run: {'; '.join(differs)}. Delete the folder, "
+            "name another (reference_dir), or leave it out to have one for each base and data set."
+        )
+
+
+# ---- files ----
+
+
+def _in_parts(rows: Sequence[_Row]) -> list[Sequence[_Row]]:
+    size = max(MIN_ROWS_PER_PART, -(-len(rows) // MAX_PARTS))
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _part_path(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05d}.safetensors"
+
+
+@torch.no_grad()
+def _write_part(
+    path: Path, base: Any, dataset: Any, collator: ForgetRetainCollator, rows: Sequence[_Row], batch_size: int
+) -> None:
+    device = next(base.parameters()).device
+    head_dtype = OutputHead(base).dtype
+    states, counts = [], []
+    for start in range(0, len(rows), batch_size):
+        batch = collator.true_batch([dataset[row.place] for row in rows[start : start + batch_size]])
+        positions, targets = response_positions(batch["labels"])
+        inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+        found = final_states(base, positions.to(device), **inputs)
+        used = targets != IGNORE_INDEX
+        states.append(found[used.to(device)].to(head_dtype or found.dtype).cpu())
+        counts.append(used.sum(dim=1))
+    tensors = {
+        "states": torch.cat(states),
+        "rows": torch.tensor([row.key for row in rows], dtype=torch.int64),
+        "ends": torch.cat(counts).cumsum(0).to(torch.int32),
+    }
+    with _replacing(path) as scratch:
+        save_file(tensors, scratch)
+
+
+def _read_part(path: Path, rows: Sequence[_Row]) -> Part | None:
+    """A part, memory-mapped; None if it is not there, or was not written to its end."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            part = Part(*(file.get_tensor(name) for name in Part._fields))
+    except (SafetensorError, OSError) as error:
+        logger.warning("%s cannot be read (%s) and is computed again.", path, error)
+        return None
+    if part.rows.tolist() != [row.key for row in rows] or len(part.states) != int(part.ends[-1]):
+        logger.warning("%s holds other rows than it should and is computed again.", path)
+        return None
+    return part
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A scratch file that takes the place of `path` in one move, so that no half-written one is ever there."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield scratch
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _evaluating(base: nn.Module) -> Iterator[None]:
+    """The base in evaluation mode, as it was afterwards: gradient checkpointing has no say there."""
+    modes = [(module, module.training) for module in base.modules()]
+    base.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode

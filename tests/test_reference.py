@@ -1,0 +1,411 @@
+"""ReferenceCache: what the frozen model says, kept on disk, is what it says."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import VOCABULARY, build
+from datasets import Dataset
+from safetensors.torch import load_file
+from test_trainer import ONE_STEP, assert_same, make_collator, make_trainer, make_unlearner, prompt_state, rows
+from test_unlearner import CONFIGS
+from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
+
+import spul.reference
+from spul import ReferenceCache, SoftPromptUnlearner, UnlearningLoss, forget_retain_dataset
+from spul.losses import CrossEntropy, KLDivergence
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def answers(name, num):
+    """Rows with completions of one token and of many."""
+    texts = (" positive", " a bad film about jane doe", " the plot")
+    return Dataset.from_list(
+        [{"prompt": f"review {name} {'x ' * (i % 5)}{i} :", "completion": texts[i % 3]} for i in range(num)]
+    )
+
+
+def make_answers(num_forget=5, num_retain=13):
+    return forget_retain_dataset(answers("jane", num_forget), answers("film", num_retain))
+
+
+def build_any(name):
+    scaling = {
+        "cohere": lambda: CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.3)),
+        "granite": lambda: GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=4.0)),
+    }
+    if name not in scaling:
+        return build(name)
+    torch.manual_seed(0)
+    base = scaling[name]().eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return base
+
+
+def wrap(base, loss=None):
+    torch.manual_seed(3)
+    return SoftPromptUnlearner(base, CONFIGS["prompt_tuning"](4), loss=loss)
+
+
+def batches(dataset, collator, size=6):
+    return [collator([dataset[i] for i in range(start, min(start + size, len(dataset)))]) for start in (0, 4, 12)]
+
+
+# ---- the same loss ----
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen3", "gemma3", "gpt_neox", "cohere", "granite"])
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_cached_and_live_give_the_same_loss_and_gradient(family, direction, tmp_path):
+    unlearner = wrap(build_any(family), UnlearningLoss(kl=KLDivergence(direction=direction)))
+    dataset, collator = make_answers(), make_collator()
+    reference = ReferenceCache.build(unlearner, dataset, collator, tmp_path / "reference", batch_size=4)
+    for batch in batches(dataset, collator):
+        found = []
+        for more in ({}, {"reference_logits": reference.logits(batch)}):
+            unlearner.zero_grad()
+            out = unlearner(**batch, **more)
+            out.loss.backward()
+            gradients = [p.grad.clone() for p in unlearner.prompt_encoder.parameters()]
+            found.append([out.loss, out.forget_loss, out.retain_loss, out.kl_loss, *gradients])
+        assert not batch["is_forget"].all()
+        assert out.kl_loss > 1e-4
+        for live, cached in zip(*found, strict=True):
+            torch.testing.assert_close(live, cached, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["text", "tokenised"])
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_the_trainer_takes_the_same_steps_with_either(kind, family, tmp_path):
+    states, logs = [], []
+    for mode in ("live", "cached"):
+        collator = make_collator()
+        dataset = make_answers()
+        dataset = (
+            dataset if kind == "text" else dataset.map(collator.tokenize, remove_columns=["prompt", "completion"])
+        )
+        trainer = make_trainer(
+            tmp_path,
+            unlearner=wrap(build(family)),
+            dataset=dataset,
+            collator=collator,
+            reference=mode,
+            max_steps=6,
+            gradient_accumulation_steps=2,
+            optim="sgd",
+        )
+        trainer.train()
+        assert (trainer._reference is not None) == (mode == "cached")
+        states.append(prompt_state(trainer.model))
+        logs.append([entry["kl_loss"] for entry in trainer.state.log_history if "kl_loss" in entry])
+    assert_same(*states, rtol=1e-5, atol=1e-6)
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    assert max(logs[0]) > 1e-3
+
+
+def test_bf16_bases_and_autocast_give_the_live_loss_to_their_precision(tmp_path):
+    dataset, collator = make_answers(), make_collator()
+    batch = batches(dataset, collator)[1]
+    for name, base, autocast in (("base", build("llama", torch.bfloat16), False), ("autocast", build("llama"), True)):
+        unlearner = wrap(base)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            reference = ReferenceCache.build(unlearner, dataset, collator, tmp_path / name)
+            live = unlearner(**batch)
+            cached = unlearner(**batch, reference_logits=reference.logits(batch))
+        assert cached.kl_loss.item() == pytest.approx(live.kl_loss.item(), rel=0.1)
+        assert reference.states(collator_of_retain(batch)).dtype == next(base.parameters()).dtype
+
+
+def collator_of_retain(batch):
+    return {name: value[~batch["is_forget"]] for name, value in batch.items()}
+
+
+def test_states_hold_d_numbers_in_the_bases_precision_and_at_most_16_bytes_a_token(tmp_path):
+    unlearner = wrap(build("llama", torch.float16))
+    one_token = forget_retain_dataset(rows("jane", 3), rows("film", 300))
+    reference = ReferenceCache.build(unlearner, one_token, make_collator(), tmp_path / "reference")
+    assert len(reference) == 300
+    num_tokens = sum(len(load_file(path)["states"]) for path in (tmp_path / "reference").glob("*.safetensors"))
+    assert reference.num_bytes <= num_tokens * (32 * 2 + 16)
+
+
+def test_padding_batch_mates_and_order_do_not_matter(tmp_path):
+    unlearner, dataset, collator = wrap(build("opt")), make_answers(), make_collator()
+    reference = ReferenceCache.build(unlearner, dataset, collator, tmp_path / "reference", batch_size=3)
+    alone = [reference.logits(collator([row])) for row in dataset if not row["is_forget"]]
+    places = [i for i in range(len(dataset)) if not dataset[i]["is_forget"]]
+    order = torch.randperm(len(places), generator=torch.Generator().manual_seed(1)).tolist()
+    together = reference.logits(collator([dataset[places[i]] for i in order]))
+    for at, i in enumerate(order):
+        torch.testing.assert_close(together[at, : alone[i].shape[1]], alone[i][0])
+        assert not together[at, alone[i].shape[1] :].isnan().any()
+
+
+# ---- kept, shared, resumed ----
+
+
+class Counting:
+    """Counts the rows that pass through a base."""
+
+    def __init__(self, base):
+        self.rows = 0
+        base.base_model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs):
+        self.rows += len(kwargs["input_ids"]) if kwargs.get("input_ids") is not None else 0  # not a prompt's pass
+
+
+def test_a_later_run_computes_nothing_but_its_check(tmp_path):
+    dataset, collator = make_answers(), make_collator()
+    base = build("llama")
+    counting = Counting(base)
+    ReferenceCache.build(wrap(base), dataset, collator, tmp_path / "reference")
+    assert counting.rows >= 13
+    other_base = build("llama")
+    counting = Counting(other_base)
+    ReferenceCache.build(wrap(other_base), dataset.shuffle(seed=1), collator, tmp_path / "reference")
+    assert counting.rows == 8  # four rows, once for the logits and once for the states
+
+
+def test_without_a_folder_every_base_and_data_set_has_its_own(cache_home, tmp_path):
+    dataset, collator = make_answers(), make_collator()
+    first = ReferenceCache.build(wrap(build("llama")), dataset, collator)
+    again = ReferenceCache.build(wrap(build("llama")), dataset, collator)
+    other_base = ReferenceCache.build(wrap(build("opt")), dataset, collator)
+    other_data = ReferenceCache.build(wrap(build("llama")), make_answers(5, 12), collator)
+    assert first.folder == again.folder
+    assert first.folder.is_relative_to(cache_home)
+    assert len({first.folder, other_base.folder, other_data.folder}) == 3
+
+
+def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    monkeypatch.setattr(spul.reference, "MIN_ROWS_PER_PART", 3)
+    dataset, collator, folder = make_answers(), make_collator(), tmp_path / "reference"
+    base = build("llama")
+    write, written = spul.reference._write_part, []
+
+    def write_two(path, *args):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(path)
+        write(path, *args)
+
+    monkeypatch.setattr(spul.reference, "_write_part", write_two)
+    with pytest.raises(KeyboardInterrupt):
+        ReferenceCache.build(wrap(base), dataset, collator, folder)
+    monkeypatch.setattr(spul.reference, "_write_part", write)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "part-00000.safetensors",
+        "part-00001.safetensors",
+        "reference.json",
+    ]
+    written[1].write_bytes(written[1].read_bytes()[:-40])  # as a full disk leaves it
+    counting = Counting(base)
+    resumed = ReferenceCache.build(wrap(base), dataset, collator, folder)
+    assert counting.rows == 13 - 3 + 8
+    whole = ReferenceCache.build(wrap(base), dataset, collator, tmp_path / "whole")
+    batch = batches(dataset, collator)[2]
+    torch.testing.assert_close(resumed.logits(batch), whole.logits(batch))
+    assert not base.training
+
+
+def test_2_processes_share_the_work_and_the_files(tmp_path):
+    script = tmp_path / "share.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            sys.path.insert(0, sys.argv[1])
+            import torch
+            torch.set_num_threads(1)
+            import spul.reference
+            from test_reference import Counting, make_answers
+            from test_trainer import ONE_STEP, make_collator, make_trainer, make_unlearner, prompt_state
+            spul.reference.MIN_ROWS_PER_PART = 3
+            folder, size = sys.argv[2], int(sys.argv[3])
+            unlearner = make_unlearner()
+            counting = Counting(unlearner.get_base_model())
+            trainer = make_trainer(
+                folder, unlearner=unlearner, dataset=make_answers(), reference_dir=folder + "/reference",
+                per_device_train_batch_size=size, **ONE_STEP
+            )
+            trainer._open_reference()
+            torch.save(counting.rows, f"{folder}/rows-{trainer.accelerator.process_index}.pt")
+            trainer.train()
+            if trainer.is_world_process_zero():
+                torch.save(prompt_state(unlearner), f"{folder}/state.pt")
+            trainer.accelerator.end_training()
+            """
+        )
+    )
+    here = str(Path(__file__).parent)
+    states, counted = [], []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *launcher, str(script), here, str(folder), str(18 // processes)]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-3000:]
+        states.append(torch.load(folder / "state.pt"))
+        counted.append([torch.load(folder / f"rows-{rank}.pt") for rank in range(processes)])
+    assert_same(*states, rtol=0, atol=1e-6)
+    assert counted == [[13 + 8], [3 + 3 + 1 + 8, 3 + 3 + 8]]
+
+
+# ---- what is kept must be true ----
+
+
+def test_another_base_is_refused(tmp_path):
+    dataset, collator = make_answers(), make_collator()
+    base = build("llama")
+    ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
+    with torch.no_grad():
+        base.get_input_embeddings().weight.mul_(1.5)
+    with pytest.raises(ValueError, match=r"its base has other weights.*Delete the folder, name another"):
+        ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
+
+
+def test_a_change_that_the_fingerprint_does_not_see_is_refused(tmp_path):
+    dataset, collator = make_answers(), make_collator()
+    ReferenceCache.build(wrap(build("llama")), dataset, collator, tmp_path)
+    base = build("llama")
+    for layer in base.model.layers:
+        layer.self_attn.scaling = 2.0
+    with pytest.raises(ValueError, match="changed in a way that its fingerprint does not show"):
+        ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
+
+
+@pytest.mark.parametrize("change", ["fewer rows", "another completion", "another prompt", "cut shorter"])
+def test_other_data_are_refused(change, tmp_path):
+    unlearner, dataset, collator = wrap(build("llama")), make_answers(), make_collator()
+    ReferenceCache.build(unlearner, dataset, collator, tmp_path)
+    if change == "fewer rows":
+        dataset = dataset.select(range(len(dataset) - 1))
+    elif change == "cut shorter":
+        collator = make_collator(max_length=20)
+    else:
+        column = change.split()[1]
+        dataset = Dataset.from_list([{**row, column: row[column] + " good"} for row in dataset])
+    with pytest.raises(ValueError, match="its rows are others"):
+        ReferenceCache.build(unlearner, dataset, collator, tmp_path)
+
+
+def test_another_precision_is_refused(tmp_path):
+    dataset, collator = make_answers(), make_collator()
+    ReferenceCache.build(wrap(build("llama")), dataset, collator, tmp_path)
+    with pytest.raises(ValueError, match="another precision"):
+        ReferenceCache.build(wrap(build("llama", torch.bfloat16)), dataset, collator, tmp_path)
+
+
+def test_a_row_that_changed_after_the_cache_was_built_is_refused(tmp_path):
+    unlearner, dataset, collator = wrap(build("llama")), make_answers(), make_collator()
+    reference = ReferenceCache.build(unlearner, dataset, collator, tmp_path)
+    retain = [row for row in dataset if not row["is_forget"]]
+    with pytest.raises(ValueError, match=r"1 of 2 rows of the batch are not among the 13 .* \(place 1 is the first\)"):
+        reference.logits(collator([retain[0], {**retain[1], "prompt": "another text :"}]))
+
+
+def test_a_folder_of_other_things_is_not_written_to(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds other files and no reference"):
+        ReferenceCache.build(wrap(build("llama")), make_answers(), make_collator(), tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_an_unknown_output_head_is_refused(tmp_path):
+    base = build("llama")
+    forward = base.forward
+
+    def biased(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.logits = out.logits + torch.arange(VOCABULARY)
+        return out
+
+    base.forward = biased
+    with pytest.raises(ValueError, match="does more between its output embeddings and its logits"):
+        ReferenceCache.build(wrap(base), make_answers(), make_collator(), tmp_path)
+
+
+def test_a_head_that_learns_is_kept_as_it_was(tmp_path):
+    dataset, collator = make_answers(), make_collator()
+    unlearner = wrap(build("llama"))
+    base = unlearner.get_base_model()
+    base.lm_head.weight.requires_grad_(True)
+    reference = ReferenceCache.build(unlearner, dataset, collator, tmp_path)
+    batch = batches(dataset, collator)[2]
+    before = reference.logits(batch)
+    with torch.no_grad():
+        base.lm_head.weight.add_(1.0)
+    torch.testing.assert_close(reference.logits(batch), before, rtol=0, atol=0)
+
+
+def test_terms_on_generic_completions_cannot_be_cached(tmp_path):
+    loss = UnlearningLoss(forget=KLDivergence())
+    with pytest.raises(ValueError, match=r"drawn anew each time.*reference='live'"):
+        ReferenceCache.build(wrap(build("llama"), loss), make_answers(), make_collator(), tmp_path)
+
+
+def test_forget_terms_on_true_completions_can_be_cached(tmp_path):
+    unlearner = wrap(build("llama"), UnlearningLoss(forget=KLDivergence()))
+    dataset, collator = make_answers(), make_collator(generic_completions=None)
+    reference = ReferenceCache.build(unlearner, dataset, collator, tmp_path)
+    assert len(reference) == len(dataset)
+    batch = batches(dataset, collator)[1]
+    live, cached = unlearner(**batch), unlearner(**batch, reference_logits=reference.logits(batch))
+    torch.testing.assert_close(live.forget_loss, cached.forget_loss, rtol=1e-5, atol=1e-6)
+
+
+def test_own_terms_that_need_no_reference_build_none(tmp_path):
+    @dataclass(frozen=True)
+    class Own(CrossEntropy):
+        pass
+
+    for loss in (UnlearningLoss(beta=0.0), UnlearningLoss(kl=Own())):
+        trainer = make_trainer(
+            tmp_path, unlearner=make_unlearner(loss=loss), reference_dir=tmp_path / "none", **ONE_STEP
+        )
+        trainer.train()
+        assert trainer._reference is None
+        assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"reference": "cache"}, {"reference": None}, {"reference": "live", "reference_dir": "somewhere"}]
+)
+def test_unknown_choices_of_reference_raise(wrong, tmp_path):
+    with pytest.raises(ValueError, match="expected 'cached', with or without a folder, or 'live' without one"):
+        make_trainer(tmp_path, **wrong)
+
+
+def test_reference_logits_of_another_shape_raise():
+    unlearner, dataset, collator = wrap(build("llama")), make_answers(), make_collator()
+    batch = batches(dataset, collator)[2]
+    with pytest.raises(ValueError, match=r"reference_logits have the shape \(1, 2, 3\); expected"):
+        unlearner(**batch, reference_logits=torch.zeros(1, 2, 3))
+
+
+def test_the_index_says_what_the_files_belong_to(tmp_path):
+    ReferenceCache.build(wrap(build("llama")), make_answers(), make_collator(), tmp_path)
+    index = json.loads((tmp_path / "reference.json").read_text())
+    assert index["rows"] == 13
+    assert index["precision"] == "float32, autocast None"
+    assert len(index["base"]) == 64
