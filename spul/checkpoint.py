@@ -180,9 +180,8 @@ def restore_prompt(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapt
     put_out = model.get_prompt_embedding_to_save(adapter_name).float()
     if not torch.allclose(put_out, _flat_weights(adapter, **hub).float(), rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"{path} does not belong to the adapter_model.safetensors beside it, as when a save was cut "
-            "short; load the "
-            "prompt with is_trainable=False, or go on from another checkpoint."
+            f"{path} does not belong to the adapter_model.safetensors beside it, as when a save was cut short; "
+            "load the prompt with is_trainable=False, or go on from another checkpoint."
         )
 
 

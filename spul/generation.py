@@ -33,18 +33,17 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     base.eval()  # gradient checkpointing, in training mode, would drop the cache and the prompt with it
     try:
         with torch.no_grad():
-            states = prompt_states(model)
-            limit = max_positions(base)
-            if states is not None and limit is not None and states[0].seen + input_ids.shape[1] >= limit:
-                raise ValueError(
-                    f"{states[0].seen} virtual tokens and {input_ids.shape[1]} tokens leave no room in "
-                    f"the model's {limit} "
-                    "positions to generate anything; shorten the input."
-                )
-            if states is None:
+            found, limit = prompt_states(model), max_positions(base)
+            if found is None:
                 raise ValueError(
                     f"{type(base).__name__} has no plain key/value cache, which generate under a soft prompt needs. "
                     "Score answers with spul.score_completions instead."
+                )
+            states = found.layers
+            if limit is not None and states[0].seen + input_ids.shape[1] >= limit:
+                raise ValueError(
+                    f"{states[0].seen} virtual tokens and {input_ids.shape[1]} tokens leave no room in the model's "
+                    f"{limit} positions to generate anything; shorten the input."
                 )
             lengths = attention_mask.sum(dim=1)
             if len(lengths.unique()) > 1 and _crosses_window(model, states[0].seen + input_ids.shape[1], kwargs):
@@ -98,9 +97,8 @@ def _by_length(
         out = _generate(model, states, ids, torch.ones_like(ids), args, kwargs)
         if not isinstance(out, Tensor):
             raise ValueError(
-                "rows of unequal length on a sliding-window model are generated in groups, which cannot "
-                "be joined under "
-                "return_dict_in_generate=True; pass rows of one length, or leave that out."
+                "rows of unequal length on a sliding-window model are generated in groups, which cannot be joined "
+                "under return_dict_in_generate=True; pass rows of one length, or leave that out."
             )
         per_row = len(out) // len(rows)
         for row, new in zip(rows.tolist(), out[:, length:].split(per_row), strict=True):

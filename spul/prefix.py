@@ -123,70 +123,61 @@ _without_cache: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 @dataclass
-class KeptPrompt:
+class PromptStates:
     """What the base computed of a prompt, and what it was computed from."""
 
-    prompt: Tensor  # (1, p, d)
-    made_with: tuple  # autocast, and the base's weights by place and version
-    states: list[LayerStates]
-    logits: Tensor | None  # (1, p, V), if they were asked for
+    layers: list[LayerStates]
+    logits: Tensor | None = None  # (1, p, V) at the virtual tokens, if they were asked for
+    prompt: Tensor | None = None  # (1, p, d); prefix tuning has none
+    base: tuple = ()  # what `_state_of` said of the base
 
-    def is_of(self, prompt: Tensor, made_with: tuple) -> bool:
+    def is_of(self, prompt: Tensor, base: tuple) -> bool:
         """Whether the prompt is the same, bit for bit, and the base too."""
         mine = self.prompt
         return (
-            (mine.dtype, mine.device, self.made_with) == (prompt.dtype, prompt.device, made_with)
-            and mine.shape == prompt.shape
+            mine is not None
+            and (mine.dtype, mine.device, mine.shape, self.base) == (prompt.dtype, prompt.device, prompt.shape, base)
             and torch.equal(mine, prompt)
         )
 
 
-def prompt_states(model: Any) -> list[LayerStates] | None:
+def prompt_states(model: Any, with_logits: bool = False) -> PromptStates | None:
     """The keys and values of the active prompt, batch size 1; None if they cannot be had.
 
     With gradient they are computed; without, they are kept from call to call until the prompt or the base changes.
+
+    Args:
+        model: a prompt-learning PEFT model.
+        with_logits: whether the logits at the virtual tokens are wanted too.
     """
-    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
-        return _layer_states(model.get_prompt(batch_size=1))
-    kept = _kept_or_computed(model, with_logits=False)
-    return None if kept is None else kept.states
-
-
-def prompt_states_and_logits(model: Any) -> tuple[list[LayerStates], Tensor | None] | None:
-    """As `prompt_states`, with the logits (1, p, V) at the virtual tokens, which prefix tuning has not (None)."""
-    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
-        states = prompt_states(model)
-        return None if states is None else (states, None)
-    kept = _kept_or_computed(model, with_logits=True)
-    return None if kept is None else (kept.states, kept.logits)
-
-
-def _kept_or_computed(model: Any, with_logits: bool) -> KeptPrompt | None:
     base: Any = model.get_base_model()
+    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+        layers = _layer_states(model.get_prompt(batch_size=1))
+        return None if layers is None else PromptStates(layers)
     if base in _without_cache:
         return None
     prompt = model.get_prompt(batch_size=1).to(model.word_embeddings.weight.dtype)
     if torch.is_grad_enabled():
         return _pass(base, prompt, (), with_logits)
-    by_adapter: dict[str, KeptPrompt] = model.__dict__.setdefault("_kept_prompts", {})
-    made_with = (_autocast(prompt.device.type), _weights(base))
+    by_adapter: dict[str, PromptStates] = model.__dict__.setdefault("_kept_prompts", {})
+    state = _state_of(base)
     kept = by_adapter.get(model.active_adapter)
-    if kept is None or not kept.is_of(prompt, made_with) or (with_logits and kept.logits is None):
-        kept = _pass(base, prompt, made_with, with_logits)
+    if kept is None or not kept.is_of(prompt, state) or (with_logits and kept.logits is None):
+        kept = _pass(base, prompt, state, with_logits)
         if kept is not None:
             by_adapter[model.active_adapter] = kept
     return kept
 
 
-def _pass(base: Any, prompt: Tensor, made_with: tuple, with_logits: bool) -> KeptPrompt | None:
+def _pass(base: Any, prompt: Tensor, state: tuple, with_logits: bool) -> PromptStates | None:
     fresh = DynamicCache(config=base.config.get_text_config())
     last = {"logits_to_keep": 1} if selects_positions(base) and not with_logits else {}
     out = base(inputs_embeds=prompt, past_key_values=fresh, use_cache=True, **last)
-    states = _layer_states(getattr(out, "past_key_values", None))
-    if states is None:
+    layers = _layer_states(getattr(out, "past_key_values", None))
+    if layers is None:
         _without_cache.add(base)
         return None
-    return KeptPrompt(prompt, made_with, states, out.logits if with_logits else None)
+    return PromptStates(layers, out.logits if with_logits else None, prompt, state)
 
 
 def _layer_states(cache: Any) -> list[LayerStates] | None:
@@ -198,19 +189,17 @@ def _layer_states(cache: Any) -> list[LayerStates] | None:
     return [LayerStates(layer.keys, layer.values, layer.get_seq_length()) for layer in layers]
 
 
-def _autocast(device_type: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+def _state_of(base: nn.Module) -> tuple:
+    """Changes with autocast, and when a weight is replaced, moved, or written to."""
+    weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters())
+    device = next(base.parameters()).device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None, weights
 
 
-def _weights(base: nn.Module) -> tuple:
-    """Changes when a weight is replaced, moved, or written to."""
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters())
-
-
-def expand_states(states: list[LayerStates], base_model: Any, batch_size: int) -> DynamicCache:
+def expand_states(layers: list[LayerStates], base_model: Any, batch_size: int) -> DynamicCache:
     """A fresh cache in which every one of `batch_size` rows has seen the prompt. It grows with use: never reuse it."""
     cache = DynamicCache(config=base_model.config.get_text_config())
-    for index, layer in enumerate(states):
+    for index, layer in enumerate(layers):
         keys, values = (t.expand(batch_size, -1, -1, -1) for t in (layer.keys, layer.values))
         cache.update(keys, values, index)
         grown = cache.layers[index]
@@ -252,13 +241,13 @@ def prompted_logits(model: PeftModel, input_ids: Tensor, attention_mask: Tensor,
             say_once(f"{type(base).__name__} has no plain key/value cache: the prompt is concatenated to every row.")
     if states is None:
         return _concatenated_logits(model, input_ids, attention_mask, positions)
-    seen = attention_mask.new_ones(len(input_ids), states[0].seen)
+    seen = attention_mask.new_ones(len(input_ids), states.layers[0].seen)
     return logits_at(
         base,
         positions,
         input_ids=input_ids,
         attention_mask=torch.cat([seen, attention_mask], dim=1),
-        past_key_values=expand_states(states, base, len(input_ids)),
+        past_key_values=expand_states(states.layers, base, len(input_ids)),
         use_cache=True,
     )
 

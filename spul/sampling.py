@@ -51,9 +51,8 @@ class ForgetFractionSampler(Sampler[int]):
         self.groups = [[i for i, flag in enumerate(is_forget) if bool(flag) == group] for group in (False, True)]
         if not all(self.groups):
             raise ValueError(
-                f"forget_fraction={fraction!r} needs rows of both groups; the data set has "
-                f"{len(self.groups[1])} forget "
-                f"and {len(self.groups[0])} retain rows."
+                f"forget_fraction={fraction!r} needs rows of both groups; the data set has {len(self.groups[1])} "
+                f"forget and {len(self.groups[0])} retain rows."
             )
         self.fraction, self.seed, self.epoch, self.num_rows = fraction, seed, 0, len(is_forget)
 

@@ -94,9 +94,8 @@ class UnlearningTrainer(Trainer):
             )
         if isinstance(model.loss.forget, GradientAscent) and data_collator.generic_completions is not None:
             raise ValueError(
-                "GradientAscent makes the collated completion unlikely, and the collator would give it "
-                "generic ones; use "
-                "ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
+                "GradientAscent makes the collated completion unlikely, and the collator would give it generic "
+                "ones; use ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
             )
         self._reference_mode, self._reference_dir = reference, reference_dir
         self._reference: ReferenceCache | None = None

@@ -25,8 +25,9 @@ from transformers.utils import ModelOutput
 from . import checkpoint
 from .base import keep_4bit_differentiable, max_positions, scale_random_prompt, zero_dropout
 from .generation import generate_prompted
+from .inference import ordinary_forward
 from .losses import UnlearningLoss
-from .prefix import has_left_padding, logits_at, pack_right, prompted_logits, response_positions
+from .prefix import logits_at, pack_right, prompted_logits, response_positions
 from .provenance import SpulConfig
 
 PROMPT_CONFIGS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
@@ -223,7 +224,10 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         if is_forget is None:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
-            return self._plain_forward(input_ids, attention_mask, labels, **kwargs)
+            if self._adapters_disabled:
+                base: Any = self.get_base_model()
+                return base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            return ordinary_forward(self, super().forward, input_ids, attention_mask, labels, **kwargs)
         if unknown := sorted(name for name, value in kwargs.items() if value is not None and name != "return_dict"):
             raise TypeError(f"with is_forget, forward takes no {', '.join(unknown)}; leave out is_forget to use them.")
         if input_ids is None or labels is None:
@@ -307,29 +311,6 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
                 use_cache=False,
             )
         return torch.zeros_like(logits, requires_grad=False).index_copy(0, rows, said.to(logits.dtype))
-
-    def _plain_forward(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None, **kwargs: Any
-    ) -> Any:
-        """PEFT's forward, with left-padded batches set right: PEFT would put the prompt left of the pads."""
-        if self._adapters_disabled:
-            base: Any = self.get_base_model()
-            return base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        given = any(kwargs.get(name) is not None for name in ("inputs_embeds", "past_key_values", "position_ids"))
-        if input_ids is None or attention_mask is None or given or not has_left_padding(attention_mask):
-            return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-        refused = ("logits_to_keep", "output_hidden_states", "output_attentions", "use_cache")
-        if bad := [name for name in refused if kwargs.get(name) or kwargs.get("return_dict") is False]:
-            raise ValueError(f"left-padded rows under a prompt take no {', '.join(bad)}; pad on the right.")
-        width = input_ids.shape[1]
-        columns = torch.arange(width, device=input_ids.device).expand_as(input_ids)
-        mask, ids, origin = pack_right(attention_mask, input_ids, columns)
-        packed_labels = None if labels is None else pack_right(attention_mask, labels)[1]
-        out = super().forward(input_ids=ids, attention_mask=mask, labels=packed_labels, **kwargs)
-        back = origin.argsort(dim=1) + (out.logits.shape[1] - width)
-        head = out.logits[:, : out.logits.shape[1] - width]
-        out.logits = torch.cat([head, out.logits.take_along_dim(back[..., None], dim=1)], dim=1)
-        return out
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate with the prompt in place; takes what `transformers`' `generate` takes.

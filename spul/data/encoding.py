@@ -87,8 +87,7 @@ class RowEncoder:
         elif "prompt" not in row or "completion" not in row:
             raise ValueError(
                 f"a row has the columns {sorted(row)}; expected prompt and completion, or input_ids and "
-                "completion_mask. "
-                "If a Trainer pruned them, set TrainingArguments(remove_unused_columns=False)."
+                "completion_mask. If a Trainer pruned them, set TrainingArguments(remove_unused_columns=False)."
             )
         elif isinstance(row["prompt"], str):
             if is_empty(row["completion"]):
@@ -100,9 +99,8 @@ class RowEncoder:
             removable = None
         if not prompt_ids or not completion_ids:
             raise ValueError(
-                f"{'the prompt' if not prompt_ids else 'the completion'} of a row has no tokens: "
-                f"{dict(row)!r}. The model "
-                "needs at least one token before the completion, and one to answer."
+                f"{'the prompt' if not prompt_ids else 'the completion'} of a row has no tokens: {dict(row)!r}. "
+                "The model needs at least one token before the completion, and one to answer."
             )
         return Encoded(self._shorten(prompt_ids, max(len(completion_ids), reserve), removable), completion_ids)
 
@@ -154,9 +152,9 @@ class RowEncoder:
         both = list(apply([*prompt, *completion], tokenize=True, return_dict=False))
         if both[: len(prompt_ids)] != prompt_ids:
             raise ValueError(
-                "the chat template does not render the prompt the same way when the completion follows, "
-                "so the completion "
-                f"cannot be told apart: {prompt!r}. Use a template whose generation prompt is the start of an answer."
+                "the chat template does not render the prompt the same way when the completion follows, so the "
+                f"completion cannot be told apart: {prompt!r}. Use a template whose generation prompt is the start "
+                "of an answer."
             )
         return prompt_ids, both[len(prompt_ids) :]
 
@@ -179,9 +177,8 @@ class RowEncoder:
             return prompt_ids
         if num_completion >= self.max_length:
             raise ValueError(
-                f"a completion has {num_completion} tokens and max_length={self.max_length} leaves no "
-                "room for a prompt; "
-                "completions are never cut: raise max_length."
+                f"a completion has {num_completion} tokens and max_length={self.max_length} leaves no room for a "
+                "prompt; completions are never cut: raise max_length."
             )
         if removable is not None:
             cut = min(excess, len(removable))

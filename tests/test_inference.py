@@ -1,0 +1,226 @@
+"""The ordinary forward without gradient: PEFT's logits, by a prompt that passed once and is never stale."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModelForCausalLM
+from test_unlearner import CONFIGS, make, make_batch
+
+PASSED = ("prompt_tuning", "p_tuning")  # prefix tuning needs no pass
+
+
+@pytest.fixture(params=PASSED)
+def prompt_type(request) -> str:
+    return request.param
+
+
+class CountedPasses:
+    """Counts how often a prompt, and nothing else, passes through the base."""
+
+    def __init__(self, unlearner):
+        self.num = 0
+        unlearner.get_base_model().base_model.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs):
+        embeds = kwargs.get("inputs_embeds")
+        self.num += embeds is not None and embeds.shape[:2] == (1, 5)
+
+
+def plain_batch(side="right"):
+    batch = make_batch(side)
+    del batch["is_forget"]
+    return batch
+
+
+def peft_forward(unlearner, **kwargs):
+    """PEFT's own, which puts the prompt before every row."""
+    return PeftModelForCausalLM.forward(unlearner, **kwargs)
+
+
+def assert_fresh(unlearner, batch, **tolerance):
+    """The next forward gives what concatenation gives now."""
+    with torch.no_grad():
+        out, expected = unlearner(**batch), peft_forward(unlearner, **batch)
+    torch.testing.assert_close(out.logits, expected.logits, **tolerance)
+
+
+# ---- equal to PEFT ----
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_without_gradient_the_forward_gives_pefts_logits_and_loss(family, kind, side):
+    unlearner, batch = make(family, kind), plain_batch()
+    given = plain_batch(side)
+    with torch.no_grad():
+        expected, out = peft_forward(unlearner, **batch), unlearner(**given)
+    assert out.logits.shape == expected.logits.shape
+    torch.testing.assert_close(out.loss, expected.loss)
+    num_virtual = out.logits.shape[1] - batch["input_ids"].shape[1]
+    torch.testing.assert_close(out.logits[:, :num_virtual], expected.logits[:, :num_virtual])
+    real, plain = given["attention_mask"].bool(), batch["attention_mask"].bool()
+    torch.testing.assert_close(out.logits[:, num_virtual:][real], expected.logits[:, num_virtual:][plain])
+
+
+@pytest.mark.parametrize("window", [3, 8])
+def test_a_prompt_longer_than_the_sliding_window_gives_pefts_logits(window, prompt_type):
+    assert_fresh(make("gemma3", prompt_type, sliding_window=window), plain_batch())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"logits_to_keep": 1},
+        {"logits_to_keep": 12},
+        {"logits_to_keep": 14},
+        {"logits_to_keep": torch.tensor([0, 6, 16])},
+        {"output_hidden_states": True},
+        {"use_cache": False},
+        {"return_dict": False},
+        {"attention_mask": None},
+    ],
+)
+def test_options_of_the_forward_mean_what_they_mean_in_peft(family, prompt_type, options):
+    unlearner, batch = make(family, prompt_type), {**plain_batch(), **options}
+    del batch["labels"]
+    with torch.no_grad():
+        out, expected = unlearner(**batch), peft_forward(unlearner, **batch)
+    if "return_dict" in options:
+        torch.testing.assert_close(out[0], expected[0])
+        return
+    torch.testing.assert_close(out.logits, expected.logits)
+    assert (out.past_key_values is None) == (expected.past_key_values is None)
+    assert (out.hidden_states is None) == (expected.hidden_states is None)
+    if out.past_key_values is not None:
+        assert out.past_key_values.get_seq_length() == expected.past_key_values.get_seq_length() == 17
+
+
+# ---- once ----
+
+
+def test_the_prompt_passes_once_over_all_calls_of_forward_scoring_and_generate(prompt_type):
+    unlearner, batch = make("llama", prompt_type), plain_batch()
+    counted = CountedPasses(unlearner)
+    with torch.no_grad():
+        for _ in range(3):
+            unlearner(**batch)
+            unlearner(**make_batch())
+            unlearner(input_ids=batch["input_ids"], logits_to_keep=1)
+    for _ in range(2):
+        unlearner.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2)
+    assert counted.num == 1
+
+
+def test_every_adapter_has_its_own(prompt_type):
+    unlearner, batch = make("llama", prompt_type), plain_batch()
+    torch.manual_seed(5)
+    unlearner.add_adapter("other", CONFIGS[prompt_type](5))
+    unlearner.double()
+    counted = CountedPasses(unlearner)
+    outs = []
+    with torch.no_grad():
+        for name in ("default", "other", "default", "other"):
+            unlearner.set_adapter(name)
+            outs.append(unlearner(**batch).logits)
+    assert counted.num == 2
+    torch.testing.assert_close(outs[0], outs[2], rtol=0, atol=0)
+    assert (outs[0] - outs[1]).abs().max() > 1e-3
+    unlearner.delete_adapter("other")
+    unlearner.add_adapter("other", CONFIGS[prompt_type](5))
+    unlearner.double().set_adapter("other")
+    assert_fresh(unlearner, batch)
+
+
+def test_with_gradient_nothing_is_kept(prompt_type):
+    unlearner, batch = make("llama", prompt_type), make_batch()
+    for _ in range(2):
+        unlearner(**batch).loss.backward()  # a kept graph would raise the second time
+    assert not unlearner.__dict__.get("_kept_prompts")
+
+
+# ---- never stale ----
+
+
+def by_a_step(unlearner):
+    optimizer = torch.optim.SGD([p for p in unlearner.parameters() if p.requires_grad], lr=1.0)
+    unlearner(**make_batch()).loss.backward()
+    optimizer.step()
+
+
+def by_data(unlearner):
+    for parameter in unlearner.prompt_encoder.parameters():
+        parameter.data.mul_(1.5)  # leaves no trace in the version counter
+
+
+def by_loading(unlearner):
+    state = copy.deepcopy(unlearner.prompt_encoder.state_dict())
+    unlearner.prompt_encoder.load_state_dict({name: value + 0.1 for name, value in state.items()})
+
+
+def by_the_base(unlearner):
+    with torch.no_grad():
+        for parameter in unlearner.get_base_model().parameters():
+            parameter.mul_(1.1)
+
+
+@pytest.mark.parametrize("change", [by_a_step, by_data, by_loading, by_the_base])
+def test_a_changed_prompt_or_base_invalidates_it(change, prompt_type):
+    unlearner, batch = make("llama", prompt_type), plain_batch()
+    with torch.no_grad():
+        before = unlearner(**batch).logits
+    change(unlearner)
+    with torch.no_grad():
+        assert (unlearner(**batch).logits - before).abs().max() > 1e-4
+    assert_fresh(unlearner, batch)
+
+
+def test_a_changed_dtype_invalidates_it(prompt_type):
+    unlearner, batch = make("llama", prompt_type), plain_batch()
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        unlearner.to(dtype)
+        assert_fresh(unlearner, batch, **({"rtol": 0.1, "atol": 0.2} if dtype == torch.bfloat16 else {}))
+        assert unlearner.__dict__["_kept_prompts"]["default"].layers[0].keys.dtype == dtype
+
+
+def test_autocast_invalidates_it(prompt_type):
+    unlearner, batch = make("llama", prompt_type, torch.float32), plain_batch()
+    counted = CountedPasses(unlearner)
+    with torch.no_grad():
+        unlearner(**batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(
+                unlearner(**batch).logits, peft_forward(unlearner, **batch).logits, rtol=0.1, atol=0.2
+            )
+        unlearner(**batch)
+    assert counted.num == 3
+
+
+def test_another_device_is_another_prompt():
+    unlearner = make()
+    with torch.no_grad():
+        unlearner(**plain_batch())
+    kept = unlearner.__dict__["_kept_prompts"]["default"]
+    assert kept.is_of(kept.prompt.clone(), kept.base)
+    assert not kept.is_of(kept.prompt.to("meta"), kept.base)
+
+
+def test_inference_mode_may_come_before_and_after(prompt_type):
+    unlearner, batch = make("llama", prompt_type), plain_batch()
+    with torch.inference_mode():
+        unlearner(**batch)
+    assert_fresh(unlearner, batch)
+    unlearner(**make_batch()).loss.backward()
+
+
+def test_a_base_without_a_plain_cache_is_asked_once(monkeypatch):
+    unlearner, batch = make("llama"), make_batch()
+    counted = CountedPasses(unlearner)
+    import spul.prefix
+
+    monkeypatch.setattr(spul.prefix, "_layer_states", lambda cache: None)
+    for _ in range(3):
+        unlearner(**batch)
+        with torch.no_grad():
+            unlearner(**plain_batch())
+    assert counted.num == 1
