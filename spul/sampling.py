@@ -1,4 +1,4 @@
-"""How forget and retain rows are mixed, when a share is asked for."""
+"""How forget and retain rows are mixed when a share is asked for, and how rows of like length meet."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
+from tqdm.auto import tqdm
+from transformers import TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from .collator import ForgetRetainCollator
 
 
 class RowCopies(Dataset):
@@ -38,12 +43,22 @@ class ForgetFractionSampler(Sampler[int]):
         is_forget: one flag per row.
         fraction: share of forget rows, above 0 and below 1.
         seed: seed of the shuffles.
+        lengths: one per row, in tokens; given, rows of like length meet: within each quarter of an epoch, or 50
+            batches if that is less, both groups are drawn from long to short. The shares stay as they are.
+        batch_size: rows per step; used with `lengths` only.
 
     Raises:
-        ValueError: if `fraction` is out of range, or a group has no rows.
+        ValueError: if `fraction` is out of range, a group has no rows, or `lengths` are not one per row.
     """
 
-    def __init__(self, is_forget: Sequence[bool], fraction: float, seed: int = 0) -> None:
+    def __init__(
+        self,
+        is_forget: Sequence[bool],
+        fraction: float,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+    ) -> None:
         if not 0 < fraction < 1:
             raise ValueError(
                 f"forget_fraction={fraction!r}; expected a share above 0 and below 1, or None to mix as the data are."
@@ -54,7 +69,10 @@ class ForgetFractionSampler(Sampler[int]):
                 f"forget_fraction={fraction!r} needs rows of both groups; the data set has {len(self.groups[1])} "
                 f"forget and {len(self.groups[0])} retain rows."
             )
+        if lengths is not None and len(lengths) != len(is_forget):
+            raise ValueError(f"there are {len(lengths)} lengths for {len(is_forget)} rows; expected one for each.")
         self.fraction, self.seed, self.epoch, self.num_rows = fraction, seed, 0, len(is_forget)
+        self.lengths, self.batch_size = lengths, batch_size
 
     def __len__(self) -> int:
         retain, forget = (len(group) for group in self.groups)
@@ -68,10 +86,28 @@ class ForgetFractionSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
         draws = [self._endless(group, generator) for group in self.groups]
-        for i in range(len(self)):
+        size = len(self) if self.lengths is None else self._mega_batch()
+        for start in range(0, len(self), size):
             # The small summand keeps shares such as 0.1, which binary floats miss, from rounding down.
-            is_forget = math.floor((i + 1) * self.fraction + 1e-9) > math.floor(i * self.fraction + 1e-9)
-            yield next(draws[is_forget])
+            flags = [
+                math.floor((i + 1) * self.fraction + 1e-9) > math.floor(i * self.fraction + 1e-9)
+                for i in range(start, min(start + size, len(self)))
+            ]
+            drawn: list[list[int]] = [[], []]
+            for is_forget in flags:
+                drawn[is_forget].append(next(draws[is_forget]))
+            if self.lengths is not None:
+                drawn = [sorted(group, key=self._length, reverse=True) for group in drawn]
+            in_order = [iter(group) for group in drawn]
+            yield from (next(in_order[is_forget]) for is_forget in flags)
+
+    def _mega_batch(self) -> int:
+        """Draws among which lengths are sorted: a quarter of the epoch, or 50 batches, as in transformers."""
+        return self.batch_size * max(1, min(len(self) // (4 * self.batch_size), 50))
+
+    def _length(self, draw: int) -> int:
+        assert self.lengths is not None
+        return self.lengths[draw % self.num_rows]
 
     def _endless(self, group: Sequence[int], generator: torch.Generator) -> Iterator[int]:
         copy = 0
@@ -79,6 +115,32 @@ class ForgetFractionSampler(Sampler[int]):
             for place in torch.randperm(len(group), generator=generator).tolist():
                 yield group[place] + copy * self.num_rows
             copy += 1
+
+
+class LengthGroupedRows(Sampler[int]):
+    """Every row once an epoch, shuffled so that rows of like length meet, as transformers' length grouping does it.
+
+    The shuffle depends on seed and epoch alone, so that a resumed run goes on with it.
+
+    Args:
+        lengths: one per row, in tokens.
+        batch_size: rows per step.
+        seed: seed of the shuffles.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle as in this epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
 
 
 def forget_flags(rows: Any) -> list[bool]:
@@ -95,3 +157,47 @@ def forget_flags(rows: Any) -> list[bool]:
             )
         return [bool(flag) for flag in rows["is_forget"]]  # type: ignore[index]
     return [bool(row["is_forget"]) for row in rows]
+
+
+EpochSampler = ForgetFractionSampler | LengthGroupedRows
+
+
+def epoch_sampler(
+    args: TrainingArguments,
+    collator: ForgetRetainCollator,
+    rows: Any,
+    is_forget: Sequence[bool],
+    forget_fraction: float | None,
+) -> EpochSampler | None:
+    """The sampler for a share of forget rows, for length grouping, or for both; None leaves the choice to Trainer.
+
+    Raises:
+        ValueError: if the share and `train_sampling_strategy` contradict each other.
+    """
+    strategy = args.train_sampling_strategy
+    seed = args.seed if args.data_seed is None else args.data_seed
+    if strategy == "group_by_length":
+        lengths = row_lengths(rows, collator, args.length_column_name, progress=not args.disable_tqdm)
+        step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        if forget_fraction is None:
+            return LengthGroupedRows(lengths, step_size, seed)
+        return ForgetFractionSampler(is_forget, forget_fraction, seed, lengths, step_size)
+    if forget_fraction is None:
+        return None
+    if strategy != "random":
+        raise ValueError(
+            f"forget_fraction={forget_fraction!r} draws the rows itself, and so does "
+            f"train_sampling_strategy={strategy!r}; leave one out. 'random' and 'group_by_length' go with it."
+        )
+    return ForgetFractionSampler(is_forget, forget_fraction, seed)
+
+
+def row_lengths(rows: Any, collator: ForgetRetainCollator, column: str, progress: bool = False) -> list[int]:
+    """Tokens per row: from the column of that name, if there is one, else by encoding the rows."""
+    if column in getattr(rows, "column_names", ()):
+        return [int(length) for length in rows[column]]
+    lengths = []
+    for row in tqdm(rows, "lengths", disable=not progress, leave=False):
+        encoded = collator.encoder.encode(row)
+        lengths.append(len(encoded.prompt_ids) + len(encoded.completion_ids))
+    return lengths

@@ -21,7 +21,7 @@ from .evaluation.scoring import Answers, collect_answers, summarise
 from .losses import GradientAscent
 from .provenance import summarise_rows
 from .reference import ReferenceCache
-from .sampling import ForgetFractionSampler, RowCopies, forget_flags
+from .sampling import EpochSampler, RowCopies, epoch_sampler, forget_flags
 from .unlearner import SoftPromptUnlearner
 
 logger = logging.getLogger(__name__)
@@ -99,13 +99,13 @@ class UnlearningTrainer(Trainer):
             )
         self._reference_mode, self._reference_dir = reference, reference_dir
         self._reference: ReferenceCache | None = None
-        self._forget_sampler: ForgetFractionSampler | None = None
+        self._sampler: EpochSampler | None = None
         if train_dataset is not None:
             flags = self._flags = forget_flags(train_dataset)
             self._describe_data(model, data_collator, train_dataset, flags)
+            settings = TrainingArguments() if args is None else args
+            self._sampler = epoch_sampler(settings, data_collator, train_dataset, flags, forget_fraction)
             if forget_fraction is not None:
-                seed = 0 if args is None else (args.seed if args.data_seed is None else args.data_seed)
-                self._forget_sampler = ForgetFractionSampler(flags, forget_fraction, seed)
                 train_dataset = RowCopies(train_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if self.args.n_gpu > 1:
@@ -119,7 +119,7 @@ class UnlearningTrainer(Trainer):
                 "no prompt parameter requires a gradient: the prompt was loaded for use only. Load it with "
                 "SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
             )
-        self.add_callback(_Epochs(model, data_collator, self._forget_sampler))
+        self.add_callback(_Epochs(model, data_collator, self._sampler))
         self._term_sums = torch.zeros(len(TERMS), device=self.args.device)
         self._terms_since = self.state.global_step
 
@@ -152,9 +152,7 @@ class UnlearningTrainer(Trainer):
             self._signature_columns: Any = [*(self._signature_columns or []), *own]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        if self._forget_sampler is not None:
-            return self._forget_sampler
-        return super()._get_train_sampler(train_dataset)
+        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
 
     # ---- training ----
 
@@ -296,7 +294,10 @@ class _Epochs(TrainerCallback):
     """Keeps others in step: the draws with the epoch, so that they can be resumed, the record with the prompt."""
 
     def __init__(
-        self, unlearner: SoftPromptUnlearner, collator: ForgetRetainCollator, sampler: ForgetFractionSampler | None
+        self,
+        unlearner: SoftPromptUnlearner,
+        collator: ForgetRetainCollator,
+        sampler: EpochSampler | None,
     ) -> None:
         self.unlearner, self.collator, self.sampler = unlearner, collator, sampler
 

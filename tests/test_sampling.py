@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 
 import pytest
+from conftest import make_tokenizer
 from datasets import Dataset
 
-from spul.sampling import ForgetFractionSampler, RowCopies, forget_flags
+from spul import ForgetRetainCollator
+from spul.sampling import ForgetFractionSampler, LengthGroupedRows, RowCopies, forget_flags, row_lengths
 
 # Forget rows, retain rows, share of forget rows.
 MIXES = [
@@ -179,3 +182,62 @@ def test_flags_are_read_from_data_sets_and_lists():
 def test_a_data_set_without_flags_is_refused_with_its_columns():
     with pytest.raises(ValueError, match=r"train_dataset has the columns \['prompt'\] and no is_forget"):
         forget_flags(Dataset.from_dict({"prompt": ["a"]}))
+
+
+# ---- rows of like length ----
+
+
+def padded_tokens(drawn, lengths, batch_size):
+    batches = [drawn[i : i + batch_size] for i in range(0, len(drawn), batch_size)]
+    return sum(len(batch) * max(lengths[draw % len(lengths)] for draw in batch) for batch in batches)
+
+
+@pytest.mark.parametrize(("forget", "retain", "fraction"), [(300, 900, 0.25), (100, 900, 0.5), (40, 960, 0.04)])
+def test_lengths_change_the_order_within_a_group_and_nothing_else(forget, retain, fraction):
+    plain = sampler(forget, retain, fraction)
+    flags = flags_of(list(range(plain.num_rows)), plain)
+    generator = random.Random(0)
+    lengths = [generator.randint(5, 200) for _ in flags]
+    grouped = ForgetFractionSampler(flags, fraction, lengths=lengths, batch_size=8)
+    before, after = list(plain), list(grouped)
+    assert sorted(before) == sorted(after)
+    assert flags_of(before, plain) == flags_of(after, plain)
+    assert len(after) == len(grouped)
+    assert padded_tokens(after, lengths, 8) < 0.75 * padded_tokens(before, lengths, 8)
+
+
+def test_grouped_epochs_differ_and_repeat():
+    of = ForgetFractionSampler([True, False] * 20, 0.5, lengths=list(range(40)), batch_size=2)
+    alone = LengthGroupedRows(range(40), batch_size=2, seed=1)
+    for each in (of, alone):
+        epochs = []
+        for epoch in (0, 1, 0):
+            each.set_epoch(epoch)
+            epochs.append(list(each))
+        assert epochs[0] == epochs[2] != epochs[1]
+        assert {draw % 40 for draw in epochs[0]} == set(range(40))
+    assert list(alone) != list(LengthGroupedRows(range(40), batch_size=2, seed=2))
+    assert len(alone) == 40
+
+
+def test_grouping_alone_saves_padding():
+    generator = random.Random(0)
+    lengths = [generator.randint(5, 200) for _ in range(1000)]
+    grouped = list(LengthGroupedRows(lengths, batch_size=8))
+    assert padded_tokens(grouped, lengths, 8) < 0.75 * padded_tokens(list(range(1000)), lengths, 8)
+
+
+def test_lengths_that_are_not_one_per_row_are_refused():
+    with pytest.raises(ValueError, match="3 lengths for 4 rows"):
+        ForgetFractionSampler([True, False] * 2, 0.5, lengths=[1, 2, 3])
+
+
+def test_lengths_come_from_a_column_or_from_the_tokens():
+    collator = ForgetRetainCollator(make_tokenizer(), [" neutral"], max_length=20)
+    texts = Dataset.from_list(
+        [{"prompt": "review " * i, "completion": " good", "is_forget": False} for i in (1, 4, 50)]
+    )
+    lengths = row_lengths(texts, collator, "length")
+    assert lengths[0] < lengths[1] < lengths[2] == 20
+    assert row_lengths(texts.map(collator.tokenize), collator, "length") == lengths
+    assert row_lengths(texts.add_column("length", [7, 8, 9]), collator, "length") == [7, 8, 9]

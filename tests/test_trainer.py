@@ -203,8 +203,14 @@ def test_the_saved_adapter_knows_its_data(tmp_path):
 
 
 def test_resuming_gives_the_bits_of_a_run_that_never_stopped(tmp_path, prompt_type):
-    for forget_fraction, workers in ((None, 0), (0.5, 0), (0.5, 2)):
-        folder = tmp_path / f"{forget_fraction}-{workers}"
+    for forget_fraction, workers, strategy in (
+        (None, 0, "random"),
+        (0.5, 0, "random"),
+        (0.5, 2, "random"),
+        (None, 0, "group_by_length"),
+        (0.5, 0, "group_by_length"),
+    ):
+        folder = tmp_path / f"{forget_fraction}-{workers}-{strategy}"
         settings = {
             "max_steps": 11,
             "save_strategy": "steps",
@@ -213,6 +219,7 @@ def test_resuming_gives_the_bits_of_a_run_that_never_stopped(tmp_path, prompt_ty
             "gradient_accumulation_steps": 1,
             "forget_fraction": forget_fraction,
             "dataloader_num_workers": workers,
+            "train_sampling_strategy": strategy,
         }
         whole = make_trainer(folder, prompt_type, **settings)
         whole.train()
@@ -355,9 +362,33 @@ def test_column_pruning_raises_and_names_the_argument(tmp_path):
     make_trainer(tmp_path, dataset=tokenised, max_steps=1).train()  # UnlearningTrainer keeps the columns it needs
 
 
-def test_length_grouping_and_tokenised_rows_work(tmp_path):
-    tokenised = make_dataset().map(make_collator().tokenize, remove_columns=["prompt", "completion"])
-    make_trainer(tmp_path, dataset=tokenised, max_steps=2, train_sampling_strategy="group_by_length").train()
+@pytest.mark.parametrize("kind", ["text", "tokenised"])
+@pytest.mark.parametrize("forget_fraction", [None, 0.25])
+def test_rows_of_like_length_meet_also_under_a_forget_fraction(tmp_path, kind, forget_fraction):
+    def of_lengths(name, num):
+        return Dataset.from_list(
+            [{"prompt": f"{name} {i} " + "x " * (i * 7 % 29), "completion": " positive"} for i in range(num)]
+        )
+
+    collator = make_collator(max_length=96)
+    dataset = forget_retain_dataset(of_lengths("jane", 60), of_lengths("film", 180))
+    if kind == "tokenised":
+        dataset = dataset.map(collator.tokenize, remove_columns=["prompt", "completion"])
+    padding = {}
+    for strategy in ("random", "group_by_length"):
+        options = {"forget_fraction": forget_fraction, "train_sampling_strategy": strategy, "max_steps": 2}
+        trainer = make_trainer(tmp_path, dataset=dataset, collator=collator, **options)
+        batches = list(trainer.get_train_dataloader())
+        padding[strategy] = sum(int((batch["attention_mask"] == 0).sum()) for batch in batches)
+        if forget_fraction is not None:
+            assert all(batch["is_forget"].sum() == 2 for batch in batches)
+        trainer.train()
+    assert padding["group_by_length"] < 0.5 * padding["random"]
+
+
+def test_a_forget_fraction_and_another_order_contradict_each_other(tmp_path):
+    with pytest.raises(ValueError, match=r"forget_fraction=0\.5 draws the rows itself"):
+        make_trainer(tmp_path, forget_fraction=0.5, train_sampling_strategy="sequential")
 
 
 def test_forget_fraction_holds_in_every_batch(tmp_path):
