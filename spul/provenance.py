@@ -94,6 +94,7 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
     Returns:
         64 hexadecimal digits; None if some weights are not in memory (meta device, disk offload).
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would change the names
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
         if parameter.device.type == "meta":

@@ -15,10 +15,22 @@ from typing import Any, NamedTuple
 
 import torch
 from peft import PromptEncoderConfig, PromptTuningConfig
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, OPTConfig, PretrainedConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    OPTConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.integrations import replace_with_bnb_linear
+
+from spul import ForgetRetainCollator
 
 
 class Shape(NamedTuple):
@@ -115,23 +127,31 @@ def prompt_config(kind: str, num_virtual_tokens: int) -> PromptTuningConfig | Pr
     return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
 
 
-def make_batch(shape: Shape, vocab_size: int, device: str, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A right-padded batch of random tokens, as `ForgetRetainCollator` would give it."""
+def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
+    """One word per token id: `t0`, `t1`, ..."""
+    words = {f"t{i}": i for i in range(vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="t3"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t3", pad_token="t1", eos_token="t2")
+
+
+def make_rows(shape: Shape, vocab_size: int, num_rows: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
+    """Tokenised rows of random tokens: those of one batch unless told how many."""
     draw = torch.Generator().manual_seed(seed)
-    rows, width = shape.batch_size, shape.max_tokens
-    lengths = torch.randint(int(0.7 * width), width + 1, (rows,), generator=draw)
-    lengths[0] = width
-    columns = torch.arange(width).expand(rows, width)
-    mask = columns < lengths[:, None]
-    ids = torch.randint(5, vocab_size, (rows, width), generator=draw).masked_fill(~mask, 1)
-    is_response = mask & (columns >= lengths[:, None] - shape.response_tokens)
-    batch = {
-        "input_ids": ids,
-        "attention_mask": mask.long(),
-        "labels": ids.masked_fill(~is_response, -100),
-        "is_forget": torch.arange(rows) < shape.forget_rows,
-    }
-    return {name: value.to(device) for name, value in batch.items()}
+    rows = []
+    for i in range(num_rows or shape.batch_size):
+        width = shape.max_tokens
+        length = width if i == 0 else int(torch.randint(int(0.7 * width), width + 1, (), generator=draw))
+        ids = torch.randint(5, vocab_size - 2, (length,), generator=draw).tolist()
+        mask = [0] * (length - shape.response_tokens) + [1] * shape.response_tokens
+        rows.append({"input_ids": ids, "completion_mask": mask, "is_forget": i < shape.forget_rows})
+    return rows
+
+
+def make_collator(shape: Shape, vocab_size: int) -> ForgetRetainCollator:
+    """Generic completions are as long as the rows' own."""
+    generic = [" ".join([f"t{vocab_size - i}"] * shape.response_tokens) for i in (1, 2)]
+    return ForgetRetainCollator(make_tokenizer(vocab_size), generic, max_length=shape.max_tokens)
 
 
 def alternate(

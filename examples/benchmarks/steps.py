@@ -2,86 +2,96 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from common import Shape, make_collator, make_rows
 from peft import PeftConfig, PeftModelForCausalLM
 from torch import Tensor
 
-from spul import SoftPromptUnlearner, UnlearningLoss
+from spul import ReferenceCache, SoftPromptUnlearner, UnlearningLoss
 
 ALPHA, BETA, LEARNING_RATE = 1.0, 0.5, 1e-4
 
 
-def spul_step(base: Any, config: PeftConfig, batch: dict[str, Tensor]) -> Callable[[], Any]:
-    """spul, as its trainer runs it: reference states from the cache, the LM head applied to them in the step."""
-    unlearner = SoftPromptUnlearner(base, config, UnlearningLoss(ALPHA, BETA)).train()
-    unlearner.to(batch["input_ids"].device)
-    optimizer = torch.optim.AdamW([p for p in unlearner.parameters() if p.requires_grad], lr=LEARNING_RATE)
-    rows = (~batch["is_forget"]).nonzero().flatten()
-    with torch.no_grad():
-        hidden = base.base_model(batch["input_ids"], attention_mask=batch["attention_mask"]).last_hidden_state
-    from spul.prefix import response_positions
+def on_device(batch: dict[str, Tensor], base: Any) -> dict[str, Tensor]:
+    return {name: tensor.to(base.device) for name, tensor in batch.items()}
 
-    positions, _ = response_positions(batch["labels"])
-    hidden = hidden.take_along_dim(positions[..., None], 1)[rows]
-    head = base.get_output_embeddings()
+
+def spul_step(base: Any, config: PeftConfig, shape: Shape, reference: str = "cached") -> Callable[[], Any]:
+    """spul, as `UnlearningTrainer` runs it: reference states from the cache, the LM head applied in the step."""
+    unlearner = SoftPromptUnlearner(base, config, UnlearningLoss(ALPHA, BETA)).train()
+    vocab_size = base.config.vocab_size
+    rows, collator = make_rows(shape, vocab_size), make_collator(shape, vocab_size)
+    batch = on_device(collator(rows), base)
+    optimizer = torch.optim.AdamW([p for p in unlearner.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    folder = tempfile.TemporaryDirectory()
+    cache = ReferenceCache.build(unlearner, rows, collator, folder.name, shape.batch_size, progress=False)
 
     def step() -> None:
         optimizer.zero_grad()
-        with torch.no_grad():
-            ref = head(hidden)
-            full = ref.new_zeros(len(batch["input_ids"]), *ref.shape[1:])
-            full[rows] = ref
-        unlearner(**batch, reference_logits=full).loss.backward()
+        logits = cache.logits(batch) if reference == "cached" else None
+        unlearner(**batch, reference_logits=logits).loss.backward()
         optimizer.step()
 
+    step.folder = folder  # type: ignore[attr-defined]  # lives as long as the step
     return step
 
 
-def plain_step(base: Any, config: PeftConfig, batch: dict[str, Tensor]) -> Callable[[], Any]:
+def live_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
+    """The same with `reference="live"`: the frozen model's pass is part of every step."""
+    return spul_step(base, config, shape, reference="live")
+
+
+def plain_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
     """The published program's algorithm: the prompt before every row by PEFT, logits at every position.
 
-    What the frozen model says is kept as float32 logits over the whole vocabulary, by row. The positions compared are
-    those of the paper, and the gradients are spul's.
+    What the frozen model says is kept as float32 logits over the whole vocabulary and looked up by row. The positions
+    that are compared are the paper's, so that loss and gradients are spul's.
     """
     model: Any = PeftModelForCausalLM(base, config).train()
-    model.to(batch["input_ids"].device)
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    vocab_size = base.config.vocab_size
+    batch = on_device(make_collator(shape, vocab_size)(make_rows(shape, vocab_size)), base)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     is_response = batch["labels"][:, 1:] != -100
+    retain_rows = (~batch["is_forget"]).nonzero().flatten().tolist()
     reference: dict[int, Tensor] = {}
-    for row, is_forget in enumerate(batch["is_forget"].tolist()):
-        if not is_forget:
-            with torch.no_grad():
-                inputs = {name: batch[name][row : row + 1] for name in ("input_ids", "attention_mask")}
-                reference[row] = base(**inputs).logits[0, :-1][is_response[row]].float().cpu()
+    for row in retain_rows:
+        with torch.no_grad():
+            inputs = {name: batch[name][row : row + 1] for name in ("input_ids", "attention_mask")}
+            reference[row] = base(**inputs).logits[0, :-1][is_response[row]].float().cpu()
 
-    def step() -> None:
+    def step() -> float:
         optimizer.zero_grad()
-        p = config.num_virtual_tokens
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-        logits = logits[:, p:-1]  # PEFT's logits stand for the virtual tokens too
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        logits = out.logits[:, config.num_virtual_tokens : -1].float()  # PEFT's stand for the virtual tokens too
         nll = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
         nll = nll.view(is_response.shape).sum(dim=1)
-        forget, retain = batch["is_forget"], ~batch["is_forget"]
-        rows = retain.nonzero().flatten().tolist()
-        said = F.log_softmax(torch.cat([logits[row][is_response[row]] for row in rows]), dim=-1)
-        frozen = F.log_softmax(torch.cat([reference[row] for row in rows]).to(said.device), dim=-1)
-        kl = F.kl_div(frozen, said, log_target=True, reduction="sum") / len(rows)
-        (nll[forget].mean() + ALPHA * nll[retain].mean() + BETA * kl).backward()
+        said = F.log_softmax(torch.cat([logits[row][is_response[row]] for row in retain_rows]), dim=-1)
+        frozen = F.log_softmax(torch.cat([reference[row] for row in retain_rows]).to(said.device), dim=-1)
+        kl = F.kl_div(frozen, said, log_target=True, reduction="sum") / len(retain_rows)
+        is_forget = batch["is_forget"]
+        loss = nll[is_forget].mean() + ALPHA * nll[~is_forget].mean() + BETA * kl
+        loss.backward()
         optimizer.step()
+        return float(loss.detach())
 
     return step
 
 
-def floor_step(base: Any, config: PeftConfig, batch: dict[str, Tensor]) -> Callable[[], Any]:
+def floor_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
     """What nothing can undercut: the batch without a prompt, forward and backward through the frozen base.
 
     The gradient goes to the input embeddings; logits are computed at the response positions only.
     """
     base.requires_grad_(False).train()
+    vocab_size = base.config.vocab_size
+    batch = on_device(make_collator(shape, vocab_size)(make_rows(shape, vocab_size)), base)
     is_response = batch["labels"][:, 1:] != -100
     positions = is_response.long().argsort(dim=1, descending=True, stable=True)[:, : int(is_response.sum(1).max())]
     targets = batch["labels"][:, 1:].gather(1, positions)
@@ -89,15 +99,11 @@ def floor_step(base: Any, config: PeftConfig, batch: dict[str, Tensor]) -> Calla
 
     def step() -> None:
         embeds.grad = None
-        out = base(
-            inputs_embeds=embeds,
-            attention_mask=batch["attention_mask"],
-            logits_to_keep=positions,
-            use_cache=False,
-        )
-        F.cross_entropy(out.logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100).backward()
+        inputs = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"], "use_cache": False}
+        logits = base(**inputs, logits_to_keep=positions).logits.float()
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100).backward()
 
     return step
 
 
-STEPS = {"spul": spul_step, "plain": plain_step, "floor": floor_step}
+STEPS = {"spul": spul_step, "plain": plain_step, "floor": floor_step, "spul, live reference": live_step}

@@ -1,0 +1,87 @@
+"""What a trained prompt costs when it serves: classification and generation, against the base alone and plain PEFT.
+
+python examples/benchmarks/inference.py --model opt-125m --shape sst2
+
+Classification reads the logits at the last token of each row; so does `PEFT, last logits`, where `PEFT` computes those
+of every position, as its forward does unless told. Generation is greedy, rows of one length.
+"""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from common import (
+    SHAPES,
+    alternate,
+    arguments,
+    build_model,
+    dtype_of,
+    make_collator,
+    make_rows,
+    prompt_config,
+    ratio,
+    report,
+    surroundings,
+    write_json,
+)
+from peft import PeftModelForCausalLM
+from steps import on_device
+
+from spul import SoftPromptUnlearner
+
+
+def main() -> None:
+    parser = arguments(__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="sst2")
+    parser.add_argument("--num-virtual-tokens", type=int, default=30)
+    parser.add_argument("--generate-rows", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    args = parser.parse_args()
+
+    shape, base = SHAPES[args.shape], build_model(args.model, args.device, dtype_of(args))
+    vocab_size = base.config.vocab_size
+    batch = on_device(make_collator(shape, vocab_size)(make_rows(shape, vocab_size)), base)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    last = batch["attention_mask"].sum(dim=1, keepdim=True) - 1
+    config = prompt_config("prompt-tuning", args.num_virtual_tokens)
+    peft: Any = PeftModelForCausalLM(base, copy.deepcopy(config)).to(args.device).eval()
+    unlearner = SoftPromptUnlearner(base, config).to(args.device).eval()
+    num_virtual = args.num_virtual_tokens
+
+    classify: dict[str, Callable[[], Any]] = {
+        "base": lambda: base(**inputs, logits_to_keep=last, use_cache=False),
+        "PEFT": lambda: peft(**inputs),
+        "PEFT, last logits": lambda: peft(**inputs, logits_to_keep=last + num_virtual),
+        "spul": lambda: unlearner.response_logits(**inputs, positions=last),
+    }
+    ids = torch.randint(5, vocab_size, (args.generate_rows, shape.max_tokens), device=base.device)
+    asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 1}
+    asked |= {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens}
+    generate: dict[str, Callable[[], Any]] = {
+        "base": lambda: base.generate(**asked),
+        "PEFT": lambda: peft.generate(**asked),
+        "spul": lambda: unlearner.generate(**asked),
+    }
+
+    records = []
+    with torch.no_grad():
+        for task, variants, rows in (("classify", classify, shape.batch_size), ("generate", generate, len(ids))):
+            seconds = alternate(variants, args.rounds, args.device)
+            for name, times in seconds.items():
+                record = {"task": task, "model": name, "seconds": statistics.median(times), "all_seconds": times}
+                record |= {"rows_per_second": rows / record["seconds"], "over_base": ratio(times, seconds["base"])}
+                records.append(record)
+
+    where = {**surroundings(args), "shape": args.shape, "p": num_virtual, "new tokens": args.new_tokens}
+    columns = ["task", "model", "seconds", "rows per second", "time over base"]
+    lines = [[r["task"], r["model"], r["seconds"], r["rows_per_second"], r["over_base"]] for r in records]
+    report("Inference under a prompt", where, columns, lines)
+    write_json(args.json, {"where": where, "records": records})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""torch.compile of the base, before or after it is wrapped: the same losses, gradients, logits and fingerprint."""
+
+import pytest
+import torch
+from conftest import build
+from plain import losses as plain_losses
+from test_trainer import assert_same, make_trainer, prompt_state
+from test_unlearner import CONFIGS, make_batch, prompt_gradients
+from torch._dynamo.backends.common import aot_autograd
+
+from spul import SoftPromptUnlearner, fingerprint
+
+
+class Graphs:
+    """A backend that compiles nothing and counts the graphs that it is given."""
+
+    def __init__(self):
+        self.num = 0
+        self.backend = aot_autograd(fw_compiler=self.take)
+
+    def take(self, graph, inputs):
+        self.num += 1
+        return graph.forward
+
+
+@pytest.fixture
+def graphs():
+    torch.compiler.reset()
+    yield Graphs()
+    torch.compiler.reset()
+
+
+def wrap(base, prompt_type="prompt_tuning"):
+    torch.manual_seed(1)
+    return SoftPromptUnlearner(base, CONFIGS[prompt_type](5)).double()
+
+
+CASES = [
+    ("llama", "prompt_tuning", "in place"),
+    ("llama", "prompt_tuning", "wrapped"),
+    ("llama", "prefix_tuning", "in place"),
+    ("opt", "p_tuning", "in place"),
+    ("gemma3", "prompt_tuning", "wrapped"),
+]
+
+
+@pytest.mark.parametrize(("family", "prompt_type", "how"), CASES)
+def test_a_compiled_base_gives_the_plain_twins_losses_and_the_same_gradients(family, prompt_type, how, graphs):
+    eager, batch = wrap(build(family), prompt_type), make_batch()
+    base = build(family)
+    if how == "in place":
+        unlearner = wrap(base, prompt_type)
+        base.compile(backend=graphs.backend)
+    else:
+        unlearner = wrap(torch.compile(base, backend=graphs.backend), prompt_type)
+    out = unlearner(**batch)
+    terms = (out.loss, out.forget_loss, out.retain_loss, out.kl_loss)
+    for found, expected in zip(terms, plain_losses(eager, batch), strict=True):
+        torch.testing.assert_close(found, expected)
+    one, other = (prompt_gradients(model, model(**batch).loss) for model in (unlearner, eager))
+    assert_same({name.replace("_orig_mod.", ""): grad for name, grad in one.items()}, other)
+    with torch.no_grad():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        torch.testing.assert_close(unlearner(**inputs).logits, eager(**inputs).logits)
+    assert graphs.num > 0
+    assert fingerprint(unlearner.get_base_model()) == fingerprint(eager.get_base_model())
+
+
+def test_the_trainer_trains_a_compiled_base_under_a_cached_reference(tmp_path, graphs):
+    states = []
+    for backend in (None, graphs.backend):
+        base = build("llama")
+        if backend is not None:
+            base.compile(backend=backend)
+        torch.manual_seed(1)
+        unlearner = SoftPromptUnlearner(base, CONFIGS["prompt_tuning"](5))
+        trainer = make_trainer(tmp_path, unlearner=unlearner, max_steps=3, optim="sgd")
+        trainer.train()
+        states.append(prompt_state(unlearner))
+    assert_same(*states, rtol=1e-4, atol=1e-5)
+    assert graphs.num > 0
