@@ -99,12 +99,13 @@ class UnlearningTrainer(Trainer):
             )
         self._reference_mode, self._reference_dir = reference, reference_dir
         self._reference: ReferenceCache | None = None
+        self._flags: list[bool] = []
         self._sampler: EpochSampler | None = None
         if train_dataset is not None:
-            flags = self._flags = forget_flags(train_dataset)
-            self._describe_data(model, data_collator, train_dataset, flags)
+            self._flags = forget_flags(train_dataset)
+            self._describe_data(model, data_collator, train_dataset, self._flags)
             settings = TrainingArguments() if args is None else args
-            self._sampler = epoch_sampler(settings, data_collator, train_dataset, flags, forget_fraction)
+            self._sampler = epoch_sampler(settings, data_collator, train_dataset, self._flags, forget_fraction)
             if forget_fraction is not None:
                 train_dataset = RowCopies(train_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
