@@ -199,13 +199,16 @@ def _state_of(base: nn.Module) -> tuple:
 def expand_states(layers: list[LayerStates], base_model: Any, batch_size: int) -> DynamicCache:
     """A fresh cache in which every one of `batch_size` rows has seen the prompt. It grows with use: never reuse it."""
     cache = DynamicCache(config=base_model.config.get_text_config())
-    for index, layer in enumerate(layers):
-        keys, values = (t.expand(batch_size, -1, -1, -1) for t in (layer.keys, layer.values))
-        cache.update(keys, values, index)
-        grown = cache.layers[index]
-        if isinstance(grown, DynamicSlidingWindowLayer):
-            # A prompt longer than the window has left only its end, but its whole length counts for positions.
-            grown.cumulative_length = layer.seen
+    fresh: list[Any] = cache.layers
+    for layer, kept in zip(fresh, layers, strict=True):
+        keys, values = (t.expand(batch_size, -1, -1, -1) for t in (kept.keys, kept.values))
+        layer.lazy_initialization(keys, values)
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            # A prompt longer than the window leaves only its end, but its whole length counts for positions.
+            keys, values = (t[:, :, -layer.sliding_window + 1 :] for t in (keys, values))
+            layer.cumulative_length = kept.seen
+        # Not by `update`, which would copy the prompt for every row before the rows' own tokens are added.
+        layer.keys, layer.values = keys, values
     return cache
 
 

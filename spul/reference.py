@@ -70,7 +70,8 @@ class OutputHead:
 
     @torch.no_grad()
     def __call__(self, states: Tensor) -> Tensor:
-        """Logits (..., V) of final hidden states (..., d)."""
+        """Logits (..., V) of final hidden states (..., d), on the device of the head."""
+        states = states.to(self.embeddings.weight.device)
         logits = self.embeddings(states if self.dtype is None else states.to(self.dtype))
         logits = logits * self.scale if self.scale != 1.0 else logits
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
@@ -201,7 +202,7 @@ class ReferenceCache:
             return None
         states = self.states({name: batch[name][rows] for name in ("input_ids", "attention_mask", "labels")})
         width = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max())
-        said = self.head(states.to(rows.device))
+        said = self.head(states).to(rows.device)
         logits = said.new_zeros(len(needed), width, said.shape[-1])
         logits[rows, : said.shape[1]] = said
         return logits
@@ -384,7 +385,7 @@ def _write_part(
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         found = final_states(base, positions.to(device), **inputs)
         used = targets != IGNORE_INDEX
-        states.append(found[used.to(device)].to(head_dtype or found.dtype).cpu())
+        states.append(found[used.to(found.device)].to(head_dtype or found.dtype).cpu())
         counts.append(used.sum(dim=1))
     tensors = {
         "states": torch.cat(states),

@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import build
 
+from spul.base import zero_dropout
+
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 
 
@@ -27,6 +29,7 @@ def test_spul_and_the_plain_algorithm_take_the_same_steps(family, prompt):
     losses = {}
     for name in ("spul", "plain", "spul, live reference"):
         base = build(family)
+        zero_dropout(base)
         torch.manual_seed(1)
         step = steps.STEPS[name](base, common.prompt_config(prompt, 4), shape)
         losses[name] = [step() for _ in range(3)]

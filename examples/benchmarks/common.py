@@ -59,6 +59,7 @@ def _opt(width: int, layers: int, heads: int) -> OPTConfig:
         word_embed_proj_dim=width,
         max_position_embeddings=2048,
         vocab_size=50272,
+        dropout=0.0,  # as spul sets it; all variants alike
     )
 
 
@@ -75,6 +76,7 @@ def _llama(width: int, layers: int, heads: int, ffn: int, vocab: int = 32000, ti
 
 
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
+    "tiny": lambda: _llama(32, 2, 2, 64, vocab=200),  # for a dry run
     "cpu-20m": lambda: _llama(384, 6, 6, 1024, vocab=24000, tied=True),
     "opt-125m": lambda: _opt(768, 12, 12),
     "opt-1.3b": lambda: _opt(2048, 24, 32),
@@ -104,7 +106,9 @@ def build_nf4(config: PretrainedConfig, device: str) -> Any:
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if type(module).__name__ == "Linear4bit" and name == "weight":
-                weight = 0.02 * torch.randn(module.out_features, module.in_features, dtype=torch.bfloat16)
+                weight = 0.02 * torch.randn(
+                    module.out_features, module.in_features, dtype=torch.bfloat16, device=device
+                )
                 made: nn.Parameter = type(parameter)(weight, requires_grad=False, quant_type="nf4").to(device)
             elif "norm" in type(module).__name__.lower():
                 made = nn.Parameter(torch.ones(parameter.shape, dtype=torch.bfloat16, device=device))
@@ -181,7 +185,7 @@ def synchronize(device: str) -> None:
 
 
 class PeakMemory:
-    """Bytes that the block needs at its peak, over what was in use when it began.
+    """`bytes` that the block needs at its peak, over the `before` bytes in use when it began.
 
     On a GPU, PyTorch's allocator tells. On a CPU it is the resident set as Linux counts it (`VmHWM`), so the process
     should be a fresh one: see `in_fresh_process`.
@@ -189,7 +193,7 @@ class PeakMemory:
 
     def __init__(self, device: str) -> None:
         self.device = device
-        self.bytes = 0
+        self.bytes = self.before = 0
 
     def __enter__(self) -> PeakMemory:
         if self.device.startswith("cuda"):

@@ -52,19 +52,24 @@ def main() -> None:
         seconds = alternate(steps, args.rounds, args.device)
         for step in args.steps:
             record = {"shape": name, "step": step, "seconds": statistics.median(seconds[step])}
-            record |= {"all_seconds": seconds[step], "peak_bytes": memory[step]}
+            record |= {"all_seconds": seconds[step], **memory[step]}
             records.append(record)
             if args.epoch_rows:
                 record["epoch_seconds"] = record["seconds"] * args.epoch_rows / SHAPES[name].batch_size
         for above, below in (("plain", "spul"), ("spul", "floor"), ("spul, live reference", "spul")):
             if above in seconds and below in seconds:
                 record = {"shape": name, "ratio": f"{above} / {below}", "time": ratio(seconds[above], seconds[below])}
-                records.append({**record, "memory": memory[above] / max(memory[below], 1)})
+                peaks = [memory[step]["peak_bytes"] for step in (above, below)]
+                records.append({**record, "memory": peaks[0] / max(peaks[1], 1)})
 
     where = {**surroundings(args), "prompt": args.prompt, "p": args.num_virtual_tokens}
     timed = [r for r in records if "step" in r]
-    columns = ["shape", "step", "seconds", "peak memory (MB)", *(["seconds per epoch"] if args.epoch_rows else [])]
-    lines = [[r["shape"], r["step"], r["seconds"], r["peak_bytes"] / 1e6] for r in timed]
+    columns = ["shape", "step", "seconds", "peak memory over the model (MB)", "with the model (MB)"]
+    columns += ["seconds per epoch"] if args.epoch_rows else []
+    lines = [
+        [r["shape"], r["step"], r["seconds"], r["peak_bytes"] / 1e6, (r["loaded_bytes"] + r["peak_bytes"]) / 1e6]
+        for r in timed
+    ]
     lines = [line + ([r["epoch_seconds"]] if args.epoch_rows else []) for line, r in zip(lines, timed, strict=True)]
     report("One training step", where, columns, lines)
     ratios = [[r["shape"], r["ratio"], r["time"], r["memory"]] for r in records if "ratio" in r]
@@ -76,17 +81,17 @@ def make_step(args, base, shape: str, step: str):
     return STEPS[step](base, prompt_config(args.prompt, args.num_virtual_tokens), SHAPES[shape])
 
 
-def peak_memory(args, shape: str, step: str) -> int:
-    """Bytes over the loaded model, in this process."""
+def peak_memory(args, shape: str, step: str) -> dict[str, int]:
+    """Bytes of the loaded model (on a CPU of the whole process), and over them, in this process."""
     base = build_model(args.model, args.device, dtype_of(args))
     call = make_step(args, base, shape, step)
     with PeakMemory(args.device) as peak:
         for _ in range(3):
             call()
-    return peak.bytes
+    return {"loaded_bytes": peak.before, "peak_bytes": peak.bytes}
 
 
-def measure_memory(args, shape: str, step: str) -> int:
+def measure_memory(args, shape: str, step: str) -> dict[str, int]:
     """On a CPU in a fresh process, whose peak is its own; on a GPU the allocator can tell right here."""
     if args.device != "cpu":
         return peak_memory(args, shape, step)

@@ -31,11 +31,13 @@ def spul_step(base: Any, config: PeftConfig, shape: Shape, reference: str = "cac
     folder = tempfile.TemporaryDirectory()
     cache = ReferenceCache.build(unlearner, rows, collator, folder.name, shape.batch_size, progress=False)
 
-    def step() -> None:
+    def step() -> float:
         optimizer.zero_grad()
         logits = cache.logits(batch) if reference == "cached" else None
-        unlearner(**batch, reference_logits=logits).loss.backward()
+        loss = unlearner(**batch, reference_logits=logits).loss
+        loss.backward()
         optimizer.step()
+        return float(loss.detach())
 
     step.folder = folder  # type: ignore[attr-defined]  # lives as long as the step
     return step
