@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
             raise ValueError(f"generate under a soft prompt takes no {name}: pass input_ids and attention_mask.")
     if kwargs.get("use_cache") is False:
         raise ValueError("generate under a soft prompt serves it from the cache; leave out use_cache=False.")
+    if kwargs.pop("token_type_ids", None) is not None:
+        warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=3)
     given_mask = kwargs.pop("attention_mask", None)
     attention_mask = _mask_from_pads(model, input_ids) if given_mask is None else given_mask
     if not bool(attention_mask.any(dim=1).all()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,13 +11,7 @@ from peft import PeftType
 from torch import Tensor
 
 from .losses import IGNORE_INDEX
-from .prefix import (
-    expand_states,
-    has_left_padding,
-    is_checkpointing,
-    pack_right,
-    prompt_states,
-)
+from .prefix import expand_states, has_left_padding, is_checkpointing, needs_gradient, pack_right, prompt_states
 
 # What a prompt that is already in the cache cannot give, or would give in other places.
 _OWN_PLACES = ("inputs_embeds", "past_key_values", "position_ids")
@@ -79,14 +74,16 @@ def _forward(
 def _can_use_kept_prompt(model: Any, width: int, labels: Tensor | None, kwargs: dict[str, Any]) -> bool:
     base: Any = model.get_base_model()
     last = kwargs.get("logits_to_keep", 0)
+    routes = kwargs.get("output_router_logits") or getattr(base.config, "output_router_logits", False)
     return (
-        not torch.is_grad_enabled()
+        not needs_gradient(model)
         and model.active_peft_config.peft_type != PeftType.PREFIX_TUNING  # PEFT's way needs no pass either
         and not any(kwargs.get(name) is not None and kwargs[name] is not False for name in _NEEDS_CONCATENATION)
         and kwargs.get("return_dict") is not False
         and isinstance(last, int)
         and last <= width
         and (labels is None or (last == 0 and hasattr(base, "loss_function")))
+        and not routes  # a mixture of experts has a loss over all positions
         and not is_checkpointing(base)
     )
 
@@ -99,6 +96,8 @@ def _from_kept_prompt(
     if found is None:
         return None
     rows, num_virtual = len(input_ids), found.layers[0].seen
+    if kwargs.pop("token_type_ids", None) is not None:
+        warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=4)
     loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
     returns_cache = kwargs.pop("use_cache", None)
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -109,15 +108,16 @@ def _from_kept_prompt(
         use_cache=True,
         **kwargs,
     )
+    fields = {"loss": None, **out}  # in the order of every output of transformers: the loss comes first
     if returns_cache is False:
-        out.past_key_values = None
+        fields["past_key_values"] = None
     if found.logits is not None and not kwargs.get("logits_to_keep"):
-        out.logits = torch.cat([found.logits.expand(rows, -1, -1), out.logits], dim=1)
+        fields["logits"] = torch.cat([found.logits.expand(rows, -1, -1), out.logits], dim=1)
     if labels is not None:
-        out.loss = base.loss_function(
-            logits=out.logits,
+        fields["loss"] = base.loss_function(
+            logits=fields["logits"],
             labels=torch.cat([labels.new_full((rows, num_virtual), IGNORE_INDEX), labels], dim=1),
             vocab_size=base.config.get_text_config().vocab_size,
             **loss_options,
         )
-    return out
+    return type(out)(**fields)

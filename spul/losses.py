@@ -138,11 +138,37 @@ class KLDivergence(LossTerm):
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         assert reference_logits is not None
+        return _TokenKL.apply(logits, reference_logits, self.direction == "reverse")
+
+
+class _TokenKL(torch.autograd.Function):
+    """KL between two sets of logits, (..., V) each, over the last dimension.
+
+    Written out because a vocabulary is large: autograd would keep four tensors of its size where one, the gradient,
+    is enough. No gradient goes to the reference.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, reference_logits: Tensor, reverse: bool) -> Tensor:
         prompted = F.log_softmax(_float(logits), dim=-1)
         frozen = F.log_softmax(_float(reference_logits), dim=-1).to(prompted.dtype)
-        target, other = (prompted, frozen) if self.direction == "reverse" else (frozen, prompted)
-        gap = torch.where(target == -torch.inf, 0.0, target - other)  # what cannot be said costs nothing
-        return (target.exp() * gap).sum(dim=-1)
+        target = prompted if reverse else frozen
+        gap = prompted - frozen if reverse else frozen - prompted
+        gap.masked_fill_(target == -torch.inf, 0.0)  # what cannot be said costs nothing
+        weight = target.exp()
+        kl = torch.linalg.vecdot(weight, gap)
+        if ctx.needs_input_grad[0]:
+            # d/dz of sum P (log P - log Q) is P (log P - log Q - KL); of sum Q (log Q - log P) it is P - Q.
+            gradient = gap.sub_(kl[..., None]).mul_(weight) if reverse else prompted.exp_().sub_(weight)
+            ctx.save_for_backward(gradient)
+            ctx.dtype = logits.dtype
+        return kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad_output[..., None]).to(ctx.dtype), None, None
 
 
 @dataclass
@@ -223,23 +249,35 @@ class UnlearningLoss:
             logits: (rows, K, V), aligned with `labels`.
             labels: (rows, K), response tokens, -100 where a slot is unused.
             is_forget: (rows,) bool.
-            reference_logits: (rows, K, V); read only in rows of `rows_needing_reference`.
+            reference_logits: (R, K, V), the frozen model's, for the R rows of `rows_needing_reference` and in their
+                order.
             num_forget: what the sum over forget rows is divided by; the number of forget rows here unless told.
                 Under accumulation or several processes: their number in the whole step, over the processes.
             num_retain: the same for retain rows.
         """
-        forget, retain = is_forget.nonzero().flatten(), (~is_forget).nonzero().flatten()
-        num_forget = len(forget) if num_forget is None else num_forget
-        num_retain = len(retain) if num_retain is None else num_retain
+        num_forget = is_forget.sum() if num_forget is None else num_forget
+        num_retain = (~is_forget).sum() if num_retain is None else num_retain
+        needed = self.rows_needing_reference(is_forget)
+        if reference_logits is not None and len(reference_logits) != int(needed.sum()):
+            raise ValueError(
+                f"reference_logits have {len(reference_logits)} rows, and {int(needed.sum())} of {len(is_forget)} "
+                "rows have a term that compares with the frozen model; pass those rows' only, in their order."
+            )
 
-        def mean(term: LossTerm, rows: Tensor, count: Tensor | float) -> Tensor:
-            if len(rows) == 0:
-                return _float(logits).new_zeros(())
-            reference = reference_logits[rows] if term.needs_reference and reference_logits is not None else None
-            return term(logits[rows], labels[rows], reference).sum() / count
+        def rows_of(group: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+            compares = reference_logits is not None and bool((needed & group).any())
+            reference = reference_logits[group[needed]] if compares and reference_logits is not None else None
+            return logits[group], labels[group], reference
+
+        def mean(term: LossTerm, rows: tuple[Tensor, Tensor, Tensor | None], count: Tensor | float) -> Tensor:
+            some_logits, some_labels, reference = rows
+            if len(some_logits) == 0:
+                return zero
+            return term(some_logits, some_labels, reference if term.needs_reference else None).sum() / count
 
         zero = _float(logits).new_zeros(())
-        forget_loss = mean(self.forget, forget, num_forget)
+        retain = rows_of(~is_forget) if self.uses_retain_rows else (logits[:0], labels[:0], None)
+        forget_loss = mean(self.forget, rows_of(is_forget), num_forget)
         retain_loss = mean(self.retain, retain, num_retain) if self.alpha > 0 else zero
         kl_loss = mean(self.kl, retain, num_retain) if self.beta > 0 else zero
         loss = forget_loss + self.alpha * retain_loss + self.beta * kl_loss

@@ -144,7 +144,7 @@ class PromptStates:
 def prompt_states(model: Any, with_logits: bool = False) -> PromptStates | None:
     """The keys and values of the active prompt, batch size 1; None if they cannot be had.
 
-    With gradient they are computed; without, they are kept from call to call until the prompt or the base changes.
+    Where a gradient is asked for they are computed; else they are kept from call to call until prompt or base change.
 
     Args:
         model: a prompt-learning PEFT model.
@@ -157,10 +157,10 @@ def prompt_states(model: Any, with_logits: bool = False) -> PromptStates | None:
     if base in _without_cache:
         return None
     prompt = model.get_prompt(batch_size=1).to(model.word_embeddings.weight.dtype)
-    if torch.is_grad_enabled():
+    if needs_gradient(model):
         return _pass(base, prompt, (), with_logits)
     by_adapter: dict[str, PromptStates] = model.__dict__.setdefault("_kept_prompts", {})
-    state = _state_of(base)
+    state = _state_of(base, prompt.device.type)
     kept = by_adapter.get(model.active_adapter)
     if kept is None or not kept.is_of(prompt, state) or (with_logits and kept.logits is None):
         kept = _pass(base, prompt, state, with_logits)
@@ -189,11 +189,16 @@ def _layer_states(cache: Any) -> list[LayerStates] | None:
     return [LayerStates(layer.keys, layer.values, layer.get_seq_length()) for layer in layers]
 
 
-def _state_of(base: nn.Module) -> tuple:
-    """Changes with autocast, and when a weight is replaced, moved, or written to."""
+def needs_gradient(model: nn.Module) -> bool:
+    """Whether a forward would record a graph: gradients are on, and something asks for one."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+
+
+def _state_of(base: nn.Module, device_type: str) -> tuple:
+    """Changes with autocast, and when a weight is replaced, moved, or written to other than through `.data`."""
     weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters())
-    device = next(base.parameters()).device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None, weights
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    return autocast, weights
 
 
 def expand_states(layers: list[LayerStates], base_model: Any, batch_size: int) -> DynamicCache:

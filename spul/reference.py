@@ -8,7 +8,6 @@ when a row is used.
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import logging
@@ -21,68 +20,23 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .collator import ForgetRetainCollator
 from .losses import IGNORE_INDEX
-from .prefix import logits_at, response_positions, uncompiled
+from .output_head import OutputHead, final_states, gives_logits, is_close
+from .prefix import logits_at, response_positions
 from .provenance import fingerprint
+from .reference_files import FORMAT, Part, check_index, claim_folder, digest_of, part_path, read_part, write_part
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-INDEX_NAME = "reference.json"
 MAX_PARTS, MIN_ROWS_PER_PART = 256, 256
-
-
-class OutputHead:
-    """From a causal LM's final hidden states to its logits: output embeddings, then scaling and soft-capping.
-
-    A head that may learn is copied, so that it stays the one that belongs to the states.
-
-    Args:
-        base_model: a causal LM of transformers.
-
-    Raises:
-        ValueError: if it has no output embeddings.
-    """
-
-    def __init__(self, base_model: nn.Module) -> None:
-        base: Any = uncompiled(base_model)
-        embeddings = base.get_output_embeddings()
-        if embeddings is None:
-            raise ValueError(f"{type(base).__name__} has no output embeddings; use reference='live'.")
-        if any(parameter.requires_grad for parameter in embeddings.parameters()):
-            embeddings = copy.deepcopy(embeddings).requires_grad_(False)
-        config = base.config.get_text_config()
-        self.embeddings = embeddings
-        self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-        self.cap = getattr(config, "final_logit_softcapping", None)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The precision of its weights; None if they are quantised."""
-        dtype = self.embeddings.weight.dtype
-        return dtype if dtype.is_floating_point else None
-
-    @torch.no_grad()
-    def __call__(self, states: Tensor) -> Tensor:
-        """Logits (..., V) of final hidden states (..., d), on the device of the head."""
-        states = states.to(self.embeddings.weight.device)
-        logits = self.embeddings(states if self.dtype is None else states.to(self.dtype))
-        logits = logits * self.scale if self.scale != 1.0 else logits
-        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
-
-
-class Part(NamedTuple):
-    """One file of the cache, memory-mapped."""
-
-    states: Tensor  # (tokens, d)
-    rows: Tensor  # (rows,) int64, `row_keys`
-    ends: Tensor  # (rows,) int32, where each row's tokens end
+ROWS_CHECKED = 6
+# What a config says that does not change what the model computes, or that the index tells otherwise.
+NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+NOT_COMPUTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 class ReferenceCache:
@@ -144,34 +98,42 @@ class ReferenceCache:
         if not rows:
             raise ValueError("no row's loss compares with the frozen model (beta=0, or no retain rows).")
         index = _describe(base, rows)
-        path = Path(folder) if folder is not None else Path(HF_HOME, "spul", "reference", _digest(index)[:32])
+        path = Path(folder) if folder is not None else Path(HF_HOME, "spul", "reference", digest_of(index)[:32])
         if rank == 0:
-            _claim(path, index)
+            claim_folder(path, index)
         if accelerator is not None:
             accelerator.wait_for_everyone()
-        _check_index(path, index)  # also where the folder is not shared
+        check_index(path, index)  # also where the folder is not shared
 
         with _evaluating(base):
             shares = _in_parts(rows)
             own = list(range(rank, len(shares), world))
             num_rows = sum(len(shares[i]) for i in own)
             bar = tqdm(total=num_rows, desc="reference", unit="row", disable=not progress, leave=False)
+            head = OutputHead(base)
+            missing = [i for i in own if read_part(part_path(path, i), [row.key for row in shares[i]]) is None]
+            if missing and rank == 0:
+                logger.warning(
+                    "What the frozen model says on %d rows is computed once and kept in %s.", len(rows), path
+                )
             for i in own:
-                if _read_part(_part_path(path, i), shares[i]) is None:
-                    _write_part(_part_path(path, i), base, dataset, collator, shares[i], batch_size)
+                if i in missing:
+                    part = _compute_part(base, head, dataset, collator, shares[i], batch_size)
+                    write_part(part_path(path, i), part)
                 bar.update(len(shares[i]))
             bar.close()
             if accelerator is not None:
                 accelerator.wait_for_everyone()
-            parts = [_read_part(_part_path(path, i), share) for i, share in enumerate(shares)]
-            if missing := [i for i, part in enumerate(parts) if part is None]:
+            parts = [read_part(part_path(path, i), [row.key for row in share]) for i, share in enumerate(shares)]
+            if unseen := [i for i, part in enumerate(parts) if part is None]:
                 raise ValueError(
-                    f"{len(missing)} of {len(parts)} files that other processes wrote are not in {str(path)!r}; "
+                    f"{len(unseen)} of {len(parts)} files that other processes wrote are not in {str(path)!r}; "
                     "pass a folder that all of them see, or reference='live'."
                 )
             reference = cls(unlearner, [part for part in parts if part is not None], path)
-            reference._check_base(base, collator.true_batch([dataset[row.place] for row in rows[:4]]))
-        logger.info("The reference of %d rows is in %s (%.1f MB).", len(rows), path, reference.num_bytes / 1e6)
+            spread = np.linspace(0, len(rows) - 1, min(ROWS_CHECKED, len(rows))).round().astype(int)
+            for i in sorted(set(spread.tolist())):  # one by one, since the longest is among them
+                reference._check_base(base, collator.true_batch([dataset[rows[i].place]]))
         return reference
 
     @property
@@ -190,22 +152,19 @@ class ReferenceCache:
             batch: as `ForgetRetainCollator` gives it, on any device.
 
         Returns:
-            (B, K, V), to pass to the unlearner's forward as `reference_logits`; zeros in rows whose loss does not ask.
-            None if none does.
+            (R, K, V), to pass to the unlearner's forward as `reference_logits`: the R rows whose loss asks, in their
+            order. None if none does.
 
         Raises:
             ValueError: if a row is not, in its every token, one of the rows that the cache was built from.
         """
         needed = self._unlearner.loss.rows_needing_reference(batch["is_forget"].bool())
-        rows = needed.nonzero().flatten()
-        if len(rows) == 0:
+        if not needed.any():
             return None
-        states = self.states({name: batch[name][rows] for name in ("input_ids", "attention_mask", "labels")})
-        width = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max())
-        said = self.head(states).to(rows.device)
-        logits = said.new_zeros(len(needed), width, said.shape[-1])
-        logits[rows, : said.shape[1]] = said
-        return logits
+        states = self.states({name: batch[name][needed] for name in ("input_ids", "attention_mask", "labels")})
+        width = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max())  # as wide as the longest row's response
+        states = torch.nn.functional.pad(states, (0, 0, 0, width - states.shape[1]))
+        return self.head(states).to(batch["labels"].device)
 
     def states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The final hidden states at the response tokens of rows, on the CPU: (B, K, d), zeros in unused slots.
@@ -237,28 +196,22 @@ class ReferenceCache:
         device = next(base.parameters()).device
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        positions, targets = response_positions(batch["labels"])
+        positions, _ = response_positions(batch["labels"])
         with torch.no_grad():
             expected = logits_at(base, positions, **inputs, use_cache=False)
             fresh = final_states(base, positions, **inputs)
-        used = targets != IGNORE_INDEX
-        if not _close(self.head(fresh)[used], expected[used]):
+        if not gives_logits(self.head, fresh, expected):
             raise ValueError(
                 f"{type(base).__name__} does more between its output embeddings and its logits than the scaling and "
                 "soft-capping known here, so that its hidden states do not give its logits; use reference='live'."
             )
-        if not _close(self.head(self.states(batch).to(device))[used], expected[used]):
+        # Other batch mates, other rounding.
+        tolerance = 0.05 if expected.dtype in (torch.float16, torch.bfloat16) else 1e-3
+        if not is_close(self.head(self.states(batch)), expected, tolerance):
             raise ValueError(
                 f"the reference in {str(self.folder)!r} is not what this base says: it has changed in a way that its "
                 "fingerprint does not show. Delete the folder, name another, or use reference='live'."
             )
-
-
-def final_states(base_model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
-    """What the LM head of a causal LM is given at `positions` (B, K): (B, K, d)."""
-    decoder: Any = uncompiled(base_model)
-    states = decoder.base_model(**inputs, use_cache=False).last_hidden_state
-    return states.take_along_dim(positions[..., None], dim=1)
 
 
 def row_keys(batch: Mapping[str, Tensor]) -> Tensor:
@@ -274,12 +227,6 @@ def _row_key(ids: np.ndarray, num_response: int) -> int:
     return int.from_bytes(digest.digest(), "little", signed=True)
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    """Equal up to what batch mates and rounding change."""
-    tolerance = 1e-3 if b.dtype in (torch.float32, torch.float64) and a.dtype == b.dtype else 0.05
-    return bool((a.double() - b.double()).abs().max() <= tolerance * b.double().abs().max())
-
-
 # ---- which rows, of which base ----
 
 
@@ -290,7 +237,7 @@ class _Row(NamedTuple):
 
 
 def _rows_to_keep(unlearner: Any, dataset: Any, collator: ForgetRetainCollator, progress: bool) -> list[_Row]:
-    """The rows whose loss compares with the frozen model, shortest first, each content once."""
+    """The rows whose loss compares with the frozen model, longest first, each content once."""
     kept: dict[int, _Row] = {}
     for place, row in enumerate(tqdm(dataset, "reading rows", disable=not progress, leave=False)):
         flag = torch.tensor([bool(row["is_forget"])])
@@ -305,7 +252,7 @@ def _rows_to_keep(unlearner: Any, dataset: Any, collator: ForgetRetainCollator, 
         ids = np.asarray(encoded.prompt_ids + encoded.completion_ids, dtype=np.int32)
         key = _row_key(ids, len(encoded.completion_ids))
         kept[key] = _Row(place, key, len(ids))
-    return sorted(kept.values(), key=lambda row: (row.length, row.key))
+    return sorted(kept.values(), key=lambda row: (-row.length, row.key))
 
 
 def _describe(base: Any, rows: Sequence[_Row]) -> dict[str, Any]:
@@ -318,49 +265,20 @@ def _describe(base: Any, rows: Sequence[_Row]) -> dict[str, Any]:
         )
     device = next(base.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    said = {name: value for name, value in base.config.to_dict().items() if name not in NOT_COMPUTED}
+    config = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
     keys = hashlib.sha256(np.sort(np.asarray([row.key for row in rows], dtype=np.int64)).tobytes()).hexdigest()
     return {
         "format": FORMAT,
         "base": weights,
+        "config": config,
         "precision": f"{str(base.dtype).removeprefix('torch.')}, autocast {autocast}",
         "data": keys,
         "rows": len(rows),
     }
 
 
-def _digest(index: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-
-
-def _claim(folder: Path, index: Mapping[str, Any]) -> None:
-    """Write down what the folder is for, unless it says so already."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / INDEX_NAME).exists():
-        if any(folder.iterdir()):
-            raise ValueError(f"{str(folder)!r} holds other files and no {INDEX_NAME}; name an empty or a new folder.")
-        with _replacing(folder / INDEX_NAME) as scratch:
-            scratch.write_text(json.dumps(dict(index), indent=2) + "\n", encoding="utf-8")
-
-
-def _check_index(folder: Path, index: Mapping[str, Any]) -> None:
-    try:
-        there = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{str(folder)!r} is not seen by all processes; name a folder that is.") from error
-    names = {
-        "format": "it was written by another version of spul",
-        "base": "its base has other weights",
-        "precision": f"its base ran in another precision ({there.get('precision')}, now {index['precision']})",
-        "data": f"its rows are others ({there.get('rows')}, now {index['rows']}), or tokenised or cut differently",
-    }
-    if differs := [text for name, text in names.items() if there.get(name) != index[name]]:
-        raise ValueError(
-            f"the reference in {str(folder)!r} does not belong to this run: {'; '.join(differs)}. Delete the folder, "
-            "name another (reference_dir), or leave it out to have one for each base and data set."
-        )
-
-
-# ---- files ----
+# ---- computing ----
 
 
 def _in_parts(rows: Sequence[_Row]) -> list[Sequence[_Row]]:
@@ -368,16 +286,11 @@ def _in_parts(rows: Sequence[_Row]) -> list[Sequence[_Row]]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _part_path(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:05d}.safetensors"
-
-
 @torch.no_grad()
-def _write_part(
-    path: Path, base: Any, dataset: Any, collator: ForgetRetainCollator, rows: Sequence[_Row], batch_size: int
-) -> None:
+def _compute_part(
+    base: Any, head: OutputHead, dataset: Any, collator: ForgetRetainCollator, rows: Sequence[_Row], batch_size: int
+) -> Part:
     device = next(base.parameters()).device
-    head_dtype = OutputHead(base).dtype
     states, counts = [], []
     for start in range(0, len(rows), batch_size):
         batch = collator.true_batch([dataset[row.place] for row in rows[start : start + batch_size]])
@@ -385,42 +298,10 @@ def _write_part(
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         found = final_states(base, positions.to(device), **inputs)
         used = targets != IGNORE_INDEX
-        states.append(found[used.to(found.device)].to(head_dtype or found.dtype).cpu())
+        states.append(found[used.to(found.device)].to(head.dtype or found.dtype).cpu())
         counts.append(used.sum(dim=1))
-    tensors = {
-        "states": torch.cat(states),
-        "rows": torch.tensor([row.key for row in rows], dtype=torch.int64),
-        "ends": torch.cat(counts).cumsum(0).to(torch.int32),
-    }
-    with _replacing(path) as scratch:
-        save_file(tensors, scratch)
-
-
-def _read_part(path: Path, rows: Sequence[_Row]) -> Part | None:
-    """A part, memory-mapped; None if it is not there, or was not written to its end."""
-    if not path.exists():
-        return None
-    try:
-        with safe_open(path, framework="pt") as file:
-            part = Part(*(file.get_tensor(name) for name in Part._fields))
-    except (SafetensorError, OSError) as error:
-        logger.warning("%s cannot be read (%s) and is computed again.", path, error)
-        return None
-    if part.rows.tolist() != [row.key for row in rows] or len(part.states) != int(part.ends[-1]):
-        logger.warning("%s holds other rows than it should and is computed again.", path)
-        return None
-    return part
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A scratch file that takes the place of `path` in one move, so that no half-written one is ever there."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield scratch
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    keys = torch.tensor([row.key for row in rows], dtype=torch.int64)
+    return Part(torch.cat(states), keys, torch.cat(counts).cumsum(0).to(torch.int32))
 
 
 @contextlib.contextmanager

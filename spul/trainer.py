@@ -226,6 +226,13 @@ class UnlearningTrainer(Trainer):
         self._reference = None
         asks = self._unlearner.loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
         if self._reference_mode == "cached" and asks.any():
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "reference='cached' reads the whole base in every process, which FSDP and DeepSpeed divide; use "
+                    "reference='live'."
+                )
+            if (self.args.fp16_full_eval or self.args.bf16_full_eval) and not self.is_model_parallel:
+                self._move_model_to_device(self._unlearner, self.args.device)  # as Trainer does, later
             rows: Any = self.train_dataset
             with self.accelerator.autocast():
                 self._reference = ReferenceCache.build(

@@ -209,8 +209,9 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
                 under DDP, which averages gradients.
             num_items_in_batch: number of label tokens in the whole step, as `transformers.Trainer` passes it: without
                 `group_counts`, this batch weighs as its share of them.
-            reference_logits: (B, K, V), what the frozen model says at the response tokens, as `ReferenceCache.logits`
-                gives it; read only in rows whose loss compares with it, and computed unless given.
+            reference_logits: (R, K, V), what the frozen model says at the response tokens of the R rows whose loss
+                compares with it (by default the retain rows), as `ReferenceCache.logits` gives it; computed unless
+                given.
             kwargs: only for the ordinary forward.
 
         Returns:
@@ -243,10 +244,12 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         attention_mask, input_ids, labels = pack_right(attention_mask, input_ids, labels)
         positions, targets = response_positions(labels)
         is_forget = is_forget.bool()
-        if reference_logits is not None and reference_logits.shape[:2] != targets.shape:
+        needed = self.loss.rows_needing_reference(is_forget)
+        if reference_logits is not None and reference_logits.shape[:2] != (int(needed.sum()), targets.shape[1]):
             raise ValueError(
-                f"reference_logits have the shape {tuple(reference_logits.shape)}; expected {tuple(targets.shape)} "
-                "and the vocabulary: one slot for each response token, as ReferenceCache.logits(batch) gives them."
+                f"reference_logits have the shape {tuple(reference_logits.shape)}; expected "
+                f"({int(needed.sum())}, {targets.shape[1]}, vocabulary): the rows whose loss compares with the frozen "
+                "model, and a slot for each response token, as ReferenceCache.logits(batch) gives them."
             )
         counts = self._group_counts(is_forget, targets, group_counts, num_items_in_batch)
 
@@ -254,8 +257,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
             # Retain rows weigh nothing, so they are not computed.
             rows = is_forget.nonzero().flatten()
             attention_mask, input_ids, positions = attention_mask[rows], input_ids[rows], positions[rows]
-            targets, is_forget = targets[rows], is_forget[rows]
-            reference_logits = None if reference_logits is None else reference_logits[rows]
+            targets, is_forget, needed = targets[rows], is_forget[rows], needed[rows]
         if len(input_ids) == 0:
             # Still a function of the prompt, so that backward (and DDP's reduction) runs.
             zero = sum(
@@ -266,7 +268,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
 
         logits = self.response_logits(input_ids, attention_mask, positions)
         if reference_logits is None:
-            reference_logits = self._reference_logits(input_ids, attention_mask, positions, is_forget, logits)
+            reference_logits = self._reference_logits(input_ids, attention_mask, positions, needed)
         out = self.loss(logits, targets, is_forget, reference_logits, *counts)
         return UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, logits, targets)
 
@@ -296,21 +298,19 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         return prompted_logits(self, input_ids, attention_mask, positions)
 
     def _reference_logits(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, is_forget: Tensor, logits: Tensor
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, needed: Tensor
     ) -> Tensor | None:
-        """What the frozen model says, in the rows whose loss asks for it: (B, K, V), zeros elsewhere."""
-        rows = self.loss.rows_needing_reference(is_forget).nonzero().flatten()
-        if len(rows) == 0:
+        """What the frozen model says, (R, K, V), in the R rows whose loss asks for it."""
+        if not needed.any():
             return None
         with torch.no_grad():
-            said = logits_at(
+            return logits_at(
                 self.get_base_model(),
-                positions[rows],
-                input_ids=input_ids[rows],
-                attention_mask=attention_mask[rows],
+                positions[needed],
+                input_ids=input_ids[needed],
+                attention_mask=attention_mask[needed],
                 use_cache=False,
             )
-        return torch.zeros_like(logits, requires_grad=False).index_copy(0, rows, said.to(logits.dtype))
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate with the prompt in place; takes what `transformers`' `generate` takes.

@@ -79,3 +79,14 @@ def test_the_trainer_trains_a_compiled_base_under_a_cached_reference(tmp_path, g
         states.append(prompt_state(unlearner))
     assert_same(*states, rtol=1e-4, atol=1e-5)
     assert graphs.num > 0
+
+
+def test_the_trainers_own_compilation_changes_nothing(tmp_path):
+    states = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        torch.compiler.reset()
+        trainer = make_trainer(tmp_path, max_steps=3, optim="sgd", **options)
+        trainer.train()
+        states.append(prompt_state(trainer._unlearner))
+    torch.compiler.reset()
+    assert_same(*states, rtol=1e-4, atol=1e-5)

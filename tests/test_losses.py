@@ -24,6 +24,7 @@ def random_logits(seed: int, rows: int = 4, dtype: torch.dtype = torch.float64) 
 
 
 LOGITS, REFERENCE = random_logits(1), random_logits(2)
+RETAIN_REFERENCE = REFERENCE[~IS_FORGET]
 
 
 def plain_nll(logits: torch.Tensor, labels: torch.Tensor, row: int) -> list[float]:
@@ -160,16 +161,54 @@ def test_half_precision_logits_are_compared_in_float32(term, dtype):
     torch.testing.assert_close(losses, term(logits.float(), LABELS, reference.float()), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+@pytest.mark.parametrize("impossible", [False, True])
+def test_the_gradient_of_the_kl_is_that_of_autograd(direction, impossible):
+    reference = REFERENCE.clone()
+    if impossible:
+        # Where both rule a token out; a token that one alone rules out makes its divergence infinite.
+        reference[:, :, 2] = -torch.inf
+    weights = torch.arange(1.0, 5.0, dtype=torch.float64)
+    gradients = []
+    for kind in ("written out", "autograd"):
+        logits = LOGITS.clone()
+        if impossible:
+            logits[:, :, 2] = -torch.inf
+        logits.requires_grad_()
+        if kind == "written out":
+            per_row = KLDivergence(direction=direction)(logits, LABELS, reference)
+        else:
+            p, q = logits.log_softmax(-1), reference.log_softmax(-1)
+            target, other = (p, q) if direction == "reverse" else (q, p)
+            each = torch.where(target == -torch.inf, 0.0, target.exp() * (target - other))
+            per_row = each.sum(-1).masked_fill(LABELS == -100, 0.0).sum(1)
+        (per_row * weights).sum().backward()
+        gradients.append(logits.grad.nan_to_num(0.0))
+    torch.testing.assert_close(*gradients)
+    assert gradients[0].abs().sum() > 1
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_the_kl_passes_gradcheck_and_keeps_one_tensor_of_the_vocabulary(direction):
+    logits = LOGITS.clone().requires_grad_()
+    term = KLDivergence(direction=direction)
+    assert torch.autograd.gradcheck(lambda z: term.token_losses(z, LABELS, REFERENCE), (logits,))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        term.token_losses(logits, LABELS, REFERENCE)
+    assert kept == [LOGITS.shape]
+
+
 def test_double_precision_logits_stay_double():
     assert CrossEntropy()(LOGITS, LABELS).dtype == torch.float64
-    assert UnlearningLoss()(LOGITS, LABELS, IS_FORGET, REFERENCE).loss.dtype == torch.float64
+    assert UnlearningLoss()(LOGITS, LABELS, IS_FORGET, RETAIN_REFERENCE).loss.dtype == torch.float64
 
 
 # ---- composition ----
 
 
 def test_each_term_is_the_mean_over_the_rows_of_its_own_group():
-    out = UnlearningLoss(alpha=0.3, beta=0.7)(LOGITS, LABELS, IS_FORGET, REFERENCE)
+    out = UnlearningLoss(alpha=0.3, beta=0.7)(LOGITS, LABELS, IS_FORGET, RETAIN_REFERENCE)
     nll = [sum(plain_nll(LOGITS, LABELS, row)) for row in range(4)]
     kl = [sum(plain_kl(LOGITS, REFERENCE, LABELS, row)) for row in range(4)]
     forget, retain, divergence = (nll[0] + nll[3]) / 2, (nll[1] + nll[2]) / 2, (kl[1] + kl[2]) / 2
@@ -217,36 +256,48 @@ def test_an_absent_group_is_zero_even_where_its_count_is_zero():
 
 @pytest.mark.parametrize(("weights", "spied"), [({"alpha": 0.0}, "retain"), ({"beta": 0.0}, "kl")])
 def test_a_term_of_weight_zero_is_not_called(weights, spied):
-    out = UnlearningLoss(**weights, **{spied: Raising()})(LOGITS, LABELS, IS_FORGET, REFERENCE)
+    reference = RETAIN_REFERENCE if spied == "retain" else None  # without the KL term there is nothing to compare
+    out = UnlearningLoss(**weights, **{spied: Raising()})(LOGITS, LABELS, IS_FORGET, reference)
     assert getattr(out, f"{spied}_loss") == 0
     with pytest.raises(AssertionError, match="was called"):
-        UnlearningLoss(**{spied: Raising()})(LOGITS, LABELS, IS_FORGET, REFERENCE)
+        UnlearningLoss(**{spied: Raising()})(LOGITS, LABELS, IS_FORGET, reference)
 
 
 def test_terms_see_only_the_rows_of_their_group():
-    logits, reference = LOGITS.clone(), REFERENCE.clone()
-    before = UnlearningLoss()(logits, LABELS, IS_FORGET, reference)
-    reference[IS_FORGET] = float("nan")  # what stands there is not read
-    after = UnlearningLoss()(logits, LABELS, IS_FORGET, reference)
-    assert after.loss == before.loss
+    logits = LOGITS.clone()
+    before = UnlearningLoss()(logits, LABELS, IS_FORGET, RETAIN_REFERENCE)
     logits[0] += torch.arange(VOCABULARY)
-    changed = UnlearningLoss()(logits, LABELS, IS_FORGET, reference)
+    changed = UnlearningLoss()(logits, LABELS, IS_FORGET, RETAIN_REFERENCE)
     assert changed.forget_loss != before.forget_loss
     assert (changed.retain_loss, changed.kl_loss) == (before.retain_loss, before.kl_loss)
+
+
+def test_each_group_gets_its_own_part_of_the_reference():
+    both = UnlearningLoss(alpha=0.0, beta=1.0, forget=ReferenceGap(), kl=ReferenceGap())
+    out = both(LOGITS, LABELS, IS_FORGET, REFERENCE)
+    gap = (LOGITS - REFERENCE).sum(dim=-1).masked_fill(LABELS == -100, 0.0).sum(dim=1)
+    torch.testing.assert_close(out.forget_loss, (gap[0] + gap[3]) / 2)
+    torch.testing.assert_close(out.kl_loss, (gap[1] + gap[2]) / 2)
+
+
+def test_a_reference_of_other_rows_is_refused():
+    with pytest.raises(ValueError, match="reference_logits have 4 rows, and 2 of 4 rows have a term that compares"):
+        UnlearningLoss()(LOGITS, LABELS, IS_FORGET, REFERENCE)
 
 
 @pytest.mark.parametrize("split", [[(0, 1), (1, 4)], [(0, 2), (2, 4)], [(0, 1), (1, 2), (2, 3), (3, 4)]])
 def test_micro_batches_with_the_counts_of_the_step_add_up_to_the_whole_batch(split):
     loss = UnlearningLoss(alpha=0.5, beta=0.25)
     whole = LOGITS.clone().requires_grad_()
-    full = loss(whole, LABELS, IS_FORGET, REFERENCE)
+    full = loss(whole, LABELS, IS_FORGET, RETAIN_REFERENCE)
     full.loss.backward()
 
     parts = LOGITS.clone().requires_grad_()
     totals = torch.zeros(4, dtype=torch.float64)
     for start, stop in split:
         some = slice(start, stop)
-        out = loss(parts[some], LABELS[some], IS_FORGET[some], REFERENCE[some], torch.tensor(2.0), 2)
+        retain = REFERENCE[some][~IS_FORGET[some]]
+        out = loss(parts[some], LABELS[some], IS_FORGET[some], retain, torch.tensor(2.0), 2)
         out.loss.backward()
         totals += torch.stack([out.loss, out.forget_loss, out.retain_loss, out.kl_loss]).detach()
     torch.testing.assert_close(totals, torch.stack(list(vars(full).values())).detach())
@@ -288,7 +339,7 @@ def test_a_term_of_the_users_own_works_in_any_place():
 
 
 def test_a_term_of_the_users_own_gets_the_reference_of_its_rows():
-    out = UnlearningLoss(alpha=0.0, beta=0.0, forget=ReferenceGap())(LOGITS, LABELS, IS_FORGET, REFERENCE)
+    out = UnlearningLoss(alpha=0.0, beta=0.0, forget=ReferenceGap())(LOGITS, LABELS, IS_FORGET, REFERENCE[IS_FORGET])
     gap = (LOGITS - REFERENCE).sum(dim=-1)
     torch.testing.assert_close(out.loss, (gap[0].sum() + gap[3, :2].sum()) / 2)
 

@@ -33,6 +33,9 @@ SHAPE = {
 }
 
 
+CHECKED = 2 * spul.reference.ROWS_CHECKED  # each once for its logits and once for its states
+
+
 def answers(name, num):
     """Rows with completions of one token and of many."""
     texts = (" positive", " a bad film about jane doe", " the plot")
@@ -131,10 +134,10 @@ def test_bf16_bases_and_autocast_give_the_live_loss_to_their_precision(tmp_path)
             live = unlearner(**batch)
             cached = unlearner(**batch, reference_logits=reference.logits(batch))
         assert cached.kl_loss.item() == pytest.approx(live.kl_loss.item(), rel=0.1)
-        assert reference.states(collator_of_retain(batch)).dtype == next(base.parameters()).dtype
+        assert reference.states(retain_rows_of(batch)).dtype == next(base.parameters()).dtype
 
 
-def collator_of_retain(batch):
+def retain_rows_of(batch):
     return {name: value[~batch["is_forget"]] for name, value in batch.items()}
 
 
@@ -182,7 +185,7 @@ def test_a_later_run_computes_nothing_but_its_check(tmp_path):
     other_base = build("llama")
     counting = Counting(other_base)
     ReferenceCache.build(wrap(other_base), dataset.shuffle(seed=1), collator, tmp_path / "reference")
-    assert counting.rows == 8  # four rows, once for the logits and once for the states
+    assert counting.rows == CHECKED
 
 
 def test_without_a_folder_every_base_and_data_set_has_its_own(cache_home, tmp_path):
@@ -200,7 +203,7 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypat
     monkeypatch.setattr(spul.reference, "MIN_ROWS_PER_PART", 3)
     dataset, collator, folder = make_answers(), make_collator(), tmp_path / "reference"
     base = build("llama")
-    write, written = spul.reference._write_part, []
+    write, written = spul.reference.write_part, []
 
     def write_two(path, *args):
         if len(written) == 2:
@@ -208,10 +211,10 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypat
         written.append(path)
         write(path, *args)
 
-    monkeypatch.setattr(spul.reference, "_write_part", write_two)
+    monkeypatch.setattr(spul.reference, "write_part", write_two)
     with pytest.raises(KeyboardInterrupt):
         ReferenceCache.build(wrap(base), dataset, collator, folder)
-    monkeypatch.setattr(spul.reference, "_write_part", write)
+    monkeypatch.setattr(spul.reference, "write_part", write)
     assert sorted(p.name for p in folder.iterdir()) == [
         "part-00000.safetensors",
         "part-00001.safetensors",
@@ -220,7 +223,7 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypat
     written[1].write_bytes(written[1].read_bytes()[:-40])  # as a full disk leaves it
     counting = Counting(base)
     resumed = ReferenceCache.build(wrap(base), dataset, collator, folder)
-    assert counting.rows == 13 - 3 + 8
+    assert counting.rows == 13 - 3 + CHECKED
     whole = ReferenceCache.build(wrap(base), dataset, collator, tmp_path / "whole")
     batch = batches(dataset, collator)[2]
     torch.testing.assert_close(resumed.logits(batch), whole.logits(batch))
@@ -268,7 +271,7 @@ def test_2_processes_share_the_work_and_the_files(tmp_path):
         states.append(torch.load(folder / "state.pt"))
         counted.append([torch.load(folder / f"rows-{rank}.pt") for rank in range(processes)])
     assert_same(*states, rtol=0, atol=1e-6)
-    assert counted == [[13 + 8], [3 + 3 + 1 + 8, 3 + 3 + 8]]
+    assert counted == [[13 + CHECKED], [3 + 3 + 1 + CHECKED, 3 + 3 + CHECKED]]
 
 
 # ---- what is kept must be true ----
@@ -289,9 +292,26 @@ def test_a_change_that_the_fingerprint_does_not_see_is_refused(tmp_path):
     ReferenceCache.build(wrap(build("llama")), dataset, collator, tmp_path)
     base = build("llama")
     for layer in base.model.layers:
-        layer.self_attn.scaling = 2.0
+        layer.self_attn.scaling = 2.0  # neither a weight nor in the config
     with pytest.raises(ValueError, match="changed in a way that its fingerprint does not show"):
         ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
+
+
+def test_another_config_is_refused(tmp_path):
+    dataset, collator = make_answers(), make_collator()
+    ReferenceCache.build(wrap(build("mistral", sliding_window=40)), dataset, collator, tmp_path)
+    with pytest.raises(ValueError, match="its base has another config"):
+        ReferenceCache.build(wrap(build("mistral", sliding_window=20)), dataset, collator, tmp_path)
+
+
+def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
+    dataset, collator = make_answers(), make_collator()
+    (tmp_path / ".scratch-new").write_text("half")
+    (tmp_path / ".scratch-old").write_text("half")
+    os.utime(tmp_path / ".scratch-old", (0, 0))
+    ReferenceCache.build(wrap(build("llama")), dataset, collator, tmp_path)
+    assert (tmp_path / ".scratch-new").exists()
+    assert not (tmp_path / ".scratch-old").exists()
 
 
 @pytest.mark.parametrize("change", ["fewer rows", "another completion", "another prompt", "cut shorter"])
@@ -331,16 +351,18 @@ def test_a_folder_of_other_things_is_not_written_to(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_an_unknown_output_head_is_refused(tmp_path):
-    base = build("llama")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_unknown_output_head_is_refused(dtype, tmp_path):
+    base = build("llama", dtype)
     forward = base.forward
 
-    def biased(*args, **kwargs):
+    def capped(*args, **kwargs):
         out = forward(*args, **kwargs)
-        out.logits = out.logits + torch.arange(VOCABULARY)
+        cap = 3 * out.logits.abs().max()
+        out.logits = torch.tanh(out.logits / cap) * cap
         return out
 
-    base.forward = biased
+    base.forward = capped
     with pytest.raises(ValueError, match="does more between its output embeddings and its logits"):
         ReferenceCache.build(wrap(base), make_answers(), make_collator(), tmp_path)
 
@@ -386,6 +408,15 @@ def test_own_terms_that_need_no_reference_build_none(tmp_path):
         trainer.train()
         assert trainer._reference is None
         assert not (tmp_path / "none").exists()
+
+
+def test_the_states_are_memory_mapped(tmp_path):
+    reference = ReferenceCache.build(wrap(build("llama")), make_answers(), make_collator(), tmp_path)
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("only Linux tells what is mapped")
+    assert str(tmp_path / "part-00000.safetensors") in maps.read_text()
+    assert len(reference) == 13
 
 
 @pytest.mark.parametrize(

@@ -29,12 +29,11 @@ def spul_step(base: Any, config: PeftConfig, shape: Shape, reference: str = "cac
     batch = on_device(collator(rows), base)
     optimizer = torch.optim.AdamW([p for p in unlearner.parameters() if p.requires_grad], lr=LEARNING_RATE)
     folder = tempfile.TemporaryDirectory()
-    cache = ReferenceCache.build(unlearner, rows, collator, folder.name, shape.batch_size, progress=False)
+    cache = ReferenceCache.build(unlearner, rows, collator, folder.name, batch_size=8, progress=False)
 
     def step() -> float:
         optimizer.zero_grad()
-        logits = cache.logits(batch) if reference == "cached" else None
-        loss = unlearner(**batch, reference_logits=logits).loss
+        loss = unlearner(**batch, reference_logits=cache.logits(batch) if reference == "cached" else None).loss
         loss.backward()
         optimizer.step()
         return float(loss.detach())
@@ -70,7 +69,7 @@ def plain_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]
 
     def step() -> float:
         optimizer.zero_grad()
-        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
         logits = out.logits[:, config.num_virtual_tokens : -1].float()  # PEFT's stand for the virtual tokens too
         nll = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
         nll = nll.view(is_response.shape).sum(dim=1)
