@@ -178,12 +178,12 @@ def test_the_gradient_of_the_kl_is_that_of_autograd(direction, impossible):
         if kind == "written out":
             per_row = KLDivergence(direction=direction)(logits, LABELS, reference)
         else:
-            p, q = logits.log_softmax(-1), reference.log_softmax(-1)
+            possible = [0, 1, 3, 4] if impossible else [0, 1, 2, 3, 4]
+            p, q = (z[:, :, possible].log_softmax(-1) for z in (logits, reference))
             target, other = (p, q) if direction == "reverse" else (q, p)
-            each = torch.where(target == -torch.inf, 0.0, target.exp() * (target - other))
-            per_row = each.sum(-1).masked_fill(LABELS == -100, 0.0).sum(1)
+            per_row = (target.exp() * (target - other)).sum(-1).masked_fill(LABELS == -100, 0.0).sum(1)
         (per_row * weights).sum().backward()
-        gradients.append(logits.grad.nan_to_num(0.0))
+        gradients.append(logits.grad)
     torch.testing.assert_close(*gradients)
     assert gradients[0].abs().sum() > 1
 
