@@ -33,9 +33,7 @@ def test_spul_and_the_plain_algorithm_take_the_same_steps(family, prompt):
         torch.manual_seed(1)
         step = steps.STEPS[name](base, common.prompt_config(prompt, 4), shape)
         losses[name] = [step() for _ in range(3)]
-    # PEFT and spul draw the same start, but for prompt tuning, where spul brings it to the vocabulary's scale.
-    if prompt == "p-tuning":
-        assert losses["spul"] == pytest.approx(losses["plain"], rel=1e-4)
+    assert losses["spul"] == pytest.approx(losses["plain"], rel=1e-4)
     assert losses["spul"] == pytest.approx(losses["spul, live reference"], rel=1e-5)
     assert losses["spul"][0] != losses["spul"][2]
 
@@ -46,7 +44,7 @@ def test_the_floor_sends_a_gradient_to_the_embeddings():
 
     base = build("llama")
     step = steps.floor_step(base, None, common.Shape(4, 20, 1, 1))
-    step()
+    assert (step().abs().sum(dim=-1) > 0).sum() > 20  # of the 4 rows' tokens
     assert all(parameter.grad is None for parameter in base.parameters())
 
 

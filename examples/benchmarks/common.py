@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -128,7 +129,9 @@ def prompt_config(kind: str, num_virtual_tokens: int) -> PromptTuningConfig | Pr
         return PromptEncoderConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, encoder_hidden_size=128
         )
-    return PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
+    return PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"
+    )
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
@@ -188,7 +191,8 @@ class PeakMemory:
     """`bytes` that the block needs at its peak, over the `before` bytes in use when it began.
 
     On a GPU, PyTorch's allocator tells. On a CPU it is the resident set as Linux counts it (`VmHWM`), so the process
-    should be a fresh one: see `in_fresh_process`.
+    should be a fresh one: see `in_fresh_process`. The resident set includes what the C library's heap holds in pieces
+    too small to use; `MALLOC_MMAP_THRESHOLD_` in the environment makes it give every larger block back at once.
     """
 
     def __init__(self, device: str) -> None:
@@ -220,9 +224,10 @@ class PeakMemory:
         raise RuntimeError(f"/proc/self/status has no {field}; peak memory on a CPU is measured on Linux only.")
 
 
-def in_fresh_process(script: str, arguments: Sequence[str]) -> Any:
+def in_fresh_process(script: str, arguments: Sequence[str], **environment: str) -> Any:
     """Run a script again with other arguments and return the JSON of its last line."""
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
+    command = [sys.executable, script, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
     if done.returncode != 0:
         raise RuntimeError(f"{script} {' '.join(arguments)} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])

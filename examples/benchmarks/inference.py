@@ -54,8 +54,8 @@ def main() -> None:
 
     classify: dict[str, Callable[[], Any]] = {
         "base": lambda: base(**inputs, logits_to_keep=last, use_cache=False),
-        "PEFT": lambda: peft(**inputs),
-        "PEFT, last logits": lambda: peft(**inputs, logits_to_keep=last + num_virtual),
+        "PEFT": lambda: peft(**inputs, use_cache=False),
+        "PEFT, last logits": lambda: peft(**inputs, use_cache=False, logits_to_keep=last + num_virtual),
         "spul": lambda: unlearner.response_logits(**inputs, positions=last),
     }
     ids = torch.randint(5, vocab_size, (args.generate_rows, shape.max_tokens), device=base.device)

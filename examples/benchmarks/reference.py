@@ -8,13 +8,14 @@ and written to a file; in batches of the same size.
 
 from __future__ import annotations
 
+import statistics
 import tempfile
-import time
 from pathlib import Path
 
 import torch
 from common import (
     SHAPES,
+    alternate,
     arguments,
     build_model,
     dtype_of,
@@ -26,7 +27,6 @@ from common import (
     write_json,
 )
 from steps import on_device
-from tqdm.auto import tqdm
 
 from spul import ReferenceCache, SoftPromptUnlearner
 
@@ -37,37 +37,43 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=32)
     args = parser.parse_args()
-    args.rounds = 1
 
     shape, base = SHAPES[args.shape], build_model(args.model, args.device, dtype_of(args))
     vocab_size = base.config.vocab_size
     rows, collator = make_rows(shape, vocab_size, args.rows), make_collator(shape, vocab_size)
+    retain = [row for row in rows if not row["is_forget"]]
     unlearner = SoftPromptUnlearner(base, prompt_config("prompt-tuning", 30))
-    with tempfile.TemporaryDirectory() as folder:
-        start = time.perf_counter()
-        ReferenceCache.build(unlearner, rows, collator, Path(folder, "cache"), args.batch_size)
-        seconds = {"hidden states (spul)": time.perf_counter() - start}
-        size = {"hidden states (spul)": sum(path.stat().st_size for path in Path(folder, "cache").iterdir())}
+    size: dict[str, int] = {}
 
-        start = time.perf_counter()
-        kept = {}
-        with torch.no_grad():
-            retain = [i for i, row in enumerate(rows) if not row["is_forget"]]
-            for start_row in tqdm(range(0, len(retain), args.batch_size), "logits", leave=False):
-                some = retain[start_row : start_row + args.batch_size]
-                batch = on_device(collator([rows[i] for i in some]), base)
-                logits = base(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
-                is_response = batch["labels"][:, 1:] != -100
-                kept |= {i: logits[b][is_response[b]].float().cpu() for b, i in enumerate(some)}
-        torch.save(kept, Path(folder, "logits.pt"))
-        seconds["logits"] = time.perf_counter() - start
-        size["logits"] = Path(folder, "logits.pt").stat().st_size
+    def hidden_states() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            ReferenceCache.build(unlearner, rows, collator, folder, args.batch_size, progress=False)
+            size["hidden states (spul)"] = sum(path.stat().st_size for path in Path(folder).iterdir())
 
-    tokens = len(kept) * shape.response_tokens
-    where = {**surroundings(args), "shape": args.shape, "retain rows": len(kept)}
+    @torch.no_grad()
+    def full_logits() -> None:
+        kept = []
+        for start in range(0, len(retain), args.batch_size):
+            batch = on_device(collator(retain[start : start + args.batch_size]), base)
+            inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+            logits = base(**inputs, use_cache=False).logits[:, :-1]
+            is_response = batch["labels"][:, 1:] != -100
+            kept += [row[mask].float().cpu() for row, mask in zip(logits, is_response, strict=True)]
+        with tempfile.NamedTemporaryFile() as file:
+            torch.save(kept, file.name)
+            size["logits"] = Path(file.name).stat().st_size
+
+    variants = {"hidden states (spul)": hidden_states, "logits": full_logits}
+    seconds = alternate(variants, args.rounds, args.device, warmup=1)
+    tokens = len(retain) * shape.response_tokens
+    where = {**surroundings(args), "shape": args.shape, "retain rows": len(retain)}
     records = [
-        {"reference": name, "bytes_per_token": size[name] / tokens, "seconds_per_1000_rows": 1000 * s / len(kept)}
-        for name, s in seconds.items()
+        {
+            "reference": name,
+            "bytes_per_token": size[name] / tokens,
+            "seconds_per_1000_rows": 1000 * statistics.median(times) / len(retain),
+        }
+        for name, times in seconds.items()
     ]
     columns = ["reference", "bytes per response token", "seconds per 1000 rows"]
     report("The reference", where, columns, [list(record.values()) for record in records])

@@ -98,11 +98,13 @@ def floor_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]
     targets = batch["labels"][:, 1:].gather(1, positions)
     embeds = base.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
 
-    def step() -> None:
+    def step() -> Tensor:
         embeds.grad = None
         inputs = {"inputs_embeds": embeds, "attention_mask": batch["attention_mask"], "use_cache": False}
         logits = base(**inputs, logits_to_keep=positions).logits.float()
         F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100).backward()
+        assert embeds.grad is not None
+        return embeds.grad
 
     return step
 
