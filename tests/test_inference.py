@@ -63,6 +63,29 @@ def test_without_gradient_the_forward_gives_pefts_logits_and_loss(family, kind, 
     torch.testing.assert_close(out.logits[:, num_virtual:][real], expected.logits[:, num_virtual:][plain])
 
 
+def test_the_output_has_pefts_fields_in_pefts_order(family, prompt_type):
+    unlearner, batch = make(family, prompt_type), plain_batch()
+    with torch.no_grad():
+        out, expected = unlearner(**batch), peft_forward(unlearner, **batch)
+    assert list(out.keys()) == list(expected.keys())
+    torch.testing.assert_close(out[0], expected.loss)
+    torch.testing.assert_close(out[1], expected.logits)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_token_types_are_ignored_with_a_warning_as_in_peft(gradient, prompt_type):
+    unlearner, batch = make("gpt2", prompt_type), plain_batch()
+    types = torch.ones_like(batch["input_ids"])
+    with torch.set_grad_enabled(gradient):
+        expected = unlearner(**batch).logits
+        with pytest.warns(UserWarning, match=r"(?i)token.types?.*ignor"):
+            torch.testing.assert_close(unlearner(**batch, token_type_ids=types).logits, expected)
+    inputs = {"input_ids": batch["input_ids"][:1, :7], "max_new_tokens": 2, "do_sample": False}
+    with pytest.warns(UserWarning, match=r"(?i)token.types?.*ignor"):
+        generated = unlearner.generate(**inputs, token_type_ids=types[:1, :7])
+    assert generated.tolist() == unlearner.generate(**inputs).tolist()
+
+
 @pytest.mark.parametrize("window", [3, 8])
 def test_a_prompt_longer_than_the_sliding_window_gives_pefts_logits(window, prompt_type):
     assert_fresh(make("gemma3", prompt_type, sliding_window=window), plain_batch())
@@ -90,6 +113,7 @@ def test_options_of_the_forward_mean_what_they_mean_in_peft(family, prompt_type,
         torch.testing.assert_close(out[0], expected[0])
         return
     torch.testing.assert_close(out.logits, expected.logits)
+    assert list(out.keys()) == list(expected.keys())
     assert (out.past_key_values is None) == (expected.past_key_values is None)
     assert (out.hidden_states is None) == (expected.hidden_states is None)
     if out.past_key_values is not None:
@@ -110,6 +134,30 @@ def test_the_prompt_passes_once_over_all_calls_of_forward_scoring_and_generate(p
     for _ in range(2):
         unlearner.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2)
     assert counted.num == 1
+
+
+def test_a_prompt_loaded_for_use_needs_no_no_grad(prompt_type):
+    unlearner, batch = make("llama", prompt_type), plain_batch()
+    unlearner.requires_grad_(False)
+    counted = CountedPasses(unlearner)
+    for _ in range(3):
+        unlearner(**batch)
+    assert counted.num == 1
+
+
+def test_what_is_kept_is_never_written_to(family, prompt_type):
+    unlearner, batch = make(family, prompt_type), plain_batch()
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 3}
+    unlearner.generate(**inputs)
+    kept = unlearner.__dict__["_kept_prompts"]["default"].layers
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in kept]
+    unlearner.generate(**inputs, num_beams=3)
+    unlearner.generate(**inputs, do_sample=True, num_return_sequences=2)
+    with torch.no_grad():
+        unlearner(**batch)
+        unlearner(**make_batch())
+    for layer, (keys, values) in zip(kept, before, strict=True):
+        torch.testing.assert_close((layer.keys, layer.values), (keys, values), rtol=0, atol=0)
 
 
 def test_every_adapter_has_its_own(prompt_type):

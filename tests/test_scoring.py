@@ -50,6 +50,15 @@ def test_answers_are_those_of_greedy_decoding(model):
     assert any(found.predicted[i] != NEITHER for i in range(len(rows)))
 
 
+def test_logits_are_computed_at_the_response_positions_only(model):
+    heads = []
+    base = model.get_base_model() if isinstance(model, SoftPromptUnlearner) else model
+    base.get_output_embeddings().register_forward_pre_hook(lambda module, args: heads.append(args[0].shape[1]))
+    rows = Dataset.from_list([{"prompt": "the film " * 10 + ":", "completion": " positive"}])
+    score_completions(model, rows, collator())
+    assert max(heads) <= max(len(collator().encoder.completion_ids(text)) for text in (" positive", " unknown"))
+
+
 def test_the_loss_is_the_log_likelihood_of_the_true_completion(model):
     rows = Dataset.from_list([{"prompt": "the film :", "completion": " positive"}])
     found = score_completions(model, rows, collator())

@@ -319,6 +319,34 @@ def test_half_precision_bases_train_a_float32_prompt(family, prompt_type, dtype)
     assert out.loss.dtype == torch.float32
 
 
+@pytest.mark.parametrize("kind", ["autocast", "base"])
+def test_bf16_stays_close_to_the_plain_twin_in_float32(family, prompt_type, kind):
+    unlearner, batch = make(family, prompt_type, torch.float32), make_batch()
+    expected = plain_losses(unlearner, batch)
+    gradients = prompt_gradients(unlearner, expected[0])
+    if kind == "base":
+        unlearner.get_base_model().to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        out = unlearner(**batch)
+    for found, plain in zip((out.loss, out.forget_loss, out.retain_loss), expected[:3], strict=True):
+        torch.testing.assert_close(found, plain, rtol=0.03, atol=0.03)
+    for name, found in prompt_gradients(unlearner, out.loss).items():
+        if gradients[name].norm() > 1e-3:
+            likeness = torch.nn.functional.cosine_similarity(found.flatten(), gradients[name].flatten(), dim=0)
+            assert likeness > 0.97, name
+
+
+def test_logits_are_computed_at_the_response_positions_only(family, prompt_type):
+    unlearner, batch = make(family, prompt_type), make_batch()
+    positions = []
+    head = unlearner.get_base_model().get_output_embeddings()
+    head.register_forward_pre_hook(lambda module, args: positions.append(args[0].shape[:-1].numel()))
+    unlearner(**batch)
+    # The prompt's own pass (one position), the batch, and the three retain rows of the reference; K is 4.
+    passes = [] if prompt_type == "prefix_tuning" else [1]
+    assert positions == [*passes, 5 * 4, 3 * 4]
+
+
 def test_bf16_autocast_wraps_both_passes(family):
     unlearner = make(family, dtype=torch.float32, loss=UnlearningLoss(beta=1.0))
     with torch.autocast("cpu", torch.bfloat16):
