@@ -34,8 +34,8 @@ def main() -> None:
     for name in dict.fromkeys(record["step"] for record in length["records"]):
         points = sorted((r["p"], r["seconds"]) for r in length["records"] if r["step"] == name)
         axes[2].plot(*zip(*points, strict=True), marker="o", label=name, color=COLOURS.get(name, GREY))
-    axes[2].set(title=f"Step time by prompt length ({length['where']['shape']})", xlabel="virtual tokens", ylim=0)
-    axes[2].set_ylabel("seconds")
+    axes[2].set(title=f"Step time by prompt length ({length['where']['shape']})", xlabel="virtual tokens")
+    axes[2].set(ylabel="seconds", ylim=(0, 1.15 * max(record["seconds"] for record in length["records"])))
     axes[2].legend(frameon=False)
     bars(axes[3], inference["records"], "task", "model", "over_base", 1.0)
     axes[3].set(title="Inference time over the base alone")
