@@ -41,7 +41,8 @@ def ordinary_forward(
     """
     given = any(kwargs.get(name) is not None for name in _OWN_PLACES)
     if input_ids is None or attention_mask is None or given or not has_left_padding(attention_mask):
-        return _forward(model, concatenated, input_ids, attention_mask, labels, **kwargs)
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+        return _forward(model, concatenated, **inputs, **kwargs)
     refused = ("logits_to_keep", "output_hidden_states", "output_attentions", "use_cache")
     if bad := [name for name in refused if kwargs.get(name) or kwargs.get("return_dict") is False]:
         raise ValueError(f"left-padded rows under a prompt take no {', '.join(bad)}; pad on the right.")
@@ -49,39 +50,30 @@ def ordinary_forward(
     columns = torch.arange(width, device=input_ids.device).expand_as(input_ids)
     mask, ids, origin = pack_right(attention_mask, input_ids, columns)
     packed_labels = None if labels is None else pack_right(attention_mask, labels)[1]
-    out = _forward(model, concatenated, ids, mask, packed_labels, **kwargs)
+    out = _forward(model, concatenated, input_ids=ids, attention_mask=mask, labels=packed_labels, **kwargs)
     back = origin.argsort(dim=1) + (out.logits.shape[1] - width)
     head = out.logits[:, : out.logits.shape[1] - width]
     out.logits = torch.cat([head, out.logits.take_along_dim(back[..., None], dim=1)], dim=1)
     return out
 
 
-def _forward(
-    model: Any,
-    concatenated: Callable[..., Any],
-    input_ids: Tensor | None,
-    attention_mask: Tensor | None,
-    labels: Tensor | None,
-    **kwargs: Any,
-) -> Any:
-    if input_ids is not None and _can_use_kept_prompt(model, input_ids.shape[1], labels, kwargs):
-        out = _from_kept_prompt(model, input_ids, attention_mask, labels, **kwargs)
-        if out is not None:
-            return out
-    return concatenated(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+def _forward(model: Any, concatenated: Callable[..., Any], **inputs: Any) -> Any:
+    out = _from_kept_prompt(model, **inputs) if _can_use_kept_prompt(model, **inputs) else None
+    return concatenated(**inputs) if out is None else out
 
 
-def _can_use_kept_prompt(model: Any, width: int, labels: Tensor | None, kwargs: dict[str, Any]) -> bool:
+def _can_use_kept_prompt(model: Any, input_ids: Tensor | None, labels: Tensor | None, **kwargs: Any) -> bool:
     base: Any = model.get_base_model()
     last = kwargs.get("logits_to_keep", 0)
     routes = kwargs.get("output_router_logits") or getattr(base.config, "output_router_logits", False)
     return (
-        not needs_gradient(model)
+        input_ids is not None
+        and not needs_gradient(model)
         and model.active_peft_config.peft_type != PeftType.PREFIX_TUNING  # PEFT's way needs no pass either
         and not any(kwargs.get(name) is not None and kwargs[name] is not False for name in _NEEDS_CONCATENATION)
         and kwargs.get("return_dict") is not False
         and isinstance(last, int)
-        and last <= width
+        and last <= input_ids.shape[1]
         and (labels is None or (last == 0 and hasattr(base, "loss_function")))
         and not routes  # a mixture of experts has a loss over all positions
         and not is_checkpointing(base)
