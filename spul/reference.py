@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import logging
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,8 +29,6 @@ from .output_head import OutputHead, final_states, gives_logits, is_close
 from .prefix import logits_at, response_positions
 from .provenance import fingerprint
 from .reference_files import FORMAT, Part, check_index, claim_folder, digest_of, part_path, read_part, write_part
-
-logger = logging.getLogger(__name__)
 
 MAX_PARTS, MIN_ROWS_PER_PART = 256, 256
 ROWS_CHECKED = 6
@@ -109,13 +107,12 @@ class ReferenceCache:
             shares = _in_parts(rows)
             own = list(range(rank, len(shares), world))
             num_rows = sum(len(shares[i]) for i in own)
-            bar = tqdm(total=num_rows, desc="reference", unit="row", disable=not progress, leave=False)
-            head = OutputHead(base)
             missing = [i for i in own if read_part(part_path(path, i), [row.key for row in shares[i]]) is None]
-            if missing and rank == 0:
-                logger.warning(
-                    "What the frozen model says on %d rows is computed once and kept in %s.", len(rows), path
-                )
+            if progress:
+                done = "is computed once and kept in" if missing else "is read from"
+                tqdm.write(f"What the frozen model says on {len(rows)} rows {done} {path}", file=sys.stderr)
+            bar = tqdm(total=num_rows, desc="reference", unit="row", disable=not (progress and missing), leave=False)
+            head = OutputHead(base)
             for i in own:
                 if i in missing:
                     part = _compute_part(base, head, dataset, collator, shares[i], batch_size)
@@ -144,6 +141,9 @@ class ReferenceCache:
     def __len__(self) -> int:
         """The number of different rows."""
         return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"ReferenceCache({len(self)} rows, {self.num_bytes / 1e6:.1f} MB, {str(self.folder)!r})"
 
     def logits(self, batch: Mapping[str, Tensor]) -> Tensor | None:
         """What the frozen model says at the response tokens of a batch.

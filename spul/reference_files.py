@@ -74,7 +74,7 @@ def check_index(folder: Path, index: Mapping[str, Any]) -> None:
         "base": "its base has other weights",
         "config": "its base has another config",
         "precision": f"its base ran in another precision ({there.get('precision')}, now {index['precision']})",
-        "data": f"its rows are others ({there.get('rows')}, now {index['rows']}), or tokenised or cut differently",
+        "data": f"its {there.get('rows')} rows are not the {index['rows']} of now, or were cut or tokenised otherwise",
     }
     if differs := [text for name, text in names.items() if there.get(name) != index[name]]:
         raise ValueError(

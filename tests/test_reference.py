@@ -325,7 +325,7 @@ def test_other_data_are_refused(change, tmp_path):
     else:
         column = change.split()[1]
         dataset = Dataset.from_list([{**row, column: row[column] + " good"} for row in dataset])
-    with pytest.raises(ValueError, match="its rows are others"):
+    with pytest.raises(ValueError, match=r"its 13 rows are not the 1[23] of now"):
         ReferenceCache.build(unlearner, dataset, collator, tmp_path)
 
 
@@ -437,6 +437,6 @@ def test_reference_logits_of_another_shape_raise():
 def test_the_index_says_what_the_files_belong_to(tmp_path):
     ReferenceCache.build(wrap(build("llama")), make_answers(), make_collator(), tmp_path)
     index = json.loads((tmp_path / "reference.json").read_text())
-    assert index["rows"] == 13
+    assert index["rows"] == 13  # the retain rows
     assert index["precision"] == "float32, autocast None"
     assert len(index["base"]) == 64
