@@ -165,7 +165,7 @@ def main() -> None:
     draw(results, out / "before_after.png")
     print("\n" + table(results))
     print(f"\nDetached, the model knows what it knew: the prompt hides knowledge, it does not delete it.\nIn {out}/:")
-    print("  adapter/ (the prompt, to load or share), metrics.json, before_after.png")
+    print("  adapter/ (the prompt, to load or share), base/, metrics.json, before_after.png")
 
 
 if __name__ == "__main__":
