@@ -265,8 +265,7 @@ class UnlearningLoss:
             )
 
         def rows_of(group: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            compares = reference_logits is not None and bool((needed & group).any())
-            reference = reference_logits[group[needed]] if compares and reference_logits is not None else None
+            reference = None if reference_logits is None else reference_logits[group[needed]]
             return logits[group], labels[group], reference
 
         def mean(term: LossTerm, rows: tuple[Tensor, Tensor, Tensor | None], count: Tensor | float) -> Tensor:

@@ -239,9 +239,9 @@ class _Row(NamedTuple):
 def _rows_to_keep(unlearner: Any, dataset: Any, collator: ForgetRetainCollator, progress: bool) -> list[_Row]:
     """The rows whose loss compares with the frozen model, longest first, each content once."""
     kept: dict[int, _Row] = {}
+    asks = unlearner.loss.rows_needing_reference(torch.tensor([False, True])).tolist()  # retain rows, forget rows
     for place, row in enumerate(tqdm(dataset, "reading rows", disable=not progress, leave=False)):
-        flag = torch.tensor([bool(row["is_forget"])])
-        if not unlearner.loss.rows_needing_reference(flag).any():
+        if not asks[bool(row["is_forget"])]:
             continue
         if row["is_forget"] and collator.generic_completions is not None:
             raise ValueError(

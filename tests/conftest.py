@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -140,3 +145,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
     core.train_from_iterator([words, " " + words, "### text: \n abcdefghijklmnopqrstuvwxyz 0123456789 .,"], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def run_script(script: Path, *arguments: object, processes: int = 1) -> None:
+    """Run a Python script with this folder and some arguments, in one process or several that know of each other."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [sys.executable, *(launcher if processes > 1 else []), str(script), str(Path(__file__).parent)]
+    command += [str(argument) for argument in arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -2,15 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, build
+from conftest import VOCABULARY, build, run_script
 from datasets import Dataset
 from safetensors.torch import load_file
 from test_trainer import ONE_STEP, assert_same, make_collator, make_trainer, make_unlearner, prompt_state, rows
@@ -259,15 +257,11 @@ def test_2_processes_share_the_work_and_the_files(tmp_path):
             """
         )
     )
-    here = str(Path(__file__).parent)
     states, counted = [], []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-        command = [sys.executable, *launcher, str(script), here, str(folder), str(18 // processes)]
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0, done.stderr[-3000:]
+        run_script(script, folder, 18 // processes, processes=processes)
         states.append(torch.load(folder / "state.pt"))
         counted.append([torch.load(folder / f"rows-{rank}.pt") for rank in range(processes)])
     assert_same(*states, rtol=0, atol=1e-6)

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, make_tokenizer
+from conftest import build, make_tokenizer, run_script
 from datasets import Dataset
 from peft import PeftModel
 from test_unlearner import CONFIGS
@@ -131,18 +130,11 @@ def test_2_processes_of_16_make_the_step_of_one_of_32(tmp_path):
             """
         )
     )
-    here = str(Path(__file__).parent)
     for prompt_type in CONFIGS:
         results = []
         for processes, size in ((1, 32), (2, 16)):
             out = tmp_path / f"{prompt_type}-{processes}.pt"
-            command = [sys.executable, str(script)]
-            if processes > 1:
-                launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-                command = [sys.executable, *launcher, str(script)]
-            command += [here, str(tmp_path / "out"), prompt_type, str(size), str(out)]
-            done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-            assert done.returncode == 0, done.stderr[-3000:]
+            run_script(script, tmp_path / "out", prompt_type, size, out, processes=processes)
             results.append(torch.load(out))
         one, two = results
         assert_same(one["state"], two["state"], rtol=0, atol=1e-6)
