@@ -6,21 +6,24 @@ Make a causal language model stop answering about some of its training data with
 from .collator import ForgetRetainCollator
 from .data import forget_retain_dataset
 from .evaluation import score_completions
-from .losses import CrossEntropy, GradientAscent, KLDivergence, LossTerm, UnlearningLoss
+from .forward import UnlearnerOutput, unlearning_forward
+from .losses import NPO, CrossEntropy, GradientAscent, KLDivergence, LossTerm, SimNPO, UnlearningLoss
 from .provenance import SpulConfig, fingerprint
 from .reference import ReferenceCache
 from .trainer import UnlearningTrainer
-from .unlearner import SoftPromptUnlearner, UnlearnerOutput
+from .unlearner import SoftPromptUnlearner
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "NPO",
     "CrossEntropy",
     "ForgetRetainCollator",
     "GradientAscent",
     "KLDivergence",
     "LossTerm",
     "ReferenceCache",
+    "SimNPO",
     "SoftPromptUnlearner",
     "SpulConfig",
     "UnlearnerOutput",
@@ -29,4 +32,5 @@ __all__ = [
     "fingerprint",
     "forget_retain_dataset",
     "score_completions",
+    "unlearning_forward",
 ]

@@ -48,6 +48,9 @@ class LossTerm:
     needs_reference: ClassVar[bool] = False
     """True if the term reads `reference_logits`, the frozen model's own logits at the same positions."""
 
+    makes_unlikely: ClassVar[bool] = False
+    """True if the term makes the labels unlikely, so that as a forget term it needs the rows' own completions."""
+
     def __post_init__(self) -> None:
         if self.reduction not in ("sum", "mean"):
             raise ValueError(f"reduction={self.reduction!r} is not known; pass 'sum' or 'mean'.")
@@ -77,7 +80,11 @@ class LossTerm:
         used = labels != IGNORE_INDEX
         per_token = self.token_losses(logits, labels, reference_logits).masked_fill(~used, 0.0)
         total = per_token.sum(dim=1)
-        return total / used.sum(dim=1).clamp(min=1) if self.reduction == "mean" else total
+        return self.row_losses(total / used.sum(dim=1).clamp(min=1) if self.reduction == "mean" else total)
+
+    def row_losses(self, reduced: Tensor) -> Tensor:
+        """The rows' numbers, (rows,), from their reduced token losses: the same, unless a term bends them."""
+        return reduced
 
 
 def _float(logits: Tensor) -> Tensor:
@@ -107,8 +114,83 @@ class GradientAscent(LossTerm):
     responses; ascending on generic responses would teach the model never to give them.
     """
 
+    makes_unlikely: ClassVar[bool] = True
+
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         return -token_nll(logits, labels)
+
+
+@dataclass(frozen=True)
+class NPO(LossTerm):
+    """Negative preference optimisation: -(2 / b) log sigmoid(-b log(pi / pi_ref)) of a row's response.
+
+    Bounded below, unlike gradient ascent, which it becomes as b goes to 0 (arXiv 2404.05868, eq. 3). The ratio is that
+    of whole responses, so `reduction` stays `"sum"` for the published loss.
+
+    Args:
+        inverse_temperature: b, above 0; 0.1 as published.
+        reduction: see `LossTerm`.
+
+    Raises:
+        ValueError: if `inverse_temperature` is not above 0.
+    """
+
+    inverse_temperature: float = 0.1
+
+    needs_reference: ClassVar[bool] = True
+    makes_unlikely: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_inverse_temperature(self.inverse_temperature)
+
+    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
+        assert reference_logits is not None
+        return token_nll(logits, labels) - token_nll(reference_logits, labels)
+
+    def row_losses(self, reduced: Tensor) -> Tensor:
+        return -2 / self.inverse_temperature * F.logsigmoid(self.inverse_temperature * reduced)
+
+
+@dataclass(frozen=True)
+class SimNPO(LossTerm):
+    """NPO without a reference: -(2 / b) log sigmoid(-b / |y| log pi - margin), |y| the response's length in tokens.
+
+    As printed in arXiv 2410.07163 (eq. 4). The authors' program subtracts the margin before it multiplies by b; with
+    the published margin of 0 that is the same.
+
+    Args:
+        inverse_temperature: b, above 0; 2.5 as published for TOFU.
+        margin: gamma, at least 0; 0 as published for TOFU.
+        reduction: `"mean"` (default) divides by the response's length, as published.
+
+    Raises:
+        ValueError: if `inverse_temperature` is not above 0 or `margin` is negative.
+    """
+
+    reduction: Reduction = "mean"
+    inverse_temperature: float = 2.5
+    margin: float = 0.0
+
+    makes_unlikely: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_inverse_temperature(self.inverse_temperature)
+        if not (math.isfinite(self.margin) and self.margin >= 0):
+            raise ValueError(f"margin={self.margin!r}: expected a finite number of at least 0.")
+
+    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
+        return token_nll(logits, labels)
+
+    def row_losses(self, reduced: Tensor) -> Tensor:
+        bent = F.logsigmoid(self.inverse_temperature * reduced - self.margin)
+        return -2 / self.inverse_temperature * bent
+
+
+def _check_inverse_temperature(value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"inverse_temperature={value!r}: expected a finite number above 0.")
 
 
 @dataclass(frozen=True)
@@ -224,6 +306,11 @@ class UnlearningLoss:
         """Whether retain rows matter to the loss at all."""
         return self.alpha > 0 or self.beta > 0
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether any row is compared with the frozen model."""
+        return bool(self.rows_needing_reference(torch.tensor([False, True])).any())
+
     def rows_needing_reference(self, is_forget: Tensor) -> Tensor:
         """Which rows need the frozen model's logits: (rows,) bool."""
         retain = (self.alpha > 0 and self.retain.needs_reference) or (self.beta > 0 and self.kl.needs_reference)
@@ -300,7 +387,8 @@ class UnlearningLoss:
         Raises:
             ValueError: if a term is not one of this module's: build the loss yourself then.
         """
-        known: dict[str, type[LossTerm]] = {t.__name__: t for t in (CrossEntropy, GradientAscent, KLDivergence)}
+        terms_here: tuple[type[LossTerm], ...] = (CrossEntropy, GradientAscent, KLDivergence, NPO, SimNPO)
+        known = {kind.__name__: kind for kind in terms_here}
 
         def term(entry: dict[str, Any]) -> LossTerm:
             options = {key: value for key, value in entry.items() if key != "type"}

@@ -14,7 +14,7 @@ from .prefix import uncompiled
 class OutputHead:
     """From a causal LM's final hidden states to its logits: output embeddings, then scaling and soft-capping.
 
-    A head that may learn is copied, so that it stays the one that belongs to the states.
+    A head that may learn is copied, so that it stays the one that belongs to the states; an adapter on it is left out.
 
     Args:
         base_model: a causal LM of transformers.
@@ -28,6 +28,9 @@ class OutputHead:
         embeddings = base.get_output_embeddings()
         if embeddings is None:
             raise ValueError(f"{type(base).__name__} has no output embeddings; use reference='live'.")
+        # LoRA on the head, or a head that is trained whole beside LoRA.
+        for inner in ("original_module", "base_layer"):
+            embeddings = getattr(embeddings, inner, embeddings)
         if any(parameter.requires_grad for parameter in embeddings.parameters()):
             embeddings = copy.deepcopy(embeddings).requires_grad_(False)
         config = base.config.get_text_config()

@@ -6,13 +6,15 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 SPUL_CONFIG_NAME = "spul_config.json"
@@ -96,7 +98,7 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would change the names
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters(), key=lambda item: item[0]):
+    for name, parameter in sorted(_own_parameters(model), key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
         flat = parameter.detach().reshape(-1)
@@ -107,6 +109,19 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A model's parameters by the names that they have without PEFT's adapters, and none of the adapters'."""
+    adapters = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            adapters += [f"{name}.{layer}" for layer in module.adapter_layer_names]
+        elif isinstance(module, ModulesToSaveWrapper):
+            adapters.append(f"{name}.modules_to_save")
+    for name, parameter in model.named_parameters():
+        if not name.startswith(tuple(f"{adapter}." for adapter in adapters)):
+            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
 
 
 def summarise_rows(rows: Iterable[Mapping[str, Any]]) -> DataSummary:

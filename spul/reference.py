@@ -1,8 +1,9 @@
 """What the frozen model says on the rows that are held to it, computed once and kept on disk.
 
-While a prompt trains, the base's distributions do not change. What is kept of them is the base's final hidden state at
-each response token: d numbers, where the distribution itself has as many as the vocabulary. The LM head is applied
-when a row is used.
+While a prompt trains, the base's distributions do not change; where the whole model or LoRA learns, what is compared
+with is the model as it was before. What is kept of a distribution is the final hidden state at each response token: d
+numbers, where the distribution itself has as many as the vocabulary. The LM head, as it was, is applied when a row is
+used.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
+from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .collator import ForgetRetainCollator
-from .losses import IGNORE_INDEX
+from .forward import bare_model, unwrapped
+from .losses import IGNORE_INDEX, UnlearningLoss
 from .output_head import OutputHead, final_states, gives_logits, is_close
 from .prefix import logits_at, response_positions
 from .provenance import fingerprint
@@ -48,10 +51,8 @@ class ReferenceCache:
         ```
     """
 
-    def __init__(self, unlearner: Any, parts: Sequence[Part], folder: Path) -> None:
-        self.folder = folder
-        self.head = OutputHead(unlearner.get_base_model())
-        self._unlearner, self._parts = unlearner, parts
+    def __init__(self, loss: UnlearningLoss, head: OutputHead, parts: Sequence[Part], folder: Path) -> None:
+        self.loss, self.head, self.folder, self._parts = loss, head, folder, parts
         rows = torch.cat([part.rows for part in parts])
         self._rows, order = rows.sort()
         part_of = torch.cat([torch.full_like(part.rows, i) for i, part in enumerate(parts)])
@@ -62,21 +63,22 @@ class ReferenceCache:
     @classmethod
     def build(
         cls,
-        unlearner: Any,
+        model: nn.Module,
         dataset: Any,
         collator: ForgetRetainCollator,
         folder: str | os.PathLike | None = None,
         batch_size: int = 32,
         accelerator: Accelerator | None = None,
         progress: bool = True,
+        loss: UnlearningLoss | None = None,
     ) -> ReferenceCache:
-        """Open the cache of a data set's rows under the unlearner's base, computing what is not there yet.
+        """Open the cache of a data set's rows under a model without its prompt or adapter, computing what is missing.
 
         Only rows whose loss compares with the frozen model are kept: retain rows, unless the forget term asks too.
         An interrupted computation goes on where it stopped; later runs, and all processes of one, share the files.
 
         Args:
-            unlearner: a `SoftPromptUnlearner`; its base and its loss count, not its prompt.
+            model: a `SoftPromptUnlearner`, a model under LoRA, or a causal LM that has not begun to unlearn yet.
             dataset: what is trained on: rows with `is_forget`, as text or tokenised.
             collator: the one that is trained with.
             folder: where to keep the files. Unless given: a folder of their own for each base and data set, in
@@ -84,15 +86,22 @@ class ReferenceCache:
             batch_size: rows per forward.
             accelerator: shares the work out over its processes, which must see the same folder.
             progress: whether to show a progress bar.
+            loss: what is asked for, which says which rows are compared; an unlearner's own unless given.
 
         Raises:
-            ValueError: if `folder` holds the reference of another base or other data; if the base has changed in a
-                way that its fingerprint does not show; or if this base, loss or data cannot have a cache.
+            ValueError: if `loss` is missing; if `folder` holds the reference of another base or other data; if the
+                base has changed in a way that its fingerprint does not show; or if this base, loss or data cannot
+                have a cache.
         """
-        base: Any = unlearner.get_base_model()
+        base: Any = bare_model(model)
+        loss = getattr(model, "loss", None) if loss is None else loss
+        if not isinstance(loss, UnlearningLoss):
+            raise ValueError(
+                f"loss={loss!r}: a {type(model).__name__} has no loss of its own; pass loss=UnlearningLoss(...)."
+            )
         rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         progress = progress and rank == 0
-        rows = _rows_to_keep(unlearner, dataset, collator, progress)
+        rows = _rows_to_keep(loss, dataset, collator, progress)
         if not rows:
             raise ValueError("no row's loss compares with the frozen model (beta=0, or no retain rows).")
         index = _describe(base, rows)
@@ -103,7 +112,7 @@ class ReferenceCache:
             accelerator.wait_for_everyone()
         check_index(path, index)  # also where the folder is not shared
 
-        with _evaluating(base):
+        with _evaluating(base), _without_adapter(model):
             shares = _in_parts(rows)
             own = list(range(rank, len(shares), world))
             num_rows = sum(len(shares[i]) for i in own)
@@ -127,7 +136,7 @@ class ReferenceCache:
                     f"{len(unseen)} of {len(parts)} files that other processes wrote are not in {str(path)!r}; "
                     "pass a folder that all of them see, or reference='live'."
                 )
-            reference = cls(unlearner, [part for part in parts if part is not None], path)
+            reference = cls(loss, head, [part for part in parts if part is not None], path)
             spread = np.linspace(0, len(rows) - 1, min(ROWS_CHECKED, len(rows))).round().astype(int)
             for i in sorted(set(spread.tolist())):  # one by one, since the longest is among them
                 reference._check_base(base, collator.true_batch([dataset[rows[i].place]]))
@@ -158,7 +167,7 @@ class ReferenceCache:
         Raises:
             ValueError: if a row is not, in its every token, one of the rows that the cache was built from.
         """
-        needed = self._unlearner.loss.rows_needing_reference(batch["is_forget"].bool())
+        needed = self.loss.rows_needing_reference(batch["is_forget"].bool())
         if not needed.any():
             return None
         states = self.states({name: batch[name][needed] for name in ("input_ids", "attention_mask", "labels")})
@@ -236,10 +245,10 @@ class _Row(NamedTuple):
     length: int
 
 
-def _rows_to_keep(unlearner: Any, dataset: Any, collator: ForgetRetainCollator, progress: bool) -> list[_Row]:
+def _rows_to_keep(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollator, progress: bool) -> list[_Row]:
     """The rows whose loss compares with the frozen model, longest first, each content once."""
     kept: dict[int, _Row] = {}
-    asks = unlearner.loss.rows_needing_reference(torch.tensor([False, True])).tolist()  # retain rows, forget rows
+    asks = loss.rows_needing_reference(torch.tensor([False, True])).tolist()  # retain rows, forget rows
     for place, row in enumerate(tqdm(dataset, "reading rows", disable=not progress, leave=False)):
         if not asks[bool(row["is_forget"])]:
             continue
@@ -302,6 +311,11 @@ def _compute_part(
         counts.append(used.sum(dim=1))
     keys = torch.tensor([row.key for row in rows], dtype=torch.int64)
     return Part(torch.cat(states), keys, torch.cat(counts).cumsum(0).to(torch.int32))
+
+
+def _without_adapter(model: nn.Module) -> contextlib.AbstractContextManager:
+    model = unwrapped(model)
+    return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

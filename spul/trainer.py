@@ -11,15 +11,17 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
 from .collator import ForgetRetainCollator, completion_text, plain
 from .evaluation.scoring import Answers, collect_answers, summarise
-from .losses import GradientAscent
-from .provenance import summarise_rows
+from .forward import unlearning_forward
+from .losses import UnlearningLoss
+from .provenance import SpulConfig, summarise_rows
 from .reference import ReferenceCache
 from .sampling import EpochSampler, RowCopies, epoch_sampler, forget_flags
 from .unlearner import SoftPromptUnlearner
@@ -31,7 +33,7 @@ TERMS = ("forget_loss", "retain_loss", "kl_loss")
 
 
 class UnlearningTrainer(Trainer):
-    """Trains a `SoftPromptUnlearner`.
+    """Trains a `SoftPromptUnlearner`, or a causal LM that learns in its own weights or by LoRA.
 
     Beyond `transformers.Trainer`: the loss is normalised over forget and retain rows of the whole step, so that one
     batch of 32, 4 accumulated batches of 8 and 2 processes with 16 make the same step; every term is logged; resuming
@@ -39,7 +41,8 @@ class UnlearningTrainer(Trainer):
     answers per split.
 
     Args:
-        model: the unlearner.
+        model: the unlearner; or a causal LM of transformers, bare or under a PEFT adapter such as LoRA, which learns
+            what `loss` asks for with the parameters that require gradients.
         args: `TrainingArguments`; its `label_smoothing_factor` must be 0.
         data_collator: a `ForgetRetainCollator`.
         train_dataset: what `forget_retain_dataset` returns, or `collator.tokenize` made of it.
@@ -50,9 +53,11 @@ class UnlearningTrainer(Trainer):
             the share of forget rows in every batch.
         reference: where the frozen model's answers come from, which the KL term compares with. `"cached"` (default)
             computes them once before training and keeps them on disk, see `ReferenceCache.build`; `"live"` computes
-            them in every step, which costs a forward pass over its retain rows.
+            them in every step, which costs a forward pass over its retain rows, and cannot be had where a model learns
+            in its own weights.
         reference_dir: the folder to keep them in; unless given, one for each base and data set beside the Hugging Face
             cache, shared by later runs.
+        loss: what is asked for, where the model is no `SoftPromptUnlearner`, which has its own.
         kwargs: as `transformers.Trainer`.
 
     Raises:
@@ -66,7 +71,7 @@ class UnlearningTrainer(Trainer):
 
     def __init__(
         self,
-        model: SoftPromptUnlearner,
+        model: SoftPromptUnlearner | PeftModel | PreTrainedModel,
         args: TrainingArguments | None = None,
         data_collator: ForgetRetainCollator | None = None,
         train_dataset: Any = None,
@@ -76,26 +81,31 @@ class UnlearningTrainer(Trainer):
         forget_fraction: float | None = None,
         reference: Literal["cached", "live"] = "cached",
         reference_dir: str | os.PathLike | None = None,
+        loss: UnlearningLoss | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(model, SoftPromptUnlearner):
-            raise TypeError(f"model is a {type(model).__name__}; expected a SoftPromptUnlearner around it.")
+        loss = _checked_loss(model, loss)
         if not isinstance(data_collator, ForgetRetainCollator):
             raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
         if kwargs.get("compute_loss_func") is not None or (args is not None and args.label_smoothing_factor):
             raise ValueError(
-                "compute_loss_func and label_smoothing_factor would replace the unlearning loss; give the loss to the "
-                "model instead: SoftPromptUnlearner(..., loss=UnlearningLoss(forget=...))."
+                "compute_loss_func and label_smoothing_factor would replace the unlearning loss; give that one "
+                "instead: SoftPromptUnlearner(..., loss=UnlearningLoss(forget=...)), or loss= for other models."
             )
         if reference not in ("cached", "live") or (reference == "live" and reference_dir is not None):
             raise ValueError(
                 f"reference={reference!r}, reference_dir={reference_dir!r}: expected 'cached', with or without a "
                 "folder, or 'live' without one."
             )
-        if isinstance(model.loss.forget, GradientAscent) and data_collator.generic_completions is not None:
+        if loss.forget.makes_unlikely and data_collator.generic_completions is not None:
             raise ValueError(
-                "GradientAscent makes the collated completion unlikely, and the collator would give it generic "
-                "ones; use ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
+                f"{type(loss.forget).__name__} makes the collated completion unlikely, and the collator would give it "
+                "generic ones; use ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
+            )
+        if reference == "live" and loss.needs_reference and not isinstance(model, PeftModel):
+            raise ValueError(
+                f"reference='live' asks the model as it was before, and a {type(model).__name__} that learns in its "
+                "own weights is that no more; use reference='cached'."
             )
         self._reference_mode, self._reference_dir = reference, reference_dir
         self._reference: ReferenceCache | None = None
@@ -103,7 +113,7 @@ class UnlearningTrainer(Trainer):
         self._sampler: EpochSampler | None = None
         if train_dataset is not None:
             self._flags = forget_flags(train_dataset)
-            self._describe_data(model, data_collator, train_dataset, self._flags)
+            self._describe_data(self._prompt_config(model), data_collator, train_dataset, self._flags)
             settings = TrainingArguments() if args is None else args
             self._sampler = epoch_sampler(settings, data_collator, train_dataset, self._flags, forget_fraction)
             if forget_fraction is not None:
@@ -114,11 +124,11 @@ class UnlearningTrainer(Trainer):
                 "several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
                 "`accelerate launch`, or show one GPU only with CUDA_VISIBLE_DEVICES=0."
             )
-        self._unlearner, self._collator = model, data_collator
+        self._learner, self._collator, self._loss = model, data_collator, loss
         if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
-                "no prompt parameter requires a gradient: the prompt was loaded for use only. Load it with "
-                "SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
+                "no parameter requires a gradient: a prompt was loaded for use only, or a model frozen. Load a prompt "
+                "with SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
             )
         self.add_callback(_Epochs(model, data_collator, self._sampler))
         self._term_sums = torch.zeros(len(TERMS), device=self.args.device)
@@ -127,8 +137,13 @@ class UnlearningTrainer(Trainer):
     # ---- data ----
 
     @staticmethod
+    def _prompt_config(model: nn.Module) -> SpulConfig | None:
+        """The record that is kept with a prompt; other models have none."""
+        return model.spul_config if isinstance(model, SoftPromptUnlearner) else None
+
+    @staticmethod
     def _describe_data(
-        model: SoftPromptUnlearner, collator: ForgetRetainCollator, rows: Any, flags: list[bool]
+        record: SpulConfig | None, collator: ForgetRetainCollator, rows: Any, flags: list[bool]
     ) -> None:
         """Look through the training rows once: labels that are generic too, counts and digests for the record."""
         generic = {plain(text) for text in collator.generic_completions or []}
@@ -139,10 +154,12 @@ class UnlearningTrainer(Trainer):
                     f"{both} stand in train_dataset as completions and are generic_completions too: "
                     "forget rows would be trained to a label of the task. Choose generic completions that no row has."
                 )
-        model.spul_config.generic_completions = collator.generic_completions
+        if record is None:
+            return
+        record.generic_completions = collator.generic_completions
         for name, group in (("forget", True), ("retain", False)):
             picked = (rows[i] for i, flag in enumerate(flags) if flag == group)
-            setattr(model.spul_config, name, summarise_rows(picked))
+            setattr(record, name, summarise_rows(picked))
 
     def _set_signature_columns_if_needed(self) -> None:
         # The collator needs the rows' own columns, whatever the base's forward takes.
@@ -188,7 +205,11 @@ class UnlearningTrainer(Trainer):
         if self._reference is not None and model.training:
             with self.accelerator.autocast():
                 inputs = {**inputs, "reference_logits": self._reference.logits(inputs)}
-        outputs = model(**inputs)
+        if isinstance(self._learner, SoftPromptUnlearner):
+            outputs = model(**inputs)
+        else:
+            with self.accelerator.autocast():  # also around the frozen model, which accelerate does not know
+                outputs = unlearning_forward(model, self._loss, **inputs)
         if model.training:
             self._term_sums += torch.stack([outputs[term].detach().to(self._term_sums) for term in TERMS])
         return (outputs.loss, outputs) if return_outputs else outputs.loss
@@ -224,7 +245,7 @@ class UnlearningTrainer(Trainer):
     def _open_reference(self) -> None:
         """Compute what the frozen model says on the training rows, or find it computed."""
         self._reference = None
-        asks = self._unlearner.loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
+        asks = self._loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
         if self._reference_mode == "cached" and asks.any():
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
@@ -232,17 +253,18 @@ class UnlearningTrainer(Trainer):
                     "reference='live'."
                 )
             if (self.args.fp16_full_eval or self.args.bf16_full_eval) and not self.is_model_parallel:
-                self._move_model_to_device(self._unlearner, self.args.device)  # as Trainer does, later
+                self._move_model_to_device(self._learner, self.args.device)  # as Trainer does, later
             rows: Any = self.train_dataset
             with self.accelerator.autocast():
                 self._reference = ReferenceCache.build(
-                    self._unlearner,
+                    self._learner,
                     rows.rows if isinstance(rows, RowCopies) else rows,
                     self._collator,
                     self._reference_dir,
                     self.args.eval_batch_size,
                     self.accelerator,
                     progress=not self.args.disable_tqdm,
+                    loss=self._loss,
                 )
 
     # ---- evaluation ----
@@ -274,8 +296,9 @@ class UnlearningTrainer(Trainer):
             for name, split in rows.items():
                 metrics.update(self._score(split, f"{metric_key_prefix}_{name}"))
                 measured = {key: metrics[f"{metric_key_prefix}_{name}_{key}"] for key in ("accuracy", "f1", "generic")}
-                if not self._unlearner._adapters_disabled:
-                    self._unlearner.spul_config.metrics[name] = measured
+                record = self._prompt_config(self._learner)
+                if record is not None and not self._learner._adapters_disabled:
+                    record.metrics[name] = measured
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -286,7 +309,7 @@ class UnlearningTrainer(Trainer):
         with self.accelerator.autocast():
             # The plain model, not DDP's: every process has rows of its own, and their number may differ.
             some = range(rank, len(rows), world)
-            found = collect_answers(self._unlearner, rows, self._collator, self.args.eval_batch_size, some, progress)
+            found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
         gathered = gather_object([found]) if world > 1 else [found]
         answers = Answers()
         for part in gathered:
@@ -303,20 +326,44 @@ class _Epochs(TrainerCallback):
 
     def __init__(
         self,
-        unlearner: SoftPromptUnlearner,
+        model: nn.Module,
         collator: ForgetRetainCollator,
         sampler: EpochSampler | None,
     ) -> None:
-        self.unlearner, self.collator, self.sampler = unlearner, collator, sampler
+        self.model, self.collator, self.sampler = model, collator, sampler
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.unlearner.spul_config.metrics.clear()  # they were another prompt's; evaluation comes after this
+        if isinstance(self.model, SoftPromptUnlearner):
+            self.model.spul_config.metrics.clear()  # they were another prompt's; evaluation comes after this
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)
         self.collator.set_epoch(epoch)
         if self.sampler is not None:
             self.sampler.set_epoch(epoch)
+
+
+def _checked_loss(model: Any, loss: UnlearningLoss | None) -> UnlearningLoss:
+    """The loss to train on, of a model that can be trained on it."""
+    if isinstance(model, SoftPromptUnlearner):
+        if loss is not None and loss != model.loss:
+            raise ValueError(
+                f"loss={loss!r}, and the unlearner has its own, {model.loss!r}; give it to the unlearner."
+            )
+        return model.loss
+    if not isinstance(model, (PeftModel, PreTrainedModel)):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a SoftPromptUnlearner around it, or a causal LM of "
+            "transformers, bare or under LoRA."
+        )
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise TypeError("model is a prompt of plain PEFT; expected a SoftPromptUnlearner around the base instead.")
+    if not isinstance(loss, UnlearningLoss):
+        raise ValueError(
+            f"loss={loss!r}: a {type(model).__name__} has no loss of its own; pass loss=UnlearningLoss(...), or wrap "
+            "the model: SoftPromptUnlearner(model, PromptTuningConfig(...))."
+        )
+    return loss
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
-import torch
 from peft import (
     PeftConfig,
     PeftModel,
@@ -20,40 +18,18 @@ from peft import (
     TaskType,
 )
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
 
 from . import checkpoint
 from .base import keep_4bit_differentiable, max_positions, scale_random_prompt, zero_dropout
+from .forward import batch_loss
 from .generation import generate_prompted
 from .inference import ordinary_forward
 from .losses import UnlearningLoss
-from .prefix import logits_at, pack_right, prompted_logits, response_positions
+from .prefix import logits_at, prompted_logits
 from .provenance import SpulConfig
 
 PROMPT_CONFIGS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
 PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
-
-
-@dataclass
-class UnlearnerOutput(ModelOutput):
-    """What `SoftPromptUnlearner` returns for a batch with `is_forget`.
-
-    Attributes:
-        loss: scalar, `forget_loss + alpha * retain_loss + beta * kl_loss`.
-        forget_loss: scalar, L_f; exactly 0 without forget rows.
-        retain_loss: scalar, L_r; exactly 0 without retain rows.
-        kl_loss: scalar, L_kl; exactly 0 without retain rows.
-        logits: (B, K, V); slot k of row b predicts the row's k-th response token. Other positions are not computed.
-            With alpha = beta = 0 and gradients on, B counts the forget rows only.
-        response_labels: (B, K), those response tokens; -100 in unused slots.
-    """
-
-    loss: Tensor | None = None
-    forget_loss: Tensor | None = None
-    retain_loss: Tensor | None = None
-    kl_loss: Tensor | None = None
-    logits: Tensor | None = None
-    response_labels: Tensor | None = None
 
 
 class SoftPromptUnlearner(PeftModelForCausalLM):
@@ -235,60 +211,25 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
             raise ValueError(
                 "with is_forget, forward needs input_ids and labels, as ForgetRetainCollator returns them."
             )
-        if labels.shape != input_ids.shape or is_forget.shape != input_ids.shape[:1]:
-            raise ValueError(
-                f"shapes do not match: input_ids {tuple(input_ids.shape)}, labels {tuple(labels.shape)}, is_forget "
-                f"{tuple(is_forget.shape)}; expected (B, n), (B, n) and (B,)."
-            )
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        attention_mask, input_ids, labels = pack_right(attention_mask, input_ids, labels)
-        positions, targets = response_positions(labels)
-        is_forget = is_forget.bool()
-        needed = self.loss.rows_needing_reference(is_forget)
-        if reference_logits is not None and reference_logits.shape[:2] != (int(needed.sum()), targets.shape[1]):
-            raise ValueError(
-                f"reference_logits have the shape {tuple(reference_logits.shape)}; expected "
-                f"({int(needed.sum())}, {targets.shape[1]}, vocabulary): the rows whose loss compares with the frozen "
-                "model, and a slot for each response token, as ReferenceCache.logits(batch) gives them."
-            )
-        counts = self._group_counts(is_forget, targets, group_counts, num_items_in_batch)
-
-        if torch.is_grad_enabled() and not self.loss.uses_retain_rows:
-            # Retain rows weigh nothing, so they are not computed.
-            rows = is_forget.nonzero().flatten()
-            attention_mask, input_ids, positions = attention_mask[rows], input_ids[rows], positions[rows]
-            targets, is_forget, needed = targets[rows], is_forget[rows], needed[rows]
-        if len(input_ids) == 0:
-            # Still a function of the prompt, so that backward (and DDP's reduction) runs.
-            zero = sum(
-                (p.sum() * 0.0 for p in self.parameters() if p.requires_grad), torch.zeros((), device=self.device)
-            )
-            nothing = zero.new_zeros(0, targets.shape[1], self.config.get_text_config().vocab_size)
-            return UnlearnerOutput(zero, zero.detach(), zero.detach(), zero.detach(), nothing, targets)
-
-        logits = self.response_logits(input_ids, attention_mask, positions)
-        if reference_logits is None:
-            reference_logits = self._reference_logits(input_ids, attention_mask, positions, needed)
-        out = self.loss(logits, targets, is_forget, reference_logits, *counts)
-        return UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, logits, targets)
-
-    def _group_counts(
-        self, is_forget: Tensor, targets: Tensor, group_counts: Tensor | None, num_items: Tensor | int | None
-    ) -> tuple[Tensor, Tensor]:
-        """What the sums over forget and over retain rows are divided by."""
-        if group_counts is None:
-            counts = torch.stack([is_forget.sum(), (~is_forget).sum()]).float()
-            if num_items is not None:
-                counts = counts * num_items / targets.ne(-100).sum()
-        else:
-            counts = group_counts
-        return cast(tuple[Tensor, Tensor], counts.clamp(min=torch.finfo(torch.float32).tiny).unbind())
+        return batch_loss(
+            self.loss,
+            self,
+            self.response_logits,
+            self._frozen_logits,
+            input_ids,
+            labels,
+            is_forget,
+            attention_mask,
+            group_counts,
+            num_items_in_batch,
+            reference_logits,
+        )
 
     def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) at `positions` of a right-padded batch, by the shared prompt; the base's when disabled."""
         base: Any = self.get_base_model()
         if self._adapters_disabled:
-            return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            return self._frozen_logits(input_ids, attention_mask, positions)
         num_virtual, limit = self.active_peft_config.num_virtual_tokens, max_positions(base)
         if limit is not None and num_virtual + input_ids.shape[1] > limit:
             raise ValueError(
@@ -297,20 +238,10 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
             )
         return prompted_logits(self, input_ids, attention_mask, positions)
 
-    def _reference_logits(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, needed: Tensor
-    ) -> Tensor | None:
-        """What the frozen model says, (R, K, V), in the R rows whose loss asks for it."""
-        if not needed.any():
-            return None
-        with torch.no_grad():
-            return logits_at(
-                self.get_base_model(),
-                positions[needed],
-                input_ids=input_ids[needed],
-                attention_mask=attention_mask[needed],
-                use_cache=False,
-            )
+    def _frozen_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """What the base says without the prompt, (B, K, V)."""
+        base: Any = self.get_base_model()
+        return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate with the prompt in place; takes what `transformers`' `generate` takes.

@@ -87,6 +87,6 @@ def test_the_trainers_own_compilation_changes_nothing(tmp_path):
         torch.compiler.reset()
         trainer = make_trainer(tmp_path, max_steps=3, optim="sgd", **options)
         trainer.train()
-        states.append(prompt_state(trainer._unlearner))
+        states.append(prompt_state(trainer._learner))
     torch.compiler.reset()
     assert_same(*states, rtol=1e-4, atol=1e-5)

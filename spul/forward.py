@@ -1,0 +1,196 @@
+"""The unlearning loss of a batch, whatever learns it: a prompt, the whole model, or LoRA on it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .losses import UnlearningLoss
+from .prefix import logits_at, pack_right, response_positions, selects_positions
+
+LogitsAt = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""From `input_ids` (B, n), `attention_mask` (B, n) and `positions` (B, K) to logits (B, K, V)."""
+
+
+@dataclass
+class UnlearnerOutput(ModelOutput):
+    """What comes out for a batch with `is_forget`.
+
+    Attributes:
+        loss: scalar, `forget_loss + alpha * retain_loss + beta * kl_loss`.
+        forget_loss: scalar, L_f; exactly 0 without forget rows.
+        retain_loss: scalar, L_r; exactly 0 without retain rows.
+        kl_loss: scalar, L_kl; exactly 0 without retain rows.
+        logits: (B, K, V); slot k of row b predicts the row's k-th response token. Other positions are not computed.
+            With alpha = beta = 0 and gradients on, B counts the forget rows only.
+        response_labels: (B, K), those response tokens; -100 in unused slots.
+    """
+
+    loss: Tensor | None = None
+    forget_loss: Tensor | None = None
+    retain_loss: Tensor | None = None
+    kl_loss: Tensor | None = None
+    logits: Tensor | None = None
+    response_labels: Tensor | None = None
+
+
+def unlearning_forward(
+    model: nn.Module,
+    loss: UnlearningLoss,
+    input_ids: Tensor,
+    labels: Tensor,
+    is_forget: Tensor,
+    attention_mask: Tensor | None = None,
+    row_id: Tensor | None = None,
+    group_counts: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    reference_logits: Tensor | None = None,
+) -> UnlearnerOutput:
+    """The unlearning loss of a batch for a model that learns itself: its own weights, or LoRA on them.
+
+    A prompt has this as its forward: `unlearner(**batch)`.
+
+    Args:
+        model: a causal LM of transformers, or one under a PEFT adapter such as LoRA; also wrapped for DDP.
+        loss: what is asked for.
+        input_ids: this and the others: see `SoftPromptUnlearner.forward`. LoRA's frozen model is the one with the
+            adapter switched off. The whole model has none once it has learned: give its `reference_logits`, from a
+            `ReferenceCache` built before.
+
+    Raises:
+        ValueError: if shapes do not match, or `reference_logits` are needed and cannot be computed.
+
+    Example:
+        ```python
+        reference = ReferenceCache.build(model, dataset, collator, loss=loss)  # before the first step
+        batch = collator(rows)
+        out = unlearning_forward(model, loss, **batch, reference_logits=reference.logits(batch))
+        out.loss.backward()
+        ```
+    """
+
+    def learned(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if selects_positions(bare_model(model)):
+            return model(**inputs, logits_to_keep=positions).logits
+        return model(**inputs).logits.take_along_dim(positions[..., None], dim=1)
+
+    def frozen(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        adapted = unwrapped(model)
+        if not isinstance(adapted, PeftModel):
+            raise ValueError(
+                "the loss compares with the model as it was, and a model that learns in all its weights is that no "
+                "more: pass reference_logits, from a ReferenceCache built before training."
+            )
+        with adapted.disable_adapter():
+            return logits_at(
+                adapted.get_base_model(),
+                positions,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=False,
+            )
+
+    return batch_loss(
+        loss,
+        model,
+        learned,
+        frozen,
+        input_ids,
+        labels,
+        is_forget,
+        attention_mask,
+        group_counts,
+        num_items_in_batch,
+        reference_logits,
+    )
+
+
+def batch_loss(
+    loss: UnlearningLoss,
+    learner: nn.Module,
+    learned: LogitsAt,
+    frozen: LogitsAt,
+    input_ids: Tensor,
+    labels: Tensor,
+    is_forget: Tensor,
+    attention_mask: Tensor | None,
+    group_counts: Tensor | None,
+    num_items_in_batch: Tensor | int | None,
+    reference_logits: Tensor | None,
+) -> UnlearnerOutput:
+    """The loss of a batch, given how to compute the logits of the one that learns and of the frozen model."""
+    if labels.shape != input_ids.shape or is_forget.shape != input_ids.shape[:1]:
+        raise ValueError(
+            f"shapes do not match: input_ids {tuple(input_ids.shape)}, labels {tuple(labels.shape)}, is_forget "
+            f"{tuple(is_forget.shape)}; expected (B, n), (B, n) and (B,)."
+        )
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    attention_mask, input_ids, labels = pack_right(attention_mask, input_ids, labels)
+    positions, targets = response_positions(labels)
+    is_forget = is_forget.bool()
+    needed = loss.rows_needing_reference(is_forget)
+    if reference_logits is not None and reference_logits.shape[:2] != (int(needed.sum()), targets.shape[1]):
+        raise ValueError(
+            f"reference_logits have the shape {tuple(reference_logits.shape)}; expected "
+            f"({int(needed.sum())}, {targets.shape[1]}, vocabulary): the rows whose loss compares with the frozen "
+            "model, and a slot for each response token, as ReferenceCache.logits(batch) gives them."
+        )
+    counts = _group_counts(is_forget, targets, group_counts, num_items_in_batch)
+
+    if torch.is_grad_enabled() and not loss.uses_retain_rows:
+        # Retain rows weigh nothing, so they are not computed.
+        rows = is_forget.nonzero().flatten()
+        attention_mask, input_ids, positions = attention_mask[rows], input_ids[rows], positions[rows]
+        targets, is_forget, needed = targets[rows], is_forget[rows], needed[rows]
+    if len(input_ids) == 0:
+        # Still a function of what learns, so that backward (and DDP's reduction) runs.
+        zero = sum(
+            (p.sum() * 0.0 for p in learner.parameters() if p.requires_grad), torch.zeros((), device=input_ids.device)
+        )
+        vocabulary = cast(Any, bare_model(learner)).config.get_text_config().vocab_size
+        nothing = zero.new_zeros(0, targets.shape[1], vocabulary)
+        return UnlearnerOutput(zero, zero.detach(), zero.detach(), zero.detach(), nothing, targets)
+
+    logits = learned(input_ids, attention_mask, positions)
+    if reference_logits is None and needed.any():
+        with torch.no_grad():
+            reference_logits = frozen(input_ids[needed], attention_mask[needed], positions[needed])
+    out = loss(logits, targets, is_forget, reference_logits, *counts)
+    return UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, logits, targets)
+
+
+def _group_counts(
+    is_forget: Tensor, targets: Tensor, group_counts: Tensor | None, num_items: Tensor | int | None
+) -> tuple[Tensor, Tensor]:
+    """What the sums over forget and over retain rows are divided by."""
+    if group_counts is None:
+        counts = torch.stack([is_forget.sum(), (~is_forget).sum()]).float()
+        if num_items is not None:
+            counts = counts * num_items / targets.ne(-100).sum()
+    else:
+        counts = group_counts
+    return cast(tuple[Tensor, Tensor], counts.clamp(min=torch.finfo(torch.float32).tiny).unbind())
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what DDP and `torch.compile` put around it."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            inner = model.module
+        if inner is None:
+            return model
+        model = inner
+
+
+def bare_model(model: nn.Module) -> nn.Module:
+    """The causal LM of transformers inside wrappers and PEFT's adapters."""
+    model = unwrapped(model)
+    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
