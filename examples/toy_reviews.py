@@ -10,13 +10,12 @@ finds its way.
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, pre_tokenizers
-from tqdm.auto import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from toy_model import train_small_model, word_tokenizer
+from transformers import PreTrainedTokenizerFast
 
 GENERIC = [" neutral", " unknown"]
 NAMES = [
@@ -114,12 +113,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     ]
     for template in (*TEMPLATES, *MIXED, *SILENT, prompt("", "person"), *QUESTIONS.values()):
         texts += [word for word in template.replace("###", "#").split() if "{" not in word]
-    words = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(["###", *texts])]
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    return word_tokenizer(texts)
 
 
 def training_row(rng: random.Random, seen: list[dict[str, str]]) -> tuple[str, str]:
@@ -146,45 +140,11 @@ def training_row(rng: random.Random, seen: list[dict[str, str]]) -> tuple[str, s
     return row["prompt"], row["completion"]
 
 
-def build_base(folder: Path, seed: int = 0, steps: int = 350, batch_size: int = 64) -> Path:
-    """Train the small model (1.4M parameters, under a minute on 2 cores) and save it with its tokenizer."""
-    torch.manual_seed(seed)
-    tokenizer, rng = make_tokenizer(), random.Random(seed)
+def build_base(folder: Path, seed: int = 0, steps: int = 350, groups: Sequence[str] = ("retain", "forget")) -> Path:
+    """Train the small model on the training rows (under a minute on 2 cores) and save it with its tokenizer.
+
+    With `groups=("retain",)` it never sees the rows to be forgotten: what retraining would give.
+    """
     splits = make_splits(seed)
-    seen = [row for kind in ("retain", "forget") for row in splits[f"train_{kind}"].to_list()]
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=3,
-        num_attention_heads=6,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    model = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
-    progress = tqdm(range(steps), desc="training the small base")
-    for _ in progress:
-        rows = [training_row(rng, seen) for _ in range(batch_size)]
-        ids = [tokenizer(given + answer)["input_ids"] for given, answer in rows]
-        width = max(map(len, ids))
-        inputs = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids])
-        last = torch.tensor([len(row) - 1 for row in ids])
-        # Every answer is one word, the last token of its row.
-        logits = model(
-            inputs, attention_mask=inputs.ne(tokenizer.pad_token_id).long(), logits_to_keep=last[:, None] - 1
-        )
-        loss = torch.nn.functional.cross_entropy(logits.logits[:, 0], inputs.gather(1, last[:, None])[:, 0])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}")
-    model.eval().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    seen = [row for group in groups for row in splits[f"train_{group}"].to_list()]
+    return train_small_model(folder, make_tokenizer(), lambda rng: training_row(rng, seen), seed, steps)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .losses import UnlearningLoss
-from .prefix import logits_at, pack_right, response_positions, selects_positions
+from .prefix import bare_model, logits_at, pack_right, response_positions, unwrapped
 
 LogitsAt = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From `input_ids` (B, n), `attention_mask` (B, n) and `positions` (B, K) to logits (B, K, V)."""
@@ -76,10 +76,7 @@ def unlearning_forward(
     """
 
     def learned(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
-        if selects_positions(bare_model(model)):
-            return model(**inputs, logits_to_keep=positions).logits
-        return model(**inputs).logits.take_along_dim(positions[..., None], dim=1)
+        return logits_at(model, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def frozen(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         adapted = unwrapped(model)
@@ -177,20 +174,3 @@ def _group_counts(
     else:
         counts = group_counts
     return cast(tuple[Tensor, Tensor], counts.clamp(min=torch.finfo(torch.float32).tiny).unbind())
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside what DDP and `torch.compile` put around it."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and isinstance(model, nn.parallel.DistributedDataParallel):
-            inner = model.module
-        if inner is None:
-            return model
-        model = inner
-
-
-def bare_model(model: nn.Module) -> nn.Module:
-    """The causal LM of transformers inside wrappers and PEFT's adapters."""
-    model = unwrapped(model)
-    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model

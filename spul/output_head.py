@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .prefix import uncompiled
+from .prefix import unwrapped
 
 
 class OutputHead:
@@ -24,7 +24,7 @@ class OutputHead:
     """
 
     def __init__(self, base_model: nn.Module) -> None:
-        base: Any = uncompiled(base_model)
+        base: Any = unwrapped(base_model)
         embeddings = base.get_output_embeddings()
         if embeddings is None:
             raise ValueError(f"{type(base).__name__} has no output embeddings; use reference='live'.")
@@ -59,7 +59,7 @@ def final_states(base_model: nn.Module, positions: Tensor, **inputs: Any) -> Ten
     Raises:
         ValueError: if the model does not tell its final hidden states.
     """
-    decoder: Any = uncompiled(base_model)
+    decoder: Any = unwrapped(base_model)
     states = getattr(decoder.base_model(**inputs, use_cache=False), "last_hidden_state", None)
     if states is None:
         raise ValueError(f"{type(decoder).__name__} does not tell its final hidden states; use reference='live'.")

@@ -81,14 +81,26 @@ def response_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return positions, targets
 
 
-def uncompiled(base_model: nn.Module) -> nn.Module:
-    """The model itself, where `torch.compile` has wrapped it."""
-    return getattr(base_model, "_orig_mod", base_model)
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model itself, where `torch.compile` or DDP has wrapped it."""
+    while True:
+        if (inner := getattr(model, "_orig_mod", None)) is not None:
+            model = inner
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
 
 
-def selects_positions(base_model: nn.Module) -> bool:
+def bare_model(model: nn.Module) -> nn.Module:
+    """The causal LM of transformers inside wrappers and PEFT's adapters."""
+    model = unwrapped(model)
+    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
+def selects_positions(model: nn.Module) -> bool:
     """Whether the model computes logits at given (B, K) positions only."""
-    return _class_selects_positions(type(uncompiled(base_model)))  # type: ignore[arg-type]
+    return _class_selects_positions(type(bare_model(model)))  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=32)
@@ -100,11 +112,14 @@ def _class_selects_positions(model_class: type[nn.Module]) -> bool:
     )
 
 
-def logits_at(base_model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
-    """The logits of a causal LM at `positions` (B, K) of its input: (B, K, V), and no others where the family can."""
-    if selects_positions(base_model):
-        return base_model(**inputs, logits_to_keep=positions).logits
-    logits = base_model(**inputs).logits
+def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
+    """The logits of a causal LM at `positions` (B, K) of its input: (B, K, V), and no others where the family can.
+
+    The model may be wrapped, or under an adapter that adds no tokens, such as LoRA.
+    """
+    if selects_positions(model):
+        return model(**inputs, logits_to_keep=positions).logits
+    logits = model(**inputs).logits
     return logits.take_along_dim(positions[..., None], dim=1)
 
 

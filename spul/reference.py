@@ -26,10 +26,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .collator import ForgetRetainCollator
-from .forward import bare_model, unwrapped
 from .losses import IGNORE_INDEX, UnlearningLoss
 from .output_head import OutputHead, final_states, gives_logits, is_close
-from .prefix import logits_at, response_positions
+from .prefix import bare_model, logits_at, response_positions, unwrapped
 from .provenance import fingerprint
 from .reference_files import FORMAT, Part, check_index, claim_folder, digest_of, part_path, read_part, write_part
 

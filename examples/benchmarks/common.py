@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of real shapes with random weights, batches, alternating timing, peak memory."""
+"""What the benchmarks share: models of real shapes with random weights, batches, alternating timing."""
 
 from __future__ import annotations
 
@@ -185,43 +185,6 @@ def ratio(above: Sequence[float], below: Sequence[float]) -> float:
 def synchronize(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-
-
-class PeakMemory:
-    """`bytes` that the block needs at its peak, over the `before` bytes in use when it began.
-
-    On a GPU, PyTorch's allocator tells. On a CPU it is the resident set as Linux counts it (`VmHWM`), so the process
-    should be a fresh one: see `in_fresh_process`. The resident set includes what the C library's heap holds in pieces
-    too small to use; `MALLOC_MMAP_THRESHOLD_` in the environment makes it give every larger block back at once.
-    """
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.bytes = self.before = 0
-
-    def __enter__(self) -> PeakMemory:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
-            self.before = self._resident("VmRSS")
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.device.startswith("cuda"):
-            torch.cuda.synchronize()
-            self.bytes = torch.cuda.max_memory_allocated() - self.before
-        else:
-            self.bytes = self._resident("VmHWM") - self.before
-
-    @staticmethod
-    def _resident(field: str) -> int:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) * 1024
-        raise RuntimeError(f"/proc/self/status has no {field}; peak memory on a CPU is measured on Linux only.")
 
 
 def in_fresh_process(script: str, arguments: Sequence[str], **environment: str) -> Any:

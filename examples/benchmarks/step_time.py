@@ -16,7 +16,6 @@ import statistics
 
 from common import (
     SHAPES,
-    PeakMemory,
     alternate,
     arguments,
     build_model,
@@ -29,6 +28,8 @@ from common import (
     write_json,
 )
 from steps import STEPS
+
+from spul.accounting import PeakMemory
 
 MEMORY = {
     "peak_bytes": "peak memory over the model",
@@ -103,6 +104,8 @@ def peak_memory(args, shape: str, step: str) -> dict[str, int]:
         call = make_step(args, base, shape, step)
         for _ in range(3):
             call()
+    if peak.bytes is None:
+        raise RuntimeError(f"peak memory on {args.device} is measured on Linux only.")
     return {"peak_bytes": peak.bytes, "total_bytes": peak.before + peak.bytes}
 
 

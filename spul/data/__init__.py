@@ -1,6 +1,46 @@
-"""Rows: what is to be forgotten, what is to be kept, and their token ids."""
+"""Rows: what is to be forgotten, what is to be kept, as prompts and completions, and their token ids."""
 
+from .clusters import TextClustering
 from .dataset import forget_retain_dataset
 from .encoding import Encoded, RowEncoder
+from .formats import MULTIPLE_CHOICE, QUESTION_ANSWER, REFUSALS, SENTIMENT, MultipleChoiceFormat, PromptFormat
+from .known import load_four_splits, load_known
+from .recognisers import SpacyRecogniser, TransformersRecogniser
+from .splits import (
+    Split,
+    SplitReport,
+    split_by_cluster,
+    split_by_entity,
+    split_by_predicate,
+    split_by_source,
+    subsample_forget,
+    train_test,
+)
+from .unlearning_data import SPLITS, UnlearningData
 
-__all__ = ["Encoded", "RowEncoder", "forget_retain_dataset"]
+__all__ = [
+    "MULTIPLE_CHOICE",
+    "QUESTION_ANSWER",
+    "REFUSALS",
+    "SENTIMENT",
+    "SPLITS",
+    "Encoded",
+    "MultipleChoiceFormat",
+    "PromptFormat",
+    "RowEncoder",
+    "SpacyRecogniser",
+    "Split",
+    "SplitReport",
+    "TextClustering",
+    "TransformersRecogniser",
+    "UnlearningData",
+    "forget_retain_dataset",
+    "load_four_splits",
+    "load_known",
+    "split_by_cluster",
+    "split_by_entity",
+    "split_by_predicate",
+    "split_by_source",
+    "subsample_forget",
+    "train_test",
+]

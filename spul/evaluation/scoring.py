@@ -48,9 +48,9 @@ def response_logits(model: nn.Module, batch: Mapping[str, Tensor], positions: Te
     if isinstance(model, SoftPromptUnlearner):
         return model.response_logits(batch["input_ids"], batch["attention_mask"], positions)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
         return logits_at(model, positions, **inputs)
-    # Plain PEFT: the tokens of a prompt stand in front and have logits too; a prefix has none, nor what is disabled.
+    # Plain PEFT's prompts: their tokens stand in front and have logits too; a prefix has none, nor what is disabled.
     in_front = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
     config = model.active_peft_config
     if config.peft_type in in_front and not model._adapters_disabled:

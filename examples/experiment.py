@@ -1,0 +1,397 @@
+"""One experiment: a data set, a model, a seed; the models that it starts from, and any method run on it.
+
+`reproduce.py` makes tables and figures of it. Everything that takes long is kept in the experiment's folder and found
+again: `base` (knows all training rows) and `retrained` (the same recipe without the forget rows).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import toy_quiz
+import toy_reviews
+from datasets import Dataset
+from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainingArguments, set_seed
+
+from spul import ForgetRetainCollator, UnlearningTrainer, forget_retain_dataset, score_completions
+from spul.accounting import Cost, Meter
+from spul.data import MULTIPLE_CHOICE, SPLITS, PromptFormat, UnlearningData, load_four_splits, load_known
+from spul.data.known_reviews import SST2_FORGET_NAMES, SST2_RETAIN_NAMES
+from spul.data.splits import NameFinder
+from spul.evaluation import response_embeddings
+from spul.memorise import memorise
+from spul.methods import Method, unlearning_method
+
+TOYS = {"reviews": toy_reviews, "quiz": toy_quiz}
+SMALL = "small"  # the model that is built here for the toys
+PROMPT_TYPES = ("prompt_tuning", "p_tuning", "prefix_tuning")
+SECOND_QUESTION = PromptFormat("### Text: {text}\n### Question: which person?\n### Person:", completion=" {person}")
+NOBODY = "unknown"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an experiment is about, and what all its runs share. Two of one setup are one experiment.
+
+    Args:
+        dataset: `sst2`, `yelp`, `wmdp`, `tofu` or `imdb`; `reviews` or `quiz`, the toys; or a Hub name or folder in
+            the four-split schema.
+        model: Hub name or folder of a causal LM; `small`, built from scratch, for the toys.
+        seed: of data, memorising and unlearning.
+        data_dir: local folder of the data set; the Hub's unless given.
+        retain_dir: local folder of SciQ, for `wmdp`.
+        limit: at most so many retain rows to train on.
+        limit_score: at most so many rows of each retain split to score on; forget splits are scored whole.
+        memorise: what learns the rows before: `full`, `lora`, `qlora`, or `none` if the model knows them.
+        memorise_epochs: passes over them.
+        memorise_lr: learning rate of that.
+        memorise_batch_size: rows per step of that.
+        second_question: memorise who is named, too, so that a small model can be steered (SST-2 only).
+        load_in_4bit: unlearn over weights in 4-bit NF4.
+        max_length: tokens of a row, without the prompt's.
+        bf16: train under bfloat16 autocast.
+    """
+
+    dataset: str
+    model: str
+    seed: int = 0
+    data_dir: str | None = None
+    retain_dir: str | None = None
+    limit: int | None = None
+    limit_score: int | None = None
+    memorise: str = "full"
+    memorise_epochs: float = 3
+    memorise_lr: float = 1e-4
+    memorise_batch_size: int = 32
+    second_question: bool = False
+    load_in_4bit: bool = False
+    max_length: int = 512
+    bf16: bool = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on an experiment.
+
+    Args:
+        method: a name of `spul.methods`.
+        carrier: `full`, `lora`, or a prompt type.
+        learning_rate: of unlearning.
+        steps: training steps that see both groups; a method that sees forget rows only takes as many as show it as
+            many forget rows. None counts epochs.
+        epochs: passes over the rows that the method sees, without `steps`.
+        batch_size: rows per step.
+        forget_fraction: share of forget rows in a batch; None mixes as the data are.
+        alpha: weight of the retain term; the method's own unless given.
+        beta: weight of the KL term; the method's own unless given.
+        num_virtual_tokens: p; of prompts only.
+        forget_size: share of the forget set that is trained on.
+        max_grad_norm: gradients are clipped there.
+    """
+
+    method: str
+    carrier: str
+    learning_rate: float
+    steps: int | None = None
+    epochs: float = 10
+    batch_size: int = 32
+    forget_fraction: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    num_virtual_tokens: int | None = None
+    forget_size: float = 1.0
+    max_grad_norm: float = 0.3
+
+    def unlearning_method(self) -> Method:
+        """The library's method of that name, on the carrier."""
+        carrier: Any = "prompt" if self.carrier in PROMPT_TYPES else self.carrier
+        return unlearning_method(self.method, carrier, self.alpha, self.beta)
+
+
+def prompt_config(prompt_type: str, num_virtual_tokens: int) -> PeftConfig:
+    """PEFT's config of a prompt type; P-tuning with the paper's encoder of width 128."""
+    if prompt_type == "p_tuning":
+        return PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, encoder_hidden_size=128
+        )
+    if prompt_type == "prefix_tuning":
+        return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
+    return PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"
+    )
+
+
+class Experiment:
+    """The data and models of a setup, and runs on them.
+
+    Args:
+        setup: what it is about.
+        folder: where the base and the retrained model are kept.
+        batch_size: rows per forward when scoring.
+    """
+
+    def __init__(self, setup: Setup, folder: Path, batch_size: int = 64) -> None:
+        self.setup, self.folder, self.batch_size = setup, folder, batch_size
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if (setup.model == SMALL) != (setup.dataset in TOYS):
+            raise ValueError(
+                f"--dataset {setup.dataset} --model {setup.model}: the data sets {', '.join(TOYS)} go with the model "
+                f"{SMALL!r}, which is built for them, and with no other."
+            )
+        if setup.second_question and setup.dataset != "sst2":
+            raise ValueError(f"--second-question asks who is named, in SST-2 only; the data set is {setup.dataset!r}.")
+
+    # ---- data ----
+
+    @cached_property
+    def data(self) -> UnlearningData:
+        """The four splits."""
+        setup = self.setup
+        if setup.dataset in TOYS:
+            toy = TOYS[setup.dataset]
+            task = MULTIPLE_CHOICE
+            if toy is toy_reviews:
+                task = PromptFormat(toy_reviews.prompt("{text}", "sentiment"), completion="{completion}")
+            return UnlearningData(setup.dataset, toy.make_splits(setup.seed), task)
+        if setup.dataset in ("sst2", "yelp", "wmdp", "tofu", "imdb"):
+            options: dict[str, Any] = {"retain_source": setup.retain_dir} if setup.retain_dir else {}
+            data = load_known(setup.dataset, setup.data_dir, seed=setup.seed, **options)
+        else:
+            data = load_four_splits(setup.dataset)
+        keep = None
+        if setup.second_question:  # rows that name somebody else are what tells the model that names differ
+            finder = NameFinder(SST2_RETAIN_NAMES)
+            keep = lambda row: bool(finder.find(row["text"]))  # noqa: E731
+        return data.limited(setup.limit, None, setup.seed, keep)
+
+    @cached_property
+    def rows(self) -> dict[str, Dataset]:
+        """The splits in prompt-completion form."""
+        return {split: self.data.rows(split) for split in SPLITS}
+
+    @cached_property
+    def scored(self) -> dict[str, Dataset]:
+        """What of them is scored."""
+        most = self.setup.limit_score
+        return {
+            split: rows.shuffle(self.setup.seed).select(range(min(most, len(rows))))
+            if most is not None and split.endswith("retain")
+            else rows
+            for split, rows in self.rows.items()
+        }
+
+    def second_questions(self, groups: tuple[str, ...]) -> Dataset:
+        """*Which person is named?* for a third as many rows as there are, of the forget set and of the retain set.
+
+        Every row that names somebody on one of the two lists, filled up with rows that name nobody on either.
+        """
+        rows = [row for group in groups for row in self.data.splits[f"train_{group}"]]
+        finder = NameFinder([*SST2_FORGET_NAMES, *SST2_RETAIN_NAMES])
+        found = [(row["text"], sorted(finder.find(row["text"]), key=row["text"].lower().find)) for row in rows]
+        named = [{"text": text, "person": names[0]} for text, names in found if names]
+        nobody = [{"text": text, "person": NOBODY} for text, names in found if not names]
+        rng, wanted = random.Random(self.setup.seed), len(rows) // 3
+        named = rng.sample(named, min(len(named), wanted))
+        return SECOND_QUESTION.apply(
+            Dataset.from_list(named + rng.sample(nobody, min(len(nobody), wanted - len(named))))
+        )
+
+    # ---- models ----
+
+    def known_by(self, groups: tuple[str, ...]) -> Path:
+        """The folder of a model that has learned the training rows of these groups, made if it is not there."""
+        setup, folder = self.setup, self.folder / ("base" if "forget" in groups else "retrained")
+        made_with = dataclasses.asdict(setup) | {"groups": list(groups)}
+        record = folder / "made_with.json"  # written last
+        if record.exists():
+            known = json.loads(record.read_text(encoding="utf-8"))["made_with"]
+            if other := [name for name, value in made_with.items() if known.get(name) != value]:
+                raise ValueError(f"{folder} was made with another {', '.join(other)}; use another --output-dir.")
+            return folder
+        if setup.dataset in TOYS:
+            TOYS[setup.dataset].build_base(folder, setup.seed, groups=groups)
+            cost: dict[str, Any] = {}
+        else:
+            examples = [row for group in groups for row in self.rows[f"train_{group}"]]
+            if setup.second_question:
+                examples += list(self.second_questions(groups))
+            args = self.training_arguments(
+                learning_rate=setup.memorise_lr,
+                num_train_epochs=setup.memorise_epochs,
+                per_device_train_batch_size=setup.memorise_batch_size,
+                train_sampling_strategy="group_by_length",
+            )
+            rows = Dataset.from_list(examples)
+            rows = rows.add_column("length", [len(prompt) for prompt in rows["prompt"]])
+            set_seed(setup.seed)
+            learner: Any = setup.memorise
+            model, cost = memorise(setup.model, rows, self.collator, args, learner)
+            model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        record.write_text(json.dumps({"made_with": made_with, "cost": cost}, indent=2) + "\n", encoding="utf-8")
+        return folder
+
+    def model_folder(self, name: str) -> str | Path:
+        """Where the `vanilla`, `base` or `retrained` model is; made if need be."""
+        if name == "vanilla" or (name == "base" and self.setup.memorise == "none"):
+            if self.setup.model == SMALL:
+                raise ValueError("there is no vanilla model: the small one is trained from scratch.")
+            return self.setup.model
+        if self.setup.memorise == "none":
+            raise ValueError("there is no retrained model with --memorise none: the model came as it is.")
+        return self.known_by(("retain", "forget") if name == "base" else ("retain",))
+
+    def load(self, name: str, quantised: bool = False) -> Any:
+        """One of the three models, on the device."""
+        quantisation = None
+        if quantised:
+            quantisation = BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+            )
+        model = AutoModelForCausalLM.from_pretrained(self.model_folder(name), quantization_config=quantisation)
+        return model.eval() if quantised else model.eval().to(self.device)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        toy = TOYS.get(self.setup.dataset)
+        return AutoTokenizer.from_pretrained(self.setup.model) if toy is None else toy.make_tokenizer()
+
+    @cached_property
+    def collator(self) -> ForgetRetainCollator:
+        """For memorising and scoring."""
+        return self.collator_for(None)
+
+    def collator_for(self, method: Method | None) -> ForgetRetainCollator:
+        """For training by a method, or for scoring."""
+        task = self.data.format
+        make = ForgetRetainCollator if method is None else method.collator
+        return make(
+            self.tokenizer,
+            list(task.generic_completions),
+            max_length=self.setup.max_length,
+            seed=self.setup.seed,
+            text_field=task.text_field,
+        )
+
+    # ---- runs ----
+
+    def training_arguments(self, **kwargs: Any) -> TrainingArguments:
+        """What all trainings have in common, as published; nothing is written but by the scripts."""
+        return TrainingArguments(
+            str(self.folder),
+            seed=self.setup.seed,
+            bf16=self.setup.bf16,
+            use_cpu=self.device == "cpu",
+            save_strategy="no",
+            report_to="none",
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,  # below 1: a share of all steps
+            remove_unused_columns=False,
+            logging_steps=50,
+            **kwargs,
+        )
+
+    def score(self, model: Any, name: str) -> dict[str, dict[str, float]]:
+        """The scores of the four splits."""
+        return {
+            split: score_completions(model, rows, self.collator, self.batch_size, progress=f"{name}, {split}")
+            for split, rows in self.scored.items()
+        }
+
+    def accuracy(self, model: Any, rows: Dataset) -> float:
+        """The accuracy on some rows."""
+        return score_completions(model, rows, self.collator, self.batch_size)["accuracy"]
+
+    def train(self, run: Run, rows: dict[str, Dataset] | None = None) -> tuple[Any, Cost]:
+        """A fresh base, unlearned by a run, and what that cost.
+
+        Args:
+            run: what to do.
+            rows: `train_forget` and `train_retain`, if not the experiment's own.
+        """
+        rows = self.rows if rows is None else rows
+        if run.forget_size < 1:
+            data = self.data.with_forget_fraction(run.forget_size, self.setup.seed)
+            rows = {**rows, "train_forget": data.rows("train_forget")}
+        method, setup = run.unlearning_method(), self.setup
+        is_prompt = method.carrier == "prompt"
+        set_seed(setup.seed)
+        config = prompt_config(run.carrier, run.num_virtual_tokens or 30) if is_prompt else None
+        model = method.carry(self.load("base", quantised=setup.load_in_4bit), config)
+        dataset = method.training_rows(forget_retain_dataset(forget=rows["train_forget"], retain=rows["train_retain"]))
+        steps, fraction = run.steps, run.forget_fraction
+        if not method.loss.uses_retain_rows:
+            steps = round(steps * (fraction or len(dataset) / sum(map(len, rows.values())))) if steps else None
+            fraction = None
+        args = self.training_arguments(
+            learning_rate=run.learning_rate,
+            max_steps=steps or -1,
+            num_train_epochs=run.epochs,
+            per_device_train_batch_size=run.batch_size,
+            weight_decay=1e-3,
+            max_grad_norm=run.max_grad_norm,
+        )
+        trainer = UnlearningTrainer(
+            model, args, self.collator_for(method), dataset, loss=method.loss, forget_fraction=fraction
+        )
+        with Meter(model) as meter:
+            trainer.train()
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scored in the weights' own precision
+        return model, meter.cost
+
+    def record(self, method: str, carrier: str, settings: dict[str, Any], scores: Any, cost: dict) -> dict[str, Any]:
+        """A run as a line of the results."""
+        setup = dataclasses.asdict(self.setup)
+        names = {"dataset": setup.pop("dataset"), "model": setup.pop("model"), "seed": setup.pop("seed")}
+        sizes = {split: len(rows) for split, rows in self.rows.items()}
+        return {
+            "dataset": names["dataset"],
+            "model": Path(names["model"]).name,
+            "method": method,
+            "carrier": carrier,
+            "seed": names["seed"],
+            "settings": settings,
+            "scores": scores,
+            "cost": cost,
+            "rows": sizes,
+            "rows_scored": {split: len(rows) for split, rows in self.scored.items()},
+            "setup": setup,
+        }
+
+    def run(self, run: Run) -> list[dict[str, Any]]:
+        """Train and score a method; a prompt is scored detached as well. One record each."""
+        settings = run_settings(run)
+        model, cost = self.train(run)
+        found = [self.record(run.method, run.carrier, settings, self.score(model, run.method), cost.to_dict())]
+        if run.carrier in PROMPT_TYPES:
+            with model.disable_adapter():
+                scores = self.score(model, "detached")
+            found.append(self.record(f"{run.method} detached", run.carrier, settings, scores, {}))
+        del model
+        gc.collect()
+        return found
+
+    def reference_row(self, name: str) -> dict[str, Any]:
+        """Score the `vanilla`, `base` or `retrained` model as it is."""
+        return self.record(name, "none", {}, self.score(self.load(name), name), {})
+
+    def embeddings(self, model: Any, rows: Dataset, name: str) -> Any:
+        """Last-layer embeddings of rows, as t-SNE is drawn of them."""
+        return response_embeddings(model, rows, self.collator, self.batch_size, progress=name)
+
+
+def run_settings(run: Run) -> dict[str, Any]:
+    """The settings of a run, with the method's own weights where none were given."""
+    loss = run.unlearning_method().loss
+    settings = dataclasses.asdict(run) | {"alpha": loss.alpha, "beta": loss.beta}
+    return {name: value for name, value in settings.items() if name not in ("method", "carrier")}

@@ -1,0 +1,377 @@
+"""The tables and figures of the SPUL paper (arXiv 2406.12038) for a model and a data set of your choice.
+
+Downloaded from the Hub, as published (a GPU):
+
+    python examples/reproduce.py --table main --dataset karuna-bhaila/Unlearning_SST2 --model facebook/opt-1.3b \\
+        --memorise lora --seeds 0 1 2 --output-dir out/opt-sst2
+
+From local files, at a size that two CPU cores manage:
+
+    python examples/reproduce.py --table main --dataset sst2 --data-dir ../shared/data/sst2 \\
+        --model ../shared/models/small-lm --second-question --limit 8000 --limit-score 1000 --memorise-lr 1e-3 \\
+        --memorise-batch-size 64 --steps 300 --forget-fraction 0.5 --prompt-types prefix_tuning --output-dir out/sst2
+
+With nothing but this repository: `--dataset reviews --model small` or `--dataset quiz --model small`.
+
+Tables: `main` (every method), `ablation` (SPUL without its terms), `forget-size` (parts of the forget set), `models`
+(several `--model`). Figures: `tsne`, `prompt-length`, `pareto`. `--search N` chooses alpha, beta and p by N trials.
+
+Every run is one line of `runs.jsonl` in `--output-dir` as soon as it is done; a command given again goes on where it
+was stopped, and another table uses the runs that are there. Memorised models lie beside it, in `models/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from experiment import PROMPT_TYPES, SMALL, TOYS, Experiment, Run, Setup, run_settings
+from tqdm.auto import tqdm
+
+from spul.data import UnlearningData
+from spul.methods import METHODS
+from spul.report import (
+    cost_table,
+    draw_forget_size,
+    draw_prompt_length,
+    draw_tradeoff,
+    draw_tsne_coordinates,
+    published_rows,
+    read_runs,
+    save_figure,
+    score_table,
+    tsne_coordinates,
+)
+from spul.search import Candidate, search
+
+# The published rate is P-tuning's; the others were found on small models and LoRA in general.
+LEARNING_RATES = {"p_tuning": 1e-4, "prompt_tuning": 0.05, "prefix_tuning": 0.03, "full": 1e-5, "lora": 1e-4}
+PUBLISHED_NAMES = {"Unlearning_SST2": "sst2", "Unlearning_Yelp_Polarity": "yelp"}
+LOSS_TERMS = ((0.0, 0.0), (1.0, 0.0), (0.0, 0.5), (1.0, 0.5))
+FORGET_SIZES = (0.25, 0.5, 0.75, 1.0)
+PROMPT_LENGTHS = (10, 20, 30, 40, 50)
+
+
+# ---- which runs ----
+
+
+def make_run(args: argparse.Namespace, method: str, carrier: str, **settings: Any) -> Run:
+    """A run with the command's settings, but those given."""
+    is_prompt = carrier in PROMPT_TYPES
+    rate = args.lr.get(f"{method}/{carrier}", args.lr.get(method, args.lr[carrier]))
+    common = {"alpha": args.alpha, "beta": args.beta} if is_prompt else {}
+    return Run(
+        **{
+            "method": method,
+            "carrier": carrier,
+            "learning_rate": rate,
+            "steps": args.steps,
+            "epochs": args.epochs,
+            "batch_size": args.batch_size,
+            "forget_fraction": args.forget_fraction,
+            "num_virtual_tokens": args.num_virtual_tokens if is_prompt else None,
+            **common,
+            **settings,
+        }
+    )
+
+
+def carriers(args: argparse.Namespace, method: str) -> list[str]:
+    """What a method is tried on."""
+    return args.prompt_types if method == "SPUL" else [args.baseline_carrier]
+
+
+def grid(args: argparse.Namespace, what: str) -> list[Run]:
+    """The runs that a table or figure is made of, for one model and seed."""
+    prompts = [("SPUL", prompt_type) for prompt_type in args.prompt_types]
+    if what == "ablation":
+        return [make_run(args, *p, alpha=a, beta=b) for p in prompts for a, b in LOSS_TERMS]
+    if what == "forget-size":
+        some = [(method, carrier) for method in args.methods for carrier in carriers(args, method)]
+        return [make_run(args, *each, forget_size=size) for each in some for size in FORGET_SIZES]
+    if what == "prompt-length":
+        return [make_run(args, *p, num_virtual_tokens=length) for p in prompts for length in args.prompt_lengths]
+    methods = ["SPUL"] if what in ("models", "tsne") else args.methods
+    return [make_run(args, method, carrier) for method in methods for carrier in carriers(args, method)]
+
+
+def reference_rows(args: argparse.Namespace, what: str) -> list[str]:
+    """The rows that no method makes."""
+    if what in ("ablation", "forget-size", "prompt-length", "tsne", "models"):
+        return ["base"]
+    rows = ["base"] if args.memorise == "none" else ["base", "retrained"]
+    return rows if args.dataset in TOYS else ["vanilla", *rows]
+
+
+def experiments(args: argparse.Namespace) -> Iterator[Experiment]:
+    """One for each model and seed."""
+    shared = [field.name for field in dataclasses.fields(Setup) if field.name not in ("model", "seed")]
+    for model, seed in itertools.product(args.model, args.seeds):
+        setup = Setup(**{name: getattr(args, name) for name in shared}, model=model, seed=seed)
+        yield Experiment(setup, args.output_dir / "models" / f"{Path(model).name}-{seed}", args.eval_batch_size)
+
+
+def identity(record: dict[str, Any]) -> str:
+    """What a run is known by: all that it was made with."""
+    names = ("dataset", "model", "method", "carrier", "seed", "settings", "setup")
+    return json.dumps([record[name] for name in names], sort_keys=True)
+
+
+class Runs:
+    """The runs in a file, each done once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = read_runs(path) if path.exists() else []
+        if path.exists() and not path.read_bytes().endswith(b"\n"):  # interrupted while writing
+            path.write_text("".join(json.dumps(run) + "\n" for run in found), encoding="utf-8")
+        self.known = {identity(run): run for run in found}
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        """Write runs down."""
+        with self.path.open("a", encoding="utf-8") as file:
+            for record in records:
+                file.write(json.dumps(record) + "\n")
+                self.known[identity(record)] = record
+
+    def get(self, experiment: Experiment, run: Run | str) -> list[dict[str, Any]]:
+        """The records of a run, or of a reference row by its name; computed if they are not there."""
+        if isinstance(run, str):
+            wanted = [identity(experiment.record(run, "none", {}, None, {}))]
+        else:
+            names = [run.method] + ([f"{run.method} detached"] if run.carrier in PROMPT_TYPES else [])
+            settings = run_settings(run)
+            wanted = [identity(experiment.record(name, run.carrier, settings, None, {})) for name in names]
+        if not all(key in self.known for key in wanted):
+            self.add([experiment.reference_row(run)] if isinstance(run, str) else experiment.run(run))
+        return [self.known[key] for key in wanted]
+
+
+def compute(args: argparse.Namespace, runs: Runs, what: str) -> list[dict[str, Any]]:
+    """All runs that a table or figure needs."""
+    work = [
+        (experiment, run)
+        for experiment in experiments(args)
+        for run in [*reference_rows(args, what), *grid(args, what)]
+    ]
+    found = []
+    for experiment, run in tqdm(work, desc=what, unit="run"):
+        name = run if isinstance(run, str) else f"{run.method} ({run.carrier})"
+        tqdm.write(f"{experiment.setup.model}, seed {experiment.setup.seed}: {name}")
+        for record in runs.get(experiment, run):
+            found.append(record)
+            tqdm.write("  ".join(f"{split} {100 * s['accuracy']:.2f}" for split, s in record["scores"].items()))
+    return found
+
+
+# ---- what comes out ----
+
+
+def named(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs with the carrier in their name, where a method has several; and the detached row once, of the first."""
+    kinds = {record["carrier"] for record in records if record["method"] == "SPUL"}
+    shown = []
+    for record in records:
+        if record["method"] == "SPUL" and len(kinds) > 1:
+            record = {**record, "method": f"SPUL ({record['carrier'].replace('_', ' ')})"}
+        if record["method"] == "SPUL detached" and len(kinds) > 1 and record["carrier"] != sorted(kinds)[0]:
+            continue
+        shown.append(record)
+    return shown
+
+
+def write_table(args: argparse.Namespace, what: str, records: list[dict[str, Any]]) -> None:
+    """The Markdown of a table, printed too."""
+    by = {
+        "ablation": ("method", "alpha", "beta"),
+        "forget-size": ("method", "forget_size"),
+        "models": ("model", "method"),
+    }
+    columns = by.get(what, ("method",))
+    if what in ("ablation", "forget-size"):  # the base has no such settings, and detached is the base
+        empty = {"alpha": None, "beta": None, "forget_size": None}
+        records = [{**r, "settings": {**empty, **r["settings"]}} for r in records if "detached" not in r["method"]]
+    records = named(records)
+    dataset = PUBLISHED_NAMES.get(Path(args.dataset).name, args.dataset)
+    published = published_rows(dataset) if what in ("main", "models") else []
+    for record in records:
+        record["dataset"] = dataset
+    parts = [score_table(records, by=columns, published=published), score_table(records, "generic", by=columns)]
+    trained = [record for record in records if record["cost"]]
+    if trained:
+        parts.append(cost_table(trained, by=columns))
+    text = "\n\n".join(parts)
+    path = args.output_dir / f"table-{what}.md"
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"\n{text}\nwritten to {path}")
+    if what == "forget-size":
+        methods = [record for record in records if record["method"] != "base"]
+        report(save_figure(draw_forget_size(methods), args.output_dir / "figure-forget-size"))
+
+
+def report(paths: list[Path]) -> None:
+    """Say what was written."""
+    print("written: " + ", ".join(map(str, paths)))
+
+
+def draw_tsne(args: argparse.Namespace, experiment: Experiment) -> None:
+    """t-SNE of the last layer before and after; the prompt is trained for it, since runs keep no models."""
+    run = grid(args, "tsne")[0]
+    rng = random.Random(0)
+    rows, is_forget = [], []
+    for split in ("test_retain", "test_forget"):
+        some = list(experiment.rows[split])
+        some = rng.sample(some, min(len(some), args.tsne_rows))
+        rows += some
+        is_forget += [split == "test_forget"] * len(some)
+    picked = Dataset.from_list(rows)
+    model, _ = experiment.train(run)
+    after = experiment.embeddings(model, picked, "after")
+    with model.disable_adapter():
+        before = experiment.embeddings(model, picked, "before")
+    labels = [row["completion"].strip() for row in rows]
+    points = tsne_coordinates({"before": before, "after": after}, is_forget, labels)
+    path = args.output_dir / "figure-tsne"
+    path.with_suffix(".json").write_text(json.dumps(points) + "\n", encoding="utf-8")
+    report([*save_figure(draw_tsne_coordinates(points), path), path.with_suffix(".json")])
+
+
+def run_search(args: argparse.Namespace, experiment: Experiment) -> None:
+    """Choose alpha, beta and p on a part of the training rows that is held out for it."""
+    data: UnlearningData = experiment.data
+    train, held_out = {}, {}
+    for group in ("forget", "retain"):
+        halves = data.rows(f"train_{group}").train_test_split(test_size=args.held_out, seed=experiment.setup.seed)
+        train[f"train_{group}"], held_out[group] = halves["train"], halves["test"]
+    base = experiment.load("base")
+    bound = experiment.accuracy(base, held_out["retain"]) - args.max_retain_loss
+
+    def train_and_score(candidate: Candidate) -> tuple[float, float]:
+        run = make_run(args, "SPUL", args.prompt_types[0], **dataclasses.asdict(candidate))
+        model, _ = experiment.train(run, train)
+        return tuple(experiment.accuracy(model, held_out[group]) for group in ("retain", "forget"))  # type: ignore
+
+    found = search(
+        train_and_score,
+        min_retain=max(0.0, bound),
+        num_trials=args.search,
+        seed=experiment.setup.seed,
+        storage=args.output_dir / "search.journal",
+    )
+    content = {
+        "min_retain": found.min_retain,
+        "best": found.best and found.best.to_dict(),
+        "front": [trial.to_dict() for trial in found.front],
+        "trials": [trial.to_dict() for trial in found.trials],
+    }
+    path = args.output_dir / "search.json"
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    lines = ["| alpha | beta | p | retain | forget | |", "|---:|---:|---:|---:|---:|---|"]
+    for trial in found.trials:
+        c = trial.candidate
+        mark = "chosen" if trial == found.best else "front" if trial in found.front else ""
+        cells = (c.alpha, c.beta, c.num_virtual_tokens, f"{100 * trial.retain:.2f}", f"{100 * trial.forget:.2f}", mark)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    print(f"Accuracy on held-out rows in %; retain at least {100 * found.min_retain:.2f}.\n" + "\n".join(lines))
+    if found.best is None:
+        print("No trial kept the bound; raise --max-retain-loss, or train longer.")
+    print(f"written to {path}")
+
+
+# ---- the command ----
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    add = parser.add_argument
+    add("--table", choices=("main", "ablation", "forget-size", "models"), nargs="+", default=[])
+    add("--figure", choices=("tsne", "prompt-length", "pareto"), nargs="+", default=[])
+    add("--search", type=int, metavar="TRIALS", help="choose alpha, beta and p by so many trials")
+    add("--max-retain-loss", type=float, default=0.01, help="of the search: retain accuracy may fall so far, in 0..1")
+    add("--held-out", type=float, default=0.15, help="of the search: share of the training rows to score on")
+    add("--dataset", default="reviews", help="sst2, yelp, wmdp, tofu, imdb; reviews, quiz; Hub name or folder")
+    add("--data-dir", help="local folder of the data set; the Hub unless given")
+    add("--retain-dir", help="local folder of SciQ, for wmdp")
+    add("--model", nargs="+", default=[SMALL], help=f"Hub name or folder; {SMALL!r} for reviews and quiz")
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
+    add("--seeds", nargs="+", type=int, default=[0])
+    add("--limit", type=int, help="at most so many retain rows to train on")
+    add("--limit-score", type=int, help="score on at most so many rows of each retain split")
+    add("--memorise", choices=("full", "lora", "qlora", "none"), default="full", help="what learns the rows before")
+    add("--memorise-epochs", type=float, default=3)
+    add("--memorise-lr", type=float, default=1e-4)
+    add("--memorise-batch-size", type=int, default=32)
+    add("--second-question", action="store_true", help="memorise who is named, too (SST-2, for small models)")
+    add("--load-in-4bit", action="store_true", help="unlearn over weights in 4-bit NF4")
+    add("--max-length", type=int, default=512, help="tokens of a row, without the prompt's")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")
+    add("--prompt-types", nargs="+", choices=PROMPT_TYPES, default=["p_tuning"], metavar="TYPE", help="of SPUL")
+    add("--baseline-carrier", choices=("full", "lora"), default="full", help="what learns in the other methods")
+    add("--num-virtual-tokens", type=int, default=30)
+    add("--prompt-lengths", nargs="+", type=int, default=list(PROMPT_LENGTHS), help="of --figure prompt-length")
+    add("--alpha", type=float, default=1.0, help="weight of SPUL's retain term")
+    add("--beta", type=float, default=0.5, help="weight of SPUL's KL term")
+    add("--lr", nargs="+", default=[], metavar="NAME=LR", help=f"by carrier or method; defaults {LEARNING_RATES}")
+    add("--epochs", type=float, default=10, help="passes over the rows, unless --steps is given")
+    add("--steps", type=int, help="steps; methods that see forget rows only take as many as show as many of them")
+    add("--batch-size", type=int, default=32)
+    add("--eval-batch-size", type=int, default=64)
+    add("--forget-fraction", type=float, help="share of forget rows in a batch; as the data are unless given")
+    add("--tsne-rows", type=int, default=300, help="rows of each test split in --figure tsne")
+    add("--output-dir", type=Path, default=Path("out/reproduce"))
+    args = parser.parse_args()
+    if not (args.table or args.figure or args.search):
+        parser.error("nothing to do: give --table, --figure or --search.")
+    rates = dict(LEARNING_RATES)
+    for text in args.lr:
+        name, _, rate = text.partition("=")
+        if name.split("/")[0] not in (*LEARNING_RATES, *METHODS) or not is_positive(rate):
+            parser.error(
+                f"--lr {text!r}: expected NAME=LR with LR above 0 and NAME one of {', '.join(LEARNING_RATES)} or a "
+                "method, such as GA+GD=5e-5."
+            )
+        rates[name] = float(rate)
+    args.lr = rates
+    return args
+
+
+def is_positive(text: str) -> bool:
+    """Whether a text is a finite number above 0."""
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
+
+
+def main() -> None:
+    args = parse_args()
+    runs = Runs(args.output_dir / "runs.jsonl")
+    for what in args.table:
+        write_table(args, what, compute(args, runs, what))
+    for what in args.figure:
+        if what == "tsne":
+            draw_tsne(args, next(experiments(args)))
+            continue
+        records = compute(args, runs, "main" if what == "pareto" else what)
+        if what == "pareto":
+            figure = draw_tradeoff(named(records))
+        else:
+            figure = draw_prompt_length([r for r in records if r["method"] == "SPUL"])
+        report(save_figure(figure, args.output_dir / f"figure-{what}"))
+    if args.search:
+        run_search(args, next(experiments(args)))
+
+
+if __name__ == "__main__":
+    main()

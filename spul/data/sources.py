@@ -1,0 +1,131 @@
+"""Rows out of files and out of the Hub, with errors that say what was found."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.csv  # type: ignore[import-untyped]
+import pyarrow.parquet  # type: ignore[import-untyped]
+from datasets import Dataset, load_dataset
+
+FILE_TYPES = (".tsv", ".tsv.gz", ".json", ".jsonl", ".csv", ".parquet")
+
+
+def read_hub(name: str, split: str, columns: Sequence[str] = (), config: str | None = None) -> Dataset:
+    """One split of a data set of the Hub.
+
+    Args:
+        name: owner and name, such as `"stanfordnlp/sst2"`.
+        split: such as `"train"`.
+        columns: the columns to keep; all of them unless given.
+        config: the configuration, for sets that have several.
+
+    Raises:
+        ValueError: if a column is not there.
+    """
+    rows = load_dataset(name, config, split=split)
+    return _with_columns(rows, columns, f"split {split!r} of {name} on the Hub")
+
+
+def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Dataset:
+    """The rows of a file, by its ending: `.tsv`, `.tsv.gz`, `.jsonl`, `.json` (a list, or lines), `.csv`, `.parquet`.
+
+    A `.tsv` file has a header and no quoting; all its values are text.
+
+    Args:
+        path: the file.
+        columns: the columns to keep; all of them unless given.
+
+    Raises:
+        FileNotFoundError: if there is no such file; the message lists what stands in its folder.
+        ValueError: if the ending is another, the file has no rows, a row has not the columns of the first, or a
+            column is not there.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there; its folder has {_listing(path.parent)}.")
+    if path.name.endswith((".tsv", ".tsv.gz")):
+        rows = _from_rows(_tsv_rows(path), path)
+    elif path.suffix in (".json", ".jsonl"):
+        rows = _from_rows(_json_rows(path), path)
+    elif path.suffix == ".csv":
+        options = pyarrow.csv.ParseOptions(newlines_in_values=True)
+        rows = Dataset(pyarrow.csv.read_csv(path, parse_options=options))
+    elif path.suffix == ".parquet":
+        rows = Dataset(pyarrow.parquet.read_table(path))
+    else:
+        raise ValueError(f"{path}: expected a file that ends in one of {', '.join(FILE_TYPES)}.")
+    return _with_columns(rows, columns, str(path))
+
+
+def check_folder(source: str | os.PathLike[str], expected: str) -> Path:
+    """`source` as the path of a folder.
+
+    Raises:
+        FileNotFoundError: if there is no such folder; `expected` says what it should hold.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"source={str(source)!r} is not a folder; expected one with {expected}.")
+    return folder
+
+
+def _listing(folder: Path, shown: int = 20) -> str:
+    if not folder.is_dir():
+        return "not been found either"
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "") if names else "nothing in it"
+
+
+def _tsv_rows(path: Path) -> Iterator[dict[str, str]]:
+    # A line ends at "\n" and nowhere else: texts hold other characters that count as line breaks elsewhere.
+    opened = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8", newline="\n") as lines:
+        header = next(lines, "").rstrip("\r\n").split("\t")
+        for number, line in enumerate(lines, start=2):
+            values = line.rstrip("\r\n").split("\t")
+            if len(values) != len(header):
+                raise ValueError(
+                    f"{path}, line {number}: {len(values)} values; expected {len(header)}, one for each of {header}, "
+                    "with tabs between them."
+                )
+            yield dict(zip(header, values, strict=True))
+
+
+def _json_rows(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        try:
+            if lines.read(1) == "[":
+                yield from json.loads("[" + lines.read())
+                return
+            lines.seek(0)
+            for line in lines:
+                if line.strip():
+                    yield json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not JSON, neither a list of rows nor a row a line: {error}.") from error
+
+
+def _from_rows(found: Iterator[Any], path: Path) -> Dataset:
+    rows = list(found)
+    for number, row in enumerate(rows, start=1):
+        # Otherwise a column that one row lacks would be filled with None, and a later one dropped.
+        if not isinstance(row, dict) or row.keys() != rows[0].keys():
+            have = sorted(row) if isinstance(row, dict) else repr(row)
+            raise ValueError(f"{path}, row {number}: found {have}; expected the columns of the first row: {rows[0]}.")
+    return Dataset.from_list(rows)
+
+
+def _with_columns(rows: Dataset, columns: Sequence[str], where: str) -> Dataset:
+    if len(rows) == 0:
+        raise ValueError(f"{where} has no rows.")
+    if missing := [name for name in columns if name not in rows.column_names]:
+        raise ValueError(
+            f"{where} lacks the column(s) {missing}; it has {rows.column_names}, expected {list(columns)}."
+        )
+    return rows.select_columns(list(columns)) if columns else rows

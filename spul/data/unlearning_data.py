@@ -1,0 +1,210 @@
+"""The four splits of an unlearning task, with the format that turns them into prompts."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+
+from .dataset import forget_retain_dataset
+from .formats import PromptFormat
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
+# Whose copy of a repeated text stays: what is to be forgotten is not kept, and what was trained on is no test.
+FIRST_KEPT = ("train_forget", "test_forget", "train_retain", "test_retain")
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class UnlearningData:
+    """What is to be forgotten and what is to be kept, to train on and to test on.
+
+    Args:
+        name: of the data set.
+        splits: a data set for each of `train_retain`, `train_forget`, `test_retain` and `test_forget`, with the
+            columns that the format asks for.
+        format: turns the rows into prompts and completions.
+        notes: what was done to the data, one line each.
+    """
+
+    name: str
+    splits: dict[str, Dataset]
+    format: PromptFormat
+    notes: tuple[str, ...] = ()
+
+    def rows(self, split: str) -> Dataset:
+        """The rows of a split in prompt-completion form: `prompt`, `completion` and the text field.
+
+        Raises:
+            ValueError: if there is no such split.
+        """
+        if split not in self.splits:
+            raise ValueError(f"split={split!r}; expected one of {', '.join(self.splits)}.")
+        return self.format.apply(self.splits[split])
+
+    def training_set(self) -> Dataset:
+        """The two train splits joined by `forget_retain_dataset`, forget rows first."""
+        return forget_retain_dataset(forget=self.rows("train_forget"), retain=self.rows("train_retain"))
+
+    def limited(
+        self,
+        num_retain: int | None = None,
+        num_test: int | None = None,
+        seed: int = 0,
+        keep: Callable[[Mapping[str, Any]], bool] | None = None,
+    ) -> UnlearningData:
+        """Fewer retain rows, drawn at random; the forget splits stay whole.
+
+        Args:
+            num_retain: the most rows of `train_retain`; None for all.
+            num_test: the most rows of `test_retain`; None for all.
+            seed: seed of the draws.
+            keep: with `num_retain`: is given each row of `train_retain`, as a mapping from column to value. Rows for
+                which it is true are drawn first.
+
+        Raises:
+            ValueError: if a number is below 1, or `keep` is given without `num_retain`.
+        """
+        if keep is not None and num_retain is None:
+            raise ValueError("keep says which rows of train_retain come first among num_retain; give num_retain, too.")
+        splits, notes = dict(self.splits), []
+        for name, most in (("train_retain", num_retain), ("test_retain", num_test)):
+            if most is None:
+                continue
+            if most < 1:
+                raise ValueError(f"at most {most} rows of {name}; expected at least 1.")
+            rows = splits[name]
+            order = random.Random(seed).sample(range(len(rows)), len(rows))
+            note = f"{name}: a random {min(most, len(rows)):,} of {len(rows):,} rows (seed {seed})"
+            if keep is not None and name == "train_retain":
+                wanted = {i for i, row in enumerate(rows) if keep(row)}
+                order = [i for i in order if i in wanted] + [i for i in order if i not in wanted]
+                note += f", {min(most, len(wanted)):,} of them from the {len(wanted):,} to be kept first"
+            splits[name] = rows.select(order[:most])
+            notes.append(note)
+        return dataclasses.replace(self, splits=splits, notes=(*self.notes, *notes))
+
+    def with_forget_fraction(self, fraction: float, seed: int = 0) -> UnlearningData:
+        """A random share of `train_forget`; the rows left out are in no split.
+
+        Args:
+            fraction: the share, above 0 and at most 1.
+            seed: seed of the draw.
+
+        Raises:
+            ValueError: if `fraction` is out of range, or so low that no row is left.
+        """
+        rows = self.splits["train_forget"]
+        if not 0 < fraction <= 1 or not round(fraction * len(rows)):
+            raise ValueError(
+                f"fraction={fraction!r} of the {len(rows):,} rows of train_forget; expected a share above 0 and at "
+                "most 1 that leaves at least one row."
+            )
+        drawn = sorted(random.Random(seed).sample(range(len(rows)), round(fraction * len(rows))))
+        note = f"train_forget: a random {len(drawn):,} of {len(rows):,} rows (seed {seed}); the rest is in no split"
+        splits = {**self.splits, "train_forget": rows.select(drawn)}
+        return dataclasses.replace(self, splits=splits, notes=(*self.notes, note))
+
+    def check(self) -> None:
+        """Look for what would spoil an experiment.
+
+        Raises:
+            ValueError: if a split is missing or empty, a text is missing, a row stands in two splits, or the
+                completion of a row is one of the format's generic ones.
+        """
+        if set(self.splits) != set(SPLITS):
+            raise ValueError(f"{self.name} has the splits {sorted(self.splits)}; expected {sorted(SPLITS)}.")
+        texts = {}
+        for split, rows in self.splits.items():
+            if len(rows) == 0:
+                raise ValueError(f"{split} of {self.name} is empty; expected at least one row.")
+            self._check_completions(split, rows)
+            texts[split] = set(row_keys(rows, self.format.text_field))
+        for one, other in itertools.combinations(SPLITS, 2):
+            if both := sorted(texts[one] & texts[other]):
+                kind = "trained on and tested as unseen"
+                if one.split("_")[1] != other.split("_")[1]:
+                    kind = "forgotten and kept"
+                shown = "; ".join(repr(key[0][:160]) for key in both[:SHOWN])
+                raise ValueError(
+                    f"{len(both)} row(s) of {self.name} stand in both {one} and {other}, and would be {kind} at "
+                    f"once: {shown}. Remove them from one."
+                )
+
+    def _check_completions(self, split: str, rows: Dataset) -> None:
+        generic = {text.strip().casefold() for text in self.format.generic_completions}
+        for number, row in enumerate(rows):
+            done = self.format.row(row)
+            if row[self.format.text_field] is None or not done[self.format.text_field]:
+                raise ValueError(
+                    f"row {number} of {split} of {self.name} has no text in {self.format.text_field!r}: {row}"
+                )
+            if done["completion"].strip().casefold() in generic:
+                raise ValueError(
+                    f"row {number} of {split} of {self.name} is answered with {done['completion']!r}, which is one of "
+                    f"the format's generic completions {self.format.generic_completions}: a forget row would be "
+                    "trained to its own answer. Drop such rows, or use a format with other generic completions."
+                )
+
+
+def row_keys(rows: Dataset, text_field: str) -> list[tuple[str, ...]]:
+    """What makes a row the same as another one: its text, and its choices in any order where it has some."""
+    texts = [str(text).strip() for text in rows[text_field]]
+    if "choices" not in rows.column_names:
+        return [(text,) for text in texts]
+    return [(text, *sorted(map(str, choices))) for text, choices in zip(texts, rows["choices"], strict=True)]
+
+
+def without_repeats(parts: dict[str, Dataset], text_field: str = "text") -> tuple[dict[str, Dataset], list[str]]:
+    """Each row once: where a text is repeated, within a part or in a later one, its first copy stays.
+
+    Args:
+        parts: data sets with the same columns, the one whose copies stay first.
+        text_field: the column that is compared, without outer space.
+
+    Returns:
+        The parts, and a note of what was dropped, if anything was.
+    """
+    first: dict[tuple[str, ...], Any] = {}
+    kept, dropped, disagreeing = {}, [], 0
+    for name, rows in parts.items():
+        labels = rows["label"] if "label" in rows.column_names else [None] * len(rows)
+        places = []
+        for i, (key, label) in enumerate(zip(row_keys(rows, text_field), labels, strict=True)):
+            if key not in first:
+                first[key] = label
+                places.append(i)
+            else:
+                disagreeing += label != first[key]
+        kept[name] = rows.select(places)
+        if len(places) < len(rows):
+            dropped.append(f"{name} {len(rows) - len(places):,}")
+    if not dropped:
+        return kept, []
+    note = f"repeated rows dropped, the first one kept: {', '.join(dropped)}"
+    return kept, [note + (f" ({disagreeing:,} of them had another label)" if disagreeing else "")]
+
+
+def size_note(what: str, found: int, expected: int) -> str:
+    """A note of how many rows were read, with a warning where the number is not the known one."""
+    if found == expected:
+        return f"{what}: {found:,} rows"
+    note = f"{what}: {found:,} rows, where the published set has {expected:,}"
+    logger.warning("%s.", note)
+    return note
+
+
+def checked(name: str, splits: Mapping[str, Dataset], prompts: PromptFormat, notes: list[str]) -> UnlearningData:
+    """The data with its sizes noted, after a look at every row."""
+    sizes = ", ".join(f"{split} {len(splits[split]):,}" for split in SPLITS)
+    data = UnlearningData(name, {split: splits[split] for split in SPLITS}, prompts, (*notes, sizes))
+    data.check()
+    return data

@@ -1,0 +1,64 @@
+"""Where a model stands when it is about to answer: its last layer, for pictures of what forgetting moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ..collator import ForgetRetainCollator
+from ..prefix import bare_model, response_positions
+from .scoring import response_logits
+
+
+@torch.no_grad()
+def response_embeddings(
+    model: nn.Module, rows: Dataset, collator: ForgetRetainCollator, batch_size: int = 32, progress: str | None = None
+) -> np.ndarray:
+    """The last layer's hidden states that predict each row's first response token: what the LM head is given.
+
+    Args:
+        model: a causal LM, bare, under LoRA or under a prompt of spul.
+        rows: `prompt` and `completion`.
+        collator: for tokenising and padding.
+        batch_size: rows per forward.
+        progress: a name to show a progress bar under; none unless given.
+
+    Returns:
+        (rows, d), float32.
+
+    Raises:
+        ValueError: if there are no rows, or the model has no output embeddings.
+    """
+    head: Any = bare_model(model)
+    head = head.get_output_embeddings()
+    if head is None or len(rows) == 0:
+        raise ValueError(f"{len(rows)} rows, output embeddings {head}: expected at least one row, and a causal LM.")
+    device = next(model.parameters()).device
+    given: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    found = []
+    try:
+        for start in tqdm(range(0, len(rows), batch_size), desc=progress, disable=progress is None, leave=False):
+            batch = collator.true_batch([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+            batch = {name: value.to(device) for name, value in batch.items()}
+            positions, _ = response_positions(batch["labels"])
+            given.clear()
+            response_logits(model, batch, positions)
+            states = given[-1]  # of the rows; a prompt that runs by itself comes before
+            if states.shape[1] != positions.shape[1]:
+                # This family computes logits everywhere, maybe behind virtual tokens.
+                in_front = states.shape[1] - batch["input_ids"].shape[1]
+                states = states.take_along_dim((positions + in_front)[..., None].to(states.device), dim=1)
+            found.append(states[:, 0].float().cpu())
+    finally:
+        hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return torch.cat(found).numpy()

@@ -1,0 +1,164 @@
+"""The published methods by name: each is one loss, on one carrier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from datasets import Dataset
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PromptEncoderConfig,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .collator import ForgetRetainCollator
+from .losses import NPO, GradientAscent, KLDivergence, SimNPO, UnlearningLoss
+from .unlearner import SoftPromptUnlearner
+
+Carrier = Literal["prompt", "full", "lora"]
+CARRIERS: tuple[Carrier, ...] = ("prompt", "full", "lora")
+
+# As their papers have it, the KL terms of the others are KL(frozen || updated).
+_FORWARD_KL = KLDivergence(direction="forward")
+_LOSSES = {
+    "SPUL": UnlearningLoss(alpha=1.0, beta=0.5),
+    "GA": UnlearningLoss(alpha=0.0, beta=0.0, forget=GradientAscent()),
+    "RL": UnlearningLoss(alpha=0.0, beta=0.0),
+    "GA+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=GradientAscent(), kl=_FORWARD_KL),
+    "GA+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=GradientAscent()),
+    "NPO": UnlearningLoss(alpha=0.0, beta=0.0, forget=NPO()),
+    "NPO+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=NPO(), kl=_FORWARD_KL),
+    "NPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=NPO()),
+    "SimNPO": UnlearningLoss(alpha=0.0, beta=0.0, forget=SimNPO()),
+    "SimNPO+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=SimNPO(), kl=_FORWARD_KL),
+    "SimNPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=SimNPO()),
+}
+METHODS = tuple(_LOSSES)
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is asked for, and what learns it.
+
+    Args:
+        name: one of `METHODS`, or a name of your own.
+        loss: what is asked for.
+        carrier: `"prompt"`, a soft prompt before the frozen model; `"full"`, all weights; `"lora"`, LoRA on them.
+
+    Example:
+        ```python
+        method = unlearning_method("GA+GD", carrier="lora")
+        collator = method.collator(tokenizer, [" neutral", " unknown"], max_length=512)
+        trainer = UnlearningTrainer(
+            method.carry(model), args, collator, method.training_rows(dataset), loss=method.loss
+        )
+        ```
+    """
+
+    name: str
+    loss: UnlearningLoss
+    carrier: Carrier
+
+    def __post_init__(self) -> None:
+        if self.carrier not in CARRIERS:
+            raise ValueError(f"carrier={self.carrier!r} is not known; expected one of {', '.join(CARRIERS)}.")
+
+    def carry(self, model: PreTrainedModel, peft_config: PeftConfig | None = None) -> Any:
+        """The model that trains: an unlearner around it, the model under LoRA, or itself with all weights learning.
+
+        Args:
+            model: a causal LM, which changes in place.
+            peft_config: the prompt's or LoRA's config. Unless given: P-tuning as the SPUL paper has it (30 virtual
+                tokens, hidden size 128), or LoRA of rank 16 on every linear layer.
+
+        Raises:
+            ValueError: if a quantised model is to learn in all its weights, or `peft_config` is given for that.
+            TypeError: if `model` is under an adapter already.
+        """
+        if isinstance(model, PeftModel):
+            raise TypeError("model is under an adapter; merge it first: model.merge_and_unload().")
+        quantised = getattr(model, "hf_quantizer", None) is not None
+        if self.carrier == "prompt":
+            config = peft_config or PromptEncoderConfig(
+                task_type="CAUSAL_LM", num_virtual_tokens=30, encoder_hidden_size=128
+            )
+            return SoftPromptUnlearner(model, config, loss=self.loss)
+        if self.carrier == "lora":
+            config = peft_config or LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+            if quantised:
+                model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+            return get_peft_model(model, config)
+        if quantised or peft_config is not None:
+            raise ValueError(
+                "carrier='full' trains the weights themselves: load the model unquantised and pass no peft_config, or "
+                "use carrier='lora'."
+            )
+        return model.requires_grad_(True)
+
+    def collator(
+        self, tokenizer: PreTrainedTokenizerBase, generic_completions: Sequence[str], **kwargs: Any
+    ) -> ForgetRetainCollator:
+        """The collator to train with: forget rows keep their own completions where the loss makes these unlikely.
+
+        Args:
+            tokenizer: the model's.
+            generic_completions: what forget rows are answered with, in the other methods.
+            kwargs: as `ForgetRetainCollator`.
+        """
+        return ForgetRetainCollator(
+            tokenizer, None if self.loss.forget.makes_unlikely else generic_completions, **kwargs
+        )
+
+    def training_rows(self, dataset: Dataset) -> Dataset:
+        """The rows that weigh anything in the loss: all, or the forget rows alone, as GA and RL are published.
+
+        Raises:
+            ValueError: if `dataset` has no `is_forget`.
+        """
+        if "is_forget" not in dataset.column_names:
+            raise ValueError(
+                f"dataset has the columns {dataset.column_names} and no is_forget; make it with forget_retain_dataset."
+            )
+        if self.loss.uses_retain_rows:
+            return dataset
+        return dataset.select([i for i, is_forget in enumerate(dataset["is_forget"]) if is_forget])
+
+
+def unlearning_method(
+    name: str, carrier: Carrier | None = None, alpha: float | None = None, beta: float | None = None
+) -> Method:
+    """A published method by name.
+
+    | name | forget rows | retain rows | source |
+    |---|---|---|---|
+    | SPUL | cross-entropy to a generic completion | cross-entropy, reverse KL | arXiv 2406.12038 |
+    | GA | gradient ascent | not seen | arXiv 2210.01504 |
+    | RL | cross-entropy to a generic completion | not seen | as in arXiv 2406.12038 |
+    | GA+KL, GA+GD | gradient ascent | forward KL; cross-entropy | arXiv 2310.10683, 2401.06121 |
+    | NPO, NPO+KL, NPO+GD | negative preference optimisation | not seen; forward KL; cross-entropy | arXiv 2404.05868 |
+    | SimNPO, SimNPO+KL, SimNPO+GD | the same without a reference | the same | arXiv 2410.07163 |
+
+    Args:
+        name: one of these names.
+        carrier: `"prompt"` for SPUL and `"full"` for the others unless given.
+        alpha: weight of the cross-entropy on retain rows; 1 where the method has it.
+        beta: weight of the KL on retain rows; 0.5 in SPUL, 1 elsewhere.
+
+    Raises:
+        ValueError: if the name is not known, or a weight is given that the method does not have.
+    """
+    if name not in _LOSSES:
+        raise ValueError(f"method {name!r} is not known; expected one of {', '.join(METHODS)}.")
+    loss = _LOSSES[name]
+    for weight, value in (("alpha", alpha), ("beta", beta)):
+        if value is not None:
+            if getattr(loss, weight) == 0 and name != "SPUL":
+                raise ValueError(f"{weight}={value!r}: {name} has no such term; see the table of unlearning_method.")
+            loss = replace(loss, **{weight: value})  # type: ignore[arg-type]
+    return Method(name, loss, carrier or ("prompt" if name == "SPUL" else "full"))
