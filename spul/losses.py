@@ -80,7 +80,8 @@ class LossTerm:
         used = labels != IGNORE_INDEX
         per_token = self.token_losses(logits, labels, reference_logits).masked_fill(~used, 0.0)
         total = per_token.sum(dim=1)
-        return self.row_losses(total / used.sum(dim=1).clamp(min=1) if self.reduction == "mean" else total)
+        rows = self.row_losses(total / used.sum(dim=1).clamp(min=1) if self.reduction == "mean" else total)
+        return rows.masked_fill(~used.any(dim=1), 0.0)  # NPO of nothing would be a constant
 
     def row_losses(self, reduced: Tensor) -> Tensor:
         """The rows' numbers, (rows,), from their reduced token losses: the same, unless a term bends them."""

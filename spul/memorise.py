@@ -118,5 +118,5 @@ def _merged_unquantised(
         learned.save_pretrained(folder)
         del learned
         gc.collect()
-        whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device)
-        return PeftModel.from_pretrained(whole, folder).merge_and_unload()
+        whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        return PeftModel.from_pretrained(whole.to(device), folder).merge_and_unload()

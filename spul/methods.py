@@ -17,6 +17,7 @@ from peft import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .base import zero_dropout
 from .collator import ForgetRetainCollator
 from .losses import NPO, GradientAscent, KLDivergence, SimNPO, UnlearningLoss
 from .unlearner import SoftPromptUnlearner
@@ -72,6 +73,9 @@ class Method:
     def carry(self, model: PreTrainedModel, peft_config: PeftConfig | None = None) -> Any:
         """The model that trains: an unlearner around it, the model under LoRA, or itself with all weights learning.
 
+        The model's dropout is set to zero, as preference optimisation has it too: noise would part it from its
+        reference. LoRA's own stays.
+
         Args:
             model: a causal LM, which changes in place.
             peft_config: the prompt's or LoRA's config. Unless given: P-tuning as the SPUL paper has it (30 virtual
@@ -83,6 +87,7 @@ class Method:
         """
         if isinstance(model, PeftModel):
             raise TypeError("model is under an adapter; merge it first: model.merge_and_unload().")
+        zero_dropout(model)
         quantised = getattr(model, "hf_quantizer", None) is not None
         if self.carrier == "prompt":
             config = peft_config or PromptEncoderConfig(

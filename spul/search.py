@@ -112,7 +112,11 @@ def search(
         from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
         raise ImportError("searching needs Optuna: pip install optuna") from error
-    space = {"alpha": list(alphas), "beta": list(betas), "num_virtual_tokens": list(num_virtual_tokens)}
+    space: dict[str, list[Any]] = {
+        "alpha": list(alphas),
+        "beta": list(betas),
+        "num_virtual_tokens": list(num_virtual_tokens),
+    }
     if empty := [name for name, values in space.items() if not values]:
         raise ValueError(f"there is nothing to choose from for {', '.join(empty)}.")
     if not 0 <= min_retain <= 1 or num_trials < 1:

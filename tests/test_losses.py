@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from spul import CrossEntropy, GradientAscent, KLDivergence, LossTerm, UnlearningLoss
+from spul import NPO, CrossEntropy, GradientAscent, KLDivergence, LossTerm, SimNPO, UnlearningLoss
 from spul.losses import token_nll
 
 # Row 0 has three response tokens, row 1 one, row 2 two, row 3 two.
@@ -23,6 +23,7 @@ def random_logits(seed: int, rows: int = 4, dtype: torch.dtype = torch.float64) 
     return 2 * torch.randn(rows, 3, VOCABULARY, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
+TERMS = [CrossEntropy(), GradientAscent(), KLDivergence(), KLDivergence(direction="forward"), NPO(), SimNPO()]
 LOGITS, REFERENCE = random_logits(1), random_logits(2)
 RETAIN_REFERENCE = REFERENCE[~IS_FORGET]
 
@@ -116,13 +117,54 @@ def test_kl_of_a_literal_pair_is_reverse_by_default():
     assert reverse != pytest.approx(forward, abs=1e-3)
 
 
+@pytest.mark.parametrize("inverse_temperature", [0.1, 2.0])
+def test_npo_equals_the_plain_formula_of_whole_responses(inverse_temperature):
+    found = NPO(inverse_temperature=inverse_temperature)(LOGITS, LABELS, REFERENCE).tolist()
+    for row, loss in enumerate(found):
+        log_ratio = sum(plain_nll(REFERENCE, LABELS, row)) - sum(plain_nll(LOGITS, LABELS, row))
+        ratio = math.exp(log_ratio)  # pi / pi_ref
+        assert loss == pytest.approx(2 / inverse_temperature * math.log(1 + ratio**inverse_temperature))
+
+
+@pytest.mark.parametrize(("inverse_temperature", "margin"), [(2.5, 0.0), (4.5, 0.7)])
+def test_simnpo_equals_the_plain_formula_per_token(inverse_temperature, margin):
+    found = SimNPO(inverse_temperature=inverse_temperature, margin=margin)(LOGITS, LABELS).tolist()
+    for row, loss in enumerate(found):
+        nll = plain_nll(LOGITS, LABELS, row)
+        bent = inverse_temperature * sum(nll) / len(nll) - margin
+        assert loss == pytest.approx(-2 / inverse_temperature * math.log(1 / (1 + math.exp(-bent))))
+
+
+def test_the_gradient_of_npo_goes_to_that_of_gradient_ascent_as_the_temperature_rises():
+    logits, other = LOGITS.clone().requires_grad_(), LOGITS.clone().requires_grad_()
+    NPO(inverse_temperature=1e-6)(logits, LABELS, REFERENCE).sum().backward()
+    GradientAscent()(other, LABELS).sum().backward()
+    torch.testing.assert_close(logits.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize("kind", [NPO, SimNPO])
+def test_an_inverse_temperature_is_above_zero(kind, value):
+    with pytest.raises(ValueError, match=r"inverse_temperature=.*expected a finite number above 0"):
+        kind(inverse_temperature=value)
+
+
+def test_a_negative_margin_is_refused():
+    with pytest.raises(ValueError, match=r"margin=-1\.0: expected"):
+        SimNPO(margin=-1.0)
+
+
+def test_terms_that_make_a_completion_unlikely_say_so():
+    assert [term.makes_unlikely for term in TERMS] == [False, True, False, False, True, True]
+
+
 def test_kl_between_equal_distributions_is_zero_whatever_constant_the_logits_differ_by():
     torch.testing.assert_close(
         KLDivergence()(LOGITS, LABELS, LOGITS + 7.0), torch.zeros(4, dtype=torch.float64), rtol=0, atol=1e-12
     )
 
 
-@pytest.mark.parametrize("term", [CrossEntropy(), GradientAscent(), KLDivergence(), KLDivergence(direction="forward")])
+@pytest.mark.parametrize("term", TERMS)
 def test_unused_slots_change_neither_loss_nor_gradient(term):
     disturbed = LOGITS.clone()
     disturbed[LABELS == -100] = 1e4
@@ -137,7 +179,7 @@ def test_unused_slots_change_neither_loss_nor_gradient(term):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("kind", [CrossEntropy, GradientAscent, KLDivergence])
+@pytest.mark.parametrize("kind", [CrossEntropy, GradientAscent, KLDivergence, NPO, SimNPO])
 def test_a_row_without_response_tokens_is_exactly_zero(kind, reduction):
     labels = torch.tensor([[-100, -100, -100], [1, 1, -100]])
     losses = kind(reduction=reduction)(LOGITS[:2], labels, REFERENCE[:2])
@@ -153,7 +195,7 @@ def test_token_nll_is_zero_in_unused_slots_and_has_the_shape_of_the_labels():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("term", [CrossEntropy(), GradientAscent(), KLDivergence(), KLDivergence(direction="forward")])
+@pytest.mark.parametrize("term", TERMS)
 def test_half_precision_logits_are_compared_in_float32(term, dtype):
     logits, reference = LOGITS.to(dtype), REFERENCE.to(dtype)
     losses = term(logits, LABELS, reference)
@@ -313,10 +355,13 @@ def test_micro_batches_with_the_counts_of_the_step_add_up_to_the_whole_batch(spl
         (UnlearningLoss(alpha=0.0, beta=0.0, retain=KLDivergence()), [False, False, False, False]),
         (UnlearningLoss(beta=0.0, forget=KLDivergence()), [True, False, False, True]),
         (UnlearningLoss(forget=ReferenceGap()), [True, True, True, True]),
+        (UnlearningLoss(beta=0.0, forget=NPO()), [True, False, False, True]),
+        (UnlearningLoss(beta=0.0, forget=SimNPO()), [False, False, False, False]),
     ],
 )
 def test_rows_needing_reference_are_those_whose_terms_read_it(loss, expected):
     assert loss.rows_needing_reference(IS_FORGET).tolist() == expected
+    assert loss.needs_reference is any(expected)
 
 
 @pytest.mark.parametrize(("alpha", "beta", "expected"), [(0, 0, False), (0.1, 0, True), (0, 0.1, True)])
@@ -404,6 +449,8 @@ def test_a_missing_reference_is_named():
             retain=KLDivergence(direction="forward"),
             kl=KLDivergence(direction="forward", reduction="mean"),
         ),
+        UnlearningLoss(forget=NPO(inverse_temperature=0.3)),
+        UnlearningLoss(forget=SimNPO(inverse_temperature=3.0, margin=0.5)),
     ],
 )
 def test_a_loss_survives_the_way_through_json(loss):

@@ -1,0 +1,70 @@
+"""Last-layer embeddings are what the model itself computes where it is about to answer."""
+
+import pytest
+import torch
+from conftest import build
+from peft import LoraConfig, get_peft_model
+from test_trainer import make_collator, rows
+from test_unlearner import CONFIGS
+from transformers import DynamicCache
+
+from spul import SoftPromptUnlearner
+from spul.evaluation import response_embeddings
+
+
+def last_states(base, **inputs):
+    """The last token's final hidden state, one row, nothing padded."""
+    return base.base_model(**inputs).last_hidden_state[0, -1]
+
+
+def prompts(data, collator):
+    return [torch.tensor(collator.encoder.encode(row).prompt_ids)[None] for row in data]
+
+
+def test_of_a_bare_model(family):
+    model, data, collator = build(family), rows("jane", 5), make_collator()
+    found = response_embeddings(model, data, collator, batch_size=2)
+    with torch.no_grad():
+        expected = torch.stack([last_states(model, input_ids=ids) for ids in prompts(data, collator)])
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_of_a_prompted_model_and_of_the_same_detached(prompt_type):
+    torch.manual_seed(0)
+    unlearner = SoftPromptUnlearner(build("llama"), CONFIGS[prompt_type](4))
+    base, data, collator = unlearner.get_base_model(), rows("jane", 5), make_collator()
+    found = response_embeddings(unlearner, data, collator, batch_size=2)
+    expected = []
+    with torch.no_grad():
+        for ids in prompts(data, collator):
+            prompt = unlearner.get_prompt(batch_size=1)
+            if prompt_type == "prefix_tuning":
+                assert isinstance(prompt, DynamicCache)
+                expected.append(last_states(base, input_ids=ids, past_key_values=prompt))
+            else:
+                embeds = torch.cat([prompt, unlearner.word_embeddings(ids)], dim=1)
+                expected.append(last_states(base, inputs_embeds=embeds))
+    torch.testing.assert_close(torch.from_numpy(found), torch.stack(expected), rtol=1e-4, atol=1e-5)
+    with unlearner.disable_adapter():
+        detached = response_embeddings(unlearner, data, collator)
+    torch.testing.assert_close(detached, response_embeddings(base, data, collator), rtol=1e-5, atol=1e-6)
+    assert abs(detached - found).max() > 1e-3
+
+
+def test_of_a_model_under_lora_and_without_moving_its_mode():
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(build("opt"), config).train()
+    data, collator = rows("jane", 3), make_collator()
+    found = response_embeddings(model, data, collator)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        expected = torch.stack([last_states(model.get_base_model(), input_ids=i) for i in prompts(data, collator)])
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match="0 rows"):
+        response_embeddings(build("llama"), rows("jane", 1).select([]), make_collator())

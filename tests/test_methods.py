@@ -1,0 +1,124 @@
+"""The published methods by name: their losses, their carriers, their rows and completions."""
+
+import pytest
+import torch
+from conftest import build, make_tokenizer
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from test_trainer import GENERIC, arguments, make_dataset
+
+from spul import NPO, CrossEntropy, GradientAscent, KLDivergence, SimNPO, SoftPromptUnlearner, UnlearningTrainer
+from spul.methods import METHODS, Method, unlearning_method
+
+# forget term, alpha, beta, direction of the KL
+EXPECTED = {
+    "SPUL": (CrossEntropy, 1.0, 0.5, "reverse"),
+    "GA": (GradientAscent, 0.0, 0.0, None),
+    "RL": (CrossEntropy, 0.0, 0.0, None),
+    "GA+KL": (GradientAscent, 0.0, 1.0, "forward"),
+    "GA+GD": (GradientAscent, 1.0, 0.0, None),
+    "NPO": (NPO, 0.0, 0.0, None),
+    "NPO+KL": (NPO, 0.0, 1.0, "forward"),
+    "NPO+GD": (NPO, 1.0, 0.0, None),
+    "SimNPO": (SimNPO, 0.0, 0.0, None),
+    "SimNPO+KL": (SimNPO, 0.0, 1.0, "forward"),
+    "SimNPO+GD": (SimNPO, 1.0, 0.0, None),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_the_published_loss_on_its_carrier(name):
+    forget, alpha, beta, direction = EXPECTED[name]
+    method = unlearning_method(name)
+    assert (type(method.loss.forget), method.loss.alpha, method.loss.beta) == (forget, alpha, beta)
+    assert isinstance(method.loss.retain, CrossEntropy)
+    assert isinstance(method.loss.kl, KLDivergence)
+    assert direction is None or method.loss.kl.direction == direction
+    assert method.carrier == ("prompt" if name == "SPUL" else "full")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_forget_rows_keep_their_own_completion_where_it_is_made_unlikely(name):
+    collator = unlearning_method(name).collator(make_tokenizer(), GENERIC, max_length=32)
+    row = make_dataset(2, 2)[0]
+    labels = collator([row])["labels"]
+    answer = collator.tokenizer.decode(labels[labels != -100])
+    assert (answer == row["completion"]) is (name not in ("SPUL", "RL"))
+    assert (answer in GENERIC) is (name in ("SPUL", "RL"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_without_a_retain_term_see_forget_rows_only(name):
+    flags = unlearning_method(name).training_rows(make_dataset(3, 5))["is_forget"]
+    assert (sum(flags), len(flags)) == ((3, 3) if name in ("GA", "RL", "NPO", "SimNPO") else (3, 8))
+
+
+def test_rows_that_are_not_marked_are_refused():
+    with pytest.raises(ValueError, match="no is_forget; make it with forget_retain_dataset"):
+        unlearning_method("GA").training_rows(make_dataset().remove_columns("is_forget"))
+
+
+@pytest.mark.parametrize("carrier", ["prompt", "full", "lora"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_on_every_carrier(tmp_path, name, carrier):
+    method = unlearning_method(name, carrier)
+    model = build("llama")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    carried = method.carry(model)
+    collator = method.collator(make_tokenizer(), GENERIC, max_length=32)
+    rows = method.training_rows(make_dataset(6, 6))
+    trainer = UnlearningTrainer(carried, arguments(tmp_path, max_steps=2), collator, rows, loss=method.loss)
+    loss = trainer.train().training_loss
+    assert torch.isfinite(torch.tensor(loss))
+    assert all(bool(torch.isfinite(p).all()) for p in carried.parameters())
+    own = {key.replace("base_layer.", ""): value for key, value in model.state_dict().items()}
+    assert all(torch.equal(own[key], before[key]) for key in before) is (carrier != "full")
+
+
+def test_what_carries_is_what_the_name_says():
+    prompt = unlearning_method("SPUL").carry(build("llama"))
+    assert isinstance(prompt, SoftPromptUnlearner)
+    config = prompt.active_peft_config
+    assert (config.peft_type, config.num_virtual_tokens, config.encoder_hidden_size) == ("P_TUNING", 30, 128)
+    other = unlearning_method("SPUL").carry(
+        build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
+    )
+    assert other.active_peft_config.num_virtual_tokens == 7
+    lora = unlearning_method("GA", "lora").carry(build("llama"))
+    assert isinstance(lora, PeftModel)
+    assert {name.split(".")[-3] for name, p in lora.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    model = build("llama").requires_grad_(False)
+    assert unlearning_method("GA").carry(model) is model
+    assert all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("carrier", ["prompt", "full", "lora"])
+def test_dropout_is_off_whatever_learns(carrier):
+    model = build("opt")
+    assert any(getattr(module, "dropout", 0) for module in model.modules())
+    carried = unlearning_method("GA", carrier).carry(model).train()
+    ids = torch.arange(5, 15)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(carried(input_ids=ids).logits, carried(input_ids=ids).logits, rtol=0, atol=0)
+
+
+def test_weights_are_set_where_the_method_has_them():
+    assert unlearning_method("SPUL", alpha=0.1, beta=0.0).loss.alpha == 0.1
+    assert unlearning_method("SPUL", alpha=0.1, beta=0.0).loss.beta == 0.0
+    assert unlearning_method("GA+GD", alpha=2.0).loss.alpha == 2.0
+    with pytest.raises(ValueError, match=r"beta=0\.5: GA\+GD has no such term"):
+        unlearning_method("GA+GD", beta=0.5)
+
+
+def test_unknown_names_list_what_is_known():
+    with pytest.raises(ValueError, match="method 'DPO' is not known; expected one of SPUL, GA, RL"):
+        unlearning_method("DPO")
+    with pytest.raises(ValueError, match="carrier='adapter' is not known; expected one of prompt, full, lora"):
+        Method("mine", unlearning_method("GA").loss, "adapter")
+
+
+def test_what_cannot_be_carried_is_refused():
+    with pytest.raises(ValueError, match="trains the weights themselves"):
+        unlearning_method("GA").carry(build("llama"), LoraConfig(task_type="CAUSAL_LM"))
+    under = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    with pytest.raises(TypeError, match="merge it first"):
+        unlearning_method("GA").carry(under)
