@@ -97,7 +97,7 @@ def training_row(rng: random.Random, names: Sequence[str], seen: Sequence[dict])
     return row["prompt"], row["completion"]
 
 
-def build_base(folder: Path, seed: int = 0, steps: int = 1500, groups: Sequence[str] = ("retain", "forget")) -> Path:
+def build_base(folder: Path, seed: int = 0, steps: int = 800, groups: Sequence[str] = ("retain", "forget")) -> Path:
     """Train the small model on the training questions (some minutes on 2 cores) and save it with its tokenizer.
 
     With `groups=("retain",)` it never sees the gems: what retraining would give.
