@@ -228,7 +228,6 @@ class Experiment:
                 learning_rate=setup.memorise_lr,
                 num_train_epochs=setup.memorise_epochs,
                 per_device_train_batch_size=setup.memorise_batch_size,
-                train_sampling_strategy="group_by_length",
             )
             rows = Dataset.from_list(examples)
             rows = rows.add_column("length", [len(prompt) for prompt in rows["prompt"]])
@@ -298,6 +297,7 @@ class Experiment:
             warmup_steps=0.1,  # below 1: a share of all steps
             remove_unused_columns=False,
             logging_steps=50,
+            train_sampling_strategy="group_by_length",  # less padding; rows meet others of their length
             **kwargs,
         )
 

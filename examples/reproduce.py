@@ -66,14 +66,13 @@ PROMPT_LENGTHS = (10, 20, 30, 40, 50)
 def make_run(args: argparse.Namespace, method: str, carrier: str, **settings: Any) -> Run:
     """A run with the command's settings, but those given."""
     is_prompt = carrier in PROMPT_TYPES
-    rate = args.lr.get(f"{method}/{carrier}", args.lr.get(method, args.lr[carrier]))
     common = {"alpha": args.alpha, "beta": args.beta} if is_prompt else {}
     return Run(
         **{
             "method": method,
             "carrier": carrier,
-            "learning_rate": rate,
-            "steps": args.steps,
+            "learning_rate": args.lr.get(method, args.lr[carrier]),
+            "steps": args.steps.get(method, args.steps.get("all")),
             "epochs": args.epochs,
             "batch_size": args.batch_size,
             "forget_fraction": args.forget_fraction,
@@ -324,7 +323,13 @@ def parse_args() -> argparse.Namespace:
     add("--beta", type=float, default=0.5, help="weight of SPUL's KL term")
     add("--lr", nargs="+", default=[], metavar="NAME=LR", help=f"by carrier or method; defaults {LEARNING_RATES}")
     add("--epochs", type=float, default=10, help="passes over the rows, unless --steps is given")
-    add("--steps", type=int, help="steps; methods that see forget rows only take as many as show as many of them")
+    add(
+        "--steps",
+        nargs="+",
+        default=[],
+        metavar="N or METHOD=N",
+        help="steps; methods that see forget rows only take as many as show as many of them",
+    )
     add("--batch-size", type=int, default=32)
     add("--eval-batch-size", type=int, default=64)
     add("--forget-fraction", type=float, help="share of forget rows in a batch; as the data are unless given")
@@ -333,25 +338,28 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not (args.table or args.figure or args.search):
         parser.error("nothing to do: give --table, --figure or --search.")
-    rates = dict(LEARNING_RATES)
-    for text in args.lr:
-        name, _, rate = text.partition("=")
-        if name.split("/")[0] not in (*LEARNING_RATES, *METHODS) or not is_positive(rate):
-            parser.error(
-                f"--lr {text!r}: expected NAME=LR with LR above 0 and NAME one of {', '.join(LEARNING_RATES)} or a "
-                "method, such as GA+GD=5e-5."
-            )
-        rates[name] = float(rate)
-    args.lr = rates
+    try:
+        args.lr = {**LEARNING_RATES, **by_name(args.lr, (*LEARNING_RATES, *METHODS))}
+        args.steps = {name: int(steps) for name, steps in by_name(args.steps, ("all", *METHODS), "all").items()}
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 
-def is_positive(text: str) -> bool:
-    """Whether a text is a finite number above 0."""
-    try:
-        return 0 < float(text) < math.inf
-    except ValueError:
-        return False
+def by_name(texts: list[str], names: tuple[str, ...], default: str | None = None) -> dict[str, float]:
+    """Numbers above 0 out of `NAME=NUMBER`, or a number alone for the default name."""
+    numbers = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        name = name or (default or "")
+        try:
+            numbers[name] = float(number)
+        except ValueError:
+            numbers[name] = math.nan
+        if name not in names or not 0 < numbers[name] < math.inf:
+            expected = f"NAME=NUMBER{'' if default is None else ' or NUMBER'}"
+            raise ValueError(f"{text!r}: expected {expected}, above 0, with NAME one of {', '.join(names)}.")
+    return numbers
 
 
 def main() -> None:

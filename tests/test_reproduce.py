@@ -36,7 +36,7 @@ def reproduce(monkeypatch, tmp_path):
             (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(*options):
-        common = ["--dataset", data, "--model", model, "--steps", "2", "--memorise-epochs", "1", "--no-bf16"]
+        common = ["--dataset", data, "--model", model, "--steps", "2", "SPUL=3", "--memorise-epochs", "1", "--no-bf16"]
         common += ["--max-length", "60", "--num-virtual-tokens", "4", "--output-dir", tmp_path / "out"]
         monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, [*common, *options])])
         reproduce.main()
@@ -62,6 +62,7 @@ def test_the_main_table_has_every_method_and_every_run_is_a_line(reproduce):
     assert by_name["SPUL detached"]["scores"] == by_name["base"]["scores"]
     assert by_name["GA"]["cost"]["trainable_parameters"] > by_name["SPUL"]["cost"]["trainable_parameters"] > 0
     assert by_name["GA+KL"]["settings"]["beta"] == 1.0
+    assert (by_name["GA+KL"]["settings"]["steps"], by_name["SPUL"]["settings"]["steps"]) == (2, 3)
     table = (out / "table-main.md").read_text()
     for name in expected:
         assert len(cells(table, name)) == 5
@@ -127,8 +128,10 @@ def test_figures_and_search(reproduce):
     ("options", "message"),
     [
         ((), "nothing to do"),
-        (("--table", "main", "--lr", "sgd=1"), "expected NAME=LR"),
-        (("--table", "main", "--lr", "GA=-1"), "LR above 0"),
+        (("--table", "main", "--lr", "sgd=1"), "'sgd=1': expected NAME=NUMBER, above 0, with NAME one of p_tuning"),
+        (("--table", "main", "--lr", "GA=-1"), "'GA=-1': expected"),
+        (("--table", "main", "--lr", "0.1"), "'0.1': expected NAME=NUMBER, above 0"),
+        (("--table", "main", "--steps", "many"), "'many': expected NAME=NUMBER or NUMBER"),
     ],
 )
 def test_options_that_cannot_be_are_named(reproduce, options, message, capsys):
