@@ -74,7 +74,7 @@ class Setup:
     memorise_batch_size: int = 32
     second_question: bool = False
     load_in_4bit: bool = False
-    max_length: int = 512
+    max_length: int = 1024
     bf16: bool = True
 
 

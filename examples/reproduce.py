@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -106,8 +107,9 @@ def reference_rows(args: argparse.Namespace, what: str) -> list[str]:
     """The rows that no method makes."""
     if what in ("ablation", "forget-size", "prompt-length", "tsne", "models"):
         return ["base"]
-    rows = ["base"] if args.memorise == "none" else ["base", "retrained"]
-    return rows if args.dataset in TOYS else ["vanilla", *rows]
+    if args.memorise == "none":  # vanilla is the base, and nothing is retrained
+        return ["base"]
+    return ["base", "retrained"] if args.dataset in TOYS else ["vanilla", "base", "retrained"]
 
 
 def experiments(args: argparse.Namespace) -> Iterator[Experiment]:
@@ -244,6 +246,13 @@ def draw_tsne(args: argparse.Namespace, experiment: Experiment) -> None:
     report([*save_figure(draw_tsne_coordinates(points), path), path.with_suffix(".json")])
 
 
+def journal_key(args: argparse.Namespace, experiment: Experiment) -> str:
+    """Searches of the same setup, prompt and schedule share their trials."""
+    run = dataclasses.asdict(make_run(args, "SPUL", args.prompt_types[0]))
+    known = [dataclasses.asdict(experiment.setup), run, args.held_out]
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+
+
 def run_search(args: argparse.Namespace, experiment: Experiment) -> None:
     """Choose alpha, beta and p on a part of the training rows that is held out for it."""
     data: UnlearningData = experiment.data
@@ -264,7 +273,7 @@ def run_search(args: argparse.Namespace, experiment: Experiment) -> None:
         min_retain=max(0.0, bound),
         num_trials=args.search,
         seed=experiment.setup.seed,
-        storage=args.output_dir / "search.journal",
+        storage=args.output_dir / f"search-{journal_key(args, experiment)}.journal",
     )
     content = {
         "min_retain": found.min_retain,
@@ -313,7 +322,7 @@ def parse_args() -> argparse.Namespace:
     add("--memorise-batch-size", type=int, default=32)
     add("--second-question", action="store_true", help="memorise who is named, too (SST-2, for small models)")
     add("--load-in-4bit", action="store_true", help="unlearn over weights in 4-bit NF4")
-    add("--max-length", type=int, default=512, help="tokens of a row, without the prompt's")
+    add("--max-length", type=int, default=1024, help="tokens of a row, without the prompt's")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")
     add("--prompt-types", nargs="+", choices=PROMPT_TYPES, default=["p_tuning"], metavar="TYPE", help="of SPUL")
     add("--baseline-carrier", choices=("full", "lora"), default="full", help="what learns in the other methods")
@@ -373,10 +382,10 @@ def main() -> None:
             continue
         records = compute(args, runs, "main" if what == "pareto" else what)
         if what == "pareto":
-            figure = draw_tradeoff(named(records))
-        else:
-            figure = draw_prompt_length([r for r in records if r["method"] == "SPUL"])
-        report(save_figure(figure, args.output_dir / f"figure-{what}"))
+            report(save_figure(draw_tradeoff(named(records)), args.output_dir / "figure-pareto"))
+        for prompt_type in args.prompt_types if what == "prompt-length" else ():
+            some = [record for record in records if (record["method"], record["carrier"]) == ("SPUL", prompt_type)]
+            report(save_figure(draw_prompt_length(some), args.output_dir / f"figure-prompt-length-{prompt_type}"))
     if args.search:
         run_search(args, next(experiments(args)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,9 +82,10 @@ class Meter:
 class PeakMemory:
     """`bytes` that a `with` block needs at its peak, over the `before` bytes in use when it began.
 
-    On a GPU, PyTorch's allocator tells. On a CPU it is the resident set as Linux counts it, so the process should be a
-    fresh one for an exact number; elsewhere `bytes` is None. The resident set includes what the C library's heap holds
-    in pieces too small to use; `MALLOC_MMAP_THRESHOLD_` in the environment makes it give larger blocks back at once.
+    On a GPU, PyTorch's allocator tells. On a CPU it is the resident set as Linux counts it; elsewhere `bytes` is None.
+    The C library gives its free heap back before, but keeps pieces too small for that, so the process should be a
+    fresh one for an exact number; `MALLOC_MMAP_THRESHOLD_` in the environment makes it give larger blocks back at
+    once.
 
     Args:
         device: where the memory is.
@@ -99,6 +102,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self.before = torch.cuda.memory_allocated(self.device)
         elif Path("/proc/self/clear_refs").exists():
+            gc.collect()
+            _give_back_heap()  # what earlier runs left would be taken for nothing
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
             self.before = self._resident("VmRSS")
         return self
@@ -114,3 +119,10 @@ class PeakMemory:
     def _resident(field: str) -> int:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+
+
+def _give_back_heap() -> None:
+    """Have the C library return free memory to the system, where it is one that can (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -103,7 +103,8 @@ def search(
         The trials, the Pareto front, and the point that forgets most within the bound.
 
     Raises:
-        ValueError: if there is nothing to choose from, a number is out of range, or a score is not in 0..1.
+        ValueError: if there is nothing to choose from, a number is out of range, a score is not in 0..1, or `storage`
+            holds a search over other values.
         ImportError: if Optuna is not installed.
     """
     try:
@@ -138,6 +139,11 @@ def search(
         sampler=optuna.samplers.TPESampler(seed=seed),
         load_if_exists=True,
     )
+    if (other := study.user_attrs.setdefault("space", space)) != space:
+        raise ValueError(
+            f"storage={os.fspath(storage or '')!r} holds a search over {other}, not {space}; use another."
+        )
+    study.set_user_attr("space", space)
     for done in study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
         candidate = Candidate(**done.params)
         known[candidate] = Trial(candidate, *done.values)

@@ -244,6 +244,8 @@ class UnlearningTrainer(Trainer):
 
     def _open_reference(self) -> None:
         """Compute what the frozen model says on the training rows, or find it computed."""
+        if self._reference is not None and not isinstance(self._learner, PeftModel):
+            return  # trained before, the model is no longer what the rows are compared with
         self._reference = None
         asks = self._loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
         if self._reference_mode == "cached" and asks.any():

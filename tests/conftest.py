@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3ForCausalLM,
@@ -28,6 +29,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+import spul.data.sources
 import spul.reference
 
 torch.set_num_threads(1)  # tiny models, and pytest -n 2 has one core a worker
@@ -154,3 +156,13 @@ def run_script(script: Path, *arguments: object, processes: int = 1) -> None:
     command += [str(argument) for argument in arguments]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What the Hub has: (name, configuration, split) -> rows; anything else is an error."""
+    sets: dict[tuple[str, str | None, str], list[dict]] = {}
+    monkeypatch.setattr(
+        spul.data.sources, "load_dataset", lambda name, config, *, split: Dataset.from_list(sets[name, config, split])
+    )
+    return sets

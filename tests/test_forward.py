@@ -254,6 +254,17 @@ def test_forget_rows_alone_can_be_trained_on(tmp_path):
     assert trainer.train().global_step == 1
 
 
+def test_training_goes_on_against_the_model_as_it_was_first(tmp_path):
+    loss, collator, dataset = LOSSES["NPO+KL"], make_collator(generic_completions=None), make_dataset(4, 4)
+    model = carried("full", dtype=torch.float32)
+    zero_dropout(model)
+    trainer = UnlearningTrainer(model, arguments(tmp_path, max_steps=3), collator, dataset, loss=loss)
+    trainer.train()
+    trainer.train()
+    assert trainer.state.log_history[0]["kl_loss"] > 0.01  # it would be 0 against the model as it is now
+    assert trainer.state.log_history[0]["epoch"] > 0
+
+
 def test_bad_arguments_say_what_is_wrong(tmp_path):
     model, args, dataset = carried("full", dtype=torch.float32), arguments(tmp_path), make_dataset()
     with pytest.raises(ValueError, match="has no loss of its own; pass loss=UnlearningLoss"):

@@ -120,7 +120,7 @@ def test_figures_and_search(reproduce):
     found = json.loads((out / "search.json").read_text())
     assert len(found["trials"]) == 3
     assert found["best"]["forget"] == min(trial["forget"] for trial in found["trials"])
-    for name in ("figure-prompt-length.png", "figure-tsne.svg"):
+    for name in ("figure-prompt-length-prefix_tuning.png", "figure-tsne.svg"):
         assert (out / name).stat().st_size > 5000
 
 

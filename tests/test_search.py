@@ -74,6 +74,12 @@ def test_a_search_goes_on_from_its_journal(tmp_path):
     assert not set(first.seen) & set(second.seen)
 
 
+def test_a_journal_of_other_values_is_refused(tmp_path):
+    run(trials=2, storage=tmp_path / "journal")
+    with pytest.raises(ValueError, match=r"holds a search over .* use another"):
+        run(trials=3, storage=tmp_path / "journal", betas=(0.0, 1.0))
+
+
 def test_a_trial_that_fails_is_not_lost_silently(tmp_path):
     def fails(candidate):
         raise RuntimeError("out of memory")

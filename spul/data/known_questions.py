@@ -68,7 +68,7 @@ def load_wmdp(
         "train_retain": train_retain,
         "test_retain": test_retain,
     }
-    splits, repeats = without_repeats({split: splits[split] for split in FIRST_KEPT}, "question")
+    splits, repeats = without_repeats({split: splits[split] for split in FIRST_KEPT}, MULTIPLE_CHOICE)
     notes += [*sciq_notes, *repeats]
     notes.append("published: train_retain 12,679, train_forget 900, test_retain 1,000, test_forget 373")
     return checked("wmdp", splits, MULTIPLE_CHOICE, notes)

@@ -62,7 +62,7 @@ def load_four_splits(
     """
     splits = {split: _stripped(rows, format) for split, rows in _read_four(source).items()}
     notes = [f"{source}: " + ", ".join(f"{split} {len(splits[split]):,}" for split in SPLITS)]
-    splits, repeats = without_repeats({split: splits[split] for split in FIRST_KEPT}, format.text_field)
+    splits, repeats = without_repeats({split: splits[split] for split in FIRST_KEPT}, format)
     return checked(name or Path(source).name, splits, format, notes + repeats)
 
 
@@ -90,7 +90,7 @@ def load_sst2(
         folder = check_folder(source, "train.tsv and dev.tsv")
         parts = {part: read_file(folder / f"{part}.tsv", columns) for part in ("train", "dev")}
     notes = [size_note("SST-2, train and dev pooled", sum(map(len, parts.values())), 68_221)]
-    different, repeats = without_repeats({part: _reviews(rows, "sentence") for part, rows in parts.items()})
+    different, repeats = without_repeats({p: _reviews(rows, "sentence") for p, rows in parts.items()}, SENTIMENT)
     split = split_by_entity(concatenate_datasets(list(different.values())), names=names)
     notes += [
         *repeats,
@@ -129,7 +129,7 @@ def load_imdb(
             rows = read_file(folder / f"{part}.tsv.gz", columns)
         notes.append(size_note(f"IMDB, {part}", len(rows), 25_000))
         parts[part] = _reviews(rows, "text", _without_markup)
-    parts, repeats = without_repeats(parts)
+    parts, repeats = without_repeats(parts, SENTIMENT)
     notes += [*repeats, "line-break markup replaced by a space"]
     splits = {}
     for part, rows in parts.items():
@@ -182,7 +182,8 @@ def load_yelp(
         if most < len(parts[part]):
             notes.append(f"{part}: a random {most:,} of {len(parts[part]):,} rows (seed {seed})")
             parts[part] = _drawn(parts[part], most, seed)
-    parts, repeats = without_repeats({part: _reviews(rows, "text", _unescaped) for part, rows in parts.items()})
+    parts = {part: _reviews(rows, "text", _unescaped) for part, rows in parts.items()}
+    parts, repeats = without_repeats(parts, SENTIMENT)
     clustering = TextClustering.fit(parts["train"]["text"][:], num_clusters, embedder=embedder, seed=seed)
     if clustering_dir is not None:
         clustering.save(Path(clustering_dir))

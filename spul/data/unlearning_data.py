@@ -127,7 +127,7 @@ class UnlearningData:
             if len(rows) == 0:
                 raise ValueError(f"{split} of {self.name} is empty; expected at least one row.")
             self._check_completions(split, rows)
-            texts[split] = set(row_keys(rows, self.format.text_field))
+            texts[split] = set(row_keys(rows, self.format))
         for one, other in itertools.combinations(SPLITS, 2):
             if both := sorted(texts[one] & texts[other]):
                 kind = "trained on and tested as unseen"
@@ -143,7 +143,7 @@ class UnlearningData:
         generic = {text.strip().casefold() for text in self.format.generic_completions}
         for number, row in enumerate(rows):
             done = self.format.row(row)
-            if row[self.format.text_field] is None or not done[self.format.text_field]:
+            if self.format.fields(row)[self.format.text_field] is None or not done[self.format.text_field]:
                 raise ValueError(
                     f"row {number} of {split} of {self.name} has no text in {self.format.text_field!r}: {row}"
                 )
@@ -155,20 +155,20 @@ class UnlearningData:
                 )
 
 
-def row_keys(rows: Dataset, text_field: str) -> list[tuple[str, ...]]:
+def row_keys(rows: Dataset, prompts: PromptFormat) -> list[tuple[str, ...]]:
     """What makes a row the same as another one: its text, and its choices in any order where it has some."""
-    texts = [str(text).strip() for text in rows[text_field]]
-    if "choices" not in rows.column_names:
-        return [(text,) for text in texts]
-    return [(text, *sorted(map(str, choices))) for text, choices in zip(texts, rows["choices"], strict=True)]
+    return [
+        (str(prompts.fields(row)[prompts.text_field]).strip(), *sorted(map(str, row.get("choices", ()))))
+        for row in rows
+    ]
 
 
-def without_repeats(parts: dict[str, Dataset], text_field: str = "text") -> tuple[dict[str, Dataset], list[str]]:
+def without_repeats(parts: dict[str, Dataset], prompts: PromptFormat) -> tuple[dict[str, Dataset], list[str]]:
     """Each row once: where a text is repeated, within a part or in a later one, its first copy stays.
 
     Args:
         parts: data sets with the same columns, the one whose copies stay first.
-        text_field: the column that is compared, without outer space.
+        prompts: its text field is compared, without outer space.
 
     Returns:
         The parts, and a note of what was dropped, if anything was.
@@ -178,7 +178,7 @@ def without_repeats(parts: dict[str, Dataset], text_field: str = "text") -> tupl
     for name, rows in parts.items():
         labels = rows["label"] if "label" in rows.column_names else [None] * len(rows)
         places = []
-        for i, (key, label) in enumerate(zip(row_keys(rows, text_field), labels, strict=True)):
+        for i, (key, label) in enumerate(zip(row_keys(rows, prompts), labels, strict=True)):
             if key not in first:
                 first[key] = label
                 places.append(i)

@@ -1,0 +1,66 @@
+"""Files to rows, and what is wrong with them said."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from known_data import write_jsonl, write_tsv
+
+from spul.data.known import (
+    load_known,
+    load_sst2,
+)
+from spul.data.sources import read_file
+
+
+def test_a_missing_file_is_an_error_that_lists_what_is_there(tmp_path):
+    write_tsv(tmp_path / "dev.tsv", ("sentence", "label"), [("a film", 1)])
+    with pytest.raises(FileNotFoundError, match=r"train\.tsv is not there; its folder has dev\.tsv"):
+        load_sst2(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["sst2", "imdb", "yelp", "wmdp", "tofu"])
+def test_a_missing_folder_is_an_error(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.* is not a folder; expected one with"):
+        load_known(name, tmp_path / "nowhere")
+
+
+def test_a_missing_column_is_an_error_that_names_path_found_and_expected(tmp_path):
+    write_tsv(tmp_path / "train.tsv", ("text", "label"), [("a film", 1)])
+    with pytest.raises(ValueError, match=r"train\.tsv lacks .*'sentence'.*it has \['text', 'label'\], expected"):
+        load_sst2(tmp_path)
+
+
+def test_a_line_of_another_width_is_an_error_that_numbers_it(tmp_path):
+    write_tsv(tmp_path / "x.tsv", ("sentence", "label"), [("a film", 1), ("a\tfilm", 1)])
+    with pytest.raises(ValueError, match=r"x\.tsv, line 3: 3 values; expected 2"):
+        read_file(tmp_path / "x.tsv")
+
+
+def test_only_a_line_feed_ends_a_line_of_a_tsv_and_quotes_are_text(tmp_path):
+    write_tsv(tmp_path / "x.tsv", ("sentence", "label"), [('a "film\r \u2028\x85 of', 1), ('bad"', 0)])
+    assert read_file(tmp_path / "x.tsv")["sentence"][:] == ['a "film\r \u2028\x85 of', 'bad"']
+
+
+def test_rows_of_json_with_different_columns_are_an_error(tmp_path):
+    write_jsonl(tmp_path / "x.jsonl", [{"a": 1, "b": 2}, {"a": 1}])
+    with pytest.raises(ValueError, match=r"x\.jsonl, row 2: found \['a'\]; expected the columns of the first"):
+        read_file(tmp_path / "x.jsonl")
+
+
+def test_json_may_be_a_list_or_lines(tmp_path):
+    rows = [{"a": "x\ny", "b": [1, 2]}, {"a": "z", "b": []}]
+    (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
+    write_jsonl(tmp_path / "lines.json", rows)
+    assert read_file(tmp_path / "list.json").to_list() == read_file(tmp_path / "lines.json").to_list() == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [("x.json", "{", "is not JSON"), ("x.jsonl", "", "has no rows"), ("x.txt", "a", "ends in one of .tsv")],
+)
+def test_files_that_cannot_be_read_are_errors(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_file(tmp_path / name)
