@@ -36,6 +36,8 @@ SMALL = "small"  # the model that is built here for the toys
 PROMPT_TYPES = ("prompt_tuning", "p_tuning", "prefix_tuning")
 SECOND_QUESTION = PromptFormat("### Text: {text}\n### Question: which person?\n### Person:", completion=" {person}")
 NOBODY = "unknown"
+# What of a setup has no say in what the models know.
+AFTERWARDS = ("limit_score", "load_in_4bit")
 
 
 @dataclass(frozen=True)
@@ -211,6 +213,8 @@ class Experiment:
         """The folder of a model that has learned the training rows of these groups, made if it is not there."""
         setup, folder = self.setup, self.folder / ("base" if "forget" in groups else "retrained")
         made_with = dataclasses.asdict(setup) | {"groups": list(groups)}
+        for name in AFTERWARDS:
+            del made_with[name]
         record = folder / "made_with.json"  # written last
         if record.exists():
             known = json.loads(record.read_text(encoding="utf-8"))["made_with"]

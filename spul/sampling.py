@@ -99,7 +99,15 @@ class ForgetFractionSampler(Sampler[int]):
             if self.lengths is not None:
                 drawn = [sorted(group, key=self._length, reverse=True) for group in drawn]
             in_order = [iter(group) for group in drawn]
-            yield from (next(in_order[is_forget]) for is_forget in flags)
+            rows = [next(in_order[is_forget]) for is_forget in flags]
+            yield from rows if self.lengths is None else self._shuffled_batches(rows, generator)
+
+    def _shuffled_batches(self, rows: Sequence[int], generator: torch.Generator) -> list[int]:
+        """Whole batches in random order, or training would go from long rows to short ones again and again."""
+        whole = len(rows) - len(rows) % self.batch_size
+        starts = torch.arange(0, whole, self.batch_size)[torch.randperm(whole // self.batch_size, generator=generator)]
+        batches = [rows[start : start + self.batch_size] for start in starts.tolist()]
+        return [row for batch in batches for row in batch] + list(rows[whole:])
 
     def _mega_batch(self) -> int:
         """Draws among which lengths are sorted: a quarter of the epoch, or 50 batches, as in transformers."""
