@@ -57,6 +57,7 @@ class Setup:
         memorise_epochs: passes over them.
         memorise_lr: learning rate of that.
         memorise_batch_size: rows per step of that.
+        label_smoothing: of that; it leaves some probability for answers that were never right.
         second_question: memorise who is named, too, so that a small model can be steered (SST-2 only).
         load_in_4bit: unlearn over weights in 4-bit NF4.
         max_length: tokens of a row, without the prompt's.
@@ -74,6 +75,7 @@ class Setup:
     memorise_epochs: float = 3
     memorise_lr: float = 1e-4
     memorise_batch_size: int = 32
+    label_smoothing: float = 0.0
     second_question: bool = False
     load_in_4bit: bool = False
     max_length: int = 1024
@@ -232,6 +234,7 @@ class Experiment:
                 learning_rate=setup.memorise_lr,
                 num_train_epochs=setup.memorise_epochs,
                 per_device_train_batch_size=setup.memorise_batch_size,
+                label_smoothing_factor=setup.label_smoothing,
             )
             rows = Dataset.from_list(examples)
             rows = rows.add_column("length", [len(prompt) for prompt in rows["prompt"]])

@@ -320,6 +320,7 @@ def parse_args() -> argparse.Namespace:
     add("--memorise-epochs", type=float, default=3)
     add("--memorise-lr", type=float, default=1e-4)
     add("--memorise-batch-size", type=int, default=32)
+    add("--label-smoothing", type=float, default=0.0, help="of memorising; prompts steer a less certain model better")
     add("--second-question", action="store_true", help="memorise who is named, too (SST-2, for small models)")
     add("--load-in-4bit", action="store_true", help="unlearn over weights in 4-bit NF4")
     add("--max-length", type=int, default=1024, help="tokens of a row, without the prompt's")

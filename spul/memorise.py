@@ -8,6 +8,7 @@ import tempfile
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from transformers import (
 )
 
 from .collator import ForgetRetainCollator
-from .losses import IGNORE_INDEX, token_nll
+from .losses import IGNORE_INDEX
 from .prefix import logits_at, response_positions
 
 Learner = Literal["full", "lora", "qlora"]
@@ -29,8 +30,8 @@ Learner = Literal["full", "lora", "qlora"]
 class CompletionTrainer(Trainer):
     """Fine-tunes a causal LM on completions, and computes logits nowhere else.
 
-    The loss is the mean cross-entropy over the completion tokens of the whole step. Batches are those of
-    `ForgetRetainCollator.true_batch`.
+    The loss is the mean cross-entropy over the completion tokens of the whole step, with label smoothing if the
+    arguments ask for it. Batches are those of `ForgetRetainCollator.true_batch`.
     """
 
     def compute_loss(
@@ -44,7 +45,14 @@ class CompletionTrainer(Trainer):
         passed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         logits = logits_at(model, positions, **passed)
         count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = token_nll(logits, targets).sum() / count
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1),
+            targets.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        loss = losses / count
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
 
 

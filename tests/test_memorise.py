@@ -64,6 +64,18 @@ def test_a_step_is_one_on_the_mean_over_completion_tokens(tmp_path):
             torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_label_smoothing_is_honoured(tmp_path):
+    data, collator, model = rows("jane", 6), make_collator(), build("llama").eval()
+    batch = collator.true_batch(list(data))
+    args = arguments(tmp_path, remove_unused_columns=False, label_smoothing_factor=0.2)
+    trainer = CompletionTrainer(model, args, collator.true_batch, data)
+    found = trainer.compute_loss(model, dict(batch))
+    log_p = F.log_softmax(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, dim=-1)[:, :-1]
+    used = batch["labels"][:, 1:] != -100
+    right = log_p[used].gather(1, batch["labels"][:, 1:][used][:, None])[:, 0]
+    torch.testing.assert_close(found, -(0.8 * right + 0.2 * log_p[used].mean(dim=-1)).mean())
+
+
 def test_accumulated_steps_are_the_step_of_the_whole_batch(tmp_path, folder):
     data, found = rows("jane", 8), []
     for size, times in ((8, 1), (2, 4)):
