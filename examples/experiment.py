@@ -8,130 +8,58 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import hashlib
 import json
 import random
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-import toy_quiz
 import toy_reviews
 from datasets import Dataset
-from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, TrainingArguments, set_seed
+from runs import (
+    AFTERWARDS,
+    NOT_FOR_TOYS,
+    PLACES,
+    PROMPT_TYPES,
+    SMALL,
+    TASKS,
+    TOYS,
+    Run,
+    Setup,
+    model_digest,
+    prompt_config,
+    run_settings,
+)
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    TrainingArguments,
+    set_seed,
+)
 
 from spul import ForgetRetainCollator, UnlearningTrainer, forget_retain_dataset, score_completions
-from spul.accounting import Cost, Meter
-from spul.data import MULTIPLE_CHOICE, SPLITS, PromptFormat, UnlearningData, load_four_splits, load_known
+from spul.accounting import Meter
+from spul.data import (
+    MULTIPLE_CHOICE,
+    SPLITS,
+    PromptFormat,
+    UnlearningData,
+    load_four_splits,
+    load_known,
+)
+from spul.data.known import LOADERS
 from spul.data.known_reviews import SST2_FORGET_NAMES, SST2_RETAIN_NAMES
 from spul.data.splits import NameFinder
 from spul.evaluation import response_embeddings
 from spul.memorise import memorise
-from spul.methods import Method, unlearning_method
+from spul.methods import Method
+from spul.provenance import summarise_rows
 
-TOYS = {"reviews": toy_reviews, "quiz": toy_quiz}
-SMALL = "small"  # the model that is built here for the toys
-PROMPT_TYPES = ("prompt_tuning", "p_tuning", "prefix_tuning")
 SECOND_QUESTION = PromptFormat("### Text: {text}\n### Question: which person?\n### Person:", completion=" {person}")
 NOBODY = "unknown"
-# What of a setup has no say in what the models know.
-AFTERWARDS = ("limit_score", "load_in_4bit")
-
-
-@dataclass(frozen=True)
-class Setup:
-    """What an experiment is about, and what all its runs share. Two of one setup are one experiment.
-
-    Args:
-        dataset: `sst2`, `yelp`, `wmdp`, `tofu` or `imdb`; `reviews` or `quiz`, the toys; or a Hub name or folder in
-            the four-split schema.
-        model: Hub name or folder of a causal LM; `small`, built from scratch, for the toys.
-        seed: of data, memorising and unlearning.
-        data_dir: local folder of the data set; the Hub's unless given.
-        retain_dir: local folder of SciQ, for `wmdp`.
-        limit: at most so many retain rows to train on.
-        limit_score: at most so many rows of each retain split to score on; forget splits are scored whole.
-        memorise: what learns the rows before: `full`, `lora`, `qlora`, or `none` if the model knows them.
-        memorise_epochs: passes over them.
-        memorise_lr: learning rate of that.
-        memorise_batch_size: rows per step of that.
-        label_smoothing: of that; it leaves some probability for answers that were never right.
-        second_question: memorise who is named, too, so that a small model can be steered (SST-2 only).
-        load_in_4bit: unlearn over weights in 4-bit NF4.
-        max_length: tokens of a row, without the prompt's.
-        bf16: train under bfloat16 autocast.
-    """
-
-    dataset: str
-    model: str
-    seed: int = 0
-    data_dir: str | None = None
-    retain_dir: str | None = None
-    limit: int | None = None
-    limit_score: int | None = None
-    memorise: str = "full"
-    memorise_epochs: float = 3
-    memorise_lr: float = 1e-4
-    memorise_batch_size: int = 32
-    label_smoothing: float = 0.0
-    second_question: bool = False
-    load_in_4bit: bool = False
-    max_length: int = 1024
-    bf16: bool = True
-
-
-@dataclass(frozen=True)
-class Run:
-    """One method on an experiment.
-
-    Args:
-        method: a name of `spul.methods`.
-        carrier: `full`, `lora`, or a prompt type.
-        learning_rate: of unlearning.
-        steps: training steps that see both groups; a method that sees forget rows only takes as many as show it as
-            many forget rows. None counts epochs.
-        epochs: passes over the rows that the method sees, without `steps`.
-        batch_size: rows per step.
-        forget_fraction: share of forget rows in a batch; None mixes as the data are.
-        alpha: weight of the retain term; the method's own unless given.
-        beta: weight of the KL term; the method's own unless given.
-        num_virtual_tokens: p; of prompts only.
-        forget_size: share of the forget set that is trained on.
-        max_grad_norm: gradients are clipped there.
-    """
-
-    method: str
-    carrier: str
-    learning_rate: float
-    steps: int | None = None
-    epochs: float = 10
-    batch_size: int = 32
-    forget_fraction: float | None = None
-    alpha: float | None = None
-    beta: float | None = None
-    num_virtual_tokens: int | None = None
-    forget_size: float = 1.0
-    max_grad_norm: float = 0.3
-
-    def unlearning_method(self) -> Method:
-        """The library's method of that name, on the carrier."""
-        carrier: Any = "prompt" if self.carrier in PROMPT_TYPES else self.carrier
-        return unlearning_method(self.method, carrier, self.alpha, self.beta)
-
-
-def prompt_config(prompt_type: str, num_virtual_tokens: int) -> PeftConfig:
-    """PEFT's config of a prompt type; P-tuning with the paper's encoder of width 128."""
-    if prompt_type == "p_tuning":
-        return PromptEncoderConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, encoder_hidden_size=128
-        )
-    if prompt_type == "prefix_tuning":
-        return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
-    return PromptTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"
-    )
 
 
 class Experiment:
@@ -151,6 +79,15 @@ class Experiment:
                 f"--dataset {setup.dataset} --model {setup.model}: the data sets {', '.join(TOYS)} go with the model "
                 f"{SMALL!r}, which is built for them, and with no other."
             )
+        if setup.dataset in TOYS:
+            unused = [f.name for f in dataclasses.fields(Setup) if f.name in NOT_FOR_TOYS]
+            if given := [name for name in unused if getattr(setup, name) != getattr(Setup, name)]:
+                raise ValueError(f"{', '.join(given)} cannot be set for the made-up {setup.dataset}; leave it out.")
+        if setup.data_dir and setup.dataset not in LOADERS:
+            raise ValueError(
+                f"--data-dir {setup.data_dir} says where {', '.join(LOADERS)} lie; a folder of four splits is the "
+                f"data set itself: --dataset {setup.data_dir}."
+            )
         if setup.second_question and setup.dataset != "sst2":
             raise ValueError(f"--second-question asks who is named, in SST-2 only; the data set is {setup.dataset!r}.")
 
@@ -165,14 +102,19 @@ class Experiment:
             task = MULTIPLE_CHOICE
             if toy is toy_reviews:
                 task = PromptFormat(toy_reviews.prompt("{text}", "sentiment"), completion="{completion}")
-            return UnlearningData(setup.dataset, toy.make_splits(setup.seed), task)
-        if setup.dataset in ("sst2", "yelp", "wmdp", "tofu", "imdb"):
-            options: dict[str, Any] = {"retain_source": setup.retain_dir} if setup.retain_dir else {}
-            data = load_known(setup.dataset, setup.data_dir, seed=setup.seed, **options)
+            data = UnlearningData(setup.dataset, toy.make_splits(setup.seed), task)
+            data.check()
+            return data
+        if setup.dataset in LOADERS:
+            options = {"retain_source": setup.retain_dir, "forget": setup.forget_set}
+            given = {name: value for name, value in options.items() if value is not None}
+            data = load_known(setup.dataset, setup.data_dir, seed=setup.seed, **given)
         else:
-            data = load_four_splits(setup.dataset)
+            data = load_four_splits(setup.dataset, TASKS[setup.task])
         keep = None
-        if setup.second_question:  # rows that name somebody else are what tells the model that names differ
+        if (
+            setup.second_question and setup.limit is not None
+        ):  # rows that name somebody else are what tells the model that names differ
             finder = NameFinder(SST2_RETAIN_NAMES)
             keep = lambda row: bool(finder.find(row["text"]))  # noqa: E731
         return data.limited(setup.limit, None, setup.seed, keep)
@@ -192,6 +134,14 @@ class Experiment:
             else rows
             for split, rows in self.rows.items()
         }
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What tells an experiment from another one: its setup, and digests of model and data, wherever they lie."""
+        digests = {split: summarise_rows(rows).digest for split, rows in self.rows.items()}
+        data = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
+        places = {name: value for name, value in dataclasses.asdict(self.setup).items() if name not in PLACES}
+        return places | {"model_digest": model_digest(self.setup.model), "data_digest": data}
 
     def second_questions(self, groups: tuple[str, ...]) -> Dataset:
         """*Which person is named?* for a third as many rows as there are, of the forget set and of the retain set.
@@ -214,7 +164,7 @@ class Experiment:
     def known_by(self, groups: tuple[str, ...]) -> Path:
         """The folder of a model that has learned the training rows of these groups, made if it is not there."""
         setup, folder = self.setup, self.folder / ("base" if "forget" in groups else "retrained")
-        made_with = dataclasses.asdict(setup) | {"groups": list(groups)}
+        made_with = self.identity | {"groups": list(groups)}
         for name in AFTERWARDS:
             del made_with[name]
         record = folder / "made_with.json"  # written last
@@ -240,7 +190,7 @@ class Experiment:
             rows = rows.add_column("length", [len(prompt) for prompt in rows["prompt"]])
             set_seed(setup.seed)
             learner: Any = setup.memorise
-            model, cost = memorise(setup.model, rows, self.collator, args, learner)
+            model, cost = memorise(setup.model, rows, self.collator, args, learner, getattr(torch, setup.dtype))
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         record.write_text(json.dumps({"made_with": made_with, "cost": cost}, indent=2) + "\n", encoding="utf-8")
@@ -256,15 +206,17 @@ class Experiment:
             raise ValueError("there is no retrained model with --memorise none: the model came as it is.")
         return self.known_by(("retain", "forget") if name == "base" else ("retain",))
 
-    def load(self, name: str, quantised: bool = False) -> Any:
+    def load(self, name: str) -> Any:
         """One of the three models, on the device."""
         quantisation = None
-        if quantised:
+        if self.setup.load_in_4bit:
             quantisation = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
-        model = AutoModelForCausalLM.from_pretrained(self.model_folder(name), quantization_config=quantisation)
-        return model.eval() if quantised else model.eval().to(self.device)
+        model = AutoModelForCausalLM.from_pretrained(
+            self.model_folder(name), dtype=getattr(torch, self.setup.dtype), quantization_config=quantisation
+        )
+        return model.eval().to(self.device)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -319,8 +271,8 @@ class Experiment:
         """The accuracy on some rows."""
         return score_completions(model, rows, self.collator, self.batch_size)["accuracy"]
 
-    def train(self, run: Run, rows: dict[str, Dataset] | None = None) -> tuple[Any, Cost]:
-        """A fresh base, unlearned by a run, and what that cost.
+    def train(self, run: Run, rows: dict[str, Dataset] | None = None) -> tuple[Any, dict[str, Any]]:
+        """A fresh base, unlearned by a run, and what that cost, the steps made beside it.
 
         Args:
             run: what to do.
@@ -333,12 +285,13 @@ class Experiment:
         method, setup = run.unlearning_method(), self.setup
         is_prompt = method.carrier == "prompt"
         set_seed(setup.seed)
-        config = prompt_config(run.carrier, run.num_virtual_tokens or 30) if is_prompt else None
-        model = method.carry(self.load("base", quantised=setup.load_in_4bit), config)
+        config = prompt_config(run.carrier, run.num_virtual_tokens) if is_prompt else None
+        model = method.carry(self.load("base"), config)
         dataset = method.training_rows(forget_retain_dataset(forget=rows["train_forget"], retain=rows["train_retain"]))
         steps, fraction = run.steps, run.forget_fraction
         if not method.loss.uses_retain_rows:
-            steps = round(steps * (fraction or len(dataset) / sum(map(len, rows.values())))) if steps else None
+            num_rows = len(rows["train_forget"]) + len(rows["train_retain"])
+            steps = max(1, round(steps * (fraction or len(dataset) / num_rows))) if steps else None
             fraction = None
         args = self.training_arguments(
             learning_rate=run.learning_rate,
@@ -353,33 +306,31 @@ class Experiment:
         )
         with Meter(model) as meter:
             trainer.train()
+        steps = trainer.state.global_step
         trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scored in the weights' own precision
-        return model, meter.cost
+        return model, meter.cost.to_dict() | {"steps": steps}
 
     def record(self, method: str, carrier: str, settings: dict[str, Any], scores: Any, cost: dict) -> dict[str, Any]:
         """A run as a line of the results."""
-        setup = dataclasses.asdict(self.setup)
-        names = {"dataset": setup.pop("dataset"), "model": setup.pop("model"), "seed": setup.pop("seed")}
-        sizes = {split: len(rows) for split, rows in self.rows.items()}
         return {
-            "dataset": names["dataset"],
-            "model": Path(names["model"]).name,
+            "dataset": Path(self.setup.dataset).name,
+            "model": Path(self.setup.model).name,
             "method": method,
             "carrier": carrier,
-            "seed": names["seed"],
+            "seed": self.setup.seed,
             "settings": settings,
             "scores": scores,
             "cost": cost,
-            "rows": sizes,
+            "rows": {split: len(rows) for split, rows in self.rows.items()},
             "rows_scored": {split: len(rows) for split, rows in self.scored.items()},
-            "setup": setup,
+            "setup": self.identity,
         }
 
     def run(self, run: Run) -> list[dict[str, Any]]:
         """Train and score a method; a prompt is scored detached as well. One record each."""
         settings = run_settings(run)
         model, cost = self.train(run)
-        found = [self.record(run.method, run.carrier, settings, self.score(model, run.method), cost.to_dict())]
+        found = [self.record(run.method, run.carrier, settings, self.score(model, run.method), cost)]
         if run.carrier in PROMPT_TYPES:
             with model.disable_adapter():
                 scores = self.score(model, "detached")
@@ -395,10 +346,3 @@ class Experiment:
     def embeddings(self, model: Any, rows: Dataset, name: str) -> Any:
         """Last-layer embeddings of rows, as t-SNE is drawn of them."""
         return response_embeddings(model, rows, self.collator, self.batch_size, progress=name)
-
-
-def run_settings(run: Run) -> dict[str, Any]:
-    """The settings of a run, with the method's own weights where none were given."""
-    loss = run.unlearning_method().loss
-    settings = dataclasses.asdict(run) | {"alpha": loss.alpha, "beta": loss.beta}
-    return {name: value for name, value in settings.items() if name not in ("method", "carrier")}

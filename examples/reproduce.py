@@ -28,13 +28,15 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from experiment import PROMPT_TYPES, SMALL, TOYS, Experiment, Run, Setup, run_settings
+from experiment import Experiment
+from runs import PROMPT_TYPES, SMALL, TASKS, TOYS, Run, Setup, run_settings
 from tqdm.auto import tqdm
 
 from spul.data import UnlearningData
@@ -59,6 +61,7 @@ PUBLISHED_NAMES = {"Unlearning_SST2": "sst2", "Unlearning_Yelp_Polarity": "yelp"
 LOSS_TERMS = ((0.0, 0.0), (1.0, 0.0), (0.0, 0.5), (1.0, 0.5))
 FORGET_SIZES = (0.25, 0.5, 0.75, 1.0)
 PROMPT_LENGTHS = (10, 20, 30, 40, 50)
+MOST_LABELS = 10  # markers that can be told apart
 
 
 # ---- which runs ----
@@ -77,7 +80,7 @@ def make_run(args: argparse.Namespace, method: str, carrier: str, **settings: An
             "epochs": args.epochs,
             "batch_size": args.batch_size,
             "forget_fraction": args.forget_fraction,
-            "num_virtual_tokens": args.num_virtual_tokens if is_prompt else None,
+            "num_virtual_tokens": args.num_virtual_tokens,
             **common,
             **settings,
         }
@@ -134,15 +137,16 @@ class Runs:
         path.parent.mkdir(parents=True, exist_ok=True)
         found = read_runs(path) if path.exists() else []
         if path.exists() and not path.read_bytes().endswith(b"\n"):  # interrupted while writing
-            path.write_text("".join(json.dumps(run) + "\n" for run in found), encoding="utf-8")
+            whole = path.with_suffix(".tmp")
+            whole.write_text("".join(json.dumps(run) + "\n" for run in found), encoding="utf-8")
+            os.replace(whole, path)
         self.known = {identity(run): run for run in found}
 
     def add(self, records: list[dict[str, Any]]) -> None:
         """Write runs down."""
         with self.path.open("a", encoding="utf-8") as file:
-            for record in records:
-                file.write(json.dumps(record) + "\n")
-                self.known[identity(record)] = record
+            file.write("".join(json.dumps(record) + "\n" for record in records))  # in one go: all or none
+        self.known.update({identity(record): record for record in records})
 
     def get(self, experiment: Experiment, run: Run | str) -> list[dict[str, Any]]:
         """The records of a run, or of a reference row by its name; computed if they are not there."""
@@ -178,12 +182,14 @@ def compute(args: argparse.Namespace, runs: Runs, what: str) -> list[dict[str, A
 
 
 def named(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs with the carrier in their name, where a method has several; and the detached row once, of the first."""
+    """Runs with the carrier in their name, where it is LoRA or SPUL has several; detached once, of the first."""
     kinds = {record["carrier"] for record in records if record["method"] == "SPUL"}
     shown = []
     for record in records:
         if record["method"] == "SPUL" and len(kinds) > 1:
             record = {**record, "method": f"SPUL ({record['carrier'].replace('_', ' ')})"}
+        if record["carrier"] == "lora":
+            record = {**record, "method": f"{record['method']} (LoRA)"}
         if record["method"] == "SPUL detached" and len(kinds) > 1 and record["carrier"] != sorted(kinds)[0]:
             continue
         shown.append(record)
@@ -204,8 +210,7 @@ def write_table(args: argparse.Namespace, what: str, records: list[dict[str, Any
     records = named(records)
     dataset = PUBLISHED_NAMES.get(Path(args.dataset).name, args.dataset)
     published = published_rows(dataset) if what in ("main", "models") else []
-    for record in records:
-        record["dataset"] = dataset
+    records = [{**record, "dataset": dataset} for record in records]
     parts = [score_table(records, by=columns, published=published), score_table(records, "generic", by=columns)]
     trained = [record for record in records if record["cost"]]
     if trained:
@@ -235,11 +240,13 @@ def draw_tsne(args: argparse.Namespace, experiment: Experiment) -> None:
         rows += some
         is_forget += [split == "test_forget"] * len(some)
     picked = Dataset.from_list(rows)
+    labels = [row["completion"].strip() for row in rows]
+    if len(different := set(labels)) > MOST_LABELS:
+        raise SystemExit(f"t-SNE marks rows by label, of at most {MOST_LABELS}; {args.dataset} has {len(different)}.")
     model, _ = experiment.train(run)
     after = experiment.embeddings(model, picked, "after")
     with model.disable_adapter():
         before = experiment.embeddings(model, picked, "before")
-    labels = [row["completion"].strip() for row in rows]
     points = tsne_coordinates({"before": before, "after": after}, is_forget, labels)
     path = args.output_dir / "figure-tsne"
     path.with_suffix(".json").write_text(json.dumps(points) + "\n", encoding="utf-8")
@@ -249,7 +256,7 @@ def draw_tsne(args: argparse.Namespace, experiment: Experiment) -> None:
 def journal_key(args: argparse.Namespace, experiment: Experiment) -> str:
     """Searches of the same setup, prompt and schedule share their trials."""
     run = dataclasses.asdict(make_run(args, "SPUL", args.prompt_types[0]))
-    known = [dataclasses.asdict(experiment.setup), run, args.held_out]
+    known = [experiment.identity, run, args.held_out]
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -309,20 +316,23 @@ def parse_args() -> argparse.Namespace:
     add("--max-retain-loss", type=float, default=0.01, help="of the search: retain accuracy may fall so far, in 0..1")
     add("--held-out", type=float, default=0.15, help="of the search: share of the training rows to score on")
     add("--dataset", default="reviews", help="sst2, yelp, wmdp, tofu, imdb; reviews, quiz; Hub name or folder")
-    add("--data-dir", help="local folder of the data set; the Hub unless given")
+    add("--task", choices=TASKS, default="sentiment", help="prompt format of a data set in four splits")
+    add("--data-dir", help="local folder of a known data set; the Hub unless given")
     add("--retain-dir", help="local folder of SciQ, for wmdp")
     add("--model", nargs="+", default=[SMALL], help=f"Hub name or folder; {SMALL!r} for reviews and quiz")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     add("--seeds", nargs="+", type=int, default=[0])
     add("--limit", type=int, help="at most so many retain rows to train on")
     add("--limit-score", type=int, help="score on at most so many rows of each retain split")
+    add("--forget-set", choices=("forget01", "forget05", "forget10"), help="for tofu; forget10 unless given")
     add("--memorise", choices=("full", "lora", "qlora", "none"), default="full", help="what learns the rows before")
     add("--memorise-epochs", type=float, default=3)
     add("--memorise-lr", type=float, default=1e-4)
     add("--memorise-batch-size", type=int, default=32)
     add("--label-smoothing", type=float, default=0.0, help="of memorising; prompts steer a less certain model better")
     add("--second-question", action="store_true", help="memorise who is named, too (SST-2, for small models)")
-    add("--load-in-4bit", action="store_true", help="unlearn over weights in 4-bit NF4")
+    add("--load-in-4bit", action="store_true", help="score and unlearn over weights in 4-bit NF4")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="what weights are loaded in otherwise")
     add("--max-length", type=int, default=1024, help="tokens of a row, without the prompt's")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")
     add("--prompt-types", nargs="+", choices=PROMPT_TYPES, default=["p_tuning"], metavar="TYPE", help="of SPUL")
@@ -348,6 +358,17 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if not (args.table or args.figure or args.search):
         parser.error("nothing to do: give --table, --figure or --search.")
+    for name in ("model", "methods", "seeds", "prompt_types"):
+        if len(set(values := getattr(args, name))) < len(values):
+            parser.error(f"--{name.replace('_', '-')} {' '.join(map(str, values))}: one is given twice.")
+    for name in ("batch_size", "eval_batch_size", "num_virtual_tokens", "epochs", "limit", "limit_score", "tsne_rows"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            parser.error(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
+    if args.forget_fraction is not None and not 0 < args.forget_fraction < 1:
+        parser.error(f"--forget-fraction {args.forget_fraction}: expected a share above 0 and below 1.")
+    baselines = set(args.methods) != {"SPUL"} and {"main", "forget-size", "pareto"} & {*args.table, *args.figure}
+    if args.load_in_4bit and args.baseline_carrier == "full" and baselines:
+        parser.error("--load-in-4bit: 4-bit weights do not train; give --baseline-carrier lora, or --methods SPUL.")
     try:
         args.lr = {**LEARNING_RATES, **by_name(args.lr, (*LEARNING_RATES, *METHODS))}
         args.steps = {name: int(steps) for name, steps in by_name(args.steps, ("all", *METHODS), "all").items()}

@@ -39,7 +39,7 @@ class Cost:
 
 
 class Meter:
-    """Measures what happens to a model within a `with` block.
+    """Measures what happens to a model within a `with` block, in this process.
 
     Args:
         model: a causal LM, bare, under PEFT or under a prompt.
@@ -57,15 +57,15 @@ class Meter:
 
     def __enter__(self) -> Meter:
         base: Any = bare_model(self.model)
-        self._hook = base.base_model.register_forward_pre_hook(self._count, with_kwargs=True)
+        self._hook = base.get_decoder().register_forward_pre_hook(self._count, with_kwargs=True)
         self._memory = PeakMemory(next(base.parameters()).device)
         self._memory.__enter__()
         self._start = time.perf_counter()
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._memory.__exit__()  # waits for the GPU
         self.cost.seconds = time.perf_counter() - self._start
-        self._memory.__exit__()
         self._hook.remove()
         self.cost.peak_memory_bytes = self._memory.bytes
         # 4-bit weights are packed, but they do not train.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from transformers.utils import ModelOutput
 
 from .losses import UnlearningLoss
 from .prefix import bare_model, logits_at, pack_right, response_positions, unwrapped
+from .provenance import own_parameters
 
 LogitsAt = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From `input_ids` (B, n), `attention_mask` (B, n) and `positions` (B, K) to logits (B, K, V)."""
@@ -79,24 +81,16 @@ def unlearning_forward(
         return logits_at(model, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def frozen(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        adapted = unwrapped(model)
-        if not isinstance(adapted, PeftModel):
+        if learns_itself(model):
             raise ValueError(
-                "the loss compares with the model as it was, and a model that learns in all its weights is that no "
+                "the loss compares with the model as it was, and a model that learns in weights of its own is that no "
                 "more: pass reference_logits, from a ReferenceCache built before training."
             )
-        with adapted.disable_adapter():
-            return logits_at(
-                adapted.get_base_model(),
-                positions,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                use_cache=False,
-            )
+        with as_it_was(model) as base:
+            return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     return batch_loss(
         loss,
-        model,
         learned,
         frozen,
         input_ids,
@@ -111,7 +105,6 @@ def unlearning_forward(
 
 def batch_loss(
     loss: UnlearningLoss,
-    learner: nn.Module,
     learned: LogitsAt,
     frozen: LogitsAt,
     input_ids: Tensor,
@@ -144,16 +137,13 @@ def batch_loss(
     if torch.is_grad_enabled() and not loss.uses_retain_rows:
         # Retain rows weigh nothing, so they are not computed.
         rows = is_forget.nonzero().flatten()
+        if len(rows) == 0:
+            # One row all the same: backward and DDP, whose processes wait for each other, need a function of it.
+            logits = learned(input_ids[:1], attention_mask[:1], positions[:1])
+            zero = logits.float().sum() * 0.0
+            return UnlearnerOutput(zero, zero.detach(), zero.detach(), zero.detach(), logits[:0], targets[:0])
         attention_mask, input_ids, positions = attention_mask[rows], input_ids[rows], positions[rows]
         targets, is_forget, needed = targets[rows], is_forget[rows], needed[rows]
-    if len(input_ids) == 0:
-        # Still a function of what learns, so that backward (and DDP's reduction) runs.
-        zero = sum(
-            (p.sum() * 0.0 for p in learner.parameters() if p.requires_grad), torch.zeros((), device=input_ids.device)
-        )
-        vocabulary = cast(Any, bare_model(learner)).config.get_text_config().vocab_size
-        nothing = zero.new_zeros(0, targets.shape[1], vocabulary)
-        return UnlearnerOutput(zero, zero.detach(), zero.detach(), zero.detach(), nothing, targets)
 
     logits = learned(input_ids, attention_mask, positions)
     if reference_logits is None and needed.any():
@@ -161,6 +151,31 @@ def batch_loss(
             reference_logits = frozen(input_ids[needed], attention_mask[needed], positions[needed])
     out = loss(logits, targets, is_forget, reference_logits, *counts)
     return UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, logits, targets)
+
+
+def learns_itself(model: nn.Module) -> bool:
+    """Whether weights of the model itself learn, so that it is not as it was when its adapter is switched off."""
+    if not isinstance(unwrapped(model), PeftModel):
+        return True
+    return any(parameter.requires_grad for _, parameter in own_parameters(bare_model(model)))
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[Any]:
+    """The causal LM within a model, its adapter switched off, in evaluation mode; then all as before."""
+    model = unwrapped(model)
+    modes = [(module, module.training) for module in model.modules()]
+    # PEFT lets an adapter learn when it is switched on again, whatever was frozen in it.
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    model.eval()
+    try:
+        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+            yield bare_model(model)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter in frozen:
+            parameter.requires_grad_(False)
 
 
 def _group_counts(

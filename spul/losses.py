@@ -190,7 +190,7 @@ class SimNPO(LossTerm):
 
 
 def _check_inverse_temperature(value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
         raise ValueError(f"inverse_temperature={value!r}: expected a finite number above 0.")
 
 
@@ -239,7 +239,8 @@ class _TokenKL(torch.autograd.Function):
         gap = prompted - frozen if reverse else frozen - prompted
         gap.masked_fill_(target == -torch.inf, 0.0)  # what cannot be said costs nothing
         weight = target.exp()
-        kl = torch.linalg.vecdot(weight, gap)
+        with torch.autocast(logits.device.type, enabled=False):  # which would take the product in 16 bit
+            kl = torch.linalg.vecdot(weight, gap)
         if ctx.needs_input_grad[0]:
             # d/dz of sum P (log P - log Q) is P (log P - log Q - KL); of sum Q (log Q - log P) it is P - Q.
             gradient = gap.sub_(kl[..., None]).mul_(weight) if reverse else prompted.exp_().sub_(weight)

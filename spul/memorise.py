@@ -20,6 +20,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from .base import keep_4bit_differentiable
 from .collator import ForgetRetainCollator
 from .losses import IGNORE_INDEX
 from .prefix import logits_at, response_positions
@@ -44,7 +45,13 @@ class CompletionTrainer(Trainer):
         positions, targets = response_positions(inputs["labels"])
         passed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         logits = logits_at(model, positions, **passed)
-        count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        if num_items_in_batch is None:
+            count: Any = (targets != IGNORE_INDEX).sum()
+        else:
+            # Counted over the processes, over which DDP averages gradients.
+            count = num_items_in_batch / (
+                self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            )
         losses = F.cross_entropy(
             logits.float().flatten(0, 1),
             targets.flatten(),
@@ -103,6 +110,7 @@ def memorise(
         )
     learning: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, quantization_config=quantisation)
     if learner == "qlora":
+        keep_4bit_differentiable(learning)
         learning = prepare_model_for_kbit_training(learning, use_gradient_checkpointing=args.gradient_checkpointing)
     if learner != "full":
         lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import torch
 from datasets import Dataset
 from peft import (
     LoraConfig,
@@ -17,10 +19,12 @@ from peft import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .base import zero_dropout
+from .base import keep_4bit_differentiable, zero_dropout
 from .collator import ForgetRetainCollator
 from .losses import NPO, GradientAscent, KLDivergence, SimNPO, UnlearningLoss
 from .unlearner import SoftPromptUnlearner
+
+logger = logging.getLogger(__name__)
 
 Carrier = Literal["prompt", "full", "lora"]
 CARRIERS: tuple[Carrier, ...] = ("prompt", "full", "lora")
@@ -67,6 +71,8 @@ class Method:
     carrier: Carrier
 
     def __post_init__(self) -> None:
+        if not isinstance(self.loss, UnlearningLoss):
+            raise TypeError(f"loss={self.loss!r}: expected an UnlearningLoss, such as UnlearningLoss(alpha=1.0).")
         if self.carrier not in CARRIERS:
             raise ValueError(f"carrier={self.carrier!r} is not known; expected one of {', '.join(CARRIERS)}.")
 
@@ -82,12 +88,20 @@ class Method:
                 tokens, hidden size 128), or LoRA of rank 16 on every linear layer.
 
         Raises:
-            ValueError: if a quantised model is to learn in all its weights, or `peft_config` is given for that.
-            TypeError: if `model` is under an adapter already.
+            ValueError: if a quantised model is to learn in all its weights, or `peft_config` does not suit that.
+            TypeError: if `model` is no causal LM, or under an adapter already.
         """
-        if isinstance(model, PeftModel):
-            raise TypeError("model is under an adapter; merge it first: model.merge_and_unload().")
+        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
+                "gives it. A model under an adapter is merged first: model.merge_and_unload()."
+            )
+        if self.carrier == "lora" and peft_config is not None and peft_config.is_prompt_learning:
+            raise ValueError(
+                f"peft_config is a {type(peft_config).__name__}, a prompt's; use carrier='prompt' for it."
+            )
         zero_dropout(model)
+        keep_4bit_differentiable(model)
         quantised = getattr(model, "hf_quantizer", None) is not None
         if self.carrier == "prompt":
             config = peft_config or PromptEncoderConfig(
@@ -103,6 +117,12 @@ class Method:
             raise ValueError(
                 "carrier='full' trains the weights themselves: load the model unquantised and pass no peft_config, or "
                 "use carrier='lora'."
+            )
+        if model.dtype in (torch.float16, torch.bfloat16):
+            logger.warning(
+                "the weights are %s, in which small steps are lost, and float16 overflows; for carrier='full' load "
+                "them with dtype=torch.float32, and train under autocast (bf16=True) if you like.",
+                model.dtype,
             )
         return model.requires_grad_(True)
 

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -18,6 +19,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 SPUL_CONFIG_NAME = "spul_config.json"
+# What PEFT puts between a module and its parameters.
+WRAPPERS = r"\.((base_layer|original_module|token_adapter)\.)+"
 LIBRARIES = ("spul", "torch", "transformers", "peft", "datasets", "accelerate")
 
 
@@ -98,7 +101,7 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would change the names
     digest = hashlib.sha256()
-    for name, parameter in sorted(_own_parameters(model), key=lambda item: item[0]):
+    for name, parameter in sorted(own_parameters(model), key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
         flat = parameter.detach().reshape(-1)
@@ -111,7 +114,7 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
     return digest.hexdigest()
 
 
-def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """A model's parameters by the names that they have without PEFT's adapters, and none of the adapters'."""
     adapters = []
     for name, module in model.named_modules():
@@ -121,7 +124,7 @@ def _own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
             adapters.append(f"{name}.modules_to_save")
     for name, parameter in model.named_parameters():
         if not name.startswith(tuple(f"{adapter}." for adapter in adapters)):
-            yield name.replace(".base_layer.", ".").replace(".original_module.", "."), parameter
+            yield re.sub(WRAPPERS, ".", name), parameter
 
 
 def summarise_rows(rows: Iterable[Mapping[str, Any]]) -> DataSummary:

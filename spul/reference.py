@@ -8,12 +8,11 @@ used.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,14 +20,14 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .collator import ForgetRetainCollator
+from .forward import as_it_was
 from .losses import IGNORE_INDEX, UnlearningLoss
 from .output_head import OutputHead, final_states, gives_logits, is_close
-from .prefix import bare_model, logits_at, response_positions, unwrapped
+from .prefix import bare_model, logits_at, response_positions
 from .provenance import fingerprint
 from .reference_files import FORMAT, Part, check_index, claim_folder, digest_of, part_path, read_part, write_part
 
@@ -111,7 +110,7 @@ class ReferenceCache:
             accelerator.wait_for_everyone()
         check_index(path, index)  # also where the folder is not shared
 
-        with _evaluating(base), _without_adapter(model):
+        with as_it_was(model):
             shares = _in_parts(rows)
             own = list(range(rank, len(shares), world))
             num_rows = sum(len(shares[i]) for i in own)
@@ -310,20 +309,3 @@ def _compute_part(
         counts.append(used.sum(dim=1))
     keys = torch.tensor([row.key for row in rows], dtype=torch.int64)
     return Part(torch.cat(states), keys, torch.cat(counts).cumsum(0).to(torch.int32))
-
-
-def _without_adapter(model: nn.Module) -> contextlib.AbstractContextManager:
-    model = unwrapped(model)
-    return model.disable_adapter() if isinstance(model, PeftModel) else contextlib.nullcontext()
-
-
-@contextlib.contextmanager
-def _evaluating(base: nn.Module) -> Iterator[None]:
-    """The base in evaluation mode, as it was afterwards: gradient checkpointing has no say there."""
-    modes = [(module, module.training) for module in base.modules()]
-    base.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

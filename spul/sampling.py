@@ -36,15 +36,15 @@ class ForgetFractionSampler(Sampler[int]):
     """Draws rows so that forget rows make up a given share of every batch, whatever its size.
 
     The two groups are shuffled apart and interleaved evenly: any `b` consecutive draws hold `b * fraction` forget
-    rows, rounded up or down. An epoch lasts until the group that is drawn more slowly has been seen once; the other
-    repeats, reshuffled each time. The draws are those of `RowCopies`.
+    rows, rounded up or down (with `lengths`: any batch). An epoch lasts until the group that is drawn more slowly has
+    been seen once; the other repeats, reshuffled each time. The draws are those of `RowCopies`.
 
     Args:
         is_forget: one flag per row.
         fraction: share of forget rows, above 0 and below 1.
         seed: seed of the shuffles.
         lengths: one per row, in tokens; given, rows of like length meet: within each quarter of an epoch, or 50
-            batches if that is less, both groups are drawn from long to short. The shares stay as they are.
+            batches if that is less, both groups are sorted by it, and the batches come in random order.
         batch_size: rows per step; used with `lengths` only.
 
     Raises:

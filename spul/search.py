@@ -124,6 +124,10 @@ def search(
         raise ValueError(
             f"min_retain={min_retain!r}, num_trials={num_trials!r}; expected an accuracy in 0..1 and at least 1 trial."
         )
+    if bad := [p for p in num_virtual_tokens if isinstance(p, bool) or not isinstance(p, int) or p < 1]:
+        raise ValueError(
+            f"num_virtual_tokens={list(num_virtual_tokens)}: expected whole numbers from 1, got {bad[0]!r}."
+        )
     for alpha in alphas:
         for beta in betas:
             UnlearningLoss(alpha=alpha, beta=beta)  # raises before anything is trained

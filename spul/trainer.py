@@ -17,9 +17,10 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
 
+from .base import keep_4bit_differentiable
 from .collator import ForgetRetainCollator, completion_text, plain
 from .evaluation.scoring import Answers, collect_answers, summarise
-from .forward import unlearning_forward
+from .forward import learns_itself, unlearning_forward
 from .losses import UnlearningLoss
 from .provenance import SpulConfig, summarise_rows
 from .reference import ReferenceCache
@@ -102,11 +103,18 @@ class UnlearningTrainer(Trainer):
                 f"{type(loss.forget).__name__} makes the collated completion unlikely, and the collator would give it "
                 "generic ones; use ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
             )
-        if reference == "live" and loss.needs_reference and not isinstance(model, PeftModel):
+        if not loss.forget.makes_unlikely and data_collator.generic_completions is None:
+            logger.warning(
+                "%s makes the completions of forget rows likely, and the collator keeps the rows' own: right only if "
+                "these are generic already. Else give the collator generic_completions.",
+                type(loss.forget).__name__,
+            )
+        if reference == "live" and loss.needs_reference and learns_itself(model):
             raise ValueError(
                 f"reference='live' asks the model as it was before, and a {type(model).__name__} that learns in its "
                 "own weights is that no more; use reference='cached'."
             )
+        keep_4bit_differentiable(model)
         self._reference_mode, self._reference_dir = reference, reference_dir
         self._reference: ReferenceCache | None = None
         self._flags: list[bool] = []
@@ -244,15 +252,15 @@ class UnlearningTrainer(Trainer):
 
     def _open_reference(self) -> None:
         """Compute what the frozen model says on the training rows, or find it computed."""
-        if self._reference is not None and not isinstance(self._learner, PeftModel):
+        if self._reference is not None and learns_itself(self._learner):
             return  # trained before, the model is no longer what the rows are compared with
         self._reference = None
         asks = self._loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
         if self._reference_mode == "cached" and asks.any():
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
-                    "reference='cached' reads the whole base in every process, which FSDP and DeepSpeed divide; use "
-                    "reference='live'."
+                    "reference='cached' reads the whole base in every process, which FSDP and DeepSpeed divide. A "
+                    "prompt or LoRA can use reference='live'; a loss that compares cannot be had for a whole model."
                 )
             if (self.args.fp16_full_eval or self.args.bf16_full_eval) and not self.is_model_parallel:
                 self._move_model_to_device(self._learner, self.args.device)  # as Trainer does, later

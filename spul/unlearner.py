@@ -213,7 +213,6 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
             )
         return batch_loss(
             self.loss,
-            self,
             self.response_logits,
             self._frozen_logits,
             input_ids,
@@ -234,7 +233,11 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         if limit is not None and num_virtual + input_ids.shape[1] > limit:
             raise ValueError(
                 f"{num_virtual} virtual tokens and {input_ids.shape[1]} tokens exceed the model's {limit} positions; "
-                f"collate with max_length of at most {limit - num_virtual}."
+                + (
+                    f"collate with max_length of at most {limit - num_virtual}."
+                    if num_virtual < limit
+                    else "take fewer virtual tokens."
+                )
             )
         return prompted_logits(self, input_ids, attention_mask, positions)
 

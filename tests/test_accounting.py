@@ -12,8 +12,8 @@ from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.accounting import Meter, PeakMemory
 
 
-def test_passes_are_rows_and_tokens_through_the_decoder():
-    model = build("llama")
+def test_passes_are_rows_and_tokens_through_the_decoder(family):
+    model = build(family)
     with Meter(model) as meter:
         model(torch.ones(3, 7, dtype=torch.int64))
         model(torch.ones(2, 5, dtype=torch.int64))

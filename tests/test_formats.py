@@ -201,3 +201,15 @@ def test_a_malformed_template_is_an_error(template, message):
         PromptFormat(template)
     with pytest.raises(ValueError, match=message):
         PromptFormat("{text}", completion=template)
+
+
+@pytest.mark.parametrize("generic", [" none", ()])
+def test_generic_completions_are_several_texts(generic):
+    with pytest.raises(ValueError, match="expected one or more texts in a tuple"):
+        PromptFormat("{text}", generic_completions=generic)
+
+
+@pytest.mark.parametrize(("label", "message"), [(None, r"no value in \['label_text'\]"), ("", "empty completion")])
+def test_a_row_without_an_answer_is_refused(label, message):
+    with pytest.raises(ValueError, match=message):
+        SENTIMENT.row({"text": "good", "label_text": label})

@@ -1,12 +1,14 @@
 """The loss of a batch where the whole model or LoRA learns, against the formulas written out row by row."""
 
 import copy
+import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, make_tokenizer
+from conftest import build, make_tokenizer, run_script
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from test_trainer import GENERIC, ONE_STEP, arguments, make_collator, make_dataset, rows
 
 from spul import (
@@ -24,6 +26,7 @@ from spul import (
     unlearning_forward,
 )
 from spul.base import zero_dropout
+from spul.forward import as_it_was
 
 FORWARD = KLDivergence(direction="forward")
 LOSSES = {
@@ -281,6 +284,88 @@ def test_bad_arguments_say_what_is_wrong(tmp_path):
     frozen = build("llama").requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         UnlearningTrainer(frozen, args, make_collator(), dataset, loss=LOSSES["SPUL"])
+
+
+def test_what_is_frozen_in_an_adapter_stays_frozen(tmp_path):
+    """LoRA-FA trains B only; PEFT would let A learn too when the adapter is switched on again."""
+    model = carried("lora", dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    collator, loss = make_collator(generic_completions=None), LOSSES["GA+KL"]
+    for reference in ("live", "cached"):
+        trainer = UnlearningTrainer(
+            model, arguments(tmp_path, max_steps=1), collator, make_dataset(4, 4), loss=loss, reference=reference
+        )
+        trainer.train()
+        assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+            n for n in before if "lora_B" in n
+        }
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if "lora_B" in name}
+
+
+def test_lora_that_trains_the_bases_biases_is_no_frozen_model(tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", bias="all")
+    model = get_peft_model(build("gpt2"), config)
+    collator, loss = make_collator(generic_completions=None), LOSSES["GA+KL"]
+    with pytest.raises(ValueError, match="learns in its own weights"):
+        UnlearningTrainer(model, arguments(tmp_path), collator, make_dataset(), loss=loss, reference="live")
+    batch = collator([make_dataset(3, 3)[i] for i in range(6)])
+    with pytest.raises(ValueError, match="learns in weights of its own"):
+        unlearning_forward(model, loss, **batch)
+
+
+def test_the_frozen_model_has_no_dropout():
+    loss = LOSSES["GA+KL"]
+    model = get_peft_model(build("opt"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).train()
+    modes = [module.training for module in model.modules()]
+    batch = make_batch(loss)
+    with as_it_was(model) as base, torch.no_grad():
+        one, other = (base(batch["input_ids"]).logits for _ in range(2))
+    assert torch.equal(one, other)
+    assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("carrier", ["full", "lora"])
+def test_2_processes_with_forget_rows_in_one_make_the_step_of_one(tmp_path, carrier):
+    """A batch without a forget row still has to take part, or the other process waits for it."""
+    script = tmp_path / "ddp.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            sys.path.insert(0, sys.argv[1])
+            import torch
+            from safetensors.torch import save_file
+            from test_forward import LOSSES, carried
+            from test_trainer import ONE_STEP, arguments, make_collator, make_dataset
+            from spul import UnlearningTrainer
+            from spul.base import zero_dropout
+
+            folder, carrier, size = sys.argv[2], sys.argv[3], int(sys.argv[4])
+            model = carried(carrier, dtype=torch.float32)
+            zero_dropout(model)
+            in_order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": size}
+            args = arguments(folder, **in_order, **ONE_STEP)
+            # Four forget rows first: the first process has them all, the second none.
+            trainer = UnlearningTrainer(
+                model, args, make_collator(generic_completions=None), make_dataset(4, 4), loss=LOSSES["GA"]
+            )
+            trainer.train()
+            if trainer.accelerator.is_main_process:
+                tensors = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
+                save_file(tensors, f"{folder}/{carrier}{size}.safetensors")
+            trainer.accelerator.end_training()
+            """
+        )
+    )
+    run_script(script, tmp_path, carrier, 8)
+    run_script(script, tmp_path, carrier, 4, processes=2)
+    whole, parts = (load_file(tmp_path / f"{carrier}{size}.safetensors") for size in (8, 4))
+    assert whole.keys() == parts.keys()
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 def test_a_chat_of_terms_is_not_taken_for_a_loss(tmp_path):

@@ -241,6 +241,14 @@ def test_the_kl_passes_gradcheck_and_keeps_one_tensor_of_the_vocabulary(directio
     assert kept == [LOGITS.shape]
 
 
+def test_the_kl_is_not_rounded_to_16_bit_under_autocast():
+    plain = KLDivergence()(LOGITS.float(), LABELS, REFERENCE.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        found = KLDivergence()(LOGITS.float(), LABELS, REFERENCE.float())
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, plain, rtol=1e-6, atol=1e-7)
+
+
 def test_double_precision_logits_stay_double():
     assert CrossEntropy()(LOGITS, LABELS).dtype == torch.float64
     assert UnlearningLoss()(LOGITS, LABELS, IS_FORGET, RETAIN_REFERENCE).loss.dtype == torch.float64

@@ -119,6 +119,11 @@ def test_unknown_names_list_what_is_known():
 def test_what_cannot_be_carried_is_refused():
     with pytest.raises(ValueError, match="trains the weights themselves"):
         unlearning_method("GA").carry(build("llama"), LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(TypeError, match="model is a str; expected a causal LM"):
+        unlearning_method("GA").carry("facebook/opt-1.3b")
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
+    with pytest.raises(ValueError, match="a prompt's; use carrier='prompt' for it"):
+        unlearning_method("GA", "lora").carry(build("llama"), prompt)
     under = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     with pytest.raises(TypeError, match="merge it first"):
         unlearning_method("GA").carry(under)

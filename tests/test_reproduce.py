@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import build, make_tokenizer
 
+from spul.data import PromptFormat, UnlearningData
 from spul.methods import METHODS
 from spul.report import read_runs
 
@@ -130,6 +131,10 @@ def test_figures_and_search(reproduce):
         ((), "nothing to do"),
         (("--table", "main", "--lr", "sgd=1"), "'sgd=1': expected NAME=NUMBER, above 0, with NAME one of p_tuning"),
         (("--table", "main", "--lr", "GA=-1"), "'GA=-1': expected"),
+        (("--table", "main", "--seeds", "0", "0"), "--seeds 0 0: one is given twice"),
+        (("--table", "main", "--num-virtual-tokens", "0"), "--num-virtual-tokens 0: expected a number above 0"),
+        (("--table", "main", "--forget-fraction", "1.5"), "--forget-fraction 1.5: expected a share"),
+        (("--table", "main", "--load-in-4bit"), "4-bit weights do not train"),
         (("--table", "main", "--lr", "0.1"), "'0.1': expected NAME=NUMBER, above 0"),
         (("--table", "main", "--steps", "many"), "'many': expected NAME=NUMBER or NUMBER"),
     ],
@@ -140,13 +145,35 @@ def test_options_that_cannot_be_are_named(reproduce, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_other_weights_or_rows_under_the_same_names_are_other_runs(reproduce, tmp_path):
+    options = ("--table", "main", "--methods", "GA", "--memorise", "none")
+    out = reproduce(*options)
+    assert len(read_runs(out / "runs.jsonl")) == 2  # base and GA
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    (tmp_path / "tiny").rename(moved / "tiny")
+    reproduce(*options, "--model", moved / "tiny")
+    assert len(read_runs(out / "runs.jsonl")) == 2  # the same model, wherever it lies
+    model = build("llama")
+    model.lm_head.weight.data.add_(0.1)
+    model.save_pretrained(moved / "tiny")
+    reproduce(*options, "--model", moved / "tiny")
+    assert len(read_runs(out / "runs.jsonl")) == 4
+    rows = (tmp_path / "reviews" / "train_retain.jsonl").read_text()
+    (tmp_path / "reviews" / "train_retain.jsonl").write_text(rows.replace("film", "flick"))
+    reproduce(*options, "--model", moved / "tiny")
+    assert len(read_runs(out / "runs.jsonl")) == 6
+
+
 def test_models_of_another_setup_are_not_taken_for_this_one(reproduce):
     options = ("--table", "main", "--methods", "GA")
     reproduce(*options)
-    with pytest.raises(ValueError, match="was made with another limit; use another --output-dir"):
+    with pytest.raises(ValueError, match="was made with another limit, data_digest; use another --output-dir"):
         reproduce(*options, "--limit", "5")
     with pytest.raises(ValueError, match="go with the model 'small'"):
         reproduce(*options, "--dataset", "quiz")
+    with pytest.raises(ValueError, match="limit, memorise_epochs cannot be set for the made-up quiz"):
+        reproduce(*options, "--dataset", "quiz", "--model", "small", "--limit", "5")
 
 
 def test_the_toys_are_what_they_say(monkeypatch):
@@ -159,6 +186,8 @@ def test_the_toys_are_what_they_say(monkeypatch):
         assert sorted(splits) == ["test_forget", "test_retain", "train_forget", "train_retain"]
         tokenizer = toy.make_tokenizer()
         assert len(tokenizer) <= 128
+    for toy, task in ((toy_quiz, toy_quiz.MULTIPLE_CHOICE), (toy_reviews, PromptFormat("{text}", "{completion}"))):
+        UnlearningData("toy", toy.make_splits(1), task).check()
     rows = {
         split: [toy_quiz.MULTIPLE_CHOICE.row(row) for row in rows] for split, rows in toy_quiz.make_splits(0).items()
     }

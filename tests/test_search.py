@@ -98,6 +98,9 @@ def test_bad_input_says_what_was_expected():
         run(betas=())
     with pytest.raises(ValueError, match=r"alpha=-1\.0: expected a finite number"):
         run(alphas=(-1.0,))
+    for lengths in ((10, 0), (2.5,), (-3,)):
+        with pytest.raises(ValueError, match="expected whole numbers from 1"):
+            run(num_virtual_tokens=lengths)
     with pytest.raises(ValueError, match=r"min_retain=90, num_trials=50; expected an accuracy in 0\.\.1"):
         run(bound=90)
     with pytest.raises(ValueError, match=r"expected two accuracies in 0\.\.1"):

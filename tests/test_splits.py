@@ -313,3 +313,9 @@ def test_nothing_is_logged_when_all_is_found(caplog):
     with caplog.at_level(logging.DEBUG, logger="spul"):
         split_by_entity(data(), ["bond"])
     assert not caplog.records
+
+
+@pytest.mark.parametrize("function", [train_test, lambda split: subsample_forget(split, 0.5)])
+def test_what_is_no_split_is_refused(function):
+    with pytest.raises(TypeError, match="split is a Dataset; expected a Split"):
+        function(Dataset.from_list([{"text": "a"}]))

@@ -461,3 +461,11 @@ def test_a_prompt_loaded_for_use_only_is_not_trained_silently(tmp_path):
     loaded = SoftPromptUnlearner.from_pretrained(build("llama"), str(tmp_path))
     with pytest.raises(ValueError, match="is_trainable=True"):
         make_trainer(tmp_path, unlearner=loaded)
+
+
+def test_forget_rows_that_keep_their_own_answers_are_warned_about(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="spul.trainer"):
+        make_trainer(tmp_path)
+        assert not caplog.records
+        make_trainer(tmp_path, collator=make_collator(generic_completions=None))
+    assert "CrossEntropy makes the completions of forget rows likely" in caplog.text

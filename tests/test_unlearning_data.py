@@ -11,6 +11,7 @@ from spul.data.known import (
     SPLITS,
     UnlearningData,
 )
+from spul.data.unlearning_data import without_repeats
 
 
 def test_rows_are_in_prompt_completion_form():
@@ -155,3 +156,18 @@ def test_a_text_field_that_a_format_makes_is_checked_as_it_is_made():
     assert data.training_set()["prompt"][:] == ["### train_forget: good ###", "### train_retain: good ###"]
     with pytest.raises(ValueError, match="train_forget and test_forget"):
         UnlearningData("titled", {**splits, "test_forget": rows("train_forget")}, data.format).check()
+
+
+def test_several_questions_about_one_context_are_several_rows():
+    asked = PromptFormat("{context}\n{question}", completion=" {answer}", text_field="context")
+
+    def rows(split):
+        return Dataset.from_list(
+            [{"context": "a long story", "question": f"{split} {i}?", "answer": "yes"} for i in range(3)]
+        )
+
+    data = UnlearningData("stories", {split: rows(split) for split in SPLITS}, asked)
+    data.check()
+    kept, notes = without_repeats(data.splits, asked)
+    assert [len(kept[split]) for split in SPLITS] == [3, 3, 3, 3]
+    assert notes == []

@@ -10,9 +10,6 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from sklearn.cluster import KMeans
-from sklearn.decomposition import TruncatedSVD
-from sklearn.feature_extraction.text import TfidfVectorizer
 from tqdm.auto import tqdm
 
 from .recognisers import checked_texts
@@ -83,6 +80,8 @@ class TextClustering:
             ValueError: if `num_clusters` or `dim` is too low, no text has a word, or there are fewer different texts
                 than clusters.
         """
+        from sklearn.cluster import KMeans
+
         texts = checked_texts(texts)
         if num_clusters < 2:
             raise ValueError(f"num_clusters={num_clusters}; expected at least 2.")
@@ -117,6 +116,8 @@ class TextClustering:
         if not texts:
             return np.empty((0, self.centres.shape[1]))
         if self.vocabulary is not None and self.components is not None:
+            from sklearn.feature_extraction.text import TfidfVectorizer
+
             vectorizer = TfidfVectorizer(**TFIDF, vocabulary=self.vocabulary)
             vectorizer.idf_ = self.idf
             return _unit(vectorizer.transform(texts) @ self.components.T)
@@ -184,6 +185,9 @@ class TextClustering:
         return clustering
 
     def _fit_tfidf(self, texts: list[str], dim: int, seed: int) -> None:
+        from sklearn.decomposition import TruncatedSVD
+        from sklearn.feature_extraction.text import TfidfVectorizer
+
         vectorizer = TfidfVectorizer(**TFIDF)
         try:
             counts = vectorizer.fit_transform(texts)

@@ -59,7 +59,8 @@ class PromptFormat:
         text_field: the column that may be cut where a row is too long; what to pass to the collator as such.
 
     Raises:
-        ValueError: if the template does not use `text_field`, or a template is malformed.
+        ValueError: if the template does not use `text_field`, a template is malformed, or there are no
+            `generic_completions`.
 
     Example:
         ```python
@@ -78,6 +79,11 @@ class PromptFormat:
         if self.text_field not in _fields_of(self.template):
             raise ValueError(f"text_field={self.text_field!r} does not stand in the template {self.template!r}.")
         _fields_of(self.completion)
+        if isinstance(self.generic_completions, str) or not self.generic_completions:
+            raise ValueError(
+                f"generic_completions={self.generic_completions!r}; expected one or more texts in a tuple, such as "
+                "(' neutral', ' unknown')."
+            )
 
     def fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What the templates are filled with: the columns of a row, unless a subclass says otherwise."""
@@ -87,7 +93,8 @@ class PromptFormat:
         """`prompt`, `completion` and the text field of a row.
 
         Raises:
-            ValueError: if a template asks for a column that the row does not have.
+            ValueError: if a template asks for a column that the row does not have or has no value in, or if the
+                completion is empty.
         """
         fields = self.fields(row)
         wanted = _fields_of(self.template) | _fields_of(self.completion)
@@ -96,13 +103,14 @@ class PromptFormat:
                 f"the format {self.template!r} -> {self.completion!r} asks for the column(s) {missing}; the row has "
                 f"{sorted(row)}. Rename or map your columns, or write another PromptFormat."
             )
+        if empty := sorted(name for name in wanted if fields[name] is None):
+            raise ValueError(f"a row has no value in {empty}: {dict(row)!r}. Drop it, or fill it in.")
         text = str(fields[self.text_field]).strip()
         fields[self.text_field] = text
-        return {
-            "prompt": self.template.format(**fields),
-            "completion": self.completion.format(**fields),
-            self.text_field: text,
-        }
+        completion = self.completion.format(**fields)
+        if not completion.strip():
+            raise ValueError(f"a row has an empty completion: {dict(row)!r}. Drop it, or fill it in.")
+        return {"prompt": self.template.format(**fields), "completion": completion, self.text_field: text}
 
     def apply(self, rows: Dataset) -> Dataset:
         """All rows in prompt-completion form, as `forget_retain_dataset` takes them; other columns are left out."""
@@ -123,6 +131,7 @@ class MultipleChoiceFormat(PromptFormat):
     text_field: str = "question"
 
     def fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The columns of a row, with `options`, one a line, and the `letter` of the right one."""
         if missing := sorted({"question", "choices", "answer"} - row.keys()):
             raise ValueError(
                 f"a multiple-choice row lacks {missing}; it has {sorted(row)}. Expected question (text), choices (a "

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
-from transformers import pipeline
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -107,6 +106,8 @@ class TransformersRecogniser:
         device: Any = None,
         batch_size: int = 32,
     ) -> None:
+        from transformers import pipeline
+
         self.pipeline: Any = pipeline(
             "token-classification", model=model, aggregation_strategy="simple", device=device, trust_remote_code=False
         )

@@ -231,6 +231,8 @@ def subsample_forget(split: Split, fraction: float, seed: int = 0) -> Split:
     Raises:
         ValueError: if `fraction` is out of range, or so low that no row is left.
     """
+    if not isinstance(split, Split):
+        raise TypeError(f"split is a {type(split).__name__}; expected a Split, as split_by_entity and others give it.")
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction!r}; expected a share above 0 and at most 1.")
     num_rows = len(split.forget)
@@ -264,6 +266,8 @@ def train_test(split: Split, test_fraction: float = 0.3, seed: int = 0) -> dict[
     Raises:
         ValueError: if `test_fraction` is out of range, or a part would be empty.
     """
+    if not isinstance(split, Split):
+        raise TypeError(f"split is a {type(split).__name__}; expected a Split, as split_by_entity and others give it.")
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction={test_fraction!r}; expected a share above 0 and below 1.")
     parts: dict[str, dict[str, Dataset]] = {"train": {}, "test": {}}

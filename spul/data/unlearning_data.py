@@ -117,9 +117,14 @@ class UnlearningData:
         """Look for what would spoil an experiment.
 
         Raises:
+            TypeError: if `splits` is no dict.
             ValueError: if a split is missing or empty, a text is missing, a row stands in two splits, or the
                 completion of a row is one of the format's generic ones.
         """
+        if not isinstance(self.splits, Mapping):
+            raise TypeError(
+                f"splits are a {type(self.splits).__name__}; expected a dict of the four, as train_test gives it."
+            )
         if set(self.splits) != set(SPLITS):
             raise ValueError(f"{self.name} has the splits {sorted(self.splits)}; expected {sorted(SPLITS)}.")
         texts = {}
@@ -156,11 +161,16 @@ class UnlearningData:
 
 
 def row_keys(rows: Dataset, prompts: PromptFormat) -> list[tuple[str, ...]]:
-    """What makes a row the same as another one: its text, and its choices in any order where it has some."""
-    return [
-        (str(prompts.fields(row)[prompts.text_field]).strip(), *sorted(map(str, row.get("choices", ()))))
-        for row in rows
-    ]
+    """What makes a row the same as another one: its text and its prompt, or its choices in any order."""
+    keys = []
+    for row in rows:
+        fields = prompts.fields(row)
+        text = str(fields[prompts.text_field]).strip()
+        if "choices" in row:
+            keys.append((text, *sorted(map(str, row["choices"]))))
+        else:
+            keys.append((text, prompts.template.format(**{**fields, prompts.text_field: text})))
+    return keys
 
 
 def without_repeats(parts: dict[str, Dataset], prompts: PromptFormat) -> tuple[dict[str, Dataset], list[str]]:

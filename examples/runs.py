@@ -1,0 +1,152 @@
+"""What an experiment is about, and what a run of it is: plain settings, and what tells one from another."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import toy_quiz
+import toy_reviews
+from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from transformers import AutoConfig
+
+from spul.data import MULTIPLE_CHOICE, QUESTION_ANSWER, SENTIMENT
+from spul.methods import Method, unlearning_method
+
+TOYS = {"reviews": toy_reviews, "quiz": toy_quiz}
+TASKS = {"sentiment": SENTIMENT, "multiple-choice": MULTIPLE_CHOICE, "question-answer": QUESTION_ANSWER}
+SMALL = "small"  # the model that is built here for the toys
+PROMPT_TYPES = ("prompt_tuning", "p_tuning", "prefix_tuning")
+# What of a setup says where things lie; their content is in the digests.
+PLACES = ("dataset", "model", "data_dir", "retain_dir")
+# What the made-up data sets and their model have no use for.
+NOT_FOR_TOYS = ("task", "data_dir", "retain_dir", "forget_set", "limit", "memorise", "memorise_epochs", "memorise_lr")
+NOT_FOR_TOYS += ("memorise_batch_size", "label_smoothing", "load_in_4bit")
+# What of a setup has no say in what the models know.
+AFTERWARDS = ("limit_score", "load_in_4bit")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an experiment is about, and what all its runs share. Two of one setup are one experiment.
+
+    Args:
+        dataset: `sst2`, `yelp`, `wmdp`, `tofu` or `imdb`; `reviews` or `quiz`, the toys; or a Hub name or folder of
+            four splits.
+        task: the prompt format of a set in four splits, a key of `TASKS`.
+        model: Hub name or folder of a causal LM; `small`, built from scratch, for the toys.
+        seed: of data, memorising and unlearning.
+        data_dir: local folder of the data set; the Hub's unless given.
+        retain_dir: local folder of SciQ, for `wmdp`.
+        forget_set: `forget01`, `forget05` or `forget10`, for `tofu`.
+        limit: at most so many retain rows to train on.
+        limit_score: at most so many rows of each retain split to score on; forget splits are scored whole.
+        memorise: what learns the rows before: `full`, `lora`, `qlora`, or `none` if the model knows them.
+        memorise_epochs: passes over them.
+        memorise_lr: learning rate of that.
+        memorise_batch_size: rows per step of that.
+        label_smoothing: of that; it leaves some probability for answers that were never right.
+        second_question: memorise who is named, too, so that a small model can be steered (SST-2 only).
+        load_in_4bit: score and unlearn over weights in 4-bit NF4.
+        dtype: what the weights are loaded in otherwise, and memorised in; whole models train badly in 16 bit.
+        max_length: tokens of a row, without the prompt's.
+        bf16: train under bfloat16 autocast.
+    """
+
+    dataset: str
+    model: str
+    task: str = "sentiment"
+    seed: int = 0
+    data_dir: str | None = None
+    retain_dir: str | None = None
+    forget_set: str | None = None
+    limit: int | None = None
+    limit_score: int | None = None
+    memorise: str = "full"
+    memorise_epochs: float = 3
+    memorise_lr: float = 1e-4
+    memorise_batch_size: int = 32
+    label_smoothing: float = 0.0
+    second_question: bool = False
+    load_in_4bit: bool = False
+    dtype: str = "float32"
+    max_length: int = 1024
+    bf16: bool = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on an experiment.
+
+    Args:
+        method: a name of `spul.methods`.
+        carrier: `full`, `lora`, or a prompt type.
+        learning_rate: of unlearning.
+        steps: training steps that see both groups; a method that sees forget rows only takes as many as show it as
+            many forget rows. None counts epochs.
+        epochs: passes over the rows that the method sees, without `steps`.
+        batch_size: rows per step.
+        forget_fraction: share of forget rows in a batch; None mixes as the data are.
+        alpha: weight of the retain term; the method's own unless given.
+        beta: weight of the KL term; the method's own unless given.
+        num_virtual_tokens: p; not used by the other carriers.
+        forget_size: share of the forget set that is trained on.
+        max_grad_norm: gradients are clipped there.
+    """
+
+    method: str
+    carrier: str
+    learning_rate: float
+    steps: int | None = None
+    epochs: float = 10
+    batch_size: int = 32
+    forget_fraction: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    num_virtual_tokens: int = 30
+    forget_size: float = 1.0
+    max_grad_norm: float = 0.3
+
+    def unlearning_method(self) -> Method:
+        """The library's method of that name, on the carrier."""
+        carrier: Any = "prompt" if self.carrier in PROMPT_TYPES else self.carrier
+        return unlearning_method(self.method, carrier, self.alpha, self.beta)
+
+
+def prompt_config(prompt_type: str, num_virtual_tokens: int) -> PeftConfig:
+    """PEFT's config of a prompt type; P-tuning with the paper's encoder of width 128."""
+    if prompt_type == "p_tuning":
+        return PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, encoder_hidden_size=128
+        )
+    if prompt_type == "prefix_tuning":
+        return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
+    return PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"
+    )
+
+
+def model_digest(name: str) -> str | None:
+    """What tells a model from another one of its name: SHA-256 of its weight files, or its commit on the Hub."""
+    if name == SMALL:
+        return None
+    if not Path(name).is_dir():
+        return AutoConfig.from_pretrained(name)._commit_hash
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".bin")):
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def run_settings(run: Run) -> dict[str, Any]:
+    """The settings of a run, with the method's own weights where none were given."""
+    loss = run.unlearning_method().loss
+    settings = dataclasses.asdict(run) | {"alpha": loss.alpha, "beta": loss.beta}
+    if run.carrier not in PROMPT_TYPES:
+        settings["num_virtual_tokens"] = None
+    return {name: value for name, value in settings.items() if name not in ("method", "carrier")}
