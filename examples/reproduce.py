@@ -28,7 +28,6 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +35,7 @@ from typing import Any
 
 from datasets import Dataset
 from experiment import Experiment
-from runs import PROMPT_TYPES, SMALL, TASKS, TOYS, Run, Setup, run_settings
+from runs import PROMPT_TYPES, SMALL, TASKS, TOYS, Run, Runs, Setup
 from tqdm.auto import tqdm
 
 from spul.data import UnlearningData
@@ -48,7 +47,6 @@ from spul.report import (
     draw_tradeoff,
     draw_tsne_coordinates,
     published_rows,
-    read_runs,
     save_figure,
     score_table,
     tsne_coordinates,
@@ -121,44 +119,6 @@ def experiments(args: argparse.Namespace) -> Iterator[Experiment]:
     for model, seed in itertools.product(args.model, args.seeds):
         setup = Setup(**{name: getattr(args, name) for name in shared}, model=model, seed=seed)
         yield Experiment(setup, args.output_dir / "models" / f"{Path(model).name}-{seed}", args.eval_batch_size)
-
-
-def identity(record: dict[str, Any]) -> str:
-    """What a run is known by: all that it was made with."""
-    names = ("dataset", "model", "method", "carrier", "seed", "settings", "setup")
-    return json.dumps([record[name] for name in names], sort_keys=True)
-
-
-class Runs:
-    """The runs in a file, each done once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        found = read_runs(path) if path.exists() else []
-        if path.exists() and not path.read_bytes().endswith(b"\n"):  # interrupted while writing
-            whole = path.with_suffix(".tmp")
-            whole.write_text("".join(json.dumps(run) + "\n" for run in found), encoding="utf-8")
-            os.replace(whole, path)
-        self.known = {identity(run): run for run in found}
-
-    def add(self, records: list[dict[str, Any]]) -> None:
-        """Write runs down."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(record) + "\n" for record in records))  # in one go: all or none
-        self.known.update({identity(record): record for record in records})
-
-    def get(self, experiment: Experiment, run: Run | str) -> list[dict[str, Any]]:
-        """The records of a run, or of a reference row by its name; computed if they are not there."""
-        if isinstance(run, str):
-            wanted = [identity(experiment.record(run, "none", {}, None, {}))]
-        else:
-            names = [run.method] + ([f"{run.method} detached"] if run.carrier in PROMPT_TYPES else [])
-            settings = run_settings(run)
-            wanted = [identity(experiment.record(name, run.carrier, settings, None, {})) for name in names]
-        if not all(key in self.known for key in wanted):
-            self.add([experiment.reference_row(run)] if isinstance(run, str) else experiment.run(run))
-        return [self.known[key] for key in wanted]
 
 
 def compute(args: argparse.Namespace, runs: Runs, what: str) -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
-"""What an experiment is about, and what a run of it is: plain settings, and what tells one from another."""
+"""What an experiment is about, what a run of it is, and the file of runs that are done."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import toy_quiz
 import toy_reviews
@@ -15,6 +17,10 @@ from transformers import AutoConfig
 
 from spul.data import MULTIPLE_CHOICE, QUESTION_ANSWER, SENTIMENT
 from spul.methods import Method, unlearning_method
+from spul.report import read_runs
+
+if TYPE_CHECKING:
+    from experiment import Experiment
 
 TOYS = {"reviews": toy_reviews, "quiz": toy_quiz}
 TASKS = {"sentiment": SENTIMENT, "multiple-choice": MULTIPLE_CHOICE, "question-answer": QUESTION_ANSWER}
@@ -150,3 +156,41 @@ def run_settings(run: Run) -> dict[str, Any]:
     if run.carrier not in PROMPT_TYPES:
         settings["num_virtual_tokens"] = None
     return {name: value for name, value in settings.items() if name not in ("method", "carrier")}
+
+
+def identity(record: dict[str, Any]) -> str:
+    """What a run is known by: all that it was made with."""
+    names = ("dataset", "model", "method", "carrier", "seed", "settings", "setup")
+    return json.dumps([record[name] for name in names], sort_keys=True)
+
+
+class Runs:
+    """The runs in a file, each done once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = read_runs(path) if path.exists() else []
+        if path.exists() and not path.read_bytes().endswith(b"\n"):  # interrupted while writing
+            whole = path.with_suffix(".tmp")
+            whole.write_text("".join(json.dumps(run) + "\n" for run in found), encoding="utf-8")
+            os.replace(whole, path)
+        self.known = {identity(run): run for run in found}
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        """Write runs down."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))  # in one go: all or none
+        self.known.update({identity(record): record for record in records})
+
+    def get(self, experiment: Experiment, run: Run | str) -> list[dict[str, Any]]:
+        """The records of a run, or of a reference row by its name; computed if they are not there."""
+        if isinstance(run, str):
+            wanted = [identity(experiment.record(run, "none", {}, None, {}))]
+        else:
+            names = [run.method] + ([f"{run.method} detached"] if run.carrier in PROMPT_TYPES else [])
+            settings = run_settings(run)
+            wanted = [identity(experiment.record(name, run.carrier, settings, None, {})) for name in names]
+        if not all(key in self.known for key in wanted):
+            self.add([experiment.reference_row(run)] if isinstance(run, str) else experiment.run(run))
+        return [self.known[key] for key in wanted]
