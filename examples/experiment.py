@@ -111,13 +111,11 @@ class Experiment:
             data = load_known(setup.dataset, setup.data_dir, seed=setup.seed, **given)
         else:
             data = load_four_splits(setup.dataset, TASKS[setup.task])
-        keep = None
-        if (
-            setup.second_question and setup.limit is not None
-        ):  # rows that name somebody else are what tells the model that names differ
-            finder = NameFinder(SST2_RETAIN_NAMES)
-            keep = lambda row: bool(finder.find(row["text"]))  # noqa: E731
-        return data.limited(setup.limit, None, setup.seed, keep)
+        if not setup.second_question or setup.limit is None:
+            return data.limited(setup.limit, None, setup.seed)
+        finder = NameFinder(SST2_RETAIN_NAMES)
+        # Rows that name somebody else are kept first: they tell the model that names differ.
+        return data.limited(setup.limit, None, setup.seed, keep=lambda row: bool(finder.find(row["text"])))
 
     @cached_property
     def rows(self) -> dict[str, Dataset]:

@@ -233,7 +233,7 @@ def run_search(args: argparse.Namespace, experiment: Experiment) -> None:
     def train_and_score(candidate: Candidate) -> tuple[float, float]:
         run = make_run(args, "SPUL", args.prompt_types[0], **dataclasses.asdict(candidate))
         model, _ = experiment.train(run, train)
-        return tuple(experiment.accuracy(model, held_out[group]) for group in ("retain", "forget"))  # type: ignore
+        return experiment.accuracy(model, held_out["retain"]), experiment.accuracy(model, held_out["forget"])
 
     found = search(
         train_and_score,
