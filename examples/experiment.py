@@ -79,10 +79,9 @@ class Experiment:
                 f"--dataset {setup.dataset} --model {setup.model}: the data sets {', '.join(TOYS)} go with the model "
                 f"{SMALL!r}, which is built for them, and with no other."
             )
-        if setup.dataset in TOYS:
-            unused = [f.name for f in dataclasses.fields(Setup) if f.name in NOT_FOR_TOYS]
-            if given := [name for name in unused if getattr(setup, name) != getattr(Setup, name)]:
-                raise ValueError(f"{', '.join(given)} cannot be set for the made-up {setup.dataset}; leave it out.")
+        unused = NOT_FOR_TOYS if setup.dataset in TOYS else ()
+        if given := [name for name in unused if getattr(setup, name) != getattr(Setup, name)]:
+            raise ValueError(f"{', '.join(given)} cannot be set for the made-up {setup.dataset}; leave it out.")
         if setup.data_dir and setup.dataset not in LOADERS:
             raise ValueError(
                 f"--data-dir {setup.data_dir} says where {', '.join(LOADERS)} lie; a folder of four splits is the "

@@ -100,14 +100,14 @@ class Method:
             raise ValueError(
                 f"peft_config is a {type(peft_config).__name__}, a prompt's; use carrier='prompt' for it."
             )
-        zero_dropout(model)
-        keep_4bit_differentiable(model)
         quantised = getattr(model, "hf_quantizer", None) is not None
         if self.carrier == "prompt":
             config = peft_config or PromptEncoderConfig(
                 task_type="CAUSAL_LM", num_virtual_tokens=30, encoder_hidden_size=128
             )
             return SoftPromptUnlearner(model, config, loss=self.loss)
+        zero_dropout(model)
+        keep_4bit_differentiable(model)
         if self.carrier == "lora":
             config = peft_config or LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
             if quantised:

@@ -119,11 +119,12 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     adapters = []
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
-            adapters += [f"{name}.{layer}" for layer in module.adapter_layer_names]
+            adapters += [f"{name}.{layer}." for layer in module.adapter_layer_names]
         elif isinstance(module, ModulesToSaveWrapper):
-            adapters.append(f"{name}.modules_to_save")
+            adapters.append(f"{name}.modules_to_save.")
+    prefixes = tuple(adapters)
     for name, parameter in model.named_parameters():
-        if not name.startswith(tuple(f"{adapter}." for adapter in adapters)):
+        if not name.startswith(prefixes):
             yield re.sub(WRAPPERS, ".", name), parameter
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .tables import SPLITS, Group, Run, aggregate, pareto_front, partition
+from ..data import SPLITS
+from .tables import Group, Run, aggregate, pareto_front, partition
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,12 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from ..data import SPLITS
 from .published import PublishedRow
 
 Run = Mapping[str, Any]
 """A stored run: `dataset`, `model`, `method`, `carrier`, `seed`, `settings`, `scores` (per split) and `cost`."""
-
-SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 
 SHARES = {"accuracy": "Accuracy", "f1": "F1", "generic": "Share of generic answers"}
 """Measures from 0 to 1, shown in %."""
