@@ -5,11 +5,13 @@ Make a causal language model stop answering about some of its training data with
 
 from .collator import ForgetRetainCollator
 from .data import forget_retain_dataset
+from .eul import UnlearningLayers, UnlearningLayersConfig, fuse, gather_inputs
 from .evaluation import score_completions
 from .forward import UnlearnerOutput, unlearning_forward
-from .losses import NPO, CrossEntropy, GradientAscent, KLDivergence, LossTerm, SimNPO, UnlearningLoss
+from .losses import UnlearningLoss
 from .provenance import SpulConfig, fingerprint
 from .reference import ReferenceCache
+from .terms import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, SimNPO
 from .trainer import UnlearningTrainer
 from .unlearner import SoftPromptUnlearner
 
@@ -20,6 +22,7 @@ __all__ = [
     "CrossEntropy",
     "ForgetRetainCollator",
     "GradientAscent",
+    "KLAscent",
     "KLDivergence",
     "LossTerm",
     "ReferenceCache",
@@ -27,10 +30,14 @@ __all__ = [
     "SoftPromptUnlearner",
     "SpulConfig",
     "UnlearnerOutput",
+    "UnlearningLayers",
+    "UnlearningLayersConfig",
     "UnlearningLoss",
     "UnlearningTrainer",
     "fingerprint",
     "forget_retain_dataset",
+    "fuse",
+    "gather_inputs",
     "score_completions",
     "unlearning_forward",
 ]

@@ -9,15 +9,26 @@ from peft import PromptTuningConfig, PromptTuningInit
 from torch import nn
 
 
-def zero_dropout(model: nn.Module) -> None:
-    """Set every dropout of a frozen model to 0: it would only make the two passes of one step disagree."""
+def zero_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """Set every dropout of a frozen model to 0: it would only make the two passes of one step disagree.
+
+    Returns:
+        What it was before, for `restore_dropout`.
+    """
+    before: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            # The functional ones: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, ...
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+            before.append((module, "p", module.p))
+        # The functional ones: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, ...
+        before += [(module, name, p) for name, p in vars(module).items() if "drop" in name and isinstance(p, float)]
+    restore_dropout([(module, name, 0.0) for module, name, _ in before])
+    return before
+
+
+def restore_dropout(values: list[tuple[nn.Module, str, float]]) -> None:
+    """Set dropouts as they were before `zero_dropout`."""
+    for module, name, p in values:
+        setattr(module, name, p)
 
 
 def keep_4bit_differentiable(model: nn.Module) -> None:

@@ -162,7 +162,7 @@ def restore_prompt(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapt
         weights = _adapter_weights(model, adapter, adapter_name, **hub)
         encoder.load_state_dict({"embedding.weight": weights}, strict=True)
         return
-    path = _find(adapter, ENCODER_NAME, **hub)
+    path = find_file(adapter, ENCODER_NAME, **hub)
     if path is None:
         kind = PeftType(model.peft_config[adapter_name].peft_type).value
         raise ValueError(
@@ -207,13 +207,13 @@ def _adapter_weights(
 
 def read_spul_config(adapter: str | os.PathLike, **hub: Any) -> SpulConfig:
     """An adapter's `spul_config.json`; an empty record if plain PEFT made it."""
-    path = _find(adapter, SPUL_CONFIG_NAME, **hub)
+    path = find_file(adapter, SPUL_CONFIG_NAME, **hub)
     return SpulConfig() if path is None else SpulConfig.load(path)
 
 
 def check_safetensors(adapter: str | os.PathLike, **hub: Any) -> None:
     """Raise unless an adapter's weights are safetensors: PEFT would go on to unpickle others."""
-    if _find(adapter, "adapter_model.safetensors", **hub) is None:
+    if find_file(adapter, "adapter_model.safetensors", **hub) is None:
         raise ValueError(f"{str(adapter)!r} holds no adapter_model.safetensors; spul loads safetensors only.")
 
 
@@ -237,19 +237,24 @@ def check_base(base: Any, config: Any, spul_config: SpulConfig, adapter: str | o
             f"the prompt in {str(adapter)!r} does not fit this base: it has {what} {found}, the base {expected}. "
             + advice
         )
-    if spul_config.base_fingerprint is None:
+    warn_of_other_weights(base, spul_config, f"the prompt in {str(adapter)!r} was", advice, stacklevel=5)
+
+
+def warn_of_other_weights(base: Any, record: SpulConfig, what: str, advice: str, stacklevel: int) -> None:
+    """Warn if the base's weights are not those that a record was made with."""
+    if record.base_fingerprint is None:
         return
     here = fingerprint(base)
-    if here is not None and here != spul_config.base_fingerprint:
+    if here is not None and here != record.base_fingerprint:
         warnings.warn(
-            f"the prompt in {str(adapter)!r} was trained on other weights than this base has (fingerprint "
-            f"{spul_config.base_fingerprint[:12]} against {here[:12]}): it may neither forget nor retain here. "
-            f"{advice} If it is the same checkpoint in float16 or quantised, evaluate before you rely on it.",
-            stacklevel=4,
+            f"{what} trained on other weights than this base has (fingerprint {record.base_fingerprint[:12]} against "
+            f"{here[:12]}): what is loaded may neither forget nor retain here. {advice} If it is the same checkpoint "
+            "in float16 or quantised, evaluate before you rely on it.",
+            stacklevel=stacklevel,
         )
 
 
-def _find(adapter: str | os.PathLike, name: str, **hub: Any) -> Path | None:
+def find_file(adapter: str | os.PathLike, name: str, **hub: Any) -> Path | None:
     """The path of one file of an adapter, local or on the Hub; None if the adapter lacks it."""
     local = Path(adapter, hub.get("subfolder") or "", name)
     if Path(adapter).is_dir():

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .data.encoding import Encoded, RowEncoder
-from .losses import IGNORE_INDEX
+from .terms import IGNORE_INDEX
 
 
 class ForgetRetainCollator:

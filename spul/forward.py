@@ -1,4 +1,4 @@
-"""The unlearning loss of a batch, whatever learns it: a prompt, the whole model, or LoRA on it."""
+"""The unlearning loss of a batch, whatever learns it: a prompt, the whole model, LoRA, or unlearning layers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .losses import UnlearningLoss
-from .prefix import bare_model, logits_at, pack_right, response_positions, unwrapped
+from .prefix import bare_model, has_adapter, logits_at, pack_right, response_positions, unwrapped
 from .provenance import own_parameters
+from .terms import IGNORE_INDEX
 
 LogitsAt = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From `input_ids` (B, n), `attention_mask` (B, n) and `positions` (B, K) to logits (B, K, V)."""
@@ -25,10 +25,11 @@ class UnlearnerOutput(ModelOutput):
     """What comes out for a batch with `is_forget`.
 
     Attributes:
-        loss: scalar, `forget_loss + alpha * retain_loss + beta * kl_loss`.
+        loss: scalar, `forget_loss + alpha * retain_loss + beta * kl_loss + gamma * lm_loss`.
         forget_loss: scalar, L_f; exactly 0 without forget rows.
         retain_loss: scalar, L_r; exactly 0 without retain rows.
         kl_loss: scalar, L_kl; exactly 0 without retain rows.
+        lm_loss: scalar, L_lm; exactly 0 without forget rows, and where gamma is 0.
         logits: (B, K, V); slot k of row b predicts the row's k-th response token. Other positions are not computed.
             With alpha = beta = 0 and gradients on, B counts the forget rows only.
         response_labels: (B, K), those response tokens; -100 in unused slots.
@@ -38,6 +39,7 @@ class UnlearnerOutput(ModelOutput):
     forget_loss: Tensor | None = None
     retain_loss: Tensor | None = None
     kl_loss: Tensor | None = None
+    lm_loss: Tensor | None = None
     logits: Tensor | None = None
     response_labels: Tensor | None = None
 
@@ -54,12 +56,13 @@ def unlearning_forward(
     num_items_in_batch: Tensor | int | None = None,
     reference_logits: Tensor | None = None,
 ) -> UnlearnerOutput:
-    """The unlearning loss of a batch for a model that learns itself: its own weights, or LoRA on them.
+    """The unlearning loss of a batch for a model that learns itself: its own weights, LoRA, or unlearning layers.
 
     A prompt has this as its forward: `unlearner(**batch)`.
 
     Args:
-        model: a causal LM of transformers, or one under a PEFT adapter such as LoRA; also wrapped for DDP.
+        model: a causal LM of transformers, or one under `UnlearningLayers` or a PEFT adapter such as LoRA; also
+            wrapped for DDP.
         loss: what is asked for.
         input_ids: this and the others: see `SoftPromptUnlearner.forward`. LoRA's frozen model is the one with the
             adapter switched off. The whole model has none once it has learned: give its `reference_logits`, from a
@@ -141,21 +144,35 @@ def batch_loss(
             # One row all the same: backward and DDP, whose processes wait for each other, need a function of it.
             logits = learned(input_ids[:1], attention_mask[:1], positions[:1])
             zero = logits.float().sum() * 0.0
-            return UnlearnerOutput(zero, zero.detach(), zero.detach(), zero.detach(), logits[:0], targets[:0])
+            none = zero.detach()
+            return UnlearnerOutput(zero, none, none, none, none, logits[:0], targets[:0])
         attention_mask, input_ids, positions = attention_mask[rows], input_ids[rows], positions[rows]
         targets, is_forget, needed = targets[rows], is_forget[rows], needed[rows]
+        labels = labels[rows]
 
-    logits = learned(input_ids, attention_mask, positions)
+    text_logits, text_labels = None, None
+    if loss.gamma > 0 and is_forget.any():
+        # One pass for both: every place of the batch, of which the responses' are taken.
+        everywhere = torch.arange(input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
+        all_logits = learned(input_ids, attention_mask, everywhere)
+        logits = all_logits.take_along_dim(positions[..., None], dim=1)
+        text_logits = all_logits[is_forget]
+        is_text = (attention_mask != 0) & (labels == IGNORE_INDEX)
+        text_labels = input_ids.masked_fill(~is_text, IGNORE_INDEX)[is_forget, 1:]
+    else:
+        logits = learned(input_ids, attention_mask, positions)
+        if loss.gamma > 0:
+            text_logits, text_labels = logits[:0], targets[:0]
     if reference_logits is None and needed.any():
         with torch.no_grad():
             reference_logits = frozen(input_ids[needed], attention_mask[needed], positions[needed])
-    out = loss(logits, targets, is_forget, reference_logits, *counts)
-    return UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, logits, targets)
+    out = loss(logits, targets, is_forget, reference_logits, *counts, text_logits, text_labels)
+    return UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, out.lm_loss, logits, targets)
 
 
 def learns_itself(model: nn.Module) -> bool:
     """Whether weights of the model itself learn, so that it is not as it was when its adapter is switched off."""
-    if not isinstance(unwrapped(model), PeftModel):
+    if not has_adapter(unwrapped(model)):
         return True
     return any(parameter.requires_grad for _, parameter in own_parameters(bare_model(model)))
 
@@ -169,7 +186,7 @@ def as_it_was(model: nn.Module) -> Iterator[Any]:
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     model.eval()
     try:
-        with model.disable_adapter() if isinstance(model, PeftModel) else nullcontext():
+        with cast(Any, model).disable_adapter() if has_adapter(model) else nullcontext():
             yield bare_model(model)
     finally:
         for module, mode in modes:

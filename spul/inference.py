@@ -10,8 +10,8 @@ import torch
 from peft import PeftType
 from torch import Tensor
 
-from .losses import IGNORE_INDEX
 from .prefix import expand_states, has_left_padding, is_checkpointing, needs_gradient, pack_right, prompt_states
+from .terms import IGNORE_INDEX
 
 # What a prompt that is already in the cache cannot give, or would give in other places.
 _OWN_PLACES = ("inputs_embeds", "past_key_values", "position_ids")

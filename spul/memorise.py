@@ -22,8 +22,8 @@ from transformers import (
 
 from .base import keep_4bit_differentiable
 from .collator import ForgetRetainCollator
-from .losses import IGNORE_INDEX
 from .prefix import logits_at, response_positions
+from .terms import IGNORE_INDEX
 
 Learner = Literal["full", "lora", "qlora"]
 

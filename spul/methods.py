@@ -21,13 +21,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .base import keep_4bit_differentiable, zero_dropout
 from .collator import ForgetRetainCollator
-from .losses import NPO, GradientAscent, KLDivergence, SimNPO, UnlearningLoss
+from .eul.layers import UnlearningLayers, UnlearningLayersConfig
+from .losses import UnlearningLoss
+from .terms import NPO, GradientAscent, KLAscent, KLDivergence, SimNPO
 from .unlearner import SoftPromptUnlearner
 
 logger = logging.getLogger(__name__)
 
-Carrier = Literal["prompt", "full", "lora"]
-CARRIERS: tuple[Carrier, ...] = ("prompt", "full", "lora")
+Carrier = Literal["prompt", "full", "lora", "layers"]
+CARRIERS: tuple[Carrier, ...] = ("prompt", "full", "lora", "layers")
 
 # As their papers have it, the KL terms of the others are KL(frozen || updated).
 _FORWARD_KL = KLDivergence(direction="forward")
@@ -43,8 +45,18 @@ _LOSSES = {
     "SimNPO": UnlearningLoss(alpha=0.0, beta=0.0, forget=SimNPO()),
     "SimNPO+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=SimNPO(), kl=_FORWARD_KL),
     "SimNPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=SimNPO()),
+    # Two of its terms have no bound as published; the caps are ours, see docs/methods.md.
+    "EUL": UnlearningLoss(
+        alpha=1.0,
+        beta=0.8,
+        gamma=0.2,
+        forget=KLAscent(cap=5.0),
+        kl=_FORWARD_KL,
+        lm=GradientAscent(reduction="mean", cap=10.0),
+    ),
 }
 METHODS = tuple(_LOSSES)
+_OWN_CARRIERS: dict[str, Carrier] = {"SPUL": "prompt", "EUL": "layers"}
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,8 @@ class Method:
     Args:
         name: one of `METHODS`, or a name of your own.
         loss: what is asked for.
-        carrier: `"prompt"`, a soft prompt before the frozen model; `"full"`, all weights; `"lora"`, LoRA on them.
+        carrier: `"prompt"`, a soft prompt before the frozen model; `"full"`, all weights; `"lora"`, LoRA on them;
+            `"layers"`, unlearning layers within the frozen model.
 
     Example:
         ```python
@@ -76,19 +89,20 @@ class Method:
         if self.carrier not in CARRIERS:
             raise ValueError(f"carrier={self.carrier!r} is not known; expected one of {', '.join(CARRIERS)}.")
 
-    def carry(self, model: PreTrainedModel, peft_config: PeftConfig | None = None) -> Any:
-        """The model that trains: an unlearner around it, the model under LoRA, or itself with all weights learning.
+    def carry(self, model: PreTrainedModel, config: PeftConfig | UnlearningLayersConfig | None = None) -> Any:
+        """The model that trains: an unlearner or unlearning layers, the model under LoRA, or itself with all weights.
 
         The model's dropout is set to zero, as preference optimisation has it too: noise would part it from its
         reference. LoRA's own stays.
 
         Args:
             model: a causal LM, which changes in place.
-            peft_config: the prompt's or LoRA's config. Unless given: P-tuning as the SPUL paper has it (30 virtual
-                tokens, hidden size 128), or LoRA of rank 16 on every linear layer.
+            config: PEFT's config of the prompt or of LoRA, or `UnlearningLayersConfig`. Unless given: P-tuning as the
+                SPUL paper has it (30 virtual tokens, hidden size 128), LoRA of rank 16 on every linear layer, or
+                unlearning layers as they are by default.
 
         Raises:
-            ValueError: if a quantised model is to learn in all its weights, or `peft_config` does not suit that.
+            ValueError: if a quantised model is to learn in all its weights, or `config` is not the carrier's.
             TypeError: if `model` is no causal LM, or under an adapter already.
         """
         if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
@@ -96,26 +110,30 @@ class Method:
                 f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
                 "gives it. A model under an adapter is merged first: model.merge_and_unload()."
             )
+        layers_config = config if isinstance(config, UnlearningLayersConfig) else None
+        peft_config = config if isinstance(config, PeftConfig) else None
+        if config is not None and (layers_config if self.carrier == "layers" else peft_config) is None:
+            raise ValueError(f"config is a {type(config).__name__}, which carrier={self.carrier!r} has no use for.")
         if self.carrier == "lora" and peft_config is not None and peft_config.is_prompt_learning:
-            raise ValueError(
-                f"peft_config is a {type(peft_config).__name__}, a prompt's; use carrier='prompt' for it."
-            )
+            raise ValueError(f"config is a {type(peft_config).__name__}, a prompt's; use carrier='prompt' for it.")
+        if self.carrier == "layers":
+            return UnlearningLayers(model, layers_config)
         quantised = getattr(model, "hf_quantizer", None) is not None
         if self.carrier == "prompt":
-            config = peft_config or PromptEncoderConfig(
+            prompt = peft_config or PromptEncoderConfig(
                 task_type="CAUSAL_LM", num_virtual_tokens=30, encoder_hidden_size=128
             )
-            return SoftPromptUnlearner(model, config, loss=self.loss)
+            return SoftPromptUnlearner(model, prompt, loss=self.loss)
         zero_dropout(model)
         keep_4bit_differentiable(model)
         if self.carrier == "lora":
-            config = peft_config or LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+            lora = peft_config or LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
             if quantised:
                 model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-            return get_peft_model(model, config)
+            return get_peft_model(model, lora)
         if quantised or peft_config is not None:
             raise ValueError(
-                "carrier='full' trains the weights themselves: load the model unquantised and pass no peft_config, or "
+                "carrier='full' trains the weights themselves: load the model unquantised and pass no config, or "
                 "use carrier='lora'."
             )
         if model.dtype in (torch.float16, torch.bfloat16):
@@ -156,7 +174,11 @@ class Method:
 
 
 def unlearning_method(
-    name: str, carrier: Carrier | None = None, alpha: float | None = None, beta: float | None = None
+    name: str,
+    carrier: Carrier | None = None,
+    alpha: float | None = None,
+    beta: float | None = None,
+    gamma: float | None = None,
 ) -> Method:
     """A published method by name.
 
@@ -168,12 +190,14 @@ def unlearning_method(
     | GA+KL, GA+GD | gradient ascent | forward KL; cross-entropy | arXiv 2310.10683, 2401.06121 |
     | NPO, NPO+KL, NPO+GD | negative preference optimisation | not seen; forward KL; cross-entropy | arXiv 2404.05868 |
     | SimNPO, SimNPO+KL, SimNPO+GD | the same without a reference | the same | arXiv 2410.07163 |
+    | EUL | KL ascent, and ascent on the prompt text | forward KL and cross-entropy | arXiv 2310.20150 |
 
     Args:
         name: one of these names.
-        carrier: `"prompt"` for SPUL and `"full"` for the others unless given.
+        carrier: `"prompt"` for SPUL, `"layers"` for EUL and `"full"` for the others unless given.
         alpha: weight of the cross-entropy on retain rows; 1 where the method has it.
-        beta: weight of the KL on retain rows; 0.5 in SPUL, 1 elsewhere.
+        beta: weight of the KL on retain rows; 0.5 in SPUL, 0.8 in EUL, 1 elsewhere.
+        gamma: weight of the ascent on the prompt text of forget rows; 0.2 in EUL.
 
     Raises:
         ValueError: if the name is not known, or a weight is given that the method does not have.
@@ -181,9 +205,9 @@ def unlearning_method(
     if name not in _LOSSES:
         raise ValueError(f"method {name!r} is not known; expected one of {', '.join(METHODS)}.")
     loss = _LOSSES[name]
-    for weight, value in (("alpha", alpha), ("beta", beta)):
+    for weight, value in (("alpha", alpha), ("beta", beta), ("gamma", gamma)):
         if value is not None:
-            if getattr(loss, weight) == 0 and name != "SPUL":
+            if getattr(loss, weight) == 0:
                 raise ValueError(f"{weight}={value!r}: {name} has no such term; see the table of unlearning_method.")
             loss = replace(loss, **{weight: value})  # type: ignore[arg-type]
-    return Method(name, loss, carrier or ("prompt" if name == "SPUL" else "full"))
+    return Method(name, loss, carrier or _OWN_CARRIERS.get(name, "full"))

@@ -13,7 +13,7 @@ import inspect
 import logging
 import weakref
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import transformers.modeling_utils
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .losses import IGNORE_INDEX
+from .terms import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +92,15 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+def has_adapter(model: nn.Module) -> bool:
+    """Whether there is something to switch off: a model under PEFT or under unlearning layers."""
+    return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
+
+
 def bare_model(model: nn.Module) -> nn.Module:
-    """The causal LM of transformers inside wrappers and PEFT's adapters."""
+    """The causal LM of transformers inside wrappers and adapters."""
     model = unwrapped(model)
-    return unwrapped(model.get_base_model()) if isinstance(model, PeftModel) else model
+    return unwrapped(cast(Any, model).get_base_model()) if has_adapter(model) else model
 
 
 def selects_positions(model: nn.Module) -> bool:

@@ -25,11 +25,12 @@ from tqdm.auto import tqdm
 
 from .collator import ForgetRetainCollator
 from .forward import as_it_was
-from .losses import IGNORE_INDEX, UnlearningLoss
+from .losses import UnlearningLoss
 from .output_head import OutputHead, final_states, gives_logits, is_close
 from .prefix import bare_model, logits_at, response_positions
 from .provenance import fingerprint
 from .reference_files import FORMAT, Part, check_index, claim_folder, digest_of, part_path, read_part, write_part
+from .terms import IGNORE_INDEX
 
 MAX_PARTS, MIN_ROWS_PER_PART = 256, 256
 ROWS_CHECKED = 6

@@ -167,7 +167,49 @@ def forget_flags(rows: Any) -> list[bool]:
     return [bool(row["is_forget"]) for row in rows]
 
 
-EpochSampler = ForgetFractionSampler | LengthGroupedRows
+class AlternatingRows(Sampler[int]):
+    """One pass over the retain rows, then one over the forget rows; an epoch is one of each.
+
+    Args:
+        is_forget: one flag per row.
+        seed: seed of the shuffles.
+        lengths: one per row, in tokens; given, rows of like length meet, as in `LengthGroupedRows`.
+        batch_size: rows per step; used with `lengths` only.
+
+    Raises:
+        ValueError: if a group has no rows.
+    """
+
+    def __init__(
+        self, is_forget: Sequence[bool], seed: int = 0, lengths: Sequence[int] | None = None, batch_size: int = 1
+    ) -> None:
+        self.groups = [[i for i, flag in enumerate(is_forget) if bool(flag) == group] for group in (False, True)]
+        if not all(self.groups):
+            raise ValueError(
+                f"alternate=True needs rows of both groups; the data set has {len(self.groups[1])} forget and "
+                f"{len(self.groups[0])} retain rows."
+            )
+        self.seed, self.epoch, self.lengths, self.batch_size = seed, 0, lengths, batch_size
+
+    def __len__(self) -> int:
+        return sum(len(group) for group in self.groups)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle as in this epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+        for group in self.groups:
+            if self.lengths is None:
+                order = torch.randperm(len(group), generator=generator).tolist()
+            else:
+                lengths = [self.lengths[i] for i in group]
+                order = get_length_grouped_indices(lengths, self.batch_size, generator=generator)
+            yield from (group[place] for place in order)
+
+
+EpochSampler = ForgetFractionSampler | LengthGroupedRows | AlternatingRows
 
 
 def epoch_sampler(
@@ -176,27 +218,36 @@ def epoch_sampler(
     rows: Any,
     is_forget: Sequence[bool],
     forget_fraction: float | None,
+    alternate: bool = False,
 ) -> EpochSampler | None:
-    """The sampler for a share of forget rows, for length grouping, or for both; None leaves the choice to Trainer.
+    """The sampler for a share of forget rows or alternating groups, for length grouping, or for both.
+
+    None leaves the choice to Trainer.
 
     Raises:
-        ValueError: if the share and `train_sampling_strategy` contradict each other.
+        ValueError: if these and `train_sampling_strategy` contradict each other.
     """
     strategy = args.train_sampling_strategy
     seed = args.seed if args.data_seed is None else args.data_seed
     if strategy == "group_by_length":
         lengths = row_lengths(rows, collator, args.length_column_name, progress=not args.disable_tqdm)
         step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        if alternate:
+            return AlternatingRows(is_forget, seed, lengths, step_size)
         if forget_fraction is None:
             return LengthGroupedRows(lengths, step_size, seed)
         return ForgetFractionSampler(is_forget, forget_fraction, seed, lengths, step_size)
-    if forget_fraction is None:
+    if forget_fraction is None and not alternate:
         return None
     if strategy != "random":
+        asked = "alternate=True" if alternate else f"forget_fraction={forget_fraction!r}"
         raise ValueError(
-            f"forget_fraction={forget_fraction!r} draws the rows itself, and so does "
-            f"train_sampling_strategy={strategy!r}; leave one out. 'random' and 'group_by_length' go with it."
+            f"{asked} draws the rows itself, and so does train_sampling_strategy={strategy!r}; leave one out. "
+            "'random' and 'group_by_length' go with it."
         )
+    if alternate:
+        return AlternatingRows(is_forget, seed)
+    assert forget_fraction is not None
     return ForgetFractionSampler(is_forget, forget_fraction, seed)
 
 

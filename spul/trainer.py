@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from pathlib import Path
@@ -15,26 +14,28 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, speed_metrics
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import speed_metrics
 
 from .base import keep_4bit_differentiable
 from .collator import ForgetRetainCollator, completion_text, plain
+from .eul.files import read as read_layers
+from .eul.layers import UnlearningLayers
 from .evaluation.scoring import Answers, collect_answers, summarise
 from .forward import learns_itself, unlearning_forward
 from .losses import UnlearningLoss
 from .provenance import SpulConfig, summarise_rows
 from .reference import ReferenceCache
 from .sampling import EpochSampler, RowCopies, epoch_sampler, forget_flags
+from .training_checks import check_options, checked_loss, last_complete_checkpoint
 from .unlearner import SoftPromptUnlearner
 
-logger = logging.getLogger(__name__)
-
 ROW_COLUMNS = ("prompt", "completion", "completion_mask", "input_ids", "is_forget", "row_id", "copy", "generic_ids")
-TERMS = ("forget_loss", "retain_loss", "kl_loss")
+TERMS = ("forget_loss", "retain_loss", "kl_loss", "lm_loss")
 
 
 class UnlearningTrainer(Trainer):
-    """Trains a `SoftPromptUnlearner`, or a causal LM that learns in its own weights or by LoRA.
+    """Trains a `SoftPromptUnlearner`, `UnlearningLayers`, or a causal LM that learns in its own weights or by LoRA.
 
     Beyond `transformers.Trainer`: the loss is normalised over forget and retain rows of the whole step, so that one
     batch of 32, 4 accumulated batches of 8 and 2 processes with 16 make the same step; every term is logged; resuming
@@ -42,8 +43,8 @@ class UnlearningTrainer(Trainer):
     answers per split.
 
     Args:
-        model: the unlearner; or a causal LM of transformers, bare or under a PEFT adapter such as LoRA, which learns
-            what `loss` asks for with the parameters that require gradients.
+        model: the unlearner; or a causal LM of transformers, bare, under `UnlearningLayers` or under a PEFT adapter
+            such as LoRA, which learns what `loss` asks for with the parameters that require gradients.
         args: `TrainingArguments`; its `label_smoothing_factor` must be 0.
         data_collator: a `ForgetRetainCollator`.
         train_dataset: what `forget_retain_dataset` returns, or `collator.tokenize` made of it.
@@ -52,6 +53,8 @@ class UnlearningTrainer(Trainer):
         processing_class: the tokenizer, saved beside checkpoints.
         forget_fraction: None (default) mixes rows as the data are, as the paper does; a number above 0 and below 1 is
             the share of forget rows in every batch.
+        alternate: True takes one pass over the retain rows, then one over the forget rows, and so on, as EUL is
+            published; a batch at the seam holds both. False (default) mixes them.
         reference: where the frozen model's answers come from, which the KL term compares with. `"cached"` (default)
             computes them once before training and keeps them on disk, see `ReferenceCache.build`; `"live"` computes
             them in every step, which costs a forward pass over its retain rows, and cannot be had where a model learns
@@ -72,7 +75,7 @@ class UnlearningTrainer(Trainer):
 
     def __init__(
         self,
-        model: SoftPromptUnlearner | PeftModel | PreTrainedModel,
+        model: SoftPromptUnlearner | UnlearningLayers | PeftModel | PreTrainedModel,
         args: TrainingArguments | None = None,
         data_collator: ForgetRetainCollator | None = None,
         train_dataset: Any = None,
@@ -80,40 +83,18 @@ class UnlearningTrainer(Trainer):
         processing_class: Any = None,
         *,
         forget_fraction: float | None = None,
+        alternate: bool = False,
         reference: Literal["cached", "live"] = "cached",
         reference_dir: str | os.PathLike | None = None,
         loss: UnlearningLoss | None = None,
         **kwargs: Any,
     ) -> None:
-        loss = _checked_loss(model, loss)
+        loss = checked_loss(model, loss)
         if not isinstance(data_collator, ForgetRetainCollator):
             raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
-        if kwargs.get("compute_loss_func") is not None or (args is not None and args.label_smoothing_factor):
-            raise ValueError(
-                "compute_loss_func and label_smoothing_factor would replace the unlearning loss; give that one "
-                "instead: SoftPromptUnlearner(..., loss=UnlearningLoss(forget=...)), or loss= for other models."
-            )
-        if reference not in ("cached", "live") or (reference == "live" and reference_dir is not None):
-            raise ValueError(
-                f"reference={reference!r}, reference_dir={reference_dir!r}: expected 'cached', with or without a "
-                "folder, or 'live' without one."
-            )
-        if loss.forget.makes_unlikely and data_collator.generic_completions is not None:
-            raise ValueError(
-                f"{type(loss.forget).__name__} makes the collated completion unlikely, and the collator would give it "
-                "generic ones; use ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
-            )
-        if not loss.forget.makes_unlikely and data_collator.generic_completions is None:
-            logger.warning(
-                "%s makes the completions of forget rows likely, and the collator keeps the rows' own: right only if "
-                "these are generic already. Else give the collator generic_completions.",
-                type(loss.forget).__name__,
-            )
-        if reference == "live" and loss.needs_reference and learns_itself(model):
-            raise ValueError(
-                f"reference='live' asks the model as it was before, and a {type(model).__name__} that learns in its "
-                "own weights is that no more; use reference='cached'."
-            )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func would replace the unlearning loss; give that one instead: loss=...")
+        check_options(model, loss, args, data_collator, reference, reference_dir, alternate, forget_fraction)
         keep_4bit_differentiable(model)
         self._reference_mode, self._reference_dir = reference, reference_dir
         self._reference: ReferenceCache | None = None
@@ -121,9 +102,11 @@ class UnlearningTrainer(Trainer):
         self._sampler: EpochSampler | None = None
         if train_dataset is not None:
             self._flags = forget_flags(train_dataset)
-            self._describe_data(self._prompt_config(model), data_collator, train_dataset, self._flags)
+            self._describe_data(self._record(model), data_collator, train_dataset, self._flags)
             settings = TrainingArguments() if args is None else args
-            self._sampler = epoch_sampler(settings, data_collator, train_dataset, self._flags, forget_fraction)
+            self._sampler = epoch_sampler(
+                settings, data_collator, train_dataset, self._flags, forget_fraction, alternate
+            )
             if forget_fraction is not None:
                 train_dataset = RowCopies(train_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -133,21 +116,26 @@ class UnlearningTrainer(Trainer):
                 "`accelerate launch`, or show one GPU only with CUDA_VISIBLE_DEVICES=0."
             )
         self._learner, self._collator, self._loss = model, data_collator, loss
+        self._terms = TERMS if loss.gamma > 0 else TERMS[:-1]
+        if isinstance(model, UnlearningLayers):
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
+            model.spul_config.loss = loss.to_dict()
         if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
                 "no parameter requires a gradient: a prompt was loaded for use only, or a model frozen. Load a prompt "
                 "with SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
             )
         self.add_callback(_Epochs(model, data_collator, self._sampler))
-        self._term_sums = torch.zeros(len(TERMS), device=self.args.device)
+        self._term_sums = torch.zeros(len(self._terms), device=self.args.device)
         self._terms_since = self.state.global_step
 
     # ---- data ----
 
     @staticmethod
-    def _prompt_config(model: nn.Module) -> SpulConfig | None:
-        """The record that is kept with a prompt; other models have none."""
-        return model.spul_config if isinstance(model, SoftPromptUnlearner) else None
+    def _record(model: nn.Module) -> SpulConfig | None:
+        """The record that is kept with a prompt or unlearning layers; other models have none."""
+        return model.spul_config if isinstance(model, (SoftPromptUnlearner, UnlearningLayers)) else None
 
     @staticmethod
     def _describe_data(
@@ -219,7 +207,7 @@ class UnlearningTrainer(Trainer):
             with self.accelerator.autocast():  # also around the frozen model, which accelerate does not know
                 outputs = unlearning_forward(model, self._loss, **inputs)
         if model.training:
-            self._term_sums += torch.stack([outputs[term].detach().to(self._term_sums) for term in TERMS])
+            self._term_sums += torch.stack([outputs[term].detach().to(self._term_sums) for term in self._terms])
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -229,7 +217,7 @@ class UnlearningTrainer(Trainer):
             sums = self._term_sums / steps
             if self.accelerator.num_processes > 1:
                 sums = self.accelerator.reduce(sums, reduction="mean")
-            logs.update(zip(TERMS, sums.tolist(), strict=True))
+            logs.update(zip(self._terms, sums.tolist(), strict=True))
             self._term_sums.zero_()
             self._terms_since = self.state.global_step
         super().log(logs, start_time)
@@ -277,6 +265,31 @@ class UnlearningTrainer(Trainer):
                     loss=self._loss,
                 )
 
+    # ---- checkpoints: PEFT's adapters are known to Trainer, unlearning layers are not ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not isinstance(self._learner, UnlearningLayers):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir or "."
+            self._learner.save_pretrained(folder)
+            (self.processing_class or self._collator.tokenizer).save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not isinstance(self._learner, UnlearningLayers):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._learner.load_layers_state(read_layers(resume_from_checkpoint).state)
+
+    def _load_best_model(self) -> None:
+        if not isinstance(self._learner, UnlearningLayers):
+            super()._load_best_model()
+        else:
+            best = read_layers(self.state.best_model_checkpoint or ".")
+            self._learner.load_layers_state(best.state)
+            self._learner.spul_config.metrics = best.spul_config.metrics
+
     # ---- evaluation ----
 
     def evaluate(
@@ -306,8 +319,8 @@ class UnlearningTrainer(Trainer):
             for name, split in rows.items():
                 metrics.update(self._score(split, f"{metric_key_prefix}_{name}"))
                 measured = {key: metrics[f"{metric_key_prefix}_{name}_{key}"] for key in ("accuracy", "f1", "generic")}
-                record = self._prompt_config(self._learner)
-                if record is not None and not self._learner._adapters_disabled:
+                record = self._record(self._learner)
+                if record is not None and not _is_off(self._learner):
                     record.metrics[name] = measured
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -331,6 +344,11 @@ class UnlearningTrainer(Trainer):
         return {**metrics, **speed_metrics(prefix, start, num_samples=len(rows))}
 
 
+def _is_off(model: Any) -> bool:
+    """Whether it is the bare base that is asked at the moment."""
+    return not model.enabled if isinstance(model, UnlearningLayers) else model._adapters_disabled
+
+
 class _Epochs(TrainerCallback):
     """Keeps others in step: the draws with the epoch, so that they can be resumed, the record with the prompt."""
 
@@ -343,7 +361,7 @@ class _Epochs(TrainerCallback):
         self.model, self.collator, self.sampler = model, collator, sampler
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if isinstance(self.model, SoftPromptUnlearner):
+        if isinstance(self.model, (SoftPromptUnlearner, UnlearningLayers)):
             self.model.spul_config.metrics.clear()  # they were another prompt's; evaluation comes after this
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -351,48 +369,3 @@ class _Epochs(TrainerCallback):
         self.collator.set_epoch(epoch)
         if self.sampler is not None:
             self.sampler.set_epoch(epoch)
-
-
-def _checked_loss(model: Any, loss: UnlearningLoss | None) -> UnlearningLoss:
-    """The loss to train on, of a model that can be trained on it."""
-    if isinstance(model, SoftPromptUnlearner):
-        if loss is not None and loss != model.loss:
-            raise ValueError(
-                f"loss={loss!r}, and the unlearner has its own, {model.loss!r}; give it to the unlearner."
-            )
-        return model.loss
-    if not isinstance(model, (PeftModel, PreTrainedModel)):
-        raise TypeError(
-            f"model is a {type(model).__name__}; expected a SoftPromptUnlearner around it, or a causal LM of "
-            "transformers, bare or under LoRA."
-        )
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise TypeError("model is a prompt of plain PEFT; expected a SoftPromptUnlearner around the base instead.")
-    if not isinstance(loss, UnlearningLoss):
-        raise ValueError(
-            f"loss={loss!r}: a {type(model).__name__} has no loss of its own; pass loss=UnlearningLoss(...), or wrap "
-            "the model: SoftPromptUnlearner(model, PromptTuningConfig(...))."
-        )
-    return loss
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
-    """The newest checkpoint in a folder that was written to its end.
-
-    A process killed while it saves leaves a folder without a readable `trainer_state.json`, which is written last.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
-    numbered = [(int(n), path) for path in folders if (n := path.name.rsplit("-", 1)[1]).isdigit()]
-    for _, path in sorted(numbered, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s was not written to its end and is passed over.", path)
-            continue
-        return str(path)
-    raise ValueError(
-        f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint; pass None to start anew."
-    )

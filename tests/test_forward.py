@@ -16,9 +16,12 @@ from spul import (
     CrossEntropy,
     ForgetRetainCollator,
     GradientAscent,
+    KLAscent,
     KLDivergence,
     ReferenceCache,
     SimNPO,
+    UnlearningLayers,
+    UnlearningLayersConfig,
     UnlearningLoss,
     UnlearningTrainer,
     forget_retain_dataset,
@@ -36,7 +39,12 @@ LOSSES = {
     "NPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=NPO()),
     "NPO+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=NPO(), kl=FORWARD),
     "SimNPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=SimNPO()),
+    "EUL": UnlearningLoss(alpha=1.0, beta=0.8, gamma=0.2, forget=KLAscent(), kl=FORWARD),
+    "EUL capped": UnlearningLoss(
+        beta=0.8, gamma=0.2, forget=KLAscent(cap=0.003), kl=FORWARD, lm=GradientAscent(reduction="mean", cap=5.0)
+    ),
 }
+CARRIERS = ("full", "lora", "layers")
 
 
 def lora(model):
@@ -49,8 +57,19 @@ def lora(model):
     return wrapped
 
 
+def layers_on(model):
+    layers = UnlearningLayers(model, UnlearningLayersConfig(reduction=4))
+    with torch.no_grad():
+        for i, layer in enumerate(layers.layers):  # zero when fresh, which would hide what the layer does
+            start = torch.randn(layer.up.weight.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+            layer.up.weight.copy_(0.2 * start)
+    return layers
+
+
 def carried(carrier, family="llama", dtype=torch.float64):
     model = build(family, dtype)
+    if carrier == "layers":
+        return layers_on(model)
     return lora(model) if carrier == "lora" else model.requires_grad_(True)
 
 
@@ -61,8 +80,8 @@ def make_batch(loss, num=6):
 
 
 def plain_loss(model, frozen, batch, loss):
-    """L_f + alpha L_r + beta L_kl with torch alone, a row at a time, no padding."""
-    sums = {"forget": [], "retain": [], "kl": []}
+    """L_f + alpha L_r + beta L_kl + gamma L_lm with torch alone, a row at a time, no padding."""
+    sums = {"forget": [], "retain": [], "kl": [], "lm": []}
     for ids, mask, labels, is_forget in zip(
         batch["input_ids"], batch["attention_mask"], batch["labels"], batch["is_forget"], strict=True
     ):
@@ -80,8 +99,15 @@ def plain_loss(model, frozen, batch, loss):
                 p, q = log_p[i - 1], log_q[i - 1]
                 kl = kl + ((p.exp() * (p - q)) if loss.kl.direction == "reverse" else (q.exp() * (q - p))).sum()
             sums["kl"].append(kl)
-        elif isinstance(loss.forget, GradientAscent):
+            continue
+        text = [-log_p[i - 1, ids[i]] for i in range(1, len(ids)) if labels[i] == -100]
+        cap = getattr(loss.lm, "cap", None) or float("inf")
+        sums["lm"].append(-sum(nll.clamp(max=cap) for nll in text) / len(text))
+        if isinstance(loss.forget, GradientAscent):
             sums["forget"].append(log_pi)
+        elif isinstance(loss.forget, KLAscent):
+            away = [(log_q[i - 1].exp() * (log_q[i - 1] - log_p[i - 1])).sum() for i in at]
+            sums["forget"].append(-sum(kl.clamp(max=loss.forget.cap or float("inf")) for kl in away))
         elif isinstance(loss.forget, NPO):
             b = loss.forget.inverse_temperature
             sums["forget"].append(-2 / b * F.logsigmoid(-b * (log_pi - log_ref)))
@@ -90,8 +116,8 @@ def plain_loss(model, frozen, batch, loss):
             sums["forget"].append(-2 / b * F.logsigmoid(-b / len(at) * log_pi - loss.forget.margin))
         else:
             sums["forget"].append(-log_pi)
-    forget, retain, kl = (sum(some) / len(some) for some in sums.values())
-    return forget + loss.alpha * retain + loss.beta * kl
+    forget, retain, kl, lm = (sum(some) / len(some) for some in sums.values())
+    return forget + loss.alpha * retain + loss.beta * kl + loss.gamma * lm
 
 
 def gradients(model):
@@ -99,14 +125,37 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("carrier", ["full", "lora"])
+@pytest.mark.parametrize("carrier", CARRIERS)
 def test_loss_and_gradients_equal_the_formulas_row_by_row(carrier, name):
     check_loss_and_gradients(carrier, "llama", name)
 
 
-@pytest.mark.parametrize("carrier", ["full", "lora"])
-def test_loss_and_gradients_equal_the_formulas_in_every_family(carrier, family):
-    check_loss_and_gradients(carrier, family, "NPO+KL")
+@pytest.mark.parametrize(("carrier", "name"), [("full", "NPO+KL"), ("lora", "NPO+KL"), ("layers", "EUL")])
+def test_loss_and_gradients_equal_the_formulas_in_every_family(carrier, name, family):
+    check_loss_and_gradients(carrier, family, name)
+
+
+def test_the_caps_of_eul_are_reached_by_some_tokens_and_not_by_others():
+    capped, uncapped = ({}, {})
+    for kept, name in ((capped, "EUL capped"), (uncapped, "EUL")):
+        out = unlearning_forward(carried("layers"), LOSSES[name], **make_batch(LOSSES[name]))
+        kept |= {"forget": out.forget_loss.item(), "lm": out.lm_loss.item()}
+    assert uncapped["forget"] < capped["forget"] < 0
+    assert uncapped["lm"] < capped["lm"] < 0
+    nothing = UnlearningLoss(gamma=0.2, forget=KLAscent(cap=1e-9), lm=GradientAscent(cap=1e-9), alpha=0, beta=0)
+    model = carried("layers")
+    unlearning_forward(model, nothing, **make_batch(nothing)).loss.backward()
+    assert all(gradient.abs().max() == 0 for gradient in gradients(model).values())
+
+
+def test_a_batch_of_retain_rows_alone_asks_nothing_of_their_text():
+    loss = LOSSES["EUL"]
+    batch = make_collator(generic_completions=None)([make_dataset(3, 3)[i] for i in (3, 4)])
+    out = unlearning_forward(carried("layers"), loss, **batch)
+    assert out.lm_loss == 0
+    assert out.forget_loss == 0
+    assert out.logits.shape[:2] == out.response_labels.shape
+    torch.testing.assert_close(out.loss, out.retain_loss + 0.8 * out.kl_loss)
 
 
 def check_loss_and_gradients(carrier, family, name):
@@ -166,7 +215,7 @@ def test_a_whole_model_without_a_reference_says_where_to_get_one():
         unlearning_forward(carried("full"), loss, **make_batch(loss))
 
 
-@pytest.mark.parametrize("carrier", ["full", "lora"])
+@pytest.mark.parametrize("carrier", CARRIERS)
 def test_a_batch_that_weighs_nothing_still_has_a_gradient(carrier):
     loss = LOSSES["GA"]
     model = carried(carrier)
@@ -201,20 +250,19 @@ def train(tmp_path, carrier, name, collator=None, reference="cached", **kwargs):
     return model, before
 
 
-@pytest.mark.parametrize("carrier", ["full", "lora"])
-def test_8_rows_and_4_times_2_make_the_same_step(tmp_path, carrier):
-    whole, _ = train(tmp_path, carrier, "NPO+KL", per_device_train_batch_size=8, **ONE_STEP)
-    parts, _ = train(
-        tmp_path, carrier, "NPO+KL", per_device_train_batch_size=2, gradient_accumulation_steps=4, **ONE_STEP
-    )
+@pytest.mark.parametrize(("carrier", "name"), [("full", "NPO+KL"), ("lora", "NPO+KL"), ("layers", "EUL")])
+def test_8_rows_and_4_times_2_make_the_same_step(tmp_path, carrier, name):
+    whole, _ = train(tmp_path, carrier, name, per_device_train_batch_size=8, **ONE_STEP)
+    parts, _ = train(tmp_path, carrier, name, per_device_train_batch_size=2, gradient_accumulation_steps=4, **ONE_STEP)
     for (name, one), (_, other) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("name", ["GA+KL", "NPO+KL"])
-def test_the_live_reference_of_lora_makes_the_cached_ones_step(tmp_path, name):
-    cached, _ = train(tmp_path, "lora", name, max_steps=3)
-    live, _ = train(tmp_path, "lora", name, reference="live", max_steps=3)
+@pytest.mark.parametrize("name", ["GA+KL", "NPO+KL", "EUL"])
+@pytest.mark.parametrize("carrier", ["lora", "layers"])
+def test_the_live_reference_makes_the_cached_ones_step(tmp_path, name, carrier):
+    cached, _ = train(tmp_path, carrier, name, max_steps=3)
+    live, _ = train(tmp_path, carrier, name, reference="live", max_steps=3)
     for (name, one), (_, other) in zip(cached.named_parameters(), live.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
 
@@ -279,7 +327,7 @@ def test_bad_arguments_say_what_is_wrong(tmp_path):
         UnlearningTrainer(model, args, collator, dataset, loss=LOSSES["GA+KL"], reference="live")
     with pytest.raises(ValueError, match="no loss of its own; pass loss="):
         ReferenceCache.build(model, dataset, make_collator(), tmp_path)
-    with pytest.raises(TypeError, match="expected a SoftPromptUnlearner around it, or a causal LM"):
+    with pytest.raises(TypeError, match="expected a SoftPromptUnlearner or UnlearningLayers around it, or a causal LM"):
         UnlearningTrainer(torch.nn.Linear(2, 2), args, make_collator(), dataset, loss=LOSSES["SPUL"])
     frozen = build("llama").requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter requires a gradient"):

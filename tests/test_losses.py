@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from spul import NPO, CrossEntropy, GradientAscent, KLDivergence, LossTerm, SimNPO, UnlearningLoss
-from spul.losses import token_nll
+from spul import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, SimNPO, UnlearningLoss
+from spul.terms import token_nll
 
 # Row 0 has three response tokens, row 1 one, row 2 two, row 3 two.
 LABELS = torch.tensor([[2, 0, 4], [1, -100, -100], [3, 3, -100], [0, 2, -100]])
@@ -343,13 +343,13 @@ def test_micro_batches_with_the_counts_of_the_step_add_up_to_the_whole_batch(spl
     full.loss.backward()
 
     parts = LOGITS.clone().requires_grad_()
-    totals = torch.zeros(4, dtype=torch.float64)
+    totals = torch.zeros(5, dtype=torch.float64)
     for start, stop in split:
         some = slice(start, stop)
         retain = REFERENCE[some][~IS_FORGET[some]]
         out = loss(parts[some], LABELS[some], IS_FORGET[some], retain, torch.tensor(2.0), 2)
         out.loss.backward()
-        totals += torch.stack([out.loss, out.forget_loss, out.retain_loss, out.kl_loss]).detach()
+        totals += torch.stack([out.loss, out.forget_loss, out.retain_loss, out.kl_loss, out.lm_loss]).detach()
     torch.testing.assert_close(totals, torch.stack(list(vars(full).values())).detach())
     torch.testing.assert_close(parts.grad, whole.grad)
 
@@ -459,6 +459,7 @@ def test_a_missing_reference_is_named():
         ),
         UnlearningLoss(forget=NPO(inverse_temperature=0.3)),
         UnlearningLoss(forget=SimNPO(inverse_temperature=3.0, margin=0.5)),
+        UnlearningLoss(gamma=0.2, forget=KLAscent(cap=4.0), lm=GradientAscent(reduction="mean", cap=8.0)),
     ],
 )
 def test_a_loss_survives_the_way_through_json(loss):
@@ -472,7 +473,52 @@ def test_the_saved_loss_is_plain_data():
         "forget": {"type": "test_losses.Brier", "reduction": "sum", "weight": 2.0},
         "retain": {"type": "CrossEntropy", "reduction": "sum"},
         "kl": {"type": "KLDivergence", "reduction": "sum", "direction": "reverse"},
+        "gamma": 0.0,
+        "lm": {"type": "GradientAscent", "reduction": "mean", "cap": None},
     }
+
+
+def test_a_record_from_before_there_was_an_lm_term_still_loads():
+    saved = {key: value for key, value in UnlearningLoss().to_dict().items() if key not in ("gamma", "lm")}
+    assert UnlearningLoss.from_dict(saved) == UnlearningLoss()
+
+
+def test_a_cap_holds_each_tokens_ascent_and_its_gradient():
+    logits = torch.tensor([[[4.0, 0.0, 0.0], [0.0, 0.0, 0.0]]], dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([[1, 0]])  # 4.04 and ln 3 = 1.10 nats
+    loss = GradientAscent(cap=2.0)(logits, labels)
+    torch.testing.assert_close(loss, torch.tensor([-2.0 - math.log(3)], dtype=torch.float64))
+    loss.sum().backward()
+    assert (logits.grad[0, 0] == 0).all()
+    assert (logits.grad[0, 1] != 0).all()
+
+
+def test_kl_ascent_is_the_capped_negative_of_the_forward_kl():
+    reference = REFERENCE
+    forward = KLDivergence(direction="forward").token_losses(LOGITS, LABELS, reference)
+    expected = -forward.clamp(max=0.3).masked_fill(LABELS == -100, 0.0).sum(1)
+    torch.testing.assert_close(KLAscent(cap=0.3)(LOGITS, LABELS, reference), expected)
+    torch.testing.assert_close(
+        KLAscent()(LOGITS, LABELS, reference), -KLDivergence(direction="forward")(LOGITS, LABELS, reference)
+    )
+    assert ((forward > 0.3) & (LABELS != -100)).any()
+
+
+@pytest.mark.parametrize("cap", [0, -1.0, True, "ten", float("nan")])
+@pytest.mark.parametrize("term", [GradientAscent, KLAscent])
+def test_a_cap_that_is_no_number_above_zero_is_refused(term, cap):
+    with pytest.raises(ValueError, match="expected a number of nats above 0, or None for no cap"):
+        term(cap=cap)
+
+
+def test_the_lm_term_needs_its_texts_and_cannot_compare():
+    loss = UnlearningLoss(gamma=0.2, beta=0.0)
+    with pytest.raises(ValueError, match=r"gamma=0\.2 asks about the prompt texts of \d+ forget rows"):
+        loss(LOGITS, LABELS, IS_FORGET)
+    with pytest.raises(ValueError, match="compares with the frozen model, which is not asked about prompt texts"):
+        UnlearningLoss(gamma=0.2, lm=KLDivergence())
+    with pytest.raises(ValueError, match="gamma=-1"):
+        UnlearningLoss(gamma=-1)
 
 
 def test_a_saved_term_of_the_users_own_cannot_be_rebuilt_and_the_message_says_what_to_do():

@@ -6,8 +6,19 @@ from conftest import build, make_tokenizer
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from test_trainer import GENERIC, arguments, make_dataset
 
-from spul import NPO, CrossEntropy, GradientAscent, KLDivergence, SimNPO, SoftPromptUnlearner, UnlearningTrainer
-from spul.methods import METHODS, Method, unlearning_method
+from spul import (
+    NPO,
+    CrossEntropy,
+    GradientAscent,
+    KLAscent,
+    KLDivergence,
+    SimNPO,
+    SoftPromptUnlearner,
+    UnlearningLayers,
+    UnlearningLayersConfig,
+    UnlearningTrainer,
+)
+from spul.methods import CARRIERS, METHODS, Method, unlearning_method
 
 # forget term, alpha, beta, direction of the KL
 EXPECTED = {
@@ -22,6 +33,7 @@ EXPECTED = {
     "SimNPO": (SimNPO, 0.0, 0.0, None),
     "SimNPO+KL": (SimNPO, 0.0, 1.0, "forward"),
     "SimNPO+GD": (SimNPO, 1.0, 0.0, None),
+    "EUL": (KLAscent, 1.0, 0.8, "forward"),
 }
 
 
@@ -33,7 +45,8 @@ def test_a_method_is_the_published_loss_on_its_carrier(name):
     assert isinstance(method.loss.retain, CrossEntropy)
     assert isinstance(method.loss.kl, KLDivergence)
     assert direction is None or method.loss.kl.direction == direction
-    assert method.carrier == ("prompt" if name == "SPUL" else "full")
+    assert method.carrier == {"SPUL": "prompt", "EUL": "layers"}.get(name, "full")
+    assert method.loss.gamma == (0.2 if name == "EUL" else 0.0)
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -57,7 +70,7 @@ def test_rows_that_are_not_marked_are_refused():
         unlearning_method("GA").training_rows(make_dataset().remove_columns("is_forget"))
 
 
-@pytest.mark.parametrize("carrier", ["prompt", "full", "lora"])
+@pytest.mark.parametrize("carrier", CARRIERS)
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_on_every_carrier(tmp_path, name, carrier):
     method = unlearning_method(name, carrier)
@@ -86,12 +99,15 @@ def test_what_carries_is_what_the_name_says():
     lora = unlearning_method("GA", "lora").carry(build("llama"))
     assert isinstance(lora, PeftModel)
     assert {name.split(".")[-3] for name, p in lora.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    layers = unlearning_method("EUL").carry(build("llama"), UnlearningLayersConfig(reduction=8))
+    assert isinstance(layers, UnlearningLayers)
+    assert layers.layers_config.reduction == 8
     model = build("llama").requires_grad_(False)
     assert unlearning_method("GA").carry(model) is model
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("carrier", ["prompt", "full", "lora"])
+@pytest.mark.parametrize("carrier", CARRIERS)
 def test_dropout_is_off_whatever_learns(carrier):
     model = build("opt")
     assert any(getattr(module, "dropout", 0) for module in model.modules())
@@ -105,6 +121,9 @@ def test_weights_are_set_where_the_method_has_them():
     assert unlearning_method("SPUL", alpha=0.1, beta=0.0).loss.alpha == 0.1
     assert unlearning_method("SPUL", alpha=0.1, beta=0.0).loss.beta == 0.0
     assert unlearning_method("GA+GD", alpha=2.0).loss.alpha == 2.0
+    assert unlearning_method("EUL", gamma=0.1).loss.gamma == 0.1
+    with pytest.raises(ValueError, match=r"gamma=0\.1: SPUL has no such term"):
+        unlearning_method("SPUL", gamma=0.1)
     with pytest.raises(ValueError, match=r"beta=0\.5: GA\+GD has no such term"):
         unlearning_method("GA+GD", beta=0.5)
 
@@ -112,7 +131,7 @@ def test_weights_are_set_where_the_method_has_them():
 def test_unknown_names_list_what_is_known():
     with pytest.raises(ValueError, match="method 'DPO' is not known; expected one of SPUL, GA, RL"):
         unlearning_method("DPO")
-    with pytest.raises(ValueError, match="carrier='adapter' is not known; expected one of prompt, full, lora"):
+    with pytest.raises(ValueError, match="carrier='adapter' is not known; expected one of prompt, full, lora, layers"):
         Method("mine", unlearning_method("GA").loss, "adapter")
 
 
@@ -124,6 +143,10 @@ def test_what_cannot_be_carried_is_refused():
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
     with pytest.raises(ValueError, match="a prompt's; use carrier='prompt' for it"):
         unlearning_method("GA", "lora").carry(build("llama"), prompt)
+    with pytest.raises(ValueError, match="config is a UnlearningLayersConfig, which carrier='lora' has no use for"):
+        unlearning_method("GA", "lora").carry(build("llama"), UnlearningLayersConfig())
+    with pytest.raises(ValueError, match="config is a PromptTuningConfig, which carrier='layers' has no use for"):
+        unlearning_method("EUL").carry(build("llama"), prompt)
     under = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     with pytest.raises(TypeError, match="A model under an adapter is merged first"):
         unlearning_method("GA").carry(under)

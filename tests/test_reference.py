@@ -17,7 +17,7 @@ from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, Granite
 
 import spul.reference
 from spul import ReferenceCache, SoftPromptUnlearner, UnlearningLoss, forget_retain_dataset
-from spul.losses import CrossEntropy, KLDivergence
+from spul.terms import CrossEntropy, KLDivergence
 
 SHAPE = {
     "vocab_size": VOCABULARY,

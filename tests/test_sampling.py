@@ -11,7 +11,14 @@ from conftest import make_tokenizer
 from datasets import Dataset
 
 from spul import ForgetRetainCollator
-from spul.sampling import ForgetFractionSampler, LengthGroupedRows, RowCopies, forget_flags, row_lengths
+from spul.sampling import (
+    AlternatingRows,
+    ForgetFractionSampler,
+    LengthGroupedRows,
+    RowCopies,
+    forget_flags,
+    row_lengths,
+)
 
 # Forget rows, retain rows, share of forget rows.
 MIXES = [
@@ -118,6 +125,21 @@ def test_a_group_that_repeats_is_reshuffled_each_time():
     passes = [tuple(forget[i : i + 10]) for i in range(0, 40, 10)]
     assert all(sorted(drawn) == sorted(of.groups[True]) for drawn in passes)
     assert len(set(passes)) == 4
+
+
+@pytest.mark.parametrize("lengths", [None, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
+def test_groups_in_turn_are_each_seen_once_retain_first(lengths):
+    is_forget = [True, False, False, True, False, True, False, False, False, True]
+    of = AlternatingRows(is_forget, seed=3, lengths=lengths, batch_size=2)
+    first = list(of)
+    assert len(of) == 10
+    assert sorted(first[:6]) == [1, 2, 4, 6, 7, 8]
+    assert sorted(first[6:]) == [0, 3, 5, 9]
+    assert list(of) == first
+    of.set_epoch(1)
+    assert list(of) != first
+    with pytest.raises(ValueError, match="alternate=True needs rows of both groups; the data set has 0 forget and 2"):
+        AlternatingRows([False, False])
 
 
 def test_the_seed_decides_the_order():

@@ -25,7 +25,7 @@ from spul import (
     forget_retain_dataset,
     score_completions,
 )
-from spul.trainer import last_complete_checkpoint
+from spul.training_checks import last_complete_checkpoint
 
 GENERIC = [" neutral", " unknown"]
 

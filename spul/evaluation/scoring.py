@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..collator import ForgetRetainCollator, completion_text
-from ..losses import IGNORE_INDEX, token_nll
 from ..prefix import logits_at, response_positions
+from ..terms import IGNORE_INDEX, token_nll
 from ..unlearner import SoftPromptUnlearner
 
 # Beyond so many different completions a set is free-form: its rows' answers are not classes to each other.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -13,6 +14,12 @@ The prompt does not delete anything from the weights. Whoever runs the base mode
 knowledge included. It protects where the operator of the model controls the prompt, as behind an API: users see the \
 prompted model only. It is no protection where the weights are handed out, or where users can remove, replace or \
 out-train the prompt."""
+
+
+LAYERS_THREAT_MODEL = """\
+The layers do not delete anything from the base's weights. Whoever runs the base model without them has the model as \
+it was, knowledge included. They protect where the operator of the model controls what runs, as behind an API. They \
+are no protection where the weights are handed out, or where users can take the layers off or train them further."""
 
 
 def model_card(config: SpulConfig, *, prompt_type: str, num_virtual_tokens: int, num_parameters: int) -> ModelCard:
@@ -40,7 +47,8 @@ def model_card(config: SpulConfig, *, prompt_type: str, num_virtual_tokens: int,
         "leave it as it was on everything else. The base's weights are untouched. Made with spul (Soft "
         "Prompting for UnLearning).",
         "## What it forgets\n\n" + _data_lines(config),
-        "## How it was trained\n\n" + _training_lines(config, prompt_type, num_virtual_tokens, num_parameters),
+        f"## How it was trained\n\n- prompt: {prompt_type}, {num_virtual_tokens} virtual tokens, {num_parameters:,} "
+        "parameters\n" + _training_lines(config),
         "## Metrics\n\n" + _metrics_table(config),
         "## How to load it\n\nWith spul:\n\n```python\nfrom spul import SoftPromptUnlearner\n\n"
         f'model = SoftPromptUnlearner.from_pretrained("{load_from}", "THIS_ADAPTER")\n```\n\n'
@@ -49,6 +57,40 @@ def model_card(config: SpulConfig, *, prompt_type: str, num_virtual_tokens: int,
         f'base = AutoModelForCausalLM.from_pretrained("{load_from}")\n'
         'model = PeftModel.from_pretrained(base, "THIS_ADAPTER")\n```',
         "## What it does and does not protect against\n\n" + THREAT_MODEL,
+    ]
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+
+
+def layers_card(config: SpulConfig, layers_config: dict[str, Any], num_parameters: int) -> ModelCard:
+    """The card of unlearning layers: as `model_card`.
+
+    Args:
+        config: the content of `spul_config.json`.
+        layers_config: the content of `unlearning_layers.json`.
+        num_parameters: of the layers.
+    """
+    base = config.base_model_name_or_path
+    load_from = base or "BASE"
+    if base and os.path.isdir(base):
+        base = os.path.basename(os.path.abspath(base))
+        load_from = f"PATH/TO/{base}"
+    tags = ["spul", "unlearning", "unlearning-layers", *([f"base_model:adapter:{base}"] if base else [])]
+    data = ModelCardData(library_name="spul", pipeline_tag="text-generation", base_model=base, tags=tags)
+    shape = f"reduction {layers_config['reduction']}, {num_parameters:,} parameters, {layers_config['activation']}"
+    requests = layers_config["num_requests"]
+    fused = f"\n- fused from the layers of {requests} requests" if requests > 1 else ""
+    sections = [
+        "# Unlearning layers",
+        f"Small layers after the feed-forward blocks of `{base or 'the base model'}`, whose own weights are "
+        "untouched, that make it forget a *forget* set (EUL, arXiv 2310.20150). Made with spul.",
+        "## What they forget\n\n" + _data_lines(config),
+        f"## How they were trained\n\n- layers: {shape}{fused}\n" + _training_lines(config),
+        "## Metrics\n\n" + _metrics_table(config),
+        "## How to load them\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        "from spul import UnlearningLayers\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{load_from}")\n'
+        'model = UnlearningLayers.from_pretrained(base, "THESE_LAYERS")\n```',
+        "## What they do and do not protect against\n\n" + LAYERS_THREAT_MODEL,
     ]
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
 
@@ -64,13 +106,15 @@ def _data_lines(config: SpulConfig) -> str:
     )
 
 
-def _training_lines(config: SpulConfig, prompt_type: str, num_virtual_tokens: int, num_parameters: int) -> str:
-    lines = [f"- prompt: {prompt_type}, {num_virtual_tokens} virtual tokens, {num_parameters:,} parameters"]
+def _training_lines(config: SpulConfig) -> str:
+    lines = []
     if config.loss is not None:
         loss = config.loss
+        names = ("forget", "retain", "kl", *(("lm",) if loss.get("gamma") else ()))
         lines.append(
-            f"- loss: L_f + {loss['alpha']} L_r + {loss['beta']} L_kl, with "
-            + ", ".join(f"{name} = {_term(loss[name])}" for name in ("forget", "retain", "kl"))
+            f"- loss: L_f + {loss['alpha']} L_r + {loss['beta']} L_kl"
+            + (f" + {loss['gamma']} L_lm, with " if loss.get("gamma") else ", with ")
+            + ", ".join(f"{name} = {_term(loss[name])}" for name in names)
         )
     if config.generic_completions is not None:
         lines.append("- generic responses: " + ", ".join(f"`{text.strip()}`" for text in config.generic_completions))

@@ -1,0 +1,213 @@
+"""Several sets of unlearning layers, one for each request, made one without training (EUL, arXiv 2310.20150)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..collator import ForgetRetainCollator
+from . import files
+from .layers import UnlearningLayers, UnlearningLayersConfig
+
+PROJECTIONS = ("down", "up")
+
+
+@contextmanager
+def recorded_inputs(layers: UnlearningLayers, token_mask: Tensor) -> Iterator[None]:
+    """Within it, what forward passes feed to the layers' projections is added to `layers.grams`.
+
+    For a loop of one's own; `gather_inputs` does it for a data set.
+
+    Args:
+        layers: the layers, on.
+        token_mask: (B, n) bool, which tokens of the passes within count: those of forget rows, and no padding.
+    """
+    kept = token_mask.flatten()
+
+    def recorder(name: str) -> Any:
+        def record(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            # Some families flatten (B, n, d) before their feed-forward block.
+            rows = inputs[0].detach().flatten(0, -2)[kept.to(inputs[0].device)].double()
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)  # the bias, as an input of one
+            gram = rows.T @ rows
+            layers.grams[name] = gram if name not in layers.grams else layers.grams[name] + gram
+
+        return record
+
+    handles = [
+        getattr(layer, projection).register_forward_pre_hook(recorder(f"{name}.{projection}"))
+        for name, layer in zip(layers.names, layers.layers, strict=True)
+        for projection in PROJECTIONS
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def gather_inputs(
+    layers: UnlearningLayers,
+    forget: Dataset,
+    collator: ForgetRetainCollator,
+    batch_size: int = 32,
+    progress: bool = True,
+) -> None:
+    """Gather what `fuse` needs of a request, in one pass over its forget set, after its layers have trained.
+
+    Kept are the Gram matrices of the projections' inputs over all tokens of the rows, in float64: (d + 1) x (d + 1)
+    and (r + 1) x (r + 1) numbers a layer, d the base's width and r the bottleneck's, whatever the data. The rows are
+    not needed again. What was gathered before is replaced.
+
+    Args:
+        layers: trained layers of one request, in place and on.
+        forget: its forget set, rows with `prompt` and `completion`.
+        collator: for tokenising and padding.
+        batch_size: rows per forward.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: if there are no rows, or the layers are off.
+    """
+    if len(forget) == 0:
+        raise ValueError("forget has no rows; pass the rows that the layers were trained to forget.")
+    if not layers.enabled:
+        raise ValueError("the layers are off, so that nothing passes through them; set layers.enabled = True.")
+    modes = [(module, module.training) for module in layers.modules()]
+    layers.eval()
+    layers.grams = {}
+    order = sorted(range(len(forget)), key=lambda i: len(str(forget[i]["prompt"])))
+    try:
+        for start in tqdm(range(0, len(order), batch_size), "Gram matrices", disable=not progress, leave=False):
+            batch = collator.true_batch([forget[i] for i in order[start : start + batch_size]])
+            ids, mask = (batch[name].to(layers.device) for name in ("input_ids", "attention_mask"))
+            with recorded_inputs(layers, mask.bool()):
+                layers(input_ids=ids, attention_mask=mask, use_cache=False)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    if not layers.grams:
+        raise ValueError("the layers are not in place, so that nothing passes through them; call layers.attach().")
+
+
+def fuse(
+    layers: Sequence[UnlearningLayers | str | os.PathLike],
+    model: PreTrainedModel | str | os.PathLike | None = None,
+    ridge: float = 1e-6,
+) -> UnlearningLayers:
+    """One set of layers that does on every request's inputs what that request's own layers did, without training.
+
+    Of each projection, with its bias as a row of the matrix `W_i` and its inputs on forget set i as `X_i`, the fused
+    one is the solution of least squares over all requests (EUL, arXiv 2310.20150):
+
+        W = (sum_i X_i' X_i + rho I)^-1 (sum_i X_i' X_i W_i + rho mean_i W_i)
+
+    The ridge `rho` pulls directions that no input has to the mean of the layers, so that fusing one set of layers
+    gives that one. Fused layers can be fused again; the mean counts requests.
+
+    A bottleneck is not a linear map, so each projection is fused by itself. That makes sense where the hidden units of
+    the layers mean alike, which a common start gives them (`UnlearningLayersConfig.init_seed`), and loses something.
+
+    Args:
+        layers: sets of layers, each after `gather_inputs`, or folders that they were saved in. Take them off the base
+            first (`remove`).
+        model: the base, or its name; that of the layers unless given.
+        ridge: rho in shares of the mean diagonal entry of `sum_i X_i' X_i`, at least 0.
+
+    Returns:
+        New layers on the base, in place, with the summed Gram matrices.
+
+    Raises:
+        ValueError: if there are none, configs differ, something was not gathered, `model` is missing, or a matrix
+            is singular without a ridge.
+
+    Example:
+        ```python
+        fused = fuse(["request-1", "request-2", "request-3"], model)
+        without_second = fuse(["request-1", "request-3"], fused.remove())
+        ```
+    """
+    if not layers:
+        raise ValueError("layers is empty; pass the layers of at least one request.")
+    if not (isinstance(ridge, (int, float)) and math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge={ridge!r}: expected a finite number of at least 0.")
+    if model is None:
+        model = next((one.get_base_model() for one in layers if isinstance(one, UnlearningLayers)), None)
+        if model is None:
+            raise ValueError("layers are folders only; pass the model that they are for.")
+    parts = [_saved(one) for one in layers]
+    for i, part in enumerate(parts):
+        if part.config != parts[0].config or part.state.keys() != parts[0].state.keys():
+            raise ValueError(
+                f"layers[{i}] have the config {part.config}, and layers[0] {parts[0].config}, on modules of "
+                f"{'other names' if part.state.keys() != parts[0].state.keys() else 'the same names'}; only layers of "
+                "one shape and start can be fused."
+            )
+        if not part.grams:
+            raise ValueError(
+                f"layers[{i}] have gathered nothing; call gather_inputs(layers, forget, collator) after they have "
+                "trained, before they are saved."
+            )
+    fused = UnlearningLayers(files.load_base(model, {}), UnlearningLayersConfig(**parts[0].config))
+    try:
+        fused.load_layers_state(_fused_state(parts, ridge))
+        for i, part in enumerate(parts):
+            files.check_base(fused.get_base_model(), part.spul_config, f"layers[{i}]")
+    except Exception:
+        fused.remove()
+        raise
+    fused.grams = {name: torch.stack([part.grams[name].cpu() for part in parts]).sum(0) for name in parts[0].grams}
+    fused.num_requests = sum(part.num_requests for part in parts)
+    fused.spul_config.loss = parts[0].spul_config.loss
+    return fused.requires_grad_(False).eval()
+
+
+def _saved(layers: UnlearningLayers | str | os.PathLike) -> files.SavedLayers:
+    if not isinstance(layers, UnlearningLayers):
+        return files.read(layers)
+    return files.SavedLayers(
+        layers.layers_config.to_dict(),
+        layers.layers_state(),
+        layers.grams,
+        layers.num_requests,
+        layers.spul_config,
+    )
+
+
+def _fused_state(parts: Sequence[files.SavedLayers], ridge: float) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = {}
+    requests = torch.tensor([part.num_requests for part in parts], dtype=torch.float64)
+    for name in parts[0].grams:
+        grams = torch.stack([part.grams[name].double().cpu() for part in parts])
+        maps = torch.stack([_matrix(part.state, name) for part in parts])
+        total = grams.sum(0)
+        rho = ridge * total.diagonal().mean()
+        mean = torch.einsum("i,iab->ab", requests / requests.sum(), maps)
+        left = total + rho * torch.eye(len(total), dtype=torch.float64)
+        try:
+            solution = torch.linalg.solve(left, (grams @ maps).sum(0) + rho * mean)
+        except torch.linalg.LinAlgError as error:
+            raise ValueError(
+                f"the inputs of {name} do not span its {len(left)} dimensions, so that there is no one solution; pass "
+                "a ridge above 0."
+            ) from error
+        dtype = parts[0].state[f"{name}.weight"].dtype
+        state[f"{name}.weight"] = solution[:-1].T.to(dtype)
+        state[f"{name}.bias"] = solution[-1].to(dtype)
+    return state
+
+
+def _matrix(state: dict[str, Tensor], name: str) -> Tensor:
+    """A projection as the map (inputs + 1, outputs) of inputs with a one."""
+    weight, bias = (state[f"{name}.{kind}"].detach().double().cpu() for kind in ("weight", "bias"))
+    return torch.cat([weight.T, bias[None]])

@@ -1,0 +1,189 @@
+"""Fusion: the closed form against least squares on the stacked data, and what it must be exact in."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import build, make_tokenizer
+from datasets import Dataset
+from test_layers import SMALL, stirred
+
+from spul import ForgetRetainCollator, UnlearningLayers, UnlearningLayersConfig, fuse, gather_inputs
+from spul.eul.fusion import recorded_inputs
+
+WORDS = ["the", "review", "is", "of", "film", "good", "bad", "plot", "about", "jane", "doe", "text"]
+
+
+def request(seed: int, num_rows: int = 24) -> Dataset:
+    """Rows of different lengths, other ones for each seed."""
+    draw = np.random.default_rng(seed)
+    rows = [
+        {"prompt": " ".join(draw.choice(WORDS, size=draw.integers(2, 9))), "completion": " positive"}
+        for _ in range(num_rows)
+    ]
+    return Dataset.from_list(rows)
+
+
+def collator(padding_side="right"):
+    tokenizer = make_tokenizer()
+    tokenizer.padding_side = padding_side
+    return ForgetRetainCollator(tokenizer, None, max_length=64)
+
+
+def trained(seed: int, family: str = "llama", gather: bool = True, **kwargs) -> UnlearningLayers:
+    """Layers of one request, gathered and taken off the base."""
+    layers = stirred(build(family, torch.float64), seed=seed)
+    if gather:
+        gather_inputs(layers, request(seed), collator(), progress=False, **kwargs)
+    layers.remove()
+    return layers
+
+
+def stacked_inputs(layers: UnlearningLayers, rows: Dataset) -> dict[str, np.ndarray]:
+    """What the projections see, row by row without padding, all kept."""
+    layers.attach()
+    seen: dict[str, list] = {}
+    handles = []
+    for name, layer in zip(layers.names, layers.layers, strict=True):
+        for projection in ("down", "up"):
+            key = f"{name}.{projection}"
+
+            def keep(module, inputs, key=key):
+                x = inputs[0].detach().reshape(-1, inputs[0].shape[-1]).numpy()
+                seen.setdefault(key, []).append(np.concatenate([x, np.ones((len(x), 1))], axis=1))
+
+            handles.append(getattr(layer, projection).register_forward_pre_hook(keep))
+    for row in rows:
+        with torch.no_grad():
+            layers(input_ids=collator().true_batch([row])["input_ids"])
+    for handle in handles:
+        handle.remove()
+    layers.remove()
+    return {key: np.concatenate(blocks) for key, blocks in seen.items()}
+
+
+def matrix(layers: UnlearningLayers, name: str) -> np.ndarray:
+    state = layers.layers_state()
+    return np.concatenate([state[f"{name}.weight"].detach().numpy().T, state[f"{name}.bias"].detach().numpy()[None]])
+
+
+@pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
+def test_gathering_in_padded_batches_is_the_gram_matrix_of_all_rows(family):
+    layers = trained(1, family, batch_size=5)
+    for name, inputs in stacked_inputs(layers, request(1)).items():
+        np.testing.assert_allclose(layers.grams[name].numpy(), inputs.T @ inputs, rtol=1e-9, atol=1e-9)
+
+
+def test_the_fused_projections_solve_least_squares_on_the_stacked_data():
+    parts = [trained(seed) for seed in (1, 2, 3)]
+    inputs = [stacked_inputs(part, request(seed)) for part, seed in zip(parts, (1, 2, 3), strict=True)]
+    fused = fuse(parts, ridge=0.0)
+    checked = 0
+    for name in parts[0].grams:
+        xs = [some[name] for some in inputs]
+        stacked = np.concatenate(xs)
+        if np.linalg.matrix_rank(stacked) < stacked.shape[1]:
+            continue  # a dead unit of the bottleneck, of which the data say nothing
+        targets = np.concatenate([x @ matrix(part, name) for x, part in zip(xs, parts, strict=True)])
+        expected, *_ = np.linalg.lstsq(stacked, targets, rcond=None)
+        np.testing.assert_allclose(matrix(fused, name), expected, rtol=1e-6, atol=1e-8)
+        checked += 1
+    assert checked >= 2
+
+
+def test_fusing_one_gives_that_one():
+    one = trained(1)
+    fused = fuse([one])
+    for name, value in one.layers_state().items():
+        torch.testing.assert_close(fused.layers_state()[name], value, rtol=1e-7, atol=1e-9)
+
+
+def test_fusing_does_not_depend_on_the_order():
+    states = []
+    for order in itertools.permutations([1, 2, 3]):
+        fused = fuse([trained(seed) for seed in order])
+        states.append(fused.layers_state())
+    for state in states[1:]:
+        for name, value in states[0].items():
+            torch.testing.assert_close(state[name], value, rtol=1e-6, atol=1e-9)
+
+
+def test_fusing_what_was_fused_with_the_next_request_is_fusing_all():
+    together = fuse([trained(seed) for seed in (1, 2, 3)], ridge=1e-12)
+    first = fuse([trained(1), trained(2)], ridge=1e-12)
+    first.remove()
+    assert first.num_requests == 2
+    in_turn = fuse([first, trained(3)], ridge=1e-12)
+    assert in_turn.num_requests == 3
+    for name, value in together.layers_state().items():
+        torch.testing.assert_close(in_turn.layers_state()[name], value, rtol=1e-5, atol=1e-8)
+    for name, gram in together.grams.items():
+        torch.testing.assert_close(in_turn.grams[name], gram)
+
+
+def test_folders_fuse_as_the_layers_that_were_saved(tmp_path):
+    parts = [trained(seed) for seed in (1, 2)]
+    for i, part in enumerate(parts):
+        part.save_pretrained(tmp_path / str(i))
+    expected = fuse(parts).layers_state()
+    fused = fuse([tmp_path / "0", tmp_path / "1"], build("llama", torch.float64))
+    for name, value in expected.items():
+        torch.testing.assert_close(fused.layers_state()[name], value, rtol=1e-6, atol=1e-9)
+    assert not any(parameter.requires_grad for parameter in fused.parameters())
+    fused.save_pretrained(tmp_path / "fused")
+    assert "fused from the layers of 2 requests" in (tmp_path / "fused" / "README.md").read_text()
+
+
+def test_a_loop_of_ones_own_gathers_the_tokens_it_names():
+    layers = stirred(build("llama", torch.float64))
+    batch = collator("left").true_batch([request(1)[i] for i in range(4)])
+    forget = torch.tensor([True, False, True, False])
+    with torch.no_grad(), recorded_inputs(layers, batch["attention_mask"].bool() & forget[:, None]):
+        layers(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    gathered, layers.grams = dict(layers.grams), {}
+    with torch.no_grad():
+        layers(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    assert not layers.grams, "nothing is recorded outside"
+    gather_inputs(layers, request(1).select([0, 2]), collator(), progress=False)
+    for name, gram in layers.grams.items():
+        torch.testing.assert_close(gathered[name], gram)
+
+
+def test_the_model_is_left_in_the_mode_it_was_in():
+    layers = stirred(build("llama")).train()
+    gather_inputs(layers, request(1), collator(), progress=False)
+    assert layers.training
+    assert layers.base_model.training
+
+
+def test_bad_input_is_refused_and_leaves_the_base_alone():
+    base = build("llama", torch.float64)
+    with pytest.raises(ValueError, match="layers is empty"):
+        fuse([])
+    with pytest.raises(ValueError, match="ridge=-1"):
+        fuse([trained(1)], ridge=-1)
+    with pytest.raises(ValueError, match=r"layers\[1\] have gathered nothing"):
+        fuse([trained(1), trained(2, gather=False)], base)
+    other = stirred(build("llama", torch.float64), UnlearningLayersConfig(reduction=8))
+    gather_inputs(other, request(2), collator(), progress=False)
+    with pytest.raises(ValueError, match="only layers of one shape and start can be fused"):
+        fuse([trained(1), other], base)
+    assert not any(module._forward_hooks for module in base.modules())
+    with pytest.raises(ValueError, match="folders only; pass the model"):
+        fuse(["somewhere"])
+
+
+def test_gathering_needs_rows_and_layers_that_are_on():
+    layers = stirred(build("llama"), SMALL)
+    with pytest.raises(ValueError, match="forget has no rows"):
+        gather_inputs(layers, request(1).select([]), collator())
+    layers.enabled = False
+    with pytest.raises(ValueError, match="the layers are off"):
+        gather_inputs(layers, request(1), collator())
+    layers.enabled = True
+    layers.remove()
+    with pytest.raises(ValueError, match="not in place"):
+        gather_inputs(layers, request(1), collator(), progress=False)

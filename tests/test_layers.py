@@ -1,0 +1,273 @@
+"""Unlearning layers: where they sit, that they begin as nothing and leave nothing, their folder and back."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+
+import pytest
+import torch
+from conftest import build
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from spul import NPO, KLDivergence, UnlearningLayers, UnlearningLayersConfig, UnlearningLoss, unlearning_forward
+from spul.eul import files
+from spul.eul.layers import feed_forward_blocks
+
+SMALL = UnlearningLayersConfig(reduction=4)
+IDS = torch.tensor([[5, 9, 30, 7, 11, 2], [8, 4, 66, 12, 0, 0]])
+MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+
+
+def stirred(model, config=SMALL, seed=1):
+    """Layers as training might leave them."""
+    layers = UnlearningLayers(model, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in layers.layers.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(0.3 * noise.to(parameter.dtype))
+    return layers
+
+
+class Twin(nn.Module):
+    """A feed-forward block with a bottleneck behind it, written out."""
+
+    def __init__(self, block, layer):
+        super().__init__()
+        self.block, self.layer = block, layer
+
+    def forward(self, *args, **kwargs):
+        h = self.block(*args, **kwargs)
+        inner = torch.relu(h @ self.layer.down.weight.T + self.layer.down.bias)
+        return h + inner @ self.layer.up.weight.T + self.layer.up.bias
+
+
+def test_the_layers_begin_as_the_identity_and_leave_no_trace(family):
+    model = build(family).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    attributes = {name: dict(vars(m)) for name, m in model.named_modules()}
+    base = copy.deepcopy(model).eval()
+    expected = base(IDS, attention_mask=MASK).logits
+
+    layers = UnlearningLayers(model, SMALL).eval()
+    assert torch.equal(layers(input_ids=IDS, attention_mask=MASK).logits, expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+    assert layers.remove() is model
+    model.train()
+    assert [(name, type(module)) for name, module in model.named_modules()] == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    for name, module in model.named_modules():
+        assert not module._forward_hooks, name
+        kept = {key: value for key, value in attributes[name].items() if "drop" in key or key == "p"}
+        assert {key: vars(module)[key] for key in kept} == kept, name
+
+
+def test_a_layer_takes_the_feed_forward_blocks_output_before_the_residual(family):
+    model = build(family, torch.float64)
+    twin = copy.deepcopy(model)
+    layers = stirred(model)
+    for name, layer in zip(layers.names, layers.layers, strict=True):
+        parent, _, child = name.rpartition(".")
+        setattr(twin.get_submodule(parent), child, Twin(twin.get_submodule(name), copy.deepcopy(layer)))
+    got = layers(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+    expected = twin(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+    torch.testing.assert_close(got, expected)
+    with layers.disable_adapter():
+        plain = layers(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
+    assert (got - plain).abs().max() > 1e-3
+
+
+def test_switched_off_the_layers_are_the_base_also_when_it_generates():
+    model = build("llama")
+    expected = model.generate(IDS[:1], max_new_tokens=5, do_sample=False)
+    layers = stirred(model)
+    assert not torch.equal(layers.generate(IDS[:1], max_new_tokens=5, do_sample=False), expected)
+    with layers.disable_adapter():
+        assert torch.equal(layers.generate(IDS[:1], max_new_tokens=5, do_sample=False), expected)
+    assert layers.enabled
+    layers.enabled = False
+    assert torch.equal(layers.generate(IDS[:1], max_new_tokens=5, do_sample=False), expected)
+
+
+def test_the_default_is_about_half_a_percent_of_a_usual_models_blocks():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=256, intermediate_size=688, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config)
+    layers = UnlearningLayers(model)
+    share = sum(p.numel() for p in layers.layers.parameters()) / sum(p.numel() for p in model.parameters())
+    assert 0.004 < share < 0.006
+
+
+def test_only_the_layers_learn_and_the_model_as_it_was_is_compared_with():
+    model = build("qwen3", torch.float64)
+    expected = model(IDS).logits.detach()
+    layers = stirred(model)
+    labels = torch.tensor([[-100] * 4 + [11, 2], [-100] * 2 + [66, 12, -100, -100]])
+    loss = UnlearningLoss(forget=NPO(), kl=KLDivergence(direction="forward"))
+    out = unlearning_forward(layers, loss, IDS, labels, torch.tensor([False, True]), MASK)
+    out.loss.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(parameter.grad is not None for parameter in layers.layers.parameters())
+    frozen, learned = expected[0, 3:5].log_softmax(-1), layers(IDS).logits[0, 3:5].log_softmax(-1)
+    torch.testing.assert_close(out.kl_loss, (frozen.exp() * (frozen - learned)).sum())
+
+
+def test_a_bfloat16_base_gets_float32_layers():
+    model = build("gpt2", torch.bfloat16)
+    layers = stirred(model)
+    assert {p.dtype for p in layers.layers.parameters()} == {torch.float32}
+    assert layers(IDS).logits.dtype == torch.bfloat16
+
+
+def test_saved_layers_load_onto_their_base(tmp_path, family):
+    layers = stirred(build(family))
+    layers.grams = {name: torch.eye(3, dtype=torch.float64) for name in ("a", "b")}
+    expected = layers(input_ids=IDS, attention_mask=MASK).logits
+    layers.save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = UnlearningLayers.from_pretrained(build(family), tmp_path)
+    assert torch.equal(loaded(input_ids=IDS, attention_mask=MASK).logits, expected)
+    assert loaded.layers_config == SMALL
+    assert loaded.grams.keys() == {"a", "b"}
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+    trainable = UnlearningLayers.from_pretrained(build(family), tmp_path, is_trainable=True)
+    assert all(parameter.requires_grad for parameter in trainable.layers.parameters())
+    assert not trainable.grams, "what was gathered is not of the layers as they will be"
+
+
+def test_the_folder_holds_safetensors_and_words_and_no_old_gram_matrices(tmp_path):
+    layers = stirred(build("llama"))
+    layers.grams = {"a": torch.eye(3, dtype=torch.float64)}
+    layers.save_pretrained(tmp_path)
+    layers.grams = {}
+    layers.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "README.md",
+        "spul_config.json",
+        "unlearning_layers.json",
+        "unlearning_layers.safetensors",
+    ]
+    assert json.loads((tmp_path / "unlearning_layers.json").read_text()) == {
+        "reduction": 4,
+        "activation": "relu",
+        "target_modules": None,
+        "init_seed": 0,
+        "num_requests": 1,
+    }
+    card = (tmp_path / "README.md").read_text()
+    assert "do not delete anything" in card
+    assert "reduction 4, 1,104 parameters" in card
+
+
+def test_other_weights_are_noticed(tmp_path):
+    stirred(build("llama")).save_pretrained(tmp_path)
+    other = build("llama")
+    with torch.no_grad():
+        other.lm_head.weight.add_(1.0)
+    with pytest.warns(UserWarning, match="layers in .* were trained on other weights"):
+        UnlearningLayers.from_pretrained(other, tmp_path)
+
+
+def test_layers_of_another_model_are_refused_and_leave_the_base_alone(tmp_path):
+    stirred(build("llama")).save_pretrained(tmp_path)
+    other = build("llama", hidden_size=64)
+    with pytest.raises(ValueError, match=r"do not fit this base's layers, such as .*expected \(16,\), found \(8,\)"):
+        UnlearningLayers.from_pretrained(other, tmp_path)
+    assert not any(module._forward_hooks for module in other.modules())
+    (empty := tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="holds no unlearning layers"):
+        UnlearningLayers.from_pretrained(other, empty)
+
+
+def test_pushing_makes_the_repository_and_uploads_the_folder(monkeypatch):
+    seen = {}
+
+    class Api:
+        def __init__(self, token=None):
+            seen["token"] = token
+
+        def create_repo(self, repo_id, private, exist_ok):
+            seen["private"] = private
+            return type("Url", (), {"repo_id": repo_id})
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            seen["files"] = sorted(path.name for path in files.Path(folder_path).iterdir())
+            return f"https://hub/{repo_id}/commit/1"
+
+    monkeypatch.setattr(files, "HfApi", Api)
+    address = stirred(build("opt")).push_to_hub("me/forgets", private=True, token="t")
+    assert address == "https://hub/me/forgets/commit/1"
+    assert seen["private"] is True
+    assert "unlearning_layers.safetensors" in seen["files"]
+
+
+def test_blocks_of_an_unknown_family_are_found_by_their_names():
+    model = build("llama")
+    assert feed_forward_blocks(model, ("down_proj",)) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    named = UnlearningLayers(model, UnlearningLayersConfig(reduction=4, target_modules=["down_proj"]))
+    assert len(named.layers) == 2
+    named.remove()
+    with pytest.raises(ValueError, match="has no module whose name ends in experts"):
+        UnlearningLayers(model, UnlearningLayersConfig(target_modules=("experts",)))
+
+
+def test_a_module_that_gives_no_hidden_states_is_named():
+    layers = UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, target_modules=("self_attn",)))
+    with pytest.raises(TypeError, match=r"layers\.0\.self_attn gives a tuple, not hidden states"):
+        layers(IDS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"reduction": 0}, "reduction=0: expected a whole number of at least 1"),
+        ({"reduction": 2.5}, "reduction=2.5"),
+        ({"activation": "relux"}, "activation='relux' is not known"),
+        ({"target_modules": "mlp"}, "target_modules='mlp': expected what the names"),
+        ({"target_modules": ()}, "target_modules="),
+    ],
+)
+def test_a_bad_config_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        UnlearningLayersConfig(**arguments)
+
+
+def test_a_base_takes_one_set_of_layers_and_must_be_a_bare_causal_lm():
+    model = build("llama")
+    layers = UnlearningLayers(model, SMALL)
+    with pytest.raises(ValueError, match="has unlearning layers already; take them off first"):
+        UnlearningLayers(model, SMALL)
+    layers.remove()
+    UnlearningLayers(model, SMALL).remove()
+    layers.attach()
+    with pytest.raises(TypeError, match="model is a str"):
+        UnlearningLayers("facebook/opt-1.3b")
+    with pytest.raises(TypeError, match="merged first"):
+        UnlearningLayers(get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])))
+    with pytest.raises(TypeError, match="config is a dict"):
+        UnlearningLayers(build("llama"), {"reduction": 4})
+    with pytest.raises(ValueError, match="reduction=64 leaves nothing of the base's width, 32"):
+        UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=64))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for checkpointing in (False, True):
+        layers = stirred(build("llama", torch.float64)).train()
+        if checkpointing:
+            layers.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        layers(input_ids=IDS, labels=IDS).loss.backward()
+        gradients.append([parameter.grad for parameter in layers.layers.parameters()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
