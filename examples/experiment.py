@@ -20,9 +20,9 @@ import toy_reviews
 from datasets import Dataset
 from runs import (
     AFTERWARDS,
+    DETACHABLE,
     NOT_FOR_TOYS,
     PLACES,
-    PROMPT_TYPES,
     SMALL,
     TASKS,
     TOYS,
@@ -324,11 +324,11 @@ class Experiment:
         }
 
     def run(self, run: Run) -> list[dict[str, Any]]:
-        """Train and score a method; a prompt is scored detached as well. One record each."""
+        """Train and score a method; a prompt or layers are scored detached as well. One record each."""
         settings = run_settings(run)
         model, cost = self.train(run)
         found = [self.record(run.method, run.carrier, settings, self.score(model, run.method), cost)]
-        if run.carrier in PROMPT_TYPES:
+        if run.carrier in DETACHABLE:
             with model.disable_adapter():
                 scores = self.score(model, "detached")
             found.append(self.record(f"{run.method} detached", run.carrier, settings, scores, {}))

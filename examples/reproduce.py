@@ -53,8 +53,9 @@ from spul.report import (
 )
 from spul.search import Candidate, search
 
-# The published rate is P-tuning's; the others were found on small models and LoRA in general.
-LEARNING_RATES = {"p_tuning": 1e-4, "prompt_tuning": 0.05, "prefix_tuning": 0.03, "full": 1e-5, "lora": 1e-4}
+# Those of P-tuning and the layers are published; the others were found on small models and LoRA in general.
+LEARNING_RATES = {"p_tuning": 1e-4, "prompt_tuning": 0.05, "prefix_tuning": 0.03}
+LEARNING_RATES |= {"full": 1e-5, "lora": 1e-4, "layers": 5e-5}
 PUBLISHED_NAMES = {"Unlearning_SST2": "sst2", "Unlearning_Yelp_Polarity": "yelp"}
 LOSS_TERMS = ((0.0, 0.0), (1.0, 0.0), (0.0, 0.5), (1.0, 0.5))
 FORGET_SIZES = (0.25, 0.5, 0.75, 1.0)
@@ -87,7 +88,7 @@ def make_run(args: argparse.Namespace, method: str, carrier: str, **settings: An
 
 def carriers(args: argparse.Namespace, method: str) -> list[str]:
     """What a method is tried on."""
-    return args.prompt_types if method == "SPUL" else [args.baseline_carrier]
+    return {"SPUL": args.prompt_types, "EUL": ["layers"]}.get(method, [args.baseline_carrier])
 
 
 def grid(args: argparse.Namespace, what: str) -> list[Run]:
@@ -296,7 +297,12 @@ def parse_args() -> argparse.Namespace:
     add("--max-length", type=int, default=1024, help="tokens of a row, without the prompt's")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")
     add("--prompt-types", nargs="+", choices=PROMPT_TYPES, default=["p_tuning"], metavar="TYPE", help="of SPUL")
-    add("--baseline-carrier", choices=("full", "lora"), default="full", help="what learns in the other methods")
+    add(
+        "--baseline-carrier",
+        choices=("full", "lora"),
+        default="full",
+        help="what learns in other methods than SPUL and EUL",
+    )
     add("--num-virtual-tokens", type=int, default=30)
     add("--prompt-lengths", nargs="+", type=int, default=list(PROMPT_LENGTHS), help="of --figure prompt-length")
     add("--alpha", type=float, default=1.0, help="weight of SPUL's retain term")
@@ -326,7 +332,7 @@ def parse_args() -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
     if args.forget_fraction is not None and not 0 < args.forget_fraction < 1:
         parser.error(f"--forget-fraction {args.forget_fraction}: expected a share above 0 and below 1.")
-    baselines = set(args.methods) != {"SPUL"} and {"main", "forget-size", "pareto"} & {*args.table, *args.figure}
+    baselines = set(args.methods) - {"SPUL", "EUL"} and {"main", "forget-size", "pareto"} & {*args.table, *args.figure}
     if args.load_in_4bit and args.baseline_carrier == "full" and baselines:
         parser.error("--load-in-4bit: 4-bit weights do not train; give --baseline-carrier lora, or --methods SPUL.")
     try:

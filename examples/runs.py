@@ -83,13 +83,16 @@ class Setup:
     bf16: bool = True
 
 
+DETACHABLE = (*PROMPT_TYPES, "layers")
+
+
 @dataclass(frozen=True)
 class Run:
     """One method on an experiment.
 
     Args:
         method: a name of `spul.methods`.
-        carrier: `full`, `lora`, or a prompt type.
+        carrier: `full`, `lora`, `layers`, or a prompt type.
         learning_rate: of unlearning.
         steps: training steps that see both groups; a method that sees forget rows only takes as many as show it as
             many forget rows. None counts epochs.
@@ -188,7 +191,7 @@ class Runs:
         if isinstance(run, str):
             wanted = [identity(experiment.record(run, "none", {}, None, {}))]
         else:
-            names = [run.method] + ([f"{run.method} detached"] if run.carrier in PROMPT_TYPES else [])
+            names = [run.method] + ([f"{run.method} detached"] if run.carrier in DETACHABLE else [])
             settings = run_settings(run)
             wanted = [identity(experiment.record(name, run.carrier, settings, None, {})) for name in names]
         if not all(key in self.known for key in wanted):

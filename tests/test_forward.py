@@ -327,7 +327,7 @@ def test_bad_arguments_say_what_is_wrong(tmp_path):
         UnlearningTrainer(model, args, collator, dataset, loss=LOSSES["GA+KL"], reference="live")
     with pytest.raises(ValueError, match="no loss of its own; pass loss="):
         ReferenceCache.build(model, dataset, make_collator(), tmp_path)
-    with pytest.raises(TypeError, match="expected a SoftPromptUnlearner or UnlearningLayers around it, or a causal LM"):
+    with pytest.raises(TypeError, match="expected a SoftPromptUnlearner or UnlearningLayers around it, or"):
         UnlearningTrainer(torch.nn.Linear(2, 2), args, make_collator(), dataset, loss=LOSSES["SPUL"])
     frozen = build("llama").requires_grad_(False)
     with pytest.raises(ValueError, match="no parameter requires a gradient"):

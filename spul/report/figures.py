@@ -35,10 +35,12 @@ METHOD_STYLES = {
     "SimNPO+KL": (SKY, "^"),
     "SimNPO+GD": (SKY, "s"),
     "SPUL": (GREEN, "D"),
+    "EUL": (ORANGE, "D"),
     "SPUL detached": (GREY, "X"),
+    "EUL detached": (GREY, "P"),
 }
 
-REFERENCE_METHODS = ("vanilla", "base", "retrained", "SPUL detached")
+REFERENCE_METHODS = ("vanilla", "base", "retrained", "SPUL detached", "EUL detached")
 """What is no way to unlearn, and stands in figures for comparison only."""
 
 GROUP_COLOURS = {"retain": BLUE, "forget": ORANGE}
