@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 from ..collator import ForgetRetainCollator
 from ..forward import as_it_was, learns_itself
-from ..losses import IGNORE_INDEX
 from ..prefix import logits_at, response_positions, unwrapped
+from ..terms import IGNORE_INDEX
 from .scoring import response_logits
 
 

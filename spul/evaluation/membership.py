@@ -16,9 +16,9 @@ from datasets import Dataset
 from torch import nn
 
 from ..collator import ForgetRetainCollator, completion_text
-from ..losses import token_nll
 from ..prefix import bare_model, unwrapped
 from ..provenance import own_parameters
+from ..terms import token_nll
 from .likelihood import (
     Likelihood,
     check_rows,
