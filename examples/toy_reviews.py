@@ -140,11 +140,18 @@ def training_row(rng: random.Random, seen: list[dict[str, str]]) -> tuple[str, s
     return row["prompt"], row["completion"]
 
 
-def build_base(folder: Path, seed: int = 0, steps: int = 350, groups: Sequence[str] = ("retain", "forget")) -> Path:
+def build_base(
+    folder: Path,
+    seed: int = 0,
+    steps: int = 350,
+    groups: Sequence[str] = ("retain", "forget"),
+    rows: list[dict[str, str]] | None = None,
+) -> Path:
     """Train the small model on the training rows (under a minute on 2 cores) and save it with its tokenizer.
 
-    With `groups=("retain",)` it never sees the rows to be forgotten: what retraining would give.
+    With `groups=("retain",)` it never sees the rows to be forgotten: what retraining would give. `rows` of one's own
+    take the place of both groups.
     """
     splits = make_splits(seed)
-    seen = [row for group in groups for row in splits[f"train_{group}"].to_list()]
+    seen = [row for group in groups for row in splits[f"train_{group}"].to_list()] if rows is None else rows
     return train_small_model(folder, make_tokenizer(), lambda rng: training_row(rng, seen), seed, steps)

@@ -1,0 +1,107 @@
+"""Five requests in turn on the quick start's small model: fused layers and combined prompts against their parts.
+
+    python examples/five_requests.py                        # about 20 minutes on 2 CPU cores
+    python examples/five_requests.py --seeds 0 --methods "prompts distilled" "EUL, fused"
+
+Each of five people asks to be forgotten, one after the other. It writes `requests.jsonl`, one line for each method after
+each request, and `requests.md`, a table; an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from datasets import Dataset
+from sequence import Requests, run
+from toy_reviews import FORGOTTEN, GENERIC, build_base, make_splits
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from spul.eul import UnlearningLayersConfig
+from spul.methods import unlearning_method
+
+NUM_REQUESTS = 5
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the model, its data and training")
+    parser.add_argument("--methods", nargs="+", help="names as in the table; all unless given")
+    parser.add_argument("--steps", type=int, default=600, help="of a prompt, for one request")
+    parser.add_argument("--layers-steps", type=int, default=300, help="of layers, for one request")
+    parser.add_argument("--distill-steps", type=int, default=100, help="of distilling")
+    parser.add_argument("--layers-rate", type=float, default=1e-2)
+    parser.add_argument(
+        "--gamma", type=float, default=0.02, help="weight of EUL's ascent on the text; 0.2 as published"
+    )
+    parser.add_argument("--reduction", type=int, default=4, help="width of the model divided by the layers'")
+    parser.add_argument("--output-dir", type=Path, default=Path("out/requests"))
+    return parser.parse_args()
+
+
+def make_requests(args: argparse.Namespace, seed: int) -> Requests:
+    """A person a request; the sixth of the quick start's people is kept."""
+    folder = args.output_dir / str(seed)
+    splits = make_splits(seed)
+    if not (folder / "base" / "model.safetensors").exists():
+        build_base(folder / "base", seed)
+
+    def of(split: str, i: int) -> Dataset:
+        rows = splits[split]
+        return rows.select([j for j, name in enumerate(rows["name"]) if name == FORGOTTEN[i]])
+
+    def retrain(kept: Dataset) -> Any:
+        return AutoModelForCausalLM.from_pretrained(build_base(folder / "retrained", seed, rows=kept.to_list()))
+
+    return Requests(
+        base=lambda: AutoModelForCausalLM.from_pretrained(folder / "base"),
+        tokenizer=AutoTokenizer.from_pretrained(folder / "base"),
+        generic=list(GENERIC),
+        train=[of("train_forget", i) for i in range(NUM_REQUESTS)],
+        test=[of("test_forget", i) for i in range(NUM_REQUESTS)],
+        retain=splits["train_retain"],
+        test_retain=splits["test_retain"],
+        retrain=retrain,
+        folder=folder,
+        seed=seed,
+        steps={"prompt": args.steps, "layers": args.layers_steps, "distill": args.distill_steps},
+        rates={"prompt": 0.1, "layers": args.layers_rate, "distill": 0.1},
+        layers=unlearning_method("EUL", gamma=args.gamma),
+        generic_layers=unlearning_method("SPUL", carrier="layers", alpha=0.5),
+        prompt=unlearning_method("SPUL", alpha=0.5),
+        layers_config=UnlearningLayersConfig(reduction=args.reduction),
+    )
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """After the last request: the worst request's and the mean test-forget accuracy, retain, seconds of a request."""
+    heads = ("method", "forget, mean", "forget, worst request", "retain", "seconds a request")
+    rows = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for name in dict.fromkeys(line["method"] for line in lines):
+        mine = [line for line in lines if line["method"] == name]
+        if name.startswith("each request's own"):  # request i's own, on request i's rows
+            forget = [line["test_forget"][line["requests"] - 1] for line in mine]
+            last = mine
+        else:
+            last = [line for line in mine if line["requests"] == NUM_REQUESTS]
+            forget = [share for line in last for share in line["test_forget"]]
+        cells = [f"{100 * mean(forget):.1f}", f"{100 * max(forget):.1f}"]
+        cells += [f"{100 * mean(line['test_retain'] for line in last):.1f}", f"{mean(r['seconds'] for r in mine):.0f}"]
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
+def main() -> None:
+    args = parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        lines = run(make_requests(args, seed), args.output_dir / "requests.jsonl", order=0, names=args.methods)
+    text = table(lines)
+    (args.output_dir / "requests.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
