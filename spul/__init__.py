@@ -4,6 +4,7 @@ Make a causal language model stop answering about some of its training data with
 """
 
 from .collator import ForgetRetainCollator
+from .combine import combine
 from .data import forget_retain_dataset
 from .evaluation import score_completions
 from .forward import UnlearnerOutput, unlearning_forward
@@ -29,6 +30,7 @@ __all__ = [
     "UnlearnerOutput",
     "UnlearningLoss",
     "UnlearningTrainer",
+    "combine",
     "fingerprint",
     "forget_retain_dataset",
     "score_completions",
