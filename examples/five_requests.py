@@ -3,8 +3,8 @@
     python examples/five_requests.py                        # about 20 minutes on 2 CPU cores
     python examples/five_requests.py --seeds 0 --methods "prompts distilled" "EUL, fused"
 
-Each of five people asks to be forgotten, one after the other. It writes `requests.jsonl`, one line for each method after
-each request, and `requests.md`, a table; an interrupted run goes on where it stopped.
+Each of five people asks to be forgotten, one after the other. It writes `requests.jsonl`, one line for each method
+after each request, and `requests.md`, a table; an interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations

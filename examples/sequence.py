@@ -181,7 +181,7 @@ class Requests:
             yield layers, time.perf_counter() - start
 
     def combined(self, how: str) -> Served:
-        """Prompts of each request, made one: put one after the other, or distilled, with or without the forget sets."""
+        """Prompts of each request, made one: one after the other, or distilled, with or without the forget sets."""
         folders = []
         for i in range(len(self.train)):
             folder, seconds = self.prompt_of(i)

@@ -4,6 +4,7 @@ Make a causal language model stop answering about some of its training data with
 """
 
 from .collator import ForgetRetainCollator
+from .combine import combine
 from .data import forget_retain_dataset
 from .eul import UnlearningLayers, UnlearningLayersConfig, fuse, gather_inputs
 from .evaluation import score_completions
@@ -34,6 +35,7 @@ __all__ = [
     "UnlearningLayersConfig",
     "UnlearningLoss",
     "UnlearningTrainer",
+    "combine",
     "fingerprint",
     "forget_retain_dataset",
     "fuse",

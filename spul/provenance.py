@@ -49,6 +49,8 @@ class SpulConfig:
         base_fingerprint: as `fingerprint`.
         forget: summary of the forget set.
         retain: summary of the retain set.
+        combined_from: for a prompt that was made of others, the summary of each one's forget set, None where it is not
+            known.
         metrics: what was measured: split to measure to number, `{"test_forget": {"accuracy": 0.02}}`.
         versions: library versions.
     """
@@ -59,6 +61,7 @@ class SpulConfig:
     base_fingerprint: str | None = None
     forget: DataSummary | None = None
     retain: DataSummary | None = None
+    combined_from: list[DataSummary | None] | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
 
@@ -73,10 +76,15 @@ class SpulConfig:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
         known = {f.name for f in dataclasses.fields(cls)}
         config = cls(**{key: value for key, value in data.items() if key in known})
-        for name in ("forget", "retain"):
-            if isinstance(summary := getattr(config, name), dict):
-                setattr(config, name, DataSummary(summary["rows"], summary["digest"]))
+        config.forget, config.retain = _summary(data.get("forget")), _summary(data.get("retain"))
+        if config.combined_from is not None:
+            config.combined_from = [_summary(part) for part in data["combined_from"]]
         return config
+
+
+def _summary(data: dict[str, Any] | None) -> DataSummary | None:
+    """A summary as it was read; fields that this version does not know are left out."""
+    return None if data is None else DataSummary(data["rows"], data["digest"])
 
 
 def library_versions() -> dict[str, str]:

@@ -79,6 +79,17 @@ def test_the_sets_are_named_by_count_and_digest(card):
     assert lines[1] == f"- retain set: 1,234 rows, SHA-256 `{CONFIG.retain.digest}`"
 
 
+def test_a_combined_prompt_names_the_forget_set_of_each_part():
+    config = SpulConfig(combined_from=[summarise_rows(FORGET), None])
+    assert section(make(config), "What it forgets").splitlines()[:5] == [
+        "- forget set: not recorded",
+        "- retain set: not recorded",
+        "- made of 2 prompts that were trained apart:",
+        f"    - prompt 1, forget set: 1 rows, SHA-256 `{CONFIG.forget.digest}`",
+        "    - prompt 2, forget set: not recorded",
+    ]
+
+
 def test_no_row_of_the_data_is_in_the_card(card):
     for row in [*FORGET, *RETAIN[:5]]:
         assert row["prompt"] not in card.content

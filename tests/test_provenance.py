@@ -243,6 +243,12 @@ def test_fields_of_a_summary_of_another_version_are_ignored(tmp_path):
     assert SpulConfig.load(path).forget == DataSummary(2, "cd")
 
 
+def test_what_a_prompt_was_made_of_is_saved_and_loaded_unknown_parts_too(tmp_path):
+    config = SpulConfig(combined_from=[DataSummary(2, "cd" * 32), None])
+    config.save(tmp_path)
+    assert SpulConfig.load(tmp_path / SPUL_CONFIG_NAME) == config
+
+
 def test_metrics_are_not_shared_between_configs():
     one, other = SpulConfig(), SpulConfig()
     one.metrics["test"] = {"accuracy": 1.0}

@@ -101,9 +101,11 @@ def _data_lines(config: SpulConfig) -> str:
             return f"- {name} set: not recorded"
         return f"- {name} set: {summary.rows:,} rows, SHA-256 `{summary.digest}`"
 
-    return "\n".join(
-        [line("forget", config.forget), line("retain", config.retain), "", "The rows are not part of this card."]
-    )
+    lines = [line("forget", config.forget), line("retain", config.retain)]
+    if config.combined_from is not None:
+        lines.append(f"- made of {len(config.combined_from)} prompts that were trained apart:")
+        lines += [f"    {line(f'prompt {i}, forget', part)}" for i, part in enumerate(config.combined_from, start=1)]
+    return "\n".join([*lines, "", "The rows are not part of this card."])
 
 
 def _training_lines(config: SpulConfig) -> str:
