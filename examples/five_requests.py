@@ -32,6 +32,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600, help="of a prompt, for one request")
     parser.add_argument("--layers-steps", type=int, default=300, help="of layers, for one request")
     parser.add_argument("--distill-steps", type=int, default=100, help="of distilling")
+    parser.add_argument("--num-virtual-tokens", type=int, default=15, help="of a prompt; five must fit before a row")
     parser.add_argument("--layers-rate", type=float, default=1e-2)
     parser.add_argument(
         "--gamma", type=float, default=0.02, help="weight of EUL's ascent on the text; 0.2 as published"
@@ -71,6 +72,7 @@ def make_requests(args: argparse.Namespace, seed: int) -> Requests:
         layers=unlearning_method("EUL", gamma=args.gamma),
         generic_layers=unlearning_method("SPUL", carrier="layers", alpha=0.5),
         prompt=unlearning_method("SPUL", alpha=0.5),
+        num_virtual_tokens=args.num_virtual_tokens,
         layers_config=UnlearningLayersConfig(reduction=args.reduction),
     )
 
