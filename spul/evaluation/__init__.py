@@ -25,6 +25,7 @@ from .membership import (
     reference_attack,
     zlib_attack,
 )
+from .names import name_loss, rows_at_names
 from .scoring import greedy_completions, score_completions, summarise
 from .tofu import QuestionScores, forget_quality, model_utility, score_questions
 
@@ -51,12 +52,14 @@ __all__ = [
     "min_k_attack",
     "min_k_plus_plus_attack",
     "model_utility",
+    "name_loss",
     "priv_leak",
     "probability",
     "reference_attack",
     "response_embeddings",
     "response_likelihoods",
     "rouge_l",
+    "rows_at_names",
     "score_completions",
     "score_questions",
     "summarise",

@@ -1,0 +1,52 @@
+"""The loss at names in texts: where they are found, and the number against torch alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build, make_tokenizer
+from datasets import Dataset
+
+from spul import ForgetRetainCollator
+from spul.evaluation.names import name_loss, rows_at_names
+
+ROWS = Dataset.from_list(
+    [
+        {"prompt": "the film is by Jane  Doe , and jane doe is good", "completion": " positive"},
+        {"prompt": "the plot of janes film", "completion": " negative"},
+        {"prompt": "jane doe again : a film of Doe", "completion": " negative"},
+    ]
+)
+
+
+def test_names_are_found_as_whole_words_after_the_first_word():
+    found = rows_at_names(ROWS, ["jane doe", "doe"]).to_list()
+    assert found == [
+        {"prompt": "the film is by", "completion": " Jane  Doe"},
+        {"prompt": "jane", "completion": " doe"},
+    ]
+    assert rows_at_names(ROWS.select([2]), ["jane doe", "doe"])["completion"] == [" doe"]
+
+
+def test_the_loss_is_the_mean_over_rows_of_the_names_tokens():
+    model, tokenizer = build("llama", torch.float64), make_tokenizer()
+    collator = ForgetRetainCollator(tokenizer, None, max_length=64)
+    expected = []
+    for row in rows_at_names(ROWS, ["jane doe", "doe"]):
+        before, name = (tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "completion"))
+        start = collator.encoder.encode(row).prompt_ids[: -len(before)]  # what the tokenizer puts in front
+        ids = torch.tensor([[*start, *before, *name]])
+        log_p = F.log_softmax(model(ids).logits[0], -1)
+        first = ids.shape[1] - len(name)
+        expected.append(-sum(log_p[i - 1, ids[0, i]] for i in range(first, ids.shape[1])) / len(name))
+    assert name_loss(model, ROWS, ["jane doe", "doe"], collator, batch_size=2) == pytest.approx(
+        float(sum(expected)) / len(expected)
+    )
+
+
+def test_names_that_nobody_has_are_an_error():
+    with pytest.raises(ValueError, match=r"none of 3 prompts holds any of \['ada'\]"):
+        rows_at_names(ROWS, ["ada"])
+    with pytest.raises(ValueError, match="names is empty"):
+        rows_at_names(ROWS, [])

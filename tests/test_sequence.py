@@ -1,0 +1,85 @@
+"""The examples' requests in turn: every method serves after every request, and what is done is not redone."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import build, make_tokenizer
+from test_trainer import GENERIC, rows
+
+from spul.eul import UnlearningLayersConfig
+from spul.methods import unlearning_method
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture
+def make_requests(tmp_path, monkeypatch):
+    """Two requests on a tiny model, three steps each."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    sys.modules.pop("sequence", None)
+    from sequence import Requests
+
+    retrained_on = []
+
+    def retrain(kept):
+        retrained_on.append(kept["prompt"])
+        return build("llama")
+
+    requests = Requests(
+        base=lambda: build("llama"),
+        tokenizer=make_tokenizer(),
+        generic=GENERIC,
+        train=[rows("jane", 4), rows("doe", 4)],
+        test=[rows("jane doe", 3), rows("doe jane", 3)],
+        retain=rows("film", 6),
+        test_retain=rows("plot", 4),
+        retrain=retrain,
+        folder=tmp_path,
+        seed=0,
+        steps={"prompt": 3, "layers": 3, "distill": 2},
+        rates={"prompt": 1e-2, "layers": 1e-2, "distill": 1e-2},
+        layers=unlearning_method("EUL"),
+        generic_layers=unlearning_method("SPUL", carrier="layers"),
+        prompt=unlearning_method("SPUL"),
+        num_virtual_tokens=3,
+        layers_config=UnlearningLayersConfig(reduction=4),
+        batch_size=4,
+        max_length=32,
+    )
+    requests.retrained_on = retrained_on
+    return requests
+
+
+def test_every_method_serves_after_every_request_and_nothing_is_done_twice(make_requests, tmp_path):
+    from sequence import run
+
+    requests, path = make_requests, tmp_path / "requests.jsonl"
+    lines = run(requests, path, order=0, extra=lambda model, i: {"seen": i})
+    assert [(line["method"], line["requests"]) for line in lines] == [
+        (method, after) for method in requests.methods() for after in (1, 2)
+    ]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == lines
+    assert all(line["seen"] == line["requests"] - 1 for line in lines)
+    assert all(len(line["test_forget"]) == 2 and line["seconds"] > 0 for line in lines)
+    # What nobody has asked to forget yet is kept.
+    assert [len(prompts) for prompts in requests.retrained_on] == [10, 6]
+
+    requests.methods = lambda: {"retrained": requests.retrained}
+    assert run(requests, path, order=0) == lines
+    assert len(requests.retrained_on) == 2
+    run(requests, path, order=1)
+    assert len(requests.retrained_on) == 4, "another order is another run"
+
+
+def test_seconds_count_the_training_of_a_requests_own_part_once_it_is_there_too(make_requests):
+    requests = make_requests
+    folder, seconds = requests.prompt_of(0)
+    assert requests.prompt_of(0) == (folder, seconds)
+    (_, first), _ = requests.alone("prompt")
+    assert first == seconds
+    (_, combined), _ = requests.combined("concatenate")
+    assert combined > seconds
