@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,18 @@ def restore_dropout(values: list[tuple[nn.Module, str, float]]) -> None:
     """Set dropouts as they were before `zero_dropout`."""
     for module, name, p in values:
         setattr(module, name, p)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode; then every module is as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def keep_4bit_differentiable(model: nn.Module) -> None:

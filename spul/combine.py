@@ -17,7 +17,7 @@ from .base import max_positions
 from .collator import ForgetRetainCollator
 from .losses import UnlearningLoss
 from .prefix import logits_at, response_positions
-from .provenance import DataSummary, SpulConfig, fingerprint
+from .provenance import SpulConfig, fingerprint, requests_of
 from .terms import KLDivergence
 from .trainer import UnlearningTrainer
 from .unlearner import SoftPromptUnlearner
@@ -118,7 +118,7 @@ def combine(
         trainer = _TeachingTrainer(student, parts, train_dataset, data_collator, args, **trainer_kwargs)
     trainer.train()
     record = student.spul_config
-    record.combined_from = _requests(parts)
+    record.combined_from = requests_of(part.spul_config for part in parts)
     if flagged:
         record.loss = student.loss.to_dict()
     else:
@@ -201,15 +201,6 @@ def _spread(rows: Tensor, num: int) -> Tensor:
 # ---- the record ----
 
 
-def _requests(parts: Sequence[SoftPromptUnlearner]) -> list[DataSummary | None]:
-    """The forget set of each request; a prompt that was combined itself counts as what it was made of."""
-    found: list[DataSummary | None] = []
-    for part in parts:
-        made_of = part.spul_config.combined_from
-        found += [part.spul_config.forget] if made_of is None else made_of
-    return found
-
-
 def _record(parts: Sequence[SoftPromptUnlearner]) -> SpulConfig:
     """What can be said of prompts put one after the other.
 
@@ -222,7 +213,7 @@ def _record(parts: Sequence[SoftPromptUnlearner]) -> SpulConfig:
         generic_completions=None if None in generic else union,
         # One that was trained on other weights goes on to warn.
         base_fingerprint=next((c.base_fingerprint for c in configs if c.base_fingerprint not in (None, here)), here),
-        combined_from=_requests(parts),
+        combined_from=requests_of(configs),
     )
 
 

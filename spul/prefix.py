@@ -215,10 +215,11 @@ def needs_gradient(model: nn.Module) -> bool:
 
 
 def _state_of(base: nn.Module, device_type: str) -> tuple:
-    """Changes with autocast, and when a weight is replaced, moved, or written to other than through `.data`."""
+    """Changes with autocast and forward hooks, and when a weight is replaced, moved, or written to but by `.data`."""
+    hooks = tuple(key for module in base.modules() for key in module._forward_hooks)
     weights = tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in base.parameters())
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    return autocast, weights
+    return autocast, weights, hooks
 
 
 def expand_states(layers: list[LayerStates], base_model: Any, batch_size: int) -> DynamicCache:

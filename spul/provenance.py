@@ -87,6 +87,14 @@ def _summary(data: dict[str, Any] | None) -> DataSummary | None:
     return None if data is None else DataSummary(data["rows"], data["digest"])
 
 
+def requests_of(records: Iterable[SpulConfig]) -> list[DataSummary | None]:
+    """The forget set of each request; what was combined or fused itself counts as what it was made of."""
+    found: list[DataSummary | None] = []
+    for record in records:
+        found += [record.forget] if record.combined_from is None else record.combined_from
+    return found
+
+
 def library_versions() -> dict[str, str]:
     """Installed versions of the libraries that a prompt depends on."""
     return {name: version(name) for name in LIBRARIES}

@@ -280,15 +280,13 @@ class UnlearningTrainer(Trainer):
         if not isinstance(self._learner, UnlearningLayers):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self._learner.load_layers_state(read_layers(resume_from_checkpoint).state)
+            self._learner.load_saved(read_layers(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if not isinstance(self._learner, UnlearningLayers):
             super()._load_best_model()
         else:
-            best = read_layers(self.state.best_model_checkpoint or ".")
-            self._learner.load_layers_state(best.state)
-            self._learner.spul_config.metrics = best.spul_config.metrics
+            self._learner.load_saved(read_layers(self.state.best_model_checkpoint or "."))
 
     # ---- evaluation ----
 
@@ -363,6 +361,8 @@ class _Epochs(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if isinstance(self.model, (SoftPromptUnlearner, UnlearningLayers)):
             self.model.spul_config.metrics.clear()  # they were another prompt's; evaluation comes after this
+        if isinstance(self.model, UnlearningLayers):
+            self.model.grams = {}
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)

@@ -79,6 +79,8 @@ def checked_loss(model: Any, loss: UnlearningLoss | None) -> UnlearningLoss:
             f"model is a {type(model).__name__}; expected a SoftPromptUnlearner or UnlearningLayers around it, or a "
             "causal LM of transformers, bare or under LoRA."
         )
+    if isinstance(model, UnlearningLayers) and not model.attached:
+        raise ValueError("the layers are not in place, so that the base would train; call layers.attach() first.")
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise TypeError("model is a prompt of plain PEFT; expected a SoftPromptUnlearner around the base instead.")
     if not isinstance(loss, UnlearningLoss):

@@ -84,9 +84,9 @@ def test_a_combined_prompt_names_the_forget_set_of_each_part():
     assert section(make(config), "What it forgets").splitlines()[:5] == [
         "- forget set: not recorded",
         "- retain set: not recorded",
-        "- made of 2 prompts that were trained apart:",
-        f"    - prompt 1, forget set: 1 rows, SHA-256 `{CONFIG.forget.digest}`",
-        "    - prompt 2, forget set: not recorded",
+        "- made of 2 requests that were trained apart:",
+        f"    - request 1, forget set: 1 rows, SHA-256 `{CONFIG.forget.digest}`",
+        "    - request 2, forget set: not recorded",
     ]
 
 

@@ -12,7 +12,7 @@ from datasets import Dataset
 from test_layers import SMALL, stirred
 
 from spul import ForgetRetainCollator, UnlearningLayers, UnlearningLayersConfig, fuse, gather_inputs
-from spul.eul.fusion import recorded_inputs
+from spul.provenance import DataSummary
 
 WORDS = ["the", "review", "is", "of", "film", "good", "bad", "plot", "about", "jane", "doe", "text"]
 
@@ -137,21 +137,6 @@ def test_folders_fuse_as_the_layers_that_were_saved(tmp_path):
     assert "fused from the layers of 2 requests" in (tmp_path / "fused" / "README.md").read_text()
 
 
-def test_a_loop_of_ones_own_gathers_the_tokens_it_names():
-    layers = stirred(build("llama", torch.float64))
-    batch = collator("left").true_batch([request(1)[i] for i in range(4)])
-    forget = torch.tensor([True, False, True, False])
-    with torch.no_grad(), recorded_inputs(layers, batch["attention_mask"].bool() & forget[:, None]):
-        layers(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    gathered, layers.grams = dict(layers.grams), {}
-    with torch.no_grad():
-        layers(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    assert not layers.grams, "nothing is recorded outside"
-    gather_inputs(layers, request(1).select([0, 2]), collator(), progress=False)
-    for name, gram in layers.grams.items():
-        torch.testing.assert_close(gathered[name], gram)
-
-
 def test_the_model_is_left_in_the_mode_it_was_in():
     layers = stirred(build("llama")).train()
     gather_inputs(layers, request(1), collator(), progress=False)
@@ -187,3 +172,47 @@ def test_gathering_needs_rows_and_layers_that_are_on():
     layers.remove()
     with pytest.raises(ValueError, match="not in place"):
         gather_inputs(layers, request(1), collator(), progress=False)
+
+
+def test_what_does_not_span_its_dimensions_needs_a_ridge():
+    layers = stirred(build("llama", torch.float64), UnlearningLayersConfig(reduction=4, activation="silu"))
+    gather_inputs(layers, request(1).select(range(2)), collator(), progress=False)
+    layers.remove()
+    with pytest.raises(ValueError, match=r"do not span its 33 dimensions.*pass a ridge above 0"):
+        fuse([layers], ridge=0.0)
+
+
+def test_the_same_layers_twice_are_refused():
+    with pytest.raises(ValueError, match=r"layers\[0\] and layers\[1\] are the same; give each request once"):
+        fuse([trained(1), trained(1)])
+
+
+def test_a_set_in_memory_fuses_with_a_folder_also_with_named_modules(tmp_path):
+    config = UnlearningLayersConfig(reduction=4, target_modules=("down_proj",))
+    parts = []
+    for seed in (1, 2):
+        layers = stirred(build("llama", torch.float64), config, seed=seed)
+        gather_inputs(layers, request(seed), collator(), progress=False)
+        layers.remove()
+        parts.append(layers)
+    parts[0].save_pretrained(tmp_path)
+    assert fuse([tmp_path, parts[1]]).num_requests == 2
+
+
+def test_the_record_names_the_requests_that_fused_layers_honour(tmp_path):
+    parts = [trained(1), trained(2)]
+    for i, part in enumerate(parts):
+        part.spul_config.forget = DataSummary(i + 3, str(i) * 64)
+    fused = fuse(parts)
+    assert fused.spul_config.combined_from == [DataSummary(3, "0" * 64), DataSummary(4, "1" * 64)]
+    fused.save_pretrained(tmp_path)
+    assert "request 2, forget set: 4 rows" in (tmp_path / "README.md").read_text()
+
+
+def test_tokenised_rows_gather_as_their_texts_do():
+    layers = stirred(build("llama", torch.float64))
+    gather_inputs(layers, request(1), collator(), progress=False)
+    texts, layers.grams = layers.grams, {}
+    gather_inputs(layers, request(1).map(collator().tokenize), collator(), progress=False)
+    for name, gram in texts.items():
+        torch.testing.assert_close(layers.grams[name], gram)

@@ -224,7 +224,7 @@ def test_blocks_of_an_unknown_family_are_found_by_their_names():
 
 def test_a_module_that_gives_no_hidden_states_is_named():
     layers = UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, target_modules=("self_attn",)))
-    with pytest.raises(TypeError, match=r"layers\.0\.self_attn gives a tuple, not hidden states"):
+    with pytest.raises(TypeError, match=r"layers\.0\.self_attn gives tuple, not hidden states of the width 32"):
         layers(IDS)
 
 
@@ -271,3 +271,84 @@ def test_gradient_checkpointing_gives_the_same_gradients():
         gradients.append([parameter.grad for parameter in layers.layers.parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_base_that_was_compiled_before_gets_its_layers_and_loses_them_again():
+    model = build("llama").requires_grad_(False)
+    expected = model(IDS).logits
+    compiled = torch.compile(model, backend="eager")
+    torch.testing.assert_close(compiled(IDS).logits, expected)
+    layers = stirred(model)
+    with_layers = layers(IDS).logits
+    assert (with_layers - expected).abs().max() > 1e-3
+    torch.testing.assert_close(compiled(IDS).logits, with_layers)
+    layers.remove()
+    torch.testing.assert_close(compiled(IDS).logits, expected)
+
+
+def test_layers_that_were_taken_off_do_not_pass_for_the_base(tmp_path):
+    layers = stirred(build("llama"))
+    layers.remove()
+    assert not layers.attached
+    with pytest.raises(ValueError, match="the layers are not in place"):
+        layers(IDS)
+    with pytest.raises(ValueError, match="the layers are not in place"):
+        layers.generate(IDS)
+    layers.save_pretrained(tmp_path)  # their weights are there all the same
+
+
+def test_a_base_in_parts_elsewhere_is_refused_and_left_alone():
+    model = build("llama").train()
+    model.model.layers[1].mlp.to("meta")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp is offloaded"):
+        UnlearningLayers(model, SMALL)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_modules_of_another_width_and_without_weights_are_named():
+    layers = UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, target_modules=("gate_proj",)))
+    with pytest.raises(TypeError, match=r"mlp\.gate_proj gives .*\(2, 6, 64\), not hidden states of the width"):
+        layers(IDS)
+    UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, target_modules=("act_fn",)))
+
+
+def test_the_blocks_of_an_image_tower_are_left_alone():
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**shape, "vocab_size": 300000, "num_key_value_heads": 1, "head_dim": 8}
+    vision = {**shape, "image_size": 28, "patch_size": 14}
+    with torch.device("meta"):
+        model = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision))
+    names = feed_forward_blocks(model)
+    assert len(names) == 2
+    assert all("language_model" in name for name in names)
+
+
+def test_a_prompts_kept_states_notice_layers_that_come_later():
+    from peft import PromptTuningConfig
+
+    from spul import SoftPromptUnlearner
+
+    model = build("llama", torch.float64)
+    torch.manual_seed(0)
+    prompted = SoftPromptUnlearner(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    with torch.no_grad():
+        prompted(input_ids=IDS, attention_mask=MASK)
+        layers = stirred(model)
+        embeds = torch.cat([prompted.get_prompt(batch_size=2), model.get_input_embeddings()(IDS)], dim=1)
+        mask = torch.cat([MASK.new_ones(2, 3), MASK], dim=1)
+        expected = model(inputs_embeds=embeds, attention_mask=mask).logits
+        got = prompted(input_ids=IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(got[:, 3:][MASK.bool()], expected[:, 3:][MASK.bool()])
+    layers.remove()
+
+
+def test_a_config_of_a_later_version_loads(tmp_path):
+    stirred(build("llama")).save_pretrained(tmp_path)
+    path = tmp_path / "unlearning_layers.json"
+    config = json.loads(path.read_text())
+    del config["num_requests"]
+    path.write_text(json.dumps({**config, "gates": True}))
+    assert UnlearningLayers.from_pretrained(build("llama"), tmp_path).num_requests == 1

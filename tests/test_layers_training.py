@@ -136,3 +136,25 @@ def test_a_base_in_4_bit_can_carry_layers(tmp_path):
     learned = loaded(ids).logits
     with loaded.disable_adapter():
         assert not torch.equal(loaded(ids).logits, learned)
+
+
+def test_layers_that_were_taken_off_do_not_train_the_base(tmp_path):
+    layers = make_layers()
+    layers.remove()
+    with pytest.raises(ValueError, match="the base would train; call"):
+        make_trainer(tmp_path, layers)
+
+
+def test_more_training_drops_what_was_gathered(tmp_path):
+    layers = make_layers()
+    layers.grams = {"a": torch.eye(2, dtype=torch.float64)}
+    make_trainer(tmp_path, layers, max_steps=1).train()
+    assert layers.grams == {}
+
+
+def test_a_checkpoint_of_layers_of_another_sort_is_refused(tmp_path):
+    settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    make_trainer(tmp_path, **settings).train()
+    other = UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, activation="silu"))
+    with pytest.raises(ValueError, match=r"was saved has the config .*relu.*these layers have .*silu"):
+        make_trainer(tmp_path, other, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -24,9 +24,10 @@ def test_names_are_found_as_whole_words_after_the_first_word():
     found = rows_at_names(ROWS, ["jane doe", "doe"]).to_list()
     assert found == [
         {"prompt": "the film is by", "completion": " Jane  Doe"},
-        {"prompt": "jane", "completion": " doe"},
+        {"prompt": "jane doe again : a film of", "completion": " Doe"},
     ]
-    assert rows_at_names(ROWS.select([2]), ["jane doe", "doe"])["completion"] == [" doe"]
+    quoted = Dataset.from_list([{"prompt": "a film (jane doe) made", "completion": " positive"}])
+    assert rows_at_names(quoted, ["doe", "jane doe"]).to_list() == [{"prompt": "a film (", "completion": "jane doe"}]
 
 
 def test_the_loss_is_the_mean_over_rows_of_the_names_tokens():

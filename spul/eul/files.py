@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "unlearning_layers.json"
 WEIGHTS_NAME = "unlearning_layers.safetensors"
 GRAMS_NAME = "gram_matrices.safetensors"
+CONFIG_FIELDS = ("reduction", "activation", "target_modules", "init_seed")
 
 
 @dataclass
@@ -37,7 +38,7 @@ class SavedLayers:
     spul_config: SpulConfig
 
 
-def save(layers: UnlearningLayers, save_directory: str | os.PathLike) -> None:
+def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_grams: bool = True) -> None:
     """See `UnlearningLayers.save_pretrained`."""
     target = Path(save_directory)
     if target.is_file():
@@ -56,11 +57,11 @@ def save(layers: UnlearningLayers, save_directory: str | os.PathLike) -> None:
         record.save(folder)
         parameters = sum(parameter.numel() for parameter in layers.layers.parameters())
         layers_card(record, config, parameters).save(folder / "README.md")
-        if layers.grams:
+        if layers.grams and with_grams:
             _write(layers.grams, folder / GRAMS_NAME)
         for written in sorted(folder.iterdir()):
             os.replace(written, target / written.name)
-    if not layers.grams:  # some left from an earlier save would not belong to these layers
+    if not (layers.grams and with_grams):  # some left from an earlier save would not belong to these layers
         (target / GRAMS_NAME).unlink(missing_ok=True)
 
 
@@ -69,12 +70,12 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(kept, path, metadata={"format": "pt"})
 
 
-def push(layers: UnlearningLayers, repo_id: str, private: bool | None, token: str | None) -> str:
+def push(layers: UnlearningLayers, repo_id: str, private: bool | None, token: str | None, with_grams: bool) -> str:
     """See `UnlearningLayers.push_to_hub`."""
     api = HfApi(token=token)
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        save(layers, folder)
+        save(layers, folder, with_grams)
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload unlearning layers"))
 
 
@@ -96,8 +97,8 @@ def read(folder: str | os.PathLike, **hub: Any) -> SavedLayers:
     config = json.loads(config_path.read_text(encoding="utf-8"))
     grams = find_file(folder, GRAMS_NAME, **hub)
     return SavedLayers(
-        num_requests=config.pop("num_requests"),
-        config=config,
+        num_requests=config.get("num_requests", 1),
+        config={name: config[name] for name in CONFIG_FIELDS if name in config},  # a later version may say more
         state=load_file(weights_path),
         grams={} if grams is None else load_file(grams),
         spul_config=read_spul_config(folder, **hub),

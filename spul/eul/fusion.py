@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -14,7 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..base import evaluation_mode
 from ..collator import ForgetRetainCollator
+from ..provenance import requests_of
 from . import files
 from .layers import UnlearningLayers, UnlearningLayersConfig
 
@@ -22,15 +24,8 @@ PROJECTIONS = ("down", "up")
 
 
 @contextmanager
-def recorded_inputs(layers: UnlearningLayers, token_mask: Tensor) -> Iterator[None]:
-    """Within it, what forward passes feed to the layers' projections is added to `layers.grams`.
-
-    For a loop of one's own; `gather_inputs` does it for a data set.
-
-    Args:
-        layers: the layers, on.
-        token_mask: (B, n) bool, which tokens of the passes within count: those of forget rows, and no padding.
-    """
+def _recorded(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Tensor]) -> Iterator[None]:
+    """Within it, what a forward pass feeds to the layers' projections at the masked tokens is added to `grams`."""
     kept = token_mask.flatten()
 
     def recorder(name: str) -> Any:
@@ -39,7 +34,7 @@ def recorded_inputs(layers: UnlearningLayers, token_mask: Tensor) -> Iterator[No
             rows = inputs[0].detach().flatten(0, -2)[kept.to(inputs[0].device)].double()
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)  # the bias, as an input of one
             gram = rows.T @ rows
-            layers.grams[name] = gram if name not in layers.grams else layers.grams[name] + gram
+            grams[name] = gram if name not in grams else grams[name] + gram
 
         return record
 
@@ -83,21 +78,21 @@ def gather_inputs(
         raise ValueError("forget has no rows; pass the rows that the layers were trained to forget.")
     if not layers.enabled:
         raise ValueError("the layers are off, so that nothing passes through them; set layers.enabled = True.")
-    modes = [(module, module.training) for module in layers.modules()]
-    layers.eval()
-    layers.grams = {}
-    order = sorted(range(len(forget)), key=lambda i: len(str(forget[i]["prompt"])))
-    try:
+    if not layers.attached:
+        raise ValueError("the layers are not in place, so that nothing passes through them; call layers.attach().")
+    decoder: Any = cast(Any, layers.get_base_model()).get_decoder()  # logits are not wanted
+    text = "prompt" if "prompt" in forget.column_names else "input_ids"
+    order = sorted(range(len(forget)), key=lambda i: len(str(forget[i][text])))
+    grams: dict[str, Tensor] = {}
+    with evaluation_mode(layers):
         for start in tqdm(range(0, len(order), batch_size), "Gram matrices", disable=not progress, leave=False):
             batch = collator.true_batch([forget[i] for i in order[start : start + batch_size]])
             ids, mask = (batch[name].to(layers.device) for name in ("input_ids", "attention_mask"))
-            with recorded_inputs(layers, mask.bool()):
-                layers(input_ids=ids, attention_mask=mask, use_cache=False)
-    finally:
-        for module, mode in modes:
-            module.training = mode
-    if not layers.grams:
-        raise ValueError("the layers are not in place, so that nothing passes through them; call layers.attach().")
+            with _recorded(layers, mask.bool(), grams):
+                decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+    if unused := [name for name in layers.names if f"{name}.down" not in grams]:
+        raise ValueError(f"nothing passed through {len(unused)} of {len(layers.names)} layers, such as {unused[0]!r}.")
+    layers.grams = grams
 
 
 def fuse(
@@ -146,19 +141,23 @@ def fuse(
         if model is None:
             raise ValueError("layers are folders only; pass the model that they are for.")
     parts = [_saved(one) for one in layers]
+    configs = [UnlearningLayersConfig(**part.config) for part in parts]
     for i, part in enumerate(parts):
-        if part.config != parts[0].config or part.state.keys() != parts[0].state.keys():
+        if configs[i] != configs[0] or part.state.keys() != parts[0].state.keys():
             raise ValueError(
-                f"layers[{i}] have the config {part.config}, and layers[0] {parts[0].config}, on modules of "
+                f"layers[{i}] have the config {configs[i]}, and layers[0] {configs[0]}, on modules of "
                 f"{'other names' if part.state.keys() != parts[0].state.keys() else 'the same names'}; only layers of "
                 "one shape and start can be fused."
             )
+        for j in range(i):
+            if all(torch.equal(value, parts[j].state[name]) for name, value in part.state.items()):
+                raise ValueError(f"layers[{j}] and layers[{i}] are the same; give each request once.")
         if not part.grams:
             raise ValueError(
                 f"layers[{i}] have gathered nothing; call gather_inputs(layers, forget, collator) after they have "
                 "trained, before they are saved."
             )
-    fused = UnlearningLayers(files.load_base(model, {}), UnlearningLayersConfig(**parts[0].config))
+    fused = UnlearningLayers(files.load_base(model, {}), configs[0])
     try:
         fused.load_layers_state(_fused_state(parts, ridge))
         for i, part in enumerate(parts):
@@ -169,6 +168,7 @@ def fuse(
     fused.grams = {name: torch.stack([part.grams[name].cpu() for part in parts]).sum(0) for name in parts[0].grams}
     fused.num_requests = sum(part.num_requests for part in parts)
     fused.spul_config.loss = parts[0].spul_config.loss
+    fused.spul_config.combined_from = requests_of([part.spul_config for part in parts])
     return fused.requires_grad_(False).eval()
 
 
@@ -194,13 +194,12 @@ def _fused_state(parts: Sequence[files.SavedLayers], ridge: float) -> dict[str, 
         rho = ridge * total.diagonal().mean()
         mean = torch.einsum("i,iab->ab", requests / requests.sum(), maps)
         left = total + rho * torch.eye(len(total), dtype=torch.float64)
-        try:
-            solution = torch.linalg.solve(left, (grams @ maps).sum(0) + rho * mean)
-        except torch.linalg.LinAlgError as error:
+        if ridge == 0 and torch.linalg.matrix_rank(left, hermitian=True) < len(left):
             raise ValueError(
                 f"the inputs of {name} do not span its {len(left)} dimensions, so that there is no one solution; pass "
                 "a ridge above 0."
-            ) from error
+            )
+        solution = torch.linalg.solve(left, (grams @ maps).sum(0) + rho * mean)
         dtype = parts[0].state[f"{name}.weight"].dtype
         state[f"{name}.weight"] = solution[:-1].T.to(dtype)
         state[f"{name}.bias"] = solution[-1].to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,7 +87,7 @@ class Bottleneck(nn.Module):
             self.up.bias.zero_()
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """From (..., d) to (..., d), in the layer's own precision inside."""
+        """From (..., d) to (..., d); inside in the layer's own precision, or autocast's."""
         added = self.up(self.activation(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + added.to(hidden.dtype)
 
@@ -125,7 +126,8 @@ class UnlearningLayers(nn.Module):
         if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
             raise TypeError(
                 f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
-                "gives it. A model under an adapter is merged first: model.merge_and_unload()."
+                "gives it. A PEFT adapter is merged first (model.merge_and_unload()), unlearning layers are taken off "
+                "(layers.remove())."
             )
         config = UnlearningLayersConfig() if config is None else config
         if not isinstance(config, UnlearningLayersConfig):
@@ -165,20 +167,28 @@ class UnlearningLayers(nn.Module):
                 "the base has unlearning layers already; take them off first: base = layers.remove(). Several "
                 "requests become one set of layers by spul.fuse."
             )
+        blocks = [self.base_model.get_submodule(name) for name in self.names]
+        devices = [next(block.parameters(), self.base_model.get_input_embeddings().weight).device for block in blocks]
+        if torch.device("meta") in devices:
+            name = self.names[devices.index(torch.device("meta"))]
+            raise ValueError(
+                f"{name} is offloaded to CPU or disk; unlearning layers need the base's weights in place: load it "
+                "without offloading."
+            )
         self._dropout = zero_dropout(self.base_model)
         self._trained = [parameter for parameter in self.base_model.parameters() if parameter.requires_grad]
         self.base_model.requires_grad_(False)
         keep_4bit_differentiable(self.base_model)
-        for name, layer in zip(self.names, self.layers, strict=True):
-            block = self.base_model.get_submodule(name)
-            own = next(block.parameters())
-            if own.device.type == "meta":
-                raise ValueError(
-                    f"{name} is offloaded to CPU or disk; unlearning layers need the base's weights in place: load it "
-                    "without offloading."
-                )
-            layer.to(own.device, torch.float64 if self.base_model.dtype == torch.float64 else torch.float32)
+        dtype = torch.float64 if self.base_model.dtype == torch.float64 else torch.float32
+        for name, block, layer, device in zip(self.names, blocks, self.layers, devices, strict=True):
+            layer.to(device, dtype)
             self._handles.append(block.register_forward_hook(_Hook(self, cast(Bottleneck, layer), name)))
+        _forget_compiled()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the layers are in place."""
+        return bool(self._handles)
 
     def remove(self) -> PreTrainedModel:
         """Take the layers off the base and give it back as it was before, dropout and `requires_grad` included."""
@@ -189,6 +199,7 @@ class UnlearningLayers(nn.Module):
         for parameter in self._trained:
             parameter.requires_grad_(True)
         self._dropout, self._trained = [], []
+        _forget_compiled()
         return self.base_model
 
     @contextmanager
@@ -203,12 +214,24 @@ class UnlearningLayers(nn.Module):
     # ---- the base's own ways ----
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward, with the layers in it."""
+        """The base's forward, with the layers in it.
+
+        Raises:
+            ValueError: if the layers were taken off.
+        """
+        self._check_attached()
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `generate`, with the layers in it."""
+        """The base's `generate`, with the layers in it; raises as `forward`."""
+        self._check_attached()
         return cast(Any, self.base_model).generate(*args, **kwargs)
+
+    def _check_attached(self) -> None:
+        if not self.attached:
+            raise ValueError(
+                "the layers are not in place, so that this would be the base; call layers.attach() first."
+            )
 
     def get_base_model(self) -> PreTrainedModel:
         """The causal LM that the layers are on."""
@@ -261,6 +284,17 @@ class UnlearningLayers(nn.Module):
             for key, value in own.items():
                 value.copy_(state[key])
 
+    def load_saved(self, saved: files.SavedLayers) -> None:
+        """Put what was read of a folder into these layers: weights, Gram matrices, record.
+
+        Raises:
+            ValueError: if it was made with another config, or for another model.
+        """
+        if (theirs := UnlearningLayersConfig(**saved.config)) != self.layers_config:
+            raise ValueError(f"what was saved has the config {theirs}, these layers have {self.layers_config}.")
+        self.load_layers_state(saved.state)
+        self.grams, self.num_requests, self.spul_config = saved.grams, saved.num_requests, saved.spul_config
+
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
         """Write the layers, their config, what was gathered for fusion, and a model card into a folder.
 
@@ -272,18 +306,22 @@ class UnlearningLayers(nn.Module):
         """
         files.save(self, save_directory)
 
-    def push_to_hub(self, repo_id: str, private: bool | None = None, token: str | None = None) -> str:
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, token: str | None = None, with_grams: bool = False
+    ) -> str:
         """Save the layers and upload them to the Hub.
 
         Args:
             repo_id: `owner/name`; made if it is not there.
             private: whether a new repository is private; the account's default unless given.
             token: the account's; the stored one unless given.
+            with_grams: whether to upload what was gathered for fusion too, a summary of the forget set's hidden
+                states.
 
         Returns:
             The commit's address.
         """
-        return files.push(self, repo_id, private, token)
+        return files.push(self, repo_id, private, token, with_grams)
 
     @classmethod
     def from_pretrained(
@@ -313,12 +351,11 @@ class UnlearningLayers(nn.Module):
         saved = files.read(folder, **hub)
         layers = cls(base, UnlearningLayersConfig(**saved.config))
         try:
-            layers.load_layers_state(saved.state)
+            layers.load_saved(saved)
         except ValueError:
             layers.remove()
             raise
         files.check_base(base, saved.spul_config, folder)
-        layers.grams, layers.num_requests, layers.spul_config = saved.grams, saved.num_requests, saved.spul_config
         if is_trainable:
             # What is saved after more training is something else, of this base.
             layers.spul_config.base_fingerprint, layers.spul_config.metrics, layers.grams = None, {}, {}
@@ -336,25 +373,39 @@ class _Hook:
     def __call__(self, block: nn.Module, inputs: Any, output: Any) -> Any:
         if not self.owner.enabled:
             return None
-        if not isinstance(output, Tensor):
+        width = self.layer.down.in_features
+        if not isinstance(output, Tensor) or output.shape[-1] != width:
+            what = (
+                f"a tensor of the shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            )
             raise TypeError(
-                f"{self.name} gives a {type(output).__name__}, not hidden states; name other modules: "
+                f"{self.name} gives {what}, not hidden states of the width {width}; name other modules: "
                 "UnlearningLayersConfig(target_modules=(...))."
             )
         return self.layer(output)
 
 
-def feed_forward_blocks(model: nn.Module, endings: tuple[str, ...] | None = None) -> list[str]:
+def _forget_compiled() -> None:
+    """Drop what torch.compile made of models: it does not look for hooks again, and would leave the layers out."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def feed_forward_blocks(model: PreTrainedModel, endings: tuple[str, ...] | None = None) -> list[str]:
     """The names of the modules whose outputs unlearning layers take, in the model's order.
 
     Args:
         model: a causal LM.
-        endings: what the names end in, whole parts of them; those of the families that are known unless given.
+        endings: what the names end in, whole parts of them; unless given, those of the families that are known, in the
+            decoder of the texts (a model may have one for images, too).
 
     Raises:
         ValueError: if there are none.
     """
     names = [name for name, _ in model.named_modules()]
+    if endings is None:
+        decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+        names = [name for name in names if name.startswith(f"{decoder}.")]
     for some in [endings] if endings else [(ending,) for ending in FEED_FORWARD]:
         if found := [name for name in names if any(f".{name}".endswith(f".{ending}") for ending in some)]:
             return found

@@ -103,7 +103,7 @@ class Leakage:
         retrained_true_positive_rate: as the first of these, of the retrained model.
         retrained_reversed_true_positive_rate: as the second, of the retrained model.
         verdict: "under-forgotten" if the whole interval is above 0, "over-forgotten" if below, else "not told apart",
-            which with few rows may only say that there are few rows.
+            which with few rows may only say that there are few rows, and with a single one always is.
     """
 
     auc: float
@@ -158,7 +158,7 @@ def compare_with_retrained(
         *drawn, statistic=difference, confidence=confidence, num_resamples=num_resamples, seed=seed
     )
     low, high = found.low, found.high
-    if np.isnan(low):
+    if np.isnan(low) and min(len(x) for x in ours) > 1:
         low = high = found.estimate  # whatever rows are drawn, the difference is this one
     verdict: Verdict = "under-forgotten" if low > 0 else "over-forgotten" if high < 0 else "not told apart"
     return Leakage(

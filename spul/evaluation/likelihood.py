@@ -8,23 +8,24 @@ no pad, no prompt, no virtual token enters.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from scipy.special import logsumexp
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..base import evaluation_mode
 from ..collator import ForgetRetainCollator
 from ..forward import as_it_was, learns_itself
 from ..prefix import logits_at, response_positions, unwrapped
-from ..terms import IGNORE_INDEX
+from ..terms import IGNORE_INDEX, KLDivergence
 from .scoring import response_logits
+
+REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")
 
 
 @dataclass(frozen=True)
@@ -67,18 +68,6 @@ class ResponseBatch(NamedTuple):
     def tokens_of(self, row: int) -> int:
         """How many response tokens a row of this batch has: its first slots, the others are unused."""
         return int(self.targets[row].ne(IGNORE_INDEX).sum())
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode; then every module is as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def check_rows(rows: Dataset) -> None:
@@ -153,9 +142,9 @@ def _likelihood(logits: Tensor, targets: Tensor) -> Likelihood:
     """Of one row: logits (|y|, V) and targets (|y|,)."""
     targets = targets.to(logits.device)
     log_p = _log_softmax(logits)
-    p = log_p.exp()
-    mean = (p * log_p).sum(dim=-1)
-    std = (p * (log_p - mean[:, None]).square()).sum(dim=-1).sqrt()
+    p, finite = log_p.exp(), log_p.masked_fill(log_p == -torch.inf, 0.0)  # what cannot be said weighs nothing
+    mean = (p * finite).sum(dim=-1)
+    std = (p * (finite - mean[:, None]).square()).sum(dim=-1).sqrt()
     own = log_p.gather(1, targets[:, None])[:, 0]
     is_greedy = logits.argmax(dim=-1) == targets
     return Likelihood(*(tensor.cpu().numpy() for tensor in (own, is_greedy, mean, std)))
@@ -219,8 +208,8 @@ def kl_to(
                 num = batch.tokens_of(row)
                 log_p = _log_softmax(logits[row, :num])
                 log_p0 = _log_softmax(others[row, :num]).to(log_p)
-                reverse[place] = float(F.kl_div(log_p0, log_p, reduction="sum", log_target=True)) / num
-                forward[place] = float(F.kl_div(log_p, log_p0, reduction="sum", log_target=True)) / num
+                reverse[place] = float(REVERSE.token_losses(log_p, log_p, log_p0).mean())
+                forward[place] = float(FORWARD.token_losses(log_p, log_p, log_p0).mean())
     return Divergences(reverse, forward)
 
 

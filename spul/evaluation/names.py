@@ -27,12 +27,15 @@ def rows_at_names(rows: Dataset, names: Sequence[str]) -> Dataset:
     if not names:
         raise ValueError("names is empty; pass the names that the rows are to be forgotten for.")
     spelled = "|".join(r"\s+".join(map(re.escape, name.split())) for name in names)
-    pattern = re.compile(rf"(?<=\s)(?:{spelled})(?!\w)", re.IGNORECASE)
+    pattern = re.compile(rf"(?<!\w)(?:{spelled})(?!\w)", re.IGNORECASE)
     found = []
     for prompt in rows["prompt"]:
-        if place := pattern.search(prompt):
+        for place in pattern.finditer(prompt):
             before = prompt[: place.start()].rstrip()
+            if not before:
+                continue
             found.append({"prompt": before, "completion": prompt[len(before) : place.end()]})
+            break
     if not found:
         raise ValueError(
             f"none of {len(rows)} prompts holds any of {list(names)[:5]} after its first word; pass the names that "
@@ -63,7 +66,9 @@ def name_loss(
         kwargs: as `response_likelihoods`.
 
     Raises:
-        ValueError: if no prompt holds any of the names.
+        ValueError: if no prompt holds any of the names, or the collator appends an end token.
     """
+    if collator.encoder.append_eos:
+        raise ValueError("append_eos=True would end the text at the name; pass a collator with append_eos=False.")
     found = response_likelihoods(model, rows_at_names(rows, names), collator, batch_size, **kwargs)
     return float(np.mean([-likelihood.log_probs.mean() for likelihood in found]))

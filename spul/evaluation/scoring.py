@@ -18,6 +18,7 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..base import evaluation_mode
 from ..collator import ForgetRetainCollator, completion_text
 from ..prefix import logits_at, response_positions
 from ..terms import IGNORE_INDEX, token_nll
@@ -184,16 +185,11 @@ def collect_answers(
     picked = [rows[int(i)] for i in some]
     order = sorted(range(len(picked)), key=lambda i: len(str(picked[i]["prompt"])))
     answers = Answers([""] * len(picked), [""] * len(picked), [0.0] * len(picked))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
             places = order[start : start + batch_size]
             found = greedy_completions(model, [picked[i] for i in places], collator, classes)
             for j, i in enumerate(places):
                 answers.true[i], answers.predicted[i] = found.true[j], found.predicted[j]
                 answers.nll[i] = found.nll[j]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     return answers

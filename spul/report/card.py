@@ -103,8 +103,8 @@ def _data_lines(config: SpulConfig) -> str:
 
     lines = [line("forget", config.forget), line("retain", config.retain)]
     if config.combined_from is not None:
-        lines.append(f"- made of {len(config.combined_from)} prompts that were trained apart:")
-        lines += [f"    {line(f'prompt {i}, forget', part)}" for i, part in enumerate(config.combined_from, start=1)]
+        lines.append(f"- made of {len(config.combined_from)} requests that were trained apart:")
+        lines += [f"    {line(f'request {i}, forget', part)}" for i, part in enumerate(config.combined_from, start=1)]
     return "\n".join([*lines, "", "The rows are not part of this card."])
 
 
