@@ -2,6 +2,17 @@
 
 from .embeddings import response_embeddings
 from .generation_metrics import RougeL, generate_answers, rouge_l
+from .input_attacks import (
+    JAILBREAKS,
+    attack_inputs,
+    diluted,
+    letter_case,
+    paraphrase,
+    reworded,
+    whitespace_noise,
+    with_prefix,
+    with_suffix,
+)
 from .intervals import Interval, bootstrap_interval, joined_interval
 from .leakage import Leakage, auc, compare_with_retrained, priv_leak, true_positive_rate
 from .likelihood import (
@@ -25,21 +36,29 @@ from .membership import (
     reference_attack,
     zlib_attack,
 )
+from .model_attacks import Probe, linear_probe, quantised, relearn
 from .names import name_loss, rows_at_names
+from .sampled import sampled_answers, sampled_success
 from .scoring import greedy_completions, score_completions, summarise
+from .soft_suffix import SuffixAttack, soft_suffix
 from .tofu import QuestionScores, forget_quality, model_utility, score_questions
 
 __all__ = [
+    "JAILBREAKS",
     "Divergences",
     "Interval",
     "Leakage",
     "Likelihood",
+    "Probe",
     "QuestionScores",
     "RougeL",
+    "SuffixAttack",
+    "attack_inputs",
     "attack_scores",
     "auc",
     "bootstrap_interval",
     "compare_with_retrained",
+    "diluted",
     "exact_memorisation",
     "extraction_strength",
     "forget_quality",
@@ -48,24 +67,36 @@ __all__ = [
     "greedy_completions",
     "joined_interval",
     "kl_to",
+    "letter_case",
+    "linear_probe",
     "loss_attack",
     "min_k_attack",
     "min_k_plus_plus_attack",
     "model_utility",
     "name_loss",
+    "paraphrase",
     "priv_leak",
     "probability",
+    "quantised",
     "reference_attack",
+    "relearn",
     "response_embeddings",
     "response_likelihoods",
+    "reworded",
     "rouge_l",
     "rows_at_names",
+    "sampled_answers",
+    "sampled_success",
     "score_completions",
     "score_questions",
+    "soft_suffix",
     "summarise",
     "true_positive_rate",
     "truth_ratio",
     "truth_ratio_on_forget",
     "truth_ratio_on_retain",
+    "whitespace_noise",
+    "with_prefix",
+    "with_suffix",
     "zlib_attack",
 ]

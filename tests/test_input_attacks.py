@@ -1,0 +1,172 @@
+"""Attacks on the input: what they make of rows by hand, and the table of scores against scoring by itself."""
+
+import pytest
+from conftest import build, make_tokenizer
+from datasets import Dataset
+from test_likelihood import prompted
+
+from spul import ForgetRetainCollator, score_completions
+from spul.evaluation import (
+    JAILBREAKS,
+    attack_inputs,
+    diluted,
+    letter_case,
+    paraphrase,
+    reworded,
+    whitespace_noise,
+    with_prefix,
+    with_suffix,
+)
+
+
+def rows(num=3):
+    texts = ["the film of Jane", "a bad plot", "good film about the review"]
+    return Dataset.from_list(
+        [
+            {"text": text, "prompt": f"text: {text}\nsentiment:", "completion": label, "is_forget": True}
+            for text, label in zip(texts, (" positive", " negative", " positive"), strict=True)
+        ][:num]
+    )
+
+
+def collator(max_length=64, text_field="text"):
+    return ForgetRetainCollator(make_tokenizer(), [" neutral"], max_length, text_field=text_field)
+
+
+ATTACKS = {
+    "upper": lambda some: letter_case(some, "upper", "text"),
+    "random": lambda some: letter_case(some, "random", "text"),
+    "spaces": lambda some: whitespace_noise(some, 0.9, "text"),
+    "paraphrase": lambda some: paraphrase(some, lambda text: "so " + text, "text"),
+    "reworded": lambda some: reworded(some, {"sentiment:": "about:"}, "text"),
+    "prefix": lambda some: with_prefix(some, "be good."),
+    "suffix": lambda some: with_suffix(some, "be good.", "text"),
+    "diluted": lambda some: diluted(some, rows(), 1),
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_only_the_prompt_and_its_text_change_and_the_text_still_stands_in_it(attack):
+    before, after = rows(), ATTACKS[attack](rows())
+    assert after.features == before.features
+    for name in ("completion", "is_forget"):
+        assert after[name] == before[name]
+    for old, new in zip(before, after, strict=True):
+        assert old["prompt"] != new["prompt"]
+        assert new["text"] in new["prompt"]
+        assert (new["text"] == old["text"]) == (attack in ("reworded", "prefix", "suffix", "diluted"))
+        collator().encoder.encode(new)  # finds the text
+    assert list(after) == list(ATTACKS[attack](rows()))  # the seed says it all
+
+
+def test_letter_case_by_hand():
+    assert letter_case(rows(1), "upper", "text")[0]["prompt"] == "TEXT: THE FILM OF JANE\nSENTIMENT:"
+    assert letter_case(rows(1), "lower")[0]["prompt"] == "text: the film of jane\nsentiment:"
+    some, other = (letter_case(rows(2), "random", "text", seed)["prompt"] for seed in (0, 1))
+    assert some != other
+    assert [text.lower() for text in some] == [text.lower() for text in rows(2)["prompt"]]
+    assert any(c.isupper() for c in some[0])
+    assert any(c.islower() for c in some[0])
+    with pytest.raises(ValueError, match="'title' is not known"):
+        letter_case(rows(), "title")
+
+
+def test_draws_of_a_row_do_not_depend_on_the_rows_after_it():
+    assert letter_case(rows(1), "random")["prompt"][0] == letter_case(rows(3), "random")["prompt"][0]
+
+
+def test_whitespace_noise_changes_its_share_of_spaces_and_no_word():
+    data = Dataset.from_list([{"prompt": "a b\n" * 2000, "completion": " c"}])
+    noisy = whitespace_noise(data, 0.25)[0]["prompt"]
+    assert noisy.split() == data[0]["prompt"].split()
+    assert noisy.count("\n") == 2000
+    kept = sum(line == "a b" for line in noisy.splitlines())
+    assert 0.7 < kept / 2000 < 0.8
+    assert set(noisy.splitlines()) == {"a b", "a  b", "a   b", "a\tb"}
+    for share in (0, 1.5):
+        with pytest.raises(ValueError, match="above 0 and at most 1"):
+            whitespace_noise(data, share)
+
+
+def test_paraphrase_rewrites_the_text_or_the_whole_prompt():
+    assert paraphrase(rows(1), lambda text: text[::-1], "text")[0]["prompt"] == "text: enaJ fo mlif eht\nsentiment:"
+    assert paraphrase(rows(1), lambda prompt: prompt[::-1])[0]["prompt"] == rows(1)[0]["prompt"][::-1]
+    for nothing in (" ", None):
+        with pytest.raises(ValueError, match="expected a text that is not empty"):
+            paraphrase(rows(), lambda text, nothing=nothing: nothing, "text")
+    with pytest.raises(ValueError, match="no attack"):
+        paraphrase(rows(), lambda text: text, "text")
+
+
+def test_reworded_leaves_the_text_alone():
+    data = rows(2).map(lambda row: {"prompt": "text: text: the film\nsentiment:", "text": "text: the film"})
+    assert reworded(data, {"text:": "review:"}, "text")["prompt"] == ["review: text: the film\nsentiment:"] * 2
+    with pytest.raises(ValueError, match="no attack"):
+        reworded(data, {"opinion:": "mood:"}, "text")
+
+
+def test_prefix_and_suffix_by_hand_the_cue_stays_last():
+    assert with_prefix(rows(1), "be good.")[0]["prompt"] == "be good.\ntext: the film of Jane\nsentiment:"
+    assert with_suffix(rows(1), "be good.", "text")[0]["prompt"] == "text: the film of Jane be good.\nsentiment:"
+    assert with_suffix(rows(1), "be good.")[0]["prompt"] == "text: the film of Jane\nsentiment: be good."
+    assert len(JAILBREAKS) == len(set(JAILBREAKS)) > 3
+    with pytest.raises(ValueError, match="is empty"):
+        with_prefix(rows(), " ")
+
+
+def test_diluted_puts_other_questions_with_their_answers_before():
+    one = diluted(rows(1), rows(2), 1)[0]["prompt"]
+    assert one == "text: a bad plot\nsentiment: negative\n\ntext: the film of Jane\nsentiment:"
+    two = diluted(rows(), rows(), 2)
+    for old, new in zip(rows(), two, strict=True):
+        *turns, last = new["prompt"].split("\n\n")
+        assert last == old["prompt"]
+        assert sorted(turns) == sorted(row["prompt"] + row["completion"] for row in rows() if row != old)
+    with pytest.raises(ValueError, match="num_turns=3"):
+        diluted(rows(), rows(), 3)
+
+
+def test_bad_rows_raise():
+    with pytest.raises(ValueError, match="does not stand in the prompt"):
+        letter_case(rows().map(lambda row: {"text": "else"}), "upper", "text")
+    with pytest.raises(ValueError, match="text_field='body'"):
+        letter_case(rows(), "upper", "body")
+    with pytest.raises(TypeError, match="of the type list"):
+        with_prefix(Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}], "completion": " b"}]), "c")
+    with pytest.raises(ValueError, match="lack"):
+        with_prefix(rows().remove_columns("completion"), "c")
+
+
+def test_the_table_has_every_model_under_every_attack_unattacked_first():
+    models = {"unlearned": prompted(), "base": build("llama")}
+    found = attack_inputs(models, rows(), {"upper": ATTACKS["upper"]}, collator())
+    assert [(row["attack"], row["model"]) for row in found] == [
+        ("none", "unlearned"),
+        ("none", "base"),
+        ("upper", "unlearned"),
+        ("upper", "base"),
+    ]
+    for row, some in zip(found, (rows(), rows(), ATTACKS["upper"](rows()), ATTACKS["upper"](rows())), strict=True):
+        assert row["tokens_lost"] == 0
+        expected = score_completions(models[row["model"]], some, collator())
+        assert {name: row[name] for name in expected} == pytest.approx(expected)
+    assert len({row["loss"] for row in found}) == 4
+
+
+def test_tokens_that_an_attack_loses_are_told_and_warned_of():
+    tight, model = collator(max_length=24), {"base": build("llama")}
+    with pytest.warns(UserWarning, match="lose tokens"):
+        _, found = attack_inputs(model, rows(1), {"diluted": ATTACKS["diluted"]}, tight)
+    ids = make_tokenizer()
+    whole = len(ids(ATTACKS["diluted"](rows(1))[0]["prompt"])["input_ids"]) + len(ids(" positive")["input_ids"])
+    assert found["tokens_lost"] == whole - 24 > 0
+
+
+def test_attacks_that_change_answers_and_bad_names_raise():
+    model = {"base": build("llama")}
+    with pytest.raises(ValueError, match="change completions"):
+        attack_inputs(model, rows(), {"x": lambda some: some.map(lambda row: {"completion": " bad"})}, collator())
+    with pytest.raises(ValueError, match="at least one model"):
+        attack_inputs({}, rows(), {}, collator())
+    with pytest.raises(ValueError, match="other names"):
+        attack_inputs(model, rows(), {"none": lambda some: some}, collator())
