@@ -23,7 +23,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset, concatenate_datasets
-from sequence import Requests, run
+from sequence import Requests, digest, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from spul import ForgetRetainCollator
@@ -36,6 +36,7 @@ from spul.memorise import memorise
 from spul.methods import unlearning_method
 
 GENERIC = [" neutral", " unknown"]
+NOT_SETTINGS = ("orders", "methods", "output_dir")
 METHODS = (
     "EUL, fused",
     "EUL, one set of layers trained on",
@@ -127,12 +128,14 @@ def learned(args: argparse.Namespace, rows: Dataset) -> Any:
 def make_requests(args: argparse.Namespace, order: int) -> tuple[Requests, list[str]]:
     """The requests in one of their orders, and whose they are."""
     names, rows = read_rows(args)
-    if not (args.output_dir / "base" / "model.safetensors").exists():
+    settings = digest({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
+    folder = args.output_dir / settings
+    if not (folder / "base" / "model.safetensors").exists():
         everything = [rows[f"{name} train"] for name in names] + [rows["retain train"]]
-        learned(args, concatenate_datasets(everything)).save_pretrained(args.output_dir / "base")
+        learned(args, concatenate_datasets(everything)).save_pretrained(folder / "base")
     random.Random(order).shuffle(names)
     requests = Requests(
-        base=lambda: AutoModelForCausalLM.from_pretrained(args.output_dir / "base", dtype=torch.float32),
+        base=lambda: AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32),
         tokenizer=AutoTokenizer.from_pretrained(args.model),
         generic=GENERIC,
         train=[rows[f"{name} train"] for name in names],
@@ -140,7 +143,8 @@ def make_requests(args: argparse.Namespace, order: int) -> tuple[Requests, list[
         retain=rows["retain train"],
         test_retain=rows["retain test"],
         retrain=lambda kept: learned(args, kept),
-        folder=args.output_dir / str(order),
+        folder=folder / str(order),
+        settings=settings,
         seed=args.seed,
         steps={"prompt": args.steps, "layers": args.layers_steps, "distill": args.distill_steps},
         rates={"prompt": args.prompt_rate, "layers": args.layers_rate, "distill": args.prompt_rate},
@@ -206,6 +210,7 @@ def main() -> None:
 
         lines = run(requests, args.output_dir / "requests.jsonl", order, list(args.methods), at_names)
     lines = [line for line in lines if line["method"] in args.methods and line["order"] < args.orders]
+    lines = [line for line in lines if line["settings"] == requests.settings]
     text = table(lines, args.requests)
     (args.output_dir / "requests.md").write_text(text + "\n", encoding="utf-8")
     draw(lines, args.requests, args.output_dir / "requests")

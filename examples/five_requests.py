@@ -15,7 +15,7 @@ from statistics import mean
 from typing import Any
 
 from datasets import Dataset
-from sequence import Requests, run
+from sequence import Requests, digest, run
 from toy_reviews import FORGOTTEN, GENERIC, build_base, make_splits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +23,7 @@ from spul.eul import UnlearningLayersConfig
 from spul.methods import unlearning_method
 
 NUM_REQUESTS = 5
+NOT_SETTINGS = ("seeds", "methods", "output_dir")
 
 
 def parse_args() -> argparse.Namespace:
@@ -44,6 +45,7 @@ def parse_args() -> argparse.Namespace:
 
 def make_requests(args: argparse.Namespace, seed: int) -> Requests:
     """A person a request; the sixth of the quick start's people is kept."""
+    settings = digest({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
     folder = args.output_dir / str(seed)
     splits = make_splits(seed)
     if not (folder / "base" / "model.safetensors").exists():
@@ -65,7 +67,8 @@ def make_requests(args: argparse.Namespace, seed: int) -> Requests:
         retain=splits["train_retain"],
         test_retain=splits["test_retain"],
         retrain=retrain,
-        folder=folder,
+        folder=folder / settings,
+        settings=settings,
         seed=seed,
         steps={"prompt": args.steps, "layers": args.layers_steps, "distill": args.distill_steps},
         rates={"prompt": 0.1, "layers": args.layers_rate, "distill": 0.1},
@@ -99,8 +102,9 @@ def main() -> None:
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
-        lines = run(make_requests(args, seed), args.output_dir / "requests.jsonl", order=0, names=args.methods)
-    text = table(lines)
+        requests = make_requests(args, seed)
+        lines = run(requests, args.output_dir / "requests.jsonl", order=0, names=args.methods)
+    text = table([line for line in lines if line["settings"] == requests.settings])
     (args.output_dir / "requests.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 

@@ -4,6 +4,7 @@ and `eul_imdb.py` compare."""
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -47,11 +48,13 @@ class Requests:
         retain: rows that nobody asks to forget, to train on.
         test_retain: the same to test on.
         retrain: trains a model as the base was, on some rows.
-        folder: where prompts and layers are saved.
+        folder: where prompts and layers are saved; one for each base, order and settings.
+        settings: what the requests were made with, to be known by.
         seed: of the training.
         steps: training steps of one request, by method's part: `layers`, `prompt`, `distill`.
         rates: learning rates by the same names.
         layers: the method whose loss the layers learn.
+        generic_layers: another, which answers generically.
         prompt: the method whose loss the prompts learn.
         num_virtual_tokens: of a prompt.
         layers_config: the layers' shape.
@@ -68,6 +71,7 @@ class Requests:
     test_retain: Dataset
     retrain: Callable[[Dataset], Any]
     folder: Path
+    settings: str
     seed: int
     steps: dict[str, int]
     rates: dict[str, float]
@@ -254,6 +258,12 @@ class Requests:
         }
 
 
+def digest(settings: dict[str, Any]) -> str:
+    """A short name for settings: the same for the same."""
+    text = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def once(folder: Path, train: Callable[[Path], None]) -> tuple[Path, float]:
     """Train into a folder, if that was not done before; the folder, and the seconds that it took."""
     note = folder / "seconds.json"
@@ -281,7 +291,7 @@ def run(
         extra: further measures of a served model after request i.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    key = {"order": order, "seed": requests.seed}
+    key = {"order": order, "seed": requests.seed, "settings": requests.settings}
     chosen = {name: served for name, served in requests.methods().items() if names is None or name in names}
     for name, served in tqdm(chosen.items(), desc=f"order {order}, seed {requests.seed}"):
         mine = [line for line in lines if line["method"] == name and {k: line[k] for k in key} == key]

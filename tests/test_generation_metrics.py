@@ -83,7 +83,11 @@ def test_settings_of_the_model_do_not_change_greedy_decoding():
     config = model.generation_config
     config.do_sample, config.temperature, config.top_k = True, 9.0, 3
     config.repetition_penalty, config.num_beams, config.no_repeat_ngram_size = 5.0, 3, 1
+    config.min_new_tokens, config.bad_words_ids, config.penalty_alpha = 7, [[5], [9]], 0.6
+    config.suppress_tokens = config.begin_suppress_tokens = list(range(3, 90))
     assert generate_answers(model, rows, collator, max_new_tokens=8) == expected
+    assert model.generation_config is config
+    assert config.min_new_tokens == 7
 
 
 def test_an_answer_stops_before_the_end_token():

@@ -39,6 +39,7 @@ def make_requests(tmp_path, monkeypatch):
         test_retain=rows("plot", 4),
         retrain=retrain,
         folder=tmp_path,
+        settings="tiny",
         seed=0,
         steps={"prompt": 3, "layers": 3, "distill": 2},
         rates={"prompt": 1e-2, "layers": 1e-2, "distill": 1e-2},

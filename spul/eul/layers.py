@@ -168,7 +168,8 @@ class UnlearningLayers(nn.Module):
                 "requests become one set of layers by spul.fuse."
             )
         blocks = [self.base_model.get_submodule(name) for name in self.names]
-        devices = [next(block.parameters(), self.base_model.get_input_embeddings().weight).device for block in blocks]
+        elsewhere = next(self.base_model.parameters())  # where a block has no weights
+        devices = [next(block.parameters(), elsewhere).device for block in blocks]
         if torch.device("meta") in devices:
             name = self.names[devices.index(torch.device("meta"))]
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,11 +14,11 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
-from ..base import max_positions
+from ..base import evaluation_mode, max_positions
 from ..collator import ForgetRetainCollator
 from ..prefix import bare_model, unwrapped
 from ..unlearner import SoftPromptUnlearner
-from .likelihood import check_rows, evaluation_mode
+from .likelihood import check_rows
 
 
 class RougeL(NamedTuple):
@@ -64,15 +65,15 @@ def generate_answers(
     check_rows(rows)
     model, tokenizer = unwrapped(model), collator.tokenizer
     base: Any = bare_model(model)
-    ends = _end_tokens(base, tokenizer.eos_token_id)
+    ends = end_tokens(base, tokenizer.eos_token_id)
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    num_virtual, limit = _num_virtual_tokens(model), max_positions(base)
+    num_virtual, limit = num_virtual_tokens(model), max_positions(base)
     prompts = [collator.encoder.encode(row).prompt_ids for row in rows]
     batches = list(_batches([len(ids) for ids in prompts], batch_size, one_length=_pads_behind_prompt(model)))
     answers = [""] * len(prompts)
     device = next(model.parameters()).device
     generate: Any = model.generate
-    with evaluation_mode(model):
+    with evaluation_mode(model), bare_generation(model):
         for places in tqdm(batches, desc=progress, disable=progress is None, leave=False):
             width = max(len(prompts[i]) for i in places)
             room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_virtual - width)
@@ -89,10 +90,10 @@ def generate_answers(
             out = generate(
                 input_ids=ids.to(device),
                 attention_mask=mask.to(device),
-                generation_config=_greedy(room, pad, ends),
+                generation_config=greedy(room, pad, ends),
             )
             for row, i in enumerate(places):
-                said = _before_end(out[row, width:].tolist(), ends)
+                said = before_end(out[row, width:].tolist(), ends)
                 answers[i] = str(tokenizer.decode(said, skip_special_tokens=True))
     return answers
 
@@ -125,33 +126,35 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> RougeL:
     return RougeL(np.array([score.recall for score in found]), np.array([score.fmeasure for score in found]))
 
 
-def _greedy(max_new_tokens: int, pad: int, ends: list[int]) -> GenerationConfig:
-    """Every setting by which a model's own generation config would make it something else than greedy decoding."""
+@contextmanager
+def bare_generation(model: nn.Module) -> Iterator[None]:
+    """Within it the model has no generation settings of its own, which `generate` would mix into those it is given."""
+    holders: list[Any] = [m for m in {unwrapped(model), bare_model(model)} if hasattr(m, "generation_config")]
+    before = [holder.generation_config for holder in holders]
+    for holder in holders:
+        holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        for holder, own in zip(holders, before, strict=True):
+            holder.generation_config = own
+
+
+def greedy(max_new_tokens: int, pad: int, ends: list[int]) -> GenerationConfig:
+    """Greedy decoding, within `bare_generation`."""
     return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        num_beams=1,
-        num_return_sequences=1,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        min_length=0,
-        return_dict_in_generate=False,
-        pad_token_id=pad,
-        eos_token_id=ends or None,
+        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends or None
     )
 
 
-def _end_tokens(base: Any, eos: int | None) -> list[int]:
+def end_tokens(base: Any, eos: int | None) -> list[int]:
     """The tokens that end an answer: the tokenizer's, and those that the model's generation config names."""
     own = base.generation_config.eos_token_id
     listed = own if isinstance(own, (list, tuple)) else [own]
     return list(dict.fromkeys(int(token) for token in (eos, *listed) if token is not None))
 
 
-def _before_end(tokens: list[int], ends: list[int]) -> list[int]:
+def before_end(tokens: list[int], ends: list[int]) -> list[int]:
     cut = next((k for k, token in enumerate(tokens) if token in ends), len(tokens))
     return tokens[:cut]
 
@@ -162,7 +165,7 @@ def _is_prompted(model: nn.Module) -> bool:
     return bool(model.active_peft_config.is_prompt_learning)
 
 
-def _num_virtual_tokens(model: Any) -> int:
+def num_virtual_tokens(model: Any) -> int:
     return int(model.active_peft_config.num_virtual_tokens) if _is_prompted(model) else 0
 
 

@@ -27,12 +27,12 @@ from transformers import (
     TrainingArguments,
 )
 
-from ..base import keep_4bit_differentiable
+from ..base import evaluation_mode, keep_4bit_differentiable
 from ..collator import ForgetRetainCollator, completion_text
 from ..prefix import response_positions, unwrapped
 from ..terms import IGNORE_INDEX, token_nll
 from .embeddings import response_embeddings
-from .likelihood import check_rows, evaluation_mode
+from .likelihood import check_rows
 from .scoring import response_logits, score_completions
 
 

@@ -11,12 +11,12 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..base import max_positions
+from ..base import evaluation_mode, max_positions
 from ..collator import ForgetRetainCollator
 from ..prefix import bare_model, unwrapped
 from ..terms import token_nll
-from .generation_metrics import _before_end, _end_tokens, _greedy, _num_virtual_tokens
-from .likelihood import check_rows, evaluation_mode, response_batches
+from .generation_metrics import bare_generation, before_end, end_tokens, greedy, num_virtual_tokens
+from .likelihood import check_rows, response_batches
 from .scoring import response_logits
 
 
@@ -106,12 +106,12 @@ def sampled_answers(
     model, tokenizer = unwrapped(model), collator.tokenizer
     base: Any = bare_model(model)
     generate: Any = model.generate
-    ends = _end_tokens(base, tokenizer.eos_token_id)
+    ends = end_tokens(base, tokenizer.eos_token_id)
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    num_virtual, limit = _num_virtual_tokens(model), max_positions(base)
+    num_virtual, limit = num_virtual_tokens(model), max_positions(base)
     device = next(model.parameters()).device
     answers: list[list[str]] = []
-    with evaluation_mode(model), torch.random.fork_rng():
+    with evaluation_mode(model), bare_generation(model), torch.random.fork_rng():
         for i, row in enumerate(tqdm(rows, desc=progress, disable=progress is None, leave=False)):
             ids = torch.tensor([collator.encoder.encode(row).prompt_ids], device=device)
             room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_virtual - ids.shape[1])
@@ -123,7 +123,7 @@ def sampled_answers(
             torch.manual_seed(random.Random(f"{seed}/{i}").getrandbits(63))
             answers.append([])
             for start in range(0, num_tries, batch_size):
-                settings = _greedy(room, pad, ends)
+                settings = greedy(room, pad, ends)
                 settings.update(
                     do_sample=True,
                     temperature=temperature,
@@ -131,7 +131,7 @@ def sampled_answers(
                     num_return_sequences=min(batch_size, num_tries - start),
                 )
                 out = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-                said = [_before_end(tokens, ends) for tokens in out[:, ids.shape[1] :].tolist()]
+                said = [before_end(tokens, ends) for tokens in out[:, ids.shape[1] :].tolist()]
                 answers[-1] += [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in said]
     return answers
 

@@ -13,12 +13,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..base import keep_4bit_differentiable, max_positions
+from ..base import evaluation_mode, keep_4bit_differentiable, max_positions
 from ..collator import ForgetRetainCollator
 from ..prefix import bare_model, expand_states, logits_at, prompt_states, response_positions, unwrapped
 from ..terms import IGNORE_INDEX, token_nll
 from ..unlearner import SoftPromptUnlearner
-from .likelihood import evaluation_mode, response_batches
+from .likelihood import response_batches
 from .model_attacks import check_disjoint
 
 
