@@ -6,7 +6,8 @@ import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,23 +62,31 @@ def save(
     names = list(model.peft_config) if selected_adapters is None else selected_adapters
     for name in names:
         update_config(model, name)
-    target.mkdir(parents=True, exist_ok=True)
-    # Inside the folder, so that moving is renaming even where the folder is a mount of its own.
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as scratch:
-        peft_save(scratch, selected_adapters=selected_adapters, **kwargs)
+    with moved_in_whole(target) as scratch:
+        peft_save(str(scratch), selected_adapters=selected_adapters, **kwargs)
         for name in names:
-            folder = Path(scratch) if name == "default" else Path(scratch, name)
+            folder = scratch if name == "default" else scratch / name
             model.spul_configs[name].save(folder)
             if _has_encoder(model, name):
                 state = {key: value.detach().cpu() for key, value in model.prompt_encoder[name].state_dict().items()}
                 save_file(state, folder / ENCODER_NAME, metadata={"format": "pt"})
-        for written in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
-            place = target / written.relative_to(scratch)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(written, place)
     for name in names:
         if not _has_encoder(model, name):  # one left from an earlier save would not belong to this prompt
             (target if name == "default" else target / name).joinpath(ENCODER_NAME).unlink(missing_ok=True)
+
+
+@contextmanager
+def moved_in_whole(target: Path) -> Iterator[Path]:
+    """A scratch folder whose files are moved into `target` when all are written, each in one move."""
+    target.mkdir(parents=True, exist_ok=True)
+    # Inside the folder, so that moving is renaming even where the folder is a mount of its own.
+    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder:
+        scratch = Path(folder)
+        yield scratch
+        for written in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            place = target / written.relative_to(scratch)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(written, place)
 
 
 def update_config(model: SoftPromptUnlearner, adapter_name: str) -> None:
@@ -115,10 +124,7 @@ def load(
 ) -> SoftPromptUnlearner:
     """See `SoftPromptUnlearner.from_pretrained`."""
     hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-    if isinstance(model, (str, os.PathLike)):
-        model = AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
-    elif model_kwargs:
-        raise ValueError("model_kwargs are for loading a base by name, but model is a model already.")
+    loaded = load_base(model, model_kwargs)
     config = PeftConfig.from_pretrained(os.fspath(adapter), **hub)
     if not config.is_prompt_learning:
         raise TypeError(
@@ -135,7 +141,7 @@ def load(
                 raise
             logger.warning("The prompt was trained with a loss of its maker's own; `loss` is the default one.")
 
-    unlearner = cls(model, config, loss=loss, adapter_name=adapter_name, **kwargs)
+    unlearner = cls(loaded, config, loss=loss, adapter_name=adapter_name, **kwargs)
     base: Any = unlearner.get_base_model()
     unlearner.spul_configs[adapter_name] = spul_config
     check_base(base, config, spul_config, adapter)
@@ -149,6 +155,19 @@ def load(
     unlearner.prompt_encoder[adapter_name].load_state_dict({"embedding.weight": weights}, strict=True)
     unlearner.eval()
     return unlearner
+
+
+def load_base(model: Any, model_kwargs: dict[str, Any]) -> Any:
+    """The base itself, or loaded by its name or folder.
+
+    Raises:
+        ValueError: if there are `model_kwargs` for a model that is loaded already.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
+    if model_kwargs:
+        raise ValueError("model_kwargs are for loading a base by name, but model is a model already.")
+    return model
 
 
 def restore_prompt(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapter_name: str, **hub: Any) -> None:

@@ -11,9 +11,10 @@ from datasets import Dataset, concatenate_datasets
 from peft import PeftConfig, PeftType, PrefixTuningConfig, PromptTuningConfig
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 
 from .base import max_positions
+from .checkpoint import load_base
 from .collator import ForgetRetainCollator
 from .losses import UnlearningLoss
 from .prefix import logits_at, response_positions
@@ -148,7 +149,7 @@ def _load(
             f"prompts={list(map(str, prompts))}: expected at least {at_least}. One that is left alone, as when others "
             "were revoked, needs no combining: load it with SoftPromptUnlearner.from_pretrained."
         )
-    base: Any = model if isinstance(model, nn.Module) else AutoModelForCausalLM.from_pretrained(model)
+    base = load_base(model, {})
     parts = [SoftPromptUnlearner.from_pretrained(base, prompt) for prompt in prompts]
     kinds = [PeftType(part.active_peft_config.peft_type) for part in parts]
     if PeftType.PREFIX_TUNING in kinds and len(set(kinds)) > 1:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from .base import evaluation_mode
 from .losses import UnlearningLoss
 from .prefix import bare_model, has_adapter, logits_at, pack_right, response_positions, unwrapped
 from .provenance import own_parameters
@@ -181,16 +182,12 @@ def learns_itself(model: nn.Module) -> bool:
 def as_it_was(model: nn.Module) -> Iterator[Any]:
     """The causal LM within a model, its adapter switched off, in evaluation mode; then all as before."""
     model = unwrapped(model)
-    modes = [(module, module.training) for module in model.modules()]
     # PEFT lets an adapter learn when it is switched on again, whatever was frozen in it.
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    model.eval()
     try:
-        with cast(Any, model).disable_adapter() if has_adapter(model) else nullcontext():
+        with evaluation_mode(model), cast(Any, model).disable_adapter() if has_adapter(model) else nullcontext():
             yield bare_model(model)
     finally:
-        for module, mode in modes:
-            module.training = mode
         for parameter in frozen:
             parameter.requires_grad_(False)
 

@@ -23,7 +23,7 @@ from transformers import (
 from .base import keep_4bit_differentiable
 from .collator import ForgetRetainCollator
 from .prefix import logits_at, response_positions
-from .terms import IGNORE_INDEX
+from .terms import IGNORE_INDEX, as_float
 
 Learner = Literal["full", "lora", "qlora"]
 
@@ -43,8 +43,7 @@ class CompletionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         positions, targets = response_positions(inputs["labels"])
-        passed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        logits = logits_at(model, positions, **passed)
+        logits = self.response_logits(model, inputs, positions)
         if num_items_in_batch is None:
             count: Any = (targets != IGNORE_INDEX).sum()
         else:
@@ -53,7 +52,7 @@ class CompletionTrainer(Trainer):
                 self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             )
         losses = F.cross_entropy(
-            logits.float().flatten(0, 1),
+            as_float(logits).flatten(0, 1),
             targets.flatten(),
             ignore_index=IGNORE_INDEX,
             reduction="sum",
@@ -61,6 +60,10 @@ class CompletionTrainer(Trainer):
         )
         loss = losses / count
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def response_logits(self, model: nn.Module, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
+        """Logits (B, K, V) of the model that learns, at the places that predict the completions."""
+        return logits_at(model, positions, **{name: inputs[name] for name in ("input_ids", "attention_mask")})
 
 
 def memorise(

@@ -359,8 +359,8 @@ class _Epochs(TrainerCallback):
         self.model, self.collator, self.sampler = model, collator, sampler
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if isinstance(self.model, (SoftPromptUnlearner, UnlearningLayers)):
-            self.model.spul_config.metrics.clear()  # they were another prompt's; evaluation comes after this
+        if (record := UnlearningTrainer._record(self.model)) is not None:
+            record.metrics.clear()  # they were another prompt's; evaluation comes after this
         if isinstance(self.model, UnlearningLayers):
             self.model.grams = {}
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import HfApi
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..checkpoint import HUB_ARGUMENTS, find_file, read_spul_config, warn_of_other_weights
+from ..checkpoint import HUB_ARGUMENTS, find_file, moved_in_whole, read_spul_config, warn_of_other_weights
 from ..provenance import SpulConfig, fingerprint, library_versions
 from ..report.card import layers_card
 
@@ -48,9 +48,7 @@ def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_grams
     record.versions = library_versions()
     if record.base_fingerprint is None:
         record.base_fingerprint = fingerprint(base)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as scratch:
-        folder = Path(scratch)
+    with moved_in_whole(target) as folder:
         _write(layers.layers_state(), folder / WEIGHTS_NAME)
         config = {**layers.layers_config.to_dict(), "num_requests": layers.num_requests}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -59,8 +57,6 @@ def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_grams
         layers_card(record, config, parameters).save(folder / "README.md")
         if layers.grams and with_grams:
             _write(layers.grams, folder / GRAMS_NAME)
-        for written in sorted(folder.iterdir()):
-            os.replace(written, target / written.name)
     if not (layers.grams and with_grams):  # some left from an earlier save would not belong to these layers
         (target / GRAMS_NAME).unlink(missing_ok=True)
 
@@ -103,19 +99,6 @@ def read(folder: str | os.PathLike, **hub: Any) -> SavedLayers:
         grams={} if grams is None else load_file(grams),
         spul_config=read_spul_config(folder, **hub),
     )
-
-
-def load_base(model: PreTrainedModel | str | os.PathLike, model_kwargs: dict[str, Any]) -> PreTrainedModel:
-    """The base itself, or loaded by name.
-
-    Raises:
-        ValueError: if there are `model_kwargs` for a model that is loaded already.
-    """
-    if isinstance(model, (str, os.PathLike)):
-        return AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
-    if model_kwargs:
-        raise ValueError("model_kwargs are for loading a base by name, but model is a model already.")
-    return model
 
 
 def check_base(base: PreTrainedModel, record: SpulConfig, folder: str | os.PathLike) -> None:

@@ -15,8 +15,9 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..base import evaluation_mode
+from ..checkpoint import load_base
 from ..collator import ForgetRetainCollator
-from ..provenance import requests_of
+from ..provenance import SpulConfig, requests_of
 from . import files
 from .layers import UnlearningLayers, UnlearningLayersConfig
 
@@ -157,19 +158,19 @@ def fuse(
                 f"layers[{i}] have gathered nothing; call gather_inputs(layers, forget, collator) after they have "
                 "trained, before they are saved."
             )
-    fused = UnlearningLayers(files.load_base(model, {}), configs[0])
-    try:
-        fused.load_layers_state(_fused_state(parts, ridge))
-        for i, part in enumerate(parts):
-            files.check_base(fused.get_base_model(), part.spul_config, f"layers[{i}]")
-    except Exception:
-        fused.remove()
-        raise
-    fused.grams = {name: torch.stack([part.grams[name].cpu() for part in parts]).sum(0) for name in parts[0].grams}
-    fused.num_requests = sum(part.num_requests for part in parts)
-    fused.spul_config.loss = parts[0].spul_config.loss
-    fused.spul_config.combined_from = requests_of([part.spul_config for part in parts])
-    return fused.requires_grad_(False).eval()
+    base = load_base(model, {})
+    for i, part in enumerate(parts):
+        files.check_base(base, part.spul_config, f"layers[{i}]")
+    fused = files.SavedLayers(
+        config=parts[0].config,
+        state=_fused_state(parts, ridge),
+        grams={name: torch.stack([part.grams[name].cpu() for part in parts]).sum(0) for name in parts[0].grams},
+        num_requests=sum(part.num_requests for part in parts),
+        spul_config=SpulConfig(
+            loss=parts[0].spul_config.loss, combined_from=requests_of(part.spul_config for part in parts)
+        ),
+    )
+    return UnlearningLayers.from_saved(base, fused).requires_grad_(False).eval()
 
 
 def _saved(layers: UnlearningLayers | str | os.PathLike) -> files.SavedLayers:

@@ -67,7 +67,6 @@ def generate_answers(
     base: Any = bare_model(model)
     ends = end_tokens(base, tokenizer.eos_token_id)
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    num_virtual, limit = num_virtual_tokens(model), max_positions(base)
     prompts = [collator.encoder.encode(row).prompt_ids for row in rows]
     batches = list(_batches([len(ids) for ids in prompts], batch_size, one_length=_pads_behind_prompt(model)))
     answers = [""] * len(prompts)
@@ -76,12 +75,7 @@ def generate_answers(
     with evaluation_mode(model), bare_generation(model):
         for places in tqdm(batches, desc=progress, disable=progress is None, leave=False):
             width = max(len(prompts[i]) for i in places)
-            room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_virtual - width)
-            if room < 1:
-                raise ValueError(
-                    f"{num_virtual} virtual tokens and a prompt of {width} tokens leave no room in the model's "
-                    f"{limit} positions to answer; give the collator a smaller max_length."
-                )
+            room = room_to_answer(model, width, max_new_tokens)
             ids = torch.full((len(places), width), pad)
             mask = torch.zeros_like(ids)
             for row, i in enumerate(places):
@@ -124,6 +118,22 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> RougeL:
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     found = [scorer.score(target, answer)["rougeL"] for target, answer in zip(references, answers, strict=True)]
     return RougeL(np.array([score.recall for score in found]), np.array([score.fmeasure for score in found]))
+
+
+def room_to_answer(model: nn.Module, width: int, max_new_tokens: int) -> int:
+    """How many tokens an answer to a prompt of `width` tokens may have, by the model's positions and as asked.
+
+    Raises:
+        ValueError: if there is no room at all.
+    """
+    num_virtual, limit = num_virtual_tokens(model), max_positions(bare_model(model))
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_virtual - width)
+    if room < 1:
+        raise ValueError(
+            f"{num_virtual} virtual tokens and a prompt of {width} tokens leave no room in the model's {limit} "
+            "positions to answer; give the collator a smaller max_length."
+        )
+    return room
 
 
 @contextmanager

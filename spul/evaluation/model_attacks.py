@@ -22,15 +22,14 @@ from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
 from ..base import evaluation_mode, keep_4bit_differentiable
 from ..collator import ForgetRetainCollator, completion_text
-from ..prefix import response_positions, unwrapped
-from ..terms import IGNORE_INDEX, token_nll
+from ..memorise import CompletionTrainer
+from ..prefix import unwrapped
 from .embeddings import response_embeddings
 from .likelihood import check_rows
 from .scoring import response_logits, score_completions
@@ -49,22 +48,12 @@ def check_disjoint(rows: Dataset, held_out: Dataset) -> None:
 # ---- relearning ----
 
 
-class _RelearningTrainer(Trainer):
-    """Cross-entropy to the true completions, the mean over the tokens of a step, for whatever carries the model."""
+class _RelearningTrainer(CompletionTrainer):
+    """The same for whatever carries the model, in one process."""
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        positions, targets = response_positions(inputs["labels"])
-        with self.accelerator.autocast():
-            logits = response_logits(unwrapped(model), inputs, positions)
-        count = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
-        loss = token_nll(logits, targets).sum() / count
-        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+    def response_logits(self, model: nn.Module, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
+        with self.accelerator.autocast():  # a prompt does not pass through the forward that accelerate wraps
+            return response_logits(unwrapped(model), inputs, positions)
 
 
 class _Scores(TrainerCallback):

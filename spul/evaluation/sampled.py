@@ -11,11 +11,11 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..base import evaluation_mode, max_positions
+from ..base import evaluation_mode
 from ..collator import ForgetRetainCollator
 from ..prefix import bare_model, unwrapped
 from ..terms import token_nll
-from .generation_metrics import bare_generation, before_end, end_tokens, greedy, num_virtual_tokens
+from .generation_metrics import bare_generation, before_end, end_tokens, greedy, room_to_answer
 from .likelihood import check_rows, response_batches
 from .scoring import response_logits
 
@@ -108,18 +108,12 @@ def sampled_answers(
     generate: Any = model.generate
     ends = end_tokens(base, tokenizer.eos_token_id)
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    num_virtual, limit = num_virtual_tokens(model), max_positions(base)
     device = next(model.parameters()).device
     answers: list[list[str]] = []
     with evaluation_mode(model), bare_generation(model), torch.random.fork_rng():
         for i, row in enumerate(tqdm(rows, desc=progress, disable=progress is None, leave=False)):
             ids = torch.tensor([collator.encoder.encode(row).prompt_ids], device=device)
-            room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_virtual - ids.shape[1])
-            if room < 1:
-                raise ValueError(
-                    f"{num_virtual} virtual tokens and a prompt of {ids.shape[1]} tokens leave no room in the model's "
-                    f"{limit} positions to answer; give the collator a smaller max_length."
-                )
+            room = room_to_answer(model, ids.shape[1], max_new_tokens)
             torch.manual_seed(random.Random(f"{seed}/{i}").getrandbits(63))
             answers.append([])
             for start in range(0, num_tries, batch_size):
