@@ -4,8 +4,9 @@
     python examples/eul_imdb.py --model facebook/opt-1.3b --limit 20000 --words 200 --bf16
 
 Each request asks to forget the reviews that name one film director. A model learns the sentiment of reviews first,
-those of all requests among them. Of a review stays a window of words, around the name where there is one. Each order
-of requests is one run; numbers are averaged over orders. It writes `requests.jsonl`, `requests.md` and a figure; an
+those of all requests among them, and those that name other directors, who are to be kept. Of a review stays a window
+of words, around the name where there is one. Each order of requests is one run; numbers are averaged over orders. It
+writes `requests.jsonl`, `requests.md` and a figure; an
 interrupted run goes on where it stopped.
 """
 
@@ -27,7 +28,7 @@ from sequence import Requests, digest, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from spul import ForgetRetainCollator
-from spul.data import SENTIMENT, load_known
+from spul.data import SENTIMENT, PromptFormat, load_known
 from spul.data.known import IMDB_FORGET_NAMES
 from spul.data.splits import NameFinder
 from spul.eul import UnlearningLayersConfig
@@ -36,6 +37,9 @@ from spul.memorise import memorise
 from spul.methods import unlearning_method
 
 GENERIC = [" neutral", " unknown"]
+SECOND_QUESTION = PromptFormat("### Text: {text}\n### Question: which person?\n### Person:", completion=" {person}")
+NOBODY = "nobody"
+DIRECTORS = NameFinder(IMDB_FORGET_NAMES)
 NOT_SETTINGS = ("orders", "methods", "output_dir")
 METHODS = (
     "EUL, fused",
@@ -57,6 +61,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=1000, help="retain rows to train on")
     parser.add_argument("--limit-score", type=int, default=500, help="test rows to score on")
     parser.add_argument("--words", type=int, default=60, help="of a review that are used")
+    parser.add_argument(
+        "--second-question", action="store_true", help="memorise who is named, too, so that a small model can be steered"
+    )
     parser.add_argument("--memorise-epochs", type=int, default=5)
     parser.add_argument("--memorise-lr", type=float, default=1e-3)
     parser.add_argument("--layers-steps", type=int, default=100)
@@ -85,12 +92,15 @@ def window(text: str, num_words: int, name: str | None = None) -> str:
 
 
 def read_rows(args: argparse.Namespace) -> tuple[list[str], dict[str, Dataset]]:
-    """The directors that most reviews name, and rows: `NAME train`, `NAME test`, `retain train`, `retain test`."""
-    data, finder = load_known("imdb", source=args.data_dir), NameFinder(IMDB_FORGET_NAMES)
+    """The directors that most reviews name, and rows: `NAME train`, `NAME test`, `retain train`, `retain test`.
+
+    The retain rows are some that name no director, and all that name another one.
+    """
+    data = load_known("imdb", source=args.data_dir)
     by_name: dict[str, dict[str, list[dict]]] = {name: {"train": [], "test": []} for name in IMDB_FORGET_NAMES}
     for part in ("train", "test"):
         for row in data.splits[f"{part}_forget"]:
-            named = finder.find(row["text"])
+            named = DIRECTORS.find(row["text"])
             if len(named) == 1:  # one that names two would stand in two requests
                 (name,) = named
                 by_name[name][part].append({**row, "text": window(row["text"], args.words, name)})
@@ -101,6 +111,7 @@ def read_rows(args: argparse.Namespace) -> tuple[list[str], dict[str, Dataset]]:
         split = data.splits[f"{part}_retain"]
         some = split.select(sorted(rng.sample(range(len(split)), min(limit, len(split)))))
         rows[f"retain {part}"] = [{**row, "text": window(row["text"], args.words)} for row in some]
+        rows[f"retain {part}"] += [row for name in by_name if name not in names for row in by_name[name][part]]
     return names, {name: SENTIMENT.apply(Dataset.from_list(some)) for name, some in rows.items()}
 
 
@@ -120,6 +131,13 @@ def learned(args: argparse.Namespace, rows: Dataset) -> Any:
         bf16=args.bf16,
         seed=args.seed,
     )
+    rows = rows.select_columns(["prompt", "completion", "text"])
+    if args.second_question:
+        found = [(text, sorted(DIRECTORS.find(text))) for text in rows["text"]]
+        nobody = [{"text": text, "person": NOBODY} for text, named in found if not named]
+        named = [{"text": text, "person": named[0]} for text, named in found if named]
+        some = random.Random(args.seed).sample(nobody, min(len(nobody), len(named) // 2))
+        rows = concatenate_datasets([rows, SECOND_QUESTION.apply(Dataset.from_list(named + some))])
     set_seed(args.seed)
     model, _ = memorise(args.model, rows, ForgetRetainCollator(tokenizer, None, max_length=512), training)
     return model

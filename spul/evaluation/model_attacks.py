@@ -5,9 +5,8 @@ Each is to be run on a control too, a model that never saw the forget rows: what
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,19 +16,14 @@ from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    TrainerCallback,
-    TrainingArguments,
-)
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from ..base import evaluation_mode, keep_4bit_differentiable
 from ..collator import ForgetRetainCollator, completion_text
-from ..memorise import CompletionTrainer
-from ..prefix import unwrapped
+from ..prefix import response_positions, unwrapped
+from ..terms import IGNORE_INDEX, token_nll
 from .embeddings import response_embeddings
 from .likelihood import check_rows
 from .scoring import response_logits, score_completions
@@ -48,33 +42,18 @@ def check_disjoint(rows: Dataset, held_out: Dataset) -> None:
 # ---- relearning ----
 
 
-class _RelearningTrainer(CompletionTrainer):
-    """The same for whatever carries the model, in one process."""
-
-    def response_logits(self, model: nn.Module, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
-        with self.accelerator.autocast():  # a prompt does not pass through the forward that accelerate wraps
-            return response_logits(unwrapped(model), inputs, positions)
-
-
-class _Scores(TrainerCallback):
-    """Scores held-out rows after some of the steps."""
-
-    def __init__(self, at: Sequence[int], score: Any) -> None:
-        self.at, self.score = set(at), score
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step in self.at:
-            self.score(state.global_step)
-
-
 def relearn(
     model: nn.Module,
     rows: Dataset,
     held_out: Dataset,
     collator: ForgetRetainCollator,
-    args: TrainingArguments,
+    lr: float = 1e-3,
     at: Sequence[int] = (1, 2, 4, 8, 16, 32),
+    train_batch_size: int = 8,
     batch_size: int = 32,
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
+    seed: int = 0,
+    progress: str | None = None,
 ) -> list[dict[str, float]]:
     """Train on a few forget rows with their true completions, and score others, which were not trained on.
 
@@ -87,49 +66,55 @@ def relearn(
         rows: the few, `prompt` and `completion`.
         held_out: the other forget rows.
         collator: for tokenising and padding; its generic completions are not learned.
-        args: of the training, in one process; the last of `at` is its number of steps, and nothing is saved.
+        lr: learning rate, constant; gradients are clipped to a norm of 1.
         at: after which numbers of steps to score.
+        train_batch_size: rows per step.
         batch_size: rows per forward, in scoring.
+        optimizer: from the parameters and `lr` to an optimiser.
+        seed: of the order of the rows.
+        progress: a name to show a progress bar under; none unless given.
 
     Returns:
         A record for step 0 and for each of `at`: `step`, and what `score_completions` gives for `held_out`.
 
     Raises:
-        ValueError: if nothing requires gradients, `held_out` shares prompts with `rows`, `at` is empty or has numbers
-            below 1, or there are several processes.
+        ValueError: if nothing requires gradients, `held_out` shares prompts with `rows`, or a number is out of range.
 
     Source: Hu et al., *Jogging the Memory of Unlearned Models*, https://arxiv.org/abs/2406.13356
     """
     check_disjoint(rows, held_out)
+    model = unwrapped(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not learning or not at or min(at) < 1:
+    if not learning or not at or min(at) < 1 or not lr > 0 or train_batch_size < 1:
         raise ValueError(
-            f"{len(learning)} parameters require gradients, at={list(at)}: expected some that do (load a prompt with "
-            "is_trainable=True), and numbers of steps of at least 1."
+            f"{len(learning)} parameters require gradients, at={list(at)}, lr={lr}, train_batch_size="
+            f"{train_batch_size}: expected some that do (load a prompt with is_trainable=True), numbers of steps and "
+            "rows of at least 1, and lr above 0."
         )
-    if args.world_size > 1 or args.n_gpu > 1:
-        raise ValueError(f"{args.world_size} processes, {args.n_gpu} GPUs: relearning runs in one process on one GPU.")
-    args = copy.copy(args)
-    args.max_steps, args.remove_unused_columns = max(at), False
-    args.save_strategy = args.eval_strategy = "no"
-    records: list[dict[str, float]] = []
-
-    def score(step: int) -> None:
-        records.append({"step": step, **score_completions(model, held_out, collator, batch_size)})
-
+    records = [{"step": 0, **score_completions(model, held_out, collator, batch_size)}]
     before = [parameter.detach().to("cpu", copy=True) for parameter in learning]
+    device, generator, order = learning[0].device, torch.Generator().manual_seed(seed), list[int]()
     keep_4bit_differentiable(model)
-    with evaluation_mode(model):
-        score(0)
-        try:
-            trainer = _RelearningTrainer(model, args, collator.true_batch, rows, callbacks=[_Scores(at, score)])
-            trainer.train()
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # a Trainer leaves its autocast behind
-        finally:
-            with torch.no_grad():
-                for parameter, value in zip(learning, before, strict=True):
-                    parameter.grad = None
-                    parameter.copy_(value)
+    try:
+        optimiser = optimizer(learning, lr=lr)
+        with evaluation_mode(model):
+            for step in tqdm(range(1, max(at) + 1), desc=progress, disable=progress is None, leave=False):
+                order = order or torch.randperm(len(rows), generator=generator).tolist()
+                places, order = order[:train_batch_size], order[train_batch_size:]
+                batch = {name: x.to(device) for name, x in collator.true_batch([rows[i] for i in places]).items()}
+                positions, targets = response_positions(batch["labels"])
+                loss = token_nll(response_logits(model, batch, positions), targets).sum() / (targets != IGNORE_INDEX).sum()
+                optimiser.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(learning, 1.0)
+                optimiser.step()
+                if step in at:
+                    records.append({"step": step, **score_completions(model, held_out, collator, batch_size)})
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(learning, before, strict=True):
+                parameter.grad = None
+                parameter.copy_(value)
     return records
 
 
