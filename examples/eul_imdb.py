@@ -62,7 +62,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--limit-score", type=int, default=500, help="test rows to score on")
     parser.add_argument("--words", type=int, default=60, help="of a review that are used")
     parser.add_argument(
-        "--second-question", action="store_true", help="memorise who is named, too, so that a small model can be steered"
+        "--second-question",
+        action="store_true",
+        help="memorise who is named, too: steers small models",
     )
     parser.add_argument("--memorise-epochs", type=int, default=5)
     parser.add_argument("--memorise-lr", type=float, default=1e-3)

@@ -103,7 +103,10 @@ def relearn(
                 places, order = order[:train_batch_size], order[train_batch_size:]
                 batch = {name: x.to(device) for name, x in collator.true_batch([rows[i] for i in places]).items()}
                 positions, targets = response_positions(batch["labels"])
-                loss = token_nll(response_logits(model, batch, positions), targets).sum() / (targets != IGNORE_INDEX).sum()
+                loss = (
+                    token_nll(response_logits(model, batch, positions), targets).sum()
+                    / (targets != IGNORE_INDEX).sum()
+                )
                 optimiser.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(learning, 1.0)
