@@ -45,6 +45,7 @@ METHODS = (
     "EUL, fused",
     "EUL, one set of layers trained on",
     "layers, generic answer, fused",
+    "layers, wide, generic answer, fused",
     "prompts distilled",
     "one prompt trained on all",
     "retrained",

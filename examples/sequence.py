@@ -31,6 +31,8 @@ from spul import (
 )
 from spul.methods import Method
 
+WIDE = UnlearningLayersConfig(reduction=0.5, train_down=False)
+
 Served = Iterator[tuple[Any, float]]
 """After each request: the model that is served then, and the seconds that this request took."""
 
@@ -57,7 +59,8 @@ class Requests:
         generic_layers: another, which answers generically.
         prompt: the method whose loss the prompts learn.
         num_virtual_tokens: of a prompt.
-        layers_config: the layers' shape.
+        layers_config: the layers' shape, EUL's.
+        wide_config: another, wide and with a fixed down projection, that is easier to fuse.
         batch_size: rows per step.
         max_length: tokens of a row.
     """
@@ -80,6 +83,7 @@ class Requests:
     prompt: Method
     num_virtual_tokens: int = 30
     layers_config: UnlearningLayersConfig = field(default_factory=UnlearningLayersConfig)
+    wide_config: UnlearningLayersConfig = WIDE
     batch_size: int = 32
     max_length: int = 512
 
@@ -146,16 +150,20 @@ class Requests:
 
         return once(self.folder / f"prompt-{i}", train)
 
-    def layers_of(self, i: int, method: Method) -> tuple[Path, float]:
-        """The folder of request i's own layers, trained and gathered if they are not there, and the seconds."""
+    def layers_of(self, i: int, method: Method, wide: bool = False) -> tuple[Path, float]:
+        """The folder of request i's own layers, trained and gathered if they are not there, and the seconds.
+
+        Those of the published shape gather their forget set alone, as published; wide ones some retain rows too.
+        """
 
         def train(folder: Path) -> None:
-            layers = UnlearningLayers(self.base(), self.layers_config)
+            layers = UnlearningLayers(self.base(), self.wide_config if wide else self.layers_config)
             self.train_on(layers, method, "layers", self.train[i], self.kept(i))
-            gather_inputs(layers, self.train[i], self.scoring(), self.batch_size)
+            some = self.retain.shuffle(seed=self.seed).select(range(min(100, len(self.retain)))) if wide else None
+            gather_inputs(layers, self.train[i], self.scoring(), self.batch_size, retain=some)
             layers.save_pretrained(folder)
 
-        return once(self.folder / f"layers-{method.name}-{i}", train)
+        return once(self.folder / f"{'wide-' if wide else ''}layers-{method.name}-{i}", train)
 
     def alone(self, kind: str) -> Served:
         """Each request's own prompt or layers, on their own: what the combined ones are held against."""
@@ -164,14 +172,15 @@ class Requests:
                 folder, seconds = self.prompt_of(i)
                 yield SoftPromptUnlearner.from_pretrained(self.base(), folder), seconds
             else:
-                folder, seconds = self.layers_of(i, self.layers if kind == "layers" else self.generic_layers)
+                method = self.layers if kind == "layers" else self.generic_layers
+                folder, seconds = self.layers_of(i, method, wide=kind == "wide layers")
                 yield UnlearningLayers.from_pretrained(self.base(), folder), seconds
 
-    def fused(self, method: Method) -> Served:
+    def fused(self, method: Method, wide: bool = False) -> Served:
         """Layers of each request, fused."""
         folders = []
         for i in range(len(self.train)):
-            folder, seconds = self.layers_of(i, method)
+            folder, seconds = self.layers_of(i, method, wide)
             folders.append(folder)
             start = time.perf_counter()
             yield fuse(folders, self.base()), seconds + time.perf_counter() - start
@@ -231,9 +240,11 @@ class Requests:
             "each request's own prompt": lambda: self.alone("prompt"),
             "each request's own layers, EUL": lambda: self.alone("layers"),
             "each request's own layers, generic answer": lambda: self.alone("generic layers"),
+            "each request's own layers, wide, generic answer": lambda: self.alone("wide layers"),
             "EUL, fused": lambda: self.fused(self.layers),
             "EUL, one set of layers trained on": lambda: self.one_set_of_layers(self.layers),
             "layers, generic answer, fused": lambda: self.fused(self.generic_layers),
+            "layers, wide, generic answer, fused": lambda: self.fused(self.generic_layers, wide=True),
             "prompts concatenated": lambda: self.combined("concatenate"),
             "prompts distilled": lambda: self.combined("distill"),
             "prompts distilled without forget sets": lambda: self.combined("distill without forget sets"),

@@ -94,6 +94,42 @@ def test_the_fused_projections_solve_least_squares_on_the_stacked_data():
     assert checked >= 2
 
 
+def test_retain_rows_count_together_what_they_are_given_beside_the_forget_rows():
+    layers, retain = trained(1, gather=False), request(9, num_rows=7)
+    layers.attach()
+    gather_inputs(layers, request(1), collator(), 5, progress=False, retain=retain, retain_weight=0.5)
+    layers.remove()
+    kept = stacked_inputs(layers, retain)
+    for name, inputs in stacked_inputs(layers, request(1)).items():
+        expected = inputs.T @ inputs + 0.5 * 24 / 7 * kept[name].T @ kept[name]
+        np.testing.assert_allclose(layers.grams[name].numpy(), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_with_one_fixed_down_projection_fused_layers_say_what_each_said_where_the_data_leave_room():
+    """Wider than there are tokens, and behind the last block only, so that every layer gets the base's own states."""
+    config = UnlearningLayersConfig(reduction=0.25, train_down=False)
+    rows = [request(seed, num_rows=1) for seed in (1, 2, 3)]
+    parts, said = [], []
+    for seed, some in enumerate(rows):
+        layers = UnlearningLayers(build("llama", torch.float64), config)
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            layers.layers[-1].up.weight.normal_()
+            said.append(layers(input_ids=collator().true_batch(list(some))["input_ids"]).logits)
+        gather_inputs(layers, some, collator(), progress=False)
+        layers.remove()
+        parts.append(layers)
+    fused = fuse(parts, ridge=1e-12)
+    assert fused.layers[-1].down.out_features == 128
+    for own, one in zip(parts[0].layers, fused.layers, strict=True):
+        torch.testing.assert_close(one.down.weight, own.down.weight, rtol=1e-12, atol=1e-15)
+    for some, expected in zip(rows, said, strict=True):
+        with torch.no_grad():
+            found = fused(input_ids=collator().true_batch(list(some))["input_ids"]).logits
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        assert (expected - said[0]).abs().max() > 0.1 or some is rows[0]
+
+
 def test_fusing_one_gives_that_one():
     one = trained(1)
     fused = fuse([one])
@@ -146,6 +182,12 @@ def test_the_model_is_left_in_the_mode_it_was_in():
 
 def test_bad_input_is_refused_and_leaves_the_base_alone():
     base = build("llama", torch.float64)
+    layers = UnlearningLayers(base)
+    with pytest.raises(ValueError, match="retain_weight=0"):
+        gather_inputs(layers, request(1), collator(), progress=False, retain=request(2), retain_weight=0)
+    with pytest.raises(ValueError, match="retain has 0 rows"):
+        gather_inputs(layers, request(1), collator(), progress=False, retain=request(2).select([]))
+    layers.remove()
     with pytest.raises(ValueError, match="layers is empty"):
         fuse([])
     with pytest.raises(ValueError, match="ridge=-1"):

@@ -163,6 +163,7 @@ def test_the_folder_holds_safetensors_and_words_and_no_old_gram_matrices(tmp_pat
         "activation": "relu",
         "target_modules": None,
         "init_seed": 0,
+        "train_down": True,
         "num_requests": 1,
     }
     card = (tmp_path / "README.md").read_text()
@@ -231,8 +232,9 @@ def test_a_module_that_gives_no_hidden_states_is_named():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"reduction": 0}, "reduction=0: expected a whole number of at least 1"),
-        ({"reduction": 2.5}, "reduction=2.5"),
+        ({"reduction": 0}, "reduction=0: expected a number above 0"),
+        ({"reduction": float("inf")}, "reduction=inf"),
+        ({"reduction": True}, "reduction=True"),
         ({"activation": "relux"}, "activation='relux' is not known"),
         ({"target_modules": "mlp"}, "target_modules='mlp': expected what the names"),
         ({"target_modules": ()}, "target_modules="),
@@ -352,3 +354,18 @@ def test_a_config_of_a_later_version_loads(tmp_path):
     del config["num_requests"]
     path.write_text(json.dumps({**config, "gates": True}))
     assert UnlearningLayers.from_pretrained(build("llama"), tmp_path).num_requests == 1
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_a_fixed_down_projection_never_learns_and_is_read_again_as_it_was(tmp_path, is_trainable):
+    config = UnlearningLayersConfig(reduction=0.5, train_down=False)
+    layers = UnlearningLayers(build("llama"), config)
+    assert layers.layers[0].down.weight.shape == (64, 32)
+    learning = {name for name, parameter in layers.named_parameters() if parameter.requires_grad}
+    assert learning == {f"layers.{i}.up.{kind}" for i in range(2) for kind in ("weight", "bias")}
+    layers.save_pretrained(tmp_path)
+    loaded = UnlearningLayers.from_pretrained(build("llama"), tmp_path, is_trainable=is_trainable)
+    assert loaded.layers_config == config
+    assert loaded.layers[0].up.weight.requires_grad == is_trainable
+    assert not loaded.layers[0].down.weight.requires_grad
+    torch.testing.assert_close(loaded.layers[1].down.weight, layers.layers[1].down.weight, rtol=0, atol=0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,27 +17,33 @@ class UnlearningLayersConfig:
     """The shape of unlearning layers.
 
     Args:
-        reduction: the base's width divided by the bottleneck's, at least 1. 32 (default) makes about 0.5 % of the
-            parameters of a model whose feed-forward blocks are four times as wide as the model.
+        reduction: the base's width divided by the bottleneck's, above 0. 32 (default) makes about 0.5 % of the
+            parameters of a model whose feed-forward blocks are four times as wide as the model. Below 1 the layers are
+            wider than the model.
         activation: between the two projections, by its name in transformers: `"relu"` (default), `"gelu"`, `"silu"`,
             `"linear"`, ...
         target_modules: what the names of the modules end in whose outputs the layers take; None (default) finds the
             feed-forward blocks of Llama-like models, OPT, GPT-2, Qwen, Gemma and GPT-NeoX.
         init_seed: of the down projections. Layers that are to be fused start alike, so leave it as it is.
+        train_down: whether the down projections learn, as published. Without (False) they stay as they were drawn,
+            alike in the layers of all requests, and what is left to fuse is linear. It takes a wide bottleneck, such
+            as `reduction=0.5`.
 
     Raises:
-        ValueError: if `reduction` is not a whole number of at least 1, `activation` is not known, or
+        ValueError: if `reduction` is not a number above 0, `activation` is not known, or
             `target_modules` is empty.
     """
 
-    reduction: int = 32
+    reduction: float = 32
     activation: str = "relu"
     target_modules: tuple[str, ...] | None = None
     init_seed: int = 0
+    train_down: bool = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.reduction, bool) or not isinstance(self.reduction, int) or self.reduction < 1:
-            raise ValueError(f"reduction={self.reduction!r}: expected a whole number of at least 1, such as 32.")
+        is_number = isinstance(self.reduction, (int, float)) and not isinstance(self.reduction, bool)
+        if not is_number or not math.isfinite(self.reduction) or self.reduction <= 0:
+            raise ValueError(f"reduction={self.reduction!r}: expected a number above 0, such as 32.")
         if self.activation not in ACT2FN:
             raise ValueError(f"activation={self.activation!r} is not known; expected one of {', '.join(ACT2FN)}.")
         if isinstance(self.target_modules, str) or (self.target_modules is not None and not self.target_modules):
@@ -60,9 +67,12 @@ class Bottleneck(nn.Module):
         bottleneck: width in between.
         activation: see `UnlearningLayersConfig`.
         seed: of the down projection's start; the up projection starts at zero.
+        train_down: whether the down projection learns.
     """
 
-    def __init__(self, width: int, bottleneck: int, activation: str = "relu", seed: int = 0) -> None:
+    def __init__(
+        self, width: int, bottleneck: int, activation: str = "relu", seed: int = 0, train_down: bool = True
+    ) -> None:
         super().__init__()
         self.down, self.up = nn.Linear(width, bottleneck), nn.Linear(bottleneck, width)
         self.activation = ACT2FN[activation]
@@ -72,6 +82,7 @@ class Bottleneck(nn.Module):
             self.down.bias.zero_()
             self.up.weight.zero_()
             self.up.bias.zero_()
+        self.down.requires_grad_(train_down)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """From (..., d) to (..., d); inside in the layer's own precision, or autocast's."""

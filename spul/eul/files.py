@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CONFIG_NAME = "unlearning_layers.json"
 WEIGHTS_NAME = "unlearning_layers.safetensors"
 GRAMS_NAME = "gram_matrices.safetensors"
-CONFIG_FIELDS = ("reduction", "activation", "target_modules", "init_seed")
+CONFIG_FIELDS = ("reduction", "activation", "target_modules", "init_seed", "train_down")
 
 
 @dataclass

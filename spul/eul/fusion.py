@@ -25,8 +25,12 @@ PROJECTIONS = ("down", "up")
 
 
 @contextmanager
-def _recorded(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Tensor]) -> Iterator[None]:
-    """Within it, what a forward pass feeds to the layers' projections at the masked tokens is added to `grams`."""
+def _recorded(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Tensor], weight: float) -> Iterator[None]:
+    """Within it, what a forward pass feeds to the layers' projections at the masked tokens is added to `grams`.
+
+    Args:
+        weight: what each of these tokens counts.
+    """
     kept = token_mask.flatten()
 
     def recorder(name: str) -> Any:
@@ -34,7 +38,7 @@ def _recorded(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Ten
             # Some families flatten (B, n, d) before their feed-forward block.
             rows = inputs[0].detach().flatten(0, -2)[kept.to(inputs[0].device)].double()
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)  # the bias, as an input of one
-            gram = rows.T @ rows
+            gram = weight * (rows.T @ rows)
             grams[name] = gram if name not in grams else grams[name] + gram
 
         return record
@@ -58,8 +62,13 @@ def gather_inputs(
     collator: ForgetRetainCollator,
     batch_size: int = 32,
     progress: bool = True,
+    retain: Dataset | None = None,
+    retain_weight: float = 1.0,
 ) -> None:
     """Gather what `fuse` needs of a request, in one pass over its forget set, after its layers have trained.
+
+    As published that is the forget set alone, and nothing holds the fused layers on other inputs. With `retain` they
+    are also held to what each request's own layers do there, which is next to nothing.
 
     Kept are the Gram matrices of the projections' inputs over all tokens of the rows, in float64: (d + 1) x (d + 1)
     and (r + 1) x (r + 1) numbers a layer, d the base's width and r the bottleneck's, whatever the data. The rows are
@@ -71,29 +80,46 @@ def gather_inputs(
         collator: for tokenising and padding.
         batch_size: rows per forward.
         progress: whether to show a progress bar.
+        retain: rows to be kept as they are by every request; not those of requests that may still come. A hundred
+            are a start.
+        retain_weight: what they count together, in shares of the forget rows; above 0.
 
     Raises:
-        ValueError: if there are no rows, or the layers are off.
+        ValueError: if there are no rows, the layers are off, or `retain_weight` is out of range.
     """
     if len(forget) == 0:
         raise ValueError("forget has no rows; pass the rows that the layers were trained to forget.")
+    if not (math.isfinite(retain_weight) and retain_weight > 0) or (retain is not None and len(retain) == 0):
+        raise ValueError(
+            f"retain has {'no' if retain is None else len(retain)} rows, retain_weight={retain_weight!r}: expected at "
+            "least one row, or None, and a finite number above 0."
+        )
     if not layers.enabled:
         raise ValueError("the layers are off, so that nothing passes through them; set layers.enabled = True.")
     if not layers.attached:
         raise ValueError("the layers are not in place, so that nothing passes through them; call layers.attach().")
     decoder: Any = cast(Any, layers.get_base_model()).get_decoder()  # logits are not wanted
-    text = "prompt" if "prompt" in forget.column_names else "input_ids"
-    order = sorted(range(len(forget)), key=lambda i: len(str(forget[i][text])))
+    batches = [(1.0, some) for some in _by_length(forget, batch_size)]
+    if retain is not None:
+        weight = retain_weight * len(forget) / len(retain)
+        batches += [(weight, some) for some in _by_length(retain, batch_size)]
     grams: dict[str, Tensor] = {}
     with evaluation_mode(layers):
-        for start in tqdm(range(0, len(order), batch_size), "Gram matrices", disable=not progress, leave=False):
-            batch = collator.true_batch([forget[i] for i in order[start : start + batch_size]])
+        for weight, rows in tqdm(batches, "Gram matrices", disable=not progress, leave=False):
+            batch = collator.true_batch(rows)
             ids, mask = (batch[name].to(layers.device) for name in ("input_ids", "attention_mask"))
-            with _recorded(layers, mask.bool(), grams):
+            with _recorded(layers, mask.bool(), grams, weight):
                 decoder(input_ids=ids, attention_mask=mask, use_cache=False)
     if unused := [name for name in layers.names if f"{name}.down" not in grams]:
         raise ValueError(f"nothing passed through {len(unused)} of {len(layers.names)} layers, such as {unused[0]!r}.")
     layers.grams = grams
+
+
+def _by_length(rows: Dataset, batch_size: int) -> list[list[dict[str, Any]]]:
+    """The rows in batches, those of like length together."""
+    text = "prompt" if "prompt" in rows.column_names else "input_ids"
+    ordered = sorted(rows, key=lambda row: len(str(row[text])))
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
 def fuse(
@@ -113,6 +139,7 @@ def fuse(
 
     A bottleneck is not a linear map, so each projection is fused by itself. That makes sense where the hidden units of
     the layers mean alike, which a common start gives them (`UnlearningLayersConfig.init_seed`), and loses something.
+    With `UnlearningLayersConfig(train_down=False)` they are alike, and a layer is linear in what it learns.
 
     Args:
         layers: sets of layers, each after `gather_inputs`, or folders that they were saved in. Take them off the base
@@ -200,7 +227,8 @@ def _fused_state(parts: Sequence[files.SavedLayers], ridge: float) -> dict[str, 
                 f"the inputs of {name} do not span its {len(left)} dimensions, so that there is no one solution; pass "
                 "a ridge above 0."
             )
-        solution = torch.linalg.solve(left, (grams @ maps).sum(0) + rho * mean)
+        # Of the differences to the mean, so that what is alike in all layers stays as it is to the last digit.
+        solution = mean + torch.linalg.solve(left, (grams @ (maps - mean)).sum(0))
         dtype = parts[0].state[f"{name}.weight"].dtype
         state[f"{name}.weight"] = solution[:-1].T.to(dtype)
         state[f"{name}.bias"] = solution[-1].to(dtype)

@@ -67,12 +67,15 @@ class UnlearningLayers(nn.Module):
         self.names = feed_forward_blocks(model, config.target_modules)
         text: Any = model.config.get_text_config()
         width = text.hidden_size
-        if width < config.reduction:
+        bottleneck = int(width / config.reduction)
+        if bottleneck < 1:
             raise ValueError(
                 f"reduction={config.reduction} leaves nothing of the base's width, {width}; take at most {width}."
             )
-        shape = (width, width // config.reduction, config.activation)
-        self.layers = nn.ModuleList(Bottleneck(*shape, config.init_seed + i) for i in range(len(self.names)))
+        self.layers = nn.ModuleList(
+            Bottleneck(width, bottleneck, config.activation, config.init_seed + i, config.train_down)
+            for i in range(len(self.names))
+        )
         self.enabled = True
         """Whether the layers take part; see also `disable_adapter`."""
         self.grams: dict[str, Tensor] = {}
