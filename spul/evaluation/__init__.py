@@ -38,6 +38,14 @@ from .membership import (
 )
 from .model_attacks import Probe, linear_probe, quantised, relearn
 from .names import name_loss, rows_at_names
+from .over_unlearning import (
+    TextLosses,
+    cluster_neighbours,
+    name_neighbours,
+    perplexity,
+    text_losses,
+    topic_neighbours,
+)
 from .sampled import sampled_answers, sampled_success
 from .scoring import greedy_completions, score_completions, summarise
 from .soft_suffix import SuffixAttack, soft_suffix
@@ -53,10 +61,12 @@ __all__ = [
     "QuestionScores",
     "RougeL",
     "SuffixAttack",
+    "TextLosses",
     "attack_inputs",
     "attack_scores",
     "auc",
     "bootstrap_interval",
+    "cluster_neighbours",
     "compare_with_retrained",
     "diluted",
     "exact_memorisation",
@@ -74,7 +84,9 @@ __all__ = [
     "min_k_plus_plus_attack",
     "model_utility",
     "name_loss",
+    "name_neighbours",
     "paraphrase",
+    "perplexity",
     "priv_leak",
     "probability",
     "quantised",
@@ -91,6 +103,8 @@ __all__ = [
     "score_questions",
     "soft_suffix",
     "summarise",
+    "text_losses",
+    "topic_neighbours",
     "true_positive_rate",
     "truth_ratio",
     "truth_ratio_on_forget",
