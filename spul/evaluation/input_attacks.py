@@ -234,7 +234,7 @@ def attack_inputs(
     sets = {WITHOUT: rows, **{name: attack(rows) for name, attack in attacks.items()}}
     if changed := [name for name, some in sets.items() if some["completion"] != rows["completion"]]:
         raise ValueError(f"the attacks {changed} change completions or the number of rows; only prompts may change.")
-    lost = {name: _tokens_lost(some, collator) for name, some in sets.items()}
+    lost = {name: tokens_lost(some, collator) for name, some in sets.items()}
     if cut := {name: round(num, 1) for name, num in lost.items() if num > lost[WITHOUT]}:
         warnings.warn(
             f"attacked rows exceed max_length={collator.encoder.max_length} and lose tokens, per row {cut} "
@@ -292,7 +292,7 @@ def _check_prompts(rows: Dataset) -> None:
         )
 
 
-def _tokens_lost(rows: Dataset, collator: ForgetRetainCollator) -> float:
+def tokens_lost(rows: Dataset, collator: ForgetRetainCollator) -> float:
     """How many prompt tokens shortening takes away, the mean over rows."""
     whole = RowEncoder(collator.tokenizer, sys.maxsize, append_eos=collator.encoder.append_eos)
     lost = [len(whole.encode(row).prompt_ids) - len(collator.encoder.encode(row).prompt_ids) for row in rows]
