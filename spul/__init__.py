@@ -7,6 +7,7 @@ from .collator import ForgetRetainCollator
 from .combine import combine
 from .data import forget_retain_dataset
 from .eul import UnlearningLayers, UnlearningLayersConfig, fuse, gather_inputs
+from .evaluate import evaluate
 from .evaluation import score_completions
 from .forward import UnlearnerOutput, unlearning_forward
 from .losses import UnlearningLoss
@@ -36,6 +37,7 @@ __all__ = [
     "UnlearningLoss",
     "UnlearningTrainer",
     "combine",
+    "evaluate",
     "fingerprint",
     "forget_retain_dataset",
     "fuse",

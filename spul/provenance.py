@@ -116,8 +116,13 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
         64 hexadecimal digits; None if some weights are not in memory (meta device, disk offload).
     """
     model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would change the names
+    return digest_of(own_parameters(model), samples_per_tensor)
+
+
+def digest_of(parameters: Iterable[tuple[str, nn.Parameter]], samples_per_tensor: int = 256) -> str | None:
+    """The digest of `fingerprint`, of any named parameters."""
     digest = hashlib.sha256()
-    for name, parameter in sorted(own_parameters(model), key=lambda item: item[0]):
+    for name, parameter in sorted(parameters, key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
         flat = parameter.detach().reshape(-1)

@@ -1,0 +1,234 @@
+"""One call that tells how well something was forgotten, what else was lost, and whether it comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
+from torch import nn
+from torch.distributed.tensor import DTensor
+from tqdm.auto import tqdm
+
+from .collator import ForgetRetainCollator
+from .data import SPLITS, UnlearningData
+from .evaluation import attacks as attack_tasks
+from .evaluation import measures as measure_tasks
+from .evaluation.likelihood import check_rows
+from .evaluation.numbers import Measurement
+from .evaluation.results import (
+    MEASUREMENTS_NAME,
+    Evaluation,
+    append_measurements,
+    read_measurements,
+    write_measurements,
+)
+from .evaluation.suite import AttackSettings, Suite, Task
+from .prefix import unwrapped
+from .provenance import digest_of, library_versions, summarise_rows
+
+TASKS: dict[str, Callable[[Suite], Iterator[Task]]] = {
+    "utility": measure_tasks.utility,
+    "kl": measure_tasks.kl,
+    "membership": measure_tasks.membership,
+    "neighbours": measure_tasks.near,
+    "unrelated text": measure_tasks.unrelated,
+    "questions": measure_tasks.tofu,
+    "input attack": attack_tasks.inputs,
+    "relearning": attack_tasks.relearning,
+    "quantised": attack_tasks.quantised,
+    "sampling": attack_tasks.sampling,
+    "soft suffix": attack_tasks.suffix,
+    "linear probe": attack_tasks.probe,
+}
+MEASURES = tuple(TASKS)
+"""What can be measured, in the order in which it is."""
+
+SETTINGS_NAME = "settings.json"
+PROGRESS_NAME = "progress-{}.jsonl"
+
+
+def evaluate(
+    model: nn.Module,
+    splits: UnlearningData | Mapping[str, Dataset],
+    collator: ForgetRetainCollator,
+    *,
+    base: nn.Module | None = None,
+    retrained: nn.Module | None = None,
+    reference: nn.Module | None = None,
+    unseen: Dataset | None = None,
+    neighbours: Mapping[str, Dataset] | None = None,
+    unrelated_texts: Sequence[str] = (),
+    questions: Mapping[str, Dataset] | None = None,
+    measures: Sequence[str] = MEASURES,
+    attacks: AttackSettings | None = None,
+    output_dir: str | os.PathLike | None = None,
+    batch_size: int = 32,
+    max_new_tokens: int = 100,
+    seed: int = 0,
+    progress: bool = True,
+) -> Evaluation:
+    """Is it forgotten, is the rest intact, can it be told that it was there, and does it come back?
+
+    Measures the unlearned model; the model as it was before (*detached*: the prompt, the layers or LoRA taken off, or
+    `base`); and, if given, one that was `retrained` without the forget rows, the yardstick. What each number means
+    is on the evaluation page of the documentation.
+
+    With `output_dir` results are written as they come, and the same call goes on where an interrupted one stopped.
+    Under `accelerate launch` the pieces are shared out among the processes, each with the models on its own device;
+    the numbers are those of one process.
+
+    Args:
+        model: the unlearned causal LM: under a prompt of spul, unlearning layers or LoRA, or tuned as a whole.
+        splits: `train_retain`, `train_forget`, `test_retain` and `test_forget`, as `UnlearningData` or as data sets
+            with `prompt` and `completion`.
+        collator: for tokenising and padding; its `generic_completions` are those counted as generic, its `text_field`
+            the text that attacks on the input change. Give it room (`max_length`) for what they add.
+        base: the model before unlearning, where it cannot be had by switching an adapter off.
+        retrained: a model that learned the retain rows and never saw the forget rows.
+        reference: another model that never saw them, for the reference attack on membership.
+        unseen: rows like the forget rows that nobody trained on; `test_forget` unless given.
+        neighbours: rows near to what is forgotten, by name; see `name_neighbours` and its like.
+        unrelated_texts: running text.
+        questions: TOFU's perturbed files: `forget`, and `retain`, `real_authors` and `world_facts` for model utility.
+        measures: which of `MEASURES`.
+        attacks: how the attacks are done.
+        output_dir: a folder for results, one for each evaluation.
+        batch_size: rows per forward.
+        max_new_tokens: of a free-form answer.
+        seed: of all draws.
+        progress: whether to show a progress bar.
+
+    Raises:
+        ValueError: if a split or `generic_completions` is missing, a measure is not known, the model is sharded, or
+            `output_dir` holds another evaluation.
+        TypeError: if rows are no `datasets.Dataset`.
+
+    Example:
+        ```python
+        found = spul.evaluate(unlearner, data, collator, retrained=retrained, output_dir="out/evaluation")
+        print(found.number("utility", "test_forget", "accuracy"))
+        write_report(found, "out/evaluation")
+        ```
+    """
+    if unknown := [name for name in measures if name not in TASKS]:
+        raise ValueError(f"measures {unknown} are not known; expected some of {', '.join(MEASURES)}.")
+    sets = {name: splits.rows(name) for name in SPLITS} if isinstance(splits, UnlearningData) else dict(splits)
+    if missing := [name for name in SPLITS if name not in sets]:
+        raise ValueError(f"splits lack {missing}; they have {list(sets)}.")
+    sets = {name: sets[name] for name in SPLITS}
+    others = {**(neighbours or {}), **({} if unseen is None else {"unseen": unseen})}
+    for name, rows in {**sets, **others}.items():
+        check_rows(rows)
+        if lacking := {"prompt", "completion"} - set(rows.column_names):
+            raise ValueError(f"the rows of {name!r} lack {sorted(lacking)}; they have {rows.column_names}.")
+    if not collator.generic_completions:
+        raise ValueError("the collator has no generic_completions; give it those that count as a generic answer.")
+    given = {"model": model, "base": base, "retrained": retrained, "reference": reference}
+    models = {name: unwrapped(one) for name, one in given.items() if one is not None}
+    for name, one in models.items():
+        if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in one.parameters()):
+            raise ValueError(f"{name} is sharded (FSDP, DeepSpeed); evaluate with the whole model in each process.")
+    suite = Suite(
+        models["model"],
+        sets,
+        collator,
+        models.get("base"),
+        models.get("retrained"),
+        models.get("reference"),
+        unseen,
+        neighbours or {},
+        unrelated_texts,
+        questions or {},
+        AttackSettings() if attacks is None else attacks,
+        batch_size,
+        max_new_tokens,
+        seed,
+    )
+    tasks = [task for name in MEASURES if name in measures for task in TASKS[name](suite)]
+    settings = _settings(suite, models, measures)
+    found = _measured(tasks, None if output_dir is None else Path(output_dir), settings, progress)
+    evaluation = Evaluation(settings, found, suite.left_out)
+    if output_dir is not None and PartialState().is_main_process:
+        evaluation.save(output_dir)
+        for path in Path(output_dir).glob(PROGRESS_NAME.format("*")):
+            path.unlink()
+    PartialState().wait_for_everyone()
+    return evaluation
+
+
+def _measured(
+    tasks: Sequence[Task], folder: Path | None, settings: dict[str, Any], progress: bool
+) -> list[Measurement]:
+    """What all tasks give, in their order: read where it is there, else done, each task by one of the processes."""
+    state = PartialState()
+    found: list[Measurement] = []
+    if folder is not None:
+        if state.is_main_process:
+            found = _resumed(folder, settings)
+        found = broadcast_object_list([found])[0]
+    done = {one.key for one in found}
+    todo = [task for task in tasks if not done.issuperset(task.produces)]
+    new: list[Measurement] = []
+    bar = tqdm(todo[state.process_index :: state.num_processes], disable=not (progress and state.is_main_process))
+    for task in bar:
+        bar.set_description(" ".join(filter(None, task.produces[0])))
+        measured = task.run()
+        if folder is not None:
+            append_measurements(folder / PROGRESS_NAME.format(state.process_index), measured)
+        new += measured
+    by_key = {one.key: one for one in [*found, *(gather_object(new) if state.num_processes > 1 else new)]}
+    return [by_key[key] for task in tasks for key in task.produces]
+
+
+def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
+    """What a folder has of the same evaluation."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / SETTINGS_NAME
+    mine = json.loads(json.dumps(settings))
+    if path.exists():
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+        if other := sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name)):
+            raise ValueError(
+                f"{str(folder)!r} holds an evaluation with another {', '.join(other)}; give another output_dir, or "
+                "remove that one."
+            )
+    path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    parts = sorted(folder.glob(PROGRESS_NAME.format("*")))
+    found = [one for file in (folder / MEASUREMENTS_NAME, *parts) for one in read_measurements(file)]
+    write_measurements(folder / MEASUREMENTS_NAME, found)  # a line that was cut off is gone, before others follow it
+    for part in parts:
+        part.unlink()
+    return found
+
+
+def _settings(suite: Suite, models: Mapping[str, nn.Module], measures: Sequence[str]) -> dict[str, Any]:
+    """What tells one evaluation from another; digests stand for models, rows and texts."""
+    sets = {**suite.splits, **{f"neighbours: {name}": rows for name, rows in suite.neighbours.items()}}
+    if suite.unseen is not None:
+        sets["unseen"] = suite.unseen
+    attacks = dataclasses.asdict(dataclasses.replace(suite.attacks, inputs=None))
+    attacks["inputs"] = None if suite.attacks.inputs is None else sorted(suite.attacks.inputs)
+    texts = [*suite.unrelated_texts, *(json.dumps(list(rows), default=str) for rows in suite.questions.values())]
+    return {
+        "models": {name: digest_of(model.named_parameters()) for name, model in models.items()},
+        "names": {name: getattr(getattr(model, "config", None), "model_type", "") for name, model in models.items()},
+        "rows": {name: dataclasses.asdict(summarise_rows(rows)) for name, rows in sets.items()},
+        "texts and questions": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+        "generic_completions": suite.collator.generic_completions,
+        "max_length": suite.collator.encoder.max_length,
+        "max_new_tokens": suite.max_new_tokens,
+        "dtype": str(next(iter(models["model"].parameters())).dtype).removeprefix("torch."),
+        "measures": sorted(measures, key=MEASURES.index),
+        "attacks": json.loads(json.dumps(attacks)),
+        "seed": suite.seed,
+        "versions": library_versions() | {"torch": torch.__version__},
+    }

@@ -1,0 +1,223 @@
+"""What is done to models to get the knowledge back: attacks on the input, on the weights, and by sampling."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+from datasets import Dataset
+from peft import PeftModel
+from torch import nn
+
+from ..eul import UnlearningLayers
+from ..prefix import bare_model, has_adapter, unwrapped
+from ..provenance import own_parameters
+from ..unlearner import SoftPromptUnlearner
+from .input_attacks import (
+    JAILBREAKS,
+    WITHOUT,
+    diluted,
+    letter_case,
+    tokens_lost,
+    whitespace_noise,
+    with_prefix,
+    with_suffix,
+)
+from .model_attacks import linear_probe, relearn
+from .model_attacks import quantised as in_few_bits
+from .sampled import sampled_success
+from .scoring import task_classes
+from .soft_suffix import soft_suffix
+from .suite import Found, Suite, Task
+
+
+def input_attacks(text_field: str | None, filler_rows: Dataset, seed: int = 0) -> dict[str, Callable]:
+    """The attacks on the input that an evaluation makes unless it is given others.
+
+    Args:
+        text_field: the column whose text stands in the prompt, as the collator's.
+        filler_rows: other questions with their answers, for the turns that dilute.
+        seed: seed of the draws.
+    """
+    attacks: dict[str, Callable] = {
+        "capitals": lambda rows: letter_case(rows, "upper", text_field),
+        "small letters": lambda rows: letter_case(rows, "lower", text_field),
+        "random case": lambda rows: letter_case(rows, "random", text_field, seed),
+        "spaces": lambda rows: whitespace_noise(rows, 0.3, text_field, seed),
+    }
+    for i, text in enumerate(JAILBREAKS):
+        attacks[f"jailbreak {i + 1} before"] = lambda rows, text=text: with_prefix(rows, text)
+        attacks[f"jailbreak {i + 1} after"] = lambda rows, text=text: with_suffix(rows, text, text_field)
+    for num_turns in (1, 4):
+        if num_turns < len(set(map(str, filler_rows["prompt"]))):
+            attacks[f"diluted, {num_turns} turns"] = lambda rows, n=num_turns: diluted(rows, filler_rows, n, seed)
+    return attacks
+
+
+def inputs(suite: Suite) -> Iterator[Task]:
+    """The same rows asked otherwise; the first of them as they are."""
+    if not all(isinstance(rows[0]["prompt"], str) for rows in suite.splits.values()):
+        suite.left_out["input attack"] = "prompts are conversations; render them to text first"
+        return
+    attacks = suite.attacks.inputs
+    if attacks is None:
+        attacks = input_attacks(suite.collator.encoder.text_field, suite.some(suite.splits["test_retain"]), suite.seed)
+    attacks = {WITHOUT: lambda rows: rows, **attacks}
+    for split in ("test_forget", "test_retain"):
+        rows = suite.some(suite.splits[split])
+        for attack, change in attacks.items():
+            try:
+                attacked = change(rows)
+            except ValueError as error:
+                suite.left_out[f"input attack {attack!r} on {split}"] = str(error).partition("\n")[0][:200]
+                continue
+            if attacked["completion"] != rows["completion"]:
+                raise ValueError(f"the input attack {attack!r} changes completions or rows; only prompts may change.")
+
+            def run(model: Any, attacked: Dataset = attacked, attack: str = attack) -> Found:
+                lost = {"tokens_lost": tokens_lost(attacked, suite.collator)}
+                return {attack: {"per_row": suite.answers(model, attacked), "overall": lost}}
+
+            for name in suite.models:
+                yield suite.task("input attack", split, rows, name, run, (attack,))
+
+
+def relearning(suite: Suite) -> Iterator[Task]:
+    """A few forget rows learned again, others scored."""
+    few, others = suite.halves()
+    few = few.select(range(min(suite.attacks.relearn_rows, len(few))))
+    steps = [0, *suite.attacks.relearn_steps]
+
+    def run(model: Any) -> Found:
+        lr = suite.attacks.relearn_lr if has_adapter(model) else suite.attacks.relearn_model_lr
+        with _learning(model):
+            records = relearn(
+                model,
+                few,
+                others,
+                suite.collator,
+                lr,
+                suite.attacks.relearn_steps,
+                8,
+                suite.batch_size,
+                seed=suite.seed,
+            )
+        scores = [{name: value for name, value in record.items() if name != "step"} for record in records]
+        return {f"{step} steps": {"overall": score} for step, score in zip(steps, scores, strict=True)}
+
+    for name in suite.controlled:
+        yield suite.task("relearning", "train_forget", others, name, run, [f"{step} steps" for step in steps])
+
+
+def quantised(suite: Suite) -> Iterator[Task]:
+    """The same prompt or layers over a base in few bits."""
+    for name in suite.controlled:
+        with suite.subject(name) as model:
+            why = _why_not_quantised(model)
+        if why:
+            suite.left_out[f"quantised, {name}"] = why
+            continue
+        for split in ("test_forget", "test_retain"):
+            rows = suite.some(suite.splits[split])
+            for bits in suite.attacks.bits:
+
+                def run(model: Any, rows: Dataset = rows, bits: int = bits) -> Found:
+                    with tempfile.TemporaryDirectory() as folder:
+                        small = _quantised_copy(model, bits, Path(folder))
+                        return {f"{bits} bit": {"per_row": suite.answers(small, rows)}}
+
+                yield suite.task("quantised", split, rows, name, run, (f"{bits} bit",))
+
+
+def sampling(suite: Suite) -> Iterator[Task]:
+    """How likely one of several sampled answers is the true one."""
+    rows = suite.some(suite.splits["test_forget"])
+    for tries in suite.attacks.tries:
+
+        def run(model: Any, tries: int = tries) -> Found:
+            found = sampled_success(model, rows, suite.collator, tries, suite.attacks.temperature, suite.batch_size)
+            return {f"{tries} tries": {"per_row": {"success": found.tolist()}}}
+
+        for name in suite.models:
+            yield suite.task("sampling", "test_forget", rows, name, run, (f"{tries} tries",))
+
+
+def suffix(suite: Suite) -> Iterator[Task]:
+    """Vectors behind the question, trained to bring the answers out."""
+    few, others = suite.halves()
+
+    def run(model: Any) -> Found:
+        how = suite.attacks
+        found = soft_suffix(
+            *(model, suite.some(few), others, suite.collator),
+            *(how.suffix_tokens, how.suffix_steps, how.suffix_lr),
+            seed=suite.seed,
+        )
+        return {name: {"overall": dict(getattr(found, name))} for name in ("before", "after", "trained")}
+
+    for name in suite.controlled:
+        yield suite.task("soft suffix", "train_forget", others, name, run, ("before", "after", "trained"))
+
+
+def probe(suite: Suite) -> Iterator[Task]:
+    """What can be read off the hidden states."""
+    few, others = suite.halves()
+    if not task_classes(few) or len(set(map(str, few["completion"]))) < 2:
+        suite.left_out["linear probe"] = "it reads classes, and the completions are free-form or all the same"
+        return
+
+    def run(model: Any) -> Found:
+        found = linear_probe(model, few, others, suite.collator, seed=suite.seed, batch_size=suite.batch_size)
+        return {"": {"overall": dataclasses.asdict(found)}}
+
+    for name in suite.models:
+        yield suite.task("linear probe", "train_forget", others, name, run)
+
+
+# ---- models ----
+
+
+@contextmanager
+def _learning(model: nn.Module) -> Iterator[None]:
+    """Within it what was trained requires gradients, as for one who may train it: the adapter, or else all weights."""
+    model = unwrapped(model)
+    if any(parameter.requires_grad for parameter in model.parameters()):
+        yield
+        return
+    of_base = {id(parameter) for _, parameter in own_parameters(bare_model(model))} if has_adapter(model) else set()
+    learning = [p for p in model.parameters() if id(p) not in of_base and p.is_floating_point()]
+    for parameter in learning:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+
+
+def _why_not_quantised(model: nn.Module) -> str:
+    if getattr(bare_model(unwrapped(model)), "is_quantized", False):
+        return "it is quantised already"
+    if isinstance(model, PeftModel) and not isinstance(model, SoftPromptUnlearner):
+        return "adapters of PEFT other than spul's prompts: merge them first (merge_and_unload)"
+    return ""
+
+
+def _quantised_copy(model: nn.Module, bits: int, folder: Path) -> Any:
+    """The model over its base in 8 or 4 bit, the prompt or the layers as they are."""
+    model = unwrapped(model)
+    base = cast(Any, bare_model(model))
+    base.save_pretrained(folder / "base")
+    small = in_few_bits(folder / "base", bits, base.dtype, device_map={"": base.device})
+    if not has_adapter(model):
+        return small
+    cast(Any, model).save_pretrained(str(folder / "adapter"))
+    carrier: Any = UnlearningLayers if isinstance(model, UnlearningLayers) else SoftPromptUnlearner
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*trained on other weights")
+        return carrier.from_pretrained(small, folder / "adapter").eval()

@@ -1,0 +1,134 @@
+"""What is measured of models as they are: utility and forgetting, privacy, what lies near, TOFU's questions."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from datasets import Dataset, concatenate_datasets
+
+from ..data import SPLITS
+from .generation_metrics import generate_answers, rouge_l
+from .likelihood import exact_memorisation, extraction_strength, kl_to, probability, response_likelihoods
+from .membership import GradientOf, attack_scores
+from .numbers import MEMBERS, UNSEEN
+from .over_unlearning import text_losses
+from .scoring import task_classes
+from .suite import Found, Suite, Task
+from .tofu import score_questions
+
+
+def utility(suite: Suite) -> Iterator[Task]:
+    """Right and generic answers on the four splits; of free-form ones also how much of the true answer is there."""
+    completions = [rows.select_columns("completion") for rows in suite.splits.values()]
+    is_free_form = not task_classes(concatenate_datasets(completions))
+    for split in SPLITS:
+        rows = suite.splits[split]
+
+        def run(model: Any, rows: Dataset = rows) -> Found:
+            more = free_form(suite, model, rows) if is_free_form else {}
+            return {"": {"per_row": suite.answers(model, rows) | more}}
+
+        for name in suite.models:
+            yield suite.task("utility", split, rows, name, run)
+
+
+def kl(suite: Suite) -> Iterator[Task]:
+    """How far the answers on what is kept are from the base's."""
+    if "detached" not in suite.models:
+        suite.left_out["kl"] = "it is to the model as it was, which is not there; give base="
+        return
+    for split in ("train_retain", "test_retain"):
+        rows = suite.splits[split]
+
+        def run(model: Any, rows: Dataset = rows) -> Found:
+            if model is suite.model and suite.base is None:
+                found = kl_to(model, rows, suite.collator, batch_size=suite.batch_size)
+            else:
+                with suite.subject("detached") as base:
+                    found = kl_to(model, rows, suite.collator, base, suite.batch_size)
+            return {"": {"per_row": {"reverse_kl": found.reverse.tolist(), "forward_kl": found.forward.tolist()}}}
+
+        for name in suite.models:
+            if name != "detached":
+                yield suite.task("kl", split, rows, name, run)
+
+
+def membership(suite: Suite) -> Iterator[Task]:
+    """Scores of the forget rows as members, and of rows that no model saw."""
+    members, unseen = suite.splits["train_forget"], suite.unseen
+    if unseen is None:
+        unseen = suite.splits["test_forget"]
+    if set(map(str, members["prompt"])) & set(map(str, unseen["prompt"])):
+        suite.left_out["membership"] = "test_forget holds rows of train_forget; give unseen=, rows of no training"
+        return
+    for name in suite.models:
+        for rows_name, rows in ((MEMBERS, members), (UNSEEN, unseen)):
+
+            def run(model: Any, rows: Dataset = rows) -> Found:
+                of: GradientOf | None = "model" if suite.attacks.gradient_norm else None
+                scores = attack_scores(model, rows, suite.collator, suite.reference, of, batch_size=suite.batch_size)
+                return {"": {"per_row": {attack: values.tolist() for attack, values in scores.items()}}}
+
+            yield suite.task("membership", rows_name, rows, name, run)
+
+
+def near(suite: Suite) -> Iterator[Task]:
+    """As utility, on rows near to what is forgotten."""
+    if not suite.neighbours:
+        suite.left_out["neighbours"] = "give neighbours=, sets of rows that are near to what is forgotten"
+    for rows_name, rows in suite.neighbours.items():
+
+        def run(model: Any, rows: Dataset = rows) -> Found:
+            return {"": {"per_row": suite.answers(model, rows)}}
+
+        for name in suite.models:
+            yield suite.task("neighbours", rows_name, rows, name, run)
+
+
+def unrelated(suite: Suite) -> Iterator[Task]:
+    """The loss on running text."""
+    if not suite.unrelated_texts:
+        suite.left_out["unrelated text"] = "give unrelated_texts=, running text of no relation to the task"
+        return
+
+    def run(model: Any) -> Found:
+        found = text_losses(
+            model, suite.unrelated_texts, suite.collator.tokenizer, suite.collator.encoder.max_length, suite.batch_size
+        )
+        return {"": {"per_row": {"nats": found.nats.tolist(), "tokens": found.num_tokens.tolist()}}}
+
+    for name in suite.models:
+        yield suite.task("unrelated text", "unrelated text", suite.unrelated_texts, name, run)
+
+
+def tofu(suite: Suite) -> Iterator[Task]:
+    """TOFU's questions, each set by its name."""
+    if not suite.questions:
+        suite.left_out["questions"] = "give questions=, TOFU's perturbed files"
+    for rows_name, rows in suite.questions.items():
+
+        def run(model: Any, rows: Dataset = rows) -> Found:
+            scores = score_questions(
+                model, rows, suite.collator, batch_size=suite.batch_size, max_new_tokens=suite.max_new_tokens
+            )
+            return {"": {"per_row": {k: v.tolist() for k, v in dataclasses.asdict(scores).items()}}}
+
+        for name in suite.models:
+            yield suite.task("questions", rows_name, rows, name, run)
+
+
+def free_form(suite: Suite, model: Any, rows: Dataset) -> dict[str, list[float]]:
+    """Per row what is measured of answers that are no classes."""
+    likelihoods = response_likelihoods(model, rows, suite.collator, suite.batch_size)
+    said = generate_answers(model, rows, suite.collator, suite.batch_size, suite.max_new_tokens)
+    rouge = rouge_l(said, [str(text) for text in rows["completion"]])
+    found = {
+        "probability": probability(likelihoods),
+        "extraction_strength": extraction_strength(likelihoods),
+        "exact_memorisation": exact_memorisation(likelihoods),
+        "rouge_l_recall": rouge.recall,
+        "rouge_l_f1": rouge.f1,
+    }
+    return {name: values.tolist() for name, values in found.items()}

@@ -1,0 +1,291 @@
+"""What was measured, row by row, and what it amounts to: numbers with their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest
+from sklearn.metrics import f1_score
+
+from .intervals import Interval, bootstrap_interval, joined_interval
+from .leakage import auc, compare_with_retrained, priv_leak, true_positive_rate
+from .tofu import QuestionScores, forget_quality, model_utility
+
+MEMBERS, UNSEEN = "train_forget", "unseen"
+NUM_RESAMPLES = 2_000
+# Better high on what is kept and low on what is forgotten.
+KNOWLEDGE = (
+    *("accuracy", "f1", "probability", "rouge_l_recall", "rouge_l_f1", "extraction_strength", "exact_memorisation"),
+    *("choice_probability", "success"),
+)
+CLOSE_TO_BASE = ("reverse_kl", "forward_kl", "perplexity")
+SHARES = ("accuracy", "generic")
+CLASSES = ("true", "predicted")  # per row the place of a label among the classes; not numbers of their own
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was measured of one model on one set of rows.
+
+    Attributes:
+        measure: what was done: `"utility"`, `"kl"`, `"membership"`, `"input attack"`, ...
+        rows: the set: `"test_forget"`, ...
+        model: `"unlearned"`, `"detached"` or `"retrained"`.
+        variant: which attack, how many steps, ...; empty where there is one only.
+        per_row: by name, a number for each row, in the rows' order.
+        overall: by name, numbers that exist once for all rows.
+        num_rows: how many rows.
+        digest: of the rows, to know the same ones by.
+        seed: which of several joined evaluations this is from.
+    """
+
+    measure: str
+    rows: str
+    model: str
+    variant: str = ""
+    per_row: dict[str, list[float]] = field(default_factory=dict)
+    overall: dict[str, float] = field(default_factory=dict)
+    num_rows: int = 0
+    digest: str = ""
+    seed: int = 0
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What it is of: measure, rows, model, variant."""
+        return self.measure, self.rows, self.model, self.variant
+
+
+Groups = dict[tuple[str, str, str, str], list[Measurement]]
+"""Measurements of each key, one for each seed."""
+
+
+@dataclass(frozen=True)
+class Number:
+    """One number of an evaluation, with its confidence interval.
+
+    Attributes:
+        measure, rows, model, variant: see `Measurement`.
+        name: `"accuracy"`, `"auc"`, ...
+        value: the number.
+        low: lower end of the 95 % interval; NaN where there is none.
+        high: its upper end; likewise.
+        over: what the interval is over: `"rows"`, `"seeds"`, `"rows and seeds"`, or `""` without one.
+        num_rows: how many rows.
+        num_seeds: how many evaluations were joined.
+        better: `"low"`, `"high"`, `"0"`, `"as retrained"`, or `""` for controls and what is neither.
+        note: a verdict in words.
+    """
+
+    measure: str
+    rows: str
+    model: str
+    variant: str
+    name: str
+    value: float
+    low: float = math.nan
+    high: float = math.nan
+    over: str = ""
+    num_rows: int = 0
+    num_seeds: int = 1
+    better: str = ""
+    note: str = ""
+
+
+def numbers_of(measurements: Sequence[Measurement]) -> list[Number]:
+    """What measurements amount to: means and scores with their intervals, and comparisons with the retrained model."""
+    groups: Groups = {}
+    for one in measurements:
+        groups.setdefault(one.key, []).append(one)
+    found: list[Number] = []
+    for seeds in groups.values():
+        if seeds[0].measure == "membership":
+            if seeds[0].rows == MEMBERS:
+                found += _membership(seeds, groups)
+            continue
+        found += _means(seeds)
+        if seeds[0].measure == "questions" and seeds[0].rows == "forget":
+            found += _forget_quality(seeds, groups)
+    return found + _model_utilities(groups)
+
+
+# ---- means ----
+
+
+def _means(seeds: Sequence[Measurement]) -> list[Number]:
+    """Of each name that a measurement has."""
+    found = []
+    for name in seeds[0].per_row:
+        if name in CLASSES:
+            continue
+        if name == "nats":
+            found.append(_number(seeds, "perplexity", _perplexity(seeds)))
+        else:
+            found.append(_number(seeds, name, _mean([one.per_row[name] for one in seeds], seeds)))
+    if "true" in seeds[0].per_row:
+        found.append(_number(seeds, "f1", _f1(seeds)))
+    for name in seeds[0].overall:
+        values = [one.overall[name] for one in seeds]
+        interval, over = _over_seeds(values)
+        if len(seeds) == 1 and name in SHARES:  # all that is known is how many of the rows
+            ends = binomtest(round(values[0] * seeds[0].num_rows), seeds[0].num_rows).proportion_ci(method="wilson")
+            interval, over = Interval(values[0], float(ends.low), float(ends.high)), "rows"
+        found.append(_number(seeds, name, (interval, over)))
+    return found
+
+
+def _mean(values: Sequence[Sequence[float]], seeds: Sequence[Measurement]) -> tuple[Interval, str]:
+    if len(values) == 1:
+        return bootstrap_interval(values[0], num_resamples=NUM_RESAMPLES), "rows"
+    if len({one.digest for one in seeds}) == 1:
+        return joined_interval(values, num_resamples=NUM_RESAMPLES), "rows and seeds"
+    return _over_seeds([float(np.mean(one)) for one in values])
+
+
+def _over_seeds(values: Sequence[float]) -> tuple[Interval, str]:
+    """Of a number that each seed has once."""
+    if len(values) == 1:
+        return Interval(values[0], math.nan, math.nan), ""
+    return bootstrap_interval(values, num_resamples=NUM_RESAMPLES), "seeds"
+
+
+def _statistic(seeds: Sequence[Measurement], names: Sequence[str], statistic: Any) -> tuple[Interval, str]:
+    """A number that is no mean, of some per-row columns; rows are drawn with all of their columns."""
+    columns = [[np.asarray(one.per_row[name]) for name in names] for one in seeds]
+    if len(seeds) > 1:
+        return _over_seeds([statistic(*of_seed) for of_seed in columns])
+    places = np.arange(len(columns[0][0]))
+
+    def of_drawn(drawn: np.ndarray) -> float:
+        return statistic(*(column[drawn.astype(int)] for column in columns[0]))
+
+    return bootstrap_interval(places, statistic=of_drawn, num_resamples=NUM_RESAMPLES // 4), "rows"
+
+
+def _f1(seeds: Sequence[Measurement]) -> tuple[Interval, str]:
+    def f1(true: np.ndarray, predicted: np.ndarray) -> float:
+        labels = np.unique(true)
+        return float(f1_score(true, predicted, labels=labels, average="weighted", zero_division=0))
+
+    return _statistic(seeds, CLASSES, f1)
+
+
+def _perplexity(seeds: Sequence[Measurement]) -> tuple[Interval, str]:
+    return _statistic(seeds, ("nats", "tokens"), lambda nats, tokens: float(np.exp(nats.sum() / tokens.sum())))
+
+
+# ---- against the retrained model ----
+
+
+def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
+    """AUC and true positives of each attack on one model, and how far the AUC is from the retrained model's."""
+    measure, rows, model, _ = seeds[0].key
+    unseen = groups[measure, UNSEEN, model, ""]
+    theirs, their_unseen = (groups.get((measure, some, "retrained", "")) for some in (rows, UNSEEN))
+    found = []
+    for attack in seeds[0].per_row:
+        pairs = [
+            (np.asarray(one.per_row[attack]), np.asarray(other.per_row[attack]))
+            for one, other in zip(seeds, unseen, strict=True)
+        ]
+        interval, over = _over_seeds([float(auc(*pair)) for pair in pairs])
+        if len(pairs) == 1:
+            interval, over = bootstrap_interval(*pairs[0], statistic=auc, num_resamples=NUM_RESAMPLES), "rows"
+        found.append(_number(seeds, "auc", (interval, over), attack))
+        for name, sign in (("true_positive_rate", 1), ("reversed_true_positive_rate", -1)):
+            rates = [true_positive_rate(sign * members, sign * others) for members, others in pairs]
+            found.append(_number(seeds, name, _over_seeds(rates), attack))
+        if model == "retrained" or theirs is None or their_unseen is None or attack not in theirs[0].per_row:
+            continue
+        retrained = [
+            (np.asarray(one.per_row[attack]), np.asarray(other.per_row[attack]))
+            for one, other in zip(theirs, their_unseen, strict=True)
+        ]
+        compared = [
+            compare_with_retrained(*pair, *other, num_resamples=NUM_RESAMPLES)
+            for pair, other in zip(pairs, retrained, strict=True)
+        ]
+        difference, over = _over_seeds([one.difference.estimate for one in compared])
+        if len(compared) == 1:
+            difference, over = compared[0].difference, "rows"
+        verdict = ", ".join(dict.fromkeys(one.verdict for one in compared))
+        found.append(_number(seeds, "auc_difference", (difference, over), attack, verdict))
+        leaks = [priv_leak(one.auc, one.retrained_auc) for one in compared if one.retrained_auc < 1]
+        if len(leaks) == len(compared):
+            found.append(_number(seeds, "priv_leak", _over_seeds(leaks), attack))
+    return found
+
+
+def _forget_quality(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
+    measure, rows, model, variant = seeds[0].key
+    theirs = groups.get((measure, rows, "retrained", variant))
+    if model == "retrained" or theirs is None:
+        return []
+    values = [
+        forget_quality(np.asarray(one.per_row["truth_ratio"]), np.asarray(other.per_row["truth_ratio"]))
+        for one, other in zip(seeds, theirs, strict=True)
+    ]
+    return [_number(seeds, "forget_quality", _over_seeds(values))]
+
+
+def _model_utilities(groups: Groups) -> list[Number]:
+    found = []
+    for model in dict.fromkeys(key[2] for key in groups if key[0] == "questions"):
+        sets = [groups.get(("questions", rows, model, ""), []) for rows in ("retain", "real_authors", "world_facts")]
+        values = [
+            model_utility(*(QuestionScores(**{k: np.asarray(v) for k, v in one.per_row.items()}) for one in of_seed))
+            for of_seed in zip(*sets, strict=False)
+            if len(of_seed) == len(sets)
+        ]
+        if values:
+            found.append(_number(sets[0], "model_utility", _over_seeds([one["model_utility"] for one in values])))
+    return found
+
+
+# ---- how a number is put down ----
+
+
+def _number(
+    seeds: Sequence[Measurement], name: str, found: tuple[Interval, str], variant: str | None = None, note: str = ""
+) -> Number:
+    one, (interval, over) = seeds[0], found
+    return Number(
+        one.measure,
+        one.rows,
+        one.model,
+        one.variant if variant is None else variant,
+        name,
+        interval.estimate,
+        interval.low,
+        interval.high,
+        over,
+        num_rows=one.num_rows,
+        num_seeds=len(seeds),
+        better=better(one, name),
+        note=note,
+    )
+
+
+def better(one: Measurement, name: str) -> str:
+    """Which way a number of the unlearned model is better; controls are what they are."""
+    if one.model != "unlearned":
+        return ""
+    if name in ("auc", "true_positive_rate", "reversed_true_positive_rate"):
+        return "as retrained"
+    if name in ("auc_difference", "priv_leak"):
+        return "0"
+    if name in ("forget_quality", "model_utility"):
+        return "high"
+    if name in CLOSE_TO_BASE:
+        return "low"
+    is_forget = "forget" in one.rows
+    if name in KNOWLEDGE:
+        return "low" if is_forget else "high"
+    if name == "generic":
+        return "high" if is_forget else "low"
+    if name == "loss" and not is_forget:
+        return "low"
+    return ""

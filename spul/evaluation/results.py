@@ -1,0 +1,155 @@
+"""The outcome of an evaluation: kept, read again, and joined over seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .numbers import Measurement, Number, numbers_of
+
+EVALUATION_NAME = "evaluation.json"
+MEASUREMENTS_NAME = "measurements.jsonl"
+
+
+@dataclass
+class Evaluation:
+    """The outcome of `spul.evaluate`, or of several joined.
+
+    Attributes:
+        settings: what was evaluated, and how.
+        measurements: what was measured.
+        left_out: what was not measured, and why.
+        numbers: what it amounts to.
+    """
+
+    settings: dict[str, Any]
+    measurements: list[Measurement]
+    left_out: dict[str, str]
+    numbers: list[Number] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.numbers:
+            self.numbers = numbers_of(self.measurements)
+
+    @property
+    def models(self) -> list[str]:
+        """The models, the unlearned one first."""
+        return list(dict.fromkeys(one.model for one in self.measurements))
+
+    def number(self, measure: str, rows: str, name: str, model: str = "unlearned", variant: str = "") -> Number:
+        """One of the numbers.
+
+        Raises:
+            KeyError: if there is none such.
+        """
+        for one in self.numbers:
+            if (one.measure, one.rows, one.name, one.model, one.variant) == (measure, rows, name, model, variant):
+                return one
+        raise KeyError(
+            f"there is no {name!r} of measure={measure!r}, rows={rows!r}, model={model!r}, variant={variant!r}; there "
+            f"are {sorted({(one.measure, one.rows, one.name, one.model, one.variant) for one in self.numbers})}"
+        )
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Write `evaluation.json` (settings and numbers) and `measurements.jsonl` (per row) into a folder."""
+        path = Path(folder)
+        path.mkdir(parents=True, exist_ok=True)
+        write_measurements(path / MEASUREMENTS_NAME, self.measurements)
+        record = {
+            "settings": self.settings,
+            "left_out": self.left_out,
+            "numbers": [dataclasses.asdict(one) for one in self.numbers],
+        }
+        text = json.dumps(_without_nan(record), indent=1, ensure_ascii=False)
+        (path / EVALUATION_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> Evaluation:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: if the folder has no finished evaluation.
+        """
+        path = Path(folder)
+        if not (path / EVALUATION_NAME).exists():
+            raise FileNotFoundError(
+                f"{path} has no {EVALUATION_NAME}; run spul.evaluate(..., output_dir=...) to its end."
+            )
+        record = json.loads((path / EVALUATION_NAME).read_text(encoding="utf-8"))
+        numbers = [
+            Number(**one | {end: math.nan for end in ("low", "high") if one[end] is None}) for one in record["numbers"]
+        ]
+        return cls(record["settings"], read_measurements(path / MEASUREMENTS_NAME), record["left_out"], numbers)
+
+
+def join(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Several seeds of one experiment made one: means, with intervals that count the seeds.
+
+    Where all seeds were measured on the same rows, intervals are over rows and seeds (`joined_interval`); else, and
+    for numbers that exist once per seed, over the seeds alone, which with three seeds is rough.
+
+    Args:
+        evaluations: with the same measures, models and attacks.
+
+    Raises:
+        ValueError: if there are none, or they did not measure the same.
+    """
+    if not evaluations:
+        raise ValueError("evaluations is empty; pass at least one.")
+    keys = [{one.key for one in evaluation.measurements} for evaluation in evaluations]
+    for i, found in enumerate(keys):
+        if found != keys[0]:
+            raise ValueError(
+                f"evaluations[{i}] and evaluations[0] measured different things: {sorted(found ^ keys[0])}. Evaluate "
+                "all seeds alike."
+            )
+    measurements = [
+        dataclasses.replace(one, seed=seed)
+        for seed, evaluation in enumerate(evaluations)
+        for one in evaluation.measurements
+    ]
+    settings = {"seeds": [evaluation.settings for evaluation in evaluations]}
+    left_out = {name: why for evaluation in evaluations for name, why in evaluation.left_out.items()}
+    return Evaluation(settings, measurements, left_out)
+
+
+def read_measurements(path: Path) -> list[Measurement]:
+    """The measurements of a file of JSON lines; none without a file. A line that was cut off is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = []
+    for i, line in enumerate(lines):
+        try:
+            found.append(Measurement(**json.loads(line)))
+        except json.JSONDecodeError:
+            if i + 1 < len(lines):
+                raise ValueError(f"line {i + 1} of {path} is no JSON, and not the last; remove the file.") from None
+    return found
+
+
+def append_measurements(path: Path, measurements: Sequence[Measurement]) -> None:
+    """As JSON lines at the end of a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in measurements))
+
+
+def write_measurements(path: Path, measurements: Sequence[Measurement]) -> None:
+    """As JSON lines, written whole or not at all."""
+    scratch = path.with_suffix(".part")
+    text = "".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in measurements)
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN: null instead."""
+    if isinstance(value, dict):
+        return {key: _without_nan(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

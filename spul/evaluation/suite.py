@@ -1,0 +1,167 @@
+"""What an evaluation is about, and its pieces: one measure of one model on one set of rows, each for itself."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+from ..collator import ForgetRetainCollator
+from ..forward import as_it_was
+from ..prefix import has_adapter
+from ..provenance import summarise_rows
+from .numbers import Measurement
+from .scoring import collect_answers, task_classes
+
+InputAttacks = Mapping[str, Callable[[Dataset], Dataset]]
+Found = dict[str, dict[str, Any]]
+"""For each variant of a measurement its `per_row` and `overall`."""
+
+
+@dataclass(frozen=True)
+class AttackSettings:
+    """How the attacks are done.
+
+    Args:
+        inputs: attacks on the input by name, each from rows to attacked rows; `input_attacks(...)` unless given.
+        num_rows: the most rows of a set that are attacked, drawn at random.
+        relearn_rows: how many forget rows are learned again.
+        relearn_steps: after which numbers of steps to score.
+        relearn_lr: learning rate of it, for prompts, layers and LoRA.
+        relearn_model_lr: learning rate where the whole model learns.
+        bits: to quantise to.
+        tries: numbers of sampled answers.
+        temperature: at which they are sampled.
+        suffix_tokens: vectors of the soft suffix.
+        suffix_steps: steps of its training.
+        suffix_lr: learning rate of it.
+        gradient_norm: whether membership is also inferred from gradients, a backward pass for each row.
+    """
+
+    inputs: InputAttacks | None = None
+    num_rows: int = 200
+    relearn_rows: int = 16
+    relearn_steps: tuple[int, ...] = (1, 4, 16, 32)
+    relearn_lr: float = 1e-3
+    relearn_model_lr: float = 1e-4
+    bits: tuple[int, ...] = (8, 4)
+    tries: tuple[int, ...] = (1, 10, 100)
+    temperature: float = 1.0
+    suffix_tokens: int = 8
+    suffix_steps: int = 100
+    suffix_lr: float = 1e-3
+    gradient_norm: bool = False
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of an evaluation.
+
+    Attributes:
+        produces: the keys of the measurements that it gives.
+        run: gives them.
+    """
+
+    produces: tuple[tuple[str, str, str, str], ...]
+    run: Callable[[], list[Measurement]]
+
+
+@dataclass
+class Suite:
+    """All that an evaluation is about; see `spul.evaluate` for the fields."""
+
+    model: nn.Module
+    splits: Mapping[str, Dataset]
+    collator: ForgetRetainCollator
+    base: nn.Module | None
+    retrained: nn.Module | None
+    reference: nn.Module | None
+    unseen: Dataset | None
+    neighbours: Mapping[str, Dataset]
+    unrelated_texts: Sequence[str]
+    questions: Mapping[str, Dataset]
+    attacks: AttackSettings
+    batch_size: int
+    max_new_tokens: int
+    seed: int
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def models(self) -> list[str]:
+        """The names of the models that are measured."""
+        found = ["unlearned"]
+        if self.base is not None or has_adapter(self.model):
+            found.append("detached")
+        return found + (["retrained"] if self.retrained is not None else [])
+
+    @contextmanager
+    def subject(self, name: str) -> Iterator[Any]:
+        """One of these models."""
+        if name == "detached" and self.base is None:
+            with as_it_was(self.model) as base:
+                yield base
+        else:
+            yield {"unlearned": self.model, "detached": self.base, "retrained": self.retrained}[name]
+
+    def task(
+        self,
+        measure: str,
+        rows_name: str,
+        rows: Sequence[Any] | Dataset,
+        model: str,
+        run: Callable[[Any], Found],
+        variants: Sequence[str] = ("",),
+    ) -> Task:
+        """A task whose function gives `per_row` and `overall` for each variant, of one model."""
+        num_rows = len(rows)
+        digest = summarise_rows(rows).digest[:16] if isinstance(rows, Dataset) and "prompt" in rows.features else ""
+
+        def measured() -> list[Measurement]:
+            with self.subject(model) as subject:
+                found = run(subject)
+            assert tuple(found) == tuple(variants)
+            return [
+                Measurement(measure, rows_name, model, variant, num_rows=num_rows, digest=digest, **values)
+                for variant, values in found.items()
+            ]
+
+        return Task(tuple((measure, rows_name, model, variant) for variant in variants), measured)
+
+    def some(self, rows: Dataset) -> Dataset:
+        """At most as many rows as are attacked."""
+        if len(rows) <= self.attacks.num_rows:
+            return rows
+        return rows.select(sorted(random.Random(self.seed).sample(range(len(rows)), self.attacks.num_rows)))
+
+    def answers(self, model: Any, rows: Dataset) -> dict[str, list[float]]:
+        """Per row: right, generic, and the completion's loss; with classes also which was true and which was said."""
+        found = collect_answers(model, rows, self.collator, self.batch_size, range(len(rows)))
+        generic, classes = set(self.collator.generic_completions or []), task_classes(rows)
+        per_row = {
+            "accuracy": [float(t == p) for t, p in zip(found.true, found.predicted, strict=True)],
+            "generic": [float(p in generic) for p in found.predicted],
+            "loss": found.nll,
+        }
+        if classes:
+            places = {text: float(i) for i, text in enumerate(classes)}
+            per_row["true"] = [places[text] for text in found.true]
+            per_row["predicted"] = [places.get(text, -1.0) for text in found.predicted]
+        return per_row
+
+    def halves(self) -> tuple[Dataset, Dataset]:
+        """The forget rows that were trained on, each prompt once, to attack with and to try the attack on."""
+        rows = self.splits["train_forget"]
+        first = {str(prompt): i for i, prompt in reversed(list(enumerate(rows["prompt"])))}
+        places = random.Random(self.seed).sample(sorted(first.values()), len(first))
+        half = len(places) // 2
+        return rows.select(places[:half]), self.some(rows.select(places[half:]))
+
+    @property
+    def controlled(self) -> list[str]:
+        """For attacks that the base needs not suffer: it has the knowledge anyhow."""
+        return [name for name in self.models if name != "detached"]
