@@ -1,0 +1,68 @@
+"""Rewritten training rows: which, how many, and that they are not those that attacks test with."""
+
+import pytest
+from datasets import Dataset
+
+from spul import forget_retain_dataset
+from spul.augmentation import ASIDES, augmented, rewritings
+from spul.evaluation import JAILBREAKS, letter_case, with_prefix
+from spul.evaluation.attacks import input_attacks
+
+
+def rows(name: str, num: int) -> Dataset:
+    texts = [f"The film {i} of {name}" for i in range(num)]
+    return Dataset.from_list(
+        [
+            {"text": t, "prompt": f"text: {t}\nsentiment:", "completion": (" good", " bad")[i % 2]}
+            for i, t in enumerate(texts)
+        ]
+    )
+
+
+def test_the_rows_stay_and_each_way_adds_its_share_of_rewritten_ones():
+    before = rows("jane", 40)
+    ways = {"upper": lambda some: letter_case(some, "upper", "text"), "prefix": lambda some: with_prefix(some, "so.")}
+    found = augmented(before, ways, share=0.5)
+    assert found.select(range(40)).to_list() == before.to_list()
+    assert len(found) == 60
+    upper, prefixed = found.select(range(40, 50)), found.select(range(50, 60))
+    right = dict(zip(map(str.upper, before["prompt"]), before["completion"], strict=True))
+    assert all(row["prompt"] == row["prompt"].upper() and right[row["prompt"]] == row["completion"] for row in upper)
+    assert len(set(upper["prompt"])) == 10
+    assert all(prompt.startswith("so.\n") for prompt in prefixed["prompt"])
+    assert found.to_list() == augmented(before, ways, share=0.5).to_list()
+    assert found.to_list() != augmented(before, ways, share=0.5, seed=1).to_list()
+
+
+def test_all_ways_apply_and_forget_and_retain_join():
+    retain = rows("joe", 30)
+    ways = rewritings("text", retain)
+    forget, kept = augmented(rows("jane", 34), ways, share=2), augmented(retain, ways, share=1)
+    joined = forget_retain_dataset(forget=forget, retain=kept)
+    assert sum(joined["is_forget"]) == len(forget) == 34 + 4 * len(ways)
+    assert all(row["text"] in row["prompt"] for row in joined)
+
+
+def test_what_is_trained_on_is_not_what_is_tested_with():
+    some, others = rows("jane", 30), rows("joe", 30)
+    trained = {prompt for way in rewritings("text", others).values() for prompt in way(some)["prompt"]}
+    tested = {
+        name: set(attack(some)["prompt"])
+        for name, attack in input_attacks("text", others).items()
+        if name != "capitals"
+    }
+    assert not set(ASIDES) & set(JAILBREAKS)
+    for name, prompts in tested.items():
+        assert len(prompts & trained) <= 3, name  # few spaces or turns to draw
+
+
+def test_bad_shares_and_ways_are_refused():
+    some = rows("jane", 4)
+    ways = {"upper": lambda part: letter_case(part, "upper", "text")}
+    for share in (0, -1, 1.5, 0.1):
+        with pytest.raises(ValueError, match="share="):
+            augmented(some, ways, share)
+    with pytest.raises(ValueError, match="share="):
+        augmented(some, {}, 1.0)
+    with pytest.raises(ValueError, match="'lost' changes completions"):
+        augmented(some, {"lost": lambda part: part.select([0])}, 1.0)
