@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping
+from functools import partial
 
 from datasets import Dataset, concatenate_datasets
 
@@ -32,15 +33,15 @@ def rewritings(text_field: str | None, filler_rows: Dataset, seed: int = 0) -> d
         seed: seed of the draws.
     """
     ways: dict[str, Callable[[Dataset], Dataset]] = {
-        "capitals": lambda rows: letter_case(rows, "upper", text_field),
-        "random case": lambda rows: letter_case(rows, "random", text_field, seed + 1_000),
-        "spaces": lambda rows: whitespace_noise(rows, 0.2, text_field, seed + 1_000),
+        "capitals": partial(letter_case, how="upper", text_field=text_field),
+        "random case": partial(letter_case, how="random", text_field=text_field, seed=seed + 1_000),
+        "spaces": partial(whitespace_noise, share=0.2, text_field=text_field, seed=seed + 1_000),
     }
     for i, text in enumerate(ASIDES):
-        ways[f"aside {i + 1} before"] = lambda rows, text=text: with_prefix(rows, text)
-        ways[f"aside {i + 1} after"] = lambda rows, text=text: with_suffix(rows, text, text_field)
-    for num_turns in (1, 3):
-        ways[f"{num_turns} turns before"] = lambda rows, n=num_turns: diluted(rows, filler_rows, n, seed + 1_000)
+        ways[f"aside {i + 1} before"] = partial(with_prefix, text=text)
+        ways[f"aside {i + 1} after"] = partial(with_suffix, text=text, text_field=text_field)
+    for num in (1, 3):
+        ways[f"{num} turns before"] = partial(diluted, filler_rows=filler_rows, num_turns=num, seed=seed + 1_000)
     return ways
 
 

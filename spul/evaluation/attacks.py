@@ -7,6 +7,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,7 +37,9 @@ from .soft_suffix import soft_suffix
 from .suite import Found, Suite, Task
 
 
-def input_attacks(text_field: str | None, filler_rows: Dataset, seed: int = 0) -> dict[str, Callable]:
+def input_attacks(
+    text_field: str | None, filler_rows: Dataset, seed: int = 0
+) -> dict[str, Callable[[Dataset], Dataset]]:
     """The attacks on the input that an evaluation makes unless it is given others.
 
     Args:
@@ -44,18 +47,18 @@ def input_attacks(text_field: str | None, filler_rows: Dataset, seed: int = 0) -
         filler_rows: other questions with their answers, for the turns that dilute.
         seed: seed of the draws.
     """
-    attacks: dict[str, Callable] = {
-        "capitals": lambda rows: letter_case(rows, "upper", text_field),
-        "small letters": lambda rows: letter_case(rows, "lower", text_field),
-        "random case": lambda rows: letter_case(rows, "random", text_field, seed),
-        "spaces": lambda rows: whitespace_noise(rows, 0.3, text_field, seed),
+    attacks: dict[str, Callable[[Dataset], Dataset]] = {
+        "capitals": partial(letter_case, how="upper", text_field=text_field),
+        "small letters": partial(letter_case, how="lower", text_field=text_field),
+        "random case": partial(letter_case, how="random", text_field=text_field, seed=seed),
+        "spaces": partial(whitespace_noise, share=0.3, text_field=text_field, seed=seed),
     }
     for i, text in enumerate(JAILBREAKS):
-        attacks[f"jailbreak {i + 1} before"] = lambda rows, text=text: with_prefix(rows, text)
-        attacks[f"jailbreak {i + 1} after"] = lambda rows, text=text: with_suffix(rows, text, text_field)
-    for num_turns in (1, 4):
-        if num_turns < len(set(map(str, filler_rows["prompt"]))):
-            attacks[f"diluted, {num_turns} turns"] = lambda rows, n=num_turns: diluted(rows, filler_rows, n, seed)
+        attacks[f"jailbreak {i + 1} before"] = partial(with_prefix, text=text)
+        attacks[f"jailbreak {i + 1} after"] = partial(with_suffix, text=text, text_field=text_field)
+    for num in (1, 4):
+        if num < len(set(map(str, filler_rows["prompt"]))):
+            attacks[f"diluted, {num} turns"] = partial(diluted, filler_rows=filler_rows, num_turns=num, seed=seed)
     return attacks
 
 
