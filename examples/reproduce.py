@@ -266,16 +266,10 @@ def run_search(args: argparse.Namespace, experiment: Experiment) -> None:
 # ---- the command ----
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """The options of experiments and runs, whatever is made of them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--table", choices=("main", "ablation", "forget-size", "models"), nargs="+", default=[])
-    add("--figure", choices=("tsne", "prompt-length", "pareto"), nargs="+", default=[])
-    add("--search", type=int, metavar="TRIALS", help="choose alpha, beta and p by so many trials")
-    add("--max-retain-loss", type=float, default=0.01, help="of the search: retain accuracy may fall so far, in 0..1")
-    add("--held-out", type=float, default=0.15, help="of the search: share of the training rows to score on")
     add("--dataset", default="reviews", help="sst2, yelp, wmdp, tofu, imdb; reviews, quiz; Hub name or folder")
     add("--task", choices=TASKS, default="sentiment", help="prompt format of a data set in four splits")
     add("--data-dir", help="local folder of a known data set; the Hub unless given")
@@ -304,7 +298,6 @@ def parse_args() -> argparse.Namespace:
         help="what learns in other methods than SPUL and EUL",
     )
     add("--num-virtual-tokens", type=int, default=30)
-    add("--prompt-lengths", nargs="+", type=int, default=list(PROMPT_LENGTHS), help="of --figure prompt-length")
     add("--alpha", type=float, default=1.0, help="weight of SPUL's retain term")
     add("--beta", type=float, default=0.5, help="weight of SPUL's KL term")
     add("--lr", nargs="+", default=[], metavar="NAME=LR", help=f"by carrier or method; defaults {LEARNING_RATES}")
@@ -319,22 +312,21 @@ def parse_args() -> argparse.Namespace:
     add("--batch-size", type=int, default=32)
     add("--eval-batch-size", type=int, default=64)
     add("--forget-fraction", type=float, help="share of forget rows in a batch; as the data are unless given")
-    add("--tsne-rows", type=int, default=300, help="rows of each test split in --figure tsne")
     add("--output-dir", type=Path, default=Path("out/reproduce"))
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options as given, checked."""
     args = parser.parse_args()
-    if not (args.table or args.figure or args.search):
-        parser.error("nothing to do: give --table, --figure or --search.")
     for name in ("model", "methods", "seeds", "prompt_types"):
         if len(set(values := getattr(args, name))) < len(values):
             parser.error(f"--{name.replace('_', '-')} {' '.join(map(str, values))}: one is given twice.")
-    for name in ("batch_size", "eval_batch_size", "num_virtual_tokens", "epochs", "limit", "limit_score", "tsne_rows"):
+    for name in ("batch_size", "eval_batch_size", "num_virtual_tokens", "epochs", "limit", "limit_score"):
         if (value := getattr(args, name)) is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
     if args.forget_fraction is not None and not 0 < args.forget_fraction < 1:
         parser.error(f"--forget-fraction {args.forget_fraction}: expected a share above 0 and below 1.")
-    baselines = set(args.methods) - {"SPUL", "EUL"} and {"main", "forget-size", "pareto"} & {*args.table, *args.figure}
-    if args.load_in_4bit and args.baseline_carrier == "full" and baselines:
-        parser.error("--load-in-4bit: 4-bit weights do not train; give --baseline-carrier lora, or --methods SPUL.")
     try:
         args.lr = {**LEARNING_RATES, **by_name(args.lr, (*LEARNING_RATES, *METHODS))}
         args.steps = {name: int(steps) for name, steps in by_name(args.steps, ("all", *METHODS), "all").items()}
@@ -357,6 +349,27 @@ def by_name(texts: list[str], names: tuple[str, ...], default: str | None = None
             expected = f"NAME=NUMBER{'' if default is None else ' or NUMBER'}"
             raise ValueError(f"{text!r}: expected {expected}, above 0, with NAME one of {', '.join(names)}.")
     return numbers
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--table", choices=("main", "ablation", "forget-size", "models"), nargs="+", default=[])
+    add("--figure", choices=("tsne", "prompt-length", "pareto"), nargs="+", default=[])
+    add("--search", type=int, metavar="TRIALS", help="choose alpha, beta and p by so many trials")
+    add("--max-retain-loss", type=float, default=0.01, help="of the search: retain accuracy may fall so far, in 0..1")
+    add("--held-out", type=float, default=0.15, help="of the search: share of the training rows to score on")
+    add("--prompt-lengths", nargs="+", type=int, default=list(PROMPT_LENGTHS), help="of --figure prompt-length")
+    add("--tsne-rows", type=int, default=300, help="rows of each test split in --figure tsne")
+    args = parsed(parser)
+    if not (args.table or args.figure or args.search):
+        parser.error("nothing to do: give --table, --figure or --search.")
+    if args.tsne_rows <= 0:
+        parser.error(f"--tsne-rows {args.tsne_rows}: expected a number above 0.")
+    baselines = set(args.methods) - {"SPUL", "EUL"} and {"main", "forget-size", "pareto"} & {*args.table, *args.figure}
+    if args.load_in_4bit and args.baseline_carrier == "full" and baselines:
+        parser.error("--load-in-4bit: 4-bit weights do not train; give --baseline-carrier lora, or --methods SPUL.")
+    return args
 
 
 def main() -> None:

@@ -58,7 +58,9 @@ def input_attacks(
         attacks[f"jailbreak {i + 1} after"] = partial(with_suffix, text=text, text_field=text_field)
     for num in (1, 4):
         if num < len(set(map(str, filler_rows["prompt"]))):
-            attacks[f"diluted, {num} turns"] = partial(diluted, filler_rows=filler_rows, num_turns=num, seed=seed)
+            attacks["diluted, 1 turn" if num == 1 else f"diluted, {num} turns"] = partial(
+                diluted, filler_rows=filler_rows, num_turns=num, seed=seed
+            )
     return attacks
 
 

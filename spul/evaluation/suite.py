@@ -32,7 +32,7 @@ class AttackSettings:
         num_rows: the most rows of a set that are attacked, drawn at random.
         relearn_rows: how many forget rows are learned again.
         relearn_steps: after which numbers of steps to score.
-        relearn_lr: learning rate of it, for prompts, layers and LoRA.
+        relearn_lr: learning rate of it, for prompts, layers and LoRA; best the one that they were trained at.
         relearn_model_lr: learning rate where the whole model learns.
         bits: to quantise to.
         tries: numbers of sampled answers.
@@ -47,7 +47,7 @@ class AttackSettings:
     num_rows: int = 200
     relearn_rows: int = 16
     relearn_steps: tuple[int, ...] = (1, 4, 16, 32)
-    relearn_lr: float = 1e-3
+    relearn_lr: float = 1e-2
     relearn_model_lr: float = 1e-4
     bits: tuple[int, ...] = (8, 4)
     tries: tuple[int, ...] = (1, 10, 100)
