@@ -174,6 +174,7 @@ def make_requests(args: argparse.Namespace, order: int) -> tuple[Requests, list[
         prompt=unlearning_method("SPUL", alpha=2.0, beta=1.0),
         layers_config=UnlearningLayersConfig(reduction=args.reduction),
         batch_size=args.batch_size,
+        bf16=args.bf16,
     )
     return requests, names
 

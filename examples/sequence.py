@@ -63,6 +63,7 @@ class Requests:
         wide_config: another, wide and with a fixed down projection, that is easier to fuse.
         batch_size: rows per step.
         max_length: tokens of a row.
+        bf16: train under bfloat16 autocast.
     """
 
     base: Callable[[], Any]
@@ -86,6 +87,7 @@ class Requests:
     wide_config: UnlearningLayersConfig = WIDE
     batch_size: int = 32
     max_length: int = 512
+    bf16: bool = False
 
     # ---- rows ----
 
@@ -115,6 +117,7 @@ class Requests:
             save_strategy="no",
             report_to="none",
             logging_steps=50,
+            bf16=self.bf16,
             seed=self.seed,
         )
 
@@ -123,14 +126,9 @@ class Requests:
         set_seed(self.seed)
         collator = method.collator(self.tokenizer, self.generic, max_length=self.max_length, seed=self.seed)
         rows = forget_retain_dataset(forget=forget, retain=retain)
-        UnlearningTrainer(
-            model,
-            self.arguments(part),
-            collator,
-            rows,
-            loss=method.loss,
-            forget_fraction=0.5,
-        ).train()
+        trainer = UnlearningTrainer(model, self.arguments(part), collator, rows, loss=method.loss, forget_fraction=0.5)
+        trainer.train()
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scored in the weights' own precision
 
     # ---- methods ----
 

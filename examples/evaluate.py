@@ -1,0 +1,109 @@
+"""Evaluate a saved adapter: is it forgotten, is the rest intact, does it show, and does it come back?
+
+    python examples/evaluate.py --model BASE --adapter forget-jane-doe --dataset SPLITS --retrained RETRAINED
+    python examples/evaluate.py --model out/quickstart/base --adapter out/quickstart/adapter --dataset reviews
+
+The adapter is a folder or Hub name of a prompt or of unlearning layers; without one, `--model` is a model that was
+unlearned as a whole, and `--base` the one before. The data set is one of the known ones, or a folder or Hub name of
+four splits. `--retrained`, a model that never saw the forget rows, is the yardstick of most numbers.
+
+It writes `evaluation.json`, `measurements.jsonl` (per row), `report.md`, `report.html` and figures, and puts a summary
+into the adapter's model card. An interrupted evaluation goes on where it stopped; `accelerate launch` shares it out
+among several processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from runs import SMALL, TASKS, TOYS, Setup
+from experiment import Experiment
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import spul
+from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers
+from spul.checkpoint import find_file
+from spul.eul.files import CONFIG_NAME
+from spul.evaluate import MEASURES
+from spul.evaluation.suite import AttackSettings
+from spul.report import add_to_card, write_report
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="folder or Hub name of the base; or of a model unlearned as a whole")
+    add("--adapter", help="folder or Hub name of a prompt or of unlearning layers")
+    add("--base", help="the model before unlearning, where there is no adapter")
+    add("--retrained", help="a model that never saw the forget rows")
+    add("--dataset", required=True, help="sst2, yelp, wmdp, tofu, imdb; reviews, quiz; Hub name or folder of splits")
+    add("--task", choices=TASKS, default="sentiment", help="prompt format of a data set in four splits")
+    add("--data-dir", help="local folder of a known data set; the Hub unless given")
+    add("--retain-dir", help="local folder of SciQ, for wmdp")
+    add("--forget-set", choices=("forget01", "forget05", "forget10"), help="for tofu; forget10 unless given")
+    add("--seed", type=int, default=0, help="of the data, as in training, and of all draws")
+    add("--limit-score", type=int, help="at most so many rows of each retain split")
+    add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
+    add("--relearn-lr", type=float, default=1e-2, help="learning rate of relearning, for an adapter")
+    add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=", ".join(MEASURES))
+    add("--batch-size", type=int, default=32)
+    add("--max-length", type=int, default=1024, help="tokens of a row, without the prompt's")
+    add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    add("--output-dir", type=Path, default=Path("out/evaluation"))
+    return parser.parse_args()
+
+
+def load_carried(base: Any, adapter: str) -> Any:
+    """A prompt or unlearning layers over their base."""
+    if find_file(adapter, CONFIG_NAME) is not None:
+        return UnlearningLayers.from_pretrained(base, adapter)
+    return SoftPromptUnlearner.from_pretrained(base, adapter)
+
+
+def main() -> None:
+    args = parse_args()
+    device = PartialState().device
+
+    def load(name: str | None) -> Any:
+        if name is None:
+            return None
+        return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype)).eval().to(device)
+
+    shared = {name: getattr(args, name) for name in ("task", "data_dir", "retain_dir", "forget_set", "seed")}
+    model_name = SMALL if args.dataset in TOYS else args.model
+    data = Experiment(Setup(dataset=args.dataset, model=model_name, **shared), args.output_dir).data
+    splits = data.limited(args.limit_score, args.limit_score, args.seed)
+    model = load(args.model)
+    if args.adapter is not None:
+        model = load_carried(model, args.adapter)
+    collator = ForgetRetainCollator(
+        AutoTokenizer.from_pretrained(args.model),
+        list(data.format.generic_completions),
+        max_length=args.max_length,
+        text_field=data.format.text_field,
+    )
+    found = spul.evaluate(
+        model,
+        splits,
+        collator,
+        base=load(args.base),
+        retrained=load(args.retrained),
+        measures=args.measures,
+        attacks=AttackSettings(num_rows=args.attack_rows, relearn_lr=args.relearn_lr),
+        output_dir=args.output_dir,
+        batch_size=args.batch_size,
+        seed=args.seed,
+    )
+    if PartialState().is_main_process:
+        written = write_report(found, args.output_dir)
+        if args.adapter is not None and Path(args.adapter).is_dir():
+            add_to_card(found, args.adapter)
+        print("written: " + ", ".join(map(str, written)))
+
+
+if __name__ == "__main__":
+    main()
