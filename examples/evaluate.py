@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from runs import SMALL, TASKS, TOYS, Setup
 from experiment import Experiment
+from runs import SMALL, TASKS, TOYS, Setup
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spul

@@ -75,7 +75,10 @@ def bootstrap_interval(
             method="BCa",
             rng=np.random.default_rng(seed),
         )
-    return Interval(estimate, float(found.confidence_interval.low), float(found.confidence_interval.high))
+    low, high = (float(end) for end in found.confidence_interval)
+    if high - low <= 1e-12 * abs(estimate):  # all draws alike, but for rounding
+        low = high = np.nan
+    return Interval(estimate, low, high)
 
 
 def joined_interval(

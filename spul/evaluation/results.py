@@ -83,7 +83,8 @@ class Evaluation:
             )
         record = json.loads((path / EVALUATION_NAME).read_text(encoding="utf-8"))
         numbers = [
-            Number(**one | {end: math.nan for end in ("low", "high") if one[end] is None}) for one in record["numbers"]
+            Number(**one | {end: math.nan for end in ("value", "low", "high") if one[end] is None})
+            for one in record["numbers"]
         ]
         return cls(record["settings"], read_measurements(path / MEASUREMENTS_NAME), record["left_out"], numbers)
 
