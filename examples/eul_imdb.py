@@ -132,6 +132,7 @@ def learned(args: argparse.Namespace, rows: Dataset) -> Any:
         report_to="none",
         logging_steps=50,
         bf16=args.bf16,
+        use_cpu=not torch.cuda.is_available(),
         seed=args.seed,
     )
     rows = rows.select_columns(["prompt", "completion", "text"])

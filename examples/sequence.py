@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PrefixTuningConfig
 from tqdm.auto import tqdm
@@ -118,6 +119,7 @@ class Requests:
             report_to="none",
             logging_steps=50,
             bf16=self.bf16,
+            use_cpu=not torch.cuda.is_available(),
             seed=self.seed,
         )
 
