@@ -1,14 +1,138 @@
 """Train methods on one experiment and evaluate each with every measure and attack.
 
-    python examples/evaluate_methods.py --dataset reviews --model small --methods SPUL GA+GD EUL
-    python examples/evaluate_methods.py --dataset sst2 --data-dir ../shared/data/sst2 \\
-        --model ../shared/models/small-lm --second-question --limit 8000 --limit-score 1000 --memorise-lr 1e-3 \\
-        --memorise-batch-size 64 --steps 2000 --alpha 2 --beta 1 --methods SPUL
+    python examples/evaluate_methods.py --methods SPUL GA+GD EUL --prompt-types prefix_tuning --steps 600 \\
+        --lr prefix_tuning=0.1 --forget-fraction 0.5 --max-length 98          # the quick start's model
+    python examples/evaluate_methods.py --methods SPUL --augment 2 ...        # trained on rewritten rows, too
 
-Each method is held against the model detached, or as it was before, and against one retrained without the forget
-rows. For each method there is a folder with `evaluation.json`, `measurements.jsonl`, `report.md`, `report.html` and
-figures; `attacks.md` has all methods side by side. An interrupted run goes on where it stopped.
+The options are those of `reproduce.py`; `--max-length` is for scoring and must leave room for what attacks add. Each
+method is held against the model as it was before, and against one retrained without the forget rows. For each method
+and seed there is a folder with `evaluation.json`, `measurements.jsonl`, a report and figures; `attacks.md` has all of
+them side by side. An interrupted run goes on where it stopped.
 
-`--augment` trains the method on attacked rows as well (`spul.data.augmented`); other attacks of the same kinds are
-evaluated.
+`--augment` trains on rows in other letter case, with other spaces, asides and turns before as well, so many for each
+row as it is (`spul.augmentation`); the attacks that are evaluated have other texts, shares and draws.
 """
+
+from __future__ import annotations
+
+import argparse
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+from experiment import Experiment
+from reproduce import carriers, experiments, make_parser, make_run, parsed
+from runs import Run
+from tqdm.auto import tqdm
+
+import spul
+from spul import SoftPromptUnlearner, UnlearningLayers
+from spul.augmentation import augmented, rewritings
+from spul.evaluate import MEASURES
+from spul.evaluation.results import EVALUATION_NAME, Evaluation, join
+from spul.evaluation.suite import AttackSettings
+from spul.report import write_report
+
+
+def parse_args() -> argparse.Namespace:
+    parser = make_parser(__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--augment", type=float, help="rewritten training rows for each forget row; retain rows get a quarter of that")
+    add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
+    add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=", ".join(MEASURES))
+    parser.set_defaults(output_dir=Path("out/evaluations"))
+    return parsed(parser)
+
+
+def trained(experiment: Experiment, run: Run, augment: float | None, folder: Path) -> Any:
+    """A run's model; a prompt or layers are kept and found again."""
+    carrier: Any = UnlearningLayers if run.carrier == "layers" else SoftPromptUnlearner
+    if (folder / "spul_config.json").exists():
+        return carrier.from_pretrained(experiment.load("base"), folder, is_trainable=True)
+    rows = {name: experiment.rows[name] for name in ("train_forget", "train_retain")}
+    if augment is not None:
+        field, retain = experiment.data.format.text_field, rows["train_retain"]
+        ways = rewritings(field, retain, experiment.setup.seed)
+        shares = {"train_forget": augment, "train_retain": augment / 4}
+        rows = {name: augmented(some, ways, shares[name], experiment.setup.seed) for name, some in rows.items()}
+    model, _ = experiment.train(run, rows)
+    if run.carrier not in ("full", "lora"):
+        model.save_pretrained(folder)
+    return model
+
+
+def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder: Path) -> Evaluation:
+    """The evaluation of a run, read if it is there."""
+    if (folder / EVALUATION_NAME).exists():
+        return Evaluation.load(folder)
+    model = trained(experiment, run, args.augment, folder / "adapter")
+    data = {**experiment.rows, **experiment.scored}
+    found = spul.evaluate(
+        model,
+        {name: data[name] for name in data},
+        experiment.collator,
+        base=experiment.load("base") if run.carrier == "full" else None,
+        retrained=experiment.load("retrained") if experiment.setup.memorise != "none" else None,
+        measures=args.measures,
+        attacks=AttackSettings(num_rows=args.attack_rows, relearn_lr=run.learning_rate),
+        output_dir=folder,
+        batch_size=args.eval_batch_size,
+        seed=experiment.setup.seed,
+    )
+    write_report(found, folder)
+    return found
+
+
+def table(found: dict[str, Evaluation]) -> str:
+    """All methods side by side: accuracy on forget rows under each attack, in %; the last columns are the controls."""
+    first = next(iter(found.values()))
+    columns = [(name, evaluation, "unlearned") for name, evaluation in found.items()]
+    columns += [(name, first, name) for name in first.models if name != "unlearned"]
+    keys = [
+        (one.measure, one.rows, one.variant, one.name)
+        for one in first.numbers
+        if one.model == "unlearned"
+        and (one.name in ("accuracy", "generic", "success") or (one.measure, one.name) == ("membership", "auc"))
+    ]
+    lines = [
+        "| | | | " + " | ".join(name for name, *_ in columns) + " |",
+        "| --- | --- | --- |" + " ---: |" * len(columns),
+    ]
+    for measure, rows, variant, name in keys:
+        cells = []
+        for _, evaluation, model in columns:
+            try:
+                value = evaluation.number(measure, rows, name, model, variant).value
+                cells.append(f"{value:.2f}" if name == "auc" else f"{100 * value:.1f}")
+            except KeyError:
+                cells.append("")
+        lines.append(f"| {measure} {variant} | {rows.replace('_', ' ')} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    args = parse_args()
+    work = [
+        (experiment, make_run(args, method, carrier))
+        for experiment in experiments(args)
+        for method in args.methods
+        for carrier in carriers(args, method)
+    ]
+    found: dict[str, list[Evaluation]] = {}
+    for experiment, run in tqdm(work, desc="evaluations"):
+        name = f"{run.method} ({run.carrier.replace('_', ' ')})" + (", augmented" if args.augment is not None else "")
+        folder = args.output_dir / f"{name.replace(' ', '-')}-{experiment.setup.seed}"
+        tqdm.write(name)
+        found.setdefault(name, []).append(evaluated(args, experiment, run, folder))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    text = table({name: join(some) if len(some) > 1 else some[0] for name, some in found.items()})
+    path = args.output_dir / ("attacks-augmented.md" if args.augment is not None else "attacks.md")
+    path.write_text(text + "\n", encoding="utf-8")
+    print(f"{text}\nwritten to {path}")
+
+
+if __name__ == "__main__":
+    main()
