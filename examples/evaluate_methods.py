@@ -1,13 +1,13 @@
 """Train methods on one experiment and evaluate each with every measure and attack.
 
     python examples/evaluate_methods.py --methods SPUL GA+GD EUL --prompt-types prefix_tuning --steps 600 \\
-        --lr prefix_tuning=0.1 --forget-fraction 0.5 --max-length 98          # the quick start's model
+        --lr prefix_tuning=0.1 --forget-fraction 0.5 --eval-max-length 98     # the quick start's model
     python examples/evaluate_methods.py --methods SPUL --augment 2 ...        # trained on rewritten rows, too
 
-The options are those of `reproduce.py`; `--max-length` is for scoring and must leave room for what attacks add. Each
-method is held against the model as it was before, and against one retrained without the forget rows. For each method
-and seed there is a folder with `evaluation.json`, `measurements.jsonl`, a report and figures; `attacks.md` has all of
-them side by side. An interrupted run goes on where it stopped.
+The options are those of `reproduce.py`, and some more. Each method is held against the model as it was before, and
+against one retrained without the forget rows. For each method and seed there is a folder with `evaluation.json`,
+`measurements.jsonl`, a report and figures; `attacks.md` has all of them side by side. An interrupted run goes on where
+it stopped.
 
 `--augment` trains on rows in other letter case, with other spaces, asides and turns before as well, so many for each
 row as it is (`spul.augmentation`); the attacks that are evaluated have other texts, shares and draws.
@@ -27,7 +27,7 @@ from runs import Run
 from tqdm.auto import tqdm
 
 import spul
-from spul import SoftPromptUnlearner, UnlearningLayers
+from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers
 from spul.augmentation import augmented, rewritings
 from spul.evaluate import MEASURES
 from spul.evaluation.results import EVALUATION_NAME, Evaluation, join
@@ -41,6 +41,7 @@ def parse_args() -> argparse.Namespace:
     add("--augment", type=float, help="rewritten training rows for each forget row; retain rows get a quarter of that")
     add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
     add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=", ".join(MEASURES))
+    add("--eval-max-length", type=int, help="tokens of a row in scoring, as --max-length unless given")
     parser.set_defaults(output_dir=Path("out/evaluations"))
     return parsed(parser)
 
@@ -67,11 +68,12 @@ def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder
     if (folder / EVALUATION_NAME).exists():
         return Evaluation.load(folder)
     model = trained(experiment, run, args.augment, folder / "adapter")
-    data = {**experiment.rows, **experiment.scored}
+    field, generic = experiment.data.format.text_field, experiment.collator.generic_completions
+    max_length = args.eval_max_length or experiment.setup.max_length
     found = spul.evaluate(
         model,
-        {name: data[name] for name in data},
-        experiment.collator,
+        experiment.scored,
+        ForgetRetainCollator(experiment.tokenizer, generic, max_length, text_field=field),
         base=experiment.load("base") if run.carrier == "full" else None,
         retrained=experiment.load("retrained") if experiment.setup.memorise != "none" else None,
         measures=args.measures,

@@ -25,7 +25,7 @@ ASIDES = (
 def rewritings(text_field: str | None, filler_rows: Dataset, seed: int = 0) -> dict[str, Callable[[Dataset], Dataset]]:
     """Ways to ask the same otherwise, to train on: letter case, spaces, asides before and after, other turns before.
 
-    Of the same kinds as `spul.evaluation.attacks.input_attacks` has them, with other texts, shares and draws.
+    Of the same kinds as `spul.evaluation.usual_attacks` has them, with other texts, shares and draws.
 
     Args:
         text_field: the column whose text stands in the prompt, as the collator's.

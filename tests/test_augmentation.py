@@ -6,7 +6,7 @@ from datasets import Dataset
 from spul import forget_retain_dataset
 from spul.augmentation import ASIDES, augmented, rewritings
 from spul.evaluation import JAILBREAKS, letter_case, with_prefix
-from spul.evaluation.attacks import input_attacks
+from spul.evaluation.attacks import usual_attacks
 
 
 def rows(name: str, num: int) -> Dataset:
@@ -48,7 +48,7 @@ def test_what_is_trained_on_is_not_what_is_tested_with():
     trained = {prompt for way in rewritings("text", others).values() for prompt in way(some)["prompt"]}
     tested = {
         name: set(attack(some)["prompt"])
-        for name, attack in input_attacks("text", others).items()
+        for name, attack in usual_attacks("text", others).items()
         if name != "capitals"
     }
     assert not set(ASIDES) & set(JAILBREAKS)

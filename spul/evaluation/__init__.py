@@ -1,5 +1,6 @@
 """How well it is forgotten, and the rest kept."""
 
+from .attacks import usual_attacks
 from .embeddings import response_embeddings
 from .generation_metrics import RougeL, generate_answers, rouge_l
 from .input_attacks import (
@@ -38,6 +39,7 @@ from .membership import (
 )
 from .model_attacks import Probe, linear_probe, quantised, relearn
 from .names import name_loss, rows_at_names
+from .numbers import Measurement, Number
 from .over_unlearning import (
     TextLosses,
     cluster_neighbours,
@@ -46,17 +48,23 @@ from .over_unlearning import (
     text_losses,
     topic_neighbours,
 )
+from .results import Evaluation, join
 from .sampled import sampled_answers, sampled_success
 from .scoring import greedy_completions, score_completions, summarise
 from .soft_suffix import SuffixAttack, soft_suffix
+from .suite import AttackSettings
 from .tofu import QuestionScores, forget_quality, model_utility, score_questions
 
 __all__ = [
     "JAILBREAKS",
+    "AttackSettings",
     "Divergences",
+    "Evaluation",
     "Interval",
     "Leakage",
     "Likelihood",
+    "Measurement",
+    "Number",
     "Probe",
     "QuestionScores",
     "RougeL",
@@ -75,6 +83,7 @@ __all__ = [
     "generate_answers",
     "gradient_norm_attack",
     "greedy_completions",
+    "join",
     "joined_interval",
     "kl_to",
     "letter_case",
@@ -109,6 +118,7 @@ __all__ = [
     "truth_ratio",
     "truth_ratio_on_forget",
     "truth_ratio_on_retain",
+    "usual_attacks",
     "whitespace_noise",
     "with_prefix",
     "with_suffix",

@@ -37,7 +37,7 @@ from .soft_suffix import soft_suffix
 from .suite import Found, Suite, Task
 
 
-def input_attacks(
+def usual_attacks(
     text_field: str | None, filler_rows: Dataset, seed: int = 0
 ) -> dict[str, Callable[[Dataset], Dataset]]:
     """The attacks on the input that an evaluation makes unless it is given others.
@@ -71,7 +71,7 @@ def inputs(suite: Suite) -> Iterator[Task]:
         return
     attacks = suite.attacks.inputs
     if attacks is None:
-        attacks = input_attacks(suite.collator.encoder.text_field, suite.some(suite.splits["test_retain"]), suite.seed)
+        attacks = usual_attacks(suite.collator.encoder.text_field, suite.some(suite.splits["test_retain"]), suite.seed)
     attacks = {WITHOUT: lambda rows: rows, **attacks}
     for split in ("test_forget", "test_retain"):
         rows = suite.some(suite.splits[split])

@@ -28,7 +28,7 @@ class AttackSettings:
     """How the attacks are done.
 
     Args:
-        inputs: attacks on the input by name, each from rows to attacked rows; `input_attacks(...)` unless given.
+        inputs: attacks on the input by name, each from rows to attacked rows; `usual_attacks(...)` unless given.
         num_rows: the most rows of a set that are attacked, drawn at random.
         relearn_rows: how many forget rows are learned again.
         relearn_steps: after which numbers of steps to score.
