@@ -1,7 +1,7 @@
 """Train methods on one experiment and evaluate each with every measure and attack.
 
     python examples/evaluate_methods.py --methods SPUL GA+GD EUL --prompt-types prefix_tuning --steps 600 \\
-        --lr prefix_tuning=0.1 --forget-fraction 0.5 --eval-max-length 98     # the quick start's model
+        --lr prefix_tuning=0.1 --forget-fraction 0.5 --row-length 98          # the quick start's model
     python examples/evaluate_methods.py --methods SPUL --augment 2 ...        # trained on rewritten rows, too
 
 The options are those of `reproduce.py`, and some more. Each method is held against the model as it was before, and
@@ -34,6 +34,14 @@ from spul.evaluation.results import EVALUATION_NAME, Evaluation, join
 from spul.evaluation.suite import AttackSettings
 from spul.report import write_report
 
+# The questions of the made-up and the real reviews in other words.
+WORDINGS = {
+    "text": {
+        "### Question: What is the sentiment of the given text?": "### Question: Did the writer like it?",
+        "what is the sentiment": "is it good or bad",
+    }
+}
+
 
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__.split("\n")[0])
@@ -41,23 +49,23 @@ def parse_args() -> argparse.Namespace:
     add("--augment", type=float, help="rewritten training rows for each forget row; retain rows get a quarter of that")
     add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
     add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=", ".join(MEASURES))
-    add("--eval-max-length", type=int, help="tokens of a row in scoring, as --max-length unless given")
+    add("--row-length", type=int, help="tokens of a row in unlearning and scoring; --max-length unless given")
     parser.set_defaults(output_dir=Path("out/evaluations"))
     return parsed(parser)
 
 
-def trained(experiment: Experiment, run: Run, augment: float | None, folder: Path) -> Any:
+def trained(args: argparse.Namespace, experiment: Experiment, run: Run, folder: Path) -> Any:
     """A run's model; a prompt or layers are kept and found again."""
     carrier: Any = UnlearningLayers if run.carrier == "layers" else SoftPromptUnlearner
     if (folder / "spul_config.json").exists():
         return carrier.from_pretrained(experiment.load("base"), folder, is_trainable=True)
     rows = {name: experiment.rows[name] for name in ("train_forget", "train_retain")}
-    if augment is not None:
+    if (augment := args.augment) is not None:
         field, retain = experiment.data.format.text_field, rows["train_retain"]
         ways = rewritings(field, retain, experiment.setup.seed)
         shares = {"train_forget": augment, "train_retain": augment / 4}
         rows = {name: augmented(some, ways, shares[name], experiment.setup.seed) for name, some in rows.items()}
-    model, _ = experiment.train(run, rows)
+    model, _ = experiment.train(run, rows, args.row_length)
     if run.carrier not in ("full", "lora"):
         model.save_pretrained(folder)
     return model
@@ -67,17 +75,18 @@ def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder
     """The evaluation of a run, read if it is there."""
     if (folder / EVALUATION_NAME).exists():
         return Evaluation.load(folder)
-    model = trained(experiment, run, args.augment, folder / "adapter")
-    field, generic = experiment.data.format.text_field, experiment.collator.generic_completions
-    max_length = args.eval_max_length or experiment.setup.max_length
+    model = trained(args, experiment, run, folder / "adapter")
+    field, generic = experiment.data.format.text_field, experiment.data.format.generic_completions
     found = spul.evaluate(
         model,
         experiment.scored,
-        ForgetRetainCollator(experiment.tokenizer, generic, max_length, text_field=field),
+        ForgetRetainCollator(
+            experiment.tokenizer, generic, args.row_length or experiment.setup.max_length, text_field=field
+        ),
         base=experiment.load("base") if run.carrier == "full" else None,
         retrained=experiment.load("retrained") if experiment.setup.memorise != "none" else None,
         measures=args.measures,
-        attacks=AttackSettings(num_rows=args.attack_rows, relearn_lr=run.learning_rate),
+        attacks=AttackSettings(num_rows=args.attack_rows, relearn_lr=run.learning_rate, wording=WORDINGS.get(field)),
         output_dir=folder,
         batch_size=args.eval_batch_size,
         seed=experiment.setup.seed,

@@ -226,14 +226,14 @@ class Experiment:
         """For memorising and scoring."""
         return self.collator_for(None)
 
-    def collator_for(self, method: Method | None) -> ForgetRetainCollator:
-        """For training by a method, or for scoring."""
+    def collator_for(self, method: Method | None, max_length: int | None = None) -> ForgetRetainCollator:
+        """For training by a method, or for scoring; the setup's `max_length` unless given."""
         task = self.data.format
         make = ForgetRetainCollator if method is None else method.collator
         return make(
             self.tokenizer,
             list(task.generic_completions),
-            max_length=self.setup.max_length,
+            max_length=max_length or self.setup.max_length,
             seed=self.setup.seed,
             text_field=task.text_field,
         )
@@ -268,12 +268,15 @@ class Experiment:
         """The accuracy on some rows."""
         return score_completions(model, rows, self.collator, self.batch_size)["accuracy"]
 
-    def train(self, run: Run, rows: dict[str, Dataset] | None = None) -> tuple[Any, dict[str, Any]]:
+    def train(
+        self, run: Run, rows: dict[str, Dataset] | None = None, max_length: int | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """A fresh base, unlearned by a run, and what that cost, the steps made beside it.
 
         Args:
             run: what to do.
             rows: `train_forget` and `train_retain`, if not the experiment's own.
+            max_length: tokens of these rows, if not the setup's.
         """
         rows = self.rows if rows is None else rows
         if run.forget_size < 1:
@@ -299,7 +302,7 @@ class Experiment:
             max_grad_norm=run.max_grad_norm,
         )
         trainer = UnlearningTrainer(
-            model, args, self.collator_for(method), dataset, loss=method.loss, forget_fraction=fraction
+            model, args, self.collator_for(method, max_length), dataset, loss=method.loss, forget_fraction=fraction
         )
         with Meter(model) as meter:
             trainer.train()

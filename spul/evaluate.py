@@ -215,7 +215,10 @@ def _settings(suite: Suite, models: Mapping[str, nn.Module], measures: Sequence[
     sets = {**suite.splits, **{f"neighbours: {name}": rows for name, rows in suite.neighbours.items()}}
     if suite.unseen is not None:
         sets["unseen"] = suite.unseen
-    attacks = dataclasses.asdict(dataclasses.replace(suite.attacks, inputs=None))
+    given = suite.attacks.paraphrase is not None
+    attacks = dataclasses.asdict(dataclasses.replace(suite.attacks, inputs=None, paraphrase=None)) | {
+        "paraphrase": given
+    }
     attacks["inputs"] = None if suite.attacks.inputs is None else sorted(suite.attacks.inputs)
     texts = [*suite.unrelated_texts, *(json.dumps(list(rows), default=str) for rows in suite.questions.values())]
     return {

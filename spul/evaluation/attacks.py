@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from .input_attacks import (
     WITHOUT,
     diluted,
     letter_case,
+    paraphrase,
+    reworded,
     tokens_lost,
     whitespace_noise,
     with_prefix,
@@ -38,7 +40,11 @@ from .suite import Found, Suite, Task
 
 
 def usual_attacks(
-    text_field: str | None, filler_rows: Dataset, seed: int = 0
+    text_field: str | None,
+    filler_rows: Dataset,
+    seed: int = 0,
+    rewrite: Callable[[str], str] | None = None,
+    wording: Mapping[str, str] | None = None,
 ) -> dict[str, Callable[[Dataset], Dataset]]:
     """The attacks on the input that an evaluation makes unless it is given others.
 
@@ -46,6 +52,8 @@ def usual_attacks(
         text_field: the column whose text stands in the prompt, as the collator's.
         filler_rows: other questions with their answers, for the turns that dilute.
         seed: seed of the draws.
+        rewrite: see `paraphrase`; None leaves it out.
+        wording: see `reworded`; None leaves it out. It needs a `text_field`.
     """
     attacks: dict[str, Callable[[Dataset], Dataset]] = {
         "capitals": partial(letter_case, how="upper", text_field=text_field),
@@ -61,6 +69,12 @@ def usual_attacks(
             attacks["diluted, 1 turn" if num == 1 else f"diluted, {num} turns"] = partial(
                 diluted, filler_rows=filler_rows, num_turns=num, seed=seed
             )
+    if rewrite is not None:
+        attacks["paraphrase"] = partial(paraphrase, rewrite=rewrite, text_field=text_field)
+    if wording is not None:
+        if text_field is None:
+            raise ValueError("wording is given, and text_field=None: name the column whose text stands in the prompt.")
+        attacks["reworded"] = partial(reworded, wording=wording, text_field=text_field)
     return attacks
 
 
@@ -71,7 +85,11 @@ def inputs(suite: Suite) -> Iterator[Task]:
         return
     attacks = suite.attacks.inputs
     if attacks is None:
-        attacks = usual_attacks(suite.collator.encoder.text_field, suite.some(suite.splits["test_retain"]), suite.seed)
+        field, filler, how = suite.collator.encoder.text_field, suite.some(suite.splits["test_retain"]), suite.attacks
+        attacks = usual_attacks(field, filler, suite.seed, how.paraphrase, how.wording)
+        for name, given in (("paraphrase", how.paraphrase), ("wording", how.wording)):
+            if given is None:
+                suite.left_out[f"input attack by {name}"] = f"give AttackSettings({name}=...)"
     attacks = {WITHOUT: lambda rows: rows, **attacks}
     for split in ("test_forget", "test_retain"):
         rows = suite.some(suite.splits[split])

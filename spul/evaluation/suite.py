@@ -29,6 +29,8 @@ class AttackSettings:
 
     Args:
         inputs: attacks on the input by name, each from rows to attacked rows; `usual_attacks(...)` unless given.
+        paraphrase: from a text to one of the same meaning, by a model or by rules; without it that attack is left out.
+        wording: what to put in place of which fixed part of the prompts; without it that attack is left out.
         num_rows: the most rows of a set that are attacked, drawn at random.
         relearn_rows: how many forget rows are learned again.
         relearn_steps: after which numbers of steps to score.
@@ -44,6 +46,8 @@ class AttackSettings:
     """
 
     inputs: InputAttacks | None = None
+    paraphrase: Callable[[str], str] | None = None
+    wording: Mapping[str, str] | None = None
     num_rows: int = 200
     relearn_rows: int = 16
     relearn_steps: tuple[int, ...] = (1, 4, 16, 32)
