@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from experiment import Experiment
 from reproduce import carriers, experiments, make_parser, make_run, parsed
 from runs import Run
@@ -29,6 +30,7 @@ from tqdm.auto import tqdm
 import spul
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers
 from spul.augmentation import augmented, rewritings
+from spul.data.sources import read_file, read_hub
 from spul.evaluate import MEASURES
 from spul.evaluation.results import EVALUATION_NAME, Evaluation, join
 from spul.evaluation.suite import AttackSettings
@@ -41,6 +43,24 @@ WORDINGS = {
         "what is the sentiment": "is it good or bad",
     }
 }
+
+
+def perturbed_questions(args: argparse.Namespace) -> dict[str, Dataset]:
+    """TOFU's questions with wrong answers, at most so many of each set as are attacked."""
+    if args.dataset != "tofu":
+        return {}
+    names = {"forget": f"{args.forget_set or 'forget10'}_perturbed"}
+    names |= {name: f"{name}_perturbed" for name in ("retain", "real_authors", "world_facts")}
+    columns = ("question", "answer", "perturbed_answer")
+    found = {}
+    for name, file in names.items():
+        more = ("paraphrased_answer",) if name in ("forget", "retain") else ()
+        if args.data_dir is None:
+            rows = read_hub("locuslab/TOFU", "train", columns + more, config=file)
+        else:
+            rows = read_file(Path(args.data_dir) / f"{file}.json", columns + more)
+        found[name] = rows.shuffle(seed=0).select(range(min(args.attack_rows, len(rows))))
+    return found
 
 
 def parse_args() -> argparse.Namespace:
@@ -85,6 +105,7 @@ def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder
         ),
         base=experiment.load("base") if run.carrier == "full" else None,
         retrained=experiment.load("retrained") if experiment.setup.memorise != "none" else None,
+        questions=perturbed_questions(args),
         measures=args.measures,
         attacks=AttackSettings(num_rows=args.attack_rows, relearn_lr=run.learning_rate, wording=WORDINGS.get(field)),
         output_dir=folder,

@@ -110,6 +110,9 @@ class Experiment:
             data = load_known(setup.dataset, setup.data_dir, seed=setup.seed, **given)
         else:
             data = load_four_splits(setup.dataset, TASKS[setup.task])
+        if setup.dataset == "tofu" and setup.limit is not None:
+            asked = set(data.splits["test_retain"]["answer"])  # of what is learned, first what is tested on
+            return data.limited(setup.limit, None, setup.seed, keep=lambda row: row["answer"] in asked)
         if not setup.second_question or setup.limit is None:
             return data.limited(setup.limit, None, setup.seed)
         finder = NameFinder(SST2_RETAIN_NAMES)
