@@ -107,7 +107,12 @@ def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder
         retrained=experiment.load("retrained") if experiment.setup.memorise != "none" else None,
         questions=perturbed_questions(args),
         measures=args.measures,
-        attacks=AttackSettings(num_rows=args.attack_rows, relearn_lr=run.learning_rate, wording=WORDINGS.get(field)),
+        attacks=AttackSettings(
+            num_rows=args.attack_rows,
+            wording=WORDINGS.get(field),
+            relearn_lr=run.learning_rate,
+            relearn_model_lr=args.memorise_lr,
+        ),
         output_dir=folder,
         batch_size=args.eval_batch_size,
         seed=experiment.setup.seed,
