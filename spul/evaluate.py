@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,9 +30,9 @@ from .evaluation.results import (
     read_measurements,
     write_measurements,
 )
-from .evaluation.suite import AttackSettings, Suite, Task
+from .evaluation.suite import AttackSettings, Suite, Task, digest_of_rows
 from .prefix import unwrapped
-from .provenance import digest_of, library_versions, summarise_rows
+from .provenance import digest_of, library_versions
 
 TASKS: dict[str, Callable[[Suite], Iterator[Task]]] = {
     "utility": measure_tasks.utility,
@@ -153,6 +152,10 @@ def evaluate(
         max_new_tokens,
         seed,
     )
+    if retrained is None:
+        suite.left_out["retrained"] = (
+            "what forgetting should look like; give retrained=, trained without the forget rows"
+        )
     tasks = [task for name in MEASURES if name in measures for task in TASKS[name](suite)]
     settings = _settings(suite, models, measures)
     found = _measured(tasks, None if output_dir is None else Path(output_dir), settings, progress)
@@ -220,14 +223,16 @@ def _settings(suite: Suite, models: Mapping[str, nn.Module], measures: Sequence[
         "paraphrase": given
     }
     attacks["inputs"] = None if suite.attacks.inputs is None else sorted(suite.attacks.inputs)
-    texts = [*suite.unrelated_texts, *(json.dumps(list(rows), default=str) for rows in suite.questions.values())]
     return {
         "models": {name: digest_of(model.named_parameters()) for name, model in models.items()},
         "names": {name: getattr(getattr(model, "config", None), "model_type", "") for name, model in models.items()},
-        "rows": {name: dataclasses.asdict(summarise_rows(rows)) for name, rows in sets.items()},
-        "texts and questions": hashlib.sha256("\0".join(texts).encode()).hexdigest(),
+        "rows": {name: {"rows": len(rows), "digest": digest_of_rows(rows)} for name, rows in sets.items()},
+        "unrelated_texts": digest_of_rows(suite.unrelated_texts),
+        "questions": {name: digest_of_rows(rows) for name, rows in suite.questions.items()},
         "generic_completions": suite.collator.generic_completions,
         "max_length": suite.collator.encoder.max_length,
+        "text_field": suite.collator.encoder.text_field,
+        "append_eos": suite.collator.encoder.append_eos,
         "max_new_tokens": suite.max_new_tokens,
         "dtype": str(next(iter(models["model"].parameters())).dtype).removeprefix("torch."),
         "measures": sorted(measures, key=MEASURES.index),

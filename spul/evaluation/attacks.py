@@ -22,6 +22,7 @@ from ..unlearner import SoftPromptUnlearner
 from .input_attacks import (
     JAILBREAKS,
     WITHOUT,
+    UnchangedError,
     diluted,
     letter_case,
     paraphrase,
@@ -34,7 +35,6 @@ from .input_attacks import (
 from .model_attacks import linear_probe, relearn
 from .model_attacks import quantised as in_few_bits
 from .sampled import sampled_success
-from .scoring import task_classes
 from .soft_suffix import soft_suffix
 from .suite import Found, Suite, Task
 
@@ -90,14 +90,16 @@ def inputs(suite: Suite) -> Iterator[Task]:
         for name, given in (("paraphrase", how.paraphrase), ("wording", how.wording)):
             if given is None:
                 suite.left_out[f"input attack by {name}"] = f"give AttackSettings({name}=...)"
+    if WITHOUT in attacks:
+        raise ValueError(f"an input attack is called {WITHOUT!r}, as the rows as they are; give it another name.")
     attacks = {WITHOUT: lambda rows: rows, **attacks}
     for split in ("test_forget", "test_retain"):
         rows = suite.some(suite.splits[split])
         for attack, change in attacks.items():
             try:
                 attacked = change(rows)
-            except ValueError as error:
-                suite.left_out[f"input attack {attack!r} on {split}"] = str(error).partition("\n")[0][:200]
+            except UnchangedError:
+                suite.left_out[f"input attack {attack!r} on {split}"] = "it changes no prompt"
                 continue
             if attacked["completion"] != rows["completion"]:
                 raise ValueError(f"the input attack {attack!r} changes completions or rows; only prompts may change.")
@@ -112,9 +114,12 @@ def inputs(suite: Suite) -> Iterator[Task]:
 
 def relearning(suite: Suite) -> Iterator[Task]:
     """A few forget rows learned again, others scored."""
+    if suite.too_few:
+        suite.left_out["relearning"] = suite.too_few
+        return
     few, others = suite.halves()
     few = few.select(range(min(suite.attacks.relearn_rows, len(few))))
-    steps = [0, *suite.attacks.relearn_steps]
+    steps = sorted({0, *suite.attacks.relearn_steps})
 
     def run(model: Any) -> Found:
         lr = suite.attacks.relearn_lr if has_adapter(model) else suite.attacks.relearn_model_lr
@@ -172,6 +177,9 @@ def sampling(suite: Suite) -> Iterator[Task]:
 
 def suffix(suite: Suite) -> Iterator[Task]:
     """Vectors behind the question, trained to bring the answers out."""
+    if suite.too_few:
+        suite.left_out["soft suffix"] = suite.too_few
+        return
     few, others = suite.halves()
 
     def run(model: Any) -> Found:
@@ -190,7 +198,7 @@ def suffix(suite: Suite) -> Iterator[Task]:
 def probe(suite: Suite) -> Iterator[Task]:
     """What can be read off the hidden states."""
     few, others = suite.halves()
-    if not task_classes(few) or len(set(map(str, few["completion"]))) < 2:
+    if suite.is_free_form or len(set(map(str, few["completion"]))) < 2:
         suite.left_out["linear probe"] = "it reads classes, and the completions are free-form or all the same"
         return
 
@@ -241,6 +249,8 @@ def _quantised_copy(model: nn.Module, bits: int, folder: Path) -> Any:
         return small
     cast(Any, model).save_pretrained(str(folder / "adapter"))
     carrier: Any = UnlearningLayers if isinstance(model, UnlearningLayers) else SoftPromptUnlearner
+    name = getattr(model, "active_adapter", "default")
+    place = folder / "adapter" / ("" if name == "default" else name)  # as PEFT does
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*trained on other weights")
-        return carrier.from_pretrained(small, folder / "adapter").eval()
+        return carrier.from_pretrained(small, place).eval()

@@ -35,6 +35,10 @@ role play (2308.03825), refusal suppression and prefix injection (2307.02483), a
 WITHOUT = "none"  # what the records of `attack_inputs` call the rows as they are
 
 
+class UnchangedError(ValueError):
+    """An attack that changes no prompt."""
+
+
 def letter_case(
     rows: Dataset, how: Literal["upper", "lower", "random"] = "random", text_field: str | None = None, seed: int = 0
 ) -> Dataset:
@@ -272,7 +276,7 @@ def _changed(
         found.append({**row, "prompt": "".join(pieces), text_field: pieces[1]})
     changed = Dataset.from_list(found, features=rows.features)
     if changed["prompt"] == rows["prompt"]:
-        raise ValueError(f"every prompt stays as it was, such as {rows[0]['prompt']!r}: that is no attack.")
+        raise UnchangedError(f"every prompt stays as it was, such as {rows[0]['prompt']!r}: that is no attack.")
     return changed
 
 

@@ -6,23 +6,22 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
+from ..collator import completion_text
 from ..data import SPLITS
 from .generation_metrics import generate_answers, rouge_l
 from .likelihood import exact_memorisation, extraction_strength, kl_to, probability, response_likelihoods
 from .membership import GradientOf, attack_scores
 from .numbers import MEMBERS, UNSEEN
 from .over_unlearning import text_losses
-from .scoring import task_classes
 from .suite import Found, Suite, Task
 from .tofu import score_questions
 
 
 def utility(suite: Suite) -> Iterator[Task]:
     """Right and generic answers on the four splits; of free-form ones also how much of the true answer is there."""
-    completions = [rows.select_columns("completion") for rows in suite.splits.values()]
-    is_free_form = not task_classes(concatenate_datasets(completions))
+    is_free_form = suite.is_free_form
     for split in SPLITS:
         rows = suite.splits[split]
 
@@ -57,11 +56,10 @@ def kl(suite: Suite) -> Iterator[Task]:
 
 def membership(suite: Suite) -> Iterator[Task]:
     """Scores of the forget rows as members, and of rows that no model saw."""
-    members, unseen = suite.splits["train_forget"], suite.unseen
-    if unseen is None:
-        unseen = suite.splits["test_forget"]
+    members = suite.splits["train_forget"]
+    unseen, given = (suite.splits["test_forget"], "test_forget") if suite.unseen is None else (suite.unseen, "unseen")
     if set(map(str, members["prompt"])) & set(map(str, unseen["prompt"])):
-        suite.left_out["membership"] = "test_forget holds rows of train_forget; give unseen=, rows of no training"
+        suite.left_out["membership"] = f"{given} holds rows of train_forget; give unseen=, rows of no training"
         return
     for name in suite.models:
         for rows_name, rows in ((MEMBERS, members), (UNSEEN, unseen)):
@@ -123,7 +121,7 @@ def free_form(suite: Suite, model: Any, rows: Dataset) -> dict[str, list[float]]
     """Per row what is measured of answers that are no classes."""
     likelihoods = response_likelihoods(model, rows, suite.collator, suite.batch_size)
     said = generate_answers(model, rows, suite.collator, suite.batch_size, suite.max_new_tokens)
-    rouge = rouge_l(said, [str(text) for text in rows["completion"]])
+    rouge = rouge_l(said, [completion_text(completion) for completion in rows["completion"]])
     found = {
         "probability": probability(likelihoods),
         "extraction_strength": extraction_strength(likelihoods),

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from torch import nn
 
 from ..collator import ForgetRetainCollator
 from ..forward import as_it_was
 from ..prefix import has_adapter
-from ..provenance import summarise_rows
 from .numbers import Measurement
 from .scoring import collect_answers, task_classes
 
@@ -61,6 +62,11 @@ class AttackSettings:
     suffix_lr: float = 1e-3
     gradient_norm: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("relearn_steps", "bits", "tries"):
+            if len(set(values := getattr(self, name))) < len(values):
+                raise ValueError(f"{name}={values}: one of them stands there twice.")
+
 
 @dataclass(frozen=True)
 class Task:
@@ -96,6 +102,13 @@ class Suite:
     left_out: dict[str, str] = field(default_factory=dict)
 
     @property
+    def is_free_form(self) -> bool:
+        """Whether the answers of all splits together are too many to be classes."""
+        return not task_classes(
+            concatenate_datasets([rows.select_columns("completion") for rows in self.splits.values()])
+        )
+
+    @property
     def models(self) -> list[str]:
         """The names of the models that are measured."""
         found = ["unlearned"]
@@ -123,7 +136,7 @@ class Suite:
     ) -> Task:
         """A task whose function gives `per_row` and `overall` for each variant, of one model."""
         num_rows = len(rows)
-        digest = summarise_rows(rows).digest[:16] if isinstance(rows, Dataset) and "prompt" in rows.features else ""
+        digest = digest_of_rows(rows)[:16]
 
         def measured() -> list[Measurement]:
             with self.subject(model) as subject:
@@ -166,6 +179,19 @@ class Suite:
         return rows.select(places[:half]), self.some(rows.select(places[half:]))
 
     @property
+    def too_few(self) -> str:
+        """Why the forget rows cannot be halved, if they cannot."""
+        few, _ = self.halves()
+        return "" if len(few) else "one half of train_forget is to attack the other, and there is one prompt only"
+
+    @property
     def controlled(self) -> list[str]:
         """For attacks that the base needs not suffer: it has the knowledge anyhow."""
         return [name for name in self.models if name != "detached"]
+
+
+def digest_of_rows(rows: Sequence[Any] | Dataset) -> str:
+    """To know the same rows or texts by, in the same order: draws are of places, and seeds are joined row by row."""
+    if isinstance(rows, Dataset) and "prompt" in rows.column_names:
+        rows = rows.select_columns(["prompt", "completion"])
+    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()

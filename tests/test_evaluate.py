@@ -1,0 +1,455 @@
+"""One call for an evaluation: what it leaves out, refuses, keeps and shares out among processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import random
+import textwrap
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import run_script
+from datasets import Dataset
+from test_suite import (
+    ATTACKS,
+    INPUTS,
+    SEED,
+    assert_numbers,
+    assert_unchanged,
+    halves,
+    learned,
+    make,
+    make_splits,
+    per_row,
+    questions,
+    snapshot,
+)
+from test_trainer import make_collator, rows
+from test_unlearner import CONFIGS
+
+import spul
+import spul.evaluation.numbers as numbers
+import spul.evaluation.suite as suite
+from spul import SoftPromptUnlearner, score_completions
+from spul.data import SENTIMENT, SPLITS, UnlearningData
+from spul.evaluation import (
+    exact_memorisation,
+    extraction_strength,
+    generate_answers,
+    probability,
+    quantised,
+    relearn,
+    response_likelihoods,
+    rouge_l,
+    sampled_success,
+)
+from spul.evaluation.results import Evaluation, join
+
+evaluate_module = importlib.import_module("spul.evaluate")  # the name in spul is the function's
+
+
+def measured(model: Any, *measures: str, splits: Any = None, **options: Any) -> Evaluation:
+    """A small evaluation."""
+    splits = make_splits() if splits is None else splits
+    options = {"attacks": ATTACKS, "seed": SEED, "progress": False} | options
+    collator = options.pop("collator", None) or make_collator()
+    return spul.evaluate(model, splits, collator, measures=measures, **options)
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch):
+    """Intervals have tests of their own."""
+    monkeypatch.setattr(numbers, "NUM_RESAMPLES", 20)
+
+
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_a_prompt_that_was_loaded_to_be_used_is_relearned_and_then_frozen_again(tmp_path, prompt_type):
+    trainable = make(prompt_type)
+    trainable.save_pretrained(str(tmp_path))
+    loaded = SoftPromptUnlearner.from_pretrained(learned(), str(tmp_path))
+    before = snapshot(loaded)
+    assert not any(before["requires_grad"].values())
+    found = measured(loaded, "relearning")
+    assert_unchanged(before, snapshot(loaded))
+    losses = [found.number("relearning", "train_forget", "loss", variant=f"{i} steps").value for i in (0, 1, 3)]
+    assert len(set(losses)) == 3
+    if prompt_type != "p_tuning":  # of which only the vectors are loaded, not the network that makes them
+        (few, others) = halves()
+        records = relearn(trainable, few, others, make_collator(), 0.02, (1, 3), seed=SEED)
+        assert losses == pytest.approx([record["loss"] for record in records], rel=1e-4)
+
+
+def test_free_form_answers_bring_their_measures_and_are_not_probed():
+    words = ["film", "plot", "good", "text", "jane"]
+    splits = {
+        name: some.map(lambda row, i, name=name: {"completion": f" {words[i % 5]} {name[-3]} {i}"}, with_indices=True)
+        for name, some in make_splits(train_retain=rows("film", 22)).items()
+    }
+    assert len({text for some in splits.values() for text in some["completion"]}) > 32
+    assert all(len(set(splits[name]["completion"])) <= 32 for name in SPLITS)  # each for itself could be classes
+    model, collator = make("prompt_tuning"), make_collator()
+    found = measured(model, "utility", "linear probe", splits=splits, max_new_tokens=6)
+    for split, some in splits.items():
+        likelihoods = response_likelihoods(model, some, collator)
+        rouge = rouge_l(generate_answers(model, some, collator, max_new_tokens=6), some["completion"])
+        expected = {
+            "probability": probability(likelihoods).mean(),
+            "extraction_strength": extraction_strength(likelihoods).mean(),
+            "exact_memorisation": exact_memorisation(likelihoods).mean(),
+            "rouge_l_recall": rouge.recall.mean(),
+            "rouge_l_f1": rouge.f1.mean(),
+            "loss": score_completions(model, some, collator)["loss"],
+        }
+        assert_numbers(found, expected, measure="utility", rows=split)
+    assert "free-form" in found.left_out["linear probe"]
+    assert {one.measure for one in found.measurements} == {"utility"}
+
+
+def test_the_prompt_that_is_quantised_is_the_active_one():
+    model = make("prompt_tuning")
+    torch.manual_seed(8)
+    model.add_adapter("second", CONFIGS["prompt_tuning"](3))
+    model.set_adapter("second")
+    alone = make("prompt_tuning")
+    alone.prompt_encoder["default"].load_state_dict(model.prompt_encoder["second"].state_dict())
+    one, other, first = (measured(some, "quantised") for some in (model, alone, make("prompt_tuning")))
+    losses = [x.number("quantised", "test_forget", "loss", variant="4 bit").value for x in (one, other, first)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    assert abs(losses[0] - losses[2]) > 1e-3
+
+
+def test_attacks_take_the_same_drawn_rows_for_every_model():
+    attacks = dataclasses.replace(ATTACKS, num_rows=4, tries=(2,))
+    names = ("input attack", "sampling", "quantised")
+    found = measured(make("prompt_tuning"), *names, attacks=attacks, retrained=learned(0.1, 1))
+    drawn = make_splits()["test_forget"].select(sorted(random.Random(SEED).sample(range(7), 4)))
+    success = sampled_success(learned(), drawn, make_collator(), 2, 0.7)
+    np.testing.assert_allclose(per_row(found, "sampling", "test_forget", "detached", "2 tries")["success"], success)
+    assert {one.num_rows for one in found.measurements} == {4}
+    for measure in names:
+        of = [x for x in found.measurements if (x.measure, x.rows) == (measure, "test_forget")]
+        assert len({x.digest for x in of if x.variant not in INPUTS}) == 1
+
+
+def test_the_usual_input_attacks_are_made_unless_others_are_given():
+    attacks = dataclasses.replace(ATTACKS, inputs=None)
+    found = measured(learned(), "input attack", attacks=attacks)
+    variants = list(dict.fromkeys(one.variant for one in found.measurements))
+    assert variants[:4] == ["none", "capitals", "random case", "spaces"]
+    assert {"jailbreak 6 before", "jailbreak 6 after", "diluted, 1 turn", "diluted, 4 turns"} < set(variants)
+    for split in ("test_forget", "test_retain"):  # whose prompts are in small letters
+        assert "every prompt stays as it was" in found.left_out[f"input attack 'small letters' on {split}"]
+
+
+def test_halves_are_of_each_prompt_once_and_without_one_in_both():
+    repeated = rows("jane", 9).select([0, 1, 2, 3, 3, 3, 4, 5, 0, 6])
+    found = measured(make("layers"), "relearning", "soft suffix", splits=make_splits(train_forget=repeated))
+    assert {one.num_rows for one in found.measurements} == {4}  # of 7 prompts, 3 to learn and 4 to score
+
+
+# ---- what is left out ----
+
+
+def test_what_is_not_given_is_left_out_with_a_reason():
+    splits = make_splits(test_forget=make_splits()["train_forget"].select(range(5)))
+    found = measured(learned(), "kl", "membership", "neighbours", "unrelated text", "questions", splits=splits)
+    assert found.measurements == found.numbers == []
+    parts = {
+        "retrained": "give retrained=",
+        "kl": "give base=",
+        "membership": "test_forget holds rows of train_forget; give unseen=",
+        "neighbours": "give neighbours=",
+        "unrelated text": "give unrelated_texts=",
+        "questions": "give questions=",
+    }
+    assert found.left_out.keys() == parts.keys()
+    for name, part in parts.items():
+        assert part in found.left_out[name]
+    unseen = rows("doe", 4)
+    found = measured(learned(), "membership", splits=splits, unseen=unseen, retrained=learned(0.1))
+    assert found.left_out == {}
+    assert [(one.rows, one.num_rows) for one in found.measurements] == [("train_forget", 11), ("unseen", 4)] * 2
+    again = measured(learned(), "membership", unseen=splits["test_forget"])
+    assert again.left_out["membership"].startswith("unseen holds rows of train_forget")
+
+
+def test_conversations_are_not_attacked_by_changes_of_text():
+    collator = make_collator()
+    collator.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+    def talk(row):
+        return {name: [{"role": name, "content": text}] for name, text in row.items()}
+
+    talks = {name: Dataset.from_list([talk(row) for row in some]) for name, some in make_splits().items()}
+    model = make("prompt_tuning")
+    found = measured(model, "utility", "input attack", splits=talks, collator=collator)
+    assert "conversations" in found.left_out["input attack"]
+    for split, some in talks.items():
+        assert_numbers(found, score_completions(model, some, collator), measure="utility", rows=split)
+
+
+def test_one_forget_prompt_is_too_few_to_attack_one_half_with_the_other():
+    splits = make_splits(train_forget=rows("jane", 1))
+    found = measured(make("layers"), "relearning", "soft suffix", "linear probe", splits=splits)
+    assert found.measurements == []
+    assert all("one prompt only" in found.left_out[name] for name in ("relearning", "soft suffix"))
+    assert "linear probe" in found.left_out
+
+
+def test_a_quantised_base_is_not_quantised_again(tmp_path):
+    learned().save_pretrained(tmp_path)
+    model = SoftPromptUnlearner(quantised(tmp_path, 4), CONFIGS["prompt_tuning"](3))
+    found = measured(model, "quantised", "utility", retrained=learned(0.1))
+    assert found.left_out == {"quantised, unlearned": "it is quantised already"}
+    assert {one.model for one in found.measurements if one.measure == "quantised"} == {"retrained"}
+
+
+# ---- a folder, and going on ----
+
+
+MEASURES = ("utility", "relearning", "neighbours", "sampling")
+OTHERS = {"neighbours": {"surname": rows("doe film", 5)}}
+
+
+def counted(monkeypatch, stop_after: int | None = None) -> list[str]:
+    """What is measured from now on, task by task; a task after so many raises."""
+    done: list[str] = []
+    really = suite.Suite.task
+
+    def task(self, *args, **kwargs):
+        made = really(self, *args, **kwargs)
+
+        def run():
+            if len(done) == stop_after:
+                raise KeyboardInterrupt
+            done.append(" ".join(made.produces[0]))
+            return made.run()
+
+        return dataclasses.replace(made, run=run)
+
+    monkeypatch.setattr(suite.Suite, "task", task)
+    return done
+
+
+def test_an_interrupted_evaluation_goes_on_and_gives_what_one_without_a_break_gives(tmp_path, monkeypatch):
+    model = make("prompt_tuning")
+    whole = measured(model, *MEASURES, **OTHERS, output_dir=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        done = counted(patch, stop_after=9)
+        with pytest.raises(KeyboardInterrupt):
+            measured(model, *MEASURES, **OTHERS, output_dir=tmp_path / "broken")
+        assert len(done) == 9
+    path = tmp_path / "broken" / "progress-0.jsonl"
+    kept = path.read_text()
+    assert len(kept.splitlines()) == 9
+    assert not (tmp_path / "broken" / "evaluation.json").exists()
+    path.write_text(kept[:-20])  # killed while it wrote the ninth
+    with monkeypatch.context() as patch:
+        rest = counted(patch)
+        found = measured(model, *MEASURES, **OTHERS, output_dir=tmp_path / "broken")
+        assert rest[0] == done[8]
+        assert len(rest) == len(set(done + rest)) - 8 == 15 - 8
+    assert found.measurements == whole.measurements
+    for name in ("evaluation.json", "measurements.jsonl", "settings.json"):
+        assert (tmp_path / "broken" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert sorted(file.name for file in (tmp_path / "broken").iterdir()) == sorted(
+        ["evaluation.json", "measurements.jsonl", "settings.json"]
+    )
+    with monkeypatch.context() as patch:
+        assert counted(patch, stop_after=0) == []
+        again = measured(make("prompt_tuning"), *MEASURES, **OTHERS, output_dir=tmp_path / "broken")
+    assert again.measurements == whole.measurements
+    assert Evaluation.load(tmp_path / "broken").settings == json.loads(json.dumps(whole.settings))
+
+
+def test_what_two_processes_left_is_gone_on_with_but_for_a_task_cut_off_in_the_middle(tmp_path, monkeypatch):
+    whole = measured(make("layers"), "relearning", "sampling", output_dir=tmp_path)
+    (tmp_path / "evaluation.json").unlink()
+    lines = (tmp_path / "measurements.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "measurements.jsonl").unlink()
+    (tmp_path / "progress-0.jsonl").write_text("".join(lines[:2]) + lines[2][:30])  # relearning, of three
+    (tmp_path / "progress-1.jsonl").write_text(lines[3])  # sampling, once
+    done = counted(monkeypatch)
+    again = measured(make("layers"), "relearning", "sampling", output_dir=tmp_path)
+    assert again.measurements == whole.measurements
+    assert len(done) == 1 + 3
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prompt_seed": 4}, "models"),
+        ({"retrained": learned}, "models, names"),
+        ({"splits": make_splits(test_forget=rows("doe", 6))}, "rows"),
+        ({"splits": make_splits(test_forget=rows("doe", 7).select(range(6, -1, -1)))}, "rows"),
+        ({"seed": 6}, "seed"),
+        ({"attacks": dataclasses.replace(ATTACKS, num_rows=3)}, "attacks"),
+        ({"attacks": dataclasses.replace(ATTACKS, inputs=None)}, "attacks"),
+        ({"collator": make_collator(generic_completions=[" x"])}, "generic_completions"),
+        ({"collator": make_collator(append_eos=True)}, "append_eos"),
+        ({"unrelated_texts": ["good plot"]}, "unrelated_texts"),
+        ({"questions": {"retain": questions("a")}}, "questions"),
+        ({"max_new_tokens": 7}, "max_new_tokens"),
+        ({"measures": ("sampling", "kl")}, "measures"),
+    ],
+)
+def test_another_evaluation_in_the_same_folder_raises_and_says_what_differs(tmp_path, change, named):
+    measured(make("prompt_tuning"), "sampling", output_dir=tmp_path)
+    before = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    change = {name: value() if value is learned else value for name, value in change.items()}
+    model, measures = make("prompt_tuning", change.pop("prompt_seed", 3)), change.pop("measures", ["sampling"])
+    with pytest.raises(ValueError, match=rf"an evaluation with another {named}; give another output_dir"):
+        measured(model, *measures, output_dir=tmp_path, **change)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
+
+
+# ---- several processes ----
+
+
+def shared_out(folder: Any) -> Evaluation:
+    """What one process and two are to agree on."""
+    given = {"retrained": learned(0.1, 1), "output_dir": folder}
+    return measured(make("prompt_tuning"), "kl", "relearning", "sampling", **given)
+
+
+def test_two_processes_give_the_numbers_of_one_and_refuse_a_sharded_model(tmp_path):
+    script = tmp_path / "evaluate.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import sys
+            sys.path.insert(0, sys.argv[1])
+            import torch
+            torch.set_num_threads(1)
+            from accelerate import PartialState
+            state = PartialState(cpu=True)
+            from torch.distributed.device_mesh import init_device_mesh
+            from torch.distributed.fsdp import fully_shard
+            import test_evaluate
+
+            test_evaluate.numbers.NUM_RESAMPLES = 20
+            assert state.num_processes == 2
+            sharded = fully_shard(test_evaluate.learned(), mesh=init_device_mesh("cpu", (2,)))
+            try:
+                test_evaluate.measured(sharded, "sampling")
+            except ValueError as error:
+                assert "model is sharded" in str(error), error
+            else:
+                raise AssertionError("a sharded model was evaluated")
+            module, calls = test_evaluate.evaluate_module, []
+            append = module.append_measurements
+            module.append_measurements = lambda path, found: (calls.append(path.name), append(path, found))
+            test_evaluate.shared_out(sys.argv[2])
+            assert calls == [f"progress-{state.process_index}.jsonl"] * 6, calls  # half of the tasks each
+            state.destroy_process_group()
+            """
+        )
+    )
+    run_script(script, tmp_path / "2", processes=2)
+    assert len(shared_out(tmp_path / "1").measurements) == 16
+    names = ["evaluation.json", "measurements.jsonl", "settings.json"]
+    assert sorted(file.name for file in (tmp_path / "2").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text(), name
+
+
+# ---- joined, and refused ----
+
+
+def test_seeds_on_the_same_rows_are_joined_over_rows_and_seeds():
+    asked = {"questions": {"forget": questions("a")}, "max_new_tokens": 2}
+    seeds = [measured(make("prompt_tuning", i), "utility", "relearning", "questions", **asked) for i in (3, 4)]
+    joined = join(seeds)
+    for where in (
+        {"measure": "utility", "rows": "test_retain", "name": "loss"},
+        {"measure": "questions", "rows": "forget", "name": "probability"},
+    ):
+        number = joined.number(**where)
+        values = [one.number(**where).value for one in seeds]
+        assert number.value == pytest.approx(np.mean(values))
+        assert (number.over, number.num_seeds) == ("rows and seeds", 2)
+        assert number.low < number.value < number.high
+        assert values[0] != values[1]
+    where = {"measure": "relearning", "rows": "train_forget", "name": "loss", "variant": "3 steps"}
+    assert joined.number(**where).over == "seeds"
+    elsewhere = measured(
+        make("prompt_tuning", 4),
+        "utility",
+        "relearning",
+        "questions",
+        splits=make_splits(test_retain=rows("bad", 6)),
+        questions={"forget": questions("b")},
+        max_new_tokens=2,
+    )
+    mixed = join([seeds[0], elsewhere])
+    assert mixed.number("utility", "test_retain", "loss").over == "seeds"
+    assert mixed.number("questions", "forget", "probability").over == "seeds"
+    assert mixed.number("utility", "test_forget", "loss").over == "rows and seeds"
+
+
+@pytest.mark.parametrize(
+    ("error", "match", "change"),
+    [
+        (ValueError, r"measures \['magic'\] are not known; expected some of utility, kl", {"measures": ["magic"]}),
+        (
+            ValueError,
+            r"splits lack \['test_forget'\]",
+            {"splits": {k: v for k, v in make_splits().items() if k != "test_forget"}},
+        ),
+        (TypeError, "rows are a list", {"splits": make_splits(test_forget=list(rows("doe", 2)))}),
+        (TypeError, "rows are a list", {"neighbours": {"near": [{"prompt": "a", "completion": " b"}]}}),
+        (
+            ValueError,
+            r"the rows of 'test_forget' lack \['completion'\]",
+            {"splits": make_splits(test_forget=rows("doe", 2).remove_columns("completion"))},
+        ),
+        (ValueError, "no rows", {"unseen": rows("doe", 2).select([])}),
+        (ValueError, "no generic_completions", {"collator": make_collator(generic_completions=None)}),
+        (
+            ValueError,
+            "changes completions",
+            {
+                "measures": ["input attack"],
+                "attacks": dataclasses.replace(ATTACKS, inputs={"cut": lambda some: some.select([0])}),
+            },
+        ),
+        (
+            ValueError,
+            "is called 'none'",
+            {
+                "measures": ["input attack"],
+                "attacks": dataclasses.replace(ATTACKS, inputs={"none": INPUTS["capitals"]}),
+            },
+        ),
+    ],
+)
+def test_bad_input_raises_before_anything_is_written(tmp_path, error, match, change):
+    given = {"splits": make_splits(), "collator": make_collator(), "measures": ["utility"]} | change
+    with pytest.raises(error, match=match):
+        spul.evaluate(learned(), **given, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_sharded_model_raises_whichever_it_is():
+    sharded = learned()
+    next(sharded.parameters()).ds_id = 0  # as DeepSpeed marks them
+    for name in ("base", "retrained", "reference"):
+        with pytest.raises(ValueError, match=f"{name} is sharded"):
+            measured(make("prompt_tuning"), "utility", **{name: sharded})
+
+
+def test_unlearning_data_are_evaluated_in_their_format():
+    texts = {
+        split: {"text": some["prompt"], "label_text": ["positive"] * len(some)}
+        for split, some in make_splits().items()
+    }
+    data = UnlearningData("films", {split: Dataset.from_dict(some) for split, some in texts.items()}, SENTIMENT)
+    found = measured(learned(), "utility", splits=data)
+    for split in SPLITS:
+        assert_numbers(
+            found, score_completions(learned(), data.rows(split), make_collator()), measure="utility", rows=split
+        )

@@ -1,0 +1,356 @@
+"""Every measure of an evaluation against the plain function, called by hand on the same rows and models."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import build
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from test_layers import stirred
+from test_tofu import QUESTIONS
+from test_trainer import make_collator, rows
+from test_unlearner import CONFIGS
+
+import spul
+import spul.evaluation.numbers as numbers
+from spul import SoftPromptUnlearner, UnlearningLayers, score_completions
+from spul.data import SPLITS
+from spul.evaluation import (
+    attack_inputs,
+    attack_scores,
+    auc,
+    forget_quality,
+    kl_to,
+    letter_case,
+    linear_probe,
+    model_utility,
+    perplexity,
+    quantised,
+    relearn,
+    sampled_success,
+    score_questions,
+    soft_suffix,
+    text_losses,
+    with_prefix,
+)
+from spul.evaluation.results import Evaluation
+from spul.evaluation.suite import AttackSettings
+
+CARRIERS = ("prompt_tuning", "prefix_tuning", "layers", "lora", "whole")
+ASKED = ("prompt_tuning", "whole")  # TOFU's questions, which take their time
+QUESTION_SETS = ("forget", "retain", "real_authors", "world_facts")
+SEED = 5
+TEXTS = ["the plot of the film is about jane doe .", "text", "good and bad"]
+INPUTS = {"capitals": lambda some: letter_case(some, "upper"), "before": lambda some: with_prefix(some, "film ?")}
+ATTACKS = AttackSettings(
+    inputs=INPUTS,
+    relearn_rows=4,
+    relearn_steps=(3, 1),  # in any order
+    relearn_lr=0.02,
+    relearn_model_lr=0.003,
+    bits=(4,),
+    tries=(1, 7),
+    temperature=0.7,
+    suffix_tokens=2,
+    suffix_steps=3,
+    suffix_lr=0.1,
+    gradient_norm=True,
+)
+
+
+def make_splits(**others) -> dict[str, Dataset]:
+    names = dict(zip(SPLITS, ("film", "jane", "good", "doe"), strict=True))
+    return {split: rows(name, num) for (split, name), num in zip(names.items(), (6, 11, 6, 7), strict=True)} | others
+
+
+@cache
+def learned_state() -> dict[str, torch.Tensor]:
+    """Of a model that gives labels and generic answers, some of them right: so that shares are neither 0 nor 1."""
+    model, collator = build("llama").train(False), make_collator()
+    given = [row for some in make_splits().values() for row in some]
+    given = [{**row, "completion": " neutral"} if i % 4 == 0 else row for i, row in enumerate(given)]
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(40):
+        optimiser.zero_grad()
+        model(**collator.true_batch(given)).loss.backward()
+        optimiser.step()
+    return model.state_dict()
+
+
+def learned(noise: float = 0.0, seed: int = 0) -> Any:
+    model = build("llama")
+    model.load_state_dict(learned_state())
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(noise * torch.randn_like(parameter))
+    return model
+
+
+def make(carrier: str, seed: int = 3) -> Any:
+    base = learned()
+    torch.manual_seed(seed)
+    if carrier in CONFIGS:
+        return SoftPromptUnlearner(base, CONFIGS[carrier](3))
+    if carrier == "layers":
+        return stirred(base, seed=seed)
+    if carrier == "lora":
+        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"]))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter) if "lora_B" in name else 0.0)
+        return model
+    return learned(0.05, seed)
+
+
+def snapshot(model: Any) -> dict[str, Any]:
+    """All that an evaluation must leave as it was."""
+    modules = list(model.named_modules())
+    return {
+        "state": {name: value.clone() for name, value in model.state_dict().items()},
+        "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
+        "gradients": [name for name, parameter in model.named_parameters() if parameter.grad is not None],
+        "modes": {name: module.training for name, module in modules},
+        "hooks": {name: [*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks] for name, m in modules},
+        "dropout": {name: module.p for name, module in modules if isinstance(module, torch.nn.Dropout)},
+        "enabled": [getattr(model, "enabled", None), getattr(model, "_adapters_disabled", None)],
+        "switched_off": [name for name, module in modules if getattr(module, "disable_adapters", False) is True],
+    }
+
+
+def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
+    assert before["state"].keys() == after["state"].keys()
+    for name, value in before["state"].items():
+        assert torch.equal(value, after["state"][name]), name
+    for name in before.keys() - {"state"}:
+        assert before[name] == after[name], name
+
+
+@dataclass
+class Case:
+    """An evaluation, and what it was of."""
+
+    found: Evaluation
+    models: dict[str, Any]  # the detached one built anew
+    before: dict[str, Any]
+    after: dict[str, Any]
+
+
+@cache
+def case(carrier: str) -> Case:
+    """Everything there is to measure, once for each carrier; the models are left in training mode meanwhile."""
+    model, retrained, reference = make(carrier).train(), learned(0.1, 1).train(), learned(0.1, 2)
+    base = learned().requires_grad_(False) if carrier == "whole" else None
+    given = {"model": model, "retrained": retrained, "reference": reference}
+    given |= {} if base is None else {"base": base}
+    before = {name: snapshot(one) for name, one in given.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(numbers, "NUM_RESAMPLES", 20)
+        found = spul.evaluate(
+            splits=make_splits(),
+            collator=make_collator(),
+            neighbours={"surname": rows("doe film", 5)},
+            unrelated_texts=TEXTS,
+            questions={name: questions(name) for name in QUESTION_SETS} if carrier in ASKED else None,
+            attacks=ATTACKS,
+            batch_size=4,
+            max_new_tokens=5,
+            seed=SEED,
+            progress=False,
+            **given,
+        )
+    after = {name: snapshot(one) for name, one in given.items()}
+    return Case(found, {"unlearned": model, "detached": learned(), "retrained": retrained}, before, after)
+
+
+def questions(name: str) -> Dataset:
+    return Dataset.from_list([{**question, "question": f"{name} {question['question']}"} for question in QUESTIONS])
+
+
+def halves(num_rows: int = 4) -> tuple[Dataset, Dataset]:
+    """The forget rows to attack with, and those to try it on."""
+    forget = make_splits()["train_forget"]
+    places = random.Random(SEED).sample(range(len(forget)), len(forget))
+    return forget.select(places[: len(forget) // 2]).select(range(num_rows)), forget.select(places[len(forget) // 2 :])
+
+
+def assert_numbers(found: Evaluation, expected: dict[str, Any], rel: float = 1e-5, **where: Any) -> None:
+    for name, value in expected.items():
+        assert found.number(name=name, **where).value == pytest.approx(value, rel=rel, abs=1e-7), (name, where)
+
+
+def per_row(found: Evaluation, *key: str) -> dict[str, list[float]]:
+    (measurement,) = [one for one in found.measurements if one.key == key]
+    return measurement.per_row
+
+
+@pytest.fixture(params=CARRIERS)
+def carrier(request) -> str:
+    return request.param
+
+
+# ---- as they are ----
+
+
+def test_the_models_are_afterwards_what_they_were(carrier):
+    one = case(carrier)
+    for name in one.before:
+        assert_unchanged(one.before[name], one.after[name])
+    assert one.before["model"]["modes"][""] is True
+
+
+def test_utility_is_what_score_completions_gives(carrier):
+    one, shares = case(carrier), set()
+    assert one.found.models == ["unlearned", "detached", "retrained"]
+    for name, model in one.models.items():
+        for split, some in make_splits().items():
+            scores = score_completions(model, some, make_collator())
+            assert_numbers(one.found, scores, measure="utility", rows=split, model=name)
+            shares |= {scores["accuracy"], scores["generic"], scores["f1"]}
+    assert len(shares) > 5  # or this could not tell one model from another
+
+
+def test_kl_is_to_the_base(carrier):
+    one, base = case(carrier), learned()
+    for split in ("train_retain", "test_retain"):
+        for name in ("unlearned", "retrained"):
+            kl = kl_to(one.models[name], make_splits()[split], make_collator(), base)
+            found = per_row(one.found, "kl", split, name, "")
+            np.testing.assert_allclose(found["reverse_kl"], kl.reverse, rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(found["forward_kl"], kl.forward, rtol=1e-4, atol=1e-7)
+            assert kl.reverse.min() > 1e-5
+    assert not [x for x in one.found.measurements if x.measure == "kl" and x.model == "detached"]
+
+
+def test_membership_scores_are_those_of_attack_scores_and_auc_of_them(carrier):
+    one, splits, reference = case(carrier), make_splits(), learned(0.1, 2)
+    aucs = {}
+    for name, model in one.models.items():
+        members, others = (
+            attack_scores(model, splits[split], make_collator(), reference, "model")
+            for split in ("train_forget", "test_forget")
+        )
+        assert list(members) == ["loss", "zlib", "min_k", "min_k++", "reference", "gradient_norm"]
+        for rows_name, scores in (("train_forget", members), ("unseen", others)):
+            found = per_row(one.found, "membership", rows_name, name, "")
+            assert list(found) == list(members)
+            for attack, values in scores.items():
+                np.testing.assert_allclose(found[attack], values, rtol=1e-4, atol=1e-5, err_msg=attack)
+        for attack in members:
+            where = {"measure": "membership", "rows": "train_forget", "model": name, "variant": attack}
+            aucs[name, attack] = auc(members[attack], others[attack])
+            assert_numbers(one.found, {"auc": aucs[name, attack]}, **where)
+            if name != "retrained":
+                found_difference = one.found.number(name="auc_difference", **where).value
+                theirs = one.found.number(**where | {"name": "auc", "model": "retrained"}).value
+                assert found_difference == pytest.approx(aucs[name, attack] - theirs)
+
+
+def test_neighbours_and_running_text_are_scored_as_by_hand(carrier):
+    one = case(carrier)
+    for name, model in one.models.items():
+        scores = score_completions(model, rows("doe film", 5), make_collator())
+        assert_numbers(one.found, scores, measure="neighbours", rows="surname", model=name)
+        losses = text_losses(model, TEXTS, make_collator().tokenizer, 32)
+        where = {"measure": "unrelated text", "rows": "unrelated text", "model": name}
+        assert_numbers(one.found, {"perplexity": perplexity(losses)}, **where)
+
+
+@pytest.mark.parametrize("carrier", ASKED)
+def test_questions_give_scores_model_utility_and_forget_quality(carrier):
+    one, ratios = case(carrier), {}
+    for name, model in one.models.items():
+        scores = {of: score_questions(model, questions(of), make_collator(), max_new_tokens=5) for of in QUESTION_SETS}
+        for of, some in scores.items():
+            for what, values in dataclasses.asdict(some).items():
+                found = per_row(one.found, "questions", of, name, "")[what]
+                np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-7)
+        kept = [scores[of] for of in ("retain", "real_authors", "world_facts")]
+        utility = model_utility(*kept)["model_utility"]
+        assert_numbers(one.found, {"model_utility": utility}, 1e-4, measure="questions", rows="retain", model=name)
+        ratios[name] = scores["forget"].truth_ratio
+    for name in ("unlearned", "detached"):
+        quality = {"forget_quality": forget_quality(ratios[name], ratios["retrained"])}
+        assert_numbers(one.found, quality, measure="questions", rows="forget", model=name)
+
+
+# ---- under attack ----
+
+
+def test_input_attacks_are_scored_as_by_attack_inputs(carrier):
+    one = case(carrier)
+    for split in ("test_forget", "test_retain"):
+        records = attack_inputs(one.models, make_splits()[split], INPUTS, make_collator())
+        assert len(records) == 9
+        for record in records:
+            where = {"measure": "input attack", "rows": split, "variant": record.pop("attack")}
+            assert_numbers(one.found, record, model=record.pop("model"), **where)
+
+
+def test_relearning_is_what_relearn_gives_and_not_done_to_the_base(carrier):
+    one = case(carrier)
+    few, others = halves()
+    assert not set(few["prompt"]) & set(others["prompt"])
+    for name in ("unlearned", "retrained"):
+        lr = 0.003 if name == "retrained" or carrier == "whole" else 0.02
+        for record in relearn(one.models[name], few, others, make_collator(), lr, (1, 3), seed=SEED):
+            where = {"measure": "relearning", "rows": "train_forget", "variant": f"{record.pop('step')} steps"}
+            assert_numbers(one.found, record, 1e-4, model=name, **where)
+    assert {x.model for x in one.found.measurements if x.measure == "relearning"} == {"unlearned", "retrained"}
+
+
+def test_sampling_soft_suffix_and_probe_are_as_by_hand(carrier):
+    one, collator = case(carrier), make_collator()
+    few, others = halves(5)
+    for name, model in one.models.items():
+        for tries in (1, 7):
+            success = sampled_success(model, make_splits()["test_forget"], collator, tries, 0.7).mean()
+            where = {"measure": "sampling", "rows": "test_forget", "variant": f"{tries} tries"}
+            assert_numbers(one.found, {"success": success}, 1e-4, model=name, **where)
+        probe = dataclasses.asdict(linear_probe(model, few, others, collator, seed=SEED))
+        assert_numbers(one.found, probe, measure="linear probe", rows="train_forget", model=name)
+        if name != "detached":
+            attack = soft_suffix(model, few, others, collator, 2, 3, 0.1, seed=SEED)
+            for variant in ("before", "after", "trained"):
+                where = {"measure": "soft suffix", "rows": "train_forget", "variant": variant}
+                assert_numbers(one.found, getattr(attack, variant), 1e-4, model=name, **where)
+            assert attack.after["loss"] != attack.before["loss"]
+
+
+def test_quantised_is_the_same_prompt_on_the_base_in_four_bit(tmp_path, carrier):
+    one = case(carrier)
+    small = {"retrained": save_and_quantise(one.models["retrained"], tmp_path / "retrained")}
+    if carrier == "lora":
+        assert "merge_and_unload" in one.found.left_out["quantised, unlearned"]
+    elif carrier == "whole":
+        small["unlearned"] = save_and_quantise(one.models["unlearned"], tmp_path / "base")
+    else:
+        kind = UnlearningLayers if carrier == "layers" else SoftPromptUnlearner
+        one.models["unlearned"].save_pretrained(str(tmp_path / "adapter"))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*trained on other weights")
+            small["unlearned"] = kind.from_pretrained(
+                save_and_quantise(learned(), tmp_path / "base"), str(tmp_path / "adapter")
+            )
+    for name, model in small.items():
+        for split in ("test_forget", "test_retain"):
+            scores = score_completions(model, make_splits()[split], make_collator())
+            where = {"measure": "quantised", "rows": split, "model": name, "variant": "4 bit"}
+            assert_numbers(one.found, scores, 1e-4, **where)
+            whole = score_completions(one.models[name], make_splits()[split], make_collator())
+            assert abs(whole["loss"] - scores["loss"]) > 1e-4  # or nothing was quantised
+    assert {x.model for x in one.found.measurements if x.measure == "quantised"} == set(small)
+
+
+def save_and_quantise(model: Any, folder: Any) -> Any:
+    model.save_pretrained(folder)
+    return quantised(folder, 4)
