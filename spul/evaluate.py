@@ -21,7 +21,7 @@ from .collator import ForgetRetainCollator
 from .data import SPLITS, UnlearningData
 from .evaluation import attacks as attack_tasks
 from .evaluation import measures as measure_tasks
-from .evaluation.likelihood import check_rows
+from .evaluation.likelihood import DivergedError, check_rows
 from .evaluation.numbers import Measurement
 from .evaluation.results import (
     MEASUREMENTS_NAME,
@@ -31,7 +31,7 @@ from .evaluation.results import (
     write_measurements,
 )
 from .evaluation.suite import AttackSettings, Suite, Task, digest_of_rows
-from .prefix import unwrapped
+from .prefix import bare_model, unwrapped
 from .provenance import digest_of, library_versions
 
 TASKS: dict[str, Callable[[Suite], Iterator[Task]]] = {
@@ -107,8 +107,8 @@ def evaluate(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: if a split or `generic_completions` is missing, a measure is not known, the model is sharded, or
-            `output_dir` holds another evaluation.
+        ValueError: if a split or `generic_completions` is missing, a measure or set of questions is not known, two of
+            the models are one, a model is sharded, or `output_dir` holds another evaluation.
         TypeError: if rows are no `datasets.Dataset`.
 
     Example:
@@ -136,29 +136,39 @@ def evaluate(
     for name, one in models.items():
         if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in one.parameters()):
             raise ValueError(f"{name} is sharded (FSDP, DeepSpeed); evaluate with the whole model in each process.")
+    bare = [bare_model(one) for one in models.values()]
+    if len({id(one) for one in bare}) < len(bare):
+        raise ValueError(
+            f"{', '.join(models)} share a base; load each of them for itself, and leave base= out of them."
+        )
+    if other := sorted(set(questions or ()) - {"forget", "retain", "real_authors", "world_facts"}):
+        raise ValueError(f"questions {other}: expected forget, retain, real_authors and world_facts.")
     suite = Suite(
-        models["model"],
-        sets,
-        collator,
-        models.get("base"),
-        models.get("retrained"),
-        models.get("reference"),
-        unseen,
-        neighbours or {},
-        unrelated_texts,
-        questions or {},
-        AttackSettings() if attacks is None else attacks,
-        batch_size,
-        max_new_tokens,
-        seed,
+        model=models["model"],
+        splits=sets,
+        collator=collator,
+        base=models.get("base"),
+        retrained=models.get("retrained"),
+        reference=models.get("reference"),
+        unseen=unseen,
+        neighbours=neighbours or {},
+        unrelated_texts=unrelated_texts,
+        questions=questions or {},
+        attacks=AttackSettings() if attacks is None else attacks,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
     )
+    if "detached" not in suite.models:
+        suite.left_out["detached"] = "the model as it was; give base=, since one tuned as a whole has none within it"
     if retrained is None:
         suite.left_out["retrained"] = (
             "what forgetting should look like; give retrained=, trained without the forget rows"
         )
     tasks = [task for name in MEASURES if name in measures for task in TASKS[name](suite)]
     settings = _settings(suite, models, measures)
-    found = _measured(tasks, None if output_dir is None else Path(output_dir), settings, progress)
+    found, failed = _measured(tasks, None if output_dir is None else Path(output_dir), settings, progress)
+    suite.left_out |= failed
     evaluation = Evaluation(settings, found, suite.left_out)
     if output_dir is not None and PartialState().is_main_process:
         evaluation.save(output_dir)
@@ -170,8 +180,11 @@ def evaluate(
 
 def _measured(
     tasks: Sequence[Task], folder: Path | None, settings: dict[str, Any], progress: bool
-) -> list[Measurement]:
-    """What all tasks give, in their order: read where it is there, else done, each task by one of the processes."""
+) -> tuple[list[Measurement], dict[str, str]]:
+    """What all tasks give, in their order: read where it is there, else done, each task by one of the processes.
+
+    Beside it which could not be done, since the model gives no numbers any more.
+    """
     state = PartialState()
     found: list[Measurement] = []
     if folder is not None:
@@ -181,15 +194,22 @@ def _measured(
     done = {one.key for one in found}
     todo = [task for task in tasks if not done.issuperset(task.produces)]
     new: list[Measurement] = []
+    failed: list[tuple[str, str]] = []
     bar = tqdm(todo[state.process_index :: state.num_processes], disable=not (progress and state.is_main_process))
     for task in bar:
         bar.set_description(" ".join(filter(None, task.produces[0])))
-        measured = task.run()
+        try:
+            measured = task.run()
+        except DivergedError as error:
+            failed.append((" ".join(filter(None, task.produces[0])), str(error)))
+            continue
         if folder is not None:
             append_measurements(folder / PROGRESS_NAME.format(state.process_index), measured)
         new += measured
-    by_key = {one.key: one for one in [*found, *(gather_object(new) if state.num_processes > 1 else new)]}
-    return [by_key[key] for task in tasks for key in task.produces]
+    if state.num_processes > 1:
+        new, failed = gather_object(new), gather_object(failed)
+    by_key = {one.key: one for one in [*found, *new]}
+    return [by_key[key] for task in tasks for key in task.produces if key in by_key], dict(failed)
 
 
 def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:

@@ -101,7 +101,7 @@ def test_retain_rows_count_together_what_they_are_given_beside_the_forget_rows()
     layers.remove()
     kept = stacked_inputs(layers, retain)
     for name, inputs in stacked_inputs(layers, request(1)).items():
-        expected = inputs.T @ inputs + 0.5 * 24 / 7 * kept[name].T @ kept[name]
+        expected = inputs.T @ inputs + 0.5 * len(inputs) / len(kept[name]) * kept[name].T @ kept[name]
         np.testing.assert_allclose(layers.grams[name].numpy(), expected, rtol=1e-9, atol=1e-9)
 
 

@@ -62,6 +62,17 @@ def test_a_step_of_relearning_is_one_on_the_true_completions_under_the_prompt():
     assert abs(expected - found[0]["loss"]) > 1e-3
 
 
+def test_small_steps_are_not_rounded_away_in_16_bit():
+    data, collator = rows("jane", 6), make_collator()
+    few, others = data.select(range(3)), data.select(range(3, 6))
+    gains = []
+    for dtype in (torch.float32, torch.bfloat16):
+        found = relearn(build("llama", dtype), few, others, collator, lr=1e-5, at=(64,))
+        gains.append(found[0]["loss"] - found[1]["loss"])
+    assert gains[0] > 0.01
+    assert gains[1] == pytest.approx(gains[0], rel=0.5)
+
+
 def test_relearning_refuses_what_it_cannot_measure():
     data, collator = rows("jane", 6), make_collator()
     few, others = data.select(range(3)), data.select(range(3, 6))

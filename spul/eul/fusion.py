@@ -21,16 +21,10 @@ from ..provenance import SpulConfig, requests_of
 from . import files
 from .layers import UnlearningLayers, UnlearningLayersConfig
 
-PROJECTIONS = ("down", "up")
-
 
 @contextmanager
-def _recorded(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Tensor], weight: float) -> Iterator[None]:
-    """Within it, what a forward pass feeds to the layers' projections at the masked tokens is added to `grams`.
-
-    Args:
-        weight: what each of these tokens counts.
-    """
+def _recorded(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Tensor]) -> Iterator[None]:
+    """Within it, what a forward pass feeds to the layers' projections at the masked tokens is added to `grams`."""
     kept = token_mask.flatten()
 
     def recorder(name: str) -> Any:
@@ -38,7 +32,7 @@ def _recorded(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Ten
             # Some families flatten (B, n, d) before their feed-forward block.
             rows = inputs[0].detach().flatten(0, -2)[kept.to(inputs[0].device)].double()
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)  # the bias, as an input of one
-            gram = weight * (rows.T @ rows)
+            gram = rows.T @ rows
             grams[name] = gram if name not in grams else grams[name] + gram
 
         return record
@@ -46,7 +40,7 @@ def _recorded(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Ten
     handles = [
         getattr(layer, projection).register_forward_pre_hook(recorder(f"{name}.{projection}"))
         for name, layer in zip(layers.names, layers.layers, strict=True)
-        for projection in PROJECTIONS
+        for projection in _projections(layers)
     ]
     try:
         yield
@@ -82,7 +76,7 @@ def gather_inputs(
         progress: whether to show a progress bar.
         retain: rows to be kept as they are by every request; not those of requests that may still come. A hundred
             are a start.
-        retain_weight: what they count together, in shares of the forget rows; above 0.
+        retain_weight: what their tokens count together, in shares of the forget rows' tokens; above 0.
 
     Raises:
         ValueError: if there are no rows, the layers are off, or `retain_weight` is out of range.
@@ -99,20 +93,34 @@ def gather_inputs(
     if not layers.attached:
         raise ValueError("the layers are not in place, so that nothing passes through them; call layers.attach().")
     decoder: Any = cast(Any, layers.get_base_model()).get_decoder()  # logits are not wanted
-    batches = [(1.0, some) for some in _by_length(forget, batch_size)]
-    if retain is not None:
-        weight = retain_weight * len(forget) / len(retain)
-        batches += [(weight, some) for some in _by_length(retain, batch_size)]
-    grams: dict[str, Tensor] = {}
-    with evaluation_mode(layers):
-        for weight, rows in tqdm(batches, "Gram matrices", disable=not progress, leave=False):
-            batch = collator.true_batch(rows)
+
+    def gathered(rows: Dataset, name: str) -> tuple[dict[str, Tensor], int]:
+        """The Gram matrices of all tokens of some rows, and how many tokens these are."""
+        grams: dict[str, Tensor] = {}
+        num_tokens = 0
+        for some in tqdm(_by_length(rows, batch_size), name, disable=not progress, leave=False):
+            batch = collator.true_batch(some)
             ids, mask = (batch[name].to(layers.device) for name in ("input_ids", "attention_mask"))
-            with _recorded(layers, mask.bool(), grams, weight):
+            num_tokens += int(mask.sum())
+            with _recorded(layers, mask.bool(), grams):
                 decoder(input_ids=ids, attention_mask=mask, use_cache=False)
-    if unused := [name for name in layers.names if f"{name}.down" not in grams]:
-        raise ValueError(f"nothing passed through {len(unused)} of {len(layers.names)} layers, such as {unused[0]!r}.")
+        return grams, num_tokens
+
+    with evaluation_mode(layers):
+        grams, num_tokens = gathered(forget, "Gram matrices")
+        if unused := [name for name in layers.names if f"{name}.up" not in grams]:
+            raise ValueError(
+                f"nothing passed through {len(unused)} of {len(layers.names)} layers, such as {unused[0]!r}."
+            )
+        if retain is not None:
+            kept, num_kept = gathered(retain, "Gram matrices, retain")
+            grams = {name: gram + retain_weight * num_tokens / num_kept * kept[name] for name, gram in grams.items()}
     layers.grams = grams
+
+
+def _projections(layers: UnlearningLayers) -> tuple[str, ...]:
+    """Those that learn, and so differ between requests."""
+    return ("down", "up") if layers.layers_config.train_down else ("up",)
 
 
 def _by_length(rows: Dataset, batch_size: int) -> list[list[dict[str, Any]]]:
@@ -170,6 +178,7 @@ def fuse(
             raise ValueError("layers are folders only; pass the model that they are for.")
     parts = [_saved(one) for one in layers]
     configs = [UnlearningLayersConfig(**part.config) for part in parts]
+    fixed = [name for name in parts[0].state if name.rpartition(".")[0] not in parts[0].grams and parts[0].grams]
     for i, part in enumerate(parts):
         if configs[i] != configs[0] or part.state.keys() != parts[0].state.keys():
             raise ValueError(
@@ -180,6 +189,10 @@ def fuse(
         for j in range(i):
             if all(torch.equal(value, parts[j].state[name]) for name, value in part.state.items()):
                 raise ValueError(f"layers[{j}] and layers[{i}] are the same; give each request once.")
+        if other := [name for name in fixed if not torch.equal(part.state[name], parts[0].state[name])]:
+            raise ValueError(
+                f"layers[{i}] and layers[0] differ in {other[0]}, which was not to learn (train_down=False)."
+            )
         if not part.grams:
             raise ValueError(
                 f"layers[{i}] have gathered nothing; call gather_inputs(layers, forget, collator) after they have "
@@ -213,7 +226,7 @@ def _saved(layers: UnlearningLayers | str | os.PathLike) -> files.SavedLayers:
 
 
 def _fused_state(parts: Sequence[files.SavedLayers], ridge: float) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
+    state = dict(parts[0].state)  # what does not learn is alike in all of them
     requests = torch.tensor([part.num_requests for part in parts], dtype=torch.float64)
     for name in parts[0].grams:
         grams = torch.stack([part.grams[name].double().cpu() for part in parts])

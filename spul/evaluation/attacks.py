@@ -11,14 +11,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 
+from ..collator import completion_text
 from ..eul import UnlearningLayers
 from ..prefix import bare_model, has_adapter, unwrapped
 from ..provenance import own_parameters
 from ..unlearner import SoftPromptUnlearner
+from .generation_metrics import rouge_l
 from .input_attacks import (
     JAILBREAKS,
     WITHOUT,
@@ -34,9 +37,9 @@ from .input_attacks import (
 )
 from .model_attacks import linear_probe, relearn
 from .model_attacks import quantised as in_few_bits
-from .sampled import sampled_success
+from .sampled import sampled_answers, sampled_success
 from .soft_suffix import soft_suffix
-from .suite import Found, Suite, Task
+from .suite import Found, Suite, Task, joined
 
 
 def usual_attacks(
@@ -135,8 +138,11 @@ def relearning(suite: Suite) -> Iterator[Task]:
                 suite.batch_size,
                 seed=suite.seed,
             )
-        scores = [{name: value for name, value in record.items() if name != "step"} for record in records]
-        return {f"{step} steps": {"overall": score} for step, score in zip(steps, scores, strict=True)}
+            learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        return {
+            f"{int(record.pop('step'))} steps": {"overall": {**record, "trained_parameters": learning}}
+            for record in records
+        }
 
     for name in suite.controlled:
         yield suite.task("relearning", "train_forget", others, name, run, [f"{step} steps" for step in steps])
@@ -150,29 +156,45 @@ def quantised(suite: Suite) -> Iterator[Task]:
         if why:
             suite.left_out[f"quantised, {name}"] = why
             continue
-        for split in ("test_forget", "test_retain"):
-            rows = suite.some(suite.splits[split])
-            for bits in suite.attacks.bits:
+        for bits in suite.attacks.bits:
+            copies: list[Any] = []  # one, for both splits
 
-                def run(model: Any, rows: Dataset = rows, bits: int = bits) -> Found:
+            def run(model: Any, rows: Dataset, bits: int = bits, copies: list[Any] = copies) -> Found:
+                if not copies:
                     with tempfile.TemporaryDirectory() as folder:
-                        small = _quantised_copy(model, bits, Path(folder))
-                        return {f"{bits} bit": {"per_row": suite.answers(small, rows)}}
+                        copies.append(_quantised_copy(model, bits, Path(folder)))
+                return {f"{bits} bit": {"per_row": suite.answers(copies[0], rows)}}
 
-                yield suite.task("quantised", split, rows, name, run, (f"{bits} bit",))
+            parts = []
+            for split in ("test_forget", "test_retain"):
+                rows = suite.some(suite.splits[split])
+                parts.append(suite.task("quantised", split, rows, name, partial(run, rows=rows), (f"{bits} bit",)))
+            yield joined(parts, copies.clear)
 
 
 def sampling(suite: Suite) -> Iterator[Task]:
     """How likely one of several sampled answers is the true one."""
-    rows = suite.some(suite.splits["test_forget"])
-    for tries in suite.attacks.tries:
+    rows, how = suite.some(suite.splits["test_forget"]), suite.attacks
 
-        def run(model: Any, tries: int = tries) -> Found:
-            found = sampled_success(model, rows, suite.collator, tries, suite.attacks.temperature, suite.batch_size)
-            return {f"{tries} tries": {"per_row": {"success": found.tolist()}}}
+    def run(model: Any) -> Found:
+        if suite.is_free_form:
+            said = sampled_answers(
+                *(model, rows, suite.collator, max(how.tries), how.temperature, suite.max_new_tokens, suite.seed),
+                batch_size=suite.batch_size,
+            )
+            true = [completion_text(completion) for completion in rows["completion"]]
+            recall = np.array(
+                [rouge_l(texts, [text] * len(texts)).recall for texts, text in zip(said, true, strict=True)]
+            )
+            best = {tries: recall[:, :tries].max(axis=1) for tries in how.tries}
+            return {f"{tries} tries": {"per_row": {"rouge_l_recall": best[tries].tolist()}} for tries in how.tries}
+        once = sampled_success(model, rows, suite.collator, 1, how.temperature, suite.batch_size)
+        with np.errstate(divide="ignore"):
+            found = {tries: -np.expm1(tries * np.log1p(-once)) for tries in how.tries}
+        return {f"{tries} tries": {"per_row": {"success": found[tries].tolist()}} for tries in how.tries}
 
-        for name in suite.models:
-            yield suite.task("sampling", "test_forget", rows, name, run, (f"{tries} tries",))
+    for name in suite.models:
+        yield suite.task("sampling", "test_forget", rows, name, run, [f"{tries} tries" for tries in how.tries])
 
 
 def suffix(suite: Suite) -> Iterator[Task]:
@@ -189,7 +211,9 @@ def suffix(suite: Suite) -> Iterator[Task]:
             *(how.suffix_tokens, how.suffix_steps, how.suffix_lr),
             seed=suite.seed,
         )
-        return {name: {"overall": dict(getattr(found, name))} for name in ("before", "after", "trained")}
+        scores: Found = {name: {"overall": dict(getattr(found, name))} for name in ("before", "after", "trained")}
+        scores["trained"]["num_rows"] = len(suite.some(few))
+        return scores
 
     for name in suite.controlled:
         yield suite.task("soft suffix", "train_forget", others, name, run, ("before", "after", "trained"))
@@ -220,8 +244,10 @@ def _learning(model: nn.Module) -> Iterator[None]:
     if any(parameter.requires_grad for parameter in model.parameters()):
         yield
         return
-    of_base = {id(parameter) for _, parameter in own_parameters(bare_model(model))} if has_adapter(model) else set()
-    learning = [p for p in model.parameters() if id(p) not in of_base and p.is_floating_point()]
+    fixed = {id(parameter) for _, parameter in own_parameters(bare_model(model))} if has_adapter(model) else set()
+    if isinstance(model, UnlearningLayers) and not model.layers_config.train_down:
+        fixed |= {id(parameter) for layer in model.layers for parameter in cast(Any, layer).down.parameters()}
+    learning = [p for p in model.parameters() if id(p) not in fixed and p.is_floating_point()]
     for parameter in learning:
         parameter.requires_grad_(True)
     try:

@@ -70,6 +70,10 @@ class ResponseBatch(NamedTuple):
         return int(self.targets[row].ne(IGNORE_INDEX).sum())
 
 
+class DivergedError(ValueError):
+    """A model whose logits are not numbers."""
+
+
 def check_rows(rows: Dataset) -> None:
     """Raise unless there are rows of a `datasets.Dataset`; their columns are the encoder's business."""
     if not isinstance(rows, Dataset):
@@ -134,7 +138,7 @@ def response_likelihoods(
 def _log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities in at least float32."""
     if bool(logits.isnan().any()):
-        raise ValueError("the model's logits are not numbers (NaN): it has diverged, there is nothing to measure.")
+        raise DivergedError("the model's logits are not numbers (NaN): it has diverged, there is nothing to measure.")
     return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(dim=-1)
 
 

@@ -8,10 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..collator import completion_text
 from ..data import SPLITS
-from .generation_metrics import generate_answers, rouge_l
-from .likelihood import exact_memorisation, extraction_strength, kl_to, probability, response_likelihoods
+from .likelihood import kl_to
 from .membership import GradientOf, attack_scores
 from .numbers import MEMBERS, UNSEEN
 from .over_unlearning import text_losses
@@ -21,13 +19,11 @@ from .tofu import score_questions
 
 def utility(suite: Suite) -> Iterator[Task]:
     """Right and generic answers on the four splits; of free-form ones also how much of the true answer is there."""
-    is_free_form = suite.is_free_form
     for split in SPLITS:
         rows = suite.splits[split]
 
         def run(model: Any, rows: Dataset = rows) -> Found:
-            more = free_form(suite, model, rows) if is_free_form else {}
-            return {"": {"per_row": suite.answers(model, rows) | more}}
+            return {"": {"per_row": suite.answers(model, rows)}}
 
         for name in suite.models:
             yield suite.task("utility", split, rows, name, run)
@@ -58,9 +54,15 @@ def membership(suite: Suite) -> Iterator[Task]:
     """Scores of the forget rows as members, and of rows that no model saw."""
     members = suite.splits["train_forget"]
     unseen, given = (suite.splits["test_forget"], "test_forget") if suite.unseen is None else (suite.unseen, "unseen")
-    if set(map(str, members["prompt"])) & set(map(str, unseen["prompt"])):
-        suite.left_out["membership"] = f"{given} holds rows of train_forget; give unseen=, rows of no training"
+    # Free-form answers are facts: asked in other words they are no unseen rows.
+    columns = ["prompt", *(["completion"] if suite.is_free_form else [])]
+    if any(set(map(str, members[column])) & set(map(str, unseen[column])) for column in columns):
+        suite.left_out["membership"] = f"{given} holds what is in train_forget, too; give unseen= of which nothing is"
         return
+    if suite.reference is None:
+        suite.left_out["membership by the reference attack"] = "give reference=, another model that never saw the rows"
+    if not suite.attacks.gradient_norm:
+        suite.left_out["membership by gradient norm"] = "give AttackSettings(gradient_norm=True); it takes long"
     for name in suite.models:
         for rows_name, rows in ((MEMBERS, members), (UNSEEN, unseen)):
 
@@ -115,18 +117,3 @@ def tofu(suite: Suite) -> Iterator[Task]:
 
         for name in suite.models:
             yield suite.task("questions", rows_name, rows, name, run)
-
-
-def free_form(suite: Suite, model: Any, rows: Dataset) -> dict[str, list[float]]:
-    """Per row what is measured of answers that are no classes."""
-    likelihoods = response_likelihoods(model, rows, suite.collator, suite.batch_size)
-    said = generate_answers(model, rows, suite.collator, suite.batch_size, suite.max_new_tokens)
-    rouge = rouge_l(said, [completion_text(completion) for completion in rows["completion"]])
-    found = {
-        "probability": probability(likelihoods),
-        "extraction_strength": extraction_strength(likelihoods),
-        "exact_memorisation": exact_memorisation(likelihoods),
-        "rouge_l_recall": rouge.recall,
-        "rouge_l_f1": rouge.f1,
-    }
-    return {name: values.tolist() for name, values in found.items()}

@@ -16,7 +16,7 @@ from datasets import Dataset
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
@@ -93,24 +93,24 @@ def relearn(
         )
     records = [{"step": 0, **score_completions(model, held_out, collator, batch_size)}]
     before = [parameter.detach().to("cpu", copy=True) for parameter in learning]
+    # Small steps would be rounded away in 16 bit.
+    masters = [p.detach().float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in learning]
     device, generator, order = learning[0].device, torch.Generator().manual_seed(seed), list[int]()
     keep_4bit_differentiable(model)
     try:
-        optimiser = optimizer(learning, lr=lr)
+        optimiser = optimizer(masters, lr=lr)
         with evaluation_mode(model):
             for step in tqdm(range(1, max(at) + 1), desc=progress, disable=progress is None, leave=False):
                 order = order or torch.randperm(len(rows), generator=generator).tolist()
                 places, order = order[:train_batch_size], order[train_batch_size:]
                 batch = {name: x.to(device) for name, x in collator.true_batch([rows[i] for i in places]).items()}
                 positions, targets = response_positions(batch["labels"])
-                loss = (
-                    token_nll(response_logits(model, batch, positions), targets).sum()
-                    / (targets != IGNORE_INDEX).sum()
-                )
-                optimiser.zero_grad()
-                loss.backward()
+                losses = token_nll(response_logits(model, batch, positions), targets)
+                for parameter in learning:
+                    parameter.grad = None
+                (losses.sum() / targets.ne(IGNORE_INDEX).sum()).backward()
                 torch.nn.utils.clip_grad_norm_(learning, 1.0)
-                optimiser.step()
+                _step(optimiser, masters, learning)
                 if step in at:
                     records.append({"step": step, **score_completions(model, held_out, collator, batch_size)})
     finally:
@@ -119,6 +119,18 @@ def relearn(
                 parameter.grad = None
                 parameter.copy_(value)
     return records
+
+
+@torch.no_grad()
+def _step(optimiser: torch.optim.Optimizer, masters: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """A step of the masters, which the parameters follow in their own precision."""
+    for master, parameter in zip(masters, parameters, strict=True):
+        if master is not parameter:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+    optimiser.step()
+    for master, parameter in zip(masters, parameters, strict=True):
+        if master is not parameter:
+            parameter.copy_(master)
 
 
 # ---- quantisation ----

@@ -12,6 +12,7 @@ from scipy.stats import binomtest
 
 from .intervals import Interval, bootstrap_interval, joined_interval
 from .leakage import auc, compare_with_retrained, priv_leak, true_positive_rate
+from .likelihood import truth_ratio_on_forget, truth_ratio_on_retain
 from .tofu import QuestionScores, forget_quality, model_utility
 
 MEMBERS, UNSEEN = "train_forget", "unseen"
@@ -106,6 +107,12 @@ def numbers_of(measurements: Sequence[Measurement]) -> list[Number]:
                 found += _membership(seeds, groups)
             continue
         found += _means(seeds)
+        if seeds[0].measure == "questions":
+            is_forget = seeds[0].rows == "forget"
+            as_one = truth_ratio_on_forget if is_forget else truth_ratio_on_retain
+            values = [as_one(np.asarray(one.per_row["truth_ratio"])) for one in seeds]
+            name = "truth_ratio_on_forget" if is_forget else "truth_ratio_on_retain"
+            found.append(_number(seeds, name, _over_seeds(values)))
         if seeds[0].measure == "questions" and seeds[0].rows == "forget":
             found += _forget_quality(seeds, groups)
     return found + _model_utilities(groups)
@@ -129,9 +136,8 @@ def _means(seeds: Sequence[Measurement]) -> list[Number]:
     for name in seeds[0].overall:
         values = [one.overall[name] for one in seeds]
         interval, over = _over_seeds(values)
-        if len(seeds) == 1 and name in SHARES:  # all that is known is how many of the rows
-            ends = binomtest(round(values[0] * seeds[0].num_rows), seeds[0].num_rows).proportion_ci(method="wilson")
-            interval, over = Interval(values[0], float(ends.low), float(ends.high)), "rows"
+        if len(seeds) == 1 and name in SHARES and not math.isnan(values[0]):
+            interval, over = _share(values[0], seeds[0].num_rows), "rows"
         found.append(_number(seeds, name, (interval, over)))
     return found
 
@@ -140,16 +146,25 @@ def _mean(values: Sequence[Sequence[float]], seeds: Sequence[Measurement]) -> tu
     if any(np.isnan(one).any() for one in values):  # a model that has diverged: say so, and go on
         return Interval(math.nan, math.nan, math.nan), ""
     if len(values) == 1:
+        num, first = len(values[0]), values[0][0]
+        if first in (0, 1) and num > 1 and set(values[0]) == {first}:  # all alike, where drawing rows tells nothing
+            return _share(first, num), "rows"
         return bootstrap_interval(values[0], num_resamples=NUM_RESAMPLES), "rows"
     if len({one.digest for one in seeds}) == 1:
         return joined_interval(values, num_resamples=NUM_RESAMPLES), "rows and seeds"
     return _over_seeds([float(np.mean(one)) for one in values])
 
 
+def _share(value: float, num_rows: int) -> Interval:
+    """A share of rows of which no more is known, with Wilson's interval."""
+    ends = binomtest(round(value * num_rows), num_rows).proportion_ci(method="wilson")
+    return Interval(value, float(ends.low), float(ends.high))
+
+
 def _over_seeds(values: Sequence[float]) -> tuple[Interval, str]:
     """Of a number that each seed has once."""
-    if len(values) == 1:
-        return Interval(values[0], math.nan, math.nan), ""
+    if len(values) == 1 or np.isnan(values).any():
+        return Interval(float(np.mean(values)), math.nan, math.nan), ""
     return bootstrap_interval(values, num_resamples=NUM_RESAMPLES), "seeds"
 
 
@@ -287,11 +302,11 @@ def better(one: Measurement, name: str) -> str:
         return "as retrained"
     if name in ("auc_difference", "priv_leak"):
         return "0"
-    if name in ("forget_quality", "model_utility"):
+    if name in ("forget_quality", "model_utility", "truth_ratio_on_forget", "truth_ratio_on_retain"):
         return "high"
     if name in CLOSE_TO_BASE:
         return "low"
-    is_forget = "forget" in one.rows
+    is_forget = one.rows in ("train_forget", "test_forget", "forget") and one.measure != "neighbours"
     if name in KNOWLEDGE:
         return "low" if is_forget else "high"
     if name == "generic":

@@ -8,20 +8,23 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
-from ..collator import ForgetRetainCollator
+from ..collator import ForgetRetainCollator, completion_text
 from ..forward import as_it_was
 from ..prefix import has_adapter
+from .generation_metrics import generate_answers, rouge_l
+from .likelihood import exact_memorisation, extraction_strength, probability, response_likelihoods
 from .numbers import Measurement
 from .scoring import collect_answers, task_classes
 
 InputAttacks = Mapping[str, Callable[[Dataset], Dataset]]
 Found = dict[str, dict[str, Any]]
-"""For each variant of a measurement its `per_row` and `overall`."""
+"""For each variant of a measurement its `per_row` and `overall`, and `num_rows` if they are of other rows."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,19 @@ class AttackSettings:
 
     def __post_init__(self) -> None:
         for name in ("relearn_steps", "bits", "tries"):
-            if len(set(values := getattr(self, name))) < len(values):
-                raise ValueError(f"{name}={values}: one of them stands there twice.")
+            values = getattr(self, name)
+            if not values or len(set(values)) < len(values) or min(values) < 1:
+                raise ValueError(f"{name}={values}: expected different whole numbers of at least 1.")
+        if set(self.bits) - {4, 8}:
+            raise ValueError(f"bits={self.bits}: expected 8, 4 or both.")
+        for name in ("num_rows", "relearn_rows", "suffix_tokens", "suffix_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+        for name in ("relearn_lr", "relearn_model_lr", "suffix_lr", "temperature"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
+        if self.inputs is not None and (self.paraphrase is not None or self.wording is not None):
+            raise ValueError("inputs are all attacks on the input; put paraphrase and wording among them.")
 
 
 @dataclass(frozen=True)
@@ -101,12 +115,15 @@ class Suite:
     seed: int
     left_out: dict[str, str] = field(default_factory=dict)
 
+    @cached_property
+    def classes(self) -> list[str]:
+        """The labels of all splits together; none where there are too many of them, of free-form answers."""
+        return task_classes(concatenate_datasets([rows.select_columns("completion") for rows in self.splits.values()]))
+
     @property
     def is_free_form(self) -> bool:
-        """Whether the answers of all splits together are too many to be classes."""
-        return not task_classes(
-            concatenate_datasets([rows.select_columns("completion") for rows in self.splits.values()])
-        )
+        """Whether the answers are too many to be classes."""
+        return not self.classes
 
     @property
     def models(self) -> list[str]:
@@ -143,7 +160,7 @@ class Suite:
                 found = run(subject)
             assert tuple(found) == tuple(variants)
             return [
-                Measurement(measure, rows_name, model, variant, num_rows=num_rows, digest=digest, **values)
+                Measurement(measure, rows_name, model, variant, **{"num_rows": num_rows, "digest": digest, **values})
                 for variant, values in found.items()
             ]
 
@@ -156,19 +173,36 @@ class Suite:
         return rows.select(sorted(random.Random(self.seed).sample(range(len(rows)), self.attacks.num_rows)))
 
     def answers(self, model: Any, rows: Dataset) -> dict[str, list[float]]:
-        """Per row: right, generic, and the completion's loss; with classes also which was true and which was said."""
+        """Per row: right, generic, and the completion's loss; then which class was true and which was said, or, of
+        free-form answers, how much of the true one is there."""
         found = collect_answers(model, rows, self.collator, self.batch_size, range(len(rows)))
-        generic, classes = set(self.collator.generic_completions or []), task_classes(rows)
+        generic = set(self.collator.generic_completions or [])
         per_row = {
             "accuracy": [float(t == p) for t, p in zip(found.true, found.predicted, strict=True)],
             "generic": [float(p in generic) for p in found.predicted],
             "loss": found.nll,
         }
-        if classes:
-            places = {text: float(i) for i, text in enumerate(classes)}
+        if self.is_free_form:
+            return per_row | self.free_form(model, rows)
+        places = {text: float(i) for i, text in enumerate(self.classes)}
+        if set(found.true) <= places.keys():  # neighbours may be of another task
             per_row["true"] = [places[text] for text in found.true]
             per_row["predicted"] = [places.get(text, -1.0) for text in found.predicted]
         return per_row
+
+    def free_form(self, model: Any, rows: Dataset) -> dict[str, list[float]]:
+        """Per row what is measured of answers that are no classes."""
+        likelihoods = response_likelihoods(model, rows, self.collator, self.batch_size)
+        said = generate_answers(model, rows, self.collator, self.batch_size, self.max_new_tokens)
+        rouge = rouge_l(said, [completion_text(completion) for completion in rows["completion"]])
+        found = {
+            "probability": probability(likelihoods),
+            "extraction_strength": extraction_strength(likelihoods),
+            "exact_memorisation": exact_memorisation(likelihoods),
+            "rouge_l_recall": rouge.recall,
+            "rouge_l_f1": rouge.f1,
+        }
+        return {name: values.tolist() for name, values in found.items()}
 
     def halves(self) -> tuple[Dataset, Dataset]:
         """The forget rows that were trained on, each prompt once, to attack with and to try the attack on."""
@@ -188,6 +222,18 @@ class Suite:
     def controlled(self) -> list[str]:
         """For attacks that the base needs not suffer: it has the knowledge anyhow."""
         return [name for name in self.models if name != "detached"]
+
+
+def joined(tasks: Sequence[Task], afterwards: Callable[[], None]) -> Task:
+    """Several tasks as one, with something to be done in the end."""
+
+    def run() -> list[Measurement]:
+        try:
+            return [one for task in tasks for one in task.run()]
+        finally:
+            afterwards()
+
+    return Task(tuple(key for task in tasks for key in task.produces), run)
 
 
 def digest_of_rows(rows: Sequence[Any] | Dataset) -> str:
