@@ -32,13 +32,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="names as in the table; all unless given")
     parser.add_argument("--steps", type=int, default=600, help="of a prompt, for one request")
     parser.add_argument("--layers-steps", type=int, default=300, help="of layers, for one request")
-    parser.add_argument("--distill-steps", type=int, default=100, help="of distilling")
+    parser.add_argument("--distill-steps", type=int, default=200, help="of distilling")
     parser.add_argument("--num-virtual-tokens", type=int, default=15, help="of a prompt; five must fit before a row")
     parser.add_argument("--layers-rate", type=float, default=1e-2)
     parser.add_argument(
         "--gamma", type=float, default=0.02, help="weight of EUL's ascent on the text; 0.2 as published"
     )
     parser.add_argument("--reduction", type=int, default=4, help="width of the model divided by the layers'")
+    parser.add_argument("--wide-reduction", type=float, default=0.25, help="the same of layers with a fixed down part")
     parser.add_argument("--output-dir", type=Path, default=Path("out/requests"))
     return parser.parse_args()
 
@@ -77,6 +78,7 @@ def make_requests(args: argparse.Namespace, seed: int) -> Requests:
         prompt=unlearning_method("SPUL", alpha=0.5),
         num_virtual_tokens=args.num_virtual_tokens,
         layers_config=UnlearningLayersConfig(reduction=args.reduction),
+        wide_config=UnlearningLayersConfig(reduction=args.wide_reduction, train_down=False),
     )
 
 
