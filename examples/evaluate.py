@@ -51,7 +51,7 @@ def parse_args() -> argparse.Namespace:
     add("--relearn-lr", type=float, default=1e-2, help="learning rate of relearning, for an adapter")
     add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=", ".join(MEASURES))
     add("--batch-size", type=int, default=32)
-    add("--max-length", type=int, default=1024, help="tokens of a row, without the prompt's")
+    add("--max-length", type=int, help="tokens of a row, without the prompt's; as many as fit, at most 1024")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--output-dir", type=Path, default=Path("out/evaluation"))
     return parser.parse_args()
@@ -80,10 +80,12 @@ def main() -> None:
     model = load(args.model)
     if args.adapter is not None:
         model = load_carried(model, args.adapter)
+    num_virtual_tokens = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
+    positions = getattr(model.config, "max_position_embeddings", None) or 1024
     collator = ForgetRetainCollator(
         AutoTokenizer.from_pretrained(args.model),
         list(data.format.generic_completions),
-        max_length=args.max_length,
+        max_length=args.max_length or min(1024, positions - num_virtual_tokens),
         text_field=data.format.text_field,
     )
     found = spul.evaluate(

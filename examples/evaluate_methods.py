@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ import torch
 from datasets import Dataset
 from experiment import Experiment
 from reproduce import carriers, experiments, make_parser, make_run, parsed
-from runs import Run
+from runs import Run, run_settings
 from tqdm.auto import tqdm
 
 import spul
@@ -159,7 +161,11 @@ def main() -> None:
     found: dict[str, list[Evaluation]] = {}
     for experiment, run in tqdm(work, desc="evaluations"):
         name = f"{run.method} ({run.carrier.replace('_', ' ')})" + (", augmented" if args.augment is not None else "")
-        folder = args.output_dir / f"{name.replace(' ', '-')}-{experiment.setup.seed}"
+        if len(args.model) > 1:
+            name = f"{name}, {Path(experiment.setup.model).name}"
+        what = [run_settings(run), args.augment, args.row_length, args.attack_rows, sorted(args.measures)]
+        digest = hashlib.sha256(json.dumps([experiment.identity, *what], sort_keys=True).encode()).hexdigest()[:8]
+        folder = args.output_dir / f"{name.replace(' ', '-')}-{experiment.setup.seed}-{digest}"
         tqdm.write(name)
         found.setdefault(name, []).append(evaluated(args, experiment, run, folder))
         gc.collect()

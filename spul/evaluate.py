@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from .collator import ForgetRetainCollator
-from .data import SPLITS, UnlearningData
+from .data import QUESTION_ANSWER, SPLITS, PromptFormat, UnlearningData
 from .evaluation import attacks as attack_tasks
 from .evaluation import measures as measure_tasks
 from .evaluation.likelihood import DivergedError, check_rows
@@ -67,6 +67,7 @@ def evaluate(
     neighbours: Mapping[str, Dataset] | None = None,
     unrelated_texts: Sequence[str] = (),
     questions: Mapping[str, Dataset] | None = None,
+    question_format: PromptFormat = QUESTION_ANSWER,
     measures: Sequence[str] = MEASURES,
     attacks: AttackSettings | None = None,
     output_dir: str | os.PathLike | None = None,
@@ -98,6 +99,7 @@ def evaluate(
         neighbours: rows near to what is forgotten, by name; see `name_neighbours` and its like.
         unrelated_texts: running text.
         questions: TOFU's perturbed files: `forget`, and `retain`, `real_authors` and `world_facts` for model utility.
+        question_format: how questions and answers become prompts and completions, as in training.
         measures: which of `MEASURES`.
         attacks: how the attacks are done.
         output_dir: a folder for results, one for each evaluation.
@@ -154,6 +156,7 @@ def evaluate(
         neighbours=neighbours or {},
         unrelated_texts=unrelated_texts,
         questions=questions or {},
+        question_format=question_format,
         attacks=AttackSettings() if attacks is None else attacks,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,

@@ -347,7 +347,7 @@ def test_two_processes_give_the_numbers_of_one_and_refuse_a_sharded_model(tmp_pa
             append = module.append_measurements
             module.append_measurements = lambda path, found: (calls.append(path.name), append(path, found))
             test_evaluate.shared_out(sys.argv[2])
-            assert calls == [f"progress-{state.process_index}.jsonl"] * (5 - state.process_index), calls  # every second
+            assert calls == [f"progress-{state.process_index}.jsonl"] * (5 - state.process_index), calls
             state.destroy_process_group()
             """
         )

@@ -65,7 +65,7 @@ def test_bars_of_a_split_stand_side_by_side_around_its_tick():
     assert np.allclose(np.diff(places, axis=0), 0.8 / 3)
 
 
-def test_intervals_stand_on_their_bars_and_are_left_out_where_there_are_none():
+def test_intervals_stand_on_their_bars():
     found = whole()
     (knowledge, _) = draw_splits(found).axes
     drawn = {round(x, 3): (round(low, 6), round(high, 6)) for (x, low), (_, high) in segments(knowledge)}
@@ -73,10 +73,9 @@ def test_intervals_stand_on_their_bars_and_are_left_out_where_there_are_none():
     for i, model in enumerate(MODELS):
         for place, split in enumerate(SPLITS):
             one = found.number("utility", split, "accuracy", model)
-            if RIGHT[model][split] != TEN:  # ten right of ten have no interval
-                x = round(place + (i - 1) * 0.8 / 3, 3)
-                expected[x] = (round(100 * one.low, 6), round(100 * one.high, 6))
-    assert len(expected) == 11
+            x = round(place + (i - 1) * 0.8 / 3, 3)
+            expected[x] = (round(100 * one.low, 6), round(100 * one.high, 6))
+    assert len(expected) == 12
     assert drawn == expected
 
 

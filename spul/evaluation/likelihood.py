@@ -23,6 +23,7 @@ from ..collator import ForgetRetainCollator
 from ..forward import as_it_was, learns_itself
 from ..prefix import logits_at, response_positions, unwrapped
 from ..terms import IGNORE_INDEX, KLDivergence
+from .batches import by_length
 from .scoring import response_logits
 
 REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")
@@ -88,9 +89,8 @@ def response_batches(
     """Rows with their own completions, like lengths together, the longest first: what does not fit fails soon."""
     encoded = [collator.encoder.encode(row) for row in rows]
     lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in encoded]
-    order = sorted(range(len(encoded)), key=lambda i: -lengths[i])
-    for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
-        places = order[start : start + batch_size]
+    batches = list(by_length(lengths, batch_size))
+    for places in tqdm(batches, desc=progress, disable=progress is None, leave=False):
         tokenised = [
             {
                 "input_ids": encoded[i].prompt_ids + encoded[i].completion_ids,

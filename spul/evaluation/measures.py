@@ -110,9 +110,8 @@ def tofu(suite: Suite) -> Iterator[Task]:
     for rows_name, rows in suite.questions.items():
 
         def run(model: Any, rows: Dataset = rows) -> Found:
-            scores = score_questions(
-                model, rows, suite.collator, batch_size=suite.batch_size, max_new_tokens=suite.max_new_tokens
-            )
+            how = (suite.question_format, suite.batch_size, suite.max_new_tokens)
+            scores = score_questions(model, rows, suite.collator, *how)
             return {"": {"per_row": {k: v.tolist() for k, v in dataclasses.asdict(scores).items()}}}
 
         for name in suite.models:

@@ -23,6 +23,7 @@ from ..collator import ForgetRetainCollator, completion_text
 from ..prefix import logits_at, response_positions
 from ..terms import IGNORE_INDEX, token_nll
 from ..unlearner import SoftPromptUnlearner
+from .batches import by_length
 
 # Beyond so many different completions a set is free-form: its rows' answers are not classes to each other.
 MAX_CLASSES = 32
@@ -183,11 +184,11 @@ def collect_answers(
         raise ValueError(f"rows to score lack {sorted(missing)}; they have {rows.column_names}.")
     classes = task_classes(rows)
     picked = [rows[int(i)] for i in some]
-    order = sorted(range(len(picked)), key=lambda i: len(str(picked[i]["prompt"])))
+    encoded = [collator.encoder.encode(row) for row in picked]
+    batches = list(by_length([len(one.prompt_ids) + len(one.completion_ids) for one in encoded], batch_size))
     answers = Answers([""] * len(picked), [""] * len(picked), [0.0] * len(picked))
     with evaluation_mode(model):
-        for start in tqdm(range(0, len(order), batch_size), desc=progress, disable=progress is None, leave=False):
-            places = order[start : start + batch_size]
+        for places in tqdm(batches, desc=progress, disable=progress is None, leave=False):
             found = greedy_completions(model, [picked[i] for i in places], collator, classes)
             for j, i in enumerate(places):
                 answers.true[i], answers.predicted[i] = found.true[j], found.predicted[j]

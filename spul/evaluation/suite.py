@@ -15,6 +15,7 @@ from datasets import Dataset, concatenate_datasets
 from torch import nn
 
 from ..collator import ForgetRetainCollator, completion_text
+from ..data import PromptFormat
 from ..forward import as_it_was
 from ..prefix import has_adapter
 from .generation_metrics import generate_answers, rouge_l
@@ -109,6 +110,7 @@ class Suite:
     neighbours: Mapping[str, Dataset]
     unrelated_texts: Sequence[str]
     questions: Mapping[str, Dataset]
+    question_format: PromptFormat
     attacks: AttackSettings
     batch_size: int
     max_new_tokens: int

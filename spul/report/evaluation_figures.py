@@ -9,7 +9,17 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from ..data import SPLITS
-from .evaluation_numbers import AS_THEY_ARE, MODELS, first, knowledge_name, scale, steps, where, with_unit
+from .evaluation_numbers import (
+    AS_THEY_ARE,
+    MODELS,
+    attacked_name,
+    first,
+    knowledge_name,
+    scale,
+    steps,
+    where,
+    with_unit,
+)
 from .figures import BLACK, BLUE, GREEN, GREY, _legend, _panels
 
 if TYPE_CHECKING:
@@ -142,14 +152,15 @@ def _areas(evaluation: Evaluation, attack: str) -> str:
 
 
 def draw_input_attacks(evaluation: Evaluation) -> Figure:
-    """Accuracy on test forget rows under every attack on the input: dots with their 95 % intervals, by model.
+    """What is known of test forget rows under every attack on the input: dots with 95 % intervals, by model.
 
     The dashed line is the unlearned model on the rows as they are.
 
     Raises:
         ValueError: if no input attack was measured.
     """
-    numbers = where(evaluation, measure="input attack", rows="test_forget", name="accuracy")
+    name = attacked_name(evaluation)
+    numbers = where(evaluation, measure="input attack", rows="test_forget", name=name)
     attacks = list(dict.fromkeys(one.variant for one in numbers))
     if not attacks:
         raise _nothing("input attack", evaluation)
@@ -159,15 +170,15 @@ def draw_input_attacks(evaluation: Evaluation) -> Figure:
         of_model = [one for one in numbers if one.model == model]
         y = np.array([attacks.index(one.variant) for one in of_model]) + 0.2 * (i - (len(models) - 1) / 2)
         style: dict[str, Any] = {"color": COLOURS[model], "marker": MARKERS[model], "ms": SIZES[model], "ls": ""}
-        axes.plot([100 * one.value for one in of_model], y, label=LABELS[model], zorder=4, **style)
+        axes.plot([scale(name) * one.value for one in of_model], y, label=LABELS[model], zorder=4, **style)
         _intervals(axes.hlines, y, of_model, color=COLOURS[model])
         for one in of_model:
             if model == "unlearned" and one.variant == AS_THEY_ARE:
-                axes.axvline(100 * one.value, color=GREEN, lw=0.8, ls="--", zorder=1)
+                axes.axvline(scale(name) * one.value, color=GREEN, lw=0.8, ls="--", zorder=1)
     axes.set_yticks(range(len(attacks)), [_shortened(attack) for attack in attacks])
     axes.invert_yaxis()  # the first on top
-    axes.set_xlim(-3, 103)
-    axes.set_xlabel("test forget accuracy, % (lower is better)")
+    axes.set_xlim(-0.03 * scale(name), 1.03 * scale(name))
+    axes.set_xlabel(f"test forget {with_unit(name)} (lower is better)")
     _legend(figure, [axes], list(LABELS.values()))
     return figure
 

@@ -63,9 +63,16 @@ def knowledge_name(evaluation: Evaluation) -> str:
     return "probability" if where(evaluation, measure="utility", name="probability") else "accuracy"
 
 
+def attacked_name(evaluation: Evaluation) -> str:
+    """The same of attacks on the input."""
+    name = knowledge_name(evaluation)
+    return name if where(evaluation, measure="input attack", name=name) else "accuracy"
+
+
 def worst_input_attack(evaluation: Evaluation) -> Number | None:
-    """The unlearned model's highest accuracy on test forget rows under an input attack; None without attacks."""
-    found = where(evaluation, measure="input attack", rows="test_forget", name="accuracy", model="unlearned")
+    """The most that the unlearned model knows of test forget rows under an input attack; None without attacks."""
+    fields = {"measure": "input attack", "rows": "test_forget", "name": attacked_name(evaluation)}
+    found = where(evaluation, **fields, model="unlearned")
     return max((one for one in found if one.variant != AS_THEY_ARE), key=lambda one: one.value, default=None)
 
 

@@ -16,9 +16,12 @@ from .evaluation_numbers import (
     AS_THEY_ARE,
     BETTER,
     MODELS,
+    PERCENT,
+    attacked_name,
     first,
     knowledge_name,
     name_in_words,
+    scale,
     steps,
     value_in_words,
     where,
@@ -71,7 +74,8 @@ MEASURES = {
         "Relearning",
         "relearning",
         "Training on a few of the forget rows, scored on the others. What the retrained model gains in as many steps "
-        "is learned anew, not remembered.",
+        "is learned anew, not remembered. The unlearned model trains what it was unlearned by, a prompt, layers, LoRA "
+        "or all weights, the retrained one all of its weights; how many parameters that is stands with them.",
     ),
     "quantised": ("A quantised base", "", "The same with the base's weights in fewer bits."),
     "sampling": ("Sampled answers", "", "Success: at least one of so many sampled answers is right; share of rows."),
@@ -185,11 +189,12 @@ def _worst_input(evaluation: Evaluation) -> str:
     worst = worst_input_attack(evaluation)
     if worst is None:
         return NOT_MEASURED
-    fields = {"measure": "input attack", "rows": "test_forget", "name": "accuracy"}
+    name = attacked_name(evaluation)
+    fields = {"measure": "input attack", "rows": "test_forget", "name": name}
     plain = first(evaluation, **fields, model="unlearned", variant=AS_THEY_ARE)
     theirs = first(evaluation, **fields, model="retrained", variant=worst.variant)
     count = sum(one.variant != AS_THEY_ARE for one in where(evaluation, **fields, model="unlearned"))
-    text = f"'{worst.variant}', of {count}: test forget accuracy {value_in_words(worst)}"
+    text = f"'{worst.variant}', of {count}: test forget {name} {value_in_words(worst)}"
     if plain is not None:
         text += f", {_points(worst, plain)} against the rows as they are ({value_in_words(plain)})"
     return text + ("" if theirs is None else f"; the retrained model under it: {value_in_words(theirs)}")
@@ -234,7 +239,8 @@ def _relearned(evaluation: Evaluation) -> str:
 
 
 def _points(one: Number, other: Number) -> str:
-    return f"{100 * (one.value - other.value):+.1f} percentage points"
+    difference = scale(one.name) * (one.value - other.value)
+    return f"{difference:+.1f} percentage points" if one.name in PERCENT else f"{difference:+.3g}"
 
 
 def _protection() -> str:

@@ -1,0 +1,24 @@
+"""Rows in batches of like length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+# Above it a batch has fewer rows: memory goes with the padded batch, not with its rows.
+TOKENS_PER_ROW = 256
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """The places of rows in batches, the longest first: what does not fit in memory fails soon.
+
+    Args:
+        lengths: of the rows, in tokens or about that.
+        batch_size: the most rows of a batch; padded, a batch has at most 256 times as many tokens, or is one row.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    start = 0
+    while start < len(order):
+        longest = max(1, lengths[order[start]])
+        num = max(1, min(batch_size, batch_size * TOKENS_PER_ROW // longest))
+        yield order[start : start + num]
+        start += num
