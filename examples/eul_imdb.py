@@ -168,8 +168,10 @@ def make_requests(args: argparse.Namespace, order: int) -> tuple[Requests, list[
         folder=folder / str(order),
         settings=settings,
         seed=args.seed,
-        steps={"prompt": args.steps, "layers": args.layers_steps, "distill": args.distill_steps},
-        rates={"prompt": args.prompt_rate, "layers": args.layers_rate, "distill": args.prompt_rate},
+        steps={"prompt": args.steps, "distill": args.distill_steps}
+        | dict.fromkeys(("layers", "wide"), args.layers_steps),
+        rates=dict.fromkeys(("prompt", "distill"), args.prompt_rate)
+        | dict.fromkeys(("layers", "wide"), args.layers_rate),
         layers=unlearning_method("EUL", gamma=args.gamma),
         generic_layers=unlearning_method("SPUL", carrier="layers", alpha=2.0, beta=1.0),
         prompt=unlearning_method("SPUL", alpha=2.0, beta=1.0),

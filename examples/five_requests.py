@@ -39,7 +39,9 @@ def parse_args() -> argparse.Namespace:
         "--gamma", type=float, default=0.02, help="weight of EUL's ascent on the text; 0.2 as published"
     )
     parser.add_argument("--reduction", type=int, default=4, help="width of the model divided by the layers'")
-    parser.add_argument("--wide-reduction", type=float, default=0.25, help="the same of layers with a fixed down part")
+    parser.add_argument("--wide-steps", type=int, default=250, help="of layers with a fixed down part")
+    parser.add_argument("--wide-rate", type=float, default=3e-3, help="theirs; what learns gently fuses better")
+    parser.add_argument("--wide-reduction", type=float, default=0.25, help="theirs")
     parser.add_argument("--output-dir", type=Path, default=Path("out/requests"))
     return parser.parse_args()
 
@@ -71,8 +73,13 @@ def make_requests(args: argparse.Namespace, seed: int) -> Requests:
         folder=folder / settings,
         settings=settings,
         seed=seed,
-        steps={"prompt": args.steps, "layers": args.layers_steps, "distill": args.distill_steps},
-        rates={"prompt": 0.1, "layers": args.layers_rate, "distill": 0.1},
+        steps={
+            "prompt": args.steps,
+            "layers": args.layers_steps,
+            "wide": args.wide_steps,
+            "distill": args.distill_steps,
+        },
+        rates={"prompt": 0.1, "layers": args.layers_rate, "wide": args.wide_rate, "distill": 0.1},
         layers=unlearning_method("EUL", gamma=args.gamma),
         generic_layers=unlearning_method("SPUL", carrier="layers", alpha=0.5),
         prompt=unlearning_method("SPUL", alpha=0.5),

@@ -54,7 +54,7 @@ class Requests:
         folder: where prompts and layers are saved; one for each base, order and settings.
         settings: what the requests were made with, to be known by.
         seed: of the training.
-        steps: training steps of one request, by method's part: `layers`, `prompt`, `distill`.
+        steps: training steps of one request, by method's part: `layers`, `wide`, `prompt`, `distill`.
         rates: learning rates by the same names.
         layers: the method whose loss the layers learn.
         generic_layers: another, which answers generically.
@@ -158,8 +158,8 @@ class Requests:
 
         def train(folder: Path) -> None:
             layers = UnlearningLayers(self.base(), self.wide_config if wide else self.layers_config)
-            self.train_on(layers, method, "layers", self.train[i], self.kept(i))
-            some = self.retain.shuffle(seed=self.seed).select(range(min(100, len(self.retain)))) if wide else None
+            self.train_on(layers, method, "wide" if wide else "layers", self.train[i], self.kept(i))
+            some = self.retain.shuffle(seed=self.seed).select(range(min(500, len(self.retain)))) if wide else None
             gather_inputs(layers, self.train[i], self.scoring(), self.batch_size, retain=some)
             layers.save_pretrained(folder)
 
