@@ -21,6 +21,7 @@ from .collator import ForgetRetainCollator
 from .data import QUESTION_ANSWER, SPLITS, PromptFormat, UnlearningData
 from .evaluation import attacks as attack_tasks
 from .evaluation import measures as measure_tasks
+from .evaluation.generation_metrics import num_virtual_tokens
 from .evaluation.likelihood import DivergedError, check_rows
 from .evaluation.numbers import Measurement
 from .evaluation.results import (
@@ -109,8 +110,9 @@ def evaluate(
         progress: whether to show a progress bar.
 
     Raises:
-        ValueError: if a split or `generic_completions` is missing, a measure or set of questions is not known, two of
-            the models are one, a model is sharded, or `output_dir` holds another evaluation.
+        ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
+            missing, a measure or set of questions is not known, two of the models are one, a model is sharded, or
+            `output_dir` holds another evaluation.
         TypeError: if rows are no `datasets.Dataset`.
 
     Example:
@@ -138,6 +140,14 @@ def evaluate(
     for name, one in models.items():
         if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in one.parameters()):
             raise ValueError(f"{name} is sharded (FSDP, DeepSpeed); evaluate with the whole model in each process.")
+    config: Any = bare_model(models["model"]).config
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    room = None if positions is None else positions - num_virtual_tokens(models["model"])
+    if room is not None and collator.encoder.max_length > room:
+        raise ValueError(
+            f"the collator has max_length={collator.encoder.max_length}, and the model room for {room} tokens beside "
+            f"its virtual ones; attacked rows may be long, so give one with max_length of at most {room}."
+        )
     bare = [bare_model(one) for one in models.values()]
     if len({id(one) for one in bare}) < len(bare):
         raise ValueError(
@@ -196,6 +206,8 @@ def _measured(
         found = broadcast_object_list([found])[0]
     done = {one.key for one in found}
     todo = [task for task in tasks if not done.issuperset(task.produces)]
+    if progress and state.is_main_process and len(todo) < len(tasks):
+        tqdm.write(f"{len(tasks) - len(todo)} of {len(tasks)} pieces are read from {folder}")
     new: list[Measurement] = []
     failed: list[tuple[str, str]] = []
     bar = tqdm(todo[state.process_index :: state.num_processes], disable=not (progress and state.is_main_process))

@@ -46,6 +46,7 @@ from spul.evaluation import (
     response_likelihoods,
     rouge_l,
     sampled_success,
+    with_prefix,
 )
 from spul.evaluation.results import Evaluation, join
 
@@ -456,3 +457,15 @@ def test_unlearning_data_are_evaluated_in_their_format():
         assert_numbers(
             found, score_completions(learned(), data.rows(split), make_collator()), measure="utility", rows=split
         )
+
+
+def test_rows_that_would_not_fit_the_model_are_refused_before_anything_is_measured(tmp_path):
+    with pytest.raises(ValueError, match=r"max_length=96, and the model room for 93 tokens .* at most 93"):
+        measured(make("prompt_tuning"), "utility", collator=make_collator(max_length=96), output_dir=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_attacks_that_do_not_fit_are_warned_of():
+    attacks = dataclasses.replace(ATTACKS, inputs={"long": lambda rows: with_prefix(rows, "the review " * 30)})
+    with pytest.warns(UserWarning, match="'long' makes rows of test_forget lose"):
+        measured(learned(), "input attack", attacks=attacks)

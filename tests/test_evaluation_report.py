@@ -305,3 +305,24 @@ def test_a_card_without_metrics_is_refused_before_anything_is_written(adapter):
     with pytest.raises(ValueError, match="has no section '## Metrics'"):
         add_to_card(whole(), adapter)
     assert (adapter / "spul_config.json").read_bytes() == record
+
+
+def test_what_else_comes_back_stands_beside_its_control():
+    def of(measure, rows, model, variant, name, values):
+        return measurement(measure, rows, model, variant=variant, per_row={name: values})
+
+    found = [
+        of("input attack", "test_retain", "unlearned", "none", "accuracy", [1.0] * 4),
+        of("input attack", "test_retain", "unlearned", "capitals", "accuracy", [1.0, 1.0, 0.0, 0.0]),
+        of("input attack", "test_retain", "detached", "capitals", "accuracy", [1.0, 1.0, 1.0, 0.0]),
+        of("quantised", "test_forget", "unlearned", "8 bit", "accuracy", [1.0, 0.0, 1.0, 1.0]),
+        of("quantised", "test_forget", "unlearned", "4 bit", "accuracy", [1.0, 0.0, 0.0, 0.0]),
+        of("quantised", "test_forget", "retrained", "4 bit", "accuracy", [1.0, 0.0, 1.0, 0.0]),
+    ]
+    rows = cells(section(evaluation_markdown(Evaluation({}, found, {})), "What comes back"))[6:]
+    said = {what: re.sub(r" \[[-\d., ]*\]", "", text) for what, text in rows}
+    assert said == {
+        "The input attack that costs most on retain rows": "'capitals', of 1: test retain accuracy 50.0 %; detached, "
+        "under it: 75.0 %",
+        "The base in fewer bits": "test forget accuracy 25.0 % (4 bit); the retrained model: 50.0 %",
+    }

@@ -97,7 +97,7 @@ def inputs(suite: Suite) -> Iterator[Task]:
         raise ValueError(f"an input attack is called {WITHOUT!r}, as the rows as they are; give it another name.")
     attacks = {WITHOUT: lambda rows: rows, **attacks}
     for split in ("test_forget", "test_retain"):
-        rows = suite.some(suite.splits[split])
+        rows, lost_anyhow = suite.some(suite.splits[split]), 0.0
         for attack, change in attacks.items():
             try:
                 attacked = change(rows)
@@ -107,9 +107,18 @@ def inputs(suite: Suite) -> Iterator[Task]:
             if attacked["completion"] != rows["completion"]:
                 raise ValueError(f"the input attack {attack!r} changes completions or rows; only prompts may change.")
 
-            def run(model: Any, attacked: Dataset = attacked, attack: str = attack) -> Found:
-                lost = {"tokens_lost": tokens_lost(attacked, suite.collator)}
-                return {attack: {"per_row": suite.answers(model, attacked), "overall": lost}}
+            lost = tokens_lost(attacked, suite.collator)
+            if attack == WITHOUT:
+                lost_anyhow = lost
+            elif lost > lost_anyhow:
+                warnings.warn(
+                    f"the input attack {attack!r} makes rows of {split} lose {lost:.1f} tokens each, without it "
+                    f"{lost_anyhow:.1f}: part of the text or of the attack is gone. Raise the collator's max_length.",
+                    stacklevel=2,
+                )
+
+            def run(model: Any, attacked: Dataset = attacked, attack: str = attack, lost: float = lost) -> Found:
+                return {attack: {"per_row": suite.answers(model, attacked), "overall": {"tokens_lost": lost}}}
 
             for name in suite.models:
                 yield suite.task("input attack", split, rows, name, run, (attack,))
@@ -163,7 +172,9 @@ def quantised(suite: Suite) -> Iterator[Task]:
                 if not copies:
                     with tempfile.TemporaryDirectory() as folder:
                         copies.append(_quantised_copy(model, bits, Path(folder)))
-                return {f"{bits} bit": {"per_row": suite.answers(copies[0], rows)}}
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")  # once a call
+                    return {f"{bits} bit": {"per_row": suite.answers(copies[0], rows)}}
 
             parts = []
             for split in ("test_forget", "test_retain"):

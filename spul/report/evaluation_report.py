@@ -171,7 +171,13 @@ def _what_attacks_find(evaluation: Evaluation) -> Section:
         ["The input attack that finds most", _worst_input(evaluation)],
         ["The membership attack that is farthest from the retrained model", _membership(evaluation)],
         ["Training on a few forget rows", _relearned(evaluation)],
+        ["The input attack that costs most on retain rows", _worst_on_retain(evaluation)],
+        ["The base in fewer bits", _beside(evaluation, "quantised", "test_forget", "accuracy")],
+        ["Sampling", _beside(evaluation, "sampling", "test_forget", "success", "rouge_l_recall")],
+        ["A soft suffix", _beside(evaluation, "soft suffix", MEMBERS, "accuracy", variant="after")],
+        ["A linear probe on hidden states", _beside(evaluation, "linear probe", MEMBERS, "accuracy")],
     ]
+    rows = rows[:4] + [row for row in rows[4:] if row[1] != NOT_MEASURED]
     text = "Where one of several attacks is named, it was picked by its number, which chance alone makes too high."
     return Section("What comes back", [text], ["what is done", "what it finds"], rows)
 
@@ -198,6 +204,30 @@ def _worst_input(evaluation: Evaluation) -> str:
     if plain is not None:
         text += f", {_points(worst, plain)} against the rows as they are ({value_in_words(plain)})"
     return text + ("" if theirs is None else f"; the retrained model under it: {value_in_words(theirs)}")
+
+
+def _worst_on_retain(evaluation: Evaluation) -> str:
+    fields = {"measure": "input attack", "rows": "test_retain", "name": attacked_name(evaluation)}
+    found = [one for one in where(evaluation, **fields, model="unlearned") if one.variant != AS_THEY_ARE]
+    if not found:
+        return NOT_MEASURED
+    worst = min(found, key=lambda one: one.value)
+    theirs = first(evaluation, **fields, model="detached", variant=worst.variant)
+    text = f"'{worst.variant}', of {len(found)}: test retain {fields['name']} {value_in_words(worst)}"
+    return text + ("" if theirs is None else f"; detached, under it: {value_in_words(theirs)}")
+
+
+def _beside(evaluation: Evaluation, measure: str, rows: str, *names: str, variant: str | None = None) -> str:
+    """What the unlearned model gives up in the last of a measure's variants, or a given one, and the retrained one."""
+    found = [one for name in names for one in where(evaluation, measure=measure, rows=rows, name=name)]
+    ours = [one for one in found if one.model == "unlearned" and one.variant in (variant or one.variant,)]
+    if not ours:
+        return NOT_MEASURED
+    last = ours[-1]
+    theirs = [one for one in found if (one.model, one.variant) == ("retrained", last.variant)]
+    text = f"{_words(rows)} {name_in_words(last.name)} {value_in_words(last)}"
+    text += f" ({last.variant})" if last.variant else ""
+    return text + "".join(f"; the retrained model: {value_in_words(one)}" for one in theirs)
 
 
 def _membership(evaluation: Evaluation) -> str:
