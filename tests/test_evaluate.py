@@ -138,7 +138,8 @@ def test_attacks_take_the_same_drawn_rows_for_every_model():
 
 def test_the_usual_input_attacks_are_made_unless_others_are_given():
     attacks = dataclasses.replace(ATTACKS, inputs=None)
-    found = measured(learned(), "input attack", attacks=attacks)
+    with pytest.warns(UserWarning, match="lose"):  # 32 tokens are few
+        found = measured(learned(), "input attack", attacks=attacks)
     variants = list(dict.fromkeys(one.variant for one in found.measurements))
     assert variants[:4] == ["none", "capitals", "random case", "spaces"]
     assert {"jailbreak 6 before", "jailbreak 6 after", "diluted, 1 turn", "diluted, 4 turns"} < set(variants)
