@@ -146,7 +146,8 @@ def table(found: dict[str, Evaluation]) -> str:
                 cells.append(f"{value:.2f}" if name == "auc" else f"{100 * value:.1f}")
             except KeyError:
                 cells.append("")
-        lines.append(f"| {measure} {variant} | {rows.replace('_', ' ')} | {name} | " + " | ".join(cells) + " |")
+        what = f"{measure} {variant}".replace("|", r"\|")
+        lines.append(f"| {what} | {rows.replace('_', ' ')} | {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
