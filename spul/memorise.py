@@ -43,7 +43,8 @@ class CompletionTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         positions, targets = response_positions(inputs["labels"])
-        logits = self.response_logits(model, inputs, positions)
+        passed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        logits = logits_at(model, positions, **passed)
         if num_items_in_batch is None:
             count: Any = (targets != IGNORE_INDEX).sum()
         else:
@@ -60,10 +61,6 @@ class CompletionTrainer(Trainer):
         )
         loss = losses / count
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
-
-    def response_logits(self, model: nn.Module, inputs: dict[str, Tensor], positions: Tensor) -> Tensor:
-        """Logits (B, K, V) of the model that learns, at the places that predict the completions."""
-        return logits_at(model, positions, **{name: inputs[name] for name in ("input_ids", "attention_mask")})
 
 
 def memorise(

@@ -1,8 +1,11 @@
-"""Batches of like length: every row once, none too large."""
+"""Batches: of like length, every row once, none too large; shuffled, every row once in each pass."""
 
+import itertools
 import random
 
-from spul.evaluation.batches import TOKENS_PER_ROW, by_length
+import torch
+
+from spul.batches import TOKENS_PER_ROW, by_length, shuffled
 
 
 def test_every_row_is_in_one_batch_and_no_batch_is_larger_than_it_may_be():
@@ -21,3 +24,13 @@ def test_short_rows_fill_their_batches():
     assert [len(batch) for batch in by_length([5] * 20, 8)] == [8, 8, 4]
     assert list(by_length([], 8)) == []
     assert list(by_length([0, 0], 8)) == [[0, 1]]
+
+
+def test_shuffled_passes_hold_every_row_once_and_are_drawn_anew():
+    batches = list(itertools.islice(shuffled(7, 3, torch.Generator().manual_seed(0)), 6))
+    assert [len(batch) for batch in batches] == [3, 3, 1, 3, 3, 1]
+    first, second = ([i for batch in some for i in batch] for some in (batches[:3], batches[3:]))
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert first != second
+    again = itertools.islice(shuffled(7, 3, torch.Generator().manual_seed(0)), 6)
+    assert list(again) == batches

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from ..base import evaluation_mode
+from ..batches import by_length
 from ..checkpoint import load_base
 from ..collator import ForgetRetainCollator
 from ..provenance import SpulConfig, requests_of
@@ -98,8 +99,10 @@ def gather_inputs(
         """The Gram matrices of all tokens of some rows, and how many tokens these are."""
         grams: dict[str, Tensor] = {}
         num_tokens = 0
-        for some in tqdm(_by_length(rows, batch_size), name, disable=not progress, leave=False):
-            batch = collator.true_batch(some)
+        encoded = [collator.encoder.encode(row) for row in rows]
+        batches = list(by_length([len(e.prompt_ids) + len(e.completion_ids) for e in encoded], batch_size))
+        for places in tqdm(batches, name, disable=not progress, leave=False):
+            batch = collator.true_batch([rows[i] for i in places])
             ids, mask = (batch[name].to(layers.device) for name in ("input_ids", "attention_mask"))
             num_tokens += int(mask.sum())
             with _recorded(layers, mask.bool(), grams):
@@ -121,13 +124,6 @@ def gather_inputs(
 def _projections(layers: UnlearningLayers) -> tuple[str, ...]:
     """Those that learn, and so differ between requests."""
     return ("down", "up") if layers.layers_config.train_down else ("up",)
-
-
-def _by_length(rows: Dataset, batch_size: int) -> list[list[dict[str, Any]]]:
-    """The rows in batches, those of like length together."""
-    text = "prompt" if "prompt" in rows.column_names else "input_ids"
-    ordered = sorted(rows, key=lambda row: len(str(row[text])))
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
 def fuse(

@@ -18,7 +18,7 @@ from torch import nn
 
 from ..collator import ForgetRetainCollator, completion_text
 from ..data.encoding import RowEncoder
-from .likelihood import check_rows
+from .likelihood import check_completions
 from .scoring import score_completions
 
 JAILBREAKS = (
@@ -286,9 +286,7 @@ def _check_text(text: str) -> None:
 
 
 def _check_prompts(rows: Dataset) -> None:
-    check_rows(rows)
-    if missing := {"prompt", "completion"} - set(rows.column_names):
-        raise ValueError(f"rows lack {sorted(missing)}; they have {rows.column_names}.")
+    check_completions(rows)
     if not isinstance(rows[0]["prompt"], str):
         raise TypeError(
             f"prompts are of the type {type(rows[0]['prompt']).__name__}; these attacks change texts. Render "

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base import evaluation_mode
+from ..batches import by_length
 from ..collator import ForgetRetainCollator
 from ..forward import as_it_was, learns_itself
 from ..prefix import logits_at, response_positions, unwrapped
 from ..terms import IGNORE_INDEX, KLDivergence
-from .batches import by_length
 from .scoring import response_logits
 
 REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")
@@ -81,6 +81,13 @@ def check_rows(rows: Dataset) -> None:
         raise TypeError(f"rows are a {type(rows).__name__}; expected a datasets.Dataset: Dataset.from_list([...]).")
     if len(rows) == 0:
         raise ValueError("there are no rows to evaluate; expected at least one.")
+
+
+def check_completions(rows: Dataset) -> None:
+    """Raise unless these are rows with a prompt and a completion."""
+    check_rows(rows)
+    if missing := {"prompt", "completion"} - set(rows.column_names):
+        raise ValueError(f"rows lack {sorted(missing)}; they have {rows.column_names}.")
 
 
 def response_batches(

@@ -21,20 +21,19 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from ..base import evaluation_mode, keep_4bit_differentiable
+from ..batches import shuffled
 from ..collator import ForgetRetainCollator, completion_text
 from ..prefix import response_positions, unwrapped
 from ..terms import IGNORE_INDEX, token_nll
 from .embeddings import response_embeddings
-from .likelihood import check_rows
+from .likelihood import check_completions
 from .scoring import response_logits, score_completions
 
 
 def check_disjoint(rows: Dataset, held_out: Dataset) -> None:
     """Raise unless both are rows to score, and none of the one stands in the other."""
     for some in (rows, held_out):
-        check_rows(some)
-        if missing := {"prompt", "completion"} - set(some.column_names):
-            raise ValueError(f"rows lack {sorted(missing)}; they have {some.column_names}.")
+        check_completions(some)
     if both := {str(prompt) for prompt in rows["prompt"]} & {str(prompt) for prompt in held_out["prompt"]}:
         raise ValueError(f"{len(both)} prompts stand in both sets, such as {min(both)!r}; hold out other rows.")
 
@@ -95,14 +94,13 @@ def relearn(
     before = [parameter.detach().to("cpu", copy=True) for parameter in learning]
     # Small steps would be rounded away in 16 bit.
     masters = [p.detach().float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in learning]
-    device, generator, order = learning[0].device, torch.Generator().manual_seed(seed), list[int]()
+    device, batches = learning[0].device, shuffled(len(rows), train_batch_size, torch.Generator().manual_seed(seed))
     keep_4bit_differentiable(model)
     try:
         optimiser = optimizer(masters, lr=lr)
         with evaluation_mode(model):
             for step in tqdm(range(1, max(at) + 1), desc=progress, disable=progress is None, leave=False):
-                order = order or torch.randperm(len(rows), generator=generator).tolist()
-                places, order = order[:train_batch_size], order[train_batch_size:]
+                places = next(batches)
                 batch = {name: x.to(device) for name, x in collator.true_batch([rows[i] for i in places]).items()}
                 positions, targets = response_positions(batch["labels"])
                 losses = token_nll(response_logits(model, batch, positions), targets)

@@ -108,13 +108,9 @@ def numbers_of(measurements: Sequence[Measurement]) -> list[Number]:
             continue
         found += _means(seeds)
         if seeds[0].measure == "questions":
-            is_forget = seeds[0].rows == "forget"
-            as_one = truth_ratio_on_forget if is_forget else truth_ratio_on_retain
-            values = [as_one(np.asarray(one.per_row["truth_ratio"])) for one in seeds]
-            name = "truth_ratio_on_forget" if is_forget else "truth_ratio_on_retain"
-            found.append(_number(seeds, name, _over_seeds(values)))
-        if seeds[0].measure == "questions" and seeds[0].rows == "forget":
-            found += _forget_quality(seeds, groups)
+            found += _truth_ratio(seeds)
+            if seeds[0].rows == "forget":
+                found += _forget_quality(seeds, groups)
     return found + _model_utilities(groups)
 
 
@@ -202,6 +198,14 @@ def _perplexity(seeds: Sequence[Measurement]) -> tuple[Interval, str]:
     return _statistic(seeds, ("nats", "tokens"), lambda nats, tokens: float(np.exp(nats.sum() / tokens.sum())))
 
 
+def _truth_ratio(seeds: Sequence[Measurement]) -> list[Number]:
+    """Of TOFU's questions, as one number for sets that are forgotten or kept."""
+    on_forget = seeds[0].rows == "forget"
+    as_one = truth_ratio_on_forget if on_forget else truth_ratio_on_retain
+    values = [as_one(np.asarray(one.per_row["truth_ratio"])) for one in seeds]
+    return [_number(seeds, f"truth_ratio_on_{'forget' if on_forget else 'retain'}", _over_seeds(values))]
+
+
 # ---- against the retrained model ----
 
 
@@ -212,10 +216,7 @@ def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
     theirs, their_unseen = (groups.get((measure, some, "retrained", "")) for some in (rows, UNSEEN))
     found = []
     for attack in seeds[0].per_row:
-        pairs = [
-            (np.asarray(one.per_row[attack]), np.asarray(other.per_row[attack]))
-            for one, other in zip(seeds, unseen, strict=True)
-        ]
+        pairs = _scores(seeds, unseen, attack)
         interval, over = _over_seeds([float(auc(*pair)) for pair in pairs])
         if len(pairs) == 1:
             interval, over = bootstrap_interval(*pairs[0], statistic=auc, num_resamples=NUM_RESAMPLES), "rows"
@@ -225,13 +226,9 @@ def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
             found.append(_number(seeds, name, _over_seeds(rates), attack))
         if model == "retrained" or theirs is None or their_unseen is None or attack not in theirs[0].per_row:
             continue
-        retrained = [
-            (np.asarray(one.per_row[attack]), np.asarray(other.per_row[attack]))
-            for one, other in zip(theirs, their_unseen, strict=True)
-        ]
         compared = [
             compare_with_retrained(*pair, *other, num_resamples=NUM_RESAMPLES)
-            for pair, other in zip(pairs, retrained, strict=True)
+            for pair, other in zip(pairs, _scores(theirs, their_unseen, attack), strict=True)
         ]
         difference, over = _over_seeds([one.difference.estimate for one in compared])
         if len(compared) == 1:
@@ -242,6 +239,16 @@ def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
         if len(leaks) == len(compared):
             found.append(_number(seeds, "priv_leak", _over_seeds(leaks), attack))
     return found
+
+
+def _scores(
+    members: Sequence[Measurement], unseen: Sequence[Measurement], attack: str
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """An attack's scores of members and of unseen rows, for each seed."""
+    return [
+        (np.asarray(one.per_row[attack]), np.asarray(other.per_row[attack]))
+        for one, other in zip(members, unseen, strict=True)
+    ]
 
 
 def _forget_quality(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:

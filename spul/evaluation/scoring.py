@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base import evaluation_mode
+from ..batches import by_length
 from ..collator import ForgetRetainCollator, completion_text
 from ..prefix import logits_at, response_positions
 from ..terms import IGNORE_INDEX, token_nll
 from ..unlearner import SoftPromptUnlearner
-from .batches import by_length
 
 # Beyond so many different completions a set is free-form: its rows' answers are not classes to each other.
 MAX_CLASSES = 32

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..base import evaluation_mode, keep_4bit_differentiable, max_positions
+from ..batches import shuffled
 from ..collator import ForgetRetainCollator
 from ..prefix import bare_model, expand_states, logits_at, prompt_states, response_positions, unwrapped
 from ..terms import IGNORE_INDEX, token_nll
@@ -104,11 +105,9 @@ def soft_suffix(
             start = embed(torch.randint(embed.weight.shape[0], (num_virtual_tokens,), generator=generator).to(device))
         suffix = nn.Parameter(start.to(torch.promote_types(start.dtype, torch.float32)))
         optimiser = torch.optim.AdamW([suffix], lr, weight_decay=0.0)
-        order: list[int] = []
+        batches = shuffled(len(few), batch_size, generator)
         for _ in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
-            if not order:
-                order = torch.randperm(len(few), generator=generator).tolist()
-            places, order = order[:batch_size], order[batch_size:]
+            places = next(batches)
             batch = {name: value.to(device) for name, value in roomy.true_batch([few[i] for i in places]).items()}
             positions, targets = response_positions(batch["labels"])
             optimiser.zero_grad()

@@ -154,16 +154,14 @@ class Suite:
         variants: Sequence[str] = ("",),
     ) -> Task:
         """A task whose function gives `per_row` and `overall` for each variant, of one model."""
-        num_rows = len(rows)
-        digest = digest_of_rows(rows)[:16]
 
         def measured() -> list[Measurement]:
             with self.subject(model) as subject:
                 found = run(subject)
             assert tuple(found) == tuple(variants)
+            about: dict[str, Any] = {"num_rows": len(rows), "digest": digest_of_rows(rows)[:16]}
             return [
-                Measurement(measure, rows_name, model, variant, **{"num_rows": num_rows, "digest": digest, **values})
-                for variant, values in found.items()
+                Measurement(measure, rows_name, model, variant, **about | values) for variant, values in found.items()
             ]
 
         return Task(tuple((measure, rows_name, model, variant) for variant in variants), measured)
