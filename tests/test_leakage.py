@@ -47,6 +47,14 @@ def test_true_positive_rate_by_hand():
         auc(others, others[:0])
 
 
+def test_true_positive_rate_of_several_samples_at_once_is_that_of_each():
+    members, others = normal(0, 1, 80).reshape(4, 20).round(1), normal(1, 0, 200).reshape(4, 50).round(1)
+    for at in (0.01, 0.1, 1.0):
+        each = [plain_rate(some, other, at) for some, other in zip(members, others, strict=True)]
+        np.testing.assert_allclose(true_positive_rate(members, others, at), each)
+        np.testing.assert_allclose(true_positive_rate(members.T, others.T, at, axis=0), each)
+
+
 def test_verdicts_are_two_sided():
     """The retrained model tells nothing apart; too high and too low both betray."""
     retrained = normal(0, 0, 300), normal(1, 0, 300)
@@ -87,6 +95,21 @@ def test_extremes_and_bad_input():
         compare_with_retrained(high, low, low[:4], high)
     with pytest.raises(ValueError, match="none of them NaN"):
         compare_with_retrained(high * np.nan, low, low, high)
+
+
+def test_priv_leak_has_the_interval_of_rows_drawn_for_both_models():
+    members, others = normal(0, 1.5, 200), normal(1, 0, 200)
+    retrained = normal(2, 0.3, 200), normal(3, 0, 200)
+    found = compare_with_retrained(members, others, *retrained).priv_leak
+    assert found.estimate == priv_leak(auc(members, others), auc(*retrained))
+    draws = np.random.default_rng(7)
+    plain = []
+    for _ in range(2_000):
+        i, j = draws.integers(200, size=(2, 200))
+        plain.append(priv_leak(auc(members[i], others[j]), auc(retrained[0][i], retrained[1][j])))
+    # BCa shifts percentile ends a little
+    assert (found.low, found.high) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=2.5)
+    assert np.isnan(compare_with_retrained(members, others, others + 9, others).priv_leak.estimate)
 
 
 def test_priv_leak_has_muses_sign():

@@ -119,6 +119,10 @@ def test_membership_gives_scikit_learns_auc_and_rates_of_either_direction():
         false, true, _ = roc_curve([1] * 150 + [0] * 150, scores, drop_intermediate=False)
         assert number(name).value == pytest.approx(max(t for f, t in zip(false, true, strict=True) if f <= 0.01))
     assert number("reversed_true_positive_rate").value > number("true_positive_rate").value
+    for name in ("true_positive_rate", "reversed_true_positive_rate"):
+        assert 0 <= number(name).low <= number(name).value <= number(name).high <= 1
+        assert number(name).low < number(name).high
+    assert {one.over for one in found.numbers} == {"rows"}
     assert {one.rows for one in found.numbers} == {"train_forget"}
 
 
@@ -136,7 +140,9 @@ def test_the_difference_to_the_retrained_model_has_a_verdict_by_its_interval():
 
 def test_priv_leak_is_by_its_formula_and_the_retrained_model_is_not_compared_with_itself():
     found = evaluate(*membership())
-    leak = found.number("membership", "train_forget", "priv_leak", variant="loss").value
+    number = found.number("membership", "train_forget", "priv_leak", variant="loss")
+    leak = number.value
+    assert number.low < leak < number.high
     assert leak == pytest.approx(100 * (area("retrained") - area("unlearned")) / (1 - area("retrained")))
     assert {one.name for one in found.numbers if one.model == "retrained"} == {
         *("auc", "true_positive_rate", "reversed_true_positive_rate"),
@@ -172,7 +178,11 @@ def test_model_utility_is_the_harmonic_mean_of_nine_means():
         nine += [mean if name == "retain" else mean + 0.1, mean + 0.15, 1 - mean]
     (one,) = [one for one in found.numbers if one.name == "model_utility"]
     assert one.value == pytest.approx(hmean(nine))
+    assert one.low < one.value < one.high
     assert one.better == "high"
+    ratio = found.number("questions", "retain", "truth_ratio_on_retain")
+    assert ratio.value == pytest.approx(0.55)
+    assert ratio.low < ratio.value < ratio.high
 
 
 def test_forget_quality_is_the_p_value_against_the_retrained_model():

@@ -6,12 +6,12 @@ far *below* one half shows just as plainly as one above that these rows were tre
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import mannwhitneyu
-from sklearn.metrics import roc_curve
 
 from .intervals import Interval, bootstrap_interval
 
@@ -36,15 +36,16 @@ def auc(members: np.ndarray, non_members: np.ndarray, axis: int = -1) -> np.ndar
     return found.statistic / (np.shape(members)[axis] * np.shape(non_members)[axis])
 
 
-def true_positive_rate(members: np.ndarray, non_members: np.ndarray, at: float = 0.01) -> float:
+def true_positive_rate(members: np.ndarray, non_members: np.ndarray, at: float = 0.01, axis: int = -1) -> np.ndarray:
     """The largest share of members found while at most a share `at` of non-members is taken for some: low is better.
 
     With fewer than `1 / at` non-members not a single one may be; a note of how many there are belongs beside it.
 
     Args:
-        members: scores, (rows,).
-        non_members: scores, (rows,).
+        members: scores, (rows,), or more dimensions for several samples at once.
+        non_members: scores.
         at: the false-positive rate, above 0 and at most 1.
+        axis: along which the rows lie.
 
     Raises:
         ValueError: if `at` is out of range, or there are no members, or no non-members.
@@ -54,9 +55,13 @@ def true_positive_rate(members: np.ndarray, non_members: np.ndarray, at: float =
     if not 0 < at <= 1:
         raise ValueError(f"at={at!r}; expected a false-positive rate above 0 and at most 1, such as 0.01.")
     _check_both(members, non_members)
-    labels = np.repeat([1, 0], [len(members), len(non_members)])
-    false, true, _ = roc_curve(labels, np.concatenate([members, non_members]), drop_intermediate=False)
-    return float(true[false <= at].max())
+    members, non_members = np.moveaxis(members, axis, -1), np.moveaxis(non_members, axis, -1)
+    num = non_members.shape[-1]
+    allowed = int(np.floor(at * num + 1e-9))  # a share of 0.3 of ten rows is three
+    if allowed >= num:
+        return np.ones(members.shape[:-1])[()]
+    first_refused = np.partition(non_members, num - 1 - allowed, axis=-1)[..., num - 1 - allowed]
+    return (members > first_refused[..., None]).mean(axis=-1)
 
 
 def _check_both(members: np.ndarray, non_members: np.ndarray) -> None:
@@ -87,7 +92,11 @@ def priv_leak(auc_found: float, retrained_auc: float) -> float:
         raise ValueError(
             f"auc_found={auc_found!r}, retrained_auc={retrained_auc!r}; expected both in 0..1, and the second below 1."
         )
-    return float(100 * ((1 - auc_found) - (1 - retrained_auc)) / (1 - retrained_auc))
+    return float(_leak(auc_found, retrained_auc))
+
+
+def _leak(auc_found: Any, retrained_auc: Any) -> Any:
+    return 100 * ((1 - auc_found) - (1 - retrained_auc)) / (1 - retrained_auc)
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,7 @@ class Leakage:
         auc: of the unlearned model.
         retrained_auc: of the retrained model.
         difference: the first less the second, with its interval over rows; 0 is best.
+        priv_leak: MUSE's form of it, in percent, likewise; NaN where `retrained_auc` is 1.
         true_positive_rate: members found by their high scores, at the false-positive rate asked for.
         reversed_true_positive_rate: members found by their low scores: what an attacker has of rows made unlikely.
         retrained_true_positive_rate: as the first of these, of the retrained model.
@@ -109,6 +119,7 @@ class Leakage:
     auc: float
     retrained_auc: float
     difference: Interval
+    priv_leak: Interval
     true_positive_rate: float
     reversed_true_positive_rate: float
     retrained_true_positive_rate: float
@@ -149,14 +160,19 @@ def compare_with_retrained(
             f"{[x.shape for x in theirs]}; expected scores of the same rows by both models, none of them NaN."
         )
 
-    def difference(i: np.ndarray, j: np.ndarray, axis: int = -1) -> np.ndarray:
-        i, j = i.astype(int), j.astype(int)
-        return auc(ours[0][i], ours[1][j], axis) - auc(theirs[0][i], theirs[1][j], axis)
+    def over_rows(compare: Callable[[Any, Any], Any]) -> Interval:
+        """A comparison of the two AUCs, with its interval."""
 
-    drawn = (np.arange(len(x)) for x in ours)
-    found = bootstrap_interval(
-        *drawn, statistic=difference, confidence=confidence, num_resamples=num_resamples, seed=seed
-    )
+        def compared(i: np.ndarray, j: np.ndarray, axis: int = -1) -> np.ndarray:
+            i, j = i.astype(int), j.astype(int)
+            return compare(auc(ours[0][i], ours[1][j], axis), auc(theirs[0][i], theirs[1][j], axis))
+
+        drawn = (np.arange(len(x)) for x in ours)
+        return bootstrap_interval(
+            *drawn, statistic=compared, confidence=confidence, num_resamples=num_resamples, seed=seed
+        )
+
+    found = over_rows(np.subtract)
     low, high = found.low, found.high
     if np.isnan(low) and min(len(x) for x in ours) > 1:
         low = high = found.estimate  # whatever rows are drawn, the difference is this one
@@ -165,9 +181,10 @@ def compare_with_retrained(
         auc=float(auc(ours[0], ours[1])),
         retrained_auc=float(auc(theirs[0], theirs[1])),
         difference=found,
-        true_positive_rate=true_positive_rate(ours[0], ours[1], at),
-        reversed_true_positive_rate=true_positive_rate(-ours[0], -ours[1], at),
-        retrained_true_positive_rate=true_positive_rate(theirs[0], theirs[1], at),
-        retrained_reversed_true_positive_rate=true_positive_rate(-theirs[0], -theirs[1], at),
+        priv_leak=over_rows(_leak) if auc(theirs[0], theirs[1]) < 1 else Interval(np.nan, np.nan, np.nan),
+        true_positive_rate=float(true_positive_rate(ours[0], ours[1], at)),
+        reversed_true_positive_rate=float(true_positive_rate(-ours[0], -ours[1], at)),
+        retrained_true_positive_rate=float(true_positive_rate(theirs[0], theirs[1], at)),
+        retrained_reversed_true_positive_rate=float(true_positive_rate(-theirs[0], -theirs[1], at)),
         verdict=verdict,
     )

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from .intervals import Interval, bootstrap_interval, joined_interval
-from .leakage import auc, compare_with_retrained, priv_leak, true_positive_rate
+from .leakage import auc, compare_with_retrained, true_positive_rate
 from .likelihood import truth_ratio_on_forget, truth_ratio_on_retain
 from .tofu import QuestionScores, forget_quality, model_utility
 
@@ -24,6 +24,12 @@ KNOWLEDGE = (
 )
 CLOSE_TO_BASE = ("reverse_kl", "forward_kl", "perplexity")
 SHARES = ("accuracy", "generic")
+# What is said of an attack's scores: of high ones, of high ones as found, of low ones.
+MEMBERSHIP = (
+    ("auc", auc, 1),
+    ("true_positive_rate", true_positive_rate, 1),
+    ("reversed_true_positive_rate", true_positive_rate, -1),
+)
 CLASSES = ("true", "predicted")  # per row the place of a label among the classes; not numbers of their own
 
 
@@ -202,8 +208,8 @@ def _truth_ratio(seeds: Sequence[Measurement]) -> list[Number]:
     """Of TOFU's questions, as one number for sets that are forgotten or kept."""
     on_forget = seeds[0].rows == "forget"
     as_one = truth_ratio_on_forget if on_forget else truth_ratio_on_retain
-    values = [as_one(np.asarray(one.per_row["truth_ratio"])) for one in seeds]
-    return [_number(seeds, f"truth_ratio_on_{'forget' if on_forget else 'retain'}", _over_seeds(values))]
+    found = _statistic(seeds, ("truth_ratio",), as_one)
+    return [_number(seeds, f"truth_ratio_on_{'forget' if on_forget else 'retain'}", found)]
 
 
 # ---- against the retrained model ----
@@ -217,27 +223,30 @@ def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
     found = []
     for attack in seeds[0].per_row:
         pairs = _scores(seeds, unseen, attack)
-        interval, over = _over_seeds([float(auc(*pair)) for pair in pairs])
-        if len(pairs) == 1:
-            interval, over = bootstrap_interval(*pairs[0], statistic=auc, num_resamples=NUM_RESAMPLES), "rows"
-        found.append(_number(seeds, "auc", (interval, over), attack))
-        for name, sign in (("true_positive_rate", 1), ("reversed_true_positive_rate", -1)):
-            rates = [true_positive_rate(sign * members, sign * others) for members, others in pairs]
-            found.append(_number(seeds, name, _over_seeds(rates), attack))
+        for name, statistic, sign in MEMBERSHIP:
+            signed = [(sign * members, sign * others) for members, others in pairs]
+            interval, over = _over_seeds([float(statistic(*pair)) for pair in signed])
+            if len(signed) == 1:
+                interval = bootstrap_interval(*signed[0], statistic=statistic, num_resamples=NUM_RESAMPLES)
+                if statistic is true_positive_rate and interval.estimate in (0, 1):  # however rows are drawn
+                    interval = _share(interval.estimate, len(signed[0][0]))
+                over = "rows"
+            found.append(_number(seeds, name, (interval, over), attack))
         if model == "retrained" or theirs is None or their_unseen is None or attack not in theirs[0].per_row:
             continue
         compared = [
             compare_with_retrained(*pair, *other, num_resamples=NUM_RESAMPLES)
             for pair, other in zip(pairs, _scores(theirs, their_unseen, attack), strict=True)
         ]
-        difference, over = _over_seeds([one.difference.estimate for one in compared])
-        if len(compared) == 1:
-            difference, over = compared[0].difference, "rows"
         verdict = ", ".join(dict.fromkeys(one.verdict for one in compared))
-        found.append(_number(seeds, "auc_difference", (difference, over), attack, verdict))
-        leaks = [priv_leak(one.auc, one.retrained_auc) for one in compared if one.retrained_auc < 1]
-        if len(leaks) == len(compared):
-            found.append(_number(seeds, "priv_leak", _over_seeds(leaks), attack))
+        for name, values, note in (
+            ("auc_difference", [one.difference for one in compared], verdict),
+            ("priv_leak", [one.priv_leak for one in compared], ""),
+        ):
+            if any(math.isnan(value.estimate) for value in values):
+                continue
+            interval, over = (values[0], "rows") if len(values) == 1 else _over_seeds([one.estimate for one in values])
+            found.append(_number(seeds, name, (interval, over), attack, note))
     return found
 
 
@@ -267,14 +276,29 @@ def _model_utilities(groups: Groups) -> list[Number]:
     found = []
     for model in dict.fromkeys(key[2] for key in groups if key[0] == "questions"):
         sets = [groups.get(("questions", rows, model, ""), []) for rows in ("retain", "real_authors", "world_facts")]
-        values = [
-            model_utility(*(QuestionScores(**{k: np.asarray(v) for k, v in one.per_row.items()}) for one in of_seed))
-            for of_seed in zip(*sets, strict=False)
-            if len(of_seed) == len(sets)
-        ]
-        if values:
-            found.append(_number(sets[0], "model_utility", _over_seeds([one["model_utility"] for one in values])))
+        if not all(sets):
+            continue
+        utilities = [_utility_interval(of_seed) for of_seed in zip(*sets, strict=True)]
+        interval, over = _over_seeds([one.estimate for one in utilities])
+        if len(utilities) == 1:
+            interval, over = utilities[0], "rows"
+        found.append(_number(sets[0], "model_utility", (interval, over)))
     return found
+
+
+def _utility_interval(sets: Sequence[Measurement]) -> Interval:
+    """TOFU's model utility of one seed; the questions of each set are drawn for themselves."""
+    columns = [{name: np.asarray(values) for name, values in one.per_row.items()} for one in sets]
+
+    def utility(*drawn: np.ndarray) -> float:
+        scores = [
+            QuestionScores(**{name: values[places.astype(int)] for name, values in of_set.items()})
+            for of_set, places in zip(columns, drawn, strict=True)
+        ]
+        return model_utility(*scores)["model_utility"]
+
+    places = [np.arange(len(of_set["truth_ratio"])) for of_set in columns]
+    return bootstrap_interval(*places, statistic=utility, num_resamples=NUM_RESAMPLES // 4)
 
 
 # ---- how a number is put down ----
