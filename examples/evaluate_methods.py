@@ -34,6 +34,7 @@ from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers
 from spul.augmentation import augmented, rewritings
 from spul.data.sources import read_file, read_hub
 from spul.evaluate import MEASURES
+from spul.evaluation import topic_neighbours
 from spul.evaluation.results import EVALUATION_NAME, Evaluation, join
 from spul.evaluation.suite import AttackSettings
 from spul.report import write_report
@@ -65,11 +66,20 @@ def perturbed_questions(args: argparse.Namespace) -> dict[str, Dataset]:
     return found
 
 
+def near_rows(experiment: Experiment, most: int) -> Dataset:
+    """Of the test retain rows the quarter whose words are most like those of forget rows."""
+    forget, retain = (experiment.rows[split] for split in ("train_forget", "test_retain"))
+    num = min(most, len(retain) // 4)
+    return topic_neighbours(forget, retain, num, experiment.data.format.text_field)
+
+
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--augment", type=float, help="rewritten training rows for each forget row; retain rows get a quarter of that")
     add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
+    add("--turns", nargs="+", type=int, default=[1, 4], help="of other questions and answers, that dilute a prompt")
+    add("--unrelated-texts", type=Path, help="a file of running text, one on each line")
     add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=", ".join(MEASURES))
     add("--row-length", type=int, help="tokens of a row in unlearning and scoring; --max-length unless given")
     parser.set_defaults(output_dir=Path("out/evaluations"))
@@ -107,9 +117,12 @@ def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder
         ),
         base=experiment.load("base") if run.carrier == "full" else None,
         retrained=experiment.load("retrained") if experiment.setup.memorise != "none" else None,
+        neighbours={"same topic": near_rows(experiment, args.attack_rows)},
+        unrelated_texts=args.unrelated_texts.read_text().splitlines() if args.unrelated_texts else (),
         questions=perturbed_questions(args),
         measures=args.measures,
         attacks=AttackSettings(
+            turns=tuple(args.turns),
             num_rows=args.attack_rows,
             wording=WORDINGS.get(field),
             relearn_lr=run.learning_rate,
@@ -164,7 +177,7 @@ def main() -> None:
         name = f"{run.method} ({run.carrier.replace('_', ' ')})" + (", augmented" if args.augment is not None else "")
         if len(args.model) > 1:
             name = f"{name}, {Path(experiment.setup.model).name}"
-        what = [run_settings(run), args.augment, args.row_length, args.attack_rows, sorted(args.measures)]
+        what = [run_settings(run), args.augment, args.row_length, args.attack_rows, args.turns, sorted(args.measures)]
         digest = hashlib.sha256(json.dumps([experiment.identity, *what], sort_keys=True).encode()).hexdigest()[:8]
         folder = args.output_dir / f"{name.replace(' ', '-')}-{experiment.setup.seed}-{digest}"
         tqdm.write(name)

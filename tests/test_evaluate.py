@@ -147,6 +147,16 @@ def test_the_usual_input_attacks_are_made_unless_others_are_given():
         assert "it changes no prompt" in found.left_out[f"input attack 'small letters' on {split}"]
 
 
+def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other_questions():
+    attacks = dataclasses.replace(ATTACKS, inputs=None, turns=(2, 40))
+    with pytest.warns(UserWarning, match="lose"):
+        found = measured(learned(), "input attack", attacks=attacks)
+    assert {one.variant for one in found.measurements if "diluted" in one.variant} == {"diluted, 2 turns"}
+    assert "other questions" in found.left_out["input attack 'diluted, 40 turns'"]
+    with pytest.raises(ValueError, match="turns"):
+        dataclasses.replace(ATTACKS, turns=(0,))
+
+
 def test_halves_are_of_each_prompt_once_and_without_one_in_both():
     repeated = rows("jane", 9).select([0, 1, 2, 3, 3, 3, 4, 5, 0, 6])
     found = measured(make("layers"), "relearning", "soft suffix", splits=make_splits(train_forget=repeated))

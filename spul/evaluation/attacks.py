@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -48,6 +48,7 @@ def usual_attacks(
     seed: int = 0,
     rewrite: Callable[[str], str] | None = None,
     wording: Mapping[str, str] | None = None,
+    turns: Sequence[int] = (1, 4),
 ) -> dict[str, Callable[[Dataset], Dataset]]:
     """The attacks on the input that an evaluation makes unless it is given others.
 
@@ -57,6 +58,7 @@ def usual_attacks(
         seed: seed of the draws.
         rewrite: see `paraphrase`; None leaves it out.
         wording: see `reworded`; None leaves it out. It needs a `text_field`.
+        turns: see `diluted`; more than there are other questions are left out.
     """
     attacks: dict[str, Callable[[Dataset], Dataset]] = {
         "capitals": partial(letter_case, how="upper", text_field=text_field),
@@ -67,7 +69,7 @@ def usual_attacks(
     for i, text in enumerate(JAILBREAKS):
         attacks[f"jailbreak {i + 1} before"] = partial(with_prefix, text=text)
         attacks[f"jailbreak {i + 1} after"] = partial(with_suffix, text=text, text_field=text_field)
-    for num in (1, 4):
+    for num in turns:
         if num < len(set(map(str, filler_rows["prompt"]))):
             attacks["diluted, 1 turn" if num == 1 else f"diluted, {num} turns"] = partial(
                 diluted, filler_rows=filler_rows, num_turns=num, seed=seed
@@ -89,10 +91,13 @@ def inputs(suite: Suite) -> Iterator[Task]:
     attacks = suite.attacks.inputs
     if attacks is None:
         field, filler, how = suite.collator.encoder.text_field, suite.some(suite.splits["test_retain"]), suite.attacks
-        attacks = usual_attacks(field, filler, suite.seed, how.paraphrase, how.wording)
+        attacks = usual_attacks(field, filler, suite.seed, how.paraphrase, how.wording, how.turns)
         for name, given in (("paraphrase", how.paraphrase), ("wording", how.wording)):
             if given is None:
                 suite.left_out[f"input attack by {name}"] = f"give AttackSettings({name}=...)"
+        for num in how.turns:
+            if not any(name.startswith(f"diluted, {num} turn") for name in attacks):
+                suite.left_out[f"input attack 'diluted, {num} turns'"] = f"there are {len(filler)} other questions"
     if WITHOUT in attacks:
         raise ValueError(f"an input attack is called {WITHOUT!r}, as the rows as they are; give it another name.")
     attacks = {WITHOUT: lambda rows: rows, **attacks}

@@ -36,6 +36,7 @@ class AttackSettings:
         inputs: attacks on the input by name, each from rows to attacked rows; `usual_attacks(...)` unless given.
         paraphrase: from a text to one of the same meaning, by a model or by rules; without it that attack is left out.
         wording: what to put in place of which fixed part of the prompts; without it that attack is left out.
+        turns: after how many other questions with their answers to ask; sets with fewer leave the longer ones out.
         num_rows: the most rows of a set that are attacked, drawn at random.
         relearn_rows: how many forget rows are learned again.
         relearn_steps: after which numbers of steps to score.
@@ -53,6 +54,7 @@ class AttackSettings:
     inputs: InputAttacks | None = None
     paraphrase: Callable[[str], str] | None = None
     wording: Mapping[str, str] | None = None
+    turns: tuple[int, ...] = (1, 4)
     num_rows: int = 200
     relearn_rows: int = 16
     relearn_steps: tuple[int, ...] = (1, 4, 16, 32)
@@ -67,7 +69,7 @@ class AttackSettings:
     gradient_norm: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("relearn_steps", "bits", "tries"):
+        for name in ("turns", "relearn_steps", "bits", "tries"):
             values = getattr(self, name)
             if not values or len(set(values)) < len(values) or min(values) < 1:
                 raise ValueError(f"{name}={values}: expected different whole numbers of at least 1.")
