@@ -8,7 +8,14 @@ from functools import partial
 
 from datasets import Dataset, concatenate_datasets
 
-from .evaluation.input_attacks import diluted, letter_case, whitespace_noise, with_prefix, with_suffix
+from .evaluation.input_attacks import (
+    diluted,
+    letter_case,
+    whitespace_noise,
+    with_prefix,
+    with_prompts_changed,
+    with_suffix,
+)
 from .evaluation.likelihood import check_rows
 
 ASIDES = (
@@ -86,10 +93,5 @@ def augmented(
     draws, parts = random.Random(seed), [rows]
     for name, rewrite in ways.items():
         some = rows.select(sorted(draws.sample(range(len(rows)), min(num, len(rows)))))
-        part = rewrite(some)
-        if part["completion"] != some["completion"]:
-            raise ValueError(
-                f"the rewriting {name!r} changes completions or the number of rows; only prompts may change."
-            )
-        parts.append(part)
+        parts.append(with_prompts_changed(some, rewrite, name))
     return concatenate_datasets(parts)

@@ -164,7 +164,7 @@ def test_tokens_that_an_attack_loses_are_told_and_warned_of():
 
 def test_attacks_that_change_answers_and_bad_names_raise():
     model = {"base": build("llama")}
-    with pytest.raises(ValueError, match="change completions"):
+    with pytest.raises(ValueError, match="changes completions"):
         attack_inputs(model, rows(), {"x": lambda some: some.map(lambda row: {"completion": " bad"})}, collator())
     with pytest.raises(ValueError, match="at least one model"):
         attack_inputs({}, rows(), {}, collator())

@@ -235,9 +235,7 @@ def attack_inputs(
             f"models={list(models)}, attacks={list(attacks)}: expected at least one model, and attacks by other names "
             f"than {WITHOUT!r}, which are the rows as they are."
         )
-    sets = {WITHOUT: rows, **{name: attack(rows) for name, attack in attacks.items()}}
-    if changed := [name for name, some in sets.items() if some["completion"] != rows["completion"]]:
-        raise ValueError(f"the attacks {changed} change completions or the number of rows; only prompts may change.")
+    sets = {WITHOUT: rows, **{name: with_prompts_changed(rows, attack, name) for name, attack in attacks.items()}}
     lost = {name: tokens_lost(some, collator) for name, some in sets.items()}
     if cut := {name: round(num, 1) for name, num in lost.items() if num > lost[WITHOUT]}:
         warnings.warn(
@@ -255,6 +253,18 @@ def attack_inputs(
 
 
 # ---- rows ----
+
+
+def with_prompts_changed(rows: Dataset, change: Callable[[Dataset], Dataset], name: str) -> Dataset:
+    """What a change of that name makes of rows, whose completions must stay.
+
+    Raises:
+        ValueError: if they do not.
+    """
+    changed = change(rows)
+    if changed["completion"] != rows["completion"]:
+        raise ValueError(f"{name!r} changes completions or the number of rows; only prompts may change.")
+    return changed
 
 
 def _changed(
