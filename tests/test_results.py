@@ -282,10 +282,11 @@ def test_evaluations_that_measured_different_things_are_not_joined():
 # ---- kept and read again ----
 
 
-def test_what_is_saved_is_read_again_with_its_nans(tmp_path):
+def test_what_is_saved_is_json_and_is_read_again_with_what_is_not_finite(tmp_path):
     found = evaluate(
         *membership(),
-        of("relearning", "train_forget", variant="4 steps", overall={"loss": 2.0, "f1": math.nan}),
+        of("relearning", "train_forget", variant="4 steps", overall={"loss": 2.0, "f1": math.nan, "kl": math.inf}),
+        of("kl", "test_retain", per_row={"reverse_kl": [0.1, math.nan]}),
         lr=0.1,
         names=["a"],
     )
@@ -296,9 +297,15 @@ def test_what_is_saved_is_read_again_with_its_nans(tmp_path):
     assert list(map(repr, again.numbers)) == list(map(repr, found.numbers))  # NaN is not equal to itself
     assert list(map(repr, again.measurements)) == list(map(repr, found.measurements))
     assert any(math.isnan(one.value) for one in again.numbers)
+    assert math.isinf(again.number("relearning", "train_forget", "kl", variant="4 steps").value)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
     text = (tmp_path / "new" / EVALUATION_NAME).read_text(encoding="utf-8")
-    assert "NaN" not in text
-    assert json.loads(text)["settings"] == {"lr": 0.1, "names": ["a"]}
+    assert json.loads(text, parse_constant=refuse)["settings"] == {"lr": 0.1, "names": ["a"]}
+    for line in (tmp_path / "new" / MEASUREMENTS_NAME).read_text(encoding="utf-8").splitlines():
+        json.loads(line, parse_constant=refuse)
 
 
 def test_an_evaluation_that_did_not_end_is_not_loaded(tmp_path):

@@ -66,7 +66,7 @@ class Evaluation:
             "left_out": self.left_out,
             "numbers": [dataclasses.asdict(one) for one in self.numbers],
         }
-        text = json.dumps(_without_nan(record), indent=1, ensure_ascii=False)
+        text = json.dumps(_to_json(record), indent=1, ensure_ascii=False, allow_nan=False)
         (path / EVALUATION_NAME).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
@@ -83,7 +83,7 @@ class Evaluation:
             )
         record = json.loads((path / EVALUATION_NAME).read_text(encoding="utf-8"))
         numbers = [
-            Number(**one | {end: math.nan for end in ("value", "low", "high") if one[end] is None})
+            Number(**one | {end: _from_json(one[end]) for end in ("value", "low", "high")})
             for one in record["numbers"]
         ]
         return cls(record["settings"], read_measurements(path / MEASUREMENTS_NAME), record["left_out"], numbers)
@@ -126,31 +126,47 @@ def read_measurements(path: Path) -> list[Measurement]:
     found = []
     for i, line in enumerate(lines):
         try:
-            found.append(Measurement(**json.loads(line)))
+            record = json.loads(line)
         except json.JSONDecodeError:
             if i + 1 < len(lines):
                 raise ValueError(f"line {i + 1} of {path} is no JSON, and not the last; remove the file.") from None
+            break
+        per_row = {name: [_from_json(value) for value in values] for name, values in record["per_row"].items()}
+        overall = {name: _from_json(value) for name, value in record["overall"].items()}
+        found.append(Measurement(**record | {"per_row": per_row, "overall": overall}))
     return found
 
 
 def append_measurements(path: Path, measurements: Sequence[Measurement]) -> None:
     """As JSON lines at the end of a file."""
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in measurements))
+        file.write(_lines(measurements))
 
 
 def write_measurements(path: Path, measurements: Sequence[Measurement]) -> None:
     """As JSON lines, written whole or not at all."""
     scratch = path.with_suffix(".part")
-    text = "".join(json.dumps(dataclasses.asdict(one)) + "\n" for one in measurements)
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_text(_lines(measurements), encoding="utf-8")
     scratch.replace(path)
 
 
-def _without_nan(value: Any) -> Any:
-    """JSON has no NaN: null instead."""
+def _lines(measurements: Sequence[Measurement]) -> str:
+    records = (_to_json(dataclasses.asdict(one)) for one in measurements)
+    return "".join(json.dumps(record, allow_nan=False) + "\n" for record in records)
+
+
+def _to_json(value: Any) -> Any:
+    """JSON has neither NaN nor infinity: null and a text instead."""
     if isinstance(value, dict):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: _to_json(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_to_json(inner) for inner in value]
+    if not isinstance(value, float) or math.isfinite(value):
+        return value
+    return None if math.isnan(value) else str(value)
+
+
+def _from_json(value: float | str | None) -> float:
+    if value is None:
+        return math.nan
+    return float(value) if isinstance(value, str) else value
