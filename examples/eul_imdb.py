@@ -47,6 +47,7 @@ METHODS = (
     "layers, generic answer, fused",
     "layers, wide, generic answer, fused",
     "prompts distilled",
+    "prompts distilled, one by one",
     "one prompt trained on all",
     "retrained",
 )

@@ -194,7 +194,10 @@ class Requests:
             yield layers, time.perf_counter() - start
 
     def combined(self, how: str) -> Served:
-        """Prompts of each request, made one: one after the other, or distilled, with or without the forget sets."""
+        """Prompts of each request, made one: concatenated, or distilled, with or without the forget sets.
+
+        Distilled from all of them at each request, or one by one: from the one that was served and the new one.
+        """
         folders = []
         for i in range(len(self.train)):
             folder, seconds = self.prompt_of(i)
@@ -206,18 +209,21 @@ class Requests:
                 served = combine(self.base(), folders)
             else:
                 rows = forget_retain_dataset(forget=self.forget(range(i + 1)), retain=self.kept(i))
+                parts = [self.folder / "distilled", folder] if how == "distill one by one" else folders
                 settings: dict[str, Any] = {"loss": self.prompt.loss, "forget_fraction": 0.5}
                 if how == "distill without forget sets":  # only what the prompts do over unmarked rows
                     rows, settings = rows.remove_columns("is_forget").shuffle(seed=self.seed), {}
                 served = combine(
                     self.base(),
-                    folders,
+                    parts,
                     method="distill",
                     train_dataset=rows,
                     data_collator=self.scoring(),
                     args=self.arguments("distill"),
                     **settings,
                 )
+            if how == "distill one by one":
+                served.save_pretrained(str(self.folder / "distilled"))
             yield served, seconds + time.perf_counter() - start
 
     def prompt_on_all(self) -> Served:
@@ -247,6 +253,7 @@ class Requests:
             "layers, wide, generic answer, fused": lambda: self.fused(self.generic_layers, wide=True),
             "prompts concatenated": lambda: self.combined("concatenate"),
             "prompts distilled": lambda: self.combined("distill"),
+            "prompts distilled, one by one": lambda: self.combined("distill one by one"),
             "prompts distilled without forget sets": lambda: self.combined("distill without forget sets"),
             "one prompt trained on all": self.prompt_on_all,
             "retrained": self.retrained,
