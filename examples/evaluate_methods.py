@@ -67,7 +67,7 @@ def perturbed_questions(args: argparse.Namespace) -> dict[str, Dataset]:
 
 
 def near_rows(experiment: Experiment, most: int) -> Dataset:
-    """Of the test retain rows the quarter whose words are most like those of forget rows."""
+    """Of the test retain rows a quarter, or so many, whose words are most like those of forget rows."""
     forget, retain = (experiment.rows[split] for split in ("train_forget", "test_retain"))
     num = min(most, len(retain) // 4)
     return topic_neighbours(forget, retain, num, experiment.data.format.text_field)
@@ -83,7 +83,10 @@ def parse_args() -> argparse.Namespace:
     add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=", ".join(MEASURES))
     add("--row-length", type=int, help="tokens of a row in unlearning and scoring; --max-length unless given")
     parser.set_defaults(output_dir=Path("out/evaluations"))
-    return parsed(parser)
+    args = parsed(parser)
+    path = args.unrelated_texts
+    args.unrelated_texts = [] if path is None else path.read_text(encoding="utf-8").splitlines()
+    return args
 
 
 def trained(args: argparse.Namespace, experiment: Experiment, run: Run, folder: Path) -> Any:
@@ -107,8 +110,16 @@ def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder
     """The evaluation of a run, read if it is there."""
     if (folder / EVALUATION_NAME).exists():
         return Evaluation.load(folder)
-    model = trained(args, experiment, run, folder / "adapter")
+    neighbours = {"same topic": near_rows(experiment, args.attack_rows)} if "neighbours" in args.measures else {}
     field, generic = experiment.data.format.text_field, experiment.data.format.generic_completions
+    attacks = AttackSettings(
+        turns=tuple(args.turns),
+        num_rows=args.attack_rows,
+        wording=WORDINGS.get(field),
+        relearn_lr=run.learning_rate,
+        relearn_model_lr=args.memorise_lr,
+    )
+    model = trained(args, experiment, run, folder / "adapter")
     found = spul.evaluate(
         model,
         experiment.scored,
@@ -117,17 +128,11 @@ def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder
         ),
         base=experiment.load("base") if run.carrier == "full" else None,
         retrained=experiment.load("retrained") if experiment.setup.memorise != "none" else None,
-        neighbours={"same topic": near_rows(experiment, args.attack_rows)},
-        unrelated_texts=args.unrelated_texts.read_text().splitlines() if args.unrelated_texts else (),
+        neighbours=neighbours,
+        unrelated_texts=args.unrelated_texts,
         questions=perturbed_questions(args),
         measures=args.measures,
-        attacks=AttackSettings(
-            turns=tuple(args.turns),
-            num_rows=args.attack_rows,
-            wording=WORDINGS.get(field),
-            relearn_lr=run.learning_rate,
-            relearn_model_lr=args.memorise_lr,
-        ),
+        attacks=attacks,
         output_dir=folder,
         batch_size=args.eval_batch_size,
         seed=experiment.setup.seed,
@@ -178,6 +183,7 @@ def main() -> None:
         if len(args.model) > 1:
             name = f"{name}, {Path(experiment.setup.model).name}"
         what = [run_settings(run), args.augment, args.row_length, args.attack_rows, args.turns, sorted(args.measures)]
+        what.append(args.unrelated_texts)
         digest = hashlib.sha256(json.dumps([experiment.identity, *what], sort_keys=True).encode()).hexdigest()[:8]
         folder = args.output_dir / f"{name.replace(' ', '-')}-{experiment.setup.seed}-{digest}"
         tqdm.write(name)

@@ -148,9 +148,11 @@ def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other
     with pytest.warns(UserWarning, match="lose"):
         found = measured(learned(), "input attack", attacks=attacks)
     assert {one.variant for one in found.measurements if "diluted" in one.variant} == {"diluted, 2 turns"}
-    assert "other questions" in found.left_out["input attack 'diluted, 40 turns'"]
+    assert "more than 40 are needed" in found.left_out["input attack 'diluted, 40 turns'"]
     with pytest.raises(ValueError, match="turns"):
-        dataclasses.replace(ATTACKS, turns=(0,))
+        dataclasses.replace(attacks, turns=(0,))
+    with pytest.raises(ValueError, match="among them"):
+        dataclasses.replace(ATTACKS, turns=(2,))
 
 
 def test_halves_are_of_each_prompt_once_and_without_one_in_both():

@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from spul.evaluation import auc, compare_with_retrained, priv_leak, true_positive_rate
+from spul.evaluation import (
+    auc,
+    auc_interval,
+    bootstrap_interval,
+    compare_with_retrained,
+    priv_leak,
+    true_positive_rate,
+)
 
 
 def normal(seed, mean, num):
@@ -55,6 +62,22 @@ def test_true_positive_rate_of_several_samples_at_once_is_that_of_each():
         np.testing.assert_allclose(true_positive_rate(members.T, others.T, at, axis=0), each)
 
 
+def test_scores_that_are_nan_give_no_rate():
+    scores = np.array([1.0, np.nan, 3.0])
+    for members, others in ((scores, normal(0, 0, 9)), (normal(0, 0, 9), scores)):
+        assert np.isnan(true_positive_rate(members, others))
+        assert np.isnan(true_positive_rate(members, others, at=1.0))
+
+
+def test_the_interval_of_an_auc_is_that_of_the_plain_statistic():
+    members, others = normal(0, 0.5, 60).round(1), normal(1, 0, 45).round(1)  # there are ties
+    fast = auc_interval(members, others, num_resamples=500, seed=3)
+    plain = bootstrap_interval(members, others, statistic=auc, num_resamples=500, seed=3)
+    assert (fast.estimate, fast.low, fast.high) == pytest.approx((plain.estimate, plain.low, plain.high), abs=1e-12)
+    with pytest.raises(ValueError, match="NaN"):
+        auc_interval(np.array([0.1, np.nan]), others)
+
+
 def test_verdicts_are_two_sided():
     """The retrained model tells nothing apart; too high and too low both betray."""
     retrained = normal(0, 0, 300), normal(1, 0, 300)
@@ -66,7 +89,8 @@ def test_verdicts_are_two_sided():
     assert found[2].true_positive_rate > 0.2 > 0.05 > found[2].reversed_true_positive_rate
     assert found[-2].reversed_true_positive_rate > 0.2 > 0.05 > found[-2].true_positive_rate
     assert found[2].retrained_auc == found[-2].retrained_auc == auc(*retrained)
-    assert found[2].difference.low < found[2].difference.estimate == found[2].auc - found[2].retrained_auc
+    assert found[2].difference.estimate == pytest.approx(found[2].auc - found[2].retrained_auc)
+    assert found[2].difference.low < found[2].difference.estimate
 
 
 def test_a_model_like_the_retrained_is_not_told_apart_though_its_auc_is_far_from_one_half():
@@ -101,7 +125,7 @@ def test_priv_leak_has_the_interval_of_rows_drawn_for_both_models():
     members, others = normal(0, 1.5, 200), normal(1, 0, 200)
     retrained = normal(2, 0.3, 200), normal(3, 0, 200)
     found = compare_with_retrained(members, others, *retrained).priv_leak
-    assert found.estimate == priv_leak(auc(members, others), auc(*retrained))
+    assert found.estimate == pytest.approx(priv_leak(auc(members, others), auc(*retrained)))
     draws = np.random.default_rng(7)
     plain = []
     for _ in range(2_000):
@@ -110,6 +134,10 @@ def test_priv_leak_has_the_interval_of_rows_drawn_for_both_models():
     # BCa shifts percentile ends a little
     assert (found.low, found.high) == pytest.approx(np.percentile(plain, [2.5, 97.5]), abs=2.5)
     assert np.isnan(compare_with_retrained(members, others, others + 9, others).priv_leak.estimate)
+    # Among few rows some draws have a retrained AUC of 1.
+    few = compare_with_retrained(members[:9], others[:9], np.r_[np.full(8, 9.0), 0.0], others[:9]).priv_leak
+    assert np.isfinite(few.estimate)
+    assert np.isnan([few.low, few.high]).all()
 
 
 def test_priv_leak_has_muses_sign():

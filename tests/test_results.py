@@ -8,7 +8,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import bootstrap, hmean, ks_2samp
+from scipy.stats import binomtest, bootstrap, hmean, ks_2samp
 from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 
 import spul.evaluation.numbers as numbers_module
@@ -124,6 +124,19 @@ def test_membership_gives_scikit_learns_auc_and_rates_of_either_direction():
         assert number(name).low < number(name).high
     assert {one.over for one in found.numbers} == {"rows"}
     assert {one.rows for one in found.numbers} == {"train_forget"}
+
+
+def test_a_rate_of_0_or_1_has_the_wider_of_both_intervals():
+    """One unseen row beyond all members sets the threshold, unless it is not drawn."""
+    rng = np.random.default_rng(0)
+    members, others = rng.normal(2, 0.2, 50), np.r_[rng.normal(0, 0.2, 49), 9.0]
+    scores = {("unlearned", "train_forget"): members.tolist(), ("unlearned", "unseen"): others.tolist()}
+    number = evaluate(*membership(scores)).number("membership", "train_forget", "true_positive_rate", variant="loss")
+    assert (number.value, number.low, number.high) == (0, 0, 1)
+    scores["unlearned", "unseen"] = rng.normal(9, 0.2, 50).tolist()  # whatever is drawn
+    number = evaluate(*membership(scores)).number("membership", "train_forget", "true_positive_rate", variant="loss")
+    assert number.value == number.low == 0
+    assert number.high == pytest.approx(binomtest(0, 50).proportion_ci(method="wilson").high)
 
 
 def test_the_difference_to_the_retrained_model_has_a_verdict_by_its_interval():

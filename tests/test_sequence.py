@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import build, make_tokenizer
 from test_trainer import GENERIC, rows
 
+from spul import SoftPromptUnlearner
 from spul.eul import UnlearningLayersConfig
 from spul.methods import unlearning_method
 
@@ -74,6 +76,27 @@ def test_every_method_serves_after_every_request_and_nothing_is_done_twice(make_
     assert len(requests.retrained_on) == 2
     run(requests, path, order=1)
     assert len(requests.retrained_on) == 4, "another order is another run"
+
+
+def test_prompts_distilled_one_by_one_go_on_from_the_one_that_is_served(make_requests, monkeypatch, tmp_path):
+    import sequence
+
+    requests = make_requests
+    requests.train, requests.test = [rows(name, 4) for name in ("jane", "doe", "good")], []
+    virtual_tokens, made = sequence.combine.__globals__["virtual_tokens"], []
+    really = sequence.combine
+
+    def combine(base, parts, **kwargs):
+        names = [Path(part).name for part in parts]
+        start = [virtual_tokens(SoftPromptUnlearner.from_pretrained(build("llama"), part)).clone() for part in parts]
+        made.append((names, start))
+        return really(base, parts, **kwargs)
+
+    monkeypatch.setattr(sequence, "combine", combine)
+    served = [virtual_tokens(model).clone() for model, _ in requests.combined("distill one by one")]
+    assert [names for names, _ in made] == [["distilled", "prompt-1"], ["distilled", "prompt-2"]]
+    for before, (_, (start, _)) in zip(served, made, strict=False):
+        torch.testing.assert_close(start, before)
 
 
 def test_seconds_count_the_training_of_a_requests_own_part_once_it_is_there_too(make_requests):

@@ -15,7 +15,7 @@ from .input_attacks import (
     with_suffix,
 )
 from .intervals import Interval, bootstrap_interval, joined_interval
-from .leakage import Leakage, auc, compare_with_retrained, priv_leak, true_positive_rate
+from .leakage import Leakage, auc, auc_interval, compare_with_retrained, priv_leak, true_positive_rate
 from .likelihood import (
     Divergences,
     Likelihood,
@@ -73,6 +73,7 @@ __all__ = [
     "attack_inputs",
     "attack_scores",
     "auc",
+    "auc_interval",
     "bootstrap_interval",
     "cluster_neighbours",
     "compare_with_retrained",

@@ -59,7 +59,7 @@ def usual_attacks(
         seed: seed of the draws.
         rewrite: see `paraphrase`; None leaves it out.
         wording: see `reworded`; None leaves it out. It needs a `text_field`.
-        turns: see `diluted`; more than there are other questions are left out.
+        turns: see `diluted`; as many as there are different questions, or more, are left out.
     """
     attacks: dict[str, Callable[[Dataset], Dataset]] = {
         "capitals": partial(letter_case, how="upper", text_field=text_field),
@@ -96,9 +96,12 @@ def inputs(suite: Suite) -> Iterator[Task]:
         for name, given in (("paraphrase", how.paraphrase), ("wording", how.wording)):
             if given is None:
                 suite.left_out[f"input attack by {name}"] = f"give AttackSettings({name}=...)"
+        different = len(set(filler["prompt"]))
         for num in how.turns:
-            if not any(name.startswith(f"diluted, {num} turn") for name in attacks):
-                suite.left_out[f"input attack 'diluted, {num} turns'"] = f"there are {len(filler)} other questions"
+            if num >= different:
+                suite.left_out[f"input attack 'diluted, {num} turns'"] = (
+                    f"test_retain has {different} different questions, and more than {num} are needed"
+                )
     if WITHOUT in attacks:
         raise ValueError(f"an input attack is called {WITHOUT!r}, as the rows as they are; give it another name.")
     attacks = {WITHOUT: lambda rows: rows, **attacks}

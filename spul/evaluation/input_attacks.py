@@ -256,10 +256,15 @@ def attack_inputs(
 
 
 def with_prompts_changed(rows: Dataset, change: Callable[[Dataset], Dataset], name: str) -> Dataset:
-    """What a change of that name makes of rows, whose completions must stay.
+    """What a change makes of rows, whose completions must stay.
+
+    Args:
+        rows: `prompt`, a text, and `completion`.
+        change: from rows to changed rows.
+        name: of the change, for the message.
 
     Raises:
-        ValueError: if they do not.
+        ValueError: if completions change.
     """
     changed = change(rows)
     if changed["completion"] != rows["completion"]:

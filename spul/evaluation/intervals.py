@@ -123,13 +123,13 @@ def joined_interval(
 
     def mean(seeds: np.ndarray, rows: np.ndarray, axis: int = -1) -> np.ndarray:
         """Of what was drawn: every drawn row under every drawn seed counts once, so weights say it all."""
-        of_seeds, of_rows = _counts(seeds, values.shape[0]), _counts(rows, values.shape[1])
+        of_seeds, of_rows = draw_counts(seeds, values.shape[0]), draw_counts(rows, values.shape[1])
         return ((of_seeds @ values) * of_rows).sum(axis=axis) / (seeds.shape[axis] * rows.shape[axis])
 
     return bootstrap_interval(*(np.arange(num) for num in values.shape), statistic=mean, **options)
 
 
-def _counts(drawn: np.ndarray, num: int) -> np.ndarray:
+def draw_counts(drawn: np.ndarray, num: int) -> np.ndarray:
     """How often each of `num` was drawn: (..., draws) to (..., num)."""
     flat = drawn.reshape(-1, drawn.shape[-1]).astype(int)
     offsets = np.arange(len(flat))[:, None] * num

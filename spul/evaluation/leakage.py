@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from scipy.stats import mannwhitneyu
 
-from .intervals import Interval, bootstrap_interval
+from .intervals import Interval, bootstrap_interval, draw_counts
 
 Verdict = Literal["under-forgotten", "over-forgotten", "not told apart"]
 
@@ -21,7 +21,8 @@ Verdict = Literal["under-forgotten", "over-forgotten", "not told apart"]
 def auc(members: np.ndarray, non_members: np.ndarray, axis: int = -1) -> np.ndarray:
     """The area under the ROC curve: how often a member scores higher than a non-member, ties counting half.
 
-    One half is chance. Best is the AUC that a retrained model has: see `compare_with_retrained`.
+    One half is chance. Best is the AUC that a retrained model has: see `compare_with_retrained`. For its interval take
+    `auc_interval`.
 
     Args:
         members: scores, (rows,), or more dimensions for several samples at once.
@@ -36,6 +37,43 @@ def auc(members: np.ndarray, non_members: np.ndarray, axis: int = -1) -> np.ndar
     return found.statistic / (np.shape(members)[axis] * np.shape(non_members)[axis])
 
 
+def auc_interval(
+    members: np.ndarray, non_members: np.ndarray, confidence: float = 0.95, num_resamples: int = 2_000, seed: int = 0
+) -> Interval:
+    """The AUC with its bootstrap interval, fast.
+
+    Args:
+        members: scores, (rows,).
+        non_members: scores, (rows,).
+        confidence, num_resamples, seed: as `bootstrap_interval`.
+
+    Raises:
+        ValueError: as `bootstrap_interval`, and if a score is NaN.
+    """
+    found = _drawn_auc(members, non_members)
+    places = np.arange(len(members)), np.arange(len(non_members))
+    return bootstrap_interval(*places, statistic=found, confidence=confidence, num_resamples=num_resamples, seed=seed)
+
+
+def _drawn_auc(members: np.ndarray, non_members: np.ndarray) -> Callable[..., np.ndarray]:
+    """The AUC of drawn rows, as a function of their places, thousands of draws at once: nothing is sorted again."""
+    if np.isnan(members).any() or np.isnan(non_members).any():
+        raise ValueError("scores are NaN; expected numbers.")
+    order = np.argsort(non_members)
+    below, upto = (np.searchsorted(non_members[order], members, side) for side in ("left", "right"))
+    place = np.argsort(order)
+
+    def of_drawn(i: np.ndarray, j: np.ndarray, axis: int = -1) -> np.ndarray:
+        i, j = np.moveaxis(i, axis, -1).astype(int), np.moveaxis(j, axis, -1).astype(int)
+        passed = draw_counts(place[j], len(order)).cumsum(axis=-1)
+        passed = np.concatenate([np.zeros_like(passed[..., :1]), passed], axis=-1)
+        wins = passed[..., below] + passed[..., upto]  # of each member over the drawn non-members, twice
+        drawn = np.take_along_axis(wins, i, axis=-1)
+        return drawn.mean(axis=-1) / (2 * j.shape[-1])
+
+    return of_drawn
+
+
 def true_positive_rate(members: np.ndarray, non_members: np.ndarray, at: float = 0.01, axis: int = -1) -> np.ndarray:
     """The largest share of members found while at most a share `at` of non-members is taken for some: low is better.
 
@@ -46,6 +84,9 @@ def true_positive_rate(members: np.ndarray, non_members: np.ndarray, at: float =
         non_members: scores.
         at: the false-positive rate, above 0 and at most 1.
         axis: along which the rows lie.
+
+    Returns:
+        The rate; NaN where a score is NaN.
 
     Raises:
         ValueError: if `at` is out of range, or there are no members, or no non-members.
@@ -59,9 +100,11 @@ def true_positive_rate(members: np.ndarray, non_members: np.ndarray, at: float =
     num = non_members.shape[-1]
     allowed = int(np.floor(at * num + 1e-9))  # a share of 0.3 of ten rows is three
     if allowed >= num:
-        return np.ones(members.shape[:-1])[()]
-    first_refused = np.partition(non_members, num - 1 - allowed, axis=-1)[..., num - 1 - allowed]
-    return (members > first_refused[..., None]).mean(axis=-1)
+        first_refused = np.full(members.shape[:-1], -np.inf)
+    else:
+        first_refused = np.partition(non_members, num - 1 - allowed, axis=-1)[..., num - 1 - allowed]
+    unknown = np.isnan(members).any(axis=-1) | np.isnan(non_members).any(axis=-1)
+    return np.where(unknown, np.nan, (members > first_refused[..., None]).mean(axis=-1))
 
 
 def _check_both(members: np.ndarray, non_members: np.ndarray) -> None:
@@ -107,7 +150,8 @@ class Leakage:
         auc: of the unlearned model.
         retrained_auc: of the retrained model.
         difference: the first less the second, with its interval over rows; 0 is best.
-        priv_leak: MUSE's form of it, in percent, likewise; NaN where `retrained_auc` is 1.
+        priv_leak: MUSE's form of it, in percent, likewise; NaN where `retrained_auc` is 1, and its interval where that
+            is so of some draws.
         true_positive_rate: members found by their high scores, at the false-positive rate asked for.
         reversed_true_positive_rate: members found by their low scores: what an attacker has of rows made unlikely.
         retrained_true_positive_rate: as the first of these, of the retrained model.
@@ -145,7 +189,7 @@ def compare_with_retrained(
         retrained_members: scores of the same forget rows, in the same order, by the retrained model.
         retrained_non_members: scores of the same unseen rows by the retrained model.
         at: false-positive rate of the true-positive rates.
-        confidence: of the interval.
+        confidence: of the intervals.
         num_resamples: of the bootstrap; a row drawn is drawn for both models.
         seed: seed of the draws.
 
@@ -160,17 +204,21 @@ def compare_with_retrained(
             f"{[x.shape for x in theirs]}; expected scores of the same rows by both models, none of them NaN."
         )
 
+    our_auc, their_auc = _drawn_auc(ours[0], ours[1]), _drawn_auc(theirs[0], theirs[1])
+
     def over_rows(compare: Callable[[Any, Any], Any]) -> Interval:
         """A comparison of the two AUCs, with its interval."""
 
         def compared(i: np.ndarray, j: np.ndarray, axis: int = -1) -> np.ndarray:
-            i, j = i.astype(int), j.astype(int)
-            return compare(auc(ours[0][i], ours[1][j], axis), auc(theirs[0][i], theirs[1][j], axis))
+            with np.errstate(divide="ignore", invalid="ignore"):  # a retrained AUC of 1 has no PrivLeak
+                return compare(our_auc(i, j, axis), their_auc(i, j, axis))
 
         drawn = (np.arange(len(x)) for x in ours)
-        return bootstrap_interval(
+        found = bootstrap_interval(
             *drawn, statistic=compared, confidence=confidence, num_resamples=num_resamples, seed=seed
         )
+        finite = np.isfinite([found.low, found.high]).all()
+        return found if finite else Interval(found.estimate, np.nan, np.nan)
 
     found = over_rows(np.subtract)
     low, high = found.low, found.high

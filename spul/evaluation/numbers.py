@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from .intervals import Interval, bootstrap_interval, joined_interval
-from .leakage import auc, compare_with_retrained, true_positive_rate
+from .leakage import auc, auc_interval, compare_with_retrained, true_positive_rate
 from .likelihood import truth_ratio_on_forget, truth_ratio_on_retain
 from .tofu import QuestionScores, forget_quality, model_utility
 
@@ -24,7 +24,7 @@ KNOWLEDGE = (
 )
 CLOSE_TO_BASE = ("reverse_kl", "forward_kl", "perplexity")
 SHARES = ("accuracy", "generic")
-# What is said of an attack's scores: of high ones, of high ones as found, of low ones.
+# What is said of an attack: the number's name, from scores of members and others, and the sign that they are given.
 MEMBERSHIP = (
     ("auc", auc, 1),
     ("true_positive_rate", true_positive_rate, 1),
@@ -227,10 +227,7 @@ def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
             signed = [(sign * members, sign * others) for members, others in pairs]
             interval, over = _over_seeds([float(statistic(*pair)) for pair in signed])
             if len(signed) == 1:
-                interval = bootstrap_interval(*signed[0], statistic=statistic, num_resamples=NUM_RESAMPLES)
-                if statistic is true_positive_rate and interval.estimate in (0, 1):  # however rows are drawn
-                    interval = _share(interval.estimate, len(signed[0][0]))
-                over = "rows"
+                interval, over = (_auc if statistic is auc else _rate)(*signed[0]), "rows"
             found.append(_number(seeds, name, (interval, over), attack))
         if model == "retrained" or theirs is None or their_unseen is None or attack not in theirs[0].per_row:
             continue
@@ -239,15 +236,27 @@ def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
             for pair, other in zip(pairs, _scores(theirs, their_unseen, attack), strict=True)
         ]
         verdict = ", ".join(dict.fromkeys(one.verdict for one in compared))
+        at_one = "" if all(one.retrained_auc < 1 for one in compared) else "the retrained model's AUC is 1"
         for name, values, note in (
             ("auc_difference", [one.difference for one in compared], verdict),
-            ("priv_leak", [one.priv_leak for one in compared], ""),
+            ("priv_leak", [one.priv_leak for one in compared], at_one),
         ):
-            if any(math.isnan(value.estimate) for value in values):
-                continue
             interval, over = (values[0], "rows") if len(values) == 1 else _over_seeds([one.estimate for one in values])
             found.append(_number(seeds, name, (interval, over), attack, note))
     return found
+
+
+def _auc(members: np.ndarray, others: np.ndarray) -> Interval:
+    return auc_interval(members, others, num_resamples=NUM_RESAMPLES)
+
+
+def _rate(members: np.ndarray, others: np.ndarray) -> Interval:
+    """True positives; a rate of 0 or 1 may be so in all draws, so its interval is at least Wilson's over members."""
+    found = bootstrap_interval(members, others, statistic=true_positive_rate, num_resamples=NUM_RESAMPLES)
+    if found.estimate not in (0, 1) or len(members) == 1:
+        return found
+    share = _share(found.estimate, len(members))
+    return Interval(found.estimate, float(np.fmin(found.low, share.low)), float(np.fmax(found.high, share.high)))
 
 
 def _scores(
@@ -278,27 +287,29 @@ def _model_utilities(groups: Groups) -> list[Number]:
         sets = [groups.get(("questions", rows, model, ""), []) for rows in ("retain", "real_authors", "world_facts")]
         if not all(sets):
             continue
-        utilities = [_utility_interval(of_seed) for of_seed in zip(*sets, strict=True)]
-        interval, over = _over_seeds([one.estimate for one in utilities])
-        if len(utilities) == 1:
-            interval, over = utilities[0], "rows"
-        found.append(_number(sets[0], "model_utility", (interval, over)))
+        seeds = [_utility(of_seed) for of_seed in zip(*sets, strict=True)]
+        if len(seeds) == 1:
+            places = [np.arange(len(one.per_row["truth_ratio"])) for (one,) in sets]
+            interval = bootstrap_interval(*places, statistic=seeds[0], num_resamples=NUM_RESAMPLES // 4)
+            found.append(_number(sets[0], "model_utility", (interval, "rows")))
+        else:
+            found.append(_number(sets[0], "model_utility", _over_seeds([utility() for utility in seeds])))
     return found
 
 
-def _utility_interval(sets: Sequence[Measurement]) -> Interval:
-    """TOFU's model utility of one seed; the questions of each set are drawn for themselves."""
+def _utility(sets: Sequence[Measurement]) -> Callable[..., float]:
+    """TOFU's model utility of one seed, of drawn places in each set, or of all questions."""
     columns = [{name: np.asarray(values) for name, values in one.per_row.items()} for one in sets]
 
     def utility(*drawn: np.ndarray) -> float:
+        parts: Any = [places.astype(int) for places in drawn] or [slice(None)] * len(columns)
         scores = [
-            QuestionScores(**{name: values[places.astype(int)] for name, values in of_set.items()})
-            for of_set, places in zip(columns, drawn, strict=True)
+            QuestionScores(**{name: values[part] for name, values in of_set.items()})
+            for of_set, part in zip(columns, parts, strict=True)
         ]
         return model_utility(*scores)["model_utility"]
 
-    places = [np.arange(len(of_set["truth_ratio"])) for of_set in columns]
-    return bootstrap_interval(*places, statistic=utility, num_resamples=NUM_RESAMPLES // 4)
+    return utility
 
 
 # ---- how a number is put down ----
@@ -308,6 +319,8 @@ def _number(
     seeds: Sequence[Measurement], name: str, found: tuple[Interval, str], variant: str | None = None, note: str = ""
 ) -> Number:
     one, (interval, over) = seeds[0], found
+    if math.isnan(interval.low):
+        over = ""
     return Number(
         one.measure,
         one.rows,

@@ -81,8 +81,9 @@ class AttackSettings:
         for name in ("relearn_lr", "relearn_model_lr", "suffix_lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
-        if self.inputs is not None and (self.paraphrase is not None or self.wording is not None):
-            raise ValueError("inputs are all attacks on the input; put paraphrase and wording among them.")
+        others = (self.paraphrase, self.wording, None if self.turns == AttackSettings.turns else self.turns)
+        if self.inputs is not None and any(other is not None for other in others):
+            raise ValueError("inputs are all attacks on the input; put paraphrase, wording and turns among them.")
 
 
 @dataclass(frozen=True)
