@@ -151,6 +151,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def run_script(script: Path, *arguments: object, processes: int = 1) -> None:
     """Run a Python script with this folder and some arguments, in one process or several that know of each other."""
+    if processes > 1:  # threads of torch.distributed can abort an interpreter that has done its work and ends
+        text = script.read_text() + "\nimport os\n\nos._exit(0)\n"
+        script = script.with_name(f"{processes}_{script.name}")
+        script.write_text(text)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [sys.executable, *(launcher if processes > 1 else []), str(script), str(Path(__file__).parent)]
     command += [str(argument) for argument in arguments]
