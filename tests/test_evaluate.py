@@ -148,7 +148,7 @@ def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other
     with pytest.warns(UserWarning, match="lose"):
         found = measured(learned(), "input attack", attacks=attacks)
     assert {one.variant for one in found.measurements if "diluted" in one.variant} == {"diluted, 2 turns"}
-    assert "more than 40 are needed" in found.left_out["input attack 'diluted, 40 turns'"]
+    assert "no more than 40 different questions" in found.left_out["input attack 'diluted, 40 turns'"]
     with pytest.raises(ValueError, match="turns"):
         dataclasses.replace(attacks, turns=(0,))
     with pytest.raises(ValueError, match="among them"):

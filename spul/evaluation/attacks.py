@@ -40,7 +40,7 @@ from .model_attacks import linear_probe, relearn
 from .model_attacks import quantised as in_few_bits
 from .sampled import sampled_answers, sampled_success
 from .soft_suffix import soft_suffix
-from .suite import Found, Suite, Task, joined
+from .suite import AttackSettings, Found, Suite, Task, joined
 
 
 def usual_attacks(
@@ -49,7 +49,7 @@ def usual_attacks(
     seed: int = 0,
     rewrite: Callable[[str], str] | None = None,
     wording: Mapping[str, str] | None = None,
-    turns: Sequence[int] = (1, 4),
+    turns: Sequence[int] = AttackSettings.turns,
 ) -> dict[str, Callable[[Dataset], Dataset]]:
     """The attacks on the input that an evaluation makes unless it is given others.
 
@@ -59,7 +59,7 @@ def usual_attacks(
         seed: seed of the draws.
         rewrite: see `paraphrase`; None leaves it out.
         wording: see `reworded`; None leaves it out. It needs a `text_field`.
-        turns: see `diluted`; as many as there are different questions, or more, are left out.
+        turns: see `diluted`, 1 and 4 unless given; as many as there are different questions, or more, are left out.
     """
     attacks: dict[str, Callable[[Dataset], Dataset]] = {
         "capitals": partial(letter_case, how="upper", text_field=text_field),
@@ -70,11 +70,10 @@ def usual_attacks(
     for i, text in enumerate(JAILBREAKS):
         attacks[f"jailbreak {i + 1} before"] = partial(with_prefix, text=text)
         attacks[f"jailbreak {i + 1} after"] = partial(with_suffix, text=text, text_field=text_field)
+    different = len(set(map(str, filler_rows["prompt"])))
     for num in turns:
-        if num < len(set(map(str, filler_rows["prompt"]))):
-            attacks["diluted, 1 turn" if num == 1 else f"diluted, {num} turns"] = partial(
-                diluted, filler_rows=filler_rows, num_turns=num, seed=seed
-            )
+        if num < different:
+            attacks[_of_turns(num)] = partial(diluted, filler_rows=filler_rows, num_turns=num, seed=seed)
     if rewrite is not None:
         attacks["paraphrase"] = partial(paraphrase, rewrite=rewrite, text_field=text_field)
     if wording is not None:
@@ -82,6 +81,10 @@ def usual_attacks(
             raise ValueError("wording is given, and text_field=None: name the column whose text stands in the prompt.")
         attacks["reworded"] = partial(reworded, wording=wording, text_field=text_field)
     return attacks
+
+
+def _of_turns(num: int) -> str:
+    return "diluted, 1 turn" if num == 1 else f"diluted, {num} turns"
 
 
 def inputs(suite: Suite) -> Iterator[Task]:
@@ -96,11 +99,10 @@ def inputs(suite: Suite) -> Iterator[Task]:
         for name, given in (("paraphrase", how.paraphrase), ("wording", how.wording)):
             if given is None:
                 suite.left_out[f"input attack by {name}"] = f"give AttackSettings({name}=...)"
-        different = len(set(filler["prompt"]))
         for num in how.turns:
-            if num >= different:
-                suite.left_out[f"input attack 'diluted, {num} turns'"] = (
-                    f"test_retain has {different} different questions, and more than {num} are needed"
+            if _of_turns(num) not in attacks:
+                suite.left_out[f"input attack {_of_turns(num)!r}"] = (
+                    f"the rows of test_retain that are attacked have no more than {num} different questions"
                 )
     if WITHOUT in attacks:
         raise ValueError(f"an input attack is called {WITHOUT!r}, as the rows as they are; give it another name.")

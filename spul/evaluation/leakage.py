@@ -69,7 +69,7 @@ def _drawn_auc(members: np.ndarray, non_members: np.ndarray) -> Callable[..., np
         passed = np.concatenate([np.zeros_like(passed[..., :1]), passed], axis=-1)
         wins = passed[..., below] + passed[..., upto]  # of each member over the drawn non-members, twice
         drawn = np.take_along_axis(wins, i, axis=-1)
-        return drawn.mean(axis=-1) / (2 * j.shape[-1])
+        return drawn.sum(axis=-1) / (2 * i.shape[-1] * j.shape[-1])  # of whole numbers, so exact
 
     return of_drawn
 
