@@ -77,6 +77,7 @@ def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__.split("\n")[0])
     add = parser.add_argument
     add("--augment", type=float, help="rewritten training rows for each forget row; retain rows get a quarter of that")
+    add("--augment-turns", nargs="+", type=int, default=[1, 2, 3, 5, 8], help="of the rewritten rows, as --turns")
     add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
     add("--turns", nargs="+", type=int, default=[1, 4], help="of other questions and answers, that dilute a prompt")
     add("--unrelated-texts", type=Path, help="a file of running text, one on each line")
@@ -97,7 +98,7 @@ def trained(args: argparse.Namespace, experiment: Experiment, run: Run, folder: 
     rows = {name: experiment.rows[name] for name in ("train_forget", "train_retain")}
     if (augment := args.augment) is not None:
         field, retain = experiment.data.format.text_field, rows["train_retain"]
-        ways = rewritings(field, retain, experiment.setup.seed)
+        ways = rewritings(field, retain, experiment.setup.seed, args.augment_turns)
         shares = {"train_forget": augment, "train_retain": augment / 4}
         rows = {name: augmented(some, ways, shares[name], experiment.setup.seed) for name, some in rows.items()}
     model, _ = experiment.train(run, rows, args.row_length)
@@ -183,7 +184,7 @@ def main() -> None:
         if len(args.model) > 1:
             name = f"{name}, {Path(experiment.setup.model).name}"
         what = [run_settings(run), args.augment, args.row_length, args.attack_rows, args.turns, sorted(args.measures)]
-        what.append(args.unrelated_texts)
+        what += [args.unrelated_texts, args.augment and args.augment_turns]
         digest = hashlib.sha256(json.dumps([experiment.identity, *what], sort_keys=True).encode()).hexdigest()[:8]
         folder = args.output_dir / f"{name.replace(' ', '-')}-{experiment.setup.seed}-{digest}"
         tqdm.write(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 from datasets import Dataset, concatenate_datasets
@@ -29,7 +29,9 @@ ASIDES = (
 """Texts for `with_prefix` and `with_suffix` to train on; none of them is among `JAILBREAKS`, which are for testing."""
 
 
-def rewritings(text_field: str | None, filler_rows: Dataset, seed: int = 0) -> dict[str, Callable[[Dataset], Dataset]]:
+def rewritings(
+    text_field: str | None, filler_rows: Dataset, seed: int = 0, turns: Sequence[int] = (1, 2, 3, 5, 8)
+) -> dict[str, Callable[[Dataset], Dataset]]:
     """Ways to ask the same otherwise, to train on: letter case, spaces, asides before and after, other turns before.
 
     Of the same kinds as `spul.evaluation.usual_attacks` has them, with other texts, shares and draws.
@@ -38,7 +40,18 @@ def rewritings(text_field: str | None, filler_rows: Dataset, seed: int = 0) -> d
         text_field: the column whose text stands in the prompt, as the collator's.
         filler_rows: other questions with their answers; training rows that are kept.
         seed: seed of the draws.
+        turns: how many questions with their answers to put before a row, a way for each. What a prompt never saw in
+            training brings back what it hides, so train on as many as are to be withstood.
+
+    Raises:
+        ValueError: if `filler_rows` have too few different questions for `turns`.
     """
+    different = len(set(map(str, filler_rows["prompt"])))
+    if wrong := [num for num in turns if not 1 <= num < different]:
+        raise ValueError(
+            f"turns has {wrong}; expected numbers from 1 to {different - 1}: filler_rows have {different} different "
+            "questions, of which one may be the row's own. Give fewer turns or more rows."
+        )
     ways: dict[str, Callable[[Dataset], Dataset]] = {
         "capitals": partial(letter_case, how="upper", text_field=text_field),
         "random case": partial(letter_case, how="random", text_field=text_field, seed=seed + 1_000),
@@ -47,7 +60,7 @@ def rewritings(text_field: str | None, filler_rows: Dataset, seed: int = 0) -> d
     for i, text in enumerate(ASIDES):
         ways[f"aside {i + 1} before"] = partial(with_prefix, text=text)
         ways[f"aside {i + 1} after"] = partial(with_suffix, text=text, text_field=text_field)
-    for num in (1, 3):
+    for num in turns:
         ways[f"{num} turns before"] = partial(diluted, filler_rows=filler_rows, num_turns=num, seed=seed + 1_000)
     return ways
 

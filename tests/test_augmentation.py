@@ -37,9 +37,9 @@ def test_the_rows_stay_and_each_way_adds_its_share_of_rewritten_ones():
 def test_all_ways_apply_and_forget_and_retain_join():
     retain = rows("joe", 30)
     ways = rewritings("text", retain)
-    forget, kept = augmented(rows("jane", 34), ways, share=2), augmented(retain, ways, share=1)
+    forget, kept = augmented(rows("jane", 40), ways, share=2), augmented(retain, ways, share=1)
     joined = forget_retain_dataset(forget=forget, retain=kept)
-    assert sum(joined["is_forget"]) == len(forget) == 34 + 4 * len(ways)
+    assert sum(joined["is_forget"]) == len(forget) == 40 + 4 * len(ways)
     assert all(row["text"] in row["prompt"] for row in joined)
 
 
@@ -54,6 +54,24 @@ def test_what_is_trained_on_is_not_what_is_tested_with():
     assert not set(ASIDES) & set(JAILBREAKS)
     for name, prompts in tested.items():
         assert len(prompts & trained) <= 3, name  # few spaces or turns to draw
+
+
+def test_there_is_a_way_for_each_number_of_turns():
+    some, others = rows("jane", 2), rows("joe", 9)
+    ways = rewritings("text", others, turns=(2, 7))
+    found = {name: way(some)["prompt"][0] for name, way in ways.items() if "turns" in name}
+    assert {name: prompt.count("of joe") for name, prompt in found.items()} == {
+        "2 turns before": 2,
+        "7 turns before": 7,
+    }
+    assert all(prompt.endswith(some["prompt"][0]) for prompt in found.values())
+
+
+def test_more_turns_than_other_questions_are_refused():
+    for turns in ((0,), (1, 9, 12)):
+        with pytest.raises(ValueError, match="expected numbers from 1 to 8: filler_rows have 9 different"):
+            rewritings("text", rows("joe", 9), turns=turns)
+    assert "8 turns before" in rewritings("text", rows("joe", 9))
 
 
 def test_bad_shares_and_ways_are_refused():
