@@ -100,7 +100,10 @@ def trained(args: argparse.Namespace, experiment: Experiment, run: Run, folder: 
         field, retain = experiment.data.format.text_field, rows["train_retain"]
         ways = rewritings(field, retain, experiment.setup.seed, args.augment_turns)
         shares = {"train_forget": augment, "train_retain": augment / 4}
-        rows = {name: augmented(some, ways, shares[name], experiment.setup.seed) for name, some in rows.items()}
+        collator = experiment.collator_for(None, args.row_length)
+        rows = {
+            name: augmented(some, ways, collator, shares[name], experiment.setup.seed) for name, some in rows.items()
+        }
     model, _ = experiment.train(run, rows, args.row_length)
     if run.carrier not in ("full", "lora"):
         model.save_pretrained(folder)

@@ -8,9 +8,12 @@ from functools import partial
 
 from datasets import Dataset, concatenate_datasets
 
+from .collator import ForgetRetainCollator
 from .evaluation.input_attacks import (
+    UnchangedError,
     diluted,
     letter_case,
+    question_lost,
     whitespace_noise,
     with_prefix,
     with_prompts_changed,
@@ -68,6 +71,7 @@ def rewritings(
 def augmented(
     rows: Dataset,
     ways: Mapping[str, Callable[[Dataset], Dataset]],
+    collator: ForgetRetainCollator,
     share: float = 1.0,
     seed: int = 0,
 ) -> Dataset:
@@ -79,6 +83,7 @@ def augmented(
     Args:
         rows: `prompt`, a text, and `completion`.
         ways: each from rows to rewritten rows: `rewritings(...)`, attacks of `spul.evaluation`, your own.
+        collator: the one to train with: rewritten rows have to fit in its `max_length`.
         share: how many rewritten rows there are for each row as it is, above 0; each rewriting gets as many of them as
             the others, drawn at random.
         seed: seed of the draws.
@@ -88,12 +93,12 @@ def augmented(
 
     Raises:
         ValueError: if there are no rows or ways, `share` is out of range, so small that a way has no row, or a way
-            changes completions.
+            changes completions, no prompt, or makes rows so long that most of their own text would be cut.
 
     Example:
         ```python
         ways = rewritings("text", retain)
-        dataset = forget_retain_dataset(augmented(forget, ways, 2.0), augmented(retain, ways, 0.5))
+        dataset = forget_retain_dataset(augmented(forget, ways, collator, 2.0), augmented(retain, ways, collator, 0.5))
         ```
     """
     check_rows(rows)
@@ -106,5 +111,11 @@ def augmented(
     draws, parts = random.Random(seed), [rows]
     for name, rewrite in ways.items():
         some = rows.select(sorted(draws.sample(range(len(rows)), min(num, len(rows)))))
-        parts.append(with_prompts_changed(some, rewrite, name))
+        try:
+            changed = with_prompts_changed(some, rewrite, name)
+        except UnchangedError as error:
+            raise ValueError(f"the way {name!r} rewrites nothing: {error} Leave it out of ways.") from error
+        if why := question_lost(some, changed, collator):
+            raise ValueError(f"the way {name!r} leaves no room for the question: {why}, or leave that way out.")
+        parts.append(changed)
     return concatenate_datasets(parts)

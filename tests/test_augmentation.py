@@ -1,16 +1,17 @@
 """Rewritten training rows: which, how many, and that they are not those that attacks test with."""
 
 import pytest
+from conftest import make_tokenizer
 from datasets import Dataset
 
-from spul import forget_retain_dataset
+from spul import ForgetRetainCollator, forget_retain_dataset
 from spul.augmentation import ASIDES, augmented, rewritings
 from spul.evaluation import JAILBREAKS, letter_case, with_prefix
 from spul.evaluation.attacks import usual_attacks
 
 
 def rows(name: str, num: int) -> Dataset:
-    texts = [f"The film {i} of {name}" for i in range(num)]
+    texts = [f"The film {i} of {name} that we saw at home last night with all of them" for i in range(num)]
     return Dataset.from_list(
         [
             {"text": t, "prompt": f"text: {t}\nsentiment:", "completion": (" good", " bad")[i % 2]}
@@ -19,25 +20,33 @@ def rows(name: str, num: int) -> Dataset:
     )
 
 
+def make_collator(max_length: int = 64) -> ForgetRetainCollator:
+    return ForgetRetainCollator(make_tokenizer(), None, max_length=max_length, text_field="text")
+
+
 def test_the_rows_stay_and_each_way_adds_its_share_of_rewritten_ones():
     before = rows("jane", 40)
     ways = {"upper": lambda some: letter_case(some, "upper", "text"), "prefix": lambda some: with_prefix(some, "so.")}
-    found = augmented(before, ways, share=0.5)
+    found = augmented(before, ways, make_collator(), share=0.5)
     assert found.select(range(40)).to_list() == before.to_list()
     assert len(found) == 60
     upper, prefixed = found.select(range(40, 50)), found.select(range(50, 60))
-    right = dict(zip(map(str.upper, before["prompt"]), before["completion"], strict=True))
-    assert all(row["prompt"] == row["prompt"].upper() and right[row["prompt"]] == row["completion"] for row in upper)
+    right = {row["text"].upper(): row["completion"] for row in before}
+    assert all(row["prompt"] == f"text: {row['text']}\nsentiment:" for row in upper)
+    assert all(right[row["text"]] == row["completion"] for row in upper)
     assert len(set(upper["prompt"])) == 10
     assert all(prompt.startswith("so.\n") for prompt in prefixed["prompt"])
-    assert found.to_list() == augmented(before, ways, share=0.5).to_list()
-    assert found.to_list() != augmented(before, ways, share=0.5, seed=1).to_list()
+    assert found.to_list() == augmented(before, ways, make_collator(), share=0.5).to_list()
+    assert found.to_list() != augmented(before, ways, make_collator(), share=0.5, seed=1).to_list()
 
 
 def test_all_ways_apply_and_forget_and_retain_join():
     retain = rows("joe", 30)
     ways = rewritings("text", retain)
-    forget, kept = augmented(rows("jane", 40), ways, share=2), augmented(retain, ways, share=1)
+    forget, kept = (
+        augmented(some, ways, make_collator(max_length=512), share)
+        for some, share in ((rows("jane", 40), 2), (retain, 1))
+    )
     joined = forget_retain_dataset(forget=forget, retain=kept)
     assert sum(joined["is_forget"]) == len(forget) == 40 + 4 * len(ways)
     assert all(row["text"] in row["prompt"] for row in joined)
@@ -75,12 +84,23 @@ def test_more_turns_than_other_questions_are_refused():
 
 
 def test_bad_shares_and_ways_are_refused():
-    some = rows("jane", 4)
+    some, collator = rows("jane", 4), make_collator()
     ways = {"upper": lambda part: letter_case(part, "upper", "text")}
     for share in (0, -1, 1.5, 0.1):
         with pytest.raises(ValueError, match="share="):
-            augmented(some, ways, share)
+            augmented(some, ways, collator, share)
     with pytest.raises(ValueError, match="share="):
-        augmented(some, {}, 1.0)
+        augmented(some, {}, collator, 1.0)
     with pytest.raises(ValueError, match="'lost' changes completions"):
-        augmented(some, {"lost": lambda part: part.select([0])}, 1.0)
+        augmented(some, {"lost": lambda part: part.select([0])}, collator, 1.0)
+    with pytest.raises(ValueError, match=r"'upper' rewrites nothing: every prompt .* Leave it out"):
+        augmented(rows("jane", 4).map(lambda row: {"text": "42", "prompt": "text: 42\nsentiment:"}), ways, collator)
+
+
+def test_rows_whose_question_would_be_cut_away_are_refused():
+    some = rows("jane", 4)
+    ways = rewritings("text", rows("joe", 9), turns=(8,))
+    ways = {name: way for name, way in ways.items() if "turns" in name}
+    with pytest.raises(ValueError, match=r"'8 turns before' leaves no room .* would lose .* tokens"):
+        augmented(some, ways, make_collator())
+    assert len(augmented(some, ways, make_collator(1024))) == 8

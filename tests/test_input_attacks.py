@@ -17,6 +17,7 @@ from spul.evaluation import (
     with_prefix,
     with_suffix,
 )
+from spul.evaluation.input_attacks import question_lost
 
 
 def rows(num=3):
@@ -60,7 +61,7 @@ def test_only_the_prompt_and_its_text_change_and_the_text_still_stands_in_it(att
 
 
 def test_letter_case_by_hand():
-    assert letter_case(rows(1), "upper", "text")[0]["prompt"] == "TEXT: THE FILM OF JANE\nSENTIMENT:"
+    assert letter_case(rows(1), "upper", "text")[0]["prompt"] == "text: THE FILM OF JANE\nsentiment:"
     assert letter_case(rows(1), "lower")[0]["prompt"] == "text: the film of jane\nsentiment:"
     some, other = (letter_case(rows(2), "random", "text", seed)["prompt"] for seed in (0, 1))
     assert some != other
@@ -73,6 +74,16 @@ def test_letter_case_by_hand():
 
 def test_draws_of_a_row_do_not_depend_on_the_rows_after_it():
     assert letter_case(rows(1), "random")["prompt"][0] == letter_case(rows(3), "random")["prompt"][0]
+
+
+def test_a_change_that_cuts_most_of_the_text_away_is_known():
+    few, long = rows(), "the film is good " * 20
+    changed = with_prefix(few, long)
+    assert question_lost(few, changed, collator(200)) == ""
+    assert "would lose" in question_lost(few, changed, collator(64))
+    assert question_lost(few, with_prefix(few, "be good."), collator(18)) == ""  # a token or two
+    whole = collator(64, text_field=None)  # cut from its start: the prefix is gone, and none of the question
+    assert "would lose" in question_lost(few, changed, whole)
 
 
 def test_whitespace_noise_changes_its_share_of_spaces_and_no_word():

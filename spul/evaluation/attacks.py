@@ -29,6 +29,7 @@ from .input_attacks import (
     diluted,
     letter_case,
     paraphrase,
+    question_lost,
     reworded,
     tokens_lost,
     whitespace_noise,
@@ -114,6 +115,9 @@ def inputs(suite: Suite) -> Iterator[Task]:
                 attacked = with_prompts_changed(rows, change, attack)
             except UnchangedError:
                 suite.left_out[f"input attack {attack!r} on {split}"] = "it changes no prompt"
+                continue
+            if why := question_lost(rows, attacked, suite.collator):
+                suite.left_out[f"input attack {attack!r} on {split}"] = why
                 continue
             lost = tokens_lost(attacked, suite.collator)
             if attack == WITHOUT:

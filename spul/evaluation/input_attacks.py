@@ -42,12 +42,13 @@ class UnchangedError(ValueError):
 def letter_case(
     rows: Dataset, how: Literal["upper", "lower", "random"] = "random", text_field: str | None = None, seed: int = 0
 ) -> Dataset:
-    """The prompts in capitals, in small letters, or with each letter in either, drawn at random.
+    """Texts in capitals, in small letters, or with each letter in either, drawn at random.
 
     Args:
         rows: `prompt`, a text, and `completion`.
         how: `"upper"`, `"lower"` or `"random"`.
-        text_field: the column whose text stands in the prompt, as the collator's; it changes along.
+        text_field: the column whose text stands in the prompt, as the collator's: that is changed, and the format
+            around it, which is not the asker's, stays. None changes whole prompts.
         seed: seed of the draws, each row's its own.
 
     Raises:
@@ -62,11 +63,11 @@ def letter_case(
     }
     if how not in ways:
         raise ValueError(f"how={how!r} is not known; expected one of {', '.join(map(repr, ways))}.")
-    return _changed(rows, text_field, seed, lambda draws, pieces: [ways[how](draws, piece) for piece in pieces])
+    return _text_changed(rows, text_field, seed, ways[how])
 
 
 def whitespace_noise(rows: Dataset, share: float = 0.3, text_field: str | None = None, seed: int = 0) -> Dataset:
-    """The prompts with a share of their spaces made two, three or a tab, drawn at random. Line breaks stay.
+    """Texts with a share of their spaces made two, three or a tab, drawn at random. Line breaks stay.
 
     Args:
         rows: `prompt`, a text, and `completion`.
@@ -82,7 +83,7 @@ def whitespace_noise(rows: Dataset, share: float = 0.3, text_field: str | None =
     def noisy(draws: random.Random, text: str) -> str:
         return re.sub(" ", lambda _: draws.choice(("  ", "   ", "\t")) if draws.random() < share else " ", text)
 
-    return _changed(rows, text_field, seed, lambda draws, pieces: [noisy(draws, piece) for piece in pieces])
+    return _text_changed(rows, text_field, seed, noisy)
 
 
 def paraphrase(rows: Dataset, rewrite: Callable[[str], str], text_field: str | None = None) -> Dataset:
@@ -99,14 +100,13 @@ def paraphrase(rows: Dataset, rewrite: Callable[[str], str], text_field: str | N
     Source: Patil et al., *Can Sensitive Information Be Deleted From LLMs?*, https://arxiv.org/abs/2309.17410
     """
 
-    def rewritten(draws: random.Random, pieces: list[str]) -> list[str]:
-        place = len(pieces) // 2  # the text, of three pieces; the prompt, of one
-        new = rewrite(pieces[place])
+    def rewritten(draws: random.Random, text: str) -> str:
+        new = rewrite(text)
         if not isinstance(new, str) or not new.strip():
-            raise ValueError(f"rewrite gave {new!r} for {pieces[place]!r}; expected a text that is not empty.")
-        return [*pieces[:place], new, *pieces[place + 1 :]]
+            raise ValueError(f"rewrite gave {new!r} for {text!r}; expected a text that is not empty.")
+        return new
 
-    return _changed(rows, text_field, 0, rewritten)
+    return _text_changed(rows, text_field, 0, rewritten)
 
 
 def reworded(rows: Dataset, wording: Mapping[str, str], text_field: str) -> Dataset:
@@ -295,6 +295,18 @@ def _changed(
     return changed
 
 
+def _text_changed(
+    rows: Dataset, text_field: str | None, seed: int, change: Callable[[random.Random, str], str]
+) -> Dataset:
+    """Rows with the text of that field changed, or without one the whole prompt."""
+
+    def changed(draws: random.Random, pieces: list[str]) -> list[str]:
+        place = len(pieces) // 2  # the text, of three pieces; the prompt, of one
+        return [*pieces[:place], change(draws, pieces[place]), *pieces[place + 1 :]]
+
+    return _changed(rows, text_field, seed, changed)
+
+
 def _check_text(text: str) -> None:
     if not text.strip():
         raise ValueError(f"text={text!r} is empty; give what to put there, such as JAILBREAKS[0].")
@@ -314,3 +326,26 @@ def tokens_lost(rows: Dataset, collator: ForgetRetainCollator) -> float:
     whole = RowEncoder(collator.tokenizer, sys.maxsize, append_eos=collator.encoder.append_eos)
     lost = [len(whole.encode(row).prompt_ids) - len(collator.encoder.encode(row).prompt_ids) for row in rows]
     return sum(lost) / len(lost)
+
+
+def question_lost(rows: Dataset, changed: Dataset, collator: ForgetRetainCollator) -> str:
+    """Why changed rows ask nothing any more, if they do not: most of the text was cut to make room for the change.
+
+    Args:
+        rows: as they were.
+        changed: the same, changed.
+        collator: for tokenising; its `max_length` is what they have to fit in.
+
+    Returns:
+        The reason; empty where at least half of the text is left.
+    """
+    field = collator.encoder.text_field or "prompt"
+    texts = collator.tokenizer(list(rows[field]), add_special_tokens=False)["input_ids"]
+    size = sum(map(len, texts)) / len(texts)
+    lost = tokens_lost(changed, collator) - tokens_lost(rows, collator)
+    if lost <= size / 2:
+        return ""
+    return (
+        f"rows would lose {lost:.1f} tokens each, of {size:.1f} that their text has: raise the collator's max_length, "
+        f"which is {collator.encoder.max_length}"
+    )
