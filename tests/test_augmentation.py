@@ -44,7 +44,7 @@ def test_all_ways_apply_and_forget_and_retain_join():
     retain = rows("joe", 30)
     ways = rewritings("text", retain)
     forget, kept = (
-        augmented(some, ways, make_collator(max_length=512), share)
+        augmented(some, ways, make_collator(max_length=1024), share)
         for some, share in ((rows("jane", 40), 2), (retain, 1))
     )
     joined = forget_retain_dataset(forget=forget, retain=kept)

@@ -42,6 +42,7 @@ from spul.evaluation import (
     response_likelihoods,
     rouge_l,
     sampled_success,
+    soft_suffix,
     with_prefix,
 )
 from spul.evaluation.results import Evaluation, join
@@ -134,8 +135,7 @@ def test_attacks_take_the_same_drawn_rows_for_every_model():
 
 def test_the_usual_input_attacks_are_made_unless_others_are_given():
     attacks = dataclasses.replace(ATTACKS, inputs=None)
-    with pytest.warns(UserWarning, match="lose"):  # 32 tokens are few
-        found = measured(learned(), "input attack", attacks=attacks)
+    found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
     variants = list(dict.fromkeys(one.variant for one in found.measurements))
     assert variants[:4] == ["none", "capitals", "random case", "spaces"]
     assert {"jailbreak 6 before", "jailbreak 6 after", "diluted, 1 turn", "diluted, 4 turns"} < set(variants)
@@ -145,8 +145,7 @@ def test_the_usual_input_attacks_are_made_unless_others_are_given():
 
 def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other_questions():
     attacks = dataclasses.replace(ATTACKS, inputs=None, turns=(2, 40))
-    with pytest.warns(UserWarning, match="lose"):
-        found = measured(learned(), "input attack", attacks=attacks)
+    found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
     assert {one.variant for one in found.measurements if "diluted" in one.variant} == {"diluted, 2 turns"}
     assert "no more than 40 different questions" in found.left_out["input attack 'diluted, 40 turns'"]
     with pytest.raises(ValueError, match="turns"):
@@ -217,7 +216,7 @@ def test_a_quantised_base_is_not_quantised_again(tmp_path):
     learned().save_pretrained(tmp_path)
     model = SoftPromptUnlearner(quantised(tmp_path, 4), CONFIGS["prompt_tuning"](3))
     found = measured(model, "quantised", "utility", retrained=learned(0.1))
-    assert found.left_out == {"quantised, unlearned": "it is quantised already"}
+    assert found.left_out == dict.fromkeys(("quantised, unlearned", "quantised, detached"), "it is quantised already")
     assert {one.model for one in found.measurements if one.measure == "quantised"} == {"retrained"}
 
 
@@ -238,8 +237,8 @@ def test_seeds_on_the_same_rows_are_joined_over_rows_and_seeds():
         assert (number.over, number.num_seeds) == ("rows and seeds", 2)
         assert number.low < number.value < number.high
         assert values[0] != values[1]
-    where = {"measure": "relearning", "rows": "train_forget", "name": "loss", "variant": "3 steps"}
-    assert joined.number(**where).over == "seeds"
+    where = {"measure": "relearning", "rows": "train_forget", "variant": "3 steps"}
+    assert joined.number(**where, name="loss").over == "rows and seeds"
     elsewhere = measured(
         make("prompt_tuning", 4),
         "utility",
@@ -325,7 +324,42 @@ def test_rows_that_would_not_fit_the_model_are_refused_before_anything_is_measur
     assert not list(tmp_path.iterdir())
 
 
-def test_attacks_that_do_not_fit_are_warned_of():
-    attacks = dataclasses.replace(ATTACKS, inputs={"long": lambda rows: with_prefix(rows, "the review " * 30)})
-    with pytest.warns(UserWarning, match="'long' makes rows of test_forget lose"):
-        measured(learned(), "input attack", attacks=attacks)
+def test_attacks_that_take_some_of_the_text_away_are_warned_of_and_that_take_most_left_out():
+    inputs = {f"{num} more": lambda rows, num=num: with_prefix(rows, "the review " * num) for num in (8, 30)}
+    attacks = dataclasses.replace(ATTACKS, inputs=inputs)
+    with pytest.warns(UserWarning, match="'8 more' makes rows of test_forget lose"):
+        found = measured(learned(), "input attack", attacks=attacks)
+    assert {one.variant for one in found.measurements} == {"none", "8 more"}
+    for split in ("test_forget", "test_retain"):
+        assert "raise the collator's max_length" in found.left_out[f"input attack '30 more' on {split}"]
+
+
+def test_the_soft_suffix_makes_room_for_itself():
+    model = learned()
+    full = rows("jane", 8).map(lambda row: {"prompt": "film " * 93 + row["prompt"]})
+    room = model.config.max_position_embeddings
+    attacks = dataclasses.replace(ATTACKS, suffix_tokens=4)
+    found = measured(
+        model,
+        "soft suffix",
+        attacks=attacks,
+        splits=make_splits(train_forget=full),
+        collator=make_collator(max_length=room),
+    )
+    shorter = make_collator(max_length=room - 4)
+    few, others = halves(forget=full)
+    expected = soft_suffix(model, few, others, shorter, 4, ATTACKS.suffix_steps, ATTACKS.suffix_lr, seed=SEED)
+    assert per_row(found, "soft suffix", "train_forget", "unlearned", "after")["loss"] == pytest.approx(
+        expected.after["loss"], rel=1e-4
+    )
+
+
+def test_what_is_known_of_free_form_answers_is_measured_in_attacks_too():
+    words = ("film", "good", "bad", "plot", "jane", "text")
+    answers = [f" {one} {other}" for one in words for other in words]
+    splits = make_splits(train_forget=rows("jane", 36).map(lambda _, i: {"completion": answers[i]}, with_indices=True))
+    found = measured(make("prompt_tuning"), "relearning", "soft suffix", splits=splits, max_new_tokens=2)
+    for measure, variant in (("relearning", "3 steps"), ("soft suffix", "after")):
+        number = found.number(measure, "train_forget", "probability", variant=variant)
+        assert 0 < number.low < number.value < number.high < 1
+        assert number.better == "low"

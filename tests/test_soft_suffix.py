@@ -12,7 +12,7 @@ from transformers import DynamicCache
 
 from spul import UnlearningLayers
 from spul.evaluation import soft_suffix
-from spul.evaluation.likelihood import response_likelihoods
+from spul.evaluation.likelihood import DivergedError, probability, response_likelihoods
 from spul.evaluation.soft_suffix import _logits, _with_places
 
 
@@ -72,13 +72,14 @@ def test_a_suffix_brings_answers_out_and_leaves_the_model_alone(prompt_type):
     model.train()
     attack = soft_suffix(model, few, others, collator, num_virtual_tokens=4, steps=40, lr=0.1)
     assert attack.suffix.shape == (4, 32)
-    nll = [-found.log_probs.sum() for found in response_likelihoods(model, others, collator)]
-    assert attack.before["loss"] == pytest.approx(sum(nll) / 3, rel=1e-4)
-    assert attack.before["accuracy"] == 0
-    assert attack.after["accuracy"] == attack.trained["accuracy"] == 1  # one answer for all
+    likelihoods = response_likelihoods(model, others, collator)
+    assert attack.before["loss"] == pytest.approx([-one.log_probs.sum() for one in likelihoods], rel=1e-4)
+    assert attack.before["probability"] == pytest.approx(probability(likelihoods), rel=1e-4)
+    assert attack.before["accuracy"].tolist() == [0, 0, 0]
+    assert attack.after["accuracy"].tolist() == attack.trained["accuracy"].tolist() == [1, 1, 1]  # one answer for all
     with torch.no_grad():
         expected = [float(plain_nll(model.eval(), row, collator, attack.suffix)) for row in others]
-    assert attack.after["loss"] == pytest.approx(sum(expected) / 3, rel=1e-3, abs=1e-4)
+    assert attack.after["loss"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert asked == {name: p.requires_grad for name, p in model.named_parameters()}
     assert any(asked.values())
     for name, value in model.state_dict().items():
@@ -91,11 +92,21 @@ def test_detached_it_attacks_the_base_and_under_layers_the_layers():
     bare = soft_suffix(build("llama"), *sets, collator, **settings)
     with model.disable_adapter():
         detached = soft_suffix(model, *sets, collator, **settings)
-    assert detached.after == pytest.approx(bare.after)
+    for name, values in bare.after.items():
+        assert detached.after[name] == pytest.approx(values)
     layers = UnlearningLayers(build("llama"))
     with torch.no_grad():
         layers.layers[0].up.bias.fill_(0.5)
-    assert abs(soft_suffix(layers, *sets, collator, **settings).before["loss"] - bare.before["loss"]) > 1e-3
+    changed = soft_suffix(layers, *sets, collator, **settings).before["loss"] - bare.before["loss"]
+    assert abs(changed).min() > 1e-3
+
+
+def test_a_model_that_gives_no_numbers_any_more_says_so():
+    model, data = build("llama"), rows("jane", 6)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(torch.nan)
+    with pytest.raises(DivergedError, match="no numbers any more"):
+        soft_suffix(model, data.select(range(3)), data.select(range(3, 6)), make_collator(), steps=1)
 
 
 def test_bad_input_raises(tmp_path):

@@ -176,9 +176,9 @@ def questions(name: str) -> Dataset:
     return Dataset.from_list([{**question, "question": f"{name} {question['question']}"} for question in QUESTIONS])
 
 
-def halves(num_rows: int = 4) -> tuple[Dataset, Dataset]:
+def halves(num_rows: int = 4, forget: Dataset | None = None) -> tuple[Dataset, Dataset]:
     """The forget rows to attack with, and those to try it on."""
-    forget = make_splits()["train_forget"]
+    forget = make_splits()["train_forget"] if forget is None else forget
     places = random.Random(SEED).sample(range(len(forget)), len(forget))
     return forget.select(places[: len(forget) // 2]).select(range(num_rows)), forget.select(places[len(forget) // 2 :])
 
@@ -318,22 +318,25 @@ def test_sampling_soft_suffix_and_probe_are_as_by_hand(carrier):
             assert_numbers(one.found, {"success": success}, 1e-4, model=name, **where)
         probe = dataclasses.asdict(linear_probe(model, few, others, collator, seed=SEED))
         assert_numbers(one.found, probe, measure="linear probe", rows="train_forget", model=name)
-        if name != "detached":
-            attack = soft_suffix(model, few, others, collator, 2, 3, 0.1, seed=SEED)
-            for variant in ("before", "after", "trained"):
-                where = {"measure": "soft suffix", "rows": "train_forget", "variant": variant}
-                assert_numbers(one.found, getattr(attack, variant), 1e-4, model=name, **where)
-            assert attack.after["loss"] != attack.before["loss"]
+        attack = soft_suffix(model, few, others, collator, 2, 3, 0.1, seed=SEED)
+        for variant in ("before", "after", "trained"):
+            where = {"measure": "soft suffix", "rows": "train_forget", "variant": variant}
+            means = {score: values.mean() for score, values in getattr(attack, variant).items()}
+            assert_numbers(one.found, means, 1e-4, model=name, **where)
+        assert (attack.after["loss"] != attack.before["loss"]).all()
 
 
 def test_quantised_is_the_same_prompt_on_the_base_in_four_bit(tmp_path, carrier):
     one = case(carrier)
     small = {"retrained": save_and_quantise(one.models["retrained"], tmp_path / "retrained")}
     if carrier == "lora":
-        assert "merge_and_unload" in one.found.left_out["quantised, unlearned"]
-    elif carrier == "whole":
-        small["unlearned"] = save_and_quantise(one.models["unlearned"], tmp_path / "base")
+        for name in ("unlearned", "detached"):
+            assert "merge_and_unload" in one.found.left_out[f"quantised, {name}"]
     else:
+        small["detached"] = save_and_quantise(learned(), tmp_path / "base")
+    if carrier == "whole":
+        small["unlearned"] = save_and_quantise(one.models["unlearned"], tmp_path / "whole")
+    elif carrier != "lora":
         kind = UnlearningLayers if carrier == "layers" else SoftPromptUnlearner
         one.models["unlearned"].save_pretrained(str(tmp_path / "adapter"))
         with warnings.catch_warnings():

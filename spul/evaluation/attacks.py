@@ -16,7 +16,7 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 
-from ..collator import completion_text
+from ..collator import ForgetRetainCollator, completion_text
 from ..eul import UnlearningLayers
 from ..prefix import bare_model, has_adapter, unwrapped
 from ..provenance import own_parameters
@@ -149,31 +149,30 @@ def relearning(suite: Suite) -> Iterator[Task]:
         lr = suite.attacks.relearn_lr if has_adapter(model) else suite.attacks.relearn_model_lr
         with _learning(model):
             records = relearn(
-                model,
-                few,
-                others,
-                suite.collator,
-                lr,
-                suite.attacks.relearn_steps,
-                8,
-                suite.batch_size,
+                *(model, few, others, suite.collator, lr, suite.attacks.relearn_steps),
                 seed=suite.seed,
+                score=lambda model: suite.answers(model, others),
             )
             learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return {
-            f"{int(record.pop('step'))} steps": {"overall": {**record, "trained_parameters": learning}}
+            f"{record.pop('step')} steps": {"per_row": record, "overall": {"trained_parameters": learning}}
             for record in records
         }
 
-    for name in suite.controlled:
+    if suite.retrained is None:
+        suite.left_out["relearning of a control"] = "the base knows the rows anyhow; give retrained="
+    for name in suite.models:
+        if name == "detached":
+            continue
         yield suite.task("relearning", "train_forget", others, name, run, [f"{step} steps" for step in steps])
 
 
 def quantised(suite: Suite) -> Iterator[Task]:
     """The same prompt or layers over a base in few bits."""
-    for name in suite.controlled:
+    for name in suite.models:
         with suite.subject(name) as model:
-            why = _why_not_quantised(model)
+            # Detached, the base still has PEFT's layers in it.
+            why = _why_not_quantised(suite.model if name == "detached" and suite.base is None else model)
         if why:
             suite.left_out[f"quantised, {name}"] = why
             continue
@@ -230,15 +229,18 @@ def suffix(suite: Suite) -> Iterator[Task]:
     def run(model: Any) -> Found:
         how = suite.attacks
         found = soft_suffix(
-            *(model, suite.some(few), others, suite.collator),
+            *(model, suite.some(few), others, _with_room(suite, how.suffix_tokens)),
             *(how.suffix_tokens, how.suffix_steps, how.suffix_lr),
             seed=suite.seed,
         )
-        scores: Found = {name: {"overall": dict(getattr(found, name))} for name in ("before", "after", "trained")}
+        scores: Found = {
+            variant: {"per_row": {name: values.tolist() for name, values in getattr(found, variant).items()}}
+            for variant in ("before", "after", "trained")
+        }
         scores["trained"]["num_rows"] = len(suite.some(few))
         return scores
 
-    for name in suite.controlled:
+    for name in suite.models:
         yield suite.task("soft suffix", "train_forget", others, name, run, ("before", "after", "trained"))
 
 
@@ -255,6 +257,21 @@ def probe(suite: Suite) -> Iterator[Task]:
 
     for name in suite.models:
         yield suite.task("linear probe", "train_forget", others, name, run)
+
+
+def _with_room(suite: Suite, num_tokens: int) -> ForgetRetainCollator:
+    """The collator, or one whose rows are so much shorter that as many tokens more fit in the model."""
+    collator, room = suite.collator, suite.room
+    encoder = collator.encoder
+    if room is None or encoder.max_length + num_tokens <= room:
+        return collator
+    return ForgetRetainCollator(
+        collator.tokenizer,
+        collator.generic_completions,
+        room - num_tokens,
+        append_eos=encoder.append_eos,
+        text_field=encoder.text_field,
+    )
 
 
 # ---- models ----

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,7 +54,8 @@ def relearn(
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     seed: int = 0,
     progress: str | None = None,
-) -> list[dict[str, float]]:
+    score: Callable[[nn.Module], dict[str, Any]] | None = None,
+) -> list[dict[str, Any]]:
     """Train on a few forget rows with their true completions, and score others, which were not trained on.
 
     The parameters that require gradients learn: all weights of a model that was tuned as a whole; the prompt, the
@@ -72,9 +74,11 @@ def relearn(
         optimizer: from the parameters and `lr` to an optimiser.
         seed: of the order of the rows.
         progress: a name to show a progress bar under; none unless given.
+        score: what to record of the model, from it to numbers by name; `score_completions` of `held_out` unless given,
+            which asks whether answers are right word for word: give another for free-form ones.
 
     Returns:
-        A record for step 0 and for each of `at`: `step`, and what `score_completions` gives for `held_out`.
+        A record for step 0 and for each of `at`: `step`, and what `score` gives.
 
     Raises:
         ValueError: if nothing requires gradients, `held_out` shares prompts with `rows`, or a number is out of range.
@@ -90,7 +94,9 @@ def relearn(
             f"{train_batch_size}: expected some that do (load a prompt with is_trainable=True), numbers of steps and "
             "rows of at least 1, and lr above 0."
         )
-    records = [{"step": 0, **score_completions(model, held_out, collator, batch_size)}]
+    if score is None:
+        score = partial(score_completions, rows=held_out, collator=collator, batch_size=batch_size)
+    records = [{"step": 0, **score(model)}]
     before = [parameter.detach().to("cpu", copy=True) for parameter in learning]
     # Small steps would be rounded away in 16 bit.
     masters = [p.detach().float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in learning]
@@ -110,7 +116,7 @@ def relearn(
                 torch.nn.utils.clip_grad_norm_(learning, 1.0)
                 _step(optimiser, masters, learning)
                 if step in at:
-                    records.append({"step": step, **score_completions(model, held_out, collator, batch_size)})
+                    records.append({"step": step, **score(model)})
     finally:
         with torch.no_grad():
             for parameter, value in zip(learning, before, strict=True):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -19,7 +20,7 @@ from ..collator import ForgetRetainCollator
 from ..prefix import bare_model, expand_states, logits_at, prompt_states, response_positions, unwrapped
 from ..terms import IGNORE_INDEX, token_nll
 from ..unlearner import SoftPromptUnlearner
-from .likelihood import response_batches
+from .likelihood import DivergedError, response_batches
 from .model_attacks import check_disjoint
 
 
@@ -27,8 +28,8 @@ from .model_attacks import check_disjoint
 class SuffixAttack:
     """What a soft suffix brought out.
 
-    Each set of scores has `accuracy`, the share of rows whose completion greedy decoding gives, and `loss`, the
-    completions' negative log-likelihood in nats per row.
+    Each set of scores has, one number per row, `accuracy`: whether greedy decoding gives the completion; `loss`: its
+    negative log-likelihood in nats; and `probability`: the geometric mean of its tokens', as TOFU has it.
 
     Attributes:
         suffix: (m, d), the trained embeddings, on the CPU.
@@ -38,9 +39,9 @@ class SuffixAttack:
     """
 
     suffix: Tensor
-    before: dict[str, float]
-    after: dict[str, float]
-    trained: dict[str, float]
+    before: dict[str, np.ndarray]
+    after: dict[str, np.ndarray]
+    trained: dict[str, np.ndarray]
 
 
 def soft_suffix(
@@ -170,15 +171,20 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], positions: Tensor, suffi
 @torch.no_grad()
 def _scores(
     model: nn.Module, rows: Dataset, collator: ForgetRetainCollator, batch_size: int, suffix: Tensor | None
-) -> dict[str, float]:
-    """Accuracy and loss of rows with their placeholders."""
-    device, right, loss = next(model.parameters()).device, 0, 0.0
+) -> dict[str, np.ndarray]:
+    """Accuracy, loss and probability of rows with their placeholders."""
+    device = next(model.parameters()).device
+    found = {name: np.zeros(len(rows)) for name in ("accuracy", "loss", "probability")}
     for batch in response_batches(rows, collator, batch_size, device, None):
         logits = _logits(model, batch.inputs, batch.positions, suffix)
-        same = (logits.argmax(dim=-1) == batch.targets) | (batch.targets == IGNORE_INDEX)
-        right += int(same.all(dim=1).sum())
-        loss += float(token_nll(logits, batch.targets).sum())
-    return {"accuracy": right / len(rows), "loss": loss / len(rows)}
+        is_unused = batch.targets == IGNORE_INDEX
+        nll = token_nll(logits, batch.targets).sum(dim=1).double()
+        if nll.isnan().any():
+            raise DivergedError("the model gives no numbers any more (NaN) where the suffix was to be scored.")
+        found["accuracy"][batch.places] = ((logits.argmax(dim=-1) == batch.targets) | is_unused).all(dim=1).cpu()
+        found["loss"][batch.places] = nll.cpu()
+        found["probability"][batch.places] = (-nll / (~is_unused).sum(dim=1)).exp().cpu()
+    return found
 
 
 @contextmanager

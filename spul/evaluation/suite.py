@@ -14,11 +14,12 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
+from ..base import max_positions
 from ..collator import ForgetRetainCollator, completion_text
 from ..data import PromptFormat
 from ..forward import as_it_was
-from ..prefix import has_adapter
-from .generation_metrics import generate_answers, rouge_l
+from ..prefix import bare_model, has_adapter
+from .generation_metrics import generate_answers, num_virtual_tokens, rouge_l
 from .likelihood import exact_memorisation, extraction_strength, probability, response_likelihoods
 from .numbers import Measurement
 from .scoring import collect_answers, task_classes
@@ -222,9 +223,10 @@ class Suite:
         return "" if len(few) else "one half of train_forget is to attack the other, and there is one prompt only"
 
     @property
-    def controlled(self) -> list[str]:
-        """For attacks that the base needs not suffer: it has the knowledge anyhow."""
-        return [name for name in self.models if name != "detached"]
+    def room(self) -> int | None:
+        """How many tokens fit in the model beside its virtual ones; None where positions have no limit."""
+        limit = max_positions(bare_model(self.model))
+        return None if limit is None else limit - num_virtual_tokens(self.model)
 
 
 def joined(tasks: Sequence[Task], afterwards: Callable[[], None]) -> Task:

@@ -12,7 +12,6 @@ from ..data import SPLITS
 from .evaluation_numbers import (
     AS_THEY_ARE,
     MODELS,
-    attacked_name,
     first,
     knowledge_name,
     scale,
@@ -159,7 +158,7 @@ def draw_input_attacks(evaluation: Evaluation) -> Figure:
     Raises:
         ValueError: if no input attack was measured.
     """
-    name = attacked_name(evaluation)
+    name = knowledge_name(evaluation, "input attack")
     numbers = where(evaluation, measure="input attack", rows="test_forget", name=name)
     attacks = list(dict.fromkeys(one.variant for one in numbers))
     if not attacks:
@@ -190,12 +189,15 @@ def _shortened(attack: str, most: int = 48) -> str:
 
 
 def draw_relearning(evaluation: Evaluation) -> Figure:
-    """Accuracy on the other forget rows over steps of relearning: a line per model, with the 95 % interval as a band.
+    """Accuracy (of free-form answers probability) on the other forget rows over steps of relearning, a line per model.
+
+    The 95 % interval is a band.
 
     Raises:
         ValueError: if relearning was not measured, or a variant is no number of steps.
     """
-    numbers = where(evaluation, measure="relearning", name="accuracy")
+    name = knowledge_name(evaluation, "relearning")
+    numbers = where(evaluation, measure="relearning", name=name)
     if not numbers:
         raise _nothing("relearning", evaluation)
     figure, (axes,) = _panels(1, height=3.4)
@@ -213,7 +215,7 @@ def draw_relearning(evaluation: Evaluation) -> Figure:
     axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
     axes.set_ylim(-3, 103)
     axes.set_xlabel("steps of relearning")
-    axes.set_ylabel("train forget accuracy, %\n(lower is better)")
+    axes.set_ylabel(f"train forget {name}, %\n(lower is better)")
     _legend(figure, [axes], list(LABELS.values()))
     return figure
 

@@ -55,23 +55,17 @@ def first(evaluation: Evaluation, **fields: Any) -> Number | None:
     return next(iter(where(evaluation, **fields)), None)
 
 
-def knowledge_name(evaluation: Evaluation) -> str:
-    """Which number says what is known of the splits: of free-form rows the probability, of others accuracy.
+def knowledge_name(evaluation: Evaluation, measure: str = "utility") -> str:
+    """Which number says what is known under a measure: of free-form rows the probability, of others accuracy.
 
     An answer of free form is hardly ever the row's own, word for word, so that accuracy says little of such rows.
     """
-    return "probability" if where(evaluation, measure="utility", name="probability") else "accuracy"
-
-
-def attacked_name(evaluation: Evaluation) -> str:
-    """The same of attacks on the input."""
-    name = knowledge_name(evaluation)
-    return name if where(evaluation, measure="input attack", name=name) else "accuracy"
+    return "probability" if where(evaluation, measure=measure, name="probability") else "accuracy"
 
 
 def worst_input_attack(evaluation: Evaluation) -> Number | None:
     """The most that the unlearned model knows of test forget rows under an input attack; None without attacks."""
-    fields = {"measure": "input attack", "rows": "test_forget", "name": attacked_name(evaluation)}
+    fields = {"measure": "input attack", "rows": "test_forget", "name": knowledge_name(evaluation, "input attack")}
     found = where(evaluation, **fields, model="unlearned")
     return max((one for one in found if one.variant != AS_THEY_ARE), key=lambda one: one.value, default=None)
 

@@ -17,7 +17,6 @@ from .evaluation_numbers import (
     BETTER,
     MODELS,
     PERCENT,
-    attacked_name,
     first,
     knowledge_name,
     name_in_words,
@@ -166,15 +165,19 @@ def _in_short(evaluation: Evaluation) -> Section:
 
 
 def _what_attacks_find(evaluation: Evaluation) -> Section:
+    in_few_bits, in_suffix = (knowledge_name(evaluation, measure) for measure in ("quantised", "soft suffix"))
     rows = [
         ["What was trained is taken off", _detached(evaluation)],
         ["The input attack that finds most", _worst_input(evaluation)],
         ["The membership attack that is farthest from the retrained model", _membership(evaluation)],
         ["Training on a few forget rows", _relearned(evaluation)],
         ["The input attack that costs most on retain rows", _worst_on_retain(evaluation)],
-        ["The base in fewer bits", _beside(evaluation, "quantised", "test_forget", "accuracy")],
+        [
+            "The base in fewer bits",
+            _beside(evaluation, "quantised", "test_forget", in_few_bits),
+        ],
         ["Sampling", _beside(evaluation, "sampling", "test_forget", "success", "rouge_l_recall")],
-        ["A soft suffix", _beside(evaluation, "soft suffix", MEMBERS, "accuracy", variant="after")],
+        ["A soft suffix", _beside(evaluation, "soft suffix", MEMBERS, in_suffix, variant="after")],
         ["A linear probe on hidden states", _beside(evaluation, "linear probe", MEMBERS, "accuracy")],
     ]
     rows = rows[:4] + [row for row in rows[4:] if row[1] != NOT_MEASURED]
@@ -195,7 +198,7 @@ def _worst_input(evaluation: Evaluation) -> str:
     worst = worst_input_attack(evaluation)
     if worst is None:
         return NOT_MEASURED
-    name = attacked_name(evaluation)
+    name = knowledge_name(evaluation, "input attack")
     fields = {"measure": "input attack", "rows": "test_forget", "name": name}
     plain = first(evaluation, **fields, model="unlearned", variant=AS_THEY_ARE)
     theirs = first(evaluation, **fields, model="retrained", variant=worst.variant)
@@ -207,7 +210,7 @@ def _worst_input(evaluation: Evaluation) -> str:
 
 
 def _worst_on_retain(evaluation: Evaluation) -> str:
-    fields = {"measure": "input attack", "rows": "test_retain", "name": attacked_name(evaluation)}
+    fields = {"measure": "input attack", "rows": "test_retain", "name": knowledge_name(evaluation, "input attack")}
     found = [one for one in where(evaluation, **fields, model="unlearned") if one.variant != AS_THEY_ARE]
     if not found:
         return NOT_MEASURED
@@ -250,8 +253,10 @@ def _membership(evaluation: Evaluation) -> str:
 
 
 def _relearned(evaluation: Evaluation) -> str:
+    knows = knowledge_name(evaluation, "relearning")
+
     def curve(model: str) -> dict[int, Number]:
-        found = where(evaluation, measure="relearning", rows=MEMBERS, name="accuracy", model=model)
+        found = where(evaluation, measure="relearning", rows=MEMBERS, name=knows, model=model)
         return {steps(one.variant): one for one in found}
 
     ours, theirs = curve("unlearned"), curve("retrained")
@@ -259,7 +264,9 @@ def _relearned(evaluation: Evaluation) -> str:
     if not trained:
         return NOT_MEASURED
     most = max(trained, key=lambda step: ours[step].value)
-    text = f"accuracy on the other forget rows is highest after {most} steps, {value_in_words(ours[most])}"
+    text = (
+        f"{name_in_words(knows)} on the other forget rows is highest after {most} steps, {value_in_words(ours[most])}"
+    )
     if 0 in ours:
         text += f", {_points(ours[most], ours[0])} against none ({value_in_words(ours[0])})"
     if most in theirs:
