@@ -22,7 +22,7 @@ from .data import QUESTION_ANSWER, SPLITS, PromptFormat, UnlearningData
 from .evaluation import attacks as attack_tasks
 from .evaluation import measures as measure_tasks
 from .evaluation.generation_metrics import num_virtual_tokens
-from .evaluation.likelihood import DivergedError, check_rows
+from .evaluation.likelihood import check_rows
 from .evaluation.numbers import Measurement
 from .evaluation.results import (
     MEASUREMENTS_NAME,
@@ -31,6 +31,7 @@ from .evaluation.results import (
     read_measurements,
     write_measurements,
 )
+from .evaluation.scoring import DivergedError
 from .evaluation.suite import AttackSettings, Suite, Task, digest_of_rows
 from .prefix import bare_model, unwrapped
 from .provenance import digest_of, library_versions

@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from spul import SoftPromptUnlearner, batches
 from spul.evaluation import response_embeddings
+from spul.evaluation.scoring import DivergedError
 
 
 def last_states(base, **inputs):
@@ -85,3 +86,11 @@ def test_rows_of_like_length_go_together_and_long_ones_in_smaller_batches(monkey
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="0 rows"):
         response_embeddings(build("llama"), rows("jane", 1).select([]), make_collator())
+
+
+def test_a_model_that_has_diverged_raises():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    with pytest.raises(DivergedError, match="hidden states are not numbers"):
+        response_embeddings(model, rows("jane", 3), make_collator())

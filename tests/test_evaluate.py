@@ -221,6 +221,30 @@ def test_a_quantised_base_is_not_quantised_again(tmp_path):
     assert {one.model for one in found.measurements if one.measure == "quantised"} == {"retrained"}
 
 
+@pytest.mark.parametrize("where", ["lm_head", "model.norm"])
+def test_a_model_that_has_diverged_is_left_out_and_not_read_as_forgotten(where):
+    model, names = make("whole"), ("utility", "relearning", "linear probe")
+    with torch.no_grad():
+        model.get_submodule(where).weight[0] = torch.nan
+    found = measured(model, *names, base=learned(), retrained=learned(0.1, 1))
+    without = [*(f"utility {split}" for split in SPLITS), "relearning train_forget"]
+    if where == "model.norm":  # before the hidden states that are probed
+        without.append("linear probe train_forget")
+    for measure in without:
+        (why,) = (text for name, text in found.left_out.items() if name.startswith(f"{measure} unlearned"))
+        assert "has diverged" in why
+    assert {one.measure for one in found.measurements if one.model == "retrained"} == set(names)
+    assert {one.measure for one in found.measurements if one.model == "unlearned"} == (
+        {"linear probe"} if where == "lm_head" else set()
+    )
+
+
+def test_relearning_at_a_rate_at_which_the_model_diverges_is_left_out():
+    found = measured(make("prompt_tuning"), "relearning", attacks=dataclasses.replace(ATTACKS, relearn_lr=1e30))
+    assert found.measurements == []
+    assert "Lower the learning rate" in found.left_out["relearning train_forget unlearned 0 steps"]
+
+
 # ---- joined, and refused ----
 
 

@@ -13,7 +13,7 @@ from ..base import evaluation_mode
 from ..collator import ForgetRetainCollator
 from ..prefix import bare_model
 from .likelihood import response_batches
-from .scoring import response_logits
+from .scoring import check_numbers, response_logits
 
 
 @torch.no_grad()
@@ -33,7 +33,8 @@ def response_embeddings(
         (rows, d), float32.
 
     Raises:
-        ValueError: if there are no rows, or the model has no output embeddings.
+        ValueError: if there are no rows, the model has no output embeddings, or it has diverged: its hidden states are
+            NaN.
     """
     head: Any = bare_model(model)
     head = head.get_output_embeddings()
@@ -54,6 +55,7 @@ def response_embeddings(
                     in_front = states.shape[1] - batch.inputs["input_ids"].shape[1]
                     places = (batch.positions + in_front)[..., None].to(states.device)
                     states = states.take_along_dim(places, dim=1)
+                check_numbers(states[:, 0], "hidden states")
                 found |= zip(batch.places, states[:, 0].float().cpu(), strict=True)
     finally:
         hook.remove()
