@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from peft import PeftModel, PeftType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -21,7 +22,7 @@ from .collator import ForgetRetainCollator
 from .data import QUESTION_ANSWER, SPLITS, PromptFormat, UnlearningData
 from .evaluation import attacks as attack_tasks
 from .evaluation import measures as measure_tasks
-from .evaluation.generation_metrics import num_virtual_tokens
+from .evaluation.generation_metrics import num_virtual_tokens, rouge_l
 from .evaluation.likelihood import check_rows
 from .evaluation.numbers import Measurement
 from .evaluation.results import (
@@ -35,6 +36,7 @@ from .evaluation.scoring import DivergedError
 from .evaluation.suite import AttackSettings, Suite, Task, digest_of_rows
 from .prefix import bare_model, unwrapped
 from .provenance import digest_of, library_versions
+from .unlearner import PROMPT_TYPES, SoftPromptUnlearner
 
 TASKS: dict[str, Callable[[Suite], Iterator[Task]]] = {
     "utility": measure_tasks.utility,
@@ -114,7 +116,9 @@ def evaluate(
         ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
             missing, a measure or set of questions is not known, two of the models are one, a model is sharded, or
             `output_dir` holds another evaluation.
-        TypeError: if rows are no `datasets.Dataset`.
+        TypeError: if rows are no `datasets.Dataset`, or a model is under a prompt of plain PEFT, and that is of a type
+            that spul does not know, or a soft suffix is asked for.
+        ImportError: if free-form answers are to be scored, and `rouge-score` is not installed.
 
     Example:
         ```python
@@ -141,6 +145,7 @@ def evaluate(
     for name, one in models.items():
         if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in one.parameters()):
             raise ValueError(f"{name} is sharded (FSDP, DeepSpeed); evaluate with the whole model in each process.")
+        _check_prompt(name, one, measures)
     config: Any = bare_model(models["model"]).config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     room = None if positions is None else positions - num_virtual_tokens(models["model"])
@@ -180,6 +185,8 @@ def evaluate(
             "what forgetting should look like; give retrained=, trained without the forget rows"
         )
     tasks = [task for name in MEASURES if name in measures for task in TASKS[name](suite)]
+    if any(_generates(task, suite) for task in tasks):
+        rouge_l([], [])  # where rouge-score is missing, that is to be known now
     settings = _settings(suite, models, measures)
     found, failed = _measured(tasks, None if output_dir is None else Path(output_dir), settings, progress)
     suite.left_out |= failed
@@ -190,6 +197,32 @@ def evaluate(
             path.unlink()
     PartialState().wait_for_everyone()
     return evaluation
+
+
+def _check_prompt(name: str, model: nn.Module, measures: Sequence[str]) -> None:
+    """Raise if a model is under a prompt of PEFT that the measures cannot do with, before any of them is taken."""
+    if not isinstance(model, PeftModel) or isinstance(model, SoftPromptUnlearner):
+        return
+    config = model.active_peft_config
+    if not config.is_prompt_learning:
+        return
+    if config.peft_type not in PROMPT_TYPES:
+        raise TypeError(
+            f"{name} is under a prompt of PEFT of the type {PeftType(config.peft_type).value}; expected one of "
+            f"{', '.join(kind.value for kind in PROMPT_TYPES)}, best loaded by SoftPromptUnlearner.from_pretrained."
+        )
+    if "soft suffix" in measures and name in ("model", "retrained"):
+        raise TypeError(
+            f"{name} is under a prompt of PEFT, which the soft suffix cannot follow; load it by "
+            "SoftPromptUnlearner.from_pretrained, or leave 'soft suffix' out of measures."
+        )
+
+
+def _generates(task: Task, suite: Suite) -> bool:
+    """Whether a task compares free-form answers with the true ones."""
+    measure = task.produces[0][0]
+    answered = ("utility", "neighbours", "input attack", "quantised", "sampling")
+    return measure == "questions" or (suite.is_free_form and measure in answered)
 
 
 def _measured(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import random
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import CPTConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
 from test_suite import (
     ATTACKS,
     INPUTS,
@@ -328,6 +330,47 @@ def test_a_sharded_model_raises_whichever_it_is():
     for name in ("base", "retrained", "reference"):
         with pytest.raises(ValueError, match=f"{name} is sharded"):
             measured(make("prompt_tuning"), "utility", **{name: sharded})
+
+
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_a_prompt_of_plain_peft_is_measured_but_for_the_soft_suffix_which_is_refused_first(tmp_path, prompt_type):
+    make(prompt_type).save_pretrained(str(tmp_path / "adapter"))
+    plain = PeftModel.from_pretrained(learned(), str(tmp_path / "adapter"))
+    found = measured(plain, "utility")
+    expected = measured(make(prompt_type), "utility").number("utility", "test_forget", "loss").value
+    assert found.number("utility", "test_forget", "loss").value == pytest.approx(expected, rel=1e-4)
+    for given in ({"model": plain}, {"model": learned(), "retrained": plain}):
+        with pytest.raises(TypeError, match=rf"{list(given)[-1]} is under a prompt of PEFT.*leave 'soft suffix' out"):
+            measured(given.pop("model"), "utility", "soft suffix", **given, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2),
+        CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[5, 6], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 1]),
+    ],
+)
+def test_a_prompt_of_a_type_that_is_not_known_is_refused(config):
+    plain = get_peft_model(learned(), config)
+    with pytest.raises(TypeError, match="expected one of PROMPT_TUNING, P_TUNING, PREFIX_TUNING, best loaded by"):
+        measured(plain, "utility")
+    with pytest.raises(TypeError, match="reference is under a prompt of PEFT"):
+        measured(make("layers"), "utility", reference=plain)
+
+
+def test_that_rouge_is_missing_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    texts = [f" film {i}" for i in range(40)]
+    free = {"train_retain": rows("film", 40).remove_columns("completion").add_column("completion", texts)}
+    asked = {"questions": {"forget": questions("a")}}
+    for names, given in ((("utility",), {"splits": make_splits(**free)}), (("questions", "kl"), asked)):
+        with pytest.raises(ImportError, match="pip install rouge-score"):
+            measured(make("prompt_tuning"), *names, **given, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert measured(make("prompt_tuning"), "kl", splits=make_splits(**free)).measurements
+    assert measured(make("prompt_tuning"), "utility").measurements
 
 
 def test_unlearning_data_are_evaluated_in_their_format():
