@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
@@ -23,6 +21,7 @@ from .data import QUESTION_ANSWER, SPLITS, PromptFormat, UnlearningData
 from .evaluation import attacks as attack_tasks
 from .evaluation import measures as measure_tasks
 from .evaluation.generation_metrics import num_virtual_tokens, rouge_l
+from .evaluation.kept import settings_of
 from .evaluation.likelihood import check_rows
 from .evaluation.numbers import Measurement
 from .evaluation.results import (
@@ -33,9 +32,8 @@ from .evaluation.results import (
     write_measurements,
 )
 from .evaluation.scoring import DivergedError
-from .evaluation.suite import AttackSettings, Suite, Task, digest_of_rows
+from .evaluation.suite import AttackSettings, Suite, Task
 from .prefix import bare_model, unwrapped
-from .provenance import digest_of, library_versions
 from .unlearner import PROMPT_TYPES, SoftPromptUnlearner
 
 TASKS: dict[str, Callable[[Suite], Iterator[Task]]] = {
@@ -187,7 +185,7 @@ def evaluate(
     tasks = [task for name in MEASURES if name in measures for task in TASKS[name](suite)]
     if any(_generates(task, suite) for task in tasks):
         rouge_l([], [])  # where rouge-score is missing, that is to be known now
-    settings = _settings(suite, models, measures)
+    settings = settings_of(suite, models, [name for name in MEASURES if name in measures])
     found, failed = _measured(tasks, None if output_dir is None else Path(output_dir), settings, progress)
     suite.left_out |= failed
     evaluation = Evaluation(settings, found, suite.left_out)
@@ -265,47 +263,17 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
     """What a folder has of the same evaluation."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_NAME
-    mine = json.loads(json.dumps(settings))
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
-        if other := sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name)):
+        if other := sorted(name for name in settings | theirs if settings.get(name) != theirs.get(name)):
             raise ValueError(
                 f"{str(folder)!r} holds an evaluation with another {', '.join(other)}; give another output_dir, or "
                 "remove that one."
             )
-    path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     parts = sorted(folder.glob(PROGRESS_NAME.format("*")))
     found = [one for file in (folder / MEASUREMENTS_NAME, *parts) for one in read_measurements(file)]
     write_measurements(folder / MEASUREMENTS_NAME, found)  # a line that was cut off is gone, before others follow it
     for part in parts:
         part.unlink()
     return found
-
-
-def _settings(suite: Suite, models: Mapping[str, nn.Module], measures: Sequence[str]) -> dict[str, Any]:
-    """What tells one evaluation from another; digests stand for models, rows and texts."""
-    sets = {**suite.splits, **{f"neighbours: {name}": rows for name, rows in suite.neighbours.items()}}
-    if suite.unseen is not None:
-        sets["unseen"] = suite.unseen
-    given = suite.attacks.paraphrase is not None
-    attacks = dataclasses.asdict(dataclasses.replace(suite.attacks, inputs=None, paraphrase=None)) | {
-        "paraphrase": given
-    }
-    attacks["inputs"] = None if suite.attacks.inputs is None else sorted(suite.attacks.inputs)
-    return {
-        "models": {name: digest_of(model.named_parameters()) for name, model in models.items()},
-        "names": {name: getattr(getattr(model, "config", None), "model_type", "") for name, model in models.items()},
-        "rows": {name: {"rows": len(rows), "digest": digest_of_rows(rows)} for name, rows in sets.items()},
-        "unrelated_texts": digest_of_rows(suite.unrelated_texts),
-        "questions": {name: digest_of_rows(rows) for name, rows in suite.questions.items()},
-        "generic_completions": suite.collator.generic_completions,
-        "max_length": suite.collator.encoder.max_length,
-        "text_field": suite.collator.encoder.text_field,
-        "append_eos": suite.collator.encoder.append_eos,
-        "max_new_tokens": suite.max_new_tokens,
-        "dtype": str(next(iter(models["model"].parameters())).dtype).removeprefix("torch."),
-        "measures": sorted(measures, key=MEASURES.index),
-        "attacks": json.loads(json.dumps(attacks)),
-        "seed": suite.seed,
-        "versions": library_versions() | {"torch": torch.__version__},
-    }
