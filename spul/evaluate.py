@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
+from peft import PeftModel, PeftType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -21,8 +20,9 @@ from .collator import ForgetRetainCollator
 from .data import QUESTION_ANSWER, SPLITS, PromptFormat, UnlearningData
 from .evaluation import attacks as attack_tasks
 from .evaluation import measures as measure_tasks
-from .evaluation.generation_metrics import num_virtual_tokens
-from .evaluation.likelihood import DivergedError, check_rows
+from .evaluation.generation_metrics import num_virtual_tokens, rouge_l
+from .evaluation.kept import settings_of
+from .evaluation.likelihood import check_rows
 from .evaluation.numbers import Measurement
 from .evaluation.results import (
     MEASUREMENTS_NAME,
@@ -31,9 +31,10 @@ from .evaluation.results import (
     read_measurements,
     write_measurements,
 )
-from .evaluation.suite import AttackSettings, Suite, Task, digest_of_rows
+from .evaluation.scoring import DivergedError
+from .evaluation.suite import AttackSettings, Suite, Task
 from .prefix import bare_model, unwrapped
-from .provenance import digest_of, library_versions
+from .unlearner import PROMPT_TYPES, SoftPromptUnlearner
 
 TASKS: dict[str, Callable[[Suite], Iterator[Task]]] = {
     "utility": measure_tasks.utility,
@@ -113,7 +114,9 @@ def evaluate(
         ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
             missing, a measure or set of questions is not known, two of the models are one, a model is sharded, or
             `output_dir` holds another evaluation.
-        TypeError: if rows are no `datasets.Dataset`.
+        TypeError: if rows are no `datasets.Dataset`, or a model is under a prompt of plain PEFT, and that is of a type
+            that spul does not know, or a soft suffix is asked for.
+        ImportError: if free-form answers are to be scored, and `rouge-score` is not installed.
 
     Example:
         ```python
@@ -140,6 +143,7 @@ def evaluate(
     for name, one in models.items():
         if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in one.parameters()):
             raise ValueError(f"{name} is sharded (FSDP, DeepSpeed); evaluate with the whole model in each process.")
+        _check_prompt(name, one, measures)
     config: Any = bare_model(models["model"]).config
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     room = None if positions is None else positions - num_virtual_tokens(models["model"])
@@ -179,7 +183,9 @@ def evaluate(
             "what forgetting should look like; give retrained=, trained without the forget rows"
         )
     tasks = [task for name in MEASURES if name in measures for task in TASKS[name](suite)]
-    settings = _settings(suite, models, measures)
+    if any(_generates(task, suite) for task in tasks):
+        rouge_l([], [])  # where rouge-score is missing, that is to be known now
+    settings = settings_of(suite, models, [name for name in MEASURES if name in measures])
     found, failed = _measured(tasks, None if output_dir is None else Path(output_dir), settings, progress)
     suite.left_out |= failed
     evaluation = Evaluation(settings, found, suite.left_out)
@@ -189,6 +195,32 @@ def evaluate(
             path.unlink()
     PartialState().wait_for_everyone()
     return evaluation
+
+
+def _check_prompt(name: str, model: nn.Module, measures: Sequence[str]) -> None:
+    """Raise if a model is under a prompt of PEFT that the measures cannot do with, before any of them is taken."""
+    if not isinstance(model, PeftModel) or isinstance(model, SoftPromptUnlearner):
+        return
+    config = model.active_peft_config
+    if not config.is_prompt_learning:
+        return
+    if config.peft_type not in PROMPT_TYPES:
+        raise TypeError(
+            f"{name} is under a prompt of PEFT of the type {PeftType(config.peft_type).value}; expected one of "
+            f"{', '.join(kind.value for kind in PROMPT_TYPES)}, best loaded by SoftPromptUnlearner.from_pretrained."
+        )
+    if "soft suffix" in measures and name in ("model", "retrained"):
+        raise TypeError(
+            f"{name} is under a prompt of PEFT, which the soft suffix cannot follow; load it by "
+            "SoftPromptUnlearner.from_pretrained, or leave 'soft suffix' out of measures."
+        )
+
+
+def _generates(task: Task, suite: Suite) -> bool:
+    """Whether a task compares free-form answers with the true ones."""
+    measure = task.produces[0][0]
+    answered = ("utility", "neighbours", "input attack", "quantised", "sampling")
+    return measure == "questions" or (suite.is_free_form and measure in answered)
 
 
 def _measured(
@@ -231,47 +263,17 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
     """What a folder has of the same evaluation."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_NAME
-    mine = json.loads(json.dumps(settings))
     if path.exists():
         theirs = json.loads(path.read_text(encoding="utf-8"))
-        if other := sorted(name for name in mine | theirs if mine.get(name) != theirs.get(name)):
+        if other := sorted(name for name in settings | theirs if settings.get(name) != theirs.get(name)):
             raise ValueError(
                 f"{str(folder)!r} holds an evaluation with another {', '.join(other)}; give another output_dir, or "
                 "remove that one."
             )
-    path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     parts = sorted(folder.glob(PROGRESS_NAME.format("*")))
     found = [one for file in (folder / MEASUREMENTS_NAME, *parts) for one in read_measurements(file)]
     write_measurements(folder / MEASUREMENTS_NAME, found)  # a line that was cut off is gone, before others follow it
     for part in parts:
         part.unlink()
     return found
-
-
-def _settings(suite: Suite, models: Mapping[str, nn.Module], measures: Sequence[str]) -> dict[str, Any]:
-    """What tells one evaluation from another; digests stand for models, rows and texts."""
-    sets = {**suite.splits, **{f"neighbours: {name}": rows for name, rows in suite.neighbours.items()}}
-    if suite.unseen is not None:
-        sets["unseen"] = suite.unseen
-    given = suite.attacks.paraphrase is not None
-    attacks = dataclasses.asdict(dataclasses.replace(suite.attacks, inputs=None, paraphrase=None)) | {
-        "paraphrase": given
-    }
-    attacks["inputs"] = None if suite.attacks.inputs is None else sorted(suite.attacks.inputs)
-    return {
-        "models": {name: digest_of(model.named_parameters()) for name, model in models.items()},
-        "names": {name: getattr(getattr(model, "config", None), "model_type", "") for name, model in models.items()},
-        "rows": {name: {"rows": len(rows), "digest": digest_of_rows(rows)} for name, rows in sets.items()},
-        "unrelated_texts": digest_of_rows(suite.unrelated_texts),
-        "questions": {name: digest_of_rows(rows) for name, rows in suite.questions.items()},
-        "generic_completions": suite.collator.generic_completions,
-        "max_length": suite.collator.encoder.max_length,
-        "text_field": suite.collator.encoder.text_field,
-        "append_eos": suite.collator.encoder.append_eos,
-        "max_new_tokens": suite.max_new_tokens,
-        "dtype": str(next(iter(models["model"].parameters())).dtype).removeprefix("torch."),
-        "measures": sorted(measures, key=MEASURES.index),
-        "attacks": json.loads(json.dumps(attacks)),
-        "seed": suite.seed,
-        "versions": library_versions() | {"torch": torch.__version__},
-    }

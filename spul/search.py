@@ -11,6 +11,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from .evaluation.scoring import DivergedError
 from .losses import UnlearningLoss
 from .report.tables import pareto_front
 
@@ -89,7 +90,8 @@ def search(
 
     Args:
         train_and_score: trains a prompt with a candidate's settings and returns its accuracy on retain and on forget
-            rows, both in 0..1.
+            rows, both in 0..1. Where it raises since the model diverged (`score_completions` does), the candidate
+            counts as the worst there can be: 0 and 1.
         min_retain: the least retain accuracy to accept, in 0..1; such as the base's less one point.
         num_trials: how many combinations to try, those found in `storage` included; never more than there are.
         alphas: values of alpha to choose from; as the paper tries them unless given, like the next two.
@@ -155,7 +157,10 @@ def search(
     def objective(trial: Any) -> tuple[float, float]:
         candidate = Candidate(**{name: trial.suggest_categorical(name, values) for name, values in space.items()})
         if candidate not in known:
-            scores = train_and_score(candidate)
+            try:
+                scores = train_and_score(candidate)
+            except DivergedError:
+                scores = (0.0, 1.0)
             if not all(0 <= score <= 1 for score in scores):
                 raise ValueError(f"train_and_score returned {scores}; expected two accuracies in 0..1.")
             known[candidate] = Trial(candidate, *scores)

@@ -3,13 +3,15 @@
 import pytest
 import torch
 from conftest import build
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from test_trainer import make_collator, rows
 from test_unlearner import CONFIGS
 from transformers import DynamicCache
 
-from spul import SoftPromptUnlearner
+from spul import SoftPromptUnlearner, batches
 from spul.evaluation import response_embeddings
+from spul.evaluation.scoring import DivergedError
 
 
 def last_states(base, **inputs):
@@ -65,6 +67,30 @@ def test_of_a_model_under_lora_and_without_moving_its_mode():
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_rows_of_like_length_go_together_and_long_ones_in_smaller_batches(monkeypatch):
+    model, collator, widths = build("llama"), make_collator(), []
+    texts = [word * num + " :" for word, num in zip("abcdefgh", (20, 2, 20, 3, 20, 3, 20, 2), strict=True)]
+    data = Dataset.from_list([{"prompt": text, "completion": " positive"} for text in texts])
+    with torch.no_grad():
+        expected = torch.stack([last_states(model, input_ids=ids) for ids in prompts(data, collator)])
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    monkeypatch.setattr(batches, "TOKENS_PER_ROW", 8)
+    found = response_embeddings(model, data, collator, batch_size=8)
+    torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
+    assert all(rows * width <= 64 for rows, width in widths)
+    assert [rows for rows, _ in widths] == [2, 2, 4]
+
+
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="0 rows"):
         response_embeddings(build("llama"), rows("jane", 1).select([]), make_collator())
+
+
+def test_a_model_that_has_diverged_raises():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.norm.weight[3] = torch.nan
+    with pytest.raises(DivergedError, match="hidden states are not numbers"):
+        response_embeddings(model, rows("jane", 3), make_collator())

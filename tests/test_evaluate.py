@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import random
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from peft import CPTConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
 from test_suite import (
     ATTACKS,
     INPUTS,
@@ -220,6 +222,30 @@ def test_a_quantised_base_is_not_quantised_again(tmp_path):
     assert {one.model for one in found.measurements if one.measure == "quantised"} == {"retrained"}
 
 
+@pytest.mark.parametrize("where", ["lm_head", "model.norm"])
+def test_a_model_that_has_diverged_is_left_out_and_not_read_as_forgotten(where):
+    model, names = make("whole"), ("utility", "relearning", "linear probe")
+    with torch.no_grad():
+        model.get_submodule(where).weight[0] = torch.nan
+    found = measured(model, *names, base=learned(), retrained=learned(0.1, 1))
+    without = [*(f"utility {split}" for split in SPLITS), "relearning train_forget"]
+    if where == "model.norm":  # before the hidden states that are probed
+        without.append("linear probe train_forget")
+    for measure in without:
+        (why,) = (text for name, text in found.left_out.items() if name.startswith(f"{measure} unlearned"))
+        assert "has diverged" in why
+    assert {one.measure for one in found.measurements if one.model == "retrained"} == set(names)
+    assert {one.measure for one in found.measurements if one.model == "unlearned"} == (
+        {"linear probe"} if where == "lm_head" else set()
+    )
+
+
+def test_relearning_at_a_rate_at_which_the_model_diverges_is_left_out():
+    found = measured(make("prompt_tuning"), "relearning", attacks=dataclasses.replace(ATTACKS, relearn_lr=1e30))
+    assert found.measurements == []
+    assert "Lower the learning rate" in found.left_out["relearning train_forget unlearned 0 steps"]
+
+
 # ---- joined, and refused ----
 
 
@@ -303,6 +329,47 @@ def test_a_sharded_model_raises_whichever_it_is():
     for name in ("base", "retrained", "reference"):
         with pytest.raises(ValueError, match=f"{name} is sharded"):
             measured(make("prompt_tuning"), "utility", **{name: sharded})
+
+
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_a_prompt_of_plain_peft_is_measured_but_for_the_soft_suffix_which_is_refused_first(tmp_path, prompt_type):
+    make(prompt_type).save_pretrained(str(tmp_path / "adapter"))
+    plain = PeftModel.from_pretrained(learned(), str(tmp_path / "adapter"))
+    found = measured(plain, "utility")
+    expected = measured(make(prompt_type), "utility").number("utility", "test_forget", "loss").value
+    assert found.number("utility", "test_forget", "loss").value == pytest.approx(expected, rel=1e-4)
+    for given in ({"model": plain}, {"model": learned(), "retrained": plain}):
+        with pytest.raises(TypeError, match=rf"{list(given)[-1]} is under a prompt of PEFT.*leave 'soft suffix' out"):
+            measured(given.pop("model"), "utility", "soft suffix", **given, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2),
+        CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[5, 6], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 1]),
+    ],
+)
+def test_a_prompt_of_a_type_that_is_not_known_is_refused(config):
+    plain = get_peft_model(learned(), config)
+    with pytest.raises(TypeError, match="expected one of PROMPT_TUNING, P_TUNING, PREFIX_TUNING, best loaded by"):
+        measured(plain, "utility")
+    with pytest.raises(TypeError, match="reference is under a prompt of PEFT"):
+        measured(make("layers"), "utility", reference=plain)
+
+
+def test_that_rouge_is_missing_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
+    texts = [f" film {i}" for i in range(40)]
+    free = {"train_retain": rows("film", 40).remove_columns("completion").add_column("completion", texts)}
+    asked = {"questions": {"forget": questions("a")}}
+    for names, given in ((("utility",), {"splits": make_splits(**free)}), (("questions", "kl"), asked)):
+        with pytest.raises(ImportError, match="pip install rouge-score"):
+            measured(make("prompt_tuning"), *names, **given, output_dir=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert measured(make("prompt_tuning"), "kl", splits=make_splits(**free)).measurements
+    assert measured(make("prompt_tuning"), "utility").measurements
 
 
 def test_unlearning_data_are_evaluated_in_their_format():

@@ -8,13 +8,20 @@ import textwrap
 from typing import Any
 
 import pytest
-from conftest import run_script
+import torch
+from conftest import make_tokenizer, run_script
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_evaluate import measured
 from test_suite import ATTACKS, learned, make, make_splits, questions
 from test_trainer import make_collator, rows
+from test_unlearner import CONFIGS
+from tokenizers import normalizers
 
 import spul.evaluation.numbers as numbers
 import spul.evaluation.suite as suite
+from spul import SoftPromptUnlearner, UnlearningLayers
+from spul.data import QUESTION_ANSWER
+from spul.evaluation.kept import digest_of_tokenizer
 from spul.evaluation.results import Evaluation
 
 
@@ -95,6 +102,12 @@ def test_what_two_processes_left_is_gone_on_with_but_for_a_task_cut_off_in_the_m
     assert len(done) == 1 + 2
 
 
+def lower_cased() -> Any:
+    collator = make_collator()
+    collator.tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    return collator
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -111,6 +124,8 @@ def test_what_two_processes_left_is_gone_on_with_but_for_a_task_cut_off_in_the_m
         ({"questions": {"retain": questions("a")}}, "questions"),
         ({"max_new_tokens": 7}, "max_new_tokens"),
         ({"measures": ("sampling", "kl")}, "measures"),
+        ({"question_format": dataclasses.replace(QUESTION_ANSWER, template="film : {question}\n")}, "question_format"),
+        ({"collator": lower_cased()}, "tokenizer"),
     ],
 )
 def test_another_evaluation_in_the_same_folder_raises_and_says_what_differs(tmp_path, change, named):
@@ -121,6 +136,117 @@ def test_another_evaluation_in_the_same_folder_raises_and_says_what_differs(tmp_
     with pytest.raises(ValueError, match=rf"an evaluation with another {named}; give another output_dir"):
         measured(model, *measures, output_dir=tmp_path, **change)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
+
+
+def scaled(model: Any, alpha: float) -> Any:
+    """The same LoRA as one that was made with another alpha: no weight differs."""
+    torch.manual_seed(0)
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, lora_alpha=alpha, target_modules=["q_proj", "up_proj"])
+    model = get_peft_model(model, config)
+    torch.nn.init.constant_(model.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight, 0.3)
+    return model
+
+
+def two_prompts(active: str) -> Any:
+    model = make("prompt_tuning")
+    torch.manual_seed(9)
+    model.add_adapter("second", CONFIGS["prompt_tuning"](3))
+    model.set_adapter(active)
+    return model
+
+
+def two_loras(active: str) -> Any:
+    model = make("lora")
+    torch.manual_seed(9)
+    model.add_adapter("second", LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(0.3 if "lora_B.second" in name else 0.0)
+    model.set_adapter(active)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (lambda: two_prompts("default"), lambda: two_prompts("second")),
+        (lambda: two_loras("default"), lambda: two_loras("second")),
+        (lambda: scaled(learned(), 1), lambda: scaled(learned(), 64)),
+    ],
+)
+def test_models_that_differ_in_no_weight_are_told_apart_by_their_adapters(tmp_path, first, second):
+    """Each for itself they give other numbers, so the one must not be given the other's."""
+    found = measured(first(), "utility", output_dir=tmp_path / "first")
+    other = measured(second(), "utility", output_dir=tmp_path / "second")
+    weights = [one.settings["models"]["model"]["weights"] for one in (found, other)]
+    assert weights[0] == weights[1]
+    assert found.number("utility", "test_forget", "loss").value != other.number("utility", "test_forget", "loss").value
+    with pytest.raises(ValueError, match="an evaluation with another models; give another output_dir"):
+        measured(second(), "utility", output_dir=tmp_path / "first")
+    assert measured(first(), "utility", output_dir=tmp_path / "first").measurements == found.measurements
+
+
+@pytest.mark.parametrize("carrier", ["prompt_tuning", "layers", "lora"])
+def test_a_model_whose_adapter_is_switched_off_is_another(tmp_path, carrier):
+    model = make(carrier)
+    measured(model, "sampling", base=learned(), output_dir=tmp_path)
+    with model.disable_adapter(), pytest.raises(ValueError, match="another models"):
+        measured(model, "sampling", base=learned(), output_dir=tmp_path)
+    measured(model, "sampling", base=learned(), output_dir=tmp_path)
+
+
+@pytest.mark.parametrize("carrier", ["prefix_tuning", "layers", "lora"])
+def test_a_model_that_was_saved_and_loaded_is_the_same_evaluation(tmp_path, monkeypatch, carrier):
+    """Whether it may learn, and where it lies, make no other model of it; nor does what the tokenizer did before."""
+    model, collator = make(carrier), make_collator()
+    collator.tokenizer.pad_token = "<pad>"
+    found = measured(model, "sampling", output_dir=tmp_path / "out", collator=collator)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    load = {"layers": UnlearningLayers, "lora": PeftModel}.get(carrier, SoftPromptUnlearner).from_pretrained
+    collator.tokenizer(["the film", "a"], padding="max_length", truncation=True, max_length=8)
+    done = counted(monkeypatch)
+    again = measured(
+        load(learned(), str(tmp_path / "adapter")), "sampling", output_dir=tmp_path / "out", collator=collator
+    )
+    assert again.measurements == found.measurements
+    assert done == []
+
+
+def rewritten(text: str) -> str:
+    return text.replace("review", "film")
+
+
+def rewritten_otherwise(text: str) -> str:
+    return text.replace("review", "text")
+
+
+class Rewriter:
+    def __call__(self, text: str) -> str:
+        return rewritten(text)
+
+
+def test_a_paraphrase_is_known_by_its_name(tmp_path):
+    def paraphrased(by: Any) -> Evaluation:
+        attacks = dataclasses.replace(ATTACKS, inputs=None, paraphrase=by)
+        return measured(make("layers"), "sampling", attacks=attacks, output_dir=tmp_path)
+
+    first = paraphrased(rewritten)
+    assert paraphrased(rewritten).measurements == first.measurements
+    for other in (rewritten_otherwise, Rewriter(), None):
+        with pytest.raises(ValueError, match="another attacks"):
+            paraphrased(other)
+
+
+def test_tokenizers_are_told_apart_by_all_that_makes_tokens():
+    tokenizer = make_tokenizer()
+    tokenizer.pad_token = "<pad>"
+    chat, rules, words = make_tokenizer(), make_tokenizer(), make_tokenizer()
+    chat.chat_template = "{{ messages[0]['content'] }}"
+    rules.backend_tokenizer.normalizer = normalizers.Lowercase()
+    words.add_tokens(["film plot"])
+    digests = [digest_of_tokenizer(one) for one in (make_tokenizer(), tokenizer, chat, rules, words)]
+    assert len(set(digests)) == 5
+    assert digest_of_tokenizer(make_tokenizer()) == digests[0]
 
 
 # ---- several processes ----

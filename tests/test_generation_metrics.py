@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_likelihood import free_form, make_collator, plain_logits, prompted
 from test_unlearner import CONFIGS
 
+from spul import ForgetRetainCollator, batches
 from spul.evaluation import generate_answers, rouge_l
 
 
@@ -116,6 +117,37 @@ def test_answers_end_where_the_positions_do():
     model.get_base_model().config.n_positions = width + 4
     with pytest.raises(ValueError, match="leave no room"):
         generate_answers(model, rows, collator)
+
+
+@pytest.mark.parametrize("prompt_type", ["none", *CONFIGS])
+def test_how_long_an_answer_may_be_does_not_hang_on_other_rows_of_the_batch(prompt_type):
+    """The first three rows have room for all of 20 tokens, the others for 19 and 3."""
+    model = lively(build("gpt2", torch.float64) if prompt_type == "none" else prompted("gpt2", prompt_type))
+    collator, room = ForgetRetainCollator(make_tokenizer(), None, max_length=96), 96 if prompt_type == "none" else 92
+    collator.tokenizer.eos_token = model.generation_config.eos_token_id = None
+    widths = [3, 4, room - 20, room - 19, room - 3, room - 3]
+    texts = ["x" * (width - 1) + "abcdef"[i] for i, width in enumerate(widths)]
+    rows = Dataset.from_list([{"prompt": text, "completion": " b"} for text in texts])
+    assert [len(collator.encoder.encode(row).prompt_ids) for row in rows] == widths
+    found = generate_answers(model, rows, collator, batch_size=6, max_new_tokens=20)
+    lengths = [20, 20, 20, 19, 3, 3]
+    assert found == [plain_answer(model, row, collator, num, ends=()) for row, num in zip(rows, lengths, strict=True)]
+    assert found == generate_answers(model, rows, collator, batch_size=1, max_new_tokens=20)
+
+
+def test_a_batch_has_fewer_rows_where_they_are_long(monkeypatch):
+    model, collator = build("llama"), ForgetRetainCollator(make_tokenizer(), None, max_length=90)
+    rows = Dataset.from_list([{"prompt": "x" * num, "completion": " b"} for num in (80, 5, 80, 5, 80, 5, 80, 5)])
+    sizes, generate = [], model.generate
+
+    def counted(input_ids, **kwargs):
+        sizes.append(tuple(input_ids.shape))
+        return generate(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "generate", counted)
+    monkeypatch.setattr(batches, "TOKENS_PER_ROW", 20)
+    generate_answers(model, rows, collator, batch_size=8, max_new_tokens=3)
+    assert sizes == [(2, 80), (2, 80), (4, 5)]  # at most 160 tokens
 
 
 def test_rouge_l_by_hand():

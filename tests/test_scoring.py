@@ -9,7 +9,7 @@ from sklearn.metrics import f1_score
 from test_unlearner import CONFIGS
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner, score_completions
-from spul.evaluation.scoring import NEITHER, Answers, collect_answers, summarise
+from spul.evaluation.scoring import NEITHER, Answers, DivergedError, collect_answers, summarise
 
 
 def collator(generic=(" neutral", " unknown")):
@@ -122,6 +122,21 @@ def test_modes_are_put_back_and_bad_rows_raise(model):
         score_completions(model, rows.select([]), collator())
     with pytest.raises(ValueError, match=r"lack \['completion'\]"):
         score_completions(model, rows.remove_columns("completion"), collator())
+
+
+def test_a_model_that_has_diverged_raises_on_the_rows_where_it_has(model):
+    """Where only some rows come out as NaN, no row among the others is enough to hide it."""
+    texts = [*(f"review {c} :" for c in "abc"), "review 7 :"]
+    rows = Dataset.from_list([{"prompt": text, "completion": " positive"} for text in texts])
+    sound = score_completions(model, rows.select([0, 1, 2]), collator())
+    base = model.get_base_model() if isinstance(model, SoftPromptUnlearner) else model
+    token = set(make_tokenizer()(texts[-1])["input_ids"]) - set(make_tokenizer()("".join(texts[:-1]))["input_ids"])
+    with torch.no_grad():
+        base.get_input_embeddings().weight[list(token)] = torch.nan
+    assert score_completions(model, rows.select([0, 1, 2]), collator()) == sound
+    for batch_size in (1, 4):
+        with pytest.raises(DivergedError, match="has diverged, there is nothing to measure"):
+            score_completions(model, rows, collator(), batch_size)
 
 
 CHAT = "{% for m in messages %}{{ m['content'] }}{{ '</s>' if m['role'] == 'assistant' else ':' }}{% endfor %}"

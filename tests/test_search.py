@@ -5,6 +5,7 @@ import itertools
 import pytest
 
 from spul import UnlearningLoss
+from spul.evaluation.scoring import DivergedError
 from spul.search import Candidate, search
 
 pytest.importorskip("optuna")
@@ -55,6 +56,21 @@ def test_front_and_best_are_those_of_a_plain_look_at_all():
     assert [t.retain for t in found.front] == sorted((t.retain for t in found.front), reverse=True)
     assert found.best == min((t for t in trials if t.retain >= 0.8), key=lambda t: t.forget)
     assert found.best.candidate == Candidate(0.5, 0.0, 30)
+
+
+def test_a_candidate_whose_model_diverges_is_the_worst_and_ends_no_search(tmp_path):
+    def scores(candidate):
+        if candidate.alpha == 1.0:
+            raise DivergedError("NaN")
+        return score(candidate)
+
+    found = run(scores, storage=tmp_path / "search.journal")
+    assert {(t.retain, t.forget) for t in found.trials if t.candidate.alpha == 1.0} == {(0.0, 1.0)}
+    assert len(found.trials) == 12
+    assert found.best.candidate == Candidate(0.5, 0.0, 30)
+    assert run(scores, storage=tmp_path / "search.journal").trials == found.trials
+    with pytest.raises(ValueError, match="no rows"):
+        run(lambda candidate: (_ for _ in ()).throw(ValueError("no rows")))
 
 
 def test_no_point_within_the_bound_is_none():

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from ..base import evaluation_mode
 from ..collator import ForgetRetainCollator
-from ..prefix import bare_model, response_positions
-from .scoring import response_logits
+from ..prefix import bare_model
+from .likelihood import response_batches
+from .scoring import check_numbers, response_logits
 
 
 @torch.no_grad()
@@ -25,14 +26,15 @@ def response_embeddings(
         model: a causal LM, bare, under LoRA or under a prompt of spul.
         rows: `prompt` and `completion`.
         collator: for tokenising and padding.
-        batch_size: rows per forward.
+        batch_size: rows per forward; batches are of like length.
         progress: a name to show a progress bar under; none unless given.
 
     Returns:
         (rows, d), float32.
 
     Raises:
-        ValueError: if there are no rows, or the model has no output embeddings.
+        ValueError: if there are no rows, the model has no output embeddings, or it has diverged: its hidden states are
+            NaN.
     """
     head: Any = bare_model(model)
     head = head.get_output_embeddings()
@@ -41,24 +43,20 @@ def response_embeddings(
     device = next(model.parameters()).device
     given: list[Tensor] = []
     hook = head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    found = []
+    found: dict[int, Tensor] = {}
     try:
-        for start in tqdm(range(0, len(rows), batch_size), desc=progress, disable=progress is None, leave=False):
-            batch = collator.true_batch([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-            batch = {name: value.to(device) for name, value in batch.items()}
-            positions, _ = response_positions(batch["labels"])
-            given.clear()
-            response_logits(model, batch, positions)
-            states = given[-1]  # of the rows; a prompt that runs by itself comes before
-            if states.shape[1] != positions.shape[1]:
-                # This family computes logits everywhere, maybe behind virtual tokens.
-                in_front = states.shape[1] - batch["input_ids"].shape[1]
-                states = states.take_along_dim((positions + in_front)[..., None].to(states.device), dim=1)
-            found.append(states[:, 0].float().cpu())
+        with evaluation_mode(model):
+            for batch in response_batches(rows, collator, batch_size, device, progress):
+                given.clear()
+                response_logits(model, batch.inputs, batch.positions)
+                states = given[-1]  # of the rows; a prompt that runs by itself comes before
+                if states.shape[1] != batch.positions.shape[1]:
+                    # This family computes logits everywhere, maybe behind virtual tokens.
+                    in_front = states.shape[1] - batch.inputs["input_ids"].shape[1]
+                    places = (batch.positions + in_front)[..., None].to(states.device)
+                    states = states.take_along_dim(places, dim=1)
+                check_numbers(states[:, 0], "hidden states")
+                found |= zip(batch.places, states[:, 0].float().cpu(), strict=True)
     finally:
         hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
-    return torch.cat(found).numpy()
+    return torch.stack([found[i] for i in range(len(rows))]).numpy()

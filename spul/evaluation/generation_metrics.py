@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
 from ..base import evaluation_mode, max_positions
+from ..batches import by_length
 from ..collator import ForgetRetainCollator
 from ..prefix import bare_model, unwrapped
 from ..unlearner import SoftPromptUnlearner
@@ -51,7 +52,7 @@ def generate_answers(
         model: a causal LM, bare, under PEFT or under a prompt.
         rows: `prompt` and `completion`, or tokenised.
         collator: for tokenising.
-        batch_size: rows per call of `generate`.
+        batch_size: rows per call of `generate`; fewer where prompts have more than 256 tokens.
         max_new_tokens: the most tokens of an answer; TOFU takes 200.
         progress: a name to show a progress bar under; none unless given.
 
@@ -68,7 +69,7 @@ def generate_answers(
     ends = end_tokens(base, tokenizer.eos_token_id)
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     prompts = [collator.encoder.encode(row).prompt_ids for row in rows]
-    batches = list(_batches([len(ids) for ids in prompts], batch_size, one_length=_pads_behind_prompt(model)))
+    batches = list(_batches(model, [len(ids) for ids in prompts], batch_size, max_new_tokens))
     answers = [""] * len(prompts)
     device = next(model.parameters()).device
     generate: Any = model.generate
@@ -184,13 +185,19 @@ def _pads_behind_prompt(model: nn.Module) -> bool:
     return _is_prompted(model) and not isinstance(model, SoftPromptUnlearner)
 
 
-def _batches(lengths: Sequence[int], batch_size: int, one_length: bool) -> Iterator[list[int]]:
-    """Places of rows of like length, or of one and the same length, the longest first."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    some: list[int] = []
-    for i in order:
-        if some and (len(some) == batch_size or (one_length and lengths[i] != lengths[some[0]])):
-            yield some
-            some = []
-        some.append(i)
-    yield some
+def _batches(model: nn.Module, lengths: Sequence[int], batch_size: int, max_new_tokens: int) -> Iterator[list[int]]:
+    """Places of rows of like length, the longest first.
+
+    A batch has the room that its longest row leaves, so only rows that all have room for `max_new_tokens` are mixed:
+    an answer is the same whatever its row shares a batch with.
+    """
+    limit = max_positions(bare_model(model))
+    mixed = max(lengths) if limit is None else limit - num_virtual_tokens(model) - max_new_tokens
+    if _pads_behind_prompt(model):
+        mixed = 0
+    groups: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        groups.setdefault(max(length, mixed), []).append(i)
+    for _, group in sorted(groups.items(), reverse=True):
+        for places in by_length([lengths[i] for i in group], batch_size):
+            yield [group[place] for place in places]

@@ -24,7 +24,8 @@ from ..collator import ForgetRetainCollator
 from ..forward import as_it_was, learns_itself
 from ..prefix import logits_at, response_positions, unwrapped
 from ..terms import IGNORE_INDEX, KLDivergence
-from .scoring import response_logits
+from .scoring import DivergedError as DivergedError
+from .scoring import check_numbers, response_logits
 
 REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")
 
@@ -69,10 +70,6 @@ class ResponseBatch(NamedTuple):
     def tokens_of(self, row: int) -> int:
         """How many response tokens a row of this batch has: its first slots, the others are unused."""
         return int(self.targets[row].ne(IGNORE_INDEX).sum())
-
-
-class DivergedError(ValueError):
-    """A model whose logits are not numbers."""
 
 
 def check_rows(rows: Dataset) -> None:
@@ -144,8 +141,7 @@ def response_likelihoods(
 
 def _log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities in at least float32."""
-    if bool(logits.isnan().any()):
-        raise DivergedError("the model's logits are not numbers (NaN): it has diverged, there is nothing to measure.")
+    check_numbers(logits)
     return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(dim=-1)
 
 

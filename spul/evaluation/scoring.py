@@ -45,6 +45,19 @@ class Answers:
     nll: list[float] = field(default_factory=list)
 
 
+class DivergedError(ValueError):
+    """A model whose logits or hidden states are not numbers."""
+
+
+def check_numbers(values: Tensor, what: str = "logits") -> None:
+    """Raise where a model's logits or states are NaN: an answer that is read off them would look forgotten."""
+    if bool(values.isnan().any()):
+        raise DivergedError(
+            f"the model's {what} are not numbers (NaN): it has diverged, there is nothing to measure. Lower the "
+            "learning rate that it learns at; if it is in float16, load it in bfloat16 or float32."
+        )
+
+
 def response_logits(model: nn.Module, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
     """Logits (B, K, V) at the response positions of a right-padded batch, of a bare or prompted model."""
     if isinstance(model, SoftPromptUnlearner):
@@ -77,6 +90,9 @@ def greedy_completions(
         rows: rows with `prompt` and `completion`, at most as many as fit in a batch.
         collator: for tokenising and padding.
         classes: the labels of the task.
+
+    Raises:
+        DivergedError: a ValueError, if logits at the response positions are NaN.
     """
     device = next(model.parameters()).device
     own = [completion_text(row["completion"]) for row in rows]
@@ -94,6 +110,7 @@ def greedy_completions(
         batch = {name: value.to(device) for name, value in batch.items()}
         positions, targets = response_positions(batch["labels"])
         logits = response_logits(model, batch, positions)
+        check_numbers(logits[targets != IGNORE_INDEX])
         chosen = logits.argmax(dim=-1)
         same = ((chosen == targets) | (targets == IGNORE_INDEX)).all(dim=1)
         return same.tolist(), chosen[:, 0], targets[:, 0], token_nll(logits, targets).sum(dim=1)
@@ -161,7 +178,8 @@ def score_completions(
         See `summarise`.
 
     Raises:
-        ValueError: if there are no rows, or they have no `prompt` and `completion`.
+        ValueError: if there are no rows, they have no `prompt` and `completion`, or the model has diverged: its logits
+            are NaN.
     """
     answers = collect_answers(model, rows, collator, batch_size, range(len(rows)), progress)
     return summarise(answers, collator.generic_completions)
