@@ -218,7 +218,9 @@ def _truth_ratio(seeds: Sequence[Measurement]) -> list[Number]:
 def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
     """AUC and true positives of each attack on one model, and how far the AUC is from the retrained model's."""
     measure, rows, model, _ = seeds[0].key
-    unseen = groups[measure, UNSEEN, model, ""]
+    unseen = groups.get((measure, UNSEEN, model, ""))
+    if unseen is None:  # the model diverged on them, as `left_out` says
+        return []
     theirs, their_unseen = (groups.get((measure, some, "retrained", "")) for some in (rows, UNSEEN))
     found = []
     for attack in seeds[0].per_row:
