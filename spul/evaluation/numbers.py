@@ -237,16 +237,16 @@ def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
         pairs = _scores(seeds, unseen, attack)
         for name, statistic, sign in MEMBERSHIP:
             signed = [(sign * members, sign * others) for members, others in pairs]
-            values = [float(statistic(*pair)) for pair in signed]
-            interval, over = _over_seeds(values)
+            each = [float(statistic(*pair)) for pair in signed]
+            interval, over = _over_seeds(each)
             if len(signed) == 1:
                 interval, over = (_auc if statistic is auc else _rate)(*signed[0]), "rows"
-            elif statistic is true_positive_rate and set(values) in ({0.0}, {1.0}):
+            elif statistic is true_positive_rate and set(each) in ({0.0}, {1.0}):
                 rates = [
                     _rate(*pair) for pair in signed
                 ]  # seeds that are alike: what one of them tells, at its widest
                 ends = np.fmin.reduce([one.low for one in rates]), np.fmax.reduce([one.high for one in rates])
-                interval, over = Interval(values[0], *map(float, ends)), "rows"
+                interval, over = Interval(each[0], *map(float, ends)), "rows"
             found.append(_number(seeds, name, (interval, over), attack))
         if model == "retrained" or theirs is None or their_unseen is None or attack not in theirs[0].per_row:
             continue
