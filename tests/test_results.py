@@ -367,6 +367,33 @@ def test_evaluations_that_measured_different_things_are_not_joined():
         join([])
 
 
+def test_evaluations_with_different_settings_are_not_joined():
+    def made(seed: int, **changes: object) -> Evaluation:
+        settings = {
+            **{"seed": seed, "models": {"model": str(seed)}, "names": {"model": f"llama {seed}"}, "versions": seed},
+            **{"rows": {"test_forget": seed}, "unrelated_texts": str(seed), "questions": {"forget": str(seed)}},
+            **{"max_length": 32, "dtype": "float32", "measures": ("utility",)},
+        }
+        attacks = {"num_rows": 200, "bits": [8, 4], "min_k_share": 0.2} | changes.pop("attacks", {})
+        return evaluate(of(per_row={"accuracy": VALUES}, digest="a"), **settings | {"attacks": attacks} | changes)
+
+    assert join([made(0), made(1), made(2, measures=["utility"])]).numbers[0].num_seeds == 3
+    with pytest.raises(ValueError, match=r"different settings: attacks\.num_rows \(200, 200, 100\)\. Evaluate"):
+        join([made(0), made(1), made(2, attacks={"num_rows": 100})])
+    with pytest.raises(ValueError, match=r"max_length \(32, 64\); dtype \('float32', 'bfloat16'\)\. Evaluate"):
+        join([made(0), made(1, max_length=64, dtype="bfloat16")])
+
+
+def test_evaluations_that_were_saved_by_an_earlier_version_are_joined(tmp_path):
+    seeds = []
+    for seed in range(2):
+        found = evaluate(of(per_row={"accuracy": VALUES}, digest="a"), seed=seed, attacks={"bits": [8]})
+        found.save(tmp_path / str(seed))
+        seeds.append(Evaluation.load(tmp_path / str(seed)))
+    now = evaluate(of(per_row={"accuracy": VALUES}, digest="a"), seed=2, attacks={"bits": (8,), "min_k_share": 0.2})
+    assert join([*seeds, now]).number("utility", "test_forget", "accuracy").num_seeds == 3
+
+
 # ---- kept and read again ----
 
 
