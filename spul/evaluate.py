@@ -74,7 +74,7 @@ def evaluate(
     attacks: AttackSettings | None = None,
     output_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
-    max_new_tokens: int = 100,
+    max_new_tokens: int = 200,
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
@@ -106,7 +106,7 @@ def evaluate(
         attacks: how the attacks are done.
         output_dir: a folder for results, one for each evaluation.
         batch_size: rows per forward.
-        max_new_tokens: of a free-form answer.
+        max_new_tokens: of a free-form answer; TOFU takes 200.
         seed: of all draws.
         progress: whether to show a progress bar.
 

@@ -109,6 +109,10 @@ def test_free_form_answers_bring_their_measures_and_are_not_probed():
     assert {one.measure for one in found.measurements} == {"utility"}
 
 
+def test_free_form_answers_have_as_many_tokens_as_tofus_unless_said():
+    assert measured(learned(), "utility").settings["max_new_tokens"] == 200
+
+
 def test_the_prompt_that_is_quantised_is_the_active_one():
     model = make("prompt_tuning")
     torch.manual_seed(8)

@@ -12,7 +12,7 @@ from scipy.stats import binomtest, bootstrap, hmean, ks_2samp
 from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 
 import spul.evaluation.numbers as numbers_module
-from spul.evaluation.intervals import bootstrap_interval, joined_interval
+from spul.evaluation.intervals import joined_interval, seeds_interval
 from spul.evaluation.numbers import Measurement, Number
 from spul.evaluation.results import EVALUATION_NAME, MEASUREMENTS_NAME, Evaluation, join, read_measurements
 
@@ -167,6 +167,15 @@ def test_without_a_retrained_model_nothing_is_compared():
     assert [one.name for one in found.numbers] == ["auc", "true_positive_rate", "reversed_true_positive_rate"]
 
 
+def test_a_model_without_scores_of_unseen_rows_has_no_membership_numbers_and_the_others_have_theirs():
+    """It diverged on them: the rest of the evaluation stands."""
+    for model, left in (("unlearned", "retrained"), ("retrained", "unlearned")):
+        found = evaluate(*(one for one in membership() if (one.model, one.rows) != (model, "unseen")))
+        assert {(one.model, one.name) for one in found.numbers} == {
+            (left, name) for name in ("auc", "true_positive_rate", "reversed_true_positive_rate")
+        }
+
+
 # ---- TOFU ----
 
 
@@ -251,7 +260,7 @@ def test_seeds_on_the_same_rows_are_joined_over_rows_and_seeds():
     ]
     found = join(seeds)
     one = found.number("utility", "test_forget", "accuracy")
-    expected = joined_interval([VALUES, OTHER], num_resamples=RESAMPLES)
+    expected = joined_interval([VALUES, OTHER])
     assert ends(one) == (expected.estimate, expected.low, expected.high)
     assert (one.value, one.over, one.num_seeds) == (0.5, "rows and seeds", 2)
     assert found.settings == {"seeds": [{"seed": 0}, {"seed": 1}]}
@@ -262,8 +271,9 @@ def test_seeds_on_rows_of_their_own_are_joined_over_seeds():
     columns = [VALUES, OTHER[:4], OTHER]  # means 3/8, 3/4, 5/8
     found = join([evaluate(of(per_row={"accuracy": v}, digest=str(i))) for i, v in enumerate(columns)])
     one = found.number("utility", "test_forget", "accuracy")
-    expected = bootstrap_interval([3 / 8, 3 / 4, 5 / 8], num_resamples=RESAMPLES)
-    assert ends(one) == pytest.approx((7 / 12, expected.low, expected.high))
+    expected = seeds_interval([3 / 8, 3 / 4, 5 / 8])
+    assert ends(one) == pytest.approx((7 / 12, expected.low, 1))
+    assert expected.high > 1  # and a share ends there
     assert (one.over, one.num_seeds) == ("seeds", 3)
 
 
@@ -285,11 +295,103 @@ def test_numbers_that_each_seed_has_once_are_joined_over_seeds():
     assert difference.note == "over-forgotten, under-forgotten"
 
 
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("digests", ["aaa", "abc"])
+def test_seeds_that_are_all_right_or_all_wrong_have_wilsons_interval_with_each_row_once(value, digests):
+    seeds = [
+        evaluate(
+            of(per_row={"accuracy": [value] * 8, "reverse_kl": [value] * 8}, digest=digest),
+            of("relearning", "train_forget", variant="4 steps", overall={"accuracy": value, "loss": 2.0}, num_rows=8),
+        )
+        for digest in digests
+    ]
+    found = join(seeds)
+    share = binomtest(int(8 * value), 8).proportion_ci(method="wilson")
+    for where in (("utility", "test_forget"), ("relearning", "train_forget")):
+        one = found.number(*where, "accuracy", variant="4 steps" if where[0] == "relearning" else "")
+        assert ends(one) == pytest.approx((value, share.low, share.high))
+        assert (one.over, one.num_seeds) == ("rows", 3)
+        alone = seeds[0].number(*where, "accuracy", variant=one.variant)
+        assert ends(alone) == ends(one)
+    for one in (
+        found.number("relearning", "train_forget", "loss", variant="4 steps"),
+        found.number("utility", "test_forget", "reverse_kl"),  # no share, whatever its value
+        seeds[0].number("utility", "test_forget", "reverse_kl"),
+    ):
+        assert math.isnan(one.low)
+        assert math.isnan(one.high)
+        assert one.over == ""
+
+
+def test_seeds_in_which_nobody_is_found_have_the_widest_of_their_intervals():
+    scores = {"train_forget": np.arange(10.0), "unseen": np.arange(10.0) + 20}
+    seeds = []
+    for num in (10, 6):
+        some = {("unlearned", rows): values[:num].tolist() for rows, values in scores.items()}
+        seeds.append(evaluate(*membership(some)))
+    where = ("membership", "train_forget", "true_positive_rate")
+    one = join(seeds).number(*where, variant="loss")
+    assert (one.value, one.low, one.over) == (0, 0, "rows")
+    assert one.high == seeds[1].number(*where, variant="loss").high > seeds[0].number(*where, variant="loss").high
+
+
+def test_numbers_of_few_seeds_have_students_interval_as_far_as_they_can_reach():
+    columns = [[0.2, 0.1], [0.5, 0.6], [0.9, 0.8]]
+    seeds = [
+        evaluate(
+            of(
+                "relearning",
+                variant="4 steps",
+                overall={"accuracy": share, "priv": share, "loss": 9 * share},
+                num_rows=10,
+            ),
+            of(per_row={"f1": values, "loss": values}, digest=str(i)),
+        )
+        for i, (share, values) in enumerate(zip((0.1, 0.5, 0.9), columns, strict=True))
+    ]
+    found = join(seeds)
+    expected = seeds_interval([0.1, 0.5, 0.9])
+    assert expected.low < 0 < 1 < expected.high
+    ones = {name: found.number("relearning", "test_forget", name, variant="4 steps") for name in ("accuracy", "priv")}
+    assert ends(ones["accuracy"]) == pytest.approx((0.5, 0, 1))
+    assert ends(ones["priv"]) == pytest.approx((0.5, expected.low, expected.high))
+    loss = found.number("relearning", "test_forget", "loss", variant="4 steps")
+    assert ends(loss) == pytest.approx((4.5, 0, 9 * expected.high))
+    assert {one.over for one in found.numbers} == {"seeds"}
+
+
 def test_evaluations_that_measured_different_things_are_not_joined():
     with pytest.raises(ValueError, match=r"evaluations\[1\] and .* different things: .*'test_retain'"):
         join([evaluate(of(per_row={"accuracy": VALUES})), evaluate(of(rows="test_retain", overall={"loss": 1.0}))])
     with pytest.raises(ValueError, match="evaluations is empty"):
         join([])
+
+
+def test_evaluations_with_different_settings_are_not_joined():
+    def made(seed: int, **changes: object) -> Evaluation:
+        settings = {
+            **{"seed": seed, "models": {"model": str(seed)}, "names": {"model": f"llama {seed}"}, "versions": seed},
+            **{"rows": {"test_forget": seed}, "unrelated_texts": str(seed), "questions": {"forget": str(seed)}},
+            **{"max_length": 32, "dtype": "float32", "measures": ("utility",)},
+        }
+        attacks = {"num_rows": 200, "bits": [8, 4], "min_k_share": 0.2} | changes.pop("attacks", {})
+        return evaluate(of(per_row={"accuracy": VALUES}, digest="a"), **settings | {"attacks": attacks} | changes)
+
+    assert join([made(0), made(1), made(2, measures=["utility"])]).numbers[0].num_seeds == 3
+    with pytest.raises(ValueError, match=r"different settings: attacks\.num_rows \(200, 200, 100\)\. Evaluate"):
+        join([made(0), made(1), made(2, attacks={"num_rows": 100})])
+    with pytest.raises(ValueError, match=r"max_length \(32, 64\); dtype \('float32', 'bfloat16'\)\. Evaluate"):
+        join([made(0), made(1, max_length=64, dtype="bfloat16")])
+
+
+def test_evaluations_that_were_saved_by_an_earlier_version_are_joined(tmp_path):
+    seeds = []
+    for seed in range(2):
+        found = evaluate(of(per_row={"accuracy": VALUES}, digest="a"), seed=seed, attacks={"bits": [8]})
+        found.save(tmp_path / str(seed))
+        seeds.append(Evaluation.load(tmp_path / str(seed)))
+    now = evaluate(of(per_row={"accuracy": VALUES}, digest="a"), seed=2, attacks={"bits": (8,), "min_k_share": 0.2})
+    assert join([*seeds, now]).number("utility", "test_forget", "accuracy").num_seeds == 3
 
 
 # ---- kept and read again ----

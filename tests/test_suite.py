@@ -357,3 +357,32 @@ def test_quantised_is_the_same_prompt_on_the_base_in_four_bit(tmp_path, carrier)
 def save_and_quantise(model: Any, folder: Any) -> Any:
     model.save_pretrained(folder)
     return quantised(folder, 4)
+
+
+def test_min_k_looks_at_the_share_of_tokens_that_is_asked_for():
+    members, unseen = ("good bad plot film by the jane doe", "bad good film plot the by doe jane")
+    sets = {
+        name: Dataset.from_list([{"prompt": f"{name} {i}", "completion": f" {text} ."} for i in range(2)])
+        for name, text in (("train_forget", members), ("test_forget", unseen))
+    }
+    found = {}
+    for share in (0.2, 0.7):
+        attacks = dataclasses.replace(ATTACKS, min_k_share=share)
+        evaluated = spul.evaluate(
+            learned(), make_splits(**sets), make_collator(), measures=["membership"], attacks=attacks, progress=False
+        )
+        found[share] = per_row(evaluated, "membership", "train_forget", "unlearned", "")
+        expected = attack_scores(learned(), sets["train_forget"], make_collator(), share=share)
+        for attack, values in expected.items():
+            np.testing.assert_allclose(found[share][attack], values, rtol=1e-4, atol=1e-5, err_msg=attack)
+        assert evaluated.settings["attacks"]["min_k_share"] == share
+    for attack in ("min_k", "min_k++"):
+        assert (np.array(found[0.2][attack]) < np.array(found[0.7][attack])).all()
+    assert ATTACKS.min_k_share == 0.2
+
+
+@pytest.mark.parametrize("share", [0, -0.1, 1.1, float("nan")])
+def test_a_share_of_tokens_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match=r"min_k_share=.*: expected a share of the tokens above 0 and at most 1"):
+        AttackSettings(min_k_share=share)
+    assert AttackSettings(min_k_share=1).min_k_share == 1

@@ -14,7 +14,7 @@ from .input_attacks import (
     with_prefix,
     with_suffix,
 )
-from .intervals import Interval, bootstrap_interval, joined_interval
+from .intervals import Interval, bootstrap_interval, joined_interval, seeds_interval
 from .leakage import Leakage, auc, auc_interval, compare_with_retrained, priv_leak, true_positive_rate
 from .likelihood import (
     Divergences,
@@ -111,6 +111,7 @@ __all__ = [
     "sampled_success",
     "score_completions",
     "score_questions",
+    "seeds_interval",
     "soft_suffix",
     "summarise",
     "text_losses",

@@ -67,8 +67,11 @@ def membership(suite: Suite) -> Iterator[Task]:
         for rows_name, rows in ((MEMBERS, members), (UNSEEN, unseen)):
 
             def run(model: Any, rows: Dataset = rows) -> Found:
-                of: GradientOf | None = "model" if suite.attacks.gradient_norm else None
-                scores = attack_scores(model, rows, suite.collator, suite.reference, of, batch_size=suite.batch_size)
+                how = suite.attacks
+                of: GradientOf | None = "model" if how.gradient_norm else None
+                scores = attack_scores(
+                    model, rows, suite.collator, suite.reference, of, how.min_k_share, suite.batch_size
+                )
                 return {"": {"per_row": {attack: values.tolist() for attack, values in scores.items()}}}
 
             yield suite.task("membership", rows_name, rows, name, run)

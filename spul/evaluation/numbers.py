@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from .intervals import Interval, bootstrap_interval, joined_interval
+from .intervals import Interval, bootstrap_interval, joined_interval, seeds_interval
 from .leakage import auc, auc_interval, compare_with_retrained, true_positive_rate
 from .likelihood import truth_ratio_on_forget, truth_ratio_on_retain
 from .tofu import QuestionScores, forget_quality, model_utility
@@ -24,6 +24,14 @@ KNOWLEDGE = (
 )
 CLOSE_TO_BASE = ("reverse_kl", "forward_kl", "perplexity")
 SHARES = ("accuracy", "generic")
+# What a number can be; an interval does not reach beyond.
+BOUNDS = {
+    **dict.fromkeys((*KNOWLEDGE, *SHARES, "auc", "true_positive_rate", "reversed_true_positive_rate"), (0.0, 1.0)),
+    **dict.fromkeys(("truth_ratio_on_forget", "truth_ratio_on_retain", "model_utility"), (0.0, 1.0)),
+    **dict.fromkeys(("forget_quality", "majority", "shuffled"), (0.0, 1.0)),
+    **dict.fromkeys(("loss", *CLOSE_TO_BASE), (0.0, math.inf)),
+    "auc_difference": (-1.0, 1.0),
+}
 # What is said of an attack: the number's name, from scores of members and others, and the sign that they are given.
 MEMBERSHIP = (
     ("auc", auc, 1),
@@ -132,28 +140,30 @@ def _means(seeds: Sequence[Measurement]) -> list[Number]:
         if name == "nats":
             found.append(_number(seeds, "perplexity", _perplexity(seeds)))
         else:
-            found.append(_number(seeds, name, _mean([one.per_row[name] for one in seeds], seeds)))
+            found.append(_number(seeds, name, _mean(name, [one.per_row[name] for one in seeds], seeds)))
     if "true" in seeds[0].per_row:
         found.append(_number(seeds, "f1", _f1(seeds)))
     for name in seeds[0].overall:
         values = [one.overall[name] for one in seeds]
         interval, over = _over_seeds(values)
-        if len(seeds) == 1 and name in SHARES and not math.isnan(values[0]):
-            interval, over = _share(values[0], seeds[0].num_rows), "rows"
+        if name in SHARES and set(values) == {values[0]} and not math.isnan(values[0]):
+            interval, over = _share(values[0], min(one.num_rows for one in seeds)), "rows"
         found.append(_number(seeds, name, (interval, over)))
     return found
 
 
-def _mean(values: Sequence[Sequence[float]], seeds: Sequence[Measurement]) -> tuple[Interval, str]:
+def _mean(name: str, values: Sequence[Sequence[float]], seeds: Sequence[Measurement]) -> tuple[Interval, str]:
     if any(np.isnan(one).any() for one in values):  # a model that has diverged: say so, and go on
         return Interval(math.nan, math.nan, math.nan), ""
+    num, first = min(map(len, values)), values[0][0]
+    # All alike, under all seeds: neither rows that are drawn nor the seeds tell more, and each row counts once.
+    is_share = BOUNDS.get(name) == (0.0, 1.0) and first in (0, 1)
+    if is_share and num > 1 and all(set(one) == {first} for one in values):
+        return _share(first, num), "rows"
     if len(values) == 1:
-        num, first = len(values[0]), values[0][0]
-        if first in (0, 1) and num > 1 and set(values[0]) == {first}:  # all alike, where drawing rows tells nothing
-            return _share(first, num), "rows"
         return bootstrap_interval(values[0], num_resamples=NUM_RESAMPLES), "rows"
     if len({one.digest for one in seeds}) == 1:
-        return joined_interval(values, num_resamples=NUM_RESAMPLES), "rows and seeds"
+        return joined_interval(values), "rows and seeds"
     return _over_seeds([float(np.mean(one)) for one in values])
 
 
@@ -165,9 +175,9 @@ def _share(value: float, num_rows: int) -> Interval:
 
 def _over_seeds(values: Sequence[float]) -> tuple[Interval, str]:
     """Of a number that each seed has once."""
-    if len(values) == 1 or np.isnan(values).any():
-        return Interval(float(np.mean(values)), math.nan, math.nan), ""
-    return bootstrap_interval(values, num_resamples=NUM_RESAMPLES), "seeds"
+    if np.isnan(values).any():
+        return Interval(math.nan, math.nan, math.nan), ""
+    return seeds_interval(values), "seeds"
 
 
 def _statistic(seeds: Sequence[Measurement], names: Sequence[str], statistic: Any) -> tuple[Interval, str]:
@@ -218,16 +228,25 @@ def _truth_ratio(seeds: Sequence[Measurement]) -> list[Number]:
 def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
     """AUC and true positives of each attack on one model, and how far the AUC is from the retrained model's."""
     measure, rows, model, _ = seeds[0].key
-    unseen = groups[measure, UNSEEN, model, ""]
+    unseen = groups.get((measure, UNSEEN, model, ""))
+    if unseen is None:  # the model diverged on them, as `left_out` says
+        return []
     theirs, their_unseen = (groups.get((measure, some, "retrained", "")) for some in (rows, UNSEEN))
     found = []
     for attack in seeds[0].per_row:
         pairs = _scores(seeds, unseen, attack)
         for name, statistic, sign in MEMBERSHIP:
             signed = [(sign * members, sign * others) for members, others in pairs]
-            interval, over = _over_seeds([float(statistic(*pair)) for pair in signed])
+            each = [float(statistic(*pair)) for pair in signed]
+            interval, over = _over_seeds(each)
             if len(signed) == 1:
                 interval, over = (_auc if statistic is auc else _rate)(*signed[0]), "rows"
+            elif statistic is true_positive_rate and set(each) in ({0.0}, {1.0}):
+                rates = [
+                    _rate(*pair) for pair in signed
+                ]  # seeds that are alike: what one of them tells, at its widest
+                ends = np.fmin.reduce([one.low for one in rates]), np.fmax.reduce([one.high for one in rates])
+                interval, over = Interval(each[0], *map(float, ends)), "rows"
             found.append(_number(seeds, name, (interval, over), attack))
         if model == "retrained" or theirs is None or their_unseen is None or attack not in theirs[0].per_row:
             continue
@@ -321,6 +340,9 @@ def _number(
     one, (interval, over) = seeds[0], found
     if math.isnan(interval.low):
         over = ""
+    low, high = (
+        float(end) for end in np.clip([interval.low, interval.high], *BOUNDS.get(name, (-math.inf, math.inf)))
+    )
     return Number(
         one.measure,
         one.rows,
@@ -328,8 +350,8 @@ def _number(
         one.variant if variant is None else variant,
         name,
         interval.estimate,
-        interval.low,
-        interval.high,
+        low,
+        high,
         over,
         num_rows=one.num_rows,
         num_seeds=len(seeds),

@@ -15,6 +15,8 @@ from .numbers import Measurement, Number, numbers_of
 
 EVALUATION_NAME = "evaluation.json"
 MEASUREMENTS_NAME = "measurements.jsonl"
+# Settings that seeds of one experiment need not share: which models and rows, by their digests, and with what made.
+OF_ONE_SEED = ("seed", "models", "names", "rows", "unrelated_texts", "questions", "versions")
 
 
 @dataclass
@@ -92,14 +94,17 @@ class Evaluation:
 def join(evaluations: Sequence[Evaluation]) -> Evaluation:
     """Several seeds of one experiment made one: means, with intervals that count the seeds.
 
-    Where all seeds were measured on the same rows, intervals are over rows and seeds (`joined_interval`); else, and
-    for numbers that exist once per seed, over the seeds alone, which with three seeds is rough.
+    Where all seeds were measured on the same rows, intervals of means are over rows and seeds (`joined_interval`);
+    else, and for numbers that exist once per seed, over the seeds alone (`seeds_interval`). Shares that are 0 or 1
+    under every seed have Wilson's interval over the rows, each counted once.
 
     Args:
-        evaluations: with the same measures, models and attacks.
+        evaluations: with the same measures, models and attacks, and with the same settings but for seed, models, rows,
+            questions, texts and versions of libraries. A setting that one of them does not name, as when it was saved
+            by an earlier version, is not compared.
 
     Raises:
-        ValueError: if there are none, or they did not measure the same.
+        ValueError: if there are none, they did not measure the same, or their settings differ.
     """
     if not evaluations:
         raise ValueError("evaluations is empty; pass at least one.")
@@ -110,6 +115,8 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
                 f"evaluations[{i}] and evaluations[0] measured different things: {sorted(found ^ keys[0])}. Evaluate "
                 "all seeds alike."
             )
+    if other := _differing([evaluation.settings for evaluation in evaluations]):
+        raise ValueError(f"evaluations have different settings: {'; '.join(other)}. Evaluate all seeds alike.")
     measurements = [
         dataclasses.replace(one, seed=seed)
         for seed, evaluation in enumerate(evaluations)
@@ -118,6 +125,21 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
     settings = {"seeds": [evaluation.settings for evaluation in evaluations]}
     left_out = {name: why for evaluation in evaluations for name, why in evaluation.left_out.items()}
     return Evaluation(settings, measurements, left_out)
+
+
+def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Which settings differ, each with its values; attacks one by one."""
+    flat = []
+    for one in json.loads(json.dumps(settings)):  # as they are read again: tuples are lists
+        attacks = one.pop("attacks", None) or {}
+        kept = {name: value for name, value in one.items() if name not in OF_ONE_SEED}
+        flat.append(kept | {f"attacks.{name}": value for name, value in attacks.items()})
+    found = []
+    for name in dict.fromkeys(name for one in flat for name in one):
+        values = [one[name] for one in flat if name in one]
+        if any(value != values[0] for value in values):
+            found.append(f"{name} ({', '.join(map(repr, values))})")
+    return found
 
 
 def read_measurements(path: Path) -> list[Measurement]:

@@ -50,6 +50,8 @@ class AttackSettings:
         suffix_steps: steps of its training.
         suffix_lr: learning rate of it.
         gradient_norm: whether membership is also inferred from gradients, a backward pass for each row.
+        min_k_share: the share of a response's tokens that membership by min-k and min-k++ looks at; the papers' 0.2
+            unless given. MUSE's PrivLeak is at 0.4.
     """
 
     inputs: InputAttacks | None = None
@@ -68,6 +70,7 @@ class AttackSettings:
     suffix_steps: int = 100
     suffix_lr: float = 1e-3
     gradient_norm: bool = False
+    min_k_share: float = 0.2
 
     def __post_init__(self) -> None:
         for name in ("turns", "relearn_steps", "bits", "tries"):
@@ -82,6 +85,8 @@ class AttackSettings:
         for name in ("relearn_lr", "relearn_model_lr", "suffix_lr", "temperature"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
+        if not 0 < self.min_k_share <= 1:
+            raise ValueError(f"min_k_share={self.min_k_share}: expected a share of the tokens above 0 and at most 1.")
         others = (self.paraphrase, self.wording, None if self.turns == AttackSettings.turns else self.turns)
         if self.inputs is not None and any(other is not None for other in others):
             raise ValueError("inputs are all attacks on the input; put paraphrase, wording and turns among them.")
