@@ -242,9 +242,7 @@ def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
             if len(signed) == 1:
                 interval, over = (_auc if statistic is auc else _rate)(*signed[0]), "rows"
             elif statistic is true_positive_rate and set(each) in ({0.0}, {1.0}):
-                rates = [
-                    _rate(*pair) for pair in signed
-                ]  # seeds that are alike: what one of them tells, at its widest
+                rates = [_rate(*pair) for pair in signed]  # alike: what one of them tells, at its widest
                 ends = np.fmin.reduce([one.low for one in rates]), np.fmax.reduce([one.high for one in rates])
                 interval, over = Interval(each[0], *map(float, ends)), "rows"
             found.append(_number(seeds, name, (interval, over), attack))
