@@ -12,8 +12,8 @@ found by topic, by surname where it is known who is forgotten (`--names`), and b
 questions. For the other measures give `--unrelated-texts`, `--unseen` and `--reference`.
 
 It writes `evaluation.json`, `measurements.jsonl` (per row), `report.md`, `report.html` and figures, and puts a summary
-into the adapter's model card. An interrupted evaluation goes on where it stopped; `accelerate launch` shares it out
-among several processes.
+into the adapter's model card where utility was measured. An interrupted evaluation goes on where it stopped;
+`accelerate launch` shares it out among several processes.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> None:
     )
     if PartialState().is_main_process:
         written = write_report(found, args.output_dir)
-        if args.adapter is not None and Path(args.adapter).is_dir():
+        if args.adapter is not None and Path(args.adapter).is_dir() and "utility" in args.measures:
             add_to_card(found, args.adapter)
         print("written: " + ", ".join(map(str, written)))
 

@@ -88,21 +88,27 @@ def further_rows(args: argparse.Namespace, experiment: Experiment) -> dict[str, 
 def neighbours(args: argparse.Namespace, experiment: Experiment) -> dict[str, Dataset]:
     """Test retain rows near to the forget rows, at most as many of a kind as are attacked.
 
-    *Same topic* are the quarter whose words are most like those of forget rows, or as many as are attacked.
+    *Same topic* are the quarter whose words are most like those of forget rows, or as many as are attacked. A kind
+    that no option asked for is left out where there is none.
     """
     forget, retain = (experiment.rows[split] for split in ("train_forget", "test_retain"))
     field, most, seed = experiment.data.format.text_field, args.attack_rows, experiment.setup.seed
-    found = {"same topic": topic_neighbours(forget, retain, min(most, len(retain) // 4), field)}
+    num = max(1, min(most, len(retain) // 4))
+    kinds = {"same topic": lambda: topic_neighbours(forget, retain, num, field)}
     if names := args.names or KNOWN_NAMES.get(experiment.setup.dataset):
-        try:
-            found["same surname"] = at_most(name_neighbours(retain, names, text_field=field), most, seed)
-        except ValueError as error:
-            if args.names:
-                raise
-            tqdm.write(f"no neighbours of the same surname: {error}")
+        kinds["same surname"] = lambda: at_most(name_neighbours(retain, names, text_field=field), most, seed)
     if args.clusters is not None:
         clustering = TextClustering.fit([*forget[field], *retain[field]], args.clusters, seed=seed)
-        found["same cluster"] = at_most(cluster_neighbours(forget, retain, clustering, field), most, seed)
+        kinds["same cluster"] = lambda: at_most(cluster_neighbours(forget, retain, clustering, field), most, seed)
+    asked = {"same surname": args.names, "same cluster": args.clusters}
+    found = {}
+    for kind, find in kinds.items():
+        try:
+            found[kind] = find()
+        except ValueError as error:
+            if asked.get(kind):
+                raise
+            tqdm.write(f"no neighbours, {kind}: {error}")
     return found
 
 
