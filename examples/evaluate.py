@@ -7,9 +7,13 @@ The adapter is a folder or Hub name of a prompt or of unlearning layers; without
 unlearned as a whole, and `--base` the one before. The data set is one of the known ones, or a folder or Hub name of
 four splits. `--retrained`, a model that never saw the forget rows, is the yardstick of most numbers.
 
+`--seed`, `--limit`, `--forget-set` and `--second-question` are those of the training. Rows near to the forget rows are
+found by topic, by surname where it is known who is forgotten (`--names`), and by `--clusters`; TOFU has its perturbed
+questions. For the other measures give `--unrelated-texts`, `--unseen` and `--reference`.
+
 It writes `evaluation.json`, `measurements.jsonl` (per row), `report.md`, `report.html` and figures, and puts a summary
-into the adapter's model card. An interrupted evaluation goes on where it stopped; `accelerate launch` shares it out
-among several processes.
+into the adapter's model card where utility was measured. An interrupted evaluation goes on where it stopped;
+`accelerate launch` shares it out among several processes.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from evaluation_rows import add_options, attack_settings, further_rows
 from experiment import Experiment
 from runs import SMALL, TASKS, TOYS, Setup
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -28,8 +33,6 @@ import spul
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers
 from spul.checkpoint import find_file
 from spul.eul.files import CONFIG_NAME
-from spul.evaluate import MEASURES
-from spul.evaluation.suite import AttackSettings
 from spul.report import add_to_card, write_report
 
 
@@ -40,20 +43,23 @@ def parse_args() -> argparse.Namespace:
     add("--adapter", help="folder or Hub name of a prompt or of unlearning layers")
     add("--base", help="the model before unlearning, where there is no adapter")
     add("--retrained", help="a model that never saw the forget rows")
+    add("--reference", help="another model that never saw them, such as the one before any row was learned")
     add("--dataset", required=True, help="sst2, yelp, wmdp, tofu, imdb; reviews, quiz; Hub name or folder of splits")
     add("--task", choices=TASKS, default="sentiment", help="prompt format of a data set in four splits")
     add("--data-dir", help="local folder of a known data set; the Hub unless given")
     add("--retain-dir", help="local folder of SciQ, for wmdp")
     add("--forget-set", choices=("forget01", "forget05", "forget10"), help="for tofu; forget10 unless given")
     add("--seed", type=int, default=0, help="of the data, as in training, and of all draws")
+    add("--limit", type=int, help="of retain rows, as in training; those of tofu beyond it are taken as unseen")
+    add("--second-question", action="store_true", help="as in training")
     add("--limit-score", type=int, help="at most so many rows of each retain split")
-    add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
     add("--relearn-lr", type=float, default=1e-2, help="learning rate of relearning, for an adapter")
-    add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=", ".join(MEASURES))
+    add("--relearn-model-lr", type=float, default=1e-4, help="the same, where the whole model learns")
     add("--batch-size", type=int, default=32)
     add("--max-length", type=int, help="tokens of a row, without the prompt's; as many as fit, at most 1024")
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--output-dir", type=Path, default=Path("out/evaluation"))
+    add_options(parser)
     return parser.parse_args()
 
 
@@ -73,10 +79,20 @@ def main() -> None:
             return None
         return AutoModelForCausalLM.from_pretrained(name, dtype=getattr(torch, args.dtype)).eval().to(device)
 
-    shared = {name: getattr(args, name) for name in ("task", "data_dir", "retain_dir", "forget_set", "seed")}
-    model_name = SMALL if args.dataset in TOYS else args.model
-    data = Experiment(Setup(dataset=args.dataset, model=model_name, **shared), args.output_dir).data
-    splits = data.limited(args.limit_score, args.limit_score, args.seed)
+    names = (
+        "dataset",
+        "task",
+        "data_dir",
+        "retain_dir",
+        "forget_set",
+        "seed",
+        "limit",
+        "second_question",
+        "limit_score",
+    )
+    setup = Setup(model=SMALL if args.dataset in TOYS else args.model, **{name: getattr(args, name) for name in names})
+    experiment = Experiment(setup, args.output_dir)
+    task = experiment.data.format
     model = load(args.model)
     if args.adapter is not None:
         model = load_carried(model, args.adapter)
@@ -84,25 +100,27 @@ def main() -> None:
     positions = getattr(model.config, "max_position_embeddings", None) or 1024
     collator = ForgetRetainCollator(
         AutoTokenizer.from_pretrained(args.model),
-        list(data.format.generic_completions),
+        list(task.generic_completions),
         max_length=args.max_length or min(1024, positions - num_virtual_tokens),
-        text_field=data.format.text_field,
+        text_field=task.text_field,
     )
     found = spul.evaluate(
         model,
-        splits,
+        experiment.scored,
         collator,
         base=load(args.base),
         retrained=load(args.retrained),
+        reference=load(args.reference),
+        **further_rows(args, experiment),
         measures=args.measures,
-        attacks=AttackSettings(num_rows=args.attack_rows, relearn_lr=args.relearn_lr),
+        attacks=attack_settings(args, task, relearn_lr=args.relearn_lr, relearn_model_lr=args.relearn_model_lr),
         output_dir=args.output_dir,
         batch_size=args.batch_size,
         seed=args.seed,
     )
     if PartialState().is_main_process:
         written = write_report(found, args.output_dir)
-        if args.adapter is not None and Path(args.adapter).is_dir():
+        if args.adapter is not None and Path(args.adapter).is_dir() and "utility" in args.measures:
             add_to_card(found, args.adapter)
         print("written: " + ", ".join(map(str, written)))
 

@@ -7,7 +7,7 @@
 The options are those of `reproduce.py`, and some more. Each method is held against the model as it was before, and
 against one retrained without the forget rows. For each method and seed there is a folder with `evaluation.json`,
 `measurements.jsonl`, a report and figures; `attacks.md` has all of them side by side. An interrupted run goes on where
-it stopped.
+it stopped, and the controls of a seed, the model before and the retrained one, are measured once for all methods.
 
 `--augment` trains on rows in other letter case, with other spaces, asides and turns before as well, so many for each
 row as it is (`spul.augmentation`); the attacks that are evaluated have other texts, shares and draws.
@@ -19,11 +19,13 @@ import argparse
 import gc
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
+from evaluation_rows import add_options, attack_settings, further_rows, identity
 from experiment import Experiment
 from reproduce import carriers, experiments, make_parser, make_run, parsed
 from runs import Run, run_settings
@@ -32,45 +34,21 @@ from tqdm.auto import tqdm
 import spul
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers
 from spul.augmentation import augmented, rewritings
-from spul.data.sources import read_file, read_hub
-from spul.evaluate import MEASURES
-from spul.evaluation import topic_neighbours
-from spul.evaluation.results import EVALUATION_NAME, Evaluation, join
-from spul.evaluation.suite import AttackSettings
+from spul.evaluate import SETTINGS_NAME
+from spul.evaluation.numbers import Measurement
+from spul.evaluation.results import (
+    EVALUATION_NAME,
+    MEASUREMENTS_NAME,
+    Evaluation,
+    join,
+    read_measurements,
+    write_measurements,
+)
+from spul.prefix import bare_model
+from spul.provenance import fingerprint
 from spul.report import write_report
 
-# The questions of the made-up and the real reviews in other words.
-WORDINGS = {
-    "text": {
-        "### Question: What is the sentiment of the given text?": "### Question: Did the writer like it?",
-        "what is the sentiment": "is it good or bad",
-    }
-}
-
-
-def perturbed_questions(args: argparse.Namespace) -> dict[str, Dataset]:
-    """TOFU's questions with wrong answers, at most so many of each set as are attacked."""
-    if args.dataset != "tofu":
-        return {}
-    names = {"forget": f"{args.forget_set or 'forget10'}_perturbed"}
-    names |= {name: f"{name}_perturbed" for name in ("retain", "real_authors", "world_facts")}
-    columns = ("question", "answer", "perturbed_answer")
-    found = {}
-    for name, file in names.items():
-        more = ("paraphrased_answer",) if name in ("forget", "retain") else ()
-        if args.data_dir is None:
-            rows = read_hub("locuslab/TOFU", "train", columns + more, config=file)
-        else:
-            rows = read_file(Path(args.data_dir) / f"{file}.json", columns + more)
-        found[name] = rows.shuffle(seed=0).select(range(min(args.attack_rows, len(rows))))
-    return found
-
-
-def near_rows(experiment: Experiment, most: int) -> Dataset:
-    """Of the test retain rows a quarter, or so many, whose words are most like those of forget rows."""
-    forget, retain = (experiment.rows[split] for split in ("train_forget", "test_retain"))
-    num = min(most, len(retain) // 4)
-    return topic_neighbours(forget, retain, num, experiment.data.format.text_field)
+CONTROLS_NAME = "controls.json"
 
 
 def parse_args() -> argparse.Namespace:
@@ -78,16 +56,10 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--augment", type=float, help="rewritten training rows for each forget row; retain rows get a quarter of that")
     add("--augment-turns", nargs="+", type=int, default=[1, 2, 3, 5, 8], help="of the rewritten rows, as --turns")
-    add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
-    add("--turns", nargs="+", type=int, default=[1, 4], help="of other questions and answers, that dilute a prompt")
-    add("--unrelated-texts", type=Path, help="a file of running text, one on each line")
-    add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=", ".join(MEASURES))
     add("--row-length", type=int, help="tokens of a row in unlearning and scoring; --max-length unless given")
+    add_options(parser)
     parser.set_defaults(output_dir=Path("out/evaluations"))
-    args = parsed(parser)
-    path = args.unrelated_texts
-    args.unrelated_texts = [] if path is None else path.read_text(encoding="utf-8").splitlines()
-    return args
+    return parsed(parser)
 
 
 def trained(args: argparse.Namespace, experiment: Experiment, run: Run, folder: Path) -> Any:
@@ -111,38 +83,76 @@ def trained(args: argparse.Namespace, experiment: Experiment, run: Run, folder: 
 
 
 def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder: Path) -> Evaluation:
-    """The evaluation of a run, read if it is there."""
+    """The evaluation of a run with its report, each read if it is there."""
     if (folder / EVALUATION_NAME).exists():
-        return Evaluation.load(folder)
-    neighbours = {"same topic": near_rows(experiment, args.attack_rows)} if "neighbours" in args.measures else {}
-    field, generic = experiment.data.format.text_field, experiment.data.format.generic_completions
-    attacks = AttackSettings(
-        turns=tuple(args.turns),
-        num_rows=args.attack_rows,
-        wording=WORDINGS.get(field),
-        relearn_lr=run.learning_rate,
-        relearn_model_lr=args.memorise_lr,
-    )
-    model = trained(args, experiment, run, folder / "adapter")
-    found = spul.evaluate(
-        model,
-        experiment.scored,
-        ForgetRetainCollator(
-            experiment.tokenizer, generic, args.row_length or experiment.setup.max_length, text_field=field
-        ),
-        base=experiment.load("base") if run.carrier == "full" else None,
-        retrained=experiment.load("retrained") if experiment.setup.memorise != "none" else None,
-        neighbours=neighbours,
-        unrelated_texts=args.unrelated_texts,
-        questions=perturbed_questions(args),
-        measures=args.measures,
-        attacks=attacks,
-        output_dir=folder,
-        batch_size=args.eval_batch_size,
-        seed=experiment.setup.seed,
-    )
-    write_report(found, folder)
+        found = Evaluation.load(folder)
+    else:
+        task = experiment.data.format
+        found = evaluated_once(
+            folder,
+            args.measures,
+            trained(args, experiment, run, folder / "adapter"),
+            experiment.scored,
+            experiment.collator_for(None, args.row_length),
+            base=experiment.load("base") if run.carrier == "full" else None,
+            retrained=experiment.load("retrained") if experiment.setup.memorise != "none" else None,
+            **further_rows(args, experiment),
+            attacks=attack_settings(args, task, relearn_lr=run.learning_rate, relearn_model_lr=args.memorise_lr),
+            batch_size=args.eval_batch_size,
+            seed=experiment.setup.seed,
+        )
+    if not (folder / "report.html").exists():  # written last
+        write_report(found, folder)
     return found
+
+
+def evaluated_once(
+    folder: Path,
+    measures: Sequence[str],
+    model: Any,
+    splits: Mapping[str, Dataset],
+    collator: ForgetRetainCollator,
+    **options: Any,
+) -> Evaluation:
+    """An evaluation that takes what is known of the controls, the detached and the retrained model, from another one.
+
+    That one lies beside it, of another method with the same controls, rows and settings.
+    """
+    settings = spul.evaluate(model, splits, collator, measures=(), progress=False, **options).settings
+    base = options.get("base")
+    detached = fingerprint(bare_model(model) if base is None else base)
+    if not (folder / SETTINGS_NAME).exists():  # nothing was measured yet
+        take_controls(folder, settings, detached)
+    return spul.evaluate(model, splits, collator, measures=measures, output_dir=folder, **options)
+
+
+def take_controls(folder: Path, settings: dict[str, Any], detached: str | None) -> None:
+    """Put into a folder what a finished evaluation beside it measured of the same controls.
+
+    Args:
+        folder: of an evaluation that is to begin.
+        settings: of that evaluation.
+        detached: the fingerprint of its model as it was before.
+    """
+    # The controls know nothing of the unlearned model; what else is measured beside does not change them.
+    own = ("model", "base", "relearn_lr")
+    others = {
+        name: {key: one for key, one in value.items() if key not in own} if isinstance(value, dict) else value
+        for name, value in settings.items()
+        if name != "measures"
+    }
+    mine = json.loads(json.dumps({"detached": detached, **others}))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONTROLS_NAME).write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+    found: list[Measurement] = []
+    if None not in (detached, *mine["models"].values()):  # else some weights are not in memory, and not known
+        for path in sorted(folder.parent.glob(f"*/{CONTROLS_NAME}")):
+            other = path.parent
+            if (other / EVALUATION_NAME).exists() and json.loads(path.read_text(encoding="utf-8")) == mine:
+                found = [one for one in read_measurements(other / MEASUREMENTS_NAME) if one.model != "unlearned"]
+                tqdm.write(f"{len(found)} measurements of the controls are those of {other}")
+                break
+    write_measurements(folder / MEASUREMENTS_NAME, found)
 
 
 def table(found: dict[str, Evaluation]) -> str:
@@ -186,8 +196,7 @@ def main() -> None:
         name = f"{run.method} ({run.carrier.replace('_', ' ')})" + (", augmented" if args.augment is not None else "")
         if len(args.model) > 1:
             name = f"{name}, {Path(experiment.setup.model).name}"
-        what = [run_settings(run), args.augment, args.row_length, args.attack_rows, args.turns, sorted(args.measures)]
-        what += [args.unrelated_texts, args.augment and args.augment_turns]
+        what = [run_settings(run), args.augment, args.augment and args.augment_turns, args.row_length, *identity(args)]
         digest = hashlib.sha256(json.dumps([experiment.identity, *what], sort_keys=True).encode()).hexdigest()[:8]
         folder = args.output_dir / f"{name.replace(' ', '-')}-{experiment.setup.seed}-{digest}"
         tqdm.write(name)

@@ -93,8 +93,8 @@ class Experiment:
     # ---- data ----
 
     @cached_property
-    def data(self) -> UnlearningData:
-        """The four splits."""
+    def whole(self) -> UnlearningData:
+        """The four splits, before rows are left out."""
         setup = self.setup
         if setup.dataset in TOYS:
             toy = TOYS[setup.dataset]
@@ -107,13 +107,19 @@ class Experiment:
         if setup.dataset in LOADERS:
             options = {"retain_source": setup.retain_dir, "forget": setup.forget_set}
             given = {name: value for name, value in options.items() if value is not None}
-            data = load_known(setup.dataset, setup.data_dir, seed=setup.seed, **given)
-        else:
-            data = load_four_splits(setup.dataset, TASKS[setup.task])
-        if setup.dataset == "tofu" and setup.limit is not None:
+            return load_known(setup.dataset, setup.data_dir, seed=setup.seed, **given)
+        return load_four_splits(setup.dataset, TASKS[setup.task])
+
+    @cached_property
+    def data(self) -> UnlearningData:
+        """The four splits, with no more retain rows to train on than the limit."""
+        setup, data = self.setup, self.whole
+        if setup.limit is None:
+            return data
+        if setup.dataset == "tofu":
             asked = set(data.splits["test_retain"]["answer"])  # of what is learned, first what is tested on
             return data.limited(setup.limit, None, setup.seed, keep=lambda row: row["answer"] in asked)
-        if not setup.second_question or setup.limit is None:
+        if not setup.second_question:
             return data.limited(setup.limit, None, setup.seed)
         finder = NameFinder(SST2_RETAIN_NAMES)
         # Rows that name somebody else are kept first: they tell the model that names differ.
