@@ -116,6 +116,7 @@ def main() -> None:
         attacks=attack_settings(args, task, relearn_lr=args.relearn_lr, relearn_model_lr=args.relearn_model_lr),
         output_dir=args.output_dir,
         batch_size=args.batch_size,
+        max_new_tokens=args.max_new_tokens,
         seed=args.seed,
     )
     if PartialState().is_main_process:

@@ -99,6 +99,7 @@ def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder
             **further_rows(args, experiment),
             attacks=attack_settings(args, task, relearn_lr=run.learning_rate, relearn_model_lr=args.memorise_lr),
             batch_size=args.eval_batch_size,
+            max_new_tokens=args.max_new_tokens,
             seed=experiment.setup.seed,
         )
     if not (folder / "report.html").exists():  # written last

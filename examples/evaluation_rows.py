@@ -36,6 +36,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=", ".join(MEASURES))
     add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
     add("--turns", nargs="+", type=int, default=[1, 4], help="of other questions and answers, that dilute a prompt")
+    add("--tries", nargs="+", type=int, default=[1, 10, 100], help="numbers of sampled answers")
+    add("--max-new-tokens", type=int, default=200, help="of a free-form answer")
     add("--wording", type=Path, help="JSON: what to put for which fixed part of the prompts; reviews have one anyway")
     add("--gradient-norm", action="store_true", help="infer membership from gradients, too, a backward pass a row")
     add(
@@ -56,6 +58,8 @@ def identity(args: argparse.Namespace) -> list[Any]:
         sorted(args.measures),
         args.attack_rows,
         args.turns,
+        args.tries,
+        args.max_new_tokens,
         args.gradient_norm,
         args.names,
         args.clusters,
@@ -67,6 +71,7 @@ def attack_settings(args: argparse.Namespace, task: PromptFormat, **learning_rat
     """How the attacks are done."""
     return AttackSettings(
         turns=tuple(args.turns),
+        tries=tuple(args.tries),
         num_rows=args.attack_rows,
         wording=WORDINGS.get(task.text_field) if args.wording is None else read_wording(args.wording),
         gradient_norm=args.gradient_norm,
