@@ -20,7 +20,7 @@ from .collator import ForgetRetainCollator
 from .data import QUESTION_ANSWER, SPLITS, PromptFormat, UnlearningData
 from .evaluation import attacks as attack_tasks
 from .evaluation import measures as measure_tasks
-from .evaluation.generation_metrics import num_virtual_tokens, rouge_l
+from .evaluation.generation_metrics import rouge_l
 from .evaluation.kept import settings_of
 from .evaluation.likelihood import check_rows
 from .evaluation.numbers import Measurement
@@ -75,6 +75,7 @@ def evaluate(
     output_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 200,
+    free_form: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
@@ -107,6 +108,8 @@ def evaluate(
         output_dir: a folder for results, one for each evaluation.
         batch_size: rows per forward.
         max_new_tokens: of a free-form answer; TOFU takes 200.
+        free_form: whether answers are texts and no classes, so that probability, ROUGE-L and their like are measured,
+            too; more than 32 different ones are in any case.
         seed: of all draws.
         progress: whether to show a progress bar.
 
@@ -144,14 +147,6 @@ def evaluate(
         if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in one.parameters()):
             raise ValueError(f"{name} is sharded (FSDP, DeepSpeed); evaluate with the whole model in each process.")
         _check_prompt(name, one, measures)
-    config: Any = bare_model(models["model"]).config
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    room = None if positions is None else positions - num_virtual_tokens(models["model"])
-    if room is not None and collator.encoder.max_length > room:
-        raise ValueError(
-            f"the collator has max_length={collator.encoder.max_length}, and the model room for {room} tokens beside "
-            f"its virtual ones; attacked rows may be long, so give one with max_length of at most {room}."
-        )
     bare = [bare_model(one) for one in models.values()]
     if len({id(one) for one in bare}) < len(bare):
         raise ValueError(
@@ -175,7 +170,13 @@ def evaluate(
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         seed=seed,
+        free_form=free_form,
     )
+    if suite.room is not None and collator.encoder.max_length > suite.room:
+        raise ValueError(
+            f"the collator has max_length={collator.encoder.max_length}, and the model room for {suite.room} tokens "
+            f"beside its virtual ones; attacked rows may be long, so give one with max_length of at most {suite.room}."
+        )
     if "detached" not in suite.models:
         suite.left_out["detached"] = "the model as it was; give base=, since one tuned as a whole has none within it"
     if retrained is None:

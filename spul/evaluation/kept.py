@@ -49,6 +49,7 @@ def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequenc
         "text_field": suite.collator.encoder.text_field,
         "append_eos": suite.collator.encoder.append_eos,
         "max_new_tokens": suite.max_new_tokens,
+        "free_form": suite.is_free_form,
         "dtype": str(next(iter(models["model"].parameters())).dtype).removeprefix("torch."),
         "measures": list(measures),
         "attacks": attacks,

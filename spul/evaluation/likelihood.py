@@ -24,7 +24,6 @@ from ..collator import ForgetRetainCollator
 from ..forward import as_it_was, learns_itself
 from ..prefix import logits_at, response_positions, unwrapped
 from ..terms import IGNORE_INDEX, KLDivergence
-from .scoring import DivergedError as DivergedError
 from .scoring import check_numbers, response_logits
 
 REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")

@@ -20,8 +20,9 @@ from ..collator import ForgetRetainCollator
 from ..prefix import bare_model, expand_states, logits_at, prompt_states, response_positions, unwrapped
 from ..terms import IGNORE_INDEX, token_nll
 from ..unlearner import SoftPromptUnlearner
-from .likelihood import DivergedError, response_batches
+from .likelihood import response_batches
 from .model_attacks import check_disjoint
+from .scoring import check_numbers
 
 
 @dataclass(frozen=True)
@@ -179,8 +180,7 @@ def _scores(
         logits = _logits(model, batch.inputs, batch.positions, suffix)
         is_unused = batch.targets == IGNORE_INDEX
         nll = token_nll(logits, batch.targets).sum(dim=1).double()
-        if nll.isnan().any():
-            raise DivergedError("the model gives no numbers any more (NaN) where the suffix was to be scored.")
+        check_numbers(nll)
         found["accuracy"][batch.places] = ((logits.argmax(dim=-1) == batch.targets) | is_unused).all(dim=1).cpu()
         found["loss"][batch.places] = nll.cpu()
         found["probability"][batch.places] = (-nll / (~is_unused).sum(dim=1)).exp().cpu()

@@ -124,16 +124,19 @@ class Suite:
     batch_size: int
     max_new_tokens: int
     seed: int
+    free_form: bool = False
     left_out: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def classes(self) -> list[str]:
-        """The labels of all splits together; none where there are too many of them, of free-form answers."""
+        """The labels of all splits together; none of free-form answers, which too many labels are taken for."""
+        if self.free_form:
+            return []
         return task_classes(concatenate_datasets([rows.select_columns("completion") for rows in self.splits.values()]))
 
     @property
     def is_free_form(self) -> bool:
-        """Whether the answers are too many to be classes."""
+        """Whether the answers are texts and no classes."""
         return not self.classes
 
     @property
@@ -192,14 +195,14 @@ class Suite:
             "loss": found.nll,
         }
         if self.is_free_form:
-            return per_row | self.free_form(model, rows)
+            return per_row | self.of_texts(model, rows)
         places = {text: float(i) for i, text in enumerate(self.classes)}
         if set(found.true) <= places.keys():  # neighbours may be of another task
             per_row["true"] = [places[text] for text in found.true]
             per_row["predicted"] = [places.get(text, -1.0) for text in found.predicted]
         return per_row
 
-    def free_form(self, model: Any, rows: Dataset) -> dict[str, list[float]]:
+    def of_texts(self, model: Any, rows: Dataset) -> dict[str, list[float]]:
         """Per row what is measured of answers that are no classes."""
         likelihoods = response_likelihoods(model, rows, self.collator, self.batch_size)
         said = generate_answers(model, rows, self.collator, self.batch_size, self.max_new_tokens)
