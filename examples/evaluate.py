@@ -117,6 +117,7 @@ def main() -> None:
         output_dir=args.output_dir,
         batch_size=args.batch_size,
         max_new_tokens=args.max_new_tokens,
+        free_form=args.free_form,
         seed=args.seed,
     )
     if PartialState().is_main_process:

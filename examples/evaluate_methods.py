@@ -49,6 +49,7 @@ from spul.provenance import fingerprint
 from spul.report import write_report
 
 CONTROLS_NAME = "controls.json"
+SHOWN = ("accuracy", "generic", "success", "probability", "rouge_l_recall")  # in the table
 
 
 def parse_args() -> argparse.Namespace:
@@ -100,6 +101,7 @@ def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder
             attacks=attack_settings(args, task, relearn_lr=run.learning_rate, relearn_model_lr=args.memorise_lr),
             batch_size=args.eval_batch_size,
             max_new_tokens=args.max_new_tokens,
+            free_form=args.free_form,
             seed=experiment.setup.seed,
         )
     if not (folder / "report.html").exists():  # written last
@@ -146,7 +148,8 @@ def take_controls(folder: Path, settings: dict[str, Any], detached: str | None) 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONTROLS_NAME).write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
     found: list[Measurement] = []
-    if None not in (detached, *mine["models"].values()):  # else some weights are not in memory, and not known
+    weights = [one["weights"] for one in mine["models"].values()]
+    if None not in (detached, *weights):  # else some are not in memory, and not known
         for path in sorted(folder.parent.glob(f"*/{CONTROLS_NAME}")):
             other = path.parent
             if (other / EVALUATION_NAME).exists() and json.loads(path.read_text(encoding="utf-8")) == mine:
@@ -157,15 +160,14 @@ def take_controls(folder: Path, settings: dict[str, Any], detached: str | None) 
 
 
 def table(found: dict[str, Evaluation]) -> str:
-    """All methods side by side: accuracy on forget rows under each attack, in %; the last columns are the controls."""
+    """All methods side by side: what is known under each attack, in %; the last columns are the controls."""
     first = next(iter(found.values()))
     columns = [(name, evaluation, "unlearned") for name, evaluation in found.items()]
     columns += [(name, first, name) for name in first.models if name != "unlearned"]
     keys = [
         (one.measure, one.rows, one.variant, one.name)
         for one in first.numbers
-        if one.model == "unlearned"
-        and (one.name in ("accuracy", "generic", "success") or (one.measure, one.name) == ("membership", "auc"))
+        if one.model == "unlearned" and (one.name in SHOWN or (one.measure, one.name) == ("membership", "auc"))
     ]
     lines = [
         "| | | | " + " | ".join(name for name, *_ in columns) + " |",

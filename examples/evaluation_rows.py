@@ -37,6 +37,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
     add("--turns", nargs="+", type=int, default=[1, 4], help="of other questions and answers, that dilute a prompt")
     add("--tries", nargs="+", type=int, default=[1, 10, 100], help="numbers of sampled answers")
+    add("--free-form", action="store_true", help="answers are texts and no classes, though few")
     add("--max-new-tokens", type=int, default=200, help="of a free-form answer")
     add("--wording", type=Path, help="JSON: what to put for which fixed part of the prompts; reviews have one anyway")
     add("--gradient-norm", action="store_true", help="infer membership from gradients, too, a backward pass a row")
@@ -60,6 +61,7 @@ def identity(args: argparse.Namespace) -> list[Any]:
         args.turns,
         args.tries,
         args.max_new_tokens,
+        args.free_form,
         args.gradient_norm,
         args.names,
         args.clusters,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from .evaluation import measures as measure_tasks
 from .evaluation.generation_metrics import rouge_l
 from .evaluation.kept import settings_of
 from .evaluation.likelihood import check_rows
-from .evaluation.numbers import Measurement
+from .evaluation.numbers import Measurement, name_of_key
 from .evaluation.results import (
     MEASUREMENTS_NAME,
     Evaluation,
@@ -220,7 +221,7 @@ def _check_prompt(name: str, model: nn.Module, measures: Sequence[str]) -> None:
 def _generates(task: Task, suite: Suite) -> bool:
     """Whether a task compares free-form answers with the true ones."""
     measure = task.produces[0][0]
-    answered = ("utility", "neighbours", "input attack", "quantised", "sampling")
+    answered = ("utility", "neighbours", "input attack", "relearning", "quantised", "sampling")
     return measure == "questions" or (suite.is_free_form and measure in answered)
 
 
@@ -245,11 +246,11 @@ def _measured(
     failed: list[tuple[str, str]] = []
     bar = tqdm(todo[state.process_index :: state.num_processes], disable=not (progress and state.is_main_process))
     for task in bar:
-        bar.set_description(" ".join(filter(None, task.produces[0])))
+        bar.set_description(name_of_key(task.produces[0]))
         try:
             measured = task.run()
         except DivergedError as error:
-            failed.append((" ".join(filter(None, task.produces[0])), str(error)))
+            failed += [(name_of_key(key), str(error)) for key in task.produces]
             continue
         if folder is not None:
             append_measurements(folder / PROGRESS_NAME.format(state.process_index), measured)
@@ -270,6 +271,12 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
             raise ValueError(
                 f"{str(folder)!r} holds an evaluation with another {', '.join(other)}; give another output_dir, or "
                 "remove that one."
+            )
+        if unknown := [name for name, model in settings["models"].items() if model["weights"] is None]:
+            warnings.warn(
+                f"weights of {', '.join(unknown)} are not in memory, so that it is not known whether what is in "
+                f"{str(folder)!r} is of the same; it is taken to be. If not, give another output_dir.",
+                stacklevel=4,
             )
     path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     parts = sorted(folder.glob(PROGRESS_NAME.format("*")))

@@ -78,8 +78,18 @@ def relearning() -> list[Measurement]:
     ]
 
 
+def soft_suffix() -> list[Measurement]:
+    return [
+        measurement(
+            "soft suffix", "train_forget", model, variant, per_row={"accuracy": [1.0] * right + [0.0] * (TEN - right)}
+        )
+        for model, right in (("unlearned", 7), ("retrained", 4))
+        for variant in ("before", "after", "trained")
+    ]
+
+
 @cache
 def whole() -> Evaluation:
-    measurements = [*utility(), *membership(), *input_attacks(), *relearning()]
+    measurements = [*utility(), *membership(), *input_attacks(), *relearning(), *soft_suffix()]
     settings = {"batch_size": 32, "name": "<script>alert('x')</script>", "of": ["a|b", None]}
     return Evaluation(settings, measurements, {"kl": "the model has no <base> of its own"})

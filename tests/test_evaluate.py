@@ -119,20 +119,32 @@ def test_what_is_not_given_is_left_out_with_a_reason():
 
 @pytest.mark.parametrize("where", ["lm_head", "model.norm"])
 def test_a_model_that_has_diverged_is_left_out_and_not_read_as_forgotten(where):
-    model, names = make("whole"), ("utility", "relearning", "linear probe")
+    model, names = make("whole"), ("utility", "relearning", "sampling", "linear probe")
     with torch.no_grad():
         model.get_submodule(where).weight[0] = torch.nan
     found = measured(model, *names, base=learned(), retrained=learned(0.1, 1))
-    without = [*(f"utility {split}" for split in SPLITS), "relearning train_forget"]
+    without = [*(f"utility {split}" for split in SPLITS)]
+    without += ["sampling test_forget"] + [f"relearning train_forget unlearned {step} steps" for step in (0, 1, 3)]
     if where == "model.norm":  # before the hidden states that are probed
         without.append("linear probe train_forget")
     for measure in without:
-        (why,) = (text for name, text in found.left_out.items() if name.startswith(f"{measure} unlearned"))
-        assert "has diverged" in why
+        named = measure if "unlearned" in measure else f"{measure} unlearned"
+        whys = [text for name, text in found.left_out.items() if name.startswith(named)]
+        assert whys, named
+        assert all("has diverged" in why for why in whys), named
     assert {one.measure for one in found.measurements if one.model == "retrained"} == set(names)
     assert {one.measure for one in found.measurements if one.model == "unlearned"} == (
         {"linear probe"} if where == "lm_head" else set()
     )
+
+
+def test_of_texts_a_diverged_model_samples_none():
+    model = make("whole")
+    with torch.no_grad():
+        model.lm_head.weight[0] = torch.nan
+    found = measured(model, "sampling", free_form=True, max_new_tokens=2, base=learned())
+    assert {one.model for one in found.measurements} == {"detached"}
+    assert "has diverged" in found.left_out["sampling test_forget unlearned 7 tries"]
 
 
 # ---- joined, and refused ----
@@ -253,7 +265,8 @@ def test_that_rouge_is_missing_is_said_before_anything_is_measured(tmp_path, mon
     texts = [f" film {i}" for i in range(40)]
     free = {"train_retain": rows("film", 40).remove_columns("completion").add_column("completion", texts)}
     asked = {"questions": {"forget": questions("a")}}
-    for names, given in ((("utility",), {"splits": make_splits(**free)}), (("questions", "kl"), asked)):
+    of_texts = {"splits": make_splits(**free)}
+    for names, given in ((("utility",), of_texts), (("questions", "kl"), asked), (("relearning",), of_texts)):
         with pytest.raises(ImportError, match="pip install rouge-score"):
             measured(make("prompt_tuning"), *names, **given, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()

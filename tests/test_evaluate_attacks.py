@@ -81,7 +81,8 @@ def test_attacks_take_the_same_drawn_rows_for_every_model():
 
 def test_the_usual_input_attacks_are_made_unless_others_are_given():
     attacks = dataclasses.replace(ATTACKS, inputs=None)
-    found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
+    with pytest.warns(UserWarning, match="'jailbreak 5 before' makes rows of test_forget lose"):
+        found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
     variants = list(dict.fromkeys(one.variant for one in found.measurements))
     assert variants[:4] == ["none", "capitals", "random case", "spaces"]
     assert {"jailbreak 6 before", "jailbreak 6 after", "diluted, 1 turn", "diluted, 4 turns"} < set(variants)
@@ -91,7 +92,8 @@ def test_the_usual_input_attacks_are_made_unless_others_are_given():
 
 def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other_questions():
     attacks = dataclasses.replace(ATTACKS, inputs=None, turns=(2, 40))
-    found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
+    with pytest.warns(UserWarning, match="lose"):
+        found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
     assert {one.variant for one in found.measurements if "diluted" in one.variant} == {"diluted, 2 turns"}
     assert "no more than 40 different questions" in found.left_out["input attack 'diluted, 40 turns'"]
     with pytest.raises(ValueError, match="turns"):
@@ -148,8 +150,12 @@ def test_relearning_at_a_rate_at_which_the_model_diverges_is_left_out():
 def test_attacks_that_take_some_of_the_text_away_are_warned_of_and_that_take_most_left_out():
     inputs = {f"{num} more": lambda rows, num=num: with_prefix(rows, "the review " * num) for num in (8, 30)}
     attacks = dataclasses.replace(ATTACKS, inputs=inputs)
+    collator = make_collator(max_length=33, text_field="text")
+    splits = {
+        name: some.map(lambda row: {"text": row["prompt"].removesuffix(" :")}) for name, some in make_splits().items()
+    }
     with pytest.warns(UserWarning, match="'8 more' makes rows of test_forget lose"):
-        found = measured(learned(), "input attack", attacks=attacks)
+        found = measured(learned(), "input attack", attacks=attacks, collator=collator, splits=splits)
     assert {one.variant for one in found.measurements} == {"none", "8 more"}
     for split in ("test_forget", "test_retain"):
         assert "raise the collator's max_length" in found.left_out[f"input attack '30 more' on {split}"]

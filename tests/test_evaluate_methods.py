@@ -11,12 +11,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from evaluations import measurement, whole
 from test_evaluate_kept import counted
 from test_suite import ATTACKS, SEED, learned, make, make_splits
 from test_trainer import make_collator, rows
 
 import spul.evaluation.numbers as numbers
+from spul.evaluation.kept import digests_of_model
 from spul.evaluation.results import Evaluation, read_measurements, write_measurements
 from spul.provenance import fingerprint
 
@@ -152,7 +154,10 @@ def test_controls_of_an_evaluation_that_was_not_finished_are_not_taken(example, 
 def test_weights_that_are_not_in_memory_are_not_taken_for_the_same(example, tmp_path, known):
     found = once(example, tmp_path / "elsewhere" / "first", "prompt_tuning", measures=("sampling",))
     detached = fingerprint(learned()) if known[0] else None
-    models = {**found.settings["models"], "retrained": "a" if known[1] else None}
+    retrained = learned(0.1)
+    if not known[1]:  # offloaded
+        retrained.lm_head.weight = torch.nn.Parameter(retrained.lm_head.weight.to("meta"))
+    models = {**found.settings["models"], "retrained": digests_of_model(retrained)}
     for name in ("first", "second"):
         example.take_controls(tmp_path / name, {**found.settings, "models": models}, detached)
         taken = read_measurements(tmp_path / name / "measurements.jsonl")

@@ -87,6 +87,7 @@ def test_what_comes_back_is_said_with_its_controls():
         "'loss', of 2: AUC 0.3; the difference to the retrained model's is -0.3, " + verdict(),
         "accuracy on the other forget rows is highest after 4 steps, 60.0 %, +50.0 percentage points against none "
         "(10.0 %); the retrained model after 4 steps: 50.0 %, after none 40.0 %",
+        "train forget accuracy 70.0 % (after); the retrained model: 40.0 %",
     ]
 
 

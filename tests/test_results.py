@@ -361,10 +361,19 @@ def test_numbers_of_few_seeds_have_students_interval_as_far_as_they_can_reach():
 
 
 def test_evaluations_that_measured_different_things_are_not_joined():
-    with pytest.raises(ValueError, match=r"evaluations\[1\] and .* different things: .*'test_retain'"):
+    with pytest.raises(ValueError, match="no measurement is in all evaluations"):
         join([evaluate(of(per_row={"accuracy": VALUES})), evaluate(of(rows="test_retain", overall={"loss": 1.0}))])
     with pytest.raises(ValueError, match="evaluations is empty"):
         join([])
+
+
+def test_what_some_seeds_lack_is_left_out_of_the_joined_and_said():
+    one, other = of(per_row={"accuracy": VALUES}), of(rows="test_retain", per_row={"accuracy": VALUES})
+    lacking = dataclasses.replace(evaluate(one), left_out={"utility test_retain unlearned": "it has diverged"})
+    for seeds in ([evaluate(one, other), lacking], [lacking, evaluate(one, other)]):
+        found = join(seeds)
+        assert {number.rows for number in found.numbers} == {one.rows}
+        assert found.left_out == {"utility test_retain unlearned": "of 1 of 2 seeds only; it has diverged"}
 
 
 def test_evaluations_with_different_settings_are_not_joined():

@@ -37,6 +37,7 @@ from .input_attacks import (
     with_prompts_changed,
     with_suffix,
 )
+from .likelihood import response_likelihoods
 from .model_attacks import linear_probe, relearn
 from .model_attacks import quantised as in_few_bits
 from .sampled import sampled_answers, sampled_success
@@ -200,6 +201,7 @@ def sampling(suite: Suite) -> Iterator[Task]:
 
     def run(model: Any) -> Found:
         if suite.is_free_form:
+            response_likelihoods(model, rows, suite.collator, suite.batch_size)  # raises where nothing can be drawn
             said = sampled_answers(
                 *(model, rows, suite.collator, max(how.tries), how.temperature, suite.max_new_tokens, suite.seed),
                 batch_size=suite.batch_size,
@@ -229,12 +231,13 @@ def suffix(suite: Suite) -> Iterator[Task]:
     def run(model: Any) -> Found:
         how = suite.attacks
         found = soft_suffix(
-            *(model, suite.some(few), others, _with_room(suite, how.suffix_tokens)),
+            *(model, suite.some(few), others, _shorter(suite.collator, how.suffix_tokens)),
             *(how.suffix_tokens, how.suffix_steps, how.suffix_lr),
             seed=suite.seed,
         )
+        names = ("accuracy", "loss", "probability") if suite.is_free_form else ("accuracy", "loss")
         scores: Found = {
-            variant: {"per_row": {name: values.tolist() for name, values in getattr(found, variant).items()}}
+            variant: {"per_row": {name: getattr(found, variant)[name].tolist() for name in names}}
             for variant in ("before", "after", "trained")
         }
         scores["trained"]["num_rows"] = len(suite.some(few))
@@ -259,16 +262,16 @@ def probe(suite: Suite) -> Iterator[Task]:
         yield suite.task("linear probe", "train_forget", others, name, run)
 
 
-def _with_room(suite: Suite, num_tokens: int) -> ForgetRetainCollator:
-    """The collator, or one whose rows are so much shorter that as many tokens more fit in the model."""
-    collator, room = suite.collator, suite.room
+def _shorter(collator: ForgetRetainCollator, num_tokens: int) -> ForgetRetainCollator:
+    """A collator whose rows leave room for so many tokens more.
+
+    Whether they would fit in the model anyhow does not matter: controls have the same rows under every method.
+    """
     encoder = collator.encoder
-    if room is None or encoder.max_length + num_tokens <= room:
-        return collator
     return ForgetRetainCollator(
         collator.tokenizer,
         collator.generic_completions,
-        room - num_tokens,
+        encoder.max_length - num_tokens,
         append_eos=encoder.append_eos,
         text_field=encoder.text_field,
     )

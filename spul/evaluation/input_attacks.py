@@ -337,12 +337,15 @@ def question_lost(rows: Dataset, changed: Dataset, collator: ForgetRetainCollato
         collator: for tokenising; its `max_length` is what they have to fit in.
 
     Returns:
-        The reason; empty where at least half of the text is left.
+        The reason; empty where at least half of the text is left, and without a text field: there prompts are cut
+        from their start, and the question stays.
     """
-    field = collator.encoder.text_field or "prompt"
+    field = collator.encoder.text_field
+    if field is None:
+        return ""
+    lost = tokens_lost(changed, collator) - tokens_lost(rows, collator)
     texts = collator.tokenizer(list(rows[field]), add_special_tokens=False)["input_ids"]
     size = sum(map(len, texts)) / len(texts)
-    lost = tokens_lost(changed, collator) - tokens_lost(rows, collator)
     if lost <= size / 2:
         return ""
     return (

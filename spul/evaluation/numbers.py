@@ -73,6 +73,11 @@ class Measurement:
         return self.measure, self.rows, self.model, self.variant
 
 
+def name_of_key(key: tuple[str, str, str, str]) -> str:
+    """A key in words, as in `left_out`."""
+    return " ".join(filter(None, key))
+
+
 Groups = dict[tuple[str, str, str, str], list[Measurement]]
 """Measurements of each key, one for each seed."""
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .numbers import Measurement, Number, numbers_of
+from .numbers import Measurement, Number, name_of_key, numbers_of
 
 EVALUATION_NAME = "evaluation.json"
 MEASUREMENTS_NAME = "measurements.jsonl"
@@ -96,7 +96,8 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
 
     Where all seeds were measured on the same rows, intervals of means are over rows and seeds (`joined_interval`);
     else, and for numbers that exist once per seed, over the seeds alone (`seeds_interval`). Shares that are 0 or 1
-    under every seed have Wilson's interval over the rows, each counted once.
+    under every seed, and those that are known as shares only and alike, have Wilson's interval over the rows, each
+    counted once. What some seeds lack stands in `left_out`.
 
     Args:
         evaluations: with the same measures, models and attacks, and with the same settings but for seed, models, rows,
@@ -104,26 +105,27 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
             by an earlier version, is not compared.
 
     Raises:
-        ValueError: if there are none, they did not measure the same, or their settings differ.
+        ValueError: if there are none, they have no measurement in common, or their settings differ.
     """
     if not evaluations:
         raise ValueError("evaluations is empty; pass at least one.")
     keys = [{one.key for one in evaluation.measurements} for evaluation in evaluations]
-    for i, found in enumerate(keys):
-        if found != keys[0]:
-            raise ValueError(
-                f"evaluations[{i}] and evaluations[0] measured different things: {sorted(found ^ keys[0])}. Evaluate "
-                "all seeds alike."
-            )
+    in_all = set.intersection(*keys)
+    if not in_all:
+        raise ValueError("no measurement is in all evaluations. Evaluate all seeds alike.")
     if other := _differing([evaluation.settings for evaluation in evaluations]):
         raise ValueError(f"evaluations have different settings: {'; '.join(other)}. Evaluate all seeds alike.")
     measurements = [
         dataclasses.replace(one, seed=seed)
         for seed, evaluation in enumerate(evaluations)
         for one in evaluation.measurements
+        if one.key in in_all
     ]
     settings = {"seeds": [evaluation.settings for evaluation in evaluations]}
     left_out = {name: why for evaluation in evaluations for name, why in evaluation.left_out.items()}
+    for key in sorted(set.union(*keys) - in_all):
+        name, num = name_of_key(key), sum(key in found for found in keys)
+        left_out[name] = f"of {num} of {len(keys)} seeds only" + (f"; {left_out[name]}" if name in left_out else "")
     return Evaluation(settings, measurements, left_out)
 
 

@@ -14,10 +14,10 @@ from tqdm.auto import tqdm
 from ..base import evaluation_mode
 from ..collator import ForgetRetainCollator
 from ..prefix import bare_model, unwrapped
-from ..terms import token_nll
+from ..terms import IGNORE_INDEX, token_nll
 from .generation_metrics import bare_generation, before_end, end_tokens, greedy, room_to_answer
 from .likelihood import check_rows, response_batches
-from .scoring import response_logits
+from .scoring import check_numbers, response_logits
 
 
 @torch.no_grad()
@@ -60,6 +60,7 @@ def sampled_success(
     with evaluation_mode(model):
         for batch in response_batches(rows, collator, batch_size, device, progress):
             logits = response_logits(model, batch.inputs, batch.positions)
+            check_numbers(logits[batch.targets != IGNORE_INDEX])
             found[batch.places] = token_nll(logits.double() / temperature, batch.targets).sum(dim=1).neg().cpu()
     with np.errstate(divide="ignore"):
         return -np.expm1(num_tries * np.log1p(-np.exp(np.minimum(found, 0.0))))
