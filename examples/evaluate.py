@@ -53,7 +53,7 @@ def parse_args() -> argparse.Namespace:
     add("--limit", type=int, help="of retain rows, as in training; those of tofu beyond it are taken as unseen")
     add("--second-question", action="store_true", help="as in training")
     add("--limit-score", type=int, help="at most so many rows of each retain split")
-    add("--relearn-lr", type=float, default=1e-2, help="learning rate of relearning, for an adapter")
+    add("--relearn-lr", type=float, default=1e-2, help="of relearning an adapter: best the rate it was trained at")
     add("--relearn-model-lr", type=float, default=1e-4, help="the same, where the whole model learns")
     add("--batch-size", type=int, default=32)
     add("--max-length", type=int, help="tokens of a row, without the prompt's; as many as fit, at most 1024")

@@ -33,9 +33,17 @@ KNOWN_NAMES = {"sst2": SST2_FORGET_NAMES, "imdb": IMDB_FORGET_NAMES}
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options that all evaluations have."""
     add = parser.add_argument
-    add("--measures", nargs="+", choices=MEASURES, default=list(MEASURES), metavar="MEASURE", help=", ".join(MEASURES))
+    add(
+        "--measures",
+        nargs="+",
+        type=lambda name: name.replace("-", " "),
+        choices=MEASURES,
+        default=list(MEASURES),
+        metavar="MEASURE",
+        help=", ".join(name.replace(" ", "-") for name in MEASURES),
+    )
     add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
-    add("--turns", nargs="+", type=int, default=[1, 4], help="of other questions and answers, that dilute a prompt")
+    add("--turns", nargs="+", type=int, default=[1, 4], help="ask after so many other questions with their answers")
     add("--tries", nargs="+", type=int, default=[1, 10, 100], help="numbers of sampled answers")
     add("--free-form", action="store_true", help="answers are texts and no classes, though few")
     add("--max-new-tokens", type=int, default=200, help="of a free-form answer")
@@ -46,7 +54,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="of forgotten people, in full, for neighbours of the same surname; sst2's and imdb's",
     )
-    add("--clusters", type=int, help="neighbours are also rows of the same clusters, of so many")
+    add(
+        "--clusters",
+        type=int,
+        help="into how many to cluster the rows: those in the forget rows' clusters are neighbours, too",
+    )
     add("--unrelated-texts", type=Path, help="a file of running text, one on each line")
     add("--unseen", type=Path, help="rows like the forget rows that no model saw, as JSON lines, CSV, TSV or Parquet")
 

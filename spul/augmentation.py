@@ -108,7 +108,7 @@ def augmented(
             f"share={share!r} of {len(rows)} rows for {len(ways)} rewritings; expected a share above 0, at most the "
             "number of rewritings, that leaves a row for each."
         )
-    draws, parts = random.Random(seed), [rows]
+    draws, parts, no_room = random.Random(seed), [rows], []
     for name, rewrite in ways.items():
         some = rows.select(sorted(draws.sample(range(len(rows)), min(num, len(rows)))))
         try:
@@ -116,6 +116,11 @@ def augmented(
         except UnchangedError as error:
             raise ValueError(f"the way {name!r} rewrites nothing: {error} Leave it out of ways.") from error
         if why := question_lost(some, changed, collator):
-            raise ValueError(f"the way {name!r} leaves no room for the question: {why}, or leave that way out.")
+            no_room.append(f"{name!r} ({why})")
         parts.append(changed)
+    if no_room:
+        raise ValueError(
+            f"some ways leave no room for the question: {'; '.join(no_room)}. Or leave them out, as by "
+            "rewritings(turns=...) with fewer turns."
+        )
     return concatenate_datasets(parts)

@@ -269,7 +269,7 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if other := sorted(name for name in settings | theirs if settings.get(name) != theirs.get(name)):
             raise ValueError(
-                f"{str(folder)!r} holds an evaluation with another {', '.join(other)}; give another output_dir, or "
+                f"{str(folder)!r} holds an evaluation that differs in {', '.join(other)}; give another output_dir, or "
                 "remove that one."
             )
         if unknown := [name for name, model in settings["models"].items() if model["weights"] is None]:

@@ -158,7 +158,7 @@ def test_attacks_that_take_some_of_the_text_away_are_warned_of_and_that_take_mos
         found = measured(learned(), "input attack", attacks=attacks, collator=collator, splits=splits)
     assert {one.variant for one in found.measurements} == {"none", "8 more"}
     for split in ("test_forget", "test_retain"):
-        assert "raise the collator's max_length" in found.left_out[f"input attack '30 more' on {split}"]
+        assert "raise it, if the model has room" in found.left_out[f"input attack '30 more' on {split}"]
 
 
 def test_the_soft_suffix_makes_room_for_itself():

@@ -133,7 +133,7 @@ def test_another_evaluation_in_the_same_folder_raises_and_says_what_differs(tmp_
     before = {file.name: file.read_text() for file in tmp_path.iterdir()}
     change = {name: value() if value is learned else value for name, value in change.items()}
     model, measures = make("prompt_tuning", change.pop("prompt_seed", 3)), change.pop("measures", ["sampling"])
-    with pytest.raises(ValueError, match=rf"an evaluation with another {named}; give another output_dir"):
+    with pytest.raises(ValueError, match=rf"an evaluation that differs in {named}; give another output_dir"):
         measured(model, *measures, output_dir=tmp_path, **change)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
 
@@ -181,7 +181,7 @@ def test_models_that_differ_in_no_weight_are_told_apart_by_their_adapters(tmp_pa
     weights = [one.settings["models"]["model"]["weights"] for one in (found, other)]
     assert weights[0] == weights[1]
     assert found.number("utility", "test_forget", "loss").value != other.number("utility", "test_forget", "loss").value
-    with pytest.raises(ValueError, match="an evaluation with another models; give another output_dir"):
+    with pytest.raises(ValueError, match="an evaluation that differs in models; give another output_dir"):
         measured(second(), "utility", output_dir=tmp_path / "first")
     assert measured(first(), "utility", output_dir=tmp_path / "first").measurements == found.measurements
 
@@ -190,7 +190,7 @@ def test_models_that_differ_in_no_weight_are_told_apart_by_their_adapters(tmp_pa
 def test_a_model_whose_adapter_is_switched_off_is_another(tmp_path, carrier):
     model = make(carrier)
     measured(model, "sampling", base=learned(), output_dir=tmp_path)
-    with model.disable_adapter(), pytest.raises(ValueError, match="another models"):
+    with model.disable_adapter(), pytest.raises(ValueError, match="differs in models"):
         measured(model, "sampling", base=learned(), output_dir=tmp_path)
     measured(model, "sampling", base=learned(), output_dir=tmp_path)
 
@@ -233,7 +233,7 @@ def test_a_paraphrase_is_known_by_its_name(tmp_path):
     first = paraphrased(rewritten)
     assert paraphrased(rewritten).measurements == first.measurements
     for other in (rewritten_otherwise, Rewriter(), None):
-        with pytest.raises(ValueError, match="another attacks"):
+        with pytest.raises(ValueError, match="differs in attacks"):
             paraphrased(other)
 
 
@@ -271,9 +271,9 @@ def test_two_processes_give_the_numbers_of_one_and_refuse_a_sharded_model(tmp_pa
             state = PartialState(cpu=True)
             from torch.distributed.device_mesh import init_device_mesh
             from torch.distributed.fsdp import fully_shard
+            import importlib
             import test_evaluate_kept as kept
-            from test_evaluate import evaluate_module as module
-
+            module = importlib.import_module("spul.evaluate")  # the name in spul is the function's
             kept.numbers.NUM_RESAMPLES = 20
             assert state.num_processes == 2
             sharded = fully_shard(kept.learned(), mesh=init_device_mesh("cpu", (2,)))

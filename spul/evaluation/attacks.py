@@ -106,6 +106,11 @@ def inputs(suite: Suite) -> Iterator[Task]:
                 suite.left_out[f"input attack {_of_turns(num)!r}"] = (
                     f"the rows of test_retain that are attacked have no more than {num} different questions"
                 )
+    if attacks and suite.collator.encoder.text_field is None:
+        suite.left_out["input attack on the text alone"] = (
+            "give the collator a text_field, the column whose text stands in the prompt; without it attacks change "
+            "whole prompts, the format's parts included"
+        )
     if WITHOUT in attacks:
         raise ValueError(f"an input attack is called {WITHOUT!r}, as the rows as they are; give it another name.")
     attacks = {WITHOUT: lambda rows: rows, **attacks}

@@ -349,6 +349,6 @@ def question_lost(rows: Dataset, changed: Dataset, collator: ForgetRetainCollato
     if lost <= size / 2:
         return ""
     return (
-        f"rows would lose {lost:.1f} tokens each, of {size:.1f} that their text has: raise the collator's max_length, "
-        f"which is {collator.encoder.max_length}"
+        f"rows would lose {lost:.1f} tokens each, of {size:.1f} that their text has; the collator has max_length="
+        f"{collator.encoder.max_length}: raise it, if the model has room for more"
     )

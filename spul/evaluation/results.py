@@ -19,7 +19,7 @@ MEASUREMENTS_NAME = "measurements.jsonl"
 OF_ONE_SEED = ("seed", "models", "names", "rows", "unrelated_texts", "questions", "versions")
 
 
-@dataclass
+@dataclass(repr=False)
 class Evaluation:
     """The outcome of `spul.evaluate`, or of several joined.
 
@@ -38,6 +38,13 @@ class Evaluation:
     def __post_init__(self) -> None:
         if not self.numbers:
             self.numbers = numbers_of(self.measurements)
+
+    def __repr__(self) -> str:
+        measures = list(dict.fromkeys(one.measure for one in self.numbers))
+        return (
+            f"Evaluation({len(self.numbers)} numbers of {', '.join(measures)}; models: {', '.join(self.models)}; left "
+            f"out: {', '.join(self.left_out) or 'nothing'})"
+        )
 
     @property
     def models(self) -> list[str]:

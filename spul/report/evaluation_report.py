@@ -201,12 +201,13 @@ def _worst_input(evaluation: Evaluation) -> str:
     name = knowledge_name(evaluation, "input attack")
     fields = {"measure": "input attack", "rows": "test_forget", "name": name}
     plain = first(evaluation, **fields, model="unlearned", variant=AS_THEY_ARE)
-    theirs = first(evaluation, **fields, model="retrained", variant=worst.variant)
+    others = (("detached", "detached"), ("retrained", "the retrained model"))
+    controls = [(words, first(evaluation, **fields, model=name, variant=worst.variant)) for name, words in others]
     count = sum(one.variant != AS_THEY_ARE for one in where(evaluation, **fields, model="unlearned"))
     text = f"'{worst.variant}', of {count}: test forget {name} {value_in_words(worst)}"
     if plain is not None:
         text += f", {_points(worst, plain)} against the rows as they are ({value_in_words(plain)})"
-    return text + ("" if theirs is None else f"; the retrained model under it: {value_in_words(theirs)}")
+    return text + "".join(f"; {words} under it: {value_in_words(one)}" for words, one in controls if one is not None)
 
 
 def _worst_on_retain(evaluation: Evaluation) -> str:
