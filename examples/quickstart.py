@@ -96,7 +96,8 @@ def draw(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
         axes.bar_label(bars, fmt="%.0f", padding=2)
     axes.set_xticks([x + 0.19 for x in range(len(keys))], [ROWS[key] for key in keys])
     axes.set_ylabel("accuracy on test rows, %")
-    axes.set_ylim(0, 128)
+    axes.set_ylim(0, 128)  # room for the legend
+    axes.set_yticks(range(0, 101, 20))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="upper center", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
