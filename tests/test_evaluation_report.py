@@ -237,13 +237,13 @@ def test_the_cards_metrics_are_the_splits_the_detached_and_the_worst_attacked():
     metrics = card_metrics(whole())
     assert list(metrics) == [
         *("train_retain", "train_forget", "test_retain", "test_forget"),
-        *("test_forget, detached", "test_forget, worst input attack"),
+        *("test_forget, detached", "test_forget, worst input attack (capitals)"),
         *("train_retain, retrained", "train_forget, retrained", "test_retain, retrained", "test_forget, retrained"),
     ]
     # F1 by hand: of either class (five rows) one is found and none is wrongly given, 2 * 1 / (2 * 1 + 4) = 1/3.
     assert metrics["test_forget"] == pytest.approx({"accuracy": 0.2, "f1": 1 / 3, "generic": 0.8})
     assert metrics["test_forget, detached"] == {"accuracy": 0.8, "generic": 0.0}
-    assert metrics["test_forget, worst input attack"] == {"accuracy": 0.5, "generic": 0.5}
+    assert metrics["test_forget, worst input attack (capitals)"] == {"accuracy": 0.5, "generic": 0.5}
     assert metrics["train_forget, retrained"] == {"accuracy": 0.5, "generic": 0.0}
 
 
@@ -273,7 +273,7 @@ def test_an_adapters_record_and_card_get_the_metrics_and_keep_all_else(adapter):
     assert SpulConfig.load(adapter / "spul_config.json").metrics == card_metrics(whole())
     record = json.loads((adapter / "spul_config.json").read_text(encoding="utf-8"))
     assert (record["of_a_later_version"], record["base_model_name_or_path"]) == (1, "some/base")
-    assert "| test_forget, worst input attack | 0.5000 | " in section(after, "Metrics")
+    assert "| test_forget, worst input attack (capitals) | 0.5000 | " in section(after, "Metrics")
     assert "0.123" not in after
     assert after.replace(section(after, "Metrics"), section(before, "Metrics")) == before
     add_to_card(whole(), adapter)

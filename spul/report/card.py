@@ -139,5 +139,6 @@ def _metrics_table(config: SpulConfig) -> str:
     lines = ["| split | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for split, values in config.metrics.items():
         cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
-        lines.append(f"| {split} | " + " | ".join(cells) + " |")
+        name = split.replace("|", r"\|")  # attacks are named by their users
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

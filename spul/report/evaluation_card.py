@@ -26,8 +26,8 @@ def card_metrics(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     """An evaluation in short, in the form of `SpulConfig.metrics`.
 
     The four splits under the unlearned model, `"test_forget, detached"` (the base, with the prompt taken off),
-    `"test_forget, worst input attack"` (the one under which the model gives most right answers), and the four splits
-    under the retrained model. What was not measured is not there.
+    `"test_forget, worst input attack (...)"` (the one under which the model gives most right answers), what the base
+    gives under it, and the four splits under the retrained model. What was not measured is not there.
 
     Args:
         evaluation: with the measure "utility".
@@ -49,9 +49,9 @@ def card_metrics(evaluation: Evaluation) -> dict[str, dict[str, float]]:
         raise ValueError("the evaluation has no measure 'utility' of the unlearned model; evaluate the four splits.")
     metrics["test_forget, detached"] = scores(measure="utility", rows="test_forget", model="detached")
     if (worst := worst_input_attack(evaluation)) is not None:
-        metrics["test_forget, worst input attack"] = scores(
-            measure="input attack", rows="test_forget", model="unlearned", variant=worst.variant
-        )
+        fields = {"measure": "input attack", "rows": "test_forget", "variant": worst.variant}
+        metrics[f"test_forget, worst input attack ({worst.variant})"] = scores(**fields, model="unlearned")
+        metrics["test_forget, detached, under the same attack"] = scores(**fields, model="detached")
     for split in SPLITS:
         metrics[f"{split}, retrained"] = scores(measure="utility", rows=split, model="retrained")
     return {split: values for split, values in metrics.items() if values}
