@@ -321,7 +321,7 @@ def test_sampling_soft_suffix_and_probe_are_as_by_hand(carrier):
         attack = soft_suffix(model, few, others, collator, 2, 3, 0.1, seed=SEED)
         for variant in ("before", "after", "trained"):
             where = {"measure": "soft suffix", "rows": "train_forget", "variant": variant}
-            means = {score: values.mean() for score, values in getattr(attack, variant).items()}
+            means = {score: getattr(attack, variant)[score].mean() for score in ("accuracy", "loss")}
             assert_numbers(one.found, means, 1e-4, model=name, **where)
         assert (attack.after["loss"] != attack.before["loss"]).all()
 

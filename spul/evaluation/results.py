@@ -60,9 +60,13 @@ class Evaluation:
         for one in self.numbers:
             if (one.measure, one.rows, one.name, one.model, one.variant) == (measure, rows, name, model, variant):
                 return one
+        of_measure = {(one.rows, one.name, one.model, one.variant) for one in self.numbers if one.measure == measure}
+        there = f"of {measure!r} there are {sorted(of_measure)}"
+        if not of_measure:
+            there = f"the measures are {list(dict.fromkeys(one.measure for one in self.numbers))}"
         raise KeyError(
-            f"there is no {name!r} of measure={measure!r}, rows={rows!r}, model={model!r}, variant={variant!r}; there "
-            f"are {sorted({(one.measure, one.rows, one.name, one.model, one.variant) for one in self.numbers})}"
+            f"there is no {name!r} of measure={measure!r}, rows={rows!r}, model={model!r}, variant={variant!r}; "
+            f"{there}"
         )
 
     def save(self, folder: str | os.PathLike) -> None:
