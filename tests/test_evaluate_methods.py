@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,8 +28,6 @@ MEASURES = ("utility", "kl", "relearning", "sampling")
 @pytest.fixture
 def example(monkeypatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    for name in ("evaluate_methods", "evaluation_rows", "experiment", "reproduce", "runs"):
-        sys.modules.pop(name, None)
     import evaluate_methods
 
     monkeypatch.setattr(numbers, "NUM_RESAMPLES", 20)

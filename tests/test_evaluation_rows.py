@@ -26,8 +26,7 @@ NUM_RETAIN = 24
 @pytest.fixture
 def example(monkeypatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    for name in ("evaluate", "evaluation_rows", "experiment", "runs"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("evaluate", None)  # a library has that name, too
     import evaluation_rows
 
     monkeypatch.setattr(numbers, "NUM_RESAMPLES", 20)

@@ -18,7 +18,6 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 def reproduce(monkeypatch, tmp_path):
     """The script as a function of its options; tiny data, a tiny model."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    import experiment
     import reproduce
 
     model, data = tmp_path / "tiny", tmp_path / "reviews"
@@ -43,7 +42,7 @@ def reproduce(monkeypatch, tmp_path):
         reproduce.main()
         return tmp_path / "out"
 
-    run.module = experiment
+    run.module = reproduce
     return run
 
 
