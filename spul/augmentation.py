@@ -14,6 +14,7 @@ from .evaluation.input_attacks import (
     diluted,
     letter_case,
     question_lost,
+    tokens_lost,
     whitespace_noise,
     with_prefix,
     with_prompts_changed,
@@ -115,7 +116,7 @@ def augmented(
             changed = with_prompts_changed(some, rewrite, name)
         except UnchangedError as error:
             raise ValueError(f"the way {name!r} rewrites nothing: {error} Leave it out of ways.") from error
-        if why := question_lost(some, changed, collator):
+        if why := question_lost(some, tokens_lost(changed, collator) - tokens_lost(some, collator), collator):
             no_room.append(f"{name!r} ({why})")
         parts.append(changed)
     if no_room:

@@ -37,7 +37,6 @@ from .input_attacks import (
     with_prompts_changed,
     with_suffix,
 )
-from .likelihood import response_likelihoods
 from .model_attacks import linear_probe, relearn
 from .model_attacks import quantised as in_few_bits
 from .sampled import sampled_answers, sampled_success
@@ -115,20 +114,19 @@ def inputs(suite: Suite) -> Iterator[Task]:
         raise ValueError(f"an input attack is called {WITHOUT!r}, as the rows as they are; give it another name.")
     attacks = {WITHOUT: lambda rows: rows, **attacks}
     for split in ("test_forget", "test_retain"):
-        rows, lost_anyhow = suite.some(suite.splits[split]), 0.0
+        rows = suite.some(suite.splits[split])
+        lost_anyhow = tokens_lost(rows, suite.collator)
         for attack, change in attacks.items():
             try:
                 attacked = with_prompts_changed(rows, change, attack)
             except UnchangedError:
                 suite.left_out[f"input attack {attack!r} on {split}"] = "it changes no prompt"
                 continue
-            if why := question_lost(rows, attacked, suite.collator):
+            lost = tokens_lost(attacked, suite.collator)
+            if why := question_lost(rows, lost - lost_anyhow, suite.collator):
                 suite.left_out[f"input attack {attack!r} on {split}"] = why
                 continue
-            lost = tokens_lost(attacked, suite.collator)
-            if attack == WITHOUT:
-                lost_anyhow = lost
-            elif lost > lost_anyhow:
+            if lost > lost_anyhow:
                 warnings.warn(
                     f"the input attack {attack!r} makes rows of {split} lose {lost:.1f} tokens each, without it "
                     f"{lost_anyhow:.1f}: part of the text or of the attack is gone. Raise the collator's max_length.",
@@ -206,7 +204,6 @@ def sampling(suite: Suite) -> Iterator[Task]:
 
     def run(model: Any) -> Found:
         if suite.is_free_form:
-            response_likelihoods(model, rows, suite.collator, suite.batch_size)  # raises where nothing can be drawn
             said = sampled_answers(
                 *(model, rows, suite.collator, max(how.tries), how.temperature, suite.max_new_tokens, suite.seed),
                 batch_size=suite.batch_size,

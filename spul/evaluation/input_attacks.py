@@ -328,12 +328,12 @@ def tokens_lost(rows: Dataset, collator: ForgetRetainCollator) -> float:
     return sum(lost) / len(lost)
 
 
-def question_lost(rows: Dataset, changed: Dataset, collator: ForgetRetainCollator) -> str:
+def question_lost(rows: Dataset, lost: float, collator: ForgetRetainCollator) -> str:
     """Why changed rows ask nothing any more, if they do not: most of the text was cut to make room for the change.
 
     Args:
         rows: as they were.
-        changed: the same, changed.
+        lost: how many tokens more than these the changed ones lose, the mean, by `tokens_lost`.
         collator: for tokenising; its `max_length` is what they have to fit in.
 
     Returns:
@@ -341,9 +341,8 @@ def question_lost(rows: Dataset, changed: Dataset, collator: ForgetRetainCollato
         from their start, and the question stays.
     """
     field = collator.encoder.text_field
-    if field is None:
+    if field is None or lost <= 0:
         return ""
-    lost = tokens_lost(changed, collator) - tokens_lost(rows, collator)
     texts = collator.tokenizer(list(rows[field]), add_special_tokens=False)["input_ids"]
     size = sum(map(len, texts)) / len(texts)
     if lost <= size / 2:

@@ -16,7 +16,7 @@ from ..collator import ForgetRetainCollator
 from ..prefix import bare_model, unwrapped
 from ..terms import IGNORE_INDEX, token_nll
 from .generation_metrics import bare_generation, before_end, end_tokens, greedy, room_to_answer
-from .likelihood import check_rows, response_batches
+from .likelihood import check_rows, response_batches, response_likelihoods
 from .scoring import check_numbers, response_logits
 
 
@@ -98,12 +98,14 @@ def sampled_answers(
         For each row `num_tries` texts, without special tokens.
 
     Raises:
-        ValueError, TypeError: if a number is out of range, there are no rows, or a prompt fills all positions.
+        ValueError, TypeError: if a number is out of range, there are no rows, a prompt fills all positions, or the
+            model has diverged.
 
     Source: as `sampled_success`
     """
     check_rows(rows)
     _check_tries(num_tries, temperature)
+    response_likelihoods(model, rows, collator, batch_size)  # raises where logits are NaN, from which nothing is drawn
     model, tokenizer = unwrapped(model), collator.tokenizer
     base: Any = bare_model(model)
     generate: Any = model.generate

@@ -172,10 +172,7 @@ def _what_attacks_find(evaluation: Evaluation) -> Section:
         ["The membership attack that is farthest from the retrained model", _membership(evaluation)],
         ["Training on a few forget rows", _relearned(evaluation)],
         ["The input attack that costs most on retain rows", _worst_on_retain(evaluation)],
-        [
-            "The base in fewer bits",
-            _beside(evaluation, "quantised", "test_forget", in_few_bits),
-        ],
+        ["The base in fewer bits", _beside(evaluation, "quantised", "test_forget", in_few_bits)],
         ["Sampling", _beside(evaluation, "sampling", "test_forget", "success", "rouge_l_recall")],
         ["A soft suffix", _beside(evaluation, "soft suffix", MEMBERS, in_suffix, variant="after")],
         ["A linear probe on hidden states", _beside(evaluation, "linear probe", MEMBERS, "accuracy")],
