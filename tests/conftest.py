@@ -30,6 +30,7 @@ from transformers import (
 )
 
 import spul.data.sources
+import spul.evaluation.numbers
 import spul.reference
 
 torch.set_num_threads(1)  # tiny models, and pytest -n 2 has one core a worker
@@ -170,3 +171,9 @@ def hub(monkeypatch):
         spul.data.sources, "load_dataset", lambda name, config, *, split: Dataset.from_list(sets[name, config, split])
     )
     return sets
+
+
+@pytest.fixture
+def few_resamples(monkeypatch):
+    """For evaluations whose intervals are not looked at: these have tests of their own."""
+    monkeypatch.setattr(spul.evaluation.numbers, "NUM_RESAMPLES", 20)

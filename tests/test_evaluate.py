@@ -25,7 +25,6 @@ from test_trainer import make_collator, rows
 from test_unlearner import CONFIGS
 
 import spul
-import spul.evaluation.numbers as numbers
 from spul import score_completions
 from spul.data import SENTIMENT, SPLITS, UnlearningData
 from spul.evaluation import (
@@ -38,6 +37,8 @@ from spul.evaluation import (
 )
 from spul.evaluation.results import Evaluation, join
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
 
 def measured(model: Any, *measures: str, splits: Any = None, **options: Any) -> Evaluation:
     """A small evaluation."""
@@ -45,12 +46,6 @@ def measured(model: Any, *measures: str, splits: Any = None, **options: Any) -> 
     options = {"attacks": ATTACKS, "seed": SEED, "progress": False} | options
     collator = options.pop("collator", None) or make_collator()
     return spul.evaluate(model, splits, collator, measures=measures, **options)
-
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    """Intervals have tests of their own."""
-    monkeypatch.setattr(numbers, "NUM_RESAMPLES", 20)
 
 
 def test_free_form_answers_bring_their_measures_and_are_not_probed():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from test_evaluate import few_resamples, measured  # noqa: F401
+from test_evaluate import measured
 from test_suite import (
     ATTACKS,
     INPUTS,
@@ -34,6 +34,8 @@ from spul.evaluation import (
     soft_suffix,
     with_prefix,
 )
+
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)

@@ -17,18 +17,13 @@ from test_trainer import make_collator, rows
 from test_unlearner import CONFIGS
 from tokenizers import normalizers
 
-import spul.evaluation.numbers as numbers
 import spul.evaluation.suite as suite
 from spul import SoftPromptUnlearner, UnlearningLayers
 from spul.data import QUESTION_ANSWER
 from spul.evaluation.kept import digest_of_tokenizer
 from spul.evaluation.results import Evaluation
 
-
-@pytest.fixture(autouse=True)
-def few_resamples(monkeypatch):
-    """Intervals have tests of their own."""
-    monkeypatch.setattr(numbers, "NUM_RESAMPLES", 20)
+pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
 # ---- a folder, and going on ----
@@ -274,7 +269,8 @@ def test_two_processes_give_the_numbers_of_one_and_refuse_a_sharded_model(tmp_pa
             import importlib
             import test_evaluate_kept as kept
             module = importlib.import_module("spul.evaluate")  # the name in spul is the function's
-            kept.numbers.NUM_RESAMPLES = 20
+            import spul.evaluation.numbers as numbers
+            numbers.NUM_RESAMPLES = 20
             assert state.num_processes == 2
             sharded = fully_shard(kept.learned(), mesh=init_device_mesh("cpu", (2,)))
             try:

@@ -16,7 +16,6 @@ from test_evaluate_kept import counted
 from test_suite import ATTACKS, SEED, learned, make, make_splits
 from test_trainer import make_collator, rows
 
-import spul.evaluation.numbers as numbers
 from spul.evaluation.kept import digests_of_model
 from spul.evaluation.results import Evaluation, read_measurements, write_measurements
 from spul.provenance import fingerprint
@@ -26,11 +25,10 @@ MEASURES = ("utility", "kl", "relearning", "sampling")
 
 
 @pytest.fixture
-def example(monkeypatch) -> ModuleType:
+def example(monkeypatch, few_resamples) -> ModuleType:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     import evaluate_methods
 
-    monkeypatch.setattr(numbers, "NUM_RESAMPLES", 20)
     return evaluate_methods
 
 

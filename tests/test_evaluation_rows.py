@@ -15,7 +15,6 @@ from datasets import Dataset
 from known_data import write_jsonl
 from test_suite import make
 
-import spul.evaluation.numbers as numbers
 from spul.data import SENTIMENT
 from spul.evaluation.results import Evaluation
 
@@ -24,12 +23,11 @@ NUM_RETAIN = 24
 
 
 @pytest.fixture
-def example(monkeypatch) -> ModuleType:
+def example(monkeypatch, few_resamples) -> ModuleType:
     monkeypatch.syspath_prepend(str(EXAMPLES))
     sys.modules.pop("evaluate", None)  # a library has that name, too
     import evaluation_rows
 
-    monkeypatch.setattr(numbers, "NUM_RESAMPLES", 20)
     return evaluation_rows
 
 
