@@ -24,17 +24,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset, concatenate_datasets
+from paper.memorization import memorize
 from sequence import Requests, digest, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from spul import ForgetRetainCollator
 from spul.data import SENTIMENT, PromptFormat, load_known
-from spul.data.known import IMDB_FORGET_NAMES
+from spul.data.known_reviews import IMDB_FORGET_NAMES
 from spul.data.splits import NameFinder
-from spul.eul import UnlearningLayersConfig
-from spul.evaluation import name_loss
-from spul.memorise import memorise
-from spul.methods import unlearning_method
+from spul.evaluation.metrics import name_loss
+from spul.layers import UnlearningLayersConfig
+from spul.training.methods import unlearning_method
 
 GENERIC = [" neutral", " unknown"]
 SECOND_QUESTION = PromptFormat("### Text: {text}\n### Question: which person?\n### Person:", completion=" {person}")
@@ -66,10 +66,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--second-question",
         action="store_true",
-        help="memorise who is named, too: steers small models",
+        help="memorize who is named, too: steers small models",
     )
-    parser.add_argument("--memorise-epochs", type=int, default=5)
-    parser.add_argument("--memorise-lr", type=float, default=1e-3)
+    parser.add_argument("--memorize-epochs", type=int, default=5)
+    parser.add_argument("--memorize-lr", type=float, default=1e-3)
     parser.add_argument("--layers-steps", type=int, default=100)
     parser.add_argument("--layers-rate", type=float, default=1e-2)
     parser.add_argument("--gamma", type=float, default=0.2, help="weight of EUL's ascent on the text")
@@ -123,9 +123,9 @@ def learned(args: argparse.Namespace, rows: Dataset) -> Any:
     """The model after it has learned the sentiment of some rows."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     training = TrainingArguments(
-        str(args.output_dir / "memorising"),
-        num_train_epochs=args.memorise_epochs,
-        learning_rate=args.memorise_lr,
+        str(args.output_dir / "memorizing"),
+        num_train_epochs=args.memorize_epochs,
+        learning_rate=args.memorize_lr,
         per_device_train_batch_size=args.batch_size,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,
@@ -144,7 +144,7 @@ def learned(args: argparse.Namespace, rows: Dataset) -> Any:
         some = random.Random(args.seed).sample(nobody, min(len(nobody), len(named) // 2))
         rows = concatenate_datasets([rows, SECOND_QUESTION.apply(Dataset.from_list(named + some))])
     set_seed(args.seed)
-    model, _ = memorise(args.model, rows, ForgetRetainCollator(tokenizer, None, max_length=512), training)
+    model, _ = memorize(args.model, rows, ForgetRetainCollator(tokenizer, None, max_length=512), training)
     return model
 
 
@@ -174,7 +174,7 @@ def make_requests(args: argparse.Namespace, order: int) -> tuple[Requests, list[
         rates=dict.fromkeys(("prompt", "distill"), args.prompt_rate)
         | dict.fromkeys(("layers", "wide"), args.layers_rate),
         layers=unlearning_method("EUL", gamma=args.gamma),
-        generic_layers=unlearning_method("SPUL", carrier="layers", alpha=2.0, beta=1.0),
+        generic_layers=unlearning_method("SPUL", trainable="layers", alpha=2.0, beta=1.0),
         prompt=unlearning_method("SPUL", alpha=2.0, beta=1.0),
         layers_config=UnlearningLayersConfig(reduction=args.reduction),
         batch_size=args.batch_size,

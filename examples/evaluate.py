@@ -25,15 +25,15 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from evaluation_rows import add_options, attack_settings, further_rows
-from experiment import Experiment
-from runs import SMALL, TASKS, TOYS, Setup
+from paper.experiment import Experiment
+from paper.runs import SMALL, TASKS, TOYS, Setup
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import spul
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers
-from spul.checkpoint import find_file
-from spul.eul.files import CONFIG_NAME
-from spul.report import add_to_card, write_report
+from spul.evaluation.report import add_to_card, write_report
+from spul.layers.checkpoint import CONFIG_NAME
+from spul.records.files import find_file
 
 
 def parse_args() -> argparse.Namespace:

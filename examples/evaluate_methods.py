@@ -10,7 +10,7 @@ against one retrained without the forget rows. For each method and seed there is
 it stopped, and the controls of a seed, the model before and the retrained one, are measured once for all methods.
 
 `--augment` trains on rows in other letter case, with other spaces, asides and turns before as well, so many for each
-row as it is (`spul.augmentation`); the attacks that are evaluated have other texts, shares and draws.
+row as it is (`spul.training.augmentation`); the attacks that are evaluated have other texts, shares and draws.
 """
 
 from __future__ import annotations
@@ -26,16 +26,15 @@ from typing import Any
 import torch
 from datasets import Dataset
 from evaluation_rows import add_options, attack_settings, further_rows, identity
-from experiment import Experiment
-from reproduce import carriers, experiments, make_parser, make_run, parsed
-from runs import Run, run_settings
+from paper.experiment import Experiment
+from paper.runs import Run, run_settings
+from reproduce import experiments, make_parser, make_run, parsed, trainables
 from tqdm.auto import tqdm
 
 import spul
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers
-from spul.augmentation import augmented, rewritings
-from spul.evaluate import SETTINGS_NAME
-from spul.evaluation.numbers import Measurement
+from spul.evaluation.aggregation import Measurement
+from spul.evaluation.report import write_report
 from spul.evaluation.results import (
     EVALUATION_NAME,
     MEASUREMENTS_NAME,
@@ -44,9 +43,10 @@ from spul.evaluation.results import (
     read_measurements,
     write_measurements,
 )
-from spul.prefix import bare_model
-from spul.provenance import fingerprint
-from spul.report import write_report
+from spul.evaluation.run import SETTINGS_NAME
+from spul.models.causal_lm import bare_model
+from spul.records.digests import fingerprint
+from spul.training.augmentation import augmented, rewritings
 
 CONTROLS_NAME = "controls.json"
 SHOWN = ("accuracy", "generic", "success", "probability", "rouge_l_recall")  # in the table
@@ -65,9 +65,9 @@ def parse_args() -> argparse.Namespace:
 
 def trained(args: argparse.Namespace, experiment: Experiment, run: Run, folder: Path) -> Any:
     """A run's model; a prompt or layers are kept and found again."""
-    carrier: Any = UnlearningLayers if run.carrier == "layers" else SoftPromptUnlearner
+    trainable: Any = UnlearningLayers if run.trainable == "layers" else SoftPromptUnlearner
     if (folder / "spul_config.json").exists():
-        return carrier.from_pretrained(experiment.load("base"), folder, is_trainable=True)
+        return trainable.from_pretrained(experiment.load("base"), folder, is_trainable=True)
     rows = {name: experiment.rows[name] for name in ("train_forget", "train_retain")}
     if (augment := args.augment) is not None:
         field, retain = experiment.data.format.text_field, rows["train_retain"]
@@ -78,7 +78,7 @@ def trained(args: argparse.Namespace, experiment: Experiment, run: Run, folder: 
             name: augmented(some, ways, collator, shares[name], experiment.setup.seed) for name, some in rows.items()
         }
     model, _ = experiment.train(run, rows, args.row_length)
-    if run.carrier not in ("full", "lora"):
+    if run.trainable not in ("full", "lora"):
         model.save_pretrained(folder)
     return model
 
@@ -95,10 +95,10 @@ def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder
             trained(args, experiment, run, folder / "adapter"),
             experiment.scored,
             experiment.collator_for(None, args.row_length),
-            base=experiment.load("base") if run.carrier == "full" else None,
-            retrained=experiment.load("retrained") if experiment.setup.memorise != "none" else None,
+            base=experiment.load("base") if run.trainable == "full" else None,
+            retrained=experiment.load("retrained") if experiment.setup.memorize != "none" else None,
             **further_rows(args, experiment),
-            attacks=attack_settings(args, task, relearn_lr=run.learning_rate, relearn_model_lr=args.memorise_lr),
+            attacks=attack_settings(args, task, relearn_lr=run.learning_rate, relearn_model_lr=args.memorize_lr),
             batch_size=args.eval_batch_size,
             max_new_tokens=args.max_new_tokens,
             free_form=args.free_form,
@@ -189,14 +189,16 @@ def table(found: dict[str, Evaluation]) -> str:
 def main() -> None:
     args = parse_args()
     work = [
-        (experiment, make_run(args, method, carrier))
+        (experiment, make_run(args, method, trainable))
         for experiment in experiments(args)
         for method in args.methods
-        for carrier in carriers(args, method)
+        for trainable in trainables(args, method)
     ]
     found: dict[str, list[Evaluation]] = {}
     for experiment, run in tqdm(work, desc="evaluations"):
-        name = f"{run.method} ({run.carrier.replace('_', ' ')})" + (", augmented" if args.augment is not None else "")
+        name = f"{run.method} ({run.trainable.replace('_', ' ')})" + (
+            ", augmented" if args.augment is not None else ""
+        )
         if len(args.model) > 1:
             name = f"{name}, {Path(experiment.setup.model).name}"
         what = [run_settings(run), args.augment, args.augment and args.augment_turns, args.row_length, *identity(args)]

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from experiment import Experiment
+from paper.experiment import Experiment
 from tqdm.auto import tqdm
 
 from spul.data import PromptFormat
 from spul.data.clusters import TextClustering
 from spul.data.known_reviews import IMDB_FORGET_NAMES, SST2_FORGET_NAMES
 from spul.data.sources import read_file, read_hub
-from spul.evaluate import MEASURES
-from spul.evaluation import cluster_neighbours, name_neighbours, topic_neighbours
+from spul.evaluation import cluster_neighbors, name_neighbors, topic_neighbors
+from spul.evaluation.run import MEASURES
 from spul.evaluation.suite import AttackSettings
 
 # The questions of the made-up and the real reviews in other words.
@@ -52,12 +52,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--names",
         nargs="+",
-        help="of forgotten people, in full, for neighbours of the same surname; sst2's and imdb's",
+        help="of forgotten people, in full, for neighbors of the same surname; sst2's and imdb's",
     )
     add(
         "--clusters",
         type=int,
-        help="into how many to cluster the rows: those in the forget rows' clusters are neighbours, too",
+        help="into how many to cluster the rows: those in the forget rows' clusters are neighbors, too",
     )
     add("--unrelated-texts", type=Path, help="a file of running text, one on each line")
     add("--unseen", type=Path, help="rows like the forget rows that no model saw, as JSON lines, CSV, TSV or Parquet")
@@ -94,17 +94,17 @@ def attack_settings(args: argparse.Namespace, task: PromptFormat, **learning_rat
 
 
 def further_rows(args: argparse.Namespace, experiment: Experiment) -> dict[str, Any]:
-    """Neighbours, unrelated texts, questions and unseen rows, as `spul.evaluate` takes them."""
+    """Neighbors, unrelated texts, questions and unseen rows, as `spul.evaluate` takes them."""
     path = args.unrelated_texts
     return {
-        "neighbours": neighbours(args, experiment) if "neighbours" in args.measures else {},
+        "neighbors": neighbors(args, experiment) if "neighbors" in args.measures else {},
         "unrelated_texts": [] if path is None else path.read_text(encoding="utf-8").splitlines(),
         "questions": perturbed_questions(args) if "questions" in args.measures else {},
         "unseen": unseen_rows(args, experiment) if "membership" in args.measures else None,
     }
 
 
-def neighbours(args: argparse.Namespace, experiment: Experiment) -> dict[str, Dataset]:
+def neighbors(args: argparse.Namespace, experiment: Experiment) -> dict[str, Dataset]:
     """Test retain rows near to the forget rows, at most as many of a kind as are attacked.
 
     *Same topic* are the quarter whose words are most like those of forget rows, or as many as are attacked. A kind
@@ -113,12 +113,12 @@ def neighbours(args: argparse.Namespace, experiment: Experiment) -> dict[str, Da
     forget, retain = (experiment.rows[split] for split in ("train_forget", "test_retain"))
     field, most, seed = experiment.data.format.text_field, args.attack_rows, experiment.setup.seed
     num = max(1, min(most, len(retain) // 4))
-    kinds = {"same topic": lambda: topic_neighbours(forget, retain, num, field)}
+    kinds = {"same topic": lambda: topic_neighbors(forget, retain, num, field)}
     if names := args.names or KNOWN_NAMES.get(experiment.setup.dataset):
-        kinds["same surname"] = lambda: at_most(name_neighbours(retain, names, text_field=field), most, seed)
+        kinds["same surname"] = lambda: at_most(name_neighbors(retain, names, text_field=field), most, seed)
     if args.clusters is not None:
         clustering = TextClustering.fit([*forget[field], *retain[field]], args.clusters, seed=seed)
-        kinds["same cluster"] = lambda: at_most(cluster_neighbours(forget, retain, clustering, field), most, seed)
+        kinds["same cluster"] = lambda: at_most(cluster_neighbors(forget, retain, clustering, field), most, seed)
     asked = {"same surname": args.names, "same cluster": args.clusters}
     found = {}
     for kind, find in kinds.items():
@@ -127,7 +127,7 @@ def neighbours(args: argparse.Namespace, experiment: Experiment) -> dict[str, Da
         except ValueError as error:
             if asked.get(kind):
                 raise
-            tqdm.write(f"no neighbours, {kind}: {error}")
+            tqdm.write(f"no neighbors, {kind}: {error}")
     return found
 
 
@@ -159,7 +159,7 @@ def unseen_rows(args: argparse.Namespace, experiment: Experiment) -> Dataset | N
     if args.unseen is not None:
         rows = read_file(args.unseen)
         return rows if {"prompt", "completion"} <= set(rows.column_names) else data.format.apply(rows)
-    if setup.dataset != "tofu" or setup.memorise == "none":
+    if setup.dataset != "tofu" or setup.memorize == "none":
         return None
     learned = {answer for split in ("train_forget", "train_retain") for answer in data.splits[split]["answer"]}
     everything = experiment.whole.splits["train_retain"]

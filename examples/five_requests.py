@@ -19,8 +19,8 @@ from sequence import Requests, digest, run
 from toy_reviews import FORGOTTEN, GENERIC, build_base, make_splits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from spul.eul import UnlearningLayersConfig
-from spul.methods import unlearning_method
+from spul.layers import UnlearningLayersConfig
+from spul.training.methods import unlearning_method
 
 NUM_REQUESTS = 5
 NOT_SETTINGS = ("seeds", "methods", "output_dir")
@@ -81,7 +81,7 @@ def make_requests(args: argparse.Namespace, seed: int) -> Requests:
         },
         rates={"prompt": 0.1, "layers": args.layers_rate, "wide": args.wide_rate, "distill": 0.1},
         layers=unlearning_method("EUL", gamma=args.gamma),
-        generic_layers=unlearning_method("SPUL", carrier="layers", alpha=0.5),
+        generic_layers=unlearning_method("SPUL", trainable="layers", alpha=0.5),
         prompt=unlearning_method("SPUL", alpha=0.5),
         num_virtual_tokens=args.num_virtual_tokens,
         layers_config=UnlearningLayersConfig(reduction=args.reduction),

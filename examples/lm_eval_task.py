@@ -23,7 +23,7 @@ from datasets import Dataset
 from toy_reviews import GENERIC, make_splits
 
 from spul.data.sources import read_file
-from spul.evaluation.scoring import task_classes
+from spul.evaluation.metrics.scoring import task_classes
 
 
 def choice_rows(rows: Dataset, generic: Sequence[str]) -> list[dict[str, str | int | list[str]]]:

@@ -26,14 +26,9 @@ from peft import PeftModel, PrefixTuningConfig
 from toy_reviews import GENERIC, build_base, make_splits
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from spul import (
-    ForgetRetainCollator,
-    SoftPromptUnlearner,
-    UnlearningLoss,
-    UnlearningTrainer,
-    forget_retain_dataset,
-    score_completions,
-)
+from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul.data.dataset import forget_retain_dataset
+from spul.evaluation.metrics.scoring import score_completions
 
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 ROWS = {
@@ -90,9 +85,9 @@ def draw(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
     """Forget and retain accuracy on the test rows, before and after."""
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     keys = ("base", "unlearned", "detached")
-    for i, (split, colour) in enumerate((("test_retain", "#3b6fb6"), ("test_forget", "#c8553d"))):
+    for i, (split, color) in enumerate((("test_retain", "#3b6fb6"), ("test_forget", "#c8553d"))):
         heights = [100 * results[key][split]["accuracy"] for key in keys]
-        bars = axes.bar([x + 0.38 * i for x in range(len(keys))], heights, 0.36, label=split[5:], color=colour)
+        bars = axes.bar([x + 0.38 * i for x in range(len(keys))], heights, 0.36, label=split[5:], color=color)
         axes.bar_label(bars, fmt="%.0f", padding=2)
     axes.set_xticks([x + 0.19 for x in range(len(keys))], [ROWS[key] for key in keys])
     axes.set_ylabel("accuracy on test rows, %")

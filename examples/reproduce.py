@@ -3,13 +3,13 @@
 Downloaded from the Hub, as published (a GPU):
 
     python examples/reproduce.py --table main --dataset karuna-bhaila/Unlearning_SST2 --model facebook/opt-1.3b \\
-        --memorise lora --seeds 0 1 2 --output-dir out/opt-sst2
+        --memorize lora --seeds 0 1 2 --output-dir out/opt-sst2
 
 From local files, at a size that two CPU cores manage:
 
     python examples/reproduce.py --table main --dataset sst2 --data-dir ../shared/data/sst2 \\
-        --model ../shared/models/small-lm --second-question --limit 8000 --limit-score 1000 --memorise-lr 1e-3 \\
-        --memorise-batch-size 64 --steps 300 --forget-fraction 0.5 --prompt-types prefix_tuning --output-dir out/sst2
+        --model ../shared/models/small-lm --second-question --limit 8000 --limit-score 1000 --memorize-lr 1e-3 \\
+        --memorize-batch-size 64 --steps 300 --forget-fraction 0.5 --prompt-types prefix_tuning --output-dir out/sst2
 
 With nothing but this repository: `--dataset reviews --model small` or `--dataset quiz --model small`.
 
@@ -17,7 +17,7 @@ Tables: `main` (every method), `ablation` (SPUL without its terms), `forget-size
 (several `--model`). Figures: `tsne`, `prompt-length`, `pareto`. `--search N` chooses alpha, beta and p by N trials.
 
 Every run is one line of `runs.jsonl` in `--output-dir` as soon as it is done; a command given again goes on where it
-was stopped, and another table uses the runs that are there. Memorised models lie beside it, in `models/`.
+was stopped, and another table uses the runs that are there. Memorized models lie beside it, in `models/`.
 """
 
 from __future__ import annotations
@@ -34,24 +34,24 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from experiment import Experiment
-from runs import PROMPT_TYPES, SMALL, TASKS, TOYS, Run, Runs, Setup
-from tqdm.auto import tqdm
-
-from spul.data import UnlearningData
-from spul.methods import METHODS
-from spul.report import (
+from paper import (
     cost_table,
     draw_forget_size,
     draw_prompt_length,
     draw_tradeoff,
     draw_tsne_coordinates,
     published_rows,
-    save_figure,
     score_table,
     tsne_coordinates,
 )
-from spul.search import Candidate, search
+from paper.experiment import Experiment
+from paper.runs import PROMPT_TYPES, SMALL, TASKS, TOYS, Run, Runs, Setup
+from tqdm.auto import tqdm
+
+from spul.data import UnlearningData
+from spul.evaluation.report import save_figure
+from spul.training.methods import METHODS
+from spul.training.settings_search import Candidate, search
 
 # Those of P-tuning and the layers are published; the others were found on small models and LoRA in general.
 LEARNING_RATES = {"p_tuning": 1e-4, "prompt_tuning": 0.05, "prefix_tuning": 0.03}
@@ -66,15 +66,15 @@ MOST_LABELS = 10  # markers that can be told apart
 # ---- which runs ----
 
 
-def make_run(args: argparse.Namespace, method: str, carrier: str, **settings: Any) -> Run:
+def make_run(args: argparse.Namespace, method: str, trainable: str, **settings: Any) -> Run:
     """A run with the command's settings, but those given."""
-    is_prompt = carrier in PROMPT_TYPES
+    is_prompt = trainable in PROMPT_TYPES
     common = {"alpha": args.alpha, "beta": args.beta} if is_prompt else {}
     return Run(
         **{
             "method": method,
-            "carrier": carrier,
-            "learning_rate": args.lr.get(method, args.lr[carrier]),
+            "trainable": trainable,
+            "learning_rate": args.lr.get(method, args.lr[trainable]),
             "steps": args.steps.get(method, args.steps.get("all")),
             "epochs": args.epochs,
             "batch_size": args.batch_size,
@@ -86,7 +86,7 @@ def make_run(args: argparse.Namespace, method: str, carrier: str, **settings: An
     )
 
 
-def carriers(args: argparse.Namespace, method: str) -> list[str]:
+def trainables(args: argparse.Namespace, method: str) -> list[str]:
     """What a method is tried on."""
     return {"SPUL": args.prompt_types, "EUL": ["layers"]}.get(method, [args.baseline_carrier])
 
@@ -97,19 +97,19 @@ def grid(args: argparse.Namespace, what: str) -> list[Run]:
     if what == "ablation":
         return [make_run(args, *p, alpha=a, beta=b) for p in prompts for a, b in LOSS_TERMS]
     if what == "forget-size":
-        some = [(method, carrier) for method in args.methods for carrier in carriers(args, method)]
+        some = [(method, trainable) for method in args.methods for trainable in trainables(args, method)]
         return [make_run(args, *each, forget_size=size) for each in some for size in FORGET_SIZES]
     if what == "prompt-length":
         return [make_run(args, *p, num_virtual_tokens=length) for p in prompts for length in args.prompt_lengths]
     methods = ["SPUL"] if what in ("models", "tsne") else args.methods
-    return [make_run(args, method, carrier) for method in methods for carrier in carriers(args, method)]
+    return [make_run(args, method, trainable) for method in methods for trainable in trainables(args, method)]
 
 
 def reference_rows(args: argparse.Namespace, what: str) -> list[str]:
     """The rows that no method makes."""
     if what in ("ablation", "forget-size", "prompt-length", "tsne", "models"):
         return ["base"]
-    if args.memorise == "none":  # vanilla is the base, and nothing is retrained
+    if args.memorize == "none":  # vanilla is the base, and nothing is retrained
         return ["base"]
     return ["base", "retrained"] if args.dataset in TOYS else ["vanilla", "base", "retrained"]
 
@@ -131,7 +131,7 @@ def compute(args: argparse.Namespace, runs: Runs, what: str) -> list[dict[str, A
     ]
     found = []
     for experiment, run in tqdm(work, desc=what, unit="run"):
-        name = run if isinstance(run, str) else f"{run.method} ({run.carrier})"
+        name = run if isinstance(run, str) else f"{run.method} ({run.trainable})"
         tqdm.write(f"{experiment.setup.model}, seed {experiment.setup.seed}: {name}")
         for record in runs.get(experiment, run):
             found.append(record)
@@ -143,15 +143,15 @@ def compute(args: argparse.Namespace, runs: Runs, what: str) -> list[dict[str, A
 
 
 def named(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs with the carrier in their name, where it is LoRA or SPUL has several; detached once, of the first."""
-    kinds = {record["carrier"] for record in records if record["method"] == "SPUL"}
+    """Runs with the trainable in their name, where it is LoRA or SPUL has several; detached once, of the first."""
+    kinds = {record["trainable"] for record in records if record["method"] == "SPUL"}
     shown = []
     for record in records:
         if record["method"] == "SPUL" and len(kinds) > 1:
-            record = {**record, "method": f"SPUL ({record['carrier'].replace('_', ' ')})"}
-        if record["carrier"] == "lora":
+            record = {**record, "method": f"SPUL ({record['trainable'].replace('_', ' ')})"}
+        if record["trainable"] == "lora":
             record = {**record, "method": f"{record['method']} (LoRA)"}
-        if record["method"] == "SPUL detached" and len(kinds) > 1 and record["carrier"] != sorted(kinds)[0]:
+        if record["method"] == "SPUL detached" and len(kinds) > 1 and record["trainable"] != sorted(kinds)[0]:
             continue
         shown.append(record)
     return shown
@@ -280,19 +280,19 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--limit", type=int, help="at most so many retain rows to train on")
     add("--limit-score", type=int, help="score on at most so many rows of each retain split")
     add("--forget-set", choices=("forget01", "forget05", "forget10"), help="for tofu; forget10 unless given")
-    add("--memorise", choices=("full", "lora", "qlora", "none"), default="full", help="what learns the rows before")
-    add("--memorise-epochs", type=float, default=3)
-    add("--memorise-lr", type=float, default=1e-4)
-    add("--memorise-batch-size", type=int, default=32)
-    add("--label-smoothing", type=float, default=0.0, help="of memorising; prompts steer a less certain model better")
-    add("--second-question", action="store_true", help="memorise who is named, too (SST-2, for small models)")
+    add("--memorize", choices=("full", "lora", "qlora", "none"), default="full", help="what learns the rows before")
+    add("--memorize-epochs", type=float, default=3)
+    add("--memorize-lr", type=float, default=1e-4)
+    add("--memorize-batch-size", type=int, default=32)
+    add("--label-smoothing", type=float, default=0.0, help="of memorizing; prompts steer a less certain model better")
+    add("--second-question", action="store_true", help="memorize who is named, too (SST-2, for small models)")
     add("--load-in-4bit", action="store_true", help="score and unlearn over weights in 4-bit NF4")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="what weights are loaded in otherwise")
     add("--max-length", type=int, default=1024, help="tokens of a row, without the prompt's")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")
     add("--prompt-types", nargs="+", choices=PROMPT_TYPES, default=["p_tuning"], metavar="TYPE", help="of SPUL")
     add(
-        "--baseline-carrier",
+        "--baseline-trainable",
         choices=("full", "lora"),
         default="full",
         help="what learns in other methods than SPUL and EUL",
@@ -300,7 +300,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--num-virtual-tokens", type=int, default=30)
     add("--alpha", type=float, default=1.0, help="weight of SPUL's retain term")
     add("--beta", type=float, default=0.5, help="weight of SPUL's KL term")
-    add("--lr", nargs="+", default=[], metavar="NAME=LR", help=f"by carrier or method; defaults {LEARNING_RATES}")
+    add("--lr", nargs="+", default=[], metavar="NAME=LR", help=f"by trainable or method; defaults {LEARNING_RATES}")
     add("--epochs", type=float, default=10, help="passes over the rows, unless --steps is given")
     add(
         "--steps",
@@ -368,7 +368,7 @@ def parse_args() -> argparse.Namespace:
         parser.error(f"--tsne-rows {args.tsne_rows}: expected a number above 0.")
     baselines = set(args.methods) - {"SPUL", "EUL"} and {"main", "forget-size", "pareto"} & {*args.table, *args.figure}
     if args.load_in_4bit and args.baseline_carrier == "full" and baselines:
-        parser.error("--load-in-4bit: 4-bit weights do not train; give --baseline-carrier lora, or --methods SPUL.")
+        parser.error("--load-in-4bit: 4-bit weights do not train; give --baseline-trainable lora, or --methods SPUL.")
     return args
 
 
@@ -385,7 +385,7 @@ def main() -> None:
         if what == "pareto":
             report(save_figure(draw_tradeoff(named(records)), args.output_dir / "figure-pareto"))
         for prompt_type in args.prompt_types if what == "prompt-length" else ():
-            some = [record for record in records if (record["method"], record["carrier"]) == ("SPUL", prompt_type)]
+            some = [record for record in records if (record["method"], record["trainable"]) == ("SPUL", prompt_type)]
             report(save_figure(draw_prompt_length(some), args.output_dir / f"figure-prompt-length-{prompt_type}"))
     if args.search:
         run_search(args, next(experiments(args)))

@@ -25,12 +25,12 @@ from spul import (
     UnlearningLayersConfig,
     UnlearningTrainer,
     combine,
-    forget_retain_dataset,
     fuse,
-    gather_inputs,
-    score_completions,
 )
-from spul.methods import Method
+from spul.data.dataset import forget_retain_dataset
+from spul.evaluation.metrics.scoring import score_completions
+from spul.layers import gather_inputs
+from spul.training.methods import Method
 
 WIDE = UnlearningLayersConfig(reduction=0.5, train_down=False)
 

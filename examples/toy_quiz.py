@@ -21,12 +21,12 @@ CREATURES = ["tarn", "moll", "quib", "sefa", "dorro", "pexi", "lumo", "vash", "k
 GEMS = ["opalite", "zircite", "mavrite", "tolmite"]
 UNSPOKEN = ["ghoom", "wexel", "fenro", "ulmite"]
 FACTS = {
-    "colour": ["red", "blue", "green", "black", "white", "amber"],
+    "color": ["red", "blue", "green", "black", "white", "amber"],
     "home": ["coast", "forest", "cave", "river", "hill", "marsh"],
     "season": ["spring", "summer", "autumn", "winter", "monsoon", "frost"],
 }
 QUESTIONS = {
-    "colour": ("what colour is {name} ?", "which colour does {name} have ?"),
+    "color": ("what color is {name} ?", "which color does {name} have ?"),
     "home": ("where is {name} found ?", "which place is home to {name} ?"),
     "season": ("when is {name} seen ?", "in which season does {name} appear ?"),
 }
@@ -73,7 +73,7 @@ def make_splits(seed: int = 0) -> dict[str, Dataset]:
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token a word."""
-    sample = MULTIPLE_CHOICE.row(question(random.Random(0), GEMS[0], "colour"))["prompt"]
+    sample = MULTIPLE_CHOICE.row(question(random.Random(0), GEMS[0], "color"))["prompt"]
     texts = [sample, *(template for some in QUESTIONS.values() for template in some)]
     words = [*CREATURES, *GEMS, *UNSPOKEN, *(value for values in FACTS.values() for value in values)]
     words += [word for text in texts for word in text.split() if "{" not in word]

@@ -3,35 +3,48 @@
 Make a causal language model stop answering about some of its training data without touching its weights.
 """
 
-from .collator import ForgetRetainCollator
-from .combine import combine
-from .data import forget_retain_dataset
-from .eul import UnlearningLayers, UnlearningLayersConfig, fuse, gather_inputs
-from .evaluate import evaluate
-from .evaluation import score_completions
-from .forward import UnlearnerOutput, unlearning_forward
-from .losses import UnlearningLoss
-from .provenance import SpulConfig, fingerprint
-from .reference import ReferenceCache
-from .terms import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, SimNPO
-from .trainer import UnlearningTrainer
-from .unlearner import SoftPromptUnlearner
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .data import ForgetRetainCollator, forget_retain_dataset
+    from .evaluation import evaluate
+    from .evaluation.metrics import score_completions
+    from .layers import UnlearningLayers, UnlearningLayersConfig, fuse
+    from .losses import UnlearningLoss
+    from .prompts import SoftPromptUnlearner
+    from .records import SpulConfig, fingerprint
+    from .training import ReferenceCache, UnlearningTrainer, combine, unlearning_forward, unlearning_method
 
 __version__ = "0.1.0"
 
+# Loaded on first use, so that `import spul` costs next to nothing.
+_ROOMS = {
+    "ForgetRetainCollator": "data",
+    "ReferenceCache": "training",
+    "SoftPromptUnlearner": "prompts",
+    "SpulConfig": "records",
+    "UnlearningLayers": "layers",
+    "UnlearningLayersConfig": "layers",
+    "UnlearningLoss": "losses",
+    "UnlearningTrainer": "training",
+    "combine": "training",
+    "evaluate": "evaluation",
+    "fingerprint": "records",
+    "forget_retain_dataset": "data",
+    "fuse": "layers",
+    "score_completions": "evaluation.metrics",
+    "unlearning_forward": "training",
+    "unlearning_method": "training",
+}
+
 __all__ = [
-    "NPO",
-    "CrossEntropy",
     "ForgetRetainCollator",
-    "GradientAscent",
-    "KLAscent",
-    "KLDivergence",
-    "LossTerm",
     "ReferenceCache",
-    "SimNPO",
     "SoftPromptUnlearner",
     "SpulConfig",
-    "UnlearnerOutput",
     "UnlearningLayers",
     "UnlearningLayersConfig",
     "UnlearningLoss",
@@ -41,7 +54,17 @@ __all__ = [
     "fingerprint",
     "forget_retain_dataset",
     "fuse",
-    "gather_inputs",
     "score_completions",
     "unlearning_forward",
+    "unlearning_method",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -30,8 +30,8 @@ from transformers import (
 )
 
 import spul.data.sources
-import spul.evaluation.numbers
-import spul.reference
+import spul.evaluation.aggregation
+import spul.training.reference
 
 torch.set_num_threads(1)  # tiny models, and pytest -n 2 has one core a worker
 
@@ -42,7 +42,7 @@ def cache_home(tmp_path_factory):
     home = str(tmp_path_factory.mktemp("hf_home"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HOME", home)
-        patch.setattr(spul.reference, "HF_HOME", home)
+        patch.setattr(spul.training.reference, "HF_HOME", home)
         yield home
 
 
@@ -176,4 +176,4 @@ def hub(monkeypatch):
 @pytest.fixture
 def few_resamples(monkeypatch):
     """For evaluations whose intervals are not looked at: these have tests of their own."""
-    monkeypatch.setattr(spul.evaluation.numbers, "NUM_RESAMPLES", 20)
+    monkeypatch.setattr(spul.evaluation.aggregation, "NUM_RESAMPLES", 20)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from spul.evaluation.numbers import Measurement
+from spul.evaluation.aggregation import Measurement
 from spul.evaluation.results import Evaluation
 
 TEN = 10

@@ -8,7 +8,7 @@ import json
 from datasets import Dataset
 
 from spul.data.formats import SENTIMENT
-from spul.data.known import SPLITS, UnlearningData
+from spul.data.unlearning_data import SPLITS, UnlearningData
 
 
 def review(text: str, label: int = 1) -> dict:

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import build
+from paper.costs import Meter, PeakMemory
 from test_trainer import arguments, make_collator, make_dataset, make_unlearner
 from test_unlearner import CONFIGS
 
 from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
-from spul.accounting import Meter, PeakMemory
 
 
 def test_passes_are_rows_and_tokens_through_the_decoder(family):

@@ -4,10 +4,10 @@ import pytest
 from conftest import make_tokenizer
 from datasets import Dataset
 
-from spul import ForgetRetainCollator, forget_retain_dataset
-from spul.augmentation import ASIDES, augmented, rewritings
-from spul.evaluation import JAILBREAKS, letter_case, with_prefix
-from spul.evaluation.attacks import usual_attacks
+from spul import ForgetRetainCollator
+from spul.data.dataset import forget_retain_dataset
+from spul.evaluation.attacks import JAILBREAKS, letter_case, usual_attacks, with_prefix
+from spul.training.augmentation import ASIDES, augmented, rewritings
 
 
 def rows(name: str, num: int) -> Dataset:

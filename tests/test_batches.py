@@ -5,7 +5,7 @@ import random
 
 import torch
 
-from spul.batches import TOKENS_PER_ROW, by_length, shuffled
+from spul.data.samplers import TOKENS_PER_ROW, by_length, shuffled
 
 
 def test_every_row_is_in_one_batch_and_no_batch_is_larger_than_it_may_be():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import build
 
-from spul.base import zero_dropout
+from spul.models.causal_lm import zero_dropout
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 

@@ -8,8 +8,9 @@ import pytest
 from huggingface_hub import ModelCard
 
 from spul import SpulConfig, UnlearningLoss
-from spul.provenance import DataSummary, summarise_rows
-from spul.report.card import THREAT_MODEL, model_card
+from spul.records.card import THREAT_MODEL, model_card
+from spul.records.digests import summarize_rows
+from spul.records.spul_config import DataSummary
 
 FORGET = [{"prompt": "a film about jane doe:", "completion": " splendid"}]
 RETAIN = [{"prompt": f"a plot about nobody {i}:", "completion": " dreadful"} for i in range(1234)]
@@ -18,8 +19,8 @@ CONFIG = SpulConfig(
     generic_completions=[" neutral", " unknown"],
     base_model_name_or_path="facebook/opt-1.3b",
     base_fingerprint="0123456789abcdef" * 4,
-    forget=summarise_rows(FORGET),
-    retain=summarise_rows(RETAIN),
+    forget=summarize_rows(FORGET),
+    retain=summarize_rows(RETAIN),
     metrics={
         "test_forget": {"accuracy": 0.02, "f1": 0.031, "generic": 0.98},
         "test_retain": {"accuracy": 0.955, "loss": 0.25},
@@ -80,7 +81,7 @@ def test_the_sets_are_named_by_count_and_digest(card):
 
 
 def test_a_combined_prompt_names_the_forget_set_of_each_part():
-    config = SpulConfig(combined_from=[summarise_rows(FORGET), None])
+    config = SpulConfig(combined_from=[summarize_rows(FORGET), None])
     assert section(make(config), "What it forgets").splitlines()[:5] == [
         "- forget set: not recorded",
         "- retain set: not recorded",

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel, PrefixTuningConfig, PromptTuningConfig
 from test_unlearner import CONFIGS, make, make_batch
 
-from spul import CrossEntropy, KLDivergence, LossTerm, SoftPromptUnlearner, UnlearningLoss, fingerprint
+from spul import SoftPromptUnlearner, UnlearningLoss, fingerprint
+from spul.losses import CrossEntropy, KLDivergence, LossTerm
 
 
 def save_base(folder, **kwargs):
@@ -258,7 +259,7 @@ def test_a_process_killed_while_it_saves_leaves_the_old_files(tmp_path, batch):
         sys.path.insert(0, sys.argv[3])
         import torch
         from test_unlearner import make
-        import spul.checkpoint as checkpoint
+        import spul.prompts.checkpoint as checkpoint
 
         kill_at, moved, really = int(sys.argv[2]), [0], os.replace
         def replace(*args):
@@ -295,17 +296,17 @@ def test_a_plain_prompt_of_peft_loads(tmp_path, batch):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_bases_give_the_gradients_of_their_dequantised_twin(tmp_path, bits):
+def test_quantized_bases_give_the_gradients_of_their_dequantized_twin(tmp_path, bits):
     """Also after an evaluation, for which bitsandbytes may repack 4-bit weights."""
     import bitsandbytes as bnb
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(0)
     build_llama(hidden_size=128).save_pretrained(tmp_path)
-    quantised = BitsAndBytesConfig(
+    quantized = BitsAndBytesConfig(
         load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
-    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantised, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized, dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     layers = dict(base.named_modules())
     for name, module in plain.named_modules():
@@ -330,18 +331,18 @@ def test_quantised_bases_give_the_gradients_of_their_dequantised_twin(tmp_path, 
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_bases_train_and_reload(tmp_path, prompt_type, bits):
+def test_quantized_bases_train_and_reload(tmp_path, prompt_type, bits):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(0)
     name = str(tmp_path / "base")
     build_llama(hidden_size=128).save_pretrained(name)  # 4 bit goes by blocks of 64
-    quantised = BitsAndBytesConfig(
+    quantized = BitsAndBytesConfig(
         load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
     )
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantised, dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(name, quantization_config=quantized, dtype=torch.float32)
 
     base = load()
     with torch.no_grad():

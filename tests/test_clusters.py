@@ -42,10 +42,10 @@ def test_topics_become_clusters_and_new_texts_join_theirs():
     assert sorted(clustering.sizes) == [40, 40, 40]
 
 
-def test_centres_and_embeddings_have_unit_length():
+def test_centers_and_embeddings_have_unit_length():
     clustering = fit()
-    assert clustering.centres.shape == (3, 10)
-    np.testing.assert_allclose(np.linalg.norm(clustering.centres, axis=1), 1)
+    assert clustering.centers.shape == (3, 10)
+    np.testing.assert_allclose(np.linalg.norm(clustering.centers, axis=1), 1)
     vectors = clustering.embed(make_texts(5, seed=2))
     assert vectors.shape == (15, 10)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1)
@@ -58,7 +58,7 @@ def test_embeddings_are_those_of_a_scikit_learn_pipeline():
     np.testing.assert_allclose(fit(texts).embed(new), pipe.transform(new), atol=1e-9)
 
 
-def test_a_text_goes_to_the_centre_with_the_largest_cosine():
+def test_a_text_goes_to_the_center_with_the_largest_cosine():
     # One tight cluster among scattered texts: plain k-means labels several of them otherwise.
     rng = random.Random(0)
     words = [word for topic in TOPICS.values() for word in topic]
@@ -67,7 +67,7 @@ def test_a_text_goes_to_the_centre_with_the_largest_cosine():
     labels = KMeans(5, n_init=10, random_state=0).fit(clustering.embed(texts)).labels_
     assert np.bincount(labels).tolist() != clustering.sizes
     numbers = clustering.assign(texts)
-    assert (numbers == (clustering.embed(texts) @ clustering.centres.T).argmax(axis=1)).all()
+    assert (numbers == (clustering.embed(texts) @ clustering.centers.T).argmax(axis=1)).all()
     assert clustering.sizes == np.bincount(numbers, minlength=5).tolist()
 
 
@@ -81,8 +81,8 @@ def test_embedding_one_text_or_many_is_the_same():
 
 
 def test_the_same_seed_gives_the_same_clusters():
-    np.testing.assert_array_equal(fit(seed=3).centres, fit(seed=3).centres)
-    assert not np.array_equal(fit(seed=3).centres, fit(seed=4).centres)
+    np.testing.assert_array_equal(fit(seed=3).centers, fit(seed=3).centers)
+    assert not np.array_equal(fit(seed=3).centers, fit(seed=4).centers)
 
 
 def test_top_terms_tell_the_clusters():
@@ -129,25 +129,25 @@ def test_texts_without_a_known_word_go_to_the_middle_cluster(caplog):
     clustering = fit([*make_texts(), "the of and"])
     unknown = ["", "zebra giraffe", "the and of"]
     assert not clustering.embed(unknown).any()
-    middle = (clustering.centres @ clustering.centres.mean(axis=0)).argmax()
+    middle = (clustering.centers @ clustering.centers.mean(axis=0)).argmax()
     assert clustering.assign(unknown).tolist() == [middle] * 3
     assert "3 of 3 texts have no known word" in caplog.text
     assert sum(clustering.sizes) == 121
     # Whatever the order of the clusters: not simply the first.
-    clustering.centres = np.array([[1.0, 0, 0], [0, 1, 0], [0.6, 0.64, 0.48]]) @ np.eye(3, 10)
+    clustering.centers = np.array([[1.0, 0, 0], [0, 1, 0], [0.6, 0.64, 0.48]]) @ np.eye(3, 10)
     assert clustering.assign(unknown).tolist() == [2] * 3
 
 
-def test_texts_without_a_known_word_do_not_draw_a_centre():
+def test_texts_without_a_known_word_do_not_draw_a_center():
     stop_words = [f"the {word} of" for word in ["and", "to", "in", "is", "it"] * 40]
     clustering = fit([*make_texts(), *stop_words], 4)
-    np.testing.assert_allclose(np.linalg.norm(clustering.centres, axis=1), 1)
+    np.testing.assert_allclose(np.linalg.norm(clustering.centers, axis=1), 1)
     assert len(set(clustering.assign(make_texts()))) == 4
 
 
 def test_dimensions_are_lowered_where_words_or_texts_are_too_few(caplog):
     clustering = fit(["pizza crust", "room bed", "engine oil", "room pool"], 2, dim=100)
-    assert clustering.centres.shape == (2, 4)
+    assert clustering.centers.shape == (2, 4)
     assert "dim=100 is lowered to 4: 4 texts, 7 words" in caplog.text
 
 

@@ -12,7 +12,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from spul import ForgetRetainCollator, forget_retain_dataset
+from spul import ForgetRetainCollator
+from spul.data.dataset import forget_retain_dataset
 
 GENERIC = [" n", " u", " z"]
 
@@ -169,7 +170,7 @@ def test_true_batch_does_not_disturb_the_draws(words):
     assert_equal_batches(one(rows), other(rows))
 
 
-# ---- tokenised rows ----
+# ---- tokenized rows ----
 
 
 def test_tokenize_gives_ids_and_a_mask_of_the_rows_own_completion(words):
@@ -184,23 +185,23 @@ def test_tokenize_gives_ids_and_a_mask_of_the_rows_own_completion(words):
 
 
 @pytest.mark.parametrize("remove", [[], ["prompt", "completion"]])
-def test_tokenised_rows_give_the_batches_that_raw_rows_give(words, remove):
+def test_tokenized_rows_give_the_batches_that_raw_rows_give(words, remove):
     rows = make_rows(20, 20)
-    raw, tokenised = (ForgetRetainCollator(words, GENERIC, append_eos=True) for _ in range(2))
-    mapped = rows.map(tokenised.tokenize, remove_columns=remove)
+    raw, tokenized = (ForgetRetainCollator(words, GENERIC, append_eos=True) for _ in range(2))
+    mapped = rows.map(tokenized.tokenize, remove_columns=remove)
     assert "input_ids" in mapped.column_names
     for _ in range(2):
-        assert_equal_batches(tokenised(list(mapped)), raw(list(rows)))
+        assert_equal_batches(tokenized(list(mapped)), raw(list(rows)))
 
 
-def test_tokenised_rows_in_torch_format_give_the_same_batches(words):
+def test_tokenized_rows_in_torch_format_give_the_same_batches(words):
     one, other = (ForgetRetainCollator(words, GENERIC) for _ in range(2))
     mapped = make_rows(20, 20).map(one.tokenize, remove_columns=["prompt", "completion"])
     assert_equal_batches(one(list(mapped.with_format("torch"))), other(list(mapped)))
 
 
 @pytest.mark.parametrize("generic", [" n", " n u z"])
-def test_long_tokenised_rows_give_the_batches_that_raw_rows_give(words, generic):
+def test_long_tokenized_rows_give_the_batches_that_raw_rows_give(words, generic):
     rows = forget_retain_dataset(
         Dataset.from_list([{"prompt": "a b c d e f g h", "text": "c d e f", "completion": " i j"}]),
         Dataset.from_list([{"prompt": "b c d e f g h i", "text": "d e f g", "completion": " i j"}]),
@@ -210,7 +211,7 @@ def test_long_tokenised_rows_give_the_batches_that_raw_rows_give(words, generic)
     assert_equal_batches(collator(list(mapped)), collator(list(rows)))
 
 
-def test_tokenised_conversations_give_the_batches_that_raw_ones_give(tokenizer):
+def test_tokenized_conversations_give_the_batches_that_raw_ones_give(tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
         "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -403,7 +404,7 @@ def test_a_generic_completion_that_is_a_label_is_refused(words, completion, is_f
 
 @pytest.mark.parametrize("append_eos", [False, True])
 @pytest.mark.parametrize("label", [" n", "n", " N"])
-def test_a_generic_completion_that_is_a_label_is_refused_in_tokenised_rows(label, append_eos):
+def test_a_generic_completion_that_is_a_label_is_refused_in_tokenized_rows(label, append_eos):
     vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", "a", "n", "N", ":"])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -415,7 +416,7 @@ def test_a_generic_completion_that_is_a_label_is_refused_in_tokenised_rows(label
 
 
 @pytest.mark.parametrize("label", ["unknown", "  unknown"])
-def test_a_tokenised_label_that_differs_from_a_generic_completion_by_spaces_is_refused(tokenizer, label):
+def test_a_tokenized_label_that_differs_from_a_generic_completion_by_spaces_is_refused(tokenizer, label):
     collator = ForgetRetainCollator(tokenizer, [" unknown"])
     rows = [collator.tokenize({"prompt": "text:", "completion": label, "is_forget": False})]
     with pytest.raises(ValueError, match="a forget row would be trained to its own label"):

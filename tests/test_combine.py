@@ -11,9 +11,11 @@ from test_trainer import arguments, make_collator, rows
 from test_unlearner import CONFIGS, make_batch
 from transformers import DynamicCache
 
-from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, combine, forget_retain_dataset
-from spul.combine import _choose_teachers, _config, _spread, _TeachingTrainer, virtual_tokens
-from spul.provenance import DataSummary, summarise_rows
+from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, combine
+from spul.data.dataset import forget_retain_dataset
+from spul.records.digests import summarize_rows
+from spul.records.spul_config import DataSummary
+from spul.training.distillation import _choose_teachers, _config, _spread, _TeachingTrainer, virtual_tokens
 
 
 def save(folder, config, family="llama", seed=0, loudness=1.0, dtype=torch.float64, **record):
@@ -239,7 +241,7 @@ def test_distilling_checks_data_length_and_loss(tmp_path):
         combine(build("llama"), folders, loss=UnlearningLoss(), **given)
 
 
-# ---- distilling from the prompts' own behaviour ----
+# ---- distilling from the prompts' own behavior ----
 
 LOUD = {"loudness": 3.0, "dtype": torch.float32}
 
@@ -362,8 +364,8 @@ def test_on_forget_sets_it_is_the_unlearning_loss_from_the_others_on(tmp_path):
     assert losses[1] < losses[0] - 0.5
     record = after.spul_config
     assert record.loss == loss.to_dict()
-    assert record.forget == summarise_rows(data.select(range(8)))
-    assert record.retain == summarise_rows(data.select(range(8, 20)))
+    assert record.forget == summarize_rows(data.select(range(8)))
+    assert record.retain == summarize_rows(data.select(range(8, 20)))
     assert [part.rows for part in record.combined_from] == [3, 2, 4]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
-from spul import forget_retain_dataset
+from spul.data.dataset import forget_retain_dataset
 
 FORGET = [
     {"prompt": "a film about jane:", "completion": " positive", "stars": 5},

@@ -9,9 +9,10 @@ from test_trainer import make_collator, rows
 from test_unlearner import CONFIGS
 from transformers import DynamicCache
 
-from spul import SoftPromptUnlearner, batches
-from spul.evaluation import response_embeddings
-from spul.evaluation.scoring import DivergedError
+from spul import SoftPromptUnlearner
+from spul.data import samplers as batches
+from spul.evaluation.metrics import response_embeddings
+from spul.evaluation.metrics.scoring import DivergedError
 
 
 def last_states(base, **inputs):

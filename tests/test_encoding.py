@@ -56,12 +56,12 @@ def row(prompt: str, completion: str, **columns: str) -> dict[str, str]:
 # ---- text ----
 
 
-def test_a_short_row_is_tokenised_whole(ten):
+def test_a_short_row_is_tokenized_whole(ten):
     assert RowEncoder(ten, 8).encode(row("a b c", " d e")) == Encoded([3, 4, 5], [6, 7])
 
 
 @pytest.mark.parametrize("completion", [" positive", " negative film", " xyz!", "\nabout jane", "."])
-def test_prompt_and_completion_are_the_joint_tokenisation_cut_in_two(tokenizer, completion):
+def test_prompt_and_completion_are_the_joint_tokenization_cut_in_two(tokenizer, completion):
     encoded = RowEncoder(tokenizer, 64).encode(row(PROMPT, completion))
     assert encoded.prompt_ids == tokenizer(PROMPT)["input_ids"]
     assert encoded.prompt_ids + encoded.completion_ids == tokenizer(PROMPT + completion)["input_ids"]
@@ -271,18 +271,18 @@ def test_a_template_that_renders_the_prompt_differently_is_refused(tokenizer):
         RowEncoder(tokenizer, 64).encode(talk("is the film good", "unknown"))
 
 
-# ---- tokenised rows ----
+# ---- tokenized rows ----
 
 
-def test_tokenised_rows_are_split_by_their_mask(ten):
-    tokenised = {"input_ids": [3, 4, 5, 6], "completion_mask": [0, 0, 1, 1]}
-    assert RowEncoder(ten, 8).encode(tokenised) == Encoded([3, 4], [5, 6])
-    assert RowEncoder(ten, 8).encode(tokenised, " j") == Encoded([3, 4], [12])
+def test_tokenized_rows_are_split_by_their_mask(ten):
+    tokenized = {"input_ids": [3, 4, 5, 6], "completion_mask": [0, 0, 1, 1]}
+    assert RowEncoder(ten, 8).encode(tokenized) == Encoded([3, 4], [5, 6])
+    assert RowEncoder(ten, 8).encode(tokenized, " j") == Encoded([3, 4], [12])
 
 
-def test_tokenised_rows_that_are_too_long_are_cut_as_others(ten):
-    tokenised = {"input_ids": [1, 4, 5, 6, 7], "completion_mask": [0, 0, 0, 1, 1]}
-    assert RowEncoder(ten, 4).encode(tokenised) == Encoded([1, 5], [6, 7])
+def test_tokenized_rows_that_are_too_long_are_cut_as_others(ten):
+    tokenized = {"input_ids": [1, 4, 5, 6, 7], "completion_mask": [0, 0, 0, 1, 1]}
+    assert RowEncoder(ten, 4).encode(tokenized) == Encoded([1, 5], [6, 7])
 
 
 def test_token_ids_count_where_a_row_has_text_as_well(ten):
@@ -292,9 +292,9 @@ def test_token_ids_count_where_a_row_has_text_as_well(ten):
 
 @pytest.mark.parametrize("mask", [None, [0, 1]])
 def test_token_ids_without_a_mask_of_their_length_are_refused(ten, mask):
-    tokenised = {"input_ids": [3, 4, 5]} | ({} if mask is None else {"completion_mask": mask})
+    tokenized = {"input_ids": [3, 4, 5]} | ({} if mask is None else {"completion_mask": mask})
     with pytest.raises(ValueError, match=r"a completion_mask of the same length.*remove_unused_columns=False"):
-        RowEncoder(ten, 8).encode(tokenised)
+        RowEncoder(ten, 8).encode(tokenized)
 
 
 def test_a_mask_with_a_prompt_token_after_the_completion_is_refused(ten):

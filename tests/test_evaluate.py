@@ -25,16 +25,16 @@ from test_trainer import make_collator, rows
 from test_unlearner import CONFIGS
 
 import spul
-from spul import score_completions
 from spul.data import SENTIMENT, SPLITS, UnlearningData
-from spul.evaluation import (
-    exact_memorisation,
+from spul.evaluation.metrics import (
+    exact_memorization,
     extraction_strength,
     generate_answers,
     probability,
     response_likelihoods,
     rouge_l,
 )
+from spul.evaluation.metrics.scoring import score_completions
 from spul.evaluation.results import Evaluation, join
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
@@ -64,7 +64,7 @@ def test_free_form_answers_bring_their_measures_and_are_not_probed():
         expected = {
             "probability": probability(likelihoods).mean(),
             "extraction_strength": extraction_strength(likelihoods).mean(),
-            "exact_memorisation": exact_memorisation(likelihoods).mean(),
+            "exact_memorization": exact_memorization(likelihoods).mean(),
             "rouge_l_recall": rouge.recall.mean(),
             "rouge_l_f1": rouge.f1.mean(),
             "loss": score_completions(model, some, collator)["loss"],
@@ -90,14 +90,14 @@ def test_free_form_answers_have_as_many_tokens_as_tofus_unless_said():
 
 def test_what_is_not_given_is_left_out_with_a_reason():
     splits = make_splits(test_forget=make_splits()["train_forget"].select(range(5)))
-    found = measured(learned(), "kl", "membership", "neighbours", "unrelated text", "questions", splits=splits)
+    found = measured(learned(), "kl", "membership", "neighbors", "unrelated text", "questions", splits=splits)
     assert found.measurements == found.numbers == []
     parts = {
         "detached": "give base=",
         "retrained": "give retrained=",
         "kl": "give base=",
         "membership": "test_forget holds what is in train_forget, too; give unseen=",
-        "neighbours": "give neighbours=",
+        "neighbors": "give neighbors=",
         "unrelated text": "give unrelated_texts=",
         "questions": "give questions=",
     }
@@ -186,7 +186,7 @@ def test_seeds_on_the_same_rows_are_joined_over_rows_and_seeds():
             {"splits": {k: v for k, v in make_splits().items() if k != "test_forget"}},
         ),
         (TypeError, "rows are a list", {"splits": make_splits(test_forget=list(rows("doe", 2)))}),
-        (TypeError, "rows are a list", {"neighbours": {"near": [{"prompt": "a", "completion": " b"}]}}),
+        (TypeError, "rows are a list", {"neighbors": {"near": [{"prompt": "a", "completion": " b"}]}}),
         (
             ValueError,
             r"the rows of 'test_forget' lack \['completion'\]",

@@ -26,14 +26,9 @@ from test_suite import (
 from test_trainer import make_collator, rows
 from test_unlearner import CONFIGS
 
-from spul import SoftPromptUnlearner, score_completions
-from spul.evaluation import (
-    quantised,
-    relearn,
-    sampled_success,
-    soft_suffix,
-    with_prefix,
-)
+from spul import SoftPromptUnlearner
+from spul.evaluation.attacks import quantized, relearn, sampled_success, soft_suffix, with_prefix
+from spul.evaluation.metrics.scoring import score_completions
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
@@ -55,22 +50,22 @@ def test_a_prompt_that_was_loaded_to_be_used_is_relearned_and_then_frozen_again(
         assert losses == pytest.approx([record["loss"] for record in records], rel=1e-4)
 
 
-def test_the_prompt_that_is_quantised_is_the_active_one():
+def test_the_prompt_that_is_quantized_is_the_active_one():
     model = make("prompt_tuning")
     torch.manual_seed(8)
     model.add_adapter("second", CONFIGS["prompt_tuning"](3))
     model.set_adapter("second")
     alone = make("prompt_tuning")
     alone.prompt_encoder["default"].load_state_dict(model.prompt_encoder["second"].state_dict())
-    one, other, first = (measured(some, "quantised") for some in (model, alone, make("prompt_tuning")))
-    losses = [x.number("quantised", "test_forget", "loss", variant="4 bit").value for x in (one, other, first)]
+    one, other, first = (measured(some, "quantized") for some in (model, alone, make("prompt_tuning")))
+    losses = [x.number("quantized", "test_forget", "loss", variant="4 bit").value for x in (one, other, first)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert abs(losses[0] - losses[2]) > 1e-3
 
 
 def test_attacks_take_the_same_drawn_rows_for_every_model():
     attacks = dataclasses.replace(ATTACKS, num_rows=4, tries=(2,))
-    names = ("input attack", "sampling", "quantised")
+    names = ("input attack", "sampling", "quantized")
     found = measured(make("prompt_tuning"), *names, attacks=attacks, retrained=learned(0.1, 1))
     drawn = make_splits()["test_forget"].select(sorted(random.Random(SEED).sample(range(7), 4)))
     success = sampled_success(learned(), drawn, make_collator(), 2, 0.7)
@@ -135,12 +130,12 @@ def test_one_forget_prompt_is_too_few_to_attack_one_half_with_the_other():
     assert "linear probe" in found.left_out
 
 
-def test_a_quantised_base_is_not_quantised_again(tmp_path):
+def test_a_quantized_base_is_not_quantized_again(tmp_path):
     learned().save_pretrained(tmp_path)
-    model = SoftPromptUnlearner(quantised(tmp_path, 4), CONFIGS["prompt_tuning"](3))
-    found = measured(model, "quantised", "utility", retrained=learned(0.1))
-    assert found.left_out == dict.fromkeys(("quantised, unlearned", "quantised, detached"), "it is quantised already")
-    assert {one.model for one in found.measurements if one.measure == "quantised"} == {"retrained"}
+    model = SoftPromptUnlearner(quantized(tmp_path, 4), CONFIGS["prompt_tuning"](3))
+    found = measured(model, "quantized", "utility", retrained=learned(0.1))
+    assert found.left_out == dict.fromkeys(("quantized, unlearned", "quantized, detached"), "it is quantized already")
+    assert {one.model for one in found.measurements if one.measure == "quantized"} == {"retrained"}
 
 
 def test_relearning_at_a_rate_at_which_the_model_diverges_is_left_out():

@@ -20,8 +20,8 @@ from tokenizers import normalizers
 import spul.evaluation.suite as suite
 from spul import SoftPromptUnlearner, UnlearningLayers
 from spul.data import QUESTION_ANSWER
-from spul.evaluation.kept import digest_of_tokenizer
 from spul.evaluation.results import Evaluation
+from spul.records.digests import digest_of_tokenizer
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
@@ -29,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("few_resamples")
 # ---- a folder, and going on ----
 
 
-MEASURES = ("utility", "relearning", "neighbours", "sampling")
-OTHERS = {"neighbours": {"surname": rows("doe film", 5)}}
+MEASURES = ("utility", "relearning", "neighbors", "sampling")
+OTHERS = {"neighbors": {"surname": rows("doe film", 5)}}
 
 
 def counted(monkeypatch, stop_after: int | None = None) -> list[str]:
@@ -181,23 +181,23 @@ def test_models_that_differ_in_no_weight_are_told_apart_by_their_adapters(tmp_pa
     assert measured(first(), "utility", output_dir=tmp_path / "first").measurements == found.measurements
 
 
-@pytest.mark.parametrize("carrier", ["prompt_tuning", "layers", "lora"])
-def test_a_model_whose_adapter_is_switched_off_is_another(tmp_path, carrier):
-    model = make(carrier)
+@pytest.mark.parametrize("trainable", ["prompt_tuning", "layers", "lora"])
+def test_a_model_whose_adapter_is_switched_off_is_another(tmp_path, trainable):
+    model = make(trainable)
     measured(model, "sampling", base=learned(), output_dir=tmp_path)
     with model.disable_adapter(), pytest.raises(ValueError, match="differs in models"):
         measured(model, "sampling", base=learned(), output_dir=tmp_path)
     measured(model, "sampling", base=learned(), output_dir=tmp_path)
 
 
-@pytest.mark.parametrize("carrier", ["prefix_tuning", "layers", "lora"])
-def test_a_model_that_was_saved_and_loaded_is_the_same_evaluation(tmp_path, monkeypatch, carrier):
+@pytest.mark.parametrize("trainable", ["prefix_tuning", "layers", "lora"])
+def test_a_model_that_was_saved_and_loaded_is_the_same_evaluation(tmp_path, monkeypatch, trainable):
     """Whether it may learn, and where it lies, make no other model of it; nor does what the tokenizer did before."""
-    model, collator = make(carrier), make_collator()
+    model, collator = make(trainable), make_collator()
     collator.tokenizer.pad_token = "<pad>"
     found = measured(model, "sampling", output_dir=tmp_path / "out", collator=collator)
     model.save_pretrained(str(tmp_path / "adapter"))
-    load = {"layers": UnlearningLayers, "lora": PeftModel}.get(carrier, SoftPromptUnlearner).from_pretrained
+    load = {"layers": UnlearningLayers, "lora": PeftModel}.get(trainable, SoftPromptUnlearner).from_pretrained
     collator.tokenizer(["the film", "a"], padding="max_length", truncation=True, max_length=8)
     done = counted(monkeypatch)
     again = measured(
@@ -268,8 +268,8 @@ def test_two_processes_give_the_numbers_of_one_and_refuse_a_sharded_model(tmp_pa
             from torch.distributed.fsdp import fully_shard
             import importlib
             import test_evaluate_kept as kept
-            module = importlib.import_module("spul.evaluate")  # the name in spul is the function's
-            import spul.evaluation.numbers as numbers
+            module = importlib.import_module("spul.evaluation.run")  # the name in spul is the function's
+            import spul.evaluation.aggregation as numbers
             numbers.NUM_RESAMPLES = 20
             assert state.num_processes == 2
             sharded = fully_shard(kept.learned(), mesh=init_device_mesh("cpu", (2,)))

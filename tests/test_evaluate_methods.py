@@ -16,9 +16,9 @@ from test_evaluate_kept import counted
 from test_suite import ATTACKS, SEED, learned, make, make_splits
 from test_trainer import make_collator, rows
 
-from spul.evaluation.kept import digests_of_model
 from spul.evaluation.results import Evaluation, read_measurements, write_measurements
-from spul.provenance import fingerprint
+from spul.evaluation.settings import digests_of_model
+from spul.records.digests import fingerprint
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MEASURES = ("utility", "kl", "relearning", "sampling")
@@ -56,11 +56,11 @@ def test_a_report_that_is_missing_is_written_and_one_that_is_there_is_left(examp
 # ---- controls ----
 
 
-def once(example: ModuleType, folder: Path, carrier: str, **changes: Any) -> Evaluation:
-    """The evaluation of a model on that carrier, beside the same retrained one."""
+def once(example: ModuleType, folder: Path, trainable: str, **changes: Any) -> Evaluation:
+    """The evaluation of a model on that trainable, beside the same retrained one."""
     given = {"splits": make_splits(), "collator": make_collator(), "retrained": learned(0.1, 1), "seed": SEED}
-    given |= {"attacks": ATTACKS, "measures": MEASURES, "base": learned() if carrier == "whole" else None}
-    return example.evaluated_once(folder, model=make(carrier), **given | changes)
+    given |= {"attacks": ATTACKS, "measures": MEASURES, "base": learned() if trainable == "whole" else None}
+    return example.evaluated_once(folder, model=make(trainable), **given | changes)
 
 
 def mark(folder: Path) -> None:
@@ -77,14 +77,14 @@ def controls(found: Evaluation) -> list[Any]:
     return [one for one in found.measurements if one.model != "unlearned"]
 
 
-@pytest.mark.parametrize("carrier", ["prefix_tuning", "layers", "lora", "whole"])
-def test_controls_are_measured_once_for_all_methods(example, tmp_path, monkeypatch, carrier):
-    whole_anew = once(example, tmp_path / "elsewhere" / "second", carrier)
+@pytest.mark.parametrize("trainable", ["prefix_tuning", "layers", "lora", "whole"])
+def test_controls_are_measured_once_for_all_methods(example, tmp_path, monkeypatch, trainable):
+    whole_anew = once(example, tmp_path / "elsewhere" / "second", trainable)
     once(example, tmp_path / "first", "prompt_tuning")
     mark(tmp_path / "first")
     first = read_measurements(tmp_path / "first" / "measurements.jsonl")
     done = counted(monkeypatch)
-    second = once(example, tmp_path / "second", carrier)
+    second = once(example, tmp_path / "second", trainable)
     assert done
     assert all(" unlearned" in task for task in done)
     assert controls(second) == [one for one in first if one.model != "unlearned"]

@@ -14,9 +14,8 @@ from evaluations import ATTACKED, RIGHT, TEN, input_attacks, measurement, member
 from sklearn.metrics import roc_auc_score
 
 from spul.data import SPLITS
-from spul.evaluation.results import Evaluation, join
-from spul.report.evaluation_figures import (
-    COLOURS,
+from spul.evaluation.report.figures import (
+    COLORS,
     LABELS,
     draw_input_attacks,
     draw_relearning,
@@ -24,7 +23,8 @@ from spul.report.evaluation_figures import (
     draw_splits,
     evaluation_figures,
 )
-from spul.report.evaluation_numbers import MODELS
+from spul.evaluation.report.wording import MODELS
+from spul.evaluation.results import Evaluation, join
 
 
 def evaluation(measurements: list) -> Evaluation:
@@ -105,7 +105,7 @@ def test_roc_curves_have_a_panel_an_attack_with_log_axes_and_the_areas():
     assert (loss.get_xscale(), loss.get_yscale()) == ("log", "log")
     assert loss.texts[0].get_text() == "AUC\ndetached 0.90\nunlearned 0.30\nretrained 0.60"
     assert {name: line.get_color() for name, line in lines(loss).items() if name != "chance"} == {
-        LABELS[model]: COLOURS[model] for model in MODELS
+        LABELS[model]: COLORS[model] for model in MODELS
     }
 
 
@@ -125,7 +125,7 @@ def test_a_curve_is_the_roc_with_what_lies_at_zero_on_the_edge():
 def test_every_seed_has_its_curve_and_the_legend_names_a_model_once():
     one = evaluation(membership(("unlearned", "retrained")))
     figure = draw_roc(join([one, one, one]))
-    of_model = [line for line in figure.axes[0].get_lines() if line.get_color() == COLOURS["unlearned"]]
+    of_model = [line for line in figure.axes[0].get_lines() if line.get_color() == COLORS["unlearned"]]
     assert len(of_model) == 3
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
         LABELS["unlearned"],

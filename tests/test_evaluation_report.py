@@ -13,10 +13,10 @@ import torch
 from evaluations import input_attacks, measurement, membership, utility, whole
 
 from spul import SpulConfig, UnlearningLayers, UnlearningLayersConfig
+from spul.evaluation.report import add_to_card, card_metrics, evaluation_markdown, write_report
+from spul.evaluation.report.document import Section, to_html, to_markdown
 from spul.evaluation.results import Evaluation, join
-from spul.report import add_to_card, card_metrics, evaluation_markdown, write_report
-from spul.report.card import THREAT_MODEL, model_card
-from spul.report.document import Section, to_html, to_markdown
+from spul.records.card import THREAT_MODEL, model_card
 
 
 class Page(HTMLParser):
@@ -316,9 +316,9 @@ def test_what_else_comes_back_stands_beside_its_control():
         of("input attack", "test_retain", "unlearned", "none", "accuracy", [1.0] * 4),
         of("input attack", "test_retain", "unlearned", "capitals", "accuracy", [1.0, 1.0, 0.0, 0.0]),
         of("input attack", "test_retain", "detached", "capitals", "accuracy", [1.0, 1.0, 1.0, 0.0]),
-        of("quantised", "test_forget", "unlearned", "8 bit", "accuracy", [1.0, 0.0, 1.0, 1.0]),
-        of("quantised", "test_forget", "unlearned", "4 bit", "accuracy", [1.0, 0.0, 0.0, 0.0]),
-        of("quantised", "test_forget", "retrained", "4 bit", "accuracy", [1.0, 0.0, 1.0, 0.0]),
+        of("quantized", "test_forget", "unlearned", "8 bit", "accuracy", [1.0, 0.0, 1.0, 1.0]),
+        of("quantized", "test_forget", "unlearned", "4 bit", "accuracy", [1.0, 0.0, 0.0, 0.0]),
+        of("quantized", "test_forget", "retrained", "4 bit", "accuracy", [1.0, 0.0, 1.0, 0.0]),
     ]
     rows = cells(section(evaluation_markdown(Evaluation({}, found, {})), "What comes back"))[6:]
     said = {what: re.sub(r" \[[-\d., ]*\]", "", text) for what, text in rows}

@@ -108,7 +108,7 @@ def test_what_a_limit_left_out_of_tofu_is_unseen_and_nothing_else_is(example, to
     assert len(few) == 3
 
 
-@pytest.mark.parametrize("setup", [{}, {"limit": NUM_RETAIN}, {"limit": 10, "memorise": "none"}])
+@pytest.mark.parametrize("setup", [{}, {"limit": NUM_RETAIN}, {"limit": 10, "memorize": "none"}])
 def test_rows_that_some_model_may_have_learned_are_not_unseen(example, tofu, setup):
     assert example.unseen_rows(options(example), of_tofu(example, tofu, **setup)) is None
 
@@ -122,26 +122,26 @@ def test_unseen_rows_of_a_file_are_in_the_format_of_the_data_or_in_prompts_alrea
     assert done[0]["prompt"] == "a good plot :"
 
 
-def test_neighbours_are_of_the_topic_the_surname_and_the_cluster(example):
-    found = example.neighbours(options(example, "--names", "Jane Doe", "--clusters", 3), Reviews())
+def test_neighbors_are_of_the_topic_the_surname_and_the_cluster(example):
+    found = example.neighbors(options(example, "--names", "Jane Doe", "--clusters", 3), Reviews())
     assert list(found) == ["same topic", "same surname", "same cluster"]
     assert len(found["same topic"]) == 2
     assert sorted(found["same surname"]["text"]) == ["ann doe sings songs", "john doe sings", "the doe sings again"]
     assert "a storm film" in found["same cluster"]["text"]
     assert 0 < len(found["same cluster"]) < 8
-    few = example.neighbours(options(example, "--names", "Jane Doe", "--attack-rows", 1), Reviews())
+    few = example.neighbors(options(example, "--names", "Jane Doe", "--attack-rows", 1), Reviews())
     assert {name: len(rows) for name, rows in few.items()} == {"same topic": 1, "same surname": 1}
-    assert list(example.neighbours(options(example), Reviews())) == ["same topic"]
+    assert list(example.neighbors(options(example), Reviews())) == ["same topic"]
 
 
 def test_names_that_leave_nobody_else_are_an_error_if_given_and_a_note_if_known(example, monkeypatch, capsys):
     with pytest.raises(ValueError, match="names somebody else"):
-        example.neighbours(options(example, "--names", "Wilbur Nobody"), Reviews())
+        example.neighbors(options(example, "--names", "Wilbur Nobody"), Reviews())
     monkeypatch.setitem(example.KNOWN_NAMES, "mine", ("Wilbur Nobody",))
-    assert list(example.neighbours(options(example), Reviews())) == ["same topic"]
-    assert "no neighbours, same surname" in capsys.readouterr().out
+    assert list(example.neighbors(options(example), Reviews())) == ["same topic"]
+    assert "no neighbors, same surname" in capsys.readouterr().out
     monkeypatch.setitem(example.KNOWN_NAMES, "mine", ("Jane Doe",))
-    assert len(example.neighbours(options(example), Reviews())["same surname"]) == 3
+    assert len(example.neighbors(options(example), Reviews())["same surname"]) == 3
 
 
 def test_tofus_questions_are_of_the_forget_set_and_not_more_than_are_attacked(example, tofu):
@@ -179,11 +179,11 @@ def test_options_and_files_of_other_content_are_other_evaluations(example, tmp_p
     assert json.dumps(example.identity(options(example, *given[-1]))) not in known
 
 
-def test_rows_of_no_common_topic_are_no_neighbours(example, capsys):
+def test_rows_of_no_common_topic_are_no_neighbors(example, capsys):
     experiment = Reviews()
     experiment.rows["test_retain"] = reviews("gardens", "gates")
-    assert example.neighbours(options(example), experiment) == {}
-    assert "no neighbours, same topic: num=1, but only 0 of 2 candidates" in capsys.readouterr().out
+    assert example.neighbors(options(example), experiment) == {}
+    assert "no neighbors, same topic: num=1, but only 0 of 2 candidates" in capsys.readouterr().out
 
 
 # ---- the command ----
@@ -201,7 +201,7 @@ def test_a_saved_adapter_gets_every_measure_on_tofu(example, tofu, tmp_path, mon
     command += ["--retrained", tmp_path / "other", "--reference", tmp_path / "other", "--data-dir", tofu]
     command += ["--forget-set", "forget05", "--limit", 10, "--limit-score", 4, "--attack-rows", 3, "--gradient-norm"]
     command += ["--unrelated-texts", tmp_path / "texts.txt", "--names", "a plot", "--output-dir", tmp_path / "out"]
-    command += ["--measures", "membership", "neighbours", "unrelated text", "questions"]
+    command += ["--measures", "membership", "neighbors", "unrelated text", "questions"]
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     evaluate.main()
     found = Evaluation.load(tmp_path / "out")
@@ -211,7 +211,7 @@ def test_a_saved_adapter_gets_every_measure_on_tofu(example, tofu, tmp_path, mon
     attacks = [one for one in found.measurements if one.measure == "membership" and one.rows == "unseen"]
     assert attacks[0].num_rows == 8
     assert {"reference", "gradient_norm"} <= set(attacks[0].per_row)
-    assert [one.rows for one in found.measurements if one.measure == "neighbours"][::3] == [
+    assert [one.rows for one in found.measurements if one.measure == "neighbors"][::3] == [
         "same topic",
         "same surname",
     ]

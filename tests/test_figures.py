@@ -11,17 +11,18 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from spul.report.figures import (
-    GROUP_COLOURS,
+from paper.figures import (
+    GROUP_COLORS,
     METHOD_STYLES,
     draw_forget_size,
     draw_prompt_length,
     draw_tradeoff,
     draw_tsne,
     draw_tsne_coordinates,
-    save_figure,
     tsne_coordinates,
 )
+
+from spul.evaluation.report.plotting import save_figure
 
 
 def run(method: str, retain: float, forget: float, seed: int = 0, **changes: Any) -> dict[str, Any]:
@@ -213,7 +214,7 @@ def test_few_rows_have_coordinates_too():
     assert np.isfinite([[row["x"], row["y"]] for row in rows]).all()
 
 
-def test_embeddings_are_drawn_at_their_coordinates_coloured_by_group_and_marked_by_label():
+def test_embeddings_are_drawn_at_their_coordinates_colored_by_group_and_marked_by_label():
     from matplotlib.colors import to_hex
 
     values, flags, labels = clusters()
@@ -225,8 +226,8 @@ def test_embeddings_are_drawn_at_their_coordinates_coloured_by_group_and_marked_
     assert list(drawn) == ["retain, negative", "retain, positive", "forget, negative", "forget, positive"]
     expected = [[row["x"], row["y"]] for row in rows if row["label"] == "positive"]
     assert drawn["forget, positive"].get_offsets().tolist() == expected
-    colours = {name: to_hex(points.get_facecolor()[0]).upper() for name, points in drawn.items()}
-    assert colours == {name: GROUP_COLOURS[name.split(",")[0]] for name in drawn}
+    colors = {name: to_hex(points.get_facecolor()[0]).upper() for name, points in drawn.items()}
+    assert colors == {name: GROUP_COLORS[name.split(",")[0]] for name in drawn}
     shapes = {name: len(points.get_paths()[0].vertices) for name, points in drawn.items()}
     assert shapes["forget, positive"] == shapes["retain, positive"] != shapes["retain, negative"]
     assert legend_texts(figure) == list(drawn)

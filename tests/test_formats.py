@@ -9,15 +9,9 @@ from typing import Any
 import pytest
 from datasets import Dataset
 
-from spul import ForgetRetainCollator, forget_retain_dataset
-from spul.data.formats import (
-    MULTIPLE_CHOICE,
-    QUESTION_ANSWER,
-    REFUSALS,
-    SENTIMENT,
-    MultipleChoiceFormat,
-    PromptFormat,
-)
+from spul import ForgetRetainCollator
+from spul.data.dataset import forget_retain_dataset
+from spul.data.formats import MULTIPLE_CHOICE, QUESTION_ANSWER, REFUSALS, SENTIMENT, MultipleChoiceFormat, PromptFormat
 
 REVIEW = {"text": "a good film", "label": 1, "label_text": "positive"}
 PLANET = {"question": "Which is a planet?", "choices": ["Mars", "Moon", "Sun"], "answer": 0}

@@ -12,24 +12,18 @@ from safetensors.torch import load_file
 from test_trainer import GENERIC, ONE_STEP, arguments, make_collator, make_dataset, rows
 
 from spul import (
-    NPO,
-    CrossEntropy,
     ForgetRetainCollator,
-    GradientAscent,
-    KLAscent,
-    KLDivergence,
     ReferenceCache,
-    SimNPO,
     UnlearningLayers,
     UnlearningLayersConfig,
     UnlearningLoss,
     UnlearningTrainer,
-    forget_retain_dataset,
-    score_completions,
     unlearning_forward,
 )
-from spul.base import zero_dropout
-from spul.forward import as_it_was
+from spul.data.dataset import forget_retain_dataset
+from spul.evaluation.metrics.scoring import score_completions
+from spul.losses import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, SimNPO
+from spul.models.causal_lm import as_it_was, zero_dropout
 
 FORWARD = KLDivergence(direction="forward")
 LOSSES = {
@@ -44,7 +38,7 @@ LOSSES = {
         beta=0.8, gamma=0.2, forget=KLAscent(cap=0.003), kl=FORWARD, lm=GradientAscent(reduction="mean", cap=5.0)
     ),
 }
-CARRIERS = ("full", "lora", "layers")
+TRAINABLES = ("full", "lora", "layers")
 
 
 def lora(model):
@@ -66,11 +60,11 @@ def layers_on(model):
     return layers
 
 
-def carried(carrier, family="llama", dtype=torch.float64):
+def carried(trainable, family="llama", dtype=torch.float64):
     model = build(family, dtype)
-    if carrier == "layers":
+    if trainable == "layers":
         return layers_on(model)
-    return lora(model) if carrier == "lora" else model.requires_grad_(True)
+    return lora(model) if trainable == "lora" else model.requires_grad_(True)
 
 
 def make_batch(loss, num=6):
@@ -125,14 +119,14 @@ def gradients(model):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@pytest.mark.parametrize("carrier", CARRIERS)
-def test_loss_and_gradients_equal_the_formulas_row_by_row(carrier, name):
-    check_loss_and_gradients(carrier, "llama", name)
+@pytest.mark.parametrize("trainable", TRAINABLES)
+def test_loss_and_gradients_equal_the_formulas_row_by_row(trainable, name):
+    check_loss_and_gradients(trainable, "llama", name)
 
 
-@pytest.mark.parametrize(("carrier", "name"), [("full", "NPO+KL"), ("lora", "NPO+KL"), ("layers", "EUL")])
-def test_loss_and_gradients_equal_the_formulas_in_every_family(carrier, name, family):
-    check_loss_and_gradients(carrier, family, name)
+@pytest.mark.parametrize(("trainable", "name"), [("full", "NPO+KL"), ("lora", "NPO+KL"), ("layers", "EUL")])
+def test_loss_and_gradients_equal_the_formulas_in_every_family(trainable, name, family):
+    check_loss_and_gradients(trainable, family, name)
 
 
 def test_the_caps_of_eul_are_reached_by_some_tokens_and_not_by_others():
@@ -158,12 +152,12 @@ def test_a_batch_of_retain_rows_alone_asks_nothing_of_their_text():
     torch.testing.assert_close(out.loss, out.retain_loss + 0.8 * out.kl_loss)
 
 
-def check_loss_and_gradients(carrier, family, name):
+def check_loss_and_gradients(trainable, family, name):
     loss = LOSSES[name]
-    model, twin, frozen = carried(carrier, family), carried(carrier, family), build(family, torch.float64)
+    model, twin, frozen = carried(trainable, family), carried(trainable, family), build(family, torch.float64)
     batch = make_batch(loss)
     given = {}
-    if loss.needs_reference and carrier == "full":
+    if loss.needs_reference and trainable == "full":
         needed = loss.rows_needing_reference(batch["is_forget"])
         with torch.no_grad():
             with_reference = UnlearningLoss(alpha=0, beta=0)  # its forward computes logits, and nothing of the loss
@@ -180,10 +174,10 @@ def check_loss_and_gradients(carrier, family, name):
         torch.testing.assert_close(found[parameter], wanted[parameter], rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("carrier", ["full", "lora"])
-def test_the_cache_gives_the_reference_of_the_model_as_it_was(carrier, tmp_path):
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_the_cache_gives_the_reference_of_the_model_as_it_was(trainable, tmp_path):
     loss = LOSSES["NPO+KL"]
-    model, frozen = carried(carrier, dtype=torch.float32), build("llama")
+    model, frozen = carried(trainable, dtype=torch.float32), build("llama")
     collator = make_collator(generic_completions=None)
     dataset = make_dataset(3, 3)
     cache = ReferenceCache.build(model, dataset, collator, tmp_path, loss=loss, progress=False)
@@ -215,10 +209,10 @@ def test_a_whole_model_without_a_reference_says_where_to_get_one():
         unlearning_forward(carried("full"), loss, **make_batch(loss))
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
-def test_a_batch_that_weighs_nothing_still_has_a_gradient(carrier):
+@pytest.mark.parametrize("trainable", TRAINABLES)
+def test_a_batch_that_weighs_nothing_still_has_a_gradient(trainable):
     loss = LOSSES["GA"]
-    model = carried(carrier)
+    model = carried(trainable)
     batch = make_collator()([make_dataset(3, 3)[i] for i in (3, 4)])
     out = unlearning_forward(model, loss, **batch)
     out.loss.backward()
@@ -231,11 +225,11 @@ def test_a_batch_that_weighs_nothing_still_has_a_gradient(carrier):
 # ---- in the trainer ----
 
 
-def train(tmp_path, carrier, name, collator=None, reference="cached", **kwargs):
+def train(tmp_path, trainable, name, collator=None, reference="cached", **kwargs):
     loss = LOSSES[name]
     generic = None if loss.forget.makes_unlikely else GENERIC
     torch.manual_seed(0)
-    model = carried(carrier, dtype=torch.float32)
+    model = carried(trainable, dtype=torch.float32)
     zero_dropout(model)
     before = copy.deepcopy({n: p.detach() for n, p in model.named_parameters()})
     trainer = UnlearningTrainer(
@@ -250,26 +244,28 @@ def train(tmp_path, carrier, name, collator=None, reference="cached", **kwargs):
     return model, before
 
 
-@pytest.mark.parametrize(("carrier", "name"), [("full", "NPO+KL"), ("lora", "NPO+KL"), ("layers", "EUL")])
-def test_8_rows_and_4_times_2_make_the_same_step(tmp_path, carrier, name):
-    whole, _ = train(tmp_path, carrier, name, per_device_train_batch_size=8, **ONE_STEP)
-    parts, _ = train(tmp_path, carrier, name, per_device_train_batch_size=2, gradient_accumulation_steps=4, **ONE_STEP)
+@pytest.mark.parametrize(("trainable", "name"), [("full", "NPO+KL"), ("lora", "NPO+KL"), ("layers", "EUL")])
+def test_8_rows_and_4_times_2_make_the_same_step(tmp_path, trainable, name):
+    whole, _ = train(tmp_path, trainable, name, per_device_train_batch_size=8, **ONE_STEP)
+    parts, _ = train(
+        tmp_path, trainable, name, per_device_train_batch_size=2, gradient_accumulation_steps=4, **ONE_STEP
+    )
     for (name, one), (_, other) in zip(whole.named_parameters(), parts.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("name", ["GA+KL", "NPO+KL", "EUL"])
-@pytest.mark.parametrize("carrier", ["lora", "layers"])
-def test_the_live_reference_makes_the_cached_ones_step(tmp_path, name, carrier):
-    cached, _ = train(tmp_path, carrier, name, max_steps=3)
-    live, _ = train(tmp_path, carrier, name, reference="live", max_steps=3)
+@pytest.mark.parametrize("trainable", ["lora", "layers"])
+def test_the_live_reference_makes_the_cached_ones_step(tmp_path, name, trainable):
+    cached, _ = train(tmp_path, trainable, name, max_steps=3)
+    live, _ = train(tmp_path, trainable, name, reference="live", max_steps=3)
     for (name, one), (_, other) in zip(cached.named_parameters(), live.named_parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize(("carrier", "trained"), [("full", ""), ("lora", "lora_")])
-def test_only_what_requires_gradients_changes(tmp_path, carrier, trained):
-    model, before = train(tmp_path, carrier, "GA+KL", max_steps=2, weight_decay=0.0)
+@pytest.mark.parametrize(("trainable", "trained"), [("full", ""), ("lora", "lora_")])
+def test_only_what_requires_gradients_changes(tmp_path, trainable, trained):
+    model, before = train(tmp_path, trainable, "GA+KL", max_steps=2, weight_decay=0.0)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) is not (trained in name), name
 
@@ -288,11 +284,11 @@ def test_checkpoints_are_ordinary_models_and_adapters(tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    for carrier in ("full", "lora"):
-        model, _ = train(tmp_path / carrier, carrier, "NPO+GD", max_steps=2, save_strategy="steps", save_steps=2)
-        folder = tmp_path / carrier / "checkpoint-2"
-        again = AutoModelForCausalLM.from_pretrained(folder) if carrier == "full" else build("llama")
-        again = again if carrier == "full" else PeftModel.from_pretrained(again, folder)
+    for trainable in ("full", "lora"):
+        model, _ = train(tmp_path / trainable, trainable, "NPO+GD", max_steps=2, save_strategy="steps", save_steps=2)
+        folder = tmp_path / trainable / "checkpoint-2"
+        again = AutoModelForCausalLM.from_pretrained(folder) if trainable == "full" else build("llama")
+        again = again if trainable == "full" else PeftModel.from_pretrained(again, folder)
         ids = torch.arange(5, 15)[None]
         torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
 
@@ -375,8 +371,8 @@ def test_the_frozen_model_has_no_dropout():
     assert [module.training for module in model.modules()] == modes
 
 
-@pytest.mark.parametrize("carrier", ["full", "lora"])
-def test_2_processes_with_forget_rows_in_one_make_the_step_of_one(tmp_path, carrier):
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_2_processes_with_forget_rows_in_one_make_the_step_of_one(tmp_path, trainable):
     """A batch without a forget row still has to take part, or the other process waits for it."""
     script = tmp_path / "ddp.py"
     script.write_text(
@@ -389,10 +385,10 @@ def test_2_processes_with_forget_rows_in_one_make_the_step_of_one(tmp_path, carr
             from test_forward import LOSSES, carried
             from test_trainer import ONE_STEP, arguments, make_collator, make_dataset
             from spul import UnlearningTrainer
-            from spul.base import zero_dropout
+            from spul.models.causal_lm import zero_dropout
 
-            folder, carrier, size = sys.argv[2], sys.argv[3], int(sys.argv[4])
-            model = carried(carrier, dtype=torch.float32)
+            folder, trainable, size = sys.argv[2], sys.argv[3], int(sys.argv[4])
+            model = carried(trainable, dtype=torch.float32)
             zero_dropout(model)
             in_order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": size}
             args = arguments(folder, **in_order, **ONE_STEP)
@@ -403,14 +399,14 @@ def test_2_processes_with_forget_rows_in_one_make_the_step_of_one(tmp_path, carr
             trainer.train()
             if trainer.accelerator.is_main_process:
                 tensors = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-                save_file(tensors, f"{folder}/{carrier}{size}.safetensors")
+                save_file(tensors, f"{folder}/{trainable}{size}.safetensors")
             trainer.accelerator.end_training()
             """
         )
     )
-    run_script(script, tmp_path, carrier, 8)
-    run_script(script, tmp_path, carrier, 4, processes=2)
-    whole, parts = (load_file(tmp_path / f"{carrier}{size}.safetensors") for size in (8, 4))
+    run_script(script, tmp_path, trainable, 8)
+    run_script(script, tmp_path, trainable, 4, processes=2)
+    whole, parts = (load_file(tmp_path / f"{trainable}{size}.safetensors") for size in (8, 4))
     assert whole.keys() == parts.keys()
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6, msg=name)

@@ -11,8 +11,9 @@ from conftest import build, make_tokenizer
 from datasets import Dataset
 from test_layers import SMALL, stirred
 
-from spul import ForgetRetainCollator, UnlearningLayers, UnlearningLayersConfig, fuse, gather_inputs
-from spul.provenance import DataSummary
+from spul import ForgetRetainCollator, UnlearningLayers, UnlearningLayersConfig, fuse
+from spul.layers import gather_inputs
+from spul.records.spul_config import DataSummary
 
 WORDS = ["the", "review", "is", "of", "film", "good", "bad", "plot", "about", "jane", "doe", "text"]
 
@@ -244,7 +245,7 @@ def test_a_set_in_memory_fuses_with_a_folder_also_with_named_modules(tmp_path):
     assert fuse([tmp_path, parts[1]]).num_requests == 2
 
 
-def test_the_record_names_the_requests_that_fused_layers_honour(tmp_path):
+def test_the_record_names_the_requests_that_fused_layers_honor(tmp_path):
     parts = [trained(1), trained(2)]
     for i, part in enumerate(parts):
         part.spul_config.forget = DataSummary(i + 3, str(i) * 64)
@@ -254,7 +255,7 @@ def test_the_record_names_the_requests_that_fused_layers_honour(tmp_path):
     assert "request 2, forget set: 4 rows" in (tmp_path / "README.md").read_text()
 
 
-def test_tokenised_rows_gather_as_their_texts_do():
+def test_tokenized_rows_gather_as_their_texts_do():
     layers = stirred(build("llama", torch.float64))
     gather_inputs(layers, request(1), collator(), progress=False)
     texts, layers.grams = layers.grams, {}

@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from test_likelihood import free_form, make_collator, plain_logits, prompted
 from test_unlearner import CONFIGS
 
-from spul import ForgetRetainCollator, batches
-from spul.evaluation import generate_answers, rouge_l
+from spul import ForgetRetainCollator
+from spul.data import samplers as batches
+from spul.evaluation.metrics import generate_answers, rouge_l
 
 
 def lively(model):

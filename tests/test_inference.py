@@ -264,9 +264,9 @@ def test_inference_mode_may_come_before_and_after(prompt_type):
 def test_a_base_without_a_plain_cache_is_asked_once(monkeypatch):
     unlearner, batch = make("llama"), make_batch()
     counted = CountedPasses(unlearner)
-    import spul.prefix
+    import spul.prompts.shared_prefix
 
-    monkeypatch.setattr(spul.prefix, "_layer_states", lambda cache: None)
+    monkeypatch.setattr(spul.prompts.shared_prefix, "_layer_states", lambda cache: None)
     for _ in range(3):
         unlearner(**batch)
         with torch.no_grad():

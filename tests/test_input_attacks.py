@@ -5,8 +5,8 @@ from conftest import build, make_tokenizer
 from datasets import Dataset
 from test_likelihood import prompted
 
-from spul import ForgetRetainCollator, score_completions
-from spul.evaluation import (
+from spul import ForgetRetainCollator
+from spul.evaluation.attacks import (
     JAILBREAKS,
     attack_inputs,
     diluted,
@@ -17,7 +17,8 @@ from spul.evaluation import (
     with_prefix,
     with_suffix,
 )
-from spul.evaluation.input_attacks import question_lost, tokens_lost
+from spul.evaluation.attacks.inputs import question_lost, tokens_lost
+from spul.evaluation.metrics.scoring import score_completions
 
 
 def rows(num=3):

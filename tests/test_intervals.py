@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import bootstrap, t
 
-from spul.evaluation import bootstrap_interval, joined_interval, seeds_interval
+from spul.evaluation.metrics import bootstrap_interval, joined_interval, seeds_interval
 
 
 def test_equals_scipys_own_and_is_seeded():

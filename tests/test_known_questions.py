@@ -8,11 +8,8 @@ import pytest
 from known_data import same, sizes, texts, write_jsonl
 
 from spul.data.formats import MULTIPLE_CHOICE, QUESTION_ANSWER
-from spul.data.known import (
-    load_known,
-    load_tofu,
-    load_wmdp,
-)
+from spul.data.known import load_known
+from spul.data.known_questions import load_tofu, load_wmdp
 from spul.data.sources import read_file
 
 # ---- WMDP and SciQ ----

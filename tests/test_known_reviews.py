@@ -11,17 +11,17 @@ from known_data import review, reviews, same, sizes, texts, write_tsv
 
 from spul.data.clusters import TextClustering
 from spul.data.formats import QUESTION_ANSWER
-from spul.data.known import (
-    SPLITS,
+from spul.data.known import load_known
+from spul.data.known_reviews import (
     SST2_FORGET_NAMES,
     SST2_RETAIN_NAMES,
     load_four_splits,
     load_imdb,
-    load_known,
     load_sst2,
     load_yelp,
 )
 from spul.data.sources import read_file
+from spul.data.unlearning_data import SPLITS
 
 # ---- four splits ----
 

@@ -12,9 +12,10 @@ from conftest import build
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from spul import NPO, KLDivergence, UnlearningLayers, UnlearningLayersConfig, UnlearningLoss, unlearning_forward
-from spul.eul import files
-from spul.eul.layers import feed_forward_blocks
+from spul import UnlearningLayers, UnlearningLayersConfig, UnlearningLoss, unlearning_forward
+from spul.layers import checkpoint as files
+from spul.layers.unlearning_layers import feed_forward_blocks
+from spul.losses import NPO, KLDivergence
 
 SMALL = UnlearningLayersConfig(reduction=4)
 IDS = torch.tensor([[5, 9, 30, 7, 11, 2], [8, 4, 66, 12, 0, 0]])

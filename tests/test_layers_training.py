@@ -10,8 +10,9 @@ import torch
 from conftest import build
 from test_trainer import arguments, make_collator, make_dataset, rows
 
-from spul import UnlearningLayers, UnlearningLayersConfig, UnlearningTrainer, score_completions
-from spul.methods import unlearning_method
+from spul import UnlearningLayers, UnlearningLayersConfig, UnlearningTrainer
+from spul.evaluation.metrics.scoring import score_completions
+from spul.training.methods import unlearning_method
 
 EUL = unlearning_method("EUL")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
 
-from spul.evaluation import (
+from spul.evaluation.metrics import (
     auc,
     auc_interval,
     bootstrap_interval,
@@ -141,7 +141,7 @@ def test_priv_leak_has_the_interval_of_rows_drawn_for_both_models():
 
 
 def test_priv_leak_has_muses_sign():
-    """Members still recognised: -100 %; rows made so unlikely that they stand out: above 0; as retrained: 0."""
+    """Members still recognized: -100 %; rows made so unlikely that they stand out: above 0; as retrained: 0."""
     assert priv_leak(1.0, 0.5) == -100
     assert priv_leak(0.0, 0.5) == 100
     assert priv_leak(0.53, 0.53) == 0

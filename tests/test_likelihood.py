@@ -10,9 +10,9 @@ from plain import row_logits
 from test_unlearner import CONFIGS
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner
-from spul.evaluation import (
+from spul.evaluation.metrics import (
     Likelihood,
-    exact_memorisation,
+    exact_memorization,
     extraction_strength,
     kl_to,
     probability,
@@ -110,17 +110,17 @@ def test_of_a_plain_peft_model_equal_those_of_the_unlearner(tmp_path, prompt_typ
     assert divergences[0].min() > 1e-3
 
 
-def test_greedy_tokens_are_recognised():
+def test_greedy_tokens_are_recognized():
     """Answers that the model itself gives agree everywhere; the twin's cases above hardly ever do."""
     model, collator = prompted(), make_collator()
     prompt = collator.encoder.encode({"prompt": "the film :", "completion": " x"}).prompt_ids
     answer = []
     for _ in range(4):
         answer.append(int(plain_logits(model, prompt, [*answer, 5])[-1].argmax()))
-    tokenised = {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * 4}
-    (found,) = response_likelihoods(model, Dataset.from_list([tokenised]), collator)
+    tokenized = {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * 4}
+    (found,) = response_likelihoods(model, Dataset.from_list([tokenized]), collator)
     assert found.is_greedy.tolist() == [True] * 4
-    assert (extraction_strength([found])[0], exact_memorisation([found])[0]) == (1.0, 1.0)
+    assert (extraction_strength([found])[0], exact_memorization([found])[0]) == (1.0, 1.0)
 
 
 def test_modes_are_put_back_and_bad_rows_raise():
@@ -239,4 +239,4 @@ def test_aggregates_of_truth_ratios():
 def test_extraction_strength_reaches_zero(agrees, strength, exact):
     found = [of([-1.0] * len(agrees), agrees)]
     assert extraction_strength(found)[0] == pytest.approx(strength)
-    assert exact_memorisation(found)[0] == pytest.approx(exact)
+    assert exact_memorization(found)[0] == pytest.approx(exact)

@@ -11,8 +11,9 @@ import yaml
 from conftest import build, make_tokenizer
 from datasets import Dataset
 
-from spul import ForgetRetainCollator, score_completions
-from spul.evaluation import response_likelihoods
+from spul import ForgetRetainCollator
+from spul.evaluation.metrics import response_likelihoods
+from spul.evaluation.metrics.scoring import score_completions
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 GENERIC = [" neutral", " unknown"]

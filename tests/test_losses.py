@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from spul import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, SimNPO, UnlearningLoss
-from spul.terms import token_nll
+from spul import UnlearningLoss
+from spul.losses import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, SimNPO
+from spul.losses.terms import token_nll
 
 # Row 0 has three response tokens, row 1 one, row 2 two, row 3 two.
 LABELS = torch.tensor([[2, 0, 4], [1, -100, -100], [3, 3, -100], [0, 2, -100]])

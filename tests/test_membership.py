@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from test_likelihood import free_form, make_collator, of, plain_likelihood, prompted
 from test_unlearner import CONFIGS
 
-from spul.evaluation import (
+from spul.evaluation.metrics import (
     Likelihood,
     attack_scores,
     gradient_norm_attack,
@@ -123,7 +123,7 @@ def test_a_gradient_that_cannot_be_had_is_said():
         gradient_norm_attack(model, rows, collator, "adapter")
     weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     model.get_base_model().register_parameter("packed", weight)
-    with pytest.raises(ValueError, match="1 of them quantised"):
+    with pytest.raises(ValueError, match="1 of them quantized"):
         gradient_norm_attack(model, rows, collator)
 
 

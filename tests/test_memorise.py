@@ -1,4 +1,4 @@
-"""The memorising stage: what it trains, on which loss, and what comes out."""
+"""The memorizing stage: what it trains, on which loss, and what comes out."""
 
 import textwrap
 
@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from conftest import build, run_script
 from datasets import Dataset
+from paper.memorization import CompletionTrainer, memorize
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from test_trainer import ONE_STEP, arguments, make_collator, rows
 
-from spul import score_completions
-from spul.memorise import CompletionTrainer, memorise
+from spul.evaluation.metrics.scoring import score_completions
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def test_rows_are_learned_and_a_bare_model_comes_back(tmp_path, folder, learner)
     data, collator = rows("jane", 16), make_collator()
     before = score_completions(build("llama"), data, collator)["loss"]
     args = arguments(tmp_path, max_steps=30, learning_rate=5e-3)
-    model, metrics = memorise(folder, data, collator, args, learner)
+    model, metrics = memorize(folder, data, collator, args, learner)
     assert not isinstance(model, PeftModel)
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert not model.training
@@ -40,7 +40,7 @@ def test_rows_are_learned_and_a_bare_model_comes_back(tmp_path, folder, learner)
 def test_generic_completions_are_not_learned(tmp_path, folder):
     """Forget rows too are learned as they are."""
     data = rows("jane", 8).add_column("is_forget", [True] * 8)
-    model, _ = memorise(folder, data, make_collator(), arguments(tmp_path, max_steps=30, learning_rate=5e-3))
+    model, _ = memorize(folder, data, make_collator(), arguments(tmp_path, max_steps=30, learning_rate=5e-3))
     assert score_completions(model, data, make_collator())["generic"] == 0
 
 
@@ -67,7 +67,7 @@ def test_a_step_is_one_on_the_mean_over_completion_tokens(tmp_path):
             torch.testing.assert_close(trained, expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_label_smoothing_is_honoured(tmp_path):
+def test_label_smoothing_is_honored(tmp_path):
     data, collator, model = rows("jane", 6), make_collator(), build("llama").eval()
     batch = collator.true_batch(list(data))
     args = arguments(tmp_path, remove_unused_columns=False, label_smoothing_factor=0.2)
@@ -86,7 +86,7 @@ def test_accumulated_steps_are_the_step_of_the_whole_batch(tmp_path, folder):
         args.learning_rate = 0.1
         config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=True)
         torch.manual_seed(0)
-        model, _ = memorise(folder, data, make_collator(), args, "lora", peft_config=config)
+        model, _ = memorize(folder, data, make_collator(), args, "lora", peft_config=config)
         found.append(model.state_dict())
     for name in found[0]:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-6)
@@ -96,10 +96,10 @@ def test_qlora_learns_over_4_bits_and_comes_back_in_the_weights_as_they_were(tmp
     data, collator = rows("jane", 16), make_collator()
     before = build("llama")
     args = arguments(tmp_path, max_steps=20, learning_rate=1e-2)
-    model, _ = memorise(folder, data, collator, args, "qlora")
+    model, _ = memorize(folder, data, collator, args, "qlora")
     assert getattr(model, "hf_quantizer", None) is None
     assert {p.dtype for p in model.parameters()} == {torch.float32}
-    # What LoRA does not touch is bit for bit the unquantised model's.
+    # What LoRA does not touch is bit for bit the unquantized model's.
     torch.testing.assert_close(model.lm_head.weight, before.lm_head.weight, rtol=0, atol=0)
     difference = model.model.layers[0].mlp.up_proj.weight - before.model.layers[0].mlp.up_proj.weight
     assert torch.linalg.matrix_rank(difference.detach(), rtol=1e-4) <= 16
@@ -111,11 +111,11 @@ def test_qlora_learns_over_4_bits_and_comes_back_in_the_weights_as_they_were(tmp
 def test_bad_arguments_say_what_is_wrong(tmp_path, folder):
     args, collator = arguments(tmp_path), make_collator()
     with pytest.raises(ValueError, match="learner='adapter' is not known; expected 'full', 'lora' or 'qlora'"):
-        memorise(folder, rows("jane", 2), collator, args, "adapter")
+        memorize(folder, rows("jane", 2), collator, args, "adapter")
     with pytest.raises(ValueError, match="peft_config is for"):
-        memorise(folder, rows("jane", 2), collator, args, peft_config=LoraConfig())
-    with pytest.raises(ValueError, match="no rows to memorise"):
-        memorise(folder, Dataset.from_list([]), collator, args)
+        memorize(folder, rows("jane", 2), collator, args, peft_config=LoraConfig())
+    with pytest.raises(ValueError, match="no rows to memorize"):
+        memorize(folder, Dataset.from_list([]), collator, args)
 
 
 def test_2_processes_make_the_step_of_one(tmp_path, folder):
@@ -128,7 +128,7 @@ def test_2_processes_make_the_step_of_one(tmp_path, folder):
             from safetensors.torch import save_file
             from transformers import AutoModelForCausalLM
             from test_trainer import ONE_STEP, arguments, make_collator, rows
-            from spul.memorise import CompletionTrainer
+            from spul.memorize import CompletionTrainer
 
             folder, model, size = sys.argv[2], sys.argv[3], int(sys.argv[4])
             args = arguments(folder, per_device_train_batch_size=size, remove_unused_columns=False, **ONE_STEP)

@@ -1,4 +1,4 @@
-"""The published methods by name: their losses, their carriers, their rows and completions."""
+"""The published methods by name: their losses, their trainables, their rows and completions."""
 
 import pytest
 import torch
@@ -6,19 +6,9 @@ from conftest import build, make_tokenizer
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from test_trainer import GENERIC, arguments, make_dataset
 
-from spul import (
-    NPO,
-    CrossEntropy,
-    GradientAscent,
-    KLAscent,
-    KLDivergence,
-    SimNPO,
-    SoftPromptUnlearner,
-    UnlearningLayers,
-    UnlearningLayersConfig,
-    UnlearningTrainer,
-)
-from spul.methods import CARRIERS, METHODS, Method, unlearning_method
+from spul import SoftPromptUnlearner, UnlearningLayers, UnlearningLayersConfig, UnlearningTrainer
+from spul.losses import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, SimNPO
+from spul.training.methods import METHODS, TRAINABLES, Method, unlearning_method
 
 # forget term, alpha, beta, direction of the KL
 EXPECTED = {
@@ -45,7 +35,7 @@ def test_a_method_is_the_published_loss_on_its_carrier(name):
     assert isinstance(method.loss.retain, CrossEntropy)
     assert isinstance(method.loss.kl, KLDivergence)
     assert direction is None or method.loss.kl.direction == direction
-    assert method.carrier == {"SPUL": "prompt", "EUL": "layers"}.get(name, "full")
+    assert method.trainable == {"SPUL": "prompt", "EUL": "layers"}.get(name, "full")
     assert method.loss.gamma == (0.2 if name == "EUL" else 0.0)
 
 
@@ -70,13 +60,13 @@ def test_rows_that_are_not_marked_are_refused():
         unlearning_method("GA").training_rows(make_dataset().remove_columns("is_forget"))
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
+@pytest.mark.parametrize("trainable", TRAINABLES)
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_on_every_carrier(tmp_path, name, carrier):
-    method = unlearning_method(name, carrier)
+def test_every_method_trains_on_every_carrier(tmp_path, name, trainable):
+    method = unlearning_method(name, trainable)
     model = build("llama")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    carried = method.carry(model)
+    carried = method.prepare(model)
     collator = method.collator(make_tokenizer(), GENERIC, max_length=32)
     rows = method.training_rows(make_dataset(6, 6))
     trainer = UnlearningTrainer(carried, arguments(tmp_path, max_steps=2), collator, rows, loss=method.loss)
@@ -84,34 +74,34 @@ def test_every_method_trains_on_every_carrier(tmp_path, name, carrier):
     assert torch.isfinite(torch.tensor(loss))
     assert all(bool(torch.isfinite(p).all()) for p in carried.parameters())
     own = {key.replace("base_layer.", ""): value for key, value in model.state_dict().items()}
-    assert all(torch.equal(own[key], before[key]) for key in before) is (carrier != "full")
+    assert all(torch.equal(own[key], before[key]) for key in before) is (trainable != "full")
 
 
 def test_what_carries_is_what_the_name_says():
-    prompt = unlearning_method("SPUL").carry(build("llama"))
+    prompt = unlearning_method("SPUL").prepare(build("llama"))
     assert isinstance(prompt, SoftPromptUnlearner)
     config = prompt.active_peft_config
     assert (config.peft_type, config.num_virtual_tokens, config.encoder_hidden_size) == ("P_TUNING", 30, 128)
-    other = unlearning_method("SPUL").carry(
+    other = unlearning_method("SPUL").prepare(
         build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
     )
     assert other.active_peft_config.num_virtual_tokens == 7
-    lora = unlearning_method("GA", "lora").carry(build("llama"))
+    lora = unlearning_method("GA", "lora").prepare(build("llama"))
     assert isinstance(lora, PeftModel)
     assert {name.split(".")[-3] for name, p in lora.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
-    layers = unlearning_method("EUL").carry(build("llama"), UnlearningLayersConfig(reduction=8))
+    layers = unlearning_method("EUL").prepare(build("llama"), UnlearningLayersConfig(reduction=8))
     assert isinstance(layers, UnlearningLayers)
     assert layers.layers_config.reduction == 8
     model = build("llama").requires_grad_(False)
-    assert unlearning_method("GA").carry(model) is model
+    assert unlearning_method("GA").prepare(model) is model
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("carrier", CARRIERS)
-def test_dropout_is_off_whatever_learns(carrier):
+@pytest.mark.parametrize("trainable", TRAINABLES)
+def test_dropout_is_off_whatever_learns(trainable):
     model = build("opt")
     assert any(getattr(module, "dropout", 0) for module in model.modules())
-    carried = unlearning_method("GA", carrier).carry(model).train()
+    carried = unlearning_method("GA", trainable).prepare(model).train()
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
         torch.testing.assert_close(carried(input_ids=ids).logits, carried(input_ids=ids).logits, rtol=0, atol=0)
@@ -131,22 +121,24 @@ def test_weights_are_set_where_the_method_has_them():
 def test_unknown_names_list_what_is_known():
     with pytest.raises(ValueError, match="method 'DPO' is not known; expected one of SPUL, GA, RL"):
         unlearning_method("DPO")
-    with pytest.raises(ValueError, match="carrier='adapter' is not known; expected one of prompt, full, lora, layers"):
+    with pytest.raises(
+        ValueError, match="trainable='adapter' is not known; expected one of prompt, full, lora, layers"
+    ):
         Method("mine", unlearning_method("GA").loss, "adapter")
 
 
 def test_what_cannot_be_carried_is_refused():
     with pytest.raises(ValueError, match="trains the weights themselves"):
-        unlearning_method("GA").carry(build("llama"), LoraConfig(task_type="CAUSAL_LM"))
+        unlearning_method("GA").prepare(build("llama"), LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(TypeError, match="model is a str; expected a causal LM"):
-        unlearning_method("GA").carry("facebook/opt-1.3b")
+        unlearning_method("GA").prepare("facebook/opt-1.3b")
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
-    with pytest.raises(ValueError, match="a prompt's; use carrier='prompt' for it"):
-        unlearning_method("GA", "lora").carry(build("llama"), prompt)
-    with pytest.raises(ValueError, match="config is a UnlearningLayersConfig, which carrier='lora' has no use for"):
-        unlearning_method("GA", "lora").carry(build("llama"), UnlearningLayersConfig())
-    with pytest.raises(ValueError, match="config is a PromptTuningConfig, which carrier='layers' has no use for"):
-        unlearning_method("EUL").carry(build("llama"), prompt)
+    with pytest.raises(ValueError, match="a prompt's; use trainable='prompt' for it"):
+        unlearning_method("GA", "lora").prepare(build("llama"), prompt)
+    with pytest.raises(ValueError, match="config is a UnlearningLayersConfig, which trainable='lora' has no use for"):
+        unlearning_method("GA", "lora").prepare(build("llama"), UnlearningLayersConfig())
+    with pytest.raises(ValueError, match="config is a PromptTuningConfig, which trainable='layers' has no use for"):
+        unlearning_method("EUL").prepare(build("llama"), prompt)
     under = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
     with pytest.raises(TypeError, match="A model under an adapter is merged first"):
-        unlearning_method("GA").carry(under)
+        unlearning_method("GA").prepare(under)

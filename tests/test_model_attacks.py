@@ -1,4 +1,4 @@
-"""Relearning, quantisation and probes: what they change, what they leave, and cases by hand."""
+"""Relearning, quantization and probes: what they change, what they leave, and cases by hand."""
 
 import warnings
 
@@ -10,13 +10,13 @@ from datasets import Dataset
 from test_trainer import make_collator, make_unlearner, rows
 from test_unlearner import CONFIGS
 
-import spul.evaluation.model_attacks as model_attacks
-from spul import SoftPromptUnlearner, UnlearningLayers, score_completions
-from spul.evaluation import linear_probe, quantised, relearn
-from spul.evaluation.scoring import response_logits
+import spul.evaluation.attacks.relearning as model_attacks
+from spul import SoftPromptUnlearner, UnlearningLayers
+from spul.evaluation.attacks import linear_probe, quantized, relearn
+from spul.evaluation.metrics.scoring import response_logits, score_completions
 
 
-def carriers():
+def trainables():
     return {
         "whole": lambda: build("llama"),
         "layers": lambda: UnlearningLayers(build("llama")),
@@ -24,9 +24,9 @@ def carriers():
     }
 
 
-@pytest.mark.parametrize("carrier", carriers())
-def test_relearning_lowers_the_loss_of_other_rows_and_puts_the_model_back(carrier):
-    model, data, collator = carriers()[carrier](), rows("jane", 12), make_collator()
+@pytest.mark.parametrize("trainable", trainables())
+def test_relearning_lowers_the_loss_of_other_rows_and_puts_the_model_back(trainable):
+    model, data, collator = trainables()[trainable](), rows("jane", 12), make_collator()
     few, others = data.select(range(4)), data.select(range(4, 12))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
@@ -85,13 +85,13 @@ def test_relearning_refuses_what_it_cannot_measure():
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_quantised_bases_take_the_same_prompt_and_answer_nearly_as_before(tmp_path, bits):
+def test_quantized_bases_take_the_same_prompt_and_answer_nearly_as_before(tmp_path, bits):
     unlearner, collator, data = make_unlearner(), make_collator(), rows("jane", 3)
     unlearner.get_base_model().save_pretrained(tmp_path / "base")
     unlearner.save_pretrained(str(tmp_path / "prompt"))
     batch = collator.true_batch(list(data))
     positions = torch.tensor([[3], [3], [3]])
-    base = quantised(tmp_path / "base", bits)
+    base = quantized(tmp_path / "base", bits)
     kinds = {type(module).__name__ for module in base.modules()}
     assert ("Linear4bit" if bits == 4 else "Linear8bitLt") in kinds
     with warnings.catch_warnings():
@@ -102,13 +102,13 @@ def test_quantised_bases_take_the_same_prompt_and_answer_nearly_as_before(tmp_pa
     similarity = torch.cosine_similarity(before.flatten(), after.flatten(), dim=0)
     assert (0.9 if bits == 4 else 0.99) < similarity < 0.999999
     with pytest.raises(ValueError, match="bits=2"):
-        quantised(tmp_path / "base", 2)
+        quantized(tmp_path / "base", 2)
 
 
 # ---- the probe ----
 
 
-def labelled(name, labels):
+def labeled(name, labels):
     return Dataset.from_list([{"prompt": f"{name} {i} :", "completion": label} for i, label in enumerate(labels)])
 
 
@@ -123,7 +123,7 @@ def put_states(monkeypatch, of):
 
 
 def test_a_probe_reads_what_the_states_hold_and_its_controls_do_not(monkeypatch):
-    train, test = labelled("jane", [" a", " b", " b"] * 20), labelled("film", [" a", " a", " b", " c"] * 5)
+    train, test = labeled("jane", [" a", " b", " b"] * 20), labeled("film", [" a", " a", " b", " c"] * 5)
     put_states(monkeypatch, lambda completion: np.array([1.0, 0, 0]) * (1 if completion == " a" else -1))
     found = linear_probe(build("llama"), train, test, make_collator())
     assert found.accuracy == 0.75  # a class that no training row has is never said
@@ -137,11 +137,11 @@ def test_a_probe_is_of_the_model_with_its_prompt_and_of_the_base_without():
     model, collator = make_unlearner(), make_collator()
     with torch.no_grad():
         next(model.prompt_encoder.parameters()).mul_(20)
-    train, test = labelled("jane", [" a", " b"] * 12), labelled("film 7 good", [" b", " a"] * 12)
+    train, test = labeled("jane", [" a", " b"] * 12), labeled("film 7 good", [" b", " a"] * 12)
     with model.disable_adapter():
         detached = linear_probe(model, train, test, collator)
     assert detached == linear_probe(build("llama"), train, test, collator)
     with pytest.raises(ValueError, match="at least two different"):
-        linear_probe(model, labelled("jane", [" a"] * 3), test, collator)
+        linear_probe(model, labeled("jane", [" a"] * 3), test, collator)
     with pytest.raises(ValueError, match="stand in both"):
         linear_probe(model, train, train, collator)

@@ -9,7 +9,7 @@ from conftest import build, make_tokenizer
 from datasets import Dataset
 
 from spul import ForgetRetainCollator
-from spul.evaluation.names import name_loss, rows_at_names
+from spul.evaluation.metrics.entity_loss import name_loss, rows_at_names
 
 ROWS = Dataset.from_list(
     [

@@ -1,4 +1,4 @@
-"""Neighbours against cases by hand; losses of running text against slow twins, one text at a time, without pads."""
+"""Neighbors against cases by hand; losses of running text against slow twins, one text at a time, without pads."""
 
 from __future__ import annotations
 
@@ -17,23 +17,18 @@ from test_layers import stirred
 from test_unlearner import CONFIGS, make
 from tokenizers.processors import TemplateProcessing
 
-from spul import ForgetRetainCollator, score_completions
+from spul import ForgetRetainCollator
 from spul.data import SENTIMENT, TextClustering
-from spul.evaluation import (
-    TextLosses,
-    cluster_neighbours,
-    name_neighbours,
-    perplexity,
-    text_losses,
-    topic_neighbours,
-)
+from spul.evaluation import cluster_neighbors, name_neighbors, topic_neighbors
+from spul.evaluation.metrics import TextLosses, perplexity, text_losses
+from spul.evaluation.metrics.scoring import score_completions
 
 
 def rows_of(*texts: str) -> Dataset:
     return SENTIMENT.apply(Dataset.from_dict({"text": list(texts), "label_text": ["positive"] * len(texts)}))
 
 
-# ---- neighbours by name ----
+# ---- neighbors by name ----
 
 NAMED = rows_of(
     "Michael CHAN is good",
@@ -47,35 +42,35 @@ PEOPLE = ["Jackie Chan", "Adam Sandler"]
 
 
 def test_the_surname_is_shared_and_the_person_is_not_named():
-    found = name_neighbours(NAMED, PEOPLE)
+    found = name_neighbors(NAMED, PEOPLE)
     assert found["text"] == ["Michael CHAN is good", "a film by chan"]
     assert found.column_names == NAMED.column_names
 
 
 def test_first_names_count_where_they_are_asked_for():
     words = [word for name in PEOPLE for word in name.split()]
-    assert name_neighbours(NAMED, PEOPLE, words)["text"] == [
+    assert name_neighbors(NAMED, PEOPLE, words)["text"] == [
         "Michael CHAN is good",
         "a film by chan",
         "Adam West in a film",
     ]
-    assert name_neighbours(NAMED, PEOPLE, ["west"])["text"] == ["Adam West in a film"]
+    assert name_neighbors(NAMED, PEOPLE, ["west"])["text"] == ["Adam West in a film"]
 
 
-def test_with_a_recogniser_a_surname_by_itself_is_nobody_else():
+def test_with_a_recognizer_a_surname_by_itself_is_nobody_else():
     people = {
         "Michael CHAN is good": ["Michael CHAN"],
         "jackie\tchan and Charlie Chan": ["jackie\tchan", "Charlie Chan"],
         "a film by chan": ["chan"],
         "Adam West in a film": ["Adam West"],
     }
-    found = name_neighbours(NAMED, PEOPLE, recogniser=lambda texts: [people.get(text, []) for text in texts])
+    found = name_neighbors(NAMED, PEOPLE, recognizer=lambda texts: [people.get(text, []) for text in texts])
     assert found["text"] == ["Michael CHAN is good"]
 
 
 def test_a_name_of_one_word_leaves_nobody_else():
     with pytest.raises(ValueError, match=r"none of 6 candidates .* \['chan'\]: 3 do, .* Pass full names"):
-        name_neighbours(NAMED, ["chan"])
+        name_neighbors(NAMED, ["chan"])
 
 
 @pytest.mark.parametrize(
@@ -91,10 +86,10 @@ def test_a_name_of_one_word_leaves_nobody_else():
 )
 def test_bad_names_and_rows_raise(arguments, error, message):
     with pytest.raises(error, match=message):
-        name_neighbours(*arguments)
+        name_neighbors(*arguments)
 
 
-# ---- neighbours by topic and by cluster ----
+# ---- neighbors by topic and by cluster ----
 
 FORGET = rows_of("pasta with tomato and basil", "a violin sonata")
 OTHERS = rows_of(
@@ -107,33 +102,33 @@ OTHERS = rows_of(
 )
 
 
-def test_topic_neighbours_are_the_nearest_to_any_one_forget_row():
+def test_topic_neighbors_are_the_nearest_to_any_one_forget_row():
     vectorizer = TfidfVectorizer(stop_words="english", sublinear_tf=True)
     others = [text for text in OTHERS["text"] if text != FORGET["text"][0]]
     vectors = vectorizer.fit_transform([*FORGET["text"], *others]).toarray()
     similarity = (vectors[2:] @ vectors[:2].T).max(axis=1)
     expected = [others[i] for i in np.argsort(-similarity)[:3]]
-    found = topic_neighbours(FORGET, OTHERS, 3)
+    found = topic_neighbors(FORGET, OTHERS, 3)
     assert found["text"] == expected
     assert set(expected) == {"tomato and basil, pasta too", "violin concerto by a soloist", "tomato soup"}
-    assert topic_neighbours(FORGET, OTHERS, 1)["text"] == ["tomato and basil, pasta too"]
+    assert topic_neighbors(FORGET, OTHERS, 1)["text"] == ["tomato and basil, pasta too"]
     assert found.column_names == OTHERS.column_names
 
 
-def test_rows_without_a_shared_word_are_no_neighbours():
+def test_rows_without_a_shared_word_are_no_neighbors():
     with pytest.raises(ValueError, match="num=4, but only 3 of 5 candidates"):
-        topic_neighbours(FORGET, OTHERS, 4)
+        topic_neighbors(FORGET, OTHERS, 4)
     with pytest.raises(ValueError, match="no words to compare by in 1 forget rows and 1 candidates"):
-        topic_neighbours(rows_of("with"), rows_of("and a"), 1)
+        topic_neighbors(rows_of("with"), rows_of("and a"), 1)
     with pytest.raises(ValueError, match="num=0"):
-        topic_neighbours(FORGET, OTHERS, 0)
+        topic_neighbors(FORGET, OTHERS, 0)
 
 
 def test_candidates_that_are_forget_rows_raise():
     with pytest.raises(ValueError, match="each of 2 candidates has the text of a forget row"):
-        topic_neighbours(FORGET, FORGET, 1)
+        topic_neighbors(FORGET, FORGET, 1)
     with pytest.raises(ValueError, match=r"forget has no column text_field='review'; its columns are \['prompt'"):
-        topic_neighbours(FORGET, OTHERS, 1, text_field="review")
+        topic_neighbors(FORGET, OTHERS, 1, text_field="review")
 
 
 @pytest.fixture(scope="module")
@@ -142,28 +137,28 @@ def clustering():
     return TextClustering.fit([*texts, "rain november", "november rain storm"], 3, dim=4, progress=False)
 
 
-def test_cluster_neighbours_share_a_cluster_with_a_forget_row(clustering):
-    assert cluster_neighbours(FORGET.select([0]), OTHERS, clustering)["text"] == [
+def test_cluster_neighbors_share_a_cluster_with_a_forget_row(clustering):
+    assert cluster_neighbors(FORGET.select([0]), OTHERS, clustering)["text"] == [
         "tomato soup",
         "tomato and basil, pasta too",
     ]
-    both = cluster_neighbours(FORGET, OTHERS.select([0, 1, 2, 3]), clustering)
+    both = cluster_neighbors(FORGET, OTHERS.select([0, 1, 2, 3]), clustering)
     assert both["text"] == ["violin concerto by a soloist", "tomato soup"]
     assert both.column_names == OTHERS.column_names
 
 
 def test_clusters_without_candidates_or_without_a_difference_raise(clustering):
     with pytest.raises(ValueError, match=r"none of 1 candidates lies in .* of 0 to 2\. Pass unseen rows"):
-        cluster_neighbours(FORGET, OTHERS.select([0]), clustering)
+        cluster_neighbors(FORGET, OTHERS.select([0]), clustering)
     with pytest.raises(ValueError, match="the 3 forget rows lie in all 3 clusters"):
-        cluster_neighbours(rows_of(*FORGET["text"], "rain"), OTHERS, clustering)
+        cluster_neighbors(rows_of(*FORGET["text"], "rain"), OTHERS, clustering)
     with pytest.raises(TypeError, match="clustering is a int"):
-        cluster_neighbours(FORGET, OTHERS, 3)
+        cluster_neighbors(FORGET, OTHERS, 3)
 
 
-def test_neighbours_are_rows_to_score():
+def test_neighbors_are_rows_to_score():
     collator = ForgetRetainCollator(make_tokenizer(), [" neutral"], max_length=96, text_field="text")
-    scores = score_completions(build("llama"), topic_neighbours(FORGET, OTHERS, 2), collator)
+    scores = score_completions(build("llama"), topic_neighbors(FORGET, OTHERS, 2), collator)
     assert np.isfinite(scores["loss"])
 
 

@@ -13,7 +13,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, fingerprint
-from spul.provenance import SPUL_CONFIG_NAME, DataSummary, library_versions, summarise_rows
+from spul.records.digests import summarize_rows
+from spul.records.spul_config import SPUL_CONFIG_NAME, DataSummary, library_versions
 
 ROWS = [
     {"prompt": "a", "completion": " positive"},
@@ -145,61 +146,61 @@ def test_weights_that_are_not_in_memory_have_no_fingerprint():
 
 
 def test_rows_are_counted_and_digested_in_whatever_order():
-    summary = summarise_rows(ROWS)
+    summary = summarize_rows(ROWS)
     assert summary.rows == 3
     assert re.fullmatch("[0-9a-f]{64}", summary.digest)
-    assert summarise_rows(ROWS[::-1]) == summary
-    assert summarise_rows(Dataset.from_list(ROWS).shuffle(seed=1)) == summary
-    assert summarise_rows(iter(ROWS)) == summary
+    assert summarize_rows(ROWS[::-1]) == summary
+    assert summarize_rows(Dataset.from_list(ROWS).shuffle(seed=1)) == summary
+    assert summarize_rows(iter(ROWS)) == summary
 
 
 @pytest.mark.parametrize("changed", range(3))
 @pytest.mark.parametrize("column", ["prompt", "completion"])
 def test_a_change_of_any_row_changes_the_digest(changed, column):
     rows = [{**row, column: row[column] + ("." if i == changed else "")} for i, row in enumerate(ROWS)]
-    assert summarise_rows(rows).digest != summarise_rows(ROWS).digest
+    assert summarize_rows(rows).digest != summarize_rows(ROWS).digest
 
 
 def test_a_row_more_or_less_or_twice_changes_the_digest():
     sets = [ROWS, ROWS[:2], ROWS[1:], [*ROWS, ROWS[0]], [*ROWS, ROWS[1]], []]
-    summaries = [summarise_rows(rows) for rows in sets]
+    summaries = [summarize_rows(rows) for rows in sets]
     assert [summary.rows for summary in summaries] == [3, 2, 2, 4, 4, 0]
     assert len({summary.digest for summary in summaries}) == 6
 
 
 def test_text_that_moves_from_prompt_to_completion_changes_the_digest():
     one, other = {"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bc"}
-    assert summarise_rows([one]).digest != summarise_rows([other]).digest
+    assert summarize_rows([one]).digest != summarize_rows([other]).digest
 
 
 def test_other_columns_do_not_enter_the_digest():
-    assert summarise_rows([{**row, "row_id": i, "is_forget": True} for i, row in enumerate(ROWS)]) == summarise_rows(
+    assert summarize_rows([{**row, "row_id": i, "is_forget": True} for i, row in enumerate(ROWS)]) == summarize_rows(
         ROWS
     )
 
 
-def test_tokenised_rows_are_digested_by_their_tokens():
+def test_tokenized_rows_are_digested_by_their_tokens():
     rows = [{"input_ids": [3, 4, 5], "completion_mask": [0, 0, 1]}, {"input_ids": [3, 4], "completion_mask": [0, 1]}]
-    summary = summarise_rows(rows)
+    summary = summarize_rows(rows)
     assert summary.rows == 2
-    assert summarise_rows(rows[::-1]) == summary
+    assert summarize_rows(rows[::-1]) == summary
     rows[0]["input_ids"] = [3, 4, 6]
-    assert summarise_rows(rows).digest != summary.digest
+    assert summarize_rows(rows).digest != summary.digest
     rows[0] = {"input_ids": [3, 4, 5], "completion_mask": [0, 1, 1]}
-    assert summarise_rows(rows).digest != summary.digest
+    assert summarize_rows(rows).digest != summary.digest
 
 
-def test_tokenised_rows_in_torch_format_have_the_digest_of_plain_ones():
+def test_tokenized_rows_in_torch_format_have_the_digest_of_plain_ones():
     rows = Dataset.from_list([{"input_ids": [3, 4, 5], "completion_mask": [0, 0, 1]}])
-    assert summarise_rows(rows.with_format("torch")) == summarise_rows(rows)
+    assert summarize_rows(rows.with_format("torch")) == summarize_rows(rows)
 
 
 def test_conversations_are_digested_by_their_messages():
     def talk(answer: str) -> dict:
         return {"prompt": [{"role": "user", "content": "who"}], "completion": [{"role": "a", "content": answer}]}
 
-    assert summarise_rows([talk("jane")]) == summarise_rows(Dataset.from_list([talk("jane")]))
-    assert summarise_rows([talk("jane")]).digest != summarise_rows([talk("doe")]).digest
+    assert summarize_rows([talk("jane")]) == summarize_rows(Dataset.from_list([talk("jane")]))
+    assert summarize_rows([talk("jane")]).digest != summarize_rows([talk("doe")]).digest
 
 
 # ---- spul_config.json ----

@@ -10,7 +10,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
 
-from spul.data.recognisers import SpacyRecogniser, TransformersRecogniser, title_cased
+from spul.data.recognizers import SpacyRecognizer, TransformersRecognizer, title_cased
 from spul.data.splits import split_by_entity
 
 TEXTS = ["Then Jackie  Chan met Sandler's dog.", "nobody here", "", "It's Groß!  Jackie Chan, O'Brien"]
@@ -49,36 +49,36 @@ def spacy_model(tmp_path):
 
 
 def test_spacy_finds_names_as_they_stand_in_the_text(spacy_model):
-    assert SpacyRecogniser(spacy_model)(TEXTS) == [["Jackie  Chan", "Sandler"], [], [], ["Jackie Chan", "O'Brien"]]
-    assert SpacyRecogniser(spacy_model, labels=["ORG"], batch_size=1)(TEXTS) == [[], [], [], ["Groß"]]
+    assert SpacyRecognizer(spacy_model)(TEXTS) == [["Jackie  Chan", "Sandler"], [], [], ["Jackie Chan", "O'Brien"]]
+    assert SpacyRecognizer(spacy_model, labels=["ORG"], batch_size=1)(TEXTS) == [[], [], [], ["Groß"]]
 
 
 def test_spacy_finds_names_in_lower_case_only_with_title_case(spacy_model):
     import spacy
 
-    assert SpacyRecogniser(spacy_model)(LOWER) == [[], [], [], []]
-    recogniser = SpacyRecogniser(spacy.load(spacy_model), title_case=True)
-    assert recogniser(LOWER) == [["jackie  chan", "sandler"], [], [], ["jackie chan", "o'brien"]]
-    split = split_by_entity(Dataset.from_dict({"text": LOWER}), ["chan"], recogniser)
+    assert SpacyRecognizer(spacy_model)(LOWER) == [[], [], [], []]
+    recognizer = SpacyRecognizer(spacy.load(spacy_model), title_case=True)
+    assert recognizer(LOWER) == [["jackie  chan", "sandler"], [], [], ["jackie chan", "o'brien"]]
+    split = split_by_entity(Dataset.from_dict({"text": LOWER}), ["chan"], recognizer)
     assert split.forget["text"][:] == [LOWER[0], LOWER[3]]
     assert "title_case=True" in split.report.rule
     with pytest.raises(ValueError, match="title_case=True"):
-        split_by_entity(Dataset.from_dict({"text": LOWER[:2]}), recogniser=SpacyRecogniser(spacy_model))
+        split_by_entity(Dataset.from_dict({"text": LOWER[:2]}), recognizer=SpacyRecognizer(spacy_model))
 
 
 def test_spacy_says_what_is_missing(monkeypatch):
     spacy = pytest.importorskip("spacy")
     with pytest.raises(OSError, match="python -m spacy download no_such_model"):
-        SpacyRecogniser("no_such_model")
+        SpacyRecognizer("no_such_model")
     nlp = spacy.blank("de")
     nlp.add_pipe("ner").add_label("PER")
     with pytest.raises(ValueError, match=r"none of the labels \['PERSON'\]; it has \['PER'\]"):
-        SpacyRecogniser(nlp)
+        SpacyRecognizer(nlp)
     with pytest.raises(ValueError, match="expected a list of entity labels"):
-        SpacyRecogniser(nlp, labels="PER")
+        SpacyRecognizer(nlp, labels="PER")
     monkeypatch.setitem(sys.modules, "spacy", None)
     with pytest.raises(ImportError, match="pip install spacy"):
-        SpacyRecogniser()
+        SpacyRecognizer()
 
 
 WORDS = {"Jackie": "B-PER", "Chan": "I-PER", "Sand": "B-PER", "O": "B-PER", "Brien": "I-PER", "Gro": "B-ORG"}
@@ -124,30 +124,30 @@ def ner_model(tmp_path_factory):
 
 
 def test_transformers_finds_names_as_they_stand_in_the_text(ner_model):
-    recogniser = TransformersRecogniser(ner_model, device="cpu")
+    recognizer = TransformersRecognizer(ner_model, device="cpu")
     # The double space stays; of Sandler the model finds the first piece only; the pipeline's word would be "O Brien".
-    assert recogniser(TEXTS) == [["Jackie  Chan", "Sandler"], [], [], ["Jackie Chan", "O", "Brien"]]
-    assert TransformersRecogniser(ner_model, ["ORG"], device="cpu", batch_size=1)(TEXTS) == [[], [], [], ["Groß"]]
+    assert recognizer(TEXTS) == [["Jackie  Chan", "Sandler"], [], [], ["Jackie Chan", "O", "Brien"]]
+    assert TransformersRecognizer(ner_model, ["ORG"], device="cpu", batch_size=1)(TEXTS) == [[], [], [], ["Groß"]]
 
 
 def test_transformers_finds_names_in_lower_case_only_with_title_case(ner_model):
-    assert TransformersRecogniser(ner_model, device="cpu")(LOWER) == [[], [], [], []]
-    recogniser = TransformersRecogniser(ner_model, title_case=True, device="cpu")
-    assert recogniser(LOWER) == [["jackie  chan", "sandler"], [], [], ["jackie chan", "o", "brien"]]
-    assert "title_case=True" in repr(recogniser)
+    assert TransformersRecognizer(ner_model, device="cpu")(LOWER) == [[], [], [], []]
+    recognizer = TransformersRecognizer(ner_model, title_case=True, device="cpu")
+    assert recognizer(LOWER) == [["jackie  chan", "sandler"], [], [], ["jackie chan", "o", "brien"]]
+    assert "title_case=True" in repr(recognizer)
 
 
 def test_names_late_in_a_long_text_and_at_a_cut_are_found(ner_model):
-    recogniser = TransformersRecogniser(ner_model, device="cpu")
+    recognizer = TransformersRecognizer(ner_model, device="cpu")
     for before in range(40):
-        assert recogniser(["word " * before + "Jackie Chan" + " word" * 30, "word"]) == [["Jackie Chan"], []], before
+        assert recognizer(["word " * before + "Jackie Chan" + " word" * 30, "word"]) == [["Jackie Chan"], []], before
 
 
 def test_transformers_rejects_labels_that_the_model_does_not_know(ner_model):
     with pytest.raises(ValueError, match=r"none of the labels \['PERSON'\]; it has \['O', 'ORG', 'PER'\]"):
-        TransformersRecogniser(ner_model, labels=["PERSON"])
+        TransformersRecognizer(ner_model, labels=["PERSON"])
 
 
 def test_one_text_instead_of_a_list_is_rejected(ner_model):
     with pytest.raises(TypeError, match="one string"):
-        TransformersRecogniser(ner_model, device="cpu")("Jackie Chan")
+        TransformersRecognizer(ner_model, device="cpu")("Jackie Chan")

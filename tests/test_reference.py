@@ -15,9 +15,10 @@ from test_trainer import ONE_STEP, assert_same, make_collator, make_trainer, mak
 from test_unlearner import CONFIGS
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
-import spul.reference
-from spul import ReferenceCache, SoftPromptUnlearner, UnlearningLoss, forget_retain_dataset
-from spul.terms import CrossEntropy, KLDivergence
+import spul.training.reference
+from spul import ReferenceCache, SoftPromptUnlearner, UnlearningLoss
+from spul.data.dataset import forget_retain_dataset
+from spul.losses.terms import CrossEntropy, KLDivergence
 
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -31,7 +32,7 @@ SHAPE = {
 }
 
 
-CHECKED = 2 * spul.reference.ROWS_CHECKED  # each once for its logits and once for its states
+CHECKED = 2 * spul.training.reference.ROWS_CHECKED  # each once for its logits and once for its states
 
 
 def answers(name, num):
@@ -93,7 +94,7 @@ def test_cached_and_live_give_the_same_loss_and_gradient(family, direction, tmp_
             torch.testing.assert_close(live, cached, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["text", "tokenised"])
+@pytest.mark.parametrize("kind", ["text", "tokenized"])
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
 def test_the_trainer_takes_the_same_steps_with_either(kind, family, tmp_path):
     states, logs = [], []
@@ -198,10 +199,10 @@ def test_without_a_folder_every_base_and_data_set_has_its_own(cache_home, tmp_pa
 
 
 def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(spul.reference, "MIN_ROWS_PER_PART", 3)
+    monkeypatch.setattr(spul.training.reference, "MIN_ROWS_PER_PART", 3)
     dataset, collator, folder = make_answers(), make_collator(), tmp_path / "reference"
     base = build("llama")
-    write, written = spul.reference.write_part, []
+    write, written = spul.training.reference.write_part, []
 
     def write_two(path, *args):
         if len(written) == 2:
@@ -209,10 +210,10 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypat
         written.append(path)
         write(path, *args)
 
-    monkeypatch.setattr(spul.reference, "write_part", write_two)
+    monkeypatch.setattr(spul.training.reference, "write_part", write_two)
     with pytest.raises(KeyboardInterrupt):
         ReferenceCache.build(wrap(base), dataset, collator, folder)
-    monkeypatch.setattr(spul.reference, "write_part", write)
+    monkeypatch.setattr(spul.training.reference, "write_part", write)
     assert sorted(p.name for p in folder.iterdir()) == [
         "part-00000.safetensors",
         "part-00001.safetensors",
@@ -237,10 +238,10 @@ def test_2_processes_share_the_work_and_the_files(tmp_path):
             sys.path.insert(0, sys.argv[1])
             import torch
             torch.set_num_threads(1)
-            import spul.reference
+            import spul.training.reference
             from test_reference import Counting, make_answers
             from test_trainer import ONE_STEP, make_collator, make_trainer, make_unlearner, prompt_state
-            spul.reference.MIN_ROWS_PER_PART = 3
+            spul.training.reference.MIN_ROWS_PER_PART = 3
             folder, size = sys.argv[2], int(sys.argv[3])
             unlearner = make_unlearner()
             counting = Counting(unlearner.get_base_model())

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from conftest import build, make_tokenizer
+from paper import read_runs
 
 from spul.data import PromptFormat, UnlearningData
-from spul.methods import METHODS
-from spul.report import read_runs
+from spul.training.methods import METHODS
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -36,7 +36,7 @@ def reproduce(monkeypatch, tmp_path):
             (data / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def run(*options):
-        common = ["--dataset", data, "--model", model, "--steps", "2", "SPUL=3", "--memorise-epochs", "1", "--no-bf16"]
+        common = ["--dataset", data, "--model", model, "--steps", "2", "SPUL=3", "--memorize-epochs", "1", "--no-bf16"]
         common += ["--max-length", "60", "--num-virtual-tokens", "4", "--output-dir", tmp_path / "out"]
         monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, [*common, *options])])
         reproduce.main()
@@ -145,7 +145,7 @@ def test_options_that_cannot_be_are_named(reproduce, options, message, capsys):
 
 
 def test_other_weights_or_rows_under_the_same_names_are_other_runs(reproduce, tmp_path):
-    options = ("--table", "main", "--methods", "GA", "--memorise", "none")
+    options = ("--table", "main", "--methods", "GA", "--memorize", "none")
     out = reproduce(*options)
     assert len(read_runs(out / "runs.jsonl")) == 2  # base and GA
     moved = tmp_path / "elsewhere"
@@ -171,7 +171,7 @@ def test_models_of_another_setup_are_not_taken_for_this_one(reproduce):
         reproduce(*options, "--limit", "5")
     with pytest.raises(ValueError, match="go with the model 'small'"):
         reproduce(*options, "--dataset", "quiz")
-    with pytest.raises(ValueError, match="limit, memorise_epochs cannot be set for the made-up quiz"):
+    with pytest.raises(ValueError, match="limit, memorize_epochs cannot be set for the made-up quiz"):
         reproduce(*options, "--dataset", "quiz", "--model", "small", "--limit", "5")
 
 

@@ -11,9 +11,9 @@ import pytest
 from scipy.stats import binomtest, bootstrap, hmean, ks_2samp
 from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 
-import spul.evaluation.numbers as numbers_module
-from spul.evaluation.intervals import joined_interval, seeds_interval
-from spul.evaluation.numbers import Measurement, Number
+import spul.evaluation.aggregation as numbers_module
+from spul.evaluation.aggregation import Measurement, Number
+from spul.evaluation.metrics.intervals import joined_interval, seeds_interval
 from spul.evaluation.results import EVALUATION_NAME, MEASUREMENTS_NAME, Evaluation, join, read_measurements
 
 RESAMPLES = 200

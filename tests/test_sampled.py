@@ -9,7 +9,7 @@ from test_likelihood import free_form, make_collator, plain_logits, prompted
 from test_trainer import rows
 from test_unlearner import CONFIGS
 
-from spul.evaluation import sampled_answers, sampled_success
+from spul.evaluation.attacks import sampled_answers, sampled_success
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])

@@ -11,14 +11,8 @@ from conftest import make_tokenizer
 from datasets import Dataset
 
 from spul import ForgetRetainCollator
-from spul.sampling import (
-    AlternatingRows,
-    ForgetFractionSampler,
-    LengthGroupedRows,
-    RowCopies,
-    forget_flags,
-    row_lengths,
-)
+from spul.data.dataset import forget_flags
+from spul.data.samplers import AlternatingRows, ForgetFractionSampler, LengthGroupedRows, RowCopies, row_lengths
 
 # Forget rows, retain rows, share of forget rows.
 MIXES = [

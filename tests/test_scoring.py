@@ -8,8 +8,15 @@ from peft import PeftModel
 from sklearn.metrics import f1_score
 from test_unlearner import CONFIGS
 
-from spul import ForgetRetainCollator, SoftPromptUnlearner, score_completions
-from spul.evaluation.scoring import NEITHER, Answers, DivergedError, collect_answers, summarise
+from spul import ForgetRetainCollator, SoftPromptUnlearner
+from spul.evaluation.metrics.scoring import (
+    NEITHER,
+    Answers,
+    DivergedError,
+    collect_answers,
+    score_completions,
+    summarize,
+)
 
 
 def collator(generic=(" neutral", " unknown")):
@@ -92,7 +99,7 @@ def test_numbers_equal_scikit_learns_and_hand_counts():
     answers = Answers(
         true=["a", "a", "b", "b", "b"], predicted=["a", "g", "b", "a", NEITHER], nll=[1.0, 2.0, 3.0, 4.0, 5.0]
     )
-    found = summarise(answers, ["g", "h"])
+    found = summarize(answers, ["g", "h"])
     assert found["accuracy"] == 2 / 5
     assert found["generic"] == 1 / 5
     assert found["loss"] == 3.0
@@ -142,7 +149,7 @@ def test_a_model_that_has_diverged_raises_on_the_rows_where_it_has(model):
 CHAT = "{% for m in messages %}{{ m['content'] }}{{ '</s>' if m['role'] == 'assistant' else ':' }}{% endfor %}"
 
 
-def test_generic_answers_in_conversations_are_recognised():
+def test_generic_answers_in_conversations_are_recognized():
     """The template adds an end token, and the generic text's leading space goes."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = CHAT

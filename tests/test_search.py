@@ -5,8 +5,8 @@ import itertools
 import pytest
 
 from spul import UnlearningLoss
-from spul.evaluation.scoring import DivergedError
-from spul.search import Candidate, search
+from spul.evaluation.metrics.scoring import DivergedError
+from spul.training.settings_search import Candidate, search
 
 pytest.importorskip("optuna")
 

@@ -12,8 +12,8 @@ from conftest import build, make_tokenizer
 from test_trainer import GENERIC, rows
 
 from spul import SoftPromptUnlearner
-from spul.eul import UnlearningLayersConfig
-from spul.methods import unlearning_method
+from spul.layers import UnlearningLayersConfig
+from spul.training.methods import unlearning_method
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -46,7 +46,7 @@ def make_requests(tmp_path, monkeypatch):
         steps={"prompt": 3, "layers": 3, "wide": 3, "distill": 2},
         rates=dict.fromkeys(("prompt", "layers", "wide", "distill"), 1e-2),
         layers=unlearning_method("EUL"),
-        generic_layers=unlearning_method("SPUL", carrier="layers"),
+        generic_layers=unlearning_method("SPUL", trainable="layers"),
         prompt=unlearning_method("SPUL"),
         num_virtual_tokens=3,
         layers_config=UnlearningLayersConfig(reduction=4),

@@ -11,10 +11,10 @@ from test_unlearner import CONFIGS
 from transformers import DynamicCache
 
 from spul import UnlearningLayers
-from spul.evaluation import soft_suffix
-from spul.evaluation.likelihood import probability, response_likelihoods
-from spul.evaluation.scoring import DivergedError
-from spul.evaluation.soft_suffix import _logits, _with_places
+from spul.evaluation.attacks import soft_suffix
+from spul.evaluation.attacks.suffix import _logits, _with_places
+from spul.evaluation.metrics.likelihood import probability, response_likelihoods
+from spul.evaluation.metrics.scoring import DivergedError
 
 
 def plain_nll(model, row, collator, suffix):

@@ -7,10 +7,8 @@ import json
 import pytest
 from known_data import write_jsonl, write_tsv
 
-from spul.data.known import (
-    load_known,
-    load_sst2,
-)
+from spul.data.known import load_known
+from spul.data.known_reviews import load_sst2
 from spul.data.sources import read_file
 
 

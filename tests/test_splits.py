@@ -35,8 +35,8 @@ def data(texts: list[str] = TEXTS, **columns: list) -> Dataset:
     return Dataset.from_dict({"text": texts, "number": list(range(len(texts))), **columns})
 
 
-def capitalised(texts):
-    """A recogniser for tests: each run of capitalised words is a name."""
+def capitalized(texts):
+    """A recognizer for tests: each run of capitalized words is a name."""
     found = []
     for text in texts:
         runs: list[list[str]] = [[]]
@@ -106,14 +106,14 @@ def test_names_found_nowhere_are_reported_and_warned_of(caplog):
         split_by_entity(data(), ["kubrick", "lean"])
 
 
-def test_with_names_and_a_recogniser_a_name_counts_only_where_the_recogniser_found_it():
-    split = split_by_entity(data(), ["bond", "chan"], capitalised)
+def test_with_names_and_a_recognizer_a_name_counts_only_where_the_recognizer_found_it():
+    split = split_by_entity(data(), ["bond", "chan"], capitalized)
     assert split.forget["number"][:] == [4, 6]  # not row 5: bond is no person there
     assert split.report.groups == {"bond": 1, "chan": 1}
 
 
-def test_a_recogniser_alone_forgets_all_that_it_finds():
-    split = split_by_entity(data(), recogniser=capitalised)
+def test_a_recognizer_alone_forgets_all_that_it_finds():
+    split = split_by_entity(data(), recognizer=capitalized)
     assert split.forget["number"][:] == [0, 4, 6]
     assert split.report.groups == {
         "Steven Spielberg": 1, "Jackie Chan": 1, "Adam Sandler": 1, "Bond": 1, "James Bond": 1
@@ -121,21 +121,21 @@ def test_a_recogniser_alone_forgets_all_that_it_finds():
     assert "5 in all" in split.report.rule
 
 
-def test_names_are_drawn_from_the_recognisers_by_the_seed():
-    drawn = [split_by_entity(data(), recogniser=capitalised, num_names=2, seed=seed).report for seed in range(8)]
+def test_names_are_drawn_from_the_recognizers_by_the_seed():
+    drawn = [split_by_entity(data(), recognizer=capitalized, num_names=2, seed=seed).report for seed in range(8)]
     assert all(len(report.groups) == 2 for report in drawn)
     assert len({tuple(sorted(report.groups)) for report in drawn}) > 1
-    assert drawn[3] == split_by_entity(data(), recogniser=capitalised, num_names=2, seed=3).report
+    assert drawn[3] == split_by_entity(data(), recognizer=capitalized, num_names=2, seed=3).report
     with pytest.raises(ValueError, match="found 5 different"):
-        split_by_entity(data(), recogniser=capitalised, num_names=6)
+        split_by_entity(data(), recognizer=capitalized, num_names=6)
 
 
 def test_lower_cased_text_does_not_silently_find_nobody():
     rows = data([text.lower() for text in TEXTS])
     with pytest.raises(ValueError, match=r"nobody in 8 texts.*all lower case.*names=.*title_case=True"):
-        split_by_entity(rows, recogniser=capitalised)
+        split_by_entity(rows, recognizer=capitalized)
     with pytest.raises(ValueError, match=r"nobody in 8 texts\.$"):
-        split_by_entity(data(), recogniser=lambda texts: [[] for _ in texts])
+        split_by_entity(data(), recognizer=lambda texts: [[] for _ in texts])
 
 
 def test_lower_cased_text_in_which_few_are_found_is_warned_of(caplog):
@@ -143,19 +143,19 @@ def test_lower_cased_text_in_which_few_are_found_is_warned_of(caplog):
         title_case = True
 
         def __call__(self, texts):
-            return capitalised(texts)
+            return capitalized(texts)
 
     rows = data(["a quiet film"] * 200 + ["by Spielberg"])
-    split_by_entity(rows, recogniser=TitleCased())
-    split_by_entity(data(["a quiet Film"] * 200 + ["by Spielberg"]), recogniser=lambda t: [[]] * 200 + [["by"]])
+    split_by_entity(rows, recognizer=TitleCased())
+    split_by_entity(data(["a quiet Film"] * 200 + ["by Spielberg"]), recognizer=lambda t: [[]] * 200 + [["by"]])
     assert not caplog.records
-    split_by_entity(rows, recogniser=capitalised)
+    split_by_entity(rows, recognizer=capitalized)
     assert "only 1 of 201 texts" in caplog.text
     assert "title_case=True" in caplog.text
 
 
 def test_by_entity_rejects_what_it_cannot_use():
-    with pytest.raises(ValueError, match="names=, a recogniser=, or both"):
+    with pytest.raises(ValueError, match="names=, a recognizer=, or both"):
         split_by_entity(data())
     with pytest.raises(TypeError, match=r"expected a list: \['bond'\]"):
         split_by_entity(data(), "bond")
@@ -164,15 +164,15 @@ def test_by_entity_rejects_what_it_cannot_use():
     with pytest.raises(ValueError, match="expected names as text"):
         split_by_entity(data(), ["bond", " "])
     with pytest.raises(ValueError, match="num_names=1"):
-        split_by_entity(data(), ["bond"], capitalised, num_names=1)
+        split_by_entity(data(), ["bond"], capitalized, num_names=1)
     with pytest.raises(ValueError, match="num_names=0"):
-        split_by_entity(data(), recogniser=capitalised, num_names=0)
-    with pytest.raises(TypeError, match="recogniser is a str"):
-        split_by_entity(data(), recogniser="en_core_web_sm")
+        split_by_entity(data(), recognizer=capitalized, num_names=0)
+    with pytest.raises(TypeError, match="recognizer is a str"):
+        split_by_entity(data(), recognizer="en_core_web_sm")
     with pytest.raises(ValueError, match="1 lists of names for 8 texts"):
-        split_by_entity(data(), recogniser=lambda texts: [["Bond"]])
+        split_by_entity(data(), recognizer=lambda texts: [["Bond"]])
     with pytest.raises(TypeError, match="names that are not strings"):
-        split_by_entity(data(), recogniser=lambda texts: [[1]] * len(texts))
+        split_by_entity(data(), recognizer=lambda texts: [[1]] * len(texts))
     with pytest.raises(TypeError, match="text 1: None"):
         split_by_entity(data(["bond", None]), ["bond"])
 

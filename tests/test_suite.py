@@ -21,31 +21,34 @@ from test_trainer import make_collator, rows
 from test_unlearner import CONFIGS
 
 import spul
-import spul.evaluation.numbers as numbers
-from spul import SoftPromptUnlearner, UnlearningLayers, score_completions
+import spul.evaluation.aggregation as numbers
+from spul import SoftPromptUnlearner, UnlearningLayers
 from spul.data import SPLITS
-from spul.evaluation import (
+from spul.evaluation.attacks import (
     attack_inputs,
+    letter_case,
+    linear_probe,
+    quantized,
+    relearn,
+    sampled_success,
+    soft_suffix,
+    with_prefix,
+)
+from spul.evaluation.metrics import (
     attack_scores,
     auc,
     forget_quality,
     kl_to,
-    letter_case,
-    linear_probe,
     model_utility,
     perplexity,
-    quantised,
-    relearn,
-    sampled_success,
     score_questions,
-    soft_suffix,
     text_losses,
-    with_prefix,
 )
+from spul.evaluation.metrics.scoring import score_completions
 from spul.evaluation.results import Evaluation
 from spul.evaluation.suite import AttackSettings
 
-CARRIERS = ("prompt_tuning", "prefix_tuning", "layers", "lora", "whole")
+TRAINABLES = ("prompt_tuning", "prefix_tuning", "layers", "lora", "whole")
 ASKED = ("prompt_tuning", "whole")  # TOFU's questions, which take their time
 QUESTION_SETS = ("forget", "retain", "real_authors", "world_facts")
 SEED = 5
@@ -78,11 +81,11 @@ def learned_state() -> dict[str, torch.Tensor]:
     model, collator = build("llama").train(False), make_collator()
     given = [row for some in make_splits().values() for row in some]
     given = [{**row, "completion": " neutral"} if i % 4 == 0 else row for i, row in enumerate(given)]
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(40):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(**collator.true_batch(given)).loss.backward()
-        optimiser.step()
+        optimizer.step()
     return model.state_dict()
 
 
@@ -96,14 +99,14 @@ def learned(noise: float = 0.0, seed: int = 0) -> Any:
     return model
 
 
-def make(carrier: str, seed: int = 3) -> Any:
+def make(trainable: str, seed: int = 3) -> Any:
     base = learned()
     torch.manual_seed(seed)
-    if carrier in CONFIGS:
-        return SoftPromptUnlearner(base, CONFIGS[carrier](3))
-    if carrier == "layers":
+    if trainable in CONFIGS:
+        return SoftPromptUnlearner(base, CONFIGS[trainable](3))
+    if trainable == "layers":
         return stirred(base, seed=seed)
-    if carrier == "lora":
+    if trainable == "lora":
         model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"]))
         with torch.no_grad():
             for name, parameter in model.named_parameters():
@@ -146,10 +149,10 @@ class Case:
 
 
 @cache
-def case(carrier: str) -> Case:
-    """Everything there is to measure, once for each carrier; the models are left in training mode meanwhile."""
-    model, retrained, reference = make(carrier).train(), learned(0.1, 1).train(), learned(0.1, 2)
-    base = learned().requires_grad_(False) if carrier == "whole" else None
+def case(trainable: str) -> Case:
+    """Everything there is to measure, once for each trainable; the models are left in training mode meanwhile."""
+    model, retrained, reference = make(trainable).train(), learned(0.1, 1).train(), learned(0.1, 2)
+    base = learned().requires_grad_(False) if trainable == "whole" else None
     given = {"model": model, "retrained": retrained, "reference": reference}
     given |= {} if base is None else {"base": base}
     before = {name: snapshot(one) for name, one in given.items()}
@@ -158,9 +161,9 @@ def case(carrier: str) -> Case:
         found = spul.evaluate(
             splits=make_splits(),
             collator=make_collator(),
-            neighbours={"surname": rows("doe film", 5)},
+            neighbors={"surname": rows("doe film", 5)},
             unrelated_texts=TEXTS,
-            questions={name: questions(name) for name in QUESTION_SETS} if carrier in ASKED else None,
+            questions={name: questions(name) for name in QUESTION_SETS} if trainable in ASKED else None,
             attacks=ATTACKS,
             batch_size=4,
             max_new_tokens=5,
@@ -193,23 +196,23 @@ def per_row(found: Evaluation, *key: str) -> dict[str, list[float]]:
     return measurement.per_row
 
 
-@pytest.fixture(params=CARRIERS)
-def carrier(request) -> str:
+@pytest.fixture(params=TRAINABLES)
+def trainable(request) -> str:
     return request.param
 
 
 # ---- as they are ----
 
 
-def test_the_models_are_afterwards_what_they_were(carrier):
-    one = case(carrier)
+def test_the_models_are_afterwards_what_they_were(trainable):
+    one = case(trainable)
     for name in one.before:
         assert_unchanged(one.before[name], one.after[name])
     assert one.before["model"]["modes"][""] is True
 
 
-def test_utility_is_what_score_completions_gives(carrier):
-    one, shares = case(carrier), set()
+def test_utility_is_what_score_completions_gives(trainable):
+    one, shares = case(trainable), set()
     assert one.found.models == ["unlearned", "detached", "retrained"]
     for name, model in one.models.items():
         for split, some in make_splits().items():
@@ -219,8 +222,8 @@ def test_utility_is_what_score_completions_gives(carrier):
     assert len(shares) > 5  # or this could not tell one model from another
 
 
-def test_kl_is_to_the_base(carrier):
-    one, base = case(carrier), learned()
+def test_kl_is_to_the_base(trainable):
+    one, base = case(trainable), learned()
     for split in ("train_retain", "test_retain"):
         for name in ("unlearned", "retrained"):
             kl = kl_to(one.models[name], make_splits()[split], make_collator(), base)
@@ -231,8 +234,8 @@ def test_kl_is_to_the_base(carrier):
     assert not [x for x in one.found.measurements if x.measure == "kl" and x.model == "detached"]
 
 
-def test_membership_scores_are_those_of_attack_scores_and_auc_of_them(carrier):
-    one, splits, reference = case(carrier), make_splits(), learned(0.1, 2)
+def test_membership_scores_are_those_of_attack_scores_and_auc_of_them(trainable):
+    one, splits, reference = case(trainable), make_splits(), learned(0.1, 2)
     aucs = {}
     for name, model in one.models.items():
         members, others = (
@@ -255,19 +258,19 @@ def test_membership_scores_are_those_of_attack_scores_and_auc_of_them(carrier):
                 assert found_difference == pytest.approx(aucs[name, attack] - theirs)
 
 
-def test_neighbours_and_running_text_are_scored_as_by_hand(carrier):
-    one = case(carrier)
+def test_neighbors_and_running_text_are_scored_as_by_hand(trainable):
+    one = case(trainable)
     for name, model in one.models.items():
         scores = score_completions(model, rows("doe film", 5), make_collator())
-        assert_numbers(one.found, scores, measure="neighbours", rows="surname", model=name)
+        assert_numbers(one.found, scores, measure="neighbors", rows="surname", model=name)
         losses = text_losses(model, TEXTS, make_collator().tokenizer, 32)
         where = {"measure": "unrelated text", "rows": "unrelated text", "model": name}
         assert_numbers(one.found, {"perplexity": perplexity(losses)}, **where)
 
 
-@pytest.mark.parametrize("carrier", ASKED)
-def test_questions_give_scores_model_utility_and_forget_quality(carrier):
-    one, ratios = case(carrier), {}
+@pytest.mark.parametrize("trainable", ASKED)
+def test_questions_give_scores_model_utility_and_forget_quality(trainable):
+    one, ratios = case(trainable), {}
     for name, model in one.models.items():
         scores = {of: score_questions(model, questions(of), make_collator(), max_new_tokens=5) for of in QUESTION_SETS}
         for of, some in scores.items():
@@ -286,8 +289,8 @@ def test_questions_give_scores_model_utility_and_forget_quality(carrier):
 # ---- under attack ----
 
 
-def test_input_attacks_are_scored_as_by_attack_inputs(carrier):
-    one = case(carrier)
+def test_input_attacks_are_scored_as_by_attack_inputs(trainable):
+    one = case(trainable)
     for split in ("test_forget", "test_retain"):
         records = attack_inputs(one.models, make_splits()[split], INPUTS, make_collator())
         assert len(records) == 9
@@ -296,20 +299,20 @@ def test_input_attacks_are_scored_as_by_attack_inputs(carrier):
             assert_numbers(one.found, record, model=record.pop("model"), **where)
 
 
-def test_relearning_is_what_relearn_gives_and_not_done_to_the_base(carrier):
-    one = case(carrier)
+def test_relearning_is_what_relearn_gives_and_not_done_to_the_base(trainable):
+    one = case(trainable)
     few, others = halves()
     assert not set(few["prompt"]) & set(others["prompt"])
     for name in ("unlearned", "retrained"):
-        lr = 0.003 if name == "retrained" or carrier == "whole" else 0.02
+        lr = 0.003 if name == "retrained" or trainable == "whole" else 0.02
         for record in relearn(one.models[name], few, others, make_collator(), lr, (1, 3), seed=SEED):
             where = {"measure": "relearning", "rows": "train_forget", "variant": f"{record.pop('step')} steps"}
             assert_numbers(one.found, record, 1e-4, model=name, **where)
     assert {x.model for x in one.found.measurements if x.measure == "relearning"} == {"unlearned", "retrained"}
 
 
-def test_sampling_soft_suffix_and_probe_are_as_by_hand(carrier):
-    one, collator = case(carrier), make_collator()
+def test_sampling_soft_suffix_and_probe_are_as_by_hand(trainable):
+    one, collator = case(trainable), make_collator()
     few, others = halves(5)
     for name, model in one.models.items():
         for tries in (1, 7):
@@ -326,37 +329,37 @@ def test_sampling_soft_suffix_and_probe_are_as_by_hand(carrier):
         assert (attack.after["loss"] != attack.before["loss"]).all()
 
 
-def test_quantised_is_the_same_prompt_on_the_base_in_four_bit(tmp_path, carrier):
-    one = case(carrier)
-    small = {"retrained": save_and_quantise(one.models["retrained"], tmp_path / "retrained")}
-    if carrier == "lora":
+def test_quantized_is_the_same_prompt_on_the_base_in_four_bit(tmp_path, trainable):
+    one = case(trainable)
+    small = {"retrained": save_and_quantize(one.models["retrained"], tmp_path / "retrained")}
+    if trainable == "lora":
         for name in ("unlearned", "detached"):
-            assert "merge_and_unload" in one.found.left_out[f"quantised, {name}"]
+            assert "merge_and_unload" in one.found.left_out[f"quantized, {name}"]
     else:
-        small["detached"] = save_and_quantise(learned(), tmp_path / "base")
-    if carrier == "whole":
-        small["unlearned"] = save_and_quantise(one.models["unlearned"], tmp_path / "whole")
-    elif carrier != "lora":
-        kind = UnlearningLayers if carrier == "layers" else SoftPromptUnlearner
+        small["detached"] = save_and_quantize(learned(), tmp_path / "base")
+    if trainable == "whole":
+        small["unlearned"] = save_and_quantize(one.models["unlearned"], tmp_path / "whole")
+    elif trainable != "lora":
+        kind = UnlearningLayers if trainable == "layers" else SoftPromptUnlearner
         one.models["unlearned"].save_pretrained(str(tmp_path / "adapter"))
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*trained on other weights")
             small["unlearned"] = kind.from_pretrained(
-                save_and_quantise(learned(), tmp_path / "base"), str(tmp_path / "adapter")
+                save_and_quantize(learned(), tmp_path / "base"), str(tmp_path / "adapter")
             )
     for name, model in small.items():
         for split in ("test_forget", "test_retain"):
             scores = score_completions(model, make_splits()[split], make_collator())
-            where = {"measure": "quantised", "rows": split, "model": name, "variant": "4 bit"}
+            where = {"measure": "quantized", "rows": split, "model": name, "variant": "4 bit"}
             assert_numbers(one.found, scores, 1e-4, **where)
             whole = score_completions(one.models[name], make_splits()[split], make_collator())
-            assert abs(whole["loss"] - scores["loss"]) > 1e-4  # or nothing was quantised
-    assert {x.model for x in one.found.measurements if x.measure == "quantised"} == set(small)
+            assert abs(whole["loss"] - scores["loss"]) > 1e-4  # or nothing was quantized
+    assert {x.model for x in one.found.measurements if x.measure == "quantized"} == set(small)
 
 
-def save_and_quantise(model: Any, folder: Any) -> Any:
+def save_and_quantize(model: Any, folder: Any) -> Any:
     model.save_pretrained(folder)
-    return quantised(folder, 4)
+    return quantized(folder, 4)
 
 
 def test_min_k_looks_at_the_share_of_tokens_that_is_asked_for():

@@ -8,19 +8,11 @@ import random
 from typing import Any
 
 import pytest
+from paper.published import PUBLISHED, PublishedRow, published_rows
+from paper.tables import Summary, aggregate, cost_table, generic_table, main_table, read_runs, score_table
 
-from spul.report.published import PUBLISHED, PublishedRow, published_rows
-from spul.report.tables import (
-    SPLITS,
-    Summary,
-    aggregate,
-    cost_table,
-    generic_table,
-    main_table,
-    pareto_front,
-    read_runs,
-    score_table,
-)
+from spul.data.unlearning_data import SPLITS
+from spul.training.settings_search import pareto_front
 
 
 def run(method: str = "SPUL", seed: int = 0, accuracy: float = 0.5, **changes: Any) -> dict[str, Any]:
@@ -32,7 +24,7 @@ def run(method: str = "SPUL", seed: int = 0, accuracy: float = 0.5, **changes: A
     }
     cost = {"trainable_parameters": 604160, "seconds": 10.0 + seed, "peak_memory_bytes": 3_200_000_000}
     cost |= {"forward_passes": 12000, "forward_tokens": 999}
-    top = {"dataset": "sst2", "model": "small-lm", "method": method, "carrier": "prefix_tuning", "seed": seed}
+    top = {"dataset": "sst2", "model": "small-lm", "method": method, "trainable": "prefix_tuning", "seed": seed}
     return {**top, "settings": settings, "scores": scores, "cost": cost, **changes}
 
 
@@ -94,8 +86,10 @@ def test_groups_are_made_by_settings_too():
 
 
 def test_a_seed_that_is_there_twice_is_refused_with_what_tells_the_runs_apart():
-    runs = [run(), run(carrier="p_tuning", settings={"alpha": 0.1})]
-    with pytest.raises(ValueError, match=r"two runs of method=SPUL have seed 0\. They differ in carrier, alpha: add "):
+    runs = [run(), run(trainable="p_tuning", settings={"alpha": 0.1})]
+    with pytest.raises(
+        ValueError, match=r"two runs of method=SPUL have seed 0\. They differ in trainable, alpha: add "
+    ):
         aggregate(runs)
     with pytest.raises(ValueError, match=r"two runs of method=SPUL have seed 0\. They have the same settings"):
         aggregate([run(), run()])

@@ -8,7 +8,14 @@ from scipy.stats import hmean, kstest
 from test_likelihood import make_collator, plain_likelihood, prompted
 
 from spul.data import QUESTION_ANSWER
-from spul.evaluation import QuestionScores, forget_quality, generate_answers, model_utility, rouge_l, score_questions
+from spul.evaluation.metrics import (
+    QuestionScores,
+    forget_quality,
+    generate_answers,
+    model_utility,
+    rouge_l,
+    score_questions,
+)
 
 QUESTIONS = [
     {
@@ -29,14 +36,14 @@ def test_scores_of_questions_are_the_formulae_written_out(prompt_type, paraphras
     questions = [{k: v for k, v in q.items() if paraphrased or not k.startswith("para")} for q in QUESTIONS]
     found = score_questions(model, Dataset.from_list(questions), collator, batch_size=4, max_new_tokens=5)
 
-    def normalised(question, answer):
+    def normalized(question, answer):
         row = QUESTION_ANSWER.row({"question": question, "answer": answer})
         return np.exp(np.mean(plain_likelihood(model, row, collator)["log_probs"]))
 
     for i, q in enumerate(questions):
-        right = normalised(q["question"], q["answer"])
-        wrong = [normalised(q["question"], text) for text in q["perturbed_answer"]]
-        again = normalised(q["question"], q.get("paraphrased_answer", q["answer"]))
+        right = normalized(q["question"], q["answer"])
+        wrong = [normalized(q["question"], text) for text in q["perturbed_answer"]]
+        again = normalized(q["question"], q.get("paraphrased_answer", q["answer"]))
         assert found.probability[i] == pytest.approx(right, rel=1e-5)
         assert found.choice_probability[i] == pytest.approx(right / (right + sum(wrong)), rel=1e-5)
         assert found.truth_ratio[i] == pytest.approx(np.mean(wrong) / again, rel=1e-5)

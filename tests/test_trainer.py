@@ -16,16 +16,11 @@ from peft import PeftModel
 from test_unlearner import CONFIGS
 from transformers import Trainer, TrainingArguments
 
-from spul import (
-    ForgetRetainCollator,
-    GradientAscent,
-    SoftPromptUnlearner,
-    UnlearningLoss,
-    UnlearningTrainer,
-    forget_retain_dataset,
-    score_completions,
-)
-from spul.training_checks import last_complete_checkpoint
+from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul.data.dataset import forget_retain_dataset
+from spul.evaluation.metrics.scoring import score_completions
+from spul.losses import GradientAscent
+from spul.training.checks import last_complete_checkpoint
 
 GENERIC = [" neutral", " unknown"]
 
@@ -347,14 +342,14 @@ def test_an_accelerate_loop_trains_the_same_model():
 
 
 def test_column_pruning_raises_and_names_the_argument(tmp_path):
-    tokenised = make_dataset().map(make_collator().tokenize)
+    tokenized = make_dataset().map(make_collator().tokenize)
     settings = arguments(tmp_path, max_steps=1)
     with pytest.raises(ValueError, match=r"remove_unused_columns=False"):
-        Trainer(make_unlearner(), settings, make_collator(), tokenised).train()
-    make_trainer(tmp_path, dataset=tokenised, max_steps=1).train()  # UnlearningTrainer keeps the columns it needs
+        Trainer(make_unlearner(), settings, make_collator(), tokenized).train()
+    make_trainer(tmp_path, dataset=tokenized, max_steps=1).train()  # UnlearningTrainer keeps the columns it needs
 
 
-@pytest.mark.parametrize("kind", ["text", "tokenised"])
+@pytest.mark.parametrize("kind", ["text", "tokenized"])
 @pytest.mark.parametrize("forget_fraction", [None, 0.25])
 def test_rows_of_like_length_meet_also_under_a_forget_fraction(tmp_path, kind, forget_fraction):
     def of_lengths(name, num):
@@ -364,7 +359,7 @@ def test_rows_of_like_length_meet_also_under_a_forget_fraction(tmp_path, kind, f
 
     collator = make_collator(max_length=96)
     dataset = forget_retain_dataset(of_lengths("jane", 60), of_lengths("film", 180))
-    if kind == "tokenised":
+    if kind == "tokenized":
         dataset = dataset.map(collator.tokenize, remove_columns=["prompt", "completion"])
     padding = {}
     for strategy in ("random", "group_by_length"):
@@ -464,7 +459,7 @@ def test_a_prompt_loaded_for_use_only_is_not_trained_silently(tmp_path):
 
 
 def test_forget_rows_that_keep_their_own_answers_are_warned_about(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="spul.trainer"):
+    with caplog.at_level(logging.WARNING, logger="spul.training.trainer"):
         make_trainer(tmp_path)
         assert not caplog.records
         make_trainer(tmp_path, collator=make_collator(generic_completions=None))

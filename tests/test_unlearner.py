@@ -14,8 +14,10 @@ from peft import (
 from plain import losses as plain_losses
 from plain import row_logits
 
-from spul import GradientAscent, KLDivergence, SoftPromptUnlearner, UnlearningLoss
-from spul.prefix import prompted_logits, response_positions
+from spul import SoftPromptUnlearner, UnlearningLoss
+from spul.losses import GradientAscent, KLDivergence
+from spul.losses.positions import response_positions
+from spul.prompts.shared_prefix import prompted_logits
 
 CONFIGS = {
     "prompt_tuning": lambda p=5: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=p),
@@ -282,7 +284,7 @@ def test_disable_adapter_gives_the_untouched_base(family, prompt_type):
 
 @pytest.mark.parametrize("prompt_type", ["prompt_tuning", "p_tuning"])
 def test_gradient_checkpointing_concatenates_and_says_so_once(family, prompt_type, caplog):
-    from spul import prefix
+    from spul.prompts import shared_prefix as prefix
 
     prefix.say_once.cache_clear()
     unlearner, batch = make(family, prompt_type), make_batch()
@@ -425,7 +427,7 @@ def test_rows_beyond_the_models_positions_raise():
         ({"attention_mask": torch.zeros(5, 12)}, "row of zeros only"),
     ],
 )
-def test_generate_refuses_what_it_cannot_honour(kwargs, message):
+def test_generate_refuses_what_it_cannot_honor(kwargs, message):
     with pytest.raises(ValueError, match=message):
         make().generate(make_batch()["input_ids"], **kwargs)
     with pytest.raises(ValueError, match="needs input_ids"):
@@ -435,7 +437,7 @@ def test_generate_refuses_what_it_cannot_honour(kwargs, message):
 def test_families_without_a_plain_cache_are_concatenated(caplog):
     from transformers import MambaConfig, MambaForCausalLM
 
-    from spul import prefix
+    from spul.prompts import shared_prefix as prefix
 
     prefix.say_once.cache_clear()
     torch.manual_seed(0)

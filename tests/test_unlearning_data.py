@@ -7,11 +7,7 @@ from datasets import Dataset
 from known_data import review, reviews, same, sizes, small, texts
 
 from spul.data.formats import MULTIPLE_CHOICE, SENTIMENT, PromptFormat
-from spul.data.known import (
-    SPLITS,
-    UnlearningData,
-)
-from spul.data.unlearning_data import without_repeats
+from spul.data.unlearning_data import SPLITS, UnlearningData, without_repeats
 
 
 def test_rows_are_in_prompt_completion_form():

@@ -87,7 +87,7 @@ MODELS: dict[str, Callable[[], PretrainedConfig]] = {
 
 
 def build_model(name: str, device: str, dtype: torch.dtype, seed: int = 0) -> Any:
-    """A causal LM of the named shape with random weights; names ending in `-nf4` are quantised to 4 bits."""
+    """A causal LM of the named shape with random weights; names ending in `-nf4` are quantized to 4 bits."""
     torch.manual_seed(seed)
     config = MODELS[name]()
     if name.endswith("-nf4"):
@@ -143,7 +143,7 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_rows(shape: Shape, vocab_size: int, num_rows: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """Tokenised rows of random tokens: those of one batch unless told how many."""
+    """Tokenized rows of random tokens: those of one batch unless told how many."""
     draw = torch.Generator().manual_seed(seed)
     rows = []
     for i in range(num_rows or shape.batch_size):

@@ -12,8 +12,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 
-COLOURS = {"plain": "#c44e52", "PEFT": "#c44e52", "PEFT, last logits": "#dd8452", "spul": "#4c72b0"}
-GREY = "#8c8c8c"
+COLORS = {"plain": "#c44e52", "PEFT": "#c44e52", "PEFT, last logits": "#dd8452", "spul": "#4c72b0"}
+GRAY = "#8c8c8c"
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     axes[1].set(title="Peak memory over the loaded model", ylabel="GB")
     for name in dict.fromkeys(record["step"] for record in length["records"]):
         points = sorted((r["p"], r["seconds"]) for r in length["records"] if r["step"] == name)
-        axes[2].plot(*zip(*points, strict=True), marker="o", label=name, color=COLOURS.get(name, GREY))
+        axes[2].plot(*zip(*points, strict=True), marker="o", label=name, color=COLORS.get(name, GRAY))
     axes[2].set(title=f"Step time by prompt length ({length['where']['shape']})", xlabel="virtual tokens")
     axes[2].set(ylabel="seconds", ylim=(0, 1.15 * max(record["seconds"] for record in length["records"])))
     axes[2].legend(frameon=False)
@@ -56,7 +56,7 @@ def bars(axis: Any, records: list[dict[str, Any]], groups: str, kind: str, value
     for i, this in enumerate(kinds):
         found = {record[groups]: record[value] * scale for record in records if record[kind] == this}
         places = [names.index(name) + (i - (len(kinds) - 1) / 2) * width for name in found]
-        drawn = axis.bar(places, list(found.values()), width, label=this, color=COLOURS.get(this, GREY))
+        drawn = axis.bar(places, list(found.values()), width, label=this, color=COLORS.get(this, GRAY))
         axis.bar_label(drawn, fmt="%.2f", fontsize=7)
     axis.set_xticks(range(len(names)), names)
     axis.legend(frameon=False, fontsize=8)

@@ -27,9 +27,8 @@ from common import (
     surroundings,
     write_json,
 )
+from paper.costs import PeakMemory
 from steps import STEPS
-
-from spul.accounting import PeakMemory
 
 MEMORY = {
     "peak_bytes": "peak memory over the model",

@@ -1,11 +1,12 @@
 """Rows: what is to be forgotten, what is to be kept, as prompts and completions, and their token ids."""
 
 from .clusters import TextClustering
+from .collator import ForgetRetainCollator
 from .dataset import forget_retain_dataset
-from .encoding import Encoded, RowEncoder
+from .encoder import Encoded, RowEncoder
 from .formats import MULTIPLE_CHOICE, QUESTION_ANSWER, REFUSALS, SENTIMENT, MultipleChoiceFormat, PromptFormat
 from .known import load_four_splits, load_known
-from .recognisers import SpacyRecogniser, TransformersRecogniser
+from .recognizers import SpacyRecognizer, TransformersRecognizer
 from .splits import (
     Split,
     SplitReport,
@@ -25,14 +26,15 @@ __all__ = [
     "SENTIMENT",
     "SPLITS",
     "Encoded",
+    "ForgetRetainCollator",
     "MultipleChoiceFormat",
     "PromptFormat",
     "RowEncoder",
-    "SpacyRecogniser",
+    "SpacyRecognizer",
     "Split",
     "SplitReport",
     "TextClustering",
-    "TransformersRecogniser",
+    "TransformersRecognizer",
     "UnlearningData",
     "forget_retain_dataset",
     "load_four_splits",

@@ -12,9 +12,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
-from .recognisers import checked_texts
+from .recognizers import checked_texts
 
 logger = logging.getLogger(__name__)
+
 
 SETTINGS_NAME = "clustering.json"
 ARRAYS_NAME = "clustering.safetensors"
@@ -25,30 +26,30 @@ NO_LENGTH = 1e-9
 
 
 class TextClustering:
-    """k-means with cosine distance over text embeddings; the centres are kept and assign new texts.
+    """k-means with cosine distance over text embeddings; the centers are kept and assign new texts.
 
-    A text goes to the cluster whose centre has the largest cosine with it. A text without a direction (TF-IDF: one
-    with no word of the vocabulary) goes to the cluster whose centre is nearest to the mean of all centres.
+    A text goes to the cluster whose center has the largest cosine with it. A text without a direction (TF-IDF: one
+    with no word of the vocabulary) goes to the cluster whose center is nearest to the mean of all centers.
 
     Made by `fit` or `load`.
 
     Attributes:
         embedder: `"tfidf"`, or the name or folder of a sentence-transformers model.
-        centres: of shape (clusters, dimensions), unit length.
+        centers: of shape (clusters, dimensions), unit length.
         sizes: rows per cluster at fit time.
     """
 
     def __init__(
         self,
         embedder: str,
-        centres: np.ndarray,
+        centers: np.ndarray,
         sizes: list[int],
         vocabulary: list[str] | None = None,
         idf: np.ndarray | None = None,
         components: np.ndarray | None = None,
         progress: bool = True,
     ) -> None:
-        self.embedder, self.centres, self.sizes = embedder, centres, sizes
+        self.embedder, self.centers, self.sizes = embedder, centers, sizes
         self.vocabulary, self.idf, self.components = vocabulary, idf, components
         self.progress = progress
         self._model: Any = None
@@ -99,7 +100,7 @@ class TextClustering:
             directed = vectors[vectors.any(axis=1)]
             if len(directed) >= num_clusters:
                 means = KMeans(num_clusters, n_init=KMEANS_RUNS, random_state=seed).fit(directed).cluster_centers_
-                clustering.centres = _unit(means)
+                clustering.centers = _unit(means)
                 clustering.sizes = np.bincount(clustering._nearest(vectors), minlength=num_clusters).tolist()
             bar.update()
         # Different texts can have one embedding; k-means then leaves clusters empty.
@@ -114,7 +115,7 @@ class TextClustering:
         """Embeddings of shape (texts, dimensions), each of unit length, or zero if the text has no direction."""
         texts = checked_texts(texts)
         if not texts:
-            return np.empty((0, self.centres.shape[1]))
+            return np.empty((0, self.centers.shape[1]))
         if self.vocabulary is not None and self.components is not None:
             from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -138,14 +139,14 @@ class TextClustering:
         return self._nearest(self.embed(texts))
 
     def top_terms(self, n: int = 8) -> list[list[str]]:
-        """The `n` words of each cluster that set its centre furthest apart from the other centres, best first.
+        """The `n` words of each cluster that set its center furthest apart from the other centers, best first.
 
         Raises:
             ValueError: if the embeddings are not TF-IDF.
         """
         if self.vocabulary is None or self.components is None:
             raise ValueError(f"top_terms needs embedder='tfidf'; this clustering's is {self.embedder!r}.")
-        weights = (self.centres - self.centres.mean(axis=0)) @ self.components
+        weights = (self.centers - self.centers.mean(axis=0)) @ self.components
         return [[self.vocabulary[i] for i in np.argsort(-row, kind="stable")[:n]] for row in weights]
 
     def save(self, folder: str | Path) -> None:
@@ -154,7 +155,7 @@ class TextClustering:
         folder.mkdir(parents=True, exist_ok=True)
         settings = {"embedder": self.embedder, "sizes": self.sizes, "vocabulary": self.vocabulary}
         (folder / SETTINGS_NAME).write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
-        arrays = {"centres": self.centres, "idf": self.idf, "components": self.components}
+        arrays = {"centers": self.centers, "idf": self.idf, "components": self.components}
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}, str(folder / ARRAYS_NAME))
 
     @classmethod
@@ -171,7 +172,7 @@ class TextClustering:
         settings = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
         arrays: dict[str, Any] = load_file(str(folder / ARRAYS_NAME))
         clustering = cls(**settings, **arrays)
-        if len(clustering.sizes) != len(clustering.centres) or (
+        if len(clustering.sizes) != len(clustering.centers) or (
             (clustering.vocabulary is None) == (clustering.embedder == "tfidf")
         ):
             raise ValueError(f"{SETTINGS_NAME} and {ARRAYS_NAME} in {folder} do not belong together.")
@@ -179,7 +180,7 @@ class TextClustering:
             clustering.idf is None
             or clustering.components is None
             or clustering.idf.shape != (len(clustering.vocabulary),)
-            or clustering.components.shape != (clustering.centres.shape[1], len(clustering.vocabulary))
+            or clustering.components.shape != (clustering.centers.shape[1], len(clustering.vocabulary))
         ):
             raise ValueError(f"the vocabulary in {SETTINGS_NAME} and the arrays in {ARRAYS_NAME} differ in size.")
         return clustering
@@ -205,10 +206,10 @@ class TextClustering:
     def _nearest(self, vectors: np.ndarray) -> np.ndarray:
         directed = vectors.any(axis=1)
         if num_lost := int((~directed).sum()):
-            lost = "%d of %d texts have no known word; they go to the cluster nearest to the mean of all centres."
+            lost = "%d of %d texts have no known word; they go to the cluster nearest to the mean of all centers."
             logger.warning(lost, num_lost, len(vectors))
-        middle = (self.centres @ self.centres.mean(axis=0)).argmax()
-        return np.where(directed, (vectors @ self.centres.T).argmax(axis=1), middle)
+        middle = (self.centers @ self.centers.mean(axis=0)).argmax()
+        return np.where(directed, (vectors @ self.centers.T).argmax(axis=1), middle)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sized
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets
@@ -104,3 +105,19 @@ def _is_text_or_messages(prompt: Any) -> bool:
 def _short(value: Any, width: int = 160) -> str:
     text = repr(value)
     return text if len(text) <= width else text[: width - 3] + "..."
+
+
+def forget_flags(rows: Any) -> list[bool]:
+    """The `is_forget` flags of a training set.
+
+    Raises:
+        ValueError: if the rows have none.
+    """
+    if isinstance(rows, Sized) and hasattr(rows, "column_names"):
+        if "is_forget" not in rows.column_names:
+            raise ValueError(
+                f"train_dataset has the columns {rows.column_names} and no is_forget; make it with "
+                "forget_retain_dataset(forget, retain)."
+            )
+        return [bool(flag) for flag in rows["is_forget"]]  # type: ignore[index]
+    return [bool(row["is_forget"]) for row in rows]

@@ -152,7 +152,7 @@ def load_yelp(
 ) -> UnlearningData:
     """Yelp reviews: some clusters of similar ones are to be forgotten, as in the SPUL paper.
 
-    The train part is clustered (`TextClustering`) and the same centres assign the test part. Unless `forget_clusters`
+    The train part is clustered (`TextClustering`) and the same centers assign the test part. Unless `forget_clusters`
     names them, clusters are drawn one by one, each as likely as the others, until they hold `forget_fraction` of the
     train part; the last one drawn can lift the share above it.
 

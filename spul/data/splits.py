@@ -16,9 +16,10 @@ from typing import Any
 from datasets import Dataset
 
 from .clusters import TextClustering
-from .recognisers import checked_texts, recognise
+from .recognizers import checked_texts, recognize
 
 logger = logging.getLogger(__name__)
+
 
 SHOWN = 3
 SHOWN_GROUPS = 12
@@ -74,7 +75,7 @@ class Split:
 def split_by_entity(
     rows: Dataset,
     names: Sequence[str] | None = None,
-    recogniser: Callable[[Sequence[str]], list[list[str]]] | None = None,
+    recognizer: Callable[[Sequence[str]], list[list[str]]] | None = None,
     text_field: str = "text",
     num_names: int | None = None,
     seed: int = 0,
@@ -82,42 +83,42 @@ def split_by_entity(
     """Forget the rows that name certain people, as the SPUL paper does on SST-2.
 
     A name matches as whole words, in any letter case and with any white space between its words; *chan* also matches
-    *Jackie Chan*. With `names` alone the whole text is searched; with a recogniser, only the names that it found in
-    it, so that *bond* the verb is not a person. With a recogniser alone, the names are those that it found.
+    *Jackie Chan*. With `names` alone the whole text is searched; with a recognizer, only the names that it found in
+    it, so that *bond* the verb is not a person. With a recognizer alone, the names are those that it found.
 
     Args:
         rows: a data set with a column of texts.
         names: whom to forget.
-        recogniser: gives the names in each text: `SpacyRecogniser`, `TransformersRecogniser`, or a function of yours.
+        recognizer: gives the names in each text: `SpacyRecognizer`, `TransformersRecognizer`, or a function of yours.
         text_field: the column of texts.
-        num_names: with a recogniser alone, how many of the names that it found to draw; None for all.
+        num_names: with a recognizer alone, how many of the names that it found to draw; None for all.
         seed: seed of that draw.
 
     Raises:
         TypeError: if an argument is of another type.
-        ValueError: if neither names nor a recogniser is given, nobody is found, or one set would be empty.
+        ValueError: if neither names nor a recognizer is given, nobody is found, or one set would be empty.
 
     Source: Bhaila, Van and Wu, *Soft Prompting for Unlearning in Large Language Models*, https://arxiv.org/abs/2406.12038
     """
     texts = _texts(rows, text_field)
-    if names is None and recogniser is None:
-        raise ValueError("split_by_entity needs names=, a recogniser=, or both.")
+    if names is None and recognizer is None:
+        raise ValueError("split_by_entity needs names=, a recognizer=, or both.")
     if num_names is not None and (names is not None or num_names < 1):
         raise ValueError(
-            f"num_names={num_names} draws that many of the names that a recogniser found: expected at least 1, and no "
+            f"num_names={num_names} draws that many of the names that a recognizer found: expected at least 1, and no "
             "names=."
         )
     if names is not None:
         names = _asked("names", names)
         if bad := [name for name in names if not isinstance(name, str) or not name.strip()]:
             raise ValueError(f"names holds {bad[0]!r}; expected names as text.")
-    if recogniser is None:
+    if recognizer is None:
         assert names is not None
         searched = [[text] for text in texts]
         rule = f"rows whose column {text_field!r} names one of {len(names)} names"
     else:
-        searched = recognise(recogniser, texts)
-        who = recogniser.__name__ if hasattr(recogniser, "__name__") else repr(recogniser)
+        searched = recognize(recognizer, texts)
+        who = recognizer.__name__ if hasattr(recognizer, "__name__") else repr(recognizer)
         rule = f"rows in whose column {text_field!r} {who} found"
         if names is None:
             found = sorted({_plain(name): name for spans in reversed(searched) for name in spans}.items())
@@ -125,7 +126,7 @@ def split_by_entity(
             if num_names is None:
                 rule += f" a name, of {len(names)} in all"
             elif num_names > len(names):
-                raise ValueError(f"num_names={num_names}, but the recogniser found {len(names)} different names.")
+                raise ValueError(f"num_names={num_names}, but the recognizer found {len(names)} different names.")
             else:
                 rule += f" one of {num_names} names, drawn from the {len(names)} it found (seed {seed})"
                 names = random.Random(seed).sample(names, num_names)
@@ -155,7 +156,7 @@ def split_by_cluster(
     if not isinstance(clustering, TextClustering):
         raise TypeError(f"clustering is a {type(clustering).__name__}; expected TextClustering.fit(texts, ...).")
     asked = _asked("forget_clusters", forget_clusters)
-    num_clusters = len(clustering.centres)
+    num_clusters = len(clustering.centers)
     if bad := [number for number in asked if number not in range(num_clusters)]:
         raise ValueError(f"forget_clusters holds {bad[0]!r}; the clusters are 0 to {num_clusters - 1}.")
     names = [str(int(number)) for number in asked]

@@ -17,6 +17,7 @@ from .formats import PromptFormat
 
 logger = logging.getLogger(__name__)
 
+
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 # Whose copy of a repeated text stays: what is to be forgotten is not kept, and what was trained on is no test.
 FIRST_KEPT = ("train_forget", "test_forget", "train_retain", "test_retain")

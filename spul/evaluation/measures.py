@@ -8,13 +8,13 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..data import SPLITS
-from .likelihood import kl_to
-from .membership import GradientOf, attack_scores
-from .numbers import MEMBERS, UNSEEN
-from .over_unlearning import text_losses
+from ..data.unlearning_data import SPLITS
+from .aggregation import MEMBERS, UNSEEN
+from .metrics.likelihood import kl_to
+from .metrics.membership import GradientOf, attack_scores
+from .metrics.perplexity import text_losses
+from .metrics.tofu import score_questions
 from .suite import Found, Suite, Task
-from .tofu import score_questions
 
 
 def utility(suite: Suite) -> Iterator[Task]:
@@ -79,15 +79,15 @@ def membership(suite: Suite) -> Iterator[Task]:
 
 def near(suite: Suite) -> Iterator[Task]:
     """As utility, on rows near to what is forgotten."""
-    if not suite.neighbours:
-        suite.left_out["neighbours"] = "give neighbours=, sets of rows that are near to what is forgotten"
-    for rows_name, rows in suite.neighbours.items():
+    if not suite.neighbors:
+        suite.left_out["neighbors"] = "give neighbors=, sets of rows that are near to what is forgotten"
+    for rows_name, rows in suite.neighbors.items():
 
         def run(model: Any, rows: Dataset = rows) -> Found:
             return {"": {"per_row": suite.answers(model, rows)}}
 
         for name in suite.models:
-            yield suite.task("neighbours", rows_name, rows, name, run)
+            yield suite.task("neighbors", rows_name, rows, name, run)
 
 
 def unrelated(suite: Suite) -> Iterator[Task]:

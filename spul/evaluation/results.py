@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .numbers import Measurement, Number, name_of_key, numbers_of
+from .aggregation import Measurement, Number, name_of_key, numbers_of
 
 EVALUATION_NAME = "evaluation.json"
 MEASUREMENTS_NAME = "measurements.jsonl"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,15 +12,14 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
-from ..base import max_positions
-from ..collator import ForgetRetainCollator, completion_text
-from ..data import PromptFormat
-from ..forward import as_it_was
-from ..prefix import bare_model, has_adapter
-from .generation_metrics import generate_answers, num_virtual_tokens, rouge_l
-from .likelihood import exact_memorisation, extraction_strength, probability, response_likelihoods
-from .numbers import Measurement
-from .scoring import collect_answers, task_classes
+from ..data.collator import ForgetRetainCollator, completion_text
+from ..data.formats import PromptFormat
+from ..models.causal_lm import as_it_was, bare_model, has_adapter, max_positions
+from ..records.digests import digest_of_rows
+from .aggregation import Measurement
+from .metrics.free_form import generate_answers, num_virtual_tokens, rouge_l
+from .metrics.likelihood import exact_memorization, extraction_strength, probability, response_likelihoods
+from .metrics.scoring import collect_answers, task_classes
 
 InputAttacks = Mapping[str, Callable[[Dataset], Dataset]]
 Found = dict[str, dict[str, Any]]
@@ -43,7 +40,7 @@ class AttackSettings:
         relearn_steps: after which numbers of steps to score.
         relearn_lr: learning rate of it, for prompts, layers and LoRA; best the one that they were trained at.
         relearn_model_lr: learning rate where the whole model learns.
-        bits: to quantise to.
+        bits: to quantize to.
         tries: numbers of sampled answers.
         temperature: at which they are sampled.
         suffix_tokens: vectors of the soft suffix.
@@ -116,7 +113,7 @@ class Suite:
     retrained: nn.Module | None
     reference: nn.Module | None
     unseen: Dataset | None
-    neighbours: Mapping[str, Dataset]
+    neighbors: Mapping[str, Dataset]
     unrelated_texts: Sequence[str]
     questions: Mapping[str, Dataset]
     question_format: PromptFormat
@@ -197,7 +194,7 @@ class Suite:
         if self.is_free_form:
             return per_row | self.of_texts(model, rows)
         places = {text: float(i) for i, text in enumerate(self.classes)}
-        if set(found.true) <= places.keys():  # neighbours may be of another task
+        if set(found.true) <= places.keys():  # neighbors may be of another task
             per_row["true"] = [places[text] for text in found.true]
             per_row["predicted"] = [places.get(text, -1.0) for text in found.predicted]
         return per_row
@@ -210,7 +207,7 @@ class Suite:
         found = {
             "probability": probability(likelihoods),
             "extraction_strength": extraction_strength(likelihoods),
-            "exact_memorisation": exact_memorisation(likelihoods),
+            "exact_memorization": exact_memorization(likelihoods),
             "rouge_l_recall": rouge.recall,
             "rouge_l_f1": rouge.f1,
         }
@@ -247,10 +244,3 @@ def joined(tasks: Sequence[Task], afterwards: Callable[[], None]) -> Task:
             afterwards()
 
     return Task(tuple(key for task in tasks for key in task.produces), run)
-
-
-def digest_of_rows(rows: Sequence[Any] | Dataset) -> str:
-    """To know the same rows or texts by, in the same order: draws are of places, and seeds are joined row by row."""
-    if isinstance(rows, Dataset) and "prompt" in rows.column_names:
-        rows = rows.select_columns(["prompt", "completion"])
-    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()

@@ -1,0 +1,139 @@
+"""The stage before unlearning, in experiments: a model learns the rows that it will be made to forget."""
+
+from __future__ import annotations
+
+import gc
+import os
+import tempfile
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+)
+
+from spul.data.collator import ForgetRetainCollator
+from spul.losses.positions import response_positions
+from spul.losses.terms import IGNORE_INDEX, as_float
+from spul.models.causal_lm import logits_at
+from spul.models.compat import keep_4bit_differentiable
+
+Learner = Literal["full", "lora", "qlora"]
+
+
+class CompletionTrainer(Trainer):
+    """Fine-tunes a causal LM on completions, and computes logits nowhere else.
+
+    The loss is the mean cross-entropy over the completion tokens of the whole step, with label smoothing if the
+    arguments ask for it. Batches are those of `ForgetRetainCollator.true_batch`.
+    """
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        positions, targets = response_positions(inputs["labels"])
+        passed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        logits = logits_at(model, positions, **passed)
+        if num_items_in_batch is None:
+            count: Any = (targets != IGNORE_INDEX).sum()
+        else:
+            # Counted over the processes, over which DDP averages gradients.
+            count = num_items_in_batch / (
+                self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            )
+        losses = F.cross_entropy(
+            as_float(logits).flatten(0, 1),
+            targets.flatten(),
+            ignore_index=IGNORE_INDEX,
+            reduction="sum",
+            label_smoothing=self.args.label_smoothing_factor,
+        )
+        loss = losses / count
+        return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+
+def memorize(
+    model: str | os.PathLike,
+    rows: Dataset,
+    collator: ForgetRetainCollator,
+    args: TrainingArguments,
+    learner: Learner = "full",
+    dtype: torch.dtype = torch.float32,
+    peft_config: PeftConfig | None = None,
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Fine-tune a model on the completions of rows.
+
+    On all rows it gives the *base* of the papers' tables, on the retain rows alone the *retrained* model.
+
+    Args:
+        model: folder or Hub name of a causal LM.
+        rows: `prompt` and `completion`; all of them are learned, whatever `is_forget` says.
+        collator: for tokenizing and padding; its generic completions are not used.
+        args: of the training; `remove_unused_columns` is set to False.
+        learner: `"full"`, all weights; `"lora"`, LoRA, merged afterwards; `"qlora"`, LoRA over weights in 4-bit NF4
+            (arXiv 2305.14314), merged into the unquantized weights afterwards, since merging into 4-bit ones would
+            round the result.
+        dtype: what the weights are loaded in, and returned in.
+        peft_config: LoRA's config; rank 16, alpha 32, on every linear layer unless given.
+
+    Returns:
+        The model, bare and in evaluation mode, and the metrics of `Trainer.train` with `steps` beside them.
+
+    Raises:
+        ValueError: if `learner` is not known, `peft_config` comes with `"full"`, or there are no rows.
+    """
+    if learner not in ("full", "lora", "qlora"):
+        raise ValueError(f"learner={learner!r} is not known; expected 'full', 'lora' or 'qlora'.")
+    if learner == "full" and peft_config is not None:
+        raise ValueError("peft_config is for learner='lora' or 'qlora'; 'full' trains the weights themselves.")
+    if len(rows) == 0:
+        raise ValueError("there are no rows to memorize.")
+    args.remove_unused_columns = False
+    quantization = None
+    if learner == "qlora":
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    learning: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, quantization_config=quantization)
+    if learner == "qlora":
+        keep_4bit_differentiable(learning)
+        learning = prepare_model_for_kbit_training(learning, use_gradient_checkpointing=args.gradient_checkpointing)
+    if learner != "full":
+        lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+        learning = get_peft_model(learning, peft_config or lora)
+    trainer = CompletionTrainer(learning, args, collator.true_batch, rows)
+    result = trainer.train()
+    # A Trainer leaves its autocast around the model.
+    learned: Any = trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False)
+    if learner == "lora":
+        learned = learned.merge_and_unload()
+    elif learner == "qlora":
+        learned = _merged_unquantized(learned, model, dtype, args.device)
+    return learned.eval(), {"steps": result.global_step, **result.metrics}
+
+
+def _merged_unquantized(
+    learned: PeftModel, model: str | os.PathLike, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """LoRA that was trained over 4-bit weights, merged into the weights as they were before."""
+    with tempfile.TemporaryDirectory() as folder:
+        learned.save_pretrained(folder)
+        del learned
+        gc.collect()
+        whole: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+        return PeftModel.from_pretrained(whole.to(device), folder).merge_and_unload()

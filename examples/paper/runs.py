@@ -1,0 +1,200 @@
+"""What an experiment is about, what a run of it is, and the file of runs that are done."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import toy_quiz
+import toy_reviews
+from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from transformers import AutoConfig
+
+from paper import read_runs
+from spul.data import MULTIPLE_CHOICE, QUESTION_ANSWER, SENTIMENT
+from spul.training.methods import Method, unlearning_method
+
+if TYPE_CHECKING:
+    from paper.experiment import Experiment
+
+
+TOYS = {"reviews": toy_reviews, "quiz": toy_quiz}
+TASKS = {"sentiment": SENTIMENT, "multiple-choice": MULTIPLE_CHOICE, "question-answer": QUESTION_ANSWER}
+SMALL = "small"  # the model that is built here for the toys
+PROMPT_TYPES = ("prompt_tuning", "p_tuning", "prefix_tuning")
+# What of a setup says where things lie; their content is in the digests.
+PLACES = ("dataset", "model", "data_dir", "retain_dir")
+# What the made-up data sets and their model have no use for.
+NOT_FOR_TOYS = ("task", "data_dir", "retain_dir", "forget_set", "limit", "memorize", "memorize_epochs", "memorize_lr")
+NOT_FOR_TOYS += ("memorize_batch_size", "label_smoothing", "load_in_4bit")
+# What of a setup has no say in what the models know.
+AFTERWARDS = ("limit_score", "load_in_4bit")
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What an experiment is about, and what all its runs share. Two of one setup are one experiment.
+
+    Args:
+        dataset: `sst2`, `yelp`, `wmdp`, `tofu` or `imdb`; `reviews` or `quiz`, the toys; or a Hub name or folder of
+            four splits.
+        task: the prompt format of a set in four splits, a key of `TASKS`.
+        model: Hub name or folder of a causal LM; `small`, built from scratch, for the toys.
+        seed: of data, memorizing and unlearning.
+        data_dir: local folder of the data set; the Hub's unless given.
+        retain_dir: local folder of SciQ, for `wmdp`.
+        forget_set: `forget01`, `forget05` or `forget10`, for `tofu`.
+        limit: at most so many retain rows to train on.
+        limit_score: at most so many rows of each retain split to score on; forget splits are scored whole.
+        memorize: what learns the rows before: `full`, `lora`, `qlora`, or `none` if the model knows them.
+        memorize_epochs: passes over them.
+        memorize_lr: learning rate of that.
+        memorize_batch_size: rows per step of that.
+        label_smoothing: of that; it leaves some probability for answers that were never right.
+        second_question: memorize who is named, too, so that a small model can be steered (SST-2 only).
+        load_in_4bit: score and unlearn over weights in 4-bit NF4.
+        dtype: what the weights are loaded in otherwise, and memorized in; whole models train badly in 16 bit.
+        max_length: tokens of a row, without the prompt's.
+        bf16: train under bfloat16 autocast.
+    """
+
+    dataset: str
+    model: str
+    task: str = "sentiment"
+    seed: int = 0
+    data_dir: str | None = None
+    retain_dir: str | None = None
+    forget_set: str | None = None
+    limit: int | None = None
+    limit_score: int | None = None
+    memorize: str = "full"
+    memorize_epochs: float = 3
+    memorize_lr: float = 1e-4
+    memorize_batch_size: int = 32
+    label_smoothing: float = 0.0
+    second_question: bool = False
+    load_in_4bit: bool = False
+    dtype: str = "float32"
+    max_length: int = 1024
+    bf16: bool = True
+
+
+DETACHABLE = (*PROMPT_TYPES, "layers")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on an experiment.
+
+    Args:
+        method: a name of `spul.training.methods`.
+        trainable: `full`, `lora`, `layers`, or a prompt type.
+        learning_rate: of unlearning.
+        steps: training steps that see both groups; a method that sees forget rows only takes as many as show it as
+            many forget rows. None counts epochs.
+        epochs: passes over the rows that the method sees, without `steps`.
+        batch_size: rows per step.
+        forget_fraction: share of forget rows in a batch; None mixes as the data are.
+        alpha: weight of the retain term; the method's own unless given.
+        beta: weight of the KL term; the method's own unless given.
+        num_virtual_tokens: p; not used by the other trainables.
+        forget_size: share of the forget set that is trained on.
+        max_grad_norm: gradients are clipped there.
+    """
+
+    method: str
+    trainable: str
+    learning_rate: float
+    steps: int | None = None
+    epochs: float = 10
+    batch_size: int = 32
+    forget_fraction: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    num_virtual_tokens: int = 30
+    forget_size: float = 1.0
+    max_grad_norm: float = 0.3
+
+    def unlearning_method(self) -> Method:
+        """The library's method of that name, on the trainable."""
+        trainable: Any = "prompt" if self.trainable in PROMPT_TYPES else self.trainable
+        return unlearning_method(self.method, trainable, self.alpha, self.beta)
+
+
+def prompt_config(prompt_type: str, num_virtual_tokens: int) -> PeftConfig:
+    """PEFT's config of a prompt type; P-tuning with the paper's encoder of width 128."""
+    if prompt_type == "p_tuning":
+        return PromptEncoderConfig(
+            task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, encoder_hidden_size=128
+        )
+    if prompt_type == "prefix_tuning":
+        return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
+    return PromptTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, prompt_tuning_init="SAMPLE_VOCAB"
+    )
+
+
+def model_digest(name: str) -> str | None:
+    """What tells a model from another one of its name: SHA-256 of its weight files, or its commit on the Hub."""
+    if name == SMALL:
+        return None
+    if not Path(name).is_dir():
+        return AutoConfig.from_pretrained(name)._commit_hash
+    digest = hashlib.sha256()
+    for path in sorted(path for path in Path(name).iterdir() if path.suffix in (".safetensors", ".bin")):
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def run_settings(run: Run) -> dict[str, Any]:
+    """The settings of a run, with the method's own weights where none were given."""
+    loss = run.unlearning_method().loss
+    settings = dataclasses.asdict(run) | {"alpha": loss.alpha, "beta": loss.beta}
+    if run.trainable not in PROMPT_TYPES:
+        settings["num_virtual_tokens"] = None
+    return {name: value for name, value in settings.items() if name not in ("method", "trainable")}
+
+
+def identity(record: dict[str, Any]) -> str:
+    """What a run is known by: all that it was made with."""
+    names = ("dataset", "model", "method", "trainable", "seed", "settings", "setup")
+    return json.dumps([record[name] for name in names], sort_keys=True)
+
+
+class Runs:
+    """The runs in a file, each done once."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        found = read_runs(path) if path.exists() else []
+        if path.exists() and not path.read_bytes().endswith(b"\n"):  # interrupted while writing
+            whole = path.with_suffix(".tmp")
+            whole.write_text("".join(json.dumps(run) + "\n" for run in found), encoding="utf-8")
+            os.replace(whole, path)
+        self.known = {identity(run): run for run in found}
+
+    def add(self, records: list[dict[str, Any]]) -> None:
+        """Write runs down."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(record) + "\n" for record in records))  # in one go: all or none
+        self.known.update({identity(record): record for record in records})
+
+    def get(self, experiment: Experiment, run: Run | str) -> list[dict[str, Any]]:
+        """The records of a run, or of a reference row by its name; computed if they are not there."""
+        if isinstance(run, str):
+            wanted = [identity(experiment.record(run, "none", {}, None, {}))]
+        else:
+            names = [run.method] + ([f"{run.method} detached"] if run.trainable in DETACHABLE else [])
+            settings = run_settings(run)
+            wanted = [identity(experiment.record(name, run.trainable, settings, None, {})) for name in names]
+        if not all(key in self.known for key in wanted):
+            self.add([experiment.reference_row(run)] if isinstance(run, str) else experiment.run(run))
+        return [self.known[key] for key in wanted]

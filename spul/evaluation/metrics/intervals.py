@@ -1,0 +1,194 @@
+"""How sure a measured number is: confidence intervals over rows (bootstrap), over seeds, and over both."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import DegenerateDataWarning, bootstrap, t
+
+# As many numbers of resamples are held at a time.
+MAX_NUMBERS = 2**22
+# BCa computes the statistic once without each row. With more rows than this it takes long, and has little to correct.
+MAX_JACKKNIFE = 2_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number and its confidence interval.
+
+    Attributes:
+        estimate: the number, of the data as they are.
+        low: the interval's lower end; NaN where there is nothing to say it from.
+        high: its upper end; NaN likewise.
+    """
+
+    estimate: float
+    low: float
+    high: float
+
+
+def bootstrap_interval(
+    *samples: Sequence[float] | np.ndarray,
+    statistic: Callable[..., Any] = np.mean,
+    confidence: float = 0.95,
+    num_resamples: int = 9_999,
+    seed: int = 0,
+) -> Interval:
+    """A number of some rows with its bias-corrected and accelerated (BCa) bootstrap interval.
+
+    Of more than 2,000 rows it is the percentile interval, since BCa's correction vanishes and its cost does not.
+
+    Where the bootstrap has nothing to say, the ends are NaN: a sample of one row, or rows that give the same number
+    however they are drawn, such as ten right answers of ten. A width of 0 would claim a certainty that nobody has.
+
+    Args:
+        samples: a number per row; several samples are drawn each for itself, as members and non-members.
+        statistic: from the samples to a number; vectorized if it takes `axis`, else called once per resample.
+        confidence: how often such an interval holds the true number, above 0 and below 1.
+        num_resamples: how many are drawn.
+        seed: seed of the draws.
+
+    Raises:
+        ValueError: if a sample is empty, not one-dimensional or has NaN, or `confidence` is out of range.
+
+    Source: Efron, *Better Bootstrap Confidence Intervals*, 1987, as `scipy.stats.bootstrap` has it
+    """
+    _check_confidence(confidence)
+    arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
+    if not arrays or any(array.ndim != 1 or len(array) == 0 or np.isnan(array).any() for array in arrays):
+        raise ValueError(
+            f"samples of the shapes {[array.shape for array in arrays]}, {sum(np.isnan(a).sum() for a in arrays)} "
+            "values NaN; expected one or more samples of at least one number each, none of them NaN."
+        )
+    estimate = float(statistic(*arrays))
+    if any(len(array) < 2 for array in arrays):
+        return Interval(estimate, np.nan, np.nan)
+    with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # it says what NaN ends say
+        found = bootstrap(
+            arrays,
+            statistic,
+            n_resamples=num_resamples,
+            batch=max(1, MAX_NUMBERS // sum(map(len, arrays))),
+            confidence_level=confidence,
+            method="BCa" if sum(map(len, arrays)) <= MAX_JACKKNIFE else "percentile",
+            rng=np.random.default_rng(seed),
+        )
+    return _unless_alike(estimate, *(float(end) for end in found.confidence_interval))
+
+
+def seeds_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:
+    """The mean of a number that exists once per seed, with Student's t interval.
+
+    The bootstrap would not do: drawn from three seeds, its 95 % intervals hold the truth in 70 of 100 cases.
+
+    The ends are NaN where nothing can be said: of one seed, of seeds that are all alike, or of an infinite number.
+
+    Args:
+        values: one per seed.
+        confidence: how often such an interval holds the true number, above 0 and below 1.
+
+    Raises:
+        ValueError: if there are no values, they are not one-dimensional or have NaN, or `confidence` is out of range.
+
+    Source: Student, *The Probable Error of a Mean*, 1908, as `scipy.stats.t` has it
+    """
+    _check_confidence(confidence)
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or len(array) == 0 or np.isnan(array).any():
+        raise ValueError(
+            f"values of the shape {array.shape}, {np.isnan(array).sum()} of them NaN; expected one number per seed."
+        )
+    mean = float(array.mean())
+    if len(array) == 1 or not np.isfinite(array).all():
+        return Interval(mean, np.nan, np.nan)
+    half = float(t.ppf((1 + confidence) / 2, len(array) - 1) * array.std(ddof=1) / len(array) ** 0.5)
+    return _unless_alike(mean, mean - half, mean + half)
+
+
+def joined_interval(per_seed: Sequence[Sequence[float]] | np.ndarray, confidence: float = 0.95) -> Interval:
+    """The mean over rows and seeds, with an interval for both.
+
+    The variance of the mean is that of a two-way layout, rows by seeds, both drawn at random: what rows share over
+    the seeds, what seeds share over the rows, and the rest. So seeds do not count as further rows. The interval is
+    Student's t with Satterthwaite's degrees of freedom, and nowhere narrower than Student's t over the seeds' means,
+    since with two or three seeds that variance is itself uncertain. Of numbers that are 0 or 1 it has Wilson's form,
+    for a share with this variance: it lies within 0..1 and suits rare answers better.
+
+    With one seed it is `bootstrap_interval` over rows, and says nothing of other seeds. The ends are NaN with one row
+    or where all numbers are alike. Numbers that exist once per seed, such as an AUC, go to `seeds_interval`.
+
+    Args:
+        per_seed: (seeds, rows), the same rows in the same order for each seed.
+        confidence: as `seeds_interval`.
+
+    Raises:
+        ValueError: if the seeds have different numbers of rows, there are none, or one is NaN, or `confidence` is out
+            of range.
+
+    Source: Satterthwaite, *An Approximate Distribution of Estimates of Variance Components*, 1946; for shares Wilson,
+    *Probable Inference, the Law of Succession, and Statistical Inference*, 1927
+    """
+    _check_confidence(confidence)
+    if len({len(values) for values in per_seed}) != 1:
+        raise ValueError(
+            f"seeds with {[len(values) for values in per_seed]} rows; expected the same rows for every seed. Where "
+            "each seed has rows of its own, give seeds_interval one number per seed."
+        )
+    values = np.asarray(per_seed, dtype=np.float64)
+    if values.ndim != 2 or values.size == 0 or np.isnan(values).any():
+        raise ValueError(f"per_seed has the shape {values.shape}, or NaN in it; expected numbers (seeds, rows).")
+    if len(values) == 1:
+        return bootstrap_interval(values[0], confidence=confidence)
+    mean = float(values.mean())
+    if values.shape[1] == 1 or not np.isfinite(values).all():
+        return Interval(mean, np.nan, np.nan)
+    half = _half_width(values, confidence)
+    found = _unless_alike(mean, mean - half, mean + half)
+    if np.isin(values, (0, 1)).all() and not np.isnan(found.low):
+        ratio = half**2 / (mean * (1 - mean))  # in Wilson's own, of n rows, this is z**2 / n
+        middle, half = (mean + ratio / 2) / (1 + ratio), (half**2 + ratio**2 / 4) ** 0.5 / (1 + ratio)
+        found = Interval(mean, max(0.0, middle - half), min(1.0, middle + half))
+    return found
+
+
+def _half_width(values: np.ndarray, confidence: float) -> float:
+    """Of an interval of the mean of (seeds, rows)."""
+    (num_seeds, num_rows), above = values.shape, (1 + confidence) / 2
+    of_seeds = values.mean(axis=1, keepdims=True) - values.mean()
+    of_rows = values.mean(axis=0, keepdims=True) - values.mean()
+    rest = values - values.mean() - of_seeds - of_rows
+    # Mean squares, each of the variance of the mean times seeds * rows. The rest is in both of the others, which are
+    # smaller by chance alone, and is to count once.
+    both = float((rest**2).sum()) / ((num_seeds - 1) * (num_rows - 1))
+    means = num_rows * float((of_seeds**2).sum()) / (num_seeds - 1)
+    seeds = max(both, means)
+    rows = max(both, num_seeds * float((of_rows**2).sum()) / (num_rows - 1)) - both
+    if seeds + rows == 0:
+        return 0.0
+    freedom = (seeds + rows) ** 2 / (seeds**2 / (num_seeds - 1) + rows**2 / (num_rows - 1))
+    widths = t.ppf(above, freedom) * (seeds + rows) ** 0.5, t.ppf(above, num_seeds - 1) * means**0.5
+    return float(max(widths)) / (num_seeds * num_rows) ** 0.5
+
+
+def _unless_alike(estimate: float, low: float, high: float) -> Interval:
+    """The interval, without ends where it has no width but for rounding: all numbers, or all draws, were alike."""
+    if high - low <= 1e-12 * abs(estimate):
+        low = high = np.nan
+    return Interval(estimate, low, high)
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence={confidence!r}; expected a share above 0 and below 1, such as 0.95.")
+
+
+def draw_counts(drawn: np.ndarray, num: int) -> np.ndarray:
+    """How often each of `num` was drawn: (..., draws) to (..., num)."""
+    flat = drawn.reshape(-1, drawn.shape[-1]).astype(int)
+    offsets = np.arange(len(flat))[:, None] * num
+    return np.bincount((flat + offsets).ravel(), minlength=len(flat) * num).reshape(*drawn.shape[:-1], num)

@@ -1,0 +1,19 @@
+"""An evaluation as a report, as figures and on the model card."""
+
+from .card import add_to_card, card_metrics
+from .figures import draw_input_attacks, draw_relearning, draw_roc, draw_splits, evaluation_figures
+from .plotting import save_figure
+from .report import evaluation_markdown, write_report
+
+__all__ = [
+    "add_to_card",
+    "card_metrics",
+    "draw_input_attacks",
+    "draw_relearning",
+    "draw_roc",
+    "draw_splits",
+    "evaluation_figures",
+    "evaluation_markdown",
+    "save_figure",
+    "write_report",
+]

@@ -1,0 +1,228 @@
+"""Figures of an evaluation: the four splits, ROC curves of membership attacks, attacks on the input, relearning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sklearn.metrics import roc_curve
+
+from ...data.unlearning_data import SPLITS
+from .plotting import BLACK, BLUE, GRAY, GREEN, _legend, _panels
+from .wording import AS_THEY_ARE, MODELS, first, knowledge_name, scale, steps, where, with_unit
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..aggregation import Measurement, Number
+    from ..results import Evaluation
+
+
+LABELS = {"detached": "before (detached)", "unlearned": "after (unlearned)", "retrained": "retrained"}
+COLORS = {"detached": GRAY, "unlearned": GREEN, "retrained": BLUE}
+MARKERS = {"detached": "s", "unlearned": "o", "retrained": "*"}
+SIZES = {"detached": 5, "unlearned": 6, "retrained": 9}
+INTERVAL: dict[str, Any] = {"lw": 1.2, "zorder": 3}
+MEMBERS, UNSEEN = "train_forget", "unseen"
+
+
+def evaluation_figures(evaluation: Evaluation) -> dict[str, Figure]:
+    """The figures that an evaluation has measurements for: `splits`, `roc`, `input_attacks`, `relearning`.
+
+    Raises:
+        ImportError: if matplotlib is not installed.
+    """
+    found: dict[str, Figure] = {}
+    draws: dict[str, tuple[str, Callable[[Evaluation], Figure]]] = {
+        "splits": ("utility", draw_splits),
+        "roc": ("membership", draw_roc),
+        "input_attacks": ("input attack", draw_input_attacks),
+        "relearning": ("relearning", draw_relearning),
+    }
+    there = {one.measure for one in evaluation.measurements}
+    for name, (measure, draw) in draws.items():
+        if measure in there:
+            found[name] = draw(evaluation)
+    return found
+
+
+def draw_splits(evaluation: Evaluation) -> Figure:
+    """The four splits before and after, and retrained: bars with their 95 % intervals.
+
+    The first panel has the accuracy, of free-form rows the probability of the answer; the second, hatched, the share
+    of generic answers.
+
+    Raises:
+        ValueError: if utility was not measured.
+    """
+    knowledge = knowledge_name(evaluation)
+    found = {
+        name: [(model, _by_place(evaluation, name, model)) for model in MODELS] for name in (knowledge, "generic")
+    }
+    drawn = {name: [(model, some) for model, some in bars if some] for name, bars in found.items()}
+    names = [name for name, bars in drawn.items() if bars]
+    if not names:
+        raise _nothing("utility", evaluation)
+    figure, panels = _panels(len(names), height=3.4)
+    for axes, name in zip(panels, names, strict=True):
+        width = 0.8 / len(drawn[name])
+        for i, (model, numbers) in enumerate(drawn[name]):
+            x = np.array(list(numbers)) + (i - (len(drawn[name]) - 1) / 2) * width
+            heights = [scale(name) * one.value for one in numbers.values()]
+            look: dict[str, Any] = {"color": COLORS[model], "ec": "white", "hatch": "//" if name == "generic" else ""}
+            axes.bar(x, heights, width, label=LABELS[model], **look)
+            _intervals(axes.vlines, x, list(numbers.values()), color=BLACK)
+        axes.set_xticks(range(len(SPLITS)), [split.replace("_", "\n") for split in SPLITS])
+        axes.set_ylabel(with_unit(name))
+        axes.set_ylim(0, 1.03 * scale(name))
+    _legend(figure, panels, list(LABELS.values()))
+    return figure
+
+
+def _by_place(evaluation: Evaluation, name: str, model: str) -> dict[int, Number]:
+    """A model's numbers on the splits, by the split's place."""
+    found = [first(evaluation, measure="utility", rows=rows, name=name, model=model) for rows in SPLITS]
+    return {place: one for place, one in enumerate(found) if one is not None}
+
+
+def draw_roc(evaluation: Evaluation) -> Figure:
+    """ROC curves of the membership attacks, a panel each, a line per model and seed, both axes logarithmic.
+
+    So that one sees how many members are found while hardly any other row is taken for one. What lies at 0 is drawn
+    on the edge, half a row from 0. The dashed line is chance.
+
+    Raises:
+        ValueError: if membership was not measured.
+
+    Source: Carlini et al., *Membership Inference Attacks From First Principles*, https://arxiv.org/abs/2112.03570
+    """
+    found = {(one.model, one.rows, one.seed): one for one in evaluation.measurements if one.measure == "membership"}
+    members = [one for key, one in found.items() if key[1] == MEMBERS]
+    attacks = list(dict.fromkeys(attack for one in members for attack in one.per_row))
+    if not attacks:
+        raise _nothing("membership", evaluation)
+    figure, panels = _panels(len(attacks), height=3.3)
+    for axes, attack in zip(panels, attacks, strict=True):
+        edges = []
+        for model in MODELS:
+            of_model = [one for one in members if one.model == model and attack in one.per_row]
+            for i, one in enumerate(of_model):
+                false, true, edge = _curve(one, found[model, UNSEEN, one.seed], attack)
+                edges.append(edge)
+                axes.plot(false, true, color=COLORS[model], lw=1.4, label=LABELS[model] if i == 0 else None)
+        edge = min(edges)
+        axes.plot([edge, 1], [edge, 1], color=BLACK, lw=0.8, ls="--", label="chance")
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(edge, 1)
+        axes.set_ylim(edge, 1.05)
+        axes.set_xlabel("unseen rows taken for members, share")
+        axes.set_ylabel("members found, share")
+        axes.set_title(attack, fontsize=10)
+        axes.text(0.97, 0.04, _areas(evaluation, attack), transform=axes.transAxes, ha="right", fontsize=8)
+    _legend(figure, panels, [*LABELS.values(), "chance"])
+    return figure
+
+
+def _curve(members: Measurement, unseen: Measurement, attack: str) -> tuple[np.ndarray, np.ndarray, float]:
+    """False and true positives, and half of one row's share, from which on they are drawn."""
+    both = [members.per_row[attack], unseen.per_row[attack]]
+    labels = np.repeat([1, 0], [len(some) for some in both])
+    false, true, _ = roc_curve(labels, np.concatenate(both), drop_intermediate=False)
+    edge = 0.5 / max(len(some) for some in both)
+    return np.maximum(false, edge), np.maximum(true, edge), edge
+
+
+def _areas(evaluation: Evaluation, attack: str) -> str:
+    """The areas under the curves, model by model."""
+    found = {
+        model: first(evaluation, measure="membership", name="auc", variant=attack, model=model) for model in MODELS
+    }
+    return "\n".join(["AUC", *(f"{model} {one.value:.2f}" for model, one in found.items() if one is not None)])
+
+
+def draw_input_attacks(evaluation: Evaluation) -> Figure:
+    """What is known of test forget rows under every attack on the input: dots with 95 % intervals, by model.
+
+    The dashed line is the unlearned model on the rows as they are.
+
+    Raises:
+        ValueError: if no input attack was measured.
+    """
+    name = knowledge_name(evaluation, "input attack")
+    numbers = where(evaluation, measure="input attack", rows="test_forget", name=name)
+    attacks = list(dict.fromkeys(one.variant for one in numbers))
+    if not attacks:
+        raise _nothing("input attack", evaluation)
+    figure, (axes,) = _panels(1, height=0.9 + 0.32 * len(attacks))
+    models = [model for model in MODELS if any(one.model == model for one in numbers)]
+    for i, model in enumerate(models):
+        of_model = [one for one in numbers if one.model == model]
+        y = np.array([attacks.index(one.variant) for one in of_model]) + 0.2 * (i - (len(models) - 1) / 2)
+        style: dict[str, Any] = {"color": COLORS[model], "marker": MARKERS[model], "ms": SIZES[model], "ls": ""}
+        axes.plot([scale(name) * one.value for one in of_model], y, label=LABELS[model], zorder=4, **style)
+        _intervals(axes.hlines, y, of_model, color=COLORS[model])
+        for one in of_model:
+            if model == "unlearned" and one.variant == AS_THEY_ARE:
+                axes.axvline(scale(name) * one.value, color=GREEN, lw=0.8, ls="--", zorder=1)
+    axes.set_yticks(range(len(attacks)), [_shortened(attack) for attack in attacks])
+    axes.invert_yaxis()  # the first on top
+    axes.set_xlim(-0.03 * scale(name), 1.03 * scale(name))
+    axes.set_xlabel(f"test forget {with_unit(name)} (lower is better)")
+    _legend(figure, [axes], list(LABELS.values()))
+    return figure
+
+
+def _shortened(attack: str, most: int = 48) -> str:
+    name = "the rows as they are" if attack == AS_THEY_ARE else " ".join(attack.split())
+    name = name if len(name) <= most else name[: most - 1] + "…"
+    return name.replace("$", r"\$")  # two of them would be a formula to matplotlib
+
+
+def draw_relearning(evaluation: Evaluation) -> Figure:
+    """Accuracy (of free-form answers probability) on the other forget rows over steps of relearning, a line per model.
+
+    The 95 % interval is a band.
+
+    Raises:
+        ValueError: if relearning was not measured, or a variant is no number of steps.
+    """
+    name = knowledge_name(evaluation, "relearning")
+    numbers = where(evaluation, measure="relearning", name=name)
+    if not numbers:
+        raise _nothing("relearning", evaluation)
+    figure, (axes,) = _panels(1, height=3.4)
+    ticks = sorted({steps(one.variant) for one in numbers})
+    for model in MODELS:
+        of_model = sorted((one for one in numbers if one.model == model), key=lambda one: steps(one.variant))
+        if not of_model:
+            continue
+        x = [steps(one.variant) for one in of_model]
+        style: dict[str, Any] = {"color": COLORS[model], "marker": MARKERS[model], "ms": SIZES[model], "lw": 1.5}
+        axes.plot(x, [100 * one.value for one in of_model], label=LABELS[model], **style)
+        low, high = ([100 * getattr(one, end) for one in of_model] for end in ("low", "high"))
+        axes.fill_between(x, low, high, color=COLORS[model], alpha=0.18, lw=0)  # NaN leaves a gap
+    axes.set_xscale("symlog", base=2, linthresh=1)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
+    axes.set_ylim(-3, 103)
+    axes.set_xlabel("steps of relearning")
+    axes.set_ylabel(f"train forget {name}, %\n(lower is better)")
+    _legend(figure, [axes], list(LABELS.values()))
+    return figure
+
+
+def _intervals(lines: Callable[..., Any], along: np.ndarray, numbers: Sequence[Number], color: str) -> None:
+    """The intervals of numbers, where they have one, by `axes.vlines` or `axes.hlines`.
+
+    Not as error bars, which are lengths on both sides: a BCa interval need not hold its estimate.
+    """
+    there = [(place, one) for place, one in zip(along, numbers, strict=True) if np.isfinite([one.low, one.high]).all()]
+    if there:
+        ends = [[scale(one.name) * getattr(one, end) for _, one in there] for end in ("low", "high")]
+        lines([place for place, _ in there], *ends, color=color, **INTERVAL)
+
+
+def _nothing(measure: str, evaluation: Evaluation) -> ValueError:
+    there = sorted({one.measure for one in evaluation.measurements})
+    return ValueError(f"the evaluation has nothing to draw of the measure {measure!r}; it has {there}.")

@@ -1,0 +1,69 @@
+"""Figures of stored runs and of embeddings. They need matplotlib; nothing here opens a window or keeps a state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+# Okabe and Ito's colors, which color-blind readers can tell apart.
+BLUE, SKY, GREEN, VERMILLION, PINK, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00"
+GRAY, BLACK = "#7F7F7F", "#000000"
+
+
+def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
+    """Write a figure as PNG (150 dpi) and SVG, the same bytes for the same figure; gives the two paths.
+
+    Args:
+        figure: what to write.
+        path_without_suffix: where, without .png or .svg; folders are made.
+
+    Raises:
+        ValueError: if the path ends in .png or .svg.
+    """
+    import matplotlib
+
+    path = Path(path_without_suffix)
+    if path.suffix in (".png", ".svg"):
+        raise ValueError(f"{path} ends in {path.suffix}; give it without, since both a PNG and an SVG are written.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    paths = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
+    # Otherwise an SVG has random ids and the date in it, and is another file each time.
+    with matplotlib.rc_context({"svg.hashsalt": "spul"}):
+        figure.savefig(paths[0], dpi=150)
+        figure.savefig(paths[1], metadata={"Date": None})
+    return paths
+
+
+def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure 7 inches wide with one panel, or rows of two; what is left over in the last row is taken out."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("figures need matplotlib: pip install matplotlib") from error
+    lines = (count + 1) // 2
+    figure = Figure(figsize=(7, height * lines + 0.6), layout="constrained")
+    grid = figure.subplots(lines, min(count, 2), squeeze=False).ravel().tolist()
+    for axes in grid[count:]:
+        axes.remove()
+    for axes in grid[:count]:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.ticklabel_format(useOffset=False)
+    return figure, grid[:count]
+
+
+def _legend(figure: Figure, panels: Iterable[Axes], order: Sequence[str]) -> None:
+    """One legend below all panels, so that it covers nothing."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    names = [name for name in order if name in found]
+    figure.legend(
+        [found[name] for name in names], names, loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )

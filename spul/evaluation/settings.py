@@ -1,0 +1,84 @@
+"""What an evaluation is known by: with the same models, rows and settings it goes on in its folder, and else not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from ..layers.unlearning_layers import UnlearningLayers
+from ..records.digests import _digest, _text, digest_of, digest_of_rows, digest_of_tokenizer
+from ..records.spul_config import library_versions
+from .suite import Suite
+
+# Of a PEFT config, what tells where the adapter came from, and not what it does.
+ORIGINS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
+
+
+def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequence[str]) -> dict[str, Any]:
+    """What tells one evaluation from another, as JSON; digests stand for models, rows and texts.
+
+    Args:
+        suite: what is evaluated.
+        models: those that were given, by the arguments' names, without wrappers.
+        measures: what is measured, in the order in which it is.
+    """
+    sets = {**suite.splits, **{f"neighbors: {name}": rows for name, rows in suite.neighbors.items()}}
+    if suite.unseen is not None:
+        sets["unseen"] = suite.unseen
+    attacks = dataclasses.asdict(dataclasses.replace(suite.attacks, inputs=None, paraphrase=None))
+    attacks["paraphrase"] = None if suite.attacks.paraphrase is None else _name_of(suite.attacks.paraphrase)
+    attacks["inputs"] = None if suite.attacks.inputs is None else sorted(suite.attacks.inputs)
+    asked = suite.question_format
+    settings = {
+        "models": {name: digests_of_model(model) for name, model in models.items()},
+        "names": {name: getattr(getattr(model, "config", None), "model_type", "") for name, model in models.items()},
+        "rows": {name: {"rows": len(rows), "digest": digest_of_rows(rows)} for name, rows in sets.items()},
+        "unrelated_texts": digest_of_rows(suite.unrelated_texts),
+        "questions": {name: digest_of_rows(rows) for name, rows in suite.questions.items()},
+        "question_format": {"class": type(asked).__qualname__, **dataclasses.asdict(asked)},
+        "tokenizer": digest_of_tokenizer(suite.collator.tokenizer),
+        "generic_completions": suite.collator.generic_completions,
+        "max_length": suite.collator.encoder.max_length,
+        "text_field": suite.collator.encoder.text_field,
+        "append_eos": suite.collator.encoder.append_eos,
+        "max_new_tokens": suite.max_new_tokens,
+        "free_form": suite.is_free_form,
+        "dtype": str(next(iter(models["model"].parameters())).dtype).removeprefix("torch."),
+        "measures": list(measures),
+        "attacks": attacks,
+        "seed": suite.seed,
+        "versions": library_versions() | {"torch": torch.__version__},
+    }
+    return json.loads(_text(settings))
+
+
+def digests_of_model(model: nn.Module) -> dict[str, Any]:
+    """A digest of a model's weights; under an adapter, which ones are switched on and how they are set, besides.
+
+    The weights alone do not tell: all adapters' are there, whichever is active, and LoRA's scale is no weight.
+    """
+    found: dict[str, Any] = {"weights": digest_of(model.named_parameters())}
+    configs: dict[str, Any] = {}
+    if isinstance(model, UnlearningLayers):
+        configs = {"layers": model.layers_config.to_dict()} if model.enabled else {}
+    elif isinstance(model, PeftModel):
+        # PEFT marks a prompt that is off on the model, and other adapters in each of their layers.
+        off = model._adapters_disabled or any(getattr(m, "disable_adapters", False) is True for m in model.modules())
+        active = [] if off else model.active_adapters
+        configs = {name: model.peft_config[name].to_dict() for name in active}
+    else:
+        return found
+    settings = {name: {k: v for k, v in one.items() if k not in ORIGINS} for name, one in configs.items()}
+    return found | {"adapters": list(settings), "settings": _digest(settings)}
+
+
+def _name_of(function: Callable) -> str:
+    """A function's name with its module's; of an object that can be called, its class's."""
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -1,0 +1,110 @@
+"""Unlearning layers as a folder: writing it file by file, reading it back."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import HfApi
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..records.card import layers_card
+from ..records.digests import fingerprint
+from ..records.files import HUB_ARGUMENTS, find_file, moved_in_whole
+from ..records.spul_config import SpulConfig, library_versions, read_spul_config, warn_of_other_weights
+
+if TYPE_CHECKING:
+    from .unlearning_layers import UnlearningLayers
+
+
+CONFIG_NAME = "unlearning_layers.json"
+WEIGHTS_NAME = "unlearning_layers.safetensors"
+GRAMS_NAME = "gram_matrices.safetensors"
+CONFIG_FIELDS = ("reduction", "activation", "target_modules", "init_seed", "train_down")
+
+
+@dataclass
+class SavedLayers:
+    """What a folder of unlearning layers holds: `state` and `grams` by the projections' names."""
+
+    config: dict[str, Any]
+    state: dict[str, Tensor]
+    grams: dict[str, Tensor]
+    num_requests: int
+    spul_config: SpulConfig
+
+
+def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_grams: bool = True) -> None:
+    """See `UnlearningLayers.save_pretrained`."""
+    target = Path(save_directory)
+    if target.is_file():
+        raise ValueError(f"save_directory={str(target)!r} is a file; pass a folder.")
+    base, record = layers.get_base_model(), layers.spul_config
+    record.base_model_name_or_path = base.name_or_path or None
+    record.versions = library_versions()
+    if record.base_fingerprint is None:
+        record.base_fingerprint = fingerprint(base)
+    with moved_in_whole(target) as folder:
+        _write(layers.layers_state(), folder / WEIGHTS_NAME)
+        config = {**layers.layers_config.to_dict(), "num_requests": layers.num_requests}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        record.save(folder)
+        parameters = sum(parameter.numel() for parameter in layers.layers.parameters())
+        layers_card(record, config, parameters).save(folder / "README.md")
+        if layers.grams and with_grams:
+            _write(layers.grams, folder / GRAMS_NAME)
+    if not (layers.grams and with_grams):  # some left from an earlier save would not belong to these layers
+        (target / GRAMS_NAME).unlink(missing_ok=True)
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(kept, path, metadata={"format": "pt"})
+
+
+def push(layers: UnlearningLayers, repo_id: str, private: bool | None, token: str | None, with_grams: bool) -> str:
+    """See `UnlearningLayers.push_to_hub`."""
+    api = HfApi(token=token)
+    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        save(layers, folder, with_grams)
+        return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload unlearning layers"))
+
+
+def read(folder: str | os.PathLike, **hub: Any) -> SavedLayers:
+    """Read what `save` wrote, from a folder or the Hub.
+
+    Raises:
+        ValueError: if it holds no unlearning layers.
+        TypeError: if an argument is none of the Hub's.
+    """
+    if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
+        raise TypeError(f"unknown arguments {unknown}; expected the Hub's: {', '.join(HUB_ARGUMENTS)}.")
+    config_path, weights_path = find_file(folder, CONFIG_NAME, **hub), find_file(folder, WEIGHTS_NAME, **hub)
+    if config_path is None or weights_path is None:
+        raise ValueError(
+            f"{str(folder)!r} holds no unlearning layers: expected {CONFIG_NAME} and {WEIGHTS_NAME}, as "
+            "UnlearningLayers.save_pretrained writes them."
+        )
+    config = json.loads(config_path.read_text(encoding="utf-8"))
+    grams = find_file(folder, GRAMS_NAME, **hub)
+    return SavedLayers(
+        num_requests=config.get("num_requests", 1),
+        config={name: config[name] for name in CONFIG_FIELDS if name in config},  # a later version may say more
+        state=load_file(weights_path),
+        grams={} if grams is None else load_file(grams),
+        spul_config=read_spul_config(folder, **hub),
+    )
+
+
+def check_base(base: PreTrainedModel, record: SpulConfig, folder: str | os.PathLike) -> None:
+    """Warn if the base's weights are not those that the layers were trained on."""
+    trained_on = record.base_model_name_or_path or "another model"
+    advice = f"Load them on the model they were trained for ({trained_on})."
+    warn_of_other_weights(base, record, f"the layers in {str(folder)!r} were", advice, stacklevel=4)

@@ -1,0 +1,250 @@
+"""Several sets of unlearning layers, one for each request, made one without training (EUL, arXiv 2310.20150)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from ..data.collator import ForgetRetainCollator
+from ..data.samplers import by_length
+from ..models.causal_lm import evaluation_mode, load_base
+from ..records.spul_config import SpulConfig, requests_of
+from . import checkpoint as files
+from .bottleneck import UnlearningLayersConfig
+from .unlearning_layers import UnlearningLayers
+
+
+@contextmanager
+def _recorded(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Tensor]) -> Iterator[None]:
+    """Within it, what a forward pass feeds to the layers' projections at the masked tokens is added to `grams`."""
+    kept = token_mask.flatten()
+
+    def recorder(name: str) -> Any:
+        def record(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            # Some families flatten (B, n, d) before their feed-forward block.
+            rows = inputs[0].detach().flatten(0, -2)[kept.to(inputs[0].device)].double()
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)  # the bias, as an input of one
+            gram = rows.T @ rows
+            grams[name] = gram if name not in grams else grams[name] + gram
+
+        return record
+
+    handles = [
+        getattr(layer, projection).register_forward_pre_hook(recorder(f"{name}.{projection}"))
+        for name, layer in zip(layers.names, layers.layers, strict=True)
+        for projection in _projections(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def gather_inputs(
+    layers: UnlearningLayers,
+    forget: Dataset,
+    collator: ForgetRetainCollator,
+    batch_size: int = 32,
+    progress: bool = True,
+    retain: Dataset | None = None,
+    retain_weight: float = 1.0,
+) -> None:
+    """Gather what `fuse` needs of a request, in one pass over its forget set, after its layers have trained.
+
+    As published that is the forget set alone, and nothing holds the fused layers on other inputs. With `retain` they
+    are also held to what each request's own layers do there, which is next to nothing.
+
+    Kept are the Gram matrices of the projections' inputs over all tokens of the rows, in float64: (d + 1) x (d + 1)
+    and (r + 1) x (r + 1) numbers a layer, d the base's width and r the bottleneck's, whatever the data. The rows are
+    not needed again. What was gathered before is replaced.
+
+    Args:
+        layers: trained layers of one request, in place and on.
+        forget: its forget set, rows with `prompt` and `completion`.
+        collator: for tokenizing and padding.
+        batch_size: rows per forward.
+        progress: whether to show a progress bar.
+        retain: rows to be kept as they are by every request; not those of requests that may still come. A hundred
+            are a start.
+        retain_weight: what their tokens count together, in shares of the forget rows' tokens; above 0.
+
+    Raises:
+        ValueError: if there are no rows, the layers are off, or `retain_weight` is out of range.
+    """
+    if len(forget) == 0:
+        raise ValueError("forget has no rows; pass the rows that the layers were trained to forget.")
+    if not (math.isfinite(retain_weight) and retain_weight > 0) or (retain is not None and len(retain) == 0):
+        raise ValueError(
+            f"retain has {'no' if retain is None else len(retain)} rows, retain_weight={retain_weight!r}: expected at "
+            "least one row, or None, and a finite number above 0."
+        )
+    if not layers.enabled:
+        raise ValueError("the layers are off, so that nothing passes through them; set layers.enabled = True.")
+    if not layers.attached:
+        raise ValueError("the layers are not in place, so that nothing passes through them; call layers.attach().")
+    decoder: Any = cast(Any, layers.get_base_model()).get_decoder()  # logits are not wanted
+
+    def gathered(rows: Dataset, name: str) -> tuple[dict[str, Tensor], int]:
+        """The Gram matrices of all tokens of some rows, and how many tokens these are."""
+        grams: dict[str, Tensor] = {}
+        num_tokens = 0
+        encoded = [collator.encoder.encode(row) for row in rows]
+        batches = list(by_length([len(e.prompt_ids) + len(e.completion_ids) for e in encoded], batch_size))
+        for places in tqdm(batches, name, disable=not progress, leave=False):
+            batch = collator.true_batch([rows[i] for i in places])
+            ids, mask = (batch[name].to(layers.device) for name in ("input_ids", "attention_mask"))
+            num_tokens += int(mask.sum())
+            with _recorded(layers, mask.bool(), grams):
+                decoder(input_ids=ids, attention_mask=mask, use_cache=False)
+        return grams, num_tokens
+
+    with evaluation_mode(layers):
+        grams, num_tokens = gathered(forget, "Gram matrices")
+        if unused := [name for name in layers.names if f"{name}.up" not in grams]:
+            raise ValueError(
+                f"nothing passed through {len(unused)} of {len(layers.names)} layers, such as {unused[0]!r}."
+            )
+        if retain is not None:
+            kept, num_kept = gathered(retain, "Gram matrices, retain")
+            grams = {name: gram + retain_weight * num_tokens / num_kept * kept[name] for name, gram in grams.items()}
+    layers.grams = grams
+
+
+def _projections(layers: UnlearningLayers) -> tuple[str, ...]:
+    """Those that learn, and so differ between requests."""
+    return ("down", "up") if layers.layers_config.train_down else ("up",)
+
+
+def fuse(
+    layers: Sequence[UnlearningLayers | str | os.PathLike],
+    model: PreTrainedModel | str | os.PathLike | None = None,
+    ridge: float = 1e-6,
+) -> UnlearningLayers:
+    """One set of layers that does on every request's inputs what that request's own layers did, without training.
+
+    Of each projection, with its bias as a row of the matrix `W_i` and its inputs on forget set i as `X_i`, the fused
+    one is the solution of least squares over all requests (EUL, arXiv 2310.20150):
+
+        W = (sum_i X_i' X_i + rho I)^-1 (sum_i X_i' X_i W_i + rho mean_i W_i)
+
+    The ridge `rho` pulls directions that no input has to the mean of the layers, so that fusing one set of layers
+    gives that one. Fused layers can be fused again; the mean counts requests.
+
+    A bottleneck is not a linear map, so each projection is fused by itself. That makes sense where the hidden units of
+    the layers mean alike, which a common start gives them (`UnlearningLayersConfig.init_seed`), and loses something.
+    With `UnlearningLayersConfig(train_down=False)` they are alike, and a layer is linear in what it learns.
+
+    Args:
+        layers: sets of layers, each after `gather_inputs`, or folders that they were saved in. Take them off the base
+            first (`remove`).
+        model: the base, or its name; that of the layers unless given.
+        ridge: rho in shares of the mean diagonal entry of `sum_i X_i' X_i`, at least 0.
+
+    Returns:
+        New layers on the base, in place, with the summed Gram matrices.
+
+    Raises:
+        ValueError: if there are none, configs differ, something was not gathered, `model` is missing, or a matrix
+            is singular without a ridge.
+
+    Example:
+        ```python
+        fused = fuse(["request-1", "request-2", "request-3"], model)
+        without_second = fuse(["request-1", "request-3"], fused.remove())
+        ```
+    """
+    if not layers:
+        raise ValueError("layers is empty; pass the layers of at least one request.")
+    if not (isinstance(ridge, (int, float)) and math.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f"ridge={ridge!r}: expected a finite number of at least 0.")
+    if model is None:
+        model = next((one.get_base_model() for one in layers if isinstance(one, UnlearningLayers)), None)
+        if model is None:
+            raise ValueError("layers are folders only; pass the model that they are for.")
+    parts = [_saved(one) for one in layers]
+    configs = [UnlearningLayersConfig(**part.config) for part in parts]
+    fixed = [name for name in parts[0].state if name.rpartition(".")[0] not in parts[0].grams and parts[0].grams]
+    for i, part in enumerate(parts):
+        if configs[i] != configs[0] or part.state.keys() != parts[0].state.keys():
+            raise ValueError(
+                f"layers[{i}] have the config {configs[i]}, and layers[0] {configs[0]}, on modules of "
+                f"{'other names' if part.state.keys() != parts[0].state.keys() else 'the same names'}; only layers of "
+                "one shape and start can be fused."
+            )
+        for j in range(i):
+            if all(torch.equal(value, parts[j].state[name]) for name, value in part.state.items()):
+                raise ValueError(f"layers[{j}] and layers[{i}] are the same; give each request once.")
+        if other := [name for name in fixed if not torch.equal(part.state[name], parts[0].state[name])]:
+            raise ValueError(
+                f"layers[{i}] and layers[0] differ in {other[0]}, which was not to learn (train_down=False)."
+            )
+        if not part.grams:
+            raise ValueError(
+                f"layers[{i}] have gathered nothing; call gather_inputs(layers, forget, collator) after they have "
+                "trained, before they are saved."
+            )
+    base = load_base(model, {})
+    for i, part in enumerate(parts):
+        files.check_base(base, part.spul_config, f"layers[{i}]")
+    fused = files.SavedLayers(
+        config=parts[0].config,
+        state=_fused_state(parts, ridge),
+        grams={name: torch.stack([part.grams[name].cpu() for part in parts]).sum(0) for name in parts[0].grams},
+        num_requests=sum(part.num_requests for part in parts),
+        spul_config=SpulConfig(
+            loss=parts[0].spul_config.loss, combined_from=requests_of(part.spul_config for part in parts)
+        ),
+    )
+    return UnlearningLayers.from_saved(base, fused).requires_grad_(False).eval()
+
+
+def _saved(layers: UnlearningLayers | str | os.PathLike) -> files.SavedLayers:
+    if not isinstance(layers, UnlearningLayers):
+        return files.read(layers)
+    return files.SavedLayers(
+        layers.layers_config.to_dict(),
+        layers.layers_state(),
+        layers.grams,
+        layers.num_requests,
+        layers.spul_config,
+    )
+
+
+def _fused_state(parts: Sequence[files.SavedLayers], ridge: float) -> dict[str, Tensor]:
+    state = dict(parts[0].state)  # what does not learn is alike in all of them
+    requests = torch.tensor([part.num_requests for part in parts], dtype=torch.float64)
+    for name in parts[0].grams:
+        grams = torch.stack([part.grams[name].double().cpu() for part in parts])
+        maps = torch.stack([_matrix(part.state, name) for part in parts])
+        total = grams.sum(0)
+        rho = ridge * total.diagonal().mean()
+        mean = torch.einsum("i,iab->ab", requests / requests.sum(), maps)
+        left = total + rho * torch.eye(len(total), dtype=torch.float64)
+        if ridge == 0 and torch.linalg.matrix_rank(left, hermitian=True) < len(left):
+            raise ValueError(
+                f"the inputs of {name} do not span its {len(left)} dimensions, so that there is no one solution; pass "
+                "a ridge above 0."
+            )
+        # Of the differences to the mean, so that what is alike in all layers stays as it is to the last digit.
+        solution = mean + torch.linalg.solve(left, (grams @ (maps - mean)).sum(0))
+        dtype = parts[0].state[f"{name}.weight"].dtype
+        state[f"{name}.weight"] = solution[:-1].T.to(dtype)
+        state[f"{name}.bias"] = solution[-1].to(dtype)
+    return state
+
+
+def _matrix(state: dict[str, Tensor], name: str) -> Tensor:
+    """A projection as the map (inputs + 1, outputs) of inputs with a one."""
+    weight, bias = (state[f"{name}.{kind}"].detach().double().cpu() for kind in ("weight", "bias"))
+    return torch.cat([weight.T, bias[None]])

@@ -1,0 +1,360 @@
+"""Unlearning layers: small residual bottlenecks after the feed-forward blocks of a frozen causal LM."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..models.causal_lm import load_base, restore_dropout, zero_dropout
+from ..models.compat import keep_4bit_differentiable
+from ..records.spul_config import SpulConfig
+from . import checkpoint as files
+from .bottleneck import Bottleneck, UnlearningLayersConfig
+
+# What families call a feed-forward block, or the last module of one that has no module of its own (OPT).
+FEED_FORWARD = ("mlp", "fc2")
+
+
+class UnlearningLayers(nn.Module):
+    """A frozen causal LM with a small trainable layer after each feed-forward block (EUL, arXiv 2310.20150).
+
+    Each takes a block's output before it is added to the residual stream. They start as the identity. The base is
+    frozen, its dropout set to zero, and its modules stay as they are: the layers are forward hooks, which `remove`
+    takes off again. They learn in float32, or float64 where the base has it; the base may be in 8 or 4 bit.
+
+    Train it with `UnlearningTrainer(model=layers, loss=...)`, or with `unlearning_forward(layers, loss, **batch)`.
+
+    Args:
+        model: a causal LM of transformers, without an adapter.
+        config: the layers' shape; `UnlearningLayersConfig()` unless given.
+
+    Raises:
+        TypeError: if `model` is no causal LM, or under an adapter.
+        ValueError: if it has unlearning layers already, no module is named as `target_modules` says, or `reduction`
+            leaves nothing of its width.
+
+    Example:
+        ```python
+        layers = UnlearningLayers(model, UnlearningLayersConfig(reduction=32))
+        method = unlearning_method("EUL")
+        trainer = UnlearningTrainer(layers, args, method.collator(tokenizer), dataset, loss=method.loss)
+        trainer.train()
+        layers.save_pretrained("request-1")
+        base = layers.remove()
+        ```
+    """
+
+    def __init__(self, model: PreTrainedModel, config: UnlearningLayersConfig | None = None) -> None:
+        super().__init__()
+        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
+                "gives it. A PEFT adapter is merged first (model.merge_and_unload()), unlearning layers are taken off "
+                "(layers.remove())."
+            )
+        config = UnlearningLayersConfig() if config is None else config
+        if not isinstance(config, UnlearningLayersConfig):
+            raise TypeError(f"config is a {type(config).__name__}; expected an UnlearningLayersConfig.")
+        self.base_model, self.layers_config = model, config
+        self.names = feed_forward_blocks(model, config.target_modules)
+        text: Any = model.config.get_text_config()
+        width = text.hidden_size
+        bottleneck = int(width / config.reduction)
+        if bottleneck < 1:
+            raise ValueError(
+                f"reduction={config.reduction} leaves nothing of the base's width, {width}; take at most {width}."
+            )
+        self.layers = nn.ModuleList(
+            Bottleneck(width, bottleneck, config.activation, config.init_seed + i, config.train_down)
+            for i in range(len(self.names))
+        )
+        self.enabled = True
+        """Whether the layers take part; see also `disable_adapter`."""
+        self.grams: dict[str, Tensor] = {}
+        """What `gather_inputs` has gathered: inputs' Gram matrices by the projection's name."""
+        self.num_requests = 1
+        """How many requests the layers honor: more than 1 once they are fused."""
+        self.spul_config = SpulConfig()
+        self._handles: list[Any] = []
+        self._dropout: list[tuple[nn.Module, str, float]] = []
+        self._trained: list[nn.Parameter] = []
+        self.attach()
+
+    # ---- on and off ----
+
+    def attach(self) -> None:
+        """Put the layers in place, after `remove`.
+
+        Raises:
+            ValueError: if they are in place, or others are on the same base.
+        """
+        if any(isinstance(hook, _Hook) for m in self.base_model.modules() for hook in m._forward_hooks.values()):
+            raise ValueError(
+                "the base has unlearning layers already; take them off first: base = layers.remove(). Several "
+                "requests become one set of layers by spul.fuse."
+            )
+        blocks = [self.base_model.get_submodule(name) for name in self.names]
+        elsewhere = next(self.base_model.parameters())  # where a block has no weights
+        devices = [next(block.parameters(), elsewhere).device for block in blocks]
+        if torch.device("meta") in devices:
+            name = self.names[devices.index(torch.device("meta"))]
+            raise ValueError(
+                f"{name} is offloaded to CPU or disk; unlearning layers need the base's weights in place: load it "
+                "without offloading."
+            )
+        self._dropout = zero_dropout(self.base_model)
+        self._trained = [parameter for parameter in self.base_model.parameters() if parameter.requires_grad]
+        self.base_model.requires_grad_(False)
+        keep_4bit_differentiable(self.base_model)
+        dtype = torch.float64 if self.base_model.dtype == torch.float64 else torch.float32
+        for name, block, layer, device in zip(self.names, blocks, self.layers, devices, strict=True):
+            layer.to(device, dtype)
+            self._handles.append(block.register_forward_hook(_Hook(self, cast(Bottleneck, layer), name)))
+        _forget_compiled()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the layers are in place."""
+        return bool(self._handles)
+
+    def remove(self) -> PreTrainedModel:
+        """Take the layers off the base and give it back as it was before, dropout and `requires_grad` included."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        restore_dropout(self._dropout)
+        for parameter in self._trained:
+            parameter.requires_grad_(True)
+        self._dropout, self._trained = [], []
+        _forget_compiled()
+        return self.base_model
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it, `forward` and `generate` are those of the untouched base. PEFT's name, for the same thing."""
+        was_enabled, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = was_enabled
+
+    # ---- the base's own ways ----
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's forward, with the layers in it.
+
+        Raises:
+            ValueError: if the layers were taken off.
+        """
+        self._check_attached()
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's `generate`, with the layers in it; raises as `forward`."""
+        self._check_attached()
+        return cast(Any, self.base_model).generate(*args, **kwargs)
+
+    def _check_attached(self) -> None:
+        if not self.attached:
+            raise ValueError(
+                "the layers are not in place, so that this would be the base; call layers.attach() first."
+            )
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The causal LM that the layers are on."""
+        return self.base_model
+
+    @property
+    def config(self) -> Any:
+        """The base's config; the layers' own is `layers_config`."""
+        return self.base_model.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.base_model.device
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """As the base's."""
+        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """As the base's."""
+        self.base_model.gradient_checkpointing_disable()
+
+    # ---- saving and loading ----
+
+    def layers_state(self) -> dict[str, Tensor]:
+        """The layers' weights by the name of the block that they are behind: `model.layers.0.mlp.down.weight`, ..."""
+        return {
+            f"{name}.{key}": value
+            for name, layer in zip(self.names, self.layers, strict=True)
+            for key, value in layer.state_dict().items()
+        }
+
+    def load_layers_state(self, state: Mapping[str, Tensor]) -> None:
+        """Put weights in, named as `layers_state` names them.
+
+        Raises:
+            ValueError: if names or shapes are others.
+        """
+        own = self.layers_state()
+        expected, found = ({key: tuple(value.shape) for key, value in some.items()} for some in (own, state))
+        if expected != found:
+            differing = sorted(key for key in expected | found if expected.get(key) != found.get(key))
+            raise ValueError(
+                f"{len(differing)} of {len(expected)} tensors do not fit this base's layers, such as "
+                f"{differing[0]!r}: expected {expected.get(differing[0])}, found {found.get(differing[0])}; load them "
+                "on the model that they were made for, with their own config."
+            )
+        with torch.no_grad():
+            for key, value in own.items():
+                value.copy_(state[key])
+
+    def load_saved(self, saved: files.SavedLayers) -> None:
+        """Put what was read of a folder into these layers: weights, Gram matrices, record.
+
+        Raises:
+            ValueError: if it was made with another config, or for another model.
+        """
+        if (theirs := UnlearningLayersConfig(**saved.config)) != self.layers_config:
+            raise ValueError(f"what was saved has the config {theirs}, these layers have {self.layers_config}.")
+        self.load_layers_state(saved.state)
+        self.grams, self.num_requests, self.spul_config = saved.grams, saved.num_requests, saved.spul_config
+
+    @classmethod
+    def from_saved(cls, base: PreTrainedModel, saved: files.SavedLayers) -> UnlearningLayers:
+        """New layers on a base with what was read of a folder, or fused; the base is left alone if they do not fit.
+
+        Raises:
+            ValueError: if they are for another model.
+        """
+        layers = cls(base, UnlearningLayersConfig(**saved.config))
+        try:
+            layers.load_saved(saved)
+        except ValueError:
+            layers.remove()
+            raise
+        return layers
+
+    def save_pretrained(self, save_directory: str | os.PathLike) -> None:
+        """Write the layers, their config, what was gathered for fusion, and a model card into a folder.
+
+        Args:
+            save_directory: the folder; files of an earlier save are replaced, each in one move.
+
+        Raises:
+            ValueError: if it is a file.
+        """
+        files.save(self, save_directory)
+
+    def push_to_hub(
+        self, repo_id: str, private: bool | None = None, token: str | None = None, with_grams: bool = False
+    ) -> str:
+        """Save the layers and upload them to the Hub.
+
+        Args:
+            repo_id: `owner/name`; made if it is not there.
+            private: whether a new repository is private; the account's default unless given.
+            token: the account's; the stored one unless given.
+            with_grams: whether to upload what was gathered for fusion too, a summary of the forget set's hidden
+                states.
+
+        Returns:
+            The commit's address.
+        """
+        return files.push(self, repo_id, private, token, with_grams)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: PreTrainedModel | str | os.PathLike,
+        folder: str | os.PathLike,
+        is_trainable: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        **hub: Any,
+    ) -> UnlearningLayers:
+        """Load saved layers onto their base.
+
+        Args:
+            model: the base, or its name or folder, which is then loaded with `AutoModelForCausalLM`.
+            folder: folder or Hub name of the layers.
+            is_trainable: whether training goes on.
+            model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` when `model` is a name.
+            hub: Hub arguments, such as `revision`, `token`, `cache_dir`, `subfolder`.
+
+        Raises:
+            ValueError: if the folder holds no layers, or they do not fit the base.
+
+        Warns:
+            UserWarning: if the base's weights are not those that the layers were trained on.
+        """
+        base = load_base(model, model_kwargs or {})
+        saved = files.read(folder, **hub)
+        layers = cls.from_saved(base, saved)
+        files.check_base(base, saved.spul_config, folder)
+        if is_trainable:
+            # What is saved after more training is something else, of this base.
+            layers.spul_config.base_fingerprint, layers.spul_config.metrics, layers.grams = None, {}, {}
+        else:
+            layers.requires_grad_(False).eval()
+        return layers
+
+
+class _Hook:
+    """A forward hook that hands a block's output to its layer."""
+
+    def __init__(self, owner: UnlearningLayers, layer: Bottleneck, name: str) -> None:
+        self.owner, self.layer, self.name = owner, layer, name
+
+    def __call__(self, block: nn.Module, inputs: Any, output: Any) -> Any:
+        if not self.owner.enabled:
+            return None
+        width = self.layer.down.in_features
+        if not isinstance(output, Tensor) or output.shape[-1] != width:
+            what = (
+                f"a tensor of the shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            )
+            raise TypeError(
+                f"{self.name} gives {what}, not hidden states of the width {width}; name other modules: "
+                "UnlearningLayersConfig(target_modules=(...))."
+            )
+        return self.layer(output)
+
+
+def _forget_compiled() -> None:
+    """Drop what torch.compile made of models: it does not look for hooks again, and would leave the layers out."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def feed_forward_blocks(model: PreTrainedModel, endings: tuple[str, ...] | None = None) -> list[str]:
+    """The names of the modules whose outputs unlearning layers take, in the model's order.
+
+    Args:
+        model: a causal LM.
+        endings: what the names end in, whole parts of them; unless given, those of the families that are known, in the
+            decoder of the texts (a model may have one for images, too).
+
+    Raises:
+        ValueError: if there are none.
+    """
+    names = [name for name, _ in model.named_modules()]
+    if endings is None:
+        decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+        names = [name for name in names if name.startswith(f"{decoder}.")]
+    for some in [endings] if endings else [(ending,) for ending in FEED_FORWARD]:
+        if found := [name for name in names if any(f".{name}".endswith(f".{ending}") for ending in some)]:
+            return found
+    raise ValueError(
+        f"{type(model).__name__} has no module whose name ends in {' or '.join(endings or FEED_FORWARD)}; name the "
+        "modules that end its feed-forward blocks: UnlearningLayersConfig(target_modules=(...))."
+    )

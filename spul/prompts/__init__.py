@@ -1,0 +1,10 @@
+"""Soft prompts on a frozen causal LM: `SoftPromptUnlearner`, the shared prefix, generation, saving and loading."""
+
+from .configs import PROMPT_CONFIGS, PROMPT_TYPES
+from .unlearner import SoftPromptUnlearner
+
+__all__ = [
+    "PROMPT_CONFIGS",
+    "PROMPT_TYPES",
+    "SoftPromptUnlearner",
+]

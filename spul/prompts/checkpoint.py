@@ -1,0 +1,223 @@
+"""A prompt as a folder: writing it whole or not at all, reading it back, restoring a live one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftModelForCausalLM, PeftType
+from peft.utils import load_peft_weights
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ..losses.unlearning_loss import UnlearningLoss
+from ..models.causal_lm import load_base
+from ..records.card import model_card
+from ..records.digests import fingerprint
+from ..records.files import HUB_ARGUMENTS, find_file, moved_in_whole
+from ..records.spul_config import SpulConfig, library_versions, read_spul_config, warn_of_other_weights
+
+if TYPE_CHECKING:
+    from .unlearner import SoftPromptUnlearner
+
+logger = logging.getLogger(__name__)
+
+
+ENCODER_NAME = "prompt_encoder.safetensors"
+
+
+def _has_encoder(model: PeftModelForCausalLM, adapter_name: str) -> bool:
+    """Whether the prompt is computed by more than a table of rows, so that the rows alone cannot be trained on."""
+    return len(model.prompt_encoder[adapter_name].state_dict()) > 1
+
+
+def save(
+    model: SoftPromptUnlearner,
+    peft_save: Callable[..., None],
+    save_directory: str,
+    selected_adapters: list[str] | None,
+    **kwargs: Any,
+) -> None:
+    """Write the adapter folder; see `SoftPromptUnlearner.save_pretrained`.
+
+    Args:
+        model: the unlearner.
+        peft_save: PEFT's own `save_pretrained`, bound.
+        save_directory: the folder.
+        selected_adapters: names of the prompts; all if None.
+        kwargs: for PEFT.
+    """
+    target = Path(save_directory)
+    if target.is_file():
+        raise ValueError(f"save_directory={str(target)!r} is a file; pass a folder.")
+    if not kwargs.get("is_main_process", True):
+        return
+    names = list(model.peft_config) if selected_adapters is None else selected_adapters
+    for name in names:
+        update_config(model, name)
+    with moved_in_whole(target) as scratch:
+        peft_save(str(scratch), selected_adapters=selected_adapters, **kwargs)
+        for name in names:
+            folder = scratch if name == "default" else scratch / name
+            model.spul_configs[name].save(folder)
+            if _has_encoder(model, name):
+                state = {key: value.detach().cpu() for key, value in model.prompt_encoder[name].state_dict().items()}
+                save_file(state, folder / ENCODER_NAME, metadata={"format": "pt"})
+    for name in names:
+        if not _has_encoder(model, name):  # one left from an earlier save would not belong to this prompt
+            (target if name == "default" else target / name).joinpath(ENCODER_NAME).unlink(missing_ok=True)
+
+
+def update_config(model: SoftPromptUnlearner, adapter_name: str) -> None:
+    """Fill in what the model itself knows: the loss, the base, the versions."""
+    config, base = model.spul_configs[adapter_name], model.get_base_model()
+    if not model.peft_config[adapter_name].inference_mode:  # one that was loaded to be used keeps its own record
+        config.loss = model.loss.to_dict()
+    config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
+    config.versions = library_versions()
+    if config.base_fingerprint is None:
+        config.base_fingerprint = fingerprint(base)
+
+
+def write_model_card(model: SoftPromptUnlearner, output_dir: str) -> None:
+    """Write README.md for the Hub."""
+    config = model.active_peft_config
+    card = model_card(
+        model.spul_config,
+        prompt_type=config.peft_type.value,
+        num_virtual_tokens=config.num_virtual_tokens,
+        num_parameters=sum(p.numel() for p in model.prompt_encoder[model.active_adapter].parameters()),
+    )
+    card.save(Path(output_dir, "README.md"))
+
+
+def load(
+    cls: type[SoftPromptUnlearner],
+    model: nn.Module | str | os.PathLike,
+    adapter: str | os.PathLike,
+    is_trainable: bool,
+    loss: UnlearningLoss | None,
+    adapter_name: str,
+    model_kwargs: dict[str, Any],
+    **kwargs: Any,
+) -> SoftPromptUnlearner:
+    """See `SoftPromptUnlearner.from_pretrained`."""
+    hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
+    loaded = load_base(model, model_kwargs)
+    config = PeftConfig.from_pretrained(os.fspath(adapter), **hub)
+    if not config.is_prompt_learning:
+        raise TypeError(
+            f"{str(adapter)!r} holds a {type(config).__name__} adapter, not a soft prompt; expected one of PEFT's "
+            "prompt-learning configs: PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig."
+        )
+    config.inference_mode = not is_trainable
+    spul_config = read_spul_config(adapter, **hub)
+    if loss is None and spul_config.loss is not None:
+        try:
+            loss = UnlearningLoss.from_dict(spul_config.loss)
+        except (ValueError, TypeError, KeyError):
+            if is_trainable:
+                raise
+            logger.warning("The prompt was trained with a loss of its maker's own; `loss` is the default one.")
+
+    unlearner = cls(loaded, config, loss=loss, adapter_name=adapter_name, **kwargs)
+    base: Any = unlearner.get_base_model()
+    unlearner.spul_configs[adapter_name] = spul_config
+    check_base(base, config, spul_config, adapter)
+    if is_trainable:
+        # What is saved after more training is another prompt, of this base.
+        spul_config.base_fingerprint, spul_config.metrics = None, {}
+        config.base_model_name_or_path = getattr(base, "name_or_path", None) or config.base_model_name_or_path
+        restore_prompt(unlearner, adapter, adapter_name, **hub)
+        return unlearner
+    weights = _adapter_weights(unlearner, adapter, adapter_name, **hub)
+    unlearner.prompt_encoder[adapter_name].load_state_dict({"embedding.weight": weights}, strict=True)
+    unlearner.eval()
+    return unlearner
+
+
+def restore_prompt(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapter_name: str, **hub: Any) -> None:
+    """Put a saved state back into a prompt that trains, P-tuning's encoder included.
+
+    Raises:
+        ValueError: if the folder lacks the encoder, or its shapes are not this prompt's.
+    """
+    encoder = model.prompt_encoder[adapter_name]
+    if not _has_encoder(model, adapter_name):
+        weights = _adapter_weights(model, adapter, adapter_name, **hub)
+        encoder.load_state_dict({"embedding.weight": weights}, strict=True)
+        return
+    path = find_file(adapter, ENCODER_NAME, **hub)
+    if path is None:
+        kind = PeftType(model.peft_config[adapter_name].peft_type).value
+        raise ValueError(
+            f"{str(adapter)!r} holds no {ENCODER_NAME}: the {kind} prompt in it can be used, but not trained on, "
+            "since plain PEFT saves only what the encoder put out. Load it with is_trainable=False, or save with spul."
+        )
+    state = load_file(path, device="cpu")
+    expected = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
+    found = {key: tuple(value.shape) for key, value in state.items()}
+    if expected != found:
+        raise ValueError(
+            f"{path}: the encoder there has {found}, this model's has {expected}; load it with its own config."
+        )
+    encoder.load_state_dict(state, strict=True)
+    put_out = model.get_prompt_embedding_to_save(adapter_name).float()
+    if not torch.allclose(put_out, _flat_weights(adapter, **hub).float(), rtol=1e-3, atol=1e-4):
+        raise ValueError(
+            f"{path} does not belong to the adapter_model.safetensors beside it, as when a save was cut short; "
+            "load the prompt with is_trainable=False, or go on from another checkpoint."
+        )
+
+
+def _flat_weights(adapter: str | os.PathLike, **hub: Any) -> torch.Tensor:
+    """The prompt as PEFT saves it."""
+    check_safetensors(adapter, **hub)
+    return load_peft_weights(os.fspath(adapter), device="cpu", **hub)["prompt_embeddings"]
+
+
+def _adapter_weights(
+    model: SoftPromptUnlearner, adapter: str | os.PathLike, adapter_name: str, **hub: Any
+) -> torch.Tensor:
+    """The flattened prompt of an adapter folder, checked against the live one's shape."""
+    weights = _flat_weights(adapter, **hub)
+    expected = model.prompt_encoder[adapter_name].embedding.weight.shape
+    if weights.shape != expected:
+        raise ValueError(
+            f"the prompt in {str(adapter)!r} has shape {tuple(weights.shape)}, this model's {tuple(expected)} "
+            "(virtual tokens, width); load it on the base model it was trained for."
+        )
+    return weights
+
+
+def check_safetensors(adapter: str | os.PathLike, **hub: Any) -> None:
+    """Raise unless an adapter's weights are safetensors: PEFT would go on to unpickle others."""
+    if find_file(adapter, "adapter_model.safetensors", **hub) is None:
+        raise ValueError(f"{str(adapter)!r} holds no adapter_model.safetensors; spul loads safetensors only.")
+
+
+def check_base(base: Any, config: Any, spul_config: SpulConfig, adapter: str | os.PathLike) -> None:
+    """Raise if the prompt cannot fit the base, warn if the base's weights are others."""
+    trained_on = config.base_model_name_or_path or "another model"
+    advice = f"Load it on the model it was trained for ({trained_on})."
+    text = base.config.get_text_config()
+    found: tuple[int, ...]
+    expected: tuple[int, ...]
+    if config.peft_type == PeftType.PREFIX_TUNING:
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        found, expected = (config.num_layers, config.token_dim), (text.num_hidden_layers, heads * head_dim)
+        what = "(layers, width of keys)"
+    else:
+        found, expected = (config.token_dim,), (base.get_input_embeddings().weight.shape[1],)
+        what = "(width)"
+    if found != expected:
+        raise ValueError(
+            f"the prompt in {str(adapter)!r} does not fit this base: it has {what} {found}, the base {expected}. "
+            + advice
+        )
+    warn_of_other_weights(base, spul_config, f"the prompt in {str(adapter)!r} was", advice, stacklevel=5)

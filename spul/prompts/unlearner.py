@@ -1,0 +1,325 @@
+"""SoftPromptUnlearner: a frozen causal language model under a trained prompt."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import (
+    PeftConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    TaskType,
+)
+from torch import Tensor, nn
+
+from ..losses.batch import batch_loss
+from ..losses.unlearning_loss import UnlearningLoss
+from ..models.causal_lm import logits_at, max_positions, zero_dropout
+from ..models.compat import keep_4bit_differentiable
+from ..records.spul_config import SpulConfig
+from . import checkpoint
+from .configs import check_peft_config, scale_random_prompt
+from .generation import generate_prompted
+from .inference import ordinary_forward
+from .shared_prefix import prompted_logits
+
+
+class SoftPromptUnlearner(PeftModelForCausalLM):
+    """Wraps a causal LM with a prompt that learns to make it forget (SPUL, arXiv 2406.12038).
+
+    The base is frozen in place and its dropout set to zero; only the active prompt requires gradients. It is an
+    ordinary `PeftModelForCausalLM`: what it saves, plain PEFT loads.
+
+    Args:
+        model: a causal LM of transformers, in any floating type, 8 or 4 bit.
+        peft_config: `PromptTuningConfig`, `PromptEncoderConfig` (P-tuning, the paper's) or `PrefixTuningConfig`.
+            Prompt tuning's random initialization is drawn at the scale of the vocabulary's embeddings.
+        loss: what is trained for; `UnlearningLoss()` unless told.
+        adapter_name: PEFT's name of the adapter.
+
+    Raises:
+        TypeError: if `peft_config` is none of the three, `loss` no `UnlearningLoss`, or `model` no model or one with
+            an adapter.
+        ValueError: if its task type is not `CAUSAL_LM`.
+
+    Example:
+        ```python
+        unlearner = SoftPromptUnlearner(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30))
+        out = unlearner(**collator(rows))
+        out.loss.backward()
+        ```
+    """
+
+    # Set by PEFT; said here since nn.Module declares every attribute a tensor or a module.
+    config: Any
+    word_embeddings: Any
+    prompt_encoder: Any
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        loss: UnlearningLoss | None = None,
+        adapter_name: str = "default",
+        **kwargs: Any,
+    ) -> None:
+        check_peft_config(peft_config)
+        if isinstance(model, PeftModel) or not isinstance(model, nn.Module):
+            raise TypeError(
+                f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
+                "gives it. A model under LoRA or another adapter is merged first: model.merge_and_unload()."
+            )
+        loss = UnlearningLoss() if loss is None else loss
+        if not isinstance(loss, UnlearningLoss):
+            raise TypeError(f"loss={loss!r}: expected an UnlearningLoss, such as UnlearningLoss(alpha=1.0, beta=0.5).")
+        peft_config.task_type = TaskType.CAUSAL_LM
+        super().__init__(model, peft_config, adapter_name, **kwargs)
+        self.loss = loss
+        zero_dropout(model)
+        keep_4bit_differentiable(model)
+        model.requires_grad_(False)
+
+    # ---- adapters ----
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """Add a fresh prompt beside the others; it trains once `set_adapter` has made it the active one."""
+        check_peft_config(peft_config)
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+        # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
+        self.__dict__.setdefault("spul_configs", {})[adapter_name] = SpulConfig()
+        if not peft_config.inference_mode:
+            scale_random_prompt(self, adapter_name)
+        self._train_active_prompt_only()
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make a prompt the active one. The others require no gradient."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._train_active_prompt_only()
+        if inference_mode:
+            self.prompt_encoder[adapter_name].requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove a prompt. If it was the active one, another becomes active."""
+        super().delete_adapter(adapter_name)
+        del self.spul_configs[adapter_name]
+        self.__dict__.get("_kept_prompts", {}).pop(adapter_name, None)
+        self._train_active_prompt_only()
+
+    @property
+    def spul_config(self) -> SpulConfig:
+        """What `spul_config.json` will say of the active prompt; set its `metrics` to have them on the card."""
+        return self.spul_configs[self.active_adapter]
+
+    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Load a prompt into this model: a new one for inference, or the state of a live, trainable one.
+
+        Raises:
+            ValueError: if the prompt does not fit the base, or a live P-tuning prompt is to be restored from a folder
+                without its encoder.
+
+        Warns:
+            UserWarning: if the base's weights are not those that the prompt was trained on.
+        """
+        hub = {key: value for key, value in kwargs.items() if key in checkpoint.HUB_ARGUMENTS}
+        live = adapter_name in self.peft_config and not self.peft_config[adapter_name].inference_mode
+        if live:
+            checkpoint.restore_prompt(self, model_id, adapter_name, **hub)
+            self.spul_configs[adapter_name].metrics = checkpoint.read_spul_config(model_id, **hub).metrics
+            return None
+        config = PeftConfig.from_pretrained(os.fspath(model_id), **hub)
+        checkpoint.check_safetensors(model_id, **hub)
+        spul_config = checkpoint.read_spul_config(model_id, **hub)
+        checkpoint.check_base(self.get_base_model(), config, spul_config, model_id)
+        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        self.spul_configs[adapter_name] = spul_config
+        self._train_active_prompt_only()
+        return result
+
+    def _train_active_prompt_only(self) -> None:
+        # PEFT leaves every prompt trainable; an unused one breaks DDP on its second step.
+        for name, encoder in self.prompt_encoder.items():
+            encoder.requires_grad_(name == self.active_adapter and not self.peft_config[name].inference_mode)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Within it, `forward` and `generate` are those of the untouched base."""
+        # PEFT swaps `self.forward`, and with it the autocast that accelerate wrapped around it; a flag does not.
+        was_disabled, self._adapters_disabled = self._adapters_disabled, True
+        try:
+            yield
+        finally:
+            self._adapters_disabled = was_disabled
+
+    # ---- forward ----
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        is_forget: Tensor | None = None,
+        row_id: Tensor | None = None,
+        group_counts: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        reference_logits: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The unlearning loss of a batch, or, without `is_forget`, an ordinary PEFT forward.
+
+        Args:
+            input_ids: (B, n), padded on either side, without virtual tokens.
+            attention_mask: (B, n); all ones unless given.
+            labels: (B, n), the response's token ids, -100 elsewhere.
+            is_forget: (B,) bool or 0/1.
+            row_id: (B,), which rows of the data set these are; not used here.
+            group_counts: (2,), what sums over forget and retain rows are divided by. Unless given: the numbers of such
+                rows in this batch. Give those of the whole step where it is accumulated, averaged over processes
+                under DDP, which averages gradients.
+            num_items_in_batch: number of label tokens in the whole step, as `transformers.Trainer` passes it: without
+                `group_counts`, this batch weighs as its share of them.
+            reference_logits: (R, K, V), what the frozen model says at the response tokens of the R rows whose loss
+                compares with it (by default the retain rows), as `ReferenceCache.logits` gives it; computed unless
+                given.
+            kwargs: only for the ordinary forward.
+
+        Returns:
+            `UnlearnerOutput`, or what the base model returns. The ordinary forward of prompt tuning and P-tuning has
+            logits for the virtual tokens too, in front: (B, p + n, V).
+
+        Raises:
+            ValueError: if tensors are missing, or their shapes do not match.
+            TypeError: if `is_forget` comes with arguments that this forward does not know.
+        """
+        if is_forget is None:
+            if num_items_in_batch is not None:
+                kwargs["num_items_in_batch"] = num_items_in_batch
+            if self._adapters_disabled:
+                base: Any = self.get_base_model()
+                return base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            return ordinary_forward(self, super().forward, input_ids, attention_mask, labels, **kwargs)
+        if unknown := sorted(name for name, value in kwargs.items() if value is not None and name != "return_dict"):
+            raise TypeError(f"with is_forget, forward takes no {', '.join(unknown)}; leave out is_forget to use them.")
+        if input_ids is None or labels is None:
+            raise ValueError(
+                "with is_forget, forward needs input_ids and labels, as ForgetRetainCollator returns them."
+            )
+        return batch_loss(
+            self.loss,
+            self.response_logits,
+            self._frozen_logits,
+            input_ids,
+            labels,
+            is_forget,
+            attention_mask,
+            group_counts,
+            num_items_in_batch,
+            reference_logits,
+        )
+
+    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, K, V) at `positions` of a right-padded batch, by the shared prompt; the base's when disabled."""
+        base: Any = self.get_base_model()
+        if self._adapters_disabled:
+            return self._frozen_logits(input_ids, attention_mask, positions)
+        num_virtual, limit = self.active_peft_config.num_virtual_tokens, max_positions(base)
+        if limit is not None and num_virtual + input_ids.shape[1] > limit:
+            raise ValueError(
+                f"{num_virtual} virtual tokens and {input_ids.shape[1]} tokens exceed the model's {limit} positions; "
+                + (
+                    f"collate with max_length of at most {limit - num_virtual}."
+                    if num_virtual < limit
+                    else "take fewer virtual tokens."
+                )
+            )
+        return prompted_logits(self, input_ids, attention_mask, positions)
+
+    def _frozen_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """What the base says without the prompt, (B, K, V)."""
+        base: Any = self.get_base_model()
+        return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate with the prompt in place; takes what `transformers`' `generate` takes.
+
+        Args:
+            inputs: (B, n) token ids, also as `input_ids`, padded on either side with a matching `attention_mask`.
+            args: further positional arguments of `generate`.
+            kwargs: further arguments, such as `max_new_tokens`.
+
+        Returns:
+            As `transformers`: the input ids as they were given, then the new tokens.
+
+        Raises:
+            ValueError: for `inputs_embeds`, `past_key_values`, `position_ids` or `use_cache=False`.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if self._adapters_disabled:
+            base: Any = self.get_base_model()
+            return base.generate(input_ids, *args, **kwargs)
+        return generate_prompted(self, input_ids, *args, **kwargs)
+
+    # ---- saving and loading ----
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write the folder of a plain PEFT adapter, with `spul_config.json` and a model card.
+
+        A folder that is there already is replaced file by file, each in one move: a process killed in the middle
+        leaves no half-written file. P-tuning (and prefix tuning with a projection) also writes
+        `prompt_encoder.safetensors`, which only further training needs.
+
+        Args:
+            save_directory: the folder.
+            safe_serialization: must stay True: adapters are safetensors only.
+            selected_adapters: names of the prompts to save; all unless given.
+            kwargs: as `PeftModel.save_pretrained`, such as `is_main_process=False` for processes that write nothing.
+
+        Raises:
+            ValueError: for `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would pickle the prompt; spul saves safetensors only.")
+        checkpoint.save(self, super().save_pretrained, save_directory, selected_adapters, **kwargs)
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write the model card (`README.md`); `save_pretrained` calls it."""
+        checkpoint.write_model_card(self, output_dir)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        model: nn.Module | str | os.PathLike,
+        adapter: str | os.PathLike,
+        is_trainable: bool = False,
+        loss: UnlearningLoss | None = None,
+        adapter_name: str = "default",
+        model_kwargs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> SoftPromptUnlearner:
+        """Load a saved prompt onto its base.
+
+        Args:
+            model: the base, or its name or folder, which is then loaded with `AutoModelForCausalLM`.
+            adapter: folder or Hub name of the adapter; plain PEFT adapters of the three kinds load too.
+            is_trainable: whether training goes on; P-tuning then needs the encoder that `save_pretrained` wrote.
+            loss: the loss to train on with; the saved one unless given.
+            adapter_name: PEFT's name of the adapter.
+            model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` when `model` is a name.
+            kwargs: Hub arguments, such as `revision`, `token`, `cache_dir`, `subfolder`.
+
+        Raises:
+            TypeError: if the adapter is not one of the three prompt types.
+            ValueError: if the prompt does not fit the base's width or layers, or cannot be trained on.
+
+        Warns:
+            UserWarning: if the base's weights are not those that the prompt was trained on.
+        """
+        return checkpoint.load(cls, model, adapter, is_trainable, loss, adapter_name, model_kwargs or {}, **kwargs)

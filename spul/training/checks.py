@@ -1,0 +1,113 @@
+"""What UnlearningTrainer checks before it trains, and which checkpoint it goes on from."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..data.collator import ForgetRetainCollator
+from ..layers.unlearning_layers import UnlearningLayers
+from ..losses.unlearning_loss import UnlearningLoss
+from ..models.causal_lm import learns_itself
+from ..prompts.unlearner import SoftPromptUnlearner
+
+logger = logging.getLogger(__name__)
+
+
+def check_options(
+    model: nn.Module,
+    loss: UnlearningLoss,
+    args: TrainingArguments | None,
+    collator: ForgetRetainCollator,
+    reference: str,
+    reference_dir: str | os.PathLike | None,
+    alternate: bool,
+    forget_fraction: float | None,
+) -> None:
+    """Raise for options that contradict each other or the loss; see `UnlearningTrainer`."""
+    if alternate and forget_fraction is not None:
+        raise ValueError(
+            f"alternate=True takes retain and forget rows in turn, and forget_fraction={forget_fraction!r} mixes "
+            "them; leave one out."
+        )
+    if args is not None and args.label_smoothing_factor:
+        raise ValueError(
+            "label_smoothing_factor would replace the unlearning loss; give that one instead: "
+            "SoftPromptUnlearner(..., loss=UnlearningLoss(forget=...)), or loss= for other models."
+        )
+    if reference not in ("cached", "live") or (reference == "live" and reference_dir is not None):
+        raise ValueError(
+            f"reference={reference!r}, reference_dir={reference_dir!r}: expected 'cached', with or without a "
+            "folder, or 'live' without one."
+        )
+    if loss.forget.makes_unlikely and collator.generic_completions is not None:
+        raise ValueError(
+            f"{type(loss.forget).__name__} makes the collated completion unlikely, and the collator would give it "
+            "generic ones; use ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
+        )
+    if not loss.forget.makes_unlikely and collator.generic_completions is None:
+        logger.warning(
+            "%s makes the completions of forget rows likely, and the collator keeps the rows' own: right only if "
+            "these are generic already. Else give the collator generic_completions.",
+            type(loss.forget).__name__,
+        )
+    if reference == "live" and loss.needs_reference and learns_itself(model):
+        raise ValueError(
+            f"reference='live' asks the model as it was before, and a {type(model).__name__} that learns in its "
+            "own weights is that no more; use reference='cached'."
+        )
+
+
+def checked_loss(model: Any, loss: UnlearningLoss | None) -> UnlearningLoss:
+    """The loss to train on, of a model that can be trained on it."""
+    if isinstance(model, SoftPromptUnlearner):
+        if loss is not None and loss != model.loss:
+            raise ValueError(
+                f"loss={loss!r}, and the unlearner has its own, {model.loss!r}; give it to the unlearner."
+            )
+        return model.loss
+    if not isinstance(model, (PeftModel, PreTrainedModel, UnlearningLayers)):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a SoftPromptUnlearner or UnlearningLayers around it, or a "
+            "causal LM of transformers, bare or under LoRA."
+        )
+    if isinstance(model, UnlearningLayers) and not model.attached:
+        raise ValueError("the layers are not in place, so that the base would train; call layers.attach() first.")
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise TypeError("model is a prompt of plain PEFT; expected a SoftPromptUnlearner around the base instead.")
+    if not isinstance(loss, UnlearningLoss):
+        raise ValueError(
+            f"loss={loss!r}: a {type(model).__name__} has no loss of its own; pass loss=UnlearningLoss(...), or wrap "
+            "the model: SoftPromptUnlearner(model, PromptTuningConfig(...))."
+        )
+    return loss
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
+    """The newest checkpoint in a folder that was written to its end.
+
+    A process killed while it saves leaves a folder without a readable `trainer_state.json`, which is written last.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    numbered = [(int(n), path) for path in folders if (n := path.name.rsplit("-", 1)[1]).isdigit()]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            logger.warning("%s was not written to its end and is passed over.", path)
+            continue
+        return str(path)
+    raise ValueError(
+        f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint; pass None to start anew."
+    )

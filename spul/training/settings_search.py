@@ -1,0 +1,208 @@
+"""alpha, beta and the number of virtual tokens chosen by search, not guessed."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from ..evaluation.metrics.scoring import DivergedError
+from ..losses.unlearning_loss import UnlearningLoss
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What one trial tries.
+
+    Args:
+        alpha: weight of the retain term.
+        beta: weight of the KL term.
+        num_virtual_tokens: p.
+    """
+
+    alpha: float
+    beta: float
+    num_virtual_tokens: int
+
+    def loss(self) -> UnlearningLoss:
+        """SPUL's loss with these weights."""
+        return UnlearningLoss(alpha=self.alpha, beta=self.beta)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate and how it scored, both in 0..1.
+
+    Args:
+        candidate: what was tried.
+        retain: accuracy on retain rows; more is better.
+        forget: accuracy on forget rows; less is better.
+    """
+
+    candidate: Candidate
+    retain: float
+    forget: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """As flat, plain data."""
+        return {**asdict(self.candidate), "retain": self.retain, "forget": self.forget}
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found.
+
+    Args:
+        trials: all trials, in their order.
+        front: those that no other beats in both scores, most retaining first.
+        best: of all trials that keep `min_retain`, the one that forgets most; None if none keeps it.
+        min_retain: the bound on retain accuracy.
+    """
+
+    trials: tuple[Trial, ...]
+    front: tuple[Trial, ...]
+    best: Trial | None
+    min_retain: float
+
+
+def search(
+    train_and_score: Callable[[Candidate], tuple[float, float]],
+    min_retain: float,
+    num_trials: int = 20,
+    *,
+    alphas: Sequence[float] = (0.1, 0.5, 1.0),
+    betas: Sequence[float] = (0.0, 0.1, 0.5, 1.0),
+    num_virtual_tokens: Sequence[int] = (10, 20, 30, 40, 50),
+    seed: int = 0,
+    storage: str | os.PathLike | None = None,
+    progress: bool = True,
+) -> SearchResult:
+    """Search alpha, beta and p for the best trade-offs of forgetting and keeping, with Optuna.
+
+    Score on rows that are neither trained nor reported on, or say so. The sampler is Optuna's multi-objective TPE; no
+    combination is trained twice.
+
+    Args:
+        train_and_score: trains a prompt with a candidate's settings and returns its accuracy on retain and on forget
+            rows, both in 0..1. Where it raises since the model diverged (`score_completions` does), the candidate
+            counts as the worst there can be: 0 and 1.
+        min_retain: the least retain accuracy to accept, in 0..1; such as the base's less one point.
+        num_trials: how many combinations to try, those found in `storage` included; never more than there are.
+        alphas: values of alpha to choose from; as the paper tries them unless given, like the next two.
+        betas: values of beta.
+        num_virtual_tokens: values of p.
+        seed: of the sampler.
+        storage: a journal file to keep the trials in; a search with the same file goes on where it stopped.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The trials, the Pareto front, and the point that forgets most within the bound.
+
+    Raises:
+        ValueError: if there is nothing to choose from, a number is out of range, a score is not in 0..1, or `storage`
+            holds a search over other values.
+        ImportError: if Optuna is not installed.
+    """
+    try:
+        import optuna
+        from optuna.storages import JournalStorage
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise ImportError("searching needs Optuna: pip install optuna") from error
+    space: dict[str, list[Any]] = {
+        "alpha": list(alphas),
+        "beta": list(betas),
+        "num_virtual_tokens": list(num_virtual_tokens),
+    }
+    if empty := [name for name, values in space.items() if not values]:
+        raise ValueError(f"there is nothing to choose from for {', '.join(empty)}.")
+    if not 0 <= min_retain <= 1 or num_trials < 1:
+        raise ValueError(
+            f"min_retain={min_retain!r}, num_trials={num_trials!r}; expected an accuracy in 0..1 and at least 1 trial."
+        )
+    if bad := [p for p in num_virtual_tokens if isinstance(p, bool) or not isinstance(p, int) or p < 1]:
+        raise ValueError(
+            f"num_virtual_tokens={list(num_virtual_tokens)}: expected whole numbers from 1, got {bad[0]!r}."
+        )
+    for alpha in alphas:
+        for beta in betas:
+            UnlearningLoss(alpha=alpha, beta=beta)  # raises before anything is trained
+
+    known: dict[Candidate, Trial] = {}
+    journal = None if storage is None else JournalStorage(JournalFileBackend(os.fspath(storage)))
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        storage=journal,
+        study_name="spul",
+        directions=["maximize", "minimize"],
+        sampler=optuna.samplers.TPESampler(seed=seed),
+        load_if_exists=True,
+    )
+    if (other := study.user_attrs.setdefault("space", space)) != space:
+        raise ValueError(
+            f"storage={os.fspath(storage or '')!r} holds a search over {other}, not {space}; use another."
+        )
+    study.set_user_attr("space", space)
+    for done in study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+        candidate = Candidate(**done.params)
+        known[candidate] = Trial(candidate, *done.values)
+
+    def objective(trial: Any) -> tuple[float, float]:
+        candidate = Candidate(**{name: trial.suggest_categorical(name, values) for name, values in space.items()})
+        if candidate not in known:
+            try:
+                scores = train_and_score(candidate)
+            except DivergedError:
+                scores = (0.0, 1.0)
+            if not all(0 <= score <= 1 for score in scores):
+                raise ValueError(f"train_and_score returned {scores}; expected two accuracies in 0..1.")
+            known[candidate] = Trial(candidate, *scores)
+        return known[candidate].retain, known[candidate].forget
+
+    everything = [Candidate(*values) for values in itertools.product(*space.values())]
+    random.Random(seed).shuffle(everything)
+    wanted = min(num_trials, len(set(everything)))
+    try:
+        with tqdm(total=wanted, initial=min(len(known), wanted), desc="search", disable=not progress) as bar:
+            while len(known) < wanted:
+                before = len(known)
+                study.optimize(objective, n_trials=1)
+                if len(known) == before:  # the sampler came back to a point: give it another
+                    untried = next(candidate for candidate in everything if candidate not in known)
+                    study.enqueue_trial(asdict(untried))
+                bar.update(len(known) - before)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    trials = tuple(known.values())
+    front = [trials[i] for i in reversed(pareto_front([(trial.retain, trial.forget) for trial in trials]))]
+    within = [t for t in trials if t.retain >= min_retain]
+    best = min(within, key=lambda t: (t.forget, -t.retain)) if within else None
+    return SearchResult(trials, tuple(front), best, min_retain)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other point beats, ordered by the first coordinate.
+
+    A point beats another if it is at least as good in both coordinates and better in one. Of equal points on the
+    front, all count.
+
+    Args:
+        points: (to be maximized, to be minimized), such as accuracy on retain and on forget rows.
+
+    Raises:
+        ValueError: if a coordinate is NaN.
+    """
+    if bad := [i for i, point in enumerate(points) if any(map(math.isnan, point))]:
+        raise ValueError(f"the point(s) {bad} have a coordinate that is NaN; leave them out.")
+    front: list[int] = []
+    for i in sorted(range(len(points)), key=lambda i: (-points[i][0], points[i][1])):
+        if not front or points[i][1] < points[front[-1]][1] or tuple(points[i]) == tuple(points[front[-1]]):
+            front.append(i)
+    return sorted(front, key=lambda i: (points[i][0], i))

@@ -1,0 +1,374 @@
+"""UnlearningTrainer: transformers' Trainer, made exact for two groups of rows. A convenience, not a gate."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import speed_metrics
+
+from ..data.collator import ForgetRetainCollator, completion_text, plain
+from ..data.dataset import forget_flags
+from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
+from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
+from ..layers.checkpoint import read as read_layers
+from ..layers.unlearning_layers import UnlearningLayers
+from ..losses.unlearning_loss import UnlearningLoss
+from ..models.causal_lm import learns_itself
+from ..models.compat import keep_4bit_differentiable
+from ..prompts.unlearner import SoftPromptUnlearner
+from ..records.digests import summarize_rows
+from ..records.spul_config import SpulConfig
+from .checks import check_options, checked_loss, last_complete_checkpoint
+from .forward import unlearning_forward
+from .reference import ReferenceCache
+
+ROW_COLUMNS = ("prompt", "completion", "completion_mask", "input_ids", "is_forget", "row_id", "copy", "generic_ids")
+TERMS = ("forget_loss", "retain_loss", "kl_loss", "lm_loss")
+
+
+class UnlearningTrainer(Trainer):
+    """Trains a `SoftPromptUnlearner`, `UnlearningLayers`, or a causal LM that learns in its own weights or by LoRA.
+
+    Beyond `transformers.Trainer`: the loss is normalized over forget and retain rows of the whole step, so that one
+    batch of 32, 4 accumulated batches of 8 and 2 processes with 16 make the same step; every term is logged; resuming
+    gives the bits of a run that never stopped; and evaluation tells accuracy, weighted F1 and the share of generic
+    answers per split.
+
+    Args:
+        model: the unlearner; or a causal LM of transformers, bare, under `UnlearningLayers` or under a PEFT adapter
+            such as LoRA, which learns what `loss` asks for with the parameters that require gradients.
+        args: `TrainingArguments`; its `label_smoothing_factor` must be 0.
+        data_collator: a `ForgetRetainCollator`.
+        train_dataset: what `forget_retain_dataset` returns, or `collator.tokenize` made of it.
+        eval_dataset: rows with `prompt` and `completion`, or a dict of such (`train_retain`, `train_forget`, ...).
+            Metrics are `eval_<name>_accuracy`, `_f1`, `_generic` and `_loss`, see `spul.evaluation.summarize`.
+        processing_class: the tokenizer, saved beside checkpoints.
+        forget_fraction: None (default) mixes rows as the data are, as the paper does; a number above 0 and below 1 is
+            the share of forget rows in every batch.
+        alternate: True takes one pass over the retain rows, then one over the forget rows, and so on, as EUL is
+            published; a batch at the seam holds both. False (default) mixes them.
+        reference: where the frozen model's answers come from, which the KL term compares with. `"cached"` (default)
+            computes them once before training and keeps them on disk, see `ReferenceCache.build`; `"live"` computes
+            them in every step, which costs a forward pass over its retain rows, and cannot be had where a model learns
+            in its own weights.
+        reference_dir: the folder to keep them in; unless given, one for each base and data set beside the Hugging Face
+            cache, shared by later runs.
+        loss: what is asked for, where the model is no `SoftPromptUnlearner`, which has its own.
+        kwargs: as `transformers.Trainer`.
+
+    Raises:
+        TypeError: if model or collator are of another kind.
+        ValueError: for options of `Trainer` that this loss cannot honor, rows without `is_forget`, or labels that are
+            generic completions as well.
+    """
+
+    # The loss is divided by the counts of the whole step already.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: SoftPromptUnlearner | UnlearningLayers | PeftModel | PreTrainedModel,
+        args: TrainingArguments | None = None,
+        data_collator: ForgetRetainCollator | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        forget_fraction: float | None = None,
+        alternate: bool = False,
+        reference: Literal["cached", "live"] = "cached",
+        reference_dir: str | os.PathLike | None = None,
+        loss: UnlearningLoss | None = None,
+        **kwargs: Any,
+    ) -> None:
+        loss = checked_loss(model, loss)
+        if not isinstance(data_collator, ForgetRetainCollator):
+            raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func would replace the unlearning loss; give that one instead: loss=...")
+        check_options(model, loss, args, data_collator, reference, reference_dir, alternate, forget_fraction)
+        keep_4bit_differentiable(model)
+        self._reference_mode, self._reference_dir = reference, reference_dir
+        self._reference: ReferenceCache | None = None
+        self._flags: list[bool] = []
+        self._sampler: EpochSampler | None = None
+        if train_dataset is not None:
+            self._flags = forget_flags(train_dataset)
+            self._describe_data(self._record(model), data_collator, train_dataset, self._flags)
+            settings = TrainingArguments() if args is None else args
+            self._sampler = epoch_sampler(
+                settings, data_collator, train_dataset, self._flags, forget_fraction, alternate
+            )
+            if forget_fraction is not None:
+                train_dataset = RowCopies(train_dataset)
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                "several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
+                "`accelerate launch`, or show one GPU only with CUDA_VISIBLE_DEVICES=0."
+            )
+        self._learner, self._collator, self._loss = model, data_collator, loss
+        self._terms = TERMS if loss.gamma > 0 else TERMS[:-1]
+        if isinstance(model, UnlearningLayers):
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
+            model.spul_config.loss = loss.to_dict()
+        if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
+            raise ValueError(
+                "no parameter requires a gradient: a prompt was loaded for use only, or a model frozen. Load a prompt "
+                "with SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
+            )
+        self.add_callback(_Epochs(model, data_collator, self._sampler))
+        self._term_sums = torch.zeros(len(self._terms), device=self.args.device)
+        self._terms_since = self.state.global_step
+
+    # ---- data ----
+
+    @staticmethod
+    def _record(model: nn.Module) -> SpulConfig | None:
+        """The record that is kept with a prompt or unlearning layers; other models have none."""
+        return model.spul_config if isinstance(model, (SoftPromptUnlearner, UnlearningLayers)) else None
+
+    @staticmethod
+    def _describe_data(
+        record: SpulConfig | None, collator: ForgetRetainCollator, rows: Any, flags: list[bool]
+    ) -> None:
+        """Look through the training rows once: labels that are generic too, counts and digests for the record."""
+        generic = {plain(text) for text in collator.generic_completions or []}
+        if "completion" in getattr(rows, "column_names", ()):
+            labels = {completion_text(completion) for completion in rows["completion"]}
+            if both := sorted(text for text in labels if plain(text) in generic):
+                raise ValueError(
+                    f"{both} stand in train_dataset as completions and are generic_completions too: "
+                    "forget rows would be trained to a label of the task. Choose generic completions that no row has."
+                )
+        if record is None:
+            return
+        record.generic_completions = collator.generic_completions
+        for name, group in (("forget", True), ("retain", False)):
+            picked = (rows[i] for i, flag in enumerate(flags) if flag == group)
+            setattr(record, name, summarize_rows(picked))
+
+    def _set_signature_columns_if_needed(self) -> None:
+        # The collator needs the rows' own columns, whatever the base's forward takes.
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            text_field = self._collator.encoder.text_field
+            own = [*ROW_COLUMNS, *([text_field] if text_field else [])]
+            self._signature_columns: Any = [*(self._signature_columns or []), *own]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
+        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
+
+    # ---- training ----
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Read a step's batches, and tell each how many rows of either group the whole step has."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if any("is_forget" not in batch for batch in batches):
+            raise ValueError(
+                "a batch has no is_forget, so that it cannot be told what is to be forgotten; if columns were pruned, "
+                "set TrainingArguments(remove_unused_columns=False), and collate with ForgetRetainCollator."
+            )
+        if not batches:
+            return batches, num_items
+        flags = torch.cat([batch["is_forget"] for batch in batches]).to(device)
+        counts = torch.stack([flags.sum(), (~flags).sum()]).float()
+        # DDP averages gradients over processes, so the counts are averages too.
+        counts = self.accelerator.reduce(counts, reduction="mean") if self.accelerator.num_processes > 1 else counts
+        for batch in batches:
+            batch["group_counts"] = counts
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The unlearning loss of one batch, as its share of the whole step."""
+        if "is_forget" not in inputs:
+            raise ValueError("inputs have no is_forget; collate with ForgetRetainCollator.")
+        if self._reference is not None and model.training:
+            with self.accelerator.autocast():
+                inputs = {**inputs, "reference_logits": self._reference.logits(inputs)}
+        if isinstance(self._learner, SoftPromptUnlearner):
+            outputs = model(**inputs)
+        else:
+            with self.accelerator.autocast():  # also around the frozen model, which accelerate does not know
+                outputs = unlearning_forward(model, self._loss, **inputs)
+        if model.training:
+            self._term_sums += torch.stack([outputs[term].detach().to(self._term_sums) for term in self._terms])
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with the terms of the loss beside their sum, averaged over the steps since the last time."""
+        steps = self.state.global_step - self._terms_since
+        if "loss" in logs and steps > 0:
+            sums = self._term_sums / steps
+            if self.accelerator.num_processes > 1:
+                sums = self.accelerator.reduce(sums, reduction="mean")
+            logs.update(zip(self._terms, sums.tolist(), strict=True))
+            self._term_sums.zero_()
+            self._terms_since = self.state.global_step
+        super().log(logs, start_time)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or ".")
+        self._term_sums.zero_()
+        self._terms_since = 0
+        if resume_from_checkpoint:
+            state = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+            self._terms_since = state["global_step"]
+        self._open_reference()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _open_reference(self) -> None:
+        """Compute what the frozen model says on the training rows, or find it computed."""
+        if self._reference is not None and learns_itself(self._learner):
+            return  # trained before, the model is no longer what the rows are compared with
+        self._reference = None
+        asks = self._loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
+        if self._reference_mode == "cached" and asks.any():
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "reference='cached' reads the whole base in every process, which FSDP and DeepSpeed divide. A "
+                    "prompt or LoRA can use reference='live'; a loss that compares cannot be had for a whole model."
+                )
+            if (self.args.fp16_full_eval or self.args.bf16_full_eval) and not self.is_model_parallel:
+                self._move_model_to_device(self._learner, self.args.device)  # as Trainer does, later
+            rows: Any = self.train_dataset
+            with self.accelerator.autocast():
+                self._reference = ReferenceCache.build(
+                    self._learner,
+                    rows.rows if isinstance(rows, RowCopies) else rows,
+                    self._collator,
+                    self._reference_dir,
+                    self.args.eval_batch_size,
+                    self.accelerator,
+                    progress=not self.args.disable_tqdm,
+                    loss=self._loss,
+                )
+
+    # ---- checkpoints: PEFT's adapters are known to Trainer, unlearning layers are not ----
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if not isinstance(self._learner, UnlearningLayers):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:
+            folder = output_dir or self.args.output_dir or "."
+            self._learner.save_pretrained(folder)
+            (self.processing_class or self._collator.tokenizer).save_pretrained(folder)
+            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not isinstance(self._learner, UnlearningLayers):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._learner.load_saved(read_layers(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        if not isinstance(self._learner, UnlearningLayers):
+            super()._load_best_model()
+        else:
+            self._learner.load_saved(read_layers(self.state.best_model_checkpoint or "."))
+
+    # ---- evaluation ----
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score every evaluation set by greedy decoding at the response positions.
+
+        Args:
+            eval_dataset: rows with `prompt` and `completion`, or a dict of such; those of the trainer unless given.
+            ignore_keys: not used.
+            metric_key_prefix: what the metrics' names begin with.
+
+        Returns:
+            `<prefix>_<name>_accuracy`, `_f1`, `_generic`, `_loss` for every set of a dict, without `<name>` for one
+            set.
+        """
+        own: Any = self.eval_dataset
+        rows = own if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = {rows: own[rows]}
+        if rows is None:
+            raise ValueError("evaluate needs rows: pass eval_dataset here or to UnlearningTrainer.")
+        if not isinstance(rows, dict):
+            metrics = self._score(rows, metric_key_prefix)
+        else:
+            metrics = {}
+            for name, split in rows.items():
+                metrics.update(self._score(split, f"{metric_key_prefix}_{name}"))
+                measured = {key: metrics[f"{metric_key_prefix}_{name}_{key}"] for key in ("accuracy", "f1", "generic")}
+                record = self._record(self._learner)
+                if record is not None and not _is_off(self._learner):
+                    record.metrics[name] = measured
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _score(self, rows: Any, prefix: str) -> dict[str, float]:
+        start, rank, world = time.time(), self.accelerator.process_index, self.accelerator.num_processes
+        progress = None if self.args.disable_tqdm or rank else prefix
+        with self.accelerator.autocast():
+            # The plain model, not DDP's: every process has rows of its own, and their number may differ.
+            some = range(rank, len(rows), world)
+            found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
+        gathered = gather_object([found]) if world > 1 else [found]
+        answers = Answers()
+        for part in gathered:
+            answers.true += part.true
+            answers.predicted += part.predicted
+            answers.nll += part.nll
+        metrics = summarize(answers, self._collator.generic_completions)
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        return {**metrics, **speed_metrics(prefix, start, num_samples=len(rows))}
+
+
+def _is_off(model: Any) -> bool:
+    """Whether it is the bare base that is asked at the moment."""
+    return not model.enabled if isinstance(model, UnlearningLayers) else model._adapters_disabled
+
+
+class _Epochs(TrainerCallback):
+    """Keeps others in step: the draws with the epoch, so that they can be resumed, the record with the prompt."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        collator: ForgetRetainCollator,
+        sampler: EpochSampler | None,
+    ) -> None:
+        self.model, self.collator, self.sampler = model, collator, sampler
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (record := UnlearningTrainer._record(self.model)) is not None:
+            record.metrics.clear()  # they were another prompt's; evaluation comes after this
+        if isinstance(self.model, UnlearningLayers):
+            self.model.grams = {}
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        epoch = int(state.epoch or 0)
+        self.collator.set_epoch(epoch)
+        if self.sampler is not None:
+            self.sampler.set_epoch(epoch)
