@@ -34,18 +34,11 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from paper import (
-    cost_table,
-    draw_forget_size,
-    draw_prompt_length,
-    draw_tradeoff,
-    draw_tsne_coordinates,
-    published_rows,
-    score_table,
-    tsne_coordinates,
-)
 from paper.experiment import Experiment
+from paper.figures import draw_forget_size, draw_prompt_length, draw_tradeoff, draw_tsne_coordinates, tsne_coordinates
+from paper.published import published_rows
 from paper.runs import PROMPT_TYPES, SMALL, TASKS, TOYS, Run, Runs, Setup
+from paper.tables import cost_table, score_table
 from tqdm.auto import tqdm
 
 from spul.data import UnlearningData
@@ -88,7 +81,7 @@ def make_run(args: argparse.Namespace, method: str, trainable: str, **settings: 
 
 def trainables(args: argparse.Namespace, method: str) -> list[str]:
     """What a method is tried on."""
-    return {"SPUL": args.prompt_types, "EUL": ["layers"]}.get(method, [args.baseline_carrier])
+    return {"SPUL": args.prompt_types, "EUL": ["layers"]}.get(method, [args.baseline_trainable])
 
 
 def grid(args: argparse.Namespace, what: str) -> list[Run]:
@@ -367,7 +360,7 @@ def parse_args() -> argparse.Namespace:
     if args.tsne_rows <= 0:
         parser.error(f"--tsne-rows {args.tsne_rows}: expected a number above 0.")
     baselines = set(args.methods) - {"SPUL", "EUL"} and {"main", "forget-size", "pareto"} & {*args.table, *args.figure}
-    if args.load_in_4bit and args.baseline_carrier == "full" and baselines:
+    if args.load_in_4bit and args.baseline_trainable == "full" and baselines:
         parser.error("--load-in-4bit: 4-bit weights do not train; give --baseline-trainable lora, or --methods SPUL.")
     return args
 

@@ -69,7 +69,7 @@ def options(example: ModuleType, *given: object, **more: Any) -> argparse.Namesp
 
 def of_tofu(example: ModuleType, folder: Path, **setup: Any) -> Any:
     shared = {"dataset": "tofu", "model": "none", "data_dir": str(folder), "forget_set": "forget05"}
-    return example.Experiment(sys.modules["runs"].Setup(**shared | setup), folder / "models")
+    return example.Experiment(sys.modules["paper.runs"].Setup(**shared | setup), folder / "models")
 
 
 class Reviews:

@@ -124,11 +124,11 @@ def test_2_processes_make_the_step_of_one(tmp_path, folder):
         textwrap.dedent(
             """
             import sys
-            sys.path.insert(0, sys.argv[1])
+            sys.path[:0] = [sys.argv[1], sys.argv[1] + "/../examples"]
             from safetensors.torch import save_file
             from transformers import AutoModelForCausalLM
             from test_trainer import ONE_STEP, arguments, make_collator, rows
-            from spul.memorize import CompletionTrainer
+            from paper.memorization import CompletionTrainer
 
             folder, model, size = sys.argv[2], sys.argv[3], int(sys.argv[4])
             args = arguments(folder, per_device_train_batch_size=size, remove_unused_columns=False, **ONE_STEP)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from test_trainer import make_collator, make_unlearner, rows
 from test_unlearner import CONFIGS
 
-import spul.evaluation.attacks.relearning as model_attacks
+import spul.evaluation.attacks.probe as probe_module
 from spul import SoftPromptUnlearner, UnlearningLayers
 from spul.evaluation.attacks import linear_probe, quantized, relearn
 from spul.evaluation.metrics.scoring import response_logits, score_completions
@@ -119,7 +119,7 @@ def put_states(monkeypatch, of):
     def states(model, rows, *args):
         return np.stack([of(c) + 0.1 * found.standard_normal(3) for c in rows["completion"]]).astype(np.float32)
 
-    monkeypatch.setattr(model_attacks, "response_embeddings", states)
+    monkeypatch.setattr(probe_module, "response_embeddings", states)
 
 
 def test_a_probe_reads_what_the_states_hold_and_its_controls_do_not(monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from conftest import build, make_tokenizer
-from paper import read_runs
+from paper.tables import read_runs
 
 from spul.data import PromptFormat, UnlearningData
 from spul.training.methods import METHODS

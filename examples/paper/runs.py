@@ -15,7 +15,7 @@ import toy_reviews
 from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from transformers import AutoConfig
 
-from paper import read_runs
+from paper.tables import read_runs
 from spul.data import MULTIPLE_CHOICE, QUESTION_ANSWER, SENTIMENT
 from spul.training.methods import Method, unlearning_method
 
