@@ -154,19 +154,19 @@ def test_true_batch_keeps_the_completions_of_forget_rows_and_needs_no_flags(word
         "attention_mask": [[1, 1, 1], [1, 1, 0]],
         "labels": [[-100, -100, 6], [-100, 7, -100]],
     }
-    assert {name: value.tolist() for name, value in collator.true_batch(rows).items()} == expected
-    assert answers(collator.true_batch(make_rows(1, 1).to_list())) == {0: [6], 1: [7]}
+    assert {name: value.tolist() for name, value in collator.encoder.batch(rows).items()} == expected
+    assert answers(collator.encoder.batch(make_rows(1, 1).to_list())) == {0: [6], 1: [7]}
 
 
 def test_true_batch_takes_other_completions_even_generic_ones(words):
     collator = ForgetRetainCollator(words, [" n"])
-    assert answers(collator.true_batch(make_rows(1, 1).to_list(), [" n", " a b"])) == {0: [14], 1: [3, 4]}
+    assert answers(collator.encoder.batch(make_rows(1, 1).to_list(), [" n", " a b"])) == {0: [14], 1: [3, 4]}
 
 
 def test_true_batch_does_not_disturb_the_draws(words):
     rows = make_rows(30).to_list()
     one, other = ForgetRetainCollator(words, GENERIC), ForgetRetainCollator(words, GENERIC)
-    one.true_batch(rows)
+    one.encoder.batch(rows)
     assert_equal_batches(one(rows), other(rows))
 
 

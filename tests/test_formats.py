@@ -99,7 +99,7 @@ def test_a_collator_cuts_the_text_and_nothing_else(ready, row, text, tokenizer):
     before, after = frame.split("CUT")
     longest = len(tokenizer(frame)["input_ids"]) + 40
     collator = ForgetRetainCollator(tokenizer, ready.generic_completions, longest, text_field=ready.text_field)
-    batch = collator.true_batch(list(rows))
+    batch = collator.encoder.batch(list(rows))
     assert batch["input_ids"].shape[1] == longest
     start = {True: before + "jane doe good", False: before + "good film"}
     for i, is_forget in enumerate(rows["is_forget"]):

@@ -59,7 +59,7 @@ def stacked_inputs(layers: UnlearningLayers, rows: Dataset) -> dict[str, np.ndar
             handles.append(getattr(layer, projection).register_forward_pre_hook(keep))
     for row in rows:
         with torch.no_grad():
-            layers(input_ids=collator().true_batch([row])["input_ids"])
+            layers(input_ids=collator().encoder.batch([row])["input_ids"])
     for handle in handles:
         handle.remove()
     layers.remove()
@@ -116,7 +116,7 @@ def test_with_one_fixed_down_projection_fused_layers_say_what_each_said_where_th
         torch.manual_seed(seed)
         with torch.no_grad():
             layers.layers[-1].up.weight.normal_()
-            said.append(layers(input_ids=collator().true_batch(list(some))["input_ids"]).logits)
+            said.append(layers(input_ids=collator().encoder.batch(list(some))["input_ids"]).logits)
         gather_inputs(layers, some, collator(), progress=False)
         layers.remove()
         parts.append(layers)
@@ -126,7 +126,7 @@ def test_with_one_fixed_down_projection_fused_layers_say_what_each_said_where_th
         torch.testing.assert_close(one.down.weight, own.down.weight, rtol=1e-12, atol=1e-15)
     for some, expected in zip(rows, said, strict=True):
         with torch.no_grad():
-            ids = collator().true_batch(list(some))["input_ids"]
+            ids = collator().encoder.batch(list(some))["input_ids"]
             found = fused(input_ids=ids).logits
             with fused.disable_adapter():
                 before = fused(input_ids=ids).logits

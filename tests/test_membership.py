@@ -153,7 +153,7 @@ def test_rows_that_were_trained_on_score_higher_in_every_attack():
     before = attack_scores(model, rows, collator, reference=build("llama"), gradient_of="model")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(25):
-        batch = collator.true_batch(list(rows))
+        batch = collator.encoder.batch(list(rows))
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()

@@ -53,10 +53,10 @@ def test_a_step_is_one_on_the_mean_over_completion_tokens(tmp_path):
     args = arguments(
         tmp_path, learning_rate=0.1, per_device_train_batch_size=6, remove_unused_columns=False, **ONE_STEP
     )
-    CompletionTrainer(model, args, collator.true_batch, data).train()
+    CompletionTrainer(model, args, collator.encoder.batch, data).train()
     losses = []
     for row in data:
-        batch = collator.true_batch([row])
+        batch = collator.encoder.batch([row])
         logits = twin(batch["input_ids"]).logits[0]
         at = (batch["labels"][0] != -100).nonzero().flatten()
         losses += [F.cross_entropy(logits[i - 1], batch["labels"][0, i]) for i in at.tolist()]
@@ -69,9 +69,9 @@ def test_a_step_is_one_on_the_mean_over_completion_tokens(tmp_path):
 
 def test_label_smoothing_is_honored(tmp_path):
     data, collator, model = rows("jane", 6), make_collator(), build("llama").eval()
-    batch = collator.true_batch(list(data))
+    batch = collator.encoder.batch(list(data))
     args = arguments(tmp_path, remove_unused_columns=False, label_smoothing_factor=0.2)
-    trainer = CompletionTrainer(model, args, collator.true_batch, data)
+    trainer = CompletionTrainer(model, args, collator.encoder.batch, data)
     found = trainer.compute_loss(model, dict(batch))
     log_p = F.log_softmax(model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits, dim=-1)[:, :-1]
     used = batch["labels"][:, 1:] != -100
@@ -133,7 +133,7 @@ def test_2_processes_make_the_step_of_one(tmp_path, folder):
             folder, model, size = sys.argv[2], sys.argv[3], int(sys.argv[4])
             args = arguments(folder, per_device_train_batch_size=size, remove_unused_columns=False, **ONE_STEP)
             learned = AutoModelForCausalLM.from_pretrained(model)
-            trainer = CompletionTrainer(learned, args, make_collator().true_batch, rows("jane", 8))
+            trainer = CompletionTrainer(learned, args, make_collator().encoder.batch, rows("jane", 8))
             trainer.train()
             if trainer.accelerator.is_main_process:
                 tensors = {name: p.detach().contiguous() for name, p in learned.named_parameters()}

@@ -48,7 +48,7 @@ def test_a_step_of_relearning_is_one_on_the_true_completions_under_the_prompt():
     found = relearn(model, few, others, collator, lr=0.05, at=(1,), optimizer=torch.optim.SGD)
     losses = []
     for row in few:
-        batch = collator.true_batch([row])
+        batch = collator.encoder.batch([row])
         logits = twin(input_ids=batch["input_ids"]).logits[0, 4:]
         at = (batch["labels"][0] != -100).nonzero().flatten()
         losses += [torch.nn.functional.cross_entropy(logits[i - 1], batch["labels"][0, i]) for i in at.tolist()]
@@ -89,7 +89,7 @@ def test_quantized_bases_take_the_same_prompt_and_answer_nearly_as_before(tmp_pa
     unlearner, collator, data = make_unlearner(), make_collator(), rows("jane", 3)
     unlearner.get_base_model().save_pretrained(tmp_path / "base")
     unlearner.save_pretrained(str(tmp_path / "prompt"))
-    batch = collator.true_batch(list(data))
+    batch = collator.encoder.batch(list(data))
     positions = torch.tensor([[3], [3], [3]])
     base = quantized(tmp_path / "base", bits)
     kinds = {type(module).__name__ for module in base.modules()}

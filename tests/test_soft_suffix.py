@@ -45,7 +45,7 @@ def test_loss_and_gradient_equal_the_twin(family, prompt_type):
     torch.manual_seed(0)
     width = model.config.hidden_size if prompt_type is None else model.get_base_model().config.hidden_size
     suffix = torch.nn.Parameter(0.3 * torch.randn(3, width, dtype=torch.float64))
-    batch = collator.true_batch(list(_with_places(data, collator, 3)))
+    batch = collator.encoder.batch(list(_with_places(data, collator, 3)))
     assert batch["attention_mask"].min() == 0  # rows of several lengths
     positions = (batch["labels"] != -100).int().argmax(dim=1)[:, None] - 1
     last = (batch["labels"] != -100).sum(dim=1).max()

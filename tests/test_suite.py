@@ -84,7 +84,7 @@ def learned_state() -> dict[str, torch.Tensor]:
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(40):
         optimizer.zero_grad()
-        model(**collator.true_batch(given)).loss.backward()
+        model(**collator.encoder.batch(given)).loss.backward()
         optimizer.step()
     return model.state_dict()
 

@@ -33,7 +33,7 @@ class CompletionTrainer(Trainer):
     """Fine-tunes a causal LM on completions, and computes logits nowhere else.
 
     The loss is the mean cross-entropy over the completion tokens of the whole step, with label smoothing if the
-    arguments ask for it. Batches are those of `ForgetRetainCollator.true_batch`.
+    arguments ask for it. Batches are those of `ForgetRetainCollator.encoder.batch`.
     """
 
     def compute_loss(
@@ -116,7 +116,7 @@ def memorize(
     if learner != "full":
         lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
         learning = get_peft_model(learning, peft_config or lora)
-    trainer = CompletionTrainer(learning, args, collator.true_batch, rows)
+    trainer = CompletionTrainer(learning, args, collator.encoder.batch, rows)
     result = trainer.train()
     # A Trainer leaves its autocast around the model.
     learned: Any = trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False)

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..losses.terms import IGNORE_INDEX
 from .encoder import Encoded, RowEncoder
 
 
@@ -66,8 +65,8 @@ class ForgetRetainCollator:
                 )
             generic_completions = texts
         self.tokenizer, self.generic_completions = tokenizer, generic_completions
-        self.seed, self.resample, self.pad_to_multiple_of = seed, resample, pad_to_multiple_of
-        self.encoder = RowEncoder(tokenizer, max_length, text_field, append_eos)
+        self.seed, self.resample = seed, resample
+        self.encoder = RowEncoder(tokenizer, max_length, text_field, append_eos, pad_to_multiple_of)
         self._generic = {plain(text) for text in generic_completions or []}
         self._draws: Counter[str] = Counter()  # per row, since this epoch began
         self._draws_epoch = (-1, 0)
@@ -118,21 +117,7 @@ class ForgetRetainCollator:
                 encoded.append(self.encoder.encode(row, text, reserve))
             else:
                 encoded.append(own)
-        return self._pad(rows, encoded)
-
-    def true_batch(
-        self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Collate rows with their own completions (or those given), forget rows too, as evaluation needs it.
-
-        Args:
-            rows: as `__call__`; `is_forget` may be absent.
-            completions: one text per row, instead of its own.
-        """
-        encoded = [
-            self.encoder.encode(row, None if completions is None else completions[i]) for i, row in enumerate(rows)
-        ]
-        return self._pad(rows, encoded)
+        return self.encoder.pad(rows, encoded)
 
     def tokenize(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as token ids, for `dataset.map(collator.tokenize)`: `input_ids` and `completion_mask`.
@@ -193,27 +178,6 @@ class ForgetRetainCollator:
             self._draws[copy] += 1
         number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
         return number % len(self.generic_completions)
-
-    def _pad(self, rows: Sequence[Mapping[str, Any]], encoded: Sequence[Any]) -> dict[str, Tensor]:
-        lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in encoded]
-        width = max(lengths)
-        if self.pad_to_multiple_of:
-            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
-        batch = {
-            "input_ids": torch.full((len(rows), width), pad),
-            "attention_mask": torch.zeros((len(rows), width), dtype=torch.int64),
-            "labels": torch.full((len(rows), width), IGNORE_INDEX),
-        }
-        for i, (e, length) in enumerate(zip(encoded, lengths, strict=True)):
-            batch["input_ids"][i, :length] = torch.tensor(e.prompt_ids + e.completion_ids)
-            batch["attention_mask"][i, :length] = 1
-            batch["labels"][i, len(e.prompt_ids) : length] = torch.tensor(e.completion_ids)
-        if all("is_forget" in row for row in rows):
-            batch["is_forget"] = torch.tensor([bool(row["is_forget"]) for row in rows])
-        if all("row_id" in row for row in rows):
-            batch["row_id"] = torch.tensor([int(row["row_id"]) for row in rows])
-        return batch
 
 
 def completion_text(completion: Any) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from ..losses.terms import IGNORE_INDEX
 from .dataset import is_empty
 
 # Stands before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
@@ -20,6 +23,9 @@ class Encoded:
 
     prompt_ids: list[int]
     completion_ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.completion_ids)
 
 
 class RowEncoder:
@@ -34,6 +40,7 @@ class RowEncoder:
         max_length: the most tokens a row may have, without virtual tokens.
         text_field: name of a column whose text stands in the prompt and may be shortened, such as `"text"`.
         append_eos: whether completions end with the end-of-sequence token. Chat templates decide for themselves.
+        pad_to_multiple_of: pad a batch's width to a multiple of this.
 
     Raises:
         ValueError: if `max_length` is below 2, or the tokenizer cannot do what is asked.
@@ -45,6 +52,7 @@ class RowEncoder:
         max_length: int,
         text_field: str | None = None,
         append_eos: bool = False,
+        pad_to_multiple_of: int | None = None,
     ) -> None:
         if max_length < 2:
             raise ValueError(f"max_length={max_length}; expected at least 2: one token of prompt, one of completion.")
@@ -54,16 +62,61 @@ class RowEncoder:
             )
         if append_eos and tokenizer.eos_token_id is None:
             raise ValueError("append_eos=True, but the tokenizer has no eos_token; set one or leave append_eos out.")
-        self.tokenizer, self.max_length, self.text_field, self.append_eos = (
-            tokenizer,
-            max_length,
-            text_field,
-            append_eos,
-        )
+        self.tokenizer, self.max_length = tokenizer, max_length
+        self.text_field, self.append_eos, self.pad_to_multiple_of = text_field, append_eos, pad_to_multiple_of
         self._completions: dict[str, list[int]] = {}
         # Some tokenizers end every text; a prompt's end is not there yet.
         eos = tokenizer.eos_token_id
         self._ends_texts = eos is not None and tokenizer(ANCHOR)["input_ids"][-1:] == [eos]
+
+    def with_max_length(self, max_length: int) -> RowEncoder:
+        """The same encoder for rows of another length."""
+        return RowEncoder(self.tokenizer, max_length, self.text_field, self.append_eos, self.pad_to_multiple_of)
+
+    def batch(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str] | None = None) -> dict[str, Tensor]:
+        """Rows with their own completions (or those given), forget rows too, as one right-padded batch.
+
+        Args:
+            rows: as `encode`; `is_forget` and `row_id` are passed on if all rows have them.
+            completions: one text per row, instead of its own.
+
+        Returns:
+            As `pad`.
+        """
+        return self.pad(
+            rows, [self.encode(row, None if completions is None else completions[i]) for i, row in enumerate(rows)]
+        )
+
+    def pad(self, rows: Sequence[Mapping[str, Any]], encoded: Sequence[Encoded]) -> dict[str, Tensor]:
+        """Encoded rows as one right-padded batch.
+
+        Args:
+            rows: what was encoded; `is_forget` and `row_id` are passed on if all rows have them.
+            encoded: token ids, one per row.
+
+        Returns:
+            `input_ids`, `attention_mask`, `labels` (B, n), -100 outside the completion; `is_forget` (B,) bool and
+            `row_id` (B,) if the rows have them.
+        """
+        lengths = [len(one) for one in encoded]
+        width = max(lengths)
+        if self.pad_to_multiple_of:
+            width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
+        batch = {
+            "input_ids": torch.full((len(rows), width), pad),
+            "attention_mask": torch.zeros((len(rows), width), dtype=torch.int64),
+            "labels": torch.full((len(rows), width), IGNORE_INDEX),
+        }
+        for i, (one, length) in enumerate(zip(encoded, lengths, strict=True)):
+            batch["input_ids"][i, :length] = torch.tensor(one.prompt_ids + one.completion_ids)
+            batch["attention_mask"][i, :length] = 1
+            batch["labels"][i, len(one.prompt_ids) : length] = torch.tensor(one.completion_ids)
+        if all("is_forget" in row for row in rows):
+            batch["is_forget"] = torch.tensor([bool(row["is_forget"]) for row in rows])
+        if all("row_id" in row for row in rows):
+            batch["row_id"] = torch.tensor([int(row["row_id"]) for row in rows])
+        return batch
 
     def encode(self, row: Mapping[str, Any], completion: str | list[int] | None = None, reserve: int = 0) -> Encoded:
         """Token ids of a row.

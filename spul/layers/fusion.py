@@ -102,7 +102,7 @@ def gather_inputs(
         encoded = [collator.encoder.encode(row) for row in rows]
         batches = list(by_length([len(e.prompt_ids) + len(e.completion_ids) for e in encoded], batch_size))
         for places in tqdm(batches, name, disable=not progress, leave=False):
-            batch = collator.true_batch([rows[i] for i in places])
+            batch = collator.encoder.batch([rows[i] for i in places])
             ids, mask = (batch[name].to(layers.device) for name in ("input_ids", "attention_mask"))
             num_tokens += int(mask.sum())
             with _recorded(layers, mask.bool(), grams):

@@ -282,7 +282,7 @@ def _choose_teachers(
     divergence, chosen = KLDivergence(direction="reverse"), []
     size = args.per_device_eval_batch_size
     for start in tqdm(range(0, len(inputs), size), "choosing teachers", disable=args.disable_tqdm, leave=False):
-        batch = collator.true_batch([inputs[i] for i in range(start, min(start + size, len(inputs)))])
+        batch = collator.encoder.batch([inputs[i] for i in range(start, min(start + size, len(inputs)))])
         ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
         positions, targets = response_positions(labels)
         frozen = logits_at(base, positions, input_ids=ids, attention_mask=mask, use_cache=False)

@@ -138,7 +138,7 @@ class ReferenceCache:
             reference = cls(loss, head, [part for part in parts if part is not None], path)
             spread = np.linspace(0, len(rows) - 1, min(ROWS_CHECKED, len(rows))).round().astype(int)
             for i in sorted(set(spread.tolist())):  # one by one, since the longest is among them
-                reference._check_base(base, collator.true_batch([dataset[rows[i].place]]))
+                reference._check_base(base, collator.encoder.batch([dataset[rows[i].place]]))
         return reference
 
     @property
@@ -301,7 +301,7 @@ def _compute_part(
     device = next(base.parameters()).device
     states, counts = [], []
     for start in range(0, len(rows), batch_size):
-        batch = collator.true_batch([dataset[row.place] for row in rows[start : start + batch_size]])
+        batch = collator.encoder.batch([dataset[row.place] for row in rows[start : start + batch_size]])
         positions, targets = response_positions(batch["labels"])
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         found = final_states(base, positions.to(device), **inputs)

@@ -100,7 +100,7 @@ def relearn(
         with evaluation_mode(model):
             for step in tqdm(range(1, max(at) + 1), desc=progress, disable=progress is None, leave=False):
                 places = next(batches)
-                batch = {name: x.to(device) for name, x in collator.true_batch([rows[i] for i in places]).items()}
+                batch = {name: x.to(device) for name, x in collator.encoder.batch([rows[i] for i in places]).items()}
                 positions, targets = response_positions(batch["labels"])
                 losses = token_nll(response_logits(model, batch, positions), targets)
                 for parameter in learning:

@@ -112,7 +112,7 @@ def soft_suffix(
         batches = shuffled(len(few), batch_size, generator)
         for _ in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
             places = next(batches)
-            batch = {name: value.to(device) for name, value in roomy.true_batch([few[i] for i in places]).items()}
+            batch = {name: value.to(device) for name, value in roomy.encoder.batch([few[i] for i in places]).items()}
             positions, targets = response_positions(batch["labels"])
             optimizer.zero_grad()
             token_nll(_logits(model, batch, positions, suffix), targets).sum(dim=1).mean().backward()

@@ -100,7 +100,7 @@ def response_batches(
             }
             for i in places
         ]
-        batch = {name: value.to(device) for name, value in collator.true_batch(tokenized).items()}
+        batch = {name: value.to(device) for name, value in collator.encoder.batch(tokenized).items()}
         yield ResponseBatch(places, batch, *response_positions(batch["labels"]))
 
 

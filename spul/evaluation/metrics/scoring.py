@@ -106,7 +106,7 @@ def greedy_completions(
 
     def matches(some: Sequence[int], texts: Sequence[str] | None) -> tuple[list[bool], Tensor, Tensor, Tensor]:
         """Whether greedy decoding gives the texts; also its first token, the targets' first tokens, and their NLL."""
-        batch = collator.true_batch([rows[i] for i in some], texts)
+        batch = collator.encoder.batch([rows[i] for i in some], texts)
         batch = {name: value.to(device) for name, value in batch.items()}
         positions, targets = response_positions(batch["labels"])
         logits = response_logits(model, batch, positions)
