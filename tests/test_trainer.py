@@ -247,7 +247,7 @@ def test_the_best_checkpoint_is_put_back(tmp_path, prompt_type):
 
 
 def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path, caplog):
-    """SIGKILL inside the third save: its folder is passed over."""
+    """SIGKILL inside the third save: its folder is skipped."""
     script = textwrap.dedent(
         """
         import os, signal, sys
@@ -270,7 +270,7 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path
     assert (tmp_path / "checkpoint-3" / "adapter_model.safetensors").exists()
     with caplog.at_level(logging.WARNING):
         assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-2")
-    assert "checkpoint-3 was not written to its end" in caplog.text
+    assert "checkpoint-3 is incomplete" in caplog.text
     trainer = make_trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=1)
     trainer.train(resume_from_checkpoint=True)
     whole = make_trainer(tmp_path / "whole", max_steps=4)
@@ -434,7 +434,7 @@ def test_options_that_contradict_the_loss_raise(tmp_path):
         make_trainer(tmp_path, label_smoothing_factor=0.1)
     with pytest.raises(ValueError, match="generic_completions=None"):
         make_trainer(tmp_path, unlearner=make_unlearner(loss=UnlearningLoss(forget=GradientAscent())))
-    with pytest.raises(ValueError, match=r"\[' positive'\] stand in train_dataset"):
+    with pytest.raises(ValueError, match=r"\[' positive'\] are completions in train_dataset"):
         make_trainer(tmp_path, collator=make_collator(generic_completions=["Positive"]))
     with pytest.raises(ValueError, match="evaluate needs rows"):
         make_trainer(tmp_path).evaluate()

@@ -43,15 +43,15 @@ def spul_step(base: Any, config: PeftConfig, shape: Shape, reference: str = "cac
 
 
 def live_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
-    """The same with `reference="live"`: the frozen model's pass is part of every step."""
+    """The same with `reference="live"`: the base model's pass is part of every step."""
     return spul_step(base, config, shape, reference="live")
 
 
 def plain_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
     """The published program's algorithm: the prompt before every row by PEFT, logits at every position.
 
-    What the frozen model says is kept as float32 logits over the whole vocabulary and looked up by row. The positions
-    that are compared are the paper's, so that loss and gradients are spul's.
+    Reference logits are stored in float32 over the whole vocabulary and looked up by row. The compared positions are
+    the paper's, so that loss and gradients equal spul's.
     """
     model: Any = PeftModelForCausalLM(base, config).train()
     for parameter in base.parameters():
@@ -86,7 +86,7 @@ def plain_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]
 
 
 def floor_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
-    """What nothing can undercut: the batch without a prompt, forward and backward through the frozen base.
+    """The lower bound: the batch without a prompt, forward and backward through the frozen base.
 
     The gradient goes to the input embeddings; logits are computed at the response positions only.
     """

@@ -1,4 +1,4 @@
-"""The unlearning loss of a batch, whatever learns it: a prompt, the whole model, LoRA, or unlearning layers."""
+"""The unlearning loss of a batch for the full model, LoRA or unlearning layers."""
 
 from __future__ import annotations
 
@@ -6,11 +6,7 @@ from torch import Tensor, nn
 
 from ..losses.batch import UnlearnerOutput, batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import (
-    as_it_was,
-    learns_itself,
-    logits_at,
-)
+from ..models.causal_lm import as_it_was, learns_itself, logits_at
 
 
 def unlearning_forward(
@@ -25,17 +21,23 @@ def unlearning_forward(
     num_items_in_batch: Tensor | int | None = None,
     reference_logits: Tensor | None = None,
 ) -> UnlearnerOutput:
-    """The unlearning loss of a batch for a model that learns itself: its own weights, LoRA, or unlearning layers.
+    """The unlearning loss of a batch when the full model, LoRA or unlearning layers are trained.
 
-    A prompt has this as its forward: `unlearner(**batch)`.
+    For a prompt it is the unlearner's own forward, `unlearner(**batch)`.
 
     Args:
-        model: a causal LM of transformers, or one under `UnlearningLayers` or a PEFT adapter such as LoRA; also
+        model: a causal LM of transformers, bare, under `UnlearningLayers` or under a PEFT adapter such as LoRA; also
             wrapped for DDP.
-        loss: what is asked for.
-        input_ids: this and the others: see `SoftPromptUnlearner.forward`. LoRA's frozen model is the one with the
-            adapter switched off. The whole model has none once it has learned: give its `reference_logits`, from a
-            `ReferenceCache` built before.
+        loss: the objective.
+        input_ids: (B, n) token ids; for this and the other inputs see `SoftPromptUnlearner.forward`.
+        labels: (B, n).
+        is_forget: (B,) bool.
+        attention_mask: (B, n).
+        row_id: (B,), not used.
+        group_counts: (2,), forget and retain rows of the whole step.
+        num_items_in_batch: number of response tokens of the whole step, from a plain `Trainer`.
+        reference_logits: (R, K, V), from a `ReferenceCache` built before training, where the full model is trained.
+            None computes them with the adapter or the layers disabled.
 
     Raises:
         ValueError: if shapes do not match, or `reference_logits` are needed and cannot be computed.
@@ -55,8 +57,8 @@ def unlearning_forward(
     def frozen(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         if learns_itself(model):
             raise ValueError(
-                "the loss compares with the model as it was, and a model that learns in weights of its own is that no "
-                "more: pass reference_logits, from a ReferenceCache built before training."
+                "the loss compares with the model before training, but its own weights are trained: pass "
+                "reference_logits, from a ReferenceCache built before training."
             )
         with as_it_was(model) as base:
             return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
