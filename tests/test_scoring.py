@@ -164,7 +164,7 @@ def test_generic_answers_in_conversations_are_recognized():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
-        def forward(self, input_ids, attention_mask):
+        def forward(self, input_ids, attention_mask, use_cache=None):
             from types import SimpleNamespace
 
             start = len(chat.encoder.encode(row).prompt_ids) - 1

@@ -12,7 +12,6 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from peft import PeftModel, PeftType
 from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
@@ -21,8 +20,7 @@ from ..data.collator import ForgetRetainCollator
 from ..data.formats import QUESTION_ANSWER, PromptFormat
 from ..data.unlearning_data import SPLITS, UnlearningData
 from ..models.causal_lm import bare_model, unwrapped
-from ..prompts.configs import PROMPT_TYPES
-from ..prompts.unlearner import SoftPromptUnlearner
+from ..models.unlearner import unlearner_of
 from . import measures as measure_tasks
 from .aggregation import Measurement, name_of_key
 from .attacks import tasks as attack_tasks
@@ -196,18 +194,13 @@ def evaluate(
 
 
 def _check_prompt(name: str, model: nn.Module, measures: Sequence[str]) -> None:
-    """Raise if a model is under a prompt of PEFT that the measures cannot do with, before any of them is taken."""
-    if not isinstance(model, PeftModel) or isinstance(model, SoftPromptUnlearner):
-        return
-    config = model.active_peft_config
-    if not config.is_prompt_learning:
-        return
-    if config.peft_type not in PROMPT_TYPES:
-        raise TypeError(
-            f"{name} is under a prompt of PEFT of the type {PeftType(config.peft_type).value}; expected one of "
-            f"{', '.join(kind.value for kind in PROMPT_TYPES)}, best loaded by SoftPromptUnlearner.from_pretrained."
-        )
-    if "soft suffix" in measures and name in ("model", "retrained"):
+    """Raise if a model is under a prompt that the measures cannot follow, before any of them is taken."""
+    unlearner = unlearner_of(model)
+    try:
+        unlearner.check_measurable()
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    if "soft suffix" in measures and name in ("model", "retrained") and not unlearner.follows_embeddings:
         raise TypeError(
             f"{name} is under a prompt of PEFT, which the soft suffix cannot follow; load it by "
             "SoftPromptUnlearner.from_pretrained, or leave 'soft suffix' out of measures."

@@ -8,10 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
-from ..layers.unlearning_layers import UnlearningLayers
+from ..models.unlearner import unlearner_of
 from ..records.digests import _digest, _text, digest_of, digest_of_rows, digest_of_tokenizer
 from ..records.spul_config import library_versions
 from .suite import Suite
@@ -64,16 +63,10 @@ def digests_of_model(model: nn.Module) -> dict[str, Any]:
     The weights alone do not tell: all adapters' are there, whichever is active, and LoRA's scale is no weight.
     """
     found: dict[str, Any] = {"weights": digest_of(model.named_parameters())}
-    configs: dict[str, Any] = {}
-    if isinstance(model, UnlearningLayers):
-        configs = {"layers": model.layers_config.to_dict()} if model.enabled else {}
-    elif isinstance(model, PeftModel):
-        # PEFT marks a prompt that is off on the model, and other adapters in each of their layers.
-        off = model._adapters_disabled or any(getattr(m, "disable_adapters", False) is True for m in model.modules())
-        active = [] if off else model.active_adapters
-        configs = {name: model.peft_config[name].to_dict() for name in active}
-    else:
+    unlearner = unlearner_of(model)
+    if not unlearner.has_adapter:
         return found
+    configs = unlearner.adapter_settings()
     settings = {name: {k: v for k, v in one.items() if k not in ORIGINS} for name, one in configs.items()}
     return found | {"adapters": list(settings), "settings": _digest(settings)}
 

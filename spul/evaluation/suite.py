@@ -14,10 +14,11 @@ from torch import nn
 
 from ..data.collator import ForgetRetainCollator, completion_text
 from ..data.formats import PromptFormat
-from ..models.causal_lm import as_it_was, bare_model, has_adapter, max_positions
+from ..models.causal_lm import bare_model, max_positions
+from ..models.unlearner import base_of, unlearner_of
 from ..records.digests import digest_of_rows
 from .aggregation import Measurement
-from .metrics.free_form import generate_answers, num_virtual_tokens, rouge_l
+from .metrics.free_form import generate_answers, rouge_l
 from .metrics.likelihood import exact_memorization, extraction_strength, probability, response_likelihoods
 from .metrics.scoring import collect_answers, task_classes
 
@@ -140,7 +141,7 @@ class Suite:
     def models(self) -> list[str]:
         """The names of the models that are measured."""
         found = ["unlearned"]
-        if self.base is not None or has_adapter(self.model):
+        if self.base is not None or unlearner_of(self.model).has_adapter:
             found.append("detached")
         return found + (["retrained"] if self.retrained is not None else [])
 
@@ -148,7 +149,7 @@ class Suite:
     def subject(self, name: str) -> Iterator[Any]:
         """One of these models."""
         if name == "detached" and self.base is None:
-            with as_it_was(self.model) as base:
+            with base_of(self.model) as base:
                 yield base
         else:
             yield {"unlearned": self.model, "detached": self.base, "retrained": self.retrained}[name]
@@ -231,7 +232,7 @@ class Suite:
     def room(self) -> int | None:
         """How many tokens fit in the model beside its virtual ones; None where positions have no limit."""
         limit = max_positions(bare_model(self.model))
-        return None if limit is None else limit - num_virtual_tokens(self.model)
+        return None if limit is None else limit - unlearner_of(self.model).virtual_tokens_in_use
 
 
 def joined(tasks: Sequence[Task], afterwards: Callable[[], None]) -> Task:

@@ -1,4 +1,4 @@
-"""What is done to a base model when a prompt is put before it, and what it says of itself."""
+"""A causal LM of transformers: its wrappers, modes, positions, logits and parameters."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import transformers.modeling_utils
@@ -17,9 +17,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
-
-if TYPE_CHECKING:
-    pass
 
 logger = logging.getLogger(__name__)
 
@@ -64,27 +61,6 @@ def max_positions(base_model: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def learns_itself(model: nn.Module) -> bool:
-    """Whether weights of the model itself learn, so that it is not as it was when its adapter is switched off."""
-    if not has_adapter(unwrapped(model)):
-        return True
-    return any(parameter.requires_grad for _, parameter in own_parameters(bare_model(model)))
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[Any]:
-    """The causal LM within a model, its adapter switched off, in evaluation mode; then all as before."""
-    model = unwrapped(model)
-    # PEFT lets an adapter learn when it is switched on again, whatever was frozen in it.
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    try:
-        with evaluation_mode(model), cast(Any, model).disable_adapter() if has_adapter(model) else nullcontext():
-            yield bare_model(model)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model itself, where `torch.compile` or DDP has wrapped it."""
     while True:
@@ -96,15 +72,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
-def has_adapter(model: nn.Module) -> bool:
-    """Whether there is something to switch off: a model under PEFT or under unlearning layers."""
-    return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
-
-
 def bare_model(model: nn.Module) -> nn.Module:
     """The causal LM of transformers inside wrappers and adapters."""
     model = unwrapped(model)
-    return unwrapped(cast(Any, model).get_base_model()) if has_adapter(model) else model
+    return unwrapped(cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def selects_positions(model: nn.Module) -> bool:

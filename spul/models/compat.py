@@ -1,10 +1,17 @@
-"""What is done to a base model when a prompt is put before it, and what it says of itself."""
+"""Every use of a private or changing API of transformers, peft, accelerate, bitsandbytes and torch."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+
+
+def adapter_is_disabled(model: Any) -> bool:
+    """Whether a PEFT model's adapter is disabled: PEFT marks prompts on the model, other adapters in their layers."""
+    return bool(model._adapters_disabled) or any(
+        getattr(module, "disable_adapters", False) is True for module in model.modules()
+    )
 
 
 def keep_4bit_differentiable(model: nn.Module) -> None:

@@ -159,13 +159,21 @@ def prompted_logits(model: PeftModel, input_ids: Tensor, attention_mask: Tensor,
             say_once(f"{type(base).__name__} has no plain key/value cache: the prompt is concatenated to every row.")
     if states is None:
         return _concatenated_logits(model, input_ids, attention_mask, positions)
-    seen = attention_mask.new_ones(len(input_ids), states.layers[0].seen)
+    return logits_after(states, base, positions, attention_mask, input_ids=input_ids)
+
+
+def logits_after(
+    states: PromptStates, base: Any, positions: Tensor, attention_mask: Tensor, **inputs: Tensor
+) -> Tensor:
+    """Logits (B, K, V) at `positions` of rows that have seen the prompt, given as `input_ids` or `inputs_embeds`."""
+    num_rows = len(attention_mask)
+    seen = attention_mask.new_ones(num_rows, states.layers[0].seen)
     return logits_at(
         base,
         positions,
-        input_ids=input_ids,
+        **inputs,
         attention_mask=torch.cat([seen, attention_mask], dim=1),
-        past_key_values=expand_states(states.layers, base, len(input_ids)),
+        past_key_values=expand_states(states.layers, base, num_rows),
         use_cache=True,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import (
@@ -14,20 +15,22 @@ from peft import (
     TaskType,
 )
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..losses.batch import batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import logits_at, max_positions, zero_dropout
 from ..models.compat import keep_4bit_differentiable
+from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .configs import check_peft_config, scale_random_prompt
 from .generation import generate_prompted
 from .inference import ordinary_forward
-from .shared_prefix import prompted_logits
+from .shared_prefix import logits_after, prompt_states, prompted_logits
 
 
-class SoftPromptUnlearner(PeftModelForCausalLM):
+class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
     """Wraps a causal LM with a prompt that learns to make it forget (SPUL, arXiv 2406.12038).
 
     The base is frozen in place and its dropout set to zero; only the active prompt requires gradients. It is an
@@ -52,6 +55,8 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         out.loss.backward()
         ```
     """
+
+    computes_loss = True
 
     # Set by PEFT; said here since nn.Module declares every attribute a tensor or a module.
     config: Any
@@ -143,6 +148,30 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         for name, encoder in self.prompt_encoder.items():
             encoder.requires_grad_(name == self.active_adapter and not self.peft_config[name].inference_mode)
 
+    @property
+    def enabled(self) -> bool:
+        """Whether the prompt is in effect."""
+        return not self._adapters_disabled
+
+    @property
+    def virtual_tokens_in_use(self) -> int:
+        """Virtual tokens in front of every row; 0 where the prompt is disabled."""
+        return self.active_peft_config.num_virtual_tokens if self.enabled else 0
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the prompts."""
+        return list(self.prompt_encoder.parameters())
+
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        """The config of the active prompt, by its name; empty where it is disabled."""
+        return {self.active_adapter: self.active_peft_config.to_dict()} if self.enabled else {}
+
+    def on_base(self, base: PreTrainedModel, folder: Path) -> SoftPromptUnlearner:
+        """The active prompt on another base, for inference, by way of a folder."""
+        self.save_pretrained(str(folder))
+        name = self.active_adapter
+        return type(self).from_pretrained(base, folder if name == "default" else folder / name).eval()
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within it, `forward` and `generate` are those of the untouched base."""
@@ -209,7 +238,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         return batch_loss(
             self.loss,
             self.response_logits,
-            self._frozen_logits,
+            self.base_logits,
             input_ids,
             labels,
             is_forget,
@@ -223,7 +252,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         """Logits (B, K, V) at `positions` of a right-padded batch, by the shared prompt; the base's when disabled."""
         base: Any = self.get_base_model()
         if self._adapters_disabled:
-            return self._frozen_logits(input_ids, attention_mask, positions)
+            return self.base_logits(input_ids, attention_mask, positions)
         num_virtual, limit = self.active_peft_config.num_virtual_tokens, max_positions(base)
         if limit is not None and num_virtual + input_ids.shape[1] > limit:
             raise ValueError(
@@ -236,10 +265,26 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
             )
         return prompted_logits(self, input_ids, attention_mask, positions)
 
-    def _frozen_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """What the base says without the prompt, (B, K, V)."""
+    def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """The base's logits there, (B, K, V), whether or not the prompt is disabled."""
         base: Any = self.get_base_model()
         return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """As `response_logits`, of input embeddings (B, n, d).
+
+        Raises:
+            ValueError: if the base has no plain key/value cache.
+        """
+        base: Any = self.get_base_model()
+        if self._adapters_disabled:
+            return logits_at(base, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        states = prompt_states(self)
+        if states is None:
+            raise ValueError(
+                f"{type(base).__name__} has no plain key/value cache, which input embeddings under a prompt need."
+            )
+        return logits_after(states, base, positions, attention_mask, inputs_embeds=inputs_embeds)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate with the prompt in place; takes what `transformers`' `generate` takes.

@@ -6,11 +6,7 @@ from torch import Tensor, nn
 
 from ..losses.batch import UnlearnerOutput, batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import (
-    as_it_was,
-    learns_itself,
-    logits_at,
-)
+from ..models.unlearner import unlearner_of
 
 
 def unlearning_forward(
@@ -49,22 +45,11 @@ def unlearning_forward(
         ```
     """
 
-    def learned(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        return logits_at(model, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-
-    def frozen(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        if learns_itself(model):
-            raise ValueError(
-                "the loss compares with the model as it was, and a model that learns in weights of its own is that no "
-                "more: pass reference_logits, from a ReferenceCache built before training."
-            )
-        with as_it_was(model) as base:
-            return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-
+    unlearner = unlearner_of(model)
     return batch_loss(
         loss,
-        learned,
-        frozen,
+        unlearner.response_logits,
+        unlearner.base_logits,
         input_ids,
         labels,
         is_forget,

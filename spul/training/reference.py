@@ -27,8 +27,9 @@ from ..data.collator import ForgetRetainCollator
 from ..losses.positions import response_positions
 from ..losses.terms import IGNORE_INDEX
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import as_it_was, bare_model, logits_at
+from ..models.causal_lm import bare_model, logits_at
 from ..models.output_head import OutputHead, final_states, gives_logits, is_close
+from ..models.unlearner import base_of
 from ..records.digests import fingerprint
 from .reference_files import FORMAT, Part, check_index, claim_folder, digest_of, part_path, read_part, write_part
 
@@ -111,7 +112,7 @@ class ReferenceCache:
             accelerator.wait_for_everyone()
         check_index(path, index)  # also where the folder is not shared
 
-        with as_it_was(model):
+        with base_of(model):
             shares = _in_parts(rows)
             own = list(range(rank, len(shares), world))
             num_rows = sum(len(shares[i]) for i in own)

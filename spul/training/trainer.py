@@ -21,11 +21,10 @@ from ..data.collator import ForgetRetainCollator, completion_text, plain
 from ..data.dataset import forget_flags
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
-from ..layers.checkpoint import read as read_layers
 from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import learns_itself
 from ..models.compat import keep_4bit_differentiable
+from ..models.unlearner import Unlearner, unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import summarize_rows
 from ..records.spul_config import SpulConfig
@@ -105,7 +104,7 @@ class UnlearningTrainer(Trainer):
         self._sampler: EpochSampler | None = None
         if train_dataset is not None:
             self._flags = forget_flags(train_dataset)
-            self._describe_data(self._record(model), data_collator, train_dataset, self._flags)
+            self._describe_data(unlearner_of(model).spul_config, data_collator, train_dataset, self._flags)
             settings = TrainingArguments() if args is None else args
             self._sampler = epoch_sampler(
                 settings, data_collator, train_dataset, self._flags, forget_fraction, alternate
@@ -120,25 +119,21 @@ class UnlearningTrainer(Trainer):
             )
         self._learner, self._collator, self._loss = model, data_collator, loss
         self._terms = TERMS if loss.gamma > 0 else TERMS[:-1]
-        if isinstance(model, UnlearningLayers):
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
-            model.spul_config.loss = loss.to_dict()
+        self._unlearner = unlearner_of(model)
+        if not self._unlearner.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
+        if self._unlearner.spul_config is not None:
+            self._unlearner.spul_config.loss = loss.to_dict()
         if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
                 "no parameter requires a gradient: a prompt was loaded for use only, or a model frozen. Load a prompt "
                 "with SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
             )
-        self.add_callback(_Epochs(model, data_collator, self._sampler))
+        self.add_callback(_Epochs(self._unlearner, data_collator, self._sampler))
         self._term_sums = torch.zeros(len(self._terms), device=self.args.device)
         self._terms_since = self.state.global_step
 
     # ---- data ----
-
-    @staticmethod
-    def _record(model: nn.Module) -> SpulConfig | None:
-        """The record that is kept with a prompt or unlearning layers; other models have none."""
-        return model.spul_config if isinstance(model, (SoftPromptUnlearner, UnlearningLayers)) else None
 
     @staticmethod
     def _describe_data(
@@ -204,7 +199,7 @@ class UnlearningTrainer(Trainer):
         if self._reference is not None and model.training:
             with self.accelerator.autocast():
                 inputs = {**inputs, "reference_logits": self._reference.logits(inputs)}
-        if isinstance(self._learner, SoftPromptUnlearner):
+        if self._unlearner.computes_loss:
             outputs = model(**inputs)
         else:
             with self.accelerator.autocast():  # also around the frozen model, which accelerate does not know
@@ -243,7 +238,7 @@ class UnlearningTrainer(Trainer):
 
     def _open_reference(self) -> None:
         """Compute what the frozen model says on the training rows, or find it computed."""
-        if self._reference is not None and learns_itself(self._learner):
+        if self._reference is not None and self._unlearner.trains_base:
             return  # trained before, the model is no longer what the rows are compared with
         self._reference = None
         asks = self._loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
@@ -271,7 +266,7 @@ class UnlearningTrainer(Trainer):
     # ---- checkpoints: PEFT's adapters are known to Trainer, unlearning layers are not ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not isinstance(self._learner, UnlearningLayers):
+        if not self._unlearner.has_own_checkpoint:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = output_dir or self.args.output_dir or "."
@@ -280,16 +275,16 @@ class UnlearningTrainer(Trainer):
             torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not isinstance(self._learner, UnlearningLayers):
+        if not self._unlearner.has_own_checkpoint:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self._learner.load_saved(read_layers(resume_from_checkpoint))
+            self._unlearner.load_checkpoint(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if not isinstance(self._learner, UnlearningLayers):
+        if not self._unlearner.has_own_checkpoint:
             super()._load_best_model()
         else:
-            self._learner.load_saved(read_layers(self.state.best_model_checkpoint or "."))
+            self._unlearner.load_checkpoint(self.state.best_model_checkpoint or ".")
 
     # ---- evaluation ----
 
@@ -320,8 +315,8 @@ class UnlearningTrainer(Trainer):
             for name, split in rows.items():
                 metrics.update(self._score(split, f"{metric_key_prefix}_{name}"))
                 measured = {key: metrics[f"{metric_key_prefix}_{name}_{key}"] for key in ("accuracy", "f1", "generic")}
-                record = self._record(self._learner)
-                if record is not None and not _is_off(self._learner):
+                record = self._unlearner.spul_config
+                if record is not None and self._unlearner.enabled:
                     record.metrics[name] = measured
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -345,27 +340,19 @@ class UnlearningTrainer(Trainer):
         return {**metrics, **speed_metrics(prefix, start, num_samples=len(rows))}
 
 
-def _is_off(model: Any) -> bool:
-    """Whether it is the bare base that is asked at the moment."""
-    return not model.enabled if isinstance(model, UnlearningLayers) else model._adapters_disabled
-
-
 class _Epochs(TrainerCallback):
     """Keeps others in step: the draws with the epoch, so that they can be resumed, the record with the prompt."""
 
     def __init__(
         self,
-        model: nn.Module,
+        unlearner: Unlearner,
         collator: ForgetRetainCollator,
         sampler: EpochSampler | None,
     ) -> None:
-        self.model, self.collator, self.sampler = model, collator, sampler
+        self.unlearner, self.collator, self.sampler = unlearner, collator, sampler
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (record := UnlearningTrainer._record(self.model)) is not None:
-            record.metrics.clear()  # they were another prompt's; evaluation comes after this
-        if isinstance(self.model, UnlearningLayers):
-            self.model.grams = {}
+        self.unlearner.parameters_changed()  # evaluation, which records metrics, comes after this
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)

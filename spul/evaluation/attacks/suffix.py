@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -18,10 +17,9 @@ from ...data.collator import ForgetRetainCollator
 from ...data.samplers import shuffled
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
-from ...models.causal_lm import bare_model, evaluation_mode, logits_at, max_positions, unwrapped
+from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
 from ...models.compat import keep_4bit_differentiable
-from ...prompts.shared_prefix import expand_states, prompt_states
-from ...prompts.unlearner import SoftPromptUnlearner
+from ...models.unlearner import unlearner_of
 from ..metrics.likelihood import response_batches
 from ..metrics.scoring import check_numbers
 from .relearning import check_disjoint
@@ -92,8 +90,7 @@ def soft_suffix(
             "whole numbers of at least 1, and lr above 0."
         )
     model = unwrapped(model)
-    is_peft = isinstance(model, PeftModel) and not isinstance(model, SoftPromptUnlearner)
-    if is_peft and cast(PeftModel, model).active_peft_config.is_prompt_learning:
+    if not unlearner_of(model).follows_embeddings:
         raise TypeError("the model is under a prompt of PEFT; load it by SoftPromptUnlearner.from_pretrained.")
     keep_4bit_differentiable(model)
     base: Any = bare_model(model)
@@ -149,26 +146,14 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], positions: Tensor, suffi
         columns, last = torch.arange(embeds.shape[1], device=embeds.device), positions[:, :1]
         is_place = (columns > last - len(suffix)) & (columns <= last)
         embeds = embeds.masked_scatter(is_place[..., None], suffix.to(embeds.dtype).repeat(rows, 1))
-    is_prompted = isinstance(model, SoftPromptUnlearner) and not model._adapters_disabled
-    states = prompt_states(model) if is_prompted else None
-    if is_prompted and states is None:
-        raise ValueError(f"{type(base).__name__} has no plain key/value cache, which a prompt and a suffix need.")
-    num_virtual, limit = states.layers[0].seen if states else 0, max_positions(base)
+    unlearner = unlearner_of(model)
+    num_virtual, limit = unlearner.virtual_tokens_in_use, max_positions(base)
     if limit is not None and num_virtual + embeds.shape[1] > limit:
         raise ValueError(
             f"{num_virtual} virtual tokens and {embeds.shape[1]} tokens with the suffix exceed the model's {limit} "
             "positions; give the collator a smaller max_length, or take a shorter suffix."
         )
-    if states is None:
-        return logits_at(model, positions, inputs_embeds=embeds, attention_mask=mask)
-    return logits_at(
-        base,
-        positions,
-        inputs_embeds=embeds,
-        attention_mask=torch.cat([mask.new_ones(rows, num_virtual), mask], dim=1),
-        past_key_values=expand_states(states.layers, base, rows),
-        use_cache=True,
-    )
+    return unlearner.embedding_logits(embeds, mask, positions)
 
 
 @torch.no_grad()

@@ -13,13 +13,11 @@ from typing import Any, cast
 
 import numpy as np
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 
 from ...data.collator import ForgetRetainCollator, completion_text
-from ...layers.unlearning_layers import UnlearningLayers
-from ...models.causal_lm import bare_model, has_adapter, own_parameters, unwrapped
-from ...prompts.unlearner import SoftPromptUnlearner
+from ...models.causal_lm import bare_model, unwrapped
+from ...models.unlearner import unlearner_of
 from ..metrics.free_form import rouge_l
 from ..suite import AttackSettings, Found, Suite, Task, joined
 from .inputs import (
@@ -150,7 +148,7 @@ def relearning(suite: Suite) -> Iterator[Task]:
     steps = sorted({0, *suite.attacks.relearn_steps})
 
     def run(model: Any) -> Found:
-        lr = suite.attacks.relearn_lr if has_adapter(model) else suite.attacks.relearn_model_lr
+        lr = suite.attacks.relearn_lr if unlearner_of(model).has_adapter else suite.attacks.relearn_model_lr
         with _learning(model):
             records = relearn(
                 *(model, few, others, suite.collator, lr, suite.attacks.relearn_steps),
@@ -289,10 +287,7 @@ def _learning(model: nn.Module) -> Iterator[None]:
     if any(parameter.requires_grad for parameter in model.parameters()):
         yield
         return
-    fixed = {id(parameter) for _, parameter in own_parameters(bare_model(model))} if has_adapter(model) else set()
-    if isinstance(model, UnlearningLayers) and not model.layers_config.train_down:
-        fixed |= {id(parameter) for layer in model.layers for parameter in cast(Any, layer).down.parameters()}
-    learning = [p for p in model.parameters() if id(p) not in fixed and p.is_floating_point()]
+    learning = [p for p in unlearner_of(model).adapter_parameters() if p.is_floating_point()]
     for parameter in learning:
         parameter.requires_grad_(True)
     try:
@@ -305,9 +300,7 @@ def _learning(model: nn.Module) -> Iterator[None]:
 def _why_not_quantized(model: nn.Module) -> str:
     if getattr(bare_model(unwrapped(model)), "is_quantized", False):
         return "it is quantized already"
-    if isinstance(model, PeftModel) and not isinstance(model, SoftPromptUnlearner):
-        return "adapters of PEFT other than spul's prompts: merge them first (merge_and_unload)"
-    return ""
+    return unlearner_of(model).why_not_moved()
 
 
 def _quantized_copy(model: nn.Module, bits: int, folder: Path) -> Any:
@@ -316,12 +309,6 @@ def _quantized_copy(model: nn.Module, bits: int, folder: Path) -> Any:
     base = cast(Any, bare_model(model))
     base.save_pretrained(folder / "base")
     small = in_few_bits(folder / "base", bits, base.dtype, device_map={"": base.device})
-    if not has_adapter(model):
-        return small
-    cast(Any, model).save_pretrained(str(folder / "adapter"))
-    trainable: Any = UnlearningLayers if isinstance(model, UnlearningLayers) else SoftPromptUnlearner
-    name = getattr(model, "active_adapter", "default")
-    place = folder / "adapter" / ("" if name == "default" else name)  # as PEFT does
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*trained on other weights")
-        return trainable.from_pretrained(small, place).eval()
+        return unlearner_of(model).on_base(small, folder / "adapter")

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
@@ -17,7 +16,7 @@ from transformers import GenerationConfig
 from ...data.collator import ForgetRetainCollator
 from ...data.samplers import by_length
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
-from ...prompts.unlearner import SoftPromptUnlearner
+from ...models.unlearner import unlearner_of
 from .likelihood import check_rows
 
 
@@ -126,7 +125,7 @@ def room_to_answer(model: nn.Module, width: int, max_new_tokens: int) -> int:
     Raises:
         ValueError: if there is no room at all.
     """
-    num_virtual, limit = num_virtual_tokens(model), max_positions(bare_model(model))
+    num_virtual, limit = unlearner_of(model).virtual_tokens_in_use, max_positions(bare_model(model))
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_virtual - width)
     if room < 1:
         raise ValueError(
@@ -169,21 +168,6 @@ def before_end(tokens: list[int], ends: list[int]) -> list[int]:
     return tokens[:cut]
 
 
-def _is_prompted(model: nn.Module) -> bool:
-    if not isinstance(model, PeftModel) or model._adapters_disabled:
-        return False
-    return bool(model.active_peft_config.is_prompt_learning)
-
-
-def num_virtual_tokens(model: Any) -> int:
-    return int(model.active_peft_config.num_virtual_tokens) if _is_prompted(model) else 0
-
-
-def _pads_behind_prompt(model: nn.Module) -> bool:
-    """Whether pads would stand between the virtual tokens and the row: PEFT's own generate does not set that right."""
-    return _is_prompted(model) and not isinstance(model, SoftPromptUnlearner)
-
-
 def _batches(model: nn.Module, lengths: Sequence[int], batch_size: int, max_new_tokens: int) -> Iterator[list[int]]:
     """Places of rows of like length, the longest first.
 
@@ -191,8 +175,8 @@ def _batches(model: nn.Module, lengths: Sequence[int], batch_size: int, max_new_
     an answer is the same whatever its row shares a batch with.
     """
     limit = max_positions(bare_model(model))
-    mixed = max(lengths) if limit is None else limit - num_virtual_tokens(model) - max_new_tokens
-    if _pads_behind_prompt(model):
+    mixed = max(lengths) if limit is None else limit - unlearner_of(model).virtual_tokens_in_use - max_new_tokens
+    if unlearner_of(model).pads_between and unlearner_of(model).enabled:
         mixed = 0
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):

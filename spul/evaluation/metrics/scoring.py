@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel, PeftType
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -22,8 +21,8 @@ from ...data.collator import ForgetRetainCollator, completion_text
 from ...data.samplers import by_length
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
-from ...models.causal_lm import evaluation_mode, logits_at
-from ...prompts.unlearner import SoftPromptUnlearner
+from ...models.causal_lm import evaluation_mode
+from ...models.unlearner import unlearner_of
 
 # Beyond so many different completions a set is free-form: its rows' answers are not classes to each other.
 MAX_CLASSES = 32
@@ -60,17 +59,7 @@ def check_numbers(values: Tensor, what: str = "logits") -> None:
 
 def response_logits(model: nn.Module, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
     """Logits (B, K, V) at the response positions of a right-padded batch, of a bare or prompted model."""
-    if isinstance(model, SoftPromptUnlearner):
-        return model.response_logits(batch["input_ids"], batch["attention_mask"], positions)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    if not isinstance(model, PeftModel) or not model.active_peft_config.is_prompt_learning:
-        return logits_at(model, positions, **inputs)
-    # Plain PEFT's prompts: their tokens stand in front and have logits too; a prefix has none, nor what is disabled.
-    in_front = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
-    config = model.active_peft_config
-    if config.peft_type in in_front and not model._adapters_disabled:
-        positions = positions + config.num_virtual_tokens
-    return model(**inputs).logits.take_along_dim(positions[..., None], dim=1)
+    return unlearner_of(model).response_logits(batch["input_ids"], batch["attention_mask"], positions)
 
 
 @torch.no_grad()
