@@ -72,7 +72,8 @@ def whitespace_noise(rows: Dataset, share: float = 0.3, text_field: str | None =
     Args:
         rows: `prompt`, a text, and `completion`.
         share: how likely a space is to be changed, above 0 and at most 1.
-        text_field, seed: as `letter_case`.
+        text_field: as `letter_case`.
+        seed: as `letter_case`.
 
     Raises:
         ValueError, TypeError: if `share` is out of range, or rows are not as said.

@@ -45,7 +45,9 @@ def auc_interval(
     Args:
         members: scores, (rows,).
         non_members: scores, (rows,).
-        confidence, num_resamples, seed: as `bootstrap_interval`.
+        confidence: as `bootstrap_interval`.
+        num_resamples: as `bootstrap_interval`.
+        seed: as `bootstrap_interval`.
 
     Raises:
         ValueError: as `bootstrap_interval`, and if a score is NaN.
