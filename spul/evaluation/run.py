@@ -23,6 +23,7 @@ from ..data.unlearning_data import SPLITS, UnlearningData
 from ..models.causal_lm import bare_model, unwrapped
 from ..prompts.configs import PROMPT_TYPES
 from ..prompts.unlearner import SoftPromptUnlearner
+from ..records.files import write_text
 from . import measures as measure_tasks
 from .aggregation import Measurement, name_of_key
 from .attacks import tasks as attack_tasks
@@ -274,7 +275,7 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
                 f"{str(folder)!r} is of the same; it is taken to be. If not, give another output_dir.",
                 stacklevel=4,
             )
-    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(settings, indent=1) + "\n")
     parts = sorted(folder.glob(PROGRESS_NAME.format("*")))
     found = [one for file in (folder / MEASUREMENTS_NAME, *parts) for one in read_measurements(file)]
     write_measurements(folder / MEASUREMENTS_NAME, found)  # a line that was cut off is gone, before others follow it
