@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..records.card import layers_card
+from ..records.card import CARD_NAME, layers_card
 from ..records.digests import fingerprint
 from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
 from ..records.spul_config import SpulConfig, library_versions, read_spul_config, warn_of_other_weights
@@ -56,7 +56,7 @@ def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_grams
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         record.save(folder)
         parameters = sum(parameter.numel() for parameter in layers.layers.parameters())
-        layers_card(record, config, parameters).save(folder / "README.md")
+        layers_card(record, config, parameters).save(folder / CARD_NAME)
         if layers.grams and with_grams:
             _write(layers.grams, folder / GRAMS_NAME)
     if not (layers.grams and with_grams):  # some left from an earlier save would not belong to these layers

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import load_base
-from ..records.card import model_card
+from ..records.card import CARD_NAME, model_card
 from ..records.digests import fingerprint
 from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
 from ..records.spul_config import SpulConfig, library_versions, read_spul_config, warn_of_other_weights
@@ -92,7 +92,7 @@ def write_model_card(model: SoftPromptUnlearner, output_dir: str) -> None:
         num_virtual_tokens=config.num_virtual_tokens,
         num_parameters=sum(p.numel() for p in model.prompt_encoder[model.active_adapter].parameters()),
     )
-    card.save(Path(output_dir, "README.md"))
+    card.save(Path(output_dir, CARD_NAME))
 
 
 def load(

@@ -1,6 +1,6 @@
 """What is written down: atomic files, digests, `spul_config.json`, the model card."""
 
-from .card import layers_card, model_card
+from .card import layers_card, model_card, write_metrics
 from .digests import digest_of_rows, digest_of_tokenizer, fingerprint, summarize_rows
 from .files import atomic_folder, atomic_write, find_file, write_text
 from .spul_config import DataSummary, SpulConfig, read_spul_config
@@ -18,5 +18,6 @@ __all__ = [
     "model_card",
     "read_spul_config",
     "summarize_rows",
+    "write_metrics",
     "write_text",
 ]
