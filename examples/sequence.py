@@ -30,6 +30,7 @@ from spul import (
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics.scoring import score_completions
 from spul.layers import gather_inputs
+from spul.records.files import write_text
 from spul.training.methods import Method
 
 WIDE = UnlearningLayersConfig(reduction=0.5, train_down=False)
@@ -288,7 +289,7 @@ def once(folder: Path, train: Callable[[Path], None]) -> tuple[Path, float]:
     if not note.exists():
         start = time.perf_counter()
         train(folder)
-        note.write_text(json.dumps(time.perf_counter() - start), encoding="utf-8")
+        write_text(note, json.dumps(time.perf_counter() - start))
     return folder, float(json.loads(note.read_text(encoding="utf-8")))
 
 

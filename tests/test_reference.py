@@ -301,12 +301,12 @@ def test_another_config_is_refused(tmp_path):
 
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
     dataset, collator = make_answers(), make_collator()
-    (tmp_path / ".scratch-new").write_text("half")
-    (tmp_path / ".scratch-old").write_text("half")
-    os.utime(tmp_path / ".scratch-old", (0, 0))
+    (tmp_path / ".spul-scratch-new").write_text("half")
+    (tmp_path / ".spul-scratch-old").write_text("half")
+    os.utime(tmp_path / ".spul-scratch-old", (0, 0))
     ReferenceCache.build(wrap(build("llama")), dataset, collator, tmp_path)
-    assert (tmp_path / ".scratch-new").exists()
-    assert not (tmp_path / ".scratch-old").exists()
+    assert (tmp_path / ".spul-scratch-new").exists()
+    assert not (tmp_path / ".spul-scratch-old").exists()
 
 
 @pytest.mark.parametrize("change", ["fewer rows", "another completion", "another prompt", "cut shorter"])

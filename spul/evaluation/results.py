@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..records.files import write_text
 from .aggregation import Measurement, Number, name_of_key, numbers_of
 
 EVALUATION_NAME = "evaluation.json"
@@ -80,7 +81,7 @@ class Evaluation:
             "numbers": [dataclasses.asdict(one) for one in self.numbers],
         }
         text = json.dumps(_to_json(record), indent=1, ensure_ascii=False, allow_nan=False)
-        (path / EVALUATION_NAME).write_text(text + "\n", encoding="utf-8")
+        write_text(path / EVALUATION_NAME, text + "\n")
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Evaluation:
@@ -180,9 +181,7 @@ def append_measurements(path: Path, measurements: Sequence[Measurement]) -> None
 
 def write_measurements(path: Path, measurements: Sequence[Measurement]) -> None:
     """As JSON lines, written whole or not at all."""
-    scratch = path.with_suffix(".part")
-    scratch.write_text(_lines(measurements), encoding="utf-8")
-    scratch.replace(path)
+    write_text(path, _lines(measurements))
 
 
 def _lines(measurements: Sequence[Measurement]) -> str:

@@ -21,6 +21,7 @@ from ..data.formats import QUESTION_ANSWER, PromptFormat
 from ..data.unlearning_data import SPLITS, UnlearningData
 from ..models.causal_lm import bare_model, unwrapped
 from ..models.unlearner import unlearner_of
+from ..records.files import write_text
 from . import measures as measure_tasks
 from .aggregation import Measurement, name_of_key
 from .attacks import tasks as attack_tasks
@@ -267,7 +268,7 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
                 f"{str(folder)!r} is of the same; it is taken to be. If not, give another output_dir.",
                 stacklevel=4,
             )
-    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(settings, indent=1) + "\n")
     parts = sorted(folder.glob(PROGRESS_NAME.format("*")))
     found = [one for file in (folder / MEASUREMENTS_NAME, *parts) for one in read_measurements(file)]
     write_measurements(folder / MEASUREMENTS_NAME, found)  # a line that was cut off is gone, before others follow it

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..records.card import layers_card
+from ..records.card import CARD_NAME, layers_card
 from ..records.digests import fingerprint
-from ..records.files import HUB_ARGUMENTS, find_file, moved_in_whole
+from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
 from ..records.spul_config import SpulConfig, library_versions, read_spul_config, warn_of_other_weights
 
 if TYPE_CHECKING:
@@ -50,13 +50,13 @@ def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_grams
     record.versions = library_versions()
     if record.base_fingerprint is None:
         record.base_fingerprint = fingerprint(base)
-    with moved_in_whole(target) as folder:
+    with atomic_folder(target) as folder:
         _write(layers.layers_state(), folder / WEIGHTS_NAME)
         config = {**layers.layers_config.to_dict(), "num_requests": layers.num_requests}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         record.save(folder)
         parameters = sum(parameter.numel() for parameter in layers.layers.parameters())
-        layers_card(record, config, parameters).save(folder / "README.md")
+        layers_card(record, config, parameters).save(folder / CARD_NAME)
         if layers.grams and with_grams:
             _write(layers.grams, folder / GRAMS_NAME)
     if not (layers.grams and with_grams):  # some left from an earlier save would not belong to these layers

@@ -16,9 +16,9 @@ from torch import nn
 
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import load_base
-from ..records.card import model_card
+from ..records.card import CARD_NAME, model_card
 from ..records.digests import fingerprint
-from ..records.files import HUB_ARGUMENTS, find_file, moved_in_whole
+from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
 from ..records.spul_config import SpulConfig, library_versions, read_spul_config, warn_of_other_weights
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def save(
     names = list(model.peft_config) if selected_adapters is None else selected_adapters
     for name in names:
         update_config(model, name)
-    with moved_in_whole(target) as scratch:
+    with atomic_folder(target) as scratch:
         peft_save(str(scratch), selected_adapters=selected_adapters, **kwargs)
         for name in names:
             folder = scratch if name == "default" else scratch / name
@@ -92,7 +92,7 @@ def write_model_card(model: SoftPromptUnlearner, output_dir: str) -> None:
         num_virtual_tokens=config.num_virtual_tokens,
         num_parameters=sum(p.numel() for p in model.prompt_encoder[model.active_adapter].parameters()),
     )
-    card.save(Path(output_dir, "README.md"))
+    card.save(Path(output_dir, CARD_NAME))
 
 
 def load(

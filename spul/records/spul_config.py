@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .digests import DataSummary, fingerprint
-from .files import find_file
+from .files import find_file, write_text
 
 if TYPE_CHECKING:
     pass
@@ -56,7 +56,7 @@ class SpulConfig:
     def save(self, folder: str | os.PathLike) -> None:
         """Write `spul_config.json` into a folder."""
         text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, default=repr)
-        Path(folder, SPUL_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        write_text(Path(folder, SPUL_CONFIG_NAME), text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SpulConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..records.files import SCRATCH, replacing
+from ..records.files import SCRATCH, atomic_write, remove_stale_scratch, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -45,17 +44,13 @@ def claim_folder(folder: Path, index: Mapping[str, Any]) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(SCRATCH + "*"):
-            # Left by a process that was killed; a live one keeps its own for seconds.
-            if time.time() - path.stat().st_mtime > 600:
-                path.unlink(missing_ok=True)
+        remove_stale_scratch(folder)
         if not (folder / INDEX_NAME).exists():
             if any(not path.name.startswith(SCRATCH) and path.name != INDEX_NAME for path in folder.iterdir()):
                 raise ValueError(
                     f"{str(folder)!r} holds other files and no {INDEX_NAME}; name an empty or new folder."
                 )
-            with replacing(folder / INDEX_NAME) as scratch:
-                scratch.write_text(json.dumps(dict(index), indent=2) + "\n", encoding="utf-8")
+            write_text(folder / INDEX_NAME, json.dumps(dict(index), indent=2) + "\n")
     except PermissionError as error:
         raise PermissionError(
             f"the reference cannot be kept in {str(folder)!r}, which is not writable; name a folder that is "
@@ -89,7 +84,7 @@ def part_path(folder: Path, number: int) -> Path:
 
 def write_part(path: Path, part: Part) -> None:
     """Write a part, whole or not at all."""
-    with replacing(path) as scratch:
+    with atomic_write(path) as scratch:
         save_file(part._asdict(), scratch)
 
 

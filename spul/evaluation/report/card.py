@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...data.unlearning_data import SPLITS
-from ...records.card import _metrics_table
-from ...records.spul_config import SPUL_CONFIG_NAME, SpulConfig
+from ...records.card import write_metrics
 from .wording import where, worst_input_attack
 
 # For types alone: at run time `spul.evaluation` imports models, whose saving imports this package.
@@ -18,9 +14,7 @@ if TYPE_CHECKING:
     from ..results import Evaluation
 
 
-CARD_NAME = "README.md"
 CARD_MEASURES = ("accuracy", "f1", "generic", "probability")
-METRICS_SECTION = re.compile(r"^## Metrics *\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 
 def card_metrics(evaluation: Evaluation) -> dict[str, dict[str, float]]:
@@ -71,29 +65,4 @@ def add_to_card(evaluation: Evaluation, adapter_folder: str | os.PathLike) -> No
         FileNotFoundError: if the folder has no `spul_config.json` or no model card.
         ValueError: if the card has no section "Metrics", or utility was not measured.
     """
-    folder = Path(adapter_folder)
-    for name in (SPUL_CONFIG_NAME, CARD_NAME):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"{str(folder)!r} has no {name}; pass a folder that save_pretrained of a prompt or of unlearning "
-                "layers wrote."
-            )
-    metrics = card_metrics(evaluation)
-    section = f"## Metrics\n\n{_metrics_table(SpulConfig(metrics=metrics))}\n\n"
-    card, count = METRICS_SECTION.subn(lambda _: section, (folder / CARD_NAME).read_text(encoding="utf-8"), count=1)
-    if count == 0:
-        raise ValueError(
-            f"{CARD_NAME} of {str(folder)!r} has no section '## Metrics' to write to; add that line, or save the "
-            "adapter again."
-        )
-    record = json.loads((folder / SPUL_CONFIG_NAME).read_text(encoding="utf-8"))
-    record["metrics"] = metrics
-    _replace(folder / SPUL_CONFIG_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    _replace(folder / CARD_NAME, card.rstrip("\n") + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    write_metrics(adapter_folder, card_metrics(evaluation))
