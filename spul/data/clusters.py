@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
-from .recognizers import checked_texts
+from .checks import checked_texts
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,9 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
-from ..data.collator import ForgetRetainCollator, completion_text
+from ..data.collator import ForgetRetainCollator
 from ..data.formats import PromptFormat
+from ..data.rows import completion_text
 from ..models.causal_lm import as_it_was, bare_model, has_adapter, max_positions
 from ..records.digests import digest_of_rows
 from .aggregation import Measurement

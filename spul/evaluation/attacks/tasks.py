@@ -16,7 +16,8 @@ from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 
-from ...data.collator import ForgetRetainCollator, completion_text
+from ...data.collator import ForgetRetainCollator
+from ...data.rows import completion_text
 from ...layers.unlearning_layers import UnlearningLayers
 from ...models.causal_lm import bare_model, has_adapter, own_parameters, unwrapped
 from ...prompts.unlearner import SoftPromptUnlearner
