@@ -267,7 +267,7 @@ def test_a_template_that_renders_the_prompt_differently_is_refused(tokenizer):
         "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}:{% endif %}"
     )
-    with pytest.raises(ValueError, match="the chat template does not render the prompt the same way"):
+    with pytest.raises(ValueError, match="the chat template renders the prompt differently"):
         RowEncoder(tokenizer, 64).encode(talk("is the film good", "unknown"))
 
 

@@ -209,7 +209,7 @@ def test_bad_input_is_refused_and_leaves_the_base_alone():
 
 def test_gathering_needs_rows_and_layers_that_are_on():
     layers = stirred(build("llama"), SMALL)
-    with pytest.raises(ValueError, match="forget has no rows"):
+    with pytest.raises(ValueError, match="forget is empty"):
         gather_inputs(layers, request(1).select([]), collator())
     layers.enabled = False
     with pytest.raises(ValueError, match="the layers are off"):

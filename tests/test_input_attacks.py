@@ -144,7 +144,7 @@ def test_diluted_puts_other_questions_with_their_answers_before():
 def test_bad_rows_raise():
     with pytest.raises(ValueError, match="does not stand in the prompt"):
         letter_case(rows().map(lambda row: {"text": "else"}), "upper", "text")
-    with pytest.raises(ValueError, match="text_field='body'"):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['body'\]"):
         letter_case(rows(), "upper", "body")
     with pytest.raises(TypeError, match="of the type list"):
         with_prefix(Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}], "completion": " b"}]), "c")

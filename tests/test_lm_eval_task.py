@@ -101,9 +101,9 @@ def test_without_files_it_takes_the_quick_starts_test_rows(example, monkeypatch,
 
 def test_rows_that_are_no_task_raise_and_write_nothing(example, tmp_path):
     chat = [{"role": "user", "content": "film"}]
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="rows is empty"):
         example.write_task("t", reviews().select([]), GENERIC, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"lack \['completion'\]"):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['completion'\]"):
         example.write_task("t", reviews().remove_columns("completion"), GENERIC, tmp_path / "out")
     with pytest.raises(ValueError, match="chat template"):
         example.write_task("t", Dataset.from_list([{"prompt": chat, "completion": chat}]), GENERIC, tmp_path / "out")

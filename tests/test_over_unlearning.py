@@ -127,7 +127,7 @@ def test_rows_without_a_shared_word_are_no_neighbors():
 def test_candidates_that_are_forget_rows_raise():
     with pytest.raises(ValueError, match="each of 2 candidates has the text of a forget row"):
         topic_neighbors(FORGET, FORGET, 1)
-    with pytest.raises(ValueError, match=r"forget has no column text_field='review'; its columns are \['prompt'"):
+    with pytest.raises(ValueError, match=r"forget lacks the column\(s\) \['review'\]; it has \['prompt'"):
         topic_neighbors(FORGET, OTHERS, 1, text_field="review")
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
 from ..records.files import atomic_folder, write_text
+from .checks import checked_texts
 from .recognizers import checked_texts
 
 logger = logging.getLogger(__name__)

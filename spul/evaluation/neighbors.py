@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from datasets import Dataset
 
+from ..data.checks import checked_column, checked_names
 from ..data.clusters import TFIDF, TextClustering
-from ..data.recognizers import checked_texts, recognize
+from ..data.recognizers import recognize
 from ..data.splits import NameFinder
 
 logger = logging.getLogger(__name__)
@@ -52,9 +53,9 @@ def name_neighbors(
     Source: entity neighbors, Chang and Lee, *Which Retain Set Matters for LLM Unlearning?*,
     https://arxiv.org/abs/2502.11441
     """
-    texts = _texts("candidates", candidates, text_field)
-    names = _checked_names("names", names)
-    words = [name.split()[-1] for name in names] if words is None else _checked_names("words", words)
+    texts = checked_column(candidates, text_field, "candidates")
+    names = checked_names("names", names)
+    words = [name.split()[-1] for name in names] if words is None else checked_names("words", words)
     forgotten, shared = NameFinder(names), NameFinder(words)
 
     def is_somebody_else(found: str) -> bool:
@@ -164,7 +165,8 @@ def cluster_neighbors(
 
 def _others(forget: Dataset, candidates: Dataset, text_field: str) -> tuple[list[str], list[str], list[int]]:
     """The forget rows' texts, those of the candidates that equal none of them, and these candidates' places."""
-    forgotten, texts = _texts("forget", forget, text_field), _texts("candidates", candidates, text_field)
+    forgotten = checked_column(forget, text_field, "forget")
+    texts = checked_column(candidates, text_field, "candidates")
     known = set(forgotten)
     places = [i for i, text in enumerate(texts) if text not in known]
     if not places:
@@ -172,25 +174,3 @@ def _others(forget: Dataset, candidates: Dataset, text_field: str) -> tuple[list
             f"each of {len(texts)} candidates has the text of a forget row; pass retain or unseen rows as candidates."
         )
     return forgotten, [texts[i] for i in places], places
-
-
-def _texts(argument: str, rows: Dataset, text_field: str) -> list[str]:
-    if not isinstance(rows, Dataset):
-        raise TypeError(f"{argument} is a {type(rows).__name__}; expected a datasets.Dataset: Dataset.from_list(...).")
-    if text_field not in rows.column_names:
-        raise ValueError(
-            f"{argument} has no column text_field={text_field!r}; its columns are {rows.column_names}. Name the one "
-            "that holds the texts."
-        )
-    if len(rows) == 0:
-        raise ValueError(f"{argument} is empty; expected at least one row.")
-    return checked_texts(rows[text_field])
-
-
-def _checked_names(argument: str, names: Sequence[str]) -> list[str]:
-    if isinstance(names, str):
-        raise TypeError(f"{argument} is {names!r}; expected a list: [{names!r}].")
-    names = list(names)
-    if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f"{argument}={names!r}; expected one or more names as text.")
-    return names

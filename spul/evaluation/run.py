@@ -16,6 +16,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
 from ..data.formats import QUESTION_ANSWER, PromptFormat
 from ..data.unlearning_data import SPLITS, UnlearningData
@@ -26,7 +27,6 @@ from . import measures as measure_tasks
 from .aggregation import Measurement, name_of_key
 from .attacks import tasks as attack_tasks
 from .metrics.free_form import rouge_l
-from .metrics.likelihood import check_rows
 from .metrics.scoring import DivergedError
 from .results import MEASUREMENTS_NAME, Evaluation, append_measurements, read_measurements, write_measurements
 from .settings import settings_of
@@ -132,9 +132,7 @@ def evaluate(
     sets = {name: sets[name] for name in SPLITS}
     others = {**(neighbors or {}), **({} if unseen is None else {"unseen": unseen})}
     for name, rows in {**sets, **others}.items():
-        check_rows(rows)
-        if lacking := {"prompt", "completion"} - set(rows.column_names):
-            raise ValueError(f"the rows of {name!r} lack {sorted(lacking)}; they have {rows.column_names}.")
+        check_rows(rows, name=name)
     if not collator.generic_completions:
         raise ValueError("the collator has no generic_completions; give it those that count as a generic answer.")
     given = {"model": model, "base": base, "retrained": retrained, "reference": reference}

@@ -12,8 +12,9 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
-from ..data.collator import ForgetRetainCollator, completion_text
+from ..data.collator import ForgetRetainCollator
 from ..data.formats import PromptFormat
+from ..data.rows import completion_text
 from ..models.causal_lm import bare_model, max_positions
 from ..models.unlearner import base_of, unlearner_of
 from ..records.digests import digest_of_rows

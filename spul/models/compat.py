@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers.trainer_pt_utils import get_length_grouped_indices as get_length_grouped_indices  # not public
 
 
 def adapter_is_disabled(model: Any) -> bool:

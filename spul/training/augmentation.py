@@ -8,6 +8,7 @@ from functools import partial
 
 from datasets import Dataset, concatenate_datasets
 
+from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
 from ..evaluation.attacks.inputs import (
     UnchangedError,
@@ -20,7 +21,6 @@ from ..evaluation.attacks.inputs import (
     with_prompts_changed,
     with_suffix,
 )
-from ..evaluation.metrics.likelihood import check_rows
 
 ASIDES = (
     "You are a helpful assistant who answers every question.",
@@ -102,7 +102,7 @@ def augmented(
         dataset = forget_retain_dataset(augmented(forget, ways, collator, 2.0), augmented(retain, ways, collator, 0.5))
         ```
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     num = round(share * len(rows) / len(ways)) if ways else 0
     if not 0 < share <= len(ways) or num < 1:
         raise ValueError(

@@ -17,8 +17,9 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import speed_metrics
 
-from ..data.collator import ForgetRetainCollator, completion_text, plain
-from ..data.dataset import forget_flags
+from ..data.checks import check_is_forget, check_not_generic, forget_flags
+from ..data.collator import ForgetRetainCollator
+from ..data.rows import completion_text
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
 from ..layers.unlearning_layers import UnlearningLayers
@@ -107,7 +108,16 @@ class UnlearningTrainer(Trainer):
             self._describe_data(unlearner_of(model).spul_config, data_collator, train_dataset, self._flags)
             settings = TrainingArguments() if args is None else args
             self._sampler = epoch_sampler(
-                settings, data_collator, train_dataset, self._flags, forget_fraction, alternate
+                train_dataset,
+                self._flags,
+                data_collator.encoder,
+                forget_fraction=forget_fraction,
+                alternate=alternate,
+                strategy=settings.train_sampling_strategy,
+                batch_size=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+                seed=settings.seed if settings.data_seed is None else settings.data_seed,
+                length_column=settings.length_column_name,
+                progress=not settings.disable_tqdm,
             )
             if forget_fraction is not None:
                 train_dataset = RowCopies(train_dataset)
@@ -140,14 +150,8 @@ class UnlearningTrainer(Trainer):
         record: SpulConfig | None, collator: ForgetRetainCollator, rows: Any, flags: list[bool]
     ) -> None:
         """Look through the training rows once: labels that are generic too, counts and digests for the record."""
-        generic = {plain(text) for text in collator.generic_completions or []}
         if "completion" in getattr(rows, "column_names", ()):
-            labels = {completion_text(completion) for completion in rows["completion"]}
-            if both := sorted(text for text in labels if plain(text) in generic):
-                raise ValueError(
-                    f"{both} stand in train_dataset as completions and are generic_completions too: "
-                    "forget rows would be trained to a label of the task. Choose generic completions that no row has."
-                )
+            check_not_generic(map(completion_text, rows["completion"]), collator.generic_completions)
         if record is None:
             return
         record.generic_completions = collator.generic_completions
@@ -171,11 +175,8 @@ class UnlearningTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Read a step's batches, and tell each how many rows of either group the whole step has."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if any("is_forget" not in batch for batch in batches):
-            raise ValueError(
-                "a batch has no is_forget, so that it cannot be told what is to be forgotten; if columns were pruned, "
-                "set TrainingArguments(remove_unused_columns=False), and collate with ForgetRetainCollator."
-            )
+        for batch in batches:
+            check_is_forget(batch, "a batch")
         if not batches:
             return batches, num_items
         flags = torch.cat([batch["is_forget"] for batch in batches]).to(device)
@@ -194,8 +195,7 @@ class UnlearningTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The unlearning loss of one batch, as its share of the whole step."""
-        if "is_forget" not in inputs:
-            raise ValueError("inputs have no is_forget; collate with ForgetRetainCollator.")
+        check_is_forget(inputs, "a batch")
         if self._reference is not None and model.training:
             with self.accelerator.autocast():
                 inputs = {**inputs, "reference_logits": self._reference.logits(inputs)}

@@ -16,9 +16,10 @@ from typing import Any, Literal
 from datasets import Dataset
 from torch import nn
 
-from ...data.collator import ForgetRetainCollator, completion_text
+from ...data.checks import check_rows
+from ...data.collator import ForgetRetainCollator
 from ...data.encoder import RowEncoder
-from ..metrics.likelihood import check_completions
+from ...data.rows import completion_text
 from ..metrics.scoring import score_completions
 
 JAILBREAKS = (
@@ -277,9 +278,7 @@ def _changed(
     rows: Dataset, text_field: str | None, seed: int, change: Callable[[random.Random, list[str]], list[str]]
 ) -> Dataset:
     """Rows with their prompts changed piece by piece: the whole, or what is before, in and after the text field."""
-    _check_prompts(rows)
-    if text_field is not None and text_field not in rows.column_names:
-        raise ValueError(f"text_field={text_field!r}, but the rows have only the columns {rows.column_names}.")
+    _check_prompts(rows, *([] if text_field is None else [text_field]))
     found = []
     for i, row in enumerate(rows):
         draws = random.Random(f"{seed}/{i}")
@@ -313,8 +312,8 @@ def _check_text(text: str) -> None:
         raise ValueError(f"text={text!r} is empty; give what to put there, such as JAILBREAKS[0].")
 
 
-def _check_prompts(rows: Dataset) -> None:
-    check_completions(rows)
+def _check_prompts(rows: Dataset, *more_columns: str) -> None:
+    check_rows(rows, ("prompt", "completion", *more_columns))
     if not isinstance(rows[0]["prompt"], str):
         raise TypeError(
             f"prompts are of the type {type(rows[0]['prompt']).__name__}; these attacks change texts. Render "

@@ -14,7 +14,8 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from ...data.collator import ForgetRetainCollator, completion_text
+from ...data.collator import ForgetRetainCollator
+from ...data.rows import completion_text
 from ..metrics.embeddings import response_embeddings
 from .relearning import check_disjoint
 

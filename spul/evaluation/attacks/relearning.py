@@ -14,20 +14,20 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...data.samplers import shuffled
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import evaluation_mode, unwrapped
 from ...models.compat import keep_4bit_differentiable
-from ..metrics.likelihood import check_completions
 from ..metrics.scoring import response_logits, score_completions
 
 
 def check_disjoint(rows: Dataset, held_out: Dataset) -> None:
     """Raise unless both are rows to score, and none of the one stands in the other."""
-    for some in (rows, held_out):
-        check_completions(some)
+    check_rows(rows)
+    check_rows(held_out, name="held_out")
     if both := {str(prompt) for prompt in rows["prompt"]} & {str(prompt) for prompt in held_out["prompt"]}:
         raise ValueError(f"{len(both)} prompts stand in both sets, such as {min(both)!r}; hold out other rows.")
 

@@ -11,11 +11,12 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
+from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import bare_model, evaluation_mode, unwrapped
 from ..metrics.free_form import bare_generation, before_end, end_tokens, greedy, room_to_answer
-from ..metrics.likelihood import check_rows, response_batches, response_likelihoods
+from ..metrics.likelihood import response_batches, response_likelihoods
 from ..metrics.scoring import check_numbers, response_logits
 
 
@@ -52,7 +53,7 @@ def sampled_success(
 
     Source: many samples against unlearning, Scholten et al., https://arxiv.org/abs/2410.03523
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     _check_tries(num_tries, temperature)
     model, found = unwrapped(model), np.zeros(len(rows))
     device = next(model.parameters()).device
@@ -102,7 +103,7 @@ def sampled_answers(
 
     Source: as `sampled_success`
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     _check_tries(num_tries, temperature)
     response_likelihoods(model, rows, collator, batch_size)  # raises where logits are NaN, from which nothing is drawn
     model, tokenizer = unwrapped(model), collator.tokenizer

@@ -16,6 +16,7 @@ from datasets import Dataset
 from torch import nn
 
 from ...data.collator import ForgetRetainCollator, completion_text
+from ...data.rows import completion_text
 from ...models.causal_lm import bare_model, unwrapped
 from ...models.unlearner import unlearner_of
 from ..metrics.free_form import rouge_l

@@ -13,6 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...data.samplers import by_length
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
@@ -61,7 +62,7 @@ def generate_answers(
         TypeError: if `rows` are no `datasets.Dataset`.
         ValueError: if there are no rows, or a prompt fills all of the model's positions.
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     model, tokenizer = unwrapped(model), collator.tokenizer
     base: Any = bare_model(model)
     ends = end_tokens(base, tokenizer.eos_token_id)

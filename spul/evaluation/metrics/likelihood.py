@@ -18,6 +18,7 @@ from scipy.special import logsumexp
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...data.samplers import by_length
 from ...losses.positions import response_positions
@@ -71,21 +72,6 @@ class ResponseBatch(NamedTuple):
         return int(self.targets[row].ne(IGNORE_INDEX).sum())
 
 
-def check_rows(rows: Dataset) -> None:
-    """Raise unless there are rows of a `datasets.Dataset`; their columns are the encoder's business."""
-    if not isinstance(rows, Dataset):
-        raise TypeError(f"rows are a {type(rows).__name__}; expected a datasets.Dataset: Dataset.from_list([...]).")
-    if len(rows) == 0:
-        raise ValueError("there are no rows to evaluate; expected at least one.")
-
-
-def check_completions(rows: Dataset) -> None:
-    """Raise unless these are rows with a prompt and a completion."""
-    check_rows(rows)
-    if missing := {"prompt", "completion"} - set(rows.column_names):
-        raise ValueError(f"rows lack {sorted(missing)}; they have {rows.column_names}.")
-
-
 def response_batches(
     rows: Dataset, collator: ForgetRetainCollator, batch_size: int, device: torch.device, progress: str | None
 ) -> Iterator[ResponseBatch]:
@@ -125,7 +111,7 @@ def response_likelihoods(
         TypeError: if `rows` are no `datasets.Dataset`.
         ValueError: if there are no rows, or the model's logits are not numbers.
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     model = unwrapped(model)
     found: dict[int, Likelihood] = {}
     device = next(model.parameters()).device
@@ -185,7 +171,7 @@ def kl_to(
 
     Source: Bu et al., *SPUL*, https://arxiv.org/abs/2406.12038 (the KL to the base on retain rows)
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     if reference is None and unlearner_of(model).trains_base:
         raise ValueError(
             "a model that learned in weights of its own is not as it was when an adapter is switched off: pass "

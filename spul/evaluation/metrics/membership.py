@@ -15,10 +15,12 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ...data.collator import ForgetRetainCollator, completion_text
+from ...data.checks import check_rows
+from ...data.collator import ForgetRetainCollator
+from ...data.rows import completion_text
 from ...losses.terms import token_nll
 from ...models.causal_lm import bare_model, evaluation_mode, own_parameters, unwrapped
-from .likelihood import Likelihood, check_rows, mean_log_probs, response_batches, response_likelihoods
+from .likelihood import Likelihood, mean_log_probs, response_batches, response_likelihoods
 from .scoring import response_logits
 
 GradientOf = Literal["model", "adapter"]
@@ -137,7 +139,7 @@ def gradient_norm_attack(
 
     Source: Wang et al., *Pandora's White-Box*, https://arxiv.org/abs/2402.17012
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     model = unwrapped(model)
     own = [parameter for _, parameter in own_parameters(bare_model(model))]
     if of == "model":
@@ -202,9 +204,7 @@ def attack_scores(
         TypeError: if `rows` are no `datasets.Dataset`.
         ValueError: if there are no rows, they have no `completion`, or as the single attacks.
     """
-    check_rows(rows)
-    if "completion" not in rows.column_names:
-        raise ValueError(f"rows have {rows.column_names}; expected prompt and completion: zlib needs the text.")
+    check_rows(rows)  # zlib needs the text
     likelihoods = response_likelihoods(model, rows, collator, batch_size, progress)
     scores = {
         "loss": loss_attack(likelihoods),

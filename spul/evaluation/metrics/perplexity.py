@@ -11,8 +11,8 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ...data.checks import checked_texts
 from ...data.collator import ForgetRetainCollator
-from ...data.recognizers import checked_texts
 from .likelihood import response_likelihoods
 
 logger = logging.getLogger(__name__)

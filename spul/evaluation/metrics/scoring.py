@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from datasets import Dataset
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...data.collator import ForgetRetainCollator, completion_text
+from ...data.checks import check_rows
+from ...data.collator import ForgetRetainCollator
+from ...data.rows import completion_text
 from ...data.samplers import by_length
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
@@ -88,10 +89,8 @@ def greedy_completions(
     candidates = list(dict.fromkeys([*classes, *(collator.generic_completions or [])]))
 
     def ids_of(i: int, text: str) -> list[int]:
-        """A candidate's tokens as they would follow this row's prompt; a chat template adds its own."""
-        if isinstance(rows[i]["prompt"], str):
-            return collator.encoder.completion_ids(text)
-        return collator.encoder.encode(rows[i], text).completion_ids
+        """A candidate's tokens as the completion of this row."""
+        return collator.encoder.completion_ids(text, rows[i])
 
     def matches(some: Sequence[int], texts: Sequence[str] | None) -> tuple[list[bool], Tensor, Tensor, Tensor]:
         """Whether greedy decoding gives the texts; also its first token, the targets' first tokens, and their NLL."""
@@ -183,12 +182,7 @@ def collect_answers(
     progress: str | None = None,
 ) -> Answers:
     """Answers to some rows of a split, batch by batch, rows of like length together."""
-    if not isinstance(rows, Dataset):
-        raise TypeError(f"rows are a {type(rows).__name__}; expected a datasets.Dataset: Dataset.from_list([...]).")
-    if len(rows) == 0:
-        raise ValueError("there are no rows to score.")
-    if missing := {"prompt", "completion"} - set(rows.column_names):
-        raise ValueError(f"rows to score lack {sorted(missing)}; they have {rows.column_names}.")
+    check_rows(rows)
     classes = task_classes(rows)
     picked = [rows[int(i)] for i in some]
     encoded = [collator.encoder.encode(row) for row in picked]

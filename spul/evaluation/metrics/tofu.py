@@ -9,10 +9,11 @@ from datasets import Dataset
 from scipy.stats import hmean, ks_2samp
 from torch import nn
 
+from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...data.formats import QUESTION_ANSWER, PromptFormat
 from .free_form import generate_answers, rouge_l
-from .likelihood import check_rows, probability, response_likelihoods, truth_ratio, truth_ratio_on_retain
+from .likelihood import probability, response_likelihoods, truth_ratio, truth_ratio_on_retain
 
 
 @dataclass(frozen=True)
@@ -62,9 +63,7 @@ def score_questions(
     Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2. The probability among choices is of
     normalized probabilities, as in TOFU's program; as printed it is of whole answers, which favors short ones.
     """
-    check_rows(questions)
-    if missing := sorted({"question", "answer", "perturbed_answer"} - set(questions.column_names)):
-        raise ValueError(f"questions lack {missing}; they have {questions.column_names}. Expected a perturbed file.")
+    check_rows(questions, ("question", "answer", "perturbed_answer"), "questions")
     rows: list[dict[str, str]] = []
     blocks: list[range] = []
     for question in questions:
