@@ -32,7 +32,7 @@ from spul import ForgetRetainCollator
 from spul.data import SENTIMENT, PromptFormat, load_known
 from spul.data.known_reviews import IMDB_FORGET_NAMES
 from spul.data.splits import NameFinder
-from spul.evaluation.metrics import name_loss
+from spul.evaluation.metrics import entity_loss
 from spul.layers import UnlearningLayersConfig
 from spul.training.methods import unlearning_method
 
@@ -232,7 +232,8 @@ def main() -> None:
         requests, names = make_requests(args, order)
 
         def at_names(model: Any, i: int, requests: Requests = requests, names: list[str] = names) -> dict[str, Any]:
-            return {"name_loss": name_loss(model, requests.forget(range(i + 1)), names[: i + 1], requests.scoring())}
+            forget = requests.forget(range(i + 1))
+            return {"name_loss": entity_loss(model, forget, requests.scoring().encoder, names[: i + 1])}
 
         lines = run(requests, args.output_dir / "requests.jsonl", order, list(args.methods), at_names)
     lines = [line for line in lines if line["method"] in args.methods and line["order"] < args.orders]

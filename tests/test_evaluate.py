@@ -59,14 +59,13 @@ def test_free_form_answers_bring_their_measures_and_are_not_probed():
     model, collator = make("prompt_tuning"), make_collator()
     found = measured(model, "utility", "linear probe", splits=splits, max_new_tokens=6)
     for split, some in splits.items():
-        likelihoods = response_likelihoods(model, some, collator)
-        rouge = rouge_l(generate_answers(model, some, collator, max_new_tokens=6), some["completion"])
+        likelihoods = response_likelihoods(model, some, collator.encoder)
+        rouge = rouge_l(generate_answers(model, some, collator.encoder, max_new_tokens=6), some["completion"])
         expected = {
             "probability": probability(likelihoods).mean(),
             "extraction_strength": extraction_strength(likelihoods).mean(),
             "exact_memorization": exact_memorization(likelihoods).mean(),
-            "rouge_l_recall": rouge.recall.mean(),
-            "rouge_l_f1": rouge.f1.mean(),
+            **{name: values.mean() for name, values in rouge.items()},
             "loss": score_completions(model, some, collator)["loss"],
         }
         assert_numbers(found, expected, measure="utility", rows=split)

@@ -81,7 +81,7 @@ def test_a_change_that_cuts_most_of_the_text_away_is_known():
     few, long = rows(), "the film is good " * 20
 
     def why(changed, by):
-        return question_lost(few, tokens_lost(changed, by) - tokens_lost(few, by), by)
+        return question_lost(few, tokens_lost(changed, by.encoder) - tokens_lost(few, by.encoder), by.encoder)
 
     changed = with_prefix(few, long)
     assert why(changed, collator(200)) == ""

@@ -64,7 +64,7 @@ def test_the_likeliest_choice_is_what_score_completions_counts(example):
     right = []
     for row in example.choice_rows(rows, []):
         each = Dataset.from_list([{"prompt": row["prompt"], "completion": choice} for choice in row["choices"]])
-        found = [likelihood.log_probs.sum() for likelihood in response_likelihoods(model, each, collator)]
+        found = [likelihood.log_probs.sum() for likelihood in response_likelihoods(model, each, collator.encoder)]
         right.append(max(range(len(found)), key=found.__getitem__) == row["answer"])
     assert right[0] is False
     assert sum(right) / len(right) == score_completions(model, rows, collator)["accuracy"] > 0

@@ -350,4 +350,4 @@ class Experiment:
 
     def embeddings(self, model: Any, rows: Dataset, name: str) -> Any:
         """Last-layer embeddings of rows, as t-SNE is drawn of them."""
-        return response_embeddings(model, rows, self.collator, self.batch_size, progress=name)
+        return response_embeddings(model, rows, self.collator.encoder, self.batch_size, progress=name)

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 
 from ..records.files import atomic_folder, write_text
 from .checks import checked_texts
-from .recognizers import checked_texts
 
 logger = logging.getLogger(__name__)
 

@@ -335,7 +335,8 @@ def _split(
     unmatched = [name for name in asked or () if not counts[name]]
     if asked and len(unmatched) == len(asked):
         raise ValueError(
-            f"none of the {kind} asked for is found in {len(rows)} rows: {listed([*map(repr, unmatched)], SHOWN_GROUPS)}."
+            f"none of the {kind} asked for is found in {len(rows)} rows: "
+            f"{listed([*map(repr, unmatched)], SHOWN_GROUPS)}."
         )
     if unmatched:
         logger.warning("%d of the %d %s are found nowhere: %s", len(unmatched), len(asked or ()), kind, unmatched)

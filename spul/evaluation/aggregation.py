@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 from .metrics.intervals import Interval, bootstrap_interval, joined_interval, seeds_interval
 from .metrics.leakage import auc, auc_interval, compare_with_retrained, true_positive_rate
 from .metrics.likelihood import truth_ratio_on_forget, truth_ratio_on_retain
-from .metrics.tofu import QuestionScores, forget_quality, model_utility
+from .metrics.tofu import forget_quality, model_utility
 
 MEMBERS, UNSEEN = "train_forget", "unseen"
 NUM_RESAMPLES = 2_000
@@ -326,7 +326,7 @@ def _utility(sets: Sequence[Measurement]) -> Callable[..., float]:
     def utility(*drawn: np.ndarray) -> float:
         parts: Any = [places.astype(int) for places in drawn] or [slice(None)] * len(columns)
         scores = [
-            QuestionScores(**{name: values[part] for name, values in of_set.items()})
+            {name: values[part] for name, values in of_set.items()}
             for of_set, part in zip(columns, parts, strict=True)
         ]
         return model_utility(*scores)["model_utility"]

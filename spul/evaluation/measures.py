@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..data.unlearning_data import SPLITS
 from .aggregation import MEMBERS, UNSEEN
 from .metrics.likelihood import kl_to
 from .metrics.membership import GradientOf, attack_scores
-from .metrics.perplexity import text_losses
+from .metrics.running_text import text_losses
 from .metrics.tofu import score_questions
 from .suite import Found, Suite, Task
 
@@ -39,11 +38,11 @@ def kl(suite: Suite) -> Iterator[Task]:
 
         def run(model: Any, rows: Dataset = rows) -> Found:
             if model is suite.model and suite.base is None:
-                found = kl_to(model, rows, suite.collator, batch_size=suite.batch_size)
+                found = kl_to(model, rows, suite.collator.encoder, batch_size=suite.batch_size)
             else:
                 with suite.subject("detached") as base:
-                    found = kl_to(model, rows, suite.collator, base, suite.batch_size)
-            return {"": {"per_row": {"reverse_kl": found.reverse.tolist(), "forward_kl": found.forward.tolist()}}}
+                    found = kl_to(model, rows, suite.collator.encoder, base, suite.batch_size)
+            return {"": {"per_row": {name: values.tolist() for name, values in found.items()}}}
 
         for name in suite.models:
             if name != "detached":
@@ -70,7 +69,7 @@ def membership(suite: Suite) -> Iterator[Task]:
                 how = suite.attacks
                 of: GradientOf | None = "model" if how.gradient_norm else None
                 scores = attack_scores(
-                    model, rows, suite.collator, suite.reference, of, how.min_k_share, suite.batch_size
+                    model, rows, suite.collator.encoder, suite.reference, of, how.min_k_share, suite.batch_size
                 )
                 return {"": {"per_row": {attack: values.tolist() for attack, values in scores.items()}}}
 
@@ -97,10 +96,8 @@ def unrelated(suite: Suite) -> Iterator[Task]:
         return
 
     def run(model: Any) -> Found:
-        found = text_losses(
-            model, suite.unrelated_texts, suite.collator.tokenizer, suite.collator.encoder.max_length, suite.batch_size
-        )
-        return {"": {"per_row": {"nats": found.nats.tolist(), "tokens": found.num_tokens.tolist()}}}
+        found = text_losses(model, suite.unrelated_texts, suite.collator.encoder, suite.batch_size)
+        return {"": {"per_row": {name: found[name].tolist() for name in ("nats", "tokens")}}}
 
     for name in suite.models:
         yield suite.task("unrelated text", "unrelated text", suite.unrelated_texts, name, run)
@@ -114,8 +111,8 @@ def tofu(suite: Suite) -> Iterator[Task]:
 
         def run(model: Any, rows: Dataset = rows) -> Found:
             how = (suite.question_format, suite.batch_size, suite.max_new_tokens)
-            scores = score_questions(model, rows, suite.collator, *how)
-            return {"": {"per_row": {k: v.tolist() for k, v in dataclasses.asdict(scores).items()}}}
+            scores = score_questions(model, rows, suite.collator.encoder, *how)
+            return {"": {"per_row": {k: v.tolist() for k, v in scores.items()}}}
 
         for name in suite.models:
             yield suite.task("questions", rows_name, rows, name, run)

@@ -21,7 +21,7 @@ from ..records.digests import digest_of_rows
 from .aggregation import Measurement
 from .metrics.free_form import generate_answers, rouge_l
 from .metrics.likelihood import exact_memorization, extraction_strength, probability, response_likelihoods
-from .metrics.scoring import collect_answers, task_classes
+from .metrics.scoring import answer_scores, collect_answers, task_classes
 
 InputAttacks = Mapping[str, Callable[[Dataset], Dataset]]
 Found = dict[str, dict[str, Any]]
@@ -187,12 +187,8 @@ class Suite:
         """Per row: right, generic, and the completion's loss; then which class was true and which was said, or, of
         free-form answers, how much of the true one is there."""
         found = collect_answers(model, rows, self.collator, self.batch_size, range(len(rows)))
-        generic = set(self.collator.generic_completions or [])
-        per_row = {
-            "accuracy": [float(t == p) for t, p in zip(found.true, found.predicted, strict=True)],
-            "generic": [float(p in generic) for p in found.predicted],
-            "loss": found.nll,
-        }
+        scores = answer_scores(found, self.collator.generic_completions)
+        per_row = {name: values.tolist() for name, values in scores.items()}
         if self.is_free_form:
             return per_row | self.of_texts(model, rows)
         places = {text: float(i) for i, text in enumerate(self.classes)}
@@ -203,15 +199,14 @@ class Suite:
 
     def of_texts(self, model: Any, rows: Dataset) -> dict[str, list[float]]:
         """Per row what is measured of answers that are no classes."""
-        likelihoods = response_likelihoods(model, rows, self.collator, self.batch_size)
-        said = generate_answers(model, rows, self.collator, self.batch_size, self.max_new_tokens)
+        likelihoods = response_likelihoods(model, rows, self.collator.encoder, self.batch_size)
+        said = generate_answers(model, rows, self.collator.encoder, self.batch_size, self.max_new_tokens)
         rouge = rouge_l(said, [completion_text(completion) for completion in rows["completion"]])
         found = {
             "probability": probability(likelihoods),
             "extraction_strength": extraction_strength(likelihoods),
             "exact_memorization": exact_memorization(likelihoods),
-            "rouge_l_recall": rouge.recall,
-            "rouge_l_f1": rouge.f1,
+            **rouge,
         }
         return {name: values.tolist() for name, values in found.items()}
 

@@ -109,14 +109,14 @@ def augmented(
             f"share={share!r} of {len(rows)} rows for {len(ways)} rewritings; expected a share above 0, at most the "
             "number of rewritings, that leaves a row for each."
         )
-    draws, parts, no_room = random.Random(seed), [rows], []
+    encoder, draws, parts, no_room = collator.encoder, random.Random(seed), [rows], []
     for name, rewrite in ways.items():
         some = rows.select(sorted(draws.sample(range(len(rows)), min(num, len(rows)))))
         try:
             changed = with_prompts_changed(some, rewrite, name)
         except UnchangedError as error:
             raise ValueError(f"the way {name!r} rewrites nothing: {error} Leave it out of ways.") from error
-        if why := question_lost(some, tokens_lost(changed, collator) - tokens_lost(some, collator), collator):
+        if why := question_lost(some, tokens_lost(changed, encoder) - tokens_lost(some, encoder), encoder):
             no_room.append(f"{name!r} ({why})")
         parts.append(changed)
     if no_room:

@@ -238,7 +238,7 @@ def attack_inputs(
             f"than {WITHOUT!r}, which are the rows as they are."
         )
     sets = {WITHOUT: rows, **{name: with_prompts_changed(rows, attack, name) for name, attack in attacks.items()}}
-    lost = {name: tokens_lost(some, collator) for name, some in sets.items()}
+    lost = {name: tokens_lost(some, collator.encoder) for name, some in sets.items()}
     if cut := {name: round(num, 1) for name, num in lost.items() if num > lost[WITHOUT]}:
         warnings.warn(
             f"attacked rows exceed max_length={collator.encoder.max_length} and lose tokens, per row {cut} "
@@ -321,33 +321,33 @@ def _check_prompts(rows: Dataset, *more_columns: str) -> None:
         )
 
 
-def tokens_lost(rows: Dataset, collator: ForgetRetainCollator) -> float:
-    """How many prompt tokens shortening takes away, the mean over rows."""
-    whole = RowEncoder(collator.tokenizer, sys.maxsize, append_eos=collator.encoder.append_eos)
-    lost = [len(whole.encode(row).prompt_ids) - len(collator.encoder.encode(row).prompt_ids) for row in rows]
+def tokens_lost(rows: Dataset, encoder: RowEncoder) -> float:
+    """Number of prompt tokens that an encoder's `max_length` cuts, the mean over rows."""
+    whole = encoder.with_max_length(sys.maxsize)
+    lost = [len(whole.encode(row)) - len(encoder.encode(row)) for row in rows]
     return sum(lost) / len(lost)
 
 
-def question_lost(rows: Dataset, lost: float, collator: ForgetRetainCollator) -> str:
-    """Why changed rows ask nothing any more, if they do not: most of the text was cut to make room for the change.
+def question_lost(rows: Dataset, lost: float, encoder: RowEncoder) -> str:
+    """Why changed rows no longer hold their question: most of the text is cut to make room for the change.
 
     Args:
-        rows: as they were.
-        lost: how many tokens more than these the changed ones lose, the mean, by `tokens_lost`.
-        collator: for tokenizing; its `max_length` is what they have to fit in.
+        rows: before the change.
+        lost: additional tokens that the changed rows lose, the mean over rows by `tokens_lost`.
+        encoder: its `max_length` and `text_field` count.
 
     Returns:
-        The reason; empty where at least half of the text is left, and without a text field: there prompts are cut
-        from their start, and the question stays.
+        The reason; empty if at least half of the text remains, or without a text field: then prompts are cut from
+        their start, and the question stays.
     """
-    field = collator.encoder.text_field
+    field = encoder.text_field
     if field is None or lost <= 0:
         return ""
-    texts = collator.tokenizer(list(rows[field]), add_special_tokens=False)["input_ids"]
+    texts = encoder.tokenizer(list(rows[field]), add_special_tokens=False)["input_ids"]
     size = sum(map(len, texts)) / len(texts)
     if lost <= size / 2:
         return ""
     return (
         f"rows would lose {lost:.1f} tokens each, of {size:.1f} that their text has; the collator has max_length="
-        f"{collator.encoder.max_length}: raise it, if the model has room for more"
+        f"{encoder.max_length}: raise it, if the model has room for more"
     )

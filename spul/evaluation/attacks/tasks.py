@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from ...data.collator import ForgetRetainCollator, completion_text
 from ...data.rows import completion_text
 from ...models.causal_lm import bare_model, unwrapped
 from ...models.unlearner import unlearner_of
@@ -114,15 +112,15 @@ def inputs(suite: Suite) -> Iterator[Task]:
     attacks = {WITHOUT: lambda rows: rows, **attacks}
     for split in ("test_forget", "test_retain"):
         rows = suite.some(suite.splits[split])
-        lost_anyhow = tokens_lost(rows, suite.collator)
+        lost_anyhow = tokens_lost(rows, suite.collator.encoder)
         for attack, change in attacks.items():
             try:
                 attacked = with_prompts_changed(rows, change, attack)
             except UnchangedError:
                 suite.left_out[f"input attack {attack!r} on {split}"] = "it changes no prompt"
                 continue
-            lost = tokens_lost(attacked, suite.collator)
-            if why := question_lost(rows, lost - lost_anyhow, suite.collator):
+            lost = tokens_lost(attacked, suite.collator.encoder)
+            if why := question_lost(rows, lost - lost_anyhow, suite.collator.encoder):
                 suite.left_out[f"input attack {attack!r} on {split}"] = why
                 continue
             if lost > lost_anyhow:
@@ -152,9 +150,8 @@ def relearning(suite: Suite) -> Iterator[Task]:
         lr = suite.attacks.relearn_lr if unlearner_of(model).has_adapter else suite.attacks.relearn_model_lr
         with _learning(model):
             records = relearn(
-                *(model, few, others, suite.collator, lr, suite.attacks.relearn_steps),
+                *(model, few, others, suite.collator.encoder, suite.answers, lr, suite.attacks.relearn_steps),
                 seed=suite.seed,
-                score=lambda model: suite.answers(model, others),
             )
             learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
         return {
@@ -204,16 +201,16 @@ def sampling(suite: Suite) -> Iterator[Task]:
     def run(model: Any) -> Found:
         if suite.is_free_form:
             said = sampled_answers(
-                *(model, rows, suite.collator, max(how.tries), how.temperature, suite.max_new_tokens, suite.seed),
-                batch_size=suite.batch_size,
+                *(model, rows, suite.collator.encoder, max(how.tries), how.temperature, suite.max_new_tokens),
+                *(suite.seed, suite.batch_size),
             )
             true = [completion_text(completion) for completion in rows["completion"]]
             recall = np.array(
-                [rouge_l(texts, [text] * len(texts)).recall for texts, text in zip(said, true, strict=True)]
+                [rouge_l(texts, [text] * len(texts))["rouge_l_recall"] for texts, text in zip(said, true, strict=True)]
             )
             best = {tries: recall[:, :tries].max(axis=1) for tries in how.tries}
             return {f"{tries} tries": {"per_row": {"rouge_l_recall": best[tries].tolist()}} for tries in how.tries}
-        once = sampled_success(model, rows, suite.collator, 1, how.temperature, suite.batch_size)
+        once = sampled_success(model, rows, suite.collator.encoder, 1, how.temperature, suite.batch_size)
         with np.errstate(divide="ignore"):
             found = {tries: -np.expm1(tries * np.log1p(-once)) for tries in how.tries}
         return {f"{tries} tries": {"per_row": {"success": found[tries].tolist()}} for tries in how.tries}
@@ -231,14 +228,16 @@ def suffix(suite: Suite) -> Iterator[Task]:
 
     def run(model: Any) -> Found:
         how = suite.attacks
-        found = soft_suffix(
-            *(model, suite.some(few), others, _shorter(suite.collator, how.suffix_tokens)),
+        # Room for the suffix. Rows are shortened though they might fit the model: every method gets the same rows.
+        encoder = suite.collator.encoder
+        found, _ = soft_suffix(
+            *(model, suite.some(few), others, encoder.with_max_length(encoder.max_length - how.suffix_tokens)),
             *(how.suffix_tokens, how.suffix_steps, how.suffix_lr),
             seed=suite.seed,
         )
         names = ("accuracy", "loss", "probability") if suite.is_free_form else ("accuracy", "loss")
         scores: Found = {
-            variant: {"per_row": {name: getattr(found, variant)[name].tolist() for name in names}}
+            variant: {"per_row": {name: found[variant][name].tolist() for name in names}}
             for variant in ("before", "after", "trained")
         }
         scores["trained"]["num_rows"] = len(suite.some(few))
@@ -256,26 +255,11 @@ def probe(suite: Suite) -> Iterator[Task]:
         return
 
     def run(model: Any) -> Found:
-        found = linear_probe(model, few, others, suite.collator, seed=suite.seed, batch_size=suite.batch_size)
-        return {"": {"overall": dataclasses.asdict(found)}}
+        found = linear_probe(model, few, others, suite.collator.encoder, seed=suite.seed, batch_size=suite.batch_size)
+        return {"": {"overall": found}}
 
     for name in suite.models:
         yield suite.task("linear probe", "train_forget", others, name, run)
-
-
-def _shorter(collator: ForgetRetainCollator, num_tokens: int) -> ForgetRetainCollator:
-    """A collator whose rows leave room for so many tokens more.
-
-    Whether they would fit in the model anyhow does not matter: controls have the same rows under every method.
-    """
-    encoder = collator.encoder
-    return ForgetRetainCollator(
-        collator.tokenizer,
-        collator.generic_completions,
-        encoder.max_length - num_tokens,
-        append_eos=encoder.append_eos,
-        text_field=encoder.text_field,
-    )
 
 
 # ---- models ----
