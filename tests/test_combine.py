@@ -3,12 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build
 from datasets import Dataset
+from helpers import CONFIGS, arguments, build, make_batch, make_collator, rows
 from peft import PeftModel, PrefixTuningConfig
 from plain import row_logits
-from test_trainer import arguments, make_collator, rows
-from test_unlearner import CONFIGS, make_batch
 from transformers import DynamicCache
 
 from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, combine

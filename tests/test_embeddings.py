@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from conftest import build
 from datasets import Dataset
+from helpers import CONFIGS, build, make_collator, rows
 from peft import LoraConfig, get_peft_model
-from test_trainer import make_collator, rows
-from test_unlearner import CONFIGS
 from transformers import DynamicCache
 
 from spul import SoftPromptUnlearner

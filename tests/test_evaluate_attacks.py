@@ -12,6 +12,8 @@ from datasets import Dataset
 from test_evaluate import measured
 from test_model_attacks import scored
 from test_suite import (
+from helpers import CONFIGS, make_collator, rows
+from small_evaluations import (
     ATTACKS,
     INPUTS,
     SEED,
@@ -19,13 +21,12 @@ from test_suite import (
     assert_unchanged,
     halves,
     learned,
-    make,
+    make_model,
     make_splits,
+    measured,
     per_row,
     snapshot,
 )
-from test_trainer import make_collator, rows
-from test_unlearner import CONFIGS
 
 from spul import SoftPromptUnlearner
 from spul.evaluation.attacks import quantized, relearn, sampled_success, soft_suffix, with_prefix
@@ -36,7 +37,7 @@ pytestmark = pytest.mark.usefixtures("few_resamples")
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 def test_a_prompt_that_was_loaded_to_be_used_is_relearned_and_then_frozen_again(tmp_path, prompt_type):
-    trainable = make(prompt_type)
+    trainable = make_model(prompt_type)
     trainable.save_pretrained(str(tmp_path))
     loaded = SoftPromptUnlearner.from_pretrained(learned(), str(tmp_path))
     before = snapshot(loaded)
@@ -52,13 +53,13 @@ def test_a_prompt_that_was_loaded_to_be_used_is_relearned_and_then_frozen_again(
 
 
 def test_the_prompt_that_is_quantized_is_the_active_one():
-    model = make("prompt_tuning")
+    model = make_model("prompt_tuning")
     torch.manual_seed(8)
     model.add_adapter("second", CONFIGS["prompt_tuning"](3))
     model.set_adapter("second")
-    alone = make("prompt_tuning")
+    alone = make_model("prompt_tuning")
     alone.prompt_encoder["default"].load_state_dict(model.prompt_encoder["second"].state_dict())
-    one, other, first = (measured(some, "quantized") for some in (model, alone, make("prompt_tuning")))
+    one, other, first = (measured(some, "quantized") for some in (model, alone, make_model("prompt_tuning")))
     losses = [x.number("quantized", "test_forget", "loss", variant="4 bit").value for x in (one, other, first)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert abs(losses[0] - losses[2]) > 1e-3
@@ -67,7 +68,7 @@ def test_the_prompt_that_is_quantized_is_the_active_one():
 def test_attacks_take_the_same_drawn_rows_for_every_model():
     attacks = dataclasses.replace(ATTACKS, num_rows=4, tries=(2,))
     names = ("input attack", "sampling", "quantized")
-    found = measured(make("prompt_tuning"), *names, attacks=attacks, retrained=learned(0.1, 1))
+    found = measured(make_model("prompt_tuning"), *names, attacks=attacks, retrained=learned(0.1, 1))
     drawn = make_splits()["test_forget"].select(sorted(random.Random(SEED).sample(range(7), 4)))
     success = sampled_success(learned(), drawn, make_collator().encoder, 2, 0.7)
     np.testing.assert_allclose(per_row(found, "sampling", "test_forget", "detached", "2 tries")["success"], success)
@@ -102,7 +103,7 @@ def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other
 
 def test_halves_are_of_each_prompt_once_and_without_one_in_both():
     repeated = rows("jane", 9).select([0, 1, 2, 3, 3, 3, 4, 5, 0, 6])
-    found = measured(make("layers"), "relearning", "soft suffix", splits=make_splits(train_forget=repeated))
+    found = measured(make_model("layers"), "relearning", "soft suffix", splits=make_splits(train_forget=repeated))
     counts = {one.num_rows: one.variant for one in found.measurements}
     assert counts.keys() == {3, 4}  # of 7 prompts, 3 to learn and 4 to score
     assert counts[3] == "trained"
@@ -116,7 +117,7 @@ def test_conversations_are_not_attacked_by_changes_of_text():
         return {name: [{"role": name, "content": text}] for name, text in row.items()}
 
     talks = {name: Dataset.from_list([talk(row) for row in some]) for name, some in make_splits().items()}
-    model = make("prompt_tuning")
+    model = make_model("prompt_tuning")
     found = measured(model, "utility", "input attack", splits=talks, collator=collator)
     assert "conversations" in found.left_out["input attack"]
     for split, some in talks.items():
@@ -125,7 +126,7 @@ def test_conversations_are_not_attacked_by_changes_of_text():
 
 def test_one_forget_prompt_is_too_few_to_attack_one_half_with_the_other():
     splits = make_splits(train_forget=rows("jane", 1))
-    found = measured(make("layers"), "relearning", "soft suffix", "linear probe", splits=splits)
+    found = measured(make_model("layers"), "relearning", "soft suffix", "linear probe", splits=splits)
     assert found.measurements == []
     assert all("one prompt only" in found.left_out[name] for name in ("relearning", "soft suffix"))
     assert "linear probe" in found.left_out
@@ -140,7 +141,7 @@ def test_a_quantized_base_is_not_quantized_again(tmp_path):
 
 
 def test_relearning_at_a_rate_at_which_the_model_diverges_is_left_out():
-    found = measured(make("prompt_tuning"), "relearning", attacks=dataclasses.replace(ATTACKS, relearn_lr=1e30))
+    found = measured(make_model("prompt_tuning"), "relearning", attacks=dataclasses.replace(ATTACKS, relearn_lr=1e30))
     assert found.measurements == []
     assert "Lower the learning rate" in found.left_out["relearning train_forget unlearned 0 steps"]
 
@@ -185,7 +186,7 @@ def test_what_is_known_of_free_form_answers_is_measured_in_attacks_too():
     words = ("film", "good", "bad", "plot", "jane", "text")
     answers = [f" {one} {other}" for one in words for other in words]
     splits = make_splits(train_forget=rows("jane", 36).map(lambda _, i: {"completion": answers[i]}, with_indices=True))
-    found = measured(make("prompt_tuning"), "relearning", "soft suffix", splits=splits, max_new_tokens=2)
+    found = measured(make_model("prompt_tuning"), "relearning", "soft suffix", splits=splits, max_new_tokens=2)
     for measure, variant in (("relearning", "3 steps"), ("soft suffix", "after")):
         number = found.number(measure, "train_forget", "probability", variant=variant)
         assert 0 < number.low < number.value < number.high < 1

@@ -7,9 +7,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import build, make_tokenizer
 from datasets import Dataset
-from test_layers import SMALL, stirred
+from helpers import SMALL_LAYERS, build, make_tokenizer, stirred
 
 from spul import ForgetRetainCollator, UnlearningLayers, UnlearningLayersConfig, fuse
 from spul.layers import gather_inputs
@@ -208,7 +207,7 @@ def test_bad_input_is_refused_and_leaves_the_base_alone():
 
 
 def test_gathering_needs_rows_and_layers_that_are_on():
-    layers = stirred(build("llama"), SMALL)
+    layers = stirred(build("llama"), SMALL_LAYERS)
     with pytest.raises(ValueError, match="forget is empty"):
         gather_inputs(layers, request(1).select([]), collator())
     layers.enabled = False

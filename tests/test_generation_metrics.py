@@ -5,11 +5,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import build, make_tokenizer
 from datasets import Dataset
+from helpers import CONFIGS, answer_collator, build, free_form, make_tokenizer, plain_logits, prompted
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_likelihood import free_form, make_collator, plain_logits, prompted
-from test_unlearner import CONFIGS
 
 from spul import ForgetRetainCollator
 from spul.data import samplers as batches
@@ -39,7 +37,7 @@ def plain_answer(model, row, collator, num, ends=(2,)):
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen3"])
 def test_answers_of_a_bare_model_are_the_twins(family):
-    model, rows, collator = lively(build(family, torch.float64)), free_form(6), make_collator()
+    model, rows, collator = lively(build(family, torch.float64)), free_form(6), answer_collator()
     found = generate_answers(model, rows, collator.encoder, batch_size=3, max_new_tokens=6)
     assert found == [plain_answer(model, row, collator, 6) for row in rows]
     assert len(set(found)) > 3
@@ -48,7 +46,7 @@ def test_answers_of_a_bare_model_are_the_twins(family):
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_answers_of_a_prompted_model_are_the_twins(family, prompt_type):
-    model, rows, collator = lively(prompted(family, prompt_type)), free_form(6), make_collator()
+    model, rows, collator = lively(prompted(family, prompt_type)), free_form(6), answer_collator()
     found = generate_answers(model, rows, collator.encoder, batch_size=3, max_new_tokens=6)
     assert found == [plain_answer(model, row, collator, 6) for row in rows]
     assert len(set(found)) > 3
@@ -64,7 +62,7 @@ def test_a_plain_peft_model_answers_as_the_unlearner_does(tmp_path, prompt_type)
     model.save_pretrained(str(tmp_path))
     base = build("llama")
     base.load_state_dict(model.get_base_model().state_dict())
-    plain, rows, collator = PeftModel.from_pretrained(base, str(tmp_path)), free_form(), make_collator()
+    plain, rows, collator = PeftModel.from_pretrained(base, str(tmp_path)), free_form(), answer_collator()
     found = generate_answers(plain, rows, collator.encoder, batch_size=3, max_new_tokens=6)
     assert found == generate_answers(model, rows, collator.encoder, batch_size=3, max_new_tokens=6)
 
@@ -72,7 +70,11 @@ def test_a_plain_peft_model_answers_as_the_unlearner_does(tmp_path, prompt_type)
 def test_answers_under_lora_are_those_of_the_merged_model():
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
-    model, rows, collator = get_peft_model(lively(build("llama", torch.float64)), config), free_form(), make_collator()
+    model, rows, collator = (
+        get_peft_model(lively(build("llama", torch.float64)), config),
+        free_form(),
+        answer_collator(),
+    )
     found = generate_answers(model, rows, collator.encoder, batch_size=3, max_new_tokens=6)
     with model.disable_adapter():
         assert generate_answers(model, rows, collator.encoder, max_new_tokens=6) != found
@@ -80,7 +82,7 @@ def test_answers_under_lora_are_those_of_the_merged_model():
 
 
 def test_settings_of_the_model_do_not_change_greedy_decoding():
-    model, rows, collator = lively(build("llama")), free_form(4), make_collator()
+    model, rows, collator = lively(build("llama")), free_form(4), answer_collator()
     expected = generate_answers(model, rows, collator.encoder, max_new_tokens=8)
     config = model.generation_config
     config.do_sample, config.temperature, config.top_k = True, 9.0, 3
@@ -94,7 +96,7 @@ def test_settings_of_the_model_do_not_change_greedy_decoding():
 
 def test_an_answer_stops_before_the_end_token():
     """The end tokens of the tokenizer and of the model count, and what other rows of the batch still say does not."""
-    model, rows, collator = lively(build("llama", torch.float64)), free_form(4), make_collator()
+    model, rows, collator = lively(build("llama", torch.float64)), free_form(4), answer_collator()
     collator.tokenizer.eos_token = None
     model.generation_config.eos_token_id = None
     free = [plain_answer(model, row, collator, 6, ends=()) for row in rows]
@@ -110,7 +112,7 @@ def test_an_answer_stops_before_the_end_token():
 
 
 def test_answers_end_where_the_positions_do():
-    model, collator = prompted("gpt2", dtype=torch.float32), make_collator()
+    model, collator = prompted("gpt2", dtype=torch.float32), answer_collator()
     row = {"prompt": "a " * 29 + ":", "completion": " b"}
     width = len(collator.encoder.encode(row).prompt_ids)
     rows = Dataset.from_list([row])

@@ -1,9 +1,8 @@
 """Attacks on the input: what they make of rows by hand, and the table of scores against scoring by itself."""
 
 import pytest
-from conftest import build, make_tokenizer
 from datasets import Dataset
-from test_likelihood import prompted
+from helpers import build, make_tokenizer, prompted
 
 from spul import ForgetRetainCollator
 from spul.evaluation.attacks import (

@@ -7,8 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import build
-from test_trainer import arguments, make_collator, make_dataset, rows
+from helpers import arguments, build, make_collator, make_dataset, rows
 
 from spul import UnlearningLayers, UnlearningLayersConfig, UnlearningTrainer
 from spul.evaluation.metrics.scoring import score_completions

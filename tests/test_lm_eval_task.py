@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import build, make_tokenizer
 from datasets import Dataset
+from helpers import build, make_tokenizer
 
 from spul import ForgetRetainCollator
 from spul.evaluation.metrics import response_likelihoods

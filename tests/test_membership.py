@@ -6,10 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build
+from helpers import CONFIGS, answer_collator, build, free_form, of, plain_likelihood, prompted
 from peft import LoraConfig, get_peft_model
-from test_likelihood import free_form, make_collator, of, plain_likelihood, prompted
-from test_unlearner import CONFIGS
 
 from spul.evaluation.metrics import (
     Likelihood,
@@ -58,7 +56,7 @@ def test_min_k_plus_plus_by_hand():
 
 def test_min_k_plus_plus_of_a_uniform_model_and_of_a_real_one():
     """From logits to score, by the definition: expectation over the next token under the model."""
-    model, collator, rows = prompted(), make_collator(), free_form(4)
+    model, collator, rows = prompted(), answer_collator(), free_form(4)
     expected = []
     for row in rows:
         twin = plain_likelihood(model, row, collator)
@@ -88,7 +86,7 @@ def plain_norm(model, row, collator, parameters):
 
 @pytest.mark.parametrize("prompt_type", ["prompt_tuning", "prefix_tuning"])
 def test_gradient_norms_of_a_prompted_model_by_what_is_asked(prompt_type):
-    model, collator, rows = prompted(prompt_type=prompt_type), make_collator(), free_form(3)
+    model, collator, rows = prompted(prompt_type=prompt_type), answer_collator(), free_form(3)
     asked = [parameter.requires_grad for parameter in model.parameters()]
     found = {of: gradient_norm_attack(model, rows, collator.encoder, of) for of in ("model", "adapter")}
     assert asked == [parameter.requires_grad for parameter in model.parameters()]
@@ -101,7 +99,7 @@ def test_gradient_norms_of_a_prompted_model_by_what_is_asked(prompt_type):
 
 
 def test_gradient_norms_of_a_bare_model_and_under_lora(family):
-    collator, rows = make_collator(), free_form(2)
+    collator, rows = answer_collator(), free_form(2)
     bare = build(family, torch.float64)
     expected = [-plain_norm(bare, row, collator, list(bare.parameters())) for row in rows]
     np.testing.assert_allclose(gradient_norm_attack(bare, rows, collator.encoder), expected, rtol=1e-5)
@@ -114,7 +112,7 @@ def test_gradient_norms_of_a_bare_model_and_under_lora(family):
 
 
 def test_a_gradient_that_cannot_be_had_is_said():
-    model, collator, rows = prompted(dtype=torch.float32), make_collator(), free_form(1)
+    model, collator, rows = prompted(dtype=torch.float32), answer_collator(), free_form(1)
     with pytest.raises(ValueError, match="expected 'model' or 'adapter'"):
         gradient_norm_attack(model, rows, collator.encoder, "prompt")
     with pytest.raises(ValueError, match="A bare model has no adapter"):
@@ -132,7 +130,7 @@ def test_a_gradient_that_cannot_be_had_is_said():
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 def test_every_attack_is_in_the_rows_order_and_of_the_model_at_hand(prompt_type):
-    model, collator, rows = prompted(prompt_type=prompt_type), make_collator(), free_form(5)
+    model, collator, rows = prompted(prompt_type=prompt_type), answer_collator(), free_form(5)
     base = model.get_base_model()
     found = attack_scores(model, rows, collator.encoder, reference=base, gradient_of="adapter", batch_size=2)
     assert list(found) == ["loss", "zlib", "min_k", "min_k++", "reference", "gradient_norm"]
@@ -149,7 +147,7 @@ def test_every_attack_is_in_the_rows_order_and_of_the_model_at_hand(prompt_type)
 
 def test_rows_that_were_trained_on_score_higher_in_every_attack():
     """The direction of each score, by training: every attack gives the rows more than before."""
-    model, collator, rows = build("llama"), make_collator(), free_form(6)
+    model, collator, rows = build("llama"), answer_collator(), free_form(6)
     before = attack_scores(model, rows, collator.encoder, reference=build("llama"), gradient_of="model")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(25):

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import build, make_tokenizer
+from helpers import GENERIC, arguments, build, make_dataset, make_tokenizer
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from test_trainer import GENERIC, arguments, make_dataset
 
 from spul import SoftPromptUnlearner, UnlearningLayers, UnlearningLayersConfig, UnlearningTrainer
 from spul.losses import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, SimNPO

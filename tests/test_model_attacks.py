@@ -5,10 +5,8 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import build
 from datasets import Dataset
-from test_trainer import make_collator, make_unlearner, rows
-from test_unlearner import CONFIGS
+from helpers import CONFIGS, build, make_collator, make_unlearner, rows
 
 import spul.evaluation.attacks.probe as probe_module
 from spul import SoftPromptUnlearner, UnlearningLayers

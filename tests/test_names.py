@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, make_tokenizer
 from datasets import Dataset
+from helpers import build, make_tokenizer
 
 from spul import ForgetRetainCollator
 from spul.evaluation.metrics import entity_loss, entity_rows

@@ -8,13 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, make_tokenizer
 from datasets import Dataset
+from helpers import build, build_unlearner, make_tokenizer, stirred
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain import row_logits
 from sklearn.feature_extraction.text import TfidfVectorizer
-from test_layers import stirred
-from test_unlearner import CONFIGS, make
 from tokenizers.processors import TemplateProcessing
 
 from spul import ForgetRetainCollator
@@ -223,11 +221,6 @@ def assert_like_twin(model, loss_of, bos=False, batch_sizes=(1, 3, 32), rtol=1e-
         assert perplexity(found) == pytest.approx(np.exp(nats.sum() / num_tokens.sum()), rel=1e-4)
 
 
-@pytest.fixture(params=CONFIGS)
-def prompt_type(request) -> str:
-    return request.param
-
-
 @pytest.mark.parametrize("bos", [True, False])
 def test_losses_of_a_bare_model_are_its_own(family, bos):
     model = build(family, torch.float64)
@@ -237,16 +230,16 @@ def test_losses_of_a_bare_model_are_its_own(family, bos):
 @pytest.mark.parametrize("bos", [True, False])
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
 def test_losses_under_a_prompt_are_those_with_it_in_front(family, prompt_type, bos):
-    model = make(family, prompt_type).eval()
+    model = build_unlearner(family, prompt_type).eval()
     assert_like_twin(model, prompted_loss(model), bos)
     with model.disable_adapter():
         assert_like_twin(model, own_loss(model.get_base_model()), bos, batch_sizes=(3,))
 
 
 def test_losses_under_a_plain_peft_prompt(tmp_path, prompt_type):
-    make("llama", prompt_type, torch.float32).save_pretrained(str(tmp_path))
+    build_unlearner("llama", prompt_type, torch.float32).save_pretrained(str(tmp_path))
     model = PeftModel.from_pretrained(build("llama"), str(tmp_path))
-    prompted = make("llama", prompt_type, torch.float32).eval()
+    prompted = build_unlearner("llama", prompt_type, torch.float32).eval()
     assert_like_twin(model, prompted_loss(prompted), rtol=1e-4)
     with model.disable_adapter():
         assert_like_twin(model, own_loss(build("llama")), batch_sizes=(3,), rtol=1e-4)

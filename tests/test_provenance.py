@@ -7,8 +7,8 @@ import re
 
 import pytest
 import torch
-from conftest import build
 from datasets import Dataset
+from helpers import build
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 

@@ -7,8 +7,8 @@ import random
 from itertools import pairwise
 
 import pytest
-from conftest import make_tokenizer
 from datasets import Dataset
+from helpers import make_tokenizer
 
 from spul import ForgetRetainCollator
 from spul.data.checks import forget_flags

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import build, make_tokenizer
 from datasets import Dataset
+from helpers import CONFIGS, build, make_tokenizer
 from peft import PeftModel
 from sklearn.metrics import f1_score
-from test_unlearner import CONFIGS
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner
 from spul.evaluation.metrics.scoring import (

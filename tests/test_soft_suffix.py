@@ -3,11 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build
+from helpers import CONFIGS, answer_collator, build, prompted, rows
 from peft import PeftModel
-from test_likelihood import make_collator, prompted
-from test_trainer import rows
-from test_unlearner import CONFIGS
 from transformers import DynamicCache
 
 from spul import UnlearningLayers
@@ -40,7 +37,7 @@ def plain_nll(model, row, collator, suffix):
 def test_loss_and_gradient_equal_the_twin(family, prompt_type):
     model = build(family, torch.float64) if prompt_type is None else prompted(family, prompt_type)
     model.requires_grad_(False)
-    collator, data = make_collator(), rows("jane", 4)
+    collator, data = answer_collator(), rows("jane", 4)
     data = data.map(lambda row, i: {"prompt": row["prompt"] + " film" * i}, with_indices=True)
     torch.manual_seed(0)
     width = model.config.hidden_size if prompt_type is None else model.get_base_model().config.hidden_size
@@ -65,7 +62,7 @@ def test_loss_and_gradient_equal_the_twin(family, prompt_type):
 
 @pytest.mark.parametrize("prompt_type", ["prompt_tuning", "prefix_tuning"])
 def test_a_suffix_brings_answers_out_and_leaves_the_model_alone(prompt_type):
-    model, collator = prompted(prompt_type=prompt_type, dtype=torch.float32), make_collator()
+    model, collator = prompted(prompt_type=prompt_type, dtype=torch.float32), answer_collator()
     data = rows("jane", 12)
     few, others = (data.filter(lambda row: row["completion"] == " positive").select(r) for r in (range(3), [3, 4, 5]))
     state = {name: value.clone() for name, value in model.state_dict().items()}
@@ -90,7 +87,7 @@ def test_a_suffix_brings_answers_out_and_leaves_the_model_alone(prompt_type):
 
 
 def test_detached_it_attacks_the_base_and_under_layers_the_layers():
-    model, collator, data = prompted(dtype=torch.float32), make_collator(), rows("jane", 6)
+    model, collator, data = prompted(dtype=torch.float32), answer_collator(), rows("jane", 6)
     sets, settings = (data.select(range(3)), data.select(range(3, 6))), {"steps": 2, "num_virtual_tokens": 2}
     bare, _ = soft_suffix(build("llama"), *sets, collator.encoder, **settings)
     with model.disable_adapter():
@@ -109,11 +106,11 @@ def test_a_model_that_gives_no_numbers_any_more_says_so():
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(DivergedError, match="has diverged"):
-        soft_suffix(model, data.select(range(3)), data.select(range(3, 6)), make_collator().encoder, steps=1)
+        soft_suffix(model, data.select(range(3)), data.select(range(3, 6)), answer_collator().encoder, steps=1)
 
 
 def test_bad_input_raises(tmp_path):
-    model, collator, data = prompted(dtype=torch.float32), make_collator(), rows("jane", 6)
+    model, collator, data = prompted(dtype=torch.float32), answer_collator(), rows("jane", 6)
     with pytest.raises(ValueError, match="3 prompts stand in both"):
         soft_suffix(model, data, data.select(range(3)), collator.encoder)
     sets = (data.select(range(3)), data.select(range(3, 6)))

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from helpers import answer_collator, plain_likelihood, prompted
 from scipy.stats import hmean, kstest
-from test_likelihood import make_collator, plain_likelihood, prompted
+from small_evaluations import QUESTIONS
 
 from spul.data import QUESTION_ANSWER
 from spul.evaluation.metrics import (
@@ -16,22 +17,11 @@ from spul.evaluation.metrics import (
     score_questions,
 )
 
-QUESTIONS = [
-    {
-        "question": f"the plot of {c}?",
-        "answer": f"good {c}",
-        "paraphrased_answer": f"is good {c} film",
-        "perturbed_answer": [f"bad {c}", "the text is neutral", "jane"][: 2 + (c == "b")],
-        "paraphrased_question": "not asked",
-    }
-    for c in "abc"
-]
-
 
 @pytest.mark.parametrize("prompt_type", ["prompt_tuning", "prefix_tuning"])
 @pytest.mark.parametrize("paraphrased", [True, False])
 def test_scores_of_questions_are_the_formulae_written_out(prompt_type, paraphrased):
-    model, collator = prompted(prompt_type=prompt_type), make_collator()
+    model, collator = prompted(prompt_type=prompt_type), answer_collator()
     questions = [{k: v for k, v in q.items() if paraphrased or not k.startswith("para")} for q in QUESTIONS]
     found = score_questions(model, Dataset.from_list(questions), collator.encoder, batch_size=4, max_new_tokens=5)
 
@@ -54,7 +44,7 @@ def test_scores_of_questions_are_the_formulae_written_out(prompt_type, paraphras
 
 
 def test_bad_questions_raise():
-    model, collator = prompted(dtype=torch.float32), make_collator()
+    model, collator = prompted(dtype=torch.float32), answer_collator()
     with pytest.raises(ValueError, match=r"lack \['perturbed_answer'\]"):
         score_questions(model, Dataset.from_list([{"question": "a", "answer": "b"}]), collator.encoder)
     empty = {"question": "a", "answer": "b", "perturbed_answer": []}
