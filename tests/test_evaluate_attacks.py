@@ -9,10 +9,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from test_evaluate import measured
-from test_model_attacks import scored
-from test_suite import (
-from helpers import CONFIGS, make_collator, rows
+from helpers import CONFIGS, make_collator, rows, scored
 from small_evaluations import (
     ATTACKS,
     INPUTS,

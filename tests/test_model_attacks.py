@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import CONFIGS, build, make_collator, make_unlearner, rows
+from helpers import CONFIGS, build, make_collator, make_unlearner, rows, scored
 
 import spul.evaluation.attacks.probe as probe_module
 from spul import SoftPromptUnlearner, UnlearningLayers
@@ -20,10 +20,6 @@ def trainables():
         "layers": lambda: UnlearningLayers(build("llama")),
         **{name: lambda name=name: make_unlearner(name) for name in CONFIGS},
     }
-
-
-def scored(model, rows):
-    return score_completions(model, rows, make_collator())
 
 
 @pytest.mark.parametrize("trainable", trainables())

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import make_collator, rows
+from helpers import make_collator, rows, scored
 from small_evaluations import (
     ATTACKS,
     INPUTS,
@@ -26,8 +26,6 @@ from small_evaluations import (
     questions,
     snapshot,
 )
-from test_model_attacks import scored
-from test_trainer import make_collator, rows
 
 import spul
 import spul.evaluation.aggregation as numbers
