@@ -79,7 +79,7 @@ def test_modes_are_put_back_and_bad_rows_raise():
     assert modes == {name: module.training for name, module in model.named_modules()}
     second = response_likelihoods(model, rows, answer_collator().encoder)  # no dropout
     np.testing.assert_array_equal(first[0].log_probs, second[0].log_probs)
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="is empty"):
         response_likelihoods(model, rows.select([]), answer_collator().encoder)
     with pytest.raises(TypeError, match=r"expected a datasets\.Dataset"):
         response_likelihoods(model, list(rows), answer_collator().encoder)

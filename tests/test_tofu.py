@@ -45,7 +45,7 @@ def test_scores_of_questions_are_the_formulae_written_out(prompt_type, paraphras
 
 def test_bad_questions_raise():
     model, collator = prompted(dtype=torch.float32), answer_collator()
-    with pytest.raises(ValueError, match=r"lack \['perturbed_answer'\]"):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['perturbed_answer'\]"):
         score_questions(model, Dataset.from_list([{"question": "a", "answer": "b"}]), collator.encoder)
     empty = {"question": "a", "answer": "b", "perturbed_answer": []}
     with pytest.raises(ValueError, match="one or more texts"):
