@@ -358,5 +358,5 @@ def test_a_text_field_that_a_row_lacks_is_refused_with_its_columns(ten):
 
 
 def test_a_text_field_that_is_not_in_the_prompt_is_refused(ten):
-    with pytest.raises(ValueError, match="the text of column 'text' does not stand in the prompt of its row"):
+    with pytest.raises(ValueError, match="the text of column 'text' is not part of the prompt of its row"):
         RowEncoder(ten, 8, text_field="text").encode(row("a", " b", text="c"))

@@ -17,7 +17,7 @@ from .rows import is_empty
 
 # Text before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
 ANCHOR = ":"
-# Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion
+# Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion,
 # and one for each generic completion.
 CACHE_SIZE = 32_768
 

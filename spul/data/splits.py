@@ -56,11 +56,8 @@ class SplitReport:
             lines.append(f"rows matched: {listed(counts, SHOWN_GROUPS)}")
         if self.unmatched:
             lines.append(f"found nowhere: {', '.join(self.unmatched)}")
-        lines += [
-            f"{group}: {shortened(' '.join(text.split()), 100)}"
-            for group, texts in self.examples.items()
-            for text in texts
-        ]
+        for group, texts in self.examples.items():
+            lines += [f"{group}: {shortened(' '.join(text.split()), 100)}" for text in texts]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -334,10 +331,8 @@ def _split(
     counts = Counter(name for names in matches for name in names)
     unmatched = [name for name in asked or () if not counts[name]]
     if asked and len(unmatched) == len(asked):
-        raise ValueError(
-            f"none of the {kind} asked for is found in {len(rows)} rows: "
-            f"{listed([*map(repr, unmatched)], SHOWN_GROUPS)}."
-        )
+        shown = listed([*map(repr, unmatched)], SHOWN_GROUPS)
+        raise ValueError(f"none of the {kind} asked for is found in {len(rows)} rows: {shown}.")
     if unmatched:
         logger.warning("%d of the %d %s are found nowhere: %s", len(unmatched), len(asked or ()), kind, unmatched)
     forget = rows.select([i for i, names in enumerate(matches) if names])
