@@ -13,7 +13,7 @@ from test_layers import SMALL, stirred
 
 from spul import ForgetRetainCollator, UnlearningLayers, UnlearningLayersConfig, fuse
 from spul.layers import gather_inputs
-from spul.records.spul_config import DataSummary
+from spul.records.digests import DataSummary
 
 WORDS = ["the", "review", "is", "of", "film", "good", "bad", "plot", "about", "jane", "doe", "text"]
 
