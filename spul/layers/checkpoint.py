@@ -42,8 +42,6 @@ class SavedLayers:
 def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_grams: bool = True) -> None:
     """See `UnlearningLayers.save_pretrained`."""
     target = Path(save_directory)
-    if target.is_file():
-        raise ValueError(f"save_directory={str(target)!r} is a file; pass a folder.")
     record = layers.spul_config
     record.set_base(layers.get_base_model())
     with atomic_folder(target) as folder:

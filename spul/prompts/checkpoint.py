@@ -51,8 +51,6 @@ def save(
         kwargs: for PEFT.
     """
     target = Path(save_directory)
-    if target.is_file():
-        raise ValueError(f"save_directory={str(target)!r} is a file; pass a folder.")
     if not kwargs.get("is_main_process", True):
         return
     names = list(model.peft_config) if selected_adapters is None else selected_adapters
