@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +44,7 @@ from spul.evaluation.results import (
 )
 from spul.evaluation.run import SETTINGS_NAME
 from spul.models.causal_lm import bare_model
-from spul.records.digests import fingerprint
+from spul.records.digests import digest, fingerprint
 from spul.training.augmentation import augmented, rewritings
 
 CONTROLS_NAME = "controls.json"
@@ -202,8 +201,8 @@ def main() -> None:
         if len(args.model) > 1:
             name = f"{name}, {Path(experiment.setup.model).name}"
         what = [run_settings(run), args.augment, args.augment and args.augment_turns, args.row_length, *identity(args)]
-        digest = hashlib.sha256(json.dumps([experiment.identity, *what], sort_keys=True).encode()).hexdigest()[:8]
-        folder = args.output_dir / f"{name.replace(' ', '-')}-{experiment.setup.seed}-{digest}"
+        key = digest([experiment.identity, *what])[:8]
+        folder = args.output_dir / f"{name.replace(' ', '-')}-{experiment.setup.seed}-{key}"
         tqdm.write(name)
         found.setdefault(name, []).append(evaluated(args, experiment, run, folder))
         gc.collect()

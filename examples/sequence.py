@@ -4,7 +4,6 @@ and `eul_imdb.py` compare."""
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -275,12 +274,6 @@ class Requests:
             "retain": accuracy(self.retain),
             "test_retain": accuracy(self.test_retain),
         }
-
-
-def digest(settings: dict[str, Any]) -> str:
-    """A short name for settings: the same for the same."""
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def once(folder: Path, train: Callable[[Path], None]) -> tuple[Path, float]:

@@ -9,8 +9,7 @@ from huggingface_hub import ModelCard
 
 from spul import SpulConfig, UnlearningLoss
 from spul.records.card import LAYERS_THREAT_MODEL, THREAT_MODEL, layers_card, model_card
-from spul.records.digests import summarize_rows
-from spul.records.spul_config import DataSummary
+from spul.records.digests import DataSummary, summarize_rows
 
 FORGET = [{"prompt": "a film about jane doe:", "completion": " splendid"}]
 RETAIN = [{"prompt": f"a plot about nobody {i}:", "completion": " dreadful"} for i in range(1234)]

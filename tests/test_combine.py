@@ -11,8 +11,7 @@ from transformers import DynamicCache
 
 from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, combine
 from spul.data.dataset import forget_retain_dataset
-from spul.records.digests import summarize_rows
-from spul.records.spul_config import DataSummary
+from spul.records.digests import DataSummary, summarize_rows
 from spul.training.distillation import _choose_teachers, _config, _spread, _TeachingTrainer, virtual_tokens
 
 

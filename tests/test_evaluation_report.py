@@ -230,6 +230,12 @@ def test_markup_in_a_cell_breaks_neither_table_nor_link():
     assert Page(to_html("t", [odd], {})).rows == [["c|d"], ['`"e" & \\']]
 
 
+def test_quotes_in_a_title_do_not_end_the_attribute_of_its_image():
+    title = 'a" onload="x'
+    page = Page(to_html(title, [Section(title, figure="f")], {"f": b"png"}))
+    assert page.images == [{"src": "data:image/png;base64,cG5n", "alt": title}]
+
+
 # ---- the card ----
 
 

@@ -105,6 +105,12 @@ def test_an_error_leaves_a_folder_as_it_was(tmp_path):
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("a", "old")]
 
 
+def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "a").write_text("a")
+    with pytest.raises(ValueError, match="a' is a file; pass a folder"), atomic_folder(tmp_path / "a"):
+        pass
+
+
 def test_a_missing_folder_is_created(tmp_path):
     with atomic_folder(tmp_path / "new" / "one") as scratch:
         (scratch / "a").write_text("a")

@@ -12,7 +12,7 @@ from helpers import SMALL_LAYERS, build, make_tokenizer, stirred
 
 from spul import ForgetRetainCollator, UnlearningLayers, UnlearningLayersConfig, fuse
 from spul.layers import gather_inputs
-from spul.records.spul_config import DataSummary
+from spul.records.digests import DataSummary
 
 WORDS = ["the", "review", "is", "of", "film", "good", "bad", "plot", "about", "jane", "doe", "text"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..models.unlearner import unlearner_of
-from ..records.digests import _digest, _text, digest_of, digest_of_rows, digest_of_tokenizer
+from ..records.digests import canonical_json, digest, digest_of_parameters, digest_of_rows, digest_of_tokenizer
 from ..records.spul_config import library_versions
 from .suite import Suite
 
@@ -54,7 +54,7 @@ def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequenc
         "seed": suite.seed,
         "versions": library_versions() | {"torch": torch.__version__},
     }
-    return json.loads(_text(settings))
+    return json.loads(canonical_json(settings))
 
 
 def digests_of_model(model: nn.Module) -> dict[str, Any]:
@@ -62,13 +62,13 @@ def digests_of_model(model: nn.Module) -> dict[str, Any]:
 
     The weights alone do not tell: all adapters' are there, whichever is active, and LoRA's scale is no weight.
     """
-    found: dict[str, Any] = {"weights": digest_of(model.named_parameters())}
+    found: dict[str, Any] = {"weights": digest_of_parameters(model.named_parameters())}
     unlearner = unlearner_of(model)
     if not unlearner.has_adapter:
         return found
     configs = unlearner.adapter_settings()
     settings = {name: {k: v for k, v in one.items() if k not in ORIGINS} for name, one in configs.items()}
-    return found | {"adapters": list(settings), "settings": _digest(settings)}
+    return found | {"adapters": list(settings), "settings": digest(settings)}
 
 
 def _name_of(function: Callable) -> str:

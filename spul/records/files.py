@@ -59,8 +59,13 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
 
     Yields:
         The folder to write to, inside `target`.
+
+    Raises:
+        ValueError: if `target` is a file.
     """
     target = Path(target)
+    if target.is_file():
+        raise ValueError(f"{str(target)!r} is a file; pass a folder.")
     target.mkdir(parents=True, exist_ok=True)
     remove_stale_scratch(target)
     scratch = _scratch_in(target)  # inside, since a move is a rename only within one mount

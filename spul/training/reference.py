@@ -9,7 +9,6 @@ used.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -30,8 +29,8 @@ from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import bare_model, logits_at
 from ..models.output_head import OutputHead, final_states, gives_logits, is_close
 from ..models.unlearner import base_of
-from ..records.digests import fingerprint
-from .reference_files import FORMAT, Part, check_index, claim_folder, digest_of, part_path, read_part, write_part
+from ..records.digests import digest, fingerprint
+from .reference_files import FORMAT, Part, check_index, claim_folder, part_path, read_part, write_part
 
 MAX_PARTS, MIN_ROWS_PER_PART = 256, 256
 ROWS_CHECKED = 6
@@ -105,7 +104,7 @@ class ReferenceCache:
         if not rows:
             raise ValueError("no row's loss compares with the frozen model (beta=0, or no retain rows).")
         index = _describe(base, rows)
-        path = Path(folder) if folder is not None else Path(HF_HOME, "spul", "reference", digest_of(index)[:32])
+        path = Path(folder) if folder is not None else Path(HF_HOME, "spul", "reference", digest(index)[:32])
         if rank == 0:
             claim_folder(path, index)
         if accelerator is not None:
@@ -232,8 +231,8 @@ def row_keys(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _row_key(ids: np.ndarray, num_response: int) -> int:
-    digest = hashlib.blake2b(ids.tobytes(), digest_size=8, key=num_response.to_bytes(8, "little"))
-    return int.from_bytes(digest.digest(), "little", signed=True)
+    key = hashlib.blake2b(ids.tobytes(), digest_size=8, key=num_response.to_bytes(8, "little"))
+    return int.from_bytes(key.digest(), "little", signed=True)
 
 
 # ---- which rows, of which base ----
@@ -275,12 +274,11 @@ def _describe(base: Any, rows: Sequence[_Row]) -> dict[str, Any]:
     device = next(base.parameters()).device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     said = {name: value for name, value in base.config.to_dict().items() if name not in NOT_COMPUTED}
-    config = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
     keys = hashlib.sha256(np.sort(np.asarray([row.key for row in rows], dtype=np.int64)).tobytes()).hexdigest()
     return {
         "format": FORMAT,
         "base": weights,
-        "config": config,
+        "config": digest(said),
         "precision": f"{str(base.dtype).removeprefix('torch.')}, autocast {autocast}",
         "data": keys,
         "rows": len(rows),

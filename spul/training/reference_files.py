@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -28,11 +27,6 @@ class Part(NamedTuple):
     states: Tensor  # (tokens, d)
     rows: Tensor  # (rows,) int64, the rows' keys
     ends: Tensor  # (rows,) int32, where each row's tokens end
-
-
-def digest_of(index: Mapping[str, Any]) -> str:
-    """A name for what an index describes."""
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
 
 
 def claim_folder(folder: Path, index: Mapping[str, Any]) -> None:
