@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from ..models.compat import get_length_grouped_indices
 from .collator import ForgetRetainCollator
 
 

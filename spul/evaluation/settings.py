@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from ..layers.unlearning_layers import UnlearningLayers
+from ..models.compat import adapter_enabled
 from ..records.digests import _digest, _text, digest_of, digest_of_rows, digest_of_tokenizer
 from ..records.spul_config import library_versions
 from .suite import Suite
@@ -68,9 +69,7 @@ def digests_of_model(model: nn.Module) -> dict[str, Any]:
     if isinstance(model, UnlearningLayers):
         configs = {"layers": model.layers_config.to_dict()} if model.enabled else {}
     elif isinstance(model, PeftModel):
-        # PEFT marks a prompt that is off on the model, and other adapters in each of their layers.
-        off = model._adapters_disabled or any(getattr(m, "disable_adapters", False) is True for m in model.modules())
-        active = [] if off else model.active_adapters
+        active = model.active_adapters if adapter_enabled(model) else []
         configs = {name: model.peft_config[name].to_dict() for name in active}
     else:
         return found

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..data.collator import ForgetRetainCollator, completion_text
 from ..data.formats import PromptFormat
-from ..models.causal_lm import as_it_was, bare_model, has_adapter, max_positions
+from ..models.causal_lm import bare_model, detached_base, has_adapter, max_positions
 from ..records.digests import digest_of_rows
 from .aggregation import Measurement
 from .metrics.free_form import generate_answers, num_virtual_tokens, rouge_l
@@ -148,7 +148,7 @@ class Suite:
     def subject(self, name: str) -> Iterator[Any]:
         """One of these models."""
         if name == "detached" and self.base is None:
-            with as_it_was(self.model) as base:
+            with detached_base(self.model) as base:
                 yield base
         else:
             yield {"unlearned": self.model, "detached": self.base, "retrained": self.retrained}[name]

@@ -11,12 +11,12 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.collator import ForgetRetainCollator
 from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import learns_itself
+from ..models.causal_lm import trains_own_weights
+from ..models.compat import CHECKPOINT_PREFIX
 from ..prompts.unlearner import SoftPromptUnlearner
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def check_options(
             "these are generic already. Else give the collator generic_completions.",
             type(loss.forget).__name__,
         )
-    if reference == "live" and loss.needs_reference and learns_itself(model):
+    if reference == "live" and loss.needs_reference and trains_own_weights(model):
         raise ValueError(
             f"reference='live' asks the model as it was before, and a {type(model).__name__} that learns in its "
             "own weights is that no more; use reference='cached'."
@@ -99,7 +99,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
     Raises:
         ValueError: if there is none.
     """
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}-*") if path.is_dir()]
     numbered = [(int(n), path) for path in folders if (n := path.name.rsplit("-", 1)[1]).isdigit()]
     for _, path in sorted(numbered, reverse=True):
         try:

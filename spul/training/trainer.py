@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import speed_metrics
 
 from ..data.collator import ForgetRetainCollator, completion_text, plain
 from ..data.dataset import forget_flags
@@ -24,8 +21,8 @@ from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
 from ..layers.checkpoint import read as read_layers
 from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import learns_itself
-from ..models.compat import keep_4bit_differentiable
+from ..models.causal_lm import trains_own_weights
+from ..models.compat import gathered, keep_4bit_differentiable, save_training_args, speed_metrics
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import summarize_rows
 from ..records.spul_config import SpulConfig
@@ -243,7 +240,7 @@ class UnlearningTrainer(Trainer):
 
     def _open_reference(self) -> None:
         """Compute what the frozen model says on the training rows, or find it computed."""
-        if self._reference is not None and learns_itself(self._learner):
+        if self._reference is not None and trains_own_weights(self._learner):
             return  # trained before, the model is no longer what the rows are compared with
         self._reference = None
         asks = self._loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
@@ -277,7 +274,7 @@ class UnlearningTrainer(Trainer):
             folder = output_dir or self.args.output_dir or "."
             self._learner.save_pretrained(folder)
             (self.processing_class or self._collator.tokenizer).save_pretrained(folder)
-            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+            save_training_args(self.args, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not isinstance(self._learner, UnlearningLayers):
@@ -334,9 +331,8 @@ class UnlearningTrainer(Trainer):
             # The plain model, not DDP's: every process has rows of its own, and their number may differ.
             some = range(rank, len(rows), world)
             found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
-        gathered = gather_object([found]) if world > 1 else [found]
         answers = Answers()
-        for part in gathered:
+        for part in gathered([found]):
             answers.true += part.true
             answers.predicted += part.predicted
             answers.nll += part.nll
@@ -347,7 +343,7 @@ class UnlearningTrainer(Trainer):
 
 def _is_off(model: Any) -> bool:
     """Whether it is the bare base that is asked at the moment."""
-    return not model.enabled if isinstance(model, UnlearningLayers) else model._adapters_disabled
+    return not model.enabled if isinstance(model, UnlearningLayers) else not model.has_active_enabled_adapter
 
 
 class _Epochs(TrainerCallback):

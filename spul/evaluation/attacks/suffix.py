@@ -20,7 +20,7 @@ from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import bare_model, evaluation_mode, logits_at, max_positions, unwrapped
 from ...models.compat import keep_4bit_differentiable
-from ...prompts.shared_prefix import expand_states, prompt_states
+from ...prompts.shared_prefix import prompt_states
 from ...prompts.unlearner import SoftPromptUnlearner
 from ..metrics.likelihood import response_batches
 from ..metrics.scoring import check_numbers
@@ -143,17 +143,17 @@ def _with_places(rows: Dataset, collator: ForgetRetainCollator, num: int) -> Dat
 def _logits(model: nn.Module, batch: dict[str, Tensor], positions: Tensor, suffix: Tensor | None) -> Tensor:
     """Logits (B, K, V) at the response positions, the suffix in the places before the first of them."""
     base: Any = bare_model(model)
-    mask, rows = batch["attention_mask"], len(positions)
+    mask = batch["attention_mask"]
     embeds = base.get_input_embeddings()(batch["input_ids"])
     if suffix is not None:
         columns, last = torch.arange(embeds.shape[1], device=embeds.device), positions[:, :1]
         is_place = (columns > last - len(suffix)) & (columns <= last)
-        embeds = embeds.masked_scatter(is_place[..., None], suffix.to(embeds.dtype).repeat(rows, 1))
-    is_prompted = isinstance(model, SoftPromptUnlearner) and not model._adapters_disabled
+        embeds = embeds.masked_scatter(is_place[..., None], suffix.to(embeds.dtype).repeat(len(mask), 1))
+    is_prompted = isinstance(model, SoftPromptUnlearner) and model.enabled
     states = prompt_states(model) if is_prompted else None
     if is_prompted and states is None:
         raise ValueError(f"{type(base).__name__} has no plain key/value cache, which a prompt and a suffix need.")
-    num_virtual, limit = states.layers[0].seen if states else 0, max_positions(base)
+    num_virtual, limit = states.num_virtual if states else 0, max_positions(base)
     if limit is not None and num_virtual + embeds.shape[1] > limit:
         raise ValueError(
             f"{num_virtual} virtual tokens and {embeds.shape[1]} tokens with the suffix exceed the model's {limit} "
@@ -165,8 +165,7 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], positions: Tensor, suffi
         base,
         positions,
         inputs_embeds=embeds,
-        attention_mask=torch.cat([mask.new_ones(rows, num_virtual), mask], dim=1),
-        past_key_values=expand_states(states.layers, base, rows),
+        **states.prefix_inputs(base, mask),
         use_cache=True,
     )
 

@@ -18,7 +18,8 @@ from torch import nn
 
 from ...data.collator import ForgetRetainCollator, completion_text
 from ...layers.unlearning_layers import UnlearningLayers
-from ...models.causal_lm import bare_model, has_adapter, own_parameters, unwrapped
+from ...models.causal_lm import bare_model, has_adapter, unwrapped
+from ...models.compat import own_parameters
 from ...prompts.unlearner import SoftPromptUnlearner
 from ..metrics.free_form import rouge_l
 from ..suite import AttackSettings, Found, Suite, Task, joined

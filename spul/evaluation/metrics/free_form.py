@@ -170,7 +170,7 @@ def before_end(tokens: list[int], ends: list[int]) -> list[int]:
 
 
 def _is_prompted(model: nn.Module) -> bool:
-    if not isinstance(model, PeftModel) or model._adapters_disabled:
+    if not isinstance(model, PeftModel) or not model.has_active_enabled_adapter:
         return False
     return bool(model.active_peft_config.is_prompt_learning)
 

@@ -22,7 +22,7 @@ from ...data.collator import ForgetRetainCollator
 from ...data.samplers import by_length
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, KLDivergence
-from ...models.causal_lm import as_it_was, evaluation_mode, learns_itself, logits_at, unwrapped
+from ...models.causal_lm import detached_base, evaluation_mode, logits_at, trains_own_weights, unwrapped
 from .scoring import check_numbers, response_logits
 
 REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")
@@ -185,7 +185,7 @@ def kl_to(
     Source: Bu et al., *SPUL*, https://arxiv.org/abs/2406.12038 (the KL to the base on retain rows)
     """
     check_rows(rows)
-    if reference is None and learns_itself(model):
+    if reference is None and trains_own_weights(model):
         raise ValueError(
             "a model that learned in weights of its own is not as it was when an adapter is switched off: pass "
             "reference, the model before unlearning."
@@ -199,7 +199,7 @@ def kl_to(
             logits = response_logits(model, batch.inputs, batch.positions)
             if reference is None:
                 inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
-                with as_it_was(model) as base:
+                with detached_base(model) as base:
                     others = logits_at(base, batch.positions, **inputs, use_cache=False)
             else:
                 inputs = {name: value.to(other_device) for name, value in batch.inputs.items()}

@@ -17,7 +17,8 @@ from torch import nn
 
 from ...data.collator import ForgetRetainCollator, completion_text
 from ...losses.terms import token_nll
-from ...models.causal_lm import bare_model, evaluation_mode, own_parameters, unwrapped
+from ...models.causal_lm import bare_model, evaluation_mode, unwrapped
+from ...models.compat import own_parameters
 from .likelihood import Likelihood, check_rows, mean_log_probs, response_batches, response_likelihoods
 from .scoring import response_logits
 

@@ -68,7 +68,7 @@ def response_logits(model: nn.Module, batch: Mapping[str, Tensor], positions: Te
     # Plain PEFT's prompts: their tokens stand in front and have logits too; a prefix has none, nor what is disabled.
     in_front = (PeftType.PROMPT_TUNING, PeftType.P_TUNING)
     config = model.active_peft_config
-    if config.peft_type in in_front and not model._adapters_disabled:
+    if config.peft_type in in_front and model.has_active_enabled_adapter:
         positions = positions + config.num_virtual_tokens
     return model(**inputs).logits.take_along_dim(positions[..., None], dim=1)
 
