@@ -29,7 +29,7 @@ from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics.scoring import score_completions
 from spul.losses import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, SimNPO
 from spul.models.causal_lm import zero_dropout
-from spul.models.unlearner import base_of
+from spul.models.unlearner import detached_base
 
 FORWARD = KLDivergence(direction="forward")
 LOSSES = {
@@ -349,7 +349,7 @@ def test_the_frozen_model_has_no_dropout():
     model = get_peft_model(build("opt"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).train()
     modes = [module.training for module in model.modules()]
     batch = make_batch(loss)
-    with base_of(model) as base, torch.no_grad():
+    with detached_base(model) as base, torch.no_grad():
         one, other = (base(batch["input_ids"]).logits for _ in range(2))
     assert torch.equal(one, other)
     assert [module.training for module in model.modules()] == modes

@@ -9,11 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from torch import nn
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
 from ..data.checks import check_rows
@@ -21,6 +18,7 @@ from ..data.collator import ForgetRetainCollator
 from ..data.formats import QUESTION_ANSWER, PromptFormat
 from ..data.unlearning_data import SPLITS, UnlearningData
 from ..models.causal_lm import bare_model, unwrapped
+from ..models.compat import PartialState, broadcast, gathered, is_sharded
 from ..models.unlearner import unlearner_of
 from ..records.files import write_text
 from . import measures as measure_tasks
@@ -138,7 +136,7 @@ def evaluate(
     given = {"model": model, "base": base, "retrained": retrained, "reference": reference}
     models = {name: unwrapped(one) for name, one in given.items() if one is not None}
     for name, one in models.items():
-        if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in one.parameters()):
+        if is_sharded(one):
             raise ValueError(f"{name} is sharded (FSDP, DeepSpeed); evaluate with the whole model in each process.")
         _check_prompt(name, one, measures)
     bare = [bare_model(one) for one in models.values()]
@@ -225,7 +223,7 @@ def _measured(
     if folder is not None:
         if state.is_main_process:
             found = _resumed(folder, settings)
-        found = broadcast_object_list([found])[0]
+        found = broadcast(found)
     done = {one.key for one in found}
     todo = [task for task in tasks if not done.issuperset(task.produces)]
     if progress and state.is_main_process and len(todo) < len(tasks):
@@ -244,7 +242,7 @@ def _measured(
             append_measurements(folder / PROGRESS_NAME.format(state.process_index), measured)
         new += measured
     if state.num_processes > 1:
-        new, failed = gather_object(new), gather_object(failed)
+        new, failed = gathered(new), gathered(failed)
     by_key = {one.key: one for one in [*found, *new]}
     return [by_key[key] for task in tasks for key in task.produces if key in by_key], dict(failed)
 

@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from ..models.unlearner import unlearner_of
-from ..records.digests import canonical_json, digest, digest_of_parameters, digest_of_rows, digest_of_tokenizer
+from ..records.digests import (
+    canonical_json,
+    digest,
+    digest_of_parameters,
+    digest_of_rows,
+    digest_of_tokenizer,
+)
 from ..records.spul_config import library_versions
 from .suite import Suite
 

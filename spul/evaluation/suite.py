@@ -16,7 +16,7 @@ from ..data.collator import ForgetRetainCollator
 from ..data.formats import PromptFormat
 from ..data.rows import completion_text
 from ..models.causal_lm import bare_model, max_positions
-from ..models.unlearner import base_of, unlearner_of
+from ..models.unlearner import detached_base, unlearner_of
 from ..records.digests import digest_of_rows
 from .aggregation import Measurement
 from .metrics.free_form import generate_answers, rouge_l
@@ -150,7 +150,7 @@ class Suite:
     def subject(self, name: str) -> Iterator[Any]:
         """One of these models."""
         if name == "detached" and self.base is None:
-            with base_of(self.model) as base:
+            with detached_base(self.model) as base:
                 yield base
         else:
             yield {"unlearned": self.model, "detached": self.base, "retrained": self.retrained}[name]

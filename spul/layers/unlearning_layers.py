@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models.causal_lm import load_base, logits_at, restore_dropout, zero_dropout
-from ..models.compat import keep_4bit_differentiable
+from ..models.compat import forward_hooks, keep_4bit_differentiable, reset_compiled
 from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint as files
@@ -102,7 +101,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         Raises:
             ValueError: if they are in place, or others are on the same base.
         """
-        if any(isinstance(hook, _Hook) for m in self.base_model.modules() for hook in m._forward_hooks.values()):
+        if any(isinstance(hook, _Hook) for _, hook in forward_hooks(self.base_model)):
             raise ValueError(
                 "the base has unlearning layers already; take them off first: base = layers.remove(). Several "
                 "requests become one set of layers by spul.fuse."
@@ -124,7 +123,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         for name, block, layer, device in zip(self.names, blocks, self.layers, devices, strict=True):
             layer.to(device, dtype)
             self._handles.append(block.register_forward_hook(_Hook(self, cast(Bottleneck, layer), name)))
-        _forget_compiled()
+        reset_compiled()
 
     @property
     def attached(self) -> bool:
@@ -140,7 +139,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         for parameter in self._trained:
             parameter.requires_grad_(True)
         self._dropout, self._trained = [], []
-        _forget_compiled()
+        reset_compiled()
         return self.base_model
 
     @contextmanager
@@ -371,12 +370,6 @@ class _Hook:
                 "UnlearningLayersConfig(target_modules=(...))."
             )
         return self.layer(output)
-
-
-def _forget_compiled() -> None:
-    """Drop what torch.compile made of models: it does not look for hooks again, and would leave the layers out."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 def feed_forward_blocks(model: PreTrainedModel, endings: tuple[str, ...] | None = None) -> list[str]:

@@ -11,8 +11,8 @@ from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .causal_lm import evaluation_mode, logits_at, own_parameters, unwrapped
-from .compat import adapter_is_disabled
+from .causal_lm import evaluation_mode, logits_at, unwrapped
+from .compat import adapter_enabled, own_parameters
 
 PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
@@ -88,7 +88,7 @@ class Unlearner:
                 "the loss compares with the base before training, and its own weights train: pass reference_logits, "
                 "from a ReferenceCache built before training."
             )
-        with base_of(self.module) as base:
+        with detached_base(self.module) as base:
             return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ class PeftAdapter(_Wrapped):
 
     @property
     def enabled(self) -> bool:
-        return not adapter_is_disabled(self.inner)
+        return adapter_enabled(self.inner)
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         base = {id(parameter) for _, parameter in own_parameters(self.get_base_model())}
@@ -255,7 +255,7 @@ def unlearner_of(model: nn.Module) -> Unlearner:
 
 
 @contextmanager
-def base_of(model: nn.Module) -> Iterator[Any]:
+def detached_base(model: nn.Module) -> Iterator[Any]:
     """Context manager: the causal LM within a model, its adapter disabled, in evaluation mode; restored afterwards."""
     unlearner, inner = unlearner_of(model), unwrapped(model)
     # PEFT makes all of an adapter trainable when it is enabled again.

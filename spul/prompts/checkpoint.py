@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModelForCausalLM, PeftType
-from peft.utils import load_peft_weights
+from peft import PeftConfig, PeftModelForCausalLM, PeftType, load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 

@@ -17,7 +17,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models.causal_lm import own_parameters
+from ..models.compat import own_parameters, uncompiled
 
 
 @dataclass
@@ -67,8 +67,7 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
     Returns:
         64 hexadecimal digits; None if some weights are not in memory (meta device, disk offload).
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would change the names
-    return digest_of_parameters(own_parameters(model), samples_per_tensor)
+    return digest_of_parameters(own_parameters(uncompiled(model)), samples_per_tensor)
 
 
 def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]], samples_per_tensor: int = 256) -> str | None:

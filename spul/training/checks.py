@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..data.collator import ForgetRetainCollator
 from ..losses.unlearning_loss import UnlearningLoss
+from ..models.compat import CHECKPOINT_PREFIX
 from ..models.unlearner import unlearner_of
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
     Raises:
         ValueError: if there is none.
     """
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}-*") if path.is_dir()]
     numbered = [(int(n), path) for path in folders if (n := path.name.rsplit("-", 1)[1]).isdigit()]
     for _, path in sorted(numbered, reverse=True):
         try:

@@ -27,8 +27,8 @@ from ..losses.positions import response_positions
 from ..losses.terms import IGNORE_INDEX
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import bare_model, logits_at
-from ..models.output_head import OutputHead, final_states, gives_logits, is_close
-from ..models.unlearner import base_of
+from ..models.output_head import OutputHead, final_states, is_close, reproduces_logits
+from ..models.unlearner import detached_base
 from ..records.digests import digest, fingerprint
 from .reference_files import FORMAT, Part, check_index, claim_folder, part_path, read_part, write_part
 
@@ -111,7 +111,7 @@ class ReferenceCache:
             accelerator.wait_for_everyone()
         check_index(path, index)  # also where the folder is not shared
 
-        with base_of(model):
+        with detached_base(model):
             shares = _in_parts(rows)
             own = list(range(rank, len(shares), world))
             num_rows = sum(len(shares[i]) for i in own)
@@ -208,7 +208,7 @@ class ReferenceCache:
         with torch.no_grad():
             expected = logits_at(base, positions, **inputs, use_cache=False)
             fresh = final_states(base, positions, **inputs)
-        if not gives_logits(self.head, fresh, expected):
+        if not reproduces_logits(self.head, fresh, expected):
             raise ValueError(
                 f"{type(base).__name__} does more between its output embeddings and its logits than the scaling and "
                 "soft-capping known here, so that its hidden states do not give its logits; use reference='live'."

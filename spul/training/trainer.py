@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import speed_metrics
 
 from ..data.checks import check_is_forget, check_not_generic, forget_flags
 from ..data.collator import ForgetRetainCollator
@@ -24,7 +21,7 @@ from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
 from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.compat import keep_4bit_differentiable
+from ..models.compat import gathered, keep_4bit_differentiable, save_training_args, speed_metrics
 from ..models.unlearner import Unlearner, unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import summarize_rows
@@ -272,7 +269,7 @@ class UnlearningTrainer(Trainer):
             folder = output_dir or self.args.output_dir or "."
             self._learner.save_pretrained(folder)
             (self.processing_class or self._collator.tokenizer).save_pretrained(folder)
-            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+            save_training_args(self.args, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self._unlearner.has_own_checkpoint:
@@ -329,9 +326,8 @@ class UnlearningTrainer(Trainer):
             # The plain model, not DDP's: every process has rows of its own, and their number may differ.
             some = range(rank, len(rows), world)
             found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
-        gathered = gather_object([found]) if world > 1 else [found]
         answers = Answers()
-        for part in gathered:
+        for part in gathered([found]):
             answers.true += part.true
             answers.predicted += part.predicted
             answers.nll += part.nll

@@ -120,12 +120,12 @@ def _with_placeholders(rows: Dataset, encoder: RowEncoder, num: int) -> Dataset:
 def _logits(model: nn.Module, batch: dict[str, Tensor], positions: Tensor, suffix: Tensor | None) -> Tensor:
     """Logits (B, K, V) at the response positions, the suffix in the columns before the first of them."""
     base: Any = bare_model(model)
-    mask, rows = batch["attention_mask"], len(positions)
+    mask = batch["attention_mask"]
     embeds = base.get_input_embeddings()(batch["input_ids"])
     if suffix is not None:
         columns, last = torch.arange(embeds.shape[1], device=embeds.device), positions[:, :1]
         is_suffix = (columns > last - len(suffix)) & (columns <= last)
-        embeds = embeds.masked_scatter(is_suffix[..., None], suffix.to(embeds.dtype).repeat(rows, 1))
+        embeds = embeds.masked_scatter(is_suffix[..., None], suffix.to(embeds.dtype).repeat(len(mask), 1))
     unlearner = unlearner_of(model)
     num_virtual, limit = unlearner.virtual_tokens_in_use, max_positions(base)
     if limit is not None and num_virtual + embeds.shape[1] > limit:

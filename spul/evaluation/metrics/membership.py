@@ -16,10 +16,11 @@ from datasets import Dataset
 from torch import nn
 
 from ...data.checks import check_rows
-from ...data.collator import completion_text
 from ...data.encoder import RowEncoder
+from ...data.rows import completion_text
 from ...losses.terms import token_nll
-from ...models.causal_lm import bare_model, own_parameters, unwrapped
+from ...models.causal_lm import bare_model, unwrapped
+from ...models.compat import own_parameters
 from .batches import ResponseBatch, map_responses
 from .likelihood import Likelihood, mean_log_probs, response_likelihoods
 from .scoring import response_logits

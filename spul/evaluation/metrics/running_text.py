@@ -9,8 +9,8 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
+from ...data.checks import checked_texts
 from ...data.encoder import RowEncoder
-from ...data.recognizers import checked_texts
 from .likelihood import response_likelihoods
 
 logger = logging.getLogger(__name__)

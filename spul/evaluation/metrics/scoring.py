@@ -18,8 +18,9 @@ from datasets import Dataset
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
-from ...data.collator import ForgetRetainCollator, completion_text
+from ...data.collator import ForgetRetainCollator
 from ...data.encoder import Encoded
+from ...data.rows import completion_text
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import evaluation_mode
