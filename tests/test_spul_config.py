@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import build
+from helpers import build
 from peft import PromptTuningConfig
 
 from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, fingerprint
