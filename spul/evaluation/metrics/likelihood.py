@@ -20,7 +20,7 @@ from ...data.encoder import RowEncoder
 from ...losses.terms import KLDivergence
 from ...models.causal_lm import as_it_was, evaluation_mode, learns_itself, logits_at, unwrapped
 from .batches import ResponseBatch, map_responses
-from .scoring import check_numbers, response_logits
+from .scoring import check_not_nan, response_logits
 
 REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")
 
@@ -91,7 +91,7 @@ def response_likelihoods(
 
 def _log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities in at least float32."""
-    check_numbers(logits)
+    check_not_nan(logits)
     return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(dim=-1)
 
 
