@@ -1,4 +1,4 @@
-"""Attacks that try to get the knowledge back."""
+"""Attacks that try to recover forgotten answers."""
 
 from .inputs import (
     JAILBREAKS,

@@ -20,7 +20,7 @@ from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwr
 from ...models.compat import keep_4bit_differentiable
 from ...models.unlearner import unlearner_of
 from ..metrics.batches import ResponseBatch, map_responses
-from ..metrics.scoring import check_numbers
+from ..metrics.scoring import check_not_nan
 from .relearning import check_disjoint
 
 
@@ -146,7 +146,7 @@ def _scores(
         logits = _logits(model, batch.inputs, batch.positions, suffix)
         is_unused = batch.targets == IGNORE_INDEX
         nll = token_nll(logits, batch.targets).sum(dim=1).double()
-        check_numbers(nll)
+        check_not_nan(nll)
         is_right = ((logits.argmax(dim=-1) == batch.targets) | is_unused).all(dim=1)
         return torch.stack([is_right, nll, (-nll / (~is_unused).sum(dim=1)).exp()], dim=1).tolist()
 

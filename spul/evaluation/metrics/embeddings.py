@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...data.encoder import RowEncoder
 from ...models.causal_lm import bare_model
 from .batches import ResponseBatch, map_responses
-from .scoring import check_numbers, response_logits
+from .scoring import check_not_nan, response_logits
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def response_embeddings(
             # This family computes logits at every position, maybe behind virtual tokens.
             in_front = states.shape[1] - batch.inputs["input_ids"].shape[1]
             states = states.take_along_dim((batch.positions + in_front)[..., None].to(states.device), dim=1)
-        check_numbers(states[:, 0], "hidden states")
+        check_not_nan(states[:, 0], "hidden states")
         return states[:, 0].float().cpu()
 
     hook = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))

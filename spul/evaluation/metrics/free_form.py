@@ -162,7 +162,7 @@ def _room_to_answer(model: nn.Module, width: int, max_new_tokens: int) -> int:
     if room < 1:
         raise ValueError(
             f"{num_virtual} virtual tokens and a prompt of {width} tokens leave no room in the model's {limit} "
-            "positions to answer; give the collator a smaller max_length."
+            "positions to answer; use a smaller max_length."
         )
     return room
 

@@ -22,7 +22,7 @@ from ...losses.terms import KLDivergence
 from ...models.causal_lm import evaluation_mode, unwrapped
 from ...models.unlearner import unlearner_of
 from .batches import ResponseBatch, map_responses
-from .scoring import check_numbers, response_logits
+from .scoring import check_not_nan, response_logits
 
 REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")
 
@@ -78,7 +78,7 @@ def response_likelihoods(
 
 def _log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities in at least float32."""
-    check_numbers(logits)
+    check_not_nan(logits)
     return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(dim=-1)
 
 

@@ -51,7 +51,7 @@ class DivergedError(ValueError):
     """The model has diverged: its logits or hidden states are NaN."""
 
 
-def check_numbers(values: Tensor, what: str = "logits") -> None:
+def check_not_nan(values: Tensor, what: str = "logits") -> None:
     """Raise if logits or hidden states are NaN: an answer read from them would look forgotten."""
     if bool(values.isnan().any()):
         raise DivergedError(
@@ -96,11 +96,9 @@ def greedy_completions(
 
     def ids_of(i: int, text: str) -> list[int]:
         """A candidate's tokens as they follow this row's prompt; a chat template adds its own."""
-        return (
-            collator.encoder.completion_ids(text)
-            if isinstance(rows[i]["prompt"], str)
-            else encoded(i, text).completion_ids
-        )
+        if isinstance(rows[i]["prompt"], str):
+            return collator.encoder.completion_ids(text)
+        return encoded(i, text).completion_ids
 
     def matches(some: Sequence[int], text: str | None) -> tuple[list[bool], Tensor, Tensor]:
         """Whether greedy decoding generates a text (None: the own completion), its first tokens, the text's NLL."""
@@ -108,7 +106,7 @@ def greedy_completions(
         batch = {name: value.to(device) for name, value in batch.items()}
         positions, targets = response_positions(batch["labels"])
         logits = response_logits(model, batch, positions)
-        check_numbers(logits[targets != IGNORE_INDEX])
+        check_not_nan(logits[targets != IGNORE_INDEX])
         chosen = logits.argmax(dim=-1)
         same = ((chosen == targets) | (targets == IGNORE_INDEX)).all(dim=1)
         return same.tolist(), chosen[:, 0], token_nll(logits, targets).sum(dim=1)
