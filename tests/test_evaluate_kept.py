@@ -20,6 +20,7 @@ from tokenizers import normalizers
 import spul.evaluation.suite as suite
 from spul import SoftPromptUnlearner, UnlearningLayers
 from spul.data import QUESTION_ANSWER
+from spul.evaluation.measures import key_in_words
 from spul.evaluation.results import Evaluation
 from spul.records.digests import digest_of_tokenizer
 
@@ -44,7 +45,7 @@ def counted(monkeypatch, stop_after: int | None = None) -> list[str]:
         def run():
             if len(done) == stop_after:
                 raise KeyboardInterrupt
-            done.append(" ".join(made.produces[0]))
+            done.append(key_in_words(made.keys[0]))
             return made.run()
 
         return dataclasses.replace(made, run=run)
@@ -175,7 +176,7 @@ def test_models_that_differ_in_no_weight_are_told_apart_by_their_adapters(tmp_pa
     other = measured(second(), "utility", output_dir=tmp_path / "second")
     weights = [one.settings["models"]["model"]["weights"] for one in (found, other)]
     assert weights[0] == weights[1]
-    assert found.number("utility", "test_forget", "loss").value != other.number("utility", "test_forget", "loss").value
+    assert found.metric("utility", "test_forget", "loss").value != other.metric("utility", "test_forget", "loss").value
     with pytest.raises(ValueError, match="an evaluation that differs in models; give another output_dir"):
         measured(second(), "utility", output_dir=tmp_path / "first")
     assert measured(first(), "utility", output_dir=tmp_path / "first").measurements == found.measurements
@@ -269,8 +270,8 @@ def test_two_processes_give_the_numbers_of_one_and_refuse_a_sharded_model(tmp_pa
             import importlib
             import test_evaluate_kept as kept
             module = importlib.import_module("spul.evaluation.run")  # the name in spul is the function's
-            import spul.evaluation.aggregation as numbers
-            numbers.NUM_RESAMPLES = 20
+            import spul.evaluation.aggregation as aggregation
+            aggregation.NUM_RESAMPLES = 20
             assert state.num_processes == 2
             sharded = fully_shard(kept.learned(), mesh=init_device_mesh("cpu", (2,)))
             try:
