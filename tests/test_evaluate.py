@@ -35,6 +35,7 @@ from spul.evaluation.metrics import (
     rouge_l,
 )
 from spul.evaluation.metrics.scoring import score_completions
+from spul.evaluation.metrics.table import METRICS
 from spul.evaluation.results import Evaluation, join
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
@@ -71,6 +72,7 @@ def test_free_form_answers_bring_their_measures_and_are_not_probed():
         }
         assert_metrics(found, expected, measure="utility", rows=split)
     assert "free-form" in found.skipped["linear probe"]
+    assert {one.name for one in found.metrics} <= METRICS.keys()
     assert {one.measure for one in found.measurements} == {"utility"}
 
 

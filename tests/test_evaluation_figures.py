@@ -14,6 +14,7 @@ from evaluations import ATTACKED, RIGHT, TEN, input_attacks, measurement, member
 from sklearn.metrics import roc_auc_score
 
 from spul.data import SPLITS
+from spul.evaluation.measures import MEASURES
 from spul.evaluation.report.figures import (
     COLORS,
     draw_input_attacks,
@@ -192,6 +193,7 @@ def test_relearning_of_no_number_of_steps_is_refused():
 
 def test_an_evaluation_has_the_figures_that_it_has_measurements_for():
     assert list(evaluation_figures(whole())) == ["splits", "roc", "input_attacks", "relearning"]
+    assert list(evaluation_figures(whole())) == [one.figure for one in MEASURES.values() if one.figure]
     assert list(evaluation_figures(evaluation([*input_attacks(), *utility()]))) == ["splits", "input_attacks"]
     assert evaluation_figures(evaluation([])) == {}
 

@@ -13,6 +13,7 @@ import torch
 from evaluations import input_attacks, measurement, membership, utility, whole
 
 from spul import SpulConfig, UnlearningLayers, UnlearningLayersConfig
+from spul.evaluation.measures import MEASURES
 from spul.evaluation.report import add_to_card, card_metrics, evaluation_markdown, write_report
 from spul.evaluation.report.document import Section, to_html, to_markdown
 from spul.evaluation.results import Evaluation, join
@@ -123,10 +124,10 @@ def test_an_attack_under_which_less_is_answered_has_a_minus():
     assert "-10.0 percentage points against the unchanged rows (50.0 %" in text
 
 
-# ---- all numbers ----
+# ---- all metrics ----
 
 
-def test_every_number_stands_in_its_measures_table():
+def test_every_metric_stands_in_its_measures_table():
     text, found = evaluation_markdown(whole()), whole()
     head, _, *rows = cells(section(text, "Membership inference"))
     assert head == [
@@ -163,6 +164,23 @@ def test_numbers_of_joined_seeds_say_what_their_intervals_are_over():
         ["seed", "0", "1"],
         ["lr", "0.1"],
     ]
+
+
+def test_a_measure_has_its_heading_and_explanation_and_a_level_its_unit():
+    found = [
+        measurement(measure, "test_forget", "unlearned", attack, level=level, overall={"loss": 1.0})
+        for measure, attack, level in (
+            *(("input attack", "diluted", 1), ("relearning", "", 1), ("quantized", "", 8), ("sampling", "", 10)),
+            ("linear probe", "", None),
+        )
+    ]
+    text = evaluation_markdown(Evaluation({}, found, {}))
+    variants = {}
+    for one in found:
+        measure = MEASURES[one.measure]
+        assert measure.explanation in section(text, measure.title)
+        variants[one.measure] = cells(section(text, measure.title))[2][1]
+    assert list(variants.values()) == ["diluted, 1 turn", "1 step", "8 bit", "10 tries", "loss"]
 
 
 def test_a_measure_that_is_not_known_is_shown_all_the_same():

@@ -35,6 +35,7 @@ from spul.evaluation.attacks import (
     soft_suffix,
     with_prefix,
 )
+from spul.evaluation.measures import MEASURES
 from spul.evaluation.metrics import (
     attack_scores,
     auc,
@@ -46,6 +47,7 @@ from spul.evaluation.metrics import (
     text_losses,
 )
 from spul.evaluation.metrics.scoring import score_completions
+from spul.evaluation.metrics.table import METRICS
 from spul.evaluation.results import Evaluation
 from spul.evaluation.suite import AttackSettings
 
@@ -210,6 +212,15 @@ def test_the_models_are_afterwards_what_they_were(trainable):
     for name in one.before:
         assert_unchanged(one.before[name], one.after[name])
     assert one.before["model"]["modes"][""] is True
+
+
+def test_every_metric_and_measure_is_in_its_table(trainable):
+    found = case(trainable).found
+    assert {one.name for one in found.metrics} <= METRICS.keys()
+    asked = trainable in ASKED  # else there are no questions
+    assert list(dict.fromkeys(one.measure for one in found.measurements)) == [
+        name for name in MEASURES if asked or name != "questions"
+    ]
 
 
 def test_utility_is_what_score_completions_gives(trainable):
