@@ -32,7 +32,8 @@ from tqdm.auto import tqdm
 
 import spul
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers
-from spul.evaluation.aggregation import Measurement
+from spul.evaluation import Measurement
+from spul.evaluation.measures import variant_in_words
 from spul.evaluation.report import write_report
 from spul.evaluation.results import (
     EVALUATION_NAME,
@@ -163,25 +164,25 @@ def table(found: dict[str, Evaluation]) -> str:
     first = next(iter(found.values()))
     columns = [(name, evaluation, "unlearned") for name, evaluation in found.items()]
     columns += [(name, first, name) for name in first.models if name != "unlearned"]
-    keys = [
-        (one.measure, one.rows, one.variant, one.name)
-        for one in first.numbers
+    shown = [
+        one
+        for one in first.metrics
         if one.model == "unlearned" and (one.name in SHOWN or (one.measure, one.name) == ("membership", "auc"))
     ]
     lines = [
         "| | | | " + " | ".join(name for name, *_ in columns) + " |",
         "| --- | --- | --- |" + " ---: |" * len(columns),
     ]
-    for measure, rows, variant, name in keys:
+    for one in shown:
         cells = []
         for _, evaluation, model in columns:
             try:
-                value = evaluation.number(measure, rows, name, model, variant).value
-                cells.append(f"{value:.2f}" if name == "auc" else f"{100 * value:.1f}")
+                value = evaluation.metric(one.measure, one.rows, one.name, model, one.attack, one.level).value
+                cells.append(f"{value:.2f}" if one.name == "auc" else f"{100 * value:.1f}")
             except KeyError:
                 cells.append("")
-        what = f"{measure} {variant}".replace("|", r"\|")
-        lines.append(f"| {what} | {rows.replace('_', ' ')} | {name} | " + " | ".join(cells) + " |")
+        what = f"{one.measure} {variant_in_words(one)}".replace("|", r"\|")
+        lines.append(f"| {what} | {one.rows.replace('_', ' ')} | {one.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ from .quantization import quantized
 from .relearning import relearn
 from .sampling import sampled_answers, sampled_success
 from .suffix import soft_suffix
-from .tasks import usual_attacks
+from .usual import usual_attacks
 
 __all__ = [
     "JAILBREAKS",
