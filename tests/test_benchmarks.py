@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import build
+from transformers import LlamaConfig
 
 from spul.models.causal_lm import zero_dropout
 
@@ -107,7 +108,8 @@ def test_a_4_bit_base_of_random_weights_trains():
     import common
     import steps
 
-    config = common._llama(64, 2, 2, 128, vocab=200)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = LlamaConfig(**shape, vocab_size=200)
     base = common.build_nf4(config, "cpu")
     assert {type(base.model.layers[0].mlp.up_proj).__name__, type(base.lm_head).__name__} == {"Linear4bit", "Linear"}
     step = steps.spul_step(base, common.prompt_config("p-tuning", 4), common.Shape(4, 20, 1, 1))

@@ -1,9 +1,9 @@
-"""What a trained prompt costs when it serves: classification and generation, against the base alone and plain PEFT.
+"""Inference time under a prompt: classification and generation, compared with the base alone and with plain PEFT.
 
 python examples/benchmarks/inference.py --model opt-125m --shape sst2
 
-Classification reads the logits at the last token of each row; so does `PEFT, last logits`, where `PEFT` computes those
-of every position, as its forward does unless told. Generation is greedy, rows of one length.
+Classification reads the logits at the last token of each row; so does `PEFT, last logits`. `PEFT` computes
+those of every position, as its forward does by default. Generation is greedy, on rows of one length.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the step time grows with the number of virtual tokens, for spul and for the published algorithm.
+"""Step time by number of virtual tokens, for spul and for the published algorithm.
 
 python examples/benchmarks/prompt_length.py --model opt-125m --shape sst2
 """

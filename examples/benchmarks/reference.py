@@ -1,9 +1,9 @@
-"""Bytes and seconds of the reference: spul's cache of hidden states against full-vocabulary logits.
+"""Bytes and seconds of the cached reference: hidden states (spul) compared with full-vocabulary logits.
 
 python examples/benchmarks/reference.py --model opt-1.3b --dtype bfloat16 --rows 64
 
-`logits` is the published program's way: logits at all positions, those at the response tokens kept in float32 by row
-and written to a file; in batches of the same size.
+`logits` is the method of the published program: logits at all positions, of which those at response tokens are cached
+in float32 by row and written to a file; in batches of the same size.
 """
 
 from __future__ import annotations
@@ -52,15 +52,15 @@ def main() -> None:
 
     @torch.no_grad()
     def full_logits() -> None:
-        kept = []
+        cached = []
         for start in range(0, len(retain), args.batch_size):
             batch = on_device(collator(retain[start : start + args.batch_size]), base)
             inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
             logits = base(**inputs, use_cache=False).logits[:, :-1]
             is_response = batch["labels"][:, 1:] != -100
-            kept += [row[mask].float().cpu() for row, mask in zip(logits, is_response, strict=True)]
+            cached += [row[mask].float().cpu() for row, mask in zip(logits, is_response, strict=True)]
         with tempfile.NamedTemporaryFile() as file:
-            torch.save(kept, file.name)
+            torch.save(cached, file.name)
             size["logits"] = Path(file.name).stat().st_size
 
     variants = {"hidden states (spul)": hidden_states, "logits": full_logits}

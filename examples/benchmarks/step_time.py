@@ -1,12 +1,12 @@
-"""How long one training step takes, and how much memory: spul, the published algorithm, and the floor.
+"""Time and memory of one training step: spul, the published algorithm, and a lower bound (the floor).
 
 python examples/benchmarks/step_time.py --model opt-125m --shapes sst2 yelp
 
-The three run in turn, round after round; ratios are medians of the ratios within a round. Weights are random: time and
-memory do not depend on them. Peak memory is over the loaded model, each in a process of its own. On a CPU it is the
-resident set, twice: with blocks of a megabyte or more given back when freed, which shows what the step needs, and with
-the C library's heap as it comes, which adds what lies unused between blocks. The seconds of an epoch leave out the one
-pass that computes the reference.
+The three run in turn; ratios are medians of the ratios within a round. Weights are random: time and memory do not
+depend on them. Peak memory is over the loaded model, measured in separate processes. On a CPU it is the resident set,
+measured twice: with blocks of a megabyte or more returned when freed, which is the need of the step, and with the
+default heap of the C library, which adds unused memory between blocks. The seconds of an epoch exclude the pass that
+computes the reference.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--prompt", choices=("prompt-tuning", "p-tuning"), default="p-tuning")
     parser.add_argument("--num-virtual-tokens", type=int, default=30)
     parser.add_argument("--memory-only", action="store_true", help="no timing; last line of output is JSON")
-    parser.add_argument("--epoch-rows", type=int, help="also say what an epoch of so many rows takes (SST-2: 47756)")
+    parser.add_argument("--epoch-rows", type=int, help="rows of an epoch, to report its seconds (SST-2: 47756)")
     args = parser.parse_args()
 
     if args.memory_only:
@@ -97,7 +97,7 @@ def make_step(args, base, shape: str, step: str):
 
 
 def peak_memory(args, shape: str, step: str) -> dict[str, int]:
-    """Bytes over the loaded model, whatever the step sets up included, in this process."""
+    """Peak bytes over the loaded model in this process, the setup of the step included."""
     base = build_model(args.model, args.device, dtype_of(args))
     with PeakMemory(args.device) as peak:
         call = make_step(args, base, shape, step)
@@ -109,7 +109,7 @@ def peak_memory(args, shape: str, step: str) -> dict[str, int]:
 
 
 def measure_memory(args, shape: str, step: str) -> dict[str, int]:
-    """In a process of its own; on a CPU in two, one with the heap as it comes and one that gives blocks back."""
+    """Peak memory, measured in a separate process; on a CPU in two, with and without returning freed blocks."""
     options = ["--memory-only", "--model", args.model, "--device", args.device, "--shapes", shape, "--steps", step]
     options += ["--prompt", args.prompt, "--num-virtual-tokens", str(args.num_virtual_tokens)]
     options += ["--dtype", args.dtype] if args.dtype else []

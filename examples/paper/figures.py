@@ -1,4 +1,4 @@
-"""Figures of stored runs and of embeddings. They need matplotlib; nothing here opens a window or keeps a state."""
+"""Figures of stored runs and of embeddings. They need matplotlib, and open no window."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 from spul.evaluation.report.plotting import BLACK, BLUE, GRAY, GREEN, ORANGE, PINK, SKY, VERMILLION, _legend, _panels
 
-# The color tells the family, the marker its member.
+# Color by family of methods, marker by method.
 METHOD_STYLES = {
     "vanilla": (GRAY, "v"),
     "base": (GRAY, "s"),
@@ -38,7 +38,7 @@ METHOD_STYLES = {
 }
 
 REFERENCE_METHODS = ("vanilla", "base", "retrained", "SPUL detached", "EUL detached")
-"""What is no way to unlearn, and stands in figures for comparison only."""
+"""Models without unlearning, shown for comparison only."""
 
 GROUP_COLORS = {"retain": BLUE, "forget": ORANGE}
 LABEL_MARKERS = "o^sDvPX*<>"
@@ -49,7 +49,7 @@ def draw_tradeoff(runs: Sequence[Run], measure: str = "accuracy", split: str = "
     model.
 
     The front goes through the ringed points, which no other run of the panel beats on both axes; between them it is
-    a stair, since nothing in between was measured. `REFERENCE_METHODS` are no part of it.
+    a stair, since nothing in between was measured. `REFERENCE_METHODS` are not part of it.
 
     Args:
         runs: stored runs.
