@@ -335,18 +335,18 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def by_name(texts: list[str], names: tuple[str, ...], default: str | None = None) -> dict[str, float]:
     """Numbers above 0 out of `NAME=NUMBER`, or a number alone for the default name."""
-    numbers = {}
+    values = {}
     for text in texts:
         name, _, number = text.rpartition("=")
         name = name or (default or "")
         try:
-            numbers[name] = float(number)
+            values[name] = float(number)
         except ValueError:
-            numbers[name] = math.nan
-        if name not in names or not 0 < numbers[name] < math.inf:
+            values[name] = math.nan
+        if name not in names or not 0 < values[name] < math.inf:
             expected = f"NAME=NUMBER{'' if default is None else ' or NUMBER'}"
             raise ValueError(f"{text!r}: expected {expected}, above 0, with NAME one of {', '.join(names)}.")
-    return numbers
+    return values
 
 
 def parse_args() -> argparse.Namespace:

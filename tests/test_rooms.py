@@ -218,3 +218,9 @@ def test_importing_spul_prints_nothing_and_loads_no_heavy_library():
     code = f"import sys, spul; print(*(name for name in {HEAVY} if name in sys.modules), end='')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT.parent)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_test_modules_import_helpers_and_not_each_other():
+    for path in Path(__file__).parent.glob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
+        assert not [node.module for node in nodes if (node.module or "").startswith(("test_", "conftest"))], path.name

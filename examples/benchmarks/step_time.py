@@ -14,19 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 
-from common import (
-    SHAPES,
-    alternate,
-    arguments,
-    build_model,
-    dtype_of,
-    in_fresh_process,
-    prompt_config,
-    ratio,
-    report,
-    surroundings,
-    write_json,
-)
+import common
 from paper.costs import PeakMemory
 from steps import STEPS
 
@@ -38,8 +26,8 @@ MEMORY = {
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["sst2", "yelp"])
+    parser = common.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=common.SHAPES, default=["sst2", "yelp"])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=["spul", "plain", "floor"])
     parser.add_argument("--prompt", choices=("prompt-tuning", "p-tuning"), default="p-tuning")
     parser.add_argument("--num-virtual-tokens", type=int, default=30)
@@ -56,15 +44,15 @@ def main() -> None:
     records = []
     for name in args.shapes:
         memory = {step: measure_memory(args, name, step) for step in args.steps}
-        base = build_model(args.model, args.device, dtype_of(args))
+        base = common.build_model(args.model, args.device, common.dtype_of(args))
         steps = {step: make_step(args, base, name, step) for step in args.steps}
-        seconds = alternate(steps, args.rounds, args.device)
+        seconds = common.alternate(steps, args.rounds, args.device)
         for step in args.steps:
             record = {"shape": name, "step": step, "seconds": statistics.median(seconds[step])}
             record |= {"all_seconds": seconds[step], **memory[step]}
             records.append(record)
             if args.epoch_rows:
-                record["epoch_seconds"] = record["seconds"] * args.epoch_rows / SHAPES[name].batch_size
+                record["epoch_seconds"] = record["seconds"] * args.epoch_rows / common.SHAPES[name].batch_size
         for above, below in (
             ("plain", "spul"),
             ("spul", "floor"),
@@ -72,33 +60,37 @@ def main() -> None:
             ("spul", "plain"),
         ):
             if above in seconds and below in seconds:
-                record = {"shape": name, "ratio": f"{above} / {below}", "time": ratio(seconds[above], seconds[below])}
+                record = {
+                    "shape": name,
+                    "ratio": f"{above} / {below}",
+                    "time": common.ratio(seconds[above], seconds[below]),
+                }
                 for field in memory[above]:
                     record[field] = memory[above][field] / max(memory[below][field], 1)
                 records.append(record)
 
-    where = {**surroundings(args), "prompt": args.prompt, "p": args.num_virtual_tokens}
+    where = {**common.surroundings(args), "prompt": args.prompt, "p": args.num_virtual_tokens}
     timed = [r for r in records if "step" in r]
     memory_columns = [field for field in MEMORY if field in timed[0]]
     columns = ["shape", "step", "seconds", *(f"{MEMORY[field]} (MB)" for field in memory_columns)]
     columns += ["seconds per epoch"] if args.epoch_rows else []
     lines = [[r["shape"], r["step"], r["seconds"], *(r[field] / 1e6 for field in memory_columns)] for r in timed]
     lines = [line + ([r["epoch_seconds"]] if args.epoch_rows else []) for line, r in zip(lines, timed, strict=True)]
-    report("One training step", where, columns, lines)
+    common.report("One training step", where, columns, lines)
     ratios = [r for r in records if "ratio" in r]
     fields = [field for field in memory_columns if field != "total_bytes"]
     lines = [[r["shape"], r["ratio"], r["time"], *(r[field] for field in fields)] for r in ratios]
-    report("Ratios", where, ["shape", "ratio", "time", *(MEMORY[field] for field in fields)], lines)
-    write_json(args.json, {"where": where, "records": records})
+    common.report("Ratios", where, ["shape", "ratio", "time", *(MEMORY[field] for field in fields)], lines)
+    common.write_json(args.json, {"where": where, "records": records})
 
 
 def make_step(args, base, shape: str, step: str):
-    return STEPS[step](base, prompt_config(args.prompt, args.num_virtual_tokens), SHAPES[shape])
+    return STEPS[step](base, common.prompt_config(args.prompt, args.num_virtual_tokens), common.SHAPES[shape])
 
 
 def peak_memory(args, shape: str, step: str) -> dict[str, int]:
     """Peak bytes over the loaded model in this process, the setup of the step included."""
-    base = build_model(args.model, args.device, dtype_of(args))
+    base = common.build_model(args.model, args.device, common.dtype_of(args))
     with PeakMemory(args.device) as peak:
         call = make_step(args, base, shape, step)
         for _ in range(3):
@@ -114,9 +106,9 @@ def measure_memory(args, shape: str, step: str) -> dict[str, int]:
     options += ["--prompt", args.prompt, "--num-virtual-tokens", str(args.num_virtual_tokens)]
     options += ["--dtype", args.dtype] if args.dtype else []
     if args.device != "cpu":
-        return in_fresh_process(__file__, options)[shape][step]
-    needed = in_fresh_process(__file__, options, MALLOC_MMAP_THRESHOLD_=str(2**20))[shape][step]
-    default = in_fresh_process(__file__, options)[shape][step]
+        return common.in_fresh_process(__file__, options)[shape][step]
+    needed = common.in_fresh_process(__file__, options, MALLOC_MMAP_THRESHOLD_=str(2**20))[shape][step]
+    default = common.in_fresh_process(__file__, options)[shape][step]
     return {"peak_bytes": needed["peak_bytes"], "default_heap_bytes": default["peak_bytes"]}
 
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from paper.tables import Group, Run, aggregate, partition
 from spul.data import SPLITS
+from spul.evaluation.report.plotting import BLACK, BLUE, GRAY, GREEN, ORANGE, PINK, SKY, VERMILLION, _legend, _panels
 from spul.training.settings_search import pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from spul.evaluation.report.plotting import BLACK, BLUE, GRAY, GREEN, ORANGE, PINK, SKY, VERMILLION, _legend, _panels
 
 # Color by family of methods, marker by method.
 METHOD_STYLES = {
@@ -222,7 +222,7 @@ def draw_tsne_coordinates(rows: Sequence[Mapping[str, Any]]) -> Figure:
     names = list(dict.fromkeys(row["label"] for row in rows))
     if len(names) > len(LABEL_MARKERS):
         raise ValueError(
-            f"there are {len(names)} different labels, and {len(LABEL_MARKERS)} markers to tell them apart."
+            f"there are {len(names)} different labels, and {len(LABEL_MARKERS)} markers."
         )
     titles = list(dict.fromkeys(row["panel"] for row in rows))
     figure, panels = _panels(len(titles), height=3.4)
@@ -271,7 +271,7 @@ def _styles(runs: Iterable[Run]) -> dict[str, tuple[str, str]]:
     others = [method for method in there if method not in METHOD_STYLES]
     spare = [(color, marker) for marker in "Php<>d" for color in (ORANGE, BLACK)]
     if len(others) > len(spare):
-        raise ValueError(f"{len(others)} methods have no style of their own, and {len(spare)} can be told apart.")
+        raise ValueError(f"{len(others)} methods have no style of their own, and {len(spare)} can be distinguished.")
     return known | dict(zip(others, spare, strict=False))
 
 
