@@ -33,7 +33,7 @@ from .suite import Suite, Task, joined
 
 
 def inputs(suite: Suite) -> Iterator[Task]:
-    """Scores of the same rows under each input attack; the unchanged rows first."""
+    """Scores of the same rows asked otherwise; the first as they are."""
     collator = suite.collator
     attacks = _input_attacks(suite)
     if attacks and collator.encoder.text_field is None:
