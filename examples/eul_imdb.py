@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 from spul import ForgetRetainCollator
 from spul.data import SENTIMENT, PromptFormat, load_known
 from spul.data.known_reviews import IMDB_FORGET_NAMES
-from spul.data.splits import NameFinder
+from spul.data.recognizers import NameFinder
 from spul.evaluation.metrics import entity_loss
 from spul.layers import UnlearningLayersConfig
 from spul.records.digests import digest

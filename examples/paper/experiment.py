@@ -47,7 +47,7 @@ from spul.data import MULTIPLE_CHOICE, SPLITS, PromptFormat, UnlearningData, loa
 from spul.data.dataset import forget_retain_dataset
 from spul.data.known import LOADERS
 from spul.data.known_reviews import SST2_FORGET_NAMES, SST2_RETAIN_NAMES, load_four_splits
-from spul.data.splits import NameFinder
+from spul.data.recognizers import NameFinder
 from spul.evaluation.metrics import response_embeddings
 from spul.evaluation.metrics.scoring import score_completions
 from spul.records.digests import summarize_rows
@@ -114,12 +114,12 @@ class Experiment:
             return data
         if setup.dataset == "tofu":
             asked = set(data.splits["test_retain"]["answer"])  # the rows whose answers are tested come first
-            return data.limited(setup.limit, None, setup.seed, keep=lambda row: row["answer"] in asked)
+            return data.limited(setup.limit, None, setup.seed, prefer=lambda row: row["answer"] in asked)
         if not setup.second_question:
             return data.limited(setup.limit, None, setup.seed)
         finder = NameFinder(SST2_RETAIN_NAMES)
         # Rows that name somebody else come first: from them the model learns that names differ.
-        return data.limited(setup.limit, None, setup.seed, keep=lambda row: bool(finder.find(row["text"])))
+        return data.limited(setup.limit, None, setup.seed, prefer=lambda row: bool(finder.find(row["text"])))
 
     @cached_property
     def rows(self) -> dict[str, Dataset]:
