@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from evaluations import measurement, whole
-from test_evaluate_kept import counted
-from test_suite import ATTACKS, SEED, learned, make, make_splits
-from test_trainer import make_collator, rows
+from helpers import make_collator, rows
+from small_evaluations import ATTACKS, SEED, counted, learned, make_model, make_splits
 
 from spul.evaluation.results import Evaluation, read_measurements, write_measurements
 from spul.evaluation.settings import digests_of_model
@@ -60,7 +59,7 @@ def once(example: ModuleType, folder: Path, trainable: str, **changes: Any) -> E
     """The evaluation of a model on that trainable, beside the same retrained one."""
     given = {"splits": make_splits(), "collator": make_collator(), "retrained": learned(0.1, 1), "seed": SEED}
     given |= {"attacks": ATTACKS, "measures": MEASURES, "base": learned() if trainable == "whole" else None}
-    return example.evaluated_once(folder, model=make(trainable), **given | changes)
+    return example.evaluated_once(folder, model=make_model(trainable), **given | changes)
 
 
 def mark(folder: Path) -> None:
@@ -154,7 +153,7 @@ def test_weights_that_are_not_in_memory_are_not_taken_for_the_same(example, tmp_
         retrained.lm_head.weight = torch.nn.Parameter(retrained.lm_head.weight.to("meta"))
     models = {**found.settings["models"], "retrained": digests_of_model(retrained)}
     for name in ("first", "second"):
-        example.take_controls(tmp_path / name, {**found.settings, "models": models}, detached)
+        example.reuse_controls(tmp_path / name, {**found.settings, "models": models}, detached)
         taken = read_measurements(tmp_path / name / "measurements.jsonl")
         found.save(tmp_path / name)
     assert bool(taken) == all(known)

@@ -2,17 +2,28 @@
 
 import json
 import os
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, build, run_script
 from datasets import Dataset
+from helpers import (
+    CONFIGS,
+    ONE_STEP,
+    VOCABULARY,
+    Counting,
+    answers,
+    assert_same,
+    build,
+    make_answers,
+    make_collator,
+    make_trainer,
+    make_unlearner,
+    prompt_state,
+    rows,
+)
 from safetensors.torch import load_file
-from test_trainer import ONE_STEP, assert_same, make_collator, make_trainer, make_unlearner, prompt_state, rows
-from test_unlearner import CONFIGS
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
 import spul.training.reference
@@ -34,18 +45,6 @@ SHAPE = {
 
 
 CHECKED = 2 * spul.training.reference.ROWS_CHECKED  # each once for its logits and once for its states
-
-
-def answers(name, num):
-    """Rows with completions of one token and of many."""
-    texts = (" positive", " a bad film about jane doe", " the plot")
-    return Dataset.from_list(
-        [{"prompt": f"review {name} {'x ' * (i % 5)}{i} :", "completion": texts[i % 3]} for i in range(num)]
-    )
-
-
-def make_answers(num_forget=5, num_retain=13):
-    return forget_retain_dataset(answers("jane", num_forget), answers("film", num_retain))
 
 
 def build_any(name):
@@ -166,17 +165,6 @@ def test_padding_batch_mates_and_order_do_not_matter(tmp_path):
 # ---- stored, shared, resumed ----
 
 
-class Counting:
-    """Counts the rows that pass through a base."""
-
-    def __init__(self, base):
-        self.rows = 0
-        base.base_model.register_forward_pre_hook(self, with_kwargs=True)
-
-    def __call__(self, module, args, kwargs):
-        self.rows += len(kwargs["input_ids"]) if kwargs.get("input_ids") is not None else 0  # not a prompt's pass
-
-
 def test_a_later_run_computes_nothing_but_its_check(tmp_path):
     dataset, collator = make_answers(), make_collator()
     base = build("llama")
@@ -231,46 +219,6 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypat
     for one, other in zip(stored_parts(folder), stored_parts(tmp_path / "whole"), strict=True):
         assert all(torch.equal(one[name], other[name]) for name in ("states", "rows"))
     assert not base.training
-
-
-def test_2_processes_share_the_work_and_the_files(tmp_path):
-    script = tmp_path / "share.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys
-            sys.path.insert(0, sys.argv[1])
-            import torch
-            torch.set_num_threads(1)
-            import spul.training.reference
-            from test_reference import Counting, make_answers
-            from test_trainer import ONE_STEP, make_collator, make_trainer, make_unlearner, prompt_state
-            spul.training.reference.MIN_ROWS_PER_PART = 3
-            folder, size = sys.argv[2], int(sys.argv[3])
-            unlearner = make_unlearner()
-            counting = Counting(unlearner.get_base_model())
-            trainer = make_trainer(
-                folder, unlearner=unlearner, dataset=make_answers(), reference_dir=folder + "/reference",
-                per_device_train_batch_size=size, **ONE_STEP
-            )
-            trainer._open_reference()
-            torch.save(counting.rows, f"{folder}/rows-{trainer.accelerator.process_index}.pt")
-            trainer.train()
-            if trainer.is_world_process_zero():
-                torch.save(prompt_state(unlearner), f"{folder}/state.pt")
-            trainer.accelerator.end_training()
-            """
-        )
-    )
-    states, counted = [], []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        run_script(script, folder, 18 // processes, processes=processes)
-        states.append(torch.load(folder / "state.pt"))
-        counted.append([torch.load(folder / f"rows-{rank}.pt") for rank in range(processes)])
-    assert_same(*states, rtol=0, atol=1e-6)
-    assert counted == [[13 + CHECKED], [3 + 3 + 1 + CHECKED, 3 + 3 + CHECKED]]
 
 
 # ---- what is stored must be true ----

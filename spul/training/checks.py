@@ -8,16 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainingArguments
 
 from ..data.collator import ForgetRetainCollator
-from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import learns_itself
-from ..prompts.unlearner import SoftPromptUnlearner
+from ..models.compat import CHECKPOINT_PREFIX
+from ..models.unlearner import unlearner_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,7 +60,7 @@ def check_options(
             "these are generic already. Otherwise give the collator generic_completions.",
             type(loss.forget).__name__,
         )
-    if reference == "live" and loss.needs_reference and learns_itself(model):
+    if reference == "live" and loss.needs_reference and unlearner_of(model).trains_base:
         raise ValueError(
             f"reference='live' needs the model before training, but the weights of this {type(model).__name__} "
             "itself are trained; use reference='cached'."
@@ -77,21 +74,14 @@ def checked_loss(model: Any, loss: UnlearningLoss | None) -> UnlearningLoss:
         TypeError: if the model cannot be trained by `UnlearningTrainer`.
         ValueError: if there is no loss or two, or unlearning layers are detached.
     """
-    if isinstance(model, SoftPromptUnlearner):
-        if loss is not None and loss != model.loss:
+    unlearner = unlearner_of(model)
+    unlearner.check_trainable()
+    if unlearner.loss is not None:
+        if loss is not None and loss != unlearner.loss:
             raise ValueError(
-                f"loss={loss!r}, but the unlearner has {model.loss!r}; pass the loss to the unlearner only."
+                f"loss={loss!r}, but the unlearner has {unlearner.loss!r}; pass the loss to the unlearner only."
             )
-        return model.loss
-    if not isinstance(model, (PeftModel, PreTrainedModel, UnlearningLayers)):
-        raise TypeError(
-            f"model is a {type(model).__name__}; expected a SoftPromptUnlearner or UnlearningLayers around it, or a "
-            "causal LM of transformers, bare or under LoRA."
-        )
-    if isinstance(model, UnlearningLayers) and not model.attached:
-        raise ValueError("the layers are detached, so that the base would be trained; call layers.attach() first.")
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise TypeError("model is a prompt of plain PEFT; expected a SoftPromptUnlearner around the base.")
+        return unlearner.loss
     if not isinstance(loss, UnlearningLoss):
         raise ValueError(
             f"loss={loss!r}: a {type(model).__name__} has no loss of its own; pass loss=UnlearningLoss(...), or wrap "
@@ -108,7 +98,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
     Raises:
         ValueError: if no checkpoint is complete.
     """
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}-*") if path.is_dir()]
     numbered = [(int(n), path) for path in folders if (n := path.name.rsplit("-", 1)[1]).isdigit()]
     for _, path in sorted(numbered, reverse=True):
         try:

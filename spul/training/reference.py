@@ -20,14 +20,16 @@ from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..data.checks import forget_flags
 from ..data.collator import ForgetRetainCollator
-from ..data.dataset import forget_flags
 from ..losses.positions import response_positions
 from ..losses.terms import IGNORE_INDEX
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import as_it_was, bare_model, logits_at
+from ..models.causal_lm import bare_model, logits_at
 from ..models.output_head import OutputHead, final_states
-from .reference_files import claim_folder, describe, digest, read_part, write_part
+from ..models.unlearner import detached_base
+from ..records.digests import digest
+from .reference_files import claim_folder, describe, read_part, write_part
 
 MAX_PARTS, MIN_ROWS_PER_PART = 256, 256
 ROWS_READ_AT_ONCE, ROWS_CHECKED = 256, 6
@@ -104,7 +106,7 @@ class ReferenceCache:
         path = Path(folder) if folder is not None else Path(HF_HOME, "spul", "reference", digest(index)[:32])
         claim_folder(path, index, accelerator)
 
-        with as_it_was(model):
+        with detached_base(model):
             head, parts = OutputHead(base), torch.arange(len(ids)).split(_rows_per_part(len(ids)))
             files = [path / f"part-{i:05d}.safetensors" for i in range(len(parts))]
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..records.digests import fingerprint
-from ..records.files import SCRATCH, replacing
+from ..records.digests import digest, fingerprint
+from ..records.files import SCRATCH, atomic_write, write_text
 
 logger = logging.getLogger(__name__)
 
@@ -25,10 +23,6 @@ INDEX_NAME = "reference.json"
 # Entries of a config that do not change what the model computes, or that have an entry of the index.
 NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
 NOT_COMPUTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
-
-
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def describe(base: Any, checksums: Tensor) -> dict[str, Any]:
@@ -60,17 +54,13 @@ def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator |
     if accelerator is None or accelerator.is_main_process:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for path in folder.glob(SCRATCH + "*"):
-                if time.time() - path.stat().st_mtime > 600:  # of a killed process: a live one needs seconds
-                    path.unlink(missing_ok=True)
             others = [path.name for path in folder.iterdir() if not path.name.startswith(SCRATCH)]
             if others and INDEX_NAME not in others:
                 raise ValueError(
                     f"{str(folder)!r} holds other files and no {INDEX_NAME}; name an empty or new folder."
                 )
             if not others:
-                with replacing(folder / INDEX_NAME) as scratch:
-                    scratch.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+                write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
         except PermissionError as error:
             raise PermissionError(
                 f"the reference cannot be stored in {str(folder)!r}, which is not writable; name a folder that is "
@@ -90,7 +80,7 @@ def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator |
 
 def write_part(path: Path, states: Tensor, rows: Tensor) -> None:
     """Write the states (tokens, d) of rows with these checksums (rows,), whole or not at all."""
-    with replacing(path) as scratch:
+    with atomic_write(path) as scratch:
         save_file({"states": states, "rows": rows}, scratch)
 
 
