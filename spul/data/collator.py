@@ -105,9 +105,10 @@ class ForgetRetainCollator:
             )
         if not rows:
             raise ValueError("there are no rows to collate.")
-        encoded = []
         for row in rows:
             check_is_forget(row, "a row")
+        encoded = []
+        for row in rows:
             own = self.encoder.encode(row)
             self._check_completion(row, own.completion_ids)
             if row["is_forget"] and self.generic_completions is not None:
