@@ -104,7 +104,7 @@ class ForgetRetainCollator:
                 "[dataset[i] for i in range(8)]."
             )
         if not rows:
-            raise ValueError("there are no rows to collate.")
+            raise ValueError("there are no rows to collate; expected at least one.")
         for row in rows:
             check_is_forget(row, "a row")
         encoded = []
