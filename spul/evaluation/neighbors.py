@@ -11,9 +11,11 @@ from datasets import Dataset
 from ..data.checks import checked_column, checked_names
 from ..data.clusters import TFIDF, TextClustering
 from ..data.recognizers import NameFinder, recognize
-from ..data.rows import SHOWN
 
 logger = logging.getLogger(__name__)
+
+
+SHOWN = 5
 
 
 # ---- neighbors ----
