@@ -104,7 +104,7 @@ def combine(
     if flagged:
         record.loss = student.loss.to_dict()
     else:
-        record.forget = record.retain = None  # the inputs are neither
+        record.loss = record.forget = record.retain = None  # the inputs are neither forget nor retain rows
     combined = SoftPromptUnlearner(base, _config(parts[0], num, inference_mode=True))
     with torch.no_grad():
         virtual_tokens(combined).copy_(virtual_tokens(student))
