@@ -148,9 +148,9 @@ def test_layers_that_were_taken_off_do_not_train_the_base(tmp_path):
 
 def test_more_training_drops_what_was_gathered(tmp_path):
     layers = make_layers()
-    layers.grams = {"a": torch.eye(2, dtype=torch.float64)}
+    layers.gram_matrices = {"a": torch.eye(2, dtype=torch.float64)}
     make_trainer(tmp_path, layers, max_steps=1).train()
-    assert layers.grams == {}
+    assert layers.gram_matrices == {}
 
 
 def test_a_checkpoint_of_layers_of_another_sort_is_refused(tmp_path):

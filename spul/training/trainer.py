@@ -361,7 +361,7 @@ class _Epochs(TrainerCallback):
         if (record := UnlearningTrainer._record(self.model)) is not None:
             record.metrics.clear()  # they were another prompt's; evaluation comes after this
         if isinstance(self.model, UnlearningLayers):
-            self.model.grams = {}
+            self.model.gram_matrices = {}
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)
