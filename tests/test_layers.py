@@ -225,9 +225,9 @@ def test_blocks_of_an_unknown_family_are_found_by_their_names():
         UnlearningLayers(model, UnlearningLayersConfig(target_modules=("experts",)))
 
 
-def test_a_module_that_gives_no_hidden_states_is_named():
+def test_a_module_that_returns_no_hidden_states_is_named():
     layers = UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, target_modules=("self_attn",)))
-    with pytest.raises(TypeError, match=r"layers\.0\.self_attn gives tuple, not hidden states of the width 32"):
+    with pytest.raises(TypeError, match=r"layers\.0\.self_attn returns tuple, not hidden states of the width 32"):
         layers(IDS)
 
 
@@ -312,7 +312,7 @@ def test_a_base_in_parts_elsewhere_is_refused_and_left_alone():
 
 def test_modules_of_another_width_and_without_weights_are_named():
     layers = UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, target_modules=("gate_proj",)))
-    with pytest.raises(TypeError, match=r"mlp\.gate_proj gives .*\(2, 6, 64\), not hidden states of the width"):
+    with pytest.raises(TypeError, match=r"mlp\.gate_proj returns .*\(2, 6, 64\), not hidden states of the width"):
         layers(IDS)
     UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, target_modules=("act_fn",)))
 
@@ -330,7 +330,7 @@ def test_the_blocks_of_an_image_tower_are_left_alone():
     assert all("language_model" in name for name in names)
 
 
-def test_a_prompts_kept_states_notice_layers_that_come_later():
+def test_a_prompts_cached_states_notice_layers_that_come_later():
     from peft import PromptTuningConfig
 
     from spul import SoftPromptUnlearner

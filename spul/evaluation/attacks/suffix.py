@@ -153,7 +153,7 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], positions: Tensor, suffi
     states = prompt_states(model) if is_prompted else None
     if is_prompted and states is None:
         raise ValueError(f"{type(base).__name__} has no plain key/value cache, which a prompt and a suffix need.")
-    num_virtual, limit = states.num_virtual if states else 0, max_positions(base)
+    num_virtual, limit = states.num_virtual_tokens if states else 0, max_positions(base)
     if limit is not None and num_virtual + embeds.shape[1] > limit:
         raise ValueError(
             f"{num_virtual} virtual tokens and {embeds.shape[1]} tokens with the suffix exceed the model's {limit} "
