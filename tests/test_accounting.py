@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
+from helpers import CONFIGS, arguments, build, make_collator, make_dataset, make_unlearner
 from paper.costs import Meter, PeakMemory
-from test_trainer import arguments, make_collator, make_dataset, make_unlearner
-from test_unlearner import CONFIGS
 
 from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 

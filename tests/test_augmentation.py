@@ -1,8 +1,8 @@
 """Rewritten training rows: which, how many, and that they are not those that attacks test with."""
 
 import pytest
-from conftest import make_tokenizer
 from datasets import Dataset
+from helpers import make_tokenizer
 
 from spul import ForgetRetainCollator
 from spul.data.dataset import forget_retain_dataset

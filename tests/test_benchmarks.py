@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
+from helpers import build
 
 from spul.models.causal_lm import zero_dropout
 

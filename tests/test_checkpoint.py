@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, build_llama
+from helpers import CONFIGS, build, build_llama, build_unlearner, make_batch
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel, PrefixTuningConfig, PromptTuningConfig
-from test_unlearner import CONFIGS, make, make_batch
 
 from spul import SoftPromptUnlearner, UnlearningLoss, fingerprint
 from spul.losses import CrossEntropy, KLDivergence, LossTerm
@@ -25,11 +24,6 @@ def save_base(folder, **kwargs):
     return str(folder)
 
 
-@pytest.fixture(params=CONFIGS)
-def prompt_type(request) -> str:
-    return request.param
-
-
 @pytest.fixture
 def batch():
     full = make_batch()
@@ -37,7 +31,7 @@ def batch():
 
 
 def saved(tmp_path, family, prompt_type, **kwargs):
-    unlearner = make(family, prompt_type, torch.float32, **kwargs)
+    unlearner = build_unlearner(family, prompt_type, torch.float32, **kwargs)
     unlearner.save_pretrained(str(tmp_path / "adapter"))
     return unlearner, str(tmp_path / "adapter")
 
@@ -91,7 +85,7 @@ def test_training_goes_on_where_it_stopped(tmp_path, family, prompt_type):
     def sgd(model):
         return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
 
-    model = make(family, prompt_type, torch.float32)
+    model = build_unlearner(family, prompt_type, torch.float32)
     optimizer = sgd(model)
     step(model, optimizer)
     model.save_pretrained(str(tmp_path / "adapter"))
@@ -115,7 +109,7 @@ def test_prefix_tuning_with_a_projection_trains_on_too(tmp_path):
 
 
 def test_p_tuning_saved_by_plain_peft_can_be_used_but_not_trained_on(tmp_path, batch):
-    model = make("llama", "p_tuning", torch.float32)
+    model = build_unlearner("llama", "p_tuning", torch.float32)
     expected = model.eval()(**batch).logits
     model.save_pretrained(str(tmp_path))
     (tmp_path / "prompt_encoder.safetensors").unlink()
@@ -128,7 +122,7 @@ def test_p_tuning_saved_by_plain_peft_can_be_used_but_not_trained_on(tmp_path, b
 
 
 def test_a_live_p_tuning_prompt_is_restored_with_its_encoder(tmp_path, prompt_type, batch):
-    model = make("llama", prompt_type, torch.float32)
+    model = build_unlearner("llama", prompt_type, torch.float32)
     model.save_pretrained(str(tmp_path))
     expected = model(**batch).logits
     with torch.no_grad():
@@ -205,7 +199,7 @@ def test_other_adapters_and_pickles_are_refused(tmp_path):
 
 
 def test_several_prompts_are_saved_each_in_its_folder(tmp_path, batch):
-    model = make("llama", "prompt_tuning", torch.float32)
+    model = build_unlearner("llama", "prompt_tuning", torch.float32)
     model.add_adapter("second", CONFIGS["prompt_tuning"]())
     model.set_adapter("second")
     expected = model.eval()(**batch).logits
@@ -246,7 +240,7 @@ def test_push_to_hub_uploads_the_whole_folder(tmp_path, monkeypatch):
         if hasattr(hub, name):
             fake = Api() if name in ("create_repo", "create_commit") else Api
             monkeypatch.setattr(hub, name, getattr(fake, name) if name.startswith("create") else fake)
-    make("llama", "prompt_tuning", torch.float32).push_to_hub("me/forget")
+    build_unlearner("llama", "prompt_tuning", torch.float32).push_to_hub("me/forget")
     wanted = {"adapter_config.json", "adapter_model.safetensors", "spul_config.json", "README.md"}
     assert wanted <= {Path(name).name for name in uploaded["files"]}
 
@@ -258,7 +252,7 @@ def test_a_process_killed_while_it_saves_leaves_the_old_files(tmp_path, batch):
         import os, signal, sys
         sys.path.insert(0, sys.argv[3])
         import torch
-        from test_unlearner import make
+        from test_unlearner import build_unlearner
         import spul.prompts.checkpoint as checkpoint
 
         kill_at, moved, really = int(sys.argv[2]), [0], os.replace
@@ -268,7 +262,7 @@ def test_a_process_killed_while_it_saves_leaves_the_old_files(tmp_path, batch):
             moved[0] += 1
             return really(*args)
         checkpoint.os.replace = replace
-        model = make("llama", "p_tuning", torch.float32)
+        model = build_unlearner("llama", "p_tuning", torch.float32)
         with torch.no_grad():
             model.prompt_encoder["default"].embedding.weight.add_(1.0)
         model.save_pretrained(sys.argv[1])
@@ -394,10 +388,10 @@ def test_a_prompt_trained_on_elsewhere_records_its_new_base(tmp_path):
 
 
 def test_load_adapter_checks_the_base_and_keeps_each_prompts_record(tmp_path):
-    one = make("llama", "prompt_tuning", torch.float32, loss=UnlearningLoss(alpha=0.25))
+    one = build_unlearner("llama", "prompt_tuning", torch.float32, loss=UnlearningLoss(alpha=0.25))
     one.spul_config.generic_completions = [" one"]
     one.save_pretrained(str(tmp_path / "one" / "inner"))
-    two = make("llama", "prompt_tuning", torch.float32)
+    two = build_unlearner("llama", "prompt_tuning", torch.float32)
     two.spul_config.generic_completions = [" two"]
     two.load_adapter(str(tmp_path / "one"), "other", subfolder="inner")
     two.save_pretrained(str(tmp_path / "both"))

@@ -3,18 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build
 from datasets import Dataset
+from helpers import CONFIGS, arguments, build, make_batch, make_collator, rows
 from peft import PeftModel, PrefixTuningConfig
 from plain import row_logits
-from test_trainer import arguments, make_collator, rows
-from test_unlearner import CONFIGS, make_batch
 from transformers import DynamicCache
 
 from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, combine
 from spul.data.dataset import forget_retain_dataset
-from spul.records.digests import summarize_rows
-from spul.records.spul_config import DataSummary
+from spul.records.digests import DataSummary, summarize_rows
 from spul.training.distillation import _choose_teachers, _config, _spread, _TeachingTrainer, virtual_tokens
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build
+from helpers import build
 from torch import nn
 
 import spul.models

@@ -2,10 +2,8 @@
 
 import pytest
 import torch
-from conftest import build
+from helpers import CONFIGS, assert_same, build, make_batch, make_trainer, prompt_gradients, prompt_state
 from plain import losses as plain_losses
-from test_trainer import assert_same, make_trainer, prompt_state
-from test_unlearner import CONFIGS, make_batch, prompt_gradients
 from torch._dynamo.backends.common import aot_autograd
 
 from spul import SoftPromptUnlearner, fingerprint

@@ -4,20 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import textwrap
 from typing import Any
 
 import pytest
 import torch
-from conftest import make_tokenizer, run_script
+from helpers import CONFIGS, make_collator, make_tokenizer, rows
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_evaluate import measured
-from test_suite import ATTACKS, learned, make, make_splits, questions
-from test_trainer import make_collator, rows
-from test_unlearner import CONFIGS
+from small_evaluations import ATTACKS, counted, learned, make_model, make_splits, measured, questions
 from tokenizers import normalizers
 
-import spul.evaluation.suite as suite
 from spul import SoftPromptUnlearner, UnlearningLayers
 from spul.data import QUESTION_ANSWER
 from spul.evaluation.results import Evaluation
@@ -33,28 +28,8 @@ MEASURES = ("utility", "relearning", "neighbors", "sampling")
 OTHERS = {"neighbors": {"surname": rows("doe film", 5)}}
 
 
-def counted(monkeypatch, stop_after: int | None = None) -> list[str]:
-    """What is measured from now on, task by task; a task after so many raises."""
-    done: list[str] = []
-    really = suite.Suite.task
-
-    def task(self, *args, **kwargs):
-        made = really(self, *args, **kwargs)
-
-        def run():
-            if len(done) == stop_after:
-                raise KeyboardInterrupt
-            done.append(" ".join(made.produces[0]))
-            return made.run()
-
-        return dataclasses.replace(made, run=run)
-
-    monkeypatch.setattr(suite.Suite, "task", task)
-    return done
-
-
 def test_an_interrupted_evaluation_goes_on_and_gives_what_one_without_a_break_gives(tmp_path, monkeypatch):
-    model = make("prompt_tuning")
+    model = make_model("prompt_tuning")
     whole = measured(model, *MEASURES, **OTHERS, output_dir=tmp_path / "whole")
     with monkeypatch.context() as patch:
         done = counted(patch, stop_after=9)
@@ -79,20 +54,20 @@ def test_an_interrupted_evaluation_goes_on_and_gives_what_one_without_a_break_gi
     )
     with monkeypatch.context() as patch:
         assert counted(patch, stop_after=0) == []
-        again = measured(make("prompt_tuning"), *MEASURES, **OTHERS, output_dir=tmp_path / "broken")
+        again = measured(make_model("prompt_tuning"), *MEASURES, **OTHERS, output_dir=tmp_path / "broken")
     assert again.measurements == whole.measurements
     assert Evaluation.load(tmp_path / "broken").settings == json.loads(json.dumps(whole.settings))
 
 
 def test_what_two_processes_left_is_gone_on_with_but_for_a_task_cut_off_in_the_middle(tmp_path, monkeypatch):
-    whole = measured(make("layers"), "relearning", "sampling", output_dir=tmp_path)
+    whole = measured(make_model("layers"), "relearning", "sampling", output_dir=tmp_path)
     (tmp_path / "evaluation.json").unlink()
     lines = (tmp_path / "measurements.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "measurements.jsonl").unlink()
     (tmp_path / "progress-0.jsonl").write_text("".join(lines[:2]) + lines[2][:30])  # relearning, of three
     (tmp_path / "progress-1.jsonl").write_text(lines[3])  # sampling, of two numbers of tries
     done = counted(monkeypatch)
-    again = measured(make("layers"), "relearning", "sampling", output_dir=tmp_path)
+    again = measured(make_model("layers"), "relearning", "sampling", output_dir=tmp_path)
     assert again.measurements == whole.measurements
     assert len(done) == 1 + 2
 
@@ -124,10 +99,10 @@ def lower_cased() -> Any:
     ],
 )
 def test_another_evaluation_in_the_same_folder_raises_and_says_what_differs(tmp_path, change, named):
-    measured(make("prompt_tuning"), "sampling", output_dir=tmp_path)
+    measured(make_model("prompt_tuning"), "sampling", output_dir=tmp_path)
     before = {file.name: file.read_text() for file in tmp_path.iterdir()}
     change = {name: value() if value is learned else value for name, value in change.items()}
-    model, measures = make("prompt_tuning", change.pop("prompt_seed", 3)), change.pop("measures", ["sampling"])
+    model, measures = make_model("prompt_tuning", change.pop("prompt_seed", 3)), change.pop("measures", ["sampling"])
     with pytest.raises(ValueError, match=rf"an evaluation that differs in {named}; give another output_dir"):
         measured(model, *measures, output_dir=tmp_path, **change)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
@@ -143,7 +118,7 @@ def scaled(model: Any, alpha: float) -> Any:
 
 
 def two_prompts(active: str) -> Any:
-    model = make("prompt_tuning")
+    model = make_model("prompt_tuning")
     torch.manual_seed(9)
     model.add_adapter("second", CONFIGS["prompt_tuning"](3))
     model.set_adapter(active)
@@ -151,7 +126,7 @@ def two_prompts(active: str) -> Any:
 
 
 def two_loras(active: str) -> Any:
-    model = make("lora")
+    model = make_model("lora")
     torch.manual_seed(9)
     model.add_adapter("second", LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"]))
     with torch.no_grad():
@@ -175,7 +150,7 @@ def test_models_that_differ_in_no_weight_are_told_apart_by_their_adapters(tmp_pa
     other = measured(second(), "utility", output_dir=tmp_path / "second")
     weights = [one.settings["models"]["model"]["weights"] for one in (found, other)]
     assert weights[0] == weights[1]
-    assert found.number("utility", "test_forget", "loss").value != other.number("utility", "test_forget", "loss").value
+    assert found.metric("utility", "test_forget", "loss").value != other.metric("utility", "test_forget", "loss").value
     with pytest.raises(ValueError, match="an evaluation that differs in models; give another output_dir"):
         measured(second(), "utility", output_dir=tmp_path / "first")
     assert measured(first(), "utility", output_dir=tmp_path / "first").measurements == found.measurements
@@ -183,7 +158,7 @@ def test_models_that_differ_in_no_weight_are_told_apart_by_their_adapters(tmp_pa
 
 @pytest.mark.parametrize("trainable", ["prompt_tuning", "layers", "lora"])
 def test_a_model_whose_adapter_is_switched_off_is_another(tmp_path, trainable):
-    model = make(trainable)
+    model = make_model(trainable)
     measured(model, "sampling", base=learned(), output_dir=tmp_path)
     with model.disable_adapter(), pytest.raises(ValueError, match="differs in models"):
         measured(model, "sampling", base=learned(), output_dir=tmp_path)
@@ -193,7 +168,7 @@ def test_a_model_whose_adapter_is_switched_off_is_another(tmp_path, trainable):
 @pytest.mark.parametrize("trainable", ["prefix_tuning", "layers", "lora"])
 def test_a_model_that_was_saved_and_loaded_is_the_same_evaluation(tmp_path, monkeypatch, trainable):
     """Whether it may learn, and where it lies, make no other model of it; nor does what the tokenizer did before."""
-    model, collator = make(trainable), make_collator()
+    model, collator = make_model(trainable), make_collator()
     collator.tokenizer.pad_token = "<pad>"
     found = measured(model, "sampling", output_dir=tmp_path / "out", collator=collator)
     model.save_pretrained(str(tmp_path / "adapter"))
@@ -223,7 +198,7 @@ class Rewriter:
 def test_a_paraphrase_is_known_by_its_name(tmp_path):
     def paraphrased(by: Any) -> Evaluation:
         attacks = dataclasses.replace(ATTACKS, inputs=None, paraphrase=by)
-        return measured(make("layers"), "sampling", attacks=attacks, output_dir=tmp_path)
+        return measured(make_model("layers"), "sampling", attacks=attacks, output_dir=tmp_path)
 
     first = paraphrased(rewritten)
     assert paraphrased(rewritten).measurements == first.measurements
@@ -245,52 +220,3 @@ def test_tokenizers_are_told_apart_by_all_that_makes_tokens():
 
 
 # ---- several processes ----
-
-
-def shared_out(folder: Any) -> Evaluation:
-    """What one process and two are to agree on."""
-    given = {"retrained": learned(0.1, 1), "output_dir": folder}
-    return measured(make("prompt_tuning"), "kl", "relearning", "sampling", **given)
-
-
-def test_two_processes_give_the_numbers_of_one_and_refuse_a_sharded_model(tmp_path):
-    script = tmp_path / "evaluate.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys
-            sys.path.insert(0, sys.argv[1])
-            import torch
-            torch.set_num_threads(1)
-            from accelerate import PartialState
-            state = PartialState(cpu=True)
-            from torch.distributed.device_mesh import init_device_mesh
-            from torch.distributed.fsdp import fully_shard
-            import importlib
-            import test_evaluate_kept as kept
-            module = importlib.import_module("spul.evaluation.run")  # the name in spul is the function's
-            import spul.evaluation.aggregation as numbers
-            numbers.NUM_RESAMPLES = 20
-            assert state.num_processes == 2
-            sharded = fully_shard(kept.learned(), mesh=init_device_mesh("cpu", (2,)))
-            try:
-                kept.measured(sharded, "sampling")
-            except ValueError as error:
-                assert "model is sharded" in str(error), error
-            else:
-                raise AssertionError("a sharded model was evaluated")
-            calls = []
-            append = module.append_measurements
-            module.append_measurements = lambda path, found: (calls.append(path.name), append(path, found))
-            kept.shared_out(sys.argv[2])
-            assert calls == [f"progress-{state.process_index}.jsonl"] * (5 - state.process_index), calls
-            state.destroy_process_group()
-            """
-        )
-    )
-    run_script(script, tmp_path / "2", processes=2)
-    assert len(shared_out(tmp_path / "1").measurements) == 16
-    names = ["evaluation.json", "measurements.jsonl", "settings.json"]
-    assert sorted(file.name for file in (tmp_path / "2").iterdir()) == names
-    for name in names:
-        assert (tmp_path / "1" / name).read_text() == (tmp_path / "2" / name).read_text(), name

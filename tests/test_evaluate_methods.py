@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 import torch
 from evaluations import measurement, whole
-from test_evaluate_kept import counted
-from test_suite import ATTACKS, SEED, learned, make, make_splits
-from test_trainer import make_collator, rows
+from helpers import make_collator, rows
+from small_evaluations import ATTACKS, SEED, counted, learned, make_model, make_splits
 
 from spul.evaluation.results import Evaluation, read_measurements, write_measurements
 from spul.evaluation.settings import digests_of_model
@@ -60,7 +59,7 @@ def once(example: ModuleType, folder: Path, trainable: str, **changes: Any) -> E
     """The evaluation of a model on that trainable, beside the same retrained one."""
     given = {"splits": make_splits(), "collator": make_collator(), "retrained": learned(0.1, 1), "seed": SEED}
     given |= {"attacks": ATTACKS, "measures": MEASURES, "base": learned() if trainable == "whole" else None}
-    return example.evaluated_once(folder, model=make(trainable), **given | changes)
+    return example.evaluated_once(folder, model=make_model(trainable), **given | changes)
 
 
 def mark(folder: Path) -> None:

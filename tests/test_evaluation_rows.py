@@ -10,10 +10,10 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import build, make_tokenizer
 from datasets import Dataset
+from helpers import build, make_tokenizer
 from known_data import write_jsonl
-from test_suite import make
+from small_evaluations import make_model
 
 from spul.data import SENTIMENT
 from spul.evaluation.results import Evaluation
@@ -190,10 +190,10 @@ def test_rows_of_no_common_topic_are_no_neighbors(example, capsys):
 
 
 def test_a_saved_adapter_gets_every_measure_on_tofu(example, tofu, tmp_path, monkeypatch):
-    for name, model in (("base", make("prompt_tuning").get_base_model()), ("other", build("llama"))):
+    for name, model in (("base", make_model("prompt_tuning").get_base_model()), ("other", build("llama"))):
         model.save_pretrained(tmp_path / name)
         make_tokenizer().save_pretrained(tmp_path / name)
-    make("prompt_tuning").save_pretrained(str(tmp_path / "adapter"))
+    make_model("prompt_tuning").save_pretrained(str(tmp_path / "adapter"))
     (tmp_path / "texts.txt").write_text("good film\nbad plot\n")
     import evaluate
 
@@ -205,9 +205,9 @@ def test_a_saved_adapter_gets_every_measure_on_tofu(example, tofu, tmp_path, mon
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     evaluate.main()
     found = Evaluation.load(tmp_path / "out")
-    assert found.left_out == {}
+    assert found.skipped == {}
     assert found.models == ["unlearned", "detached", "retrained"]
-    assert {one.name for one in found.numbers} >= {"model_utility", "forget_quality", "perplexity"}
+    assert {one.name for one in found.metrics} >= {"model_utility", "forget_quality", "perplexity"}
     attacks = [one for one in found.measurements if one.measure == "membership" and one.rows == "unseen"]
     assert attacks[0].num_rows == 8
     assert {"reference", "gradient_norm"} <= set(attacks[0].per_row)

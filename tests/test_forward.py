@@ -1,21 +1,26 @@
 """The loss of a batch where the whole model or LoRA learns, against the formulas written out row by row."""
 
 import copy
-import textwrap
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, make_tokenizer, run_script
+from helpers import (
+    GENERIC,
+    ONE_STEP,
+    arguments,
+    build,
+    make_collator,
+    make_dataset,
+    make_tokenizer,
+    rows,
+    trainable_model,
+)
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
-from test_trainer import GENERIC, ONE_STEP, arguments, make_collator, make_dataset, rows
 
 from spul import (
     ForgetRetainCollator,
     ReferenceCache,
-    UnlearningLayers,
-    UnlearningLayersConfig,
     UnlearningLoss,
     UnlearningTrainer,
     unlearning_forward,
@@ -23,7 +28,8 @@ from spul import (
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics.scoring import score_completions
 from spul.losses import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, SimNPO
-from spul.models.causal_lm import detached_base, zero_dropout
+from spul.models.causal_lm import zero_dropout
+from spul.models.unlearner import detached_base
 
 FORWARD = KLDivergence(direction="forward")
 LOSSES = {
@@ -39,32 +45,6 @@ LOSSES = {
     ),
 }
 TRAINABLES = ("full", "lora", "layers")
-
-
-def lora(model):
-    torch.manual_seed(5)
-    wrapped = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_B" in name:  # zero when fresh, which would hide what the adapter does
-                parameter.normal_(std=0.1)
-    return wrapped
-
-
-def layers_on(model):
-    layers = UnlearningLayers(model, UnlearningLayersConfig(reduction=4))
-    with torch.no_grad():
-        for i, layer in enumerate(layers.layers):  # zero when fresh, which would hide what the layer does
-            start = torch.randn(layer.up.weight.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
-            layer.up.weight.copy_(0.2 * start)
-    return layers
-
-
-def carried(trainable, family="llama", dtype=torch.float64):
-    model = build(family, dtype)
-    if trainable == "layers":
-        return layers_on(model)
-    return lora(model) if trainable == "lora" else model.requires_grad_(True)
 
 
 def make_batch(loss, num=6):
@@ -132,12 +112,12 @@ def test_loss_and_gradients_equal_the_formulas_in_every_family(trainable, name, 
 def test_the_caps_of_eul_are_reached_by_some_tokens_and_not_by_others():
     capped, uncapped = ({}, {})
     for kept, name in ((capped, "EUL capped"), (uncapped, "EUL")):
-        out = unlearning_forward(carried("layers"), LOSSES[name], **make_batch(LOSSES[name]))
+        out = unlearning_forward(trainable_model("layers"), LOSSES[name], **make_batch(LOSSES[name]))
         kept |= {"forget": out.forget_loss.item(), "lm": out.lm_loss.item()}
     assert uncapped["forget"] < capped["forget"] < 0
     assert uncapped["lm"] < capped["lm"] < 0
     nothing = UnlearningLoss(gamma=0.2, forget=KLAscent(cap=1e-9), lm=GradientAscent(cap=1e-9), alpha=0, beta=0)
-    model = carried("layers")
+    model = trainable_model("layers")
     unlearning_forward(model, nothing, **make_batch(nothing)).loss.backward()
     assert all(gradient.abs().max() == 0 for gradient in gradients(model).values())
 
@@ -145,7 +125,7 @@ def test_the_caps_of_eul_are_reached_by_some_tokens_and_not_by_others():
 def test_a_batch_of_retain_rows_alone_asks_nothing_of_their_text():
     loss = LOSSES["EUL"]
     batch = make_collator(generic_completions=None)([make_dataset(3, 3)[i] for i in (3, 4)])
-    out = unlearning_forward(carried("layers"), loss, **batch)
+    out = unlearning_forward(trainable_model("layers"), loss, **batch)
     assert out.lm_loss == 0
     assert out.forget_loss == 0
     assert out.logits.shape[:2] == out.response_labels.shape
@@ -154,7 +134,11 @@ def test_a_batch_of_retain_rows_alone_asks_nothing_of_their_text():
 
 def check_loss_and_gradients(trainable, family, name):
     loss = LOSSES[name]
-    model, twin, frozen = carried(trainable, family), carried(trainable, family), build(family, torch.float64)
+    model, twin, frozen = (
+        trainable_model(trainable, family),
+        trainable_model(trainable, family),
+        build(family, torch.float64),
+    )
     batch = make_batch(loss)
     given = {}
     if loss.needs_reference and trainable == "full":
@@ -177,7 +161,7 @@ def check_loss_and_gradients(trainable, family, name):
 @pytest.mark.parametrize("trainable", ["full", "lora"])
 def test_the_cache_gives_the_reference_of_the_model_as_it_was(trainable, tmp_path):
     loss = LOSSES["NPO+KL"]
-    model, frozen = carried(trainable, dtype=torch.float32), build("llama")
+    model, frozen = trainable_model(trainable, dtype=torch.float32), build("llama")
     collator = make_collator(generic_completions=None)
     dataset = make_dataset(3, 3)
     cache = ReferenceCache.build(model, dataset, collator, tmp_path, loss=loss, progress=False)
@@ -206,13 +190,13 @@ def test_fresh_loras_share_the_cache_of_their_base(tmp_path):
 def test_a_whole_model_without_a_reference_says_where_to_get_one():
     loss = LOSSES["GA+KL"]
     with pytest.raises(ValueError, match="pass reference_logits, from a ReferenceCache"):
-        unlearning_forward(carried("full"), loss, **make_batch(loss))
+        unlearning_forward(trainable_model("full"), loss, **make_batch(loss))
 
 
 @pytest.mark.parametrize("trainable", TRAINABLES)
 def test_a_batch_that_weighs_nothing_still_has_a_gradient(trainable):
     loss = LOSSES["GA"]
-    model = carried(trainable)
+    model = trainable_model(trainable)
     batch = make_collator()([make_dataset(3, 3)[i] for i in (3, 4)])
     out = unlearning_forward(model, loss, **batch)
     out.loss.backward()
@@ -229,7 +213,7 @@ def train(tmp_path, trainable, name, collator=None, reference="cached", **kwargs
     loss = LOSSES[name]
     generic = None if loss.forget.makes_unlikely else GENERIC
     torch.manual_seed(0)
-    model = carried(trainable, dtype=torch.float32)
+    model = trainable_model(trainable, dtype=torch.float32)
     zero_dropout(model)
     before = copy.deepcopy({n: p.detach() for n, p in model.named_parameters()})
     trainer = UnlearningTrainer(
@@ -272,7 +256,7 @@ def test_only_what_requires_gradients_changes(tmp_path, trainable, trained):
 
 def test_gradient_ascent_on_the_whole_model_makes_the_forget_rows_unlikely(tmp_path):
     loss = UnlearningLoss(alpha=1.0, beta=0.0, forget=GradientAscent())
-    model = carried("full", dtype=torch.float32)
+    model = trainable_model("full", dtype=torch.float32)
     collator = make_collator(generic_completions=None)
     before = score_completions(model, rows("jane", 8), collator)["loss"]
     args = arguments(tmp_path, max_steps=5, learning_rate=1e-3)
@@ -296,14 +280,14 @@ def test_checkpoints_are_ordinary_models_and_adapters(tmp_path):
 def test_forget_rows_alone_can_be_trained_on(tmp_path):
     dataset = make_dataset(8, 8).select(range(8))
     collator = make_collator(generic_completions=None)
-    model = carried("full", dtype=torch.float32)
+    model = trainable_model("full", dtype=torch.float32)
     trainer = UnlearningTrainer(model, arguments(tmp_path, max_steps=1), collator, dataset, loss=LOSSES["GA"])
     assert trainer.train().global_step == 1
 
 
 def test_training_goes_on_against_the_model_as_it_was_first(tmp_path):
     loss, collator, dataset = LOSSES["NPO+KL"], make_collator(generic_completions=None), make_dataset(4, 4)
-    model = carried("full", dtype=torch.float32)
+    model = trainable_model("full", dtype=torch.float32)
     zero_dropout(model)
     trainer = UnlearningTrainer(model, arguments(tmp_path, max_steps=3), collator, dataset, loss=loss)
     trainer.train()
@@ -313,7 +297,7 @@ def test_training_goes_on_against_the_model_as_it_was_first(tmp_path):
 
 
 def test_bad_arguments_say_what_is_wrong(tmp_path):
-    model, args, dataset = carried("full", dtype=torch.float32), arguments(tmp_path), make_dataset()
+    model, args, dataset = trainable_model("full", dtype=torch.float32), arguments(tmp_path), make_dataset()
     with pytest.raises(ValueError, match="has no loss of its own; pass loss=UnlearningLoss"):
         UnlearningTrainer(model, args, make_collator(), dataset)
     with pytest.raises(ValueError, match="NPO makes the collated completion unlikely"):
@@ -332,7 +316,7 @@ def test_bad_arguments_say_what_is_wrong(tmp_path):
 
 def test_what_is_frozen_in_an_adapter_stays_frozen(tmp_path):
     """LoRA-FA trains B only; PEFT would let A learn too when the adapter is switched on again."""
-    model = carried("lora", dtype=torch.float32)
+    model = trainable_model("lora", dtype=torch.float32)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -356,7 +340,7 @@ def test_lora_that_trains_the_bases_biases_is_no_frozen_model(tmp_path):
     with pytest.raises(ValueError, match="learns in its own weights"):
         UnlearningTrainer(model, arguments(tmp_path), collator, make_dataset(), loss=loss, reference="live")
     batch = collator([make_dataset(3, 3)[i] for i in range(6)])
-    with pytest.raises(ValueError, match="trained in its own weights"):
+    with pytest.raises(ValueError, match="its own weights train"):
         unlearning_forward(model, loss, **batch)
 
 
@@ -371,50 +355,11 @@ def test_the_frozen_model_has_no_dropout():
     assert [module.training for module in model.modules()] == modes
 
 
-@pytest.mark.parametrize("trainable", ["full", "lora"])
-def test_2_processes_with_forget_rows_in_one_make_the_step_of_one(tmp_path, trainable):
-    """A batch without a forget row still has to take part, or the other process waits for it."""
-    script = tmp_path / "ddp.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys
-            sys.path.insert(0, sys.argv[1])
-            import torch
-            from safetensors.torch import save_file
-            from test_forward import LOSSES, carried
-            from test_trainer import ONE_STEP, arguments, make_collator, make_dataset
-            from spul import UnlearningTrainer
-            from spul.models.causal_lm import zero_dropout
-
-            folder, trainable, size = sys.argv[2], sys.argv[3], int(sys.argv[4])
-            model = carried(trainable, dtype=torch.float32)
-            zero_dropout(model)
-            in_order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": size}
-            args = arguments(folder, **in_order, **ONE_STEP)
-            # Four forget rows first: the first process has them all, the second none.
-            trainer = UnlearningTrainer(
-                model, args, make_collator(generic_completions=None), make_dataset(4, 4), loss=LOSSES["GA"]
-            )
-            trainer.train()
-            if trainer.accelerator.is_main_process:
-                tensors = {n: p.detach().contiguous() for n, p in model.named_parameters() if p.requires_grad}
-                save_file(tensors, f"{folder}/{trainable}{size}.safetensors")
-            trainer.accelerator.end_training()
-            """
-        )
-    )
-    run_script(script, tmp_path, trainable, 8)
-    run_script(script, tmp_path, trainable, 4, processes=2)
-    whole, parts = (load_file(tmp_path / f"{trainable}{size}.safetensors") for size in (8, 4))
-    assert whole.keys() == parts.keys()
-    for name in whole:
-        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6, msg=name)
-
-
 def test_a_chat_of_terms_is_not_taken_for_a_loss(tmp_path):
     with pytest.raises(ValueError, match="loss=CrossEntropy"):
-        UnlearningTrainer(carried("full"), arguments(tmp_path), make_collator(), make_dataset(), loss=CrossEntropy())
+        UnlearningTrainer(
+            trainable_model("full"), arguments(tmp_path), make_collator(), make_dataset(), loss=CrossEntropy()
+        )
 
 
 def test_long_completions_of_forget_rows_have_their_npo_reference(tmp_path):
@@ -422,7 +367,7 @@ def test_long_completions_of_forget_rows_have_their_npo_reference(tmp_path):
     forget = [{"prompt": f"review jane {i} :", "completion": " positive" * (1 + i % 3)} for i in range(4)]
     dataset = forget_retain_dataset(type(rows("a", 1)).from_list(forget), rows("film", 4))
     collator = ForgetRetainCollator(make_tokenizer(), None, max_length=48)
-    model, frozen, loss = carried("full", dtype=torch.float32), build("llama"), LOSSES["NPO+GD"]
+    model, frozen, loss = trainable_model("full", dtype=torch.float32), build("llama"), LOSSES["NPO+GD"]
     cache = ReferenceCache.build(model, dataset, collator, tmp_path, loss=loss, progress=False)
     batch = collator([dataset[i] for i in range(8)])
     out = unlearning_forward(model, loss, **batch, reference_logits=cache.logits(batch))

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
+from helpers import CONFIGS, build_unlearner, make_batch
 from peft import PeftModelForCausalLM
-from test_unlearner import CONFIGS, make, make_batch
 
 PASSED = ("prompt_tuning", "p_tuning")  # prefix tuning needs no pass
 
@@ -51,7 +51,7 @@ def assert_fresh(unlearner, batch, **tolerance):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_without_gradient_the_forward_gives_pefts_logits_and_loss(family, kind, side):
-    unlearner, batch = make(family, kind), plain_batch()
+    unlearner, batch = build_unlearner(family, kind), plain_batch()
     given = plain_batch(side)
     with torch.no_grad():
         expected, out = peft_forward(unlearner, **batch), unlearner(**given)
@@ -64,7 +64,7 @@ def test_without_gradient_the_forward_gives_pefts_logits_and_loss(family, kind, 
 
 
 def test_the_output_has_pefts_fields_in_pefts_order(family, prompt_type):
-    unlearner, batch = make(family, prompt_type), plain_batch()
+    unlearner, batch = build_unlearner(family, prompt_type), plain_batch()
     with torch.no_grad():
         out, expected = unlearner(**batch), peft_forward(unlearner, **batch)
     assert list(out.keys()) == list(expected.keys())
@@ -74,7 +74,7 @@ def test_the_output_has_pefts_fields_in_pefts_order(family, prompt_type):
 
 @pytest.mark.parametrize("gradient", [True, False])
 def test_token_types_are_ignored_with_a_warning_as_in_peft(gradient, prompt_type):
-    unlearner, batch = make("gpt2", prompt_type), plain_batch()
+    unlearner, batch = build_unlearner("gpt2", prompt_type), plain_batch()
     types = torch.ones_like(batch["input_ids"])
     with torch.set_grad_enabled(gradient):
         expected = unlearner(**batch).logits
@@ -88,7 +88,7 @@ def test_token_types_are_ignored_with_a_warning_as_in_peft(gradient, prompt_type
 
 @pytest.mark.parametrize("window", [3, 8])
 def test_a_prompt_longer_than_the_sliding_window_gives_pefts_logits(window, prompt_type):
-    assert_fresh(make("gemma3", prompt_type, sliding_window=window), plain_batch())
+    assert_fresh(build_unlearner("gemma3", prompt_type, sliding_window=window), plain_batch())
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_prompt_longer_than_the_sliding_window_gives_pefts_logits(window, prom
     ],
 )
 def test_options_of_the_forward_mean_what_they_mean_in_peft(family, prompt_type, options):
-    unlearner, batch = make(family, prompt_type), {**plain_batch(), **options}
+    unlearner, batch = build_unlearner(family, prompt_type), {**plain_batch(), **options}
     del batch["labels"]
     with torch.no_grad():
         out, expected = unlearner(**batch), peft_forward(unlearner, **batch)
@@ -124,7 +124,7 @@ def test_options_of_the_forward_mean_what_they_mean_in_peft(family, prompt_type,
 
 
 def test_the_prompt_passes_once_over_all_calls_of_forward_scoring_and_generate(prompt_type):
-    unlearner, batch = make("llama", prompt_type), plain_batch()
+    unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
     counted = CountedPasses(unlearner)
     with torch.no_grad():
         for _ in range(3):
@@ -137,7 +137,7 @@ def test_the_prompt_passes_once_over_all_calls_of_forward_scoring_and_generate(p
 
 
 def test_a_prompt_loaded_for_use_needs_no_no_grad(prompt_type):
-    unlearner, batch = make("llama", prompt_type), plain_batch()
+    unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
     unlearner.requires_grad_(False)
     counted = CountedPasses(unlearner)
     for _ in range(3):
@@ -146,7 +146,7 @@ def test_a_prompt_loaded_for_use_needs_no_no_grad(prompt_type):
 
 
 def test_cached_states_are_never_written_to(family, prompt_type):
-    unlearner, batch = make(family, prompt_type), plain_batch()
+    unlearner, batch = build_unlearner(family, prompt_type), plain_batch()
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 3}
     unlearner.generate(**inputs)
     cached = unlearner.__dict__["_cached_prompts"]["default"].layers
@@ -161,7 +161,7 @@ def test_cached_states_are_never_written_to(family, prompt_type):
 
 
 def test_every_adapter_has_its_own(prompt_type):
-    unlearner, batch = make("llama", prompt_type), plain_batch()
+    unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
     torch.manual_seed(5)
     unlearner.add_adapter("other", CONFIGS[prompt_type](5))
     unlearner.double()
@@ -181,7 +181,7 @@ def test_every_adapter_has_its_own(prompt_type):
 
 
 def test_with_gradient_nothing_is_cached(prompt_type):
-    unlearner, batch = make("llama", prompt_type), make_batch()
+    unlearner, batch = build_unlearner("llama", prompt_type), make_batch()
     for _ in range(2):
         unlearner(**batch).loss.backward()  # a stored graph would raise the second time
     assert not unlearner.__dict__.get("_cached_prompts")
@@ -214,7 +214,7 @@ def by_the_base(unlearner):
 
 @pytest.mark.parametrize("change", [by_a_step, by_data, by_loading, by_the_base])
 def test_a_changed_prompt_or_base_invalidates_it(change, prompt_type):
-    unlearner, batch = make("llama", prompt_type), plain_batch()
+    unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
     with torch.no_grad():
         before = unlearner(**batch).logits
     change(unlearner)
@@ -224,7 +224,7 @@ def test_a_changed_prompt_or_base_invalidates_it(change, prompt_type):
 
 
 def test_a_changed_dtype_invalidates_it(prompt_type):
-    unlearner, batch = make("llama", prompt_type), plain_batch()
+    unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         unlearner.to(dtype)
         assert_fresh(unlearner, batch, **({"rtol": 0.1, "atol": 0.2} if dtype == torch.bfloat16 else {}))
@@ -232,7 +232,7 @@ def test_a_changed_dtype_invalidates_it(prompt_type):
 
 
 def test_autocast_invalidates_it(prompt_type):
-    unlearner, batch = make("llama", prompt_type, torch.float32), plain_batch()
+    unlearner, batch = build_unlearner("llama", prompt_type, torch.float32), plain_batch()
     counted = CountedPasses(unlearner)
     with torch.no_grad():
         unlearner(**batch)
@@ -245,7 +245,7 @@ def test_autocast_invalidates_it(prompt_type):
 
 
 def test_another_device_is_another_prompt():
-    unlearner = make()
+    unlearner = build_unlearner()
     with torch.no_grad():
         unlearner(**plain_batch())
     cached = unlearner.__dict__["_cached_prompts"]["default"]
@@ -254,7 +254,7 @@ def test_another_device_is_another_prompt():
 
 
 def test_inference_mode_may_come_before_and_after(prompt_type):
-    unlearner, batch = make("llama", prompt_type), plain_batch()
+    unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
     with torch.inference_mode():
         unlearner(**batch)
     assert_fresh(unlearner, batch)
@@ -262,7 +262,7 @@ def test_inference_mode_may_come_before_and_after(prompt_type):
 
 
 def test_a_base_without_a_plain_cache_is_asked_once(monkeypatch):
-    unlearner, batch = make("llama"), make_batch()
+    unlearner, batch = build_unlearner("llama"), make_batch()
     counted = CountedPasses(unlearner)
     import spul.prompts.shared_prefix
 

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from conftest import build
+from helpers import SMALL_LAYERS, build, stirred
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -17,20 +17,8 @@ from spul.layers import checkpoint as files
 from spul.layers.unlearning_layers import feed_forward_blocks
 from spul.losses import NPO, KLDivergence
 
-SMALL = UnlearningLayersConfig(reduction=4)
 IDS = torch.tensor([[5, 9, 30, 7, 11, 2], [8, 4, 66, 12, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
-
-
-def stirred(model, config=SMALL, seed=1):
-    """Layers as training might leave them."""
-    layers = UnlearningLayers(model, config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in layers.layers.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(0.3 * noise.to(parameter.dtype))
-    return layers
 
 
 class Twin(nn.Module):
@@ -54,7 +42,7 @@ def test_the_layers_begin_as_the_identity_and_leave_no_trace(family):
     base = copy.deepcopy(model).eval()
     expected = base(IDS, attention_mask=MASK).logits
 
-    layers = UnlearningLayers(model, SMALL).eval()
+    layers = UnlearningLayers(model, SMALL_LAYERS).eval()
     assert torch.equal(layers(input_ids=IDS, attention_mask=MASK).logits, expected)
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
@@ -139,7 +127,7 @@ def test_saved_layers_load_onto_their_base(tmp_path, family):
         warnings.simplefilter("error")
         loaded = UnlearningLayers.from_pretrained(build(family), tmp_path)
     assert torch.equal(loaded(input_ids=IDS, attention_mask=MASK).logits, expected)
-    assert loaded.layers_config == SMALL
+    assert loaded.layers_config == SMALL_LAYERS
     assert loaded.gram_matrices.keys() == {"a", "b"}
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
@@ -249,11 +237,11 @@ def test_a_bad_config_is_refused(arguments, message):
 
 def test_a_base_takes_one_set_of_layers_and_must_be_a_bare_causal_lm():
     model = build("llama")
-    layers = UnlearningLayers(model, SMALL)
+    layers = UnlearningLayers(model, SMALL_LAYERS)
     with pytest.raises(ValueError, match="has unlearning layers already; remove them first"):
-        UnlearningLayers(model, SMALL)
+        UnlearningLayers(model, SMALL_LAYERS)
     layers.remove()
-    UnlearningLayers(model, SMALL).remove()
+    UnlearningLayers(model, SMALL_LAYERS).remove()
     layers.attach()
     with pytest.raises(TypeError, match="model is a str"):
         UnlearningLayers("facebook/opt-1.3b")
@@ -305,7 +293,7 @@ def test_a_base_in_parts_elsewhere_is_refused_and_left_alone():
     model = build("llama").train()
     model.model.layers[1].mlp.to("meta")
     with pytest.raises(ValueError, match=r"layers\.1\.mlp is offloaded"):
-        UnlearningLayers(model, SMALL)
+        UnlearningLayers(model, SMALL_LAYERS)
     assert not any(module._forward_hooks for module in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
 

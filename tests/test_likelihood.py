@@ -3,15 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from conftest import build, make_tokenizer
 from datasets import Dataset
+from helpers import CONFIGS, answer_collator, build, free_form, of, plain_likelihood, plain_logits, prompted
 from peft import LoraConfig, PeftModel, get_peft_model
-from plain import row_logits
-from test_unlearner import CONFIGS
 
-from spul import ForgetRetainCollator, SoftPromptUnlearner
 from spul.evaluation.metrics import (
-    Likelihood,
     exact_memorization,
     extraction_strength,
     kl_to,
@@ -21,54 +17,6 @@ from spul.evaluation.metrics import (
     truth_ratio_on_forget,
     truth_ratio_on_retain,
 )
-
-
-def make_collator(**kwargs):
-    return ForgetRetainCollator(make_tokenizer(), None, max_length=64, **kwargs)
-
-
-def free_form(num=7):
-    """Prompts and answers of many lengths, so that every batch has pads and unused slots."""
-    words = ["the", "film", "is", "good", "bad", "plot", "about", "jane", "doe", "text", "review", "positive"]
-    return Dataset.from_list(
-        [
-            {"prompt": " ".join(words[: 1 + 3 * i % 7]) + " :", "completion": " " + " ".join(words[i : 2 * i + 2])}
-            for i in range(num)
-        ]
-    )
-
-
-def prompted(family="llama", prompt_type="prompt_tuning", p=4, dtype=torch.float64):
-    base = build(family, dtype)
-    torch.manual_seed(5)
-    return SoftPromptUnlearner(base, CONFIGS[prompt_type](p)).to(dtype).eval()
-
-
-def plain_logits(model, prompt, answer):
-    """Logits (|y|, V) that predict the answer, one row, no pads; PEFT's prompt by hand."""
-    ids = torch.tensor(prompt + answer)
-    with torch.no_grad():
-        if isinstance(model, SoftPromptUnlearner):
-            logits = row_logits(model, ids)
-        else:
-            logits = model(input_ids=ids[None]).logits[0]
-    return logits[len(prompt) - 1 : -1].double()
-
-
-def plain_likelihood(model, row, collator):
-    """The definitions written out token by token."""
-    encoded = collator.encoder.encode(row)
-    prompt, answer = encoded.prompt_ids, encoded.completion_ids
-    found = {"log_probs": [], "is_greedy": [], "mean": [], "std": []}
-    for logits, token in zip(plain_logits(model, prompt, answer), answer, strict=True):
-        p = torch.exp(logits) / torch.exp(logits).sum()
-        mean = sum(float(p[z]) * float(p[z].log()) for z in range(len(p)))
-        variance = sum(float(p[z]) * (float(p[z].log()) - mean) ** 2 for z in range(len(p)))
-        found["log_probs"].append(float(p[token].log()))
-        found["is_greedy"].append(max(range(len(p)), key=lambda z, p=p: float(p[z])) == token)
-        found["mean"].append(mean)
-        found["std"].append(variance**0.5)
-    return found
 
 
 def assert_like_twin(model, found, rows, collator, rtol=1e-5):
@@ -81,18 +29,18 @@ def assert_like_twin(model, found, rows, collator, rtol=1e-5):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_of_a_bare_model_equal_the_twin_whatever_side_the_tokenizer_pads(family, side):
-    model, rows, collator = build(family, torch.float64), free_form(), make_collator()
+    model, rows, collator = build(family, torch.float64), free_form(), answer_collator()
     collator.tokenizer.padding_side = side
-    assert_like_twin(model, response_likelihoods(model, rows, collator, batch_size=3), rows, collator)
+    assert_like_twin(model, response_likelihoods(model, rows, collator.encoder, batch_size=3), rows, collator)
 
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 def test_of_a_prompted_model_equal_the_twin(family, prompt_type):
-    model, rows, collator = prompted(family, prompt_type), free_form(4), make_collator(pad_to_multiple_of=8)
-    found = response_likelihoods(model, rows, collator, batch_size=3)
+    model, rows, collator = prompted(family, prompt_type), free_form(4), answer_collator(pad_to_multiple_of=8)
+    found = response_likelihoods(model, rows, collator.encoder, batch_size=3)
     assert_like_twin(model, found, rows, collator)
     with model.disable_adapter():
-        bare = response_likelihoods(model, rows, collator, batch_size=3)
+        bare = response_likelihoods(model, rows, collator.encoder, batch_size=3)
     assert_like_twin(model.get_base_model(), bare, rows, collator)
     assert any(abs(a.log_probs - b.log_probs).max() > 1e-2 for a, b in zip(found, bare, strict=True))
 
@@ -101,24 +49,24 @@ def test_of_a_prompted_model_equal_the_twin(family, prompt_type):
 def test_of_a_plain_peft_model_equal_those_of_the_unlearner(tmp_path, prompt_type):
     model = prompted(prompt_type=prompt_type, dtype=torch.float32)
     model.save_pretrained(str(tmp_path))
-    plain, rows, collator = PeftModel.from_pretrained(build("llama"), str(tmp_path)), free_form(), make_collator()
-    ours, theirs = (response_likelihoods(m, rows, collator, batch_size=3) for m in (model, plain))
+    plain, rows, collator = PeftModel.from_pretrained(build("llama"), str(tmp_path)), free_form(), answer_collator()
+    ours, theirs = (response_likelihoods(m, rows, collator.encoder, batch_size=3) for m in (model, plain))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=1e-4, atol=1e-5)
-    divergences = [np.stack(kl_to(m, rows, collator, batch_size=3)) for m in (model, plain)]
+    divergences = [np.stack(list(kl_to(m, rows, collator.encoder, batch_size=3).values())) for m in (model, plain)]
     np.testing.assert_allclose(*divergences, rtol=1e-3, atol=1e-6)
     assert divergences[0].min() > 1e-3
 
 
 def test_greedy_tokens_are_recognized():
     """Answers that the model itself gives agree everywhere; the twin's cases above hardly ever do."""
-    model, collator = prompted(), make_collator()
+    model, collator = prompted(), answer_collator()
     prompt = collator.encoder.encode({"prompt": "the film :", "completion": " x"}).prompt_ids
     answer = []
     for _ in range(4):
         answer.append(int(plain_logits(model, prompt, [*answer, 5])[-1].argmax()))
     tokenized = {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * 4}
-    (found,) = response_likelihoods(model, Dataset.from_list([tokenized]), collator)
+    (found,) = response_likelihoods(model, Dataset.from_list([tokenized]), collator.encoder)
     assert found.is_greedy.tolist() == [True] * 4
     assert (extraction_strength([found])[0], exact_memorization([found])[0]) == (1.0, 1.0)
 
@@ -127,18 +75,18 @@ def test_modes_are_put_back_and_bad_rows_raise():
     model, rows = build("opt"), free_form(2)
     model.train()
     modes = {name: module.training for name, module in model.named_modules()}
-    first = response_likelihoods(model, rows, make_collator())
+    first = response_likelihoods(model, rows, answer_collator().encoder)
     assert modes == {name: module.training for name, module in model.named_modules()}
-    second = response_likelihoods(model, rows, make_collator())  # no dropout
+    second = response_likelihoods(model, rows, answer_collator().encoder)  # no dropout
     np.testing.assert_array_equal(first[0].log_probs, second[0].log_probs)
-    with pytest.raises(ValueError, match="no rows"):
-        response_likelihoods(model, rows.select([]), make_collator())
+    with pytest.raises(ValueError, match="is empty"):
+        response_likelihoods(model, rows.select([]), answer_collator().encoder)
     with pytest.raises(TypeError, match=r"expected a datasets\.Dataset"):
-        response_likelihoods(model, list(rows), make_collator())
+        response_likelihoods(model, list(rows), answer_collator().encoder)
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="has diverged"):
-        response_likelihoods(model, rows, make_collator())
+        response_likelihoods(model, rows, answer_collator().encoder)
 
 
 # ---- KL ----
@@ -154,51 +102,45 @@ def plain_kl(model, other, row, collator):
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
 def test_kl_to_the_base_equals_the_twin_and_pads_do_not_count(family, prompt_type):
-    model, rows, collator = prompted(family, prompt_type), free_form(5), make_collator(pad_to_multiple_of=16)
-    found = kl_to(model, rows, collator, batch_size=3)
+    model, rows, collator = prompted(family, prompt_type), free_form(5), answer_collator(pad_to_multiple_of=16)
+    found = kl_to(model, rows, collator.encoder, batch_size=3)
     expected = [plain_kl(model, model.get_base_model(), row, collator) for row in rows]
-    np.testing.assert_allclose(np.stack(found, axis=1), expected, rtol=1e-5, atol=1e-7)
-    assert np.abs(found.reverse - found.forward).max() > 1e-4
-    one_by_one = kl_to(model, rows, collator, batch_size=1)
-    np.testing.assert_allclose(one_by_one.forward, found.forward, rtol=1e-6)
+    np.testing.assert_allclose(np.stack(list(found.values()), axis=1), expected, rtol=1e-5, atol=1e-7)
+    assert np.abs(found["reverse_kl"] - found["forward_kl"]).max() > 1e-4
+    one_by_one = kl_to(model, rows, collator.encoder, batch_size=1)
+    np.testing.assert_allclose(one_by_one["forward_kl"], found["forward_kl"], rtol=1e-6)
 
 
 def test_kl_to_another_model_and_to_itself():
-    model, rows, collator = build("llama", torch.float64), free_form(4), make_collator()
+    model, rows, collator = build("llama", torch.float64), free_form(4), answer_collator()
     other = build("llama", torch.float64)
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
-    found = kl_to(model, rows, collator, reference=other)
+    found = kl_to(model, rows, collator.encoder, reference=other)
     expected = [plain_kl(model, other, row, collator) for row in rows]
-    np.testing.assert_allclose(np.stack(found, axis=1), expected, rtol=1e-6)
-    assert np.abs(np.stack(kl_to(model, rows, collator, reference=model))).max() == 0
+    np.testing.assert_allclose(np.stack(list(found.values()), axis=1), expected, rtol=1e-6)
+    assert np.abs(np.stack(list(kl_to(model, rows, collator.encoder, reference=model).values()))).max() == 0
     with pytest.raises(ValueError, match="pass reference"):
-        kl_to(model, rows, collator)
+        kl_to(model, rows, collator.encoder)
     wider = build("llama", torch.float64)
     wider.resize_token_embeddings(128)
     with pytest.raises(ValueError, match="120 tokens, the reference for 128"):
-        kl_to(model, rows, collator, reference=wider)
+        kl_to(model, rows, collator.encoder, reference=wider)
 
 
 def test_kl_of_lora_to_its_base_leaves_the_adapter_as_it_was():
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
-    model, rows, collator = get_peft_model(build("llama"), config), free_form(3), make_collator()
+    model, rows, collator = get_peft_model(build("llama"), config), free_form(3), answer_collator()
     asked = [parameter.requires_grad for parameter in model.parameters()]
-    found = kl_to(model, rows, collator)
+    found = kl_to(model, rows, collator.encoder)
     assert asked == [parameter.requires_grad for parameter in model.parameters()]
     expected = [plain_kl(model, build("llama"), row, collator) for row in rows]
-    np.testing.assert_allclose(np.stack(found, axis=1), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(np.stack(list(found.values()), axis=1), expected, rtol=1e-3, atol=1e-5)
 
 
 # ---- measures, by hand ----
-
-
-def of(log_probs, is_greedy=None):
-    log_probs = np.array(log_probs, dtype=np.float64)
-    greedy = np.ones(len(log_probs), bool) if is_greedy is None else np.array(is_greedy, bool)
-    return Likelihood(log_probs, greedy, np.zeros_like(log_probs), np.ones_like(log_probs))
 
 
 def test_probability_is_the_geometric_mean_over_the_tokens():

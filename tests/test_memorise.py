@@ -1,16 +1,12 @@
 """The memorizing stage: what it trains, on which loss, and what comes out."""
 
-import textwrap
-
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build, run_script
 from datasets import Dataset
+from helpers import ONE_STEP, arguments, build, make_collator, rows
 from paper.memorization import CompletionTrainer, memorize
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file
-from test_trainer import ONE_STEP, arguments, make_collator, rows
 
 from spul.evaluation.metrics.scoring import score_completions
 
@@ -116,36 +112,3 @@ def test_bad_arguments_say_what_is_wrong(tmp_path, folder):
         memorize(folder, rows("jane", 2), collator, args, peft_config=LoraConfig())
     with pytest.raises(ValueError, match="no rows to memorize"):
         memorize(folder, Dataset.from_list([]), collator, args)
-
-
-def test_2_processes_make_the_step_of_one(tmp_path, folder):
-    script = tmp_path / "ddp.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys
-            sys.path[:0] = [sys.argv[1], sys.argv[1] + "/../examples"]
-            from safetensors.torch import save_file
-            from transformers import AutoModelForCausalLM
-            from test_trainer import ONE_STEP, arguments, make_collator, rows
-            from paper.memorization import CompletionTrainer
-
-            folder, model, size = sys.argv[2], sys.argv[3], int(sys.argv[4])
-            args = arguments(folder, per_device_train_batch_size=size, remove_unused_columns=False, **ONE_STEP)
-            learned = AutoModelForCausalLM.from_pretrained(model)
-            trainer = CompletionTrainer(learned, args, make_collator().encoder.batch, rows("jane", 8))
-            trainer.train()
-            if trainer.accelerator.is_main_process:
-                tensors = {name: p.detach().contiguous() for name, p in learned.named_parameters()}
-                save_file(tensors, f"{folder}/{size}.safetensors")
-            trainer.accelerator.end_training()
-            """
-        )
-    )
-    run_script(script, tmp_path, folder, 8)
-    run_script(script, tmp_path, folder, 4, processes=2)
-    whole, parts = (load_file(tmp_path / f"{size}.safetensors") for size in (8, 4))
-    before = dict(build("llama").named_parameters())
-    assert not torch.equal(whole["lm_head.weight"], before["lm_head.weight"])
-    for name in whole:
-        torch.testing.assert_close(whole[name], parts[name], rtol=1e-4, atol=1e-6, msg=name)

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import build, make_tokenizer
+from helpers import build, make_tokenizer
 from paper.tables import read_runs
 
 from spul.data import PromptFormat, UnlearningData

@@ -3,11 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import build
 from datasets import Dataset
-from test_likelihood import free_form, make_collator, plain_logits, prompted
-from test_trainer import rows
-from test_unlearner import CONFIGS
+from helpers import CONFIGS, answer_collator, build, free_form, plain_logits, prompted, rows
 
 from spul.evaluation.attacks import sampled_answers, sampled_success
 
@@ -15,8 +12,8 @@ from spul.evaluation.attacks import sampled_answers, sampled_success
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 def test_success_is_that_of_independent_tries(family, prompt_type):
-    model, data, collator = prompted(family, prompt_type), free_form(4), make_collator()
-    found = sampled_success(model, data, collator, num_tries=7, temperature=0.5, batch_size=3)
+    model, data, collator = prompted(family, prompt_type), free_form(4), answer_collator()
+    found = sampled_success(model, data, collator.encoder, num_tries=7, temperature=0.5, batch_size=3)
     for row, share in zip(data, found, strict=True):
         encoded = collator.encoder.encode(row)
         logits = plain_logits(model, encoded.prompt_ids, encoded.completion_ids) / 0.5
@@ -27,29 +24,29 @@ def test_success_is_that_of_independent_tries(family, prompt_type):
 
 
 def test_certain_and_impossible_answers_are_found_always_and_never():
-    model, collator = build("llama", torch.float64), make_collator()
+    model, collator = build("llama", torch.float64), answer_collator()
     data = rows("jane", 1)
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
     tokens = len(collator.encoder.completion_ids(data[0]["completion"]))
-    (share,) = sampled_success(model, data, collator, num_tries=3)
+    (share,) = sampled_success(model, data, collator.encoder, num_tries=3)
     assert share == pytest.approx(1 - (1 - 120.0**-tokens) ** 3)
     prompt = collator.encoder.encode(data[0]).prompt_ids
     top = int(plain_logits(prompted(), prompt, [5])[0].argmax())
     for token, expected in ((top, 1.0), ((top + 1) % 120, 0.0)):
         row = {"input_ids": [*prompt, token], "completion_mask": [0] * len(prompt) + [1]}
-        (share,) = sampled_success(prompted(), Dataset.from_list([row]), collator, 10, temperature=1e-4)
+        (share,) = sampled_success(prompted(), Dataset.from_list([row]), collator.encoder, 10, temperature=1e-4)
         assert share == pytest.approx(expected, abs=1e-9)
 
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 def test_drawn_first_tokens_have_the_probabilities_of_the_model(prompt_type):
     """At a low temperature few tokens share the mass; their frequencies are the softmax of the twin's logits."""
-    model, data, collator = prompted("llama", prompt_type, dtype=torch.float32), rows("jane", 1), make_collator()
+    model, data, collator = prompted("llama", prompt_type, dtype=torch.float32), rows("jane", 1), answer_collator()
     model.get_base_model().generation_config.top_k = 1  # a setting of the model's own, which does not count
     prompt = collator.encoder.encode(data[0]).prompt_ids
     expected = (plain_logits(model, prompt, [5])[0] / 2.0).softmax(-1)
-    (answers,) = sampled_answers(model, data, collator, 600, temperature=2.0, max_new_tokens=1, batch_size=600)
+    (answers,) = sampled_answers(model, data, collator.encoder, 600, temperature=2.0, max_new_tokens=1, batch_size=600)
     assert len(answers) == 600
     texts = [collator.tokenizer.decode([token], skip_special_tokens=True) for token in range(120)]
     top = int(expected.argmax())
@@ -60,21 +57,21 @@ def test_drawn_first_tokens_have_the_probabilities_of_the_model(prompt_type):
 
 
 def test_draws_are_seeded_and_leave_the_global_generator_alone():
-    model, data, collator = prompted(dtype=torch.float32), rows("jane", 2), make_collator()
+    model, data, collator = prompted(dtype=torch.float32), rows("jane", 2), answer_collator()
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    first = sampled_answers(model, data, collator, 5, max_new_tokens=4, batch_size=2)
+    first = sampled_answers(model, data, collator.encoder, 5, max_new_tokens=4, batch_size=2)
     assert torch.equal(torch.rand(1), expected)
     assert [len(answers) for answers in first] == [5, 5]
-    assert first == sampled_answers(model, data, collator, 5, max_new_tokens=4, batch_size=2)
-    assert first != sampled_answers(model, data, collator, 5, max_new_tokens=4, batch_size=2, seed=1)
+    assert first == sampled_answers(model, data, collator.encoder, 5, max_new_tokens=4, batch_size=2)
+    assert first != sampled_answers(model, data, collator.encoder, 5, max_new_tokens=4, batch_size=2, seed=1)
     assert len(set(first[0])) > 1
 
 
 def test_bad_numbers_raise():
     for call in (sampled_success, sampled_answers):
         with pytest.raises(ValueError, match="num_tries=0"):
-            call(build("llama"), rows("jane", 1), make_collator(), 0)
+            call(build("llama"), rows("jane", 1), answer_collator(), 0)
         with pytest.raises(ValueError, match=r"temperature=0\.0"):
-            call(build("llama"), rows("jane", 1), make_collator(), 1, temperature=0.0)
+            call(build("llama"), rows("jane", 1), answer_collator(), 1, temperature=0.0)

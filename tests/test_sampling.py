@@ -7,12 +7,12 @@ import random
 from itertools import pairwise
 
 import pytest
-from conftest import make_tokenizer
 from datasets import Dataset
+from helpers import make_tokenizer
 
 from spul import ForgetRetainCollator
-from spul.data.dataset import forget_flags
-from spul.data.samplers import AlternatingRows, ForgetFractionSampler, LengthGroupedRows, RowCopies, row_lengths
+from spul.data.checks import forget_flags
+from spul.data.samplers import AlternatingSampler, ForgetFractionSampler, LengthGroupedSampler, RowCopies, row_lengths
 
 # Forget rows, retain rows, share of forget rows.
 MIXES = [
@@ -124,7 +124,7 @@ def test_a_group_that_repeats_is_reshuffled_each_time():
 @pytest.mark.parametrize("lengths", [None, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
 def test_groups_in_turn_are_each_seen_once_retain_first(lengths):
     is_forget = [True, False, False, True, False, True, False, False, False, True]
-    of = AlternatingRows(is_forget, seed=3, lengths=lengths, batch_size=2)
+    of = AlternatingSampler(is_forget, seed=3, lengths=lengths, batch_size=2)
     first = list(of)
     assert len(of) == 10
     assert sorted(first[:6]) == [1, 2, 4, 6, 7, 8]
@@ -133,7 +133,7 @@ def test_groups_in_turn_are_each_seen_once_retain_first(lengths):
     of.set_epoch(1)
     assert list(of) != first
     with pytest.raises(ValueError, match="alternate=True needs rows of both groups; the data set has 0 forget and 2"):
-        AlternatingRows([False, False])
+        AlternatingSampler([False, False])
 
 
 def test_the_seed_decides_the_order():
@@ -197,7 +197,7 @@ def test_flags_are_read_from_data_sets_and_lists():
 
 
 def test_a_data_set_without_flags_is_refused_with_its_columns():
-    with pytest.raises(ValueError, match=r"train_dataset has the columns \['prompt'\] and no is_forget"):
+    with pytest.raises(ValueError, match=r"train_dataset has no is_forget, only \['prompt'\]"):
         forget_flags(Dataset.from_dict({"prompt": ["a"]}))
 
 
@@ -236,7 +236,7 @@ def test_batches_of_like_length_come_in_random_order():
 
 def test_grouped_epochs_differ_and_repeat():
     of = ForgetFractionSampler([True, False] * 20, 0.5, lengths=list(range(40)), batch_size=2)
-    alone = LengthGroupedRows(range(40), batch_size=2, seed=1)
+    alone = LengthGroupedSampler(range(40), batch_size=2, seed=1)
     for each in (of, alone):
         epochs = []
         for epoch in (0, 1, 0):
@@ -244,14 +244,14 @@ def test_grouped_epochs_differ_and_repeat():
             epochs.append(list(each))
         assert epochs[0] == epochs[2] != epochs[1]
         assert {draw % 40 for draw in epochs[0]} == set(range(40))
-    assert list(alone) != list(LengthGroupedRows(range(40), batch_size=2, seed=2))
+    assert list(alone) != list(LengthGroupedSampler(range(40), batch_size=2, seed=2))
     assert len(alone) == 40
 
 
 def test_grouping_alone_saves_padding():
     generator = random.Random(0)
     lengths = [generator.randint(5, 200) for _ in range(1000)]
-    grouped = list(LengthGroupedRows(lengths, batch_size=8))
+    grouped = list(LengthGroupedSampler(lengths, batch_size=8))
     assert padded_tokens(grouped, lengths, 8) < 0.75 * padded_tokens(list(range(1000)), lengths, 8)
 
 
@@ -265,7 +265,7 @@ def test_lengths_come_from_a_column_or_from_the_tokens():
     texts = Dataset.from_list(
         [{"prompt": "review " * i, "completion": " good", "is_forget": False} for i in (1, 4, 50)]
     )
-    lengths = row_lengths(texts, collator, "length")
+    lengths = row_lengths(texts, collator.encoder, "length")
     assert lengths[0] < lengths[1] < lengths[2] == 20
-    assert row_lengths(texts.map(collator.tokenize), collator, "length") == lengths
-    assert row_lengths(texts.add_column("length", [7, 8, 9]), collator, "length") == [7, 8, 9]
+    assert row_lengths(texts.map(collator.tokenize), collator.encoder, "length") == lengths
+    assert row_lengths(texts.add_column("length", [7, 8, 9]), collator.encoder, "length") == [7, 8, 9]

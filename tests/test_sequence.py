@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, make_tokenizer
-from test_trainer import GENERIC, rows
+from helpers import GENERIC, build, make_tokenizer, rows
 
 from spul import SoftPromptUnlearner
 from spul.layers import UnlearningLayersConfig

@@ -56,7 +56,7 @@ def test_json_may_be_a_list_or_lines(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("x.json", "{", "is not JSON"), ("x.jsonl", "", "has no rows"), ("x.txt", "a", "ends in one of .tsv")],
+    [("x.json", "{", "is not JSON"), ("x.jsonl", "", "is empty"), ("x.txt", "a", "ends in one of .tsv")],
 )
 def test_files_that_cannot_be_read_are_errors(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)

@@ -190,7 +190,7 @@ def test_by_entity_rejects_what_it_cannot_use():
 def test_every_splitter_rejects_other_types_unknown_columns_and_empty_sets(split):
     with pytest.raises(TypeError, match="DatasetDict"):
         split(DatasetDict(train=data()), "text")
-    with pytest.raises(ValueError, match=r"no column 'review'; the columns are \['text', 'number'\]"):
+    with pytest.raises(ValueError, match=r"rows lacks the column\(s\) \['review'\]; it has \['text', 'number'\]"):
         split(data(), "review")
     with pytest.raises(ValueError, match="rows is empty"):
         split(data().select([]), "text")

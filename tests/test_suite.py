@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 import warnings
 from dataclasses import dataclass
 from functools import cache
@@ -11,29 +10,35 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import build
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
-from test_layers import stirred
-from test_tofu import QUESTIONS
-from test_trainer import make_collator, rows
-from test_unlearner import CONFIGS
+from helpers import make_collator, rows, scored
+from small_evaluations import (
+    ATTACKS,
+    INPUTS,
+    SEED,
+    assert_metrics,
+    assert_unchanged,
+    halves,
+    learned,
+    make_model,
+    make_splits,
+    per_row,
+    questions,
+    snapshot,
+)
 
 import spul
-import spul.evaluation.aggregation as numbers
+import spul.evaluation.aggregation as aggregation
 from spul import SoftPromptUnlearner, UnlearningLayers
-from spul.data import SPLITS
 from spul.evaluation.attacks import (
     attack_inputs,
-    letter_case,
     linear_probe,
     quantized,
     relearn,
     sampled_success,
     soft_suffix,
-    with_prefix,
 )
+from spul.evaluation.measures import MEASURES
 from spul.evaluation.metrics import (
     attack_scores,
     auc,
@@ -45,97 +50,14 @@ from spul.evaluation.metrics import (
     text_losses,
 )
 from spul.evaluation.metrics.scoring import score_completions
+from spul.evaluation.metrics.table import METRICS
 from spul.evaluation.results import Evaluation
 from spul.evaluation.suite import AttackSettings
 
 TRAINABLES = ("prompt_tuning", "prefix_tuning", "layers", "lora", "whole")
 ASKED = ("prompt_tuning", "whole")  # TOFU's questions, which take their time
 QUESTION_SETS = ("forget", "retain", "real_authors", "world_facts")
-SEED = 5
 TEXTS = ["the plot of the film is about jane doe .", "text", "good and bad"]
-INPUTS = {"capitals": lambda some: letter_case(some, "upper"), "before": lambda some: with_prefix(some, "film ?")}
-ATTACKS = AttackSettings(
-    inputs=INPUTS,
-    relearn_rows=4,
-    relearn_steps=(3, 1),  # in any order
-    relearn_lr=0.02,
-    relearn_model_lr=0.003,
-    bits=(4,),
-    tries=(1, 7),
-    temperature=0.7,
-    suffix_tokens=2,
-    suffix_steps=3,
-    suffix_lr=0.1,
-    gradient_norm=True,
-)
-
-
-def make_splits(**others) -> dict[str, Dataset]:
-    names = dict(zip(SPLITS, ("film", "jane", "good", "doe"), strict=True))
-    return {split: rows(name, num) for (split, name), num in zip(names.items(), (6, 11, 6, 7), strict=True)} | others
-
-
-@cache
-def learned_state() -> dict[str, torch.Tensor]:
-    """Of a model that gives labels and generic answers, some of them right: so that shares are neither 0 nor 1."""
-    model, collator = build("llama").train(False), make_collator()
-    given = [row for some in make_splits().values() for row in some]
-    given = [{**row, "completion": " neutral"} if i % 4 == 0 else row for i, row in enumerate(given)]
-    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    for _ in range(40):
-        optimizer.zero_grad()
-        model(**collator.encoder.batch(given)).loss.backward()
-        optimizer.step()
-    return model.state_dict()
-
-
-def learned(noise: float = 0.0, seed: int = 0) -> Any:
-    model = build("llama")
-    model.load_state_dict(learned_state())
-    torch.manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(noise * torch.randn_like(parameter))
-    return model
-
-
-def make(trainable: str, seed: int = 3) -> Any:
-    base = learned()
-    torch.manual_seed(seed)
-    if trainable in CONFIGS:
-        return SoftPromptUnlearner(base, CONFIGS[trainable](3))
-    if trainable == "layers":
-        return stirred(base, seed=seed)
-    if trainable == "lora":
-        model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"]))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.add_(0.2 * torch.randn_like(parameter) if "lora_B" in name else 0.0)
-        return model
-    return learned(0.05, seed)
-
-
-def snapshot(model: Any) -> dict[str, Any]:
-    """All that an evaluation must leave as it was."""
-    modules = list(model.named_modules())
-    return {
-        "state": {name: value.clone() for name, value in model.state_dict().items()},
-        "requires_grad": {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        "gradients": [name for name, parameter in model.named_parameters() if parameter.grad is not None],
-        "modes": {name: module.training for name, module in modules},
-        "hooks": {name: [*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks] for name, m in modules},
-        "dropout": {name: module.p for name, module in modules if isinstance(module, torch.nn.Dropout)},
-        "enabled": [getattr(model, "enabled", None), getattr(model, "_adapters_disabled", None)],
-        "switched_off": [name for name, module in modules if getattr(module, "disable_adapters", False) is True],
-    }
-
-
-def assert_unchanged(before: dict[str, Any], after: dict[str, Any]) -> None:
-    assert before["state"].keys() == after["state"].keys()
-    for name, value in before["state"].items():
-        assert torch.equal(value, after["state"][name]), name
-    for name in before.keys() - {"state"}:
-        assert before[name] == after[name], name
 
 
 @dataclass
@@ -151,13 +73,13 @@ class Case:
 @cache
 def case(trainable: str) -> Case:
     """Everything there is to measure, once for each trainable; the models are left in training mode meanwhile."""
-    model, retrained, reference = make(trainable).train(), learned(0.1, 1).train(), learned(0.1, 2)
+    model, retrained, reference = make_model(trainable).train(), learned(0.1, 1).train(), learned(0.1, 2)
     base = learned().requires_grad_(False) if trainable == "whole" else None
     given = {"model": model, "retrained": retrained, "reference": reference}
     given |= {} if base is None else {"base": base}
     before = {name: snapshot(one) for name, one in given.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numbers, "NUM_RESAMPLES", 20)
+        patch.setattr(aggregation, "NUM_RESAMPLES", 20)
         found = spul.evaluate(
             splits=make_splits(),
             collator=make_collator(),
@@ -175,27 +97,6 @@ def case(trainable: str) -> Case:
     return Case(found, {"unlearned": model, "detached": learned(), "retrained": retrained}, before, after)
 
 
-def questions(name: str) -> Dataset:
-    return Dataset.from_list([{**question, "question": f"{name} {question['question']}"} for question in QUESTIONS])
-
-
-def halves(num_rows: int = 4, forget: Dataset | None = None) -> tuple[Dataset, Dataset]:
-    """The forget rows to attack with, and those to try it on."""
-    forget = make_splits()["train_forget"] if forget is None else forget
-    places = random.Random(SEED).sample(range(len(forget)), len(forget))
-    return forget.select(places[: len(forget) // 2]).select(range(num_rows)), forget.select(places[len(forget) // 2 :])
-
-
-def assert_numbers(found: Evaluation, expected: dict[str, Any], rel: float = 1e-5, **where: Any) -> None:
-    for name, value in expected.items():
-        assert found.number(name=name, **where).value == pytest.approx(value, rel=rel, abs=1e-7), (name, where)
-
-
-def per_row(found: Evaluation, *key: str) -> dict[str, list[float]]:
-    (measurement,) = [one for one in found.measurements if one.key == key]
-    return measurement.per_row
-
-
 @pytest.fixture(params=TRAINABLES)
 def trainable(request) -> str:
     return request.param
@@ -211,13 +112,22 @@ def test_the_models_are_afterwards_what_they_were(trainable):
     assert one.before["model"]["modes"][""] is True
 
 
+def test_every_metric_and_measure_is_in_its_table(trainable):
+    found = case(trainable).found
+    assert {one.name for one in found.metrics} <= METRICS.keys()
+    asked = trainable in ASKED  # else there are no questions
+    assert list(dict.fromkeys(one.measure for one in found.measurements)) == [
+        name for name in MEASURES if asked or name != "questions"
+    ]
+
+
 def test_utility_is_what_score_completions_gives(trainable):
     one, shares = case(trainable), set()
     assert one.found.models == ["unlearned", "detached", "retrained"]
     for name, model in one.models.items():
         for split, some in make_splits().items():
             scores = score_completions(model, some, make_collator())
-            assert_numbers(one.found, scores, measure="utility", rows=split, model=name)
+            assert_metrics(one.found, scores, measure="utility", rows=split, model=name)
             shares |= {scores["accuracy"], scores["generic"], scores["f1"]}
     assert len(shares) > 5  # or this could not tell one model from another
 
@@ -226,11 +136,11 @@ def test_kl_is_to_the_base(trainable):
     one, base = case(trainable), learned()
     for split in ("train_retain", "test_retain"):
         for name in ("unlearned", "retrained"):
-            kl = kl_to(one.models[name], make_splits()[split], make_collator(), base)
+            kl = kl_to(one.models[name], make_splits()[split], make_collator().encoder, base)
             found = per_row(one.found, "kl", split, name, "")
-            np.testing.assert_allclose(found["reverse_kl"], kl.reverse, rtol=1e-4, atol=1e-7)
-            np.testing.assert_allclose(found["forward_kl"], kl.forward, rtol=1e-4, atol=1e-7)
-            assert kl.reverse.min() > 1e-5
+            np.testing.assert_allclose(found["reverse_kl"], kl["reverse_kl"], rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(found["forward_kl"], kl["forward_kl"], rtol=1e-4, atol=1e-7)
+            assert kl["reverse_kl"].min() > 1e-5
     assert not [x for x in one.found.measurements if x.measure == "kl" and x.model == "detached"]
 
 
@@ -239,7 +149,7 @@ def test_membership_scores_are_those_of_attack_scores_and_auc_of_them(trainable)
     aucs = {}
     for name, model in one.models.items():
         members, others = (
-            attack_scores(model, splits[split], make_collator(), reference, "model")
+            attack_scores(model, splits[split], make_collator().encoder, reference, "model")
             for split in ("train_forget", "test_forget")
         )
         assert list(members) == ["loss", "zlib", "min_k", "min_k++", "reference", "gradient_norm"]
@@ -249,12 +159,12 @@ def test_membership_scores_are_those_of_attack_scores_and_auc_of_them(trainable)
             for attack, values in scores.items():
                 np.testing.assert_allclose(found[attack], values, rtol=1e-4, atol=1e-5, err_msg=attack)
         for attack in members:
-            where = {"measure": "membership", "rows": "train_forget", "model": name, "variant": attack}
+            where = {"measure": "membership", "rows": "train_forget", "model": name, "attack": attack}
             aucs[name, attack] = auc(members[attack], others[attack])
-            assert_numbers(one.found, {"auc": aucs[name, attack]}, **where)
+            assert_metrics(one.found, {"auc": aucs[name, attack]}, **where)
             if name != "retrained":
-                found_difference = one.found.number(name="auc_difference", **where).value
-                theirs = one.found.number(**where | {"name": "auc", "model": "retrained"}).value
+                found_difference = one.found.metric(name="auc_difference", **where).value
+                theirs = one.found.metric(**where | {"name": "auc", "model": "retrained"}).value
                 assert found_difference == pytest.approx(aucs[name, attack] - theirs)
 
 
@@ -262,28 +172,31 @@ def test_neighbors_and_running_text_are_scored_as_by_hand(trainable):
     one = case(trainable)
     for name, model in one.models.items():
         scores = score_completions(model, rows("doe film", 5), make_collator())
-        assert_numbers(one.found, scores, measure="neighbors", rows="surname", model=name)
-        losses = text_losses(model, TEXTS, make_collator().tokenizer, 32)
+        assert_metrics(one.found, scores, measure="neighbors", rows="surname", model=name)
+        losses = text_losses(model, TEXTS, make_collator().encoder, 32)
         where = {"measure": "unrelated text", "rows": "unrelated text", "model": name}
-        assert_numbers(one.found, {"perplexity": perplexity(losses)}, **where)
+        assert_metrics(one.found, {"perplexity": perplexity(losses)}, **where)
 
 
 @pytest.mark.parametrize("trainable", ASKED)
 def test_questions_give_scores_model_utility_and_forget_quality(trainable):
     one, ratios = case(trainable), {}
     for name, model in one.models.items():
-        scores = {of: score_questions(model, questions(of), make_collator(), max_new_tokens=5) for of in QUESTION_SETS}
+        scores = {
+            of: score_questions(model, questions(of), make_collator().encoder, max_new_tokens=5)
+            for of in QUESTION_SETS
+        }
         for of, some in scores.items():
-            for what, values in dataclasses.asdict(some).items():
+            for what, values in some.items():
                 found = per_row(one.found, "questions", of, name, "")[what]
                 np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-7)
         kept = [scores[of] for of in ("retain", "real_authors", "world_facts")]
         utility = model_utility(*kept)["model_utility"]
-        assert_numbers(one.found, {"model_utility": utility}, 1e-4, measure="questions", rows="retain", model=name)
-        ratios[name] = scores["forget"].truth_ratio
+        assert_metrics(one.found, {"model_utility": utility}, 1e-4, measure="questions", rows="retain", model=name)
+        ratios[name] = scores["forget"]["truth_ratio"]
     for name in ("unlearned", "detached"):
         quality = {"forget_quality": forget_quality(ratios[name], ratios["retrained"])}
-        assert_numbers(one.found, quality, measure="questions", rows="forget", model=name)
+        assert_metrics(one.found, quality, measure="questions", rows="forget", model=name)
 
 
 # ---- under attack ----
@@ -295,8 +208,8 @@ def test_input_attacks_are_scored_as_by_attack_inputs(trainable):
         records = attack_inputs(one.models, make_splits()[split], INPUTS, make_collator())
         assert len(records) == 9
         for record in records:
-            where = {"measure": "input attack", "rows": split, "variant": record.pop("attack")}
-            assert_numbers(one.found, record, model=record.pop("model"), **where)
+            where = {"measure": "input attack", "rows": split, "attack": record.pop("attack")}
+            assert_metrics(one.found, record, model=record.pop("model"), **where)
 
 
 def test_relearning_is_what_relearn_gives_and_not_done_to_the_base(trainable):
@@ -305,9 +218,9 @@ def test_relearning_is_what_relearn_gives_and_not_done_to_the_base(trainable):
     assert not set(few["prompt"]) & set(others["prompt"])
     for name in ("unlearned", "retrained"):
         lr = 0.003 if name == "retrained" or trainable == "whole" else 0.02
-        for record in relearn(one.models[name], few, others, make_collator(), lr, (1, 3), seed=SEED):
-            where = {"measure": "relearning", "rows": "train_forget", "variant": f"{record.pop('step')} steps"}
-            assert_numbers(one.found, record, 1e-4, model=name, **where)
+        for record in relearn(one.models[name], few, others, make_collator().encoder, scored, lr, (1, 3), seed=SEED):
+            where = {"measure": "relearning", "rows": "train_forget", "level": record.pop("step")}
+            assert_metrics(one.found, record, 1e-4, model=name, **where)
     assert {x.model for x in one.found.measurements if x.measure == "relearning"} == {"unlearned", "retrained"}
 
 
@@ -316,17 +229,17 @@ def test_sampling_soft_suffix_and_probe_are_as_by_hand(trainable):
     few, others = halves(5)
     for name, model in one.models.items():
         for tries in (1, 7):
-            success = sampled_success(model, make_splits()["test_forget"], collator, tries, 0.7).mean()
-            where = {"measure": "sampling", "rows": "test_forget", "variant": f"{tries} tries"}
-            assert_numbers(one.found, {"success": success}, 1e-4, model=name, **where)
-        probe = dataclasses.asdict(linear_probe(model, few, others, collator, seed=SEED))
-        assert_numbers(one.found, probe, measure="linear probe", rows="train_forget", model=name)
-        attack = soft_suffix(model, few, others, collator, 2, 3, 0.1, seed=SEED)
-        for variant in ("before", "after", "trained"):
-            where = {"measure": "soft suffix", "rows": "train_forget", "variant": variant}
-            means = {score: getattr(attack, variant)[score].mean() for score in ("accuracy", "loss")}
-            assert_numbers(one.found, means, 1e-4, model=name, **where)
-        assert (attack.after["loss"] != attack.before["loss"]).all()
+            success = sampled_success(model, make_splits()["test_forget"], collator.encoder, tries, 0.7).mean()
+            where = {"measure": "sampling", "rows": "test_forget", "level": tries}
+            assert_metrics(one.found, {"success": success}, 1e-4, model=name, **where)
+        probe = linear_probe(model, few, others, collator.encoder, seed=SEED)
+        assert_metrics(one.found, probe, measure="linear probe", rows="train_forget", model=name)
+        attack, _ = soft_suffix(model, few, others, collator.encoder, 2, 3, 0.1, seed=SEED)
+        for stage in ("before", "after", "trained"):
+            where = {"measure": "soft suffix", "rows": "train_forget", "attack": stage}
+            means = {score: attack[stage][score].mean() for score in ("accuracy", "loss")}
+            assert_metrics(one.found, means, 1e-4, model=name, **where)
+        assert (attack["after"]["loss"] != attack["before"]["loss"]).all()
 
 
 def test_quantized_is_the_same_prompt_on_the_base_in_four_bit(tmp_path, trainable):
@@ -334,7 +247,7 @@ def test_quantized_is_the_same_prompt_on_the_base_in_four_bit(tmp_path, trainabl
     small = {"retrained": save_and_quantize(one.models["retrained"], tmp_path / "retrained")}
     if trainable == "lora":
         for name in ("unlearned", "detached"):
-            assert "merge_and_unload" in one.found.left_out[f"quantized, {name}"]
+            assert "merge_and_unload" in one.found.skipped[f"quantized, {name}"]
     else:
         small["detached"] = save_and_quantize(learned(), tmp_path / "base")
     if trainable == "whole":
@@ -350,8 +263,8 @@ def test_quantized_is_the_same_prompt_on_the_base_in_four_bit(tmp_path, trainabl
     for name, model in small.items():
         for split in ("test_forget", "test_retain"):
             scores = score_completions(model, make_splits()[split], make_collator())
-            where = {"measure": "quantized", "rows": split, "model": name, "variant": "4 bit"}
-            assert_numbers(one.found, scores, 1e-4, **where)
+            where = {"measure": "quantized", "rows": split, "model": name, "level": 4}
+            assert_metrics(one.found, scores, 1e-4, **where)
             whole = score_completions(one.models[name], make_splits()[split], make_collator())
             assert abs(whole["loss"] - scores["loss"]) > 1e-4  # or nothing was quantized
     assert {x.model for x in one.found.measurements if x.measure == "quantized"} == set(small)
@@ -375,7 +288,7 @@ def test_min_k_looks_at_the_share_of_tokens_that_is_asked_for():
             learned(), make_splits(**sets), make_collator(), measures=["membership"], attacks=attacks, progress=False
         )
         found[share] = per_row(evaluated, "membership", "train_forget", "unlearned", "")
-        expected = attack_scores(learned(), sets["train_forget"], make_collator(), share=share)
+        expected = attack_scores(learned(), sets["train_forget"], make_collator().encoder, share=share)
         for attack, values in expected.items():
             np.testing.assert_allclose(found[share][attack], values, rtol=1e-4, atol=1e-5, err_msg=attack)
         assert evaluated.settings["attacks"]["min_k_share"] == share

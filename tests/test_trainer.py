@@ -10,68 +10,30 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, make_tokenizer, run_script
 from datasets import Dataset
+from helpers import (
+    GENERIC,
+    ONE_STEP,
+    arguments,
+    assert_same,
+    build,
+    make_collator,
+    make_dataset,
+    make_trainer,
+    make_unlearner,
+    prompt_state,
+    rows,
+)
 from peft import PeftModel
-from test_unlearner import CONFIGS
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
-from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics.scoring import score_completions
 from spul.losses import GradientAscent
 from spul.training.checks import last_complete_checkpoint
 
-GENERIC = [" neutral", " unknown"]
-
-
-def rows(name, num):
-    labels = (" positive", " negative")
-    return Dataset.from_list([{"prompt": f"review {name} {i} :", "completion": labels[i % 2]} for i in range(num)])
-
-
-def make_dataset(num_forget=11, num_retain=21):
-    return forget_retain_dataset(rows("jane", num_forget), rows("film", num_retain))
-
-
-def make_unlearner(prompt_type="prompt_tuning", family="llama", loss=None):
-    base = build(family)
-    torch.manual_seed(3)
-    return SoftPromptUnlearner(base, CONFIGS[prompt_type](4), loss=loss)
-
-
-def make_collator(**kwargs):
-    return ForgetRetainCollator(make_tokenizer(), **{"generic_completions": GENERIC, "max_length": 32, **kwargs})
-
-
-def arguments(folder, **kwargs):
-    settings = {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "report_to": "none", "save_strategy": "no"}
-    settings |= {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "lr_scheduler_type": "constant"}
-    return TrainingArguments(str(folder), **{**settings, **kwargs})
-
-
-def make_trainer(folder, prompt_type="prompt_tuning", unlearner=None, dataset=None, collator=None, **kwargs):
-    names = ("forget_fraction", "eval_dataset", "callbacks", "reference", "reference_dir")
-    own = {key: kwargs.pop(key) for key in names if key in kwargs}
-    unlearner = make_unlearner(prompt_type) if unlearner is None else unlearner
-    dataset = make_dataset() if dataset is None else dataset
-    collator = make_collator() if collator is None else collator
-    return UnlearningTrainer(unlearner, arguments(folder, **kwargs), collator, dataset, **own)
-
-
-def prompt_state(unlearner):
-    return {name: p.detach().clone() for name, p in unlearner.prompt_encoder.named_parameters()}
-
-
-def assert_same(one, other, **tolerance):
-    assert one.keys() == other.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], other[name], **tolerance)
-
-
 # ---- one step, however it is cut up ----
-
-ONE_STEP = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0}
 
 
 @pytest.mark.parametrize("forget_fraction", [None, 0.25])
@@ -91,51 +53,6 @@ def test_32_rows_and_4_times_8_make_the_same_step(tmp_path, prompt_type, forget_
         states.append(prompt_state(trainer.model))
         assert any((states[-1][name] - before[name]).abs().max() > 1e-4 for name in before)
     assert_same(*states, rtol=0, atol=1e-6)
-
-
-@pytest.fixture(params=CONFIGS)
-def prompt_type(request) -> str:
-    return request.param
-
-
-def test_2_processes_of_16_make_the_step_of_one_of_32(tmp_path):
-    script = tmp_path / "step.py"
-    script.write_text(
-        textwrap.dedent(
-            """
-            import sys
-            sys.path.insert(0, sys.argv[1])
-            import torch
-            torch.set_num_threads(1)
-            from test_trainer import ONE_STEP, make_trainer, prompt_state, rows
-
-            folder, prompt_type, size = sys.argv[2], sys.argv[3], int(sys.argv[4])
-            sets = {"jane": rows("jane", 7)}
-            trainer = make_trainer(
-                folder, prompt_type, per_device_train_batch_size=size, eval_dataset=sets, **ONE_STEP
-            )
-            trainer.train()
-            metrics = trainer.evaluate()
-            if trainer.is_world_process_zero():
-                logs = {k: v for k, v in trainer.state.log_history[0].items() if k.endswith("loss")}
-                kinds = ("accuracy", "loss", "f1", "generic")
-                metrics = {k: v for k, v in metrics.items() if k.split("_")[-1] in kinds}
-                torch.save({"state": prompt_state(trainer.model), "logs": logs, "metrics": metrics}, sys.argv[5])
-            trainer.accelerator.end_training()  # a process group left to the interpreter's end can abort there
-            """
-        )
-    )
-    for prompt_type in CONFIGS:
-        results = []
-        for processes, size in ((1, 32), (2, 16)):
-            out = tmp_path / f"{prompt_type}-{processes}.pt"
-            run_script(script, tmp_path / "out", prompt_type, size, out, processes=processes)
-            results.append(torch.load(out))
-        one, two = results
-        assert_same(one["state"], two["state"], rtol=0, atol=1e-6)
-        for key in ("logs", "metrics"):
-            assert one[key].keys() == two[key].keys()
-            assert one[key] == pytest.approx(two[key], abs=1e-5)
 
 
 # ---- logging and evaluation ----
@@ -374,7 +291,7 @@ def test_rows_of_like_length_meet_also_under_a_forget_fraction(tmp_path, kind, f
 
 
 def test_a_forget_fraction_and_another_order_contradict_each_other(tmp_path):
-    with pytest.raises(ValueError, match=r"forget_fraction=0\.5 draws the rows itself"):
+    with pytest.raises(ValueError, match=r"forget_fraction=0\.5 and train_sampling_strategy="):
         make_trainer(tmp_path, forget_fraction=0.5, train_sampling_strategy="sequential")
 
 

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from conftest import build
+from helpers import CONFIGS, LENGTHS, NUM_RESPONSE, build, build_unlearner, make_batch, prompt_gradients
 from peft import (
     LoraConfig,
     MultitaskPromptTuningConfig,
     PeftModelForCausalLM,
-    PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
 )
@@ -19,52 +18,10 @@ from spul.losses import GradientAscent, KLDivergence
 from spul.losses.positions import response_positions
 from spul.prompts.shared_prefix import response_logits
 
-CONFIGS = {
-    "prompt_tuning": lambda p=5: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=p),
-    "p_tuning": lambda p=5: PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=p, encoder_hidden_size=16),
-    "prefix_tuning": lambda p=5: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=p),
-}
-LENGTHS = (12, 9, 5, 7, 10)
-NUM_RESPONSE = (1, 3, 2, 1, 4)
-
-
-@pytest.fixture(params=CONFIGS)
-def prompt_type(request) -> str:
-    return request.param
-
-
-def make(family="llama", prompt_type="prompt_tuning", dtype=torch.float64, p=5, loss=None, **kwargs):
-    base = build(family, dtype, **kwargs)
-    torch.manual_seed(1)
-    return SoftPromptUnlearner(base, CONFIGS[prompt_type](p), loss=loss).to(dtype)
-
-
-def make_batch(side="right", is_forget=(1, 0, 1, 0, 0)):
-    generator = torch.Generator().manual_seed(2)
-    width = max(LENGTHS)
-    rows = []
-    for length, num in zip(LENGTHS, NUM_RESPONSE, strict=True):
-        ids = torch.randint(3, 120, (length,), generator=generator)
-        labels = torch.full((length,), -100)
-        labels[-num:] = ids[-num:]
-        pad = (0, width - length) if side == "right" else (width - length, 0)
-        rows.append(
-            [torch.nn.functional.pad(x, pad, value=v) for x, v in ((ids, 0), (ids * 0 + 1, 0), (labels, -100))]
-        )
-    ids, mask, labels = (torch.stack(column) for column in zip(*rows, strict=True))
-    flags = torch.tensor(is_forget, dtype=torch.bool)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels, "is_forget": flags}
-
-
-def prompt_gradients(unlearner, loss):
-    unlearner.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in unlearner.named_parameters() if p.grad is not None}
-
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_losses_and_gradients_equal_the_plain_row_by_row_twin(family, prompt_type, side):
-    unlearner = make(family, prompt_type)
+    unlearner = build_unlearner(family, prompt_type)
     batch = make_batch(side)
     out = unlearner(**batch)
     expected = plain_losses(unlearner, batch)
@@ -82,7 +39,7 @@ def test_losses_and_gradients_equal_the_plain_row_by_row_twin(family, prompt_typ
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_logits_are_those_that_predict_the_response_tokens(family, prompt_type, side):
-    unlearner, batch = make(family, prompt_type), make_batch(side)
+    unlearner, batch = build_unlearner(family, prompt_type), make_batch(side)
     out = unlearner(**batch)
     assert out.logits.shape == (5, 4, 120)
     for row, (length, num) in enumerate(zip(LENGTHS, NUM_RESPONSE, strict=True)):
@@ -94,7 +51,7 @@ def test_logits_are_those_that_predict_the_response_tokens(family, prompt_type, 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
 def test_both_directions_of_the_kl_equal_torchs(direction):
-    unlearner = make(loss=UnlearningLoss(alpha=0.5, beta=2.0, kl=KLDivergence(direction=direction)))
+    unlearner = build_unlearner(loss=UnlearningLoss(alpha=0.5, beta=2.0, kl=KLDivergence(direction=direction)))
     batch = make_batch()
     expected = plain_losses(unlearner, batch, 0.5, 2.0, direction)
     out = unlearner(**batch)
@@ -104,7 +61,7 @@ def test_both_directions_of_the_kl_equal_torchs(direction):
 @pytest.mark.parametrize("window", [3, 6, 64])
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
 def test_a_prompt_longer_than_the_sliding_window_equals_concatenation(family, window, prompt_type):
-    unlearner = make(family, prompt_type, p=8, sliding_window=window)
+    unlearner = build_unlearner(family, prompt_type, p=8, sliding_window=window)
     batch = make_batch()
     positions, targets = response_positions(batch["labels"])
     shared = response_logits(unlearner, batch["input_ids"], batch["attention_mask"], positions)
@@ -117,7 +74,7 @@ def test_a_prompt_longer_than_the_sliding_window_equals_concatenation(family, wi
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_without_is_forget_it_is_pefts_forward(family, prompt_type, side):
-    unlearner, batch = make(family, prompt_type), make_batch("right")
+    unlearner, batch = build_unlearner(family, prompt_type), make_batch("right")
     del batch["is_forget"]
     expected = PeftModelForCausalLM.forward(unlearner, **batch)
     given = make_batch(side)
@@ -132,7 +89,7 @@ def test_without_is_forget_it_is_pefts_forward(family, prompt_type, side):
 
 
 def test_an_absent_group_contributes_exactly_zero():
-    unlearner = make()
+    unlearner = build_unlearner()
     only_forget = unlearner(**make_batch(is_forget=(1,) * 5))
     assert only_forget.retain_loss == 0
     assert only_forget.kl_loss == 0
@@ -156,7 +113,7 @@ class Counting:
     [(1.0, 0.5, [5, 3]), (1.0, 0.0, [5]), (0.0, 0.5, [5, 3]), (0.0, 0.0, [2])],
 )
 def test_a_weight_of_zero_computes_neither_pass_nor_rows(alpha, beta, rows):
-    unlearner = make(loss=UnlearningLoss(alpha=alpha, beta=beta))
+    unlearner = build_unlearner(loss=UnlearningLoss(alpha=alpha, beta=beta))
     counting = Counting(unlearner)
     out = unlearner(**make_batch())
     assert counting.batches == rows
@@ -166,7 +123,7 @@ def test_a_weight_of_zero_computes_neither_pass_nor_rows(alpha, beta, rows):
 
 
 def test_a_batch_without_rows_that_matter_still_goes_backward(prompt_type):
-    unlearner = make(prompt_type=prompt_type, loss=UnlearningLoss(alpha=0, beta=0))
+    unlearner = build_unlearner(prompt_type=prompt_type, loss=UnlearningLoss(alpha=0, beta=0))
     out = unlearner(**make_batch(is_forget=(0,) * 5))
     assert out.loss == 0
     out.loss.backward()
@@ -175,7 +132,7 @@ def test_a_batch_without_rows_that_matter_still_goes_backward(prompt_type):
 
 
 def test_accumulated_batches_with_group_counts_equal_the_whole_batch():
-    unlearner, batch = make(), make_batch()
+    unlearner, batch = build_unlearner(), make_batch()
     whole = prompt_gradients(unlearner, unlearner(**batch).loss)
     unlearner.zero_grad()
     total = 0.0
@@ -191,7 +148,7 @@ def test_accumulated_batches_with_group_counts_equal_the_whole_batch():
 
 
 def test_only_the_active_prompt_requires_gradients_also_after_train(family, prompt_type):
-    unlearner = make(family, prompt_type)
+    unlearner = build_unlearner(family, prompt_type)
     unlearner.add_adapter("other", CONFIGS[prompt_type]())
     for mode, active in ((True, "default"), (False, "default"), (True, "other")):
         unlearner.set_adapter(active)
@@ -201,13 +158,13 @@ def test_only_the_active_prompt_requires_gradients_also_after_train(family, prom
 
 
 def test_training_mode_changes_nothing_since_dropout_is_zeroed(family):
-    unlearner, batch = make(family), make_batch()
+    unlearner, batch = build_unlearner(family), make_batch()
     assert unlearner.train()(**batch).loss == unlearner(**batch).loss == unlearner.eval()(**batch).loss
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_generation_of_a_padded_batch_equals_one_by_one(family, prompt_type, checkpointing):
-    unlearner = make(family, prompt_type)
+    unlearner = build_unlearner(family, prompt_type)
     with torch.no_grad():
         for parameter in unlearner.prompt_encoder.parameters():
             parameter.mul_(4)  # a prompt loud enough to change the answers of a random model
@@ -232,7 +189,7 @@ def test_generation_of_a_padded_batch_equals_one_by_one(family, prompt_type, che
 @pytest.mark.parametrize("window", [4, 10])
 @pytest.mark.parametrize("family", ["gemma3", "mistral"])
 def test_generation_across_a_sliding_window_equals_one_by_one(family, window, prompt_type):
-    unlearner = make(family, prompt_type, sliding_window=window)
+    unlearner = build_unlearner(family, prompt_type, sliding_window=window)
     batch = make_batch("left")
     out = unlearner.generate(
         batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6, do_sample=False
@@ -244,7 +201,7 @@ def test_generation_across_a_sliding_window_equals_one_by_one(family, window, pr
 
 
 def test_generation_equals_greedy_decoding_by_hand(family, prompt_type):
-    unlearner = make(family, prompt_type)
+    unlearner = build_unlearner(family, prompt_type)
     ids = make_batch()["input_ids"][0]
     expected = ids
     for _ in range(5):
@@ -254,7 +211,7 @@ def test_generation_equals_greedy_decoding_by_hand(family, prompt_type):
 
 
 def test_beams_and_several_sequences_keep_their_rows(prompt_type):
-    unlearner, batch = make(prompt_type=prompt_type), make_batch("left")
+    unlearner, batch = build_unlearner(prompt_type=prompt_type), make_batch("left")
     mask = batch["attention_mask"]
     out = unlearner.generate(
         batch["input_ids"], attention_mask=mask, max_new_tokens=4, num_beams=3, num_return_sequences=2, do_sample=False
@@ -287,7 +244,7 @@ def test_gradient_checkpointing_concatenates_and_says_so_once(family, prompt_typ
     from spul.models.causal_lm import warn_once
 
     warn_once.cache_clear()
-    unlearner, batch = make(family, prompt_type), make_batch()
+    unlearner, batch = build_unlearner(family, prompt_type), make_batch()
     out = unlearner(**batch)
     expected = prompt_gradients(unlearner, out.loss)
     unlearner.gradient_checkpointing_enable()
@@ -303,7 +260,7 @@ def test_gradient_checkpointing_concatenates_and_says_so_once(family, prompt_typ
 
 
 def test_gradient_checkpointing_under_prefix_tuning_raises():
-    unlearner = make(prompt_type="prefix_tuning")
+    unlearner = build_unlearner(prompt_type="prefix_tuning")
     unlearner.gradient_checkpointing_enable()
     unlearner.train()
     with pytest.raises(ValueError, match="gradient checkpointing drops the keys and values"):
@@ -323,7 +280,7 @@ def test_half_precision_bases_train_a_float32_prompt(family, prompt_type, dtype)
 
 @pytest.mark.parametrize("kind", ["autocast", "base"])
 def test_bf16_stays_close_to_the_plain_twin_in_float32(family, prompt_type, kind):
-    unlearner, batch = make(family, prompt_type, torch.float32), make_batch()
+    unlearner, batch = build_unlearner(family, prompt_type, torch.float32), make_batch()
     expected = plain_losses(unlearner, batch)
     gradients = prompt_gradients(unlearner, expected[0])
     if kind == "base":
@@ -339,7 +296,7 @@ def test_bf16_stays_close_to_the_plain_twin_in_float32(family, prompt_type, kind
 
 
 def test_logits_are_computed_at_the_response_positions_only(family, prompt_type):
-    unlearner, batch = make(family, prompt_type), make_batch()
+    unlearner, batch = build_unlearner(family, prompt_type), make_batch()
     positions = []
     head = unlearner.get_base_model().get_output_embeddings()
     head.register_forward_pre_hook(lambda module, args: positions.append(args[0].shape[:-1].numel()))
@@ -350,7 +307,7 @@ def test_logits_are_computed_at_the_response_positions_only(family, prompt_type)
 
 
 def test_bf16_autocast_wraps_both_passes(family):
-    unlearner = make(family, dtype=torch.float32, loss=UnlearningLoss(beta=1.0))
+    unlearner = build_unlearner(family, dtype=torch.float32, loss=UnlearningLoss(beta=1.0))
     with torch.autocast("cpu", torch.bfloat16):
         out = unlearner(**make_batch())
     with torch.autocast("cpu", torch.bfloat16), unlearner.disable_adapter():
@@ -409,11 +366,11 @@ def test_other_task_types_and_losses_are_refused():
 )
 def test_bad_batches_say_what_is_wrong(change, error, message):
     with pytest.raises(error, match=message):
-        make()(**{**make_batch(), **change})
+        build_unlearner()(**{**make_batch(), **change})
 
 
 def test_rows_beyond_the_models_positions_raise():
-    unlearner = make(p=90)
+    unlearner = build_unlearner(p=90)
     with pytest.raises(ValueError, match=r"exceed the model's 96 positions; collate with max_length of at most 6"):
         unlearner(**make_batch())
 
@@ -429,9 +386,9 @@ def test_rows_beyond_the_models_positions_raise():
 )
 def test_generate_refuses_what_it_cannot_honor(kwargs, message):
     with pytest.raises(ValueError, match=message):
-        make().generate(make_batch()["input_ids"], **kwargs)
+        build_unlearner().generate(make_batch()["input_ids"], **kwargs)
     with pytest.raises(ValueError, match="needs input_ids"):
-        make().generate(max_new_tokens=3)
+        build_unlearner().generate(max_new_tokens=3)
 
 
 def test_families_without_a_plain_cache_are_concatenated(caplog):
@@ -469,7 +426,7 @@ def test_models_that_cannot_select_positions_give_the_same_loss():
                 use_cache=use_cache,
             )
 
-    stock, homemade = make(), make()
+    stock, homemade = build_unlearner(), build_unlearner()
     homemade.base_model.__class__ = Homemade
     torch.testing.assert_close(homemade(**make_batch()).loss, stock(**make_batch()).loss)
 
@@ -477,11 +434,11 @@ def test_models_that_cannot_select_positions_give_the_same_loss():
 def test_left_padded_plain_forward_refuses_what_it_would_misplace():
     batch = make_batch("left")
     with pytest.raises(ValueError, match="take no logits_to_keep; pad on the right"):
-        make()(batch["input_ids"], batch["attention_mask"], logits_to_keep=1)
+        build_unlearner()(batch["input_ids"], batch["attention_mask"], logits_to_keep=1)
 
 
 def test_inference_mode_and_deleting_keep_gradients_where_they_belong():
-    unlearner = make()
+    unlearner = build_unlearner()
     unlearner.add_adapter("b", CONFIGS["prompt_tuning"]())
     unlearner.set_adapter("b", inference_mode=True)
     assert not any(p.requires_grad for p in unlearner.parameters())
@@ -494,7 +451,7 @@ def test_inference_mode_and_deleting_keep_gradients_where_they_belong():
 def test_a_positional_generation_config_counts():
     from transformers import GenerationConfig
 
-    unlearner, batch = make(), make_batch()
+    unlearner, batch = build_unlearner(), make_batch()
     config = GenerationConfig(max_new_tokens=3, num_beams=2, num_return_sequences=2, pad_token_id=0, eos_token_id=2)
     out = unlearner.generate(batch["input_ids"], config, attention_mask=batch["attention_mask"])
     assert len(out) == 10
@@ -503,7 +460,7 @@ def test_a_positional_generation_config_counts():
 def test_generation_beyond_the_models_positions_raises():
     ids = torch.randint(3, 120, (1, 92))
     with pytest.raises(ValueError, match="leave no room in the model's 96 positions"):
-        make("gpt2").generate(ids)
+        build_unlearner("gpt2").generate(ids)
 
 
 def test_models_with_an_adapter_and_names_are_refused():

@@ -51,6 +51,7 @@ from spul.data.splits import NameFinder
 from spul.evaluation.metrics import response_embeddings
 from spul.evaluation.metrics.scoring import score_completions
 from spul.records.digests import summarize_rows
+from spul.records.files import write_text
 from spul.training.methods import Method
 
 SECOND_QUESTION = PromptFormat("### Text: {text}\n### Question: which person?\n### Person:", completion=" {person}")
@@ -194,7 +195,7 @@ class Experiment:
             model, cost = memorize(setup.model, rows, self.collator, args, learner, getattr(torch, setup.dtype))
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        record.write_text(json.dumps({"made_with": made_with, "cost": cost}, indent=2) + "\n", encoding="utf-8")
+        write_text(record, json.dumps({"made_with": made_with, "cost": cost}, indent=2) + "\n")
         return folder
 
     def model_folder(self, name: str) -> str | Path:
@@ -349,4 +350,4 @@ class Experiment:
 
     def embeddings(self, model: Any, rows: Dataset, name: str) -> Any:
         """Last-layer embeddings of rows, as t-SNE is drawn of them."""
-        return response_embeddings(model, rows, self.collator, self.batch_size, progress=name)
+        return response_embeddings(model, rows, self.collator.encoder, self.batch_size, progress=name)

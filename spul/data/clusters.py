@@ -12,7 +12,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
-from .recognizers import checked_texts
+from ..records.files import atomic_folder, write_text
+from .checks import checked_texts
 
 logger = logging.getLogger(__name__)
 
@@ -151,12 +152,12 @@ class TextClustering:
 
     def save(self, folder: str | Path) -> None:
         """Write the clustering: settings and vocabulary as JSON, arrays as safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         settings = {"embedder": self.embedder, "sizes": self.sizes, "vocabulary": self.vocabulary}
-        (folder / SETTINGS_NAME).write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
         arrays = {"centers": self.centers, "idf": self.idf, "components": self.components}
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}, str(folder / ARRAYS_NAME))
+        present = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
+        with atomic_folder(folder) as scratch:
+            write_text(scratch / SETTINGS_NAME, json.dumps(settings, ensure_ascii=False))
+            save_file(present, str(scratch / ARRAYS_NAME))
 
     @classmethod
     def load(cls, folder: str | Path) -> TextClustering:

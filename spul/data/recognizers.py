@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from .checks import checked_texts
+
 if TYPE_CHECKING:
     from spacy.language import Language
 
@@ -196,23 +198,6 @@ def recognize(recognizer: Callable[[Sequence[str]], list[list[str]]], texts: lis
     if lower_cased and num_found < FOUND_FEW * len(texts):
         logger.warning("the recognizer found somebody in only %d of %d texts.%s", num_found, len(texts), hint)
     return found
-
-
-def checked_texts(texts: Sequence[str]) -> list[str]:
-    """The texts as a list.
-
-    Raises:
-        TypeError: if it is a single string, or not all are strings.
-    """
-    if isinstance(texts, str):
-        raise TypeError(f"texts is one string, {texts[:80]!r}; expected a list of strings.")
-    texts = list(texts)
-    if bad := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
-        raise TypeError(
-            f"{len(bad)} of {len(texts)} texts are not strings; the first is text {bad[0]}: {texts[bad[0]]!r}. "
-            "Fill or drop them."
-        )
-    return texts
 
 
 def _checked_labels(labels: Sequence[str], known: set[str] | None) -> tuple[str, ...]:

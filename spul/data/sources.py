@@ -13,6 +13,9 @@ import pyarrow.csv
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 
+from .checks import check_rows
+from .rows import listed
+
 FILE_TYPES = (".tsv", ".tsv.gz", ".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -79,7 +82,7 @@ def _listing(folder: Path, shown: int = 20) -> str:
     if not folder.is_dir():
         return "not been found either"
     names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "") if names else "nothing in it"
+    return listed(names, shown) or "nothing in it"
 
 
 def _tsv_rows(path: Path) -> Iterator[dict[str, str]]:
@@ -122,10 +125,5 @@ def _from_rows(found: Iterator[Any], path: Path) -> Dataset:
 
 
 def _with_columns(rows: Dataset, columns: Sequence[str], where: str) -> Dataset:
-    if len(rows) == 0:
-        raise ValueError(f"{where} has no rows.")
-    if missing := [name for name in columns if name not in rows.column_names]:
-        raise ValueError(
-            f"{where} lacks the column(s) {missing}; it has {rows.column_names}, expected {list(columns)}."
-        )
+    check_rows(rows, columns, where)
     return rows.select_columns(list(columns)) if columns else rows

@@ -15,13 +15,15 @@ from typing import Any
 
 from datasets import Dataset
 
+from .checks import check_rows, checked_column, checked_list, checked_names
 from .clusters import TextClustering
-from .recognizers import checked_texts, recognize
+from .recognizers import recognize
+from .rows import SHOWN, listed, shortened
 
 logger = logging.getLogger(__name__)
 
 
-SHOWN = 3
+# Names, clusters or sources that a message or a report shows.
 SHOWN_GROUPS = 12
 TOKEN = re.compile(r"\w+|[^\w\s]")
 
@@ -50,12 +52,12 @@ class SplitReport:
     def __str__(self) -> str:
         lines = [f"{self.num_forget:,} rows to forget, {self.num_retain:,} to retain: {self.rule}"]
         if self.groups:
-            shown = [f"{name} {count:,}" for name, count in list(self.groups.items())[:SHOWN_GROUPS]]
-            more = f", and {len(self.groups) - len(shown):,} more" if len(self.groups) > len(shown) else ""
-            lines.append(f"rows matched: {', '.join(shown)}{more}")
+            counts = [f"{name} {count:,}" for name, count in self.groups.items()]
+            lines.append(f"rows matched: {listed(counts, SHOWN_GROUPS)}")
         if self.unmatched:
             lines.append(f"found nowhere: {', '.join(self.unmatched)}")
-        lines += [f"{group}: {_short(text)}" for group, texts in self.examples.items() for text in texts]
+        for group, texts in self.examples.items():
+            lines += [f"{group}: {shortened(' '.join(text.split()), 100)}" for text in texts]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def split_by_entity(
 
     Source: Bhaila, Van and Wu, *Soft Prompting for Unlearning in Large Language Models*, https://arxiv.org/abs/2406.12038
     """
-    texts = _texts(rows, text_field)
+    texts = checked_column(rows, text_field)
     if names is None and recognizer is None:
         raise ValueError("split_by_entity needs names=, a recognizer=, or both.")
     if num_names is not None and (names is not None or num_names < 1):
@@ -109,9 +111,7 @@ def split_by_entity(
             "names=."
         )
     if names is not None:
-        names = _asked("names", names)
-        if bad := [name for name in names if not isinstance(name, str) or not name.strip()]:
-            raise ValueError(f"names holds {bad[0]!r}; expected names as text.")
+        names = checked_names("names", names)
     if recognizer is None:
         assert names is not None
         searched = [[text] for text in texts]
@@ -152,10 +152,10 @@ def split_by_cluster(
         TypeError: if an argument is of another type.
         ValueError: if there is no such column or cluster, or one set would be empty.
     """
-    texts = _texts(rows, text_field)
+    texts = checked_column(rows, text_field)
     if not isinstance(clustering, TextClustering):
         raise TypeError(f"clustering is a {type(clustering).__name__}; expected TextClustering.fit(texts, ...).")
-    asked = _asked("forget_clusters", forget_clusters)
+    asked = checked_list("forget_clusters", forget_clusters)
     num_clusters = len(clustering.centers)
     if bad := [number for number in asked if number not in range(num_clusters)]:
         raise ValueError(f"forget_clusters holds {bad[0]!r}; the clusters are 0 to {num_clusters - 1}.")
@@ -180,16 +180,16 @@ def split_by_source(rows: Dataset, forget_sources: Sequence[Any], column: str = 
         TypeError: if an argument is of another type.
         ValueError: if there is no such column, no such value in it, or one set would be empty.
     """
-    _check(rows, column)
-    asked = _asked("forget_sources", forget_sources)
+    check_rows(rows, (column,))
+    asked = checked_list("forget_sources", forget_sources)
     names = [str(value) for value in asked]
     values = list(rows[column])
     matches = [{names[asked.index(value)]} if value in asked else set() for value in values]
     if not any(matches):
-        there = sorted(set(map(repr, values)))
+        found = sorted(set(map(repr, values)))
         raise ValueError(
-            f"none of the sources {_some(asked)} is in the column {column!r}, which has {len(there)} different "
-            f"values: {', '.join(there[:SHOWN_GROUPS])}{', ...' if len(there) > SHOWN_GROUPS else ''}."
+            f"none of the sources {listed([*map(repr, asked)], SHOWN_GROUPS)} is in the column {column!r}, which has "
+            f"{len(found)} different values: {listed(found, SHOWN_GROUPS)}."
         )
     rule = f"rows whose column {column!r} is one of {len(names)} values"
     return _split(rows, matches, names, rule, "text" if "text" in rows.column_names else None, f"values of {column!r}")
@@ -213,7 +213,7 @@ def split_by_predicate(
         TypeError: if an argument is of another type.
         ValueError: if there is no such column, or one set would be empty.
     """
-    _check(rows, text_field)
+    check_rows(rows, (text_field,))
     if not callable(predicate):
         raise TypeError(f"predicate is a {type(predicate).__name__}; expected a function of a row.")
     return _split(rows, [{""} if predicate(row) else set() for row in rows], None, description, text_field, "rows")
@@ -331,7 +331,8 @@ def _split(
     counts = Counter(name for names in matches for name in names)
     unmatched = [name for name in asked or () if not counts[name]]
     if asked and len(unmatched) == len(asked):
-        raise ValueError(f"none of the {kind} asked for is found in {len(rows)} rows: {_some(unmatched)}.")
+        shown = listed([*map(repr, unmatched)], SHOWN_GROUPS)
+        raise ValueError(f"none of the {kind} asked for is found in {len(rows)} rows: {shown}.")
     if unmatched:
         logger.warning("%d of the %d %s are found nowhere: %s", len(unmatched), len(asked or ()), kind, unmatched)
     forget = rows.select([i for i, names in enumerate(matches) if names])
@@ -350,43 +351,5 @@ def _split(
     return Split(forget, retain, report)
 
 
-def _check(rows: Dataset, column: str) -> None:
-    if not isinstance(rows, Dataset):
-        raise TypeError(
-            f"rows is a {type(rows).__name__}; expected a datasets.Dataset, such as one split of a DatasetDict."
-        )
-    if column not in rows.column_names:
-        raise ValueError(f"there is no column {column!r}; the columns are {rows.column_names}.")
-    if len(rows) == 0:
-        raise ValueError("rows is empty; expected at least two rows, one to forget and one to retain.")
-
-
-def _texts(rows: Dataset, text_field: str) -> list[str]:
-    _check(rows, text_field)
-    return checked_texts(rows[text_field])
-
-
-def _asked(argument: str, values: Any) -> list[Any]:
-    """What was asked for, once each."""
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
-        raise TypeError(f"{argument} is {values!r}; expected a list: [{values!r}].")
-    once: list[Any] = []
-    for value in values:
-        if value not in once:
-            once.append(value)
-    if not once:
-        raise ValueError(f"{argument} is empty; expected at least one.")
-    return once
-
-
 def _examples(rows: Dataset, text_field: str | None) -> list[str]:
     return [str(row if text_field is None else row[text_field]) for row in rows.select(range(min(SHOWN, len(rows))))]
-
-
-def _some(values: Sequence[Any], most: int = 10) -> str:
-    return ", ".join(map(repr, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
-
-
-def _short(text: str, width: int = 100) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."

@@ -14,6 +14,7 @@ from datasets import Dataset
 
 from .dataset import forget_retain_dataset
 from .formats import PromptFormat
+from .rows import SHOWN, normalized, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,6 @@ logger = logging.getLogger(__name__)
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 # Whose copy of a repeated text stays: what is to be forgotten is not kept, and what was trained on is no test.
 FIRST_KEPT = ("train_forget", "test_forget", "train_retain", "test_retain")
-SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -139,21 +139,21 @@ class UnlearningData:
                 kind = "trained on and tested as unseen"
                 if one.split("_")[1] != other.split("_")[1]:
                     kind = "forgotten and kept"
-                shown = "; ".join(repr(key[0][:160]) for key in both[:SHOWN])
+                shown = "; ".join(shortened(repr(key[0])) for key in both[:SHOWN])
                 raise ValueError(
                     f"{len(both)} row(s) of {self.name} stand in both {one} and {other}, and would be {kind} at "
                     f"once: {shown}. Remove them from one."
                 )
 
     def _check_completions(self, split: str, rows: Dataset) -> None:
-        generic = {text.strip().casefold() for text in self.format.generic_completions}
+        generic = {normalized(text) for text in self.format.generic_completions}
         for number, row in enumerate(rows):
             done = self.format.row(row)
             if self.format.fields(row)[self.format.text_field] is None or not done[self.format.text_field]:
                 raise ValueError(
                     f"row {number} of {split} of {self.name} has no text in {self.format.text_field!r}: {row}"
                 )
-            if done["completion"].strip().casefold() in generic:
+            if normalized(done["completion"]) in generic:
                 raise ValueError(
                     f"row {number} of {split} of {self.name} is answered with {done['completion']!r}, which is one of "
                     f"the format's generic completions {self.format.generic_completions}: a forget row would be "

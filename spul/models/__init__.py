@@ -1,19 +1,13 @@
 """Reading a causal LM of transformers: logits, hidden states, base and adapter; private APIs only in `compat`."""
 
-from .causal_lm import (
-    bare_model,
-    detached_base,
-    evaluation_mode,
-    logits_at,
-    max_positions,
-    trains_own_weights,
-    unwrapped,
-)
+from .causal_lm import bare_model, evaluation_mode, logits_at, max_positions, unwrapped
 from .compat import keep_4bit_differentiable
 from .output_head import OutputHead, final_states
+from .unlearner import Unlearner, detached_base, unlearner_of
 
 __all__ = [
     "OutputHead",
+    "Unlearner",
     "bare_model",
     "detached_base",
     "evaluation_mode",
@@ -21,6 +15,6 @@ __all__ = [
     "keep_4bit_differentiable",
     "logits_at",
     "max_positions",
-    "trains_own_weights",
+    "unlearner_of",
     "unwrapped",
 ]

@@ -6,14 +6,14 @@ import functools
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from .compat import is_dropout, own_parameters, takes_positions, uncompiled
+from .compat import is_dropout, takes_positions, uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -58,27 +58,6 @@ def max_positions(base_model: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
-def trains_own_weights(model: nn.Module) -> bool:
-    """Whether weights of the model itself are trained, so that disabling its adapter does not restore the base."""
-    if not has_adapter(unwrapped(model)):
-        return True
-    return any(parameter.requires_grad for _, parameter in own_parameters(bare_model(model)))
-
-
-@contextmanager
-def detached_base(model: nn.Module) -> Iterator[Any]:
-    """Context manager: the causal LM inside a model, its adapter disabled, in evaluation mode; restored on exit."""
-    model = unwrapped(model)
-    # PEFT makes an adapter trainable when it is enabled again, frozen parameters of it too.
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    try:
-        with evaluation_mode(model), cast(Any, model).disable_adapter() if has_adapter(model) else nullcontext():
-            yield bare_model(model)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of `torch.compile` and DDP."""
     while True:
@@ -88,15 +67,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def has_adapter(model: nn.Module) -> bool:
-    """Whether the model has an adapter that can be disabled: PEFT's, or unlearning layers."""
-    return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
-
-
 def bare_model(model: nn.Module) -> nn.Module:
     """The causal LM of transformers inside wrappers and adapters."""
     model = unwrapped(model)
-    return unwrapped(cast(Any, model).get_base_model()) if has_adapter(model) else model
+    return unwrapped(cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def selects_positions(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""The output head of a causal LM: logits from final hidden states."""
+"""The last step of a causal LM: from final hidden states to logits."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from .causal_lm import unwrapped
-from .compat import without_peft_wrapper
 
 
 class OutputHead:
-    """Logits from a causal LM's final hidden states: output embeddings, then scaling and soft-capping.
+    """Maps a causal LM's final hidden states to its logits: output embeddings, scaling, soft-capping.
 
-    A trainable head is copied, so that it keeps matching cached states; an adapter on it is not applied.
+    A head with parameters that require gradients is copied, so that it stays the one that belongs to the states. An
+    adapter on the head is ignored.
 
     Args:
         base_model: a causal LM of transformers.
@@ -29,7 +29,9 @@ class OutputHead:
         embeddings = base.get_output_embeddings()
         if embeddings is None:
             raise ValueError(f"{type(base).__name__} has no output embeddings; use reference='live'.")
-        embeddings = without_peft_wrapper(embeddings)
+        # LoRA on the head, or a head that is trained whole beside LoRA.
+        for inner in ("original_module", "base_layer"):
+            embeddings = getattr(embeddings, inner, embeddings)
         if any(parameter.requires_grad for parameter in embeddings.parameters()):
             embeddings = copy.deepcopy(embeddings).requires_grad_(False)
         config = base.config.get_text_config()
@@ -39,13 +41,13 @@ class OutputHead:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The dtype of the weights; None if they are quantized."""
+        """The precision of its weights; None if they are quantized."""
         dtype = self.embeddings.weight.dtype
         return dtype if dtype.is_floating_point else None
 
     @torch.no_grad()
     def __call__(self, states: Tensor) -> Tensor:
-        """Return logits (..., V) of final hidden states (..., d), on the device of the head."""
+        """Logits (..., V) of final hidden states (..., d), on the head's device."""
         states = states.to(self.embeddings.weight.device)
         logits = self.embeddings(states if self.dtype is None else states.to(self.dtype))
         logits = logits * self.scale if self.scale != 1.0 else logits
@@ -53,25 +55,13 @@ class OutputHead:
 
 
 def final_states(base_model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
-    """Final hidden states (B, K, d), the input of the LM head, at `positions` (B, K).
+    """A causal LM's final hidden states, the input of its LM head, at `positions` (B, K): (B, K, d).
 
     Raises:
-        ValueError: if the model does not return its final hidden states.
+        ValueError: if the model does not return them.
     """
     decoder: Any = unwrapped(base_model)
     states = getattr(decoder.base_model(**inputs, use_cache=False), "last_hidden_state", None)
     if states is None:
-        raise ValueError(f"{type(decoder).__name__} does not return its final hidden states; use reference='live'.")
+        raise ValueError(f"{type(decoder).__name__} returns no final hidden states; use reference='live'.")
     return states.take_along_dim(positions[..., None].to(states.device), dim=1)
-
-
-def reproduces_logits(head: OutputHead, states: Tensor, expected: Tensor) -> bool:
-    """Whether the head computes the model's own logits from the states, up to rounding."""
-    rounding = 2 * torch.finfo(expected.dtype).eps if expected.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    return is_close(head(states), expected, rounding)
-
-
-def is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether the largest difference is at most `tolerance` times the largest expected value."""
-    found, expected = found.double(), expected.double().to(found.device)
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())

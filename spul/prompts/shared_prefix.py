@@ -148,8 +148,9 @@ def response_logits(model: PeftModel, input_ids: Tensor, attention_mask: Tensor,
             warn_once(f"{type(base).__name__} has no plain key/value cache: the prompt is concatenated to every row.")
     if states is None:
         return _concatenated_response_logits(model, input_ids, attention_mask, positions)
-    prefix = states.prefix_inputs(base, attention_mask)
-    return logits_at(base, positions, input_ids=input_ids, **prefix, use_cache=True)
+    return logits_at(
+        base, positions, input_ids=input_ids, **states.prefix_inputs(base, attention_mask), use_cache=True
+    )
 
 
 def _concatenated_response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import (
@@ -14,20 +15,22 @@ from peft import (
     TaskType,
 )
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..losses.batch import batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import logits_at, max_positions, zero_dropout
 from ..models.compat import disabled_flag, keep_4bit_differentiable
+from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .configs import check_peft_config, scale_random_prompt
 from .generation import generate_prompted
 from .inference import ordinary_forward
-from .shared_prefix import response_logits
+from .shared_prefix import prompt_states, response_logits
 
 
-class SoftPromptUnlearner(PeftModelForCausalLM):
+class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
     """A frozen causal LM with a trainable soft prompt that makes it forget (SPUL, arXiv 2406.12038).
 
     The base is frozen in place and its dropout set to zero; only the active prompt requires gradients. It is an
@@ -52,6 +55,8 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         out.loss.backward()
         ```
     """
+
+    computes_loss = True
 
     # Set by PEFT; declared here since nn.Module types every attribute as a tensor or a module.
     config: Any
@@ -142,6 +147,25 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         # PEFT leaves every prompt trainable; an unused one breaks DDP on its second step.
         for name, encoder in self.prompt_encoder.items():
             encoder.requires_grad_(name == self.active_adapter and not self.peft_config[name].inference_mode)
+
+    @property
+    def virtual_tokens_in_use(self) -> int:
+        """Virtual tokens in front of every row; 0 where the prompt is disabled."""
+        return self.active_peft_config.num_virtual_tokens if self.enabled else 0
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the prompts."""
+        return list(self.prompt_encoder.parameters())
+
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        """The config of the active prompt, by its name; empty where it is disabled."""
+        return {self.active_adapter: self.active_peft_config.to_dict()} if self.enabled else {}
+
+    def on_base(self, base: PreTrainedModel, folder: Path) -> SoftPromptUnlearner:
+        """The active prompt on another base, for inference, by way of a folder."""
+        self.save_pretrained(str(folder))
+        name = self.active_adapter
+        return type(self).from_pretrained(base, folder if name == "default" else folder / name).eval()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -240,6 +264,23 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         """Logits (B, K, V) of the base, without the prompt; arguments as in `response_logits`."""
         base: Any = self.get_base_model()
         return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """As `response_logits`, of input embeddings (B, n, d).
+
+        Raises:
+            ValueError: if the base has no plain key/value cache.
+        """
+        base: Any = self.get_base_model()
+        if not self.enabled:
+            return logits_at(base, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        states = prompt_states(self)
+        if states is None:
+            raise ValueError(
+                f"{type(base).__name__} has no plain key/value cache, which input embeddings under a prompt need."
+            )
+        prefix = states.prefix_inputs(base, attention_mask)
+        return logits_at(base, positions, inputs_embeds=inputs_embeds, **prefix, use_cache=True)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate with the prompt; arguments as in `generate` of transformers.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..losses.batch import UnlearnerOutput, batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import detached_base, logits_at, trains_own_weights
+from ..models.unlearner import unlearner_of
 
 
 def unlearning_forward(model: nn.Module, loss: UnlearningLoss, **batch: Any) -> UnlearnerOutput:
@@ -37,16 +37,5 @@ def unlearning_forward(model: nn.Module, loss: UnlearningLoss, **batch: Any) -> 
         ```
     """
 
-    def response_logits(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        return logits_at(model, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-
-    def base_logits(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        if trains_own_weights(model):
-            raise ValueError(
-                "the loss compares with the model before training, which a model trained in its own weights no longer "
-                "has: pass reference_logits, from a ReferenceCache built before training."
-            )
-        with detached_base(model) as base:
-            return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-
-    return batch_loss(loss, response_logits, base_logits, **batch)
+    unlearner = unlearner_of(model)
+    return batch_loss(loss, unlearner.response_logits, unlearner.base_logits, **batch)

@@ -1,0 +1,220 @@
+"""Two processes do what one does: training steps, the cached reference, an evaluation. One launch for all of them."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import PartialState
+from helpers import (
+    CONFIGS,
+    ONE_STEP,
+    Counting,
+    arguments,
+    assert_same,
+    build,
+    make_answers,
+    make_collator,
+    make_dataset,
+    make_trainer,
+    make_unlearner,
+    prompt_state,
+    rows,
+    trainable_model,
+)
+from small_evaluations import learned, make_model, measured
+from transformers import TrainerCallback
+
+import spul.evaluation.aggregation
+import spul.training.reference
+from spul import UnlearningLoss, UnlearningTrainer
+from spul.losses import GradientAscent
+from spul.models.causal_lm import zero_dropout
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CHECKED = 2 * spul.training.reference.ROWS_CHECKED  # each once for its logits and once for its states
+
+
+def trainable_tensors(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---- the work, the same in one process and in each of two ----
+
+
+def prompt_step(prompt_type, folder, processes):
+    """A step on 32 rows and an evaluation."""
+    sets = {"jane": rows("jane", 7)}
+    size = {"per_device_train_batch_size": 32 // processes}
+    trainer = make_trainer(folder, prompt_type, eval_dataset=sets, **size, **ONE_STEP)
+    trainer.train()
+    metrics = trainer.evaluate()
+    return {
+        "state": prompt_state(trainer.model),
+        "logs": {k: v for k, v in trainer.state.log_history[0].items() if k.endswith("loss")},
+        "metrics": {k: v for k, v in metrics.items() if k.split("_")[-1] in ("accuracy", "loss", "f1", "generic")},
+    }
+
+
+def uneven_step(trainable, folder, processes):
+    """A step on four forget rows and four retain rows, in order: of two processes the second has no forget row."""
+    model = trainable_model(trainable, dtype=torch.float32)
+    zero_dropout(model)
+    in_order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 8 // processes}
+    trainer = UnlearningTrainer(
+        model,
+        arguments(folder, **in_order, **ONE_STEP),
+        make_collator(generic_completions=None),
+        make_dataset(4, 4),
+        loss=UnlearningLoss(alpha=0.0, beta=0.0, forget=GradientAscent()),
+    )
+    trainer.train()
+    return trainable_tensors(model)
+
+
+def memorizing_step(folder, processes):
+    from paper.memorization import CompletionTrainer
+
+    model = build("llama")
+    zero_dropout(model)
+    size = {"per_device_train_batch_size": 8 // processes, "remove_unused_columns": False}
+    args = arguments(folder, **size, **ONE_STEP)
+    CompletionTrainer(model, args, make_collator().encoder.batch, rows("jane", 8)).train()
+    return trainable_tensors(model)
+
+
+def cached_step(folder, processes):
+    """A step with a cached reference; how many rows passed through the base before it."""
+    unlearner, counted = make_unlearner(), []
+    counting = Counting(unlearner.get_base_model())
+
+    class Noting(TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            counted.append(counting.rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spul.training.reference, "MIN_ROWS_PER_PART", 3)
+        make_trainer(
+            folder,
+            unlearner=unlearner,
+            dataset=make_answers(),
+            reference_dir=f"{folder}/reference",
+            per_device_train_batch_size=18 // processes,
+            callbacks=[Noting()],
+            **ONE_STEP,
+        ).train()
+    return {"rows": counted[0], "state": prompt_state(unlearner)}
+
+
+def evaluation(folder):
+    """The files that each task of an evaluation was appended to."""
+    module, appended = import_module("spul.evaluation.run"), []
+    append = module.append_measurements
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spul.evaluation.aggregation, "NUM_RESAMPLES", 20)
+        patch.setattr(
+            module, "append_measurements", lambda path, found: (appended.append(path.name), append(path, found))
+        )
+        given = {"retrained": learned(0.1, 1), "output_dir": folder}
+        measured(make_model("prompt_tuning"), "kl", "relearning", "sampling", **given)
+    return appended
+
+
+def sharded_evaluation():
+    """The error of evaluating a sharded model."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    try:
+        measured(fully_shard(learned(), mesh=init_device_mesh("cpu", (2,))), "sampling")
+    except ValueError as error:
+        return str(error)
+
+
+def main(folder):
+    """All of the work, in one of the processes; its results go to a file."""
+    torch.set_num_threads(1)
+    state = PartialState(cpu=True)
+    assert state.num_processes == 2
+    folder, results = Path(folder), {}
+    for prompt_type in CONFIGS:
+        results[prompt_type] = prompt_step(prompt_type, folder / "out", 2)
+    for trainable in ("full", "lora"):
+        results[trainable] = uneven_step(trainable, folder / "out", 2)
+    results["memorizing"] = memorizing_step(folder / "out", 2)
+    results["cached"] = cached_step(folder, 2)
+    results["sharded"] = sharded_evaluation()
+    results["evaluation"] = evaluation(folder / "evaluation")
+    torch.save(results, folder / f"{state.process_index}.pt")
+    state.destroy_process_group()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(0)  # threads of torch.distributed can abort an interpreter that has done its work and ends
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    """The folder of what two processes did, and the results of each of them."""
+    folder = tmp_path_factory.mktemp("two_processes")
+    path = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, folder]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+# ---- the tests ----
+
+
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_2_processes_of_16_make_the_step_of_one_of_32(launch, tmp_path, prompt_type):
+    one, two = prompt_step(prompt_type, tmp_path, 1), launch[1][0][prompt_type]
+    assert_same(one["state"], two["state"], rtol=0, atol=1e-6)
+    for key in ("logs", "metrics"):
+        assert one[key]
+        assert one[key].keys() == two[key].keys()
+        assert one[key] == pytest.approx(two[key], abs=1e-5)
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_2_processes_with_forget_rows_in_one_make_the_step_of_one(launch, tmp_path, trainable):
+    """A batch without a forget row still has to take part, or the other process waits for it."""
+    assert_same(uneven_step(trainable, tmp_path, 1), launch[1][0][trainable], rtol=1e-4, atol=1e-6)
+
+
+def test_2_processes_memorize_as_one(launch, tmp_path):
+    whole = memorizing_step(tmp_path, 1)
+    assert not torch.equal(whole["lm_head.weight"], build("llama").lm_head.weight)
+    assert_same(whole, launch[1][0]["memorizing"], rtol=1e-4, atol=1e-6)
+
+
+def test_2_processes_share_the_cached_reference(launch, tmp_path):
+    one, two = cached_step(tmp_path, 1), [results["cached"] for results in launch[1]]
+    assert_same(one["state"], two[0]["state"], rtol=0, atol=1e-6)
+    assert one["rows"] == 13 + CHECKED
+    assert [each["rows"] for each in two] == [3 + 3 + 1 + CHECKED, 3 + 3 + CHECKED]
+
+
+def test_2_processes_give_the_metrics_of_one(launch, tmp_path):
+    folder, results = launch
+    evaluation(tmp_path / "1")
+    assert [each["evaluation"] for each in results] == [["progress-0.jsonl"] * 5, ["progress-1.jsonl"] * 4]
+    assert len((tmp_path / "1" / "measurements.jsonl").read_text().splitlines()) == 16
+    names = ["evaluation.json", "measurements.jsonl", "settings.json"]
+    assert sorted(file.name for file in (folder / "evaluation").iterdir()) == names
+    for name in names:
+        assert (tmp_path / "1" / name).read_text() == (folder / "evaluation" / name).read_text(), name
+
+
+def test_2_processes_refuse_to_evaluate_a_sharded_model(launch):
+    for results in launch[1]:
+        assert "model is sharded" in results["sharded"]
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
