@@ -156,5 +156,5 @@ def test_a_checkpoint_of_layers_of_another_sort_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     make_trainer(tmp_path, **settings).train()
     other = UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, activation="silu"))
-    with pytest.raises(ValueError, match=r"was saved has the config .*relu.*these layers have .*silu"):
+    with pytest.raises(ValueError, match=r"the saved layers have the config .*relu.*these layers have .*silu"):
         make_trainer(tmp_path, other, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -167,7 +167,8 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path
     """SIGKILL inside the third save: its folder is passed over."""
     script = textwrap.dedent(
         """
-        import os, signal, sys
+        import os, signal, sys, torch
+        torch.set_num_threads(1)  # as in this process: the bits depend on it
         sys.path.insert(0, sys.argv[1])
         from test_trainer import make_trainer
         trainer = make_trainer(sys.argv[2], max_steps=4, save_strategy="steps", save_steps=1)
