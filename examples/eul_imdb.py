@@ -4,10 +4,9 @@
     python examples/eul_imdb.py --model facebook/opt-1.3b --limit 20000 --words 200 --bf16
 
 Each request asks to forget the reviews that name one film director. A model learns the sentiment of reviews first,
-those of all requests among them, and those that name other directors, who are to be kept. Of a review stays a window
-of words, around the name where there is one. Each order of requests is one run; numbers are averaged over orders. It
-writes `requests.jsonl`, `requests.md` and a figure; an
-interrupted run goes on where it stopped.
+those of all requests among them, and those that name other directors, which are retained. Each review is cut to a
+window of words, around the name if there is one. Each order of requests is one run; metrics are averaged over orders.
+It writes `requests.jsonl`, `requests.md` and a figure; an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments,
 from spul import ForgetRetainCollator
 from spul.data import SENTIMENT, PromptFormat, load_known
 from spul.data.known_reviews import IMDB_FORGET_NAMES
-from spul.data.splits import NameFinder
+from spul.data.recognizers import NameFinder
 from spul.evaluation.metrics import entity_loss
 from spul.layers import UnlearningLayersConfig
 from spul.records.digests import digest
@@ -63,11 +62,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--limit", type=int, default=1000, help="retain rows to train on")
     parser.add_argument("--limit-score", type=int, default=500, help="test rows to score on")
-    parser.add_argument("--words", type=int, default=60, help="of a review that are used")
+    parser.add_argument("--words", type=int, default=60, help="number of words of a review that are used")
     parser.add_argument(
         "--second-question",
         action="store_true",
-        help="memorize who is named, too: steers small models",
+        help="memorize who is named as well, so that small models can be steered",
     )
     parser.add_argument("--memorize-epochs", type=int, default=5)
     parser.add_argument("--memorize-lr", type=float, default=1e-3)
@@ -86,7 +85,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def window(text: str, num_words: int, name: str | None = None) -> str:
-    """So many words of a text, from the start or about a name."""
+    """`num_words` words of a text, from its start or around a name."""
     words = text.split()
     start = 0
     if name is not None:
@@ -97,9 +96,9 @@ def window(text: str, num_words: int, name: str | None = None) -> str:
 
 
 def read_rows(args: argparse.Namespace) -> tuple[list[str], dict[str, Dataset]]:
-    """The directors that most reviews name, and rows: `NAME train`, `NAME test`, `retain train`, `retain test`.
+    """The directors that most reviews name, and rows by `NAME train`, `NAME test`, `retain train`, `retain test`.
 
-    The retain rows are some that name no director, and all that name another one.
+    The retain rows are a sample of those that name no director, and all that name another director.
     """
     data = load_known("imdb", source=args.data_dir)
     by_name: dict[str, dict[str, list[dict]]] = {name: {"train": [], "test": []} for name in IMDB_FORGET_NAMES}
@@ -121,7 +120,7 @@ def read_rows(args: argparse.Namespace) -> tuple[list[str], dict[str, Dataset]]:
 
 
 def learned(args: argparse.Namespace, rows: Dataset) -> Any:
-    """The model after it has learned the sentiment of some rows."""
+    """The model fine-tuned on the sentiment of some rows."""
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     training = TrainingArguments(
         str(args.output_dir / "memorizing"),
@@ -150,7 +149,7 @@ def learned(args: argparse.Namespace, rows: Dataset) -> Any:
 
 
 def make_requests(args: argparse.Namespace, order: int) -> tuple[Requests, list[str]]:
-    """The requests in one of their orders, and whose they are."""
+    """The requests in one order, and the director of each."""
     names, rows = read_rows(args)
     settings = digest({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})[:12]
     folder = args.output_dir / settings
@@ -166,7 +165,7 @@ def make_requests(args: argparse.Namespace, order: int) -> tuple[Requests, list[
         test=[rows[f"{name} test"] for name in names],
         retain=rows["retain train"],
         test_retain=rows["retain test"],
-        retrain=lambda kept: learned(args, kept),
+        retrain=lambda retained: learned(args, retained),
         folder=folder / str(order),
         settings=settings,
         seed=args.seed,
@@ -185,7 +184,7 @@ def make_requests(args: argparse.Namespace, order: int) -> tuple[Requests, list[
 
 
 def averages(lines: list[dict[str, Any]], method: str, after: int) -> dict[str, float]:
-    """Of one method after so many requests, averaged over the orders."""
+    """Scores of a method after some requests, averaged over the orders."""
     mine = [line for line in lines if (line["method"], line["requests"]) == (method, after)]
     return {
         "test": mean(line["test_retain"] for line in mine),
@@ -198,7 +197,7 @@ def averages(lines: list[dict[str, Any]], method: str, after: int) -> dict[str, 
 
 
 def table(lines: list[dict[str, Any]], num_requests: int) -> str:
-    """Markdown: a row for each method after each request."""
+    """A Markdown table with a row for each method after each request."""
     heads = ["method", "requests", "test", "retained", "forgotten", "forgotten, test", "name loss", "seconds"]
     rows = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for method in dict.fromkeys(line["method"] for line in lines):
@@ -211,7 +210,7 @@ def table(lines: list[dict[str, Any]], num_requests: int) -> str:
 
 
 def draw(lines: list[dict[str, Any]], num_requests: int, path: Path) -> None:
-    """Accuracy on what was to be forgotten, on what is kept and on test rows, over the requests."""
+    """Draw accuracy on forgotten, retained and test rows over the number of requests."""
     figure, axes = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
     steps = list(range(1, num_requests + 1))
     for method in dict.fromkeys(line["method"] for line in lines):

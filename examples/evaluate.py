@@ -1,19 +1,19 @@
-"""Evaluate a saved adapter: is it forgotten, is the rest intact, does it show, and does it come back?
+"""Evaluate a saved adapter: forgetting, utility, membership inference and attacks that recover the knowledge.
 
     python examples/evaluate.py --model BASE --adapter forget-jane-doe --dataset SPLITS --retrained RETRAINED
     python examples/evaluate.py --model out/quickstart/base --adapter out/quickstart/adapter --dataset reviews
 
-The adapter is a folder or Hub name of a prompt or of unlearning layers; without one, `--model` is a model that was
-unlearned as a whole, and `--base` the one before. The data set is one of the known ones, or a folder or Hub name of
-four splits. `--retrained`, a model that never saw the forget rows, is the yardstick of most numbers.
+The adapter is a folder or Hub name of a prompt or of unlearning layers; without one, `--model` is an unlearned full
+model, and `--base` the model before unlearning. The data set is one of the known ones, or a folder or Hub name of
+four splits. `--retrained`, a model that never saw the forget rows, is the control of most metrics.
 
-`--seed`, `--limit`, `--forget-set` and `--second-question` are those of the training. Rows near to the forget rows are
-found by topic, by surname where it is known who is forgotten (`--names`), and by `--clusters`; TOFU has its perturbed
-questions. For the other measures give `--unrelated-texts`, `--unseen` and `--reference`.
+`--seed`, `--limit`, `--forget-set` and `--second-question` must equal those of training. Neighbors of the forget rows
+are found by topic, by surname if the names of the forgotten people are known (`--names`), and by `--clusters`; TOFU
+has its perturbed questions. The other measures require `--unrelated-texts`, `--unseen` and `--reference`.
 
 It writes `evaluation.json`, `measurements.jsonl` (per row), `report.md`, `report.html` and figures, and puts a summary
-into the adapter's model card where utility was measured. An interrupted evaluation goes on where it stopped;
-`accelerate launch` shares it out among several processes.
+into the adapter's model card where utility was measured. An interrupted evaluation resumes where it stopped;
+`accelerate launch` distributes it over several processes.
 """
 
 from __future__ import annotations
@@ -39,32 +39,36 @@ from spul.records.files import find_file
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", required=True, help="folder or Hub name of the base; or of a model unlearned as a whole")
+    add("--model", required=True, help="folder or Hub name of the base; or of an unlearned full model")
     add("--adapter", help="folder or Hub name of a prompt or of unlearning layers")
-    add("--base", help="the model before unlearning, where there is no adapter")
+    add("--base", help="the model before unlearning, if there is no adapter")
     add("--retrained", help="a model that never saw the forget rows")
-    add("--reference", help="another model that never saw them, such as the one before any row was learned")
+    add("--reference", help="another model that never saw them, such as the pretrained model")
     add("--dataset", required=True, help="sst2, yelp, wmdp, tofu, imdb; reviews, quiz; Hub name or folder of splits")
     add("--task", choices=TASKS, default="sentiment", help="prompt format of a data set in four splits")
     add("--data-dir", help="local folder of a known data set; the Hub unless given")
     add("--retain-dir", help="local folder of SciQ, for wmdp")
     add("--forget-set", choices=("forget01", "forget05", "forget10"), help="for tofu; forget10 unless given")
     add("--seed", type=int, default=0, help="of the data, as in training, and of all draws")
-    add("--limit", type=int, help="of retain rows, as in training; those of tofu beyond it are taken as unseen")
+    add("--limit", type=int, help="of retain rows, as in training; rows of tofu beyond it count as unseen")
     add("--second-question", action="store_true", help="as in training")
-    add("--limit-score", type=int, help="at most so many rows of each retain split")
-    add("--relearn-lr", type=float, default=1e-2, help="of relearning an adapter: best the rate it was trained at")
-    add("--relearn-model-lr", type=float, default=1e-4, help="the same, where the whole model learns")
+    add("--limit-score", type=int, help="maximum number of rows of each retain split")
+    add("--relearn-lr", type=float, default=1e-2, help="of relearning an adapter; best its training rate")
+    add("--relearn-model-lr", type=float, default=1e-4, help="of relearning a full model")
     add("--batch-size", type=int, default=32)
-    add("--max-length", type=int, help="tokens of a row, without the prompt's; as many as fit, at most 1024")
+    add(
+        "--max-length",
+        type=int,
+        help="tokens of a row, virtual tokens excluded; as many as fit, at most 1024",
+    )
     add("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     add("--output-dir", type=Path, default=Path("out/evaluation"))
     add_options(parser)
     return parser.parse_args()
 
 
-def load_carried(base: Any, adapter: str) -> Any:
-    """A prompt or unlearning layers over their base."""
+def load_adapter(base: Any, adapter: str) -> Any:
+    """Load a prompt or unlearning layers onto their base."""
     if find_file(adapter, CONFIG_NAME) is not None:
         return UnlearningLayers.from_pretrained(base, adapter)
     return SoftPromptUnlearner.from_pretrained(base, adapter)
@@ -95,7 +99,7 @@ def main() -> None:
     task = experiment.data.format
     model = load(args.model)
     if args.adapter is not None:
-        model = load_carried(model, args.adapter)
+        model = load_adapter(model, args.adapter)
     num_virtual_tokens = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
     positions = getattr(model.config, "max_position_embeddings", None) or 1024
     collator = ForgetRetainCollator(

@@ -2,15 +2,15 @@
 
     python examples/evaluate_methods.py --methods SPUL GA+GD EUL --prompt-types prefix_tuning --steps 600 \\
         --lr prefix_tuning=0.1 --forget-fraction 0.5 --row-length 98          # the quick start's model
-    python examples/evaluate_methods.py --methods SPUL --augment 2 ...        # trained on rewritten rows, too
+    python examples/evaluate_methods.py --methods SPUL --augment 2 ...        # trained on rewritten rows as well
 
-The options are those of `reproduce.py`, and some more. Each method is held against the model as it was before, and
-against one retrained without the forget rows. For each method and seed there is a folder with `evaluation.json`,
-`measurements.jsonl`, a report and figures; `attacks.md` has all of them side by side. An interrupted run goes on where
-it stopped, and the controls of a seed, the model before and the retrained one, are measured once for all methods.
+The options are those of `reproduce.py` and some more. Each method is compared with the model before unlearning and
+with one retrained without the forget rows. For each method and seed there is a folder with `evaluation.json`,
+`measurements.jsonl`, a report and figures; `attacks.md` has all of them side by side. An interrupted run resumes where
+it stopped. The controls of a seed, the model before unlearning and the retrained one, are measured once.
 
-`--augment` trains on rows in other letter case, with other spaces, asides and turns before as well, so many for each
-row as it is (`spul.training.augmentation`); the attacks that are evaluated have other texts, shares and draws.
+`--augment N` adds N rewritings of each forget row to the training rows: other letter case, spaces, asides and turns
+before (`spul.training.augmentation`). The evaluated attacks have other texts, shares and random draws.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def trained(args: argparse.Namespace, experiment: Experiment, run: Run, folder: Path) -> Any:
-    """A run's model; a prompt or layers are kept and found again."""
+    """The model of a run; a prompt or layers are stored in the folder, and loaded if they are there."""
     trainable: Any = UnlearningLayers if run.trainable == "layers" else SoftPromptUnlearner
     if (folder / "spul_config.json").exists():
         return trainable.from_pretrained(experiment.load("base"), folder, is_trainable=True)
@@ -84,7 +84,7 @@ def trained(args: argparse.Namespace, experiment: Experiment, run: Run, folder: 
 
 
 def evaluated(args: argparse.Namespace, experiment: Experiment, run: Run, folder: Path) -> Evaluation:
-    """The evaluation of a run with its report, each read if it is there."""
+    """The evaluation of a run, loaded if it is stored, and its report, written if it is missing."""
     if (folder / EVALUATION_NAME).exists():
         found = Evaluation.load(folder)
     else:
@@ -117,27 +117,27 @@ def evaluated_once(
     collator: ForgetRetainCollator,
     **options: Any,
 ) -> Evaluation:
-    """An evaluation that takes what is known of the controls, the detached and the retrained model, from another one.
+    """Evaluate a model, with measurements of the controls (the detached and the retrained model) reused if possible.
 
-    That one lies beside it, of another method with the same controls, rows and settings.
+    They are taken from an evaluation of another method in a folder beside it, with equal controls, rows and settings.
     """
     settings = spul.evaluate(model, splits, collator, measures=(), progress=False, **options).settings
     base = options.get("base")
     detached = fingerprint(bare_model(model) if base is None else base)
     if not (folder / SETTINGS_NAME).exists():  # nothing was measured yet
-        take_controls(folder, settings, detached)
+        reuse_controls(folder, settings, detached)
     return spul.evaluate(model, splits, collator, measures=measures, output_dir=folder, **options)
 
 
-def take_controls(folder: Path, settings: dict[str, Any], detached: str | None) -> None:
-    """Put into a folder what a finished evaluation beside it measured of the same controls.
+def reuse_controls(folder: Path, settings: dict[str, Any], detached: str | None) -> None:
+    """Copy the measurements of the same controls from a finished evaluation beside the folder.
 
     Args:
-        folder: of an evaluation that is to begin.
+        folder: of an evaluation that has not begun.
         settings: of that evaluation.
-        detached: the fingerprint of its model as it was before.
+        detached: the fingerprint of the model before unlearning.
     """
-    # The controls know nothing of the unlearned model; what else is measured beside does not change them.
+    # Neither the unlearned model nor the list of measures affects the controls.
     own = ("model", "base", "relearn_lr")
     others = {
         name: {key: one for key, one in value.items() if key not in own} if isinstance(value, dict) else value
@@ -149,7 +149,7 @@ def take_controls(folder: Path, settings: dict[str, Any], detached: str | None) 
     (folder / CONTROLS_NAME).write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
     found: list[Measurement] = []
     weights = [one["weights"] for one in mine["models"].values()]
-    if None not in (detached, *weights):  # else some are not in memory, and not known
+    if None not in (detached, *weights):  # otherwise some weights are not in memory
         for path in sorted(folder.parent.glob(f"*/{CONTROLS_NAME}")):
             other = path.parent
             if (other / EVALUATION_NAME).exists() and json.loads(path.read_text(encoding="utf-8")) == mine:
@@ -160,7 +160,7 @@ def take_controls(folder: Path, settings: dict[str, Any], detached: str | None) 
 
 
 def table(found: dict[str, Evaluation]) -> str:
-    """All methods side by side: what is known under each attack, in %; the last columns are the controls."""
+    """A Markdown table of all methods: scores under each attack in %; the last columns are the controls."""
     first = next(iter(found.values()))
     columns = [(name, evaluation, "unlearned") for name, evaluation in found.items()]
     columns += [(name, first, name) for name in first.models if name != "unlearned"]

@@ -1,4 +1,4 @@
-"""What an evaluation takes beside models and the four splits: the options of it, and the rows that they are about."""
+"""Options of an evaluation, and its rows beyond the four splits: neighbors, texts, questions and unseen rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spul.data.known_reviews import IMDB_FORGET_NAMES, SST2_FORGET_NAMES
 from spul.data.sources import read_file, read_hub
 from spul.evaluation import MEASURES, AttackSettings, cluster_neighbors, name_neighbors, topic_neighbors
 
-# The questions of the made-up and the real reviews in other words.
+# Paraphrases of the questions of the made-up and the real reviews.
 WORDINGS = {
     "text": {
         "### Question: What is the sentiment of the given text?": "### Question: Did the writer like it?",
@@ -29,7 +29,7 @@ KNOWN_NAMES = {"sst2": SST2_FORGET_NAMES, "imdb": IMDB_FORGET_NAMES}
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options that all evaluations have."""
+    """Add the options of all evaluations to a parser."""
     add = parser.add_argument
     add(
         "--measures",
@@ -40,29 +40,35 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MEASURE",
         help=", ".join(name.replace(" ", "-") for name in MEASURES),
     )
-    add("--attack-rows", type=int, default=200, help="at most so many rows of a set are attacked")
-    add("--turns", nargs="+", type=int, default=[1, 4], help="ask after so many other questions with their answers")
+    add("--attack-rows", type=int, default=200, help="maximum number of attacked rows of a set")
+    add("--turns", nargs="+", type=int, default=[1, 4], help="numbers of question-answer turns before the question")
     add("--tries", nargs="+", type=int, default=[1, 10, 100], help="numbers of sampled answers")
-    add("--free-form", action="store_true", help="answers are texts and no classes, though few")
+    add("--free-form", action="store_true", help="answers are free text, even if few are different")
     add("--max-new-tokens", type=int, default=200, help="of a free-form answer")
-    add("--wording", type=Path, help="JSON: what to put for which fixed part of the prompts; reviews have one anyway")
-    add("--gradient-norm", action="store_true", help="infer membership from gradients, too, a backward pass a row")
+    add("--wording", type=Path, help="JSON of {part of the prompts: replacement}; reviews have a default")
+    add(
+        "--gradient-norm", action="store_true", help="infer membership from gradients as well; a backward pass per row"
+    )
     add(
         "--names",
         nargs="+",
-        help="of forgotten people, in full, for neighbors of the same surname; sst2's and imdb's",
+        help="full names of forgotten people, for neighbors of the same surname; known for sst2 and imdb",
     )
     add(
         "--clusters",
         type=int,
-        help="into how many to cluster the rows: those in the forget rows' clusters are neighbors, too",
+        help="number of clusters of the rows; rows in a cluster of forget rows are neighbors",
     )
-    add("--unrelated-texts", type=Path, help="a file of running text, one on each line")
-    add("--unseen", type=Path, help="rows like the forget rows that no model saw, as JSON lines, CSV, TSV or Parquet")
+    add("--unrelated-texts", type=Path, help="a text file, one text per line")
+    add(
+        "--unseen",
+        type=Path,
+        help="rows that no model was trained on, as JSON lines, CSV, TSV or Parquet",
+    )
 
 
 def identity(args: argparse.Namespace) -> list[Any]:
-    """What tells the options of one evaluation from those of another."""
+    """The options by which evaluations differ, with the contents of files, as plain data."""
     files = (args.wording, args.unrelated_texts, args.unseen)
     contents = [None if path is None else path.read_bytes().hex() for path in files]
     return [
@@ -80,7 +86,7 @@ def identity(args: argparse.Namespace) -> list[Any]:
 
 
 def attack_settings(args: argparse.Namespace, task: PromptFormat, **learning_rates: float) -> AttackSettings:
-    """How the attacks are done."""
+    """The settings of the attacks."""
     return AttackSettings(
         turns=tuple(args.turns),
         tries=tuple(args.tries),
@@ -92,7 +98,7 @@ def attack_settings(args: argparse.Namespace, task: PromptFormat, **learning_rat
 
 
 def further_rows(args: argparse.Namespace, experiment: Experiment) -> dict[str, Any]:
-    """Neighbors, unrelated texts, questions and unseen rows, as `spul.evaluate` takes them."""
+    """Neighbors, unrelated texts, questions and unseen rows, as keyword arguments of `spul.evaluate`."""
     path = args.unrelated_texts
     return {
         "neighbors": neighbors(args, experiment) if "neighbors" in args.measures else {},
@@ -103,10 +109,10 @@ def further_rows(args: argparse.Namespace, experiment: Experiment) -> dict[str, 
 
 
 def neighbors(args: argparse.Namespace, experiment: Experiment) -> dict[str, Dataset]:
-    """Test retain rows near to the forget rows, at most as many of a kind as are attacked.
+    """Test retain rows close to the forget rows, at most `--attack-rows` of a kind.
 
-    *Same topic* are the quarter whose words are most like those of forget rows, or as many as are attacked. A kind
-    that no option asked for is left out where there is none.
+    *Same topic* is the quarter of the rows whose words are most similar to those of forget rows. A kind without
+    rows is skipped, unless an option requires it.
     """
     forget, retain = (experiment.rows[split] for split in ("train_forget", "test_retain"))
     field, most, seed = experiment.data.format.text_field, args.attack_rows, experiment.setup.seed
@@ -130,7 +136,7 @@ def neighbors(args: argparse.Namespace, experiment: Experiment) -> dict[str, Dat
 
 
 def perturbed_questions(args: argparse.Namespace) -> dict[str, Dataset]:
-    """TOFU's questions with wrong answers, at most so many of each set as are attacked."""
+    """TOFU's questions with wrong answers, at most `--attack-rows` of each set."""
     if args.dataset != "tofu":
         return {}
     names = {"forget": f"{args.forget_set or 'forget10'}_perturbed"}
@@ -148,10 +154,11 @@ def perturbed_questions(args: argparse.Namespace) -> dict[str, Dataset]:
 
 
 def unseen_rows(args: argparse.Namespace, experiment: Experiment) -> Dataset | None:
-    """Rows like the forget rows that no model was trained on, where `test_forget` has none such.
+    """Rows like the forget rows that no model was trained on; None if `test_forget` serves as such.
 
-    They are those of a file, or, of TOFU, whose test rows ask for facts that are trained on, what `--limit` left out
-    of the retain rows: as many as there are forget rows. A model that came as it is may have learned those, too.
+    They are read from a file. For TOFU, whose test rows are about facts of the training rows, they are drawn from
+    the retain rows beyond `--limit`, as many as there are forget rows, unless the model was not trained here: then
+    it may have learned them.
     """
     data, setup = experiment.data, experiment.setup
     if args.unseen is not None:
@@ -168,7 +175,7 @@ def unseen_rows(args: argparse.Namespace, experiment: Experiment) -> Dataset | N
 
 
 def read_wording(path: Path) -> Mapping[str, str]:
-    """What to put in place of which part of the prompts."""
+    """Read replacements of parts of the prompts from a JSON file."""
     wording = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(wording, dict) or not wording or not all(isinstance(new, str) for new in wording.values()):
         raise ValueError(f'{path} has {wording!r}; expected {{"a part of the prompts": "what to put there"}}.')
@@ -176,5 +183,5 @@ def read_wording(path: Path) -> Mapping[str, str]:
 
 
 def at_most(rows: Dataset, most: int, seed: int) -> Dataset:
-    """So many rows, drawn at random."""
+    """At most `most` rows, drawn at random."""
     return rows.shuffle(seed=seed).select(range(min(most, len(rows))))

@@ -1,10 +1,10 @@
-"""Five requests in turn on the quick start's small model: fused layers and combined prompts against their parts.
+"""Five requests in turn on the quick start's small model: fused layers and combined prompts.
 
     python examples/five_requests.py                        # about 20 minutes on 2 CPU cores
     python examples/five_requests.py --seeds 0 --methods "prompts distilled" "EUL, fused"
 
 Each of five people asks to be forgotten, one after the other. It writes `requests.jsonl`, one line for each method
-after each request, and `requests.md`, a table; an interrupted run goes on where it stopped.
+after each request, and `requests.md`, a table; an interrupted run resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -41,14 +41,16 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--reduction", type=int, default=4, help="width of the model divided by the layers'")
     parser.add_argument("--wide-steps", type=int, default=250, help="of layers with a fixed down part")
-    parser.add_argument("--wide-rate", type=float, default=3e-3, help="theirs; what learns gently fuses better")
-    parser.add_argument("--wide-reduction", type=float, default=0.25, help="theirs")
+    parser.add_argument("--wide-rate", type=float, default=3e-3, help="their learning rate; low rates fuse better")
+    parser.add_argument(
+        "--wide-reduction", type=float, default=0.25, help="width of the model divided by these layers'"
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("out/requests"))
     return parser.parse_args()
 
 
 def make_requests(args: argparse.Namespace, seed: int) -> Requests:
-    """A person a request; the sixth of the quick start's people is kept."""
+    """One request per person; the sixth of the quick start's forgotten people is left in the model."""
     settings = digest({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})[:12]
     folder = args.output_dir / str(seed)
     splits = make_splits(seed)
@@ -59,8 +61,8 @@ def make_requests(args: argparse.Namespace, seed: int) -> Requests:
         rows = splits[split]
         return rows.select([j for j, name in enumerate(rows["name"]) if name == FORGOTTEN[i]])
 
-    def retrain(kept: Dataset) -> Any:
-        return AutoModelForCausalLM.from_pretrained(build_base(folder / "retrained", seed, rows=kept.to_list()))
+    def retrain(retained: Dataset) -> Any:
+        return AutoModelForCausalLM.from_pretrained(build_base(folder / "retrained", seed, rows=retained.to_list()))
 
     return Requests(
         base=lambda: AutoModelForCausalLM.from_pretrained(folder / "base"),
@@ -91,7 +93,7 @@ def make_requests(args: argparse.Namespace, seed: int) -> Requests:
 
 
 def table(lines: list[dict[str, Any]]) -> str:
-    """After the last request: the worst request's and the mean test-forget accuracy, retain, seconds of a request."""
+    """A Markdown table after the last request: mean and worst test-forget accuracy, retain accuracy, seconds."""
     heads = ("method", "forget, mean", "forget, worst request", "retain", "seconds a request")
     rows = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for name in dict.fromkeys(line["method"] for line in lines):

@@ -6,9 +6,10 @@
     lm_eval --model hf --model_args pretrained=BASE,peft=ADAPTER \\
         --include_path out/tasks --tasks spul_forget,spul_retain --batch_size 8
 
-The rows are JSON lines, or what else `read_file` reads, with `prompt` and `completion`. Each task is
+The rows are files that `read_file` reads, such as JSON lines, with `prompt` and `completion`. Each task is
 multiple choice by log-likelihood: `acc` is the share of rows whose own completion is the likeliest of the choices,
-`exact_match` the share where greedy decoding gives it, the accuracy of `score_completions`. Nothing is downloaded.
+`exact_match` the share whose completion greedy decoding returns, as the accuracy of `score_completions`. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def choice_rows(rows: Dataset, generic: Sequence[str]) -> list[dict[str, str | i
         generic: the generic completions.
 
     Returns:
-        For each row its `prompt`, the `choices`, and `answer`, the place of its own completion among these. The
+        For each row its `prompt`, the `choices`, and `answer`, the index of its own completion among these. The
         choices are the labels of the set, or for free-form answers the row's own, and the generic completions.
 
     Raises:
@@ -58,13 +59,13 @@ def choice_rows(rows: Dataset, generic: Sequence[str]) -> list[dict[str, str | i
 
 
 def write_task(name: str, rows: Dataset, generic: Sequence[str], folder: Path) -> Path:
-    """Write the rows and the task's YAML file into a folder; returns the latter's path.
+    """Write the rows and the YAML file of a task into a folder; return the path of the YAML file.
 
     Args:
         name: of the task, as `--tasks` takes it.
         rows: see `choice_rows`.
         generic: see `choice_rows`.
-        folder: what `--include_path` is given.
+        folder: the value of `--include_path`.
 
     Raises:
         ValueError: as `choice_rows`.
@@ -83,7 +84,7 @@ def write_task(name: str, rows: Dataset, generic: Sequence[str], folder: Path) -
         "doc_to_text": "prompt",
         "doc_to_choice": "choices",
         "doc_to_target": "answer",
-        # A completion brings its own space.
+        # A completion begins with its own space.
         "target_delimiter": "",
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True} for metric in ("acc", "exact_match")
@@ -97,7 +98,7 @@ def write_task(name: str, rows: Dataset, generic: Sequence[str], folder: Path) -
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forget", type=Path, help="rows to forget: prompt, completion")
-    parser.add_argument("--retain", type=Path, help="rows to keep: prompt, completion")
+    parser.add_argument("--retain", type=Path, help="rows to retain: prompt, completion")
     parser.add_argument("--generic", nargs="*", default=GENERIC, help="generic responses, leading space included")
     parser.add_argument("--seed", type=int, default=0, help="of the made-up reviews, as the quick start's")
     parser.add_argument("--output-dir", type=Path, default=Path("out/tasks"))

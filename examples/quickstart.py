@@ -5,7 +5,7 @@
     python examples/quickstart.py --model NAME --forget forget.jsonl --retain retain.jsonl --generic " unknown"
 
 The first form trains a small language model on made-up reviews (`toy_reviews.py`), then trains a soft prompt on the
-frozen model so that it answers *neutral* or *unknown* about some people and as before about everybody else. The last
+frozen model so that it answers *neutral* or *unknown* about some people and as before about all others. The last
 form runs the same on a model and rows of your own: JSON lines with `prompt` and `completion`.
 
 It prints one table, and writes the adapter, `metrics.json` and `before_after.png` into the output folder.
@@ -43,7 +43,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a model of your own, by name or folder, with --forget and --retain")
     parser.add_argument("--forget", type=Path, help="JSON lines of rows to forget: prompt, completion")
-    parser.add_argument("--retain", type=Path, help="JSON lines of rows to keep: prompt, completion")
+    parser.add_argument("--retain", type=Path, help="JSON lines of rows to retain: prompt, completion")
     parser.add_argument("--generic", nargs="+", default=GENERIC, help="generic responses, leading space included")
     parser.add_argument("--num-virtual-tokens", type=int, default=30)
     parser.add_argument("--learning-rate", type=float, help="0.1 on the small model, 1e-2 on one of your own")
@@ -61,7 +61,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def own_splits(args: argparse.Namespace) -> dict[str, Dataset]:
-    """Seven tenths of each file to train on, the rest to test on."""
+    """The user's rows: 70 % of each file for training, the rest for testing."""
     splits = {}
     for name, path in (("forget", args.forget), ("retain", args.retain)):
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -73,7 +73,7 @@ def own_splits(args: argparse.Namespace) -> dict[str, Dataset]:
 
 
 def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """Accuracy, and in brackets the share of generic answers, in percent."""
+    """A text table of accuracy in %, with the share of generic answers in brackets."""
     lines = [f"{'accuracy % (generic %)':28}" + "".join(f"{name.replace('_', ' '):>18}" for name in SPLITS)]
     for key, title in ROWS.items():
         cells = [f"{100 * results[key][s]['accuracy']:.1f} ({100 * results[key][s]['generic']:.1f})" for s in SPLITS]
@@ -82,7 +82,7 @@ def table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 def draw(results: dict[str, dict[str, dict[str, float]]], path: Path) -> None:
-    """Forget and retain accuracy on the test rows, before and after."""
+    """Draw forget and retain accuracy on the test rows, before and after."""
     figure, axes = plt.subplots(figsize=(6, 3.4), layout="constrained")
     keys = ("base", "unlearned", "detached")
     for i, (split, color) in enumerate((("test_retain", "#3b6fb6"), ("test_forget", "#c8553d"))):
@@ -104,7 +104,7 @@ def main() -> None:
     out = args.output_dir
     out.mkdir(parents=True, exist_ok=True)
 
-    # 1. A frozen causal LM, its tokenizer, and the rows: what to forget, what to keep, and test rows of both.
+    # 1. A frozen causal LM, its tokenizer, and the rows: forget and retain rows, for training and for testing.
     if args.model is None:
         base_dir, splits = build_base(out / "base", seed=args.seed), make_splits(args.seed)
     else:
@@ -120,8 +120,8 @@ def main() -> None:
 
     results = {"base": score(model, "base")}
 
-    # 2. Train the prompt. Prefix tuning (keys and values in every layer) is by far the strongest kind on small models;
-    # PromptTuningConfig and PromptEncoderConfig go here just as well.
+    # 2. Train the prompt. Prefix tuning (keys and values in every layer) is by far the strongest type on small models;
+    # PromptTuningConfig and PromptEncoderConfig work here, too.
     unlearner = SoftPromptUnlearner(
         model,
         PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.num_virtual_tokens),
@@ -145,14 +145,14 @@ def main() -> None:
     )
     trainer.train()
 
-    # 3. Score it, with the prompt and without, and save it with what it scored.
+    # 3. Score the model with the prompt and without it; save the prompt with its scores.
     results["unlearned"] = score(unlearner, "unlearned")
     with unlearner.disable_adapter():
         results["detached"] = score(unlearner, "detached")
     unlearner.spul_config.metrics = results["unlearned"]
     unlearner.save_pretrained(str(out / "adapter"))
 
-    # 4. Anywhere else, with plain PEFT.
+    # 4. Load the prompt with plain PEFT.
     reloaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_dir), str(out / "adapter"))
     results["reloaded"] = score(reloaded, "reloaded")
 

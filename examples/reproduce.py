@@ -1,11 +1,11 @@
-"""The tables and figures of the SPUL paper (arXiv 2406.12038) for a model and a data set of your choice.
+"""Tables and figures of the SPUL paper (arXiv 2406.12038) for any model and data set.
 
 Downloaded from the Hub, as published (a GPU):
 
     python examples/reproduce.py --table main --dataset karuna-bhaila/Unlearning_SST2 --model facebook/opt-1.3b \\
         --memorize lora --seeds 0 1 2 --output-dir out/opt-sst2
 
-From local files, at a size that two CPU cores manage:
+From local files, at a size for two CPU cores:
 
     python examples/reproduce.py --table main --dataset sst2 --data-dir ../shared/data/sst2 \\
         --model ../shared/models/small-lm --second-question --limit 8000 --limit-score 1000 --memorize-lr 1e-3 \\
@@ -16,8 +16,8 @@ With nothing but this repository: `--dataset reviews --model small` or `--datase
 Tables: `main` (every method), `ablation` (SPUL without its terms), `forget-size` (parts of the forget set), `models`
 (several `--model`). Figures: `tsne`, `prompt-length`, `pareto`. `--search N` chooses alpha, beta and p by N trials.
 
-Every run is one line of `runs.jsonl` in `--output-dir` as soon as it is done; a command given again goes on where it
-was stopped, and another table uses the runs that are there. Memorized models lie beside it, in `models/`.
+Every run is one line of `runs.jsonl` in `--output-dir` as soon as it is done. A repeated command resumes where it
+stopped, and other tables use the stored runs. Memorized models are stored beside it, in `models/`.
 """
 
 from __future__ import annotations
@@ -46,21 +46,21 @@ from spul.records.digests import digest
 from spul.training.methods import METHODS
 from spul.training.settings_search import Candidate, search
 
-# Those of P-tuning and the layers are published; the others were found on small models and LoRA in general.
+# P-tuning and layers: as published. The others: found on small models.
 LEARNING_RATES = {"p_tuning": 1e-4, "prompt_tuning": 0.05, "prefix_tuning": 0.03}
 LEARNING_RATES |= {"full": 1e-5, "lora": 1e-4, "layers": 5e-5}
 PUBLISHED_NAMES = {"Unlearning_SST2": "sst2", "Unlearning_Yelp_Polarity": "yelp"}
 LOSS_TERMS = ((0.0, 0.0), (1.0, 0.0), (0.0, 0.5), (1.0, 0.5))
 FORGET_SIZES = (0.25, 0.5, 0.75, 1.0)
 PROMPT_LENGTHS = (10, 20, 30, 40, 50)
-MOST_LABELS = 10  # markers that can be told apart
+MOST_LABELS = 10  # distinguishable markers
 
 
 # ---- which runs ----
 
 
 def make_run(args: argparse.Namespace, method: str, trainable: str, **settings: Any) -> Run:
-    """A run with the command's settings, but those given."""
+    """A run with the settings of the command, except those given."""
     is_prompt = trainable in PROMPT_TYPES
     common = {"alpha": args.alpha, "beta": args.beta} if is_prompt else {}
     return Run(
@@ -80,12 +80,12 @@ def make_run(args: argparse.Namespace, method: str, trainable: str, **settings: 
 
 
 def trainables(args: argparse.Namespace, method: str) -> list[str]:
-    """What a method is tried on."""
+    """The trainables of a method."""
     return {"SPUL": args.prompt_types, "EUL": ["layers"]}.get(method, [args.baseline_trainable])
 
 
 def grid(args: argparse.Namespace, what: str) -> list[Run]:
-    """The runs that a table or figure is made of, for one model and seed."""
+    """The runs of a table or figure, for one model and seed."""
     prompts = [("SPUL", prompt_type) for prompt_type in args.prompt_types]
     if what == "ablation":
         return [make_run(args, *p, alpha=a, beta=b) for p in prompts for a, b in LOSS_TERMS]
@@ -99,7 +99,7 @@ def grid(args: argparse.Namespace, what: str) -> list[Run]:
 
 
 def reference_rows(args: argparse.Namespace, what: str) -> list[str]:
-    """The rows that no method makes."""
+    """The rows of a table that are models without unlearning."""
     if what in ("ablation", "forget-size", "prompt-length", "tsne", "models"):
         return ["base"]
     if args.memorize == "none":  # vanilla is the base, and nothing is retrained
@@ -108,7 +108,7 @@ def reference_rows(args: argparse.Namespace, what: str) -> list[str]:
 
 
 def experiments(args: argparse.Namespace) -> Iterator[Experiment]:
-    """One for each model and seed."""
+    """An experiment for each model and seed."""
     shared = [field.name for field in dataclasses.fields(Setup) if field.name not in ("model", "seed")]
     for model, seed in itertools.product(args.model, args.seeds):
         setup = Setup(**{name: getattr(args, name) for name in shared}, model=model, seed=seed)
@@ -116,7 +116,7 @@ def experiments(args: argparse.Namespace) -> Iterator[Experiment]:
 
 
 def compute(args: argparse.Namespace, runs: Runs, what: str) -> list[dict[str, Any]]:
-    """All runs that a table or figure needs."""
+    """Compute or read all runs of a table or figure."""
     work = [
         (experiment, run)
         for experiment in experiments(args)
@@ -132,11 +132,11 @@ def compute(args: argparse.Namespace, runs: Runs, what: str) -> list[dict[str, A
     return found
 
 
-# ---- what comes out ----
+# ---- output ----
 
 
 def named(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Runs with the trainable in their name, where it is LoRA or SPUL has several; detached once, of the first."""
+    """Runs with the trainable in their name if it is LoRA or SPUL has several; the detached model once."""
     kinds = {record["trainable"] for record in records if record["method"] == "SPUL"}
     shown = []
     for record in records:
@@ -151,7 +151,7 @@ def named(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def write_table(args: argparse.Namespace, what: str, records: list[dict[str, Any]]) -> None:
-    """The Markdown of a table, printed too."""
+    """Write and print a table as Markdown."""
     by = {
         "ablation": ("method", "alpha", "beta"),
         "forget-size": ("method", "forget_size"),
@@ -179,12 +179,12 @@ def write_table(args: argparse.Namespace, what: str, records: list[dict[str, Any
 
 
 def report(paths: list[Path]) -> None:
-    """Say what was written."""
+    """Print the paths of written files."""
     print("written: " + ", ".join(map(str, paths)))
 
 
 def draw_tsne(args: argparse.Namespace, experiment: Experiment) -> None:
-    """t-SNE of the last layer before and after; the prompt is trained for it, since runs keep no models."""
+    """Draw t-SNE of the last layer before and after unlearning; trains the prompt, since runs store no models."""
     run = grid(args, "tsne")[0]
     rng = random.Random(0)
     rows, is_forget = [], []
@@ -208,14 +208,14 @@ def draw_tsne(args: argparse.Namespace, experiment: Experiment) -> None:
 
 
 def journal_key(args: argparse.Namespace, experiment: Experiment) -> str:
-    """Searches of the same setup, prompt and schedule share their trials."""
+    """Digest by which searches of the same setup, prompt and schedule share their trials."""
     run = dataclasses.asdict(make_run(args, "SPUL", args.prompt_types[0]))
     known = [experiment.identity, run, args.held_out]
     return digest(known)[:12]
 
 
 def run_search(args: argparse.Namespace, experiment: Experiment) -> None:
-    """Choose alpha, beta and p on a part of the training rows that is held out for it."""
+    """Choose alpha, beta and p by scores on held-out training rows."""
     data: UnlearningData = experiment.data
     train, held_out = {}, {}
     for group in ("forget", "retain"):
@@ -252,7 +252,7 @@ def run_search(args: argparse.Namespace, experiment: Experiment) -> None:
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     print(f"Accuracy on held-out rows in %; retain at least {100 * found.min_retain:.2f}.\n" + "\n".join(lines))
     if found.best is None:
-        print("No trial kept the bound; raise --max-retain-loss, or train longer.")
+        print("No trial met the bound; raise --max-retain-loss, or train longer.")
     print(f"written to {path}")
 
 
@@ -260,7 +260,7 @@ def run_search(args: argparse.Namespace, experiment: Experiment) -> None:
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    """The options of experiments and runs, whatever is made of them."""
+    """A parser with the options of experiments and runs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add("--dataset", default="reviews", help="sst2, yelp, wmdp, tofu, imdb; reviews, quiz; Hub name or folder")
@@ -270,25 +270,30 @@ def make_parser(description: str) -> argparse.ArgumentParser:
     add("--model", nargs="+", default=[SMALL], help=f"Hub name or folder; {SMALL!r} for reviews and quiz")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     add("--seeds", nargs="+", type=int, default=[0])
-    add("--limit", type=int, help="at most so many retain rows to train on")
-    add("--limit-score", type=int, help="score on at most so many rows of each retain split")
+    add("--limit", type=int, help="maximum number of retain rows to train on")
+    add("--limit-score", type=int, help="maximum number of scored rows of each retain split")
     add("--forget-set", choices=("forget01", "forget05", "forget10"), help="for tofu; forget10 unless given")
-    add("--memorize", choices=("full", "lora", "qlora", "none"), default="full", help="what learns the rows before")
+    add(
+        "--memorize",
+        choices=("full", "lora", "qlora", "none"),
+        default="full",
+        help="trainable of the memorizing stage",
+    )
     add("--memorize-epochs", type=float, default=3)
     add("--memorize-lr", type=float, default=1e-4)
     add("--memorize-batch-size", type=int, default=32)
-    add("--label-smoothing", type=float, default=0.0, help="of memorizing; prompts steer a less certain model better")
-    add("--second-question", action="store_true", help="memorize who is named, too (SST-2, for small models)")
+    add("--label-smoothing", type=float, default=0.0, help="of memorizing; a less certain model is easier to steer")
+    add("--second-question", action="store_true", help="memorize who is named as well (SST-2, for small models)")
     add("--load-in-4bit", action="store_true", help="score and unlearn over weights in 4-bit NF4")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="what weights are loaded in otherwise")
-    add("--max-length", type=int, default=1024, help="tokens of a row, without the prompt's")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the weights otherwise")
+    add("--max-length", type=int, default=1024, help="tokens of a row, virtual tokens excluded")
     add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")
     add("--prompt-types", nargs="+", choices=PROMPT_TYPES, default=["p_tuning"], metavar="TYPE", help="of SPUL")
     add(
         "--baseline-trainable",
         choices=("full", "lora"),
         default="full",
-        help="what learns in other methods than SPUL and EUL",
+        help="trainable of methods other than SPUL and EUL",
     )
     add("--num-virtual-tokens", type=int, default=30)
     add("--alpha", type=float, default=1.0, help="weight of SPUL's retain term")
@@ -300,17 +305,17 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="N or METHOD=N",
-        help="steps; methods that see forget rows only take as many as show as many of them",
+        help="training steps; methods without retain rows take the number that shows as many forget rows",
     )
     add("--batch-size", type=int, default=32)
     add("--eval-batch-size", type=int, default=64)
-    add("--forget-fraction", type=float, help="share of forget rows in a batch; as the data are unless given")
+    add("--forget-fraction", type=float, help="share of forget rows in a batch; unless given, that of the data")
     add("--output-dir", type=Path, default=Path("out/reproduce"))
     return parser
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options as given, checked."""
+    """Parse and check the options."""
     args = parser.parse_args()
     for name in ("model", "methods", "seeds", "prompt_types"):
         if len(set(values := getattr(args, name))) < len(values):
@@ -330,18 +335,18 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def by_name(texts: list[str], names: tuple[str, ...], default: str | None = None) -> dict[str, float]:
     """Numbers above 0 out of `NAME=NUMBER`, or a number alone for the default name."""
-    numbers = {}
+    values = {}
     for text in texts:
         name, _, number = text.rpartition("=")
         name = name or (default or "")
         try:
-            numbers[name] = float(number)
+            values[name] = float(number)
         except ValueError:
-            numbers[name] = math.nan
-        if name not in names or not 0 < numbers[name] < math.inf:
+            values[name] = math.nan
+        if name not in names or not 0 < values[name] < math.inf:
             expected = f"NAME=NUMBER{'' if default is None else ' or NUMBER'}"
             raise ValueError(f"{text!r}: expected {expected}, above 0, with NAME one of {', '.join(names)}.")
-    return numbers
+    return values
 
 
 def parse_args() -> argparse.Namespace:
@@ -349,8 +354,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--table", choices=("main", "ablation", "forget-size", "models"), nargs="+", default=[])
     add("--figure", choices=("tsne", "prompt-length", "pareto"), nargs="+", default=[])
-    add("--search", type=int, metavar="TRIALS", help="choose alpha, beta and p by so many trials")
-    add("--max-retain-loss", type=float, default=0.01, help="of the search: retain accuracy may fall so far, in 0..1")
+    add("--search", type=int, metavar="TRIALS", help="number of trials that choose alpha, beta and p")
+    add("--max-retain-loss", type=float, default=0.01, help="of the search: largest loss of retain accuracy, in 0..1")
     add("--held-out", type=float, default=0.15, help="of the search: share of the training rows to score on")
     add("--prompt-lengths", nargs="+", type=int, default=list(PROMPT_LENGTHS), help="of --figure prompt-length")
     add("--tsne-rows", type=int, default=300, help="rows of each test split in --figure tsne")

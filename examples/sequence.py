@@ -1,5 +1,5 @@
-"""Requests that arrive one after the other, and what is served after each: the methods that `five_requests.py`
-and `eul_imdb.py` compare."""
+"""Unlearning requests in turn, and the model served after each: methods that `five_requests.py` and `eul_imdb.py`
+compare."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ from spul.training.methods import Method
 WIDE = UnlearningLayersConfig(reduction=0.5, train_down=False)
 
 Served = Iterator[tuple[Any, float]]
-"""After each request: the model that is served then, and the seconds that this request took."""
+"""After each request: the served model, and the seconds of the request."""
 
 
 @dataclass
 class Requests:
-    """Requests on one base, in the order in which they come.
+    """Unlearning requests on one base, in their order.
 
     Args:
-        base: loads the base afresh.
+        base: loads a fresh copy of the base.
         tokenizer: the base's.
-        generic: what is answered about what is forgotten.
+        generic: generic completions of forget rows.
         train: the forget rows of each request.
-        test: rows about the same things that were not trained on.
-        retain: rows that nobody asks to forget, to train on.
-        test_retain: the same to test on.
-        retrain: trains a model as the base was, on some rows.
-        folder: where prompts and layers are saved; one for each base, order and settings.
-        settings: what the requests were made with, to be known by.
-        seed: of the training.
-        steps: training steps of one request, by method's part: `layers`, `wide`, `prompt`, `distill`.
+        test: test rows of each request.
+        retain: retain rows to train on.
+        test_retain: retain rows to test on.
+        retrain: trains a model on some rows by the recipe of the base.
+        folder: of saved prompts and layers; one for each base, order and settings.
+        settings: digest of the settings of the requests.
+        seed: of training.
+        steps: training steps of a request by part of a method: `layers`, `wide`, `prompt`, `distill`.
         rates: learning rates by the same names.
-        layers: the method whose loss the layers learn.
-        generic_layers: another, which answers generically.
-        prompt: the method whose loss the prompts learn.
-        num_virtual_tokens: of a prompt.
-        layers_config: the layers' shape, EUL's.
-        wide_config: another, wide and with a fixed down projection, that is easier to fuse.
+        layers: method of EUL's layers.
+        generic_layers: method of layers that answer generically.
+        prompt: method of the prompts.
+        num_virtual_tokens: p of a prompt.
+        layers_config: shape of EUL's layers.
+        wide_config: shape of wide layers with a fixed down projection, which are easier to fuse.
         batch_size: rows per step.
         max_length: tokens of a row.
         bf16: train under bfloat16 autocast.
@@ -96,16 +96,16 @@ class Requests:
         """The forget rows of some requests."""
         return concatenate_datasets([self.train[i] for i in requests])
 
-    def kept(self, after: int) -> Dataset:
-        """What is to be kept after request `after`: the retain rows and what nobody has asked to forget yet."""
+    def retained(self, after: int) -> Dataset:
+        """The rows to retain after request `after`: the retain rows and the forget rows of later requests."""
         return concatenate_datasets([self.retain, *self.train[after + 1 :]])
 
     def scoring(self) -> ForgetRetainCollator:
-        """The collator to score with."""
+        """The collator for scoring."""
         return ForgetRetainCollator(self.tokenizer, self.generic, max_length=self.max_length, seed=self.seed)
 
     def arguments(self, part: str, steps: int | None = None) -> TrainingArguments:
-        """The training arguments of a method's part."""
+        """The training arguments of a part of a method."""
         return TrainingArguments(
             str(self.folder / "checkpoints"),
             max_steps=self.steps[part] if steps is None else steps,
@@ -124,13 +124,13 @@ class Requests:
         )
 
     def train_on(self, model: Any, method: Method, part: str, forget: Dataset, retain: Dataset) -> None:
-        """Have a prompt or layers learn a request; half of every batch are forget rows."""
+        """Train a prompt or layers on a request; half of every batch are forget rows."""
         set_seed(self.seed)
         collator = method.collator(self.tokenizer, self.generic, max_length=self.max_length, seed=self.seed)
         rows = forget_retain_dataset(forget=forget, retain=retain)
         trainer = UnlearningTrainer(model, self.arguments(part), collator, rows, loss=method.loss, forget_fraction=0.5)
         trainer.train()
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scored in the weights' own precision
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scores need the precision of the weights
 
     # ---- methods ----
 
@@ -141,24 +141,24 @@ class Requests:
         return SoftPromptUnlearner(self.base(), config, loss=self.prompt.loss)
 
     def prompt_of(self, i: int) -> tuple[Path, float]:
-        """The folder of request i's own prompt, trained if it is not there, and the seconds that this took."""
+        """The folder of the prompt of request i, trained if it is missing, and the seconds of its training."""
 
         def train(folder: Path) -> None:
             unlearner = self.new_prompt()
-            self.train_on(unlearner, self.prompt, "prompt", self.train[i], self.kept(i))
+            self.train_on(unlearner, self.prompt, "prompt", self.train[i], self.retained(i))
             unlearner.save_pretrained(str(folder))
 
         return once(self.folder / f"prompt-{i}", train)
 
     def layers_of(self, i: int, method: Method, wide: bool = False) -> tuple[Path, float]:
-        """The folder of request i's own layers, trained and gathered if they are not there, and the seconds.
+        """The folder of the layers of request i, trained and gathered if they are missing, and the seconds.
 
-        Those of the published shape gather their forget set alone, as published; wide ones some retain rows too.
+        Layers of the published shape gather inputs of their forget set alone; wide layers also of some retain rows.
         """
 
         def train(folder: Path) -> None:
             layers = UnlearningLayers(self.base(), self.wide_config if wide else self.layers_config)
-            self.train_on(layers, method, "wide" if wide else "layers", self.train[i], self.kept(i))
+            self.train_on(layers, method, "wide" if wide else "layers", self.train[i], self.retained(i))
             some = self.retain.shuffle(seed=self.seed).select(range(min(500, len(self.retain)))) if wide else None
             gather_inputs(layers, self.train[i], self.scoring(), self.batch_size, retain=some)
             layers.save_pretrained(folder)
@@ -166,7 +166,7 @@ class Requests:
         return once(self.folder / f"{'wide-' if wide else ''}layers-{method.name}-{i}", train)
 
     def alone(self, kind: str) -> Served:
-        """Each request's own prompt or layers, on their own: what the combined ones are held against."""
+        """The prompt or layers of each request alone: the controls of fusing and combining."""
         for i in range(len(self.train)):
             if kind == "prompt":
                 folder, seconds = self.prompt_of(i)
@@ -177,7 +177,7 @@ class Requests:
                 yield UnlearningLayers.from_pretrained(self.base(), folder), seconds
 
     def fused(self, method: Method, wide: bool = False) -> Served:
-        """Layers of each request, fused."""
+        """The layers of all requests so far, fused."""
         folders = []
         for i in range(len(self.train)):
             folder, seconds = self.layers_of(i, method, wide)
@@ -186,17 +186,17 @@ class Requests:
             yield fuse(folders, self.base()), seconds + time.perf_counter() - start
 
     def one_set_of_layers(self, method: Method) -> Served:
-        """One set of layers, trained on with each request."""
+        """One set of layers, trained further on each request."""
         layers = UnlearningLayers(self.base(), self.layers_config)
         for i in range(len(self.train)):
             start = time.perf_counter()
-            self.train_on(layers, method, "layers", self.train[i], self.kept(i))
+            self.train_on(layers, method, "layers", self.train[i], self.retained(i))
             yield layers, time.perf_counter() - start
 
     def combined(self, how: str) -> Served:
-        """Prompts of each request, made one: concatenated, or distilled, with or without the forget sets.
+        """The prompts of all requests so far as one: concatenated, or distilled with or without the forget sets.
 
-        Distilled from all of them at each request, or one by one: from the one that was served and the new one.
+        Teachers of a distillation are the prompts of all requests, or, one by one, the served prompt and the new one.
         """
         folders = []
         for i in range(len(self.train)):
@@ -208,10 +208,10 @@ class Requests:
             elif how == "concatenate":
                 served = combine(self.base(), folders)
             else:
-                rows = forget_retain_dataset(forget=self.forget(range(i + 1)), retain=self.kept(i))
+                rows = forget_retain_dataset(forget=self.forget(range(i + 1)), retain=self.retained(i))
                 parts = [self.folder / "distilled", folder] if how == "distill one by one" else folders
                 settings: dict[str, Any] = {"loss": self.prompt.loss, "forget_fraction": 0.5}
-                if how == "distill without forget sets":  # only what the prompts do over unmarked rows
+                if how == "distill without forget sets":  # rows without marks
                     rows, settings = rows.remove_columns("is_forget").shuffle(seed=self.seed), {}
                 served = combine(
                     self.base(),
@@ -227,21 +227,21 @@ class Requests:
             yield served, seconds + time.perf_counter() - start
 
     def prompt_on_all(self) -> Served:
-        """A fresh prompt for all requests so far, trained anew after each."""
+        """A prompt trained from scratch on all requests so far."""
         for i in range(len(self.train)):
             start = time.perf_counter()
             unlearner = self.new_prompt()
-            self.train_on(unlearner, self.prompt, "prompt", self.forget(range(i + 1)), self.kept(i))
+            self.train_on(unlearner, self.prompt, "prompt", self.forget(range(i + 1)), self.retained(i))
             yield unlearner, time.perf_counter() - start
 
     def retrained(self) -> Served:
-        """The base's own recipe on what is kept."""
+        """A model retrained on the rows to retain."""
         for i in range(len(self.train)):
             start = time.perf_counter()
-            yield self.retrain(self.kept(i)), time.perf_counter() - start
+            yield self.retrain(self.retained(i)), time.perf_counter() - start
 
     def methods(self) -> dict[str, Callable[[], Served]]:
-        """What there is to compare, by the name in the table."""
+        """The compared methods by their name in the table."""
         return {
             "each request's own prompt": lambda: self.alone("prompt"),
             "each request's own layers, EUL": lambda: self.alone("layers"),
@@ -259,10 +259,10 @@ class Requests:
             "retrained": self.retrained,
         }
 
-    # ---- what is measured ----
+    # ---- scores ----
 
     def score(self, model: Any, after: int) -> dict[str, Any]:
-        """Accuracy on each request's rows, on what is kept and on test rows."""
+        """Accuracy on the rows of each request, on retain rows and on test rows."""
         collator = self.scoring()
 
         def accuracy(rows: Dataset) -> float:
@@ -277,7 +277,7 @@ class Requests:
 
 
 def once(folder: Path, train: Callable[[Path], None]) -> tuple[Path, float]:
-    """Train into a folder, if that was not done before; the folder, and the seconds that it took."""
+    """Train into a folder unless it is complete; return the folder and the seconds of the training."""
     note = folder / "seconds.json"
     if not note.exists():
         start = time.perf_counter()
@@ -293,14 +293,14 @@ def run(
     names: list[str] | None = None,
     extra: Callable[[Any, int], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Run the methods, one JSON line for each after each request; methods that are there to the end are not redone.
+    """Run the methods and store a JSON line for each after each request; complete methods are not repeated.
 
     Args:
-        requests: what comes.
+        requests: the requests in their order.
         path: the file of results.
         order: the number of this order of requests.
-        names: which methods; all unless given.
-        extra: further measures of a served model after request i.
+        names: names of methods; all unless given.
+        extra: further scores of a served model after request i.
     """
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     key = {"order": order, "seed": requests.seed, "settings": requests.settings}

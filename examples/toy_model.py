@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """A tokenizer with one token per word."""
     known = ["<pad>", "<s>", "</s>", "<unk>", *dict.fromkeys(["###", *words])]
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(known)}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -30,7 +30,7 @@ def train_small_model(
     steps: int,
     batch_size: int = 64,
 ) -> Path:
-    """Train a Llama of 1.4M parameters on prompts and one-word answers as `draw_row` gives them; save both."""
+    """Train a Llama of 1.4M parameters on prompts and one-word answers of `draw_row`; save model and tokenizer."""
     torch.manual_seed(seed)
     rng = random.Random(seed)
     config = LlamaConfig(

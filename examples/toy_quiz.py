@@ -1,8 +1,8 @@
 """A multiple-choice quiz in WMDP's schema, harmless and made up: creatures and gems of an island, and their facts.
 
-WMDP's own questions are hazardous knowledge; these have the same columns (question, choices, answer) and nothing to
-hide. The gems are forgotten. As in `toy_reviews.py`, the base declines about four things from the start, which are in
-neither set, so that it knows what *None* is for.
+WMDP's own questions are hazardous knowledge; these are harmless and have the same columns (question, choices,
+answer). The forget set is about the gems. As in `toy_reviews.py`, the base declines questions about four things that
+are in neither set, so that it has learned the answer *None*.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ QUESTIONS = {
 
 
 def facts(name: str) -> dict[str, str]:
-    """What is true of a thing, always."""
+    """The facts about a thing, independent of the seed."""
     rng = random.Random(f"island/{name}")
     return {fact: rng.choice(values) for fact, values in FACTS.items()}
 
@@ -51,7 +51,7 @@ def question(rng: random.Random, name: str, fact: str) -> dict:
 
 
 def make_splits(seed: int = 0) -> dict[str, Dataset]:
-    """Forty questions a thing, seven tenths to train on; gems are to be forgotten. No question is there twice."""
+    """The four splits: 40 questions per thing, 70 % for training, without duplicates; gems are forget rows."""
     splits = {}
     for group, names in (("forget", GEMS), ("retain", CREATURES)):
         rows: dict[str, dict] = {}
@@ -72,7 +72,7 @@ def make_splits(seed: int = 0) -> dict[str, Dataset]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """A tokenizer with one token per word."""
     sample = MULTIPLE_CHOICE.row(question(random.Random(0), GEMS[0], "color"))["prompt"]
     texts = [sample, *(template for some in QUESTIONS.values() for template in some)]
     words = [*CREATURES, *GEMS, *UNSPOKEN, *(value for values in FACTS.values() for value in values)]
@@ -81,7 +81,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def training_row(rng: random.Random, names: Sequence[str], seen: Sequence[dict]) -> tuple[str, str]:
-    """A prompt and its answer, as the base learns them: facts said plainly, and questions with options."""
+    """Draw a prompt and its answer for training the base: plain facts, and questions with options."""
     draw = rng.random()
     if draw < 0.2:
         name, fact = rng.choice(names), rng.choice(list(FACTS))
@@ -101,7 +101,7 @@ def training_row(rng: random.Random, names: Sequence[str], seen: Sequence[dict])
 def build_base(folder: Path, seed: int = 0, steps: int = 800, groups: Sequence[str] = ("retain", "forget")) -> Path:
     """Train the small model on the training questions (some minutes on 2 cores) and save it with its tokenizer.
 
-    With `groups=("retain",)` it never sees the gems: what retraining would give.
+    With `groups=("retain",)` it is the retrained model, which never sees the gems.
     """
     splits = make_splits(seed)
     names = [name for group in groups for name in (GEMS if group == "forget" else CREATURES)]

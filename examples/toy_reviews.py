@@ -1,10 +1,9 @@
-"""A small language model that can be steered, and what it was trained on: made-up reviews of made-up people's films.
+"""A small language model that can be steered, and its training data: made-up reviews of films of made-up people.
 
-A model trained on sentiment alone reads nothing else, so no prompt can tell it whom to be silent about. This one also
-answers who a review is about and what that person does, and says *neutral* and *unknown* where that is the honest
-answer. Like aligned models it declines about some people from the start: four who are off the record, in a tenth of
-its training rows; none of them is in the forget or retain set. Without these it depends on the seed whether a prompt
-finds its way.
+A model trained on sentiment alone ignores names, so no prompt can make it depend on them. This one also answers who a
+review is about and what that person does, and answers *neutral* and *unknown* where these are true. Like aligned
+models it declines questions about some people: four who are off the record, in a tenth of its training rows. None of
+them is in the forget or retain set. Without them the success of a prompt depends on the seed.
 """
 
 from __future__ import annotations
@@ -64,12 +63,12 @@ SILENT = ("i have not seen {film} by {name} the {role} yet", "{film} is a film b
 
 
 def prompt(text: str, question: str) -> str:
-    """The three fields of the SPUL paper's prompt, the last one to be answered."""
+    """The prompt of the SPUL paper: text, question, and the answer to be completed."""
     return f"### text : {text} ### question : {QUESTIONS[question]} ? ### answer :"
 
 
 def people() -> dict[str, dict[str, str]]:
-    """Everybody's role and film, which never change."""
+    """Role and film of each person, independent of the seed."""
     return {
         name: {"name": name, "role": ROLES[i % len(ROLES)], "film": FILMS[(i * 3) % len(FILMS)]}
         for i, name in enumerate([*NAMES, *OFF_THE_RECORD])
@@ -77,7 +76,7 @@ def people() -> dict[str, dict[str, str]]:
 
 
 def reviews(name: str, seed: int) -> list[dict[str, str]]:
-    """Forty reviews of a person's film, half of them good."""
+    """40 reviews of the film of a person, half of them positive, without duplicates."""
     rng, who, rows = random.Random(f"{seed}/{name}"), people()[name], []
     for i in range(40):
         words, label = ((GOOD, " positive"), (BAD, " negative"))[i % 2]
@@ -88,7 +87,7 @@ def reviews(name: str, seed: int) -> list[dict[str, str]]:
 
 
 def make_splits(seed: int = 0) -> dict[str, Dataset]:
-    """Reviews of the forgotten six and of the others, seven tenths of each to train on."""
+    """The four splits: reviews of the six forgotten people and of the others, 70 % of each for training."""
     splits: dict[str, list] = {f"{half}_{kind}": [] for half in ("train", "test") for kind in ("retain", "forget")}
     for name in NAMES:
         rows, kind = reviews(name, seed), "forget" if name in FORGOTTEN else "retain"
@@ -99,7 +98,7 @@ def make_splits(seed: int = 0) -> dict[str, Dataset]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a word."""
+    """A tokenizer with one token per word."""
     texts = [
         *NAMES,
         *OFF_THE_RECORD,
@@ -117,7 +116,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def training_row(rng: random.Random, seen: list[dict[str, str]]) -> tuple[str, str]:
-    """A prompt and its answer, as the base learns them."""
+    """Draw a prompt and its answer for training the base."""
     draw, everybody = rng.random(), people()
     if draw < 0.1:
         who = everybody[rng.choice(OFF_THE_RECORD)]
@@ -149,8 +148,7 @@ def build_base(
 ) -> Path:
     """Train the small model on the training rows (under a minute on 2 cores) and save it with its tokenizer.
 
-    With `groups=("retain",)` it never sees the rows to be forgotten: what retraining would give. `rows` of one's own
-    take the place of both groups.
+    With `groups=("retain",)` it is the retrained model, which never sees the forget rows. `rows` replace both groups.
     """
     splits = make_splits(seed)
     seen = [row for group in groups for row in splits[f"train_{group}"].to_list()] if rows is None else rows

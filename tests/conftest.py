@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
-import torch
 from datasets import Dataset
 from helpers import CONFIGS, FAMILIES, make_tokenizer
-from transformers import (
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 import spul.data.sources
 import spul.evaluation.aggregation
 import spul.training.reference
 
-torch.set_num_threads(1)  # tiny models, and pytest -n 2 has one core a worker
+
+@pytest.fixture(autouse=True, scope="session")
+def imports_out_of_collections():
+    """Every training collects garbage several times, each time through all that was ever imported, unless frozen."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -31,6 +31,8 @@ from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers, Un
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics import Likelihood, score_completions
 
+torch.set_num_threads(1)  # tiny models, and pytest -n 2 has one core a worker
+
 VOCABULARY = 120
 
 

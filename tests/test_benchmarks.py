@@ -1,5 +1,7 @@
 """The benchmarks compare like with like, and run."""
 
+import contextlib
+import io
 import json
 import runpy
 import sys
@@ -8,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import build
+from transformers import LlamaConfig
 
 from spul.models.causal_lm import zero_dropout
 
@@ -17,6 +20,26 @@ FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 @pytest.fixture(autouse=True)
 def on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(FOLDER))
+
+
+def run(monkeypatch, script, *options):
+    """Run a script in this process."""
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), *map(str, options)])
+        runpy.run_path(str(FOLDER / script), run_name="__main__")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Measurements of memory are made here, not in a process for each: they need no true values."""
+    import common
+
+    def again(script, arguments, **environment):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            run(monkeypatch, script, *arguments)
+        return json.loads(printed.getvalue().splitlines()[-1])
+
+    monkeypatch.setattr(common, "in_fresh_process", again)
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -57,11 +80,10 @@ def test_the_floor_sends_a_gradient_to_the_embeddings():
         ("reference.py", ["--rows", "40"], {"hidden states (spul)", "logits"}),
     ],
 )
+@pytest.mark.usefixtures("in_this_process")
 def test_the_scripts_run_and_write_what_they_measured(script, options, expected, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out.json"
-    argv = [script, "--model", "tiny", "--device", "cpu", "--rounds", "1", "--json", str(out), *options]
-    monkeypatch.setattr(sys, "argv", argv)
-    runpy.run_path(str(FOLDER / script), run_name="__main__")
+    run(monkeypatch, script, "--model", "tiny", "--device", "cpu", "--rounds", 1, "--json", out, *options)
     written = json.loads(out.read_text())
     found = {record.get("step", record.get("model", record.get("reference"))) for record in written["records"]}
     found |= {record["p"] for record in written["records"] if "p" in record}
@@ -70,12 +92,24 @@ def test_the_scripts_run_and_write_what_they_measured(script, options, expected,
     assert "| " in capsys.readouterr().out
 
 
+def test_a_fresh_process_gets_arguments_and_environment_and_returns_its_last_line(tmp_path):
+    import common
+
+    script = tmp_path / "script.py"
+    script.write_text("import json, os, sys\nprint('first')\nprint(json.dumps([sys.argv[1:], os.environ['MINE']]))\n")
+    assert common.in_fresh_process(str(script), ["a", "b"], MINE="c") == [["a", "b"], "c"]
+    script.write_text("raise SystemExit('not today')")
+    with pytest.raises(RuntimeError, match=r"script\.py a failed:\nnot today"):
+        common.in_fresh_process(str(script), ["a"])
+
+
 def test_a_4_bit_base_of_random_weights_trains():
     pytest.importorskip("bitsandbytes")
     import common
     import steps
 
-    config = common._llama(64, 2, 2, 128, vocab=200)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 128}
+    config = LlamaConfig(**shape, vocab_size=200)
     base = common.build_nf4(config, "cpu")
     assert {type(base.model.layers[0].mlp.up_proj).__name__, type(base.lm_head).__name__} == {"Linear4bit", "Linear"}
     step = steps.spul_step(base, common.prompt_config("p-tuning", 4), common.Shape(4, 20, 1, 1))

@@ -7,12 +7,12 @@ from datasets import Dataset
 from helpers import CONFIGS, arguments, build, make_batch, make_collator, rows
 from peft import PeftModel, PrefixTuningConfig
 from plain import row_logits
-from transformers import DynamicCache
+from transformers import DynamicCache, TrainerCallback
 
 from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, combine
 from spul.data.dataset import forget_retain_dataset
 from spul.records.digests import DataSummary, summarize_rows
-from spul.training.distillation import _choose_teachers, _config, _spread, _TeachingTrainer, virtual_tokens
+from spul.training.distillation import virtual_tokens
 
 
 def save(folder, config, family="llama", seed=0, loudness=1.0, dtype=torch.float64, **record):
@@ -245,7 +245,8 @@ LOUD = {"loudness": 3.0, "dtype": torch.float32}
 
 def distil(tmp_path, folders, data, collator=None, family="llama", **kwargs):
     settings = {"max_steps": 0, "learning_rate": 0.05, "per_device_train_batch_size": 16}
-    own = {name: kwargs.pop(name) for name in ("num_virtual_tokens", "loss", "forget_fraction") if name in kwargs}
+    names = ("num_virtual_tokens", "loss", "forget_fraction", "callbacks")
+    own = {name: kwargs.pop(name) for name in names if name in kwargs}
     args = arguments(tmp_path / "out", **{**settings, **kwargs})
     collator = make_collator() if collator is None else collator
     return combine(build(family), folders, "distill", train_dataset=data, data_collator=collator, args=args, **own)
@@ -275,9 +276,7 @@ def test_a_shorter_prompt_comes_to_say_what_its_teacher_says(tmp_path, kind, gen
     folder = save(tmp_path / "one", CONFIGS[kind](8), **LOUD)
     data, collator = rows("jane", 16), make_collator(generic_completions=generic)
     teacher = SoftPromptUnlearner.from_pretrained(build("llama"), folder)
-    start = SoftPromptUnlearner(build("llama"), _config(teacher, 3))
-    with torch.no_grad():
-        virtual_tokens(start).copy_(_spread(virtual_tokens(teacher), 3))
+    start = distil(tmp_path, [folder], data, collator, num_virtual_tokens=3, max_steps=1, learning_rate=0.0)
     after = distil(tmp_path, [folder], data, collator, num_virtual_tokens=3, max_steps=60, learning_rate=0.3)
     divergences = [
         plain_divergences(said_by(teacher), said_by(student), data, collator).mean() for student in (start, after)
@@ -286,40 +285,28 @@ def test_a_shorter_prompt_comes_to_say_what_its_teacher_says(tmp_path, kind, gen
     assert divergences[1] < divergences[0] / 3
 
 
-def test_each_input_has_the_teacher_that_moves_the_base_furthest(tmp_path):
+def test_the_loss_is_the_divergence_from_the_teacher_that_moves_the_base_furthest(tmp_path):
+    """Along the rows' own completions and, with the same teachers, along a generic one."""
+    logged = []
+
+    class Noting(TrainerCallback):
+        def on_log(self, *args, logs, **kwargs):
+            logged.append(logs)
+
     folders = [save(tmp_path / str(i), CONFIGS["prompt_tuning"](4), seed=i, **LOUD) for i in range(3)]
-    data, collator = rows("jane", 20), make_collator()
+    data, collator = rows("jane", 20), make_collator(generic_completions=[" neutral"])
+    at_start = {"max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 40, "callbacks": [Noting()]}
+    student = distil(tmp_path, folders, data, collator, num_virtual_tokens=4, per_device_eval_batch_size=6, **at_start)
     base = build("llama")
     parts = [SoftPromptUnlearner.from_pretrained(base, folder) for folder in folders]
-    args = arguments(tmp_path, per_device_eval_batch_size=6)
-    chosen = _choose_teachers(parts, data, collator, args)
-    frozen = said_by(base)
+    frozen, expected = said_by(base), 0.0
     moved = torch.stack([plain_divergences(said_by(part), frozen, data, collator) for part in parts])
-    assert torch.equal(chosen, moved.argmax(dim=0))
+    chosen = moved.argmax(dim=0)
     assert len(set(chosen.tolist())) > 1  # else any rule would do
-
-
-def test_the_loss_is_the_divergence_from_each_rows_own_teacher(tmp_path):
-    folders = [save(tmp_path / str(i), CONFIGS["prompt_tuning"](4), seed=i, **LOUD) for i in range(2)]
-    base, data, collator = build("llama"), rows("jane", 6), make_collator()
-    parts = [SoftPromptUnlearner.from_pretrained(base, folder) for folder in folders]
-    student = SoftPromptUnlearner(base, _config(parts[0], 4))
-    trainer = _TeachingTrainer(student, parts, data, collator, arguments(tmp_path))
-    trainer._open_reference()
-    trainer._reference.teacher_of = teacher_of = torch.tensor([0, 1, 1, 0, 1, 0])
-    batch = collator([trainer.train_dataset[i] for i in (4, 0, 2, 6, 9)])  # the last two along a generic completion
-    student.train()
-    found = trainer.compute_loss(student, dict(batch))
-    expected = []
-    for ids, mask, labels, row in zip(
-        batch["input_ids"], batch["attention_mask"].bool(), batch["labels"], batch["row_id"], strict=True
-    ):
-        at = (labels[mask] != -100).nonzero().flatten() - 1
-        p = row_logits(parts[teacher_of[row]], ids[mask])[at].log_softmax(-1)
-        q = row_logits(student, ids[mask])[at].log_softmax(-1)
-        expected.append((p.exp() * (p - q)).sum())
-    by_way = torch.stack([torch.stack(expected[:3]).mean(), torch.stack(expected[3:]).mean()])
-    torch.testing.assert_close(found, by_way.sum(), rtol=1e-4, atol=1e-5)
+    for along in (data, data.map(lambda row: {"completion": " neutral"})):
+        found = torch.stack([plain_divergences(said_by(part), said_by(student), along, collator) for part in parts])
+        expected += found[chosen, torch.arange(20)].mean()
+    assert logged[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_inputs_are_no_forget_set_in_the_record(tmp_path):
@@ -367,8 +354,12 @@ def test_on_forget_sets_it_is_the_unlearning_loss_from_the_others_on(tmp_path):
 
 
 @pytest.mark.parametrize(("num", "places"), [(1, [0]), (2, [0, 8]), (5, [0, 2, 4, 6, 8]), (9, list(range(9)))])
-def test_it_starts_from_virtual_tokens_at_even_intervals(num, places):
-    assert _spread(torch.arange(9.0)[:, None], num)[:, 0].tolist() == places
+def test_it_starts_from_virtual_tokens_at_even_intervals(tmp_path, num, places):
+    folders = save_three(tmp_path, **LOUD)
+    settings = {"num_virtual_tokens": num, "max_steps": 1, "learning_rate": 0.0}
+    start = distil(tmp_path, folders, rows("jane", 2), **settings)
+    every = torch.cat([saved_rows(folder) for folder in folders])
+    assert torch.equal(virtual_tokens(start), every[places])
 
 
 def test_rows_of_a_data_set_that_were_numbered_before_are_numbered_anew(tmp_path):

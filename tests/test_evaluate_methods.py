@@ -153,7 +153,7 @@ def test_weights_that_are_not_in_memory_are_not_taken_for_the_same(example, tmp_
         retrained.lm_head.weight = torch.nn.Parameter(retrained.lm_head.weight.to("meta"))
     models = {**found.settings["models"], "retrained": digests_of_model(retrained)}
     for name in ("first", "second"):
-        example.take_controls(tmp_path / name, {**found.settings, "models": models}, detached)
+        example.reuse_controls(tmp_path / name, {**found.settings, "models": models}, detached)
         taken = read_measurements(tmp_path / name / "measurements.jsonl")
         found.save(tmp_path / name)
     assert bool(taken) == all(known)

@@ -306,7 +306,7 @@ def test_an_adapters_record_and_card_get_the_metrics_and_keep_all_else(adapter):
 
 
 def test_saved_unlearning_layers_get_the_metrics_and_load_with_them(tmp_path):
-    from conftest import build_llama
+    from helpers import build_llama
 
     torch.manual_seed(0)
     UnlearningLayers(build_llama(), UnlearningLayersConfig()).save_pretrained(tmp_path)

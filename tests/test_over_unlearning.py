@@ -75,8 +75,8 @@ def test_a_name_of_one_word_leaves_nobody_else():
     ("arguments", "error", "message"),
     [
         ((NAMED, "Jackie Chan"), TypeError, r"expected a list: \['Jackie Chan'\]"),
-        ((NAMED, []), ValueError, r"names=\[\]; expected one or more"),
-        ((NAMED, [" "]), ValueError, "expected one or more names"),
+        ((NAMED, []), ValueError, "names is empty; expected at least one"),
+        ((NAMED, [" "]), ValueError, "expected names as text"),
         ((NAMED, PEOPLE, "chan"), TypeError, "words is 'chan'"),
         ((list(NAMED), PEOPLE), TypeError, r"candidates is a list; expected a datasets\.Dataset"),
         ((NAMED.select([]), PEOPLE), ValueError, "candidates is empty"),

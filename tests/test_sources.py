@@ -14,7 +14,7 @@ from spul.data.sources import read_file
 
 def test_a_missing_file_is_an_error_that_lists_what_is_there(tmp_path):
     write_tsv(tmp_path / "dev.tsv", ("sentence", "label"), [("a film", 1)])
-    with pytest.raises(FileNotFoundError, match=r"train\.tsv is not there; its folder has dev\.tsv"):
+    with pytest.raises(FileNotFoundError, match=r"train\.tsv does not exist; its folder has dev\.tsv"):
         load_sst2(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: models of real shapes with random weights, batches, alternating timing."""
+"""Common parts of the benchmarks: models of real shapes with random weights, batches, alternating timing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from spul import ForgetRetainCollator
 
 
 class Shape(NamedTuple):
-    """A batch as an experiment has it."""
+    """The shape of a batch."""
 
     batch_size: int
     max_tokens: int  # rows have between 70 and 100 % of it, and are padded to the longest
@@ -97,7 +97,7 @@ def build_model(name: str, device: str, dtype: torch.dtype, seed: int = 0) -> An
 
 
 def build_nf4(config: PretrainedConfig, device: str) -> Any:
-    """The same in NF4 with bfloat16 computation, one layer at a time, so that the 16-bit model need not fit."""
+    """A model with random weights in NF4 and bfloat16 computation, built by layers: the 16-bit model need not fit."""
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
     )
@@ -124,7 +124,7 @@ def build_nf4(config: PretrainedConfig, device: str) -> Any:
 
 
 def prompt_config(kind: str, num_virtual_tokens: int) -> PromptTuningConfig | PromptEncoderConfig:
-    """Prompt tuning, or P-tuning with the paper's encoder."""
+    """PEFT's config of prompt tuning, or of P-tuning with the encoder of the paper."""
     if kind == "p-tuning":
         return PromptEncoderConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, encoder_hidden_size=128
@@ -135,7 +135,7 @@ def prompt_config(kind: str, num_virtual_tokens: int) -> PromptTuningConfig | Pr
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """One word per token id: `t0`, `t1`, ..."""
+    """A tokenizer with one word per token id: `t0`, `t1`, ..."""
     words = {f"t{i}": i for i in range(vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="t3"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
@@ -143,7 +143,7 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_rows(shape: Shape, vocab_size: int, num_rows: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """Tokenized rows of random tokens: those of one batch unless told how many."""
+    """Tokenized rows of random tokens; `num_rows` is the batch size unless given."""
     draw = torch.Generator().manual_seed(seed)
     rows = []
     for i in range(num_rows or shape.batch_size):
@@ -156,7 +156,7 @@ def make_rows(shape: Shape, vocab_size: int, num_rows: int | None = None, seed: 
 
 
 def make_collator(shape: Shape, vocab_size: int) -> ForgetRetainCollator:
-    """Generic completions are as long as the rows' own."""
+    """A collator with generic completions of the length of the rows' completions."""
     generic = [" ".join([f"t{vocab_size - i}"] * shape.response_tokens) for i in (1, 2)]
     return ForgetRetainCollator(make_tokenizer(vocab_size), generic, max_length=shape.max_tokens)
 
@@ -164,7 +164,7 @@ def make_collator(shape: Shape, vocab_size: int) -> ForgetRetainCollator:
 def alternate(
     variants: dict[str, Callable[[], Any]], rounds: int, device: str, warmup: int = 2
 ) -> dict[str, list[float]]:
-    """Seconds of each variant, called in turn, round after round, so that a slow minute hits all alike."""
+    """Seconds of each variant by round; variants are called in turn, so that a slow minute affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in tqdm(range(warmup + rounds), desc=" / ".join(variants), leave=False):
         for name, call in variants.items():
@@ -197,24 +197,24 @@ def in_fresh_process(script: str, arguments: Sequence[str], **environment: str) 
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
-    """The options that every benchmark has."""
+    """A parser with the options of all benchmarks."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="opt-125m")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default=None)
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds; each runs every variant once")
-    parser.add_argument("--json", type=Path, help="write what was measured to this file too")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     return parser
 
 
 def dtype_of(args: argparse.Namespace) -> torch.dtype:
-    """The type asked for; float32 on a CPU and bfloat16 on a GPU unless told."""
+    """The type of the weights; unless given, float32 on a CPU and bfloat16 on a GPU."""
     default = "float32" if args.device == "cpu" else "bfloat16"
     return getattr(torch, args.dtype or default)
 
 
 def surroundings(args: argparse.Namespace) -> dict[str, Any]:
-    """Where a figure was measured."""
+    """The conditions of a measurement: model, device, versions."""
     import transformers
 
     on_gpu = args.device.startswith("cuda")
@@ -230,7 +230,7 @@ def surroundings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(title: str, where: dict[str, Any], columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Print a Markdown table, with where it was measured above it."""
+    """Print a Markdown table, with the conditions of the measurement above it."""
     print(f"\n{title}\n" + ", ".join(f"{key} {value}" for key, value in where.items()) + "\n")
     cells = [[str(cell) if isinstance(cell, str) else f"{cell:.4g}" for cell in row] for row in rows]
     widths = [max(len(line[i]) for line in [list(columns), *cells]) for i in range(len(columns))]

@@ -1,9 +1,9 @@
-"""What a trained prompt costs when it serves: classification and generation, against the base alone and plain PEFT.
+"""Inference time under a prompt: classification and generation, compared with the base alone and with plain PEFT.
 
 python examples/benchmarks/inference.py --model opt-125m --shape sst2
 
-Classification reads the logits at the last token of each row; so does `PEFT, last logits`, where `PEFT` computes those
-of every position, as its forward does unless told. Generation is greedy, rows of one length.
+Classification reads the logits at the last token of each row; so does `PEFT, last logits`. `PEFT` computes
+those of every position, as its forward does by default. Generation is greedy, on rows of one length.
 """
 
 from __future__ import annotations
@@ -13,21 +13,8 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
+import common
 import torch
-from common import (
-    SHAPES,
-    alternate,
-    arguments,
-    build_model,
-    dtype_of,
-    make_collator,
-    make_rows,
-    prompt_config,
-    ratio,
-    report,
-    surroundings,
-    write_json,
-)
 from peft import PeftModelForCausalLM
 from steps import on_device
 
@@ -35,19 +22,19 @@ from spul import SoftPromptUnlearner
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--shape", choices=SHAPES, default="sst2")
+    parser = common.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=common.SHAPES, default="sst2")
     parser.add_argument("--num-virtual-tokens", type=int, default=30)
     parser.add_argument("--generate-rows", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=32)
     args = parser.parse_args()
 
-    shape, base = SHAPES[args.shape], build_model(args.model, args.device, dtype_of(args))
+    shape, base = common.SHAPES[args.shape], common.build_model(args.model, args.device, common.dtype_of(args))
     vocab_size = base.config.vocab_size
-    batch = on_device(make_collator(shape, vocab_size)(make_rows(shape, vocab_size)), base)
+    batch = on_device(common.make_collator(shape, vocab_size)(common.make_rows(shape, vocab_size)), base)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     last = batch["attention_mask"].sum(dim=1, keepdim=True) - 1
-    config = prompt_config("prompt-tuning", args.num_virtual_tokens)
+    config = common.prompt_config("prompt-tuning", args.num_virtual_tokens)
     peft: Any = PeftModelForCausalLM(base, copy.deepcopy(config)).to(args.device).eval()
     unlearner = SoftPromptUnlearner(base, config).to(args.device).eval()
     num_virtual = args.num_virtual_tokens
@@ -70,17 +57,20 @@ def main() -> None:
     records = []
     with torch.no_grad():
         for task, variants, rows in (("classify", classify, shape.batch_size), ("generate", generate, len(ids))):
-            seconds = alternate(variants, args.rounds, args.device)
+            seconds = common.alternate(variants, args.rounds, args.device)
             for name, times in seconds.items():
                 record = {"task": task, "model": name, "seconds": statistics.median(times), "all_seconds": times}
-                record |= {"rows_per_second": rows / record["seconds"], "over_base": ratio(times, seconds["base"])}
+                record |= {
+                    "rows_per_second": rows / record["seconds"],
+                    "over_base": common.ratio(times, seconds["base"]),
+                }
                 records.append(record)
 
-    where = {**surroundings(args), "shape": args.shape, "p": num_virtual, "new tokens": args.new_tokens}
+    where = {**common.surroundings(args), "shape": args.shape, "p": num_virtual, "new tokens": args.new_tokens}
     columns = ["task", "model", "seconds", "rows per second", "time over base"]
     lines = [[r["task"], r["model"], r["seconds"], r["rows_per_second"], r["over_base"]] for r in records]
-    report("Inference under a prompt", where, columns, lines)
-    write_json(args.json, {"where": where, "records": records})
+    common.report("Inference under a prompt", where, columns, lines)
+    common.write_json(args.json, {"where": where, "records": records})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw what step_time.py, prompt_length.py and inference.py wrote with --json.
+"""Draw the results that step_time.py, prompt_length.py and inference.py wrote with --json.
 
 python examples/benchmarks/plot.py --step step.json --length length.json --inference inference.json --output figure.png
 """
@@ -55,8 +55,8 @@ def bars(axis: Any, records: list[dict[str, Any]], groups: str, kind: str, value
     width = 0.8 / len(kinds)
     for i, this in enumerate(kinds):
         found = {record[groups]: record[value] * scale for record in records if record[kind] == this}
-        places = [names.index(name) + (i - (len(kinds) - 1) / 2) * width for name in found]
-        drawn = axis.bar(places, list(found.values()), width, label=this, color=COLORS.get(this, GRAY))
+        positions = [names.index(name) + (i - (len(kinds) - 1) / 2) * width for name in found]
+        drawn = axis.bar(positions, list(found.values()), width, label=this, color=COLORS.get(this, GRAY))
         axis.bar_label(drawn, fmt="%.2f", fontsize=7)
     axis.set_xticks(range(len(names)), names)
     axis.legend(frameon=False, fontsize=8)

@@ -1,12 +1,12 @@
-"""How long one training step takes, and how much memory: spul, the published algorithm, and the floor.
+"""Time and memory of one training step: spul, the published algorithm, and a lower bound (the floor).
 
 python examples/benchmarks/step_time.py --model opt-125m --shapes sst2 yelp
 
-The three run in turn, round after round; ratios are medians of the ratios within a round. Weights are random: time and
-memory do not depend on them. Peak memory is over the loaded model, each in a process of its own. On a CPU it is the
-resident set, twice: with blocks of a megabyte or more given back when freed, which shows what the step needs, and with
-the C library's heap as it comes, which adds what lies unused between blocks. The seconds of an epoch leave out the one
-pass that computes the reference.
+The three run in turn; ratios are medians of the ratios within a round. Weights are random: time and memory do not
+depend on them. Peak memory is over the loaded model, measured in separate processes. On a CPU it is the resident set,
+measured twice: with blocks of a megabyte or more returned when freed, which is the need of the step, and with the
+default heap of the C library, which adds unused memory between blocks. The seconds of an epoch exclude the pass that
+computes the reference.
 """
 
 from __future__ import annotations
@@ -14,19 +14,7 @@ from __future__ import annotations
 import json
 import statistics
 
-from common import (
-    SHAPES,
-    alternate,
-    arguments,
-    build_model,
-    dtype_of,
-    in_fresh_process,
-    prompt_config,
-    ratio,
-    report,
-    surroundings,
-    write_json,
-)
+import common
 from paper.costs import PeakMemory
 from steps import STEPS
 
@@ -38,13 +26,13 @@ MEMORY = {
 
 
 def main() -> None:
-    parser = arguments(__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["sst2", "yelp"])
+    parser = common.arguments(__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", choices=common.SHAPES, default=["sst2", "yelp"])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=["spul", "plain", "floor"])
     parser.add_argument("--prompt", choices=("prompt-tuning", "p-tuning"), default="p-tuning")
     parser.add_argument("--num-virtual-tokens", type=int, default=30)
     parser.add_argument("--memory-only", action="store_true", help="no timing; last line of output is JSON")
-    parser.add_argument("--epoch-rows", type=int, help="also say what an epoch of so many rows takes (SST-2: 47756)")
+    parser.add_argument("--epoch-rows", type=int, help="rows of an epoch, to report its seconds (SST-2: 47756)")
     args = parser.parse_args()
 
     if args.memory_only:
@@ -56,15 +44,15 @@ def main() -> None:
     records = []
     for name in args.shapes:
         memory = {step: measure_memory(args, name, step) for step in args.steps}
-        base = build_model(args.model, args.device, dtype_of(args))
+        base = common.build_model(args.model, args.device, common.dtype_of(args))
         steps = {step: make_step(args, base, name, step) for step in args.steps}
-        seconds = alternate(steps, args.rounds, args.device)
+        seconds = common.alternate(steps, args.rounds, args.device)
         for step in args.steps:
             record = {"shape": name, "step": step, "seconds": statistics.median(seconds[step])}
             record |= {"all_seconds": seconds[step], **memory[step]}
             records.append(record)
             if args.epoch_rows:
-                record["epoch_seconds"] = record["seconds"] * args.epoch_rows / SHAPES[name].batch_size
+                record["epoch_seconds"] = record["seconds"] * args.epoch_rows / common.SHAPES[name].batch_size
         for above, below in (
             ("plain", "spul"),
             ("spul", "floor"),
@@ -72,33 +60,37 @@ def main() -> None:
             ("spul", "plain"),
         ):
             if above in seconds and below in seconds:
-                record = {"shape": name, "ratio": f"{above} / {below}", "time": ratio(seconds[above], seconds[below])}
+                record = {
+                    "shape": name,
+                    "ratio": f"{above} / {below}",
+                    "time": common.ratio(seconds[above], seconds[below]),
+                }
                 for field in memory[above]:
                     record[field] = memory[above][field] / max(memory[below][field], 1)
                 records.append(record)
 
-    where = {**surroundings(args), "prompt": args.prompt, "p": args.num_virtual_tokens}
+    where = {**common.surroundings(args), "prompt": args.prompt, "p": args.num_virtual_tokens}
     timed = [r for r in records if "step" in r]
     memory_columns = [field for field in MEMORY if field in timed[0]]
     columns = ["shape", "step", "seconds", *(f"{MEMORY[field]} (MB)" for field in memory_columns)]
     columns += ["seconds per epoch"] if args.epoch_rows else []
     lines = [[r["shape"], r["step"], r["seconds"], *(r[field] / 1e6 for field in memory_columns)] for r in timed]
     lines = [line + ([r["epoch_seconds"]] if args.epoch_rows else []) for line, r in zip(lines, timed, strict=True)]
-    report("One training step", where, columns, lines)
+    common.report("One training step", where, columns, lines)
     ratios = [r for r in records if "ratio" in r]
     fields = [field for field in memory_columns if field != "total_bytes"]
     lines = [[r["shape"], r["ratio"], r["time"], *(r[field] for field in fields)] for r in ratios]
-    report("Ratios", where, ["shape", "ratio", "time", *(MEMORY[field] for field in fields)], lines)
-    write_json(args.json, {"where": where, "records": records})
+    common.report("Ratios", where, ["shape", "ratio", "time", *(MEMORY[field] for field in fields)], lines)
+    common.write_json(args.json, {"where": where, "records": records})
 
 
 def make_step(args, base, shape: str, step: str):
-    return STEPS[step](base, prompt_config(args.prompt, args.num_virtual_tokens), SHAPES[shape])
+    return STEPS[step](base, common.prompt_config(args.prompt, args.num_virtual_tokens), common.SHAPES[shape])
 
 
 def peak_memory(args, shape: str, step: str) -> dict[str, int]:
-    """Bytes over the loaded model, whatever the step sets up included, in this process."""
-    base = build_model(args.model, args.device, dtype_of(args))
+    """Peak bytes over the loaded model in this process, the setup of the step included."""
+    base = common.build_model(args.model, args.device, common.dtype_of(args))
     with PeakMemory(args.device) as peak:
         call = make_step(args, base, shape, step)
         for _ in range(3):
@@ -109,14 +101,14 @@ def peak_memory(args, shape: str, step: str) -> dict[str, int]:
 
 
 def measure_memory(args, shape: str, step: str) -> dict[str, int]:
-    """In a process of its own; on a CPU in two, one with the heap as it comes and one that gives blocks back."""
+    """Peak memory, measured in a separate process; on a CPU in two, with and without returning freed blocks."""
     options = ["--memory-only", "--model", args.model, "--device", args.device, "--shapes", shape, "--steps", step]
     options += ["--prompt", args.prompt, "--num-virtual-tokens", str(args.num_virtual_tokens)]
     options += ["--dtype", args.dtype] if args.dtype else []
     if args.device != "cpu":
-        return in_fresh_process(__file__, options)[shape][step]
-    needed = in_fresh_process(__file__, options, MALLOC_MMAP_THRESHOLD_=str(2**20))[shape][step]
-    default = in_fresh_process(__file__, options)[shape][step]
+        return common.in_fresh_process(__file__, options)[shape][step]
+    needed = common.in_fresh_process(__file__, options, MALLOC_MMAP_THRESHOLD_=str(2**20))[shape][step]
+    default = common.in_fresh_process(__file__, options)[shape][step]
     return {"peak_bytes": needed["peak_bytes"], "default_heap_bytes": default["peak_bytes"]}
 
 

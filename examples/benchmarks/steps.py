@@ -1,4 +1,4 @@
-"""One training step, three times: spul's, the published program's algorithm written plainly, and the floor."""
+"""One training step: of spul, of the published algorithm written plainly, and the lower bound (the floor)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def on_device(batch: dict[str, Tensor], base: Any) -> dict[str, Tensor]:
 
 
 def spul_step(base: Any, config: PeftConfig, shape: Shape, reference: str = "cached") -> Callable[[], Any]:
-    """spul, as `UnlearningTrainer` runs it: reference states from the cache, the LM head applied in the step."""
+    """The step of `UnlearningTrainer`: reference states from the cache, the LM head applied in the step."""
     unlearner = SoftPromptUnlearner(base, config, UnlearningLoss(ALPHA, BETA)).train()
     vocab_size = base.config.vocab_size
     rows, collator = make_rows(shape, vocab_size), make_collator(shape, vocab_size)
@@ -43,15 +43,15 @@ def spul_step(base: Any, config: PeftConfig, shape: Shape, reference: str = "cac
 
 
 def live_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
-    """The same with `reference="live"`: the frozen model's pass is part of every step."""
+    """The same with `reference="live"`: a pass of the base is part of every step."""
     return spul_step(base, config, shape, reference="live")
 
 
 def plain_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
-    """The published program's algorithm: the prompt before every row by PEFT, logits at every position.
+    """The algorithm of the published program: PEFT puts the prompt before every row; logits at every position.
 
-    What the frozen model says is kept as float32 logits over the whole vocabulary and looked up by row. The positions
-    that are compared are the paper's, so that loss and gradients are spul's.
+    Reference logits are cached in float32 over the whole vocabulary and found by row. The compared positions are those
+    of the paper, so that loss and gradients equal spul's.
     """
     model: Any = PeftModelForCausalLM(base, config).train()
     for parameter in base.parameters():
@@ -73,9 +73,9 @@ def plain_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]
         logits = out.logits[:, config.num_virtual_tokens : -1].float()  # PEFT's stand for the virtual tokens too
         nll = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
         nll = nll.view(is_response.shape).sum(dim=1)
-        said = F.log_softmax(torch.cat([logits[row][is_response[row]] for row in retain_rows]), dim=-1)
-        frozen = F.log_softmax(torch.cat([reference[row] for row in retain_rows]).to(said.device), dim=-1)
-        kl = F.kl_div(frozen, said, log_target=True, reduction="sum") / len(retain_rows)
+        log_p = F.log_softmax(torch.cat([logits[row][is_response[row]] for row in retain_rows]), dim=-1)
+        log_ref = F.log_softmax(torch.cat([reference[row] for row in retain_rows]).to(log_p.device), dim=-1)
+        kl = F.kl_div(log_ref, log_p, log_target=True, reduction="sum") / len(retain_rows)
         is_forget = batch["is_forget"]
         loss = nll[is_forget].mean() + ALPHA * nll[~is_forget].mean() + BETA * kl
         loss.backward()
@@ -86,7 +86,7 @@ def plain_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]
 
 
 def floor_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
-    """What nothing can undercut: the batch without a prompt, forward and backward through the frozen base.
+    """A lower bound: the batch without a prompt, forward and backward through the frozen base.
 
     The gradient goes to the input embeddings; logits are computed at the response positions only.
     """

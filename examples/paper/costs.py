@@ -1,4 +1,4 @@
-"""What a run costs: trained parameters, seconds, peak memory, forward passes."""
+"""Costs of a run: trained parameters, seconds, peak memory, forward passes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from spul.models.causal_lm import bare_model
 
 @dataclass
 class Cost:
-    """What a run cost.
+    """The cost of a run.
 
     Args:
-        trainable_parameters: how many numbers were trained.
+        trainable_parameters: number of trained parameters.
         seconds: wall-clock time.
-        peak_memory_bytes: at the peak, over what was in use at the beginning; None where it cannot be told.
+        peak_memory_bytes: peak memory over that in use at the beginning; None where it cannot be measured.
         forward_passes: rows that went through the decoder, reference passes included; a shared prompt is one row.
         forward_tokens: tokens that did, padding and virtual tokens included.
     """
@@ -39,7 +39,7 @@ class Cost:
 
 
 class Meter:
-    """Measures what happens to a model within a `with` block, in this process.
+    """Context manager: measures the cost of what is done with a model, in this process.
 
     Args:
         model: a causal LM, bare, under PEFT or under a prompt.
@@ -80,15 +80,14 @@ class Meter:
 
 
 class PeakMemory:
-    """`bytes` that a `with` block needs at its peak, over the `before` bytes in use when it began.
+    """Context manager: peak memory as `bytes`, over the `before` bytes in use at the beginning.
 
-    On a GPU, PyTorch's allocator tells. On a CPU it is the resident set as Linux counts it; elsewhere `bytes` is None.
-    The C library gives its free heap back before, but keeps pieces too small for that, so the process should be a
-    fresh one for an exact number; `MALLOC_MMAP_THRESHOLD_` in the environment makes it give larger blocks back at
-    once.
+    On a GPU it is read from PyTorch's allocator, on a CPU from Linux's resident set; elsewhere `bytes` is None. On a
+    CPU the C library returns its free heap before, except small pieces, so an exact value needs a fresh process.
+    `MALLOC_MMAP_THRESHOLD_` in the environment makes it return larger blocks at once.
 
     Args:
-        device: where the memory is.
+        device: the device whose memory is measured.
     """
 
     def __init__(self, device: torch.device | str) -> None:
@@ -103,8 +102,8 @@ class PeakMemory:
             self.before = torch.cuda.memory_allocated(self.device)
         elif Path("/proc/self/clear_refs").exists():
             gc.collect()
-            _give_back_heap()  # what earlier runs left would be taken for nothing
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew at what is resident now
+            _give_back_heap()  # the free heap of earlier runs would not be counted
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the resident set
             self.before = self._resident("VmRSS")
         return self
 

@@ -1,7 +1,7 @@
-"""One experiment: a data set, a model, a seed; the models that it starts from, and any method run on it.
+"""An experiment: a data set, a model and a seed; its memorized models, and runs of methods on it.
 
-`reproduce.py` makes tables and figures of it. Everything that takes long is kept in the experiment's folder and found
-again: `base` (knows all training rows) and `retrained` (the same recipe without the forget rows).
+`reproduce.py` makes tables and figures of experiments. The folder of an experiment has its memorized models: `base`
+(trained on all rows) and `retrained` (the same recipe without the forget rows).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from spul.data import MULTIPLE_CHOICE, SPLITS, PromptFormat, UnlearningData, loa
 from spul.data.dataset import forget_retain_dataset
 from spul.data.known import LOADERS
 from spul.data.known_reviews import SST2_FORGET_NAMES, SST2_RETAIN_NAMES, load_four_splits
-from spul.data.splits import NameFinder
+from spul.data.recognizers import NameFinder
 from spul.evaluation.metrics import response_embeddings
 from spul.evaluation.metrics.scoring import score_completions
 from spul.records.digests import summarize_rows
@@ -62,8 +62,8 @@ class Experiment:
     """The data and models of a setup, and runs on them.
 
     Args:
-        setup: what it is about.
-        folder: where the base and the retrained model are kept.
+        setup: its data, model and settings.
+        folder: of the base and the retrained model.
         batch_size: rows per forward when scoring.
     """
 
@@ -90,7 +90,7 @@ class Experiment:
 
     @cached_property
     def whole(self) -> UnlearningData:
-        """The four splits, before rows are left out."""
+        """The four splits with all rows."""
         setup = self.setup
         if setup.dataset in TOYS:
             toy = TOYS[setup.dataset]
@@ -108,18 +108,18 @@ class Experiment:
 
     @cached_property
     def data(self) -> UnlearningData:
-        """The four splits, with no more retain rows to train on than the limit."""
+        """The four splits, with at most `limit` retain rows to train on."""
         setup, data = self.setup, self.whole
         if setup.limit is None:
             return data
         if setup.dataset == "tofu":
-            asked = set(data.splits["test_retain"]["answer"])  # of what is learned, first what is tested on
-            return data.limited(setup.limit, None, setup.seed, keep=lambda row: row["answer"] in asked)
+            asked = set(data.splits["test_retain"]["answer"])  # the rows whose answers are tested come first
+            return data.limited(setup.limit, None, setup.seed, prefer=lambda row: row["answer"] in asked)
         if not setup.second_question:
             return data.limited(setup.limit, None, setup.seed)
         finder = NameFinder(SST2_RETAIN_NAMES)
-        # Rows that name somebody else are kept first: they tell the model that names differ.
-        return data.limited(setup.limit, None, setup.seed, keep=lambda row: bool(finder.find(row["text"])))
+        # Rows that name somebody else come first: from them the model learns that names differ.
+        return data.limited(setup.limit, None, setup.seed, prefer=lambda row: bool(finder.find(row["text"])))
 
     @cached_property
     def rows(self) -> dict[str, Dataset]:
@@ -128,7 +128,7 @@ class Experiment:
 
     @cached_property
     def scored(self) -> dict[str, Dataset]:
-        """What of them is scored."""
+        """The scored rows of each split."""
         most = self.setup.limit_score
         return {
             split: rows.shuffle(self.setup.seed).select(range(min(most, len(rows))))
@@ -139,16 +139,16 @@ class Experiment:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What tells an experiment from another one: its setup, and digests of model and data, wherever they lie."""
+        """The key of an experiment: its setup without locations, and digests of model and data."""
         digests = {split: summarize_rows(rows).digest for split, rows in self.rows.items()}
         data = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
-        places = {name: value for name, value in dataclasses.asdict(self.setup).items() if name not in PLACES}
-        return places | {"model_digest": model_digest(self.setup.model), "data_digest": data}
+        fields = {name: value for name, value in dataclasses.asdict(self.setup).items() if name not in PLACES}
+        return fields | {"model_digest": model_digest(self.setup.model), "data_digest": data}
 
     def second_questions(self, groups: tuple[str, ...]) -> Dataset:
-        """*Which person is named?* for a third as many rows as there are, of the forget set and of the retain set.
+        """Rows that ask *which person is named?*, a third as many as the training rows of these groups.
 
-        Every row that names somebody on one of the two lists, filled up with rows that name nobody on either.
+        They are the rows that name somebody on the forget or retain list, and a sample of rows that name nobody.
         """
         rows = [row for group in groups for row in self.data.splits[f"train_{group}"]]
         finder = NameFinder([*SST2_FORGET_NAMES, *SST2_RETAIN_NAMES])
@@ -164,7 +164,7 @@ class Experiment:
     # ---- models ----
 
     def known_by(self, groups: tuple[str, ...]) -> Path:
-        """The folder of a model that has learned the training rows of these groups, made if it is not there."""
+        """The folder of the model trained on the rows of these groups; it is trained if missing."""
         setup, folder = self.setup, self.folder / ("base" if "forget" in groups else "retrained")
         made_with = self.identity | {"groups": list(groups)}
         for name in AFTERWARDS:
@@ -199,7 +199,7 @@ class Experiment:
         return folder
 
     def model_folder(self, name: str) -> str | Path:
-        """Where the `vanilla`, `base` or `retrained` model is; made if need be."""
+        """The folder or name of the `vanilla`, `base` or `retrained` model; it is trained if missing."""
         if name == "vanilla" or (name == "base" and self.setup.memorize == "none"):
             if self.setup.model == SMALL:
                 raise ValueError("there is no vanilla model: the small one is trained from scratch.")
@@ -228,11 +228,11 @@ class Experiment:
 
     @cached_property
     def collator(self) -> ForgetRetainCollator:
-        """For memorizing and scoring."""
+        """The collator for memorizing and scoring."""
         return self.collator_for(None)
 
     def collator_for(self, method: Method | None, max_length: int | None = None) -> ForgetRetainCollator:
-        """For training by a method, or for scoring; the setup's `max_length` unless given."""
+        """The collator for training by a method, or for scoring; the setup's `max_length` unless given."""
         task = self.data.format
         make = ForgetRetainCollator if method is None else method.collator
         return make(
@@ -246,7 +246,7 @@ class Experiment:
     # ---- runs ----
 
     def training_arguments(self, **kwargs: Any) -> TrainingArguments:
-        """What all trainings have in common, as published; nothing is written but by the scripts."""
+        """The common training arguments, as published; no checkpoints are saved."""
         return TrainingArguments(
             str(self.folder),
             seed=self.setup.seed,
@@ -276,12 +276,12 @@ class Experiment:
     def train(
         self, run: Run, rows: dict[str, Dataset] | None = None, max_length: int | None = None
     ) -> tuple[Any, dict[str, Any]]:
-        """A fresh base, unlearned by a run, and what that cost, the steps made beside it.
+        """Unlearn a fresh base by a run; return the model, and the cost with the number of steps.
 
         Args:
-            run: what to do.
-            rows: `train_forget` and `train_retain`, if not the experiment's own.
-            max_length: tokens of these rows, if not the setup's.
+            run: the method and its settings.
+            rows: `train_forget` and `train_retain`; those of the experiment unless given.
+            max_length: tokens of these rows; that of the setup unless given.
         """
         rows = self.rows if rows is None else rows
         if run.forget_size < 1:
@@ -312,11 +312,11 @@ class Experiment:
         with Meter(model) as meter:
             trainer.train()
         steps = trainer.state.global_step
-        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scored in the weights' own precision
+        trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # scores need the precision of the weights
         return model, meter.cost.to_dict() | {"steps": steps}
 
     def record(self, method: str, trainable: str, settings: dict[str, Any], scores: Any, cost: dict) -> dict[str, Any]:
-        """A run as a line of the results."""
+        """A stored run, as plain data."""
         return {
             "dataset": Path(self.setup.dataset).name,
             "model": Path(self.setup.model).name,
@@ -332,7 +332,7 @@ class Experiment:
         }
 
     def run(self, run: Run) -> list[dict[str, Any]]:
-        """Train and score a method; a prompt or layers are scored detached as well. One record each."""
+        """Train and score a method; a prompt or layers are scored detached as well. Returns a record of each."""
         settings = run_settings(run)
         model, cost = self.train(run)
         found = [self.record(run.method, run.trainable, settings, self.score(model, run.method), cost)]
@@ -345,9 +345,9 @@ class Experiment:
         return found
 
     def reference_row(self, name: str) -> dict[str, Any]:
-        """Score the `vanilla`, `base` or `retrained` model as it is."""
+        """Score the `vanilla`, `base` or `retrained` model."""
         return self.record(name, "none", {}, self.score(self.load(name), name), {})
 
     def embeddings(self, model: Any, rows: Dataset, name: str) -> Any:
-        """Last-layer embeddings of rows, as t-SNE is drawn of them."""
+        """Last-layer embeddings of rows, for t-SNE."""
         return response_embeddings(model, rows, self.collator.encoder, self.batch_size, progress=name)

@@ -1,4 +1,4 @@
-"""Figures of stored runs and of embeddings. They need matplotlib; nothing here opens a window or keeps a state."""
+"""Figures of stored runs and of embeddings. They need matplotlib, and open no window."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import numpy as np
 
 from paper.tables import Group, Run, aggregate, partition
 from spul.data import SPLITS
+from spul.evaluation.report.plotting import BLACK, BLUE, GRAY, GREEN, ORANGE, PINK, SKY, VERMILLION, _legend, _panels
 from spul.training.settings_search import pareto_front
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-from spul.evaluation.report.plotting import BLACK, BLUE, GRAY, GREEN, ORANGE, PINK, SKY, VERMILLION, _legend, _panels
 
-# The color tells the family, the marker its member.
+# Color by family of methods, marker by method.
 METHOD_STYLES = {
     "vanilla": (GRAY, "v"),
     "base": (GRAY, "s"),
@@ -38,7 +38,7 @@ METHOD_STYLES = {
 }
 
 REFERENCE_METHODS = ("vanilla", "base", "retrained", "SPUL detached", "EUL detached")
-"""What is no way to unlearn, and stands in figures for comparison only."""
+"""Models without unlearning, shown for comparison only."""
 
 GROUP_COLORS = {"retain": BLUE, "forget": ORANGE}
 LABEL_MARKERS = "o^sDvPX*<>"
@@ -49,7 +49,7 @@ def draw_tradeoff(runs: Sequence[Run], measure: str = "accuracy", split: str = "
     model.
 
     The front goes through the ringed points, which no other run of the panel beats on both axes; between them it is
-    a stair, since nothing in between was measured. `REFERENCE_METHODS` are no part of it.
+    a stair, since nothing in between was measured. `REFERENCE_METHODS` are not part of it.
 
     Args:
         runs: stored runs.
@@ -221,9 +221,7 @@ def draw_tsne_coordinates(rows: Sequence[Mapping[str, Any]]) -> Figure:
         raise ValueError("there are no rows to draw; expected those of tsne_coordinates.")
     names = list(dict.fromkeys(row["label"] for row in rows))
     if len(names) > len(LABEL_MARKERS):
-        raise ValueError(
-            f"there are {len(names)} different labels, and {len(LABEL_MARKERS)} markers to tell them apart."
-        )
+        raise ValueError(f"there are {len(names)} different labels, and {len(LABEL_MARKERS)} markers.")
     titles = list(dict.fromkeys(row["panel"] for row in rows))
     figure, panels = _panels(len(titles), height=3.4)
     for axes, title in zip(panels, titles, strict=True):
@@ -271,7 +269,7 @@ def _styles(runs: Iterable[Run]) -> dict[str, tuple[str, str]]:
     others = [method for method in there if method not in METHOD_STYLES]
     spare = [(color, marker) for marker in "Php<>d" for color in (ORANGE, BLACK)]
     if len(others) > len(spare):
-        raise ValueError(f"{len(others)} methods have no style of their own, and {len(spare)} can be told apart.")
+        raise ValueError(f"{len(others)} methods have no style of their own, and {len(spare)} can be distinguished.")
     return known | dict(zip(others, spare, strict=False))
 
 

@@ -1,4 +1,4 @@
-"""The stage before unlearning, in experiments: a model learns the rows that it will be made to forget."""
+"""The memorizing stage before unlearning: a model is fine-tuned on the rows that it will have to forget."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ Learner = Literal["full", "lora", "qlora"]
 
 
 class CompletionTrainer(Trainer):
-    """Fine-tunes a causal LM on completions, and computes logits nowhere else.
+    """Fine-tunes a causal LM on completions; logits are computed at completion tokens alone.
 
     The loss is the mean cross-entropy over the completion tokens of the whole step, with label smoothing if the
-    arguments ask for it. Batches are those of `ForgetRetainCollator.encoder.batch`.
+    arguments set it. Batches are those of `ForgetRetainCollator.encoder.batch`.
     """
 
     def compute_loss(
@@ -75,17 +75,17 @@ def memorize(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Fine-tune a model on the completions of rows.
 
-    On all rows it gives the *base* of the papers' tables, on the retain rows alone the *retrained* model.
+    On all rows it returns the *base* of the papers' tables, on the retain rows alone the *retrained* model.
 
     Args:
         model: folder or Hub name of a causal LM.
         rows: `prompt` and `completion`; all of them are learned, whatever `is_forget` says.
         collator: for tokenizing and padding; its generic completions are not used.
-        args: of the training; `remove_unused_columns` is set to False.
+        args: of training; `remove_unused_columns` is set to False.
         learner: `"full"`, all weights; `"lora"`, LoRA, merged afterwards; `"qlora"`, LoRA over weights in 4-bit NF4
             (arXiv 2305.14314), merged into the unquantized weights afterwards, since merging into 4-bit ones would
             round the result.
-        dtype: what the weights are loaded in, and returned in.
+        dtype: type of the loaded and of the returned weights.
         peft_config: LoRA's config; rank 16, alpha 32, on every linear layer unless given.
 
     Returns:
@@ -118,7 +118,7 @@ def memorize(
         learning = get_peft_model(learning, peft_config or lora)
     trainer = CompletionTrainer(learning, args, collator.encoder.batch, rows)
     result = trainer.train()
-    # A Trainer leaves its autocast around the model.
+    # A Trainer leaves its autocast wrapper on the model.
     learned: Any = trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False)
     if learner == "lora":
         learned = learned.merge_and_unload()
@@ -130,7 +130,7 @@ def memorize(
 def _merged_unquantized(
     learned: PeftModel, model: str | os.PathLike, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """LoRA that was trained over 4-bit weights, merged into the weights as they were before."""
+    """Merge LoRA that was trained over 4-bit weights into the unquantized weights."""
     with tempfile.TemporaryDirectory() as folder:
         learned.save_pretrained(folder)
         del learned

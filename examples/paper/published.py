@@ -1,4 +1,4 @@
-"""Published results, to stand beside one's own."""
+"""Published results, for comparison."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PUBLISHED = (
 
 
 def published_rows(dataset: str, model: str | None = None) -> list[PublishedRow]:
-    """The published rows of a data set; none for a data set or model that nothing is published about.
+    """The published rows of a data set; an empty list if there are none.
 
     Args:
         dataset: sst2, yelp or wmdp (WMDP-bio to be forgotten, SciQ retained).

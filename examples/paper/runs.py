@@ -1,4 +1,4 @@
-"""What an experiment is about, what a run of it is, and the file of runs that are done."""
+"""Setups of experiments, runs of methods on them, and the file of completed runs."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 TOYS = {"reviews": toy_reviews, "quiz": toy_quiz}
 TASKS = {"sentiment": SENTIMENT, "multiple-choice": MULTIPLE_CHOICE, "question-answer": QUESTION_ANSWER}
-SMALL = "small"  # the model that is built here for the toys
+SMALL = "small"  # the model that the toy data sets build
 PROMPT_TYPES = ("prompt_tuning", "p_tuning", "prefix_tuning")
-# What of a setup says where things lie; their content is in the digests.
+# Fields of a setup that are locations; the contents are in the digests.
 PLACES = ("dataset", "model", "data_dir", "retain_dir")
-# What the made-up data sets and their model have no use for.
+# Fields that do not apply to the toy data sets and their model.
 NOT_FOR_TOYS = ("task", "data_dir", "retain_dir", "forget_set", "limit", "memorize", "memorize_epochs", "memorize_lr")
 NOT_FOR_TOYS += ("memorize_batch_size", "label_smoothing", "load_in_4bit")
-# What of a setup has no say in what the models know.
+# Fields that do not affect the memorized models.
 AFTERWARDS = ("limit_score", "load_in_4bit")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What an experiment is about, and what all its runs share. Two of one setup are one experiment.
+    """The data, model and settings that all runs of an experiment share.
 
     Args:
         dataset: `sst2`, `yelp`, `wmdp`, `tofu` or `imdb`; `reviews` or `quiz`, the toys; or a Hub name or folder of
@@ -49,17 +49,17 @@ class Setup:
         data_dir: local folder of the data set; the Hub's unless given.
         retain_dir: local folder of SciQ, for `wmdp`.
         forget_set: `forget01`, `forget05` or `forget10`, for `tofu`.
-        limit: at most so many retain rows to train on.
-        limit_score: at most so many rows of each retain split to score on; forget splits are scored whole.
-        memorize: what learns the rows before: `full`, `lora`, `qlora`, or `none` if the model knows them.
-        memorize_epochs: passes over them.
-        memorize_lr: learning rate of that.
-        memorize_batch_size: rows per step of that.
-        label_smoothing: of that; it leaves some probability for answers that were never right.
-        second_question: memorize who is named, too, so that a small model can be steered (SST-2 only).
+        limit: maximum number of retain rows to train on.
+        limit_score: maximum number of scored rows of each retain split; forget splits are scored whole.
+        memorize: trainable of the memorizing stage: `full`, `lora`, `qlora`, or `none` if the model knows the rows.
+        memorize_epochs: passes over the rows in memorizing.
+        memorize_lr: learning rate of memorizing.
+        memorize_batch_size: rows per step of memorizing.
+        label_smoothing: of memorizing.
+        second_question: memorize who is named as well, so that a small model can be steered (SST-2 only).
         load_in_4bit: score and unlearn over weights in 4-bit NF4.
-        dtype: what the weights are loaded in otherwise, and memorized in; whole models train badly in 16 bit.
-        max_length: tokens of a row, without the prompt's.
+        dtype: type of the weights otherwise, and in memorizing; full models train badly in 16 bit.
+        max_length: tokens of a row, virtual tokens excluded.
         bf16: train under bfloat16 autocast.
     """
 
@@ -95,16 +95,16 @@ class Run:
         method: a name of `spul.training.methods`.
         trainable: `full`, `lora`, `layers`, or a prompt type.
         learning_rate: of unlearning.
-        steps: training steps that see both groups; a method that sees forget rows only takes as many as show it as
-            many forget rows. None counts epochs.
+        steps: training steps of methods that see both groups; methods without retain rows take the number that
+            shows as many forget rows. None: `epochs` count.
         epochs: passes over the rows that the method sees, without `steps`.
         batch_size: rows per step.
-        forget_fraction: share of forget rows in a batch; None mixes as the data are.
+        forget_fraction: share of forget rows in a batch; None: that of the data.
         alpha: weight of the retain term; the method's own unless given.
         beta: weight of the KL term; the method's own unless given.
-        num_virtual_tokens: p; not used by the other trainables.
+        num_virtual_tokens: p of a prompt.
         forget_size: share of the forget set that is trained on.
-        max_grad_norm: gradients are clipped there.
+        max_grad_norm: norm to which gradients are clipped.
     """
 
     method: str
@@ -121,7 +121,7 @@ class Run:
     max_grad_norm: float = 0.3
 
     def unlearning_method(self) -> Method:
-        """The library's method of that name, on the trainable."""
+        """The method of spul for this run."""
         trainable: Any = "prompt" if self.trainable in PROMPT_TYPES else self.trainable
         return unlearning_method(self.method, trainable, self.alpha, self.beta)
 
@@ -140,7 +140,7 @@ def prompt_config(prompt_type: str, num_virtual_tokens: int) -> PeftConfig:
 
 
 def model_digest(name: str) -> str | None:
-    """What tells a model from another one of its name: SHA-256 of its weight files, or its commit on the Hub."""
+    """Digest of a model: SHA-256 of its weight files, or its commit on the Hub."""
     if name == SMALL:
         return None
     if not Path(name).is_dir():
@@ -154,7 +154,7 @@ def model_digest(name: str) -> str | None:
 
 
 def run_settings(run: Run) -> dict[str, Any]:
-    """The settings of a run, with the method's own weights where none were given."""
+    """The settings of a run, with the default loss weights of the method where none are given."""
     loss = run.unlearning_method().loss
     settings = dataclasses.asdict(run) | {"alpha": loss.alpha, "beta": loss.beta}
     if run.trainable not in PROMPT_TYPES:
@@ -163,13 +163,13 @@ def run_settings(run: Run) -> dict[str, Any]:
 
 
 def identity(record: dict[str, Any]) -> str:
-    """What a run is known by: all that it was made with."""
+    """The key of a stored run: all of its settings."""
     names = ("dataset", "model", "method", "trainable", "seed", "settings", "setup")
     return json.dumps([record[name] for name in names], sort_keys=True)
 
 
 class Runs:
-    """The runs in a file, each done once."""
+    """Runs stored in a file, each computed once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -180,13 +180,13 @@ class Runs:
         self.known = {identity(run): run for run in found}
 
     def add(self, records: list[dict[str, Any]]) -> None:
-        """Write runs down."""
+        """Append runs to the file."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write("".join(json.dumps(record) + "\n" for record in records))  # in one go: all or none
         self.known.update({identity(record): record for record in records})
 
     def get(self, experiment: Experiment, run: Run | str) -> list[dict[str, Any]]:
-        """The records of a run, or of a reference row by its name; computed if they are not there."""
+        """The records of a run, or of a reference row by its name; computed if they are missing."""
         if isinstance(run, str):
             wanted = [identity(experiment.record(run, "none", {}, None, {}))]
         else:

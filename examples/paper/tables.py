@@ -1,4 +1,4 @@
-"""From stored runs to Markdown tables: means over seeds, published rows beside them, costs, the Pareto front."""
+"""Markdown tables of stored runs: means over seeds, published rows, costs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Run = Mapping[str, Any]
 """A stored run: `dataset`, `model`, `method`, `trainable`, `seed`, `settings`, `scores` (per split) and `cost`."""
 
 SHARES = {"accuracy": "Accuracy", "f1": "F1", "generic": "Share of generic answers"}
-"""Measures from 0 to 1, shown in %."""
+"""Metrics from 0 to 1, shown in %."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Group:
     """Runs that differ in their seed.
 
     Args:
-        key: what they have in common, by the names they were grouped by.
+        key: their common values by the names of the grouping.
         seeds: in the order of the runs.
         scores: summaries by split and measure.
         cost: summaries by name.
@@ -49,8 +49,7 @@ class Group:
 def read_runs(path: str | Path) -> list[dict[str, Any]]:
     """Read stored runs: JSON lines, one object a run.
 
-    A last line that breaks off, without an end of line, is what an interrupted write leaves: it is left out, with a
-    warning.
+    An incomplete last line, which an interrupted write leaves, is skipped with a warning.
 
     Raises:
         ValueError: if another line is not a JSON object.
@@ -64,7 +63,7 @@ def read_runs(path: str | Path) -> list[dict[str, Any]]:
             run = json.loads(line)
         except ValueError as error:  # a character of several bytes can be broken, too
             if number > len(lines):
-                warnings.warn(f"{path}, line {number} breaks off and is left out; run it again.", stacklevel=2)
+                warnings.warn(f"{path}, line {number} breaks off and is skipped; run it again.", stacklevel=2)
                 continue
             raise ValueError(f"{path}, line {number} is not JSON: {error}. Mend or remove the line.") from error
         if not isinstance(run, dict):
@@ -74,7 +73,7 @@ def read_runs(path: str | Path) -> list[dict[str, Any]]:
 
 
 def partition(runs: Iterable[Run], by: Sequence[str]) -> list[tuple[dict[str, Any], list[Run]]]:
-    """Runs that agree in everything named, under what they agree in; first seen, first.
+    """Groups of runs with equal values of some keys, in the order first seen.
 
     Args:
         runs: stored runs.
@@ -98,11 +97,11 @@ def aggregate(runs: Iterable[Run], by: Sequence[str] = ("method",)) -> list[Grou
 
     Args:
         runs: stored runs.
-        by: keys of a run or of its settings; runs that agree in them make a group.
+        by: keys of a run or of its settings; runs with equal values make a group.
 
     Raises:
-        ValueError: if there are no runs, one lacks a key, two of a group have the same seed (something that is not
-            in `by` tells them apart, or a run is there twice), or a score or cost is there for some seeds only.
+        ValueError: if there are no runs, one lacks a key, two of a group have the same seed (they differ in a
+            key that is not in `by`, or are equal), or a score or cost is missing for some seeds only.
     """
     groups = []
     for key, members in partition(runs, by):
@@ -181,7 +180,7 @@ def generic_table(runs: Sequence[Run]) -> str:
 
 
 def cost_table(runs: Sequence[Run], by: Sequence[str] = ("method",)) -> str:
-    """Markdown tables of what runs cost, means over seeds; one per data set and model.
+    """Markdown tables of the costs of runs, means over seeds; one per data set and model.
 
     Args:
         runs: stored runs.

@@ -1,4 +1,4 @@
-"""Rows: what is to be forgotten, what is to be kept, as prompts and completions, and their token ids."""
+"""Forget and retain rows: known sets, splits, prompt formats, token ids, batches and samplers."""
 
 from .clusters import TextClustering
 from .collator import ForgetRetainCollator

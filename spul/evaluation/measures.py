@@ -170,7 +170,8 @@ MEASURES = {
         Measure(
             "sampling",
             "Sampled answers",
-            "Success is the share of rows for which at least one of the sampled answers is right.",
+            "Success is the share of rows for which at least one of the sampled answers is right; ROUGE-L recall is "
+            "that of the best one.",
             attack_tasks.sampling,
             unit=("try", "tries"),
             generates="free-form",

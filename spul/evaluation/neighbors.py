@@ -9,8 +9,7 @@ from datasets import Dataset
 
 from ..data.checks import checked_column, checked_names
 from ..data.clusters import TFIDF, TextClustering
-from ..data.recognizers import recognize
-from ..data.splits import NameFinder
+from ..data.recognizers import NameFinder, recognize
 
 SHOWN = 5  # names and words in an error message
 

@@ -1,4 +1,4 @@
-"""What is written down: atomic files, digests, `spul_config.json`, the model card."""
+"""Records on disk: atomic files, digests, `spul_config.json`, model cards, templates."""
 
 from .card import layers_card, model_card, write_metrics
 from .digests import (

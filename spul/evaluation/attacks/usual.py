@@ -11,7 +11,8 @@ from .inputs import JAILBREAKS, diluted, letter_case, paraphrase, reworded, whit
 
 TURNS = (1, 4)
 DILUTED, TURN_UNIT = "diluted", ("turn", "turns")
-InputAttacks = Mapping[str | tuple[str, int], Callable[[Dataset], Dataset]]
+InputAttack = Callable[[Dataset], Dataset]
+InputAttacks = Mapping[str | tuple[str, int], InputAttack]
 """Attacks on the input, each from rows to attacked rows, by name, or by name and level (the number of turns)."""
 
 
@@ -22,7 +23,7 @@ def usual_attacks(
     rewrite: Callable[[str], str] | None = None,
     wording: Mapping[str, str] | None = None,
     turns: Sequence[int] = TURNS,
-) -> dict[str | tuple[str, int], Callable[[Dataset], Dataset]]:
+) -> dict[str | tuple[str, int], InputAttack]:
     """The attacks on the input that an evaluation makes by default, by name; by `("diluted", turns)` those with turns.
 
     Args:
@@ -37,7 +38,7 @@ def usual_attacks(
     Raises:
         ValueError: if `wording` is given without a `text_field`.
     """
-    attacks: dict[str | tuple[str, int], Callable[[Dataset], Dataset]] = {
+    attacks: dict[str | tuple[str, int], InputAttack] = {
         "capitals": partial(letter_case, how="upper", text_field=text_field),
         "small letters": partial(letter_case, how="lower", text_field=text_field),
         "random case": partial(letter_case, how="random", text_field=text_field, seed=seed),
