@@ -131,7 +131,7 @@ class UnlearningTrainer(Trainer):
         self._unlearner = unlearner_of(model)
         if not self._unlearner.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
-        if self._unlearner.spul_config is not None:
+        if self._unlearner.spul_config is not None and self._unlearner.loss is None:  # a prompt records its own
             self._unlearner.spul_config.loss = loss.to_dict()
         if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
