@@ -119,7 +119,7 @@ def test_the_losses_know_nothing_of_spul():
     [
         ("metrics", ("attacks", "report", "suite", "run")),
         ("attacks", ("report", "suite", "run")),
-        ("report", ("attacks", "run")),
+        ("report", ("suite", "run")),
     ],
 )
 def test_the_parts_of_evaluation_import_no_part_above_them(part, above):
