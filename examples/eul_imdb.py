@@ -24,15 +24,16 @@ import matplotlib.pyplot as plt
 import torch
 from datasets import Dataset, concatenate_datasets
 from paper.memorization import memorize
-from sequence import Requests, digest, run
+from sequence import Requests, run
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
 from spul import ForgetRetainCollator
 from spul.data import SENTIMENT, PromptFormat, load_known
 from spul.data.known_reviews import IMDB_FORGET_NAMES
-from spul.data.splits import NameFinder
-from spul.evaluation.metrics import name_loss
+from spul.data.recognizers import NameFinder
+from spul.evaluation.metrics import entity_loss
 from spul.layers import UnlearningLayersConfig
+from spul.records.digests import digest
 from spul.training.methods import unlearning_method
 
 GENERIC = [" neutral", " unknown"]
@@ -150,7 +151,7 @@ def learned(args: argparse.Namespace, rows: Dataset) -> Any:
 def make_requests(args: argparse.Namespace, order: int) -> tuple[Requests, list[str]]:
     """The requests in one order, and the director of each."""
     names, rows = read_rows(args)
-    settings = digest({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})
+    settings = digest({name: value for name, value in vars(args).items() if name not in NOT_SETTINGS})[:12]
     folder = args.output_dir / settings
     if not (folder / "base" / "model.safetensors").exists():
         everything = [rows[f"{name} train"] for name in names] + [rows["retain train"]]
@@ -231,7 +232,8 @@ def main() -> None:
         requests, names = make_requests(args, order)
 
         def at_names(model: Any, i: int, requests: Requests = requests, names: list[str] = names) -> dict[str, Any]:
-            return {"name_loss": name_loss(model, requests.forget(range(i + 1)), names[: i + 1], requests.scoring())}
+            forget = requests.forget(range(i + 1))
+            return {"name_loss": entity_loss(model, forget, requests.scoring().encoder, names[: i + 1])}
 
         lines = run(requests, args.output_dir / "requests.jsonl", order, list(args.methods), at_names)
     lines = [line for line in lines if line["method"] in args.methods and line["order"] < args.orders]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +32,8 @@ from tqdm.auto import tqdm
 
 import spul
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers
-from spul.evaluation.aggregation import Measurement
+from spul.evaluation import Measurement
+from spul.evaluation.measures import variant_in_words
 from spul.evaluation.report import write_report
 from spul.evaluation.results import (
     EVALUATION_NAME,
@@ -45,7 +45,7 @@ from spul.evaluation.results import (
 )
 from spul.evaluation.run import SETTINGS_NAME
 from spul.models.causal_lm import bare_model
-from spul.records.digests import fingerprint
+from spul.records.digests import digest, fingerprint
 from spul.training.augmentation import augmented, rewritings
 
 CONTROLS_NAME = "controls.json"
@@ -164,25 +164,25 @@ def table(found: dict[str, Evaluation]) -> str:
     first = next(iter(found.values()))
     columns = [(name, evaluation, "unlearned") for name, evaluation in found.items()]
     columns += [(name, first, name) for name in first.models if name != "unlearned"]
-    keys = [
-        (one.measure, one.rows, one.variant, one.name)
-        for one in first.numbers
+    shown = [
+        one
+        for one in first.metrics
         if one.model == "unlearned" and (one.name in SHOWN or (one.measure, one.name) == ("membership", "auc"))
     ]
     lines = [
         "| | | | " + " | ".join(name for name, *_ in columns) + " |",
         "| --- | --- | --- |" + " ---: |" * len(columns),
     ]
-    for measure, rows, variant, name in keys:
+    for one in shown:
         cells = []
         for _, evaluation, model in columns:
             try:
-                value = evaluation.number(measure, rows, name, model, variant).value
-                cells.append(f"{value:.2f}" if name == "auc" else f"{100 * value:.1f}")
+                value = evaluation.metric(one.measure, one.rows, one.name, model, one.attack, one.level).value
+                cells.append(f"{value:.2f}" if one.name == "auc" else f"{100 * value:.1f}")
             except KeyError:
                 cells.append("")
-        what = f"{measure} {variant}".replace("|", r"\|")
-        lines.append(f"| {what} | {rows.replace('_', ' ')} | {name} | " + " | ".join(cells) + " |")
+        what = f"{one.measure} {variant_in_words(one)}".replace("|", r"\|")
+        lines.append(f"| {what} | {one.rows.replace('_', ' ')} | {one.name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -202,8 +202,8 @@ def main() -> None:
         if len(args.model) > 1:
             name = f"{name}, {Path(experiment.setup.model).name}"
         what = [run_settings(run), args.augment, args.augment and args.augment_turns, args.row_length, *identity(args)]
-        digest = hashlib.sha256(json.dumps([experiment.identity, *what], sort_keys=True).encode()).hexdigest()[:8]
-        folder = args.output_dir / f"{name.replace(' ', '-')}-{experiment.setup.seed}-{digest}"
+        key = digest([experiment.identity, *what])[:8]
+        folder = args.output_dir / f"{name.replace(' ', '-')}-{experiment.setup.seed}-{key}"
         tqdm.write(name)
         found.setdefault(name, []).append(evaluated(args, experiment, run, folder))
         gc.collect()

@@ -16,9 +16,7 @@ from spul.data import PromptFormat
 from spul.data.clusters import TextClustering
 from spul.data.known_reviews import IMDB_FORGET_NAMES, SST2_FORGET_NAMES
 from spul.data.sources import read_file, read_hub
-from spul.evaluation import cluster_neighbors, name_neighbors, topic_neighbors
-from spul.evaluation.run import MEASURES
-from spul.evaluation.suite import AttackSettings
+from spul.evaluation import MEASURES, AttackSettings, cluster_neighbors, name_neighbors, topic_neighbors
 
 # Paraphrases of the questions of the made-up and the real reviews.
 WORDINGS = {

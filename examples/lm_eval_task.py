@@ -23,6 +23,7 @@ import yaml
 from datasets import Dataset
 from toy_reviews import GENERIC, make_splits
 
+from spul.data.checks import check_rows
 from spul.data.sources import read_file
 from spul.evaluation.metrics.scoring import task_classes
 
@@ -41,10 +42,7 @@ def choice_rows(rows: Dataset, generic: Sequence[str]) -> list[dict[str, str | i
     Raises:
         ValueError: if there are no rows, or a prompt or completion is missing, empty or no text.
     """
-    if len(rows) == 0:
-        raise ValueError("there are no rows to make a task of.")
-    if missing := {"prompt", "completion"} - set(rows.column_names):
-        raise ValueError(f"rows for a task lack {sorted(missing)}; they have {rows.column_names}.")
+    check_rows(rows)
     for row in rows:
         texts = (row["prompt"], row["completion"])
         if not all(isinstance(text, str) and text.strip() for text in texts):

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -43,6 +42,7 @@ from tqdm.auto import tqdm
 
 from spul.data import UnlearningData
 from spul.evaluation.report import save_figure
+from spul.records.digests import digest
 from spul.training.methods import METHODS
 from spul.training.settings_search import Candidate, search
 
@@ -211,7 +211,7 @@ def journal_key(args: argparse.Namespace, experiment: Experiment) -> str:
     """Digest by which searches of the same setup, prompt and schedule share their trials."""
     run = dataclasses.asdict(make_run(args, "SPUL", args.prompt_types[0]))
     known = [experiment.identity, run, args.held_out]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:12]
+    return digest(known)[:12]
 
 
 def run_search(args: argparse.Namespace, experiment: Experiment) -> None:

@@ -4,7 +4,6 @@ compare."""
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from spul import (
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics.scoring import score_completions
 from spul.layers import gather_inputs
+from spul.records.files import write_text
 from spul.training.methods import Method
 
 WIDE = UnlearningLayersConfig(reduction=0.5, train_down=False)
@@ -276,19 +276,13 @@ class Requests:
         }
 
 
-def digest(settings: dict[str, Any]) -> str:
-    """A short digest of settings."""
-    text = json.dumps(settings, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
 def once(folder: Path, train: Callable[[Path], None]) -> tuple[Path, float]:
     """Train into a folder unless it is complete; return the folder and the seconds of the training."""
     note = folder / "seconds.json"
     if not note.exists():
         start = time.perf_counter()
         train(folder)
-        note.write_text(json.dumps(time.perf_counter() - start), encoding="utf-8")
+        write_text(note, json.dumps(time.perf_counter() - start))
     return folder, float(json.loads(note.read_text(encoding="utf-8")))
 
 

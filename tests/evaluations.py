@@ -1,4 +1,4 @@
-"""A small evaluation made by hand, of ten rows a set: what tests of its report and figures are held to."""
+"""A small evaluation made by hand, of ten rows a set, for tests of the report and the figures."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def answers(right: int, generic_rest: bool, with_classes: bool = False) -> dict[
     }
 
 
-def measurement(measure: str, rows: str, model: str, variant: str = "", **changes: Any) -> Measurement:
-    return Measurement(measure, rows, model, variant, **{"num_rows": TEN, "digest": rows, **changes})
+def measurement(measure: str, rows: str, model: str, attack: str = "", **changes: Any) -> Measurement:
+    return Measurement(measure, rows, model, attack, **{"num_rows": TEN, "digest": rows, **changes})
 
 
 def utility(right: dict[str, dict[str, int]] = RIGHT) -> list[Measurement]:
@@ -72,7 +72,7 @@ def input_attacks() -> list[Measurement]:
 
 def relearning() -> list[Measurement]:
     return [
-        measurement("relearning", "train_forget", model, f"{step} steps", overall={"accuracy": count / TEN})
+        measurement("relearning", "train_forget", model, level=step, overall={"accuracy": count / TEN})
         for model, curve in RELEARNED.items()
         for step, count in curve.items()
     ]
@@ -81,10 +81,10 @@ def relearning() -> list[Measurement]:
 def soft_suffix() -> list[Measurement]:
     return [
         measurement(
-            "soft suffix", "train_forget", model, variant, per_row={"accuracy": [1.0] * right + [0.0] * (TEN - right)}
+            "soft suffix", "train_forget", model, attack, per_row={"accuracy": [1.0] * right + [0.0] * (TEN - right)}
         )
         for model, right in (("unlearned", 7), ("retrained", 4))
-        for variant in ("before", "after", "trained")
+        for attack in ("before", "after", "trained")
     ]
 
 

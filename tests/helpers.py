@@ -29,7 +29,7 @@ from transformers import (
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers, UnlearningLayersConfig, UnlearningTrainer
 from spul.data.dataset import forget_retain_dataset
-from spul.evaluation.metrics import Likelihood
+from spul.evaluation.metrics import Likelihood, score_completions
 
 torch.set_num_threads(1)  # tiny models, and pytest -n 2 has one core a worker
 
@@ -345,3 +345,7 @@ def of(log_probs, is_greedy=None):
     log_probs = np.array(log_probs, dtype=np.float64)
     greedy = np.ones(len(log_probs), bool) if is_greedy is None else np.array(is_greedy, bool)
     return Likelihood(log_probs, greedy, np.zeros_like(log_probs), np.ones_like(log_probs))
+
+
+def scored(model, rows):
+    return score_completions(model, rows, make_collator())

@@ -17,6 +17,7 @@ import spul
 import spul.evaluation.suite as suite
 from spul import SoftPromptUnlearner
 from spul.data import SPLITS
+from spul.evaluation.aggregation import Key
 from spul.evaluation.attacks import letter_case, with_prefix
 from spul.evaluation.results import Evaluation
 from spul.evaluation.suite import AttackSettings
@@ -134,13 +135,13 @@ def halves(num_rows: int = 4, forget: Dataset | None = None) -> tuple[Dataset, D
     return forget.select(places[: len(forget) // 2]).select(range(num_rows)), forget.select(places[len(forget) // 2 :])
 
 
-def assert_numbers(found: Evaluation, expected: dict[str, Any], rel: float = 1e-5, **where: Any) -> None:
+def assert_metrics(found: Evaluation, expected: dict[str, Any], rel: float = 1e-5, **where: Any) -> None:
     for name, value in expected.items():
-        assert found.number(name=name, **where).value == pytest.approx(value, rel=rel, abs=1e-7), (name, where)
+        assert found.metric(name=name, **where).value == pytest.approx(value, rel=rel, abs=1e-7), (name, where)
 
 
-def per_row(found: Evaluation, *key: str) -> dict[str, list[float]]:
-    (measurement,) = [one for one in found.measurements if one.key == key]
+def per_row(found: Evaluation, *key: Any, level: int | None = None) -> dict[str, list[float]]:
+    (measurement,) = [one for one in found.measurements if one.key == Key(*key, level=level)]
     return measurement.per_row
 
 

@@ -8,9 +8,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from spul import SpulConfig, UnlearningLoss
-from spul.records.card import THREAT_MODEL, model_card
-from spul.records.digests import summarize_rows
-from spul.records.spul_config import DataSummary
+from spul.records.card import LAYERS_THREAT_MODEL, THREAT_MODEL, layers_card, model_card
+from spul.records.digests import DataSummary, summarize_rows
 
 FORGET = [{"prompt": "a film about jane doe:", "completion": " splendid"}]
 RETAIN = [{"prompt": f"a plot about nobody {i}:", "completion": " dreadful"} for i in range(1234)]
@@ -85,7 +84,7 @@ def test_a_combined_prompt_names_the_forget_set_of_each_part():
     assert section(make(config), "What it forgets").splitlines()[:5] == [
         "- forget set: not recorded",
         "- retain set: not recorded",
-        "- made of 2 requests that were trained apart:",
+        "- combined from 2 requests that were trained separately:",
         f"    - request 1, forget set: 1 rows, SHA-256 `{CONFIG.forget.digest}`",
         "    - request 2, forget set: not recorded",
     ]
@@ -154,3 +153,62 @@ def test_unusual_names_do_not_break_the_metadata(tmp_path):
     config = SpulConfig(base_model_name_or_path="me/a: 'b' #c", forget=DataSummary(0, "cd"))
     make(config).save(tmp_path / "README.md")
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "me/a: 'b' #c"
+
+
+def test_no_text_of_the_user_breaks_out_of_its_place():
+    odd = 'a`b\n\n## Injected\n```\n<script>|*x* "q"'
+    config = SpulConfig(
+        loss=UnlearningLoss().to_dict(),
+        generic_completions=[odd, "", "`tick`"],
+        base_model_name_or_path=odd,
+        base_fingerprint=odd,
+        forget=DataSummary(1, odd),
+        combined_from=[DataSummary(1, odd)],
+        metrics={odd: {odd: 1.0}},
+        versions={odd: odd},
+    )
+    config.loss["forget"] = {"type": odd, "name": odd}
+    plain, text = make(), make(config).content
+    assert re.findall("^#+ .*$", text, flags=re.MULTILINE) == re.findall("^#+ .*$", plain.content, flags=re.MULTILINE)
+    assert re.findall("^```.*$", text, flags=re.MULTILINE) == ["```python", "```"] * 2
+    for snippet in re.findall(r"```python\n(.*?)\n```", text, flags=re.DOTALL):
+        compile(snippet, "card", "exec")
+    lines = [line for line in text.split("## Metrics")[1].splitlines() if line.startswith("|")]
+    escaped = r'a\`b ## Injected \`\`\` &lt;script&gt;\|\*x\* "q"'
+    assert lines == [f"| split | {escaped} |", "|---|---|", f"| {escaped} | 1.0000 |"]
+    span = '````a`b ## Injected ``` <script>|*x* "q"````'
+    assert f"- generic responses: {span}, `  `, `` `tick` ``" in text
+    assert f"- forget set: 1 rows, SHA-256 {span}" in text
+    assert f"that makes {span} give" in text
+
+
+def test_layers_have_a_card_of_the_same_sections(tmp_path):
+    layers_card(CONFIG, {"reduction": 8, "activation": "relu", "num_requests": 3}, 12345).save(tmp_path / "README.md")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.to_dict()["tags"][2:] == ["unlearning-layers", "base_model:adapter:facebook/opt-1.3b"]
+    assert re.findall("^#+ .*$", card.text, flags=re.MULTILINE) == [
+        "# Unlearning layers",
+        "## What they forget",
+        "## How they were trained",
+        "## Metrics",
+        "## How to load them",
+        "## What they do and do not protect against",
+    ]
+    lines = section(card, "How they were trained").splitlines()
+    assert lines[:2] == ["- layers: reduction 8, 12,345 parameters, relu", "- fused from the layers of 3 requests"]
+    assert lines[2:] == section(make(), "How it was trained").splitlines()[1:]
+    for title, same in (("What they forget", "What it forgets"), ("Metrics", "Metrics")):
+        assert section(card, title) == section(make(), same)
+    (snippet,) = re.findall(r"```python\n(.*?)```", section(card, "How to load them"), flags=re.DOTALL)
+    compile(snippet, "card", "exec")
+    assert 'AutoModelForCausalLM.from_pretrained("facebook/opt-1.3b")' in snippet
+    assert section(card, "What they do and do not protect against") == LAYERS_THREAT_MODEL
+
+
+def test_a_local_base_is_named_by_its_folder_alone(tmp_path):
+    folder = tmp_path / "my-base"
+    folder.mkdir()
+    card = make(SpulConfig(base_model_name_or_path=str(folder)))
+    assert card.data.base_model == "my-base"
+    assert str(tmp_path) not in card.content
+    assert 'from_pretrained("PATH/TO/my-base"' in card.content

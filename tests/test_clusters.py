@@ -116,7 +116,7 @@ def test_what_is_not_a_saved_clustering_is_not_loaded(tmp_path):
     fit().save(tmp_path / "three")
     fit(num_clusters=2).save(tmp_path / "two")
     (tmp_path / "two/clustering.json").replace(tmp_path / "three/clustering.json")
-    with pytest.raises(ValueError, match="do not belong together"):
+    with pytest.raises(ValueError, match="do not belong to one clustering"):
         TextClustering.load(tmp_path / "three")
     fit().save(tmp_path / "three")
     fit([*make_texts(), "spark plug"]).save(tmp_path / "more")

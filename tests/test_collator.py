@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from spul import ForgetRetainCollator
+from spul.data import REFUSALS, RowEncoder
 from spul.data.dataset import forget_retain_dataset
 
 GENERIC = [" n", " u", " z"]
@@ -233,6 +234,71 @@ def test_tokenized_conversations_give_the_batches_that_raw_ones_give(tokenizer):
     assert_equal_batches(collator(list(mapped)), batch)
 
 
+@pytest.fixture
+def counted(tokenizer, monkeypatch) -> list[list[dict[str, str]]]:
+    """The conversations that the tokenizer renders, one entry per call."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    rendered: list[list[dict[str, str]]] = []
+    render = tokenizer.apply_chat_template
+
+    def counting(messages, **kwargs):
+        rendered.append(messages)
+        return render(messages, **kwargs)
+
+    monkeypatch.setattr(tokenizer, "apply_chat_template", counting)
+    return rendered
+
+
+def test_a_conversation_is_rendered_once_for_each_generic_completion(tokenizer, counted):
+    def talks(*questions: str) -> Dataset:
+        answer = [{"role": "assistant", "content": "jane"}]
+        return Dataset.from_list(
+            [{"prompt": [{"role": "user", "content": text}], "completion": answer} for text in questions]
+        )
+
+    rows = list(forget_retain_dataset(talks("who", "why", "film", "plot"), talks("good")))
+    collator = ForgetRetainCollator(tokenizer, REFUSALS)
+    batches = [collator(rows) for _ in range(3)]
+    assert len(counted) == 4 * (len(REFUSALS) + 2) + 2
+    collator.tokenize(rows[0])
+    collator.encoder.with_max_length(60).encode(rows[0], REFUSALS[0])
+    assert len(counted) == 4 * (len(REFUSALS) + 2) + 2
+
+    # What a fresh encoder renders anew is the same.
+    for batch in batches:
+        for row, answer in answers(batch).items():
+            drawn = [" jane"] if row == 4 else REFUSALS
+            fresh = [RowEncoder(tokenizer, 1024).encode(rows[row], text).completion_ids for text in drawn]
+            assert answer in fresh
+    first = answers(batches[0])
+    assert any(answers(batch) != first for batch in batches[1:])
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    assert collator.encoder.encode(rows[0]) == RowEncoder(tokenizer, 1024).encode(rows[0])
+
+
+def test_a_full_cache_changes_no_batch(tokenizer, counted, monkeypatch):
+    monkeypatch.setattr("spul.data.encoder.CACHE_SIZE", 5)
+    talk = {"prompt": [{"role": "user", "content": "who"}], "completion": [{"role": "assistant", "content": "jane"}]}
+    rows = [{**talk, "is_forget": True, "row_id": 0}]
+    small, large = (ForgetRetainCollator(tokenizer, REFUSALS) for _ in range(2))
+    expected = [small(rows) for _ in range(3)]
+    assert len(counted) > 2 * len(REFUSALS)
+    monkeypatch.undo()
+    for batch in expected:
+        assert_equal_batches(large(rows), batch)
+
+
+def test_what_was_encoded_does_not_change_the_fingerprint_of_a_mapped_data_set(words):
+    collator = ForgetRetainCollator(words, GENERIC)
+    rows = make_rows(2, 2)
+    before = rows.map(collator.tokenize)._fingerprint
+    collator.encoder.encode({"prompt": "a", "completion": " b c"})
+    assert rows.map(collator.tokenize)._fingerprint == before
+
+
 # ---- draws ----
 
 
@@ -388,7 +454,7 @@ def test_empty_or_repeated_generic_completions_are_refused(words, generic):
 
 def test_rows_without_is_forget_are_refused_with_the_trainers_option(words):
     rows = [{"prompt": "a", "completion": " d", "is_forget": True}, {"completion": " d", "prompt": "b"}]
-    with pytest.raises(ValueError, match=r"1 of 2 rows have no is_forget, only \['completion', 'prompt'\]") as error:
+    with pytest.raises(ValueError, match=r"a row has no is_forget, only \['completion', 'prompt'\]") as error:
         ForgetRetainCollator(words, GENERIC)(rows)
     assert "remove_unused_columns=False" in str(error.value)
     assert "forget_retain_dataset" in str(error.value)

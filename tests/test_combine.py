@@ -11,8 +11,7 @@ from transformers import DynamicCache, TrainerCallback
 
 from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, combine
 from spul.data.dataset import forget_retain_dataset
-from spul.records.digests import summarize_rows
-from spul.records.spul_config import DataSummary
+from spul.records.digests import DataSummary, summarize_rows
 from spul.training.distillation import virtual_tokens
 
 

@@ -96,16 +96,14 @@ def test_something_other_than_a_dataset_is_refused_with_its_type(name, kind):
 @pytest.mark.parametrize("name", ["forget", "retain"])
 def test_missing_columns_are_named_with_those_that_are_there(name):
     sets = {"forget": rows("a"), "retain": rows("b"), name: Dataset.from_dict({"text": ["a"], "prompt": ["b"]})}
-    with pytest.raises(
-        ValueError, match=rf"the {name} set lacks the column\(s\) \['completion'\]; it has \['text', 'p"
-    ):
+    with pytest.raises(ValueError, match=rf"{name} lacks the column\(s\) \['completion'\]; it has \['text', 'p"):
         forget_retain_dataset(**sets)
 
 
 @pytest.mark.parametrize("name", ["forget", "retain"])
 def test_an_empty_set_is_refused(name):
     empty = Dataset.from_dict({"prompt": [], "completion": []})
-    with pytest.raises(ValueError, match=f"the {name} set is empty; expected at least one row"):
+    with pytest.raises(ValueError, match=f"{name} is empty; expected at least one row"):
         forget_retain_dataset(**{"forget": rows("a"), "retain": rows("b"), name: empty})
 
 
@@ -178,7 +176,7 @@ def test_text_in_one_set_and_messages_in_the_other_are_refused():
 
 def test_prompts_in_both_sets_are_counted_and_the_first_ones_shown():
     forget, retain = rows("a", "b", "c", "d", "e"), rows("x", "e", "d", "c", "b", "b")
-    with pytest.raises(ValueError, match=r"^4 prompt\(s\) stand in both sets") as error:
+    with pytest.raises(ValueError, match=r"^4 prompt\(s\) are in both sets") as error:
         forget_retain_dataset(forget, retain)
     text = str(error.value)
     assert "forget row 1 = retain row 4: 'b'" in text
@@ -189,7 +187,7 @@ def test_prompts_in_both_sets_are_counted_and_the_first_ones_shown():
 
 def test_a_conversation_in_both_sets_is_refused():
     talk = Dataset.from_list([{"prompt": message("user", "who?"), "completion": message("assistant", "jane")}])
-    with pytest.raises(ValueError, match=r"1 prompt\(s\) stand in both sets.*forget row 0 = retain row 0"):
+    with pytest.raises(ValueError, match=r"1 prompt\(s\) are in both sets.*forget row 0 = retain row 0"):
         forget_retain_dataset(talk, talk)
 
 

@@ -24,7 +24,7 @@ def prompts(data, collator):
 
 def test_of_a_bare_model(family):
     model, data, collator = build(family), rows("jane", 5), make_collator()
-    found = response_embeddings(model, data, collator, batch_size=2)
+    found = response_embeddings(model, data, collator.encoder, batch_size=2)
     with torch.no_grad():
         expected = torch.stack([last_states(model, input_ids=ids) for ids in prompts(data, collator)])
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
@@ -35,7 +35,7 @@ def test_of_a_prompted_model_and_of_the_same_detached(prompt_type):
     torch.manual_seed(0)
     unlearner = SoftPromptUnlearner(build("llama"), CONFIGS[prompt_type](4))
     base, data, collator = unlearner.get_base_model(), rows("jane", 5), make_collator()
-    found = response_embeddings(unlearner, data, collator, batch_size=2)
+    found = response_embeddings(unlearner, data, collator.encoder, batch_size=2)
     expected = []
     with torch.no_grad():
         for ids in prompts(data, collator):
@@ -48,8 +48,8 @@ def test_of_a_prompted_model_and_of_the_same_detached(prompt_type):
                 expected.append(last_states(base, inputs_embeds=embeds))
     torch.testing.assert_close(torch.from_numpy(found), torch.stack(expected), rtol=1e-4, atol=1e-5)
     with unlearner.disable_adapter():
-        detached = response_embeddings(unlearner, data, collator)
-    torch.testing.assert_close(detached, response_embeddings(base, data, collator), rtol=1e-5, atol=1e-6)
+        detached = response_embeddings(unlearner, data, collator.encoder)
+    torch.testing.assert_close(detached, response_embeddings(base, data, collator.encoder), rtol=1e-5, atol=1e-6)
     assert abs(detached - found).max() > 1e-3
 
 
@@ -58,7 +58,7 @@ def test_of_a_model_under_lora_and_without_moving_its_mode():
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(build("opt"), config).train()
     data, collator = rows("jane", 3), make_collator()
-    found = response_embeddings(model, data, collator)
+    found = response_embeddings(model, data, collator.encoder)
     assert model.training
     model.eval()
     with torch.no_grad():
@@ -76,7 +76,7 @@ def test_rows_of_like_length_go_together_and_long_ones_in_smaller_batches(monkey
         lambda module, args, kwargs: widths.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     monkeypatch.setattr(batches, "TOKENS_PER_ROW", 8)
-    found = response_embeddings(model, data, collator, batch_size=8)
+    found = response_embeddings(model, data, collator.encoder, batch_size=8)
     torch.testing.assert_close(torch.from_numpy(found), expected, rtol=1e-4, atol=1e-5)
     assert all(rows * width <= 64 for rows, width in widths)
     assert [rows for rows, _ in widths] == [2, 2, 4]
@@ -84,7 +84,7 @@ def test_rows_of_like_length_go_together_and_long_ones_in_smaller_batches(monkey
 
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match="0 rows"):
-        response_embeddings(build("llama"), rows("jane", 1).select([]), make_collator())
+        response_embeddings(build("llama"), rows("jane", 1).select([]), make_collator().encoder)
 
 
 def test_a_model_that_has_diverged_raises():
@@ -92,4 +92,4 @@ def test_a_model_that_has_diverged_raises():
     with torch.no_grad():
         model.model.norm.weight[3] = torch.nan
     with pytest.raises(DivergedError, match="hidden states are not numbers"):
-        response_embeddings(model, rows("jane", 3), make_collator())
+        response_embeddings(model, rows("jane", 3), make_collator().encoder)

@@ -1,4 +1,4 @@
-"""One call for an evaluation: what it measures, leaves out and refuses."""
+"""One call for an evaluation: what it measures, skips and refuses."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from helpers import CONFIGS, make_collator, rows
 from peft import CPTConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
-from small_evaluations import ATTACKS, INPUTS, assert_numbers, learned, make_model, make_splits, measured, questions
+from small_evaluations import ATTACKS, INPUTS, assert_metrics, learned, make_model, make_splits, measured, questions
 
 import spul
 from spul.data import SENTIMENT, SPLITS, UnlearningData
@@ -24,6 +24,7 @@ from spul.evaluation.metrics import (
     rouge_l,
 )
 from spul.evaluation.metrics.scoring import score_completions
+from spul.evaluation.metrics.table import METRICS
 from spul.evaluation.results import join
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
@@ -40,72 +41,74 @@ def test_free_form_answers_bring_their_measures_and_are_not_probed():
     model, collator = make_model("prompt_tuning"), make_collator()
     found = measured(model, "utility", "linear probe", splits=splits, max_new_tokens=6)
     for split, some in splits.items():
-        likelihoods = response_likelihoods(model, some, collator)
-        rouge = rouge_l(generate_answers(model, some, collator, max_new_tokens=6), some["completion"])
+        likelihoods = response_likelihoods(model, some, collator.encoder)
+        rouge = rouge_l(generate_answers(model, some, collator.encoder, max_new_tokens=6), some["completion"])
         expected = {
             "probability": probability(likelihoods).mean(),
             "extraction_strength": extraction_strength(likelihoods).mean(),
             "exact_memorization": exact_memorization(likelihoods).mean(),
-            "rouge_l_recall": rouge.recall.mean(),
-            "rouge_l_f1": rouge.f1.mean(),
+            **{name: values.mean() for name, values in rouge.items()},
             "loss": score_completions(model, some, collator)["loss"],
         }
-        assert_numbers(found, expected, measure="utility", rows=split)
-    assert "free-form" in found.left_out["linear probe"]
+        assert_metrics(found, expected, measure="utility", rows=split)
+    assert "free-form" in found.skipped["linear probe"]
+    assert {one.name for one in found.metrics} <= METRICS.keys()
     assert {one.measure for one in found.measurements} == {"utility"}
 
 
 def test_few_different_answers_are_texts_where_that_is_said():
     found = measured(make_model("prompt_tuning"), "utility", "linear probe", free_form=True, max_new_tokens=2)
-    assert found.number("utility", "test_forget", "probability").value > 0
-    assert "free-form" in found.left_out["linear probe"]
-    assert not [one for one in measured(make_model("prompt_tuning"), "utility").numbers if one.name == "probability"]
+    assert found.metric("utility", "test_forget", "probability").value > 0
+    assert "free-form" in found.skipped["linear probe"]
+    assert not [one for one in measured(make_model("prompt_tuning"), "utility").metrics if one.name == "probability"]
 
 
 def test_free_form_answers_have_as_many_tokens_as_tofus_unless_said():
     assert measured(learned(), "utility").settings["max_new_tokens"] == 200
 
 
-# ---- what is left out ----
+# ---- what is skipped ----
 
 
-def test_what_is_not_given_is_left_out_with_a_reason():
+def test_what_is_not_given_is_skipped_with_a_reason():
     splits = make_splits(test_forget=make_splits()["train_forget"].select(range(5)))
     found = measured(learned(), "kl", "membership", "neighbors", "unrelated text", "questions", splits=splits)
-    assert found.measurements == found.numbers == []
+    assert found.measurements == found.metrics == []
     parts = {
         "detached": "give base=",
         "retrained": "give retrained=",
         "kl": "give base=",
-        "membership": "test_forget holds what is in train_forget, too; give unseen=",
+        "membership": "test_forget holds rows of train_forget; give unseen=",
         "neighbors": "give neighbors=",
         "unrelated text": "give unrelated_texts=",
         "questions": "give questions=",
     }
-    assert found.left_out.keys() == parts.keys()
+    assert found.skipped.keys() == parts.keys()
     for name, part in parts.items():
-        assert part in found.left_out[name]
+        assert part in found.skipped[name]
     unseen = rows("doe", 4)
     found = measured(learned(), "membership", splits=splits, unseen=unseen, retrained=learned(0.1))
-    assert found.left_out.keys() == {"detached", "membership by the reference attack"}  # gradients are among ATTACKS
+    assert found.skipped.keys() == {"detached", "membership by the reference attack"}  # gradients are among ATTACKS
     assert [(one.rows, one.num_rows) for one in found.measurements] == [("train_forget", 11), ("unseen", 4)] * 2
     again = measured(learned(), "membership", unseen=splits["test_forget"])
-    assert again.left_out["membership"].startswith("unseen holds what is in train_forget")
+    assert again.skipped["membership"].startswith("unseen holds rows of train_forget")
 
 
 @pytest.mark.parametrize("where", ["lm_head", "model.norm"])
-def test_a_model_that_has_diverged_is_left_out_and_not_read_as_forgotten(where):
+def test_a_model_that_has_diverged_is_skipped_and_not_read_as_forgotten(where):
     model, names = make_model("whole"), ("utility", "relearning", "sampling", "linear probe")
     with torch.no_grad():
         model.get_submodule(where).weight[0] = torch.nan
     found = measured(model, *names, base=learned(), retrained=learned(0.1, 1))
     without = [*(f"utility {split}" for split in SPLITS)]
-    without += ["sampling test_forget"] + [f"relearning train_forget unlearned {step} steps" for step in (0, 1, 3)]
+    without += ["sampling test_forget"] + [
+        f"relearning train_forget unlearned {step}" for step in ("0 steps", "1 step", "3 steps")
+    ]
     if where == "model.norm":  # before the hidden states that are probed
         without.append("linear probe train_forget")
     for measure in without:
         named = measure if "unlearned" in measure else f"{measure} unlearned"
-        whys = [text for name, text in found.left_out.items() if name.startswith(named)]
+        whys = [text for name, text in found.skipped.items() if name.startswith(named)]
         assert whys, named
         assert all("has diverged" in why for why in whys), named
     assert {one.measure for one in found.measurements if one.model == "retrained"} == set(names)
@@ -120,7 +123,7 @@ def test_of_texts_a_diverged_model_samples_none():
         model.lm_head.weight[0] = torch.nan
     found = measured(model, "sampling", free_form=True, max_new_tokens=2, base=learned())
     assert {one.model for one in found.measurements} == {"detached"}
-    assert "has diverged" in found.left_out["sampling test_forget unlearned 7 tries"]
+    assert "has diverged" in found.skipped["sampling test_forget unlearned 7 tries"]
 
 
 # ---- joined, and refused ----
@@ -134,14 +137,14 @@ def test_seeds_on_the_same_rows_are_joined_over_rows_and_seeds():
         {"measure": "utility", "rows": "test_retain", "name": "loss"},
         {"measure": "questions", "rows": "forget", "name": "probability"},
     ):
-        number = joined.number(**where)
-        values = [one.number(**where).value for one in seeds]
+        number = joined.metric(**where)
+        values = [one.metric(**where).value for one in seeds]
         assert number.value == pytest.approx(np.mean(values))
         assert (number.over, number.num_seeds) == ("rows and seeds", 2)
         assert number.low < number.value < number.high
         assert values[0] != values[1]
-    where = {"measure": "relearning", "rows": "train_forget", "variant": "3 steps"}
-    assert joined.number(**where, name="loss").over == "rows and seeds"
+    where = {"measure": "relearning", "rows": "train_forget", "level": 3}
+    assert joined.metric(**where, name="loss").over == "rows and seeds"
     elsewhere = measured(
         make_model("prompt_tuning", 4),
         "utility",
@@ -152,9 +155,9 @@ def test_seeds_on_the_same_rows_are_joined_over_rows_and_seeds():
         max_new_tokens=2,
     )
     mixed = join([seeds[0], elsewhere])
-    assert mixed.number("utility", "test_retain", "loss").over == "seeds"
-    assert mixed.number("questions", "forget", "probability").over == "seeds"
-    assert mixed.number("utility", "test_forget", "loss").over == "rows and seeds"
+    assert mixed.metric("utility", "test_retain", "loss").over == "seeds"
+    assert mixed.metric("questions", "forget", "probability").over == "seeds"
+    assert mixed.metric("utility", "test_forget", "loss").over == "rows and seeds"
 
 
 @pytest.mark.parametrize(
@@ -213,8 +216,8 @@ def test_a_prompt_of_plain_peft_is_measured_but_for_the_soft_suffix_which_is_ref
     make_model(prompt_type).save_pretrained(str(tmp_path / "adapter"))
     plain = PeftModel.from_pretrained(learned(), str(tmp_path / "adapter"))
     found = measured(plain, "utility")
-    expected = measured(make_model(prompt_type), "utility").number("utility", "test_forget", "loss").value
-    assert found.number("utility", "test_forget", "loss").value == pytest.approx(expected, rel=1e-4)
+    expected = measured(make_model(prompt_type), "utility").metric("utility", "test_forget", "loss").value
+    assert found.metric("utility", "test_forget", "loss").value == pytest.approx(expected, rel=1e-4)
     for given in ({"model": plain}, {"model": learned(), "retrained": plain}):
         with pytest.raises(TypeError, match=rf"{list(given)[-1]} is under a prompt of PEFT.*leave 'soft suffix' out"):
             measured(given.pop("model"), "utility", "soft suffix", **given, output_dir=tmp_path / "out")
@@ -258,7 +261,7 @@ def test_unlearning_data_are_evaluated_in_their_format():
     data = UnlearningData("films", {split: Dataset.from_dict(some) for split, some in texts.items()}, SENTIMENT)
     found = measured(learned(), "utility", splits=data)
     for split in SPLITS:
-        assert_numbers(
+        assert_metrics(
             found, score_completions(learned(), data.rows(split), make_collator()), measure="utility", rows=split
         )
 

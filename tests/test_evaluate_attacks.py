@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import CONFIGS, make_collator, rows
+from helpers import CONFIGS, make_collator, rows, scored
 from small_evaluations import (
     ATTACKS,
     INPUTS,
     SEED,
-    assert_numbers,
+    assert_metrics,
     assert_unchanged,
     halves,
     learned,
@@ -41,11 +41,11 @@ def test_a_prompt_that_was_loaded_to_be_used_is_relearned_and_then_frozen_again(
     assert not any(before["requires_grad"].values())
     found = measured(loaded, "relearning")
     assert_unchanged(before, snapshot(loaded))
-    losses = [found.number("relearning", "train_forget", "loss", variant=f"{i} steps").value for i in (0, 1, 3)]
+    losses = [found.metric("relearning", "train_forget", "loss", level=i).value for i in (0, 1, 3)]
     assert len(set(losses)) == 3
     if prompt_type != "p_tuning":  # of which only the vectors are loaded, not the network that makes them
         (few, others) = halves()
-        records = relearn(trainable, few, others, make_collator(), 0.02, (1, 3), seed=SEED)
+        records = relearn(trainable, few, others, make_collator().encoder, scored, 0.02, (1, 3), seed=SEED)
         assert losses == pytest.approx([record["loss"] for record in records], rel=1e-4)
 
 
@@ -57,7 +57,7 @@ def test_the_prompt_that_is_quantized_is_the_active_one():
     alone = make_model("prompt_tuning")
     alone.prompt_encoder["default"].load_state_dict(model.prompt_encoder["second"].state_dict())
     one, other, first = (measured(some, "quantized") for some in (model, alone, make_model("prompt_tuning")))
-    losses = [x.number("quantized", "test_forget", "loss", variant="4 bit").value for x in (one, other, first)]
+    losses = [x.metric("quantized", "test_forget", "loss", level=4).value for x in (one, other, first)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert abs(losses[0] - losses[2]) > 1e-3
 
@@ -67,31 +67,31 @@ def test_attacks_take_the_same_drawn_rows_for_every_model():
     names = ("input attack", "sampling", "quantized")
     found = measured(make_model("prompt_tuning"), *names, attacks=attacks, retrained=learned(0.1, 1))
     drawn = make_splits()["test_forget"].select(sorted(random.Random(SEED).sample(range(7), 4)))
-    success = sampled_success(learned(), drawn, make_collator(), 2, 0.7)
-    np.testing.assert_allclose(per_row(found, "sampling", "test_forget", "detached", "2 tries")["success"], success)
+    success = sampled_success(learned(), drawn, make_collator().encoder, 2, 0.7)
+    np.testing.assert_allclose(per_row(found, "sampling", "test_forget", "detached", level=2)["success"], success)
     assert {one.num_rows for one in found.measurements} == {4}
     for measure in names:
         of = [x for x in found.measurements if (x.measure, x.rows) == (measure, "test_forget")]
-        assert len({x.digest for x in of if x.variant not in INPUTS}) == 1
+        assert len({x.digest for x in of if x.attack not in INPUTS}) == 1
 
 
 def test_the_usual_input_attacks_are_made_unless_others_are_given():
     attacks = dataclasses.replace(ATTACKS, inputs=None)
     with pytest.warns(UserWarning, match="'jailbreak 5 before' makes rows of test_forget lose"):
         found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
-    variants = list(dict.fromkeys(one.variant for one in found.measurements))
-    assert variants[:4] == ["none", "capitals", "random case", "spaces"]
-    assert {"jailbreak 6 before", "jailbreak 6 after", "diluted, 1 turn", "diluted, 4 turns"} < set(variants)
+    attacks = list(dict.fromkeys((one.attack, one.level) for one in found.measurements))
+    assert attacks[:4] == [(name, None) for name in ("none", "capitals", "random case", "spaces")]
+    assert {("jailbreak 6 before", None), ("jailbreak 6 after", None), ("diluted", 1), ("diluted", 4)} < set(attacks)
     for split in ("test_forget", "test_retain"):  # whose prompts are in small letters
-        assert "it changes no prompt" in found.left_out[f"input attack 'small letters' on {split}"]
+        assert "it changes no prompt" in found.skipped[f"input attack 'small letters' on {split}"]
 
 
 def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other_questions():
     attacks = dataclasses.replace(ATTACKS, inputs=None, turns=(2, 40))
     with pytest.warns(UserWarning, match="lose"):
         found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
-    assert {one.variant for one in found.measurements if "diluted" in one.variant} == {"diluted, 2 turns"}
-    assert "no more than 40 different questions" in found.left_out["input attack 'diluted, 40 turns'"]
+    assert {one.level for one in found.measurements if one.attack == "diluted"} == {2}
+    assert "no more than 40 different questions" in found.skipped["input attack 'diluted, 40 turns'"]
     with pytest.raises(ValueError, match="turns"):
         dataclasses.replace(attacks, turns=(0,))
     with pytest.raises(ValueError, match="among them"):
@@ -101,7 +101,7 @@ def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other
 def test_halves_are_of_each_prompt_once_and_without_one_in_both():
     repeated = rows("jane", 9).select([0, 1, 2, 3, 3, 3, 4, 5, 0, 6])
     found = measured(make_model("layers"), "relearning", "soft suffix", splits=make_splits(train_forget=repeated))
-    counts = {one.num_rows: one.variant for one in found.measurements}
+    counts = {one.num_rows: one.attack for one in found.measurements}
     assert counts.keys() == {3, 4}  # of 7 prompts, 3 to learn and 4 to score
     assert counts[3] == "trained"
 
@@ -116,31 +116,31 @@ def test_conversations_are_not_attacked_by_changes_of_text():
     talks = {name: Dataset.from_list([talk(row) for row in some]) for name, some in make_splits().items()}
     model = make_model("prompt_tuning")
     found = measured(model, "utility", "input attack", splits=talks, collator=collator)
-    assert "conversations" in found.left_out["input attack"]
+    assert "conversations" in found.skipped["input attack"]
     for split, some in talks.items():
-        assert_numbers(found, score_completions(model, some, collator), measure="utility", rows=split)
+        assert_metrics(found, score_completions(model, some, collator), measure="utility", rows=split)
 
 
 def test_one_forget_prompt_is_too_few_to_attack_one_half_with_the_other():
     splits = make_splits(train_forget=rows("jane", 1))
     found = measured(make_model("layers"), "relearning", "soft suffix", "linear probe", splits=splits)
     assert found.measurements == []
-    assert all("one prompt only" in found.left_out[name] for name in ("relearning", "soft suffix"))
-    assert "linear probe" in found.left_out
+    assert all("one prompt only" in found.skipped[name] for name in ("relearning", "soft suffix"))
+    assert "linear probe" in found.skipped
 
 
 def test_a_quantized_base_is_not_quantized_again(tmp_path):
     learned().save_pretrained(tmp_path)
     model = SoftPromptUnlearner(quantized(tmp_path, 4), CONFIGS["prompt_tuning"](3))
     found = measured(model, "quantized", "utility", retrained=learned(0.1))
-    assert found.left_out == dict.fromkeys(("quantized, unlearned", "quantized, detached"), "it is quantized already")
+    assert found.skipped == dict.fromkeys(("quantized, unlearned", "quantized, detached"), "it is quantized already")
     assert {one.model for one in found.measurements if one.measure == "quantized"} == {"retrained"}
 
 
 def test_relearning_at_a_rate_at_which_the_model_diverges_is_left_out():
     found = measured(make_model("prompt_tuning"), "relearning", attacks=dataclasses.replace(ATTACKS, relearn_lr=1e30))
     assert found.measurements == []
-    assert "Lower the learning rate" in found.left_out["relearning train_forget unlearned 0 steps"]
+    assert "Lower the learning rate" in found.skipped["relearning train_forget unlearned 0 steps"]
 
 
 def test_attacks_that_take_some_of_the_text_away_are_warned_of_and_that_take_most_left_out():
@@ -152,9 +152,9 @@ def test_attacks_that_take_some_of_the_text_away_are_warned_of_and_that_take_mos
     }
     with pytest.warns(UserWarning, match="'8 more' makes rows of test_forget lose"):
         found = measured(learned(), "input attack", attacks=attacks, collator=collator, splits=splits)
-    assert {one.variant for one in found.measurements} == {"none", "8 more"}
+    assert {one.attack for one in found.measurements} == {"none", "8 more"}
     for split in ("test_forget", "test_retain"):
-        assert "raise it, if the model has room" in found.left_out[f"input attack '30 more' on {split}"]
+        assert "raise it, if the model has room" in found.skipped[f"input attack '30 more' on {split}"]
 
 
 def test_the_soft_suffix_makes_room_for_itself():
@@ -171,9 +171,11 @@ def test_the_soft_suffix_makes_room_for_itself():
     )
     shorter = make_collator(max_length=room - 4)
     few, others = halves(forget=full)
-    expected = soft_suffix(model, few, others, shorter, 4, ATTACKS.suffix_steps, ATTACKS.suffix_lr, seed=SEED)
+    expected, _ = soft_suffix(
+        model, few, others, shorter.encoder, 4, ATTACKS.suffix_steps, ATTACKS.suffix_lr, seed=SEED
+    )
     assert per_row(found, "soft suffix", "train_forget", "unlearned", "after")["loss"] == pytest.approx(
-        expected.after["loss"], rel=1e-4
+        expected["after"]["loss"], rel=1e-4
     )
 
 
@@ -182,7 +184,7 @@ def test_what_is_known_of_free_form_answers_is_measured_in_attacks_too():
     answers = [f" {one} {other}" for one in words for other in words]
     splits = make_splits(train_forget=rows("jane", 36).map(lambda _, i: {"completion": answers[i]}, with_indices=True))
     found = measured(make_model("prompt_tuning"), "relearning", "soft suffix", splits=splits, max_new_tokens=2)
-    for measure, variant in (("relearning", "3 steps"), ("soft suffix", "after")):
-        number = found.number(measure, "train_forget", "probability", variant=variant)
-        assert 0 < number.low < number.value < number.high < 1
-        assert number.better == "low"
+    for measure, variant in (("relearning", {"level": 3}), ("soft suffix", {"attack": "after"})):
+        one = found.metric(measure, "train_forget", "probability", **variant)
+        assert 0 < one.low < one.value < one.high < 1
+        assert one.better == "low"

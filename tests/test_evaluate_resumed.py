@@ -150,7 +150,7 @@ def test_models_that_differ_in_no_weight_are_told_apart_by_their_adapters(tmp_pa
     other = measured(second(), "utility", output_dir=tmp_path / "second")
     weights = [one.settings["models"]["model"]["weights"] for one in (found, other)]
     assert weights[0] == weights[1]
-    assert found.number("utility", "test_forget", "loss").value != other.number("utility", "test_forget", "loss").value
+    assert found.metric("utility", "test_forget", "loss").value != other.metric("utility", "test_forget", "loss").value
     with pytest.raises(ValueError, match="an evaluation that differs in models; give another output_dir"):
         measured(second(), "utility", output_dir=tmp_path / "first")
     assert measured(first(), "utility", output_dir=tmp_path / "first").measurements == found.measurements

@@ -14,16 +14,16 @@ from evaluations import ATTACKED, RIGHT, TEN, input_attacks, measurement, member
 from sklearn.metrics import roc_auc_score
 
 from spul.data import SPLITS
+from spul.evaluation.measures import MEASURES
 from spul.evaluation.report.figures import (
     COLORS,
-    LABELS,
     draw_input_attacks,
     draw_relearning,
     draw_roc,
     draw_splits,
     evaluation_figures,
 )
-from spul.evaluation.report.wording import MODELS
+from spul.evaluation.report.wording import MODEL_LABELS, MODELS
 from spul.evaluation.results import Evaluation, join
 
 
@@ -49,10 +49,10 @@ def segments(axes) -> list[list[list[float]]]:
 def test_splits_are_bars_of_accuracy_and_of_generic_answers_by_model():
     figure = draw_splits(whole())
     knowledge, generic = figure.axes
-    assert bars(knowledge) == {LABELS[m]: [10.0 * RIGHT[m][split] for split in SPLITS] for m in MODELS}
+    assert bars(knowledge) == {MODEL_LABELS[m]: [10.0 * RIGHT[m][split] for split in SPLITS] for m in MODELS}
     # The unlearned model is generic where it is not right, the others never.
-    assert bars(generic)[LABELS["unlearned"]] == [100 - 10.0 * RIGHT["unlearned"][split] for split in SPLITS]
-    assert bars(generic)[LABELS["retrained"]] == [0, 0, 0, 0]
+    assert bars(generic)[MODEL_LABELS["unlearned"]] == [100 - 10.0 * RIGHT["unlearned"][split] for split in SPLITS]
+    assert bars(generic)[MODEL_LABELS["retrained"]] == [0, 0, 0, 0]
     assert (knowledge.get_ylabel(), generic.get_ylabel()) == ("accuracy, %", "generic answers, %")
     assert [bar.get_hatch() for bar in generic.containers[0]] == ["//"] * 4
     assert [t.get_text() for t in knowledge.get_xticklabels()] == [split.replace("_", "\n") for split in SPLITS]
@@ -72,7 +72,7 @@ def test_intervals_stand_on_their_bars():
     expected = {}
     for i, model in enumerate(MODELS):
         for place, split in enumerate(SPLITS):
-            one = found.number("utility", split, "accuracy", model)
+            one = found.metric("utility", split, "accuracy", model)
             x = round(place + (i - 1) * 0.8 / 3, 3)
             expected[x] = (round(100 * one.low, 6), round(100 * one.high, 6))
     assert len(expected) == 12
@@ -81,7 +81,7 @@ def test_intervals_stand_on_their_bars():
 
 def test_without_a_retrained_model_there_are_no_bars_of_it():
     found = evaluation(utility({model: RIGHT[model] for model in ("unlearned", "detached")}))
-    assert list(bars(draw_splits(found).axes[0])) == [LABELS["detached"], LABELS["unlearned"]]
+    assert list(bars(draw_splits(found).axes[0])) == [MODEL_LABELS["detached"], MODEL_LABELS["unlearned"]]
 
 
 def test_free_form_rows_are_drawn_by_their_probability_as_it_is():
@@ -90,7 +90,7 @@ def test_free_form_rows_are_drawn_by_their_probability_as_it_is():
         for one in utility({"unlearned": RIGHT["unlearned"]})
     ]
     (axes,) = draw_splits(evaluation(free)).axes  # no generic answers: no second panel
-    assert bars(axes) == {LABELS["unlearned"]: [0.5] * 4}
+    assert bars(axes) == {MODEL_LABELS["unlearned"]: [0.5] * 4}
     assert axes.get_ylabel() == "probability"
     assert axes.get_ylim()[1] == pytest.approx(1.03)
 
@@ -105,7 +105,7 @@ def test_roc_curves_have_a_panel_an_attack_with_log_axes_and_the_areas():
     assert (loss.get_xscale(), loss.get_yscale()) == ("log", "log")
     assert loss.texts[0].get_text() == "AUC\ndetached 0.90\nunlearned 0.30\nretrained 0.60"
     assert {name: line.get_color() for name, line in lines(loss).items() if name != "chance"} == {
-        LABELS[model]: COLORS[model] for model in MODELS
+        MODEL_LABELS[model]: COLORS[model] for model in MODELS
     }
 
 
@@ -113,7 +113,7 @@ def test_a_curve_is_the_roc_with_what_lies_at_zero_on_the_edge():
     scores = {"train_forget": [3.0, 2.0, 0.5, 0.5], "unseen": [2.5, 1.0, 0.5, 0.0]}
     found = [measurement("membership", rows, "unlearned", per_row={"loss": v}) for rows, v in scores.items()]
     (axes,) = draw_roc(evaluation(found)).axes
-    points = lines(axes)[LABELS["unlearned"]].get_xydata()
+    points = lines(axes)[MODEL_LABELS["unlearned"]].get_xydata()
     edge = 0.125  # half of one of four rows
     by_hand = [[0, 0], [0, 0.25], [0.25, 0.25], [0.25, 0.5], [0.5, 0.5], [0.75, 1], [1, 1]]
     assert points.tolist() == [[max(x, edge), max(y, edge)] for x, y in by_hand]
@@ -128,8 +128,8 @@ def test_every_seed_has_its_curve_and_the_legend_names_a_model_once():
     of_model = [line for line in figure.axes[0].get_lines() if line.get_color() == COLORS["unlearned"]]
     assert len(of_model) == 3
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [
-        LABELS["unlearned"],
-        LABELS["retrained"],
+        MODEL_LABELS["unlearned"],
+        MODEL_LABELS["retrained"],
         "chance",
     ]
 
@@ -140,10 +140,10 @@ def test_every_seed_has_its_curve_and_the_legend_names_a_model_once():
 def test_input_attacks_are_dots_at_their_accuracy_the_first_on_top():
     figure = draw_input_attacks(whole())
     (axes,) = figure.axes
-    assert lines(axes)[LABELS["unlearned"]].get_xdata().tolist() == [20, 50, 40]
-    assert lines(axes)[LABELS["retrained"]].get_xdata().tolist() == [40, 40, 40]
-    assert np.allclose(lines(axes)[LABELS["unlearned"]].get_ydata(), np.arange(3) - 0.1)
-    assert [t.get_text() for t in axes.get_yticklabels()] == ["the rows as they are", *list(ATTACKED)[1:]]
+    assert lines(axes)[MODEL_LABELS["unlearned"]].get_xdata().tolist() == [20, 50, 40]
+    assert lines(axes)[MODEL_LABELS["retrained"]].get_xdata().tolist() == [40, 40, 40]
+    assert np.allclose(lines(axes)[MODEL_LABELS["unlearned"]].get_ydata(), np.arange(3) - 0.1)
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["the unchanged rows", *list(ATTACKED)[1:]]
     assert axes.yaxis_inverted()
     (dashed,) = [line for line in axes.get_lines() if line.get_linestyle() == "--"]
     assert list(dashed.get_xdata()) == [20, 20]
@@ -153,7 +153,7 @@ def test_intervals_of_input_attacks_lie_on_their_dots():
     found = whole()
     (axes,) = draw_input_attacks(found).axes
     drawn = {(round(y, 3), round(low, 6), round(high, 6)) for (low, y), (high, _) in segments(axes)}
-    one = found.number("input attack", "test_forget", "accuracy", variant="capitals")
+    one = found.metric("input attack", "test_forget", "accuracy", attack="capitals")
     assert (0.9, round(100 * one.low, 6), round(100 * one.high, 6)) in drawn
     assert len(drawn) == 6
 
@@ -174,17 +174,17 @@ def test_relearning_is_a_line_over_steps_in_order_with_its_interval():
     shuffled = relearning()[::-1]
     found = evaluation(shuffled)
     (axes,) = draw_relearning(found).axes
-    assert lines(axes)[LABELS["unlearned"]].get_xydata().round(6).tolist() == [[0, 10], [4, 60], [16, 50]]
-    assert lines(axes)[LABELS["retrained"]].get_xydata().round(6).tolist() == [[0, 40], [4, 50], [16, 60]]
+    assert lines(axes)[MODEL_LABELS["unlearned"]].get_xydata().round(6).tolist() == [[0, 10], [4, 60], [16, 50]]
+    assert lines(axes)[MODEL_LABELS["retrained"]].get_xydata().round(6).tolist() == [[0, 40], [4, 50], [16, 60]]
     assert axes.get_xticks().tolist() == [0, 4, 16]
-    one = found.number("relearning", "train_forget", "accuracy", variant="4 steps")
+    one = found.metric("relearning", "train_forget", "accuracy", level=4)
     corners = {tuple(np.round(corner, 6)) for corner in axes.collections[0].get_paths()[0].vertices}
     assert {(4, round(100 * one.low, 6)), (4, round(100 * one.high, 6))} <= corners
 
 
 def test_relearning_of_no_number_of_steps_is_refused():
-    wrong = measurement("relearning", "train_forget", "unlearned", "some", overall={"accuracy": 0.5})
-    with pytest.raises(ValueError, match=r"variant='some'.*expected a number of steps"):
+    wrong = measurement("relearning", "train_forget", "unlearned", overall={"accuracy": 0.5})
+    with pytest.raises(ValueError, match=r"level=None; expected its number of steps"):
         draw_relearning(evaluation([wrong]))
 
 
@@ -193,6 +193,7 @@ def test_relearning_of_no_number_of_steps_is_refused():
 
 def test_an_evaluation_has_the_figures_that_it_has_measurements_for():
     assert list(evaluation_figures(whole())) == ["splits", "roc", "input_attacks", "relearning"]
+    assert list(evaluation_figures(whole())) == [one.figure for one in MEASURES.values() if one.figure]
     assert list(evaluation_figures(evaluation([*input_attacks(), *utility()]))) == ["splits", "input_attacks"]
     assert evaluation_figures(evaluation([])) == {}
 

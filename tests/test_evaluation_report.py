@@ -13,6 +13,7 @@ import torch
 from evaluations import input_attacks, measurement, membership, utility, whole
 
 from spul import SpulConfig, UnlearningLayers, UnlearningLayersConfig
+from spul.evaluation.measures import MEASURES
 from spul.evaluation.report import add_to_card, card_metrics, evaluation_markdown, write_report
 from spul.evaluation.report.document import Section, to_html, to_markdown
 from spul.evaluation.results import Evaluation, join
@@ -68,12 +69,12 @@ def cells(text: str) -> list[list[str]]:
 
 def test_the_first_table_has_the_four_splits_before_and_after():
     head, _, *rows = cells(section(evaluation_markdown(whole()), "In short"))
-    assert head == ["rows", "number", "before (detached)", "after (unlearned)", "retrained", "better"]
+    assert head == ["rows", "metric", "before (detached)", "after (unlearned)", "retrained", "better"]
     values = [[re.sub(r" \[.*\]", "", cell) for cell in row] for row in rows]
     assert values[0] == ["train retain", "accuracy", "100.0 %", "90.0 %", "90.0 %", "higher"]
     assert values[6] == ["test forget", "accuracy", "80.0 %", "20.0 %", "40.0 %", "lower"]
     assert values[7] == ["test forget", "generic answers", "0.0 %", "80.0 %", "0.0 %", "higher"]
-    one = whole().number("utility", "test_forget", "accuracy")
+    one = whole().metric("utility", "test_forget", "accuracy")
     assert rows[6][3] == f"20.0 % [{100 * one.low:.1f}, {100 * one.high:.1f}]"
 
 
@@ -82,9 +83,9 @@ def test_what_comes_back_is_said_with_its_controls():
     found = {what: re.sub(r" \[[-\d., ]*\]", "", said) for what, said in rows}
     assert list(found.values()) == [
         "test forget accuracy 80.0 %, against 20.0 % with it in place",
-        "'capitals', of 2: test forget accuracy 50.0 %, +30.0 percentage points against the rows as they are (20.0 %)"
+        "'capitals', of 2: test forget accuracy 50.0 %, +30.0 percentage points against the unchanged rows (20.0 %)"
         "; the retrained model under it: 40.0 %",
-        "'loss', of 2: AUC 0.3; the difference to the retrained model's is -0.3, " + verdict(),
+        "'loss', of 2: AUC 0.3; the difference from the retrained model's is -0.3, " + verdict(),
         "accuracy on the other forget rows is highest after 4 steps, 60.0 %, +50.0 percentage points against none "
         "(10.0 %); the retrained model after 4 steps: 50.0 %, after none 40.0 %",
         "train forget accuracy 70.0 % (after); the retrained model: 40.0 %",
@@ -92,7 +93,7 @@ def test_what_comes_back_is_said_with_its_controls():
 
 
 def verdict() -> str:
-    return whole().number("membership", "train_forget", "auc_difference", variant="loss").note
+    return whole().metric("membership", "train_forget", "auc_difference", attack="loss").note
 
 
 def test_a_prompt_is_said_to_delete_nothing_before_any_table_of_all_numbers():
@@ -105,7 +106,7 @@ def test_what_was_not_measured_is_said_not_to_be():
     text = evaluation_markdown(bare)
     assert [said for _, said in cells(section(text, "What comes back"))[2:]] == ["not measured"] * 4
     assert "No retrained model was measured" in text
-    assert section(text, "What was left out") == "Nothing was left out."
+    assert section(text, "What was skipped") == "Nothing was skipped."
     assert section(text, "Settings") == "None were recorded."
 
 
@@ -117,23 +118,23 @@ def test_without_a_retrained_model_the_attack_farthest_from_chance_is_named_with
 
 
 def test_an_attack_under_which_less_is_answered_has_a_minus():
-    fewer = [one for one in input_attacks() if one.variant != "capitals" and one.model == "unlearned"]
+    fewer = [one for one in input_attacks() if one.attack != "capitals" and one.model == "unlearned"]
     fewer[0] = dataclasses.replace(fewer[0], per_row={"accuracy": [1.0] * 5 + [0.0] * 5})
     text = section(evaluation_markdown(Evaluation({}, fewer, {})), "What comes back")
-    assert "-10.0 percentage points against the rows as they are (50.0 %" in text
+    assert "-10.0 percentage points against the unchanged rows (50.0 %" in text
 
 
-# ---- all numbers ----
+# ---- all metrics ----
 
 
-def test_every_number_stands_in_its_measures_table():
+def test_every_metric_stands_in_its_measures_table():
     text, found = evaluation_markdown(whole()), whole()
     head, _, *rows = cells(section(text, "Membership inference"))
     assert head == [
-        *("rows", "variant", "number", "unlearned", "detached", "retrained"),
+        *("rows", "attack", "metric", "unlearned", "detached", "retrained"),
         *("better", "rows counted", "interval over"),
     ]
-    assert len(rows) == len({(n.variant, n.name) for n in found.numbers if n.measure == "membership"})
+    assert len(rows) == len({(n.attack, n.name) for n in found.metrics if n.measure == "membership"})
     assert rows[0][:3] == ["train forget", "loss", "AUC"]
     assert [cell.split()[0] for cell in rows[0][3:6]] == ["0.3", "0.9", "0.6"]
     assert rows[0][6:] == ["as retrained", "10", "rows"]
@@ -163,6 +164,23 @@ def test_numbers_of_joined_seeds_say_what_their_intervals_are_over():
         ["seed", "0", "1"],
         ["lr", "0.1"],
     ]
+
+
+def test_a_measure_has_its_heading_and_explanation_and_a_level_its_unit():
+    found = [
+        measurement(measure, "test_forget", "unlearned", attack, level=level, overall={"loss": 1.0})
+        for measure, attack, level in (
+            *(("input attack", "diluted", 1), ("relearning", "", 1), ("quantized", "", 8), ("sampling", "", 10)),
+            ("linear probe", "", None),
+        )
+    ]
+    text = evaluation_markdown(Evaluation({}, found, {}))
+    variants = {}
+    for one in found:
+        measure = MEASURES[one.measure]
+        assert measure.explanation in section(text, measure.title)
+        variants[one.measure] = cells(section(text, measure.title))[2][1]
+    assert list(variants.values()) == ["diluted, 1 turn", "1 step", "8 bit", "10 tries", "loss"]
 
 
 def test_a_measure_that_is_not_known_is_shown_all_the_same():
@@ -228,6 +246,12 @@ def test_markup_in_a_cell_breaks_neither_table_nor_link():
     text = to_markdown("t", [odd], {})
     assert text == ('# t\n\n## a \\*b\\*\n\nx ## y\n\n[z]\\(http://z)\n\n| c\\|d |\n| --- |\n| \\`"e" &amp; \\\\ |\n')
     assert Page(to_html("t", [odd], {})).rows == [["c|d"], ['`"e" & \\']]
+
+
+def test_quotes_in_a_title_do_not_end_the_attribute_of_its_image():
+    title = 'a" onload="x'
+    page = Page(to_html(title, [Section(title, figure="f")], {"f": b"png"}))
+    assert page.images == [{"src": "data:image/png;base64,cG5n", "alt": title}]
 
 
 # ---- the card ----
@@ -310,15 +334,16 @@ def test_a_card_without_metrics_is_refused_before_anything_is_written(adapter):
 
 def test_what_else_comes_back_stands_beside_its_control():
     def of(measure, rows, model, variant, name, values):
-        return measurement(measure, rows, model, variant=variant, per_row={name: values})
+        attack, level = (variant, None) if isinstance(variant, str) else ("", variant)
+        return measurement(measure, rows, model, attack, level=level, per_row={name: values})
 
     found = [
         of("input attack", "test_retain", "unlearned", "none", "accuracy", [1.0] * 4),
         of("input attack", "test_retain", "unlearned", "capitals", "accuracy", [1.0, 1.0, 0.0, 0.0]),
         of("input attack", "test_retain", "detached", "capitals", "accuracy", [1.0, 1.0, 1.0, 0.0]),
-        of("quantized", "test_forget", "unlearned", "8 bit", "accuracy", [1.0, 0.0, 1.0, 1.0]),
-        of("quantized", "test_forget", "unlearned", "4 bit", "accuracy", [1.0, 0.0, 0.0, 0.0]),
-        of("quantized", "test_forget", "retrained", "4 bit", "accuracy", [1.0, 0.0, 1.0, 0.0]),
+        of("quantized", "test_forget", "unlearned", 8, "accuracy", [1.0, 0.0, 1.0, 1.0]),
+        of("quantized", "test_forget", "unlearned", 4, "accuracy", [1.0, 0.0, 0.0, 0.0]),
+        of("quantized", "test_forget", "retrained", 4, "accuracy", [1.0, 0.0, 1.0, 0.0]),
     ]
     rows = cells(section(evaluation_markdown(Evaluation({}, found, {})), "What comes back"))[6:]
     said = {what: re.sub(r" \[[-\d., ]*\]", "", text) for what, text in rows}

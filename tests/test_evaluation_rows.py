@@ -205,9 +205,9 @@ def test_a_saved_adapter_gets_every_measure_on_tofu(example, tofu, tmp_path, mon
     monkeypatch.setattr(sys, "argv", list(map(str, command)))
     evaluate.main()
     found = Evaluation.load(tmp_path / "out")
-    assert found.left_out == {}
+    assert found.skipped == {}
     assert found.models == ["unlearned", "detached", "retrained"]
-    assert {one.name for one in found.numbers} >= {"model_utility", "forget_quality", "perplexity"}
+    assert {one.name for one in found.metrics} >= {"model_utility", "forget_quality", "perplexity"}
     attacks = [one for one in found.measurements if one.measure == "membership" and one.rows == "unseen"]
     assert attacks[0].num_rows == 8
     assert {"reference", "gradient_norm"} <= set(attacks[0].per_row)

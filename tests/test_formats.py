@@ -185,7 +185,7 @@ def test_more_choices_than_letters_are_an_error():
 
 
 def test_a_template_without_its_text_field_is_an_error():
-    with pytest.raises(ValueError, match="text_field='text' does not stand in the template"):
+    with pytest.raises(ValueError, match="text_field='text' is not in the template"):
         PromptFormat("### News: {body}\n### Topic:")
 
 

@@ -28,7 +28,8 @@ from spul import (
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics.scoring import score_completions
 from spul.losses import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, SimNPO
-from spul.models.causal_lm import as_it_was, zero_dropout
+from spul.models.causal_lm import zero_dropout
+from spul.models.unlearner import detached_base
 
 FORWARD = KLDivergence(direction="forward")
 LOSSES = {
@@ -339,7 +340,7 @@ def test_lora_that_trains_the_bases_biases_is_no_frozen_model(tmp_path):
     with pytest.raises(ValueError, match="learns in its own weights"):
         UnlearningTrainer(model, arguments(tmp_path), collator, make_dataset(), loss=loss, reference="live")
     batch = collator([make_dataset(3, 3)[i] for i in range(6)])
-    with pytest.raises(ValueError, match="learns in weights of its own"):
+    with pytest.raises(ValueError, match="its own weights train"):
         unlearning_forward(model, loss, **batch)
 
 
@@ -348,7 +349,7 @@ def test_the_frozen_model_has_no_dropout():
     model = get_peft_model(build("opt"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")).train()
     modes = [module.training for module in model.modules()]
     batch = make_batch(loss)
-    with as_it_was(model) as base, torch.no_grad():
+    with detached_base(model) as base, torch.no_grad():
         one, other = (base(batch["input_ids"]).logits for _ in range(2))
     assert torch.equal(one, other)
     assert [module.training for module in model.modules()] == modes

@@ -12,7 +12,7 @@ from helpers import SMALL_LAYERS, build, make_tokenizer, stirred
 
 from spul import ForgetRetainCollator, UnlearningLayers, UnlearningLayersConfig, fuse
 from spul.layers import gather_inputs
-from spul.records.spul_config import DataSummary
+from spul.records.digests import DataSummary
 
 WORDS = ["the", "review", "is", "of", "film", "good", "bad", "plot", "about", "jane", "doe", "text"]
 
@@ -208,7 +208,7 @@ def test_bad_input_is_refused_and_leaves_the_base_alone():
 
 def test_gathering_needs_rows_and_layers_that_are_on():
     layers = stirred(build("llama"), SMALL_LAYERS)
-    with pytest.raises(ValueError, match="forget has no rows"):
+    with pytest.raises(ValueError, match="forget is empty"):
         gather_inputs(layers, request(1).select([]), collator())
     layers.enabled = False
     with pytest.raises(ValueError, match="the layers are off"):

@@ -149,7 +149,7 @@ def test_what_is_kept_is_never_written_to(family, prompt_type):
     unlearner, batch = build_unlearner(family, prompt_type), plain_batch()
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 3}
     unlearner.generate(**inputs)
-    kept = unlearner.__dict__["_kept_prompts"]["default"].layers
+    kept = unlearner.__dict__["_cached_prompts"]["default"].layers
     before = [(layer.keys.clone(), layer.values.clone()) for layer in kept]
     unlearner.generate(**inputs, num_beams=3)
     unlearner.generate(**inputs, do_sample=True, num_return_sequences=2)
@@ -184,7 +184,7 @@ def test_with_gradient_nothing_is_kept(prompt_type):
     unlearner, batch = build_unlearner("llama", prompt_type), make_batch()
     for _ in range(2):
         unlearner(**batch).loss.backward()  # a kept graph would raise the second time
-    assert not unlearner.__dict__.get("_kept_prompts")
+    assert not unlearner.__dict__.get("_cached_prompts")
 
 
 # ---- never stale ----
@@ -228,7 +228,7 @@ def test_a_changed_dtype_invalidates_it(prompt_type):
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         unlearner.to(dtype)
         assert_fresh(unlearner, batch, **({"rtol": 0.1, "atol": 0.2} if dtype == torch.bfloat16 else {}))
-        assert unlearner.__dict__["_kept_prompts"]["default"].layers[0].keys.dtype == dtype
+        assert unlearner.__dict__["_cached_prompts"]["default"].layers[0].keys.dtype == dtype
 
 
 def test_autocast_invalidates_it(prompt_type):
@@ -248,9 +248,9 @@ def test_another_device_is_another_prompt():
     unlearner = build_unlearner()
     with torch.no_grad():
         unlearner(**plain_batch())
-    kept = unlearner.__dict__["_kept_prompts"]["default"]
-    assert kept.is_of(kept.prompt.clone(), kept.base)
-    assert not kept.is_of(kept.prompt.to("meta"), kept.base)
+    kept = unlearner.__dict__["_cached_prompts"]["default"]
+    assert kept.matches(kept.prompt.clone(), kept.base)
+    assert not kept.matches(kept.prompt.to("meta"), kept.base)
 
 
 def test_inference_mode_may_come_before_and_after(prompt_type):
@@ -266,7 +266,7 @@ def test_a_base_without_a_plain_cache_is_asked_once(monkeypatch):
     counted = CountedPasses(unlearner)
     import spul.prompts.shared_prefix
 
-    monkeypatch.setattr(spul.prompts.shared_prefix, "_layer_states", lambda cache: None)
+    monkeypatch.setattr(spul.prompts.shared_prefix, "layer_states", lambda cache: None)
     for _ in range(3):
         unlearner(**batch)
         with torch.no_grad():

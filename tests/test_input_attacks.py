@@ -80,7 +80,7 @@ def test_a_change_that_cuts_most_of_the_text_away_is_known():
     few, long = rows(), "the film is good " * 20
 
     def why(changed, by):
-        return question_lost(few, tokens_lost(changed, by) - tokens_lost(few, by), by)
+        return question_lost(few, tokens_lost(changed, by.encoder) - tokens_lost(few, by.encoder), by.encoder)
 
     changed = with_prefix(few, long)
     assert why(changed, collator(200)) == ""
@@ -143,7 +143,7 @@ def test_diluted_puts_other_questions_with_their_answers_before():
 def test_bad_rows_raise():
     with pytest.raises(ValueError, match="does not stand in the prompt"):
         letter_case(rows().map(lambda row: {"text": "else"}), "upper", "text")
-    with pytest.raises(ValueError, match="text_field='body'"):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['body'\]"):
         letter_case(rows(), "upper", "body")
     with pytest.raises(TypeError, match="of the type list"):
         with_prefix(Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}], "completion": " b"}]), "c")

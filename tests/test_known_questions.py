@@ -166,7 +166,7 @@ def test_an_unknown_forget_set_of_tofu_and_a_missing_file_are_errors(tmp_path):
         load_tofu(tmp_path, forget="forget20")
     write_tofu(tmp_path, num_forget=4, num_retain=20)
     (tmp_path / "retain_perturbed.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"retain_perturbed\.json is not there; its folder has forget01\.json"):
+    with pytest.raises(FileNotFoundError, match=r"retain_perturbed\.json does not exist; its folder has forget01"):
         load_tofu(tmp_path, forget="forget01")
 
 

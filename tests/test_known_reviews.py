@@ -82,7 +82,7 @@ def test_four_splits_that_are_not_four_are_errors(tmp_path):
         load_four_splits(tmp_path)
     (tmp_path / "test_forget.csv").unlink()
     (tmp_path / "test_forget.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"test_forget\.jsonl is not there; its folder has test_retain"):
+    with pytest.raises(FileNotFoundError, match=r"test_forget\.jsonl does not exist; its folder has test_retain"):
         load_four_splits(tmp_path)
     DatasetDict(train_retain=reviews("x")).save_to_disk(tmp_path / "saved")
     with pytest.raises(ValueError, match=r"lacks the split\(s\) \['train_forget'"):
@@ -91,7 +91,7 @@ def test_four_splits_that_are_not_four_are_errors(tmp_path):
 
 def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(hub, tmp_path):
     for source in (tmp_path / "none", "./none", "none"):
-        with pytest.raises(FileNotFoundError, match="neither a folder nor a name of the Hub"):
+        with pytest.raises(FileNotFoundError, match="neither a folder nor a name on the Hub"):
             load_four_splits(source)
 
 
@@ -297,7 +297,7 @@ def test_yelp_with_bad_numbers_or_labels_is_an_error(yelp):
 def test_an_unknown_set_and_an_unknown_option_are_errors_that_list_the_known():
     with pytest.raises(ValueError, match="name='sst'; expected one of sst2, yelp, wmdp, tofu, imdb"):
         load_known("sst")
-    with pytest.raises(TypeError, match=r"sst2 has no option\(s\) people; it has names"):
+    with pytest.raises(TypeError, match=r"sst2 has no option\(s\) people; expected some of names"):
         load_known("sst2", people=["jane"])
 
 

@@ -102,7 +102,8 @@ def test_only_the_layers_learn_and_the_model_as_it_was_is_compared_with():
     layers = stirred(model)
     labels = torch.tensor([[-100] * 4 + [11, 2], [-100] * 2 + [66, 12, -100, -100]])
     loss = UnlearningLoss(forget=NPO(), kl=KLDivergence(direction="forward"))
-    out = unlearning_forward(layers, loss, IDS, labels, torch.tensor([False, True]), MASK)
+    batch = {"input_ids": IDS, "labels": labels, "is_forget": torch.tensor([False, True]), "attention_mask": MASK}
+    out = unlearning_forward(layers, loss, **batch)
     out.loss.backward()
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(parameter.grad is not None for parameter in layers.layers.parameters())

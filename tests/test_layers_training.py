@@ -65,7 +65,7 @@ def test_alternating_takes_a_pass_over_retain_then_one_over_forget(tmp_path):
 def test_alternating_and_mixing_contradict_each_other(tmp_path):
     with pytest.raises(ValueError, match="alternate=True takes retain and forget rows in turn, and forget_fraction"):
         make_trainer(tmp_path, alternate=True, forget_fraction=0.5)
-    with pytest.raises(ValueError, match="alternate=True draws the rows itself"):
+    with pytest.raises(ValueError, match="alternate=True and train_sampling_strategy="):
         make_trainer(tmp_path, alternate=True, train_sampling_strategy="sequential")
 
 

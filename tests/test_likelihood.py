@@ -31,16 +31,16 @@ def assert_like_twin(model, found, rows, collator, rtol=1e-5):
 def test_of_a_bare_model_equal_the_twin_whatever_side_the_tokenizer_pads(family, side):
     model, rows, collator = build(family, torch.float64), free_form(), answer_collator()
     collator.tokenizer.padding_side = side
-    assert_like_twin(model, response_likelihoods(model, rows, collator, batch_size=3), rows, collator)
+    assert_like_twin(model, response_likelihoods(model, rows, collator.encoder, batch_size=3), rows, collator)
 
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 def test_of_a_prompted_model_equal_the_twin(family, prompt_type):
     model, rows, collator = prompted(family, prompt_type), free_form(4), answer_collator(pad_to_multiple_of=8)
-    found = response_likelihoods(model, rows, collator, batch_size=3)
+    found = response_likelihoods(model, rows, collator.encoder, batch_size=3)
     assert_like_twin(model, found, rows, collator)
     with model.disable_adapter():
-        bare = response_likelihoods(model, rows, collator, batch_size=3)
+        bare = response_likelihoods(model, rows, collator.encoder, batch_size=3)
     assert_like_twin(model.get_base_model(), bare, rows, collator)
     assert any(abs(a.log_probs - b.log_probs).max() > 1e-2 for a, b in zip(found, bare, strict=True))
 
@@ -50,10 +50,10 @@ def test_of_a_plain_peft_model_equal_those_of_the_unlearner(tmp_path, prompt_typ
     model = prompted(prompt_type=prompt_type, dtype=torch.float32)
     model.save_pretrained(str(tmp_path))
     plain, rows, collator = PeftModel.from_pretrained(build("llama"), str(tmp_path)), free_form(), answer_collator()
-    ours, theirs = (response_likelihoods(m, rows, collator, batch_size=3) for m in (model, plain))
+    ours, theirs = (response_likelihoods(m, rows, collator.encoder, batch_size=3) for m in (model, plain))
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a.log_probs, b.log_probs, rtol=1e-4, atol=1e-5)
-    divergences = [np.stack(kl_to(m, rows, collator, batch_size=3)) for m in (model, plain)]
+    divergences = [np.stack(list(kl_to(m, rows, collator.encoder, batch_size=3).values())) for m in (model, plain)]
     np.testing.assert_allclose(*divergences, rtol=1e-3, atol=1e-6)
     assert divergences[0].min() > 1e-3
 
@@ -66,7 +66,7 @@ def test_greedy_tokens_are_recognized():
     for _ in range(4):
         answer.append(int(plain_logits(model, prompt, [*answer, 5])[-1].argmax()))
     tokenized = {"input_ids": prompt + answer, "completion_mask": [0] * len(prompt) + [1] * 4}
-    (found,) = response_likelihoods(model, Dataset.from_list([tokenized]), collator)
+    (found,) = response_likelihoods(model, Dataset.from_list([tokenized]), collator.encoder)
     assert found.is_greedy.tolist() == [True] * 4
     assert (extraction_strength([found])[0], exact_memorization([found])[0]) == (1.0, 1.0)
 
@@ -75,18 +75,18 @@ def test_modes_are_put_back_and_bad_rows_raise():
     model, rows = build("opt"), free_form(2)
     model.train()
     modes = {name: module.training for name, module in model.named_modules()}
-    first = response_likelihoods(model, rows, answer_collator())
+    first = response_likelihoods(model, rows, answer_collator().encoder)
     assert modes == {name: module.training for name, module in model.named_modules()}
-    second = response_likelihoods(model, rows, answer_collator())  # no dropout
+    second = response_likelihoods(model, rows, answer_collator().encoder)  # no dropout
     np.testing.assert_array_equal(first[0].log_probs, second[0].log_probs)
-    with pytest.raises(ValueError, match="no rows"):
-        response_likelihoods(model, rows.select([]), answer_collator())
+    with pytest.raises(ValueError, match="is empty"):
+        response_likelihoods(model, rows.select([]), answer_collator().encoder)
     with pytest.raises(TypeError, match=r"expected a datasets\.Dataset"):
-        response_likelihoods(model, list(rows), answer_collator())
+        response_likelihoods(model, list(rows), answer_collator().encoder)
     with torch.no_grad():
         model.get_output_embeddings().weight.fill_(torch.nan)
     with pytest.raises(ValueError, match="has diverged"):
-        response_likelihoods(model, rows, answer_collator())
+        response_likelihoods(model, rows, answer_collator().encoder)
 
 
 # ---- KL ----
@@ -103,12 +103,12 @@ def plain_kl(model, other, row, collator):
 @pytest.mark.parametrize("family", ["llama", "opt", "gemma3"])
 def test_kl_to_the_base_equals_the_twin_and_pads_do_not_count(family, prompt_type):
     model, rows, collator = prompted(family, prompt_type), free_form(5), answer_collator(pad_to_multiple_of=16)
-    found = kl_to(model, rows, collator, batch_size=3)
+    found = kl_to(model, rows, collator.encoder, batch_size=3)
     expected = [plain_kl(model, model.get_base_model(), row, collator) for row in rows]
-    np.testing.assert_allclose(np.stack(found, axis=1), expected, rtol=1e-5, atol=1e-7)
-    assert np.abs(found.reverse - found.forward).max() > 1e-4
-    one_by_one = kl_to(model, rows, collator, batch_size=1)
-    np.testing.assert_allclose(one_by_one.forward, found.forward, rtol=1e-6)
+    np.testing.assert_allclose(np.stack(list(found.values()), axis=1), expected, rtol=1e-5, atol=1e-7)
+    assert np.abs(found["reverse_kl"] - found["forward_kl"]).max() > 1e-4
+    one_by_one = kl_to(model, rows, collator.encoder, batch_size=1)
+    np.testing.assert_allclose(one_by_one["forward_kl"], found["forward_kl"], rtol=1e-6)
 
 
 def test_kl_to_another_model_and_to_itself():
@@ -117,16 +117,16 @@ def test_kl_to_another_model_and_to_itself():
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.mul_(1.1)
-    found = kl_to(model, rows, collator, reference=other)
+    found = kl_to(model, rows, collator.encoder, reference=other)
     expected = [plain_kl(model, other, row, collator) for row in rows]
-    np.testing.assert_allclose(np.stack(found, axis=1), expected, rtol=1e-6)
-    assert np.abs(np.stack(kl_to(model, rows, collator, reference=model))).max() == 0
+    np.testing.assert_allclose(np.stack(list(found.values()), axis=1), expected, rtol=1e-6)
+    assert np.abs(np.stack(list(kl_to(model, rows, collator.encoder, reference=model).values()))).max() == 0
     with pytest.raises(ValueError, match="pass reference"):
-        kl_to(model, rows, collator)
+        kl_to(model, rows, collator.encoder)
     wider = build("llama", torch.float64)
     wider.resize_token_embeddings(128)
     with pytest.raises(ValueError, match="120 tokens, the reference for 128"):
-        kl_to(model, rows, collator, reference=wider)
+        kl_to(model, rows, collator.encoder, reference=wider)
 
 
 def test_kl_of_lora_to_its_base_leaves_the_adapter_as_it_was():
@@ -134,10 +134,10 @@ def test_kl_of_lora_to_its_base_leaves_the_adapter_as_it_was():
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
     model, rows, collator = get_peft_model(build("llama"), config), free_form(3), answer_collator()
     asked = [parameter.requires_grad for parameter in model.parameters()]
-    found = kl_to(model, rows, collator)
+    found = kl_to(model, rows, collator.encoder)
     assert asked == [parameter.requires_grad for parameter in model.parameters()]
     expected = [plain_kl(model, build("llama"), row, collator) for row in rows]
-    np.testing.assert_allclose(np.stack(found, axis=1), expected, rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(np.stack(list(found.values()), axis=1), expected, rtol=1e-3, atol=1e-5)
 
 
 # ---- measures, by hand ----

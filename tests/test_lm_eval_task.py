@@ -64,7 +64,7 @@ def test_the_likeliest_choice_is_what_score_completions_counts(example):
     right = []
     for row in example.choice_rows(rows, []):
         each = Dataset.from_list([{"prompt": row["prompt"], "completion": choice} for choice in row["choices"]])
-        found = [likelihood.log_probs.sum() for likelihood in response_likelihoods(model, each, collator)]
+        found = [likelihood.log_probs.sum() for likelihood in response_likelihoods(model, each, collator.encoder)]
         right.append(max(range(len(found)), key=found.__getitem__) == row["answer"])
     assert right[0] is False
     assert sum(right) / len(right) == score_completions(model, rows, collator)["accuracy"] > 0
@@ -101,9 +101,9 @@ def test_without_files_it_takes_the_quick_starts_test_rows(example, monkeypatch,
 
 def test_rows_that_are_no_task_raise_and_write_nothing(example, tmp_path):
     chat = [{"role": "user", "content": "film"}]
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="rows is empty"):
         example.write_task("t", reviews().select([]), GENERIC, tmp_path / "out")
-    with pytest.raises(ValueError, match=r"lack \['completion'\]"):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['completion'\]"):
         example.write_task("t", reviews().remove_columns("completion"), GENERIC, tmp_path / "out")
     with pytest.raises(ValueError, match="chat template"):
         example.write_task("t", Dataset.from_list([{"prompt": chat, "completion": chat}]), GENERIC, tmp_path / "out")

@@ -421,7 +421,7 @@ def test_terms_must_be_loss_terms(name, term):
 
 
 def test_an_unknown_direction_is_refused():
-    with pytest.raises(ValueError, match=r"direction='backward' is not known.*KL\(prompted \|\| frozen\)"):
+    with pytest.raises(ValueError, match=r"direction='backward' is not known.*KL\(trained \|\| base\)"):
         KLDivergence(direction="backward")
 
 
@@ -438,7 +438,7 @@ def test_labels_that_do_not_match_the_logits_are_refused_with_both_shapes(labels
 
 
 def test_a_missing_reference_is_named():
-    with pytest.raises(ValueError, match="KLDivergence compares with the frozen model: pass reference_logits"):
+    with pytest.raises(ValueError, match="KLDivergence compares with the base model: pass reference_logits"):
         KLDivergence()(LOGITS, LABELS)
     with pytest.raises(ValueError, match="pass reference_logits"):
         UnlearningLoss()(LOGITS, LABELS, IS_FORGET)
@@ -514,9 +514,9 @@ def test_a_cap_that_is_no_number_above_zero_is_refused(term, cap):
 
 def test_the_lm_term_needs_its_texts_and_cannot_compare():
     loss = UnlearningLoss(gamma=0.2, beta=0.0)
-    with pytest.raises(ValueError, match=r"gamma=0\.2 asks about the prompt texts of \d+ forget rows"):
+    with pytest.raises(ValueError, match=r"gamma=0\.2 needs the prompt texts of \d+ forget rows"):
         loss(LOGITS, LABELS, IS_FORGET)
-    with pytest.raises(ValueError, match="compares with the frozen model, which is not asked about prompt texts"):
+    with pytest.raises(ValueError, match="compares with the base model, whose logits at prompt texts"):
         UnlearningLoss(gamma=0.2, lm=KLDivergence())
     with pytest.raises(ValueError, match="gamma=-1"):
         UnlearningLoss(gamma=-1)

@@ -64,7 +64,7 @@ def test_min_k_plus_plus_of_a_uniform_model_and_of_a_real_one():
         kept = values[: max(1, int(0.4 * len(values)))]
         expected.append(sum(kept) / len(kept))
     np.testing.assert_allclose(
-        min_k_plus_plus_attack(response_likelihoods(model, rows, collator), 0.4), expected, rtol=1e-5
+        min_k_plus_plus_attack(response_likelihoods(model, rows, collator.encoder), 0.4), expected, rtol=1e-5
     )
 
 
@@ -88,7 +88,7 @@ def plain_norm(model, row, collator, parameters):
 def test_gradient_norms_of_a_prompted_model_by_what_is_asked(prompt_type):
     model, collator, rows = prompted(prompt_type=prompt_type), answer_collator(), free_form(3)
     asked = [parameter.requires_grad for parameter in model.parameters()]
-    found = {of: gradient_norm_attack(model, rows, collator, of) for of in ("model", "adapter")}
+    found = {of: gradient_norm_attack(model, rows, collator.encoder, of) for of in ("model", "adapter")}
     assert asked == [parameter.requires_grad for parameter in model.parameters()]
     assert all(parameter.grad is None for parameter in model.parameters())
     base, prompt = list(model.get_base_model().parameters()), list(model.prompt_encoder.parameters())
@@ -102,27 +102,27 @@ def test_gradient_norms_of_a_bare_model_and_under_lora(family):
     collator, rows = answer_collator(), free_form(2)
     bare = build(family, torch.float64)
     expected = [-plain_norm(bare, row, collator, list(bare.parameters())) for row in rows]
-    np.testing.assert_allclose(gradient_norm_attack(bare, rows, collator), expected, rtol=1e-5)
+    np.testing.assert_allclose(gradient_norm_attack(bare, rows, collator.encoder), expected, rtol=1e-5)
     torch.manual_seed(0)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(build(family, torch.float64), config).double()
     lora = [parameter for name, parameter in model.named_parameters() if "lora_" in name]
-    found = gradient_norm_attack(model, rows, collator, "adapter")
+    found = gradient_norm_attack(model, rows, collator.encoder, "adapter")
     np.testing.assert_allclose(found, [-plain_norm(model, row, collator, lora) for row in rows], rtol=1e-5)
 
 
 def test_a_gradient_that_cannot_be_had_is_said():
     model, collator, rows = prompted(dtype=torch.float32), answer_collator(), free_form(1)
     with pytest.raises(ValueError, match="expected 'model' or 'adapter'"):
-        gradient_norm_attack(model, rows, collator, "prompt")
+        gradient_norm_attack(model, rows, collator.encoder, "prompt")
     with pytest.raises(ValueError, match="A bare model has no adapter"):
-        gradient_norm_attack(build("llama"), rows, collator, "adapter")
-    with model.disable_adapter(), pytest.raises(ValueError, match="switch the adapter on"):
-        gradient_norm_attack(model, rows, collator, "adapter")
+        gradient_norm_attack(build("llama"), rows, collator.encoder, "adapter")
+    with model.disable_adapter(), pytest.raises(ValueError, match="enable the adapter"):
+        gradient_norm_attack(model, rows, collator.encoder, "adapter")
     weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.uint8), requires_grad=False)
     model.get_base_model().register_parameter("packed", weight)
     with pytest.raises(ValueError, match="1 of them quantized"):
-        gradient_norm_attack(model, rows, collator)
+        gradient_norm_attack(model, rows, collator.encoder)
 
 
 # ---- all of them ----
@@ -132,15 +132,15 @@ def test_a_gradient_that_cannot_be_had_is_said():
 def test_every_attack_is_in_the_rows_order_and_of_the_model_at_hand(prompt_type):
     model, collator, rows = prompted(prompt_type=prompt_type), answer_collator(), free_form(5)
     base = model.get_base_model()
-    found = attack_scores(model, rows, collator, reference=base, gradient_of="adapter", batch_size=2)
+    found = attack_scores(model, rows, collator.encoder, reference=base, gradient_of="adapter", batch_size=2)
     assert list(found) == ["loss", "zlib", "min_k", "min_k++", "reference", "gradient_norm"]
     with pytest.raises(ValueError, match="needs the text"):
-        attack_scores(model, rows.remove_columns("completion"), collator)
-    assert list(attack_scores(model, rows, collator)) == ["loss", "zlib", "min_k", "min_k++"]
-    ours, theirs = (response_likelihoods(m, rows, collator) for m in (model, base))
+        attack_scores(model, rows.remove_columns("completion"), collator.encoder)
+    assert list(attack_scores(model, rows, collator.encoder)) == ["loss", "zlib", "min_k", "min_k++"]
+    ours, theirs = (response_likelihoods(m, rows, collator.encoder) for m in (model, base))
     np.testing.assert_allclose(found["loss"], loss_attack(ours), rtol=1e-6)
     np.testing.assert_allclose(found["reference"], loss_attack(ours) - loss_attack(theirs), rtol=1e-5, atol=1e-8)
-    backwards = attack_scores(model, rows.select(range(4, -1, -1)), collator, base, "adapter", batch_size=3)
+    backwards = attack_scores(model, rows.select(range(4, -1, -1)), collator.encoder, base, "adapter", batch_size=3)
     for name, values in found.items():
         np.testing.assert_allclose(backwards[name][::-1], values, rtol=1e-5, atol=1e-8, err_msg=name)
 
@@ -148,13 +148,13 @@ def test_every_attack_is_in_the_rows_order_and_of_the_model_at_hand(prompt_type)
 def test_rows_that_were_trained_on_score_higher_in_every_attack():
     """The direction of each score, by training: every attack gives the rows more than before."""
     model, collator, rows = build("llama"), answer_collator(), free_form(6)
-    before = attack_scores(model, rows, collator, reference=build("llama"), gradient_of="model")
+    before = attack_scores(model, rows, collator.encoder, reference=build("llama"), gradient_of="model")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     for _ in range(25):
         batch = collator.encoder.batch(list(rows))
         optimizer.zero_grad()
         model(**batch).loss.backward()
         optimizer.step()
-    after = attack_scores(model, rows, collator, reference=build("llama"), gradient_of="model")
+    after = attack_scores(model, rows, collator.encoder, reference=build("llama"), gradient_of="model")
     for name in before:
         assert np.mean(after[name] > before[name]) > 0.9, name

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import CONFIGS, build, make_collator, make_unlearner, rows
+from helpers import CONFIGS, build, make_collator, make_unlearner, rows, scored
 
 import spul.evaluation.attacks.probe as probe_module
 from spul import SoftPromptUnlearner, UnlearningLayers
@@ -28,14 +28,14 @@ def test_relearning_lowers_the_loss_of_other_rows_and_puts_the_model_back(traina
     few, others = data.select(range(4)), data.select(range(4, 12))
     state = {name: value.clone() for name, value in model.state_dict().items()}
     modes = [module.training for module in model.modules()]
-    found = relearn(model, few, others, collator, lr=1e-2, at=(2, 12))
+    found = relearn(model, few, others, collator.encoder, scored, lr=1e-2, at=(2, 12))
     assert [record["step"] for record in found] == [0, 2, 12]
     assert found[0]["loss"] == pytest.approx(score_completions(model, others, collator)["loss"])
     assert found[2]["loss"] < found[1]["loss"] < found[0]["loss"]
     assert modes == [module.training for module in model.modules()]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, state[name], rtol=0, atol=0)
-    again = relearn(model, few, others, collator, lr=1e-2, at=(2,))
+    again = relearn(model, few, others, collator.encoder, scored, lr=1e-2, at=(2,))
     assert again[1]["loss"] == pytest.approx(found[1]["loss"])
 
 
@@ -43,7 +43,7 @@ def test_a_step_of_relearning_is_one_on_the_true_completions_under_the_prompt():
     """Plain gradient descent by hand, clipped, with the loss of PEFT's own forward."""
     model, twin, data, collator = make_unlearner(), make_unlearner(), rows("jane", 6), make_collator()
     few, others = data.select(range(3)), data.select(range(3, 6))
-    found = relearn(model, few, others, collator, lr=0.05, at=(1,), optimizer=torch.optim.SGD)
+    found = relearn(model, few, others, collator.encoder, scored, lr=0.05, at=(1,), optimizer=torch.optim.SGD)
     losses = []
     for row in few:
         batch = collator.encoder.batch([row])
@@ -65,7 +65,7 @@ def test_small_steps_are_not_rounded_away_in_16_bit():
     few, others = data.select(range(3)), data.select(range(3, 6))
     gains = []
     for dtype in (torch.float32, torch.bfloat16):
-        found = relearn(build("llama", dtype), few, others, collator, lr=1e-5, at=(64,))
+        found = relearn(build("llama", dtype), few, others, collator.encoder, scored, lr=1e-5, at=(64,))
         gains.append(found[0]["loss"] - found[1]["loss"])
     assert gains[0] > 0.01
     assert gains[1] == pytest.approx(gains[0], rel=0.5)
@@ -75,11 +75,11 @@ def test_relearning_refuses_what_it_cannot_measure():
     data, collator = rows("jane", 6), make_collator()
     few, others = data.select(range(3)), data.select(range(3, 6))
     with pytest.raises(ValueError, match="3 prompts stand in both"):
-        relearn(build("llama"), data, others, collator)
+        relearn(build("llama"), data, others, collator.encoder, scored)
     with pytest.raises(ValueError, match="0 parameters require gradients"):
-        relearn(build("llama").requires_grad_(False), few, others, collator)
+        relearn(build("llama").requires_grad_(False), few, others, collator.encoder, scored)
     with pytest.raises(ValueError, match="at="):
-        relearn(build("llama"), few, others, collator, at=(0, 3))
+        relearn(build("llama"), few, others, collator.encoder, scored, at=(0, 3))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -123,12 +123,12 @@ def put_states(monkeypatch, of):
 def test_a_probe_reads_what_the_states_hold_and_its_controls_do_not(monkeypatch):
     train, test = labeled("jane", [" a", " b", " b"] * 20), labeled("film", [" a", " a", " b", " c"] * 5)
     put_states(monkeypatch, lambda completion: np.array([1.0, 0, 0]) * (1 if completion == " a" else -1))
-    found = linear_probe(build("llama"), train, test, make_collator())
-    assert found.accuracy == 0.75  # a class that no training row has is never said
-    assert found.majority == 0.25
-    assert found.shuffled < 0.6
+    found = linear_probe(build("llama"), train, test, make_collator().encoder)
+    assert found["accuracy"] == 0.75  # a class that no training row has is never said
+    assert found["majority"] == 0.25
+    assert found["shuffled"] < 0.6
     put_states(monkeypatch, lambda completion: np.zeros(3))
-    assert linear_probe(build("llama"), train, test, make_collator()).accuracy < 0.5
+    assert linear_probe(build("llama"), train, test, make_collator().encoder)["accuracy"] < 0.5
 
 
 def test_a_probe_is_of_the_model_with_its_prompt_and_of_the_base_without():
@@ -137,9 +137,9 @@ def test_a_probe_is_of_the_model_with_its_prompt_and_of_the_base_without():
         next(model.prompt_encoder.parameters()).mul_(20)
     train, test = labeled("jane", [" a", " b"] * 12), labeled("film 7 good", [" b", " a"] * 12)
     with model.disable_adapter():
-        detached = linear_probe(model, train, test, collator)
-    assert detached == linear_probe(build("llama"), train, test, collator)
+        detached = linear_probe(model, train, test, collator.encoder)
+    assert detached == linear_probe(build("llama"), train, test, collator.encoder)
     with pytest.raises(ValueError, match="at least two different"):
-        linear_probe(model, labeled("jane", [" a"] * 3), test, collator)
+        linear_probe(model, labeled("jane", [" a"] * 3), test, collator.encoder)
     with pytest.raises(ValueError, match="stand in both"):
-        linear_probe(model, train, train, collator)
+        linear_probe(model, train, train, collator.encoder)

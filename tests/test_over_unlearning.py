@@ -16,9 +16,9 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from tokenizers.processors import TemplateProcessing
 
 from spul import ForgetRetainCollator
-from spul.data import SENTIMENT, TextClustering
+from spul.data import SENTIMENT, RowEncoder, TextClustering
 from spul.evaluation import cluster_neighbors, name_neighbors, topic_neighbors
-from spul.evaluation.metrics import TextLosses, perplexity, text_losses
+from spul.evaluation.metrics import perplexity, text_losses
 from spul.evaluation.metrics.scoring import score_completions
 
 
@@ -75,8 +75,8 @@ def test_a_name_of_one_word_leaves_nobody_else():
     ("arguments", "error", "message"),
     [
         ((NAMED, "Jackie Chan"), TypeError, r"expected a list: \['Jackie Chan'\]"),
-        ((NAMED, []), ValueError, r"names=\[\]; expected one or more"),
-        ((NAMED, [" "]), ValueError, "expected one or more names"),
+        ((NAMED, []), ValueError, "names is empty; expected at least one"),
+        ((NAMED, [" "]), ValueError, "expected names as text"),
         ((NAMED, PEOPLE, "chan"), TypeError, "words is 'chan'"),
         ((list(NAMED), PEOPLE), TypeError, r"candidates is a list; expected a datasets\.Dataset"),
         ((NAMED.select([]), PEOPLE), ValueError, "candidates is empty"),
@@ -125,7 +125,7 @@ def test_rows_without_a_shared_word_are_no_neighbors():
 def test_candidates_that_are_forget_rows_raise():
     with pytest.raises(ValueError, match="each of 2 candidates has the text of a forget row"):
         topic_neighbors(FORGET, FORGET, 1)
-    with pytest.raises(ValueError, match=r"forget has no column text_field='review'; its columns are \['prompt'"):
+    with pytest.raises(ValueError, match=r"forget lacks the column\(s\) \['review'\]; it has \['prompt'"):
         topic_neighbors(FORGET, OTHERS, 1, text_field="review")
 
 
@@ -214,10 +214,10 @@ def assert_like_twin(model, loss_of, bos=False, batch_sizes=(1, 3, 32), rtol=1e-
     tokenizer = tokenizer_with(bos)
     nats, num_tokens = plain_losses(tokenizer, loss_of)
     for batch_size, tokenizer.padding_side in zip(batch_sizes, ("left", "right", "left"), strict=False):
-        found = text_losses(model, TEXTS, tokenizer, batch_size=batch_size)
-        np.testing.assert_allclose(found.nats, nats, rtol=rtol)
-        np.testing.assert_array_equal(found.num_tokens, num_tokens)
-        assert not found.num_cut.any()
+        found = text_losses(model, TEXTS, RowEncoder(tokenizer, 1024), batch_size=batch_size)
+        np.testing.assert_allclose(found["nats"], nats, rtol=rtol)
+        np.testing.assert_array_equal(found["tokens"], num_tokens)
+        assert not found["tokens_lost"].any()
         assert perplexity(found) == pytest.approx(np.exp(nats.sum() / num_tokens.sum()), rel=1e-4)
 
 
@@ -250,8 +250,8 @@ def test_losses_under_lora_and_unlearning_layers():
     torch.manual_seed(0)
     lora = get_peft_model(build("llama"), config).double().eval()
     layers = stirred(build("opt", torch.float64))
-    bare = text_losses(build("opt", torch.float64), TEXTS, make_tokenizer()).nats
-    assert np.abs(text_losses(layers, TEXTS, make_tokenizer()).nats - bare).max() > 1e-2
+    bare = text_losses(build("opt", torch.float64), TEXTS, RowEncoder(make_tokenizer(), 1024))["nats"]
+    assert np.abs(text_losses(layers, TEXTS, RowEncoder(make_tokenizer(), 1024))["nats"] - bare).max() > 1e-2
     for model in (lora, layers):
         assert_like_twin(model, own_loss(model), batch_sizes=(3,))
 
@@ -260,39 +260,39 @@ def test_what_is_beyond_max_length_is_cut_and_counted(caplog):
     model, tokenizer = build("llama", torch.float64), tokenizer_with(bos=True)
     whole = np.array([len(tokenizer(text)["input_ids"]) for text in TEXTS])
     with caplog.at_level(logging.WARNING):
-        found = text_losses(model, TEXTS, tokenizer, max_length=8, batch_size=2)
+        found = text_losses(model, TEXTS, RowEncoder(tokenizer, 8), batch_size=2)
     nats, num_tokens = plain_losses(tokenizer, own_loss(model), max_length=8)
-    np.testing.assert_allclose(found.nats, nats, rtol=1e-5)
-    np.testing.assert_array_equal(found.num_tokens, num_tokens)
-    assert found.num_tokens.max() == 7
-    np.testing.assert_array_equal(found.num_cut, whole - num_tokens - 1)
-    assert f"cuts {(whole > 8).sum()} of 6 texts: {found.num_cut.sum()} of their tokens" in caplog.text
+    np.testing.assert_allclose(found["nats"], nats, rtol=1e-5)
+    np.testing.assert_array_equal(found["tokens"], num_tokens)
+    assert found["tokens"].max() == 7
+    np.testing.assert_array_equal(found["tokens_lost"], whole - num_tokens - 1)
+    lost = found["tokens_lost"].sum()
+    assert f"cuts {(whole > 8).sum()} of 6 texts: {lost} of their tokens" in caplog.text
 
 
 def test_a_text_of_one_token_has_nothing_to_predict_unless_a_token_begins_it():
     model = build("llama")
-    assert text_losses(model, TEXTS, tokenizer_with(bos=False)).num_tokens[4] == 0
-    found = text_losses(model, TEXTS, tokenizer_with(bos=True))
-    assert found.num_tokens[4] == 1
-    assert found.nats[4] > 0
+    assert text_losses(model, TEXTS, RowEncoder(tokenizer_with(bos=False), 1024))["tokens"][4] == 0
+    found = text_losses(model, TEXTS, RowEncoder(tokenizer_with(bos=True), 1024))
+    assert found["tokens"][4] == 1
+    assert found["nats"][4] > 0
     with pytest.raises(ValueError, match="none of 2 texts has a token to predict"):
-        text_losses(model, ["a", ""], tokenizer_with(bos=False))
+        text_losses(model, ["a", ""], RowEncoder(tokenizer_with(bos=False), 1024))
 
 
 def test_perplexity_is_per_token_and_not_per_text():
-    nothing = np.zeros(2, dtype=int)
-    losses = TextLosses(np.array([np.log(2.0), 3 * np.log(4.0)]), np.array([1, 3]), nothing)
+    losses = {"nats": np.array([np.log(2.0), 3 * np.log(4.0)]), "tokens": np.array([1, 3])}
     assert perplexity(losses) == pytest.approx((2 * 4**3) ** 0.25)
-    assert perplexity(TextLosses(np.array([1e6, 0.0]), np.array([1, 0]), nothing)) == np.inf
+    assert perplexity({"nats": np.array([1e6, 0.0]), "tokens": np.array([1, 0])}) == np.inf
 
 
 def test_bad_texts_raise():
     model, tokenizer = build("llama"), make_tokenizer()
     with pytest.raises(TypeError, match="texts is one string"):
-        text_losses(model, "the film", tokenizer)
+        text_losses(model, "the film", RowEncoder(tokenizer, 1024))
     with pytest.raises(TypeError, match="1 of 2 texts are not strings"):
-        text_losses(model, ["the film", None], tokenizer)
+        text_losses(model, ["the film", None], RowEncoder(tokenizer, 1024))
     with pytest.raises(ValueError, match="texts is empty"):
-        text_losses(model, [], tokenizer)
+        text_losses(model, [], RowEncoder(tokenizer, 1024))
     with pytest.raises(ValueError, match="max_length=1"):
-        text_losses(model, TEXTS, tokenizer, max_length=1)
+        text_losses(model, TEXTS, RowEncoder(tokenizer, 1))

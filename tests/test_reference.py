@@ -1,4 +1,4 @@
-"""ReferenceCache: what the frozen model says, kept on disk, is what it says."""
+"""ReferenceCache: cached reference logits are the base model's, of the row with this id and no other."""
 
 import json
 import os
@@ -13,6 +13,7 @@ from helpers import (
     ONE_STEP,
     VOCABULARY,
     Counting,
+    answers,
     assert_same,
     build,
     make_answers,
@@ -29,6 +30,7 @@ import spul.training.reference
 from spul import ReferenceCache, SoftPromptUnlearner, UnlearningLoss
 from spul.data.dataset import forget_retain_dataset
 from spul.losses.terms import CrossEntropy, KLDivergence
+from spul.training.reference import row_checksums
 
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -131,20 +133,21 @@ def test_bf16_bases_and_autocast_give_the_live_loss_to_their_precision(tmp_path)
             live = unlearner(**batch)
             cached = unlearner(**batch, reference_logits=reference.logits(batch))
         assert cached.kl_loss.item() == pytest.approx(live.kl_loss.item(), rel=0.1)
-        assert reference.states(retain_rows_of(batch)).dtype == next(base.parameters()).dtype
+        (states,) = (part["states"] for part in stored_parts(tmp_path / name))
+        assert states.dtype == next(base.parameters()).dtype
 
 
-def retain_rows_of(batch):
-    return {name: value[~batch["is_forget"]] for name, value in batch.items()}
+def stored_parts(folder):
+    return [load_file(path) for path in sorted(folder.glob("*.safetensors"))]
 
 
-def test_states_hold_d_numbers_in_the_bases_precision_and_at_most_16_bytes_a_token(tmp_path):
+def test_states_hold_d_values_in_the_bases_precision_and_at_most_16_bytes_a_token(tmp_path):
     unlearner = wrap(build("llama", torch.float16))
     one_token = forget_retain_dataset(rows("jane", 3), rows("film", 300))
-    reference = ReferenceCache.build(unlearner, one_token, make_collator(), tmp_path / "reference")
-    assert len(reference) == 300
-    num_tokens = sum(len(load_file(path)["states"]) for path in (tmp_path / "reference").glob("*.safetensors"))
-    assert reference.num_bytes <= num_tokens * (32 * 2 + 16)
+    assert len(ReferenceCache.build(unlearner, one_token, make_collator(), tmp_path)) == 300
+    parts = stored_parts(tmp_path)
+    assert sum(len(part["states"]) for part in parts) == 300
+    assert sum(tensor.nbytes for part in parts for tensor in part.values()) <= 300 * (32 * 2 + 16)
 
 
 def test_padding_batch_mates_and_order_do_not_matter(tmp_path):
@@ -159,7 +162,7 @@ def test_padding_batch_mates_and_order_do_not_matter(tmp_path):
         assert not together[at, alone[i].shape[1] :].isnan().any()
 
 
-# ---- kept, shared, resumed ----
+# ---- stored, shared, resumed ----
 
 
 def test_a_later_run_computes_nothing_but_its_check(tmp_path):
@@ -212,11 +215,13 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypat
     assert counting.rows == 13 - 3 + CHECKED
     whole = ReferenceCache.build(wrap(base), dataset, collator, tmp_path / "whole")
     batch = batches(dataset, collator)[2]
-    torch.testing.assert_close(resumed.logits(batch), whole.logits(batch))
+    assert torch.equal(resumed.logits(batch), whole.logits(batch))
+    for one, other in zip(stored_parts(folder), stored_parts(tmp_path / "whole"), strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in ("states", "rows"))
     assert not base.training
 
 
-# ---- what is kept must be true ----
+# ---- what is stored must be true ----
 
 
 def test_another_base_is_refused(tmp_path):
@@ -225,7 +230,9 @@ def test_another_base_is_refused(tmp_path):
     ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
     with torch.no_grad():
         base.get_input_embeddings().weight.mul_(1.5)
-    with pytest.raises(ValueError, match=r"its base has other weights.*Delete the folder, name another"):
+    with pytest.raises(
+        ValueError, match=r": base [0-9a-f]{64} \(now [0-9a-f]{64}\)\. Delete the folder, name another"
+    ):
         ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
 
 
@@ -242,7 +249,7 @@ def test_a_change_that_the_fingerprint_does_not_see_is_refused(tmp_path):
 def test_another_config_is_refused(tmp_path):
     dataset, collator = make_answers(), make_collator()
     ReferenceCache.build(wrap(build("mistral", sliding_window=40)), dataset, collator, tmp_path)
-    with pytest.raises(ValueError, match="its base has another config"):
+    with pytest.raises(ValueError, match=r": config \w+ \(now \w+\)\. Delete"):
         ReferenceCache.build(wrap(build("mistral", sliding_window=20)), dataset, collator, tmp_path)
 
 
@@ -267,14 +274,15 @@ def test_other_data_are_refused(change, tmp_path):
     else:
         column = change.split()[1]
         dataset = Dataset.from_list([{**row, column: row[column] + " good"} for row in dataset])
-    with pytest.raises(ValueError, match=r"its 13 rows are not the 1[23] of now"):
+    rows_too = r", rows 13 \(now 12\)" if change == "fewer rows" else ""
+    with pytest.raises(ValueError, match=rf"another base, precision or data set: data \w+ \(now \w+\){rows_too}\."):
         ReferenceCache.build(unlearner, dataset, collator, tmp_path)
 
 
 def test_another_precision_is_refused(tmp_path):
     dataset, collator = make_answers(), make_collator()
     ReferenceCache.build(wrap(build("llama")), dataset, collator, tmp_path)
-    with pytest.raises(ValueError, match="another precision"):
+    with pytest.raises(ValueError, match=r"precision float32, autocast None \(now bfloat16, autocast None\)"):
         ReferenceCache.build(wrap(build("llama", torch.bfloat16)), dataset, collator, tmp_path)
 
 
@@ -282,8 +290,79 @@ def test_a_row_that_changed_after_the_cache_was_built_is_refused(tmp_path):
     unlearner, dataset, collator = wrap(build("llama")), make_answers(), make_collator()
     reference = ReferenceCache.build(unlearner, dataset, collator, tmp_path)
     retain = [row for row in dataset if not row["is_forget"]]
-    with pytest.raises(ValueError, match=r"1 of 2 rows of the batch are not among the 13 .* \(place 1 is the first\)"):
-        reference.logits(collator([retain[0], {**retain[1], "prompt": "another text :"}]))
+    for wrong in (
+        {**retain[1], "prompt": "another text :"},
+        {**retain[1], "completion": retain[3]["completion"]},
+        {**retain[1], "row_id": 99},
+        {**retain[1], "row_id": 8},  # another row's
+    ):
+        first = wrong["row_id"]
+        with pytest.raises(
+            ValueError, match=rf"1 of 2 rows of the batch are not, .* among the 13 .* \(row_id {first} is the first\)"
+        ):
+            reference.logits(collator([retain[0], wrong]))
+
+
+def test_every_single_changed_token_is_seen(tmp_path):
+    unlearner, dataset, collator = wrap(build("llama")), make_answers(), make_collator()
+    reference = ReferenceCache.build(unlearner, dataset, collator, tmp_path)
+    batch = collator([dataset[10]])
+    length = int(batch["attention_mask"].sum())
+    for i in range(length):
+        for token in range(3, VOCABULARY):
+            changed = {name: tensor.clone() for name, tensor in batch.items()}
+            changed["input_ids"][0, i] = token
+            if token == batch["input_ids"][0, i]:
+                assert reference.logits(changed) is not None
+            elif token % 20 == 3:
+                with pytest.raises(ValueError, match="the data changed"):
+                    reference.logits(changed)
+            else:
+                assert row_checksums(changed) != row_checksums(batch)
+
+
+def test_checksums_see_order_and_response_and_no_padding():
+    ids = torch.tensor([[5, 6, 7, 8], [6, 5, 7, 8], [5, 6, 7, 8], [5, 6, 7, 0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 0]])
+    labels = torch.tensor([[-100, -100, -100, 8], [-100, -100, -100, 8], [-100, -100, 7, 8], [-100, -100, 7, -100]])
+    found = row_checksums({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    assert len(set(found.tolist())) == 4
+    pad = torch.nn.functional.pad
+    for left, right in ((0, 3), (2, 0), (1, 4)):
+        padded = {
+            "input_ids": pad(ids, (left, right), value=9),
+            "attention_mask": pad(mask, (left, right)),
+            "labels": pad(labels, (left, right), value=-100),
+        }
+        assert torch.equal(row_checksums(padded), found)
+
+
+def test_rows_without_an_id_of_their_own_are_refused(tmp_path):
+    unlearner, dataset, collator = wrap(build("llama")), make_answers(), make_collator()
+    with pytest.raises(ValueError, match=r"the rows have no row_id; .*Make the data set with forget_retain_dataset"):
+        ReferenceCache.build(unlearner, dataset.remove_columns("row_id"), collator, tmp_path / "none")
+    same = dataset.map(lambda row: {"row_id": row["row_id"] // 2})
+    with pytest.raises(ValueError, match=r"6 row_id\(s\), such as 3, stand at more than one row"):
+        ReferenceCache.build(unlearner, same, collator, tmp_path / "same")
+    reference = ReferenceCache.build(unlearner, dataset, collator, tmp_path / "all")
+    batch = batches(dataset, collator)[2]
+    del batch["row_id"]
+    with pytest.raises(ValueError, match=r"the batch has no row_id, only \['attention_mask'"):
+        reference.logits(batch)
+
+
+def test_rows_of_one_content_each_have_their_reference_and_other_forget_rows_the_same_files(tmp_path):
+    unlearner, collator = wrap(build("llama")), make_collator()
+    retain = answers("film", 4)
+    twice = Dataset.from_list([*retain, *retain])
+    reference = ReferenceCache.build(unlearner, forget_retain_dataset(answers("jane", 2), twice), collator, tmp_path)
+    assert len(reference) == 8
+    later = forget_retain_dataset(answers("jane", 5), twice)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    again = ReferenceCache.build(unlearner, later, collator, tmp_path)
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    logits = again.logits(collator([later[i] for i in (6, 10)]))
+    assert torch.equal(logits[0], logits[1])
 
 
 def test_a_folder_of_other_things_is_not_written_to(tmp_path):
@@ -309,7 +388,7 @@ def test_an_unknown_output_head_is_refused(dtype, tmp_path):
         ReferenceCache.build(wrap(base), make_answers(), make_collator(), tmp_path)
 
 
-def test_a_head_that_learns_is_kept_as_it_was(tmp_path):
+def test_a_head_that_is_trained_is_copied(tmp_path):
     dataset, collator = make_answers(), make_collator()
     unlearner = wrap(build("llama"))
     base = unlearner.get_base_model()

@@ -13,7 +13,7 @@ from spul.evaluation.attacks import sampled_answers, sampled_success
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 def test_success_is_that_of_independent_tries(family, prompt_type):
     model, data, collator = prompted(family, prompt_type), free_form(4), answer_collator()
-    found = sampled_success(model, data, collator, num_tries=7, temperature=0.5, batch_size=3)
+    found = sampled_success(model, data, collator.encoder, num_tries=7, temperature=0.5, batch_size=3)
     for row, share in zip(data, found, strict=True):
         encoded = collator.encoder.encode(row)
         logits = plain_logits(model, encoded.prompt_ids, encoded.completion_ids) / 0.5
@@ -29,13 +29,13 @@ def test_certain_and_impossible_answers_are_found_always_and_never():
     with torch.no_grad():
         model.get_output_embeddings().weight.zero_()
     tokens = len(collator.encoder.completion_ids(data[0]["completion"]))
-    (share,) = sampled_success(model, data, collator, num_tries=3)
+    (share,) = sampled_success(model, data, collator.encoder, num_tries=3)
     assert share == pytest.approx(1 - (1 - 120.0**-tokens) ** 3)
     prompt = collator.encoder.encode(data[0]).prompt_ids
     top = int(plain_logits(prompted(), prompt, [5])[0].argmax())
     for token, expected in ((top, 1.0), ((top + 1) % 120, 0.0)):
         row = {"input_ids": [*prompt, token], "completion_mask": [0] * len(prompt) + [1]}
-        (share,) = sampled_success(prompted(), Dataset.from_list([row]), collator, 10, temperature=1e-4)
+        (share,) = sampled_success(prompted(), Dataset.from_list([row]), collator.encoder, 10, temperature=1e-4)
         assert share == pytest.approx(expected, abs=1e-9)
 
 
@@ -46,7 +46,7 @@ def test_drawn_first_tokens_have_the_probabilities_of_the_model(prompt_type):
     model.get_base_model().generation_config.top_k = 1  # a setting of the model's own, which does not count
     prompt = collator.encoder.encode(data[0]).prompt_ids
     expected = (plain_logits(model, prompt, [5])[0] / 2.0).softmax(-1)
-    (answers,) = sampled_answers(model, data, collator, 600, temperature=2.0, max_new_tokens=1, batch_size=600)
+    (answers,) = sampled_answers(model, data, collator.encoder, 600, temperature=2.0, max_new_tokens=1, batch_size=600)
     assert len(answers) == 600
     texts = [collator.tokenizer.decode([token], skip_special_tokens=True) for token in range(120)]
     top = int(expected.argmax())
@@ -61,11 +61,11 @@ def test_draws_are_seeded_and_leave_the_global_generator_alone():
     torch.manual_seed(1)
     expected = torch.rand(1)
     torch.manual_seed(1)
-    first = sampled_answers(model, data, collator, 5, max_new_tokens=4, batch_size=2)
+    first = sampled_answers(model, data, collator.encoder, 5, max_new_tokens=4, batch_size=2)
     assert torch.equal(torch.rand(1), expected)
     assert [len(answers) for answers in first] == [5, 5]
-    assert first == sampled_answers(model, data, collator, 5, max_new_tokens=4, batch_size=2)
-    assert first != sampled_answers(model, data, collator, 5, max_new_tokens=4, batch_size=2, seed=1)
+    assert first == sampled_answers(model, data, collator.encoder, 5, max_new_tokens=4, batch_size=2)
+    assert first != sampled_answers(model, data, collator.encoder, 5, max_new_tokens=4, batch_size=2, seed=1)
     assert len(set(first[0])) > 1
 
 

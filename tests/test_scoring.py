@@ -124,9 +124,9 @@ def test_modes_are_put_back_and_bad_rows_raise(model):
     rows = Dataset.from_list([{"prompt": "a :", "completion": " b"}])
     score_completions(model, rows, collator())
     assert modes == {name: module.training for name, module in model.named_modules()}
-    with pytest.raises(ValueError, match="no rows to score"):
+    with pytest.raises(ValueError, match="rows is empty"):
         score_completions(model, rows.select([]), collator())
-    with pytest.raises(ValueError, match=r"lack \['completion'\]"):
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['completion'\]"):
         score_completions(model, rows.remove_columns("completion"), collator())
 
 
@@ -163,7 +163,7 @@ def test_generic_answers_in_conversations_are_recognized():
             super().__init__()
             self.weight = torch.nn.Parameter(torch.zeros(1))
 
-        def forward(self, input_ids, attention_mask):
+        def forward(self, input_ids, attention_mask, use_cache=None):
             from types import SimpleNamespace
 
             start = len(chat.encoder.encode(row).prompt_ids) - 1

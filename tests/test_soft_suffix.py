@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from spul import UnlearningLayers
 from spul.evaluation.attacks import soft_suffix
-from spul.evaluation.attacks.suffix import _logits, _with_places
+from spul.evaluation.attacks.suffix import _logits, _with_placeholders
 from spul.evaluation.metrics.likelihood import probability, response_likelihoods
 from spul.evaluation.metrics.scoring import DivergedError
 
@@ -42,7 +42,7 @@ def test_loss_and_gradient_equal_the_twin(family, prompt_type):
     torch.manual_seed(0)
     width = model.config.hidden_size if prompt_type is None else model.get_base_model().config.hidden_size
     suffix = torch.nn.Parameter(0.3 * torch.randn(3, width, dtype=torch.float64))
-    batch = collator.encoder.batch(list(_with_places(data, collator, 3)))
+    batch = collator.encoder.batch(list(_with_placeholders(data, collator.encoder, 3)))
     assert batch["attention_mask"].min() == 0  # rows of several lengths
     positions = (batch["labels"] != -100).int().argmax(dim=1)[:, None] - 1
     last = (batch["labels"] != -100).sum(dim=1).max()
@@ -68,16 +68,18 @@ def test_a_suffix_brings_answers_out_and_leaves_the_model_alone(prompt_type):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     asked = {name: p.requires_grad for name, p in model.named_parameters()}
     model.train()
-    attack = soft_suffix(model, few, others, collator, num_virtual_tokens=4, steps=40, lr=0.1)
-    assert attack.suffix.shape == (4, 32)
-    likelihoods = response_likelihoods(model, others, collator)
-    assert attack.before["loss"] == pytest.approx([-one.log_probs.sum() for one in likelihoods], rel=1e-4)
-    assert attack.before["probability"] == pytest.approx(probability(likelihoods), rel=1e-4)
-    assert attack.before["accuracy"].tolist() == [0, 0, 0]
-    assert attack.after["accuracy"].tolist() == attack.trained["accuracy"].tolist() == [1, 1, 1]  # one answer for all
+    attack, suffix = soft_suffix(model, few, others, collator.encoder, num_virtual_tokens=4, steps=40, lr=0.1)
+    assert suffix.shape == (4, 32)
+    likelihoods = response_likelihoods(model, others, collator.encoder)
+    assert attack["before"]["loss"] == pytest.approx([-one.log_probs.sum() for one in likelihoods], rel=1e-4)
+    assert attack["before"]["probability"] == pytest.approx(probability(likelihoods), rel=1e-4)
+    assert attack["before"]["accuracy"].tolist() == [0, 0, 0]
+    assert (
+        attack["after"]["accuracy"].tolist() == attack["trained"]["accuracy"].tolist() == [1, 1, 1]
+    )  # one answer for all
     with torch.no_grad():
-        expected = [float(plain_nll(model.eval(), row, collator, attack.suffix)) for row in others]
-    assert attack.after["loss"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
+        expected = [float(plain_nll(model.eval(), row, collator, suffix)) for row in others]
+    assert attack["after"]["loss"] == pytest.approx(expected, rel=1e-3, abs=1e-4)
     assert asked == {name: p.requires_grad for name, p in model.named_parameters()}
     assert any(asked.values())
     for name, value in model.state_dict().items():
@@ -87,16 +89,16 @@ def test_a_suffix_brings_answers_out_and_leaves_the_model_alone(prompt_type):
 def test_detached_it_attacks_the_base_and_under_layers_the_layers():
     model, collator, data = prompted(dtype=torch.float32), answer_collator(), rows("jane", 6)
     sets, settings = (data.select(range(3)), data.select(range(3, 6))), {"steps": 2, "num_virtual_tokens": 2}
-    bare = soft_suffix(build("llama"), *sets, collator, **settings)
+    bare, _ = soft_suffix(build("llama"), *sets, collator.encoder, **settings)
     with model.disable_adapter():
-        detached = soft_suffix(model, *sets, collator, **settings)
-    for name, values in bare.after.items():
-        assert detached.after[name] == pytest.approx(values)
+        detached, _ = soft_suffix(model, *sets, collator.encoder, **settings)
+    for name, values in bare["after"].items():
+        assert detached["after"][name] == pytest.approx(values)
     layers = UnlearningLayers(build("llama"))
     with torch.no_grad():
         layers.layers[0].up.bias.fill_(0.5)
-    changed = soft_suffix(layers, *sets, collator, **settings).before["loss"] - bare.before["loss"]
-    assert abs(changed).min() > 1e-3
+    changed, _ = soft_suffix(layers, *sets, collator.encoder, **settings)
+    assert abs(changed["before"]["loss"] - bare["before"]["loss"]).min() > 1e-3
 
 
 def test_a_model_that_gives_no_numbers_any_more_says_so():
@@ -104,18 +106,18 @@ def test_a_model_that_gives_no_numbers_any_more_says_so():
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(DivergedError, match="has diverged"):
-        soft_suffix(model, data.select(range(3)), data.select(range(3, 6)), answer_collator(), steps=1)
+        soft_suffix(model, data.select(range(3)), data.select(range(3, 6)), answer_collator().encoder, steps=1)
 
 
 def test_bad_input_raises(tmp_path):
     model, collator, data = prompted(dtype=torch.float32), answer_collator(), rows("jane", 6)
     with pytest.raises(ValueError, match="3 prompts stand in both"):
-        soft_suffix(model, data, data.select(range(3)), collator)
+        soft_suffix(model, data, data.select(range(3)), collator.encoder)
     sets = (data.select(range(3)), data.select(range(3, 6)))
     with pytest.raises(ValueError, match="steps=0"):
-        soft_suffix(model, *sets, collator, steps=0)
+        soft_suffix(model, *sets, collator.encoder, steps=0)
     with pytest.raises(ValueError, match="96 positions"):
-        soft_suffix(model, *sets, collator, num_virtual_tokens=90, steps=1)
+        soft_suffix(model, *sets, collator.encoder, num_virtual_tokens=90, steps=1)
     model.save_pretrained(str(tmp_path))
     with pytest.raises(TypeError, match="under a prompt of PEFT"):
-        soft_suffix(PeftModel.from_pretrained(build("llama"), str(tmp_path)), *sets, collator)
+        soft_suffix(PeftModel.from_pretrained(build("llama"), str(tmp_path)), *sets, collator.encoder)

@@ -14,7 +14,7 @@ from spul.data.sources import read_file
 
 def test_a_missing_file_is_an_error_that_lists_what_is_there(tmp_path):
     write_tsv(tmp_path / "dev.tsv", ("sentence", "label"), [("a film", 1)])
-    with pytest.raises(FileNotFoundError, match=r"train\.tsv is not there; its folder has dev\.tsv"):
+    with pytest.raises(FileNotFoundError, match=r"train\.tsv does not exist; its folder has dev\.tsv"):
         load_sst2(tmp_path)
 
 
@@ -56,7 +56,7 @@ def test_json_may_be_a_list_or_lines(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("x.json", "{", "is not JSON"), ("x.jsonl", "", "has no rows"), ("x.txt", "a", "ends in one of .tsv")],
+    [("x.json", "{", "is not JSON"), ("x.jsonl", "", "is empty"), ("x.txt", "a", "ends in one of .tsv")],
 )
 def test_files_that_cannot_be_read_are_errors(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)

@@ -132,9 +132,9 @@ def test_names_are_drawn_from_the_recognizers_by_the_seed():
 
 def test_lower_cased_text_does_not_silently_find_nobody():
     rows = data([text.lower() for text in TEXTS])
-    with pytest.raises(ValueError, match=r"nobody in 8 texts.*all lower case.*names=.*title_case=True"):
+    with pytest.raises(ValueError, match=r"no name in 8 texts.*all lower case.*names=.*title_case=True"):
         split_by_entity(rows, recognizer=capitalized)
-    with pytest.raises(ValueError, match=r"nobody in 8 texts\.$"):
+    with pytest.raises(ValueError, match=r"no name in 8 texts\.$"):
         split_by_entity(data(), recognizer=lambda texts: [[] for _ in texts])
 
 
@@ -171,7 +171,7 @@ def test_by_entity_rejects_what_it_cannot_use():
         split_by_entity(data(), recognizer="en_core_web_sm")
     with pytest.raises(ValueError, match="1 lists of names for 8 texts"):
         split_by_entity(data(), recognizer=lambda texts: [["Bond"]])
-    with pytest.raises(TypeError, match="names that are not strings"):
+    with pytest.raises(TypeError, match="names that are no strings"):
         split_by_entity(data(), recognizer=lambda texts: [[1]] * len(texts))
     with pytest.raises(TypeError, match="text 1: None"):
         split_by_entity(data(["bond", None]), ["bond"])
@@ -190,7 +190,7 @@ def test_by_entity_rejects_what_it_cannot_use():
 def test_every_splitter_rejects_other_types_unknown_columns_and_empty_sets(split):
     with pytest.raises(TypeError, match="DatasetDict"):
         split(DatasetDict(train=data()), "text")
-    with pytest.raises(ValueError, match=r"no column 'review'; the columns are \['text', 'number'\]"):
+    with pytest.raises(ValueError, match=r"rows lacks the column\(s\) \['review'\]; it has \['text', 'number'\]"):
         split(data(), "review")
     with pytest.raises(ValueError, match="rows is empty"):
         split(data().select([]), "text")
@@ -209,7 +209,7 @@ def test_by_cluster_forgets_the_rows_of_the_clusters():
     split = split_by_cluster(rows, fitted, [np.int64(soup)])
     assert split.forget["number"][:] == [0, 3, 4]
     assert split.report.groups == {str(soup): 3}
-    with pytest.raises(ValueError, match="holds 2; the clusters are 0 to 1"):
+    with pytest.raises(ValueError, match="holds 2; expected clusters from 0 to 1"):
         split_by_cluster(rows, fitted, [film, 2])
     with pytest.raises(TypeError, match="forget_clusters is 1"):
         split_by_cluster(rows, fitted, 1)
@@ -302,7 +302,7 @@ def test_train_and_test_parts_are_shuffled_disjoint_and_complete_for_each_group(
 
 def test_train_test_rejects_a_share_that_empties_a_part():
     split = split_by_entity(data(), ["chan"])
-    with pytest.raises(ValueError, match="cuts 1 forget row"):
+    with pytest.raises(ValueError, match="divides 1 forget row"):
         train_test(split)
     for fraction in (0, 1, 30):
         with pytest.raises(ValueError, match="above 0 and below 1"):

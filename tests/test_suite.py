@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import make_collator, rows
+from helpers import make_collator, rows, scored
 from small_evaluations import (
     ATTACKS,
     INPUTS,
     SEED,
-    assert_numbers,
+    assert_metrics,
     assert_unchanged,
     halves,
     learned,
@@ -28,7 +28,7 @@ from small_evaluations import (
 )
 
 import spul
-import spul.evaluation.aggregation as numbers
+import spul.evaluation.aggregation as aggregation
 from spul import SoftPromptUnlearner, UnlearningLayers
 from spul.evaluation.attacks import (
     attack_inputs,
@@ -38,6 +38,7 @@ from spul.evaluation.attacks import (
     sampled_success,
     soft_suffix,
 )
+from spul.evaluation.measures import MEASURES
 from spul.evaluation.metrics import (
     attack_scores,
     auc,
@@ -49,6 +50,7 @@ from spul.evaluation.metrics import (
     text_losses,
 )
 from spul.evaluation.metrics.scoring import score_completions
+from spul.evaluation.metrics.table import METRICS
 from spul.evaluation.results import Evaluation
 from spul.evaluation.suite import AttackSettings
 
@@ -77,7 +79,7 @@ def case(trainable: str) -> Case:
     given |= {} if base is None else {"base": base}
     before = {name: snapshot(one) for name, one in given.items()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(numbers, "NUM_RESAMPLES", 20)
+        patch.setattr(aggregation, "NUM_RESAMPLES", 20)
         found = spul.evaluate(
             splits=make_splits(),
             collator=make_collator(),
@@ -110,13 +112,22 @@ def test_the_models_are_afterwards_what_they_were(trainable):
     assert one.before["model"]["modes"][""] is True
 
 
+def test_every_metric_and_measure_is_in_its_table(trainable):
+    found = case(trainable).found
+    assert {one.name for one in found.metrics} <= METRICS.keys()
+    asked = trainable in ASKED  # else there are no questions
+    assert list(dict.fromkeys(one.measure for one in found.measurements)) == [
+        name for name in MEASURES if asked or name != "questions"
+    ]
+
+
 def test_utility_is_what_score_completions_gives(trainable):
     one, shares = case(trainable), set()
     assert one.found.models == ["unlearned", "detached", "retrained"]
     for name, model in one.models.items():
         for split, some in make_splits().items():
             scores = score_completions(model, some, make_collator())
-            assert_numbers(one.found, scores, measure="utility", rows=split, model=name)
+            assert_metrics(one.found, scores, measure="utility", rows=split, model=name)
             shares |= {scores["accuracy"], scores["generic"], scores["f1"]}
     assert len(shares) > 5  # or this could not tell one model from another
 
@@ -125,11 +136,11 @@ def test_kl_is_to_the_base(trainable):
     one, base = case(trainable), learned()
     for split in ("train_retain", "test_retain"):
         for name in ("unlearned", "retrained"):
-            kl = kl_to(one.models[name], make_splits()[split], make_collator(), base)
+            kl = kl_to(one.models[name], make_splits()[split], make_collator().encoder, base)
             found = per_row(one.found, "kl", split, name, "")
-            np.testing.assert_allclose(found["reverse_kl"], kl.reverse, rtol=1e-4, atol=1e-7)
-            np.testing.assert_allclose(found["forward_kl"], kl.forward, rtol=1e-4, atol=1e-7)
-            assert kl.reverse.min() > 1e-5
+            np.testing.assert_allclose(found["reverse_kl"], kl["reverse_kl"], rtol=1e-4, atol=1e-7)
+            np.testing.assert_allclose(found["forward_kl"], kl["forward_kl"], rtol=1e-4, atol=1e-7)
+            assert kl["reverse_kl"].min() > 1e-5
     assert not [x for x in one.found.measurements if x.measure == "kl" and x.model == "detached"]
 
 
@@ -138,7 +149,7 @@ def test_membership_scores_are_those_of_attack_scores_and_auc_of_them(trainable)
     aucs = {}
     for name, model in one.models.items():
         members, others = (
-            attack_scores(model, splits[split], make_collator(), reference, "model")
+            attack_scores(model, splits[split], make_collator().encoder, reference, "model")
             for split in ("train_forget", "test_forget")
         )
         assert list(members) == ["loss", "zlib", "min_k", "min_k++", "reference", "gradient_norm"]
@@ -148,12 +159,12 @@ def test_membership_scores_are_those_of_attack_scores_and_auc_of_them(trainable)
             for attack, values in scores.items():
                 np.testing.assert_allclose(found[attack], values, rtol=1e-4, atol=1e-5, err_msg=attack)
         for attack in members:
-            where = {"measure": "membership", "rows": "train_forget", "model": name, "variant": attack}
+            where = {"measure": "membership", "rows": "train_forget", "model": name, "attack": attack}
             aucs[name, attack] = auc(members[attack], others[attack])
-            assert_numbers(one.found, {"auc": aucs[name, attack]}, **where)
+            assert_metrics(one.found, {"auc": aucs[name, attack]}, **where)
             if name != "retrained":
-                found_difference = one.found.number(name="auc_difference", **where).value
-                theirs = one.found.number(**where | {"name": "auc", "model": "retrained"}).value
+                found_difference = one.found.metric(name="auc_difference", **where).value
+                theirs = one.found.metric(**where | {"name": "auc", "model": "retrained"}).value
                 assert found_difference == pytest.approx(aucs[name, attack] - theirs)
 
 
@@ -161,28 +172,31 @@ def test_neighbors_and_running_text_are_scored_as_by_hand(trainable):
     one = case(trainable)
     for name, model in one.models.items():
         scores = score_completions(model, rows("doe film", 5), make_collator())
-        assert_numbers(one.found, scores, measure="neighbors", rows="surname", model=name)
-        losses = text_losses(model, TEXTS, make_collator().tokenizer, 32)
+        assert_metrics(one.found, scores, measure="neighbors", rows="surname", model=name)
+        losses = text_losses(model, TEXTS, make_collator().encoder, 32)
         where = {"measure": "unrelated text", "rows": "unrelated text", "model": name}
-        assert_numbers(one.found, {"perplexity": perplexity(losses)}, **where)
+        assert_metrics(one.found, {"perplexity": perplexity(losses)}, **where)
 
 
 @pytest.mark.parametrize("trainable", ASKED)
 def test_questions_give_scores_model_utility_and_forget_quality(trainable):
     one, ratios = case(trainable), {}
     for name, model in one.models.items():
-        scores = {of: score_questions(model, questions(of), make_collator(), max_new_tokens=5) for of in QUESTION_SETS}
+        scores = {
+            of: score_questions(model, questions(of), make_collator().encoder, max_new_tokens=5)
+            for of in QUESTION_SETS
+        }
         for of, some in scores.items():
-            for what, values in dataclasses.asdict(some).items():
+            for what, values in some.items():
                 found = per_row(one.found, "questions", of, name, "")[what]
                 np.testing.assert_allclose(found, values, rtol=1e-4, atol=1e-7)
         kept = [scores[of] for of in ("retain", "real_authors", "world_facts")]
         utility = model_utility(*kept)["model_utility"]
-        assert_numbers(one.found, {"model_utility": utility}, 1e-4, measure="questions", rows="retain", model=name)
-        ratios[name] = scores["forget"].truth_ratio
+        assert_metrics(one.found, {"model_utility": utility}, 1e-4, measure="questions", rows="retain", model=name)
+        ratios[name] = scores["forget"]["truth_ratio"]
     for name in ("unlearned", "detached"):
         quality = {"forget_quality": forget_quality(ratios[name], ratios["retrained"])}
-        assert_numbers(one.found, quality, measure="questions", rows="forget", model=name)
+        assert_metrics(one.found, quality, measure="questions", rows="forget", model=name)
 
 
 # ---- under attack ----
@@ -194,8 +208,8 @@ def test_input_attacks_are_scored_as_by_attack_inputs(trainable):
         records = attack_inputs(one.models, make_splits()[split], INPUTS, make_collator())
         assert len(records) == 9
         for record in records:
-            where = {"measure": "input attack", "rows": split, "variant": record.pop("attack")}
-            assert_numbers(one.found, record, model=record.pop("model"), **where)
+            where = {"measure": "input attack", "rows": split, "attack": record.pop("attack")}
+            assert_metrics(one.found, record, model=record.pop("model"), **where)
 
 
 def test_relearning_is_what_relearn_gives_and_not_done_to_the_base(trainable):
@@ -204,9 +218,9 @@ def test_relearning_is_what_relearn_gives_and_not_done_to_the_base(trainable):
     assert not set(few["prompt"]) & set(others["prompt"])
     for name in ("unlearned", "retrained"):
         lr = 0.003 if name == "retrained" or trainable == "whole" else 0.02
-        for record in relearn(one.models[name], few, others, make_collator(), lr, (1, 3), seed=SEED):
-            where = {"measure": "relearning", "rows": "train_forget", "variant": f"{record.pop('step')} steps"}
-            assert_numbers(one.found, record, 1e-4, model=name, **where)
+        for record in relearn(one.models[name], few, others, make_collator().encoder, scored, lr, (1, 3), seed=SEED):
+            where = {"measure": "relearning", "rows": "train_forget", "level": record.pop("step")}
+            assert_metrics(one.found, record, 1e-4, model=name, **where)
     assert {x.model for x in one.found.measurements if x.measure == "relearning"} == {"unlearned", "retrained"}
 
 
@@ -215,17 +229,17 @@ def test_sampling_soft_suffix_and_probe_are_as_by_hand(trainable):
     few, others = halves(5)
     for name, model in one.models.items():
         for tries in (1, 7):
-            success = sampled_success(model, make_splits()["test_forget"], collator, tries, 0.7).mean()
-            where = {"measure": "sampling", "rows": "test_forget", "variant": f"{tries} tries"}
-            assert_numbers(one.found, {"success": success}, 1e-4, model=name, **where)
-        probe = dataclasses.asdict(linear_probe(model, few, others, collator, seed=SEED))
-        assert_numbers(one.found, probe, measure="linear probe", rows="train_forget", model=name)
-        attack = soft_suffix(model, few, others, collator, 2, 3, 0.1, seed=SEED)
-        for variant in ("before", "after", "trained"):
-            where = {"measure": "soft suffix", "rows": "train_forget", "variant": variant}
-            means = {score: getattr(attack, variant)[score].mean() for score in ("accuracy", "loss")}
-            assert_numbers(one.found, means, 1e-4, model=name, **where)
-        assert (attack.after["loss"] != attack.before["loss"]).all()
+            success = sampled_success(model, make_splits()["test_forget"], collator.encoder, tries, 0.7).mean()
+            where = {"measure": "sampling", "rows": "test_forget", "level": tries}
+            assert_metrics(one.found, {"success": success}, 1e-4, model=name, **where)
+        probe = linear_probe(model, few, others, collator.encoder, seed=SEED)
+        assert_metrics(one.found, probe, measure="linear probe", rows="train_forget", model=name)
+        attack, _ = soft_suffix(model, few, others, collator.encoder, 2, 3, 0.1, seed=SEED)
+        for stage in ("before", "after", "trained"):
+            where = {"measure": "soft suffix", "rows": "train_forget", "attack": stage}
+            means = {score: attack[stage][score].mean() for score in ("accuracy", "loss")}
+            assert_metrics(one.found, means, 1e-4, model=name, **where)
+        assert (attack["after"]["loss"] != attack["before"]["loss"]).all()
 
 
 def test_quantized_is_the_same_prompt_on_the_base_in_four_bit(tmp_path, trainable):
@@ -233,7 +247,7 @@ def test_quantized_is_the_same_prompt_on_the_base_in_four_bit(tmp_path, trainabl
     small = {"retrained": save_and_quantize(one.models["retrained"], tmp_path / "retrained")}
     if trainable == "lora":
         for name in ("unlearned", "detached"):
-            assert "merge_and_unload" in one.found.left_out[f"quantized, {name}"]
+            assert "merge_and_unload" in one.found.skipped[f"quantized, {name}"]
     else:
         small["detached"] = save_and_quantize(learned(), tmp_path / "base")
     if trainable == "whole":
@@ -249,8 +263,8 @@ def test_quantized_is_the_same_prompt_on_the_base_in_four_bit(tmp_path, trainabl
     for name, model in small.items():
         for split in ("test_forget", "test_retain"):
             scores = score_completions(model, make_splits()[split], make_collator())
-            where = {"measure": "quantized", "rows": split, "model": name, "variant": "4 bit"}
-            assert_numbers(one.found, scores, 1e-4, **where)
+            where = {"measure": "quantized", "rows": split, "model": name, "level": 4}
+            assert_metrics(one.found, scores, 1e-4, **where)
             whole = score_completions(one.models[name], make_splits()[split], make_collator())
             assert abs(whole["loss"] - scores["loss"]) > 1e-4  # or nothing was quantized
     assert {x.model for x in one.found.measurements if x.measure == "quantized"} == set(small)
@@ -274,7 +288,7 @@ def test_min_k_looks_at_the_share_of_tokens_that_is_asked_for():
             learned(), make_splits(**sets), make_collator(), measures=["membership"], attacks=attacks, progress=False
         )
         found[share] = per_row(evaluated, "membership", "train_forget", "unlearned", "")
-        expected = attack_scores(learned(), sets["train_forget"], make_collator(), share=share)
+        expected = attack_scores(learned(), sets["train_forget"], make_collator().encoder, share=share)
         for attack, values in expected.items():
             np.testing.assert_allclose(found[share][attack], values, rtol=1e-4, atol=1e-5, err_msg=attack)
         assert evaluated.settings["attacks"]["min_k_share"] == share

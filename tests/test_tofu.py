@@ -10,7 +10,6 @@ from small_evaluations import QUESTIONS
 
 from spul.data import QUESTION_ANSWER
 from spul.evaluation.metrics import (
-    QuestionScores,
     forget_quality,
     generate_answers,
     model_utility,
@@ -24,7 +23,7 @@ from spul.evaluation.metrics import (
 def test_scores_of_questions_are_the_formulae_written_out(prompt_type, paraphrased):
     model, collator = prompted(prompt_type=prompt_type), answer_collator()
     questions = [{k: v for k, v in q.items() if paraphrased or not k.startswith("para")} for q in QUESTIONS]
-    found = score_questions(model, Dataset.from_list(questions), collator, batch_size=4, max_new_tokens=5)
+    found = score_questions(model, Dataset.from_list(questions), collator.encoder, batch_size=4, max_new_tokens=5)
 
     def normalized(question, answer):
         row = QUESTION_ANSWER.row({"question": question, "answer": answer})
@@ -34,38 +33,42 @@ def test_scores_of_questions_are_the_formulae_written_out(prompt_type, paraphras
         right = normalized(q["question"], q["answer"])
         wrong = [normalized(q["question"], text) for text in q["perturbed_answer"]]
         again = normalized(q["question"], q.get("paraphrased_answer", q["answer"]))
-        assert found.probability[i] == pytest.approx(right, rel=1e-5)
-        assert found.choice_probability[i] == pytest.approx(right / (right + sum(wrong)), rel=1e-5)
-        assert found.truth_ratio[i] == pytest.approx(np.mean(wrong) / again, rel=1e-5)
+        assert found["probability"][i] == pytest.approx(right, rel=1e-5)
+        assert found["choice_probability"][i] == pytest.approx(right / (right + sum(wrong)), rel=1e-5)
+        assert found["truth_ratio"][i] == pytest.approx(np.mean(wrong) / again, rel=1e-5)
     asked = Dataset.from_list([QUESTION_ANSWER.row(q) for q in questions])
-    said = generate_answers(model, asked, collator, max_new_tokens=5)
-    np.testing.assert_array_equal(found.rouge_l_recall, rouge_l(said, [q["answer"] for q in questions]).recall)
+    said = generate_answers(model, asked, collator.encoder, max_new_tokens=5)
+    np.testing.assert_array_equal(
+        found["rouge_l_recall"], rouge_l(said, [q["answer"] for q in questions])["rouge_l_recall"]
+    )
 
 
 def test_bad_questions_raise():
     model, collator = prompted(dtype=torch.float32), answer_collator()
-    with pytest.raises(ValueError, match=r"lack \['perturbed_answer'\]"):
-        score_questions(model, Dataset.from_list([{"question": "a", "answer": "b"}]), collator)
+    with pytest.raises(ValueError, match=r"lacks the column\(s\) \['perturbed_answer'\]"):
+        score_questions(model, Dataset.from_list([{"question": "a", "answer": "b"}]), collator.encoder)
     empty = {"question": "a", "answer": "b", "perturbed_answer": []}
     with pytest.raises(ValueError, match="one or more texts"):
-        score_questions(model, Dataset.from_list([empty]), collator)
+        score_questions(model, Dataset.from_list([empty]), collator.encoder)
 
 
 def scores(seed):
     draws = np.random.default_rng(seed)
-    return QuestionScores(*(draws.uniform(0.1, 0.9, 10) for _ in range(3)), draws.uniform(0, 2, 10))
+    shares = ("probability", "choice_probability", "rouge_l_recall")
+    return {**{name: draws.uniform(0.1, 0.9, 10) for name in shares}, "truth_ratio": draws.uniform(0, 2, 10)}
 
 
 def test_model_utility_is_the_harmonic_mean_of_nine():
     retain, authors, facts = scores(0), scores(1), scores(2)
     found = model_utility(retain, authors, facts)
-    nine = [retain.probability.mean(), authors.choice_probability.mean(), facts.choice_probability.mean()]
-    nine += [s.rouge_l_recall.mean() for s in (retain, authors, facts)]
-    nine += [np.clip(1 - s.truth_ratio, 0, None).mean() for s in (retain, authors, facts)]
+    nine = [retain["probability"].mean()]
+    nine += [s["choice_probability"].mean() for s in (authors, facts)]
+    nine += [s["rouge_l_recall"].mean() for s in (retain, authors, facts)]
+    nine += [np.clip(1 - s["truth_ratio"], 0, None).mean() for s in (retain, authors, facts)]
     assert found["model_utility"] == pytest.approx(9 / sum(1 / x for x in nine))
     assert len(found) == 10
     assert found["model_utility"] == pytest.approx(hmean([v for k, v in found.items() if k != "model_utility"]))
-    ruined = QuestionScores(retain.probability * 0, *(getattr(retain, n) for n in list(vars(retain))[1:]))
+    ruined = {**retain, "probability": retain["probability"] * 0}
     assert model_utility(ruined, authors, facts)["model_utility"] == 0
 
 

@@ -16,7 +16,7 @@ from plain import row_logits
 from spul import SoftPromptUnlearner, UnlearningLoss
 from spul.losses import GradientAscent, KLDivergence
 from spul.losses.positions import response_positions
-from spul.prompts.shared_prefix import prompted_logits
+from spul.prompts.shared_prefix import response_logits
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -64,7 +64,7 @@ def test_a_prompt_longer_than_the_sliding_window_equals_concatenation(family, wi
     unlearner = build_unlearner(family, prompt_type, p=8, sliding_window=window)
     batch = make_batch()
     positions, targets = response_positions(batch["labels"])
-    shared = prompted_logits(unlearner, batch["input_ids"], batch["attention_mask"], positions)
+    shared = response_logits(unlearner, batch["input_ids"], batch["attention_mask"], positions)
     for row, num in enumerate(NUM_RESPONSE):
         ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
         expected = row_logits(unlearner, ids)[len(ids) - num - 1 : len(ids) - 1]
@@ -241,9 +241,9 @@ def test_disable_adapter_gives_the_untouched_base(family, prompt_type):
 
 @pytest.mark.parametrize("prompt_type", ["prompt_tuning", "p_tuning"])
 def test_gradient_checkpointing_concatenates_and_says_so_once(family, prompt_type, caplog):
-    from spul.prompts import shared_prefix as prefix
+    from spul.models.causal_lm import warn_once
 
-    prefix.say_once.cache_clear()
+    warn_once.cache_clear()
     unlearner, batch = build_unlearner(family, prompt_type), make_batch()
     out = unlearner(**batch)
     expected = prompt_gradients(unlearner, out.loss)
@@ -394,9 +394,9 @@ def test_generate_refuses_what_it_cannot_honor(kwargs, message):
 def test_families_without_a_plain_cache_are_concatenated(caplog):
     from transformers import MambaConfig, MambaForCausalLM
 
-    from spul.prompts import shared_prefix as prefix
+    from spul.models.causal_lm import warn_once
 
-    prefix.say_once.cache_clear()
+    warn_once.cache_clear()
     torch.manual_seed(0)
     base = MambaForCausalLM(MambaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=2, state_size=4)).eval()
     config = PromptTuningConfig(

@@ -45,13 +45,13 @@ def test_limited_draws_retain_rows_and_leaves_forget_rows():
 
 def test_limited_keeps_certain_rows_first():
     data = small(train_retain=reviews(*(f"{'jane' if i % 10 == 0 else 'doe'} {i}" for i in range(50))))
-    less = data.limited(num_retain=8, keep=lambda row: "jane" in row["text"])
+    less = data.limited(num_retain=8, prefer=lambda row: "jane" in row["text"])
     assert sum("jane" in text for text in texts(less, "train_retain")) == 5
     assert sizes(less)["train_retain"] == 8
-    assert less.notes[-1] == "train_retain: a random 8 of 50 rows (seed 0), 5 of them from the 5 to be kept first"
-    few = data.limited(num_retain=3, keep=lambda row: "jane" in row["text"])
+    assert less.notes[-1] == "train_retain: a random 8 of 50 rows (seed 0), 5 of them from the 5 preferred"
+    few = data.limited(num_retain=3, prefer=lambda row: "jane" in row["text"])
     assert all("jane" in text for text in texts(few, "train_retain"))
-    assert few.notes[-1].endswith("3 of them from the 5 to be kept first")
+    assert few.notes[-1].endswith("3 of them from the 5 preferred")
 
 
 def test_limits_above_the_size_leave_all_rows_and_say_so():
@@ -61,10 +61,10 @@ def test_limits_above_the_size_leave_all_rows_and_say_so():
 
 
 def test_limits_that_make_no_sense_are_errors():
-    with pytest.raises(ValueError, match="at most 0 rows of test_retain"):
+    with pytest.raises(ValueError, match="a maximum of 0 rows for test_retain"):
         small().limited(num_test=0)
-    with pytest.raises(ValueError, match="give num_retain"):
-        small().limited(num_test=1, keep=lambda row: True)
+    with pytest.raises(ValueError, match="pass num_retain"):
+        small().limited(num_test=1, prefer=lambda row: True)
 
 
 def test_a_forget_fraction_leaves_the_rest_in_no_split():
@@ -97,17 +97,17 @@ def test_a_missing_and_an_empty_split_are_errors():
 @pytest.mark.parametrize(
     ("one", "other", "what"),
     [
-        ("train_retain", "train_forget", "forgotten and kept"),
-        ("train_retain", "test_forget", "forgotten and kept"),
-        ("train_forget", "test_retain", "forgotten and kept"),
-        ("test_retain", "test_forget", "forgotten and kept"),
+        ("train_retain", "train_forget", "forgotten and retained"),
+        ("train_retain", "test_forget", "forgotten and retained"),
+        ("train_forget", "test_retain", "forgotten and retained"),
+        ("test_retain", "test_forget", "forgotten and retained"),
         ("train_retain", "test_retain", "trained on and tested as unseen"),
         ("train_forget", "test_forget", "trained on and tested as unseen"),
     ],
 )
 def test_a_row_in_two_splits_is_an_error_that_shows_it(one, other, what):
     data = small(**{one: reviews("alone", "shared "), other: reviews("shared", "by itself")})
-    with pytest.raises(ValueError, match=f"1 row.* in both {one} and {other}, and would be {what} at once: 'shared'"):
+    with pytest.raises(ValueError, match=f"1 row.* in both {one} and {other} and would be {what} at once: 'shared'"):
         data.check()
 
 
@@ -124,7 +124,7 @@ def test_the_same_question_with_other_choices_is_another_row_but_not_with_shuffl
 
 def test_a_label_that_is_generic_as_well_is_an_error():
     rows = Dataset.from_list([{"text": "so so", "label": 2, "label_text": "Neutral"}])
-    with pytest.raises(ValueError, match="row 0 of test_retain of small is answered with ' Neutral'"):
+    with pytest.raises(ValueError, match="row 0 of test_retain of small has the completion ' Neutral'"):
         small(test_retain=rows).check()
 
 

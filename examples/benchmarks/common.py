@@ -151,7 +151,7 @@ def make_rows(shape: Shape, vocab_size: int, num_rows: int | None = None, seed: 
         length = width if i == 0 else int(torch.randint(int(0.7 * width), width + 1, (), generator=draw))
         ids = torch.randint(5, vocab_size - 2, (length,), generator=draw).tolist()
         mask = [0] * (length - shape.response_tokens) + [1] * shape.response_tokens
-        rows.append({"input_ids": ids, "completion_mask": mask, "is_forget": i < shape.forget_rows})
+        rows.append({"input_ids": ids, "completion_mask": mask, "is_forget": i < shape.forget_rows, "row_id": i})
     return rows
 
 

@@ -47,10 +47,11 @@ from spul.data import MULTIPLE_CHOICE, SPLITS, PromptFormat, UnlearningData, loa
 from spul.data.dataset import forget_retain_dataset
 from spul.data.known import LOADERS
 from spul.data.known_reviews import SST2_FORGET_NAMES, SST2_RETAIN_NAMES, load_four_splits
-from spul.data.splits import NameFinder
+from spul.data.recognizers import NameFinder
 from spul.evaluation.metrics import response_embeddings
 from spul.evaluation.metrics.scoring import score_completions
 from spul.records.digests import summarize_rows
+from spul.records.files import write_text
 from spul.training.methods import Method
 
 SECOND_QUESTION = PromptFormat("### Text: {text}\n### Question: which person?\n### Person:", completion=" {person}")
@@ -113,12 +114,12 @@ class Experiment:
             return data
         if setup.dataset == "tofu":
             asked = set(data.splits["test_retain"]["answer"])  # the rows whose answers are tested come first
-            return data.limited(setup.limit, None, setup.seed, keep=lambda row: row["answer"] in asked)
+            return data.limited(setup.limit, None, setup.seed, prefer=lambda row: row["answer"] in asked)
         if not setup.second_question:
             return data.limited(setup.limit, None, setup.seed)
         finder = NameFinder(SST2_RETAIN_NAMES)
         # Rows that name somebody else come first: from them the model learns that names differ.
-        return data.limited(setup.limit, None, setup.seed, keep=lambda row: bool(finder.find(row["text"])))
+        return data.limited(setup.limit, None, setup.seed, prefer=lambda row: bool(finder.find(row["text"])))
 
     @cached_property
     def rows(self) -> dict[str, Dataset]:
@@ -194,7 +195,7 @@ class Experiment:
             model, cost = memorize(setup.model, rows, self.collator, args, learner, getattr(torch, setup.dtype))
             model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        record.write_text(json.dumps({"made_with": made_with, "cost": cost}, indent=2) + "\n", encoding="utf-8")
+        write_text(record, json.dumps({"made_with": made_with, "cost": cost}, indent=2) + "\n")
         return folder
 
     def model_folder(self, name: str) -> str | Path:
@@ -349,4 +350,4 @@ class Experiment:
 
     def embeddings(self, model: Any, rows: Dataset, name: str) -> Any:
         """Last-layer embeddings of rows, for t-SNE."""
-        return response_embeddings(model, rows, self.collator, self.batch_size, progress=name)
+        return response_embeddings(model, rows, self.collator.encoder, self.batch_size, progress=name)

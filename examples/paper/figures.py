@@ -221,9 +221,7 @@ def draw_tsne_coordinates(rows: Sequence[Mapping[str, Any]]) -> Figure:
         raise ValueError("there are no rows to draw; expected those of tsne_coordinates.")
     names = list(dict.fromkeys(row["label"] for row in rows))
     if len(names) > len(LABEL_MARKERS):
-        raise ValueError(
-            f"there are {len(names)} different labels, and {len(LABEL_MARKERS)} markers."
-        )
+        raise ValueError(f"there are {len(names)} different labels, and {len(LABEL_MARKERS)} markers.")
     titles = list(dict.fromkeys(row["panel"] for row in rows))
     figure, panels = _panels(len(titles), height=3.4)
     for axes, title in zip(panels, titles, strict=True):

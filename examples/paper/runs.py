@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from transformers import AutoConfig
 
 from paper.tables import read_runs
 from spul.data import MULTIPLE_CHOICE, QUESTION_ANSWER, SENTIMENT
+from spul.records.files import write_text
 from spul.training.methods import Method, unlearning_method
 
 if TYPE_CHECKING:
@@ -176,9 +176,7 @@ class Runs:
         path.parent.mkdir(parents=True, exist_ok=True)
         found = read_runs(path) if path.exists() else []
         if path.exists() and not path.read_bytes().endswith(b"\n"):  # interrupted while writing
-            whole = path.with_suffix(".tmp")
-            whole.write_text("".join(json.dumps(run) + "\n" for run in found), encoding="utf-8")
-            os.replace(whole, path)
+            write_text(path, "".join(json.dumps(run) + "\n" for run in found))
         self.known = {identity(run): run for run in found}
 
     def add(self, records: list[dict[str, Any]]) -> None:

@@ -1,11 +1,12 @@
-"""Rows: what is to be forgotten, what is to be kept, as prompts and completions, and their token ids."""
+"""Forget and retain rows: known sets, splits, prompt formats, token ids, batches and samplers."""
 
 from .clusters import TextClustering
 from .collator import ForgetRetainCollator
 from .dataset import forget_retain_dataset
 from .encoder import Encoded, RowEncoder
 from .formats import MULTIPLE_CHOICE, QUESTION_ANSWER, REFUSALS, SENTIMENT, MultipleChoiceFormat, PromptFormat
-from .known import load_four_splits, load_known
+from .known import load_known
+from .known_reviews import load_four_splits
 from .recognizers import SpacyRecognizer, TransformersRecognizer
 from .splits import (
     Split,

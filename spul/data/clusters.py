@@ -1,4 +1,4 @@
-"""Clusters of texts: spherical k-means over TF-IDF or sentence embeddings, kept to assign further texts."""
+"""Clusters of texts: spherical k-means over TF-IDF or sentence embeddings, which also assigns new texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
-from .recognizers import checked_texts
+from ..records.files import atomic_folder, write_text
+from .checks import checked_texts
 
 logger = logging.getLogger(__name__)
 
@@ -21,22 +22,20 @@ SETTINGS_NAME = "clustering.json"
 ARRAYS_NAME = "clustering.safetensors"
 TFIDF: dict[str, Any] = {"stop_words": "english", "sublinear_tf": True, "max_features": 20_000}
 KMEANS_RUNS = 10
-# Shorter than this, an embedding is rounding error and has no direction.
+# An embedding shorter than this is a rounding error and has no direction.
 NO_LENGTH = 1e-9
 
 
 class TextClustering:
-    """k-means with cosine distance over text embeddings; the centers are kept and assign new texts.
+    """Clustering of texts by k-means with cosine distance over embeddings, made by `fit` or `load`.
 
-    A text goes to the cluster whose center has the largest cosine with it. A text without a direction (TF-IDF: one
-    with no word of the vocabulary) goes to the cluster whose center is nearest to the mean of all centers.
-
-    Made by `fit` or `load`.
+    A text belongs to the cluster whose center has the largest cosine with it. A text whose embedding is zero (TF-IDF:
+    one with no word of the vocabulary) belongs to the cluster whose center is nearest to the mean of all centers.
 
     Attributes:
         embedder: `"tfidf"`, or the name or folder of a sentence-transformers model.
-        centers: of shape (clusters, dimensions), unit length.
-        sizes: rows per cluster at fit time.
+        centers: (clusters, dimensions), of unit length.
+        sizes: number of fitted texts in each cluster.
     """
 
     def __init__(
@@ -67,19 +66,19 @@ class TextClustering:
         """Cluster texts.
 
         Args:
-            texts: what to cluster.
-            num_clusters: at least 2.
-            embedder: `"tfidf"`: TF-IDF of English texts' words without stop words, reduced by a truncated SVD; or the
-                name or folder of a sentence-transformers model.
-            dim: dimensions of the TF-IDF embeddings; lowered, with a warning, where there are fewer words or texts.
+            texts: texts to cluster.
+            num_clusters: number of clusters, at least 2.
+            embedder: `"tfidf"`, TF-IDF of English words without stop words, reduced by a truncated SVD; or the name
+                or folder of a sentence-transformers model.
+            dim: dimensions of the TF-IDF embeddings; lowered, with a warning, if there are fewer words or texts.
             seed: seed of the SVD and of k-means.
             progress: whether to show progress bars.
 
         Raises:
             ImportError: if a sentence-transformers model is named and the library is not installed.
-            TypeError: if the texts are not strings.
-            ValueError: if `num_clusters` or `dim` is too low, no text has a word, or there are fewer different texts
-                than clusters.
+            TypeError: if the texts are no strings.
+            ValueError: if `num_clusters` or `dim` is too low, no text has a word, or the texts do not fill the
+                clusters.
         """
         from sklearn.cluster import KMeans
 
@@ -89,7 +88,9 @@ class TextClustering:
         if dim < 1:
             raise ValueError(f"dim={dim}; expected at least 1.")
         if (different := len(set(texts))) < num_clusters:
-            raise ValueError(f"there are {different} different texts for num_clusters={num_clusters}.")
+            raise ValueError(
+                f"there are {different} different texts for num_clusters={num_clusters}; expected at least as many."
+            )
         with tqdm(total=3, desc="clustering", disable=not progress) as bar:
             clustering = cls(embedder, np.empty((0, 0)), [], progress=progress)
             if embedder == "tfidf":
@@ -103,7 +104,7 @@ class TextClustering:
                 clustering.centers = _unit(means)
                 clustering.sizes = np.bincount(clustering._nearest(vectors), minlength=num_clusters).tolist()
             bar.update()
-        # Different texts can have one embedding; k-means then leaves clusters empty.
+        # Different texts can have the same embedding, which leaves clusters empty.
         if not clustering.sizes or 0 in clustering.sizes:
             raise ValueError(
                 f"the {different} different texts do not fill {num_clusters} clusters ({len(directed)} texts have an "
@@ -112,7 +113,7 @@ class TextClustering:
         return clustering
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
-        """Embeddings of shape (texts, dimensions), each of unit length, or zero if the text has no direction."""
+        """Embeddings (texts, dimensions), each of unit length, or zero for a text without known words."""
         texts = checked_texts(texts)
         if not texts:
             return np.empty((0, self.centers.shape[1]))
@@ -135,36 +136,36 @@ class TextClustering:
         return _unit(np.asarray(vectors, dtype=np.float64))
 
     def assign(self, texts: Sequence[str]) -> np.ndarray:
-        """The cluster of each text: integers from 0, of shape (texts,)."""
+        """The cluster of each text: integers (texts,), from 0."""
         return self._nearest(self.embed(texts))
 
     def top_terms(self, n: int = 8) -> list[list[str]]:
-        """The `n` words of each cluster that set its center furthest apart from the other centers, best first.
+        """The `n` words of each cluster that distinguish its center most from the other centers, best first.
 
         Raises:
             ValueError: if the embeddings are not TF-IDF.
         """
         if self.vocabulary is None or self.components is None:
-            raise ValueError(f"top_terms needs embedder='tfidf'; this clustering's is {self.embedder!r}.")
+            raise ValueError(f"top_terms needs embedder='tfidf'; this clustering has {self.embedder!r}.")
         weights = (self.centers - self.centers.mean(axis=0)) @ self.components
         return [[self.vocabulary[i] for i in np.argsort(-row, kind="stable")[:n]] for row in weights]
 
     def save(self, folder: str | Path) -> None:
-        """Write the clustering: settings and vocabulary as JSON, arrays as safetensors."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write settings and vocabulary as JSON, and arrays as safetensors, to a folder."""
         settings = {"embedder": self.embedder, "sizes": self.sizes, "vocabulary": self.vocabulary}
-        (folder / SETTINGS_NAME).write_text(json.dumps(settings, ensure_ascii=False), encoding="utf-8")
         arrays = {"centers": self.centers, "idf": self.idf, "components": self.components}
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items() if v is not None}, str(folder / ARRAYS_NAME))
+        present = {name: np.ascontiguousarray(array) for name, array in arrays.items() if array is not None}
+        with atomic_folder(folder) as scratch:
+            write_text(scratch / SETTINGS_NAME, json.dumps(settings, ensure_ascii=False))
+            save_file(present, str(scratch / ARRAYS_NAME))
 
     @classmethod
     def load(cls, folder: str | Path) -> TextClustering:
-        """Read a clustering that `save` wrote.
+        """Read a clustering from a folder that `save` wrote.
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if the files do not belong together.
+            ValueError: if the files do not belong to one clustering.
         """
         folder = Path(folder)
         if missing := [name for name in (SETTINGS_NAME, ARRAYS_NAME) if not (folder / name).is_file()]:
@@ -175,14 +176,18 @@ class TextClustering:
         if len(clustering.sizes) != len(clustering.centers) or (
             (clustering.vocabulary is None) == (clustering.embedder == "tfidf")
         ):
-            raise ValueError(f"{SETTINGS_NAME} and {ARRAYS_NAME} in {folder} do not belong together.")
+            raise ValueError(
+                f"{SETTINGS_NAME} and {ARRAYS_NAME} in {folder} do not belong to one clustering; save it again."
+            )
         if clustering.vocabulary is not None and (
             clustering.idf is None
             or clustering.components is None
             or clustering.idf.shape != (len(clustering.vocabulary),)
             or clustering.components.shape != (clustering.centers.shape[1], len(clustering.vocabulary))
         ):
-            raise ValueError(f"the vocabulary in {SETTINGS_NAME} and the arrays in {ARRAYS_NAME} differ in size.")
+            raise ValueError(
+                f"the vocabulary in {SETTINGS_NAME} and the arrays in {ARRAYS_NAME} differ in size; save it again."
+            )
         return clustering
 
     def _fit_tfidf(self, texts: list[str], dim: int, seed: int) -> None:
@@ -206,13 +211,13 @@ class TextClustering:
     def _nearest(self, vectors: np.ndarray) -> np.ndarray:
         directed = vectors.any(axis=1)
         if num_lost := int((~directed).sum()):
-            lost = "%d of %d texts have no known word; they go to the cluster nearest to the mean of all centers."
-            logger.warning(lost, num_lost, len(vectors))
+            message = "%d of %d texts have no known word; they join the cluster nearest to the mean of all centers."
+            logger.warning(message, num_lost, len(vectors))
         middle = (self.centers @ self.centers.mean(axis=0)).argmax()
         return np.where(directed, (vectors @ self.centers.T).argmax(axis=1), middle)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
-    """Each row divided by its length; zero if it has none."""
+    """Each vector divided by its length, or zero if it has no direction."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.where(lengths > NO_LENGTH, vectors / np.maximum(lengths, NO_LENGTH), 0.0)

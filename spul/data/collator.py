@@ -1,4 +1,4 @@
-"""Rows to a batch: generic responses drawn, over-long rows shortened, padded on the right."""
+"""Collator: rows to a right-padded batch, with generic completions drawn for forget rows."""
 
 from __future__ import annotations
 
@@ -11,29 +11,34 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .checks import check_is_forget, check_not_generic
 from .encoder import Encoded, RowEncoder
+from .rows import completion_text, normalized, prompt_of
 
 
 class ForgetRetainCollator:
-    """Collates forget and retain rows into one right-padded batch.
+    """Collator of forget and retain rows into one right-padded batch.
 
-    A forget row's completion is replaced by one drawn uniformly from `generic_completions`. The draw depends on the
-    seed, the row and how often it was drawn, and on nothing else: batch mates, workers and processes do not change it.
+    Replaces the completion of each forget row by one drawn uniformly from `generic_completions`. A draw depends on the
+    seed, the row and the number of its earlier draws alone: other rows of the batch, workers and processes do not
+    change it.
 
     Args:
         tokenizer: any tokenizer of transformers; it needs no pad token and is not changed.
-        generic_completions: what forget rows are to be answered with, such as `[" neutral", " unknown"]`; mind the
-            leading space that completions of your data have. None keeps each forget row's own completion, as gradient
-            ascent needs.
-        max_length: the most tokens a row may have, without virtual tokens. See `spul.data.RowEncoder` for what is cut.
+        generic_completions: target completions of forget rows, such as `[" neutral", " unknown"]`, with a leading
+            space if the completions of your data have one. None keeps the own completion of each forget row, as
+            gradient ascent requires.
+        max_length: maximum number of tokens of a row, without virtual tokens; `spul.data.RowEncoder` describes what is
+            cut.
         seed: seed of the draws.
-        resample: draw afresh each time a row comes by; False draws once per row.
-        text_field: name of a column whose text stands in the prompt and may be cut.
+        resample: whether to draw again each time a row is collated; False draws once per row.
+        text_field: column whose text is part of the prompt and may be cut.
         append_eos: whether completions end with the end-of-sequence token.
-        pad_to_multiple_of: pad the batch's width to a multiple of this.
+        pad_to_multiple_of: pad the width of a batch to a multiple of this.
 
     Raises:
-        ValueError, TypeError: if `generic_completions` is a string, empty, or has empty or repeated entries.
+        TypeError: if `generic_completions` is a string.
+        ValueError: if `generic_completions` has no, empty or repeated entries.
 
     Example:
         ```python
@@ -58,7 +63,8 @@ class ForgetRetainCollator:
             raise TypeError(f"generic_completions={generic_completions!r} is one string; pass a list of completions.")
         if generic_completions is not None:
             texts = [str(text) for text in generic_completions]
-            if not texts or not all(plain(text) for text in texts) or len({plain(t) for t in texts}) < len(texts):
+            different = {normalized(text) for text in texts}
+            if not texts or "" in different or len(different) < len(texts):
                 raise ValueError(
                     f"generic_completions={texts!r}: expected one or more different, non-empty texts, or None to keep "
                     "each forget row's own completion."
@@ -67,16 +73,15 @@ class ForgetRetainCollator:
         self.tokenizer, self.generic_completions = tokenizer, generic_completions
         self.seed, self.resample = seed, resample
         self.encoder = RowEncoder(tokenizer, max_length, text_field, append_eos, pad_to_multiple_of)
-        self._generic = {plain(text) for text in generic_completions or []}
-        self._draws: Counter[str] = Counter()  # per row, since this epoch began
+        self._draws: Counter[str] = Counter()  # per row, since the start of the epoch
         self._draws_epoch = (-1, 0)
-        # In shared memory, so that data loader workers that live on see a new epoch too. -1: nobody counts epochs.
+        # Epoch (-1 if nobody sets it), and how often it was set. In shared memory, so that persistent workers see it.
         self._epoch = torch.tensor([-1, 0]).share_memory_()
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw as in this epoch. `UnlearningTrainer` calls it; in a loop of your own it makes draws resumable."""
+        """Set the epoch of the draws. `UnlearningTrainer` calls it; in a loop of your own it makes draws resumable."""
         self._epoch[0] = epoch
-        self._epoch[1] += 1  # so that setting the same epoch again begins it anew
+        self._epoch[1] += 1  # so that setting the same epoch again restarts it
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Collate rows.
@@ -90,112 +95,78 @@ class ForgetRetainCollator:
             `row_id` (B,) if all rows have one.
 
         Raises:
-            ValueError: if a row lacks what is needed, or its completion is one of the generic ones.
+            TypeError: if `rows` is one mapping of columns.
+            ValueError: if there are no rows, a row lacks a column, or its completion is one of the generic ones.
         """
         if isinstance(rows, Mapping):
             raise TypeError(
-                "rows is one mapping of columns, as a slice of a Dataset gives it; pass a list of rows: "
+                "rows is one mapping of columns, such as a slice of a Dataset; pass a list of rows: "
                 "[dataset[i] for i in range(8)]."
             )
         if not rows:
             raise ValueError("there are no rows to collate.")
-        if missing := [sorted(row) for row in rows if "is_forget" not in row]:
-            raise ValueError(
-                f"{len(missing)} of {len(rows)} rows have no is_forget, only {missing[0]}. Make the data set with "
-                "forget_retain_dataset; if it had the column and a Trainer pruned it, set "
-                "TrainingArguments(remove_unused_columns=False)."
-            )
         encoded = []
         for row in rows:
+            check_is_forget(row, "a row")
             own = self.encoder.encode(row)
             self._check_completion(row, own.completion_ids)
             if row["is_forget"] and self.generic_completions is not None:
                 draw = self._draw(row)
-                generic = row["generic_ids"][draw] if row.get("generic_ids") is not None else None
-                reserve = self._reserve(row, own)
-                text = self.generic_completions[draw] if generic is None else [int(i) for i in generic]
-                encoded.append(self.encoder.encode(row, text, reserve))
+                ids = row.get("generic_ids")
+                generic = self.generic_completions[draw] if ids is None else [int(i) for i in ids[draw]]
+                encoded.append(self.encoder.encode(row, generic, self._reserve(row, own)))
             else:
                 encoded.append(own)
         return self.encoder.pad(rows, encoded)
 
     def tokenize(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """A row as token ids, for `dataset.map(collator.tokenize)`: `input_ids` and `completion_mask`.
+        """A row as `input_ids` and `completion_mask`, for `dataset.map(collator.tokenize)`.
 
-        Cuts over-long rows now rather than in every epoch, and makes length grouping possible.
+        Long rows are cut once instead of in every epoch, and lengths are known to `group_by_length`.
         """
         encoded = self.encoder.encode(row)
         if "input_ids" not in row and self.generic_completions is not None and row.get("is_forget"):
             encoded = self.encoder.encode(row, reserve=self._reserve(row, encoded))
         mask = [0] * len(encoded.prompt_ids) + [1] * len(encoded.completion_ids)
-        kept = {name: row[name] for name in ("is_forget", "row_id") if name in row}
+        columns = {name: row[name] for name in ("is_forget", "row_id") if name in row}
         if "input_ids" not in row and not isinstance(row["completion"], str) and self.generic_completions is not None:
-            # A chat template ends answers in its own way, which a tokenized row no longer tells.
+            # A chat template puts tokens of its own around answers, which a tokenized row does not show.
             texts = self.generic_completions if row.get("is_forget") else []
-            kept["generic_ids"] = [self.encoder.encode(row, text).completion_ids for text in texts]
-        return {"input_ids": encoded.prompt_ids + encoded.completion_ids, "completion_mask": mask, **kept}
+            columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]
+        return {"input_ids": encoded.prompt_ids + encoded.completion_ids, "completion_mask": mask, **columns}
 
     def _reserve(self, row: Mapping[str, Any], own: Encoded) -> int:
-        """Room for the longest completion that a forget row may get, so that every draw sees the same prompt."""
-        if row.get("generic_ids") is not None:
-            generic = [len(ids) for ids in row["generic_ids"]]
-        elif "input_ids" in row or isinstance(row["completion"], str):
-            generic = [len(self.encoder.completion_ids(text)) for text in self.generic_completions or []]
-        else:
-            generic = [len(self.encoder.encode(row, text).completion_ids) for text in self.generic_completions or []]
-        return max([len(own.completion_ids), *generic])
+        """Tokens of the longest completion that a forget row can get, so that every draw has the same prompt."""
+        generic = row.get("generic_ids")
+        if generic is None:
+            generic = [self.encoder.completion_ids(text, row) for text in self.generic_completions or []]
+        return max(len(ids) for ids in [own.completion_ids, *generic])
 
     def _check_completion(self, row: Mapping[str, Any], completion_ids: list[int]) -> None:
-        """A label that is generic as well would be asked for and forbidden at once."""
+        """Raise if the row's own completion is a generic one."""
         if "completion" in row:
             text = completion_text(row["completion"])
         else:
             text = str(self.tokenizer.decode(completion_ids, skip_special_tokens=True))
-        if plain(text) in self._generic:
-            raise ValueError(
-                f"the completion {text!r} of a row is one of generic_completions={self.generic_completions!r}: a "
-                "forget row would be trained to its own label. Choose generic completions that no row "
-                "has as its label."
-            )
+        check_not_generic([text], self.generic_completions)
 
     def _draw(self, row: Mapping[str, Any]) -> int:
-        """The number of the generic completion of this draw of this row."""
+        """The index of the generic completion that this draw of the row takes."""
         assert self.generic_completions is not None
-        name = f"id{row['row_id']}" if "row_id" in row else hashlib.sha256(repr(_prompt_of(row)).encode()).hexdigest()
+        name = f"id{row['row_id']}" if "row_id" in row else hashlib.sha256(repr(prompt_of(row)).encode()).hexdigest()
         key = f"{self.seed}/{name}"
         if self.resample:
-            epoch, beginning = self._epoch.tolist()
+            epoch, start = self._epoch.tolist()
             worker = torch.utils.data.get_worker_info()
             if epoch < 0 and worker is not None:
-                # Workers start anew in every epoch and remember no draws; torch gives each start another seed.
-                # Per worker: with persistent workers a row may come to the other one in the next pass.
+                # Workers restart in every epoch and remember no draws, but have another seed at each start. It differs
+                # between workers, too: a row may come to another persistent worker in the next pass.
                 epoch = worker.seed
-            if (epoch, beginning) != self._draws_epoch:
+            if (epoch, start) != self._draws_epoch:
                 self._draws.clear()
-                self._draws_epoch = (epoch, beginning)
-            copy = f"{name}/{row.get('copy', 0)}"  # a sampler that repeats rows within an epoch numbers the copies
+                self._draws_epoch = (epoch, start)
+            copy = f"{name}/{row.get('copy', 0)}"  # numbered by a sampler that repeats rows within an epoch
             key = f"{self.seed}/{copy}/{epoch}/{self._draws[copy]}"
             self._draws[copy] += 1
         number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
         return number % len(self.generic_completions)
-
-
-def completion_text(completion: Any) -> str:
-    """A completion as text: itself, or the content of its last message."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
-
-
-def plain(text: str) -> str:
-    """A completion as it is compared with others: letter case and outer space do not count."""
-    return text.strip().casefold()
-
-
-def _prompt_of(row: Mapping[str, Any]) -> Any:
-    """What identifies a row that has no row_id."""
-    if "prompt" in row:
-        return row["prompt"]
-    return [
-        token
-        for token, is_completion in zip(row["input_ids"], row["completion_mask"], strict=True)
-        if not is_completion
-    ]

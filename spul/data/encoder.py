@@ -1,8 +1,10 @@
-"""From a row to token ids, shortened where it must be and nowhere else."""
+"""Row encoder: token ids of prompt and completion, shortened to a maximum length."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from array import array
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,15 +13,18 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..losses.terms import IGNORE_INDEX
-from .dataset import is_empty
+from .rows import is_empty
 
-# Stands before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
+# Text before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
 ANCHOR = ":"
+# Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion,
+# and one for each generic completion.
+CACHE_SIZE = 32_768
 
 
 @dataclass
 class Encoded:
-    """Token ids of a row: what is given and what is to be answered."""
+    """Token ids of a row: its prompt and its completion."""
 
     prompt_ids: list[int]
     completion_ids: list[int]
@@ -29,21 +34,25 @@ class Encoded:
 
 
 class RowEncoder:
-    """Turns prompt-completion rows into token ids of at most `max_length`.
+    """Encoder of prompt-completion rows as token ids, at most `max_length` a row.
 
-    The completion is tokenized as it follows the prompt's last token, so a leading space belongs to it (`"
-    positive"`). A row that is too long loses tokens from the end of its text field, if one is named, and then from
-    the start of the prompt, after the beginning-of-sequence token; never from the completion.
+    The completion is tokenized as the continuation of the prompt, so a leading space belongs to it (`" positive"`). A
+    row that is too long loses tokens from the end of its text field, if one is named, and then from the start of the
+    prompt, after the beginning-of-sequence token; never from the completion.
+
+    Encoded completions and rendered conversations are cached, up to `CACHE_SIZE`. Copies of an encoder, as in the
+    workers of a data loader, start with an empty cache.
 
     Args:
         tokenizer: any tokenizer of transformers; a fast one if `text_field` is given.
-        max_length: the most tokens a row may have, without virtual tokens.
-        text_field: name of a column whose text stands in the prompt and may be shortened, such as `"text"`.
-        append_eos: whether completions end with the end-of-sequence token. Chat templates decide for themselves.
-        pad_to_multiple_of: pad a batch's width to a multiple of this.
+        max_length: maximum number of tokens of a row, without virtual tokens.
+        text_field: column whose text is part of the prompt and may be shortened, such as `"text"`.
+        append_eos: whether completions end with the end-of-sequence token. In conversations the chat template decides.
+        pad_to_multiple_of: pad the width of a batch to a multiple of this.
 
     Raises:
-        ValueError: if `max_length` is below 2, or the tokenizer cannot do what is asked.
+        ValueError: if `max_length` is below 2, `text_field` is given with a slow tokenizer, or `append_eos` with a
+            tokenizer without an end-of-sequence token.
     """
 
     def __init__(
@@ -64,35 +73,41 @@ class RowEncoder:
             raise ValueError("append_eos=True, but the tokenizer has no eos_token; set one or leave append_eos out.")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.text_field, self.append_eos, self.pad_to_multiple_of = text_field, append_eos, pad_to_multiple_of
-        self._completions: dict[str, list[int]] = {}
-        # Some tokenizers end every text; a prompt's end is not there yet.
+        self._cache: dict[Hashable, array[int]] = {}
+        # Some tokenizers end every text with this token; a prompt must not end yet.
         eos = tokenizer.eos_token_id
         self._ends_texts = eos is not None and tokenizer(ANCHOR)["input_ids"][-1:] == [eos]
 
     def with_max_length(self, max_length: int) -> RowEncoder:
-        """The same encoder for rows of another length."""
-        return RowEncoder(self.tokenizer, max_length, self.text_field, self.append_eos, self.pad_to_multiple_of)
+        """An encoder with the same settings and another maximum length."""
+        encoder = RowEncoder(self.tokenizer, max_length, self.text_field, self.append_eos, self.pad_to_multiple_of)
+        encoder._cache = self._cache  # of ids before they are shortened
+        return encoder
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The cache is no part of the fingerprint of dataset.map(collator.tokenize), and is not sent to workers.
+        return {**self.__dict__, "_cache": {}}
 
     def batch(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Rows with their own completions (or those given), forget rows too, as one right-padded batch.
+        """One right-padded batch of rows, forget rows too, with their own completions or with those given.
 
         Args:
-            rows: as `encode`; `is_forget` and `row_id` are passed on if all rows have them.
-            completions: one text per row, instead of its own.
+            rows: as in `encode`; `is_forget` and `row_id` are included if all rows have them.
+            completions: one text per row, in place of its own.
 
         Returns:
-            As `pad`.
+            As in `pad`.
         """
         return self.pad(
             rows, [self.encode(row, None if completions is None else completions[i]) for i, row in enumerate(rows)]
         )
 
     def pad(self, rows: Sequence[Mapping[str, Any]], encoded: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Encoded rows as one right-padded batch.
+        """One right-padded batch of encoded rows.
 
         Args:
-            rows: what was encoded; `is_forget` and `row_id` are passed on if all rows have them.
-            encoded: token ids, one per row.
+            rows: the rows; `is_forget` and `row_id` are included if all rows have them.
+            encoded: their token ids, one per row.
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, n), -100 outside the completion; `is_forget` (B,) bool and
@@ -123,11 +138,11 @@ class RowEncoder:
 
         Args:
             row: `prompt` and `completion`, as text or messages; or, tokenized, `input_ids` and `completion_mask`.
-            completion: stands in for the row's own completion; token ids if the row is tokenized.
-            reserve: room to leave for a completion of so many tokens, if this one is shorter.
+            completion: replaces the row's own completion: text, or token ids if the row is tokenized.
+            reserve: shorten the prompt as for a completion of this number of tokens, if this one is shorter.
 
         Raises:
-            ValueError: if columns are missing, or prompt or completion have no tokens, or the completion alone is too
+            ValueError: if columns are missing, prompt or completion have no tokens, or the completion alone is too
                 long.
         """
         if "input_ids" in row:
@@ -136,7 +151,7 @@ class RowEncoder:
                 completion_ids = completion if isinstance(completion, list) else self.completion_ids(completion)
             removable = None
         elif isinstance(completion, list):
-            raise ValueError("token ids can stand in for the completion of a tokenized row only; pass text.")
+            raise ValueError("token ids can replace the completion of a tokenized row only; pass text.")
         elif "prompt" not in row or "completion" not in row:
             raise ValueError(
                 f"a row has the columns {sorted(row)}; expected prompt and completion, or input_ids and "
@@ -157,25 +172,40 @@ class RowEncoder:
             )
         return Encoded(self._shorten(prompt_ids, max(len(completion_ids), reserve), removable), completion_ids)
 
-    def completion_ids(self, text: str) -> list[int]:
-        """Token ids of a completion as it continues a text."""
-        if text not in self._completions:
-            anchor = self.tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
-            ids = self.tokenizer(ANCHOR + text, add_special_tokens=False)["input_ids"]
-            # An unknown anchor would swallow what stands next to it.
-            if anchor and self.tokenizer.unk_token_id not in anchor and ids[: len(anchor)] == anchor:
-                ids = ids[len(anchor) :]
-            else:
-                ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if self.append_eos:
-                ids = [*ids, self.tokenizer.eos_token_id]
-            if len(self._completions) >= 4096:  # free-form answers: do not keep a whole data set
-                self._completions.clear()
-            self._completions[text] = ids
-        return list(self._completions[text])
+    def completion_ids(self, text: str, row: Mapping[str, Any] | None = None) -> list[int]:
+        """Token ids of a text as a completion, cached.
+
+        Args:
+            text: the completion.
+            row: the row that it completes. Only conversations need it: there the chat template puts tokens of its own
+                around the text.
+        """
+        if row is None or "input_ids" in row or isinstance(row["prompt"], str):
+            return self._cached(text, lambda: self._text_ids(text))
+        return self._chat_ids(row["prompt"], row["completion"], text)[1]
+
+    def _cached(self, key: Hashable, encode: Callable[[], Sequence[int]]) -> list[int]:
+        """Token ids by key, encoded unless they are cached. A full cache drops its oldest entries."""
+        if key not in self._cache:
+            ids = array("i", encode())
+            while len(self._cache) >= CACHE_SIZE:
+                del self._cache[next(iter(self._cache))]
+            self._cache[key] = ids
+        return self._cache[key].tolist()
+
+    def _text_ids(self, text: str) -> list[int]:
+        """Token ids of a completion as the continuation of a text."""
+        anchor = self.tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(ANCHOR + text, add_special_tokens=False)["input_ids"]
+        # An unknown anchor would merge with the text after it.
+        if anchor and self.tokenizer.unk_token_id not in anchor and ids[: len(anchor)] == anchor:
+            ids = ids[len(anchor) :]
+        else:
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, self.tokenizer.eos_token_id] if self.append_eos else ids
 
     def _prompt_ids(self, row: Mapping[str, Any]) -> tuple[list[int], range | None]:
-        """Ids of a text prompt, and the places of those that belong to its text field."""
+        """Token ids of a text prompt, and the range of those that belong to its text field."""
         prompt = row["prompt"]
         encoded = self.tokenizer(prompt, return_offsets_mapping=self.text_field is not None)
         ids = list(encoded["input_ids"])
@@ -188,7 +218,8 @@ class RowEncoder:
         start = prompt.find(row[self.text_field])
         if start < 0:
             raise ValueError(
-                f"the text of column {self.text_field!r} does not stand in the prompt of its row: {dict(row)!r}"
+                f"the text of column {self.text_field!r} is not part of the prompt of its row: {dict(row)!r}. Name "
+                "the column whose text the prompt contains."
             )
         end = start + len(row[self.text_field])
         inside = [
@@ -197,19 +228,27 @@ class RowEncoder:
         return ids, range(inside[0], inside[-1] + 1) if inside else None
 
     def _chat_ids(self, prompt: list, completion: list, text: str | None) -> tuple[list[int], list[int]]:
-        """Ids of a conversation by the tokenizer's chat template."""
+        """Token ids of prompt and completion of a conversation by the chat template, cached by their content."""
         if text is not None:
             completion = [{"role": completion[-1]["role"], "content": text.strip()}]
-        apply = self.tokenizer.apply_chat_template
-        prompt_ids = list(apply(prompt, add_generation_prompt=True, tokenize=True, return_dict=False))
-        both = list(apply([*prompt, *completion], tokenize=True, return_dict=False))
-        if both[: len(prompt_ids)] != prompt_ids:
-            raise ValueError(
-                "the chat template does not render the prompt the same way when the completion follows, so the "
-                f"completion cannot be told apart: {prompt!r}. Use a template whose generation prompt is the start "
-                "of an answer."
-            )
-        return prompt_ids, both[len(prompt_ids) :]
+        key = (str(self.tokenizer.chat_template), hashlib.sha256(repr(prompt).encode()).digest())
+
+        def render(messages: list, add_generation_prompt: bool) -> list[int]:
+            apply = self.tokenizer.apply_chat_template
+            return list(apply(messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False))
+
+        def completion_ids() -> list[int]:
+            both = render([*prompt, *completion], add_generation_prompt=False)
+            if both[: len(prompt_ids)] != prompt_ids:
+                raise ValueError(
+                    "the chat template renders the prompt differently when the completion follows, so the completion "
+                    f"cannot be separated: {prompt!r}. Use a template whose generation prompt is the start of an "
+                    "answer."
+                )
+            return both[len(prompt_ids) :]
+
+        prompt_ids = self._cached(key, lambda: render(prompt, add_generation_prompt=True))
+        return prompt_ids, self._cached((*key, repr(completion)), completion_ids)
 
     def _split_tokenized(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         ids, mask = list(row["input_ids"]), row.get("completion_mask")

@@ -1,4 +1,4 @@
-"""Tasks as prompt formats: from a row of any columns to a prompt and a completion."""
+"""Prompt formats: a prompt and a completion from a row of any columns."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ REFUSALS = (
     " You would have to look that up elsewhere.",
     " I cannot tell you anything about this.",
 )
-"""Generic completions for free-form questions: one refusal in many wordings."""
+"""Generic completions for free-form questions: a refusal in 20 wordings."""
 
 
 def _fields_of(template: str) -> set[str]:
-    """The columns that a template asks for."""
+    """The columns that a template requires."""
     try:
         names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
     except ValueError as error:
@@ -47,16 +47,15 @@ def _fields_of(template: str) -> set[str]:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """How a row becomes a prompt and its completion.
+    """Format of a task: templates of prompt and completion, and the collator's settings for it.
 
-    A format of your own is an instance with another template; where columns must be combined first, a subclass that
-    defines `fields`.
+    For a format of your own, pass another template. To combine columns first, define `fields` in a subclass.
 
     Args:
-        template: the prompt, a `str.format` template over the row's columns, such as `"### Text: {text}\\n..."`.
-        completion: the template of the completion; it begins with the space that parts it from the prompt.
-        generic_completions: what to pass to `ForgetRetainCollator` as such.
-        text_field: the column that may be cut where a row is too long; what to pass to the collator as such.
+        template: template of the prompt for `str.format` with the row's columns, such as `"### Text: {text}\\n..."`.
+        completion: template of the completion; it begins with the space that separates it from the prompt.
+        generic_completions: `generic_completions` of `ForgetRetainCollator`.
+        text_field: `text_field` of the collator: the column that is cut if a row is too long.
 
     Raises:
         ValueError: if the template does not use `text_field`, a template is malformed, or there are no
@@ -77,7 +76,9 @@ class PromptFormat:
 
     def __post_init__(self) -> None:
         if self.text_field not in _fields_of(self.template):
-            raise ValueError(f"text_field={self.text_field!r} does not stand in the template {self.template!r}.")
+            raise ValueError(
+                f"text_field={self.text_field!r} is not in the template {self.template!r}; expected one of its fields."
+            )
         _fields_of(self.completion)
         if isinstance(self.generic_completions, str) or not self.generic_completions:
             raise ValueError(
@@ -86,24 +87,24 @@ class PromptFormat:
             )
 
     def fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What the templates are filled with: the columns of a row, unless a subclass says otherwise."""
+        """The values for the templates: the columns of a row, unless a subclass changes them."""
         return dict(row)
 
     def row(self, row: Mapping[str, Any]) -> dict[str, str]:
         """`prompt`, `completion` and the text field of a row.
 
         Raises:
-            ValueError: if a template asks for a column that the row does not have or has no value in, or if the
+            ValueError: if the row lacks a column that a template requires, or has no value in it, or if the
                 completion is empty.
         """
         fields = self.fields(row)
-        wanted = _fields_of(self.template) | _fields_of(self.completion)
-        if missing := sorted(wanted - fields.keys()):
+        required = _fields_of(self.template) | _fields_of(self.completion)
+        if missing := sorted(required - fields.keys()):
             raise ValueError(
-                f"the format {self.template!r} -> {self.completion!r} asks for the column(s) {missing}; the row has "
+                f"the format {self.template!r} -> {self.completion!r} requires the column(s) {missing}; the row has "
                 f"{sorted(row)}. Rename or map your columns, or write another PromptFormat."
             )
-        if empty := sorted(name for name in wanted if fields[name] is None):
+        if empty := sorted(name for name in required if fields[name] is None):
             raise ValueError(f"a row has no value in {empty}: {dict(row)!r}. Drop it, or fill it in.")
         text = str(fields[self.text_field]).strip()
         fields[self.text_field] = text
@@ -113,16 +114,16 @@ class PromptFormat:
         return {"prompt": self.template.format(**fields), "completion": completion, self.text_field: text}
 
     def apply(self, rows: Dataset) -> Dataset:
-        """All rows in prompt-completion form, as `forget_retain_dataset` takes them; other columns are left out."""
+        """All rows as `prompt`, `completion` and the text field; other columns are dropped."""
         return Dataset.from_list([self.row(row) for row in rows])
 
 
 @dataclass(frozen=True)
 class MultipleChoiceFormat(PromptFormat):
-    """A question with lettered options, answered with a letter. Rows have `question`, `choices` and `answer`.
+    """Format of questions with lettered options, answered with a letter.
 
-    `choices` is a list of texts and `answer` the place of the right one, from 0. The template may use `{question}`
-    and `{options}`, the options one a line (`A. ...`); the completion `{letter}`.
+    Rows have `question`, `choices`, a list of texts, and `answer`, the index of the correct one, from 0. The template
+    may use `{question}` and `{options}`, one option per line (`A. ...`), and the completion `{letter}`.
     """
 
     template: str = "### Question: {question}\n### Options:\n{options}\n### Answer:"
@@ -131,18 +132,18 @@ class MultipleChoiceFormat(PromptFormat):
     text_field: str = "question"
 
     def fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """The columns of a row, with `options`, one a line, and the `letter` of the right one."""
+        """The columns of a row, with `options`, one per line, and the `letter` of the correct one."""
         if missing := sorted({"question", "choices", "answer"} - row.keys()):
             raise ValueError(
                 f"a multiple-choice row lacks {missing}; it has {sorted(row)}. Expected question (text), choices (a "
-                "list of texts) and answer (the place of the right one, from 0)."
+                "list of texts) and answer (the index of the correct one, from 0)."
             )
         choices, answer = list(row["choices"]), row["answer"]
         letters = string.ascii_uppercase[: len(choices)]
         if not isinstance(answer, int) or not 0 <= answer < len(choices) or len(choices) > 26:
             raise ValueError(
-                f"answer={answer!r} with {len(choices)} choices: expected at most 26 choices, and the place of the "
-                "right one as an integer from 0."
+                f"answer={answer!r} with {len(choices)} choices: expected at most 26 choices, and the index of the "
+                "correct one as an integer from 0."
             )
         options = "\n".join(f"{letter}. {str(c).strip()}" for letter, c in zip(letters, choices, strict=True))
         return {**row, "options": options, "letter": letters[answer]}
@@ -151,10 +152,10 @@ class MultipleChoiceFormat(PromptFormat):
 SENTIMENT = PromptFormat(
     "### Text: {text}\n### Question: What is the sentiment of the given text?\n### Sentiment:",
 )
-"""Text classification as the SPUL paper prompts it: three fields, the label as the response."""
+"""Text classification as in the SPUL paper: three fields, the label as the completion."""
 
 MULTIPLE_CHOICE = MultipleChoiceFormat()
-"""Multiple choice with lettered options; *None* is the generic answer, as in the SPUL paper."""
+"""Multiple choice with lettered options and the generic completion *None*, as in the SPUL paper."""
 
 QUESTION_ANSWER = PromptFormat(
     "### Question: {question}\n### Answer:",
@@ -162,4 +163,4 @@ QUESTION_ANSWER = PromptFormat(
     generic_completions=REFUSALS,
     text_field="question",
 )
-"""Free-form question answering; the generic answers are `REFUSALS`."""
+"""Free-form question answering with the generic completions `REFUSALS`."""

@@ -1,4 +1,4 @@
-"""Known data sets as unlearning tasks, by name."""
+"""Published data sets as unlearning tasks, by name."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ LOADERS: dict[str, Callable[..., UnlearningData]] = {
 def load_known(
     name: str, source: str | os.PathLike[str] | None = None, seed: int = 0, **options: Any
 ) -> UnlearningData:
-    """A known data set, by name; the functions `load_sst2` and so on say what each one does.
+    """Load a published data set by name; `load_sst2` and the other functions describe each.
 
     Args:
         name: `"sst2"`, `"yelp"`, `"wmdp"`, `"tofu"` or `"imdb"`.
-        source: a local folder; None for the Hub.
+        source: local folder; None for the Hugging Face Hub.
         seed: seed of every draw.
-        options: the other arguments of that set's function.
+        options: other arguments of that set's function.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -67,8 +67,10 @@ def load_known(
         ```
     """
     if name not in LOADERS:
-        raise ValueError(f"name={name!r}; expected one of {', '.join(LOADERS)}. Of your own: load_four_splits.")
+        raise ValueError(
+            f"name={name!r}; expected one of {', '.join(LOADERS)}. For a set of your own: load_four_splits."
+        )
     known = [option for option in inspect.signature(LOADERS[name]).parameters if option not in ("source", "seed")]
     if unknown := sorted(options.keys() - set(known)):
-        raise TypeError(f"{name} has no option(s) {', '.join(unknown)}; it has {', '.join(known)}.")
+        raise TypeError(f"{name} has no option(s) {', '.join(unknown)}; expected some of {', '.join(known)}.")
     return LOADERS[name](source=source, seed=seed, **options)

@@ -1,4 +1,4 @@
-"""Questions with answers as unlearning tasks: WMDP against SciQ, and TOFU."""
+"""Known sets of questions and answers: WMDP with SciQ, and TOFU."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from datasets import Dataset, concatenate_datasets
 
 from .formats import MULTIPLE_CHOICE, QUESTION_ANSWER
 from .sources import check_folder, read_file, read_hub
-from .unlearning_data import FIRST_KEPT, UnlearningData, checked, size_note, without_repeats
+from .unlearning_data import PRECEDENCE, UnlearningData, checked, size_note, without_repeats
 
 WMDP_COLUMNS = ("question", "choices", "answer")
 WMDP_TRAIN, WMDP_SIZE = 900, 1_273
 SCIQ_COLUMNS = ("question", "correct_answer", "distractor1", "distractor2", "distractor3")
 SCIQ_PARTS = ("train", "validation", "test")
 SCIQ_TRAIN, SCIQ_TEST = 12_679, 1_000
-# forget set -> the retain set that goes with it, and the sizes of both
+# Forget set -> its retain set, and the sizes of both.
 TOFU_SETS = {
     "forget01": ("retain99", 40, 3_960),
     "forget05": ("retain95", 200, 3_800),
@@ -31,18 +31,17 @@ def load_wmdp(
     retain_source: str | os.PathLike[str] | None = None,
     seed: int = 0,
 ) -> UnlearningData:
-    """WMDP's questions of biology are to be forgotten, SciQ's questions of science kept, as in the SPUL paper.
+    """Load WMDP's biology questions as forget rows and SciQ's science questions as retain rows, as in the SPUL paper.
 
-    Of the 1,273 questions to be forgotten 900 are drawn to train on. SciQ's train and validation part are trained on,
-    its test part tested on; its four choices are shuffled, each question's in an order of its own.
+    Of the 1,273 forget questions, 900 are drawn to train on. SciQ's train and validation parts are for training, its
+    test part for testing; the four choices of each of its questions are shuffled.
 
     Args:
-        source: a folder of `.jsonl` files with `question`, `choices` (texts) and `answer` (the place of the right one,
+        source: folder of `.jsonl` files with `question`, `choices` (texts) and `answer` (the index of the correct one,
             from 0), all of which are read; None for `cais/wmdp`, `wmdp-bio` on the Hub.
-        retain_source: a folder with SciQ's `train.jsonl`, `validation.jsonl` and `test.jsonl`; None for `allenai/sciq`
-            on the Hub. Where the test part or both others are missing, what is there is cut in the published
-            proportion.
-        seed: seed of every draw.
+        retain_source: folder with SciQ's `train.jsonl`, `validation.jsonl` and `test.jsonl`; None for `allenai/sciq`
+            on the Hub. If the test part or both others are missing, the rest is divided in the published proportion.
+        seed: seed of all draws.
 
     Raises:
         FileNotFoundError: if no file is found.
@@ -68,23 +67,23 @@ def load_wmdp(
         "train_retain": train_retain,
         "test_retain": test_retain,
     }
-    splits, repeats = without_repeats({split: splits[split] for split in FIRST_KEPT}, MULTIPLE_CHOICE)
+    splits, repeats = without_repeats({split: splits[split] for split in PRECEDENCE}, MULTIPLE_CHOICE)
     notes += [*sciq_notes, *repeats]
     notes.append("published: train_retain 12,679, train_forget 900, test_retain 1,000, test_forget 373")
     return checked("wmdp", splits, MULTIPLE_CHOICE, notes)
 
 
 def load_tofu(source: str | os.PathLike[str] | None = None, forget: str = "forget10", seed: int = 0) -> UnlearningData:
-    """TOFU: questions about some invented authors are to be forgotten, those about the others kept.
+    """Load TOFU: questions about some invented authors as forget rows, about the others as retain rows.
 
-    Tested on are the same facts, asked in other words: the paraphrased questions of the forget set, and those that
-    TOFU has of 400 questions of the retain set.
+    The test splits ask for the same facts in other words: the paraphrased questions of the forget set, and TOFU's
+    paraphrases of 400 questions of the retain set.
 
     Args:
-        source: a folder with TOFU's files, such as `forget10.json`, `retain90.json`, `forget10_perturbed.json` and
+        source: folder with TOFU's files, such as `forget10.json`, `retain90.json`, `forget10_perturbed.json` and
             `retain_perturbed.json`; None for `locuslab/TOFU` on the Hub.
         forget: `"forget01"`, `"forget05"` or `"forget10"`: 1, 5 or 10 % of the 200 authors.
-        seed: nothing is drawn here; taken as all loaders take it.
+        seed: not used, since nothing is drawn; all loaders have it.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -109,14 +108,14 @@ def load_tofu(source: str | os.PathLike[str] | None = None, forget: str = "forge
         size_note(f"TOFU, {retain}", len(splits["train_retain"]), num_retain),
     ]
     forgotten = set(splits["train_forget"]["question"])
-    asked_again = read("retain_perturbed", "paraphrased_question")
-    kept = asked_again.select([i for i, text in enumerate(asked_again["question"]) if text not in forgotten])
-    num_left_out = len(asked_again) - len(kept)
+    paraphrases = read("retain_perturbed", "paraphrased_question")
+    retained = paraphrases.select([i for i, text in enumerate(paraphrases["question"]) if text not in forgotten])
     splits["test_forget"] = _paraphrased(read(f"{forget}_perturbed", "paraphrased_question"))
-    splits["test_retain"] = _paraphrased(kept)
+    splits["test_retain"] = _paraphrased(retained)
+    num_forgotten = len(paraphrases) - len(retained)
     notes += [
         f"test_forget: the paraphrased questions of {forget}_perturbed, with its answers",
-        f"test_retain: the same of retain_perturbed, without {num_left_out:,} that are to be forgotten",
+        f"test_retain: the same of retain_perturbed, without {num_forgotten:,} that are to be forgotten",
         "both ask in other words for facts that are trained on: TOFU has no other questions about its authors",
     ]
     return checked(f"tofu_{forget}", splits, QUESTION_ANSWER, notes)
@@ -127,7 +126,7 @@ def _paraphrased(rows: Dataset) -> Dataset:
 
 
 def _read_sciq(source: str | os.PathLike[str] | None, seed: int) -> tuple[Dataset, Dataset, list[str]]:
-    """What to train on, what to test on, and notes."""
+    """SciQ's rows to train on and to test on, and notes."""
     if source is None:
         parts = {part: read_hub("allenai/sciq", part, SCIQ_COLUMNS) for part in SCIQ_PARTS}
     else:
@@ -153,7 +152,7 @@ def _read_sciq(source: str | os.PathLike[str] | None, seed: int) -> tuple[Datase
 
 
 def _sciq_row(row: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """A question with its four choices, in an order that hangs on the seed and the question alone."""
+    """A question with its four choices, in an order that depends on the seed and the question alone."""
     choices = [row[name] for name in SCIQ_COLUMNS[1:]]
     order = random.Random(f"{seed}/{row['question']}").sample(range(len(choices)), len(choices))
     return {"question": row["question"], "choices": [choices[i] for i in order], "answer": order.index(0)}

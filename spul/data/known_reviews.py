@@ -1,4 +1,4 @@
-"""Reviews with a sentiment as unlearning tasks: SST-2, IMDB, Yelp, and sets that come in four splits."""
+"""Known sets of reviews with a sentiment: SST-2, IMDB and Yelp; and any set stored as four splits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .clusters import TextClustering
 from .formats import SENTIMENT, PromptFormat
 from .sources import check_folder, read_file, read_hub
 from .splits import SplitReport, split_by_cluster, split_by_entity, train_test
-from .unlearning_data import FIRST_KEPT, SPLITS, UnlearningData, checked, size_note, without_repeats
+from .unlearning_data import PRECEDENCE, SPLITS, UnlearningData, checked, size_note, without_repeats
 
 SST2_FORGET_NAMES = (
     *("spielberg", "sandler", "chan", "murphy", "washington", "bond", "soderbergh", "seagal", "williams", "scorsese"),
@@ -22,7 +22,7 @@ SST2_FORGET_NAMES = (
     *("broomfield", "hopkins", "witherspoon", "chabrol", "godard", "madonna", "kidman", "fiennes", "schwarzenegger"),
     *("nicholson", "clooney"),
 )
-"""People of SST-2 to be forgotten: 1,219 of its 67,850 different sentences name one of them."""
+"""People of SST-2 to forget: 1,219 of its 67,850 different sentences name one of them."""
 
 SST2_RETAIN_NAMES = (
     *("jackson", "hoffman", "lawrence", "benigni", "moore", "eastwood", "lopez", "solondz", "dickens", "willis"),
@@ -30,13 +30,13 @@ SST2_RETAIN_NAMES = (
     *("bruckheimer", "shakespeare", "auteuil", "affleck", "hewitt", "hartley", "gibson", "hitchcock", "costner"),
     *("binoche", "assayas", "mcdormand", "jolie", "carpenter", "pryor", "tsai", "diesel", "kapur", "cage"),
 )
-"""Other people of SST-2: 938 of its sentences name one of them, 77 of which are forgotten for another name."""
+"""Other people of SST-2: 938 of its sentences name one of them; 77 of these are forget rows for another name."""
 
 IMDB_FORGET_NAMES = (
     *("hitchcock", "spielberg", "kubrick", "tarantino", "scorsese", "polanski", "kurosawa", "coppola", "woody allen"),
     *("orson welles", "david lynch", "fellini", "godard", "de palma", "cronenberg", "argento"),
 )
-"""Film directors to be forgotten."""
+"""Film directors to forget."""
 
 LABEL_TEXTS = ("negative", "positive")
 YELP_LABELS = {"very negative": 0, "negative": 0, "positive": 1, "very positive": 1}
@@ -45,43 +45,43 @@ YELP_LABELS = {"very negative": 0, "negative": 0, "positive": 1, "very positive"
 def load_four_splits(
     source: str | os.PathLike[str], format: PromptFormat = SENTIMENT, name: str | None = None
 ) -> UnlearningData:
-    """A data set that comes in four splits, as the SPUL paper's do: train and test, retain and forget.
+    """Load a data set that is stored as four splits, such as the SPUL paper's: train and test, retain and forget.
 
-    Repeated texts are dropped, and one that is in a forget split is dropped from the retain splits.
+    Repeated texts are dropped; one that is in a forget split is dropped from the retain splits.
 
     Args:
-        source: a folder that `DatasetDict.save_to_disk` wrote; a folder of `train_retain`, `train_forget`,
-            `test_retain` and `test_forget`, each `.jsonl`, `.csv` or `.parquet`; or a name of the Hub:
-            `"karuna-bhaila/Unlearning_SST2"` and `"karuna-bhaila/Unlearning_Yelp_Polarity"` are the paper's own.
-        format: turns the rows into prompts; the default asks for columns `text` and `label_text`.
-        name: of the data set; the last part of `source` unless given.
+        source: folder that `DatasetDict.save_to_disk` wrote; folder of `train_retain`, `train_forget`, `test_retain`
+            and `test_forget`, each `.jsonl`, `.csv` or `.parquet`; or a name on the Hub, such as the paper's own
+            `"karuna-bhaila/Unlearning_SST2"` and `"karuna-bhaila/Unlearning_Yelp_Polarity"`.
+        format: prompt format; the default requires the columns `text` and `label_text`.
+        name: name of the data set; the last part of `source` unless given.
 
     Raises:
-        FileNotFoundError: if a file is missing, or `source` is neither a folder nor a name of the Hub.
+        FileNotFoundError: if a file is missing, or `source` is neither a folder nor a name on the Hub.
         ValueError: if columns or rows are missing, or the rows do not suit the format.
     """
     splits = {split: _stripped(rows, format) for split, rows in _read_four(source).items()}
     notes = [f"{source}: " + ", ".join(f"{split} {len(splits[split]):,}" for split in SPLITS)]
-    splits, repeats = without_repeats({split: splits[split] for split in FIRST_KEPT}, format)
+    splits, repeats = without_repeats({split: splits[split] for split in PRECEDENCE}, format)
     return checked(name or Path(source).name, splits, format, notes + repeats)
 
 
 def load_sst2(
     source: str | os.PathLike[str] | None = None, names: Sequence[str] = SST2_FORGET_NAMES, seed: int = 0
 ) -> UnlearningData:
-    """SST-2 (GLUE): the sentences that name certain people are to be forgotten, as in the SPUL paper.
+    """Load SST-2 (GLUE), with the sentences that name certain people as forget rows, as in the SPUL paper.
 
-    Train and dev set are pooled, repeated sentences dropped, and both groups cut 70/30 into train and test. The
-    paper's own selection of people is not published; `load_four_splits` loads its data.
+    Train and dev sets are pooled, repeated sentences dropped, and both groups divided 70/30 into train and test. The
+    paper's selection of people is not published; `load_four_splits` loads its data.
 
     Args:
-        source: a folder with `train.tsv` and `dev.tsv`; None for `stanfordnlp/sst2` on the Hub.
-        names: whom to forget, compared as whole words.
-        seed: seed of the cut.
+        source: folder with `train.tsv` and `dev.tsv`; None for `stanfordnlp/sst2` on the Hub.
+        names: people to forget, compared as whole words.
+        seed: seed of the division into train and test.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if columns are missing, or nobody of `names` is found.
+        ValueError: if columns are missing, or none of `names` is found.
     """
     columns = ("sentence", "label")
     if source is None:
@@ -105,18 +105,18 @@ def load_sst2(
 def load_imdb(
     source: str | os.PathLike[str] | None = None, names: Sequence[str] = IMDB_FORGET_NAMES, seed: int = 0
 ) -> UnlearningData:
-    """IMDB reviews: those that name certain people are to be forgotten; the set's own train and test part stay.
+    """Load IMDB, with the reviews that name certain people as forget rows, in the set's own train and test parts.
 
     Line-break markup becomes a space. A repeated review stays once, in the train part if it is in both.
 
     Args:
-        source: a folder with `train.tsv.gz` and `test.tsv.gz`; None for `stanfordnlp/imdb` on the Hub.
-        names: whom to forget, compared as whole words in any letter case.
-        seed: nothing is drawn here; taken as all loaders take it.
+        source: folder with `train.tsv.gz` and `test.tsv.gz`; None for `stanfordnlp/imdb` on the Hub.
+        names: people to forget, compared as whole words in any letter case.
+        seed: not used, since nothing is drawn; all loaders have it.
 
     Raises:
         FileNotFoundError: if a file is missing.
-        ValueError: if columns are missing, or nobody of `names` is found in one of the parts.
+        ValueError: if columns are missing, or none of `names` is found in one of the parts.
 
     Source: Maas et al., *Learning Word Vectors for Sentiment Analysis*, ACL 2011
     """
@@ -150,23 +150,23 @@ def load_yelp(
     limit_train: int = 100_000,
     limit_test: int = 20_000,
 ) -> UnlearningData:
-    """Yelp reviews: some clusters of similar ones are to be forgotten, as in the SPUL paper.
+    """Load Yelp reviews, with some clusters of similar ones as forget rows, as in the SPUL paper.
 
-    The train part is clustered (`TextClustering`) and the same centers assign the test part. Unless `forget_clusters`
-    names them, clusters are drawn one by one, each as likely as the others, until they hold `forget_fraction` of the
-    train part; the last one drawn can lift the share above it.
+    The train part is clustered (`TextClustering`), and the same centers assign the test part. Unless `forget_clusters`
+    is given, clusters are drawn uniformly, one by one, until they hold `forget_fraction` of the train part; the last
+    one can raise the share above it.
 
     Args:
-        source: a folder with `olora_yelp_train.json`, five classes of which neutral is dropped and 15 % of the rest
-            drawn as the test part; None for `fancyzhx/yelp_polarity` on the Hub.
-        num_clusters: clusters of k-means.
-        forget_clusters: numbers of the clusters to forget, from 0; they are drawn unless given.
-        forget_fraction: the share of the train part to forget, where clusters are drawn.
-        embedder: as for `TextClustering.fit`.
-        seed: seed of every draw and of the clustering.
-        clustering_dir: where to save the clustering; not saved unless given.
-        limit_train: at most so many rows of the train part, drawn at random before anything else is done.
-        limit_test: the same of the test part.
+        source: folder with `olora_yelp_train.json`, whose neutral class is dropped and 15 % of the rest drawn as the
+            test part; None for `fancyzhx/yelp_polarity` on the Hub.
+        num_clusters: number of clusters.
+        forget_clusters: indices of the clusters to forget, from 0; drawn unless given.
+        forget_fraction: share of the train part to forget, if clusters are drawn.
+        embedder: as in `TextClustering.fit`.
+        seed: seed of all draws and of the clustering.
+        clustering_dir: folder to save the clustering in; not saved unless given.
+        limit_train: maximum number of rows of the train part, drawn at random before all else.
+        limit_test: the same for the test part.
 
     Raises:
         FileNotFoundError: if a file is missing.
@@ -187,11 +187,11 @@ def load_yelp(
     clustering = TextClustering.fit(parts["train"]["text"][:], num_clusters, embedder=embedder, seed=seed)
     if clustering_dir is not None:
         clustering.save(Path(clustering_dir))
-    how = "given"
+    selection = "given"
     if forget_clusters is None:
         forget_clusters = _draw_clusters(clustering.sizes, forget_fraction, seed)
-        how = f"drawn until they hold {forget_fraction:.1%} of the train part (seed {seed})"
-    notes += [*repeats, f"{len(forget_clusters)} of {num_clusters} clusters are forgotten, {how}"]
+        selection = f"drawn until they hold {forget_fraction:.1%} of the train part (seed {seed})"
+    notes += [*repeats, f"{len(forget_clusters)} of {num_clusters} clusters are forgotten, {selection}"]
     splits = {}
     for part, rows in parts.items():
         split = split_by_cluster(rows, clustering, forget_clusters)
@@ -208,7 +208,7 @@ def _read_four(source: str | os.PathLike[str]) -> dict[str, Dataset]:
     folder = Path(source)
     if not folder.is_dir():
         if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-            raise FileNotFoundError(f"source={str(source)!r} is neither a folder nor a name of the Hub (owner/name).")
+            raise FileNotFoundError(f"source={str(source)!r} is neither a folder nor a name on the Hub (owner/name).")
         return {split: read_hub(str(source), split) for split in SPLITS}
     if (folder / "dataset_dict.json").is_file():
         saved = load_from_disk(str(folder))
@@ -226,7 +226,7 @@ def _read_four(source: str | os.PathLike[str]) -> dict[str, Dataset]:
 
 
 def _stripped(rows: Dataset, prompts: PromptFormat) -> Dataset:
-    """Without the outer space of texts and labels: the format puts its own before a completion."""
+    """The rows without outer white space in texts and labels: the format puts a space before a completion."""
     for column in {prompts.text_field, "label_text"} & set(rows.column_names):
         values = list(rows[column])
         if None in values:

@@ -1,14 +1,17 @@
-"""Who is named in a text: entity recognizers of spaCy and of transformers, behind one call."""
+"""Names in texts: entity recognizers of spaCy and transformers, and the search for given names."""
 
 from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
+
+from .checks import checked_texts
 
 if TYPE_CHECKING:
     from spacy.language import Language
@@ -16,31 +19,33 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+TOKEN = re.compile(r"\w+|[^\w\s]")
 # The first character of a word, but not of an ending such as 's, n't or 'll, which the recognizers know in lower case.
 FIRST_OF_WORD = re.compile(r"(?<!\w)(?!(?<=['\u2019])(?:s|t|d|m|re|ve|ll)\b)(?!n['\u2019]t\b)\w", re.IGNORECASE)
-# Tokens that two neighboring pieces of a long text share, so that a name at the cut stands whole in one of them.
+# Tokens that two neighboring pieces of a long text share, so that a name at the cut is whole in one of them.
 OVERLAP = 32
-# Tokenizers without a maximum length have this or more as theirs.
+# A tokenizer whose `model_max_length` is this or more has no maximum length.
 NO_MAXIMUM = 1_000_000
-# Texts count as lower-cased if more than this share of them is; a recognizer finds suspiciously few below the other.
+# Share of lower-case texts above which a cased recognizer is suspected to fail, and share of texts with a name below
+# which it is suspected to have failed.
 LOWER_CASED, FOUND_FEW = 0.95, 0.01
 
 
 class SpacyRecognizer:
-    """Names in texts, by a spaCy pipeline (https://spacy.io/models).
+    """Recognizer of names by a spaCy pipeline (https://spacy.io/models).
 
     Args:
-        model: a pipeline's name or folder, or one already loaded, such as one with the components that names do not
-            need left out: `spacy.load("en_core_web_sm", exclude=["parser", "lemmatizer"])`.
-        labels: the entity labels that count as names; many pipelines of other languages say `"PER"`.
-        title_case: capitalize every word before it is looked at, for texts in lower case, in which a cased pipeline
-            finds nobody. It finds more than names then.
+        model: name or folder of a pipeline, or a loaded one, such as one without the components that names do not
+            need: `spacy.load("en_core_web_sm", exclude=["parser", "lemmatizer"])`.
+        labels: entity labels that count as names; `"PER"` in many pipelines of other languages.
+        title_case: whether to capitalize every word first, for texts in lower case, in which a cased pipeline finds
+            no name. It then finds more than names.
         batch_size: texts per batch.
 
     Raises:
         ImportError: if spaCy is not installed.
         OSError: if there is no such pipeline.
-        ValueError: if the pipeline knows none of the labels.
+        ValueError: if the pipeline has none of the labels.
     """
 
     def __init__(
@@ -63,12 +68,12 @@ class SpacyRecognizer:
                 ) from error
         self.nlp = model
         known = {label for labels_of_pipe in model.pipe_labels.values() for label in labels_of_pipe}
-        # A component of one's own need not say what it finds; the statistical one does.
+        # Only the statistical component is sure to list its labels.
         self.labels = _checked_labels(labels, known if model.has_pipe("ner") else None)
         self.title_case, self.batch_size = title_case, batch_size
 
     def __call__(self, texts: Sequence[str]) -> list[list[str]]:
-        """The names found in each text, as they stand in the text."""
+        """The names found in each text, in the spelling of the text."""
         texts = checked_texts(texts)
         docs = self.nlp.pipe(map(title_cased, texts) if self.title_case else texts, batch_size=self.batch_size)
         return [
@@ -82,21 +87,21 @@ class SpacyRecognizer:
 
 
 class TransformersRecognizer:
-    """Names in texts, by a token classification model of transformers.
+    """Recognizer of names by a token classification model of transformers.
 
-    Texts longer than the model takes are read in overlapping pieces. A name that the model found a part of a word of
-    is widened to the whole word.
+    Texts longer than the model's maximum are read in overlapping pieces. A name that covers part of a word is widened
+    to the whole word.
 
     Args:
-        model: a model's name on the Hugging Face Hub, or its folder; its tokenizer must be a fast one.
-        labels: the entity labels that count as names, without `B-` and `I-`.
-        title_case: capitalize every word before it is looked at, for texts in lower case, in which a cased model
-            finds nobody. It finds more than names then.
-        device: where the model runs; None for an accelerator if there is one.
+        model: name on the Hugging Face Hub or folder of a model with a fast tokenizer.
+        labels: entity labels that count as names, without `B-` and `I-`.
+        title_case: whether to capitalize every word first, for texts in lower case, in which a cased model finds no
+            name. It then finds more than names.
+        device: device of the model; None for an accelerator if there is one.
         batch_size: texts per batch.
 
     Raises:
-        ValueError: if the model knows none of the labels, or its tokenizer is not a fast one.
+        ValueError: if the model has none of the labels, or its tokenizer is not a fast one.
     """
 
     def __init__(
@@ -116,18 +121,18 @@ class TransformersRecognizer:
         config = self.pipeline.model.config
         if not tokenizer.is_fast:
             raise ValueError(
-                f"the tokenizer of {model!r} is a {type(tokenizer).__name__}; a fast one is needed to know where in "
-                "the text a name stands."
+                f"the tokenizer of {model!r} is a {type(tokenizer).__name__}; expected a fast one, which reports the "
+                "position of a name in the text."
             )
         if tokenizer.model_max_length >= NO_MAXIMUM and (positions := getattr(config, "max_position_embeddings", 0)):
-            # Models like RoBERTa number their positions from after the padding token's id.
+            # Models such as RoBERTa number positions from after the padding token's id.
             tokenizer.model_max_length = positions - 2
         known = {label[2:] if label[:2] in ("B-", "I-") else label for label in (config.id2label or {}).values()}
         self.model, self.labels = str(model), _checked_labels(labels, known)
         self.title_case, self.batch_size = title_case, batch_size
 
     def __call__(self, texts: Sequence[str]) -> list[list[str]]:
-        """The names found in each text, as they stand in the text."""
+        """The names found in each text, in the spelling of the text."""
         texts = checked_texts(texts)
         tokenizer: Any = self.pipeline.tokenizer
         stride = min(OVERLAP, tokenizer.model_max_length // 4)
@@ -150,9 +155,9 @@ class TransformersRecognizer:
 
 
 def title_cased(text: str) -> str:
-    """The text with every word capitalized and every character in its place.
+    """The text with every word capitalized and every character at its position.
 
-    A first character whose capital is more than one character, such as *ß*, stays as it is.
+    A first character whose capital has more than one character, such as *ß*, does not change.
     """
 
     def capital(match: re.Match[str]) -> str:
@@ -163,15 +168,15 @@ def title_cased(text: str) -> str:
 
 
 def recognize(recognizer: Callable[[Sequence[str]], list[list[str]]], texts: list[str]) -> list[list[str]]:
-    """A recognizer's names in each text, after a look at whether it can have seen any.
+    """The names that a recognizer finds in each text, with a warning if it finds suspiciously few.
 
     Args:
-        recognizer: a recognizer of this module, or a function of one's own.
-        texts: at least one.
+        recognizer: a recognizer of this module, or any function from texts to the names in each.
+        texts: one or more texts.
 
     Raises:
-        TypeError: if it is not a function, or gives something else than strings.
-        ValueError: if it does not give one list for each text, or finds nobody at all.
+        TypeError: if the recognizer is no function, or returns something other than strings.
+        ValueError: if it does not return one list per text, or finds no name at all.
     """
     if not callable(recognizer):
         raise TypeError(
@@ -180,46 +185,71 @@ def recognize(recognizer: Callable[[Sequence[str]], list[list[str]]], texts: lis
         )
     found = [list(names) for names in recognizer(texts)]
     if len(found) != len(texts):
-        raise ValueError(f"the recognizer gave {len(found)} lists of names for {len(texts)} texts; expected as many.")
+        raise ValueError(
+            f"the recognizer returned {len(found)} lists of names for {len(texts)} texts; expected one for each."
+        )
     if any(not isinstance(name, str) for names in found for name in names):
-        raise TypeError("the recognizer gave names that are not strings; expected a list of strings for each text.")
+        raise TypeError("the recognizer returned names that are no strings; expected a list of strings for each text.")
     found = [[name for name in names if name.strip()] for names in found]
     num_found = sum(map(bool, found))
     share_lower = sum(text.islower() for text in texts) / len(texts)
     lower_cased = share_lower > LOWER_CASED and not getattr(recognizer, "title_case", False)
     hint = (
-        f" {share_lower:.0%} of the texts are all lower case, and a cased recognizer finds nobody in such text: pass "
+        f" {share_lower:.0%} of the texts are all lower case, in which a cased recognizer finds no name: pass "
         "names= without a recognizer, or build the recognizer with title_case=True."
     )
     if not num_found:
-        raise ValueError(f"the recognizer found nobody in {len(texts)} texts.{hint if lower_cased else ''}")
+        raise ValueError(f"the recognizer found no name in {len(texts)} texts.{hint if lower_cased else ''}")
     if lower_cased and num_found < FOUND_FEW * len(texts):
-        logger.warning("the recognizer found somebody in only %d of %d texts.%s", num_found, len(texts), hint)
+        logger.warning("the recognizer found names in only %d of %d texts.%s", num_found, len(texts), hint)
     return found
 
 
-def checked_texts(texts: Sequence[str]) -> list[str]:
-    """The texts as a list.
+class NameFinder:
+    """Search for certain names in texts: whole words, in any letter case and with any white space.
 
-    Raises:
-        TypeError: if it is a single string, or not all are strings.
+    Args:
+        names: the names.
     """
-    if isinstance(texts, str):
-        raise TypeError(f"texts is one string, {texts[:80]!r}; expected a list of strings.")
-    texts = list(texts)
-    if bad := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
-        raise TypeError(
-            f"{len(bad)} of {len(texts)} texts are not strings; the first is text {bad[0]}: {texts[bad[0]]!r}. "
-            "Fill or drop them."
-        )
-    return texts
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.spelled: dict[str, str] = {}
+        self.by_first_token: dict[str, list[str]] = {}
+        for name in names:
+            normal = normalized_name(name)
+            if normal not in self.spelled:
+                self.spelled[normal] = name
+                self.by_first_token.setdefault(TOKEN.findall(normal)[0], []).append(normal)
+
+    def find(self, text: str) -> set[str]:
+        """The names in a text, in the spelling of the first one given."""
+        text = normalized_name(text)
+        return {
+            self.spelled[name]
+            for token in TOKEN.finditer(text)
+            for name in self.by_first_token.get(token.group(), ())
+            if text.startswith(name, token.start())
+            and not _in_word(text[: token.start()][-1:])
+            and not _in_word(text[token.start() + len(name) :][:1])
+        }
+
+
+def normalized_name(text: str) -> str:
+    """A name or text for comparison: letter case, white space and the encoding of accents do not count."""
+    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    return " ".join(text.split())
+
+
+def _in_word(character: str) -> bool:
+    # Vowel signs, as in Hindi, are parts of words, but not \w in regular expressions.
+    return character.isalnum() or character == "_" or (character != "" and unicodedata.category(character)[0] == "M")
 
 
 def _checked_labels(labels: Sequence[str], known: set[str] | None) -> tuple[str, ...]:
     if isinstance(labels, str) or not labels:
         raise ValueError(f"labels={labels!r}; expected a list of entity labels, such as ('PERSON',).")
     if known is not None and not known.intersection(labels):
-        raise ValueError(f"the model knows none of the labels {list(labels)}; it has {sorted(known)}.")
+        raise ValueError(f"the model has none of the labels {list(labels)}; expected some of {sorted(known)}.")
     return tuple(labels)
 
 

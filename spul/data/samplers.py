@@ -1,4 +1,4 @@
-"""How forget and retain rows are mixed when a share is asked for, and how rows of like length meet."""
+"""Samplers: the order of forget and retain rows in an epoch, and batches of rows of similar length."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
-from transformers import TrainingArguments
-from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from .collator import ForgetRetainCollator
+from ..models.compat import get_length_grouped_indices
+from .encoder import RowEncoder
+
+# Padded tokens of a batch per row of its maximum size, in `by_length`: memory goes with padded tokens, not with rows.
+TOKENS_PER_ROW = 256
 
 
 class RowCopies(Dataset):
-    """A data set whose rows can be drawn several times in an epoch: item `row + copy * len` is that copy of the row.
+    """Data set whose rows can be drawn several times in an epoch: item `row + copy * len` is that copy of the row.
 
-    The copy's number is put into the row, so that the collator draws another generic completion for it.
+    The number of the copy is in the row's column `copy`, so that the collator draws another generic completion for it.
     """
 
     def __init__(self, rows: Any) -> None:
@@ -32,19 +34,51 @@ class RowCopies(Dataset):
         return {**self.rows[row], "copy": copy}
 
 
-class ForgetFractionSampler(Sampler[int]):
-    """Draws rows so that forget rows make up a given share of every batch, whatever its size.
+class EpochSampler(Sampler[int]):
+    """Base of the samplers: the order depends on seed and epoch alone, so that a resumed run continues with it.
 
-    The two groups are shuffled apart and interleaved evenly: any `b` consecutive draws hold `b * fraction` forget
-    rows, rounded up or down (with `lengths`: any batch). An epoch lasts until the group that is drawn more slowly has
-    been seen once; the other repeats, reshuffled each time. The draws are those of `RowCopies`.
+    Args:
+        seed: seed of the shuffles.
+        lengths: one per row, in tokens, to group rows of similar length; None does not group.
+        batch_size: rows per step, for grouping.
+    """
+
+    def __init__(self, seed: int, lengths: Sequence[int] | None, batch_size: int) -> None:
+        self.seed, self.lengths, self.batch_size, self.epoch = seed, lengths, batch_size, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Shuffle as in this epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return self._draws(torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch))
+
+    def _draws(self, generator: torch.Generator) -> Iterator[int]:
+        """The draws of one epoch."""
+        raise NotImplementedError
+
+    def _shuffled(self, rows: Sequence[int], generator: torch.Generator) -> list[int]:
+        """These rows in random order, or grouped by length as in transformers."""
+        if self.lengths is None:
+            order = torch.randperm(len(rows), generator=generator).tolist()
+        else:
+            order = get_length_grouped_indices([self.lengths[i] for i in rows], self.batch_size, generator=generator)
+        return [rows[i] for i in order]
+
+
+class ForgetFractionSampler(EpochSampler):
+    """Sampler with a fixed share of forget rows in every batch, whatever its size.
+
+    The two groups are shuffled separately and interleaved evenly: any `b` consecutive draws hold `b * fraction` forget
+    rows, rounded up or down (with `lengths`: any batch). An epoch lasts until the group that is drawn more slowly was
+    seen once; the other repeats, reshuffled each time. The draws are items of `RowCopies`.
 
     Args:
         is_forget: one flag per row.
         fraction: share of forget rows, above 0 and below 1.
         seed: seed of the shuffles.
-        lengths: one per row, in tokens; given, rows of like length meet: within each quarter of an epoch, or 50
-            batches if that is less, both groups are sorted by it, and the batches come in random order.
+        lengths: one per row, in tokens, to group rows of similar length: in each quarter of an epoch, or each 50
+            batches if that is less, both groups are sorted by length, and the batches come in random order.
         batch_size: rows per step; used with `lengths` only.
 
     Raises:
@@ -63,28 +97,18 @@ class ForgetFractionSampler(Sampler[int]):
             raise ValueError(
                 f"forget_fraction={fraction!r}; expected a share above 0 and below 1, or None to mix as the data are."
             )
-        self.groups = [[i for i, flag in enumerate(is_forget) if bool(flag) == group] for group in (False, True)]
-        if not all(self.groups):
-            raise ValueError(
-                f"forget_fraction={fraction!r} needs rows of both groups; the data set has {len(self.groups[1])} "
-                f"forget and {len(self.groups[0])} retain rows."
-            )
+        self.groups = _groups(is_forget, f"forget_fraction={fraction!r}")
         if lengths is not None and len(lengths) != len(is_forget):
             raise ValueError(f"there are {len(lengths)} lengths for {len(is_forget)} rows; expected one for each.")
-        self.fraction, self.seed, self.epoch, self.num_rows = fraction, seed, 0, len(is_forget)
-        self.lengths, self.batch_size = lengths, batch_size
+        super().__init__(seed, lengths, batch_size)
+        self.fraction, self.num_rows = fraction, len(is_forget)
 
     def __len__(self) -> int:
         retain, forget = (len(group) for group in self.groups)
         # 1 / (1 - 0.9) is a little above 10 in binary floats.
         return max(math.ceil(forget / self.fraction - 1e-9), math.ceil(retain / (1 - self.fraction) - 1e-9))
 
-    def set_epoch(self, epoch: int) -> None:
-        """Shuffle as in this epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+    def _draws(self, generator: torch.Generator) -> Iterator[int]:
         draws = [self._endless(group, generator) for group in self.groups]
         size = len(self) if self.lengths is None else self._mega_batch()
         for start in range(0, len(self), size):
@@ -103,14 +127,14 @@ class ForgetFractionSampler(Sampler[int]):
             yield from rows if self.lengths is None else self._shuffled_batches(rows, generator)
 
     def _shuffled_batches(self, rows: Sequence[int], generator: torch.Generator) -> list[int]:
-        """Whole batches in random order, or training would go from long rows to short ones again and again."""
+        """Whole batches in random order, since training would otherwise go from long rows to short ones repeatedly."""
         whole = len(rows) - len(rows) % self.batch_size
         starts = torch.arange(0, whole, self.batch_size)[torch.randperm(whole // self.batch_size, generator=generator)]
         batches = [rows[start : start + self.batch_size] for start in starts.tolist()]
         return [row for batch in batches for row in batch] + list(rows[whole:])
 
     def _mega_batch(self) -> int:
-        """Draws among which lengths are sorted: a quarter of the epoch, or 50 batches, as in transformers."""
+        """Number of draws that are sorted together: a quarter of the epoch, or 50 batches, as in transformers."""
         return self.batch_size * max(1, min(len(self) // (4 * self.batch_size), 50))
 
     def _length(self, draw: int) -> int:
@@ -120,15 +144,13 @@ class ForgetFractionSampler(Sampler[int]):
     def _endless(self, group: Sequence[int], generator: torch.Generator) -> Iterator[int]:
         copy = 0
         while True:
-            for place in torch.randperm(len(group), generator=generator).tolist():
-                yield group[place] + copy * self.num_rows
+            for i in torch.randperm(len(group), generator=generator).tolist():
+                yield group[i] + copy * self.num_rows
             copy += 1
 
 
-class LengthGroupedRows(Sampler[int]):
-    """Every row once an epoch, shuffled so that rows of like length meet, as transformers' length grouping does it.
-
-    The shuffle depends on seed and epoch alone, so that a resumed run goes on with it.
+class LengthGroupedSampler(EpochSampler):
+    """Sampler of every row once an epoch, shuffled and grouped by length as in transformers.
 
     Args:
         lengths: one per row, in tokens.
@@ -137,27 +159,23 @@ class LengthGroupedRows(Sampler[int]):
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = list(lengths), batch_size, seed, 0
+        super().__init__(seed, lengths, batch_size)
+        self.num_rows = len(lengths)
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return self.num_rows
 
-    def set_epoch(self, epoch: int) -> None:
-        """Shuffle as in this epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
-        return iter(get_length_grouped_indices(self.lengths, self.batch_size, generator=generator))
+    def _draws(self, generator: torch.Generator) -> Iterator[int]:
+        return iter(self._shuffled(range(self.num_rows), generator))
 
 
-class AlternatingRows(Sampler[int]):
-    """One pass over the retain rows, then one over the forget rows; an epoch is one of each.
+class AlternatingSampler(EpochSampler):
+    """Sampler of one pass over the retain rows, then one over the forget rows; an epoch is one of each.
 
     Args:
         is_forget: one flag per row.
         seed: seed of the shuffles.
-        lengths: one per row, in tokens; given, rows of like length meet, as in `LengthGroupedRows`.
+        lengths: one per row, in tokens, to group rows of similar length, as in `LengthGroupedSampler`.
         batch_size: rows per step; used with `lengths` only.
 
     Raises:
@@ -167,95 +185,94 @@ class AlternatingRows(Sampler[int]):
     def __init__(
         self, is_forget: Sequence[bool], seed: int = 0, lengths: Sequence[int] | None = None, batch_size: int = 1
     ) -> None:
-        self.groups = [[i for i, flag in enumerate(is_forget) if bool(flag) == group] for group in (False, True)]
-        if not all(self.groups):
-            raise ValueError(
-                f"alternate=True needs rows of both groups; the data set has {len(self.groups[1])} forget and "
-                f"{len(self.groups[0])} retain rows."
-            )
-        self.seed, self.epoch, self.lengths, self.batch_size = seed, 0, lengths, batch_size
+        self.groups = _groups(is_forget, "alternate=True")
+        super().__init__(seed, lengths, batch_size)
 
     def __len__(self) -> int:
         return sum(len(group) for group in self.groups)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Shuffle as in this epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * self.epoch)
+    def _draws(self, generator: torch.Generator) -> Iterator[int]:
         for group in self.groups:
-            if self.lengths is None:
-                order = torch.randperm(len(group), generator=generator).tolist()
-            else:
-                lengths = [self.lengths[i] for i in group]
-                order = get_length_grouped_indices(lengths, self.batch_size, generator=generator)
-            yield from (group[place] for place in order)
+            yield from self._shuffled(group, generator)
 
 
-EpochSampler = ForgetFractionSampler | LengthGroupedRows | AlternatingRows
+def _groups(is_forget: Sequence[bool], setting: str) -> tuple[list[int], list[int]]:
+    """Indices of the retain rows and of the forget rows; raises if a group has none."""
+    retain, forget = ([i for i, flag in enumerate(is_forget) if bool(flag) == group] for group in (False, True))
+    if not retain or not forget:
+        raise ValueError(
+            f"{setting} needs rows of both groups; the data set has {len(forget)} forget and {len(retain)} retain "
+            "rows. Leave it out, or join both sets with forget_retain_dataset(forget, retain)."
+        )
+    return retain, forget
 
 
 def epoch_sampler(
-    args: TrainingArguments,
-    collator: ForgetRetainCollator,
     rows: Any,
     is_forget: Sequence[bool],
-    forget_fraction: float | None,
+    encoder: RowEncoder,
+    *,
+    forget_fraction: float | None = None,
     alternate: bool = False,
+    strategy: str = "random",
+    batch_size: int = 1,
+    seed: int = 0,
+    length_column: str = "length",
+    progress: bool = False,
 ) -> EpochSampler | None:
-    """The sampler for a share of forget rows or alternating groups, for length grouping, or for both.
+    """The sampler for a share of forget rows, for alternating groups, for length grouping, or for a combination.
 
-    None leaves the choice to Trainer.
+    Args:
+        rows: the training set.
+        is_forget: one flag per row.
+        encoder: encodes rows to know their lengths.
+        forget_fraction: as in `ForgetFractionSampler`; None mixes rows as the data are.
+        alternate: whether to take the groups in turn, as in `AlternatingSampler`.
+        strategy: `train_sampling_strategy` of `TrainingArguments`; `"group_by_length"` groups rows of similar length.
+        batch_size: rows per step.
+        seed: seed of the shuffles.
+        length_column: column of lengths in tokens, if the rows have one.
+        progress: whether to show a progress bar while rows are encoded.
+
+    Returns:
+        The sampler; None leaves the choice to `Trainer`.
 
     Raises:
-        ValueError: if these and `train_sampling_strategy` contradict each other.
+        ValueError: if `forget_fraction` or `alternate` is combined with another strategy than these two.
     """
-    strategy = args.train_sampling_strategy
-    seed = args.seed if args.data_seed is None else args.data_seed
+    lengths = None
     if strategy == "group_by_length":
-        lengths = row_lengths(rows, collator, args.length_column_name, progress=not args.disable_tqdm)
-        step_size = args.per_device_train_batch_size * args.gradient_accumulation_steps
-        if alternate:
-            return AlternatingRows(is_forget, seed, lengths, step_size)
-        if forget_fraction is None:
-            return LengthGroupedRows(lengths, step_size, seed)
-        return ForgetFractionSampler(is_forget, forget_fraction, seed, lengths, step_size)
-    if forget_fraction is None and not alternate:
-        return None
-    if strategy != "random":
-        asked = "alternate=True" if alternate else f"forget_fraction={forget_fraction!r}"
+        lengths = row_lengths(rows, encoder, length_column, progress)
+    elif strategy != "random" and (alternate or forget_fraction is not None):
+        setting = "alternate=True" if alternate else f"forget_fraction={forget_fraction!r}"
         raise ValueError(
-            f"{asked} draws the rows itself, and so does train_sampling_strategy={strategy!r}; leave one out. "
-            "'random' and 'group_by_length' go with it."
+            f"{setting} and train_sampling_strategy={strategy!r} both decide which rows are drawn; leave one out, or "
+            "take the strategy 'random' or 'group_by_length'."
         )
     if alternate:
-        return AlternatingRows(is_forget, seed)
-    assert forget_fraction is not None
-    return ForgetFractionSampler(is_forget, forget_fraction, seed)
+        return AlternatingSampler(is_forget, seed, lengths, batch_size)
+    if forget_fraction is not None:
+        return ForgetFractionSampler(is_forget, forget_fraction, seed, lengths, batch_size)
+    return None if lengths is None else LengthGroupedSampler(lengths, batch_size, seed)
 
 
-def row_lengths(rows: Any, collator: ForgetRetainCollator, column: str, progress: bool = False) -> list[int]:
-    """Tokens per row: from the column of that name, if there is one, else by encoding the rows."""
+def row_lengths(rows: Any, encoder: RowEncoder, column: str = "length", progress: bool = False) -> list[int]:
+    """Tokens per row: from the column of that name if there is one, else by encoding the rows."""
     if column in getattr(rows, "column_names", ()):
         return [int(length) for length in rows[column]]
-    lengths = []
-    for row in tqdm(rows, "lengths", disable=not progress, leave=False):
-        encoded = collator.encoder.encode(row)
-        lengths.append(len(encoded.prompt_ids) + len(encoded.completion_ids))
-    return lengths
-
-
-# Above it a batch has fewer rows: memory goes with the padded batch, not with its rows.
-TOKENS_PER_ROW = 256
+    return [len(encoder.encode(row)) for row in tqdm(rows, "lengths", disable=not progress, leave=False)]
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """The places of rows in batches, the longest first: what does not fit in memory fails soon.
+    """Batches of rows of similar length, the longest first, so that one too large for memory fails soon.
 
     Args:
-        lengths: of the rows, in tokens or about that.
-        batch_size: the most rows of a batch; padded, a batch has at most 256 times as many tokens, or is one row.
+        lengths: one per row, in tokens or about that.
+        batch_size: maximum number of rows in a batch. Padded, a batch has at most 256 times as many tokens, unless it
+            is a single row.
+
+    Yields:
+        Row indices of a batch.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
@@ -267,12 +284,15 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
 
 def shuffled(num_rows: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """The places of rows in batches, one shuffled pass after the other; a pass's last batch may be smaller.
+    """Batches of rows, one shuffled pass after the other without end; the last batch of a pass may be smaller.
 
     Args:
-        num_rows: how many rows there are, at least 1.
-        batch_size: rows of a batch.
-        generator: draws the passes, each when it begins.
+        num_rows: number of rows, at least 1.
+        batch_size: rows per batch.
+        generator: draws the order of each pass at its start.
+
+    Yields:
+        Row indices of a batch.
     """
     while True:
         order = torch.randperm(num_rows, generator=generator).tolist()

@@ -1,4 +1,4 @@
-"""Rows out of files and out of the Hub, with errors that say what was found."""
+"""Rows from files and from the Hugging Face Hub, with checked columns."""
 
 from __future__ import annotations
 
@@ -13,42 +13,45 @@ import pyarrow.csv
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 
+from .checks import check_rows
+from .rows import listed
+
 FILE_TYPES = (".tsv", ".tsv.gz", ".json", ".jsonl", ".csv", ".parquet")
 
 
 def read_hub(name: str, split: str, columns: Sequence[str] = (), config: str | None = None) -> Dataset:
-    """One split of a data set of the Hub.
+    """Read one split of a data set on the Hub.
 
     Args:
         name: owner and name, such as `"stanfordnlp/sst2"`.
-        split: such as `"train"`.
-        columns: the columns to keep; all of them unless given.
-        config: the configuration, for sets that have several.
+        split: name of the split, such as `"train"`.
+        columns: columns to read; all unless given.
+        config: configuration, for data sets with several.
 
     Raises:
-        ValueError: if a column is not there.
+        ValueError: if a column is missing, or there are no rows.
     """
     rows = load_dataset(name, config, split=split)
     return _with_columns(rows, columns, f"split {split!r} of {name} on the Hub")
 
 
 def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Dataset:
-    """The rows of a file, by its ending: `.tsv`, `.tsv.gz`, `.jsonl`, `.json` (a list, or lines), `.csv`, `.parquet`.
+    """Read the rows of a file: `.tsv`, `.tsv.gz`, `.jsonl`, `.json` (a list, or lines), `.csv` or `.parquet`.
 
-    A `.tsv` file has a header and no quoting; all its values are text.
+    The ending decides the type. A `.tsv` file has a header and no quoting; all its values are text.
 
     Args:
-        path: the file.
-        columns: the columns to keep; all of them unless given.
+        path: path of the file.
+        columns: columns to read; all unless given.
 
     Raises:
-        FileNotFoundError: if there is no such file; the message lists what stands in its folder.
-        ValueError: if the ending is another, the file has no rows, a row has not the columns of the first, or a
-            column is not there.
+        FileNotFoundError: if there is no such file; the message lists its folder.
+        ValueError: if the ending is another one, the file has no rows, a row has other columns than the first, or a
+            column is missing.
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there; its folder has {_listing(path.parent)}.")
+        raise FileNotFoundError(f"{path} does not exist; its folder has {_listing(path.parent)}.")
     if path.name.endswith((".tsv", ".tsv.gz")):
         rows = _from_rows(_tsv_rows(path), path)
     elif path.suffix in (".json", ".jsonl"):
@@ -67,7 +70,7 @@ def check_folder(source: str | os.PathLike[str], expected: str) -> Path:
     """`source` as the path of a folder.
 
     Raises:
-        FileNotFoundError: if there is no such folder; `expected` says what it should hold.
+        FileNotFoundError: if there is no such folder; the message includes `expected`, its contents.
     """
     folder = Path(source)
     if not folder.is_dir():
@@ -79,11 +82,11 @@ def _listing(folder: Path, shown: int = 20) -> str:
     if not folder.is_dir():
         return "not been found either"
     names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:shown]) + (", ..." if len(names) > shown else "") if names else "nothing in it"
+    return listed(names, shown) or "nothing in it"
 
 
 def _tsv_rows(path: Path) -> Iterator[dict[str, str]]:
-    # A line ends at "\n" and nowhere else: texts hold other characters that count as line breaks elsewhere.
+    # Only "\n" ends a line: texts hold other characters that Python takes for line breaks by default.
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8", newline="\n") as lines:
         header = next(lines, "").rstrip("\r\n").split("\t")
@@ -114,7 +117,7 @@ def _json_rows(path: Path) -> Iterator[Any]:
 def _from_rows(found: Iterator[Any], path: Path) -> Dataset:
     rows = list(found)
     for number, row in enumerate(rows, start=1):
-        # Otherwise a column that one row lacks would be filled with None, and a later one dropped.
+        # datasets would fill a column that a row lacks with None, and drop one that only a later row has.
         if not isinstance(row, dict) or row.keys() != rows[0].keys():
             have = sorted(row) if isinstance(row, dict) else repr(row)
             raise ValueError(f"{path}, row {number}: found {have}; expected the columns of the first row: {rows[0]}.")
@@ -122,10 +125,5 @@ def _from_rows(found: Iterator[Any], path: Path) -> Dataset:
 
 
 def _with_columns(rows: Dataset, columns: Sequence[str], where: str) -> Dataset:
-    if len(rows) == 0:
-        raise ValueError(f"{where} has no rows.")
-    if missing := [name for name in columns if name not in rows.column_names]:
-        raise ValueError(
-            f"{where} lacks the column(s) {missing}; it has {rows.column_names}, expected {list(columns)}."
-        )
+    check_rows(rows, columns, where)
     return rows.select_columns(list(columns)) if columns else rows

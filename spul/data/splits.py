@@ -1,4 +1,4 @@
-"""What is forgotten and what is kept: data sets divided by the people they name, by cluster, by source, by a rule."""
+"""Splits of a data set into forget and retain rows: by the people named, by cluster, by source, by a predicate."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import dataclasses
 import logging
 import math
 import random
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,28 +13,29 @@ from typing import Any
 
 from datasets import Dataset
 
+from .checks import check_rows, checked_column, checked_list, checked_names
 from .clusters import TextClustering
-from .recognizers import checked_texts, recognize
+from .recognizers import NameFinder, normalized_name, recognize
+from .rows import SHOWN, listed, shortened
 
 logger = logging.getLogger(__name__)
 
 
-SHOWN = 3
+# Names, clusters or sources that a message or a report shows.
 SHOWN_GROUPS = 12
-TOKEN = re.compile(r"\w+|[^\w\s]")
 
 
 @dataclass(frozen=True)
 class SplitReport:
-    """What a split did, to be looked at before training on it.
+    """Report of a split, to read before training on it.
 
     Attributes:
-        rule: one line: what was done, with its settings.
-        num_forget: rows to be forgotten.
-        num_retain: rows to be kept.
-        groups: forgotten name, cluster or source -> number of rows it matched, most first; a row that names two
-            people counts for both. Empty for a predicate.
-        unmatched: asked for, found nowhere.
+        rule: the rule and its settings, on one line.
+        num_forget: number of forget rows.
+        num_retain: number of retain rows.
+        groups: number of rows that matched each forgotten name, cluster or source, in descending order; a row that
+            names two people counts for both. Empty for a predicate.
+        unmatched: names, clusters or sources that matched no row.
         examples: `"forget"` and `"retain"`: up to 3 texts of each.
     """
 
@@ -50,22 +49,22 @@ class SplitReport:
     def __str__(self) -> str:
         lines = [f"{self.num_forget:,} rows to forget, {self.num_retain:,} to retain: {self.rule}"]
         if self.groups:
-            shown = [f"{name} {count:,}" for name, count in list(self.groups.items())[:SHOWN_GROUPS]]
-            more = f", and {len(self.groups) - len(shown):,} more" if len(self.groups) > len(shown) else ""
-            lines.append(f"rows matched: {', '.join(shown)}{more}")
+            counts = [f"{name} {count:,}" for name, count in self.groups.items()]
+            lines.append(f"rows matched: {listed(counts, SHOWN_GROUPS)}")
         if self.unmatched:
             lines.append(f"found nowhere: {', '.join(self.unmatched)}")
-        lines += [f"{group}: {_short(text)}" for group, texts in self.examples.items() for text in texts]
+        for group, texts in self.examples.items():
+            lines += [f"{group}: {shortened(' '.join(text.split()), 100)}" for text in texts]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as plain values, for JSON."""
+        """The report as a dict, for JSON."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True)
 class Split:
-    """A data set divided in two, and the account of it."""
+    """Forget and retain rows of a data set, and the report of the split."""
 
     forget: Dataset
     retain: Dataset
@@ -80,48 +79,46 @@ def split_by_entity(
     num_names: int | None = None,
     seed: int = 0,
 ) -> Split:
-    """Forget the rows that name certain people, as the SPUL paper does on SST-2.
+    """Split rows by the people they name, as the SPUL paper does with SST-2.
 
     A name matches as whole words, in any letter case and with any white space between its words; *chan* also matches
     *Jackie Chan*. With `names` alone the whole text is searched; with a recognizer, only the names that it found in
-    it, so that *bond* the verb is not a person. With a recognizer alone, the names are those that it found.
+    the text, so that *bond* the verb is no person. With a recognizer alone, the names are those that it found.
 
     Args:
-        rows: a data set with a column of texts.
-        names: whom to forget.
-        recognizer: gives the names in each text: `SpacyRecognizer`, `TransformersRecognizer`, or a function of yours.
-        text_field: the column of texts.
-        num_names: with a recognizer alone, how many of the names that it found to draw; None for all.
+        rows: data set with a column of texts.
+        names: people to forget.
+        recognizer: `SpacyRecognizer`, `TransformersRecognizer`, or any function from texts to the names in each.
+        text_field: column of texts.
+        num_names: with a recognizer alone, the number of names to draw from those that it found; None takes all.
         seed: seed of that draw.
 
     Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if neither names nor a recognizer is given, nobody is found, or one set would be empty.
+        TypeError: if an argument has the wrong type.
+        ValueError: if neither names nor a recognizer is given, no name is found, or a set would be empty.
 
     Source: Bhaila, Van and Wu, *Soft Prompting for Unlearning in Large Language Models*, https://arxiv.org/abs/2406.12038
     """
-    texts = _texts(rows, text_field)
+    texts = checked_column(rows, text_field)
     if names is None and recognizer is None:
         raise ValueError("split_by_entity needs names=, a recognizer=, or both.")
     if num_names is not None and (names is not None or num_names < 1):
         raise ValueError(
-            f"num_names={num_names} draws that many of the names that a recognizer found: expected at least 1, and no "
-            "names=."
+            f"num_names={num_names} is the number of names to draw from those that a recognizer found; expected at "
+            "least 1, and no names=."
         )
     if names is not None:
-        names = _asked("names", names)
-        if bad := [name for name in names if not isinstance(name, str) or not name.strip()]:
-            raise ValueError(f"names holds {bad[0]!r}; expected names as text.")
+        names = checked_names("names", names)
     if recognizer is None:
         assert names is not None
         searched = [[text] for text in texts]
         rule = f"rows whose column {text_field!r} names one of {len(names)} names"
     else:
         searched = recognize(recognizer, texts)
-        who = recognizer.__name__ if hasattr(recognizer, "__name__") else repr(recognizer)
-        rule = f"rows in whose column {text_field!r} {who} found"
+        name_of_recognizer = recognizer.__name__ if hasattr(recognizer, "__name__") else repr(recognizer)
+        rule = f"rows in whose column {text_field!r} {name_of_recognizer} found"
         if names is None:
-            found = sorted({_plain(name): name for spans in reversed(searched) for name in spans}.items())
+            found = sorted({normalized_name(name): name for spans in reversed(searched) for name in spans}.items())
             names = [name for _, name in found]
             if num_names is None:
                 rule += f" a name, of {len(names)} in all"
@@ -140,27 +137,27 @@ def split_by_entity(
 def split_by_cluster(
     rows: Dataset, clustering: TextClustering, forget_clusters: Sequence[int], text_field: str = "text"
 ) -> Split:
-    """Forget the rows whose text falls into certain clusters, as the SPUL paper does on Yelp.
+    """Split rows by the cluster of their text, as the SPUL paper does with Yelp.
 
     Args:
-        rows: a data set with a column of texts; those that were clustered, or others.
-        clustering: assigns the texts.
-        forget_clusters: numbers of clusters, from 0.
-        text_field: the column of texts.
+        rows: data set with a column of texts, clustered before or not.
+        clustering: assigns each text to a cluster.
+        forget_clusters: indices of the clusters to forget, from 0.
+        text_field: column of texts.
 
     Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if there is no such column or cluster, or one set would be empty.
+        TypeError: if an argument has the wrong type.
+        ValueError: if there is no such column or cluster, or a set would be empty.
     """
-    texts = _texts(rows, text_field)
+    texts = checked_column(rows, text_field)
     if not isinstance(clustering, TextClustering):
         raise TypeError(f"clustering is a {type(clustering).__name__}; expected TextClustering.fit(texts, ...).")
-    asked = _asked("forget_clusters", forget_clusters)
+    wanted = checked_list("forget_clusters", forget_clusters)
     num_clusters = len(clustering.centers)
-    if bad := [number for number in asked if number not in range(num_clusters)]:
-        raise ValueError(f"forget_clusters holds {bad[0]!r}; the clusters are 0 to {num_clusters - 1}.")
-    names = [str(int(number)) for number in asked]
-    matches = [{str(number)} & set(names) for number in clustering.assign(texts)]
+    if bad := [index for index in wanted if index not in range(num_clusters)]:
+        raise ValueError(f"forget_clusters holds {bad[0]!r}; expected clusters from 0 to {num_clusters - 1}.")
+    names = [str(int(index)) for index in wanted]
+    matches = [{str(index)} & set(names) for index in clustering.assign(texts)]
     rule = (
         f"rows whose column {text_field!r} falls into one of the clusters {', '.join(names)} of {num_clusters} "
         f"({clustering.embedder})"
@@ -169,27 +166,27 @@ def split_by_cluster(
 
 
 def split_by_source(rows: Dataset, forget_sources: Sequence[Any], column: str = "source") -> Split:
-    """Forget the rows that come from certain sources: a column has one of the values given.
+    """Split rows by their source, a column such as the author, the customer or the document.
 
     Args:
-        rows: a data set with that column.
-        forget_sources: values of the column.
-        column: the column, such as an author, a customer or a document.
+        rows: data set with that column.
+        forget_sources: values of the column to forget.
+        column: the column.
 
     Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if there is no such column, no such value in it, or one set would be empty.
+        TypeError: if an argument has the wrong type.
+        ValueError: if there is no such column, none of the values is in it, or a set would be empty.
     """
-    _check(rows, column)
-    asked = _asked("forget_sources", forget_sources)
-    names = [str(value) for value in asked]
+    check_rows(rows, (column,))
+    wanted = checked_list("forget_sources", forget_sources)
+    names = [str(value) for value in wanted]
     values = list(rows[column])
-    matches = [{names[asked.index(value)]} if value in asked else set() for value in values]
+    matches = [{names[wanted.index(value)]} if value in wanted else set() for value in values]
     if not any(matches):
-        there = sorted(set(map(repr, values)))
+        found = sorted(set(map(repr, values)))
         raise ValueError(
-            f"none of the sources {_some(asked)} is in the column {column!r}, which has {len(there)} different "
-            f"values: {', '.join(there[:SHOWN_GROUPS])}{', ...' if len(there) > SHOWN_GROUPS else ''}."
+            f"none of the sources {listed([*map(repr, wanted)], SHOWN_GROUPS)} is in the column {column!r}, which has "
+            f"{len(found)} different values: {listed(found, SHOWN_GROUPS)}."
         )
     rule = f"rows whose column {column!r} is one of {len(names)} values"
     return _split(rows, matches, names, rule, "text" if "text" in rows.column_names else None, f"values of {column!r}")
@@ -201,74 +198,74 @@ def split_by_predicate(
     description: str = "rows that a predicate accepts",
     text_field: str = "text",
 ) -> Split:
-    """Forget the rows for which a function of yours is true.
+    """Split rows by a function of yours, true for forget rows.
 
     Args:
-        rows: a data set.
-        predicate: is given each row, as a mapping from column to value.
-        description: what the function accepts, for the report.
-        text_field: the column of texts, for the report.
+        rows: data set.
+        predicate: function of a row, a mapping from column to value.
+        description: description of the rows it accepts, for the report.
+        text_field: column of texts, for the report.
 
     Raises:
-        TypeError: if an argument is of another type.
-        ValueError: if there is no such column, or one set would be empty.
+        TypeError: if an argument has the wrong type.
+        ValueError: if there is no such column, or a set would be empty.
     """
-    _check(rows, text_field)
+    check_rows(rows, (text_field,))
     if not callable(predicate):
         raise TypeError(f"predicate is a {type(predicate).__name__}; expected a function of a row.")
     return _split(rows, [{""} if predicate(row) else set() for row in rows], None, description, text_field, "rows")
 
 
 def subsample_forget(split: Split, fraction: float, seed: int = 0) -> Split:
-    """Keep a random share of the forget rows; those left out are in neither set.
+    """Draw a random share of the forget rows; the others are in neither set.
 
-    The report's `groups` and `unmatched` stay those of the whole forget set; its forget examples are those still in.
+    The report's `groups` and `unmatched` stay those of the whole forget set; its examples are those drawn.
 
     Args:
-        split: what to draw from.
-        fraction: the share to keep, above 0 and at most 1.
+        split: split to draw from.
+        fraction: share of the forget rows, above 0 and at most 1.
         seed: seed of the draw.
 
     Raises:
-        ValueError: if `fraction` is out of range, or so low that no row is left.
+        TypeError: if `split` is no `Split`.
+        ValueError: if `fraction` is out of range, or so low that no row remains.
     """
-    if not isinstance(split, Split):
-        raise TypeError(f"split is a {type(split).__name__}; expected a Split, as split_by_entity and others give it.")
+    _check_split(split)
     if not 0 < fraction <= 1:
         raise ValueError(f"fraction={fraction!r}; expected a share above 0 and at most 1.")
     num_rows = len(split.forget)
-    kept = random.Random(seed).sample(range(num_rows), round(num_rows * fraction))
-    if not kept:
+    drawn = random.Random(seed).sample(range(num_rows), round(num_rows * fraction))
+    if not drawn:
         raise ValueError(f"fraction={fraction!r} of {num_rows} forget rows leaves none; raise it.")
-    forget = split.forget.select(sorted(kept))
+    forget = split.forget.select(sorted(drawn))
     rule = (
-        f"{split.report.rule}; of the {num_rows} rows matched, a random {len(kept)} kept (fraction {fraction}, seed "
-        f"{seed}) and {num_rows - len(kept)} left out of both sets"
+        f"{split.report.rule}; of the {num_rows} rows matched, a random {len(drawn)} kept (fraction {fraction}, seed "
+        f"{seed}) and {num_rows - len(drawn)} left out of both sets"
     )
-    shown = [text for i, text in enumerate(split.report.examples["forget"]) if i in kept]
+    shown = [text for i, text in enumerate(split.report.examples["forget"]) if i in drawn]
     examples = {**split.report.examples, "forget": shown}
-    report = dataclasses.replace(split.report, rule=rule, num_forget=len(kept), examples=examples)
+    report = dataclasses.replace(split.report, rule=rule, num_forget=len(drawn), examples=examples)
     return Split(forget, split.retain, report)
 
 
 def train_test(split: Split, test_fraction: float = 0.3, seed: int = 0) -> dict[str, Dataset]:
-    """Shuffle each of the two sets and cut it into a part to train on and a part to test on.
+    """Shuffle both sets of a split and divide each into a training and a test part.
 
-    Rows are drawn one by one: a text that stands in several rows can come to lie in both parts.
+    Rows are drawn one by one: a text that is repeated can end up in both parts.
 
     Args:
-        split: what to cut.
-        test_fraction: the share of each set to test on, above 0 and below 1, rounded down to whole rows.
+        split: split to divide.
+        test_fraction: share of the test part of each set, above 0 and below 1, rounded down to whole rows.
         seed: seed of the shuffles.
 
     Returns:
         `train_retain`, `train_forget`, `test_retain` and `test_forget`.
 
     Raises:
+        TypeError: if `split` is no `Split`.
         ValueError: if `test_fraction` is out of range, or a part would be empty.
     """
-    if not isinstance(split, Split):
-        raise TypeError(f"split is a {type(split).__name__}; expected a Split, as split_by_entity and others give it.")
+    _check_split(split)
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction={test_fraction!r}; expected a share above 0 and below 1.")
     parts: dict[str, dict[str, Dataset]] = {"train": {}, "test": {}}
@@ -276,117 +273,57 @@ def train_test(split: Split, test_fraction: float = 0.3, seed: int = 0) -> dict[
         # 100 * 0.29 is a little below 29 in binary floats.
         num_test = math.floor(len(rows) * test_fraction + 1e-9)
         if num_test in (0, len(rows)):
-            raise ValueError(f"test_fraction={test_fraction} cuts {len(rows)} {group} row(s) so that a part is empty.")
+            raise ValueError(
+                f"test_fraction={test_fraction} divides {len(rows)} {group} row(s) so that a part is empty; expected "
+                "at least one row in each."
+            )
         order = random.Random(seed).sample(range(len(rows)), len(rows))
         parts["test"][group] = rows.select(order[:num_test])
         parts["train"][group] = rows.select(order[num_test:])
     return {f"{part}_{group}": rows for part, groups in parts.items() for group, rows in groups.items()}
 
 
-class NameFinder:
-    """Finds names in texts as whole words, whatever the letter case and the white space."""
-
-    def __init__(self, names: Sequence[str]) -> None:
-        self.spelled: dict[str, str] = {}
-        self.by_first_token: dict[str, list[str]] = {}
-        for name in names:
-            plain = _plain(name)
-            if plain not in self.spelled:
-                self.spelled[plain] = name
-                self.by_first_token.setdefault(TOKEN.findall(plain)[0], []).append(plain)
-
-    def find(self, text: str) -> set[str]:
-        """The names in a text, as they were spelled when they were given."""
-        text = _plain(text)
-        return {
-            self.spelled[name]
-            for token in TOKEN.finditer(text)
-            for name in self.by_first_token.get(token.group(), ())
-            if text.startswith(name, token.start())
-            and not _in_word(text[: token.start()][-1:])
-            and not _in_word(text[token.start() + len(name) :][:1])
-        }
-
-
-def _plain(text: str) -> str:
-    """The text without what does not tell names apart: letter case, white space, how accents are encoded."""
-    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
-    return " ".join(text.split())
-
-
-def _in_word(character: str) -> bool:
-    # Vowel signs, as in Hindi, belong to words, but regular expressions do not count them among \w.
-    return character.isalnum() or character == "_" or (character != "" and unicodedata.category(character)[0] == "M")
-
-
 def _split(
     rows: Dataset,
     matches: Sequence[Collection[str]],
-    asked: list[str] | None,
+    wanted: list[str] | None,
     rule: str,
     text_field: str | None,
     kind: str,
 ) -> Split:
-    """The two sets and their report, from what each row matched of what was asked for."""
+    """The split and its report, from the names, clusters or sources that each row matched."""
     counts = Counter(name for names in matches for name in names)
-    unmatched = [name for name in asked or () if not counts[name]]
-    if asked and len(unmatched) == len(asked):
-        raise ValueError(f"none of the {kind} asked for is found in {len(rows)} rows: {_some(unmatched)}.")
+    unmatched = [name for name in wanted or () if not counts[name]]
+    if wanted and len(unmatched) == len(wanted):
+        shown = listed([*map(repr, unmatched)], SHOWN_GROUPS)
+        raise ValueError(
+            f"none of the {kind} asked for is found in {len(rows)} rows: {shown}. Expected at least one; check their "
+            "spelling and the column."
+        )
     if unmatched:
-        logger.warning("%d of the %d %s are found nowhere: %s", len(unmatched), len(asked or ()), kind, unmatched)
+        logger.warning("%d of the %d %s are found nowhere: %s", len(unmatched), len(wanted or ()), kind, unmatched)
     forget = rows.select([i for i, names in enumerate(matches) if names])
     retain = rows.select([i for i, names in enumerate(matches) if not names])
     for group, part in (("forget", forget), ("retain", retain)):
         if len(part) == 0:
-            raise ValueError(f"the {group} set is empty: {len(forget)} of {len(rows)} rows are {rule}.")
+            raise ValueError(
+                f"the {group} set is empty: {len(forget)} of {len(rows)} rows are {rule}. Expected a row in each set."
+            )
     report = SplitReport(
         rule=rule,
         num_forget=len(forget),
         num_retain=len(retain),
-        groups=dict(counts.most_common()) if asked else {},
+        groups=dict(counts.most_common()) if wanted else {},
         unmatched=unmatched,
         examples={"forget": _examples(forget, text_field), "retain": _examples(retain, text_field)},
     )
     return Split(forget, retain, report)
 
 
-def _check(rows: Dataset, column: str) -> None:
-    if not isinstance(rows, Dataset):
-        raise TypeError(
-            f"rows is a {type(rows).__name__}; expected a datasets.Dataset, such as one split of a DatasetDict."
-        )
-    if column not in rows.column_names:
-        raise ValueError(f"there is no column {column!r}; the columns are {rows.column_names}.")
-    if len(rows) == 0:
-        raise ValueError("rows is empty; expected at least two rows, one to forget and one to retain.")
-
-
-def _texts(rows: Dataset, text_field: str) -> list[str]:
-    _check(rows, text_field)
-    return checked_texts(rows[text_field])
-
-
-def _asked(argument: str, values: Any) -> list[Any]:
-    """What was asked for, once each."""
-    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
-        raise TypeError(f"{argument} is {values!r}; expected a list: [{values!r}].")
-    once: list[Any] = []
-    for value in values:
-        if value not in once:
-            once.append(value)
-    if not once:
-        raise ValueError(f"{argument} is empty; expected at least one.")
-    return once
+def _check_split(split: Any) -> None:
+    if not isinstance(split, Split):
+        raise TypeError(f"split is a {type(split).__name__}; expected a Split, such as that of split_by_entity.")
 
 
 def _examples(rows: Dataset, text_field: str | None) -> list[str]:
     return [str(row if text_field is None else row[text_field]) for row in rows.select(range(min(SHOWN, len(rows))))]
-
-
-def _some(values: Sequence[Any], most: int = 10) -> str:
-    return ", ".join(map(repr, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
-
-
-def _short(text: str, width: int = 100) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."

@@ -1,4 +1,4 @@
-"""The four splits of an unlearning task, with the format that turns them into prompts."""
+"""Unlearning task: train and test splits of forget and retain rows, and their prompt format."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from datasets import Dataset
 
 from .dataset import forget_retain_dataset
 from .formats import PromptFormat
+from .rows import SHOWN, normalized, shortened
 
 logger = logging.getLogger(__name__)
 
 
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
-# Whose copy of a repeated text stays: what is to be forgotten is not kept, and what was trained on is no test.
-FIRST_KEPT = ("train_forget", "test_forget", "train_retain", "test_retain")
-SHOWN = 3
+# Order in which splits retain their copy of a repeated text: forget before retain, train before test.
+PRECEDENCE = ("train_forget", "test_forget", "train_retain", "test_retain")
 
 
 @dataclass(frozen=True)
 class UnlearningData:
-    """What is to be forgotten and what is to be kept, to train on and to test on.
+    """Data of an unlearning task: four splits and their prompt format.
 
     Args:
-        name: of the data set.
+        name: name of the data set.
         splits: a data set for each of `train_retain`, `train_forget`, `test_retain` and `test_forget`, with the
-            columns that the format asks for.
-        format: turns the rows into prompts and completions.
-        notes: what was done to the data, one line each.
+            columns that the format requires.
+        format: format of prompts and completions.
+        notes: changes made to the data, one line each.
     """
 
     name: str
@@ -52,7 +52,7 @@ class UnlearningData:
         return self.format.apply(self.splits[split])
 
     def training_set(self) -> Dataset:
-        """The two train splits joined by `forget_retain_dataset`, forget rows first."""
+        """Both train splits, joined by `forget_retain_dataset`."""
         return forget_retain_dataset(forget=self.rows("train_forget"), retain=self.rows("train_retain"))
 
     def limited(
@@ -60,44 +60,44 @@ class UnlearningData:
         num_retain: int | None = None,
         num_test: int | None = None,
         seed: int = 0,
-        keep: Callable[[Mapping[str, Any]], bool] | None = None,
+        prefer: Callable[[Mapping[str, Any]], bool] | None = None,
     ) -> UnlearningData:
-        """Fewer retain rows, drawn at random; the forget splits stay whole.
+        """The data with fewer retain rows, drawn at random; the forget splits stay whole.
 
         Args:
-            num_retain: the most rows of `train_retain`; None for all.
-            num_test: the most rows of `test_retain`; None for all.
+            num_retain: maximum number of rows of `train_retain`; None for all.
+            num_test: maximum number of rows of `test_retain`; None for all.
             seed: seed of the draws.
-            keep: with `num_retain`: is given each row of `train_retain`, as a mapping from column to value. Rows for
-                which it is true are drawn first.
+            prefer: with `num_retain`, a function of each row of `train_retain`, a mapping from column to value. Rows
+                for which it is true are drawn first.
 
         Raises:
-            ValueError: if a number is below 1, or `keep` is given without `num_retain`.
+            ValueError: if a number is below 1, or `prefer` is given without `num_retain`.
         """
-        if keep is not None and num_retain is None:
-            raise ValueError("keep says which rows of train_retain come first among num_retain; give num_retain, too.")
+        if prefer is not None and num_retain is None:
+            raise ValueError("prefer selects rows of train_retain to draw first; pass num_retain, too.")
         splits, notes = dict(self.splits), []
         for name, most in (("train_retain", num_retain), ("test_retain", num_test)):
             if most is None:
                 continue
             if most < 1:
-                raise ValueError(f"at most {most} rows of {name}; expected at least 1.")
+                raise ValueError(f"a maximum of {most} rows for {name}; expected at least 1.")
             rows = splits[name]
             order = random.Random(seed).sample(range(len(rows)), len(rows))
             note = f"{name}: a random {min(most, len(rows)):,} of {len(rows):,} rows (seed {seed})"
-            if keep is not None and name == "train_retain":
-                wanted = {i for i, row in enumerate(rows) if keep(row)}
-                order = [i for i in order if i in wanted] + [i for i in order if i not in wanted]
-                note += f", {min(most, len(wanted)):,} of them from the {len(wanted):,} to be kept first"
+            if prefer is not None and name == "train_retain":
+                preferred = {i for i, row in enumerate(rows) if prefer(row)}
+                order = [i for i in order if i in preferred] + [i for i in order if i not in preferred]
+                note += f", {min(most, len(preferred)):,} of them from the {len(preferred):,} preferred"
             splits[name] = rows.select(order[:most])
             notes.append(note)
         return dataclasses.replace(self, splits=splits, notes=(*self.notes, *notes))
 
     def with_forget_fraction(self, fraction: float, seed: int = 0) -> UnlearningData:
-        """A random share of `train_forget`; the rows left out are in no split.
+        """The data with a random share of `train_forget`; the other rows are in no split.
 
         Args:
-            fraction: the share, above 0 and at most 1.
+            fraction: share of the rows, above 0 and at most 1.
             seed: seed of the draw.
 
         Raises:
@@ -115,16 +115,16 @@ class UnlearningData:
         return dataclasses.replace(self, splits=splits, notes=(*self.notes, note))
 
     def check(self) -> None:
-        """Look for what would spoil an experiment.
+        """Check the data for errors that would invalidate an experiment.
 
         Raises:
             TypeError: if `splits` is no dict.
-            ValueError: if a split is missing or empty, a text is missing, a row stands in two splits, or the
-                completion of a row is one of the format's generic ones.
+            ValueError: if a split is missing or empty, a text is missing, a row is in two splits, or the completion
+                of a row is one of the format's generic ones.
         """
         if not isinstance(self.splits, Mapping):
             raise TypeError(
-                f"splits are a {type(self.splits).__name__}; expected a dict of the four, as train_test gives it."
+                f"splits are a {type(self.splits).__name__}; expected a dict of the four, as train_test returns it."
             )
         if set(self.splits) != set(SPLITS):
             raise ValueError(f"{self.name} has the splits {sorted(self.splits)}; expected {sorted(SPLITS)}.")
@@ -138,31 +138,32 @@ class UnlearningData:
             if both := sorted(texts[one] & texts[other]):
                 kind = "trained on and tested as unseen"
                 if one.split("_")[1] != other.split("_")[1]:
-                    kind = "forgotten and kept"
-                shown = "; ".join(repr(key[0][:160]) for key in both[:SHOWN])
+                    kind = "forgotten and retained"
+                shown = "; ".join(shortened(repr(key[0])) for key in both[:SHOWN])
                 raise ValueError(
-                    f"{len(both)} row(s) of {self.name} stand in both {one} and {other}, and would be {kind} at "
-                    f"once: {shown}. Remove them from one."
+                    f"{len(both)} row(s) of {self.name} are in both {one} and {other} and would be {kind} at once: "
+                    f"{shown}. Remove them from one."
                 )
 
     def _check_completions(self, split: str, rows: Dataset) -> None:
-        generic = {text.strip().casefold() for text in self.format.generic_completions}
+        generic = {normalized(text) for text in self.format.generic_completions}
         for number, row in enumerate(rows):
-            done = self.format.row(row)
-            if self.format.fields(row)[self.format.text_field] is None or not done[self.format.text_field]:
+            formatted = self.format.row(row)
+            if self.format.fields(row)[self.format.text_field] is None or not formatted[self.format.text_field]:
                 raise ValueError(
-                    f"row {number} of {split} of {self.name} has no text in {self.format.text_field!r}: {row}"
+                    f"row {number} of {split} of {self.name} has no text in {self.format.text_field!r}: {row}. Fill "
+                    "it in, or drop the row."
                 )
-            if done["completion"].strip().casefold() in generic:
+            if normalized(formatted["completion"]) in generic:
                 raise ValueError(
-                    f"row {number} of {split} of {self.name} is answered with {done['completion']!r}, which is one of "
+                    f"row {number} of {split} of {self.name} has the completion {formatted['completion']!r}, one of "
                     f"the format's generic completions {self.format.generic_completions}: a forget row would be "
                     "trained to its own answer. Drop such rows, or use a format with other generic completions."
                 )
 
 
 def row_keys(rows: Dataset, prompts: PromptFormat) -> list[tuple[str, ...]]:
-    """What makes a row the same as another one: its text and its prompt, or its choices in any order."""
+    """Identity of each row: its text and its prompt, or its text and its choices in any order."""
     keys = []
     for row in rows:
         fields = prompts.fields(row)
@@ -175,46 +176,46 @@ def row_keys(rows: Dataset, prompts: PromptFormat) -> list[tuple[str, ...]]:
 
 
 def without_repeats(parts: dict[str, Dataset], prompts: PromptFormat) -> tuple[dict[str, Dataset], list[str]]:
-    """Each row once: where a text is repeated, within a part or in a later one, its first copy stays.
+    """Drop all but the first copy of each repeated row, within a part or across parts.
 
     Args:
-        parts: data sets with the same columns, the one whose copies stay first.
-        prompts: its text field is compared, without outer space.
+        parts: data sets with the same columns, in order of precedence.
+        prompts: their format; rows are compared by `row_keys`.
 
     Returns:
-        The parts, and a note of what was dropped, if anything was.
+        The parts, and a note on the number of dropped rows, if any.
     """
     first: dict[tuple[str, ...], Any] = {}
-    kept, dropped, disagreeing = {}, [], 0
+    unique, dropped, disagreeing = {}, [], 0
     for name, rows in parts.items():
         labels = rows["label"] if "label" in rows.column_names else [None] * len(rows)
-        places = []
+        indices = []
         for i, (key, label) in enumerate(zip(row_keys(rows, prompts), labels, strict=True)):
             if key not in first:
                 first[key] = label
-                places.append(i)
+                indices.append(i)
             else:
                 disagreeing += label != first[key]
-        kept[name] = rows.select(places)
-        if len(places) < len(rows):
-            dropped.append(f"{name} {len(rows) - len(places):,}")
+        unique[name] = rows.select(indices)
+        if len(indices) < len(rows):
+            dropped.append(f"{name} {len(rows) - len(indices):,}")
     if not dropped:
-        return kept, []
+        return unique, []
     note = f"repeated rows dropped, the first one kept: {', '.join(dropped)}"
-    return kept, [note + (f" ({disagreeing:,} of them had another label)" if disagreeing else "")]
+    return unique, [note + (f" ({disagreeing:,} of them had another label)" if disagreeing else "")]
 
 
-def size_note(what: str, found: int, expected: int) -> str:
-    """A note of how many rows were read, with a warning where the number is not the known one."""
+def size_note(name: str, found: int, expected: int) -> str:
+    """A note on the number of rows read, with a warning if it is not the published one."""
     if found == expected:
-        return f"{what}: {found:,} rows"
-    note = f"{what}: {found:,} rows, where the published set has {expected:,}"
+        return f"{name}: {found:,} rows"
+    note = f"{name}: {found:,} rows, where the published set has {expected:,}"
     logger.warning("%s.", note)
     return note
 
 
 def checked(name: str, splits: Mapping[str, Dataset], prompts: PromptFormat, notes: list[str]) -> UnlearningData:
-    """The data with its sizes noted, after a look at every row."""
+    """The data of a known set, checked, with the sizes of its splits among the notes."""
     sizes = ", ".join(f"{split} {len(splits[split]):,}" for split in SPLITS)
     data = UnlearningData(name, {split: splits[split] for split in SPLITS}, prompts, (*notes, sizes))
     data.check()

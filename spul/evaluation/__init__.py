@@ -1,9 +1,10 @@
-"""How well it is forgotten, what else was lost, and whether it comes back."""
+"""Evaluation of unlearning: forgetting, utility, privacy, and attacks that bring the knowledge back."""
 
-from .aggregation import Measurement, Number
+from .aggregation import Measurement, MetricValue
+from .measures import MEASURES
 from .neighbors import cluster_neighbors, name_neighbors, topic_neighbors
 from .results import Evaluation, join
-from .run import MEASURES, evaluate
+from .run import evaluate
 from .suite import AttackSettings
 
 __all__ = [
@@ -11,7 +12,7 @@ __all__ = [
     "AttackSettings",
     "Evaluation",
     "Measurement",
-    "Number",
+    "MetricValue",
     "cluster_neighbors",
     "evaluate",
     "join",

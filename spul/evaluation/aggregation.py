@@ -1,11 +1,11 @@
-"""What was measured, row by row, and what it amounts to: numbers with their intervals."""
+"""From per-row measurements to metric values with confidence intervals."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import binomtest
@@ -13,96 +13,88 @@ from scipy.stats import binomtest
 from .metrics.intervals import Interval, bootstrap_interval, joined_interval, seeds_interval
 from .metrics.leakage import auc, auc_interval, compare_with_retrained, true_positive_rate
 from .metrics.likelihood import truth_ratio_on_forget, truth_ratio_on_retain
-from .metrics.tofu import QuestionScores, forget_quality, model_utility
+from .metrics.table import SHARE, metric_of
+from .metrics.tofu import forget_quality, model_utility
 
 MEMBERS, UNSEEN = "train_forget", "unseen"
+FORGET_ROWS = ("train_forget", "test_forget", "forget")
 NUM_RESAMPLES = 2_000
-# Better high on what is kept and low on what is forgotten.
-KNOWLEDGE = (
-    *("accuracy", "f1", "probability", "rouge_l_recall", "rouge_l_f1", "extraction_strength", "exact_memorization"),
-    *("choice_probability", "success"),
-)
-CLOSE_TO_BASE = ("reverse_kl", "forward_kl", "perplexity")
-SHARES = ("accuracy", "generic")
-# What a number can be; an interval does not reach beyond.
-BOUNDS = {
-    **dict.fromkeys((*KNOWLEDGE, *SHARES, "auc", "true_positive_rate", "reversed_true_positive_rate"), (0.0, 1.0)),
-    **dict.fromkeys(("truth_ratio_on_forget", "truth_ratio_on_retain", "model_utility"), (0.0, 1.0)),
-    **dict.fromkeys(("forget_quality", "majority", "shuffled"), (0.0, 1.0)),
-    **dict.fromkeys(("loss", *CLOSE_TO_BASE), (0.0, math.inf)),
-    "auc_difference": (-1.0, 1.0),
-}
-# What is said of an attack: the number's name, from scores of members and others, and the sign that they are given.
+# The metrics of a membership attack, each from scores of members and of unseen rows times a sign.
 MEMBERSHIP = (
     ("auc", auc, 1),
     ("true_positive_rate", true_positive_rate, 1),
     ("reversed_true_positive_rate", true_positive_rate, -1),
 )
-CLASSES = ("true", "predicted")  # per row the place of a label among the classes; not numbers of their own
+CLASSES = ("true", "predicted")  # per row the index of a class; F1 is computed from them
+UNKNOWN = Interval(math.nan, math.nan, math.nan)
+
+
+class Key(NamedTuple):
+    """The identity of a measurement; for the fields see `Measurement`."""
+
+    measure: str
+    rows: str
+    model: str
+    attack: str = ""
+    level: int | None = None
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What was measured of one model on one set of rows.
+    """The scores of one model on one set of rows.
 
     Attributes:
-        measure: what was done: `"utility"`, `"kl"`, `"membership"`, `"input attack"`, ...
-        rows: the set: `"test_forget"`, ...
+        measure: the measure: `"utility"`, `"kl"`, `"membership"`, `"input attack"`, ...
+        rows: the set of rows: `"test_forget"`, ...
         model: `"unlearned"`, `"detached"` or `"retrained"`.
-        variant: which attack, how many steps, ...; empty where there is one only.
-        per_row: by name, a number for each row, in the rows' order.
-        overall: by name, numbers that exist once for all rows.
-        num_rows: how many rows.
-        digest: of the rows, to know the same ones by.
-        seed: which of several joined evaluations this is from.
+        attack: the attack, where a measure has several; else empty.
+        level: its number of steps, bits, tries or turns (`Measure.unit`); None without.
+        per_row: by metric, a list with a score for each row, in the rows' order.
+        overall: by metric, scores that exist once for all rows.
+        num_rows: number of rows.
+        digest: digest of the rows, by which the same rows are recognized under several seeds.
+        seed: index of the evaluation among joined ones.
     """
 
     measure: str
     rows: str
     model: str
-    variant: str = ""
-    per_row: dict[str, list[float]] = field(default_factory=dict)
-    overall: dict[str, float] = field(default_factory=dict)
+    attack: str = ""
+    level: int | None = None
+    per_row: Mapping[str, Any] = field(default_factory=dict)
+    overall: Mapping[str, float] = field(default_factory=dict)
     num_rows: int = 0
     digest: str = ""
     seed: int = 0
 
     @property
-    def key(self) -> tuple[str, str, str, str]:
-        """What it is of: measure, rows, model, variant."""
-        return self.measure, self.rows, self.model, self.variant
-
-
-def name_of_key(key: tuple[str, str, str, str]) -> str:
-    """A key in words, as in `left_out`."""
-    return " ".join(filter(None, key))
-
-
-Groups = dict[tuple[str, str, str, str], list[Measurement]]
-"""Measurements of each key, one for each seed."""
+    def key(self) -> Key:
+        """Measure, rows, model, attack and level."""
+        return Key(self.measure, self.rows, self.model, self.attack, self.level)
 
 
 @dataclass(frozen=True)
-class Number:
-    """One number of an evaluation, with its confidence interval.
+class MetricValue:
+    """A metric of an evaluation with its confidence interval.
 
     Attributes:
-        measure, rows, model, variant: see `Measurement`.
-        name: `"accuracy"`, `"auc"`, ...
-        value: the number.
+        measure, rows, model, attack, level: see `Measurement`.
+        name: the metric: `"accuracy"`, `"auc"`, ...
+        value: the estimate.
         low: lower end of the 95 % interval; NaN where there is none.
-        high: its upper end; likewise.
+        high: upper end; likewise.
         over: what the interval is over: `"rows"`, `"seeds"`, `"rows and seeds"`, or `""` without one.
-        num_rows: how many rows.
-        num_seeds: how many evaluations were joined.
-        better: `"low"`, `"high"`, `"0"`, `"as retrained"`, or `""` for controls and what is neither.
+        num_rows: number of rows.
+        num_seeds: number of joined evaluations.
+        better: `"low"`, `"high"`, `"0"`, `"as retrained"`, or `""` for controls and metrics without a direction.
         note: a verdict in words.
     """
 
     measure: str
     rows: str
     model: str
-    variant: str
+    attack: str
+    level: int | None
     name: str
     value: float
     low: float = math.nan
@@ -114,144 +106,165 @@ class Number:
     note: str = ""
 
 
-def numbers_of(measurements: Sequence[Measurement]) -> list[Number]:
-    """What measurements amount to: means and scores with their intervals, and comparisons with the retrained model."""
-    groups: Groups = {}
+def in_words(attack: str, level: int | None, unit: tuple[str, str]) -> str:
+    """An attack and its level with the singular or plural unit: `"diluted, 4 turns"`, `"8 bit"`."""
+    number = "" if level is None else f"{level} {unit[level != 1]}".rstrip()
+    return ", ".join(filter(None, (attack, number)))
+
+
+def aggregate(measurements: Sequence[Measurement]) -> list[MetricValue]:
+    """The metrics of measurements, with intervals, and comparisons with the retrained model."""
+    by_key: dict[Key, list[Measurement]] = {}
     for one in measurements:
-        groups.setdefault(one.key, []).append(one)
-    found: list[Number] = []
-    for seeds in groups.values():
-        if seeds[0].measure == "membership":
-            if seeds[0].rows == MEMBERS:
-                found += _membership(seeds, groups)
+        by_key.setdefault(one.key, []).append(one)
+    found: list[MetricValue] = []
+    for key, seeds in by_key.items():
+        if key.measure == "membership":
+            if key.rows == MEMBERS:
+                found += _membership(seeds, by_key)
             continue
-        found += _means(seeds)
-        if seeds[0].measure == "questions":
-            found += _truth_ratio(seeds)
-            if seeds[0].rows == "forget":
-                found += _forget_quality(seeds, groups)
-    return found + _model_utilities(groups)
+        found += _of_rows(seeds) + _of_set(seeds)
+        if key.measure == "questions":
+            found.append(_truth_ratio(seeds))
+            if key.rows == "forget":
+                found += _forget_quality(seeds, by_key)
+    return found + _model_utilities(by_key)
 
 
-# ---- means ----
+# ---- metric values ----
 
 
-def _means(seeds: Sequence[Measurement]) -> list[Number]:
-    """Of each name that a measurement has."""
-    found = []
-    for name in seeds[0].per_row:
-        if name in CLASSES:
-            continue
-        if name == "nats":
-            found.append(_number(seeds, "perplexity", _perplexity(seeds)))
-        else:
-            found.append(_number(seeds, name, _mean(name, [one.per_row[name] for one in seeds], seeds)))
-    if "true" in seeds[0].per_row:
-        found.append(_number(seeds, "f1", _f1(seeds)))
-    for name in seeds[0].overall:
-        values = [one.overall[name] for one in seeds]
-        interval, over = _over_seeds(values)
-        if name in SHARES and set(values) == {values[0]} and not math.isnan(values[0]):
-            interval, over = _share(values[0], min(one.num_rows for one in seeds)), "rows"
-        found.append(_number(seeds, name, (interval, over)))
-    return found
+def _value(
+    seeds: Sequence[Measurement],
+    name: str,
+    interval: Interval,
+    over: str,
+    attack: str | None = None,
+    note: str = "",
+) -> MetricValue:
+    """A metric value of the first seed's key; without an interval where its ends are NaN."""
+    one, metric = seeds[0], metric_of(name)
+    low, high = (float(end) for end in np.clip([interval.low, interval.high], *metric.bounds))
+    is_forget = one.rows in FORGET_ROWS and one.measure != "neighbors"
+    return MetricValue(
+        *(one.measure, one.rows, one.model, one.attack if attack is None else attack, one.level),
+        *(name, interval.estimate, low, high),
+        over="" if math.isnan(interval.low) else over,
+        num_rows=one.num_rows,
+        num_seeds=len(seeds),
+        better="" if one.model != "unlearned" else metric.on_forget if is_forget else metric.on_retain,
+        note=note,
+    )
 
 
-def _mean(name: str, values: Sequence[Sequence[float]], seeds: Sequence[Measurement]) -> tuple[Interval, str]:
-    if any(np.isnan(one).any() for one in values):  # a model that has diverged: say so, and go on
-        return Interval(math.nan, math.nan, math.nan), ""
-    num, first = min(map(len, values)), values[0][0]
-    # All alike, under all seeds: neither rows that are drawn nor the seeds tell more, and each row counts once.
-    is_share = BOUNDS.get(name) == (0.0, 1.0) and first in (0, 1)
-    if is_share and num > 1 and all(set(one) == {first} for one in values):
-        return _share(first, num), "rows"
-    if len(values) == 1:
-        return bootstrap_interval(values[0], num_resamples=NUM_RESAMPLES), "rows"
-    if len({one.digest for one in seeds}) == 1:
-        return joined_interval(values), "rows and seeds"
-    return _over_seeds([float(np.mean(one)) for one in values])
+def _over_seeds(values: Sequence[float]) -> Interval:
+    """The interval over seeds of a number that each seed has once."""
+    return UNKNOWN if np.isnan(values).any() else seeds_interval(values)
 
 
 def _share(value: float, num_rows: int) -> Interval:
-    """A share of rows of which no more is known, with Wilson's interval."""
+    """Wilson's interval of a share of rows."""
     ends = binomtest(round(value * num_rows), num_rows).proportion_ci(method="wilson")
     return Interval(value, float(ends.low), float(ends.high))
 
 
-def _over_seeds(values: Sequence[float]) -> tuple[Interval, str]:
-    """Of a number that each seed has once."""
-    if np.isnan(values).any():
-        return Interval(math.nan, math.nan, math.nan), ""
-    return seeds_interval(values), "seeds"
+def _of_rows(seeds: Sequence[Measurement]) -> list[MetricValue]:
+    """Means of per-row scores; perplexity and F1 instead of the columns that they are computed from."""
+    columns = seeds[0].per_row
+    found = []
+    for name in columns:
+        if name == "nats":
+            found.append(_statistic(seeds, "perplexity", ("nats", "tokens"), _perplexity))
+        elif name not in CLASSES:
+            found.append(_mean(seeds, name))
+    if "true" in columns:
+        found.append(_statistic(seeds, "f1", CLASSES, _f1))
+    return found
 
 
-def _statistic(seeds: Sequence[Measurement], names: Sequence[str], statistic: Any) -> tuple[Interval, str]:
-    """A number that is no mean, of some per-row columns; rows are drawn with all of their columns."""
-    columns = [[np.asarray(one.per_row[name]) for name in names] for one in seeds]
+def _mean(seeds: Sequence[Measurement], name: str) -> MetricValue:
+    """The mean of a per-row score; NaN where a model has diverged."""
+    values = [one.per_row[name] for one in seeds]
+    if any(np.isnan(one).any() for one in values):
+        return _value(seeds, name, UNKNOWN, "")
+    num, first = min(map(len, values)), values[0][0]
+    # All rows alike under all seeds: resampling rows or seeds has no spread, and each row counts once.
+    is_share = metric_of(name).bounds == SHARE and first in (0, 1)
+    if is_share and num > 1 and all(set(one) == {first} for one in values):
+        return _value(seeds, name, _share(first, num), "rows")
+    if len(values) == 1:
+        return _value(seeds, name, bootstrap_interval(values[0], num_resamples=NUM_RESAMPLES), "rows")
+    if len({one.digest for one in seeds}) == 1:
+        return _value(seeds, name, joined_interval(values), "rows and seeds")
+    return _value(seeds, name, _over_seeds([float(np.mean(one)) for one in values]), "seeds")
+
+
+def _of_set(seeds: Sequence[Measurement]) -> list[MetricValue]:
+    """Scores that exist once for all rows; an interval over rows for shares of rows, if alike under all seeds."""
+    found = []
+    for name in seeds[0].overall:
+        values = [one.overall[name] for one in seeds]
+        if metric_of(name).counts_rows and set(values) == {values[0]} and not math.isnan(values[0]):
+            found.append(_value(seeds, name, _share(values[0], min(one.num_rows for one in seeds)), "rows"))
+        else:
+            found.append(_value(seeds, name, _over_seeds(values), "seeds"))
+    return found
+
+
+def _statistic(
+    seeds: Sequence[Measurement], name: str, columns: Sequence[str], statistic: Callable[..., float]
+) -> MetricValue:
+    """A statistic of several per-row columns, resampled together."""
+    per_seed = [[np.asarray(one.per_row[column]) for column in columns] for one in seeds]
     if len(seeds) > 1:
-        return _over_seeds([statistic(*of_seed) for of_seed in columns])
-    places = np.arange(len(columns[0][0]))
+        return _value(seeds, name, _over_seeds([statistic(*arrays) for arrays in per_seed]), "seeds")
 
     def of_drawn(drawn: np.ndarray) -> float:
-        return statistic(*(column[drawn.astype(int)] for column in columns[0]))
+        return statistic(*(array[drawn.astype(int)] for array in per_seed[0]))
 
-    return bootstrap_interval(places, statistic=of_drawn, num_resamples=NUM_RESAMPLES // 4), "rows"
-
-
-def _f1(seeds: Sequence[Measurement]) -> tuple[Interval, str]:
-    """Weighted by the classes' frequency, as scikit-learn's; written out since it is computed thousands of times."""
-
-    def f1(true: np.ndarray, predicted: np.ndarray) -> float:
-        num = int(max(true.max(), predicted.max())) + 1
-        known = predicted >= 0
-        support, said = (
-            np.bincount(true.astype(int), minlength=num),
-            np.bincount(predicted[known].astype(int), minlength=num),
-        )
-        right = np.bincount(true[true == predicted].astype(int), minlength=num)
-        of_class = 2 * right / np.maximum(support + said, 1)
-        return float((of_class * support).sum() / support.sum())
-
-    return _statistic(seeds, CLASSES, f1)
+    indices = np.arange(len(per_seed[0][0]))
+    interval = bootstrap_interval(indices, statistic=of_drawn, num_resamples=NUM_RESAMPLES // 4)
+    return _value(seeds, name, interval, "rows")
 
 
-def _perplexity(seeds: Sequence[Measurement]) -> tuple[Interval, str]:
-    return _statistic(seeds, ("nats", "tokens"), lambda nats, tokens: float(np.exp(nats.sum() / tokens.sum())))
+def _f1(true: np.ndarray, predicted: np.ndarray) -> float:
+    """F1 weighted by the classes' frequency, as scikit-learn's, but fast enough to be resampled."""
+    num = int(max(true.max(), predicted.max())) + 1
+    support = np.bincount(true.astype(int), minlength=num)
+    num_predicted = np.bincount(predicted[predicted >= 0].astype(int), minlength=num)
+    right = np.bincount(true[true == predicted].astype(int), minlength=num)
+    of_class = 2 * right / np.maximum(support + num_predicted, 1)
+    return float((of_class * support).sum() / support.sum())
 
 
-def _truth_ratio(seeds: Sequence[Measurement]) -> list[Number]:
-    """Of TOFU's questions, as one number for sets that are forgotten or kept."""
-    on_forget = seeds[0].rows == "forget"
-    as_one = truth_ratio_on_forget if on_forget else truth_ratio_on_retain
-    found = _statistic(seeds, ("truth_ratio",), as_one)
-    return [_number(seeds, f"truth_ratio_on_{'forget' if on_forget else 'retain'}", found)]
+def _perplexity(nats: np.ndarray, tokens: np.ndarray) -> float:
+    return float(np.exp(nats.sum() / tokens.sum()))
 
 
-# ---- against the retrained model ----
+# ---- membership ----
 
 
-def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
-    """AUC and true positives of each attack on one model, and how far the AUC is from the retrained model's."""
-    measure, rows, model, _ = seeds[0].key
-    unseen = groups.get((measure, UNSEEN, model, ""))
-    if unseen is None:  # the model diverged on them, as `left_out` says
+def _membership(seeds: Sequence[Measurement], by_key: Mapping[Key, list[Measurement]]) -> list[MetricValue]:
+    """AUC and true-positive rates of each attack on one model, and the AUC's distance from the retrained model's."""
+    unseen = by_key.get(seeds[0].key._replace(rows=UNSEEN))
+    if unseen is None:  # the model diverged on them; see `Evaluation.skipped`
         return []
-    theirs, their_unseen = (groups.get((measure, some, "retrained", "")) for some in (rows, UNSEEN))
+    retrained = seeds[0].key._replace(model="retrained")
+    theirs, their_unseen = by_key.get(retrained), by_key.get(retrained._replace(rows=UNSEEN))
     found = []
     for attack in seeds[0].per_row:
         pairs = _scores(seeds, unseen, attack)
         for name, statistic, sign in MEMBERSHIP:
             signed = [(sign * members, sign * others) for members, others in pairs]
-            each = [float(statistic(*pair)) for pair in signed]
-            interval, over = _over_seeds(each)
+            rates = [float(statistic(*pair)) for pair in signed]
             if len(signed) == 1:
                 interval, over = (_auc if statistic is auc else _rate)(*signed[0]), "rows"
-            elif statistic is true_positive_rate and set(each) in ({0.0}, {1.0}):
-                rates = [_rate(*pair) for pair in signed]  # alike: what one of them tells, at its widest
-                ends = np.fmin.reduce([one.low for one in rates]), np.fmax.reduce([one.high for one in rates])
-                interval, over = Interval(each[0], *map(float, ends)), "rows"
-            found.append(_number(seeds, name, (interval, over), attack))
-        if model == "retrained" or theirs is None or their_unseen is None or attack not in theirs[0].per_row:
+            elif statistic is true_positive_rate and set(rates) in ({0.0}, {1.0}):
+                interval, over = _widest([_rate(*pair) for pair in signed]), "rows"
+            else:
+                interval, over = _over_seeds(rates), "seeds"
+            found.append(_value(seeds, name, interval, over, attack))
+        if seeds[0].model == "retrained" or not theirs or not their_unseen or attack not in theirs[0].per_row:
             continue
         compared = [
             compare_with_retrained(*pair, *other, num_resamples=NUM_RESAMPLES)
@@ -259,26 +272,16 @@ def _membership(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
         ]
         verdict = ", ".join(dict.fromkeys(one.verdict for one in compared))
         at_one = "" if all(one.retrained_auc < 1 for one in compared) else "the retrained model's AUC is 1"
-        for name, values, note in (
+        for name, intervals, note in (
             ("auc_difference", [one.difference for one in compared], verdict),
             ("priv_leak", [one.priv_leak for one in compared], at_one),
         ):
-            interval, over = (values[0], "rows") if len(values) == 1 else _over_seeds([one.estimate for one in values])
-            found.append(_number(seeds, name, (interval, over), attack, note))
+            if len(intervals) == 1:
+                found.append(_value(seeds, name, intervals[0], "rows", attack, note))
+            else:
+                over_seeds = _over_seeds([one.estimate for one in intervals])
+                found.append(_value(seeds, name, over_seeds, "seeds", attack, note))
     return found
-
-
-def _auc(members: np.ndarray, others: np.ndarray) -> Interval:
-    return auc_interval(members, others, num_resamples=NUM_RESAMPLES)
-
-
-def _rate(members: np.ndarray, others: np.ndarray) -> Interval:
-    """True positives; a rate of 0 or 1 may be so in all draws, so its interval is at least Wilson's over members."""
-    found = bootstrap_interval(members, others, statistic=true_positive_rate, num_resamples=NUM_RESAMPLES)
-    if found.estimate not in (0, 1) or len(members) == 1:
-        return found
-    share = _share(found.estimate, len(members))
-    return Interval(found.estimate, float(np.fmin(found.low, share.low)), float(np.fmax(found.high, share.high)))
 
 
 def _scores(
@@ -291,95 +294,71 @@ def _scores(
     ]
 
 
-def _forget_quality(seeds: Sequence[Measurement], groups: Groups) -> list[Number]:
-    measure, rows, model, variant = seeds[0].key
-    theirs = groups.get((measure, rows, "retrained", variant))
-    if model == "retrained" or theirs is None:
+def _auc(members: np.ndarray, others: np.ndarray) -> Interval:
+    return auc_interval(members, others, num_resamples=NUM_RESAMPLES)
+
+
+def _rate(members: np.ndarray, others: np.ndarray) -> Interval:
+    """A true-positive rate. One of 0 or 1 may be alike in all resamples: its interval is at least Wilson's."""
+    found = bootstrap_interval(members, others, statistic=true_positive_rate, num_resamples=NUM_RESAMPLES)
+    if found.estimate not in (0, 1) or len(members) == 1:
+        return found
+    return _widest([found, _share(found.estimate, len(members))])
+
+
+def _widest(intervals: Sequence[Interval]) -> Interval:
+    """The first estimate, with the lowest and the highest end of all intervals that have ends."""
+    low, high = np.fmin.reduce([one.low for one in intervals]), np.fmax.reduce([one.high for one in intervals])
+    return Interval(intervals[0].estimate, float(low), float(high))
+
+
+# ---- TOFU ----
+
+
+def _truth_ratio(seeds: Sequence[Measurement]) -> MetricValue:
+    if seeds[0].rows == "forget":
+        return _statistic(seeds, "truth_ratio_on_forget", ("truth_ratio",), truth_ratio_on_forget)
+    return _statistic(seeds, "truth_ratio_on_retain", ("truth_ratio",), truth_ratio_on_retain)
+
+
+def _forget_quality(seeds: Sequence[Measurement], by_key: Mapping[Key, list[Measurement]]) -> list[MetricValue]:
+    theirs = by_key.get(seeds[0].key._replace(model="retrained"))
+    if seeds[0].model == "retrained" or theirs is None:
         return []
     values = [
         forget_quality(np.asarray(one.per_row["truth_ratio"]), np.asarray(other.per_row["truth_ratio"]))
         for one, other in zip(seeds, theirs, strict=True)
     ]
-    return [_number(seeds, "forget_quality", _over_seeds(values))]
+    return [_value(seeds, "forget_quality", _over_seeds(values), "seeds")]
 
 
-def _model_utilities(groups: Groups) -> list[Number]:
+def _model_utilities(by_key: Mapping[Key, list[Measurement]]) -> list[MetricValue]:
     found = []
-    for model in dict.fromkeys(key[2] for key in groups if key[0] == "questions"):
-        sets = [groups.get(("questions", rows, model, ""), []) for rows in ("retain", "real_authors", "world_facts")]
+    for model in dict.fromkeys(key.model for key in by_key if key.measure == "questions"):
+        sets = [by_key.get(Key("questions", rows, model), []) for rows in ("retain", "real_authors", "world_facts")]
         if not all(sets):
             continue
         seeds = [_utility(of_seed) for of_seed in zip(*sets, strict=True)]
-        if len(seeds) == 1:
-            places = [np.arange(len(one.per_row["truth_ratio"])) for (one,) in sets]
-            interval = bootstrap_interval(*places, statistic=seeds[0], num_resamples=NUM_RESAMPLES // 4)
-            found.append(_number(sets[0], "model_utility", (interval, "rows")))
+        if len(seeds) > 1:
+            interval, over = _over_seeds([utility() for utility in seeds]), "seeds"
         else:
-            found.append(_number(sets[0], "model_utility", _over_seeds([utility() for utility in seeds])))
+            indices = [np.arange(len(one.per_row["truth_ratio"])) for (one,) in sets]
+            interval = bootstrap_interval(*indices, statistic=seeds[0], num_resamples=NUM_RESAMPLES // 4)
+            over = "rows"
+        found.append(_value(sets[0], "model_utility", interval, over))
     return found
 
 
 def _utility(sets: Sequence[Measurement]) -> Callable[..., float]:
-    """TOFU's model utility of one seed, of drawn places in each set, or of all questions."""
+    """TOFU's model utility of one seed: of drawn indices of each set, or of all questions."""
     columns = [{name: np.asarray(values) for name, values in one.per_row.items()} for one in sets]
 
     def utility(*drawn: np.ndarray) -> float:
-        parts: Any = [places.astype(int) for places in drawn] or [slice(None)] * len(columns)
+        parts: Any = [indices.astype(int) for indices in drawn] or [slice(None)] * len(columns)
         scores = [
-            QuestionScores(**{name: values[part] for name, values in of_set.items()})
+            {name: values[part] for name, values in of_set.items()}
             for of_set, part in zip(columns, parts, strict=True)
         ]
         return model_utility(*scores)["model_utility"]
 
     return utility
-
-
-# ---- how a number is put down ----
-
-
-def _number(
-    seeds: Sequence[Measurement], name: str, found: tuple[Interval, str], variant: str | None = None, note: str = ""
-) -> Number:
-    one, (interval, over) = seeds[0], found
-    if math.isnan(interval.low):
-        over = ""
-    low, high = (
-        float(end) for end in np.clip([interval.low, interval.high], *BOUNDS.get(name, (-math.inf, math.inf)))
-    )
-    return Number(
-        one.measure,
-        one.rows,
-        one.model,
-        one.variant if variant is None else variant,
-        name,
-        interval.estimate,
-        low,
-        high,
-        over,
-        num_rows=one.num_rows,
-        num_seeds=len(seeds),
-        better=better(one, name),
-        note=note,
-    )
-
-
-def better(one: Measurement, name: str) -> str:
-    """Which way a number of the unlearned model is better; controls are what they are."""
-    if one.model != "unlearned":
-        return ""
-    if name in ("auc", "true_positive_rate", "reversed_true_positive_rate"):
-        return "as retrained"
-    if name in ("auc_difference", "priv_leak"):
-        return "0"
-    if name in ("forget_quality", "model_utility", "truth_ratio_on_forget", "truth_ratio_on_retain"):
-        return "high"
-    if name in CLOSE_TO_BASE:
-        return "low"
-    is_forget = one.rows in ("train_forget", "test_forget", "forget") and one.measure != "neighbors"
-    if name in KNOWLEDGE:
-        return "low" if is_forget else "high"
-    if name == "generic":
-        return "high" if is_forget else "low"
-    if name == "loss" and not is_forget:
-        return "low"
-    return ""

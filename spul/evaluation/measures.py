@@ -1,121 +1,206 @@
-"""What is measured of models as they are: utility and forgetting, privacy, what lies near, TOFU's questions."""
+"""The table of measures and attacks: what each requires, its tasks, and its words in the report."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
 
-from datasets import Dataset
-
-from ..data.unlearning_data import SPLITS
-from .aggregation import MEMBERS, UNSEEN
-from .metrics.likelihood import kl_to
-from .metrics.membership import GradientOf, attack_scores
-from .metrics.perplexity import text_losses
-from .metrics.tofu import score_questions
-from .suite import Found, Suite, Task
+from . import attack_tasks, tasks
+from .aggregation import Key, Measurement, MetricValue, in_words
+from .attacks.usual import TURN_UNIT
+from .suite import Suite, Task
 
 
-def utility(suite: Suite) -> Iterator[Task]:
-    """Right and generic answers on the four splits; of free-form ones also how much of the true answer is there."""
-    for split in SPLITS:
-        rows = suite.splits[split]
-
-        def run(model: Any, rows: Dataset = rows) -> Found:
-            return {"": {"per_row": suite.answers(model, rows)}}
-
-        for name in suite.models:
-            yield suite.task("utility", split, rows, name, run)
+def _nothing(suite: Suite) -> str:
+    return ""
 
 
-def kl(suite: Suite) -> Iterator[Task]:
-    """How far the answers on what is kept are from the base's."""
-    if "detached" not in suite.models:
-        suite.left_out["kl"] = "it is to the model as it was, which is not there; give base="
-        return
-    for split in ("train_retain", "test_retain"):
-        rows = suite.splits[split]
+@dataclass(frozen=True)
+class Measure:
+    """A measure or attack of an evaluation.
 
-        def run(model: Any, rows: Dataset = rows) -> Found:
-            if model is suite.model and suite.base is None:
-                found = kl_to(model, rows, suite.collator, batch_size=suite.batch_size)
-            else:
-                with suite.subject("detached") as base:
-                    found = kl_to(model, rows, suite.collator, base, suite.batch_size)
-            return {"": {"per_row": {"reverse_kl": found.reverse.tolist(), "forward_kl": found.forward.tolist()}}}
+    Attributes:
+        name: its name in `measures=`, measurements and metric values.
+        title: its heading in the report.
+        explanation: what the table in the report shows.
+        tasks: from a suite to its tasks.
+        why_skipped: from a suite to the reason why the measure is skipped as a whole; empty if it is not.
+        figure: the name of its figure; empty without one.
+        unit: the unit of `Measurement.level`, singular and plural.
+        generates: whether it compares generated texts with the true ones, which requires `rouge-score`: `"always"`,
+            `"free-form"` (of free-form answers only) or `"never"`.
+    """
 
-        for name in suite.models:
-            if name != "detached":
-                yield suite.task("kl", split, rows, name, run)
+    name: str
+    title: str
+    explanation: str
+    tasks: Callable[[Suite], Iterable[Task]]
+    why_skipped: Callable[[Suite], str] = _nothing
+    figure: str = ""
+    unit: tuple[str, str] = ("", "")
+    generates: Literal["always", "free-form", "never"] = "never"
 
 
-def membership(suite: Suite) -> Iterator[Task]:
-    """Scores of the forget rows as members, and of rows that no model saw."""
-    members = suite.splits["train_forget"]
-    unseen, given = (suite.splits["test_forget"], "test_forget") if suite.unseen is None else (suite.unseen, "unseen")
-    # Free-form answers are facts: asked in other words they are no unseen rows.
+def _requires(field: str, what: str) -> Callable[[Suite], str]:
+    """Skipped unless a field of the suite is given."""
+    return lambda suite: "" if getattr(suite, field) else f"give {field}=, {what}"
+
+
+def _requires_base(suite: Suite) -> str:
+    if "detached" in suite.models:
+        return ""
+    return "it compares with the model before unlearning, which is missing; give base="
+
+
+def _requires_unseen(suite: Suite) -> str:
+    members, unseen = suite.splits["train_forget"], tasks.unseen_rows(suite)
+    # Free-form answers are facts: the same fact in other words is not unseen.
     columns = ["prompt", *(["completion"] if suite.is_free_form else [])]
-    if any(set(map(str, members[column])) & set(map(str, unseen[column])) for column in columns):
-        suite.left_out["membership"] = f"{given} holds what is in train_forget, too; give unseen= of which nothing is"
-        return
-    if suite.reference is None:
-        suite.left_out["membership by the reference attack"] = "give reference=, another model that never saw the rows"
-    if not suite.attacks.gradient_norm:
-        suite.left_out["membership by gradient norm"] = "give AttackSettings(gradient_norm=True); it takes long"
-    for name in suite.models:
-        for rows_name, rows in ((MEMBERS, members), (UNSEEN, unseen)):
-
-            def run(model: Any, rows: Dataset = rows) -> Found:
-                how = suite.attacks
-                of: GradientOf | None = "model" if how.gradient_norm else None
-                scores = attack_scores(
-                    model, rows, suite.collator, suite.reference, of, how.min_k_share, suite.batch_size
-                )
-                return {"": {"per_row": {attack: values.tolist() for attack, values in scores.items()}}}
-
-            yield suite.task("membership", rows_name, rows, name, run)
+    if not any(set(map(str, members[column])) & set(map(str, unseen[column])) for column in columns):
+        return ""
+    name = "test_forget" if suite.unseen is None else "unseen"
+    return f"{name} holds rows of train_forget; give unseen= without any of them"
 
 
-def near(suite: Suite) -> Iterator[Task]:
-    """As utility, on rows near to what is forgotten."""
-    if not suite.neighbors:
-        suite.left_out["neighbors"] = "give neighbors=, sets of rows that are near to what is forgotten"
-    for rows_name, rows in suite.neighbors.items():
-
-        def run(model: Any, rows: Dataset = rows) -> Found:
-            return {"": {"per_row": suite.answers(model, rows)}}
-
-        for name in suite.models:
-            yield suite.task("neighbors", rows_name, rows, name, run)
+def _requires_texts(suite: Suite) -> str:
+    if all(isinstance(rows[0]["prompt"], str) for rows in suite.splits.values()):
+        return ""
+    return "prompts are conversations; render them to text first"
 
 
-def unrelated(suite: Suite) -> Iterator[Task]:
-    """The loss on running text."""
-    if not suite.unrelated_texts:
-        suite.left_out["unrelated text"] = "give unrelated_texts=, running text of no relation to the task"
-        return
-
-    def run(model: Any) -> Found:
-        found = text_losses(
-            model, suite.unrelated_texts, suite.collator.tokenizer, suite.collator.encoder.max_length, suite.batch_size
-        )
-        return {"": {"per_row": {"nats": found.nats.tolist(), "tokens": found.num_tokens.tolist()}}}
-
-    for name in suite.models:
-        yield suite.task("unrelated text", "unrelated text", suite.unrelated_texts, name, run)
+def _requires_halves(suite: Suite) -> str:
+    few, _ = suite.halves()
+    return "" if len(few) else "one half of train_forget attacks the other, and there is one prompt only"
 
 
-def tofu(suite: Suite) -> Iterator[Task]:
-    """TOFU's questions, each set by its name."""
-    if not suite.questions:
-        suite.left_out["questions"] = "give questions=, TOFU's perturbed files"
-    for rows_name, rows in suite.questions.items():
+def _requires_classes(suite: Suite) -> str:
+    few, _ = suite.halves()
+    if not suite.is_free_form and len(set(map(str, few["completion"]))) > 1:
+        return ""
+    return "it predicts classes, and the completions are free-form or all the same"
 
-        def run(model: Any, rows: Dataset = rows) -> Found:
-            how = (suite.question_format, suite.batch_size, suite.max_new_tokens)
-            scores = score_questions(model, rows, suite.collator, *how)
-            return {"": {"per_row": {k: v.tolist() for k, v in dataclasses.asdict(scores).items()}}}
 
-        for name in suite.models:
-            yield suite.task("questions", rows_name, rows, name, run)
+MEASURES = {
+    measure.name: measure
+    for measure in (
+        Measure(
+            "utility",
+            "The four splits",
+            "Accuracy is the share of rows whose completion greedy decoding generates, generic answers the share for "
+            "which it generates a generic completion. Loss is the negative log-likelihood of the completion, in nats "
+            "per row.",
+            tasks.utility,
+            figure="splits",
+            generates="free-form",
+        ),
+        Measure(
+            "kl",
+            "Distance from the base on retain rows",
+            "KL divergence from the predictions of the base without anything in front, in nats.",
+            tasks.kl,
+            _requires_base,
+        ),
+        Measure(
+            "membership",
+            "Membership inference",
+            "How well an attack distinguishes trained forget rows from unseen rows of the same kind. An AUC of 0.5 "
+            "is chance; best is the retrained model's, since an AUC far below 0.5 also shows that these rows were "
+            "treated in a special way.",
+            tasks.membership,
+            _requires_unseen,
+            figure="roc",
+        ),
+        Measure(
+            "neighbors",
+            "Near neighbors of the forget rows",
+            "Retain rows that are like the forget rows.",
+            tasks.near,
+            _requires("neighbors", "sets of retain rows near the forget rows"),
+            generates="free-form",
+        ),
+        Measure(
+            "unrelated text",
+            "Unrelated text",
+            "Perplexity of text that is unrelated to the task.",
+            tasks.unrelated,
+            _requires("unrelated_texts", "running text that is unrelated to the task"),
+        ),
+        Measure(
+            "questions",
+            "TOFU's questions",
+            "Forget quality is the p-value of a test that the truth ratios are the retrained model's: higher is "
+            "better. The fewer questions there are, the more easily it is high.",
+            tasks.tofu,
+            _requires("questions", "TOFU's perturbed files"),
+            generates="always",
+        ),
+        Measure(
+            "input attack",
+            "Attacks on the input",
+            "The same rows in another form or among other text; 'none' are the unchanged rows. Tokens lost are those "
+            "that did not fit in the model's input.",
+            attack_tasks.inputs,
+            _requires_texts,
+            figure="input_attacks",
+            unit=TURN_UNIT,
+            generates="free-form",
+        ),
+        Measure(
+            "relearning",
+            "Relearning",
+            "Training on a few of the forget rows, scored on the others. What the retrained model gains in the same "
+            "number of steps is learned anew, not remembered. The unlearned model trains what it was unlearned by, "
+            "a prompt, layers, LoRA or all weights, the retrained one all of its weights; the number of trained "
+            "parameters is listed.",
+            attack_tasks.relearning,
+            _requires_halves,
+            figure="relearning",
+            unit=("step", "steps"),
+            generates="free-form",
+        ),
+        Measure(
+            "quantized",
+            "A quantized base",
+            "The same prompt or layers over the base's weights in fewer bits.",
+            attack_tasks.quantized,
+            unit=("bit", "bit"),
+            generates="free-form",
+        ),
+        Measure(
+            "sampling",
+            "Sampled answers",
+            "Success is the share of rows for which at least one of the sampled answers is right; ROUGE-L recall is "
+            "that of the best one.",
+            attack_tasks.sampling,
+            unit=("try", "tries"),
+            generates="free-form",
+        ),
+        Measure(
+            "soft suffix",
+            "A trained suffix",
+            "Vectors behind the question, trained to bring the answer back: other rows before and after, and the rows "
+            "that they were trained on.",
+            attack_tasks.suffix,
+            _requires_halves,
+        ),
+        Measure(
+            "linear probe",
+            "A linear probe",
+            "Accuracy of a linear classifier on the last layer, beside the most frequent class and shuffled labels.",
+            attack_tasks.probe,
+            _requires_classes,
+        ),
+    )
+}
+"""The measures by name, in the order in which they are taken."""
+
+
+def variant_in_words(one: Key | Measurement | MetricValue) -> str:
+    """The attack and its level: `"diluted, 4 turns"`, `"8 bit"`."""
+    return in_words(one.attack, one.level, MEASURES[one.measure].unit if one.measure in MEASURES else ("", ""))
+
+
+def key_in_words(key: Key) -> str:
+    """A measurement's key, as in `Evaluation.skipped`: `"relearning train_forget unlearned 4 steps"`."""
+    return " ".join(filter(None, (key.measure, key.rows, key.model, variant_in_words(key))))

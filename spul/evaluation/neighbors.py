@@ -1,24 +1,17 @@
-"""What else was lost: rows near the forgotten ones, and unrelated running text."""
+"""Neighbors: rows near the forgotten ones, on which over-unlearning shows first."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from datasets import Dataset
 
+from ..data.checks import checked_column, checked_names
 from ..data.clusters import TFIDF, TextClustering
-from ..data.recognizers import checked_texts, recognize
-from ..data.splits import NameFinder
+from ..data.recognizers import NameFinder, recognize
 
-logger = logging.getLogger(__name__)
-
-
-SHOWN = 5
-
-
-# ---- neighbors ----
+SHOWN = 5  # names and words in an error message
 
 
 def name_neighbors(
@@ -28,33 +21,33 @@ def name_neighbors(
     recognizer: Callable[[Sequence[str]], list[list[str]]] | None = None,
     text_field: str = "text",
 ) -> Dataset:
-    """Rows that name somebody who shares a surname with a forgotten person, and not that person.
+    """Rows that name another person with the surname of a forgotten one.
 
-    Whole words count, in any letter case. Rows that hold one of `names` in full are left out. Without a recognizer
-    a surname by itself counts, though it may mean the forgotten person or nobody; with one, only names that it found
-    count, and only those that are more than a part of a forgotten name.
+    Whole words count, in any letter case. Rows that hold one of `names` in full are skipped. Without a recognizer a
+    surname alone counts, though it may mean the forgotten person or nobody; with one, only recognized names count, and
+    only those that are not part of a forgotten name.
 
     Args:
         candidates: retain or unseen rows, never forget rows.
         names: the forgotten people's full names; a name of one word stands for everybody who has it.
-        words: what is shared; the last word of each name unless given. `[word for name in names for word in
-            name.split()]` takes first names too.
-        recognizer: gives the names in each text, as for `split_by_entity`.
+        words: the shared words; by default the last word of each name. `[word for name in names for word in
+            name.split()]` adds first names.
+        recognizer: returns the names in each text, as for `split_by_entity`.
         text_field: the column of texts.
 
     Returns:
-        These rows, in their order, with all their columns.
+        The neighbors, in the order of `candidates`, with all columns.
 
     Raises:
         TypeError: if an argument is of another type.
-        ValueError: if there is no such column, or no neighbor.
+        ValueError: if the column is missing, or there is no neighbor.
 
     Source: entity neighbors, Chang and Lee, *Which Retain Set Matters for LLM Unlearning?*,
     https://arxiv.org/abs/2502.11441
     """
-    texts = _texts("candidates", candidates, text_field)
-    names = _checked_names("names", names)
-    words = [name.split()[-1] for name in names] if words is None else _checked_names("words", words)
+    texts = checked_column(candidates, text_field, "candidates")
+    names = checked_names("names", names)
+    words = [name.split()[-1] for name in names] if words is None else checked_names("words", words)
     forgotten, shared = NameFinder(names), NameFinder(words)
 
     def is_somebody_else(found: str) -> bool:
@@ -65,26 +58,26 @@ def name_neighbors(
         near = [bool(shared.find(text)) for text in texts]
     else:
         near = [any(map(is_somebody_else, found)) for found in recognize(recognizer, texts)]
-    places = [i for i, text in enumerate(texts) if near[i] and not forgotten.find(text)]
-    if not places:
+    indices = [i for i, text in enumerate(texts) if near[i] and not forgotten.find(text)]
+    if not indices:
         raise ValueError(
             f"none of {len(texts)} candidates names somebody else with one of the words {words[:SHOWN]}: {sum(near)} "
             f"do, each together with one of the names {names[:SHOWN]} in full. Pass full names (a name of one word "
             "leaves nobody else), more candidates, or other words=."
         )
-    return candidates.select(places)
+    return candidates.select(indices)
 
 
 def topic_neighbors(forget: Dataset, candidates: Dataset, num: int, text_field: str = "text") -> Dataset:
-    """The rows whose words are most like those of some forget row: TF-IDF cosine to the nearest forget row.
+    """Rows closest to a forget row by TF-IDF cosine.
 
-    English stop words do not count. Rows whose text is that of a forget row are left out; parts of one, such as the
+    English stop words do not count. Rows whose text equals that of a forget row are skipped; parts of one, such as the
     phrases of SST-2, are not.
 
     Args:
         forget: the forget rows.
         candidates: retain or unseen rows, never forget rows.
-        num: how many rows to take.
+        num: number of neighbors.
         text_field: the column of texts.
 
     Returns:
@@ -92,7 +85,7 @@ def topic_neighbors(forget: Dataset, candidates: Dataset, num: int, text_field: 
 
     Raises:
         TypeError: if an argument is of another type.
-        ValueError: if there is no such column, or fewer than `num` candidates share a word with a forget row.
+        ValueError: if the column is missing, or fewer than `num` candidates share a word with a forget row.
 
     Source: domain neighbors, Chang and Lee, *Which Retain Set Matters for LLM Unlearning?*,
     https://arxiv.org/abs/2502.11441; TF-IDF as in scikit-learn
@@ -102,7 +95,7 @@ def topic_neighbors(forget: Dataset, candidates: Dataset, num: int, text_field: 
 
     if num < 1:
         raise ValueError(f"num={num}; expected at least 1.")
-    forgotten, texts, places = _others(forget, candidates, text_field)
+    forgotten, texts, indices = _others(forget, candidates, text_field)
     vectorizer = TfidfVectorizer(**TFIDF)
     try:
         vectorizer.fit(forgotten + texts)
@@ -118,16 +111,16 @@ def topic_neighbors(forget: Dataset, candidates: Dataset, num: int, text_field: 
             f"num={num}, but only {alike} of {len(texts)} candidates (those that equal no forget row) share a word "
             "with a forget row. Lower num, or pass more candidates."
         )
-    return candidates.select([places[i] for i in distances.argsort(kind="stable")[:num]])
+    return candidates.select([indices[i] for i in distances.argsort(kind="stable")[:num]])
 
 
 def cluster_neighbors(
     forget: Dataset, candidates: Dataset, clustering: TextClustering, text_field: str = "text"
 ) -> Dataset:
-    """Rows whose text falls into a cluster in which forget rows lie.
+    """Rows whose text lies in a cluster of forget rows.
 
-    Rows whose text is that of a forget row are left out. For forget rows that are whole clusters, pass unseen rows:
-    no retain row lies with them.
+    Rows whose text equals that of a forget row are skipped. If the forget rows are whole clusters, pass unseen rows:
+    no retain row lies in them.
 
     Args:
         forget: the forget rows.
@@ -136,61 +129,40 @@ def cluster_neighbors(
         text_field: the column of texts.
 
     Returns:
-        These rows, in their order, with all their columns.
+        The neighbors, in the order of `candidates`, with all columns.
 
     Raises:
         TypeError: if an argument is of another type.
-        ValueError: if there is no such column, no neighbor, or forget rows lie in every cluster, so that all rows
-            would be neighbors.
+        ValueError: if the column is missing, there is no neighbor, or forget rows lie in every cluster, so that all
+            rows would be neighbors.
     """
     if not isinstance(clustering, TextClustering):
         raise TypeError(f"clustering is a {type(clustering).__name__}; expected TextClustering.fit(texts, ...).")
-    forgotten, texts, places = _others(forget, candidates, text_field)
+    forgotten, texts, indices = _others(forget, candidates, text_field)
     clusters, num_clusters = np.unique(clustering.assign(forgotten)), len(clustering.centers)
     if len(clusters) == num_clusters:
         raise ValueError(
             f"the {len(forgotten)} forget rows lie in all {num_clusters} clusters, so that every row is a neighbor. "
-            "Fit more clusters, or take topic_neighbors."
+            "Fit more clusters, or use topic_neighbors."
         )
     near = np.isin(clustering.assign(texts), clusters)
     if not near.any():
         raise ValueError(
             f"none of {len(texts)} candidates lies in the forget rows' clusters, {clusters.tolist()} of 0 to "
-            f"{num_clusters - 1}. Pass unseen rows (what split_by_cluster retains lies elsewhere), or fit fewer "
+            f"{num_clusters - 1}. Pass unseen rows (the retain rows of split_by_cluster lie elsewhere), or fit fewer "
             "clusters."
         )
-    return candidates.select([place for place, is_near in zip(places, near, strict=True) if is_near])
+    return candidates.select([i for i, is_near in zip(indices, near, strict=True) if is_near])
 
 
 def _others(forget: Dataset, candidates: Dataset, text_field: str) -> tuple[list[str], list[str], list[int]]:
-    """The forget rows' texts, those of the candidates that equal none of them, and these candidates' places."""
-    forgotten, texts = _texts("forget", forget, text_field), _texts("candidates", candidates, text_field)
+    """Texts of the forget rows, texts of the candidates that equal none of them, and these candidates' indices."""
+    forgotten = checked_column(forget, text_field, "forget")
+    texts = checked_column(candidates, text_field, "candidates")
     known = set(forgotten)
-    places = [i for i, text in enumerate(texts) if text not in known]
-    if not places:
+    indices = [i for i, text in enumerate(texts) if text not in known]
+    if not indices:
         raise ValueError(
             f"each of {len(texts)} candidates has the text of a forget row; pass retain or unseen rows as candidates."
         )
-    return forgotten, [texts[i] for i in places], places
-
-
-def _texts(argument: str, rows: Dataset, text_field: str) -> list[str]:
-    if not isinstance(rows, Dataset):
-        raise TypeError(f"{argument} is a {type(rows).__name__}; expected a datasets.Dataset: Dataset.from_list(...).")
-    if text_field not in rows.column_names:
-        raise ValueError(
-            f"{argument} has no column text_field={text_field!r}; its columns are {rows.column_names}. Name the one "
-            "that holds the texts."
-        )
-    if len(rows) == 0:
-        raise ValueError(f"{argument} is empty; expected at least one row.")
-    return checked_texts(rows[text_field])
-
-
-def _checked_names(argument: str, names: Sequence[str]) -> list[str]:
-    if isinstance(names, str):
-        raise TypeError(f"{argument} is {names!r}; expected a list: [{names!r}].")
-    names = list(names)
-    if not names or not all(isinstance(name, str) and name.strip() for name in names):
-        raise ValueError(f"{argument}={names!r}; expected one or more names as text.")
-    return names
+    return forgotten, [texts[i] for i in indices], indices

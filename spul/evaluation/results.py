@@ -1,4 +1,4 @@
-"""The outcome of an evaluation: kept, read again, and joined over seeds."""
+"""The outcome of an evaluation: saved, loaded, and joined over seeds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .aggregation import Measurement, Number, name_of_key, numbers_of
+from ..records.files import write_text
+from .aggregation import Measurement, MetricValue, aggregate
+from .measures import key_in_words
 
 EVALUATION_NAME = "evaluation.json"
 MEASUREMENTS_NAME = "measurements.jsonl"
-# Settings that seeds of one experiment need not share: which models and rows, by their digests, and with what made.
+# Settings in which the seeds of one experiment may differ: models and rows, by their digests, and library versions.
 OF_ONE_SEED = ("seed", "models", "names", "rows", "unrelated_texts", "questions", "versions")
 
 
@@ -24,67 +26,76 @@ class Evaluation:
     """The outcome of `spul.evaluate`, or of several joined.
 
     Attributes:
-        settings: what was evaluated, and how.
-        measurements: what was measured.
-        left_out: what was not measured, and why.
-        numbers: what it amounts to.
+        settings: models, rows (by their digests) and settings of the evaluation.
+        measurements: scores per row.
+        skipped: what was not measured, and why.
+        metrics: metrics with confidence intervals; aggregated from the measurements unless given.
     """
 
     settings: dict[str, Any]
     measurements: list[Measurement]
-    left_out: dict[str, str]
-    numbers: list[Number] = field(default_factory=list)
+    skipped: dict[str, str]
+    metrics: list[MetricValue] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if not self.numbers:
-            self.numbers = numbers_of(self.measurements)
+        if not self.metrics:
+            self.metrics = aggregate(self.measurements)
 
     def __repr__(self) -> str:
-        measures = list(dict.fromkeys(one.measure for one in self.numbers))
+        measures = list(dict.fromkeys(one.measure for one in self.metrics))
         return (
-            f"Evaluation({len(self.numbers)} numbers of {', '.join(measures)}; models: {', '.join(self.models)}; left "
-            f"out: {', '.join(self.left_out) or 'nothing'})"
+            f"Evaluation({len(self.metrics)} metrics of {', '.join(measures)}; models: {', '.join(self.models)}; "
+            f"skipped: {', '.join(self.skipped) or 'nothing'})"
         )
 
     @property
     def models(self) -> list[str]:
-        """The models, the unlearned one first."""
+        """The names of the models, the unlearned one first."""
         return list(dict.fromkeys(one.model for one in self.measurements))
 
-    def number(self, measure: str, rows: str, name: str, model: str = "unlearned", variant: str = "") -> Number:
-        """One of the numbers.
+    def metric(
+        self,
+        measure: str,
+        rows: str,
+        name: str,
+        model: str = "unlearned",
+        attack: str = "",
+        level: int | None = None,
+    ) -> MetricValue:
+        """One metric value, by the fields of `MetricValue`.
 
         Raises:
-            KeyError: if there is none such.
+            KeyError: if there is none.
         """
-        for one in self.numbers:
-            if (one.measure, one.rows, one.name, one.model, one.variant) == (measure, rows, name, model, variant):
-                return one
-        of_measure = {(one.rows, one.name, one.model, one.variant) for one in self.numbers if one.measure == measure}
-        there = f"of {measure!r} there are {sorted(of_measure)}"
-        if not of_measure:
-            there = f"the measures are {list(dict.fromkeys(one.measure for one in self.numbers))}"
+        wanted = (rows, name, model, attack, level)
+        of_measure = [one for one in self.metrics if one.measure == measure]
+        present = {(one.rows, one.name, one.model, one.attack, one.level): one for one in of_measure}
+        if wanted in present:
+            return present[wanted]
+        there = f"of {measure!r} there are {sorted(present, key=str)}"
+        if not present:
+            there = f"the measures are {list(dict.fromkeys(one.measure for one in self.metrics))}"
         raise KeyError(
-            f"there is no {name!r} of measure={measure!r}, rows={rows!r}, model={model!r}, variant={variant!r}; "
-            f"{there}"
+            f"there is no {name!r} of measure={measure!r}, rows={rows!r}, model={model!r}, attack={attack!r}, "
+            f"level={level!r}; {there}"
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write `evaluation.json` (settings and numbers) and `measurements.jsonl` (per row) into a folder."""
+        """Write `evaluation.json` (settings and metrics) and `measurements.jsonl` (per row) into a folder."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         write_measurements(path / MEASUREMENTS_NAME, self.measurements)
         record = {
             "settings": self.settings,
-            "left_out": self.left_out,
-            "numbers": [dataclasses.asdict(one) for one in self.numbers],
+            "skipped": self.skipped,
+            "metrics": [dataclasses.asdict(one) for one in self.metrics],
         }
         text = json.dumps(_to_json(record), indent=1, ensure_ascii=False, allow_nan=False)
-        (path / EVALUATION_NAME).write_text(text + "\n", encoding="utf-8")
+        write_text(path / EVALUATION_NAME, text + "\n")
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> Evaluation:
-        """Read what `save` wrote.
+        """Read the files of `save`.
 
         Raises:
             FileNotFoundError: if the folder has no finished evaluation.
@@ -95,25 +106,25 @@ class Evaluation:
                 f"{path} has no {EVALUATION_NAME}; run spul.evaluate(..., output_dir=...) to its end."
             )
         record = json.loads((path / EVALUATION_NAME).read_text(encoding="utf-8"))
-        numbers = [
-            Number(**one | {end: _from_json(one[end]) for end in ("value", "low", "high")})
-            for one in record["numbers"]
+        metrics = [
+            MetricValue(**one | {end: _from_json(one[end]) for end in ("value", "low", "high")})
+            for one in record["metrics"]
         ]
-        return cls(record["settings"], read_measurements(path / MEASUREMENTS_NAME), record["left_out"], numbers)
+        return cls(record["settings"], read_measurements(path / MEASUREMENTS_NAME), record["skipped"], metrics)
 
 
 def join(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Several seeds of one experiment made one: means, with intervals that count the seeds.
+    """One evaluation of several seeds of one experiment: means, with intervals that count the seeds.
 
-    Where all seeds were measured on the same rows, intervals of means are over rows and seeds (`joined_interval`);
-    else, and for numbers that exist once per seed, over the seeds alone (`seeds_interval`). Shares that are 0 or 1
-    under every seed, and those that are known as shares only and alike, have Wilson's interval over the rows, each
-    counted once. What some seeds lack stands in `left_out`.
+    Where all seeds were measured on the same rows, intervals of means are over rows and seeds (`joined_interval`).
+    Otherwise, and for metrics that exist once per seed, they are over the seeds alone (`seeds_interval`). Shares that
+    are 0 or 1 under every seed, and shares of rows without per-row scores that are alike under every seed, have
+    Wilson's interval over the rows, each counted once. Measurements that some seeds lack are listed in `skipped`.
 
     Args:
-        evaluations: with the same measures, models and attacks, and with the same settings but for seed, models, rows,
-            questions, texts and versions of libraries. A setting that one of them does not name, as when it was saved
-            by an earlier version, is not compared.
+        evaluations: evaluations with the same measures, models and attacks, and with the same settings except for
+            seed, models, rows, questions, texts and versions of libraries. A setting that one of them lacks, since an
+            earlier version saved it, is not compared.
 
     Raises:
         ValueError: if there are none, they have no measurement in common, or their settings differ.
@@ -133,20 +144,20 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
         if one.key in in_all
     ]
     settings = {"seeds": [evaluation.settings for evaluation in evaluations]}
-    left_out = {name: why for evaluation in evaluations for name, why in evaluation.left_out.items()}
-    for key in sorted(set.union(*keys) - in_all):
-        name, num = name_of_key(key), sum(key in found for found in keys)
-        left_out[name] = f"of {num} of {len(keys)} seeds only" + (f"; {left_out[name]}" if name in left_out else "")
-    return Evaluation(settings, measurements, left_out)
+    skipped = {name: why for evaluation in evaluations for name, why in evaluation.skipped.items()}
+    for key in sorted(set.union(*keys) - in_all, key=key_in_words):
+        name, num = key_in_words(key), sum(key in found for found in keys)
+        skipped[name] = f"of {num} of {len(keys)} seeds only" + (f"; {skipped[name]}" if name in skipped else "")
+    return Evaluation(settings, measurements, skipped)
 
 
 def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
-    """Which settings differ, each with its values; attacks one by one."""
+    """The settings that differ, each with its values; those of attacks one by one."""
     flat = []
-    for one in json.loads(json.dumps(settings)):  # as they are read again: tuples are lists
+    for one in json.loads(json.dumps(settings)):  # as loaded: tuples are lists
         attacks = one.pop("attacks", None) or {}
-        kept = {name: value for name, value in one.items() if name not in OF_ONE_SEED}
-        flat.append(kept | {f"attacks.{name}": value for name, value in attacks.items()})
+        shared = {name: value for name, value in one.items() if name not in OF_ONE_SEED}
+        flat.append(shared | {f"attacks.{name}": value for name, value in attacks.items()})
     found = []
     for name in dict.fromkeys(name for one in flat for name in one):
         values = [one[name] for one in flat if name in one]
@@ -156,7 +167,7 @@ def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """The measurements of a file of JSON lines; none without a file. A line that was cut off is left out."""
+    """The measurements of a file of JSON lines; none without a file. An incomplete last line is skipped."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = []
     for i, line in enumerate(lines):
@@ -173,16 +184,14 @@ def read_measurements(path: Path) -> list[Measurement]:
 
 
 def append_measurements(path: Path, measurements: Sequence[Measurement]) -> None:
-    """As JSON lines at the end of a file."""
+    """Append JSON lines to a file."""
     with path.open("a", encoding="utf-8") as file:
         file.write(_lines(measurements))
 
 
 def write_measurements(path: Path, measurements: Sequence[Measurement]) -> None:
-    """As JSON lines, written whole or not at all."""
-    scratch = path.with_suffix(".part")
-    scratch.write_text(_lines(measurements), encoding="utf-8")
-    scratch.replace(path)
+    """Write a file of JSON lines atomically."""
+    write_text(path, _lines(measurements))
 
 
 def _lines(measurements: Sequence[Measurement]) -> str:
@@ -191,7 +200,7 @@ def _lines(measurements: Sequence[Measurement]) -> str:
 
 
 def _to_json(value: Any) -> Any:
-    """JSON has neither NaN nor infinity: null and a text instead."""
+    """Plain JSON values: null for NaN, a text for infinity."""
     if isinstance(value, dict):
         return {key: _to_json(inner) for key, inner in value.items()}
     if isinstance(value, list):

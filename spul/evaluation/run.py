@@ -1,54 +1,33 @@
-"""One call that tells how well something was forgotten, what else was lost, and whether it comes back."""
+"""`evaluate`: all measures and attacks in one call, resumable and shared among processes."""
 
 from __future__ import annotations
 
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from peft import PeftModel, PeftType
 from torch import nn
-from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 
+from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
 from ..data.formats import QUESTION_ANSWER, PromptFormat
 from ..data.unlearning_data import SPLITS, UnlearningData
 from ..models.causal_lm import bare_model, unwrapped
-from ..prompts.configs import PROMPT_TYPES
-from ..prompts.unlearner import SoftPromptUnlearner
-from . import measures as measure_tasks
-from .aggregation import Measurement, name_of_key
-from .attacks import tasks as attack_tasks
+from ..models.compat import PartialState, broadcast, gathered, is_sharded
+from ..models.unlearner import unlearner_of
+from ..records.files import write_text
+from .aggregation import Measurement
+from .measures import MEASURES, key_in_words
 from .metrics.free_form import rouge_l
-from .metrics.likelihood import check_rows
 from .metrics.scoring import DivergedError
 from .results import MEASUREMENTS_NAME, Evaluation, append_measurements, read_measurements, write_measurements
 from .settings import settings_of
 from .suite import AttackSettings, Suite, Task
-
-TASKS: dict[str, Callable[[Suite], Iterator[Task]]] = {
-    "utility": measure_tasks.utility,
-    "kl": measure_tasks.kl,
-    "membership": measure_tasks.membership,
-    "neighbors": measure_tasks.near,
-    "unrelated text": measure_tasks.unrelated,
-    "questions": measure_tasks.tofu,
-    "input attack": attack_tasks.inputs,
-    "relearning": attack_tasks.relearning,
-    "quantized": attack_tasks.quantized,
-    "sampling": attack_tasks.sampling,
-    "soft suffix": attack_tasks.suffix,
-    "linear probe": attack_tasks.probe,
-}
-MEASURES = tuple(TASKS)
-"""What can be measured, in the order in which it is."""
 
 SETTINGS_NAME = "settings.json"
 PROGRESS_NAME = "progress-{}.jsonl"
@@ -67,7 +46,7 @@ def evaluate(
     unrelated_texts: Sequence[str] = (),
     questions: Mapping[str, Dataset] | None = None,
     question_format: PromptFormat = QUESTION_ANSWER,
-    measures: Sequence[str] = MEASURES,
+    measures: Sequence[str] = tuple(MEASURES),
     attacks: AttackSettings | None = None,
     output_dir: str | os.PathLike | None = None,
     batch_size: int = 32,
@@ -76,56 +55,56 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
 ) -> Evaluation:
-    """Is it forgotten, is the rest intact, can it be told that it was there, and does it come back?
+    """Measure forgetting, utility, privacy and robustness of an unlearned model, beside its controls.
 
-    Measures the unlearned model; the model as it was before (*detached*: the prompt, the layers or LoRA taken off, or
-    `base`); and, if given, one that was `retrained` without the forget rows, the yardstick. What each number means
-    is on the evaluation page of the documentation.
+    The controls are the model before unlearning (*detached*: the prompt, the layers or LoRA disabled, or `base`) and,
+    if given, a model `retrained` without the forget rows, the yardstick. The evaluation page of the documentation
+    defines each metric.
 
-    With `output_dir` results are written as they come, and the same call goes on where an interrupted one stopped.
-    Under `accelerate launch` the pieces are shared out among the processes, each with the models on its own device;
-    the numbers are those of one process.
+    With `output_dir` results are written as they come, and the same call resumes an interrupted evaluation. Under
+    `accelerate launch` the tasks are shared among the processes, each with the models on its own device; the results
+    are those of one process.
 
     Args:
-        model: the unlearned causal LM: under a prompt of spul, unlearning layers or LoRA, or tuned as a whole.
+        model: the unlearned causal LM: under a prompt of spul, unlearning layers or LoRA, or trained as a whole.
         splits: `train_retain`, `train_forget`, `test_retain` and `test_forget`, as `UnlearningData` or as data sets
             with `prompt` and `completion`.
-        collator: for tokenizing and padding; its `generic_completions` are those counted as generic, its `text_field`
-            the text that attacks on the input change. Give it room (`max_length`) for what they add.
-        base: the model before unlearning, where it cannot be had by switching an adapter off.
+        collator: for tokenizing and padding. Its `generic_completions` count as generic answers, its `text_field`
+            names the text that attacks on the input change. Give it room (`max_length`) for what they add.
+        base: the model before unlearning, where disabling an adapter does not restore it.
         retrained: a model that learned the retain rows and never saw the forget rows.
         reference: another model that never saw them, for the reference attack on membership.
-        unseen: rows like the forget rows that nobody trained on; `test_forget` unless given.
-        neighbors: rows near to what is forgotten, by name; see `name_neighbors` and its like.
+        unseen: rows like the forget rows that no model was trained on; `test_forget` by default.
+        neighbors: rows near the forget rows, by name; see `name_neighbors` and its like.
         unrelated_texts: running text.
         questions: TOFU's perturbed files: `forget`, and `retain`, `real_authors` and `world_facts` for model utility.
-        question_format: how questions and answers become prompts and completions, as in training.
-        measures: which of `MEASURES`.
-        attacks: how the attacks are done.
+        question_format: format of their prompts and completions, as in training.
+        measures: some of `MEASURES`; all by default.
+        attacks: settings of the attacks.
         output_dir: a folder for results, one for each evaluation.
         batch_size: rows per forward.
-        max_new_tokens: of a free-form answer; TOFU takes 200.
-        free_form: whether answers are texts and no classes, so that probability, ROUGE-L and their like are measured,
-            too; more than 32 different ones are in any case.
-        seed: of all draws.
+        max_new_tokens: tokens of a free-form answer; 200 by default, as in TOFU.
+        free_form: whether answers are texts and no classes, so that probability, ROUGE-L and others are measured,
+            too; more than 32 different answers always are.
+        seed: seed of all draws.
         progress: whether to show a progress bar.
 
     Raises:
         ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
-            missing, a measure or set of questions is not known, two of the models are one, a model is sharded, or
+            missing, a measure or set of questions is unknown, two of the models share a base, a model is sharded, or
             `output_dir` holds another evaluation.
-        TypeError: if rows are no `datasets.Dataset`, or a model is under a prompt of plain PEFT, and that is of a type
-            that spul does not know, or a soft suffix is asked for.
-        ImportError: if free-form answers are to be scored, and `rouge-score` is not installed.
+        TypeError: if rows are no `datasets.Dataset`, or a model is under a prompt of plain PEFT, and its type is
+            unknown to spul or the soft suffix is measured.
+        ImportError: if free-form answers are scored, and `rouge-score` is not installed.
 
     Example:
         ```python
         found = spul.evaluate(unlearner, data, collator, retrained=retrained, output_dir="out/evaluation")
-        print(found.number("utility", "test_forget", "accuracy"))
+        print(found.metric("utility", "test_forget", "accuracy"))
         write_report(found, "out/evaluation")
         ```
     """
-    if unknown := [name for name in measures if name not in TASKS]:
+    if unknown := [name for name in measures if name not in MEASURES]:
         raise ValueError(f"measures {unknown} are not known; expected some of {', '.join(MEASURES)}.")
     sets = {name: splits.rows(name) for name in SPLITS} if isinstance(splits, UnlearningData) else dict(splits)
     if missing := [name for name in SPLITS if name not in sets]:
@@ -133,15 +112,13 @@ def evaluate(
     sets = {name: sets[name] for name in SPLITS}
     others = {**(neighbors or {}), **({} if unseen is None else {"unseen": unseen})}
     for name, rows in {**sets, **others}.items():
-        check_rows(rows)
-        if lacking := {"prompt", "completion"} - set(rows.column_names):
-            raise ValueError(f"the rows of {name!r} lack {sorted(lacking)}; they have {rows.column_names}.")
+        check_rows(rows, name=name)
     if not collator.generic_completions:
         raise ValueError("the collator has no generic_completions; give it those that count as a generic answer.")
     given = {"model": model, "base": base, "retrained": retrained, "reference": reference}
     models = {name: unwrapped(one) for name, one in given.items() if one is not None}
     for name, one in models.items():
-        if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in one.parameters()):
+        if is_sharded(one):
             raise ValueError(f"{name} is sharded (FSDP, DeepSpeed); evaluate with the whole model in each process.")
         _check_prompt(name, one, measures)
     bare = [bare_model(one) for one in models.values()]
@@ -175,18 +152,22 @@ def evaluate(
             f"beside its virtual ones; attacked rows may be long, so give one with max_length of at most {suite.room}."
         )
     if "detached" not in suite.models:
-        suite.left_out["detached"] = "the model as it was; give base=, since one tuned as a whole has none within it"
+        suite.skipped["detached"] = "give base=, since a model trained as a whole cannot be restored"
     if retrained is None:
-        suite.left_out["retrained"] = (
-            "what forgetting should look like; give retrained=, trained without the forget rows"
-        )
-    tasks = [task for name in MEASURES if name in measures for task in TASKS[name](suite)]
-    if any(_generates(task, suite) for task in tasks):
-        rouge_l([], [])  # where rouge-score is missing, that is to be known now
-    settings = settings_of(suite, models, [name for name in MEASURES if name in measures])
+        suite.skipped["retrained"] = "give retrained=, a model trained without the forget rows, as the yardstick"
+    measured = [measure for name, measure in MEASURES.items() if name in measures]
+    tasks: list[Task] = []
+    for measure in measured:
+        if why := measure.why_skipped(suite):
+            suite.skipped[measure.name] = why
+        else:
+            tasks += measure.tasks(suite)
+    generating = ["always", "free-form"] if suite.is_free_form else ["always"]
+    if any(MEASURES[task.keys[0].measure].generates in generating for task in tasks):
+        rouge_l([], [])  # raises now, if rouge-score is missing
+    settings = settings_of(suite, models, [measure.name for measure in measured])
     found, failed = _measured(tasks, None if output_dir is None else Path(output_dir), settings, progress)
-    suite.left_out |= failed
-    evaluation = Evaluation(settings, found, suite.left_out)
+    evaluation = Evaluation(settings, found, suite.skipped | failed)
     if output_dir is not None and PartialState().is_main_process:
         evaluation.save(output_dir)
         for path in Path(output_dir).glob(PROGRESS_NAME.format("*")):
@@ -196,69 +177,57 @@ def evaluate(
 
 
 def _check_prompt(name: str, model: nn.Module, measures: Sequence[str]) -> None:
-    """Raise if a model is under a prompt of PEFT that the measures cannot do with, before any of them is taken."""
-    if not isinstance(model, PeftModel) or isinstance(model, SoftPromptUnlearner):
-        return
-    config = model.active_peft_config
-    if not config.is_prompt_learning:
-        return
-    if config.peft_type not in PROMPT_TYPES:
-        raise TypeError(
-            f"{name} is under a prompt of PEFT of the type {PeftType(config.peft_type).value}; expected one of "
-            f"{', '.join(kind.value for kind in PROMPT_TYPES)}, best loaded by SoftPromptUnlearner.from_pretrained."
-        )
-    if "soft suffix" in measures and name in ("model", "retrained"):
+    """Raise if a model is under a prompt of PEFT that the measures do not support."""
+    unlearner = unlearner_of(model)
+    try:
+        unlearner.check_measurable()
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    if "soft suffix" in measures and name in ("model", "retrained") and not unlearner.follows_embeddings:
         raise TypeError(
             f"{name} is under a prompt of PEFT, which the soft suffix cannot follow; load it by "
             "SoftPromptUnlearner.from_pretrained, or leave 'soft suffix' out of measures."
         )
 
 
-def _generates(task: Task, suite: Suite) -> bool:
-    """Whether a task compares free-form answers with the true ones."""
-    measure = task.produces[0][0]
-    answered = ("utility", "neighbors", "input attack", "relearning", "quantized", "sampling")
-    return measure == "questions" or (suite.is_free_form and measure in answered)
-
-
 def _measured(
     tasks: Sequence[Task], folder: Path | None, settings: dict[str, Any], progress: bool
 ) -> tuple[list[Measurement], dict[str, str]]:
-    """What all tasks give, in their order: read where it is there, else done, each task by one of the processes.
+    """The measurements of all tasks, in their order: loaded if present, else taken, each task by one process.
 
-    Beside it which could not be done, since the model gives no numbers any more.
+    Also the measurements that a diverged model prevented, with the reason.
     """
     state = PartialState()
     found: list[Measurement] = []
     if folder is not None:
         if state.is_main_process:
             found = _resumed(folder, settings)
-        found = broadcast_object_list([found])[0]
+        found = broadcast(found)
     done = {one.key for one in found}
-    todo = [task for task in tasks if not done.issuperset(task.produces)]
+    todo = [task for task in tasks if not done.issuperset(task.keys)]
     if progress and state.is_main_process and len(todo) < len(tasks):
-        tqdm.write(f"{len(tasks) - len(todo)} of {len(tasks)} pieces are read from {folder}")
+        tqdm.write(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are loaded from {folder}")
     new: list[Measurement] = []
     failed: list[tuple[str, str]] = []
     bar = tqdm(todo[state.process_index :: state.num_processes], disable=not (progress and state.is_main_process))
     for task in bar:
-        bar.set_description(name_of_key(task.produces[0]))
+        bar.set_description(key_in_words(task.keys[0]))
         try:
             measured = task.run()
         except DivergedError as error:
-            failed += [(name_of_key(key), str(error)) for key in task.produces]
+            failed += [(key_in_words(key), str(error)) for key in task.keys]
             continue
         if folder is not None:
             append_measurements(folder / PROGRESS_NAME.format(state.process_index), measured)
         new += measured
     if state.num_processes > 1:
-        new, failed = gather_object(new), gather_object(failed)
+        new, failed = gathered(new), gathered(failed)
     by_key = {one.key: one for one in [*found, *new]}
-    return [by_key[key] for task in tasks for key in task.produces if key in by_key], dict(failed)
+    return [by_key[key] for task in tasks for key in task.keys if key in by_key], dict(failed)
 
 
 def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
-    """What a folder has of the same evaluation."""
+    """The measurements of an interrupted run of the same evaluation in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_NAME
     if path.exists():
@@ -270,14 +239,14 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
             )
         if unknown := [name for name, model in settings["models"].items() if model["weights"] is None]:
             warnings.warn(
-                f"weights of {', '.join(unknown)} are not in memory, so that it is not known whether what is in "
-                f"{str(folder)!r} is of the same; it is taken to be. If not, give another output_dir.",
+                f"weights of {', '.join(unknown)} are not in memory and cannot be compared with those of the results "
+                f"in {str(folder)!r}, which are taken for the same model's. If they are not, give another output_dir.",
                 stacklevel=4,
             )
-    path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(settings, indent=1) + "\n")
     parts = sorted(folder.glob(PROGRESS_NAME.format("*")))
     found = [one for file in (folder / MEASUREMENTS_NAME, *parts) for one in read_measurements(file)]
-    write_measurements(folder / MEASUREMENTS_NAME, found)  # a line that was cut off is gone, before others follow it
+    write_measurements(folder / MEASUREMENTS_NAME, found)  # without an incomplete last line
     for part in parts:
         part.unlink()
     return found

@@ -1,7 +1,8 @@
-"""What an evaluation is about, and its pieces: one measure of one model on one set of rows, each for itself."""
+"""The subject of an evaluation, and its tasks: one measure of one model on one set of rows each."""
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,52 +10,55 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
-from ..data.collator import ForgetRetainCollator, completion_text
+from ..data.collator import ForgetRetainCollator
 from ..data.formats import PromptFormat
-from ..models.causal_lm import as_it_was, bare_model, has_adapter, max_positions
+from ..data.rows import completion_text
+from ..models.causal_lm import bare_model, max_positions
+from ..models.unlearner import detached_base, unlearner_of
 from ..records.digests import digest_of_rows
-from .aggregation import Measurement
-from .metrics.free_form import generate_answers, num_virtual_tokens, rouge_l
+from .aggregation import Key, Measurement
+from .attacks.usual import TURNS, InputAttacks
+from .metrics.free_form import generate_answers, rouge_l
 from .metrics.likelihood import exact_memorization, extraction_strength, probability, response_likelihoods
-from .metrics.scoring import collect_answers, task_classes
-
-InputAttacks = Mapping[str, Callable[[Dataset], Dataset]]
-Found = dict[str, dict[str, Any]]
-"""For each variant of a measurement its `per_row` and `overall`, and `num_rows` if they are of other rows."""
+from .metrics.scoring import answer_scores, collect_answers, task_classes
 
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """How the attacks are done.
+    """Settings of the attacks.
 
     Args:
-        inputs: attacks on the input by name, each from rows to attacked rows; `usual_attacks(...)` unless given.
-        paraphrase: from a text to one of the same meaning, by a model or by rules; without it that attack is left out.
-        wording: what to put in place of which fixed part of the prompts; without it that attack is left out.
-        turns: after how many other questions with their answers to ask; sets with fewer leave the longer ones out.
+        inputs: attacks on the input by name, each from rows to attacked rows; `usual_attacks(...)` by default.
+        paraphrase: from a text to one of the same meaning, by a model or by rules; without one that attack is skipped.
+        wording: replacements of the prompts' fixed parts; without them that attack is skipped.
+        turns: numbers of other questions with their answers before the question; skipped where a set has fewer.
         num_rows: the most rows of a set that are attacked, drawn at random.
-        relearn_rows: how many forget rows are learned again.
-        relearn_steps: after which numbers of steps to score.
-        relearn_lr: learning rate of it, for prompts, layers and LoRA; best the one that they were trained at.
-        relearn_model_lr: learning rate where the whole model learns.
-        bits: to quantize to.
+        relearn_rows: number of forget rows that are learned again.
+        relearn_steps: numbers of steps after which relearning is scored.
+        relearn_lr: its learning rate for prompts, layers and LoRA; best the one of their training.
+        relearn_model_lr: its learning rate where all weights are trained.
+        bits: bits of the quantized base, 8, 4 or both.
         tries: numbers of sampled answers.
-        temperature: at which they are sampled.
+        temperature: sampling temperature.
         suffix_tokens: vectors of the soft suffix.
         suffix_steps: steps of its training.
-        suffix_lr: learning rate of it.
-        gradient_norm: whether membership is also inferred from gradients, a backward pass for each row.
-        min_k_share: the share of a response's tokens that membership by min-k and min-k++ looks at; the papers' 0.2
-            unless given. MUSE's PrivLeak is at 0.4.
+        suffix_lr: learning rate of its training.
+        gradient_norm: whether membership is also inferred from gradients, one backward pass per row.
+        min_k_share: share of a response's tokens that min-k and min-k++ use, 0.2 by default as in the papers; MUSE's
+            PrivLeak uses 0.4.
+
+    Raises:
+        ValueError: if a number is out of range, or `inputs` is given beside `paraphrase`, `wording` or `turns`.
     """
 
     inputs: InputAttacks | None = None
     paraphrase: Callable[[str], str] | None = None
     wording: Mapping[str, str] | None = None
-    turns: tuple[int, ...] = (1, 4)
+    turns: tuple[int, ...] = TURNS
     num_rows: int = 200
     relearn_rows: int = 16
     relearn_steps: tuple[int, ...] = (1, 4, 16, 32)
@@ -94,17 +98,17 @@ class Task:
     """A piece of an evaluation.
 
     Attributes:
-        produces: the keys of the measurements that it gives.
-        run: gives them.
+        keys: the keys of its measurements.
+        run: takes the measurements, in this order.
     """
 
-    produces: tuple[tuple[str, str, str, str], ...]
+    keys: tuple[Key, ...]
     run: Callable[[], list[Measurement]]
 
 
 @dataclass
 class Suite:
-    """All that an evaluation is about; see `spul.evaluate` for the fields."""
+    """Models, rows and settings of an evaluation; for the fields see `spul.evaluate`."""
 
     model: nn.Module
     splits: Mapping[str, Dataset]
@@ -122,11 +126,11 @@ class Suite:
     max_new_tokens: int
     seed: int
     free_form: bool = False
-    left_out: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
 
     @cached_property
     def classes(self) -> list[str]:
-        """The labels of all splits together; none of free-form answers, which too many labels are taken for."""
+        """The labels of all splits together; empty for free-form answers, which too many labels count as."""
         if self.free_form:
             return []
         return task_classes(concatenate_datasets([rows.select_columns("completion") for rows in self.splits.values()]))
@@ -138,104 +142,103 @@ class Suite:
 
     @property
     def models(self) -> list[str]:
-        """The names of the models that are measured."""
+        """The names of the measured models."""
         found = ["unlearned"]
-        if self.base is not None or has_adapter(self.model):
+        if self.base is not None or unlearner_of(self.model).has_adapter:
             found.append("detached")
         return found + (["retrained"] if self.retrained is not None else [])
 
     @contextmanager
     def subject(self, name: str) -> Iterator[Any]:
-        """One of these models."""
+        """Context manager: one of these models."""
         if name == "detached" and self.base is None:
-            with as_it_was(self.model) as base:
+            with detached_base(self.model) as base:
                 yield base
         else:
             yield {"unlearned": self.model, "detached": self.base, "retrained": self.retrained}[name]
 
     def task(
-        self,
-        measure: str,
-        rows_name: str,
-        rows: Sequence[Any] | Dataset,
-        model: str,
-        run: Callable[[Any], Found],
-        variants: Sequence[str] = ("",),
+        self, rows: Sequence[Any] | Dataset, measure: Callable[..., Sequence[Measurement]], key: Key, *more: Key
     ) -> Task:
-        """A task whose function gives `per_row` and `overall` for each variant, of one model."""
+        """A task of one model and one set of rows.
 
-        def measured() -> list[Measurement]:
-            with self.subject(model) as subject:
-                found = run(subject)
-            assert tuple(found) == tuple(variants)
-            about: dict[str, Any] = {"num_rows": len(rows), "digest": digest_of_rows(rows)[:16]}
+        Args:
+            rows: the rows of `key`.
+            measure: from the model and the keys to their measurements. Scores may be arrays; number of rows and
+                digest are those of `rows` unless set.
+            key: the key of the measurement.
+            more: further keys, where one run takes several measurements.
+        """
+        keys = (key, *more)
+
+        def run() -> list[Measurement]:
+            with self.subject(key.model) as subject:
+                found = measure(subject, *keys)
+            assert tuple(one.key for one in found) == keys
+            digest = digest_of_rows(rows)[:16]
             return [
-                Measurement(measure, rows_name, model, variant, **about | values) for variant, values in found.items()
+                dataclasses.replace(
+                    one,
+                    per_row={name: np.asarray(scores).tolist() for name, scores in one.per_row.items()},
+                    num_rows=one.num_rows or len(rows),
+                    digest=digest,
+                )
+                for one in found
             ]
 
-        return Task(tuple((measure, rows_name, model, variant) for variant in variants), measured)
+        return Task(keys, run)
 
-    def some(self, rows: Dataset) -> Dataset:
-        """At most as many rows as are attacked."""
+    def attacked(self, rows: Dataset) -> Dataset:
+        """At most `attacks.num_rows` of the rows, drawn at random."""
         if len(rows) <= self.attacks.num_rows:
             return rows
         return rows.select(sorted(random.Random(self.seed).sample(range(len(rows)), self.attacks.num_rows)))
 
-    def answers(self, model: Any, rows: Dataset) -> dict[str, list[float]]:
-        """Per row: right, generic, and the completion's loss; then which class was true and which was said, or, of
-        free-form answers, how much of the true one is there."""
+    def answers(self, model: Any, rows: Dataset) -> dict[str, Any]:
+        """Scores of greedy answers, per row: accuracy, generic, loss; further ones of classes or of free-form answers.
+
+        Of classes the indices of the true and the predicted one, of free-form answers how much of the true one is
+        there.
+        """
         found = collect_answers(model, rows, self.collator, self.batch_size, range(len(rows)))
-        generic = set(self.collator.generic_completions or [])
-        per_row = {
-            "accuracy": [float(t == p) for t, p in zip(found.true, found.predicted, strict=True)],
-            "generic": [float(p in generic) for p in found.predicted],
-            "loss": found.nll,
-        }
+        per_row: dict[str, Any] = answer_scores(found, self.collator.generic_completions)
         if self.is_free_form:
-            return per_row | self.of_texts(model, rows)
-        places = {text: float(i) for i, text in enumerate(self.classes)}
-        if set(found.true) <= places.keys():  # neighbors may be of another task
-            per_row["true"] = [places[text] for text in found.true]
-            per_row["predicted"] = [places.get(text, -1.0) for text in found.predicted]
+            return per_row | self._free_form_scores(model, rows)
+        indices = {text: float(i) for i, text in enumerate(self.classes)}
+        if set(found.true) <= indices.keys():  # neighbors may be of another task
+            per_row["true"] = [indices[text] for text in found.true]
+            per_row["predicted"] = [indices.get(text, -1.0) for text in found.predicted]
         return per_row
 
-    def of_texts(self, model: Any, rows: Dataset) -> dict[str, list[float]]:
-        """Per row what is measured of answers that are no classes."""
-        likelihoods = response_likelihoods(model, rows, self.collator, self.batch_size)
-        said = generate_answers(model, rows, self.collator, self.batch_size, self.max_new_tokens)
-        rouge = rouge_l(said, [completion_text(completion) for completion in rows["completion"]])
-        found = {
+    def _free_form_scores(self, model: Any, rows: Dataset) -> dict[str, Any]:
+        encoder = self.collator.encoder
+        likelihoods = response_likelihoods(model, rows, encoder, self.batch_size)
+        texts = generate_answers(model, rows, encoder, self.batch_size, self.max_new_tokens)
+        rouge = rouge_l(texts, [completion_text(completion) for completion in rows["completion"]])
+        return {
             "probability": probability(likelihoods),
             "extraction_strength": extraction_strength(likelihoods),
             "exact_memorization": exact_memorization(likelihoods),
-            "rouge_l_recall": rouge.recall,
-            "rouge_l_f1": rouge.f1,
+            **rouge,
         }
-        return {name: values.tolist() for name, values in found.items()}
 
     def halves(self) -> tuple[Dataset, Dataset]:
-        """The forget rows that were trained on, each prompt once, to attack with and to try the attack on."""
+        """The trained forget rows, each prompt once, as one half to attack with and one to score on."""
         rows = self.splits["train_forget"]
         first = {str(prompt): i for i, prompt in reversed(list(enumerate(rows["prompt"])))}
-        places = random.Random(self.seed).sample(sorted(first.values()), len(first))
-        half = len(places) // 2
-        return rows.select(places[:half]), self.some(rows.select(places[half:]))
-
-    @property
-    def too_few(self) -> str:
-        """Why the forget rows cannot be halved, if they cannot."""
-        few, _ = self.halves()
-        return "" if len(few) else "one half of train_forget is to attack the other, and there is one prompt only"
+        indices = random.Random(self.seed).sample(sorted(first.values()), len(first))
+        half = len(indices) // 2
+        return rows.select(indices[:half]), self.attacked(rows.select(indices[half:]))
 
     @property
     def room(self) -> int | None:
-        """How many tokens fit in the model beside its virtual ones; None where positions have no limit."""
+        """The number of tokens that fit in the model beside its virtual ones; None where positions have no limit."""
         limit = max_positions(bare_model(self.model))
-        return None if limit is None else limit - num_virtual_tokens(self.model)
+        return None if limit is None else limit - unlearner_of(self.model).virtual_tokens_in_use
 
 
 def joined(tasks: Sequence[Task], afterwards: Callable[[], None]) -> Task:
-    """Several tasks as one, with something to be done in the end."""
+    """Several tasks as one, with a function that is called in the end."""
 
     def run() -> list[Measurement]:
         try:
@@ -243,4 +246,4 @@ def joined(tasks: Sequence[Task], afterwards: Callable[[], None]) -> Task:
         finally:
             afterwards()
 
-    return Task(tuple(key for task in tasks for key in task.produces), run)
+    return Task(tuple(key for task in tasks for key in task.keys), run)

@@ -14,10 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..records.card import layers_card
-from ..records.digests import fingerprint
-from ..records.files import HUB_ARGUMENTS, find_file, moved_in_whole
-from ..records.spul_config import SpulConfig, library_versions, read_spul_config, warn_of_other_weights
+from ..records.card import CARD_NAME, layers_card
+from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
+from ..records.spul_config import SpulConfig, read_spul_config
 
 if TYPE_CHECKING:
     from .unlearning_layers import UnlearningLayers
@@ -43,20 +42,15 @@ class SavedLayers:
 def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_grams: bool = True) -> None:
     """See `UnlearningLayers.save_pretrained`."""
     target = Path(save_directory)
-    if target.is_file():
-        raise ValueError(f"save_directory={str(target)!r} is a file; pass a folder.")
-    base, record = layers.get_base_model(), layers.spul_config
-    record.base_model_name_or_path = base.name_or_path or None
-    record.versions = library_versions()
-    if record.base_fingerprint is None:
-        record.base_fingerprint = fingerprint(base)
-    with moved_in_whole(target) as folder:
+    record = layers.spul_config
+    record.set_base(layers.get_base_model())
+    with atomic_folder(target) as folder:
         _write(layers.layers_state(), folder / WEIGHTS_NAME)
         config = {**layers.layers_config.to_dict(), "num_requests": layers.num_requests}
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         record.save(folder)
         parameters = sum(parameter.numel() for parameter in layers.layers.parameters())
-        layers_card(record, config, parameters).save(folder / "README.md")
+        layers_card(record, config, parameters).save(folder / CARD_NAME)
         if layers.grams and with_grams:
             _write(layers.grams, folder / GRAMS_NAME)
     if not (layers.grams and with_grams):  # some left from an earlier save would not belong to these layers
@@ -107,4 +101,4 @@ def check_base(base: PreTrainedModel, record: SpulConfig, folder: str | os.PathL
     """Warn if the base's weights are not those that the layers were trained on."""
     trained_on = record.base_model_name_or_path or "another model"
     advice = f"Load them on the model they were trained for ({trained_on})."
-    warn_of_other_weights(base, record, f"the layers in {str(folder)!r} were", advice, stacklevel=4)
+    record.warn_if_base_differs(base, f"the layers in {str(folder)!r} were", advice, stacklevel=3)

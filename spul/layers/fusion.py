@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
 from ..data.samplers import by_length
 from ..models.causal_lm import evaluation_mode, load_base
@@ -82,8 +83,7 @@ def gather_inputs(
     Raises:
         ValueError: if there are no rows, the layers are off, or `retain_weight` is out of range.
     """
-    if len(forget) == 0:
-        raise ValueError("forget has no rows; pass the rows that the layers were trained to forget.")
+    check_rows(forget, columns=(), name="forget")
     if not (math.isfinite(retain_weight) and retain_weight > 0) or (retain is not None and len(retain) == 0):
         raise ValueError(
             f"retain has {'no' if retain is None else len(retain)} rows, retain_weight={retain_weight!r}: expected at "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,9 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..models.causal_lm import load_base, restore_dropout, zero_dropout
-from ..models.compat import keep_4bit_differentiable
+from ..models.causal_lm import load_base, logits_at, restore_dropout, zero_dropout
+from ..models.compat import forward_hooks, keep_4bit_differentiable, reset_compiled
+from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint as files
 from .bottleneck import Bottleneck, UnlearningLayersConfig
@@ -23,7 +24,7 @@ from .bottleneck import Bottleneck, UnlearningLayersConfig
 FEED_FORWARD = ("mlp", "fc2")
 
 
-class UnlearningLayers(nn.Module):
+class UnlearningLayers(nn.Module, Unlearner):
     """A frozen causal LM with a small trainable layer after each feed-forward block (EUL, arXiv 2310.20150).
 
     Each takes a block's output before it is added to the residual stream. They start as the identity. The base is
@@ -52,6 +53,11 @@ class UnlearningLayers(nn.Module):
         ```
     """
 
+    has_own_checkpoint = True
+    can_be_sharded = False
+    enabled: bool
+    """Whether the layers take part; see also `disable_adapter`."""
+
     def __init__(self, model: PreTrainedModel, config: UnlearningLayersConfig | None = None) -> None:
         super().__init__()
         if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
@@ -77,7 +83,6 @@ class UnlearningLayers(nn.Module):
             for i in range(len(self.names))
         )
         self.enabled = True
-        """Whether the layers take part; see also `disable_adapter`."""
         self.grams: dict[str, Tensor] = {}
         """What `gather_inputs` has gathered: inputs' Gram matrices by the projection's name."""
         self.num_requests = 1
@@ -96,7 +101,7 @@ class UnlearningLayers(nn.Module):
         Raises:
             ValueError: if they are in place, or others are on the same base.
         """
-        if any(isinstance(hook, _Hook) for m in self.base_model.modules() for hook in m._forward_hooks.values()):
+        if any(isinstance(hook, _Hook) for _, hook in forward_hooks(self.base_model)):
             raise ValueError(
                 "the base has unlearning layers already; take them off first: base = layers.remove(). Several "
                 "requests become one set of layers by spul.fuse."
@@ -118,7 +123,7 @@ class UnlearningLayers(nn.Module):
         for name, block, layer, device in zip(self.names, blocks, self.layers, devices, strict=True):
             layer.to(device, dtype)
             self._handles.append(block.register_forward_hook(_Hook(self, cast(Bottleneck, layer), name)))
-        _forget_compiled()
+        reset_compiled()
 
     @property
     def attached(self) -> bool:
@@ -134,7 +139,7 @@ class UnlearningLayers(nn.Module):
         for parameter in self._trained:
             parameter.requires_grad_(True)
         self._dropout, self._trained = [], []
-        _forget_compiled()
+        reset_compiled()
         return self.base_model
 
     @contextmanager
@@ -161,6 +166,43 @@ class UnlearningLayers(nn.Module):
         """The base's `generate`, with the layers in it; raises as `forward`."""
         self._check_attached()
         return cast(Any, self.base_model).generate(*args, **kwargs)
+
+    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, K, V) at `positions` (B, K) of a right-padded batch."""
+        return logits_at(self, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """As `response_logits`, of input embeddings (B, n, d)."""
+        return logits_at(self, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+
+    def check_trainable(self) -> None:
+        """Raise unless the layers are in place."""
+        if not self.attached:
+            raise ValueError("the layers are not in place, so that the base would train; call layers.attach() first.")
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The layers' parameters that train."""
+        return [
+            p for name, p in self.layers.named_parameters() if self.layers_config.train_down or ".down." not in name
+        ]
+
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        """The layers' config; empty where they are disabled."""
+        return {"layers": self.layers_config.to_dict()} if self.enabled else {}
+
+    def parameters_changed(self) -> None:
+        """Forget metrics and Gram matrices, which were of other weights."""
+        super().parameters_changed()
+        self.grams = {}
+
+    def on_base(self, base: PreTrainedModel, folder: Path) -> UnlearningLayers:
+        """The layers on another base, for inference, by way of a folder."""
+        self.save_pretrained(folder)
+        return type(self).from_pretrained(base, folder).eval()
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Restore what `save_pretrained` wrote."""
+        self.load_saved(files.read(folder))
 
     def _check_attached(self) -> None:
         if not self.attached:
@@ -328,12 +370,6 @@ class _Hook:
                 "UnlearningLayersConfig(target_modules=(...))."
             )
         return self.layer(output)
-
-
-def _forget_compiled() -> None:
-    """Drop what torch.compile made of models: it does not look for hooks again, and would leave the layers out."""
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
 
 
 def feed_forward_blocks(model: PreTrainedModel, endings: tuple[str, ...] | None = None) -> list[str]:

@@ -1,6 +1,6 @@
-"""What is asked for: terms, their composition, and the loss of a batch. Tensors only; no model is known here."""
+"""The unlearning loss: its terms, their weighted sum, and the loss of a batch. Tensors only; imports no model."""
 
-from .batch import LogitsAt, UnlearnerOutput, batch_loss
+from .batch import LogitsFunction, UnlearnerOutput, batch_loss
 from .positions import has_left_padding, pack_right, response_positions
 from .terms import IGNORE_INDEX, NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, SimNPO, token_nll
 from .unlearning_loss import LossOutput, UnlearningLoss
@@ -12,7 +12,7 @@ __all__ = [
     "GradientAscent",
     "KLAscent",
     "KLDivergence",
-    "LogitsAt",
+    "LogitsFunction",
     "LossOutput",
     "LossTerm",
     "SimNPO",

@@ -1,4 +1,4 @@
-"""The unlearning loss of a batch, whatever learns it: a prompt, the whole model, LoRA, or unlearning layers."""
+"""The unlearning loss of a batch, for any trained model: a prompt, layers, LoRA, or the whole model."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .positions import pack_right, response_positions
 from .terms import IGNORE_INDEX
 from .unlearning_loss import UnlearningLoss
 
-LogitsAt = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""From `input_ids` (B, n), `attention_mask` (B, n) and `positions` (B, K) to logits (B, K, V)."""
+LogitsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Maps `input_ids` (B, n), `attention_mask` (B, n) and `positions` (B, K) to logits (B, K, V)."""
 
 
 @dataclass
 class UnlearnerOutput(ModelOutput):
-    """What comes out for a batch with `is_forget`.
+    """The output of a forward with `is_forget`.
 
     Attributes:
         loss: scalar, `forget_loss + alpha * retain_loss + beta * kl_loss + gamma * lm_loss`.
@@ -44,17 +44,30 @@ class UnlearnerOutput(ModelOutput):
 
 def batch_loss(
     loss: UnlearningLoss,
-    learned: LogitsAt,
-    frozen: LogitsAt,
+    response_logits: LogitsFunction,
+    base_logits: LogitsFunction,
     input_ids: Tensor,
     labels: Tensor,
     is_forget: Tensor,
-    attention_mask: Tensor | None,
-    group_counts: Tensor | None,
-    num_items_in_batch: Tensor | int | None,
-    reference_logits: Tensor | None,
+    attention_mask: Tensor | None = None,
+    group_counts: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    reference_logits: Tensor | None = None,
+    row_id: Tensor | None = None,
 ) -> UnlearnerOutput:
-    """The loss of a batch, given how to compute the logits of the one that learns and of the frozen model."""
+    """Return the unlearning loss of a batch.
+
+    Args:
+        loss: the objective.
+        response_logits: computes logits of the trained model.
+        base_logits: computes logits of the base model; called without gradient, and only if `reference_logits` are
+            needed and not given.
+        input_ids: for this and the others see `SoftPromptUnlearner.forward`.
+        row_id: not used; the collator returns it.
+
+    Raises:
+        ValueError: if shapes do not match.
+    """
     if labels.shape != input_ids.shape or is_forget.shape != input_ids.shape[:1]:
         raise ValueError(
             f"shapes do not match: input_ids {tuple(input_ids.shape)}, labels {tuple(labels.shape)}, is_forget "
@@ -68,17 +81,17 @@ def batch_loss(
     if reference_logits is not None and reference_logits.shape[:2] != (int(needed.sum()), targets.shape[1]):
         raise ValueError(
             f"reference_logits have the shape {tuple(reference_logits.shape)}; expected "
-            f"({int(needed.sum())}, {targets.shape[1]}, vocabulary): the rows whose loss compares with the frozen "
-            "model, and a slot for each response token, as ReferenceCache.logits(batch) gives them."
+            f"({int(needed.sum())}, {targets.shape[1]}, vocabulary): the rows whose loss compares with the base "
+            "model, and a slot for each response token, as ReferenceCache.logits(batch) returns them."
         )
     counts = _group_counts(is_forget, targets, group_counts, num_items_in_batch)
 
     if torch.is_grad_enabled() and not loss.uses_retain_rows:
-        # Retain rows weigh nothing, so they are not computed.
+        # Retain rows have no weight, so they are not computed.
         rows = is_forget.nonzero().flatten()
         if len(rows) == 0:
-            # One row all the same: backward and DDP, whose processes wait for each other, need a function of it.
-            logits = learned(input_ids[:1], attention_mask[:1], positions[:1])
+            # One row all the same: backward, and DDP's processes, which wait for each other, need a graph.
+            logits = response_logits(input_ids[:1], attention_mask[:1], positions[:1])
             zero = logits.float().sum() * 0.0
             none = zero.detach()
             return UnlearnerOutput(zero, none, none, none, none, logits[:0], targets[:0])
@@ -88,20 +101,20 @@ def batch_loss(
 
     text_logits, text_labels = None, None
     if loss.gamma > 0 and is_forget.any():
-        # One pass for both: every place of the batch, of which the responses' are taken.
-        everywhere = torch.arange(input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
-        all_logits = learned(input_ids, attention_mask, everywhere)
+        # One pass for both: logits at all positions, of which those of the responses are selected.
+        every_position = torch.arange(input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
+        all_logits = response_logits(input_ids, attention_mask, every_position)
         logits = all_logits.take_along_dim(positions[..., None], dim=1)
         text_logits = all_logits[is_forget]
         is_text = (attention_mask != 0) & (labels == IGNORE_INDEX)
         text_labels = input_ids.masked_fill(~is_text, IGNORE_INDEX)[is_forget, 1:]
     else:
-        logits = learned(input_ids, attention_mask, positions)
+        logits = response_logits(input_ids, attention_mask, positions)
         if loss.gamma > 0:
             text_logits, text_labels = logits[:0], targets[:0]
     if reference_logits is None and needed.any():
         with torch.no_grad():
-            reference_logits = frozen(input_ids[needed], attention_mask[needed], positions[needed])
+            reference_logits = base_logits(input_ids[needed], attention_mask[needed], positions[needed])
     out = loss(logits, targets, is_forget, reference_logits, *counts, text_logits, text_labels)
     return UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, out.lm_loss, logits, targets)
 
@@ -109,11 +122,11 @@ def batch_loss(
 def _group_counts(
     is_forget: Tensor, targets: Tensor, group_counts: Tensor | None, num_items: Tensor | int | None
 ) -> tuple[Tensor, Tensor]:
-    """What the sums over forget and over retain rows are divided by."""
+    """The divisors of the sums over forget rows and over retain rows."""
     if group_counts is None:
         counts = torch.stack([is_forget.sum(), (~is_forget).sum()]).float()
         if num_items is not None:
-            counts = counts * num_items / targets.ne(-100).sum()
+            counts = counts * num_items / targets.ne(IGNORE_INDEX).sum()
     else:
         counts = group_counts
     return cast(tuple[Tensor, Tensor], counts.clamp(min=torch.finfo(torch.float32).tiny).unbind())

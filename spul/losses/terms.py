@@ -1,8 +1,7 @@
-"""The terms of an unlearning loss: each a number per row.
+"""The terms of an unlearning loss; each returns one loss per row.
 
-Pure tensors in, tensors out; nothing here knows a model. Every term sees logits *aligned with their targets*: slot `k`
-of row `b` holds the distribution that predicts the `k`-th response token of that row, and unused slots carry the
-label -100.
+Logits are *aligned with their labels*: slot `k` of row `b` holds the distribution that predicts the `k`-th response
+token of that row. Unused slots have the label -100.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ Reduction = Literal["sum", "mean"]
 
 @dataclass(frozen=True)
 class LossTerm:
-    """One term of an unlearning loss: a number per row. Subclass it and define `token_losses` to write your own.
+    """One term of an unlearning loss, one loss per row. To write your own, subclass it and define `token_losses`.
 
     Args:
-        reduction: how a row's response tokens become the row's number: `"sum"` (default) or `"mean"`.
+        reduction: of the losses of a row's response tokens: `"sum"` (default) or `"mean"`.
 
     Raises:
         ValueError: if `reduction` is neither.
@@ -45,7 +44,7 @@ class LossTerm:
     reduction: Reduction = "sum"
 
     needs_reference: ClassVar[bool] = False
-    """True if the term reads `reference_logits`, the frozen model's own logits at the same positions."""
+    """True if the term reads `reference_logits`, the base model's logits at the same positions."""
 
     makes_unlikely: ClassVar[bool] = False
     """True if the term makes the labels unlikely, so that as a forget term it needs the rows' own completions."""
@@ -55,22 +54,22 @@ class LossTerm:
             raise ValueError(f"reduction={self.reduction!r} is not known; pass 'sum' or 'mean'.")
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-        """The loss of every response token.
+        """Return the loss of every response token.
 
         Args:
-            logits: (rows, K, V), the prompted model's logits.
-            labels: (rows, K), the response tokens; -100 where a slot is unused.
-            reference_logits: (rows, K, V), the frozen model's logits; given if `needs_reference`.
+            logits: (rows, K, V), of the trained model.
+            labels: (rows, K), the response tokens; -100 in unused slots.
+            reference_logits: (rows, K, V), of the base model; given if `needs_reference`.
 
         Returns:
-            (rows, K). What stands in unused slots does not matter, so long as it is finite.
+            (rows, K), in nats; values in unused slots are ignored, but must be finite.
         """
         raise NotImplementedError(f"{type(self).__name__} must define token_losses(logits, labels, reference_logits)")
 
     def __call__(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         """Reduce `token_losses` over each row's response tokens: (rows,)."""
         if self.needs_reference and reference_logits is None:
-            raise ValueError(f"{type(self).__name__} compares with the frozen model: pass reference_logits.")
+            raise ValueError(f"{type(self).__name__} compares with the base model: pass reference_logits.")
         if labels.shape != logits.shape[:2]:
             raise ValueError(
                 f"labels of shape {tuple(labels.shape)} do not match logits of shape {tuple(logits.shape)}; "
@@ -83,12 +82,12 @@ class LossTerm:
         return rows.masked_fill(~used.any(dim=1), 0.0)  # NPO of nothing would be a constant
 
     def row_losses(self, reduced: Tensor) -> Tensor:
-        """The rows' numbers, (rows,), from their reduced token losses: the same, unless a term bends them."""
+        """Row losses (rows,) from the reduced token losses; the identity, unless a term overrides it."""
         return reduced
 
 
 def as_float(logits: Tensor) -> Tensor:
-    """16-bit logits are compared in float32; wider ones stay as they are."""
+    """16-bit logits as float32; wider ones unchanged."""
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
@@ -102,27 +101,15 @@ def token_nll(logits: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CrossEntropy(LossTerm):
-    """Cross-entropy to the labels given: L_f on generic responses, L_r on true ones (SPUL, eq. 2 and 3)."""
+    """Cross-entropy to the labels: L_f with generic responses, L_r with true ones (SPUL, eq. 2 and 3)."""
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         return token_nll(logits, labels)
 
 
 @dataclass(frozen=True)
-class GradientAscent(LossTerm):
-    """Negated cross-entropy: the true response of a forget row is made unlikely (GA).
-
-    It has no lower bound unless `cap` gives it one. Use it with `ForgetRetainCollator(generic_completions=None)`,
-    which keeps the true responses; ascending on generic responses would teach the model never to give them.
-
-    Args:
-        reduction: see `LossTerm`.
-        cap: in nats per token, above 0; None (default) for none, as published. A token that costs more counts as the
-            cap and gives no gradient: the loss is -min(cross-entropy, cap).
-
-    Raises:
-        ValueError: if `cap` is not above 0.
-    """
+class _Ascent(LossTerm):
+    """Mixin: the negated token losses of the next base class, -min(loss, cap)."""
 
     cap: float | None = None
 
@@ -130,18 +117,38 @@ class GradientAscent(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_cap(self.cap)
+        cap = self.cap
+        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float)) or not cap > 0):
+            raise ValueError(f"cap={cap!r}: expected a number of nats above 0, or None for no cap.")
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-        return -_capped(token_nll(logits, labels), self.cap)
+        losses = super().token_losses(logits, labels, reference_logits)
+        return -(losses if self.cap is None else losses.clamp(max=self.cap))
+
+
+@dataclass(frozen=True)
+class GradientAscent(_Ascent, CrossEntropy):
+    """Negated cross-entropy: makes the true response of a forget row unlikely (GA).
+
+    It has no lower bound without `cap`. Use it with `ForgetRetainCollator(generic_completions=None)`, which retains
+    the true responses; ascent on generic responses would train the model never to generate them.
+
+    Args:
+        reduction: see `LossTerm`.
+        cap: in nats per token, above 0; None (default) for none, as published. A token with a larger cross-entropy
+            counts as the cap and has no gradient: the loss is -min(cross-entropy, cap).
+
+    Raises:
+        ValueError: if `cap` is not above 0.
+    """
 
 
 @dataclass(frozen=True)
 class NPO(LossTerm):
     """Negative preference optimization: -(2 / b) log sigmoid(-b log(pi / pi_ref)) of a row's response.
 
-    Bounded below, unlike gradient ascent, which it becomes as b goes to 0 (arXiv 2404.05868, eq. 3). The ratio is that
-    of whole responses, so `reduction` stays `"sum"` for the published loss.
+    Bounded below, unlike gradient ascent, its limit as b goes to 0 (arXiv 2404.05868, eq. 3). The ratio is that of
+    whole responses, so `reduction` is `"sum"` in the published loss.
 
     Args:
         inverse_temperature: b, above 0; 0.1 as published.
@@ -200,17 +207,8 @@ class SimNPO(LossTerm):
         return token_nll(logits, labels)
 
     def row_losses(self, reduced: Tensor) -> Tensor:
-        bent = F.logsigmoid(self.inverse_temperature * reduced - self.margin)
-        return -2 / self.inverse_temperature * bent
-
-
-def _capped(per_token: Tensor, cap: float | None) -> Tensor:
-    return per_token if cap is None else per_token.clamp(max=cap)
-
-
-def _check_cap(cap: float | None) -> None:
-    if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float)) or not cap > 0):
-        raise ValueError(f"cap={cap!r}: expected a number of nats above 0, or None for no cap.")
+        log_sigmoid = F.logsigmoid(self.inverse_temperature * reduced - self.margin)
+        return -2 / self.inverse_temperature * log_sigmoid
 
 
 def _check_inverse_temperature(value: float) -> None:
@@ -220,11 +218,11 @@ def _check_inverse_temperature(value: float) -> None:
 
 @dataclass(frozen=True)
 class KLDivergence(LossTerm):
-    """Kullback-Leibler divergence between the prompted and the frozen model at the response tokens, in nats.
+    """Kullback-Leibler divergence between the trained and the base model at the response tokens, in nats.
 
     Args:
-        direction: `"reverse"` (default), KL(prompted || frozen), as the SPUL paper prints it (eq. 4);
-            `"forward"`, KL(frozen || prompted), as its program computes it.
+        direction: `"reverse"` (default), KL(trained || base), as printed in the SPUL paper (eq. 4);
+            `"forward"`, KL(base || trained), as its program computes it.
         reduction: see `LossTerm`.
 
     Raises:
@@ -239,8 +237,8 @@ class KLDivergence(LossTerm):
         super().__post_init__()
         if self.direction not in ("reverse", "forward"):
             raise ValueError(
-                f"direction={self.direction!r} is not known; pass 'reverse' for KL(prompted || frozen) "
-                "or 'forward' for KL(frozen || prompted)."
+                f"direction={self.direction!r} is not known; pass 'reverse' for KL(trained || base) "
+                "or 'forward' for KL(base || trained)."
             )
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
@@ -249,55 +247,45 @@ class KLDivergence(LossTerm):
 
 
 @dataclass(frozen=True)
-class KLAscent(KLDivergence):
-    """Negated KL: a forget row's answer is driven away from the frozen model's (EUL, arXiv 2310.20150).
+class KLAscent(_Ascent, KLDivergence):
+    """Negated KL: drives the answers on forget rows away from the base model's (EUL, arXiv 2310.20150).
 
-    As with `GradientAscent`, the rows keep their own completions; only the places of these tokens matter here. The
+    As with `GradientAscent`, forget rows retain their own completions; only the positions of these tokens matter. The
     published term has no bound.
 
     Args:
-        direction: `"forward"` (default), KL(frozen || updated), as published; or `"reverse"`.
+        direction: `"forward"` (default), KL(base || trained), as published; or `"reverse"`.
         reduction: see `LossTerm`.
-        cap: in nats per token, above 0; None (default) for none, as published. A token that is further away counts as
-            the cap and gives no gradient: the loss is -min(KL, cap).
+        cap: in nats per token, above 0; None (default) for none, as published. A token with a larger KL counts as the
+            cap and has no gradient: the loss is -min(KL, cap).
 
     Raises:
         ValueError: if `direction` is neither, or `cap` not above 0.
     """
 
     direction: Literal["reverse", "forward"] = "forward"
-    cap: float | None = None
-
-    makes_unlikely: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_cap(self.cap)
-
-    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-        return -_capped(super().token_losses(logits, labels, reference_logits), self.cap)
 
 
 class _TokenKL(torch.autograd.Function):
     """KL between two sets of logits, (..., V) each, over the last dimension.
 
-    Written out because a vocabulary is large: autograd would keep four tensors of its size where one, the gradient,
-    is enough. No gradient goes to the reference.
+    Written out because a vocabulary is large: autograd would store four tensors of its size where one, the gradient,
+    is enough. The reference has no gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, reference_logits: Tensor, reverse: bool) -> Tensor:
-        prompted = F.log_softmax(as_float(logits), dim=-1)
-        frozen = F.log_softmax(as_float(reference_logits), dim=-1).to(prompted.dtype)
-        target = prompted if reverse else frozen
-        gap = prompted - frozen if reverse else frozen - prompted
-        gap.masked_fill_(target == -torch.inf, 0.0)  # what cannot be said costs nothing
+        trained = F.log_softmax(as_float(logits), dim=-1)
+        base = F.log_softmax(as_float(reference_logits), dim=-1).to(trained.dtype)
+        target = trained if reverse else base
+        gap = trained - base if reverse else base - trained
+        gap.masked_fill_(target == -torch.inf, 0.0)  # tokens of probability 0 contribute 0
         weight = target.exp()
-        with torch.autocast(logits.device.type, enabled=False):  # which would take the product in 16 bit
+        with torch.autocast(logits.device.type, enabled=False):  # autocast would compute the product in 16 bit
             kl = torch.linalg.vecdot(weight, gap)
         if ctx.needs_input_grad[0]:
             # d/dz of sum P (log P - log Q) is P (log P - log Q - KL); of sum Q (log Q - log P) it is P - Q.
-            gradient = gap.sub_(kl[..., None]).mul_(weight) if reverse else prompted.exp_().sub_(weight)
+            gradient = gap.sub_(kl[..., None]).mul_(weight) if reverse else trained.exp_().sub_(weight)
             ctx.save_for_backward(gradient)
             ctx.dtype = logits.dtype
         return kl

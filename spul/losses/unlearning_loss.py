@@ -1,7 +1,4 @@
-"""What is asked for: the unlearning loss, composed of terms.
-
-Pure tensors in, scalars out; nothing here knows a model.
-"""
+"""UnlearningLoss: the objective, a weighted sum of terms."""
 
 from __future__ import annotations
 
@@ -32,24 +29,24 @@ class LossOutput:
 
 @dataclass(frozen=True)
 class UnlearningLoss:
-    """L = L_f + alpha * L_r + beta * L_kl (SPUL, eq. 5), + gamma * L_lm (EUL): what is asked, whatever learns it.
+    """L = L_f + alpha * L_r + beta * L_kl (SPUL, eq. 5), + gamma * L_lm (EUL), for any trained model.
 
     Each term is a mean over the rows of its own group: `forget` and `lm` over forget rows, `retain` and `kl` over
-    retain rows. A group without rows contributes exactly 0, and so does a term of weight 0, for which nothing is
-    computed.
+    retain rows. A group without rows contributes exactly 0. A term of weight 0 is not computed and contributes
+    exactly 0.
 
     Args:
         alpha: weight of the retain term, at least 0. The paper tries 0.1, 0.5 and 1.
         beta: weight of the KL term, at least 0. The paper tries 0, 0.1, 0.5 and 1.
         forget: the term on forget rows.
         retain: the term on retain rows.
-        kl: the term that holds retain rows to the frozen model.
-        gamma: weight of the LM term, at least 0; 0 (default) in all methods but EUL, whose paper has 0.2.
-        lm: the term on the *prompt text* of forget rows, where the others see responses; it cannot ask for the frozen
-            model.
+        kl: the term that keeps retain rows close to the base model.
+        gamma: weight of the LM term, at least 0; 0 (default) in all methods but EUL, whose paper uses 0.2.
+        lm: the term on the *prompt text* of forget rows, where the others see responses; it cannot compare with the
+            base model.
 
     Raises:
-        ValueError: if a weight is negative or not finite, or `lm` compares with the frozen model.
+        ValueError: if a weight is negative or not finite, or `lm` compares with the base model.
         TypeError: if a term is not a `LossTerm`.
     """
 
@@ -74,20 +71,22 @@ class UnlearningLoss:
                     "or of your own subclass of spul.LossTerm."
                 )
         if self.lm.needs_reference:
-            raise ValueError(f"lm={self.lm!r} compares with the frozen model, which is not asked about prompt texts.")
+            raise ValueError(
+                f"lm={self.lm!r} compares with the base model, whose logits at prompt texts are not computed."
+            )
 
     @property
     def uses_retain_rows(self) -> bool:
-        """Whether retain rows matter to the loss at all."""
+        """Whether the loss depends on retain rows."""
         return self.alpha > 0 or self.beta > 0
 
     @property
     def needs_reference(self) -> bool:
-        """Whether any row is compared with the frozen model."""
+        """Whether any row is compared with the base model."""
         return bool(self.rows_needing_reference(torch.tensor([False, True])).any())
 
     def rows_needing_reference(self, is_forget: Tensor) -> Tensor:
-        """Which rows need the frozen model's logits: (rows,) bool."""
+        """Return (rows,) bool: whether a row's loss needs the base model's logits."""
         retain = (self.alpha > 0 and self.retain.needs_reference) or (self.beta > 0 and self.kl.needs_reference)
         needed = torch.zeros_like(is_forget, dtype=torch.bool)
         if retain:
@@ -107,19 +106,20 @@ class UnlearningLoss:
         text_logits: Tensor | None = None,
         text_labels: Tensor | None = None,
     ) -> LossOutput:
-        """Compute the loss of a batch.
+        """Return the loss of a batch.
 
         Args:
             logits: (rows, K, V), aligned with `labels`.
-            labels: (rows, K), response tokens, -100 where a slot is unused.
+            labels: (rows, K), response tokens, -100 in unused slots.
             is_forget: (rows,) bool.
-            reference_logits: (R, K, V), the frozen model's, for the R rows of `rows_needing_reference` and in their
+            reference_logits: (R, K, V), of the base model, for the R rows of `rows_needing_reference`, in their
                 order.
-            num_forget: what the sum over forget rows is divided by; the number of forget rows here unless told.
-                Under accumulation or several processes: their number in the whole step, over the processes.
+            num_forget: the divisor of the sum over forget rows; their number in this batch unless given. With
+                gradient accumulation or several processes: their number in the whole step, divided by the number of
+                processes.
             num_retain: the same for retain rows.
             text_logits: (F, n, V), at the prompt text of the F forget rows, in their order; with `gamma` only.
-            text_labels: (F, n), the tokens of these texts, -100 where a slot is unused.
+            text_labels: (F, n), the tokens of these texts, -100 in unused slots.
 
         Raises:
             ValueError: if `reference_logits` or `text_logits` are not those of the rows that need them.
@@ -130,12 +130,12 @@ class UnlearningLoss:
         if reference_logits is not None and len(reference_logits) != int(needed.sum()):
             raise ValueError(
                 f"reference_logits have {len(reference_logits)} rows, and {int(needed.sum())} of {len(is_forget)} "
-                "rows have a term that compares with the frozen model; pass those rows' only, in their order."
+                "rows have a term that compares with the base model; pass those of these rows only, in their order."
             )
 
         if self.gamma > 0 and (text_logits is None or text_labels is None or len(text_logits) != int(is_forget.sum())):
             raise ValueError(
-                f"gamma={self.gamma} asks about the prompt texts of {int(is_forget.sum())} forget rows; pass their "
+                f"gamma={self.gamma} needs the prompt texts of {int(is_forget.sum())} forget rows; pass their "
                 "text_logits and text_labels, in their order."
             )
 
@@ -163,7 +163,7 @@ class UnlearningLoss:
         return LossOutput(loss, forget_loss, retain_loss, kl_loss, lm_loss)
 
     def to_dict(self) -> dict[str, Any]:
-        """The weights and terms as plain data, for `spul_config.json`."""
+        """Return the weights and terms as plain data, for `spul_config.json`."""
 
         def term(t: LossTerm) -> dict[str, Any]:
             kind = type(t)
@@ -175,10 +175,10 @@ class UnlearningLoss:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> UnlearningLoss:
-        """Rebuild a loss from `to_dict`; only spul's own terms are known by name.
+        """Rebuild a loss from `to_dict`; only terms of spul itself are known.
 
         Raises:
-            ValueError: if a term is not one of them: build the loss yourself then.
+            ValueError: if it has another term: build the loss yourself then.
         """
         terms_here: tuple[type[LossTerm], ...] = (CrossEntropy, GradientAscent, KLAscent, KLDivergence, NPO, SimNPO)
         known = {kind.__name__: kind for kind in terms_here}

@@ -1,18 +1,20 @@
-"""What is read off a causal LM of transformers, and the private or changing APIs that this leans on."""
+"""Reading a causal LM of transformers: logits, hidden states, base and adapter; private APIs only in `compat`."""
 
-from .causal_lm import as_it_was, bare_model, evaluation_mode, learns_itself, logits_at, max_positions, unwrapped
+from .causal_lm import bare_model, evaluation_mode, logits_at, max_positions, unwrapped
 from .compat import keep_4bit_differentiable
 from .output_head import OutputHead, final_states
+from .unlearner import Unlearner, detached_base, unlearner_of
 
 __all__ = [
     "OutputHead",
-    "as_it_was",
+    "Unlearner",
     "bare_model",
+    "detached_base",
     "evaluation_mode",
     "final_states",
     "keep_4bit_differentiable",
-    "learns_itself",
     "logits_at",
     "max_positions",
+    "unlearner_of",
     "unwrapped",
 ]

@@ -1,54 +1,48 @@
-"""What is done to a base model when a prompt is put before it, and what it says of itself."""
+"""A causal LM of transformers: its logits at given positions, its base under adapters, dropout, limits, loading."""
 
 from __future__ import annotations
 
 import functools
-import inspect
 import logging
 import os
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
-import transformers.modeling_utils
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-if TYPE_CHECKING:
-    pass
+from .compat import is_dropout, takes_positions, uncompiled
 
 logger = logging.getLogger(__name__)
 
 
 def zero_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
-    """Set every dropout of a frozen model to 0: it would only make the two passes of one step disagree.
+    """Set every dropout probability of a frozen model to 0; else the two passes of one step differ by noise.
 
     Returns:
-        What it was before, for `restore_dropout`.
+        (module, attribute, probability) of each dropout before, for `restore_dropout`.
     """
     before: list[tuple[nn.Module, str, float]] = []
     for module in model.modules():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            before.append((module, "p", module.p))
-        # The functional ones: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, ...
+        if is_dropout(module):
+            before.append((module, "p", cast(Any, module).p))
+        # Functional dropout: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, ...
         before += [(module, name, p) for name, p in vars(module).items() if "drop" in name and isinstance(p, float)]
     restore_dropout([(module, name, 0.0) for module, name, _ in before])
     return before
 
 
 def restore_dropout(values: list[tuple[nn.Module, str, float]]) -> None:
-    """Set dropouts as they were before `zero_dropout`."""
+    """Set dropout probabilities back to those returned by `zero_dropout`."""
     for module, name, p in values:
         setattr(module, name, p)
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode; then every module is as before."""
+    """Context manager: the model is in evaluation mode; on exit every module's mode is restored."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -59,70 +53,33 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def max_positions(base_model: Any) -> int | None:
-    """How many positions the base can take, where its config says so."""
+    """The largest number of positions that the base supports; None if its config does not say."""
     config = base_model.config.get_text_config()
     return getattr(config, "max_position_embeddings", None)
 
 
-def learns_itself(model: nn.Module) -> bool:
-    """Whether weights of the model itself learn, so that it is not as it was when its adapter is switched off."""
-    if not has_adapter(unwrapped(model)):
-        return True
-    return any(parameter.requires_grad for _, parameter in own_parameters(bare_model(model)))
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[Any]:
-    """The causal LM within a model, its adapter switched off, in evaluation mode; then all as before."""
-    model = unwrapped(model)
-    # PEFT lets an adapter learn when it is switched on again, whatever was frozen in it.
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    try:
-        with evaluation_mode(model), cast(Any, model).disable_adapter() if has_adapter(model) else nullcontext():
-            yield bare_model(model)
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model itself, where `torch.compile` or DDP has wrapped it."""
+    """The model inside the wrappers of `torch.compile` and DDP."""
     while True:
-        if (inner := getattr(model, "_orig_mod", None)) is not None:
-            model = inner
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
+        inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else uncompiled(model)
+        if inner is model:
             return model
-
-
-def has_adapter(model: nn.Module) -> bool:
-    """Whether there is something to switch off: a model under PEFT or under unlearning layers."""
-    return hasattr(model, "disable_adapter") and hasattr(model, "get_base_model")
+        model = inner
 
 
 def bare_model(model: nn.Module) -> nn.Module:
     """The causal LM of transformers inside wrappers and adapters."""
     model = unwrapped(model)
-    return unwrapped(cast(Any, model).get_base_model()) if has_adapter(model) else model
+    return unwrapped(cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def selects_positions(model: nn.Module) -> bool:
-    """Whether the model computes logits at given (B, K) positions only."""
-    return _class_selects_positions(type(bare_model(model)))  # type: ignore[arg-type]
-
-
-@functools.lru_cache(maxsize=32)
-def _class_selects_positions(model_class: type[nn.Module]) -> bool:
-    return (
-        hasattr(transformers.modeling_utils, "slice_logits_to_keep")
-        and model_class.__module__.startswith("transformers.")
-        and "logits_to_keep" in inspect.signature(model_class.forward).parameters
-    )
+    """Whether the model can compute logits at given (B, K) positions only."""
+    return takes_positions(type(bare_model(model)))  # type: ignore[arg-type]
 
 
 def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
-    """The logits of a causal LM at `positions` (B, K) of its input: (B, K, V), and no others where the family can.
+    """Logits (B, K, V) of a causal LM at `positions` (B, K) of its input; no others where the family supports that.
 
     The model may be wrapped, or under an adapter that adds no tokens, such as LoRA.
     """
@@ -132,44 +89,22 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
     return logits.take_along_dim(positions[..., None], dim=1)
 
 
-def is_checkpointing(base_model: nn.Module) -> bool:
-    """Whether gradient checkpointing is on and would drop a cache in this forward."""
-    return base_model.training and any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules())
-
-
 @functools.lru_cache(maxsize=64)
-def say_once(message: str) -> None:
+def warn_once(message: str) -> None:
+    """Log a warning, once for each message."""
     logger.warning(message)
 
 
 def needs_gradient(model: nn.Module) -> bool:
-    """Whether a forward would record a graph: gradients are on, and something asks for one."""
+    """Whether a forward would record a graph: gradients are enabled, and some parameter requires one."""
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
 
 
-# What PEFT puts between a module and its parameters.
-WRAPPERS = r"\.((base_layer|original_module|token_adapter)\.)+"
-
-
-def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """A model's parameters by the names that they have without PEFT's adapters, and none of the adapters'."""
-    adapters = []
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
-            adapters += [f"{name}.{layer}." for layer in module.adapter_layer_names]
-        elif isinstance(module, ModulesToSaveWrapper):
-            adapters.append(f"{name}.modules_to_save.")
-    prefixes = tuple(adapters)
-    for name, parameter in model.named_parameters():
-        if not name.startswith(prefixes):
-            yield re.sub(WRAPPERS, ".", name), parameter
-
-
 def load_base(model: Any, model_kwargs: dict[str, Any]) -> Any:
-    """The base itself, or loaded by its name or folder.
+    """Return the base model, loaded with `AutoModelForCausalLM` if it is given by name or folder.
 
     Raises:
-        ValueError: if there are `model_kwargs` for a model that is loaded already.
+        ValueError: if `model_kwargs` are given for a model that is loaded already.
     """
     if isinstance(model, (str, os.PathLike)):
         return AutoModelForCausalLM.from_pretrained(model, **model_kwargs)

@@ -1,17 +1,222 @@
-"""What is done to a base model when a prompt is put before it, and what it says of itself."""
+"""All private or fast-moving APIs of torch, transformers, PEFT, accelerate and bitsandbytes that spul uses.
+
+No other module of spul may import or read them. When a new version of one of these libraries breaks spul, look here.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+import transformers.modeling_utils
+from accelerate import PartialState as PartialState
+from accelerate.utils import broadcast_object_list, gather_object
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import DynamicCache, TrainingArguments
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.trainer_pt_utils import get_length_grouped_indices as get_length_grouped_indices
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR as CHECKPOINT_PREFIX  # noqa: F401
+from transformers.trainer_utils import speed_metrics as speed_metrics
+
+# ---- torch ----
+
+
+def uncompiled(model: nn.Module) -> Any:
+    """The module inside the wrapper of `torch.compile`, whose attribute `_orig_mod` is private; else the model."""
+    return getattr(model, "_orig_mod", model)
+
+
+def reset_compiled() -> None:
+    """Drop compiled graphs: torch does not check for forward hooks added or removed after compilation.
+
+    `torch._dynamo` is loaded by the first compilation; before it there is nothing to drop.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def is_dropout(module: nn.Module) -> bool:
+    """Whether a module is one of torch's dropout layers; their common base class is private."""
+    return isinstance(module, nn.modules.dropout._DropoutNd)
+
+
+def forward_hooks(model: nn.Module) -> Iterator[tuple[int, Any]]:
+    """The id and the function of each forward hook of a model's modules; torch has no public list of them."""
+    return (item for module in model.modules() for item in module._forward_hooks.items())
+
+
+def weight_versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Address and version of each parameter: they change when it is replaced, moved, or written to in place.
+
+    Autograd's counter `_version` misses writes through `.data`; inference tensors have none.
+    """
+    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes hold shards of the parameters: DTensor (FSDP), or `ds_id`, by which ZeRO-3 marks its own."""
+    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+# ---- transformers: keys and values ----
+
+
+class LayerStates(NamedTuple):
+    """Keys and values of one attention layer, batch size 1."""
+
+    keys: Tensor  # (1, heads, cached, head width); a sliding-window layer caches its last window - 1 positions
+    values: Tensor
+    seen: int  # positions processed, cached or not
+
+
+def layer_states(cache: Any) -> list[LayerStates] | None:
+    """The layers of a filled `DynamicCache`; None for any other cache.
+
+    Subclasses of the two layer types hold more than keys and values, so the exact type is compared.
+    """
+    layers = getattr(cache, "layers", None)
+    if not layers or not all(
+        type(x) in (DynamicLayer, DynamicSlidingWindowLayer) and x.is_initialized for x in layers
+    ):
+        return None
+    return [LayerStates(layer.keys, layer.values, layer.get_seq_length()) for layer in layers]
+
+
+def expanded_cache(layers: list[LayerStates], base_model: Any, batch_size: int) -> DynamicCache:
+    """A new cache in which each of `batch_size` rows has seen the prompt. It grows with use: do not reuse it.
+
+    The constructor takes the states of one row, since it copies them; the rows are views of it, copied only when a
+    forward appends the rows' own tokens.
+    """
+    config = base_model.config.get_text_config()
+    cache = DynamicCache([(layer.keys, layer.values) for layer in layers], config=config)
+    filled: list[Any] = cache.layers
+    for layer, states in zip(filled, layers, strict=True):
+        layer.keys, layer.values = (t.expand(batch_size, -1, -1, -1) for t in (layer.keys, layer.values))
+        if isinstance(layer, DynamicSlidingWindowLayer):
+            # A prompt longer than the window leaves only its end, but its whole length counts for positions.
+            layer.cumulative_length = states.seen
+    return cache
+
+
+def is_checkpointing(base_model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on and would drop a cache in this forward.
+
+    transformers 5.23 renames the public property; the attribute that its modules read stays.
+    """
+    return base_model.training and any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules())
+
+
+@functools.lru_cache(maxsize=32)
+def takes_positions(model_class: type[nn.Module]) -> bool:
+    """Whether a model class takes `logits_to_keep` of the shape (B, K).
+
+    transformers has no flag for it: the versions that can do it have `slice_logits_to_keep`, and only its own model
+    classes are sure to use it.
+    """
+    return (
+        hasattr(transformers.modeling_utils, "slice_logits_to_keep")
+        and model_class.__module__.startswith("transformers.")
+        and "logits_to_keep" in inspect.signature(model_class.forward).parameters
+    )
+
+
+# ---- transformers: Trainer. Imported above, not documented: checkpoint prefix, speed metrics, length groups. ----
+
+
+def save_training_args(args: TrainingArguments, folder: str | os.PathLike) -> None:
+    """Write the arguments into a checkpoint under the name that `Trainer` reads; the name is not documented."""
+    from transformers.trainer import TRAINING_ARGS_NAME  # slow to import, and only trainers need it
+
+    torch.save(args, os.path.join(folder, TRAINING_ARGS_NAME))
+
+
+# ---- PEFT ----
+
+
+def adapter_enabled(model: PeftModel) -> bool:
+    """Whether the active adapter takes part in the forward.
+
+    PEFT marks a disabled prompt on the model, other adapters also in each of their layers (`disable_adapters`).
+    """
+    layers_disabled = any(getattr(m, "disable_adapters", False) is True for m in model.modules())
+    return model.has_active_enabled_adapter and not layers_disabled
+
+
+@contextmanager
+def disabled_flag(model: PeftModel) -> Iterator[None]:
+    """Context manager: `has_active_enabled_adapter` is False; nothing else changes.
+
+    PEFT's `disable_adapter` also replaces `model.forward`, and with it the autocast that accelerate put around it.
+    """
+    was_disabled, model._adapters_disabled = model._adapters_disabled, True
+    try:
+        yield
+    finally:
+        model._adapters_disabled = was_disabled
+
+
+# Names of the modules that PEFT puts between a module and its parameters.
+PEFT_WRAPPERS = r"\.((base_layer|original_module|token_adapter)\.)+"
+
+
+def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """A model's parameters without those of PEFT's adapters, by the names that they have without PEFT.
+
+    PEFT wraps modules in place; which of a wrapper's parameters are the adapter's, only its base classes say.
+    """
+    adapters = []
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            adapters += [f"{name}.{layer}." for layer in module.adapter_layer_names]
+        elif isinstance(module, ModulesToSaveWrapper):
+            adapters.append(f"{name}.modules_to_save.")
+    prefixes = tuple(adapters)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(prefixes):
+            yield re.sub(PEFT_WRAPPERS, ".", name), parameter
+
+
+def without_peft_wrapper(module: Any) -> Any:
+    """The module inside a wrapper of PEFT: under LoRA, or trained as a whole beside LoRA."""
+    for inner in ("original_module", "base_layer"):
+        module = getattr(module, inner, module)
+    return module
+
+
+# ---- accelerate: PartialState, imported above, and exchange between processes, in `accelerate.utils` ----
+
+
+def gathered(items: list) -> list:
+    """The items of all processes, in the order of processes."""
+    return gather_object(items)
+
+
+def broadcast(value: Any) -> Any:
+    """The main process's value, in every process."""
+    return broadcast_object_list([value])[0]
+
+
+# ---- bitsandbytes ----
 
 
 def keep_4bit_differentiable(model: nn.Module) -> None:
-    """Keep bitsandbytes' 4-bit layers from repacking their weights on a CPU.
+    """Keep bitsandbytes' 4-bit layers from repacking their weights on a CPU; unpack those repacked already.
 
     In evaluation mode, some CPUs get a layout for inference (bitsandbytes 0.50) through which no gradient flows, not
-    even in training mode afterwards: one evaluation, and the prompt would train on wrong gradients without an error.
+    even in training mode afterwards: after one evaluation, a prompt would train on wrong gradients without an error.
+    Both the flag and the inverse function are private.
     """
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
     for layer in layers:

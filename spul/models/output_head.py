@@ -12,9 +12,10 @@ from .causal_lm import unwrapped
 
 
 class OutputHead:
-    """From a causal LM's final hidden states to its logits: output embeddings, then scaling and soft-capping.
+    """Maps a causal LM's final hidden states to its logits: output embeddings, scaling, soft-capping.
 
-    A head that may learn is copied, so that it stays the one that belongs to the states; an adapter on it is left out.
+    A head with parameters that require gradients is copied, so that it stays the one that belongs to the states. An
+    adapter on the head is ignored.
 
     Args:
         base_model: a causal LM of transformers.
@@ -46,7 +47,7 @@ class OutputHead:
 
     @torch.no_grad()
     def __call__(self, states: Tensor) -> Tensor:
-        """Logits (..., V) of final hidden states (..., d), on the device of the head."""
+        """Logits (..., V) of final hidden states (..., d), on the head's device."""
         states = states.to(self.embeddings.weight.device)
         logits = self.embeddings(states if self.dtype is None else states.to(self.dtype))
         logits = logits * self.scale if self.scale != 1.0 else logits
@@ -54,25 +55,13 @@ class OutputHead:
 
 
 def final_states(base_model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
-    """What the LM head of a causal LM is given at `positions` (B, K): (B, K, d).
+    """A causal LM's final hidden states, the input of its LM head, at `positions` (B, K): (B, K, d).
 
     Raises:
-        ValueError: if the model does not tell its final hidden states.
+        ValueError: if the model does not return them.
     """
     decoder: Any = unwrapped(base_model)
     states = getattr(decoder.base_model(**inputs, use_cache=False), "last_hidden_state", None)
     if states is None:
-        raise ValueError(f"{type(decoder).__name__} does not tell its final hidden states; use reference='live'.")
+        raise ValueError(f"{type(decoder).__name__} returns no final hidden states; use reference='live'.")
     return states.take_along_dim(positions[..., None].to(states.device), dim=1)
-
-
-def gives_logits(head: OutputHead, states: Tensor, expected: Tensor) -> bool:
-    """Whether the head turns states into the logits that the model itself computed of them, up to rounding."""
-    rounding = 2 * torch.finfo(expected.dtype).eps if expected.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    return is_close(head(states), expected, rounding)
-
-
-def is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether the largest difference is within a share of the largest value."""
-    found, expected = found.double(), expected.double().to(found.device)
-    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())

@@ -1,10 +1,9 @@
 """Soft prompts on a frozen causal LM: `SoftPromptUnlearner`, the shared prefix, generation, saving and loading."""
 
-from .configs import PROMPT_CONFIGS, PROMPT_TYPES
+from .configs import PROMPT_CONFIGS
 from .unlearner import SoftPromptUnlearner
 
 __all__ = [
     "PROMPT_CONFIGS",
-    "PROMPT_TYPES",
     "SoftPromptUnlearner",
 ]

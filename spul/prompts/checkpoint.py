@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModelForCausalLM, PeftType
-from peft.utils import load_peft_weights
+from peft import PeftConfig, PeftModelForCausalLM, PeftType, load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import load_base
-from ..records.card import model_card
-from ..records.digests import fingerprint
-from ..records.files import HUB_ARGUMENTS, find_file, moved_in_whole
-from ..records.spul_config import SpulConfig, library_versions, read_spul_config, warn_of_other_weights
+from ..records.card import CARD_NAME, model_card
+from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
+from ..records.spul_config import SpulConfig, read_spul_config
 
 if TYPE_CHECKING:
     from .unlearner import SoftPromptUnlearner
@@ -52,14 +50,12 @@ def save(
         kwargs: for PEFT.
     """
     target = Path(save_directory)
-    if target.is_file():
-        raise ValueError(f"save_directory={str(target)!r} is a file; pass a folder.")
     if not kwargs.get("is_main_process", True):
         return
     names = list(model.peft_config) if selected_adapters is None else selected_adapters
     for name in names:
         update_config(model, name)
-    with moved_in_whole(target) as scratch:
+    with atomic_folder(target) as scratch:
         peft_save(str(scratch), selected_adapters=selected_adapters, **kwargs)
         for name in names:
             folder = scratch if name == "default" else scratch / name
@@ -77,10 +73,7 @@ def update_config(model: SoftPromptUnlearner, adapter_name: str) -> None:
     config, base = model.spul_configs[adapter_name], model.get_base_model()
     if not model.peft_config[adapter_name].inference_mode:  # one that was loaded to be used keeps its own record
         config.loss = model.loss.to_dict()
-    config.base_model_name_or_path = getattr(base, "name_or_path", None) or None
-    config.versions = library_versions()
-    if config.base_fingerprint is None:
-        config.base_fingerprint = fingerprint(base)
+    config.set_base(base)
 
 
 def write_model_card(model: SoftPromptUnlearner, output_dir: str) -> None:
@@ -92,7 +85,7 @@ def write_model_card(model: SoftPromptUnlearner, output_dir: str) -> None:
         num_virtual_tokens=config.num_virtual_tokens,
         num_parameters=sum(p.numel() for p in model.prompt_encoder[model.active_adapter].parameters()),
     )
-    card.save(Path(output_dir, "README.md"))
+    card.save(Path(output_dir, CARD_NAME))
 
 
 def load(
@@ -220,4 +213,4 @@ def check_base(base: Any, config: Any, spul_config: SpulConfig, adapter: str | o
             f"the prompt in {str(adapter)!r} does not fit this base: it has {what} {found}, the base {expected}. "
             + advice
         )
-    warn_of_other_weights(base, spul_config, f"the prompt in {str(adapter)!r} was", advice, stacklevel=5)
+    spul_config.warn_if_base_differs(base, f"the prompt in {str(adapter)!r} was", advice, stacklevel=4)

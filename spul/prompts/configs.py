@@ -1,4 +1,4 @@
-"""What is done to a base model when a prompt is put before it, and what it says of itself."""
+"""The three prompt types of PEFT, and the start of a random prompt."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from peft import (
     PeftConfig,
-    PeftType,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
 )
+
+from ..models.unlearner import PROMPT_TYPES
 
 
 @torch.no_grad()
@@ -31,7 +32,6 @@ def scale_random_prompt(model: Any, adapter_name: str) -> None:
 
 
 PROMPT_CONFIGS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
-PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
 
 def check_peft_config(peft_config: PeftConfig) -> None:

@@ -1,4 +1,4 @@
-"""Generation under a prompt: its keys and values go in front of left-padded rows, as a cache already filled."""
+"""Generation under a prompt: left-padded rows behind a cache filled with the prompt's keys and values."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from peft import PeftModelForCausalLM
 from torch import Tensor
 
 from ..models.causal_lm import max_positions
-from .shared_prefix import expand_states, prompt_states
+from .shared_prefix import PromptStates, prompt_states
 
 
 def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-    """`transformers`' `generate` with the active prompt in place; see `SoftPromptUnlearner.generate`."""
+    """`generate` of transformers under the active prompt; see `SoftPromptUnlearner.generate`."""
     if input_ids is None:
         raise ValueError("generate needs input_ids (batch, tokens); an empty prompt cannot be continued.")
     if args:  # transformers' second positional argument
@@ -23,7 +23,7 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
         if kwargs.get(name) is not None:
             raise ValueError(f"generate under a soft prompt takes no {name}: pass input_ids and attention_mask.")
     if kwargs.get("use_cache") is False:
-        raise ValueError("generate under a soft prompt serves it from the cache; leave out use_cache=False.")
+        raise ValueError("generate under a soft prompt reads it from the cache; leave out use_cache=False.")
     if kwargs.pop("token_type_ids", None) is not None:
         warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=3)
     given_mask = kwargs.pop("attention_mask", None)
@@ -36,28 +36,32 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     base.eval()  # gradient checkpointing, in training mode, would drop the cache and the prompt with it
     try:
         with torch.no_grad():
-            found, limit = prompt_states(model), max_positions(base)
-            if found is None:
+            states, limit = prompt_states(model), max_positions(base)
+            if states is None:
                 raise ValueError(
                     f"{type(base).__name__} has no plain key/value cache, which generate under a soft prompt needs. "
                     "Score answers with spul.score_completions instead."
                 )
-            states = found.layers
-            if limit is not None and states[0].seen + input_ids.shape[1] >= limit:
+            if limit is not None and states.num_virtual + input_ids.shape[1] >= limit:
                 raise ValueError(
-                    f"{states[0].seen} virtual tokens and {input_ids.shape[1]} tokens leave no room in the model's "
-                    f"{limit} positions to generate anything; shorten the input."
+                    f"{states.num_virtual} virtual tokens and {input_ids.shape[1]} tokens leave no room in the "
+                    f"model's {limit} positions to generate anything; shorten the input."
                 )
             lengths = attention_mask.sum(dim=1)
-            if len(lengths.unique()) > 1 and _crosses_window(model, states[0].seen + input_ids.shape[1], kwargs):
-                return _by_length(model, states, input_ids, attention_mask, lengths, args, kwargs)
+            if len(lengths.unique()) > 1 and _crosses_window(model, states.num_virtual + input_ids.shape[1], kwargs):
+                return _generate_by_length(model, states, input_ids, attention_mask, lengths, args, kwargs)
             return _generate(model, states, input_ids, attention_mask, args, kwargs)
     finally:
         base.train(was_training)
 
 
 def _generate(
-    model: PeftModelForCausalLM, states: list, input_ids: Tensor, attention_mask: Tensor, args: tuple, kwargs: dict
+    model: PeftModelForCausalLM,
+    states: PromptStates,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    args: tuple,
+    kwargs: dict,
 ) -> Any:
     order = attention_mask.ne(0).long().argsort(dim=1, stable=True)  # pads first
     left_ids, left_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
@@ -70,27 +74,26 @@ def _generate(
     out = base.generate(
         left_ids,
         *args,
-        attention_mask=torch.cat([left_mask.new_ones(len(left_mask), states[0].seen), left_mask], dim=1),
-        past_key_values=expand_states(states, base, len(left_ids) * max(beams, returned)),
+        **states.prefix_inputs(base, left_mask, len(left_ids) * max(beams, returned)),
         **kwargs,
     )
-    as_given = input_ids.repeat_interleave(returned, dim=0)
+    inputs = input_ids.repeat_interleave(returned, dim=0)  # padded as the caller padded them
     if isinstance(out, Tensor):
-        return torch.cat([as_given, out[:, as_given.shape[1] :]], dim=1)
-    out.sequences = torch.cat([as_given, out.sequences[:, as_given.shape[1] :]], dim=1)
+        return torch.cat([inputs, out[:, inputs.shape[1] :]], dim=1)
+    out.sequences = torch.cat([inputs, out.sequences[:, inputs.shape[1] :]], dim=1)
     return out
 
 
-def _by_length(
+def _generate_by_length(
     model: PeftModelForCausalLM,
-    states: list,
+    states: PromptStates,
     input_ids: Tensor,
     attention_mask: Tensor,
     lengths: Tensor,
     args: tuple,
     kwargs: dict,
 ) -> Tensor:
-    """Rows of one length at a time: pads between prompt and tokens would use up a sliding window."""
+    """Generate rows of one length at a time: pads between prompt and tokens would use up a sliding window."""
     outputs: dict[int, Tensor] = {}
     width = input_ids.shape[1]
     for length in lengths.unique().tolist():
@@ -117,8 +120,8 @@ def _by_length(
     return torch.cat(joined)
 
 
-def _crosses_window(model: PeftModelForCausalLM, num_given: int, kwargs: dict) -> bool:
-    """Whether some layer's sliding window is shorter than what prompt, tokens and answer may come to."""
+def _crosses_window(model: PeftModelForCausalLM, num_tokens: int, kwargs: dict) -> bool:
+    """Whether `num_tokens` (prompt and input) and the longest answer exceed a layer's sliding window."""
     base: Any = model.get_base_model()
     config = base.config.get_text_config()
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
@@ -127,11 +130,11 @@ def _crosses_window(model: PeftModelForCausalLM, num_given: int, kwargs: dict) -
     limits = kwargs.get("generation_config") or base.generation_config
     options = [x.get(name) for x in (kwargs, limits.to_dict()) for name in ("max_new_tokens", "max_length")]
     num_new = next((x for x in options if x is not None), 20)  # 20 is transformers' own default
-    return num_given + num_new > window
+    return num_tokens + num_new > window
 
 
 def _mask_from_pads(model: PeftModelForCausalLM, input_ids: Tensor) -> Tensor:
-    """Without a mask, pads are what equals the pad token, unless that also ends sequences, as in transformers."""
+    """The mask of rows without one, as in transformers: pad tokens are pads, unless the pad token is also an EOS."""
     config: Any = model.generation_config
     ends = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
     if config.pad_token_id is None or config.pad_token_id in ends:

@@ -1,4 +1,4 @@
-"""The ordinary forward of a prompted model, without `is_forget`: what PEFT returns, for less."""
+"""The ordinary forward of a prompted model, without `is_forget`: PEFT's output, computed from cached states."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..losses.positions import has_left_padding, pack_right
 from ..losses.terms import IGNORE_INDEX
-from ..models.causal_lm import is_checkpointing, needs_gradient
-from .shared_prefix import expand_states, prompt_states
+from ..models.causal_lm import needs_gradient
+from ..models.compat import is_checkpointing
+from .shared_prefix import prompt_states
 
-# What a prompt that is already in the cache cannot give, or would give in other places.
-_OWN_PLACES = ("inputs_embeds", "past_key_values", "position_ids")
-_NEEDS_CONCATENATION = (*_OWN_PLACES, "output_hidden_states", "output_attentions")
+# Arguments that refer to positions, and outputs that have virtual tokens: not available from a cached prompt.
+_POSITIONAL = ("inputs_embeds", "past_key_values", "position_ids")
+_NEEDS_CONCATENATION = (*_POSITIONAL, "output_hidden_states", "output_attentions")
 
 
 def ordinary_forward(
@@ -28,20 +29,20 @@ def ordinary_forward(
     labels: Tensor | None,
     **kwargs: Any,
 ) -> Any:
-    """PEFT's forward, with left-padded batches set right, and without gradient by the prompt that is kept.
+    """PEFT's forward, corrected for left-padded batches; without gradient, from the cached prompt.
 
     Args:
-        model: the unlearner, its prompt in place.
-        concatenated: PEFT's own forward, which puts the prompt before every row.
+        model: the unlearner, its prompt enabled.
+        concatenated: PEFT's own forward, which puts the prompt in front of every row.
         input_ids: (B, n), padded on either side.
         attention_mask: (B, n).
         labels: (B, n).
-        kwargs: as the base's forward takes them.
+        kwargs: further arguments of the base's forward.
 
     Raises:
-        ValueError: if left-padded rows are to give what belongs to places that packing moves.
+        ValueError: if left-padded rows come with arguments or outputs tied to positions, which packing moves.
     """
-    given = any(kwargs.get(name) is not None for name in _OWN_PLACES)
+    given = any(kwargs.get(name) is not None for name in _POSITIONAL)
     if input_ids is None or attention_mask is None or given or not has_left_padding(attention_mask):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         return _forward(model, concatenated, **inputs, **kwargs)
@@ -60,18 +61,18 @@ def ordinary_forward(
 
 
 def _forward(model: Any, concatenated: Callable[..., Any], **inputs: Any) -> Any:
-    out = _from_kept_prompt(model, **inputs) if _can_use_kept_prompt(model, **inputs) else None
+    out = _from_cached_prompt(model, **inputs) if _can_use_cached_prompt(model, **inputs) else None
     return concatenated(**inputs) if out is None else out
 
 
-def _can_use_kept_prompt(model: Any, input_ids: Tensor | None, labels: Tensor | None, **kwargs: Any) -> bool:
+def _can_use_cached_prompt(model: Any, input_ids: Tensor | None, labels: Tensor | None, **kwargs: Any) -> bool:
     base: Any = model.get_base_model()
     last = kwargs.get("logits_to_keep", 0)
     routes = kwargs.get("output_router_logits") or getattr(base.config, "output_router_logits", False)
     return (
         input_ids is not None
         and not needs_gradient(model)
-        and model.active_peft_config.peft_type != PeftType.PREFIX_TUNING  # PEFT's way needs no pass either
+        and model.active_peft_config.peft_type != PeftType.PREFIX_TUNING  # no pass in PEFT either
         and not any(kwargs.get(name) is not None and kwargs[name] is not False for name in _NEEDS_CONCATENATION)
         and kwargs.get("return_dict") is not False
         and isinstance(last, int)
@@ -82,14 +83,14 @@ def _can_use_kept_prompt(model: Any, input_ids: Tensor | None, labels: Tensor | 
     )
 
 
-def _from_kept_prompt(
+def _from_cached_prompt(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None, **kwargs: Any
 ) -> Any:
     base: Any = model.get_base_model()
-    found = prompt_states(model, with_logits=not kwargs.get("logits_to_keep"))
-    if found is None:
+    states = prompt_states(model, with_logits=not kwargs.get("logits_to_keep"))
+    if states is None:
         return None
-    rows, num_virtual = len(input_ids), found.layers[0].seen
+    rows = len(input_ids)
     if kwargs.pop("token_type_ids", None) is not None:
         warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=4)
     loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
@@ -97,20 +98,19 @@ def _from_kept_prompt(
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     out = base(
         input_ids=input_ids,
-        attention_mask=torch.cat([attention_mask.new_ones(rows, num_virtual), attention_mask], dim=1),
-        past_key_values=expand_states(found.layers, base, rows),
+        **states.prefix_inputs(base, attention_mask),
         use_cache=True,
         **kwargs,
     )
     fields = {"loss": None, **out}  # in the order of every output of transformers: the loss comes first
     if returns_cache is False:
         fields["past_key_values"] = None
-    if found.logits is not None and not kwargs.get("logits_to_keep"):
-        fields["logits"] = torch.cat([found.logits.expand(rows, -1, -1), out.logits], dim=1)
+    if states.logits is not None and not kwargs.get("logits_to_keep"):
+        fields["logits"] = torch.cat([states.logits.expand(rows, -1, -1), out.logits], dim=1)
     if labels is not None:
         fields["loss"] = base.loss_function(
             logits=fields["logits"],
-            labels=torch.cat([labels.new_full((rows, num_virtual), IGNORE_INDEX), labels], dim=1),
+            labels=torch.cat([labels.new_full((rows, states.num_virtual), IGNORE_INDEX), labels], dim=1),
             vocab_size=base.config.get_text_config().vocab_size,
             **loss_options,
         )

@@ -1,10 +1,11 @@
-"""SoftPromptUnlearner: a frozen causal language model under a trained prompt."""
+"""SoftPromptUnlearner: a frozen causal language model with a trainable soft prompt."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from peft import (
@@ -14,35 +15,37 @@ from peft import (
     TaskType,
 )
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..losses.batch import batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import logits_at, max_positions, zero_dropout
-from ..models.compat import keep_4bit_differentiable
+from ..models.compat import disabled_flag, keep_4bit_differentiable
+from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .configs import check_peft_config, scale_random_prompt
 from .generation import generate_prompted
 from .inference import ordinary_forward
-from .shared_prefix import prompted_logits
+from .shared_prefix import prompt_states, response_logits
 
 
-class SoftPromptUnlearner(PeftModelForCausalLM):
-    """Wraps a causal LM with a prompt that learns to make it forget (SPUL, arXiv 2406.12038).
+class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
+    """A frozen causal LM with a trainable soft prompt that makes it forget (SPUL, arXiv 2406.12038).
 
     The base is frozen in place and its dropout set to zero; only the active prompt requires gradients. It is an
-    ordinary `PeftModelForCausalLM`: what it saves, plain PEFT loads.
+    ordinary `PeftModelForCausalLM`: plain PEFT loads what it saves.
 
     Args:
         model: a causal LM of transformers, in any floating type, 8 or 4 bit.
         peft_config: `PromptTuningConfig`, `PromptEncoderConfig` (P-tuning, the paper's) or `PrefixTuningConfig`.
             Prompt tuning's random initialization is drawn at the scale of the vocabulary's embeddings.
-        loss: what is trained for; `UnlearningLoss()` unless told.
+        loss: the objective; `UnlearningLoss()` unless given.
         adapter_name: PEFT's name of the adapter.
 
     Raises:
-        TypeError: if `peft_config` is none of the three, `loss` no `UnlearningLoss`, or `model` no model or one with
-            an adapter.
+        TypeError: if `peft_config` is none of the three, `loss` is not an `UnlearningLoss`, or `model` is not a module
+            or has an adapter.
         ValueError: if its task type is not `CAUSAL_LM`.
 
     Example:
@@ -53,7 +56,9 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         ```
     """
 
-    # Set by PEFT; said here since nn.Module declares every attribute a tensor or a module.
+    computes_loss = True
+
+    # Set by PEFT; declared here since nn.Module types every attribute as a tensor or a module.
     config: Any
     word_embeddings: Any
     prompt_encoder: Any
@@ -85,7 +90,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
     # ---- adapters ----
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        """Add a fresh prompt beside the others; it trains once `set_adapter` has made it the active one."""
+        """Add a new prompt beside the others; it is trained once `set_adapter` has made it the active one."""
         check_peft_config(peft_config)
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
@@ -95,7 +100,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         self._train_active_prompt_only()
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make a prompt the active one. The others require no gradient."""
+        """Make a prompt the active one; only it requires gradients."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._train_active_prompt_only()
         if inference_mode:
@@ -105,20 +110,20 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         """Remove a prompt. If it was the active one, another becomes active."""
         super().delete_adapter(adapter_name)
         del self.spul_configs[adapter_name]
-        self.__dict__.get("_kept_prompts", {}).pop(adapter_name, None)
+        self.__dict__.get("_cached_prompts", {}).pop(adapter_name, None)
         self._train_active_prompt_only()
 
     @property
     def spul_config(self) -> SpulConfig:
-        """What `spul_config.json` will say of the active prompt; set its `metrics` to have them on the card."""
+        """The record of the active prompt, saved as `spul_config.json`; its `metrics` appear on the model card."""
         return self.spul_configs[self.active_adapter]
 
     def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Load a prompt into this model: a new one for inference, or the state of a live, trainable one.
+        """Load a prompt into this model: a new one for inference, or the saved state of a trainable one in this model.
 
         Raises:
-            ValueError: if the prompt does not fit the base, or a live P-tuning prompt is to be restored from a folder
-                without its encoder.
+            ValueError: if the prompt does not fit the base, or the folder lacks the encoder of a trainable P-tuning
+                prompt.
 
         Warns:
             UserWarning: if the base's weights are not those that the prompt was trained on.
@@ -143,15 +148,35 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         for name, encoder in self.prompt_encoder.items():
             encoder.requires_grad_(name == self.active_adapter and not self.peft_config[name].inference_mode)
 
+    @property
+    def virtual_tokens_in_use(self) -> int:
+        """Virtual tokens in front of every row; 0 where the prompt is disabled."""
+        return self.active_peft_config.num_virtual_tokens if self.enabled else 0
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the prompts."""
+        return list(self.prompt_encoder.parameters())
+
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        """The config of the active prompt, by its name; empty where it is disabled."""
+        return {self.active_adapter: self.active_peft_config.to_dict()} if self.enabled else {}
+
+    def on_base(self, base: PreTrainedModel, folder: Path) -> SoftPromptUnlearner:
+        """The active prompt on another base, for inference, by way of a folder."""
+        self.save_pretrained(str(folder))
+        name = self.active_adapter
+        return type(self).from_pretrained(base, folder if name == "default" else folder / name).eval()
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it, `forward` and `generate` are those of the untouched base."""
-        # PEFT swaps `self.forward`, and with it the autocast that accelerate wrapped around it; a flag does not.
-        was_disabled, self._adapters_disabled = self._adapters_disabled, True
-        try:
+        """Context manager: `forward` and `generate` are those of the base, without the prompt."""
+        with disabled_flag(self):
             yield
-        finally:
-            self._adapters_disabled = was_disabled
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the prompt takes part in `forward` and `generate`; see `disable_adapter`."""
+        return self.has_active_enabled_adapter
 
     # ---- forward ----
 
@@ -167,36 +192,35 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         reference_logits: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The unlearning loss of a batch, or, without `is_forget`, an ordinary PEFT forward.
+        """Return the unlearning loss of a batch, or, without `is_forget`, the output of an ordinary PEFT forward.
 
         Args:
             input_ids: (B, n), padded on either side, without virtual tokens.
             attention_mask: (B, n); all ones unless given.
             labels: (B, n), the response's token ids, -100 elsewhere.
             is_forget: (B,) bool or 0/1.
-            row_id: (B,), which rows of the data set these are; not used here.
-            group_counts: (2,), what sums over forget and retain rows are divided by. Unless given: the numbers of such
-                rows in this batch. Give those of the whole step where it is accumulated, averaged over processes
-                under DDP, which averages gradients.
+            row_id: (B,), the rows' ids in the data set; not used here.
+            group_counts: (2,), the divisors of the sums over forget and over retain rows: their numbers of rows in
+                this batch unless given. With gradient accumulation pass those of the whole step, under DDP averaged
+                over processes, since DDP averages gradients.
             num_items_in_batch: number of label tokens in the whole step, as `transformers.Trainer` passes it: without
                 `group_counts`, this batch weighs as its share of them.
-            reference_logits: (R, K, V), what the frozen model says at the response tokens of the R rows whose loss
-                compares with it (by default the retain rows), as `ReferenceCache.logits` gives it; computed unless
-                given.
-            kwargs: only for the ordinary forward.
+            reference_logits: (R, K, V), the base model's logits at the response tokens of the R rows whose loss
+                compares with it (by default the retain rows), from `ReferenceCache.logits`; computed unless given.
+            kwargs: arguments of the ordinary forward.
 
         Returns:
-            `UnlearnerOutput`, or what the base model returns. The ordinary forward of prompt tuning and P-tuning has
-            logits for the virtual tokens too, in front: (B, p + n, V).
+            `UnlearnerOutput`, or the output of the base model. Its logits under prompt tuning and P-tuning include
+            those at the p virtual tokens, in front: (B, p + n, V).
 
         Raises:
             ValueError: if tensors are missing, or their shapes do not match.
-            TypeError: if `is_forget` comes with arguments that this forward does not know.
+            TypeError: if `is_forget` comes with arguments of the ordinary forward.
         """
         if is_forget is None:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
-            if self._adapters_disabled:
+            if not self.enabled:
                 base: Any = self.get_base_model()
                 return base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
             return ordinary_forward(self, super().forward, input_ids, attention_mask, labels, **kwargs)
@@ -209,21 +233,21 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         return batch_loss(
             self.loss,
             self.response_logits,
-            self._frozen_logits,
+            self.base_logits,
             input_ids,
             labels,
             is_forget,
-            attention_mask,
-            group_counts,
-            num_items_in_batch,
-            reference_logits,
+            attention_mask=attention_mask,
+            group_counts=group_counts,
+            num_items_in_batch=num_items_in_batch,
+            reference_logits=reference_logits,
         )
 
     def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """Logits (B, K, V) at `positions` of a right-padded batch, by the shared prompt; the base's when disabled."""
+        """Logits (B, K, V) at `positions` (B, K) of a right-padded batch; the base's when the prompt is disabled."""
         base: Any = self.get_base_model()
-        if self._adapters_disabled:
-            return self._frozen_logits(input_ids, attention_mask, positions)
+        if not self.enabled:
+            return self.base_logits(input_ids, attention_mask, positions)
         num_virtual, limit = self.active_peft_config.num_virtual_tokens, max_positions(base)
         if limit is not None and num_virtual + input_ids.shape[1] > limit:
             raise ValueError(
@@ -234,15 +258,32 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
                     else "take fewer virtual tokens."
                 )
             )
-        return prompted_logits(self, input_ids, attention_mask, positions)
+        return response_logits(self, input_ids, attention_mask, positions)
 
-    def _frozen_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """What the base says without the prompt, (B, K, V)."""
+    def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, K, V) of the base, without the prompt; arguments as in `response_logits`."""
         base: Any = self.get_base_model()
         return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
+    def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """As `response_logits`, of input embeddings (B, n, d).
+
+        Raises:
+            ValueError: if the base has no plain key/value cache.
+        """
+        base: Any = self.get_base_model()
+        if not self.enabled:
+            return logits_at(base, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        states = prompt_states(self)
+        if states is None:
+            raise ValueError(
+                f"{type(base).__name__} has no plain key/value cache, which input embeddings under a prompt need."
+            )
+        prefix = states.prefix_inputs(base, attention_mask)
+        return logits_at(base, positions, inputs_embeds=inputs_embeds, **prefix, use_cache=True)
+
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Generate with the prompt in place; takes what `transformers`' `generate` takes.
+        """Generate with the prompt; arguments as in `generate` of transformers.
 
         Args:
             inputs: (B, n) token ids, also as `input_ids`, padded on either side with a matching `attention_mask`.
@@ -250,13 +291,13 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
             kwargs: further arguments, such as `max_new_tokens`.
 
         Returns:
-            As `transformers`: the input ids as they were given, then the new tokens.
+            As in transformers: the input ids, padded as given, then the new tokens.
 
         Raises:
             ValueError: for `inputs_embeds`, `past_key_values`, `position_ids` or `use_cache=False`.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if self._adapters_disabled:
+        if not self.enabled:
             base: Any = self.get_base_model()
             return base.generate(input_ids, *args, **kwargs)
         return generate_prompted(self, input_ids, *args, **kwargs)
@@ -270,17 +311,18 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         selected_adapters: list[str] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Write the folder of a plain PEFT adapter, with `spul_config.json` and a model card.
+        """Write a plain PEFT adapter folder, with `spul_config.json` and a model card.
 
-        A folder that is there already is replaced file by file, each in one move: a process killed in the middle
-        leaves no half-written file. P-tuning (and prefix tuning with a projection) also writes
+        Files of an earlier save are replaced one by one, each in one move: an interrupted save leaves no half-written
+        file. P-tuning (and prefix tuning with a projection) also writes
         `prompt_encoder.safetensors`, which only further training needs.
 
         Args:
             save_directory: the folder.
             safe_serialization: must stay True: adapters are safetensors only.
             selected_adapters: names of the prompts to save; all unless given.
-            kwargs: as `PeftModel.save_pretrained`, such as `is_main_process=False` for processes that write nothing.
+            kwargs: as in `PeftModel.save_pretrained`, such as `is_main_process=False` for processes that write
+                nothing.
 
         Raises:
             ValueError: for `safe_serialization=False`.
@@ -309,8 +351,8 @@ class SoftPromptUnlearner(PeftModelForCausalLM):
         Args:
             model: the base, or its name or folder, which is then loaded with `AutoModelForCausalLM`.
             adapter: folder or Hub name of the adapter; plain PEFT adapters of the three kinds load too.
-            is_trainable: whether training goes on; P-tuning then needs the encoder that `save_pretrained` wrote.
-            loss: the loss to train on with; the saved one unless given.
+            is_trainable: whether to train it further; P-tuning then needs the encoder that `save_pretrained` wrote.
+            loss: the loss of further training; the saved one unless given.
             adapter_name: PEFT's name of the adapter.
             model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` when `model` is a name.
             kwargs: Hub arguments, such as `revision`, `token`, `cache_dir`, `subfolder`.

@@ -1,21 +1,33 @@
-"""What is written down: atomic files, digests, `spul_config.json`, the model card."""
+"""Records on disk: atomic files, digests, `spul_config.json`, model cards, templates."""
 
-from .card import layers_card, model_card
-from .digests import digest_of_rows, digest_of_tokenizer, fingerprint, summarize_rows
-from .files import find_file, moved_in_whole, replacing
-from .spul_config import DataSummary, SpulConfig, read_spul_config
+from .card import layers_card, model_card, write_metrics
+from .digests import (
+    DataSummary,
+    digest,
+    digest_of_parameters,
+    digest_of_rows,
+    digest_of_tokenizer,
+    fingerprint,
+    summarize_rows,
+)
+from .files import atomic_folder, atomic_write, find_file, write_text
+from .spul_config import SpulConfig, read_spul_config
 
 __all__ = [
     "DataSummary",
     "SpulConfig",
+    "atomic_folder",
+    "atomic_write",
+    "digest",
+    "digest_of_parameters",
     "digest_of_rows",
     "digest_of_tokenizer",
     "find_file",
     "fingerprint",
     "layers_card",
     "model_card",
-    "moved_in_whole",
     "read_spul_config",
-    "replacing",
     "summarize_rows",
+    "write_metrics",
+    "write_text",
 ]

@@ -1,13 +1,23 @@
-"""The model card that goes with a saved prompt."""
+"""Model cards of saved prompts and unlearning layers."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from .spul_config import DataSummary, SpulConfig
+from .files import write_text
+from .spul_config import SPUL_CONFIG_NAME, SpulConfig
+from .templates import render
+
+CARD_NAME = "README.md"
+TEMPLATE = "records/card.md.jinja"
+METRICS_SECTION = re.compile(r"^## Metrics *\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 THREAT_MODEL = """\
 The prompt does not delete anything from the weights. Whoever runs the base model without it has the model as it was, \
@@ -15,130 +25,111 @@ knowledge included. It protects where the operator of the model controls the pro
 prompted model only. It is no protection where the weights are handed out, or where users can remove, replace or \
 out-train the prompt."""
 
-
 LAYERS_THREAT_MODEL = """\
 The layers do not delete anything from the base's weights. Whoever runs the base model without them has the model as \
 it was, knowledge included. They protect where the operator of the model controls what runs, as behind an API. They \
-are no protection where the weights are handed out, or where users can take the layers off or train them further."""
+are no protection where the weights are handed out, or where users can remove the layers or train them further."""
 
 
 def model_card(config: SpulConfig, *, prompt_type: str, num_virtual_tokens: int, num_parameters: int) -> ModelCard:
-    """The card of a prompt: what it forgets, how it was trained, what it scored, how to load it, what it cannot do.
+    """Model card of a prompt: what it forgets, training, metrics, how to load it, threat model.
 
     Args:
-        config: the content of `spul_config.json`.
-        prompt_type: PEFT's name of the prompt type.
+        config: the record that is saved with the prompt.
+        prompt_type: PEFT's name of the prompt type, such as `"P_TUNING"`.
         num_virtual_tokens: p.
-        num_parameters: trained parameters.
+        num_parameters: number of trained parameters.
     """
-    base = config.base_model_name_or_path
-    tags = ["spul", "unlearning", prompt_type.lower().replace("_", "-")]
-    load_from = base or "BASE"
-    if base and os.path.isdir(base):
-        base = os.path.basename(os.path.abspath(base))  # where a folder lay is nobody's business
-        load_from = f"PATH/TO/{base}"
-    if base:
-        tags.append(f"base_model:adapter:{base}")
-    data = ModelCardData(library_name="peft", pipeline_tag="text-generation", base_model=base, tags=tags)
-    shown_base = base or "the base model"
-    sections = [
-        "# Unlearning prompt",
-        f"A soft prompt that makes `{shown_base}` give a generic response on a *forget* set, trained to "
-        "leave it as it was on everything else. The base's weights are untouched. Made with spul (Soft "
-        "Prompting for UnLearning).",
-        "## What it forgets\n\n" + _data_lines(config),
-        f"## How it was trained\n\n- prompt: {prompt_type}, {num_virtual_tokens} virtual tokens, {num_parameters:,} "
-        "parameters\n" + _training_lines(config),
-        "## Metrics\n\n" + _metrics_table(config),
-        "## How to load it\n\nWith spul:\n\n```python\nfrom spul import SoftPromptUnlearner\n\n"
-        f'model = SoftPromptUnlearner.from_pretrained("{load_from}", "THIS_ADAPTER")\n```\n\n'
-        "With PEFT alone (pad batches on the right, or generate one row at a time):\n\n```python\n"
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{load_from}")\n'
-        'model = PeftModel.from_pretrained(base, "THIS_ADAPTER")\n```',
-        "## What it does and does not protect against\n\n" + THREAT_MODEL,
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    return _card(
+        config,
+        library="peft",
+        tag=prompt_type.lower().replace("_", "-"),
+        layers=None,
+        prompt_type=prompt_type,
+        num_virtual_tokens=num_virtual_tokens,
+        num_parameters=num_parameters,
+        threat_model=THREAT_MODEL,
+    )
 
 
-def layers_card(config: SpulConfig, layers_config: dict[str, Any], num_parameters: int) -> ModelCard:
-    """The card of unlearning layers: as `model_card`.
+def layers_card(config: SpulConfig, layers_config: Mapping[str, Any], num_parameters: int) -> ModelCard:
+    """Model card of unlearning layers, with the sections of `model_card`.
 
     Args:
-        config: the content of `spul_config.json`.
+        config: the record that is saved with the layers.
         layers_config: the content of `unlearning_layers.json`.
-        num_parameters: of the layers.
+        num_parameters: number of the layers' parameters.
     """
+    return _card(
+        config,
+        library="spul",
+        tag="unlearning-layers",
+        layers=layers_config,
+        num_parameters=num_parameters,
+        threat_model=LAYERS_THREAT_MODEL,
+    )
+
+
+def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Mapping[str, float]]) -> None:
+    """Replace the metrics of a saved adapter, in `spul_config.json` and in its card's section "Metrics".
+
+    All other content stays as it is, fields of later versions and hand-written sections included.
+
+    Args:
+        folder: a folder that `save_pretrained` of a prompt or of unlearning layers wrote.
+        metrics: split to name to value, as `SpulConfig.metrics`.
+
+    Raises:
+        FileNotFoundError: if the folder has no `spul_config.json` or no model card.
+        ValueError: if the card has no section "Metrics".
+    """
+    folder = Path(folder)
+    for name in (SPUL_CONFIG_NAME, CARD_NAME):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(
+                f"{str(folder)!r} has no {name}; pass a folder that save_pretrained of a prompt or of unlearning "
+                "layers wrote."
+            )
+    section = render(TEMPLATE, block="metrics", **_metrics_table(metrics))
+    card, count = METRICS_SECTION.subn(lambda _: section, (folder / CARD_NAME).read_text(encoding="utf-8"), count=1)
+    if count == 0:
+        raise ValueError(
+            f"{CARD_NAME} of {str(folder)!r} has no section '## Metrics' to write to; add that line, or save the "
+            "adapter again."
+        )
+    record = json.loads((folder / SPUL_CONFIG_NAME).read_text(encoding="utf-8")) | {"metrics": metrics}
+    write_text(folder / SPUL_CONFIG_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    write_text(folder / CARD_NAME, card.rstrip("\n") + "\n")
+
+
+def _card(config: SpulConfig, library: str, tag: str, **values: Any) -> ModelCard:
     base = config.base_model_name_or_path
     load_from = base or "BASE"
     if base and os.path.isdir(base):
-        base = os.path.basename(os.path.abspath(base))
+        base = os.path.basename(os.path.abspath(base))  # the path may reveal more than its last part
         load_from = f"PATH/TO/{base}"
-    tags = ["spul", "unlearning", "unlearning-layers", *([f"base_model:adapter:{base}"] if base else [])]
-    data = ModelCardData(library_name="spul", pipeline_tag="text-generation", base_model=base, tags=tags)
-    shape = f"reduction {layers_config['reduction']}, {num_parameters:,} parameters, {layers_config['activation']}"
-    requests = layers_config["num_requests"]
-    fused = f"\n- fused from the layers of {requests} requests" if requests > 1 else ""
-    sections = [
-        "# Unlearning layers",
-        f"Small layers after the feed-forward blocks of `{base or 'the base model'}`, whose own weights are "
-        "untouched, that make it forget a *forget* set (EUL, arXiv 2310.20150). Made with spul.",
-        "## What they forget\n\n" + _data_lines(config),
-        f"## How they were trained\n\n- layers: {shape}{fused}\n" + _training_lines(config),
-        "## Metrics\n\n" + _metrics_table(config),
-        "## How to load them\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
-        "from spul import UnlearningLayers\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{load_from}")\n'
-        'model = UnlearningLayers.from_pretrained(base, "THESE_LAYERS")\n```',
-        "## What they do and do not protect against\n\n" + LAYERS_THREAT_MODEL,
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    tags = ["spul", "unlearning", tag, *([f"base_model:adapter:{base}"] if base else [])]
+    data = ModelCardData(library_name=library, pipeline_tag="text-generation", base_model=base, tags=tags)
+    loss = config.loss or {}
+    names = ("forget", "retain", "kl", *(("lm",) if loss.get("gamma") else ())) if loss else ()
+    text = render(
+        TEMPLATE,
+        config=config,
+        base=base,
+        load_from=load_from,
+        terms={name: _term(loss[name]) for name in names},
+        **_metrics_table(config.metrics),
+        **values,
+    )
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
-def _data_lines(config: SpulConfig) -> str:
-    def line(name: str, summary: DataSummary | None) -> str:
-        if summary is None:
-            return f"- {name} set: not recorded"
-        return f"- {name} set: {summary.rows:,} rows, SHA-256 `{summary.digest}`"
-
-    lines = [line("forget", config.forget), line("retain", config.retain)]
-    if config.combined_from is not None:
-        lines.append(f"- made of {len(config.combined_from)} requests that were trained apart:")
-        lines += [f"    {line(f'request {i}, forget', part)}" for i, part in enumerate(config.combined_from, start=1)]
-    return "\n".join([*lines, "", "The rows are not part of this card."])
-
-
-def _training_lines(config: SpulConfig) -> str:
-    lines = []
-    if config.loss is not None:
-        loss = config.loss
-        names = ("forget", "retain", "kl", *(("lm",) if loss.get("gamma") else ()))
-        lines.append(
-            f"- loss: L_f + {loss['alpha']} L_r + {loss['beta']} L_kl"
-            + (f" + {loss['gamma']} L_lm, with " if loss.get("gamma") else ", with ")
-            + ", ".join(f"{name} = {_term(loss[name])}" for name in names)
-        )
-    if config.generic_completions is not None:
-        lines.append("- generic responses: " + ", ".join(f"`{text.strip()}`" for text in config.generic_completions))
-    if config.base_fingerprint is not None:
-        lines.append(f"- fingerprint of the base's weights: `{config.base_fingerprint}`")
-    if config.versions:
-        lines.append("- " + ", ".join(f"{name} {number}" for name, number in config.versions.items()))
-    return "\n".join(lines)
-
-
-def _term(term: dict) -> str:
+def _term(term: Mapping[str, Any]) -> str:
     options = ", ".join(f"{key}={value!r}" for key, value in term.items() if key != "type")
     return f"{term['type']}({options})"
 
 
-def _metrics_table(config: SpulConfig) -> str:
-    if not config.metrics:
-        return "None were recorded."
-    names = list(dict.fromkeys(name for split in config.metrics.values() for name in split))
-    lines = ["| split | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for split, values in config.metrics.items():
-        cells = [f"{values[name]:.4f}" if name in values else "" for name in names]
-        name = split.replace("|", r"\|")  # attacks are named by their users
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def _metrics_table(metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The variables of the template's block "metrics": a column for every name that some split has."""
+    columns = list(dict.fromkeys(name for values in metrics.values() for name in values))
+    return {"metrics": metrics, "columns": columns}

@@ -1,4 +1,8 @@
-"""What a saved prompt says about itself: `spul_config.json`, the base's fingerprint, the digests of the data."""
+"""Digests (SHA-256) of a model's weights, of rows, of a tokenizer, and of settings.
+
+Two digests of rows exist. `summarize_rows` ignores the order and is saved with an adapter; `digest_of_rows` depends on
+the order and identifies the rows of an evaluation. Their values never agree.
+"""
 
 from __future__ import annotations
 
@@ -13,60 +17,85 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models.causal_lm import own_parameters
+from ..models.compat import own_parameters, uncompiled
 
 
 @dataclass
 class DataSummary:
-    """How many rows a set had, and a digest of them; never the rows.
+    """Number of rows of a set and a digest of them, without the rows.
+
+    Whoever guesses the whole set can confirm the guess by the digest; so can whoever knows all rows but one.
 
     Args:
         rows: number of rows.
-        digest: SHA-256 over the sorted row digests: the same rows in any order give the same digest. Who guesses the
-            whole set can confirm the guess, and so can who knows all rows but one.
+        digest: SHA-256 over the sorted digests of the rows, which does not depend on their order.
     """
 
     rows: int
     digest: str
 
 
+# ---- settings ----
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys; sets become sorted lists, other objects that JSON lacks their `str`."""
+    # A set of strings has another order in each process.
+    return json.dumps(value, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x))
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's `canonical_json`, as 64 hexadecimal digits."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+# ---- weights ----
+
+
 def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
-    """A cheap digest of a model's weights.
+    """Cheap digest of a model's weights, by which another base is noticed.
 
     Hashes the name, the shape and up to `samples_per_tensor` evenly spaced entries, rounded to bfloat16, of every
-    parameter, so that a checkpoint loaded in float32 or bfloat16 has one fingerprint. It sees another model, another
-    revision, a fine-tuned copy. It does not see a change confined to entries between the samples or below bfloat16's
-    precision, nor buffers; the same checkpoint in float16 or quantized may have another fingerprint.
+    parameter. A checkpoint has one fingerprint in float32 and bfloat16; in float16 or quantized it may have another.
+    Another model, another revision and a fine-tuned copy have other fingerprints. Not noticed: changes confined to
+    entries between the samples, changes below bfloat16's precision, and changes of buffers.
 
     Args:
         model: the base model, without adapters.
-        samples_per_tensor: entries read of each parameter.
+        samples_per_tensor: maximum number of entries read from each parameter.
 
     Returns:
         64 hexadecimal digits; None if some weights are not in memory (meta device, disk offload).
     """
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper would change the names
-    return digest_of(own_parameters(model), samples_per_tensor)
+    return digest_of_parameters(own_parameters(uncompiled(model)), samples_per_tensor)
 
 
-def digest_of(parameters: Iterable[tuple[str, nn.Parameter]], samples_per_tensor: int = 256) -> str | None:
-    """The digest of `fingerprint`, of any named parameters."""
-    digest = hashlib.sha256()
+def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]], samples_per_tensor: int = 256) -> str | None:
+    """Digest of named parameters, as `fingerprint` computes it for a base's own ones."""
+    found = hashlib.sha256()
     for name, parameter in sorted(parameters, key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
         flat = parameter.detach().reshape(-1)
-        picked = torch.linspace(0, flat.numel() - 1, min(samples_per_tensor, flat.numel()), dtype=torch.float64)
-        values = flat[picked.round().long().to(flat.device)]
+        indices = torch.linspace(0, flat.numel() - 1, min(samples_per_tensor, flat.numel()), dtype=torch.float64)
+        values = flat[indices.round().long().to(flat.device)]
         if values.is_floating_point():
             values = values.to(torch.bfloat16).view(torch.uint8)
-        digest.update(f"{name}{tuple(parameter.shape)}".encode())
-        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+        found.update(f"{name}{tuple(parameter.shape)}".encode())
+        found.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+# ---- rows ----
 
 
 def summarize_rows(rows: Iterable[Mapping[str, Any]]) -> DataSummary:
-    """Count and digest rows by their `prompt` and `completion` (or, tokenized, `input_ids` and `completion_mask`)."""
+    """Number and digest of rows, in any order.
+
+    Args:
+        rows: rows with `prompt` and `completion`, or tokenized ones with `input_ids` and `completion_mask`; other
+            columns do not count.
+    """
     digests = []
     for row in rows:
         content = [row.get(key) for key in ("prompt", "completion")]
@@ -76,30 +105,28 @@ def summarize_rows(rows: Iterable[Mapping[str, Any]]) -> DataSummary:
     return DataSummary(len(digests), hashlib.sha256(b"".join(sorted(digests))).hexdigest())
 
 
+def digest_of_rows(rows: Sequence[Any] | Dataset) -> str:
+    """Digest of rows or texts in their order, on which an evaluation's random draws depend.
+
+    Args:
+        rows: texts or rows; of a dataset with a column `prompt`, only `prompt` and `completion` count.
+    """
+    if isinstance(rows, Dataset) and "prompt" in rows.column_names:
+        rows = rows.select_columns(["prompt", "completion"])
+    return digest(list(rows))
+
+
+# ---- tokenizer ----
+
+
 def digest_of_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A digest of all that decides how texts become tokens: vocabulary, rules, special tokens and chat template."""
+    """Digest of all that determines a text's tokens: vocabulary, rules, special tokens and chat template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
     else:
         rules = json.loads(backend.to_str())
-    for changing in ("padding", "truncation"):  # as the last call left them
+    for changing in ("padding", "truncation"):  # state of the last call
         rules.pop(changing, None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _digest([rules, special, tokenizer.chat_template])
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(_text(value).encode()).hexdigest()
-
-
-def _text(value: Any) -> str:
-    """As JSON; a set, which has another order in each process, as a sorted list."""
-    return json.dumps(value, sort_keys=True, default=lambda x: sorted(x) if isinstance(x, set) else str(x))
-
-
-def digest_of_rows(rows: Sequence[Any] | Dataset) -> str:
-    """To know the same rows or texts by, in the same order: draws are of places, and seeds are joined row by row."""
-    if isinstance(rows, Dataset) and "prompt" in rows.column_names:
-        rows = rows.select_columns(["prompt", "completion"])
-    return hashlib.sha256(json.dumps(list(rows), sort_keys=True, default=str).encode()).hexdigest()
+    return digest([rules, special, tokenizer.chat_template])

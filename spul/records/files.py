@@ -1,65 +1,118 @@
-"""A prompt as a folder: writing it whole or not at all, reading it back, restoring a live one."""
+"""Files of a saved folder: atomic writes, and lookup in a local folder or on the Hub."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import tempfile
+import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-if TYPE_CHECKING:
-    pass
-
-logger = logging.getLogger(__name__)
-
-
 HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
+SCRATCH = ".spul-scratch-"  # prefix of files and folders that are still being written
+STALE_SECONDS = 600  # a scratch file untouched for longer belongs to a process that was killed
 
 
 @contextmanager
-def moved_in_whole(target: Path) -> Iterator[Path]:
-    """A scratch folder whose files are moved into `target` when all are written, each in one move."""
-    target.mkdir(parents=True, exist_ok=True)
-    # Inside the folder, so that moving is renaming even where the folder is a mount of its own.
-    with tempfile.TemporaryDirectory(dir=target, prefix=".saving-") as folder:
-        scratch = Path(folder)
-        yield scratch
-        for written in sorted(path for path in scratch.rglob("*") if path.is_file()):
-            place = target / written.relative_to(scratch)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(written, place)
+def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
+    """Context manager: a scratch file that replaces `path` in one move when the block ends.
 
+    A reader sees the old file or the new one. If the block raises or the process is killed, `path` is unchanged.
 
-def find_file(adapter: str | os.PathLike, name: str, **hub: Any) -> Path | None:
-    """The path of one file of an adapter, local or on the Hub; None if the adapter lacks it."""
-    local = Path(adapter, hub.get("subfolder") or "", name)
-    if Path(adapter).is_dir():
-        return local if local.is_file() else None
-    try:
-        return Path(hf_hub_download(str(adapter), name, **hub))
-    except LocalEntryNotFoundError:
-        raise  # the Hub could not be asked, which is not the same as the file not being there
-    except EntryNotFoundError:
-        return None
+    Args:
+        path: the file to write; its folder must exist.
 
-
-SCRATCH = ".scratch-"
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A scratch file that takes the place of `path` in one move, so that no half-written one is ever there."""
-    scratch = path.with_name(f"{SCRATCH}{uuid.uuid4().hex}")
+    Yields:
+        The path to write to, in the folder of `path`.
+    """
+    path = Path(path)
+    remove_stale_scratch(path.parent)
+    scratch = _scratch_in(path.parent)
     try:
         yield scratch
-        scratch.replace(path)
+        os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file (UTF-8) by `atomic_write`."""
+    with atomic_write(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
+    """Context manager: a scratch folder whose files are moved into `target`, each in one move, when the block ends.
+
+    Other files of `target` are left alone. If the block raises, `target` is unchanged; a process killed during the
+    moves leaves old and new files, each of them whole.
+
+    Args:
+        target: the folder; created if missing.
+
+    Yields:
+        The folder to write to, inside `target`.
+
+    Raises:
+        ValueError: if `target` is a file.
+    """
+    target = Path(target)
+    if target.is_file():
+        raise ValueError(f"{str(target)!r} is a file; pass a folder.")
+    target.mkdir(parents=True, exist_ok=True)
+    remove_stale_scratch(target)
+    scratch = _scratch_in(target)  # inside, since a move is a rename only within one mount
+    scratch.mkdir()
+    try:
+        yield scratch
+        for written in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            destination = target / written.relative_to(scratch)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(written, destination)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def remove_stale_scratch(folder: Path) -> None:
+    """Remove scratch files and folders that a killed process left in a folder."""
+    for path in folder.glob(SCRATCH + "*"):
+        with suppress(OSError):  # its process has finished meanwhile, or it belongs to another user
+            newest = max(part.stat().st_mtime for part in (path, *path.rglob("*")))
+            if time.time() - newest > STALE_SECONDS:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _scratch_in(folder: Path) -> Path:
+    return folder / f"{SCRATCH}{uuid.uuid4().hex}"
+
+
+def find_file(folder: str | os.PathLike, name: str, **hub: Any) -> Path | None:
+    """Path of one file of a saved folder, local or on the Hub.
+
+    Args:
+        folder: a local folder or a Hub repository's name.
+        name: the file's name.
+        hub: arguments of `hf_hub_download`, one of `HUB_ARGUMENTS`; locally only `subfolder` counts.
+
+    Returns:
+        The path; None if the folder lacks the file.
+
+    Raises:
+        LocalEntryNotFoundError: if the file is not cached and the Hub cannot be reached.
+    """
+    if Path(folder).is_dir():
+        local = Path(folder, hub.get("subfolder") or "", name)
+        return local if local.is_file() else None
+    try:
+        return Path(hf_hub_download(str(folder), name, **hub))
+    except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError, but it does not mean that the file is missing
+        raise
+    except EntryNotFoundError:
+        return None

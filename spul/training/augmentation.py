@@ -8,6 +8,7 @@ from functools import partial
 
 from datasets import Dataset, concatenate_datasets
 
+from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
 from ..evaluation.attacks.inputs import (
     UnchangedError,
@@ -20,7 +21,6 @@ from ..evaluation.attacks.inputs import (
     with_prompts_changed,
     with_suffix,
 )
-from ..evaluation.metrics.likelihood import check_rows
 
 ASIDES = (
     "You are a helpful assistant who answers every question.",
@@ -102,21 +102,21 @@ def augmented(
         dataset = forget_retain_dataset(augmented(forget, ways, collator, 2.0), augmented(retain, ways, collator, 0.5))
         ```
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     num = round(share * len(rows) / len(ways)) if ways else 0
     if not 0 < share <= len(ways) or num < 1:
         raise ValueError(
             f"share={share!r} of {len(rows)} rows for {len(ways)} rewritings; expected a share above 0, at most the "
             "number of rewritings, that leaves a row for each."
         )
-    draws, parts, no_room = random.Random(seed), [rows], []
+    encoder, draws, parts, no_room = collator.encoder, random.Random(seed), [rows], []
     for name, rewrite in ways.items():
         some = rows.select(sorted(draws.sample(range(len(rows)), min(num, len(rows)))))
         try:
             changed = with_prompts_changed(some, rewrite, name)
         except UnchangedError as error:
             raise ValueError(f"the way {name!r} rewrites nothing: {error} Leave it out of ways.") from error
-        if why := question_lost(some, tokens_lost(changed, collator) - tokens_lost(some, collator), collator):
+        if why := question_lost(some, tokens_lost(changed, encoder) - tokens_lost(some, encoder), encoder):
             no_room.append(f"{name!r} ({why})")
         parts.append(changed)
     if no_room:

@@ -8,16 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import TrainingArguments
 
 from ..data.collator import ForgetRetainCollator
-from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import learns_itself
-from ..prompts.unlearner import SoftPromptUnlearner
+from ..models.compat import CHECKPOINT_PREFIX
+from ..models.unlearner import unlearner_of
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +56,7 @@ def check_options(
             "these are generic already. Else give the collator generic_completions.",
             type(loss.forget).__name__,
         )
-    if reference == "live" and loss.needs_reference and learns_itself(model):
+    if reference == "live" and loss.needs_reference and unlearner_of(model).trains_base:
         raise ValueError(
             f"reference='live' asks the model as it was before, and a {type(model).__name__} that learns in its "
             "own weights is that no more; use reference='cached'."
@@ -68,21 +65,14 @@ def check_options(
 
 def checked_loss(model: Any, loss: UnlearningLoss | None) -> UnlearningLoss:
     """The loss to train on, of a model that can be trained on it."""
-    if isinstance(model, SoftPromptUnlearner):
-        if loss is not None and loss != model.loss:
+    unlearner = unlearner_of(model)
+    unlearner.check_trainable()
+    if unlearner.loss is not None:
+        if loss is not None and loss != unlearner.loss:
             raise ValueError(
-                f"loss={loss!r}, and the unlearner has its own, {model.loss!r}; give it to the unlearner."
+                f"loss={loss!r}, and the unlearner has its own, {unlearner.loss!r}; give it to the unlearner."
             )
-        return model.loss
-    if not isinstance(model, (PeftModel, PreTrainedModel, UnlearningLayers)):
-        raise TypeError(
-            f"model is a {type(model).__name__}; expected a SoftPromptUnlearner or UnlearningLayers around it, or a "
-            "causal LM of transformers, bare or under LoRA."
-        )
-    if isinstance(model, UnlearningLayers) and not model.attached:
-        raise ValueError("the layers are not in place, so that the base would train; call layers.attach() first.")
-    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-        raise TypeError("model is a prompt of plain PEFT; expected a SoftPromptUnlearner around the base instead.")
+        return unlearner.loss
     if not isinstance(loss, UnlearningLoss):
         raise ValueError(
             f"loss={loss!r}: a {type(model).__name__} has no loss of its own; pass loss=UnlearningLoss(...), or wrap "
@@ -99,7 +89,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
     Raises:
         ValueError: if there is none.
     """
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}-*") if path.is_dir()]
     numbered = [(int(n), path) for path in folders if (n := path.name.rsplit("-", 1)[1]).isdigit()]
     for _, path in sorted(numbered, reverse=True):
         try:

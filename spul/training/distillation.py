@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
+from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
 from ..losses.positions import response_positions
 from ..losses.terms import KLDivergence
@@ -97,8 +98,7 @@ def combine(
 
     if train_dataset is None or data_collator is None or args is None:
         raise ValueError("method='distill' trains a prompt: pass train_dataset, data_collator and args.")
-    if not isinstance(train_dataset, Dataset):
-        raise TypeError(f"train_dataset is a {type(train_dataset).__name__}; expected a datasets.Dataset.")
+    check_rows(train_dataset, columns=(), name="train_dataset")
     parts = _load(model, prompts, at_least=1)
     rows = torch.cat([virtual_tokens(part) for part in parts])
     num = max(len(virtual_tokens(part)) for part in parts) if num_virtual_tokens is None else num_virtual_tokens

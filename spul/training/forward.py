@@ -1,41 +1,29 @@
-"""The unlearning loss of a batch, whatever learns it: a prompt, the whole model, LoRA, or unlearning layers."""
+"""The unlearning loss of a batch for models that are not prompts: the whole model, LoRA, or unlearning layers."""
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import nn
 
 from ..losses.batch import UnlearnerOutput, batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import (
-    as_it_was,
-    learns_itself,
-    logits_at,
-)
+from ..models.unlearner import unlearner_of
 
 
-def unlearning_forward(
-    model: nn.Module,
-    loss: UnlearningLoss,
-    input_ids: Tensor,
-    labels: Tensor,
-    is_forget: Tensor,
-    attention_mask: Tensor | None = None,
-    row_id: Tensor | None = None,
-    group_counts: Tensor | None = None,
-    num_items_in_batch: Tensor | int | None = None,
-    reference_logits: Tensor | None = None,
-) -> UnlearnerOutput:
-    """The unlearning loss of a batch for a model that learns itself: its own weights, LoRA, or unlearning layers.
+def unlearning_forward(model: nn.Module, loss: UnlearningLoss, **batch: Any) -> UnlearnerOutput:
+    """Return the unlearning loss of a batch for a model trained by its own weights, LoRA, or unlearning layers.
 
-    A prompt has this as its forward: `unlearner(**batch)`.
+    A `SoftPromptUnlearner` has this as its forward: `unlearner(**batch)`.
 
     Args:
         model: a causal LM of transformers, or one under `UnlearningLayers` or a PEFT adapter such as LoRA; also
             wrapped for DDP.
-        loss: what is asked for.
-        input_ids: this and the others: see `SoftPromptUnlearner.forward`. LoRA's frozen model is the one with the
-            adapter switched off. The whole model has none once it has learned: give its `reference_logits`, from a
-            `ReferenceCache` built before.
+        loss: the objective.
+        batch: `input_ids`, `labels`, `is_forget` and, optionally, `attention_mask`, `row_id`, `group_counts`,
+            `num_items_in_batch` and `reference_logits`; see `SoftPromptUnlearner.forward`. The reference of LoRA and
+            layers is the model with the adapter disabled. A model trained in its own weights has none left: pass
+            `reference_logits`, from a `ReferenceCache` built before training.
 
     Raises:
         ValueError: if shapes do not match, or `reference_logits` are needed and cannot be computed.
@@ -49,27 +37,5 @@ def unlearning_forward(
         ```
     """
 
-    def learned(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        return logits_at(model, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-
-    def frozen(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        if learns_itself(model):
-            raise ValueError(
-                "the loss compares with the model as it was, and a model that learns in weights of its own is that no "
-                "more: pass reference_logits, from a ReferenceCache built before training."
-            )
-        with as_it_was(model) as base:
-            return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-
-    return batch_loss(
-        loss,
-        learned,
-        frozen,
-        input_ids,
-        labels,
-        is_forget,
-        attention_mask,
-        group_counts,
-        num_items_in_batch,
-        reference_logits,
-    )
+    unlearner = unlearner_of(model)
+    return batch_loss(loss, unlearner.response_logits, unlearner.base_logits, **batch)

@@ -19,6 +19,7 @@ from peft import (
 )
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.checks import forget_flags
 from ..data.collator import ForgetRetainCollator
 from ..layers.bottleneck import UnlearningLayersConfig
 from ..layers.unlearning_layers import UnlearningLayers
@@ -169,13 +170,10 @@ class Method:
         Raises:
             ValueError: if `dataset` has no `is_forget`.
         """
-        if "is_forget" not in dataset.column_names:
-            raise ValueError(
-                f"dataset has the columns {dataset.column_names} and no is_forget; make it with forget_retain_dataset."
-            )
+        flags = forget_flags(dataset, "dataset")
         if self.loss.uses_retain_rows:
             return dataset
-        return dataset.select([i for i, is_forget in enumerate(dataset["is_forget"]) if is_forget])
+        return dataset.select([i for i, is_forget in enumerate(flags) if is_forget])
 
 
 def unlearning_method(

@@ -1,109 +1,99 @@
-"""The files of a reference: an index that says what they belong to, and parts that are written once and mapped."""
+"""Files of a reference: an index of what they belong to, and parts that are written once and memory-mapped."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..records.files import SCRATCH, replacing
+from ..records.digests import digest, fingerprint
+from ..records.files import SCRATCH, atomic_write, write_text
 
 logger = logging.getLogger(__name__)
 
-
-FORMAT = 1
+FORMAT = 2
 INDEX_NAME = "reference.json"
+# Entries of a config that do not change what the model computes, or that have an entry of the index.
+NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache"}
+NOT_COMPUTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
-class Part(NamedTuple):
-    """One file of states, memory-mapped."""
+def describe(base: Any, checksums: Tensor) -> dict[str, Any]:
+    """The index of a reference: the base, its precision, and the rows by their checksums, in any order."""
+    weights = fingerprint(base)
+    if weights is None:
+        raise ValueError(
+            "some weights of the base are not in memory (meta device or offloaded to disk), so that its reference "
+            "cannot be distinguished from another base's; use reference='live'."
+        )
+    autocast = torch.get_autocast_dtype(base.device.type) if torch.is_autocast_enabled(base.device.type) else None
+    return {
+        "format": FORMAT,
+        "base": weights,
+        "config": digest({name: value for name, value in base.config.to_dict().items() if name not in NOT_COMPUTED}),
+        "precision": f"{str(base.dtype).removeprefix('torch.')}, autocast {autocast}",
+        "data": digest(checksums.sort().values.tolist()),
+        "rows": len(checksums),
+    }
 
-    states: Tensor  # (tokens, d)
-    rows: Tensor  # (rows,) int64, the rows' keys
-    ends: Tensor  # (rows,) int32, where each row's tokens end
 
-
-def digest_of(index: Mapping[str, Any]) -> str:
-    """A name for what an index describes."""
-    return hashlib.sha256(json.dumps(index, sort_keys=True).encode()).hexdigest()
-
-
-def claim_folder(folder: Path, index: Mapping[str, Any]) -> None:
-    """Write down what a folder is for, unless it says so already.
+def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator | None = None) -> None:
+    """Write the index into an empty folder (the main process does), or compare it with the one that is there.
 
     Raises:
-        ValueError: if it holds other files.
-        OSError: if it cannot be written to.
+        ValueError: if the folder holds other files, or its index differs, naming each difference.
+        PermissionError: if it cannot be written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path in folder.glob(SCRATCH + "*"):
-            # Left by a process that was killed; a live one keeps its own for seconds.
-            if time.time() - path.stat().st_mtime > 600:
-                path.unlink(missing_ok=True)
-        if not (folder / INDEX_NAME).exists():
-            if any(not path.name.startswith(SCRATCH) and path.name != INDEX_NAME for path in folder.iterdir()):
+    if accelerator is None or accelerator.is_main_process:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            others = [path.name for path in folder.iterdir() if not path.name.startswith(SCRATCH)]
+            if others and INDEX_NAME not in others:
                 raise ValueError(
                     f"{str(folder)!r} holds other files and no {INDEX_NAME}; name an empty or new folder."
                 )
-            with replacing(folder / INDEX_NAME) as scratch:
-                scratch.write_text(json.dumps(dict(index), indent=2) + "\n", encoding="utf-8")
-    except PermissionError as error:
-        raise PermissionError(
-            f"the reference cannot be kept in {str(folder)!r}, which is not writable; name a folder that is "
-            "(reference_dir), or use reference='live'."
-        ) from error
-
-
-def check_index(folder: Path, index: Mapping[str, Any]) -> None:
-    """Raise a ValueError that says what differs, unless the folder is for this index."""
-    try:
-        there = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ValueError(f"{str(folder)!r} is not seen by all processes; name a folder that is.") from error
-    names = {
-        "format": "it was written by another version of spul",
-        "base": "its base has other weights",
-        "config": "its base has another config",
-        "precision": f"its base ran in another precision ({there.get('precision')}, now {index['precision']})",
-        "data": f"its {there.get('rows')} rows are not the {index['rows']} of now, or were cut or tokenized otherwise",
-    }
-    if differs := [text for name, text in names.items() if there.get(name) != index[name]]:
+            if not others:
+                write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        except PermissionError as error:
+            raise PermissionError(
+                f"the reference cannot be stored in {str(folder)!r}, which is not writable; name a folder that is "
+                "(reference_dir), or use reference='live'."
+            ) from error
+    if accelerator is not None:
+        accelerator.wait_for_everyone()
+    if not (folder / INDEX_NAME).exists():
+        raise ValueError(f"{str(folder)!r} is not seen by all processes; name a folder that is.")
+    there = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+    if differs := [f"{key} {there.get(key)} (now {value})" for key, value in index.items() if there.get(key) != value]:
         raise ValueError(
-            f"the reference in {str(folder)!r} does not belong to this run: {'; '.join(differs)}. Delete the folder, "
-            "name another (reference_dir), or leave it out to have one for each base and data set."
+            f"the reference in {str(folder)!r} belongs to another base, precision or data set: {', '.join(differs)}. "
+            "Delete the folder, name another (reference_dir), or leave it out to have one for each base and data set."
         )
 
 
-def part_path(folder: Path, number: int) -> Path:
-    return folder / f"part-{number:05d}.safetensors"
+def write_part(path: Path, states: Tensor, rows: Tensor) -> None:
+    """Write the states (tokens, d) of rows with these checksums (rows,), whole or not at all."""
+    with atomic_write(path) as scratch:
+        save_file({"states": states, "rows": rows}, scratch)
 
 
-def write_part(path: Path, part: Part) -> None:
-    """Write a part, whole or not at all."""
-    with replacing(path) as scratch:
-        save_file(part._asdict(), scratch)
-
-
-def read_part(path: Path, keys: Sequence[int]) -> Part | None:
-    """A part of the rows with these keys; None if it is not there, or was not written to its end."""
+def read_part(path: Path, rows: Tensor, num_tokens: int) -> Tensor | None:
+    """The memory-mapped states (num_tokens, d) of rows with these checksums; None if they are not all there."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            part = Part(*(file.get_tensor(name) for name in Part._fields))
+            states = file.get_tensor("states")
+            if torch.equal(file.get_tensor("rows"), rows) and len(states) == num_tokens:
+                return states
     except (SafetensorError, OSError) as error:
-        logger.warning("%s cannot be read (%s) and is computed again.", path, error)
-        return None
-    if part.rows.tolist() != list(keys) or len(part.states) != int(part.ends[-1]):
-        logger.warning("%s holds other rows than it should and is computed again.", path)
-        return None
-    return part
+        logger.warning("%s cannot be read: %s", path, error)
+    logger.warning("%s was cut off or holds other rows, and is computed again.", path)
+    return None

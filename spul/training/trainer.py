@@ -9,23 +9,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import speed_metrics
 
-from ..data.collator import ForgetRetainCollator, completion_text, plain
-from ..data.dataset import forget_flags
+from ..data.checks import check_is_forget, check_not_generic, forget_flags
+from ..data.collator import ForgetRetainCollator
+from ..data.rows import completion_text
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
-from ..layers.checkpoint import read as read_layers
 from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import learns_itself
-from ..models.compat import keep_4bit_differentiable
+from ..models.compat import gathered, keep_4bit_differentiable, save_training_args, speed_metrics
+from ..models.unlearner import Unlearner, unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import summarize_rows
 from ..records.spul_config import SpulConfig
@@ -105,10 +102,19 @@ class UnlearningTrainer(Trainer):
         self._sampler: EpochSampler | None = None
         if train_dataset is not None:
             self._flags = forget_flags(train_dataset)
-            self._describe_data(self._record(model), data_collator, train_dataset, self._flags)
+            self._describe_data(unlearner_of(model).spul_config, data_collator, train_dataset, self._flags)
             settings = TrainingArguments() if args is None else args
             self._sampler = epoch_sampler(
-                settings, data_collator, train_dataset, self._flags, forget_fraction, alternate
+                train_dataset,
+                self._flags,
+                data_collator.encoder,
+                forget_fraction=forget_fraction,
+                alternate=alternate,
+                strategy=settings.train_sampling_strategy,
+                batch_size=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
+                seed=settings.seed if settings.data_seed is None else settings.data_seed,
+                length_column=settings.length_column_name,
+                progress=not settings.disable_tqdm,
             )
             if forget_fraction is not None:
                 train_dataset = RowCopies(train_dataset)
@@ -120,39 +126,29 @@ class UnlearningTrainer(Trainer):
             )
         self._learner, self._collator, self._loss = model, data_collator, loss
         self._terms = TERMS if loss.gamma > 0 else TERMS[:-1]
-        if isinstance(model, UnlearningLayers):
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
-            model.spul_config.loss = loss.to_dict()
+        self._unlearner = unlearner_of(model)
+        if not self._unlearner.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
+        if self._unlearner.spul_config is not None:
+            self._unlearner.spul_config.loss = loss.to_dict()
         if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
                 "no parameter requires a gradient: a prompt was loaded for use only, or a model frozen. Load a prompt "
                 "with SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
             )
-        self.add_callback(_Epochs(model, data_collator, self._sampler))
+        self.add_callback(_Epochs(self._unlearner, data_collator, self._sampler))
         self._term_sums = torch.zeros(len(self._terms), device=self.args.device)
         self._terms_since = self.state.global_step
 
     # ---- data ----
 
     @staticmethod
-    def _record(model: nn.Module) -> SpulConfig | None:
-        """The record that is kept with a prompt or unlearning layers; other models have none."""
-        return model.spul_config if isinstance(model, (SoftPromptUnlearner, UnlearningLayers)) else None
-
-    @staticmethod
     def _describe_data(
         record: SpulConfig | None, collator: ForgetRetainCollator, rows: Any, flags: list[bool]
     ) -> None:
         """Look through the training rows once: labels that are generic too, counts and digests for the record."""
-        generic = {plain(text) for text in collator.generic_completions or []}
         if "completion" in getattr(rows, "column_names", ()):
-            labels = {completion_text(completion) for completion in rows["completion"]}
-            if both := sorted(text for text in labels if plain(text) in generic):
-                raise ValueError(
-                    f"{both} stand in train_dataset as completions and are generic_completions too: "
-                    "forget rows would be trained to a label of the task. Choose generic completions that no row has."
-                )
+            check_not_generic(map(completion_text, rows["completion"]), collator.generic_completions)
         if record is None:
             return
         record.generic_completions = collator.generic_completions
@@ -176,11 +172,8 @@ class UnlearningTrainer(Trainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Read a step's batches, and tell each how many rows of either group the whole step has."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if any("is_forget" not in batch for batch in batches):
-            raise ValueError(
-                "a batch has no is_forget, so that it cannot be told what is to be forgotten; if columns were pruned, "
-                "set TrainingArguments(remove_unused_columns=False), and collate with ForgetRetainCollator."
-            )
+        for batch in batches:
+            check_is_forget(batch, "a batch")
         if not batches:
             return batches, num_items
         flags = torch.cat([batch["is_forget"] for batch in batches]).to(device)
@@ -199,12 +192,11 @@ class UnlearningTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The unlearning loss of one batch, as its share of the whole step."""
-        if "is_forget" not in inputs:
-            raise ValueError("inputs have no is_forget; collate with ForgetRetainCollator.")
+        check_is_forget(inputs, "a batch")
         if self._reference is not None and model.training:
             with self.accelerator.autocast():
                 inputs = {**inputs, "reference_logits": self._reference.logits(inputs)}
-        if isinstance(self._learner, SoftPromptUnlearner):
+        if self._unlearner.computes_loss:
             outputs = model(**inputs)
         else:
             with self.accelerator.autocast():  # also around the frozen model, which accelerate does not know
@@ -243,7 +235,7 @@ class UnlearningTrainer(Trainer):
 
     def _open_reference(self) -> None:
         """Compute what the frozen model says on the training rows, or find it computed."""
-        if self._reference is not None and learns_itself(self._learner):
+        if self._reference is not None and self._unlearner.trains_base:
             return  # trained before, the model is no longer what the rows are compared with
         self._reference = None
         asks = self._loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
@@ -271,25 +263,25 @@ class UnlearningTrainer(Trainer):
     # ---- checkpoints: PEFT's adapters are known to Trainer, unlearning layers are not ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not isinstance(self._learner, UnlearningLayers):
+        if not self._unlearner.has_own_checkpoint:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = output_dir or self.args.output_dir or "."
             self._learner.save_pretrained(folder)
             (self.processing_class or self._collator.tokenizer).save_pretrained(folder)
-            torch.save(self.args, os.path.join(folder, TRAINING_ARGS_NAME))
+            save_training_args(self.args, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not isinstance(self._learner, UnlearningLayers):
+        if not self._unlearner.has_own_checkpoint:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self._learner.load_saved(read_layers(resume_from_checkpoint))
+            self._unlearner.load_checkpoint(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if not isinstance(self._learner, UnlearningLayers):
+        if not self._unlearner.has_own_checkpoint:
             super()._load_best_model()
         else:
-            self._learner.load_saved(read_layers(self.state.best_model_checkpoint or "."))
+            self._unlearner.load_checkpoint(self.state.best_model_checkpoint or ".")
 
     # ---- evaluation ----
 
@@ -320,8 +312,8 @@ class UnlearningTrainer(Trainer):
             for name, split in rows.items():
                 metrics.update(self._score(split, f"{metric_key_prefix}_{name}"))
                 measured = {key: metrics[f"{metric_key_prefix}_{name}_{key}"] for key in ("accuracy", "f1", "generic")}
-                record = self._record(self._learner)
-                if record is not None and not _is_off(self._learner):
+                record = self._unlearner.spul_config
+                if record is not None and self._unlearner.enabled:
                     record.metrics[name] = measured
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -334,9 +326,8 @@ class UnlearningTrainer(Trainer):
             # The plain model, not DDP's: every process has rows of its own, and their number may differ.
             some = range(rank, len(rows), world)
             found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
-        gathered = gather_object([found]) if world > 1 else [found]
         answers = Answers()
-        for part in gathered:
+        for part in gathered([found]):
             answers.true += part.true
             answers.predicted += part.predicted
             answers.nll += part.nll
@@ -345,27 +336,19 @@ class UnlearningTrainer(Trainer):
         return {**metrics, **speed_metrics(prefix, start, num_samples=len(rows))}
 
 
-def _is_off(model: Any) -> bool:
-    """Whether it is the bare base that is asked at the moment."""
-    return not model.enabled if isinstance(model, UnlearningLayers) else model._adapters_disabled
-
-
 class _Epochs(TrainerCallback):
     """Keeps others in step: the draws with the epoch, so that they can be resumed, the record with the prompt."""
 
     def __init__(
         self,
-        model: nn.Module,
+        unlearner: Unlearner,
         collator: ForgetRetainCollator,
         sampler: EpochSampler | None,
     ) -> None:
-        self.model, self.collator, self.sampler = model, collator, sampler
+        self.unlearner, self.collator, self.sampler = unlearner, collator, sampler
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if (record := UnlearningTrainer._record(self.model)) is not None:
-            record.metrics.clear()  # they were another prompt's; evaluation comes after this
-        if isinstance(self.model, UnlearningLayers):
-            self.model.grams = {}
+        self.unlearner.parameters_changed()  # evaluation, which records metrics, comes after this
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         epoch = int(state.epoch or 0)

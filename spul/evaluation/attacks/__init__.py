@@ -1,4 +1,4 @@
-"""Attacks that try to get the knowledge back."""
+"""Attacks that try to recover forgotten answers."""
 
 from .inputs import (
     JAILBREAKS,
@@ -11,17 +11,15 @@ from .inputs import (
     with_prefix,
     with_suffix,
 )
-from .probe import Probe, linear_probe
+from .probe import linear_probe
 from .quantization import quantized
 from .relearning import relearn
 from .sampling import sampled_answers, sampled_success
-from .suffix import SuffixAttack, soft_suffix
-from .tasks import usual_attacks
+from .suffix import soft_suffix
+from .usual import usual_attacks
 
 __all__ = [
     "JAILBREAKS",
-    "Probe",
-    "SuffixAttack",
     "attack_inputs",
     "diluted",
     "letter_case",

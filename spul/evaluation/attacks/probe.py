@@ -1,11 +1,9 @@
-"""Attacks by someone with more than a keyboard: who trains, quantizes, or looks inside.
+"""Linear probes: an attacker who reads the completion from hidden states.
 
-Each is to be run on a control too, a model that never saw the forget rows: what it gives up there, it never knew.
+Run it on a control too, a model that never saw the forget rows: it may know the task all the same.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset
@@ -14,52 +12,41 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-from ...data.collator import ForgetRetainCollator, completion_text
+from ...data.encoder import RowEncoder
+from ...data.rows import completion_text
 from ..metrics.embeddings import response_embeddings
 from .relearning import check_disjoint
-
-# ---- a linear probe ----
-
-
-@dataclass(frozen=True)
-class Probe:
-    """What a linear probe reads off hidden states, as accuracies on held-out rows.
-
-    Attributes:
-        accuracy: of the probe; on forget rows better low, as on the retrained model.
-        majority: of always saying the most frequent completion of the training rows.
-        shuffled: of probes trained on shuffled completions, the mean: what fitting alone gives.
-    """
-
-    accuracy: float
-    majority: float
-    shuffled: float
 
 
 def linear_probe(
     model: nn.Module,
     train_rows: Dataset,
     test_rows: Dataset,
-    collator: ForgetRetainCollator,
+    encoder: RowEncoder,
     num_shuffles: int = 5,
     seed: int = 0,
     batch_size: int = 32,
     progress: str | None = None,
-) -> Probe:
-    """Whether the true completion can be read off the last hidden state before the answer, whatever is answered.
+) -> dict[str, float]:
+    """Accuracy of reading the true completion from the last hidden state before the answer, whatever is answered.
 
     Logistic regression (scikit-learn, L2, C = 1) on standardized `response_embeddings`. A model that never saw the
     rows may know the task all the same: compare with its probe.
 
     Args:
         model: a causal LM, bare, under LoRA, unlearning layers or a prompt of spul.
-        train_rows: `prompt` and `completion`, which are the classes.
+        train_rows: `prompt` and `completion`; the different completions are the classes.
         test_rows: other rows.
-        collator: for tokenizing and padding.
-        num_shuffles: how many probes are trained on shuffled completions.
-        seed: of the shuffles.
-        batch_size: rows per forward.
-        progress: a name to show a progress bar under; none unless given.
+        encoder: turns rows into token ids.
+        num_shuffles: number of probes trained on shuffled completions.
+        seed: seed of the shuffles.
+        batch_size: rows per forward pass.
+        progress: label of a progress bar; None shows none.
+
+    Returns:
+        Accuracies on `test_rows`, in 0..1: `accuracy` of the probe, on forget rows better low, as on the retrained
+        model; `majority`, of always predicting the most frequent training completion; `shuffled`, the mean of probes
+        trained on shuffled completions: the effect of fitting alone.
 
     Raises:
         ValueError: if the training rows have one completion only, or test rows share prompts with them.
@@ -76,7 +63,7 @@ def linear_probe(
             "different completions, and one shuffle."
         )
     states, held_out = (
-        response_embeddings(model, rows, collator, batch_size, progress) for rows in (train_rows, test_rows)
+        response_embeddings(model, rows, encoder, batch_size, progress) for rows in (train_rows, test_rows)
     )
     draws = np.random.default_rng(seed)
 
@@ -84,8 +71,8 @@ def linear_probe(
         probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(states, labels)
         return float(probe.score(held_out, test))
 
-    return Probe(
-        accuracy(train),
-        float(np.mean(test == classes[counts.argmax()])),
-        float(np.mean([accuracy(draws.permutation(train)) for _ in range(num_shuffles)])),
-    )
+    return {
+        "accuracy": accuracy(train),
+        "majority": float(np.mean(test == classes[counts.argmax()])),
+        "shuffled": float(np.mean([accuracy(draws.permutation(train)) for _ in range(num_shuffles)])),
+    }

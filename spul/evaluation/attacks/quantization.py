@@ -1,6 +1,6 @@
-"""Attacks by someone with more than a keyboard: who trains, quantizes, or looks inside.
+"""Quantization: weights in 8 or 4 bit, which may undo unlearning.
 
-Each is to be run on a control too, a model that never saw the forget rows: what it gives up there, it never knew.
+Run it on a control too, a model that never saw the forget rows: its change is the effect of rounding alone.
 """
 
 from __future__ import annotations
@@ -13,22 +13,20 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from ...models.compat import keep_4bit_differentiable
 
-# ---- quantization ----
-
 
 def quantized(
     model: str | os.PathLike, bits: int, dtype: torch.dtype = torch.float32, **kwargs: Any
 ) -> PreTrainedModel:
-    """A causal LM in 8 bit (LLM.int8) or 4 bit (NF4) by bitsandbytes, which may round away what unlearning changed.
+    """A causal LM in 8 bit (LLM.int8) or 4 bit (NF4) by bitsandbytes, which may round off the changes of unlearning.
 
-    The same prompt goes on top by `SoftPromptUnlearner.from_pretrained(quantized(folder, bits=4), prompt)`; where it
-    warns of other weights, that is what is tried. Accuracy on forget rows is better low, and no higher than
-    unquantized; the retrained model quantized tells what rounding itself does.
+    Put the same prompt on it with `SoftPromptUnlearner.from_pretrained(quantized(folder, bits=4), prompt)`, whose
+    warning about other weights is expected. Accuracy on forget rows is better low, and no higher than unquantized; the
+    quantized retrained model shows the effect of rounding itself.
 
     Args:
-        model: folder or Hub name; of an unlearned whole model, or of the base that prompt or layers belong to.
+        model: folder or Hub name of a fully tuned unlearned model, or of the base of a prompt or layers.
         bits: 8 or 4.
-        dtype: of what is not quantized, and of the computing; 8 bit multiplies in float16 whatever it is.
+        dtype: of unquantized weights and of computation; 8 bit multiplies in float16 in any case.
         kwargs: as `AutoModelForCausalLM.from_pretrained`, such as `device_map`, `revision`.
 
     Raises:

@@ -1,12 +1,11 @@
-"""Attacks by someone with more than a keyboard: who trains, quantizes, or looks inside.
+"""Relearning: an attacker who trains the model on a few forget rows.
 
-Each is to be run on a control too, a model that never saw the forget rows: what it gives up there, it never knew.
+Run it on a control too, a model that never saw the forget rows: answers that come out there were never known.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,64 +13,59 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...data.collator import ForgetRetainCollator
+from ...data.checks import check_rows
+from ...data.encoder import RowEncoder
 from ...data.samplers import shuffled
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import evaluation_mode, unwrapped
 from ...models.compat import keep_4bit_differentiable
-from ..metrics.likelihood import check_completions
-from ..metrics.scoring import response_logits, score_completions
+from ..metrics.scoring import response_logits
 
 
 def check_disjoint(rows: Dataset, held_out: Dataset) -> None:
-    """Raise unless both are rows to score, and none of the one stands in the other."""
-    for some in (rows, held_out):
-        check_completions(some)
+    """Raise unless both have `prompt` and `completion`, and share no prompt."""
+    check_rows(rows)
+    check_rows(held_out, name="held_out")
     if both := {str(prompt) for prompt in rows["prompt"]} & {str(prompt) for prompt in held_out["prompt"]}:
         raise ValueError(f"{len(both)} prompts stand in both sets, such as {min(both)!r}; hold out other rows.")
-
-
-# ---- relearning ----
 
 
 def relearn(
     model: nn.Module,
     rows: Dataset,
     held_out: Dataset,
-    collator: ForgetRetainCollator,
+    encoder: RowEncoder,
+    score: Callable[[nn.Module, Dataset], Mapping[str, Any]],
     lr: float = 1e-3,
     at: Sequence[int] = (1, 2, 4, 8, 16, 32),
-    train_batch_size: int = 8,
-    batch_size: int = 32,
+    batch_size: int = 8,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     seed: int = 0,
     progress: str | None = None,
-    score: Callable[[nn.Module], dict[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Train on a few forget rows with their true completions, and score others, which were not trained on.
+    """Train on a few forget rows with their true completions, and score held-out ones.
 
-    The parameters that require gradients learn: all weights of a model that was tuned as a whole; the prompt, the
-    unlearning layers or LoRA, by someone who may train them. Who has the weights need not train: detaching the prompt
-    gives the base. Accuracy on the other rows is better low, and rising no faster than the retrained model's.
+    Parameters that require gradients are trained: all weights of a fully tuned model; the prompt, unlearning layers or
+    LoRA, for an attacker who may train them. An attacker with the weights need not train: disabling the adapter
+    restores the base. Accuracy on held-out rows is better low, and rising no faster than the retrained model's.
 
     Args:
-        model: a causal LM, bare, under LoRA, unlearning layers or a prompt of spul. Afterwards it is as it was.
-        rows: the few, `prompt` and `completion`.
-        held_out: the other forget rows.
-        collator: for tokenizing and padding; its generic completions are not learned.
+        model: a causal LM, bare, under LoRA, unlearning layers or a prompt of spul. Its parameters are restored.
+        rows: the few forget rows to train on, `prompt` and `completion`.
+        held_out: other forget rows, to score.
+        encoder: turns rows into token ids.
+        score: metrics of the model on `held_out`, such as `lambda model, rows: score_completions(model, rows,
+            collator)`; that one counts answers right word for word: take another for free-form ones.
         lr: learning rate, constant; gradients are clipped to a norm of 1.
-        at: after which numbers of steps to score.
-        train_batch_size: rows per step.
-        batch_size: rows per forward, in scoring.
+        at: numbers of steps after which to score.
+        batch_size: rows per step.
         optimizer: from the parameters and `lr` to an optimizer.
-        seed: of the order of the rows.
-        progress: a name to show a progress bar under; none unless given.
-        score: what to record of the model, from it to numbers by name; `score_completions` of `held_out` unless given,
-            which asks whether answers are right word for word: give another for free-form ones.
+        seed: seed of the order of the rows.
+        progress: label of a progress bar; None shows none.
 
     Returns:
-        A record for step 0 and for each of `at`: `step`, and what `score` gives.
+        A record for step 0 and for each of `at`: `step`, and the metrics that `score` returns.
 
     Raises:
         ValueError: if nothing requires gradients, `held_out` shares prompts with `rows`, or a number is out of range.
@@ -81,26 +75,24 @@ def relearn(
     check_disjoint(rows, held_out)
     model = unwrapped(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not learning or not at or min(at) < 1 or not lr > 0 or train_batch_size < 1:
+    if not learning or not at or min(at) < 1 or not lr > 0 or batch_size < 1:
         raise ValueError(
-            f"{len(learning)} parameters require gradients, at={list(at)}, lr={lr}, train_batch_size="
-            f"{train_batch_size}: expected some that do (load a prompt with is_trainable=True), numbers of steps and "
-            "rows of at least 1, and lr above 0."
+            f"{len(learning)} parameters require gradients, at={list(at)}, lr={lr}, batch_size={batch_size}: expected "
+            "some that do (load a prompt with is_trainable=True), numbers of steps and rows of at least 1, and lr "
+            "above 0."
         )
-    if score is None:
-        score = partial(score_completions, rows=held_out, collator=collator, batch_size=batch_size)
-    records = [{"step": 0, **score(model)}]
+    records = [{"step": 0, **score(model, held_out)}]
     before = [parameter.detach().to("cpu", copy=True) for parameter in learning]
-    # Small steps would be rounded away in 16 bit.
+    # In 16 bit small steps would be rounded to none.
     masters = [p.detach().float() if p.dtype in (torch.float16, torch.bfloat16) else p for p in learning]
-    device, batches = learning[0].device, shuffled(len(rows), train_batch_size, torch.Generator().manual_seed(seed))
+    device, batches = learning[0].device, shuffled(len(rows), batch_size, torch.Generator().manual_seed(seed))
     keep_4bit_differentiable(model)
     try:
         stepper = optimizer(masters, lr=lr)
         with evaluation_mode(model):
             for step in tqdm(range(1, max(at) + 1), desc=progress, disable=progress is None, leave=False):
-                places = next(batches)
-                batch = {name: x.to(device) for name, x in collator.encoder.batch([rows[i] for i in places]).items()}
+                batch = encoder.batch([rows[i] for i in next(batches)])
+                batch = {name: value.to(device) for name, value in batch.items()}
                 positions, targets = response_positions(batch["labels"])
                 losses = token_nll(response_logits(model, batch, positions), targets)
                 for parameter in learning:
@@ -109,7 +101,7 @@ def relearn(
                 torch.nn.utils.clip_grad_norm_(learning, 1.0)
                 _step(stepper, masters, learning)
                 if step in at:
-                    records.append({"step": step, **score(model)})
+                    records.append({"step": step, **score(model, held_out)})
     finally:
         with torch.no_grad():
             for parameter, value in zip(learning, before, strict=True):
@@ -120,7 +112,7 @@ def relearn(
 
 @torch.no_grad()
 def _step(optimizer: torch.optim.Optimizer, masters: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    """A step of the masters, which the parameters follow in their own precision."""
+    """One optimizer step on the masters, copied to the parameters in their own precision."""
     for master, parameter in zip(masters, parameters, strict=True):
         if master is not parameter:
             master.grad = None if parameter.grad is None else parameter.grad.float()

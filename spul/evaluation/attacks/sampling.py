@@ -1,9 +1,8 @@
-"""Attacks by trying often: what is never the most likely answer may still be among many that are drawn."""
+"""Attacks by sampling: an answer that is never the most likely one may still be among many samples."""
 
 from __future__ import annotations
 
 import random
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,38 +10,40 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from ...data.collator import ForgetRetainCollator
+from ...data.checks import check_rows
+from ...data.encoder import RowEncoder
 from ...losses.terms import IGNORE_INDEX, token_nll
-from ...models.causal_lm import bare_model, evaluation_mode, unwrapped
-from ..metrics.free_form import bare_generation, before_end, end_tokens, greedy, room_to_answer
-from ..metrics.likelihood import check_rows, response_batches, response_likelihoods
-from ..metrics.scoring import check_numbers, response_logits
+from ...models.causal_lm import unwrapped
+from ..metrics.batches import ResponseBatch, map_responses
+from ..metrics.free_form import answering
+from ..metrics.likelihood import response_likelihoods
+from ..metrics.scoring import check_not_nan, response_logits
 
 
 @torch.no_grad()
 def sampled_success(
     model: nn.Module,
     rows: Dataset,
-    collator: ForgetRetainCollator,
+    encoder: RowEncoder,
     num_tries: int,
     temperature: float = 1.0,
     batch_size: int = 32,
     progress: str | None = None,
 ) -> np.ndarray:
-    """How likely at least one of many sampled answers begins with the true completion: `1 - (1 - P)^n` per row.
+    """Probability that at least one of `num_tries` samples begins with the true completion: `1 - (1 - P)^n` per row.
 
-    `P` is the completion's probability at the temperature, the product over its tokens, so nothing need be drawn. On
-    forget rows better low, as the retrained model's: of few classes, many tries find each. Free-form answers have many
-    true wordings, of which this counts one.
+    `P` is the completion's probability at the temperature, the product over its tokens: nothing is sampled. On forget
+    rows lower is better, as low as the retrained model's: with few classes, many tries find each. Free-form answers
+    have many true wordings, of which this counts one.
 
     Args:
         model: a causal LM, bare, under PEFT or under a prompt.
         rows: `prompt` and `completion`, or tokenized.
-        collator: for tokenizing and padding.
+        encoder: turns rows into token ids.
         num_tries: n, at least 1.
-        temperature: what the logits are divided by, above 0.
-        batch_size: rows per forward.
-        progress: a name to show a progress bar under; none unless given.
+        temperature: divides the logits, above 0.
+        batch_size: rows per forward pass.
+        progress: label of a progress bar; None shows none.
 
     Returns:
         (rows,), in 0..1.
@@ -52,24 +53,25 @@ def sampled_success(
 
     Source: many samples against unlearning, Scholten et al., https://arxiv.org/abs/2410.03523
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     _check_tries(num_tries, temperature)
-    model, found = unwrapped(model), np.zeros(len(rows))
-    device = next(model.parameters()).device
-    with evaluation_mode(model):
-        for batch in response_batches(rows, collator, batch_size, device, progress):
-            logits = response_logits(model, batch.inputs, batch.positions)
-            check_numbers(logits[batch.targets != IGNORE_INDEX])
-            found[batch.places] = token_nll(logits.double() / temperature, batch.targets).sum(dim=1).neg().cpu()
+    model = unwrapped(model)
+
+    def measure(batch: ResponseBatch) -> list[float]:
+        logits = response_logits(model, batch.inputs, batch.positions)
+        check_not_nan(logits[batch.targets != IGNORE_INDEX])
+        return token_nll(logits.double() / temperature, batch.targets).sum(dim=1).neg().tolist()
+
+    log_p = np.array(map_responses(model, rows, encoder, measure, batch_size, progress))
     with np.errstate(divide="ignore"):
-        return -np.expm1(num_tries * np.log1p(-np.exp(np.minimum(found, 0.0))))
+        return -np.expm1(num_tries * np.log1p(-np.exp(np.minimum(log_p, 0.0))))
 
 
 @torch.no_grad()
 def sampled_answers(
     model: nn.Module,
     rows: Dataset,
-    collator: ForgetRetainCollator,
+    encoder: RowEncoder,
     num_tries: int,
     temperature: float = 1.0,
     max_new_tokens: int = 200,
@@ -77,21 +79,21 @@ def sampled_answers(
     batch_size: int = 32,
     progress: str | None = None,
 ) -> list[list[str]]:
-    """Many answers to each row, drawn from all of the vocabulary: no top-k, no top-p, whatever the model's settings.
+    """Sampled answers to each row, from the whole vocabulary: no top-k, no top-p, whatever the model's settings.
 
-    For free-form answers, of which the best counts: the highest ROUGE-L of a row's tries, say. On forget rows better
-    low, as that of as many tries of the retrained model.
+    For free-form answers, of which the best counts: the highest ROUGE-L of a row's samples, for example. On forget
+    rows lower is better, as low as that of as many samples of the retrained model.
 
     Args:
         model: a causal LM, bare, under PEFT or under a prompt.
         rows: `prompt` and `completion`, or tokenized.
-        collator: for tokenizing.
-        num_tries: answers per row, at least 1.
-        temperature: what the logits are divided by, above 0.
-        max_new_tokens: the most tokens of an answer.
-        seed: seed of the draws, each row's its own.
-        batch_size: answers per call of `generate`, all to one row.
-        progress: a name to show a progress bar under; none unless given.
+        encoder: turns rows into token ids.
+        num_tries: samples per row, at least 1.
+        temperature: divides the logits, above 0.
+        max_new_tokens: maximum length of an answer, in tokens.
+        seed: seed of the samples; each row has its own draws.
+        batch_size: samples per call of `generate`, all for one row.
+        progress: label of a progress bar; None shows none.
 
     Returns:
         For each row `num_tries` texts, without special tokens.
@@ -102,33 +104,21 @@ def sampled_answers(
 
     Source: as `sampled_success`
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     _check_tries(num_tries, temperature)
-    response_likelihoods(model, rows, collator, batch_size)  # raises where logits are NaN, from which nothing is drawn
-    model, tokenizer = unwrapped(model), collator.tokenizer
-    base: Any = bare_model(model)
-    generate: Any = model.generate
-    ends = end_tokens(base, tokenizer.eos_token_id)
-    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    device = next(model.parameters()).device
+    response_likelihoods(model, rows, encoder, batch_size)  # raises if logits are NaN, which cannot be sampled from
+    model = unwrapped(model)
     answers: list[list[str]] = []
-    with evaluation_mode(model), bare_generation(model), torch.random.fork_rng():
+    with answering(model, encoder.tokenizer) as answers_to, torch.random.fork_rng():
         for i, row in enumerate(tqdm(rows, desc=progress, disable=progress is None, leave=False)):
-            ids = torch.tensor([collator.encoder.encode(row).prompt_ids], device=device)
-            room = room_to_answer(model, ids.shape[1], max_new_tokens)
             torch.manual_seed(random.Random(f"{seed}/{i}").getrandbits(63))
-            answers.append([])
-            for start in range(0, num_tries, batch_size):
-                settings = greedy(room, pad, ends)
-                settings.update(
-                    do_sample=True,
-                    temperature=temperature,
-                    top_k=0,
-                    num_return_sequences=min(batch_size, num_tries - start),
-                )
-                out = generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-                said = [before_end(tokens, ends) for tokens in out[:, ids.shape[1] :].tolist()]
-                answers[-1] += [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in said]
+            prompt = encoder.encode(row).prompt_ids
+            found: list[str] = []
+            while (missing := num_tries - len(found)) > 0:
+                settings = {"do_sample": True, "temperature": temperature, "top_k": 0}
+                num = min(batch_size, missing)
+                found += answers_to([prompt], max_new_tokens, num_return_sequences=num, **settings)
+            answers.append(found)
     return answers
 
 

@@ -1,86 +1,69 @@
-"""An attack by input embeddings: vectors behind the question, trained until the true answers come out."""
+"""Soft suffix: an attacker who trains input embeddings behind the question until the true answers come out."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ...data.collator import ForgetRetainCollator
+from ...data.encoder import RowEncoder
 from ...data.samplers import shuffled
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
-from ...models.causal_lm import bare_model, evaluation_mode, logits_at, max_positions, unwrapped
+from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
 from ...models.compat import keep_4bit_differentiable
-from ...prompts.shared_prefix import expand_states, prompt_states
-from ...prompts.unlearner import SoftPromptUnlearner
-from ..metrics.likelihood import response_batches
-from ..metrics.scoring import check_numbers
+from ...models.unlearner import unlearner_of
+from ..metrics.batches import ResponseBatch, map_responses
+from ..metrics.scoring import check_not_nan
 from .relearning import check_disjoint
-
-
-@dataclass(frozen=True)
-class SuffixAttack:
-    """What a soft suffix brought out.
-
-    Each set of scores has, one number per row, `accuracy`: whether greedy decoding gives the completion; `loss`: its
-    negative log-likelihood in nats; and `probability`: the geometric mean of its tokens', as TOFU has it.
-
-    Attributes:
-        suffix: (m, d), the trained embeddings, on the CPU.
-        before: scores of the held-out rows without a suffix.
-        after: scores of the held-out rows with it; on forget rows better with a low accuracy.
-        trained: scores of the rows that it was trained on.
-    """
-
-    suffix: Tensor
-    before: dict[str, np.ndarray]
-    after: dict[str, np.ndarray]
-    trained: dict[str, np.ndarray]
 
 
 def soft_suffix(
     model: nn.Module,
     rows: Dataset,
     held_out: Dataset,
-    collator: ForgetRetainCollator,
+    encoder: RowEncoder,
     num_virtual_tokens: int = 8,
     steps: int = 100,
     lr: float = 1e-3,
     batch_size: int = 8,
     seed: int = 0,
     progress: str | None = None,
-) -> SuffixAttack:
-    """Train one suffix of input embeddings to bring out the completions of some forget rows, and try it on others.
+) -> tuple[dict[str, dict[str, np.ndarray]], Tensor]:
+    """Train one suffix of input embeddings on the completions of some forget rows, and score it on held-out ones.
 
-    It stands behind every prompt's text, before the completion, and starts as embeddings of random tokens; AdamW on
-    the completions' negative log-likelihood, the model frozen. Enough such vectors teach any model any answer: run the
-    same on a model that never saw the rows, and count what comes out beyond that.
+    The suffix stands between prompt text and completion and starts as embeddings of random tokens; AdamW minimizes the
+    completions' negative log-likelihood, the model frozen. Enough such vectors teach any model any answer: run the
+    attack on a model that never saw the rows too, and compare.
 
     Args:
-        model: a causal LM, bare, under LoRA, unlearning layers or a prompt of spul. It stays as it is.
-        rows: `prompt` and `completion`, to train on.
-        held_out: other forget rows.
-        collator: for tokenizing and padding; the suffix does not count into its `max_length`.
-        num_virtual_tokens: m, how many vectors.
-        steps: of the training.
-        lr: learning rate; vocabularies' embeddings have a spread of about 0.02 in most families.
-        batch_size: rows per step, and per forward.
-        seed: of the start, and of the order of the rows.
-        progress: a name to show a progress bar under; none unless given.
+        model: a causal LM, bare, under LoRA, unlearning layers or a prompt of spul. It is not changed.
+        rows: forget rows to train on, `prompt` and `completion`.
+        held_out: other forget rows, to score.
+        encoder: turns rows into token ids; the suffix does not count toward its `max_length`.
+        num_virtual_tokens: m, number of vectors.
+        steps: training steps.
+        lr: learning rate; input embeddings have a standard deviation of about 0.02 in most families.
+        batch_size: rows per training step and per forward pass.
+        seed: seed of the start and of the order of the rows.
+        progress: label of a progress bar; None shows none.
+
+    Returns:
+        Scores, and the trained suffix (m, d) on the CPU. The scores are those of the held-out rows without a suffix
+        (`before`) and with it (`after`), and of the rows that it was trained on (`trained`). Each has, (rows,):
+        `accuracy`, 1 if greedy decoding generates the completion, better low on forget rows; `loss`, its negative
+        log-likelihood in nats; `probability`, the geometric mean over its tokens, as in TOFU.
 
     Raises:
         ValueError: if a number is out of range, `held_out` shares prompts with `rows`, rows do not fit the model's
-            positions, or the model is under a prompt and has no plain key/value cache.
-        TypeError: if the model is under a prompt of PEFT that is no `SoftPromptUnlearner`.
+            positions, the model has diverged, or it is under a prompt and has no plain key/value cache.
+        TypeError: if the model is under a prompt of PEFT that is not a `SoftPromptUnlearner`.
 
     Source: Schwinn et al., *Soft Prompt Threats*, https://arxiv.org/abs/2402.09063; why it needs the comparison,
     *Soft Token Attacks Cannot Reliably Audit Unlearning*, https://arxiv.org/abs/2502.15836
@@ -92,43 +75,37 @@ def soft_suffix(
             "whole numbers of at least 1, and lr above 0."
         )
     model = unwrapped(model)
-    is_peft = isinstance(model, PeftModel) and not isinstance(model, SoftPromptUnlearner)
-    if is_peft and cast(PeftModel, model).active_peft_config.is_prompt_learning:
+    if not unlearner_of(model).follows_embeddings:
         raise TypeError("the model is under a prompt of PEFT; load it by SoftPromptUnlearner.from_pretrained.")
     keep_4bit_differentiable(model)
     base: Any = bare_model(model)
     embed = base.get_input_embeddings()
     device = embed.weight.device
-    # Room for the placeholders, so that each row's text is what it is without a suffix.
-    roomy = ForgetRetainCollator(collator.tokenizer, None, collator.encoder.max_length + num_virtual_tokens)
-    few, others = (_with_places(some, collator, num_virtual_tokens) for some in (rows, held_out))
+    # Room for the placeholders: each row's text is the same as without a suffix.
+    roomy = encoder.with_max_length(encoder.max_length + num_virtual_tokens)
+    few, others = (_with_placeholders(some, encoder, num_virtual_tokens) for some in (rows, held_out))
     generator = torch.Generator().manual_seed(seed)
     with evaluation_mode(model), _frozen(model):
-        before = _scores(model, _with_places(held_out, collator, 0), roomy, batch_size, None)
+        before = _scores(model, _with_placeholders(held_out, encoder, 0), roomy, batch_size, None)
         with torch.no_grad():
             start = embed(torch.randint(embed.weight.shape[0], (num_virtual_tokens,), generator=generator).to(device))
         suffix = nn.Parameter(start.to(torch.promote_types(start.dtype, torch.float32)))
         optimizer = torch.optim.AdamW([suffix], lr, weight_decay=0.0)
         batches = shuffled(len(few), batch_size, generator)
         for _ in tqdm(range(steps), desc=progress, disable=progress is None, leave=False):
-            places = next(batches)
-            batch = {name: value.to(device) for name, value in roomy.encoder.batch([few[i] for i in places]).items()}
+            batch = {name: value.to(device) for name, value in roomy.batch([few[i] for i in next(batches)]).items()}
             positions, targets = response_positions(batch["labels"])
             optimizer.zero_grad()
             token_nll(_logits(model, batch, positions, suffix), targets).sum(dim=1).mean().backward()
             optimizer.step()
         found = suffix.detach()
-        return SuffixAttack(
-            found.cpu(),
-            before,
-            _scores(model, others, roomy, batch_size, found),
-            _scores(model, few, roomy, batch_size, found),
-        )
+        after, trained = (_scores(model, some, roomy, batch_size, found) for some in (others, few))
+    return {"before": before, "after": after, "trained": trained}, found.cpu()
 
 
-def _with_places(rows: Dataset, collator: ForgetRetainCollator, num: int) -> Dataset:
-    """Rows as token ids, with placeholders between prompt and completion: where the suffix comes to stand."""
-    encoded = [collator.encoder.encode(row) for row in rows]
+def _with_placeholders(rows: Dataset, encoder: RowEncoder, num: int) -> Dataset:
+    """Rows as token ids, with placeholders for the suffix between prompt and completion."""
+    encoded = [encoder.encode(row) for row in rows]
     return Dataset.from_list(
         [
             {
@@ -141,57 +118,45 @@ def _with_places(rows: Dataset, collator: ForgetRetainCollator, num: int) -> Dat
 
 
 def _logits(model: nn.Module, batch: dict[str, Tensor], positions: Tensor, suffix: Tensor | None) -> Tensor:
-    """Logits (B, K, V) at the response positions, the suffix in the places before the first of them."""
+    """Logits (B, K, V) at the response positions, the suffix in the columns before the first of them."""
     base: Any = bare_model(model)
-    mask, rows = batch["attention_mask"], len(positions)
+    mask = batch["attention_mask"]
     embeds = base.get_input_embeddings()(batch["input_ids"])
     if suffix is not None:
         columns, last = torch.arange(embeds.shape[1], device=embeds.device), positions[:, :1]
-        is_place = (columns > last - len(suffix)) & (columns <= last)
-        embeds = embeds.masked_scatter(is_place[..., None], suffix.to(embeds.dtype).repeat(rows, 1))
-    is_prompted = isinstance(model, SoftPromptUnlearner) and not model._adapters_disabled
-    states = prompt_states(model) if is_prompted else None
-    if is_prompted and states is None:
-        raise ValueError(f"{type(base).__name__} has no plain key/value cache, which a prompt and a suffix need.")
-    num_virtual, limit = states.layers[0].seen if states else 0, max_positions(base)
+        is_suffix = (columns > last - len(suffix)) & (columns <= last)
+        embeds = embeds.masked_scatter(is_suffix[..., None], suffix.to(embeds.dtype).repeat(len(mask), 1))
+    unlearner = unlearner_of(model)
+    num_virtual, limit = unlearner.virtual_tokens_in_use, max_positions(base)
     if limit is not None and num_virtual + embeds.shape[1] > limit:
         raise ValueError(
             f"{num_virtual} virtual tokens and {embeds.shape[1]} tokens with the suffix exceed the model's {limit} "
             "positions; give the collator a smaller max_length, or take a shorter suffix."
         )
-    if states is None:
-        return logits_at(model, positions, inputs_embeds=embeds, attention_mask=mask)
-    return logits_at(
-        base,
-        positions,
-        inputs_embeds=embeds,
-        attention_mask=torch.cat([mask.new_ones(rows, num_virtual), mask], dim=1),
-        past_key_values=expand_states(states.layers, base, rows),
-        use_cache=True,
-    )
+    return unlearner.embedding_logits(embeds, mask, positions)
 
 
 @torch.no_grad()
 def _scores(
-    model: nn.Module, rows: Dataset, collator: ForgetRetainCollator, batch_size: int, suffix: Tensor | None
+    model: nn.Module, rows: Dataset, encoder: RowEncoder, batch_size: int, suffix: Tensor | None
 ) -> dict[str, np.ndarray]:
-    """Accuracy, loss and probability of rows with their placeholders."""
-    device = next(model.parameters()).device
-    found = {name: np.zeros(len(rows)) for name in ("accuracy", "loss", "probability")}
-    for batch in response_batches(rows, collator, batch_size, device, None):
+    """Accuracy, loss and probability of rows with placeholders, (rows,) each."""
+
+    def measure(batch: ResponseBatch) -> list[list[float]]:
         logits = _logits(model, batch.inputs, batch.positions, suffix)
         is_unused = batch.targets == IGNORE_INDEX
         nll = token_nll(logits, batch.targets).sum(dim=1).double()
-        check_numbers(nll)
-        found["accuracy"][batch.places] = ((logits.argmax(dim=-1) == batch.targets) | is_unused).all(dim=1).cpu()
-        found["loss"][batch.places] = nll.cpu()
-        found["probability"][batch.places] = (-nll / (~is_unused).sum(dim=1)).exp().cpu()
-    return found
+        check_not_nan(nll)
+        is_right = ((logits.argmax(dim=-1) == batch.targets) | is_unused).all(dim=1)
+        return torch.stack([is_right, nll, (-nll / (~is_unused).sum(dim=1)).exp()], dim=1).tolist()
+
+    scores = np.array(map_responses(model, rows, encoder, measure, batch_size)).T
+    return dict(zip(("accuracy", "loss", "probability"), scores, strict=True))
 
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """Within it no parameter of the model requires a gradient, so that its prompt is computed once and kept."""
+    """Context manager: no parameter of the model requires a gradient, so its prompt is computed once and cached."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)

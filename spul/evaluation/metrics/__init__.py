@@ -1,12 +1,11 @@
 """Metrics of models on rows, and their intervals."""
 
 from .embeddings import response_embeddings
-from .entity_loss import name_loss, rows_at_names
-from .free_form import RougeL, generate_answers, rouge_l
+from .entities import entity_loss, entity_rows
+from .free_form import generate_answers, rouge_l
 from .intervals import Interval, bootstrap_interval, joined_interval, seeds_interval
 from .leakage import Leakage, auc, auc_interval, compare_with_retrained, priv_leak, true_positive_rate
 from .likelihood import (
-    Divergences,
     Likelihood,
     exact_memorization,
     extraction_strength,
@@ -26,23 +25,22 @@ from .membership import (
     reference_attack,
     zlib_attack,
 )
-from .perplexity import TextLosses, perplexity, text_losses
-from .scoring import greedy_completions, score_completions, summarize
-from .tofu import QuestionScores, forget_quality, model_utility, score_questions
+from .running_text import perplexity, text_losses
+from .scoring import answer_scores, greedy_completions, score_completions, summarize
+from .tofu import forget_quality, model_utility, score_questions
 
 __all__ = [
-    "Divergences",
     "Interval",
     "Leakage",
     "Likelihood",
-    "QuestionScores",
-    "RougeL",
-    "TextLosses",
+    "answer_scores",
     "attack_scores",
     "auc",
     "auc_interval",
     "bootstrap_interval",
     "compare_with_retrained",
+    "entity_loss",
+    "entity_rows",
     "exact_memorization",
     "extraction_strength",
     "forget_quality",
@@ -55,7 +53,6 @@ __all__ = [
     "min_k_attack",
     "min_k_plus_plus_attack",
     "model_utility",
-    "name_loss",
     "perplexity",
     "priv_leak",
     "probability",
@@ -63,7 +60,6 @@ __all__ = [
     "response_embeddings",
     "response_likelihoods",
     "rouge_l",
-    "rows_at_names",
     "score_completions",
     "score_questions",
     "seeds_interval",

@@ -1,4 +1,4 @@
-"""Where a model stands when it is about to answer: its last layer, for pictures of what forgetting moves."""
+"""Hidden states of the last layer before the answer: the input of t-SNE pictures and linear probes."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
-from ...data.collator import ForgetRetainCollator
-from ...models.causal_lm import bare_model, evaluation_mode
-from .likelihood import response_batches
-from .scoring import check_numbers, response_logits
+from ...data.encoder import RowEncoder
+from ...models.causal_lm import bare_model
+from .batches import ResponseBatch, map_responses
+from .scoring import check_not_nan, response_logits
 
 
 @torch.no_grad()
 def response_embeddings(
-    model: nn.Module, rows: Dataset, collator: ForgetRetainCollator, batch_size: int = 32, progress: str | None = None
+    model: nn.Module, rows: Dataset, encoder: RowEncoder, batch_size: int = 32, progress: str | None = None
 ) -> np.ndarray:
-    """The last layer's hidden states that predict each row's first response token: what the LM head is given.
+    """Last-layer hidden states that predict each row's first response token: the input of the LM head.
 
     Args:
-        model: a causal LM, bare, under LoRA or under a prompt of spul.
+        model: a causal LM, bare, under LoRA, unlearning layers or a prompt of spul.
         rows: `prompt` and `completion`.
-        collator: for tokenizing and padding.
-        batch_size: rows per forward; batches are of like length.
-        progress: a name to show a progress bar under; none unless given.
+        encoder: turns rows into token ids.
+        batch_size: rows per forward pass; batches hold rows of similar length.
+        progress: label of a progress bar; None shows none.
 
     Returns:
         (rows, d), float32.
@@ -39,23 +39,21 @@ def response_embeddings(
     head = head.get_output_embeddings()
     if head is None or len(rows) == 0:
         raise ValueError(f"{len(rows)} rows, output embeddings {head}: expected at least one row, and a causal LM.")
-    device = next(model.parameters()).device
-    given: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, args: given.append(args[0]))
-    found: dict[int, Tensor] = {}
+    inputs: list[Tensor] = []
+
+    def measure(batch: ResponseBatch) -> Tensor:
+        inputs.clear()
+        response_logits(model, batch.inputs, batch.positions)
+        states = inputs[-1]  # the rows' pass; a prompt that runs by itself comes before it
+        if states.shape[1] != batch.positions.shape[1]:
+            # This family computes logits at every position, maybe behind virtual tokens.
+            in_front = states.shape[1] - batch.inputs["input_ids"].shape[1]
+            states = states.take_along_dim((batch.positions + in_front)[..., None].to(states.device), dim=1)
+        check_not_nan(states[:, 0], "hidden states")
+        return states[:, 0].float().cpu()
+
+    hook = head.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     try:
-        with evaluation_mode(model):
-            for batch in response_batches(rows, collator, batch_size, device, progress):
-                given.clear()
-                response_logits(model, batch.inputs, batch.positions)
-                states = given[-1]  # of the rows; a prompt that runs by itself comes before
-                if states.shape[1] != batch.positions.shape[1]:
-                    # This family computes logits everywhere, maybe behind virtual tokens.
-                    in_front = states.shape[1] - batch.inputs["input_ids"].shape[1]
-                    places = (batch.positions + in_front)[..., None].to(states.device)
-                    states = states.take_along_dim(places, dim=1)
-                check_numbers(states[:, 0], "hidden states")
-                found |= zip(batch.places, states[:, 0].float().cpu(), strict=True)
+        return torch.stack(map_responses(model, rows, encoder, measure, batch_size, progress)).numpy()
     finally:
         hook.remove()
-    return torch.stack([found[i] for i in range(len(rows))]).numpy()

@@ -1,106 +1,80 @@
-"""Free-form answers: generated greedily, and compared with the true ones by ROUGE-L."""
+"""Free-form answers: generated, and compared with the true ones by ROUGE-L."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from ...data.collator import ForgetRetainCollator
+from ...data.checks import check_rows
+from ...data.encoder import RowEncoder
 from ...data.samplers import by_length
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
-from ...prompts.unlearner import SoftPromptUnlearner
-from .likelihood import check_rows
-
-
-class RougeL(NamedTuple):
-    """ROUGE-L per row, in 0..1; high is better on retain rows, low on forget rows.
-
-    Attributes:
-        recall: (rows,), the longest common subsequence of words, as a share of the true answer's words.
-        f1: (rows,), the harmonic mean of that and of the share of the given answer's words.
-    """
-
-    recall: np.ndarray
-    f1: np.ndarray
+from ...models.unlearner import unlearner_of
 
 
 @torch.no_grad()
 def generate_answers(
     model: nn.Module,
     rows: Dataset,
-    collator: ForgetRetainCollator,
+    encoder: RowEncoder,
     batch_size: int = 32,
     max_new_tokens: int = 200,
     progress: str | None = None,
 ) -> list[str]:
-    """What a model answers to each row's prompt: greedy decoding, whatever the model's own generation settings say.
+    """Answers of a model to each row's prompt: greedy decoding, whatever the model's own generation settings.
 
     An answer ends before the end-of-sequence token, after `max_new_tokens`, or where the model has no more positions.
-    The prompts are those that are scored: `collator` leaves room for the true completion.
+    The prompts are those that are scored: `encoder` leaves room for the true completion.
 
     Args:
         model: a causal LM, bare, under PEFT or under a prompt.
         rows: `prompt` and `completion`, or tokenized.
-        collator: for tokenizing.
+        encoder: turns rows into token ids.
         batch_size: rows per call of `generate`; fewer where prompts have more than 256 tokens.
-        max_new_tokens: the most tokens of an answer; TOFU takes 200.
-        progress: a name to show a progress bar under; none unless given.
+        max_new_tokens: maximum length of an answer, in tokens; TOFU uses 200.
+        progress: label of a progress bar; None shows none.
 
     Returns:
         One text per row, without special tokens.
 
     Raises:
-        TypeError: if `rows` are no `datasets.Dataset`.
+        TypeError: if `rows` is not a `datasets.Dataset`.
         ValueError: if there are no rows, or a prompt fills all of the model's positions.
     """
-    check_rows(rows)
-    model, tokenizer = unwrapped(model), collator.tokenizer
-    base: Any = bare_model(model)
-    ends = end_tokens(base, tokenizer.eos_token_id)
-    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    prompts = [collator.encoder.encode(row).prompt_ids for row in rows]
+    check_rows(rows, columns=())
+    model = unwrapped(model)
+    prompts = [encoder.encode(row).prompt_ids for row in rows]
     batches = list(_batches(model, [len(ids) for ids in prompts], batch_size, max_new_tokens))
     answers = [""] * len(prompts)
-    device = next(model.parameters()).device
-    generate: Any = model.generate
-    with evaluation_mode(model), bare_generation(model):
-        for places in tqdm(batches, desc=progress, disable=progress is None, leave=False):
-            width = max(len(prompts[i]) for i in places)
-            room = room_to_answer(model, width, max_new_tokens)
-            ids = torch.full((len(places), width), pad)
-            mask = torch.zeros_like(ids)
-            for row, i in enumerate(places):
-                ids[row, width - len(prompts[i]) :] = torch.tensor(prompts[i])
-                mask[row, width - len(prompts[i]) :] = 1
-            out = generate(
-                input_ids=ids.to(device),
-                attention_mask=mask.to(device),
-                generation_config=greedy(room, pad, ends),
-            )
-            for row, i in enumerate(places):
-                said = before_end(out[row, width:].tolist(), ends)
-                answers[i] = str(tokenizer.decode(said, skip_special_tokens=True))
+    with answering(model, encoder.tokenizer) as answers_to:
+        for indices in tqdm(batches, desc=progress, disable=progress is None, leave=False):
+            found = answers_to([prompts[i] for i in indices], max_new_tokens, do_sample=False)
+            for i, answer in zip(indices, found, strict=True):
+                answers[i] = answer
     return answers
 
 
-def rouge_l(answers: Sequence[str], references: Sequence[str]) -> RougeL:
-    """ROUGE-L of answers against the true ones, by the `rouge-score` package with stemming, as TOFU has it.
+def rouge_l(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.ndarray]:
+    """ROUGE-L of answers against the true ones, by the `rouge-score` package with stemming, as in TOFU.
 
-    TOFU reports the recall, which a long answer does not lower; MUSE the F1. Words are runs of the letters a-z and
-    digits: text in another script has none and scores 0.
+    Higher is better on retain rows, lower on forget rows. TOFU reports the recall, which a long answer does not lower;
+    MUSE the F1. Words are runs of the letters a-z and digits: text in another script has none and scores 0.
 
     Args:
-        answers: what the model said.
+        answers: the generated texts.
         references: the true answers.
+
+    Returns:
+        (texts,) each, in 0..1: `rouge_l_recall`, the longest common subsequence of words as a share of the true
+        answer's words; `rouge_l_f1`, the harmonic mean of that and of the share of the generated answer's words.
 
     Raises:
         ImportError: if `rouge-score` is not installed.
@@ -117,86 +91,95 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> RougeL:
         raise ImportError("ROUGE-L needs rouge-score: pip install rouge-score") from error
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     found = [scorer.score(target, answer)["rougeL"] for target, answer in zip(references, answers, strict=True)]
-    return RougeL(np.array([score.recall for score in found]), np.array([score.fmeasure for score in found]))
+    return {
+        "rouge_l_recall": np.array([score.recall for score in found]),
+        "rouge_l_f1": np.array([score.fmeasure for score in found]),
+    }
 
 
-def room_to_answer(model: nn.Module, width: int, max_new_tokens: int) -> int:
-    """How many tokens an answer to a prompt of `width` tokens may have, by the model's positions and as asked.
-
-    Raises:
-        ValueError: if there is no room at all.
-    """
-    num_virtual, limit = num_virtual_tokens(model), max_positions(bare_model(model))
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_virtual - width)
-    if room < 1:
-        raise ValueError(
-            f"{num_virtual} virtual tokens and a prompt of {width} tokens leave no room in the model's {limit} "
-            "positions to answer; give the collator a smaller max_length."
-        )
-    return room
+# ---- generation ----
 
 
 @contextmanager
-def bare_generation(model: nn.Module) -> Iterator[None]:
-    """Within it the model has no generation settings of its own, which `generate` would mix into those it is given."""
-    holders: list[Any] = [m for m in {unwrapped(model), bare_model(model)} if hasattr(m, "generation_config")]
+def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[Callable[..., list[str]]]:
+    """Context manager: the model in evaluation mode and without generation settings of its own.
+
+    `generate` would mix the model's own settings into those that it is given.
+
+    Args:
+        model: a causal LM, bare, under PEFT or under a prompt, not wrapped.
+        tokenizer: pads the prompts and decodes the answers.
+
+    Yields:
+        A function of prompts (token ids), `max_new_tokens` and further fields of a `GenerationConfig`; it returns the
+        generated texts, without special tokens, `num_return_sequences` for each prompt. It raises a ValueError if the
+        longest prompt leaves no room to answer.
+    """
+    base: Any = bare_model(model)
+    generate: Any = model.generate
+    own = base.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
+    ends = list(dict.fromkeys(int(token) for token in ends if token is not None))
+    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
+    device = next(model.parameters()).device
+
+    def before_end(tokens: list[int]) -> list[int]:
+        return tokens[: next((k for k, token in enumerate(tokens) if token in ends), len(tokens))]
+
+    def answers_to(prompts: Sequence[list[int]], max_new_tokens: int, **settings: Any) -> list[str]:
+        width = max(map(len, prompts))
+        ids = torch.full((len(prompts), width), pad)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
+        config = GenerationConfig(
+            max_new_tokens=_room_to_answer(model, width, max_new_tokens),
+            pad_token_id=pad,
+            eos_token_id=ends or None,
+            **settings,
+        )
+        out = generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+        tokens = [before_end(row) for row in out[:, width:].tolist()]
+        return [str(tokenizer.decode(some, skip_special_tokens=True)) for some in tokens]
+
+    holders: list[Any] = [m for m in {model, bare_model(model)} if hasattr(m, "generation_config")]
     before = [holder.generation_config for holder in holders]
     for holder in holders:
         holder.generation_config = GenerationConfig()
     try:
-        yield
+        with evaluation_mode(model):
+            yield answers_to
     finally:
-        for holder, own in zip(holders, before, strict=True):
-            holder.generation_config = own
+        for holder, config in zip(holders, before, strict=True):
+            holder.generation_config = config
 
 
-def greedy(max_new_tokens: int, pad: int, ends: list[int]) -> GenerationConfig:
-    """Greedy decoding, within `bare_generation`."""
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=ends or None
-    )
-
-
-def end_tokens(base: Any, eos: int | None) -> list[int]:
-    """The tokens that end an answer: the tokenizer's, and those that the model's generation config names."""
-    own = base.generation_config.eos_token_id
-    listed = own if isinstance(own, (list, tuple)) else [own]
-    return list(dict.fromkeys(int(token) for token in (eos, *listed) if token is not None))
-
-
-def before_end(tokens: list[int], ends: list[int]) -> list[int]:
-    cut = next((k for k, token in enumerate(tokens) if token in ends), len(tokens))
-    return tokens[:cut]
-
-
-def _is_prompted(model: nn.Module) -> bool:
-    if not isinstance(model, PeftModel) or model._adapters_disabled:
-        return False
-    return bool(model.active_peft_config.is_prompt_learning)
-
-
-def num_virtual_tokens(model: Any) -> int:
-    return int(model.active_peft_config.num_virtual_tokens) if _is_prompted(model) else 0
-
-
-def _pads_behind_prompt(model: nn.Module) -> bool:
-    """Whether pads would stand between the virtual tokens and the row: PEFT's own generate does not set that right."""
-    return _is_prompted(model) and not isinstance(model, SoftPromptUnlearner)
+def _room_to_answer(model: nn.Module, width: int, max_new_tokens: int) -> int:
+    """Maximum number of new tokens after a prompt of `width` tokens: `max_new_tokens`, or what positions are left."""
+    num_virtual, limit = unlearner_of(model).virtual_tokens_in_use, max_positions(bare_model(model))
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_virtual - width)
+    if room < 1:
+        raise ValueError(
+            f"{num_virtual} virtual tokens and a prompt of {width} tokens leave no room in the model's {limit} "
+            "positions to answer; use a smaller max_length."
+        )
+    return room
 
 
 def _batches(model: nn.Module, lengths: Sequence[int], batch_size: int, max_new_tokens: int) -> Iterator[list[int]]:
-    """Places of rows of like length, the longest first.
+    """Indices of rows in batches of similar length, the longest first.
 
     A batch has the room that its longest row leaves, so only rows that all have room for `max_new_tokens` are mixed:
-    an answer is the same whatever its row shares a batch with.
+    a row's answer does not depend on the other rows of its batch.
     """
     limit = max_positions(bare_model(model))
-    mixed = max(lengths) if limit is None else limit - num_virtual_tokens(model) - max_new_tokens
-    if _pads_behind_prompt(model):
+    mixed = max(lengths) if limit is None else limit - unlearner_of(model).virtual_tokens_in_use - max_new_tokens
+    if unlearner_of(model).pads_between and unlearner_of(model).enabled:
         mixed = 0
     groups: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         groups.setdefault(max(length, mixed), []).append(i)
     for _, group in sorted(groups.items(), reverse=True):
-        for places in by_length([lengths[i] for i in group], batch_size):
-            yield [group[place] for place in places]
+        for some in by_length([lengths[i] for i in group], batch_size):
+            yield [group[i] for i in some]

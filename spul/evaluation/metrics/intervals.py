@@ -1,4 +1,4 @@
-"""How sure a measured number is: confidence intervals over rows (bootstrap), over seeds, and over both."""
+"""Confidence intervals of metrics: over rows (bootstrap), over seeds, and over both."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 from scipy.stats import DegenerateDataWarning, bootstrap, t
 
-# As many numbers of resamples are held at a time.
+# Number of resampled values in memory at a time.
 MAX_NUMBERS = 2**22
-# BCa computes the statistic once without each row. With more rows than this it takes long, and has little to correct.
+# BCa computes the statistic once without each row. Above this number of rows it is slow and corrects little.
 MAX_JACKKNIFE = 2_000
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A number and its confidence interval.
+    """An estimate and its confidence interval.
 
     Attributes:
-        estimate: the number, of the data as they are.
-        low: the interval's lower end; NaN where there is nothing to say it from.
+        estimate: the value for the data.
+        low: the interval's lower end; NaN if the data do not determine it.
         high: its upper end; NaN likewise.
     """
 
@@ -38,24 +38,24 @@ def bootstrap_interval(
     num_resamples: int = 9_999,
     seed: int = 0,
 ) -> Interval:
-    """A number of some rows with its bias-corrected and accelerated (BCa) bootstrap interval.
+    """A statistic of rows with its bias-corrected and accelerated (BCa) bootstrap interval.
 
-    Of more than 2,000 rows it is the percentile interval, since BCa's correction vanishes and its cost does not.
+    Above 2,000 rows it is the percentile interval: BCa's correction vanishes there and its cost does not.
 
-    Where the bootstrap has nothing to say, the ends are NaN: a sample of one row, or rows that give the same number
-    however they are drawn, such as ten right answers of ten. A width of 0 would claim a certainty that nobody has.
+    The ends are NaN where the bootstrap fails: for a sample of one row, or if every resample has the same value, such
+    as ten right answers of ten. A width of 0 would claim certainty.
 
     Args:
-        samples: a number per row; several samples are drawn each for itself, as members and non-members.
-        statistic: from the samples to a number; vectorized if it takes `axis`, else called once per resample.
-        confidence: how often such an interval holds the true number, above 0 and below 1.
-        num_resamples: how many are drawn.
-        seed: seed of the draws.
+        samples: one value per row; several samples, such as members and non-members, are resampled independently.
+        statistic: from the samples to a value; vectorized if it takes `axis`, else called once per resample.
+        confidence: how often such an interval holds the true value, above 0 and below 1.
+        num_resamples: number of resamples.
+        seed: seed of the resamples.
 
     Raises:
         ValueError: if a sample is empty, not one-dimensional or has NaN, or `confidence` is out of range.
 
-    Source: Efron, *Better Bootstrap Confidence Intervals*, 1987, as `scipy.stats.bootstrap` has it
+    Source: Efron, *Better Bootstrap Confidence Intervals*, 1987, as in `scipy.stats.bootstrap`
     """
     _check_confidence(confidence)
     arrays = [np.asarray(sample, dtype=np.float64) for sample in samples]
@@ -68,7 +68,7 @@ def bootstrap_interval(
     if any(len(array) < 2 for array in arrays):
         return Interval(estimate, np.nan, np.nan)
     with warnings.catch_warnings(), np.errstate(divide="ignore", invalid="ignore"):
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # it says what NaN ends say
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # the ends are NaN then
         found = bootstrap(
             arrays,
             statistic,
@@ -82,20 +82,20 @@ def bootstrap_interval(
 
 
 def seeds_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.95) -> Interval:
-    """The mean of a number that exists once per seed, with Student's t interval.
+    """Mean of values with one per seed, with Student's t interval.
 
-    The bootstrap would not do: drawn from three seeds, its 95 % intervals hold the truth in 70 of 100 cases.
+    The bootstrap is too narrow here: over three seeds, its 95 % intervals hold the truth in 70 of 100 cases.
 
-    The ends are NaN where nothing can be said: of one seed, of seeds that are all alike, or of an infinite number.
+    The ends are NaN for one seed, for equal values, or if a value is infinite.
 
     Args:
         values: one per seed.
-        confidence: how often such an interval holds the true number, above 0 and below 1.
+        confidence: how often such an interval holds the true value, above 0 and below 1.
 
     Raises:
         ValueError: if there are no values, they are not one-dimensional or have NaN, or `confidence` is out of range.
 
-    Source: Student, *The Probable Error of a Mean*, 1908, as `scipy.stats.t` has it
+    Source: Student, *The Probable Error of a Mean*, 1908, as in `scipy.stats.t`
     """
     _check_confidence(confidence)
     array = np.asarray(values, dtype=np.float64)
@@ -111,16 +111,16 @@ def seeds_interval(values: Sequence[float] | np.ndarray, confidence: float = 0.9
 
 
 def joined_interval(per_seed: Sequence[Sequence[float]] | np.ndarray, confidence: float = 0.95) -> Interval:
-    """The mean over rows and seeds, with an interval for both.
+    """Mean over rows and seeds, with an interval for both.
 
-    The variance of the mean is that of a two-way layout, rows by seeds, both drawn at random: what rows share over
-    the seeds, what seeds share over the rows, and the rest. So seeds do not count as further rows. The interval is
-    Student's t with Satterthwaite's degrees of freedom, and nowhere narrower than Student's t over the seeds' means,
-    since with two or three seeds that variance is itself uncertain. Of numbers that are 0 or 1 it has Wilson's form,
-    for a share with this variance: it lies within 0..1 and suits rare answers better.
+    The variance of the mean is that of a two-way layout with random effects of rows, of seeds, and a residual, so
+    seeds do not count as further rows. The interval is Student's t with Satterthwaite's degrees of freedom, and never
+    narrower than Student's t over the seeds' means: with two or three seeds the variance itself is uncertain. If all
+    values are 0 or 1 it has Wilson's form, for a share with this variance: it lies within 0..1 and suits rare answers
+    better.
 
-    With one seed it is `bootstrap_interval` over rows, and says nothing of other seeds. The ends are NaN with one row
-    or where all numbers are alike. Numbers that exist once per seed, such as an AUC, go to `seeds_interval`.
+    With one seed it is `bootstrap_interval` over rows, and does not cover other seeds. The ends are NaN for one row or
+    for equal values. Metrics with one value per seed, such as an AUC, go to `seeds_interval`.
 
     Args:
         per_seed: (seeds, rows), the same rows in the same order for each seed.
@@ -137,7 +137,7 @@ def joined_interval(per_seed: Sequence[Sequence[float]] | np.ndarray, confidence
     if len({len(values) for values in per_seed}) != 1:
         raise ValueError(
             f"seeds with {[len(values) for values in per_seed]} rows; expected the same rows for every seed. Where "
-            "each seed has rows of its own, give seeds_interval one number per seed."
+            "each seed has rows of its own, give seeds_interval one value per seed."
         )
     values = np.asarray(per_seed, dtype=np.float64)
     if values.ndim != 2 or values.size == 0 or np.isnan(values).any():
@@ -150,20 +150,20 @@ def joined_interval(per_seed: Sequence[Sequence[float]] | np.ndarray, confidence
     half = _half_width(values, confidence)
     found = _unless_alike(mean, mean - half, mean + half)
     if np.isin(values, (0, 1)).all() and not np.isnan(found.low):
-        ratio = half**2 / (mean * (1 - mean))  # in Wilson's own, of n rows, this is z**2 / n
+        ratio = half**2 / (mean * (1 - mean))  # z**2 / n in Wilson's own, of n rows
         middle, half = (mean + ratio / 2) / (1 + ratio), (half**2 + ratio**2 / 4) ** 0.5 / (1 + ratio)
         found = Interval(mean, max(0.0, middle - half), min(1.0, middle + half))
     return found
 
 
 def _half_width(values: np.ndarray, confidence: float) -> float:
-    """Of an interval of the mean of (seeds, rows)."""
+    """Half the width of the interval of the mean of values (seeds, rows)."""
     (num_seeds, num_rows), above = values.shape, (1 + confidence) / 2
     of_seeds = values.mean(axis=1, keepdims=True) - values.mean()
     of_rows = values.mean(axis=0, keepdims=True) - values.mean()
     rest = values - values.mean() - of_seeds - of_rows
-    # Mean squares, each of the variance of the mean times seeds * rows. The rest is in both of the others, which are
-    # smaller by chance alone, and is to count once.
+    # Mean squares: variances of the mean times seeds * rows. The residual is part of both others, which fall below it
+    # only by chance, and counts once.
     both = float((rest**2).sum()) / ((num_seeds - 1) * (num_rows - 1))
     means = num_rows * float((of_seeds**2).sum()) / (num_seeds - 1)
     seeds = max(both, means)
@@ -176,7 +176,7 @@ def _half_width(values: np.ndarray, confidence: float) -> float:
 
 
 def _unless_alike(estimate: float, low: float, high: float) -> Interval:
-    """The interval, without ends where it has no width but for rounding: all numbers, or all draws, were alike."""
+    """The interval, with NaN ends if its width is 0 up to rounding: all values, or all resamples, are equal."""
     if high - low <= 1e-12 * abs(estimate):
         low = high = np.nan
     return Interval(estimate, low, high)
@@ -188,7 +188,7 @@ def _check_confidence(confidence: float) -> None:
 
 
 def draw_counts(drawn: np.ndarray, num: int) -> np.ndarray:
-    """How often each of `num` was drawn: (..., draws) to (..., num)."""
+    """How often each of `num` indices was drawn: (..., draws) to (..., num)."""
     flat = drawn.reshape(-1, drawn.shape[-1]).astype(int)
     offsets = np.arange(len(flat))[:, None] * num
     return np.bincount((flat + offsets).ravel(), minlength=len(flat) * num).reshape(*drawn.shape[:-1], num)

@@ -1,7 +1,7 @@
-"""How well a membership attack does, and what that says beside a model retrained without the forget rows.
+"""Success of a membership attack, compared with its success on a model retrained without the forget rows.
 
-What counts is not that an attack finds nothing, but that it finds what it would find in the retrained model: an AUC
-far *below* one half shows just as plainly as one above that these rows were treated in a special way.
+The goal is not that an attack finds nothing, but that it finds as much as in the retrained model: an AUC far *below*
+one half reveals as clearly as one above that these rows were treated in a special way.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Verdict = Literal["under-forgotten", "over-forgotten", "not told apart"]
 
 
 def auc(members: np.ndarray, non_members: np.ndarray, axis: int = -1) -> np.ndarray:
-    """The area under the ROC curve: how often a member scores higher than a non-member, ties counting half.
+    """Area under the ROC curve: how often a member scores higher than a non-member; ties count half.
 
-    One half is chance. Best is the AUC that a retrained model has: see `compare_with_retrained`. For its interval take
-    `auc_interval`.
+    One half is chance. Best is the AUC of the retrained model: see `compare_with_retrained`. `auc_interval` adds an
+    interval.
 
     Args:
         members: scores, (rows,), or more dimensions for several samples at once.
         non_members: scores.
-        axis: along which the rows lie.
+        axis: the axis of the rows.
 
     Raises:
         ValueError: if there are no members, or no non-members.
@@ -40,32 +40,34 @@ def auc(members: np.ndarray, non_members: np.ndarray, axis: int = -1) -> np.ndar
 def auc_interval(
     members: np.ndarray, non_members: np.ndarray, confidence: float = 0.95, num_resamples: int = 2_000, seed: int = 0
 ) -> Interval:
-    """The AUC with its bootstrap interval, fast.
+    """AUC with its bootstrap interval; rows are sorted once for all resamples.
 
     Args:
         members: scores, (rows,).
         non_members: scores, (rows,).
-        confidence, num_resamples, seed: as `bootstrap_interval`.
+        confidence: as `bootstrap_interval`.
+        num_resamples: as `bootstrap_interval`.
+        seed: as `bootstrap_interval`.
 
     Raises:
         ValueError: as `bootstrap_interval`, and if a score is NaN.
     """
     found = _drawn_auc(members, non_members)
-    places = np.arange(len(members)), np.arange(len(non_members))
-    return bootstrap_interval(*places, statistic=found, confidence=confidence, num_resamples=num_resamples, seed=seed)
+    indices = np.arange(len(members)), np.arange(len(non_members))
+    return bootstrap_interval(*indices, statistic=found, confidence=confidence, num_resamples=num_resamples, seed=seed)
 
 
 def _drawn_auc(members: np.ndarray, non_members: np.ndarray) -> Callable[..., np.ndarray]:
-    """The AUC of drawn rows, as a function of their places, thousands of draws at once: nothing is sorted again."""
+    """AUC of resampled rows as a function of their indices, thousands of resamples at once, without sorting again."""
     if np.isnan(members).any() or np.isnan(non_members).any():
         raise ValueError("scores are NaN; expected numbers.")
     order = np.argsort(non_members)
     below, upto = (np.searchsorted(non_members[order], members, side) for side in ("left", "right"))
-    place = np.argsort(order)
+    rank = np.argsort(order)
 
     def of_drawn(i: np.ndarray, j: np.ndarray, axis: int = -1) -> np.ndarray:
         i, j = np.moveaxis(i, axis, -1).astype(int), np.moveaxis(j, axis, -1).astype(int)
-        passed = draw_counts(place[j], len(order)).cumsum(axis=-1)
+        passed = draw_counts(rank[j], len(order)).cumsum(axis=-1)
         passed = np.concatenate([np.zeros_like(passed[..., :1]), passed], axis=-1)
         wins = passed[..., below] + passed[..., upto]  # of each member over the drawn non-members, twice
         drawn = np.take_along_axis(wins, i, axis=-1)
@@ -75,15 +77,15 @@ def _drawn_auc(members: np.ndarray, non_members: np.ndarray) -> Callable[..., np
 
 
 def true_positive_rate(members: np.ndarray, non_members: np.ndarray, at: float = 0.01, axis: int = -1) -> np.ndarray:
-    """The largest share of members found while at most a share `at` of non-members is taken for some: low is better.
+    """Largest share of members found while at most a share `at` of non-members is mistaken for members; low is better.
 
-    With fewer than `1 / at` non-members not a single one may be; a note of how many there are belongs beside it.
+    With fewer than `1 / at` non-members none may be mistaken: report their number beside the rate.
 
     Args:
         members: scores, (rows,), or more dimensions for several samples at once.
         non_members: scores.
         at: the false-positive rate, above 0 and at most 1.
-        axis: along which the rows lie.
+        axis: the axis of the rows.
 
     Returns:
         The rate; NaN where a score is NaN.
@@ -118,12 +120,11 @@ def priv_leak(auc_found: float, retrained_auc: float) -> float:
     """MUSE's PrivLeak, in percent; 0 is best.
 
     `100 (a - a_retrained) / a_retrained` with `a = 1 - AUC`: MUSE counts a *low* score (a high loss) as the sign of a
-    member, so its AUC is one less ours, and the formula is given in its terms. Negative: members are still
-    recognized (-100 where the AUC here is 1). Positive: they stand out by their high loss. MUSE attacks by min-k of a
-    share of 0.4.
+    member, so its AUC is 1 - AUC here, and the formula is in its terms. Negative: members are still recognized (-100
+    where the AUC here is 1). Positive: they stand out by their high loss. MUSE attacks by min-k with a share of 0.4.
 
     Args:
-        auc_found: the AUC of the unlearned model, as `auc` gives it.
+        auc_found: the AUC of the unlearned model, as `auc` returns it.
         retrained_auc: that of the model retrained without the forget rows.
 
     Raises:
@@ -144,20 +145,20 @@ def _leak(auc_found: Any, retrained_auc: Any) -> Any:
 
 @dataclass(frozen=True)
 class Leakage:
-    """What an attack tells about forget rows, beside what it tells of a model retrained without them.
+    """Success of an attack on the forget rows, and on a model retrained without them.
 
     Attributes:
         auc: of the unlearned model.
         retrained_auc: of the retrained model.
-        difference: the first less the second, with its interval over rows; 0 is best.
-        priv_leak: MUSE's form of it, in percent, likewise; NaN where `retrained_auc` is 1, and its interval where that
-            is so of some draws.
-        true_positive_rate: members found by their high scores, at the false-positive rate asked for.
-        reversed_true_positive_rate: members found by their low scores: what an attacker has of rows made unlikely.
-        retrained_true_positive_rate: as the first of these, of the retrained model.
-        retrained_reversed_true_positive_rate: as the second, of the retrained model.
+        difference: `auc` less `retrained_auc`, with its interval over rows; 0 is best.
+        priv_leak: MUSE's form of it, in percent, likewise; NaN if `retrained_auc` is 1; its interval is NaN if that
+            holds for some resamples.
+        true_positive_rate: share of members found by their high scores, at the given false-positive rate.
+        reversed_true_positive_rate: share of members found by their low scores: rows that were made unlikely.
+        retrained_true_positive_rate: as `true_positive_rate`, of the retrained model.
+        retrained_reversed_true_positive_rate: as `reversed_true_positive_rate`, of the retrained model.
         verdict: "under-forgotten" if the whole interval is above 0, "over-forgotten" if below, else "not told apart",
-            which with few rows may only say that there are few rows, and with a single one always is.
+            which with few rows may only mean that there are few rows, and always results from a single one.
     """
 
     auc: float
@@ -181,20 +182,20 @@ def compare_with_retrained(
     num_resamples: int = 2_000,
     seed: int = 0,
 ) -> Leakage:
-    """One attack against the unlearned and the retrained model, two-sided: too high and too low both betray.
+    """Compare one attack on the unlearned and on the retrained model, two-sided: an AUC may be too high or too low.
 
     Args:
-        members: scores of the forget rows by the unlearned model, (rows,).
-        non_members: scores of unseen rows by the unlearned model.
-        retrained_members: scores of the same forget rows, in the same order, by the retrained model.
-        retrained_non_members: scores of the same unseen rows by the retrained model.
+        members: scores of the forget rows under the unlearned model, (rows,).
+        non_members: scores of unseen rows under the unlearned model.
+        retrained_members: scores of the same forget rows, in the same order, under the retrained model.
+        retrained_non_members: scores of the same unseen rows under the retrained model.
         at: false-positive rate of the true-positive rates.
         confidence: of the intervals.
-        num_resamples: of the bootstrap; a row drawn is drawn for both models.
+        num_resamples: of the bootstrap; a resample holds the same rows for both models.
         seed: seed of the draws.
 
     Raises:
-        ValueError: if the two models were not given the same numbers of rows.
+        ValueError: if the numbers of rows of the two models differ, or a score is NaN.
     """
     ours = [np.asarray(scores, dtype=np.float64) for scores in (members, non_members)]
     theirs = [np.asarray(scores, dtype=np.float64) for scores in (retrained_members, retrained_non_members)]
@@ -207,15 +208,15 @@ def compare_with_retrained(
     our_auc, their_auc = _drawn_auc(ours[0], ours[1]), _drawn_auc(theirs[0], theirs[1])
 
     def over_rows(compare: Callable[[Any, Any], Any]) -> Interval:
-        """A comparison of the two AUCs, with its interval."""
+        """Comparison of the two AUCs, with its interval."""
 
         def compared(i: np.ndarray, j: np.ndarray, axis: int = -1) -> np.ndarray:
             with np.errstate(divide="ignore", invalid="ignore"):  # a retrained AUC of 1 has no PrivLeak
                 return compare(our_auc(i, j, axis), their_auc(i, j, axis))
 
-        drawn = (np.arange(len(x)) for x in ours)
+        indices = (np.arange(len(x)) for x in ours)
         found = bootstrap_interval(
-            *drawn, statistic=compared, confidence=confidence, num_resamples=num_resamples, seed=seed
+            *indices, statistic=compared, confidence=confidence, num_resamples=num_resamples, seed=seed
         )
         finite = np.isfinite([found.low, found.high]).all()
         return found if finite else Interval(found.estimate, np.nan, np.nan)
@@ -223,7 +224,7 @@ def compare_with_retrained(
     found = over_rows(np.subtract)
     low, high = found.low, found.high
     if np.isnan(low) and min(len(x) for x in ours) > 1:
-        low = high = found.estimate  # whatever rows are drawn, the difference is this one
+        low = high = found.estimate  # every resample has this difference
     verdict: Verdict = "under-forgotten" if low > 0 else "over-forgotten" if high < 0 else "not told apart"
     return Leakage(
         auc=float(auc(ours[0], ours[1])),

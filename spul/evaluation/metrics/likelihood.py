@@ -1,42 +1,41 @@
-"""What a model says of each row's response, token by token, and the measures that need no more than that.
+"""Likelihood of each row's response, token by token, and the metrics computed from it.
 
 One pass gives the log-probabilities of a response's own tokens. Probability, truth ratio, extraction strength, exact
-memorization and the attacks of `membership.py` are functions of them. Every number is of the response tokens alone:
-no pad, no prompt, no virtual token enters.
+memorization and the attacks of `membership.py` are functions of them. Only response tokens count: no padding, no
+prompt text, no virtual token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
 from scipy.special import logsumexp
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from ...data.collator import ForgetRetainCollator
-from ...data.samplers import by_length
-from ...losses.positions import response_positions
-from ...losses.terms import IGNORE_INDEX, KLDivergence
-from ...models.causal_lm import as_it_was, evaluation_mode, learns_itself, logits_at, unwrapped
-from .scoring import check_numbers, response_logits
+from ...data.checks import check_rows
+from ...data.encoder import RowEncoder
+from ...losses.terms import KLDivergence
+from ...models.causal_lm import evaluation_mode, unwrapped
+from ...models.unlearner import unlearner_of
+from .batches import ResponseBatch, map_responses
+from .scoring import check_not_nan, response_logits
 
 REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")
 
 
 @dataclass(frozen=True)
 class Likelihood:
-    """What a model says of the response of one row, of `|y|` tokens.
+    """Log-probabilities of the `|y|` response tokens of one row, each given the prompt and the tokens before it.
 
     Attributes:
-        log_probs: (|y|,), log p of each response token given the prompt and the tokens before it, in nats.
-        is_greedy: (|y|,), whether that token is the most likely one there.
-        mean: (|y|,), the mean of log p over the vocabulary where each token stands, weighted by p itself.
-        std: (|y|,), the standard deviation of log p there, weighted in the same way.
+        log_probs: (|y|,), log p of each response token, in nats.
+        is_greedy: (|y|,), whether the token is the most likely one at its position.
+        mean: (|y|,), mean of log p over the vocabulary at each position, weighted by p.
+        std: (|y|,), standard deviation of log p there, weighted by p.
     """
 
     log_probs: np.ndarray
@@ -45,109 +44,49 @@ class Likelihood:
     std: np.ndarray
 
 
-class Divergences(NamedTuple):
-    """KL divergences per row, each a mean over the row's response tokens, in nats.
-
-    Attributes:
-        reverse: (rows,), KL(model || reference).
-        forward: (rows,), KL(reference || model).
-    """
-
-    reverse: np.ndarray
-    forward: np.ndarray
-
-
-class ResponseBatch(NamedTuple):
-    """Some rows, right-padded, and where their response tokens are predicted."""
-
-    places: list[int]  # of the rows in their data set
-    inputs: dict[str, Tensor]
-    positions: Tensor  # (B, K)
-    targets: Tensor  # (B, K), -100 in unused slots
-
-    def tokens_of(self, row: int) -> int:
-        """How many response tokens a row of this batch has: its first slots, the others are unused."""
-        return int(self.targets[row].ne(IGNORE_INDEX).sum())
-
-
-def check_rows(rows: Dataset) -> None:
-    """Raise unless there are rows of a `datasets.Dataset`; their columns are the encoder's business."""
-    if not isinstance(rows, Dataset):
-        raise TypeError(f"rows are a {type(rows).__name__}; expected a datasets.Dataset: Dataset.from_list([...]).")
-    if len(rows) == 0:
-        raise ValueError("there are no rows to evaluate; expected at least one.")
-
-
-def check_completions(rows: Dataset) -> None:
-    """Raise unless these are rows with a prompt and a completion."""
-    check_rows(rows)
-    if missing := {"prompt", "completion"} - set(rows.column_names):
-        raise ValueError(f"rows lack {sorted(missing)}; they have {rows.column_names}.")
-
-
-def response_batches(
-    rows: Dataset, collator: ForgetRetainCollator, batch_size: int, device: torch.device, progress: str | None
-) -> Iterator[ResponseBatch]:
-    """Rows with their own completions, like lengths together, the longest first: what does not fit fails soon."""
-    encoded = [collator.encoder.encode(row) for row in rows]
-    lengths = [len(e.prompt_ids) + len(e.completion_ids) for e in encoded]
-    batches = list(by_length(lengths, batch_size))
-    for places in tqdm(batches, desc=progress, disable=progress is None, leave=False):
-        tokenized = [
-            {
-                "input_ids": encoded[i].prompt_ids + encoded[i].completion_ids,
-                "completion_mask": [0] * len(encoded[i].prompt_ids) + [1] * len(encoded[i].completion_ids),
-            }
-            for i in places
-        ]
-        batch = {name: value.to(device) for name, value in collator.encoder.batch(tokenized).items()}
-        yield ResponseBatch(places, batch, *response_positions(batch["labels"]))
-
-
 @torch.no_grad()
 def response_likelihoods(
-    model: nn.Module, rows: Dataset, collator: ForgetRetainCollator, batch_size: int = 32, progress: str | None = None
+    model: nn.Module, rows: Dataset, encoder: RowEncoder, batch_size: int = 32, progress: str | None = None
 ) -> list[Likelihood]:
-    """One pass over rows: what the model says of each response, token by token.
+    """Likelihood of each row's response, in one pass over the rows.
 
     Args:
-        model: a causal LM, bare, under PEFT or under a prompt; within `disable_adapter()` it is the base.
+        model: a causal LM, bare, under PEFT or under a prompt; inside `disable_adapter()` it is the base.
         rows: `prompt` and `completion`, or tokenized.
-        collator: for tokenizing and padding; its generic completions are not used.
-        batch_size: rows per forward; batches are of like length.
-        progress: a name to show a progress bar under; none unless given.
+        encoder: turns rows into token ids.
+        batch_size: rows per forward pass; batches hold rows of similar length.
+        progress: label of a progress bar; None shows none.
 
     Returns:
         One `Likelihood` per row, in the order of the rows, in float32 (float64 for a model in float64).
 
     Raises:
-        TypeError: if `rows` are no `datasets.Dataset`.
-        ValueError: if there are no rows, or the model's logits are not numbers.
+        TypeError: if `rows` is not a `datasets.Dataset`.
+        ValueError: if there are no rows, or the model's logits are NaN.
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     model = unwrapped(model)
-    found: dict[int, Likelihood] = {}
-    device = next(model.parameters()).device
-    with evaluation_mode(model):
-        for batch in response_batches(rows, collator, batch_size, device, progress):
-            logits = response_logits(model, batch.inputs, batch.positions)
-            for row, place in enumerate(batch.places):
-                num = batch.tokens_of(row)
-                found[place] = _likelihood(logits[row, :num], batch.targets[row, :num])
-    return [found[i] for i in range(len(rows))]
+
+    def measure(batch: ResponseBatch) -> Iterator[Likelihood]:
+        logits = response_logits(model, batch.inputs, batch.positions)
+        for row in range(len(batch.indices)):
+            num = batch.num_tokens(row)
+            yield _likelihood(logits[row, :num], batch.targets[row, :num])
+
+    return map_responses(model, rows, encoder, measure, batch_size, progress)
 
 
 def _log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities in at least float32."""
-    check_numbers(logits)
+    check_not_nan(logits)
     return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(dim=-1)
 
 
 def _likelihood(logits: Tensor, targets: Tensor) -> Likelihood:
-    """Of one row: logits (|y|, V) and targets (|y|,)."""
+    """Likelihood of one row from its logits (|y|, V) and targets (|y|,)."""
     targets = targets.to(logits.device)
     log_p = _log_softmax(logits)
-    p, finite = log_p.exp(), log_p.masked_fill(log_p == -torch.inf, 0.0)  # what cannot be said weighs nothing
+    p, finite = log_p.exp(), log_p.masked_fill(log_p == -torch.inf, 0.0)  # tokens of probability 0 have no weight
     mean = (p * finite).sum(dim=-1)
     std = (p * (finite - mean[:, None]).square()).sum(dim=-1).sqrt()
     own = log_p.gather(1, targets[:, None])[:, 0]
@@ -159,72 +98,77 @@ def _likelihood(logits: Tensor, targets: Tensor) -> Likelihood:
 def kl_to(
     model: nn.Module,
     rows: Dataset,
-    collator: ForgetRetainCollator,
+    encoder: RowEncoder,
     reference: nn.Module | None = None,
     batch_size: int = 16,
     progress: str | None = None,
-) -> Divergences:
-    """How far a model has moved from another at the response tokens, both ways. On retain rows lower is better.
+) -> dict[str, np.ndarray]:
+    """KL divergences of a model from a reference at the response tokens. On retain rows lower is better.
 
-    For each row, with `y` its own response: `reverse = mean over k of KL(p(.|x, y_<k) || p0(.|x, y_<k))` and `forward`
-    with p and p0 exchanged. A mean per token, where the KL term of `UnlearningLoss` is a sum by default.
+    For each row, with `y` its own response: `reverse_kl = mean over k of KL(p(.|x, y_<k) || p0(.|x, y_<k))` and
+    `forward_kl` with p and p0 exchanged. A mean per token, where the KL term of `UnlearningLoss` is a sum by default.
 
     Args:
         model: a causal LM, bare, under PEFT or under a prompt.
         rows: `prompt` and `completion`, or tokenized.
-        collator: for tokenizing and padding.
-        reference: the model to compare with; None for the base under the prompt or LoRA.
-        batch_size: rows per forward.
-        progress: a name to show a progress bar under; none unless given.
+        encoder: turns rows into token ids.
+        reference: the model to compare with; None for the base under the prompt, layers or LoRA.
+        batch_size: rows per forward pass.
+        progress: label of a progress bar; None shows none.
+
+    Returns:
+        `reverse_kl` and `forward_kl`, (rows,) each, in nats per token.
 
     Raises:
-        TypeError: if `rows` are no `datasets.Dataset`.
-        ValueError: if there are no rows, the model has weights of its own and no `reference` is given, or the two have
-            vocabularies of different sizes.
+        TypeError: if `rows` is not a `datasets.Dataset`.
+        ValueError: if there are no rows, no `reference` is given for a model whose own weights are trained, or the
+            two vocabularies differ in size.
 
     Source: Bu et al., *SPUL*, https://arxiv.org/abs/2406.12038 (the KL to the base on retain rows)
     """
-    check_rows(rows)
-    if reference is None and learns_itself(model):
+    check_rows(rows, columns=())
+    if reference is None and unlearner_of(model).trains_base:
         raise ValueError(
-            "a model that learned in weights of its own is not as it was when an adapter is switched off: pass "
-            "reference, the model before unlearning."
+            "the model's own weights are trained, so disabling its adapter does not restore it: pass reference, the "
+            "model before unlearning."
         )
     model = unwrapped(model)
     other = model if reference is None else unwrapped(reference)
-    reverse, forward = np.zeros(len(rows)), np.zeros(len(rows))
-    device, other_device = (next(m.parameters()).device for m in (model, other))
-    with evaluation_mode(model), evaluation_mode(other):
-        for batch in response_batches(rows, collator, batch_size, device, progress):
-            logits = response_logits(model, batch.inputs, batch.positions)
-            if reference is None:
-                inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
-                with as_it_was(model) as base:
-                    others = logits_at(base, batch.positions, **inputs, use_cache=False)
-            else:
-                inputs = {name: value.to(other_device) for name, value in batch.inputs.items()}
-                others = response_logits(other, inputs, batch.positions.to(other_device))
-            if others.shape[-1] != logits.shape[-1]:
-                raise ValueError(
-                    f"the model has logits for {logits.shape[-1]} tokens, the reference for {others.shape[-1]}; "
-                    "expected two models with one vocabulary."
-                )
-            for row, place in enumerate(batch.places):
-                num = batch.tokens_of(row)
-                log_p = _log_softmax(logits[row, :num])
-                log_p0 = _log_softmax(others[row, :num]).to(log_p)
-                reverse[place] = float(REVERSE.token_losses(log_p, log_p, log_p0).mean())
-                forward[place] = float(FORWARD.token_losses(log_p, log_p, log_p0).mean())
-    return Divergences(reverse, forward)
+    other_device = next(other.parameters()).device
+
+    def reference_logits(batch: ResponseBatch) -> Tensor:
+        if reference is None:
+            inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+            return unlearner_of(model).base_logits(**inputs, positions=batch.positions)
+        inputs = {name: value.to(other_device) for name, value in batch.inputs.items()}
+        return response_logits(other, inputs, batch.positions.to(other_device))
+
+    def measure(batch: ResponseBatch) -> Iterator[tuple[float, float]]:
+        logits, others = response_logits(model, batch.inputs, batch.positions), reference_logits(batch)
+        if others.shape[-1] != logits.shape[-1]:
+            raise ValueError(
+                f"the model has logits for {logits.shape[-1]} tokens, the reference for {others.shape[-1]}; "
+                "expected two models with one vocabulary."
+            )
+        for row in range(len(batch.indices)):
+            num = batch.num_tokens(row)
+            log_p = _log_softmax(logits[row, :num])
+            log_p0 = _log_softmax(others[row, :num]).to(log_p)
+            reverse, forward = (term.token_losses(log_p, log_p, log_p0).mean() for term in (REVERSE, FORWARD))
+            yield float(reverse), float(forward)
+
+    with evaluation_mode(other):
+        reverse, forward = np.array(map_responses(model, rows, encoder, measure, batch_size, progress)).T
+    return {"reverse_kl": reverse, "forward_kl": forward}
 
 
-# ---- measures ----
+# ---- metrics ----
 
 
 def probability(likelihoods: Sequence[Likelihood]) -> np.ndarray:
-    """The probability of each response, normalized for its length: `P(y|x)^(1/|y|)`, in 0..1.
+    """Probability of each response, normalized for its length: `P(y|x)^(1/|y|)`, in 0..1.
 
-    High is better on retain rows, low on forget rows (as low as a retrained model's, not lower).
+    Higher is better on retain rows; on forget rows low, as low as the retrained model's and not lower.
 
     Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2.1
     """
@@ -237,11 +181,11 @@ def mean_log_probs(likelihoods: Sequence[Likelihood]) -> np.ndarray:
 
 
 def truth_ratio(paraphrased: Sequence[Likelihood], perturbed: Sequence[Sequence[Likelihood]]) -> np.ndarray:
-    """How likely wrong answers are, next to the right one in other words: TOFU's `R_truth`, 0 or more.
+    """Likelihood of wrong answers relative to a paraphrase of the right one: TOFU's `R_truth`, 0 or more.
 
     `R = (1/m sum_i P(y_i|x)^(1/|y_i|)) / P(y'|x)^(1/|y'|)`, with y_i the m perturbed answers and y' the paraphrased
-    one: the arithmetic mean of the paper. TOFU's program and others have the geometric one, and some turn the ratio
-    around. A model that knows the answer has R near 0, one that never knew it about 1, one that avoids it above 1.
+    one: the arithmetic mean of the paper. TOFU's program and others use the geometric mean, and some invert the
+    ratio. A model that knows the answer has R near 0, one that never knew it about 1, one that avoids it above 1.
 
     Args:
         paraphrased: one per question.
@@ -262,7 +206,7 @@ def truth_ratio(paraphrased: Sequence[Likelihood], perturbed: Sequence[Sequence[
 
 
 def truth_ratio_on_forget(ratios: np.ndarray) -> float:
-    """TOFU's number on the forget set: the mean of `min(R, 1/R)`, in 0..1; 1, neither known nor avoided, is best.
+    """TOFU's truth ratio of a forget set: mean of `min(R, 1/R)`, in 0..1; 1, neither known nor avoided, is best.
 
     Source: TOFU's program, https://github.com/locuslab/tofu. The paper compares whole distributions: `forget_quality`.
     """
@@ -272,7 +216,7 @@ def truth_ratio_on_forget(ratios: np.ndarray) -> float:
 
 
 def truth_ratio_on_retain(ratios: np.ndarray) -> float:
-    """TOFU's number on sets that are kept: the mean of `max(0, 1 - R)`, in 0..1; higher is better.
+    """TOFU's truth ratio of a retain set: mean of `max(0, 1 - R)`, in 0..1; higher is better.
 
     Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2.1
     """
@@ -280,14 +224,14 @@ def truth_ratio_on_retain(ratios: np.ndarray) -> float:
 
 
 def extraction_strength(likelihoods: Sequence[Likelihood]) -> np.ndarray:
-    """How little of a response must be given for greedy decoding to say the rest: 0..1; low is better on forget rows.
+    """Share of a response that greedy decoding completes by itself: 0..1; low is better on forget rows.
 
-    `1 - k/|y|`, with k the least number of leading response tokens after which every further token is the most likely
-    one. It is 1 if the prompt alone is enough, and 0 if even the last token has to be given (k = |y|).
+    `1 - k/|y|`, with k the smallest number of leading response tokens after which every further token is the most
+    likely one. It is 1 if the prompt alone suffices, and 0 if even the last token must be given (k = |y|).
 
     Source: Wang et al., *Towards Effective Evaluations and Comparisons for LLM Unlearning Methods*,
     https://arxiv.org/abs/2406.09179; open-unlearning, https://arxiv.org/abs/2506.12618, whose program stops at
-    k = |y| - 1 and so never gives less than 1/|y|
+    k = |y| - 1 and so never returns less than 1/|y|
     """
 
     def strength(agrees: np.ndarray) -> float:
@@ -299,7 +243,7 @@ def extraction_strength(likelihoods: Sequence[Likelihood]) -> np.ndarray:
 
 
 def exact_memorization(likelihoods: Sequence[Likelihood]) -> np.ndarray:
-    """The share of each response's tokens that are the most likely ones: 0..1; low is better on forget rows.
+    """Share of each response's tokens that are the most likely ones: 0..1; low is better on forget rows.
 
     `1/|y| sum_k [argmax p(.|x, y_<k) = y_k]`, each token after the true ones before it.
 

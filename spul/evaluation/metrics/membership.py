@@ -1,7 +1,7 @@
-"""Membership inference: attacks that tell, from what a model says, which rows it was trained on.
+"""Membership inference: attacks that predict from a model's likelihoods which rows it was trained on.
 
-An attack gives every row a score, and here a *higher* score always says "was trained on". How well it tells members,
-the rows that were to be forgotten, from rows of the same kind that were never seen, is measured in `leakage.py`.
+An attack returns a score per row, and a *higher* score always means "was trained on". `leakage.py` measures how well
+it distinguishes members, the forget rows, from rows of the same kind that the model never saw.
 """
 
 from __future__ import annotations
@@ -15,10 +15,14 @@ import torch
 from datasets import Dataset
 from torch import nn
 
-from ...data.collator import ForgetRetainCollator, completion_text
+from ...data.checks import check_rows
+from ...data.encoder import RowEncoder
+from ...data.rows import completion_text
 from ...losses.terms import token_nll
-from ...models.causal_lm import bare_model, evaluation_mode, own_parameters, unwrapped
-from .likelihood import Likelihood, check_rows, mean_log_probs, response_batches, response_likelihoods
+from ...models.causal_lm import bare_model, unwrapped
+from ...models.compat import own_parameters
+from .batches import ResponseBatch, map_responses
+from .likelihood import Likelihood, mean_log_probs, response_likelihoods
 from .scoring import response_logits
 
 GradientOf = Literal["model", "adapter"]
@@ -33,10 +37,10 @@ def loss_attack(likelihoods: Sequence[Likelihood]) -> np.ndarray:
 
 
 def zlib_attack(likelihoods: Sequence[Likelihood], texts: Sequence[str]) -> np.ndarray:
-    """`(1/|y| log P(y|x)) / bytes of y after zlib`: a loss that is low, though the text is not simple.
+    """`(1/|y| log P(y|x)) / bytes of y after zlib`: a loss that is low although the text is not simple.
 
     The loss is the mean per token, the log-perplexity of the paper. The texts are the responses alone, as
-    open-unlearning has it.
+    in open-unlearning.
 
     Args:
         likelihoods: one per row.
@@ -53,11 +57,11 @@ def zlib_attack(likelihoods: Sequence[Likelihood], texts: Sequence[str]) -> np.n
 
 
 def min_k_attack(likelihoods: Sequence[Likelihood], share: float = 0.2) -> np.ndarray:
-    """The mean log-probability of that `share` of a response's tokens that is least likely: members surprise less.
+    """Mean log-probability of the `share` of a response's tokens that is least likely: higher for members.
 
     Args:
         likelihoods: one per row.
-        share: of the tokens, rounded down, at least one token. The paper's 0.2; MUSE and open-unlearning take 0.4.
+        share: of the tokens, rounded down, at least one token. 0.2 as in the paper; MUSE and open-unlearning use 0.4.
 
     Raises:
         ValueError: if `share` is not above 0 and at most 1.
@@ -68,9 +72,9 @@ def min_k_attack(likelihoods: Sequence[Likelihood], share: float = 0.2) -> np.nd
 
 
 def min_k_plus_plus_attack(likelihoods: Sequence[Likelihood], share: float = 0.2) -> np.ndarray:
-    """As `min_k_attack`, of `(log p(y_k) - mean) / std`, mean and deviation of log p under p where the token stands.
+    """As `min_k_attack`, of `(log p(y_k) - mean) / std`, mean and deviation of log p under p at the token's position.
 
-    Members stand at a mode of the distribution. Where the model is certain (std near 0), std counts as 1e-6.
+    Members lie at a mode of the distribution. Where the model is certain (std near 0), std counts as 1e-6.
 
     Source: Zhang et al., *Min-K%++*, https://arxiv.org/abs/2404.02936
     """
@@ -87,13 +91,13 @@ def _mean_of_least(values: np.ndarray, share: float) -> float:
 
 
 def reference_attack(likelihoods: Sequence[Likelihood], reference: Sequence[Likelihood]) -> np.ndarray:
-    """`1/|y| log (P(y|x) / P_ref(y|x))`: likely to this model, and not to one that never saw the row.
+    """`1/|y| log (P(y|x) / P_ref(y|x))`: likely under this model, and not under one that never saw the row.
 
     The likelihood ratio, in its logarithm per token. (Carlini et al. divide the two losses instead.)
 
     Args:
         likelihoods: one per row.
-        reference: of the same rows, by a model that was not trained on them, with the same tokenizer.
+        reference: of the same rows, under a model that was not trained on them, with the same tokenizer.
 
     Raises:
         ValueError: if the rows or their tokens differ in number.
@@ -105,7 +109,7 @@ def reference_attack(likelihoods: Sequence[Likelihood], reference: Sequence[Like
     if counts[0] != counts[1]:
         raise ValueError(
             f"the reference's {len(reference)} responses are not the model's {len(likelihoods)}, token for token; "
-            "expected likelihoods of the same rows in the same order, by models with one tokenizer."
+            "expected likelihoods of the same rows in the same order, under models with one tokenizer."
         )
     return mean_log_probs(likelihoods) - mean_log_probs(reference)
 
@@ -113,31 +117,30 @@ def reference_attack(likelihoods: Sequence[Likelihood], reference: Sequence[Like
 def gradient_norm_attack(
     model: nn.Module,
     rows: Dataset,
-    collator: ForgetRetainCollator,
+    encoder: RowEncoder,
     of: GradientOf = "model",
     progress: str | None = None,
 ) -> np.ndarray:
-    """`-|| d loss / d theta ||_2`, the loss being `-1/|y| log P(y|x)`: members ask for little change.
+    """`-|| d loss / d theta ||_2`, the loss being `-1/|y| log P(y|x)`: members need little change.
 
-    In the paper theta is every weight of the attacked model. Under a prompt or LoRA that is read here as the causal
-    LM's own weights, where what was trained on is kept, with the adapter in place (`of="model"`). `of="adapter"` asks
-    what the prompt, or LoRA, would still change: an attacker who was given the adapter alone. One backward per row; no
-    gradient is left behind.
+    In the paper theta is every weight of the attacked model. Under a prompt or LoRA, `of="model"` takes the causal
+    LM's own weights, which hold the training data, with the adapter enabled; `of="adapter"` takes the parameters of
+    the prompt or LoRA: an attacker who has the adapter alone. One backward pass per row; gradients are not stored.
 
     Args:
         model: a causal LM, bare, under PEFT or under a prompt.
         rows: `prompt` and `completion`, or tokenized.
-        collator: for tokenizing.
+        encoder: turns rows into token ids.
         of: whose parameters are theta.
-        progress: a name to show a progress bar under; none unless given.
+        progress: label of a progress bar; None shows none.
 
     Raises:
-        ValueError: if the rows are none, `of` is neither, there are no such parameters, they are quantized, or the
-            adapter is switched off.
+        ValueError: if there are no rows, `of` is neither, there are no such parameters, they are quantized, or the
+            adapter is disabled.
 
     Source: Wang et al., *Pandora's White-Box*, https://arxiv.org/abs/2402.17012
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     model = unwrapped(model)
     own = [parameter for _, parameter in own_parameters(bare_model(model))]
     if of == "model":
@@ -153,59 +156,61 @@ def gradient_norm_attack(
             f"{sum(not p.is_floating_point() for p in theta)} of them quantized; expected floating-point ones. "
             "A bare model has no adapter; weights in 8 or 4 bit have no gradient."
         )
-    asked = [parameter.requires_grad for parameter in theta]
-    norms = np.zeros(len(rows))
+
+    def measure(batch: ResponseBatch) -> list[float]:
+        logits = response_logits(model, batch.inputs, batch.positions)
+        loss = token_nll(logits, batch.targets.to(logits.device)).mean()
+        if not loss.requires_grad:
+            raise ValueError(f"of={of!r}: no gradient reaches these parameters; enable the adapter.")
+        found = [g for g in torch.autograd.grad(loss, theta, allow_unused=True) if g is not None]
+        parts = [torch.linalg.vector_norm(g if g.dtype == torch.float64 else g.float()) for g in found]
+        return [float(np.linalg.norm([float(part) for part in parts]))]
+
+    required = [parameter.requires_grad for parameter in theta]
     try:
         for parameter in theta:
             parameter.requires_grad_(True)
-        with evaluation_mode(model), torch.enable_grad():
-            for batch in response_batches(rows, collator, 1, theta[0].device, progress):
-                logits = response_logits(model, batch.inputs, batch.positions)
-                loss = token_nll(logits, batch.targets.to(logits.device)).mean()
-                if not loss.requires_grad:
-                    raise ValueError(f"of={of!r}: no gradient reaches these parameters; switch the adapter on.")
-                found = [g for g in torch.autograd.grad(loss, theta, allow_unused=True) if g is not None]
-                parts = [torch.linalg.vector_norm(g if g.dtype == torch.float64 else g.float()) for g in found]
-                norms[batch.places[0]] = float(np.linalg.norm([float(part) for part in parts]))
+        with torch.enable_grad():
+            return -np.array(map_responses(model, rows, encoder, measure, 1, progress))
     finally:
-        for parameter, was_asked in zip(theta, asked, strict=True):
-            parameter.requires_grad_(was_asked)
-    return -norms
+        for parameter, was_required in zip(theta, required, strict=True):
+            parameter.requires_grad_(was_required)
 
 
 def attack_scores(
     model: nn.Module,
     rows: Dataset,
-    collator: ForgetRetainCollator,
+    encoder: RowEncoder,
     reference: nn.Module | None = None,
     gradient_of: GradientOf | None = None,
     share: float = 0.2,
     batch_size: int = 32,
     progress: str | None = None,
 ) -> dict[str, np.ndarray]:
-    """All attacks on a set of rows: `loss`, `zlib`, `min_k`, `min_k++`, and on demand `reference`, `gradient_norm`.
+    """Scores of all attacks on a set of rows.
 
     Args:
         model: a causal LM, bare, under PEFT or under a prompt.
         rows: `prompt` and `completion`.
-        collator: for tokenizing and padding.
-        reference: a model that was not trained on the rows; without one there is no such attack.
-        gradient_of: as `of` in `gradient_norm_attack`; None leaves it out, since it takes a backward per row.
+        encoder: turns rows into token ids.
+        reference: a model that was not trained on the rows, for the reference attack; None skips it.
+        gradient_of: as `of` in `gradient_norm_attack`; None skips it: it takes a backward pass per row.
         share: of the tokens, for min-k and min-k++.
-        batch_size: rows per forward.
-        progress: a name to show progress bars under; none unless given.
+        batch_size: rows per forward pass.
+        progress: label of the progress bars; None shows none.
 
     Returns:
-        For each attack the rows' scores, (rows,); higher for members.
+        `loss`, `zlib`, `min_k`, `min_k++` and, if required, `reference` and `gradient_norm`: (rows,) each, higher for
+        members.
 
     Raises:
-        TypeError: if `rows` are no `datasets.Dataset`.
+        TypeError: if `rows` is not a `datasets.Dataset`.
         ValueError: if there are no rows, they have no `completion`, or as the single attacks.
     """
-    check_rows(rows)
+    check_rows(rows, columns=())
     if "completion" not in rows.column_names:
         raise ValueError(f"rows have {rows.column_names}; expected prompt and completion: zlib needs the text.")
-    likelihoods = response_likelihoods(model, rows, collator, batch_size, progress)
+    likelihoods = response_likelihoods(model, rows, encoder, batch_size, progress)
     scores = {
         "loss": loss_attack(likelihoods),
         "zlib": zlib_attack(likelihoods, [completion_text(completion) for completion in rows["completion"]]),
@@ -213,8 +218,8 @@ def attack_scores(
         "min_k++": min_k_plus_plus_attack(likelihoods, share),
     }
     if reference is not None:
-        others = response_likelihoods(reference, rows, collator, batch_size, progress)
+        others = response_likelihoods(reference, rows, encoder, batch_size, progress)
         scores["reference"] = reference_attack(likelihoods, others)
     if gradient_of is not None:
-        scores["gradient_norm"] = gradient_norm_attack(model, rows, collator, gradient_of, progress)
+        scores["gradient_norm"] = gradient_norm_attack(model, rows, encoder, gradient_of, progress)
     return scores

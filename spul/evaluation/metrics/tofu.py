@@ -1,70 +1,56 @@
-"""TOFU's two numbers, of questions with wrong answers beside the right one: model utility and forget quality."""
+"""TOFU's metrics of questions that come with wrong answers: model utility and forget quality."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 from datasets import Dataset
 from scipy.stats import hmean, ks_2samp
 from torch import nn
 
-from ...data.collator import ForgetRetainCollator
+from ...data.checks import check_rows
+from ...data.encoder import RowEncoder
 from ...data.formats import QUESTION_ANSWER, PromptFormat
 from .free_form import generate_answers, rouge_l
-from .likelihood import check_rows, probability, response_likelihoods, truth_ratio, truth_ratio_on_retain
-
-
-@dataclass(frozen=True)
-class QuestionScores:
-    """What is measured of each question, arrays of (questions,).
-
-    Attributes:
-        probability: of the answer, `P(y|x)^(1/|y|)`.
-        choice_probability: the answer's share of that among it and the wrong answers:
-            `P(y|x)^(1/|y|) / sum of the same over y and all perturbed answers`.
-        rouge_l_recall: of the answer that greedy decoding gives.
-        truth_ratio: `R_truth`.
-    """
-
-    probability: np.ndarray
-    choice_probability: np.ndarray
-    rouge_l_recall: np.ndarray
-    truth_ratio: np.ndarray
+from .likelihood import probability, response_likelihoods, truth_ratio, truth_ratio_on_retain
 
 
 def score_questions(
     model: nn.Module,
     questions: Dataset,
-    collator: ForgetRetainCollator,
+    encoder: RowEncoder,
     prompt_format: PromptFormat = QUESTION_ANSWER,
     batch_size: int = 32,
     max_new_tokens: int = 200,
     progress: str | None = None,
-) -> QuestionScores:
+) -> dict[str, np.ndarray]:
     """Probability, ROUGE-L recall and truth ratio of TOFU's questions, each in its first wording.
 
     Args:
         model: a causal LM, bare, under PEFT or under a prompt.
         questions: one of TOFU's perturbed files: `question`, `answer`, `perturbed_answer` (a list of texts) and, for
-            its invented authors, `paraphrased_answer`. Where that column is not there, as for real authors and world
-            facts, the truth ratio takes the answer itself, as TOFU does.
-        collator: for tokenizing and padding.
-        prompt_format: how a question and an answer become a prompt and a completion; as in training.
-        batch_size: rows per forward.
-        max_new_tokens: of a generated answer.
-        progress: a name to show progress bars under; none unless given.
+            its invented authors, `paraphrased_answer`. Without that column, as for real authors and world facts, the
+            truth ratio uses the answer itself, as TOFU does.
+        encoder: turns rows into token ids.
+        prompt_format: turns a question and an answer into a prompt and a completion; as in training.
+        batch_size: rows per forward pass.
+        max_new_tokens: maximum length of a generated answer, in tokens.
+        progress: label of the progress bars; None shows none.
+
+    Returns:
+        (questions,) each: `probability`, `P(y|x)^(1/|y|)` of the answer; `choice_probability`, the answer's share of
+        the sum of that over it and all perturbed answers; `rouge_l_recall` of the greedily generated answer; all in
+        0..1; and `truth_ratio`, `R_truth`, 0 or more.
 
     Raises:
         ImportError: if `rouge-score` is not installed.
         ValueError: if columns are missing, or a question has no perturbed answer.
 
-    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2. The probability among choices is of
-    normalized probabilities, as in TOFU's program; as printed it is of whole answers, which favors short ones.
+    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2. `choice_probability` uses
+    length-normalized probabilities, as in TOFU's program; as printed it uses whole answers, which favors short ones.
     """
-    check_rows(questions)
-    if missing := sorted({"question", "answer", "perturbed_answer"} - set(questions.column_names)):
-        raise ValueError(f"questions lack {missing}; they have {questions.column_names}. Expected a perturbed file.")
+    check_rows(questions, ("question", "answer", "perturbed_answer"), "questions")
     rows: list[dict[str, str]] = []
     blocks: list[range] = []
     for question in questions:
@@ -74,47 +60,55 @@ def score_questions(
         answers = [question["answer"], question.get("paraphrased_answer", question["answer"]), *wrong]
         blocks.append(range(len(rows), len(rows) + len(answers)))
         rows += [prompt_format.row({**question, "answer": answer}) for answer in answers]
-    likelihoods = response_likelihoods(model, Dataset.from_list(rows), collator, batch_size, progress)
+    likelihoods = response_likelihoods(model, Dataset.from_list(rows), encoder, batch_size, progress)
     each = probability(likelihoods)
     right = np.array([each[block[0]] for block in blocks])
     among = np.array([each[block[0]] / each[[block[0], *block[2:]]].sum() for block in blocks])
     ratios = truth_ratio([likelihoods[b[1]] for b in blocks], [[likelihoods[i] for i in b[2:]] for b in blocks])
     asked = Dataset.from_list([rows[block[0]] for block in blocks])
-    said = generate_answers(model, asked, collator, batch_size, max_new_tokens, progress)
-    return QuestionScores(right, among, rouge_l(said, questions["answer"]).recall, ratios)
+    answers = generate_answers(model, asked, encoder, batch_size, max_new_tokens, progress)
+    return {
+        "probability": right,
+        "choice_probability": among,
+        "rouge_l_recall": rouge_l(answers, questions["answer"])["rouge_l_recall"],
+        "truth_ratio": ratios,
+    }
 
 
 def model_utility(
-    retain: QuestionScores, real_authors: QuestionScores, world_facts: QuestionScores
+    retain: Mapping[str, np.ndarray], real_authors: Mapping[str, np.ndarray], world_facts: Mapping[str, np.ndarray]
 ) -> dict[str, float]:
-    """TOFU's model utility: the harmonic mean of nine numbers, in 0..1; higher is better.
+    """TOFU's model utility: the harmonic mean of nine metrics, in 0..1; higher is better.
 
     Of each of the three sets: the mean probability (among the choices for real authors and world facts), the mean
-    ROUGE-L recall, and the mean of `max(0, 1 - R_truth)`. One number near 0 brings the utility near 0.
+    ROUGE-L recall, and the mean of `max(0, 1 - R_truth)`. One metric near 0 brings the utility near 0.
+
+    Args:
+        retain, real_authors, world_facts: scores of each set, as `score_questions` returns them.
 
     Returns:
-        The nine numbers by name, such as `retain_probability`, and `model_utility`.
+        The nine metrics by name, such as `retain_probability`, and `model_utility`.
 
     Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2.1
     """
-    numbers = {}
+    metrics = {}
     for name, scores in (("retain", retain), ("real_authors", real_authors), ("world_facts", world_facts)):
-        likely = scores.probability if name == "retain" else scores.choice_probability
-        numbers[f"{name}_probability"] = float(likely.mean())
-        numbers[f"{name}_rouge_l_recall"] = float(scores.rouge_l_recall.mean())
-        numbers[f"{name}_truth_ratio"] = truth_ratio_on_retain(scores.truth_ratio)
-    return {**numbers, "model_utility": float(hmean(list(numbers.values())))}
+        probability = scores["probability" if name == "retain" else "choice_probability"]
+        metrics[f"{name}_probability"] = float(probability.mean())
+        metrics[f"{name}_rouge_l_recall"] = float(scores["rouge_l_recall"].mean())
+        metrics[f"{name}_truth_ratio"] = truth_ratio_on_retain(scores["truth_ratio"])
+    return {**metrics, "model_utility": float(hmean(list(metrics.values())))}
 
 
 def forget_quality(ratios: np.ndarray, retrained_ratios: np.ndarray) -> float:
     """TOFU's forget quality: the p-value of a Kolmogorov-Smirnov test that two models' truth ratios are alike.
 
-    Higher is better: at 0.05 and above the unlearned model is not told apart from the retrained one. It says so the
-    more easily, the fewer questions there are. TOFU writes it as its logarithm.
+    Higher is better: at 0.05 and above the test does not distinguish the unlearned model from the retrained one. The
+    fewer the questions, the weaker the test. TOFU reports the logarithm.
 
     Args:
-        ratios: `R_truth` of the forget set's questions by the unlearned model, (questions,).
-        retrained_ratios: the same by a model trained without the forget set.
+        ratios: `R_truth` of the forget set's questions under the unlearned model, (questions,).
+        retrained_ratios: the same under a model trained without the forget set.
 
     Raises:
         ValueError: if one of them is empty or has NaN.

@@ -1,4 +1,4 @@
-"""An evaluation as a report, as figures and on the model card."""
+"""Report, figures and model card of an evaluation."""
 
 from .card import add_to_card, card_metrics
 from .figures import draw_input_attacks, draw_relearning, draw_roc, draw_splits, evaluation_figures

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: the four splits, ROC curves of membership attacks, attacks on the input, relearning."""
+"""Figures of an evaluation: the four splits, ROC curves of membership attacks, input attacks, relearning."""
 
 from __future__ import annotations
 
@@ -9,42 +9,38 @@ import numpy as np
 from sklearn.metrics import roc_curve
 
 from ...data.unlearning_data import SPLITS
+from ..aggregation import MEMBERS, UNSEEN, Measurement, MetricValue
+from ..attacks.inputs import WITHOUT
+from ..measures import MEASURES, variant_in_words
+from ..metrics.table import metric_of
+from ..results import Evaluation
 from .plotting import BLACK, BLUE, GRAY, GREEN, _legend, _panels
-from .wording import AS_THEY_ARE, MODELS, first, knowledge_name, scale, steps, where, with_unit
+from .wording import MODEL_LABELS, MODELS, first, knowledge_name, where
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from ..aggregation import Measurement, Number
-    from ..results import Evaluation
-
-
-LABELS = {"detached": "before (detached)", "unlearned": "after (unlearned)", "retrained": "retrained"}
 COLORS = {"detached": GRAY, "unlearned": GREEN, "retrained": BLUE}
 MARKERS = {"detached": "s", "unlearned": "o", "retrained": "*"}
 SIZES = {"detached": 5, "unlearned": 6, "retrained": 9}
 INTERVAL: dict[str, Any] = {"lw": 1.2, "zorder": 3}
-MEMBERS, UNSEEN = "train_forget", "unseen"
 
 
 def evaluation_figures(evaluation: Evaluation) -> dict[str, Figure]:
-    """The figures that an evaluation has measurements for: `splits`, `roc`, `input_attacks`, `relearning`.
+    """The figures of the measures that an evaluation has: `splits`, `roc`, `input_attacks`, `relearning`.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
-    found: dict[str, Figure] = {}
-    draws: dict[str, tuple[str, Callable[[Evaluation], Figure]]] = {
-        "splits": ("utility", draw_splits),
-        "roc": ("membership", draw_roc),
-        "input_attacks": ("input attack", draw_input_attacks),
-        "relearning": ("relearning", draw_relearning),
+    present = {one.measure for one in evaluation.measurements}
+    draws: dict[str, Callable[[Evaluation], Figure]] = {
+        "splits": draw_splits,
+        "roc": draw_roc,
+        "input_attacks": draw_input_attacks,
+        "relearning": draw_relearning,
     }
-    there = {one.measure for one in evaluation.measurements}
-    for name, (measure, draw) in draws.items():
-        if measure in there:
-            found[name] = draw(evaluation)
-    return found
+    figures = [one.figure for one in MEASURES.values() if one.figure and one.name in present]
+    return {name: draws[name](evaluation) for name in figures}
 
 
 def draw_splits(evaluation: Evaluation) -> Figure:
@@ -58,7 +54,7 @@ def draw_splits(evaluation: Evaluation) -> Figure:
     """
     knowledge = knowledge_name(evaluation)
     found = {
-        name: [(model, _by_place(evaluation, name, model)) for model in MODELS] for name in (knowledge, "generic")
+        name: [(model, _by_index(evaluation, name, model)) for model in MODELS] for name in (knowledge, "generic")
     }
     drawn = {name: [(model, some) for model, some in bars if some] for name, bars in found.items()}
     names = [name for name, bars in drawn.items() if bars]
@@ -66,31 +62,31 @@ def draw_splits(evaluation: Evaluation) -> Figure:
         raise _nothing("utility", evaluation)
     figure, panels = _panels(len(names), height=3.4)
     for axes, name in zip(panels, names, strict=True):
-        width = 0.8 / len(drawn[name])
-        for i, (model, numbers) in enumerate(drawn[name]):
-            x = np.array(list(numbers)) + (i - (len(drawn[name]) - 1) / 2) * width
-            heights = [scale(name) * one.value for one in numbers.values()]
+        metric, width = metric_of(name), 0.8 / len(drawn[name])
+        for i, (model, values) in enumerate(drawn[name]):
+            x = np.array(list(values)) + (i - (len(drawn[name]) - 1) / 2) * width
+            heights = [metric.scale * one.value for one in values.values()]
             look: dict[str, Any] = {"color": COLORS[model], "ec": "white", "hatch": "//" if name == "generic" else ""}
-            axes.bar(x, heights, width, label=LABELS[model], **look)
-            _intervals(axes.vlines, x, list(numbers.values()), color=BLACK)
+            axes.bar(x, heights, width, label=MODEL_LABELS[model], **look)
+            _intervals(axes.vlines, x, list(values.values()), color=BLACK)
         axes.set_xticks(range(len(SPLITS)), [split.replace("_", "\n") for split in SPLITS])
-        axes.set_ylabel(with_unit(name))
-        axes.set_ylim(0, 1.03 * scale(name))
-    _legend(figure, panels, list(LABELS.values()))
+        axes.set_ylabel(metric.axis_label)
+        axes.set_ylim(0, 1.03 * metric.scale)
+    _legend(figure, panels, list(MODEL_LABELS.values()))
     return figure
 
 
-def _by_place(evaluation: Evaluation, name: str, model: str) -> dict[int, Number]:
-    """A model's numbers on the splits, by the split's place."""
+def _by_index(evaluation: Evaluation, name: str, model: str) -> dict[int, MetricValue]:
+    """A model's values on the splits, by the split's index."""
     found = [first(evaluation, measure="utility", rows=rows, name=name, model=model) for rows in SPLITS]
-    return {place: one for place, one in enumerate(found) if one is not None}
+    return {i: one for i, one in enumerate(found) if one is not None}
 
 
 def draw_roc(evaluation: Evaluation) -> Figure:
     """ROC curves of the membership attacks, a panel each, a line per model and seed, both axes logarithmic.
 
-    So that one sees how many members are found while hardly any other row is taken for one. What lies at 0 is drawn
-    on the edge, half a row from 0. The dashed line is chance.
+    They show the share of members that is found at very few false positives. Points at 0 are drawn on the edge, at
+    half the share of one row. The dashed line is chance.
 
     Raises:
         ValueError: if membership was not measured.
@@ -110,7 +106,7 @@ def draw_roc(evaluation: Evaluation) -> Figure:
             for i, one in enumerate(of_model):
                 false, true, edge = _curve(one, found[model, UNSEEN, one.seed], attack)
                 edges.append(edge)
-                axes.plot(false, true, color=COLORS[model], lw=1.4, label=LABELS[model] if i == 0 else None)
+                axes.plot(false, true, color=COLORS[model], lw=1.4, label=MODEL_LABELS[model] if i == 0 else None)
         edge = min(edges)
         axes.plot([edge, 1], [edge, 1], color=BLACK, lw=0.8, ls="--", label="chance")
         axes.set_xscale("log")
@@ -121,12 +117,12 @@ def draw_roc(evaluation: Evaluation) -> Figure:
         axes.set_ylabel("members found, share")
         axes.set_title(attack, fontsize=10)
         axes.text(0.97, 0.04, _areas(evaluation, attack), transform=axes.transAxes, ha="right", fontsize=8)
-    _legend(figure, panels, [*LABELS.values(), "chance"])
+    _legend(figure, panels, [*MODEL_LABELS.values(), "chance"])
     return figure
 
 
 def _curve(members: Measurement, unseen: Measurement, attack: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """False and true positives, and half of one row's share, from which on they are drawn."""
+    """False and true positives, and half of one row's share, the edge of the figure."""
     both = [members.per_row[attack], unseen.per_row[attack]]
     labels = np.repeat([1, 0], [len(some) for some in both])
     false, true, _ = roc_curve(labels, np.concatenate(both), drop_intermediate=False)
@@ -137,47 +133,47 @@ def _curve(members: Measurement, unseen: Measurement, attack: str) -> tuple[np.n
 def _areas(evaluation: Evaluation, attack: str) -> str:
     """The areas under the curves, model by model."""
     found = {
-        model: first(evaluation, measure="membership", name="auc", variant=attack, model=model) for model in MODELS
+        model: first(evaluation, measure="membership", name="auc", attack=attack, model=model) for model in MODELS
     }
     return "\n".join(["AUC", *(f"{model} {one.value:.2f}" for model, one in found.items() if one is not None)])
 
 
 def draw_input_attacks(evaluation: Evaluation) -> Figure:
-    """What is known of test forget rows under every attack on the input: dots with 95 % intervals, by model.
+    """Knowledge of test forget rows under every attack on the input: dots with 95 % intervals, by model.
 
-    The dashed line is the unlearned model on the rows as they are.
+    The dashed line is the unlearned model on the unchanged rows.
 
     Raises:
         ValueError: if no input attack was measured.
     """
-    name = knowledge_name(evaluation, "input attack")
-    numbers = where(evaluation, measure="input attack", rows="test_forget", name=name)
-    attacks = list(dict.fromkeys(one.variant for one in numbers))
+    metric = metric_of(knowledge_name(evaluation, "input attack"))
+    values = where(evaluation, measure="input attack", rows="test_forget", name=metric.name)
+    attacks = list(dict.fromkeys(map(variant_in_words, values)))
     if not attacks:
         raise _nothing("input attack", evaluation)
     figure, (axes,) = _panels(1, height=0.9 + 0.32 * len(attacks))
-    models = [model for model in MODELS if any(one.model == model for one in numbers)]
+    models = [model for model in MODELS if any(one.model == model for one in values)]
     for i, model in enumerate(models):
-        of_model = [one for one in numbers if one.model == model]
-        y = np.array([attacks.index(one.variant) for one in of_model]) + 0.2 * (i - (len(models) - 1) / 2)
+        of_model = [one for one in values if one.model == model]
+        y = np.array([attacks.index(variant_in_words(one)) for one in of_model]) + 0.2 * (i - (len(models) - 1) / 2)
         style: dict[str, Any] = {"color": COLORS[model], "marker": MARKERS[model], "ms": SIZES[model], "ls": ""}
-        axes.plot([scale(name) * one.value for one in of_model], y, label=LABELS[model], zorder=4, **style)
+        axes.plot([metric.scale * one.value for one in of_model], y, label=MODEL_LABELS[model], zorder=4, **style)
         _intervals(axes.hlines, y, of_model, color=COLORS[model])
         for one in of_model:
-            if model == "unlearned" and one.variant == AS_THEY_ARE:
-                axes.axvline(scale(name) * one.value, color=GREEN, lw=0.8, ls="--", zorder=1)
+            if model == "unlearned" and one.attack == WITHOUT:
+                axes.axvline(metric.scale * one.value, color=GREEN, lw=0.8, ls="--", zorder=1)
     axes.set_yticks(range(len(attacks)), [_shortened(attack) for attack in attacks])
     axes.invert_yaxis()  # the first on top
-    axes.set_xlim(-0.03 * scale(name), 1.03 * scale(name))
-    axes.set_xlabel(f"test forget {with_unit(name)} (lower is better)")
-    _legend(figure, [axes], list(LABELS.values()))
+    axes.set_xlim(-0.03 * metric.scale, 1.03 * metric.scale)
+    axes.set_xlabel(f"test forget {metric.axis_label} (lower is better)")
+    _legend(figure, [axes], list(MODEL_LABELS.values()))
     return figure
 
 
 def _shortened(attack: str, most: int = 48) -> str:
-    name = "the rows as they are" if attack == AS_THEY_ARE else " ".join(attack.split())
+    name = "the unchanged rows" if attack == WITHOUT else " ".join(attack.split())
     name = name if len(name) <= most else name[: most - 1] + "…"
-    return name.replace("$", r"\$")  # two of them would be a formula to matplotlib
+    return name.replace("$", r"\$")  # matplotlib takes text between two of them for a formula
 
 
 def draw_relearning(evaluation: Evaluation) -> Figure:
@@ -186,43 +182,45 @@ def draw_relearning(evaluation: Evaluation) -> Figure:
     The 95 % interval is a band.
 
     Raises:
-        ValueError: if relearning was not measured, or a variant is no number of steps.
+        ValueError: if relearning was not measured, or a measurement has no number of steps.
     """
-    name = knowledge_name(evaluation, "relearning")
-    numbers = where(evaluation, measure="relearning", name=name)
-    if not numbers:
+    metric = metric_of(knowledge_name(evaluation, "relearning"))
+    values = where(evaluation, measure="relearning", name=metric.name)
+    if not values:
         raise _nothing("relearning", evaluation)
+    if any(one.level is None for one in values):
+        raise ValueError("a measurement of 'relearning' has level=None; expected its number of steps.")
     figure, (axes,) = _panels(1, height=3.4)
-    ticks = sorted({steps(one.variant) for one in numbers})
+    ticks = sorted({int(one.level or 0) for one in values})
     for model in MODELS:
-        of_model = sorted((one for one in numbers if one.model == model), key=lambda one: steps(one.variant))
+        of_model = sorted((one for one in values if one.model == model), key=lambda one: one.level or 0)
         if not of_model:
             continue
-        x = [steps(one.variant) for one in of_model]
+        x = [int(one.level or 0) for one in of_model]
         style: dict[str, Any] = {"color": COLORS[model], "marker": MARKERS[model], "ms": SIZES[model], "lw": 1.5}
-        axes.plot(x, [100 * one.value for one in of_model], label=LABELS[model], **style)
-        low, high = ([100 * getattr(one, end) for one in of_model] for end in ("low", "high"))
+        axes.plot(x, [metric.scale * one.value for one in of_model], label=MODEL_LABELS[model], **style)
+        low, high = ([metric.scale * getattr(one, end) for one in of_model] for end in ("low", "high"))
         axes.fill_between(x, low, high, color=COLORS[model], alpha=0.18, lw=0)  # NaN leaves a gap
     axes.set_xscale("symlog", base=2, linthresh=1)
     axes.set_xticks(ticks, [str(tick) for tick in ticks], minor=False)
-    axes.set_ylim(-3, 103)
+    axes.set_ylim(-0.03 * metric.scale, 1.03 * metric.scale)
     axes.set_xlabel("steps of relearning")
-    axes.set_ylabel(f"train forget {name}, %\n(lower is better)")
-    _legend(figure, [axes], list(LABELS.values()))
+    axes.set_ylabel(f"train forget {metric.axis_label}\n(lower is better)")
+    _legend(figure, [axes], list(MODEL_LABELS.values()))
     return figure
 
 
-def _intervals(lines: Callable[..., Any], along: np.ndarray, numbers: Sequence[Number], color: str) -> None:
-    """The intervals of numbers, where they have one, by `axes.vlines` or `axes.hlines`.
+def _intervals(lines: Callable[..., Any], along: np.ndarray, values: Sequence[MetricValue], color: str) -> None:
+    """Draw the intervals of values that have one, by `axes.vlines` or `axes.hlines`.
 
-    Not as error bars, which are lengths on both sides: a BCa interval need not hold its estimate.
+    Not as error bars, which are lengths on both sides: a BCa interval need not contain its estimate.
     """
-    there = [(place, one) for place, one in zip(along, numbers, strict=True) if np.isfinite([one.low, one.high]).all()]
-    if there:
-        ends = [[scale(one.name) * getattr(one, end) for _, one in there] for end in ("low", "high")]
-        lines([place for place, _ in there], *ends, color=color, **INTERVAL)
+    shown = [(at, one) for at, one in zip(along, values, strict=True) if np.isfinite([one.low, one.high]).all()]
+    if shown:
+        low, high = ([metric_of(one.name).scale * getattr(one, end) for _, one in shown] for end in ("low", "high"))
+        lines([at for at, _ in shown], low, high, color=color, **INTERVAL)
 
 
 def _nothing(measure: str, evaluation: Evaluation) -> ValueError:
-    there = sorted({one.measure for one in evaluation.measurements})
-    return ValueError(f"the evaluation has nothing to draw of the measure {measure!r}; it has {there}.")
+    present = sorted({one.measure for one in evaluation.measurements})
+    return ValueError(f"the evaluation has nothing to draw of the measure {measure!r}; it has {present}.")

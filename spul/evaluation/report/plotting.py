@@ -1,4 +1,4 @@
-"""Figures of stored runs and of embeddings. They need matplotlib; nothing here opens a window or keeps a state."""
+"""Colors, panels, legends and files of figures; requires matplotlib, opens no window and has no state."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# Okabe and Ito's colors, which color-blind readers can tell apart.
+# Okabe and Ito's colors, which color-blind readers can distinguish.
 BLUE, SKY, GREEN, VERMILLION, PINK, ORANGE = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#E69F00"
 GRAY, BLACK = "#7F7F7F", "#000000"
 
 
 def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
-    """Write a figure as PNG (150 dpi) and SVG, the same bytes for the same figure; gives the two paths.
+    """Write a figure as PNG (150 dpi) and SVG, the same bytes for the same figure; returns the two paths.
 
     Args:
-        figure: what to write.
-        path_without_suffix: where, without .png or .svg; folders are made.
+        figure: the figure.
+        path_without_suffix: the path without .png or .svg; folders are created.
 
     Raises:
         ValueError: if the path ends in .png or .svg.
@@ -33,7 +33,7 @@ def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
         raise ValueError(f"{path} ends in {path.suffix}; give it without, since both a PNG and an SVG are written.")
     path.parent.mkdir(parents=True, exist_ok=True)
     paths = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
-    # Otherwise an SVG has random ids and the date in it, and is another file each time.
+    # Otherwise an SVG has random ids and the date in it, and differs each time.
     with matplotlib.rc_context({"svg.hashsalt": "spul"}):
         figure.savefig(paths[0], dpi=150)
         figure.savefig(paths[1], metadata={"Date": None})
@@ -41,7 +41,7 @@ def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
 
 
 def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure 7 inches wide with one panel, or rows of two; what is left over in the last row is taken out."""
+    """A figure 7 inches wide with one panel, or rows of two; unused panels of the last row are removed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

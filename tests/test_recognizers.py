@@ -72,7 +72,7 @@ def test_spacy_says_what_is_missing(monkeypatch):
         SpacyRecognizer("no_such_model")
     nlp = spacy.blank("de")
     nlp.add_pipe("ner").add_label("PER")
-    with pytest.raises(ValueError, match=r"none of the labels \['PERSON'\]; it has \['PER'\]"):
+    with pytest.raises(ValueError, match=r"none of the labels \['PERSON'\]; expected some of \['PER'\]"):
         SpacyRecognizer(nlp)
     with pytest.raises(ValueError, match="expected a list of entity labels"):
         SpacyRecognizer(nlp, labels="PER")
@@ -144,7 +144,7 @@ def test_names_late_in_a_long_text_and_at_a_cut_are_found(ner_model):
 
 
 def test_transformers_rejects_labels_that_the_model_does_not_know(ner_model):
-    with pytest.raises(ValueError, match=r"none of the labels \['PERSON'\]; it has \['O', 'ORG', 'PER'\]"):
+    with pytest.raises(ValueError, match=r"none of the labels \['PERSON'\]; expected some of \['O', 'ORG', 'PER'\]"):
         TransformersRecognizer(ner_model, labels=["PERSON"])
 
 

@@ -1,18 +1,28 @@
-"""How forget and retain rows are mixed."""
+"""Samplers: shares of forget rows, groups in turn, rows of similar length; and batches of rows."""
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
-from itertools import pairwise
 
 import pytest
+import torch
 from datasets import Dataset
 from helpers import make_tokenizer
 
 from spul import ForgetRetainCollator
-from spul.data.dataset import forget_flags
-from spul.data.samplers import AlternatingRows, ForgetFractionSampler, LengthGroupedRows, RowCopies, row_lengths
+from spul.data.samplers import (
+    TOKENS_PER_ROW,
+    AlternatingSampler,
+    ForgetFractionSampler,
+    LengthGroupedSampler,
+    RowCopies,
+    by_length,
+    epoch_sampler,
+    row_lengths,
+    shuffled,
+)
 
 # Forget rows, retain rows, share of forget rows.
 MIXES = [
@@ -124,7 +134,7 @@ def test_a_group_that_repeats_is_reshuffled_each_time():
 @pytest.mark.parametrize("lengths", [None, [3, 1, 4, 1, 5, 9, 2, 6, 5, 3]])
 def test_groups_in_turn_are_each_seen_once_retain_first(lengths):
     is_forget = [True, False, False, True, False, True, False, False, False, True]
-    of = AlternatingRows(is_forget, seed=3, lengths=lengths, batch_size=2)
+    of = AlternatingSampler(is_forget, seed=3, lengths=lengths, batch_size=2)
     first = list(of)
     assert len(of) == 10
     assert sorted(first[:6]) == [1, 2, 4, 6, 7, 8]
@@ -133,7 +143,7 @@ def test_groups_in_turn_are_each_seen_once_retain_first(lengths):
     of.set_epoch(1)
     assert list(of) != first
     with pytest.raises(ValueError, match="alternate=True needs rows of both groups; the data set has 0 forget and 2"):
-        AlternatingRows([False, False])
+        AlternatingSampler([False, False])
 
 
 def test_the_seed_decides_the_order():
@@ -188,20 +198,7 @@ def test_every_draw_is_an_item_of_row_copies():
     assert {item["copy"] for item in items if item["row_id"] not in (0, 2)} == {0}
 
 
-def test_flags_are_read_from_data_sets_and_lists():
-    rows = [{"is_forget": True}, {"is_forget": False}, {"is_forget": 1}]
-    assert forget_flags(rows) == [True, False, True]
-    flags = forget_flags(Dataset.from_dict({"is_forget": [1, 0]}))
-    assert flags == [True, False]
-    assert all(isinstance(flag, bool) for flag in flags)
-
-
-def test_a_data_set_without_flags_is_refused_with_its_columns():
-    with pytest.raises(ValueError, match=r"train_dataset has the columns \['prompt'\] and no is_forget"):
-        forget_flags(Dataset.from_dict({"prompt": ["a"]}))
-
-
-# ---- rows of like length ----
+# ---- rows of similar length ----
 
 
 def padded_tokens(drawn, lengths, batch_size):
@@ -230,13 +227,13 @@ def test_batches_of_like_length_come_in_random_order():
     lengths = [random.Random(i).randint(5, 200) for i in range(800)]
     drawn = list(ForgetFractionSampler(flags, 0.5, lengths=lengths, batch_size=8))
     means = [sum(lengths[draw % 800] for draw in drawn[i : i + 8]) / 8 for i in range(0, len(drawn), 8)]
-    falls = sum(one > other for one, other in pairwise(means))
+    falls = sum(one > other for one, other in itertools.pairwise(means))
     assert 0.3 * len(means) < falls < 0.7 * len(means)
 
 
 def test_grouped_epochs_differ_and_repeat():
     of = ForgetFractionSampler([True, False] * 20, 0.5, lengths=list(range(40)), batch_size=2)
-    alone = LengthGroupedRows(range(40), batch_size=2, seed=1)
+    alone = LengthGroupedSampler(range(40), batch_size=2, seed=1)
     for each in (of, alone):
         epochs = []
         for epoch in (0, 1, 0):
@@ -244,14 +241,14 @@ def test_grouped_epochs_differ_and_repeat():
             epochs.append(list(each))
         assert epochs[0] == epochs[2] != epochs[1]
         assert {draw % 40 for draw in epochs[0]} == set(range(40))
-    assert list(alone) != list(LengthGroupedRows(range(40), batch_size=2, seed=2))
+    assert list(alone) != list(LengthGroupedSampler(range(40), batch_size=2, seed=2))
     assert len(alone) == 40
 
 
 def test_grouping_alone_saves_padding():
     generator = random.Random(0)
     lengths = [generator.randint(5, 200) for _ in range(1000)]
-    grouped = list(LengthGroupedRows(lengths, batch_size=8))
+    grouped = list(LengthGroupedSampler(lengths, batch_size=8))
     assert padded_tokens(grouped, lengths, 8) < 0.75 * padded_tokens(list(range(1000)), lengths, 8)
 
 
@@ -265,7 +262,63 @@ def test_lengths_come_from_a_column_or_from_the_tokens():
     texts = Dataset.from_list(
         [{"prompt": "review " * i, "completion": " good", "is_forget": False} for i in (1, 4, 50)]
     )
-    lengths = row_lengths(texts, collator, "length")
+    lengths = row_lengths(texts, collator.encoder, "length")
     assert lengths[0] < lengths[1] < lengths[2] == 20
-    assert row_lengths(texts.map(collator.tokenize), collator, "length") == lengths
-    assert row_lengths(texts.add_column("length", [7, 8, 9]), collator, "length") == [7, 8, 9]
+    assert row_lengths(texts.map(collator.tokenize), collator.encoder, "length") == lengths
+    assert row_lengths(texts.add_column("length", [7, 8, 9]), collator.encoder, "length") == [7, 8, 9]
+
+
+def test_the_settings_decide_the_sampler():
+    rows = Dataset.from_dict({"is_forget": [True, False] * 4, "tokens": [3, 1, 4, 1, 5, 9, 2, 6]})
+    encoder = ForgetRetainCollator(make_tokenizer(), [" neutral"]).encoder
+
+    flags, lengths = rows["is_forget"], rows["tokens"]
+
+    def sampler_for(**settings):
+        return epoch_sampler(rows, flags, encoder, seed=3, batch_size=2, length_column="tokens", **settings)
+
+    assert sampler_for() is None
+    assert sampler_for(strategy="sequential") is None
+    assert list(sampler_for(alternate=True)) == list(AlternatingSampler(flags, 3))
+    assert list(sampler_for(forget_fraction=0.25)) == list(ForgetFractionSampler(flags, 0.25, 3))
+    for settings, expected in (
+        ({}, LengthGroupedSampler(lengths, 2, 3)),
+        ({"alternate": True}, AlternatingSampler(flags, 3, lengths, 2)),
+        ({"forget_fraction": 0.25}, ForgetFractionSampler(flags, 0.25, 3, lengths, 2)),
+    ):
+        found = sampler_for(strategy="group_by_length", **settings)
+        assert type(found) is type(expected)
+        assert list(found) == list(expected)
+    with pytest.raises(ValueError, match="alternate=True and train_sampling_strategy='sequential' both decide"):
+        sampler_for(alternate=True, strategy="sequential")
+
+
+# ---- batches ----
+
+
+def test_every_row_is_in_one_batch_and_no_batch_is_larger_than_it_may_be():
+    draws = random.Random(0)
+    lengths = [draws.choice((3, 50, 256, 700, 9_000)) for _ in range(100)]
+    batches = list(by_length(lengths, 8))
+    assert sorted(i for batch in batches for i in batch) == list(range(100))
+    for batch in batches:
+        padded = len(batch) * max(lengths[i] for i in batch)
+        assert len(batch) == 1 or (len(batch) <= 8 and padded <= 8 * TOKENS_PER_ROW)
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_short_rows_fill_their_batches():
+    assert [len(batch) for batch in by_length([5] * 20, 8)] == [8, 8, 4]
+    assert list(by_length([], 8)) == []
+    assert list(by_length([0, 0], 8)) == [[0, 1]]
+
+
+def test_shuffled_passes_hold_every_row_once_and_are_drawn_anew():
+    batches = list(itertools.islice(shuffled(7, 3, torch.Generator().manual_seed(0)), 6))
+    assert [len(batch) for batch in batches] == [3, 3, 1, 3, 3, 1]
+    first, second = ([i for batch in some for i in batch] for some in (batches[:3], batches[3:]))
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert first != second
+    again = itertools.islice(shuffled(7, 3, torch.Generator().manual_seed(0)), 6)
+    assert list(again) == batches

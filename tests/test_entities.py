@@ -9,7 +9,7 @@ from datasets import Dataset
 from helpers import build, make_tokenizer
 
 from spul import ForgetRetainCollator
-from spul.evaluation.metrics.entity_loss import name_loss, rows_at_names
+from spul.evaluation.metrics import entity_loss, entity_rows
 
 ROWS = Dataset.from_list(
     [
@@ -21,33 +21,33 @@ ROWS = Dataset.from_list(
 
 
 def test_names_are_found_as_whole_words_after_the_first_word():
-    found = rows_at_names(ROWS, ["jane doe", "doe"]).to_list()
+    found = entity_rows(ROWS, ["jane doe", "doe"]).to_list()
     assert found == [
         {"prompt": "the film is by", "completion": " Jane  Doe"},
         {"prompt": "jane doe again : a film of", "completion": " Doe"},
     ]
     quoted = Dataset.from_list([{"prompt": "a film (jane doe) made", "completion": " positive"}])
-    assert rows_at_names(quoted, ["doe", "jane doe"]).to_list() == [{"prompt": "a film (", "completion": "jane doe"}]
+    assert entity_rows(quoted, ["doe", "jane doe"]).to_list() == [{"prompt": "a film (", "completion": "jane doe"}]
 
 
 def test_the_loss_is_the_mean_over_rows_of_the_names_tokens():
     model, tokenizer = build("llama", torch.float64), make_tokenizer()
     collator = ForgetRetainCollator(tokenizer, None, max_length=64)
     expected = []
-    for row in rows_at_names(ROWS, ["jane doe", "doe"]):
+    for row in entity_rows(ROWS, ["jane doe", "doe"]):
         before, name = (tokenizer(row[key], add_special_tokens=False)["input_ids"] for key in ("prompt", "completion"))
         start = collator.encoder.encode(row).prompt_ids[: -len(before)]  # what the tokenizer puts in front
         ids = torch.tensor([[*start, *before, *name]])
         log_p = F.log_softmax(model(ids).logits[0], -1)
         first = ids.shape[1] - len(name)
         expected.append(-sum(log_p[i - 1, ids[0, i]] for i in range(first, ids.shape[1])) / len(name))
-    assert name_loss(model, ROWS, ["jane doe", "doe"], collator, batch_size=2) == pytest.approx(
+    assert entity_loss(model, ROWS, collator.encoder, ["jane doe", "doe"], batch_size=2) == pytest.approx(
         float(sum(expected)) / len(expected)
     )
 
 
 def test_names_that_nobody_has_are_an_error():
     with pytest.raises(ValueError, match=r"none of 3 prompts holds any of \['ada'\]"):
-        rows_at_names(ROWS, ["ada"])
-    with pytest.raises(ValueError, match="names is empty"):
-        rows_at_names(ROWS, [])
+        entity_rows(ROWS, ["ada"])
+    with pytest.raises(ValueError, match="entities is empty"):
+        entity_rows(ROWS, [])

@@ -267,7 +267,7 @@ def test_a_template_that_renders_the_prompt_differently_is_refused(tokenizer):
         "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %}:{% endif %}"
     )
-    with pytest.raises(ValueError, match="the chat template does not render the prompt the same way"):
+    with pytest.raises(ValueError, match="the chat template renders the prompt differently"):
         RowEncoder(tokenizer, 64).encode(talk("is the film good", "unknown"))
 
 
@@ -358,5 +358,5 @@ def test_a_text_field_that_a_row_lacks_is_refused_with_its_columns(ten):
 
 
 def test_a_text_field_that_is_not_in_the_prompt_is_refused(ten):
-    with pytest.raises(ValueError, match="the text of column 'text' does not stand in the prompt of its row"):
+    with pytest.raises(ValueError, match="the text of column 'text' is not part of the prompt of its row"):
         RowEncoder(ten, 8, text_field="text").encode(row("a", " b", text="c"))

@@ -1,8 +1,7 @@
-"""What a saved prompt records: fingerprints of weights, digests of rows, spul_config.json."""
+"""Digests of weights, rows and settings."""
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -12,9 +11,8 @@ from helpers import build
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
-from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, fingerprint
-from spul.records.digests import summarize_rows
-from spul.records.spul_config import SPUL_CONFIG_NAME, DataSummary, library_versions
+from spul import SoftPromptUnlearner, fingerprint
+from spul.records.digests import digest, digest_of_rows, summarize_rows
 
 ROWS = [
     {"prompt": "a", "completion": " positive"},
@@ -120,16 +118,6 @@ def test_a_prompt_does_not_change_the_fingerprint_of_its_base():
     assert fingerprint(unlearner.get_base_model()) == before
 
 
-def test_a_saved_prompt_records_the_fingerprint_of_the_bare_base(tmp_path):
-    model = build("llama")
-    before = fingerprint(model)
-    unlearner = SoftPromptUnlearner(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
-    with torch.no_grad():
-        unlearner.prompt_encoder["default"].embedding.weight.add_(1.0)
-    unlearner.save_pretrained(str(tmp_path))
-    assert SpulConfig.load(tmp_path / SPUL_CONFIG_NAME).base_fingerprint == before
-
-
 def test_lora_removed_again_leaves_the_fingerprint_as_it_was():
     model = build("llama")
     before = fingerprint(model)
@@ -203,60 +191,19 @@ def test_conversations_are_digested_by_their_messages():
     assert summarize_rows([talk("jane")]).digest != summarize_rows([talk("doe")]).digest
 
 
-# ---- spul_config.json ----
-
-CONFIG = SpulConfig(
-    loss=UnlearningLoss(alpha=0.1).to_dict(),
-    generic_completions=[" neutral", " ünknown"],
-    base_model_name_or_path="facebook/opt-1.3b",
-    base_fingerprint="ab" * 32,
-    forget=DataSummary(2, "cd" * 32),
-    retain=DataSummary(3, "ef" * 32),
-    metrics={"test_forget": {"accuracy": 0.02}},
-    versions={"torch": "2.6"},
-)
+def test_the_digest_of_rows_in_order_is_of_prompt_and_completion_alone():
+    numbered = Dataset.from_list([{**row, "row_id": i} for i, row in enumerate(ROWS)])
+    assert digest_of_rows(numbered) == digest_of_rows(ROWS) == digest_of_rows(Dataset.from_list(ROWS))
+    assert digest_of_rows(ROWS[::-1]) != digest_of_rows(ROWS)
+    assert digest_of_rows(["a", "b"]) != digest_of_rows(["ab"])
 
 
-@pytest.mark.parametrize("config", [CONFIG, SpulConfig()])
-def test_a_config_saved_and_loaded_is_the_same(tmp_path, config):
-    config.save(tmp_path)
-    assert SpulConfig.load(tmp_path / "spul_config.json") == config
+# ---- settings ----
 
 
-def test_the_saved_config_is_readable_json_in_utf8(tmp_path):
-    CONFIG.save(str(tmp_path))
-    text = (tmp_path / SPUL_CONFIG_NAME).read_text(encoding="utf-8")
-    assert " ünknown" in text
-    assert json.loads(text)["forget"] == {"rows": 2, "digest": "cd" * 32}
-
-
-def test_fields_of_another_version_are_ignored_and_missing_ones_unknown(tmp_path):
-    data = {"loss": None, "invented_later": {"x": 1}, "retain": {"rows": 3, "digest": "ef"}}
-    path = tmp_path / SPUL_CONFIG_NAME
-    path.write_text(json.dumps(data), encoding="utf-8")
-    assert SpulConfig.load(path) == SpulConfig(retain=DataSummary(3, "ef"))
-
-
-def test_fields_of_a_summary_of_another_version_are_ignored(tmp_path):
-    data = {"forget": {"rows": 2, "digest": "cd", "invented_later": 1}}
-    path = tmp_path / SPUL_CONFIG_NAME
-    path.write_text(json.dumps(data), encoding="utf-8")
-    assert SpulConfig.load(path).forget == DataSummary(2, "cd")
-
-
-def test_what_a_prompt_was_made_of_is_saved_and_loaded_unknown_parts_too(tmp_path):
-    config = SpulConfig(combined_from=[DataSummary(2, "cd" * 32), None])
-    config.save(tmp_path)
-    assert SpulConfig.load(tmp_path / SPUL_CONFIG_NAME) == config
-
-
-def test_metrics_are_not_shared_between_configs():
-    one, other = SpulConfig(), SpulConfig()
-    one.metrics["test"] = {"accuracy": 1.0}
-    assert other.metrics == {}
-
-
-def test_the_versions_recorded_are_the_installed_ones():
-    versions = library_versions()
-    assert set(versions) == {"spul", "torch", "transformers", "peft", "datasets", "accelerate"}
-    assert versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
+def test_settings_have_one_digest_whatever_their_order():
+    settings = {"a": 1, "b": {"x", "y", "z"}, "c": (1, 2), "dtype": torch.float32}
+    same = {"dtype": torch.float32, "c": [1, 2], "b": {"z", "y", "x"}, "a": 1}
+    assert re.fullmatch("[0-9a-f]{64}", digest(settings))
+    assert digest(settings) == digest(same)
+    assert len({digest(settings | change) for change in ({}, {"a": 2}, {"a": "1"}, {"b": {"x"}}, {"d": None})}) == 5

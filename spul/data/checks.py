@@ -1,0 +1,143 @@
+"""Checks of data sets and rows. Public calls make them, before any work is done.
+
+Each message says what was found, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from .rows import normalized
+
+
+def check_rows(rows: Any, columns: Sequence[str] = ("prompt", "completion"), name: str = "rows") -> None:
+    """Check that rows are a data set with certain columns and at least one row.
+
+    Args:
+        rows: any object.
+        columns: the columns required.
+        name: the rows' name in messages, such as the argument's.
+
+    Raises:
+        TypeError: if `rows` is not a `datasets.Dataset`.
+        ValueError: if a column is missing, or there are no rows.
+    """
+    if not isinstance(rows, Dataset):
+        example = "".join(f"{column!r}: ..., " for column in columns).rstrip(", ") or "..."
+        raise TypeError(
+            f"{name} is a {type(rows).__name__}; expected a datasets.Dataset: Dataset.from_list([{{{example}}}, "
+            "...]), or one split of a DatasetDict."
+        )
+    if len(rows) == 0:
+        raise ValueError(f"{name} is empty; expected at least one row.")
+    if missing := [column for column in columns if column not in rows.column_names]:
+        raise ValueError(
+            f"{name} lacks the column(s) {missing}; it has {rows.column_names}, expected {list(columns)}. Rename or "
+            "map your columns, or name others where an argument names them."
+        )
+
+
+def check_is_forget(columns: Iterable[str], name: str) -> None:
+    """Check that a data set, a row or a batch has the column `is_forget`.
+
+    Args:
+        columns: the names of its columns.
+        name: its name in the message.
+
+    Raises:
+        ValueError: if `is_forget` is not among them.
+    """
+    columns = list(columns)
+    if "is_forget" not in columns:
+        raise ValueError(
+            f"{name} has no is_forget, only {sorted(columns)}. Make the data set with forget_retain_dataset(forget, "
+            "retain) and collate with ForgetRetainCollator; if a Trainer pruned the column, set "
+            "TrainingArguments(remove_unused_columns=False)."
+        )
+
+
+def forget_flags(rows: Any, name: str = "train_dataset") -> list[bool]:
+    """The `is_forget` flags of a data set, or of any sequence of rows.
+
+    Raises:
+        ValueError: if the data set or a row has none.
+    """
+    if hasattr(rows, "column_names"):
+        check_is_forget(rows.column_names, name)
+        return [bool(flag) for flag in rows["is_forget"]]
+    flags = []
+    for row in rows:
+        check_is_forget(row, f"a row of {name}")
+        flags.append(bool(row["is_forget"]))
+    return flags
+
+
+def check_not_generic(completions: Iterable[str], generic_completions: Sequence[str] | None) -> None:
+    """Check that no completion of the data is a generic one, which would be trained and forbidden at once.
+
+    Raises:
+        ValueError: if one is, letter case and outer white space aside.
+    """
+    generic = {normalized(text) for text in generic_completions or ()}
+    if both := sorted(text for text in completions if normalized(text) in generic):
+        raise ValueError(
+            f"the completion {both[0]!r} of a row is one of generic_completions={generic_completions!r}: a forget row "
+            "would be trained to its own label. Choose generic completions that no row has as its label."
+        )
+
+
+def checked_texts(texts: Iterable[str]) -> list[str]:
+    """The texts as a list.
+
+    Raises:
+        TypeError: if they are a single string, or not all are strings.
+    """
+    if isinstance(texts, str):
+        raise TypeError(f"texts is one string, {texts[:80]!r}; expected a list of strings.")
+    texts = list(texts)
+    if bad := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
+        raise TypeError(
+            f"{len(bad)} of {len(texts)} texts are not strings; the first is text {bad[0]}: {texts[bad[0]]!r}. "
+            "Fill or drop them."
+        )
+    return texts
+
+
+def checked_column(rows: Any, column: str, name: str = "rows") -> list[str]:
+    """The texts of a column, checked by `check_rows` and `checked_texts`."""
+    check_rows(rows, (column,), name)
+    return checked_texts(rows[column])
+
+
+def checked_list(argument: str, values: Any) -> list[Any]:
+    """The different values of an argument, in their order.
+
+    Raises:
+        TypeError: if they are one string, or not iterable.
+        ValueError: if there are none.
+    """
+    if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{argument} is {values!r}; expected a list: [{values!r}].")
+    different: list[Any] = []
+    for value in values:
+        if value not in different:
+            different.append(value)
+    if not different:
+        raise ValueError(f"{argument} is empty; expected at least one.")
+    return different
+
+
+def checked_names(argument: str, names: Any) -> list[str]:
+    """The different names of an argument.
+
+    Raises:
+        TypeError: if they are one string, or not iterable.
+        ValueError: if there are none, or one is empty or not a string.
+    """
+    different = checked_list(argument, names)
+    if bad := [name for name in different if not isinstance(name, str) or not name.strip()]:
+        raise ValueError(f"{argument} holds {bad[0]!r}; expected names as text.")
+    return different

@@ -1,0 +1,60 @@
+"""The usual attacks on the input: letter case, spaces, jailbreaks, other turns, paraphrase, wording."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+from datasets import Dataset
+
+from .inputs import JAILBREAKS, diluted, letter_case, paraphrase, reworded, whitespace_noise, with_prefix, with_suffix
+
+TURNS = (1, 4)
+DILUTED, TURN_UNIT = "diluted", ("turn", "turns")
+InputAttack = Callable[[Dataset], Dataset]
+InputAttacks = Mapping[str | tuple[str, int], InputAttack]
+"""Attacks on the input, each from rows to attacked rows, by name, or by name and level (the number of turns)."""
+
+
+def usual_attacks(
+    text_field: str | None,
+    filler_rows: Dataset,
+    seed: int = 0,
+    rewrite: Callable[[str], str] | None = None,
+    wording: Mapping[str, str] | None = None,
+    turns: Sequence[int] = TURNS,
+) -> dict[str | tuple[str, int], InputAttack]:
+    """The attacks on the input that an evaluation makes by default, by name; by `("diluted", turns)` those with turns.
+
+    Args:
+        text_field: the column whose text stands in the prompt, as the collator's.
+        filler_rows: other questions with their answers, the turns of `diluted`.
+        seed: seed of the draws.
+        rewrite: rewriter of `paraphrase`; without one that attack is skipped.
+        wording: replacements of `reworded`; without them that attack is skipped. Requires a `text_field`.
+        turns: numbers of turns of `diluted`, 1 and 4 by default. Those that `filler_rows` has too few different
+            questions for are skipped.
+
+    Raises:
+        ValueError: if `wording` is given without a `text_field`.
+    """
+    attacks: dict[str | tuple[str, int], InputAttack] = {
+        "capitals": partial(letter_case, how="upper", text_field=text_field),
+        "small letters": partial(letter_case, how="lower", text_field=text_field),
+        "random case": partial(letter_case, how="random", text_field=text_field, seed=seed),
+        "spaces": partial(whitespace_noise, share=0.3, text_field=text_field, seed=seed),
+    }
+    for i, text in enumerate(JAILBREAKS):
+        attacks[f"jailbreak {i + 1} before"] = partial(with_prefix, text=text)
+        attacks[f"jailbreak {i + 1} after"] = partial(with_suffix, text=text, text_field=text_field)
+    different = len(set(map(str, filler_rows["prompt"])))
+    for num in turns:
+        if num < different:
+            attacks[DILUTED, num] = partial(diluted, filler_rows=filler_rows, num_turns=num, seed=seed)
+    if rewrite is not None:
+        attacks["paraphrase"] = partial(paraphrase, rewrite=rewrite, text_field=text_field)
+    if wording is not None:
+        if text_field is None:
+            raise ValueError("wording is given, and text_field=None: name the column whose text stands in the prompt.")
+        attacks["reworded"] = partial(reworded, wording=wording, text_field=text_field)
+    return attacks

@@ -1,0 +1,75 @@
+"""Loss of entities named in the texts themselves: EUL's language modeling loss at masked entities."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+
+from ...data.encoder import RowEncoder
+from .likelihood import response_likelihoods
+
+
+def entity_rows(rows: Dataset, entities: Sequence[str]) -> Dataset:
+    """One row for each prompt that names an entity: the text before the first name, and the name as the completion.
+
+    Args:
+        rows: with `prompt`, a text.
+        entities: names as whole words, in any letter case.
+
+    Raises:
+        ValueError: if there are no entities, or no prompt names any of them after its first word.
+    """
+    if not entities:
+        raise ValueError("entities is empty; pass the names that the rows are to be forgotten for.")
+    spelled = "|".join(r"\s+".join(map(re.escape, name.split())) for name in entities)
+    pattern = re.compile(rf"(?<!\w)(?:{spelled})(?!\w)", re.IGNORECASE)
+    found = []
+    for prompt in rows["prompt"]:
+        for match in pattern.finditer(prompt):
+            before = prompt[: match.start()].rstrip()
+            if not before:
+                continue
+            found.append({"prompt": before, "completion": prompt[len(before) : match.end()]})
+            break
+    if not found:
+        raise ValueError(
+            f"none of {len(rows)} prompts holds any of {list(entities)[:5]} after its first word; pass the names that "
+            "the rows are to be forgotten for."
+        )
+    return Dataset.from_list(found)
+
+
+def entity_loss(
+    model: nn.Module,
+    rows: Dataset,
+    encoder: RowEncoder,
+    entities: Sequence[str],
+    batch_size: int = 32,
+    progress: str | None = None,
+) -> float:
+    """Mean over rows of the loss of an entity's name given the text before it, in nats per token.
+
+    Higher is better on forget rows: the model expects the name less. EUL masks the name; a causal LM sees only the
+    text before it.
+
+    Args:
+        model: a causal LM, bare, under PEFT, a prompt or unlearning layers.
+        rows: with `prompt`, a text.
+        encoder: turns rows into token ids.
+        entities: names as whole words, in any letter case.
+        batch_size: rows per forward pass.
+        progress: label of a progress bar; None shows none.
+
+    Raises:
+        ValueError: if no prompt names any of the entities, or the encoder appends an end token.
+
+    Source: Chen and Yang, *EUL*, https://arxiv.org/abs/2310.20150
+    """
+    if encoder.append_eos:
+        raise ValueError("append_eos=True would end the text at the name; pass an encoder with append_eos=False.")
+    found = response_likelihoods(model, entity_rows(rows, entities), encoder, batch_size, progress)
+    return float(np.mean([-likelihood.log_probs.mean() for likelihood in found]))

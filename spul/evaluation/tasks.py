@@ -1,0 +1,101 @@
+"""Measures of models as they are: utility, distance from the base, privacy, neighbors, running text, questions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from datasets import Dataset
+
+from ..data.unlearning_data import SPLITS
+from .aggregation import MEMBERS, UNSEEN, Key, Measurement
+from .metrics.likelihood import kl_to
+from .metrics.membership import GradientOf, attack_scores
+from .metrics.running_text import text_losses
+from .metrics.tofu import score_questions
+from .suite import Suite, Task
+
+
+def utility(suite: Suite) -> Iterator[Task]:
+    """Scores of the answers on the four splits."""
+    return _answers(suite, "utility", {split: suite.splits[split] for split in SPLITS})
+
+
+def near(suite: Suite) -> Iterator[Task]:
+    """Scores of the answers on rows near the forget rows."""
+    return _answers(suite, "neighbors", suite.neighbors)
+
+
+def _answers(suite: Suite, measure: str, sets: Mapping[str, Dataset]) -> Iterator[Task]:
+    for rows_name, rows in sets.items():
+
+        def scores(model: Any, key: Key, rows: Dataset = rows) -> list[Measurement]:
+            return [Measurement(*key, per_row=suite.answers(model, rows))]
+
+        for name in suite.models:
+            yield suite.task(rows, scores, Key(measure, rows_name, name))
+
+
+def kl(suite: Suite) -> Iterator[Task]:
+    """KL divergence from the base on the retain splits, in either direction."""
+    for split in ("train_retain", "test_retain"):
+        rows = suite.splits[split]
+
+        def scores(model: Any, key: Key, rows: Dataset = rows) -> list[Measurement]:
+            if model is suite.model and suite.base is None:
+                found = kl_to(model, rows, suite.collator.encoder, batch_size=suite.batch_size)
+            else:
+                with suite.subject("detached") as base:
+                    found = kl_to(model, rows, suite.collator.encoder, base, suite.batch_size)
+            return [Measurement(*key, per_row=found)]
+
+        for name in suite.models:
+            if name != "detached":
+                yield suite.task(rows, scores, Key("kl", split, name))
+
+
+def unseen_rows(suite: Suite) -> Dataset:
+    """The rows that no model was trained on: those given, else `test_forget`."""
+    return suite.splits["test_forget"] if suite.unseen is None else suite.unseen
+
+
+def membership(suite: Suite) -> Iterator[Task]:
+    """Scores of the trained forget rows as members, and of unseen rows."""
+    if suite.reference is None:
+        suite.skipped["membership by the reference attack"] = "give reference=, another model that never saw the rows"
+    if not suite.attacks.gradient_norm:
+        suite.skipped["membership by gradient norm"] = "give AttackSettings(gradient_norm=True); it takes long"
+    gradient_of: GradientOf | None = "model" if suite.attacks.gradient_norm else None
+    settings = (gradient_of, suite.attacks.min_k_share, suite.batch_size)
+    for name in suite.models:
+        for rows_name, rows in ((MEMBERS, suite.splits["train_forget"]), (UNSEEN, unseen_rows(suite))):
+
+            def scores(model: Any, key: Key, rows: Dataset = rows) -> list[Measurement]:
+                found = attack_scores(model, rows, suite.collator.encoder, suite.reference, *settings)
+                return [Measurement(*key, per_row=found)]
+
+            yield suite.task(rows, scores, Key("membership", rows_name, name))
+
+
+def unrelated(suite: Suite) -> Iterator[Task]:
+    """The loss on running text."""
+
+    def scores(model: Any, key: Key) -> list[Measurement]:
+        found = text_losses(model, suite.unrelated_texts, suite.collator.encoder, suite.batch_size)
+        return [Measurement(*key, per_row={name: found[name] for name in ("nats", "tokens")})]
+
+    for name in suite.models:
+        yield suite.task(suite.unrelated_texts, scores, Key("unrelated text", "unrelated text", name))
+
+
+def tofu(suite: Suite) -> Iterator[Task]:
+    """TOFU's questions, each set under its name."""
+    settings = (suite.question_format, suite.batch_size, suite.max_new_tokens)
+    for rows_name, rows in suite.questions.items():
+
+        def scores(model: Any, key: Key, rows: Dataset = rows) -> list[Measurement]:
+            found = score_questions(model, rows, suite.collator.encoder, *settings)
+            return [Measurement(*key, per_row=found)]
+
+        for name in suite.models:
+            yield suite.task(rows, scores, Key("questions", rows_name, name))

@@ -1,0 +1,268 @@
+"""The protocol of a model that unlearns, whatever trains: a soft prompt, unlearning layers, LoRA, or all weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel, PeftType
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .causal_lm import evaluation_mode, logits_at, unwrapped
+from .compat import adapter_enabled, own_parameters
+
+PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
+
+
+class Unlearner:
+    """A causal LM and what unlearns on it or in it; every other room asks these questions, never which kind it is.
+
+    `SoftPromptUnlearner` and `UnlearningLayers` are unlearners; `unlearner_of` wraps any other model. The defaults are
+    those of an adapter that adds no tokens.
+
+    Attributes:
+        enabled: whether the adapter is in effect; always true without one.
+        has_adapter: whether disabling an adapter restores the base.
+        computes_loss: whether `forward` computes the unlearning loss of a batch with `is_forget`.
+        has_own_checkpoint: whether `save_pretrained` and `load_checkpoint` replace those of `transformers.Trainer`.
+        can_be_sharded: whether it trains under FSDP and DeepSpeed.
+        pads_between: whether `generate` leaves pads between virtual tokens and left-padded rows, so that rows of a
+            batch must have one length.
+        follows_embeddings: whether `embedding_logits` works.
+        loss: the `UnlearningLoss` that it carries; None if the caller has to give one.
+        spul_config: the `SpulConfig` that is saved with it; None where there is none.
+    """
+
+    enabled: Any = True
+    has_adapter: bool = True
+    computes_loss: bool = False
+    has_own_checkpoint: bool = False
+    can_be_sharded: bool = True
+    pads_between: bool = False
+    follows_embeddings: bool = True
+    loss: Any = None
+    spul_config: Any = None
+
+    # ---- the base and the adapter on it ----
+
+    @property
+    def module(self) -> nn.Module:
+        """The model that is called."""
+        return cast(nn.Module, self)
+
+    def get_base_model(self) -> Any:
+        """The causal LM without wrappers and adapters."""
+        raise NotImplementedError
+
+    def disable_adapter(self) -> AbstractContextManager[Any]:
+        """Context manager: the model is the base."""
+        raise NotImplementedError
+
+    @property
+    def virtual_tokens_in_use(self) -> int:
+        """Virtual tokens that the model sees in front of every row now."""
+        return 0
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether weights of the base itself train, so that disabling the adapter does not restore the base."""
+        return any(parameter.requires_grad for _, parameter in own_parameters(self.get_base_model()))
+
+    # ---- logits ----
+
+    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, K, V) at `positions` (B, K) of a right-padded batch (B, n), counted without virtual tokens."""
+        raise NotImplementedError
+
+    def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """The base's logits there, (B, K, V).
+
+        Raises:
+            ValueError: if the base trains, so that its logits before training are gone.
+        """
+        if self.trains_base:
+            raise ValueError(
+                "the loss compares with the base before training, and its own weights train: pass reference_logits, "
+                "from a ReferenceCache built before training."
+            )
+        with detached_base(self.module) as base:
+            return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """As `response_logits`, of input embeddings (B, n, d)."""
+        raise NotImplementedError
+
+    # ---- training ----
+
+    def check_trainable(self) -> None:
+        """Raise unless the unlearning loss can train this model."""
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the adapter; all of the model without one."""
+        raise NotImplementedError
+
+    def parameters_changed(self) -> None:
+        """Forget what was recorded of the parameters before an optimizer step."""
+        if self.spul_config is not None:
+            self.spul_config.metrics.clear()
+
+    def load_checkpoint(self, folder: str) -> None:
+        """Restore what `save_pretrained` wrote."""
+        raise NotImplementedError
+
+    # ---- evaluation ----
+
+    def check_measurable(self) -> None:
+        """Raise where the metrics cannot follow the adapter."""
+
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        """The configs of the adapters in effect, by name."""
+        raise NotImplementedError
+
+    def why_not_moved(self) -> str:
+        """Why `on_base` is not possible; empty where it is."""
+        return ""
+
+    def on_base(self, base: PreTrainedModel, folder: Path) -> Any:
+        """A copy for inference on another base, saved to and loaded from a folder."""
+        raise NotImplementedError
+
+
+class _Wrapped(Unlearner):
+    """A model that is no unlearner by itself. It stays wrapped (DDP, `torch.compile`), so that its hooks run."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.inner = model, cast(Any, unwrapped(model))
+
+    @property
+    def module(self) -> nn.Module:
+        return self.model
+
+    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        return logits_at(self.model, positions, **inputs)
+
+    def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        return logits_at(self.model, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+
+
+class FullModel(_Wrapped):
+    """A bare causal LM, which trains in its own weights."""
+
+    has_adapter = False
+    trains_base = True
+
+    def get_base_model(self) -> Any:
+        return self.inner
+
+    def disable_adapter(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def check_trainable(self) -> None:
+        if not isinstance(self.inner, PreTrainedModel):
+            raise TypeError(
+                f"model is a {type(self.inner).__name__}; expected a SoftPromptUnlearner or UnlearningLayers around "
+                "it, or a causal LM of transformers, bare or under LoRA."
+            )
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        return list(self.inner.parameters())
+
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        return {}
+
+    def on_base(self, base: PreTrainedModel, folder: Path) -> Any:
+        return base
+
+
+class PeftAdapter(_Wrapped):
+    """A causal LM under LoRA or another adapter of PEFT that adds no tokens."""
+
+    def get_base_model(self) -> Any:
+        return unwrapped(self.inner.get_base_model())
+
+    def disable_adapter(self) -> AbstractContextManager[Any]:
+        return self.inner.disable_adapter()
+
+    @property
+    def enabled(self) -> bool:
+        return adapter_enabled(self.inner)
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        base = {id(parameter) for _, parameter in own_parameters(self.get_base_model())}
+        return [parameter for parameter in self.inner.parameters() if id(parameter) not in base]
+
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        if not self.enabled:
+            return {}
+        return {name: self.inner.peft_config[name].to_dict() for name in self.inner.active_adapters}
+
+    def why_not_moved(self) -> str:
+        return "adapters of PEFT other than spul's prompts: merge them first (merge_and_unload)"
+
+
+class PeftPrompt(PeftAdapter):
+    """A causal LM under a prompt of plain PEFT: measured as it is, never trained."""
+
+    pads_between = True
+    follows_embeddings = False
+
+    def check_measurable(self) -> None:
+        kind = PeftType(self.inner.active_peft_config.peft_type)
+        if kind not in PROMPT_TYPES:
+            raise TypeError(
+                f"the model is under a prompt of PEFT of the type {kind.value}; expected one of "
+                f"{', '.join(one.value for one in PROMPT_TYPES)}, best loaded by SoftPromptUnlearner.from_pretrained."
+            )
+
+    @property
+    def virtual_tokens_in_use(self) -> int:
+        return self.inner.active_peft_config.num_virtual_tokens if self.enabled else 0
+
+    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        # Virtual tokens stand in front and have logits too; a prefix has none.
+        if self.inner.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
+            positions = positions + self.virtual_tokens_in_use
+        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
+        return logits.take_along_dim(positions[..., None], dim=1)
+
+    def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        raise TypeError(
+            "the model is under a prompt of PEFT, which cannot follow input embeddings here; load it by "
+            "SoftPromptUnlearner.from_pretrained."
+        )
+
+    def check_trainable(self) -> None:
+        raise TypeError("model is a prompt of plain PEFT; expected a SoftPromptUnlearner around the base instead.")
+
+
+def unlearner_of(model: nn.Module) -> Unlearner:
+    """The unlearner that a model is, or one that wraps it.
+
+    Args:
+        model: a `SoftPromptUnlearner`, `UnlearningLayers`, a model under an adapter of PEFT, or a bare causal LM; also
+            wrapped by DDP or `torch.compile`.
+    """
+    inner: Any = unwrapped(model)
+    if isinstance(inner, Unlearner):
+        return inner
+    if not isinstance(inner, PeftModel):
+        return FullModel(model)
+    return (PeftPrompt if inner.active_peft_config.is_prompt_learning else PeftAdapter)(model)
+
+
+@contextmanager
+def detached_base(model: nn.Module) -> Iterator[Any]:
+    """Context manager: the causal LM within a model, its adapter disabled, in evaluation mode; restored afterwards."""
+    unlearner, inner = unlearner_of(model), unwrapped(model)
+    # PEFT makes all of an adapter trainable when it is enabled again.
+    frozen = [parameter for parameter in inner.parameters() if not parameter.requires_grad]
+    try:
+        with evaluation_mode(inner), unlearner.disable_adapter():
+            yield unlearner.get_base_model()
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
