@@ -4,7 +4,7 @@
     python examples/five_requests.py --seeds 0 --methods "prompts distilled" "EUL, fused"
 
 Each of five people asks to be forgotten, one after the other. It writes `requests.jsonl`, one line for each method
-after each request, and `requests.md`, a table; an interrupted run resumes where it stopped.
+after each request, and `requests.md`, a table; an interrupted run resumes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=600, help="of a prompt, for one request")
     parser.add_argument("--layers-steps", type=int, default=300, help="of layers, for one request")
     parser.add_argument("--distill-steps", type=int, default=200, help="of distilling")
-    parser.add_argument("--num-virtual-tokens", type=int, default=15, help="of a prompt; five must fit before a row")
+    parser.add_argument("--num-virtual-tokens", type=int, default=15, help="of a prompt")
     parser.add_argument("--layers-rate", type=float, default=1e-2)
     parser.add_argument(
         "--gamma", type=float, default=0.02, help="weight of EUL's ascent on the text; 0.2 as published"

@@ -194,9 +194,9 @@ class Requests:
             yield layers, time.perf_counter() - start
 
     def combined(self, how: str) -> Served:
-        """The prompts of all requests so far as one: concatenated, or distilled with or without the forget sets.
+        """Prompts of each request, distilled into one, with or without the forget sets.
 
-        Teachers of a distillation are the prompts of all requests, or, one by one, the served prompt and the new one.
+        Either from all prompts at each request, or one by one: from the one that was served and the new one.
         """
         folders = []
         for i in range(len(self.train)):
@@ -205,8 +205,6 @@ class Requests:
             start = time.perf_counter()
             if i == 0:
                 served = SoftPromptUnlearner.from_pretrained(self.base(), folders[0])
-            elif how == "concatenate":
-                served = combine(self.base(), folders)
             else:
                 rows = forget_retain_dataset(forget=self.forget(range(i + 1)), retain=self.retained(i))
                 parts = [self.folder / "distilled", folder] if how == "distill one by one" else folders
@@ -216,7 +214,6 @@ class Requests:
                 served = combine(
                     self.base(),
                     parts,
-                    method="distill",
                     train_dataset=rows,
                     data_collator=self.scoring(),
                     args=self.arguments("distill"),
@@ -251,7 +248,6 @@ class Requests:
             "EUL, one set of layers trained on": lambda: self.one_set_of_layers(self.layers),
             "layers, generic answer, fused": lambda: self.fused(self.generic_layers),
             "layers, wide, generic answer, fused": lambda: self.fused(self.generic_layers, wide=True),
-            "prompts concatenated": lambda: self.combined("concatenate"),
             "prompts distilled": lambda: self.combined("distill"),
             "prompts distilled, one by one": lambda: self.combined("distill one by one"),
             "prompts distilled without forget sets": lambda: self.combined("distill without forget sets"),

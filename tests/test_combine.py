@@ -1,4 +1,4 @@
-"""Several prompts as one: concatenated against plain twins, distilled against their teachers, and what is recorded."""
+"""Several prompts distilled into one: against their teachers, on stored forget sets, and its record."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from datasets import Dataset
 from helpers import CONFIGS, arguments, build, make_batch, make_collator, rows
 from peft import PeftModel, PrefixTuningConfig
 from plain import row_logits
-from transformers import DynamicCache, TrainerCallback
+from transformers import TrainerCallback
 
 from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, combine
 from spul.data.dataset import forget_retain_dataset
@@ -40,143 +40,81 @@ def saved_rows(folder, family="llama"):
     return virtual_tokens(SoftPromptUnlearner.from_pretrained(build(family, torch.float64), folder)).detach()
 
 
-# ---- concatenation ----
+LOUD = {"loudness": 3.0, "dtype": torch.float32}
 
 
-@pytest.mark.parametrize("kinds", [("prompt_tuning",) * 2, ("p_tuning",) * 2, ("p_tuning", "prompt_tuning")])
-def test_prompts_before_the_input_stand_one_after_the_other(tmp_path, family, kinds):
-    one, two = (save(tmp_path / str(i), CONFIGS[kind](3 + i), family, i) for i, kind in enumerate(kinds))
-    base = build(family, torch.float64)
-    combined = combine(base, [one, two]).double()
-    batch = make_batch()
-    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-        ids = ids[mask.bool()][None]
-        parts = [saved_rows(folder, family)[None] for folder in (one, two)]
-        embeds = torch.cat([*(part.double() for part in parts), base.get_input_embeddings()(ids)], dim=1)
-        expected = base(inputs_embeds=embeds).logits
-        torch.testing.assert_close(combined(input_ids=ids).logits, expected, rtol=1e-6, atol=1e-6)
+def training(folder, data=None, collator=None, **kwargs):
+    """The arguments of `combine` that it trains with."""
+    settings = {"max_steps": 1, "learning_rate": 0.05, "per_device_train_batch_size": 16}
+    return {
+        "train_dataset": rows("jane", 4) if data is None else data,
+        "data_collator": make_collator() if collator is None else collator,
+        "args": arguments(folder / "out", **{**settings, **kwargs}),
+    }
 
 
-@pytest.mark.parametrize("projection", [False, True])
-def test_prefixes_lie_side_by_side_in_the_cache(tmp_path, family, projection):
-    configs = [
-        PrefixTuningConfig(
-            task_type="CAUSAL_LM", num_virtual_tokens=3 + i, prefix_projection=projection, encoder_hidden_size=8
-        )
-        for i in range(2)
-    ]
-    # The encoder is there only while it trains, so what it puts out is taken before it is saved.
-    caches, folders = [], []
-    for i, config in enumerate(configs):
-        base = build(family, torch.float64)
-        torch.manual_seed(10 + i)
-        part = SoftPromptUnlearner(base, config).double()
-        caches.append(part.get_prompt(batch_size=1))
-        part.save_pretrained(str(tmp_path / str(i)))
-        folders.append(tmp_path / str(i))
-    base = build(family, torch.float64)
-    combined = combine(base, folders).double()
-    assert not combined.active_peft_config.prefix_projection
-    batch = make_batch()
-    for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-        ids = ids[mask.bool()][None]
-        both = DynamicCache(config=base.config)
-        for layer in range(base.config.num_hidden_layers):
-            kept = [cache.layers[layer] for cache in caches]
-            both.update(torch.cat([x.keys for x in kept], 2), torch.cat([x.values for x in kept], 2), layer)
-        expected = base(ids, past_key_values=both).logits
-        torch.testing.assert_close(combined(input_ids=ids).logits, expected, rtol=1e-6, atol=1e-6)
+def distill(tmp_path, folders, data, collator=None, family="llama", **kwargs):
+    own = {
+        name: kwargs.pop(name)
+        for name in ("num_virtual_tokens", "loss", "forget_fraction", "callbacks")
+        if name in kwargs
+    }
+    return combine(build(family), folders, **training(tmp_path, data, collator, **kwargs), **own)
+
+
+# ---- what comes out ----
 
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 def test_plain_peft_loads_what_was_saved(tmp_path, family, prompt_type):
-    folders = save_three(tmp_path, prompt_type, family)
-    combined = combine(build(family, torch.float64), folders).double()
+    folders = save_three(tmp_path, prompt_type, family, **LOUD)
+    combined = distill(tmp_path, folders, rows("jane", 4), family=family, max_steps=1)
     combined.save_pretrained(str(tmp_path / "all"))
-    plain = PeftModel.from_pretrained(build(family, torch.float64), tmp_path / "all").double()
+    plain = PeftModel.from_pretrained(build(family), tmp_path / "all")
     ids = make_batch()["input_ids"][:1]
-    torch.testing.assert_close(plain(input_ids=ids).logits, combined(input_ids=ids).logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(plain(input_ids=ids).logits, combined(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
     expected = row_logits(combined, ids[0])
-    torch.testing.assert_close(plain(input_ids=ids).logits[0, -len(expected) :], expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(plain(input_ids=ids).logits[0, -len(expected) :], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_order_is_the_given_one_and_matters(tmp_path):
-    a, b, c = save_three(tmp_path)
-    ids = make_batch()["input_ids"][:1]
-    logits = []
-    for order in ([a, b, c], [c, a, b]):
-        combined = combine(build("llama", torch.float64), order)
-        expected = torch.cat([saved_rows(folder) for folder in order])
-        assert torch.equal(virtual_tokens(combined), expected)
-        logits.append(combined(input_ids=ids).logits[0, -1])
-    assert not torch.allclose(*logits, rtol=1e-3)
-
-
-def test_a_revoked_request_leaves_nothing_behind(tmp_path):
-    a, b, c = save_three(tmp_path)
-    kept = combine(build("llama"), [a, c])
-    gone = saved_rows(b)
-    assert len(virtual_tokens(kept)) == 7
-    assert not any((row == other).all() for row in virtual_tokens(kept) for other in gone)
-    assert kept.spul_config.combined_from == [DataSummary(3, "a" * 64), DataSummary(4, "c" * 64)]
-    assert torch.equal(virtual_tokens(kept)[3:], saved_rows(c))
+@pytest.mark.parametrize("projection", [False, True])
+def test_a_prefix_becomes_one_without_projection(tmp_path, projection):
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=projection, encoder_hidden_size=8
+    )
+    folder = save(tmp_path / "one", config, **LOUD)
+    combined = distill(tmp_path, [folder], rows("jane", 4), max_steps=1, learning_rate=0.0)
+    assert not combined.active_peft_config.prefix_projection
+    assert torch.equal(virtual_tokens(combined), saved_rows(folder).float())
+    assert not combined.training
+    assert not any(p.requires_grad for p in combined.parameters())
 
 
 def test_the_base_may_be_named(tmp_path):
     build("llama").save_pretrained(tmp_path / "base")
-    combined = combine(str(tmp_path / "base"), save_three(tmp_path)[:2])
+    combined = combine(str(tmp_path / "base"), save_three(tmp_path)[:2], **training(tmp_path, max_steps=1))
     assert combined.get_base_model().name_or_path == str(tmp_path / "base")
-    assert len(virtual_tokens(combined)) == 5
+    assert len(virtual_tokens(combined)) == 3
 
 
 # ---- the record ----
 
 
-def test_what_is_not_known_of_a_concatenated_prompt_is_not_claimed(tmp_path):
-    generic = ([" neutral", " unknown"], [" unknown", " none"])
-    folders = [
-        save(
-            tmp_path / str(i),
-            CONFIGS["prompt_tuning"](),
-            seed=i,
-            generic_completions=texts,
-            retain=DataSummary(9, "r"),
-        )
-        for i, texts in enumerate(generic)
-    ]
-    combined = combine(build("llama", torch.float64), folders)
-    combined.save_pretrained(str(tmp_path / "all"))
-    record = SpulConfig.load(tmp_path / "all" / "spul_config.json")
-    assert record.generic_completions == [" neutral", " unknown", " none"]
-    assert record.combined_from == [None, None]
-    assert (record.loss, record.forget, record.retain, record.metrics) == (None, None, None, {})
-    assert record.base_fingerprint == SpulConfig.load(folders[0] / "spul_config.json").base_fingerprint
-
-
-def test_generic_completions_unknown_for_one_are_unknown_for_all(tmp_path):
-    folders = [
-        save(tmp_path / str(i), CONFIGS["prompt_tuning"](), seed=i, generic_completions=texts)
-        for i, texts in enumerate(([" neutral"], None))
-    ]
-    assert combine(build("llama"), folders).spul_config.generic_completions is None
-
-
 def test_what_was_combined_before_counts_as_its_requests(tmp_path):
-    a, b, c = save_three(tmp_path)
-    combine(build("llama"), [a, b]).save_pretrained(str(tmp_path / "ab"))
-    again = combine(build("llama"), [tmp_path / "ab", c])
+    a, b, c = save_three(tmp_path, **LOUD)
+    distill(tmp_path, [a, b], rows("jane", 4), max_steps=1).save_pretrained(str(tmp_path / "ab"))
+    again = distill(tmp_path, [tmp_path / "ab", c], rows("jane", 4), max_steps=1)
     assert [part.rows for part in again.spul_config.combined_from] == [3, 2, 4]
+    revoked = distill(tmp_path, [a, c], rows("jane", 4), max_steps=1)
+    assert revoked.spul_config.combined_from == [DataSummary(3, "a" * 64), DataSummary(4, "c" * 64)]
 
 
-def test_a_prompt_of_other_weights_warns_and_so_does_what_it_became_part_of(tmp_path):
-    folders = save_three(tmp_path)[:2]
+def test_a_prompt_of_other_weights_warns(tmp_path):
     other = build("llama")
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.add_(0.5)
     with pytest.warns(UserWarning, match="other weights than this base"):
-        combine(other, folders).save_pretrained(str(tmp_path / "all"))
-    with pytest.warns(UserWarning, match="other weights than this base"):
-        SoftPromptUnlearner.from_pretrained(other, tmp_path / "all")
+        combine(other, save_three(tmp_path)[:2], **training(tmp_path, max_steps=1))
 
 
 # ---- bad input ----
@@ -185,7 +123,7 @@ def test_a_prompt_of_other_weights_warns_and_so_does_what_it_became_part_of(tmp_
 def test_prefixes_and_prompts_before_the_input_do_not_mix(tmp_path):
     folders = [save(tmp_path / kind, CONFIGS[kind]()) for kind in ("prompt_tuning", "prefix_tuning")]
     with pytest.raises(ValueError, match=r"kinds PROMPT_TUNING, PREFIX_TUNING.*Combine each sort by itself"):
-        combine(build("llama"), folders)
+        combine(build("llama"), folders, **training(tmp_path))
 
 
 def test_a_prompt_of_another_width_raises(tmp_path):
@@ -194,62 +132,37 @@ def test_a_prompt_of_another_width_raises(tmp_path):
     wide = SoftPromptUnlearner(build("llama", hidden_size=64), CONFIGS["prompt_tuning"]())
     wide.save_pretrained(str(tmp_path / "wide"))
     with pytest.raises(ValueError, match="does not fit this base"):
-        combine(build("llama"), [one, tmp_path / "wide"])
+        combine(build("llama"), [one, tmp_path / "wide"], **training(tmp_path))
 
 
-def test_one_prompt_or_one_twice_has_nothing_to_be_combined_with(tmp_path):
+def test_no_prompt_and_one_twice_are_refused(tmp_path):
     one = save(tmp_path / "one", CONFIGS["prompt_tuning"]())
-    with pytest.raises(ValueError, match=r"expected at least 2.*from_pretrained"):
-        combine(build("llama"), [one])
+    given = training(tmp_path)
+    with pytest.raises(ValueError, match="prompts is empty; expected one or more"):
+        combine(build("llama"), [], **given)
     with pytest.raises(TypeError, match="expected a list"):
-        combine(build("llama"), str(one))
+        combine(build("llama"), str(one), **given)
     copy = save(tmp_path / "copy", CONFIGS["prompt_tuning"]())
     for twice in ([one, one], [one, copy]):
         with pytest.raises(ValueError, match="hold the same prompt; give each once"):
-            combine(build("llama"), twice)
+            combine(build("llama"), twice, **given)
 
 
-def test_more_virtual_tokens_than_positions_raise(tmp_path):
-    folders = [save(tmp_path / str(i), CONFIGS["prompt_tuning"](48), seed=i) for i in range(2)]
-    with pytest.raises(ValueError, match=r"96 virtual tokens leave no room.*96 positions.*distill"):
-        combine(build("llama"), folders)
-
-
-def test_arguments_of_the_other_method_are_refused(tmp_path):
-    folders = save_three(tmp_path)
-    with pytest.raises(ValueError, match="'average' is not known"):
-        combine(build("llama"), folders, method="average")
-    with pytest.raises(ValueError, match=r"takes no num_virtual_tokens, forget_fraction; use method='distill'"):
-        combine(build("llama"), folders, num_virtual_tokens=5, forget_fraction=0.5)
-    with pytest.raises(ValueError, match="pass train_dataset, data_collator and args"):
-        combine(build("llama"), folders, method="distill")
-
-
-def test_distilling_checks_data_length_and_loss(tmp_path):
-    given = {"method": "distill", "train_dataset": rows("jane", 4), "data_collator": make_collator()}
-    given["args"] = arguments(tmp_path, max_steps=1)
-    folders = save_three(tmp_path)
+def test_data_length_and_loss_are_checked(tmp_path):
+    given, folders = training(tmp_path), save_three(tmp_path)
     with pytest.raises(TypeError, match="is a list; expected"):
         combine(build("llama"), folders, **{**given, "train_dataset": list(rows("jane", 4))})
     for num in (0, 10):
         with pytest.raises(ValueError, match=f"num_virtual_tokens={num}: the prompts together have 9"):
             combine(build("llama"), folders, num_virtual_tokens=num, **given)
+    long = [save(tmp_path / str(i), CONFIGS["prompt_tuning"](48), seed=i, **LOUD) for i in range(2)]
+    with pytest.raises(ValueError, match=r"96 virtual tokens and \d+ tokens exceed the model's 96 positions"):
+        distill(tmp_path, long, rows("jane", 4), num_virtual_tokens=96, max_steps=1)
     with pytest.raises(ValueError, match="loss is for rows with is_forget"):
         combine(build("llama"), folders, loss=UnlearningLoss(), **given)
 
 
-# ---- distilling from the prompts' own behavior ----
-
-LOUD = {"loudness": 3.0, "dtype": torch.float32}
-
-
-def distil(tmp_path, folders, data, collator=None, family="llama", **kwargs):
-    settings = {"max_steps": 0, "learning_rate": 0.05, "per_device_train_batch_size": 16}
-    names = ("num_virtual_tokens", "loss", "forget_fraction", "callbacks")
-    own = {name: kwargs.pop(name) for name in names if name in kwargs}
-    args = arguments(tmp_path / "out", **{**settings, **kwargs})
-    collator = make_collator() if collator is None else collator
-    return combine(build(family), folders, "distill", train_dataset=data, data_collator=collator, args=args, **own)
+# ---- distillation from the prompts' own behavior ----
 
 
 @torch.no_grad()
@@ -266,20 +179,20 @@ def plain_divergences(teacher, student, data, collator):
     return torch.stack(found)
 
 
-def said_by(model):
+def logits_of(model):
     return lambda ids: model(input_ids=ids[None]).logits[0, -len(ids) :]
 
 
 @pytest.mark.parametrize("generic", [[" neutral", " unknown"], None])
 @pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning", "prefix_tuning"])
-def test_a_shorter_prompt_comes_to_say_what_its_teacher_says(tmp_path, kind, generic):
+def test_a_shorter_prompt_approaches_its_teacher(tmp_path, kind, generic):
     folder = save(tmp_path / "one", CONFIGS[kind](8), **LOUD)
     data, collator = rows("jane", 16), make_collator(generic_completions=generic)
     teacher = SoftPromptUnlearner.from_pretrained(build("llama"), folder)
-    start = distil(tmp_path, [folder], data, collator, num_virtual_tokens=3, max_steps=1, learning_rate=0.0)
-    after = distil(tmp_path, [folder], data, collator, num_virtual_tokens=3, max_steps=60, learning_rate=0.3)
+    start = distill(tmp_path, [folder], data, collator, num_virtual_tokens=3, max_steps=1, learning_rate=0.0)
+    after = distill(tmp_path, [folder], data, collator, num_virtual_tokens=3, max_steps=60, learning_rate=0.3)
     divergences = [
-        plain_divergences(said_by(teacher), said_by(student), data, collator).mean() for student in (start, after)
+        plain_divergences(logits_of(teacher), logits_of(student), data, collator).mean() for student in (start, after)
     ]
     assert divergences[0] > 0.01  # else there is nothing to learn
     assert divergences[1] < divergences[0] / 3
@@ -296,22 +209,26 @@ def test_the_loss_is_the_divergence_from_the_teacher_that_moves_the_base_furthes
     folders = [save(tmp_path / str(i), CONFIGS["prompt_tuning"](4), seed=i, **LOUD) for i in range(3)]
     data, collator = rows("jane", 20), make_collator(generic_completions=[" neutral"])
     at_start = {"max_steps": 1, "learning_rate": 0.0, "per_device_train_batch_size": 40, "callbacks": [Noting()]}
-    student = distil(tmp_path, folders, data, collator, num_virtual_tokens=4, per_device_eval_batch_size=6, **at_start)
+    student = distill(
+        tmp_path, folders, data, collator, num_virtual_tokens=4, per_device_eval_batch_size=6, **at_start
+    )
     base = build("llama")
     parts = [SoftPromptUnlearner.from_pretrained(base, folder) for folder in folders]
-    frozen, expected = said_by(base), 0.0
-    moved = torch.stack([plain_divergences(said_by(part), frozen, data, collator) for part in parts])
+    frozen, expected = logits_of(base), 0.0
+    moved = torch.stack([plain_divergences(logits_of(part), frozen, data, collator) for part in parts])
     chosen = moved.argmax(dim=0)
     assert len(set(chosen.tolist())) > 1  # else any rule would do
     for along in (data, data.map(lambda row: {"completion": " neutral"})):
-        found = torch.stack([plain_divergences(said_by(part), said_by(student), along, collator) for part in parts])
+        found = torch.stack(
+            [plain_divergences(logits_of(part), logits_of(student), along, collator) for part in parts]
+        )
         expected += found[chosen, torch.arange(20)].mean()
     assert logged[0]["loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_inputs_are_no_forget_set_in_the_record(tmp_path):
     folders = save_three(tmp_path, **LOUD)
-    after = distil(tmp_path, folders, rows("jane", 8), max_steps=1)
+    after = distill(tmp_path, folders, rows("jane", 8), max_steps=1)
     after.save_pretrained(str(tmp_path / "all"))
     record = SpulConfig.load(tmp_path / "all" / "spul_config.json")
     assert (record.forget, record.retain, record.loss) == (None, None, None)
@@ -325,23 +242,25 @@ def test_inputs_are_no_forget_set_in_the_record(tmp_path):
 def test_a_seed_gives_the_same_prompt_again_and_another_seed_another(tmp_path, flagged):
     folders = save_three(tmp_path, **LOUD)
     data = forget_retain_dataset(rows("jane", 8), rows("film", 8)) if flagged else rows("jane", 16)
-    one, again, other = (virtual_tokens(distil(tmp_path, folders, data, max_steps=3, seed=seed)) for seed in (1, 1, 2))
+    one, again, other = (
+        virtual_tokens(distill(tmp_path, folders, data, max_steps=3, seed=seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(one, again)
     assert not torch.equal(one, other)
 
 
-# ---- distilling on stored forget sets ----
+# ---- distillation on stored forget sets ----
 
 
 def test_on_forget_sets_it_is_the_unlearning_loss_from_the_others_on(tmp_path):
     folders = save_three(tmp_path, **LOUD)
     data, collator = forget_retain_dataset(rows("jane", 8), rows("film", 12)), make_collator()
     loss = UnlearningLoss(alpha=0.5, beta=0.25)
-    every = distil(tmp_path, folders, data, collator, num_virtual_tokens=9, max_steps=1, learning_rate=0.0, loss=loss)
+    every = distill(tmp_path, folders, data, collator, num_virtual_tokens=9, max_steps=1, learning_rate=0.0, loss=loss)
     assert torch.equal(virtual_tokens(every), torch.cat([saved_rows(folder) for folder in folders]))
 
-    after = distil(tmp_path, folders, data, collator, max_steps=60, loss=loss, forget_fraction=0.5)
-    start = distil(tmp_path, folders, data, collator, max_steps=1, learning_rate=0.0, loss=loss)
+    after = distill(tmp_path, folders, data, collator, max_steps=60, loss=loss, forget_fraction=0.5)
+    start = distill(tmp_path, folders, data, collator, max_steps=1, learning_rate=0.0, loss=loss)
     batch = make_collator(resample=False)([data[i] for i in range(20)])
     with torch.no_grad():
         losses = [unlearner(**batch).forget_loss for unlearner in (start, after)]
@@ -357,11 +276,11 @@ def test_on_forget_sets_it_is_the_unlearning_loss_from_the_others_on(tmp_path):
 def test_it_starts_from_virtual_tokens_at_even_intervals(tmp_path, num, places):
     folders = save_three(tmp_path, **LOUD)
     settings = {"num_virtual_tokens": num, "max_steps": 1, "learning_rate": 0.0}
-    start = distil(tmp_path, folders, rows("jane", 2), **settings)
+    start = distill(tmp_path, folders, rows("jane", 2), **settings)
     every = torch.cat([saved_rows(folder) for folder in folders])
     assert torch.equal(virtual_tokens(start), every[places])
 
 
 def test_rows_of_a_data_set_that_were_numbered_before_are_numbered_anew(tmp_path):
     data = Dataset.from_list([{**row, "row_id": 100 + i} for i, row in enumerate(rows("jane", 6))])
-    distil(tmp_path, save_three(tmp_path, **LOUD), data, max_steps=1)
+    distill(tmp_path, save_three(tmp_path, **LOUD), data, max_steps=1)

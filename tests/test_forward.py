@@ -337,7 +337,7 @@ def test_lora_that_trains_the_bases_biases_is_no_frozen_model(tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", bias="all")
     model = get_peft_model(build("gpt2"), config)
     collator, loss = make_collator(generic_completions=None), LOSSES["GA+KL"]
-    with pytest.raises(ValueError, match="learns in its own weights"):
+    with pytest.raises(ValueError, match="the weights of this PeftModelForCausalLM itself are trained"):
         UnlearningTrainer(model, arguments(tmp_path), collator, make_dataset(), loss=loss, reference="live")
     batch = collator([make_dataset(3, 3)[i] for i in range(6)])
     with pytest.raises(ValueError, match="its own weights train"):

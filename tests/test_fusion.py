@@ -34,7 +34,7 @@ def collator(padding_side="right"):
 
 
 def trained(seed: int, family: str = "llama", gather: bool = True, **kwargs) -> UnlearningLayers:
-    """Layers of one request, gathered and taken off the base."""
+    """Layers of one request, gathered and removed from the base."""
     layers = stirred(build(family, torch.float64), seed=seed)
     if gather:
         gather_inputs(layers, request(seed), collator(), progress=False, **kwargs)
@@ -47,7 +47,7 @@ def stacked_inputs(layers: UnlearningLayers, rows: Dataset) -> dict[str, np.ndar
     layers.attach()
     seen: dict[str, list] = {}
     handles = []
-    for name, layer in zip(layers.names, layers.layers, strict=True):
+    for name, layer in zip(layers.block_names, layers.layers, strict=True):
         for projection in ("down", "up"):
             key = f"{name}.{projection}"
 
@@ -74,7 +74,7 @@ def matrix(layers: UnlearningLayers, name: str) -> np.ndarray:
 def test_gathering_in_padded_batches_is_the_gram_matrix_of_all_rows(family):
     layers = trained(1, family, batch_size=5)
     for name, inputs in stacked_inputs(layers, request(1)).items():
-        np.testing.assert_allclose(layers.grams[name].numpy(), inputs.T @ inputs, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(layers.gram_matrices[name].numpy(), inputs.T @ inputs, rtol=1e-9, atol=1e-9)
 
 
 def test_the_fused_projections_solve_least_squares_on_the_stacked_data():
@@ -82,7 +82,7 @@ def test_the_fused_projections_solve_least_squares_on_the_stacked_data():
     inputs = [stacked_inputs(part, request(seed)) for part, seed in zip(parts, (1, 2, 3), strict=True)]
     fused = fuse(parts, ridge=0.0)
     checked = 0
-    for name in parts[0].grams:
+    for name in parts[0].gram_matrices:
         xs = [some[name] for some in inputs]
         stacked = np.concatenate(xs)
         if np.linalg.matrix_rank(stacked) < stacked.shape[1]:
@@ -102,7 +102,7 @@ def test_retain_rows_count_together_what_they_are_given_beside_the_forget_rows()
     kept = stacked_inputs(layers, retain)
     for name, inputs in stacked_inputs(layers, request(1)).items():
         expected = inputs.T @ inputs + 0.5 * len(inputs) / len(kept[name]) * kept[name].T @ kept[name]
-        np.testing.assert_allclose(layers.grams[name].numpy(), expected, rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(layers.gram_matrices[name].numpy(), expected, rtol=1e-9, atol=1e-9)
 
 
 def test_with_one_fixed_down_projection_fused_layers_say_what_each_said_where_the_data_leave_room():
@@ -159,8 +159,8 @@ def test_fusing_what_was_fused_with_the_next_request_is_fusing_all():
     assert in_turn.num_requests == 3
     for name, value in together.layers_state().items():
         torch.testing.assert_close(in_turn.layers_state()[name], value, rtol=1e-5, atol=1e-8)
-    for name, gram in together.grams.items():
-        torch.testing.assert_close(in_turn.grams[name], gram)
+    for name, gram in together.gram_matrices.items():
+        torch.testing.assert_close(in_turn.gram_matrices[name], gram)
 
 
 def test_folders_fuse_as_the_layers_that_were_saved(tmp_path):
@@ -195,7 +195,7 @@ def test_bad_input_is_refused_and_leaves_the_base_alone():
         fuse([])
     with pytest.raises(ValueError, match="ridge=-1"):
         fuse([trained(1)], ridge=-1)
-    with pytest.raises(ValueError, match=r"layers\[1\] have gathered nothing"):
+    with pytest.raises(ValueError, match=r"layers\[1\] have no Gram matrices"):
         fuse([trained(1), trained(2, gather=False)], base)
     other = stirred(build("llama", torch.float64), UnlearningLayersConfig(reduction=8))
     gather_inputs(other, request(2), collator(), progress=False)
@@ -211,11 +211,11 @@ def test_gathering_needs_rows_and_layers_that_are_on():
     with pytest.raises(ValueError, match="forget is empty"):
         gather_inputs(layers, request(1).select([]), collator())
     layers.enabled = False
-    with pytest.raises(ValueError, match="the layers are off"):
+    with pytest.raises(ValueError, match="the layers are disabled"):
         gather_inputs(layers, request(1), collator())
     layers.enabled = True
     layers.remove()
-    with pytest.raises(ValueError, match="not in place"):
+    with pytest.raises(ValueError, match="not attached"):
         gather_inputs(layers, request(1), collator(), progress=False)
 
 
@@ -257,7 +257,7 @@ def test_the_record_names_the_requests_that_fused_layers_honor(tmp_path):
 def test_tokenized_rows_gather_as_their_texts_do():
     layers = stirred(build("llama", torch.float64))
     gather_inputs(layers, request(1), collator(), progress=False)
-    texts, layers.grams = layers.grams, {}
+    texts, layers.gram_matrices = layers.gram_matrices, {}
     gather_inputs(layers, request(1).map(collator().tokenize), collator(), progress=False)
     for name, gram in texts.items():
-        torch.testing.assert_close(layers.grams[name], gram)
+        torch.testing.assert_close(layers.gram_matrices[name], gram)

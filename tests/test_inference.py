@@ -145,18 +145,18 @@ def test_a_prompt_loaded_for_use_needs_no_no_grad(prompt_type):
     assert counted.num == 1
 
 
-def test_what_is_kept_is_never_written_to(family, prompt_type):
+def test_cached_states_are_never_written_to(family, prompt_type):
     unlearner, batch = build_unlearner(family, prompt_type), plain_batch()
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 3}
     unlearner.generate(**inputs)
-    kept = unlearner.__dict__["_cached_prompts"]["default"].layers
-    before = [(layer.keys.clone(), layer.values.clone()) for layer in kept]
+    cached = unlearner.__dict__["_cached_prompts"]["default"].layers
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in cached]
     unlearner.generate(**inputs, num_beams=3)
     unlearner.generate(**inputs, do_sample=True, num_return_sequences=2)
     with torch.no_grad():
         unlearner(**batch)
         unlearner(**make_batch())
-    for layer, (keys, values) in zip(kept, before, strict=True):
+    for layer, (keys, values) in zip(cached, before, strict=True):
         torch.testing.assert_close((layer.keys, layer.values), (keys, values), rtol=0, atol=0)
 
 
@@ -180,10 +180,10 @@ def test_every_adapter_has_its_own(prompt_type):
     assert_fresh(unlearner, batch)
 
 
-def test_with_gradient_nothing_is_kept(prompt_type):
+def test_with_gradient_nothing_is_cached(prompt_type):
     unlearner, batch = build_unlearner("llama", prompt_type), make_batch()
     for _ in range(2):
-        unlearner(**batch).loss.backward()  # a kept graph would raise the second time
+        unlearner(**batch).loss.backward()  # a stored graph would raise the second time
     assert not unlearner.__dict__.get("_cached_prompts")
 
 
@@ -248,9 +248,9 @@ def test_another_device_is_another_prompt():
     unlearner = build_unlearner()
     with torch.no_grad():
         unlearner(**plain_batch())
-    kept = unlearner.__dict__["_cached_prompts"]["default"]
-    assert kept.matches(kept.prompt.clone(), kept.base)
-    assert not kept.matches(kept.prompt.to("meta"), kept.base)
+    cached = unlearner.__dict__["_cached_prompts"]["default"]
+    assert cached.matches(cached.prompt.clone(), cached.base)
+    assert not cached.matches(cached.prompt.to("meta"), cached.base)
 
 
 def test_inference_mode_may_come_before_and_after(prompt_type):

@@ -61,7 +61,7 @@ def test_a_layer_takes_the_feed_forward_blocks_output_before_the_residual(family
     model = build(family, torch.float64)
     twin = copy.deepcopy(model)
     layers = stirred(model)
-    for name, layer in zip(layers.names, layers.layers, strict=True):
+    for name, layer in zip(layers.block_names, layers.layers, strict=True):
         parent, _, child = name.rpartition(".")
         setattr(twin.get_submodule(parent), child, Twin(twin.get_submodule(name), copy.deepcopy(layer)))
     got = layers(input_ids=IDS, attention_mask=MASK).logits[MASK.bool()]
@@ -120,7 +120,7 @@ def test_a_bfloat16_base_gets_float32_layers():
 
 def test_saved_layers_load_onto_their_base(tmp_path, family):
     layers = stirred(build(family))
-    layers.grams = {name: torch.eye(3, dtype=torch.float64) for name in ("a", "b")}
+    layers.gram_matrices = {name: torch.eye(3, dtype=torch.float64) for name in ("a", "b")}
     expected = layers(input_ids=IDS, attention_mask=MASK).logits
     layers.save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -128,19 +128,19 @@ def test_saved_layers_load_onto_their_base(tmp_path, family):
         loaded = UnlearningLayers.from_pretrained(build(family), tmp_path)
     assert torch.equal(loaded(input_ids=IDS, attention_mask=MASK).logits, expected)
     assert loaded.layers_config == SMALL_LAYERS
-    assert loaded.grams.keys() == {"a", "b"}
+    assert loaded.gram_matrices.keys() == {"a", "b"}
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
     trainable = UnlearningLayers.from_pretrained(build(family), tmp_path, is_trainable=True)
     assert all(parameter.requires_grad for parameter in trainable.layers.parameters())
-    assert not trainable.grams, "what was gathered is not of the layers as they will be"
+    assert not trainable.gram_matrices, "what was gathered is not of the layers as they will be"
 
 
 def test_the_folder_holds_safetensors_and_words_and_no_old_gram_matrices(tmp_path):
     layers = stirred(build("llama"))
-    layers.grams = {"a": torch.eye(3, dtype=torch.float64)}
+    layers.gram_matrices = {"a": torch.eye(3, dtype=torch.float64)}
     layers.save_pretrained(tmp_path)
-    layers.grams = {}
+    layers.gram_matrices = {}
     layers.save_pretrained(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "README.md",
@@ -213,9 +213,9 @@ def test_blocks_of_an_unknown_family_are_found_by_their_names():
         UnlearningLayers(model, UnlearningLayersConfig(target_modules=("experts",)))
 
 
-def test_a_module_that_gives_no_hidden_states_is_named():
+def test_a_module_that_returns_no_hidden_states_is_named():
     layers = UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, target_modules=("self_attn",)))
-    with pytest.raises(TypeError, match=r"layers\.0\.self_attn gives tuple, not hidden states of the width 32"):
+    with pytest.raises(TypeError, match=r"layers\.0\.self_attn returns tuple, not hidden states of the width 32"):
         layers(IDS)
 
 
@@ -226,7 +226,7 @@ def test_a_module_that_gives_no_hidden_states_is_named():
         ({"reduction": float("inf")}, "reduction=inf"),
         ({"reduction": True}, "reduction=True"),
         ({"activation": "relux"}, "activation='relux' is not known"),
-        ({"target_modules": "mlp"}, "target_modules='mlp': expected what the names"),
+        ({"target_modules": "mlp"}, "target_modules='mlp': expected name endings of modules"),
         ({"target_modules": ()}, "target_modules="),
     ],
 )
@@ -238,7 +238,7 @@ def test_a_bad_config_is_refused(arguments, message):
 def test_a_base_takes_one_set_of_layers_and_must_be_a_bare_causal_lm():
     model = build("llama")
     layers = UnlearningLayers(model, SMALL_LAYERS)
-    with pytest.raises(ValueError, match="has unlearning layers already; take them off first"):
+    with pytest.raises(ValueError, match="has unlearning layers already; remove them first"):
         UnlearningLayers(model, SMALL_LAYERS)
     layers.remove()
     UnlearningLayers(model, SMALL_LAYERS).remove()
@@ -249,7 +249,7 @@ def test_a_base_takes_one_set_of_layers_and_must_be_a_bare_causal_lm():
         UnlearningLayers(get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])))
     with pytest.raises(TypeError, match="config is a dict"):
         UnlearningLayers(build("llama"), {"reduction": 4})
-    with pytest.raises(ValueError, match="reduction=64 leaves nothing of the base's width, 32"):
+    with pytest.raises(ValueError, match="reduction=64 exceeds the base's width, 32"):
         UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=64))
 
 
@@ -282,9 +282,9 @@ def test_layers_that_were_taken_off_do_not_pass_for_the_base(tmp_path):
     layers = stirred(build("llama"))
     layers.remove()
     assert not layers.attached
-    with pytest.raises(ValueError, match="the layers are not in place"):
+    with pytest.raises(ValueError, match="the layers are not attached"):
         layers(IDS)
-    with pytest.raises(ValueError, match="the layers are not in place"):
+    with pytest.raises(ValueError, match="the layers are not attached"):
         layers.generate(IDS)
     layers.save_pretrained(tmp_path)  # their weights are there all the same
 
@@ -300,7 +300,7 @@ def test_a_base_in_parts_elsewhere_is_refused_and_left_alone():
 
 def test_modules_of_another_width_and_without_weights_are_named():
     layers = UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, target_modules=("gate_proj",)))
-    with pytest.raises(TypeError, match=r"mlp\.gate_proj gives .*\(2, 6, 64\), not hidden states of the width"):
+    with pytest.raises(TypeError, match=r"mlp\.gate_proj returns .*\(2, 6, 64\), not hidden states of the width"):
         layers(IDS)
     UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, target_modules=("act_fn",)))
 
@@ -318,7 +318,7 @@ def test_the_blocks_of_an_image_tower_are_left_alone():
     assert all("language_model" in name for name in names)
 
 
-def test_a_prompts_kept_states_notice_layers_that_come_later():
+def test_a_prompts_cached_states_notice_layers_that_come_later():
     from peft import PromptTuningConfig
 
     from spul import SoftPromptUnlearner

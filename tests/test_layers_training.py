@@ -63,7 +63,7 @@ def test_alternating_takes_a_pass_over_retain_then_one_over_forget(tmp_path):
 
 
 def test_alternating_and_mixing_contradict_each_other(tmp_path):
-    with pytest.raises(ValueError, match="alternate=True takes retain and forget rows in turn, and forget_fraction"):
+    with pytest.raises(ValueError, match="alternate=True takes retain and forget rows in turn, but forget_fraction"):
         make_trainer(tmp_path, alternate=True, forget_fraction=0.5)
     with pytest.raises(ValueError, match="alternate=True and train_sampling_strategy="):
         make_trainer(tmp_path, alternate=True, train_sampling_strategy="sequential")
@@ -147,14 +147,14 @@ def test_layers_that_were_taken_off_do_not_train_the_base(tmp_path):
 
 def test_more_training_drops_what_was_gathered(tmp_path):
     layers = make_layers()
-    layers.grams = {"a": torch.eye(2, dtype=torch.float64)}
+    layers.gram_matrices = {"a": torch.eye(2, dtype=torch.float64)}
     make_trainer(tmp_path, layers, max_steps=1).train()
-    assert layers.grams == {}
+    assert layers.gram_matrices == {}
 
 
 def test_a_checkpoint_of_layers_of_another_sort_is_refused(tmp_path):
     settings = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
     make_trainer(tmp_path, **settings).train()
     other = UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, activation="silu"))
-    with pytest.raises(ValueError, match=r"was saved has the config .*relu.*these layers have .*silu"):
+    with pytest.raises(ValueError, match=r"the saved layers have the config .*relu.*these layers have .*silu"):
         make_trainer(tmp_path, other, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))

@@ -71,7 +71,7 @@ class Brier(LossTerm):
 
 @dataclass(frozen=True)
 class ReferenceGap(LossTerm):
-    """A user's own term that reads the frozen model."""
+    """A custom term that reads the base model."""
 
     needs_reference = True
 

@@ -1,4 +1,4 @@
-"""The published methods by name: their losses, their trainables, their rows and completions."""
+"""Published methods by name: their losses, trainables, rows and completions."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ EXPECTED = {
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_a_method_is_the_published_loss_on_its_carrier(name):
+def test_a_method_is_the_published_loss_on_the_published_trainable(name):
     forget, alpha, beta, direction = EXPECTED[name]
     method = unlearning_method(name)
     assert (type(method.loss.forget), method.loss.alpha, method.loss.beta) == (forget, alpha, beta)
@@ -61,22 +61,22 @@ def test_rows_that_are_not_marked_are_refused():
 
 @pytest.mark.parametrize("trainable", TRAINABLES)
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_on_every_carrier(tmp_path, name, trainable):
+def test_every_method_trains_every_trainable(tmp_path, name, trainable):
     method = unlearning_method(name, trainable)
     model = build("llama")
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    carried = method.prepare(model)
+    prepared = method.prepare(model)
     collator = method.collator(make_tokenizer(), GENERIC, max_length=32)
     rows = method.training_rows(make_dataset(6, 6))
-    trainer = UnlearningTrainer(carried, arguments(tmp_path, max_steps=2), collator, rows, loss=method.loss)
+    trainer = UnlearningTrainer(prepared, arguments(tmp_path, max_steps=2), collator, rows, loss=method.loss)
     loss = trainer.train().training_loss
     assert torch.isfinite(torch.tensor(loss))
-    assert all(bool(torch.isfinite(p).all()) for p in carried.parameters())
+    assert all(bool(torch.isfinite(p).all()) for p in prepared.parameters())
     own = {key.replace("base_layer.", ""): value for key, value in model.state_dict().items()}
     assert all(torch.equal(own[key], before[key]) for key in before) is (trainable != "full")
 
 
-def test_what_carries_is_what_the_name_says():
+def test_the_trainable_is_what_its_name_says():
     prompt = unlearning_method("SPUL").prepare(build("llama"))
     assert isinstance(prompt, SoftPromptUnlearner)
     config = prompt.active_peft_config
@@ -97,13 +97,13 @@ def test_what_carries_is_what_the_name_says():
 
 
 @pytest.mark.parametrize("trainable", TRAINABLES)
-def test_dropout_is_off_whatever_learns(trainable):
+def test_dropout_is_off_for_every_trainable(trainable):
     model = build("opt")
     assert any(getattr(module, "dropout", 0) for module in model.modules())
-    carried = unlearning_method("GA", trainable).prepare(model).train()
+    prepared = unlearning_method("GA", trainable).prepare(model).train()
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
-        torch.testing.assert_close(carried(input_ids=ids).logits, carried(input_ids=ids).logits, rtol=0, atol=0)
+        torch.testing.assert_close(prepared(input_ids=ids).logits, prepared(input_ids=ids).logits, rtol=0, atol=0)
 
 
 def test_weights_are_set_where_the_method_has_them():
@@ -126,18 +126,18 @@ def test_unknown_names_list_what_is_known():
         Method("mine", unlearning_method("GA").loss, "adapter")
 
 
-def test_what_cannot_be_carried_is_refused():
+def test_models_and_configs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="trains the weights themselves"):
         unlearning_method("GA").prepare(build("llama"), LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(TypeError, match="model is a str; expected a causal LM"):
         unlearning_method("GA").prepare("facebook/opt-1.3b")
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=7)
-    with pytest.raises(ValueError, match="a prompt's; use trainable='prompt' for it"):
+    with pytest.raises(ValueError, match="the config of a prompt; use trainable='prompt'"):
         unlearning_method("GA", "lora").prepare(build("llama"), prompt)
-    with pytest.raises(ValueError, match="config is a UnlearningLayersConfig, which trainable='lora' has no use for"):
+    with pytest.raises(ValueError, match="config is a UnlearningLayersConfig, which does not fit trainable='lora'"):
         unlearning_method("GA", "lora").prepare(build("llama"), UnlearningLayersConfig())
-    with pytest.raises(ValueError, match="config is a PromptTuningConfig, which trainable='layers' has no use for"):
+    with pytest.raises(ValueError, match="config is a PromptTuningConfig, which does not fit trainable='layers'"):
         unlearning_method("EUL").prepare(build("llama"), prompt)
     under = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
-    with pytest.raises(TypeError, match="A model under an adapter is merged first"):
+    with pytest.raises(TypeError, match="Merge a model under an adapter first"):
         unlearning_method("GA").prepare(under)

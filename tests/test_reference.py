@@ -30,6 +30,7 @@ import spul.training.reference
 from spul import ReferenceCache, SoftPromptUnlearner, UnlearningLoss
 from spul.data.dataset import forget_retain_dataset
 from spul.losses.terms import CrossEntropy, KLDivergence
+from spul.records.files import SCRATCH
 from spul.training.reference import row_checksums
 
 SHAPE = {
@@ -255,12 +256,12 @@ def test_another_config_is_refused(tmp_path):
 
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
     dataset, collator = make_answers(), make_collator()
-    (tmp_path / ".scratch-new").write_text("half")
-    (tmp_path / ".scratch-old").write_text("half")
-    os.utime(tmp_path / ".scratch-old", (0, 0))
+    (tmp_path / f"{SCRATCH}new").write_text("half")
+    (tmp_path / f"{SCRATCH}old").write_text("half")
+    os.utime(tmp_path / f"{SCRATCH}old", (0, 0))
     ReferenceCache.build(wrap(build("llama")), dataset, collator, tmp_path)
-    assert (tmp_path / ".scratch-new").exists()
-    assert not (tmp_path / ".scratch-old").exists()
+    assert (tmp_path / f"{SCRATCH}new").exists()
+    assert not (tmp_path / f"{SCRATCH}old").exists()
 
 
 @pytest.mark.parametrize("change", ["fewer rows", "another completion", "another prompt", "cut shorter"])

@@ -104,5 +104,5 @@ def test_seconds_count_the_training_of_a_requests_own_part_once_it_is_there_too(
     assert requests.prompt_of(0) == (folder, seconds)
     (_, first), _ = requests.alone("prompt")
     assert first == seconds
-    (_, combined), _ = requests.combined("concatenate")
+    (_, combined), _ = requests.combined("distill")
     assert combined > seconds

@@ -33,6 +33,8 @@ from transformers.integrations import replace_with_bnb_linear
 
 from spul import ForgetRetainCollator
 
+sys.path.append(str(Path(__file__).parents[1]))  # examples/, for its package `paper`
+
 
 class Shape(NamedTuple):
     """The shape of a batch."""

@@ -104,10 +104,11 @@ class ForgetRetainCollator:
                 "[dataset[i] for i in range(8)]."
             )
         if not rows:
-            raise ValueError("there are no rows to collate.")
-        encoded = []
+            raise ValueError("there are no rows to collate; expected at least one.")
         for row in rows:
             check_is_forget(row, "a row")
+        encoded = []
+        for row in rows:
             own = self.encoder.encode(row)
             self._check_completion(row, own.completion_ids)
             if row["is_forget"] and self.generic_completions is not None:

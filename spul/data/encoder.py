@@ -159,7 +159,7 @@ class RowEncoder:
             )
         elif isinstance(row["prompt"], str):
             if is_empty(row["completion"]):
-                raise ValueError(f"a row has an empty completion: {dict(row)!r}")
+                raise ValueError(f"a row has an empty completion: {dict(row)!r}. Drop it, or fill it in.")
             prompt_ids, removable = self._prompt_ids(row)
             completion_ids = self.completion_ids(row["completion"] if completion is None else completion)
         else:

@@ -123,7 +123,9 @@ def split_by_entity(
             if num_names is None:
                 rule += f" a name, of {len(names)} in all"
             elif num_names > len(names):
-                raise ValueError(f"num_names={num_names}, but the recognizer found {len(names)} different names.")
+                raise ValueError(
+                    f"num_names={num_names}, but the recognizer found {len(names)} different names; lower it."
+                )
             else:
                 rule += f" one of {num_names} names, drawn from the {len(names)} it found (seed {seed})"
                 names = random.Random(seed).sample(names, num_names)

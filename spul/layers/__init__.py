@@ -1,4 +1,4 @@
-"""Unlearning layers within a frozen causal LM, and their fusion (EUL, arXiv 2310.20150)."""
+"""Unlearning layers on a frozen causal LM, and their fusion (EUL, arXiv 2310.20150)."""
 
 from .bottleneck import UnlearningLayersConfig
 from .fusion import fuse, gather_inputs

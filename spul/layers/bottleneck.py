@@ -1,4 +1,4 @@
-"""One unlearning layer, and the shape that all of them have."""
+"""One unlearning layer, `Bottleneck`, and the config of a set of layers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,23 @@ from transformers.activations import ACT2FN
 
 @dataclass(frozen=True)
 class UnlearningLayersConfig:
-    """The shape of unlearning layers.
+    """Config of a set of unlearning layers.
 
     Args:
-        reduction: the base's width divided by the bottleneck's, above 0. 32 (default) makes about 0.5 % of the
-            parameters of a model whose feed-forward blocks are four times as wide as the model. Below 1 the layers are
-            wider than the model.
+        reduction: the base's width divided by the bottleneck's, above 0. 32 (default) adds about 0.5 % of the base's
+            parameters if its feed-forward blocks are four times as wide as the model. Below 1 the layers are wider
+            than the model.
         activation: between the two projections, by its name in transformers: `"relu"` (default), `"gelu"`, `"silu"`,
             `"linear"`, ...
-        target_modules: what the names of the modules end in whose outputs the layers take; None (default) finds the
+        target_modules: name endings of the modules whose outputs the layers transform; None (default) finds the
             feed-forward blocks of Llama-like models, OPT, GPT-2, Qwen, Gemma and GPT-NeoX.
-        init_seed: of the down projections. Layers that are to be fused start alike, so leave it as it is.
-        train_down: whether the down projections learn, as published. Without (False) they stay as they were drawn,
-            alike in the layers of all requests, and what is left to fuse is linear. It takes a wide bottleneck, such
-            as `reduction=0.5`.
+        init_seed: seed of the initial down projections. Only layers with the same seed can be fused.
+        train_down: whether the down projections are trained, as published. If False they stay as initialized, the
+            same for all requests, and the fused maps are linear; this needs a wide bottleneck, such as
+            `reduction=0.5`.
 
     Raises:
-        ValueError: if `reduction` is not a number above 0, `activation` is not known, or
-            `target_modules` is empty.
+        ValueError: if `reduction` is not a number above 0, `activation` is not known, or `target_modules` is empty.
     """
 
     reduction: float = 32
@@ -48,26 +47,25 @@ class UnlearningLayersConfig:
             raise ValueError(f"activation={self.activation!r} is not known; expected one of {', '.join(ACT2FN)}.")
         if isinstance(self.target_modules, str) or (self.target_modules is not None and not self.target_modules):
             raise ValueError(
-                f"target_modules={self.target_modules!r}: expected what the names of modules end in, such as "
-                '("mlp",), or None.'
+                f'target_modules={self.target_modules!r}: expected name endings of modules, such as ("mlp",), or None.'
             )
         if self.target_modules is not None:
             object.__setattr__(self, "target_modules", tuple(self.target_modules))  # JSON has lists
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return the fields as plain data."""
         return dataclasses.asdict(self)
 
 
 class Bottleneck(nn.Module):
-    """`h + up(act(down(h)))`, the identity until it has learned.
+    """The residual layer `h + up(act(down(h)))`; the identity before training.
 
     Args:
         width: d, of the hidden states.
-        bottleneck: width in between.
+        bottleneck: width between the projections.
         activation: see `UnlearningLayersConfig`.
-        seed: of the down projection's start; the up projection starts at zero.
-        train_down: whether the down projection learns.
+        seed: of the initial down projection; the up projection is initialized to zero.
+        train_down: whether the down projection is trained.
     """
 
     def __init__(
@@ -85,6 +83,6 @@ class Bottleneck(nn.Module):
         self.down.requires_grad_(train_down)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """From (..., d) to (..., d); inside in the layer's own precision, or autocast's."""
+        """Map hidden states (..., d) to (..., d), computed in the layer's own precision, or autocast's."""
         added = self.up(self.activation(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + added.to(hidden.dtype)

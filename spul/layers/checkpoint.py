@@ -1,4 +1,4 @@
-"""Unlearning layers as a folder: writing it file by file, reading it back."""
+"""Saving and loading of unlearning layers: the files of their folder."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 CONFIG_NAME = "unlearning_layers.json"
 WEIGHTS_NAME = "unlearning_layers.safetensors"
-GRAMS_NAME = "gram_matrices.safetensors"
+GRAM_MATRICES_NAME = "gram_matrices.safetensors"
 CONFIG_FIELDS = ("reduction", "activation", "target_modules", "init_seed", "train_down")
 
 
 @dataclass
 class SavedLayers:
-    """What a folder of unlearning layers holds: `state` and `grams` by the projections' names."""
+    """The content of a folder of unlearning layers; `state` and `gram_matrices` by the projections' names."""
 
     config: dict[str, Any]
     state: dict[str, Tensor]
-    grams: dict[str, Tensor]
+    gram_matrices: dict[str, Tensor]
     num_requests: int
     spul_config: SpulConfig
 
 
-def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_grams: bool = True) -> None:
-    """See `UnlearningLayers.save_pretrained`."""
+def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_gram_matrices: bool = True) -> None:
+    """Write a folder; see `UnlearningLayers.save_pretrained`."""
     target = Path(save_directory)
     record = layers.spul_config
     record.set_base(layers.get_base_model())
@@ -51,32 +51,34 @@ def save(layers: UnlearningLayers, save_directory: str | os.PathLike, with_grams
         record.save(folder)
         parameters = sum(parameter.numel() for parameter in layers.layers.parameters())
         layers_card(record, config, parameters).save(folder / CARD_NAME)
-        if layers.grams and with_grams:
-            _write(layers.grams, folder / GRAMS_NAME)
-    if not (layers.grams and with_grams):  # some left from an earlier save would not belong to these layers
-        (target / GRAMS_NAME).unlink(missing_ok=True)
+        if layers.gram_matrices and with_gram_matrices:
+            _write(layers.gram_matrices, folder / GRAM_MATRICES_NAME)
+    if not (layers.gram_matrices and with_gram_matrices):  # those of an earlier save would not belong to these layers
+        (target / GRAM_MATRICES_NAME).unlink(missing_ok=True)
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(kept, path, metadata={"format": "pt"})
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(on_cpu, path, metadata={"format": "pt"})
 
 
-def push(layers: UnlearningLayers, repo_id: str, private: bool | None, token: str | None, with_grams: bool) -> str:
-    """See `UnlearningLayers.push_to_hub`."""
+def push(
+    layers: UnlearningLayers, repo_id: str, private: bool | None, token: str | None, with_gram_matrices: bool
+) -> str:
+    """Upload a folder; see `UnlearningLayers.push_to_hub`."""
     api = HfApi(token=token)
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
-        save(layers, folder, with_grams)
+        save(layers, folder, with_gram_matrices)
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload unlearning layers"))
 
 
 def read(folder: str | os.PathLike, **hub: Any) -> SavedLayers:
-    """Read what `save` wrote, from a folder or the Hub.
+    """Read the files that `save` writes, from a folder or the Hub.
 
     Raises:
         ValueError: if it holds no unlearning layers.
-        TypeError: if an argument is none of the Hub's.
+        TypeError: if an argument is not one of the Hub's.
     """
     if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
         raise TypeError(f"unknown arguments {unknown}; expected the Hub's: {', '.join(HUB_ARGUMENTS)}.")
@@ -87,18 +89,20 @@ def read(folder: str | os.PathLike, **hub: Any) -> SavedLayers:
             "UnlearningLayers.save_pretrained writes them."
         )
     config = json.loads(config_path.read_text(encoding="utf-8"))
-    grams = find_file(folder, GRAMS_NAME, **hub)
+    grams = find_file(folder, GRAM_MATRICES_NAME, **hub)
     return SavedLayers(
         num_requests=config.get("num_requests", 1),
-        config={name: config[name] for name in CONFIG_FIELDS if name in config},  # a later version may say more
+        config={
+            name: config[name] for name in CONFIG_FIELDS if name in config
+        },  # later versions may write more fields
         state=load_file(weights_path),
-        grams={} if grams is None else load_file(grams),
+        gram_matrices={} if grams is None else load_file(grams),
         spul_config=read_spul_config(folder, **hub),
     )
 
 
 def check_base(base: PreTrainedModel, record: SpulConfig, folder: str | os.PathLike) -> None:
-    """Warn if the base's weights are not those that the layers were trained on."""
+    """Warn if the base's weights differ from those that the layers were trained on."""
     trained_on = record.base_model_name_or_path or "another model"
     advice = f"Load them on the model they were trained for ({trained_on})."
     record.warn_if_base_differs(base, f"the layers in {str(folder)!r} were", advice, stacklevel=3)

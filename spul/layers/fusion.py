@@ -1,4 +1,4 @@
-"""Several sets of unlearning layers, one for each request, made one without training (EUL, arXiv 2310.20150)."""
+"""Fusion of unlearning layers: one set for several requests, without training (EUL, arXiv 2310.20150)."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from .unlearning_layers import UnlearningLayers
 
 
 @contextmanager
-def _recorded(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Tensor]) -> Iterator[None]:
-    """Within it, what a forward pass feeds to the layers' projections at the masked tokens is added to `grams`."""
-    kept = token_mask.flatten()
+def _recording(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Tensor]) -> Iterator[None]:
+    """Context manager: Gram matrices of the projections' inputs at the masked tokens are added to `grams`."""
+    is_token = token_mask.flatten()
 
     def recorder(name: str) -> Any:
         def record(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
             # Some families flatten (B, n, d) before their feed-forward block.
-            rows = inputs[0].detach().flatten(0, -2)[kept.to(inputs[0].device)].double()
+            rows = inputs[0].detach().flatten(0, -2)[is_token.to(inputs[0].device)].double()
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)  # the bias, as an input of one
             gram = rows.T @ rows
             grams[name] = gram if name not in grams else grams[name] + gram
@@ -41,7 +41,7 @@ def _recorded(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Ten
 
     handles = [
         getattr(layer, projection).register_forward_pre_hook(recorder(f"{name}.{projection}"))
-        for name, layer in zip(layers.names, layers.layers, strict=True)
+        for name, layer in zip(layers.block_names, layers.layers, strict=True)
         for projection in _projections(layers)
     ]
     try:
@@ -61,27 +61,27 @@ def gather_inputs(
     retain: Dataset | None = None,
     retain_weight: float = 1.0,
 ) -> None:
-    """Gather what `fuse` needs of a request, in one pass over its forget set, after its layers have trained.
+    """Compute the Gram matrices that `fuse` needs of a request, in one pass over its forget set after training.
 
-    As published that is the forget set alone, and nothing holds the fused layers on other inputs. With `retain` they
-    are also held to what each request's own layers do there, which is next to nothing.
+    They are those of the projections' inputs over all tokens of the rows, in float64: (d + 1) x (d + 1) and
+    (r + 1) x (r + 1) values a layer, d the base's width and r the bottleneck's, for any number of rows. They replace
+    earlier ones in `layers.gram_matrices`; the rows are not needed again.
 
-    Kept are the Gram matrices of the projections' inputs over all tokens of the rows, in float64: (d + 1) x (d + 1)
-    and (r + 1) x (r + 1) numbers a layer, d the base's width and r the bottleneck's, whatever the data. The rows are
-    not needed again. What was gathered before is replaced.
+    The published fusion uses the forget set alone, and nothing constrains the fused layers on other inputs. With
+    `retain`, they are fitted there too to the outputs of each request's own layers, which are close to the identity.
 
     Args:
-        layers: trained layers of one request, in place and on.
+        layers: trained layers of one request, attached and enabled.
         forget: its forget set, rows with `prompt` and `completion`.
         collator: for tokenizing and padding.
         batch_size: rows per forward.
         progress: whether to show a progress bar.
-        retain: rows to be kept as they are by every request; not those of requests that may still come. A hundred
-            are a start.
-        retain_weight: what their tokens count together, in shares of the forget rows' tokens; above 0.
+        retain: rows that every request must leave unchanged, without those of requests that may still come; a
+            hundred are a start.
+        retain_weight: the total weight of their tokens, relative to that of the forget rows' tokens; above 0.
 
     Raises:
-        ValueError: if there are no rows, the layers are off, or `retain_weight` is out of range.
+        ValueError: if there are no rows, the layers are disabled or not attached, or `retain_weight` is out of range.
     """
     check_rows(forget, columns=(), name="forget")
     if not (math.isfinite(retain_weight) and retain_weight > 0) or (retain is not None and len(retain) == 0):
@@ -90,39 +90,40 @@ def gather_inputs(
             "least one row, or None, and a finite number above 0."
         )
     if not layers.enabled:
-        raise ValueError("the layers are off, so that nothing passes through them; set layers.enabled = True.")
+        raise ValueError("the layers are disabled, so that nothing passes through them; set layers.enabled = True.")
     if not layers.attached:
-        raise ValueError("the layers are not in place, so that nothing passes through them; call layers.attach().")
-    decoder: Any = cast(Any, layers.get_base_model()).get_decoder()  # logits are not wanted
+        raise ValueError("the layers are not attached, so that nothing passes through them; call layers.attach().")
+    decoder: Any = cast(Any, layers.get_base_model()).get_decoder()  # logits are not needed
 
     def gathered(rows: Dataset, name: str) -> tuple[dict[str, Tensor], int]:
-        """The Gram matrices of all tokens of some rows, and how many tokens these are."""
+        """The Gram matrices over all tokens of the rows, and the number of tokens."""
         grams: dict[str, Tensor] = {}
         num_tokens = 0
         encoded = [collator.encoder.encode(row) for row in rows]
         batches = list(by_length([len(e.prompt_ids) + len(e.completion_ids) for e in encoded], batch_size))
-        for places in tqdm(batches, name, disable=not progress, leave=False):
-            batch = collator.encoder.batch([rows[i] for i in places])
+        for indices in tqdm(batches, name, disable=not progress, leave=False):
+            batch = collator.encoder.batch([rows[i] for i in indices])
             ids, mask = (batch[name].to(layers.device) for name in ("input_ids", "attention_mask"))
             num_tokens += int(mask.sum())
-            with _recorded(layers, mask.bool(), grams):
+            with _recording(layers, mask.bool(), grams):
                 decoder(input_ids=ids, attention_mask=mask, use_cache=False)
         return grams, num_tokens
 
     with evaluation_mode(layers):
         grams, num_tokens = gathered(forget, "Gram matrices")
-        if unused := [name for name in layers.names if f"{name}.up" not in grams]:
+        if unused := [name for name in layers.block_names if f"{name}.up" not in grams]:
             raise ValueError(
-                f"nothing passed through {len(unused)} of {len(layers.names)} layers, such as {unused[0]!r}."
+                f"nothing passed through {len(unused)} of {len(layers.block_names)} layers, such as {unused[0]!r}."
             )
         if retain is not None:
-            kept, num_kept = gathered(retain, "Gram matrices, retain")
-            grams = {name: gram + retain_weight * num_tokens / num_kept * kept[name] for name, gram in grams.items()}
-    layers.grams = grams
+            others, num_others = gathered(retain, "Gram matrices, retain")
+            weight = retain_weight * num_tokens / num_others
+            grams = {name: gram + weight * others[name] for name, gram in grams.items()}
+    layers.gram_matrices = grams
 
 
 def _projections(layers: UnlearningLayers) -> tuple[str, ...]:
-    """Those that learn, and so differ between requests."""
+    """The trained projections, which differ between requests."""
     return ("down", "up") if layers.layers_config.train_down else ("up",)
 
 
@@ -131,32 +132,34 @@ def fuse(
     model: PreTrainedModel | str | os.PathLike | None = None,
     ridge: float = 1e-6,
 ) -> UnlearningLayers:
-    """One set of layers that does on every request's inputs what that request's own layers did, without training.
+    """Fuse the layers of several requests into one set, without training (EUL, arXiv 2310.20150).
 
-    Of each projection, with its bias as a row of the matrix `W_i` and its inputs on forget set i as `X_i`, the fused
-    one is the solution of least squares over all requests (EUL, arXiv 2310.20150):
+    On each request's inputs, the fused layers approximate that request's own layers. With `W_i` the weights and bias
+    of a projection of request i and `X_i` its inputs on forget set i, the fused projection is the solution of least
+    squares over all requests:
 
         W = (sum_i X_i' X_i + rho I)^-1 (sum_i X_i' X_i W_i + rho mean_i W_i)
 
-    The ridge `rho` pulls directions that no input has to the mean of the layers, so that fusing one set of layers
-    gives that one. Fused layers can be fused again; the mean counts requests.
+    The ridge `rho` pulls directions without inputs to the mean of the layers, so that fusing one set returns that set.
+    Fused layers can be fused again; the mean is weighted by the number of requests.
 
-    A bottleneck is not a linear map, so each projection is fused by itself. That makes sense where the hidden units of
-    the layers mean alike, which a common start gives them (`UnlearningLayersConfig.init_seed`), and loses something.
-    With `UnlearningLayersConfig(train_down=False)` they are alike, and a layer is linear in what it learns.
+    A bottleneck is not a linear map, so each projection is fused by itself. This is approximate, and needs hidden
+    units with the same meaning in all layers, which a common initialization favors
+    (`UnlearningLayersConfig.init_seed`). With `UnlearningLayersConfig(train_down=False)` the hidden units are
+    identical, and the layers are linear in the trained weights.
 
     Args:
-        layers: sets of layers, each after `gather_inputs`, or folders that they were saved in. Take them off the base
-            first (`remove`).
-        model: the base, or its name; that of the layers unless given.
-        ridge: rho in shares of the mean diagonal entry of `sum_i X_i' X_i`, at least 0.
+        layers: sets of layers, each after `gather_inputs`, or the folders that they were saved in. Detach them from
+            the base first (`remove`).
+        model: the base, or its name or folder; the base of the layers unless given.
+        ridge: rho divided by the mean diagonal entry of `sum_i X_i' X_i`, at least 0.
 
     Returns:
-        New layers on the base, in place, with the summed Gram matrices.
+        New layers, attached to the base, with the summed Gram matrices.
 
     Raises:
-        ValueError: if there are none, configs differ, something was not gathered, `model` is missing, or a matrix
-            is singular without a ridge.
+        ValueError: if `layers` is empty, configs differ, Gram matrices or `model` are missing, or a matrix is
+            singular without a ridge.
 
     Example:
         ```python
@@ -174,7 +177,11 @@ def fuse(
             raise ValueError("layers are folders only; pass the model that they are for.")
     parts = [_saved(one) for one in layers]
     configs = [UnlearningLayersConfig(**part.config) for part in parts]
-    fixed = [name for name in parts[0].state if name.rpartition(".")[0] not in parts[0].grams and parts[0].grams]
+    fixed = [
+        name
+        for name in parts[0].state
+        if name.rpartition(".")[0] not in parts[0].gram_matrices and parts[0].gram_matrices
+    ]
     for i, part in enumerate(parts):
         if configs[i] != configs[0] or part.state.keys() != parts[0].state.keys():
             raise ValueError(
@@ -187,12 +194,12 @@ def fuse(
                 raise ValueError(f"layers[{j}] and layers[{i}] are the same; give each request once.")
         if other := [name for name in fixed if not torch.equal(part.state[name], parts[0].state[name])]:
             raise ValueError(
-                f"layers[{i}] and layers[0] differ in {other[0]}, which was not to learn (train_down=False)."
+                f"layers[{i}] and layers[0] differ in {other[0]}, which is not trained (train_down=False)."
             )
-        if not part.grams:
+        if not part.gram_matrices:
             raise ValueError(
-                f"layers[{i}] have gathered nothing; call gather_inputs(layers, forget, collator) after they have "
-                "trained, before they are saved."
+                f"layers[{i}] have no Gram matrices; call gather_inputs(layers, forget, collator) after training, "
+                "before they are saved."
             )
     base = load_base(model, {})
     for i, part in enumerate(parts):
@@ -200,7 +207,10 @@ def fuse(
     fused = files.SavedLayers(
         config=parts[0].config,
         state=_fused_state(parts, ridge),
-        grams={name: torch.stack([part.grams[name].cpu() for part in parts]).sum(0) for name in parts[0].grams},
+        gram_matrices={
+            name: torch.stack([part.gram_matrices[name].cpu() for part in parts]).sum(0)
+            for name in parts[0].gram_matrices
+        },
         num_requests=sum(part.num_requests for part in parts),
         spul_config=SpulConfig(
             loss=parts[0].spul_config.loss, combined_from=requests_of(part.spul_config for part in parts)
@@ -215,17 +225,17 @@ def _saved(layers: UnlearningLayers | str | os.PathLike) -> files.SavedLayers:
     return files.SavedLayers(
         layers.layers_config.to_dict(),
         layers.layers_state(),
-        layers.grams,
+        layers.gram_matrices,
         layers.num_requests,
         layers.spul_config,
     )
 
 
 def _fused_state(parts: Sequence[files.SavedLayers], ridge: float) -> dict[str, Tensor]:
-    state = dict(parts[0].state)  # what does not learn is alike in all of them
+    state = dict(parts[0].state)  # weights that are not trained are the same in all parts
     requests = torch.tensor([part.num_requests for part in parts], dtype=torch.float64)
-    for name in parts[0].grams:
-        grams = torch.stack([part.grams[name].double().cpu() for part in parts])
+    for name in parts[0].gram_matrices:
+        grams = torch.stack([part.gram_matrices[name].double().cpu() for part in parts])
         maps = torch.stack([_matrix(part.state, name) for part in parts])
         total = grams.sum(0)
         rho = ridge * total.diagonal().mean()
@@ -233,10 +243,10 @@ def _fused_state(parts: Sequence[files.SavedLayers], ridge: float) -> dict[str, 
         left = total + rho * torch.eye(len(total), dtype=torch.float64)
         if ridge == 0 and torch.linalg.matrix_rank(left, hermitian=True) < len(left):
             raise ValueError(
-                f"the inputs of {name} do not span its {len(left)} dimensions, so that there is no one solution; pass "
-                "a ridge above 0."
+                f"the inputs of {name} do not span its {len(left)} dimensions, so that the solution is not unique; "
+                "pass a ridge above 0."
             )
-        # Of the differences to the mean, so that what is alike in all layers stays as it is to the last digit.
+        # Solved for the differences to the mean: weights that are the same in all layers stay bit-equal.
         solution = mean + torch.linalg.solve(left, (grams @ (maps - mean)).sum(0))
         dtype = parts[0].state[f"{name}.weight"].dtype
         state[f"{name}.weight"] = solution[:-1].T.to(dtype)
@@ -245,6 +255,6 @@ def _fused_state(parts: Sequence[files.SavedLayers], ridge: float) -> dict[str, 
 
 
 def _matrix(state: dict[str, Tensor], name: str) -> Tensor:
-    """A projection as the map (inputs + 1, outputs) of inputs with a one."""
+    """A projection with its bias as one matrix (inputs + 1, outputs)."""
     weight, bias = (state[f"{name}.{kind}"].detach().double().cpu() for kind in ("weight", "bias"))
     return torch.cat([weight.T, bias[None]])

@@ -1,4 +1,4 @@
-"""Unlearning layers: small residual bottlenecks after the feed-forward blocks of a frozen causal LM."""
+"""UnlearningLayers: small residual bottlenecks after the feed-forward blocks of a frozen causal LM."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from ..records.spul_config import SpulConfig
 from . import checkpoint as files
 from .bottleneck import Bottleneck, UnlearningLayersConfig
 
-# What families call a feed-forward block, or the last module of one that has no module of its own (OPT).
+# Names of a feed-forward block, or of its last module where the block has no module of its own (OPT).
 FEED_FORWARD = ("mlp", "fc2")
 
 
 class UnlearningLayers(nn.Module, Unlearner):
     """A frozen causal LM with a small trainable layer after each feed-forward block (EUL, arXiv 2310.20150).
 
-    Each takes a block's output before it is added to the residual stream. They start as the identity. The base is
-    frozen, its dropout set to zero, and its modules stay as they are: the layers are forward hooks, which `remove`
-    takes off again. They learn in float32, or float64 where the base has it; the base may be in 8 or 4 bit.
+    Each layer transforms a block's output before it is added to the residual stream, at first as the identity. The
+    base is frozen and its dropout set to zero; its modules are not changed: the layers are forward hooks, removed by
+    `remove`. They are trained in float32, or float64 if the base is in float64; the base may be in 8 or 4 bit.
 
     Train it with `UnlearningTrainer(model=layers, loss=...)`, or with `unlearning_forward(layers, loss, **batch)`.
 
     Args:
         model: a causal LM of transformers, without an adapter.
-        config: the layers' shape; `UnlearningLayersConfig()` unless given.
+        config: `UnlearningLayersConfig()` unless given.
 
     Raises:
-        TypeError: if `model` is no causal LM, or under an adapter.
-        ValueError: if it has unlearning layers already, no module is named as `target_modules` says, or `reduction`
-            leaves nothing of its width.
+        TypeError: if `model` is not a causal LM, or has an adapter.
+        ValueError: if it has unlearning layers already, no module's name ends as `target_modules` requires, or the
+            bottleneck's width is less than 1.
 
     Example:
         ```python
@@ -63,54 +63,52 @@ class UnlearningLayers(nn.Module, Unlearner):
         if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
             raise TypeError(
                 f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
-                "gives it. A PEFT adapter is merged first (model.merge_and_unload()), unlearning layers are taken off "
-                "(layers.remove())."
+                "gives it. A PEFT adapter is merged first (model.merge_and_unload()), unlearning layers are "
+                "removed (layers.remove())."
             )
         config = UnlearningLayersConfig() if config is None else config
         if not isinstance(config, UnlearningLayersConfig):
             raise TypeError(f"config is a {type(config).__name__}; expected an UnlearningLayersConfig.")
         self.base_model, self.layers_config = model, config
-        self.names = feed_forward_blocks(model, config.target_modules)
+        self.block_names = feed_forward_blocks(model, config.target_modules)
         text: Any = model.config.get_text_config()
         width = text.hidden_size
         bottleneck = int(width / config.reduction)
         if bottleneck < 1:
-            raise ValueError(
-                f"reduction={config.reduction} leaves nothing of the base's width, {width}; take at most {width}."
-            )
+            raise ValueError(f"reduction={config.reduction} exceeds the base's width, {width}; pass at most {width}.")
         self.layers = nn.ModuleList(
             Bottleneck(width, bottleneck, config.activation, config.init_seed + i, config.train_down)
-            for i in range(len(self.names))
+            for i in range(len(self.block_names))
         )
         self.enabled = True
-        self.grams: dict[str, Tensor] = {}
-        """What `gather_inputs` has gathered: inputs' Gram matrices by the projection's name."""
+        self.gram_matrices: dict[str, Tensor] = {}
+        """Gram matrices of the projections' inputs, by the projections' names; computed by `gather_inputs`."""
         self.num_requests = 1
-        """How many requests the layers honor: more than 1 once they are fused."""
+        """The number of requests in the layers: more than 1 once they are fused."""
         self.spul_config = SpulConfig()
         self._handles: list[Any] = []
         self._dropout: list[tuple[nn.Module, str, float]] = []
         self._trained: list[nn.Parameter] = []
         self.attach()
 
-    # ---- on and off ----
+    # ---- attaching and disabling ----
 
     def attach(self) -> None:
-        """Put the layers in place, after `remove`.
+        """Attach the layers to the base again, after `remove`.
 
         Raises:
-            ValueError: if they are in place, or others are on the same base.
+            ValueError: if the base has unlearning layers already, these or others, or a block is offloaded.
         """
         if any(isinstance(hook, _Hook) for _, hook in forward_hooks(self.base_model)):
             raise ValueError(
-                "the base has unlearning layers already; take them off first: base = layers.remove(). Several "
+                "the base has unlearning layers already; remove them first: base = layers.remove(). Several "
                 "requests become one set of layers by spul.fuse."
             )
-        blocks = [self.base_model.get_submodule(name) for name in self.names]
+        blocks = [self.base_model.get_submodule(name) for name in self.block_names]
         elsewhere = next(self.base_model.parameters())  # where a block has no weights
         devices = [next(block.parameters(), elsewhere).device for block in blocks]
         if torch.device("meta") in devices:
-            name = self.names[devices.index(torch.device("meta"))]
+            name = self.block_names[devices.index(torch.device("meta"))]
             raise ValueError(
                 f"{name} is offloaded to CPU or disk; unlearning layers need the base's weights in place: load it "
                 "without offloading."
@@ -120,18 +118,18 @@ class UnlearningLayers(nn.Module, Unlearner):
         self.base_model.requires_grad_(False)
         keep_4bit_differentiable(self.base_model)
         dtype = torch.float64 if self.base_model.dtype == torch.float64 else torch.float32
-        for name, block, layer, device in zip(self.names, blocks, self.layers, devices, strict=True):
+        for name, block, layer, device in zip(self.block_names, blocks, self.layers, devices, strict=True):
             layer.to(device, dtype)
             self._handles.append(block.register_forward_hook(_Hook(self, cast(Bottleneck, layer), name)))
         reset_compiled()
 
     @property
     def attached(self) -> bool:
-        """Whether the layers are in place."""
+        """Whether the layers are attached to the base."""
         return bool(self._handles)
 
     def remove(self) -> PreTrainedModel:
-        """Take the layers off the base and give it back as it was before, dropout and `requires_grad` included."""
+        """Detach the layers and return the base as it was before, dropout and `requires_grad` included."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -144,26 +142,26 @@ class UnlearningLayers(nn.Module, Unlearner):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it, `forward` and `generate` are those of the untouched base. PEFT's name, for the same thing."""
+        """Context manager: `forward` and `generate` are those of the base, without the layers; named as in PEFT."""
         was_enabled, self.enabled = self.enabled, False
         try:
             yield
         finally:
             self.enabled = was_enabled
 
-    # ---- the base's own ways ----
+    # ---- methods of the base ----
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's forward, with the layers in it.
+        """The base's forward, with the layers.
 
         Raises:
-            ValueError: if the layers were taken off.
+            ValueError: if the layers are not attached.
         """
         self._check_attached()
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's `generate`, with the layers in it; raises as `forward`."""
+        """The base's `generate`, with the layers; raises as `forward`."""
         self._check_attached()
         return cast(Any, self.base_model).generate(*args, **kwargs)
 
@@ -193,7 +191,7 @@ class UnlearningLayers(nn.Module, Unlearner):
     def parameters_changed(self) -> None:
         """Forget metrics and Gram matrices, which were of other weights."""
         super().parameters_changed()
-        self.grams = {}
+        self.gram_matrices = {}
 
     def on_base(self, base: PreTrainedModel, folder: Path) -> UnlearningLayers:
         """The layers on another base, for inference, by way of a folder."""
@@ -207,46 +205,46 @@ class UnlearningLayers(nn.Module, Unlearner):
     def _check_attached(self) -> None:
         if not self.attached:
             raise ValueError(
-                "the layers are not in place, so that this would be the base; call layers.attach() first."
+                "the layers are not attached, so that this would be the base; call layers.attach() first."
             )
 
     def get_base_model(self) -> PreTrainedModel:
-        """The causal LM that the layers are on."""
+        """The causal LM that the layers are for."""
         return self.base_model
 
     @property
     def config(self) -> Any:
-        """The base's config; the layers' own is `layers_config`."""
+        """The base's config; that of the layers is `layers_config`."""
         return self.base_model.config
 
     @property
     def device(self) -> torch.device:
-        """Where the base is."""
+        """The device of the base."""
         return self.base_model.device
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """As the base's."""
+        """Enable gradient checkpointing in the base."""
         self.base_model.gradient_checkpointing_enable(*args, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """As the base's."""
+        """Disable gradient checkpointing in the base."""
         self.base_model.gradient_checkpointing_disable()
 
     # ---- saving and loading ----
 
     def layers_state(self) -> dict[str, Tensor]:
-        """The layers' weights by the name of the block that they are behind: `model.layers.0.mlp.down.weight`, ..."""
+        """Return the layers' weights, named after the block before each: `model.layers.0.mlp.down.weight`, ..."""
         return {
             f"{name}.{key}": value
-            for name, layer in zip(self.names, self.layers, strict=True)
+            for name, layer in zip(self.block_names, self.layers, strict=True)
             for key, value in layer.state_dict().items()
         }
 
     def load_layers_state(self, state: Mapping[str, Tensor]) -> None:
-        """Put weights in, named as `layers_state` names them.
+        """Copy weights into the layers, named as in `layers_state`.
 
         Raises:
-            ValueError: if names or shapes are others.
+            ValueError: if names or shapes differ.
         """
         own = self.layers_state()
         expected, found = ({key: tuple(value.shape) for key, value in some.items()} for some in (own, state))
@@ -262,19 +260,20 @@ class UnlearningLayers(nn.Module, Unlearner):
                 value.copy_(state[key])
 
     def load_saved(self, saved: files.SavedLayers) -> None:
-        """Put what was read of a folder into these layers: weights, Gram matrices, record.
+        """Copy the content of a folder into these layers: weights, Gram matrices, record.
 
         Raises:
-            ValueError: if it was made with another config, or for another model.
+            ValueError: if it has another config, or is for another model.
         """
         if (theirs := UnlearningLayersConfig(**saved.config)) != self.layers_config:
-            raise ValueError(f"what was saved has the config {theirs}, these layers have {self.layers_config}.")
+            raise ValueError(f"the saved layers have the config {theirs}, these layers have {self.layers_config}.")
         self.load_layers_state(saved.state)
-        self.grams, self.num_requests, self.spul_config = saved.grams, saved.num_requests, saved.spul_config
+        self.gram_matrices, self.num_requests = saved.gram_matrices, saved.num_requests
+        self.spul_config = saved.spul_config
 
     @classmethod
     def from_saved(cls, base: PreTrainedModel, saved: files.SavedLayers) -> UnlearningLayers:
-        """New layers on a base with what was read of a folder, or fused; the base is left alone if they do not fit.
+        """Attach new layers with the content of a folder, or fused; on an error the base is left unchanged.
 
         Raises:
             ValueError: if they are for another model.
@@ -288,7 +287,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         return layers
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
-        """Write the layers, their config, what was gathered for fusion, and a model card into a folder.
+        """Write the layers, their config, their Gram matrices for fusion, and a model card into a folder.
 
         Args:
             save_directory: the folder; files of an earlier save are replaced, each in one move.
@@ -299,21 +298,21 @@ class UnlearningLayers(nn.Module, Unlearner):
         files.save(self, save_directory)
 
     def push_to_hub(
-        self, repo_id: str, private: bool | None = None, token: str | None = None, with_grams: bool = False
+        self, repo_id: str, private: bool | None = None, token: str | None = None, with_gram_matrices: bool = False
     ) -> str:
         """Save the layers and upload them to the Hub.
 
         Args:
-            repo_id: `owner/name`; made if it is not there.
+            repo_id: `owner/name`; created if it does not exist.
             private: whether a new repository is private; the account's default unless given.
             token: the account's; the stored one unless given.
-            with_grams: whether to upload what was gathered for fusion too, a summary of the forget set's hidden
-                states.
+            with_gram_matrices: whether to upload the Gram matrices for fusion too, a summary of the forget set's
+                hidden states.
 
         Returns:
-            The commit's address.
+            The URL of the commit.
         """
-        return files.push(self, repo_id, private, token, with_grams)
+        return files.push(self, repo_id, private, token, with_gram_matrices)
 
     @classmethod
     def from_pretrained(
@@ -329,7 +328,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         Args:
             model: the base, or its name or folder, which is then loaded with `AutoModelForCausalLM`.
             folder: folder or Hub name of the layers.
-            is_trainable: whether training goes on.
+            is_trainable: whether to train them further.
             model_kwargs: passed to `AutoModelForCausalLM.from_pretrained` when `model` is a name.
             hub: Hub arguments, such as `revision`, `token`, `cache_dir`, `subfolder`.
 
@@ -337,22 +336,22 @@ class UnlearningLayers(nn.Module, Unlearner):
             ValueError: if the folder holds no layers, or they do not fit the base.
 
         Warns:
-            UserWarning: if the base's weights are not those that the layers were trained on.
+            UserWarning: if the base's weights differ from those that the layers were trained on.
         """
         base = load_base(model, model_kwargs or {})
         saved = files.read(folder, **hub)
         layers = cls.from_saved(base, saved)
         files.check_base(base, saved.spul_config, folder)
         if is_trainable:
-            # What is saved after more training is something else, of this base.
-            layers.spul_config.base_fingerprint, layers.spul_config.metrics, layers.grams = None, {}, {}
+            # After more training, the record of the loaded layers no longer applies.
+            layers.spul_config.base_fingerprint, layers.spul_config.metrics, layers.gram_matrices = None, {}, {}
         else:
             layers.requires_grad_(False).eval()
         return layers
 
 
 class _Hook:
-    """A forward hook that hands a block's output to its layer."""
+    """Forward hook: passes a block's output through its layer."""
 
     def __init__(self, owner: UnlearningLayers, layer: Bottleneck, name: str) -> None:
         self.owner, self.layer, self.name = owner, layer, name
@@ -366,19 +365,19 @@ class _Hook:
                 f"a tensor of the shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
             )
             raise TypeError(
-                f"{self.name} gives {what}, not hidden states of the width {width}; name other modules: "
+                f"{self.name} returns {what}, not hidden states of the width {width}; name other modules: "
                 "UnlearningLayersConfig(target_modules=(...))."
             )
         return self.layer(output)
 
 
 def feed_forward_blocks(model: PreTrainedModel, endings: tuple[str, ...] | None = None) -> list[str]:
-    """The names of the modules whose outputs unlearning layers take, in the model's order.
+    """Return the names of the modules whose outputs unlearning layers transform, in the model's order.
 
     Args:
         model: a causal LM.
-        endings: what the names end in, whole parts of them; unless given, those of the families that are known, in the
-            decoder of the texts (a model may have one for images, too).
+        endings: endings of the names, in whole parts between dots; unless given, those of the known families, within
+            the text decoder (a model may also have one for images).
 
     Raises:
         ValueError: if there are none.

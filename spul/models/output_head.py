@@ -36,14 +36,10 @@ class OutputHead:
             embeddings = copy.deepcopy(embeddings).requires_grad_(False)
         config = base.config.get_text_config()
         self.embeddings = embeddings
+        dtype = embeddings.weight.dtype
+        self.dtype = dtype if dtype.is_floating_point else None  # None: quantized
         self.scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
         self.cap = getattr(config, "final_logit_softcapping", None)
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """The precision of its weights; None if they are quantized."""
-        dtype = self.embeddings.weight.dtype
-        return dtype if dtype.is_floating_point else None
 
     @torch.no_grad()
     def __call__(self, states: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A prompt as a folder: writing it whole or not at all, reading it back, restoring a live one."""
+"""Saving and loading of prompts: the files of an adapter folder, and restoring a trainable prompt."""
 
 from __future__ import annotations
 
@@ -24,12 +24,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-
 ENCODER_NAME = "prompt_encoder.safetensors"
 
 
 def _has_encoder(model: PeftModelForCausalLM, adapter_name: str) -> bool:
-    """Whether the prompt is computed by more than a table of rows, so that the rows alone cannot be trained on."""
+    """Whether the prompt is computed by an encoder, without which it cannot be trained further."""
     return len(model.prompt_encoder[adapter_name].state_dict()) > 1
 
 
@@ -44,10 +43,10 @@ def save(
 
     Args:
         model: the unlearner.
-        peft_save: PEFT's own `save_pretrained`, bound.
+        peft_save: PEFT's own `save_pretrained`, bound to the model.
         save_directory: the folder.
         selected_adapters: names of the prompts; all if None.
-        kwargs: for PEFT.
+        kwargs: arguments of `peft_save`.
     """
     target = Path(save_directory)
     if not kwargs.get("is_main_process", True):
@@ -64,20 +63,20 @@ def save(
                 state = {key: value.detach().cpu() for key, value in model.prompt_encoder[name].state_dict().items()}
                 save_file(state, folder / ENCODER_NAME, metadata={"format": "pt"})
     for name in names:
-        if not _has_encoder(model, name):  # one left from an earlier save would not belong to this prompt
+        if not _has_encoder(model, name):  # that of an earlier save would not belong to this prompt
             (target if name == "default" else target / name).joinpath(ENCODER_NAME).unlink(missing_ok=True)
 
 
 def update_config(model: SoftPromptUnlearner, adapter_name: str) -> None:
-    """Fill in what the model itself knows: the loss, the base, the versions."""
+    """Set the loss, the base and the versions in the record of a prompt."""
     config, base = model.spul_configs[adapter_name], model.get_base_model()
-    if not model.peft_config[adapter_name].inference_mode:  # one that was loaded to be used keeps its own record
+    if not model.peft_config[adapter_name].inference_mode:  # a prompt loaded for inference keeps its record
         config.loss = model.loss.to_dict()
     config.set_base(base)
 
 
 def write_model_card(model: SoftPromptUnlearner, output_dir: str) -> None:
-    """Write README.md for the Hub."""
+    """Write the model card, `README.md`."""
     config = model.active_peft_config
     card = model_card(
         model.spul_config,
@@ -98,7 +97,7 @@ def load(
     model_kwargs: dict[str, Any],
     **kwargs: Any,
 ) -> SoftPromptUnlearner:
-    """See `SoftPromptUnlearner.from_pretrained`."""
+    """Load a prompt onto its base; see `SoftPromptUnlearner.from_pretrained`."""
     hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
     loaded = load_base(model, model_kwargs)
     config = PeftConfig.from_pretrained(os.fspath(adapter), **hub)
@@ -115,14 +114,14 @@ def load(
         except (ValueError, TypeError, KeyError):
             if is_trainable:
                 raise
-            logger.warning("The prompt was trained with a loss of its maker's own; `loss` is the default one.")
+            logger.warning("The prompt was trained with a custom loss unknown to spul; using the default loss.")
 
     unlearner = cls(loaded, config, loss=loss, adapter_name=adapter_name, **kwargs)
     base: Any = unlearner.get_base_model()
     unlearner.spul_configs[adapter_name] = spul_config
     check_base(base, config, spul_config, adapter)
     if is_trainable:
-        # What is saved after more training is another prompt, of this base.
+        # After more training, the saved metrics and fingerprint no longer apply.
         spul_config.base_fingerprint, spul_config.metrics = None, {}
         config.base_model_name_or_path = getattr(base, "name_or_path", None) or config.base_model_name_or_path
         restore_prompt(unlearner, adapter, adapter_name, **hub)
@@ -134,10 +133,11 @@ def load(
 
 
 def restore_prompt(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapter_name: str, **hub: Any) -> None:
-    """Put a saved state back into a prompt that trains, P-tuning's encoder included.
+    """Load a saved state into a trainable prompt, including the encoder of P-tuning.
 
     Raises:
-        ValueError: if the folder lacks the encoder, or its shapes are not this prompt's.
+        ValueError: if the folder lacks the encoder, its shapes differ from this prompt's, or it does not belong to the
+            saved prompt.
     """
     encoder = model.prompt_encoder[adapter_name]
     if not _has_encoder(model, adapter_name):
@@ -148,8 +148,8 @@ def restore_prompt(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapt
     if path is None:
         kind = PeftType(model.peft_config[adapter_name].peft_type).value
         raise ValueError(
-            f"{str(adapter)!r} holds no {ENCODER_NAME}: the {kind} prompt in it can be used, but not trained on, "
-            "since plain PEFT saves only what the encoder put out. Load it with is_trainable=False, or save with spul."
+            f"{str(adapter)!r} holds no {ENCODER_NAME}: the {kind} prompt in it can be used, but not trained further, "
+            "since plain PEFT saves only the encoder's output. Load it with is_trainable=False, or save with spul."
         )
     state = load_file(path, device="cpu")
     expected = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
@@ -159,16 +159,16 @@ def restore_prompt(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapt
             f"{path}: the encoder there has {found}, this model's has {expected}; load it with its own config."
         )
     encoder.load_state_dict(state, strict=True)
-    put_out = model.get_prompt_embedding_to_save(adapter_name).float()
-    if not torch.allclose(put_out, _flat_weights(adapter, **hub).float(), rtol=1e-3, atol=1e-4):
+    output = model.get_prompt_embedding_to_save(adapter_name).float()
+    if not torch.allclose(output, _flat_weights(adapter, **hub).float(), rtol=1e-3, atol=1e-4):
         raise ValueError(
-            f"{path} does not belong to the adapter_model.safetensors beside it, as when a save was cut short; "
-            "load the prompt with is_trainable=False, or go on from another checkpoint."
+            f"{path} does not belong to the adapter_model.safetensors beside it, as after an interrupted save; "
+            "load the prompt with is_trainable=False, or resume from another checkpoint."
         )
 
 
 def _flat_weights(adapter: str | os.PathLike, **hub: Any) -> torch.Tensor:
-    """The prompt as PEFT saves it."""
+    """Return the flattened prompt, as saved by PEFT."""
     check_safetensors(adapter, **hub)
     return load_peft_weights(os.fspath(adapter), device="cpu", **hub)["prompt_embeddings"]
 
@@ -176,7 +176,7 @@ def _flat_weights(adapter: str | os.PathLike, **hub: Any) -> torch.Tensor:
 def _adapter_weights(
     model: SoftPromptUnlearner, adapter: str | os.PathLike, adapter_name: str, **hub: Any
 ) -> torch.Tensor:
-    """The flattened prompt of an adapter folder, checked against the live one's shape."""
+    """Return the flattened prompt of an adapter folder; raise if its shape differs from the prompt in the model."""
     weights = _flat_weights(adapter, **hub)
     expected = model.prompt_encoder[adapter_name].embedding.weight.shape
     if weights.shape != expected:
@@ -188,13 +188,13 @@ def _adapter_weights(
 
 
 def check_safetensors(adapter: str | os.PathLike, **hub: Any) -> None:
-    """Raise unless an adapter's weights are safetensors: PEFT would go on to unpickle others."""
+    """Raise unless an adapter's weights are safetensors: PEFT would unpickle other files."""
     if find_file(adapter, "adapter_model.safetensors", **hub) is None:
         raise ValueError(f"{str(adapter)!r} holds no adapter_model.safetensors; spul loads safetensors only.")
 
 
 def check_base(base: Any, config: Any, spul_config: SpulConfig, adapter: str | os.PathLike) -> None:
-    """Raise if the prompt cannot fit the base, warn if the base's weights are others."""
+    """Raise if the prompt does not fit the base; warn if the base's weights differ from those of training."""
     trained_on = config.base_model_name_or_path or "another model"
     advice = f"Load it on the model it was trained for ({trained_on})."
     text = base.config.get_text_config()

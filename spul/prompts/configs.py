@@ -1,4 +1,4 @@
-"""The three prompt types of PEFT, and the start of a random prompt."""
+"""Prompt configs of PEFT that spul supports, and the initialization of prompts."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from ..models.unlearner import PROMPT_TYPES
 
 @torch.no_grad()
 def scale_random_prompt(model: Any, adapter_name: str) -> None:
-    """Bring prompt tuning's random rows to the mean and spread of the vocabulary's embeddings.
+    """Scale the random rows of prompt tuning to the mean and standard deviation of the vocabulary's embeddings.
 
-    PEFT draws them with a standard deviation of 1, where a vocabulary has about 0.02.
+    PEFT draws them with a standard deviation of 1; that of a vocabulary is about 0.02.
     """
     config = model.peft_config[adapter_name]
     if isinstance(config, PromptTuningConfig) and config.prompt_tuning_init == PromptTuningInit.RANDOM:
         vocabulary = model.word_embeddings.weight
         some = torch.arange(0, len(vocabulary), max(1, len(vocabulary) // 4096), device=vocabulary.device)
-        looked_up = model.word_embeddings(some).float()  # through the module: Gemma scales what it looks up
+        looked_up = model.word_embeddings(some).float()  # through the module: Gemma scales its embeddings
         model.prompt_encoder[adapter_name].embedding.weight.mul_(looked_up.std()).add_(looked_up.mean())
 
 
@@ -35,8 +35,8 @@ PROMPT_CONFIGS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
 
 
 def check_peft_config(peft_config: PeftConfig) -> None:
-    """Raise unless it is a prompt config for a causal LM."""
-    # By PEFT's own name too: its multitask config is a subclass of PromptTuningConfig.
+    """Raise unless the config is a prompt config for a causal LM."""
+    # peft_type is compared too: PEFT's multitask config is a subclass of PromptTuningConfig.
     is_one = isinstance(peft_config, PROMPT_CONFIGS) and peft_config.peft_type in PROMPT_TYPES
     if not is_one:
         raise TypeError(

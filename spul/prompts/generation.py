@@ -42,13 +42,15 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
                     f"{type(base).__name__} has no plain key/value cache, which generate under a soft prompt needs. "
                     "Score answers with spul.score_completions instead."
                 )
-            if limit is not None and states.num_virtual + input_ids.shape[1] >= limit:
+            if limit is not None and states.num_virtual_tokens + input_ids.shape[1] >= limit:
                 raise ValueError(
-                    f"{states.num_virtual} virtual tokens and {input_ids.shape[1]} tokens leave no room in the "
+                    f"{states.num_virtual_tokens} virtual tokens and {input_ids.shape[1]} tokens leave no room in the "
                     f"model's {limit} positions to generate anything; shorten the input."
                 )
             lengths = attention_mask.sum(dim=1)
-            if len(lengths.unique()) > 1 and _crosses_window(model, states.num_virtual + input_ids.shape[1], kwargs):
+            if len(lengths.unique()) > 1 and _crosses_window(
+                model, states.num_virtual_tokens + input_ids.shape[1], kwargs
+            ):
                 return _generate_by_length(model, states, input_ids, attention_mask, lengths, args, kwargs)
             return _generate(model, states, input_ids, attention_mask, args, kwargs)
     finally:

@@ -110,7 +110,7 @@ def _from_cached_prompt(
     if labels is not None:
         fields["loss"] = base.loss_function(
             logits=fields["logits"],
-            labels=torch.cat([labels.new_full((rows, states.num_virtual), IGNORE_INDEX), labels], dim=1),
+            labels=torch.cat([labels.new_full((rows, states.num_virtual_tokens), IGNORE_INDEX), labels], dim=1),
             vocab_size=base.config.get_text_config().vocab_size,
             **loss_options,
         )

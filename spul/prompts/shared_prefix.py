@@ -41,7 +41,7 @@ class PromptStates:
     base: tuple = ()  # see `_base_version`
 
     @property
-    def num_virtual(self) -> int:
+    def num_virtual_tokens(self) -> int:
         """The number of virtual tokens."""
         return self.layers[0].seen
 
@@ -55,7 +55,9 @@ class PromptStates:
         """
         rows = len(attention_mask)
         return {
-            "attention_mask": torch.cat([attention_mask.new_ones(rows, self.num_virtual), attention_mask], dim=1),
+            "attention_mask": torch.cat(
+                [attention_mask.new_ones(rows, self.num_virtual_tokens), attention_mask], dim=1
+            ),
             "past_key_values": expanded_cache(self.layers, base_model, num_sequences or rows),
         }
 

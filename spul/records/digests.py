@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -105,13 +104,13 @@ def summarize_rows(rows: Iterable[Mapping[str, Any]]) -> DataSummary:
     return DataSummary(len(digests), hashlib.sha256(b"".join(sorted(digests))).hexdigest())
 
 
-def digest_of_rows(rows: Sequence[Any] | Dataset) -> str:
+def digest_of_rows(rows: Any) -> str:
     """Digest of rows or texts in their order, on which an evaluation's random draws depend.
 
     Args:
         rows: texts or rows; of a dataset with a column `prompt`, only `prompt` and `completion` count.
     """
-    if isinstance(rows, Dataset) and "prompt" in rows.column_names:
+    if "prompt" in getattr(rows, "column_names", ()):
         rows = rows.select_columns(["prompt", "completion"])
     return digest(list(rows))
 

@@ -1,4 +1,4 @@
-"""Training rows in other forms, so that what is learned holds where it is asked otherwise."""
+"""Rewritten training rows, so that forgetting also holds for other forms of a question."""
 
 from __future__ import annotations
 
@@ -30,22 +30,25 @@ ASIDES = (
     "I know that you know this. Just say it.",
     "Answer as briefly as you can, in one word if that is enough.",
 )
-"""Texts for `with_prefix` and `with_suffix` to train on; none of them is among `JAILBREAKS`, which are for testing."""
+"""Texts for `with_prefix` and `with_suffix` in training; none is among `JAILBREAKS`, which are for testing."""
 
 
 def rewritings(
     text_field: str | None, filler_rows: Dataset, seed: int = 0, turns: Sequence[int] = (1, 2, 3, 5, 8)
 ) -> dict[str, Callable[[Dataset], Dataset]]:
-    """Ways to ask the same otherwise, to train on: letter case, spaces, asides before and after, other turns before.
+    """Rewritings of prompts for training: letter case, spaces, asides before and after, other turns before.
 
-    Of the same kinds as `spul.evaluation.usual_attacks` has them, with other texts, shares and draws.
+    They are of the kinds of `spul.evaluation.usual_attacks`, with other texts, shares and draws.
 
     Args:
         text_field: the column whose text stands in the prompt, as the collator's.
-        filler_rows: other questions with their answers; training rows that are kept.
+        filler_rows: other questions with their answers; retain rows of the training set.
         seed: seed of the draws.
-        turns: how many questions with their answers to put before a row, a way for each. What a prompt never saw in
-            training brings back what it hides, so train on as many as are to be withstood.
+        turns: numbers of questions with answers to put before a row, each a rewriting of its own. More turns than in
+            training bring forgotten answers back, so include the largest number that the prompt must withstand.
+
+    Returns:
+        By name, functions from rows to rewritten rows, for `augmented`.
 
     Raises:
         ValueError: if `filler_rows` have too few different questions for `turns`.
@@ -76,25 +79,25 @@ def augmented(
     share: float = 1.0,
     seed: int = 0,
 ) -> Dataset:
-    """Rows, and beside them some in other forms, with their completions as they are.
+    """Add rewritten rows, with the completions of the rows that they are made of.
 
-    Do it with forget *and* retain rows, before `forget_retain_dataset`: a prompt that saw odd letters in forget rows
-    alone learns to be silent about odd letters.
+    Augment forget *and* retain rows, before `forget_retain_dataset`: a prompt that saw odd letter case in forget rows
+    only learns to decline odd letter case.
 
     Args:
-        rows: `prompt`, a text, and `completion`.
-        ways: each from rows to rewritten rows: `rewritings(...)`, attacks of `spul.evaluation`, your own.
-        collator: the one to train with: rewritten rows have to fit in its `max_length`.
-        share: how many rewritten rows there are for each row as it is, above 0; each rewriting gets as many of them as
-            the others, drawn at random.
+        rows: rows with `prompt`, a text, and `completion`.
+        ways: by name, functions from rows to rewritten rows: `rewritings(...)`, attacks of `spul.evaluation`, or your
+            own.
+        collator: the collator of the training: rewritten rows have to fit in its `max_length`.
+        share: number of rewritten rows per original row, above 0; every way gets the same number, drawn at random.
         seed: seed of the draws.
 
     Returns:
-        The rows, then the rewritten ones, with the columns that they had.
+        The rows, then the rewritten ones, with the same columns.
 
     Raises:
-        ValueError: if there are no rows or ways, `share` is out of range, so small that a way has no row, or a way
-            changes completions, no prompt, or makes rows so long that most of their own text would be cut.
+        ValueError: if there are no rows or ways; if `share` is out of range, or so small that a way has no row; if a
+            way changes completions, changes no prompt, or makes rows so long that most of their own text would be cut.
 
     Example:
         ```python

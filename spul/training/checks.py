@@ -1,4 +1,4 @@
-"""What UnlearningTrainer checks before it trains, and which checkpoint it goes on from."""
+"""Checks of UnlearningTrainer before training, and the checkpoint that it resumes from."""
 
 from __future__ import annotations
 
@@ -29,15 +29,19 @@ def check_options(
     alternate: bool,
     forget_fraction: float | None,
 ) -> None:
-    """Raise for options that contradict each other or the loss; see `UnlearningTrainer`."""
+    """Check that the options of an `UnlearningTrainer` contradict neither each other nor the loss.
+
+    Raises:
+        ValueError: if they do.
+    """
     if alternate and forget_fraction is not None:
         raise ValueError(
-            f"alternate=True takes retain and forget rows in turn, and forget_fraction={forget_fraction!r} mixes "
+            f"alternate=True takes retain and forget rows in turn, but forget_fraction={forget_fraction!r} mixes "
             "them; leave one out."
         )
     if args is not None and args.label_smoothing_factor:
         raise ValueError(
-            "label_smoothing_factor would replace the unlearning loss; give that one instead: "
+            "label_smoothing_factor would replace the unlearning loss. Change that loss instead: "
             "SoftPromptUnlearner(..., loss=UnlearningLoss(forget=...)), or loss= for other models."
         )
     if reference not in ("cached", "live") or (reference == "live" and reference_dir is not None):
@@ -47,30 +51,35 @@ def check_options(
         )
     if loss.forget.makes_unlikely and collator.generic_completions is not None:
         raise ValueError(
-            f"{type(loss.forget).__name__} makes the collated completion unlikely, and the collator would give it "
-            "generic ones; use ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
+            f"{type(loss.forget).__name__} makes the collated completion unlikely, which must be the row's own, but "
+            "the collator has generic ones; use ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
         )
     if not loss.forget.makes_unlikely and collator.generic_completions is None:
         logger.warning(
-            "%s makes the completions of forget rows likely, and the collator keeps the rows' own: right only if "
-            "these are generic already. Else give the collator generic_completions.",
+            "%s makes the completions of forget rows likely, and the collator uses the rows' own: correct only if "
+            "these are generic already. Otherwise give the collator generic_completions.",
             type(loss.forget).__name__,
         )
     if reference == "live" and loss.needs_reference and unlearner_of(model).trains_base:
         raise ValueError(
-            f"reference='live' asks the model as it was before, and a {type(model).__name__} that learns in its "
-            "own weights is that no more; use reference='cached'."
+            f"reference='live' needs the model before training, but the weights of this {type(model).__name__} "
+            "itself are trained; use reference='cached'."
         )
 
 
 def checked_loss(model: Any, loss: UnlearningLoss | None) -> UnlearningLoss:
-    """The loss to train on, of a model that can be trained on it."""
+    """The training loss: the unlearner's own or `loss`.
+
+    Raises:
+        TypeError: if the model cannot be trained by `UnlearningTrainer`.
+        ValueError: if there is no loss or two, or unlearning layers are detached.
+    """
     unlearner = unlearner_of(model)
     unlearner.check_trainable()
     if unlearner.loss is not None:
         if loss is not None and loss != unlearner.loss:
             raise ValueError(
-                f"loss={loss!r}, and the unlearner has its own, {unlearner.loss!r}; give it to the unlearner."
+                f"loss={loss!r}, but the unlearner has {unlearner.loss!r}; pass the loss to the unlearner only."
             )
         return unlearner.loss
     if not isinstance(loss, UnlearningLoss):
@@ -82,12 +91,12 @@ def checked_loss(model: Any, loss: UnlearningLoss | None) -> UnlearningLoss:
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
-    """The newest checkpoint in a folder that was written to its end.
+    """The newest complete checkpoint in a folder.
 
-    A process killed while it saves leaves a folder without a readable `trainer_state.json`, which is written last.
+    A process killed while it saves leaves a checkpoint without a readable `trainer_state.json`, which is written last.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if no checkpoint is complete.
     """
     folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}-*") if path.is_dir()]
     numbered = [(int(n), path) for path in folders if (n := path.name.rsplit("-", 1)[1]).isdigit()]
@@ -95,7 +104,7 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
         try:
             json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            logger.warning("%s was not written to its end and is passed over.", path)
+            logger.warning("%s is incomplete and is skipped.", path)
             continue
         return str(path)
     raise ValueError(

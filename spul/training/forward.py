@@ -1,4 +1,4 @@
-"""The unlearning loss of a batch for models that are not prompts: the whole model, LoRA, or unlearning layers."""
+"""The unlearning loss of a batch for the full model, LoRA or unlearning layers."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..models.unlearner import unlearner_of
 
 
 def unlearning_forward(model: nn.Module, loss: UnlearningLoss, **batch: Any) -> UnlearnerOutput:
-    """Return the unlearning loss of a batch for a model trained by its own weights, LoRA, or unlearning layers.
+    """The unlearning loss of a batch when the full model, LoRA or unlearning layers are trained.
 
-    A `SoftPromptUnlearner` has this as its forward: `unlearner(**batch)`.
+    For a prompt it is the unlearner's own forward, `unlearner(**batch)`.
 
     Args:
-        model: a causal LM of transformers, or one under `UnlearningLayers` or a PEFT adapter such as LoRA; also
+        model: a causal LM of transformers, bare, under `UnlearningLayers` or under a PEFT adapter such as LoRA; also
             wrapped for DDP.
         loss: the objective.
         batch: `input_ids`, `labels`, `is_forget` and, optionally, `attention_mask`, `row_id`, `group_counts`,

@@ -1,4 +1,4 @@
-"""The published methods by name: each is one loss, on one trainable."""
+"""Published methods by name: each is a loss and what trains on it, a prompt, layers, LoRA or the full model."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 Trainable = Literal["prompt", "full", "lora", "layers"]
 TRAINABLES: tuple[Trainable, ...] = ("prompt", "full", "lora", "layers")
 
-# As their papers have it, the KL terms of the others are KL(frozen || updated).
+# As in their papers, the KL terms of the other methods are KL(base || trained).
 _FORWARD_KL = KLDivergence(direction="forward")
 _LOSSES = {
     "SPUL": UnlearningLoss(alpha=1.0, beta=0.5),
@@ -65,13 +65,17 @@ _OWN_TRAINABLES: dict[str, Trainable] = {"SPUL": "prompt", "EUL": "layers"}
 
 @dataclass(frozen=True)
 class Method:
-    """What is asked for, and what learns it.
+    """An unlearning method: an objective, and what trains on it.
 
     Args:
         name: one of `METHODS`, or a name of your own.
-        loss: what is asked for.
-        trainable: `"prompt"`, a soft prompt before the frozen model; `"full"`, all weights; `"lora"`, LoRA on them;
-            `"layers"`, unlearning layers within the frozen model.
+        loss: the objective.
+        trainable: `"prompt"`, a soft prompt before the frozen model; `"full"`, all weights; `"lora"`, LoRA on every
+            linear layer; `"layers"`, unlearning layers in the frozen model.
+
+    Raises:
+        TypeError: if `loss` is no `UnlearningLoss`.
+        ValueError: if `trainable` is another string.
 
     Example:
         ```python
@@ -94,34 +98,38 @@ class Method:
             raise ValueError(f"trainable={self.trainable!r} is not known; expected one of {', '.join(TRAINABLES)}.")
 
     def prepare(self, model: PreTrainedModel, config: PeftConfig | UnlearningLayersConfig | None = None) -> Any:
-        """The model that trains: an unlearner or unlearning layers, the model under LoRA, or itself with all weights.
+        """Put a prompt, layers or LoRA on a model, or make all its weights trainable.
 
-        The model's dropout is set to zero, as preference optimization has it too: noise would part it from its
-        reference. LoRA's own stays.
+        The model's dropout is set to zero, as in preference optimization, since its noise would add to the divergence
+        from the reference. LoRA's own dropout stays.
 
         Args:
             model: a causal LM, which changes in place.
-            config: PEFT's config of the prompt or of LoRA, or `UnlearningLayersConfig`. Unless given: P-tuning as the
-                SPUL paper has it (30 virtual tokens, hidden size 128), LoRA of rank 16 on every linear layer, or
-                unlearning layers as they are by default.
+            config: PEFT's config of the prompt or of LoRA, or an `UnlearningLayersConfig`. None is P-tuning of the
+                SPUL paper (30 virtual tokens, hidden size 128), LoRA of rank 16 on every linear layer, or
+                `UnlearningLayersConfig()`.
+
+        Returns:
+            A `SoftPromptUnlearner`, `UnlearningLayers`, a `PeftModel`, or the model itself.
 
         Raises:
-            ValueError: if a quantized model is to learn in all its weights, or `config` is not the trainable's.
-            TypeError: if `model` is no causal LM, or under an adapter already.
+            ValueError: if all weights of a quantized model are to be trained, or `config` is of another kind than
+                `trainable`.
+            TypeError: if `model` is no causal LM, or has an adapter already.
         """
         if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
             raise TypeError(
                 f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
-                "gives it. A model under an adapter is merged first: model.merge_and_unload()."
+                "returns it. Merge a model under an adapter first: model.merge_and_unload()."
             )
         layers_config = config if isinstance(config, UnlearningLayersConfig) else None
         peft_config = config if isinstance(config, PeftConfig) else None
         if config is not None and (layers_config if self.trainable == "layers" else peft_config) is None:
-            raise ValueError(
-                f"config is a {type(config).__name__}, which trainable={self.trainable!r} has no use for."
-            )
+            raise ValueError(f"config is a {type(config).__name__}, which does not fit trainable={self.trainable!r}.")
         if self.trainable == "lora" and peft_config is not None and peft_config.is_prompt_learning:
-            raise ValueError(f"config is a {type(peft_config).__name__}, a prompt's; use trainable='prompt' for it.")
+            raise ValueError(
+                f"config is a {type(peft_config).__name__}, the config of a prompt; use trainable='prompt'."
+            )
         if self.trainable == "layers":
             return UnlearningLayers(model, layers_config)
         quantized = getattr(model, "hf_quantizer", None) is not None
@@ -144,8 +152,8 @@ class Method:
             )
         if model.dtype in (torch.float16, torch.bfloat16):
             logger.warning(
-                "the weights are %s, in which small steps are lost, and float16 overflows; for trainable='full' load "
-                "them with dtype=torch.float32, and train under autocast (bf16=True) if you like.",
+                "the weights are %s, which loses small steps, and float16 overflows; for trainable='full' load them "
+                "with dtype=torch.float32, and train under autocast (bf16=True) to save time and memory.",
                 model.dtype,
             )
         return model.requires_grad_(True)
@@ -153,19 +161,19 @@ class Method:
     def collator(
         self, tokenizer: PreTrainedTokenizerBase, generic_completions: Sequence[str], **kwargs: Any
     ) -> ForgetRetainCollator:
-        """The collator to train with: forget rows keep their own completions where the loss makes these unlikely.
+        """The collator for training: forget rows have their own completions where the loss makes these unlikely.
 
         Args:
             tokenizer: the model's.
-            generic_completions: what forget rows are answered with, in the other methods.
-            kwargs: as `ForgetRetainCollator`.
+            generic_completions: the completions of forget rows in the other methods.
+            kwargs: further arguments of `ForgetRetainCollator`.
         """
         return ForgetRetainCollator(
             tokenizer, None if self.loss.forget.makes_unlikely else generic_completions, **kwargs
         )
 
     def training_rows(self, dataset: Dataset) -> Dataset:
-        """The rows that weigh anything in the loss: all, or the forget rows alone, as GA and RL are published.
+        """The rows with a weight in the loss: all, or the forget rows alone, as GA and RL are published.
 
         Raises:
             ValueError: if `dataset` has no `is_forget`.
@@ -188,17 +196,17 @@ def unlearning_method(
     | name | forget rows | retain rows | source |
     |---|---|---|---|
     | SPUL | cross-entropy to a generic completion | cross-entropy, reverse KL | arXiv 2406.12038 |
-    | GA | gradient ascent | not seen | arXiv 2210.01504 |
-    | RL | cross-entropy to a generic completion | not seen | as in arXiv 2406.12038 |
+    | GA | gradient ascent | not used | arXiv 2210.01504 |
+    | RL | cross-entropy to a generic completion | not used | as in arXiv 2406.12038 |
     | GA+KL, GA+GD | gradient ascent | forward KL; cross-entropy | arXiv 2310.10683, 2401.06121 |
-    | NPO, NPO+KL, NPO+GD | negative preference optimization | not seen; forward KL; cross-entropy | arXiv 2404.05868 |
+    | NPO, NPO+KL, NPO+GD | negative preference optimization | not used; forward KL; cross-entropy | arXiv 2404.05868 |
     | SimNPO, SimNPO+KL, SimNPO+GD | the same without a reference | the same | arXiv 2410.07163 |
     | EUL | KL ascent, and ascent on the prompt text | forward KL and cross-entropy | arXiv 2310.20150 |
 
     Args:
         name: one of these names.
-        trainable: `"prompt"` for SPUL, `"layers"` for EUL and `"full"` for the others unless given.
-        alpha: weight of the cross-entropy on retain rows; 1 where the method has it.
+        trainable: what trains, see `Method`; None is `"prompt"` for SPUL, `"layers"` for EUL, `"full"` for the others.
+        alpha: weight of the cross-entropy on retain rows; None is 1 where the method has it. The same for the others.
         beta: weight of the KL on retain rows; 0.5 in SPUL, 0.8 in EUL, 1 elsewhere.
         gamma: weight of the ascent on the prompt text of forget rows; 0.2 in EUL.
 

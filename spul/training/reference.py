@@ -106,36 +106,30 @@ class ReferenceCache:
         path = Path(folder) if folder is not None else Path(HF_HOME, "spul", "reference", digest(index)[:32])
         claim_folder(path, index, accelerator)
 
+        parts = torch.arange(len(ids)).split(_rows_per_part(len(ids)))
+        files = [path / f"part-{i:05d}.safetensors" for i in range(len(parts))]
+        if progress:
+            done = "read from" if all(file.exists() for file in files) else "computed once and stored in"
+            tqdm.write(f"Reference logits of {len(ids)} rows are {done} {path}", file=sys.stderr)
         with detached_base(model):
-            head, parts = OutputHead(base), torch.arange(len(ids)).split(_rows_per_part(len(ids)))
-            files = [path / f"part-{i:05d}.safetensors" for i in range(len(parts))]
+            head = OutputHead(base)
 
-            def read(i: int) -> Tensor | None:
-                return read_part(files[i], checksums[parts[i]], int(counts[parts[i]].sum()))
+            def states_of(part: Tensor, file: Path) -> Tensor:
+                states = read_part(file, checksums[part], int(counts[part].sum()))
+                if states is not None:
+                    return states
+                computed = []
+                for some in tqdm(positions[part].split(batch_size), file.stem, disable=not progress, leave=False):
+                    found = _response_states(base, collator.encoder.batch([dataset[place] for place in some.tolist()]))
+                    computed.append(found.to(head.dtype or found.dtype).cpu())
+                write_part(file, states := torch.cat(computed), checksums[part])
+                return states
 
-            missing = [i for i in range(rank, len(parts), world) if read(i) is None]
-            if progress:
-                done = "are computed once and stored in" if missing else "are read from"
-                tqdm.write(f"Reference logits of {len(ids)} rows {done} {path}", file=sys.stderr)
-            total = sum(len(parts[i]) for i in missing)
-            with tqdm(total=total, desc="reference", disable=not (progress and missing), leave=False) as bar:
-                for i in missing:
-                    computed = []
-                    for some in positions[parts[i]].split(batch_size):
-                        batch = collator.encoder.batch([dataset[place] for place in some.tolist()])
-                        found = _response_states(base, batch)
-                        computed.append(found.to(head.dtype or found.dtype).cpu())
-                        bar.update(len(some))
-                    write_part(files[i], torch.cat(computed), checksums[parts[i]])
+            for i in tqdm(range(rank, len(parts), world), "reference", disable=not progress, leave=False):
+                states_of(parts[i], files[i])
             if accelerator is not None:
                 accelerator.wait_for_everyone()
-            stored = [states for i in range(len(parts)) if (states := read(i)) is not None]
-            if len(stored) < len(parts):
-                raise ValueError(
-                    f"{len(parts) - len(stored)} of {len(parts)} files that other processes wrote are not in "
-                    f"{str(path)!r}; pass a folder that all of them see, or reference='live'."
-                )
-            reference = cls(loss, head, path, rows, stored)
+            reference = cls(loss, head, path, rows, [states_of(*each) for each in zip(parts, files, strict=True)])
             spread = torch.linspace(0, len(ids) - 1, min(ROWS_CHECKED, len(ids))).round().long()
             for place in positions[spread].tolist():  # one by one, since the longest is among them
                 reference._check_base(base, collator.encoder.batch([dataset[place]]))

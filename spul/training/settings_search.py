@@ -1,4 +1,4 @@
-"""alpha, beta and the number of virtual tokens chosen by search, not guessed."""
+"""Search of alpha, beta and the number of virtual tokens by trained and scored trials."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..losses.unlearning_loss import UnlearningLoss
 
 @dataclass(frozen=True)
 class Candidate:
-    """What one trial tries.
+    """The settings of one trial.
 
     Args:
         alpha: weight of the retain term.
@@ -37,12 +37,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and how it scored, both in 0..1.
+    """A candidate and its scores, both in 0..1.
 
     Args:
-        candidate: what was tried.
-        retain: accuracy on retain rows; more is better.
-        forget: accuracy on forget rows; less is better.
+        candidate: the settings.
+        retain: accuracy on retain rows; higher is better.
+        forget: accuracy on forget rows; lower is better.
     """
 
     candidate: Candidate
@@ -56,12 +56,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The trials of a search and the best of them.
 
     Args:
         trials: all trials, in their order.
-        front: those that no other beats in both scores, most retaining first.
-        best: of all trials that keep `min_retain`, the one that forgets most; None if none keeps it.
+        front: the Pareto front, highest retain accuracy first.
+        best: the trial with the lowest forget accuracy of those with at least `min_retain`; None if there is none.
         min_retain: the bound on retain accuracy.
     """
 
@@ -83,30 +83,30 @@ def search(
     storage: str | os.PathLike | None = None,
     progress: bool = True,
 ) -> SearchResult:
-    """Search alpha, beta and p for the best trade-offs of forgetting and keeping, with Optuna.
+    """Search alpha, beta and p for the best trade-offs of forgetting and retaining, with Optuna.
 
-    Score on rows that are neither trained nor reported on, or say so. The sampler is Optuna's multi-objective TPE; no
-    combination is trained twice.
+    Score on rows that are used neither for training nor for the results that you report. The sampler is Optuna's
+    multi-objective TPE; no combination is trained twice.
 
     Args:
         train_and_score: trains a prompt with a candidate's settings and returns its accuracy on retain and on forget
-            rows, both in 0..1. Where it raises since the model diverged (`score_completions` does), the candidate
-            counts as the worst there can be: 0 and 1.
-        min_retain: the least retain accuracy to accept, in 0..1; such as the base's less one point.
-        num_trials: how many combinations to try, those found in `storage` included; never more than there are.
-        alphas: values of alpha to choose from; as the paper tries them unless given, like the next two.
+            rows, both in 0..1. A `DivergedError`, which `score_completions` raises for a diverged model, counts as the
+            worst scores, 0 and 1.
+        min_retain: lowest acceptable retain accuracy, in 0..1, such as the base's minus 0.01.
+        num_trials: number of combinations to try, those in `storage` included; at most all of them are tried.
+        alphas: values of alpha to choose from; by default those of the paper (SPUL), as for the next two.
         betas: values of beta.
         num_virtual_tokens: values of p.
         seed: of the sampler.
-        storage: a journal file to keep the trials in; a search with the same file goes on where it stopped.
+        storage: a journal file of the trials; a search with the same file resumes.
         progress: whether to show a progress bar.
 
     Returns:
-        The trials, the Pareto front, and the point that forgets most within the bound.
+        The trials, the Pareto front, and the best trial within the bound.
 
     Raises:
-        ValueError: if there is nothing to choose from, a number is out of range, a score is not in 0..1, or `storage`
-            holds a search over other values.
+        ValueError: if there are no values to choose from, a value is out of range, a score is not in 0..1, or
+            `storage` holds a search over other values.
         ImportError: if Optuna is not installed.
     """
     try:
@@ -174,7 +174,7 @@ def search(
             while len(known) < wanted:
                 before = len(known)
                 study.optimize(objective, n_trials=1)
-                if len(known) == before:  # the sampler came back to a point: give it another
+                if len(known) == before:  # the sampler repeated a combination: give it another
                     untried = next(candidate for candidate in everything if candidate not in known)
                     study.enqueue_trial(asdict(untried))
                 bar.update(len(known) - before)

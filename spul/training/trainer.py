@@ -1,4 +1,4 @@
-"""UnlearningTrainer: transformers' Trainer, made exact for two groups of rows. A convenience, not a gate."""
+"""UnlearningTrainer: transformers' Trainer with an exact loss over forget and retain rows of a step."""
 
 from __future__ import annotations
 
@@ -35,42 +35,42 @@ TERMS = ("forget_loss", "retain_loss", "kl_loss", "lm_loss")
 
 
 class UnlearningTrainer(Trainer):
-    """Trains a `SoftPromptUnlearner`, `UnlearningLayers`, or a causal LM that learns in its own weights or by LoRA.
+    """Trains a `SoftPromptUnlearner`, `UnlearningLayers`, LoRA, or all weights of a causal LM.
 
-    Beyond `transformers.Trainer`: the loss is normalized over forget and retain rows of the whole step, so that one
-    batch of 32, 4 accumulated batches of 8 and 2 processes with 16 make the same step; every term is logged; resuming
-    gives the bits of a run that never stopped; and evaluation tells accuracy, weighted F1 and the share of generic
-    answers per split.
+    In addition to `transformers.Trainer`: the loss is normalized over the forget and the retain rows of the whole
+    step, so that one batch of 32, 4 accumulated batches of 8 and 2 processes with 16 make the same step; every term
+    is logged; a resumed run equals an uninterrupted one bit for bit; evaluation reports accuracy, weighted F1 and the
+    share of generic answers of each split.
 
     Args:
-        model: the unlearner; or a causal LM of transformers, bare, under `UnlearningLayers` or under a PEFT adapter
-            such as LoRA, which learns what `loss` asks for with the parameters that require gradients.
+        model: a `SoftPromptUnlearner`, `UnlearningLayers`, or a causal LM of transformers, bare or under a PEFT
+            adapter such as LoRA; its parameters that require gradients are trained.
         args: `TrainingArguments`; its `label_smoothing_factor` must be 0.
         data_collator: a `ForgetRetainCollator`.
-        train_dataset: what `forget_retain_dataset` returns, or `collator.tokenize` made of it.
+        train_dataset: the result of `forget_retain_dataset`, as it is or mapped with `collator.tokenize`.
         eval_dataset: rows with `prompt` and `completion`, or a dict of such (`train_retain`, `train_forget`, ...).
             Metrics are `eval_<name>_accuracy`, `_f1`, `_generic` and `_loss`, see `spul.evaluation.summarize`.
-        processing_class: the tokenizer, saved beside checkpoints.
-        forget_fraction: None (default) mixes rows as the data are, as the paper does; a number above 0 and below 1 is
-            the share of forget rows in every batch.
-        alternate: True takes one pass over the retain rows, then one over the forget rows, and so on, as EUL is
-            published; a batch at the seam holds both. False (default) mixes them.
-        reference: where the frozen model's answers come from, which the KL term compares with. `"cached"` (default)
-            computes them once before training and keeps them on disk, see `ReferenceCache.build`; `"live"` computes
-            them in every step, which costs a forward pass over its retain rows, and cannot be had where a model learns
-            in its own weights.
-        reference_dir: the folder to keep them in; unless given, one for each base and data set beside the Hugging Face
+        processing_class: the tokenizer, saved with checkpoints.
+        forget_fraction: share of forget rows in every batch, above 0 and below 1. None (default) shuffles all rows
+            together, as the SPUL paper does.
+        alternate: True alternates between passes over the retain rows and over the forget rows, as published for EUL;
+            the batch between two passes holds both. False (default) mixes them.
+        reference: source of the reference logits, the base model's, which the KL term compares with. `"cached"`
+            (default) computes them once before training and stores them on disk, see `ReferenceCache.build`; `"live"`
+            computes them in every step, by a forward pass over the retain rows, which is not possible if the base's
+            own weights are trained.
+        reference_dir: folder of the cached reference; None has one for each base and data set beside the Hugging Face
             cache, shared by later runs.
-        loss: what is asked for, where the model is no `SoftPromptUnlearner`, which has its own.
-        kwargs: as `transformers.Trainer`.
+        loss: the objective; None for a `SoftPromptUnlearner`, which has its own.
+        kwargs: further arguments of `transformers.Trainer`.
 
     Raises:
-        TypeError: if model or collator are of another kind.
-        ValueError: for options of `Trainer` that this loss cannot honor, rows without `is_forget`, or labels that are
-            generic completions as well.
+        TypeError: if model or collator are of another type.
+        ValueError: for options of `Trainer` that contradict this loss, rows without `is_forget`, or labels that are
+            generic completions too.
     """
 
-    # The loss is divided by the counts of the whole step already.
+    # The loss is already divided by the counts of the whole step.
     loss_is_scaled_for_ga = True
 
     def __init__(
@@ -93,7 +93,9 @@ class UnlearningTrainer(Trainer):
         if not isinstance(data_collator, ForgetRetainCollator):
             raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
         if kwargs.get("compute_loss_func") is not None:
-            raise ValueError("compute_loss_func would replace the unlearning loss; give that one instead: loss=...")
+            raise ValueError(
+                "compute_loss_func would replace the unlearning loss; pass loss=UnlearningLoss(...) instead."
+            )
         check_options(model, loss, args, data_collator, reference, reference_dir, alternate, forget_fraction)
         keep_4bit_differentiable(model)
         self._reference_mode, self._reference_dir = reference, reference_dir
@@ -133,8 +135,8 @@ class UnlearningTrainer(Trainer):
             self._unlearner.spul_config.loss = loss.to_dict()
         if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
-                "no parameter requires a gradient: a prompt was loaded for use only, or a model frozen. Load a prompt "
-                "with SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
+                "no parameter requires a gradient: the prompt was loaded for inference, or the model is frozen. Load "
+                "a prompt with SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
             )
         self.add_callback(_Epochs(self._unlearner, data_collator, self._sampler))
         self._term_sums = torch.zeros(len(self._terms), device=self.args.device)
@@ -146,7 +148,7 @@ class UnlearningTrainer(Trainer):
     def _describe_data(
         record: SpulConfig | None, collator: ForgetRetainCollator, rows: Any, flags: list[bool]
     ) -> None:
-        """Look through the training rows once: labels that are generic too, counts and digests for the record."""
+        """Refuse labels that are generic completions; record number and digest of the training rows."""
         if "completion" in getattr(rows, "column_names", ()):
             check_not_generic(map(completion_text, rows["completion"]), collator.generic_completions)
         if record is None:
@@ -170,7 +172,7 @@ class UnlearningTrainer(Trainer):
     # ---- training ----
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Read a step's batches, and tell each how many rows of either group the whole step has."""
+        """Read the batches of a step, and add the numbers of forget and retain rows of the whole step to each."""
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             check_is_forget(batch, "a batch")
@@ -199,14 +201,14 @@ class UnlearningTrainer(Trainer):
         if self._unlearner.computes_loss:
             outputs = model(**inputs)
         else:
-            with self.accelerator.autocast():  # also around the frozen model, which accelerate does not know
+            with self.accelerator.autocast():  # also around the base model, which accelerate does not wrap
                 outputs = unlearning_forward(model, self._loss, **inputs)
         if model.training:
             self._term_sums += torch.stack([outputs[term].detach().to(self._term_sums) for term in self._terms])
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, with the terms of the loss beside their sum, averaged over the steps since the last time."""
+        """Log the loss and its terms, averaged over the steps since the last log."""
         steps = self.state.global_step - self._terms_since
         if "loss" in logs and steps > 0:
             sums = self._term_sums / steps
@@ -218,10 +220,10 @@ class UnlearningTrainer(Trainer):
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train; `resume_from_checkpoint=True` goes on from the last checkpoint that was written to its end.
+        """Train; `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
         Raises:
-            ValueError: if there is none.
+            ValueError: if no checkpoint is complete.
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or ".")
@@ -234,16 +236,16 @@ class UnlearningTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _open_reference(self) -> None:
-        """Compute what the frozen model says on the training rows, or find it computed."""
+        """Compute the reference of the training rows, or open the stored one."""
         if self._reference is not None and self._unlearner.trains_base:
-            return  # trained before, the model is no longer what the rows are compared with
+            return  # of the model before the first train(); it has other weights now
         self._reference = None
         asks = self._loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
         if self._reference_mode == "cached" and asks.any():
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
-                    "reference='cached' reads the whole base in every process, which FSDP and DeepSpeed divide. A "
-                    "prompt or LoRA can use reference='live'; a loss that compares cannot be had for a whole model."
+                    "reference='cached' reads the whole base in every process, but FSDP and DeepSpeed shard it. Use "
+                    "reference='live' for a prompt or LoRA; the full model needs a loss without a reference."
                 )
             if (self.args.fp16_full_eval or self.args.bf16_full_eval) and not self.is_model_parallel:
                 self._move_model_to_device(self._learner, self.args.device)  # as Trainer does, later
@@ -260,7 +262,7 @@ class UnlearningTrainer(Trainer):
                     loss=self._loss,
                 )
 
-    # ---- checkpoints: PEFT's adapters are known to Trainer, unlearning layers are not ----
+    # ---- checkpoints: Trainer saves and loads PEFT's adapters, but not unlearning layers ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if not self._unlearner.has_own_checkpoint:
@@ -291,13 +293,17 @@ class UnlearningTrainer(Trainer):
         """Score every evaluation set by greedy decoding at the response positions.
 
         Args:
-            eval_dataset: rows with `prompt` and `completion`, or a dict of such; those of the trainer unless given.
+            eval_dataset: rows with `prompt` and `completion`, a dict of such, or the name of one of the trainer's
+                sets; None takes the trainer's.
             ignore_keys: not used.
-            metric_key_prefix: what the metrics' names begin with.
+            metric_key_prefix: first part of the metrics' names.
 
         Returns:
-            `<prefix>_<name>_accuracy`, `_f1`, `_generic`, `_loss` for every set of a dict, without `<name>` for one
-            set.
+            `<prefix>_<name>_accuracy`, `_f1`, `_generic`, `_loss` for every set of a dict, without `<name>` for a
+            single set.
+
+        Raises:
+            ValueError: if there are no rows.
         """
         own: Any = self.eval_dataset
         rows = own if eval_dataset is None else eval_dataset
@@ -323,7 +329,7 @@ class UnlearningTrainer(Trainer):
         start, rank, world = time.time(), self.accelerator.process_index, self.accelerator.num_processes
         progress = None if self.args.disable_tqdm or rank else prefix
         with self.accelerator.autocast():
-            # The plain model, not DDP's: every process has rows of its own, and their number may differ.
+            # The plain model, not DDP's: every process has rows of its own, and their numbers may differ.
             some = range(rank, len(rows), world)
             found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
         answers = Answers()
@@ -337,7 +343,7 @@ class UnlearningTrainer(Trainer):
 
 
 class _Epochs(TrainerCallback):
-    """Keeps others in step: the draws with the epoch, so that they can be resumed, the record with the prompt."""
+    """Sets the epoch of collator and sampler, so that draws resume, and drops metrics of an earlier prompt."""
 
     def __init__(
         self,
