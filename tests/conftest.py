@@ -14,9 +14,12 @@ import spul.evaluation.aggregation
 import spul.training.reference
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def imports_out_of_collections():
-    """Every training collects garbage several times, each time through all that was ever imported, unless frozen."""
+    """Every training collects garbage several times, each time through all that was ever imported, unless frozen.
+
+    Once a module, since compiling and drawing import a lot on first use.
+    """
     gc.collect()
     gc.freeze()
 

@@ -19,6 +19,7 @@ from spul import SoftPromptUnlearner
 from spul.data import SPLITS
 from spul.evaluation.aggregation import Key
 from spul.evaluation.attacks import letter_case, with_prefix
+from spul.evaluation.measures import key_in_words
 from spul.evaluation.results import Evaluation
 from spul.evaluation.suite import AttackSettings
 
@@ -164,7 +165,7 @@ def counted(monkeypatch, stop_after: int | None = None) -> list[str]:
         def run():
             if len(done) == stop_after:
                 raise KeyboardInterrupt
-            done.append(" ".join(made.produces[0]))
+            done.append(key_in_words(made.keys[0]))
             return made.run()
 
         return dataclasses.replace(made, run=run)

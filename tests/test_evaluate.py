@@ -169,14 +169,14 @@ def test_seeds_on_the_same_rows_are_joined_over_rows_and_seeds():
             r"splits lack \['test_forget'\]",
             {"splits": {k: v for k, v in make_splits().items() if k != "test_forget"}},
         ),
-        (TypeError, "rows are a list", {"splits": make_splits(test_forget=list(rows("doe", 2)))}),
-        (TypeError, "rows are a list", {"neighbors": {"near": [{"prompt": "a", "completion": " b"}]}}),
+        (TypeError, "test_forget is a list; expected", {"splits": make_splits(test_forget=list(rows("doe", 2)))}),
+        (TypeError, "near is a list; expected", {"neighbors": {"near": [{"prompt": "a", "completion": " b"}]}}),
         (
             ValueError,
-            r"the rows of 'test_forget' lack \['completion'\]",
+            r"test_forget lacks the column\(s\) \['completion'\]",
             {"splits": make_splits(test_forget=rows("doe", 2).remove_columns("completion"))},
         ),
-        (ValueError, "no rows", {"unseen": rows("doe", 2).select([])}),
+        (ValueError, "unseen is empty", {"unseen": rows("doe", 2).select([])}),
         (ValueError, "no generic_completions", {"collator": make_collator(generic_completions=None)}),
         (
             ValueError,
@@ -235,7 +235,7 @@ def test_a_prompt_of_a_type_that_is_not_known_is_refused(config):
     plain = get_peft_model(learned(), config)
     with pytest.raises(TypeError, match="expected one of PROMPT_TUNING, P_TUNING, PREFIX_TUNING, best loaded by"):
         measured(plain, "utility")
-    with pytest.raises(TypeError, match="reference is under a prompt of PEFT"):
+    with pytest.raises(TypeError, match="reference: the model is under a prompt of PEFT"):
         measured(make_model("layers"), "utility", reference=plain)
 
 

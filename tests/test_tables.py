@@ -39,10 +39,10 @@ def test_runs_are_read_as_they_were_written(tmp_path):
 
 
 @pytest.mark.parametrize("rest", [b'{"method": "SP', b'{"method": "na\xc3'])
-def test_a_last_line_that_breaks_off_is_left_out_with_a_warning(tmp_path, rest):
+def test_a_last_line_that_breaks_off_is_skipped_with_a_warning(tmp_path, rest):
     path = tmp_path / "runs.jsonl"
     path.write_bytes(b'{"seed": 0}\n\n' + rest)
-    with pytest.warns(UserWarning, match=r"runs\.jsonl, line 3 breaks off and is left out"):
+    with pytest.warns(UserWarning, match=r"runs\.jsonl, line 3 breaks off and is skipped"):
         assert read_runs(path) == [{"seed": 0}]
 
 
