@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
+from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...data.encoder import Encoded
 from ...data.rows import completion_text
@@ -200,12 +200,7 @@ def collect_answers(
     progress: str | None = None,
 ) -> Answers:
     """Answers to some rows of a set, by their indices; see `score_completions`."""
-    if not isinstance(rows, Dataset):
-        raise TypeError(f"rows are a {type(rows).__name__}; expected a datasets.Dataset: Dataset.from_list([...]).")
-    if len(rows) == 0:
-        raise ValueError("there are no rows to score.")
-    if missing := {"prompt", "completion"} - set(rows.column_names):
-        raise ValueError(f"rows to score lack {sorted(missing)}; they have {rows.column_names}.")
+    check_rows(rows)
     classes = task_classes(rows)
     picked = [rows[int(i)] for i in some]
     encoded = [collator.encoder.encode(row) for row in picked]
