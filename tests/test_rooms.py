@@ -201,6 +201,8 @@ def test_the_public_face_is_small_resolvable_and_documented():
         assert public.__name__ == name
         assert public.__doc__, name
         assert name in pages, name
+    for name in ROOMS:  # import spul; spul.losses.NPO
+        assert getattr(spul, name) is import_module(f"spul.{name}")
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = spul.nothing
 

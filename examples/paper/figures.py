@@ -9,7 +9,18 @@ import numpy as np
 
 from paper.tables import Group, Run, aggregate, partition
 from spul.data import SPLITS
-from spul.evaluation.report.plotting import BLACK, BLUE, GRAY, GREEN, ORANGE, PINK, SKY, VERMILLION, _legend, _panels
+from spul.evaluation.report.plotting import (
+    BLACK,
+    BLUE,
+    GRAY,
+    GREEN,
+    ORANGE,
+    PINK,
+    SKY,
+    VERMILLION,
+    panels_of,
+    shared_legend,
+)
 from spul.training.settings_search import pareto_front
 
 if TYPE_CHECKING:
@@ -66,7 +77,7 @@ def draw_tradeoff(runs: Sequence[Run], measure: str = "accuracy", split: str = "
         )
     parts = partition(runs, ("dataset", "model"))
     styles = _styles(runs)
-    figure, panels = _panels(len(parts), height=4.2)
+    figure, panels = panels_of(len(parts), height=4.2)
     for axes, (key, members) in zip(panels, parts, strict=True):
         for i, (method, of_method) in enumerate(_by_method(members, styles)):
             color, marker = styles[method]
@@ -86,7 +97,7 @@ def draw_tradeoff(runs: Sequence[Run], measure: str = "accuracy", split: str = "
         axes.set_ylabel(f"{split} retain {name}, % (higher is better)")
         axes.margins(0.08)
         axes.set_title(_title(key), fontsize=10)
-    _legend(figure, panels, [*styles, "Pareto front"])
+    shared_legend(figure, panels, [*styles, "Pareto front"])
     return figure
 
 
@@ -101,7 +112,7 @@ def draw_prompt_length(runs: Sequence[Run]) -> Figure:
         ValueError: if there are no runs, one has no `num_virtual_tokens`, or two of a panel agree in it and in seed.
     """
     parts = partition(runs, ("dataset", "model"))
-    figure, panels = _panels(len(parts), height=3.6)
+    figure, panels = panels_of(len(parts), height=3.6)
     for axes, (key, members) in zip(panels, parts, strict=True):
         groups = aggregate(members, ("num_virtual_tokens",))
         for split in SPLITS:
@@ -116,7 +127,7 @@ def draw_prompt_length(runs: Sequence[Run]) -> Figure:
         axes.set_ylim(-3, 103)
         axes.set_xticks(sorted(group.key["num_virtual_tokens"] for group in groups))
         axes.set_title(_title(key), fontsize=10)
-    _legend(figure, panels, [split.replace("_", " ") for split in SPLITS])
+    shared_legend(figure, panels, [split.replace("_", " ") for split in SPLITS])
     return figure
 
 
@@ -133,7 +144,7 @@ def draw_forget_size(runs: Sequence[Run]) -> Figure:
     """
     parts = partition(runs, ("dataset", "model"))
     styles = _styles(runs)
-    figure, panels = _panels(2 * len(parts), height=3.4)
+    figure, panels = panels_of(2 * len(parts), height=3.4)
     for i, (key, members) in enumerate(parts):
         for axes, split in zip(panels[2 * i : 2 * i + 2], ("test_retain", "test_forget"), strict=True):
             sizes = set()
@@ -150,7 +161,7 @@ def draw_forget_size(runs: Sequence[Run]) -> Figure:
             axes.set_ylim(-3, 103)
             axes.set_xticks([100 * size for size in sorted(sizes)])
             axes.set_title(_title(key), fontsize=10)
-    _legend(figure, panels, list(styles))
+    shared_legend(figure, panels, list(styles))
     return figure
 
 
@@ -223,7 +234,7 @@ def draw_tsne_coordinates(rows: Sequence[Mapping[str, Any]]) -> Figure:
     if len(names) > len(LABEL_MARKERS):
         raise ValueError(f"there are {len(names)} different labels, and {len(LABEL_MARKERS)} markers.")
     titles = list(dict.fromkeys(row["panel"] for row in rows))
-    figure, panels = _panels(len(titles), height=3.4)
+    figure, panels = panels_of(len(titles), height=3.4)
     for axes, title in zip(panels, titles, strict=True):
         for group, color in GROUP_COLORS.items():  # forget rows, which are fewer, lie on top
             for label, marker in zip(names, LABEL_MARKERS, strict=False):
@@ -238,7 +249,7 @@ def draw_tsne_coordinates(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set_xticks([])
         axes.set_yticks([])
         axes.set_title(title, fontsize=10)
-    _legend(figure, panels, [f"{group}, {label}" for group in GROUP_COLORS for label in names])
+    shared_legend(figure, panels, [f"{group}, {label}" for group in GROUP_COLORS for label in names])
     return figure
 
 

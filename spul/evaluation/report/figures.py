@@ -14,7 +14,7 @@ from ..attacks.inputs import WITHOUT
 from ..measures import MEASURES, variant_in_words
 from ..metrics.table import metric_of
 from ..results import Evaluation
-from .plotting import BLACK, BLUE, GRAY, GREEN, _legend, _panels
+from .plotting import BLACK, BLUE, GRAY, GREEN, panels_of, shared_legend
 from .wording import MODEL_LABELS, MODELS, first, knowledge_name, where
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def draw_splits(evaluation: Evaluation) -> Figure:
     names = [name for name, bars in drawn.items() if bars]
     if not names:
         raise _nothing("utility", evaluation)
-    figure, panels = _panels(len(names), height=3.4)
+    figure, panels = panels_of(len(names), height=3.4)
     for axes, name in zip(panels, names, strict=True):
         metric, width = metric_of(name), 0.8 / len(drawn[name])
         for i, (model, values) in enumerate(drawn[name]):
@@ -72,7 +72,7 @@ def draw_splits(evaluation: Evaluation) -> Figure:
         axes.set_xticks(range(len(SPLITS)), [split.replace("_", "\n") for split in SPLITS])
         axes.set_ylabel(metric.axis_label)
         axes.set_ylim(0, 1.03 * metric.scale)
-    _legend(figure, panels, list(MODEL_LABELS.values()))
+    shared_legend(figure, panels, list(MODEL_LABELS.values()))
     return figure
 
 
@@ -98,7 +98,7 @@ def draw_roc(evaluation: Evaluation) -> Figure:
     attacks = list(dict.fromkeys(attack for one in members for attack in one.per_row))
     if not attacks:
         raise _nothing("membership", evaluation)
-    figure, panels = _panels(len(attacks), height=3.3)
+    figure, panels = panels_of(len(attacks), height=3.3)
     for axes, attack in zip(panels, attacks, strict=True):
         edges = []
         for model in MODELS:
@@ -117,7 +117,7 @@ def draw_roc(evaluation: Evaluation) -> Figure:
         axes.set_ylabel("members found, share")
         axes.set_title(attack, fontsize=10)
         axes.text(0.97, 0.04, _areas(evaluation, attack), transform=axes.transAxes, ha="right", fontsize=8)
-    _legend(figure, panels, [*MODEL_LABELS.values(), "chance"])
+    shared_legend(figure, panels, [*MODEL_LABELS.values(), "chance"])
     return figure
 
 
@@ -151,7 +151,7 @@ def draw_input_attacks(evaluation: Evaluation) -> Figure:
     attacks = list(dict.fromkeys(map(variant_in_words, values)))
     if not attacks:
         raise _nothing("input attack", evaluation)
-    figure, (axes,) = _panels(1, height=0.9 + 0.32 * len(attacks))
+    figure, (axes,) = panels_of(1, height=0.9 + 0.32 * len(attacks))
     models = [model for model in MODELS if any(one.model == model for one in values)]
     for i, model in enumerate(models):
         of_model = [one for one in values if one.model == model]
@@ -166,7 +166,7 @@ def draw_input_attacks(evaluation: Evaluation) -> Figure:
     axes.invert_yaxis()  # the first on top
     axes.set_xlim(-0.03 * metric.scale, 1.03 * metric.scale)
     axes.set_xlabel(f"test forget {metric.axis_label} (lower is better)")
-    _legend(figure, [axes], list(MODEL_LABELS.values()))
+    shared_legend(figure, [axes], list(MODEL_LABELS.values()))
     return figure
 
 
@@ -190,7 +190,7 @@ def draw_relearning(evaluation: Evaluation) -> Figure:
         raise _nothing("relearning", evaluation)
     if any(one.level is None for one in values):
         raise ValueError("a measurement of 'relearning' has level=None; expected its number of steps.")
-    figure, (axes,) = _panels(1, height=3.4)
+    figure, (axes,) = panels_of(1, height=3.4)
     ticks = sorted({int(one.level or 0) for one in values})
     for model in MODELS:
         of_model = sorted((one for one in values if one.model == model), key=lambda one: one.level or 0)
@@ -206,7 +206,7 @@ def draw_relearning(evaluation: Evaluation) -> Figure:
     axes.set_ylim(-0.03 * metric.scale, 1.03 * metric.scale)
     axes.set_xlabel("steps of relearning")
     axes.set_ylabel(f"train forget {metric.axis_label}\n(lower is better)")
-    _legend(figure, [axes], list(MODEL_LABELS.values()))
+    shared_legend(figure, [axes], list(MODEL_LABELS.values()))
     return figure
 
 

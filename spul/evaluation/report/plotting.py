@@ -40,7 +40,7 @@ def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
     return paths
 
 
-def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure 7 inches wide with one panel, or rows of two; unused panels of the last row are removed."""
     try:
         from matplotlib.figure import Figure
@@ -57,7 +57,7 @@ def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
     return figure, grid[:count]
 
 
-def _legend(figure: Figure, panels: Iterable[Axes], order: Sequence[str]) -> None:
+def shared_legend(figure: Figure, panels: Iterable[Axes], order: Sequence[str]) -> None:
     """One legend below all panels, so that it covers nothing."""
     found: dict[str, Any] = {}
     for axes in panels:
