@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .causal_lm import unwrapped
+from .compat import without_peft_wrapper
 
 
 class OutputHead:
@@ -26,12 +27,9 @@ class OutputHead:
 
     def __init__(self, base_model: nn.Module) -> None:
         base: Any = unwrapped(base_model)
-        embeddings = base.get_output_embeddings()
+        embeddings = without_peft_wrapper(base.get_output_embeddings())
         if embeddings is None:
             raise ValueError(f"{type(base).__name__} has no output embeddings; use reference='live'.")
-        # LoRA on the head, or a head that is trained whole beside LoRA.
-        for inner in ("original_module", "base_layer"):
-            embeddings = getattr(embeddings, inner, embeddings)
         if any(parameter.requires_grad for parameter in embeddings.parameters()):
             embeddings = copy.deepcopy(embeddings).requires_grad_(False)
         config = base.config.get_text_config()
