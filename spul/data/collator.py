@@ -26,7 +26,7 @@ class ForgetRetainCollator:
     Args:
         tokenizer: any tokenizer of transformers; it needs no pad token and is not changed.
         generic_completions: target completions of forget rows, such as `[" neutral", " unknown"]`, with a leading
-            space if the completions of your data have one. None keeps the own completion of each forget row, as
+            space if the completions of your data have one. None keeps each forget row's own completion, as
             gradient ascent requires.
         max_length: maximum number of tokens of a row, without virtual tokens; `spul.data.RowEncoder` describes what is
             cut.

@@ -139,7 +139,7 @@ class RowEncoder:
         Args:
             row: `prompt` and `completion`, as text or messages; or, tokenized, `input_ids` and `completion_mask`.
             completion: replaces the row's own completion: text, or token ids if the row is tokenized.
-            reserve: shorten the prompt as for a completion of this number of tokens, if this one is shorter.
+            reserve: truncate the prompt as if the completion had at least this many tokens.
 
         Raises:
             ValueError: if columns are missing, prompt or completion have no tokens, or the completion alone is too

@@ -105,7 +105,7 @@ def load_sst2(
 def load_imdb(
     source: str | os.PathLike[str] | None = None, names: Sequence[str] = IMDB_FORGET_NAMES, seed: int = 0
 ) -> UnlearningData:
-    """Load IMDB, with the reviews that name certain people as forget rows, in the set's own train and test parts.
+    """Load IMDB, with the reviews that name certain people as forget rows, in the official train/test split.
 
     Line-break markup becomes a space. A repeated review stays once, in the train part if it is in both.
 

@@ -222,7 +222,7 @@ class NameFinder:
                 self.by_first_token.setdefault(TOKEN.findall(normal)[0], []).append(normal)
 
     def find(self, text: str) -> set[str]:
-        """The names in a text, in the spelling of the first one given."""
+        """Names found in a text, each as first spelled in `names`."""
         text = normalized_name(text)
         return {
             self.spelled[name]

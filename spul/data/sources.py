@@ -38,7 +38,7 @@ def read_hub(name: str, split: str, columns: Sequence[str] = (), config: str | N
 def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Dataset:
     """Read the rows of a file: `.tsv`, `.tsv.gz`, `.jsonl`, `.json` (a list, or lines), `.csv` or `.parquet`.
 
-    The ending decides the type. A `.tsv` file has a header and no quoting; all its values are text.
+    The extension sets the type. A `.tsv` file has a header and no quoting; all its values are text.
 
     Args:
         path: path of the file.

@@ -83,7 +83,7 @@ def split_by_entity(
 
     A name matches as whole words, in any letter case and with any white space between its words; *chan* also matches
     *Jackie Chan*. With `names` alone the whole text is searched; with a recognizer, only the names that it found in
-    the text, so that *bond* the verb is no person. With a recognizer alone, the names are those that it found.
+    the text, so the verb *bond* does not match. With a recognizer alone, the names are those that it found.
 
     Args:
         rows: data set with a column of texts.
@@ -242,7 +242,7 @@ def subsample_forget(split: Split, fraction: float, seed: int = 0) -> Split:
     forget = split.forget.select(sorted(drawn))
     rule = (
         f"{split.report.rule}; of the {num_rows} rows matched, a random {len(drawn)} kept (fraction {fraction}, seed "
-        f"{seed}) and {num_rows - len(drawn)} left out of both sets"
+        f"{seed}) and {num_rows - len(drawn)} excluded from both sets"
     )
     shown = [text for i, text in enumerate(split.report.examples["forget"]) if i in drawn]
     examples = {**split.report.examples, "forget": shown}

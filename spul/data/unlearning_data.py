@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
-# Order in which splits retain their copy of a repeated text: forget before retain, train before test.
+# Which split keeps a duplicate text: forget before retain, train before test.
 PRECEDENCE = ("train_forget", "test_forget", "train_retain", "test_retain")
 
 
@@ -68,7 +68,7 @@ class UnlearningData:
             num_retain: maximum number of rows of `train_retain`; None for all.
             num_test: maximum number of rows of `test_retain`; None for all.
             seed: seed of the draws.
-            prefer: with `num_retain`, a function of each row of `train_retain`, a mapping from column to value. Rows
+            prefer: with `num_retain`, a predicate on rows of `train_retain` (dicts, column to value). Rows
                 for which it is true are drawn first.
 
         Raises:

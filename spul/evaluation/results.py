@@ -167,7 +167,7 @@ def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """The measurements of a file of JSON lines; none without a file. An incomplete last line is skipped."""
+    """Measurements from a JSON Lines file; [] if it is missing. An incomplete last line is skipped."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     found = []
     for i, line in enumerate(lines):

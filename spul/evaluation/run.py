@@ -58,7 +58,7 @@ def evaluate(
     """Measure forgetting, utility, privacy and robustness of an unlearned model, beside its controls.
 
     The controls are the model before unlearning (*detached*: the prompt, the layers or LoRA disabled, or `base`) and,
-    if given, a model `retrained` without the forget rows, the yardstick. The evaluation page of the documentation
+    if given, a model `retrained` without the forget rows, the baseline. The evaluation page of the documentation
     defines each metric.
 
     With `output_dir` results are written as they come, and the same call resumes an interrupted evaluation. Under
@@ -66,7 +66,7 @@ def evaluate(
     are those of one process.
 
     Args:
-        model: the unlearned causal LM: under a prompt of spul, unlearning layers or LoRA, or trained as a whole.
+        model: the unlearned causal LM: under a prompt of spul, unlearning layers or LoRA, or fully fine-tuned.
         splits: `train_retain`, `train_forget`, `test_retain` and `test_forget`, as `UnlearningData` or as data sets
             with `prompt` and `completion`.
         collator: for tokenizing and padding. Its `generic_completions` count as generic answers, its `text_field`
@@ -84,8 +84,8 @@ def evaluate(
         output_dir: a folder for results, one for each evaluation.
         batch_size: rows per forward.
         max_new_tokens: tokens of a free-form answer; 200 by default, as in TOFU.
-        free_form: whether answers are texts and no classes, so that probability, ROUGE-L and others are measured,
-            too; more than 32 different answers always are.
+        free_form: score answers as free text (adds probability, ROUGE-L, ...), not as classes; implied by more than
+            32 distinct answers.
         seed: seed of all draws.
         progress: whether to show a progress bar.
 
@@ -93,8 +93,8 @@ def evaluate(
         ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
             missing, a measure or set of questions is unknown, two of the models share a base, a model is sharded, or
             `output_dir` holds another evaluation.
-        TypeError: if rows are no `datasets.Dataset`, or a model is under a prompt of plain PEFT, and its type is
-            unknown to spul or the soft suffix is measured.
+        TypeError: if rows are not a `datasets.Dataset`, or a model has a plain PEFT prompt whose type is unknown to
+            spul, or any plain PEFT prompt where the soft suffix is measured.
         ImportError: if free-form answers are scored, and `rouge-score` is not installed.
 
     Example:
@@ -152,7 +152,7 @@ def evaluate(
             f"beside its virtual ones; attacked rows may be long, so give one with max_length of at most {suite.room}."
         )
     if "detached" not in suite.models:
-        suite.skipped["detached"] = "give base=, since a model trained as a whole cannot be restored"
+        suite.skipped["detached"] = "give base=, since a fully fine-tuned model cannot be restored"
     if retrained is None:
         suite.skipped["retrained"] = "give retrained=, a model trained without the forget rows, as the yardstick"
     measured = [measure for name, measure in MEASURES.items() if name in measures]

@@ -170,7 +170,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         return logits_at(self, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """As `response_logits`, of input embeddings (B, n, d)."""
+        """`response_logits` from input embeddings (B, n, d)."""
         return logits_at(self, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
 
     def check_trainable(self) -> None:
@@ -189,7 +189,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         return {"layers": self.layers_config.to_dict()} if self.enabled else {}
 
     def parameters_changed(self) -> None:
-        """Forget metrics and Gram matrices, which were of other weights."""
+        """Clear metrics and Gram matrices, which belong to the weights before an optimizer step."""
         super().parameters_changed()
         self.gram_matrices = {}
 
@@ -273,7 +273,7 @@ class UnlearningLayers(nn.Module, Unlearner):
 
     @classmethod
     def from_saved(cls, base: PreTrainedModel, saved: files.SavedLayers) -> UnlearningLayers:
-        """Attach new layers with the content of a folder, or fused; on an error the base is left unchanged.
+        """Attach layers from saved or fused weights; on an error the base is left unchanged.
 
         Raises:
             ValueError: if they are for another model.

@@ -130,7 +130,7 @@ class _Ascent(LossTerm):
 class GradientAscent(_Ascent, CrossEntropy):
     """Negated cross-entropy: makes the true response of a forget row unlikely (GA).
 
-    It has no lower bound without `cap`. Use it with `ForgetRetainCollator(generic_completions=None)`, which retains
+    It has no lower bound without `cap`. Use it with `ForgetRetainCollator(generic_completions=None)`, which keeps
     the true responses; ascent on generic responses would train the model never to generate them.
 
     Args:
@@ -250,7 +250,7 @@ class KLDivergence(LossTerm):
 class KLAscent(_Ascent, KLDivergence):
     """Negated KL: drives the answers on forget rows away from the base model's (EUL, arXiv 2310.20150).
 
-    As with `GradientAscent`, forget rows retain their own completions; only the positions of these tokens matter. The
+    As with `GradientAscent`, forget rows keep their own completions; only the positions of these tokens matter. The
     published term has no bound.
 
     Args:

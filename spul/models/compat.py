@@ -93,6 +93,11 @@ def layer_states(cache: Any) -> list[LayerStates] | None:
     return [LayerStates(layer.keys, layer.values, layer.get_seq_length()) for layer in layers]
 
 
+def empty_cache(base_model: Any) -> DynamicCache:
+    """A new cache for a base, with a layer of the right kind for each of its own."""
+    return DynamicCache(config=base_model.config.get_text_config())
+
+
 def expanded_cache(layers: list[LayerStates], base_model: Any, batch_size: int) -> DynamicCache:
     """A new cache in which each of `batch_size` rows has seen the prompt. It grows with use: do not reuse it.
 

@@ -15,8 +15,8 @@ from .compat import without_peft_wrapper
 class OutputHead:
     """Maps a causal LM's final hidden states to its logits: output embeddings, scaling, soft-capping.
 
-    A head with parameters that require gradients is copied, so that it stays the one that belongs to the states. An
-    adapter on the head is ignored.
+    A head with parameters that require gradients is copied, so that later updates do not separate it from the states.
+    An adapter on the head is ignored.
 
     Args:
         base_model: a causal LM of transformers.

@@ -18,7 +18,7 @@ PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNIN
 
 
 class Unlearner:
-    """A causal LM and what unlearns on it or in it; every other room asks these questions, never which kind it is.
+    """A causal LM with its trainable part. Other packages use this interface and never check the type.
 
     `SoftPromptUnlearner` and `UnlearningLayers` are unlearners; `unlearner_of` wraps any other model. The defaults are
     those of an adapter that adds no tokens.
@@ -32,7 +32,7 @@ class Unlearner:
         pads_between: whether `generate` leaves pads between virtual tokens and left-padded rows, so that rows of a
             batch must have one length.
         follows_embeddings: whether `embedding_logits` works.
-        loss: the `UnlearningLoss` that it carries; None if the caller has to give one.
+        loss: its `UnlearningLoss`; None if the caller must pass one.
         spul_config: the `SpulConfig` that is saved with it; None where there is none.
     """
 
@@ -92,7 +92,7 @@ class Unlearner:
             return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """As `response_logits`, of input embeddings (B, n, d)."""
+        """`response_logits` from input embeddings (B, n, d)."""
         raise NotImplementedError
 
     # ---- training ----
@@ -105,7 +105,7 @@ class Unlearner:
         raise NotImplementedError
 
     def parameters_changed(self) -> None:
-        """Forget what was recorded of the parameters before an optimizer step."""
+        """Clear what was recorded of the parameters, after an optimizer step."""
         if self.spul_config is not None:
             self.spul_config.metrics.clear()
 
@@ -150,7 +150,7 @@ class _Wrapped(Unlearner):
 
 
 class FullModel(_Wrapped):
-    """A bare causal LM, which trains in its own weights."""
+    """A bare causal LM, which is fully fine-tuned."""
 
     has_adapter = False
     trains_base = True

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from peft import PeftModel, PeftType
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from ..models.causal_lm import logits_at, needs_gradient, selects_positions, warn_once
 from ..models.compat import (
     LayerStates,
+    empty_cache,
     expanded_cache,
     forward_hooks,
     is_checkpointing,
@@ -100,9 +100,8 @@ def prompt_states(model: Any, with_logits: bool = False) -> PromptStates | None:
 
 
 def _compute_states(base: Any, prompt: Tensor, version: tuple, with_logits: bool) -> PromptStates | None:
-    empty = DynamicCache(config=base.config.get_text_config())
     last = {"logits_to_keep": 1} if selects_positions(base) and not with_logits else {}
-    out = base(inputs_embeds=prompt, past_key_values=empty, use_cache=True, **last)
+    out = base(inputs_embeds=prompt, past_key_values=empty_cache(base), use_cache=True, **last)
     layers = layer_states(getattr(out, "past_key_values", None))
     if layers is None:
         _without_cache.add(base)

@@ -266,7 +266,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """As `response_logits`, of input embeddings (B, n, d).
+        """`response_logits` from input embeddings (B, n, d).
 
         Raises:
             ValueError: if the base has no plain key/value cache.

@@ -38,7 +38,7 @@ def rewritings(
 ) -> dict[str, Callable[[Dataset], Dataset]]:
     """Rewritings of prompts for training: letter case, spaces, asides before and after, other turns before.
 
-    They are of the kinds of `spul.evaluation.usual_attacks`, with other texts, shares and draws.
+    Same kinds as `spul.evaluation.attacks.usual_attacks`, but different texts, rates and seeds.
 
     Args:
         text_field: the column whose text stands in the prompt, as the collator's.

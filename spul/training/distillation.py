@@ -41,7 +41,7 @@ def combine(
 
     - on rows with `is_forget`, such as the stored forget sets of all requests beside a retain set
       (`forget_retain_dataset`), with the unlearning loss, as `UnlearningTrainer` does;
-    - on rows without it, where the forget sets are gone, towards the prompts' own behavior. With `p_0` for the base
+    - on rows without it, where the forget sets are gone, toward the prompts' own behavior. With `p_0` for the base
       and `p_i` for the base under prompt `i`, the teacher of an input `x` with completion `y` is the prompt that
       changes the base's distribution most, chosen once before training:
       `t(x) = argmax_i sum over k KL(p_i(. | x, y_<k) || p_0(. | x, y_<k))`.
@@ -96,7 +96,7 @@ def combine(
         trainer = UnlearningTrainer(student, args, data_collator, train_dataset, **trainer_kwargs)
     else:
         if loss is not None:
-            raise ValueError("loss is for rows with is_forget; rows without it are trained towards the prompts.")
+            raise ValueError("loss is for rows with is_forget; rows without it are trained toward the prompts.")
         trainer = _DistillationTrainer(student, parts, train_dataset, data_collator, args, **trainer_kwargs)
     trainer.train()
     record = student.spul_config
@@ -187,7 +187,7 @@ class _Teachers:
 
 
 class _DistillationTrainer(UnlearningTrainer):
-    """Trains a prompt towards the distribution of each input's teacher.
+    """Trains a prompt toward the distribution of each input's teacher.
 
     Each input is trained along its own completion and, as if it were a forget row, along a generic one.
     """

@@ -22,7 +22,7 @@ def unlearning_forward(model: nn.Module, loss: UnlearningLoss, **batch: Any) -> 
         loss: the objective.
         batch: `input_ids`, `labels`, `is_forget` and, optionally, `attention_mask`, `row_id`, `group_counts`,
             `num_items_in_batch` and `reference_logits`; see `SoftPromptUnlearner.forward`. The reference of LoRA and
-            layers is the model with the adapter disabled. A model trained in its own weights has none left: pass
+            layers is the model with the adapter disabled. A fully fine-tuned model has none left: pass
             `reference_logits`, from a `ReferenceCache` built before training.
 
     Raises:

@@ -120,7 +120,7 @@ class ReferenceCache:
                     return states
                 computed = []
                 for some in tqdm(positions[part].split(batch_size), file.stem, disable=not progress, leave=False):
-                    found = _response_states(base, collator.encoder.batch([dataset[place] for place in some.tolist()]))
+                    found = _response_states(base, collator.encoder.batch([dataset[index] for index in some.tolist()]))
                     computed.append(found.to(head.dtype or found.dtype).cpu())
                 write_part(file, states := torch.cat(computed), checksums[part])
                 return states
@@ -131,8 +131,8 @@ class ReferenceCache:
                 accelerator.wait_for_everyone()
             reference = cls(loss, head, path, rows, [states_of(*each) for each in zip(parts, files, strict=True)])
             spread = torch.linspace(0, len(ids) - 1, min(ROWS_CHECKED, len(ids))).round().long()
-            for place in positions[spread].tolist():  # one by one, since the longest is among them
-                reference._check_base(base, collator.encoder.batch([dataset[place]]))
+            for index in positions[spread].tolist():  # one by one, since the longest is among them
+                reference._check_base(base, collator.encoder.batch([dataset[index]]))
         return reference
 
     def __len__(self) -> int:
@@ -228,7 +228,7 @@ def _read_rows(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollato
         )
     found = []
     for some in tqdm(compared.split(ROWS_READ_AT_ONCE), "reading rows", disable=not progress, leave=False):
-        batch = collator.encoder.batch([dataset[place] for place in some.tolist()])
+        batch = collator.encoder.batch([dataset[index] for index in some.tolist()])
         if "row_id" not in batch:
             raise ValueError(f"the rows have no row_id; {REMEDY}")
         counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)

@@ -45,7 +45,7 @@ def describe(base: Any, checksums: Tensor) -> dict[str, Any]:
 
 
 def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator | None = None) -> None:
-    """Write the index into an empty folder (the main process does), or compare it with the one that is there.
+    """Write the index into an empty folder (the main process does), or compare it with the existing one.
 
     Raises:
         ValueError: if the folder holds other files, or its index differs, naming each difference.
@@ -79,7 +79,7 @@ def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator |
 
 
 def write_part(path: Path, states: Tensor, rows: Tensor) -> None:
-    """Write the states (tokens, d) of rows with these checksums (rows,), whole or not at all."""
+    """Write hidden states (tokens, d) and row checksums (rows,) atomically."""
     with atomic_write(path) as scratch:
         save_file({"states": states, "rows": rows}, scratch)
 

@@ -44,8 +44,8 @@ def linear_probe(
         progress: label of a progress bar; None shows none.
 
     Returns:
-        Accuracies on `test_rows`, in 0..1: `accuracy` of the probe, on forget rows better low, as on the retrained
-        model; `majority`, of always predicting the most frequent training completion; `shuffled`, the mean of probes
+        Accuracies on `test_rows`, in 0..1: `accuracy` of the probe, lower is better on forget rows, down to that of
+        the retrained model; `majority`, of always predicting the most frequent training completion; `shuffled`, the mean of probes
         trained on shuffled completions: the effect of fitting alone.
 
     Raises:

@@ -19,12 +19,12 @@ def quantized(
 ) -> PreTrainedModel:
     """A causal LM in 8 bit (LLM.int8) or 4 bit (NF4) by bitsandbytes, which may round off the changes of unlearning.
 
-    Put the same prompt on it with `SoftPromptUnlearner.from_pretrained(quantized(folder, bits=4), prompt)`, whose
-    warning about other weights is expected. Accuracy on forget rows is better low, and no higher than unquantized; the
+    Load the same prompt with `SoftPromptUnlearner.from_pretrained(quantized(folder, bits=4), prompt)`, whose
+    warning about other weights is expected. Forget accuracy should be low, no higher than without quantization; the
     quantized retrained model shows the effect of rounding itself.
 
     Args:
-        model: folder or Hub name of a fully tuned unlearned model, or of the base of a prompt or layers.
+        model: folder or Hub name of a fully fine-tuned unlearned model, or of the base of a prompt or layers.
         bits: 8 or 4.
         dtype: of unquantized weights and of computation; 8 bit multiplies in float16 in any case.
         kwargs: as `AutoModelForCausalLM.from_pretrained`, such as `device_map`, `revision`.

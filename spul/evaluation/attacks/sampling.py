@@ -81,8 +81,8 @@ def sampled_answers(
 ) -> list[list[str]]:
     """Sampled answers to each row, from the whole vocabulary: no top-k, no top-p, whatever the model's settings.
 
-    For free-form answers, of which the best counts: the highest ROUGE-L of a row's samples, for example. On forget
-    rows lower is better, as low as that of as many samples of the retrained model.
+    Free-form answers are scored best-of-n, such as by a row's maximum ROUGE-L over its samples. On forget rows lower
+    is better, down to the retrained model's at the same n.
 
     Args:
         model: a causal LM, bare, under PEFT or under a prompt.

@@ -51,13 +51,13 @@ def soft_suffix(
         steps: training steps.
         lr: learning rate; input embeddings have a standard deviation of about 0.02 in most families.
         batch_size: rows per training step and per forward pass.
-        seed: seed of the start and of the order of the rows.
+        seed: seed of initialization and row order.
         progress: label of a progress bar; None shows none.
 
     Returns:
         Scores, and the trained suffix (m, d) on the CPU. The scores are those of the held-out rows without a suffix
         (`before`) and with it (`after`), and of the rows that it was trained on (`trained`). Each has, (rows,):
-        `accuracy`, 1 if greedy decoding generates the completion, better low on forget rows; `loss`, its negative
+        `accuracy`, 1 if greedy decoding generates the completion, lower is better on forget rows; `loss`, its negative
         log-likelihood in nats; `probability`, the geometric mean over its tokens, as in TOFU.
 
     Raises:

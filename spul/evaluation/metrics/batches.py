@@ -68,10 +68,10 @@ def map_responses(
     """Apply a function to every batch of rows, the model in evaluation mode.
 
     Args:
-        model: its device is that of the batches.
+        model: batches are moved to its device.
         rows: `prompt` and `completion`, or tokenized.
         encoder: turns rows into token ids.
-        measure: from a batch to one value for each of its rows.
+        measure: maps a batch to one value per row.
         batch_size: rows per batch.
         progress: label of a progress bar; None shows none.
 

@@ -101,7 +101,7 @@ def greedy_completions(
         return encoded(i, text).completion_ids
 
     def matches(some: Sequence[int], text: str | None) -> tuple[list[bool], Tensor, Tensor]:
-        """Whether greedy decoding generates a text (None: the own completion), its first tokens, the text's NLL."""
+        """Whether greedy decoding generates a text (None: the row's completion), its first tokens, the text's NLL."""
         batch = collator.encoder.pad([rows[i] for i in some], [encoded(i, text) for i in some])
         batch = {name: value.to(device) for name, value in batch.items()}
         positions, targets = response_positions(batch["labels"])
@@ -134,8 +134,8 @@ def summarize(answers: Answers, generic_completions: Sequence[str] | None) -> di
     """Metrics of a set of answers.
 
     Returns:
-        `accuracy`, `generic`, `loss`: means of `answer_scores`; `f1`: F1 weighted by the classes' frequency
-        (scikit-learn), in 0..1. On forget rows accuracy and F1 are better low, on retain rows high.
+        `accuracy`, `generic`, `loss`: means of `answer_scores`; `f1`: support-weighted F1
+        (scikit-learn), in 0..1. Lower accuracy and F1 are better on forget rows, higher on retain rows.
     """
     scores = {name: float(values.mean()) for name, values in answer_scores(answers, generic_completions).items()}
     labels = sorted(set(answers.true))

@@ -21,7 +21,7 @@ from .wording import better_in_words, spaced, value_in_words, where
 
 TITLE = "Evaluation"
 MODEL_WORDS = {
-    "unlearned": "unlearned: the model with what was trained in place",
+    "unlearned": "unlearned: the model with its trained prompt, layers or weights enabled",
     "detached": "detached: with it disabled, which is the base as it was before",
     "retrained": "retrained: a model that never saw the forget rows",
 }

@@ -47,7 +47,7 @@ def what_comes_back(evaluation: Evaluation) -> Section:
     """A line for each attack: what it finds, beside its controls."""
     in_few_bits, in_suffix = (knowledge_name(evaluation, measure) for measure in ("quantized", "soft suffix"))
     rows = [
-        ["Disabling what was trained", _detached(evaluation)],
+        ["Disabling the prompt or adapter", _detached(evaluation)],
         ["The input attack that finds most", _worst_input(evaluation)],
         ["The membership attack that is farthest from the retrained model", _membership(evaluation)],
         ["Training on a few forget rows", _relearned(evaluation)],

@@ -28,7 +28,7 @@ def first(evaluation: Evaluation, **fields: Any) -> MetricValue | None:
 
 
 def knowledge_name(evaluation: Evaluation, measure: str = "utility") -> str:
-    """The metric of knowledge under a measure: probability of free-form answers, else accuracy.
+    """Name of the knowledge metric of a measure: `probability` if free-form, else `accuracy`.
 
     A free-form answer hardly ever equals the true one word for word, so its accuracy is near 0 in any case.
     """
@@ -36,7 +36,7 @@ def knowledge_name(evaluation: Evaluation, measure: str = "utility") -> str:
 
 
 def under_input_attacks(evaluation: Evaluation, rows: str, model: str = "unlearned") -> list[MetricValue]:
-    """A model's knowledge of a set of rows under each input attack, without the unchanged rows."""
+    """A model's knowledge metric on a row set per input attack, without the no-attack control."""
     name = knowledge_name(evaluation, "input attack")
     found = where(evaluation, measure="input attack", rows=rows, name=name, model=model)
     return [one for one in found if one.attack != WITHOUT]
