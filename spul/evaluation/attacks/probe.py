@@ -45,8 +45,8 @@ def linear_probe(
 
     Returns:
         Accuracies on `test_rows`, in 0..1: `accuracy` of the probe, lower is better on forget rows, down to that of
-        the retrained model; `majority`, of always predicting the most frequent training completion; `shuffled`, the mean of probes
-        trained on shuffled completions: the effect of fitting alone.
+        the retrained model; `majority`, of always predicting the most frequent training completion; `shuffled`, the
+        mean of probes trained on shuffled completions: the effect of fitting alone.
 
     Raises:
         ValueError: if the training rows have one completion only, or test rows share prompts with them.

@@ -47,8 +47,8 @@ def relearn(
     """Train on a few forget rows with their true completions, and score held-out ones.
 
     Parameters that require gradients are trained: all weights of a fully fine-tuned model; the prompt, unlearning
-    layers or LoRA, for an attacker who may train them. An attacker with the weights need not train: disabling the adapter
-    restores the base. Lower accuracy on held-out rows is better, rising no faster than the retrained model's.
+    layers or LoRA, for an attacker who may train them. An attacker with the weights need not train: disabling the
+    adapter restores the base. Lower accuracy on held-out rows is better, rising no faster than the retrained model's.
 
     Args:
         model: a causal LM, bare, under LoRA, unlearning layers or a prompt of spul. Its parameters are restored.
