@@ -231,9 +231,7 @@ def test_another_base_is_refused(tmp_path):
     ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
     with torch.no_grad():
         base.get_input_embeddings().weight.mul_(1.5)
-    with pytest.raises(
-        ValueError, match=r": base [0-9a-f]{64} \(now [0-9a-f]{64}\)\. Delete the folder, name another"
-    ):
+    with pytest.raises(ValueError, match=r"this run: its base has other weights\. Delete the folder, name another"):
         ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
 
 
@@ -250,7 +248,7 @@ def test_a_change_that_the_fingerprint_does_not_see_is_refused(tmp_path):
 def test_another_config_is_refused(tmp_path):
     dataset, collator = make_answers(), make_collator()
     ReferenceCache.build(wrap(build("mistral", sliding_window=40)), dataset, collator, tmp_path)
-    with pytest.raises(ValueError, match=r": config \w+ \(now \w+\)\. Delete"):
+    with pytest.raises(ValueError, match=r"this run: its base has another config\. Delete"):
         ReferenceCache.build(wrap(build("mistral", sliding_window=20)), dataset, collator, tmp_path)
 
 
@@ -275,15 +273,15 @@ def test_other_data_are_refused(change, tmp_path):
     else:
         column = change.split()[1]
         dataset = Dataset.from_list([{**row, column: row[column] + " good"} for row in dataset])
-    rows_too = r", rows 13 \(now 12\)" if change == "fewer rows" else ""
-    with pytest.raises(ValueError, match=rf"another base, precision or data set: data \w+ \(now \w+\){rows_too}\."):
+    now = 12 if change == "fewer rows" else 13
+    with pytest.raises(ValueError, match=f"its 13 rows are not the {now} of now, or were truncated or tokenized"):
         ReferenceCache.build(unlearner, dataset, collator, tmp_path)
 
 
 def test_another_precision_is_refused(tmp_path):
     dataset, collator = make_answers(), make_collator()
     ReferenceCache.build(wrap(build("llama")), dataset, collator, tmp_path)
-    with pytest.raises(ValueError, match=r"precision float32, autocast None \(now bfloat16, autocast None\)"):
+    with pytest.raises(ValueError, match=r"another precision \(float32, autocast None, now bfloat16, autocast None\)"):
         ReferenceCache.build(wrap(build("llama", torch.bfloat16)), dataset, collator, tmp_path)
 
 

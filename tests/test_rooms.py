@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -227,3 +228,15 @@ def test_test_modules_import_helpers_and_not_each_other():
     for path in Path(__file__).parent.glob("*.py"):
         nodes = [node for node in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(node, ast.ImportFrom)]
         assert not [node.module for node in nodes if (node.module or "").startswith(("test_", "conftest"))], path.name
+
+
+def test_every_dotted_name_of_spul_in_a_docstring_or_message_resolves():
+    for name, (_, tree) in modules().items():
+        for node in ast.walk(tree):
+            if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                continue
+            for dotted in re.findall(r"\bspul(?:\.[A-Za-z_]\w*)+", node.value):
+                found = spul
+                for part in dotted.split(".")[1:]:
+                    found = getattr(found, part, None) if found is not None else None
+                assert found is not None, f"{name}:{node.lineno} names {dotted}"

@@ -470,3 +470,12 @@ def test_models_with_an_adapter_and_names_are_refused():
     for model in (tuned, "facebook/opt-1.3b"):
         with pytest.raises(TypeError, match=r"expected a causal LM.*merge_and_unload"):
             SoftPromptUnlearner(model, CONFIGS["prompt_tuning"]())
+
+
+def test_an_unlearner_looks_like_no_wrapper_to_those_who_unwrap_models():
+    """accelerate and transformers follow an attribute `module` to the model inside DDP."""
+    from accelerate.utils import extract_model_from_parallel
+
+    unlearner = build_unlearner()
+    assert not hasattr(unlearner, "module")
+    assert extract_model_from_parallel(unlearner, recursive=True) is unlearner

@@ -172,6 +172,11 @@ class TextClustering:
             raise FileNotFoundError(f"{folder} lacks {missing}; expected a folder that TextClustering.save wrote.")
         settings = json.loads((folder / SETTINGS_NAME).read_text(encoding="utf-8"))
         arrays: dict[str, Any] = load_file(str(folder / ARRAYS_NAME))
+        if "centers" not in arrays:
+            raise ValueError(
+                f"{folder / ARRAYS_NAME} has no centers, only {sorted(arrays)}: it was written by another version of "
+                "spul; fit and save the clustering again."
+            )
         clustering = cls(**settings, **arrays)
         if len(clustering.sizes) != len(clustering.centers) or (
             (clustering.vocabulary is None) == (clustering.embedder == "tfidf")

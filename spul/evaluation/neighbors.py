@@ -10,8 +10,7 @@ from datasets import Dataset
 from ..data.checks import checked_column, checked_names
 from ..data.clusters import TFIDF, TextClustering
 from ..data.recognizers import NameFinder, recognize
-
-SHOWN = 5  # names and words in an error message
+from ..data.rows import SHOWN
 
 
 def name_neighbors(

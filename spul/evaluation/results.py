@@ -99,6 +99,7 @@ class Evaluation:
 
         Raises:
             FileNotFoundError: if the folder has no finished evaluation.
+            ValueError: if its file was not written by this version.
         """
         path = Path(folder)
         if not (path / EVALUATION_NAME).exists():
@@ -106,6 +107,11 @@ class Evaluation:
                 f"{path} has no {EVALUATION_NAME}; run spul.evaluate(..., output_dir=...) to its end."
             )
         record = json.loads((path / EVALUATION_NAME).read_text(encoding="utf-8"))
+        if missing := [name for name in ("settings", "metrics", "skipped") if name not in record]:
+            raise ValueError(
+                f"{path / EVALUATION_NAME} has no {', '.join(missing)}, only {sorted(record)}: it was written by "
+                "another version of spul, or is not an evaluation. Evaluate again, in another folder."
+            )
         metrics = [
             MetricValue(**one | {end: _from_json(one[end]) for end in ("value", "low", "high")})
             for one in record["metrics"]

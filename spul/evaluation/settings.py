@@ -22,6 +22,7 @@ from ..records.spul_config import library_versions
 from .suite import Suite
 
 # Fields of a PEFT config that say where the adapter came from, not what it does.
+FORMAT = 2  # of the files in a folder
 ORIGINS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
 
@@ -41,6 +42,7 @@ def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequenc
     attacks["inputs"] = None if suite.attacks.inputs is None else sorted(map(str, suite.attacks.inputs))
     question_format = suite.question_format
     settings = {
+        "format": FORMAT,
         "models": {name: digests_of_model(model) for name, model in models.items()},
         "names": {name: getattr(getattr(model, "config", None), "model_type", "") for name, model in models.items()},
         "rows": {name: {"rows": len(rows), "digest": digest_of_rows(rows)} for name, rows in sets.items()},

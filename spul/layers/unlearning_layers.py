@@ -174,9 +174,9 @@ class UnlearningLayers(nn.Module, Unlearner):
         return logits_at(self, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
 
     def check_trainable(self) -> None:
-        """Raise unless the layers are in place."""
+        """Raise unless the layers are attached."""
         if not self.attached:
-            raise ValueError("the layers are not in place, so that the base would train; call layers.attach() first.")
+            raise ValueError("the layers are not attached, so that the base would train; call layers.attach() first.")
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The layers' parameters that train."""

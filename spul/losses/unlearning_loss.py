@@ -68,7 +68,7 @@ class UnlearningLoss:
             if not isinstance(term, LossTerm):
                 raise TypeError(
                     f"{name}={term!r} is not a LossTerm; pass an instance such as CrossEntropy() "
-                    "or of your own subclass of spul.LossTerm."
+                    "or of your own subclass of spul.losses.LossTerm."
                 )
         if self.lm.needs_reference:
             raise ValueError(

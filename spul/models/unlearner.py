@@ -49,7 +49,7 @@ class Unlearner:
     # ---- the base and the adapter on it ----
 
     @property
-    def module(self) -> nn.Module:
+    def called_model(self) -> nn.Module:
         """The model that is called."""
         return cast(nn.Module, self)
 
@@ -88,7 +88,7 @@ class Unlearner:
                 "the loss compares with the base before training, and its own weights train: pass reference_logits, "
                 "from a ReferenceCache built before training."
             )
-        with detached_base(self.module) as base:
+        with detached_base(self.called_model) as base:
             return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -138,7 +138,7 @@ class _Wrapped(Unlearner):
         self.model, self.inner = model, cast(Any, unwrapped(model))
 
     @property
-    def module(self) -> nn.Module:
+    def called_model(self) -> nn.Module:
         return self.model
 
     def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -202,6 +202,9 @@ class PeftAdapter(_Wrapped):
 
     def why_not_moved(self) -> str:
         return "adapters of PEFT other than spul's prompts: merge them first (merge_and_unload)"
+
+    def on_base(self, base: PreTrainedModel, folder: Path) -> Any:
+        raise TypeError(self.why_not_moved())
 
 
 class PeftPrompt(PeftAdapter):

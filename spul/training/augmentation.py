@@ -86,8 +86,8 @@ def augmented(
 
     Args:
         rows: rows with `prompt`, a text, and `completion`.
-        ways: by name, functions from rows to rewritten rows: `rewritings(...)`, attacks of `spul.evaluation`, or your
-            own.
+        ways: by name, functions from rows to rewritten rows: `rewritings(...)`, attacks of
+            `spul.evaluation.attacks`, or your own.
         collator: the collator of the training: rewritten rows have to fit in its `max_length`.
         share: number of rewritten rows per original row, above 0; every way gets the same number, drawn at random.
         seed: seed of the draws.

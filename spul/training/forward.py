@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import nn
+from torch import Tensor, nn
 
 from ..losses.batch import UnlearnerOutput, batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.unlearner import unlearner_of
 
 
-def unlearning_forward(model: nn.Module, loss: UnlearningLoss, **batch: Any) -> UnlearnerOutput:
+def unlearning_forward(
+    model: nn.Module,
+    loss: UnlearningLoss,
+    input_ids: Tensor,
+    labels: Tensor,
+    is_forget: Tensor,
+    attention_mask: Tensor | None = None,
+    row_id: Tensor | None = None,
+    group_counts: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    reference_logits: Tensor | None = None,
+) -> UnlearnerOutput:
     """The unlearning loss of a batch when the full model, LoRA or unlearning layers are trained.
 
     For a prompt it is the unlearner's own forward, `unlearner(**batch)`.
@@ -20,10 +29,9 @@ def unlearning_forward(model: nn.Module, loss: UnlearningLoss, **batch: Any) -> 
         model: a causal LM of transformers, bare, under `UnlearningLayers` or under a PEFT adapter such as LoRA; also
             wrapped for DDP.
         loss: the objective.
-        batch: `input_ids`, `labels`, `is_forget` and, optionally, `attention_mask`, `row_id`, `group_counts`,
-            `num_items_in_batch` and `reference_logits`; see `SoftPromptUnlearner.forward`. The reference of LoRA and
-            layers is the model with the adapter disabled. A fully fine-tuned model has none left: pass
-            `reference_logits`, from a `ReferenceCache` built before training.
+        input_ids: this and the others as in `SoftPromptUnlearner.forward`. The reference of LoRA and layers is the
+            model with the adapter disabled. A fully fine-tuned model has none left: pass its `reference_logits`, from
+            a `ReferenceCache` built before training.
 
     Raises:
         ValueError: if shapes do not match, or `reference_logits` are needed and cannot be computed.
@@ -36,6 +44,6 @@ def unlearning_forward(model: nn.Module, loss: UnlearningLoss, **batch: Any) -> 
         out.loss.backward()
         ```
     """
-
     unlearner = unlearner_of(model)
-    return batch_loss(loss, unlearner.response_logits, unlearner.base_logits, **batch)
+    rows = (input_ids, labels, is_forget, attention_mask, group_counts, num_items_in_batch, reference_logits)
+    return batch_loss(loss, unlearner.response_logits, unlearner.base_logits, *rows)

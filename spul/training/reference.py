@@ -135,6 +135,10 @@ class ReferenceCache:
                 reference._check_base(base, collator.encoder.batch([dataset[index]]))
         return reference
 
+    def __repr__(self) -> str:
+        num_bytes = sum(part.nbytes for part in self._parts)
+        return f"ReferenceCache({len(self)} rows, {num_bytes / 1e6:.1f} MB, {str(self.folder)!r})"
+
     def __len__(self) -> int:
         """The number of rows that are compared."""
         return len(self._ids)

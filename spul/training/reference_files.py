@@ -71,9 +71,17 @@ def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator |
     if not (folder / INDEX_NAME).exists():
         raise ValueError(f"{str(folder)!r} is not seen by all processes; name a folder that is.")
     there = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
-    if differs := [f"{key} {there.get(key)} (now {value})" for key, value in index.items() if there.get(key) != value]:
+    differences = {
+        "format": "it was written by another version of spul",
+        "base": "its base has other weights",
+        "config": "its base has another config",
+        "precision": f"its base ran in another precision ({there.get('precision')}, now {index['precision']})",
+        "data": f"its {there.get('rows')} rows are not the {index['rows']} of now, or were truncated or tokenized "
+        "otherwise",
+    }
+    if differs := [text for key, text in differences.items() if there.get(key) != index[key]]:
         raise ValueError(
-            f"the reference in {str(folder)!r} belongs to another base, precision or data set: {', '.join(differs)}. "
+            f"the reference in {str(folder)!r} does not belong to this run: {'; '.join(differs)}. "
             "Delete the folder, name another (reference_dir), or leave it out to have one for each base and data set."
         )
 

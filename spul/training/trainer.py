@@ -49,7 +49,7 @@ class UnlearningTrainer(Trainer):
         data_collator: a `ForgetRetainCollator`.
         train_dataset: the result of `forget_retain_dataset`, as it is or mapped with `collator.tokenize`.
         eval_dataset: rows with `prompt` and `completion`, or a dict of such (`train_retain`, `train_forget`, ...).
-            Metrics are `eval_<name>_accuracy`, `_f1`, `_generic` and `_loss`, see `spul.evaluation.summarize`.
+            Metrics are `eval_<name>_accuracy`, `_f1`, `_generic` and `_loss`, see `spul.evaluation.metrics.summarize`.
         processing_class: the tokenizer, saved with checkpoints.
         forget_fraction: share of forget rows in every batch, above 0 and below 1. None (default) shuffles all rows
             together, as the SPUL paper does.

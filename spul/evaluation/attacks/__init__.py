@@ -16,10 +16,11 @@ from .quantization import quantized
 from .relearning import relearn
 from .sampling import sampled_answers, sampled_success
 from .suffix import soft_suffix
-from .usual import usual_attacks
+from .usual import InputAttacks, usual_attacks
 
 __all__ = [
     "JAILBREAKS",
+    "InputAttacks",
     "attack_inputs",
     "diluted",
     "letter_case",

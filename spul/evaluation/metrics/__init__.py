@@ -26,10 +26,11 @@ from .membership import (
     zlib_attack,
 )
 from .running_text import perplexity, text_losses
-from .scoring import answer_scores, greedy_completions, score_completions, summarize
+from .scoring import DivergedError, answer_scores, greedy_completions, score_completions, summarize
 from .tofu import forget_quality, model_utility, score_questions
 
 __all__ = [
+    "DivergedError",
     "Interval",
     "Leakage",
     "Likelihood",
