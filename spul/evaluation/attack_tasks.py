@@ -16,6 +16,7 @@ from torch import nn
 
 from ..data.rows import completion_text
 from ..models.causal_lm import bare_model, unwrapped
+from ..models.compat import is_quantized
 from ..models.unlearner import unlearner_of
 from .aggregation import Key, Measurement, in_words
 from .attacks.inputs import WITHOUT, UnchangedError, question_lost, tokens_lost, with_prompts_changed
@@ -230,7 +231,7 @@ def _learning(model: nn.Module) -> Iterator[None]:
 
 
 def _why_not_quantized(model: nn.Module) -> str:
-    if getattr(bare_model(unwrapped(model)), "is_quantized", False):
+    if is_quantized(bare_model(unwrapped(model))):
         return "it is quantized already"
     return unlearner_of(model).why_not_moved()
 

@@ -1,6 +1,7 @@
 """All private or fast-moving APIs of torch, transformers, PEFT, accelerate and bitsandbytes that spul uses.
 
-No other module of spul may import or read them. When a new version of one of these libraries breaks spul, look here.
+No other module of spul may import or read them, the hooks of `Trainer` that `UnlearningTrainer` overrides aside. When
+a new version of one of these libraries breaks spul, look here.
 """
 
 from __future__ import annotations
@@ -214,6 +215,11 @@ def broadcast(value: Any) -> Any:
 
 
 # ---- bitsandbytes ----
+
+
+def is_quantized(model: Any) -> bool:
+    """Whether a model was loaded in 8 or 4 bit; of transformers' two marks, either may be the only one."""
+    return getattr(model, "hf_quantizer", None) is not None or bool(getattr(model, "is_quantized", False))
 
 
 def keep_4bit_differentiable(model: nn.Module) -> None:

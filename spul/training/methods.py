@@ -26,7 +26,7 @@ from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.terms import NPO, GradientAscent, KLAscent, KLDivergence, SimNPO
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import zero_dropout
-from ..models.compat import keep_4bit_differentiable
+from ..models.compat import is_quantized, keep_4bit_differentiable
 from ..prompts.unlearner import SoftPromptUnlearner
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ class Method:
             )
         if self.trainable == "layers":
             return UnlearningLayers(model, layers_config)
-        quantized = getattr(model, "hf_quantizer", None) is not None
+        quantized = is_quantized(model)
         if self.trainable == "prompt":
             prompt = peft_config or PromptEncoderConfig(
                 task_type="CAUSAL_LM", num_virtual_tokens=30, encoder_hidden_size=128
