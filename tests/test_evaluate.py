@@ -186,14 +186,6 @@ def test_seeds_on_the_same_rows_are_joined_over_rows_and_seeds():
                 "attacks": dataclasses.replace(ATTACKS, inputs={"cut": lambda some: some.select([0])}),
             },
         ),
-        (
-            ValueError,
-            "is called 'none'",
-            {
-                "measures": ["input attack"],
-                "attacks": dataclasses.replace(ATTACKS, inputs={"none": INPUTS["capitals"]}),
-            },
-        ),
     ],
 )
 def test_bad_input_raises_before_anything_is_written(tmp_path, error, match, change):
@@ -201,6 +193,24 @@ def test_bad_input_raises_before_anything_is_written(tmp_path, error, match, cha
     with pytest.raises(error, match=match):
         spul.evaluate(learned(), **given, output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        (["none"], "is called 'none'"),
+        ([("none", 2)], "is called 'none'"),
+        ([("a", 2), "a, 2 turns"], "read alike"),
+        ([("a",)], "expected a name"),
+        ([("a", -1)], "expected a name"),
+        ([("a", 1.5)], "expected a name"),
+        ([""], "expected a name"),
+        ([3], "expected a name"),
+    ],
+)
+def test_names_of_attacks_are_checked_before_anything_is_measured(keys, match):
+    with pytest.raises(ValueError, match=match):
+        dataclasses.replace(ATTACKS, inputs=dict.fromkeys(keys, INPUTS["capitals"]))
 
 
 def test_a_sharded_model_raises_whichever_it_is():

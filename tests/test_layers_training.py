@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import arguments, build, make_collator, make_dataset, rows
 
-from spul import UnlearningLayers, UnlearningLayersConfig, UnlearningTrainer
+from spul import UnlearningLayers, UnlearningLayersConfig, UnlearningLoss, UnlearningTrainer
 from spul.evaluation.metrics.scoring import score_completions
 from spul.training.methods import unlearning_method
 
@@ -158,3 +158,15 @@ def test_a_checkpoint_of_layers_of_another_sort_is_refused(tmp_path):
     other = UnlearningLayers(build("llama"), UnlearningLayersConfig(reduction=4, activation="silu"))
     with pytest.raises(ValueError, match=r"the saved layers have the config .*relu.*these layers have .*silu"):
         make_trainer(tmp_path, other, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_evaluating_loaded_layers_leaves_their_record_alone(tmp_path):
+    layers = make_layers()
+    make_trainer(tmp_path / "out", layers)
+    layers.save_pretrained(tmp_path / "layers")
+    loaded = UnlearningLayers.from_pretrained(build("llama"), tmp_path / "layers")
+    before = loaded.spul_config.loss
+    other = UnlearningLoss(alpha=0.9)
+    trainer = UnlearningTrainer(loaded, arguments(tmp_path), make_collator(), eval_dataset=rows("a", 3), loss=other)
+    trainer.evaluate()
+    assert loaded.spul_config.loss == before == EUL.loss.to_dict()

@@ -1,5 +1,6 @@
 """UnlearningTrainer: the same step however it is cut up, logs, evaluation, resuming; and life without it."""
 
+import copy
 import json
 import logging
 import shutil
@@ -372,3 +373,13 @@ def test_forget_rows_that_keep_their_own_answers_are_warned_about(tmp_path, capl
         assert not caplog.records
         make_trainer(tmp_path, collator=make_collator(generic_completions=None))
     assert "CrossEntropy makes the completions of forget rows likely" in caplog.text
+
+
+def test_a_refused_training_leaves_the_record_of_a_loaded_prompt_alone(tmp_path):
+    trainer = make_trainer(tmp_path / "out")
+    trainer.model.save_pretrained(str(tmp_path / "prompt"))
+    loaded = SoftPromptUnlearner.from_pretrained(build("llama"), tmp_path / "prompt")
+    before = copy.deepcopy(loaded.spul_config)
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        make_trainer(tmp_path / "again", unlearner=loaded, dataset=make_dataset(3, 5))
+    assert loaded.spul_config == before

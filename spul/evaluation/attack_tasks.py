@@ -25,7 +25,7 @@ from .attacks.quantization import quantized as in_few_bits
 from .attacks.relearning import relearn
 from .attacks.sampling import sampled_answers, sampled_success
 from .attacks.suffix import soft_suffix
-from .attacks.usual import DILUTED, TURN_UNIT, InputAttacks, usual_attacks
+from .attacks.usual import DILUTED, TURN_UNIT, InputAttacks, checked_attacks, usual_attacks
 from .metrics.free_form import rouge_l
 from .suite import Suite, Task, joined
 
@@ -42,8 +42,7 @@ def inputs(suite: Suite) -> Iterator[Task]:
     for split in ("test_forget", "test_retain"):
         rows = suite.attacked(suite.splits[split])
         lost_anyhow = tokens_lost(rows, encoder)
-        for named, change in {WITHOUT: lambda rows: rows, **attacks}.items():
-            attack, level = named if isinstance(named, tuple) else (named, None)
+        for (attack, level), change in {(WITHOUT, None): lambda rows: rows, **checked_attacks(attacks)}.items():
             name = in_words(attack, level, TURN_UNIT)
             try:
                 attacked = with_prompts_changed(rows, change, name)
@@ -74,8 +73,6 @@ def _input_attacks(suite: Suite) -> InputAttacks:
     """The attacks that are given, else the usual ones."""
     settings = suite.attacks
     if settings.inputs is not None:
-        if WITHOUT in settings.inputs:
-            raise ValueError(f"an input attack is called {WITHOUT!r}, the name of the unchanged rows; rename it.")
         return settings.inputs
     filler = suite.attacked(suite.splits["test_retain"])
     attacks = usual_attacks(

@@ -112,6 +112,10 @@ class Evaluation:
                 f"{path / EVALUATION_NAME} has no {', '.join(missing)}, only {sorted(record)}: it was written by "
                 "another version of spul, or is not an evaluation. Evaluate again, in another folder."
             )
+        if any("level" not in one for one in record["metrics"]):
+            raise ValueError(
+                f"{path / EVALUATION_NAME} was written by another version of spul; evaluate again, in another folder."
+            )
         metrics = [
             MetricValue(**one | {end: _from_json(one[end]) for end in ("value", "low", "high")})
             for one in record["metrics"]

@@ -104,6 +104,8 @@ def evaluate(
         write_report(found, "out/evaluation")
         ```
     """
+    if isinstance(measures, str):
+        raise TypeError(f"measures={measures!r} is one name; expected a list: [{measures!r}].")
     if unknown := [name for name in measures if name not in MEASURES]:
         raise ValueError(f"measures {unknown} are not known; expected some of {', '.join(MEASURES)}.")
     sets = {name: splits.rows(name) for name in SPLITS} if isinstance(splits, UnlearningData) else dict(splits)

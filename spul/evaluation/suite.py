@@ -21,7 +21,7 @@ from ..models.causal_lm import bare_model, max_positions
 from ..models.unlearner import detached_base, unlearner_of
 from ..records.digests import digest_of_rows
 from .aggregation import Key, Measurement
-from .attacks.usual import TURNS, InputAttacks
+from .attacks.usual import TURNS, InputAttacks, checked_attacks
 from .metrics.free_form import generate_answers, rouge_l
 from .metrics.likelihood import exact_memorization, extraction_strength, probability, response_likelihoods
 from .metrics.scoring import answer_scores, collect_answers, task_classes
@@ -91,6 +91,7 @@ class AttackSettings:
         others = (self.paraphrase, self.wording, None if self.turns == AttackSettings.turns else self.turns)
         if self.inputs is not None and any(other is not None for other in others):
             raise ValueError("inputs are all attacks on the input; put paraphrase, wording and turns among them.")
+        checked_attacks(self.inputs or {})
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,8 @@ def fuse(
         without_second = fuse(["request-1", "request-3"], fused.remove())
         ```
     """
+    if isinstance(layers, (str, os.PathLike, UnlearningLayers)):
+        raise TypeError(f"layers is one {type(layers).__name__}; expected a list of layers or of their folders.")
     if not layers:
         raise ValueError("layers is empty; pass the layers of at least one request.")
     if not (isinstance(ridge, (int, float)) and math.isfinite(ridge) and ridge >= 0):

@@ -101,7 +101,7 @@ class Unlearner:
         """Raise unless the unlearning loss can train this model."""
 
     def adapter_parameters(self) -> list[nn.Parameter]:
-        """The parameters of the adapter; all of the model without one."""
+        """The parameters of the active adapter; all of the model without one."""
         raise NotImplementedError
 
     def parameters_changed(self) -> None:
@@ -193,7 +193,12 @@ class PeftAdapter(_Wrapped):
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         base = {id(parameter) for _, parameter in own_parameters(self.get_base_model())}
-        return [parameter for parameter in self.inner.parameters() if id(parameter) not in base]
+        others = tuple(f".{name}." for name in self.inner.peft_config if name not in self.inner.active_adapters)
+        return [
+            parameter
+            for name, parameter in self.inner.named_parameters()
+            if id(parameter) not in base and not any(other in name for other in others)
+        ]
 
     def adapter_settings(self) -> dict[str, dict[str, Any]]:
         if not self.enabled:

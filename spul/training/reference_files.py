@@ -61,6 +61,8 @@ def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator |
                 )
             if not others:
                 write_text(folder / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        except (FileExistsError, NotADirectoryError) as error:
+            raise ValueError(f"{str(folder)!r} is not a folder; name one (reference_dir).") from error
         except PermissionError as error:
             raise PermissionError(
                 f"the reference cannot be stored in {str(folder)!r}, which is not writable; name a folder that is "
@@ -70,7 +72,12 @@ def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator |
         accelerator.wait_for_everyone()
     if not (folder / INDEX_NAME).exists():
         raise ValueError(f"{str(folder)!r} is not seen by all processes; name a folder that is.")
-    there = json.loads((folder / INDEX_NAME).read_text(encoding="utf-8"))
+    try:
+        there = dict(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{str(folder / INDEX_NAME)!r} is damaged: {error}. Delete the folder, or name another (reference_dir)."
+        ) from error
     differences = {
         "format": "it was written by another version of spul",
         "base": "its base has other weights",

@@ -104,7 +104,6 @@ class UnlearningTrainer(Trainer):
         self._sampler: EpochSampler | None = None
         if train_dataset is not None:
             self._flags = forget_flags(train_dataset)
-            self._describe_data(unlearner_of(model).spul_config, data_collator, train_dataset, self._flags)
             settings = TrainingArguments() if args is None else args
             self._sampler = epoch_sampler(
                 train_dataset,
@@ -118,8 +117,9 @@ class UnlearningTrainer(Trainer):
                 length_column=settings.length_column_name,
                 progress=not settings.disable_tqdm,
             )
-            if forget_fraction is not None:
-                train_dataset = RowCopies(train_dataset)
+        rows = train_dataset
+        if train_dataset is not None and forget_fraction is not None:
+            train_dataset = RowCopies(train_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
@@ -131,13 +131,16 @@ class UnlearningTrainer(Trainer):
         self._unlearner = unlearner_of(model)
         if not self._unlearner.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
-        if self._unlearner.spul_config is not None and self._unlearner.loss is None:  # a prompt records its own
-            self._unlearner.spul_config.loss = loss.to_dict()
-        if train_dataset is not None and not any(p.requires_grad for p in model.parameters()):
+        if rows is not None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
                 "no parameter requires a gradient: the prompt was loaded for inference, or the model is frozen. Load "
                 "a prompt with SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
             )
+        if rows is not None:  # not before every check has passed: the record of a refused model stays
+            record = self._unlearner.spul_config
+            self._describe_data(record, data_collator, rows, self._flags)
+            if record is not None and self._unlearner.loss is None:  # a prompt records its own when it is saved
+                record.loss = loss.to_dict()
         self.add_callback(_Epochs(self._unlearner, data_collator, self._sampler))
         self._term_sums = torch.zeros(len(self._terms), device=self.args.device)
         self._terms_since = self.state.global_step

@@ -7,13 +7,46 @@ from functools import partial
 
 from datasets import Dataset
 
-from .inputs import JAILBREAKS, diluted, letter_case, paraphrase, reworded, whitespace_noise, with_prefix, with_suffix
+from ..aggregation import in_words
+from .inputs import (
+    JAILBREAKS,
+    WITHOUT,
+    diluted,
+    letter_case,
+    paraphrase,
+    reworded,
+    whitespace_noise,
+    with_prefix,
+    with_suffix,
+)
 
 TURNS = (1, 4)
 DILUTED, TURN_UNIT = "diluted", ("turn", "turns")
 InputAttack = Callable[[Dataset], Dataset]
 InputAttacks = Mapping[str | tuple[str, int], InputAttack]
 """Attacks on the input, each from rows to attacked rows, by name, or by name and level (the number of turns)."""
+
+
+def checked_attacks(attacks: InputAttacks) -> dict[tuple[str, int | None], InputAttack]:
+    """Attacks by name and level.
+
+    Raises:
+        ValueError: if a key is neither a name nor a name with a level of at least 0, or it is that of the unchanged
+            rows, or two would have the same wording in a report.
+    """
+    found: dict[tuple[str, int | None], InputAttack] = {}
+    for key, attack in attacks.items():
+        name, level = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
+        is_level = level is None or (isinstance(level, int) and not isinstance(level, bool) and level >= 0)
+        if not isinstance(name, str) or not name.strip() or not is_level:
+            raise ValueError(f"inputs has the key {key!r}; expected a name, or (name, level) with a whole number.")
+        if name == WITHOUT:
+            raise ValueError(f"an input attack is called {WITHOUT!r}, the name of the unchanged rows; rename it.")
+        found[name, level] = attack
+    words = [in_words(name, level, TURN_UNIT) for name, level in found]
+    if len(set(words)) < len(words) or len(found) < len(attacks):
+        raise ValueError(f"inputs has the keys {list(attacks)}, of which some read alike in a report; rename one.")
+    return found
 
 
 def usual_attacks(
