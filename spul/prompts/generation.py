@@ -10,7 +10,7 @@ from peft import PeftModelForCausalLM, PeftType
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..models.causal_lm import max_positions
+from ..models.causal_lm import cache_switch, max_positions
 from .arguments import (
     changed_settings,
     check_generate_arguments,
@@ -18,7 +18,7 @@ from .arguments import (
     generation_settings,
     named_arguments,
 )
-from .shared_prefix import PromptStates, prompt_states
+from .shared_prefix import PromptStates, outgrows_cache, prompt_states
 
 # Arguments of `generate` that see all rows at once, or their number in the batch.
 _OF_THE_BATCH = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "streamer")
@@ -58,8 +58,11 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
                     f"{states.num_virtual_tokens} virtual tokens and {input_ids.shape[1]} tokens leave no room in the "
                     f"model's {limit} positions to generate anything; shorten the input."
                 )
-            lengths = attention_mask.sum(dim=1)
+            lengths = attention_mask.ne(0).sum(dim=1)
             longest = states.num_virtual_tokens + input_ids.shape[1] + _max_new_tokens(settings, input_ids.shape[1])
+            _check_switch(model, states.num_virtual_tokens + int(lengths.min()), longest)
+            if outgrows_cache(model, longest - states.num_virtual_tokens):
+                return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
             if len(lengths.unique()) > 1 and _crosses_window(base, longest):
                 if model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
                     return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
@@ -198,6 +201,29 @@ def _in_new_tokens(settings: GenerationConfig, width: int, kwargs: dict) -> dict
     if settings.min_new_tokens is None and settings.min_length:
         changes |= {"min_new_tokens": max(0, settings.min_length - width), "min_length": None}
     return changed_settings(kwargs, **changes)
+
+
+def _check_switch(model: PeftModelForCausalLM, shortest: int, longest: int) -> None:
+    """Raise where a base would drop its cache, and the prompt with it, while it generates.
+
+    Raises:
+        ValueError: under prefix tuning, and if a row begins before the switch of longrope.
+    """
+    base: Any = model.get_base_model()
+    switch, changes_factors = cache_switch(base)
+    if switch is None or longest <= switch:
+        return
+    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+        raise ValueError(
+            f"{type(base).__name__} drops its cache beyond {switch} positions, and a prefix with it; prompt, input "
+            f"and new tokens are up to {longest}: generate fewer, or use PromptTuningConfig or PromptEncoderConfig."
+        )
+    if changes_factors and shortest <= switch:
+        raise ValueError(
+            f"{type(base).__name__} changes its rotary factors beyond {switch} positions and drops its cache, and the "
+            f"prompt with it, on the way there; prompt and input are {shortest} tokens or more, with new tokens up to "
+            f"{longest}: generate fewer, or pass only rows that are beyond from the start."
+        )
 
 
 def _crosses_window(base: Any, num_tokens: int) -> bool:

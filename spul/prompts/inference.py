@@ -15,7 +15,7 @@ from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import needs_gradient
 from ..models.compat import is_checkpointing
 from .arguments import CACHES, check_forward_arguments, check_mask
-from .shared_prefix import prompt_states
+from .shared_prefix import outgrows_cache, prompt_states
 
 # Embeddings, and outputs that have virtual tokens: not available from a cached prompt.
 _NEEDS_CONCATENATION = ("inputs_embeds", "output_hidden_states", "output_attentions")
@@ -87,6 +87,7 @@ def _can_use_cached_prompt(model: Any, input_ids: Tensor | None, labels: Tensor 
         and (labels is None or (last == 0 and hasattr(base, "loss_function")))
         and not routes  # a mixture of experts has a loss over all positions
         and not is_checkpointing(base)
+        and not outgrows_cache(model, input_ids.shape[1])
     )
 
 

@@ -12,6 +12,7 @@ from peft import (
     PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
+    PeftType,
     TaskType,
 )
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from .arguments import METHODS_OF_THE_BASE
 from .configs import check_peft_config, scale_random_prompt
 from .generation import generate_prompted
 from .inference import ordinary_forward
-from .shared_prefix import prompt_states, response_logits
+from .shared_prefix import concatenated_logits, outgrows_cache, prompt_states, response_logits
 
 
 class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
@@ -284,6 +285,9 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         base: Any = self.get_base_model()
         if not self.enabled:
             return logits_at(base, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        is_prefix = self.active_peft_config.peft_type == PeftType.PREFIX_TUNING
+        if not is_prefix and outgrows_cache(self, inputs_embeds.shape[1]):
+            return concatenated_logits(self, inputs_embeds, attention_mask, positions)
         states = prompt_states(self)
         if states is None:
             raise ValueError(
