@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import threading
 import warnings
 
 import pytest
@@ -273,6 +274,14 @@ def test_a_base_that_was_compiled_before_gets_its_layers_and_loses_them_again():
     layers = stirred(model)
     with_layers = layers(IDS).logits
     assert (with_layers - expected).abs().max() > 1e-3
+    torch.testing.assert_close(compiled(IDS).logits, with_layers)
+    with layers.disable_adapter():
+        torch.testing.assert_close(compiled(IDS).logits, expected)
+        seen = []
+        thread = threading.Thread(target=lambda: seen.append(compiled(IDS).logits))
+        thread.start()
+        thread.join()
+        torch.testing.assert_close(seen[0], with_layers)
     torch.testing.assert_close(compiled(IDS).logits, with_layers)
     layers.remove()
     torch.testing.assert_close(compiled(IDS).logits, expected)

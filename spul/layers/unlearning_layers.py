@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ..models.causal_lm import load_base, logits_at, restore_dropout, zero_dropout
 from ..models.compat import forward_hooks, keep_4bit_differentiable, reset_compiled
-from ..models.unlearner import Unlearner
+from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
 from ..records.spul_config import SpulConfig
 from . import checkpoint as files
 from .bottleneck import Bottleneck, UnlearningLayersConfig
@@ -55,8 +55,6 @@ class UnlearningLayers(nn.Module, Unlearner):
 
     has_own_checkpoint = True
     can_be_sharded = False
-    enabled: bool
-    """Whether the layers take part; see also `disable_adapter`."""
 
     def __init__(self, model: PreTrainedModel, config: UnlearningLayersConfig | None = None) -> None:
         super().__init__()
@@ -80,7 +78,7 @@ class UnlearningLayers(nn.Module, Unlearner):
             Bottleneck(width, bottleneck, config.activation, config.init_seed + i, config.train_down)
             for i in range(len(self.block_names))
         )
-        self.enabled = True
+        self._switched_on = True
         self.gram_matrices: dict[str, Tensor] = {}
         """Gram matrices of the projections' inputs, by the projections' names; computed by `gather_inputs`."""
         self.num_requests = 1
@@ -142,12 +140,18 @@ class UnlearningLayers(nn.Module, Unlearner):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context manager: `forward` and `generate` are those of the base, without the layers; named as in PEFT."""
-        was_enabled, self.enabled = self.enabled, False
-        try:
+        """Context manager: for the calling thread or asyncio task the model is the base; named as in PEFT."""
+        with disabled_here(self):
             yield
-        finally:
-            self.enabled = was_enabled
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the layers take part: a switch for all threads, False here inside `disable_adapter`."""
+        return self._switched_on and not is_disabled_here(self)
+
+    @enabled.setter
+    def enabled(self, value: bool) -> None:
+        self._switched_on = value
 
     # ---- methods of the base ----
 
@@ -155,14 +159,16 @@ class UnlearningLayers(nn.Module, Unlearner):
         """The base's forward, with the layers.
 
         Raises:
-            ValueError: if the layers are not attached.
+            ValueError: if the layers are not attached, or `adapter_names` are given.
         """
         self._check_attached()
+        drop_adapter_names(kwargs)
         return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base's `generate`, with the layers; raises as `forward`."""
         self._check_attached()
+        drop_adapter_names(kwargs)
         return cast(Any, self.base_model).generate(*args, **kwargs)
 
     def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:

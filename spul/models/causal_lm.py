@@ -58,6 +58,20 @@ def max_positions(base_model: Any) -> int | None:
     return getattr(config, "max_position_embeddings", None)
 
 
+def cache_switch(base_model: Any) -> tuple[int | None, bool]:
+    """The number of positions beyond which a base may drop its cache (Phi-3), and whether its rotary factors change.
+
+    With longrope, keys cached below it are not those of a longer sequence. (None, False) for other families.
+    """
+    config = base_model.config.get_text_config()
+    own = getattr(config, "original_max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if one.get("rope_type", one.get("type")) == "longrope":
+            return own or one.get("original_max_position_embeddings") or config.max_position_embeddings, True
+    return own, False
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside the wrappers of `torch.compile` and DDP."""
     while True:

@@ -12,7 +12,6 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -158,19 +157,6 @@ def adapter_enabled(model: PeftModel) -> bool:
     """
     layers_disabled = any(getattr(m, "disable_adapters", False) is True for m in model.modules())
     return model.has_active_enabled_adapter and not layers_disabled
-
-
-@contextmanager
-def disabled_flag(model: PeftModel) -> Iterator[None]:
-    """Context manager: `has_active_enabled_adapter` is False; nothing else changes.
-
-    PEFT's `disable_adapter` also replaces `model.forward`, and with it the autocast that accelerate put around it.
-    """
-    was_disabled, model._adapters_disabled = model._adapters_disabled, True
-    try:
-        yield
-    finally:
-        model._adapters_disabled = was_disabled
 
 
 # Names of the modules that PEFT puts between a module and its parameters.

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +20,64 @@ from .compat import adapter_enabled, own_parameters
 PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
 
 
+class _Scope:
+    """A block of `disable_adapter`; without a model once it is left, also in tasks that were started inside it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+
+# A thread, and an asyncio task, has its own value.
+_scopes: ContextVar[tuple[_Scope, ...]] = ContextVar("spul_disabled", default=())
+_lock = threading.Lock()
+_num_scopes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def disabled_here(model: Any) -> Iterator[None]:
+    """Context manager: `is_disabled_here(model)`, in this thread and asyncio task and in tasks started inside.
+
+    Args:
+        model: an unlearner; its `disabled_somewhere` tells whether any thread is inside such a block.
+    """
+    scope = _Scope(model)
+    _count_scopes(model, 1)
+    _scopes.set((*_scopes.get(), scope))
+    try:
+        yield
+    finally:
+        scope.model = None
+        _scopes.set(tuple(one for one in _scopes.get() if one.model is not None))
+        _count_scopes(model, -1)
+
+
+def _count_scopes(model: Any, change: int) -> None:
+    with _lock:
+        _num_scopes[model] = _num_scopes.get(model, 0) + change
+        model.disabled_somewhere = _num_scopes[model] > 0
+
+
+def is_disabled_here(model: Any) -> bool:
+    """Whether this thread and asyncio task is inside `disabled_here(model)`.
+
+    torch.compile guards the flag; it cannot trace the variable, which is read only where some thread disables.
+    """
+    return model.disabled_somewhere and any(scope.model is model for scope in _scopes.get())
+
+
+def drop_adapter_names(kwargs: dict[str, Any]) -> None:
+    """Drop `adapter_names=None`; PEFT takes the argument for every adapter, and ignores it for prompts.
+
+    Raises:
+        ValueError: if adapters are named.
+    """
+    if (names := kwargs.pop("adapter_names", None)) is not None:
+        raise ValueError(
+            f"adapter_names={names!r}: a batch runs under one adapter; choose it by set_adapter, or disable it by "
+            "disable_adapter, and leave out adapter_names."
+        )
+
+
 class Unlearner:
     """A causal LM with its trainable part. Other packages use this interface and never check the type.
 
@@ -24,7 +85,8 @@ class Unlearner:
     those of an adapter that adds no tokens.
 
     Attributes:
-        enabled: whether the adapter is in effect; always true without one.
+        enabled: whether the adapter is in effect for this thread; always true without one.
+        disabled_somewhere: whether a thread or asyncio task is inside `disable_adapter`.
         has_adapter: whether disabling an adapter restores the base.
         computes_loss: whether `forward` computes the unlearning loss of a batch with `is_forget`.
         has_own_checkpoint: whether `save_pretrained` and `load_checkpoint` replace those of `transformers.Trainer`.
@@ -37,6 +99,7 @@ class Unlearner:
     """
 
     enabled: Any = True
+    disabled_somewhere: bool = False
     has_adapter: bool = True
     computes_loss: bool = False
     has_own_checkpoint: bool = False

@@ -6,32 +6,43 @@ import warnings
 from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM
+from peft import PeftModelForCausalLM, PeftType
 from torch import Tensor
+from transformers import GenerationConfig
 
-from ..models.causal_lm import max_positions
-from .shared_prefix import PromptStates, prompt_states
+from ..models.causal_lm import cache_switch, max_positions
+from .arguments import (
+    changed_settings,
+    check_generate_arguments,
+    check_mask,
+    generation_settings,
+    named_arguments,
+)
+from .shared_prefix import PromptStates, outgrows_cache, prompt_states
+
+# Arguments of `generate` that see all rows at once, or their number in the batch.
+_OF_THE_BATCH = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "streamer")
 
 
 def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *args: Any, **kwargs: Any) -> Any:
     """`generate` of transformers under the active prompt; see `SoftPromptUnlearner.generate`."""
     if input_ids is None:
         raise ValueError("generate needs input_ids (batch, tokens); an empty prompt cannot be continued.")
-    if args:  # transformers' second positional argument
-        kwargs["generation_config"], args = args[0], args[1:]
-    for name in ("inputs_embeds", "past_key_values", "position_ids"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"generate under a soft prompt takes no {name}: pass input_ids and attention_mask.")
-    if kwargs.get("use_cache") is False:
-        raise ValueError("generate under a soft prompt reads it from the cache; leave out use_cache=False.")
+    base: Any = model.get_base_model()
+    kwargs |= named_arguments(base.generate, args)
+    own = model.__dict__.get("generation_config")  # set on the unlearner, as the base's would be
+    kwargs["generation_config"] = kwargs.get("generation_config") or own
+    check_generate_arguments(kwargs)
+    settings = generation_settings(base, kwargs)
+    kwargs = changed_settings(kwargs, use_cache=True)  # a default of False would drop the prompt
     if kwargs.pop("token_type_ids", None) is not None:
         warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=3)
     given_mask = kwargs.pop("attention_mask", None)
-    attention_mask = _mask_from_pads(model, input_ids) if given_mask is None else given_mask
+    check_mask(given_mask)
+    attention_mask = _mask_from_pads(settings, input_ids) if given_mask is None else given_mask
     if not bool(attention_mask.any(dim=1).all()):
         raise ValueError("attention_mask has a row of zeros only: there is nothing to continue in it.")
 
-    base: Any = model.get_base_model()
     was_training = base.training
     base.eval()  # gradient checkpointing, in training mode, would drop the cache and the prompt with it
     try:
@@ -47,72 +58,116 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
                     f"{states.num_virtual_tokens} virtual tokens and {input_ids.shape[1]} tokens leave no room in the "
                     f"model's {limit} positions to generate anything; shorten the input."
                 )
-            lengths = attention_mask.sum(dim=1)
-            if len(lengths.unique()) > 1 and _crosses_window(
-                model, states.num_virtual_tokens + input_ids.shape[1], kwargs
-            ):
-                return _generate_by_length(model, states, input_ids, attention_mask, lengths, args, kwargs)
-            return _generate(model, states, input_ids, attention_mask, args, kwargs)
+            lengths = attention_mask.ne(0).sum(dim=1)
+            longest = states.num_virtual_tokens + input_ids.shape[1] + _max_new_tokens(settings, input_ids.shape[1])
+            _check_switch(model, states.num_virtual_tokens + int(lengths.min()), longest)
+            if outgrows_cache(model, longest - states.num_virtual_tokens):
+                return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
+            if len(lengths.unique()) > 1 and _crosses_window(base, longest):
+                if model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
+                    return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
+                return _generate_by_length(model, states, settings, input_ids, attention_mask, kwargs)
+            return _generate(model, states, settings, input_ids, attention_mask, kwargs)
     finally:
         base.train(was_training)
 
 
-def _generate(
-    model: PeftModelForCausalLM,
-    states: PromptStates,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    args: tuple,
-    kwargs: dict,
-) -> Any:
-    order = attention_mask.ne(0).long().argsort(dim=1, stable=True)  # pads first
-    left_ids, left_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
-    base: Any = model.get_base_model()
-    config = kwargs.get("generation_config") or base.generation_config
-    beams, returned = (
-        kwargs[name] if kwargs.get(name) is not None else (getattr(config, name, None) or 1)
-        for name in ("num_beams", "num_return_sequences")
-    )
-    out = base.generate(
-        left_ids,
-        *args,
-        **states.prefix_inputs(base, left_mask, len(left_ids) * max(beams, returned)),
-        **kwargs,
-    )
-    inputs = input_ids.repeat_interleave(returned, dim=0)  # padded as the caller padded them
+def _pads_first(attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    order = attention_mask.ne(0).long().argsort(dim=1, stable=True)
+    return input_ids.gather(1, order), attention_mask.gather(1, order)
+
+
+def _as_padded(out: Any, input_ids: Tensor, returned: int) -> Any:
+    """The output with the inputs padded as the caller padded them."""
+    inputs = input_ids.repeat_interleave(returned, dim=0)
     if isinstance(out, Tensor):
         return torch.cat([inputs, out[:, inputs.shape[1] :]], dim=1)
     out.sequences = torch.cat([inputs, out.sequences[:, inputs.shape[1] :]], dim=1)
     return out
 
 
+def _generate(
+    model: PeftModelForCausalLM,
+    states: PromptStates,
+    settings: GenerationConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    kwargs: dict,
+) -> Any:
+    left_ids, left_mask = _pads_first(attention_mask, input_ids)
+    base: Any = model.get_base_model()
+    returned = settings.num_return_sequences or 1
+    rows = len(left_ids) * max(settings.num_beams or 1, returned)
+    out = base.generate(left_ids, **states.prefix_inputs(base, left_mask, rows), **kwargs)
+    return _as_padded(out, input_ids, returned)
+
+
+def _generate_concatenated(
+    model: Any,
+    settings: GenerationConfig,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    kwargs: dict,
+) -> Any:
+    """Generate from the prompt's embeddings before those of every row, pads in front of both.
+
+    The base fills a cache of its own, and no pads stand between prompt and tokens, which would use up a window.
+    """
+    left_ids, left_mask = _pads_first(attention_mask, input_ids)
+    embeds = model.word_embeddings(left_ids)
+    prompt = model.get_prompt(batch_size=len(left_ids)).to(embeds.dtype)
+    num_virtual, width = prompt.shape[1], left_ids.shape[1]
+    columns = torch.arange(num_virtual + width, device=left_ids.device)
+    num_pads = (width - left_mask.ne(0).sum(dim=1))[:, None]
+    embeds = torch.cat([prompt, embeds], dim=1)
+    # Column i of a row with k pads: k pads, then the prompt, then its tokens.
+    order = (columns - num_pads + (columns < num_pads) * (num_virtual + num_pads)).where(
+        columns < num_pads + num_virtual, columns
+    )
+    out = model.get_base_model().generate(
+        left_ids,
+        inputs_embeds=embeds.take_along_dim(order[..., None], dim=1),
+        attention_mask=(columns >= num_pads).to(left_mask.dtype),
+        **_in_new_tokens(settings, width, kwargs),
+    )
+    return _as_padded(out, input_ids, settings.num_return_sequences or 1)
+
+
 def _generate_by_length(
     model: PeftModelForCausalLM,
     states: PromptStates,
+    settings: GenerationConfig,
     input_ids: Tensor,
     attention_mask: Tensor,
-    lengths: Tensor,
-    args: tuple,
     kwargs: dict,
 ) -> Tensor:
-    """Generate rows of one length at a time: pads between prompt and tokens would use up a sliding window."""
+    """Generate rows of one length at a time: pads between prompt and tokens would use up a sliding window.
+
+    Only a prefix needs this: it has no embeddings to put behind the pads.
+
+    Raises:
+        ValueError: for arguments that see the batch as a whole, or outputs that cannot be joined.
+    """
+    whole = [name for name in _OF_THE_BATCH if kwargs.get(name) is not None]
+    if settings.return_dict_in_generate:
+        whole.append("return_dict_in_generate=True")
+    if whole:
+        raise ValueError(
+            f"rows of unequal length under prefix tuning on a sliding-window model are generated in groups, which "
+            f"{', '.join(whole)} cannot follow; pass rows of one length, or leave that out."
+        )
     outputs: dict[int, Tensor] = {}
-    width = input_ids.shape[1]
+    width, lengths = input_ids.shape[1], attention_mask.ne(0).sum(dim=1)
+    kwargs = _in_new_tokens(settings, width, kwargs)
     for length in lengths.unique().tolist():
         rows = (lengths == length).nonzero().flatten()
         real = attention_mask[rows].ne(0)
         ids = input_ids[rows][real].view(len(rows), length)
-        out = _generate(model, states, ids, torch.ones_like(ids), args, kwargs)
-        if not isinstance(out, Tensor):
-            raise ValueError(
-                "rows of unequal length on a sliding-window model are generated in groups, which cannot be joined "
-                "under return_dict_in_generate=True; pass rows of one length, or leave that out."
-            )
+        out = _generate(model, states, settings, ids, torch.ones_like(ids), kwargs)
         per_row = len(out) // len(rows)
         for row, new in zip(rows.tolist(), out[:, length:].split(per_row), strict=True):
             outputs[row] = new
-    config: Any = kwargs.get("generation_config") or model.generation_config
-    pad = next((x for x in (kwargs.get("pad_token_id"), config.pad_token_id, config.eos_token_id) if x is not None), 0)
+    pad = next((x for x in (settings.pad_token_id, settings.eos_token_id) if x is not None), 0)
     pad = pad[0] if isinstance(pad, (list, tuple)) else pad
     longest = max(new.shape[1] for new in outputs.values())
     joined = []
@@ -122,23 +177,67 @@ def _generate_by_length(
     return torch.cat(joined)
 
 
-def _crosses_window(model: PeftModelForCausalLM, num_tokens: int, kwargs: dict) -> bool:
-    """Whether `num_tokens` (prompt and input) and the longest answer exceed a layer's sliding window."""
+def _max_new_tokens(settings: GenerationConfig, width: int) -> int:
+    """The most tokens that may be generated after rows of `width`."""
+    if settings.max_new_tokens is not None:
+        return settings.max_new_tokens
+    return 20 if settings.max_length is None else settings.max_length - width  # 20 is transformers' own default
+
+
+def _in_new_tokens(settings: GenerationConfig, width: int, kwargs: dict) -> dict:
+    """Arguments with limits in new tokens in place of lengths, which count the columns of the whole batch.
+
+    Raises:
+        ValueError: if `max_length` leaves no room.
+    """
+    changes: dict[str, Any] = {}
+    if settings.max_new_tokens is None and settings.max_length is not None:
+        if settings.max_length <= width:
+            raise ValueError(
+                f"max_length={settings.max_length} leaves nothing to generate after {width} tokens; raise it, or pass "
+                "max_new_tokens."
+            )
+        changes |= {"max_new_tokens": settings.max_length - width, "max_length": None}
+    if settings.min_new_tokens is None and settings.min_length:
+        changes |= {"min_new_tokens": max(0, settings.min_length - width), "min_length": None}
+    return changed_settings(kwargs, **changes)
+
+
+def _check_switch(model: PeftModelForCausalLM, shortest: int, longest: int) -> None:
+    """Raise where a base would drop its cache, and the prompt with it, while it generates.
+
+    Raises:
+        ValueError: under prefix tuning, and if a row begins before the switch of longrope.
+    """
     base: Any = model.get_base_model()
+    switch, changes_factors = cache_switch(base)
+    if switch is None or longest <= switch:
+        return
+    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+        raise ValueError(
+            f"{type(base).__name__} drops its cache beyond {switch} positions, and a prefix with it; prompt, input "
+            f"and new tokens are up to {longest}: generate fewer, or use PromptTuningConfig or PromptEncoderConfig."
+        )
+    if changes_factors and shortest <= switch:
+        raise ValueError(
+            f"{type(base).__name__} changes its rotary factors beyond {switch} positions and drops its cache, and the "
+            f"prompt with it, on the way there; prompt and input are {shortest} tokens or more, with new tokens up to "
+            f"{longest}: generate fewer, or pass only rows that are beyond from the start."
+        )
+
+
+def _crosses_window(base: Any, num_tokens: int) -> bool:
+    """Whether `num_tokens` (prompt, input and the longest answer) exceed a layer's sliding window."""
     config = base.config.get_text_config()
     window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
     if window is None or (kinds is not None and "sliding_attention" not in kinds):
         return False
-    limits = kwargs.get("generation_config") or base.generation_config
-    options = [x.get(name) for x in (kwargs, limits.to_dict()) for name in ("max_new_tokens", "max_length")]
-    num_new = next((x for x in options if x is not None), 20)  # 20 is transformers' own default
-    return num_tokens + num_new > window
+    return num_tokens > window
 
 
-def _mask_from_pads(model: PeftModelForCausalLM, input_ids: Tensor) -> Tensor:
+def _mask_from_pads(settings: GenerationConfig, input_ids: Tensor) -> Tensor:
     """The mask of rows without one, as in transformers: pad tokens are pads, unless the pad token is also an EOS."""
-    config: Any = model.generation_config
-    ends = config.eos_token_id if isinstance(config.eos_token_id, (list, tuple)) else [config.eos_token_id]
-    if config.pad_token_id is None or config.pad_token_id in ends:
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, (list, tuple)) else [settings.eos_token_id]
+    if settings.pad_token_id is None or settings.pad_token_id in ends:
         return torch.ones_like(input_ids)
-    return input_ids.ne(config.pad_token_id).long()
+    return input_ids.ne(settings.pad_token_id).long()

@@ -14,11 +14,11 @@ from ..losses.positions import has_left_padding, pack_right
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import needs_gradient
 from ..models.compat import is_checkpointing
-from .shared_prefix import prompt_states
+from .arguments import CACHES, check_forward_arguments, check_mask
+from .shared_prefix import outgrows_cache, prompt_states
 
-# Arguments that refer to positions, and outputs that have virtual tokens: not available from a cached prompt.
-_POSITIONAL = ("inputs_embeds", "past_key_values", "position_ids")
-_NEEDS_CONCATENATION = (*_POSITIONAL, "output_hidden_states", "output_attentions")
+# Embeddings, and outputs that have virtual tokens: not available from a cached prompt.
+_NEEDS_CONCATENATION = ("inputs_embeds", "output_hidden_states", "output_attentions")
 
 
 def ordinary_forward(
@@ -40,15 +40,22 @@ def ordinary_forward(
         kwargs: further arguments of the base's forward.
 
     Raises:
-        ValueError: if left-padded rows come with arguments or outputs tied to positions, which packing moves.
+        ValueError: for a cache or positions, which do not go with a prompt; if left-padded rows come with arguments
+            or outputs tied to positions, which packing moves.
     """
-    given = any(kwargs.get(name) is not None for name in _POSITIONAL)
-    if input_ids is None or attention_mask is None or given or not has_left_padding(attention_mask):
+    check_forward_arguments(kwargs)
+    embeds = kwargs.get("inputs_embeds") is not None
+    if (input_ids is None) != embeds:
+        raise ValueError(f"forward takes either input_ids or inputs_embeds; found {'both' if embeds else 'neither'}.")
+    check_mask(attention_mask)
+    if attention_mask is None or not has_left_padding(attention_mask):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         return _forward(model, concatenated, **inputs, **kwargs)
-    refused = ("logits_to_keep", "output_hidden_states", "output_attentions", "use_cache")
-    if bad := [name for name in refused if kwargs.get(name) or kwargs.get("return_dict") is False]:
+    refused = ("logits_to_keep", "output_hidden_states", "output_attentions", "use_cache", "inputs_embeds")
+    tied = [name for name in refused if isinstance(kwargs.get(name), Tensor) or kwargs.get(name)]
+    if bad := [*tied, *(["return_dict=False"] if kwargs.get("return_dict") is False else [])]:
         raise ValueError(f"left-padded rows under a prompt take no {', '.join(bad)}; pad on the right.")
+    assert input_ids is not None  # embeddings were refused above
     width = input_ids.shape[1]
     columns = torch.arange(width, device=input_ids.device).expand_as(input_ids)
     mask, ids, origin = pack_right(attention_mask, input_ids, columns)
@@ -80,6 +87,7 @@ def _can_use_cached_prompt(model: Any, input_ids: Tensor | None, labels: Tensor 
         and (labels is None or (last == 0 and hasattr(base, "loss_function")))
         and not routes  # a mixture of experts has a loss over all positions
         and not is_checkpointing(base)
+        and not outgrows_cache(model, input_ids.shape[1])
     )
 
 
@@ -104,7 +112,7 @@ def _from_cached_prompt(
     )
     fields = {"loss": None, **out}  # in the order of every output of transformers: the loss comes first
     if returns_cache is False:
-        fields["past_key_values"] = None
+        fields |= {name: None for name in CACHES if name in fields}
     if states.logits is not None and not kwargs.get("logits_to_keep"):
         fields["logits"] = torch.cat([states.logits.expand(rows, -1, -1), out.logits], dim=1)
     if labels is not None:

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftModel, PeftType
+from peft import PeftType
 from torch import Tensor, nn
 
-from ..models.causal_lm import logits_at, needs_gradient, selects_positions, warn_once
+from ..models.causal_lm import cache_switch, logits_at, needs_gradient, selects_positions, warn_once
 from ..models.compat import (
     LayerStates,
     empty_cache,
@@ -99,6 +99,22 @@ def prompt_states(model: Any, with_logits: bool = False) -> PromptStates | None:
     return cached
 
 
+def outgrows_cache(model: Any, num_tokens: int) -> bool:
+    """Whether virtual tokens and rows of `num_tokens` together may outgrow the keys and values of the prompt's pass.
+
+    Beyond the switch of longrope they differ from those of a whole sequence; see `cache_switch`.
+    """
+    base: Any = model.get_base_model()
+    switch, _ = cache_switch(base)
+    if switch is None or model.active_peft_config.num_virtual_tokens + num_tokens <= switch:
+        return False
+    warn_once(
+        f"{type(base).__name__} changes beyond {switch} positions, where a shared prompt is not the same: the prompt "
+        "is concatenated to every row, which is slower."
+    )
+    return True
+
+
 def _compute_states(base: Any, prompt: Tensor, version: tuple, with_logits: bool) -> PromptStates | None:
     last = {"logits_to_keep": 1} if selects_positions(base) and not with_logits else {}
     out = base(inputs_embeds=prompt, past_key_values=empty_cache(base), use_cache=True, **last)
@@ -115,7 +131,7 @@ def _base_version(base: nn.Module, device_type: str) -> tuple:
     return autocast, weight_versions(base), tuple(key for key, _ in forward_hooks(base))
 
 
-def response_logits(model: PeftModel, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
     """Logits of the prompted model at `positions` of a right-padded batch.
 
     Args:
@@ -139,23 +155,25 @@ def response_logits(model: PeftModel, input_ids: Tensor, attention_mask: Tensor,
                 "(TrainingArguments(gradient_checkpointing=False)), or use PromptTuningConfig or PromptEncoderConfig."
             )
         warn_once("Gradient checkpointing keeps no cache: the prompt is concatenated to every row, which is slower.")
-    else:
+    elif (
+        model.active_peft_config.peft_type == PeftType.PREFIX_TUNING  # no pass, and no other way
+        or not outgrows_cache(model, input_ids.shape[1])
+    ):
         states = prompt_states(model)
         if states is None:
             if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
                 raise ValueError(f"prefix tuning needs a plain key/value cache, which {type(base).__name__} has not.")
             warn_once(f"{type(base).__name__} has no plain key/value cache: the prompt is concatenated to every row.")
     if states is None:
-        return _concatenated_response_logits(model, input_ids, attention_mask, positions)
+        return concatenated_logits(model, model.word_embeddings(input_ids), attention_mask, positions)
     return logits_at(
         base, positions, input_ids=input_ids, **states.prefix_inputs(base, attention_mask), use_cache=True
     )
 
 
-def _concatenated_response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-    """`response_logits` with the prompt's embeddings in front of every row, as in PEFT."""
-    embeds = model.word_embeddings(input_ids)
-    prompt = model.get_prompt(batch_size=len(input_ids)).to(embeds.dtype)
+def concatenated_logits(model: Any, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    """`response_logits` from the rows' embeddings, with the prompt's in front of every row, as in PEFT."""
+    prompt = model.get_prompt(batch_size=len(embeds)).to(embeds.dtype)
     return logits_at(
         model.get_base_model(),
         positions + prompt.shape[1],

@@ -12,6 +12,7 @@ from peft import (
     PeftConfig,
     PeftModel,
     PeftModelForCausalLM,
+    PeftType,
     TaskType,
 )
 from torch import Tensor, nn
@@ -20,14 +21,15 @@ from transformers import PreTrainedModel
 from ..losses.batch import batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import logits_at, max_positions, zero_dropout
-from ..models.compat import disabled_flag, keep_4bit_differentiable
-from ..models.unlearner import Unlearner
+from ..models.compat import keep_4bit_differentiable
+from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
 from ..records.spul_config import SpulConfig
 from . import checkpoint
+from .arguments import METHODS_OF_THE_BASE
 from .configs import check_peft_config, scale_random_prompt
 from .generation import generate_prompted
 from .inference import ordinary_forward
-from .shared_prefix import prompt_states, response_logits
+from .shared_prefix import concatenated_logits, outgrows_cache, prompt_states, response_logits
 
 
 class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
@@ -169,13 +171,21 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Context manager: `forward` and `generate` are those of the base, without the prompt."""
-        with disabled_flag(self):
+        """Context manager: `forward` and `generate` are those of the base, without the prompt.
+
+        It holds for the calling thread, or its asyncio task: others keep the prompt.
+        """
+        with disabled_here(self):
             yield
 
     @property
+    def has_active_enabled_adapter(self) -> bool:
+        """PEFT's name of `enabled`."""
+        return super().has_active_enabled_adapter and not is_disabled_here(self)
+
+    @property
     def enabled(self) -> bool:
-        """Whether the prompt takes part in `forward` and `generate`; see `disable_adapter`."""
+        """Whether the prompt takes part in `forward` and `generate` of this thread; see `disable_adapter`."""
         return self.has_active_enabled_adapter
 
     # ---- forward ----
@@ -217,6 +227,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
             ValueError: if tensors are missing, or their shapes do not match.
             TypeError: if `is_forget` comes with arguments of the ordinary forward.
         """
+        drop_adapter_names(kwargs)
         if is_forget is None:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
@@ -274,6 +285,9 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         base: Any = self.get_base_model()
         if not self.enabled:
             return logits_at(base, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        is_prefix = self.active_peft_config.peft_type == PeftType.PREFIX_TUNING
+        if not is_prefix and outgrows_cache(self, inputs_embeds.shape[1]):
+            return concatenated_logits(self, inputs_embeds, attention_mask, positions)
         states = prompt_states(self)
         if states is None:
             raise ValueError(
@@ -294,13 +308,21 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
             As in transformers: the input ids, padded as given, then the new tokens.
 
         Raises:
-            ValueError: for `inputs_embeds`, `past_key_values`, `position_ids` or `use_cache=False`.
+            ValueError: for arguments and settings that do not go with a prompt, such as `inputs_embeds`,
+                `past_key_values`, `use_cache=False`, `cache_implementation` and `assistant_model`.
         """
+        drop_adapter_names(kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if not self.enabled:
             base: Any = self.get_base_model()
             return base.generate(input_ids, *args, **kwargs)
         return generate_prompted(self, input_ids, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the base, as in PEFT, but for methods that would generate without the prompt."""
+        if name in METHODS_OF_THE_BASE and self.enabled:
+            raise AttributeError(f"{name} would run the base without the soft prompt; use generate.")
+        return super().__getattr__(name)
 
     # ---- saving and loading ----
 

@@ -1,0 +1,144 @@
+"""Arguments of `forward` and `generate` under a prompt: honored, or refused before the base runs."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from transformers import GenerationConfig
+from transformers.generation import GenerationMode
+
+from ..models.unlearner import drop_adapter_names
+
+CACHES = ("past_key_values", "cache", "cache_params")
+_POSITIONS = ("position_ids", "cache_position")
+_IGNORED_BY_PEFT = ("task_ids", "alora_offsets")  # taken for every adapter, without effect on these prompts
+_OF_FORWARD = (*CACHES, *_POSITIONS, *_IGNORED_BY_PEFT)
+_OF_GENERATE = ("inputs_embeds", *_OF_FORWARD)
+# Methods of transformers that PEFT would take from the base, and that generate without the prompt.
+METHODS_OF_THE_BASE = (
+    "generate_batch",
+    "init_continuous_batching",
+    "continuous_batching_context_manager",
+    "heal_tokens",
+)
+_PLAIN_MODES = (
+    GenerationMode.GREEDY_SEARCH,
+    GenerationMode.SAMPLE,
+    GenerationMode.BEAM_SEARCH,
+    GenerationMode.BEAM_SAMPLE,
+)
+
+
+def check_forward_arguments(kwargs: dict[str, Any]) -> None:
+    """Raise for arguments under which the prompt would be missing or doubled; drop those that are None.
+
+    Raises:
+        ValueError: for a cache, positions, and what PEFT takes and ignores.
+    """
+    drop_adapter_names(kwargs)
+    for name in _refused(kwargs, _OF_FORWARD):
+        if name in CACHES:
+            raise ValueError(
+                f"forward under a soft prompt takes no {name}: it would put the prompt in again. Pass all tokens so "
+                "far as input_ids, or call generate, which keeps a cache."
+            )
+        raise ValueError(f"forward under a soft prompt takes no {name}: pass input_ids and attention_mask.")
+
+
+def check_generate_arguments(kwargs: dict[str, Any]) -> None:
+    """Raise for arguments of `generate` that do not go with a prompt; drop those that are None.
+
+    Raises:
+        ValueError: for a cache, embeddings, positions, decoding by a function of the caller's own or with an
+            assistant, and where the model is to be another one's assistant.
+    """
+    drop_adapter_names(kwargs)
+    if getattr(kwargs.get("generation_config"), "is_assistant", False):
+        raise ValueError("a model under a soft prompt cannot be the assistant_model of another; pass its base.")
+    for name in ("assistant_model", "custom_generate"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"generate under a soft prompt takes no {name}: it decodes by greedy search, sampling or beams; leave "
+                "it out."
+            )
+    for name in _refused(kwargs, _OF_GENERATE):
+        raise ValueError(f"generate under a soft prompt takes no {name}: pass input_ids and attention_mask.")
+    if kwargs.get("use_cache") is False:
+        raise ValueError("generate under a soft prompt reads it from the cache; leave out use_cache=False.")
+
+
+def _refused(kwargs: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    for name in names:
+        if name in kwargs and kwargs[name] is None:
+            del kwargs[name]
+    return [name for name in names if name in kwargs]
+
+
+def named_arguments(generate: Callable[..., Any], args: tuple) -> dict[str, Any]:
+    """The positional arguments of `generate` after the inputs, by their names."""
+    names = list(inspect.signature(generate).parameters)[1:]
+    return dict(zip(names, args, strict=False))
+
+
+def check_mask(attention_mask: Any) -> None:
+    """Raise unless a mask, where there is one, is (B, n): the prompt's columns are put in front of it.
+
+    Raises:
+        ValueError: for other shapes and kinds.
+    """
+    if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
+        found = getattr(attention_mask, "shape", type(attention_mask).__name__)
+        raise ValueError(f"attention_mask under a soft prompt is (batch, tokens); found {found}.")
+
+
+def generation_settings(base: Any, kwargs: dict[str, Any]) -> GenerationConfig:
+    """The settings that `generate` of the base would work by: the arguments, then a given config, then the base's own.
+
+    Args:
+        base: the base.
+        kwargs: arguments of `generate`, with `generation_config` among them.
+
+    Raises:
+        ValueError: if they choose a cache, or a way of decoding that looks beyond the prompt's.
+    """
+    given = kwargs.get("generation_config")
+    merged = GenerationConfig() if given is None else copy.deepcopy(given)
+    for name, value in base.generation_config.to_dict().items():
+        if value is not None and getattr(merged, name, None) is None:
+            setattr(merged, name, value)
+    for name in set(kwargs) & set(merged.to_dict()):
+        setattr(merged, name, kwargs[name])
+    # "hybrid" is what older configs of sliding-window models hold; transformers drops it.
+    if merged.cache_implementation not in (None, "hybrid"):
+        raise ValueError(
+            f"cache_implementation={merged.cache_implementation!r}: generate under a soft prompt keeps the prompt in "
+            "a cache of its own; leave out cache_implementation, in the arguments and in every generation_config."
+        )
+    if merged.num_beams is None:
+        merged.num_beams = 1
+    if (mode := merged.get_generation_mode()) not in _PLAIN_MODES:
+        raise ValueError(
+            f"generate under a soft prompt does not decode by {mode.value.replace('_', ' ')}; it decodes by greedy "
+            "search, sampling or beams: leave out the setting that chooses another way."
+        )
+    if merged.guidance_scale not in (None, 1, 1.0):
+        raise ValueError(
+            f"guidance_scale={merged.guidance_scale}: it compares with a pass that has no soft prompt; leave it out."
+        )
+    if merged.token_healing:
+        raise ValueError("token_healing generates without the soft prompt; leave it out.")
+    return merged
+
+
+def changed_settings(kwargs: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """Arguments of `generate` with other settings: in the given config if there is one, which is copied."""
+    given = kwargs.get("generation_config")
+    if given is None:
+        return {**kwargs, **changes}
+    given = copy.deepcopy(given)
+    for name, value in changes.items():
+        setattr(given, name, value)
+    return {**{name: value for name, value in kwargs.items() if name not in changes}, "generation_config": given}

@@ -1,0 +1,129 @@
+"""Rows of unequal length on sliding-window models: each as alone, and arguments that count rows stay right."""
+
+import pytest
+import torch
+from helpers import CONFIGS, SHAPE, build_unlearner
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from spul import SoftPromptUnlearner
+
+LENGTHS, WIDTH = (7, 4, 5), 7
+GREEDY = {"do_sample": False, "pad_token_id": 0}
+
+
+def unequal_rows(side="left"):
+    generator = torch.Generator().manual_seed(6)
+    rows = [torch.randint(5, 120, (length,), generator=generator) for length in LENGTHS]
+    pads = [(0, WIDTH - n) if side == "right" else (WIDTH - n, 0) for n in LENGTHS]
+    ids = torch.stack([torch.nn.functional.pad(row, pad) for row, pad in zip(rows, pads, strict=True)])
+    return rows, {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+
+
+@pytest.mark.parametrize("window", [6, 14])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_each_row_is_continued_as_alone(prompt_type, side, window):
+    unlearner = build_unlearner("mistral", prompt_type, sliding_window=window)
+    rows, batch = unequal_rows(side)
+    new = {"max_new_tokens": 8, "min_new_tokens": 8, **GREEDY}
+    found = unlearner.generate(**batch, **new)
+    assert torch.equal(found[:, :WIDTH], batch["input_ids"])
+    for row, out in zip(rows, found, strict=True):
+        assert out[WIDTH:].tolist() == unlearner.generate(row[None], **new)[0, len(row) :].tolist()
+
+
+@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "p_tuning"])
+def test_arguments_by_row_meet_their_row(prompt_type):
+    unlearner = build_unlearner("mistral", prompt_type)
+    _, batch = unequal_rows()
+    by_row = {"prefix_allowed_tokens_fn": lambda row, seen: [10 + row]}
+    found = unlearner.generate(**batch, **by_row, max_new_tokens=3, **GREEDY)
+    assert found[:, WIDTH:].tolist() == [[10] * 3, [11] * 3, [12] * 3]
+    out = unlearner.generate(**batch, max_new_tokens=3, return_dict_in_generate=True, output_scores=True, **GREEDY)
+    assert out.sequences.tolist() == unlearner.generate(**batch, max_new_tokens=3, **GREEDY).tolist()
+    assert out.scores[0].shape == (3, 120)
+
+
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_lengths_count_the_columns_of_the_whole_batch(prompt_type):
+    unlearner = build_unlearner("mistral", prompt_type)
+    _, batch = unequal_rows()
+    found = unlearner.generate(**batch, max_length=11, min_length=11, **GREEDY)
+    expected = unlearner.generate(**batch, max_new_tokens=4, min_new_tokens=4, **GREEDY)
+    assert found.tolist() == expected.tolist()
+    with pytest.raises(ValueError, match="max_length=7 leaves nothing to generate after 7 tokens"):
+        unlearner.generate(**batch, max_length=7, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        {"prefix_allowed_tokens_fn": lambda row, seen: [10 + row]},
+        {"logits_processor": [lambda ids, scores: scores]},
+        {"stopping_criteria": [lambda ids, scores: False]},
+        {"return_dict_in_generate": True},
+    ],
+)
+def test_under_a_prefix_arguments_of_the_whole_batch_are_refused(argument):
+    _, batch = unequal_rows()
+    with pytest.raises(ValueError, match=f"in groups, which {next(iter(argument))}.* cannot follow"):
+        build_unlearner("mistral", "prefix_tuning").generate(**batch, max_new_tokens=8, **argument)
+
+
+# ---- longrope: other rotary factors, and a dropped cache, beyond a switch ----
+
+
+def longrope_unlearner(prompt_type="prompt_tuning"):
+    shape = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2}
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    torch.manual_seed(0)
+    base = Phi3ForCausalLM(Phi3Config(**shape, original_max_position_embeddings=12, rope_scaling=factors))
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return SoftPromptUnlearner(base.double().eval(), CONFIGS[prompt_type](4)).double().eval()
+
+
+def concatenated(unlearner, ids):
+    embeds = torch.cat([unlearner.get_prompt(1), unlearner.word_embeddings(ids)], dim=1)
+    return unlearner.get_base_model()(inputs_embeds=embeds, use_cache=False).logits[:, 4:]
+
+
+@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "p_tuning"])
+@pytest.mark.parametrize(("length", "num_new"), [(20, 8), (9, 8), (3, 5)])
+def test_rows_on_one_side_of_the_switch_are_continued_as_by_concatenation(prompt_type, length, num_new):
+    unlearner = longrope_unlearner(prompt_type)
+    ids = torch.randint(5, 120, (1, length), generator=torch.Generator().manual_seed(8))
+    found, expected = unlearner.generate(ids, max_new_tokens=num_new, min_new_tokens=num_new, **GREEDY), ids
+    with torch.no_grad():
+        for _ in range(num_new):
+            logits = concatenated(unlearner, expected)[:, -1]
+            logits[:, 2] = -torch.inf
+            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], dim=1)
+    assert found.tolist() == expected.tolist()
+
+
+def test_generation_that_would_cross_the_switch_is_refused():
+    ids = torch.randint(5, 120, (1, 5))
+    with pytest.raises(ValueError, match="changes its rotary factors beyond 12 positions"):
+        longrope_unlearner().generate(ids, max_new_tokens=8, **GREEDY)
+    with pytest.raises(ValueError, match="drops its cache beyond 12 positions, and a prefix with it"):
+        longrope_unlearner("prefix_tuning").generate(ids.repeat(1, 4), max_new_tokens=8, **GREEDY)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("length", [13, 6])
+def test_losses_and_logits_on_either_side_of_the_switch_are_those_of_concatenation(length, gradient):
+    unlearner = longrope_unlearner()
+    ids = torch.randint(5, 120, (1, length), generator=torch.Generator().manual_seed(9))
+    labels = ids.clone()
+    labels[:, :3] = -100
+    with torch.set_grad_enabled(gradient):
+        expected = concatenated(unlearner, ids)
+        out = unlearner(input_ids=ids, labels=labels, is_forget=torch.tensor([True]))
+        torch.testing.assert_close(unlearner(input_ids=ids).logits[:, 4:], expected)
+        positions, mask = torch.arange(length)[None], torch.ones_like(ids)
+        found = unlearner.embedding_logits(unlearner.word_embeddings(ids), mask, positions)
+        torch.testing.assert_close(found, expected)
+    cross_entropy = torch.nn.functional.cross_entropy(expected[0, 2:-1], ids[0, 3:], reduction="sum")
+    torch.testing.assert_close(out.forget_loss.abs(), cross_entropy)
