@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .fields import check_fields, read_object
 from .files import write_text
 from .spul_config import SPUL_CONFIG_NAME, SpulConfig
 from .templates import render
@@ -81,9 +82,10 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Mapping[str, 
 
     Raises:
         FileNotFoundError: if the folder has no `spul_config.json` or no model card.
-        ValueError: if the card has no section "Metrics".
+        ValueError: if the card has no section "Metrics", or `metrics` are not numbers by split and name.
     """
     folder = Path(folder)
+    check_fields({"metrics": metrics}, "write_metrics")
     for name in (SPUL_CONFIG_NAME, CARD_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -97,7 +99,7 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Mapping[str, 
             f"{CARD_NAME} of {str(folder)!r} has no section '## Metrics' to write to; add that line, or save the "
             "adapter again."
         )
-    record = json.loads((folder / SPUL_CONFIG_NAME).read_text(encoding="utf-8")) | {"metrics": metrics}
+    record = read_object(folder / SPUL_CONFIG_NAME) | {"metrics": metrics}
     write_text(folder / SPUL_CONFIG_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / CARD_NAME, card.rstrip("\n") + "\n")
 
