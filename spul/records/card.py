@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from .fields import check_fields, read_object
 from .files import write_text
-from .spul_config import SPUL_CONFIG_NAME, SpulConfig
+from .spul_config import SPUL_CONFIG_NAME, SpulConfig, without_local_path
 from .templates import render
 
 CARD_NAME = "README.md"
@@ -107,8 +107,8 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Mapping[str, 
 def _card(config: SpulConfig, library: str, tag: str, **values: Any) -> ModelCard:
     base = config.base_model_name_or_path
     load_from = base or "BASE"
-    if base and os.path.isdir(base):
-        base = os.path.basename(os.path.abspath(base))  # the path may reveal more than its last part
+    if base and (os.path.isdir(base) or without_local_path(base) != base):
+        base = without_local_path(base)
         load_from = f"PATH/TO/{base}"
     tags = ["spul", "unlearning", tag, *([f"base_model:adapter:{base}"] if base else [])]
     data = ModelCardData(library_name=library, pipeline_tag="text-generation", base_model=base, tags=tags)
