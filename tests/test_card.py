@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 import pytest
@@ -182,6 +183,22 @@ def test_no_text_of_the_user_breaks_out_of_its_place():
     assert f"that makes {span} give" in text
 
 
+@pytest.mark.parametrize(
+    "name", ['a")\nimport os  # "', "a\\", "``` '", "\u2028\x85\x0b\x7f", '""" + x + """', "{{ 7 }}", "%s"]
+)
+def test_a_bases_name_is_one_string_in_the_cards_blocks(name):
+    text = make(SpulConfig(base_model_name_or_path=name)).content
+    blocks = re.findall(r"^```python\n(.*?)\n```$", text, flags=re.DOTALL | re.MULTILINE)
+    loaded = [
+        call.args[0].value
+        for block in blocks
+        for call in ast.walk(ast.parse(block))
+        if isinstance(call, ast.Call) and "from_pretrained" in ast.unparse(call.func)
+        if isinstance(call.args[0], ast.Constant)
+    ]
+    assert (len(blocks), loaded) == (2, [name, name])
+
+
 def test_layers_have_a_card_of_the_same_sections(tmp_path):
     layers_card(CONFIG, {"reduction": 8, "activation": "relu", "num_requests": 3}, 12345).save(tmp_path / "README.md")
     card = ModelCard.load(tmp_path / "README.md")
@@ -212,3 +229,15 @@ def test_a_local_base_is_named_by_its_folder_alone(tmp_path):
     assert card.data.base_model == "my-base"
     assert str(tmp_path) not in card.content
     assert 'from_pretrained("PATH/TO/my-base"' in card.content
+
+
+@pytest.mark.parametrize(
+    "path", ["/home/jane/my-base", "~/jane/my-base", "C:\\Users\\jane\\my-base", "/jane/my-base/"]
+)
+def test_nor_does_a_folder_that_is_elsewhere_tell_its_path(tmp_path, path):
+    config = SpulConfig(base_model_name_or_path=path)
+    card = make(config)
+    assert "jane" not in card.content
+    assert 'from_pretrained("PATH/TO/my-base"' in card.content
+    config.save(tmp_path)
+    assert SpulConfig.load(tmp_path / "spul_config.json").base_model_name_or_path == "my-base"

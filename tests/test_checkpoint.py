@@ -45,8 +45,10 @@ def test_plain_peft_loads_the_folder_with_equal_logits(tmp_path, family, prompt_
     assert not any(p.requires_grad for p in ours.parameters())
 
 
-def test_names_suffice_for_spul_and_for_auto_peft(tmp_path, prompt_type, batch):
+def test_names_suffice_for_spul_and_for_auto_peft(tmp_path, prompt_type, batch, monkeypatch):
+    """A local base is recorded by the last part of its path, so that plain PEFT finds it from the folder beside."""
     name = save_base(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
     from transformers import AutoModelForCausalLM
 
     model = SoftPromptUnlearner(AutoModelForCausalLM.from_pretrained(name), CONFIGS[prompt_type]())

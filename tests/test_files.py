@@ -9,6 +9,8 @@ import sys
 import textwrap
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from spul.records.files import SCRATCH, atomic_folder, atomic_write, find_file, write_text
 
@@ -53,6 +55,21 @@ def test_a_file_gets_the_permissions_of_an_ordinary_one(tmp_path):
     write_text(tmp_path / "a.txt", "a")
     (tmp_path / "b.txt").write_text("b")
     assert (tmp_path / "a.txt").stat().st_mode == (tmp_path / "b.txt").stat().st_mode
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_tensors_get_the_permissions_of_an_ordinary_file(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "folder") as folder:
+            (folder / "inner").mkdir()
+            save_file({"a": torch.zeros(1)}, folder / "inner" / "a.safetensors")
+        with atomic_write(tmp_path / "b.safetensors") as scratch:
+            save_file({"a": torch.zeros(1)}, scratch)
+    finally:
+        os.umask(before)
+    modes = {path.stat().st_mode & 0o777 for path in tmp_path.rglob("*.safetensors")}
+    assert modes == {0o666 & ~umask}
 
 
 def test_a_killed_process_leaves_the_old_file_and_a_later_write_removes_what_it_left(tmp_path):

@@ -38,11 +38,15 @@ def test_the_saved_config_is_readable_json_in_utf8(tmp_path):
     assert json.loads(text)["forget"] == {"rows": 2, "digest": "cd" * 32}
 
 
-def test_fields_of_another_version_are_ignored_and_missing_ones_unknown(tmp_path):
+def test_fields_of_another_version_are_kept_and_missing_ones_unknown(tmp_path):
     data = {"loss": None, "invented_later": {"x": 1}, "retain": {"rows": 3, "digest": "ef"}}
     path = tmp_path / SPUL_CONFIG_NAME
     path.write_text(json.dumps(data), encoding="utf-8")
-    assert SpulConfig.load(path) == SpulConfig(retain=DataSummary(3, "ef"))
+    config = SpulConfig.load(path)
+    assert config == SpulConfig(retain=DataSummary(3, "ef"), unknown={"invented_later": {"x": 1}})
+    config.save(tmp_path)
+    assert json.loads(path.read_text())["invented_later"] == {"x": 1}
+    assert SpulConfig.load(path) == config
 
 
 def test_fields_of_a_summary_of_another_version_are_ignored(tmp_path):

@@ -20,9 +20,10 @@ from helpers import (
     make_unlearner,
     prompt_state,
     rows,
+    trainable_model,
 )
 from peft import PeftModel
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.data.dataset import forget_retain_dataset
@@ -50,6 +51,40 @@ def test_32_rows_and_4_times_8_make_the_same_step(tmp_path, prompt_type, forget_
         states.append(prompt_state(trainer.model))
         assert any((states[-1][name] - before[name]).abs().max() > 1e-4 for name in before)
     assert_same(*states, rtol=0, atol=1e-6)
+
+
+class Poison(TrainerCallback):
+    """Fills a parameter that trains with a value, after a step, and remembers all parameters."""
+
+    def __init__(self, step, value):
+        self.step, self.value, self.after = step, value, None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            parameter = [p for p in model.parameters() if p.requires_grad][-1]
+            with torch.no_grad():
+                parameter.fill_(self.value)
+            self.after = [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("trainable", ["prompt", "layers", "lora", "all"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_training_stops_at_the_first_term_that_is_not_finite_before_the_optimizer_steps(tmp_path, trainable, value):
+    model = make_unlearner() if trainable == "prompt" else trainable_model(trainable, dtype=torch.float32)
+    poison = Poison(2, value)
+    trainer = UnlearningTrainer(
+        model,
+        arguments(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=2, max_steps=9),
+        make_collator(),
+        make_dataset(),
+        loss=None if trainable == "prompt" else UnlearningLoss(),
+        callbacks=[poison],
+    )
+    with pytest.raises(FloatingPointError, match=r"step 3: forget_loss=.*nan.*; expected finite values"):
+        trainer.train()
+    assert trainer.state.global_step == 2
+    for before, now in zip(poison.after, trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(now.detach(), before, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- logging and evaluation ----

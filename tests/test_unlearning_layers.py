@@ -121,7 +121,8 @@ def test_a_bfloat16_base_gets_float32_layers():
 
 def test_saved_layers_load_onto_their_base(tmp_path, family):
     layers = stirred(build(family))
-    layers.gram_matrices = {name: torch.eye(3, dtype=torch.float64) for name in ("a", "b")}
+    up, down = (f"{layers.block_names[0]}.{kind}" for kind in ("up", "down"))
+    layers.gram_matrices = {up: torch.eye(9, dtype=torch.float64), down: torch.eye(33, dtype=torch.float64)}
     expected = layers(input_ids=IDS, attention_mask=MASK).logits
     layers.save_pretrained(tmp_path)
     with warnings.catch_warnings():
@@ -129,7 +130,7 @@ def test_saved_layers_load_onto_their_base(tmp_path, family):
         loaded = UnlearningLayers.from_pretrained(build(family), tmp_path)
     assert torch.equal(loaded(input_ids=IDS, attention_mask=MASK).logits, expected)
     assert loaded.layers_config == SMALL_LAYERS
-    assert loaded.gram_matrices.keys() == {"a", "b"}
+    assert loaded.gram_matrices.keys() == {up, down}
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
     trainable = UnlearningLayers.from_pretrained(build(family), tmp_path, is_trainable=True)

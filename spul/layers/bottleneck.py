@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
+
+from ..records.weights import Shapes
 
 
 @dataclass(frozen=True)
@@ -86,3 +90,29 @@ class Bottleneck(nn.Module):
         """Map hidden states (..., d) to (..., d), computed in the layer's own precision, or autocast's."""
         added = self.up(self.activation(self.down(hidden.to(self.down.weight.dtype))))
         return hidden + added.to(hidden.dtype)
+
+
+def widths(model: PreTrainedModel, config: UnlearningLayersConfig) -> tuple[int, int]:
+    """Widths of the base's hidden states and of the bottleneck.
+
+    Raises:
+        ValueError: if the bottleneck's is less than 1.
+    """
+    text: Any = model.config.get_text_config()
+    if config.reduction > text.hidden_size:
+        raise ValueError(
+            f"reduction={config.reduction} exceeds the base's width, {text.hidden_size}; pass at most "
+            f"{text.hidden_size}."
+        )
+    return text.hidden_size, int(min(text.hidden_size / config.reduction, sys.maxsize))
+
+
+def layer_shapes(names: list[str], width: int, bottleneck: int) -> Shapes:
+    """Shapes of the weights of layers after the blocks of these names, without allocating them."""
+    shapes = {
+        "down.weight": (bottleneck, width),
+        "down.bias": (bottleneck,),
+        "up.weight": (width, bottleneck),
+        "up.bias": (width,),
+    }
+    return {f"{name}.{key}": shape for name in names for key, shape in shapes.items()}

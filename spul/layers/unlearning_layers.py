@@ -13,12 +13,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..models.causal_lm import load_base, logits_at, restore_dropout, zero_dropout
+from ..models.causal_lm import (
+    check_no_adapter,
+    load_base,
+    logits_at,
+    restore_dropout,
+    unchanged_on_error,
+    zero_dropout,
+)
 from ..models.compat import forward_hooks, keep_4bit_differentiable, reset_compiled
 from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
 from ..records.spul_config import SpulConfig
 from . import checkpoint as files
-from .bottleneck import Bottleneck, UnlearningLayersConfig
+from .bottleneck import Bottleneck, UnlearningLayersConfig, layer_shapes, widths
 
 # Names of a feed-forward block, or of its last module where the block has no module of its own (OPT).
 FEED_FORWARD = ("mlp", "fc2")
@@ -38,7 +45,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         config: `UnlearningLayersConfig()` unless given.
 
     Raises:
-        TypeError: if `model` is not a causal LM, or has an adapter.
+        TypeError: if `model` is not a causal LM, or has an adapter, LoRA layers inside included.
         ValueError: if it has unlearning layers already, no module's name ends as `target_modules` requires, or the
             bottleneck's width is less than 1.
 
@@ -64,16 +71,13 @@ class UnlearningLayers(nn.Module, Unlearner):
                 "gives it. A PEFT adapter is merged first (model.merge_and_unload()), unlearning layers are "
                 "removed (layers.remove())."
             )
+        check_no_adapter(model)
         config = UnlearningLayersConfig() if config is None else config
         if not isinstance(config, UnlearningLayersConfig):
             raise TypeError(f"config is a {type(config).__name__}; expected an UnlearningLayersConfig.")
         self.base_model, self.layers_config = model, config
         self.block_names = feed_forward_blocks(model, config.target_modules)
-        text: Any = model.config.get_text_config()
-        width = text.hidden_size
-        bottleneck = int(width / config.reduction)
-        if bottleneck < 1:
-            raise ValueError(f"reduction={config.reduction} exceeds the base's width, {width}; pass at most {width}.")
+        width, bottleneck = widths(model, config)
         self.layers = nn.ModuleList(
             Bottleneck(width, bottleneck, config.activation, config.init_seed + i, config.train_down)
             for i in range(len(self.block_names))
@@ -253,14 +257,7 @@ class UnlearningLayers(nn.Module, Unlearner):
             ValueError: if names or shapes differ.
         """
         own = self.layers_state()
-        expected, found = ({key: tuple(value.shape) for key, value in some.items()} for some in (own, state))
-        if expected != found:
-            differing = sorted(key for key in expected | found if expected.get(key) != found.get(key))
-            raise ValueError(
-                f"{len(differing)} of {len(expected)} tensors do not fit this base's layers, such as "
-                f"{differing[0]!r}: expected {expected.get(differing[0])}, found {found.get(differing[0])}; load them "
-                "on the model that they were made for, with their own config."
-            )
+        files.check_state(state, {key: tuple(value.shape) for key, value in own.items()})
         with torch.no_grad():
             for key, value in own.items():
                 value.copy_(state[key])
@@ -284,12 +281,17 @@ class UnlearningLayers(nn.Module, Unlearner):
         Raises:
             ValueError: if they are for another model.
         """
-        layers = cls(base, UnlearningLayersConfig(**saved.config))
-        try:
-            layers.load_saved(saved)
-        except ValueError:
-            layers.remove()
-            raise
+        config = UnlearningLayersConfig(**saved.config)
+        if isinstance(base, PreTrainedModel):  # else the constructor raises; it allocates by the config's word
+            names = feed_forward_blocks(base, config.target_modules)
+            files.check_state(saved.state, layer_shapes(names, *widths(base, config)))
+        with unchanged_on_error(base):
+            layers = cls(base, config)
+            try:
+                layers.load_saved(saved)
+            except BaseException:
+                layers.remove()
+                raise
         return layers
 
     def save_pretrained(self, save_directory: str | os.PathLike) -> None:
@@ -339,13 +341,14 @@ class UnlearningLayers(nn.Module, Unlearner):
             hub: Hub arguments, such as `revision`, `token`, `cache_dir`, `subfolder`.
 
         Raises:
-            ValueError: if the folder holds no layers, or they do not fit the base.
+            ValueError: if the folder holds no layers, they do not fit the base, or a file is damaged. The base is then
+                as before.
 
         Warns:
             UserWarning: if the base's weights differ from those that the layers were trained on.
         """
+        saved = files.read(folder, 3, **hub)
         base = load_base(model, model_kwargs or {})
-        saved = files.read(folder, **hub)
         layers = cls.from_saved(base, saved)
         files.check_base(base, saved.spul_config, folder)
         if is_trainable:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from .compat import is_dropout, takes_positions, uncompiled
+from .compat import is_dropout, peft_layers, takes_positions, uncompiled
 
 logger = logging.getLogger(__name__)
 
@@ -24,18 +24,24 @@ def zero_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
     Returns:
         (module, attribute, probability) of each dropout before, for `restore_dropout`.
     """
-    before: list[tuple[nn.Module, str, float]] = []
-    for module in model.modules():
-        if is_dropout(module):
-            before.append((module, "p", cast(Any, module).p))
-        # Functional dropout: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, ...
-        before += [(module, name, p) for name, p in vars(module).items() if "drop" in name and isinstance(p, float)]
+    before = dropout_of(model)
     restore_dropout([(module, name, 0.0) for module, name, _ in before])
     return before
 
 
+def dropout_of(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
+    """(module, attribute, probability) of each dropout of a model."""
+    found: list[tuple[nn.Module, str, float]] = []
+    for module in model.modules():
+        if is_dropout(module):
+            found.append((module, "p", cast(Any, module).p))
+        # Functional dropout: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, ...
+        found += [(module, name, p) for name, p in vars(module).items() if "drop" in name and isinstance(p, float)]
+    return found
+
+
 def restore_dropout(values: list[tuple[nn.Module, str, float]]) -> None:
-    """Set dropout probabilities back to those returned by `zero_dropout`."""
+    """Set dropout probabilities back to those returned by `zero_dropout` or `dropout_of`."""
     for module, name, p in values:
         setattr(module, name, p)
 
@@ -50,6 +56,37 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module) -> Iterator[None]:
+    """Context manager: if the block raises, the model's dropout, `requires_grad` and training modes are as before."""
+    dropout = dropout_of(model)
+    modes = [(module, module.training) for module in model.modules()]
+    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        restore_dropout(dropout)
+        for module, mode in modes:
+            module.training = mode
+        for parameter, required in gradients:
+            parameter.requires_grad_(required)
+        raise
+
+
+def check_no_adapter(model: nn.Module) -> None:
+    """Raise if PEFT's layers are inside a model that is to be a base.
+
+    Raises:
+        TypeError: if they are.
+    """
+    if found := peft_layers(model):
+        raise TypeError(
+            f"{type(model).__name__} has an adapter's layers inside, such as {found[0]!r}; expected a base without "
+            "them, since fingerprint and saved files would not know of them. Merge them first: "
+            "model = peft_model.merge_and_unload() of the PeftModel, or of PeftModel.from_pretrained(base, adapter)."
+        )
 
 
 def max_positions(base_model: Any) -> int | None:

@@ -20,7 +20,7 @@ from accelerate import PartialState as PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, TrainingArguments
@@ -178,6 +178,12 @@ def own_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     for name, parameter in model.named_parameters():
         if not name.startswith(prefixes):
             yield re.sub(PEFT_WRAPPERS, ".", name), parameter
+
+
+def peft_layers(model: nn.Module) -> list[str]:
+    """Names of the modules that PEFT has put into a model: those under LoRA, those trained beside it, and so on."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def without_peft_wrapper(module: Any) -> Any:

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModelForCausalLM, PeftType, load_peft_weights
-from safetensors.torch import load_file, save_file
+from peft import PeftConfig, PeftModelForCausalLM, PeftType
+from safetensors.torch import save_file
 from torch import nn
 
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import load_base
+from ..models.causal_lm import load_base, unchanged_on_error
 from ..records.card import CARD_NAME, model_card
+from ..records.fields import is_count, read_object
 from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
-from ..records.spul_config import SpulConfig, read_spul_config
+from ..records.spul_config import SpulConfig, read_spul_config, without_local_path
+from ..records.weights import Shapes, read_weights, weight_shapes
+from .configs import check_causal_lm, check_peft_config, check_sizes, encoder_shapes, prompt_shape, without_start
 
 if TYPE_CHECKING:
     from .unlearner import SoftPromptUnlearner
 
 logger = logging.getLogger(__name__)
 
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+WEIGHTS_KEY = "prompt_embeddings"  # the one tensor in it
 ENCODER_NAME = "prompt_encoder.safetensors"
 
 
@@ -57,14 +65,25 @@ def save(
     with atomic_folder(target) as scratch:
         peft_save(str(scratch), selected_adapters=selected_adapters, **kwargs)
         for name in names:
-            folder = scratch if name == "default" else scratch / name
-            model.spul_configs[name].save(folder)
+            part = "" if name == "default" else name
+            folder = scratch / part
+            _shorten_paths(folder / CONFIG_NAME)
+            model.spul_configs[name].save_with_weights(folder, target / part, WEIGHTS_NAME)
             if _has_encoder(model, name):
                 state = {key: value.detach().cpu() for key, value in model.prompt_encoder[name].state_dict().items()}
                 save_file(state, folder / ENCODER_NAME, metadata={"format": "pt"})
     for name in names:
         if not _has_encoder(model, name):  # that of an earlier save would not belong to this prompt
             (target if name == "default" else target / name).joinpath(ENCODER_NAME).unlink(missing_ok=True)
+
+
+def _shorten_paths(path: Path) -> None:
+    """Of paths of the user's machine in PEFT's config leave the last part."""
+    config = read_object(path)
+    for name in ("base_model_name_or_path", "tokenizer_name_or_path"):
+        if config.get(name):
+            config[name] = without_local_path(config[name])
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def update_config(model: SoftPromptUnlearner, adapter_name: str) -> None:
@@ -99,15 +118,9 @@ def load(
 ) -> SoftPromptUnlearner:
     """Load a prompt onto its base; see `SoftPromptUnlearner.from_pretrained`."""
     hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-    loaded = load_base(model, model_kwargs)
-    config = PeftConfig.from_pretrained(os.fspath(adapter), **hub)
-    if not config.is_prompt_learning:
-        raise TypeError(
-            f"{str(adapter)!r} holds a {type(config).__name__} adapter, not a soft prompt; expected one of PEFT's "
-            "prompt-learning configs: PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig."
-        )
+    saved = read(adapter, with_encoder=is_trainable, stacklevel=3, **hub)
+    config, spul_config = saved.config, saved.spul_config
     config.inference_mode = not is_trainable
-    spul_config = read_spul_config(adapter, **hub)
     if loss is None and spul_config.loss is not None:
         try:
             loss = UnlearningLoss.from_dict(spul_config.loss)
@@ -115,82 +128,183 @@ def load(
             if is_trainable:
                 raise
             logger.warning("The prompt was trained with a custom loss unknown to spul; using the default loss.")
-
-    unlearner = cls(loaded, config, loss=loss, adapter_name=adapter_name, **kwargs)
-    base: Any = unlearner.get_base_model()
-    unlearner.spul_configs[adapter_name] = spul_config
-    check_base(base, config, spul_config, adapter)
-    if is_trainable:
-        # After more training, the saved metrics and fingerprint no longer apply.
-        spul_config.base_fingerprint, spul_config.metrics = None, {}
-        config.base_model_name_or_path = getattr(base, "name_or_path", None) or config.base_model_name_or_path
-        restore_prompt(unlearner, adapter, adapter_name, **hub)
-        return unlearner
-    weights = _adapter_weights(unlearner, adapter, adapter_name, **hub)
-    unlearner.prompt_encoder[adapter_name].load_state_dict({"embedding.weight": weights}, strict=True)
-    unlearner.eval()
-    return unlearner
+    loaded = load_base(model, model_kwargs)
+    check_causal_lm(loaded)
+    check_base(loaded, config, spul_config, adapter)
+    with unchanged_on_error(loaded):
+        unlearner = cls(loaded, config, loss=loss, adapter_name=adapter_name, **kwargs)
+        unlearner.spul_configs[adapter_name] = spul_config
+        if is_trainable:
+            # After more training, the saved metrics and fingerprint no longer apply.
+            spul_config.base_fingerprint, spul_config.metrics = None, {}
+            config.base_model_name_or_path = getattr(loaded, "name_or_path", None) or config.base_model_name_or_path
+        put(unlearner, saved, adapter_name)
+    return unlearner if is_trainable else unlearner.eval()
 
 
-def restore_prompt(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapter_name: str, **hub: Any) -> None:
-    """Load a saved state into a trainable prompt, including the encoder of P-tuning.
+@dataclass
+class SavedPrompt:
+    """The content of an adapter folder, checked: `state` is the prompt's, `encoder` that of a trainable P-tuning."""
+
+    where: str
+    config: Any
+    spul_config: SpulConfig
+    weights: torch.Tensor
+    encoder: dict[str, torch.Tensor] | None
+
+
+def read(adapter: str | os.PathLike, with_encoder: bool, stacklevel: int, **hub: Any) -> SavedPrompt:
+    """Read an adapter folder; every size in its config is compared with the weights' file before it is believed.
+
+    Args:
+        adapter: a local folder or a Hub repository's name.
+        with_encoder: whether the prompt is to be trained further, for which P-tuning needs its encoder.
+        stacklevel: as in `warnings.warn`, counted from this function's caller.
+        hub: arguments of `find_file`.
 
     Raises:
-        ValueError: if the folder lacks the encoder, its shapes differ from this prompt's, or it does not belong to the
-            saved prompt.
+        TypeError: if it is not one of the three prompt types.
+        ValueError: if a file is missing or damaged, a config or record has a field out of range, or config, record and
+            weights do not belong together.
+    """
+    where = repr(str(adapter))
+    config = _read_config(adapter, where, **hub)
+    path = find_file(adapter, WEIGHTS_NAME, **hub)
+    if path is None:
+        raise ValueError(f"{where} holds no {WEIGHTS_NAME}; spul loads safetensors only.")  # others are pickles
+    check_sizes(config, where)
+    _check_shapes(path, weight_shapes(path), {WEIGHTS_KEY: prompt_shape(config)})
+    spul_config = read_spul_config(adapter, **hub)
+    spul_config.check_weights(path, stacklevel + 1)
+    weights, encoder = read_weights(path)[WEIGHTS_KEY], None
+    if with_encoder and _encodes(config):
+        path = find_file(adapter, ENCODER_NAME, **hub)
+        if path is None:
+            raise ValueError(
+                f"{where} holds no {ENCODER_NAME}: the {PeftType(config.peft_type).value} prompt in it can be used, "
+                "but not trained further, since plain PEFT saves only the encoder's output. Load it with "
+                "is_trainable=False, or save with spul."
+            )
+        found = weight_shapes(path)
+        layers = getattr(config, "encoder_num_layers", 1)
+        if not is_count(layers, least=1) or layers > max(len(found), 2):
+            raise ValueError(f"{where}: encoder_num_layers is {layers!r}; {ENCODER_NAME} holds {len(found)} tensors.")
+        _check_shapes(path, found, encoder_shapes(config))
+        encoder = read_weights(path)
+    return SavedPrompt(where, config, spul_config, weights, encoder)
+
+
+def _read_config(adapter: str | os.PathLike, where: str, **hub: Any) -> Any:
+    path = find_file(adapter, CONFIG_NAME, **hub)
+    if path is None:
+        raise ValueError(f"{where} holds no {CONFIG_NAME}; pass a folder or a Hub name of a saved prompt.")
+    read_object(path)
+    try:
+        config: Any = PeftConfig.from_pretrained(os.fspath(adapter), **hub)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no config that this version of PEFT knows ({type(error).__name__}: {error}); expected one of "
+            "PEFT's prompt-learning configs. Save the prompt again, or update PEFT."
+        ) from error
+    if not config.is_prompt_learning:
+        raise TypeError(
+            f"{where} holds a {type(config).__name__} adapter, not a soft prompt; expected one of PEFT's "
+            "prompt-learning configs: PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig."
+        )
+    check_peft_config(config)
+    without_start(config)
+    return config
+
+
+def _encodes(config: Any) -> bool:
+    return config.peft_type == PeftType.P_TUNING or bool(getattr(config, "prefix_projection", False))
+
+
+def _check_shapes(path: Path, found: Shapes, expected: Shapes) -> None:
+    """Raise unless a weights' file has the tensors that the config beside it describes."""
+    if found != expected:
+        name = min(key for key in found | expected if found.get(key) != expected.get(key))
+        raise ValueError(
+            f"{path} does not fit the {CONFIG_NAME} beside it: {name!r} has the shape {found.get(name)}, by the "
+            f"config {expected.get(name)} (None: no such tensor). Copy or download the whole folder again."
+        )
+
+
+def put(model: SoftPromptUnlearner, saved: SavedPrompt, adapter_name: str) -> None:
+    """Copy a saved state into a prompt of a model, including the encoder of P-tuning; the whole of it or nothing.
+
+    Raises:
+        ValueError: if its shapes differ from this prompt's, or the encoder does not belong to the saved prompt.
     """
     encoder = model.prompt_encoder[adapter_name]
-    if not _has_encoder(model, adapter_name):
-        weights = _adapter_weights(model, adapter, adapter_name, **hub)
-        encoder.load_state_dict({"embedding.weight": weights}, strict=True)
-        return
-    path = find_file(adapter, ENCODER_NAME, **hub)
-    if path is None:
-        kind = PeftType(model.peft_config[adapter_name].peft_type).value
-        raise ValueError(
-            f"{str(adapter)!r} holds no {ENCODER_NAME}: the {kind} prompt in it can be used, but not trained further, "
-            "since plain PEFT saves only the encoder's output. Load it with is_trainable=False, or save with spul."
-        )
-    state = load_file(path, device="cpu")
+    state = {"embedding.weight": saved.weights}
+    if _has_encoder(model, adapter_name):
+        assert saved.encoder is not None
+        state = saved.encoder
     expected = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
     found = {key: tuple(value.shape) for key, value in state.items()}
     if expected != found:
         raise ValueError(
-            f"{path}: the encoder there has {found}, this model's has {expected}; load it with its own config."
+            f"the prompt in {saved.where} has the shapes {found}, this model's {expected} (virtual tokens, width); "
+            "load it with its own config, on the base model it was trained for."
         )
-    encoder.load_state_dict(state, strict=True)
-    output = model.get_prompt_embedding_to_save(adapter_name).float()
-    if not torch.allclose(output, _flat_weights(adapter, **hub).float(), rtol=1e-3, atol=1e-4):
+    before = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
+    try:
+        encoder.load_state_dict(state, strict=True)
+        if saved.encoder is not None and _has_encoder(model, adapter_name):
+            output = model.get_prompt_embedding_to_save(adapter_name).float()
+            if not torch.allclose(output, saved.weights.float(), rtol=1e-3, atol=1e-4):
+                raise ValueError(
+                    f"{ENCODER_NAME} in {saved.where} does not belong to the {WEIGHTS_NAME} beside it, as after an "
+                    "interrupted save; load the prompt with is_trainable=False, or resume from another checkpoint."
+                )
+    except BaseException:
+        encoder.load_state_dict(before, strict=True)
+        raise
+
+
+def load_into(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapter_name: str, **hub: Any) -> None:
+    """Load a prompt into a model, as a new one or into one that is there; see `SoftPromptUnlearner.load_adapter`."""
+    present = model.peft_config.get(adapter_name)
+    live = present is not None and not present.inference_mode
+    saved = read(adapter, with_encoder=live, stacklevel=3, **hub)
+    if present is not None and present.peft_type != saved.config.peft_type:
         raise ValueError(
-            f"{path} does not belong to the adapter_model.safetensors beside it, as after an interrupted save; "
-            "load the prompt with is_trainable=False, or resume from another checkpoint."
+            f"{saved.where} holds a {PeftType(saved.config.peft_type).value} prompt, and {adapter_name!r} in this "
+            f"model is {PeftType(present.peft_type).value}; load it under a new name, or on its own: "
+            "SoftPromptUnlearner.from_pretrained."
         )
+    if live:
+        put(model, saved, adapter_name)
+        model.spul_configs[adapter_name].metrics = saved.spul_config.metrics
+        return
+    check_base(model.get_base_model(), saved.config, saved.spul_config, adapter)
+    saved.config.inference_mode = True
+    with registry_unchanged_on_error(model):
+        if present is None:
+            model.add_adapter(adapter_name, saved.config)
+        put(model, saved, adapter_name)
+        model.spul_configs[adapter_name] = saved.spul_config
+        model.eval()
 
 
-def _flat_weights(adapter: str | os.PathLike, **hub: Any) -> torch.Tensor:
-    """Return the flattened prompt, as saved by PEFT."""
-    check_safetensors(adapter, **hub)
-    return load_peft_weights(os.fspath(adapter), device="cpu", **hub)["prompt_embeddings"]
-
-
-def _adapter_weights(
-    model: SoftPromptUnlearner, adapter: str | os.PathLike, adapter_name: str, **hub: Any
-) -> torch.Tensor:
-    """Return the flattened prompt of an adapter folder; raise if its shape differs from the prompt in the model."""
-    weights = _flat_weights(adapter, **hub)
-    expected = model.prompt_encoder[adapter_name].embedding.weight.shape
-    if weights.shape != expected:
-        raise ValueError(
-            f"the prompt in {str(adapter)!r} has shape {tuple(weights.shape)}, this model's {tuple(expected)} "
-            "(virtual tokens, width); load it on the base model it was trained for."
-        )
-    return weights
-
-
-def check_safetensors(adapter: str | os.PathLike, **hub: Any) -> None:
-    """Raise unless an adapter's weights are safetensors: PEFT would unpickle other files."""
-    if find_file(adapter, "adapter_model.safetensors", **hub) is None:
-        raise ValueError(f"{str(adapter)!r} holds no adapter_model.safetensors; spul loads safetensors only.")
+@contextmanager
+def registry_unchanged_on_error(model: SoftPromptUnlearner) -> Iterator[None]:
+    """Context manager: if the block raises, the model has the prompts, records and active prompt it had before."""
+    prompts = set(getattr(model, "prompt_encoder", ()))
+    registries = [model.peft_config, model.__dict__.get("prompt_tokens", {}), model.__dict__.get("spul_configs", {})]
+    before, active = [dict(registry) for registry in registries], model.active_adapter
+    with unchanged_on_error(model):
+        try:
+            yield
+        except BaseException:
+            for registry, entries in zip(registries, before, strict=True):
+                registry.clear()
+                registry.update(entries)
+            for name in set(getattr(model, "prompt_encoder", ())) - prompts:
+                del model.prompt_encoder[name]
+            model.active_adapter = active
+            raise
 
 
 def check_base(base: Any, config: Any, spul_config: SpulConfig, adapter: str | os.PathLike) -> None:

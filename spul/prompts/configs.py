@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from peft import (
     PeftConfig,
+    PeftModel,
+    PeftType,
+    PrefixEncoder,
     PrefixTuningConfig,
+    PromptEncoder,
     PromptEncoderConfig,
     PromptTuningConfig,
     PromptTuningInit,
     TaskType,
 )
+from torch import nn
 
+from ..models.causal_lm import check_no_adapter
 from ..models.unlearner import PROMPT_TYPES
+from ..records.fields import is_count
+from ..records.weights import Shapes
 
 
 @torch.no_grad()
@@ -34,7 +43,7 @@ def scale_random_prompt(model: Any, adapter_name: str) -> None:
 PROMPT_CONFIGS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
 
 
-def check_peft_config(peft_config: PeftConfig) -> None:
+def check_peft_config(peft_config: Any) -> None:
     """Raise unless the config is a prompt config for a causal LM."""
     # peft_type is compared too: PEFT's multitask config is a subclass of PromptTuningConfig.
     is_one = isinstance(peft_config, PROMPT_CONFIGS) and peft_config.peft_type in PROMPT_TYPES
@@ -43,5 +52,89 @@ def check_peft_config(peft_config: PeftConfig) -> None:
             f"peft_config is a {type(peft_config).__name__}; expected one of PEFT's prompt-learning configs: "
             f"{', '.join(c.__name__ for c in PROMPT_CONFIGS)}."
         )
+    if peft_config.modules_to_save is not None:
+        raise ValueError(
+            f"peft_config.modules_to_save={peft_config.modules_to_save!r}: expected None; a soft prompt leaves the "
+            "base's modules as they are."
+        )
     if peft_config.task_type not in (None, TaskType.CAUSAL_LM):
         raise ValueError(f"peft_config.task_type={peft_config.task_type!r}; expected 'CAUSAL_LM'.")
+
+
+def check_causal_lm(model: Any) -> None:
+    """Raise unless a model can be the base of a soft prompt.
+
+    Raises:
+        TypeError: if it is not a module, or has an adapter.
+    """
+    if isinstance(model, PeftModel) or not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
+            "gives it. A model under LoRA or another adapter is merged first: model.merge_and_unload()."
+        )
+    check_no_adapter(model)
+
+
+def check_sizes(config: Any, where: str) -> None:
+    """Raise unless the numbers in a saved prompt's config, by which PEFT allocates memory, are whole and above 0.
+
+    Args:
+        config: a prompt config that was read from a file.
+        where: the file or folder, for the message.
+
+    Raises:
+        ValueError: if one is not.
+    """
+    needed = ["num_virtual_tokens", "token_dim"]
+    if _is_prefix(config):
+        needed += ["num_layers", "num_attention_heads"]
+    for name in needed:
+        if not is_count(getattr(config, name), least=1):
+            raise ValueError(
+                f"{where}: {name} is {getattr(config, name)!r}; expected an integer of at least 1, as PEFT writes it."
+            )
+    hidden = getattr(config, "encoder_hidden_size", None)
+    if hidden is not None and not is_count(hidden, least=1):
+        raise ValueError(f"{where}: encoder_hidden_size is {hidden!r}; expected an integer of at least 1, or null.")
+    if config.num_transformer_submodules not in (None, 1):
+        raise ValueError(
+            f"{where}: num_transformer_submodules is {config.num_transformer_submodules!r}; expected 1, since a "
+            "causal LM is one transformer."
+        )
+    if _is_prefix(config) and config.token_dim % config.num_attention_heads:
+        raise ValueError(
+            f"{where}: num_attention_heads is {config.num_attention_heads}; expected a divisor of token_dim, "
+            f"{config.token_dim}."
+        )
+
+
+def _is_prefix(config: Any) -> bool:
+    return config.peft_type == PeftType.PREFIX_TUNING
+
+
+def prompt_shape(config: Any) -> tuple[int, int]:
+    """Shape of the prompt that PEFT saves: virtual tokens, and their embeddings or all layers' keys and values."""
+    width = config.token_dim * (2 * config.num_layers if _is_prefix(config) else 1)
+    return config.num_virtual_tokens, width
+
+
+def encoder_shapes(config: Any) -> Shapes:
+    """Shapes of the parameters of a trainable prompt's encoder, without allocating them."""
+    config = copy.copy(config)
+    config.inference_mode, config.num_transformer_submodules = False, 1
+    config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
+    kind = PrefixEncoder if _is_prefix(config) else PromptEncoder
+    with torch.device("meta"):
+        encoder = kind(config)
+    return {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
+
+
+def without_start(config: PeftConfig) -> None:
+    """Reset how a prompt is initialized, once its weights are known.
+
+    PEFT initializes a trainable prompt before its weights are loaded, and for `prompt_tuning_init="TEXT"` fetches the
+    tokenizer that the config names.
+    """
+    if isinstance(config, PromptTuningConfig):
+        config.prompt_tuning_init = PromptTuningInit.RANDOM
+        config.prompt_tuning_init_text = config.tokenizer_name_or_path = config.tokenizer_kwargs = None

@@ -10,7 +10,6 @@ from typing import Any
 
 from peft import (
     PeftConfig,
-    PeftModel,
     PeftModelForCausalLM,
     PeftType,
     TaskType,
@@ -20,13 +19,13 @@ from transformers import PreTrainedModel
 
 from ..losses.batch import batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import logits_at, max_positions, zero_dropout
+from ..models.causal_lm import logits_at, max_positions, unchanged_on_error, zero_dropout
 from ..models.compat import keep_4bit_differentiable
 from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
 from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .arguments import METHODS_OF_THE_BASE
-from .configs import check_peft_config, scale_random_prompt
+from .configs import check_causal_lm, check_peft_config, scale_random_prompt
 from .generation import generate_prompted
 from .inference import ordinary_forward
 from .shared_prefix import concatenated_logits, outgrows_cache, prompt_states, response_logits
@@ -74,32 +73,30 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         **kwargs: Any,
     ) -> None:
         check_peft_config(peft_config)
-        if isinstance(model, PeftModel) or not isinstance(model, nn.Module):
-            raise TypeError(
-                f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
-                "gives it. A model under LoRA or another adapter is merged first: model.merge_and_unload()."
-            )
+        check_causal_lm(model)
         loss = UnlearningLoss() if loss is None else loss
         if not isinstance(loss, UnlearningLoss):
             raise TypeError(f"loss={loss!r}: expected an UnlearningLoss, such as UnlearningLoss(alpha=1.0, beta=0.5).")
         peft_config.task_type = TaskType.CAUSAL_LM
-        super().__init__(model, peft_config, adapter_name, **kwargs)
-        self.loss = loss
-        zero_dropout(model)
-        keep_4bit_differentiable(model)
-        model.requires_grad_(False)
+        with unchanged_on_error(model):
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+            self.loss = loss
+            zero_dropout(model)
+            keep_4bit_differentiable(model)
+            model.requires_grad_(False)
 
     # ---- adapters ----
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         """Add a new prompt beside the others; it is trained once `set_adapter` has made it the active one."""
         check_peft_config(peft_config)
-        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
-        # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
-        self.__dict__.setdefault("spul_configs", {})[adapter_name] = SpulConfig()
-        if not peft_config.inference_mode:
-            scale_random_prompt(self, adapter_name)
-        self._train_active_prompt_only()
+        with checkpoint.registry_unchanged_on_error(self):
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+            # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
+            self.__dict__.setdefault("spul_configs", {})[adapter_name] = SpulConfig()
+            if not peft_config.inference_mode:
+                scale_random_prompt(self, adapter_name)
+            self._train_active_prompt_only()
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
         """Make a prompt the active one; only it requires gradients."""
@@ -120,30 +117,36 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         """The record of the active prompt, saved as `spul_config.json`; its `metrics` appear on the model card."""
         return self.spul_configs[self.active_adapter]
 
-    def load_adapter(self, model_id: str | os.PathLike, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """Load a prompt into this model: a new one for inference, or the saved state of a trainable one in this model.
+    def load_adapter(  # type: ignore[override]
+        self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, **hub: Any
+    ) -> None:
+        """Load a prompt into this model: a new one for inference, or the saved state of one in this model.
+
+        On an error the model is as before, its prompts and records included.
+
+        Args:
+            model_id: folder or Hub name of the adapter.
+            adapter_name: name of the prompt in this model.
+            is_trainable: whether to train it further, which a prompt in this model allows that is trainable itself.
+            hub: Hub arguments, such as `revision`, `token`, `cache_dir`, `subfolder`.
 
         Raises:
-            ValueError: if the prompt does not fit the base, or the folder lacks the encoder of a trainable P-tuning
-                prompt.
+            TypeError: if it is not a soft prompt, or an argument is not one of the Hub's.
+            ValueError: if the folder's files are damaged or do not belong together, the prompt does not fit the base
+                or the prompt of that name, the folder lacks the encoder of a trainable P-tuning prompt, or a new
+                prompt is to be trainable.
 
         Warns:
             UserWarning: if the base's weights are not those that the prompt was trained on.
         """
-        hub = {key: value for key, value in kwargs.items() if key in checkpoint.HUB_ARGUMENTS}
-        live = adapter_name in self.peft_config and not self.peft_config[adapter_name].inference_mode
-        if live:
-            checkpoint.restore_prompt(self, model_id, adapter_name, **hub)
-            self.spul_configs[adapter_name].metrics = checkpoint.read_spul_config(model_id, **hub).metrics
-            return None
-        config = PeftConfig.from_pretrained(os.fspath(model_id), **hub)
-        checkpoint.check_safetensors(model_id, **hub)
-        spul_config = checkpoint.read_spul_config(model_id, **hub)
-        checkpoint.check_base(self.get_base_model(), config, spul_config, model_id)
-        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        self.spul_configs[adapter_name] = spul_config
-        self._train_active_prompt_only()
-        return result
+        if unknown := sorted(set(hub) - set(checkpoint.HUB_ARGUMENTS)):
+            raise TypeError(f"unknown arguments {unknown}; expected the Hub's: {', '.join(checkpoint.HUB_ARGUMENTS)}.")
+        if is_trainable and adapter_name not in self.peft_config:
+            raise ValueError(
+                f"is_trainable=True, and {adapter_name!r} is not in this model; to train a saved prompt further, load "
+                "it on the base: SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
+            )
+        checkpoint.load_into(self, model_id, adapter_name, **hub)
 
     def _train_active_prompt_only(self) -> None:
         # PEFT leaves every prompt trainable; an unused one breaks DDP on its second step.

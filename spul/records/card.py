@@ -11,8 +11,9 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .fields import check_fields, read_object
 from .files import write_text
-from .spul_config import SPUL_CONFIG_NAME, SpulConfig
+from .spul_config import SPUL_CONFIG_NAME, SpulConfig, without_local_path
 from .templates import render
 
 CARD_NAME = "README.md"
@@ -81,9 +82,10 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Mapping[str, 
 
     Raises:
         FileNotFoundError: if the folder has no `spul_config.json` or no model card.
-        ValueError: if the card has no section "Metrics".
+        ValueError: if the card has no section "Metrics", or `metrics` are not numbers by split and name.
     """
     folder = Path(folder)
+    check_fields({"metrics": metrics}, "write_metrics")
     for name in (SPUL_CONFIG_NAME, CARD_NAME):
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -97,7 +99,7 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Mapping[str, 
             f"{CARD_NAME} of {str(folder)!r} has no section '## Metrics' to write to; add that line, or save the "
             "adapter again."
         )
-    record = json.loads((folder / SPUL_CONFIG_NAME).read_text(encoding="utf-8")) | {"metrics": metrics}
+    record = read_object(folder / SPUL_CONFIG_NAME) | {"metrics": metrics}
     write_text(folder / SPUL_CONFIG_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / CARD_NAME, card.rstrip("\n") + "\n")
 
@@ -105,8 +107,8 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Mapping[str, 
 def _card(config: SpulConfig, library: str, tag: str, **values: Any) -> ModelCard:
     base = config.base_model_name_or_path
     load_from = base or "BASE"
-    if base and os.path.isdir(base):
-        base = os.path.basename(os.path.abspath(base))  # the path may reveal more than its last part
+    if base and (os.path.isdir(base) or without_local_path(base) != base):
+        base = without_local_path(base)
         load_from = f"PATH/TO/{base}"
     tags = ["spul", "unlearning", tag, *([f"base_model:adapter:{base}"] if base else [])]
     data = ModelCardData(library_name=library, pipeline_tag="text-generation", base_model=base, tags=tags)

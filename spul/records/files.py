@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -23,7 +24,8 @@ STALE_SECONDS = 600  # a scratch file untouched for longer belongs to a process 
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Context manager: a scratch file that replaces `path` in one move when the block ends.
 
-    A reader sees the old file or the new one. If the block raises or the process is killed, `path` is unchanged.
+    A reader sees the old file or the new one. If the block raises or the process is killed, `path` is unchanged. The
+    file's permissions are those of any new file (the umask's).
 
     Args:
         path: the file to write; its folder must exist.
@@ -35,7 +37,9 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     remove_stale_scratch(path.parent)
     scratch = _scratch_in(path.parent)
     try:
+        mode = _ordinary_mode(scratch)
         yield scratch
+        scratch.chmod(mode)  # safetensors writes files that only their owner may read
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)
@@ -51,8 +55,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
     """Context manager: a scratch folder whose files are moved into `target`, each in one move, when the block ends.
 
-    Other files of `target` are left alone. If the block raises, `target` is unchanged; a process killed during the
-    moves leaves old and new files, each of them whole.
+    Permissions are those of any new file (the umask's). Other files of `target` are left alone. If the block raises,
+    `target` is unchanged; a process killed during the moves leaves old and new files, each of them whole.
 
     Args:
         target: the folder; created if missing.
@@ -71,8 +75,10 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
     scratch = _scratch_in(target)  # inside, since a move is a rename only within one mount
     scratch.mkdir()
     try:
+        mode = _ordinary_mode(scratch / "mode")
         yield scratch
         for written in sorted(path for path in scratch.rglob("*") if path.is_file()):
+            written.chmod(mode)
             destination = target / written.relative_to(scratch)
             destination.parent.mkdir(parents=True, exist_ok=True)
             os.replace(written, destination)
@@ -87,6 +93,14 @@ def remove_stale_scratch(folder: Path) -> None:
             newest = max(part.stat().st_mtime for part in (path, *path.rglob("*")))
             if time.time() - newest > STALE_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _ordinary_mode(path: Path) -> int:
+    """Permissions that a new file gets here; the umask itself can only be read by setting it, for all threads."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    path.unlink()
+    return mode
 
 
 def _scratch_in(folder: Path) -> Path:

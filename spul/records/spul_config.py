@@ -9,15 +9,18 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from torch import nn
 
 from .digests import DataSummary, fingerprint
+from .fields import check_fields, read_object
 from .files import find_file, write_text
+from .weights import file_digest
 
 SPUL_CONFIG_NAME = "spul_config.json"
+FORMAT_VERSION = 1  # of spul_config.json; higher once a field's meaning changes
 LIBRARIES = ("spul", "torch", "transformers", "peft", "datasets", "accelerate")
 
 
@@ -36,6 +39,9 @@ class SpulConfig:
             forget set, None where not known.
         metrics: metric values by split and name, `{"test_forget": {"accuracy": 0.02}}`.
         versions: library versions by name.
+        weights_sha256: SHA-256 of the weights' file beside the record, set by `save_pretrained`; None if not known.
+        replaced_weights_sha256: SHA-256 of the weights that a save is about to replace; None once it has.
+        unknown: fields of other versions, which are saved again as they were.
     """
 
     loss: dict[str, Any] | None = None
@@ -47,22 +53,90 @@ class SpulConfig:
     combined_from: list[DataSummary | None] | None = None
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    weights_sha256: str | None = None
+    replaced_weights_sha256: str | None = None
+    unknown: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write `spul_config.json` into a folder."""
-        text = json.dumps(dataclasses.asdict(self), indent=2, ensure_ascii=False, default=repr)
+        """Write `spul_config.json` into a folder; of a local base's path, its last part only.
+
+        Raises:
+            ValueError: if a field has another type than documented, or a value out of range.
+        """
+        data = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        data |= {name: value for name, value in data.pop("unknown").items() if name not in data}
+        check_fields(data, f"the {type(self).__name__} to save")
+        if self.base_model_name_or_path is not None:
+            data["base_model_name_or_path"] = without_local_path(self.base_model_name_or_path)
+        if self.replaced_weights_sha256 is None:
+            del data["replaced_weights_sha256"]
+        text = json.dumps(data, indent=2, ensure_ascii=False, default=_plain)
         write_text(Path(folder, SPUL_CONFIG_NAME), text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> SpulConfig:
-        """Read a `spul_config.json`; fields that this version does not know are ignored."""
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-        known = {f.name for f in dataclasses.fields(cls)}
+        """Read a `spul_config.json`; fields that this version does not know are kept in `unknown`.
+
+        Raises:
+            ValueError: if it is not JSON, of a later format, or a field has another type or range than documented.
+        """
+        data = read_object(path)
+        found = data.pop("format_version", 1)  # records of the first versions have none
+        if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
+            raise ValueError(f"{path}: format_version is {found!r}; expected 1 to {FORMAT_VERSION}; update spul.")
+        check_fields(data, str(path))
+        known = {f.name for f in dataclasses.fields(cls)} - {"unknown"}
         config = cls(**{key: value for key, value in data.items() if key in known})
+        config.unknown = {key: value for key, value in data.items() if key not in known}
         config.forget, config.retain = _summary(data.get("forget")), _summary(data.get("retain"))
         if config.combined_from is not None:
             config.combined_from = [_summary(part) for part in data["combined_from"]]
         return config
+
+    def save_with_weights(self, folder: Path, target: Path, weights: str) -> None:
+        """Write the record of weights that are in a scratch folder, before they are moved to their target.
+
+        A process killed between the two moves leaves new weights with an old record, or the reverse. So the record in
+        the target, if there is one, is first replaced by this one, which then names the weights of both saves.
+
+        Args:
+            folder: the scratch folder, with the new weights.
+            target: the folder that its files are about to be moved to.
+            weights: name of the weights' file.
+        """
+        self.weights_sha256 = file_digest(folder / weights)
+        self.save(folder)
+        if (target / SPUL_CONFIG_NAME).is_file() and (target / weights).is_file():
+            dataclasses.replace(self, replaced_weights_sha256=file_digest(target / weights)).save(target)
+
+    def check_weights(self, path: str | os.PathLike, stacklevel: int) -> None:
+        """Raise if a weights' file is not the one that this record describes.
+
+        Args:
+            path: the file; records without a digest are accepted.
+            stacklevel: as in `warnings.warn`, counted from this method's caller.
+
+        Raises:
+            ValueError: if its SHA-256 is another.
+
+        Warns:
+            UserWarning: if a save was interrupted, which was about to replace this file.
+        """
+        if self.weights_sha256 is None:
+            return
+        found = file_digest(path)
+        if found == self.replaced_weights_sha256 != self.weights_sha256:
+            warnings.warn(
+                f"{path} is older than the {SPUL_CONFIG_NAME} beside it, as after an interrupted save: data and "
+                "metrics there may not be those of these weights. Save again, or take another checkpoint.",
+                stacklevel=stacklevel + 1,
+            )
+        elif found != self.weights_sha256:
+            raise ValueError(
+                f"{path} has the SHA-256 {found[:12]}..., but weights_sha256 in {SPUL_CONFIG_NAME} is "
+                f"{self.weights_sha256[:12]}...: the weights are damaged, or not those that the record describes. "
+                "Copy or download the whole folder again; if you changed them on purpose, remove weights_sha256."
+            )
 
     def set_base(self, base: nn.Module) -> None:
         """Fill in the base's name, its fingerprint unless there is one, and the installed versions, before saving."""
@@ -90,6 +164,18 @@ class SpulConfig:
                 "checkpoint in float16 or quantized, evaluate before you rely on it.",
                 stacklevel=stacklevel + 1,
             )
+
+
+def without_local_path(name: str) -> str:
+    """A model's name; the last part of a local folder's path, whose other parts tell about the user's machine."""
+    if os.path.isdir(name) or os.path.isabs(name) or name.startswith("~"):
+        return os.path.basename(os.path.abspath(name))
+    return PureWindowsPath(name).name if PureWindowsPath(name).drive else name
+
+
+def _plain(value: Any) -> Any:
+    """What JSON cannot hold, in plain form: NumPy's numbers, and options of terms that are not spul's."""
+    return value.item() if hasattr(value, "item") else repr(value)
 
 
 def _summary(data: dict[str, Any] | None) -> DataSummary | None:

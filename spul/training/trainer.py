@@ -143,6 +143,8 @@ class UnlearningTrainer(Trainer):
                 record.loss = loss.to_dict()
         self.add_callback(_Epochs(self._unlearner, data_collator, self._sampler))
         self._term_sums = torch.zeros(len(self._terms), device=self.args.device)
+        self._term_values = self._term_sums  # of the last batch
+        self.args.logging_nan_inf_filter = False  # it would log an old mean in place of NaN; `training_step` raises
         self._terms_since = self.state.global_step
 
     # ---- data ----
@@ -207,8 +209,28 @@ class UnlearningTrainer(Trainer):
             with self.accelerator.autocast():  # also around the base model, which accelerate does not wrap
                 outputs = unlearning_forward(model, self._loss, **inputs)
         if model.training:
-            self._term_sums += torch.stack([outputs[term].detach().to(self._term_sums) for term in self._terms])
+            self._term_values = torch.stack([outputs[term].detach().to(self._term_sums) for term in self._terms])
+            self._term_sums += self._term_values
         return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one batch, as in `Trainer`.
+
+        The terms are read after the backward pass, where Trainer's filter for NaN, which is off here, would wait for
+        the device too.
+
+        Raises:
+            FloatingPointError: if a term of the loss is NaN or infinite; the optimizer has not stepped.
+        """
+        loss = super().training_step(*args, **kwargs)
+        if not self._term_values.isfinite().all():
+            values = zip(self._terms, self._term_values.tolist(), strict=True)
+            raise FloatingPointError(
+                f"step {self.state.global_step + 1}: {', '.join(f'{name}={value:g}' for name, value in values)}; "
+                "expected finite values. Training has diverged, or began with weights that are not finite: resume "
+                "from an earlier checkpoint with a lower learning rate, or with bf16 or float32 in place of fp16."
+            )
+        return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the loss and its terms, averaged over the steps since the last log."""

@@ -1,0 +1,126 @@
+"""Checks of the fields of `spul_config.json`: types and ranges."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable, Mapping
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+
+def read_object(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Args:
+        path: the file, in UTF-8.
+
+    Raises:
+        ValueError: if it is not JSON, or not an object.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        raise ValueError(f"{path} is no JSON ({error}); copy or download the folder again.") from error
+    if not isinstance(data, dict):
+        raise ValueError(
+            f"{path} holds a JSON {type(data).__name__}; expected an object, as save_pretrained writes it."
+        )
+    return data
+
+
+def check_fields(data: Mapping[str, Any], where: str) -> None:
+    """Raise unless every field that `spul_config.json` documents has a value of its type and range.
+
+    Args:
+        data: the fields by name; missing and unknown ones are accepted.
+        where: the file or object, for the message.
+
+    Raises:
+        ValueError: if one has not; the message names the field, what was found and what was expected.
+    """
+    for name, (accepts, expected) in FIELDS.items():
+        if name in data and not accepts(data[name]):
+            raise ValueError(
+                f"{where}: {name} is {_short(data[name])}; expected {expected}. Correct the field, or remove it."
+            )
+
+
+def is_count(value: Any, least: int = 0) -> bool:
+    """Whether a value is an int of at least `least`; a bool is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_weight(value: Any) -> bool:
+    return _is_number(value) and math.isfinite(value) and value >= 0
+
+
+def _is_term(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("type"), str)
+
+
+def _is_loss(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    weights = [value.get("alpha"), value.get("beta"), value.get("gamma", 0.0)]
+    terms = ["forget", "retain", "kl", *(["lm"] if value.get("gamma") or "lm" in value else [])]
+    return all(map(_is_weight, weights)) and all(_is_term(value.get(name)) for name in terms)
+
+
+def _is_summary(value: Any) -> bool:
+    return isinstance(value, dict) and is_count(value.get("rows")) and isinstance(value.get("digest"), str)
+
+
+def _is_sha256(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
+
+
+def _optional(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or accepts(value)
+
+
+def _list_of(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, (list, tuple)) and all(map(accepts, value))
+
+
+def _by_name(accepts: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: (
+        isinstance(value, dict) and all(isinstance(key, str) and accepts(one) for key, one in value.items())
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+_SUMMARY = 'an object with "rows" (an integer of at least 0) and "digest" (text), or null'
+_SHA256 = "64 hexadecimal digits, or null"
+FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "loss": (
+        _optional(_is_loss),
+        "an UnlearningLoss.to_dict() (alpha and beta, numbers of at least 0; forget, retain and kl, terms with a "
+        "type), or null",
+    ),
+    "generic_completions": (_optional(_list_of(_is_text)), "a list of texts, or null"),
+    "base_model_name_or_path": (_optional(_is_text), "text, or null"),
+    "base_fingerprint": (_optional(_is_sha256), _SHA256),
+    "forget": (_optional(_is_summary), _SUMMARY),
+    "retain": (_optional(_is_summary), _SUMMARY),
+    "combined_from": (_optional(_list_of(_optional(_is_summary))), f"a list, each entry {_SUMMARY}, or null"),
+    "metrics": (_by_name(_by_name(_is_number)), "an object of splits, each an object of numbers by name"),
+    "versions": (_by_name(_is_text), "an object of texts by name"),
+    "weights_sha256": (_optional(_is_sha256), _SHA256),
+    "replaced_weights_sha256": (_optional(_is_sha256), _SHA256),
+}
