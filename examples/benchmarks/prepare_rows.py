@@ -45,9 +45,10 @@ def make_texts(num: int) -> list[str]:
     texts = []
     for i in range(num):
         words = [f"t{(7 * i + 13 * j) % 150 + 5}" for j in range(WORDS)]
-        if i % 2 == 0:
-            last = i % LAST_NAMES if i % NAMED_EVERY == 0 else LAST_NAMES + i
-            words[5:5] = [f"first{i // 2 % FIRST_NAMES}", f"last{last}"]
+        if i % NAMED_EVERY == 0:
+            words[5:5] = NAMES[i // NAMED_EVERY % len(NAMES)].lower().split()
+        elif i % 2 == 0:
+            words[5:5] = [f"first{i // 2 % FIRST_NAMES}", f"last{LAST_NAMES + i}"]
         texts.append(f"{i} {' '.join(words)}")
     return texts
 

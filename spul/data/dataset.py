@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
+from ..models.compat import flattened
 from .checks import check_rows
 from .rows import SHOWN, column_batches, is_empty, rows_at, shortened
 
@@ -34,7 +35,7 @@ def forget_retain_dataset(forget: Dataset, retain: Dataset) -> Dataset:
         hashes.append(_checked_prompts(name, rows))
     _check_disjoint(forget, retain, *hashes)
     forget, retain = (
-        rows.remove_columns([name for name in ("is_forget", "row_id") if name in rows.column_names])
+        flattened(rows.remove_columns([name for name in ("is_forget", "row_id") if name in rows.column_names]))
         for rows in (forget, retain)
     )
     forget = forget.add_column("is_forget", np.full(len(forget), True))

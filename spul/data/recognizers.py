@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-# Words, signs and spaces, which together make up a text.
-PIECE = re.compile(r"\w+|\W")
+WORD = re.compile(r"\w+")
+# Words and signs, each with the space before it, which together make up a text whose white space is single spaces.
+PIECE = re.compile(r" ?(?:\w+|[^\w\s])")
+SIGNS_AS_SPACES = bytes(code if WORD.match(chr(code)) and code < 128 else ord(" ") for code in range(256))
 # The first character of a word, but not of an ending such as 's, n't or 'll, which the recognizers know in lower case.
 FIRST_OF_WORD = re.compile(r"(?<!\w)(?!(?<=['\u2019])(?:s|t|d|m|re|ve|ll)\b)(?!n['\u2019]t\b)\w", re.IGNORECASE)
 # Tokens that two neighboring pieces of a long text share, so that a name at the cut is whole in one of them.
@@ -229,39 +231,42 @@ class NameFinder:
             if normal not in self.spelled:
                 self.spelled[normal] = name
                 self._add(name, PIECE.findall(normal))
-        self._first = frozenset(self._next[0])
-        # For each state the longest shorter one that its text ends with, and the longest that completes a name.
-        self._shorter, self._completed = [0] * len(self._next), [0] * len(self._next)
-        queue = deque([0])
-        while queue:
-            state = queue.popleft()
-            for piece, following in self._next[state].items():
-                shorter = self._step(self._shorter[state], piece) if state else 0
-                self._shorter[following] = shorter
-                self._completed[following] = following if following in self._ended else self._completed[shorter]
-                queue.append(following)
+        words = [WORD.findall(name) for name in self.spelled]
+        # Most texts lack the first word of every name, or the last. Names of signs alone have none to look for.
+        self._ends = [] if [] in words else [{each[0] for each in words}, {each[-1] for each in words}]
+        self._encoded_ends = [{word.encode() for word in ends} for ends in self._ends]
+        self._link()
 
     def find(self, text: str) -> set[str]:
         """Names found in a text, each as first spelled in `names`."""
-        pieces = PIECE.findall(normalized_name(text))
-        if self._first.isdisjoint(pieces):
-            return set()
+        if text.isascii():  # three times as fast
+            present: Sequence[Any] = text.lower().encode().translate(SIGNS_AS_SPACES).split()
+            if any(ends.isdisjoint(present) for ends in self._encoded_ends):
+                return set()
+            text = normalized_name(text)
+        else:
+            text = normalized_name(text)
+            present = WORD.findall(text)
+            if any(ends.isdisjoint(present) for ends in self._ends):
+                return set()
+        pieces = PIECE.findall(text)
         found: set[str] = set()
         exhausted = {0}  # states whose names, with those of all shorter states, are found
         state = 0
         for i, piece in enumerate(pieces):
             state = self._step(state, piece)
-            name_state = self._completed[state]
-            if name_state in exhausted or (i + 1 < len(pieces) and _in_word(pieces[i + 1][0])):
+            ended = self._completed[state]
+            if ended in exhausted or (i + 1 < len(pieces) and _in_word(pieces[i + 1][0])):
                 continue
             passed, all_found = [], True
-            while name_state not in exhausted:
-                name, length = self._ended[name_state]
-                if i < length or not _in_word(pieces[i - length][-1]):
+            while ended not in exhausted:
+                name, length = self._ended[ended]
+                start = i - length + 1
+                if start == 0 or pieces[start][0] == " " or not _in_word(pieces[start - 1][-1]):
                     found.add(name)
                 all_found = all_found and name in found
-                passed.append(name_state)
-                name_state = self._completed[self._shorter[name_state]]
+                passed.append(ended)
+                ended = self._completed[self._shorter[ended]]
             if all_found:
                 exhausted.update(passed)
         return found
@@ -274,6 +279,20 @@ class NameFinder:
                 self._next.append({})
             state = self._next[state][piece]
         self._ended[state] = (name, len(pieces))
+
+    def _link(self) -> None:
+        """For each state, the longest shorter one that its text ends with, and the longest that completes a name."""
+        self._shorter, self._completed = [0] * len(self._next), [0] * len(self._next)
+        first = dict(self._next[0])
+        self._next[0].update({f" {piece}": state for piece, state in first.items()})
+        queue = deque([0])
+        while queue:
+            state = queue.popleft()
+            for piece, following in (self._next[state] if state else first).items():
+                shorter = self._step(self._shorter[state], piece) if state else 0
+                self._shorter[following] = shorter
+                self._completed[following] = following if following in self._ended else self._completed[shorter]
+                queue.append(following)
 
     def _step(self, state: int, piece: str) -> int:
         while state and piece not in self._next[state]:

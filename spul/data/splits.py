@@ -112,12 +112,9 @@ def split_by_entity(
         names = checked_names("names", names)
     if recognizer is None:
         assert names is not None
-        searched: Iterable[Sequence[str]] = (
-            (text,) for texts in checked_text_batches(rows, text_field) for text in texts
-        )
         rule = f"rows whose column {text_field!r} names one of {len(names)} names"
     else:
-        searched = found_names = recognize(recognizer, checked_texts(column_values(rows, text_field)))
+        found_names = recognize(recognizer, checked_texts(column_values(rows, text_field)))
         name_of_recognizer = recognizer.__name__ if hasattr(recognizer, "__name__") else repr(recognizer)
         rule = f"rows in whose column {text_field!r} {name_of_recognizer} found"
         if names is None:
@@ -135,7 +132,11 @@ def split_by_entity(
         else:
             rule += f" one of {len(names)} names"
     matcher = NameFinder(names)
-    matches = (set().union(*map(matcher.find, parts)) for parts in searched)
+    matches: Iterable[set[str]]
+    if recognizer is None:
+        matches = (matcher.find(text) for texts in checked_text_batches(rows, text_field) for text in texts)
+    else:
+        matches = (set().union(*map(matcher.find, spans)) for spans in found_names)
     return _split(rows, matches, list(matcher.spelled.values()), rule, text_field, "names")
 
 
@@ -312,7 +313,13 @@ def _split(
             "spelling and the column."
         )
     if unmatched:
-        logger.warning("%d of the %d %s are found nowhere: %s", len(unmatched), len(wanted or ()), kind, unmatched)
+        logger.warning(
+            "%d of the %d %s are found nowhere: %s",
+            len(unmatched),
+            len(wanted or ()),
+            kind,
+            listed(unmatched, SHOWN_GROUPS),
+        )
     forget, retain = (rows.select(np.flatnonzero(is_forget == group)) for group in (True, False))
     for group, part in (("forget", forget), ("retain", retain)):
         if len(part) == 0:
