@@ -319,3 +319,12 @@ def test_nothing_is_logged_when_all_is_found(caplog):
 def test_what_is_no_split_is_refused(function):
     with pytest.raises(TypeError, match="split is a Dataset; expected a Split"):
         function(Dataset.from_list([{"text": "a"}]))
+
+
+def test_of_many_names_found_nowhere_a_dozen_are_shown_and_all_are_kept(caplog):
+    names = ["bond", *(f"nobody{i}" for i in range(1_000))]
+    with caplog.at_level(logging.WARNING):
+        split = split_by_entity(data(), names)
+    assert split.report.unmatched == names[1:]
+    for text in (caplog.text, str(split.report)):
+        assert "nobody11, and 988 more" in text

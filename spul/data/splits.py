@@ -53,7 +53,7 @@ class SplitReport:
             counts = [f"{name} {count:,}" for name, count in self.groups.items()]
             lines.append(f"rows matched: {listed(counts, SHOWN_GROUPS)}")
         if self.unmatched:
-            lines.append(f"found nowhere: {', '.join(self.unmatched)}")
+            lines.append(f"found nowhere: {listed(self.unmatched, SHOWN_GROUPS)}")
         for group, texts in self.examples.items():
             lines += [f"{group}: {shortened(' '.join(text.split()), 100)}" for text in texts]
         return "\n".join(lines)
