@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,6 +79,7 @@ def test_the_floor_sends_a_gradient_to_the_embeddings():
         ("prompt_length.py", ["--lengths", "5", "10", "--steps", "spul"], {5, 10}),
         ("inference.py", ["--new-tokens", "2"], {"base", "PEFT", "PEFT, last logits", "spul"}),
         ("reference.py", ["--rows", "40"], {"hidden states (spul)", "logits"}),
+        ("prepare_rows.py", ["--rows", "2000", "--tasks", "join", "split", "trainer"], {"spul", "plain"}),
     ],
 )
 @pytest.mark.usefixtures("in_this_process")
@@ -90,6 +92,20 @@ def test_the_scripts_run_and_write_what_they_measured(script, options, expected,
     assert expected <= found
     assert written["where"]["model"] == "tiny"
     assert "| " in capsys.readouterr().out
+
+
+def test_rows_are_prepared_alike_by_spul_and_plainly(tmp_path):
+    import prepare_rows
+
+    args = SimpleNamespace(model="tiny", device="cpu", dtype=None)
+    tasks = prepare_rows.make_tasks(args, 2_000, str(tmp_path))
+    results = {task: [call() for call in variants.values()] for task, variants in tasks.items()}
+    spul, plain = results["join"]
+    assert spul.to_dict() == plain.to_dict()
+    for spul, plain in zip(*results["split"], strict=True):
+        assert spul.to_dict() == plain.to_dict()
+    assert len(results["split"][0][0]) == 100
+    assert results["trainer"][0] == results["trainer"][1]
 
 
 def test_a_fresh_process_gets_arguments_and_environment_and_returns_its_last_line(tmp_path):

@@ -5,11 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset, concatenate_datasets
 from helpers import build
 from torch import nn
 
 import spul.models
-from spul.models.compat import adapter_enabled, expanded_cache, is_sharded, layer_states, uncompiled
+from spul.models.compat import (
+    adapter_enabled,
+    expanded_cache,
+    flattened,
+    is_sharded,
+    layer_states,
+    uncompiled,
+)
 
 ROOT = Path(spul.models.__file__).parents[1]
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "models" / "compat.py"]
@@ -31,7 +39,9 @@ LIBRARIES = ("accelerate", "bitsandbytes", "peft", "torch", "transformers")
 ATTRIBUTES = [
     "_adapters_disabled",
     "_dynamo",
+    "_fingerprint",
     "_forward_hooks",
+    "_indices",
     "_orig_mod",
     "_version",
     "cumulative_length",
@@ -116,3 +126,38 @@ def test_compiled_sharded_and_disabled_models_are_recognized():
         assert not adapter_enabled(model)
     model.base_model.disable_adapter_layers()
     assert not adapter_enabled(model)
+
+
+def selected_rows(kind, tmp_path):
+    columns = {"text": [f"é {i}" for i in range(9)], "messages": [[{"role": "user", "n": i}] for i in range(9)]}
+    rows = Dataset.from_dict(columns)
+    if kind == "two tables":
+        rows = concatenate_datasets([rows, rows.select(range(4))])
+    if kind == "on disk":
+        rows.save_to_disk(tmp_path / "rows")
+        rows = Dataset.load_from_disk(tmp_path / "rows")
+    rows = rows.select([5, 2, 2, 8, 0])
+    if kind == "formatted":
+        rows = rows.with_format("numpy", columns=["text"], output_all_columns=True)
+    if kind == "transformed":
+        rows = rows.with_transform(lambda batch: {"text": [text.upper() for text in batch["text"]]})
+    return rows
+
+
+@pytest.mark.parametrize("kind", ["plain", "two tables", "on disk", "formatted", "transformed"])
+def test_selected_rows_are_flattened_as_datasets_does(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("spul.models.compat.ROWS_TAKEN", 2)
+    rows = selected_rows(kind, tmp_path)
+    # The function is called once; datasets cannot flatten messages that a format made arrays of.
+    expected = rows.flatten_indices() if kind == "transformed" else rows.with_format(None).flatten_indices()
+    flat = flattened(rows)
+    assert flat.format == rows.format
+    assert flat.features == expected.features
+    assert flat.with_format(None).to_list() == expected.with_format(None).to_list()
+    whole = flat.add_column("number", list(range(5)))  # which needs a flat table
+    assert whole.with_format(None)["number"][:] == [0, 1, 2, 3, 4]
+
+
+def test_rows_that_are_flat_stay_the_same_object():
+    rows = Dataset.from_dict({"text": ["a", "b"]})
+    assert flattened(rows) is rows

@@ -201,3 +201,10 @@ def test_long_rows_are_shown_shortened():
     with pytest.raises(ValueError, match="empty completion") as error:
         forget_retain_dataset(forget, rows("b"))
     assert len(str(error.value)) < 400
+
+
+def test_prompts_of_one_hash_are_compared_as_texts(monkeypatch):
+    monkeypatch.setattr("spul.data.dataset.hash", lambda text: 7, raising=False)
+    assert len(forget_retain_dataset(rows("a", "b"), rows("c", "a "))) == 4
+    with pytest.raises(ValueError, match=r"1 prompt\(s\) are in both sets .*: forget row 1 = retain row 0: 'b'\."):
+        forget_retain_dataset(rows("a", "b"), rows("b", "c", "b"))

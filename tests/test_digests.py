@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 
 import pytest
@@ -12,7 +14,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from spul import SoftPromptUnlearner, fingerprint
-from spul.records.digests import digest, digest_of_rows, summarize_rows
+from spul.records.digests import DataSummary, digest, digest_of_rows, summarize_rows
 
 ROWS = [
     {"prompt": "a", "completion": " positive"},
@@ -207,3 +209,22 @@ def test_settings_have_one_digest_whatever_their_order():
     assert re.fullmatch("[0-9a-f]{64}", digest(settings))
     assert digest(settings) == digest(same)
     assert len({digest(settings | change) for change in ({}, {"a": 2}, {"a": "1"}, {"b": {"x"}}, {"d": None})}) == 5
+
+
+def summary_by_sorting(rows):
+    """The digest of rows written plainly."""
+    digests = []
+    for row in rows:
+        content = [row.get("prompt"), row.get("completion")]
+        if content[0] is None:
+            content = [[int(i) for i in row[key]] for key in ("input_ids", "completion_mask")]
+        digests.append(hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).digest())
+    return DataSummary(len(digests), hashlib.sha256(b"".join(sorted(digests))).hexdigest())
+
+
+def test_the_digest_of_rows_is_that_of_their_sorted_digests():
+    chat = {"prompt": [{"role": "user", "content": "é\n"}], "completion": [{"content": "x", "role": "assistant"}]}
+    tokenized = {"prompt": None, "input_ids": torch.tensor([5, 6]), "completion_mask": [0, 1]}
+    texts = [{"prompt": f"a {i}", "completion": " b", "other": i} for i in range(3_000)]  # some digests end with zeros
+    for rows in ([], texts, [chat, tokenized, *texts[:5]]):
+        assert summarize_rows(rows) == summary_by_sorting(rows)

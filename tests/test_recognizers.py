@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import random
+import re
 import sys
+import time
+import unicodedata
 
 import pytest
 import torch
@@ -10,7 +14,13 @@ from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import BertConfig, BertForTokenClassification, PreTrainedTokenizerFast
 
-from spul.data.recognizers import SpacyRecognizer, TransformersRecognizer, title_cased
+from spul.data.recognizers import (
+    NameFinder,
+    SpacyRecognizer,
+    TransformersRecognizer,
+    normalized_name,
+    title_cased,
+)
 from spul.data.splits import split_by_entity
 
 TEXTS = ["Then Jackie  Chan met Sandler's dog.", "nobody here", "", "It's Groß!  Jackie Chan, O'Brien"]
@@ -151,3 +161,60 @@ def test_transformers_rejects_labels_that_the_model_does_not_know(ner_model):
 def test_one_text_instead_of_a_list_is_rejected(ner_model):
     with pytest.raises(TypeError, match="one string"):
         TransformersRecognizer(ner_model, device="cpu")("Jackie Chan")
+
+
+def in_word(character):
+    return character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
+
+
+def names_by_trying_each(names, text):
+    """The rule written plainly: every name at every word or sign of the text."""
+    text, found, spelled = normalized_name(text), set(), {}
+    for name in names:
+        spelled.setdefault(normalized_name(name), name)
+    for normal, name in spelled.items():
+        first = re.findall(r"\w+|[^\w\s]", normal)[0]
+        for token in re.finditer(r"\w+|[^\w\s]", text):
+            start, end = token.start(), token.start() + len(normal)
+            if token.group() != first or text[start:end] != normal:
+                continue
+            if (start == 0 or not in_word(text[start - 1])) and (end == len(text) or not in_word(text[end])):
+                found.add(name)
+    return found
+
+
+PIECES = ["a", "b", "ab", "A", "'", "'s", "-", ".", " ", "  ", "\n", "_", "\u0301", "\u093e", "र", "ß", "SS", "é", "7"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_same_names_are_found_as_by_trying_each_at_every_word(seed):
+    draw = random.Random(seed)
+    some = PIECES if seed % 2 else ["a", "b", " ", "'", "\u0301"]  # few pieces: names that overlap and nest
+    texts = ["".join(draw.choices(some, k=draw.randint(0, 30))) for _ in range(100)]
+    names = ["".join(draw.choices(some, k=draw.randint(1, 7))) for _ in range(40)]
+    names = [name for name in names if name.strip()]
+    finder = NameFinder(names)
+    expected = [names_by_trying_each(names, text) for text in texts]
+    assert [finder.find(text) for text in texts] == expected
+    assert sum(map(len, expected)) > 20
+
+
+def seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize(
+    ("names", "repeated"),
+    [
+        (["Jane Doe"], "jane doe "),
+        ([f"John {i}" for i in range(10_000)], "john smith "),  # one first word
+        (["a " * i + "a" for i in range(500)], "a "),  # every name at every word
+        (["a " * 5_000 + "b"], "a "),  # a name that almost matches at every word
+    ],
+)
+def test_the_time_grows_with_the_text_and_not_with_the_names(names, repeated):
+    finder = NameFinder(names)
+    once = seconds(lambda: NameFinder(["zoe"]).find("zoe x " * 100_000))
+    assert seconds(lambda: finder.find(repeated * (600_000 // len(repeated)))) < 8 * once + 0.5

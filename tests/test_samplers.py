@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import time
 
 import pytest
 import torch
 from datasets import Dataset
 from helpers import make_tokenizer
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from spul import ForgetRetainCollator
 from spul.data.samplers import (
@@ -322,3 +324,80 @@ def test_shuffled_passes_hold_every_row_once_and_are_drawn_anew():
     assert first != second
     again = itertools.islice(shuffled(7, 3, torch.Generator().manual_seed(0)), 6)
     assert list(again) == batches
+
+
+def all_draws_at_once(flags, fraction, seed, lengths, batch_size):
+    """The draws of an epoch as they were made before they were lazy: all together."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = [[i for i, flag in enumerate(flags) if flag == group] for group in (False, True)]
+
+    def endless(group):
+        copy = 0
+        while True:
+            for i in torch.randperm(len(group), generator=generator).tolist():
+                yield group[i] + copy * len(flags)
+            copy += 1
+
+    draws = [endless(group) for group in groups]
+    total = max(math.ceil(len(groups[1]) / fraction - 1e-9), math.ceil(len(groups[0]) / (1 - fraction) - 1e-9))
+    size = total if lengths is None else batch_size * max(1, min(total // (4 * batch_size), 50))
+    found = []
+    for start in range(0, total, size):
+        kinds = [
+            math.floor((i + 1) * fraction + 1e-9) > math.floor(i * fraction + 1e-9)
+            for i in range(start, min(start + size, total))
+        ]
+        drawn = [[], []]
+        for kind in kinds:
+            drawn[kind].append(next(draws[kind]))
+        if lengths is not None:
+            drawn = [sorted(group, key=lambda draw: lengths[draw % len(flags)], reverse=True) for group in drawn]
+        in_order = [iter(group) for group in drawn]
+        rows = [next(in_order[kind]) for kind in kinds]
+        if lengths is not None:
+            whole = len(rows) - len(rows) % batch_size
+            starts = torch.arange(0, whole, batch_size)
+            starts = starts[torch.randperm(whole // batch_size, generator=generator)].tolist()
+            rows = [row for start in starts for row in rows[start : start + batch_size]] + rows[whole:]
+        found += rows
+    return found
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize(("forget", "retain", "fraction"), [(3, 50, 0.1), (50, 3, 0.3), (7, 7, 0.013), (20, 400, 0.5)])
+def test_lazy_draws_are_those_of_a_whole_epoch(forget, retain, fraction, grouped):
+    flags = random.Random(0).sample([True] * forget + [False] * retain, forget + retain)
+    lengths = [random.Random(i).randint(1, 30) for i in range(len(flags))] if grouped else None
+    for epoch in (0, 3):
+        of = ForgetFractionSampler(flags, fraction, 5, lengths, batch_size=4)
+        of.set_epoch(epoch)
+        assert list(of) == all_draws_at_once(flags, fraction, 5 + 1_000_003 * epoch, lengths, 4)
+
+
+def test_rows_in_turn_and_by_length_come_as_before_they_were_lazy():
+    flags, generator = [i % 3 == 0 for i in range(10_000)], torch.Generator().manual_seed(2)
+    expected = []
+    for kind in (False, True):
+        group = [i for i, flag in enumerate(flags) if flag == kind]
+        expected += [group[i] for i in torch.randperm(len(group), generator=generator).tolist()]
+    assert list(AlternatingSampler(flags, seed=2)) == expected
+    lengths = [i % 7 for i in range(100)]
+    expected = get_length_grouped_indices(lengths, 4, generator=torch.Generator().manual_seed(2))
+    assert list(LengthGroupedSampler(lengths, 4, seed=2)) == expected
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.001, 0.999])
+@pytest.mark.parametrize("batch_size", [None, 8])
+def test_the_first_batch_comes_at_once_whatever_the_share(fraction, batch_size):
+    flags = [i % 2 == 0 for i in range(100_000)]
+    lengths = None if batch_size is None else [5] * len(flags)
+    start = time.perf_counter()
+    of = ForgetFractionSampler(flags, fraction, lengths=lengths, batch_size=batch_size or 1)
+    assert len(list(itertools.islice(of, 32))) == 32
+    assert all(type(draw) is int for draw in itertools.islice(of, 3))
+    assert time.perf_counter() - start < 2  # an epoch of it has 5e13, 5e7 or 5e7 draws
+
+
+def test_a_share_of_more_draws_than_can_be_counted_is_refused():
+    with pytest.raises(ValueError, match=r"forget_fraction=1e-300 .* an epoch would have 1e\+300 draws"):
+        ForgetFractionSampler([True, False], 1e-300)

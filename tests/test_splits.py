@@ -274,7 +274,7 @@ def test_a_subsample_leaves_rows_out_of_both_sets_and_says_so():
     assert kept != list(range(25))
     assert some.retain["number"][:] == list(range(100, 300))
     assert (some.report.num_forget, some.report.num_retain) == (25, 200)
-    assert "75 left out of both sets" in some.report.rule
+    assert "75 excluded from both sets" in some.report.rule
     assert set(some.report.examples["forget"]) <= set(some.forget["text"])
     assert subsample_forget(whole, 0.25, seed=1).forget["number"][:] == kept
     assert subsample_forget(whole, 0.25, seed=2).forget["number"][:] != kept
@@ -319,3 +319,12 @@ def test_nothing_is_logged_when_all_is_found(caplog):
 def test_what_is_no_split_is_refused(function):
     with pytest.raises(TypeError, match="split is a Dataset; expected a Split"):
         function(Dataset.from_list([{"text": "a"}]))
+
+
+def test_of_many_names_found_nowhere_a_dozen_are_shown_and_all_are_kept(caplog):
+    names = ["bond", *(f"nobody{i}" for i in range(1_000))]
+    with caplog.at_level(logging.WARNING):
+        split = split_by_entity(data(), names)
+    assert split.report.unmatched == names[1:]
+    for text in (caplog.text, str(split.report)):
+        assert "nobody11, and 988 more" in text

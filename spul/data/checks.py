@@ -5,12 +5,12 @@ Each message says what was found, what was expected, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset
 
-from .rows import normalized
+from .rows import column_batches, column_values, normalized
 
 
 def check_rows(rows: Any, columns: Sequence[str] = ("prompt", "completion"), name: str = "rows") -> None:
@@ -67,7 +67,7 @@ def forget_flags(rows: Any, name: str = "train_dataset") -> list[bool]:
     """
     if hasattr(rows, "column_names"):
         check_is_forget(rows.column_names, name)
-        return [bool(flag) for flag in rows["is_forget"]]
+        return [bool(flag) for flags in column_batches(rows, "is_forget") for flag in flags]
     flags = []
     for row in rows:
         check_is_forget(row, f"a row of {name}")
@@ -98,18 +98,34 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str):
         raise TypeError(f"texts is one string, {texts[:80]!r}; expected a list of strings.")
     texts = list(texts)
-    if bad := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
-        raise TypeError(
-            f"{len(bad)} of {len(texts)} texts are not strings; the first is text {bad[0]}: {texts[bad[0]]!r}. "
-            "Fill or drop them."
-        )
+    if bad := [(i, text) for i, text in enumerate(texts) if not isinstance(text, str)]:
+        raise _not_texts(bad, len(texts))
     return texts
 
 
 def checked_column(rows: Any, column: str, name: str = "rows") -> list[str]:
     """The texts of a column, checked by `check_rows` and `checked_texts`."""
     check_rows(rows, (column,), name)
-    return checked_texts(rows[column])
+    return checked_texts(column_values(rows, column))
+
+
+def checked_text_batches(rows: Any, column: str) -> Iterator[list[str]]:
+    """The texts of a column of checked rows, some thousand at a time, themselves checked as in `checked_texts`."""
+    bad: list[tuple[int, Any]] = []
+    num = 0
+    for texts in column_batches(rows, column):
+        bad += [(num + i, text) for i, text in enumerate(texts) if not isinstance(text, str)]
+        num += len(texts)
+        if not bad:
+            yield texts
+    if bad:
+        raise _not_texts(bad, num)
+
+
+def _not_texts(bad: Sequence[tuple[int, Any]], num: int) -> TypeError:
+    return TypeError(
+        f"{len(bad)} of {num} texts are not strings; the first is text {bad[0][0]}: {bad[0][1]!r}. Fill or drop them."
+    )
 
 
 def checked_list(argument: str, values: Any) -> list[Any]:
@@ -122,8 +138,14 @@ def checked_list(argument: str, values: Any) -> list[Any]:
     if isinstance(values, (str, bytes)) or not hasattr(values, "__iter__"):
         raise TypeError(f"{argument} is {values!r}; expected a list: [{values!r}].")
     different: list[Any] = []
+    seen: set[Any] = set()
     for value in values:
-        if value not in different:
+        try:
+            is_new = value not in seen
+            seen.add(value)
+        except TypeError:  # a list or a dict, which no set holds
+            is_new = value not in different
+        if is_new:
             different.append(value)
     if not different:
         raise ValueError(f"{argument} is empty; expected at least one.")

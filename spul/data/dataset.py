@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 
+from ..models.compat import flattened
 from .checks import check_rows
-from .rows import SHOWN, is_empty, shortened
+from .rows import SHOWN, column_batches, is_empty, rows_at, shortened
 
 
 def forget_retain_dataset(forget: Dataset, retain: Dataset) -> Dataset:
@@ -27,43 +29,37 @@ def forget_retain_dataset(forget: Dataset, retain: Dataset) -> Dataset:
         ValueError: if a set is empty or lacks a column, a prompt is missing, a completion is empty, or a prompt is in
             both sets.
     """
-    prompts: dict[str, list[str]] = {}
+    hashes = []
     for name, rows in (("forget", forget), ("retain", retain)):
         check_rows(rows, name=name)
-        prompts[name] = _checked_prompts(name, rows)
-
-    retained = {text: i for i, text in reversed(list(enumerate(prompts["retain"])))}
-    if both := [(i, text) for i, text in enumerate(prompts["forget"]) if text in retained]:
-        shown = "; ".join(
-            f"forget row {i} = retain row {retained[text]}: {shortened(repr(text))}" for i, text in both[:SHOWN]
-        )
-        raise ValueError(
-            f"{len(both)} prompt(s) are in both sets and would be forgotten and retained at once: {shown}. Remove "
-            "them from one."
-        )
+        hashes.append(_checked_prompts(name, rows))
+    _check_disjoint(forget, retain, *hashes)
     forget, retain = (
-        rows.remove_columns([name for name in ("is_forget", "row_id") if name in rows.column_names])
+        flattened(rows.remove_columns([name for name in ("is_forget", "row_id") if name in rows.column_names]))
         for rows in (forget, retain)
     )
-    forget = forget.add_column("is_forget", [True] * len(forget))
-    retain = retain.add_column("is_forget", [False] * len(retain))
+    forget = forget.add_column("is_forget", np.full(len(forget), True))
+    retain = retain.add_column("is_forget", np.full(len(retain), False))
     joined = concatenate_datasets([forget, retain])
-    return joined.add_column("row_id", list(range(len(joined))))
+    return joined.add_column("row_id", np.arange(len(joined)))
 
 
-def _checked_prompts(name: str, rows: Dataset) -> list[str]:
-    """The prompts as comparable strings, after a check of every row."""
-    texts, bad_prompts, bad_completions = [], [], []
-    for i, (prompt, completion) in enumerate(zip(rows["prompt"], rows["completion"], strict=True)):
-        if (
-            not _is_text_or_messages(prompt)
-            or not (_is_text_or_messages(completion) or completion in (None, []))
-            or isinstance(prompt, str) != isinstance(completion, str)
-        ):
-            bad_prompts.append(i)
-        if completion is None or (_is_text_or_messages(completion) and is_empty(completion)) or completion == []:
-            bad_completions.append(i)
-        texts.append(prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True))
+def _checked_prompts(name: str, rows: Dataset) -> np.ndarray:
+    """A hash of each prompt, (rows,), after a check of every row."""
+    hashes, bad_prompts, bad_completions = [], [], []
+    number = 0
+    for prompts, completions in zip(column_batches(rows, "prompt"), column_batches(rows, "completion"), strict=True):
+        for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True), start=number):
+            if (
+                not _is_text_or_messages(prompt)
+                or not (_is_text_or_messages(completion) or completion in (None, []))
+                or isinstance(prompt, str) != isinstance(completion, str)
+            ):
+                bad_prompts.append(i)
+            if completion is None or (_is_text_or_messages(completion) and is_empty(completion)) or completion == []:
+                bad_completions.append(i)
+        hashes.append(np.fromiter((hash(_comparable(prompt)) for prompt in prompts), np.int64, len(prompts)))
+        number += len(prompts)
     if bad_completions:
         raise ValueError(
             f"{len(bad_completions)} row(s) of the {name} set have an empty completion: "
@@ -76,7 +72,32 @@ def _checked_prompts(name: str, rows: Dataset) -> list[str]:
             + "; ".join(f"row {i}: {shortened(repr(rows[i]))}" for i in bad_prompts[:SHOWN])
             + ". Expected prompt and completion to be strings, or both lists of {'role', 'content'} messages."
         )
-    return texts
+    return np.concatenate(hashes)
+
+
+def _check_disjoint(forget: Dataset, retain: Dataset, forget_hashes: np.ndarray, retain_hashes: np.ndarray) -> None:
+    """Compare the prompts of equal hashes, which are few, so that not all texts are in memory at once."""
+    alike = [
+        (indices, [_comparable(row["prompt"]) for row in rows_at(rows.select_columns("prompt"), indices)])
+        for rows, hashes, others in ((forget, forget_hashes, retain_hashes), (retain, retain_hashes, forget_hashes))
+        if (indices := np.flatnonzero(np.isin(hashes, others)).tolist())
+    ]
+    if not alike:
+        return
+    forgotten, retained = (list(zip(*each, strict=True)) for each in alike)
+    first = {text: i for i, text in reversed(retained)}
+    if both := [(i, text) for i, text in forgotten if text in first]:
+        shown = "; ".join(
+            f"forget row {i} = retain row {first[text]}: {shortened(repr(text))}" for i, text in both[:SHOWN]
+        )
+        raise ValueError(
+            f"{len(both)} prompt(s) are in both sets and would be forgotten and retained at once: {shown}. Remove "
+            "them from one."
+        )
+
+
+def _comparable(prompt: Any) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def _is_text_or_messages(prompt: Any) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, concatenate_datasets
 
 from .formats import MULTIPLE_CHOICE, QUESTION_ANSWER
+from .rows import column_values
 from .sources import check_folder, read_file, read_hub
 from .unlearning_data import PRECEDENCE, UnlearningData, checked, size_note, without_repeats
 
@@ -107,7 +108,7 @@ def load_tofu(source: str | os.PathLike[str] | None = None, forget: str = "forge
         size_note(f"TOFU, {forget}", len(splits["train_forget"]), num_forget),
         size_note(f"TOFU, {retain}", len(splits["train_retain"]), num_retain),
     ]
-    forgotten = set(splits["train_forget"]["question"])
+    forgotten = set(column_values(splits["train_forget"], "question"))
     paraphrases = read("retain_perturbed", "paraphrased_question")
     retained = paraphrases.select([i for i, text in enumerate(paraphrases["question"]) if text not in forgotten])
     splits["test_forget"] = _paraphrased(read(f"{forget}_perturbed", "paraphrased_question"))

@@ -12,6 +12,7 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 
 from .clusters import TextClustering
 from .formats import SENTIMENT, PromptFormat
+from .rows import column_values
 from .sources import check_folder, read_file, read_hub
 from .splits import SplitReport, split_by_cluster, split_by_entity, train_test
 from .unlearning_data import PRECEDENCE, SPLITS, UnlearningData, checked, size_note, without_repeats
@@ -228,7 +229,7 @@ def _read_four(source: str | os.PathLike[str]) -> dict[str, Dataset]:
 def _stripped(rows: Dataset, prompts: PromptFormat) -> Dataset:
     """The rows without outer white space in texts and labels: the format puts a space before a completion."""
     for column in {prompts.text_field, "label_text"} & set(rows.column_names):
-        values = list(rows[column])
+        values = column_values(rows, column)
         if None in values:
             raise ValueError(f"column {column!r} has no value in row {values.index(None)}: {rows[values.index(None)]}")
         rows = rows.remove_columns(column).add_column(column, [str(value).strip() for value in values])
@@ -238,7 +239,8 @@ def _stripped(rows: Dataset, prompts: PromptFormat) -> Dataset:
 def _reviews(rows: Dataset, text_column: str, clean: Callable[[str], str] = str.strip) -> Dataset:
     """`text`, `label` (0 or 1) and `label_text` of each review."""
     reviews = []
-    for number, (text, label) in enumerate(zip(rows[text_column], rows["label"], strict=True)):
+    texts, labels = column_values(rows, text_column), column_values(rows, "label")
+    for number, (text, label) in enumerate(zip(texts, labels, strict=True)):
         if str(label) not in ("0", "1"):
             raise ValueError(
                 f"row {number} has label={label!r}; expected 0 (negative) or 1 (positive): {text[:160]!r}"
@@ -257,7 +259,7 @@ def _read_yelp(source: str | os.PathLike[str] | None, seed: int) -> tuple[dict[s
     else:
         path = check_folder(source, "olora_yelp_train.json") / "olora_yelp_train.json"
         rows = read_file(path, ("sentence", "label"))
-        if unknown := sorted(set(rows["label"]) - {*YELP_LABELS, "neutral"}):
+        if unknown := sorted(set(column_values(rows, "label")) - {*YELP_LABELS, "neutral"}):
             raise ValueError(f"{path} has the label(s) {unknown}; expected {[*YELP_LABELS, 'neutral']}.")
         polar = [
             {"text": row["sentence"].removeprefix("Text: "), "label": YELP_LABELS[row["label"]]}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import unicodedata
+from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-TOKEN = re.compile(r"\w+|[^\w\s]")
+WORD = re.compile(r"\w+")
+# Words and signs, each with the space before it, which together make up a text whose white space is single spaces.
+PIECE = re.compile(r" ?(?:\w+|[^\w\s])")
+SIGNS_AS_SPACES = bytes(code if WORD.match(chr(code)) and code < 128 else ord(" ") for code in range(256))
 # The first character of a word, but not of an ending such as 's, n't or 'll, which the recognizers know in lower case.
 FIRST_OF_WORD = re.compile(r"(?<!\w)(?!(?<=['\u2019])(?:s|t|d|m|re|ve|ll)\b)(?!n['\u2019]t\b)\w", re.IGNORECASE)
 # Tokens that two neighboring pieces of a long text share, so that a name at the cut is whole in one of them.
@@ -208,30 +212,92 @@ def recognize(recognizer: Callable[[Sequence[str]], list[list[str]]], texts: lis
 class NameFinder:
     """Search for certain names in texts: whole words, in any letter case and with any white space.
 
+    The names make one automaton over words and signs, read once along a text: the time of a search grows with the
+    text, not with the number of names or with what they have in common.
+
     Args:
         names: the names.
+
+    Source: Aho and Corasick, *Efficient String Matching*, https://doi.org/10.1145/360825.360855
     """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.spelled: dict[str, str] = {}
-        self.by_first_token: dict[str, list[str]] = {}
+        # A state for each beginning of a name. The state of a text is the longest of them that it ends with.
+        self._next: list[dict[str, int]] = [{}]
+        self._ended: dict[int, tuple[str, int]] = {}  # the name that a state completes, and its number of pieces
         for name in names:
             normal = normalized_name(name)
             if normal not in self.spelled:
                 self.spelled[normal] = name
-                self.by_first_token.setdefault(TOKEN.findall(normal)[0], []).append(normal)
+                self._add(name, PIECE.findall(normal))
+        words = [WORD.findall(name) for name in self.spelled]
+        # Most texts lack the first word of every name, or the last. Names of signs alone have none to look for.
+        self._ends = [] if [] in words else [{each[0] for each in words}, {each[-1] for each in words}]
+        self._encoded_ends = [{word.encode() for word in ends} for ends in self._ends]
+        self._link()
 
     def find(self, text: str) -> set[str]:
         """Names found in a text, each as first spelled in `names`."""
-        text = normalized_name(text)
-        return {
-            self.spelled[name]
-            for token in TOKEN.finditer(text)
-            for name in self.by_first_token.get(token.group(), ())
-            if text.startswith(name, token.start())
-            and not _in_word(text[: token.start()][-1:])
-            and not _in_word(text[token.start() + len(name) :][:1])
-        }
+        if text.isascii():  # three times as fast
+            present: Sequence[Any] = text.lower().encode().translate(SIGNS_AS_SPACES).split()
+            if any(ends.isdisjoint(present) for ends in self._encoded_ends):
+                return set()
+            text = normalized_name(text)
+        else:
+            text = normalized_name(text)
+            present = WORD.findall(text)
+            if any(ends.isdisjoint(present) for ends in self._ends):
+                return set()
+        pieces = PIECE.findall(text)
+        found: set[str] = set()
+        exhausted = {0}  # states whose names, with those of all shorter states, are found
+        state = 0
+        for i, piece in enumerate(pieces):
+            state = self._step(state, piece)
+            ended = self._completed[state]
+            if ended in exhausted or (i + 1 < len(pieces) and _in_word(pieces[i + 1][0])):
+                continue
+            passed, all_found = [], True
+            while ended not in exhausted:
+                name, length = self._ended[ended]
+                start = i - length + 1
+                if start == 0 or pieces[start][0] == " " or not _in_word(pieces[start - 1][-1]):
+                    found.add(name)
+                all_found = all_found and name in found
+                passed.append(ended)
+                ended = self._completed[self._shorter[ended]]
+            if all_found:
+                exhausted.update(passed)
+        return found
+
+    def _add(self, name: str, pieces: list[str]) -> None:
+        state = 0
+        for piece in pieces:
+            if piece not in self._next[state]:
+                self._next[state][piece] = len(self._next)
+                self._next.append({})
+            state = self._next[state][piece]
+        self._ended[state] = (name, len(pieces))
+
+    def _link(self) -> None:
+        """For each state, the longest shorter one that its text ends with, and the longest that completes a name."""
+        self._shorter, self._completed = [0] * len(self._next), [0] * len(self._next)
+        first = dict(self._next[0])
+        self._next[0].update({f" {piece}": state for piece, state in first.items()})
+        queue = deque([0])
+        while queue:
+            state = queue.popleft()
+            for piece, following in (self._next[state] if state else first).items():
+                shorter = self._step(self._shorter[state], piece) if state else 0
+                self._shorter[following] = shorter
+                self._completed[following] = following if following in self._ended else self._completed[shorter]
+                queue.append(following)
+
+    def _step(self, state: int, piece: str) -> int:
+        while state and piece not in self._next[state]:
+            state = self._shorter[state]
+        return self._next[state].get(piece, 0)
 
 
 def normalized_name(text: str) -> str:

@@ -1,12 +1,64 @@
-"""Content of a row: its completion as text, and how texts are compared and shown in messages."""
+"""Rows read column by column, a row's completion as text, and how texts are compared and shown in messages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 # Rows or texts that a message or a report shows as examples.
 SHOWN = 3
+# Rows that are read at once: a single one costs as much as a hundred, and all of them take memory.
+ROWS_READ_AT_ONCE = 4096
+
+
+def column_batches(rows: Any, column: str) -> Iterator[list[Any]]:
+    """The values of a data set's column, some thousand at a time."""
+    rows = _plain(rows)
+    for start in range(0, len(rows), ROWS_READ_AT_ONCE):
+        yield list(rows[column][start : start + ROWS_READ_AT_ONCE])
+
+
+def column_values(rows: Any, column: str) -> list[Any]:
+    """All values of a data set's column."""
+    return [value for values in column_batches(rows, column) for value in values]
+
+
+def read_rows(rows: Any, columns: Sequence[str] | None = None) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set in their order, read some thousand at a time; those of another sequence as they are.
+
+    Args:
+        rows: a `datasets.Dataset`, or any sequence of rows.
+        columns: the columns to read, of those that there are; None for all.
+    """
+    if not hasattr(rows, "select_columns"):
+        yield from rows
+        return
+    rows = _plain(rows)
+    if columns is not None and not _is_transformed(rows):
+        rows = rows.select_columns([name for name in columns if name in rows.column_names])
+    for start in range(0, len(rows), ROWS_READ_AT_ONCE):
+        yield from _as_rows(rows[start : start + ROWS_READ_AT_ONCE])
+
+
+def rows_at(rows: Any, indices: Sequence[int]) -> list[Mapping[str, Any]]:
+    """Some rows of a data set or of another sequence, read together where that is possible."""
+    if not hasattr(rows, "select_columns") or not indices:
+        return [rows[index] for index in indices]
+    return list(_as_rows(_plain(rows)[indices]))
+
+
+def _as_rows(columns: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+
+
+def _is_transformed(rows: Any) -> bool:
+    """Whether a function of the user's makes the values when they are read."""
+    return rows.format["type"] == "custom"
+
+
+def _plain(rows: Any) -> Any:
+    """The data set with values of Python, whatever type its format makes of them."""
+    return rows if _is_transformed(rows) else rows.with_format(None)
 
 
 def completion_text(completion: Any) -> str:

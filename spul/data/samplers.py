@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from ..models.compat import get_length_grouped_indices
 from .encoder import RowEncoder
+from .rows import ROWS_READ_AT_ONCE, column_batches, read_rows
 
 # Padded tokens of a batch per row of its maximum size, in `by_length`: memory goes with padded tokens, not with rows.
 TOKENS_PER_ROW = 256
@@ -57,13 +61,13 @@ class EpochSampler(Sampler[int]):
         """The draws of one epoch."""
         raise NotImplementedError
 
-    def _shuffled(self, rows: Sequence[int], generator: torch.Generator) -> list[int]:
+    def _shuffled(self, rows: np.ndarray, generator: torch.Generator) -> Iterator[int]:
         """These rows in random order, or grouped by length as in transformers."""
         if self.lengths is None:
-            order = torch.randperm(len(rows), generator=generator).tolist()
+            yield from _permuted(rows, generator)
         else:
-            order = get_length_grouped_indices([self.lengths[i] for i in rows], self.batch_size, generator=generator)
-        return [rows[i] for i in order]
+            lengths = [self.lengths[i] for i in rows.tolist()]
+            yield from rows[get_length_grouped_indices(lengths, self.batch_size, generator=generator)].tolist()
 
 
 class ForgetFractionSampler(EpochSampler):
@@ -82,7 +86,8 @@ class ForgetFractionSampler(EpochSampler):
         batch_size: rows per step; used with `lengths` only.
 
     Raises:
-        ValueError: if `fraction` is out of range, a group has no rows, or `lengths` are not one per row.
+        ValueError: if `fraction` is out of range, or so extreme that the draws of an epoch cannot be counted; if a
+            group has no rows, or `lengths` are not one per row.
     """
 
     def __init__(
@@ -102,29 +107,40 @@ class ForgetFractionSampler(EpochSampler):
             raise ValueError(f"there are {len(lengths)} lengths for {len(is_forget)} rows; expected one for each.")
         super().__init__(seed, lengths, batch_size)
         self.fraction, self.num_rows = fraction, len(is_forget)
-
-    def __len__(self) -> int:
         retain, forget = (len(group) for group in self.groups)
         # 1 / (1 - 0.9) is a little above 10 in binary floats.
-        return max(math.ceil(forget / self.fraction - 1e-9), math.ceil(retain / (1 - self.fraction) - 1e-9))
+        draws = max(forget / fraction - 1e-9, retain / (1 - fraction) - 1e-9)
+        if draws >= sys.maxsize:
+            raise ValueError(
+                f"forget_fraction={fraction!r} with {forget} forget and {retain} retain rows: an epoch would have "
+                f"{draws:.3g} draws, more than can be counted. Take a share that is less extreme."
+            )
+        self._num_draws = math.ceil(draws)
+
+    def __len__(self) -> int:
+        return self._num_draws
 
     def _draws(self, generator: torch.Generator) -> Iterator[int]:
         draws = [self._endless(group, generator) for group in self.groups]
-        size = len(self) if self.lengths is None else self._mega_batch()
+        # An epoch of a small share has far more draws than rows: they are made one by one, or sorted in parts.
+        if self.lengths is None:
+            for i in range(len(self)):
+                yield next(draws[self._is_forget(i)])
+            return
+        size = self._mega_batch()
         for start in range(0, len(self), size):
-            # The small summand keeps shares such as 0.1, which binary floats miss, from rounding down.
-            flags = [
-                math.floor((i + 1) * self.fraction + 1e-9) > math.floor(i * self.fraction + 1e-9)
-                for i in range(start, min(start + size, len(self)))
-            ]
+            flags = [self._is_forget(i) for i in range(start, min(start + size, len(self)))]
             drawn: list[list[int]] = [[], []]
             for is_forget in flags:
                 drawn[is_forget].append(next(draws[is_forget]))
-            if self.lengths is not None:
-                drawn = [sorted(group, key=self._length, reverse=True) for group in drawn]
-            in_order = [iter(group) for group in drawn]
+            in_order = [iter(sorted(group, key=self._length, reverse=True)) for group in drawn]
             rows = [next(in_order[is_forget]) for is_forget in flags]
-            yield from rows if self.lengths is None else self._shuffled_batches(rows, generator)
+            yield from self._shuffled_batches(rows, generator)
+
+    def _is_forget(self, draw: int) -> bool:
+        """Whether this draw of an epoch is a forget row."""
+        # The small summand keeps shares such as 0.1, which binary floats miss, from rounding down.
+        return math.floor((draw + 1) * self.fraction + 1e-9) > math.floor(draw * self.fraction + 1e-9)
 
     def _shuffled_batches(self, rows: Sequence[int], generator: torch.Generator) -> list[int]:
         """Whole batches in random order, since training would otherwise go from long rows to short ones repeatedly."""
@@ -141,12 +157,9 @@ class ForgetFractionSampler(EpochSampler):
         assert self.lengths is not None
         return self.lengths[draw % self.num_rows]
 
-    def _endless(self, group: Sequence[int], generator: torch.Generator) -> Iterator[int]:
-        copy = 0
-        while True:
-            for i in torch.randperm(len(group), generator=generator).tolist():
-                yield group[i] + copy * self.num_rows
-            copy += 1
+    def _endless(self, group: np.ndarray, generator: torch.Generator) -> Iterator[int]:
+        for copy in itertools.count():
+            yield from _permuted(group + copy * self.num_rows, generator)
 
 
 class LengthGroupedSampler(EpochSampler):
@@ -166,7 +179,7 @@ class LengthGroupedSampler(EpochSampler):
         return self.num_rows
 
     def _draws(self, generator: torch.Generator) -> Iterator[int]:
-        return iter(self._shuffled(range(self.num_rows), generator))
+        return self._shuffled(np.arange(self.num_rows), generator)
 
 
 class AlternatingSampler(EpochSampler):
@@ -196,10 +209,17 @@ class AlternatingSampler(EpochSampler):
             yield from self._shuffled(group, generator)
 
 
-def _groups(is_forget: Sequence[bool], setting: str) -> tuple[list[int], list[int]]:
+def _permuted(rows: np.ndarray, generator: torch.Generator) -> Iterator[int]:
+    """These rows in random order; numbers of Python, which take more memory, are made a part at a time."""
+    order = torch.randperm(len(rows), generator=generator)
+    return (row for part in order.split(ROWS_READ_AT_ONCE) for row in rows[part.numpy()].tolist())
+
+
+def _groups(is_forget: Sequence[bool], setting: str) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the retain rows and of the forget rows; raises if a group has none."""
-    retain, forget = ([i for i, flag in enumerate(is_forget) if bool(flag) == group] for group in (False, True))
-    if not retain or not forget:
+    flags = np.fromiter(map(bool, is_forget), bool, len(is_forget))
+    retain, forget = (np.flatnonzero(flags == group) for group in (False, True))
+    if not len(retain) or not len(forget):
         raise ValueError(
             f"{setting} needs rows of both groups; the data set has {len(forget)} forget and {len(retain)} retain "
             "rows. Leave it out, or join both sets with forget_retain_dataset(forget, retain)."
@@ -259,8 +279,9 @@ def epoch_sampler(
 def row_lengths(rows: Any, encoder: RowEncoder, column: str = "length", progress: bool = False) -> list[int]:
     """Tokens per row: from the column of that name if there is one, else by encoding the rows."""
     if column in getattr(rows, "column_names", ()):
-        return [int(length) for length in rows[column]]
-    return [len(encoder.encode(row)) for row in tqdm(rows, "lengths", disable=not progress, leave=False)]
+        return [int(length) for lengths in column_batches(rows, column) for length in lengths]
+    bar = tqdm(read_rows(rows), "lengths", total=len(rows), disable=not progress, leave=False)
+    return [len(encoder.encode(row)) for row in bar]
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:

@@ -7,16 +7,17 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
-from .checks import check_rows, checked_column, checked_list, checked_names
+from .checks import check_rows, checked_column, checked_list, checked_names, checked_text_batches, checked_texts
 from .clusters import TextClustering
 from .recognizers import NameFinder, normalized_name, recognize
-from .rows import SHOWN, listed, shortened
+from .rows import SHOWN, column_values, listed, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class SplitReport:
             counts = [f"{name} {count:,}" for name, count in self.groups.items()]
             lines.append(f"rows matched: {listed(counts, SHOWN_GROUPS)}")
         if self.unmatched:
-            lines.append(f"found nowhere: {', '.join(self.unmatched)}")
+            lines.append(f"found nowhere: {listed(self.unmatched, SHOWN_GROUPS)}")
         for group, texts in self.examples.items():
             lines += [f"{group}: {shortened(' '.join(text.split()), 100)}" for text in texts]
         return "\n".join(lines)
@@ -99,7 +100,7 @@ def split_by_entity(
 
     Source: Bhaila, Van and Wu, *Soft Prompting for Unlearning in Large Language Models*, https://arxiv.org/abs/2406.12038
     """
-    texts = checked_column(rows, text_field)
+    check_rows(rows, (text_field,))
     if names is None and recognizer is None:
         raise ValueError("split_by_entity needs names=, a recognizer=, or both.")
     if num_names is not None and (names is not None or num_names < 1):
@@ -111,14 +112,13 @@ def split_by_entity(
         names = checked_names("names", names)
     if recognizer is None:
         assert names is not None
-        searched = [[text] for text in texts]
         rule = f"rows whose column {text_field!r} names one of {len(names)} names"
     else:
-        searched = recognize(recognizer, texts)
+        found_names = recognize(recognizer, checked_texts(column_values(rows, text_field)))
         name_of_recognizer = recognizer.__name__ if hasattr(recognizer, "__name__") else repr(recognizer)
         rule = f"rows in whose column {text_field!r} {name_of_recognizer} found"
         if names is None:
-            found = sorted({normalized_name(name): name for spans in reversed(searched) for name in spans}.items())
+            found = sorted({normalized_name(name): name for spans in reversed(found_names) for name in spans}.items())
             names = [name for _, name in found]
             if num_names is None:
                 rule += f" a name, of {len(names)} in all"
@@ -132,7 +132,11 @@ def split_by_entity(
         else:
             rule += f" one of {len(names)} names"
     matcher = NameFinder(names)
-    matches: list[set[str]] = [set().union(*(matcher.find(part) for part in parts)) for parts in searched]
+    matches: Iterable[set[str]]
+    if recognizer is None:
+        matches = (matcher.find(text) for texts in checked_text_batches(rows, text_field) for text in texts)
+    else:
+        matches = (set().union(*map(matcher.find, spans)) for spans in found_names)
     return _split(rows, matches, list(matcher.spelled.values()), rule, text_field, "names")
 
 
@@ -159,7 +163,8 @@ def split_by_cluster(
     if bad := [index for index in wanted if index not in range(num_clusters)]:
         raise ValueError(f"forget_clusters holds {bad[0]!r}; expected clusters from 0 to {num_clusters - 1}.")
     names = [str(int(index)) for index in wanted]
-    matches = [{str(index)} & set(names) for index in clustering.assign(texts)]
+    groups = {name: (name,) for name in names}
+    matches = (groups.get(str(index), ()) for index in clustering.assign(texts))
     rule = (
         f"rows whose column {text_field!r} falls into one of the clusters {', '.join(names)} of {num_clusters} "
         f"({clustering.embedder})"
@@ -182,8 +187,8 @@ def split_by_source(rows: Dataset, forget_sources: Sequence[Any], column: str = 
     check_rows(rows, (column,))
     wanted = checked_list("forget_sources", forget_sources)
     names = [str(value) for value in wanted]
-    values = list(rows[column])
-    matches = [{names[wanted.index(value)]} if value in wanted else set() for value in values]
+    values = column_values(rows, column)
+    matches = _matches(values, wanted, names)
     if not any(matches):
         found = sorted(set(map(repr, values)))
         raise ValueError(
@@ -215,7 +220,7 @@ def split_by_predicate(
     check_rows(rows, (text_field,))
     if not callable(predicate):
         raise TypeError(f"predicate is a {type(predicate).__name__}; expected a function of a row.")
-    return _split(rows, [{""} if predicate(row) else set() for row in rows], None, description, text_field, "rows")
+    return _split(rows, (("",) if predicate(row) else () for row in rows), None, description, text_field, "rows")
 
 
 def subsample_forget(split: Split, fraction: float, seed: int = 0) -> Split:
@@ -287,14 +292,19 @@ def train_test(split: Split, test_fraction: float = 0.3, seed: int = 0) -> dict[
 
 def _split(
     rows: Dataset,
-    matches: Sequence[Collection[str]],
+    matches: Iterable[Collection[str]],
     wanted: list[str] | None,
     rule: str,
     text_field: str | None,
     kind: str,
 ) -> Split:
     """The split and its report, from the names, clusters or sources that each row matched."""
-    counts = Counter(name for names in matches for name in names)
+    counts: Counter[str] = Counter()
+    is_forget = np.zeros(len(rows), dtype=bool)
+    for i, names in enumerate(matches):
+        if names:
+            counts.update(names)
+            is_forget[i] = True
     unmatched = [name for name in wanted or () if not counts[name]]
     if wanted and len(unmatched) == len(wanted):
         shown = listed([*map(repr, unmatched)], SHOWN_GROUPS)
@@ -303,9 +313,14 @@ def _split(
             "spelling and the column."
         )
     if unmatched:
-        logger.warning("%d of the %d %s are found nowhere: %s", len(unmatched), len(wanted or ()), kind, unmatched)
-    forget = rows.select([i for i, names in enumerate(matches) if names])
-    retain = rows.select([i for i, names in enumerate(matches) if not names])
+        logger.warning(
+            "%d of the %d %s are found nowhere: %s",
+            len(unmatched),
+            len(wanted or ()),
+            kind,
+            listed(unmatched, SHOWN_GROUPS),
+        )
+    forget, retain = (rows.select(np.flatnonzero(is_forget == group)) for group in (True, False))
     for group, part in (("forget", forget), ("retain", retain)):
         if len(part) == 0:
             raise ValueError(
@@ -320,6 +335,15 @@ def _split(
         examples={"forget": _examples(forget, text_field), "retain": _examples(retain, text_field)},
     )
     return Split(forget, retain, report)
+
+
+def _matches(values: Sequence[Any], wanted: Sequence[Any], names: Sequence[str]) -> list[tuple[str, ...]]:
+    """The name of each value that is wanted."""
+    try:
+        groups = {value: (name,) for value, name in zip(wanted, names, strict=True)}
+        return [groups.get(value, ()) for value in values]
+    except TypeError:  # lists or dicts, which a dict does not look up
+        return [(names[wanted.index(value)],) if value in wanted else () for value in values]
 
 
 def _check_split(split: Any) -> None:

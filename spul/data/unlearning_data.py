@@ -14,7 +14,7 @@ from datasets import Dataset
 
 from .dataset import forget_retain_dataset
 from .formats import PromptFormat
-from .rows import SHOWN, normalized, shortened
+from .rows import SHOWN, column_values, normalized, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def without_repeats(parts: dict[str, Dataset], prompts: PromptFormat) -> tuple[d
     first: dict[tuple[str, ...], Any] = {}
     unique, dropped, disagreeing = {}, [], 0
     for name, rows in parts.items():
-        labels = rows["label"] if "label" in rows.column_names else [None] * len(rows)
+        labels = column_values(rows, "label") if "label" in rows.column_names else [None] * len(rows)
         indices = []
         for i, (key, label) in enumerate(zip(row_keys(rows, prompts), labels, strict=True)):
             if key not in first:

@@ -14,7 +14,7 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
-from ..data.rows import completion_text
+from ..data.rows import column_values, completion_text
 from ..models.causal_lm import bare_model, unwrapped
 from ..models.compat import is_quantized
 from ..models.unlearner import unlearner_of
@@ -150,7 +150,7 @@ def sampling(suite: Suite) -> Iterator[Task]:
             *(model, rows, suite.collator.encoder, max(settings.tries), settings.temperature, suite.max_new_tokens),
             *(suite.seed, suite.batch_size),
         )
-        true = [completion_text(completion) for completion in rows["completion"]]
+        true = [completion_text(completion) for completion in column_values(rows, "completion")]
         recall = np.array(
             [rouge_l(texts, [text] * len(texts))["rouge_l_recall"] for texts, text in zip(answers, true, strict=True)]
         )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from ..data.rows import column_values
 from . import attack_tasks, tasks
 from .aggregation import Key, Measurement, MetricValue, in_words
 from .attacks.usual import TURN_UNIT
@@ -57,7 +58,10 @@ def _requires_unseen(suite: Suite) -> str:
     members, unseen = suite.splits["train_forget"], tasks.unseen_rows(suite)
     # Free-form answers are facts: the same fact in other words is not unseen.
     columns = ["prompt", *(["completion"] if suite.is_free_form else [])]
-    if not any(set(map(str, members[column])) & set(map(str, unseen[column])) for column in columns):
+    if not any(
+        set(map(str, column_values(members, column))) & set(map(str, column_values(unseen, column)))
+        for column in columns
+    ):
         return ""
     name = "test_forget" if suite.unseen is None else "unseen"
     return f"{name} holds rows of train_forget; give unseen= without any of them"
@@ -76,7 +80,7 @@ def _requires_halves(suite: Suite) -> str:
 
 def _requires_classes(suite: Suite) -> str:
     few, _ = suite.halves()
-    if not suite.is_free_form and len(set(map(str, few["completion"]))) > 1:
+    if not suite.is_free_form and len(set(map(str, column_values(few, "completion")))) > 1:
         return ""
     return "it predicts classes, and the completions are free-form or all the same"
 

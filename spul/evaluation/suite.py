@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data.collator import ForgetRetainCollator
 from ..data.formats import PromptFormat
-from ..data.rows import completion_text
+from ..data.rows import column_values, completion_text
 from ..models.causal_lm import bare_model, max_positions
 from ..models.unlearner import detached_base, unlearner_of
 from ..records.digests import digest_of_rows
@@ -215,7 +215,7 @@ class Suite:
         encoder = self.collator.encoder
         likelihoods = response_likelihoods(model, rows, encoder, self.batch_size)
         texts = generate_answers(model, rows, encoder, self.batch_size, self.max_new_tokens)
-        rouge = rouge_l(texts, [completion_text(completion) for completion in rows["completion"]])
+        rouge = rouge_l(texts, [completion_text(completion) for completion in column_values(rows, "completion")])
         return {
             "probability": probability(likelihoods),
             "extraction_strength": extraction_strength(likelihoods),
@@ -226,7 +226,7 @@ class Suite:
     def halves(self) -> tuple[Dataset, Dataset]:
         """The trained forget rows, each prompt once, as one half to attack with and one to score on."""
         rows = self.splits["train_forget"]
-        first = {str(prompt): i for i, prompt in reversed(list(enumerate(rows["prompt"])))}
+        first = {str(prompt): i for i, prompt in reversed(list(enumerate(column_values(rows, "prompt"))))}
         indices = random.Random(self.seed).sample(sorted(first.values()), len(first))
         half = len(indices) // 2
         return rows.select(indices[:half]), self.attacked(rows.select(indices[half:]))

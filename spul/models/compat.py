@@ -1,4 +1,4 @@
-"""All private or fast-moving APIs of torch, transformers, PEFT, accelerate and bitsandbytes that spul uses.
+"""All private or fast-moving APIs of torch, transformers, PEFT, accelerate, bitsandbytes and datasets that spul uses.
 
 No other module of spul may import or read them, the hooks of `Trainer` that `UnlearningTrainer` overrides aside. When
 a new version of one of these libraries breaks spul, look here.
@@ -14,10 +14,12 @@ import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import pyarrow
 import torch
 import transformers.modeling_utils
 from accelerate import PartialState as PartialState
 from accelerate.utils import broadcast_object_list, gather_object
+from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -28,6 +30,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.trainer_pt_utils import get_length_grouped_indices as get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR as CHECKPOINT_PREFIX  # noqa: F401
 from transformers.trainer_utils import speed_metrics as speed_metrics
+
+# Rows of a table that are taken at once.
+ROWS_TAKEN = 65_536
 
 # ---- torch ----
 
@@ -231,3 +236,25 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
             if state.absmax.ndim == 2:  # left transposed, and rounded to bfloat16, unless doubly quantized
                 state.absmax = state.absmax.T.reshape(-1).float()
         layer.support_avx512bf16_for_cpu = False
+
+
+# ---- datasets ----
+
+
+def flattened(rows: Dataset) -> Dataset:
+    """A data set whose table holds the selected rows alone, in their order, as `Dataset.flatten_indices` makes it.
+
+    That copies row by row. A table in memory is copied here by columns; one on disk is left to `flatten_indices`,
+    which writes to disk, too.
+    """
+    form = rows.format
+    if rows._indices is None:
+        return rows
+    if rows.cache_files or form["type"] == "custom":
+        return rows.flatten_indices()
+    table, indices = rows.data.table, rows._indices.column(0)
+    parts = [table.take(indices.slice(i, ROWS_TAKEN)) for i in range(0, len(indices), ROWS_TAKEN)]
+    flat = Dataset(
+        pyarrow.concat_tables(parts), info=rows.info.copy(), split=rows.split, fingerprint=rows._fingerprint
+    )
+    return flat.with_format(form["type"], form["columns"], form["output_all_columns"], **form["format_kwargs"])

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -95,13 +96,15 @@ def summarize_rows(rows: Iterable[Mapping[str, Any]]) -> DataSummary:
         rows: rows with `prompt` and `completion`, or tokenized ones with `input_ids` and `completion_mask`; other
             columns do not count.
     """
-    digests = []
+    encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
+    digests = bytearray()
     for row in rows:
         content = [row.get(key) for key in ("prompt", "completion")]
         if content[0] is None:
             content = [[int(i) for i in row[key]] for key in ("input_ids", "completion_mask")]
-        digests.append(hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).digest())
-    return DataSummary(len(digests), hashlib.sha256(b"".join(sorted(digests))).hexdigest())
+        digests += hashlib.sha256(encode(content).encode()).digest()
+    ordered = np.sort(np.frombuffer(digests, dtype="S32"))  # of one width, so that zeros at an end count
+    return DataSummary(len(ordered), hashlib.sha256(ordered.tobytes()).hexdigest())
 
 
 def digest_of_rows(rows: Any) -> str:

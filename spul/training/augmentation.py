@@ -10,6 +10,7 @@ from datasets import Dataset, concatenate_datasets
 
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
+from ..data.rows import column_values
 from ..evaluation.attacks.inputs import (
     UnchangedError,
     diluted,
@@ -53,7 +54,7 @@ def rewritings(
     Raises:
         ValueError: if `filler_rows` have too few different questions for `turns`.
     """
-    different = len(set(map(str, filler_rows["prompt"])))
+    different = len(set(map(str, column_values(filler_rows, "prompt"))))
     if wrong := [num for num in turns if not 1 <= num < different]:
         raise ValueError(
             f"turns has {wrong}; expected numbers from 1 to {different - 1}: filler_rows have {different} different "

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ..data.checks import forget_flags
 from ..data.collator import ForgetRetainCollator
+from ..data.rows import rows_at
 from ..losses.positions import response_positions
 from ..losses.terms import IGNORE_INDEX
 from ..losses.unlearning_loss import UnlearningLoss
@@ -120,7 +121,7 @@ class ReferenceCache:
                     return states
                 computed = []
                 for some in tqdm(positions[part].split(batch_size), file.stem, disable=not progress, leave=False):
-                    found = _response_states(base, collator.encoder.batch([dataset[index] for index in some.tolist()]))
+                    found = _response_states(base, collator.encoder.batch(rows_at(dataset, some.tolist())))
                     computed.append(found.to(head.dtype or found.dtype).cpu())
                 write_part(file, states := torch.cat(computed), checksums[part])
                 return states
@@ -232,7 +233,7 @@ def _read_rows(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollato
         )
     found = []
     for some in tqdm(compared.split(ROWS_READ_AT_ONCE), "reading rows", disable=not progress, leave=False):
-        batch = collator.encoder.batch([dataset[index] for index in some.tolist()])
+        batch = collator.encoder.batch(rows_at(dataset, some.tolist()))
         if "row_id" not in batch:
             raise ValueError(f"the rows have no row_id; {REMEDY}")
         counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)

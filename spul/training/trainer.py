@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from ..data.checks import check_is_forget, check_not_generic, forget_flags
 from ..data.collator import ForgetRetainCollator
-from ..data.rows import completion_text
+from ..data.rows import column_batches, completion_text, read_rows
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
 from ..layers.unlearning_layers import UnlearningLayers
@@ -155,12 +156,14 @@ class UnlearningTrainer(Trainer):
     ) -> None:
         """Refuse labels that are generic completions; record number and digest of the training rows."""
         if "completion" in getattr(rows, "column_names", ()):
-            check_not_generic(map(completion_text, rows["completion"]), collator.generic_completions)
+            completions = itertools.chain.from_iterable(column_batches(rows, "completion"))
+            check_not_generic(map(completion_text, completions), collator.generic_completions)
         if record is None:
             return
         record.generic_completions = collator.generic_completions
         for name, group in (("forget", True), ("retain", False)):
-            picked = (rows[i] for i, flag in enumerate(flags) if flag == group)
+            content = read_rows(rows, ("prompt", "completion", "input_ids", "completion_mask"))
+            picked = itertools.compress(content, (flag == group for flag in flags))
             setattr(record, name, summarize_rows(picked))
 
     def _set_signature_columns_if_needed(self) -> None:

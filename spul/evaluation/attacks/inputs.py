@@ -20,7 +20,7 @@ from torch import nn
 from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...data.encoder import RowEncoder
-from ...data.rows import completion_text
+from ...data.rows import column_values, completion_text
 from ..metrics.scoring import score_completions
 
 JAILBREAKS = (
@@ -271,7 +271,7 @@ def with_prompts_changed(rows: Dataset, change: Callable[[Dataset], Dataset], na
         ValueError: if completions change.
     """
     changed = change(rows)
-    if changed["completion"] != rows["completion"]:
+    if column_values(changed, "completion") != column_values(rows, "completion"):
         raise ValueError(f"{name!r} changes completions or the number of rows; only prompts may change.")
     return changed
 
@@ -292,7 +292,7 @@ def _changed(
         pieces = change(draws, list(row["prompt"].partition(row[text_field])))
         found.append({**row, "prompt": "".join(pieces), text_field: pieces[1]})
     changed = Dataset.from_list(found, features=rows.features)
-    if changed["prompt"] == rows["prompt"]:
+    if column_values(changed, "prompt") == column_values(rows, "prompt"):
         raise UnchangedError(f"every prompt stays as it was, such as {rows[0]['prompt']!r}: that is no attack.")
     return changed
 
@@ -345,7 +345,7 @@ def question_lost(rows: Dataset, lost: float, encoder: RowEncoder) -> str:
     field = encoder.text_field
     if field is None or lost <= 0:
         return ""
-    texts = encoder.tokenizer(list(rows[field]), add_special_tokens=False)["input_ids"]
+    texts = encoder.tokenizer(column_values(rows, field), add_special_tokens=False)["input_ids"]
     size = sum(map(len, texts)) / len(texts)
     if lost <= size / 2:
         return ""

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 
 from ...data.encoder import RowEncoder
-from ...data.rows import completion_text
+from ...data.rows import column_values, completion_text
 from ..metrics.embeddings import response_embeddings
 from .relearning import check_disjoint
 
@@ -55,7 +55,9 @@ def linear_probe(
     https://arxiv.org/abs/1909.03368
     """
     check_disjoint(train_rows, test_rows)
-    train, test = (np.array([completion_text(c) for c in rows["completion"]]) for rows in (train_rows, test_rows))
+    train, test = (
+        np.array([completion_text(c) for c in column_values(rows, "completion")]) for rows in (train_rows, test_rows)
+    )
     classes, counts = np.unique(train, return_counts=True)
     if len(classes) < 2 or num_shuffles < 1:
         raise ValueError(

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
+from ...data.rows import column_values
 from ...data.samplers import shuffled
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
@@ -27,7 +28,8 @@ def check_disjoint(rows: Dataset, held_out: Dataset) -> None:
     """Raise unless both have `prompt` and `completion`, and share no prompt."""
     check_rows(rows)
     check_rows(held_out, name="held_out")
-    if both := {str(prompt) for prompt in rows["prompt"]} & {str(prompt) for prompt in held_out["prompt"]}:
+    trained, tested = (set(map(str, column_values(part, "prompt"))) for part in (rows, held_out))
+    if both := trained & tested:
         raise ValueError(f"{len(both)} prompts stand in both sets, such as {min(both)!r}; hold out other rows.")
 
 

@@ -7,6 +7,7 @@ from functools import partial
 
 from datasets import Dataset
 
+from ...data.rows import column_values
 from ..aggregation import in_words
 from .inputs import (
     JAILBREAKS,
@@ -80,7 +81,7 @@ def usual_attacks(
     for i, text in enumerate(JAILBREAKS):
         attacks[f"jailbreak {i + 1} before"] = partial(with_prefix, text=text)
         attacks[f"jailbreak {i + 1} after"] = partial(with_suffix, text=text, text_field=text_field)
-    different = len(set(map(str, filler_rows["prompt"])))
+    different = len(set(map(str, column_values(filler_rows, "prompt"))))
     for num in turns:
         if num < different:
             attacks[DILUTED, num] = partial(diluted, filler_rows=filler_rows, num_turns=num, seed=seed)

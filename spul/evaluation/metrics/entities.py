@@ -10,6 +10,7 @@ from datasets import Dataset
 from torch import nn
 
 from ...data.encoder import RowEncoder
+from ...data.rows import column_values
 from .likelihood import response_likelihoods
 
 
@@ -28,7 +29,7 @@ def entity_rows(rows: Dataset, entities: Sequence[str]) -> Dataset:
     spelled = "|".join(r"\s+".join(map(re.escape, name.split())) for name in entities)
     pattern = re.compile(rf"(?<!\w)(?:{spelled})(?!\w)", re.IGNORECASE)
     found = []
-    for prompt in rows["prompt"]:
+    for prompt in column_values(rows, "prompt"):
         for match in pattern.finditer(prompt):
             before = prompt[: match.start()].rstrip()
             if not before:

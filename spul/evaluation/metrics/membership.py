@@ -17,7 +17,7 @@ from torch import nn
 
 from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
-from ...data.rows import completion_text
+from ...data.rows import column_values, completion_text
 from ...losses.terms import token_nll
 from ...models.causal_lm import bare_model, unwrapped
 from ...models.compat import own_parameters
@@ -213,7 +213,9 @@ def attack_scores(
     likelihoods = response_likelihoods(model, rows, encoder, batch_size, progress)
     scores = {
         "loss": loss_attack(likelihoods),
-        "zlib": zlib_attack(likelihoods, [completion_text(completion) for completion in rows["completion"]]),
+        "zlib": zlib_attack(
+            likelihoods, [completion_text(completion) for completion in column_values(rows, "completion")]
+        ),
         "min_k": min_k_attack(likelihoods, share),
         "min_k++": min_k_plus_plus_attack(likelihoods, share),
     }

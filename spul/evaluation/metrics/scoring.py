@@ -8,6 +8,7 @@ checked against the candidates that begin with the token the model chose.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...data.encoder import Encoded
-from ...data.rows import completion_text
+from ...data.rows import column_batches, completion_text, rows_at
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import evaluation_mode
@@ -160,7 +161,7 @@ def answer_scores(answers: Answers, generic_completions: Sequence[str] | None) -
 
 def task_classes(rows: Any) -> list[str]:
     """The labels of a set of rows; none if it has more than `MAX_CLASSES`, which makes it free-form."""
-    texts = {completion_text(completion) for completion in rows["completion"]}
+    texts = set(map(completion_text, itertools.chain.from_iterable(column_batches(rows, "completion"))))
     return sorted(texts) if len(texts) <= MAX_CLASSES else []
 
 
@@ -202,7 +203,7 @@ def collect_answers(
     """Answers to some rows of a set, by their indices; see `score_completions`."""
     check_rows(rows)
     classes = task_classes(rows)
-    picked = [rows[int(i)] for i in some]
+    picked = rows_at(rows, [int(i) for i in some])
     encoded = [collator.encoder.encode(row) for row in picked]
     answers = Answers([""] * len(picked), [""] * len(picked), [0.0] * len(picked))
     with evaluation_mode(model):

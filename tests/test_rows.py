@@ -1,0 +1,117 @@
+"""Rows read column by column are the rows read one by one, with few reads."""
+
+import pytest
+from datasets import Dataset
+from helpers import build, make_tokenizer
+from peft import PromptTuningConfig
+from transformers import TrainingArguments
+
+import spul.data.rows
+from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningTrainer, forget_retain_dataset
+from spul.data.checks import checked_column, checked_text_batches, forget_flags
+from spul.data.rows import column_batches, column_values, read_rows, rows_at
+from spul.data.samplers import row_lengths
+from spul.data.splits import split_by_entity, split_by_source
+from spul.evaluation.metrics.scoring import task_classes
+
+
+def make(num=10):
+    return Dataset.from_dict(
+        {
+            "prompt": [f"film {i}" for i in range(num)],
+            "completion": [[{"role": "assistant", "content": f"good {i % 2}"}] for i in range(num)],
+            "input_ids": [list(range(i + 1)) for i in range(num)],
+            "is_forget": [i < 2 for i in range(num)],
+        }
+    )
+
+
+def upper(batch):
+    return {"prompt": [text.upper() for text in batch["prompt"]], "is_forget": batch["is_forget"]}
+
+
+@pytest.fixture(params=["plain", "selected", "torch", "numpy"])
+def rows(request):
+    made = make()
+    if request.param == "selected":
+        return made.select([7, 2, 2, 9, 0, 4])
+    return made if request.param == "plain" else made.with_format(request.param)
+
+
+@pytest.fixture(params=[1, 3, 4096])
+def at_once(request, monkeypatch):
+    monkeypatch.setattr(spul.data.rows, "ROWS_READ_AT_ONCE", request.param)
+    return request.param
+
+
+def test_columns_and_rows_are_those_read_one_by_one_in_types_of_python(rows, at_once):
+    plain = [rows.with_format(None)[i] for i in range(len(rows))]
+    assert list(read_rows(rows)) == plain
+    assert list(read_rows(rows, ("prompt", "absent"))) == [{"prompt": row["prompt"]} for row in plain]
+    assert rows_at(rows, [3, 0, 3]) == [plain[i] for i in (3, 0, 3)]
+    assert rows_at(rows, []) == []
+    for column in rows.column_names:
+        assert column_values(rows, column) == [row[column] for row in plain]
+    batches = list(column_batches(rows, "input_ids"))
+    assert all(len(batch) <= at_once for batch in batches)
+    assert all(type(token) is int for batch in batches for ids in batch for token in ids)
+
+
+def test_a_function_that_makes_the_values_is_heeded(at_once):
+    rows = make().with_transform(upper)
+    assert column_values(rows, "prompt") == [f"FILM {i}" for i in range(10)]
+    assert list(read_rows(rows, ("prompt",)))[9]["prompt"] == rows_at(rows, [9])[0]["prompt"] == "FILM 9"
+
+
+def test_other_sequences_of_rows_are_read_as_they_are():
+    rows = [{"prompt": "a"}, {"prompt": "b"}]
+    assert list(read_rows(rows, ("completion",))) == rows
+    assert rows_at(rows, [1]) == rows[1:]
+
+
+def test_texts_read_in_parts_are_refused_as_those_read_at_once(at_once):
+    rows = Dataset.from_dict({"text": ["a", "b", None, "c", None]})
+    with pytest.raises(TypeError) as at_one_time:
+        checked_column(rows, "text")
+    with pytest.raises(TypeError, match="2 of 5 texts are not strings; the first is text 2: None") as in_parts:
+        list(checked_text_batches(rows, "text"))
+    assert str(in_parts.value) == str(at_one_time.value)
+
+
+def texts(num=600, named="bond"):
+    prompts = [f"film {i} {named if i % 3 else 'else'}" for i in range(num)]
+    columns = {"prompt": prompts, "completion": [" positive"] * num, "text": prompts, "length": list(range(num))}
+    return Dataset.from_dict({**columns, "source": [i % 3 for i in range(num)]})
+
+
+def joined():
+    return forget_retain_dataset(texts(), texts(named="hunt").filter(lambda row: "hunt" in row["prompt"]))
+
+
+def trainer(rows, tmp_path):
+    unlearner = SoftPromptUnlearner(build("llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    collator = ForgetRetainCollator(make_tokenizer(), [" neutral"], max_length=16)
+    args = TrainingArguments(tmp_path, train_sampling_strategy="group_by_length", report_to=[], use_cpu=True)
+    return UnlearningTrainer(unlearner, args, collator, rows)
+
+
+@pytest.mark.parametrize(
+    ("make_rows", "call"),
+    [
+        (texts, lambda rows, _: forget_retain_dataset(rows.select(range(200)), rows.select(range(200, 600)))),
+        (texts, lambda rows, _: split_by_entity(rows, ["Bond", "Zoe"])),
+        (texts, lambda rows, _: split_by_source(rows, [2])),
+        (texts, lambda rows, _: task_classes(rows)),
+        (texts, lambda rows, _: row_lengths(rows, None)),
+        (joined, lambda rows, _: forget_flags(rows)),
+        (joined, trainer),
+    ],
+    ids=["join", "entity", "source", "classes", "lengths", "flags", "trainer"],
+)
+def test_a_large_set_is_read_in_few_reads(make_rows, call, tmp_path, monkeypatch):
+    rows, reads = make_rows(), []
+    one_by_one = Dataset.__getitem__, Dataset.__iter__
+    monkeypatch.setattr(Dataset, "__getitem__", lambda self, key: reads.append(1) or one_by_one[0](self, key))
+    monkeypatch.setattr(Dataset, "__iter__", lambda self: reads.extend([1] * len(self)) or one_by_one[1](self))
+    call(rows, tmp_path)
+    assert 0 < len(reads) < 20
