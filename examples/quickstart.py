@@ -26,9 +26,14 @@ from peft import PeftModel, PrefixTuningConfig
 from toy_reviews import GENERIC, build_base, make_splits
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
 
-from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
-from spul.data.dataset import forget_retain_dataset
-from spul.evaluation.metrics.scoring import score_completions
+from spul import (
+    ForgetRetainCollator,
+    SoftPromptUnlearner,
+    UnlearningLoss,
+    UnlearningTrainer,
+    forget_retain_dataset,
+    score_completions,
+)
 
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 ROWS = {
