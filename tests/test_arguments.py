@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers import CONFIGS, build, build_unlearner, make_batch, stirred
-from transformers import DynamicCache, GenerationConfig
+from helpers import CONFIGS, build, build_unlearner, make_batch, make_tokenizer, stirred
+from transformers import DynamicCache, GenerationConfig, pipeline
+from transformers.generation.streamers import BaseStreamer
 
 IDS = torch.randint(5, 120, (1, 7), generator=torch.Generator().manual_seed(4))
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
@@ -153,3 +154,22 @@ def test_methods_of_the_base_that_generate_are_out_of_reach(name):
 def test_chunked_prefill_keeps_the_prompt():
     unlearner = build_unlearner()
     assert unlearner.generate(IDS, prefill_chunk_size=3, **GREEDY).tolist() == decoded_by_hand(unlearner, IDS)
+
+
+def test_a_pipeline_and_a_streamer_keep_the_prompt():
+    unlearner, tokenizer, streamed = build_unlearner(), make_tokenizer(), []
+    run = pipeline("text-generation", model=unlearner, tokenizer=tokenizer, device="cpu")
+    ids = tokenizer("the film is", return_tensors="pt").input_ids
+    found = run("the film is", return_tensors=True, max_new_tokens=6, min_new_tokens=6, do_sample=False)
+    expected = decoded_by_hand(unlearner, ids)
+    assert found[0]["generated_token_ids"] == expected[0]
+
+    class Streamer(BaseStreamer):
+        def put(self, value):
+            streamed.extend(value.flatten().tolist())
+
+        def end(self):
+            streamed.append("end")
+
+    unlearner.generate(ids, streamer=Streamer(), **GREEDY)
+    assert streamed == [*expected[0], "end"]

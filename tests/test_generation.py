@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import CONFIGS, SHAPE, build_unlearner
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import Llama4ForCausalLM, Llama4TextConfig, Phi3Config, Phi3ForCausalLM
 
 from spul import SoftPromptUnlearner
 
@@ -30,6 +30,32 @@ def test_each_row_is_continued_as_alone(prompt_type, side, window):
     assert torch.equal(found[:, :WIDTH], batch["input_ids"])
     for row, out in zip(rows, found, strict=True):
         assert out[WIDTH:].tolist() == unlearner.generate(row[None], **new)[0, len(row) :].tolist()
+
+
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_in_chunked_attention_each_row_is_continued_as_alone(prompt_type):
+    shape = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 48}
+    kinds = ["chunked_attention", "full_attention"]
+    torch.manual_seed(0)
+    base = Llama4ForCausalLM(Llama4TextConfig(**shape, attention_chunk_size=6, layer_types=kinds, moe_layers=[]))
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    unlearner = SoftPromptUnlearner(base.eval(), CONFIGS[prompt_type](4)).eval()
+    rows, batch = unequal_rows()
+    new = {"max_new_tokens": 8, "min_new_tokens": 8, **GREEDY}
+    found = unlearner.generate(**batch, **new)
+    for row, out in zip(rows, found, strict=True):
+        alone = row[None]
+        if prompt_type != "prefix_tuning":
+            with torch.no_grad():
+                for _ in range(8):
+                    logits = concatenated(unlearner, alone)[:, -1]
+                    logits[:, 2] = -torch.inf
+                    alone = torch.cat([alone, logits.argmax(-1, keepdim=True)], dim=1)
+        else:
+            alone = unlearner.generate(alone, **new)
+        assert out[WIDTH:].tolist() == alone[0, len(row) :].tolist()
 
 
 @pytest.mark.parametrize("prompt_type", ["prompt_tuning", "p_tuning"])

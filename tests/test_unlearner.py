@@ -407,8 +407,17 @@ def test_families_without_a_plain_cache_are_concatenated(caplog):
     torch.testing.assert_close(out.loss, plain_losses(unlearner, batch)[0], rtol=1e-4, atol=1e-4)
     out.loss.backward()
     assert "no plain key/value cache" in caplog.text
-    with pytest.raises(ValueError, match="no plain key/value cache, which generate"):
-        unlearner.generate(batch["input_ids"])
+    unlearner.eval()
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+    ids = batch["input_ids"][:1]
+    found, expected = unlearner.generate(ids, **settings), ids
+    for _ in range(5):
+        logits = row_logits(unlearner, expected[0])[-1]
+        logits[2] = -torch.inf
+        expected = torch.cat([expected, logits.argmax()[None, None]], dim=1)
+    assert found.tolist() == expected.tolist()
+    with pytest.raises(ValueError, match=r"no plain key/value cache, which generate needs .* unequal length"):
+        unlearner.generate(batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
 def test_models_that_cannot_select_positions_give_the_same_loss():

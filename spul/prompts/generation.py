@@ -10,7 +10,7 @@ from peft import PeftModelForCausalLM, PeftType
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..models.causal_lm import cache_switch, max_positions
+from ..models.causal_lm import cache_switch, max_positions, warn_once
 from .arguments import (
     changed_settings,
     check_generate_arguments,
@@ -47,29 +47,42 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     base.eval()  # gradient checkpointing, in training mode, would drop the cache and the prompt with it
     try:
         with torch.no_grad():
-            states, limit = prompt_states(model), max_positions(base)
-            if states is None:
-                raise ValueError(
-                    f"{type(base).__name__} has no plain key/value cache, which generate under a soft prompt needs. "
-                    "Score answers with spul.score_completions instead."
-                )
-            if limit is not None and states.num_virtual_tokens + input_ids.shape[1] >= limit:
-                raise ValueError(
-                    f"{states.num_virtual_tokens} virtual tokens and {input_ids.shape[1]} tokens leave no room in the "
-                    f"model's {limit} positions to generate anything; shorten the input."
-                )
-            lengths = attention_mask.ne(0).sum(dim=1)
-            longest = states.num_virtual_tokens + input_ids.shape[1] + _max_new_tokens(settings, input_ids.shape[1])
-            _check_switch(model, states.num_virtual_tokens + int(lengths.min()), longest)
-            if outgrows_cache(model, longest - states.num_virtual_tokens):
-                return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
-            if len(lengths.unique()) > 1 and _crosses_window(base, longest):
-                if model.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
-                    return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
-                return _generate_by_length(model, states, settings, input_ids, attention_mask, kwargs)
-            return _generate(model, states, settings, input_ids, attention_mask, kwargs)
+            return _generate_in_evaluation_mode(model, settings, input_ids, attention_mask, kwargs)
     finally:
         base.train(was_training)
+
+
+def _generate_in_evaluation_mode(
+    model: PeftModelForCausalLM, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
+) -> Any:
+    base: Any = model.get_base_model()
+    config, width, limit = model.active_peft_config, input_ids.shape[1], max_positions(base)
+    num_virtual, is_prefix = config.num_virtual_tokens, config.peft_type == PeftType.PREFIX_TUNING
+    if limit is not None and num_virtual + width >= limit:
+        raise ValueError(
+            f"{num_virtual} virtual tokens and {width} tokens leave no room in the model's {limit} positions to "
+            "generate anything; shorten the input."
+        )
+    lengths = attention_mask.ne(0).sum(dim=1)
+    unequal = len(lengths.unique()) > 1
+    num_new = _max_new_tokens(settings, width)
+    _check_switch(model, num_virtual + int(lengths.min()), num_virtual + width + num_new)
+    states = prompt_states(model)
+    if states is None:
+        if is_prefix or unequal:
+            raise ValueError(
+                f"{type(base).__name__} has no plain key/value cache, which generate needs under a prefix and for "
+                "rows of unequal length; pass rows of one length, under PromptTuningConfig or PromptEncoderConfig."
+            )
+        warn_once(f"{type(base).__name__} has no plain key/value cache: the prompt is concatenated to every row.")
+        return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
+    if outgrows_cache(model, width + num_new):
+        return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
+    if unequal and _crosses_window(base, num_virtual + width + num_new):
+        if not is_prefix:
+            return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
+        return _generate_by_length(model, states, settings, input_ids, attention_mask, kwargs)
+    return _generate(model, states, settings, input_ids, attention_mask, kwargs)
 
 
 def _pads_first(attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -227,12 +240,15 @@ def _check_switch(model: PeftModelForCausalLM, shortest: int, longest: int) -> N
 
 
 def _crosses_window(base: Any, num_tokens: int) -> bool:
-    """Whether `num_tokens` (prompt, input and the longest answer) exceed a layer's sliding window."""
+    """Whether `num_tokens` (prompt, input and the longest answer) exceed a layer's sliding window, or its chunk."""
     config = base.config.get_text_config()
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    if window is None or (kinds is not None and "sliding_attention" not in kinds):
-        return False
-    return num_tokens > window
+    kinds = getattr(config, "layer_types", None)
+    windows = [
+        getattr(config, name, None)
+        for name, kind in (("sliding_window", "sliding_attention"), ("attention_chunk_size", "chunked_attention"))
+        if kinds is None or kind in kinds
+    ]
+    return any(window is not None and num_tokens > window for window in windows)
 
 
 def _mask_from_pads(settings: GenerationConfig, input_ids: Tensor) -> Tensor:
