@@ -162,6 +162,21 @@ def test_data_length_and_loss_are_checked(tmp_path):
         combine(build("llama"), folders, loss=UnlearningLoss(), **given)
 
 
+def test_a_base_is_as_before_where_combining_fails(tmp_path):
+    given, folders = training(tmp_path), save_three(tmp_path)
+    damaged = folders[2] / "adapter_model.safetensors"
+    for fail in ({"loss": UnlearningLoss()}, {"num_virtual_tokens": 10}, {}):
+        base = build("llama").train()
+        dropout = base.model.layers[0].self_attn.attention_dropout
+        if not fail:
+            damaged.write_bytes(damaged.read_bytes()[:99])
+        with pytest.raises(ValueError, match=r"loss is for rows|num_virtual_tokens=10|no whole safetensors"):
+            combine(base, folders, **fail, **given)
+        assert all(parameter.requires_grad for parameter in base.parameters())
+        assert all(module.training for module in base.modules())
+        assert base.model.layers[0].self_attn.attention_dropout == dropout > 0
+
+
 # ---- distillation from the prompts' own behavior ----
 
 

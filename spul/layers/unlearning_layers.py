@@ -282,9 +282,10 @@ class UnlearningLayers(nn.Module, Unlearner):
             ValueError: if they are for another model.
         """
         config = UnlearningLayersConfig(**saved.config)
-        if isinstance(base, PreTrainedModel):  # else the constructor raises; it allocates by the config's word
-            names = feed_forward_blocks(base, config.target_modules)
-            files.check_state(saved.state, layer_shapes(names, *widths(base, config)))
+        if not isinstance(base, PreTrainedModel):
+            return cls(base, config)  # which raises
+        names = feed_forward_blocks(base, config.target_modules)
+        files.check_state(saved.state, layer_shapes(names, *widths(base, config)))  # before it allocates
         with unchanged_on_error(base):
             layers = cls(base, config)
             try:

@@ -93,6 +93,9 @@ def check_sizes(config: Any, where: str) -> None:
             raise ValueError(
                 f"{where}: {name} is {getattr(config, name)!r}; expected an integer of at least 1, as PEFT writes it."
             )
+    base = config.base_model_name_or_path
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"{where}: base_model_name_or_path is {base!r}; expected text, or null.")
     hidden = getattr(config, "encoder_hidden_size", None)
     if hidden is not None and not is_count(hidden, least=1):
         raise ValueError(f"{where}: encoder_hidden_size is {hidden!r}; expected an integer of at least 1, or null.")
@@ -124,8 +127,11 @@ def encoder_shapes(config: Any) -> Shapes:
     config.inference_mode, config.num_transformer_submodules = False, 1
     config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
     kind = PrefixEncoder if _is_prefix(config) else PromptEncoder
-    with torch.device("meta"):
-        encoder = kind(config)
+    try:
+        with torch.device("meta"):
+            encoder = kind(config)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"PEFT cannot build the encoder that the prompt's config describes: {error}.") from error
     return {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
 
 

@@ -18,7 +18,8 @@ from ..data.collator import ForgetRetainCollator
 from ..losses.positions import response_positions
 from ..losses.terms import KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import load_base, logits_at
+from ..models.causal_lm import load_base, logits_at, unchanged_on_error
+from ..prompts.configs import check_causal_lm
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.spul_config import requests_of
 from .trainer import UnlearningTrainer
@@ -72,44 +73,51 @@ def combine(
     Raises:
         ValueError: for no prompt or the same one twice; for prefix tuning among other kinds; for more virtual tokens
             than the prompts have together; for a `loss` without `is_forget`.
-        TypeError: for an adapter that is no soft prompt, a single path instead of a list, or rows that are no
-            `datasets.Dataset`.
+        TypeError: for an adapter that is no soft prompt, a base that has an adapter, a single path instead of a list,
+            or rows that are no `datasets.Dataset`.
 
     Warns:
         UserWarning: if a prompt was trained on other weights than this base has.
     """
     check_rows(train_dataset, columns=(), name="train_dataset")
-    parts = _load(model, prompts)
-    rows = torch.cat([virtual_tokens(part) for part in parts])
-    num = max(len(virtual_tokens(part)) for part in parts) if num_virtual_tokens is None else num_virtual_tokens
-    if not 1 <= num <= len(rows):
-        raise ValueError(
-            f"num_virtual_tokens={num_virtual_tokens}: the prompts together have {len(rows)}; expected 1 to as many."
-        )
-    base = parts[0].get_base_model()
-    student = SoftPromptUnlearner(base, _config(parts[0], num))
-    with torch.no_grad():
-        virtual_tokens(student).copy_(_evenly_spaced(rows, num))
-    flagged = "is_forget" in train_dataset.column_names
-    if flagged:
-        student.loss = UnlearningLoss() if loss is None else loss
-        trainer = UnlearningTrainer(student, args, data_collator, train_dataset, **trainer_kwargs)
-    else:
-        if loss is not None:
-            raise ValueError("loss is for rows with is_forget; rows without it are trained toward the prompts.")
-        trainer = _DistillationTrainer(student, parts, train_dataset, data_collator, args, **trainer_kwargs)
-    trainer.train()
-    record = student.spul_config
-    record.combined_from = requests_of(part.spul_config for part in parts)
-    if flagged:
-        record.loss = student.loss.to_dict()
-    else:
-        record.loss = record.forget = record.retain = None  # the inputs are neither forget nor retain rows
-    combined = SoftPromptUnlearner(base, _config(parts[0], num, inference_mode=True))
-    with torch.no_grad():
-        virtual_tokens(combined).copy_(virtual_tokens(student))
-    combined.spul_configs[combined.active_adapter] = record
-    return combined.eval()
+    if isinstance(prompts, (str, os.PathLike)):
+        raise TypeError(f"prompts={str(prompts)!r} is one prompt; expected a list of them.")
+    if not prompts:
+        raise ValueError("prompts is empty; expected one or more saved prompts.")
+    base = load_base(model, {})
+    check_causal_lm(base)
+    with unchanged_on_error(base):
+        parts = _load(base, prompts)
+        rows = torch.cat([virtual_tokens(part) for part in parts])
+        num = max(len(virtual_tokens(part)) for part in parts) if num_virtual_tokens is None else num_virtual_tokens
+        if not 1 <= num <= len(rows):
+            raise ValueError(
+                f"num_virtual_tokens={num_virtual_tokens}: the prompts together have {len(rows)}; expected 1 "
+                "to as many."
+            )
+        student = SoftPromptUnlearner(base, _config(parts[0], num))
+        with torch.no_grad():
+            virtual_tokens(student).copy_(_evenly_spaced(rows, num))
+        flagged = "is_forget" in train_dataset.column_names
+        if flagged:
+            student.loss = UnlearningLoss() if loss is None else loss
+            trainer = UnlearningTrainer(student, args, data_collator, train_dataset, **trainer_kwargs)
+        else:
+            if loss is not None:
+                raise ValueError("loss is for rows with is_forget; rows without it are trained toward the prompts.")
+            trainer = _DistillationTrainer(student, parts, train_dataset, data_collator, args, **trainer_kwargs)
+        trainer.train()
+        record = student.spul_config
+        record.combined_from = requests_of(part.spul_config for part in parts)
+        if flagged:
+            record.loss = student.loss.to_dict()
+        else:
+            record.loss = record.forget = record.retain = None  # the inputs are neither forget nor retain rows
+        combined = SoftPromptUnlearner(base, _config(parts[0], num, inference_mode=True))
+        with torch.no_grad():
+            virtual_tokens(combined).copy_(virtual_tokens(student))
+        combined.spul_configs[combined.active_adapter] = record
+        return combined.eval()
 
 
 # ---- prompts ----
@@ -123,13 +131,8 @@ def virtual_tokens(unlearner: SoftPromptUnlearner) -> Tensor:
     return unlearner.prompt_encoder[unlearner.active_adapter].embedding.weight
 
 
-def _load(model: nn.Module | str | os.PathLike, prompts: Sequence[str | os.PathLike]) -> list[SoftPromptUnlearner]:
+def _load(base: Any, prompts: Sequence[str | os.PathLike]) -> list[SoftPromptUnlearner]:
     """The base under each prompt, after a check that the prompts fit it and each other."""
-    if isinstance(prompts, (str, os.PathLike)):
-        raise TypeError(f"prompts={str(prompts)!r} is one prompt; expected a list of them.")
-    if not prompts:
-        raise ValueError("prompts is empty; expected one or more saved prompts.")
-    base = load_base(model, {})
     parts = [SoftPromptUnlearner.from_pretrained(base, prompt) for prompt in prompts]
     kinds = [PeftType(part.active_peft_config.peft_type) for part in parts]
     if PeftType.PREFIX_TUNING in kinds and len(set(kinds)) > 1:
