@@ -452,6 +452,18 @@ def test_empty_or_repeated_generic_completions_are_refused(words, generic):
         ForgetRetainCollator(words, generic)
 
 
+@pytest.mark.parametrize("flag", ["False", 2, None])
+def test_a_flag_that_is_none_is_refused_with_its_row_and_value(words, flag):
+    collator = ForgetRetainCollator(words, GENERIC)
+    row = {"prompt": "a", "completion": " d"}
+    rows = [{**row, "is_forget": False}, {**row, "is_forget": flag}]
+    with pytest.raises(ValueError, match=f"row 1 of the batch has is_forget={flag!r}; expected True or False"):
+        collator(rows)
+    for call in (collator.tokenize, lambda row: collator([row])):
+        with pytest.raises(ValueError, match=f"the row with row_id=7 has is_forget={flag!r}; expected True or False"):
+            call({**rows[1], "row_id": 7})
+
+
 def test_rows_without_is_forget_are_refused_with_the_trainers_option(words):
     rows = [{"prompt": "a", "completion": " d", "is_forget": True}, {"completion": " d", "prompt": "b"}]
     with pytest.raises(ValueError, match=r"a row has no is_forget, only \['completion', 'prompt'\]") as error:

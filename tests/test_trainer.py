@@ -372,3 +372,31 @@ def test_forget_rows_that_keep_their_own_answers_are_warned_about(tmp_path, capl
         assert not caplog.records
         make_trainer(tmp_path, collator=make_collator(generic_completions=None))
     assert "CrossEntropy makes the completions of forget rows likely" in caplog.text
+
+
+def one_side(is_forget):
+    rows = make_dataset()
+    return rows.select([i for i, flag in enumerate(rows["is_forget"]) if flag == is_forget])
+
+
+@pytest.mark.parametrize(
+    ("is_forget", "message"), [(False, "nothing is forgotten"), (True, "nothing is retained. Join both sets")]
+)
+def test_a_training_set_of_one_side_is_warned_of_once(tmp_path, caplog, is_forget, message):
+    trainer = make_trainer(tmp_path, dataset=one_side(is_forget), max_steps=2)
+    trainer.train()
+    assert [message in record.getMessage() for record in caplog.records if "training rows" in record.message] == [True]
+
+
+def test_forget_rows_alone_are_right_where_the_loss_weighs_no_others(tmp_path, caplog):
+    unlearner = make_unlearner(loss=UnlearningLoss(alpha=0.0, beta=0.0))
+    make_trainer(tmp_path, unlearner=unlearner, dataset=one_side(True))
+    assert "training rows" not in caplog.text
+
+
+@pytest.mark.parametrize("reference", ["cached", "live"])
+def test_rows_that_share_a_row_id_are_refused_whatever_the_reference(tmp_path, reference):
+    rows = make_dataset().remove_columns("row_id")
+    rows = rows.add_column("row_id", [i // 2 for i in range(len(rows))])
+    with pytest.raises(ValueError, match=r"rows 0 and 1 of train_dataset share row_id=0"):
+        make_trainer(tmp_path, dataset=rows, reference=reference)

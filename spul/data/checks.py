@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset
 
 from .rows import normalized
@@ -63,16 +65,81 @@ def forget_flags(rows: Any, name: str = "train_dataset") -> list[bool]:
     """The `is_forget` flags of a data set, or of any sequence of rows.
 
     Raises:
-        ValueError: if the data set or a row has none.
+        ValueError: if the data set or a row has none, or a flag is not a bool, 0 or 1.
     """
     if hasattr(rows, "column_names"):
         check_is_forget(rows.column_names, name)
-        return [bool(flag) for flag in rows["is_forget"]]
+        return [checked_flag(flag, f"row {i} of {name}") for i, flag in enumerate(rows["is_forget"][:])]
     flags = []
-    for row in rows:
-        check_is_forget(row, f"a row of {name}")
-        flags.append(bool(row["is_forget"]))
+    for i, row in enumerate(rows):
+        check_is_forget(row, f"row {i} of {name}")
+        flags.append(checked_flag(row["is_forget"], f"row {i} of {name}"))
     return flags
+
+
+def checked_flag(flag: Any, name: str) -> bool:
+    """The flag `is_forget` of a row as a bool.
+
+    Args:
+        flag: a bool, 0 or 1, of Python, numpy or torch.
+        name: the row's name in the message.
+
+    Raises:
+        ValueError: if it is anything else: the text "False", a missing value, 2.
+    """
+    number = _whole_number(flag, bools=True)
+    if number not in (0, 1):
+        raise ValueError(
+            f"{name} has is_forget={flag!r}; expected True or False, or 1 or 0. Convert the column, or make the data "
+            "set with forget_retain_dataset(forget, retain)."
+        )
+    return bool(number)
+
+
+def check_row_ids(rows: Any, name: str = "train_dataset") -> None:
+    """Check that the rows of a data set, or of any sequence of rows, have different whole numbers as `row_id`.
+
+    A data set without the column passes.
+
+    Raises:
+        ValueError: if two rows share one, or one is not a whole number.
+    """
+    if hasattr(rows, "column_names"):
+        values = rows["row_id"][:] if "row_id" in rows.column_names else []
+    else:
+        values = [row["row_id"] for row in rows if "row_id" in row]
+    first: dict[int, int] = {}
+    for i, value in enumerate(values):
+        number = checked_row_id(value, f"row {i} of {name}")
+        if first.setdefault(number, i) != i:
+            raise ValueError(
+                f"rows {first[number]} and {i} of {name} share row_id={number}; expected a different whole number for "
+                "each row. Join data sets with forget_retain_dataset(forget, retain), which numbers them anew."
+            )
+
+
+def checked_row_id(value: Any, name: str) -> int:
+    """The `row_id` of a row as an int.
+
+    Raises:
+        ValueError: if it is not a whole number.
+    """
+    number = _whole_number(value, bools=False)
+    if number is None:
+        raise ValueError(
+            f"{name} has row_id={value!r}; expected a whole number, such as forget_retain_dataset(forget, retain) "
+            "gives each row."
+        )
+    return number
+
+
+def _whole_number(value: Any, bools: bool) -> int | None:
+    """A whole number of Python, numpy or torch as an int, bools among them where allowed; None for all else."""
+    if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)):
+        return int(value) if bools else None
+    return int(value) if isinstance(value, (int, np.integer)) else None
 
 
 def check_not_generic(completions: Iterable[str], generic_completions: Sequence[str] | None) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .checks import check_is_forget, check_not_generic
+from .checks import check_is_forget, check_not_generic, checked_flag
 from .encoder import Encoded, RowEncoder
 from .rows import completion_text, normalized, prompt_of
 
@@ -96,7 +96,8 @@ class ForgetRetainCollator:
 
         Raises:
             TypeError: if `rows` is one mapping of columns.
-            ValueError: if there are no rows, a row lacks a column, or its completion is one of the generic ones.
+            ValueError: if there are no rows, a row lacks a column, its `is_forget` is not a bool, 0 or 1, or its
+                completion is one of the generic ones.
         """
         if isinstance(rows, Mapping):
             raise TypeError(
@@ -107,11 +108,12 @@ class ForgetRetainCollator:
             raise ValueError("there are no rows to collate; expected at least one.")
         for row in rows:
             check_is_forget(row, "a row")
+        flags = [self._flag(row, i) for i, row in enumerate(rows)]
         encoded = []
-        for row in rows:
+        for row, is_forget in zip(rows, flags, strict=True):
             own = self.encoder.encode(row)
             self._check_completion(row, own.completion_ids)
-            if row["is_forget"] and self.generic_completions is not None:
+            if is_forget and self.generic_completions is not None:
                 draw = self._draw(row)
                 ids = row.get("generic_ids")
                 generic = self.generic_completions[draw] if ids is None else [int(i) for i in ids[draw]]
@@ -125,16 +127,26 @@ class ForgetRetainCollator:
 
         Long rows are cut once instead of in every epoch, and lengths are known to `group_by_length`.
         """
+        is_forget = "is_forget" in row and self._flag(row)
         encoded = self.encoder.encode(row)
-        if "input_ids" not in row and self.generic_completions is not None and row.get("is_forget"):
+        if "input_ids" not in row and self.generic_completions is not None and is_forget:
             encoded = self.encoder.encode(row, reserve=self._reserve(row, encoded))
         mask = [0] * len(encoded.prompt_ids) + [1] * len(encoded.completion_ids)
         columns = {name: row[name] for name in ("is_forget", "row_id") if name in row}
         if "input_ids" not in row and not isinstance(row["completion"], str) and self.generic_completions is not None:
             # A chat template puts tokens of its own around answers, which a tokenized row does not show.
-            texts = self.generic_completions if row.get("is_forget") else []
+            texts = self.generic_completions if is_forget else []
             columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]
         return {"input_ids": encoded.prompt_ids + encoded.completion_ids, "completion_mask": mask, **columns}
+
+    @staticmethod
+    def _flag(row: Mapping[str, Any], number: int | None = None) -> bool:
+        """The checked flag of a row, named in messages by its `row_id`, or its number in the batch."""
+        if "row_id" in row:
+            name = f"the row with row_id={row['row_id']}"
+        else:
+            name = "a row" if number is None else f"row {number} of the batch"
+        return checked_flag(row["is_forget"], name)
 
     def _reserve(self, row: Mapping[str, Any], own: Encoded) -> int:
         """Tokens of the longest completion that a forget row can get, so that every draw has the same prompt."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..losses.terms import IGNORE_INDEX
+from .checks import checked_flag, checked_row_id
 from .rows import is_empty
 
 # Text before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
@@ -128,9 +129,11 @@ class RowEncoder:
             batch["attention_mask"][i, :length] = 1
             batch["labels"][i, len(one.prompt_ids) : length] = torch.tensor(one.completion_ids)
         if all("is_forget" in row for row in rows):
-            batch["is_forget"] = torch.tensor([bool(row["is_forget"]) for row in rows])
+            flags = [checked_flag(row["is_forget"], f"row {i} of the batch") for i, row in enumerate(rows)]
+            batch["is_forget"] = torch.tensor(flags)
         if all("row_id" in row for row in rows):
-            batch["row_id"] = torch.tensor([int(row["row_id"]) for row in rows])
+            ids = [checked_row_id(row["row_id"], f"row {i} of the batch") for i, row in enumerate(rows)]
+            batch["row_id"] = torch.tensor(ids)
         return batch
 
     def encode(self, row: Mapping[str, Any], completion: str | list[int] | None = None, reserve: int = 0) -> Encoded:

@@ -26,7 +26,7 @@ from ..models.unlearner import Unlearner, unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import summarize_rows
 from ..records.spul_config import SpulConfig
-from .checks import check_options, checked_loss, last_complete_checkpoint
+from .checks import check_options, check_training_rows, checked_loss, last_complete_checkpoint
 from .forward import unlearning_forward
 from .reference import ReferenceCache
 
@@ -66,8 +66,8 @@ class UnlearningTrainer(Trainer):
 
     Raises:
         TypeError: if model or collator are of another type.
-        ValueError: for options of `Trainer` that contradict this loss, rows without `is_forget`, or labels that are
-            generic completions too.
+        ValueError: for options of `Trainer` that contradict this loss, rows without `is_forget`, rows that share a
+            `row_id`, or labels that are generic completions too.
     """
 
     # The loss is already divided by the counts of the whole step.
@@ -104,6 +104,7 @@ class UnlearningTrainer(Trainer):
         self._sampler: EpochSampler | None = None
         if train_dataset is not None:
             self._flags = forget_flags(train_dataset)
+            self._check_rows(train_dataset, loss)
             self._describe_data(unlearner_of(model).spul_config, data_collator, train_dataset, self._flags)
             settings = TrainingArguments() if args is None else args
             self._sampler = epoch_sampler(
@@ -143,6 +144,10 @@ class UnlearningTrainer(Trainer):
         self._terms_since = self.state.global_step
 
     # ---- data ----
+
+    def _check_rows(self, rows: Any, loss: UnlearningLoss) -> None:
+        """Refuse rows that cannot be told apart, and warn of sets that cannot do what the loss is for."""
+        check_training_rows(rows, self._flags, loss)
 
     @staticmethod
     def _describe_data(
