@@ -262,10 +262,11 @@ def test_a_conversation_is_rendered_once_for_each_generic_completion(tokenizer, 
     rows = list(forget_retain_dataset(talks("who", "why", "film", "plot"), talks("good")))
     collator = ForgetRetainCollator(tokenizer, REFUSALS)
     batches = [collator(rows) for _ in range(3)]
-    assert len(counted) == 4 * (len(REFUSALS) + 2) + 2
+    expected = 4 * (len(REFUSALS) + 2) + 2 + 1  # the last one shows what the template puts after an answer
+    assert len(counted) == expected
     collator.tokenize(rows[0])
     collator.encoder.with_max_length(60).encode(rows[0], REFUSALS[0])
-    assert len(counted) == 4 * (len(REFUSALS) + 2) + 2
+    assert len(counted) == expected
 
     # What a fresh encoder renders anew is the same.
     for batch in batches:

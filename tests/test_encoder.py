@@ -271,6 +271,67 @@ def test_a_template_that_renders_the_prompt_differently_is_refused(tokenizer):
         RowEncoder(tokenizer, 64).encode(talk("is the film good", "unknown"))
 
 
+# ---- one beginning of the sequence ----
+
+
+def test_a_prompt_that_begins_with_the_beginning_of_sequence_token_gets_no_second_one(ten):
+    tokenizer = with_template(ten, "<s> $A")
+    assert tokenizer("<s> a b")["input_ids"] == [1, 1, 3, 4]  # the trap
+    assert RowEncoder(tokenizer, 8).encode(row("<s> a b", " c")) == Encoded([1, 3, 4], [5])
+    assert RowEncoder(tokenizer, 8).encode(row("a <s> b", " c")) == Encoded([1, 3, 1, 4], [5])
+    assert RowEncoder(word_level(*"abc"), 8).encode(row("<s> a b", " c")) == Encoded([1, 3, 4], [5])
+
+
+def test_a_text_field_is_found_after_the_one_beginning_of_sequence_token(ten):
+    encoder = RowEncoder(with_template(ten, "<s> $A </s>"), 5, text_field="text")
+    assert encoder.encode(row("<s> a b c d", " i", text="b c d")) == Encoded([1, 3, 4, 5], [11])
+
+
+def test_a_conversation_rendered_to_text_is_encoded_as_the_conversation(chatty):
+    chatty = with_template(chatty, "<s> $A")
+    messages = talk("is the film good", "unknown")
+    text = chatty.apply_chat_template(messages["prompt"], add_generation_prompt=True, tokenize=False)
+    encoder = RowEncoder(chatty, 64)
+    assert encoder.encode(row(text, "unknown")).prompt_ids == encoder.encode(messages).prompt_ids
+
+
+# ---- what a chat template adds after the answer ----
+
+ENDINGS = {  # after the answer: the whole of it, and what is trained
+    "end of turn and newline": ("</s>\n", "</s>"),
+    "end of turn": ("</s>", "</s>"),
+    "newline, end of turn, newline": ("\n</s>\n", "\n</s>"),
+    "two special tokens": ("</s><s>", "</s>"),
+    "text": (" .\n", " ."),
+    "newline": ("\n", ""),
+    "nothing": ("", ""),
+}
+
+
+@pytest.mark.parametrize("answer", ["unknown", "the film is good", "s", "is", "a\nb", "</s>", "user"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_completion_ends_with_the_end_of_turn_and_the_answers_own_tokens_are_known(tokenizer, ending, answer):
+    whole, trained = ENDINGS[ending]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}"
+        + whole.replace("\n", "{{ '\\n' }}")
+        + "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    messages = talk("is the film good", answer)
+    rendered = tokenizer.apply_chat_template([*messages["prompt"], *messages["completion"]], tokenize=False)
+    assert rendered.endswith(f"assistant\n{answer}{whole}")
+    encoder = RowEncoder(tokenizer, 64)
+    for encoded in (encoder.encode(messages), encoder.encode(talk("is the film good", "jane"), answer)):
+        assert tokenizer.decode(encoded.completion_ids) == answer + trained
+        assert tokenizer.decode(encoded.without_ending().completion_ids) == answer
+        assert encoded.without_ending().prompt_ids == encoded.prompt_ids
+
+
+def test_a_text_completion_has_no_ending_of_a_template(ten):
+    encoded = RowEncoder(ten, 8, append_eos=True).encode(row("a b", " c"))
+    assert encoded.without_ending() == encoded
+
+
 # ---- tokenized rows ----
 
 

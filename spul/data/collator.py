@@ -133,10 +133,12 @@ class ForgetRetainCollator:
             encoded = self.encoder.encode(row, reserve=self._reserve(row, encoded))
         mask = [0] * len(encoded.prompt_ids) + [1] * len(encoded.completion_ids)
         columns = {name: row[name] for name in ("is_forget", "row_id") if name in row}
-        if "input_ids" not in row and not isinstance(row["completion"], str) and self.generic_completions is not None:
+        if "input_ids" not in row and not isinstance(row["completion"], str):
             # A chat template puts tokens of its own around answers, which a tokenized row does not show.
-            texts = self.generic_completions if is_forget else []
-            columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]
+            columns["num_ending"] = encoded.num_ending
+            if self.generic_completions is not None:
+                texts = self.generic_completions if is_forget else []
+                columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]
         return {"input_ids": encoded.prompt_ids + encoded.completion_ids, "completion_mask": mask, **columns}
 
     @staticmethod

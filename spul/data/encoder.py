@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 from array import array
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,10 +15,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..losses.terms import IGNORE_INDEX
 from .checks import checked_flag, checked_row_id
-from .rows import is_empty
+from .rows import completion_text, is_empty
 
 # Text before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
 ANCHOR = ":"
+# An answer that no template changes, to see what a chat template puts after an answer.
+MARK = "answer"
 # Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion,
 # and one for each generic completion.
 CACHE_SIZE = 32_768
@@ -25,19 +28,34 @@ CACHE_SIZE = 32_768
 
 @dataclass
 class Encoded:
-    """Token ids of a row: its prompt and its completion."""
+    """Token ids of a row: its prompt and its completion.
+
+    Attributes:
+        prompt_ids: those of the prompt, shortened.
+        completion_ids: those of the completion.
+        num_ending: how many of the last `completion_ids` a chat template put after the answer: its end of turn.
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
+    num_ending: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    def without_ending(self) -> Encoded:
+        """The row without what a chat template put after its answer."""
+        num_own = len(self.completion_ids) - self.num_ending
+        return Encoded(self.prompt_ids, self.completion_ids[:num_own])
 
 
 class RowEncoder:
     """Encoder of prompt-completion rows as token ids, at most `max_length` a row.
 
-    The completion is tokenized as the continuation of the prompt, so a leading space belongs to it (`" positive"`). A
+    The completion is tokenized as the continuation of the prompt, so a leading space belongs to it (`" positive"`). In
+    conversations it ends with the chat template's end of turn; what the template adds after that, such as a newline,
+    is dropped. A text prompt that begins with the beginning-of-sequence token, as rendered conversations do, gets no
+    second one. A
     row that is too long loses tokens from the end of its text field, if one is named, and then from the start of the
     prompt, after the beginning-of-sequence token; never from the completion.
 
@@ -152,7 +170,7 @@ class RowEncoder:
             prompt_ids, completion_ids = self._split_tokenized(row)
             if completion is not None:
                 completion_ids = completion if isinstance(completion, list) else self.completion_ids(completion)
-            removable = None
+            removable, num_ending = None, int(row.get("num_ending") or 0) if completion is None else 0
         elif isinstance(completion, list):
             raise ValueError("token ids can replace the completion of a tokenized row only; pass text.")
         elif "prompt" not in row or "completion" not in row:
@@ -165,15 +183,17 @@ class RowEncoder:
                 raise ValueError(f"a row has an empty completion: {dict(row)!r}. Drop it, or fill it in.")
             prompt_ids, removable = self._prompt_ids(row)
             completion_ids = self.completion_ids(row["completion"] if completion is None else completion)
+            num_ending = 0
         else:
-            prompt_ids, completion_ids = self._chat_ids(row["prompt"], row["completion"], completion)
+            prompt_ids, completion_ids, num_ending = self._chat_ids(row["prompt"], row["completion"], completion)
             removable = None
         if not prompt_ids or not completion_ids:
             raise ValueError(
                 f"{'the prompt' if not prompt_ids else 'the completion'} of a row has no tokens: {dict(row)!r}. "
                 "The model needs at least one token before the completion, and one to answer."
             )
-        return Encoded(self._shorten(prompt_ids, max(len(completion_ids), reserve), removable), completion_ids)
+        prompt_ids = self._shorten(prompt_ids, max(len(completion_ids), reserve), removable)
+        return Encoded(prompt_ids, completion_ids, num_ending)
 
     def completion_ids(self, text: str, row: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a text as a completion, cached.
@@ -214,6 +234,8 @@ class RowEncoder:
         ids = list(encoded["input_ids"])
         if self._ends_texts:
             ids.pop()
+        second = self.has_second_bos(prompt, ids)
+        ids = ids[second:]
         if self.text_field is None:
             return ids, None
         if self.text_field not in row:
@@ -225,16 +247,24 @@ class RowEncoder:
                 "the column whose text the prompt contains."
             )
         end = start + len(row[self.text_field])
-        inside = [
-            i for i, (a, b) in enumerate(encoded["offset_mapping"][: len(ids)]) if a < b and start <= a and b <= end
-        ]
+        offsets = encoded["offset_mapping"][second:][: len(ids)]
+        inside = [i for i, (a, b) in enumerate(offsets) if a < b and start <= a and b <= end]
         return ids, range(inside[0], inside[-1] + 1) if inside else None
 
-    def _chat_ids(self, prompt: list, completion: list, text: str | None) -> tuple[list[int], list[int]]:
-        """Token ids of prompt and completion of a conversation by the chat template, cached by their content."""
+    def has_second_bos(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether the tokenizer put a beginning-of-sequence token before a text that begins with one itself."""
+        token, bos = self.tokenizer.bos_token, self.tokenizer.bos_token_id
+        return token is not None and text.startswith(token) and list(ids[:2]) == [bos, bos]
+
+    def _chat_ids(self, prompt: list, completion: list, text: str | None) -> tuple[list[int], list[int], int]:
+        """Token ids of prompt and completion of a conversation by the chat template, cached by their content.
+
+        Also the number of the completion's last tokens that are the template's end of turn.
+        """
         if text is not None:
             completion = [{"role": completion[-1]["role"], "content": text.strip()}]
-        key = (str(self.tokenizer.chat_template), hashlib.sha256(repr(prompt).encode()).digest())
+        template = str(self.tokenizer.chat_template)
+        key = (template, hashlib.sha256(repr(prompt).encode()).digest())
 
         def render(messages: list, add_generation_prompt: bool) -> list[int]:
             apply = self.tokenizer.apply_chat_template
@@ -248,10 +278,38 @@ class RowEncoder:
                     f"cannot be separated: {prompt!r}. Use a template whose generation prompt is the start of an "
                     "answer."
                 )
-            return both[len(prompt_ids) :]
+            ids = both[len(prompt_ids) :]
+            after = self._cached((template, completion[-1]["role"]), after_mark)
+            if not after or ids[-len(after) :] != after:
+                after = self._after(ids, completion_text(completion).strip())
+            num_ending = self._end_of_turn(after)
+            return [num_ending, *ids[: len(ids) - len(after) + num_ending]]
+
+        def after_mark() -> list[int]:
+            message = {"role": completion[-1]["role"], "content": MARK}
+            return self._after(render([*prompt, message], add_generation_prompt=False)[len(prompt_ids) :], MARK)
 
         prompt_ids = self._cached(key, lambda: render(prompt, add_generation_prompt=True))
-        return prompt_ids, self._cached((*key, repr(completion)), completion_ids)
+        num_ending, *ids = self._cached((*key, repr(completion)), completion_ids)
+        return prompt_ids, ids, num_ending
+
+    def _after(self, ids: list[int], text: str) -> list[int]:
+        """The token ids after a text; none if the text is not among them."""
+
+        def holds_text(num: int) -> bool:
+            return text in self.tokenizer.decode(ids[:num], clean_up_tokenization_spaces=False)
+
+        num = bisect.bisect_left(range(len(ids) + 1), True, key=holds_text)
+        return ids[num:]
+
+    def _end_of_turn(self, after: Sequence[int]) -> int:
+        """How many of the token ids after an answer end its turn: up to the first special token, or all but spaces."""
+        special = self.tokenizer.added_tokens_decoder
+        for num, token in enumerate(after, start=1):
+            if token in special:
+                return num
+        texts = [str(self.tokenizer.decode([token])) for token in after]
+        return max((num for num, text in enumerate(texts, start=1) if text.strip()), default=0)
 
     def _split_tokenized(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         ids, mask = list(row["input_ids"]), row.get("completion_mask")

@@ -30,7 +30,17 @@ from .checks import check_options, check_training_rows, checked_loss, last_compl
 from .forward import unlearning_forward
 from .reference import ReferenceCache
 
-ROW_COLUMNS = ("prompt", "completion", "completion_mask", "input_ids", "is_forget", "row_id", "copy", "generic_ids")
+ROW_COLUMNS = (
+    "prompt",
+    "completion",
+    "completion_mask",
+    "input_ids",
+    "num_ending",
+    "generic_ids",
+    "is_forget",
+    "row_id",
+    "copy",
+)
 TERMS = ("forget_loss", "retain_loss", "kl_loss", "lm_loss")
 
 
