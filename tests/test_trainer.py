@@ -400,3 +400,10 @@ def test_rows_that_share_a_row_id_are_refused_whatever_the_reference(tmp_path, r
     rows = rows.add_column("row_id", [i // 2 for i in range(len(rows))])
     with pytest.raises(ValueError, match=r"rows 0 and 1 of train_dataset share row_id=0"):
         make_trainer(tmp_path, dataset=rows, reference=reference)
+
+
+def test_rows_that_lose_text_are_reported_once_when_the_trainer_is_made(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, collator=make_collator(max_length=8), max_steps=2)
+    assert "12 of 32 rows of train_dataset are longer than max_length=8" in caplog.text
+    trainer.train()
+    assert caplog.text.count("longer than max_length") == 1

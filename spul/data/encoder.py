@@ -21,6 +21,8 @@ from .rows import completion_text, is_empty
 ANCHOR = ":"
 # An answer that no template changes, to see what a chat template puts after an answer.
 MARK = "answer"
+# Tokens that a tokenizer may add to a text: before and after it, and for a space before it.
+MORE_TOKENS = 8
 # Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion,
 # and one for each generic completion.
 CACHE_SIZE = 32_768
@@ -34,11 +36,13 @@ class Encoded:
         prompt_ids: those of the prompt, shortened.
         completion_ids: those of the completion.
         num_ending: how many of the last `completion_ids` a chat template put after the answer: its end of turn.
+        num_cut: how many tokens the prompt lost.
     """
 
     prompt_ids: list[int]
     completion_ids: list[int]
     num_ending: int = field(default=0, compare=False)
+    num_cut: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -46,7 +50,7 @@ class Encoded:
     def without_ending(self) -> Encoded:
         """The row without what a chat template put after its answer."""
         num_own = len(self.completion_ids) - self.num_ending
-        return Encoded(self.prompt_ids, self.completion_ids[:num_own])
+        return Encoded(self.prompt_ids, self.completion_ids[:num_own], num_cut=self.num_cut)
 
 
 class RowEncoder:
@@ -68,6 +72,9 @@ class RowEncoder:
         text_field: column whose text is part of the prompt and may be shortened, such as `"text"`.
         append_eos: whether completions end with the end-of-sequence token. In conversations the chat template decides.
         pad_to_multiple_of: pad the width of a batch to a multiple of this.
+
+    Attributes:
+        num_cut: number of rows that lost tokens, by the collator's `warn_of_cut_rows` and `tokenize`.
 
     Raises:
         ValueError: if `max_length` is below 2, `text_field` is given with a slow tokenizer, or `append_eos` with a
@@ -92,6 +99,7 @@ class RowEncoder:
             raise ValueError("append_eos=True, but the tokenizer has no eos_token; set one or leave append_eos out.")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.text_field, self.append_eos, self.pad_to_multiple_of = text_field, append_eos, pad_to_multiple_of
+        self.num_cut = 0
         self._cache: dict[Hashable, array[int]] = {}
         # Some tokenizers end every text with this token; a prompt must not end yet.
         eos = tokenizer.eos_token_id
@@ -104,8 +112,8 @@ class RowEncoder:
         return encoder
 
     def __getstate__(self) -> dict[str, Any]:
-        # The cache is no part of the fingerprint of dataset.map(collator.tokenize), and is not sent to workers.
-        return {**self.__dict__, "_cache": {}}
+        # What was encoded is no part of the fingerprint of dataset.map(collator.tokenize), nor sent to workers.
+        return {**self.__dict__, "_cache": {}, "num_cut": 0}
 
     def batch(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str] | None = None) -> dict[str, Tensor]:
         """One right-padded batch of rows, forget rows too, with their own completions or with those given.
@@ -192,8 +200,25 @@ class RowEncoder:
                 f"{'the prompt' if not prompt_ids else 'the completion'} of a row has no tokens: {dict(row)!r}. "
                 "The model needs at least one token before the completion, and one to answer."
             )
-        prompt_ids = self._shorten(prompt_ids, max(len(completion_ids), reserve), removable)
-        return Encoded(prompt_ids, completion_ids, num_ending)
+        kept = self._shorten(prompt_ids, max(len(completion_ids), reserve), removable)
+        return Encoded(kept, completion_ids, num_ending, len(prompt_ids) - len(kept))
+
+    def surely_fits(self, row: Mapping[str, Any], num_completion: int = 0) -> bool:
+        """Whether a row fits by the number of its characters, without tokenizing it.
+
+        A token stands for one byte of text or more, but for a few that a tokenizer puts before and after.
+
+        Args:
+            row: as in `encode`. Of conversations the template's tokens are not known, so that none surely fits.
+            num_completion: take the completion to have at least this many tokens.
+        """
+        if "input_ids" in row:
+            return len(row["input_ids"]) + num_completion <= self.max_length
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            return False
+        num_completion = max(num_completion, len(completion.encode()))
+        return len(prompt.encode()) + num_completion + MORE_TOKENS <= self.max_length
 
     def completion_ids(self, text: str, row: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a text as a completion, cached.

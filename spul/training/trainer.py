@@ -77,7 +77,7 @@ class UnlearningTrainer(Trainer):
     Raises:
         TypeError: if model or collator are of another type.
         ValueError: for options of `Trainer` that contradict this loss, rows without `is_forget`, rows that share a
-            `row_id`, or labels that are generic completions too.
+            `row_id`, forget rows that `max_length` cuts a name from, or labels that are generic completions too.
     """
 
     # The loss is already divided by the counts of the whole step.
@@ -115,6 +115,7 @@ class UnlearningTrainer(Trainer):
         if train_dataset is not None:
             self._flags = forget_flags(train_dataset)
             self._check_rows(train_dataset, loss)
+            data_collator.warn_of_cut_rows(train_dataset)
             self._describe_data(unlearner_of(model).spul_config, data_collator, train_dataset, self._flags)
             settings = TrainingArguments() if args is None else args
             self._sampler = epoch_sampler(
