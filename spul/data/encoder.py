@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import logging
 from array import array
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,8 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..losses.terms import IGNORE_INDEX
+from .boundary import boundary_fault
 from .checks import checked_flag, checked_row_id
 from .rows import completion_text, is_empty
+
+logger = logging.getLogger(__name__)
 
 # Text before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
 ANCHOR = ":"
@@ -23,6 +27,8 @@ ANCHOR = ":"
 MARK = "answer"
 # Tokens that a tokenizer may add to a text: before and after it, and for a space before it.
 MORE_TOKENS = 8
+# Characters on each side of a boundary of prompt and completion by which it counts as seen, and boundaries checked.
+BOUNDARY_WIDTH, MAX_BOUNDARIES = 16, 256
 # Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion,
 # and one for each generic completion.
 CACHE_SIZE = 32_768
@@ -100,6 +106,7 @@ class RowEncoder:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.text_field, self.append_eos, self.pad_to_multiple_of = text_field, append_eos, pad_to_multiple_of
         self.num_cut = 0
+        self._boundaries: set[tuple[str, str]] = set()  # ends of prompts and starts of completions that were checked
         self._cache: dict[Hashable, array[int]] = {}
         # Some tokenizers end every text with this token; a prompt must not end yet.
         eos = tokenizer.eos_token_id
@@ -108,12 +115,12 @@ class RowEncoder:
     def with_max_length(self, max_length: int) -> RowEncoder:
         """An encoder with the same settings and another maximum length."""
         encoder = RowEncoder(self.tokenizer, max_length, self.text_field, self.append_eos, self.pad_to_multiple_of)
-        encoder._cache = self._cache  # of ids before they are shortened
+        encoder._cache, encoder._boundaries = self._cache, self._boundaries  # of ids before they are shortened
         return encoder
 
     def __getstate__(self) -> dict[str, Any]:
         # What was encoded is no part of the fingerprint of dataset.map(collator.tokenize), nor sent to workers.
-        return {**self.__dict__, "_cache": {}, "num_cut": 0}
+        return {**self.__dict__, "_cache": {}, "_boundaries": set(), "num_cut": 0}
 
     def batch(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str] | None = None) -> dict[str, Tensor]:
         """One right-padded batch of rows, forget rows too, with their own completions or with those given.
@@ -190,8 +197,9 @@ class RowEncoder:
             if is_empty(row["completion"]):
                 raise ValueError(f"a row has an empty completion: {dict(row)!r}. Drop it, or fill it in.")
             prompt_ids, removable = self._prompt_ids(row)
-            completion_ids = self.completion_ids(row["completion"] if completion is None else completion)
-            num_ending = 0
+            text = row["completion"] if completion is None else completion
+            completion_ids, num_ending = self.completion_ids(text), 0
+            self._check_boundary(row["prompt"], text, prompt_ids, completion_ids)
         else:
             prompt_ids, completion_ids, num_ending = self._chat_ids(row["prompt"], row["completion"], completion)
             removable = None
@@ -232,6 +240,29 @@ class RowEncoder:
             return self._cached(text, lambda: self._text_ids(text))
         return self._chat_ids(row["prompt"], row["completion"], text)[1]
 
+    def _check_boundary(self, prompt: str, text: str, prompt_ids: list[int], completion_ids: list[int]) -> None:
+        """Warn, once, of a completion that merges with its prompt, or lacks the space before it.
+
+        Checked once for each of the first ends of prompts with each start of a completion.
+        """
+        boundary = (prompt[-BOUNDARY_WIDTH:], text[:BOUNDARY_WIDTH])
+        if boundary in self._boundaries or len(self._boundaries) >= MAX_BOUNDARIES:
+            return
+        self._boundaries.add(boundary)
+        together = self._whole_ids(prompt + text, self.tokenizer(prompt + text)["input_ids"])
+        own = completion_ids[:-1] if self.append_eos else completion_ids
+        apart = [*prompt_ids, *own]
+        if fault := boundary_fault(
+            self.tokenizer, prompt, text, apart, together, prompt_ids[-1] if prompt_ids else -1
+        ):
+            logger.warning("%s. Further rows are not checked.", fault)
+            self._boundaries.update((str(i), "") for i in range(MAX_BOUNDARIES))
+
+    def _whole_ids(self, text: str, ids: Sequence[int]) -> list[int]:
+        """The token ids of a text with one beginning-of-sequence token at most, and no end added."""
+        ids = list(ids[:-1] if self._ends_texts else ids)
+        return ids[self.has_second_bos(text, ids) :]
+
     def _cached(self, key: Hashable, encode: Callable[[], Sequence[int]]) -> list[int]:
         """Token ids by key, encoded unless they are cached. A full cache drops its oldest entries."""
         if key not in self._cache:
@@ -256,11 +287,8 @@ class RowEncoder:
         """Token ids of a text prompt, and the range of those that belong to its text field."""
         prompt = row["prompt"]
         encoded = self.tokenizer(prompt, return_offsets_mapping=self.text_field is not None)
-        ids = list(encoded["input_ids"])
-        if self._ends_texts:
-            ids.pop()
-        second = self.has_second_bos(prompt, ids)
-        ids = ids[second:]
+        ids = self._whole_ids(prompt, encoded["input_ids"])
+        second = self.has_second_bos(prompt, encoded["input_ids"])
         if self.text_field is None:
             return ids, None
         if self.text_field not in row:
