@@ -319,3 +319,20 @@ def test_nothing_is_logged_when_all_is_found(caplog):
 def test_what_is_no_split_is_refused(function):
     with pytest.raises(TypeError, match="split is a Dataset; expected a Split"):
         function(Dataset.from_list([{"text": "a"}]))
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda rows: split_by_predicate(rows, lambda row: "dna" in row["question"]),
+        lambda rows: split_by_entity(rows, ["dna"]),
+        lambda rows: split_by_cluster(rows, clustering(), [0]),
+    ],
+    ids=["predicate", "entity", "cluster"],
+)
+def test_without_a_column_text_the_message_names_text_field_and_how_to_set_it(split):
+    rows = Dataset.from_dict({"number": [1, 2], "question": ["what is dna", "who is jane"], "answer": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"The argument text_field names the column: text_field='question'"):
+        split(rows)
+    with pytest.raises(ValueError, match=r"The argument column names the column: column='question'"):
+        split_by_source(rows, ["jane"])

@@ -14,14 +14,19 @@ from datasets import Dataset
 
 from .rows import normalized
 
+TEXT_TYPES = ("string", "large_string")
 
-def check_rows(rows: Any, columns: Sequence[str] = ("prompt", "completion"), name: str = "rows") -> None:
+
+def check_rows(
+    rows: Any, columns: Sequence[str] = ("prompt", "completion"), name: str = "rows", argument: str | None = None
+) -> None:
     """Check that rows are a data set with certain columns and at least one row.
 
     Args:
         rows: any object.
         columns: the columns required.
         name: the rows' name in messages, such as the argument's.
+        argument: the argument that names the columns, for the message, such as `"text_field"`.
 
     Raises:
         TypeError: if `rows` is not a `datasets.Dataset`.
@@ -37,9 +42,18 @@ def check_rows(rows: Any, columns: Sequence[str] = ("prompt", "completion"), nam
         raise ValueError(f"{name} is empty; expected at least one row.")
     if missing := [column for column in columns if column not in rows.column_names]:
         raise ValueError(
-            f"{name} lacks the column(s) {missing}; it has {rows.column_names}, expected {list(columns)}. Rename or "
-            "map your columns, or name others where an argument names them."
+            f"{name} lacks the column(s) {missing}; it has {rows.column_names}, expected {list(columns)}. "
+            + _remedy(rows, argument)
         )
+
+
+def _remedy(rows: Dataset, argument: str | None) -> str:
+    """What to do about a missing column."""
+    if argument is None:
+        return "Rename or map your columns, or name others where an argument names them."
+    texts = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in TEXT_TYPES]
+    example = (texts or rows.column_names)[0]
+    return f"The argument {argument} names the column: {argument}={example!r}, if it is that one."
 
 
 def check_is_forget(columns: Iterable[str], name: str) -> None:
@@ -174,8 +188,8 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
 
 
 def checked_column(rows: Any, column: str, name: str = "rows") -> list[str]:
-    """The texts of a column, checked by `check_rows` and `checked_texts`."""
-    check_rows(rows, (column,), name)
+    """The texts of the column that `text_field` names, checked by `check_rows` and `checked_texts`."""
+    check_rows(rows, (column,), name, argument="text_field")
     return checked_texts(rows[column])
 
 
