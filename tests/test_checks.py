@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
+import torch
 from datasets import Dataset, DatasetDict
 
-from spul.data.checks import check_is_forget, check_rows, forget_flags
+from spul.data.checks import check_is_forget, check_row_ids, check_rows, checked_flag, forget_flags
 
 ROWS = Dataset.from_dict({"prompt": ["a"], "text": ["b"]})
 
@@ -63,5 +65,52 @@ def test_a_data_set_without_flags_is_refused_with_its_columns():
 
 
 def test_a_list_in_which_a_row_has_no_flag_is_refused():
-    with pytest.raises(ValueError, match=r"a row of train_dataset has no is_forget, only \['prompt'\]"):
+    with pytest.raises(ValueError, match=r"row 1 of train_dataset has no is_forget, only \['prompt'\]"):
         forget_flags([{"is_forget": True}, {"prompt": "a"}])
+
+
+FLAGS = [True, False, 1, 0, np.bool_(True), np.int64(0), torch.tensor(True), torch.tensor(1), np.array(0)]
+OTHERS = ["False", "True", "", 2, -1, 0.0, 1.0, None, float("nan"), [], [True], torch.tensor([1]), np.float32(1)]
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=repr)
+def test_bools_and_0_and_1_are_flags_of_python_numpy_and_torch(flag):
+    found = checked_flag(flag, "row 0")
+    assert found is bool(int(flag))
+    assert forget_flags([{"is_forget": flag}]) == [found]
+
+
+@pytest.mark.parametrize("flag", OTHERS, ids=repr)
+def test_any_other_flag_is_refused_with_its_row_and_value(flag):
+    message = re.escape(f"row 1 of train_dataset has is_forget={flag!r}; expected True or False")
+    with pytest.raises(ValueError, match=message):
+        forget_flags([{"is_forget": True}, {"is_forget": flag}, {"is_forget": flag}])
+
+
+@pytest.mark.parametrize("column", [[True, None], ["False", "False"], [0, 2], [0.0, 1.0]])
+def test_a_column_of_other_flags_is_refused_with_its_first_row(column):
+    number = next(i for i, value in enumerate(column) if not isinstance(value, int) or value == 2)
+    with pytest.raises(ValueError, match=rf"row {number} of train_dataset has is_forget={column[number]!r}"):
+        forget_flags(Dataset.from_dict({"is_forget": column}))
+
+
+@pytest.mark.parametrize("form", [None, "numpy", "torch"])
+def test_a_column_in_any_format_gives_bools(form):
+    rows = Dataset.from_dict({"is_forget": [True, False]}).with_format(form)
+    flags = forget_flags(rows)
+    assert flags == [True, False]
+    assert all(isinstance(flag, bool) for flag in flags)
+
+
+def test_rows_that_share_a_row_id_are_refused_and_both_are_named():
+    for rows in ([{"row_id": i} for i in (4, 7, 4)], Dataset.from_dict({"row_id": [4, 7, 4]})):
+        with pytest.raises(ValueError, match=r"rows 0 and 2 of train_dataset share row_id=4; expected a different"):
+            check_row_ids(rows)
+    check_row_ids(Dataset.from_dict({"row_id": [7, 4]}))
+    check_row_ids(ROWS)
+
+
+@pytest.mark.parametrize("value", ["3", 1.5, None, True])
+def test_a_row_id_that_is_no_whole_number_is_refused(value):
+    with pytest.raises(ValueError, match=rf"row 1 of train_dataset has row_id={re.escape(repr(value))}; expected a"):
+        check_row_ids([{"row_id": 3}, {"row_id": value}])

@@ -262,10 +262,11 @@ def test_a_conversation_is_rendered_once_for_each_generic_completion(tokenizer, 
     rows = list(forget_retain_dataset(talks("who", "why", "film", "plot"), talks("good")))
     collator = ForgetRetainCollator(tokenizer, REFUSALS)
     batches = [collator(rows) for _ in range(3)]
-    assert len(counted) == 4 * (len(REFUSALS) + 2) + 2
+    expected = 4 * (len(REFUSALS) + 2) + 2 + 1  # the last one shows what the template puts after an answer
+    assert len(counted) == expected
     collator.tokenize(rows[0])
     collator.encoder.with_max_length(60).encode(rows[0], REFUSALS[0])
-    assert len(counted) == 4 * (len(REFUSALS) + 2) + 2
+    assert len(counted) == expected
 
     # What a fresh encoder renders anew is the same.
     for batch in batches:
@@ -452,6 +453,18 @@ def test_empty_or_repeated_generic_completions_are_refused(words, generic):
         ForgetRetainCollator(words, generic)
 
 
+@pytest.mark.parametrize("flag", ["False", 2, None])
+def test_a_flag_that_is_none_is_refused_with_its_row_and_value(words, flag):
+    collator = ForgetRetainCollator(words, GENERIC)
+    row = {"prompt": "a", "completion": " d"}
+    rows = [{**row, "is_forget": False}, {**row, "is_forget": flag}]
+    with pytest.raises(ValueError, match=f"row 1 of the batch has is_forget={flag!r}; expected True or False"):
+        collator(rows)
+    for call in (collator.tokenize, lambda row: collator([row])):
+        with pytest.raises(ValueError, match=f"the row with row_id=7 has is_forget={flag!r}; expected True or False"):
+            call({**rows[1], "row_id": 7})
+
+
 def test_rows_without_is_forget_are_refused_with_the_trainers_option(words):
     rows = [{"prompt": "a", "completion": " d", "is_forget": True}, {"completion": " d", "prompt": "b"}]
     with pytest.raises(ValueError, match=r"a row has no is_forget, only \['completion', 'prompt'\]") as error:
@@ -516,3 +529,69 @@ def test_a_completion_longer_than_max_length_is_refused(words):
 def test_a_slice_of_a_dataset_is_told_from_a_list_of_rows(tokenizer):
     with pytest.raises(TypeError, match="pass a list of rows"):
         ForgetRetainCollator(tokenizer, [" x"])({"prompt": ["a"], "completion": ["b"], "is_forget": [True]})
+
+
+# ---- rows that are cut ----
+
+
+def long_rows(words=("a", "b", "c", "d")) -> Dataset:
+    forget = [{"prompt": f"{w} e f g h i j a b c", "completion": " d"} for w in words]
+    retain = [{"prompt": "a b", "completion": " e"}, {"prompt": "c c c c c c c c c c c d", "completion": " e"}]
+    return forget_retain_dataset(Dataset.from_list(forget), Dataset.from_list(retain))
+
+
+@pytest.mark.parametrize(("max_length", "rows", "tokens"), [(13, 0, 0), (12, 1, 1), (11, 1, 2), (10, 5, 4 + 3)])
+@pytest.mark.parametrize("as_list", [False, True])
+def test_rows_that_are_cut_are_counted_and_warned_of_once(words, caplog, max_length, rows, tokens, as_list):
+    collator = ForgetRetainCollator(words, GENERIC, max_length)
+    data = long_rows()
+    # The twin: every row encoded whole, and what is above max_length.
+    whole = [len(RowEncoder(words, 99).encode(row)) for row in data]
+    assert (sum(n > max_length for n in whole), sum(max(0, n - max_length) for n in whole)) == (rows, tokens)
+    assert collator.warn_of_cut_rows(list(data) if as_list else data) == collator.encoder.num_cut == rows
+    assert len(caplog.records) == (rows > 0)
+    if rows:
+        assert f"{rows} of 6 rows of train_dataset are longer than max_length={max_length} and lose {tokens} " in (
+            caplog.text
+        )
+        assert "ForgetRetainCollator(..., text_field=...)" in caplog.text
+
+
+def test_the_longest_generic_completion_counts_in_the_length_of_a_forget_row(words, caplog):
+    assert ForgetRetainCollator(words, [" n u z"], 11).warn_of_cut_rows(long_rows()) == 5
+
+
+def test_a_tokenized_row_that_is_cut_is_counted_and_the_first_one_warned_of(words, caplog):
+    collator = ForgetRetainCollator(words, GENERIC, 10)
+    long_rows().map(collator.tokenize)
+    assert collator.encoder.num_cut == 5
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "a row is longer than max_length=10 and loses 1 tokens"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "lost"), [(["a e"], "a e"), (["e f", "i j"], None), (["E"], None), (["z", "A"], None)]
+)
+def test_a_forget_row_that_loses_a_name_altogether_is_refused(words, names, lost):
+    collator = ForgetRetainCollator(words, GENERIC, 10, names=names)
+    rows = long_rows()
+    for call in (collator.warn_of_cut_rows, collator, lambda rows: [collator.tokenize(row) for row in rows]):
+        if lost is None:
+            call(list(rows))
+            continue
+        with pytest.raises(ValueError, match=r"the forget row with row_id=0 loses the name 'a e' to max_length=10"):
+            call(list(rows))
+
+
+def test_a_text_field_that_loses_a_name_is_refused_and_a_retain_row_is_not(words):
+    row = {"prompt": "a b c d e", "completion": " f", "text": "b c d", "row_id": 3}
+    collator = ForgetRetainCollator(words, GENERIC, 5, text_field="text", names=["d"])
+    with pytest.raises(ValueError, match=r"row_id=3 loses the name 'd' to max_length=5.*'a b c d e'"):
+        collator([{**row, "is_forget": True}])
+    collator([{**row, "is_forget": False}])
+
+
+def test_one_name_as_a_string_is_refused(words):
+    with pytest.raises(TypeError, match="names is 'jane doe'; expected a list"):
+        ForgetRetainCollator(words, GENERIC, names="jane doe")

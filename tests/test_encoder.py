@@ -271,6 +271,129 @@ def test_a_template_that_renders_the_prompt_differently_is_refused(tokenizer):
         RowEncoder(tokenizer, 64).encode(talk("is the film good", "unknown"))
 
 
+# ---- one beginning of the sequence ----
+
+
+def test_a_prompt_that_begins_with_the_beginning_of_sequence_token_gets_no_second_one(ten):
+    tokenizer = with_template(ten, "<s> $A")
+    assert tokenizer("<s> a b")["input_ids"] == [1, 1, 3, 4]  # the trap
+    assert RowEncoder(tokenizer, 8).encode(row("<s> a b", " c")) == Encoded([1, 3, 4], [5])
+    assert RowEncoder(tokenizer, 8).encode(row("a <s> b", " c")) == Encoded([1, 3, 1, 4], [5])
+    assert RowEncoder(word_level(*"abc"), 8).encode(row("<s> a b", " c")) == Encoded([1, 3, 4], [5])
+
+
+def test_a_text_field_is_found_after_the_one_beginning_of_sequence_token(ten):
+    encoder = RowEncoder(with_template(ten, "<s> $A </s>"), 5, text_field="text")
+    assert encoder.encode(row("<s> a b c d", " i", text="b c d")) == Encoded([1, 3, 4, 5], [11])
+
+
+def test_a_conversation_rendered_to_text_is_encoded_as_the_conversation(chatty):
+    chatty = with_template(chatty, "<s> $A")
+    messages = talk("is the film good", "unknown")
+    text = chatty.apply_chat_template(messages["prompt"], add_generation_prompt=True, tokenize=False)
+    encoder = RowEncoder(chatty, 64)
+    assert encoder.encode(row(text, "unknown")).prompt_ids == encoder.encode(messages).prompt_ids
+
+
+# ---- what a chat template adds after the answer ----
+
+ENDINGS = {  # after the answer: the whole of it, and what is trained
+    "end of turn and newline": ("</s>\n", "</s>"),
+    "end of turn": ("</s>", "</s>"),
+    "newline, end of turn, newline": ("\n</s>\n", "\n</s>"),
+    "two special tokens": ("</s><s>", "</s>"),
+    "text": (" .\n", " ."),
+    "newline": ("\n", ""),
+    "nothing": ("", ""),
+}
+
+
+@pytest.mark.parametrize("answer", ["unknown", "the film is good", "s", "is", "a\nb", "</s>", "user"])
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_the_completion_ends_with_the_end_of_turn_and_the_answers_own_tokens_are_known(tokenizer, ending, answer):
+    whole, trained = ENDINGS[ending]
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}"
+        + whole.replace("\n", "{{ '\\n' }}")
+        + "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    messages = talk("is the film good", answer)
+    rendered = tokenizer.apply_chat_template([*messages["prompt"], *messages["completion"]], tokenize=False)
+    assert rendered.endswith(f"assistant\n{answer}{whole}")
+    encoder = RowEncoder(tokenizer, 64)
+    for encoded in (encoder.encode(messages), encoder.encode(talk("is the film good", "jane"), answer)):
+        assert tokenizer.decode(encoded.completion_ids) == answer + trained
+        assert tokenizer.decode(encoded.without_ending().completion_ids) == answer
+        assert encoded.without_ending().prompt_ids == encoded.prompt_ids
+
+
+def test_a_text_completion_has_no_ending_of_a_template(ten):
+    encoded = RowEncoder(ten, 8, append_eos=True).encode(row("a b", " c"))
+    assert encoded.without_ending() == encoded
+
+
+# ---- where a completion meets its prompt ----
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "tokens"),
+    [
+        ("sentiment: ", "positive", "as one text they end in the tokens [':', 'Ġpositive'], but are used as [':', 'Ġ"),
+        ("the fil", "m", "as one text they end in the tokens ['Ġfilm'], but are used as"),
+        ("sentiment:", "positive", "has no space before it, and follows 'sentiment:': its tokens are ["),
+    ],
+)
+def test_a_completion_that_does_not_fit_its_prompt_is_warned_of_once_with_the_tokens(
+    tokenizer, caplog, prompt, completion, tokens
+):
+    encoder = RowEncoder(tokenizer, 64)
+    for _ in range(3):
+        encoder.encode(row(prompt, completion))
+        encoder.encode(row("the review is ", "bad"))
+    assert len(caplog.records) == 1
+    assert tokens.split("[")[0] in caplog.text
+
+
+def test_the_tokens_of_a_completion_with_and_without_its_space_are_those_of_the_tokenizer(tokenizer, caplog):
+    RowEncoder(tokenizer, 64).encode(row("sentiment:", "positive"))
+    without, with_space = (tokenizer.tokenize(text) for text in ("positive", " positive"))
+    assert with_space == ["Ġpositive"] != without
+    assert f"its tokens are {without}, with a space {with_space}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion"),
+    [
+        ("sentiment:", " positive"),
+        ("sentiment:\n", "positive"),
+        ("sentiment:", "\npositive"),
+        ("the film", "."),
+        ("a film (", "good"),
+        ("<s>user\nfilm</s>", "good"),
+        ("x:", "\u597d"),
+    ],
+)
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_a_completion_that_fits_its_prompt_is_not_warned_of(tokenizer, caplog, prompt, completion, append_eos):
+    for given in (tokenizer, with_template(tokenizer, "<s> $A </s>")):
+        RowEncoder(given, 64, append_eos=append_eos).encode(row(prompt, completion))
+    assert not caplog.records
+
+
+def test_a_tokenizer_to_which_spaces_make_no_difference_is_not_warned_of(caplog):
+    tokenizer = word_level("film:", "positive", ":")
+    RowEncoder(tokenizer, 8).encode(row("film: ", "positive"))
+    RowEncoder(sentencepiece_like(), 64).encode(row("sentiment:", " positive"))
+    assert not caplog.records
+
+
+def test_a_generic_completion_without_the_space_is_warned_of_too(tokenizer, caplog):
+    encoder = RowEncoder(tokenizer, 64)
+    encoder.encode(row("sentiment:", " positive"))
+    encoder.encode(row("sentiment:", " positive"), "unknown")
+    assert "the completion 'unknown' has no space before it" in caplog.text
+
+
 # ---- tokenized rows ----
 
 

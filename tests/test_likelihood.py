@@ -182,3 +182,26 @@ def test_extraction_strength_reaches_zero(agrees, strength, exact):
     found = [of([-1.0] * len(agrees), agrees)]
     assert extraction_strength(found)[0] == pytest.approx(strength)
     assert exact_memorization(found)[0] == pytest.approx(exact)
+
+
+def test_what_a_chat_template_adds_after_an_answer_counts_in_no_measure():
+    model, collator = build("llama", torch.float64), answer_collator()
+    collator.tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{{ '\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+    )
+    texts = ["jane doe", "the film is good", "s"]
+    talks = [
+        {"prompt": [{"role": "user", "content": "who"}], "completion": [{"role": "assistant", "content": text}]}
+        for text in texts
+    ]
+    # The twin: the same conversations as text, whose completions a template does not end.
+    start = "<s>user\nwho</s>\n<s>assistant\n"
+    plain = [{"prompt": start, "completion": text} for text in texts]
+    tokenized = [{k: v for k, v in collator.tokenize(row).items() if k != "generic_ids"} for row in talks]
+    for rows in (talks, tokenized):
+        found = response_likelihoods(model, Dataset.from_list(rows), collator.encoder)
+        expected = response_likelihoods(model, Dataset.from_list(plain), collator.encoder)
+        for one, other in zip(found, expected, strict=True):
+            np.testing.assert_allclose(one.log_probs, other.log_probs)
+        assert exact_memorization(found).tolist() == exact_memorization(expected).tolist()

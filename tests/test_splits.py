@@ -328,3 +328,20 @@ def test_of_many_names_found_nowhere_a_dozen_are_shown_and_all_are_kept(caplog):
     assert split.report.unmatched == names[1:]
     for text in (caplog.text, str(split.report)):
         assert "nobody11, and 988 more" in text
+
+
+@pytest.mark.parametrize(
+    "split",
+    [
+        lambda rows: split_by_predicate(rows, lambda row: "dna" in row["question"]),
+        lambda rows: split_by_entity(rows, ["dna"]),
+        lambda rows: split_by_cluster(rows, clustering(), [0]),
+    ],
+    ids=["predicate", "entity", "cluster"],
+)
+def test_without_a_column_text_the_message_names_text_field_and_how_to_set_it(split):
+    rows = Dataset.from_dict({"number": [1, 2], "question": ["what is dna", "who is jane"], "answer": ["a", "b"]})
+    with pytest.raises(ValueError, match=r"The argument text_field names the column: text_field='question'"):
+        split(rows)
+    with pytest.raises(ValueError, match=r"The argument column names the column: column='question'"):
+        split_by_source(rows, ["jane"])

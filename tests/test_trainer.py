@@ -418,3 +418,38 @@ def test_a_refused_training_leaves_the_record_of_a_loaded_prompt_alone(tmp_path)
     with pytest.raises(ValueError, match="no parameter requires a gradient"):
         make_trainer(tmp_path / "again", unlearner=loaded, dataset=make_dataset(3, 5))
     assert loaded.spul_config == before
+
+
+def one_side(is_forget):
+    rows = make_dataset()
+    return rows.select([i for i, flag in enumerate(rows["is_forget"]) if flag == is_forget])
+
+
+@pytest.mark.parametrize(
+    ("is_forget", "message"), [(False, "nothing is forgotten"), (True, "nothing is retained. Join both sets")]
+)
+def test_a_training_set_of_one_side_is_warned_of_once(tmp_path, caplog, is_forget, message):
+    trainer = make_trainer(tmp_path, dataset=one_side(is_forget), max_steps=2)
+    trainer.train()
+    assert [message in record.getMessage() for record in caplog.records if "training rows" in record.message] == [True]
+
+
+def test_forget_rows_alone_are_right_where_the_loss_weighs_no_others(tmp_path, caplog):
+    unlearner = make_unlearner(loss=UnlearningLoss(alpha=0.0, beta=0.0))
+    make_trainer(tmp_path, unlearner=unlearner, dataset=one_side(True))
+    assert "training rows" not in caplog.text
+
+
+@pytest.mark.parametrize("reference", ["cached", "live"])
+def test_rows_that_share_a_row_id_are_refused_whatever_the_reference(tmp_path, reference):
+    rows = make_dataset().remove_columns("row_id")
+    rows = rows.add_column("row_id", [i // 2 for i in range(len(rows))])
+    with pytest.raises(ValueError, match=r"rows 0 and 1 of train_dataset share row_id=0"):
+        make_trainer(tmp_path, dataset=rows, reference=reference)
+
+
+def test_rows_that_lose_text_are_reported_once_when_the_trainer_is_made(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, collator=make_collator(max_length=8), max_steps=2)
+    assert "12 of 32 rows of train_dataset are longer than max_length=8" in caplog.text
+    trainer.train()
+    assert caplog.text.count("longer than max_length") == 1

@@ -360,6 +360,7 @@ def test_other_task_types_and_losses_are_refused():
     [
         ({"labels": None}, ValueError, "needs input_ids and labels"),
         ({"is_forget": torch.ones(3)}, ValueError, "shapes do not match"),
+        ({"is_forget": torch.tensor([0, 1, 2, 1, 0])}, ValueError, r"is_forget=\[0, 1, 2, 1, 0\]; expected \(B,\) of"),
         ({"labels": torch.full((5, 12), -100)}, ValueError, "no response token to predict"),
         ({"output_attentions": True}, TypeError, "takes no output_attentions"),
     ],

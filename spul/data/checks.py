@@ -8,18 +8,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import torch
 from datasets import Dataset
 
 from .rows import column_batches, column_values, normalized
 
+TEXT_TYPES = ("string", "large_string")
 
-def check_rows(rows: Any, columns: Sequence[str] = ("prompt", "completion"), name: str = "rows") -> None:
+
+def check_rows(
+    rows: Any, columns: Sequence[str] = ("prompt", "completion"), name: str = "rows", argument: str | None = None
+) -> None:
     """Check that rows are a data set with certain columns and at least one row.
 
     Args:
         rows: any object.
         columns: the columns required.
         name: the rows' name in messages, such as the argument's.
+        argument: the argument that names the columns, for the message, such as `"text_field"`.
 
     Raises:
         TypeError: if `rows` is not a `datasets.Dataset`.
@@ -35,9 +42,18 @@ def check_rows(rows: Any, columns: Sequence[str] = ("prompt", "completion"), nam
         raise ValueError(f"{name} is empty; expected at least one row.")
     if missing := [column for column in columns if column not in rows.column_names]:
         raise ValueError(
-            f"{name} lacks the column(s) {missing}; it has {rows.column_names}, expected {list(columns)}. Rename or "
-            "map your columns, or name others where an argument names them."
+            f"{name} lacks the column(s) {missing}; it has {rows.column_names}, expected {list(columns)}. "
+            + _remedy(rows, argument)
         )
+
+
+def _remedy(rows: Dataset, argument: str | None) -> str:
+    """What to do about a missing column."""
+    if argument is None:
+        return "Rename or map your columns, or name others where an argument names them."
+    texts = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in TEXT_TYPES]
+    example = (texts or rows.column_names)[0]
+    return f"The argument {argument} names the column: {argument}={example!r}, if it is that one."
 
 
 def check_is_forget(columns: Iterable[str], name: str) -> None:
@@ -63,16 +79,82 @@ def forget_flags(rows: Any, name: str = "train_dataset") -> list[bool]:
     """The `is_forget` flags of a data set, or of any sequence of rows.
 
     Raises:
-        ValueError: if the data set or a row has none.
+        ValueError: if the data set or a row has none, or a flag is not a bool, 0 or 1.
     """
     if hasattr(rows, "column_names"):
         check_is_forget(rows.column_names, name)
-        return [bool(flag) for flags in column_batches(rows, "is_forget") for flag in flags]
+        values = (flag for flags in column_batches(rows, "is_forget") for flag in flags)
+        return [checked_flag(flag, f"row {i} of {name}") for i, flag in enumerate(values)]
     flags = []
-    for row in rows:
-        check_is_forget(row, f"a row of {name}")
-        flags.append(bool(row["is_forget"]))
+    for i, row in enumerate(rows):
+        check_is_forget(row, f"row {i} of {name}")
+        flags.append(checked_flag(row["is_forget"], f"row {i} of {name}"))
     return flags
+
+
+def checked_flag(flag: Any, name: str) -> bool:
+    """The flag `is_forget` of a row as a bool.
+
+    Args:
+        flag: a bool, 0 or 1, of Python, numpy or torch.
+        name: the row's name in the message.
+
+    Raises:
+        ValueError: if it is anything else: the text "False", a missing value, 2.
+    """
+    number = _whole_number(flag, bools=True)
+    if number not in (0, 1):
+        raise ValueError(
+            f"{name} has is_forget={flag!r}; expected True or False, or 1 or 0. Convert the column, or make the data "
+            "set with forget_retain_dataset(forget, retain)."
+        )
+    return bool(number)
+
+
+def check_row_ids(rows: Any, name: str = "train_dataset") -> None:
+    """Check that the rows of a data set, or of any sequence of rows, have different whole numbers as `row_id`.
+
+    A data set without the column passes.
+
+    Raises:
+        ValueError: if two rows share one, or one is not a whole number.
+    """
+    if hasattr(rows, "column_names"):
+        values = rows["row_id"][:] if "row_id" in rows.column_names else []
+    else:
+        values = [row["row_id"] for row in rows if "row_id" in row]
+    first: dict[int, int] = {}
+    for i, value in enumerate(values):
+        number = checked_row_id(value, f"row {i} of {name}")
+        if first.setdefault(number, i) != i:
+            raise ValueError(
+                f"rows {first[number]} and {i} of {name} share row_id={number}; expected a different whole number for "
+                "each row. Join data sets with forget_retain_dataset(forget, retain), which numbers them anew."
+            )
+
+
+def checked_row_id(value: Any, name: str) -> int:
+    """The `row_id` of a row as an int.
+
+    Raises:
+        ValueError: if it is not a whole number.
+    """
+    number = _whole_number(value, bools=False)
+    if number is None:
+        raise ValueError(
+            f"{name} has row_id={value!r}; expected a whole number, such as forget_retain_dataset(forget, retain) "
+            "gives each row."
+        )
+    return number
+
+
+def _whole_number(value: Any, bools: bool) -> int | None:
+    """A whole number of Python, numpy or torch as an int, bools among them where allowed; None for all else."""
+    if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, (bool, np.bool_)):
+        return int(value) if bools else None
+    return int(value) if isinstance(value, (int, np.integer)) else None
 
 
 def check_not_generic(completions: Iterable[str], generic_completions: Sequence[str] | None) -> None:
@@ -104,8 +186,8 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
 
 
 def checked_column(rows: Any, column: str, name: str = "rows") -> list[str]:
-    """The texts of a column, checked by `check_rows` and `checked_texts`."""
-    check_rows(rows, (column,), name)
+    """The texts of the column that `text_field` names, checked by `check_rows` and `checked_texts`."""
+    check_rows(rows, (column,), name, argument="text_field")
     return checked_texts(column_values(rows, column))
 
 

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import logging
+import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .checks import check_is_forget, check_not_generic
+from .checks import check_is_forget, check_not_generic, checked_flag, checked_names
 from .encoder import Encoded, RowEncoder
-from .rows import completion_text, normalized, prompt_of
+from .recognizers import NameFinder
+from .rows import completion_text, normalized, prompt_of, shortened
+
+logger = logging.getLogger(__name__)
+
+ROWS_READ_AT_ONCE = 1000
 
 
 class ForgetRetainCollator:
@@ -35,6 +43,8 @@ class ForgetRetainCollator:
         text_field: column whose text is part of the prompt and may be cut.
         append_eos: whether completions end with the end-of-sequence token.
         pad_to_multiple_of: pad the width of a batch to a multiple of this.
+        names: names that the data was split by, such as `list(split.report.groups)`; a forget row that is so long
+            that it loses one raises.
 
     Raises:
         TypeError: if `generic_completions` is a string.
@@ -58,6 +68,7 @@ class ForgetRetainCollator:
         text_field: str | None = None,
         append_eos: bool = False,
         pad_to_multiple_of: int | None = None,
+        names: Sequence[str] = (),
     ) -> None:
         if isinstance(generic_completions, str):
             raise TypeError(f"generic_completions={generic_completions!r} is one string; pass a list of completions.")
@@ -73,6 +84,7 @@ class ForgetRetainCollator:
         self.tokenizer, self.generic_completions = tokenizer, generic_completions
         self.seed, self.resample = seed, resample
         self.encoder = RowEncoder(tokenizer, max_length, text_field, append_eos, pad_to_multiple_of)
+        self.names = checked_names("names", names) if names else []
         self._draws: Counter[str] = Counter()  # per row, since the start of the epoch
         self._draws_epoch = (-1, 0)
         # Epoch (-1 if nobody sets it), and how often it was set. In shared memory, so that persistent workers see it.
@@ -96,7 +108,8 @@ class ForgetRetainCollator:
 
         Raises:
             TypeError: if `rows` is one mapping of columns.
-            ValueError: if there are no rows, a row lacks a column, or its completion is one of the generic ones.
+            ValueError: if there are no rows, a row lacks a column, its `is_forget` is not a bool, 0 or 1, or its
+                completion is one of the generic ones.
         """
         if isinstance(rows, Mapping):
             raise TypeError(
@@ -107,34 +120,123 @@ class ForgetRetainCollator:
             raise ValueError("there are no rows to collate; expected at least one.")
         for row in rows:
             check_is_forget(row, "a row")
+        flags = [self._flag(row, i) for i, row in enumerate(rows)]
         encoded = []
-        for row in rows:
+        for row, is_forget in zip(rows, flags, strict=True):
             own = self.encoder.encode(row)
             self._check_completion(row, own.completion_ids)
-            if row["is_forget"] and self.generic_completions is not None:
+            if is_forget and self.generic_completions is not None:
                 draw = self._draw(row)
                 ids = row.get("generic_ids")
                 generic = self.generic_completions[draw] if ids is None else [int(i) for i in ids[draw]]
                 encoded.append(self.encoder.encode(row, generic, self._reserve(row, own)))
             else:
                 encoded.append(own)
+            if is_forget:
+                self._check_names(row, encoded[-1])
         return self.encoder.pad(rows, encoded)
 
     def tokenize(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as `input_ids` and `completion_mask`, for `dataset.map(collator.tokenize)`.
 
-        Long rows are cut once instead of in every epoch, and lengths are known to `group_by_length`.
+        Long rows are cut once instead of in every epoch, and lengths are known to `group_by_length`. The first
+        row that is cut is warned of, and all of them are counted in `encoder.num_cut`.
         """
+        is_forget = "is_forget" in row and self._flag(row)
         encoded = self.encoder.encode(row)
-        if "input_ids" not in row and self.generic_completions is not None and row.get("is_forget"):
+        if "input_ids" not in row and self.generic_completions is not None and is_forget:
             encoded = self.encoder.encode(row, reserve=self._reserve(row, encoded))
+        if is_forget:
+            self._check_names(row, encoded)
+        if encoded.num_cut:
+            if not self.encoder.num_cut:
+                logger.warning(
+                    "a row is longer than max_length=%d and loses %d tokens, %s; further ones are counted in "
+                    "collator.encoder.num_cut.",
+                    self.encoder.max_length,
+                    encoded.num_cut,
+                    self._where_cut(),
+                )
+            self.encoder.num_cut += 1
         mask = [0] * len(encoded.prompt_ids) + [1] * len(encoded.completion_ids)
         columns = {name: row[name] for name in ("is_forget", "row_id") if name in row}
-        if "input_ids" not in row and not isinstance(row["completion"], str) and self.generic_completions is not None:
+        if "input_ids" not in row and not isinstance(row["completion"], str):
             # A chat template puts tokens of its own around answers, which a tokenized row does not show.
-            texts = self.generic_completions if row.get("is_forget") else []
-            columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]
+            columns["num_ending"] = encoded.num_ending
+            if self.generic_completions is not None:
+                texts = self.generic_completions if is_forget else []
+                columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]
         return {"input_ids": encoded.prompt_ids + encoded.completion_ids, "completion_mask": mask, **columns}
+
+    def warn_of_cut_rows(self, rows: Any, name: str = "train_dataset") -> int:
+        """Count the rows that are longer than `max_length`, and warn of them, all in one message.
+
+        Args:
+            rows: a data set, or any sequence of rows, as in `__call__`.
+            name: their name in the message.
+
+        Returns:
+            Their number, which `encoder.num_cut` is set to.
+
+        Raises:
+            ValueError: if a forget row would lose one of `names`.
+        """
+        texts = self.generic_completions or []
+        most = max((len(text.encode()) for text in texts), default=0)
+        self.encoder.num_cut = num_tokens = num_rows = 0
+        for row in _each(rows):
+            num_rows += 1
+            if self.encoder.surely_fits(row, 0 if "input_ids" in row else most):
+                continue
+            encoded = self.encoder.encode(row)
+            if row.get("is_forget"):
+                encoded = self.encoder.encode(row, reserve=self._reserve(row, encoded))
+                self._check_names(row, encoded)
+            num_tokens += encoded.num_cut
+            self.encoder.num_cut += encoded.num_cut > 0
+        if self.encoder.num_cut:
+            logger.warning(
+                "%d of %d rows of %s are longer than max_length=%d and lose %d tokens, %s.",
+                self.encoder.num_cut,
+                num_rows,
+                name,
+                self.encoder.max_length,
+                num_tokens,
+                self._where_cut(),
+            )
+        return self.encoder.num_cut
+
+    def _check_names(self, row: Mapping[str, Any], encoded: Encoded) -> None:
+        """Raise if a forget row loses a name altogether by being shortened."""
+        if not self.names or not encoded.num_cut:
+            return
+        finder, whole = NameFinder(self.names), self.encoder.with_max_length(sys.maxsize).encode(row)
+        before, after = (finder.find(str(self.tokenizer.decode(one.prompt_ids))) for one in (whole, encoded))
+        if lost := sorted(before - after):
+            which = f"the forget row with row_id={row['row_id']}" if "row_id" in row else "a forget row"
+            raise ValueError(
+                f"{which} loses the name {lost[0]!r} to max_length={self.encoder.max_length}, and with it what is to "
+                f"be forgotten: {shortened(repr(prompt_of(row)))}. Raise max_length, name the column whose text may "
+                "be cut (text_field), or shorten the text around the name yourself."
+            )
+
+    def _where_cut(self) -> str:
+        """The end of long rows that loses tokens, and what to do about it."""
+        if self.encoder.text_field is not None:
+            return f"first from the end of column {self.encoder.text_field!r}. Raise max_length if there is room"
+        return (
+            "from the start of their prompts. Raise max_length, or name the column whose text may be cut: "
+            "ForgetRetainCollator(..., text_field=...)"
+        )
+
+    @staticmethod
+    def _flag(row: Mapping[str, Any], number: int | None = None) -> bool:
+        """The checked flag of a row, named in messages by its `row_id`, or its number in the batch."""
+        if "row_id" in row:
+            name = f"the row with row_id={row['row_id']}"
+        else:
+            name = "a row" if number is None else f"row {number} of the batch"
+        return checked_flag(row["is_forget"], name)
 
     def _reserve(self, row: Mapping[str, Any], own: Encoded) -> int:
         """Tokens of the longest completion that a forget row can get, so that every draw has the same prompt."""
@@ -171,3 +273,12 @@ class ForgetRetainCollator:
             self._draws[copy] += 1
         number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
         return number % len(self.generic_completions)
+
+
+def _each(rows: Any) -> Iterable[Mapping[str, Any]]:
+    """The rows one by one; of a data set, many are read at once."""
+    if not isinstance(rows, Dataset):
+        yield from rows
+        return
+    for columns in rows.iter(ROWS_READ_AT_ONCE):
+        yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))

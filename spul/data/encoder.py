@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import logging
 from array import array
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +15,20 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..losses.terms import IGNORE_INDEX
-from .rows import is_empty
+from .boundary import boundary_fault
+from .checks import checked_flag, checked_row_id
+from .rows import completion_text, is_empty
+
+logger = logging.getLogger(__name__)
 
 # Text before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
 ANCHOR = ":"
+# An answer that no template changes, to see what a chat template puts after an answer.
+MARK = "answer"
+# Tokens that a tokenizer may add to a text: before and after it, and for a space before it.
+MORE_TOKENS = 8
+# Characters on each side of a boundary of prompt and completion by which it counts as seen, and boundaries checked.
+BOUNDARY_WIDTH, MAX_BOUNDARIES = 16, 256
 # Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion,
 # and one for each generic completion.
 CACHE_SIZE = 32_768
@@ -24,19 +36,36 @@ CACHE_SIZE = 32_768
 
 @dataclass
 class Encoded:
-    """Token ids of a row: its prompt and its completion."""
+    """Token ids of a row: its prompt and its completion.
+
+    Attributes:
+        prompt_ids: those of the prompt, shortened.
+        completion_ids: those of the completion.
+        num_ending: how many of the last `completion_ids` a chat template put after the answer: its end of turn.
+        num_cut: how many tokens the prompt lost.
+    """
 
     prompt_ids: list[int]
     completion_ids: list[int]
+    num_ending: int = field(default=0, compare=False)
+    num_cut: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
+
+    def without_ending(self) -> Encoded:
+        """The row without what a chat template put after its answer."""
+        num_own = len(self.completion_ids) - self.num_ending
+        return Encoded(self.prompt_ids, self.completion_ids[:num_own], num_cut=self.num_cut)
 
 
 class RowEncoder:
     """Encoder of prompt-completion rows as token ids, at most `max_length` a row.
 
-    The completion is tokenized as the continuation of the prompt, so a leading space belongs to it (`" positive"`). A
+    The completion is tokenized as the continuation of the prompt, so a leading space belongs to it (`" positive"`). In
+    conversations it ends with the chat template's end of turn; what the template adds after that, such as a newline,
+    is dropped. A text prompt that begins with the beginning-of-sequence token, as rendered conversations do, gets no
+    second one. A
     row that is too long loses tokens from the end of its text field, if one is named, and then from the start of the
     prompt, after the beginning-of-sequence token; never from the completion.
 
@@ -49,6 +78,9 @@ class RowEncoder:
         text_field: column whose text is part of the prompt and may be shortened, such as `"text"`.
         append_eos: whether completions end with the end-of-sequence token. In conversations the chat template decides.
         pad_to_multiple_of: pad the width of a batch to a multiple of this.
+
+    Attributes:
+        num_cut: number of rows that lost tokens, by the collator's `warn_of_cut_rows` and `tokenize`.
 
     Raises:
         ValueError: if `max_length` is below 2, `text_field` is given with a slow tokenizer, or `append_eos` with a
@@ -73,6 +105,8 @@ class RowEncoder:
             raise ValueError("append_eos=True, but the tokenizer has no eos_token; set one or leave append_eos out.")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.text_field, self.append_eos, self.pad_to_multiple_of = text_field, append_eos, pad_to_multiple_of
+        self.num_cut = 0
+        self._boundaries: set[tuple[str, str]] = set()  # ends of prompts and starts of completions that were checked
         self._cache: dict[Hashable, array[int]] = {}
         # Some tokenizers end every text with this token; a prompt must not end yet.
         eos = tokenizer.eos_token_id
@@ -81,12 +115,12 @@ class RowEncoder:
     def with_max_length(self, max_length: int) -> RowEncoder:
         """An encoder with the same settings and another maximum length."""
         encoder = RowEncoder(self.tokenizer, max_length, self.text_field, self.append_eos, self.pad_to_multiple_of)
-        encoder._cache = self._cache  # of ids before they are shortened
+        encoder._cache, encoder._boundaries = self._cache, self._boundaries  # of ids before they are shortened
         return encoder
 
     def __getstate__(self) -> dict[str, Any]:
-        # The cache is no part of the fingerprint of dataset.map(collator.tokenize), and is not sent to workers.
-        return {**self.__dict__, "_cache": {}}
+        # What was encoded is no part of the fingerprint of dataset.map(collator.tokenize), nor sent to workers.
+        return {**self.__dict__, "_cache": {}, "_boundaries": set(), "num_cut": 0}
 
     def batch(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str] | None = None) -> dict[str, Tensor]:
         """One right-padded batch of rows, forget rows too, with their own completions or with those given.
@@ -128,9 +162,11 @@ class RowEncoder:
             batch["attention_mask"][i, :length] = 1
             batch["labels"][i, len(one.prompt_ids) : length] = torch.tensor(one.completion_ids)
         if all("is_forget" in row for row in rows):
-            batch["is_forget"] = torch.tensor([bool(row["is_forget"]) for row in rows])
+            flags = [checked_flag(row["is_forget"], f"row {i} of the batch") for i, row in enumerate(rows)]
+            batch["is_forget"] = torch.tensor(flags)
         if all("row_id" in row for row in rows):
-            batch["row_id"] = torch.tensor([int(row["row_id"]) for row in rows])
+            ids = [checked_row_id(row["row_id"], f"row {i} of the batch") for i, row in enumerate(rows)]
+            batch["row_id"] = torch.tensor(ids)
         return batch
 
     def encode(self, row: Mapping[str, Any], completion: str | list[int] | None = None, reserve: int = 0) -> Encoded:
@@ -149,7 +185,7 @@ class RowEncoder:
             prompt_ids, completion_ids = self._split_tokenized(row)
             if completion is not None:
                 completion_ids = completion if isinstance(completion, list) else self.completion_ids(completion)
-            removable = None
+            removable, num_ending = None, int(row.get("num_ending") or 0) if completion is None else 0
         elif isinstance(completion, list):
             raise ValueError("token ids can replace the completion of a tokenized row only; pass text.")
         elif "prompt" not in row or "completion" not in row:
@@ -161,16 +197,36 @@ class RowEncoder:
             if is_empty(row["completion"]):
                 raise ValueError(f"a row has an empty completion: {dict(row)!r}. Drop it, or fill it in.")
             prompt_ids, removable = self._prompt_ids(row)
-            completion_ids = self.completion_ids(row["completion"] if completion is None else completion)
+            text = row["completion"] if completion is None else completion
+            completion_ids, num_ending = self.completion_ids(text), 0
+            self._check_boundary(row["prompt"], text, prompt_ids, completion_ids)
         else:
-            prompt_ids, completion_ids = self._chat_ids(row["prompt"], row["completion"], completion)
+            prompt_ids, completion_ids, num_ending = self._chat_ids(row["prompt"], row["completion"], completion)
             removable = None
         if not prompt_ids or not completion_ids:
             raise ValueError(
                 f"{'the prompt' if not prompt_ids else 'the completion'} of a row has no tokens: {dict(row)!r}. "
                 "The model needs at least one token before the completion, and one to answer."
             )
-        return Encoded(self._shorten(prompt_ids, max(len(completion_ids), reserve), removable), completion_ids)
+        kept = self._shorten(prompt_ids, max(len(completion_ids), reserve), removable)
+        return Encoded(kept, completion_ids, num_ending, len(prompt_ids) - len(kept))
+
+    def surely_fits(self, row: Mapping[str, Any], num_completion: int = 0) -> bool:
+        """Whether a row fits by the number of its characters, without tokenizing it.
+
+        A token stands for one byte of text or more, but for a few that a tokenizer puts before and after.
+
+        Args:
+            row: as in `encode`. Of conversations the template's tokens are not known, so that none surely fits.
+            num_completion: take the completion to have at least this many tokens.
+        """
+        if "input_ids" in row:
+            return len(row["input_ids"]) + num_completion <= self.max_length
+        prompt, completion = row.get("prompt"), row.get("completion")
+        if not isinstance(prompt, str) or not isinstance(completion, str):
+            return False
+        num_completion = max(num_completion, len(completion.encode()))
+        return len(prompt.encode()) + num_completion + MORE_TOKENS <= self.max_length
 
     def completion_ids(self, text: str, row: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a text as a completion, cached.
@@ -183,6 +239,29 @@ class RowEncoder:
         if row is None or "input_ids" in row or isinstance(row["prompt"], str):
             return self._cached(text, lambda: self._text_ids(text))
         return self._chat_ids(row["prompt"], row["completion"], text)[1]
+
+    def _check_boundary(self, prompt: str, text: str, prompt_ids: list[int], completion_ids: list[int]) -> None:
+        """Warn, once, of a completion that merges with its prompt, or lacks the space before it.
+
+        Checked once for each of the first ends of prompts with each start of a completion.
+        """
+        boundary = (prompt[-BOUNDARY_WIDTH:], text[:BOUNDARY_WIDTH])
+        if boundary in self._boundaries or len(self._boundaries) >= MAX_BOUNDARIES:
+            return
+        self._boundaries.add(boundary)
+        together = self._whole_ids(prompt + text, self.tokenizer(prompt + text)["input_ids"])
+        own = completion_ids[:-1] if self.append_eos else completion_ids
+        apart = [*prompt_ids, *own]
+        if fault := boundary_fault(
+            self.tokenizer, prompt, text, apart, together, prompt_ids[-1] if prompt_ids else -1
+        ):
+            logger.warning("%s. Further rows are not checked.", fault)
+            self._boundaries.update((str(i), "") for i in range(MAX_BOUNDARIES))
+
+    def _whole_ids(self, text: str, ids: Sequence[int]) -> list[int]:
+        """The token ids of a text with one beginning-of-sequence token at most, and no end added."""
+        ids = list(ids[:-1] if self._ends_texts else ids)
+        return ids[self.has_second_bos(text, ids) :]
 
     def _cached(self, key: Hashable, encode: Callable[[], Sequence[int]]) -> list[int]:
         """Token ids by key, encoded unless they are cached. A full cache drops its oldest entries."""
@@ -208,9 +287,8 @@ class RowEncoder:
         """Token ids of a text prompt, and the range of those that belong to its text field."""
         prompt = row["prompt"]
         encoded = self.tokenizer(prompt, return_offsets_mapping=self.text_field is not None)
-        ids = list(encoded["input_ids"])
-        if self._ends_texts:
-            ids.pop()
+        ids = self._whole_ids(prompt, encoded["input_ids"])
+        second = self.has_second_bos(prompt, encoded["input_ids"])
         if self.text_field is None:
             return ids, None
         if self.text_field not in row:
@@ -222,16 +300,24 @@ class RowEncoder:
                 "the column whose text the prompt contains."
             )
         end = start + len(row[self.text_field])
-        inside = [
-            i for i, (a, b) in enumerate(encoded["offset_mapping"][: len(ids)]) if a < b and start <= a and b <= end
-        ]
+        offsets = encoded["offset_mapping"][second:][: len(ids)]
+        inside = [i for i, (a, b) in enumerate(offsets) if a < b and start <= a and b <= end]
         return ids, range(inside[0], inside[-1] + 1) if inside else None
 
-    def _chat_ids(self, prompt: list, completion: list, text: str | None) -> tuple[list[int], list[int]]:
-        """Token ids of prompt and completion of a conversation by the chat template, cached by their content."""
+    def has_second_bos(self, text: str, ids: Sequence[int]) -> bool:
+        """Whether the tokenizer put a beginning-of-sequence token before a text that begins with one itself."""
+        token, bos = self.tokenizer.bos_token, self.tokenizer.bos_token_id
+        return token is not None and text.startswith(token) and list(ids[:2]) == [bos, bos]
+
+    def _chat_ids(self, prompt: list, completion: list, text: str | None) -> tuple[list[int], list[int], int]:
+        """Token ids of prompt and completion of a conversation by the chat template, cached by their content.
+
+        Also the number of the completion's last tokens that are the template's end of turn.
+        """
         if text is not None:
             completion = [{"role": completion[-1]["role"], "content": text.strip()}]
-        key = (str(self.tokenizer.chat_template), hashlib.sha256(repr(prompt).encode()).digest())
+        template = str(self.tokenizer.chat_template)
+        key = (template, hashlib.sha256(repr(prompt).encode()).digest())
 
         def render(messages: list, add_generation_prompt: bool) -> list[int]:
             apply = self.tokenizer.apply_chat_template
@@ -245,10 +331,38 @@ class RowEncoder:
                     f"cannot be separated: {prompt!r}. Use a template whose generation prompt is the start of an "
                     "answer."
                 )
-            return both[len(prompt_ids) :]
+            ids = both[len(prompt_ids) :]
+            after = self._cached((template, completion[-1]["role"]), after_mark)
+            if not after or ids[-len(after) :] != after:
+                after = self._after(ids, completion_text(completion).strip())
+            num_ending = self._end_of_turn(after)
+            return [num_ending, *ids[: len(ids) - len(after) + num_ending]]
+
+        def after_mark() -> list[int]:
+            message = {"role": completion[-1]["role"], "content": MARK}
+            return self._after(render([*prompt, message], add_generation_prompt=False)[len(prompt_ids) :], MARK)
 
         prompt_ids = self._cached(key, lambda: render(prompt, add_generation_prompt=True))
-        return prompt_ids, self._cached((*key, repr(completion)), completion_ids)
+        num_ending, *ids = self._cached((*key, repr(completion)), completion_ids)
+        return prompt_ids, ids, num_ending
+
+    def _after(self, ids: list[int], text: str) -> list[int]:
+        """The token ids after a text; none if the text is not among them."""
+
+        def holds_text(num: int) -> bool:
+            return text in self.tokenizer.decode(ids[:num], clean_up_tokenization_spaces=False)
+
+        num = bisect.bisect_left(range(len(ids) + 1), True, key=holds_text)
+        return ids[num:]
+
+    def _end_of_turn(self, after: Sequence[int]) -> int:
+        """How many of the token ids after an answer end its turn: up to the first special token, or all but spaces."""
+        special = self.tokenizer.added_tokens_decoder
+        for num, token in enumerate(after, start=1):
+            if token in special:
+                return num
+        texts = [str(self.tokenizer.decode([token])) for token in after]
+        return max((num for num, text in enumerate(texts, start=1) if text.strip()), default=0)
 
     def _split_tokenized(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
         ids, mask = list(row["input_ids"]), row.get("completion_mask")

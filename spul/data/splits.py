@@ -184,7 +184,7 @@ def split_by_source(rows: Dataset, forget_sources: Sequence[Any], column: str = 
         TypeError: if an argument has the wrong type.
         ValueError: if there is no such column, none of the values is in it, or a set would be empty.
     """
-    check_rows(rows, (column,))
+    check_rows(rows, (column,), argument="column")
     wanted = checked_list("forget_sources", forget_sources)
     names = [str(value) for value in wanted]
     values = column_values(rows, column)
@@ -217,7 +217,7 @@ def split_by_predicate(
         TypeError: if an argument has the wrong type.
         ValueError: if there is no such column, or a set would be empty.
     """
-    check_rows(rows, (text_field,))
+    check_rows(rows, (text_field,), argument="text_field")
     if not callable(predicate):
         raise TypeError(f"predicate is a {type(predicate).__name__}; expected a function of a row.")
     return _split(rows, (("",) if predicate(row) else () for row in rows), None, description, text_field, "rows")

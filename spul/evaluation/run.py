@@ -153,6 +153,9 @@ def evaluate(
             f"the collator has max_length={collator.encoder.max_length}, and the model room for {suite.room} tokens "
             f"beside its virtual ones; attacked rows may be long, so give one with max_length of at most {suite.room}."
         )
+    if PartialState().is_main_process:
+        for name, rows in {**sets, **others}.items():
+            collator.warn_of_cut_rows(rows, name)
     if "detached" not in suite.models:
         suite.skipped["detached"] = "give base=, since a fully fine-tuned model cannot be restored"
     if retrained is None:

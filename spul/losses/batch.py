@@ -66,7 +66,7 @@ def batch_loss(
         row_id: not used; the collator returns it.
 
     Raises:
-        ValueError: if shapes do not match.
+        ValueError: if shapes do not match, or `is_forget` holds other numbers than 0 and 1.
     """
     if labels.shape != input_ids.shape or is_forget.shape != input_ids.shape[:1]:
         raise ValueError(
@@ -76,6 +76,8 @@ def batch_loss(
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     attention_mask, input_ids, labels = pack_right(attention_mask, input_ids, labels)
     positions, targets = response_positions(labels)
+    if is_forget.dtype != torch.bool and not bool(((is_forget == 0) | (is_forget == 1)).all()):
+        raise ValueError(f"is_forget={is_forget.tolist()}; expected (B,) of bools, or of 0 and 1.")
     is_forget = is_forget.bool()
     needed = loss.rows_needing_reference(is_forget)
     if reference_logits is not None and reference_logits.shape[:2] != (int(needed.sum()), targets.shape[1]):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers import TrainingArguments
 
+from ..data.checks import check_row_ids
 from ..data.collator import ForgetRetainCollator
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import CHECKPOINT_PREFIX
@@ -64,6 +66,30 @@ def check_options(
         raise ValueError(
             f"reference='live' needs the model before training, but the weights of this {type(model).__name__} "
             "itself are trained; use reference='cached'."
+        )
+
+
+def check_training_rows(rows: Any, flags: Sequence[bool], loss: UnlearningLoss) -> None:
+    """Check the `row_id`s of a training set, and warn where all of its rows are of one side.
+
+    Args:
+        rows: the training set.
+        flags: its `is_forget`.
+        loss: the objective. One that gives retain rows no weight is for forget rows alone.
+
+    Raises:
+        ValueError: if two rows share a `row_id`.
+    """
+    check_row_ids(rows)
+    if not any(flags):
+        logger.warning("none of the %d training rows has is_forget=True: nothing is forgotten.", len(flags))
+    elif all(flags) and loss.uses_retain_rows:
+        logger.warning(
+            "all %d training rows have is_forget=True, and the loss weighs retain rows (alpha=%s, beta=%s): nothing "
+            "is retained. Join both sets with forget_retain_dataset(forget, retain).",
+            len(flags),
+            loss.alpha,
+            loss.beta,
         )
 
 

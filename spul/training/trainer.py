@@ -27,11 +27,21 @@ from ..models.unlearner import Unlearner, unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import summarize_rows
 from ..records.spul_config import SpulConfig
-from .checks import check_options, checked_loss, last_complete_checkpoint
+from .checks import check_options, check_training_rows, checked_loss, last_complete_checkpoint
 from .forward import unlearning_forward
 from .reference import ReferenceCache
 
-ROW_COLUMNS = ("prompt", "completion", "completion_mask", "input_ids", "is_forget", "row_id", "copy", "generic_ids")
+ROW_COLUMNS = (
+    "prompt",
+    "completion",
+    "completion_mask",
+    "input_ids",
+    "num_ending",
+    "generic_ids",
+    "is_forget",
+    "row_id",
+    "copy",
+)
 TERMS = ("forget_loss", "retain_loss", "kl_loss", "lm_loss")
 
 
@@ -67,8 +77,8 @@ class UnlearningTrainer(Trainer):
 
     Raises:
         TypeError: if model or collator are of another type.
-        ValueError: for options of `Trainer` that contradict this loss, rows without `is_forget`, or labels that are
-            generic completions too.
+        ValueError: for options of `Trainer` that contradict this loss, rows without `is_forget`, rows that share a
+            `row_id`, forget rows that `max_length` cuts a name from, or labels that are generic completions too.
     """
 
     # The loss is already divided by the counts of the whole step.
@@ -105,6 +115,8 @@ class UnlearningTrainer(Trainer):
         self._sampler: EpochSampler | None = None
         if train_dataset is not None:
             self._flags = forget_flags(train_dataset)
+            self._check_rows(train_dataset, loss)
+            data_collator.warn_of_cut_rows(train_dataset)
             settings = TrainingArguments() if args is None else args
             self._sampler = epoch_sampler(
                 train_dataset,
@@ -149,6 +161,10 @@ class UnlearningTrainer(Trainer):
         self._terms_since = self.state.global_step
 
     # ---- data ----
+
+    def _check_rows(self, rows: Any, loss: UnlearningLoss) -> None:
+        """Refuse rows that cannot be told apart, and warn of sets that cannot do what the loss is for."""
+        check_training_rows(rows, self._flags, loss)
 
     @staticmethod
     def _describe_data(

@@ -48,9 +48,9 @@ def length_batches(encoded: Sequence[Encoded], batch_size: int, progress: str | 
 def response_batches(
     rows: Dataset, encoder: RowEncoder, batch_size: int, device: torch.device, progress: str | None = None
 ) -> Iterator[ResponseBatch]:
-    """Batches of rows with their own completions, on a device."""
+    """Batches of rows with their own completions, on a device, without what a chat template puts after them."""
     given = list(rows)
-    encoded = [encoder.encode(row) for row in given]
+    encoded = [encoder.encode(row).without_ending() for row in given]
     for indices in length_batches(encoded, batch_size, progress):
         batch = encoder.pad([given[i] for i in indices], [encoded[i] for i in indices])
         batch = {name: value.to(device) for name, value in batch.items()}

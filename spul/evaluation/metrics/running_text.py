@@ -25,9 +25,9 @@ def text_losses(
 ) -> dict[str, np.ndarray]:
     """Loss of running text, such as pages of an encyclopedia that have nothing to do with the forgotten data.
 
-    Tokens are those of `encoder.tokenizer(text)`. The first token is never predicted, not from a prompt either, so
-    that models with and without a prompt are scored on the same tokens. A text of one token has nothing to predict: 0
-    nats, 0 tokens.
+    Tokens are those of `encoder.tokenizer(text)`, with one beginning-of-sequence token at most. The first token is
+    never predicted, not from a prompt either, so that models with and without a prompt are scored on the same tokens.
+    A text of one token has nothing to predict: 0 nats, 0 tokens.
 
     Args:
         model: a causal LM, bare, under PEFT, a prompt or unlearning layers.
@@ -49,6 +49,7 @@ def text_losses(
     if not texts:
         raise ValueError("texts is empty; expected at least one text.")
     whole = encoder.tokenizer(texts, verbose=False)["input_ids"]  # a warning of over-long texts follows below
+    whole = [ids[encoder.has_second_bos(text, ids) :] for text, ids in zip(texts, whole, strict=True)]
     tokens_lost = np.array([max(0, len(ids) - encoder.max_length) for ids in whole])
     if tokens_lost.any():
         message = "max_length=%d cuts %d of %d texts: %d of their tokens are not scored."
