@@ -100,7 +100,7 @@ def split_by_entity(
 
     Source: Bhaila, Van and Wu, *Soft Prompting for Unlearning in Large Language Models*, https://arxiv.org/abs/2406.12038
     """
-    check_rows(rows, (text_field,))
+    check_rows(rows, (text_field,), argument="text_field")
     if names is None and recognizer is None:
         raise ValueError("split_by_entity needs names=, a recognizer=, or both.")
     if num_names is not None and (names is not None or num_names < 1):
