@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from helpers import make_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -483,3 +484,13 @@ def test_a_text_field_that_a_row_lacks_is_refused_with_its_columns(ten):
 def test_a_text_field_that_is_not_in_the_prompt_is_refused(ten):
     with pytest.raises(ValueError, match="the text of column 'text' is not part of the prompt of its row"):
         RowEncoder(ten, 8, text_field="text").encode(row("a", " b", text="c"))
+
+
+def test_a_tokenizer_that_grows_and_an_end_that_is_switched_off_reach_what_was_cached():
+    encoder = RowEncoder(make_tokenizer(), 64, append_eos=True)
+    before = encoder.completion_ids(" positive")
+    assert before[-1] == encoder.tokenizer.eos_token_id
+    encoder.append_eos = False
+    assert encoder.completion_ids(" positive") == before[:-1]
+    encoder.tokenizer.add_tokens([" positive"])
+    assert encoder.completion_ids(" positive") == [len(encoder.tokenizer) - 1]

@@ -401,3 +401,7 @@ def test_the_first_batch_comes_at_once_whatever_the_share(fraction, batch_size):
 def test_a_share_of_more_draws_than_can_be_counted_is_refused():
     with pytest.raises(ValueError, match=r"forget_fraction=1e-300 .* an epoch would have 1e\+300 draws"):
         ForgetFractionSampler([True, False], 1e-300)
+
+
+def test_iterating_over_row_copies_ends_after_each_row_once():
+    assert [row["copy"] for row in RowCopies([{"a": 1}, {"a": 2}])] == [0, 0]

@@ -265,6 +265,7 @@ class RowEncoder:
 
     def _cached(self, key: Hashable, encode: Callable[[], Sequence[int]]) -> list[int]:
         """Token ids by key, encoded unless they are cached. A full cache drops its oldest entries."""
+        key = (len(self.tokenizer), self.append_eos, key)  # both may be changed after entries were cached
         if key not in self._cache:
             ids = array("i", encode())
             while len(self._cache) >= CACHE_SIZE:

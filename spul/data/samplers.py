@@ -37,6 +37,10 @@ class RowCopies(Dataset):
         copy, row = divmod(int(item), len(self.rows))
         return {**self.rows[row], "copy": copy}
 
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Each row once; without it, iterating would go on with one copy after another."""
+        return (self[i] for i in range(len(self)))
+
 
 class EpochSampler(Sampler[int]):
     """Base of the samplers: the order depends on seed and epoch alone, so that a resumed run continues with it.
