@@ -274,7 +274,7 @@ def test_a_subsample_leaves_rows_out_of_both_sets_and_says_so():
     assert kept != list(range(25))
     assert some.retain["number"][:] == list(range(100, 300))
     assert (some.report.num_forget, some.report.num_retain) == (25, 200)
-    assert "75 left out of both sets" in some.report.rule
+    assert "75 excluded from both sets" in some.report.rule
     assert set(some.report.examples["forget"]) <= set(some.forget["text"])
     assert subsample_forget(whole, 0.25, seed=1).forget["number"][:] == kept
     assert subsample_forget(whole, 0.25, seed=2).forget["number"][:] != kept

@@ -116,10 +116,10 @@ def load(
                 raise
             logger.warning("The prompt was trained with a custom loss unknown to spul; using the default loss.")
 
+    check_base(loaded, config, spul_config, adapter)
     unlearner = cls(loaded, config, loss=loss, adapter_name=adapter_name, **kwargs)
     base: Any = unlearner.get_base_model()
     unlearner.spul_configs[adapter_name] = spul_config
-    check_base(base, config, spul_config, adapter)
     if is_trainable:
         # After more training, the saved metrics and fingerprint no longer apply.
         spul_config.base_fingerprint, spul_config.metrics = None, {}
