@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 import warnings
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIGS, build, build_llama, build_unlearner, make_batch
+from helpers import CONFIGS, SHAPE, build, build_llama, build_unlearner, make_batch
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftModel, PrefixTuningConfig, PromptTuningConfig
 
@@ -397,3 +398,22 @@ def test_load_adapter_checks_the_base_and_keeps_each_prompts_record(tmp_path):
         two.load_adapter(str(tmp_path / "one" / "inner"), "third")
     two.delete_adapter("default")
     assert set(two.spul_configs) == {"other", "third"}
+
+
+def test_a_prefix_on_a_family_whose_layers_differ_in_width_is_loaded_as_it_was_saved(tmp_path):
+    gemma4 = pytest.importorskip("transformers.models.gemma4")
+    layers = {"head_dim": 8, "global_head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}
+    shape = {"vocab_size_per_layer_input": 120, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+    config = gemma4.Gemma4TextConfig(**SHAPE, **layers, **shape, num_key_value_heads=2, intermediate_size=48)
+    torch.manual_seed(0)
+    base = gemma4.Gemma4ForCausalLM(config).eval()
+    unlearner = SoftPromptUnlearner(base, CONFIGS["prefix_tuning"]()).eval()
+    ids = torch.randint(5, 120, (1, 7))
+    with torch.no_grad():
+        expected = unlearner(input_ids=ids).logits
+        unlearner.save_pretrained(str(tmp_path))
+        loaded = SoftPromptUnlearner.from_pretrained(deepcopy(base), tmp_path)
+        assert torch.equal(loaded(input_ids=ids).logits, expected)
+        plain = PeftModel.from_pretrained(deepcopy(base), str(tmp_path)).eval()
+        torch.testing.assert_close(plain(input_ids=ids).logits, expected)
+        assert not torch.allclose(base(input_ids=ids).logits, expected)

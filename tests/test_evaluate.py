@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,3 +281,24 @@ def test_rows_that_would_not_fit_the_model_are_refused_before_anything_is_measur
     with pytest.raises(ValueError, match=r"max_length=96, and the model room for 93 tokens .* at most 93"):
         measured(make_model("prompt_tuning"), "utility", collator=make_collator(max_length=96), output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["model", "base", "retrained", "reference"])
+@pytest.mark.parametrize("folder", ["out/prompt", Path("out/prompt")], ids=["str", "Path"])
+def test_the_name_of_a_folder_in_place_of_a_model_is_refused_with_how_to_load_it(name, folder):
+    given = {"model": learned(), "splits": make_splits(), "collator": make_collator(), name: folder}
+    with pytest.raises(TypeError, match=rf"{name} is a \w+, .*from_pretrained\(base, 'out/prompt'\)"):
+        spul.evaluate(**given)
+
+
+def test_what_is_no_model_no_splits_and_no_collator_is_refused():
+    given = {"model": learned(), "splits": make_splits(), "collator": make_collator()}
+    for name, value in (("model", None), ("splits", "folder"), ("collator", make_collator().tokenizer)):
+        with pytest.raises(TypeError, match=f"{name} is a {type(value).__name__}"):
+            spul.evaluate(**{**given, name: value})
+
+
+@pytest.mark.parametrize("score", [score_completions, lambda m, r, c: response_likelihoods(m, r, c.encoder)])
+def test_the_name_of_a_folder_is_refused_by_single_measures_too(score):
+    with pytest.raises(TypeError, match="model is a str, 'out/prompt'; expected a model in memory"):
+        score("out/prompt", rows("doe", 2), make_collator())

@@ -220,3 +220,40 @@ def test_tokenizers_are_told_apart_by_all_that_makes_tokens():
 
 
 # ---- several processes ----
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "settings.json' cannot be read"),
+        ('{"seed": 3, "mod', "settings.json' cannot be read"),
+        ("[]", "settings.json' holds a list; expected the fields of an evaluation"),
+        ('{"theme": "dark"}', "an evaluation that differs in .*seed.*theme"),
+        ("\udcff", "settings.json' cannot be read"),
+    ],
+    ids=["empty", "partial", "list", "foreign", "bytes"],
+)
+def test_settings_that_are_damaged_or_foreign_are_refused_and_left(tmp_path, content, message):
+    file = tmp_path / "settings.json"
+    file.write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(ValueError, match=message):
+        measured(make_model("prompt_tuning"), "sampling", output_dir=tmp_path)
+    assert [(one.name, one.read_bytes()) for one in tmp_path.iterdir()] == [
+        (file.name, content.encode(errors="surrogateescape"))
+    ]
+
+
+def test_a_folder_with_results_of_others_is_refused_and_left(tmp_path):
+    name = "evaluation.json"
+    (tmp_path / name).write_text('{"score": 1}\n')
+    with pytest.raises(ValueError, match=rf"holds {name} without the settings.json that spul.evaluate writes first"):
+        measured(make_model("prompt_tuning"), "sampling", output_dir=tmp_path)
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [(name, '{"score": 1}\n')]
+
+
+def test_results_that_are_not_of_the_settings_beside_them_are_refused_and_left(tmp_path):
+    measured(make_model("prompt_tuning"), "sampling", output_dir=tmp_path)
+    (tmp_path / "evaluation.json").write_text('{"score": 1}\n')
+    with pytest.raises(ValueError, match=r"evaluation\.json in .* is not that of the settings.json beside it"):
+        measured(make_model("prompt_tuning"), "sampling", output_dir=tmp_path)
+    assert (tmp_path / "evaluation.json").read_text() == '{"score": 1}\n'

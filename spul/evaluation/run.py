@@ -17,7 +17,7 @@ from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
 from ..data.formats import QUESTION_ANSWER, PromptFormat
 from ..data.unlearning_data import SPLITS, UnlearningData
-from ..models.causal_lm import bare_model, unwrapped
+from ..models.causal_lm import bare_model, check_model, unwrapped
 from ..models.compat import PartialState, broadcast, gathered, is_sharded
 from ..models.unlearner import unlearner_of
 from ..records.files import write_text
@@ -25,7 +25,14 @@ from .aggregation import Measurement
 from .measures import MEASURES, key_in_words
 from .metrics.free_form import rouge_l
 from .metrics.scoring import DivergedError
-from .results import MEASUREMENTS_NAME, Evaluation, append_measurements, read_measurements, write_measurements
+from .results import (
+    EVALUATION_NAME,
+    MEASUREMENTS_NAME,
+    Evaluation,
+    append_measurements,
+    read_measurements,
+    write_measurements,
+)
 from .settings import settings_of
 from .suite import AttackSettings, Suite, Task
 
@@ -92,9 +99,10 @@ def evaluate(
     Raises:
         ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
             missing, a measure or set of questions is unknown, two of the models share a base, a model is sharded, or
-            `output_dir` holds another evaluation.
-        TypeError: if rows are not a `datasets.Dataset`, or a model has a plain PEFT prompt whose type is unknown to
-            spul, or any plain PEFT prompt where the soft suffix is measured.
+            `output_dir` holds another evaluation, files that are not an evaluation's, or damaged ones.
+        TypeError: if a model is given by the name of its folder, `splits`, `collator` or rows are of another type, or
+            a model has a plain PEFT prompt whose type is unknown to spul, or any plain PEFT prompt where the soft
+            suffix is measured.
         ImportError: if free-form answers are scored, and `rouge-score` is not installed.
 
     Example:
@@ -108,6 +116,10 @@ def evaluate(
         raise TypeError(f"measures={measures!r} is one name; expected a list: [{measures!r}].")
     if unknown := [name for name in measures if name not in MEASURES]:
         raise ValueError(f"measures {unknown} are not known; expected some of {', '.join(MEASURES)}.")
+    if not isinstance(collator, ForgetRetainCollator):
+        raise TypeError(f"collator is a {type(collator).__name__}; expected ForgetRetainCollator(tokenizer, [...]).")
+    if not isinstance(splits, (UnlearningData, Mapping)):
+        raise TypeError(f"splits is a {type(splits).__name__}; expected UnlearningData, or a dict of {list(SPLITS)}.")
     sets = {name: splits.rows(name) for name in SPLITS} if isinstance(splits, UnlearningData) else dict(splits)
     if missing := [name for name in SPLITS if name not in sets]:
         raise ValueError(f"splits lack {missing}; they have {list(sets)}.")
@@ -118,6 +130,9 @@ def evaluate(
     if not collator.generic_completions:
         raise ValueError("the collator has no generic_completions; give it those that count as a generic answer.")
     given = {"model": model, "base": base, "retrained": retrained, "reference": reference}
+    for name, one in given.items():
+        if one is not None or name == "model":
+            check_model(one, name)
     models = {name: unwrapped(one) for name, one in given.items() if one is not None}
     for name, one in models.items():
         if is_sharded(one):
@@ -231,12 +246,45 @@ def _measured(
     return [by_key[key] for task in tasks for key in task.keys if key in by_key], dict(failed)
 
 
+def _check_folder(folder: Path) -> None:
+    """Raise if a folder holds an `evaluation.json` that is not of the settings beside it: it would be written over."""
+    if (folder / EVALUATION_NAME).exists() and not (folder / SETTINGS_NAME).exists():
+        raise ValueError(
+            f"{str(folder)!r} holds {EVALUATION_NAME} without the {SETTINGS_NAME} that spul.evaluate writes first: "
+            "not an evaluation that can be resumed, and not one to write over. Give another output_dir, or move it."
+        )
+    evaluation = folder / EVALUATION_NAME
+    if evaluation.exists() and _record(evaluation).get("settings") != _record(folder / SETTINGS_NAME):
+        raise ValueError(
+            f"{EVALUATION_NAME} in {str(folder)!r} is not that of the {SETTINGS_NAME} beside it, and would be written "
+            "over. Give another output_dir, or move it."
+        )
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """The dict in a JSON file."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of JSON or UTF-8
+        raise ValueError(
+            f"{str(path)!r} cannot be read ({error}): it is damaged, or no file of spul. Remove it with the other "
+            "files of that evaluation, or give another output_dir."
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{str(path)!r} holds a {type(found).__name__}; expected the fields of an evaluation. It is no file of "
+            "spul: give another output_dir."
+        )
+    return found
+
+
 def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
     """The measurements of an interrupted run of the same evaluation in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_NAME
+    _check_folder(folder)
     if path.exists():
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        theirs = _record(path)
         if other := sorted(name for name in settings | theirs if settings.get(name) != theirs.get(name)):
             raise ValueError(
                 f"{str(folder)!r} holds an evaluation that differs in {', '.join(other)}; give another output_dir, or "

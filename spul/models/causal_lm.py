@@ -49,6 +49,7 @@ def restore_dropout(values: list[tuple[nn.Module, str, float]]) -> None:
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Context manager: the model is in evaluation mode; on exit every module's mode is restored."""
+    check_model(model)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -109,8 +110,35 @@ def cache_switch(base_model: Any) -> tuple[int | None, bool]:
     return own, False
 
 
+def check_model(model: Any, name: str = "model") -> None:
+    """Raise unless an argument is a model in memory.
+
+    Args:
+        model: any object.
+        name: the argument's name, for the message.
+
+    Raises:
+        TypeError: if it is no module, such as the name of a folder.
+    """
+    if isinstance(model, nn.Module):
+        return
+    remedy = "AutoModelForCausalLM.from_pretrained(...)"
+    if isinstance(model, (str, os.PathLike)):
+        where = str(model)
+        remedy = (
+            f"a saved prompt is loaded by SoftPromptUnlearner.from_pretrained(base, {where!r}), a whole model by "
+            f"AutoModelForCausalLM.from_pretrained({where!r})"
+        )
+    raise TypeError(f"{name} is a {type(model).__name__}, {model!r:.80}; expected a model in memory: {remedy}.")
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside the wrappers of `torch.compile` and DDP."""
+    """The model inside the wrappers of `torch.compile` and DDP.
+
+    Raises:
+        TypeError: if it is no module.
+    """
+    check_model(model)
     while True:
         inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else uncompiled(model)
         if inner is model:

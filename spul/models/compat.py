@@ -20,9 +20,10 @@ import transformers.modeling_utils
 from accelerate import PartialState as PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import _prepare_prompt_learning_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, TrainingArguments
@@ -162,6 +163,16 @@ def adapter_enabled(model: PeftModel) -> bool:
     """
     layers_disabled = any(getattr(m, "disable_adapters", False) is True for m in model.modules())
     return model.has_active_enabled_adapter and not layers_disabled
+
+
+def prefix_shape(model_config: Any) -> tuple[int, int]:
+    """Number of layers and width of keys that PEFT gives a prefix on a base, also where its layers differ (Gemma 4).
+
+    The function that fills in a prompt's config is not public.
+    """
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
+    filled: Any = _prepare_prompt_learning_config(config, model_config)
+    return filled.num_layers, filled.token_dim
 
 
 # Names of the modules that PEFT puts between a module and its parameters.

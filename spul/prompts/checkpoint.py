@@ -18,6 +18,7 @@ from torch import nn
 
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import load_base, unchanged_on_error
+from ..models.compat import prefix_shape
 from ..records.card import CARD_NAME, model_card
 from ..records.fields import is_count, read_object
 from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
@@ -311,13 +312,10 @@ def check_base(base: Any, config: Any, spul_config: SpulConfig, adapter: str | o
     """Raise if the prompt does not fit the base; warn if the base's weights differ from those of training."""
     trained_on = config.base_model_name_or_path or "another model"
     advice = f"Load it on the model it was trained for ({trained_on})."
-    text = base.config.get_text_config()
     found: tuple[int, ...]
     expected: tuple[int, ...]
     if config.peft_type == PeftType.PREFIX_TUNING:
-        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        found, expected = (config.num_layers, config.token_dim), (text.num_hidden_layers, heads * head_dim)
+        found, expected = (config.num_layers, config.token_dim), prefix_shape(base.config)
         what = "(layers, width of keys)"
     else:
         found, expected = (config.token_dim,), (base.get_input_embeddings().weight.shape[1],)

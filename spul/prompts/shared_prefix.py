@@ -16,7 +16,7 @@ import torch
 from peft import PeftType
 from torch import Tensor, nn
 
-from ..models.causal_lm import cache_switch, logits_at, needs_gradient, selects_positions, warn_once
+from ..models.causal_lm import cache_switch, evaluation_mode, logits_at, needs_gradient, selects_positions, warn_once
 from ..models.compat import (
     LayerStates,
     empty_cache,
@@ -113,6 +113,35 @@ def outgrows_cache(model: Any, num_tokens: int) -> bool:
         "is concatenated to every row, which is slower."
     )
     return True
+
+
+@torch.no_grad()
+def check_prefix(model: Any) -> None:
+    """Raise unless the base takes the active prefix as the keys and values of its layers, by one token's forward.
+
+    Raises:
+        ValueError: if it does not: it caches another number of heads or another width (multi-query and multi-head
+            latent attention), or layers without keys and values (Mamba, linear attention).
+    """
+    base: Any = model.get_base_model()
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.word_embeddings.weight.device)
+    try:
+        with evaluation_mode(base):
+            states = layer_states(model.get_prompt(batch_size=1))
+            if states is not None:
+                inputs = PromptStates(states).prefix_inputs(base, torch.ones_like(token))
+                base(input_ids=token, use_cache=True, **inputs)
+                return
+            cause = None
+    except (RuntimeError, AttributeError, ValueError, TypeError, IndexError, KeyError) as error:
+        cause = error
+    heads, width = model.active_peft_config.num_attention_heads, model.active_peft_config.token_dim
+    raise ValueError(
+        f"prefix tuning cannot serve {type(base).__name__}: its layers do not take {heads} heads of {width // heads} "
+        f"keys and values each, as the prefix has{'' if cause is None else f' ({cause})'}. Multi-query and latent "
+        "attention, and layers without a plain key/value cache, differ so. Use PromptTuningConfig or "
+        "PromptEncoderConfig, whose virtual tokens are input embeddings."
+    ) from cause
 
 
 def _compute_states(base: Any, prompt: Tensor, version: tuple, with_logits: bool) -> PromptStates | None:

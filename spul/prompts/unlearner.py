@@ -20,15 +20,15 @@ from transformers import PreTrainedModel
 from ..losses.batch import batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import logits_at, max_positions, unchanged_on_error, zero_dropout
-from ..models.compat import keep_4bit_differentiable
+from ..models.compat import is_sharded, keep_4bit_differentiable
 from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
 from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .arguments import METHODS_OF_THE_BASE
-from .configs import check_causal_lm, check_peft_config, scale_random_prompt
+from .configs import check_causal_lm, check_peft_config, check_promptable, scale_random_prompt
 from .generation import generate_prompted
 from .inference import ordinary_forward
-from .shared_prefix import concatenated_logits, outgrows_cache, prompt_states, response_logits
+from .shared_prefix import check_prefix, concatenated_logits, outgrows_cache, prompt_states, response_logits
 
 
 class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
@@ -47,7 +47,9 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
     Raises:
         TypeError: if `peft_config` is none of the three, `loss` is not an `UnlearningLoss`, or `model` is not a module
             or has an adapter.
-        ValueError: if its task type is not `CAUSAL_LM`.
+            It is also raised for encoder-decoders and models without a language modeling head.
+        ValueError: if its task type is not `CAUSAL_LM`, it has no virtual tokens, weights of `model` are on the meta
+            device, or the family cannot be put under this kind of prompt.
 
     Example:
         ```python
@@ -77,9 +79,12 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         loss = UnlearningLoss() if loss is None else loss
         if not isinstance(loss, UnlearningLoss):
             raise TypeError(f"loss={loss!r}: expected an UnlearningLoss, such as UnlearningLoss(alpha=1.0, beta=0.5).")
+        check_promptable(model, peft_config)
         peft_config.task_type = TaskType.CAUSAL_LM
         with unchanged_on_error(model):
             super().__init__(model, peft_config, adapter_name, **kwargs)
+            if self.active_peft_config.peft_type == PeftType.PREFIX_TUNING and not is_sharded(model):
+                check_prefix(self)
             self.loss = loss
             zero_dropout(model)
             keep_4bit_differentiable(model)
@@ -90,6 +95,8 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         """Add a new prompt beside the others; it is trained once `set_adapter` has made it the active one."""
         check_peft_config(peft_config)
+        if "spul_configs" in self.__dict__:  # the first prompt's base was checked before
+            check_promptable(self.get_base_model(), peft_config)
         with checkpoint.registry_unchanged_on_error(self):
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
             # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
