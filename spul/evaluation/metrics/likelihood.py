@@ -124,7 +124,8 @@ def kl_to(
         ValueError: if there are no rows, no `reference` is given for a model whose own weights are trained, or the
             two vocabularies differ in size.
 
-    Source: Bhaila et al., *Soft Prompting for Unlearning*, https://arxiv.org/abs/2406.12038 (the KL to the base on retain rows)
+    Source: Bhaila et al., *Soft Prompting for Unlearning*, https://arxiv.org/abs/2406.12038, eq. 4 (the KL to the base
+    on retain rows)
     """
     check_rows(rows, columns=())
     if reference is None and unlearner_of(model).trains_base:
