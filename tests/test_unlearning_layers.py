@@ -15,7 +15,7 @@ from torch import nn
 
 from spul import UnlearningLayers, UnlearningLayersConfig, UnlearningLoss, unlearning_forward
 from spul.layers import checkpoint as files
-from spul.layers.unlearning_layers import feed_forward_blocks
+from spul.layers.bottleneck import feed_forward_blocks
 from spul.losses import NPO, KLDivergence
 
 IDS = torch.tensor([[5, 9, 30, 7, 11, 2], [8, 4, 66, 12, 0, 0]])

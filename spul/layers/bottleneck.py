@@ -1,4 +1,4 @@
-"""One unlearning layer, `Bottleneck`, and the config of a set of layers."""
+"""One unlearning layer, `Bottleneck`, the config of a set of layers, and the modules whose outputs they take."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from ..records.weights import Shapes
+
+# Names of a feed-forward block, or of its last module where the block has no module of its own (OPT).
+FEED_FORWARD = ("mlp", "fc2")
 
 
 @dataclass(frozen=True)
@@ -116,3 +119,27 @@ def layer_shapes(names: list[str], width: int, bottleneck: int) -> Shapes:
         "up.bias": (width,),
     }
     return {f"{name}.{key}": shape for name in names for key, shape in shapes.items()}
+
+
+def feed_forward_blocks(model: PreTrainedModel, endings: tuple[str, ...] | None = None) -> list[str]:
+    """Return the names of the modules whose outputs unlearning layers transform, in the model's order.
+
+    Args:
+        model: a causal LM.
+        endings: endings of the names, in whole parts between dots; unless given, those of the known families, within
+            the text decoder (a model may also have one for images).
+
+    Raises:
+        ValueError: if there are none.
+    """
+    names = [name for name, _ in model.named_modules()]
+    if endings is None:
+        decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
+        names = [name for name in names if name.startswith(f"{decoder}.")]
+    for some in [endings] if endings else [(ending,) for ending in FEED_FORWARD]:
+        if found := [name for name in names if any(f".{name}".endswith(f".{ending}") for ending in some)]:
+            return found
+    raise ValueError(
+        f"{type(model).__name__} has no module whose name ends in {' or '.join(endings or FEED_FORWARD)}; name the "
+        "modules that end its feed-forward blocks: UnlearningLayersConfig(target_modules=(...))."
+    )

@@ -25,10 +25,7 @@ from ..models.compat import forward_hooks, keep_4bit_differentiable, reset_compi
 from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
 from ..records.spul_config import SpulConfig
 from . import checkpoint as files
-from .bottleneck import Bottleneck, UnlearningLayersConfig, layer_shapes, widths
-
-# Names of a feed-forward block, or of its last module where the block has no module of its own (OPT).
-FEED_FORWARD = ("mlp", "fc2")
+from .bottleneck import Bottleneck, UnlearningLayersConfig, feed_forward_blocks, layer_shapes, widths
 
 
 class UnlearningLayers(nn.Module, Unlearner):
@@ -379,27 +376,3 @@ class _Hook:
                 "UnlearningLayersConfig(target_modules=(...))."
             )
         return self.layer(output)
-
-
-def feed_forward_blocks(model: PreTrainedModel, endings: tuple[str, ...] | None = None) -> list[str]:
-    """Return the names of the modules whose outputs unlearning layers transform, in the model's order.
-
-    Args:
-        model: a causal LM.
-        endings: endings of the names, in whole parts between dots; unless given, those of the known families, within
-            the text decoder (a model may also have one for images).
-
-    Raises:
-        ValueError: if there are none.
-    """
-    names = [name for name, _ in model.named_modules()]
-    if endings is None:
-        decoder = next(name for name, module in model.named_modules() if module is model.get_decoder())
-        names = [name for name in names if name.startswith(f"{decoder}.")]
-    for some in [endings] if endings else [(ending,) for ending in FEED_FORWARD]:
-        if found := [name for name in names if any(f".{name}".endswith(f".{ending}") for ending in some)]:
-            return found
-    raise ValueError(
-        f"{type(model).__name__} has no module whose name ends in {' or '.join(endings or FEED_FORWARD)}; name the "
-        "modules that end its feed-forward blocks: UnlearningLayersConfig(target_modules=(...))."
-    )
