@@ -272,3 +272,16 @@ def test_a_base_without_a_plain_cache_is_asked_once(monkeypatch):
         with torch.no_grad():
             unlearner(**plain_batch())
     assert counted.num == 1
+
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning"])
+def test_a_hook_before_a_module_that_is_added_after_a_call_reaches_the_cached_prompt(kind):
+    unlearner, batch = build_unlearner("llama", kind), plain_batch()
+    with torch.no_grad():
+        before = unlearner(**batch).logits
+    block = unlearner.get_base_model().model.layers[0].mlp
+    handle = block.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+    assert_fresh(unlearner, batch)
+    handle.remove()
+    with torch.no_grad():
+        torch.testing.assert_close(unlearner(**batch).logits, before)

@@ -58,8 +58,10 @@ def is_dropout(module: nn.Module) -> bool:
 
 
 def forward_hooks(model: nn.Module) -> Iterator[tuple[int, Any]]:
-    """The id and the function of each forward hook of a model's modules; torch has no public list of them."""
-    return (item for module in model.modules() for item in module._forward_hooks.items())
+    """Id and function of each hook before and after the forwards of a model's modules; torch has no public list."""
+    for module in model.modules():
+        yield from module._forward_pre_hooks.items()
+        yield from module._forward_hooks.items()
 
 
 def weight_versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
