@@ -43,8 +43,8 @@ class ForgetRetainCollator:
         text_field: column whose text is part of the prompt and may be cut.
         append_eos: whether completions end with the end-of-sequence token.
         pad_to_multiple_of: pad the width of a batch to a multiple of this.
-        names: names that the data was split by, such as `list(split.report.groups)`; a forget row that is so long
-            that it loses one raises.
+        names: names that the data was split by, such as `list(split.report.groups)`; a forget row that loses one
+            to `max_length` raises.
 
     Raises:
         TypeError: if `generic_completions` is a string.

@@ -226,7 +226,7 @@ def split_by_predicate(
 def subsample_forget(split: Split, fraction: float, seed: int = 0) -> Split:
     """Draw a random share of the forget rows; the others are in neither set.
 
-    The report's `groups` and `unmatched` stay those of the whole forget set; its examples are those drawn.
+    The report keeps `groups` and `unmatched` of the whole forget set, and those forget examples drawn.
 
     Args:
         split: split to draw from.

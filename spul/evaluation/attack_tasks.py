@@ -196,7 +196,7 @@ def suffix(suite: Suite) -> Iterator[Task]:
 
 
 def probe(suite: Suite) -> Iterator[Task]:
-    """Accuracy of a linear classifier on hidden states."""
+    """Accuracy of a linear probe for the true answers."""
     few, others = suite.halves()
 
     def scores(model: Any, key: Key) -> list[Measurement]:

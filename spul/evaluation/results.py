@@ -99,7 +99,7 @@ class Evaluation:
 
         Raises:
             FileNotFoundError: if the folder has no finished evaluation.
-            ValueError: if its file was not written by this version.
+            ValueError: if its file lacks fields of this version.
         """
         path = Path(folder)
         if not (path / EVALUATION_NAME).exists():

@@ -78,7 +78,7 @@ def _refused(kwargs: dict[str, Any], names: tuple[str, ...]) -> list[str]:
 
 
 def named_arguments(generate: Callable[..., Any], args: tuple) -> dict[str, Any]:
-    """The positional arguments of `generate` after the inputs, by their names."""
+    """`args`, which follow the inputs in a call of `generate`, by their names."""
     names = list(inspect.signature(generate).parameters)[1:]
     return dict(zip(names, args, strict=False))
 

@@ -120,7 +120,7 @@ class SpulConfig:
             ValueError: if its SHA-256 is another.
 
         Warns:
-            UserWarning: if a save was interrupted, which was about to replace this file.
+            UserWarning: if the file predates the record, as after an interrupted save.
         """
         if self.weights_sha256 is None:
             return

@@ -235,8 +235,8 @@ class UnlearningTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one batch, as in `Trainer`.
 
-        The terms are read after the backward pass, where Trainer's filter for NaN, which is off here, would wait for
-        the device too.
+        The terms are checked after the backward pass. This waits for the device, as Trainer's NaN filter
+        (off here) would.
 
         Raises:
             FloatingPointError: if a term of the loss is NaN or infinite; the optimizer has not stepped.
