@@ -15,7 +15,7 @@ WITHOUT_SPACES = ("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
 def boundary_fault(
     tokenizer: Any, prompt: str, completion: str, apart: Sequence[int], together: Sequence[int], last: int
 ) -> str | None:
-    """What is wrong where a completion follows its prompt; None if nothing is.
+    """The fault where a completion follows its prompt; None if there is none.
 
     Args:
         tokenizer: the tokenizer.

@@ -48,7 +48,7 @@ def check_rows(
 
 
 def _remedy(rows: Dataset, argument: str | None) -> str:
-    """What to do about a missing column."""
+    """The remedy for a missing column."""
     if argument is None:
         return "Rename or map your columns, or name others where an argument names them."
     texts = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in TEXT_TYPES]

@@ -357,7 +357,7 @@ class RowEncoder:
         return ids[num:]
 
     def _end_of_turn(self, after: Sequence[int]) -> int:
-        """How many of the token ids after an answer end its turn: up to the first special token, or all but spaces."""
+        """Number of token ids after an answer that end its turn: up to the first special token, or all but spaces."""
         special = self.tokenizer.added_tokens_decoder
         for num, token in enumerate(after, start=1):
             if token in special:

@@ -100,10 +100,10 @@ def gather_inputs(
         grams: dict[str, Tensor] = {}
         num_tokens = 0
         encoded = [collator.encoder.encode(row) for row in rows]
-        batches = list(by_length([len(e.prompt_ids) + len(e.completion_ids) for e in encoded], batch_size))
+        batches = list(by_length([len(one) for one in encoded], batch_size))
         for indices in tqdm(batches, name, disable=not progress, leave=False):
-            batch = collator.encoder.batch([rows[i] for i in indices])
-            ids, mask = (batch[name].to(layers.device) for name in ("input_ids", "attention_mask"))
+            batch = collator.encoder.pad([rows[i] for i in indices], [encoded[i] for i in indices])
+            ids, mask = batch["input_ids"].to(layers.device), batch["attention_mask"].to(layers.device)
             num_tokens += int(mask.sum())
             with _recording(layers, mask.bool(), grams):
                 decoder(input_ids=ids, attention_mask=mask, use_cache=False)

@@ -174,7 +174,7 @@ def without_local_path(name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON cannot hold, in plain form: NumPy's numbers, and options of terms that are not spul's."""
+    """Plain form of what JSON cannot hold: NumPy's numbers, and options of terms that are not spul's."""
     return value.item() if hasattr(value, "item") else repr(value)
 
 

@@ -188,7 +188,7 @@ def _check_confidence(confidence: float) -> None:
 
 
 def draw_counts(drawn: np.ndarray, num: int) -> np.ndarray:
-    """How often each of `num` indices was drawn: (..., draws) to (..., num)."""
+    """Counts of the draws of each of `num` indices: (..., draws) to (..., num)."""
     flat = drawn.reshape(-1, drawn.shape[-1]).astype(int)
     offsets = np.arange(len(flat))[:, None] * num
     return np.bincount((flat + offsets).ravel(), minlength=len(flat) * num).reshape(*drawn.shape[:-1], num)

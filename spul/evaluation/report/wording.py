@@ -1,4 +1,4 @@
-"""How an evaluation's metrics are selected and shown."""
+"""Selection and wording of an evaluation's metrics."""
 
 from __future__ import annotations
 
