@@ -7,6 +7,8 @@ import torch
 from helpers import CONFIGS, build_unlearner, make_batch
 from peft import PeftModelForCausalLM
 
+from spul.prompts.probe import shares_prefix
+
 PASSED = ("prompt_tuning", "p_tuning")  # prefix tuning needs no pass
 
 
@@ -20,6 +22,9 @@ class CountedPasses:
 
     def __init__(self, unlearner):
         self.num = 0
+        for autocast in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                shares_prefix(unlearner.get_base_model(), 5)  # the probe's passes are not counted
         unlearner.get_base_model().base_model.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(self, module, args, kwargs):
@@ -264,9 +269,9 @@ def test_inference_mode_may_come_before_and_after(prompt_type):
 def test_a_base_without_a_plain_cache_is_asked_once(monkeypatch):
     unlearner, batch = build_unlearner("llama"), make_batch()
     counted = CountedPasses(unlearner)
-    import spul.prompts.shared_prefix
+    import spul.prompts.states
 
-    monkeypatch.setattr(spul.prompts.shared_prefix, "layer_states", lambda cache: None)
+    monkeypatch.setattr(spul.prompts.states, "layer_states", lambda cache: None)
     for _ in range(3):
         unlearner(**batch)
         with torch.no_grad():

@@ -16,7 +16,7 @@ from plain import row_logits
 from spul import SoftPromptUnlearner, UnlearningLoss
 from spul.losses import GradientAscent, KLDivergence
 from spul.losses.positions import response_positions
-from spul.prompts.shared_prefix import response_logits
+from spul.prompts.row_prompts import RowPrompts
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
@@ -64,7 +64,9 @@ def test_a_prompt_longer_than_the_sliding_window_equals_concatenation(family, wi
     unlearner = build_unlearner(family, prompt_type, p=8, sliding_window=window)
     batch = make_batch()
     positions, targets = response_positions(batch["labels"])
-    shared = response_logits(unlearner, batch["input_ids"], batch["attention_mask"], positions)
+    shared = RowPrompts(unlearner, len(batch["input_ids"])).response_logits(
+        batch["input_ids"], batch["attention_mask"], positions
+    )
     for row, num in enumerate(NUM_RESPONSE):
         ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
         expected = row_logits(unlearner, ids)[len(ids) - num - 1 : len(ids) - 1]
@@ -114,6 +116,7 @@ class Counting:
 )
 def test_a_weight_of_zero_computes_neither_pass_nor_rows(alpha, beta, rows):
     unlearner = build_unlearner(loss=UnlearningLoss(alpha=alpha, beta=beta))
+    unlearner(**make_batch())  # earns the shared prefix
     counting = Counting(unlearner)
     out = unlearner(**make_batch())
     assert counting.batches == rows
@@ -297,6 +300,7 @@ def test_bf16_stays_close_to_the_plain_twin_in_float32(family, prompt_type, kind
 
 def test_logits_are_computed_at_the_response_positions_only(family, prompt_type):
     unlearner, batch = build_unlearner(family, prompt_type), make_batch()
+    unlearner(**batch)  # earns the shared prefix
     positions = []
     head = unlearner.get_base_model().get_output_embeddings()
     head.register_forward_pre_hook(lambda module, args: positions.append(args[0].shape[:-1].numel()))
@@ -417,8 +421,10 @@ def test_families_without_a_plain_cache_are_concatenated(caplog):
         logits[2] = -torch.inf
         expected = torch.cat([expected, logits.argmax()[None, None]], dim=1)
     assert found.tolist() == expected.tolist()
-    with pytest.raises(ValueError, match=r"no plain key/value cache, which generate needs .* unequal length"):
-        unlearner.generate(batch["input_ids"], attention_mask=batch["attention_mask"])
+    unequal = unlearner.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **settings)
+    for row, out in zip(batch["input_ids"], unequal, strict=True):
+        alone = unlearner.generate(row[row != 0][None], **settings)
+        assert out[len(row) :].tolist() == alone[0, int((row != 0).sum()) :].tolist()
 
 
 def test_models_that_cannot_select_positions_give_the_same_loss():

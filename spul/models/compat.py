@@ -11,7 +11,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow
@@ -106,17 +106,58 @@ def empty_cache(base_model: Any) -> DynamicCache:
     return DynamicCache(config=base_model.config.get_text_config())
 
 
-def expanded_cache(layers: list[LayerStates], base_model: Any, batch_size: int) -> DynamicCache:
-    """A new cache in which each of `batch_size` rows has seen the prompt. It grows with use: do not reuse it.
+def left_padded(prompts: Sequence[list[LayerStates] | None], seen: int) -> list[LayerStates]:
+    """Layers of several prompts with a batch of one row each, shorter ones and None padded with zeros on the left.
 
-    The constructor takes the states of one row, since it copies them; the rows are views of it, copied only when a
-    forward appends the rows' own tokens.
+    Args:
+        prompts: layers of each, batch size 1; None for a row without a prompt.
+        seen: positions of the longest.
+    """
+
+    def stacked(states: list[Tensor | None]) -> Tensor:
+        given = [one for one in states if one is not None]
+        rows = given[0].new_zeros(len(states), given[0].shape[1], max(t.shape[2] for t in given), given[0].shape[3])
+        return torch.cat(
+            [
+                row if one is None else torch.cat([row[:, :, : row.shape[2] - one.shape[2]], one], dim=2)
+                for row, one in zip(rows.split(1), states, strict=True)
+            ]
+        )
+
+    num_layers = next(len(layers) for layers in prompts if layers is not None)
+    return [
+        LayerStates(
+            stacked([None if layers is None else layers[i].keys for layers in prompts]),
+            stacked([None if layers is None else layers[i].values for layers in prompts]),
+            seen,
+        )
+        for i in range(num_layers)
+    ]
+
+
+def expanded_cache(
+    layers: list[LayerStates], base_model: Any, batch_size: int, index: Tensor | None = None
+) -> DynamicCache:
+    """A new cache in which each of `batch_size` rows has seen a prompt. It grows with use: do not reuse it.
+
+    The constructor takes the states of one row, since it copies them. Rows of one prompt are views of it, copied only
+    when a forward appends the rows' own tokens.
+
+    Args:
+        layers: of one prompt, or of several, see `left_padded`.
+        base_model: the base.
+        batch_size: number of rows.
+        index: (B,), for each row its prompt; needed where there are several.
     """
     config = base_model.config.get_text_config()
-    cache = DynamicCache([(layer.keys, layer.values) for layer in layers], config=config)
+    cache = DynamicCache([(layer.keys[:1], layer.values[:1]) for layer in layers], config=config)
     filled: list[Any] = cache.layers
     for layer, states in zip(filled, layers, strict=True):
-        layer.keys, layer.values = (t.expand(batch_size, -1, -1, -1) for t in (layer.keys, layer.values))
+        if index is None:
+            layer.keys, layer.values = (t.expand(batch_size, -1, -1, -1) for t in (layer.keys, layer.values))
+        else:
+            first = states.keys.shape[2] - layer.keys.shape[2]  # the constructor leaves no more than a window's end
+            layer.keys, layer.values = (t[index.to(t.device), :, first:] for t in (states.keys, states.values))
         if isinstance(layer, DynamicSlidingWindowLayer):
             # A prompt longer than the window leaves only its end, but its whole length counts for positions.
             layer.cumulative_length = states.seen
@@ -143,6 +184,11 @@ def takes_positions(model_class: type[nn.Module]) -> bool:
         and model_class.__module__.startswith("transformers.")
         and "logits_to_keep" in inspect.signature(model_class.forward).parameters
     )
+
+
+def takes_position_ids(model: nn.Module) -> bool:
+    """Whether a forward takes `position_ids`; families that do not, such as BLOOM, derive positions from the mask."""
+    return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
 # ---- transformers: Trainer. Imported above, not documented: checkpoint prefix, speed metrics, length groups. ----

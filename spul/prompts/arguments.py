@@ -10,8 +10,6 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
-from ..models.unlearner import drop_adapter_names
-
 CACHES = ("past_key_values", "cache", "cache_params")
 _POSITIONS = ("position_ids", "cache_position")
 _IGNORED_BY_PEFT = ("task_ids", "alora_offsets")  # taken for every adapter, without effect on these prompts
@@ -38,7 +36,6 @@ def check_forward_arguments(kwargs: dict[str, Any]) -> None:
     Raises:
         ValueError: for a cache, positions, and what PEFT takes and ignores.
     """
-    drop_adapter_names(kwargs)
     for name in _refused(kwargs, _OF_FORWARD):
         if name in CACHES:
             raise ValueError(
@@ -55,7 +52,6 @@ def check_generate_arguments(kwargs: dict[str, Any]) -> None:
         ValueError: for a cache, embeddings, positions, decoding by a function of the caller's own or with an
             assistant, and where the model is to be another one's assistant.
     """
-    drop_adapter_names(kwargs)
     if getattr(kwargs.get("generation_config"), "is_assistant", False):
         raise ValueError("a model under a soft prompt cannot be the assistant_model of another; pass its base.")
     for name in ("assistant_model", "custom_generate"):

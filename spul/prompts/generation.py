@@ -6,11 +6,11 @@ import warnings
 from typing import Any
 
 import torch
-from peft import PeftModelForCausalLM, PeftType
+from peft import PeftModelForCausalLM
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..models.causal_lm import cache_switch, max_positions, warn_once
+from ..models.causal_lm import cache_switch, max_positions
 from .arguments import (
     changed_settings,
     check_generate_arguments,
@@ -18,17 +18,23 @@ from .arguments import (
     generation_settings,
     named_arguments,
 )
-from .shared_prefix import PromptStates, outgrows_cache, prompt_states
+from .probe import continues_left_padded, continues_prefix
+from .row_prompts import RowPrompts
+from .shared_prefix import outgrows_cache
+from .states import MixedStates, PromptStates
 
 # Arguments of `generate` that see all rows at once, or their number in the batch.
 _OF_THE_BATCH = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "streamer")
 
 
 def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *args: Any, **kwargs: Any) -> Any:
-    """`generate` of transformers under the active prompt; see `SoftPromptUnlearner.generate`."""
+    """`generate` of transformers under the active prompt, or those named; see `SoftPromptUnlearner.generate`."""
     if input_ids is None:
         raise ValueError("generate needs input_ids (batch, tokens); an empty prompt cannot be continued.")
     base: Any = model.get_base_model()
+    prompts = RowPrompts(model, len(input_ids), kwargs.pop("adapter_names", None))
+    if not prompts.names_a_prompt:
+        return base.generate(input_ids, *args, **kwargs)
     kwargs |= named_arguments(base.generate, args)
     own = model.__dict__.get("generation_config")  # set on the unlearner, as the base's would be
     kwargs["generation_config"] = kwargs.get("generation_config") or own
@@ -47,17 +53,17 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     base.eval()  # gradient checkpointing, in training mode, would drop the cache and the prompt with it
     try:
         with torch.no_grad():
-            return _generate_in_evaluation_mode(model, settings, input_ids, attention_mask, kwargs)
+            return _generate_in_evaluation_mode(prompts, settings, input_ids, attention_mask, kwargs)
     finally:
         base.train(was_training)
 
 
 def _generate_in_evaluation_mode(
-    model: PeftModelForCausalLM, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
+    prompts: RowPrompts, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
 ) -> Any:
-    base: Any = model.get_base_model()
-    config, width, limit = model.active_peft_config, input_ids.shape[1], max_positions(base)
-    num_virtual, is_prefix = config.num_virtual_tokens, config.peft_type == PeftType.PREFIX_TUNING
+    """Generate behind the shared prefix where the base has earned it, else from concatenated embeddings."""
+    base: Any = prompts.model.get_base_model()
+    num_virtual, width, limit = prompts.num_virtual_tokens, input_ids.shape[1], max_positions(base)
     if limit is not None and num_virtual + width >= limit:
         raise ValueError(
             f"{num_virtual} virtual tokens and {width} tokens leave no room in the model's {limit} positions to "
@@ -66,23 +72,32 @@ def _generate_in_evaluation_mode(
     lengths = attention_mask.ne(0).sum(dim=1)
     unequal = len(lengths.unique()) > 1
     num_new = _max_new_tokens(settings, width)
-    _check_switch(model, num_virtual + int(lengths.min()), num_virtual + width + num_new)
-    states = prompt_states(model)
+    totals = lengths + prompts.row_lengths(lengths.device)
+    _check_switch(prompts, int(totals.min()), num_virtual + width + num_new)
+    states = prompts.states()
     if states is None:
-        if is_prefix or unequal:
+        if (unequal or len(totals.unique()) > 1) and not continues_left_padded(base):
             raise ValueError(
-                f"{type(base).__name__} has no plain key/value cache, which generate needs under a prefix and for "
-                "rows of unequal length; pass rows of one length, under PromptTuningConfig or PromptEncoderConfig."
+                f"{type(base).__name__} has no plain key/value cache, and generates otherwise from left-padded "
+                "embeddings than for a row alone: pass rows of one length, under one prompt."
             )
-        warn_once(f"{type(base).__name__} has no plain key/value cache: the prompt is concatenated to every row.")
-        return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
-    if outgrows_cache(model, width + num_new):
-        return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
-    if unequal and _crosses_window(base, num_virtual + width + num_new):
-        if not is_prefix:
-            return _generate_concatenated(model, settings, input_ids, attention_mask, kwargs)
-        return _generate_by_length(model, states, settings, input_ids, attention_mask, kwargs)
-    return _generate(model, states, settings, input_ids, attention_mask, kwargs)
+        return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
+    if not prompts.is_prefix and outgrows_cache(prompts.model, num_virtual + width + num_new):
+        return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
+    longest = next(one for one in states.each() if one.num_virtual_tokens == num_virtual)
+    if not continues_prefix(base, longest, unequal=False):
+        if prompts.is_prefix:
+            raise ValueError(
+                f"{type(base).__name__} does not generate behind a prefix as its forward computes; use "
+                "PromptTuningConfig or PromptEncoderConfig, whose virtual tokens are input embeddings."
+            )
+        return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
+    crosses = unequal and _crosses_window(base, num_virtual + width + num_new)
+    if unequal and (crosses or not continues_prefix(base, longest, unequal=True)):
+        if not prompts.is_prefix:
+            return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
+        return _generate_by_length(prompts, settings, input_ids, attention_mask, kwargs)
+    return _generate(base, states, settings, input_ids, attention_mask, kwargs)
 
 
 def _pads_first(attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,15 +115,14 @@ def _as_padded(out: Any, input_ids: Tensor, returned: int) -> Any:
 
 
 def _generate(
-    model: PeftModelForCausalLM,
-    states: PromptStates,
+    base: Any,
+    states: PromptStates | MixedStates,
     settings: GenerationConfig,
     input_ids: Tensor,
     attention_mask: Tensor,
     kwargs: dict,
 ) -> Any:
     left_ids, left_mask = _pads_first(attention_mask, input_ids)
-    base: Any = model.get_base_model()
     returned = settings.num_return_sequences or 1
     rows = len(left_ids) * max(settings.num_beams or 1, returned)
     out = base.generate(left_ids, **states.prefix_inputs(base, left_mask, rows), **kwargs)
@@ -116,43 +130,22 @@ def _generate(
 
 
 def _generate_concatenated(
-    model: Any,
-    settings: GenerationConfig,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    kwargs: dict,
+    prompts: RowPrompts, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
 ) -> Any:
     """Generate from the prompt's embeddings before those of every row, pads in front of both.
 
     The base fills a cache of its own, and no pads stand between prompt and tokens, which would use up a window.
     """
     left_ids, left_mask = _pads_first(attention_mask, input_ids)
-    embeds = model.word_embeddings(left_ids)
-    prompt = model.get_prompt(batch_size=len(left_ids)).to(embeds.dtype)
-    num_virtual, width = prompt.shape[1], left_ids.shape[1]
-    columns = torch.arange(num_virtual + width, device=left_ids.device)
-    num_pads = (width - left_mask.ne(0).sum(dim=1))[:, None]
-    embeds = torch.cat([prompt, embeds], dim=1)
-    # Column i of a row with k pads: k pads, then the prompt, then its tokens.
-    order = (columns - num_pads + (columns < num_pads) * (num_virtual + num_pads)).where(
-        columns < num_pads + num_virtual, columns
-    )
-    out = model.get_base_model().generate(
-        left_ids,
-        inputs_embeds=embeds.take_along_dim(order[..., None], dim=1),
-        attention_mask=(columns >= num_pads).to(left_mask.dtype),
-        **_in_new_tokens(settings, width, kwargs),
-    )
+    model = prompts.model
+    embeds, mask = prompts.concatenated(model.word_embeddings(left_ids), left_mask, pads_first=True)
+    kwargs = _in_new_tokens(settings, left_ids.shape[1], kwargs)
+    out = model.get_base_model().generate(left_ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
     return _as_padded(out, input_ids, settings.num_return_sequences or 1)
 
 
 def _generate_by_length(
-    model: PeftModelForCausalLM,
-    states: PromptStates,
-    settings: GenerationConfig,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    kwargs: dict,
+    prompts: RowPrompts, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
 ) -> Tensor:
     """Generate rows of one length at a time: pads between prompt and tokens would use up a sliding window.
 
@@ -176,7 +169,12 @@ def _generate_by_length(
         rows = (lengths == length).nonzero().flatten()
         real = attention_mask[rows].ne(0)
         ids = input_ids[rows][real].view(len(rows), length)
-        out = _generate(model, states, settings, ids, torch.ones_like(ids), kwargs)
+        group = prompts.of_rows(rows.tolist())
+        states, base = group.states(), prompts.model.get_base_model()
+        if states is None:  # a prefix has states, or raises: these rows have no prompt
+            out = base.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+        else:
+            out = _generate(base, states, settings, ids, torch.ones_like(ids), kwargs)
         per_row = len(out) // len(rows)
         for row, new in zip(rows.tolist(), out[:, length:].split(per_row), strict=True):
             outputs[row] = new
@@ -216,17 +214,17 @@ def _in_new_tokens(settings: GenerationConfig, width: int, kwargs: dict) -> dict
     return changed_settings(kwargs, **changes)
 
 
-def _check_switch(model: PeftModelForCausalLM, shortest: int, longest: int) -> None:
+def _check_switch(prompts: RowPrompts, shortest: int, longest: int) -> None:
     """Raise where a base would drop its cache, and the prompt with it, while it generates.
 
     Raises:
         ValueError: under prefix tuning, and if a row begins before the switch of longrope.
     """
-    base: Any = model.get_base_model()
+    base: Any = prompts.model.get_base_model()
     switch, changes_factors = cache_switch(base)
     if switch is None or longest <= switch:
         return
-    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+    if prompts.is_prefix:
         raise ValueError(
             f"{type(base).__name__} drops its cache beyond {switch} positions, and a prefix with it; prompt, input "
             f"and new tokens are up to {longest}: generate fewer, or use PromptTuningConfig or PromptEncoderConfig."

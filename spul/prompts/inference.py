@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,13 @@ from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import needs_gradient
 from ..models.compat import is_checkpointing
 from .arguments import CACHES, check_forward_arguments, check_mask
-from .shared_prefix import outgrows_cache, prompt_states
+from .row_prompts import RowPrompts
+from .shared_prefix import outgrows_cache, prompt_states, shares_states
 
 # Embeddings, and outputs that have virtual tokens: not available from a cached prompt.
 _NEEDS_CONCATENATION = ("inputs_embeds", "output_hidden_states", "output_attentions")
+# What is tied to columns, where rows have prompts of their own.
+_NOT_BY_ROW = (*_NEEDS_CONCATENATION, "logits_to_keep", "output_router_logits")
 
 
 def ordinary_forward(
@@ -87,7 +90,7 @@ def _can_use_cached_prompt(model: Any, input_ids: Tensor | None, labels: Tensor 
         and (labels is None or (last == 0 and hasattr(base, "loss_function")))
         and not routes  # a mixture of experts has a loss over all positions
         and not is_checkpointing(base)
-        and not outgrows_cache(model, input_ids.shape[1])
+        and not outgrows_cache(model, model.active_peft_config.num_virtual_tokens + input_ids.shape[1])
     )
 
 
@@ -121,5 +124,66 @@ def _from_cached_prompt(
             labels=torch.cat([labels.new_full((rows, states.num_virtual_tokens), IGNORE_INDEX), labels], dim=1),
             vocab_size=base.config.get_text_config().vocab_size,
             **loss_options,
+        )
+    return type(out)(**fields)
+
+
+def named_forward(
+    model: Any,
+    adapter_names: Sequence[str],
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """A forward in which each row has the prompt of its name, or none.
+
+    Returns:
+        The base's output, without a cache; its logits (B, n, V) are at the rows' own tokens. Its loss, with `labels`,
+        is the base's own; a label at a row's first token is not used.
+
+    Raises:
+        TypeError: for names that are no list of strings.
+        ValueError: for other names than the model has, and arguments or outputs that are tied to columns.
+    """
+    check_forward_arguments(kwargs)
+    check_mask(attention_mask)
+    found = [name for name in _NOT_BY_ROW if isinstance(kwargs.get(name), Tensor) or kwargs.pop(name, None)]
+    found += ["return_dict=False"] if kwargs.pop("return_dict", None) is False else []
+    base: Any = model.get_base_model()
+    if labels is not None and getattr(base.config, "output_router_logits", False):
+        found.append("labels of a mixture of experts whose loss has a term over all positions")
+    if input_ids is None or found:
+        raise ValueError(
+            "forward with adapter_names takes input_ids and returns logits at all of them; found "
+            f"{', '.join(found) or 'no input_ids'}: leave that out, or choose one prompt by set_adapter."
+        )
+    if kwargs.pop("token_type_ids", None) is not None:
+        warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=4)
+    kwargs.pop("use_cache", None)
+    loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+    prompts = RowPrompts(model, len(input_ids), adapter_names)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    mask, ids, origin = pack_right(mask, input_ids, columns)
+    states = None
+    if prompts.names_a_prompt and shares_states(model, prompts.num_virtual_tokens, ids.shape[1]):
+        states = prompts.states()
+    if not prompts.names_a_prompt:
+        out = base(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
+    elif states is None:
+        embeds, full = prompts.concatenated(model.word_embeddings(ids), mask, pads_first=False)
+        out = base(inputs_embeds=embeds, attention_mask=full, use_cache=False, **kwargs)
+        own = columns + prompts.row_lengths(ids.device)[:, None]
+        out.logits = out.logits.take_along_dim(own[..., None], dim=1)
+    else:
+        out = base(input_ids=ids, use_cache=True, **states.prefix_inputs(base, mask), **kwargs)
+    out.logits = out.logits.take_along_dim(origin.argsort(dim=1)[..., None], dim=1)
+    fields = {"loss": None, **out} | {name: None for name in CACHES if name in out}
+    if labels is not None:
+        # Pads in front of a row would put a label next to the wrong logits.
+        packed_labels, packed = labels.gather(1, origin), out.logits.take_along_dim(origin[..., None], dim=1)
+        fields["loss"] = base.loss_function(
+            logits=packed, labels=packed_labels, vocab_size=base.config.get_text_config().vocab_size, **loss_options
         )
     return type(out)(**fields)

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from peft import (
-    PeftConfig,
-    PeftModelForCausalLM,
-    PeftType,
-    TaskType,
-)
+from peft import PeftConfig, PeftModelForCausalLM, TaskType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -21,14 +16,16 @@ from ..losses.batch import batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import logits_at, max_positions, unchanged_on_error, zero_dropout
 from ..models.compat import is_sharded, keep_4bit_differentiable
-from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
+from ..models.unlearner import Unlearner, disabled_here, is_disabled_here
 from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .arguments import METHODS_OF_THE_BASE
 from .configs import check_causal_lm, check_peft_config, check_promptable, scale_random_prompt
 from .generation import generate_prompted
-from .inference import ordinary_forward
-from .shared_prefix import check_prefix, concatenated_logits, outgrows_cache, prompt_states, response_logits
+from .inference import named_forward, ordinary_forward
+from .probe import check_prefix
+from .row_prompts import RowPrompts, check_adapter_names
+from .shared_prefix import is_prefix, outgrows_cache, prompt_states
 
 
 class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
@@ -60,6 +57,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
     """
 
     computes_loss = True
+    takes_adapter_names = True
 
     # Set by PEFT; declared here since nn.Module types every attribute as a tensor or a module.
     config: Any
@@ -83,7 +81,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         peft_config.task_type = TaskType.CAUSAL_LM
         with unchanged_on_error(model):
             super().__init__(model, peft_config, adapter_name, **kwargs)
-            if self.active_peft_config.peft_type == PeftType.PREFIX_TUNING and not is_sharded(model):
+            if is_prefix(self) and not is_sharded(model):
                 check_prefix(self)
             self.loss = loss
             zero_dropout(model)
@@ -227,24 +225,30 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
                 `group_counts`, this batch weighs as its share of them.
             reference_logits: (R, K, V), the base model's logits at the response tokens of the R rows whose loss
                 compares with it (by default the retain rows), from `ReferenceCache.logits`; computed unless given.
-            kwargs: arguments of the ordinary forward.
+            kwargs: arguments of the ordinary forward; `adapter_names=[...]` names each row's prompt, `"__base__"` for
+                none.
 
         Returns:
             `UnlearnerOutput`, or the output of the base model. Its logits under prompt tuning and P-tuning include
-            those at the p virtual tokens, in front: (B, p + n, V).
+            those at the p virtual tokens, in front: (B, p + n, V); with `adapter_names` they are (B, n, V).
 
         Raises:
             ValueError: if tensors are missing, or their shapes do not match.
             TypeError: if `is_forget` comes with arguments of the ordinary forward.
         """
-        drop_adapter_names(kwargs)
+        names = kwargs.pop("adapter_names", None)
         if is_forget is None:
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             if not self.enabled:
                 base: Any = self.get_base_model()
+                _check_names(self, names, input_ids)
                 return base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+            if names is not None:
+                return named_forward(self, names, input_ids, attention_mask, labels, **kwargs)
             return ordinary_forward(self, super().forward, input_ids, attention_mask, labels, **kwargs)
+        if names is not None:
+            kwargs["adapter_names"] = names  # refused: a batch that trains is under the active prompt
         if unknown := sorted(name for name, value in kwargs.items() if value is not None and name != "return_dict"):
             raise TypeError(f"with is_forget, forward takes no {', '.join(unknown)}; leave out is_forget to use them.")
         if input_ids is None or labels is None:
@@ -264,12 +268,31 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
             reference_logits=reference_logits,
         )
 
-    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """Logits (B, K, V) at `positions` (B, K) of a right-padded batch; the base's when the prompt is disabled."""
-        base: Any = self.get_base_model()
+    def response_logits(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        adapter_names: Sequence[str] | None = None,
+    ) -> Tensor:
+        """Logits (B, K, V) at `positions` of a right-padded batch; the base's when the prompt is disabled.
+
+        Args:
+            input_ids: (B, n), without virtual tokens.
+            attention_mask: (B, n).
+            positions: (B, K), counted without virtual tokens.
+            adapter_names: for each row the name of its prompt, or `"__base__"`; the active one unless given.
+
+        Raises:
+            ValueError: if rows and prompt exceed the model's positions, or for names that the model does not have.
+        """
         if not self.enabled:
+            _check_names(self, adapter_names, input_ids)
             return self.base_logits(input_ids, attention_mask, positions)
-        num_virtual, limit = self.active_peft_config.num_virtual_tokens, max_positions(base)
+        prompts = RowPrompts(self, len(input_ids), adapter_names)
+        if not prompts.names_a_prompt:
+            return self.base_logits(input_ids, attention_mask, positions)
+        num_virtual, limit = prompts.num_virtual_tokens, max_positions(self.get_base_model())
         if limit is not None and num_virtual + input_ids.shape[1] > limit:
             raise ValueError(
                 f"{num_virtual} virtual tokens and {input_ids.shape[1]} tokens exceed the model's {limit} positions; "
@@ -279,7 +302,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
                     else "take fewer virtual tokens."
                 )
             )
-        return response_logits(self, input_ids, attention_mask, positions)
+        return prompts.response_logits(input_ids, attention_mask, positions)
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) of the base, without the prompt; arguments as in `response_logits`."""
@@ -287,22 +310,15 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """`response_logits` from input embeddings (B, n, d).
-
-        Raises:
-            ValueError: if the base has no plain key/value cache.
-        """
+        """`response_logits` from input embeddings (B, n, d)."""
         base: Any = self.get_base_model()
         if not self.enabled:
             return logits_at(base, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
-        is_prefix = self.active_peft_config.peft_type == PeftType.PREFIX_TUNING
-        if not is_prefix and outgrows_cache(self, inputs_embeds.shape[1]):
-            return concatenated_logits(self, inputs_embeds, attention_mask, positions)
-        states = prompt_states(self)
+        rows, num_virtual = len(inputs_embeds), self.active_peft_config.num_virtual_tokens
+        outgrown = not is_prefix(self) and outgrows_cache(self, num_virtual + inputs_embeds.shape[1])
+        states = None if outgrown else prompt_states(self)
         if states is None:
-            raise ValueError(
-                f"{type(base).__name__} has no plain key/value cache, which input embeddings under a prompt need."
-            )
+            return RowPrompts(self, rows).concatenated_logits(inputs_embeds, attention_mask, positions)
         prefix = states.prefix_inputs(base, attention_mask)
         return logits_at(base, positions, inputs_embeds=inputs_embeds, **prefix, use_cache=True)
 
@@ -312,7 +328,8 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         Args:
             inputs: (B, n) token ids, also as `input_ids`, padded on either side with a matching `attention_mask`.
             args: further positional arguments of `generate`.
-            kwargs: further arguments, such as `max_new_tokens`.
+            kwargs: further arguments, such as `max_new_tokens`; `adapter_names=[...]` names each row's prompt,
+                `"__base__"` for none.
 
         Returns:
             As in transformers: the input ids, padded as given, then the new tokens.
@@ -321,9 +338,9 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
             ValueError: for arguments and settings that do not go with a prompt, such as `inputs_embeds`,
                 `past_key_values`, `use_cache=False`, `cache_implementation` and `assistant_model`.
         """
-        drop_adapter_names(kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if not self.enabled:
+            _check_names(self, kwargs.pop("adapter_names", None), input_ids)
             base: Any = self.get_base_model()
             return base.generate(input_ids, *args, **kwargs)
         return generate_prompted(self, input_ids, *args, **kwargs)
@@ -397,3 +414,9 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
             UserWarning: if the base's weights are not those that the prompt was trained on.
         """
         return checkpoint.load(cls, model, adapter, is_trainable, loss, adapter_name, model_kwargs or {}, **kwargs)
+
+
+def _check_names(model: SoftPromptUnlearner, adapter_names: Any, input_ids: Tensor | None) -> None:
+    """Check `adapter_names` where the prompt is disabled, and every row is the base's."""
+    if adapter_names is not None:
+        check_adapter_names(model, adapter_names, 0 if input_ids is None else len(input_ids))

@@ -1,0 +1,251 @@
+"""Probes of a base: what it computes behind a shared prompt is compared with what it computes without sharing.
+
+A base earns the shared prefix at first use, by a few random tokens; the verdict holds for as long as the base lives.
+Families change their forward and their cache from version to version, and remote code does as it likes: a base that
+drops a given cache would answer without the prompt, and nothing would tell.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from ..models.causal_lm import evaluation_mode, max_positions, warn_once
+from ..models.compat import is_quantized, layer_states
+from .states import MixedStates, PromptStates, autocast_dtype, compute_states
+
+NUM_TOKENS, NUM_PADS, NUM_NEW = 8, 3, 3
+# What a family raises that takes no cache, no embeddings, or keys of another shape.
+_ERRORS = (RuntimeError, AttributeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError)
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
+
+
+def shares_prefix(base: Any, num_virtual: int) -> bool:
+    """Whether rows behind the keys and values of a prompt have the logits that they have behind its embeddings."""
+
+    def compare() -> bool:
+        prompt, ids, mask = _probe(base, num_virtual)
+        states = compute_states(base, prompt)
+        if states is None:
+            return False
+        embeds = base.get_input_embeddings()(ids[:1])
+        together = torch.cat([prompt, embeds], dim=1)
+        expected = base(inputs_embeds=together, use_cache=False).logits[:, prompt.shape[1] :]
+        alone = base(inputs_embeds=embeds, use_cache=False).logits
+        found = base(input_ids=ids, use_cache=True, **states.prefix_inputs(base, mask)).logits
+        return _rows_agree(base, found, expected, alone)
+
+    return _earned(
+        base,
+        ("prefix", num_virtual),
+        compare,
+        f"{type(base).__name__} has no plain key/value cache, or computes otherwise behind a shared prompt: the "
+        "prompt is concatenated to every row, which is slower.",
+    )
+
+
+def shares_mixed_prefixes(base: Any, states: MixedStates) -> bool:
+    """Whether rows behind prompts of different lengths have the logits that they have alone.
+
+    Args:
+        base: the base, which shares the prefix.
+        states: of the batch; the probe is made of its longest prompt, a shorter one and none.
+    """
+
+    def compare() -> bool:
+        longest = max(states.each(), key=lambda one: one.num_virtual_tokens)
+        shorter = [one for one in states.each() if one is not longest][:1]
+        mixed = MixedStates([longest, *shorter, None], range(2 + len(shorter)))
+        _, ids, mask = _probe(base, states.num_virtual_tokens)
+        ids, mask = ids[:1].expand(len(mixed.index), -1), mask[:1].expand(len(mixed.index), -1)
+        found = base(input_ids=ids, use_cache=True, **mixed.prefix_inputs(base, mask)).logits
+        alone = base(input_ids=ids[:1], use_cache=False).logits
+        for row, one in zip(found.split(1), mixed.states, strict=True):
+            prefix = {"use_cache": False} if one is None else one.prefix_inputs(base, mask[:1]) | {"use_cache": True}
+            expected = base(input_ids=ids[:1], **prefix).logits
+            # A row without a prompt is as far from the longest one's as it can be.
+            against = alone if one is not None else found[:1]
+            if not _close(base, row, expected, against):
+                return False
+        return True
+
+    return _earned(
+        base,
+        ("mixed", states.num_virtual_tokens),
+        compare,
+        f"{type(base).__name__} computes otherwise for rows behind prompts of different lengths: the prompts are "
+        "concatenated to the rows, which is slower.",
+    )
+
+
+def continues_prefix(base: Any, states: PromptStates, unequal: bool) -> bool:
+    """Whether `generate` behind a filled cache has the logits of a forward, token by token.
+
+    Args:
+        base: the base, which shares the prefix.
+        states: of a prompt.
+        unequal: whether rows are of unequal length, which pads between prompt and tokens make equal.
+    """
+
+    def compare() -> bool:
+        _, ids, mask = _left_padded_probe(base, states.num_virtual_tokens, unequal)
+        found = _forced_logits(base, ids, **states.prefix_inputs(base, mask, len(ids)))
+        for row in range(len(ids)):
+            own = _forced(ids[row][mask[row].bool()])[None]
+            prefix = states.prefix_inputs(base, torch.ones_like(own))
+            expected = base(input_ids=own, use_cache=True, **prefix).logits[:, -NUM_NEW - 1 : -1]
+            alone = base(input_ids=own, use_cache=False).logits[:, -NUM_NEW - 1 : -1]
+            if not _close(base, found[row : row + 1], expected, alone):
+                return False
+        return True
+
+    rows = "rows of unequal length" if unequal else "rows"
+    return _earned(
+        base,
+        ("generate", states.num_virtual_tokens, unequal),
+        compare,
+        f"{type(base).__name__} generates otherwise for {rows} behind a shared prompt than its forward computes: the "
+        "prompt is concatenated to every row, which is slower.",
+    )
+
+
+def continues_left_padded(base: Any) -> bool:
+    """Whether `generate` from left-padded embeddings has the logits of each row alone."""
+
+    def compare() -> bool:
+        _, ids, mask = _left_padded_probe(base, 0, True)
+        embeds = base.get_input_embeddings()(ids)
+        found = _forced_logits(base, ids, inputs_embeds=embeds, attention_mask=mask)
+        for row in range(len(ids)):
+            own = _forced(ids[row][mask[row].bool()])[None]
+            expected = base(input_ids=own, use_cache=False).logits[:, -NUM_NEW - 1 : -1]
+            padded = base(input_ids=_forced(ids[row])[None], use_cache=False).logits[:, -NUM_NEW - 1 : -1]
+            if not _close(base, found[row : row + 1], expected, padded):
+                return False
+        return True
+
+    return _earned(base, ("left-padded",), compare, "")
+
+
+@torch.no_grad()
+def check_prefix(model: Any) -> None:
+    """Raise unless the base takes the active prefix as the keys and values of its layers, by one token's forward.
+
+    Raises:
+        ValueError: if it does not: it caches another number of heads or another width (multi-query and multi-head
+            latent attention), or layers without keys and values (Mamba, linear attention), or drops a given cache.
+    """
+    base: Any = model.get_base_model()
+    token = torch.zeros((1, 1), dtype=torch.long, device=model.word_embeddings.weight.device)
+    cause: Exception | None = None
+    try:
+        with evaluation_mode(base):
+            states = layer_states(model.get_prompt(batch_size=1))
+            if states is not None:
+                inputs = PromptStates(states).prefix_inputs(base, torch.ones_like(token))
+                found = base(input_ids=token, use_cache=True, **inputs).logits
+                if not torch.equal(found, base(input_ids=token, use_cache=False).logits):
+                    return
+    except _ERRORS as error:
+        cause = error
+    heads, width = model.active_peft_config.num_attention_heads, model.active_peft_config.token_dim
+    raise ValueError(
+        f"prefix tuning cannot serve {type(base).__name__}: its layers do not take {heads} heads of {width // heads} "
+        f"keys and values each, as the prefix has{'' if cause is None else f' ({cause})'}. Multi-query and latent "
+        "attention, and layers without a plain key/value cache, differ so. Use PromptTuningConfig or "
+        "PromptEncoderConfig, whose virtual tokens are input embeddings."
+    ) from cause
+
+
+# ---- how a probe is made and judged ----
+
+
+@torch.compiler.disable
+def _earned(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str) -> bool:
+    """The verdict on a base, by the comparison the first time; a lost one is logged."""
+    weight = base.get_input_embeddings().weight
+    attention = getattr(base.config.get_text_config(), "_attn_implementation", None)
+    key = (*kind, attention, weight.dtype, weight.device.type, autocast_dtype(weight.device.type))
+    verdicts = _verdicts.setdefault(base, {})
+    if key not in verdicts:
+        try:
+            with torch.no_grad(), evaluation_mode(base):
+                verdicts[key] = compare()
+        except torch.OutOfMemoryError:
+            raise
+        except _ERRORS:
+            verdicts[key] = False
+    if not verdicts[key] and otherwise:
+        warn_once(otherwise)
+    return verdicts[key]
+
+
+def _probe(base: Any, num_virtual: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings of random tokens as a prompt (1, p, d), and two rows (2, n) with their mask, the second padded."""
+    embedding, limit = base.get_input_embeddings(), max_positions(base)
+    room = NUM_TOKENS if limit is None else max(1, min(NUM_TOKENS, limit - num_virtual - NUM_NEW))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(embedding.weight.shape[0], (1, num_virtual + room), generator=generator)
+    ids = ids.to(embedding.weight.device)
+    row = ids[:, num_virtual:]
+    mask = torch.ones_like(row).repeat(2, 1)
+    mask[1, max(1, room - NUM_PADS) :] = 0
+    return embedding(ids[:, :num_virtual]), row.repeat(2, 1), mask
+
+
+def _left_padded_probe(base: Any, num_virtual: int, unequal: bool) -> tuple[Tensor, Tensor, Tensor]:
+    prompt, ids, mask = _probe(base, num_virtual)
+    return prompt, ids, mask.flip(1) if unequal else torch.ones_like(mask)
+
+
+def _forced(row: Tensor) -> Tensor:
+    """A row, and after it the tokens that are generated in its place: the row's last ones."""
+    return torch.cat([row, row[-1:].expand(NUM_NEW)])
+
+
+def _forced_logits(base: Any, ids: Tensor, **inputs: Any) -> Tensor:
+    """Logits (B, k, V) of `generate` at the first new tokens, which are those of `_forced`."""
+    settings = GenerationConfig(
+        max_new_tokens=NUM_NEW,
+        min_new_tokens=NUM_NEW,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    last = ids[:, -1].tolist()
+    out = base.generate(ids, generation_config=settings, prefix_allowed_tokens_fn=lambda row, _: [last[row]], **inputs)
+    return torch.stack(out.logits, dim=1)
+
+
+def _rows_agree(base: Any, found: Tensor, expected: Tensor, alone: Tensor) -> bool:
+    """Whether both rows of a right-padded probe have the logits of the first, as far as they go."""
+    shorter = max(1, found.shape[1] - NUM_PADS)
+    return _close(base, found[:1], expected, alone) and _close(
+        base, found[1:, :shorter], expected[:, :shorter], alone[:, :shorter]
+    )
+
+
+def _close(base: Any, found: Tensor, expected: Tensor, without: Tensor) -> bool:
+    """Whether logits differ by rounding, which is little beside the difference that a lost prompt would make."""
+    eps = max(torch.finfo(dtype).eps for dtype in _dtypes(base, found))
+    found, expected, without = (t.double() for t in (found, expected, without))
+    error, effect = ((t - expected).square().mean().sqrt() for t in (found, without))
+    return bool(error <= eps**0.5 * effect + 8 * eps * expected.abs().max())
+
+
+def _dtypes(base: Any, logits: Tensor) -> set[torch.dtype]:
+    """The floating types that the base may compute in."""
+    dtypes = {logits.dtype} | {p.dtype for p in base.parameters() if p.is_floating_point()}
+    if (autocast := autocast_dtype(logits.device.type)) is not None:
+        dtypes.add(autocast)
+    if is_quantized(base) or (logits.is_cuda and torch.backends.cuda.matmul.allow_tf32):
+        dtypes.add(torch.bfloat16)
+    return dtypes

@@ -1,0 +1,159 @@
+"""Prompts of the rows of a batch: one for all, or one per row by its name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.causal_lm import logits_at
+from .probe import shares_mixed_prefixes
+from .shared_prefix import is_prefix, prompt_states, shares_states
+from .states import MixedStates, PromptStates
+
+NO_PROMPT = "__base__"  # PEFT's name for rows without an adapter
+
+
+class RowPrompts:
+    """Prompts of the rows of a batch.
+
+    Args:
+        model: a prompt-learning PEFT model, its prompt enabled.
+        num_rows: B.
+        adapter_names: for each row the name of its prompt, `"__base__"` for none; the active one for all unless given.
+
+    Raises:
+        TypeError: if `adapter_names` is no list of strings.
+        ValueError: for another number of names than rows, and names that the model does not have.
+    """
+
+    def __init__(self, model: Any, num_rows: int, adapter_names: Sequence[str] | None = None) -> None:
+        self.model, self.num_rows = model, num_rows
+        if adapter_names is None:
+            self.named: list[Any] = [model]
+            self.index = [0] * num_rows
+        else:
+            check_adapter_names(model, adapter_names, num_rows)
+            different = list(dict.fromkeys(adapter_names))
+            self.named = [None if name == NO_PROMPT else under(model, name) for name in different]
+            self.index = [different.index(name) for name in adapter_names]
+        self.lengths = [0 if one is None else one.active_peft_config.num_virtual_tokens for one in self.named]
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Virtual tokens of the longest prompt."""
+        return max(self.lengths, default=0)
+
+    @property
+    def is_prefix(self) -> bool:
+        """Whether the prompts are keys and values; PEFT has one type of prompt per model."""
+        return any(one is not None and is_prefix(one) for one in self.named)
+
+    @property
+    def names_a_prompt(self) -> bool:
+        """Whether a row has a prompt."""
+        return any(one is not None for one in self.named)
+
+    def row_lengths(self, device: torch.device) -> Tensor:
+        """Virtual tokens of each row, (B,)."""
+        return torch.tensor([self.lengths[i] for i in self.index], device=device)
+
+    def of_rows(self, rows: Sequence[int]) -> RowPrompts:
+        """The prompts of some rows, by their indices."""
+        some = copy.copy(self)
+        used = sorted({self.index[i] for i in rows})
+        some.named, some.lengths = ([one[i] for i in used] for one in (self.named, self.lengths))
+        some.num_rows, some.index = len(rows), [used.index(self.index[i]) for i in rows]
+        return some
+
+    def states(self) -> PromptStates | MixedStates | None:
+        """Keys and values of the prompts; None if the base has not earned to share them."""
+        found = [None if one is None else prompt_states(one) for one in self.named]
+        if any(states is None for states, one in zip(found, self.named, strict=True) if one is not None):
+            return None
+        if len(found) == 1:
+            return found[0]
+        mixed = MixedStates(found, self.index)
+        if shares_mixed_prefixes(self.model.get_base_model(), mixed):
+            return mixed
+        if self.is_prefix:
+            raise ValueError(
+                f"{type(self.model.get_base_model()).__name__} computes otherwise for rows behind prefixes of "
+                "different lengths; pass rows of one prompt at a time, or use PromptTuningConfig or "
+                "PromptEncoderConfig."
+            )
+        return None
+
+    def concatenated(self, embeds: Tensor, attention_mask: Tensor, pads_first: bool) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, p + n, d) of prompts and rows, and their mask; no pads stand between prompt and tokens.
+
+        Args:
+            embeds: the rows' embeddings, (B, n, d).
+            attention_mask: (B, n).
+            pads_first: whether pads come before the prompt, as in `generate`, or after the tokens.
+        """
+        longest = self.num_virtual_tokens
+        prompts = []
+        for one, length in zip(self.named, self.lengths, strict=True):
+            row = embeds.new_zeros(1, longest - length, embeds.shape[2])
+            prompts.append(row if one is None else torch.cat([row, one.get_prompt(batch_size=1).to(embeds)], dim=1))
+        index = torch.tensor(self.index, device=embeds.device)
+        in_use = torch.arange(longest, device=embeds.device) >= longest - self.row_lengths(embeds.device)[:, None]
+        embeds = torch.cat([torch.cat(prompts)[index], embeds], dim=1)
+        mask = torch.cat([in_use.to(attention_mask.dtype), attention_mask], dim=1)
+        order = (mask.ne(0) if pads_first else mask.eq(0)).long().argsort(dim=1, stable=True)
+        return embeds.take_along_dim(order[..., None], dim=1), mask.gather(1, order)
+
+    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, K, V) at `positions` (B, K) of a right-padded batch (B, n), counted without virtual tokens.
+
+        Raises:
+            ValueError: for prefix tuning under gradient checkpointing, which drops the prefix.
+        """
+        base: Any = self.model.get_base_model()
+        states = None
+        if shares_states(self.model, self.num_virtual_tokens, input_ids.shape[1]):
+            states = self.states()
+        if states is None:
+            return self.concatenated_logits(self.model.word_embeddings(input_ids), attention_mask, positions)
+        prefix = states.prefix_inputs(base, attention_mask)
+        return logits_at(base, positions, input_ids=input_ids, **prefix, use_cache=True)
+
+    def concatenated_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """`response_logits` from the rows' embeddings (B, n, d), with the prompt's in front of every row."""
+        embeds, mask = self.concatenated(embeds, attention_mask, pads_first=False)
+        positions = positions + self.row_lengths(positions.device)[:, None]
+        return logits_at(
+            self.model.get_base_model(), positions, inputs_embeds=embeds, attention_mask=mask, use_cache=False
+        )
+
+
+def check_adapter_names(model: Any, adapter_names: Sequence[str], num_rows: int) -> None:
+    """Raise unless there is one name for each row, of a prompt of the model or `"__base__"`.
+
+    Raises:
+        TypeError: if they are no list of strings.
+        ValueError: for another number of names than rows, and unknown names.
+    """
+    known = [*model.peft_config, NO_PROMPT]
+    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+        raise TypeError(f"adapter_names={adapter_names!r}: expected a list with one name for each row, of {known}.")
+    if len(adapter_names) != num_rows:
+        raise ValueError(
+            f"adapter_names has {len(adapter_names)} names for {num_rows} rows; expected one for each, of {known}."
+        )
+    if unknown := sorted(set(adapter_names) - set(known)):
+        raise ValueError(f"adapter_names holds {unknown}, which this model does not have; its prompts are {known}.")
+
+
+def under(model: Any, adapter_name: str) -> Any:
+    """The model with another active prompt: a view that shares all else, so that other threads keep theirs."""
+    if adapter_name == model.active_adapter:
+        return model
+    model.__dict__.setdefault("_cached_prompts", {})  # shared with the view
+    view = copy.copy(model)
+    view.active_adapter = adapter_name
+    return view

@@ -1,0 +1,129 @@
+"""Keys and values of prompts, batch size 1, and the inputs that put them in front of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.causal_lm import selects_positions
+from ..models.compat import (
+    LayerStates,
+    empty_cache,
+    expanded_cache,
+    forward_hooks,
+    layer_states,
+    left_padded,
+    takes_position_ids,
+    weight_versions,
+)
+
+
+@dataclass
+class PromptStates:
+    """Keys and values of a prompt, and the prompt and the base they were computed from."""
+
+    layers: list[LayerStates]
+    logits: Tensor | None = None  # (1, p, V) at the virtual tokens, if they were requested
+    prompt: Tensor | None = None  # (1, p, d); None for prefix tuning
+    base: tuple = ()  # see `base_version`
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """The number of virtual tokens."""
+        return self.layers[0].seen
+
+    def each(self) -> list[PromptStates]:
+        """The different prompts of a batch under this one."""
+        return [self]
+
+    def prefix_inputs(self, base_model: Any, attention_mask: Tensor, num_sequences: int | None = None) -> dict:
+        """Arguments that put the prompt in front of a batch in a forward of the base: mask and filled cache.
+
+        Args:
+            base_model: the base.
+            attention_mask: (B, n), of the rows without virtual tokens.
+            num_sequences: batch size of the cache in `generate`, a multiple of B; B unless given.
+        """
+        rows = len(attention_mask)
+        return {
+            "attention_mask": torch.cat(
+                [attention_mask.new_ones(rows, self.num_virtual_tokens), attention_mask], dim=1
+            ),
+            "past_key_values": expanded_cache(self.layers, base_model, num_sequences or rows),
+        }
+
+    def matches(self, prompt: Tensor, base: tuple) -> bool:
+        """Whether prompt and base are the same, the prompt bit for bit."""
+        own = self.prompt
+        return (
+            own is not None
+            and (own.dtype, own.device, own.shape, self.base) == (prompt.dtype, prompt.device, prompt.shape, base)
+            and torch.equal(own, prompt)
+        )
+
+
+class MixedStates:
+    """Keys and values of the prompts of a batch in which rows have different ones, or none.
+
+    Shorter prompts are padded on the left, where the mask hides them, so that each stands next to its row's tokens:
+    a sliding window reaches as far back as it does in a row alone.
+
+    Args:
+        states: of the different prompts; None stands for no prompt.
+        index: for each row, its entry in `states`.
+
+    Raises:
+        ValueError: if there is no prompt among them.
+    """
+
+    def __init__(self, states: Sequence[PromptStates | None], index: Sequence[int]) -> None:
+        self.states, self.index = list(states), list(index)
+        lengths = [0 if one is None else one.num_virtual_tokens for one in self.states]
+        self.num_virtual_tokens = max(lengths)
+        if not self.num_virtual_tokens:
+            raise ValueError("MixedStates need a prompt; a batch without one is run by the base.")
+        self.lengths = [lengths[i] for i in self.index]
+
+    def each(self) -> list[PromptStates]:
+        """The different prompts of the batch."""
+        return [one for one in self.states if one is not None]
+
+    def prefix_inputs(self, base_model: Any, attention_mask: Tensor, num_sequences: int | None = None) -> dict:
+        """As `PromptStates.prefix_inputs`; in a forward also the positions, which `generate` takes from the mask."""
+        rows, longest, device = len(attention_mask), self.num_virtual_tokens, attention_mask.device
+        lengths = torch.tensor(self.lengths, device=device)[:, None]
+        in_use = torch.arange(longest, device=device) >= longest - lengths
+        mask = torch.cat([in_use.to(attention_mask.dtype), attention_mask], dim=1)
+        index = torch.tensor(self.index, device=device)
+        if num_sequences is not None:
+            index = index.repeat_interleave(num_sequences // rows)
+        padded = [None if one is None else one.layers for one in self.states]
+        inputs = {
+            "attention_mask": mask,
+            "past_key_values": expanded_cache(left_padded(padded, longest), base_model, len(index), index),
+        }
+        if num_sequences is None and takes_position_ids(base_model):
+            inputs["position_ids"] = (mask.ne(0).cumsum(dim=1) - 1).clamp(min=0)[:, longest:]
+        return inputs
+
+
+def compute_states(base: Any, prompt: Tensor, version: tuple = (), with_logits: bool = False) -> PromptStates | None:
+    """States of a prompt's embeddings (1, p, d) by a pass of the base; None if the base has no plain cache."""
+    last = {"logits_to_keep": 1} if selects_positions(base) and not with_logits else {}
+    out = base(inputs_embeds=prompt, past_key_values=empty_cache(base), use_cache=True, **last)
+    layers = layer_states(getattr(out, "past_key_values", None))
+    return None if layers is None else PromptStates(layers, out.logits if with_logits else None, prompt, version)
+
+
+def base_version(base: nn.Module, device_type: str) -> tuple:
+    """Autocast, weights and forward hooks: changes whenever the base may compute other states."""
+    return autocast_dtype(device_type), weight_versions(base), tuple(key for key, _ in forward_hooks(base))
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast on a kind of device; None where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
