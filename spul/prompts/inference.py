@@ -15,7 +15,7 @@ from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import needs_gradient
 from ..models.compat import is_checkpointing
 from .arguments import CACHES, check_forward_arguments, check_mask
-from .shared_prefix import outgrows_cache, prompt_states
+from .shared_prefix import check_prefix_is_kept, outgrows_cache, prompt_states
 
 # Embeddings, and outputs that have virtual tokens: not available from a cached prompt.
 _NEEDS_CONCATENATION = ("inputs_embeds", "output_hidden_states", "output_attentions")
@@ -68,8 +68,32 @@ def ordinary_forward(
 
 
 def _forward(model: Any, concatenated: Callable[..., Any], **inputs: Any) -> Any:
-    out = _from_cached_prompt(model, **inputs) if _can_use_cached_prompt(model, **inputs) else None
+    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+        out = _behind_prefix(model, **inputs)
+    else:
+        out = _from_cached_prompt(model, **inputs) if _can_use_cached_prompt(model, **inputs) else None
     return concatenated(**inputs) if out is None else out
+
+
+def _behind_prefix(
+    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None, **kwargs: Any
+) -> Any:
+    """The base's forward behind a prefix, as in PEFT, which passes the cache by the name that transformers renames."""
+    base: Any = model.get_base_model()
+    check_prefix_is_kept(base)
+    states = prompt_states(model)
+    if states is None:
+        return None
+    _drop_token_types(kwargs)
+    if attention_mask is None:
+        rows = kwargs["inputs_embeds"] if input_ids is None else input_ids
+        attention_mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
+    return base(input_ids=input_ids, labels=labels, **states.prefix_inputs(base, attention_mask), **kwargs)
+
+
+def _drop_token_types(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("token_type_ids", None) is not None:
+        warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=5)
 
 
 def _can_use_cached_prompt(model: Any, input_ids: Tensor | None, labels: Tensor | None, **kwargs: Any) -> bool:
@@ -79,7 +103,6 @@ def _can_use_cached_prompt(model: Any, input_ids: Tensor | None, labels: Tensor 
     return (
         input_ids is not None
         and not needs_gradient(model)
-        and model.active_peft_config.peft_type != PeftType.PREFIX_TUNING  # no pass in PEFT either
         and not any(kwargs.get(name) is not None and kwargs[name] is not False for name in _NEEDS_CONCATENATION)
         and kwargs.get("return_dict") is not False
         and isinstance(last, int)
@@ -99,8 +122,7 @@ def _from_cached_prompt(
     if states is None:
         return None
     rows = len(input_ids)
-    if kwargs.pop("token_type_ids", None) is not None:
-        warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=4)
+    _drop_token_types(kwargs)
     loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
     returns_cache = kwargs.pop("use_cache", None)
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask

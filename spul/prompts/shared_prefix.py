@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from ..models.causal_lm import cache_switch, evaluation_mode, logits_at, needs_gradient, selects_positions, warn_once
 from ..models.compat import (
     LayerStates,
+    cache_argument,
     empty_cache,
     expanded_cache,
     forward_hooks,
     is_checkpointing,
     layer_states,
+    returned_cache,
     weight_versions,
 )
 
@@ -58,7 +60,7 @@ class PromptStates:
             "attention_mask": torch.cat(
                 [attention_mask.new_ones(rows, self.num_virtual_tokens), attention_mask], dim=1
             ),
-            "past_key_values": expanded_cache(self.layers, base_model, num_sequences or rows),
+            cache_argument(base_model): expanded_cache(self.layers, base_model, num_sequences or rows),
         }
 
     def matches(self, prompt: Tensor, base: tuple) -> bool:
@@ -144,10 +146,23 @@ def check_prefix(model: Any) -> None:
     ) from cause
 
 
+def check_prefix_is_kept(base: nn.Module) -> None:
+    """Raise where gradient checkpointing drops a cache, and a prefix with it.
+
+    Raises:
+        ValueError: if it is on.
+    """
+    if is_checkpointing(base):
+        raise ValueError(
+            "gradient checkpointing drops the keys and values that prefix tuning trains. Turn it off "
+            "(TrainingArguments(gradient_checkpointing=False)), or use PromptTuningConfig or PromptEncoderConfig."
+        )
+
+
 def _compute_states(base: Any, prompt: Tensor, version: tuple, with_logits: bool) -> PromptStates | None:
     last = {"logits_to_keep": 1} if selects_positions(base) and not with_logits else {}
-    out = base(inputs_embeds=prompt, past_key_values=empty_cache(base), use_cache=True, **last)
-    layers = layer_states(getattr(out, "past_key_values", None))
+    out = base(inputs_embeds=prompt, **{cache_argument(base): empty_cache(base)}, use_cache=True, **last)
+    layers = layer_states(returned_cache(out))
     if layers is None:
         _without_cache.add(base)
         return None
@@ -179,10 +194,7 @@ def response_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, posit
     states = None
     if is_checkpointing(base):
         if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
-            raise ValueError(
-                "gradient checkpointing drops the keys and values that prefix tuning trains. Turn it off "
-                "(TrainingArguments(gradient_checkpointing=False)), or use PromptTuningConfig or PromptEncoderConfig."
-            )
+            check_prefix_is_kept(base)
         warn_once("Gradient checkpointing keeps no cache: the prompt is concatenated to every row, which is slower.")
     elif (
         model.active_peft_config.peft_type == PeftType.PREFIX_TUNING  # no pass, and no other way
