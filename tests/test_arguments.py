@@ -6,6 +6,8 @@ from helpers import CONFIGS, build, build_unlearner, make_batch, make_tokenizer,
 from transformers import DynamicCache, GenerationConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 
+from spul.models.compat import CHUNKS_FOLLOW_CACHE
+
 IDS = torch.randint(5, 120, (1, 7), generator=torch.Generator().manual_seed(4))
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
 
@@ -149,9 +151,20 @@ def test_methods_of_the_base_that_generate_are_out_of_reach(name):
         assert getattr(unlearner, name, None) == getattr(unlearner.get_base_model(), name, None)
 
 
-def test_chunked_prefill_keeps_the_prompt():
+def test_chunked_prefill_keeps_the_prompt_or_is_refused(monkeypatch):
     unlearner = build_unlearner()
-    assert unlearner.generate(IDS, prefill_chunk_size=3, **GREEDY).tolist() == decoded_by_hand(unlearner, IDS)
+    if CHUNKS_FOLLOW_CACHE:
+        found = unlearner.generate(IDS, prefill_chunk_size=3, **GREEDY)
+        assert found.tolist() == decoded_by_hand(unlearner, IDS)
+    monkeypatch.setattr("spul.prompts.arguments.CHUNKS_FOLLOW_CACHE", False)  # as below transformers 5.23
+    refused(unlearner, "prefill_chunk_size=3: transformers below 5.23", prefill_chunk_size=3)
+    monkeypatch.setattr("spul.prompts.arguments.CHUNKS_FOLLOW_CACHE", True)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0  # beyond a sliding window, rows of unequal length stand behind embeddings of the prompt
+    with pytest.raises(ValueError, match="prefill_chunk_size=3: here the prompt stands as embeddings"):
+        build_unlearner("mistral").generate(
+            IDS.expand(2, -1), attention_mask=mask, generation_config=GenerationConfig(prefill_chunk_size=3, **GREEDY)
+        )
 
 
 def test_a_pipeline_and_a_streamer_keep_the_prompt():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import pyarrow
 import torch
+import transformers
 import transformers.modeling_utils
 from accelerate import PartialState as PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -26,7 +27,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.other import _prepare_prompt_learning_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import DynamicCache, TrainingArguments
+from transformers import DynamicCache, GenerationMixin, TrainingArguments
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.trainer_pt_utils import get_length_grouped_indices as get_length_grouped_indices
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR as CHECKPOINT_PREFIX  # noqa: F401
@@ -86,6 +87,29 @@ class LayerStates(NamedTuple):
     keys: Tensor  # (1, heads, cached, head width); a sliding-window layer caches its last window - 1 positions
     values: Tensor
     seen: int  # positions processed, cached or not
+
+
+# The cache's name in arguments and outputs: transformers 5.24 renames it, and warns at every use of the old name.
+CACHE_NAME = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+def cache_argument(base_model: Any) -> str:
+    """The cache's name in a base's forward. A model's own code may keep the old name beside a newer transformers."""
+    old = "past_key_values"
+    return old if old in inspect.signature(type(base_model).forward).parameters else CACHE_NAME
+
+
+def returned_cache(out: Any) -> Any:
+    """The cache in a forward's output; None without one."""
+    return getattr(out, CACHE_NAME, None)
+
+
+# Before 5.23, `prefill_chunk_size` cuts the attention mask as if nothing were cached, and leaves the prompt out.
+CHUNKS_FOLLOW_CACHE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
 
 
 def layer_states(cache: Any) -> list[LayerStates] | None:

@@ -10,6 +10,8 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
+from ..models.compat import CHUNKS_FOLLOW_CACHE
+
 CACHES = ("past_key_values", "cache", "cache_params")
 _POSITIONS = ("position_ids", "cache_position")
 _IGNORED_BY_PEFT = ("task_ids", "alora_offsets")  # taken for every adapter, without effect on these prompts
@@ -123,6 +125,11 @@ def generation_settings(base: Any, kwargs: dict[str, Any]) -> GenerationConfig:
     if merged.guidance_scale not in (None, 1, 1.0):
         raise ValueError(
             f"guidance_scale={merged.guidance_scale}: it compares with a pass that has no soft prompt; leave it out."
+        )
+    if merged.prefill_chunk_size is not None and not CHUNKS_FOLLOW_CACHE:
+        raise ValueError(
+            f"prefill_chunk_size={merged.prefill_chunk_size}: transformers below 5.23 leaves a prompt out of chunks; "
+            "leave it out, or install a newer transformers."
         )
     if merged.token_healing:
         raise ValueError("token_healing generates without the soft prompt; leave it out.")

@@ -135,7 +135,15 @@ def _generate_concatenated(
     """Generate from the prompt's embeddings before those of every row, pads in front of both.
 
     The base fills a cache of its own, and no pads stand between prompt and tokens, which would use up a window.
+
+    Raises:
+        ValueError: for `prefill_chunk_size`: transformers cuts chunks of ids, never of embeddings.
     """
+    if settings.prefill_chunk_size is not None:
+        raise ValueError(
+            f"prefill_chunk_size={settings.prefill_chunk_size}: here the prompt stands as embeddings in front of "
+            "every row, which are not taken in chunks; leave it out."
+        )
     left_ids, left_mask = _pads_first(attention_mask, input_ids)
     model = prompts.model
     embeds, mask = prompts.concatenated(model.word_embeddings(left_ids), left_mask, pads_first=True)

@@ -71,8 +71,31 @@ def ordinary_forward(
 
 
 def _forward(model: Any, concatenated: Callable[..., Any], **inputs: Any) -> Any:
-    out = _from_cached_prompt(model, **inputs) if _can_use_cached_prompt(model, **inputs) else None
+    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+        out = _behind_prefix(model, **inputs)
+    else:
+        out = _from_cached_prompt(model, **inputs) if _can_use_cached_prompt(model, **inputs) else None
     return concatenated(**inputs) if out is None else out
+
+
+def _behind_prefix(
+    model: Any, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None, **kwargs: Any
+) -> Any:
+    """The base's forward behind a prefix, as in PEFT, which passes the cache by the name that transformers renames."""
+    base: Any = model.get_base_model()
+    rows = kwargs["inputs_embeds"] if input_ids is None else input_ids
+    shares_states(model, model.active_peft_config.num_virtual_tokens, rows.shape[1])  # raises where it does not
+    states = prompt_states(model)
+    assert states is not None  # a prefix has states, or raises
+    _drop_token_types(kwargs)
+    if attention_mask is None:
+        attention_mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
+    return base(input_ids=input_ids, labels=labels, **states.prefix_inputs(base, attention_mask), **kwargs)
+
+
+def _drop_token_types(kwargs: dict[str, Any]) -> None:
+    if kwargs.pop("token_type_ids", None) is not None:
+        warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=5)
 
 
 def _can_use_cached_prompt(model: Any, input_ids: Tensor | None, labels: Tensor | None, **kwargs: Any) -> bool:
@@ -82,7 +105,6 @@ def _can_use_cached_prompt(model: Any, input_ids: Tensor | None, labels: Tensor 
     return (
         input_ids is not None
         and not needs_gradient(model)
-        and model.active_peft_config.peft_type != PeftType.PREFIX_TUNING  # no pass in PEFT either
         and not any(kwargs.get(name) is not None and kwargs[name] is not False for name in _NEEDS_CONCATENATION)
         and kwargs.get("return_dict") is not False
         and isinstance(last, int)
@@ -102,8 +124,7 @@ def _from_cached_prompt(
     if states is None:
         return None
     rows = len(input_ids)
-    if kwargs.pop("token_type_ids", None) is not None:
-        warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=4)
+    _drop_token_types(kwargs)
     loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
     returns_cache = kwargs.pop("use_cache", None)
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -158,8 +179,7 @@ def named_forward(
             "forward with adapter_names takes input_ids and returns logits at all of them; found "
             f"{', '.join(found) or 'no input_ids'}: leave that out, or choose one prompt by set_adapter."
         )
-    if kwargs.pop("token_type_ids", None) is not None:
-        warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=4)
+    _drop_token_types(kwargs)
     kwargs.pop("use_cache", None)
     loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
     prompts = RowPrompts(model, len(input_ids), adapter_names)

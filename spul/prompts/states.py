@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from ..models.causal_lm import selects_positions
 from ..models.compat import (
     LayerStates,
+    cache_argument,
     empty_cache,
     expanded_cache,
     forward_hooks,
     layer_states,
     left_padded,
+    returned_cache,
     takes_position_ids,
     weight_versions,
 )
@@ -53,7 +55,7 @@ class PromptStates:
             "attention_mask": torch.cat(
                 [attention_mask.new_ones(rows, self.num_virtual_tokens), attention_mask], dim=1
             ),
-            "past_key_values": expanded_cache(self.layers, base_model, num_sequences or rows),
+            cache_argument(base_model): expanded_cache(self.layers, base_model, num_sequences or rows),
         }
 
     def matches(self, prompt: Tensor, base: tuple) -> bool:
@@ -104,7 +106,7 @@ class MixedStates:
         padded = [None if one is None else one.layers for one in self.states]
         inputs = {
             "attention_mask": mask,
-            "past_key_values": expanded_cache(left_padded(padded, longest), base_model, len(index), index),
+            cache_argument(base_model): expanded_cache(left_padded(padded, longest), base_model, len(index), index),
         }
         if num_sequences is None and takes_position_ids(base_model):
             inputs["position_ids"] = (mask.ne(0).cumsum(dim=1) - 1).clamp(min=0)[:, longest:]
@@ -114,8 +116,8 @@ class MixedStates:
 def compute_states(base: Any, prompt: Tensor, version: tuple = (), with_logits: bool = False) -> PromptStates | None:
     """States of a prompt's embeddings (1, p, d) by a pass of the base; None if the base has no plain cache."""
     last = {"logits_to_keep": 1} if selects_positions(base) and not with_logits else {}
-    out = base(inputs_embeds=prompt, past_key_values=empty_cache(base), use_cache=True, **last)
-    layers = layer_states(getattr(out, "past_key_values", None))
+    out = base(inputs_embeds=prompt, **{cache_argument(base): empty_cache(base)}, use_cache=True, **last)
+    layers = layer_states(returned_cache(out))
     return None if layers is None else PromptStates(layers, out.logits if with_logits else None, prompt, version)
 
 
