@@ -266,19 +266,6 @@ def test_inference_mode_may_come_before_and_after(prompt_type):
     unlearner(**make_batch()).loss.backward()
 
 
-def test_a_base_without_a_plain_cache_is_asked_once(monkeypatch):
-    unlearner, batch = build_unlearner("llama"), make_batch()
-    counted = CountedPasses(unlearner)
-    import spul.prompts.states
-
-    monkeypatch.setattr(spul.prompts.states, "layer_states", lambda cache: None)
-    for _ in range(3):
-        unlearner(**batch)
-        with torch.no_grad():
-            unlearner(**plain_batch())
-    assert counted.num == 1
-
-
 @pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning"])
 def test_a_hook_before_a_module_that_is_added_after_a_call_reaches_the_cached_prompt(kind):
     unlearner, batch = build_unlearner("llama", kind), plain_batch()

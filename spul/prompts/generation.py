@@ -78,7 +78,7 @@ def _generate_in_evaluation_mode(
     if states is None:
         if (unequal or len(totals.unique()) > 1) and not continues_left_padded(base):
             raise ValueError(
-                f"{type(base).__name__} has no plain key/value cache, and generates otherwise from left-padded "
+                f"{type(base).__name__} shares no prompt between rows, and generates otherwise from left-padded "
                 "embeddings than for a row alone: pass rows of one length, under one prompt."
             )
         return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)

@@ -7,6 +7,7 @@ drops a given cache would answer without the prompt, and nothing would tell.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from ..models.causal_lm import evaluation_mode, max_positions, warn_once
+from ..models.causal_lm import evaluation_mode, max_positions
 from ..models.compat import is_quantized, layer_states
 from .states import MixedStates, PromptStates, autocast_dtype, compute_states
+
+logger = logging.getLogger(__name__)
 
 NUM_TOKENS, NUM_PADS, NUM_NEW = 8, 3, 3
 # What a family raises that takes no cache, no embeddings, or keys of another shape.
@@ -129,19 +132,19 @@ def continues_left_padded(base: Any) -> bool:
                 return False
         return True
 
-    return _earned(base, ("left-padded",), compare, "")
+    return _earned(base, ("left-padded",), compare)
 
 
 @torch.no_grad()
 def check_prefix(model: Any) -> None:
-    """Raise unless the base takes the active prefix as the keys and values of its layers, by one token's forward.
+    """Raise unless the base takes the active prefix as the keys and values of its layers, by a forward.
 
     Raises:
         ValueError: if it does not: it caches another number of heads or another width (multi-query and multi-head
             latent attention), or layers without keys and values (Mamba, linear attention), or drops a given cache.
     """
     base: Any = model.get_base_model()
-    token = torch.zeros((1, 1), dtype=torch.long, device=model.word_embeddings.weight.device)
+    token = torch.zeros((1, 2), dtype=torch.long, device=model.word_embeddings.weight.device)
     cause: Exception | None = None
     try:
         with evaluation_mode(base):
@@ -166,8 +169,8 @@ def check_prefix(model: Any) -> None:
 
 
 @torch.compiler.disable
-def _earned(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str) -> bool:
-    """The verdict on a base, by the comparison the first time; a lost one is logged."""
+def _earned(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str = "") -> bool:
+    """The verdict on a base, by the comparison the first time; `otherwise` is logged if it is lost."""
     weight = base.get_input_embeddings().weight
     attention = getattr(base.config.get_text_config(), "_attn_implementation", None)
     key = (*kind, attention, weight.dtype, weight.device.type, autocast_dtype(weight.device.type))
@@ -178,10 +181,11 @@ def _earned(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str)
                 verdicts[key] = compare()
         except torch.OutOfMemoryError:
             raise
-        except _ERRORS:
+        except _ERRORS as error:
             verdicts[key] = False
-    if not verdicts[key] and otherwise:
-        warn_once(otherwise)
+            otherwise = otherwise and f"{otherwise} It raised {type(error).__name__}: {error}"
+        if not verdicts[key] and otherwise:
+            logger.warning(otherwise)
     return verdicts[key]
 
 

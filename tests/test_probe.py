@@ -1,0 +1,178 @@
+"""Bases that drop, shift or refuse a given cache are found by the probe: concatenation serves, or an error comes."""
+
+import pytest
+import torch
+from helpers import CONFIGS, FAMILIES, SHAPE, build, build_unlearner, make_batch
+from plain import losses as plain_losses
+from plain import row_logits
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from spul import SoftPromptUnlearner
+from spul.models.compat import CACHE_NAME
+from spul.prompts.probe import continues_left_padded, continues_prefix, shares_mixed_prefixes, shares_prefix
+from spul.prompts.shared_prefix import prompt_states
+from spul.prompts.states import MixedStates
+
+GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def begins_behind_a_cache(args, kwargs):
+    """Whether a call has several tokens, and a cache that holds something: the first call behind a shared prompt."""
+    tokens = next(x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if x is not None)
+    cache = kwargs.get(CACHE_NAME)
+    return tokens.shape[1] > 1 and cache is not None and cache.get_seq_length() > 0
+
+
+class DropsTheCache(LlamaForCausalLM):
+    """Begins anew behind a cache, as longrope does beyond its switch."""
+
+    def forward(self, *args, **kwargs):
+        if begins_behind_a_cache(args, kwargs):
+            kwargs[CACHE_NAME] = DynamicCache()
+            kwargs["attention_mask"] = kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :]
+        return super().forward(*args, **kwargs)
+
+
+class ForgetsWhereItIs(LlamaForCausalLM):
+    """Counts positions from zero behind a cache."""
+
+    def forward(self, *args, **kwargs):
+        if begins_behind_a_cache(args, kwargs):
+            kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1])[None]
+        return super().forward(*args, **kwargs)
+
+
+class RefusesACache(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        if begins_behind_a_cache(args, kwargs):
+            raise NotImplementedError("tokens are taken one by one behind a cache")
+        return super().forward(*args, **kwargs)
+
+
+class GeneratesAnew(LlamaForCausalLM):
+    """Its forward keeps a cache; its `generate` throws away the one that it is given."""
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        if kwargs.get("is_first_iteration") and inputs_embeds is None:
+            kwargs[CACHE_NAME] = DynamicCache()
+            kwargs["attention_mask"] = kwargs["attention_mask"][:, -input_ids.shape[1] :]
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+
+class IgnoresTheMask(LlamaForCausalLM):
+    """Takes pads between prompt and tokens for tokens."""
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        mask = kwargs["attention_mask"]
+        if mask is not None and bool((mask.diff(dim=1) < 0).any()):  # pads between a prompt and tokens
+            kwargs["attention_mask"] = torch.ones_like(mask)
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+
+def under_prompt(base_class, prompt_type="prompt_tuning"):
+    torch.manual_seed(0)
+    base = base_class(LlamaConfig(**SHAPE, intermediate_size=48, num_key_value_heads=2))
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return SoftPromptUnlearner(base.double().eval(), CONFIGS[prompt_type](5)).double().eval()
+
+
+def by_hand(unlearner, ids, num=5):
+    with torch.no_grad():
+        for _ in range(num):
+            logits = row_logits(unlearner, ids)[-1]
+            logits[2] = -torch.inf
+            ids = torch.cat([ids, logits.argmax()[None]])
+    return ids[-num:].tolist()
+
+
+@pytest.mark.parametrize("base_class", [DropsTheCache, RefusesACache, ForgetsWhereItIs])
+@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "p_tuning"])
+def test_a_base_that_has_not_earned_the_prefix_is_run_by_concatenation(base_class, prompt_type, caplog):
+    unlearner, batch = under_prompt(base_class, prompt_type), make_batch()
+    found = unlearner.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **GREEDY)
+    for row, mask, out in zip(batch["input_ids"], batch["attention_mask"], found, strict=True):
+        assert out[len(row) :].tolist() == by_hand(unlearner, row[mask.bool()])
+    torch.testing.assert_close(unlearner(**batch).loss, plain_losses(unlearner, batch)[0])
+    with torch.no_grad():
+        out = unlearner(batch["input_ids"], batch["attention_mask"])
+    for i, (row, mask) in enumerate(zip(batch["input_ids"], batch["attention_mask"], strict=True)):
+        own = row[mask.bool()]
+        torch.testing.assert_close(out.logits[i, 5 : 5 + len(own)], row_logits(unlearner, own))
+    assert caplog.text.count("computes otherwise behind a shared prompt") == 1
+    assert ("tokens are taken one by one behind a cache" in caplog.text) == (base_class is RefusesACache)
+
+
+@pytest.mark.parametrize("base_class", [DropsTheCache, RefusesACache])
+def test_a_prefix_is_refused_where_the_cache_is_lost(base_class):
+    with pytest.raises(ValueError, match="prefix tuning cannot serve"):
+        under_prompt(base_class, "prefix_tuning")
+
+
+@pytest.mark.parametrize("base_class", [GeneratesAnew, IgnoresTheMask])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_where_generate_loses_the_prompt_it_is_concatenated(base_class, side, caplog):
+    unlearner, batch = under_prompt(base_class), make_batch(side)
+    found = unlearner.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **GREEDY)
+    for row, mask, out in zip(batch["input_ids"], batch["attention_mask"], found, strict=True):
+        assert out[len(row) :].tolist() == by_hand(unlearner, row[mask.bool()])
+    assert caplog.text.count("generates otherwise for rows") == 1
+    assert shares_prefix(unlearner.get_base_model(), 5)  # its forward is right
+
+
+def test_a_prefix_is_refused_where_generate_loses_it():
+    unlearner = under_prompt(GeneratesAnew, "prefix_tuning")
+    with pytest.raises(ValueError, match="does not generate behind a prefix as its forward computes"):
+        unlearner.generate(torch.randint(5, 120, (1, 7)), **GREEDY)
+
+
+def test_under_a_prefix_pads_that_are_not_hidden_split_the_batch():
+    unlearner, batch = under_prompt(IgnoresTheMask, "prefix_tuning"), make_batch()
+    found = unlearner.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **GREEDY)
+    for row, mask, out in zip(batch["input_ids"], batch["attention_mask"], found, strict=True):
+        assert out[len(row) :].tolist() == by_hand(unlearner, row[mask.bool()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_earn_all_of_it_in_every_type(family, dtype):
+    unlearner = build_unlearner(family, dtype=dtype).eval()
+    base = unlearner.get_base_model()
+    with torch.no_grad():
+        states = prompt_states(unlearner)
+    assert shares_prefix(base, 5)
+    assert states is not None
+    assert continues_prefix(base, states, unequal=False)
+    assert continues_prefix(base, states, unequal=True)
+    assert continues_left_padded(base)
+    assert shares_mixed_prefixes(base, MixedStates([states, None], [0, 1]))
+
+
+def test_under_autocast_it_is_earned_anew(family):
+    base = build(family)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            assert shares_prefix(base, 5)
+
+
+def test_a_base_is_asked_once():
+    unlearner, batch = under_prompt(LlamaForCausalLM), make_batch()
+    calls = []
+    unlearner.get_base_model().register_forward_pre_hook(lambda *args: calls.append(1))
+    counts = []
+    for _ in range(3):
+        before = len(calls)
+        unlearner(**batch)
+        counts.append(len(calls) - before)
+    assert counts[0] > counts[1] == counts[2] == 3  # the prompt, the rows, the reference
+
+
+def test_a_probe_leaves_modes_randomness_and_the_cached_prompt_alone():
+    unlearner = build_unlearner()
+    base = unlearner.get_base_model().train()
+    state, modes = torch.get_rng_state(), [module.training for module in base.modules()]
+    assert shares_prefix(base, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [module.training for module in base.modules()] == modes
+    assert "_cached_prompts" not in unlearner.__dict__
