@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.causal_lm import logits_at
+from ..models.causal_lm import logits_at, max_positions
 from .probe import shares_mixed_prefixes
-from .shared_prefix import is_prefix, prompt_states, shares_states
+from .shared_prefix import is_prefix, outgrows_cache, prompt_states, shares_states
 from .states import MixedStates, PromptStates
 
 NO_PROMPT = "__base__"  # PEFT's name for rows without an adapter
@@ -111,16 +111,43 @@ class RowPrompts:
         """Logits (B, K, V) at `positions` (B, K) of a right-padded batch (B, n), counted without virtual tokens.
 
         Raises:
-            ValueError: for prefix tuning under gradient checkpointing, which drops the prefix.
+            ValueError: if prompt and rows exceed the model's positions, and for prefix tuning under gradient
+                checkpointing, which drops the prefix.
         """
         base: Any = self.model.get_base_model()
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self.names_a_prompt:
+            self._check_room(input_ids.shape[1])
+            states = None
+            if shares_states(self.model, self.num_virtual_tokens, input_ids.shape[1]):
+                states = self.states()
+            if states is None:
+                return self.concatenated_logits(self.model.word_embeddings(input_ids), attention_mask, positions)
+            inputs |= states.prefix_inputs(base, attention_mask) | {"use_cache": True}
+        return logits_at(base, positions, **inputs)
+
+    def embedding_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """`response_logits` from the rows' embeddings (B, n, d)."""
         states = None
-        if shares_states(self.model, self.num_virtual_tokens, input_ids.shape[1]):
+        if self.is_prefix or not outgrows_cache(self.model, self.num_virtual_tokens + embeds.shape[1]):
             states = self.states()
         if states is None:
-            return self.concatenated_logits(self.model.word_embeddings(input_ids), attention_mask, positions)
+            return self.concatenated_logits(embeds, attention_mask, positions)
+        base: Any = self.model.get_base_model()
         prefix = states.prefix_inputs(base, attention_mask)
-        return logits_at(base, positions, input_ids=input_ids, **prefix, use_cache=True)
+        return logits_at(base, positions, inputs_embeds=embeds, **prefix, use_cache=True)
+
+    def _check_room(self, num_tokens: int) -> None:
+        num_virtual, limit = self.num_virtual_tokens, max_positions(self.model.get_base_model())
+        if limit is not None and num_virtual + num_tokens > limit:
+            raise ValueError(
+                f"{num_virtual} virtual tokens and {num_tokens} tokens exceed the model's {limit} positions; "
+                + (
+                    f"collate with max_length of at most {limit - num_virtual}."
+                    if num_virtual < limit
+                    else "take fewer virtual tokens."
+                )
+            )
 
     def concatenated_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """`response_logits` from the rows' embeddings (B, n, d), with the prompt's in front of every row."""
@@ -139,7 +166,7 @@ def check_adapter_names(model: Any, adapter_names: Sequence[str], num_rows: int)
         ValueError: for another number of names than rows, and unknown names.
     """
     known = [*model.peft_config, NO_PROMPT]
-    if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
+    if not isinstance(adapter_names, (list, tuple)) or not all(isinstance(name, str) for name in adapter_names):
         raise TypeError(f"adapter_names={adapter_names!r}: expected a list with one name for each row, of {known}.")
     if len(adapter_names) != num_rows:
         raise ValueError(

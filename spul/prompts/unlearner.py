@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..losses.batch import batch_loss
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import logits_at, max_positions, unchanged_on_error, zero_dropout
+from ..models.causal_lm import logits_at, unchanged_on_error, zero_dropout
 from ..models.compat import is_sharded, keep_4bit_differentiable
 from ..models.unlearner import Unlearner, disabled_here, is_disabled_here
 from ..records.spul_config import SpulConfig
@@ -25,7 +25,7 @@ from .generation import generate_prompted
 from .inference import named_forward, ordinary_forward
 from .probe import check_prefix
 from .row_prompts import RowPrompts, check_adapter_names
-from .shared_prefix import is_prefix, outgrows_cache, prompt_states
+from .shared_prefix import is_prefix
 
 
 class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
@@ -111,11 +111,15 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
             self.prompt_encoder[adapter_name].requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove a prompt. If it was the active one, another becomes active."""
+        """Remove a prompt. If it was the active one, another becomes active; without any, the model is the base."""
         super().delete_adapter(adapter_name)
         del self.spul_configs[adapter_name]
         self.__dict__.get("_cached_prompts", {}).pop(adapter_name, None)
         self._train_active_prompt_only()
+
+    def get_base_model(self) -> Any:
+        """The causal LM under the prompts, also once all of them are deleted."""
+        return self.base_model
 
     @property
     def spul_config(self) -> SpulConfig:
@@ -189,7 +193,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
     @property
     def has_active_enabled_adapter(self) -> bool:
         """PEFT's name of `enabled`."""
-        return super().has_active_enabled_adapter and not is_disabled_here(self)
+        return bool(self.active_adapter) and super().has_active_enabled_adapter and not is_disabled_here(self)
 
     @property
     def enabled(self) -> bool:
@@ -289,20 +293,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         if not self.enabled:
             _check_names(self, adapter_names, input_ids)
             return self.base_logits(input_ids, attention_mask, positions)
-        prompts = RowPrompts(self, len(input_ids), adapter_names)
-        if not prompts.names_a_prompt:
-            return self.base_logits(input_ids, attention_mask, positions)
-        num_virtual, limit = prompts.num_virtual_tokens, max_positions(self.get_base_model())
-        if limit is not None and num_virtual + input_ids.shape[1] > limit:
-            raise ValueError(
-                f"{num_virtual} virtual tokens and {input_ids.shape[1]} tokens exceed the model's {limit} positions; "
-                + (
-                    f"collate with max_length of at most {limit - num_virtual}."
-                    if num_virtual < limit
-                    else "take fewer virtual tokens."
-                )
-            )
-        return prompts.response_logits(input_ids, attention_mask, positions)
+        return RowPrompts(self, len(input_ids), adapter_names).response_logits(input_ids, attention_mask, positions)
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) of the base, without the prompt; arguments as in `response_logits`."""
@@ -314,13 +305,7 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         base: Any = self.get_base_model()
         if not self.enabled:
             return logits_at(base, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
-        rows, num_virtual = len(inputs_embeds), self.active_peft_config.num_virtual_tokens
-        outgrown = not is_prefix(self) and outgrows_cache(self, num_virtual + inputs_embeds.shape[1])
-        states = None if outgrown else prompt_states(self)
-        if states is None:
-            return RowPrompts(self, rows).concatenated_logits(inputs_embeds, attention_mask, positions)
-        prefix = states.prefix_inputs(base, attention_mask)
-        return logits_at(base, positions, inputs_embeds=inputs_embeds, **prefix, use_cache=True)
+        return RowPrompts(self, len(inputs_embeds)).embedding_logits(inputs_embeds, attention_mask, positions)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate with the prompt; arguments as in `generate` of transformers.
