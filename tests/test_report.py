@@ -310,7 +310,7 @@ def test_saved_unlearning_layers_get_the_metrics_and_load_with_them(tmp_path):
 
     torch.manual_seed(0)
     UnlearningLayers(build_llama(), UnlearningLayersConfig()).save_pretrained(tmp_path)
-    assert "None were recorded." in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "Not evaluated." in (tmp_path / "README.md").read_text(encoding="utf-8")
     add_to_card(whole(), tmp_path)
     assert "| test_forget, detached | 0.8000 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
     torch.manual_seed(0)
