@@ -14,7 +14,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ def summarize_rows(rows: Iterable[Mapping[str, Any]], key: DigestKey | None = No
         key: the owner's secret, see `read_digest_key`; None leaves out the digest.
     """
     if key is None:
-        return DataSummary(sum(1 for _ in rows))
+        return DataSummary(len(rows) if isinstance(rows, Sized) else sum(1 for _ in rows))
     content = sorted_digests(rows)
     return DataSummary(len(content) // 32, hmac.new(read_digest_key(key), content, hashlib.sha256).hexdigest())
 
