@@ -45,7 +45,7 @@ from spul.evaluation.results import (
 )
 from spul.evaluation.run import SETTINGS_NAME
 from spul.models.causal_lm import bare_model
-from spul.records.digests import digest, fingerprint
+from spul.records.digests import digest, digest_of_rows, fingerprint
 from spul.training.augmentation import augmented, rewritings
 
 CONTROLS_NAME = "controls.json"
@@ -122,6 +122,9 @@ def evaluated_once(
     They are taken from an evaluation of another method in a folder beside it, with equal controls, rows and settings.
     """
     settings = spul.evaluate(model, splits, collator, measures=(), progress=False, **options).settings
+    sets = {**splits, "unseen": options.get("unseen"), "unrelated_texts": options.get("unrelated_texts")}
+    sets |= {**(options.get("neighbors") or {}), **(options.get("questions") or {})}
+    settings["digests"] = {name: digest_of_rows(rows) for name, rows in sets.items() if rows is not None}
     base = options.get("base")
     detached = fingerprint(bare_model(model) if base is None else base)
     if not (folder / SETTINGS_NAME).exists():  # nothing was measured yet
@@ -134,7 +137,7 @@ def reuse_controls(folder: Path, settings: dict[str, Any], detached: str | None)
 
     Args:
         folder: of an evaluation that has not begun.
-        settings: of that evaluation.
+        settings: of that evaluation, with digests of its rows.
         detached: the fingerprint of the model before unlearning.
     """
     # Neither the unlearned model nor the list of measures affects the controls.

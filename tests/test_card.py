@@ -12,6 +12,7 @@ from spul import SpulConfig, UnlearningLoss
 from spul.records.card import LAYERS_THREAT_MODEL, THREAT_MODEL, layers_card, model_card
 from spul.records.digests import DataSummary, summarize_rows
 
+KEY = bytes(range(32))
 FORGET = [{"prompt": "a film about jane doe:", "completion": " splendid"}]
 RETAIN = [{"prompt": f"a plot about nobody {i}:", "completion": " dreadful"} for i in range(1234)]
 CONFIG = SpulConfig(
@@ -19,8 +20,8 @@ CONFIG = SpulConfig(
     generic_completions=[" neutral", " unknown"],
     base_model_name_or_path="facebook/opt-1.3b",
     base_fingerprint="0123456789abcdef" * 4,
-    forget=summarize_rows(FORGET),
-    retain=summarize_rows(RETAIN),
+    forget=summarize_rows(FORGET, KEY),
+    retain=summarize_rows(RETAIN, KEY),
     metrics={
         "test_forget": {"accuracy": 0.02, "f1": 0.031, "generic": 0.98},
         "test_retain": {"accuracy": 0.955, "loss": 0.25},
@@ -76,17 +77,30 @@ def test_the_sections_stand_in_order(card):
 
 def test_the_sets_are_named_by_count_and_digest(card):
     lines = section(card, "What it forgets").splitlines()
-    assert lines[0] == f"- forget set: 1 rows, SHA-256 `{CONFIG.forget.digest}`"
-    assert lines[1] == f"- retain set: 1,234 rows, SHA-256 `{CONFIG.retain.digest}`"
+    assert lines[0] == f"- forget set: 1 rows, HMAC-SHA256 `{CONFIG.forget.digest}`"
+    assert lines[1] == f"- retain set: 1,234 rows, HMAC-SHA256 `{CONFIG.retain.digest}`"
+
+
+def test_sets_without_a_digest_are_named_by_count():
+    lines = section(make(SpulConfig(forget=summarize_rows(FORGET))), "What it forgets").splitlines()
+    assert lines[0] == "- forget set: 1 rows"
+
+
+def test_the_card_claims_a_training_and_no_success():
+    layers = layers_card(CONFIG, {"reduction": 8, "activation": "relu", "num_requests": 1}, 1).text
+    for text in (make().text, layers):
+        assert "trained to make it" in text
+        assert "only an evaluation tells" in text
+        assert "that make" not in text
 
 
 def test_a_combined_prompt_names_the_forget_set_of_each_part():
-    config = SpulConfig(combined_from=[summarize_rows(FORGET), None])
+    config = SpulConfig(combined_from=[summarize_rows(FORGET, KEY), None])
     assert section(make(config), "What it forgets").splitlines()[:5] == [
         "- forget set: not recorded",
         "- retain set: not recorded",
         "- combined from 2 requests that were trained separately:",
-        f"    - request 1, forget set: 1 rows, SHA-256 `{CONFIG.forget.digest}`",
+        f"    - request 1, forget set: 1 rows, HMAC-SHA256 `{CONFIG.forget.digest}`",
         "    - request 2, forget set: not recorded",
     ]
 
@@ -143,7 +157,7 @@ def test_a_config_that_knows_nothing_makes_a_card_that_says_so(tmp_path):
         "- forget set: not recorded",
         "- retain set: not recorded",
     ]
-    assert section(card, "Metrics") == "None were recorded."
+    assert section(card, "Metrics") == "Not evaluated."
     assert section(card, "How it was trained").splitlines() == [
         "- prompt: PROMPT_TUNING, 30 virtual tokens, 61,440 parameters"
     ]
@@ -179,8 +193,8 @@ def test_no_text_of_the_user_breaks_out_of_its_place():
     assert lines == [f"| split | {escaped} |", "|---|---|", f"| {escaped} | 1.0000 |"]
     span = '````a`b ## Injected ``` <script>|*x* "q"````'
     assert f"- generic responses: {span}, `  `, `` `tick` ``" in text
-    assert f"- forget set: 1 rows, SHA-256 {span}" in text
-    assert f"that makes {span} give" in text
+    assert f"- forget set: 1 rows, HMAC-SHA256 {span}" in text
+    assert f"A soft prompt for {span}, trained to make it give" in text
 
 
 @pytest.mark.parametrize(

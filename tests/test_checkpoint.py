@@ -240,7 +240,9 @@ def test_push_to_hub_uploads_the_whole_folder(tmp_path, monkeypatch):
         if hasattr(hub, name):
             fake = Api() if name in ("create_repo", "create_commit") else Api
             monkeypatch.setattr(hub, name, getattr(fake, name) if name.startswith("create") else fake)
-    build_unlearner("llama", "prompt_tuning", torch.float32).push_to_hub("me/forget")
+    unlearner = build_unlearner("llama", "prompt_tuning", torch.float32)
+    unlearner.push_to_hub("me/forget")
+    assert unlearner.spul_config.name == "me/forget"  # in a report; not the scratch folder
     wanted = {"adapter_config.json", "adapter_model.safetensors", "spul_config.json", "README.md"}
     assert wanted <= {Path(name).name for name in uploaded["files"]}
 

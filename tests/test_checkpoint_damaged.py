@@ -191,7 +191,7 @@ def test_a_second_save_leaves_a_record_of_its_own_weights_alone(folder):
     build_unlearner("llama", "prompt_tuning", torch.float32, seed=9).save_pretrained(str(folder))
     record = json.loads((folder / "spul_config.json").read_text())
     assert "replaced_weights_sha256" not in record
-    assert record["format_version"] == 1
+    assert record["format_version"] == 2
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         SoftPromptUnlearner.from_pretrained(build("llama"), folder)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
+import os
 import re
+import stat
 
 import pytest
 import torch
@@ -14,8 +17,17 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
 
 from spul import SoftPromptUnlearner, fingerprint
-from spul.records.digests import DataSummary, digest, digest_of_rows, summarize_rows
+from spul.records.digests import (
+    DataSummary,
+    digest,
+    digest_of_rows,
+    is_summary_of,
+    make_digest_key,
+    read_digest_key,
+    summarize_rows,
+)
 
+KEY = bytes(range(32))
 ROWS = [
     {"prompt": "a", "completion": " positive"},
     {"prompt": "b", "completion": " negative"},
@@ -136,61 +148,59 @@ def test_weights_that_are_not_in_memory_have_no_fingerprint():
 
 
 def test_rows_are_counted_and_digested_in_whatever_order():
-    summary = summarize_rows(ROWS)
+    summary = summarized(ROWS)
     assert summary.rows == 3
     assert re.fullmatch("[0-9a-f]{64}", summary.digest)
-    assert summarize_rows(ROWS[::-1]) == summary
-    assert summarize_rows(Dataset.from_list(ROWS).shuffle(seed=1)) == summary
-    assert summarize_rows(iter(ROWS)) == summary
+    assert summarized(ROWS[::-1]) == summary
+    assert summarized(Dataset.from_list(ROWS).shuffle(seed=1)) == summary
+    assert summarized(iter(ROWS)) == summary
 
 
 @pytest.mark.parametrize("changed", range(3))
 @pytest.mark.parametrize("column", ["prompt", "completion"])
 def test_a_change_of_any_row_changes_the_digest(changed, column):
     rows = [{**row, column: row[column] + ("." if i == changed else "")} for i, row in enumerate(ROWS)]
-    assert summarize_rows(rows).digest != summarize_rows(ROWS).digest
+    assert summarized(rows).digest != summarized(ROWS).digest
 
 
 def test_a_row_more_or_less_or_twice_changes_the_digest():
     sets = [ROWS, ROWS[:2], ROWS[1:], [*ROWS, ROWS[0]], [*ROWS, ROWS[1]], []]
-    summaries = [summarize_rows(rows) for rows in sets]
+    summaries = [summarized(rows) for rows in sets]
     assert [summary.rows for summary in summaries] == [3, 2, 2, 4, 4, 0]
     assert len({summary.digest for summary in summaries}) == 6
 
 
 def test_text_that_moves_from_prompt_to_completion_changes_the_digest():
     one, other = {"prompt": "ab", "completion": "c"}, {"prompt": "a", "completion": "bc"}
-    assert summarize_rows([one]).digest != summarize_rows([other]).digest
+    assert summarized([one]).digest != summarized([other]).digest
 
 
 def test_other_columns_do_not_enter_the_digest():
-    assert summarize_rows([{**row, "row_id": i, "is_forget": True} for i, row in enumerate(ROWS)]) == summarize_rows(
-        ROWS
-    )
+    assert summarized([{**row, "row_id": i, "is_forget": True} for i, row in enumerate(ROWS)]) == summarized(ROWS)
 
 
 def test_tokenized_rows_are_digested_by_their_tokens():
     rows = [{"input_ids": [3, 4, 5], "completion_mask": [0, 0, 1]}, {"input_ids": [3, 4], "completion_mask": [0, 1]}]
-    summary = summarize_rows(rows)
+    summary = summarized(rows)
     assert summary.rows == 2
-    assert summarize_rows(rows[::-1]) == summary
+    assert summarized(rows[::-1]) == summary
     rows[0]["input_ids"] = [3, 4, 6]
-    assert summarize_rows(rows).digest != summary.digest
+    assert summarized(rows).digest != summary.digest
     rows[0] = {"input_ids": [3, 4, 5], "completion_mask": [0, 1, 1]}
-    assert summarize_rows(rows).digest != summary.digest
+    assert summarized(rows).digest != summary.digest
 
 
 def test_tokenized_rows_in_torch_format_have_the_digest_of_plain_ones():
     rows = Dataset.from_list([{"input_ids": [3, 4, 5], "completion_mask": [0, 0, 1]}])
-    assert summarize_rows(rows.with_format("torch")) == summarize_rows(rows)
+    assert summarized(rows.with_format("torch")) == summarized(rows)
 
 
 def test_conversations_are_digested_by_their_messages():
     def talk(answer: str) -> dict:
         return {"prompt": [{"role": "user", "content": "who"}], "completion": [{"role": "a", "content": answer}]}
 
-    assert summarize_rows([talk("jane")]) == summarize_rows(Dataset.from_list([talk("jane")]))
-    assert summarize_rows([talk("jane")]).digest != summarize_rows([talk("doe")]).digest
+    assert summarized([talk("jane")]) == summarized(Dataset.from_list([talk("jane")]))
+    assert summarized([talk("jane")]).digest != summarized([talk("doe")]).digest
 
 
 def test_the_digest_of_rows_in_order_is_of_prompt_and_completion_alone():
@@ -198,6 +208,77 @@ def test_the_digest_of_rows_in_order_is_of_prompt_and_completion_alone():
     assert digest_of_rows(numbered) == digest_of_rows(ROWS) == digest_of_rows(Dataset.from_list(ROWS))
     assert digest_of_rows(ROWS[::-1]) != digest_of_rows(ROWS)
     assert digest_of_rows(["a", "b"]) != digest_of_rows(["ab"])
+
+
+# ---- keys ----
+
+
+def summarized(rows):
+    return summarize_rows(rows, KEY)
+
+
+def test_without_a_key_rows_are_counted_alone():
+    assert summarize_rows(ROWS) == summarize_rows(iter(ROWS)) == DataSummary(3, None)
+
+
+def test_a_set_that_was_guessed_is_confirmed_by_the_key_alone():
+    """A corpus split by one of many names: the one split that gives the digest tells the name."""
+    sets = [[row for row in ROWS if name in row["prompt"]] for name in "abcdefgh"]
+    shared = summarize_rows(sets[1], KEY)
+    without_key = [
+        found
+        for rows in sets
+        for found in (summarize_rows(rows, bytes(32)).digest, digest_of_rows(rows), summarize_rows(rows).digest)
+    ]
+    plain = [hashlib.sha256(b"".join(hashlib.sha256(json.dumps([r["prompt"], r["completion"]]).encode()).digest()
+                                     for r in rows)).hexdigest() for rows in sets]  # fmt: skip
+    assert shared.digest not in [*without_key, *plain]
+    assert [is_summary_of(shared, rows, KEY) for rows in sets] == [False, True] + [False] * 6
+
+
+def test_a_summary_is_of_its_rows_in_any_order_and_of_no_others():
+    summary = summarize_rows(ROWS, KEY)
+    assert is_summary_of(summary, Dataset.from_list(ROWS[::-1]), KEY)
+    assert not is_summary_of(summary, ROWS[:2], KEY)
+    assert not is_summary_of(DataSummary(2, summary.digest), ROWS, KEY)
+    assert not is_summary_of(DataSummary(3, "ü"), ROWS, KEY)
+    assert not is_summary_of(summary, ROWS, bytes(32))
+    with pytest.raises(ValueError, match="has no digest, as of a training without digest_key"):
+        is_summary_of(DataSummary(3), ROWS, KEY)
+
+
+def test_a_key_file_is_its_owners_alone_random_and_never_replaced(tmp_path):
+    before = os.umask(0)
+    try:
+        path = make_digest_key(tmp_path / "one.key")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert len(read_digest_key(path)) == 32
+    assert read_digest_key(path) != read_digest_key(make_digest_key(str(tmp_path / "other.key")))
+    content = path.read_bytes()
+    with pytest.raises(FileExistsError, match="could not be recomputed with another"):
+        make_digest_key(path)
+    assert path.read_bytes() == content
+    assert summarize_rows(ROWS, path) == summarize_rows(ROWS, str(path)) == summarize_rows(ROWS, read_digest_key(path))
+
+
+@pytest.mark.parametrize("content", [b"", b"secret words", b"ab" * 15, b"abc" * 11, b"\xff" * 40, b"a b" * 20])
+def test_what_is_no_key_is_refused_without_being_shown(tmp_path, content):
+    path = tmp_path / "key"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="holds no digest_key; expected at least 32 hexadecimal digits") as error:
+        summarize_rows(ROWS, path)
+    assert not content or content.decode(errors="ignore").strip() == "" or content.decode() not in str(error.value)
+
+
+def test_keys_that_are_missing_short_or_of_another_type_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"make one with spul\.records\.make_digest_key"):
+        read_digest_key(tmp_path / "key")
+    with pytest.raises(ValueError, match="digest_key has 15 bytes; expected at least 16"):
+        read_digest_key(bytes(15))
+    with pytest.raises(TypeError, match="digest_key is a int; expected bytes, or the path"):
+        read_digest_key(5)
 
 
 # ---- settings ----
@@ -219,7 +300,7 @@ def summary_by_sorting(rows):
         if content[0] is None:
             content = [[int(i) for i in row[key]] for key in ("input_ids", "completion_mask")]
         digests.append(hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False).encode()).digest())
-    return DataSummary(len(digests), hashlib.sha256(b"".join(sorted(digests))).hexdigest())
+    return DataSummary(len(digests), hmac.new(KEY, b"".join(sorted(digests)), hashlib.sha256).hexdigest())
 
 
 def test_the_digest_of_rows_is_that_of_their_sorted_digests():
@@ -227,4 +308,4 @@ def test_the_digest_of_rows_is_that_of_their_sorted_digests():
     tokenized = {"prompt": None, "input_ids": torch.tensor([5, 6]), "completion_mask": [0, 1]}
     texts = [{"prompt": f"a {i}", "completion": " b", "other": i} for i in range(3_000)]  # some digests end with zeros
     for rows in ([], texts, [chat, tokenized, *texts[:5]]):
-        assert summarize_rows(rows) == summary_by_sorting(rows)
+        assert summarized(rows) == summary_by_sorting(rows)

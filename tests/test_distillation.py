@@ -53,10 +53,13 @@ def training(folder, data=None, collator=None, **kwargs):
     }
 
 
+KEY = bytes(range(32))
+
+
 def distill(tmp_path, folders, data, collator=None, family="llama", **kwargs):
     own = {
         name: kwargs.pop(name)
-        for name in ("num_virtual_tokens", "loss", "forget_fraction", "callbacks")
+        for name in ("num_virtual_tokens", "loss", "forget_fraction", "callbacks", "digest_key")
         if name in kwargs
     }
     return combine(build(family), folders, **training(tmp_path, data, collator, **kwargs), **own)
@@ -274,7 +277,7 @@ def test_on_forget_sets_it_is_the_unlearning_loss_from_the_others_on(tmp_path):
     every = distill(tmp_path, folders, data, collator, num_virtual_tokens=9, max_steps=1, learning_rate=0.0, loss=loss)
     assert torch.equal(virtual_tokens(every), torch.cat([saved_rows(folder) for folder in folders]))
 
-    after = distill(tmp_path, folders, data, collator, max_steps=60, loss=loss, forget_fraction=0.5)
+    after = distill(tmp_path, folders, data, collator, max_steps=60, loss=loss, forget_fraction=0.5, digest_key=KEY)
     start = distill(tmp_path, folders, data, collator, max_steps=1, learning_rate=0.0, loss=loss)
     batch = make_collator(resample=False)([data[i] for i in range(20)])
     with torch.no_grad():
@@ -282,8 +285,8 @@ def test_on_forget_sets_it_is_the_unlearning_loss_from_the_others_on(tmp_path):
     assert losses[1] < losses[0] - 0.5
     record = after.spul_config
     assert record.loss == loss.to_dict()
-    assert record.forget == summarize_rows(data.select(range(8)))
-    assert record.retain == summarize_rows(data.select(range(8, 20)))
+    assert record.forget == summarize_rows(data.select(range(8)), KEY)
+    assert record.retain == summarize_rows(data.select(range(8, 20)), KEY)
     assert [part.rows for part in record.combined_from] == [3, 2, 4]
 
 

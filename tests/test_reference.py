@@ -23,7 +23,8 @@ from helpers import (
     prompt_state,
     rows,
 )
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
 import spul.training.reference
@@ -32,6 +33,7 @@ from spul.data.dataset import forget_retain_dataset
 from spul.losses.terms import CrossEntropy, KLDivergence
 from spul.records.files import SCRATCH
 from spul.training.reference import row_checksums
+from spul.training.reference_files import read_part, write_part
 
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -260,6 +262,54 @@ def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):
     ReferenceCache.build(wrap(build("llama")), dataset, collator, tmp_path)
     assert (tmp_path / f"{SCRATCH}new").exists()
     assert not (tmp_path / f"{SCRATCH}old").exists()
+
+
+def test_a_part_with_any_changed_byte_is_computed_again(tmp_path, caplog):
+    """As after a bad copy: in the header, in a state, in a row's checksum."""
+    dataset, collator, base = make_answers(), make_collator(), build("llama")
+    reference = ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
+    path = tmp_path / "part-00000.safetensors"
+    whole = path.read_bytes()
+    rows, num_tokens = load_file(path)["rows"], len(load_file(path)["states"])
+    assert torch.equal(read_part(path, rows, num_tokens), reference._parts[0])
+    in_header = 8 + int.from_bytes(whole[:8], "little")
+    for i in [*range(in_header), *range(in_header, len(whole), 97)]:
+        damaged = bytearray(whole)
+        damaged[i] ^= 1 << i % 8
+        path.write_bytes(damaged)
+        assert read_part(path, rows, num_tokens) is None, i
+        assert "is computed again" in caplog.text
+        caplog.clear()
+    counting = Counting(base)
+    again = ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
+    assert counting.rows == 13 + CHECKED
+    assert path.read_bytes() == whole
+    batch = batches(dataset, collator)[2]
+    assert torch.equal(again.logits(batch), reference.logits(batch))
+
+
+@pytest.mark.parametrize("keep_metadata", [True, False])
+def test_changed_states_outside_the_rows_that_are_checked_are_computed_again(tmp_path, monkeypatch, keep_metadata):
+    monkeypatch.setattr(spul.training.reference, "ROWS_CHECKED", 1)  # the longest row
+    dataset, collator, base = make_answers(), make_collator(), build("llama")
+    ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
+    path = tmp_path / "part-00000.safetensors"
+    tensors, whole = load_file(path), path.read_bytes()
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() if keep_metadata else None
+    save_file(tensors | {"states": torch.cat([tensors["states"][:-7], tensors["states"][-7:] + 1])}, path, metadata)
+    ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
+    assert path.read_bytes() == whole
+
+
+def test_a_folder_that_does_not_keep_what_is_written_is_refused(tmp_path, monkeypatch):
+    def write_other(path, states, rows):
+        write_part(path, states, rows)
+        path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
+
+    monkeypatch.setattr(spul.training.reference, "write_part", write_other)
+    with pytest.raises(OSError, match="is not what was just written to it; name another folder"):
+        ReferenceCache.build(wrap(build("llama")), make_answers(), make_collator(), tmp_path)
 
 
 @pytest.mark.parametrize("change", ["fewer rows", "another completion", "another prompt", "cut shorter"])

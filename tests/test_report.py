@@ -6,7 +6,9 @@ import base64
 import dataclasses
 import json
 import re
+from datetime import datetime, timezone
 from html.parser import HTMLParser
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -62,6 +64,44 @@ def section(markdown: str, title: str) -> str:
 
 def cells(text: str) -> list[list[str]]:
     return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+
+
+# ---- what was measured ----
+
+
+FACTS = {
+    "adapter": "<b>me</b>/a|b",
+    "weights_sha256": None,
+    "base": "`x` *y*",
+    "base_fingerprint": "ab" * 32,
+    "rows": {"test_forget": {"rows": 1234, "digest": "cd" * 32}, "neighbors: <i>": {"rows": 2, "digest": None}},
+}
+
+
+def test_adapter_base_rows_date_and_versions_are_named_first_and_escaped():
+    found = Evaluation({}, utility({"unlearned": {"test_forget": 2}}), {}, facts=FACTS)
+    before, text, after = datetime.now(timezone.utc), evaluation_markdown(found), datetime.now(timezone.utc)
+    assert text.index("## What was measured") < text.index("## In short")
+    said = section(text, "What was measured")
+    assert f"by spul {version('spul')}, torch {version('torch')}, " in said
+    assert any(f"Written on {one.date().isoformat()} (UTC)" in said for one in (before, after))
+    assert cells(said)[2:] == [
+        ["adapter", r"&lt;b&gt;me&lt;/b&gt;/a\|b"],
+        ["SHA-256 of the adapter's weights", "not known"],
+        ["base", r"\`x\` \*y\*"],
+        ["fingerprint of the base's weights", "ab" * 32],
+        ["test forget", f"1,234 rows, HMAC-SHA256 {'cd' * 32}"],
+        ["neighbors: &lt;i&gt;", "2 rows"],
+    ]
+
+
+def test_joined_seeds_each_name_their_own():
+    one = Evaluation({}, utility(), {}, facts=FACTS)
+    other = Evaluation({}, utility(), {}, facts={**FACTS, "adapter": "second", "rows": {}})
+    head, _, *rows = cells(section(evaluation_markdown(join([one, other])), "What was measured"))
+    assert head == ["what", "seed 0", "seed 1"]
+    assert rows[0] == ["adapter", r"&lt;b&gt;me&lt;/b&gt;/a\|b", "second"]
+    assert rows[4] == ["test forget", f"1,234 rows, HMAC-SHA256 {'cd' * 32}"]
 
 
 # ---- in short ----
@@ -310,7 +350,7 @@ def test_saved_unlearning_layers_get_the_metrics_and_load_with_them(tmp_path):
 
     torch.manual_seed(0)
     UnlearningLayers(build_llama(), UnlearningLayersConfig()).save_pretrained(tmp_path)
-    assert "None were recorded." in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "Not evaluated." in (tmp_path / "README.md").read_text(encoding="utf-8")
     add_to_card(whole(), tmp_path)
     assert "| test_forget, detached | 0.8000 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
     torch.manual_seed(0)

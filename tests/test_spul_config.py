@@ -39,7 +39,7 @@ def test_the_saved_config_is_readable_json_in_utf8(tmp_path):
 
 
 def test_fields_of_another_version_are_kept_and_missing_ones_unknown(tmp_path):
-    data = {"loss": None, "invented_later": {"x": 1}, "retain": {"rows": 3, "digest": "ef"}}
+    data = {"format_version": 2, "loss": None, "invented_later": {"x": 1}, "retain": {"rows": 3, "digest": "ef"}}
     path = tmp_path / SPUL_CONFIG_NAME
     path.write_text(json.dumps(data), encoding="utf-8")
     config = SpulConfig.load(path)
@@ -50,7 +50,7 @@ def test_fields_of_another_version_are_kept_and_missing_ones_unknown(tmp_path):
 
 
 def test_fields_of_a_summary_of_another_version_are_ignored(tmp_path):
-    data = {"forget": {"rows": 2, "digest": "cd", "invented_later": 1}}
+    data = {"format_version": 2, "forget": {"rows": 2, "digest": "cd", "invented_later": 1}}
     path = tmp_path / SPUL_CONFIG_NAME
     path.write_text(json.dumps(data), encoding="utf-8")
     assert SpulConfig.load(path).forget == DataSummary(2, "cd")
@@ -60,6 +60,26 @@ def test_what_a_prompt_was_made_of_is_saved_and_loaded_unknown_parts_too(tmp_pat
     config = SpulConfig(combined_from=[DataSummary(2, "cd" * 32), None])
     config.save(tmp_path)
     assert SpulConfig.load(tmp_path / SPUL_CONFIG_NAME) == config
+
+
+@pytest.mark.parametrize("version", [{}, {"format_version": 1}])
+def test_plain_digests_of_rows_of_format_1_are_dropped(tmp_path, version):
+    one = {"rows": 2, "digest": "cd" * 32}
+    path = tmp_path / SPUL_CONFIG_NAME
+    path.write_text(json.dumps({**version, "forget": one, "retain": one, "combined_from": [one, None]}))
+    config = SpulConfig.load(path)
+    assert config == SpulConfig(forget=DataSummary(2), retain=DataSummary(2), combined_from=[DataSummary(2), None])
+    config.save(tmp_path)
+    assert "cd" * 32 not in path.read_text()
+    assert SpulConfig.load(path) == config
+
+
+def test_a_record_knows_the_last_part_of_the_folder_that_it_was_read_from_and_does_not_save_it(tmp_path):
+    CONFIG.save(tmp_path)
+    config = read_spul_config(tmp_path)
+    assert config.name == tmp_path.name
+    config.save(tmp_path)
+    assert tmp_path.name not in (tmp_path / SPUL_CONFIG_NAME).read_text()
 
 
 def test_metrics_are_not_shared_between_configs():

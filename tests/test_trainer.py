@@ -25,10 +25,11 @@ from helpers import (
 from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
-from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul import SoftPromptUnlearner, SpulConfig, UnlearningLayers, UnlearningLoss, UnlearningTrainer
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics.scoring import score_completions
 from spul.losses import GradientAscent
+from spul.records.digests import is_summary_of, make_digest_key, read_digest_key
 from spul.training.checks import last_complete_checkpoint
 
 # ---- one step, however it is cut up ----
@@ -123,7 +124,8 @@ def test_evaluation_tells_accuracy_f1_and_generic_share_of_each_split(tmp_path):
 
 
 def test_the_saved_adapter_knows_its_data(tmp_path):
-    trainer = make_trainer(tmp_path, max_steps=1)
+    key = make_digest_key(tmp_path / "key")
+    trainer = make_trainer(tmp_path, max_steps=1, digest_key=key)
     trainer.train()
     trainer.save_model(str(tmp_path / "adapter"))
     config = json.loads((tmp_path / "adapter" / "spul_config.json").read_text())
@@ -133,6 +135,31 @@ def test_the_saved_adapter_knows_its_data(tmp_path):
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert config["forget"]["digest"] in card
     assert "jane" not in card
+    record = SpulConfig.load(tmp_path / "adapter" / "spul_config.json")
+    assert is_summary_of(record.forget, rows("jane", 11).shuffle(seed=1), key)
+    assert is_summary_of(record.retain, rows("film", 21), key)
+    assert not is_summary_of(record.forget, rows("doe", 11), key)
+    for file in (tmp_path / "adapter").iterdir():
+        assert read_digest_key(key).hex().encode() not in file.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", "layers"])
+def test_without_a_key_no_file_of_the_adapter_has_a_digest_of_rows(tmp_path, kind):
+    model = UnlearningLayers(build("llama")) if kind == "layers" else make_unlearner(kind)
+    loss = UnlearningLoss() if kind == "layers" else None
+    UnlearningTrainer(model, arguments(tmp_path), make_collator(), make_dataset(), loss=loss)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    config = json.loads((tmp_path / "adapter" / "spul_config.json").read_text())
+    assert config["forget"] == {"rows": 11, "digest": None}
+    assert config["retain"] == {"rows": 21, "digest": None}
+    assert "- forget set: 11 rows\n" in (tmp_path / "adapter" / "README.md").read_text()
+
+
+def test_a_key_that_is_none_is_refused_before_training(tmp_path):
+    with pytest.raises(FileNotFoundError, match="make one with spul"):
+        make_trainer(tmp_path, digest_key=tmp_path / "key")
+    with pytest.raises(ValueError, match="digest_key has 3 bytes"):
+        make_trainer(tmp_path, digest_key=b"abc")
 
 
 # ---- checkpoints ----

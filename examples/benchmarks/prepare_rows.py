@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import hmac
 import json
 import re
 import statistics
@@ -35,6 +36,7 @@ TITLES = {
     "trainer": "UnlearningTrainer(...)",
 }
 FIRST_NAMES, LAST_NAMES, WORDS = 50, 20, 12
+DIGEST_KEY = bytes(32)  # a public one: these rows are no secret
 NAMES = [f"First{i} Last{j}" for i in range(FIRST_NAMES) for j in range(LAST_NAMES)]
 # Of so many rows one names somebody to forget; every other row has a first name.
 NAMED_EVERY = 20
@@ -112,7 +114,7 @@ def plain_descriptions(rows: Dataset, generic_completions: list[str]) -> tuple[D
         for row in (rows[i] for i, flag in enumerate(flags) if flag == group):
             content = json.dumps([row["prompt"], row["completion"]], sort_keys=True, ensure_ascii=False)
             digests.append(hashlib.sha256(content.encode()).digest())
-        return DataSummary(len(digests), hashlib.sha256(b"".join(sorted(digests))).hexdigest())
+        return DataSummary(len(digests), hmac.new(DIGEST_KEY, b"".join(sorted(digests)), hashlib.sha256).hexdigest())
 
     return summary(True), summary(False)
 
@@ -131,7 +133,7 @@ def make_tasks(args: Any, num: int, folder: str) -> dict[str, dict[str, Callable
     unlearner = SoftPromptUnlearner(base, common.prompt_config("prompt-tuning", 5))
 
     def open_trainer(training_rows: Dataset) -> tuple[DataSummary | None, DataSummary | None]:
-        UnlearningTrainer(unlearner, settings, collator, training_rows)
+        UnlearningTrainer(unlearner, settings, collator, training_rows, digest_key=DIGEST_KEY)
         return unlearner.spul_config.forget, unlearner.spul_config.retain
 
     def plain_trainer() -> tuple[DataSummary, DataSummary]:

@@ -50,7 +50,7 @@ from spul.data.known_reviews import SST2_FORGET_NAMES, SST2_RETAIN_NAMES, load_f
 from spul.data.recognizers import NameFinder
 from spul.evaluation.metrics import response_embeddings
 from spul.evaluation.metrics.scoring import score_completions
-from spul.records.digests import summarize_rows
+from spul.records.digests import sorted_digests
 from spul.records.files import write_text
 from spul.training.methods import Method
 
@@ -140,7 +140,7 @@ class Experiment:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The key of an experiment: its setup without locations, and digests of model and data."""
-        digests = {split: summarize_rows(rows).digest for split, rows in self.rows.items()}
+        digests = {split: hashlib.sha256(sorted_digests(rows)).hexdigest() for split, rows in self.rows.items()}
         data = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
         fields = {name: value for name, value in dataclasses.asdict(self.setup).items() if name not in PLACES}
         return fields | {"model_digest": model_digest(self.setup.model), "data_digest": data}

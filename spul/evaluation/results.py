@@ -26,16 +26,18 @@ class Evaluation:
     """The outcome of `spul.evaluate`, or of several joined.
 
     Attributes:
-        settings: models, rows (by their digests) and settings of the evaluation.
+        settings: models (by their digests), counts of rows, and settings of the evaluation.
         measurements: scores per row.
         skipped: what was not measured, and why.
         metrics: metrics with confidence intervals; aggregated from the measurements unless given.
+        facts: adapter, base and rows that were measured (`facts_of`), which the report names.
     """
 
     settings: dict[str, Any]
     measurements: list[Measurement]
     skipped: dict[str, str]
     metrics: list[MetricValue] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.metrics:
@@ -81,11 +83,12 @@ class Evaluation:
         )
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write `evaluation.json` (settings and metrics) and `measurements.jsonl` (per row) into a folder."""
+        """Write `evaluation.json` (facts, settings, metrics) and `measurements.jsonl` (per row) into a folder."""
         path = Path(folder)
         path.mkdir(parents=True, exist_ok=True)
         write_measurements(path / MEASUREMENTS_NAME, self.measurements)
         record = {
+            "facts": self.facts,
             "settings": self.settings,
             "skipped": self.skipped,
             "metrics": [dataclasses.asdict(one) for one in self.metrics],
@@ -107,7 +110,7 @@ class Evaluation:
                 f"{path} has no {EVALUATION_NAME}; run spul.evaluate(..., output_dir=...) to its end."
             )
         record = json.loads((path / EVALUATION_NAME).read_text(encoding="utf-8"))
-        if missing := [name for name in ("settings", "metrics", "skipped") if name not in record]:
+        if missing := [name for name in ("facts", "settings", "metrics", "skipped") if name not in record]:
             raise ValueError(
                 f"{path / EVALUATION_NAME} has no {', '.join(missing)}, only {sorted(record)}: it was written by "
                 "another version of spul, or is not an evaluation. Evaluate again, in another folder."
@@ -120,7 +123,8 @@ class Evaluation:
             MetricValue(**one | {end: _from_json(one[end]) for end in ("value", "low", "high")})
             for one in record["metrics"]
         ]
-        return cls(record["settings"], read_measurements(path / MEASUREMENTS_NAME), record["skipped"], metrics)
+        measurements = read_measurements(path / MEASUREMENTS_NAME)
+        return cls(record["settings"], measurements, record["skipped"], metrics, record["facts"])
 
 
 def join(evaluations: Sequence[Evaluation]) -> Evaluation:
@@ -158,7 +162,8 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
     for key in sorted(set.union(*keys) - in_all, key=key_in_words):
         name, num = key_in_words(key), sum(key in found for found in keys)
         skipped[name] = f"of {num} of {len(keys)} seeds only" + (f"; {skipped[name]}" if name in skipped else "")
-    return Evaluation(settings, measurements, skipped)
+    facts = {"seeds": [evaluation.facts for evaluation in evaluations]}
+    return Evaluation(settings, measurements, skipped, facts=facts)
 
 
 def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:

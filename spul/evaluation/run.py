@@ -20,6 +20,7 @@ from ..data.unlearning_data import SPLITS, UnlearningData
 from ..models.causal_lm import bare_model, check_model, unwrapped
 from ..models.compat import PartialState, broadcast, gathered, is_sharded
 from ..models.unlearner import unlearner_of
+from ..records.digests import DigestKey, read_digest_key
 from ..records.files import write_text
 from .aggregation import Measurement
 from .measures import MEASURES, key_in_words
@@ -33,7 +34,7 @@ from .results import (
     read_measurements,
     write_measurements,
 )
-from .settings import settings_of
+from .settings import facts_of, published, settings_of
 from .suite import AttackSettings, Suite, Task
 
 SETTINGS_NAME = "settings.json"
@@ -61,6 +62,7 @@ def evaluate(
     free_form: bool = False,
     seed: int = 0,
     progress: bool = True,
+    digest_key: DigestKey | None = None,
 ) -> Evaluation:
     """Measure forgetting, utility, privacy and robustness of an unlearned model, beside its controls.
 
@@ -95,8 +97,11 @@ def evaluate(
             32 distinct answers.
         seed: seed of all draws.
         progress: whether to show a progress bar.
+        digest_key: the owner's secret, as in `UnlearningTrainer`: report and `evaluation.json` then have the digests
+            of rows that the adapter's record has. None (default) leaves counts alone.
 
     Raises:
+        FileNotFoundError: if `digest_key` is the path of no file.
         ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
             missing, a measure or set of questions is unknown, two of the models share a base, a model is sharded, or
             `output_dir` holds another evaluation, files that are not an evaluation's, or damaged ones.
@@ -112,6 +117,7 @@ def evaluate(
         write_report(found, "out/evaluation")
         ```
     """
+    key = None if digest_key is None else read_digest_key(digest_key)
     if isinstance(measures, str):
         raise TypeError(f"measures={measures!r} is one name; expected a list: [{measures!r}].")
     if unknown := [name for name in measures if name not in MEASURES]:
@@ -185,9 +191,9 @@ def evaluate(
     generating = ["always", "free-form"] if suite.is_free_form else ["always"]
     if any(MEASURES[task.keys[0].measure].generates in generating for task in tasks):
         rouge_l([], [])  # raises now, if rouge-score is missing
-    settings = settings_of(suite, models, [measure.name for measure in measured])
+    settings, facts = settings_of(suite, models, [measure.name for measure in measured]), facts_of(suite, key)
     found, failed = _measured(tasks, None if output_dir is None else Path(output_dir), settings, progress)
-    evaluation = Evaluation(settings, found, suite.skipped | failed)
+    evaluation = Evaluation(published(settings), found, suite.skipped | failed, facts=facts)
     if output_dir is not None and PartialState().is_main_process:
         evaluation.save(output_dir)
         for path in Path(output_dir).glob(PROGRESS_NAME.format("*")):
@@ -246,15 +252,26 @@ def _measured(
     return [by_key[key] for task in tasks for key in task.keys if key in by_key], dict(failed)
 
 
-def _check_folder(folder: Path) -> None:
-    """Raise if a folder holds an `evaluation.json` that is not of the settings beside it: it would be written over."""
+def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
+    """Raise if a folder holds another evaluation, or one that is not of the settings beside it.
+
+    It would be written over.
+    """
     if (folder / EVALUATION_NAME).exists() and not (folder / SETTINGS_NAME).exists():
         raise ValueError(
             f"{str(folder)!r} holds {EVALUATION_NAME} without the {SETTINGS_NAME} that spul.evaluate writes first: "
             "not an evaluation that can be resumed, and not one to write over. Give another output_dir, or move it."
         )
+    if not (folder / SETTINGS_NAME).exists():
+        return
+    theirs = _record(folder / SETTINGS_NAME)
+    if other := sorted(name for name in settings | theirs if settings.get(name) != theirs.get(name)):
+        raise ValueError(
+            f"{str(folder)!r} holds an evaluation that differs in {', '.join(other)}; give another output_dir, or "
+            "remove that one."
+        )
     evaluation = folder / EVALUATION_NAME
-    if evaluation.exists() and _record(evaluation).get("settings") != _record(folder / SETTINGS_NAME):
+    if evaluation.exists() and _record(evaluation).get("settings") != published(settings):
         raise ValueError(
             f"{EVALUATION_NAME} in {str(folder)!r} is not that of the {SETTINGS_NAME} beside it, and would be written "
             "over. Give another output_dir, or move it."
@@ -282,20 +299,14 @@ def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
     """The measurements of an interrupted run of the same evaluation in a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / SETTINGS_NAME
-    _check_folder(folder)
-    if path.exists():
-        theirs = _record(path)
-        if other := sorted(name for name in settings | theirs if settings.get(name) != theirs.get(name)):
-            raise ValueError(
-                f"{str(folder)!r} holds an evaluation that differs in {', '.join(other)}; give another output_dir, or "
-                "remove that one."
-            )
-        if unknown := [name for name, model in settings["models"].items() if model["weights"] is None]:
-            warnings.warn(
-                f"weights of {', '.join(unknown)} are not in memory and cannot be compared with those of the results "
-                f"in {str(folder)!r}, which are taken for the same model's. If they are not, give another output_dir.",
-                stacklevel=4,
-            )
+    _check_folder(folder, settings)
+    unknown = [name for name, model in settings["models"].items() if model["weights"] is None]
+    if unknown and path.exists():
+        warnings.warn(
+            f"weights of {', '.join(unknown)} are not in memory and cannot be compared with those of the results in "
+            f"{str(folder)!r}, which are taken for the same model's. If they are not, give another output_dir.",
+            stacklevel=4,
+        )
     write_text(path, json.dumps(settings, indent=1) + "\n")
     parts = sorted(folder.glob(PROGRESS_NAME.format("*")))
     found = [one for file in (folder / MEASUREMENTS_NAME, *parts) for one in read_measurements(file)]

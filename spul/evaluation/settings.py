@@ -1,4 +1,4 @@
-"""The identity of an evaluation: models, rows and settings, by which a folder's evaluation resumes or is refused."""
+"""The identity of an evaluation, by which a folder's evaluation resumes or is refused, and what is told of it."""
 
 from __future__ import annotations
 
@@ -10,33 +10,37 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..models.causal_lm import bare_model
 from ..models.unlearner import unlearner_of
 from ..records.digests import (
+    DigestKey,
     canonical_json,
     digest,
     digest_of_parameters,
     digest_of_rows,
     digest_of_tokenizer,
+    fingerprint,
+    summarize_rows,
 )
-from ..records.spul_config import library_versions
+from ..records.spul_config import SpulConfig, library_versions, without_local_path
 from .suite import Suite
 
+FORMAT = 3  # of the files in a folder
+SETS = ("rows", "unrelated_texts", "questions")  # settings with plain digests of rows
 # Fields of a PEFT config that say where the adapter came from, not what it does.
-FORMAT = 2  # of the files in a folder
 ORIGINS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
 
 def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequence[str]) -> dict[str, Any]:
     """The settings that distinguish evaluations, as JSON; digests stand for models, rows and texts.
 
+    The digests of rows are plain and confirm a guess of the rows: what is shared has `published` settings.
+
     Args:
         suite: models, rows and settings.
         models: the given models, by the arguments' names, without wrappers.
         measures: the names of the measures, in their order.
     """
-    sets = {**suite.splits, **{f"neighbors: {name}": rows for name, rows in suite.neighbors.items()}}
-    if suite.unseen is not None:
-        sets["unseen"] = suite.unseen
     attacks = dataclasses.asdict(dataclasses.replace(suite.attacks, inputs=None, paraphrase=None))
     attacks["paraphrase"] = None if suite.attacks.paraphrase is None else _name_of(suite.attacks.paraphrase)
     attacks["inputs"] = None if suite.attacks.inputs is None else sorted(map(str, suite.attacks.inputs))
@@ -45,9 +49,9 @@ def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequenc
         "format": FORMAT,
         "models": {name: digests_of_model(model) for name, model in models.items()},
         "names": {name: getattr(getattr(model, "config", None), "model_type", "") for name, model in models.items()},
-        "rows": {name: {"rows": len(rows), "digest": digest_of_rows(rows)} for name, rows in sets.items()},
-        "unrelated_texts": digest_of_rows(suite.unrelated_texts),
-        "questions": {name: digest_of_rows(rows) for name, rows in suite.questions.items()},
+        "rows": {name: _in_order(rows) for name, rows in _sets(suite).items()},
+        "unrelated_texts": _in_order(suite.unrelated_texts),
+        "questions": {name: _in_order(rows) for name, rows in suite.questions.items()},
         "question_format": {"class": type(question_format).__qualname__, **dataclasses.asdict(question_format)},
         "tokenizer": digest_of_tokenizer(suite.collator.tokenizer),
         "generic_completions": suite.collator.generic_completions,
@@ -63,6 +67,54 @@ def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequenc
         "versions": library_versions() | {"torch": torch.__version__},
     }
     return json.loads(canonical_json(settings))
+
+
+def published(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the digests of rows; their counts stay."""
+    return {name: _without_digests(one) if name in SETS else one for name, one in settings.items()}
+
+
+def facts_of(suite: Suite, digest_key: DigestKey | None) -> dict[str, Any]:
+    """Adapter, base and rows of an evaluation for its readers, in the words and digests of the adapter's record.
+
+    Args:
+        suite: models, rows and settings.
+        digest_key: the key of the training; None leaves out the digests of rows.
+
+    Returns:
+        `adapter` (folder or Hub name, or names and kinds of PEFT's adapters; None if not known), `weights_sha256` (of
+        its file; None if it was not saved as it is), `base` (name), `base_fingerprint`, and `rows`: a `DataSummary` as
+        a dict for each set.
+    """
+    unlearner = unlearner_of(suite.model)
+    base: Any = bare_model(suite.model) if unlearner.has_adapter else suite.base
+    record = unlearner.spul_config if unlearner.enabled and unlearner.spul_config is not None else SpulConfig()
+    kinds = {name: one.get("peft_type", "layers") for name, one in unlearner.adapter_settings().items()}
+    in_words = ", ".join(f"{name} ({getattr(kind, 'value', kind)})" for name, kind in kinds.items())
+    base_name = getattr(base, "name_or_path", None)
+    facts = {
+        "adapter": record.name or in_words or None,
+        "weights_sha256": record.weights_sha256,
+        "base": without_local_path(base_name) if base_name else None,
+        "base_fingerprint": None if base is None else fingerprint(base),
+        "rows": {name: dataclasses.asdict(summarize_rows(rows, digest_key)) for name, rows in _sets(suite).items()},
+    }
+    return json.loads(canonical_json(facts))
+
+
+def _sets(suite: Suite) -> dict[str, Any]:
+    sets = {**suite.splits, **{f"neighbors: {name}": rows for name, rows in suite.neighbors.items()}}
+    return sets if suite.unseen is None else {**sets, "unseen": suite.unseen}
+
+
+def _in_order(rows: Any) -> dict[str, Any]:
+    return {"rows": len(rows), "digest": digest_of_rows(rows)}
+
+
+def _without_digests(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_digests(one) for name, one in value.items() if name != "digest"}
 
 
 def digests_of_model(model: nn.Module) -> dict[str, Any]:

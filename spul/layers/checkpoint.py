@@ -73,6 +73,7 @@ def push(
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as folder:
         save(layers, folder, with_gram_matrices)
+        layers.spul_config.name = name
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload unlearning layers"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -202,7 +203,9 @@ class UnlearningLayers(nn.Module, Unlearner):
 
     def on_base(self, base: PreTrainedModel, folder: Path) -> UnlearningLayers:
         """The layers on another base, for inference, by way of a folder."""
+        record = dataclasses.replace(self.spul_config)
         self.save_pretrained(folder)
+        self.spul_config = record  # they were not saved where they are kept
         return type(self).from_pretrained(base, folder).eval()
 
     def load_checkpoint(self, folder: str) -> None:
@@ -351,7 +354,8 @@ class UnlearningLayers(nn.Module, Unlearner):
         files.check_base(base, saved.spul_config, folder)
         if is_trainable:
             # After more training, the record of the loaded layers no longer applies.
-            layers.spul_config.base_fingerprint, layers.spul_config.metrics, layers.gram_matrices = None, {}, {}
+            layers.spul_config.base_fingerprint = layers.spul_config.weights_sha256 = None
+            layers.spul_config.metrics, layers.gram_matrices = {}, {}
         else:
             layers.requires_grad_(False).eval()
         return layers

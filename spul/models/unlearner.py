@@ -171,6 +171,7 @@ class Unlearner:
         """Clear what was recorded of the parameters, after an optimizer step."""
         if self.spul_config is not None:
             self.spul_config.metrics.clear()
+            self.spul_config.weights_sha256 = None
 
     def load_checkpoint(self, folder: str) -> None:
         """Restore what `save_pretrained` wrote."""

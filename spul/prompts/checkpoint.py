@@ -137,7 +137,8 @@ def load(
         unlearner.spul_configs[adapter_name] = spul_config
         if is_trainable:
             # After more training, the saved metrics and fingerprint no longer apply.
-            spul_config.base_fingerprint, spul_config.metrics = None, {}
+            spul_config.base_fingerprint = spul_config.weights_sha256 = None
+            spul_config.metrics = {}
             config.base_model_name_or_path = getattr(loaded, "name_or_path", None) or config.base_model_name_or_path
         put(unlearner, saved, adapter_name)
     return unlearner if is_trainable else unlearner.eval()
@@ -277,7 +278,9 @@ def load_into(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapter_na
         )
     if live:
         put(model, saved, adapter_name)
-        model.spul_configs[adapter_name].metrics = saved.spul_config.metrics
+        record = model.spul_configs[adapter_name]
+        for name in ("metrics", "weights_sha256", "name"):
+            setattr(record, name, getattr(saved.spul_config, name))
         return
     check_base(model.get_base_model(), saved.config, saved.spul_config, adapter)
     saved.config.inference_mode = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -177,8 +178,10 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
 
     def on_base(self, base: PreTrainedModel, folder: Path) -> SoftPromptUnlearner:
         """The active prompt on another base, for inference, by way of a folder."""
-        self.save_pretrained(str(folder))
         name = self.active_adapter
+        record = dataclasses.replace(self.spul_config)
+        self.save_pretrained(str(folder), selected_adapters=[name])
+        self.spul_configs[name] = record  # it was not saved where it is kept
         return type(self).from_pretrained(base, folder if name == "default" else folder / name).eval()
 
     @contextmanager
@@ -364,6 +367,13 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         if not safe_serialization:
             raise ValueError("safe_serialization=False would pickle the prompt; spul saves safetensors only.")
         checkpoint.save(self, super().save_pretrained, save_directory, selected_adapters, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload what `save_pretrained` writes; see `PeftModel.push_to_hub`."""
+        pushed = super().push_to_hub(repo_id, *args, **kwargs)
+        for name, record in self.spul_configs.items():  # not the scratch folder's
+            record.name = repo_id if name == "default" else f"{repo_id}/{name}"
+        return pushed
 
     def create_or_update_model_card(self, output_dir: str) -> None:
         """Write the model card (`README.md`); `save_pretrained` calls it."""

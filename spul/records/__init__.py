@@ -3,11 +3,15 @@
 from .card import layers_card, model_card, write_metrics
 from .digests import (
     DataSummary,
+    DigestKey,
     digest,
     digest_of_parameters,
     digest_of_rows,
     digest_of_tokenizer,
     fingerprint,
+    is_summary_of,
+    make_digest_key,
+    read_digest_key,
     summarize_rows,
 )
 from .files import atomic_folder, atomic_write, find_file, write_text
@@ -15,6 +19,7 @@ from .spul_config import SpulConfig, read_spul_config
 
 __all__ = [
     "DataSummary",
+    "DigestKey",
     "SpulConfig",
     "atomic_folder",
     "atomic_write",
@@ -24,8 +29,11 @@ __all__ = [
     "digest_of_tokenizer",
     "find_file",
     "fingerprint",
+    "is_summary_of",
     "layers_card",
+    "make_digest_key",
     "model_card",
+    "read_digest_key",
     "read_spul_config",
     "summarize_rows",
     "write_metrics",

@@ -1,15 +1,22 @@
 """Digests (SHA-256) of a model's weights, of rows, of a tokenizer, and of settings.
 
-Two digests of rows exist. `summarize_rows` ignores the order and is saved with an adapter; `digest_of_rows` depends on
-the order and identifies the rows of an evaluation. Their values never agree.
+Whoever can guess a set of rows confirms the guess by a plain digest of it. What is shared (adapter folder, card,
+report, `evaluation.json`) therefore holds `summarize_rows` alone, whose digest is keyed by a secret of the owner and
+ignores the rows' order. `digest_of_rows` is plain and depends on the order; it stays in files by which an evaluation
+resumes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
-from collections.abc import Iterable, Mapping
+import os
+import re
+import secrets
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,20 +26,23 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.compat import own_parameters, uncompiled
 
+DigestKey = bytes | str | os.PathLike  # the key itself, or the path of a file of `make_digest_key`
+MIN_KEY_BYTES = 16
+
 
 @dataclass
 class DataSummary:
-    """Number of rows of a set and a digest of them, without the rows.
+    """Number of rows of a set and a keyed digest of them, without the rows.
 
-    Whoever guesses the whole set can confirm the guess by the digest; so can whoever knows all rows but one.
+    Only who has the key can compare the digest with a guess of the rows (`is_summary_of`).
 
     Args:
         rows: number of rows.
-        digest: SHA-256 over the sorted digests of the rows, which does not depend on their order.
+        digest: HMAC-SHA256 over the sorted SHA-256 of the rows, whatever their order; None without a key.
     """
 
     rows: int
-    digest: str
+    digest: str | None = None
 
 
 # ---- settings ----
@@ -89,12 +99,104 @@ def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]], samples
 # ---- rows ----
 
 
-def summarize_rows(rows: Iterable[Mapping[str, Any]]) -> DataSummary:
-    """Number and digest of rows, in any order.
+def make_digest_key(path: str | os.PathLike) -> Path:
+    """Write a new random key of 32 bytes to a file that only its owner may read (mode 0600).
+
+    Keep it where the rows are kept, and out of every folder that you share. Without it no digest can be recomputed.
+
+    Args:
+        path: the file; it holds 64 hexadecimal digits.
+
+    Returns:
+        The path, for `digest_key=`.
+
+    Raises:
+        FileExistsError: if there is one, which a new key would make useless.
+    """
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError as error:
+        raise FileExistsError(
+            f"{str(path)!r} exists: digests under the key in it could not be recomputed with another. Use it, or name "
+            "a new file."
+        ) from error
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secrets.token_hex(32) + "\n")
+    return Path(path)
+
+
+def read_digest_key(key: DigestKey) -> bytes:
+    """The bytes of a key.
+
+    Args:
+        key: at least 16 random bytes, or the path of a file that `make_digest_key` wrote.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if the key is shorter, or the file holds none.
+    """
+    if isinstance(key, bytes):
+        if len(key) < MIN_KEY_BYTES:
+            raise ValueError(
+                f"digest_key has {len(key)} bytes; expected at least {MIN_KEY_BYTES} random ones, such as "
+                "secrets.token_bytes(32), or the path of a file of spul.records.make_digest_key."
+            )
+        return key
+    if not isinstance(key, (str, os.PathLike)):
+        raise TypeError(f"digest_key is a {type(key).__name__}; expected bytes, or the path of a key file.")
+    path = Path(key)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"there is no file {str(path)!r} with a digest_key; make one with spul.records.make_digest_key."
+        )
+    text = path.read_bytes().strip()
+    if not re.fullmatch(rb"(?:[0-9a-f]{2}){%d,}" % MIN_KEY_BYTES, text):
+        raise ValueError(  # without the content, which may be a secret
+            f"{str(path)!r} holds no digest_key; expected at least {2 * MIN_KEY_BYTES} hexadecimal digits, as "
+            "spul.records.make_digest_key writes them."
+        )
+    return bytes.fromhex(text.decode("ascii"))
+
+
+def summarize_rows(rows: Iterable[Mapping[str, Any]], key: DigestKey | None = None) -> DataSummary:
+    """Number and keyed digest of rows, in any order.
 
     Args:
         rows: rows with `prompt` and `completion`, or tokenized ones with `input_ids` and `completion_mask`; other
             columns do not count.
+        key: the owner's secret, see `read_digest_key`; None leaves out the digest.
+    """
+    if key is None:
+        return DataSummary(len(rows) if isinstance(rows, Sized) else sum(1 for _ in rows))
+    content = sorted_digests(rows)
+    return DataSummary(len(content) // 32, hmac.new(read_digest_key(key), content, hashlib.sha256).hexdigest())
+
+
+def is_summary_of(summary: DataSummary, rows: Iterable[Mapping[str, Any]], key: DigestKey) -> bool:
+    """Whether a summary is that of these rows under this key, compared in constant time.
+
+    By this the owner proves later which rows an adapter was trained on; the key is then no secret any more to whoever
+    checks.
+
+    Args:
+        summary: `forget`, `retain` or a part of `combined_from` of a `SpulConfig`.
+        rows: the rows, as in the training: text, or tokenized if they were tokenized.
+        key: the key of the training.
+
+    Raises:
+        ValueError: if the summary has no digest.
+    """
+    if summary.digest is None:
+        raise ValueError("the summary has no digest, as of a training without digest_key: no rows can be compared.")
+    found = summarize_rows(rows, key)
+    return found.rows == summary.rows and hmac.compare_digest(str(found.digest).encode(), summary.digest.encode())
+
+
+def sorted_digests(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """The SHA-256 of every row, sorted and joined: 32 bytes a row, equal for one set in any order. Not to be shared.
+
+    Args:
+        rows: as in `summarize_rows`.
     """
     encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
     digests = bytearray()
@@ -104,11 +206,11 @@ def summarize_rows(rows: Iterable[Mapping[str, Any]]) -> DataSummary:
             content = [[int(i) for i in row[key]] for key in ("input_ids", "completion_mask")]
         digests += hashlib.sha256(encode(content).encode()).digest()
     ordered = np.sort(np.frombuffer(digests, dtype="S32"))  # of one width, so that zeros at an end count
-    return DataSummary(len(ordered), hashlib.sha256(ordered.tobytes()).hexdigest())
+    return ordered.tobytes()
 
 
 def digest_of_rows(rows: Any) -> str:
-    """Digest of rows or texts in their order, on which an evaluation's random draws depend.
+    """Plain digest of rows or texts in their order, on which an evaluation's random draws depend. Not to be shared.
 
     Args:
         rows: texts or rows; of a dataset with a column `prompt`, only `prompt` and `completion` count.

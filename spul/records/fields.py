@@ -80,7 +80,9 @@ def _is_loss(value: Any) -> bool:
 
 
 def _is_summary(value: Any) -> bool:
-    return isinstance(value, dict) and is_count(value.get("rows")) and isinstance(value.get("digest"), str)
+    return (
+        isinstance(value, dict) and is_count(value.get("rows")) and isinstance(value.get("digest"), (str, type(None)))
+    )
 
 
 def _is_sha256(value: Any) -> bool:
@@ -105,7 +107,7 @@ def _is_text(value: Any) -> bool:
     return isinstance(value, str)
 
 
-_SUMMARY = 'an object with "rows" (an integer of at least 0) and "digest" (text), or null'
+_SUMMARY = 'an object with "rows" (an integer of at least 0) and "digest" (text, or null), or null'
 _SHA256 = "64 hexadecimal digits, or null"
 FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss": (

@@ -20,7 +20,7 @@ from .files import find_file, write_text
 from .weights import file_digest
 
 SPUL_CONFIG_NAME = "spul_config.json"
-FORMAT_VERSION = 1  # of spul_config.json; higher once a field's meaning changes
+FORMAT_VERSION = 2  # of spul_config.json; higher once a field's meaning changes. 2: digests of rows are keyed
 LIBRARIES = ("spul", "torch", "transformers", "peft", "datasets", "accelerate")
 
 
@@ -33,8 +33,8 @@ class SpulConfig:
         generic_completions: the responses that forget rows were trained to; None if not known.
         base_model_name_or_path: the base's name; None if not known.
         base_fingerprint: `fingerprint` of the base; None if not known.
-        forget: summary of the forget set; None if not known.
-        retain: summary of the retain set; None if not known.
+        forget: summary of the forget set, its digest keyed by the owner's secret; None if not known.
+        retain: summary of the retain set, likewise; None if not known.
         combined_from: of a prompt or layers that several requests were combined into: the summary of each request's
             forget set, None where not known.
         metrics: metric values by split and name, `{"test_forget": {"accuracy": 0.02}}`.
@@ -42,6 +42,7 @@ class SpulConfig:
         weights_sha256: SHA-256 of the weights' file beside the record, set by `save_pretrained`; None if not known.
         replaced_weights_sha256: SHA-256 of the weights that a save is about to replace; None once it has.
         unknown: fields of other versions, which are saved again as they were.
+        name: folder (its last part) or Hub name that the adapter was last saved to or loaded from; not saved.
     """
 
     loss: dict[str, Any] | None = None
@@ -56,6 +57,7 @@ class SpulConfig:
     weights_sha256: str | None = None
     replaced_weights_sha256: str | None = None
     unknown: dict[str, Any] = field(default_factory=dict)
+    name: str | None = field(default=None, compare=False)
 
     def save(self, folder: str | os.PathLike) -> None:
         """Write `spul_config.json` into a folder; of a local base's path, its last part only.
@@ -64,6 +66,7 @@ class SpulConfig:
             ValueError: if a field has another type than documented, or a value out of range.
         """
         data = {"format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
+        del data["name"]
         data |= {name: value for name, value in data.pop("unknown").items() if name not in data}
         check_fields(data, f"the {type(self).__name__} to save")
         if self.base_model_name_or_path is not None:
@@ -77,6 +80,8 @@ class SpulConfig:
     def load(cls, path: str | os.PathLike) -> SpulConfig:
         """Read a `spul_config.json`; fields that this version does not know are kept in `unknown`.
 
+        Digests of rows in a record of format 1 are plain, and are dropped; the counts stay.
+
         Raises:
             ValueError: if it is not JSON, of a later format, or a field has another type or range than documented.
         """
@@ -85,12 +90,12 @@ class SpulConfig:
         if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
             raise ValueError(f"{path}: format_version is {found!r}; expected 1 to {FORMAT_VERSION}; update spul.")
         check_fields(data, str(path))
-        known = {f.name for f in dataclasses.fields(cls)} - {"unknown"}
+        known = {f.name for f in dataclasses.fields(cls)} - {"unknown", "name"}
         config = cls(**{key: value for key, value in data.items() if key in known})
         config.unknown = {key: value for key, value in data.items() if key not in known}
-        config.forget, config.retain = _summary(data.get("forget")), _summary(data.get("retain"))
+        config.forget, config.retain = (_summary(data.get(name), found) for name in ("forget", "retain"))
         if config.combined_from is not None:
-            config.combined_from = [_summary(part) for part in data["combined_from"]]
+            config.combined_from = [_summary(part, found) for part in data["combined_from"]]
         return config
 
     def save_with_weights(self, folder: Path, target: Path, weights: str) -> None:
@@ -104,7 +109,7 @@ class SpulConfig:
             target: the folder that its files are about to be moved to.
             weights: name of the weights' file.
         """
-        self.weights_sha256 = file_digest(folder / weights)
+        self.weights_sha256, self.name = file_digest(folder / weights), without_local_path(os.fspath(target))
         self.save(folder)
         if (target / SPUL_CONFIG_NAME).is_file() and (target / weights).is_file():
             dataclasses.replace(self, replaced_weights_sha256=file_digest(target / weights)).save(target)
@@ -178,8 +183,10 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else repr(value)
 
 
-def _summary(data: dict[str, Any] | None) -> DataSummary | None:
-    return None if data is None else DataSummary(data["rows"], data["digest"])  # ignores fields of later versions
+def _summary(data: dict[str, Any] | None, format_version: int) -> DataSummary | None:
+    if data is None:
+        return None
+    return DataSummary(data["rows"], data.get("digest") if format_version > 1 else None)  # no fields of later versions
 
 
 def requests_of(records: Iterable[SpulConfig]) -> list[DataSummary | None]:
@@ -203,4 +210,6 @@ def read_spul_config(adapter: str | os.PathLike, **hub: Any) -> SpulConfig:
         hub: arguments of `find_file`.
     """
     path = find_file(adapter, SPUL_CONFIG_NAME, **hub)
-    return SpulConfig() if path is None else SpulConfig.load(path)
+    config = SpulConfig() if path is None else SpulConfig.load(path)
+    config.name = without_local_path(os.fspath(adapter))
+    return config

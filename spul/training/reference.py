@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ class ReferenceCache:
         """Open the cache of a data set's rows under a model without its prompt or adapter; compute what is missing.
 
         Only rows that the loss compares with the base model are cached: retain rows, and forget rows if the forget
-        term compares. An interrupted computation resumes; later runs, and all processes of one, share the files.
+        term compares. An interrupted computation resumes; later runs, and all processes of one, share the files. Each
+        has a checksum: one that was changed or cut off is computed again, with a warning.
 
         Args:
             model: a `SoftPromptUnlearner`, a model under LoRA, or a causal LM before its first training step.
@@ -89,6 +91,7 @@ class ReferenceCache:
             loss: the objective, which decides which rows are compared; None takes the unlearner's own.
 
         Raises:
+            OSError: if the folder does not keep what is written to it.
             ValueError: if `loss` is missing; if rows lack a `row_id` or share one; if `folder` holds the reference of
                 another base or other data; if the base has changed in a way that its fingerprint does not show; or if
                 this base, loss or data cannot have a cache.
@@ -116,21 +119,25 @@ class ReferenceCache:
             head = OutputHead(base)
 
             def states_of(part: Tensor, file: Path) -> Tensor:
-                states = read_part(file, checksums[part], int(counts[part].sum()))
-                if states is not None:
+                read = partial(read_part, file, checksums[part], int(counts[part].sum()))
+                if (states := read()) is not None:
                     return states
                 computed = []
                 for some in tqdm(positions[part].split(batch_size), file.stem, disable=not progress, leave=False):
                     found = _response_states(base, collator.encoder.batch(rows_at(dataset, some.tolist())))
                     computed.append(found.to(head.dtype or found.dtype).cpu())
-                write_part(file, states := torch.cat(computed), checksums[part])
+                write_part(file, torch.cat(computed), checksums[part])
+                if (states := read()) is None:  # memory-mapped, in place of those in memory
+                    raise OSError(f"{file} is not what was just written to it; name another folder (reference_dir).")
                 return states
 
+            opened = {}  # each part is read once, since its checksum reads all of it
             for i in tqdm(range(rank, len(parts), world), "reference", disable=not progress, leave=False):
-                states_of(parts[i], files[i])
+                opened[i] = states_of(parts[i], files[i])
             if accelerator is not None:
                 accelerator.wait_for_everyone()
-            reference = cls(loss, head, path, rows, [states_of(*each) for each in zip(parts, files, strict=True)])
+            states = [opened[i] if i in opened else states_of(parts[i], files[i]) for i in range(len(parts))]
+            reference = cls(loss, head, path, rows, states)
             spread = torch.linspace(0, len(ids) - 1, min(ROWS_CHECKED, len(ids))).round().long()
             for index in positions[spread].tolist():  # one by one, since the longest is among them
                 reference._check_base(base, collator.encoder.batch([dataset[index]]))

@@ -25,7 +25,7 @@ from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import gathered, keep_4bit_differentiable, save_training_args, speed_metrics
 from ..models.unlearner import Unlearner, unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
-from ..records.digests import summarize_rows
+from ..records.digests import DataSummary, DigestKey, read_digest_key, summarize_rows
 from ..records.spul_config import SpulConfig
 from .checks import check_options, check_training_rows, checked_loss, last_complete_checkpoint
 from .forward import unlearning_forward
@@ -73,12 +73,17 @@ class UnlearningTrainer(Trainer):
         reference_dir: folder of the cached reference; None has one for each base and data set beside the Hugging Face
             cache, shared by later runs.
         loss: the objective; None for a `SoftPromptUnlearner`, which has its own.
+        digest_key: the owner's secret, bytes or the path of a file of `spul.records.make_digest_key`: the record and
+            the card get a digest of the forget and of the retain rows, by which its owner proves later which they
+            were (`spul.records.is_summary_of`). None (default) records the counts alone. The key is not saved.
         kwargs: further arguments of `transformers.Trainer`.
 
     Raises:
         TypeError: if model or collator are of another type.
+        FileNotFoundError: if `digest_key` is the path of no file.
         ValueError: for options of `Trainer` that contradict this loss, rows without `is_forget`, rows that share a
-            `row_id`, forget rows that `max_length` cuts a name from, or labels that are generic completions too.
+            `row_id`, forget rows that `max_length` cuts a name from, labels that are generic completions too, or a
+            `digest_key` that is none.
     """
 
     # The loss is already divided by the counts of the whole step.
@@ -98,9 +103,11 @@ class UnlearningTrainer(Trainer):
         reference: Literal["cached", "live"] = "cached",
         reference_dir: str | os.PathLike | None = None,
         loss: UnlearningLoss | None = None,
+        digest_key: DigestKey | None = None,
         **kwargs: Any,
     ) -> None:
         loss = checked_loss(model, loss)
+        key = None if digest_key is None else read_digest_key(digest_key)
         if not isinstance(data_collator, ForgetRetainCollator):
             raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
         if kwargs.get("compute_loss_func") is not None:
@@ -151,7 +158,7 @@ class UnlearningTrainer(Trainer):
             )
         if rows is not None:  # not before every check has passed: the record of a refused model stays
             record = self._unlearner.spul_config
-            self._describe_data(record, data_collator, rows, self._flags)
+            self._describe_data(record, data_collator, rows, self._flags, key)
             if record is not None and self._unlearner.loss is None:  # a prompt records its own when it is saved
                 record.loss = loss.to_dict()
         self.add_callback(_Epochs(self._unlearner, data_collator, self._sampler))
@@ -168,9 +175,9 @@ class UnlearningTrainer(Trainer):
 
     @staticmethod
     def _describe_data(
-        record: SpulConfig | None, collator: ForgetRetainCollator, rows: Any, flags: list[bool]
+        record: SpulConfig | None, collator: ForgetRetainCollator, rows: Any, flags: list[bool], key: bytes | None
     ) -> None:
-        """Refuse labels that are generic completions; record number and digest of the training rows."""
+        """Refuse labels that are generic completions; record number and keyed digest of the training rows."""
         if "completion" in getattr(rows, "column_names", ()):
             completions = itertools.chain.from_iterable(column_batches(rows, "completion"))
             check_not_generic(map(completion_text, completions), collator.generic_completions)
@@ -178,9 +185,12 @@ class UnlearningTrainer(Trainer):
             return
         record.generic_completions = collator.generic_completions
         for name, group in (("forget", True), ("retain", False)):
+            if key is None:
+                setattr(record, name, DataSummary(flags.count(group)))
+                continue
             content = read_rows(rows, ("prompt", "completion", "input_ids", "completion_mask"))
             picked = itertools.compress(content, (flag == group for flag in flags))
-            setattr(record, name, summarize_rows(picked))
+            setattr(record, name, summarize_rows(picked, key))
 
     def _set_signature_columns_if_needed(self) -> None:
         # The collator needs the rows' own columns, whatever the base's forward takes.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from ...records.card import THREAT_MODEL
+from ...records.spul_config import library_versions
 from ..aggregation import UNSEEN, MetricValue
 from ..measures import MEASURES, variant_in_words
 from ..metrics.table import metric_of
@@ -20,6 +22,12 @@ from .summary import in_short, what_comes_back, without_empty_columns
 from .wording import better_in_words, spaced, value_in_words, where
 
 TITLE = "Evaluation"
+FACTS = {
+    "adapter": "adapter",
+    "weights_sha256": "SHA-256 of the adapter's weights",
+    "base": "base",
+    "base_fingerprint": "fingerprint of the base's weights",
+}
 MODEL_WORDS = {
     "unlearned": "unlearned: the model with its trained prompt, layers or weights enabled",
     "detached": "detached: with it disabled, which is the base as it was before",
@@ -34,6 +42,8 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
 
 def write_report(evaluation: Evaluation, folder: str | os.PathLike) -> list[Path]:
     """Write `report.md`, a self-contained `report.html`, and `figures/` as PNG and SVG.
+
+    It names adapter, base, rows, date and library. Its digests are those of the adapter's record and card.
 
     Args:
         evaluation: one, or several joined.
@@ -64,6 +74,7 @@ def _sections(evaluation: Evaluation) -> list[Section]:
     skipped = [[name, why] for name, why in evaluation.skipped.items()]
     same = "The same holds for unlearning layers, and for LoRA that is not merged into the weights."
     return [
+        _facts(evaluation),
         in_short(evaluation),
         what_comes_back(evaluation),
         Section("What it does and does not protect against", [f"{THREAT_MODEL} {same}"]),
@@ -124,15 +135,45 @@ def _unseen(evaluation: Evaluation) -> list[str]:
     return [text]
 
 
+def _facts(evaluation: Evaluation) -> Section:
+    """What was measured, and by which version; the report's own date, since seeds may be of several."""
+    versions = [f"{name} {version}" for name, version in library_versions().items()]
+    written = f"Written on {datetime.now(timezone.utc).date().isoformat()} (UTC) by {', '.join(versions)}."
+    shown, heads = [], []
+    for head, facts in _by_seed(evaluation.facts):
+        heads.append(head)
+        sets = {name: _summary(one) for name, one in (facts.get("rows") or {}).items()}
+        shown.append({words: facts[name] or "not known" for name, words in FACTS.items() if name in facts} | sets)
+    return Section("What was measured", [written], *_table("what", heads, shown))
+
+
+def _summary(rows: Mapping[str, Any]) -> str:
+    """A set of rows in the words of the model card."""
+    text = f"{rows['rows']:,} rows"
+    return text if rows["digest"] is None else f"{text}, HMAC-SHA256 {rows['digest']}"
+
+
 def _settings(settings: dict[str, Any]) -> Section:
-    """One column of values, or one for each joined seed."""
-    seeds = settings.get("seeds")
-    joined = isinstance(seeds, list) and bool(seeds) and all(isinstance(one, dict) for one in seeds)
-    columns = seeds if isinstance(seeds, list) and joined else [settings]
+    heads, columns = zip(*_by_seed(settings), strict=True)
+    head, rows = _table("setting", heads, columns)
+    return Section("Settings", [] if rows else ["None were recorded."], head, rows)
+
+
+def _by_seed(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The values with their heading; those of each joined seed."""
+    seeds = values.get("seeds")
+    if isinstance(seeds, list) and seeds and all(isinstance(one, dict) for one in seeds):
+        return [(f"seed {i}", one) for i, one in enumerate(seeds)]
+    return [("value", values)]
+
+
+def _table(
+    first: str, heads: Sequence[str], columns: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], list[list[str]]]:
+    """A line for each name in any column."""
     names = dict.fromkeys(name for one in columns for name in one)
     rows = [[spaced(name), *(_plain(one[name]) if name in one else "" for one in columns)] for name in names]
-    heads = [f"seed {i}" for i in range(len(columns))] if joined else ["value"]
-    return Section("Settings", [] if rows else ["None were recorded."], ["setting", *heads], rows)
+    return [first, *heads], rows
 
 
 def _plain(value: Any) -> str:
