@@ -1,21 +1,46 @@
-"""Private and fast-moving APIs of other libraries are read in spul/models/compat.py only."""
+"""Private and fast-moving APIs of other libraries are read in spul/models/compat.py only; none is deprecated."""
 
 import ast
+import logging
+import warnings
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from helpers import build
+from helpers import (
+    CONFIGS,
+    arguments,
+    build,
+    build_unlearner,
+    make_batch,
+    make_collator,
+    make_dataset,
+    make_trainer,
+    prompted,
+    rows,
+    scored,
+    stirred,
+)
 from torch import nn
+from transformers import TrainingArguments
+from transformers.utils import ModelOutput
+from transformers.utils.deprecation import deprecate_kwarg
 
 import spul.models
+from spul import UnlearningTrainer
+from spul.losses import UnlearningLoss
 from spul.models.compat import (
+    CACHE_NAME,
     adapter_enabled,
+    cache_argument,
     expanded_cache,
     flattened,
     is_sharded,
     layer_states,
+    returned_cache,
     uncompiled,
 )
 
@@ -104,6 +129,92 @@ def test_an_expanded_cache_is_that_of_rows_which_all_hold_the_prompt(family):
         torch.testing.assert_close(layer.keys, expected.keys)
         torch.testing.assert_close(layer.values, expected.values)
         assert layer.keys.stride(0) == 0, "rows share the prompt's memory"
+
+
+@contextmanager
+def deprecations():
+    """The warnings of transformers about deprecated names, also those that it logs once."""
+    found: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logging.Logger.warning_once.cache_clear()
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield found
+    finally:
+        logger.removeHandler(handler)
+    found += [str(warning.message) for warning in caught if issubclass(warning.category, FutureWarning)]
+    found[:] = [message for message in found if "deprecated" in message]
+
+
+def test_warnings_about_deprecated_names_are_seen():
+    @deprecate_kwarg("old", version="99", new_name="new")
+    def function(new=None):
+        return new
+
+    with deprecations() as found:
+        function(old=1)
+        logging.getLogger("transformers.utils.generic").warning_once("`past_key_values` are deprecated.")
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_forward_generate_and_a_training_step_use_no_deprecated_name(family, prompt_type):
+    unlearner, batch = build_unlearner(family, prompt_type, loss=UnlearningLoss(beta=1.0)), make_batch()
+    plain = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+    left = {name: make_batch("left")[name] for name in ("input_ids", "attention_mask")}
+    with deprecations() as found:
+        unlearner(**batch).loss.backward()
+        unlearner(**plain).loss.backward()
+        with torch.no_grad():
+            for options in ({}, {"use_cache": True}, {"use_cache": False}, {"output_hidden_states": True}):
+                unlearner(**plain, **options)
+            unlearner(**left)
+        for options in ({}, {"num_beams": 2}, {"return_dict_in_generate": True}):
+            unlearner.generate(**left, max_new_tokens=3, pad_token_id=0, **options)
+    assert found == []
+
+
+def test_trainer_layers_and_scoring_use_no_deprecated_name(tmp_path):
+    names = {field.name for field in fields(TrainingArguments)}
+    checkpointing = next(x for x in ("activation_checkpointing", "gradient_checkpointing") if x in names)
+    layers, dataset = stirred(build("llama")), make_dataset(4, 4)
+    args = arguments(tmp_path / "layers", max_steps=1, **{checkpointing: True})
+    trainers = [
+        make_trainer(tmp_path / "prompt", max_steps=1, eval_dataset=dataset),
+        make_trainer(tmp_path / "prefix", "prefix_tuning", max_steps=1, eval_dataset=dataset),
+        UnlearningTrainer(layers, args, make_collator(), dataset, eval_dataset=dataset, loss=UnlearningLoss()),
+    ]
+    unlearner = prompted()  # PEFT reads a deprecated property when a model is wrapped
+    with deprecations() as found:
+        for trainer in trainers:
+            trainer.train()
+            trainer.evaluate()
+        scored(unlearner, rows("film", 2))
+    assert found == []
+
+
+def test_the_cache_has_the_name_that_the_forward_takes():
+    base, cache = build("llama"), object()
+    assert cache_argument(base) == CACHE_NAME
+    assert returned_cache(base(torch.tensor([[5, 6]]), use_cache=True)) is not None
+    assert returned_cache(base(torch.tensor([[5, 6]]), use_cache=False)) is None
+
+    class OldCode(nn.Module):
+        def forward(self, input_ids, past_key_values=None, **kwargs):
+            return past_key_values
+
+    class AnyName(nn.Module):
+        def forward(self, **kwargs):
+            return kwargs[CACHE_NAME]
+
+    assert OldCode()(None, **{cache_argument(OldCode()): cache}) is cache
+    assert AnyName()(**{cache_argument(AnyName()): cache}) is cache
+    assert returned_cache(ModelOutput()) is None
 
 
 def test_what_is_not_a_plain_cache_has_no_layer_states():

@@ -17,6 +17,7 @@ from spul import UnlearningLayers, UnlearningLayersConfig, UnlearningLoss, unlea
 from spul.layers import checkpoint as files
 from spul.layers.bottleneck import feed_forward_blocks
 from spul.losses import NPO, KLDivergence
+from spul.models.compat import is_checkpointing
 
 IDS = torch.tensor([[5, 9, 30, 7, 11, 2], [8, 4, 66, 12, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
@@ -257,14 +258,19 @@ def test_a_base_takes_one_set_of_layers_and_must_be_a_bare_causal_lm():
 
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
-    for checkpointing in (False, True):
+    for kind in (None, "gradient", "activation"):  # the second is the name from transformers 5.23 on
         layers = stirred(build("llama", torch.float64)).train()
-        if checkpointing:
-            layers.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if kind:
+            enable = getattr(layers, f"{kind}_checkpointing_enable")
+            enable(**{f"{kind}_checkpointing_kwargs": {"use_reentrant": False}}, every_n_layers=1)
+        assert is_checkpointing(layers.get_base_model()) is (kind is not None)
         layers(input_ids=IDS, labels=IDS).loss.backward()
         gradients.append([parameter.grad for parameter in layers.layers.parameters()])
-    for one, other in zip(*gradients, strict=True):
-        torch.testing.assert_close(one, other)
+        getattr(layers, f"{kind or 'gradient'}_checkpointing_disable")()
+        assert not is_checkpointing(layers.get_base_model())
+    for one, *others in zip(*gradients, strict=True):
+        for other in others:
+            torch.testing.assert_close(one, other)
 
 
 def test_a_base_that_was_compiled_before_gets_its_layers_and_loses_them_again():

@@ -22,7 +22,7 @@ from ..models.causal_lm import (
     unchanged_on_error,
     zero_dropout,
 )
-from ..models.compat import forward_hooks, keep_4bit_differentiable, reset_compiled
+from ..models.compat import forward_hooks, keep_4bit_differentiable, reset_compiled, switch_checkpointing
 from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
 from ..records.spul_config import SpulConfig
 from . import checkpoint as files
@@ -232,13 +232,25 @@ class UnlearningLayers(nn.Module, Unlearner):
         """The device of the base."""
         return self.base_model.device
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Enable gradient checkpointing in the base."""
-        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Enable gradient checkpointing in the base; by this name `Trainer` calls it from transformers 5.23 on."""
+        switch_checkpointing(self.base_model, "enable", activation_checkpointing_kwargs, **kwargs)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Disable gradient checkpointing in the base."""
+        switch_checkpointing(self.base_model, "disable")
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Enable gradient checkpointing in the base, by the name of all versions of transformers 5."""
+        switch_checkpointing(self.base_model, "enable", gradient_checkpointing_kwargs, **kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Disable gradient checkpointing in the base."""
-        self.base_model.gradient_checkpointing_disable()
+        switch_checkpointing(self.base_model, "disable")
 
     # ---- saving and loading ----
 

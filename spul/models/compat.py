@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import pyarrow
 import torch
@@ -196,12 +196,18 @@ def is_checkpointing(base_model: nn.Module) -> bool:
     return base_model.training and any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules())
 
 
+def switch_checkpointing(base_model: Any, switch: Literal["enable", "disable"], *args: Any, **kwargs: Any) -> None:
+    """Enable or disable gradient checkpointing; transformers 5.23 renames the method to activation checkpointing."""
+    old, new = (f"{kind}_checkpointing_{switch}" for kind in ("gradient", "activation"))
+    getattr(base_model, new if hasattr(base_model, new) else old)(*args, **kwargs)
+
+
 @functools.lru_cache(maxsize=32)
 def takes_positions(model_class: type[nn.Module]) -> bool:
     """Whether a model class takes `logits_to_keep` of the shape (B, K).
 
-    transformers has no flag for it: the versions that can do it have `slice_logits_to_keep`, and only its own model
-    classes are sure to use it.
+    transformers has no flag for it: the versions that can do it, 5.21 and later, have `slice_logits_to_keep`, and only
+    its own model classes are sure to use it.
     """
     return (
         hasattr(transformers.modeling_utils, "slice_logits_to_keep")
