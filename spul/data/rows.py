@@ -7,6 +7,8 @@ from typing import Any
 
 # Rows or texts that a message or a report shows as examples.
 SHOWN = 3
+# Column that names the prompt of each row, `"__base__"` for none, where a model has several.
+ADAPTER_NAME = "adapter_name"
 # Rows that are read at once: a single one costs as much as a hundred, and all of them take memory.
 ROWS_READ_AT_ONCE = 4096
 
@@ -59,6 +61,11 @@ def _is_transformed(rows: Any) -> bool:
 def _plain(rows: Any) -> Any:
     """The data set with values of Python, whatever type its format makes of them."""
     return rows if _is_transformed(rows) else rows.with_format(None)
+
+
+def adapter_names_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
+    """The names in the column `adapter_name`; None if the rows have none."""
+    return [row[ADAPTER_NAME] for row in rows] if rows and ADAPTER_NAME in rows[0] else None
 
 
 def completion_text(completion: Any) -> str:

@@ -31,6 +31,7 @@ class Measure:
         unit: the unit of `Measurement.level`, singular and plural.
         generates: whether it compares generated texts with the true ones, which requires `rouge-score`: `"always"`,
             `"free-form"` (of free-form answers only) or `"never"`.
+        by_row: whether it runs rows under prompts of their own; else it is skipped where `adapter_names` are given.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Measure:
     figure: str = ""
     unit: tuple[str, str] = ("", "")
     generates: Literal["always", "free-form", "never"] = "never"
+    by_row: bool = True
 
 
 def _requires(field: str, what: str) -> Callable[[Suite], str]:
@@ -129,6 +131,7 @@ MEASURES = {
             "Perplexity of text that is unrelated to the task.",
             tasks.unrelated,
             _requires("unrelated_texts", "running text that is unrelated to the task"),
+            by_row=False,
         ),
         Measure(
             "questions",
@@ -138,6 +141,7 @@ MEASURES = {
             tasks.tofu,
             _requires("questions", "TOFU's perturbed files"),
             generates="always",
+            by_row=False,
         ),
         Measure(
             "input attack",
@@ -162,6 +166,7 @@ MEASURES = {
             figure="relearning",
             unit=("step", "steps"),
             generates="free-form",
+            by_row=False,
         ),
         Measure(
             "quantized",
@@ -170,6 +175,7 @@ MEASURES = {
             attack_tasks.quantized,
             unit=("bit", "bit"),
             generates="free-form",
+            by_row=False,
         ),
         Measure(
             "sampling",
@@ -187,6 +193,7 @@ MEASURES = {
             "that they were trained on.",
             attack_tasks.suffix,
             _requires_halves,
+            by_row=False,
         ),
         Measure(
             "linear probe",

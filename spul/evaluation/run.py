@@ -25,7 +25,7 @@ from ..records.files import write_text
 from .aggregation import Measurement
 from .measures import MEASURES, key_in_words
 from .metrics.free_form import rouge_l
-from .metrics.scoring import DivergedError
+from .metrics.scoring import DivergedError, with_adapter_names
 from .results import (
     EVALUATION_NAME,
     MEASUREMENTS_NAME,
@@ -63,6 +63,7 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
     digest_key: DigestKey | None = None,
+    adapter_names: Mapping[str, Sequence[str] | str] | None = None,
 ) -> Evaluation:
     """Measure forgetting, utility, privacy and robustness of an unlearned model, beside its controls.
 
@@ -99,6 +100,9 @@ def evaluate(
         progress: whether to show a progress bar.
         digest_key: the owner's secret, as in `UnlearningTrainer`: report and `evaluation.json` then have the digests
             of rows that the adapter's record has. None (default) leaves counts alone.
+        adapter_names: for each set of rows (split, name of neighbors, `"unseen"`) the names of the rows' prompts,
+            `"__base__"` for none, or one name for all. Measures that run under one prompt are skipped. By default all
+            rows are under the active prompt.
 
     Raises:
         FileNotFoundError: if `digest_key` is the path of no file.
@@ -151,6 +155,10 @@ def evaluate(
         )
     if other := sorted(set(questions or ()) - {"forget", "retain", "real_authors", "world_facts"}):
         raise ValueError(f"questions {other}: expected forget, retain, real_authors and world_facts.")
+    if adapter_names is not None:
+        named = _named(models["model"], {**sets, **others}, adapter_names)
+        sets, unseen = {name: named[name] for name in sets}, named.get("unseen")
+        neighbors = {name: named[name] for name in neighbors or {}}
     suite = Suite(
         model=models["model"],
         splits=sets,
@@ -184,7 +192,9 @@ def evaluate(
     measured = [measure for name, measure in MEASURES.items() if name in measures]
     tasks: list[Task] = []
     for measure in measured:
-        if why := measure.why_skipped(suite):
+        if adapter_names is not None and not measure.by_row:
+            suite.skipped[measure.name] = "it runs under one prompt, and adapter_names gives rows prompts of their own"
+        elif why := measure.why_skipped(suite):
             suite.skipped[measure.name] = why
         else:
             tasks += measure.tasks(suite)
@@ -200,6 +210,18 @@ def evaluate(
             path.unlink()
     PartialState().wait_for_everyone()
     return evaluation
+
+
+def _named(
+    model: nn.Module, sets: Mapping[str, Dataset], adapter_names: Mapping[str, Sequence[str] | str]
+) -> dict[str, Dataset]:
+    """The sets of rows with a column that names each row's prompt."""
+    if not isinstance(adapter_names, Mapping) or set(adapter_names) != set(sets):
+        found = sorted(adapter_names) if isinstance(adapter_names, Mapping) else type(adapter_names).__name__
+        raise ValueError(
+            f"adapter_names is for {found}; expected a dict with names for each set of rows: {sorted(sets)}."
+        )
+    return {name: with_adapter_names(model, rows, adapter_names[name], name) for name, rows in sets.items()}
 
 
 def _check_prompt(name: str, model: nn.Module, measures: Sequence[str]) -> None:

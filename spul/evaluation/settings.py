@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..data.rows import ADAPTER_NAME, column_values
 from ..models.causal_lm import bare_model
 from ..models.unlearner import unlearner_of
 from ..records.digests import (
@@ -108,7 +109,8 @@ def _sets(suite: Suite) -> dict[str, Any]:
 
 
 def _in_order(rows: Any) -> dict[str, Any]:
-    return {"rows": len(rows), "digest": digest_of_rows(rows)}
+    names = column_values(rows, ADAPTER_NAME) if ADAPTER_NAME in getattr(rows, "column_names", ()) else None
+    return {"rows": len(rows), "digest": digest_of_rows(rows)} | ({"adapter_names": digest(names)} if names else {})
 
 
 def _without_digests(value: Any) -> Any:

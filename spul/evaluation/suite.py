@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data.collator import ForgetRetainCollator
 from ..data.formats import PromptFormat
-from ..data.rows import column_values, completion_text
+from ..data.rows import ADAPTER_NAME, column_values, completion_text
 from ..models.causal_lm import bare_model, max_positions
 from ..models.unlearner import detached_base, unlearner_of
 from ..records.digests import digest_of_rows
@@ -234,8 +234,10 @@ class Suite:
     @property
     def room(self) -> int | None:
         """The number of tokens that fit in the model beside its virtual ones; None where positions have no limit."""
-        limit = max_positions(bare_model(self.model))
-        return None if limit is None else limit - unlearner_of(self.model).virtual_tokens_in_use
+        limit, unlearner = max_positions(bare_model(self.model)), unlearner_of(self.model)
+        named = ADAPTER_NAME in self.splits["train_forget"].column_names
+        num_virtual = unlearner.longest_prompt if named else unlearner.virtual_tokens_in_use
+        return None if limit is None else limit - num_virtual
 
 
 def joined(tasks: Sequence[Task], afterwards: Callable[[], None]) -> Task:

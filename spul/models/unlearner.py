@@ -88,6 +88,7 @@ class Unlearner:
         enabled: whether the adapter is in effect for this thread; always true without one.
         disabled_somewhere: whether a thread or asyncio task is inside `disable_adapter`.
         has_adapter: whether disabling an adapter restores the base.
+        takes_adapter_names: whether `response_logits` and `generate` take one name of a prompt per row.
         computes_loss: whether `forward` computes the unlearning loss of a batch with `is_forget`.
         has_own_checkpoint: whether `save_pretrained` and `load_checkpoint` replace those of `transformers.Trainer`.
         can_be_sharded: whether it trains under FSDP and DeepSpeed.
@@ -101,6 +102,7 @@ class Unlearner:
     enabled: Any = True
     disabled_somewhere: bool = False
     has_adapter: bool = True
+    takes_adapter_names: bool = False
     computes_loss: bool = False
     has_own_checkpoint: bool = False
     can_be_sharded: bool = True
@@ -128,6 +130,11 @@ class Unlearner:
     def virtual_tokens_in_use(self) -> int:
         """Virtual tokens that the model sees in front of every row now."""
         return 0
+
+    @property
+    def longest_prompt(self) -> int:
+        """Virtual tokens of the longest prompt that a row may have, where rows have prompts of their own."""
+        return self.virtual_tokens_in_use
 
     @property
     def trains_base(self) -> bool:

@@ -168,6 +168,16 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         """Virtual tokens in front of every row; 0 where the prompt is disabled."""
         return self.active_peft_config.num_virtual_tokens if self.enabled else 0
 
+    @property
+    def longest_prompt(self) -> int:
+        """Virtual tokens of the longest of all prompts; 0 where they are disabled."""
+        configs: Any = self.peft_config
+        return max(one.num_virtual_tokens for one in configs.values()) if self.enabled else 0
+
+    def check_adapter_names(self, adapter_names: Sequence[str], num_rows: int) -> None:
+        """Raise unless there is one name for each of `num_rows` rows, of a prompt of this model or `"__base__"`."""
+        check_adapter_names(self, adapter_names, num_rows)
+
     def adapter_parameters(self) -> list[nn.Parameter]:
         """The parameters of the prompts."""
         return list(self.prompt_encoder.parameters())

@@ -20,7 +20,7 @@ from torch import nn
 from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...data.encoder import RowEncoder
-from ...data.rows import column_values, completion_text
+from ...data.rows import ADAPTER_NAME, column_values, completion_text
 from ..metrics.scoring import score_completions
 
 JAILBREAKS = (
@@ -273,6 +273,8 @@ def with_prompts_changed(rows: Dataset, change: Callable[[Dataset], Dataset], na
     changed = change(rows)
     if column_values(changed, "completion") != column_values(rows, "completion"):
         raise ValueError(f"{name!r} changes completions or the number of rows; only prompts may change.")
+    if ADAPTER_NAME in rows.column_names and ADAPTER_NAME not in changed.column_names:
+        changed = changed.add_column(ADAPTER_NAME, column_values(rows, ADAPTER_NAME))
     return changed
 
 

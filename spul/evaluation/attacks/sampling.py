@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
+from ...data.rows import adapter_names_of
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import unwrapped
 from ..metrics.batches import ResponseBatch, map_responses
@@ -58,7 +59,7 @@ def sampled_success(
     model = unwrapped(model)
 
     def measure(batch: ResponseBatch) -> list[float]:
-        logits = response_logits(model, batch.inputs, batch.positions)
+        logits = response_logits(model, batch.inputs, batch.positions, batch.adapter_names)
         check_not_nan(logits[batch.targets != IGNORE_INDEX])
         return token_nll(logits.double() / temperature, batch.targets).sum(dim=1).neg().tolist()
 
@@ -117,7 +118,8 @@ def sampled_answers(
             while (missing := num_tries - len(found)) > 0:
                 settings = {"do_sample": True, "temperature": temperature, "top_k": 0}
                 num = min(batch_size, missing)
-                found += answers_to([prompt], max_new_tokens, num_return_sequences=num, **settings)
+                names = adapter_names_of([row])
+                found += answers_to([prompt], max_new_tokens, names, num_return_sequences=num, **settings)
             answers.append(found)
     return answers
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...data.encoder import Encoded, RowEncoder
+from ...data.rows import adapter_names_of
 from ...data.samplers import by_length
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX
@@ -27,12 +28,14 @@ class ResponseBatch(NamedTuple):
         inputs: `input_ids`, `attention_mask` and `labels`, (B, n).
         positions: (B, K), see `response_positions`.
         targets: (B, K), -100 in unused slots.
+        adapter_names: names of the rows' prompts, (B,); None where they have none of their own.
     """
 
     indices: list[int]
     inputs: dict[str, Tensor]
     positions: Tensor
     targets: Tensor
+    adapter_names: list[str] | None = None
 
     def num_tokens(self, row: int) -> int:
         """Number of response tokens of a row of this batch: they fill its first slots."""
@@ -52,9 +55,10 @@ def response_batches(
     given = list(rows)
     encoded = [encoder.encode(row).without_ending() for row in given]
     for indices in length_batches(encoded, batch_size, progress):
-        batch = encoder.pad([given[i] for i in indices], [encoded[i] for i in indices])
+        some = [given[i] for i in indices]
+        batch = encoder.pad(some, [encoded[i] for i in indices])
         batch = {name: value.to(device) for name, value in batch.items()}
-        yield ResponseBatch(indices, batch, *response_positions(batch["labels"]))
+        yield ResponseBatch(indices, batch, *response_positions(batch["labels"]), adapter_names_of(some))
 
 
 def map_responses(

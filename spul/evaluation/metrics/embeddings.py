@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...data.encoder import RowEncoder
 from ...models.causal_lm import bare_model
+from ...models.unlearner import unlearner_of
 from .batches import ResponseBatch, map_responses
 from .scoring import check_not_nan, response_logits
 
@@ -43,11 +44,16 @@ def response_embeddings(
 
     def measure(batch: ResponseBatch) -> Tensor:
         inputs.clear()
-        response_logits(model, batch.inputs, batch.positions)
+        response_logits(model, batch.inputs, batch.positions, batch.adapter_names)
         states = inputs[-1]  # the rows' pass; a prompt that runs by itself comes before it
         if states.shape[1] != batch.positions.shape[1]:
             # This family computes logits at every position, maybe behind virtual tokens.
             in_front = states.shape[1] - batch.inputs["input_ids"].shape[1]
+            if in_front and unlearner_of(model).takes_adapter_names and batch.adapter_names is not None:
+                raise ValueError(
+                    f"{type(bare_model(model)).__name__} has hidden states at virtual tokens of different numbers in "
+                    "front of the rows; measure the rows of one prompt at a time."
+                )
             states = states.take_along_dim((batch.positions + in_front)[..., None].to(states.device), dim=1)
         check_not_nan(states[:, 0], "hidden states")
         return states[:, 0].float().cpu()

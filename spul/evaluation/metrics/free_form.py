@@ -15,9 +15,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
+from ...data.rows import adapter_names_of
 from ...data.samplers import by_length
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
 from ...models.unlearner import unlearner_of
+from .scoring import names_for
 
 
 @torch.no_grad()
@@ -51,12 +53,15 @@ def generate_answers(
     """
     check_rows(rows, columns=())
     model = unwrapped(model)
-    prompts = [encoder.encode(row).prompt_ids for row in rows]
-    batches = list(_batches(model, [len(ids) for ids in prompts], batch_size, max_new_tokens))
+    given = list(rows)
+    prompts, adapter_names = [encoder.encode(row).prompt_ids for row in given], adapter_names_of(given)
+    named = adapter_names is not None
+    batches = list(_batches(model, [len(ids) for ids in prompts], batch_size, max_new_tokens, named))
     answers = [""] * len(prompts)
     with answering(model, encoder.tokenizer) as answers_to:
         for indices in tqdm(batches, desc=progress, disable=progress is None, leave=False):
-            found = answers_to([prompts[i] for i in indices], max_new_tokens, do_sample=False)
+            names = None if adapter_names is None else [adapter_names[i] for i in indices]
+            found = answers_to([prompts[i] for i in indices], max_new_tokens, names, do_sample=False)
             for i, answer in zip(indices, found, strict=True):
                 answers[i] = answer
     return answers
@@ -111,9 +116,9 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
         tokenizer: pads the prompts and decodes the answers.
 
     Yields:
-        A function of prompts (token ids), `max_new_tokens` and further fields of a `GenerationConfig`; it returns the
-        generated texts, without special tokens, `num_return_sequences` for each prompt. It raises a ValueError if the
-        longest prompt leaves no room to answer.
+        A function of prompts (token ids), `max_new_tokens`, names of the rows' soft prompts (or None) and further
+        fields of a `GenerationConfig`; it returns the generated texts, without special tokens, `num_return_sequences`
+        for each prompt. It raises a ValueError if the longest prompt leaves no room to answer.
     """
     base: Any = bare_model(model)
     generate: Any = model.generate
@@ -126,7 +131,9 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
     def before_end(tokens: list[int]) -> list[int]:
         return tokens[: next((k for k, token in enumerate(tokens) if token in ends), len(tokens))]
 
-    def answers_to(prompts: Sequence[list[int]], max_new_tokens: int, **settings: Any) -> list[str]:
+    def answers_to(
+        prompts: Sequence[list[int]], max_new_tokens: int, adapter_names: list[str] | None = None, **settings: Any
+    ) -> list[str]:
         width = max(map(len, prompts))
         ids = torch.full((len(prompts), width), pad)
         mask = torch.zeros_like(ids)
@@ -134,12 +141,13 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
             mask[row, width - len(prompt) :] = 1
         config = GenerationConfig(
-            max_new_tokens=_room_to_answer(model, width, max_new_tokens),
+            max_new_tokens=_room_to_answer(model, width, max_new_tokens, adapter_names is not None),
             pad_token_id=pad,
             eos_token_id=ends or None,
             **settings,
         )
-        out = generate(input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config)
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)} | names_for(model, adapter_names)
+        out = generate(**inputs, generation_config=config)
         tokens = [before_end(row) for row in out[:, width:].tolist()]
         return [str(tokenizer.decode(some, skip_special_tokens=True)) for some in tokens]
 
@@ -155,9 +163,14 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
             holder.generation_config = config
 
 
-def _room_to_answer(model: nn.Module, width: int, max_new_tokens: int) -> int:
+def _virtual_tokens(model: nn.Module, named: bool) -> int:
+    unlearner = unlearner_of(model)
+    return unlearner.longest_prompt if named else unlearner.virtual_tokens_in_use
+
+
+def _room_to_answer(model: nn.Module, width: int, max_new_tokens: int, named: bool) -> int:
     """Maximum number of new tokens after a prompt of `width` tokens: `max_new_tokens`, or what positions are left."""
-    num_virtual, limit = unlearner_of(model).virtual_tokens_in_use, max_positions(bare_model(model))
+    num_virtual, limit = _virtual_tokens(model, named), max_positions(bare_model(model))
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_virtual - width)
     if room < 1:
         raise ValueError(
@@ -167,14 +180,16 @@ def _room_to_answer(model: nn.Module, width: int, max_new_tokens: int) -> int:
     return room
 
 
-def _batches(model: nn.Module, lengths: Sequence[int], batch_size: int, max_new_tokens: int) -> Iterator[list[int]]:
+def _batches(
+    model: nn.Module, lengths: Sequence[int], batch_size: int, max_new_tokens: int, named: bool
+) -> Iterator[list[int]]:
     """Indices of rows in batches of similar length, the longest first.
 
     A batch has the room that its longest row leaves, so only rows that all have room for `max_new_tokens` are mixed:
     a row's answer does not depend on the other rows of its batch.
     """
     limit = max_positions(bare_model(model))
-    mixed = max(lengths) if limit is None else limit - unlearner_of(model).virtual_tokens_in_use - max_new_tokens
+    mixed = max(lengths) if limit is None else limit - _virtual_tokens(model, named) - max_new_tokens
     if unlearner_of(model).pads_between and unlearner_of(model).enabled:
         mixed = 0
     groups: dict[int, list[int]] = {}

@@ -68,7 +68,7 @@ def response_likelihoods(
     model = unwrapped(model)
 
     def measure(batch: ResponseBatch) -> Iterator[Likelihood]:
-        logits = response_logits(model, batch.inputs, batch.positions)
+        logits = response_logits(model, batch.inputs, batch.positions, batch.adapter_names)
         for row in range(len(batch.indices)):
             num = batch.num_tokens(row)
             yield _likelihood(logits[row, :num], batch.targets[row, :num])
@@ -145,7 +145,8 @@ def kl_to(
         return response_logits(other, inputs, batch.positions.to(other_device))
 
     def measure(batch: ResponseBatch) -> Iterator[tuple[float, float]]:
-        logits, others = response_logits(model, batch.inputs, batch.positions), reference_logits(batch)
+        logits = response_logits(model, batch.inputs, batch.positions, batch.adapter_names)
+        others = reference_logits(batch)
         if others.shape[-1] != logits.shape[-1]:
             raise ValueError(
                 f"the model has logits for {logits.shape[-1]} tokens, the reference for {others.shape[-1]}; "

@@ -158,7 +158,7 @@ def gradient_norm_attack(
         )
 
     def measure(batch: ResponseBatch) -> list[float]:
-        logits = response_logits(model, batch.inputs, batch.positions)
+        logits = response_logits(model, batch.inputs, batch.positions, batch.adapter_names)
         loss = token_nll(logits, batch.targets.to(logits.device)).mean()
         if not loss.requires_grad:
             raise ValueError(f"of={of!r}: no gradient reaches these parameters; enable the adapter.")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...data.encoder import Encoded
-from ...data.rows import column_batches, completion_text, rows_at
+from ...data.rows import ADAPTER_NAME, adapter_names_of, column_batches, completion_text, rows_at
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import evaluation_mode
@@ -61,9 +61,24 @@ def check_not_nan(values: Tensor, what: str = "logits") -> None:
         )
 
 
-def response_logits(model: nn.Module, batch: Mapping[str, Tensor], positions: Tensor) -> Tensor:
-    """Logits (B, K, V) at the response positions of a right-padded batch, of a bare or prompted model."""
-    return unlearner_of(model).response_logits(batch["input_ids"], batch["attention_mask"], positions)
+def response_logits(
+    model: nn.Module, batch: Mapping[str, Tensor], positions: Tensor, adapter_names: Sequence[str] | None = None
+) -> Tensor:
+    """Logits (B, K, V) at the response positions of a right-padded batch, of a bare or prompted model.
+
+    Names of the rows' prompts choose among those of a `SoftPromptUnlearner`; other models have none, and are run as
+    they are.
+    """
+    unlearner = unlearner_of(model)
+    names = names_for(model, adapter_names)
+    return unlearner.response_logits(batch["input_ids"], batch["attention_mask"], positions, **names)
+
+
+def names_for(model: nn.Module, adapter_names: Sequence[str] | None) -> dict[str, Any]:
+    """`adapter_names` as an argument of a model that takes them; nothing for others, and without names."""
+    if adapter_names is None or not unlearner_of(model).takes_adapter_names:
+        return {}
+    return {"adapter_names": list(adapter_names)}
 
 
 @torch.no_grad()
@@ -106,7 +121,8 @@ def greedy_completions(
         batch = collator.encoder.pad([rows[i] for i in some], [encoded(i, text) for i in some])
         batch = {name: value.to(device) for name, value in batch.items()}
         positions, targets = response_positions(batch["labels"])
-        logits = response_logits(model, batch, positions)
+        names = adapter_names_of([rows[i] for i in some])
+        logits = response_logits(model, batch, positions, names)
         check_not_nan(logits[targets != IGNORE_INDEX])
         chosen = logits.argmax(dim=-1)
         same = ((chosen == targets) | (targets == IGNORE_INDEX)).all(dim=1)
@@ -171,6 +187,7 @@ def score_completions(
     collator: ForgetRetainCollator,
     batch_size: int = 32,
     progress: str | None = None,
+    adapter_names: Sequence[str] | None = None,
 ) -> dict[str, float]:
     """Accuracy, weighted F1, share of generic answers and loss of a model on a set of rows.
 
@@ -180,6 +197,8 @@ def score_completions(
         collator: its encoder turns rows into token ids; its `generic_completions` are those counted as generic.
         batch_size: rows per forward pass.
         progress: label of a progress bar; None shows none.
+        adapter_names: for each row the name of its prompt, `"__base__"` for none; a column `adapter_name` of `rows`
+            says the same. The active prompt for all unless given.
 
     Returns:
         `accuracy`, `f1`, `generic` (0..1) and `loss` (nats per row), see `summarize`.
@@ -188,8 +207,37 @@ def score_completions(
         ValueError: if there are no rows, they have no `prompt` and `completion`, or the model has diverged: its logits
             are NaN.
     """
+    if adapter_names is not None:
+        rows = with_adapter_names(model, rows, adapter_names)
     answers = collect_answers(model, rows, collator, batch_size, range(len(rows)), progress)
     return summarize(answers, collator.generic_completions)
+
+
+def with_adapter_names(model: nn.Module, rows: Any, adapter_names: Sequence[str] | str, name: str = "rows") -> Any:
+    """Rows with a column `adapter_name`, by which the metrics run each under its prompt.
+
+    Args:
+        model: the model whose prompts they are.
+        rows: a `datasets.Dataset`.
+        adapter_names: for each row the name of its prompt, `"__base__"` for none; one name for all.
+        name: the rows' name in the message.
+
+    Raises:
+        TypeError: if the model takes no names, or they are no strings.
+        ValueError: for another number of names than rows, and unknown names.
+    """
+    check_rows(rows)
+    names = [adapter_names] * len(rows) if isinstance(adapter_names, str) else adapter_names
+    unlearner: Any = unlearner_of(model)
+    if not unlearner.takes_adapter_names:
+        raise TypeError(
+            f"adapter_names for {name}, and the model is a {type(model).__name__}; expected a SoftPromptUnlearner, "
+            "whose prompts they name."
+        )
+    unlearner.check_adapter_names(names, len(rows))
+    if ADAPTER_NAME in rows.column_names:
+        rows = rows.remove_columns(ADAPTER_NAME)
+    return rows.add_column(ADAPTER_NAME, list(names))
 
 
 def collect_answers(
