@@ -81,8 +81,8 @@ class SavedGate:
 
         Raises:
             FileNotFoundError: if there is no file of them.
-            ValueError: if names, shapes or types are others, a value is not finite, or the file is not the one that was
-                saved with `gate.json`.
+            ValueError: if names, shapes or types are others, a value is not finite, or the file is not the one
+                that was saved with `gate.json`.
         """
         path = find_file(self.folder, ARRAYS_NAME, **self.hub)
         if path is None:
@@ -101,8 +101,8 @@ class SavedGate:
             raise ValueError(f"{path}: {bad[0]!r} is {tensors[bad[0]].dtype}; expected float64. Save the gate again.")
         if file_digest(path) != self.fields["arrays_sha256"]:
             raise ValueError(
-                f"{path} is not the file that was saved with {SETTINGS_NAME} (other bytes); copy or download the whole "
-                "folder again."
+                f"{path} is not the file that was saved with {SETTINGS_NAME} (other bytes); copy or download the "
+                "whole folder again."
             )
         return {name: tensor.numpy() for name, tensor in tensors.items()}
 

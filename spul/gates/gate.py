@@ -56,26 +56,28 @@ class Gate:
         raise NotImplementedError
 
     def decide(self, texts: Sequence[str]) -> np.ndarray:
-        """Whether each text's score reaches the threshold: bool (texts,); raises where `flags` would attach the prompt.
+        """Whether each text's score reaches the threshold, bool (texts,), without the rule for failures of `flags`.
 
         Raises:
             ValueError: if the scores are not one finite number for each text.
+            Exception: whatever `scores` raises.
         """
         texts = checked_texts(texts)
         if not texts:
             return np.zeros(0, dtype=bool)
         scores = np.asarray(self.scores(texts), dtype=np.float64)
         if scores.shape != (len(texts),) or not np.isfinite(scores).all():
+            bad = int((~np.isfinite(scores)).sum())
             raise ValueError(
-                f"scores of the shape {scores.shape}, {int((~np.isfinite(scores)).sum())} of them not finite; expected "
-                f"a finite number for each of {len(texts)} texts."
+                f"scores of the shape {scores.shape}, {bad} of them not finite; expected a finite number for each of "
+                f"{len(texts)} texts."
             )
         return scores >= self.threshold
 
     def flags(self, texts: Sequence[str]) -> np.ndarray:
         """Whether each text gets the prompt: bool (texts,). A text on which the gate fails gets it.
 
-        If a batch fails, each of its texts is asked for alone, so that one text does not decide for the others. The
+        If a batch fails, its halves are asked for, and so on, so that one text does not decide for the others. The
         first failure of a kind is logged, and all are counted in `failures`.
 
         Args:
@@ -88,8 +90,9 @@ class Gate:
         try:
             return self._decided(texts)
         except Exception as error:  # whatever it is, the prompt must be attached
-            if len(texts) != 1:
-                return np.concatenate([self.flags([text]) for text in texts])
+            if len(texts) > 1:
+                middle = len(texts) // 2
+                return np.concatenate([self.flags(texts[:middle]), self.flags(texts[middle:])])
             self._count(error)
             return np.ones(1, dtype=bool)
 
@@ -107,8 +110,8 @@ class Gate:
             TypeError: if they are not strings.
             ValueError: if there are no forget or no retain texts.
         """
-        groups = (forget_texts, retain_texts, () if paraphrases is None else paraphrases)
-        return report_of(*map(self.flags, groups), source="texts given to measure")
+        reworded = None if paraphrases is None else self.flags(paraphrases)
+        return report_of(self.flags(forget_texts), self.flags(retain_texts), reworded, "texts given to measure")
 
     def settings(self) -> dict[str, Any]:
         """What `gate.json` holds of the gate, beside kind, threshold and report."""
@@ -132,8 +135,11 @@ class Gate:
 
     def write(self, folder: str | os.PathLike) -> None:
         """Write the files of `save` to an existing folder, in place."""
+        self._write(folder, self.settings())
+
+    def _write(self, folder: str | os.PathLike, settings: dict[str, Any]) -> None:
         report = None if self.report is None else self.report.to_dict()
-        fields = {"kind": self.kind, "threshold": self.threshold, "report": report, **self.settings()}
+        fields = {"kind": self.kind, "threshold": self.threshold, "report": report, **settings}
         write_gate(folder, fields, self.arrays())
 
     def _decided(self, texts: list[str]) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..records.fields import is_count
 logger = logging.getLogger(__name__)
 
 NUM_FOLDS = 5
+RATES = ("recall", "false_alarms", "paraphrases")
 
 
 @dataclass(frozen=True)
@@ -87,32 +88,33 @@ class GateReport:
             ValueError: if it is not that of a report.
         """
         try:
-            rates = {name: data[name] for name in ("recall", "false_alarms", "paraphrases")}
-            found = cls(
-                **{name: None if rate is None else Rate(**rate) for name, rate in rates.items()},
-                source=data["source"],
-                recall_asked=data["recall_asked"],
-            )
+            rates = [None if data[name] is None else Rate(**data[name]) for name in RATES]
+            source, asked = data["source"], data["recall_asked"]
         except (KeyError, TypeError) as error:
             raise ValueError(
                 f"report is {data!r:.200} ({error}); expected what GateReport.to_dict returns."
             ) from error
-        counts = [found.recall, found.false_alarms, *([] if found.paraphrases is None else [found.paraphrases])]
-        are_rates = all(
-            isinstance(rate, Rate)
-            and is_count(rate.texts, least=1)
-            and is_count(rate.flagged)
-            and rate.flagged <= rate.texts
-            for rate in counts
-        )
-        asked = found.recall_asked
+        recall, false_alarms, paraphrases = rates
+        for rate in rates:
+            if rate is not None and not (
+                is_count(rate.texts, 1) and is_count(rate.flagged) and rate.flagged <= rate.texts
+            ):
+                raise ValueError(
+                    f"report has {asdict(rate)}; expected counts, of which flagged is no larger than texts."
+                )
         if (
-            not are_rates
-            or not isinstance(found.source, str)
-            or not (asked is None or isinstance(asked, (int, float)))
+            recall is None
+            or false_alarms is None
+            or not isinstance(source, str)
+            or not (asked is None or is_recall(asked))
         ):
             raise ValueError(f"report is {data!r:.200}; expected what GateReport.to_dict returns.")
-        return found
+        return cls(recall, false_alarms, paraphrases, source, asked)
+
+
+def is_recall(value: Any) -> bool:
+    """Whether a value is a number above 0 and at most 1."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def checked_fit_texts(
         ValueError: if a group has fewer than two different texts, a text is in both groups, there are no paraphrases
             in a list of them, or the recall is not above 0 and at most 1.
     """
-    if isinstance(recall, bool) or not isinstance(recall, (int, float)) or not 0 < recall <= 1:
+    if not is_recall(recall):
         raise ValueError(f"recall={recall!r}; expected a share above 0 and at most 1, such as 0.99.")
     groups = {"forget_texts": checked_texts(forget_texts), "retain_texts": checked_texts(retain_texts)}
     different = {name: {_key(text): text for text in texts} for name, texts in groups.items()}
@@ -185,6 +187,12 @@ def folds(given: FitTexts, seed: int) -> np.ndarray:
     return np.array([fold_of[_key(text)] for text in given.texts])
 
 
+def lowest_flagged(forget_scores: np.ndarray, recall: float) -> float:
+    """The highest threshold that a share of at least `recall` of the scores reaches."""
+    descending = np.sort(forget_scores)[::-1]
+    return float(descending[math.ceil(recall * len(descending) - 1e-9) - 1])
+
+
 def threshold_for(forget_scores: np.ndarray, retain_scores: np.ndarray, recall: float) -> float:
     """The highest threshold at which the share of held-out forget scores that reach it is at least the recall.
 
@@ -197,13 +205,12 @@ def threshold_for(forget_scores: np.ndarray, retain_scores: np.ndarray, recall: 
         ValueError: if every retain text reaches it too, so that the gate would flag everything; the message says which
             recall can be reached.
     """
-    descending = np.sort(forget_scores)[::-1]
-    threshold = float(descending[math.ceil(recall * len(descending) - 1e-9) - 1])
+    threshold = lowest_flagged(forget_scores, recall)
     if (retain_scores >= threshold).all():
         reached = float((forget_scores > retain_scores.min()).mean())
         raise ValueError(
-            f"a recall of {recall} cannot be reached on {len(forget_scores)} held-out forget texts: the threshold that "
-            f"flags as many of them flags all of {len(retain_scores)} retain texts, too. Reached without that: "
+            f"a recall of {recall} cannot be reached on {len(forget_scores)} held-out forget texts: the threshold "
+            f"that flags as many of them flags all of {len(retain_scores)} retain texts, too. Reached without that: "
             f"{reached:.3g}. Ask for less, give more texts of both groups, or take another kind of gate."
         )
     if recall < 1 and len(forget_scores) * (1 - recall) < 1 - 1e-9:
