@@ -3,8 +3,9 @@
 from .any_gate import AnyGate, load
 from .gate import FunctionGate, Gate, as_gate, flags_of, hard_negatives
 from .names import NameGate
+from .probes import Probe
 from .state import StateGate
-from .states import HiddenStates, Probe
+from .states import HiddenStates
 from .text import TextGate
 from .thresholds import GateReport, Rate
 

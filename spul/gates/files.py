@@ -101,7 +101,7 @@ class SavedGate:
             raise ValueError(f"{path}: {bad[0]!r} is {tensors[bad[0]].dtype}; expected float64. Save the gate again.")
         if file_digest(path) != self.fields["arrays_sha256"]:
             raise ValueError(
-                f"{path} is not the file that was saved with {SETTINGS_NAME} (other bytes); copy or download the "
+                f"{path} is not the file that was saved with {SETTINGS_NAME} (arrays_sha256); copy or download the "
                 "whole folder again."
             )
         return {name: tensor.numpy() for name, tensor in tensors.items()}

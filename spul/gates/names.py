@@ -31,7 +31,7 @@ class NameGate(Gate):
     stands.
 
     Args:
-        names: people to forget.
+        names: people to forget; of spellings that match each other, the first counts.
         aliases: other spellings and names of some of them, by the name in `names`:
             `{"Jane Doe": ["J. Doe", "Janie"]}`.
 
@@ -46,7 +46,10 @@ class NameGate(Gate):
 
     def __init__(self, names: Sequence[str], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
         super().__init__()
-        self.names = checked_names("names", names)
+        by_key: dict[str, str] = {}
+        for name in checked_names("names", names):
+            by_key.setdefault(_key(name), name)
+        self.names = list(by_key.values())
         if aliases is not None and not isinstance(aliases, Mapping):
             raise TypeError(f"aliases is a {type(aliases).__name__}; expected a dict: {{{self.names[0]!r}: [...]}}.")
         self.aliases = {name: checked_names(f"aliases[{name!r}]", others) for name, others in (aliases or {}).items()}
@@ -59,9 +62,7 @@ class NameGate(Gate):
         spellings = [(name, name) for name in self.names]
         spellings += [(alias, name) for name, others in self.aliases.items() for alias in others]
         for spelling, name in spellings:
-            if not (key := normalized_name(compatible(spelling))):
-                raise ValueError(f"the name {spelling!r} has no visible character; drop it.")
-            if (owner := owners.setdefault(key, name)) != name:
+            if (owner := owners.setdefault(_key(spelling), name)) != name:
                 raise ValueError(f"{spelling!r} is given for {owner!r} and for {name!r}; give it for one of them.")
         # Both as given and in compatible characters: "Jane\u2122" holds the name only before it becomes "JaneTM".
         self._owners = {**owners, **{normalized_name(spelling): name for spelling, name in spellings}}
@@ -100,7 +101,10 @@ class NameGate(Gate):
                 "threshold": (lambda value: value == cls.threshold, f"{cls.threshold}"),
             }
         )
-        gate = cls(saved.fields["names"], saved.fields["aliases"])
+        try:
+            gate = cls(saved.fields["names"], saved.fields["aliases"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{saved.path}: {error}") from error
         gate.report = report
         return gate
 
@@ -113,6 +117,12 @@ class NameGate(Gate):
 
     def __repr__(self) -> str:
         return f"NameGate({listed(self.names, SHOWN_NAMES)})"
+
+
+def _key(spelling: str) -> str:
+    if not (key := normalized_name(compatible(spelling))):
+        raise ValueError(f"the name {spelling!r} has no visible character; drop it.")
+    return key
 
 
 def compatible(text: str) -> str:

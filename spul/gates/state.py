@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -18,16 +16,16 @@ from ..records.digests import digest_of_tokenizer, fingerprint
 from ..records.fields import is_count
 from .files import SavedGate
 from .gate import Gate
-from .states import POOLINGS, HiddenStates, Probe, pooled
-from .thresholds import FitTexts, GateReport, checked_fit_texts, folds, lowest_flagged, report_of, threshold_for
+from .probes import POOLINGS, Probe, fit_probes, probe_scores
+from .states import HiddenStates
+from .thresholds import GateReport, checked_fit_texts, folds, lowest_flagged, report_of, threshold_for
 from .windows import highest_of, is_window_size, window_size, with_windows
 
 # Layers that are tried where none are named, evenly spread.
 LAYERS_TRIED = 8
-# Tokens of each text that a probe of tokens is fit on, and numbers that all of them may take in memory.
-TOKENS_PER_TEXT, TOKEN_NUMBERS = 8, 2**27
-# Inverse of the L2 penalty, on standardized states.
-STRENGTH = 0.1
+# Log-odds by which the threshold is lowered: a text scores a little otherwise in another batch, by its padding, and
+# texts that begin alike may score exactly the threshold.
+SLACK = 1e-3
 
 
 class StateGate(Gate):
@@ -101,7 +99,7 @@ class StateGate(Gate):
         _fingerprint(model)  # refused before the work, not at saving
         tried = _checked_layers(layers, states.num_layers)
         fold, window = folds(given, seed), window_size(given.forget)
-        probes = _fit_probes(states, given, fold, tried, seed)
+        probes = fit_probes(states, given.texts, given.is_forget, fold, tried, seed)
         held_out = _held_out(states, given.texts, fold, probes, window)
 
         def quality(choice: tuple[int, str]) -> tuple[float, float]:
@@ -111,7 +109,7 @@ class StateGate(Gate):
 
         best = min(sorted(held_out), key=quality)
         scores = held_out[best]
-        threshold = threshold_for(scores[given.is_forget], scores[~given.is_forget], recall)
+        threshold = threshold_for(scores[given.is_forget], scores[~given.is_forget], recall) - SLACK
         layer, pooling = best
         whole = Probe(*(each[..., -1:] for each in probes[best]))
         gate = cls(states, layer, pooling, whole, threshold, window)
@@ -137,7 +135,7 @@ class StateGate(Gate):
         pieces = [with_windows(text, self.window) for text in checked_texts(texts)]
         self.states.token_ids([each[0] for each in pieces])  # the longest first, before any is computed
         flat = [piece for each in pieces for piece in each]
-        found = self.states.scores(flat, {self.layer: self.probe})[self.layer, self.pooling]
+        found = probe_scores(self.states, flat, {self.layer: self.probe})[self.layer, self.pooling]
         return highest_of(found[:, 0], pieces)
 
     def settings(self) -> dict[str, Any]:
@@ -227,70 +225,6 @@ def _checked_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
     return sorted(set(wanted))
 
 
-def _fit_probes(
-    states: HiddenStates, given: FitTexts, fold: np.ndarray, layers: list[int], seed: int
-) -> dict[tuple[int, str], Probe]:
-    """By layer and pooling, a probe without each fold, and one of all texts as the last."""
-    texts, is_forget = given.texts, given.is_forget
-    features, rows = _features(states, texts, layers, seed)
-    found = {}
-    for (layer, pooling), values in features.items():
-        row = rows if pooling == "max" else np.arange(len(texts))
-        fits = []
-        for each in range(fold.max() + 2):  # the last holds nothing out
-            inside = fold[row] != each
-            fits.append(_logistic_regression(values[inside], is_forget[row[inside]], row[inside]))
-        weights, biases = zip(*fits, strict=True)
-        found[layer, pooling] = Probe(np.stack(weights, axis=1), np.array(biases))
-    return found
-
-
-def _features(
-    states: HiddenStates, texts: list[str], layers: list[int], seed: int
-) -> tuple[dict[tuple[int, str], np.ndarray], np.ndarray]:
-    """States to fit on, by layer and pooling, and the text of each token drawn for `"max"`.
-
-    A probe whose scores are pooled by their maximum is fit on single tokens, each with its text's group.
-    """
-    draws = torch.Generator().manual_seed(seed)
-    collected: dict[tuple[int, str], list[np.ndarray]] = {(layer, p): [] for layer in layers for p in POOLINGS}
-    order: list[int] = []
-    token_rows: list[int] = []
-    for batch in states.batches(texts, layers):
-        width = next(iter(batch.states.values())).shape[-1]
-        most = max(1, min(TOKENS_PER_TEXT, TOKEN_NUMBERS // (len(texts) * len(layers) * width)))
-        lengths = batch.mask.sum(dim=1).tolist()
-        drawn = [torch.randperm(length, generator=draws)[:most] for length in lengths]
-        places = torch.cat([torch.full((len(each),), i) for i, each in enumerate(drawn)]), torch.cat(drawn)
-        for layer, state in batch.states.items():
-            for pooling in POOLINGS:
-                taken = state[places] if pooling == "max" else pooled(state, batch.mask, pooling)
-                collected[layer, pooling].append(taken.cpu().numpy())
-        order += batch.rows
-        token_rows += [row for row, each in zip(batch.rows, drawn, strict=True) for _ in each]
-    to_texts = np.argsort(order)
-    features = {choice: np.concatenate(parts) for choice, parts in collected.items()}
-    return (
-        {choice: values if choice[1] == "max" else values[to_texts] for choice, values in features.items()},
-        np.array(token_rows),
-    )
-
-
-def _logistic_regression(values: np.ndarray, is_forget: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, float]:
-    """Weights and bias on standardized values; the groups count the same, and within a group its texts."""
-    per_text = 1 / np.bincount(rows)[rows]
-    shares = np.where(is_forget, per_text / per_text[is_forget].sum(), per_text / per_text[~is_forget].sum())
-    weights = shares * per_text.sum() / 2
-    values = values.astype(np.float64)
-    mean = np.average(values, axis=0, weights=weights)
-    scale = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights))
-    scale[scale == 0] = 1.0
-    model = LogisticRegression(C=STRENGTH, max_iter=1000)
-    model.fit((values - mean) / scale, is_forget, sample_weight=weights)
-    slope = model.coef_[0] / scale
-    return slope, float(model.intercept_[0] - slope @ mean)
-
-
 def _held_out(
     states: HiddenStates, texts: list[str], fold: np.ndarray, probes: dict[tuple[int, str], Probe], window: int
 ) -> dict[tuple[int, str], np.ndarray]:
@@ -304,7 +238,7 @@ def _held_out(
         layer: Probe(*(np.concatenate([probes[layer, p][i] for p in POOLINGS], axis=-1) for i in range(2)))
         for layer in layers
     }
-    scores = states.scores(flat, joined)
+    scores = probe_scores(states, flat, joined)
     num = fold.max() + 2
     return {
         (layer, pooling): highest_of(scores[layer, pooling][np.arange(len(flat)), i * num + column], pieces)

@@ -1,11 +1,10 @@
-"""Scores of a frozen model's own hidden states, token by token, and how they are pooled to one of a text."""
+"""Hidden states of a frozen model, read text by text with every adapter disabled."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +14,6 @@ from ..models.unlearner import detached_base
 
 # Tokens, pads included, of one forward pass, unless one text alone has more: states of all layers are in memory.
 TOKENS_AT_ONCE = 8192
-POOLINGS = ("mean", "last", "max")
 
 
 class Batch(NamedTuple):
@@ -55,6 +53,12 @@ class HiddenStates:
         """The number of the base's layers; hidden states are numbered 0 (embeddings) to this."""
         base: Any = bare_model(self.model)
         return base.config.get_text_config().num_hidden_layers
+
+    @property
+    def width(self) -> int:
+        """The width of the base's hidden states."""
+        base: Any = bare_model(self.model)
+        return base.config.get_text_config().hidden_size
 
     def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
         """The token ids of each text, as the tokenizer begins a sequence.
@@ -106,28 +110,6 @@ class HiddenStates:
                     raise ValueError(f"hidden states of layer {layer} are not finite; the base has diverged.")
             yield Batch(rows, states, mask)
 
-    def scores(self, texts: Sequence[str], probes: dict[int, Probe]) -> dict[tuple[int, str], np.ndarray]:
-        """Scores of texts by probes of several layers, pooled in each way.
-
-        Args:
-            texts: texts with at least one token.
-            probes: by layer, K probes.
-
-        Returns:
-            By layer and pooling, (texts, K), float64.
-        """
-        found = {
-            (layer, pooling): np.zeros((len(texts), len(probe.bias)))
-            for layer, probe in probes.items()
-            for pooling in POOLINGS
-        }
-        for batch in self.batches(texts, list(probes)):
-            for layer, probe in probes.items():
-                token_scores = probe.token_scores(batch.states[layer])
-                for pooling in POOLINGS:
-                    found[layer, pooling][batch.rows] = pooled(token_scores, batch.mask, pooling).cpu().numpy()
-        return found
-
     def _grouped(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Indices in descending order of length, in groups of one batch each."""
         order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
@@ -135,39 +117,3 @@ class HiddenStates:
             num = max(1, min(self.batch_size, TOKENS_AT_ONCE // lengths[order[0]]))
             yield order[:num]
             order = order[num:]
-
-
-class Probe(NamedTuple):
-    """Linear probes of one layer's hidden states.
-
-    Attributes:
-        weights: (d, K).
-        bias: (K,).
-    """
-
-    weights: np.ndarray
-    bias: np.ndarray
-
-    def token_scores(self, states: Tensor) -> Tensor:
-        """The score of each token by each probe: (B, n, d) to (B, n, K), float32."""
-        weights, bias = (torch.tensor(each, dtype=torch.float32, device=states.device) for each in self)
-        return states @ weights + bias
-
-
-def pooled(token_scores: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Scores of texts from those of their tokens.
-
-    Args:
-        token_scores: (B, n, K), or (B, n, d) states.
-        mask: (B, n), true for tokens; pads stand on the right.
-        pooling: `"mean"`, `"last"` (at the last token) or `"max"`.
-
-    Returns:
-        (B, K).
-    """
-    inside = mask[..., None].to(token_scores.device)
-    if pooling == "mean":
-        return token_scores.where(inside, 0.0).sum(dim=1) / inside.sum(dim=1)
-    if pooling == "max":
-        return token_scores.where(inside, -torch.inf).amax(dim=1)
-    return token_scores.take_along_dim(inside.sum(dim=1, keepdim=True) - 1, dim=1)[:, 0]
