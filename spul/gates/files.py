@@ -1,0 +1,154 @@
+"""The files of a saved gate: `gate.json` and `gate.safetensors`, both checked when they are read."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from ..records.fields import read_object
+from ..records.files import HUB_ARGUMENTS, find_file, write_text
+from ..records.weights import Shapes, file_digest, read_weights, weight_shapes
+
+FORMAT_VERSION = 1
+SETTINGS_NAME, ARRAYS_NAME = "gate.json", "gate.safetensors"
+Checks = Mapping[str, tuple[Callable[[Any], bool], str]]
+
+
+def write_gate(folder: str | os.PathLike, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a gate's files to an existing folder.
+
+    Args:
+        folder: the folder, such as the scratch one of `atomic_folder`.
+        fields: fields for `gate.json`, which also gets the format version and the digest of the arrays' file.
+        arrays: floating-point arrays by name; without any there is no file of them.
+    """
+    folder = Path(folder)
+    digest = None
+    if arrays:
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / ARRAYS_NAME)
+        digest = file_digest(folder / ARRAYS_NAME)
+    data = {"format_version": FORMAT_VERSION, **fields, "arrays_sha256": digest}
+    write_text(folder / SETTINGS_NAME, json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False))
+
+
+@dataclass(frozen=True)
+class SavedGate:
+    """A saved gate, whose `gate.json` is read and checked as far as all kinds share it.
+
+    Attributes:
+        folder: the folder, or the Hub repository.
+        hub: arguments of `find_file`.
+        path: the path of `gate.json`.
+        fields: the fields in it.
+    """
+
+    folder: str
+    hub: Mapping[str, Any]
+    path: Path
+    fields: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """The kind of the gate."""
+        return self.fields["kind"]
+
+    def check(self, checks: Checks) -> None:
+        """Raise unless every field has a value that its check accepts.
+
+        Args:
+            checks: for each field, a check and the words for what is expected.
+
+        Raises:
+            ValueError: if one is missing or has not.
+        """
+        for name, (accepts, expected) in checks.items():
+            if name not in self.fields:
+                raise ValueError(f"{self.path} lacks {name}; expected {expected}. Save the gate again.")
+            if not accepts(self.fields[name]):
+                value = f"{self.fields[name]!r:.80}"
+                raise ValueError(f"{self.path}: {name} is {value}; expected {expected}. Save the gate again.")
+
+    def arrays(self, shapes: Shapes) -> dict[str, np.ndarray]:
+        """The arrays, float64, of the names and shapes expected.
+
+        Raises:
+            FileNotFoundError: if there is no file of them.
+            ValueError: if names, shapes or types are others, a value is not finite, or the file is not the one
+                that was saved with `gate.json`.
+        """
+        path = find_file(self.folder, ARRAYS_NAME, **self.hub)
+        if path is None:
+            raise FileNotFoundError(
+                f"{self.folder} has {SETTINGS_NAME} but no {ARRAYS_NAME}; copy or download the whole folder again."
+            )
+        found = weight_shapes(path)
+        if found != shapes:
+            differing = sorted(name for name in found.keys() | shapes if found.get(name) != shapes.get(name))
+            raise ValueError(
+                f"{path} does not fit {SETTINGS_NAME}: {differing[0]!r} has the shape {found.get(differing[0])}, "
+                f"expected {shapes.get(differing[0])} (None: no such array). Copy or download the whole folder again."
+            )
+        tensors = read_weights(path)
+        if bad := [name for name, tensor in tensors.items() if str(tensor.dtype) != "torch.float64"]:
+            raise ValueError(f"{path}: {bad[0]!r} is {tensors[bad[0]].dtype}; expected float64. Save the gate again.")
+        if file_digest(path) != self.fields["arrays_sha256"]:
+            raise ValueError(
+                f"{path} is not the file that was saved with {SETTINGS_NAME} (arrays_sha256); copy or download the "
+                "whole folder again."
+            )
+        return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def read_gate(folder: str | os.PathLike, **hub: Any) -> SavedGate:
+    """A saved gate's `gate.json`, checked as far as all kinds share it.
+
+    Args:
+        folder: a local folder or a Hub repository's name.
+        hub: arguments of `find_file`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        TypeError: if an argument is not one of the Hub's.
+        ValueError: if it is not JSON, of a later format, or a field has another type.
+    """
+    if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
+        raise TypeError(f"unknown arguments {unknown}; expected the Hub's: {', '.join(HUB_ARGUMENTS)}.")
+    path = find_file(folder, SETTINGS_NAME, **hub)
+    if path is None:
+        raise FileNotFoundError(f"{str(folder)!r} has no {SETTINGS_NAME}; expected a folder that Gate.save wrote.")
+    saved = SavedGate(str(folder), hub, path, read_object(path))
+    version = saved.fields.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version is {version!r}; expected 1 to {FORMAT_VERSION}; update spul.")
+    saved.check(
+        {
+            "kind": (lambda value: isinstance(value, str), "the name of a kind of gate"),
+            "threshold": (is_number, "a finite number"),
+            "report": (lambda value: value is None or isinstance(value, dict), "an object, or null"),
+            "arrays_sha256": (lambda value: value is None or isinstance(value, str), "text, or null"),
+        }
+    )
+    return saved
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_texts(value: Any) -> bool:
+    """Whether a value is a list of one or more different texts."""
+    return (
+        isinstance(value, list)
+        and value != []
+        and all(isinstance(each, str) for each in value)
+        and (len(set(value)) == len(value))
+    )

@@ -1,0 +1,131 @@
+"""The gate by names: a text that names one of certain people, or an alias of theirs, gets the prompt."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..data.checks import checked_names, checked_texts
+from ..data.recognizers import NameFinder, normalized_name
+from ..data.rows import listed
+from .files import SavedGate, is_texts
+from .gate import Gate
+from .thresholds import GateReport
+
+# Names that the gate's repr shows.
+SHOWN_NAMES = 3
+
+
+class NameGate(Gate):
+    """A gate that flags texts which name one of certain people.
+
+    A name matches as `split_by_entity` matches it: as whole words, in any letter case and with any white space between
+    its words. It also matches in compatible characters, such as full-width letters, and with invisible ones inside
+    (Unicode NFKC). Misspellings and look-alike letters of other alphabets do not match: give them as aliases, or join
+    the gate with another one by `AnyGate`.
+
+    A text's score is the number of different people whom it names. No window is needed: a name is found wherever it
+    stands.
+
+    Args:
+        names: people to forget; of spellings that match each other, the first counts.
+        aliases: other spellings and names of some of them, by the name in `names`:
+            `{"Jane Doe": ["J. Doe", "Janie"]}`.
+
+    Raises:
+        TypeError: if `names` or the aliases of one are a single string.
+        ValueError: if there are no names, one is empty or no text, aliases belong to none of them, or one alias is
+            given for two.
+    """
+
+    kind = "names"
+    threshold = 1.0
+
+    def __init__(self, names: Sequence[str], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
+        super().__init__()
+        by_key: dict[str, str] = {}
+        for name in checked_names("names", names):
+            by_key.setdefault(_key(name), name)
+        self.names = list(by_key.values())
+        if aliases is not None and not isinstance(aliases, Mapping):
+            raise TypeError(f"aliases is a {type(aliases).__name__}; expected a dict: {{{self.names[0]!r}: [...]}}.")
+        self.aliases = {name: checked_names(f"aliases[{name!r}]", others) for name, others in (aliases or {}).items()}
+        if foreign := [name for name in self.aliases if name not in self.names]:
+            raise ValueError(
+                f"aliases are given for {foreign[0]!r}, which is not among the names {listed(self.names, 12)}; "
+                "expected the spelling of names."
+            )
+        owners: dict[str, str] = {}
+        spellings = [(name, name) for name in self.names]
+        spellings += [(alias, name) for name, others in self.aliases.items() for alias in others]
+        for spelling, name in spellings:
+            if (owner := owners.setdefault(_key(spelling), name)) != name:
+                raise ValueError(f"{spelling!r} is given for {owner!r} and for {name!r}; give it for one of them.")
+        # Both as given and in compatible characters: "Jane\u2122" holds the name only before it becomes "JaneTM".
+        self._owners = {**owners, **{normalized_name(spelling): name for spelling, name in spellings}}
+        self._finder = NameFinder(list(self._owners))
+
+    def names_in(self, texts: Sequence[str]) -> list[list[str]]:
+        """The people whom each text names, by the spelling of `names` and in its order.
+
+        Raises:
+            TypeError: if a text is no string.
+        """
+        return [self._found(text) for text in checked_texts(texts)]
+
+    def scores(self, texts: Sequence[str]) -> np.ndarray:
+        """The number of different people whom each text names: float64 (texts,)."""
+        return np.array([len(found) for found in self.names_in(texts)], dtype=np.float64)
+
+    def settings(self) -> dict[str, Any]:
+        """The names and their aliases."""
+        return {"names": self.names, "aliases": self.aliases}
+
+    @classmethod
+    def restored(cls, saved: SavedGate, report: GateReport | None, model: Any, tokenizer: Any) -> NameGate:
+        """The gate of a saved folder; `model` and `tokenizer` are not used.
+
+        Raises:
+            ValueError: if a field is damaged.
+        """
+        saved.check(
+            {
+                "names": (is_texts, "a list of texts"),
+                "aliases": (
+                    lambda value: isinstance(value, dict) and all(map(is_texts, value.values())),
+                    "an object of lists of texts by name",
+                ),
+                "threshold": (lambda value: value == cls.threshold, f"{cls.threshold}"),
+            }
+        )
+        try:
+            gate = cls(saved.fields["names"], saved.fields["aliases"])
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{saved.path}: {error}") from error
+        gate.report = report
+        return gate
+
+    def _found(self, text: str) -> list[str]:
+        found = self._finder.find(text)
+        if not text.isascii():
+            found |= self._finder.find(compatible(text))
+        owners = {self._owners[spelling] for spelling in found}
+        return [name for name in self.names if name in owners] if owners else []
+
+    def __repr__(self) -> str:
+        return f"NameGate({listed(self.names, SHOWN_NAMES)})"
+
+
+def _key(spelling: str) -> str:
+    if not (key := normalized_name(compatible(spelling))):
+        raise ValueError(f"the name {spelling!r} has no visible character; drop it.")
+    return key
+
+
+def compatible(text: str) -> str:
+    """A text in compatible characters (Unicode NFKC, letter case folded), without invisible ones (class Cf)."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return "".join(each for each in folded if unicodedata.category(each) != "Cf")

@@ -1,0 +1,119 @@
+"""Hidden states of a frozen model, read text by text with every adapter disabled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ..models.causal_lm import bare_model, check_model, max_positions
+from ..models.unlearner import detached_base
+
+# Tokens, pads included, of one forward pass, unless one text alone has more: states of all layers are in memory.
+TOKENS_AT_ONCE = 8192
+
+
+class Batch(NamedTuple):
+    """Hidden states of some texts of similar length, padded on the right.
+
+    Attributes:
+        rows: index of each text (B,).
+        states: by layer, (B, n, d), float32.
+        mask: (B, n), true for tokens, false for pads.
+    """
+
+    rows: list[int]
+    states: dict[int, Tensor]
+    mask: Tensor
+
+
+class HiddenStates:
+    """Reader of the hidden states of the base, with every adapter disabled.
+
+    Args:
+        model: the base, or any unlearner on it.
+        tokenizer: its tokenizer.
+        batch_size: texts per forward pass, at most.
+
+    Raises:
+        TypeError: if they are no model and no tokenizer.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
+        check_model(model)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected the base's tokenizer.")
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+
+    @property
+    def num_layers(self) -> int:
+        """The number of the base's layers; hidden states are numbered 0 (embeddings) to this."""
+        base: Any = bare_model(self.model)
+        return base.config.get_text_config().num_hidden_layers
+
+    @property
+    def width(self) -> int:
+        """The width of the base's hidden states."""
+        base: Any = bare_model(self.model)
+        return base.config.get_text_config().hidden_size
+
+    def token_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text, as the tokenizer begins a sequence.
+
+        Raises:
+            ValueError: if a text has no token, or more than the base has positions.
+        """
+        found: list[list[int]] = []
+        most = max_positions(bare_model(self.model))
+        bos = self.tokenizer.bos_token
+        for text in texts:
+            begins = bos is not None and text.startswith(bos)  # as chat templates render it: no second one
+            ids = self.tokenizer(text, add_special_tokens=not begins, truncation=False, verbose=False)["input_ids"]
+            if not ids or (most is not None and len(ids) > most):
+                raise ValueError(
+                    f"a text of {len(text):,} characters has {len(ids):,} tokens; expected at least 1"
+                    + ("." if most is None else f" and at most {most:,}, the positions of the base. Shorten it.")
+                )
+            found.append(ids)
+        return found
+
+    @torch.no_grad()
+    def batches(self, texts: Sequence[str], layers: Sequence[int]) -> Iterator[Batch]:
+        """Hidden states of texts, in batches of similar length, longest first.
+
+        Args:
+            texts: texts with at least one token.
+            layers: layers to read, 0 to `num_layers`.
+
+        Raises:
+            ValueError: if a text is too long or has no token, or the base has diverged: its states are not finite.
+        """
+        ids = self.token_ids(texts)
+        for rows in self._grouped([len(each) for each in ids]):
+            lengths = torch.tensor([len(ids[row]) for row in rows])
+            mask = torch.arange(int(lengths.max())) < lengths[:, None]
+            padded = torch.zeros(mask.shape, dtype=torch.long)
+            padded[mask] = torch.tensor([token for row in rows for token in ids[row]])
+            with detached_base(self.model) as base:  # not around the yield, after which the caller may stop
+                inputs = {"input_ids": padded, "attention_mask": mask.long()}
+                out = base.base_model(  # without the output head
+                    **{name: value.to(base.device) for name, value in inputs.items()},
+                    output_hidden_states=True,
+                    use_cache=False,
+                )
+            states = {layer: out.hidden_states[layer].float() for layer in layers}
+            for layer, state in states.items():
+                if not state[mask.to(state.device)].isfinite().all():
+                    raise ValueError(f"hidden states of layer {layer} are not finite; the base has diverged.")
+            yield Batch(rows, states, mask)
+
+    def _grouped(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Indices in descending order of length, in groups of one batch each."""
+        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        while order:
+            num = max(1, min(self.batch_size, TOKENS_AT_ONCE // lengths[order[0]]))
+            yield order[:num]
+            order = order[num:]

@@ -1,0 +1,76 @@
+"""Windows of a text: a forget question inside a long conversation is scored by itself, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from ..records.fields import is_count
+
+# A window has at least so many characters: less is no text to judge by.
+SHORTEST = 32
+# The share of forget texts that fit into a window.
+COVERED = 0.95
+# A window begins and ends between words, unless a word is longer than this many characters.
+LONGEST_WORD = 32
+
+
+def window_size(forget_texts: Sequence[str]) -> int:
+    """The size of windows, in characters, into which nearly all forget texts fit."""
+    return max(SHORTEST, int(np.quantile([len(text) for text in forget_texts], COVERED, method="higher")))
+
+
+def is_window_size(value: object) -> bool:
+    """Whether a value is a size that `window_size` can return."""
+    return is_count(value, least=SHORTEST)
+
+
+def with_windows(text: str, size: int) -> list[str]:
+    """A text, and its windows if it is longer than one.
+
+    Windows begin every half size, so that any passage of half a size is whole in one of them, and are widened to whole
+    words.
+
+    Args:
+        text: the text.
+        size: characters of a window.
+    """
+    if len(text) <= size:
+        return [text]
+    last = len(text) - size
+    starts = [*range(0, last, max(1, size // 2)), last]
+    return [text, *(_whole_words(text, start, start + size) for start in starts)]
+
+
+def highest_scores(score: Callable[[list[str]], np.ndarray], texts: Sequence[str], size: int) -> np.ndarray:
+    """The highest score among a text and its windows, for each text: float64 (texts,).
+
+    Args:
+        score: from texts to their scores.
+        texts: one or more texts.
+        size: characters of a window.
+    """
+    pieces = [with_windows(text, size) for text in texts]
+    scores = score([piece for each in pieces for piece in each])
+    return highest_of(scores, pieces)
+
+
+def highest_of(scores: np.ndarray, pieces: Sequence[Sequence[str]]) -> np.ndarray:
+    """The highest score of each text, (texts,), from those of all texts' pieces, in their order; NaN where one is.
+
+    Args:
+        scores: (pieces of all texts,).
+        pieces: pieces of each text, at least one.
+    """
+    starts = np.cumsum([0, *map(len, pieces)])[:-1]
+    return np.maximum.reduceat(scores, starts) if len(starts) else np.zeros(0)
+
+
+def _whole_words(text: str, start: int, end: int) -> str:
+    for _ in range(LONGEST_WORD):
+        if start > 0 and not text[start - 1].isspace():
+            start -= 1
+        if end < len(text) and not text[end].isspace():
+            end += 1
+    return text[start:end]

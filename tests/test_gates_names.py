@@ -1,0 +1,109 @@
+"""The gate by names: at least what `split_by_entity` finds, in any spelling that Unicode calls compatible."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from spul.data.splits import split_by_entity
+from spul.gates import NameGate, load
+
+NAMES = ["Jane Doe", "chan", "O'Neill", "Zoë", "李小龍", "J. R. Ewing"]
+TEXTS = [
+    "JANE\n  DOE acts",
+    "janedoe",
+    "Jane Does",
+    "Jackie Chan",
+    "channel",
+    "O'Neill's play",
+    "ONeill",
+    "Zoe\u0308 sings",
+    "zoe sings",
+    "chan\u2122",
+    "chan\u00b2",
+    "film 李小龍 2",
+    "J. R. Ewing!",
+    "j.r.ewing",
+    "",
+    " ",
+]
+
+
+def test_all_that_split_by_entity_finds_is_flagged():
+    rows = Dataset.from_dict({"text": [*TEXTS, "nobody"]})
+    split = split_by_entity(rows, NAMES)
+    gate = NameGate(NAMES)
+    assert gate.flags(split.forget["text"][:]).all()
+    found = dict(zip(TEXTS, gate.flags(TEXTS).tolist(), strict=True))
+    assert found == {text: text in split.forget["text"][:] for text in TEXTS}
+    assert len(split.forget) == 7
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\uff4a\uff41\uff4e\uff45 \uff44\uff4f\uff45",  # full width
+        "ja\u200bne doe",  # a space of no width
+        "ja\u00adne\u00a0doe",  # a soft hyphen, a space that does not break
+        "\U0001d4d9\U0001d4ea\U0001d4f7\U0001d4ee \U0001d4d3\U0001d4f8\U0001d4ee",  # mathematical letters
+        "ask Ja\ufeffne\u2003\u2003DOE now",
+    ],
+)
+def test_compatible_and_invisible_characters_are_no_way_around(text):
+    assert not split_matches(text)
+    assert NameGate(["Jane Doe"]).names_in([text]) == [["Jane Doe"]]
+
+
+def split_matches(text):
+    rows = Dataset.from_dict({"text": [text, "jane doe", "other"]})
+    return text in split_by_entity(rows, ["Jane Doe"]).forget["text"][:]
+
+
+def test_a_name_given_in_compatible_characters_is_found_in_plain_ones():
+    assert NameGate(["\uff4a\uff41\uff4e\uff45"]).flags(["Jane", "\uff4a\uff41\uff4e\uff45", "June"]).tolist() == [
+        True,
+        True,
+        False,
+    ]
+
+
+def test_scores_count_people_not_spellings():
+    gate = NameGate(["Jane Doe", "Bob"], aliases={"Jane Doe": ["J. Doe", "Janie"]})
+    texts = ["Janie, that is J. Doe, Jane Doe", "bob and janie", "bobby", "j. doe"]
+    assert gate.names_in(texts) == [["Jane Doe"], ["Jane Doe", "Bob"], [], ["Jane Doe"]]
+    assert gate.scores(texts).tolist() == [1.0, 2.0, 0.0, 1.0]
+    assert gate.scores(texts).dtype == np.float64
+    assert gate.scores([]).shape == (0,)
+    assert NameGate(["jane", "Bob", "JANE", "ja\u00adne"]).names == ["jane", "Bob"]
+    assert gate.flags(["x " * 100_000 + "janie"]).tolist() == [True]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (([],), ValueError, "names is empty"),
+        (("jane",), TypeError, r"names is 'jane'; expected a list"),
+        ((["jane", " "],), ValueError, r"names holds ' '; expected names as text"),
+        ((["jane", 5],), ValueError, r"names holds 5"),
+        ((["\u200b"],), ValueError, "no visible character"),
+        ((["jane"], ["j"]), TypeError, "aliases is a list; expected a dict"),
+        ((["jane"], {"bob": ["b"]}), ValueError, "aliases are given for 'bob', which is not among the names jane"),
+        ((["jane"], {"jane": "j"}), TypeError, r"aliases\['jane'\] is 'j'; expected a list"),
+        ((["jane"], {"jane": []}), ValueError, r"aliases\['jane'\] is empty"),
+        ((["jane", "bob"], {"bob": ["JANE"]}), ValueError, "'JANE' is given for 'jane' and for 'bob'"),
+    ],
+)
+def test_names_that_no_gate_can_be_made_of_are_refused(arguments, error, message):
+    with pytest.raises(error, match=message):
+        NameGate(*arguments)
+
+
+def test_a_saved_gate_comes_back(tmp_path):
+    gate = NameGate(NAMES, {"chan": ["陳港生"]})
+    assert gate.report is None
+    gate.report = gate.measure(["jackie chan"], ["a film"])
+    gate.save(tmp_path)
+    again = load(tmp_path)
+    assert (again.names, again.aliases, again.report) == (gate.names, gate.aliases, gate.report)
+    assert again.flags([*TEXTS, "陳港生"]).tolist() == [*gate.flags(TEXTS), True]

@@ -1,0 +1,50 @@
+"""Windows of texts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from spul.gates.windows import SHORTEST, highest_of, highest_scores, window_size, with_windows
+
+LONG = " ".join(f"word{i}" for i in range(200))
+
+
+def test_the_size_is_that_of_nearly_all_forget_texts():
+    assert window_size(["x" * n for n in range(1, 101)]) == 96  # of the 99 steps between them, 95 % and up
+    assert window_size(["x" * 50] * 100 + ["x" * 9000]) == 50
+    assert window_size(["a", "b"]) == SHORTEST
+
+
+@pytest.mark.parametrize("text", ["", "short", "x" * 40])
+def test_a_text_of_one_window_is_itself(text):
+    assert with_windows(text, 40) == [text]
+
+
+@pytest.mark.parametrize("size", [32, 41, 100, len(LONG) - 1])
+def test_every_passage_of_half_a_window_is_whole_in_one(size):
+    whole, *windows = with_windows(LONG, size)
+    assert whole == LONG
+    for start in range(len(LONG) - size // 2 + 1):
+        assert any(LONG[start : start + size // 2] in window for window in windows)
+
+
+def test_windows_hold_whole_words_and_little_more_than_their_size():
+    windows = with_windows(LONG, 40)[1:]
+    words = set(LONG.split())
+    assert all(set(window.split()) <= words for window in windows)
+    assert all(40 <= len(window) <= 40 + 2 * len("word100") for window in windows)
+    without_spaces = with_windows("x" * 1000, 40)[1:]
+    assert all(40 <= len(window) <= 40 + 64 for window in without_spaces)
+
+
+def test_the_highest_score_of_a_text_and_its_windows_counts():
+    def score(texts):
+        return np.array([text.count("jane") / max(1, len(text)) for text in texts])
+
+    texts = ["jane", "", LONG, LONG + " jane " + LONG]
+    found = highest_scores(score, texts, 40)
+    assert found.tolist() == [max(score(with_windows(text, 40))) for text in texts]
+    assert found[3] > 5 * score(texts)[3]
+    assert np.isnan(highest_of(np.array([1.0, np.nan, 2.0]), [["a", "b"], ["c"]])).tolist() == [True, False]
+    assert highest_of(np.zeros(0), []).shape == (0,)
