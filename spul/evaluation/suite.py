@@ -19,6 +19,7 @@ from ..data.formats import PromptFormat
 from ..data.rows import ADAPTER_NAME, column_values, completion_text
 from ..models.causal_lm import bare_model, max_positions
 from ..models.unlearner import detached_base, unlearner_of
+from ..prompts.row_prompts import NO_PROMPT
 from ..records.digests import digest_of_rows
 from .aggregation import Key, Measurement
 from .attacks.usual import TURNS, InputAttacks, checked_attacks
@@ -203,6 +204,7 @@ class Suite:
         """
         found = collect_answers(model, rows, self.collator, self.batch_size, range(len(rows)))
         per_row: dict[str, Any] = answer_scores(found, self.collator.generic_completions)
+        per_row |= self._gate_scores(model, rows, per_row["accuracy"])
         if self.is_free_form:
             return per_row | self._free_form_scores(model, rows)
         indices = {text: float(i) for i, text in enumerate(self.classes)}
@@ -210,6 +212,14 @@ class Suite:
             per_row["true"] = [indices[text] for text in found.true]
             per_row["predicted"] = [indices.get(text, -1.0) for text in found.predicted]
         return per_row
+
+    def _gate_scores(self, model: Any, rows: Dataset, accuracy: np.ndarray) -> dict[str, Any]:
+        """Which rows a gate flags, and whether a right answer came past the gate or past the prompt behind it."""
+        names = unlearner_of(model).names_of([self.collator.encoder.encode(row).prompt_ids for row in rows])
+        if names is None:
+            return {}
+        flagged = np.array([float(name != NO_PROMPT) for name in names])
+        return {"flagged": flagged, "past_gate": accuracy * (1 - flagged), "past_prompt": accuracy * flagged}
 
     def _free_form_scores(self, model: Any, rows: Dataset) -> dict[str, Any]:
         encoder = self.collator.encoder

@@ -2,6 +2,7 @@
 
 from .any_gate import AnyGate, load
 from .gate import FunctionGate, Gate, as_gate, flags_of, hard_negatives
+from .gated import GatedUnlearner
 from .names import NameGate
 from .probes import Probe
 from .state import StateGate
@@ -14,6 +15,7 @@ __all__ = [
     "FunctionGate",
     "Gate",
     "GateReport",
+    "GatedUnlearner",
     "HiddenStates",
     "NameGate",
     "Probe",

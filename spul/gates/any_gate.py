@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..data.checks import checked_texts
+from ..records.digests import digest
 from ..records.files import find_file
 from ..records.weights import file_digest
 from .files import SETTINGS_NAME, SavedGate, read_gate
@@ -63,6 +64,15 @@ class AnyGate(Gate):
         texts = checked_texts(texts)
         return np.max([gate.scores(texts) - gate.threshold for gate in self.gates], axis=0)
 
+    def identity(self) -> str:
+        """Digest of what its gates decide by."""
+        return digest([self.kind, [gate.identity() for gate in self.gates]])
+
+    def check_savable(self) -> None:
+        """Raise if one of the gates is a plain function, which cannot be saved."""
+        for gate in self.gates:
+            gate.check_savable()
+
     def write(self, folder: str | os.PathLike) -> None:
         """Write each gate to a folder of its own, `0`, `1`, ..., within an existing folder, and `gate.json` beside."""
         for i, gate in enumerate(self.gates):
@@ -90,10 +100,10 @@ class AnyGate(Gate):
         if depth == DEEPEST:
             raise ValueError(f"{saved.path} holds gates within gates within gates, {DEEPEST} deep; expected fewer.")
         gates = []
-        for i, digest in enumerate(saved.fields["gates_sha256"]):
+        for i, saved_digest in enumerate(saved.fields["gates_sha256"]):
             hub = {**saved.hub, "subfolder": str(PurePosixPath(saved.hub.get("subfolder") or "", str(i)))}
             path = find_file(saved.folder, SETTINGS_NAME, **hub)
-            if path is not None and file_digest(path) != digest:
+            if path is not None and file_digest(path) != saved_digest:
                 raise ValueError(
                     f"{path} is not the file that was saved with {saved.path} (gates_sha256); copy or download the "
                     "whole folder again, or save the gate anew."

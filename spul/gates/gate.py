@@ -13,6 +13,7 @@ import numpy as np
 from datasets import Dataset
 
 from ..data.checks import checked_column, checked_texts
+from ..records.digests import digest
 from ..records.files import atomic_folder
 from .files import write_gate
 from .thresholds import GateReport, report_of
@@ -121,6 +122,19 @@ class Gate:
         """What `gate.safetensors` holds; without any there is no such file."""
         return {}
 
+    def identity(self) -> str:
+        """Digest of all that the gate decides by; of a plain function its name."""
+        return digest(
+            [self.kind, float(self.threshold), self.settings(), {k: v.tolist() for k, v in self.arrays().items()}]
+        )
+
+    def check_savable(self) -> None:
+        """Raise if the gate cannot be saved.
+
+        Raises:
+            ValueError: if it is a plain function.
+        """
+
     def save(self, folder: str | os.PathLike) -> None:
         """Write the gate to a folder, for `spul.gates.load`. The folder tells what the gate is for.
 
@@ -195,12 +209,25 @@ class FunctionGate(Gate):
         return self._decided(checked_texts(texts)).astype(np.float64)
 
     def settings(self) -> dict[str, Any]:
+        """Refused; see `check_savable`.
+
+        Raises:
+            ValueError: always.
+        """
+        self.check_savable()
+        return {}
+
+    def check_savable(self) -> None:
         """Refused: a function is code, which a folder cannot hold.
 
         Raises:
             ValueError: always.
         """
         raise ValueError(f"{self!r} is a function, which cannot be saved; save the other gates, and pass it again.")
+
+    def identity(self) -> str:
+        """The function's name: its code has no digest."""
+        return repr(self)
 
     def __repr__(self) -> str:
         return f"FunctionGate({getattr(self.function, '__qualname__', self.function)})"

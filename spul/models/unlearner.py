@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -164,6 +164,10 @@ class Unlearner:
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """`response_logits` from input embeddings (B, n, d)."""
         raise NotImplementedError
+
+    def names_of(self, prompts: Sequence[Sequence[int]]) -> list[str] | None:
+        """Names of the prompts that requests get, as token ids, `"__base__"` for none; None where no gate chooses."""
+        return None
 
     # ---- training ----
 

@@ -186,13 +186,18 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         """The config of the active prompt, by its name; empty where it is disabled."""
         return {self.active_adapter: self.active_peft_config.to_dict()} if self.enabled else {}
 
-    def on_base(self, base: PreTrainedModel, folder: Path) -> SoftPromptUnlearner:
-        """The active prompt on another base, for inference, by way of a folder."""
-        name = self.active_adapter
-        record = dataclasses.replace(self.spul_config)
-        self.save_pretrained(str(folder), selected_adapters=[name])
-        self.spul_configs[name] = record  # it was not saved where it is kept
-        return type(self).from_pretrained(base, folder if name == "default" else folder / name).eval()
+    def on_base(self, base: PreTrainedModel, folder: Path, all_prompts: bool = False) -> SoftPromptUnlearner:
+        """The active prompt on another base, or all of them, for inference, by way of a folder."""
+        names = list(self.peft_config) if all_prompts else [self.active_adapter]
+        records = {name: dataclasses.replace(self.spul_configs[name]) for name in names}
+        self.save_pretrained(str(folder), selected_adapters=names)
+        self.spul_configs |= records  # they were not saved where they are kept
+        first, *others = sorted(names, key=lambda name: name != self.active_adapter)
+        own = {name: folder if name == "default" else folder / name for name in names}
+        moved = type(self).from_pretrained(base, own[first], adapter_name=first)
+        for name in others:
+            moved.load_adapter(own[name], name)
+        return moved.eval()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

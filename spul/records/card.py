@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from .templates import render
 CARD_NAME = "README.md"
 TEMPLATE = "records/card.md.jinja"
 METRICS_SECTION = re.compile(r"^## Metrics *\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
+GATE_SECTION = re.compile(r"^## Gate *\n.*?(?=^## |\Z)", re.MULTILINE | re.DOTALL)
 
 THREAT_MODEL = """\
 The prompt does not delete anything from the weights. Whoever runs the base model without it has the model as it was, \
@@ -104,6 +105,21 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Mapping[str, 
     write_text(folder / CARD_NAME, card.rstrip("\n") + "\n")
 
 
+def write_gate_section(folder: str | os.PathLike, kind: str, report: Sequence[str] | None) -> None:
+    """Write the section "Gate" of a saved prompt's card, in place of an earlier one.
+
+    Args:
+        folder: a folder that `save_pretrained` of a prompt wrote.
+        kind: kind of the gate.
+        report: lines of its report; None where nothing was measured.
+    """
+    path = Path(folder, CARD_NAME)
+    section = render(TEMPLATE, block="gate", gate=kind, report=report)
+    card = GATE_SECTION.sub("", path.read_text(encoding="utf-8"))
+    before, heading, after = card.partition("## How to load it")
+    write_text(path, (before + section + heading + after).rstrip("\n") + "\n")
+
+
 def _card(config: SpulConfig, library: str, tag: str, **values: Any) -> ModelCard:
     base = config.base_model_name_or_path
     load_from = base or "BASE"
@@ -118,6 +134,7 @@ def _card(config: SpulConfig, library: str, tag: str, **values: Any) -> ModelCar
         TEMPLATE,
         config=config,
         base=base,
+        gate=None,
         load_from=load_from,
         terms={name: _term(loss[name]) for name in names},
         **_metrics_table(config.metrics),

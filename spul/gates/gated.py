@@ -1,0 +1,309 @@
+"""GatedUnlearner: prompts that are on for the requests that their gates flag, and for no others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..losses.terms import IGNORE_INDEX
+from ..models.unlearner import Unlearner
+from ..prompts import SoftPromptUnlearner
+from ..prompts.row_prompts import NO_PROMPT
+from .gate import Gate, as_gate
+from .gated_files import read_gated, write_gated
+
+AnyKindOfGate = Gate | Callable[[list[str]], Any]
+
+
+class GatedUnlearner(nn.Module, Unlearner):
+    """Prompts on one frozen base, each on only for the requests that its gate flags.
+
+    `forward`, `generate`, scoring and `evaluate` read each request's text from its token ids, ask the gates, and run
+    the row under the prompt of the gate that flags it, or under none. A gate that fails attaches its prompt.
+
+    Args:
+        unlearner: the prompts.
+        tokenizer: its tokenizer, by which requests are read.
+        gates: for each prompt its gate, or a function from a list of texts to a bool for each.
+        precedence: names of the prompts, the first first: a row that several gates flag gets the first. The order of
+            `gates` unless given.
+        combined: for sets of names the one prompt for all of them, such as a distilled one (`combine`): a row that
+            just these gates flag gets it.
+
+    Raises:
+        TypeError: if `unlearner` is no `SoftPromptUnlearner`, or a gate is neither a gate nor a function.
+        ValueError: if a gate is for a prompt that there is not, a prompt has no gate and would never be on, or
+            `precedence` or `combined` name others.
+
+    Example:
+        ```python
+        gated = GatedUnlearner(unlearner, tokenizer, {"default": TextGate.fit(forget_texts, retain_texts)})
+        out = gated.generate(**tokenizer(requests, return_tensors="pt", padding=True))
+        ```
+    """
+
+    follows_embeddings = False
+
+    def __init__(
+        self,
+        unlearner: SoftPromptUnlearner,
+        tokenizer: PreTrainedTokenizerBase,
+        gates: Mapping[str, AnyKindOfGate],
+        precedence: Sequence[str] | None = None,
+        combined: Mapping[tuple[str, ...], str] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(unlearner, SoftPromptUnlearner):
+            raise TypeError(f"unlearner is a {type(unlearner).__name__}; expected a SoftPromptUnlearner.")
+        if not isinstance(gates, Mapping):
+            raise TypeError(f"gates is a {type(gates).__name__}; expected a dict from prompts' names to gates.")
+        self.unlearner, self.tokenizer = unlearner, tokenizer
+        self.gates = {name: as_gate(gate) for name, gate in gates.items()}
+        self.precedence = list(self.gates if precedence is None else precedence)
+        self.combined = {frozenset(names): name for names, name in (combined or {}).items()}
+        self._check_names()
+
+    def _check_names(self) -> None:
+        known, gated = list(self.unlearner.peft_config), list(self.gates)
+        if unknown := sorted(({*gated, *self.combined.values()}) - set(known)):
+            raise ValueError(f"gates and combined name {unknown}, which the model does not have; it has {known}.")
+        if sorted(self.precedence) != sorted(gated):
+            raise ValueError(f"precedence is {self.precedence}; expected the names of the gates, {gated}, each once.")
+        if bad := [sorted(names) for names in self.combined if len(names) < 2 or not names <= set(gated)]:
+            raise ValueError(f"combined has the set {bad[0]}; expected two or more of the gates, {gated}.")
+        if off := sorted(set(known) - set(gated) - set(self.combined.values())):
+            raise ValueError(
+                f"{off} have no gate, so nothing would turn them on; give each a gate, or delete it "
+                "(delete_adapter). A function that returns True for every text keeps a prompt on."
+            )
+
+    # ---- routing ----
+
+    def route(self, texts: Sequence[str]) -> list[str]:
+        """The name of the prompt that each text gets, `"__base__"` for none.
+
+        Args:
+            texts: requests, whole.
+
+        Raises:
+            TypeError: if they are not strings.
+            ValueError: if prompts were added or deleted since, and gates are not the prompts' any more.
+        """
+        self._check_names()
+        texts = list(texts)
+        flags = {name: gate.flags(texts) for name, gate in self.gates.items()}
+        return [self._chosen([name for name in self.precedence if flags[name][i]]) for i in range(len(texts))]
+
+    def _chosen(self, flagged: list[str]) -> str:
+        if not flagged:
+            return NO_PROMPT
+        return self.combined.get(frozenset(flagged), flagged[0])
+
+    def names_of(self, prompts: Sequence[Sequence[int]]) -> list[str]:
+        """`route` of requests as token ids."""
+        return self.route([str(self.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in prompts])
+
+    def _names_of_rows(self, input_ids: Tensor, attention_mask: Tensor | None, ends: Sequence[int]) -> list[str]:
+        """Names for the rows of a batch; a row's request is its first `end` tokens, all of them for an end of 0."""
+        mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
+        rows = [ids[own.bool()].tolist() for ids, own in zip(input_ids, mask, strict=True)]
+        return self.names_of([row[:end] if end else row for row, end in zip(rows, ends, strict=True)])
+
+    # ---- forward ----
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A forward of the base in which each row has the prompt that its gate turns on, or none.
+
+        Args:
+            input_ids: (B, n), padded on either side.
+            attention_mask: (B, n); all ones unless given.
+            labels: (B, n), the response's token ids, -100 elsewhere. A row's request is then what stands before its
+                first label.
+            kwargs: as in `SoftPromptUnlearner.forward`; `adapter_names` overrides the gates.
+
+        Returns:
+            The base's output; logits (B, n, V) at the rows' own tokens.
+
+        Raises:
+            ValueError: for arguments that do not go with a prompt.
+            TypeError: for `is_forget`: prompts are trained without gates.
+        """
+        if kwargs.get("is_forget") is not None:
+            raise TypeError("forward through gates takes no is_forget; train the prompts first: gated.unlearner.")
+        if kwargs.get("adapter_names") is None:
+            if input_ids is None:
+                raise ValueError("forward through gates needs input_ids, which the gates read.")
+            kwargs["adapter_names"] = self._names_of_rows(
+                input_ids, attention_mask, _starts(input_ids, attention_mask, labels)
+            )
+        return self.unlearner(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Generate, each row under the prompt that its gate turns on, or under none.
+
+        Args:
+            inputs: (B, n) token ids, also as `input_ids`; each row is one request.
+            args: as in `generate` of transformers.
+            kwargs: the same; `adapter_names` overrides the gates.
+
+        Raises:
+            ValueError: for arguments that do not go with a prompt, also where no gate flags a row.
+        """
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None:
+            raise ValueError("generate through gates needs input_ids, which the gates read.")
+        if kwargs.get("adapter_names") is None:
+            kwargs["adapter_names"] = self._names_of_rows(
+                input_ids, kwargs.get("attention_mask"), [0] * len(input_ids)
+            )
+        return self.unlearner.generate(input_ids, *args, **kwargs)
+
+    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, K, V) at `positions` (B, K) of a right-padded batch, each row under the prompt of its request.
+
+        A row's request ends at the first of its positions; a row of text without a request is one as a whole.
+        """
+        ends = [first + 1 if first else 0 for first in positions[:, 0].tolist()]
+        names = self._names_of_rows(input_ids, attention_mask, ends)
+        return self.unlearner.response_logits(input_ids, attention_mask, positions, adapter_names=names)
+
+    def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, K, V) of the base, without a prompt."""
+        return self.unlearner.base_logits(input_ids, attention_mask, positions)
+
+    def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Refused: a gate reads text, which embeddings are not.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("gates read text, and input embeddings are none; pass input_ids, or use gated.unlearner.")
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the unlearner, such as `config` and `device`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "unlearner":
+                raise
+            return getattr(self.unlearner, name)
+
+    # ---- the protocol of an unlearner ----
+
+    def get_base_model(self) -> Any:
+        """The causal LM under the prompts."""
+        return self.unlearner.get_base_model()
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Context manager: the model is the base, whatever the gates flag; for the calling thread or task alone."""
+        with self.unlearner.disable_adapter():
+            yield
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the prompts are on for what the gates flag, in this thread."""
+        return self.unlearner.enabled
+
+    @property
+    def virtual_tokens_in_use(self) -> int:
+        """Virtual tokens of the longest prompt, which any row may get."""
+        return self.unlearner.longest_prompt
+
+    @property
+    def spul_config(self) -> Any:
+        """The record of the active prompt."""
+        return self.unlearner.spul_config
+
+    def check_trainable(self) -> None:
+        """Refused: prompts are trained without gates.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(
+            "model is a GatedUnlearner; train its prompts first, by UnlearningTrainer(model=gated.unlearner)."
+        )
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the prompts."""
+        return self.unlearner.adapter_parameters()
+
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        """The configs of the prompts, and what each gate is, by name; empty where they are disabled."""
+        if not self.enabled:
+            return {}
+        found = {name: config.to_dict() for name, config in self.unlearner.peft_config.items()}
+        routing = {"precedence": self.precedence, "combined": sorted((sorted(s), n) for s, n in self.combined.items())}
+        gates = {
+            f"gate of {name}": {"peft_type": f"{gate.kind} gate", "gate": gate.identity(), **routing}
+            for name, gate in self.gates.items()
+        }
+        return found | gates
+
+    def on_base(self, base: PreTrainedModel, folder: Path) -> GatedUnlearner:
+        """All prompts on another base, for inference, behind the same gates."""
+        moved = self.unlearner.on_base(base, folder, all_prompts=True)
+        combined = {tuple(names): name for names, name in self.combined.items()}
+        return GatedUnlearner(moved, self.tokenizer, self.gates, self.precedence, combined).eval()
+
+    # ---- saving and loading ----
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Write the prompts as `SoftPromptUnlearner.save_pretrained` does, and each gate to `gate/` in its folder.
+
+        The prompts alone load with PEFT and with spul, and are then always on. A gate tells what it is for: a name
+        gate its names, a text gate n-grams of the forget texts. Each prompt's card says how often its gate flags.
+
+        Args:
+            save_directory: the folder.
+            kwargs: as in `SoftPromptUnlearner.save_pretrained`.
+
+        Raises:
+            ValueError: if a gate is a plain function, which cannot be saved, before anything is written.
+        """
+        write_gated(self, save_directory, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module | str | os.PathLike,
+        folder: str | os.PathLike,
+        tokenizer: PreTrainedTokenizerBase,
+        **hub: Any,
+    ) -> GatedUnlearner:
+        """Load prompts and their gates onto the base.
+
+        Args:
+            model: the base, or its name or folder.
+            folder: folder or Hub name, which `save_pretrained` wrote.
+            tokenizer: the base's tokenizer.
+            hub: Hub arguments, such as `revision`, `token`, `cache_dir`.
+
+        Raises:
+            FileNotFoundError: if the folder has no gates, or one of them lacks a file.
+            ValueError: if a file is damaged, or prompt or gate does not fit the base or the tokenizer.
+        """
+        unlearner, gates, precedence, combined = read_gated(model, folder, tokenizer, **hub)
+        return cls(unlearner, tokenizer, gates, precedence, combined).eval()
+
+
+def _starts(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> list[int]:
+    """For each row the number of its own tokens before its first label; 0 without labels."""
+    if labels is None:
+        return [0] * len(input_ids)
+    mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
+    own = [row[is_own.bool()] != IGNORE_INDEX for row, is_own in zip(labels, mask, strict=True)]
+    return [int(row.long().argmax()) if bool(row.any()) else 0 for row in own]

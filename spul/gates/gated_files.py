@@ -1,0 +1,110 @@
+"""The folder of prompts behind gates: adapters, `gate/` in the folder of each, and `spul_gates.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..prompts import SoftPromptUnlearner
+from ..records.card import write_gate_section
+from ..records.fields import read_object
+from ..records.files import find_file, write_text
+from .any_gate import load
+from .files import is_texts
+from .gate import Gate
+
+if TYPE_CHECKING:
+    from .gated import GatedUnlearner
+
+ROUTING_NAME, GATE_FOLDER, FORMAT_VERSION = "spul_gates.json", "gate", 1
+
+
+def folder_of(name: str) -> str:
+    """PEFT's folder of an adapter, within the one that is saved to."""
+    return "" if name == "default" else name
+
+
+def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+    """Write prompts, gates and routing; see `GatedUnlearner.save_pretrained`."""
+    for gate in gated.gates.values():
+        gate.check_savable()  # before anything is written
+    if "selected_adapters" in kwargs:
+        raise TypeError("prompts behind gates are saved together; leave out selected_adapters.")
+    gated.unlearner.save_pretrained(str(save_directory), **kwargs)
+    if not kwargs.get("is_main_process", True):
+        return
+    for name, gate in gated.gates.items():
+        folder = Path(save_directory, folder_of(name))
+        gate.save(folder / GATE_FOLDER)
+        write_gate_section(folder, gate.kind, None if gate.report is None else str(gate.report).split("\n"))
+    routing = {
+        "format_version": FORMAT_VERSION,
+        "prompts": list(gated.unlearner.peft_config),
+        "gates": list(gated.gates),
+        "precedence": gated.precedence,
+        "combined": [{"flagged": sorted(names), "prompt": name} for names, name in gated.combined.items()],
+    }
+    write_text(Path(save_directory, ROUTING_NAME), json.dumps(routing, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_gated(
+    model: Any, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, **hub: Any
+) -> tuple[SoftPromptUnlearner, dict[str, Gate], list[str], dict[tuple[str, ...], str]]:
+    """Prompts, gates, precedence and combined prompts of a saved folder; see `GatedUnlearner.from_pretrained`."""
+    path = find_file(folder, ROUTING_NAME, **hub)
+    if path is None:
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {ROUTING_NAME}; expected a folder that GatedUnlearner.save_pretrained wrote. A "
+            "prompt without a gate is loaded by SoftPromptUnlearner.from_pretrained."
+        )
+    routing = _checked(read_object(path), path)
+    prompts: list[str] = routing["prompts"]
+    unlearner: Any = None
+    for name in prompts:
+        where = {**hub, "subfolder": _joined(hub, folder_of(name))}
+        if unlearner is None:
+            unlearner = SoftPromptUnlearner.from_pretrained(model, folder, adapter_name=name, **where)
+        else:
+            unlearner.load_adapter(folder, name, **where)
+    gates = {
+        name: load(folder, unlearner, tokenizer, **{**hub, "subfolder": _joined(hub, folder_of(name), GATE_FOLDER)})
+        for name in routing["gates"]
+    }
+    combined = {tuple(one["flagged"]): one["prompt"] for one in routing["combined"]}
+    return unlearner, gates, routing["precedence"], combined
+
+
+def _joined(hub: dict[str, Any], *parts: str) -> str:
+    return "/".join(part for part in (hub.get("subfolder") or "", *parts) if part)
+
+
+def _checked(routing: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of `spul_gates.json`.
+
+    Raises:
+        ValueError: if it is of a later format, or a field is missing or of another type.
+    """
+    version = routing.get("format_version")
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+        raise ValueError(f"{path}: format_version is {version!r}; expected 1 to {FORMAT_VERSION}; update spul.")
+    for name in ("prompts", "gates", "precedence"):
+        if not is_texts(routing.get(name)) or any(_is_path(each) for each in routing[name]):
+            raise ValueError(
+                f"{path}: {name} is {routing.get(name)!r:.80}; expected a list of the prompts' names. Save again."
+            )
+    combined = routing.get("combined")
+    if not isinstance(combined, list) or not all(
+        isinstance(one, dict) and is_texts(one.get("flagged")) and isinstance(one.get("prompt"), str)
+        for one in combined
+    ):
+        raise ValueError(f"{path}: combined is {combined!r:.80}; expected sets of names with a prompt. Save again.")
+    return routing
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name would lead out of the folder."""
+    return name in ("", ".", "..") or "/" in name or "\\" in name

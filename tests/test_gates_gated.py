@@ -1,0 +1,305 @@
+"""Prompts behind gates: each row of every public path runs under the prompt that its own text turns on."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from helpers import CONFIGS, make_batch, make_collator, make_tokenizer, trainable_model
+from small_evaluations import learned, make_model, make_splits, measured, per_row
+
+from spul import SoftPromptUnlearner, UnlearningTrainer
+from spul.evaluation.metrics import generate_answers
+from spul.evaluation.metrics.scoring import score_completions
+from spul.evaluation.report.report import write_report
+from spul.gates import AnyGate, GatedUnlearner, NameGate, StateGate, TextGate
+
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
+GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
+
+
+def prompts(*names):
+    """The small evaluations' prompt, and further ones of other lengths."""
+    model = make_model("prompt_tuning")
+    for i, name in enumerate(names):
+        torch.manual_seed(i)
+        model.add_adapter(name, CONFIGS["prompt_tuning"](6 + i))
+        with torch.no_grad():
+            model.prompt_encoder[name].embedding.weight.normal_(0, 0.5)
+    return model.eval()
+
+
+def gated(*names, **options):
+    words = {"default": "jane", "other": "doe", "both": "jane doe"}
+    gates = {name: NameGate([words[name]]) for name in ("default", *names)}
+    return GatedUnlearner(prompts(*names, *options.pop("more", ())), make_tokenizer(), gates, **options).eval()
+
+
+def tokens(tokenizer, texts, side="left"):
+    tokenizer.padding_side = side
+    return tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
+
+
+TEXTS = ["about jane is the film good", "the film is good", "text about doe", "jane is neutral"]
+NAMES = ["default", "__base__", "other", "default"]
+
+
+def test_texts_are_routed_to_the_prompt_whose_gate_flags_them():
+    assert gated("other").route(TEXTS) == NAMES
+    assert gated("other").route([]) == []
+
+
+def test_what_several_gates_flag_goes_by_precedence_or_to_the_prompt_for_the_set():
+    both = ["jane and doe", "doe"]
+    assert gated("other").route(both) == ["default", "other"]
+    assert gated("other", precedence=["other", "default"]).route(both) == ["other", "other"]
+    combined = {("other", "default"): "joint"}
+    assert gated("other", more=["joint"], combined=combined).route(both) == ["joint", "other"]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generate_and_forward_give_each_row_what_its_prompt_gives(side):
+    model = gated("other")
+    batch = tokens(model.tokenizer, TEXTS, side)
+    found = model.generate(**batch, **GREEDY)
+    assert torch.equal(found, model.unlearner.generate(**batch, adapter_names=NAMES, **GREEDY))
+    assert not torch.equal(found, model.get_base_model().generate(**batch, **GREEDY))
+    with torch.no_grad():
+        expected = model.unlearner(**batch, adapter_names=NAMES).logits
+        torch.testing.assert_close(model(**batch).logits, expected)
+        forced = model(**batch, adapter_names=["__base__"] * 4).logits
+        torch.testing.assert_close(forced, model.unlearner(**batch, adapter_names=["__base__"] * 4).logits)
+        with model.disable_adapter():
+            assert not model.enabled
+            base = model.get_base_model()
+            assert torch.equal(model.generate(**batch, **GREEDY), base.generate(**batch, **GREEDY))
+
+
+def test_a_response_is_no_part_of_the_request():
+    model, collator = gated("other"), make_collator()
+    batch = collator.encoder.batch(
+        [{"prompt": "the film is", "completion": " jane"}, {"prompt": "jane is", "completion": " doe"}]
+    )
+    with torch.no_grad():
+        out = model(batch["input_ids"], batch["attention_mask"], labels=batch["labels"])
+        named = model.unlearner(
+            batch["input_ids"], batch["attention_mask"], labels=batch["labels"], adapter_names=["__base__", "default"]
+        )
+    torch.testing.assert_close(out.loss, named.loss)
+
+
+def test_a_text_without_a_request_is_seen_whole():
+    model = gated()
+    batch = tokens(model.tokenizer, ["the film about jane"])
+    positions = torch.arange(batch["input_ids"].shape[1] - 1)[None]
+    with torch.no_grad():
+        found = model.response_logits(**batch, positions=positions)
+        expected = model.unlearner.response_logits(**batch, positions=positions, adapter_names=["default"])
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_gate_that_fails_attaches_its_prompt(caplog):
+    def broken(texts):
+        raise RuntimeError("no light")
+
+    model = GatedUnlearner(prompts(), make_tokenizer(), {"default": broken})
+    assert model.route(TEXTS) == ["default"] * 4
+    assert "no light" in caplog.text
+
+
+def test_metrics_go_through_the_gate():
+    model, collator = gated(), make_collator()
+    splits = make_splits()
+    for split, name in (("train_forget", "default"), ("train_retain", "__base__")):
+        rows = splits[split]
+        names = model.names_of([collator.encoder.encode(row).prompt_ids for row in rows])
+        found = score_completions(model, rows, collator)
+        assert found == score_completions(model.unlearner, rows, collator, adapter_names=names)
+        answers = generate_answers(model, rows, collator.encoder, max_new_tokens=4)
+        assert len(answers) == len(rows)
+        assert name in names
+
+
+def test_an_evaluation_goes_through_the_gate_and_says_past_what_an_answer_came(tmp_path):
+    model, splits = gated(), make_splits()
+    found = measured(model, "utility", "kl", "input attack", "relearning", "quantized", "sampling", "soft suffix",
+                     output_dir=tmp_path)  # fmt: skip
+    assert "gates read text" in found.skipped["soft suffix"]
+    for split in splits:
+        scores = per_row(found, "utility", split, "unlearned")
+        flagged, right = np.array(scores["flagged"]), np.array(scores["accuracy"])
+        names = model.names_of([make_collator().encoder.encode(row).prompt_ids for row in splits[split]])
+        assert flagged.tolist() == [float(name != "__base__") for name in names]
+        assert scores["past_gate"] == (right * (1 - flagged)).tolist()
+        assert scores["past_prompt"] == (right * flagged).tolist()
+        assert "flagged" not in per_row(found, "utility", split, "detached")
+    assert any(one.measure == "input attack" and one.name == "flagged" for one in found.metrics)
+    assert {one.measure for one in found.measurements} >= {"relearning", "quantized", "sampling"}
+    write_report(found, tmp_path)
+    report = (tmp_path / "report.md").read_text()
+    assert "flagged by the gate" in report
+    assert "right, past the gate" in report
+
+
+def test_another_gate_is_another_evaluation(tmp_path):
+    model = gated()
+    measured(model, "utility", output_dir=tmp_path)
+    measured(model, "utility", output_dir=tmp_path)
+    model.gates["default"] = NameGate(["film"])
+    with pytest.raises(ValueError, match="differs in models"):
+        measured(model, "utility", output_dir=tmp_path)
+
+
+def text_gate():
+    forget = [f"text about jane {word}" for word in ("film", "plot", "good", "bad", "doe", "is", "of", "the")]
+    retain = [f"review of the {word}" for word in ("film", "plot", "good", "bad", "text", "is", "of", "negative")]
+    return TextGate.fit(forget, retain, recall=0.75)
+
+
+def saved(tmp_path):
+    model = gated("other", more=["joint"], combined={("default", "other"): "joint"}, precedence=["other", "default"])
+    model.gates["other"] = AnyGate([NameGate(["doe"]), text_gate()])
+    model.save_pretrained(tmp_path)
+    return model
+
+
+def test_prompts_and_gates_are_saved_and_loaded_together(tmp_path):
+    model = saved(tmp_path)
+    loaded = GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
+    texts = [*TEXTS, "jane and doe", "the plot"]
+    assert loaded.route(texts) == model.route(texts)
+    assert loaded.route(["jane and doe"]) == ["joint"]
+    batch = tokens(model.tokenizer, texts)
+    assert torch.equal(loaded.generate(**batch, **GREEDY), model.generate(**batch, **GREEDY))
+    assert (tmp_path / "gate" / "gate.json").is_file()
+    assert (tmp_path / "other" / "gate" / "gate.json").is_file()
+    alone = SoftPromptUnlearner.from_pretrained(learned(), tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(alone(**batch).logits, model.unlearner(**batch).logits)
+    model.save_pretrained(tmp_path)  # once more, over itself
+    assert (tmp_path / "README.md").read_text().count("## Gate\n") == 1
+
+
+def test_the_card_says_what_the_gate_flags(tmp_path):
+    model = gated()
+    model.gates["default"] = text_gate()
+    model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.index("## Gate") < card.index("## How to load it")
+    assert "recall" in card
+    assert "false alarms" in card
+    assert "GatedUnlearner.from_pretrained" in card
+    model.gates["default"] = NameGate(["jane"])
+    model.save_pretrained(tmp_path)
+    assert "Not measured." in (tmp_path / "README.md").read_text()
+
+
+def test_a_state_gate_is_loaded_with_its_base_and_refused_on_another(tmp_path):
+    model, tokenizer = prompts(), make_tokenizer()
+    forget = [f"jane {a} {b}" for a in ("is", "of", "the") for b in ("film", "plot", "good", "bad")]
+    retain = [f"the {a} {b}" for a in ("review", "text", "plot") for b in ("film", "plot", "good", "bad")]
+    gate = StateGate.fit(model, tokenizer, forget, retain, recall=0.75)
+    GatedUnlearner(model, tokenizer, {"default": gate}).save_pretrained(tmp_path)
+    loaded = GatedUnlearner.from_pretrained(learned(), tmp_path, tokenizer)
+    assert loaded.route([*forget, *retain]) == GatedUnlearner(model, tokenizer, {"default": gate}).route(
+        [*forget, *retain]
+    )
+    with pytest.warns(UserWarning, match="other weights"), pytest.raises(ValueError, match="fingerprint|another base"):
+        GatedUnlearner.from_pretrained(learned(0.05), tmp_path, tokenizer)
+
+
+def test_a_plain_function_is_not_saved_and_nothing_is_written(tmp_path):
+    model = GatedUnlearner(
+        prompts(), make_tokenizer(), {"default": AnyGate([NameGate(["jane"]), lambda texts: [True]])}
+    )
+    with pytest.raises(ValueError, match="is a function, which cannot be saved"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": 2}, "format_version is 2"),
+        ({"format_version": True}, "format_version is True"),
+        ({"gates": []}, "gates is"),
+        ({"gates": ["../default"]}, "gates is"),
+        ({"prompts": ["default", "default"]}, "prompts is"),
+        ({"prompts": ["default"]}, "which the model does not have"),
+        ({"precedence": ["default"]}, "precedence is"),
+        ({"combined": [{"flagged": ["default"], "prompt": "joint"}]}, "combined has the set"),
+        ({"combined": "joint"}, "combined is"),
+        ({"combined": [{"flagged": ["default", "other"], "prompt": "film"}]}, "which the model does not have"),
+    ],
+)
+def test_routing_that_was_changed_is_refused(tmp_path, change, message):
+    saved(tmp_path)
+    path = tmp_path / "spul_gates.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    base = learned()
+    with pytest.raises(ValueError, match=message):
+        GatedUnlearner.from_pretrained(base, tmp_path, make_tokenizer())
+
+
+@pytest.mark.parametrize("missing", ["spul_gates.json", "gate/gate.json", "other/gate/1/gate.safetensors"])
+def test_a_folder_that_lacks_a_file_is_refused(tmp_path, missing):
+    saved(tmp_path)
+    os.remove(tmp_path / missing)
+    with pytest.raises(FileNotFoundError, match="has no"):
+        GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
+
+
+def test_a_prompt_without_its_folder_is_refused(tmp_path):
+    saved(tmp_path)
+    shutil.rmtree(tmp_path / "joint")
+    with pytest.raises((ValueError, FileNotFoundError), match="joint"):
+        GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
+
+
+def test_gates_and_prompts_that_do_not_match_are_refused():
+    model, tokenizer, gate = prompts("other"), make_tokenizer(), NameGate(["jane"])
+    with pytest.raises(ValueError, match=r"\['other'\] have no gate, so nothing would turn them on"):
+        GatedUnlearner(model, tokenizer, {"default": gate})
+    with pytest.raises(ValueError, match=r"\['joan'\], which the model does not have"):
+        GatedUnlearner(model, tokenizer, {"default": gate, "other": gate, "joan": gate})
+    with pytest.raises(ValueError, match="precedence is"):
+        GatedUnlearner(model, tokenizer, {"default": gate, "other": gate}, precedence=["default"])
+    with pytest.raises(TypeError, match="expected a SoftPromptUnlearner"):
+        GatedUnlearner(trainable_model("lora"), tokenizer, {"default": gate})
+    with pytest.raises(TypeError, match="expected a dict"):
+        GatedUnlearner(model, tokenizer, [gate])
+    with pytest.raises(TypeError, match="expected a gate"):
+        GatedUnlearner(model, tokenizer, {"default": 5, "other": gate})
+
+
+def test_a_prompt_that_is_deleted_or_added_later_is_noticed_before_the_first_token():
+    model = gated("other")
+    model.unlearner.delete_adapter("other")
+    with pytest.raises(ValueError, match="which the model does not have"):
+        model.generate(**tokens(model.tokenizer, ["the film"]), **GREEDY)
+    del model.gates["other"]
+    model.precedence.remove("other")
+    assert model.route(TEXTS) == ["default", "__base__", "__base__", "default"]
+    model.unlearner.add_adapter("more", CONFIGS["prompt_tuning"](3))
+    with pytest.raises(ValueError, match="have no gate"):
+        model.route(TEXTS)
+
+
+def test_training_and_embeddings_are_refused(tmp_path):
+    model = gated()
+    with pytest.raises(TypeError, match="takes no is_forget"):
+        model(**make_batch())
+    with pytest.raises(TypeError, match="train its prompts first"):
+        UnlearningTrainer(model=model, train_dataset=None, data_collator=make_collator())
+    with pytest.raises(ValueError, match="needs input_ids"):
+        model(inputs_embeds=torch.zeros(1, 3, 32))
+    with pytest.raises(ValueError, match="needs input_ids"):
+        model.generate(inputs_embeds=torch.zeros(1, 3, 32))
+    for name in ("inputs_embeds", "past_key_values"):  # also where no gate flags the row
+        with pytest.raises(ValueError, match=f"takes no {name}|{name}"):
+            model.generate(**tokens(model.tokenizer, ["the film"]), **{name: torch.zeros(1, 3, 32)}, **GREEDY)
