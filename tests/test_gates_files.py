@@ -60,7 +60,7 @@ FIELDS = {
     "names": {
         "format_version": (0, 2, "1", True, None, ...),
         "kind": ("image", 5, None, ...),
-        "threshold": ("1", None, True, float("nan"), 2.0, ...),
+        "threshold": ("1", None, 10**400, True, float("nan"), 2.0, ...),
         "report": (5, [], {"recall": 1}, ...),
         "arrays_sha256": (5, ...),
         "names": ([], "jane", [5], ["a", "a"], [" "], ...),

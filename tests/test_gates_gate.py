@@ -31,7 +31,6 @@ class LengthGate(Gate):
     threshold = 3.0
 
     def __init__(self):
-        super().__init__()
         self.asked = []
 
     def scores(self, texts):
@@ -102,8 +101,9 @@ def test_plain_functions_are_gates(kind):
     assert as_gate(gate) is gate
     assert gate.scores(["jane doe", "a film"]).tolist() == [1.0, 0.0]
     assert "by_name" in repr(gate)
-    with pytest.raises(TypeError, match=r"a gate is a str; expected a gate of spul\.gates, or a function"):
-        as_gate("jane")
+    for wrong in ("jane", None, NameGate):
+        with pytest.raises(TypeError, match=r"a gate is a .*; expected a gate of spul\.gates, or a function"):
+            as_gate(wrong)
 
 
 @pytest.mark.parametrize("texts", ["jane", ["jane", 5], [None]])

@@ -34,6 +34,7 @@ def test_windows_hold_whole_words_and_little_more_than_their_size():
     words = set(LONG.split())
     assert all(set(window.split()) <= words for window in windows)
     assert all(40 <= len(window) <= 40 + 2 * len("word100") for window in windows)
+    assert {window.strip() for window in with_windows(" " * 100 + "word", 40)[1:]} == {"word"}  # none of space alone
     without_spaces = with_windows("x" * 1000, 40)[1:]
     assert all(40 <= len(window) <= 40 + 64 for window in without_spaces)
 

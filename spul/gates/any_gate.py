@@ -43,7 +43,6 @@ class AnyGate(Gate):
     threshold = 0.0
 
     def __init__(self, gates: Sequence[Gate | Callable[[list[str]], Any]]) -> None:
-        super().__init__()
         if isinstance(gates, Gate) or callable(gates):
             raise TypeError(f"gates is {gates!r}; expected a list of gates: [{gates!r}].")
         self.gates = [as_gate(gate) for gate in gates]

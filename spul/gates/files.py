@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +141,8 @@ def read_gate(folder: str | os.PathLike, **hub: Any) -> SavedGate:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number; a bool is none."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    is_float = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_float and abs(value) <= sys.float_info.max  # also of an int that no float holds
 
 
 def is_texts(value: Any) -> bool:

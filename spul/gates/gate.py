@@ -7,6 +7,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,15 +35,16 @@ class Gate:
         threshold: the lowest score that is flagged.
         report: recall and false alarms on held-out rows; None where none were measured. May be assigned:
             `gate.report = gate.measure(forget_texts, retain_texts)`.
-        failures: number of texts that were flagged because the gate failed on them, by kind of failure.
     """
 
     kind: str = ""
     threshold: float = 0.0
     report: GateReport | None = None
 
-    def __init__(self) -> None:
-        self.failures: Counter[str] = Counter()
+    @cached_property
+    def failures(self) -> Counter[str]:
+        """Number of texts that were flagged because the gate failed on them, by kind of failure."""
+        return Counter()
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """The score of each text, higher for what is to be forgotten: float64 (texts,).
@@ -191,11 +193,10 @@ class FunctionGate(Gate):
     threshold = 1.0
 
     def __init__(self, function: Callable[[list[str]], Any]) -> None:
-        super().__init__()
-        if not callable(function):
+        if not callable(function) or isinstance(function, type):
             raise TypeError(
-                f"a gate is a {type(function).__name__}; expected a gate of spul.gates, or a function from a list of "
-                "texts to a bool for each."
+                f"a gate is a {type(function).__name__}, {function!r:.80}; expected a gate of spul.gates, or a "
+                "function from a list of texts to a bool for each."
             )
         self.function = function
 

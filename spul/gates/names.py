@@ -45,7 +45,6 @@ class NameGate(Gate):
     threshold = 1.0
 
     def __init__(self, names: Sequence[str], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
-        super().__init__()
         by_key: dict[str, str] = {}
         for name in checked_names("names", names):
             by_key.setdefault(_key(name), name)

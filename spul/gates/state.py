@@ -50,7 +50,6 @@ class StateGate(Gate):
     def __init__(
         self, states: HiddenStates, layer: int, pooling: str, probe: Probe, threshold: float, window: int
     ) -> None:
-        super().__init__()
         self.states, self.layer, self.pooling, self.probe = states, layer, pooling, probe
         self.threshold, self.window = threshold, window
 

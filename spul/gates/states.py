@@ -66,18 +66,22 @@ class HiddenStates:
         Raises:
             ValueError: if a text has no token, or more than the base has positions.
         """
-        found: list[list[int]] = []
-        most = max_positions(bare_model(self.model))
+        found: list[list[int]] = [[] for _ in texts]
         bos = self.tokenizer.bos_token
-        for text in texts:
-            begins = bos is not None and text.startswith(bos)  # as chat templates render it: no second one
-            ids = self.tokenizer(text, add_special_tokens=not begins, truncation=False, verbose=False)["input_ids"]
+        for begun in (False, True):  # with its first token, as chat templates render it, a text gets no second one
+            chosen = [i for i, text in enumerate(texts) if (bos is not None and text.startswith(bos)) == begun]
+            if chosen:
+                part = [texts[i] for i in chosen]
+                encoded = self.tokenizer(part, add_special_tokens=not begun, truncation=False, verbose=False)
+                for i, ids in zip(chosen, encoded["input_ids"], strict=True):
+                    found[i] = ids
+        most = max_positions(bare_model(self.model))
+        for text, ids in zip(texts, found, strict=True):
             if not ids or (most is not None and len(ids) > most):
                 raise ValueError(
                     f"a text of {len(text):,} characters has {len(ids):,} tokens; expected at least 1"
                     + ("." if most is None else f" and at most {most:,}, the positions of the base. Shorten it.")
                 )
-            found.append(ids)
         return found
 
     @torch.no_grad()

@@ -58,7 +58,6 @@ class TextGate(Gate):
         threshold: float,
         window: int,
     ) -> None:
-        super().__init__()
         self.vocabulary, self.idf, self.weights, self.bias = vocabulary, idf, weights, bias
         self.threshold, self.window = threshold, window
         self._vectorizers = []
@@ -91,8 +90,8 @@ class TextGate(Gate):
             recall: share of held-out forget texts to flag, above 0 and at most 1.
             seed: seed of the folds.
             paraphrases: rewordings of forget texts, only reported on: the share that the gate flags.
-            min_texts: an n-gram in fewer texts is dropped. At 1, whole texts may be put together again from a saved
-                gate's pairs of words.
+            min_texts: an n-gram in fewer texts is dropped, a repeated text counting each time. At 1, whole texts may
+                be put together again from a saved gate's pairs of words.
 
         Raises:
             TypeError: if a text is no string.

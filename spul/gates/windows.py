@@ -40,7 +40,8 @@ def with_windows(text: str, size: int) -> list[str]:
         return [text]
     last = len(text) - size
     starts = [*range(0, last, max(1, size // 2)), last]
-    return [text, *(_whole_words(text, start, start + size) for start in starts)]
+    windows = (_whole_words(text, start, start + size) for start in starts)
+    return [text, *(window for window in windows if not window.isspace())]
 
 
 def highest_scores(score: Callable[[list[str]], np.ndarray], texts: Sequence[str], size: int) -> np.ndarray:
