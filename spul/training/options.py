@@ -18,7 +18,8 @@ from ..losses.unlearning_loss import UnlearningLoss
 
 AS_IN_TRAINER = {
     "optimizer": "adam_beta1 adam_beta2 adam_epsilon learning_rate lr_scheduler_kwargs lr_scheduler_type "
-    "max_grad_norm optim optim_args optim_target_modules optimizer_cls_and_kwargs optimizers warmup_steps weight_decay",
+    "max_grad_norm optim optim_args optim_target_modules optimizer_cls_and_kwargs optimizers warmup_steps "
+    "weight_decay",
     "steps": "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
     "seed data_seed full_determinism",
     "computation": "bf16 fp16 tf32 torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps "

@@ -346,7 +346,7 @@ class UnlearningTrainer(EvaluatingTrainer):
                     loss=self._loss,
                 )
 
-    def hyperparameter_search(  # type: ignore[override]
+    def hyperparameter_search(
         self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         """Search over hyperparameters, as in `Trainer`, by models of `model_init`.
