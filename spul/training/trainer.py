@@ -57,10 +57,11 @@ class UnlearningTrainer(EvaluatingTrainer):
 
     Args:
         model: a `SoftPromptUnlearner`, `UnlearningLayers`, or a causal LM of transformers, bare or under a PEFT
-            adapter such as LoRA; its parameters that require gradients are trained.
-        args: `TrainingArguments`; its `label_smoothing_factor` must be 0.
+            adapter such as LoRA; its parameters that require gradients are trained. None if `model_init` makes it.
+        args: `TrainingArguments`; `spul.training.options` lists what is honored and what is refused.
         data_collator: a `ForgetRetainCollator`.
-        train_dataset: the result of `forget_retain_dataset`, as it is or mapped with `collator.tokenize`.
+        train_dataset: the result of `forget_retain_dataset`, as it is or mapped with `collator.tokenize`; or a stream
+            of such rows (`IterableDataset`), where no cached reference is needed.
         eval_dataset: rows with `prompt` and `completion`, or a dict of such (`train_retain`, `train_forget`, ...).
             Metrics are `eval_<name>_accuracy`, `_f1`, `_generic` and `_loss`, see `spul.evaluation.metrics.summarize`.
         processing_class: the tokenizer, saved with checkpoints.
@@ -75,10 +76,10 @@ class UnlearningTrainer(EvaluatingTrainer):
         reference_dir: folder of the cached reference; None has one for each base and data set beside the Hugging Face
             cache, shared by later runs.
         loss: the objective; None for a `SoftPromptUnlearner`, which has its own.
-        kwargs: further arguments of `transformers.Trainer`.
+        kwargs: further arguments of `transformers.Trainer`, such as `compute_metrics` and `model_init`.
 
     Raises:
-        TypeError: if model or collator are of another type.
+        TypeError: if model, collator or evaluation rows are of another type.
         ValueError: for options of `Trainer` that contradict this loss, rows without `is_forget`, rows that share a
             `row_id`, forget rows that `max_length` cuts a name from, or labels that are generic completions too.
     """
