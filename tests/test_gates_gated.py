@@ -41,7 +41,7 @@ def gated(*names, **options):
 
 
 def tokens(tokenizer, texts, side="left"):
-    tokenizer.padding_side = side
+    tokenizer.padding_side, tokenizer.pad_token = side, "<pad>"
     return tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
 
 
@@ -209,7 +209,10 @@ def test_a_state_gate_is_loaded_with_its_base_and_refused_on_another(tmp_path):
     assert loaded.route([*forget, *retain]) == GatedUnlearner(model, tokenizer, {"default": gate}).route(
         [*forget, *retain]
     )
-    with pytest.warns(UserWarning, match="other weights"), pytest.raises(ValueError, match="fingerprint|another base"):
+    with (
+        pytest.warns(UserWarning, match="other weights"),
+        pytest.raises(ValueError, match=r"fingerprint|another base"),
+    ):
         GatedUnlearner.from_pretrained(learned(0.05), tmp_path, tokenizer)
 
 
@@ -250,7 +253,7 @@ def test_routing_that_was_changed_is_refused(tmp_path, change, message):
 def test_a_folder_that_lacks_a_file_is_refused(tmp_path, missing):
     saved(tmp_path)
     os.remove(tmp_path / missing)
-    with pytest.raises(FileNotFoundError, match="has no"):
+    with pytest.raises(FileNotFoundError, match=r"has no|but no"):
         GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
 
 

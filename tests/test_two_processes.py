@@ -14,6 +14,7 @@ from helpers import (
     CONFIGS,
     ONE_STEP,
     Counting,
+    answers,
     arguments,
     assert_same,
     build,
@@ -74,6 +75,34 @@ def uneven_step(trainable, folder, processes):
     )
     trainer.train()
     return trainable_tensors(model)
+
+
+def predictions(folder):
+    """What compute_metrics is given on seven rows, at once and by batches: the second process ends a batch earlier."""
+    given = []
+
+    def compute_metrics(prediction, compute_result=True):
+        given.append([torch.as_tensor(part) for part in prediction])
+        return {"last": compute_result}
+
+    for by_batch in (False, True):
+        trainer = make_trainer(folder, eval_dataset=answers("jane", 7), per_device_eval_batch_size=2)
+        trainer.args.batch_eval_metrics, trainer.compute_metrics = by_batch, compute_metrics
+        assert trainer.evaluate()["eval_last"]
+    return given
+
+
+def streamed_step(folder, processes):
+    """A step on a stream, of which each process reads its own rows; the error where one reads for both."""
+    size, error = {"per_device_train_batch_size": 32 // processes}, ""
+    settings = {"reference": "live", "dataset": make_dataset().to_iterable_dataset(), **size, **ONE_STEP}
+    if processes > 1:
+        with pytest.raises(ValueError, match="processes would get their batches from the first one") as raised:
+            make_trainer(folder, **settings)
+        error = str(raised.value)
+    trainer = make_trainer(folder, accelerator_config={"dispatch_batches": False}, **settings)
+    trainer.train()
+    return {"state": prompt_state(trainer.model), "error": error}
 
 
 def memorizing_step(folder, processes):
@@ -145,6 +174,8 @@ def main(folder):
         results[prompt_type] = prompt_step(prompt_type, folder / "out", 2)
     for trainable in ("full", "lora"):
         results[trainable] = uneven_step(trainable, folder / "out", 2)
+    results["predictions"] = predictions(folder / "out")
+    results["streamed"] = streamed_step(folder / "out", 2)
     results["memorizing"] = memorizing_step(folder / "out", 2)
     results["cached"] = cached_step(folder, 2)
     results["sharded"] = sharded_evaluation()
@@ -185,6 +216,22 @@ def test_2_processes_of_16_make_the_step_of_one_of_32(launch, tmp_path, prompt_t
 def test_2_processes_with_forget_rows_in_one_make_the_step_of_one(launch, tmp_path, trainable):
     """A batch without a forget row still has to take part, or the other process waits for it."""
     assert_same(uneven_step(trainable, tmp_path, 1), launch[1][0][trainable], rtol=1e-4, atol=1e-6)
+
+
+def test_2_processes_compute_metrics_of_all_rows_in_their_order(launch, tmp_path):
+    whole, *one_by_one = predictions(tmp_path)
+    for results in launch[1]:
+        found, *batches = results["predictions"]
+        for part, expected in zip(found, whole, strict=True):
+            torch.testing.assert_close(part, expected, rtol=1e-4, atol=1e-5)
+        assert [len(labels) for _, labels in one_by_one] == [2, 2, 2, 1]
+        assert [len(labels) for _, labels in batches] == [4, 3]
+
+
+def test_2_processes_read_a_stream_as_one(launch, tmp_path):
+    found = launch[1][0]["streamed"]
+    assert_same(streamed_step(tmp_path, 1)["state"], found["state"], rtol=0, atol=1e-6)
+    assert "'dispatch_batches': False" in found["error"]
 
 
 def test_2_processes_memorize_as_one(launch, tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..data.rows import column_values
+from ..models.unlearner import unlearner_of
 from . import attack_tasks, tasks
 from .aggregation import Key, Measurement, MetricValue, in_words
 from .attacks.usual import TURN_UNIT
@@ -78,6 +79,12 @@ def _requires_texts(suite: Suite) -> str:
 def _requires_halves(suite: Suite) -> str:
     few, _ = suite.halves()
     return "" if len(few) else "one half of train_forget attacks the other, and there is one prompt only"
+
+
+def _requires_embeddings(suite: Suite) -> str:
+    if any(model is not None and unlearner_of(model).is_gated for model in (suite.model, suite.retrained)):
+        return "gates read text, and trained vectors are none"
+    return _requires_halves(suite)
 
 
 def _requires_classes(suite: Suite) -> str:
@@ -192,7 +199,7 @@ MEASURES = {
             "Vectors behind the question, trained to bring the answer back: other rows before and after, and the rows "
             "that they were trained on.",
             attack_tasks.suffix,
-            _requires_halves,
+            _requires_embeddings,
             by_row=False,
         ),
         Measure(

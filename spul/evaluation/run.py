@@ -231,7 +231,11 @@ def _check_prompt(name: str, model: nn.Module, measures: Sequence[str]) -> None:
         unlearner.check_measurable()
     except TypeError as error:
         raise TypeError(f"{name}: {error}") from error
-    if "soft suffix" in measures and name in ("model", "retrained") and not unlearner.follows_embeddings:
+    if (
+        "soft suffix" in measures
+        and name in ("model", "retrained")
+        and not (unlearner.follows_embeddings or unlearner.is_gated)
+    ):
         raise TypeError(
             f"{name} is under a prompt of PEFT, which the soft suffix cannot follow; load it by "
             "SoftPromptUnlearner.from_pretrained, or leave 'soft suffix' out of measures."

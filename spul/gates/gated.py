@@ -49,6 +49,7 @@ class GatedUnlearner(nn.Module, Unlearner):
     """
 
     follows_embeddings = False
+    is_gated = True
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ import torch
 import transformers
 import transformers.modeling_utils
 from accelerate import PartialState as PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
 from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -29,8 +29,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, GenerationMixin, TrainingArguments
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.trainer_pt_utils import EvalLoopContainer as EvalLoopContainer
 from transformers.trainer_pt_utils import get_length_grouped_indices as get_length_grouped_indices
+from transformers.trainer_pt_utils import nested_concat as nested_concat
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR as CHECKPOINT_PREFIX  # noqa: F401
+from transformers.trainer_utils import PredictionOutput as PredictionOutput
+from transformers.trainer_utils import denumpify_detensorize as denumpify_detensorize
 from transformers.trainer_utils import speed_metrics as speed_metrics
 
 # Rows of a table that are taken at once.
@@ -221,7 +225,8 @@ def takes_position_ids(model: nn.Module) -> bool:
     return "position_ids" in inspect.signature(type(model).forward).parameters
 
 
-# ---- transformers: Trainer. Imported above, not documented: checkpoint prefix, speed metrics, length groups. ----
+# ---- transformers: Trainer. Imported above, not documented: checkpoint prefix, speed metrics, length groups, and what
+# an evaluation returns and how it collects nested tensors of batches. ----
 
 
 def save_training_args(args: TrainingArguments, folder: str | os.PathLike) -> None:
@@ -293,6 +298,11 @@ def without_peft_wrapper(module: Any) -> Any:
 def gathered(items: list) -> list:
     """The items of all processes, in the order of processes."""
     return gather_object(items)
+
+
+def moved(tensors: Any, device: torch.device | str) -> Any:
+    """Tensors, also nested ones, on a device."""
+    return send_to_device(tensors, device)
 
 
 def broadcast(value: Any) -> Any:

@@ -95,6 +95,7 @@ class Unlearner:
         pads_between: whether `generate` leaves pads between virtual tokens and left-padded rows, so that rows of a
             batch must have one length.
         follows_embeddings: whether `embedding_logits` works.
+        is_gated: whether gates, which read a request's text, choose its prompt.
         loss: its `UnlearningLoss`; None if the caller must pass one.
         spul_config: the `SpulConfig` that is saved with it; None where there is none.
     """
@@ -108,6 +109,7 @@ class Unlearner:
     can_be_sharded: bool = True
     pads_between: bool = False
     follows_embeddings: bool = True
+    is_gated: bool = False
     loss: Any = None
     spul_config: Any = None
 

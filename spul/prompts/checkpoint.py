@@ -69,6 +69,7 @@ def save(
             part = "" if name == "default" else name
             folder = scratch / part
             _shorten_paths(folder / CONFIG_NAME)
+            write_model_card(model, folder, name)  # PEFT writes one for all of them
             model.spul_configs[name].save_with_weights(folder, target / part, WEIGHTS_NAME)
             if _has_encoder(model, name):
                 state = {key: value.detach().cpu() for key, value in model.prompt_encoder[name].state_dict().items()}
@@ -95,14 +96,14 @@ def update_config(model: SoftPromptUnlearner, adapter_name: str) -> None:
     config.set_base(base)
 
 
-def write_model_card(model: SoftPromptUnlearner, output_dir: str) -> None:
-    """Write the model card, `README.md`."""
-    config = model.active_peft_config
+def write_model_card(model: SoftPromptUnlearner, output_dir: str | os.PathLike, adapter_name: str) -> None:
+    """Write the model card of a prompt, `README.md`."""
+    config: Any = model.peft_config[adapter_name]
     card = model_card(
-        model.spul_config,
+        model.spul_configs[adapter_name],
         prompt_type=config.peft_type.value,
         num_virtual_tokens=config.num_virtual_tokens,
-        num_parameters=sum(p.numel() for p in model.prompt_encoder[model.active_adapter].parameters()),
+        num_parameters=sum(p.numel() for p in model.prompt_encoder[adapter_name].parameters()),
     )
     card.save(Path(output_dir, CARD_NAME))
 
@@ -169,7 +170,7 @@ def read(adapter: str | os.PathLike, with_encoder: bool, stacklevel: int, **hub:
         ValueError: if a file is missing or damaged, a config or record has a field out of range, or config, record and
             weights do not belong together.
     """
-    where = repr(str(adapter))
+    where = repr("/".join(part for part in (str(adapter), hub.get("subfolder")) if part))
     config = _read_config(adapter, where, **hub)
     path = find_file(adapter, WEIGHTS_NAME, **hub)
     if path is None:

@@ -33,13 +33,13 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
         raise ValueError("generate needs input_ids (batch, tokens); an empty prompt cannot be continued.")
     base: Any = model.get_base_model()
     prompts = RowPrompts(model, len(input_ids), kwargs.pop("adapter_names", None))
-    if not prompts.names_a_prompt:
-        return base.generate(input_ids, *args, **kwargs)
     kwargs |= named_arguments(base.generate, args)
     own = model.__dict__.get("generation_config")  # set on the unlearner, as the base's would be
     kwargs["generation_config"] = kwargs.get("generation_config") or own
     check_generate_arguments(kwargs)
     settings = generation_settings(base, kwargs)
+    if not prompts.names_a_prompt:  # checked all the same: what is refused does not depend on the rows
+        return base.generate(input_ids, **kwargs)
     kwargs = changed_settings(kwargs, use_cache=True)  # a default of False would drop the prompt
     if kwargs.pop("token_type_ids", None) is not None:
         warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=3)

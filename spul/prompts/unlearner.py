@@ -391,8 +391,8 @@ class SoftPromptUnlearner(PeftModelForCausalLM, Unlearner):
         return pushed
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """Write the model card (`README.md`); `save_pretrained` calls it."""
-        checkpoint.write_model_card(self, output_dir)
+        """Write the model card of the active prompt (`README.md`); `save_pretrained` writes one for each prompt."""
+        checkpoint.write_model_card(self, output_dir, self.active_adapter)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

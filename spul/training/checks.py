@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import TrainingArguments
 
 from ..data.checks import check_row_ids
 from ..data.collator import ForgetRetainCollator
@@ -24,7 +23,6 @@ logger = logging.getLogger(__name__)
 def check_options(
     model: nn.Module,
     loss: UnlearningLoss,
-    args: TrainingArguments | None,
     collator: ForgetRetainCollator,
     reference: str,
     reference_dir: str | os.PathLike | None,
@@ -40,11 +38,6 @@ def check_options(
         raise ValueError(
             f"alternate=True takes retain and forget rows in turn, but forget_fraction={forget_fraction!r} mixes "
             "them; leave one out."
-        )
-    if args is not None and args.label_smoothing_factor:
-        raise ValueError(
-            "label_smoothing_factor would replace the unlearning loss. Change that loss instead: "
-            "SoftPromptUnlearner(..., loss=UnlearningLoss(forget=...)), or loss= for other models."
         )
     if reference not in ("cached", "live") or (reference == "live" and reference_dir is not None):
         raise ValueError(

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-import json
+import logging
 import os
-import time
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments, enable_full_determinism, set_seed
 
 from ..data.checks import check_is_forget, check_not_generic, forget_flags
 from ..data.collator import ForgetRetainCollator
 from ..data.rows import column_batches, completion_text, read_rows
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
-from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
 from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.compat import gathered, keep_4bit_differentiable, save_training_args, speed_metrics
-from ..models.unlearner import Unlearner, unlearner_of
+from ..models.compat import keep_4bit_differentiable, save_training_args
+from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import DataSummary, DigestKey, read_digest_key, summarize_rows
-from ..records.spul_config import SpulConfig
+from .callbacks import EmbeddingNoise, EpochCallback, TermSums
 from .checks import check_options, check_training_rows, checked_loss, last_complete_checkpoint
+from .evaluation import EvaluatingTrainer
 from .forward import unlearning_forward
+from .options import check_dispatch, check_training_order, is_stream, refuse_options
 from .reference import ReferenceCache
+
+logger = logging.getLogger(__name__)
 
 ROW_COLUMNS = (
     "prompt",
@@ -45,7 +47,7 @@ ROW_COLUMNS = (
 TERMS = ("forget_loss", "retain_loss", "kl_loss", "lm_loss")
 
 
-class UnlearningTrainer(Trainer):
+class UnlearningTrainer(EvaluatingTrainer):
     """Trains a `SoftPromptUnlearner`, `UnlearningLayers`, LoRA, or all weights of a causal LM.
 
     In addition to `transformers.Trainer`: the loss is normalized over the forget and the retain rows of the whole
@@ -55,10 +57,11 @@ class UnlearningTrainer(Trainer):
 
     Args:
         model: a `SoftPromptUnlearner`, `UnlearningLayers`, or a causal LM of transformers, bare or under a PEFT
-            adapter such as LoRA; its parameters that require gradients are trained.
-        args: `TrainingArguments`; its `label_smoothing_factor` must be 0.
+            adapter such as LoRA; its parameters that require gradients are trained. None if `model_init` makes it.
+        args: `TrainingArguments`; `spul.training.options` lists what is honored and what is refused.
         data_collator: a `ForgetRetainCollator`.
-        train_dataset: the result of `forget_retain_dataset`, as it is or mapped with `collator.tokenize`.
+        train_dataset: the result of `forget_retain_dataset`, as it is or mapped with `collator.tokenize`; or a stream
+            of such rows (`IterableDataset`), where no cached reference is needed.
         eval_dataset: rows with `prompt` and `completion`, or a dict of such (`train_retain`, `train_forget`, ...).
             Metrics are `eval_<name>_accuracy`, `_f1`, `_generic` and `_loss`, see `spul.evaluation.metrics.summarize`.
         processing_class: the tokenizer, saved with checkpoints.
@@ -76,10 +79,10 @@ class UnlearningTrainer(Trainer):
         digest_key: the owner's secret, bytes or the path of a file of `spul.records.make_digest_key`: the record and
             the card get a digest of the forget and of the retain rows, by which its owner proves later which they
             were (`spul.records.is_summary_of`). None (default) records the counts alone. The key is not saved.
-        kwargs: further arguments of `transformers.Trainer`.
+        kwargs: further arguments of `transformers.Trainer`, such as `compute_metrics` and `model_init`.
 
     Raises:
-        TypeError: if model or collator are of another type.
+        TypeError: if model, collator or evaluation rows are of another type.
         FileNotFoundError: if `digest_key` is the path of no file.
         ValueError: for options of `Trainer` that contradict this loss, rows without `is_forget`, rows that share a
             `row_id`, forget rows that `max_length` cuts a name from, labels that are generic completions too, or a
@@ -91,7 +94,7 @@ class UnlearningTrainer(Trainer):
 
     def __init__(
         self,
-        model: SoftPromptUnlearner | UnlearningLayers | PeftModel | PreTrainedModel,
+        model: SoftPromptUnlearner | UnlearningLayers | PeftModel | PreTrainedModel | None = None,
         args: TrainingArguments | None = None,
         data_collator: ForgetRetainCollator | None = None,
         train_dataset: Any = None,
@@ -106,66 +109,96 @@ class UnlearningTrainer(Trainer):
         digest_key: DigestKey | None = None,
         **kwargs: Any,
     ) -> None:
-        loss = checked_loss(model, loss)
-        key = None if digest_key is None else read_digest_key(digest_key)
+        self._key = None if digest_key is None else read_digest_key(digest_key)
         if not isinstance(data_collator, ForgetRetainCollator):
             raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
-        if kwargs.get("compute_loss_func") is not None:
-            raise ValueError(
-                "compute_loss_func would replace the unlearning loss; pass loss=UnlearningLoss(...) instead."
-            )
-        check_options(model, loss, args, data_collator, reference, reference_dir, alternate, forget_fraction)
-        keep_4bit_differentiable(model)
+        args = TrainingArguments("tmp_trainer") if args is None else args  # the folder that Trainer takes
+        refuse_options(args, {**kwargs, "eval_dataset": eval_dataset})
+        self._collator, self._given_loss, self._rows, self._noise = (
+            data_collator,
+            loss,
+            train_dataset,
+            EmbeddingNoise(),
+        )
         self._reference_mode, self._reference_dir = reference, reference_dir
-        self._reference: ReferenceCache | None = None
+        self._forget_fraction, self._alternate = forget_fraction, alternate
+        self._made: Any = None
+        self.args = args
+        if model is None and kwargs.get("model_init") is not None:  # made once, for the checks and for Trainer
+            self.model_init = kwargs["model_init"]
+            enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
+            self._made = super().call_model_init()
+        self._take(self._made if model is None else model)
         self._flags: list[bool] = []
-        self._sampler: EpochSampler | None = None
+        self.sampler: EpochSampler | None = None
+        self._summaries: list[DataSummary | None] = []  # of forget rows and of retain rows
         if train_dataset is not None:
+            check_training_order(train_dataset, args, reference, self._loss, forget_fraction, alternate)
+        if train_dataset is not None and not is_stream(train_dataset):
             self._flags = forget_flags(train_dataset)
-            self._check_rows(train_dataset, loss)
+            self._check_rows(train_dataset, self._loss)
             data_collator.warn_of_cut_rows(train_dataset)
-            settings = TrainingArguments() if args is None else args
-            self._sampler = epoch_sampler(
-                train_dataset,
-                self._flags,
-                data_collator.encoder,
-                forget_fraction=forget_fraction,
-                alternate=alternate,
-                strategy=settings.train_sampling_strategy,
-                batch_size=settings.per_device_train_batch_size * settings.gradient_accumulation_steps,
-                seed=settings.seed if settings.data_seed is None else settings.data_seed,
-                length_column=settings.length_column_name,
-                progress=not settings.disable_tqdm,
-            )
-        rows = train_dataset
-        if train_dataset is not None and forget_fraction is not None:
-            train_dataset = RowCopies(train_dataset)
+            if "completion" in getattr(train_dataset, "column_names", ()):
+                completions = itertools.chain.from_iterable(column_batches(train_dataset, "completion"))
+                check_not_generic(map(completion_text, completions), data_collator.generic_completions)
+            self.sampler = self._new_sampler()
+            if forget_fraction is not None:
+                train_dataset = RowCopies(train_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(
                 "several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
                 "`accelerate launch`, or show one GPU only with CUDA_VISIBLE_DEVICES=0."
             )
-        self._learner, self._collator, self._loss = model, data_collator, loss
-        self._terms = TERMS if loss.gamma > 0 else TERMS[:-1]
-        self._unlearner = unlearner_of(model)
-        if not self._unlearner.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        check_dispatch(self._rows, self.args.accelerator_config, self.accelerator.num_processes)
+        if not self.unlearner.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
-        if rows is not None and not any(p.requires_grad for p in model.parameters()):
+        self._record_data()  # not before every check has passed: the record of a refused model stays
+        self.add_callback(EpochCallback(self, data_collator))
+        self.args.logging_nan_inf_filter = False  # it would log an old mean in place of NaN; `training_step` raises
+        self.neftune_noise_alpha = None  # Trainer's noise, see `EmbeddingNoise`
+        self.restart_terms()
+
+    # ---- model ----
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        """A new model of `model_init`, as `Trainer` asks for it before each training, checked as a given one is."""
+        if self._made is not None:
+            made, self._made = self._made, None
+            return made
+        model = super().call_model_init(trial)
+        self._take(model)
+        self._record_data()
+        return model
+
+    def _take(self, model: Any) -> None:
+        """Check a model and its loss, and train it from now on."""
+        loss = checked_loss(model, self._given_loss)
+        check_options(
+            model,
+            loss,
+            self._collator,
+            self._reference_mode,
+            self._reference_dir,
+            self._alternate,
+            self._forget_fraction,
+        )
+        if self._rows is not None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
                 "no parameter requires a gradient: the prompt was loaded for inference, or the model is frozen. Load "
                 "a prompt with SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
             )
-        if rows is not None:  # not before every check has passed: the record of a refused model stays
-            record = self._unlearner.spul_config
-            self._describe_data(record, data_collator, rows, self._flags, key)
-            if record is not None and self._unlearner.loss is None:  # a prompt records its own when it is saved
-                record.loss = loss.to_dict()
-        self.add_callback(_Epochs(self._unlearner, data_collator, self._sampler))
-        self._term_sums = torch.zeros(len(self._terms), device=self.args.device)
-        self._term_values = self._term_sums  # of the last batch
-        self.args.logging_nan_inf_filter = False  # it would log an old mean in place of NaN; `training_step` raises
-        self._terms_since = self.state.global_step
+        keep_4bit_differentiable(model)
+        self._learner, self._loss, self.unlearner = model, loss, unlearner_of(model)
+        self._reference: ReferenceCache | None = None
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        # Trainer calls it before each training, when the model is there and on its device.
+        super()._hp_search_setup(trial)
+        if trial is not None and self.sampler is not None:
+            self.sampler = self._new_sampler()
+        self._open_reference()
+        self._noise.start(self.unlearner.get_base_model(), self.args.neftune_noise_alpha)
 
     # ---- data ----
 
@@ -173,24 +206,41 @@ class UnlearningTrainer(Trainer):
         """Refuse rows that cannot be told apart, and warn of sets that cannot do what the loss is for."""
         check_training_rows(rows, self._flags, loss)
 
-    @staticmethod
-    def _describe_data(
-        record: SpulConfig | None, collator: ForgetRetainCollator, rows: Any, flags: list[bool], key: bytes | None
-    ) -> None:
-        """Refuse labels that are generic completions; record number and keyed digest of the training rows."""
-        if "completion" in getattr(rows, "column_names", ()):
-            completions = itertools.chain.from_iterable(column_batches(rows, "completion"))
-            check_not_generic(map(completion_text, completions), collator.generic_completions)
-        if record is None:
+    def _record_data(self) -> None:
+        """Write the generic completions, number and digest of the training rows, and the loss into the record."""
+        record = self.unlearner.spul_config
+        if record is None or self._rows is None:
             return
-        record.generic_completions = collator.generic_completions
-        for name, group in (("forget", True), ("retain", False)):
-            if key is None:
-                setattr(record, name, DataSummary(flags.count(group)))
-                continue
-            content = read_rows(rows, ("prompt", "completion", "input_ids", "completion_mask"))
-            picked = itertools.compress(content, (flag == group for flag in flags))
-            setattr(record, name, summarize_rows(picked, key))
+        if not self._summaries:
+            self._summaries += [self._summary(group) for group in (True, False)]
+        record.generic_completions = self._collator.generic_completions
+        record.forget, record.retain = copy.deepcopy(self._summaries)
+        if self.unlearner.loss is None:  # a prompt records its own when it is saved
+            record.loss = self._loss.to_dict()
+
+    def _summary(self, group: bool) -> DataSummary | None:
+        """Number and keyed digest of the forget (True) or the retain rows; None for a stream, which is not counted."""
+        if is_stream(self._rows):
+            return None
+        if self._key is None:
+            return DataSummary(self._flags.count(group))
+        content = read_rows(self._rows, ("prompt", "completion", "input_ids", "completion_mask"))
+        return summarize_rows(itertools.compress(content, (flag == group for flag in self._flags)), self._key)
+
+    def _new_sampler(self) -> EpochSampler | None:
+        """The sampler of the arguments as they are now: a search changes them."""
+        return epoch_sampler(
+            self._rows,
+            self._flags,
+            self._collator.encoder,
+            forget_fraction=self._forget_fraction,
+            alternate=self._alternate,
+            strategy=self.args.train_sampling_strategy,
+            batch_size=self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            length_column=self.args.length_column_name,
+            progress=not self.args.disable_tqdm,
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         # The collator needs the rows' own columns, whatever the base's forward takes.
@@ -201,7 +251,10 @@ class UnlearningTrainer(Trainer):
             self._signature_columns: Any = [*(self._signature_columns or []), *own]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
+        if self.sampler is None:
+            return super()._get_train_sampler(train_dataset)
+        self.sampler.batch_size = self._train_batch_size * self.args.gradient_accumulation_steps  # maybe found
+        return self.sampler
 
     # ---- training ----
 
@@ -232,14 +285,13 @@ class UnlearningTrainer(Trainer):
         if self._reference is not None and model.training:
             with self.accelerator.autocast():
                 inputs = {**inputs, "reference_logits": self._reference.logits(inputs)}
-        if self._unlearner.computes_loss:
+        if self.unlearner.computes_loss:
             outputs = model(**inputs)
         else:
             with self.accelerator.autocast():  # also around the base model, which accelerate does not wrap
                 outputs = unlearning_forward(model, self._loss, **inputs)
         if model.training:
-            self._term_values = torch.stack([outputs[term].detach().to(self._term_sums) for term in self._terms])
-            self._term_sums += self._term_values
+            self._terms.add(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -252,25 +304,16 @@ class UnlearningTrainer(Trainer):
             FloatingPointError: if a term of the loss is NaN or infinite; the optimizer has not stepped.
         """
         loss = super().training_step(*args, **kwargs)
-        if not self._term_values.isfinite().all():
-            values = zip(self._terms, self._term_values.tolist(), strict=True)
-            raise FloatingPointError(
-                f"step {self.state.global_step + 1}: {', '.join(f'{name}={value:g}' for name, value in values)}; "
-                "expected finite values. Training has diverged, or began with weights that are not finite: resume "
-                "from an earlier checkpoint with a lower learning rate, or with bf16 or float32 in place of fp16."
-            )
+        self._terms.check_finite(self.state.global_step + 1)
         return loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log the loss and its terms, averaged over the steps since the last log."""
-        steps = self.state.global_step - self._terms_since
-        if "loss" in logs and steps > 0:
-            sums = self._term_sums / steps
+        means = self._terms.means(self.state.global_step) if "loss" in logs else None
+        if means is not None:
             if self.accelerator.num_processes > 1:
-                sums = self.accelerator.reduce(sums, reduction="mean")
-            logs.update(zip(self._terms, sums.tolist(), strict=True))
-            self._term_sums.zero_()
-            self._terms_since = self.state.global_step
+                means = self.accelerator.reduce(means, reduction="mean")
+            logs.update(zip(self._terms.names, means.tolist(), strict=True))
         super().log(logs, start_time)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -281,17 +324,19 @@ class UnlearningTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or ".")
-        self._term_sums.zero_()
-        self._terms_since = 0
-        if resume_from_checkpoint:
-            state = json.loads(Path(resume_from_checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
-            self._terms_since = state["global_step"]
-        self._open_reference()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        finally:
+            self._noise.stop()
+
+    def restart_terms(self) -> None:
+        """Forget the terms of batches that are not logged; `EpochCallback` calls it when training begins."""
+        names = TERMS if self._loss.gamma > 0 else TERMS[:-1]
+        self._terms = TermSums(names, self.args.device, self.state.global_step)
 
     def _open_reference(self) -> None:
         """Compute the reference of the training rows, or open the stored one."""
-        if self._reference is not None and self._unlearner.trains_base:
+        if self._reference is not None and self.unlearner.trains_base:
             return  # of the model before the first train(); it has other weights now
         self._reference = None
         asks = self._loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
@@ -303,11 +348,10 @@ class UnlearningTrainer(Trainer):
                 )
             if (self.args.fp16_full_eval or self.args.bf16_full_eval) and not self.is_model_parallel:
                 self._move_model_to_device(self._learner, self.args.device)  # as Trainer does, later
-            rows: Any = self.train_dataset
             with self.accelerator.autocast():
                 self._reference = ReferenceCache.build(
                     self._learner,
-                    rows.rows if isinstance(rows, RowCopies) else rows,
+                    self._rows,
                     self._collator,
                     self._reference_dir,
                     self.args.eval_batch_size,
@@ -316,10 +360,28 @@ class UnlearningTrainer(Trainer):
                     loss=self._loss,
                 )
 
+    def hyperparameter_search(
+        self, hp_space: Any = None, compute_objective: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Search over hyperparameters, as in `Trainer`, by models of `model_init`.
+
+        Args:
+            hp_space: of a trial, values of `TrainingArguments`; `model_init(trial)` may ask for others, such as alpha.
+            compute_objective: a number of the metrics of `evaluate`, such as `lambda m: m["eval_forget_accuracy"] -
+                m["eval_retain_accuracy"]`. None adds up all metrics, as `Trainer` does, good and bad: a warning.
+            args: as in `Trainer`, such as `n_trials`; `kwargs` too, such as `direction` and `backend`.
+        """
+        if compute_objective is None:
+            logger.warning(
+                "hyperparameter_search adds up all metrics, although forgetting lowers some and retaining raises "
+                "others; pass compute_objective, a function of the metrics of evaluate."
+            )
+        return super().hyperparameter_search(hp_space, compute_objective, *args, **kwargs)
+
     # ---- checkpoints: Trainer saves and loads PEFT's adapters, but not unlearning layers ----
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if not self._unlearner.has_own_checkpoint:
+        if not self.unlearner.has_own_checkpoint:
             super()._save(output_dir, state_dict)
         elif self.args.should_save:
             folder = output_dir or self.args.output_dir or "."
@@ -328,90 +390,18 @@ class UnlearningTrainer(Trainer):
             save_training_args(self.args, folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if not self._unlearner.has_own_checkpoint:
+        if not self.unlearner.has_own_checkpoint:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
-            self._unlearner.load_checkpoint(resume_from_checkpoint)
+            self.unlearner.load_checkpoint(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        if not self._unlearner.has_own_checkpoint:
+        if not self.unlearner.has_own_checkpoint:
             super()._load_best_model()
         else:
-            self._unlearner.load_checkpoint(self.state.best_model_checkpoint or ".")
+            self.unlearner.load_checkpoint(self.state.best_model_checkpoint or ".")
 
-    # ---- evaluation ----
-
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Score every evaluation set by greedy decoding at the response positions.
-
-        Args:
-            eval_dataset: rows with `prompt` and `completion`, a dict of such, or the name of one of the trainer's
-                sets; None takes the trainer's.
-            ignore_keys: not used.
-            metric_key_prefix: first part of the metrics' names.
-
-        Returns:
-            `<prefix>_<name>_accuracy`, `_f1`, `_generic`, `_loss` for every set of a dict, without `<name>` for a
-            single set.
-
-        Raises:
-            ValueError: if there are no rows.
-        """
-        own: Any = self.eval_dataset
-        rows = own if eval_dataset is None else eval_dataset
-        if isinstance(rows, str):
-            rows = {rows: own[rows]}
-        if rows is None:
-            raise ValueError("evaluate needs rows: pass eval_dataset here or to UnlearningTrainer.")
-        if not isinstance(rows, dict):
-            metrics = self._score(rows, metric_key_prefix)
-        else:
-            metrics = {}
-            for name, split in rows.items():
-                metrics.update(self._score(split, f"{metric_key_prefix}_{name}"))
-                measured = {key: metrics[f"{metric_key_prefix}_{name}_{key}"] for key in ("accuracy", "f1", "generic")}
-                record = self._unlearner.spul_config
-                if record is not None and self._unlearner.enabled:
-                    record.metrics[name] = measured
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def _score(self, rows: Any, prefix: str) -> dict[str, float]:
-        start, rank, world = time.time(), self.accelerator.process_index, self.accelerator.num_processes
-        progress = None if self.args.disable_tqdm or rank else prefix
-        with self.accelerator.autocast():
-            # The plain model, not DDP's: every process has rows of its own, and their numbers may differ.
-            some = range(rank, len(rows), world)
-            found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
-        answers = Answers()
-        for part in gathered([found]):
-            answers.true += part.true
-            answers.predicted += part.predicted
-            answers.nll += part.nll
-        metrics = summarize(answers, self._collator.generic_completions)
-        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
-        return {**metrics, **speed_metrics(prefix, start, num_samples=len(rows))}
-
-
-class _Epochs(TrainerCallback):
-    """Sets the epoch of collator and sampler, so that draws resume, and drops metrics of an earlier prompt."""
-
-    def __init__(
-        self,
-        unlearner: Unlearner,
-        collator: ForgetRetainCollator,
-        sampler: EpochSampler | None,
-    ) -> None:
-        self.unlearner, self.collator, self.sampler = unlearner, collator, sampler
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.unlearner.parameters_changed()  # evaluation, which records metrics, comes after this
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        epoch = int(state.epoch or 0)
-        self.collator.set_epoch(epoch)
-        if self.sampler is not None:
-            self.sampler.set_epoch(epoch)
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write `Trainer`'s model card, which `push_to_hub` does, where the model writes none of its own."""
+        if self.unlearner.spul_config is None:
+            super().create_model_card(*args, **kwargs)

@@ -1,0 +1,115 @@
+"""What UnlearningTrainer keeps beside Trainer's own state: the terms since the last log, the epoch, noise."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from ..data.collator import ForgetRetainCollator
+from ..models.compat import reset_compiled
+
+
+class TermSums:
+    """Sums of the loss's terms since the last log.
+
+    Args:
+        names: names of the terms, as in `UnlearnerOutput`.
+        device: where the sums are kept, so that adding does not wait.
+        step: the optimizer step that they begin after.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device, step: int = 0) -> None:
+        self.names, self.since = names, step
+        self._sums = torch.zeros(len(names), device=device)
+        self._last = self._sums  # of the last batch
+
+    def add(self, outputs: Any) -> None:
+        """Add the terms of a batch."""
+        self._last = torch.stack([outputs[name].detach().to(self._sums) for name in self.names])
+        self._sums += self._last
+
+    def check_finite(self, step: int) -> None:
+        """Check the terms of the last batch. This waits for the device.
+
+        Raises:
+            FloatingPointError: if one is NaN or infinite.
+        """
+        if not self._last.isfinite().all():
+            values = zip(self.names, self._last.tolist(), strict=True)
+            raise FloatingPointError(
+                f"step {step}: {', '.join(f'{name}={value:g}' for name, value in values)}; "
+                "expected finite values. Training has diverged, or began with weights that are not finite: resume "
+                "from an earlier checkpoint with a lower learning rate, or with bf16 or float32 in place of fp16."
+            )
+
+    def means(self, step: int) -> Tensor | None:
+        """Means of the terms over the steps since the last call; None if there was no step."""
+        steps, self.since = step - self.since, step
+        if steps <= 0:
+            return None
+        means = self._sums / steps
+        self._sums.zero_()
+        return means
+
+
+class EmbeddingNoise:
+    """Uniform noise on the input embeddings of trained passes (NEFTune, arXiv 2310.05914).
+
+    `Trainer` puts its hook where some bases and unlearning layers have no embeddings, and a live reference would get
+    noise, too. The reference and every evaluation run without gradients, by which they are told apart here.
+    """
+
+    def __init__(self) -> None:
+        self._hook: Any = None
+
+    def start(self, base: Any, alpha: float | None) -> None:
+        """Add noise of this strength to a causal LM's embeddings from now on; None adds none."""
+        self.stop()
+        if alpha is None:
+            return
+
+        def add_noise(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            if not (module.training and torch.is_grad_enabled()):
+                return output
+            size = alpha / (output.shape[1] * output.shape[2]) ** 0.5
+            return output + torch.empty_like(output).uniform_(-size, size)
+
+        self._hook = base.get_input_embeddings().register_forward_hook(add_noise)
+
+    def stop(self) -> None:
+        """Add no more noise."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            reset_compiled()
+
+
+class EpochCallback(TrainerCallback):
+    """Sets the epoch of collator and sampler, so that draws resume, and drops metrics of an earlier prompt.
+
+    Passes are counted, since for a stream the epoch of `TrainerState` is the share of `max_steps`.
+
+    Args:
+        trainer: an `UnlearningTrainer`.
+        collator: its collator.
+    """
+
+    def __init__(self, trainer: Any, collator: ForgetRetainCollator) -> None:
+        self.trainer, self.collator, self.epoch = trainer, collator, 0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.epoch = int(state.epoch or 0)
+        self.trainer.restart_terms()  # also when auto_find_batch_size tries again
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.unlearner.parameters_changed()  # evaluation, which records metrics, comes after this
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.collator.set_epoch(self.epoch)
+        if self.trainer.sampler is not None:
+            self.trainer.sampler.set_epoch(self.epoch)
+        self.epoch += 1

@@ -1,0 +1,135 @@
+"""Evaluation within training: answers of each set, and what Trainer's own options of evaluation add."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Trainer
+
+from ..data.collator import ForgetRetainCollator
+from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
+from ..models.compat import PredictionOutput, gathered, speed_metrics
+from ..models.unlearner import Unlearner
+from .options import check_not_stream
+from .predictions import in_precision, predict_rows
+
+
+class EvaluatingTrainer(Trainer):
+    """A `Trainer` whose `evaluate` scores answers and whose `predict` gives logits at the response positions."""
+
+    _learner: Any
+    unlearner: Unlearner
+    _collator: ForgetRetainCollator
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score every evaluation set by greedy decoding at the response positions.
+
+        Args:
+            eval_dataset: rows with `prompt` and `completion`, a dict of such, or the name of one of the trainer's
+                sets; None takes the trainer's.
+            ignore_keys: not used.
+            metric_key_prefix: first part of the metrics' names.
+
+        Returns:
+            `<prefix>_<name>_accuracy`, `_f1`, `_generic`, `_loss` for every set of a dict, without `<name>` for a
+            single set, and what `compute_metrics` returns, which replaces those of the same name. The record that is
+            saved keeps the former.
+
+        Raises:
+            ValueError: if there are no rows.
+            TypeError: if they are not a data set.
+        """
+        self._memory_tracker.start()
+        own: Any = self.eval_dataset
+        rows = own if eval_dataset is None else eval_dataset
+        if isinstance(rows, str):
+            rows = {rows: own[rows]}
+        if rows is None:
+            raise ValueError("evaluate needs rows: pass eval_dataset here or to UnlearningTrainer.")
+        metrics: dict[str, float] = {}
+        with self._full_eval():
+            for name, split in (rows if isinstance(rows, dict) else {"": rows}).items():
+                prefix = f"{metric_key_prefix}_{name}" if isinstance(rows, dict) else metric_key_prefix
+                found = self._score(split, prefix)
+                record = self.unlearner.spul_config
+                if isinstance(rows, dict) and record is not None and self.unlearner.enabled:
+                    record.metrics[name] = {key: found[f"{prefix}_{key}"] for key in ("accuracy", "f1", "generic")}
+                metrics.update(found)
+                if self.compute_metrics is not None and not self.args.prediction_loss_only:
+                    metrics.update(prefixed(prefix, self._predict(split, keep=not self.args.batch_eval_metrics)[1]))
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._memory_tracker.stop_and_update_metrics(metrics)
+        return metrics
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Logits and labels at the response positions of rows, and what `compute_metrics` makes of them.
+
+        Args:
+            test_dataset: rows with `prompt` and `completion`.
+            ignore_keys: not used.
+            metric_key_prefix: first part of the metrics' names.
+
+        Returns:
+            `predictions` (rows, K, V) unless `preprocess_logits_for_metrics` changes them; `label_ids` (rows, K),
+            -100 in unused slots; `metrics`: `<prefix>_loss`, nats per row, and those of `compute_metrics`.
+
+        Raises:
+            TypeError: if the rows are not a data set.
+        """
+        with self._full_eval():
+            start = time.time()
+            arrays, metrics = self._predict(test_dataset, keep=True)
+            metrics = {"loss": float(np.mean(np.concatenate([np.atleast_1d(x) for x in arrays["losses"]]))), **metrics}
+            metrics = prefixed(metric_key_prefix, metrics)
+            metrics.update(speed_metrics(metric_key_prefix, start, num_samples=len(test_dataset)))
+        self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
+        return PredictionOutput(arrays["predictions"], arrays["label_ids"], metrics)
+
+    def _predict(self, rows: Any, keep: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        return predict_rows(
+            self._learner,
+            rows,
+            self._collator,
+            self.args,
+            self.accelerator,
+            self.compute_metrics,
+            self.preprocess_logits_for_metrics,
+            keep,
+        )
+
+    def _score(self, rows: Any, prefix: str) -> dict[str, float]:
+        check_not_stream(rows, prefix)
+        start, rank, world = time.time(), self.accelerator.process_index, self.accelerator.num_processes
+        progress = None if self.args.disable_tqdm or rank else prefix
+        with self.accelerator.autocast():
+            # The plain model, not DDP's: every process has rows of its own, and their numbers may differ.
+            some = range(rank, len(rows), world)
+            found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
+        answers = Answers()
+        for part in gathered([found]):
+            answers.true += part.true
+            answers.predicted += part.predicted
+            answers.nll += part.nll
+        metrics = summarize(answers, self._collator.generic_completions)
+        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        return {**metrics, **speed_metrics(prefix, start, num_samples=len(rows))}
+
+    def _full_eval(self) -> AbstractContextManager[None]:
+        """The model in the precision of `fp16_full_eval` or `bf16_full_eval`; its own in training, as in `Trainer`."""
+        half = torch.float16 if self.args.fp16_full_eval else torch.bfloat16 if self.args.bf16_full_eval else None
+        return in_precision(self._learner, None if self.is_in_train else half, self.args.device)
+
+
+def prefixed(prefix: str, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Metrics under names with a prefix, where they have none."""
+    return {name if name.startswith(f"{prefix}_") else f"{prefix}_{name}": value for name, value in metrics.items()}

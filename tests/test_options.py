@@ -1,0 +1,492 @@
+"""Options of Trainer: each is honored or refused; those that touch the loss, batches or evaluation, at work."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import itertools
+import logging
+
+import pytest
+import torch
+from datasets import Dataset, IterableDataset
+from helpers import (
+    FAMILIES,
+    arguments,
+    assert_same,
+    build,
+    make_collator,
+    make_dataset,
+    make_trainer,
+    make_unlearner,
+    prompt_state,
+    rows,
+    trainable_model,
+)
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from spul import SoftPromptUnlearner, UnlearningLayers, UnlearningLoss, UnlearningTrainer
+from spul.losses import GradientAscent
+from spul.training.options import ALL_HONORED, AS_IN_TRAINER, HONORED, REFUSED, check_dispatch
+
+
+def options():
+    """Every field of TrainingArguments and every parameter of Trainer, of the version at hand."""
+    fields = {field.name for field in dataclasses.fields(TrainingArguments)}
+    return fields | set(inspect.signature(Trainer.__init__).parameters) - {"self"}
+
+
+def trained(folder, model=None, loss=None, dataset=None, **kwargs):
+    """A trainer after its training, for any trainable."""
+    names = ("reference", "eval_dataset", "callbacks", "optimizers", "optimizer_cls_and_kwargs", "model_init")
+    names += ("forget_fraction", "compute_metrics", "processing_class", "train_dataset")
+    own = {name: kwargs.pop(name) for name in names if name in kwargs}
+    model = make_unlearner() if model is None and "model_init" not in own else model
+    settings = arguments(folder, **{"max_steps": 2, **kwargs})
+    dataset = make_dataset() if dataset is None else dataset
+    trainer = UnlearningTrainer(model, settings, make_collator(), dataset, loss=loss, **own)
+    trainer.train()
+    return trainer
+
+
+def logged(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# ---- the lists ----
+
+
+def test_every_option_is_in_one_list_and_one_only():
+    unsorted = options() - ALL_HONORED - set(REFUSED)
+    assert not unsorted, f"add to the tables of spul/training/options.py: {sorted(unsorted)}"
+    listed = [*HONORED, *REFUSED, *(name for names in AS_IN_TRAINER.values() for name in names.split())]
+    assert sorted(set(listed)) == sorted(listed)
+
+
+def test_the_lists_hold_no_option_that_trainer_never_had():
+    newer = {"activation_checkpointing", "activation_checkpointing_kwargs"}  # transformers 5.20 and later
+    assert (ALL_HONORED | set(REFUSED)) - options() <= newer
+
+
+VALUES = {
+    "compute_loss_func": print,
+    "label_smoothing_factor": 0.1,
+    "use_liger_kernel": True,
+    "liger_kernel_config": {"rope": True},
+    "parallelism_config": object(),
+}
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_a_refused_option_is_named_with_its_value_and_the_reason(tmp_path, name):
+    args, given = arguments(tmp_path), {}
+    if hasattr(args, name):
+        setattr(args, name, VALUES[name])
+    else:
+        given[name] = VALUES[name]
+    with pytest.raises(ValueError, match=f"^{name}=") as error:
+        UnlearningTrainer(make_unlearner(), args, make_collator(), make_dataset(), **given)
+    assert str(error.value) == f"{name}={VALUES[name]!r} {REFUSED[name].reason}"
+
+
+def test_zero_3_is_refused(tmp_path):
+    args = arguments(tmp_path)
+    args.hf_deepspeed_config = type("Config", (), {"is_zero3": lambda self: True})()
+    with pytest.raises(ValueError, match=r"ZeRO stage 3 .* use stage 1 or 2"):
+        UnlearningTrainer(make_unlearner(), args, make_collator(), make_dataset())
+
+
+# ---- auto_find_batch_size ----
+
+
+class OutOfMemory(UnlearningTrainer):
+    """Has no memory for batches of more than four rows, from the second batch on."""
+
+    num_batches = 0
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        self.num_batches += 1
+        if self.num_batches > 1 and len(inputs["input_ids"]) > 4:
+            raise RuntimeError("CUDA out of memory. Tried to allocate")
+        return super().training_step(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize("settings", [{}, {"forget_fraction": 0.5}, {"train_sampling_strategy": "group_by_length"}])
+def test_a_smaller_batch_that_was_found_trains_as_if_it_had_been_given(tmp_path, settings):
+    """The aborted try ends within its first step, so that only sums, samplers and draws could remember it."""
+    settings = dict(settings)
+    own = {"forget_fraction": settings.pop("forget_fraction")} if "forget_fraction" in settings else {}
+    logs = []
+    for kind, size, find in ((UnlearningTrainer, 4, False), (OutOfMemory, 8, True)):
+        args = arguments(
+            tmp_path,
+            per_device_train_batch_size=size,
+            auto_find_batch_size=find,
+            gradient_accumulation_steps=2,
+            max_steps=6,
+            logging_steps=2,
+            **settings,
+        )
+        trainer = kind(make_unlearner(), args, make_collator(), make_dataset(), **own)
+        trainer.train()
+        logs.append([[entry[name] for name in ("loss", "forget_loss", "kl_loss")] for entry in entries(trainer)])
+    assert logs[1] == logs[0]
+
+
+def entries(trainer):
+    return [entry for entry in trainer.state.log_history if "kl_loss" in entry]
+
+
+# ---- model_init and searches ----
+
+
+def test_model_init_trains_what_the_model_itself_would(tmp_path):
+    settings = {"max_steps": 3, "train_sampling_strategy": "sequential"}  # make_unlearner seeds the generator
+    for reference in ("cached", "live"):
+        given = trained(tmp_path, reference=reference, **settings)
+        made = trained(tmp_path, model_init=lambda: make_unlearner(), reference=reference, **settings)
+        assert_same(prompt_state(made.model), prompt_state(given.model), rtol=0, atol=0)
+        assert logged(made, "kl_loss") == logged(given, "kl_loss")
+        assert made.model.spul_config.forget == given.model.spul_config.forget is not None
+        assert made.unlearner is made.model
+
+
+@pytest.mark.parametrize("trainable", ["layers", "lora", "all"])
+def test_model_init_makes_any_trainable_anew_for_each_training(tmp_path, trainable):
+    made = []
+
+    def model_init():
+        made.append(trainable_model(trainable, dtype=torch.float32))
+        return made[-1]
+
+    trainer = trained(tmp_path, model_init=model_init, loss=UnlearningLoss())
+    first = logged(trainer, "kl_loss")
+    trainer.train()
+    assert logged(trainer, "kl_loss") == first
+    assert trainer.model is made[-1]
+    assert len(made) == 3  # one for the checks, one for each training
+
+
+def test_a_model_of_model_init_is_checked_at_construction(tmp_path):
+    with pytest.raises(TypeError, match="expected a SoftPromptUnlearner"):
+        trained(tmp_path, model_init=lambda: torch.nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="model is a NoneType"):
+        UnlearningTrainer(None, arguments(tmp_path), make_collator(), make_dataset())
+    with pytest.raises(ValueError, match="generic_completions=None"):
+        trained(tmp_path, model_init=lambda: make_unlearner(loss=UnlearningLoss(forget=GradientAscent())))
+
+
+def test_a_search_trains_each_trial_with_its_own_values(tmp_path, caplog):
+    pytest.importorskip("optuna")
+    seen = []
+
+    def model_init(trial):
+        alpha = 0.5 if trial is None else trial.suggest_categorical("alpha", [1.0])
+        return make_unlearner(loss=UnlearningLoss(alpha=alpha))
+
+    class Seeing(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append((trainer._loss.alpha, args.learning_rate, trainer.sampler.batch_size, trainer.sampler.seed))
+
+    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
+    trainer = UnlearningTrainer(
+        args=args,
+        data_collator=make_collator(),
+        train_dataset=make_dataset(),
+        eval_dataset={"forget": rows("jane", 5)},
+        model_init=model_init,
+        forget_fraction=0.5,
+        callbacks=[Seeing()],
+    )
+    values = itertools.count(1)
+
+    def space(trial):
+        number = next(values)
+        return {
+            "learning_rate": trial.suggest_categorical(f"rate {number}", [number / 10]),
+            "per_device_train_batch_size": trial.suggest_categorical(f"size {number}", [number]),
+            "seed": trial.suggest_categorical(f"seed {number}", [number + 5]),
+        }
+
+    search = {"n_trials": 2, "backend": "optuna"}
+    best = trainer.hyperparameter_search(space, lambda metrics: metrics["eval_forget_loss"], **search)
+    assert seen == [(1.0, 0.1, 1, 6), (1.0, 0.2, 2, 7)]
+    assert best.objective > 0
+    assert "adds up all metrics" not in caplog.text
+    trainer.hyperparameter_search(lambda trial: {}, **search)
+    assert "hyperparameter_search adds up all metrics" in caplog.text
+
+
+# ---- NEFTune ----
+
+
+class Alone(TrainerCallback):
+    """Draws the same noise at every step, whatever else drew from the generator."""
+
+    def on_step_begin(self, *args, **kwargs):
+        torch.manual_seed(7)
+
+
+def test_noise_is_in_the_trained_pass_alone_so_that_both_references_agree(tmp_path):
+    terms = {}
+    for alpha, reference in itertools.product((None, 5.0), ("cached", "live")):
+        trainer = trained(tmp_path, reference=reference, neftune_noise_alpha=alpha, callbacks=[Alone()])
+        terms[alpha, reference] = logged(trainer, "kl_loss")
+        assert not trainer.model.get_base_model().get_input_embeddings()._forward_hooks
+    assert terms[5.0, "live"] == pytest.approx(terms[5.0, "cached"], rel=1e-4)
+    assert terms[5.0, "live"][0] > 1.2 * terms[None, "live"][0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_noise_reaches_every_family(tmp_path, family):
+    losses = [
+        logged(trained(tmp_path, make_unlearner(family=family), neftune_noise_alpha=alpha, max_steps=1))
+        for alpha in (None, 5.0)
+    ]
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("trainable", ["layers", "lora", "all"])
+def test_noise_is_uniform_and_of_the_published_size(tmp_path, trainable):
+    model, seen = trainable_model(trainable, dtype=torch.float32), []
+    base = model.get_base_model() if trainable != "all" else model
+    table = base.get_input_embeddings()
+
+    class Looking(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if not seen:
+                ids = torch.arange(60).reshape(2, 30)
+                table.train()
+                seen.append(table(ids).detach() - table.weight[ids].detach())
+                with torch.no_grad():
+                    seen.append(table(ids) - table.weight[ids])
+                table.eval()
+                seen.append(table(ids).detach() - table.weight[ids].detach())
+
+    trained(tmp_path, model, loss=UnlearningLoss(), neftune_noise_alpha=5.0, callbacks=[Looking()], max_steps=1)
+    size = 5.0 / (30 * 32) ** 0.5
+    assert 0.9 * size < seen[0].abs().max() <= size * 1.0001
+    assert seen[0].std() == pytest.approx(size / 3**0.5, rel=0.1)
+    assert not seen[1].any()
+    assert not seen[2].any()
+
+
+def test_noise_ends_with_a_training_that_fails(tmp_path):
+    class Failing(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            raise KeyboardInterrupt
+
+    model = make_unlearner()
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, model, neftune_noise_alpha=5.0, callbacks=[Failing()])
+    assert not model.get_base_model().get_input_embeddings()._forward_hooks
+
+
+# ---- streams ----
+
+
+def stream(dataset=None, torch_kind=False):
+    dataset = make_dataset() if dataset is None else dataset
+    if not torch_kind:
+        return dataset.to_iterable_dataset()
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(dataset)
+
+    return Rows()
+
+
+@pytest.mark.parametrize("torch_kind", [False, True])
+def test_a_stream_trains_as_the_same_rows_in_order(tmp_path, torch_kind):
+    """Four passes: each draws other generic completions, as the epochs of a data set do."""
+    settings = {"reference": "live", "max_steps": 16, "train_sampling_strategy": "sequential"}
+    whole = trained(tmp_path, **settings)
+    streamed = trained(tmp_path, dataset=stream(torch_kind=torch_kind), **settings)
+    assert logged(streamed, "forget_loss") == logged(whole, "forget_loss")
+    assert_same(prompt_state(streamed.model), prompt_state(whole.model), rtol=0, atol=0)
+    record = streamed.model.spul_config
+    assert record.generic_completions == make_collator().generic_completions
+    assert record.forget is None
+    assert record.retain is None
+    streamed.save_model(str(tmp_path / "prompt"))
+    assert SoftPromptUnlearner.from_pretrained(build("llama"), tmp_path / "prompt").spul_config.forget is None
+
+
+def test_a_stream_needs_no_reference_where_the_loss_needs_none(tmp_path):
+    trained(tmp_path, make_unlearner(loss=UnlearningLoss(beta=0.0)), dataset=stream())
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "named"),
+    [
+        ({}, {}, "reference='cached' (use reference='live')"),
+        ({"forget_fraction": 0.5}, {}, "reference='cached' (use reference='live') and forget_fraction"),
+        ({"reference": "live", "alternate": True}, {}, "alternate=True"),
+        ({"reference": "live"}, {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy="),
+    ],
+)
+def test_what_a_stream_cannot_do_is_one_sentence(tmp_path, own, settings, named):
+    args = arguments(tmp_path, max_steps=2, **settings)
+    with pytest.raises(ValueError, match="train_dataset is a stream") as error:
+        UnlearningTrainer(make_unlearner(), args, make_collator(), stream(), **own)
+    assert named in str(error.value)
+
+
+def test_a_stream_without_flags_or_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset has no is_forget, only"):
+        trained(tmp_path, dataset=stream(rows("a", 3)), reference="live")
+    with pytest.raises(ValueError, match="a row has no is_forget"):
+        trained(tmp_path, dataset=stream(rows("a", 3), torch_kind=True), reference="live")
+    with pytest.raises(ValueError, match="max_steps has to be specified"):
+        trained(tmp_path, dataset=stream(), reference="live", max_steps=-1)
+
+
+def test_a_stream_to_evaluate_on_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="eval_dataset is a stream"):
+        make_trainer(tmp_path, eval_dataset=stream(rows("a", 3)))
+    with pytest.raises(TypeError, match=r"forget is a stream .* Dataset\.from_list\(list\(rows\.take"):
+        make_trainer(tmp_path, eval_dataset={"forget": stream(rows("a", 3))})
+    with pytest.raises(TypeError, match="eval is a stream"):
+        make_trainer(tmp_path).evaluate(stream(rows("a", 3)))
+
+
+def test_batches_from_the_first_process_are_refused_where_there_are_others():
+    table, lines = make_dataset(), stream()
+    assert isinstance(lines, IterableDataset)
+    for given, config in ((lines, {}), (table, {"dispatch_batches": True})):
+        check_dispatch(given, AcceleratorConfig(**config), 1)
+        with pytest.raises(ValueError, match="'dispatch_batches': False"):
+            check_dispatch(given, AcceleratorConfig(**config), 2)
+        check_dispatch(given, AcceleratorConfig(**{**config, "split_batches": True}), 2)
+    check_dispatch(lines, AcceleratorConfig(dispatch_batches=False), 2)
+    check_dispatch(table, AcceleratorConfig(), 2)
+
+
+# ---- other options that touch batches, the loss or the model ----
+
+
+@pytest.mark.parametrize("trainable", ["prompt", "layers", "lora", "all"])
+def test_a_compiled_model_trains_the_same(tmp_path, trainable):
+    losses = []
+    for settings in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        model = make_unlearner() if trainable == "prompt" else trainable_model(trainable, dtype=torch.float32)
+        loss = None if trainable == "prompt" else UnlearningLoss()
+        losses.append(logged(trained(tmp_path, model, loss, max_steps=3, **settings)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_noise_reaches_a_compiled_model_and_ends_with_its_training(tmp_path):
+    settings = {"torch_compile": True, "torch_compile_backend": "eager", "neftune_noise_alpha": 5.0}
+    trainer = trained(tmp_path, **settings)
+    plain = trained(tmp_path, torch_compile=True, torch_compile_backend="eager")
+    assert logged(trainer) != logged(plain)
+    assert not trainer.model.get_base_model().get_input_embeddings()._forward_hooks
+
+
+def test_lengths_to_rebalance_by_are_asked_for(tmp_path):
+    with pytest.raises(ValueError, match=r"train_dataset\.map\(data_collator\.tokenize\)"):
+        trained(tmp_path, train_sampling_strategy="batch_rebalance")
+    tokenized = make_dataset().map(make_collator().tokenize)
+    assert len(logged(trained(tmp_path, dataset=tokenized, train_sampling_strategy="batch_rebalance"))) == 2
+
+
+def test_optimizers_of_the_users_take_the_steps(tmp_path):
+    model = make_unlearner()
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trainable, lr=0.1)
+    given = trained(tmp_path, model, optimizers=(optimizer, None), max_grad_norm=0.0)
+    made = trained(tmp_path, optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.1}), max_grad_norm=0.0)
+    assert_same(prompt_state(made.model), prompt_state(given.model), rtol=0, atol=0)
+    assert any(not torch.equal(value, prompt_state(make_unlearner())[name]) for name, value in made_state(made))
+
+
+def made_state(trainer):
+    return prompt_state(trainer.model).items()
+
+
+SAME = [
+    {"remove_unused_columns": False},
+    {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "dataloader_prefetch_factor": 1},
+    {"accelerator_config": {"split_batches": True}},
+    {"accelerator_config": {"dispatch_batches": True}},
+    {"include_num_input_tokens_seen": "non_padding"},
+    {"average_tokens_across_devices": False},
+    {"label_names": ["labels"]},
+    {"use_cache": True},
+    {"enable_jit_checkpoint": True},
+    {"torch_empty_cache_steps": 1},
+    {"logging_nan_inf_filter": False},
+    {"full_determinism": True},
+    {"debug": "underflow_overflow"},
+    {"gradient_checkpointing": True},
+]
+
+
+def test_options_beside_the_loss_do_not_change_it(tmp_path):
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    expected = logged(trained(tmp_path, max_steps=5))
+    for settings in SAME:
+        found = logged(trained(tmp_path, max_steps=5, **settings))
+        torch.use_deterministic_algorithms(deterministic)
+        assert found == pytest.approx(expected, rel=1e-5), settings
+
+
+def test_the_last_rows_are_dropped_where_that_is_asked_for(tmp_path):
+    dataset = make_dataset(11, 24)
+    for drop, num in ((False, 5), (True, 4)):
+        trainer = trained(tmp_path, dataset=dataset, dataloader_drop_last=drop, num_train_epochs=1, max_steps=-1)
+        assert trainer.state.global_step == num
+
+
+def test_tokens_and_memory_are_counted(tmp_path):
+    trainer = trained(tmp_path, include_num_input_tokens_seen="non_padding", eval_dataset=rows("jane", 5))
+    assert trainer.state.num_input_tokens_seen > 0
+    trainer = trained(tmp_path, skip_memory_metrics=False, eval_dataset=rows("jane", 5))
+    assert "eval_mem_cpu_alloc_delta" in trainer.evaluate()
+
+
+def test_a_tokenizer_of_the_trainers_is_saved_and_leaves_the_prompt_as_it_was(tmp_path):
+    tokenizer = make_collator().tokenizer
+    tokenizer.eos_token = "<unk>"  # so that Trainer changes the model's config
+    trainer = trained(tmp_path, processing_class=tokenizer)
+    assert_same(prompt_state(trainer.model), prompt_state(trained(tmp_path).model), rtol=0, atol=0)
+    trainer.save_model(str(tmp_path / "prompt"))
+    assert (tmp_path / "prompt" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize("trainable", ["prompt", "layers"])
+def test_the_model_card_of_the_unlearner_outlives_trainers(tmp_path, trainable):
+    model = make_unlearner() if trainable == "prompt" else trainable_model(trainable, dtype=torch.float32)
+    trainer = trained(tmp_path, model, None if trainable == "prompt" else UnlearningLoss())
+    trainer.save_model()
+    card = (tmp_path / "README.md").read_text()
+    trainer.create_model_card()
+    assert (tmp_path / "README.md").read_text() == card
+
+
+def test_layers_train_from_a_search_too(tmp_path):
+    trainer = trained(
+        tmp_path,
+        model_init=lambda: trainable_model("layers", dtype=torch.float32),
+        loss=UnlearningLoss(),
+        eval_dataset=rows("jane", 4),
+    )
+    assert isinstance(trainer.model, UnlearningLayers)
+    assert trainer.evaluate()["eval_loss"] > 0
+
+
+def test_evaluation_before_the_first_step_and_the_best_checkpoint(tmp_path, caplog):
+    with caplog.at_level(logging.ERROR):
+        trainer = trained(
+            tmp_path,
+            eval_on_start=True,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="best",
+            metric_for_best_model="loss",
+            eval_dataset=Dataset.from_list(list(rows("jane", 5))),
+        )
+    assert len(logged(trainer, "eval_loss")) == 3
+    assert trainer.state.best_metric == min(logged(trainer, "eval_loss")[1:])
