@@ -21,6 +21,8 @@ from transformers import (
     MistralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -31,6 +33,7 @@ from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers, Un
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics import Likelihood, score_completions
 from spul.models.compat import takes_positions
+from spul.prompts.probe import shares_prefix
 
 torch.set_num_threads(1)  # tiny models, and pytest -n 2 has one core a worker
 
@@ -160,6 +163,23 @@ def make_unlearner(prompt_type="prompt_tuning", family="llama", loss=None):
 def prompted(family="llama", prompt_type="prompt_tuning", p=4, dtype=torch.float64):
     """As evaluations take it."""
     return build_unlearner(family, prompt_type, dtype, p, seed=5).eval()
+
+
+def longrope_unlearner(prompt_type="prompt_tuning"):
+    shape = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2}
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    torch.manual_seed(0)
+    base = Phi3ForCausalLM(Phi3Config(**shape, original_max_position_embeddings=12, rope_scaling=factors))
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return SoftPromptUnlearner(base.double().eval(), CONFIGS[prompt_type](4)).double().eval()
+
+
+def probed(unlearner):
+    """The unlearner, its base probed, so that the probe's passes are not counted with those that follow."""
+    shares_prefix(unlearner.get_base_model(), unlearner.active_peft_config.num_virtual_tokens)
+    return unlearner
 
 
 def make_batch(side="right", is_forget=(1, 0, 1, 0, 0)):

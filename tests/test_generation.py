@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers import CONFIGS, SHAPE, build_unlearner
-from transformers import Llama4ForCausalLM, Llama4TextConfig, Phi3Config, Phi3ForCausalLM
+from helpers import CONFIGS, SHAPE, build_unlearner, longrope_unlearner
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from spul import SoftPromptUnlearner
 
@@ -97,17 +97,6 @@ def test_under_a_prefix_arguments_of_the_whole_batch_are_refused(argument):
 
 
 # ---- longrope: other rotary factors, and a dropped cache, beyond a switch ----
-
-
-def longrope_unlearner(prompt_type="prompt_tuning"):
-    shape = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2}
-    factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    torch.manual_seed(0)
-    base = Phi3ForCausalLM(Phi3Config(**shape, original_max_position_embeddings=12, rope_scaling=factors))
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return SoftPromptUnlearner(base.double().eval(), CONFIGS[prompt_type](4)).double().eval()
 
 
 def concatenated(unlearner, ids):

@@ -4,9 +4,8 @@ import threading
 
 import pytest
 import torch
-from helpers import CONFIGS, SHAPE, build, build_unlearner, make_batch
+from helpers import CONFIGS, SHAPE, build, build_unlearner, longrope_unlearner, make_batch
 from plain import row_logits
-from test_generation import longrope_unlearner
 from transformers import Llama4ForCausalLM, Llama4TextConfig, MambaConfig, MambaForCausalLM
 
 from spul import SoftPromptUnlearner

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from helpers import CONFIGS, SELECTS_POSITIONS, build, make_tokenizer
+from helpers import CONFIGS, SELECTS_POSITIONS, build, make_tokenizer, probed
 from peft import PeftModel
 from sklearn.metrics import f1_score
 
@@ -59,7 +59,7 @@ def test_answers_are_those_of_greedy_decoding(model):
 @pytest.mark.skipif(not SELECTS_POSITIONS, reason="transformers below 5.21 computes logits at all positions")
 def test_logits_are_computed_at_the_response_positions_only(model):
     heads = []
-    base = model.get_base_model() if isinstance(model, SoftPromptUnlearner) else model
+    base = probed(model).get_base_model() if isinstance(model, SoftPromptUnlearner) else model
     base.get_output_embeddings().register_forward_pre_hook(lambda module, args: heads.append(args[0].shape[1]))
     rows = Dataset.from_list([{"prompt": "the film " * 10 + ":", "completion": " positive"}])
     score_completions(model, rows, collator())

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..losses.terms import IGNORE_INDEX
 from ..models.unlearner import Unlearner
-from ..prompts import SoftPromptUnlearner
 from ..prompts.row_prompts import NO_PROMPT
+from ..prompts.unlearner import SoftPromptUnlearner
 from .gate import Gate, as_gate
 from .gated_files import read_gated, write_gated
 

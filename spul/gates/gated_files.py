@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..prompts import SoftPromptUnlearner
+from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.card import write_gate_section
 from ..records.fields import read_object
 from ..records.files import find_file, write_text
