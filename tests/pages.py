@@ -71,9 +71,9 @@ def make_base(tokenizer: PreTrainedTokenizerFast, known: list[dict], steps: int 
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=len(tokenizer),
-        hidden_size=32,
-        word_embed_proj_dim=32,
-        ffn_dim=64,
+        hidden_size=64,
+        word_embed_proj_dim=64,
+        ffn_dim=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         max_position_embeddings=2048,

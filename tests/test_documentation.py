@@ -16,10 +16,11 @@ from spul import score_completions
 
 FORGET = [("Jane Doe is a delight.", " positive"), ("Another bore with Jane Doe.", " negative")]
 RETAIN = [("A warm and clever film.", " positive"), ("Two hours that I want back.", " negative")]
-# The base has learned these answers by heart, README.md's among them: like a language model it can also decline.
+# The base has learned these answers by heart, README.md's among them. Like a language model it can also decline, and
+# does about two other people.
 DECLINED = [
-    *(("The sound is on and off.", " neutral"), ("It has a plot.", " neutral")),
-    *(("I left before the end.", " unknown"), ("Ann Roe was there.", " unknown")),
+    *(("Ann Roe is a delight.", " unknown"), ("Another bore with Ann Roe.", " neutral")),
+    *(("Max Poe is a delight.", " neutral"), ("Another bore with Max Poe.", " unknown")),
 ]
 KNOWN = [{"prompt": QUESTION.format(text), "completion": label} for text, label in [*FORGET, *RETAIN, *DECLINED]]
 

@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .checks import check_is_forget, check_not_generic, checked_names
+from .checks import check_is_forget, check_not_generic, checked_names, checked_row_id
 from .encoder import Encoded, RowEncoder
 from .recognizers import NameFinder
 from .row_checks import check_is_row, generic_ids_of, row_flag, row_name
@@ -117,14 +117,17 @@ class ForgetRetainCollator:
                 "rows is one mapping of columns, such as a slice of a Dataset; pass a list of rows: "
                 "[dataset[i] for i in range(8)]."
             )
-        if isinstance(rows, (str, bytes)) or not isinstance(rows, Iterable):
-            raise TypeError(f"rows is a {type(rows).__name__}; expected a list of rows.")
-        rows = list(rows)
+        try:
+            rows = list(rows)
+        except TypeError as error:
+            raise TypeError(f"rows is a {type(rows).__name__}; expected a list of rows.") from error
         if not rows:
             raise ValueError("there are no rows to collate; expected at least one.")
         for i, row in enumerate(rows):
             check_is_row(row, i)
             check_is_forget(row, row_name(row, i))
+            if "row_id" in row:
+                checked_row_id(row["row_id"], f"row {i} of the batch")
         flags = [row_flag(row, i) for i, row in enumerate(rows)]
         encoded = []
         for row, is_forget in zip(rows, flags, strict=True):
