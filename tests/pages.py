@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +49,19 @@ def blocks(page: str) -> list[Block]:
     return found
 
 
+def printed(page: str) -> list[str]:
+    """What a page says that its blocks print: blocks of text right after one, and values in comments."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.findall(r"^```python\n[^`]*?^```\n\n```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    for block in blocks(page):
+        for beside, below in re.findall(r"print\(.*\)(?:  # (.*)|\n((?:# .*\n)+))", block.code):
+            comment = beside or below.replace("\n#", "").removeprefix("# ")
+            with contextlib.suppress(ValueError, SyntaxError):  # of a comment that is prose
+                value = ast.literal_eval(comment)
+                found += [str(value)] if "..." not in comment else []
+    return found
+
+
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of README.md's words that starts a text with </s>, as OPT's does."""
     core = Tokenizer(models.BPE(unk_token="<unk>"))
@@ -66,8 +81,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_base(tokenizer: PreTrainedTokenizerFast, known: list[dict], steps: int = 150) -> OPTForCausalLM:
-    """A tiny OPT that has learned the completions of some rows by heart."""
+def make_base(tokenizer: PreTrainedTokenizerFast, known: list[dict], steps: int = 40) -> OPTForCausalLM:
+    """A tiny OPT that has learned the completions of some rows, not so long that nothing can steer it any more."""
     torch.manual_seed(0)
     config = OPTConfig(
         vocab_size=len(tokenizer),

@@ -197,6 +197,18 @@ def test_a_second_save_leaves_a_record_of_its_own_weights_alone(folder):
         SoftPromptUnlearner.from_pretrained(build("llama"), folder)
 
 
+def test_a_loss_that_is_not_known_is_refused_by_its_field_where_it_is_needed(folder):
+    record = json.loads((folder / "spul_config.json").read_text())
+    for forget in ({"type": "Other"}, {"type": "NPO", "other": 1}, {"type": "NPO", "inverse_temperature": "x"}):
+        rewrite(folder / "spul_config.json", loss={**record["loss"], "forget": forget})
+        base = build("llama").train()
+        before = state_of(base)
+        with pytest.raises(ValueError, match=r"loss in spul_config\.json of '.*adapter':"):
+            SoftPromptUnlearner.from_pretrained(base, folder, is_trainable=True)
+        assert state_of(base) == before
+        SoftPromptUnlearner.from_pretrained(base, folder)  # for inference no loss is needed
+
+
 def test_an_encoder_of_another_prompt_leaves_a_live_one_as_it_was(tmp_path):
     for seed in (1, 2):
         build_unlearner("llama", "p_tuning", torch.float32, seed=seed).save_pretrained(str(tmp_path / str(seed)))

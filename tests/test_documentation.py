@@ -10,13 +10,13 @@ import shutil
 
 import pytest
 import torch
-from pages import BASE, PAGES, QUESTION, blocks, make_base, make_tokenizer, write_data
+from pages import BASE, PAGES, QUESTION, blocks, make_base, make_tokenizer, printed, write_data
 
 from spul import score_completions
 
 FORGET = [("Jane Doe is a delight.", " positive"), ("Another bore with Jane Doe.", " negative")]
 RETAIN = [("A warm and clever film.", " positive"), ("Two hours that I want back.", " negative")]
-# The base has learned these answers by heart, README.md's among them. Like a language model it can also decline, and
+# The base has learned these answers, README.md's among them. Like a language model it can also decline, and
 # does about two other people.
 DECLINED = [
     *(("Ann Roe is a delight.", " unknown"), ("Another bore with Ann Roe.", " neutral")),
@@ -92,8 +92,10 @@ def run(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md" and blocks(page)])
-def test_every_python_block_of_a_page_runs_in_order(here, page):
+def test_every_python_block_of_a_page_runs_in_order_and_prints_what_it_says(here, page, capsys):
     run(page)
+    output = capsys.readouterr().out
+    assert [text for text in printed(page) if text not in output] == []
 
 
 def test_the_snippet_of_the_readme_forgets_as_printed(here):
@@ -110,6 +112,10 @@ def test_the_snippet_of_the_readme_forgets_as_printed(here):
     assert (kept["accuracy"], kept["generic"]) == (1.0, 0.0)
     for block in others:
         block.run(namespace)
+
+
+def test_values_that_pages_say_are_printed_are_found():
+    assert {page: len(found) for page in PAGES if (found := printed(page))} == {"docs/data.md": 13}
 
 
 def test_few_blocks_are_not_run_and_each_says_why():

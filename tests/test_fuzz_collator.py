@@ -84,7 +84,7 @@ ROWS = st.one_of(
     ODD,
 )
 BOUNDED = settings(
-    max_examples=300, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=1000, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
