@@ -18,10 +18,9 @@ from unittest.mock import patch
 import pytest
 import torch
 import transformers
-from helpers import build, build_unlearner, make_batch
+from helpers import build, build_unlearner, make_batch, state_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_checkpoint_damaged import state_of
 
 from spul import SoftPromptUnlearner
 

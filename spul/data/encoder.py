@@ -319,7 +319,11 @@ class RowEncoder:
 
         def render(messages: list, add_generation_prompt: bool) -> list[int]:
             apply = self.tokenizer.apply_chat_template
-            options = {"add_generation_prompt": add_generation_prompt, "tokenize": True, "return_dict": False}
+            options: dict[str, Any] = {
+                "add_generation_prompt": add_generation_prompt,
+                "tokenize": True,
+                "return_dict": False,
+            }
             try:
                 return list(apply(messages, **options))
             except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
