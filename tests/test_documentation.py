@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 from pages import BASE, PAGES, QUESTION, blocks, make_base, make_tokenizer, printed, write_data
+from transformers import TrainingArguments
 
 from spul import score_completions
 
@@ -26,6 +27,8 @@ KNOWN = [{"prompt": QUESTION.format(text), "completion": label} for text, label 
 
 # Blocks that cannot run here: two name models on the Hub, one needs a GPU, one another package.
 NUM_NOT_RUN = 3
+# Steps of a training on a page other than README.md.
+MOST_STEPS = 20
 # The pages that go on from others, and the number of the others' blocks that they need.
 AFTER = {
     "docs/methods.md": [("docs/guide.md", 2)],
@@ -79,6 +82,18 @@ def here(folders, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Trainings stop after `MOST_STEPS`: the pages show calls, and only README.md's says what comes of them."""
+    checked = TrainingArguments.__post_init__
+
+    def shortened(self):
+        self.max_steps = min(self.max_steps, MOST_STEPS)
+        checked(self)
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", shortened)
+
+
 def run(page):
     namespace = {"__name__": "__main__"}
     for other, num in AFTER.get(page, []):
@@ -92,7 +107,7 @@ def run(page):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md" and blocks(page)])
-def test_every_python_block_of_a_page_runs_in_order_and_prints_what_it_says(here, page, capsys):
+def test_every_python_block_of_a_page_runs_in_order_and_prints_what_it_says(here, page, capsys, few_steps):
     run(page)
     output = capsys.readouterr().out
     assert [text for text in printed(page) if text not in output] == []
