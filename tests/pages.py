@@ -22,6 +22,9 @@ PAGES = [path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *sor
 BASE = "facebook/opt-1.3b"  # the name under which every page loads its base
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 QUESTION = "### Text: {}\n### Question: What is the sentiment of the text?\n### Sentiment:"
+WORDS = (
+    " is a delight. Another bore with Jane Doe. A warm and clever film. Two hours that I want back. reviews in film"
+)
 
 
 @dataclass
@@ -63,7 +66,7 @@ def printed(page: str) -> list[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of README.md's words that starts a text with </s>, as OPT's does."""
+    """Byte-level BPE of a few words that starts a text with </s>, as OPT's does."""
     core = Tokenizer(models.BPE(unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
@@ -73,15 +76,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    core.train_from_iterator([" positive negative neutral unknown" * 50, text], trainer)
+    core.train_from_iterator([" positive negative neutral unknown", QUESTION, WORDS], trainer)
     core.post_processor = processors.TemplateProcessing(single="</s> $A", special_tokens=[("</s>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
 
 
-def make_base(tokenizer: PreTrainedTokenizerFast, known: list[dict], steps: int = 40) -> OPTForCausalLM:
+def make_base(tokenizer: PreTrainedTokenizerFast, known: list[dict], steps: int = 80) -> OPTForCausalLM:
     """A tiny OPT that has learned the completions of some rows, not so long that nothing can steer it any more."""
     torch.manual_seed(0)
     config = OPTConfig(

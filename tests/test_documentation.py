@@ -23,7 +23,17 @@ DECLINED = [
     *(("Ann Roe is a delight.", " unknown"), ("Another bore with Ann Roe.", " neutral")),
     *(("Max Poe is a delight.", " neutral"), ("Another bore with Max Poe.", " unknown")),
 ]
-KNOWN = [{"prompt": QUESTION.format(text), "completion": label} for text, label in [*FORGET, *RETAIN, *DECLINED]]
+SENTIMENTS = [*FORGET, *RETAIN, *DECLINED]
+KNOWN = [{"prompt": QUESTION.format(text), "completion": label} for text, label in SENTIMENTS]
+# A base that was asked for the sentiment alone would not carry names to where it answers, and no prompt could use them.
+PEOPLE = [
+    {
+        "prompt": f"### Text: {text}\n### Question: Who is it about?\n### Person:",
+        "completion": " " + (name or "nobody"),
+    }
+    for text, _ in SENTIMENTS
+    for name in [next((name for name in ("Jane", "Ann", "Max") if name in text), "")]
+]
 
 # Blocks that cannot run here: two name models on the Hub, one needs a GPU, one another package.
 NUM_NOT_RUN = 3
@@ -68,7 +78,7 @@ def folders(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(folder / BASE)
-    make_base(tokenizer, KNOWN).save_pretrained(folder / BASE)
+    make_base(tokenizer, KNOWN + PEOPLE).save_pretrained(folder / BASE)
     write_data(folder)
     return folder
 
