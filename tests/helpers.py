@@ -205,6 +205,23 @@ def prompt_gradients(unlearner, loss):
     return {name: p.grad.clone() for name, p in unlearner.named_parameters() if p.grad is not None}
 
 
+def state_of(model):
+    """All that a failed loading could change."""
+    found = {
+        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
+        "modes": {name: module.training for name, module in model.named_modules()},
+        "dropout": [
+            value for module in model.modules() for key, value in vars(module).items() if "drop" in key or key == "p"
+        ],
+        "hooks": [len(module._forward_hooks) for module in model.modules()],
+        "values": [p.detach().clone().tolist() for p in model.parameters()],
+    }
+    if isinstance(model, SoftPromptUnlearner):
+        found |= {"active": model.active_adapter, "configs": {k: v.to_dict() for k, v in model.peft_config.items()}}
+        found |= {"records": {k: repr(v) for k, v in model.spul_configs.items()}, "tokens": list(model.prompt_tokens)}
+    return found
+
+
 # ---- layers and LoRA on them ----
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIGS, build, build_unlearner, make_batch, make_tokenizer
+from helpers import CONFIGS, build, build_unlearner, make_batch, make_tokenizer, state_of
 from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 
@@ -68,23 +68,6 @@ DAMAGES = {
         if (name, value) != ("num_transformer_submodules", True)  # is 1
     },
 }
-
-
-def state_of(model):
-    """All that a failed loading could change."""
-    found = {
-        "requires_grad": {name: p.requires_grad for name, p in model.named_parameters()},
-        "modes": {name: module.training for name, module in model.named_modules()},
-        "dropout": [
-            value for module in model.modules() for key, value in vars(module).items() if "drop" in key or key == "p"
-        ],
-        "hooks": [len(module._forward_hooks) for module in model.modules()],
-        "values": [p.detach().clone().tolist() for p in model.parameters()],
-    }
-    if isinstance(model, SoftPromptUnlearner):
-        found |= {"active": model.active_adapter, "configs": {k: v.to_dict() for k, v in model.peft_config.items()}}
-        found |= {"records": {k: repr(v) for k, v in model.spul_configs.items()}, "tokens": list(model.prompt_tokens)}
-    return found
 
 
 @pytest.fixture
@@ -195,6 +178,43 @@ def test_a_second_save_leaves_a_record_of_its_own_weights_alone(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         SoftPromptUnlearner.from_pretrained(build("llama"), folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "encoder_reparameterization_type",
+            None,
+            r"the encoder that adapter_config\.json describes: .* not recognized",
+        ),
+        (
+            "encoder_reparameterization_type",
+            "GRU",
+            r"the encoder that adapter_config\.json describes: .* not recognized",
+        ),
+        ("encoder_dropout", float("nan"), r"encoder_dropout is nan; expected a number from 0 to 1"),
+        ("encoder_dropout", "0", r"encoder_dropout is '0'; expected"),
+        ("encoder_dropout", None, r"encoder_dropout is None; expected"),
+    ],
+)
+def test_an_encoder_that_cannot_be_built_is_refused_by_its_field(tmp_path, name, value, message):
+    build_unlearner("llama", "p_tuning", torch.float32).save_pretrained(str(tmp_path))
+    rewrite(tmp_path / "adapter_config.json", **{name: value})
+    with pytest.raises(ValueError, match=message):
+        SoftPromptUnlearner.from_pretrained(build("llama"), tmp_path, is_trainable=True)
+
+
+def test_a_loss_that_is_not_known_is_refused_by_its_field_where_it_is_needed(folder):
+    record = json.loads((folder / "spul_config.json").read_text())
+    for forget in ({"type": "Other"}, {"type": "NPO", "other": 1}, {"type": "NPO", "inverse_temperature": "x"}):
+        rewrite(folder / "spul_config.json", loss={**record["loss"], "forget": forget})
+        base = build("llama").train()
+        before = state_of(base)
+        with pytest.raises(ValueError, match=r"loss in spul_config\.json of '.*adapter':"):
+            SoftPromptUnlearner.from_pretrained(base, folder, is_trainable=True)
+        assert state_of(base) == before
+        SoftPromptUnlearner.from_pretrained(base, folder)  # for inference no loss is needed
 
 
 def test_an_encoder_of_another_prompt_leaves_a_live_one_as_it_was(tmp_path):

@@ -467,7 +467,7 @@ def test_a_flag_that_is_none_is_refused_with_its_row_and_value(words, flag):
 
 def test_rows_without_is_forget_are_refused_with_the_trainers_option(words):
     rows = [{"prompt": "a", "completion": " d", "is_forget": True}, {"completion": " d", "prompt": "b"}]
-    with pytest.raises(ValueError, match=r"a row has no is_forget, only \['completion', 'prompt'\]") as error:
+    with pytest.raises(ValueError, match=r"row 1 of the batch has no is_forget, only \['completion', 'pro") as error:
         ForgetRetainCollator(words, GENERIC)(rows)
     assert "remove_unused_columns=False" in str(error.value)
     assert "forget_retain_dataset" in str(error.value)

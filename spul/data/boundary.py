@@ -6,6 +6,8 @@ import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
+from .rows import shortened
+
 # Characters after which a word follows without a space.
 OPENING = "([{<\"'`“‘«„¿¡-–—/\\_#@$="  # noqa: RUF001
 # Scripts without spaces between words that are not of East Asian width.
@@ -29,11 +31,12 @@ def boundary_fault(
         A sentence that shows the tokens: where the completion merges with the prompt's last token, or where it lacks
         the space before it and the tokenizer has other tokens for it with one.
     """
+    shown = shortened(completion, 60)
     if list(apart) != list(together):
         first = next((i for i, (a, b) in enumerate(zip(apart, together, strict=False)) if a != b), None)
         start = max(0, (min(len(apart), len(together)) if first is None else first) - 1)
         return (
-            f"the completion {completion!r} merges with the end of its prompt, {prompt[-20:]!r}: as one text they end "
+            f"the completion {shown!r} merges with the end of its prompt, {prompt[-20:]!r}: as one text they end "
             f"in the tokens {_shown(tokenizer, together[start:])}, but are used as "
             f"{_shown(tokenizer, apart[start:])}. Move a space from the end of the prompt to the start of the "
             "completion, or end the prompt with a punctuation mark or a new line"
@@ -44,9 +47,9 @@ def boundary_fault(
     if without == with_space:
         return None
     return (
-        f"the completion {completion!r} has no space before it, and follows {prompt[-20:]!r}: its tokens are "
+        f"the completion {shown!r} has no space before it, and follows {prompt[-20:]!r}: its tokens are "
         f"{without[:8]}, with a space {with_space[:8]}, which a model rather expects after a word or a "
-        f"colon. Write {' ' + completion!r} in completions and generic_completions alike"
+        f"colon. Write {' ' + shown!r} in completions and generic_completions alike"
     )
 
 

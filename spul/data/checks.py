@@ -69,9 +69,9 @@ def check_is_forget(columns: Iterable[str], name: str) -> None:
     columns = list(columns)
     if "is_forget" not in columns:
         raise ValueError(
-            f"{name} has no is_forget, only {sorted(columns)}. Make the data set with forget_retain_dataset(forget, "
-            "retain) and collate with ForgetRetainCollator; if a Trainer pruned the column, set "
-            "TrainingArguments(remove_unused_columns=False)."
+            f"{name} has no is_forget, only {sorted(map(str, columns))}. Make the data set with "
+            "forget_retain_dataset(forget, retain) and collate with ForgetRetainCollator; if a "
+            "Trainer pruned the column, set TrainingArguments(remove_unused_columns=False)."
         )
 
 
@@ -102,7 +102,7 @@ def checked_flag(flag: Any, name: str) -> bool:
     Raises:
         ValueError: if it is anything else: the text "False", a missing value, 2.
     """
-    number = _whole_number(flag, bools=True)
+    number = whole_number(flag, bools=True)
     if number not in (0, 1):
         raise ValueError(
             f"{name} has is_forget={flag!r}; expected True or False, or 1 or 0. Convert the column, or make the data "
@@ -139,17 +139,17 @@ def checked_row_id(value: Any, name: str) -> int:
     Raises:
         ValueError: if it is not a whole number.
     """
-    number = _whole_number(value, bools=False)
-    if number is None:
+    number = whole_number(value, bools=False)
+    if number is None or not -(2**63) <= number < 2**63:
         raise ValueError(
-            f"{name} has row_id={value!r}; expected a whole number, such as forget_retain_dataset(forget, retain) "
-            "gives each row."
+            f"{name} has row_id={value!r}; expected a whole number of 64 bits, such as "
+            "forget_retain_dataset(forget, retain) gives each row."
         )
     return number
 
 
-def _whole_number(value: Any, bools: bool) -> int | None:
-    """A whole number of Python, numpy or torch as an int, bools among them where allowed; None for all else."""
+def whole_number(value: Any, bools: bool) -> int | None:
+    """Whole number of Python, numpy or torch as an int, bools among them where allowed; None for all else."""
     if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0:
         value = value.item()
     if isinstance(value, (bool, np.bool_)):

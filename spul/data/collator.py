@@ -14,9 +14,10 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .checks import check_is_forget, check_not_generic, checked_flag, checked_names
+from .checks import check_is_forget, check_not_generic, checked_names, checked_row_id
 from .encoder import Encoded, RowEncoder
 from .recognizers import NameFinder
+from .row_checks import check_is_row, generic_ids_of, row_flag, row_name
 from .rows import completion_text, normalized, prompt_of, shortened
 
 logger = logging.getLogger(__name__)
@@ -116,19 +117,26 @@ class ForgetRetainCollator:
                 "rows is one mapping of columns, such as a slice of a Dataset; pass a list of rows: "
                 "[dataset[i] for i in range(8)]."
             )
+        try:
+            rows = list(rows)
+        except TypeError as error:
+            raise TypeError(f"rows is a {type(rows).__name__}; expected a list of rows.") from error
         if not rows:
             raise ValueError("there are no rows to collate; expected at least one.")
-        for row in rows:
-            check_is_forget(row, "a row")
-        flags = [self._flag(row, i) for i, row in enumerate(rows)]
+        for i, row in enumerate(rows):
+            check_is_row(row, i)
+            check_is_forget(row, row_name(row, i))
+            if "row_id" in row:
+                checked_row_id(row["row_id"], f"row {i} of the batch")
+        flags = [row_flag(row, i) for i, row in enumerate(rows)]
         encoded = []
         for row, is_forget in zip(rows, flags, strict=True):
             own = self.encoder.encode(row)
             self._check_completion(row, own.completion_ids)
             if is_forget and self.generic_completions is not None:
                 draw = self._draw(row)
-                ids = row.get("generic_ids")
-                generic = self.generic_completions[draw] if ids is None else [int(i) for i in ids[draw]]
+                ids = generic_ids_of(row, len(self.generic_completions))
+                generic = self.generic_completions[draw] if ids is None else ids[draw]
                 encoded.append(self.encoder.encode(row, generic, self._reserve(row, own)))
             else:
                 encoded.append(own)
@@ -142,7 +150,7 @@ class ForgetRetainCollator:
         Long rows are cut once instead of in every epoch, and lengths are known to `group_by_length`. The first
         row that is cut is warned of, and all of them are counted in `encoder.num_cut`.
         """
-        is_forget = "is_forget" in row and self._flag(row)
+        is_forget = "is_forget" in row and row_flag(row)
         encoded = self.encoder.encode(row)
         if "input_ids" not in row and self.generic_completions is not None and is_forget:
             encoded = self.encoder.encode(row, reserve=self._reserve(row, encoded))
@@ -229,18 +237,9 @@ class ForgetRetainCollator:
             "ForgetRetainCollator(..., text_field=...)"
         )
 
-    @staticmethod
-    def _flag(row: Mapping[str, Any], number: int | None = None) -> bool:
-        """The checked flag of a row, named in messages by its `row_id`, or its number in the batch."""
-        if "row_id" in row:
-            name = f"the row with row_id={row['row_id']}"
-        else:
-            name = "a row" if number is None else f"row {number} of the batch"
-        return checked_flag(row["is_forget"], name)
-
     def _reserve(self, row: Mapping[str, Any], own: Encoded) -> int:
         """Tokens of the longest completion that a forget row can get, so that every draw has the same prompt."""
-        generic = row.get("generic_ids")
+        generic = generic_ids_of(row, len(self.generic_completions or []))
         if generic is None:
             generic = [self.encoder.completion_ids(text, row) for text in self.generic_completions or []]
         return max(len(ids) for ids in [own.completion_ids, *generic])

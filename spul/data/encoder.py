@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..losses.terms import IGNORE_INDEX
 from .boundary import boundary_fault
 from .checks import checked_flag, checked_row_id
-from .rows import completion_text, is_empty
+from .row_checks import check_is_row, check_texts, ending_of, split_tokenized
+from .rows import completion_text, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -181,32 +183,29 @@ class RowEncoder:
             ValueError: if columns are missing, prompt or completion have no tokens, or the completion alone is too
                 long.
         """
+        check_is_row(row)
         if "input_ids" in row:
-            prompt_ids, completion_ids = self._split_tokenized(row)
+            prompt_ids, completion_ids = split_tokenized(row)
+            removable, num_ending = None, ending_of(row, len(completion_ids)) if completion is None else 0
             if completion is not None:
                 completion_ids = completion if isinstance(completion, list) else self.completion_ids(completion)
-            removable, num_ending = None, int(row.get("num_ending") or 0) if completion is None else 0
         elif isinstance(completion, list):
             raise ValueError("token ids can replace the completion of a tokenized row only; pass text.")
-        elif "prompt" not in row or "completion" not in row:
-            raise ValueError(
-                f"a row has the columns {sorted(row)}; expected prompt and completion, or input_ids and "
-                "completion_mask. If a Trainer pruned them, set TrainingArguments(remove_unused_columns=False)."
-            )
-        elif isinstance(row["prompt"], str):
-            if is_empty(row["completion"]):
-                raise ValueError(f"a row has an empty completion: {dict(row)!r}. Drop it, or fill it in.")
-            prompt_ids, removable = self._prompt_ids(row)
-            text = row["completion"] if completion is None else completion
-            completion_ids, num_ending = self.completion_ids(text), 0
-            self._check_boundary(row["prompt"], text, prompt_ids, completion_ids)
         else:
-            prompt_ids, completion_ids, num_ending = self._chat_ids(row["prompt"], row["completion"], completion)
-            removable = None
+            check_texts(row, self.text_field)
+            if isinstance(row["prompt"], str):
+                prompt_ids, removable = self._prompt_ids(row)
+                text = row["completion"] if completion is None else completion
+                completion_ids, num_ending = self.completion_ids(text), 0
+                self._check_boundary(row["prompt"], text, prompt_ids, completion_ids)
+            else:
+                prompt_ids, completion_ids, num_ending = self._chat_ids(row["prompt"], row["completion"], completion)
+                removable = None
         if not prompt_ids or not completion_ids:
+            part = "the completion" if prompt_ids else "the prompt"
             raise ValueError(
-                f"{'the prompt' if not prompt_ids else 'the completion'} of a row has no tokens: {dict(row)!r}. "
-                "The model needs at least one token before the completion, and one to answer."
+                f"{part} of a row has no tokens: {shortened(repr(dict(row)))}. The model needs at least one token "
+                "before the completion, and one to answer."
             )
         kept = self._shorten(prompt_ids, max(len(completion_ids), reserve), removable)
         return Encoded(kept, completion_ids, num_ending, len(prompt_ids) - len(kept))
@@ -292,13 +291,11 @@ class RowEncoder:
         second = self.has_second_bos(prompt, encoded["input_ids"])
         if self.text_field is None:
             return ids, None
-        if self.text_field not in row:
-            raise ValueError(f"text_field={self.text_field!r}, but a row has only the columns {sorted(row)}.")
         start = prompt.find(row[self.text_field])
         if start < 0:
             raise ValueError(
-                f"the text of column {self.text_field!r} is not part of the prompt of its row: {dict(row)!r}. Name "
-                "the column whose text the prompt contains."
+                f"the text of column {self.text_field!r} is not part of the prompt of its row: "
+                f"{shortened(repr(dict(row)))}. Name the column whose text the prompt contains."
             )
         end = start + len(row[self.text_field])
         offsets = encoded["offset_mapping"][second:][: len(ids)]
@@ -322,7 +319,18 @@ class RowEncoder:
 
         def render(messages: list, add_generation_prompt: bool) -> list[int]:
             apply = self.tokenizer.apply_chat_template
-            return list(apply(messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=False))
+            options: dict[str, Any] = {
+                "add_generation_prompt": add_generation_prompt,
+                "tokenize": True,
+                "return_dict": False,
+            }
+            try:
+                return list(apply(messages, **options))
+            except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+                raise ValueError(
+                    f"the chat template cannot render the messages of a row, {shortened(repr(messages))}: {error}. "
+                    "Expected roles and fields that the tokenizer's chat_template knows."
+                ) from error
 
         def completion_ids() -> list[int]:
             both = render([*prompt, *completion], add_generation_prompt=False)
@@ -364,19 +372,6 @@ class RowEncoder:
                 return num
         texts = [str(self.tokenizer.decode([token])) for token in after]
         return max((num for num, text in enumerate(texts, start=1) if text.strip()), default=0)
-
-    def _split_tokenized(self, row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
-        ids, mask = list(row["input_ids"]), row.get("completion_mask")
-        if mask is None or len(mask) != len(ids):
-            raise ValueError(
-                f"a tokenized row has the columns {sorted(row)}; expected input_ids and a completion_mask of the same "
-                "length (0 for prompt tokens, 1 for completion tokens). If a Trainer pruned it, set "
-                "TrainingArguments(remove_unused_columns=False)."
-            )
-        num_prompt = list(mask).index(1) if 1 in mask else len(ids)
-        if not all(mask[num_prompt:]):
-            raise ValueError(f"completion_mask must be 0 for the prompt, then 1 for the completion; got {list(mask)}.")
-        return ids[:num_prompt], ids[num_prompt:]
 
     def _shorten(self, prompt_ids: list[int], num_completion: int, removable: range | None) -> list[int]:
         excess = len(prompt_ids) + num_completion - self.max_length

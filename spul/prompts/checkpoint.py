@@ -22,7 +22,7 @@ from ..models.compat import prefix_shape
 from ..records.card import CARD_NAME, model_card
 from ..records.fields import is_count, read_object
 from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
-from ..records.spul_config import SpulConfig, read_spul_config, without_local_path
+from ..records.spul_config import SPUL_CONFIG_NAME, SpulConfig, read_spul_config, without_local_path
 from ..records.weights import Shapes, read_weights, weight_shapes
 from .configs import check_causal_lm, check_peft_config, check_sizes, encoder_shapes, prompt_shape, without_start
 
@@ -126,9 +126,9 @@ def load(
     if loss is None and spul_config.loss is not None:
         try:
             loss = UnlearningLoss.from_dict(spul_config.loss)
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError) as error:
             if is_trainable:
-                raise
+                raise ValueError(f"loss in {SPUL_CONFIG_NAME} of {saved.where}: {error}") from error
             logger.warning("The prompt was trained with a custom loss unknown to spul; using the default loss.")
     loaded = load_base(model, model_kwargs)
     check_causal_lm(loaded)

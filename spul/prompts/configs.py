@@ -106,6 +106,9 @@ def check_sizes(config: Any, where: str) -> None:
     hidden = getattr(config, "encoder_hidden_size", None)
     if hidden is not None and not is_count(hidden, least=1):
         raise ValueError(f"{where}: encoder_hidden_size is {hidden!r}; expected an integer of at least 1, or null.")
+    dropout = getattr(config, "encoder_dropout", 0.0)
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        raise ValueError(f"{where}: encoder_dropout is {dropout!r}; expected a number from 0 to 1.")
     if config.num_transformer_submodules not in (None, 1):
         raise ValueError(
             f"{where}: num_transformer_submodules is {config.num_transformer_submodules!r}; expected 1, since a "
@@ -137,8 +140,11 @@ def encoder_shapes(config: Any) -> Shapes:
     try:
         with torch.device("meta"):
             encoder = kind(config)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"PEFT cannot build the encoder that the prompt's config describes: {error}.") from error
+    except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"PEFT cannot build the encoder that adapter_config.json describes: {error}. Copy or download the folder "
+            "again, or load the prompt with is_trainable=False."
+        ) from error
     return {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
 
 

@@ -1,0 +1,214 @@
+"""Checks of one row: the types of its columns, before a tokenizer or a chat template meets them."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .checks import checked_flag, whole_number
+from .rows import is_empty, shortened
+
+REMEDY = "If a Trainer pruned them, set TrainingArguments(remove_unused_columns=False)."
+
+
+def row_name(row: Mapping[str, Any], number: int | None = None) -> str:
+    """The name of a row in messages: by its `row_id`, or else its number in the batch.
+
+    Args:
+        row: the row.
+        number: its number in the batch, if known.
+    """
+    if "row_id" in row:
+        return f"the row with row_id={shortened(repr(row['row_id']), 40)}"
+    return "a row" if number is None else f"row {number} of the batch"
+
+
+def row_flag(row: Mapping[str, Any], number: int | None = None) -> bool:
+    """The checked `is_forget` of a row, which `row_name` names."""
+    return checked_flag(row["is_forget"], row_name(row, number))
+
+
+def check_is_row(row: Any, number: int | None = None) -> None:
+    """Check that a row is a mapping of columns.
+
+    Args:
+        row: any object.
+        number: its number in the batch, if known.
+
+    Raises:
+        TypeError: if it is not.
+    """
+    if not isinstance(row, Mapping):
+        name = "a row" if number is None else f"row {number} of the batch"
+        raise TypeError(f"{name} is a {type(row).__name__}; expected a mapping of columns: {{'prompt': ..., ...}}.")
+
+
+def check_texts(row: Mapping[str, Any], text_field: str | None = None) -> None:
+    """Check the prompt and the completion of a row: both texts, or both lists of messages, and not empty.
+
+    Args:
+        row: a row that is not tokenized.
+        text_field: the column whose text may be cut, which a text prompt must have.
+
+    Raises:
+        ValueError: if one is missing, empty, of another type, or no valid Unicode.
+    """
+    if "prompt" not in row or "completion" not in row:
+        raise ValueError(
+            f"{row_name(row)} has the columns {_columns(row)}; expected prompt and completion, or input_ids and "
+            f"completion_mask. {REMEDY}"
+        )
+    prompt, completion = row["prompt"], row["completion"]
+    if completion is None or (isinstance(completion, (str, list)) and not completion):
+        raise ValueError(f"{row_name(row)} has an empty completion: {_shown(row)}. Drop it, or fill it in.")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        texts = {"prompt": prompt, "completion": completion}
+        if text_field is not None:
+            if text_field not in row:
+                raise ValueError(f"text_field={text_field!r}, but a row has only the columns {_columns(row)}.")
+            texts[text_field] = row[text_field]
+        for column, text in texts.items():
+            _check_text(row, column, text)
+    else:
+        for column in ("prompt", "completion"):
+            _check_messages(row, column)
+    if is_empty(completion):
+        raise ValueError(f"{row_name(row)} has an empty completion: {_shown(row)}. Drop it, or fill it in.")
+
+
+def split_tokenized(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    """The token ids of a tokenized row's prompt, and those of its completion.
+
+    Args:
+        row: `input_ids` and `completion_mask`.
+
+    Raises:
+        ValueError: if they are not lists of one length, of token ids, and of 0 for the prompt, then 1.
+    """
+    if row.get("completion_mask") is None:
+        raise ValueError(
+            f"{row_name(row)}, a tokenized one, has the columns {_columns(row)}; expected input_ids and a "
+            f"completion_mask of the same length (0 for prompt tokens, 1 for completion tokens). {REMEDY}"
+        )
+    ids, mask = token_ids(row, "input_ids", row["input_ids"]), _listed(row["completion_mask"])
+    if mask is None or any(type(value) not in (bool, int) or value not in (0, 1) for value in mask):
+        raise ValueError(
+            f"{row_name(row)}: completion_mask is {_short(row['completion_mask'])}; expected a list of 0 for prompt "
+            "tokens, then 1 for completion tokens."
+        )
+    if len(mask) != len(ids):
+        raise ValueError(
+            f"{row_name(row)} has {len(ids)} input_ids and {len(mask)} values of completion_mask; expected a "
+            f"completion_mask of the same length. {REMEDY}"
+        )
+    num_prompt = mask.index(1) if 1 in mask else len(ids)
+    if not all(mask[num_prompt:]):
+        raise ValueError(
+            f"{row_name(row)}: completion_mask must be 0 for the prompt, then 1 for the completion; got "
+            f"{_short(mask)}."
+        )
+    return ids[:num_prompt], ids[num_prompt:]
+
+
+def token_ids(row: Mapping[str, Any], column: str, values: Any) -> list[int]:
+    """Token ids of a row's column, checked: whole numbers of at least 0 that fit 64 bits.
+
+    Raises:
+        ValueError: if they are not.
+    """
+    listed = _listed(values)
+    try:
+        ids = array("q", listed or []).tolist()
+    except (TypeError, OverflowError):
+        listed = None
+    if listed is None or min(ids, default=0) < 0:
+        raise ValueError(f"{row_name(row)}: {column} is {_short(values)}; expected a list of token ids.")
+    return ids
+
+
+def ending_of(row: Mapping[str, Any], num_completion: int) -> int:
+    """The checked `num_ending` of a tokenized row: how many of its last tokens a chat template put after the answer.
+
+    Raises:
+        ValueError: if it is not a whole number of at most `num_completion`.
+    """
+    value = row.get("num_ending")
+    if value is None:
+        return 0
+    number = whole_number(value, bools=False)
+    if number is None or not 0 <= number <= num_completion:
+        raise ValueError(
+            f"{row_name(row)}: num_ending is {_short(value)}; expected a whole number from 0 to {num_completion}, the "
+            "completion's tokens, as ForgetRetainCollator.tokenize writes it."
+        )
+    return number
+
+
+def generic_ids_of(row: Mapping[str, Any], num: int) -> list[list[int]] | None:
+    """The checked `generic_ids` of a tokenized row: token ids of the collator's generic completions; None without.
+
+    Raises:
+        ValueError: if they are not `num` lists of token ids.
+    """
+    values = row.get("generic_ids")
+    if values is None:
+        return None
+    listed = _listed(values)
+    if listed is None or len(listed) != num:
+        raise ValueError(
+            f"{row_name(row)}: generic_ids is {_short(values)}; expected {num} lists of token ids, one for each of "
+            "the collator's generic_completions. Tokenize the data set anew with this collator."
+        )
+    found = [token_ids(row, f"generic_ids[{i}]", one) for i, one in enumerate(listed)]
+    if [] in found:
+        raise ValueError(f"{row_name(row)}: generic_ids[{found.index([])}] is empty; expected at least one token id.")
+    return found
+
+
+def _listed(values: Any) -> list[Any] | None:
+    """A list, tuple, array or tensor as a list; None for anything else."""
+    if hasattr(values, "tolist"):
+        values = values.tolist()
+    return list(values) if isinstance(values, Sequence) and not isinstance(values, (str, bytes)) else None
+
+
+def _check_text(row: Mapping[str, Any], column: str, text: Any) -> None:
+    if not isinstance(text, str):
+        raise ValueError(f"{row_name(row)}: {column} is {_short(text)}, a {type(text).__name__}; expected text.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{row_name(row)}: {column} holds {text[error.start : error.end]!r} at character {error.start}, which is "
+            "half of a surrogate pair and no character; drop it, or read the file in its own encoding."
+        ) from error
+
+
+def _check_messages(row: Mapping[str, Any], column: str) -> None:
+    """Check a conversation; the last message of a completion is the answer, and has text."""
+    messages = row[column]
+    is_list = isinstance(messages, list) and messages
+    if not is_list or any(not isinstance(one, Mapping) or not isinstance(one.get("role"), str) for one in messages):
+        raise ValueError(
+            f"{row_name(row)}: {column} is {_short(messages)}; expected prompt and completion to be texts, or both "
+            "lists of {'role', 'content'} messages."
+        )
+    for one in messages:
+        for key, value in one.items():
+            if isinstance(value, str):
+                _check_text(row, f"{key} of a message of {column}", value)
+    if column == "completion" and not isinstance(messages[-1].get("content"), (str, type(None))):
+        _check_text(row, "content of the last message of completion", messages[-1]["content"])
+
+
+def _columns(row: Mapping[str, Any]) -> list[str]:
+    return sorted(map(str, row))
+
+
+def _short(value: Any) -> str:
+    return shortened(repr(value), 80)
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    return shortened(repr(dict(row)))

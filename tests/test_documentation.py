@@ -1,0 +1,149 @@
+"""Every Python block of README.md and docs/ runs, the blocks of a page in order and in one namespace.
+
+A page that goes on from another one, which its text says, starts with that page's first blocks; what else it takes as
+given is made by the preamble below. Names of models and data sets are tiny folders of the same name.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from pages import BASE, PAGES, QUESTION, blocks, make_base, make_tokenizer, printed, write_data
+from transformers import TrainingArguments
+
+from spul import score_completions
+
+FORGET = [("Jane Doe is a delight.", " positive"), ("Another bore with Jane Doe.", " negative")]
+RETAIN = [("A warm and clever film.", " positive"), ("Two hours that I want back.", " negative")]
+# The base has learned these answers, README.md's among them. Like a language model it can also decline, and
+# does about two other people.
+DECLINED = [
+    *(("Ann Roe is a delight.", " unknown"), ("Another bore with Ann Roe.", " neutral")),
+    *(("Max Poe is a delight.", " neutral"), ("Another bore with Max Poe.", " unknown")),
+]
+SENTIMENTS = [*FORGET, *RETAIN, *DECLINED]
+KNOWN = [{"prompt": QUESTION.format(text), "completion": label} for text, label in SENTIMENTS]
+# A base that was asked for the sentiment alone would not carry names to where it answers, and no prompt could use them.
+PEOPLE = [
+    {
+        "prompt": f"### Text: {text}\n### Question: Who is it about?\n### Person:",
+        "completion": " " + (name or "nobody"),
+    }
+    for text, _ in SENTIMENTS
+    for name in [next((name for name in ("Jane", "Ann", "Max") if name in text), "")]
+]
+
+# Blocks that cannot run here: two name models on the Hub, one needs a GPU, one another package.
+NUM_NOT_RUN = 3
+# Steps of a training on a page other than README.md.
+MOST_STEPS = 20
+# The pages that go on from others, and the number of the others' blocks that they need.
+AFTER = {
+    "docs/methods.md": [("docs/guide.md", 2)],
+    "docs/requests.md": [("docs/guide.md", 2)],
+    "docs/unlearning-layers.md": [("docs/guide.md", 2), ("docs/methods.md", 1)],
+    "docs/evaluation.md": [("docs/guide.md", 2)],
+}
+PREAMBLES = {
+    "docs/requests.md": """
+def request(name, num=2):
+    return Dataset.from_list([row(f"{name} in film {i}.", [" positive", " negative"][i % 2]) for i in range(num)])
+
+forget_1, forget_2, forget_3, unseen = request("Ann Roe"), request("Max Poe"), request("Jane Doe"), request("Ann Poe")
+for i in (1, 2, 3):
+    one = SoftPromptUnlearner(
+        AutoModelForCausalLM.from_pretrained("facebook/opt-1.3b"),
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10),
+    )
+    one.save_pretrained(f"request-{i}")
+""",
+    "docs/evaluation.md": """
+def some(name, start, num=10):
+    texts = [f"{name} Doe in film {i}, a delight." for i in range(start, start + num)]
+    return Dataset.from_list([row(text, [" positive", " negative"][i % 2]) for i, text in enumerate(texts)])
+
+forget, unseen, retain, test_retain = some("Jane", 0), some("Jane", 10), some("John", 20, 20), some("Mary", 40, 20)
+unlearner = SoftPromptUnlearner(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30))
+unlearner.save_pretrained("forget-jane-doe")
+retrained = AutoModelForCausalLM.from_pretrained("facebook/opt-1.3b")
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The base and the data sets, under the names that the pages print."""
+    folder = tmp_path_factory.mktemp("pages")
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(folder / BASE)
+    make_base(tokenizer, KNOWN + PEOPLE).save_pretrained(folder / BASE)
+    write_data(folder)
+    return folder
+
+
+@pytest.fixture
+def here(folders, tmp_path, monkeypatch):
+    """A folder of its own to run a page in."""
+    shutil.copytree(folders, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    return tmp_path
+
+
+@pytest.fixture
+def few_steps(monkeypatch):
+    """Trainings stop after `MOST_STEPS`: the pages show calls, and only README.md's says what comes of them."""
+    checked = TrainingArguments.__post_init__
+
+    def shortened(self):
+        self.max_steps = min(self.max_steps, MOST_STEPS)
+        checked(self)
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", shortened)
+
+
+def run(page):
+    namespace = {"__name__": "__main__"}
+    for other, num in AFTER.get(page, []):
+        for block in blocks(other)[:num]:
+            block.run(namespace)
+    exec(PREAMBLES.get(page, ""), namespace)
+    for block in blocks(page):
+        if block.reason is None:
+            block.run(namespace)
+    return namespace
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "README.md" and blocks(page)])
+def test_every_python_block_of_a_page_runs_in_order_and_prints_what_it_says(here, page, capsys, few_steps):
+    run(page)
+    output = capsys.readouterr().out
+    assert [text for text in printed(page) if text not in output] == []
+
+
+def test_the_snippet_of_the_readme_forgets_as_printed(here):
+    namespace = {"__name__": "__main__"}
+    first, *others = blocks("README.md")
+    first.run(namespace)
+    assert [*namespace["forget"], *namespace["retain"]] == KNOWN[:4]
+    unlearner, collator = namespace["unlearner"], namespace["collator"]
+    with unlearner.disable_adapter():
+        for rows in ("forget", "retain"):
+            assert score_completions(unlearner, namespace[rows], collator)["accuracy"] == 1.0, f"base, {rows}"
+    forgotten, kept = (score_completions(unlearner, namespace[rows], collator) for rows in ("forget", "retain"))
+    assert (forgotten["accuracy"], forgotten["generic"]) == (0.0, 1.0)
+    assert (kept["accuracy"], kept["generic"]) == (1.0, 0.0)
+    for block in others:
+        block.run(namespace)
+
+
+def test_values_that_pages_say_are_printed_are_found():
+    assert {page: len(found) for page in PAGES if (found := printed(page))} == {"docs/data.md": 13}
+
+
+def test_few_blocks_are_not_run_and_each_says_why():
+    reasons = [block.reason for page in PAGES for block in blocks(page) if block.reason is not None]
+    assert len(reasons) == NUM_NOT_RUN, reasons
+    assert all(len(reason) > 5 for reason in reasons)
