@@ -120,13 +120,9 @@ def with_text(splits):
 def test_new_surfaces_of_a_gate_are_attacked_with_names_and_the_rows_of_the_other_side(tmp_path):
     names = ["jane", "Film"]
     attacks = dataclasses.replace(ATTACKS, inputs=None, names=names, document_words=(4, 900), turns=(1,))
-    splits, collator = (
-        with_text(make_splits(test_forget=rows("jane doe", 7))),
-        make_collator(max_length=100, text_field="text"),
-    )
-    model = learned()
-    with pytest.warns(UserWarning, match="lose"):
-        found = measured(model, "input attack", attacks=attacks, splits=splits, collator=collator, output_dir=tmp_path)
+    splits = with_text(make_splits(test_forget=rows("jane doe", 7)))
+    model, collator = learned(), make_collator(max_length=96, text_field="text")
+    found = measured(model, "input attack", attacks=attacks, splits=splits, collator=collator, output_dir=tmp_path)
     forget, retain = splits["test_forget"], splits["test_retain"]
     for name, some, other in (("test_forget", forget, retain), ("test_retain", retain, forget)):
         expected = {
@@ -148,7 +144,7 @@ def test_new_surfaces_of_a_gate_are_attacked_with_names_and_the_rows_of_the_othe
     assert settings.keys() == {"names", "digest"}
     assert found.settings["attacked_names"] == {"names": 2}
     other_names = dataclasses.replace(attacks, names=["jane"])
-    with pytest.raises(ValueError, match="differs in attacked_names"), pytest.warns(UserWarning, match="lose"):
+    with pytest.raises(ValueError, match="differs in attacked_names"):
         measured(model, "input attack", attacks=other_names, splits=splits, collator=collator, output_dir=tmp_path)
 
 
