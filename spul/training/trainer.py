@@ -138,7 +138,7 @@ class UnlearningTrainer(Trainer):
                 progress=not settings.disable_tqdm,
             )
         rows = train_dataset
-        if train_dataset is not None and forget_fraction is not None:
+        if self._sampler is not None and self._sampler.draws_copies:
             train_dataset = RowCopies(train_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if self.args.n_gpu > 1:
