@@ -42,6 +42,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--attack-rows", type=int, default=200, help="maximum number of attacked rows of a set")
     add("--turns", nargs="+", type=int, default=[1, 4], help="numbers of question-answer turns before the question")
+    add("--document-words", nargs="+", type=int, default=[300], help="words of the documents around the question")
     add("--tries", nargs="+", type=int, default=[1, 10, 100], help="numbers of sampled answers")
     add("--free-form", action="store_true", help="answers are free text, even if few are different")
     add("--max-new-tokens", type=int, default=200, help="of a free-form answer")
@@ -52,7 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--names",
         nargs="+",
-        help="full names of forgotten people, for neighbors of the same surname; known for sst2 and imdb",
+        help="full names of forgotten people, for neighbors of the same surname and attacks that disguise names; known "
+        "for sst2 and imdb",
     )
     add(
         "--clusters",
@@ -75,6 +77,7 @@ def identity(args: argparse.Namespace) -> list[Any]:
         sorted(args.measures),
         args.attack_rows,
         args.turns,
+        args.document_words,
         args.tries,
         args.max_new_tokens,
         args.free_form,
@@ -89,6 +92,8 @@ def attack_settings(args: argparse.Namespace, task: PromptFormat, **learning_rat
     """The settings of the attacks."""
     return AttackSettings(
         turns=tuple(args.turns),
+        names=tuple(args.names or KNOWN_NAMES.get(args.dataset, ())),
+        document_words=tuple(args.document_words),
         tries=tuple(args.tries),
         num_rows=args.attack_rows,
         wording=WORDINGS.get(task.text_field) if args.wording is None else read_wording(args.wording),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
@@ -50,6 +53,35 @@ def test_row_ids_of_the_sets_are_numbered_anew():
     forget = Dataset.from_list([{**row, "row_id": 7} for row in FORGET])
     joined = forget_retain_dataset(forget, Dataset.from_list(RETAIN))
     assert joined["row_id"][:] == [0, 1, 2, 3, 4]
+
+
+def test_weights_are_a_column_in_which_other_rows_have_1():
+    forget, retain = Dataset.from_list(FORGET), Dataset.from_list(RETAIN)
+    assert "sampling_weight" not in forget_retain_dataset(forget, retain).column_names
+    joined = forget_retain_dataset(forget, retain, retain_weight=[3, 0.5, np.float32(1)])
+    assert joined["sampling_weight"][:] == [1.0, 1.0, 3.0, 0.5, 1.0]
+    assert joined.remove_columns("sampling_weight").to_list() == forget_retain_dataset(forget, retain).to_list()
+
+
+def test_weights_of_the_sets_own_column_stay_unless_others_are_given():
+    forget, retain = Dataset.from_list(FORGET), Dataset.from_list(RETAIN).add_column("sampling_weight", [2, 3, 4])
+    joined = forget_retain_dataset(forget, retain)
+    assert joined["sampling_weight"][:] == [1.0, 1.0, 2.0, 3.0, 4.0]
+    parts = [joined.filter(lambda row, flag=flag: row["is_forget"] == flag) for flag in (True, False)]
+    assert forget_retain_dataset(*parts).to_list() == joined.to_list()
+    assert forget_retain_dataset(*parts, retain_weight=[1, 1, 7])["sampling_weight"][:] == [1.0, 1.0, 1.0, 1.0, 7.0]
+
+
+@pytest.mark.parametrize("bad", [0, -1, float("nan"), float("inf"), None, True, "2"])
+def test_a_weight_that_is_no_number_above_0_is_refused_by_its_row(bad):
+    with pytest.raises(ValueError, match=re.escape(f"row 1 of the retain set has the weight {bad!r}; expected a num")):
+        forget_retain_dataset(Dataset.from_list(FORGET), Dataset.from_list(RETAIN), retain_weight=[1, bad, 2])
+
+
+@pytest.mark.parametrize("given", [3.0, [1.0], [1.0] * 4, "abc"])
+def test_weights_that_are_not_one_for_each_retain_row_are_refused(given):
+    with pytest.raises(ValueError, match=r"retain_weight is .*; expected 3 numbers above 0"):
+        forget_retain_dataset(Dataset.from_list(FORGET), Dataset.from_list(RETAIN), retain_weight=given)
 
 
 def test_conversational_rows_are_joined_as_they_are():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 
 import numpy as np
@@ -26,8 +27,19 @@ from small_evaluations import (
 )
 
 from spul import SoftPromptUnlearner
-from spul.evaluation.attacks import quantized, relearn, sampled_success, soft_suffix, with_prefix
+from spul.evaluation.attacks import (
+    letters_apart,
+    look_alikes,
+    misspelt,
+    mixed_query,
+    quantized,
+    relearn,
+    sampled_success,
+    soft_suffix,
+    with_prefix,
+)
 from spul.evaluation.metrics.scoring import score_completions
+from spul.evaluation.suite import AttackSettings
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
@@ -94,8 +106,67 @@ def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other
     assert "no more than 40 different questions" in found.skipped["input attack 'diluted, 40 turns'"]
     with pytest.raises(ValueError, match="turns"):
         dataclasses.replace(attacks, turns=(0,))
-    with pytest.raises(ValueError, match="among them"):
-        dataclasses.replace(ATTACKS, turns=(2,))
+    for name, value in {"turns": (2,), "names": ["Jane"], "document_words": (9,), "wording": {"a": "b"}}.items():
+        with pytest.raises(ValueError, match=f"and {name} would have no effect"):
+            dataclasses.replace(ATTACKS, **{name: value})
+    assert dataclasses.replace(ATTACKS, names=[]).names == []
+
+
+def with_text(splits):
+    """The same rows with the column of the text that stands in their prompts."""
+    return {name: some.map(lambda row: {"text": row["prompt"].removesuffix(" :")}) for name, some in splits.items()}
+
+
+def test_new_surfaces_of_a_gate_are_attacked_with_names_and_the_rows_of_the_other_side(tmp_path):
+    names = ["jane", "Film"]
+    attacks = dataclasses.replace(ATTACKS, inputs=None, names=names, document_words=(4, 900), turns=(1,))
+    splits = with_text(make_splits(test_forget=rows("jane doe", 7)))
+    model, collator = learned(), make_collator(max_length=96, text_field="text")
+    found = measured(model, "input attack", attacks=attacks, splits=splits, collator=collator, output_dir=tmp_path)
+    forget, retain = splits["test_forget"], splits["test_retain"]
+    for name, some, other in (("test_forget", forget, retain), ("test_retain", retain, forget)):
+        expected = {
+            "misspelt": misspelt(some, names, text_field="text", seed=SEED),
+            "look-alike letters": look_alikes(some, names, "text"),
+            "letters apart": letters_apart(some, names, " ", "text"),
+            "letters hyphenated": letters_apart(some, names, "-", "text"),
+            "mixed query, asked first": mixed_query(some, other, "text", "first", SEED),
+            "mixed query, asked second": mixed_query(some, other, "text", "second", SEED),
+        }
+        for attack, changed in expected.items():
+            scores = score_completions(model, changed, collator)
+            assert_metrics(found, scores, measure="input attack", rows=name, attack=attack)
+        assert "raise it" in found.skipped[f"input attack 'in a document of 900 words' on {name}"]
+    assert "input attack on names" not in found.skipped
+    files = [path.read_text() for path in tmp_path.iterdir()]
+    assert not any(name in text for name in names for text in files)
+    settings = json.loads((tmp_path / "settings.json").read_text())["attacked_names"]
+    assert settings.keys() == {"names", "digest"}
+    assert found.settings["attacked_names"] == {"names": 2}
+    other_names = dataclasses.replace(attacks, names=["jane"])
+    with pytest.raises(ValueError, match="differs in attacked_names"):
+        measured(model, "input attack", attacks=other_names, splits=splits, collator=collator, output_dir=tmp_path)
+
+
+def test_attacks_that_lack_names_or_a_text_field_are_listed_as_skipped():
+    attacks = dataclasses.replace(ATTACKS, inputs=None)
+    with pytest.warns(UserWarning, match="lose"):
+        found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
+    assert "AttackSettings(names=...)" in found.skipped["input attack on names"]
+    assert "text_field" in found.skipped["input attack by mixed queries and documents"]
+    made = {one.attack for one in found.measurements}
+    assert {"misspelt", "letters apart", "all jailbreaks before", "jailbreaks and a turn before"} < made
+    assert not any("mixed" in attack or "document" in attack for attack in made)
+
+
+@pytest.mark.parametrize("words", [(), (1,), (5, 5)])
+def test_bad_lengths_of_documents_and_names_are_refused(words):
+    with pytest.raises(ValueError, match=r"document_words=.* at least 2"):
+        AttackSettings(document_words=words)
+    with pytest.raises(TypeError, match="names is 'Jane'"):
+        AttackSettings(names="Jane")
+    with pytest.raises(ValueError, match="names holds ' '"):
+        AttackSettings(names=["Jane", " "])
 
 
 def test_halves_are_of_each_prompt_once_and_without_one_in_both():
@@ -147,9 +218,7 @@ def test_attacks_that_take_some_of_the_text_away_are_warned_of_and_that_take_mos
     inputs = {f"{num} more": lambda rows, num=num: with_prefix(rows, "the review " * num) for num in (8, 30)}
     attacks = dataclasses.replace(ATTACKS, inputs=inputs)
     collator = make_collator(max_length=33, text_field="text")
-    splits = {
-        name: some.map(lambda row: {"text": row["prompt"].removesuffix(" :")}) for name, some in make_splits().items()
-    }
+    splits = with_text(make_splits())
     with pytest.warns(UserWarning, match="'8 more' makes rows of test_forget lose"):
         found = measured(learned(), "input attack", attacks=attacks, collator=collator, splits=splits)
     assert {one.attack for one in found.measurements} == {"none", "8 more"}

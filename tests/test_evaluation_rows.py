@@ -156,13 +156,18 @@ def test_tofus_questions_are_of_the_forget_set_and_not_more_than_are_attacked(ex
 
 
 def test_the_wording_of_a_file_stands_in_for_the_known_one(example, tmp_path):
-    assert example.attack_settings(options(example), SENTIMENT).wording == example.WORDINGS["text"]
+    known = example.attack_settings(options(example, dataset="reviews"), SENTIMENT)
+    assert (known.wording, known.names, known.document_words) == (example.WORDINGS["text"], (), (300,))
     path = tmp_path / "wording.json"
     path.write_text(json.dumps({"### Sentiment:": "### Mood:"}))
-    args = options(example, "--wording", path, "--turns", 2, 9, "--gradient-norm")
+    args = options(example, "--wording", path, "--turns", 2, 9, "--gradient-norm", dataset="reviews")
     how = example.attack_settings(args, SENTIMENT, relearn_lr=0.3)
     assert (how.wording, how.turns, how.gradient_norm) == ({"### Sentiment:": "### Mood:"}, (2, 9), True)
     assert how.relearn_lr == 0.3
+    for given, names in (((), example.KNOWN_NAMES["sst2"]), (("--names", "Jane Doe"), ["Jane Doe"])):
+        args.names = options(example, *given).names
+        args.dataset = "sst2"
+        assert example.attack_settings(args, SENTIMENT).names == tuple(names)
     path.write_text('["### Mood:"]')
     with pytest.raises(ValueError, match=r"expected \{"):
         example.attack_settings(args, SENTIMENT)

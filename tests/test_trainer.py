@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import shutil
+from collections import Counter
 
 import pytest
 import torch
@@ -165,19 +166,23 @@ def test_a_key_that_is_none_is_refused_before_training(tmp_path):
 # ---- checkpoints ----
 
 
-RESUMED = (  # forget_fraction, workers, sampling strategy
-    (0.5, 2, "random"),
-    (None, 0, "random"),
-    (0.5, 0, "random"),
-    (None, 0, "group_by_length"),
-    (0.5, 0, "group_by_length"),
+RESUMED = (  # forget_fraction, workers, sampling strategy, whether retain rows have weights
+    (0.5, 2, "random", False),
+    (None, 0, "random", False),
+    (0.5, 0, "random", False),
+    (None, 0, "group_by_length", False),
+    (0.5, 0, "group_by_length", False),
+    (0.5, 0, "random", True),
+    (None, 2, "random", True),
+    (None, 0, "group_by_length", True),
 )
 
 
 def test_resuming_gives_the_bits_of_a_run_that_never_stopped(tmp_path, prompt_type):
     """The order of rows is no matter of the prompt type, so one of these goes through all ways of sampling."""
-    for forget_fraction, workers, strategy in RESUMED if prompt_type == "prompt_tuning" else RESUMED[:2]:
-        folder = tmp_path / f"{forget_fraction}-{workers}-{strategy}"
+    for forget_fraction, workers, strategy, weighted in RESUMED if prompt_type == "prompt_tuning" else RESUMED[:2]:
+        folder = tmp_path / f"{forget_fraction}-{workers}-{strategy}-{weighted}"
+        weights = [2.5, 0.5, *[1.0] * 19] if weighted else None
         settings = {
             "max_steps": 11,
             "save_strategy": "steps",
@@ -187,6 +192,7 @@ def test_resuming_gives_the_bits_of_a_run_that_never_stopped(tmp_path, prompt_ty
             "forget_fraction": forget_fraction,
             "dataloader_num_workers": workers,
             "train_sampling_strategy": strategy,
+            "dataset": forget_retain_dataset(rows("jane", 11), rows("film", 21), retain_weight=weights),
         }
         whole = make_trainer(folder, prompt_type, **settings)
         whole.train()
@@ -347,6 +353,30 @@ def test_rows_of_like_length_meet_also_under_a_forget_fraction(tmp_path, kind, f
 def test_a_forget_fraction_and_another_order_contradict_each_other(tmp_path):
     with pytest.raises(ValueError, match=r"forget_fraction=0\.5 and train_sampling_strategy="):
         make_trainer(tmp_path, forget_fraction=0.5, train_sampling_strategy="sequential")
+
+
+@pytest.mark.parametrize("kind", ["text", "tokenized"])
+@pytest.mark.parametrize("options", [{}, {"forget_fraction": 0.5}, {"train_sampling_strategy": "group_by_length"}])
+def test_retain_rows_are_trained_on_as_often_as_their_weights_say(tmp_path, kind, options):
+    collator = make_collator()
+    dataset = forget_retain_dataset(rows("jane", 11), rows("film", 21), retain_weight=[4, 2] + [1] * 19)
+    if kind == "tokenized":
+        dataset = dataset.map(collator.tokenize, remove_columns=dataset.column_names)
+    trainer = make_trainer(tmp_path, dataset=dataset, collator=collator, max_steps=2, **options)
+    drawn = Counter(int(i) for batch in trainer.get_train_dataloader() for i in batch["row_id"])
+    forget = [drawn.pop(i) for i in range(11)]
+    if "forget_fraction" in options:  # as many as the retain draws
+        assert (sum(forget), min(forget), max(forget)) == (25, 2, 3)
+    else:
+        assert forget == [1] * 11
+    assert drawn == {11: 4, 12: 2, **dict.fromkeys(range(13, 32), 1)}
+    trainer.train()
+
+
+def test_weights_and_another_order_contradict_each_other(tmp_path):
+    dataset = forget_retain_dataset(rows("jane", 2), rows("film", 2), retain_weight=[1, 2])
+    with pytest.raises(ValueError, match="the column sampling_weight and train_sampling_strategy='sequential'"):
+        make_trainer(tmp_path, dataset=dataset, train_sampling_strategy="sequential")
 
 
 def test_forget_fraction_holds_in_every_batch(tmp_path):

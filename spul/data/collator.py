@@ -19,6 +19,7 @@ from .encoder import Encoded, RowEncoder
 from .recognizers import NameFinder
 from .row_checks import check_is_row, generic_ids_of, row_flag, row_name
 from .rows import completion_text, normalized, prompt_of, shortened
+from .weights import WEIGHT
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +168,7 @@ class ForgetRetainCollator:
                 )
             self.encoder.num_cut += 1
         mask = [0] * len(encoded.prompt_ids) + [1] * len(encoded.completion_ids)
-        columns = {name: row[name] for name in ("is_forget", "row_id") if name in row}
+        columns = {name: row[name] for name in ("is_forget", "row_id", WEIGHT) if name in row}
         if "input_ids" not in row and not isinstance(row["completion"], str):
             # A chat template puts tokens of its own around answers, which a tokenized row does not show.
             columns["num_ending"] = encoded.num_ending

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,37 +12,68 @@ from datasets import Dataset, concatenate_datasets
 from ..models.compat import flattened
 from .checks import check_rows
 from .rows import SHOWN, column_batches, is_empty, rows_at, shortened
+from .weights import WEIGHT, checked_weights
 
 
-def forget_retain_dataset(forget: Dataset, retain: Dataset) -> Dataset:
+def forget_retain_dataset(
+    forget: Dataset, retain: Dataset, *, retain_weight: Sequence[float] | None = None
+) -> Dataset:
     """Join a forget set and a retain set into one data set.
 
     Args:
         forget: rows in prompt-completion form: columns `prompt` and `completion`, both strings, or both lists of
             `{"role", "content"}` messages. Other columns stay.
         retain: rows of the same form.
+        retain_weight: how often each retain row is drawn in training, one number above 0 for each: a hard negative
+            of weight 3 three times as often as a row of weight 1. None (default) takes the column `sampling_weight`
+            of the rows, and 1 without it.
 
     Returns:
-        All rows, forget rows first, with the columns `is_forget` (bool) and `row_id` (int, from 0).
+        All rows, forget rows first, with the columns `is_forget` (bool) and `row_id` (int, from 0); and
+        `sampling_weight` (float), 1 for rows without one, if weights are given.
 
     Raises:
         TypeError: if one is not a `datasets.Dataset`.
-        ValueError: if a set is empty or lacks a column, a prompt is missing, a completion is empty, or a prompt is in
-            both sets.
+        ValueError: if a set is empty or lacks a column, a prompt is missing, a completion is empty, a prompt is in
+            both sets, or weights are not one for each row, finite and above 0.
+
+    Example:
+        ```python
+        dataset = forget_retain_dataset(forget, retain, retain_weight=[3.0 if hard else 1.0 for hard in flagged])
+        ```
     """
     hashes = []
     for name, rows in (("forget", forget), ("retain", retain)):
         check_rows(rows, name=name)
         hashes.append(_checked_prompts(name, rows))
     _check_disjoint(forget, retain, *hashes)
+    weights = [_weights(forget, None, "forget"), _weights(retain, retain_weight, "retain")]
+    own = ("is_forget", "row_id", WEIGHT)
     forget, retain = (
-        flattened(rows.remove_columns([name for name in ("is_forget", "row_id") if name in rows.column_names]))
+        flattened(rows.remove_columns([name for name in own if name in rows.column_names]))
         for rows in (forget, retain)
     )
     forget = forget.add_column("is_forget", np.full(len(forget), True))
     retain = retain.add_column("is_forget", np.full(len(retain), False))
-    joined = concatenate_datasets([forget, retain])
-    return joined.add_column("row_id", np.arange(len(joined)))
+    joined = concatenate_datasets([forget, retain]).add_column("row_id", np.arange(len(forget) + len(retain)))
+    if all(some is None for some in weights):
+        return joined
+    filled = [
+        np.ones(len(rows)) if some is None else some for some, rows in zip(weights, (forget, retain), strict=True)
+    ]
+    return joined.add_column(WEIGHT, np.concatenate(filled))
+
+
+def _weights(rows: Dataset, given: Sequence[float] | None, name: str) -> np.ndarray | None:
+    """How often each row of a set is drawn: as given, or by its column; None without either."""
+    if given is None:
+        if WEIGHT not in rows.column_names:
+            return None
+        given = [value for values in column_batches(rows, WEIGHT) for value in values]
+    if isinstance(given, str) or not hasattr(given, "__len__") or len(given) != len(rows):
+        found = f"{len(given)} values" if hasattr(given, "__len__") and not isinstance(given, str) else repr(given)
+        raise ValueError(f"{name}_weight is {found}; expected {len(rows)} numbers above 0, one for each {name} row.")
+    return checked_weights(given, f"the {name} set")
 
 
 def _checked_prompts(name: str, rows: Dataset) -> np.ndarray:

@@ -1,8 +1,7 @@
-"""Samplers: the order of forget and retain rows in an epoch, and batches of rows of similar length."""
+"""Samplers: order and number of forget and retain rows in an epoch, and batches of rows of similar length."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 from ..models.compat import get_length_grouped_indices
 from .encoder import RowEncoder
 from .rows import ROWS_READ_AT_ONCE, column_batches, read_rows
+from .weights import WEIGHT, checked_weights, num_in_pass, passes, sampling_weights
 
 # Padded tokens of a batch per row of its maximum size, in `by_length`: memory goes with padded tokens, not with rows.
 TOKENS_PER_ROW = 256
@@ -47,12 +47,39 @@ class EpochSampler(Sampler[int]):
 
     Args:
         seed: seed of the shuffles.
+        num_rows: number of rows.
         lengths: one per row, in tokens, to group rows of similar length; None does not group.
         batch_size: rows per step, for grouping.
+        weights: one per row, above 0: how often it is drawn where others are drawn once. A pass over rows of total
+            weight W has N = W draws, rounded up, of which a row of weight w has w N / W, rounded up or down, and on
+            average exactly. None draws each row once.
+
+    Attributes:
+        draws_copies: whether the draws are items of `RowCopies(rows)`, since rows repeat in an epoch; otherwise they
+            are indices of rows.
+
+    Raises:
+        ValueError: if `lengths` or `weights` are not one per row, or a weight is not finite and above 0.
     """
 
-    def __init__(self, seed: int, lengths: Sequence[int] | None, batch_size: int) -> None:
+    draws_copies = False
+
+    def __init__(
+        self,
+        seed: int,
+        num_rows: int,
+        lengths: Sequence[int] | None,
+        batch_size: int,
+        weights: Sequence[float] | np.ndarray | None = None,
+    ) -> None:
+        for name, values in (("lengths", lengths), ("weights", weights)):
+            if values is not None and len(values) != num_rows:
+                raise ValueError(f"there are {len(values)} {name} for {num_rows} rows; expected one for each.")
         self.seed, self.lengths, self.batch_size, self.epoch = seed, lengths, batch_size, 0
+        self.num_rows = num_rows
+        self.weights = None if weights is None else checked_weights(weights, "the training set")
+        if weights is not None:
+            self.draws_copies = True
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle as in this epoch."""
@@ -65,13 +92,21 @@ class EpochSampler(Sampler[int]):
         """The draws of one epoch."""
         raise NotImplementedError
 
-    def _shuffled(self, rows: np.ndarray, generator: torch.Generator) -> Iterator[int]:
-        """These rows in random order, or grouped by length as in transformers."""
+    def _shuffled(self, draws: np.ndarray, generator: torch.Generator) -> Iterator[int]:
+        """These draws in random order, or grouped by length as in transformers."""
         if self.lengths is None:
-            yield from _permuted(rows, generator)
+            yield from _permuted(draws, generator)
         else:
-            lengths = [self.lengths[i] for i in rows.tolist()]
-            yield from rows[get_length_grouped_indices(lengths, self.batch_size, generator=generator)].tolist()
+            lengths = [self._length(draw) for draw in draws.tolist()]
+            yield from draws[get_length_grouped_indices(lengths, self.batch_size, generator=generator)].tolist()
+
+    def _length(self, draw: int) -> int:
+        assert self.lengths is not None
+        return self.lengths[draw % self.num_rows]
+
+    def _passes(self, group: np.ndarray, generator: torch.Generator) -> Iterator[np.ndarray]:
+        """Passes over these rows without end, each the draws in it."""
+        return passes(group, self.weights, self.num_rows, generator)
 
 
 class ForgetFractionSampler(EpochSampler):
@@ -88,11 +123,14 @@ class ForgetFractionSampler(EpochSampler):
         lengths: one per row, in tokens, to group rows of similar length: in each quarter of an epoch, or each 50
             batches if that is less, both groups are sorted by length, and the batches come in random order.
         batch_size: rows per step; used with `lengths` only.
+        weights: one per row, how often it is drawn among the rows of its group, as in `EpochSampler`.
 
     Raises:
         ValueError: if `fraction` is out of range, or so extreme that the draws of an epoch cannot be counted; if a
-            group has no rows, or `lengths` are not one per row.
+            group has no rows, or `lengths` or `weights` are not one per row.
     """
+
+    draws_copies = True
 
     def __init__(
         self,
@@ -101,17 +139,16 @@ class ForgetFractionSampler(EpochSampler):
         seed: int = 0,
         lengths: Sequence[int] | None = None,
         batch_size: int = 1,
+        weights: Sequence[float] | np.ndarray | None = None,
     ) -> None:
         if not 0 < fraction < 1:
             raise ValueError(
                 f"forget_fraction={fraction!r}; expected a share above 0 and below 1, or None to mix as the data are."
             )
         self.groups = _groups(is_forget, f"forget_fraction={fraction!r}")
-        if lengths is not None and len(lengths) != len(is_forget):
-            raise ValueError(f"there are {len(lengths)} lengths for {len(is_forget)} rows; expected one for each.")
-        super().__init__(seed, lengths, batch_size)
-        self.fraction, self.num_rows = fraction, len(is_forget)
-        retain, forget = (len(group) for group in self.groups)
+        super().__init__(seed, len(is_forget), lengths, batch_size, weights)
+        self.fraction = fraction
+        retain, forget = (num_in_pass(group, self.weights) for group in self.groups)
         # 1 / (1 - 0.9) is a little above 10 in binary floats.
         draws = max(forget / fraction - 1e-9, retain / (1 - fraction) - 1e-9)
         if draws >= sys.maxsize:
@@ -157,13 +194,47 @@ class ForgetFractionSampler(EpochSampler):
         """Number of draws that are sorted together: a quarter of the epoch, or 50 batches, as in transformers."""
         return self.batch_size * max(1, min(len(self) // (4 * self.batch_size), 50))
 
-    def _length(self, draw: int) -> int:
-        assert self.lengths is not None
-        return self.lengths[draw % self.num_rows]
-
     def _endless(self, group: np.ndarray, generator: torch.Generator) -> Iterator[int]:
-        for copy in itertools.count():
-            yield from _permuted(group + copy * self.num_rows, generator)
+        for draws in self._passes(group, generator):
+            yield from _permuted(draws, generator)
+
+
+class WeightedSampler(EpochSampler):
+    """Sampler of rows as often as their weights say, shuffled; an epoch is one pass.
+
+    The draws are items of `RowCopies`.
+
+    Args:
+        weights: one per row, as in `EpochSampler`; the column `sampling_weight` of `forget_retain_dataset`.
+        seed: seed of the shuffles.
+        lengths: one per row, in tokens, to group rows of similar length, as in `LengthGroupedSampler`.
+        batch_size: rows per step; used with `lengths` only.
+
+    Raises:
+        ValueError: if a weight is not finite and above 0, or `lengths` are not one per row.
+
+    Example:
+        ```python
+        sampler = WeightedSampler(dataset["sampling_weight"])
+        loader = DataLoader(RowCopies(dataset), batch_size=32, sampler=sampler, collate_fn=collator)
+        ```
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[float] | np.ndarray,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        super().__init__(seed, len(weights), lengths, batch_size, weights)
+        self._num_draws = num_in_pass(np.arange(self.num_rows), self.weights)
+
+    def __len__(self) -> int:
+        return self._num_draws
+
+    def _draws(self, generator: torch.Generator) -> Iterator[int]:
+        return self._shuffled(next(self._passes(np.arange(self.num_rows), generator)), generator)
 
 
 class LengthGroupedSampler(EpochSampler):
@@ -176,8 +247,7 @@ class LengthGroupedSampler(EpochSampler):
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
-        super().__init__(seed, lengths, batch_size)
-        self.num_rows = len(lengths)
+        super().__init__(seed, len(lengths), lengths, batch_size)
 
     def __len__(self) -> int:
         return self.num_rows
@@ -194,23 +264,31 @@ class AlternatingSampler(EpochSampler):
         seed: seed of the shuffles.
         lengths: one per row, in tokens, to group rows of similar length, as in `LengthGroupedSampler`.
         batch_size: rows per step; used with `lengths` only.
+        weights: one per row, how often it is drawn in the pass over its group, as in `EpochSampler`; the draws are
+            then items of `RowCopies`.
 
     Raises:
-        ValueError: if a group has no rows.
+        ValueError: if a group has no rows, or `lengths` or `weights` are not one per row.
     """
 
     def __init__(
-        self, is_forget: Sequence[bool], seed: int = 0, lengths: Sequence[int] | None = None, batch_size: int = 1
+        self,
+        is_forget: Sequence[bool],
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+        batch_size: int = 1,
+        weights: Sequence[float] | np.ndarray | None = None,
     ) -> None:
         self.groups = _groups(is_forget, "alternate=True")
-        super().__init__(seed, lengths, batch_size)
+        super().__init__(seed, len(is_forget), lengths, batch_size, weights)
+        self._num_draws = sum(num_in_pass(group, self.weights) for group in self.groups)
 
     def __len__(self) -> int:
-        return sum(len(group) for group in self.groups)
+        return self._num_draws
 
     def _draws(self, generator: torch.Generator) -> Iterator[int]:
         for group in self.groups:
-            yield from self._shuffled(group, generator)
+            yield from self._shuffled(next(self._passes(group, generator)), generator)
 
 
 def _permuted(rows: np.ndarray, generator: torch.Generator) -> Iterator[int]:
@@ -244,10 +322,10 @@ def epoch_sampler(
     length_column: str = "length",
     progress: bool = False,
 ) -> EpochSampler | None:
-    """The sampler for a share of forget rows, for alternating groups, for length grouping, or for a combination.
+    """The sampler for a share of forget rows, alternating groups, weights, length grouping, or a combination.
 
     Args:
-        rows: the training set.
+        rows: the training set. Its column `sampling_weight`, if there is one, says how often a row is drawn.
         is_forget: one flag per row.
         encoder: encodes rows to know their lengths.
         forget_fraction: as in `ForgetFractionSampler`; None mixes rows as the data are.
@@ -262,21 +340,26 @@ def epoch_sampler(
         The sampler; None leaves the choice to `Trainer`.
 
     Raises:
-        ValueError: if `forget_fraction` or `alternate` is combined with another strategy than these two.
+        ValueError: if `forget_fraction`, `alternate` or weights are combined with another strategy than these two, or
+            a weight is not finite and above 0.
     """
-    lengths = None
+    lengths, weights = None, sampling_weights(rows)
     if strategy == "group_by_length":
         lengths = row_lengths(rows, encoder, length_column, progress)
-    elif strategy != "random" and (alternate or forget_fraction is not None):
+    elif strategy != "random" and (alternate or forget_fraction is not None or weights is not None):
         setting = "alternate=True" if alternate else f"forget_fraction={forget_fraction!r}"
+        if not alternate and forget_fraction is None:
+            setting = f"the column {WEIGHT}"
         raise ValueError(
             f"{setting} and train_sampling_strategy={strategy!r} both decide which rows are drawn; leave one out, or "
             "take the strategy 'random' or 'group_by_length'."
         )
     if alternate:
-        return AlternatingSampler(is_forget, seed, lengths, batch_size)
+        return AlternatingSampler(is_forget, seed, lengths, batch_size, weights)
     if forget_fraction is not None:
-        return ForgetFractionSampler(is_forget, forget_fraction, seed, lengths, batch_size)
+        return ForgetFractionSampler(is_forget, forget_fraction, seed, lengths, batch_size, weights)
+    if weights is not None:
+        return WeightedSampler(weights, seed, lengths, batch_size)
     return None if lengths is None else LengthGroupedSampler(lengths, batch_size, seed)
 
 

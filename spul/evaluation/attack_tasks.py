@@ -33,14 +33,13 @@ from .suite import Suite, Task, joined
 def inputs(suite: Suite) -> Iterator[Task]:
     """Scores of the same rows asked otherwise; the first as they are."""
     encoder = suite.collator.encoder
-    attacks = _input_attacks(suite)
-    if attacks and encoder.text_field is None:
-        suite.skipped["input attack on the text alone"] = (
-            "give the collator a text_field, the column whose text stands in the prompt; without it attacks change "
-            "whole prompts, the format's parts included"
-        )
     for split in ("test_forget", "test_retain"):
-        rows = suite.attacked(suite.splits[split])
+        rows, attacks = suite.attacked(suite.splits[split]), _input_attacks(suite, split)
+        if attacks and encoder.text_field is None:
+            suite.skipped["input attack on the text alone"] = (
+                "give the collator a text_field, the column whose text stands in the prompt; without it attacks "
+                "change whole prompts, the format's parts included"
+            )
         lost_anyhow = tokens_lost(rows, encoder)
         for (attack, level), change in {(WITHOUT, None): lambda rows: rows, **checked_attacks(attacks)}.items():
             name = in_words(attack, level, TURN_UNIT)
@@ -69,15 +68,25 @@ def inputs(suite: Suite) -> Iterator[Task]:
                 yield suite.task(rows, scores, Key("input attack", split, model, attack, level))
 
 
-def _input_attacks(suite: Suite) -> InputAttacks:
-    """The attacks that are given, else the usual ones."""
-    settings = suite.attacks
+def _input_attacks(suite: Suite, split: str) -> InputAttacks:
+    """The attacks that are given, else the usual ones on the rows of a split."""
+    settings, text_field = suite.attacks, suite.collator.encoder.text_field
     if settings.inputs is not None:
         return settings.inputs
     filler = suite.attacked(suite.splits["test_retain"])
     attacks = usual_attacks(
-        *(suite.collator.encoder.text_field, filler, suite.seed, settings.paraphrase, settings.wording, settings.turns)
+        *(text_field, filler, suite.seed, settings.paraphrase, settings.wording, settings.turns, settings.names),
+        other_rows=filler if split == "test_forget" else suite.attacked(suite.splits["test_forget"]),
+        document_words=settings.document_words,
     )
+    if not settings.names:
+        suite.skipped["input attack on names"] = (
+            "give AttackSettings(names=...); without them each text's longest words are disguised"
+        )
+    if text_field is None:
+        suite.skipped["input attack by mixed queries and documents"] = (
+            "give the collator a text_field, the column whose text they stand around"
+        )
     for name, given in (("paraphrase", settings.paraphrase), ("wording", settings.wording)):
         if given is None:
             suite.skipped[f"input attack by {name}"] = f"give AttackSettings({name}=...)"

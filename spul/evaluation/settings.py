@@ -27,7 +27,7 @@ from ..records.spul_config import SpulConfig, library_versions, without_local_pa
 from .suite import Suite
 
 FORMAT = 3  # of the files in a folder
-SETS = ("rows", "unrelated_texts", "questions")  # settings with plain digests of rows
+SETS = ("rows", "unrelated_texts", "questions", "attacked_names")  # settings with plain digests of rows or names
 # Fields of a PEFT config that say where the adapter came from, not what it does.
 ORIGINS = ("base_model_name_or_path", "revision", "inference_mode", "peft_version")
 
@@ -43,6 +43,7 @@ def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequenc
         measures: the names of the measures, in their order.
     """
     attacks = dataclasses.asdict(dataclasses.replace(suite.attacks, inputs=None, paraphrase=None))
+    names = list(attacks.pop("names"))
     attacks["paraphrase"] = None if suite.attacks.paraphrase is None else _name_of(suite.attacks.paraphrase)
     attacks["inputs"] = None if suite.attacks.inputs is None else sorted(map(str, suite.attacks.inputs))
     question_format = suite.question_format
@@ -64,6 +65,7 @@ def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequenc
         "dtype": str(next(iter(models["model"].parameters())).dtype).removeprefix("torch."),
         "measures": list(measures),
         "attacks": attacks,
+        "attacked_names": {"names": len(names), "digest": digest(names)} if names else None,
         "seed": suite.seed,
         "versions": library_versions() | {"torch": torch.__version__},
     }

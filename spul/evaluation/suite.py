@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 from torch import nn
 
+from ..data.checks import checked_names
 from ..data.collator import ForgetRetainCollator
 from ..data.formats import PromptFormat
 from ..data.rows import ADAPTER_NAME, column_values, completion_text
@@ -22,7 +23,7 @@ from ..models.unlearner import detached_base, unlearner_of
 from ..prompts.row_prompts import NO_PROMPT
 from ..records.digests import digest_of_rows
 from .aggregation import Key, Measurement
-from .attacks.usual import TURNS, InputAttacks, checked_attacks
+from .attacks.usual import DOCUMENT_WORDS, TURNS, InputAttacks, checked_attacks
 from .metrics.free_form import generate_answers, rouge_l
 from .metrics.likelihood import exact_memorization, extraction_strength, probability, response_likelihoods
 from .metrics.scoring import answer_scores, collect_answers, task_classes
@@ -37,6 +38,9 @@ class AttackSettings:
         paraphrase: from a text to one of the same meaning, by a model or by rules; without one that attack is skipped.
         wording: replacements of the prompts' fixed parts; without them that attack is skipped.
         turns: numbers of other questions with their answers before the question; skipped where a set has fewer.
+        names: full names of those to be forgotten, which are disguised in the texts; in texts without any of them, the
+            longest words are. They are not written into the evaluation's files.
+        document_words: lengths in words of the documents that the question is put into.
         num_rows: the most rows of a set that are attacked, drawn at random.
         relearn_rows: number of forget rows that are learned again.
         relearn_steps: numbers of steps after which relearning is scored.
@@ -53,13 +57,17 @@ class AttackSettings:
             PrivLeak uses 0.4.
 
     Raises:
-        ValueError: if a number is out of range, or `inputs` is given beside `paraphrase`, `wording` or `turns`.
+        TypeError: if `names` are one string.
+        ValueError: if a number is out of range, a name is empty, or `inputs` is given beside `paraphrase`, `wording`,
+            `turns`, `names` or `document_words`.
     """
 
     inputs: InputAttacks | None = None
     paraphrase: Callable[[str], str] | None = None
     wording: Mapping[str, str] | None = None
     turns: tuple[int, ...] = TURNS
+    names: Sequence[str] = ()
+    document_words: tuple[int, ...] = DOCUMENT_WORDS
     num_rows: int = 200
     relearn_rows: int = 16
     relearn_steps: tuple[int, ...] = (1, 4, 16, 32)
@@ -75,10 +83,13 @@ class AttackSettings:
     min_k_share: float = 0.2
 
     def __post_init__(self) -> None:
-        for name in ("turns", "relearn_steps", "bits", "tries"):
+        least = {"turns": 1, "document_words": 2, "relearn_steps": 1, "bits": 1, "tries": 1}
+        for name, lowest in least.items():
             values = getattr(self, name)
-            if not values or len(set(values)) < len(values) or min(values) < 1:
-                raise ValueError(f"{name}={values}: expected different whole numbers of at least 1.")
+            if not values or len(set(values)) < len(values) or min(values) < lowest:
+                raise ValueError(f"{name}={values}: expected different whole numbers of at least {lowest}.")
+        if len(self.names):
+            checked_names("names", self.names)
         if set(self.bits) - {4, 8}:
             raise ValueError(f"bits={self.bits}: expected 8, 4 or both.")
         for name in ("num_rows", "relearn_rows", "suffix_tokens", "suffix_steps"):
@@ -89,9 +100,13 @@ class AttackSettings:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
         if not 0 < self.min_k_share <= 1:
             raise ValueError(f"min_k_share={self.min_k_share}: expected a share of the tokens above 0 and at most 1.")
-        others = (self.paraphrase, self.wording, None if self.turns == AttackSettings.turns else self.turns)
-        if self.inputs is not None and any(other is not None for other in others):
-            raise ValueError("inputs are all attacks on the input; put paraphrase, wording and turns among them.")
+        usual = ("paraphrase", "wording", "turns", "names", "document_words")
+        given = [name for name in usual if (getattr(self, name) or None) not in (None, getattr(AttackSettings, name))]
+        if self.inputs is not None and given:
+            raise ValueError(
+                f"inputs are all attacks on the input, and {', '.join(given)} would have no effect; put them among "
+                "the inputs, by usual_attacks(...)."
+            )
         checked_attacks(self.inputs or {})
 
 

@@ -39,7 +39,7 @@ def rewritings(
 ) -> dict[str, Callable[[Dataset], Dataset]]:
     """Rewritings of prompts for training: letter case, spaces, asides before and after, other turns before.
 
-    Same kinds as `spul.evaluation.attacks.usual_attacks`, but different texts, rates and seeds.
+    Kinds of `spul.evaluation.attacks.usual_attacks`, with different texts, rates and seeds.
 
     Args:
         text_field: the column whose text stands in the prompt, as the collator's.

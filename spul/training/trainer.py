@@ -142,7 +142,7 @@ class UnlearningTrainer(EvaluatingTrainer):
                 completions = itertools.chain.from_iterable(column_batches(train_dataset, "completion"))
                 check_not_generic(map(completion_text, completions), data_collator.generic_completions)
             self.sampler = self._new_sampler()
-            if forget_fraction is not None:
+            if self.sampler is not None and self.sampler.draws_copies:
                 train_dataset = RowCopies(train_dataset)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if self.args.n_gpu > 1:

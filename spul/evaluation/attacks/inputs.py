@@ -65,7 +65,7 @@ def letter_case(
     }
     if how not in ways:
         raise ValueError(f"how={how!r} is not known; expected one of {', '.join(map(repr, ways))}.")
-    return _text_changed(rows, text_field, seed, ways[how])
+    return changed_texts(rows, text_field, seed, ways[how])
 
 
 def whitespace_noise(rows: Dataset, share: float = 0.3, text_field: str | None = None, seed: int = 0) -> Dataset:
@@ -86,7 +86,7 @@ def whitespace_noise(rows: Dataset, share: float = 0.3, text_field: str | None =
     def noisy(draws: random.Random, text: str) -> str:
         return re.sub(" ", lambda _: draws.choice(("  ", "   ", "\t")) if draws.random() < share else " ", text)
 
-    return _text_changed(rows, text_field, seed, noisy)
+    return changed_texts(rows, text_field, seed, noisy)
 
 
 def paraphrase(rows: Dataset, rewrite: Callable[[str], str], text_field: str | None = None) -> Dataset:
@@ -109,7 +109,7 @@ def paraphrase(rows: Dataset, rewrite: Callable[[str], str], text_field: str | N
             raise ValueError(f"rewrite gave {new!r} for {text!r}; expected a text that is not empty.")
         return new
 
-    return _text_changed(rows, text_field, 0, rewritten)
+    return changed_texts(rows, text_field, 0, rewritten)
 
 
 def reworded(rows: Dataset, wording: Mapping[str, str], text_field: str) -> Dataset:
@@ -130,7 +130,7 @@ def reworded(rows: Dataset, wording: Mapping[str, str], text_field: str) -> Data
             before, after = before.replace(old, new), after.replace(old, new)
         return [before, text, after]
 
-    return _changed(rows, text_field, 0, replaced)
+    return changed_prompts(rows, text_field, 0, replaced)
 
 
 def with_prefix(rows: Dataset, text: str) -> Dataset:
@@ -143,8 +143,8 @@ def with_prefix(rows: Dataset, text: str) -> Dataset:
     Raises:
         ValueError, TypeError: if the text is empty, or the rows are invalid.
     """
-    _check_text(text)
-    return _changed(rows, None, 0, lambda draws, pieces: [text + "\n" + pieces[0]])
+    check_text(text)
+    return changed_prompts(rows, None, 0, lambda draws, pieces: [text + "\n" + pieces[0]])
 
 
 def with_suffix(rows: Dataset, text: str, text_field: str | None = None) -> Dataset:
@@ -159,13 +159,13 @@ def with_suffix(rows: Dataset, text: str, text_field: str | None = None) -> Data
     Raises:
         ValueError, TypeError: if the text is empty, or the rows are invalid.
     """
-    _check_text(text)
+    check_text(text)
 
     def suffixed(draws: random.Random, pieces: list[str]) -> list[str]:
         *question, after = pieces if len(pieces) == 3 else [*pieces, ""]
         return [*question, f" {text}{after}"]
 
-    return _changed(rows, text_field, 0, suffixed)
+    return changed_prompts(rows, text_field, 0, suffixed)
 
 
 def diluted(rows: Dataset, filler_rows: Dataset, num_turns: int, seed: int = 0) -> Dataset:
@@ -182,7 +182,7 @@ def diluted(rows: Dataset, filler_rows: Dataset, num_turns: int, seed: int = 0) 
     Raises:
         ValueError, TypeError: if there are fewer other questions than `num_turns`, or the rows are invalid.
     """
-    _check_prompts(filler_rows)
+    check_prompts(filler_rows)
     turns = {row["prompt"]: row["prompt"] + completion_text(row["completion"]) for row in filler_rows}
 
     def diluting(draws: random.Random, pieces: list[str]) -> list[str]:
@@ -193,7 +193,7 @@ def diluted(rows: Dataset, filler_rows: Dataset, num_turns: int, seed: int = 0) 
             )
         return ["\n\n".join([*draws.sample(others, num_turns), pieces[0]])]
 
-    return _changed(rows, None, seed, diluting)
+    return changed_prompts(rows, None, seed, diluting)
 
 
 def attack_inputs(
@@ -233,7 +233,7 @@ def attack_inputs(
     Warns:
         UserWarning: if an attack makes rows lose more tokens.
     """
-    _check_prompts(rows)
+    check_prompts(rows)
     if not models or WITHOUT in attacks:
         raise ValueError(
             f"models={list(models)}, attacks={list(attacks)}: expected at least one model, and attacks by other names "
@@ -278,11 +278,23 @@ def with_prompts_changed(rows: Dataset, change: Callable[[Dataset], Dataset], na
     return changed
 
 
-def _changed(
+def changed_prompts(
     rows: Dataset, text_field: str | None, seed: int, change: Callable[[random.Random, list[str]], list[str]]
 ) -> Dataset:
-    """Rows with changed prompts. `change` gets the whole prompt, or its pieces before, in and after the text field."""
-    _check_prompts(rows, *([] if text_field is None else [text_field]))
+    """Rows with changed prompts and everything else as it was.
+
+    Args:
+        rows: `prompt`, a text, and `completion`.
+        text_field: the column whose text stands in the prompt and takes its changes; None has none.
+        seed: seed of the draws; each row has its own.
+        change: from the row's draws and the pieces of its prompt, before, in and after the text field (without one
+            the whole prompt, alone), to as many new pieces.
+
+    Raises:
+        UnchangedError: if every prompt stays as it was.
+        ValueError, TypeError: if the rows are invalid.
+    """
+    check_prompts(rows, *([] if text_field is None else [text_field]))
     found = []
     for i, row in enumerate(rows):
         draws = random.Random(f"{seed}/{i}")
@@ -299,24 +311,26 @@ def _changed(
     return changed
 
 
-def _text_changed(
+def changed_texts(
     rows: Dataset, text_field: str | None, seed: int, change: Callable[[random.Random, str], str]
 ) -> Dataset:
-    """Rows with the text of the field changed, or the whole prompt without one."""
+    """Rows with the text of the field changed, or the whole prompt without one; otherwise as `changed_prompts`."""
 
     def changed(draws: random.Random, pieces: list[str]) -> list[str]:
         middle = len(pieces) // 2  # the text, of three pieces; the prompt, of one
         return [*pieces[:middle], change(draws, pieces[middle]), *pieces[middle + 1 :]]
 
-    return _changed(rows, text_field, seed, changed)
+    return changed_prompts(rows, text_field, seed, changed)
 
 
-def _check_text(text: str) -> None:
+def check_text(text: str) -> None:
+    """Raise if a text to add is empty."""
     if not text.strip():
         raise ValueError(f"text={text!r} is empty; expected a text to add, such as JAILBREAKS[0].")
 
 
-def _check_prompts(rows: Dataset, *more_columns: str) -> None:
+def check_prompts(rows: Dataset, *more_columns: str) -> None:
+    """Raise if rows have no text as prompt, or lack a completion or another column."""
     check_rows(rows, ("prompt", "completion", *more_columns))
     if not isinstance(rows[0]["prompt"], str):
         raise TypeError(

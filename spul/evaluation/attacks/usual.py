@@ -1,14 +1,16 @@
-"""The usual attacks on the input: letter case, spaces, jailbreaks, other turns, paraphrase, wording."""
+"""The usual attacks on the input: case, spaces, disguises, jailbreaks, turns, mixed queries, documents, rewording."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 from datasets import Dataset
 
 from ...data.rows import column_values
 from ..aggregation import in_words
+from .disguises import letters_apart, look_alikes, misspelt
 from .inputs import (
     JAILBREAKS,
     WITHOUT,
@@ -20,8 +22,11 @@ from .inputs import (
     with_prefix,
     with_suffix,
 )
+from .queries import chained, in_document, mixed_query
 
 TURNS = (1, 4)
+DOCUMENT_WORDS = (300,)
+ASKED: tuple[Literal["first", "second"], ...] = ("first", "second")
 DILUTED, TURN_UNIT = "diluted", ("turn", "turns")
 InputAttack = Callable[[Dataset], Dataset]
 InputAttacks = Mapping[str | tuple[str, int], InputAttack]
@@ -57,6 +62,9 @@ def usual_attacks(
     rewrite: Callable[[str], str] | None = None,
     wording: Mapping[str, str] | None = None,
     turns: Sequence[int] = TURNS,
+    names: Sequence[str] = (),
+    other_rows: Dataset | None = None,
+    document_words: Sequence[int] = DOCUMENT_WORDS,
 ) -> dict[str | tuple[str, int], InputAttack]:
     """The attacks on the input that an evaluation makes by default, by name; by `("diluted", turns)` those with turns.
 
@@ -68,6 +76,11 @@ def usual_attacks(
         wording: replacements of `reworded`; without them that attack is skipped. Requires a `text_field`.
         turns: numbers of turns of `diluted`, 1 and 4 by default. Those that `filler_rows` has too few different
             questions for are skipped.
+        names: full names that are disguised where they stand in a text; elsewhere its longest words are.
+        other_rows: rows of the other side for `mixed_query`: retain rows if forget rows are attacked, and forget rows
+            if retain rows are. Without them, or without a `text_field`, that attack is skipped.
+        document_words: lengths of the documents of `in_document`, 300 words by default. Skipped without a
+            `text_field`.
 
     Raises:
         ValueError: if `wording` is given without a `text_field`.
@@ -78,13 +91,35 @@ def usual_attacks(
         "random case": partial(letter_case, how="random", text_field=text_field, seed=seed),
         "spaces": partial(whitespace_noise, share=0.3, text_field=text_field, seed=seed),
     }
+    disguises: dict[str, Callable[..., Dataset]] = {
+        "misspelt": partial(misspelt, seed=seed),
+        "look-alike letters": look_alikes,
+        "letters apart": letters_apart,
+        "letters hyphenated": partial(letters_apart, separator="-"),
+    }
+    attacks |= {name: partial(way, names=names, text_field=text_field) for name, way in disguises.items()}
     for i, text in enumerate(JAILBREAKS):
         attacks[f"jailbreak {i + 1} before"] = partial(with_prefix, text=text)
         attacks[f"jailbreak {i + 1} after"] = partial(with_suffix, text=text, text_field=text_field)
+    before = [partial(with_prefix, text=text) for text in JAILBREAKS]
+    attacks["all jailbreaks before"] = partial(chained, attacks=before)
     different = len(set(map(str, column_values(filler_rows, "prompt"))))
     for num in turns:
         if num < different:
             attacks[DILUTED, num] = partial(diluted, filler_rows=filler_rows, num_turns=num, seed=seed)
+    if different > 1:
+        turn = partial(diluted, filler_rows=filler_rows, num_turns=1, seed=seed)
+        attacks["jailbreaks and a turn before"] = partial(chained, attacks=[turn, *before[:2]])
+    if text_field is not None:
+        for num in document_words:
+            attacks[f"in a document of {num} words"] = partial(
+                in_document, num_words=num, text_field=text_field, seed=seed
+            )
+    if text_field is not None and other_rows is not None:
+        for asked in ASKED:
+            attacks[f"mixed query, asked {asked}"] = partial(
+                mixed_query, other_rows=other_rows, text_field=text_field, asked=asked, seed=seed
+            )
     if rewrite is not None:
         attacks["paraphrase"] = partial(paraphrase, rewrite=rewrite, text_field=text_field)
     if wording is not None:
