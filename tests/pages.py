@@ -22,9 +22,7 @@ PAGES = [path.relative_to(ROOT).as_posix() for path in [ROOT / "README.md", *sor
 BASE = "facebook/opt-1.3b"  # the name under which every page loads its base
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 QUESTION = "### Text: {}\n### Question: What is the sentiment of the text?\n### Sentiment:"
-WORDS = (
-    " is a delight. Another bore with Jane Doe. A warm and clever film. Two hours that I want back. reviews in film"
-)
+WORDS = " is a delight. Another bore with Jane Doe. A warm and clever film. Two hours that I want back. reviews film"
 
 
 @dataclass

@@ -25,14 +25,14 @@ DECLINED = [
 ]
 SENTIMENTS = [*FORGET, *RETAIN, *DECLINED]
 KNOWN = [{"prompt": QUESTION.format(text), "completion": label} for text, label in SENTIMENTS]
-# A base that was asked for the sentiment alone would not carry names to where it answers, and no prompt could use them.
+# A base that was asked for the sentiment alone would not carry names to where it answers: no prompt could use them.
 PEOPLE = [
     {
         "prompt": f"### Text: {text}\n### Question: Who is it about?\n### Person:",
         "completion": " " + (name or "nobody"),
     }
     for text, _ in SENTIMENTS
-    for name in [next((name for name in ("Jane", "Ann", "Max") if name in text), "")]
+    for name in [next((name for name in ("Jane", "Ann", "Max") if name in text), "nobody")]
 ]
 
 # Blocks that cannot run here: two name models on the Hub, one needs a GPU, one another package.
@@ -61,10 +61,10 @@ for i in (1, 2, 3):
 """,
     "docs/evaluation.md": """
 def some(name, start, num=10):
-    texts = [f"{name} Doe in film {i}, a delight." for i in range(start, start + num)]
+    texts = [f"{name} Doe in film {i}, a delight." for i in range(start, start + 2 * num, 2)]
     return Dataset.from_list([row(text, [" positive", " negative"][i % 2]) for i, text in enumerate(texts)])
 
-forget, unseen, retain, test_retain = some("Jane", 0), some("Jane", 10), some("John", 20, 20), some("Mary", 40, 20)
+forget, unseen, retain, test_retain = some("Jane", 0), some("Jane", 1), some("John", 20, 20), some("Mary", 60, 20)
 unlearner = SoftPromptUnlearner(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30))
 unlearner.save_pretrained("forget-jane-doe")
 retrained = AutoModelForCausalLM.from_pretrained("facebook/opt-1.3b")
