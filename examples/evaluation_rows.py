@@ -53,8 +53,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--names",
         nargs="+",
-        help="full names of forgotten people, for neighbors of the same surname and attacks that disguise names; known "
-        "for sst2 and imdb",
+        help="full names of forgotten people, for neighbors of the same surname and attacks that disguise names; "
+        "known for sst2 and imdb",
     )
     add(
         "--clusters",
