@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from .checks import check_is_forget, check_not_generic, checked_flag, checked_names
 from .encoder import Encoded, RowEncoder
 from .recognizers import NameFinder
+from .row_weights import WEIGHT
 from .rows import completion_text, normalized, prompt_of, shortened
-from .weights import WEIGHT
 
 logger = logging.getLogger(__name__)
 
