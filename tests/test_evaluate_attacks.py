@@ -148,6 +148,22 @@ def test_new_surfaces_of_a_gate_are_attacked_with_names_and_the_rows_of_the_othe
         measured(model, "input attack", attacks=other_names, splits=splits, collator=collator, output_dir=tmp_path)
 
 
+def test_a_mixed_query_without_another_text_is_skipped_on_that_side():
+    one = rows("film", 1)
+    forget = one.map(lambda row: {"prompt": "so " + row["prompt"]})
+    attacks = dataclasses.replace(ATTACKS, inputs=None)
+    found = measured(
+        learned(),
+        "input attack",
+        attacks=attacks,
+        splits=with_text(make_splits(test_forget=forget, test_retain=one)),
+        collator=make_collator(max_length=96, text_field="text"),
+    )
+    mixed = {one.rows for one in found.measurements if "mixed" in one.attack}
+    assert mixed == {"test_forget"}
+    assert "no text without 'review film 0'" in found.skipped["input attack 'mixed query, asked first' on test_retain"]
+
+
 def test_attacks_that_lack_names_or_a_text_field_are_listed_as_skipped():
     attacks = dataclasses.replace(ATTACKS, inputs=None)
     with pytest.warns(UserWarning, match="lose"):

@@ -18,8 +18,8 @@ from .checks import check_is_forget, check_not_generic, checked_names, checked_r
 from .encoder import Encoded, RowEncoder
 from .recognizers import NameFinder
 from .row_checks import check_is_row, generic_ids_of, row_flag, row_name
+from .row_weights import WEIGHT
 from .rows import completion_text, normalized, prompt_of, shortened
-from .weights import WEIGHT
 
 logger = logging.getLogger(__name__)
 

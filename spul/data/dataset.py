@@ -11,8 +11,8 @@ from datasets import Dataset, concatenate_datasets
 
 from ..models.compat import flattened
 from .checks import check_rows
+from .row_weights import WEIGHT, checked_weights
 from .rows import SHOWN, column_batches, is_empty, rows_at, shortened
-from .weights import WEIGHT, checked_weights
 
 
 def forget_retain_dataset(

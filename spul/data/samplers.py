@@ -14,8 +14,8 @@ from tqdm.auto import tqdm
 
 from ..models.compat import get_length_grouped_indices
 from .encoder import RowEncoder
+from .row_weights import WEIGHT, checked_weights, num_in_pass, passes, sampling_weights
 from .rows import ROWS_READ_AT_ONCE, column_batches, read_rows
-from .weights import WEIGHT, checked_weights, num_in_pass, passes, sampling_weights
 
 # Padded tokens of a batch per row of its maximum size, in `by_length`: memory goes with padded tokens, not with rows.
 TOKENS_PER_ROW = 256

@@ -19,7 +19,14 @@ from ..models.causal_lm import bare_model, unwrapped
 from ..models.compat import is_quantized
 from ..models.unlearner import unlearner_of
 from .aggregation import Key, Measurement, in_words
-from .attacks.inputs import WITHOUT, UnchangedError, question_lost, tokens_lost, with_prompts_changed
+from .attacks.inputs import (
+    WITHOUT,
+    InapplicableError,
+    UnchangedError,
+    question_lost,
+    tokens_lost,
+    with_prompts_changed,
+)
 from .attacks.probe import linear_probe
 from .attacks.quantization import quantized as in_few_bits
 from .attacks.relearning import relearn
@@ -45,8 +52,11 @@ def inputs(suite: Suite) -> Iterator[Task]:
             name = in_words(attack, level, TURN_UNIT)
             try:
                 attacked = with_prompts_changed(rows, change, name)
-            except UnchangedError:
-                suite.skipped[f"input attack {name!r} on {split}"] = "it changes no prompt"
+            except InapplicableError as error:
+                unchanged = isinstance(error, UnchangedError)
+                suite.skipped[f"input attack {name!r} on {split}"] = (
+                    "it changes no prompt" if unchanged else str(error)
+                )
                 continue
             lost = tokens_lost(attacked, encoder)
             if why := question_lost(rows, lost - lost_anyhow, encoder):

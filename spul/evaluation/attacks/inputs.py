@@ -37,7 +37,11 @@ JAILBREAKS = (
 WITHOUT = "none"  # the attack's name for unattacked rows, in the records of `attack_inputs`
 
 
-class UnchangedError(ValueError):
+class InapplicableError(ValueError):
+    """The attack cannot be made on these rows."""
+
+
+class UnchangedError(InapplicableError):
     """The attack changes no prompt."""
 
 

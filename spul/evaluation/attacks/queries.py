@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from ...data.checks import checked_texts
 from ...data.rows import column_values
-from .inputs import changed_prompts, check_prompts
+from .inputs import InapplicableError, changed_prompts, check_prompts
 
 FILLER = (
     "The library on the corner opens at nine and closes at six, on Fridays at five.",
@@ -71,7 +71,9 @@ def mixed_query(
         completion = next(completions)
         candidates = [(other, answer) for other, answer in others if text not in other]
         if not candidates:
-            raise ValueError(f"other_rows have no text without {text!r} in it; expected rows of the other side.")
+            raise InapplicableError(
+                f"the other rows have no text without {text!r} in it; expected rows of the other side."
+            )
         other, _ = draws.choice([one for one in candidates if one[1] != completion] or candidates)
         if asked == "first":
             return [f"{before}(1) ", text, f" (2) {other} Answer for (1) only.{after}"]
