@@ -78,6 +78,7 @@ def test_the_floor_sends_a_gradient_to_the_embeddings():
         ("step_time.py", ["--shapes", "sst2", "--steps", "spul", "plain", "floor"], {"spul", "plain", "floor"}),
         ("prompt_length.py", ["--lengths", "5", "10", "--steps", "spul"], {5, 10}),
         ("inference.py", ["--new-tokens", "2"], {"base", "PEFT", "PEFT, last logits", "spul"}),
+        ("row_prompts.py", ["--new-tokens", "2"], {"one prompt", "four prompts", "four lengths", "three and none"}),
         ("reference.py", ["--rows", "40"], {"hidden states (spul)", "logits"}),
         ("prepare_rows.py", ["--rows", "2000", "--tasks", "join", "split", "trainer"], {"spul", "plain"}),
     ],
@@ -87,7 +88,7 @@ def test_the_scripts_run_and_write_what_they_measured(script, options, expected,
     out = tmp_path / "out.json"
     run(monkeypatch, script, "--model", "tiny", "--device", "cpu", "--rounds", 1, "--json", out, *options)
     written = json.loads(out.read_text())
-    found = {record.get("step", record.get("model", record.get("reference"))) for record in written["records"]}
+    found = {record.get("step", record.get("model", record.get("reference", record.get("rows")))) for record in written["records"]}
     found |= {record["p"] for record in written["records"] if "p" in record}
     assert expected <= found
     assert written["where"]["model"] == "tiny"
