@@ -89,7 +89,7 @@ def test_the_scripts_run_and_write_what_they_measured(script, options, expected,
     run(monkeypatch, script, "--model", "tiny", "--device", "cpu", "--rounds", 1, "--json", out, *options)
     written = json.loads(out.read_text())
     keys = ("step", "model", "reference", "rows")
-    found = {next(record[key] for key in keys if key in record) for record in written["records"]}
+    found = {next((record[key] for key in keys if key in record), None) for record in written["records"]}
     found |= {record["p"] for record in written["records"] if "p" in record}
     assert expected <= found
     assert written["where"]["model"] == "tiny"
