@@ -3,7 +3,7 @@
 python examples/benchmarks/inference.py --model opt-125m --shape sst2
 
 Classification reads the logits at the last token of each row; so does `PEFT, last logits`. `PEFT` computes
-those of every position, as its forward does by default. spul runs inside `cached_prompts()`, and once more outside of it,
+those of every position, as its forward does by default. spul runs inside `cached_prompts()`, and once more outside it,
 where the prompt has a pass in each call. Generation is greedy, on rows of one length.
 """
 
