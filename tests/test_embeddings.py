@@ -3,14 +3,15 @@
 import pytest
 import torch
 from datasets import Dataset
-from helpers import CONFIGS, build, make_collator, rows
+from helpers import CONFIGS, build, make_collator, make_tokenizer, rows
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
 from spul import SoftPromptUnlearner
-from spul.data import samplers as batches
+from spul.data import batching as batches
 from spul.evaluation.metrics import response_embeddings
-from spul.evaluation.metrics.scoring import DivergedError
+from spul.evaluation.metrics.scoring import DivergedError, with_adapter_names
+from spul.gates import GatedUnlearner
 
 
 def last_states(base, **inputs):
@@ -93,3 +94,20 @@ def test_a_model_that_has_diverged_raises():
         model.model.norm.weight[3] = torch.nan
     with pytest.raises(DivergedError, match="hidden states are not numbers"):
         response_embeddings(model, rows("jane", 3), make_collator().encoder)
+
+
+@pytest.mark.parametrize("by_gate", [True, False])
+def test_rows_behind_virtual_tokens_of_several_numbers_are_refused_where_logits_are_at_all_positions(
+    by_gate, monkeypatch
+):
+    monkeypatch.setattr("spul.models.causal_lm.selects_positions", lambda base: False)
+    monkeypatch.setattr("spul.prompts.shared_prefix.shares_prefix", lambda base, num: False)
+    model, data = SoftPromptUnlearner(build("llama"), CONFIGS["prompt_tuning"](5)).eval(), rows("jane", 3)
+    encoder = make_collator().encoder
+    assert response_embeddings(model, data, encoder).shape == (3, 32)
+    if by_gate:
+        model = GatedUnlearner(model, make_tokenizer(), {"default": lambda texts: [True] * len(texts)}).eval()
+    else:
+        data = with_adapter_names(model, data, ["default", "__base__", "default"])
+    with pytest.raises(ValueError, match="at virtual tokens of different numbers"):
+        response_embeddings(model, data, encoder)

@@ -27,8 +27,11 @@ from spul import (
 from spul.data import QUESTION_ANSWER
 from spul.evaluation.report import add_to_card, write_report
 from spul.evaluation.results import Evaluation
+from spul.evaluation.settings import digests_of_model
+from spul.gates import GatedUnlearner, NameGate
 from spul.records.digests import (
     DataSummary,
+    digest,
     digest_of_rows,
     digest_of_tokenizer,
     is_summary_of,
@@ -259,6 +262,25 @@ def test_report_and_evaluation_have_no_digest_by_which_rows_are_guessed(tmp_path
         assert not [one for one in plain_digests(sets) if one in (tmp_path / name).read_text()], name
     assert any(one in (tmp_path / "settings.json").read_text() for one in plain_digests(sets))  # the owner's
     assert found.facts["rows"]["test_forget"] == {"rows": 7, "digest": None}
+
+
+def test_evaluation_has_no_digest_by_which_names_of_a_gate_or_of_prompts_are_guessed(tmp_path):
+    gated = GatedUnlearner(make_model("prompt_tuning").eval(), make_tokenizer(), {"default": NameGate(["Jane"])})
+    measured(gated, "utility", output_dir=tmp_path / "gated")
+    by_row = {name: ["default"] * len(split) for name, split in make_splits().items()}
+    measured(make_model("prompt_tuning"), "utility", adapter_names=by_row, output_dir=tmp_path / "by_row")
+    guesses = {"gated": [digests_of_model(gated)["settings"], gated.gates["default"].identity()]}
+    guesses["by_row"] = [digest(names) for names in by_row.values()]
+    for folder, some in guesses.items():
+        assert not [one for one in some if one in (tmp_path / folder / "evaluation.json").read_text()], folder
+    assert guesses["gated"][0] in (tmp_path / "gated" / "settings.json").read_text()  # the owner's
+
+
+def test_names_of_the_rows_prompts_tell_evaluations_apart(tmp_path):
+    model, splits = make_model("prompt_tuning"), make_splits()
+    measured(model, "utility", adapter_names=dict.fromkeys(splits, "default"), output_dir=tmp_path)
+    with pytest.raises(ValueError, match="differs in rows"):
+        measured(model, "utility", adapter_names=dict.fromkeys(splits, "__base__"), output_dir=tmp_path)
 
 
 @pytest.mark.parametrize("trainable", ["prompt_tuning", "layers"])

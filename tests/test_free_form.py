@@ -10,7 +10,7 @@ from helpers import CONFIGS, answer_collator, build, free_form, make_tokenizer, 
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from spul import ForgetRetainCollator
-from spul.data import samplers as batches
+from spul.data import batching as batches
 from spul.evaluation.metrics import generate_answers, rouge_l
 
 

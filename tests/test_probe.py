@@ -69,6 +69,20 @@ class IgnoresTheMask(LlamaForCausalLM):
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
+class IgnoresPadsInFront(LlamaForCausalLM):
+    """Takes pads in front for tokens while it generates, such as those before the shorter prompts of a batch."""
+
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, **kwargs):
+        mask = kwargs["attention_mask"]
+        if mask is not None and not bool(mask[:, 0].all()):
+            mask = torch.ones_like(mask)
+            kwargs |= {
+                "attention_mask": mask,
+                "position_ids": mask.cumsum(dim=1)[:, -kwargs["position_ids"].shape[1] :],
+            }
+        return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+
 def under_prompt(base_class, prompt_type="prompt_tuning"):
     torch.manual_seed(0)
     base = base_class(LlamaConfig(**SHAPE, intermediate_size=48, num_key_value_heads=2))
@@ -134,6 +148,41 @@ def test_under_a_prefix_pads_that_are_not_hidden_split_the_batch():
         assert out[len(row) :].tolist() == by_hand(unlearner, row[mask.bool()])
 
 
+@pytest.mark.parametrize(
+    ("prompt_type", "message"),
+    [
+        ("prompt_tuning", "generates otherwise from left-padded"),
+        ("prefix_tuning", "does not generate behind a prefix"),
+    ],
+)
+def test_prompts_of_several_lengths_are_refused_where_generate_sees_the_pads_before_them(prompt_type, message):
+    unlearner, ids = under_prompt(IgnoresPadsInFront, prompt_type), torch.randint(5, 120, (2, 7))
+    found = unlearner.generate(ids, **GREEDY)
+    assert [out[7:].tolist() for out in found] == [by_hand(unlearner, row) for row in ids]
+    with pytest.raises(ValueError, match=message):
+        unlearner.generate(ids, adapter_names=["default", "__base__"], **GREEDY)
+
+
+def test_rows_of_unequal_length_are_refused_where_pads_are_seen_on_either_side():
+    class IgnoresAllPads(IgnoresTheMask, IgnoresPadsInFront):
+        pass
+
+    unlearner, batch = under_prompt(IgnoresAllPads), make_batch()
+    with pytest.raises(ValueError, match="generates otherwise from left-padded embeddings"):
+        unlearner.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **GREEDY)
+
+
+def test_settings_of_the_base_do_not_decide_what_the_probe_finds():
+    unlearner = under_prompt(LlamaForCausalLM, "prefix_tuning")
+    base = unlearner.get_base_model()
+    base.generation_config.no_repeat_ngram_size = 1
+    base.generation_config.num_return_sequences = 2
+    with torch.no_grad():
+        states = prompt_states(unlearner)
+    assert continues_prefix(base, states, unequal=False)
+    assert continues_prefix(base, states, unequal=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_earn_all_of_it_in_every_type(family, dtype):
@@ -146,7 +195,10 @@ def test_families_earn_all_of_it_in_every_type(family, dtype):
     assert continues_prefix(base, states, unequal=False)
     assert continues_prefix(base, states, unequal=True)
     assert continues_left_padded(base)
-    assert shares_mixed_prefixes(base, MixedStates([states, None], [0, 1]))
+    mixed = MixedStates([states, None], [0, 1])
+    assert shares_mixed_prefixes(base, mixed)
+    assert continues_prefix(base, mixed, unequal=False)
+    assert continues_prefix(base, mixed, unequal=True)
 
 
 def test_under_autocast_it_is_earned_anew(family):

@@ -23,6 +23,18 @@ from .rows import completion_text, normalized, prompt_of, shortened
 
 logger = logging.getLogger(__name__)
 
+# Columns of a row that the collator reads, beside the text field.
+ROW_COLUMNS = (
+    "prompt",
+    "completion",
+    "completion_mask",
+    "input_ids",
+    "num_ending",
+    "generic_ids",
+    "is_forget",
+    "row_id",
+    "copy",
+)
 ROWS_READ_AT_ONCE = 1000
 
 

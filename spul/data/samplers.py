@@ -1,4 +1,4 @@
-"""Samplers: order and number of forget and retain rows in an epoch, and batches of rows of similar length."""
+"""Samplers: order and number of forget and retain rows in an epoch."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from ..models.compat import get_length_grouped_indices
 from .encoder import RowEncoder
 from .row_weights import WEIGHT, checked_weights, num_in_pass, passes, sampling_weights
 from .rows import ROWS_READ_AT_ONCE, column_batches, read_rows
-
-# Padded tokens of a batch per row of its maximum size, in `by_length`: memory goes with padded tokens, not with rows.
-TOKENS_PER_ROW = 256
 
 
 class RowCopies(Dataset):
@@ -369,40 +366,3 @@ def row_lengths(rows: Any, encoder: RowEncoder, column: str = "length", progress
         return [int(length) for lengths in column_batches(rows, column) for length in lengths]
     bar = tqdm(read_rows(rows), "lengths", total=len(rows), disable=not progress, leave=False)
     return [len(encoder.encode(row)) for row in bar]
-
-
-def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Batches of rows of similar length, the longest first, so that one too large for memory fails soon.
-
-    Args:
-        lengths: one per row, in tokens or about that.
-        batch_size: maximum number of rows in a batch. Padded, a batch has at most 256 times as many tokens, unless it
-            is a single row.
-
-    Yields:
-        Row indices of a batch.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        longest = max(1, lengths[order[start]])
-        num = max(1, min(batch_size, batch_size * TOKENS_PER_ROW // longest))
-        yield order[start : start + num]
-        start += num
-
-
-def shuffled(num_rows: int, batch_size: int, generator: torch.Generator) -> Iterator[list[int]]:
-    """Batches of rows, one shuffled pass after the other without end; the last batch of a pass may be smaller.
-
-    Args:
-        num_rows: number of rows, at least 1.
-        batch_size: rows per batch.
-        generator: draws the order of each pass at its start.
-
-    Yields:
-        Row indices of a batch.
-    """
-    while True:
-        order = torch.randperm(num_rows, generator=generator).tolist()
-        for start in range(0, num_rows, batch_size):
-            yield order[start : start + batch_size]

@@ -73,8 +73,10 @@ def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequenc
 
 
 def published(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without the digests of rows; their counts stay."""
-    return {name: _without_digests(one) if name in SETS else one for name, one in settings.items()}
+    """Settings without the digests of rows and of adapters' settings, a gate's names among them; counts stay."""
+    kept = {name: _without_digests(one) if name in SETS else one for name, one in settings.items()}
+    models = {name: {k: v for k, v in one.items() if k != "settings"} for name, one in settings["models"].items()}
+    return {**kept, "models": models}
 
 
 def facts_of(suite: Suite, digest_key: DigestKey | None) -> dict[str, Any]:
@@ -111,8 +113,10 @@ def _sets(suite: Suite) -> dict[str, Any]:
 
 
 def _in_order(rows: Any) -> dict[str, Any]:
-    names = column_values(rows, ADAPTER_NAME) if ADAPTER_NAME in getattr(rows, "column_names", ()) else None
-    return {"rows": len(rows), "digest": digest_of_rows(rows)} | ({"adapter_names": digest(names)} if names else {})
+    found = digest_of_rows(rows)
+    if ADAPTER_NAME in getattr(rows, "column_names", ()):
+        found = digest([found, column_values(rows, ADAPTER_NAME)])
+    return {"rows": len(rows), "digest": found}
 
 
 def _without_digests(value: Any) -> Any:

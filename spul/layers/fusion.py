@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from ..data.batching import by_length
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
-from ..data.samplers import by_length
 from ..models.causal_lm import evaluation_mode, load_base
 from ..records.spul_config import SpulConfig, requests_of
 from . import checkpoint as files

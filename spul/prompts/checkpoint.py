@@ -27,6 +27,7 @@ from ..records.weights import Shapes, read_weights, weight_shapes
 from .configs import check_causal_lm, check_peft_config, check_sizes, encoder_shapes, prompt_shape, without_start
 
 if TYPE_CHECKING:
+    from .adapters import PromptAdapters
     from .unlearner import SoftPromptUnlearner
 
 logger = logging.getLogger(__name__)
@@ -233,7 +234,7 @@ def _check_shapes(path: Path, found: Shapes, expected: Shapes) -> None:
         )
 
 
-def put(model: SoftPromptUnlearner, saved: SavedPrompt, adapter_name: str) -> None:
+def put(model: PromptAdapters, saved: SavedPrompt, adapter_name: str) -> None:
     """Copy a saved state into a prompt of a model, including the encoder of P-tuning; the whole of it or nothing.
 
     Raises:
@@ -266,7 +267,7 @@ def put(model: SoftPromptUnlearner, saved: SavedPrompt, adapter_name: str) -> No
         raise
 
 
-def load_into(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapter_name: str, **hub: Any) -> None:
+def load_into(model: PromptAdapters, adapter: str | os.PathLike, adapter_name: str, **hub: Any) -> None:
     """Load a prompt into a model, as a new one or into one that is there; see `SoftPromptUnlearner.load_adapter`."""
     present = model.peft_config.get(adapter_name)
     live = present is not None and not present.inference_mode
@@ -294,7 +295,7 @@ def load_into(model: SoftPromptUnlearner, adapter: str | os.PathLike, adapter_na
 
 
 @contextmanager
-def registry_unchanged_on_error(model: SoftPromptUnlearner) -> Iterator[None]:
+def registry_unchanged_on_error(model: PromptAdapters) -> Iterator[None]:
     """Context manager: if the block raises, the model has the prompts, records and active prompt it had before."""
     prompts = set(getattr(model, "prompt_encoder", ()))
     registries = [model.peft_config, model.__dict__.get("prompt_tokens", {}), model.__dict__.get("spul_configs", {})]

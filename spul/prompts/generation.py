@@ -75,17 +75,10 @@ def _generate_in_evaluation_mode(
     totals = lengths + prompts.row_lengths(lengths.device)
     _check_switch(prompts, int(totals.min()), num_virtual + width + num_new)
     states = prompts.states()
-    if states is None:
-        if (unequal or len(totals.unique()) > 1) and not continues_left_padded(base):
-            raise ValueError(
-                f"{type(base).__name__} shares no prompt between rows, and generates otherwise from left-padded "
-                "embeddings than for a row alone: pass rows of one length, under one prompt."
-            )
+    outgrows = not prompts.is_prefix and outgrows_cache(prompts.model, num_virtual + width + num_new)
+    if states is None or outgrows:
         return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
-    if not prompts.is_prefix and outgrows_cache(prompts.model, num_virtual + width + num_new):
-        return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
-    longest = next(one for one in states.each() if one.num_virtual_tokens == num_virtual)
-    if not continues_prefix(base, longest, unequal=False):
+    if not continues_prefix(base, states, unequal=False):
         if prompts.is_prefix:
             raise ValueError(
                 f"{type(base).__name__} does not generate behind a prefix as its forward computes; use "
@@ -93,7 +86,7 @@ def _generate_in_evaluation_mode(
             )
         return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
     crosses = unequal and _crosses_window(base, num_virtual + width + num_new)
-    if unequal and (crosses or not continues_prefix(base, longest, unequal=True)):
+    if unequal and (crosses or not continues_prefix(base, states, unequal=True)):
         if not prompts.is_prefix:
             return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
         return _generate_by_length(prompts, settings, input_ids, attention_mask, kwargs)
@@ -137,7 +130,8 @@ def _generate_concatenated(
     The base fills a cache of its own, and no pads stand between prompt and tokens, which would use up a window.
 
     Raises:
-        ValueError: for `prefill_chunk_size`: transformers cuts chunks of ids, never of embeddings.
+        ValueError: for `prefill_chunk_size`: transformers cuts chunks of ids, never of embeddings; for rows of unequal
+            length on a base that generates otherwise behind pads.
     """
     if settings.prefill_chunk_size is not None:
         raise ValueError(
@@ -147,8 +141,14 @@ def _generate_concatenated(
     left_ids, left_mask = _pads_first(attention_mask, input_ids)
     model = prompts.model
     embeds, mask = prompts.concatenated(model.word_embeddings(left_ids), left_mask, pads_first=True)
+    base: Any = model.get_base_model()
+    if not bool(mask.all()) and not continues_left_padded(base):
+        raise ValueError(
+            f"{type(base).__name__} serves no shared prompt here, and generates otherwise from left-padded embeddings "
+            "than for a row alone: pass rows of one length without pads, under one prompt."
+        )
     kwargs = _in_new_tokens(settings, left_ids.shape[1], kwargs)
-    out = model.get_base_model().generate(left_ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
+    out = base.generate(left_ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
     return _as_padded(out, input_ids, settings.num_return_sequences or 1)
 
 

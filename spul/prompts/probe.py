@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..models.causal_lm import evaluation_mode, max_positions
 from ..models.compat import is_quantized, layer_states
@@ -69,8 +69,7 @@ def shares_mixed_prefixes(base: Any, states: MixedStates) -> bool:
         found = base(input_ids=ids, use_cache=True, **mixed.prefix_inputs(base, mask)).logits
         alone = base(input_ids=ids[:1], use_cache=False).logits
         for row, one in zip(found.split(1), mixed.states, strict=True):
-            prefix = {"use_cache": False} if one is None else one.prefix_inputs(base, mask[:1]) | {"use_cache": True}
-            expected = base(input_ids=ids[:1], **prefix).logits
+            expected = base(input_ids=ids[:1], **_prefix(base, one, mask[:1])).logits
             # A row without a prompt is as far from the longest one's as it can be.
             against = alone if one is not None else found[:1]
             if not _close(base, row, expected, against):
@@ -86,31 +85,38 @@ def shares_mixed_prefixes(base: Any, states: MixedStates) -> bool:
     )
 
 
-def continues_prefix(base: Any, states: PromptStates, unequal: bool) -> bool:
+def continues_prefix(base: Any, states: PromptStates | MixedStates, unequal: bool) -> bool:
     """Whether `generate` behind a filled cache has the logits of a forward, token by token.
 
     Args:
         base: the base, which shares the prefix.
-        states: of a prompt.
+        states: of a batch; the probe is made of its longest prompt, and of a row without one if prompts are mixed.
         unequal: whether rows are of unequal length, which pads between prompt and tokens make equal.
     """
+    is_mixed = isinstance(states, MixedStates)
 
     def compare() -> bool:
+        longest = next(one for one in states.each() if one.num_virtual_tokens == states.num_virtual_tokens)
         _, ids, mask = _left_padded_probe(base, states.num_virtual_tokens, unequal)
-        found = _forced_logits(base, ids, **states.prefix_inputs(base, mask, len(ids)))
-        for row in range(len(ids)):
+        prompts = [longest, None] if is_mixed else [longest, longest]
+        batch = MixedStates(prompts, range(len(ids))) if is_mixed else longest
+        found = _forced_logits(base, ids, **batch.prefix_inputs(base, mask, len(ids)))
+        for row, prompt in enumerate(prompts):
             own = _forced(ids[row][mask[row].bool()])[None]
-            prefix = states.prefix_inputs(base, torch.ones_like(own))
-            expected = base(input_ids=own, use_cache=True, **prefix).logits[:, -NUM_NEW - 1 : -1]
-            alone = base(input_ids=own, use_cache=False).logits[:, -NUM_NEW - 1 : -1]
-            if not _close(base, found[row : row + 1], expected, alone):
+            # What a lost prompt would make of a row; and of the row without one, the longest prompt.
+            expected, without = (
+                base(input_ids=own, **_prefix(base, one, own)).logits[:, -NUM_NEW - 1 : -1]
+                for one in (prompt, None if prompt is not None else longest)
+            )
+            if not _close(base, found[row : row + 1], expected, without):
                 return False
         return True
 
     rows = "rows of unequal length" if unequal else "rows"
+    rows += ", some with another prompt," if is_mixed else ""
     return _earned(
         base,
-        ("generate", states.num_virtual_tokens, unequal),
+        ("generate", states.num_virtual_tokens, unequal, is_mixed),
         compare,
         f"{type(base).__name__} generates otherwise for {rows} behind a shared prompt than its forward computes: the "
         "prompt is concatenated to every row, which is slower.",
@@ -154,6 +160,8 @@ def check_prefix(model: Any) -> None:
                 found = base(input_ids=token, use_cache=True, **inputs).logits
                 if not torch.equal(found, base(input_ids=token, use_cache=False).logits):
                     return
+    except torch.OutOfMemoryError:
+        raise
     except _ERRORS as error:
         cause = error
     heads, width = model.active_peft_config.num_attention_heads, model.active_peft_config.token_dim
@@ -207,9 +215,26 @@ def _left_padded_probe(base: Any, num_virtual: int, unequal: bool) -> tuple[Tens
     return prompt, ids, mask.flip(1) if unequal else torch.ones_like(mask)
 
 
+def _prefix(base: Any, states: PromptStates | None, tokens: Tensor) -> dict[str, Any]:
+    """Inputs that put a prompt, or none, in front of rows (B, n) without pads."""
+    if states is None:
+        return {"use_cache": False}
+    return states.prefix_inputs(base, torch.ones_like(tokens)) | {"use_cache": True}
+
+
 def _forced(row: Tensor) -> Tensor:
     """A row, and after it the tokens that are generated in its place: the row's last ones."""
     return torch.cat([row, row[-1:].expand(NUM_NEW)])
+
+
+class _Forced(LogitsProcessor):
+    """Chooses one token for each row, whatever processors of the base's own settings, which come before, forbid."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens = tokens
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, None].to(scores.device), 0.0)
 
 
 def _forced_logits(base: Any, ids: Tensor, **inputs: Any) -> Tensor:
@@ -219,13 +244,15 @@ def _forced_logits(base: Any, ids: Tensor, **inputs: Any) -> Tensor:
         min_new_tokens=NUM_NEW,
         do_sample=False,
         num_beams=1,
+        num_return_sequences=1,  # not the base's own setting
         use_cache=True,
         pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    last = ids[:, -1].tolist()
-    out = base.generate(ids, generation_config=settings, prefix_allowed_tokens_fn=lambda row, _: [last[row]], **inputs)
+    out = base.generate(
+        ids, generation_config=settings, logits_processor=LogitsProcessorList([_Forced(ids[:, -1])]), **inputs
+    )
     return torch.stack(out.logits, dim=1)
 
 

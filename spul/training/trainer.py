@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments, enable_full_determinism, set_seed
 
 from ..data.checks import check_is_forget, check_not_generic, forget_flags
-from ..data.collator import ForgetRetainCollator
+from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
 from ..data.rows import column_batches, completion_text, read_rows
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..layers.unlearning_layers import UnlearningLayers
@@ -33,17 +33,6 @@ from .reference import ReferenceCache
 
 logger = logging.getLogger(__name__)
 
-ROW_COLUMNS = (
-    "prompt",
-    "completion",
-    "completion_mask",
-    "input_ids",
-    "num_ending",
-    "generic_ids",
-    "is_forget",
-    "row_id",
-    "copy",
-)
 TERMS = ("forget_loss", "retain_loss", "kl_loss", "lm_loss")
 
 
@@ -114,12 +103,8 @@ class UnlearningTrainer(EvaluatingTrainer):
             raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
         args = TrainingArguments("tmp_trainer") if args is None else args  # the folder that Trainer takes
         refuse_options(args, {**kwargs, "eval_dataset": eval_dataset})
-        self._collator, self._given_loss, self._rows, self._noise = (
-            data_collator,
-            loss,
-            train_dataset,
-            EmbeddingNoise(),
-        )
+        self._collator, self._given_loss, self._rows = data_collator, loss, train_dataset
+        self._noise = EmbeddingNoise()
         self._reference_mode, self._reference_dir = reference, reference_dir
         self._forget_fraction, self._alternate = forget_fraction, alternate
         self._made: Any = None

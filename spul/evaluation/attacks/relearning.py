@@ -13,10 +13,10 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...data.batching import shuffled
 from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
 from ...data.rows import column_values
-from ...data.samplers import shuffled
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import evaluation_mode, unwrapped

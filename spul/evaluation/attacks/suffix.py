@@ -12,8 +12,8 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...data.batching import shuffled
 from ...data.encoder import RowEncoder
-from ...data.samplers import shuffled
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped

@@ -10,9 +10,9 @@ from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ...data.batching import by_length
 from ...data.encoder import Encoded, RowEncoder
 from ...data.rows import adapter_names_of
-from ...data.samplers import by_length
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX
 from ...models.causal_lm import evaluation_mode

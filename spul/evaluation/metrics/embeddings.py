@@ -34,7 +34,7 @@ def response_embeddings(
 
     Raises:
         ValueError: if there are no rows, the model has no output embeddings, or it has diverged: its hidden states are
-            NaN.
+            NaN; for prompts by row on a family that concatenates them and computes logits at every position.
     """
     head: Any = bare_model(model)
     head = head.get_output_embeddings()
@@ -49,7 +49,9 @@ def response_embeddings(
         if states.shape[1] != batch.positions.shape[1]:
             # This family computes logits at every position, maybe behind virtual tokens.
             in_front = states.shape[1] - batch.inputs["input_ids"].shape[1]
-            if in_front and unlearner_of(model).takes_adapter_names and batch.adapter_names is not None:
+            unlearner = unlearner_of(model)
+            by_row = unlearner.is_gated or (unlearner.takes_adapter_names and batch.adapter_names is not None)
+            if in_front and by_row:
                 raise ValueError(
                     f"{type(bare_model(model)).__name__} has hidden states at virtual tokens of different numbers in "
                     "front of the rows; measure the rows of one prompt at a time."

@@ -13,10 +13,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from ...data.batching import by_length
 from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
 from ...data.rows import adapter_names_of
-from ...data.samplers import by_length
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
 from ...models.unlearner import unlearner_of
 from .scoring import names_for

@@ -1,0 +1,107 @@
+"""Prompts of one model: added, loaded, chosen and deleted; only the active one trains."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from peft import PeftConfig, PeftModelForCausalLM
+from torch import nn
+
+from ..models.unlearner import Unlearner
+from ..records.spul_config import SpulConfig
+from . import checkpoint
+from .configs import check_peft_config, check_promptable, scale_random_prompt
+
+
+class PromptAdapters(PeftModelForCausalLM, Unlearner):
+    """A PEFT model whose adapters are soft prompts, each with a record; see `SoftPromptUnlearner`."""
+
+    prompt_encoder: Any  # set by PEFT
+
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """Add a new prompt beside the others; it is trained once `set_adapter` has made it the active one."""
+        check_peft_config(peft_config)
+        if "spul_configs" in self.__dict__:  # the first prompt's base was checked before
+            check_promptable(self.get_base_model(), peft_config)
+        with checkpoint.registry_unchanged_on_error(self):
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+            # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
+            self.__dict__.setdefault("spul_configs", {})[adapter_name] = SpulConfig()
+            if not peft_config.inference_mode:
+                scale_random_prompt(self, adapter_name)
+            self._train_active_prompt_only()
+
+    def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
+        """Make a prompt the active one; only it requires gradients."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        self._train_active_prompt_only()
+        if inference_mode:
+            self.prompt_encoder[adapter_name].requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Remove a prompt. If it was the active one, another becomes active; without any, the model is the base."""
+        super().delete_adapter(adapter_name)
+        del self.spul_configs[adapter_name]
+        self.__dict__.get("_cached_prompts", {}).pop(adapter_name, None)
+        self._train_active_prompt_only()
+
+    @property
+    def spul_config(self) -> SpulConfig:
+        """The record of the active prompt, saved as `spul_config.json`; its `metrics` appear on the model card."""
+        return self.spul_configs[self.active_adapter]
+
+    def load_adapter(  # type: ignore[override]
+        self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, **hub: Any
+    ) -> None:
+        """Load a prompt into this model: a new one for inference, or the saved state of one in this model.
+
+        On an error the model is as before, its prompts and records included.
+
+        Args:
+            model_id: folder or Hub name of the adapter.
+            adapter_name: name of the prompt in this model.
+            is_trainable: whether to train it further, which a prompt in this model allows that is trainable itself.
+            hub: Hub arguments, such as `revision`, `token`, `cache_dir`, `subfolder`.
+
+        Raises:
+            TypeError: if it is not a soft prompt, or an argument is not one of the Hub's.
+            ValueError: if the folder's files are damaged or do not belong together, the prompt does not fit the base
+                or the prompt of that name, the folder lacks the encoder of a trainable P-tuning prompt, or a new
+                prompt is to be trainable.
+
+        Warns:
+            UserWarning: if the base's weights are not those that the prompt was trained on.
+        """
+        if unknown := sorted(set(hub) - set(checkpoint.HUB_ARGUMENTS)):
+            raise TypeError(f"unknown arguments {unknown}; expected the Hub's: {', '.join(checkpoint.HUB_ARGUMENTS)}.")
+        if is_trainable and adapter_name not in self.peft_config:
+            raise ValueError(
+                f"is_trainable=True, and {adapter_name!r} is not in this model; to train a saved prompt further, load "
+                "it on the base: SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
+            )
+        checkpoint.load_into(self, model_id, adapter_name, **hub)
+
+    def _train_active_prompt_only(self) -> None:
+        # PEFT leaves every prompt trainable; an unused one breaks DDP on its second step.
+        for name, encoder in self.prompt_encoder.items():
+            encoder.requires_grad_(name == self.active_adapter and not self.peft_config[name].inference_mode)
+
+    @property
+    def virtual_tokens_in_use(self) -> int:
+        """Virtual tokens in front of every row; 0 where the prompt is disabled."""
+        return self.active_peft_config.num_virtual_tokens if self.enabled else 0
+
+    @property
+    def longest_prompt(self) -> int:
+        """Virtual tokens of the longest of all prompts; 0 where they are disabled."""
+        configs: Any = self.peft_config
+        return max(one.num_virtual_tokens for one in configs.values()) if self.enabled else 0
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """The parameters of the prompts."""
+        return list(self.prompt_encoder.parameters())
+
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        """The config of the active prompt, by its name; empty where it is disabled."""
+        return {self.active_adapter: self.active_peft_config.to_dict()} if self.enabled else {}
