@@ -38,7 +38,7 @@ from spul.gates import AnyGate, GatedUnlearner, NameGate, StateGate, TextGate, h
 from spul.training.augmentation import augmented, rewritings
 
 PROMPT = "prefix_tuning"
-ATTACKED = 100  # rows of each set under an attack
+ATTACKED = 60  # rows of each set under an attack
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,8 +47,8 @@ def parse_args() -> argparse.Namespace:
     add("--data-dir", required=True, help="folder of SST-2")
     add("--model", required=True, help="Hub name or folder of a causal LM")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    add("--steps", type=int, default=1200, help="of the ungated prompt")
-    add("--gated-steps", type=int, default=1200, help="of the prompt behind the gate")
+    add("--steps", type=int, default=600, help="of the ungated prompt")
+    add("--gated-steps", type=int, default=400, help="of the prompt behind the gate")
     add("--gated-alpha", type=float, default=1.0, help="retain weight of the prompt behind the gate")
     add("--gated-fraction", type=float, default=0.6, help="share of forget rows in its batches")
     add("--negatives", type=int, default=1500, help="retain rows that it is trained on: the gate's hard negatives")

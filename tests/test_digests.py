@@ -309,3 +309,11 @@ def test_the_digest_of_rows_is_that_of_their_sorted_digests():
     texts = [{"prompt": f"a {i}", "completion": " b", "other": i} for i in range(3_000)]  # some digests end with zeros
     for rows in ([], texts, [chat, tokenized, *texts[:5]]):
         assert summarized(rows) == summary_by_sorting(rows)
+
+
+def test_the_bytes_of_a_key_file_are_its_key(tmp_path):
+    path = make_digest_key(tmp_path / "key")
+    content = path.read_bytes()
+    assert read_digest_key(content) == read_digest_key(path) == bytes.fromhex(content.decode())
+    assert is_summary_of(summarize_rows(ROWS, path), ROWS, content)
+    assert read_digest_key(KEY) == KEY

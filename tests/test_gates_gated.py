@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -72,8 +73,6 @@ def test_generate_and_forward_give_each_row_what_its_prompt_gives(side):
     with torch.no_grad():
         expected = model.unlearner(**batch, adapter_names=NAMES).logits
         torch.testing.assert_close(model(**batch).logits, expected)
-        forced = model(**batch, adapter_names=["__base__"] * 4).logits
-        torch.testing.assert_close(forced, model.unlearner(**batch, adapter_names=["__base__"] * 4).logits)
         with model.disable_adapter():
             assert not model.enabled
             base = model.get_base_model()
@@ -293,8 +292,72 @@ def test_a_prompt_that_is_deleted_or_added_later_is_noticed_before_the_first_tok
         model.route(TEXTS)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_rows_that_no_gate_flags_are_continued_as_alone(side):
+    model, texts = gated(), ["the film is good and bad", "the", "plot of film"]
+    batch = tokens(model.tokenizer, texts, side)
+    found = model.generate(**batch, **GREEDY)
+    width = batch["input_ids"].shape[1]
+    assert torch.equal(found[:, :width], batch["input_ids"])
+    for text, out in zip(texts, found, strict=True):
+        alone = model.get_base_model().generate(**tokens(model.tokenizer, [text]), **GREEDY)
+        assert out[width:].tolist() == alone[0, -5:].tolist()
+
+
+def test_a_revoked_prompt_goes_with_its_gate_its_routes_and_its_files(tmp_path):
+    model = saved(tmp_path)
+    assert "jane" in (tmp_path / "gate" / "gate.json").read_text()
+    texts = [*TEXTS, "jane and doe"]
+    model.delete_adapter("default")
+    assert model.route(texts) == ["__base__", "__base__", "other", "__base__", "other"]
+    assert list(model.unlearner.peft_config) == ["other"]  # not the joint one, which would forget for both
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "gate").exists()
+    assert not (tmp_path / "joint").exists()
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    mine = [path for path in tmp_path.rglob("*") if path.is_file() and "other" not in path.parts]
+    assert sorted(path.name for path in mine) == ["spul_gates.json"]
+    loaded = GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
+    assert loaded.route(texts) == model.route(texts)
+    model.delete_adapter("other")
+    assert model.route(texts) == ["__base__"] * 5
+    batch = tokens(model.tokenizer, texts)
+    assert torch.equal(model.generate(**batch, **GREEDY), model.get_base_model().generate(**batch, **GREEDY))
+    with pytest.raises(ValueError, match="there is no prompt to save"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="there is no prompt 'other'"):
+        model.delete_adapter("other")
+
+
+def test_a_prompt_is_loaded_with_its_gate_while_others_are_served(tmp_path):
+    model = gated("other")
+    model.save_pretrained(tmp_path)
+    served = gated()
+    served.load_adapter(tmp_path / "other", "more")
+    assert served.route(TEXTS) == ["default", "__base__", "more", "default"]
+    served.load_adapter(tmp_path, "film", gate=lambda texts: ["film" in text for text in texts])
+    assert served.route(TEXTS) == ["default", "film", "more", "default"]
+    with pytest.raises(ValueError, match="there is a prompt 'more'"):
+        served.load_adapter(tmp_path / "other", "more")
+    shutil.rmtree(tmp_path / "other" / "gate")
+    with pytest.raises(FileNotFoundError):
+        served.load_adapter(tmp_path / "other", "another")
+    assert served.route(TEXTS) == ["default", "film", "more", "default"]
+    assert "another" not in served.unlearner.peft_config
+
+
+def test_gated_models_are_copied():
+    model = gated()
+    assert copy.deepcopy(model).route(TEXTS) == model.route(TEXTS)
+
+
 def test_training_and_embeddings_are_refused(tmp_path):
     model = gated()
+    for run in (model, model.generate):
+        with pytest.raises(TypeError, match="would go around the gates"):
+            run(**tokens(model.tokenizer, TEXTS), adapter_names=["__base__"] * 4)
+    with pytest.raises(TypeError, match="one string"):
+        model.route("jane")
     with pytest.raises(TypeError, match="takes no is_forget"):
         model(**make_batch())
     with pytest.raises(TypeError, match="train its prompts first"):

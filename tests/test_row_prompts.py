@@ -76,6 +76,14 @@ def test_each_row_is_continued_under_its_own_prompt(family, prompt_type, side):
         assert out[width:].tolist() == by_hand(unlearner, name, ids), name
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_rows_that_all_have_no_prompt_are_continued_as_alone(family, side):
+    unlearner, batch = several(build(family)), plain_batch(side)
+    found = unlearner.generate(**batch, adapter_names=["__base__"] * 5, **GREEDY)
+    for ids, out in zip(real_rows(batch), found, strict=True):
+        assert out[batch["input_ids"].shape[1] :].tolist() == by_hand(unlearner, "__base__", ids)
+
+
 @pytest.mark.parametrize("settings", [{"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}])
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 def test_beams_are_those_of_the_row_alone(family, prompt_type, settings):

@@ -206,7 +206,8 @@ def checked_text_batches(rows: Any, column: str) -> Iterator[list[str]]:
 
 def _not_texts(bad: Sequence[tuple[int, Any]], num: int) -> TypeError:
     return TypeError(
-        f"{len(bad)} of {num} texts are not strings; the first is text {bad[0][0]}: {bad[0][1]!r}. Fill or drop them."
+        f"{len(bad)} of {num} texts are not strings; the first is text {bad[0][0]}: {bad[0][1]!r:.80}. Fill or drop "
+        "them; of a data set pass a column: rows['prompt'][:]."
     )
 
 

@@ -102,7 +102,8 @@ MEASURES = {
             "The four splits",
             "Accuracy is the share of rows whose completion greedy decoding generates, generic answers the share for "
             "which it generates a generic completion. Loss is the negative log-likelihood of the completion, in nats "
-            "per row.",
+            "per row. Behind gates: the share of rows that they flag; a right answer past the gate is the base's own, "
+            "one past the prompt came through the prompt of a flagged row.",
             tasks.utility,
             figure="splits",
             generates="free-form",

@@ -217,10 +217,12 @@ def _named(
 ) -> dict[str, Dataset]:
     """The sets of rows with a column that names each row's prompt."""
     if not isinstance(adapter_names, Mapping) or set(adapter_names) != set(sets):
-        found = sorted(adapter_names) if isinstance(adapter_names, Mapping) else type(adapter_names).__name__
-        raise ValueError(
-            f"adapter_names is for {found}; expected a dict with names for each set of rows: {sorted(sets)}."
+        found = (
+            f"for {sorted(adapter_names)}"
+            if isinstance(adapter_names, Mapping)
+            else f"a {type(adapter_names).__name__}"
         )
+        raise ValueError(f"adapter_names is {found}; expected a dict with names for each set of rows: {sorted(sets)}.")
     return {name: with_adapter_names(model, rows, adapter_names[name], name) for name, rows in sets.items()}
 
 

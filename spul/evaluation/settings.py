@@ -95,6 +95,8 @@ def facts_of(suite: Suite, digest_key: DigestKey | None) -> dict[str, Any]:
     base: Any = bare_model(suite.model) if unlearner.has_adapter else suite.base
     record = unlearner.spul_config if unlearner.enabled and unlearner.spul_config is not None else SpulConfig()
     kinds = {name: one.get("peft_type", "layers") for name, one in unlearner.adapter_settings().items()}
+    if unlearner.is_gated:  # several prompts, of which none is the adapter
+        record = SpulConfig()
     in_words = ", ".join(f"{name} ({getattr(kind, 'value', kind)})" for name, kind in kinds.items())
     base_name = getattr(base, "name_or_path", None)
     facts = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,14 +12,16 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.checks import checked_texts
 from ..losses.terms import IGNORE_INDEX
 from ..models.unlearner import Unlearner
 from ..prompts.row_prompts import NO_PROMPT
 from ..prompts.unlearner import SoftPromptUnlearner
 from .gate import Gate, as_gate
-from .gated_files import read_gated, write_gated
+from .gated_files import gate_of, read_gated, write_gated
 
 AnyKindOfGate = Gate | Callable[[list[str]], Any]
+_routing = threading.RLock()  # routes are changed and read as a whole; no attribute, since a lock is not copied
 
 
 class GatedUnlearner(nn.Module, Unlearner):
@@ -73,7 +76,10 @@ class GatedUnlearner(nn.Module, Unlearner):
     def _check_names(self) -> None:
         known, gated = list(self.unlearner.peft_config), list(self.gates)
         if unknown := sorted(({*gated, *self.combined.values()}) - set(known)):
-            raise ValueError(f"gates and combined name {unknown}, which the model does not have; it has {known}.")
+            raise ValueError(
+                f"gates and combined name {unknown}, which the model does not have; it has {known}. A prompt is "
+                "removed by delete_adapter of the GatedUnlearner, which drops its gate as well."
+            )
         if sorted(self.precedence) != sorted(gated):
             raise ValueError(f"precedence is {self.precedence}; expected the names of the gates, {gated}, each once.")
         if bad := [sorted(names) for names in self.combined if len(names) < 2 or not names <= set(gated)]:
@@ -96,15 +102,13 @@ class GatedUnlearner(nn.Module, Unlearner):
             TypeError: if they are not strings.
             ValueError: if prompts were added or deleted since, and gates are not the prompts' any more.
         """
-        self._check_names()
-        texts = list(texts)
-        flags = {name: gate.flags(texts) for name, gate in self.gates.items()}
-        return [self._chosen([name for name in self.precedence if flags[name][i]]) for i in range(len(texts))]
-
-    def _chosen(self, flagged: list[str]) -> str:
-        if not flagged:
-            return NO_PROMPT
-        return self.combined.get(frozenset(flagged), flagged[0])
+        texts = checked_texts(texts)
+        with _routing:
+            self._check_names()
+            gates, precedence, combined = dict(self.gates), list(self.precedence), dict(self.combined)
+        flags = {name: gate.flags(texts) for name, gate in gates.items()}
+        by_text = [[name for name in precedence if flags[name][i]] for i in range(len(texts))]
+        return [combined.get(frozenset(some), some[0]) if some else NO_PROMPT for some in by_text]
 
     def names_of(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """`route` of requests as token ids."""
@@ -115,6 +119,53 @@ class GatedUnlearner(nn.Module, Unlearner):
         mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
         rows = [ids[own.bool()].tolist() for ids, own in zip(input_ids, mask, strict=True)]
         return self.names_of([row[:end] if end else row for row, end in zip(rows, ends, strict=True)])
+
+    # ---- prompts that come and go ----
+
+    def load_adapter(
+        self, model_id: str | os.PathLike, adapter_name: str, gate: AnyKindOfGate | None = None, **hub: Any
+    ) -> None:
+        """Load a prompt and its gate; requests that it flags get the prompt from now on. On an error nothing changes.
+
+        Args:
+            model_id: folder or Hub name of the prompt.
+            adapter_name: its name in this model; the last in `precedence`.
+            gate: its gate; the one in `gate/` of the folder unless given.
+            hub: Hub arguments, such as `revision`, `token`, `subfolder`.
+
+        Raises:
+            ValueError: if there is a prompt of that name, or a file is damaged or does not fit the base.
+            FileNotFoundError: if the folder has no gate, and none is given.
+        """
+        if adapter_name in self.unlearner.peft_config:
+            raise ValueError(f"there is a prompt {adapter_name!r}; delete it first, or take another name.")
+        found = gate_of(model_id, self.unlearner, self.tokenizer, **hub) if gate is None else as_gate(gate)
+        with _routing:
+            self.unlearner.load_adapter(model_id, adapter_name, **hub)
+            self.gates, self.precedence = {**self.gates, adapter_name: found}, [*self.precedence, adapter_name]
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Revoke a prompt: remove it with its gate and its routes. Without any prompt, every request gets the base.
+
+        Args:
+            adapter_name: name of the prompt. A combined prompt of which it is a part goes too, since it would still
+                forget for it.
+
+        Raises:
+            ValueError: if there is no prompt of that name.
+        """
+        if adapter_name not in self.unlearner.peft_config:
+            raise ValueError(f"there is no prompt {adapter_name!r}; there are {list(self.unlearner.peft_config)}.")
+        with _routing:
+            parts = {name for names, name in self.combined.items() if adapter_name in names and name not in self.gates}
+            gone = {adapter_name, *parts}
+            self.gates = {name: gate for name, gate in self.gates.items() if name not in gone}
+            self.precedence = [name for name in self.precedence if name not in gone]
+            self.combined = {
+                names: name for names, name in self.combined.items() if adapter_name not in names and name not in gone
+            }
+            for name in gone:
+                self.unlearner.delete_adapter(name)
 
     # ---- forward ----
 
@@ -132,23 +183,22 @@ class GatedUnlearner(nn.Module, Unlearner):
             attention_mask: (B, n); all ones unless given.
             labels: (B, n), the response's token ids, -100 elsewhere. A row's request is then what stands before its
                 first label.
-            kwargs: as in `SoftPromptUnlearner.forward`; `adapter_names` overrides the gates.
+            kwargs: as in `SoftPromptUnlearner.forward`, without `adapter_names`: the gates give them.
 
         Returns:
             The base's output; logits (B, n, V) at the rows' own tokens.
 
         Raises:
             ValueError: for arguments that do not go with a prompt.
-            TypeError: for `is_forget`: prompts are trained without gates.
+            TypeError: for `is_forget` and `adapter_names`, which `unlearner` takes, without gates.
         """
         if kwargs.get("is_forget") is not None:
             raise TypeError("forward through gates takes no is_forget; train the prompts first: gated.unlearner.")
-        if kwargs.get("adapter_names") is None:
-            if input_ids is None:
-                raise ValueError("forward through gates needs input_ids, which the gates read.")
-            kwargs["adapter_names"] = self._names_of_rows(
-                input_ids, attention_mask, _starts(input_ids, attention_mask, labels)
-            )
+        _check_not_named(kwargs)
+        if input_ids is None:
+            raise ValueError("forward through gates needs input_ids, which the gates read.")
+        starts = _starts(input_ids, attention_mask, labels)
+        kwargs["adapter_names"] = self._names_of_rows(input_ids, attention_mask, starts)
         return self.unlearner(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -157,18 +207,18 @@ class GatedUnlearner(nn.Module, Unlearner):
         Args:
             inputs: (B, n) token ids, also as `input_ids`; each row is one request.
             args: as in `generate` of transformers.
-            kwargs: the same; `adapter_names` overrides the gates.
+            kwargs: the same, without `adapter_names`: the gates give them.
 
         Raises:
             ValueError: for arguments that do not go with a prompt, also where no gate flags a row.
+            TypeError: for `adapter_names`, which `unlearner` takes, without gates.
         """
+        _check_not_named(kwargs)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
             raise ValueError("generate through gates needs input_ids, which the gates read.")
-        if kwargs.get("adapter_names") is None:
-            kwargs["adapter_names"] = self._names_of_rows(
-                input_ids, kwargs.get("attention_mask"), [0] * len(input_ids)
-            )
+        mask, whole = kwargs.get("attention_mask"), [0] * len(input_ids)
+        kwargs["adapter_names"] = self._names_of_rows(input_ids, mask, whole)
         return self.unlearner.generate(input_ids, *args, **kwargs)
 
     def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -305,6 +355,16 @@ class GatedUnlearner(nn.Module, Unlearner):
         """
         unlearner, gates, precedence, combined = read_gated(model, folder, tokenizer, **hub)
         return cls(unlearner, tokenizer, gates, precedence, combined).eval()
+
+
+def _check_not_named(kwargs: dict[str, Any]) -> None:
+    """Raise if the caller names prompts, which would go around the gates.
+
+    Raises:
+        TypeError: if `adapter_names` is given.
+    """
+    if kwargs.pop("adapter_names", None) is not None:
+        raise TypeError("adapter_names would go around the gates; leave it out, or use gated.unlearner.")
 
 
 def _starts(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> list[int]:

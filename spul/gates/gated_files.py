@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..prompts.checkpoint import CONFIG_NAME, ENCODER_NAME, WEIGHTS_NAME
 from ..prompts.unlearner import SoftPromptUnlearner
-from ..records.card import write_gate_section
+from ..records.card import CARD_NAME, write_gate_section
 from ..records.fields import read_object
 from ..records.files import find_file, write_text
+from ..records.spul_config import SPUL_CONFIG_NAME
 from .any_gate import load
 from .files import is_texts
 from .gate import Gate
@@ -30,13 +34,19 @@ def folder_of(name: str) -> str:
 
 def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwargs: Any) -> None:
     """Write prompts, gates and routing; see `GatedUnlearner.save_pretrained`."""
+    gated.route([])  # raises, before anything is written, if gates are not the prompts'
+    if not gated.gates:
+        raise ValueError("there is no prompt to save; load one, or save the base by its own save_pretrained.")
     for gate in gated.gates.values():
-        gate.check_savable()  # before anything is written
+        gate.check_savable()
     if "selected_adapters" in kwargs:
         raise TypeError("prompts behind gates are saved together; leave out selected_adapters.")
+    before = _prompts_in(Path(save_directory)) if kwargs.get("is_main_process", True) else []
     gated.unlearner.save_pretrained(str(save_directory), **kwargs)
     if not kwargs.get("is_main_process", True):
         return
+    for name in set(before) - set(gated.unlearner.peft_config):
+        _remove_prompt(Path(save_directory, folder_of(name)))
     for name, gate in gated.gates.items():
         folder = Path(save_directory, folder_of(name))
         gate.save(folder / GATE_FOLDER)
@@ -49,6 +59,26 @@ def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwar
         "combined": [{"flagged": sorted(names), "prompt": name} for names, name in gated.combined.items()],
     }
     write_text(Path(save_directory, ROUTING_NAME), json.dumps(routing, indent=2, ensure_ascii=False) + "\n")
+
+
+def _prompts_in(folder: Path) -> list[str]:
+    """The prompts that an earlier save wrote to a folder."""
+    path = folder / ROUTING_NAME
+    return _checked(read_object(path), path)["prompts"] if path.is_file() else []
+
+
+def _remove_prompt(folder: Path) -> None:
+    """Remove the files of a prompt that was revoked since the last save: gate and card tell what it was for."""
+    for name in (CONFIG_NAME, WEIGHTS_NAME, ENCODER_NAME, SPUL_CONFIG_NAME, CARD_NAME):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / GATE_FOLDER, ignore_errors=True)
+    with suppress(OSError):  # not empty: the folder of the others, or files of the user
+        folder.rmdir()
+
+
+def gate_of(folder: str | os.PathLike, model: Any, tokenizer: PreTrainedTokenizerBase, **hub: Any) -> Gate:
+    """The gate in a prompt's folder."""
+    return load(folder, model, tokenizer, **{**hub, "subfolder": _joined(hub, GATE_FOLDER)})
 
 
 def read_gated(

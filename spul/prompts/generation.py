@@ -38,8 +38,6 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     kwargs["generation_config"] = kwargs.get("generation_config") or own
     check_generate_arguments(kwargs)
     settings = generation_settings(base, kwargs)
-    if not prompts.names_a_prompt:  # checked all the same: what is refused does not depend on the rows
-        return base.generate(input_ids, **kwargs)
     kwargs = changed_settings(kwargs, use_cache=True)  # a default of False would drop the prompt
     if kwargs.pop("token_type_ids", None) is not None:
         warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=3)
@@ -49,6 +47,10 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     if not bool(attention_mask.any(dim=1).all()):
         raise ValueError("attention_mask has a row of zeros only: there is nothing to continue in it.")
 
+    if not prompts.names_a_prompt:  # checked all the same: what is refused does not depend on the rows
+        left_ids, left_mask = _pads_first(attention_mask, input_ids)
+        out = base.generate(left_ids, attention_mask=left_mask, **kwargs)
+        return _as_padded(out, input_ids, settings.num_return_sequences or 1)
     was_training = base.training
     base.eval()  # gradient checkpointing, in training mode, would drop the cache and the prompt with it
     try:

@@ -125,11 +125,15 @@ def make_digest_key(path: str | os.PathLike) -> Path:
     return Path(path)
 
 
+_KEY_FILE = re.compile(rb"(?:[0-9a-f]{2}){%d,}" % MIN_KEY_BYTES)
+
+
 def read_digest_key(key: DigestKey) -> bytes:
     """The bytes of a key.
 
     Args:
-        key: at least 16 random bytes, or the path of a file that `make_digest_key` wrote.
+        key: at least 16 random bytes, or the path of a file that `make_digest_key` wrote. The bytes of such a file
+            are read as the file is.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -141,7 +145,7 @@ def read_digest_key(key: DigestKey) -> bytes:
                 f"digest_key has {len(key)} bytes; expected at least {MIN_KEY_BYTES} random ones, such as "
                 "secrets.token_bytes(32), or the path of a file of spul.records.make_digest_key."
             )
-        return key
+        return bytes.fromhex(key.strip().decode()) if _KEY_FILE.fullmatch(key.strip()) else key
     if not isinstance(key, (str, os.PathLike)):
         raise TypeError(f"digest_key is a {type(key).__name__}; expected bytes, or the path of a key file.")
     path = Path(key)
@@ -150,7 +154,7 @@ def read_digest_key(key: DigestKey) -> bytes:
             f"there is no file {str(path)!r} with a digest_key; make one with spul.records.make_digest_key."
         )
     text = path.read_bytes().strip()
-    if not re.fullmatch(rb"(?:[0-9a-f]{2}){%d,}" % MIN_KEY_BYTES, text):
+    if not _KEY_FILE.fullmatch(text):
         raise ValueError(  # without the content, which may be a secret
             f"{str(path)!r} holds no digest_key; expected at least {2 * MIN_KEY_BYTES} hexadecimal digits, as "
             "spul.records.make_digest_key writes them."

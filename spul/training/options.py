@@ -187,8 +187,9 @@ def check_training_order(
         needs.append(f"train_sampling_strategy={strategy!r}")
     if needs:
         raise ValueError(
-            f"train_dataset is a stream ({type(rows).__name__}), whose rows come once and in their own order, but "
-            f"{' and '.join(needs)} need them by their numbers. Change that, or load the rows as a datasets.Dataset."
+            f"train_dataset is a stream ({type(rows).__name__}), whose rows come once and in their own order, and "
+            f"cannot be used with {' or '.join(needs)}, by which rows are found by number. Leave that out, or load "
+            "the rows as a datasets.Dataset."
         )
     if columns := getattr(rows, "column_names", None):
         check_is_forget(columns, "train_dataset")

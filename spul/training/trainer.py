@@ -119,6 +119,8 @@ class UnlearningTrainer(EvaluatingTrainer):
         self._summaries: list[DataSummary | None] = []  # of forget rows and of retain rows
         if train_dataset is not None:
             check_training_order(train_dataset, args, reference, self._loss, forget_fraction, alternate)
+            if self._key is not None and is_stream(train_dataset):
+                raise ValueError("digest_key: the rows of a stream are not digested; load them as a datasets.Dataset.")
         if train_dataset is not None and not is_stream(train_dataset):
             self._flags = forget_flags(train_dataset)
             self._check_rows(train_dataset, self._loss)

@@ -100,8 +100,8 @@ METRICS = {
         Metric("trained_parameters"),
         _knowledge("success", unit="%"),
         Metric("flagged", "flagged by the gate", "%", SHARE, "high", "low", counts_rows=True),
-        Metric("past_gate", "right, past the gate", "%", SHARE, "low", "high", counts_rows=True),
-        Metric("past_prompt", "right, past the prompt", "%", SHARE, "low", "high", counts_rows=True),
+        Metric("past_gate", "right, past the gate", "%", SHARE, "low", counts_rows=True),
+        Metric("past_prompt", "right, past the prompt", "%", SHARE, "low", counts_rows=True),
         Metric("majority", "accuracy of the most frequent class", "%", SHARE),
         Metric("shuffled", "accuracy on shuffled labels", "%", SHARE),
     )
