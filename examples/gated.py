@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     add("--gated-alpha", type=float, default=1.0, help="retain weight of the prompt behind the gate")
     add("--gated-fraction", type=float, default=0.6, help="share of forget rows in its batches")
     add("--negatives", type=int, default=1500, help="retain rows that it is trained on: the gate's hard negatives")
+    add("--turns", nargs="+", type=int, default=[1, 2], help="turns before rewritten training rows; more take longer")
     add("--recall", type=float, default=0.99, help="recall asked of the fitted gates")
     add("--layers", nargs="+", type=int, default=[2, 4], help="layers that the state gate tries")
     add("--held-out", type=float, help="share of the training rows to score on, in place of the test rows")
@@ -119,7 +120,7 @@ def gated_prompt(args: argparse.Namespace, experiment: Experiment, train: dict, 
     """A prompt that has to tell forget rows from what the gate flags or nearly flags, in many forms."""
     seed, field = experiment.setup.seed, experiment.data.format.text_field
     retain = hard_negatives(gate, train["retain"], min(args.negatives, len(train["retain"])))
-    ways = rewritings(field, train["retain"], seed)
+    ways = rewritings(field, train["retain"], seed, args.turns)
     for asked in ("first", "second"):
         mix = partial(mixed_query, text_field=field, asked=asked, seed=seed + 1_000)
         ways[f"mixed, asked {asked}"] = partial(mix, other_rows=train["retain"])

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import CONFIGS, build_unlearner, make_batch
+from helpers import CONFIGS, build_unlearner, make_batch, make_collator, make_dataset
 from peft import PeftModelForCausalLM
 
+from spul.evaluation.metrics import score_completions
 from spul.prompts.probe import shares_prefix
 
 PASSED = ("prompt_tuning", "p_tuning")  # prefix tuning needs no pass
@@ -130,37 +131,96 @@ def test_options_of_the_forward_mean_what_they_mean_in_peft(family, prompt_type,
 
 def test_the_prompt_passes_once_over_all_calls_of_forward_scoring_and_generate(prompt_type):
     unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    unlearner.generate(**inputs, max_new_tokens=2)
     counted = CountedPasses(unlearner)
-    with torch.no_grad():
+    with unlearner.cached_prompts(), torch.no_grad():
         for _ in range(3):
             unlearner(**batch)
             unlearner(**make_batch())
             unlearner(input_ids=batch["input_ids"], logits_to_keep=1)
-    for _ in range(2):
-        unlearner.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=2)
+        for _ in range(2):
+            unlearner.generate(**inputs, max_new_tokens=2)
     assert counted.num == 1
+
+
+def test_outside_of_the_scope_every_call_has_a_pass_of_its_own(prompt_type):
+    unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
+    counted = CountedPasses(unlearner)
+    with torch.no_grad():
+        for _ in range(3):
+            unlearner(**batch)
+        assert counted.num == 3
+        with unlearner.cached_prompts(), unlearner.cached_prompts():  # one inside the other, as of two threads
+            unlearner(**batch)
+        unlearner(**batch)
+    assert counted.num == 5
+
+
+def test_scoring_opens_the_scope(prompt_type):
+    unlearner = build_unlearner("llama", prompt_type, torch.float32)
+    counted = CountedPasses(unlearner)
+    score_completions(unlearner, make_dataset(), make_collator(), batch_size=4)
+    assert counted.num == 1
+
+
+def attribute(base):
+    base.model.layers[0].self_attn.scaling *= 2
+
+
+def method(base):
+    forward = base.model.layers[0].mlp.forward
+    base.model.layers[0].mlp.forward = lambda states: 1.5 * forward(states)
+
+
+def buffer(base):
+    base.model.rotary_emb.inv_freq.mul_(0.5)
+
+
+def data(base):
+    for parameter in base.parameters():
+        parameter.data.mul_(1.1)
+
+
+def hook(base):
+    base.model.layers[0].mlp.register_forward_hook(lambda module, args, out: 1.5 * out)
+
+
+@pytest.mark.parametrize("change", [attribute, method, buffer, data, hook])
+def test_whatever_changes_the_base_reaches_the_next_call(change, prompt_type):
+    unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        before = unlearner(**batch).logits
+    unlearner.generate(**inputs, max_new_tokens=2)
+    change(unlearner.get_base_model())
+    assert_fresh(unlearner, batch)
+    with torch.no_grad():
+        assert (unlearner(**batch).logits - before).abs().max() > 1e-4
 
 
 def test_a_prompt_loaded_for_use_needs_no_no_grad(prompt_type):
     unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
     unlearner.requires_grad_(False)
     counted = CountedPasses(unlearner)
-    for _ in range(3):
-        unlearner(**batch)
+    with unlearner.cached_prompts():
+        for _ in range(3):
+            unlearner(**batch)
     assert counted.num == 1
 
 
 def test_cached_states_are_never_written_to(family, prompt_type):
     unlearner, batch = build_unlearner(family, prompt_type), plain_batch()
     inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "max_new_tokens": 3}
-    unlearner.generate(**inputs)
-    cached = unlearner.__dict__["_cached_prompts"]["default"].layers
-    before = [(layer.keys.clone(), layer.values.clone()) for layer in cached]
-    unlearner.generate(**inputs, num_beams=3)
-    unlearner.generate(**inputs, do_sample=True, num_return_sequences=2)
-    with torch.no_grad():
+    with unlearner.cached_prompts(), torch.no_grad():
+        unlearner.generate(**inputs)
+        cached = unlearner.__dict__["_cached_prompts"]["default"].layers
+        before = [(layer.keys.clone(), layer.values.clone()) for layer in cached]
+        unlearner.generate(**inputs, num_beams=3)
+        unlearner.generate(**inputs, do_sample=True, num_return_sequences=2)
         unlearner(**batch)
         unlearner(**make_batch())
+    assert "_cached_prompts" not in unlearner.__dict__
     for layer, (keys, values) in zip(cached, before, strict=True):
         torch.testing.assert_close((layer.keys, layer.values), (keys, values), rtol=0, atol=0)
 
@@ -172,7 +232,7 @@ def test_every_adapter_has_its_own(prompt_type):
     unlearner.double()
     counted = CountedPasses(unlearner)
     outs = []
-    with torch.no_grad():
+    with unlearner.cached_prompts(), torch.no_grad():
         for name in ("default", "other", "default", "other"):
             unlearner.set_adapter(name)
             outs.append(unlearner(**batch).logits)
@@ -187,9 +247,10 @@ def test_every_adapter_has_its_own(prompt_type):
 
 def test_with_gradient_nothing_is_cached(prompt_type):
     unlearner, batch = build_unlearner("llama", prompt_type), make_batch()
-    for _ in range(2):
-        unlearner(**batch).loss.backward()  # a stored graph would raise the second time
-    assert not unlearner.__dict__.get("_cached_prompts")
+    with unlearner.cached_prompts():
+        for _ in range(2):
+            unlearner(**batch).loss.backward()  # a stored graph would raise the second time
+        assert unlearner.__dict__["_cached_prompts"] == {}
 
 
 # ---- never stale ----
@@ -220,26 +281,28 @@ def by_the_base(unlearner):
 @pytest.mark.parametrize("change", [by_a_step, by_data, by_loading, by_the_base])
 def test_a_changed_prompt_or_base_invalidates_it(change, prompt_type):
     unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
-    with torch.no_grad():
-        before = unlearner(**batch).logits
-    change(unlearner)
-    with torch.no_grad():
-        assert (unlearner(**batch).logits - before).abs().max() > 1e-4
-    assert_fresh(unlearner, batch)
+    with unlearner.cached_prompts():
+        with torch.no_grad():
+            before = unlearner(**batch).logits
+        change(unlearner)
+        with torch.no_grad():
+            assert (unlearner(**batch).logits - before).abs().max() > 1e-4
+        assert_fresh(unlearner, batch)
 
 
 def test_a_changed_dtype_invalidates_it(prompt_type):
     unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
-    for dtype in (torch.float64, torch.float32, torch.bfloat16):
-        unlearner.to(dtype)
-        assert_fresh(unlearner, batch, **({"rtol": 0.1, "atol": 0.2} if dtype == torch.bfloat16 else {}))
-        assert unlearner.__dict__["_cached_prompts"]["default"].layers[0].keys.dtype == dtype
+    with unlearner.cached_prompts():
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            unlearner.to(dtype)
+            assert_fresh(unlearner, batch, **({"rtol": 0.1, "atol": 0.2} if dtype == torch.bfloat16 else {}))
+            assert unlearner.__dict__["_cached_prompts"]["default"].layers[0].keys.dtype == dtype
 
 
 def test_autocast_invalidates_it(prompt_type):
     unlearner, batch = build_unlearner("llama", prompt_type, torch.float32), plain_batch()
     counted = CountedPasses(unlearner)
-    with torch.no_grad():
+    with unlearner.cached_prompts(), torch.no_grad():
         unlearner(**batch)
         with torch.autocast("cpu", torch.bfloat16):
             torch.testing.assert_close(
@@ -251,29 +314,28 @@ def test_autocast_invalidates_it(prompt_type):
 
 def test_another_device_is_another_prompt():
     unlearner = build_unlearner()
-    with torch.no_grad():
+    with unlearner.cached_prompts(), torch.no_grad():
         unlearner(**plain_batch())
-    cached = unlearner.__dict__["_cached_prompts"]["default"]
+        cached = unlearner.__dict__["_cached_prompts"]["default"]
     assert cached.matches(cached.prompt.clone(), cached.base)
     assert not cached.matches(cached.prompt.to("meta"), cached.base)
 
 
 def test_inference_mode_may_come_before_and_after(prompt_type):
     unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
-    with torch.inference_mode():
-        unlearner(**batch)
-    assert_fresh(unlearner, batch)
-    unlearner(**make_batch()).loss.backward()
+    with unlearner.cached_prompts():
+        with torch.inference_mode():
+            unlearner(**batch)
+        assert_fresh(unlearner, batch)
+        unlearner(**make_batch()).loss.backward()
 
 
-@pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning"])
-def test_a_hook_before_a_module_that_is_added_after_a_call_reaches_the_cached_prompt(kind):
-    unlearner, batch = build_unlearner("llama", kind), plain_batch()
-    with torch.no_grad():
+def test_a_hook_before_a_module_that_is_added_after_a_call_reaches_the_cached_prompt(prompt_type):
+    unlearner, batch = build_unlearner("llama", prompt_type), plain_batch()
+    with unlearner.cached_prompts(), torch.no_grad():
         before = unlearner(**batch).logits
-    block = unlearner.get_base_model().model.layers[0].mlp
-    handle = block.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
-    assert_fresh(unlearner, batch)
-    handle.remove()
-    with torch.no_grad():
+        block = unlearner.get_base_model().model.layers[0].mlp
+        handle = block.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
+        assert_fresh(unlearner, batch)
+        handle.remove()
         torch.testing.assert_close(unlearner(**batch).logits, before)

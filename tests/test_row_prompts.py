@@ -271,7 +271,7 @@ def test_a_view_under_another_prompt_leaves_the_active_one_to_other_threads():
 
 def test_prompts_of_a_batch_are_cached_by_name():
     unlearner, batch = several(build("llama")), plain_batch()
-    with torch.no_grad():
+    with unlearner.cached_prompts(), torch.no_grad():
         unlearner(**batch, adapter_names=NAMES)
-    assert set(unlearner.__dict__["_cached_prompts"]) == {"short", "default", "long"}
+        assert set(unlearner.__dict__["_cached_prompts"]) == {"short", "default", "long"}
     assert build_unlearner().active_adapter == "default"

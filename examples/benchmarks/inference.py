@@ -3,7 +3,8 @@
 python examples/benchmarks/inference.py --model opt-125m --shape sst2
 
 Classification reads the logits at the last token of each row; so does `PEFT, last logits`. `PEFT` computes
-those of every position, as its forward does by default. Generation is greedy, on rows of one length.
+those of every position, as its forward does by default. spul runs inside `cached_prompts()`, and once more outside it,
+where the prompt has a pass in each call. Generation is greedy, on rows of one length.
 """
 
 from __future__ import annotations
@@ -37,12 +38,14 @@ def main() -> None:
     config = common.prompt_config("prompt-tuning", args.num_virtual_tokens)
     peft: Any = PeftModelForCausalLM(base, copy.deepcopy(config)).to(args.device).eval()
     unlearner = SoftPromptUnlearner(base, config).to(args.device).eval()
+    uncached = SoftPromptUnlearner(base, copy.deepcopy(config)).to(args.device).eval()
     num_virtual = args.num_virtual_tokens
 
     classify: dict[str, Callable[[], Any]] = {
         "base": lambda: base(**inputs, logits_to_keep=last, use_cache=False),
         "PEFT": lambda: peft(**inputs, use_cache=False),
         "PEFT, last logits": lambda: peft(**inputs, use_cache=False, logits_to_keep=last + num_virtual),
+        "spul, a pass each": lambda: uncached.response_logits(**inputs, positions=last),
         "spul": lambda: unlearner.response_logits(**inputs, positions=last),
     }
     ids = torch.randint(5, vocab_size, (args.generate_rows, shape.max_tokens), device=base.device)
@@ -51,11 +54,12 @@ def main() -> None:
     generate: dict[str, Callable[[], Any]] = {
         "base": lambda: base.generate(**asked),
         "PEFT": lambda: peft.generate(**asked),
+        "spul, a pass each": lambda: uncached.generate(**asked),
         "spul": lambda: unlearner.generate(**asked),
     }
 
     records = []
-    with torch.no_grad():
+    with torch.no_grad(), unlearner.cached_prompts():
         for task, variants, rows in (("classify", classify, shape.batch_size), ("generate", generate, len(ids))):
             seconds = common.alternate(variants, args.rounds, args.device)
             for name, times in seconds.items():

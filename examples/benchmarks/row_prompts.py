@@ -60,7 +60,7 @@ def main() -> None:
         },
     }
     records = []
-    with torch.no_grad():
+    with torch.no_grad(), unlearner.cached_prompts():
         for task, variants in tasks.items():
             for run in variants.values():
                 run()  # the probes, and the prompts' own passes

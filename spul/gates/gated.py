@@ -213,6 +213,12 @@ class GatedUnlearner(nn.Module, Unlearner):
         with self.unlearner.disable_adapter():
             yield
 
+    @contextmanager
+    def cached_prompts(self) -> Iterator[None]:
+        """Context manager: the prompts pass through the base once for all calls inside."""
+        with self.unlearner.cached_prompts():
+            yield
+
     @property
     def enabled(self) -> bool:
         """Whether the prompts are on for what the gates flag, in this thread."""

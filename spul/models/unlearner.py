@@ -128,6 +128,10 @@ class Unlearner:
         """Context manager: the model is the base."""
         raise NotImplementedError
 
+    def cached_prompts(self) -> AbstractContextManager[Any]:
+        """Context manager: what does not depend on the input is computed once for all calls inside."""
+        return nullcontext()
+
     @property
     def virtual_tokens_in_use(self) -> int:
         """Virtual tokens that the model sees in front of every row now."""

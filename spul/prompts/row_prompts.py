@@ -184,7 +184,6 @@ def under(model: Any, adapter_name: str) -> Any:
     """The model with another active prompt: a view that shares all else, so that other threads keep theirs."""
     if adapter_name == model.active_adapter:
         return model
-    model.__dict__.setdefault("_cached_prompts", {})  # shared with the view
     view = copy.copy(model)
     view.active_adapter = adapter_name
     return view

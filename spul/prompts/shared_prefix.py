@@ -2,12 +2,16 @@
 
 A prompt stands in front of a causal model's input, so its keys and values do not depend on the input. Prompt tuning
 and P-tuning therefore pass through the model once per step with batch size 1, gradient included; prefix tuning *is*
-keys and values and needs no pass. Without gradient, the states are cached for the next call. Where a base has not
-earned it (see `probe`), the prompt is concatenated to every row instead.
+keys and values and needs no pass. Inside `cached_prompts` the states serve all calls.
+Where a base has not earned it (see `probe`), the prompt is concatenated to every row instead.
 """
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft import PeftType
@@ -17,11 +21,16 @@ from ..models.compat import is_checkpointing, layer_states
 from .probe import shares_prefix
 from .states import PromptStates, base_version, compute_states
 
+_CACHE = "_cached_prompts"  # the attribute with the states by adapter; views of a model share it
+_lock = threading.Lock()
+_num_scopes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
 
 def prompt_states(model: Any, with_logits: bool = False) -> PromptStates | None:
     """Return the keys and values of the active prompt, batch size 1; None if the base has not earned to share them.
 
-    They are computed anew if a gradient is required; else cached until prompt or base change.
+    They are computed anew at every call. Inside `cached_prompts`, and without gradient, they are cached until the
+    prompt, a weight or a hook of the base, or autocast changes.
 
     Args:
         model: a prompt-learning PEFT model.
@@ -39,9 +48,9 @@ def prompt_states(model: Any, with_logits: bool = False) -> PromptStates | None:
     if not shares_prefix(base, model.active_peft_config.num_virtual_tokens):
         return None
     prompt = model.get_prompt(batch_size=1).to(model.word_embeddings.weight.dtype)
-    if needs_gradient(model):
+    by_adapter: dict[str, PromptStates] | None = model.__dict__.get(_CACHE)
+    if by_adapter is None or needs_gradient(model):
         return compute_states(base, prompt, (), with_logits)
-    by_adapter: dict[str, PromptStates] = model.__dict__.setdefault("_cached_prompts", {})
     version = base_version(base, prompt.device.type)
     cached = by_adapter.get(model.active_adapter)
     if cached is None or not cached.matches(prompt, version) or (with_logits and cached.logits is None):
@@ -49,6 +58,25 @@ def prompt_states(model: Any, with_logits: bool = False) -> PromptStates | None:
         if cached is not None:
             by_adapter[model.active_adapter] = cached
     return cached
+
+
+@contextmanager
+def cached_prompts(model: Any) -> Iterator[None]:
+    """Context manager: a prompt passes through the base once for all calls inside, of all threads.
+
+    Args:
+        model: an unlearner; its base must not change inside.
+    """
+    with _lock:
+        _num_scopes[model] = _num_scopes.get(model, 0) + 1
+        model.__dict__.setdefault(_CACHE, {})
+    try:
+        yield
+    finally:
+        with _lock:
+            _num_scopes[model] -= 1
+            if not _num_scopes[model]:
+                model.__dict__.pop(_CACHE, None)
 
 
 def is_prefix(model: Any) -> bool:

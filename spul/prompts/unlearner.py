@@ -26,7 +26,7 @@ from .generation import generate_prompted
 from .inference import named_forward, ordinary_forward
 from .probe import check_prefix
 from .row_prompts import RowPrompts, check_adapter_names
-from .shared_prefix import is_prefix
+from .shared_prefix import cached_prompts, is_prefix
 
 
 class SoftPromptUnlearner(PromptAdapters):
@@ -119,6 +119,16 @@ class SoftPromptUnlearner(PromptAdapters):
         It holds for the calling thread, or its asyncio task: others keep the prompt.
         """
         with disabled_here(self):
+            yield
+
+    @contextmanager
+    def cached_prompts(self) -> Iterator[None]:
+        """Context manager: the prompts pass through the base once for all calls inside, not once for each.
+
+        For serving and evaluation, where the base does not change. A changed prompt, weight or hook is noticed all
+        the same; a weight written through `.data`, a buffer, an attribute or a method of the base is not.
+        """
+        with cached_prompts(self):
             yield
 
     @property

@@ -16,6 +16,7 @@ from ...data.rows import adapter_names_of
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX
 from ...models.causal_lm import evaluation_mode
+from ...models.unlearner import unlearner_of
 
 T = TypeVar("T")
 
@@ -84,7 +85,7 @@ def map_responses(
     """
     found: dict[int, T] = {}
     device = next(model.parameters()).device
-    with evaluation_mode(model):
+    with evaluation_mode(model), unlearner_of(model).cached_prompts():
         for batch in response_batches(rows, encoder, batch_size, device, progress):
             found |= zip(batch.indices, measure(batch), strict=True)
     return [found[i] for i in range(len(rows))]

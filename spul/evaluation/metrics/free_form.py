@@ -156,7 +156,7 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
     for holder in holders:
         holder.generation_config = GenerationConfig()
     try:
-        with evaluation_mode(model):
+        with evaluation_mode(model), unlearner_of(model).cached_prompts():
             yield answers_to
     finally:
         for holder, config in zip(holders, before, strict=True):

@@ -254,7 +254,7 @@ def collect_answers(
     picked = rows_at(rows, [int(i) for i in some])
     encoded = [collator.encoder.encode(row) for row in picked]
     answers = Answers([""] * len(picked), [""] * len(picked), [0.0] * len(picked))
-    with evaluation_mode(model):
+    with evaluation_mode(model), unlearner_of(model).cached_prompts():
         for indices in length_batches(encoded, batch_size, progress):
             found = greedy_completions(model, [picked[i] for i in indices], collator, classes)
             for j, i in enumerate(indices):
