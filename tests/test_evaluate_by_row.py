@@ -116,6 +116,18 @@ def test_an_evaluation_runs_rows_under_their_prompts_and_skips_what_has_one_prom
         assert own == pytest.approx(other, rel=1e-4)
 
 
+def test_a_column_of_names_is_what_adapter_names_are():
+    model, splits = several(), make_splits()
+    names = {split: names_for(len(rows)) for split, rows in splits.items()}
+    columns = {split: with_adapter_names(model, rows, names[split]) for split, rows in splits.items()}
+    found = measured(model, "utility", "quantized", splits=columns)
+    assert "prompts of their own" in found.skipped["quantized"]
+    expected = measured(model, "utility", adapter_names=names)
+    for split in SPLITS:
+        one, other = (per_row(each, "utility", split, "unlearned")["loss"] for each in (found, expected))
+        assert one == other
+
+
 def test_another_evaluation_of_other_names_is_no_resumed_one(tmp_path):
     model, splits = several(), make_splits()
     measured(model, "utility", output_dir=tmp_path, adapter_names=dict.fromkeys(splits, "other"))

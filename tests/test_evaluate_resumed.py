@@ -276,13 +276,6 @@ def test_evaluation_has_no_digest_by_which_names_of_a_gate_or_of_prompts_are_gue
     assert guesses["gated"][0] in (tmp_path / "gated" / "settings.json").read_text()  # the owner's
 
 
-def test_names_of_the_rows_prompts_tell_evaluations_apart(tmp_path):
-    model, splits = make_model("prompt_tuning"), make_splits()
-    measured(model, "utility", adapter_names=dict.fromkeys(splits, "default"), output_dir=tmp_path)
-    with pytest.raises(ValueError, match="differs in rows"):
-        measured(model, "utility", adapter_names=dict.fromkeys(splits, "__base__"), output_dir=tmp_path)
-
-
 @pytest.mark.parametrize("trainable", ["prompt_tuning", "layers"])
 def test_report_and_card_of_one_adapter_have_the_same_names_and_digests(tmp_path, trainable):
     pytest.importorskip("matplotlib")

@@ -191,3 +191,12 @@ def test_a_joined_gate_with_a_function_is_not_saved_and_leaves_nothing(tmp_path)
     with pytest.raises(ValueError, match="is a function, which cannot be saved"):
         AnyGate([NameGate(["jane"]), lambda texts: [True for _ in texts]]).save(tmp_path / "gate")
     assert list((tmp_path / "gate").iterdir()) == []
+
+
+def test_a_score_that_is_not_finite_is_no_place_among_hard_negatives():
+    class Fails(Gate):
+        def scores(self, texts):
+            return np.array([np.nan, *range(len(texts) - 1)])
+
+    with pytest.raises(ValueError, match="1 of them not finite"):
+        hard_negatives(Fails(), ["a", "b", "c"], 2)

@@ -172,15 +172,26 @@ def test_rows_of_unequal_length_are_refused_where_pads_are_seen_on_either_side()
         unlearner.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **GREEDY)
 
 
-def test_settings_of_the_base_do_not_decide_what_the_probe_finds():
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"num_return_sequences": 2},
+        {"stop_strings": ["the"]},
+        {"eos_token_id": [*range(128)]},
+    ],
+)
+def test_settings_of_the_base_do_not_decide_what_the_probe_finds(own):
     unlearner = under_prompt(LlamaForCausalLM, "prefix_tuning")
     base = unlearner.get_base_model()
-    base.generation_config.no_repeat_ngram_size = 1
-    base.generation_config.num_return_sequences = 2
+    for name, value in own.items():
+        setattr(base.generation_config, name, value)
     with torch.no_grad():
         states = prompt_states(unlearner)
     assert continues_prefix(base, states, unequal=False)
     assert continues_prefix(base, states, unequal=True)
+    assert continues_left_padded(base)
+    assert {name: getattr(base.generation_config, name) for name in own} == own
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

@@ -280,6 +280,20 @@ def test_gradient_checkpointing_under_prefix_tuning_raises():
         unlearner(**batch)
     with pytest.raises(ValueError, match="gradient checkpointing drops the keys and values"):
         unlearner(input_ids=batch["input_ids"])
+    embeds = unlearner.get_base_model().get_input_embeddings()(batch["input_ids"])
+    with pytest.raises(ValueError, match="gradient checkpointing drops the keys and values"):
+        unlearner.embedding_logits(embeds, batch["attention_mask"], torch.zeros(len(embeds), 1, dtype=torch.long))
+
+
+@torch.no_grad()
+def test_a_cached_prompt_is_in_front_of_embeddings_also_under_gradient_checkpointing():
+    unlearner, batch = build_unlearner().eval(), make_batch()
+    inputs = (batch["attention_mask"], torch.full((len(batch["input_ids"]), 1), 2))
+    expected = unlearner.response_logits(batch["input_ids"], *inputs)  # and the prompt's states are cached
+    unlearner.gradient_checkpointing_enable()
+    unlearner.train()
+    found = unlearner.embedding_logits(unlearner.word_embeddings(batch["input_ids"]), *inputs)
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -32,7 +32,7 @@ class Measure:
         unit: the unit of `Measurement.level`, singular and plural.
         generates: whether it compares generated texts with the true ones, which requires `rouge-score`: `"always"`,
             `"free-form"` (of free-form answers only) or `"never"`.
-        by_row: whether it runs rows under prompts of their own; else it is skipped where `adapter_names` are given.
+        by_row: whether it runs rows under prompts of their own; else it is skipped where rows name them.
     """
 
     name: str

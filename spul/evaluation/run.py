@@ -101,8 +101,8 @@ def evaluate(
         digest_key: the owner's secret, as in `UnlearningTrainer`: report and `evaluation.json` then have the digests
             of rows that the adapter's record has. None (default) leaves counts alone.
         adapter_names: for each set of rows (split, name of neighbors, `"unseen"`) the names of the rows' prompts,
-            `"__base__"` for none, or one name for all. Measures that run under one prompt are skipped. By default all
-            rows are under the active prompt.
+            `"__base__"` for none, or one name for all; a column `adapter_name` of the sets says the same. Measures
+            that run under one prompt are skipped. By default all rows are under the active prompt.
 
     Raises:
         FileNotFoundError: if `digest_key` is the path of no file.
@@ -192,7 +192,7 @@ def evaluate(
     measured = [measure for name, measure in MEASURES.items() if name in measures]
     tasks: list[Task] = []
     for measure in measured:
-        if adapter_names is not None and not measure.by_row:
+        if suite.by_row and not measure.by_row:
             suite.skipped[measure.name] = "it runs under one prompt, and adapter_names gives rows prompts of their own"
         elif why := measure.why_skipped(suite):
             suite.skipped[measure.name] = why

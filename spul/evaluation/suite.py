@@ -257,11 +257,16 @@ class Suite:
         return rows.select(indices[:half]), self.attacked(rows.select(indices[half:]))
 
     @property
+    def by_row(self) -> bool:
+        """Whether a column of the rows names the prompt of each, among those of the model."""
+        sets = [*self.splits.values(), *self.neighbors.values(), *([] if self.unseen is None else [self.unseen])]
+        return unlearner_of(self.model).takes_adapter_names and any(ADAPTER_NAME in one.column_names for one in sets)
+
+    @property
     def room(self) -> int | None:
         """The number of tokens that fit in the model beside its virtual ones; None where positions have no limit."""
         limit, unlearner = max_positions(bare_model(self.model)), unlearner_of(self.model)
-        named = ADAPTER_NAME in self.splits["train_forget"].column_names
-        num_virtual = unlearner.longest_prompt if named else unlearner.virtual_tokens_in_use
+        num_virtual = unlearner.longest_prompt if self.by_row else unlearner.virtual_tokens_in_use
         return None if limit is None else limit - num_virtual
 
 

@@ -58,6 +58,22 @@ class Gate:
         """
         raise NotImplementedError
 
+    def finite_scores(self, texts: Sequence[str]) -> np.ndarray:
+        """`scores`, checked: float64 (texts,).
+
+        Raises:
+            ValueError: if the scores are not one finite number for each text.
+            Exception: whatever `scores` raises.
+        """
+        scores = np.asarray(self.scores(texts), dtype=np.float64)
+        if scores.shape != (len(texts),) or not np.isfinite(scores).all():
+            bad = int((~np.isfinite(scores)).sum())
+            raise ValueError(
+                f"scores of the shape {scores.shape}, {bad} of them not finite; expected a finite number for each of "
+                f"{len(texts)} texts."
+            )
+        return scores
+
     def decide(self, texts: Sequence[str]) -> np.ndarray:
         """Whether each text's score reaches the threshold, bool (texts,), without the rule for failures of `flags`.
 
@@ -68,14 +84,7 @@ class Gate:
         texts = checked_texts(texts)
         if not texts:
             return np.zeros(0, dtype=bool)
-        scores = np.asarray(self.scores(texts), dtype=np.float64)
-        if scores.shape != (len(texts),) or not np.isfinite(scores).all():
-            bad = int((~np.isfinite(scores)).sum())
-            raise ValueError(
-                f"scores of the shape {scores.shape}, {bad} of them not finite; expected a finite number for each of "
-                f"{len(texts)} texts."
-            )
-        return scores >= self.threshold
+        return self.finite_scores(texts) >= self.threshold
 
     def flags(self, texts: Sequence[str]) -> np.ndarray:
         """Whether each text gets the prompt: bool (texts,). A text on which the gate fails gets it.
@@ -273,11 +282,12 @@ def hard_negatives(gate: Gate | Callable[[list[str]], Any], retain: Rows, n: int
 
     Raises:
         TypeError: if a text is no string.
-        ValueError: if there is no such column, or `n` is not between 1 and the number of rows.
+        ValueError: if there is no such column, `n` is not between 1 and the number of rows, or a text has no finite
+            score, such as one that is too long for a `StateGate`.
     """
     is_dataset = isinstance(retain, Dataset)
     texts = checked_column(retain, text_field, "retain") if is_dataset else checked_texts(retain)
     if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 1 <= n <= len(texts):
         raise ValueError(f"n={n!r} of {len(texts)} retain rows; expected an integer from 1 to their number.")
-    order = np.argsort(-as_gate(gate).scores(texts), kind="stable")[:n]
+    order = np.argsort(-as_gate(gate).finite_scores(texts), kind="stable")[:n]
     return retain.select(order) if isinstance(retain, Dataset) else [texts[i] for i in order]

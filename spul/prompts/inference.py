@@ -186,9 +186,7 @@ def named_forward(
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     mask, ids, origin = pack_right(mask, input_ids, columns)
-    states = None
-    if prompts.names_a_prompt and shares_states(model, prompts.num_virtual_tokens, ids.shape[1]):
-        states = prompts.states()
+    states = prompts.shared_states(ids.shape[1]) if prompts.names_a_prompt else None
     if not prompts.names_a_prompt:
         out = base(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
     elif states is None:

@@ -7,6 +7,7 @@ drops a given cache would answer without the prompt, and nothing would tell.
 
 from __future__ import annotations
 
+import copy
 import logging
 import weakref
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 
 from ..models.causal_lm import evaluation_mode, max_positions
 from ..models.compat import is_quantized, layer_states
@@ -227,31 +228,22 @@ def _forced(row: Tensor) -> Tensor:
     return torch.cat([row, row[-1:].expand(NUM_NEW)])
 
 
-class _Forced(LogitsProcessor):
-    """Chooses one token for each row, whatever processors of the base's own settings, which come before, forbid."""
-
-    def __init__(self, tokens: Tensor) -> None:
-        self.tokens = tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        return torch.full_like(scores, -torch.inf).scatter(1, self.tokens[:, None].to(scores.device), 0.0)
-
-
 def _forced_logits(base: Any, ids: Tensor, **inputs: Any) -> Tensor:
     """Logits (B, k, V) of `generate` at the first new tokens, which are those of `_forced`."""
     settings = GenerationConfig(
         max_new_tokens=NUM_NEW,
-        min_new_tokens=NUM_NEW,
         do_sample=False,
         num_beams=1,
-        num_return_sequences=1,  # not the base's own setting
         use_cache=True,
         pad_token_id=0,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    out = base.generate(
-        ids, generation_config=settings, logits_processor=LogitsProcessorList([_Forced(ids[:, -1])]), **inputs
+    plain = copy.copy(base)  # a view that shares all but the base's own settings, such as stop strings
+    plain.generation_config = GenerationConfig()
+    last = ids[:, -1].tolist()
+    out = plain.generate(
+        ids, generation_config=settings, prefix_allowed_tokens_fn=lambda row, _: [last[row]], **inputs
     )
     return torch.stack(out.logits, dim=1)
 

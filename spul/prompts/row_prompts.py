@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..models.causal_lm import logits_at, max_positions
 from .probe import shares_mixed_prefixes
-from .shared_prefix import is_prefix, outgrows_cache, prompt_states, shares_states
+from .shared_prefix import is_prefix, prompt_states, shares_states
 from .states import MixedStates, PromptStates
 
 NO_PROMPT = "__base__"  # PEFT's name for rows without an adapter
@@ -87,6 +87,14 @@ class RowPrompts:
             )
         return None
 
+    def shared_states(self, num_tokens: int) -> PromptStates | MixedStates | None:
+        """`states` for a forward of rows of `num_tokens`; None also where such a forward keeps no cache.
+
+        Raises:
+            ValueError: for prefix tuning under gradient checkpointing, which drops the prefix.
+        """
+        return self.states() if shares_states(self.model, self.num_virtual_tokens, num_tokens) else None
+
     def concatenated(self, embeds: Tensor, attention_mask: Tensor, pads_first: bool) -> tuple[Tensor, Tensor]:
         """Embeddings (B, p + n, d) of prompts and rows, and their mask; no pads stand between prompt and tokens.
 
@@ -118,19 +126,15 @@ class RowPrompts:
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.names_a_prompt:
             self._check_room(input_ids.shape[1])
-            states = None
-            if shares_states(self.model, self.num_virtual_tokens, input_ids.shape[1]):
-                states = self.states()
+            states = self.shared_states(input_ids.shape[1])
             if states is None:
                 return self.concatenated_logits(self.model.word_embeddings(input_ids), attention_mask, positions)
             inputs |= states.prefix_inputs(base, attention_mask) | {"use_cache": True}
         return logits_at(base, positions, **inputs)
 
     def embedding_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """`response_logits` from the rows' embeddings (B, n, d)."""
-        states = None
-        if self.is_prefix or not outgrows_cache(self.model, self.num_virtual_tokens + embeds.shape[1]):
-            states = self.states()
+        """`response_logits` from the rows' embeddings (B, n, d), of rows that have a prompt."""
+        states = self.shared_states(embeds.shape[1])
         if states is None:
             return self.concatenated_logits(embeds, attention_mask, positions)
         base: Any = self.model.get_base_model()

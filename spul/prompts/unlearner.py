@@ -242,7 +242,11 @@ class SoftPromptUnlearner(PromptAdapters):
         return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """`response_logits` from input embeddings (B, n, d)."""
+        """`response_logits` from input embeddings (B, n, d).
+
+        Raises:
+            ValueError: for prefix tuning under gradient checkpointing, which drops the prefix.
+        """
         base: Any = self.get_base_model()
         if not self.enabled:
             return logits_at(base, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
