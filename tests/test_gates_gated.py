@@ -248,11 +248,27 @@ def test_routing_that_was_changed_is_refused(tmp_path, change, message):
         GatedUnlearner.from_pretrained(base, tmp_path, make_tokenizer())
 
 
+def test_a_prompt_and_a_gate_of_different_saves_are_refused(tmp_path):
+    model = saved(tmp_path)
+    older = (tmp_path / "gate" / "gate.json").read_text()
+    model.gates["default"] = NameGate(["film"])
+    model.save_pretrained(tmp_path)
+    (tmp_path / "gate" / "gate.json").write_text(older)
+    with pytest.raises(ValueError, match="of 'default' are not those that were saved together"):
+        GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        model.unlearner.prompt_encoder["other"].embedding.weight.add_(1)
+    model.unlearner.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="of 'other' are not those that were saved together"):
+        GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
+
+
 @pytest.mark.parametrize("missing", ["spul_gates.json", "gate/gate.json", "other/gate/1/gate.safetensors"])
 def test_a_folder_that_lacks_a_file_is_refused(tmp_path, missing):
     saved(tmp_path)
     os.remove(tmp_path / missing)
-    with pytest.raises(FileNotFoundError, match=r"has no|but no"):
+    with pytest.raises((FileNotFoundError, ValueError), match=r"has no|but no|are not those that were saved together"):
         GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
 
 

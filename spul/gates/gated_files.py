@@ -17,8 +17,9 @@ from ..records.card import CARD_NAME, write_gate_section
 from ..records.fields import read_object
 from ..records.files import find_file, write_text
 from ..records.spul_config import SPUL_CONFIG_NAME
+from ..records.weights import file_digest
 from .any_gate import load
-from .files import is_texts
+from .files import SETTINGS_NAME, is_texts
 from .gate import Gate
 
 if TYPE_CHECKING:
@@ -57,8 +58,20 @@ def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwar
         "gates": list(gated.gates),
         "precedence": gated.precedence,
         "combined": [{"flagged": sorted(names), "prompt": name} for names, name in gated.combined.items()],
+        "sha256": {name: _digests(save_directory, name, name in gated.gates) for name in gated.unlearner.peft_config},
     }
     write_text(Path(save_directory, ROUTING_NAME), json.dumps(routing, indent=2, ensure_ascii=False) + "\n")
+
+
+def _digests(folder: str | os.PathLike, name: str, has_gate: bool, **hub: Any) -> dict[str, str | None]:
+    """SHA-256 of a prompt's weights and of its gate's settings, which hold that of the gate's arrays."""
+    own = {**hub, "subfolder": _joined(hub, folder_of(name))}
+    gate = {**own, "subfolder": _joined(own, GATE_FOLDER)}
+    paths = {
+        "weights": find_file(folder, WEIGHTS_NAME, **own),
+        "gate": find_file(folder, SETTINGS_NAME, **gate) if has_gate else None,
+    }
+    return {what: None if path is None else file_digest(path) for what, path in paths.items()}
 
 
 def _prompts_in(folder: Path) -> list[str]:
@@ -100,6 +113,12 @@ def read_gated(
             unlearner = SoftPromptUnlearner.from_pretrained(model, folder, adapter_name=name, **where)
         else:
             unlearner.load_adapter(folder, name, **where)
+    for name in prompts:
+        if _digests(folder, name, name in routing["gates"], **hub) != routing["sha256"].get(name):
+            raise ValueError(
+                f"{path}: prompt and gate of {name!r} are not those that were saved together, as after an interrupted "
+                "save, or one of the prompt alone. Save the GatedUnlearner again."
+            )
     gates = {
         name: load(folder, unlearner, tokenizer, **{**hub, "subfolder": _joined(hub, folder_of(name), GATE_FOLDER)})
         for name in routing["gates"]
@@ -126,6 +145,8 @@ def _checked(routing: dict[str, Any], path: Path) -> dict[str, Any]:
             raise ValueError(
                 f"{path}: {name} is {routing.get(name)!r:.80}; expected a list of the prompts' names. Save again."
             )
+    if not isinstance(routing.get("sha256"), dict):
+        raise ValueError(f"{path}: sha256 is {routing.get('sha256')!r:.80}; expected digests by prompt. Save again.")
     combined = routing.get("combined")
     if not isinstance(combined, list) or not all(
         isinstance(one, dict) and is_texts(one.get("flagged")) and isinstance(one.get("prompt"), str)
