@@ -88,7 +88,10 @@ def test_the_scripts_run_and_write_what_they_measured(script, options, expected,
     out = tmp_path / "out.json"
     run(monkeypatch, script, "--model", "tiny", "--device", "cpu", "--rounds", 1, "--json", out, *options)
     written = json.loads(out.read_text())
-    found = {record.get("step", record.get("model", record.get("reference", record.get("rows")))) for record in written["records"]}
+    found = {
+        record.get("step", record.get("model", record.get("reference", record.get("rows"))))
+        for record in written["records"]
+    }
     found |= {record["p"] for record in written["records"] if "p" in record}
     assert expected <= found
     assert written["where"]["model"] == "tiny"

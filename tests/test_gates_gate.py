@@ -191,3 +191,11 @@ def test_a_joined_gate_with_a_function_is_not_saved_and_leaves_nothing(tmp_path)
     with pytest.raises(ValueError, match="is a function, which cannot be saved"):
         AnyGate([NameGate(["jane"]), lambda texts: [True for _ in texts]]).save(tmp_path / "gate")
     assert list((tmp_path / "gate").iterdir()) == []
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), "0.5"])
+def test_a_gate_whose_threshold_is_no_number_attaches_the_prompt(threshold):
+    gate = NameGate(["Jane Doe"])
+    gate.threshold = threshold
+    assert gate.flags(["nobody", "Jane Doe"]).tolist() == [True, True]
+    assert sum(gate.failures.values()) == 2

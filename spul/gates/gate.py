@@ -68,6 +68,8 @@ class Gate:
         texts = checked_texts(texts)
         if not texts:
             return np.zeros(0, dtype=bool)
+        if not np.isfinite(self.threshold):  # NaN would flag nothing
+            raise ValueError(f"threshold is {self.threshold!r}; expected a finite number.")
         scores = np.asarray(self.scores(texts), dtype=np.float64)
         if scores.shape != (len(texts),) or not np.isfinite(scores).all():
             bad = int((~np.isfinite(scores)).sum())

@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.checks import checked_texts
 from ..losses.terms import IGNORE_INDEX
 from ..models.unlearner import Unlearner
+from ..prompts.arguments import check_rows
 from ..prompts.row_prompts import NO_PROMPT
 from ..prompts.unlearner import SoftPromptUnlearner
 from .gate import Gate, as_gate
@@ -97,7 +99,7 @@ class GatedUnlearner(nn.Module, Unlearner):
             ValueError: if prompts were added or deleted since, and gates are not the prompts' any more.
         """
         self._check_names()
-        texts = list(texts)
+        texts = checked_texts(texts)
         flags = {name: gate.flags(texts) for name, gate in self.gates.items()}
         return [self._chosen([name for name in self.precedence if flags[name][i]]) for i in range(len(texts))]
 
@@ -146,6 +148,7 @@ class GatedUnlearner(nn.Module, Unlearner):
         if kwargs.get("adapter_names") is None:
             if input_ids is None:
                 raise ValueError("forward through gates needs input_ids, which the gates read.")
+            check_rows(input_ids, attention_mask)
             kwargs["adapter_names"] = self._names_of_rows(
                 input_ids, attention_mask, _starts(input_ids, attention_mask, labels)
             )
@@ -165,6 +168,7 @@ class GatedUnlearner(nn.Module, Unlearner):
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
             raise ValueError("generate through gates needs input_ids, which the gates read.")
+        check_rows(input_ids, kwargs.get("attention_mask"))
         if kwargs.get("adapter_names") is None:
             kwargs["adapter_names"] = self._names_of_rows(
                 input_ids, kwargs.get("attention_mask"), [0] * len(input_ids)
