@@ -74,9 +74,9 @@ def test_ids_and_embeddings_together_and_masks_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds; found neither"):
         unlearner()
     mask = torch.ones(1, 1, 7, 7)
-    with pytest.raises(ValueError, match=r"is \(batch, tokens\); found"):
+    with pytest.raises(ValueError, match=r"is \(batch, tokens\), as input_ids are, \(1, 7\); found"):
         unlearner(input_ids=IDS, attention_mask=mask)
-    refused(unlearner, r"is \(batch, tokens\); found", attention_mask=mask)
+    refused(unlearner, r"is \(batch, tokens\), as input_ids are", attention_mask=mask)
     embeds, left = unlearner.word_embeddings(IDS), torch.tensor([[0, 1, 1, 1, 1, 1, 1]])
     with pytest.raises(ValueError, match="left-padded rows under a prompt take no inputs_embeds"):
         unlearner(inputs_embeds=embeds, attention_mask=left)
@@ -184,3 +184,22 @@ def test_a_pipeline_and_a_streamer_keep_the_prompt():
 
     unlearner.generate(ids, streamer=Streamer(), **GREEDY)
     assert streamed == [*expected[0], "end"]
+
+
+def test_what_is_no_batch_of_rows_is_refused_by_its_shape():
+    unlearner, ids = build_unlearner("llama").eval(), torch.randint(5, 120, (3, 7))
+    for run in (unlearner, unlearner.generate):
+        for names in ({}, {"adapter_names": ["default"] * 3}):
+            with pytest.raises(ValueError, match=r"shape \(0, 7\); expected \(batch, tokens\), with a row or more"):
+                run(input_ids=ids[:0], **names)
+            with pytest.raises(ValueError, match=r"shape \(7,\); expected \(batch, tokens\)"):
+                run(input_ids=ids[0], **names)
+            for shape in ((3, 5), (2, 7), (3, 1, 7, 7)):
+                with pytest.raises(
+                    ValueError, match=r"attention_mask under a soft prompt is \(batch, tokens\), as input_ids"
+                ):
+                    run(input_ids=ids, attention_mask=torch.ones(shape), **names)
+            with pytest.raises(TypeError, match="input_ids is a list; expected a tensor"):
+                run(input_ids=ids.tolist(), **names)
+    with pytest.raises(TypeError, match="generation_config is a dict; expected a GenerationConfig"):
+        unlearner.generate(ids, generation_config={"max_new_tokens": 2})

@@ -200,3 +200,11 @@ def test_a_score_that_is_not_finite_is_no_place_among_hard_negatives():
 
     with pytest.raises(ValueError, match="1 of them not finite"):
         hard_negatives(Fails(), ["a", "b", "c"], 2)
+
+
+@pytest.mark.parametrize("threshold", [float("nan"), float("inf"), "0.5"])
+def test_a_gate_whose_threshold_is_no_number_attaches_the_prompt(threshold):
+    gate = NameGate(["Jane Doe"])
+    gate.threshold = threshold
+    assert gate.flags(["nobody", "Jane Doe"]).tolist() == [True, True]
+    assert sum(gate.failures.values()) == 2

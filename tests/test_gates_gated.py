@@ -385,3 +385,8 @@ def test_training_and_embeddings_are_refused(tmp_path):
     for name in ("inputs_embeds", "past_key_values"):  # also where no gate flags the row
         with pytest.raises(ValueError, match=f"takes no {name}|{name}"):
             model.generate(**tokens(model.tokenizer, ["the film"]), **{name: torch.zeros(1, 3, 32)}, **GREEDY)
+
+
+def test_one_string_is_no_list_of_requests():
+    with pytest.raises(TypeError, match="texts is one string"):
+        gated().route("jane doe")

@@ -92,7 +92,7 @@ def test_lengths_count_the_columns_of_the_whole_batch(prompt_type):
 )
 def test_under_a_prefix_arguments_of_the_whole_batch_are_refused(argument):
     _, batch = unequal_rows()
-    with pytest.raises(ValueError, match=f"in groups, which {next(iter(argument))}.* cannot follow"):
+    with pytest.raises(ValueError, match=f"in groups here, which {next(iter(argument))}.* cannot follow"):
         build_unlearner("mistral", "prefix_tuning").generate(**batch, max_new_tokens=8, **argument)
 
 

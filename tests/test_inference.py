@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from helpers import CONFIGS, build_unlearner, make_batch, make_collator, make_dataset
-from peft import PeftModelForCausalLM
+from peft import LoraConfig, PeftModelForCausalLM
+from plain import row_logits
 
 from spul.evaluation.metrics import score_completions
 from spul.prompts.probe import shares_prefix
@@ -22,11 +23,12 @@ class CountedPasses:
     """Counts how often a prompt, and nothing else, passes through the base."""
 
     def __init__(self, unlearner):
+        unlearner.get_base_model().base_model.register_forward_pre_hook(self, with_kwargs=True)
         self.num = 0
         for autocast in (False, True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                shares_prefix(unlearner.get_base_model(), 5)  # the probe's passes are not counted
-        unlearner.get_base_model().base_model.register_forward_pre_hook(self, with_kwargs=True)
+                shares_prefix(unlearner.get_base_model(), 5)
+        self.num = 0  # the probe's passes are not counted
 
     def __call__(self, module, args, kwargs):
         embeds = kwargs.get("inputs_embeds")
@@ -339,3 +341,55 @@ def test_a_hook_before_a_module_that_is_added_after_a_call_reaches_the_cached_pr
         assert_fresh(unlearner, batch)
         handle.remove()
         torch.testing.assert_close(unlearner(**batch).logits, before)
+
+
+def slowed(module):
+    inner = module.forward
+    module.forward = lambda states: inner(0.5 * states)
+
+
+CHANGES = {
+    "a buffer": lambda base: base.model.rotary_emb.inv_freq.mul_(0.5),
+    "a module": lambda base: setattr(base.model.layers[0].mlp, "act_fn", torch.nn.Tanh()),
+    "a number": lambda base: setattr(base.model.layers[0].self_attn, "scaling", 1.0),
+    "a forward": lambda base: slowed(base.model.layers[0].mlp),
+    "LoRA that is disabled": lambda base: base.disable_adapters(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changes_the_base_without_a_parameter_invalidates_it(change):
+    unlearner, ids = build_unlearner("llama").eval(), torch.randint(5, 120, (1, 7))
+    base = unlearner.get_base_model()
+    if "LoRA" in change:
+        base.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        base.double().requires_grad_(False)
+    with torch.no_grad():
+        before = unlearner(ids).logits
+        CHANGES[change](base)
+        found = unlearner(ids).logits[:, 5:]
+        torch.testing.assert_close(found[0], row_logits(unlearner, ids[0]))
+    assert (found - before[:, 5:]).abs().max() > 1e-4
+
+
+def test_a_hook_that_counts_positions_added_later_ends_the_sharing():
+    unlearner, ids = build_unlearner("llama").eval(), torch.randint(5, 120, (1, 7))
+
+    def first_position(module, args):
+        return (
+            args[0] + torch.nn.functional.pad(args[0].new_ones(1, 1, 1), (0, 0, 0, args[0].shape[1] - 1)),
+            *args[1:],
+        )
+
+    with torch.no_grad():
+        unlearner(ids)
+        unlearner.get_base_model().model.layers[0].register_forward_pre_hook(first_position)
+        torch.testing.assert_close(unlearner(ids).logits[0, 5:], row_logits(unlearner, ids[0]))
+
+
+def test_a_window_set_later_ends_in_the_rows_too():
+    unlearner, ids = build_unlearner("mistral", sliding_window=50).eval(), torch.randint(5, 120, (1, 7))
+    with torch.no_grad():
+        unlearner(ids)
+        unlearner.get_base_model().config.sliding_window = 4
+        torch.testing.assert_close(unlearner(ids).logits[0, 5:], row_logits(unlearner, ids[0]))

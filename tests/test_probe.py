@@ -9,7 +9,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from spul import SoftPromptUnlearner
 from spul.models.compat import CACHE_NAME
-from spul.prompts.probe import continues_left_padded, continues_prefix, shares_mixed_prefixes, shares_prefix
+from spul.prompts.probe import continues_embeddings, continues_prefix, shares_mixed_prefixes, shares_prefix
 from spul.prompts.shared_prefix import prompt_states
 from spul.prompts.states import MixedStates
 
@@ -190,7 +190,7 @@ def test_settings_of_the_base_do_not_decide_what_the_probe_finds(own):
         states = prompt_states(unlearner)
     assert continues_prefix(base, states, unequal=False)
     assert continues_prefix(base, states, unequal=True)
-    assert continues_left_padded(base)
+    assert continues_embeddings(base, unequal=True)
     assert {name: getattr(base.generation_config, name) for name in own} == own
 
 
@@ -205,7 +205,7 @@ def test_families_earn_all_of_it_in_every_type(family, dtype):
     assert states is not None
     assert continues_prefix(base, states, unequal=False)
     assert continues_prefix(base, states, unequal=True)
-    assert continues_left_padded(base)
+    assert continues_embeddings(base, unequal=True)
     mixed = MixedStates([states, None], [0, 1])
     assert shares_mixed_prefixes(base, mixed)
     assert continues_prefix(base, mixed, unequal=False)
@@ -239,3 +239,25 @@ def test_a_probe_leaves_modes_randomness_and_the_cached_prompt_alone():
     assert torch.equal(torch.get_rng_state(), state)
     assert [module.training for module in base.modules()] == modes
     assert "_cached_prompts" not in unlearner.__dict__
+
+
+class CountsAnew(LlamaForCausalLM):
+    """Its generate gives later tokens the first position, as RoBERTa's does after embeddings."""
+
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        return inputs | {"position_ids": torch.zeros_like(inputs["position_ids"])}
+
+
+class TakesNoEmbeddings(DropsTheCache):
+    def prepare_inputs_for_generation(self, input_ids, **kwargs):
+        kwargs.pop("inputs_embeds", None)
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
+
+
+@pytest.mark.parametrize("base_class", [CountsAnew, TakesNoEmbeddings])
+def test_where_no_way_of_generating_keeps_the_prompt_it_is_refused(base_class):
+    unlearner, batch = under_prompt(base_class), make_batch()
+    for inputs in ({"input_ids": batch["input_ids"][:, :4]}, {k: batch[k] for k in ("input_ids", "attention_mask")}):
+        with pytest.raises(ValueError, match="generate cannot put a prompt in front; forward and scoring can"):
+            unlearner.generate(**inputs, **GREEDY)

@@ -59,8 +59,11 @@ def test_answers_are_those_of_greedy_decoding(model):
 @pytest.mark.skipif(not SELECTS_POSITIONS, reason="transformers below 5.21 computes logits at all positions")
 def test_logits_are_computed_at_the_response_positions_only(model):
     heads = []
-    base = probed(model).get_base_model() if isinstance(model, SoftPromptUnlearner) else model
+    base = model.get_base_model() if isinstance(model, SoftPromptUnlearner) else model
     base.get_output_embeddings().register_forward_pre_hook(lambda module, args: heads.append(args[0].shape[1]))
+    if isinstance(model, SoftPromptUnlearner):
+        probed(model)
+        heads.clear()
     rows = Dataset.from_list([{"prompt": "the film " * 10 + ":", "completion": " positive"}])
     score_completions(model, rows, collator())
     assert max(heads) <= max(len(collator().encoder.completion_ids(text)) for text in (" positive", " unknown"))

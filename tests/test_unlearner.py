@@ -125,8 +125,9 @@ class Counting:
 )
 def test_a_weight_of_zero_computes_neither_pass_nor_rows(alpha, beta, rows):
     unlearner = build_unlearner(loss=UnlearningLoss(alpha=alpha, beta=beta))
-    unlearner(**make_batch())  # earns the shared prefix
     counting = Counting(unlearner)
+    unlearner(**make_batch())  # earns the shared prefix
+    counting.batches.clear()
     out = unlearner(**make_batch())
     assert counting.batches == rows
     expected = plain_losses(unlearner, make_batch(), alpha, beta)[0]
@@ -327,10 +328,11 @@ def test_bf16_stays_close_to_the_plain_twin_in_float32(family, prompt_type, kind
 @pytest.mark.skipif(not SELECTS_POSITIONS, reason="transformers below 5.21 computes logits at all positions")
 def test_logits_are_computed_at_the_response_positions_only(family, prompt_type):
     unlearner, batch = build_unlearner(family, prompt_type), make_batch()
-    unlearner(**batch)  # earns the shared prefix
     positions = []
     head = unlearner.get_base_model().get_output_embeddings()
     head.register_forward_pre_hook(lambda module, args: positions.append(args[0].shape[:-1].numel()))
+    unlearner(**batch)  # earns the shared prefix
+    positions.clear()
     unlearner(**batch)
     # The prompt's own pass (one position), the batch, and the three retain rows of the reference; K is 4.
     passes = [] if prompt_type == "prefix_tuning" else [1]

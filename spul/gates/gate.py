@@ -84,6 +84,8 @@ class Gate:
         texts = checked_texts(texts)
         if not texts:
             return np.zeros(0, dtype=bool)
+        if not np.isfinite(self.threshold):  # NaN would flag nothing
+            raise ValueError(f"threshold is {self.threshold!r}; expected a finite number.")
         return self.finite_scores(texts) >= self.threshold
 
     def flags(self, texts: Sequence[str]) -> np.ndarray:

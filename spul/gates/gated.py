@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.checks import checked_texts
 from ..losses.terms import IGNORE_INDEX
 from ..models.unlearner import Unlearner
+from ..prompts.arguments import check_rows
 from ..prompts.row_prompts import NO_PROMPT
 from ..prompts.unlearner import SoftPromptUnlearner
 from .gate import Gate, as_gate
@@ -197,6 +198,7 @@ class GatedUnlearner(nn.Module, Unlearner):
         _check_not_named(kwargs)
         if input_ids is None:
             raise ValueError("forward through gates needs input_ids, which the gates read.")
+        check_rows(input_ids, attention_mask)
         starts = _starts(input_ids, attention_mask, labels)
         kwargs["adapter_names"] = self._names_of_rows(input_ids, attention_mask, starts)
         return self.unlearner(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
@@ -217,6 +219,7 @@ class GatedUnlearner(nn.Module, Unlearner):
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if input_ids is None:
             raise ValueError("generate through gates needs input_ids, which the gates read.")
+        check_rows(input_ids, kwargs.get("attention_mask"))
         mask, whole = kwargs.get("attention_mask"), [0] * len(input_ids)
         kwargs["adapter_names"] = self._names_of_rows(input_ids, mask, whole)
         return self.unlearner.generate(input_ids, *args, **kwargs)

@@ -93,7 +93,8 @@ def check_no_adapter(model: nn.Module) -> None:
 def max_positions(base_model: Any) -> int | None:
     """The largest number of positions that the base supports; None if its config does not say."""
     config = base_model.config.get_text_config()
-    return getattr(config, "max_position_embeddings", None)
+    limit = getattr(config, "max_position_embeddings", None)
+    return limit if limit is None or limit > 0 else None  # XLNet has -1: none
 
 
 def cache_switch(base_model: Any) -> tuple[int | None, bool]:
@@ -105,6 +106,8 @@ def cache_switch(base_model: Any) -> tuple[int | None, bool]:
     own = getattr(config, "original_max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     for one in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if one.get("rope_type", one.get("type")) == "dynamic":
+            return config.max_position_embeddings, True
         if one.get("rope_type", one.get("type")) == "longrope":
             return own or one.get("original_max_position_embeddings") or config.max_position_embeddings, True
     return own, False

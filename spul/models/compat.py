@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import os
 import re
 import sys
@@ -27,7 +28,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.other import _prepare_prompt_learning_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import DynamicCache, GenerationMixin, TrainingArguments
+from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, TrainingArguments
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.trainer_pt_utils import EvalLoopContainer as EvalLoopContainer
 from transformers.trainer_pt_utils import get_length_grouped_indices as get_length_grouped_indices
@@ -70,11 +71,42 @@ def forward_hooks(model: nn.Module) -> Iterator[tuple[int, Any]]:
 
 
 def weight_versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Address and version of each parameter: they change when it is replaced, moved, or written to in place.
+    """Address and version of each parameter and buffer: they change when it is replaced, moved, or written to.
 
     Autograd's counter `_version` misses writes through `.data`; inference tensors have none.
     """
-    return tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in model.parameters())
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+
+
+# What every module of torch has: its mode, which does not matter to a base without dropout, and containers of modules,
+# tensors and hooks, which are compared in their own right.
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+
+
+def settings_of(model: nn.Module) -> tuple[Any, ...]:
+    """What a forward works by beside tensors: config, hooks, and the attributes of every module, a replaced `forward`
+    among them."""
+    found: list[Any] = [key for key, _ in forward_hooks(model)]
+    for module in model.modules():
+        found.append(id(module))
+        found += [_setting(value, 1) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
+    if (config := getattr(model, "config", None)) is not None:
+        found.append(_setting(vars(config), 3))
+    return tuple(found)
+
+
+def _setting(value: Any, depth: int) -> Any:
+    """A value to compare: by content down to a depth of containers, by identity below it."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if depth and isinstance(value, dict):
+        return tuple((name, _setting(one, depth - 1)) for name, one in value.items())
+    if depth and isinstance(value, (list, tuple)):
+        return tuple(_setting(one, depth - 1) for one in value)
+    if depth > 1 and isinstance(value, PreTrainedConfig):  # that of a part
+        return _setting(vars(value), depth)
+    return id(value)
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
@@ -54,7 +55,13 @@ def check_generate_arguments(kwargs: dict[str, Any]) -> None:
         ValueError: for a cache, embeddings, positions, decoding by a function of the caller's own or with an
             assistant, and where the model is to be another one's assistant.
     """
-    if getattr(kwargs.get("generation_config"), "is_assistant", False):
+    config = kwargs.get("generation_config")
+    if config is not None and not isinstance(config, GenerationConfig):
+        raise TypeError(
+            f"generation_config is a {type(config).__name__}; expected a GenerationConfig, such as "
+            "GenerationConfig(max_new_tokens=8), or its settings as arguments."
+        )
+    if getattr(config, "is_assistant", False):
         raise ValueError("a model under a soft prompt cannot be the assistant_model of another; pass its base.")
     for name in ("assistant_model", "custom_generate"):
         if kwargs.get(name) is not None:
@@ -81,15 +88,27 @@ def named_arguments(generate: Callable[..., Any], args: tuple) -> dict[str, Any]
     return dict(zip(names, args, strict=False))
 
 
-def check_mask(attention_mask: Any) -> None:
-    """Raise unless a mask, where there is one, is (B, n): the prompt's columns are put in front of it.
+def check_rows(input_ids: Any, attention_mask: Any) -> None:
+    """Raise unless ids are rows (B, n), and so is their mask, where there is one: the prompt's columns come in front.
+
+    Args:
+        input_ids: the ids, or another tensor of their shape.
+        attention_mask: the mask, or None.
 
     Raises:
-        ValueError: for other shapes and kinds.
+        TypeError: if they are no tensors.
+        ValueError: for other shapes, and without rows.
     """
-    if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
-        found = getattr(attention_mask, "shape", type(attention_mask).__name__)
-        raise ValueError(f"attention_mask under a soft prompt is (batch, tokens); found {found}.")
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(f"input_ids is a {type(input_ids).__name__}; expected a tensor (batch, tokens).")
+    shape = tuple(input_ids.shape)
+    if len(shape) != 2 or not shape[0]:
+        raise ValueError(f"input_ids has the shape {shape}; expected (batch, tokens), with a row or more.")
+    if attention_mask is not None and tuple(getattr(attention_mask, "shape", ())) != shape:
+        found = tuple(getattr(attention_mask, "shape", ())) or type(attention_mask).__name__
+        raise ValueError(
+            f"attention_mask under a soft prompt is (batch, tokens), as input_ids are, {shape}; found {found}."
+        )
 
 
 def generation_settings(base: Any, kwargs: dict[str, Any]) -> GenerationConfig:

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import PeftModelForCausalLM
 from torch import Tensor
 from transformers import GenerationConfig
@@ -14,12 +15,12 @@ from ..models.causal_lm import cache_switch, max_positions
 from .arguments import (
     changed_settings,
     check_generate_arguments,
-    check_mask,
+    check_rows,
     generation_settings,
     named_arguments,
 )
-from .probe import continues_left_padded, continues_prefix
-from .row_prompts import RowPrompts
+from .probe import continues_embeddings, continues_prefix
+from .row_prompts import RowPrompts, in_order
 from .shared_prefix import outgrows_cache
 from .states import MixedStates, PromptStates
 
@@ -31,6 +32,7 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     """`generate` of transformers under the active prompt, or those named; see `SoftPromptUnlearner.generate`."""
     if input_ids is None:
         raise ValueError("generate needs input_ids (batch, tokens); an empty prompt cannot be continued.")
+    check_rows(input_ids, kwargs.get("attention_mask"))
     base: Any = model.get_base_model()
     prompts = RowPrompts(model, len(input_ids), kwargs.pop("adapter_names", None))
     kwargs |= named_arguments(base.generate, args)
@@ -42,15 +44,12 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     if kwargs.pop("token_type_ids", None) is not None:
         warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=3)
     given_mask = kwargs.pop("attention_mask", None)
-    check_mask(given_mask)
     attention_mask = _mask_from_pads(settings, input_ids) if given_mask is None else given_mask
     if not bool(attention_mask.any(dim=1).all()):
         raise ValueError("attention_mask has a row of zeros only: there is nothing to continue in it.")
 
     if not prompts.names_a_prompt:  # checked all the same: what is refused does not depend on the rows
-        left_ids, left_mask = _pads_first(attention_mask, input_ids)
-        out = base.generate(left_ids, attention_mask=left_mask, **kwargs)
-        return _as_padded(out, input_ids, settings.num_return_sequences or 1)
+        return _generate_without(prompts, settings, input_ids, attention_mask, kwargs)
     was_training = base.training
     base.eval()  # gradient checkpointing, in training mode, would drop the cache and the prompt with it
     try:
@@ -76,23 +75,38 @@ def _generate_in_evaluation_mode(
     num_new = _max_new_tokens(settings, width)
     totals = lengths + prompts.row_lengths(lengths.device)
     _check_switch(prompts, int(totals.min()), num_virtual + width + num_new)
-    states = prompts.states()
-    outgrows = not prompts.is_prefix and outgrows_cache(prompts.model, num_virtual + width + num_new)
-    if states is None or outgrows:
-        return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
-    if not continues_prefix(base, states, unequal=False):
-        if prompts.is_prefix:
+    states, several = prompts.states(), len(prompts.named) > 1
+    uneven = len(totals.unique()) > 1 or not bool(attention_mask.all())
+    if states is not None and (prompts.is_prefix or not outgrows_cache(prompts.model, num_virtual + width + num_new)):
+        if continues_prefix(base, states, unequal=False):
+            crosses = unequal and _crosses_window(base, num_virtual + width + num_new)
+            if not unequal or (not crosses and continues_prefix(base, states, unequal=True)):
+                return _generate(base, states, settings, input_ids, attention_mask, kwargs)
+        elif prompts.is_prefix and not several:
             raise ValueError(
                 f"{type(base).__name__} does not generate behind a prefix as its forward computes; use "
                 "PromptTuningConfig or PromptEncoderConfig, whose virtual tokens are input embeddings."
             )
+    if not prompts.is_prefix and continues_embeddings(base, uneven):
         return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
-    crosses = unequal and _crosses_window(base, num_virtual + width + num_new)
-    if unequal and (crosses or not continues_prefix(base, states, unequal=True)):
-        if not prompts.is_prefix:
-            return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
-        return _generate_by_length(prompts, settings, input_ids, attention_mask, kwargs)
-    return _generate(base, states, settings, input_ids, attention_mask, kwargs)
+    if uneven or several:
+        return _generate_by_group(prompts, settings, input_ids, attention_mask, kwargs)
+    raise ValueError(
+        f"{type(base).__name__} shares no prompt between rows, and its generate takes no embeddings, or does not "
+        "continue them as its forward computes, so generate cannot put a prompt in front; forward and scoring can."
+    )
+
+
+def _generate_without(
+    prompts: RowPrompts, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
+) -> Any:
+    """Generate rows that have no prompt, padded on either side as those that have one."""
+    base: Any = prompts.model.get_base_model()
+    if not bool(attention_mask.all()) and not continues_embeddings(base, unequal=True):
+        return _generate_by_group(prompts, settings, input_ids, attention_mask, kwargs)
+    left_ids, left_mask = _pads_first(attention_mask, input_ids)
+    out = base.generate(left_ids, attention_mask=left_mask, **kwargs)
+    return _as_padded(out, input_ids, settings.num_return_sequences or 1)
 
 
 def _pads_first(attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,8 +146,7 @@ def _generate_concatenated(
     The base fills a cache of its own, and no pads stand between prompt and tokens, which would use up a window.
 
     Raises:
-        ValueError: for `prefill_chunk_size`: transformers cuts chunks of ids, never of embeddings; for rows of unequal
-            length on a base that generates otherwise behind pads.
+        ValueError: for `prefill_chunk_size`: transformers cuts chunks of ids, never of embeddings.
     """
     if settings.prefill_chunk_size is not None:
         raise ValueError(
@@ -144,58 +157,51 @@ def _generate_concatenated(
     model = prompts.model
     embeds, mask = prompts.concatenated(model.word_embeddings(left_ids), left_mask, pads_first=True)
     base: Any = model.get_base_model()
-    if not bool(mask.all()) and not continues_left_padded(base):
-        raise ValueError(
-            f"{type(base).__name__} serves no shared prompt here, and generates otherwise from left-padded embeddings "
-            "than for a row alone: pass rows of one length without pads, under one prompt."
-        )
     kwargs = _in_new_tokens(settings, left_ids.shape[1], kwargs)
     out = base.generate(left_ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
     return _as_padded(out, input_ids, settings.num_return_sequences or 1)
 
 
-def _generate_by_length(
+def _generate_by_group(
     prompts: RowPrompts, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
 ) -> Tensor:
-    """Generate rows of one length at a time: pads between prompt and tokens would use up a sliding window.
+    """Generate rows of one length under one prompt at a time, where a family takes no others together.
 
-    Only a prefix needs this: it has no embeddings to put behind the pads.
+    Under a prefix, pads between prompt and tokens would use up a sliding window; some families generate otherwise from
+    left-padded rows, or have no cache that prompts of different lengths could share.
 
     Raises:
         ValueError: for arguments that see the batch as a whole, or outputs that cannot be joined.
     """
+    base: Any = prompts.model.get_base_model()
     whole = [name for name in _OF_THE_BATCH if kwargs.get(name) is not None]
     if settings.return_dict_in_generate:
         whole.append("return_dict_in_generate=True")
     if whole:
         raise ValueError(
-            f"rows of unequal length under prefix tuning on a sliding-window model are generated in groups, which "
-            f"{', '.join(whole)} cannot follow; pass rows of one length, or leave that out."
+            f"{type(base).__name__} generates rows of different lengths, or under different prompts, in groups here, "
+            f"which {', '.join(whole)} cannot follow; pass rows of one length under one prompt, or leave that out."
         )
-    outputs: dict[int, Tensor] = {}
-    width, lengths = input_ids.shape[1], attention_mask.ne(0).sum(dim=1)
+    width, lengths = input_ids.shape[1], attention_mask.ne(0).sum(dim=1).tolist()
     kwargs = _in_new_tokens(settings, width, kwargs)
-    for length in lengths.unique().tolist():
-        rows = (lengths == length).nonzero().flatten()
-        real = attention_mask[rows].ne(0)
-        ids = input_ids[rows][real].view(len(rows), length)
-        group = prompts.of_rows(rows.tolist())
-        states, base = group.states(), prompts.model.get_base_model()
-        if states is None:  # a prefix has states, or raises: these rows have no prompt
-            out = base.generate(ids, attention_mask=torch.ones_like(ids), **kwargs)
+    settings = generation_settings(base, kwargs)
+    keys = list(zip(prompts.index, lengths, strict=True))
+    found: list[tuple[list[int], Tensor]] = []
+    for key in sorted(set(keys)):
+        rows = [row for row, own in enumerate(keys) if own == key]
+        ids = input_ids[rows][attention_mask[rows].ne(0)].view(len(rows), key[1])
+        group, mask = prompts.of_rows(rows), torch.ones_like(ids)
+        if group.names_a_prompt:
+            out = _generate_in_evaluation_mode(group, settings, ids, mask, kwargs)
         else:
-            out = _generate(base, states, settings, ids, torch.ones_like(ids), kwargs)
-        per_row = len(out) // len(rows)
-        for row, new in zip(rows.tolist(), out[:, length:].split(per_row), strict=True):
-            outputs[row] = new
+            out = base.generate(ids, attention_mask=mask, **kwargs)
+        found.append((rows, out[:, key[1] :].view(len(rows), -1, out.shape[1] - key[1])))
     pad = next((x for x in (settings.pad_token_id, settings.eos_token_id) if x is not None), 0)
     pad = pad[0] if isinstance(pad, (list, tuple)) else pad
-    longest = max(new.shape[1] for new in outputs.values())
-    joined = []
-    for row in range(len(input_ids)):
-        new = torch.nn.functional.pad(outputs[row], (0, longest - outputs[row].shape[1]), value=int(pad))
-        joined.append(torch.cat([input_ids[row].expand(len(new), width), new], dim=1))
-    return torch.cat(joined)
+    longest = max(new.shape[2] for _, new in found)
+    padded = [(rows, F.pad(new, (0, longest - new.shape[2]), value=int(pad))) for rows, new in found]
+    new = in_order(padded)
+    return torch.cat([input_ids[:, None].expand(-1, new.shape[1], -1), new], dim=2).flatten(0, 1)
 
 
 def _max_new_tokens(settings: GenerationConfig, width: int) -> int:

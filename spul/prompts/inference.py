@@ -14,8 +14,8 @@ from ..losses.positions import has_left_padding, pack_right
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import needs_gradient
 from ..models.compat import is_checkpointing
-from .arguments import CACHES, check_forward_arguments, check_mask
-from .row_prompts import RowPrompts
+from .arguments import CACHES, check_forward_arguments, check_rows
+from .row_prompts import RowPrompts, in_order
 from .shared_prefix import outgrows_cache, prompt_states, shares_states
 
 # Embeddings, and outputs that have virtual tokens: not available from a cached prompt.
@@ -50,7 +50,7 @@ def ordinary_forward(
     embeds = kwargs.get("inputs_embeds") is not None
     if (input_ids is None) != embeds:
         raise ValueError(f"forward takes either input_ids or inputs_embeds; found {'both' if embeds else 'neither'}.")
-    check_mask(attention_mask)
+    check_rows(kwargs["inputs_embeds"][..., 0] if input_ids is None else input_ids, attention_mask)
     if attention_mask is None or not has_left_padding(attention_mask):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
         return _forward(model, concatenated, **inputs, **kwargs)
@@ -149,6 +149,20 @@ def _from_cached_prompt(
     return type(out)(**fields)
 
 
+def _by_prompt(base: Any, prompts: RowPrompts, input_ids: Tensor, attention_mask: Tensor, kwargs: dict) -> Any:
+    """The forwards of the rows under each prefix, as one output with logits alone."""
+    logits: list[tuple[list[int], Tensor]] = []
+    out: Any = None
+    for rows, group in prompts.by_prompt():
+        states, mask = group.states(), attention_mask[rows]
+        prefix = {"attention_mask": mask, "use_cache": False}
+        if states is not None:  # a prefix has states, or raises: these rows have no prompt
+            prefix = states.prefix_inputs(base, mask) | {"use_cache": True}
+        out = base(input_ids=input_ids[rows], **prefix, **kwargs)
+        logits.append((rows, out.logits))
+    return type(out)(logits=in_order(logits))
+
+
 def named_forward(
     model: Any,
     adapter_names: Sequence[str],
@@ -168,7 +182,6 @@ def named_forward(
         ValueError: for other names than the model has, and arguments or outputs that are tied to columns.
     """
     check_forward_arguments(kwargs)
-    check_mask(attention_mask)
     found = [name for name in _NOT_BY_ROW if isinstance(kwargs.get(name), Tensor) or kwargs.pop(name, None)]
     found += ["return_dict=False"] if kwargs.pop("return_dict", None) is False else []
     base: Any = model.get_base_model()
@@ -179,6 +192,9 @@ def named_forward(
             "forward with adapter_names takes input_ids and returns logits at all of them; found "
             f"{', '.join(found) or 'no input_ids'}: leave that out, or choose one prompt by set_adapter."
         )
+    check_rows(input_ids, attention_mask)
+    if not input_ids.shape[1]:
+        raise ValueError("input_ids has rows of no tokens; forward with adapter_names returns logits at the tokens.")
     _drop_token_types(kwargs)
     kwargs.pop("use_cache", None)
     loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
@@ -189,6 +205,8 @@ def named_forward(
     states = prompts.shared_states(ids.shape[1]) if prompts.names_a_prompt else None
     if not prompts.names_a_prompt:
         out = base(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
+    elif states is None and prompts.is_prefix:
+        out = _by_prompt(base, prompts, ids, mask, kwargs)
     elif states is None:
         embeds, full = prompts.concatenated(model.word_embeddings(ids), mask, pads_first=False)
         out = base(inputs_embeds=embeds, attention_mask=full, use_cache=False, **kwargs)

@@ -1,6 +1,7 @@
 """Probes of a base: what it computes behind a shared prompt is compared with what it computes without sharing.
 
-A base earns the shared prefix at first use, by a few random tokens; the verdict holds for as long as the base lives.
+A base earns the shared prefix at first use, by a few random tokens; the verdict holds until a hook or setting of the
+base changes.
 Families change their forward and their cache from version to version, and remote code does as it likes: a base that
 drops a given cache would answer without the prompt, and nothing would tell.
 """
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..models.causal_lm import evaluation_mode, max_positions
-from ..models.compat import is_quantized, layer_states
+from ..models.compat import is_quantized, layer_states, settings_of
 from .states import MixedStates, PromptStates, autocast_dtype, compute_states
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 NUM_TOKENS, NUM_PADS, NUM_NEW = 8, 3, 3
 # What a family raises that takes no cache, no embeddings, or keys of another shape.
 _ERRORS = (RuntimeError, AttributeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError)
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, bool]] = weakref.WeakKeyDictionary()
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple[tuple, bool]]] = weakref.WeakKeyDictionary()
 
 
 def shares_prefix(base: Any, num_virtual: int) -> bool:
@@ -124,22 +125,23 @@ def continues_prefix(base: Any, states: PromptStates | MixedStates, unequal: boo
     )
 
 
-def continues_left_padded(base: Any) -> bool:
-    """Whether `generate` from left-padded embeddings has the logits of each row alone."""
+def continues_embeddings(base: Any, unequal: bool) -> bool:
+    """Whether `generate` from embeddings, left-padded if `unequal`, has the logits of a forward of each row alone."""
 
     def compare() -> bool:
-        _, ids, mask = _left_padded_probe(base, 0, True)
+        _, ids, mask = _left_padded_probe(base, 0, unequal)
         embeds = base.get_input_embeddings()(ids)
         found = _forced_logits(base, ids, inputs_embeds=embeds, attention_mask=mask)
         for row in range(len(ids)):
             own = _forced(ids[row][mask[row].bool()])[None]
             expected = base(input_ids=own, use_cache=False).logits[:, -NUM_NEW - 1 : -1]
-            padded = base(input_ids=_forced(ids[row])[None], use_cache=False).logits[:, -NUM_NEW - 1 : -1]
-            if not _close(base, found[row : row + 1], expected, padded):
+            # A shift by a position, or the loss of a token, would make as much of a difference as this.
+            other = base(input_ids=own[:, 1:], use_cache=False).logits[:, -NUM_NEW - 1 : -1]
+            if not _close(base, found[row : row + 1], expected, other):
                 return False
         return True
 
-    return _earned(base, ("left-padded",), compare)
+    return _earned(base, ("embeddings", unequal), compare)
 
 
 @torch.no_grad()
@@ -181,21 +183,24 @@ def check_prefix(model: Any) -> None:
 def _earned(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str = "") -> bool:
     """The verdict on a base, by the comparison the first time; `otherwise` is logged if it is lost."""
     weight = base.get_input_embeddings().weight
-    attention = getattr(base.config.get_text_config(), "_attn_implementation", None)
-    key = (*kind, attention, weight.dtype, weight.device.type, autocast_dtype(weight.device.type))
-    verdicts = _verdicts.setdefault(base, {})
-    if key not in verdicts:
-        try:
-            with torch.no_grad(), evaluation_mode(base):
-                verdicts[key] = compare()
-        except torch.OutOfMemoryError:
-            raise
-        except _ERRORS as error:
-            verdicts[key] = False
-            otherwise = otherwise and f"{otherwise} It raised {type(error).__name__}: {error}"
-        if not verdicts[key] and otherwise:
-            logger.warning(otherwise)
-    return verdicts[key]
+    key = (*kind, weight.dtype, weight.device.type, autocast_dtype(weight.device.type))
+    settings, verdicts = settings_of(base), _verdicts.setdefault(base, {})
+    before, verdict = verdicts.get(key, (None, True))
+    if before == settings:
+        return verdict
+    was_told = not verdict
+    try:
+        with torch.no_grad(), evaluation_mode(base):
+            verdict = compare()
+    except torch.OutOfMemoryError:
+        raise
+    except _ERRORS as error:
+        verdict = False
+        otherwise = otherwise and f"{otherwise} It raised {type(error).__name__}: {error}"
+    if not verdict and otherwise and not was_told:
+        logger.warning(otherwise)
+    verdicts[key] = settings, verdict
+    return verdict
 
 
 def _probe(base: Any, num_virtual: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,15 +77,13 @@ class RowPrompts:
         if len(found) == 1:
             return found[0]
         mixed = MixedStates(found, self.index)
-        if shares_mixed_prefixes(self.model.get_base_model(), mixed):
-            return mixed
-        if self.is_prefix:
-            raise ValueError(
-                f"{type(self.model.get_base_model()).__name__} computes otherwise for rows behind prefixes of "
-                "different lengths; pass rows of one prompt at a time, or use PromptTuningConfig or "
-                "PromptEncoderConfig."
-            )
-        return None
+        return mixed if shares_mixed_prefixes(self.model.get_base_model(), mixed) else None
+
+    def by_prompt(self) -> Iterator[tuple[list[int], RowPrompts]]:
+        """Indices of the rows under each prompt, and their prompt: prefixes that cannot be mixed run in groups."""
+        for index in range(len(self.named)):
+            if rows := [row for row, own in enumerate(self.index) if own == index]:
+                yield rows, self.of_rows(rows)
 
     def shared_states(self, num_tokens: int) -> PromptStates | MixedStates | None:
         """`states` for a forward of rows of `num_tokens`; None also where such a forward keeps no cache.
@@ -127,6 +125,12 @@ class RowPrompts:
         if self.names_a_prompt:
             self._check_room(input_ids.shape[1])
             states = self.shared_states(input_ids.shape[1])
+            if states is None and self.is_prefix:
+                logits = [
+                    (rows, group.response_logits(input_ids[rows], attention_mask[rows], positions[rows]))
+                    for rows, group in self.by_prompt()
+                ]
+                return in_order(logits)
             if states is None:
                 return self.concatenated_logits(self.model.word_embeddings(input_ids), attention_mask, positions)
             inputs |= states.prefix_inputs(base, attention_mask) | {"use_cache": True}
@@ -160,6 +164,12 @@ class RowPrompts:
         return logits_at(
             self.model.get_base_model(), positions, inputs_embeds=embeds, attention_mask=mask, use_cache=False
         )
+
+
+def in_order(groups: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
+    """Tensors of groups of rows, with the rows' indices, as one tensor of all rows."""
+    order = torch.tensor([row for rows, _ in groups for row in rows], device=groups[0][1].device)
+    return torch.cat([tensor for _, tensor in groups])[order.argsort()]
 
 
 def check_adapter_names(model: Any, adapter_names: Sequence[str], num_rows: int) -> None:

@@ -15,10 +15,10 @@ from ..models.compat import (
     cache_argument,
     empty_cache,
     expanded_cache,
-    forward_hooks,
     layer_states,
     left_padded,
     returned_cache,
+    settings_of,
     takes_position_ids,
     weight_versions,
 )
@@ -122,8 +122,8 @@ def compute_states(base: Any, prompt: Tensor, version: tuple = (), with_logits: 
 
 
 def base_version(base: nn.Module, device_type: str) -> tuple:
-    """Autocast, weights and forward hooks: changes whenever the base may compute other states."""
-    return autocast_dtype(device_type), weight_versions(base), tuple(key for key, _ in forward_hooks(base))
+    """Autocast, weights, buffers, hooks and settings: changes whenever the base may compute other states."""
+    return autocast_dtype(device_type), weight_versions(base), settings_of(base)
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
