@@ -148,28 +148,24 @@ def test_under_a_prefix_pads_that_are_not_hidden_split_the_batch():
         assert out[len(row) :].tolist() == by_hand(unlearner, row[mask.bool()])
 
 
-@pytest.mark.parametrize(
-    ("prompt_type", "message"),
-    [
-        ("prompt_tuning", "generates otherwise from left-padded"),
-        ("prefix_tuning", "does not generate behind a prefix"),
-    ],
-)
-def test_prompts_of_several_lengths_are_refused_where_generate_sees_the_pads_before_them(prompt_type, message):
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_prompts_of_several_lengths_run_in_groups_where_generate_sees_the_pads_before_them(prompt_type):
     unlearner, ids = under_prompt(IgnoresPadsInFront, prompt_type), torch.randint(5, 120, (2, 7))
-    found = unlearner.generate(ids, **GREEDY)
-    assert [out[7:].tolist() for out in found] == [by_hand(unlearner, row) for row in ids]
-    with pytest.raises(ValueError, match=message):
-        unlearner.generate(ids, adapter_names=["default", "__base__"], **GREEDY)
+    prompted, bare = unlearner.generate(ids, adapter_names=["default", "__base__"], **GREEDY)
+    assert prompted[7:].tolist() == by_hand(unlearner, ids[0])
+    assert bare.tolist() == unlearner.get_base_model().generate(ids[1:], **GREEDY)[0].tolist()
+    with pytest.raises(ValueError, match="in groups here, which streamer cannot follow"):
+        unlearner.generate(ids, adapter_names=["default", "__base__"], streamer=object(), **GREEDY)
 
 
-def test_rows_of_unequal_length_are_refused_where_pads_are_seen_on_either_side():
+def test_rows_of_unequal_length_run_in_groups_where_pads_are_seen_on_either_side():
     class IgnoresAllPads(IgnoresTheMask, IgnoresPadsInFront):
         pass
 
     unlearner, batch = under_prompt(IgnoresAllPads), make_batch()
-    with pytest.raises(ValueError, match="generates otherwise from left-padded embeddings"):
-        unlearner.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **GREEDY)
+    found = unlearner.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **GREEDY)
+    for row, mask, out in zip(batch["input_ids"], batch["attention_mask"], found, strict=True):
+        assert out[len(row) :].tolist() == by_hand(unlearner, row[mask.bool()])
 
 
 @pytest.mark.parametrize(
