@@ -257,3 +257,18 @@ def test_where_no_way_of_generating_keeps_the_prompt_it_is_refused(base_class):
     for inputs in ({"input_ids": batch["input_ids"][:, :4]}, {k: batch[k] for k in ("input_ids", "attention_mask")}):
         with pytest.raises(ValueError, match="generate cannot put a prompt in front; forward and scoring can"):
             unlearner.generate(**inputs, **GREEDY)
+
+
+def test_a_base_that_changes_at_every_call_is_not_probed_for_ever(monkeypatch, caplog):
+    import spul.prompts.probe
+
+    monkeypatch.setattr(spul.prompts.probe, "MOST_PROBES", 3)
+    base, passes = build("llama"), []
+    base.register_forward_pre_hook(lambda *args: passes.append(1))
+    nums = []
+    for i in range(5):
+        base.calls = f"{i}"
+        assert shares_prefix(base, 5)
+        nums.append(len(passes))
+    assert nums[0] < nums[1] < nums[2] == nums[3] == nums[4]
+    assert caplog.text.count("the last verdict stands") == 1

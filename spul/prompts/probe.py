@@ -25,9 +25,11 @@ from .states import MixedStates, PromptStates, autocast_dtype, compute_states
 logger = logging.getLogger(__name__)
 
 NUM_TOKENS, NUM_PADS, NUM_NEW = 8, 3, 3
+MOST_PROBES = 100  # of a kind: a base that keeps changing would be probed at every call
 # What a family raises that takes no cache, no embeddings, or keys of another shape.
 _ERRORS = (RuntimeError, AttributeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError)
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple[tuple, bool]]] = weakref.WeakKeyDictionary()
+# Settings, verdict and number of probes, by base and kind.
+_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple[Any, bool, int]]] = weakref.WeakKeyDictionary()
 
 
 def shares_prefix(base: Any, num_virtual: int) -> bool:
@@ -184,8 +186,11 @@ def _earned(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str 
     """The verdict on a base, by the comparison the first time; `otherwise` is logged if it is lost."""
     weight = base.get_input_embeddings().weight
     key = (*kind, weight.dtype, weight.device.type, autocast_dtype(weight.device.type))
-    settings, verdicts = settings_of(base), _verdicts.setdefault(base, {})
-    before, verdict = verdicts.get(key, (None, True))
+    verdicts = _verdicts.setdefault(base, {})
+    before, verdict, num_probes = verdicts.get(key, (None, True, 0))
+    if num_probes == MOST_PROBES:
+        return verdict
+    settings = settings_of(base)
     if before == settings:
         return verdict
     was_told = not verdict
@@ -199,7 +204,14 @@ def _earned(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str 
         otherwise = otherwise and f"{otherwise} It raised {type(error).__name__}: {error}"
     if not verdict and otherwise and not was_told:
         logger.warning(otherwise)
-    verdicts[key] = settings, verdict
+    verdicts[key] = settings, verdict, num_probes + 1
+    if num_probes + 1 == MOST_PROBES:
+        logger.warning(
+            "Settings or hooks of %s changed before %d calls; whether it may share a prompt is not asked again, and "
+            "the last verdict stands.",
+            type(base).__name__,
+            MOST_PROBES,
+        )
     return verdict
 
 
