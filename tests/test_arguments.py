@@ -67,6 +67,12 @@ def test_layers_refuse_adapter_names_and_a_training_batch_has_one_prompt():
         build_unlearner()(**make_batch(), adapter_names=["__base__"] * 5)
 
 
+@pytest.mark.parametrize("settings", [{"num_beams": 0}, {"num_return_sequences": 0}])
+def test_no_beams_and_no_sequences_are_refused(settings):
+    with pytest.raises(ValueError, match="expected at least 1"):
+        build_unlearner().generate(IDS, **settings)
+
+
 def test_ids_and_embeddings_together_and_masks_of_other_shapes_are_refused():
     unlearner = build_unlearner()
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds; found both"):

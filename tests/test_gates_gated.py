@@ -79,6 +79,16 @@ def test_generate_and_forward_give_each_row_what_its_prompt_gives(side):
             assert torch.equal(model.generate(**batch, **GREEDY), base.generate(**batch, **GREEDY))
 
 
+def test_a_special_token_within_a_name_does_not_hide_it():
+    model = GatedUnlearner(prompts(), make_tokenizer(), {"default": NameGate(["jane doe"])})
+    jane, doe = (model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("about jane", "doe is"))
+    assert model.names_of([[1, *jane, 1, *doe, 2], [*jane, 2, 2, *doe], [1, *jane]]) == [
+        "default",
+        "default",
+        "__base__",
+    ]
+
+
 def test_a_response_is_no_part_of_the_request():
     model, collator = gated("other"), make_collator()
     batch = collator.encoder.batch(

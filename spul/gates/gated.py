@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -112,8 +113,14 @@ class GatedUnlearner(nn.Module, Unlearner):
         return [combined.get(frozenset(some), some[0]) if some else NO_PROMPT for some in by_text]
 
     def names_of(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """`route` of requests as token ids."""
-        return self.route([str(self.tokenizer.decode(list(ids), skip_special_tokens=True)) for ids in prompts])
+        """`route` of requests as token ids. Special tokens are spaces: one within a name would not part it."""
+        special = set(self.tokenizer.all_special_ids)
+
+        def text(ids: Sequence[int]) -> str:
+            parts = [list(some) for is_special, some in itertools.groupby(ids, special.__contains__) if not is_special]
+            return " ".join(str(self.tokenizer.decode(part)) for part in parts)
+
+        return self.route([text(ids) for ids in prompts])
 
     def _names_of_rows(self, input_ids: Tensor, attention_mask: Tensor | None, ends: Sequence[int]) -> list[str]:
         """Names for the rows of a batch; a row's request is its first `end` tokens, all of them for an end of 0."""

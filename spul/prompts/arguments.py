@@ -136,6 +136,10 @@ def generation_settings(base: Any, kwargs: dict[str, Any]) -> GenerationConfig:
         )
     if merged.num_beams is None:
         merged.num_beams = 1
+    if merged.num_beams < 1 or (merged.num_return_sequences or 1) < 1:
+        raise ValueError(
+            f"num_beams={merged.num_beams}, num_return_sequences={merged.num_return_sequences}; expected at least 1."
+        )
     if (mode := merged.get_generation_mode()) not in _PLAIN_MODES:
         raise ValueError(
             f"generate under a soft prompt does not decode by {mode.value.replace('_', ' ')}; it decodes by greedy "
