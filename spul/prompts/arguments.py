@@ -136,7 +136,7 @@ def generation_settings(base: Any, kwargs: dict[str, Any]) -> GenerationConfig:
         )
     if merged.num_beams is None:
         merged.num_beams = 1
-    if merged.num_beams < 1 or (merged.num_return_sequences or 1) < 1:
+    if min(merged.num_beams, 1 if merged.num_return_sequences is None else merged.num_return_sequences) < 1:
         raise ValueError(
             f"num_beams={merged.num_beams}, num_return_sequences={merged.num_return_sequences}; expected at least 1."
         )
