@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from helpers import CONFIGS, build_unlearner, make_batch, make_collator, make_dataset
-from peft import LoraConfig, PeftModelForCausalLM
+from peft import LoraConfig, PeftModelForCausalLM, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from plain import row_logits
 
 from spul.evaluation.metrics import score_completions
@@ -348,12 +349,18 @@ def slowed(module):
     module.forward = lambda states: inner(0.5 * states)
 
 
+def without_lora(base):
+    for module in base.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
+
+
 CHANGES = {
     "a buffer": lambda base: base.model.rotary_emb.inv_freq.mul_(0.5),
     "a module": lambda base: setattr(base.model.layers[0].mlp, "act_fn", torch.nn.Tanh()),
     "a number": lambda base: setattr(base.model.layers[0].self_attn, "scaling", 1.0),
     "a forward": lambda base: slowed(base.model.layers[0].mlp),
-    "LoRA that is disabled": lambda base: base.disable_adapters(),
+    "LoRA that is disabled": without_lora,
 }
 
 
@@ -362,7 +369,7 @@ def test_what_changes_the_base_without_a_parameter_invalidates_it(change):
     unlearner, ids = build_unlearner("llama").eval(), torch.randint(5, 120, (1, 7))
     base = unlearner.get_base_model()
     if "LoRA" in change:
-        base.add_adapter(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        inject_adapter_in_model(LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False), base)
         base.double().requires_grad_(False)
     with torch.no_grad():
         before = unlearner(ids).logits
