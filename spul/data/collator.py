@@ -202,12 +202,10 @@ class ForgetRetainCollator:
         Raises:
             ValueError: if a forget row would lose one of `names`.
         """
-        texts = self.generic_completions or []
-        most = max((len(text.encode()) for text in texts), default=0)
         self.encoder.num_cut = num_tokens = num_rows = 0
-        for row in _each(rows):
+        for row, fits in self.encoder.which_fit(_each(rows), self.generic_completions or ()):
             num_rows += 1
-            if self.encoder.surely_fits(row, 0 if "input_ids" in row else most):
+            if fits:
                 continue
             encoded = self.encoder.encode(row)
             if row.get("is_forget"):
