@@ -65,7 +65,7 @@ def forget_retain_dataset(
 
 
 def _weights(rows: Dataset, given: Sequence[float] | None, name: str) -> np.ndarray | None:
-    """How often each row of a set is drawn: as given, or by its column; None without either."""
+    """Weights by which the rows of a set are drawn: as given, or by its column; None without either."""
     if given is None:
         if WEIGHT not in rows.column_names:
             return None

@@ -128,11 +128,11 @@ class Gate:
         return report_of(self.flags(forget_texts), self.flags(retain_texts), reworded, "texts given to measure")
 
     def settings(self) -> dict[str, Any]:
-        """What `gate.json` holds of the gate, beside kind, threshold and report."""
+        """Fields of `gate.json` beside kind, threshold and report."""
         raise NotImplementedError
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What `gate.safetensors` holds; without any there is no such file."""
+        """Arrays of `gate.safetensors`; without any there is no such file."""
         return {}
 
     def identity(self) -> str:
@@ -212,7 +212,7 @@ class FunctionGate(Gate):
         self.function = function
 
     def decide(self, texts: Sequence[str]) -> np.ndarray:
-        """What the function returns, as an array."""
+        """The function's return value, as an array."""
         texts = checked_texts(texts)
         return np.asarray(self.function(texts)) if texts else np.zeros(0, dtype=bool)
 

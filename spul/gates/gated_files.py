@@ -120,7 +120,7 @@ def read_gated(
                 "save, or one of the prompt alone. Save the GatedUnlearner again."
             )
     gates = {
-        name: load(folder, unlearner, tokenizer, **{**hub, "subfolder": _joined(hub, folder_of(name), GATE_FOLDER)})
+        name: gate_of(folder, unlearner, tokenizer, **{**hub, "subfolder": _joined(hub, folder_of(name))})
         for name in routing["gates"]
     }
     combined = {tuple(one["flagged"]): one["prompt"] for one in routing["combined"]}

@@ -12,6 +12,7 @@ from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .configs import check_peft_config, check_promptable, scale_random_prompt
+from .shared_prefix import drop_cached
 
 
 class PromptAdapters(PeftModelForCausalLM, Unlearner):
@@ -43,7 +44,7 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         """Remove a prompt. If it was the active one, another becomes active; without any, the model is the base."""
         super().delete_adapter(adapter_name)
         del self.spul_configs[adapter_name]
-        self.__dict__.get("_cached_prompts", {}).pop(adapter_name, None)
+        drop_cached(self, adapter_name)
         self._train_active_prompt_only()
 
     @property

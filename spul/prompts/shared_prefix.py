@@ -79,6 +79,11 @@ def cached_prompts(model: Any) -> Iterator[None]:
                 model.__dict__.pop(_CACHE, None)
 
 
+def drop_cached(model: Any, adapter_name: str) -> None:
+    """Drop the cached states of a prompt, if there are any."""
+    model.__dict__.get(_CACHE, {}).pop(adapter_name, None)
+
+
 def is_prefix(model: Any) -> bool:
     """Whether the active prompt is keys and values (prefix tuning), and no embeddings."""
     return model.active_peft_config.peft_type == PeftType.PREFIX_TUNING

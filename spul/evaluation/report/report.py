@@ -136,7 +136,7 @@ def _unseen(evaluation: Evaluation) -> list[str]:
 
 
 def _facts(evaluation: Evaluation) -> Section:
-    """What was measured, and by which version; the report's own date, since seeds may be of several."""
+    """Adapter, base, rows and versions of an evaluation; the report's own date, since seeds may be of several."""
     versions = [f"{name} {version}" for name, version in library_versions().items()]
     written = f"Written on {datetime.now(timezone.utc).date().isoformat()} (UTC) by {', '.join(versions)}."
     shown, heads = [], []
