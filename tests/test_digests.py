@@ -24,6 +24,7 @@ from spul.records.digests import (
     is_summary_of,
     make_digest_key,
     read_digest_key,
+    summarize_groups,
     summarize_rows,
 )
 
@@ -309,6 +310,13 @@ def test_the_digest_of_rows_is_that_of_their_sorted_digests():
     texts = [{"prompt": f"a {i}", "completion": " b", "other": i} for i in range(3_000)]  # some digests end with zeros
     for rows in ([], texts, [chat, tokenized, *texts[:5]]):
         assert summarized(rows) == summary_by_sorting(rows)
+
+
+def test_two_groups_in_one_pass_have_the_summaries_of_each():
+    rows = [{"prompt": f"a {i}", "completion": " b"} for i in range(50)]
+    flags = [i % 3 == 0 for i in range(50)]
+    groups = [[row for row, flag in zip(rows, flags, strict=True) if flag is one] for one in (True, False)]
+    assert summarize_groups(iter(rows), flags, KEY) == tuple(map(summary_by_sorting, groups))
 
 
 def test_the_bytes_of_a_key_file_are_its_key(tmp_path):

@@ -494,19 +494,3 @@ def test_a_tokenizer_that_grows_and_an_end_that_is_switched_off_reach_what_was_c
     assert encoder.completion_ids(" positive") == before[:-1]
     encoder.tokenizer.add_tokens([" positive"])
     assert encoder.completion_ids(" positive") == [len(encoder.tokenizer) - 1]
-
-
-@pytest.mark.parametrize("max_length", [12, 20, 40])
-def test_rows_that_are_said_to_fit_in_bulk_lose_nothing_when_they_are_encoded(max_length):
-    rows = [{"prompt": "the film is good " * (i % 7 + 1), "completion": " positive"} for i in range(40)]
-    rows += [{"prompt": "", "completion": " positive"}, {"input_ids": [5] * 30, "completion_mask": [0] * 29 + [1]}]
-    encoder = RowEncoder(make_tokenizer(), max_length=max_length)
-    found = list(encoder.which_fit(rows, [" neutral"]))
-    assert [row for row, _ in found] == rows
-    reserve = len(encoder.completion_ids(" neutral"))
-    for row, fits in found[:40]:
-        assert not fits or encoder.encode(row, reserve=reserve).num_cut == 0
-    whole = [encoder.with_max_length(1000).encode(row) for row, _ in found[:40]]
-    needed = [len(one.prompt_ids) + max(reserve, len(one.completion_ids)) + 2 for one in whole]
-    assert [fits for _, fits in found[:40]] == [num <= max_length for num in needed]
-    assert [fits for _, fits in found[41:]] == [max_length >= 30]

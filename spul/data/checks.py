@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from .rows import column_batches, column_values, normalized
+from .rows import column_values, normalized
 
 TEXT_TYPES = ("string", "large_string")
 
@@ -83,7 +83,9 @@ def forget_flags(rows: Any, name: str = "train_dataset") -> list[bool]:
     """
     if hasattr(rows, "column_names"):
         check_is_forget(rows.column_names, name)
-        values = (flag for flags in column_batches(rows, "is_forget") for flag in flags)
+        values = column_values(rows, "is_forget")
+        if set(map(type, values)) == {bool}:
+            return values
         return [checked_flag(flag, f"row {i} of {name}") for i, flag in enumerate(values)]
     flags = []
     for i, row in enumerate(rows):
@@ -123,6 +125,8 @@ def check_row_ids(rows: Any, name: str = "train_dataset") -> None:
         values = rows["row_id"][:] if "row_id" in rows.column_names else []
     else:
         values = [row["row_id"] for row in rows if "row_id" in row]
+    if set(map(type, values)) == {int} and len(set(values)) == len(values) and _is_int64(min(values), max(values)):
+        return
     first: dict[int, int] = {}
     for i, value in enumerate(values):
         number = checked_row_id(value, f"row {i} of {name}")
@@ -140,12 +144,16 @@ def checked_row_id(value: Any, name: str) -> int:
         ValueError: if it is not a whole number.
     """
     number = whole_number(value, bools=False)
-    if number is None or not -(2**63) <= number < 2**63:
+    if number is None or not _is_int64(number):
         raise ValueError(
             f"{name} has row_id={value!r}; expected a whole number of 64 bits, such as "
             "forget_retain_dataset(forget, retain) gives each row."
         )
     return number
+
+
+def _is_int64(*numbers: int) -> bool:
+    return all(-(2**63) <= number < 2**63 for number in numbers)
 
 
 def whole_number(value: Any, bools: bool) -> int | None:
@@ -195,7 +203,7 @@ def checked_text_batches(rows: Any, column: str) -> Iterator[list[str]]:
     """The texts of a column of checked rows, some thousand at a time, themselves checked as in `checked_texts`."""
     bad: list[tuple[int, Any]] = []
     num = 0
-    for texts in column_batches(rows, column):
+    for texts in column_values(rows, column):
         bad += [(num + i, text) for i, text in enumerate(texts) if not isinstance(text, str)]
         num += len(texts)
         if not bad:

@@ -6,20 +6,20 @@ import hashlib
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .checks import check_is_forget, check_not_generic, checked_names, checked_row_id
+from .cut_rows import rows_maybe_cut
 from .encoder import Encoded, RowEncoder
 from .recognizers import NameFinder
 from .row_checks import check_is_row, generic_ids_of, row_flag, row_name
 from .row_weights import WEIGHT
-from .rows import completion_text, normalized, prompt_of, shortened
+from .rows import completion_text, normalized, prompt_of, read_rows, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,6 @@ ROW_COLUMNS = (
     "row_id",
     "copy",
 )
-ROWS_READ_AT_ONCE = 1000
 
 
 class ForgetRetainCollator:
@@ -99,6 +98,7 @@ class ForgetRetainCollator:
         self.seed, self.resample = seed, resample
         self.encoder = RowEncoder(tokenizer, max_length, text_field, append_eos, pad_to_multiple_of)
         self.names = checked_names("names", names) if names else []
+        self._warned_of_cut = False
         self._draws: Counter[str] = Counter()  # per row, since the start of the epoch
         self._draws_epoch = (-1, 0)
         # Epoch (-1 if nobody sets it), and how often it was set. In shared memory, so that persistent workers see it.
@@ -153,6 +153,7 @@ class ForgetRetainCollator:
                 encoded.append(self.encoder.encode(row, generic, self._reserve(row, own)))
             else:
                 encoded.append(own)
+            self._warn_of_first(encoded[-1])
             if is_forget:
                 self._check_names(row, encoded[-1])
         return self.encoder.pad(rows, encoded)
@@ -192,6 +193,9 @@ class ForgetRetainCollator:
     def warn_of_cut_rows(self, rows: Any, name: str = "train_dataset") -> int:
         """Count the rows that are longer than `max_length`, and warn of them, all in one message.
 
+        The count is exact for forget rows and for the first 20,000 retain rows that look long; among more than these
+        every 32nd is tokenized, and the message says "about".
+
         Args:
             rows: a data set, or any sequence of rows, as in `__call__`.
             name: their name in the message.
@@ -202,28 +206,41 @@ class ForgetRetainCollator:
         Raises:
             ValueError: if a forget row would lose one of `names`.
         """
-        self.encoder.num_cut = num_tokens = num_rows = 0
-        for row, fits in self.encoder.which_fit(_each(rows), self.generic_completions or ()):
-            num_rows += 1
-            if fits:
-                continue
+        num_cut, num_tokens, about = 0, 0, ""
+        columns = (*ROW_COLUMNS, self.encoder.text_field or "prompt")
+        for row, stands_for in rows_maybe_cut(self.encoder, read_rows(rows, columns), self.generic_completions or ()):
+            about = "about " if stands_for > 1 else about
             encoded = self.encoder.encode(row)
             if row.get("is_forget"):
                 encoded = self.encoder.encode(row, reserve=self._reserve(row, encoded))
                 self._check_names(row, encoded)
-            num_tokens += encoded.num_cut
-            self.encoder.num_cut += encoded.num_cut > 0
-        if self.encoder.num_cut:
+            num_tokens += encoded.num_cut * stands_for
+            num_cut += stands_for if encoded.num_cut else 0
+        self.encoder.num_cut = num_cut
+        if num_cut:
+            self._warned_of_cut = True
             logger.warning(
-                "%d of %d rows of %s are longer than max_length=%d and lose %d tokens, %s.",
-                self.encoder.num_cut,
-                num_rows,
+                "%s%d of %d rows of %s are longer than max_length=%d and lose %d tokens, %s.",
+                about,
+                num_cut,
+                len(rows),
                 name,
                 self.encoder.max_length,
                 num_tokens,
                 self._where_cut(),
             )
-        return self.encoder.num_cut
+        return num_cut
+
+    def _warn_of_first(self, encoded: Encoded) -> None:
+        """Warn of the first row that is cut, if nobody did."""
+        if encoded.num_cut and not self._warned_of_cut:
+            self._warned_of_cut = True
+            logger.warning(
+                "a row is longer than max_length=%d and loses %d tokens, %s; further ones are not warned of.",
+                self.encoder.max_length,
+                encoded.num_cut,
+                self._where_cut(),
+            )
 
     def _check_names(self, row: Mapping[str, Any], encoded: Encoded) -> None:
         """Raise if a forget row loses a name altogether by being shortened."""
@@ -283,12 +300,3 @@ class ForgetRetainCollator:
             self._draws[copy] += 1
         number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
         return number % len(self.generic_completions)
-
-
-def _each(rows: Any) -> Iterable[Mapping[str, Any]]:
-    """The rows one by one; of a data set, many are read at once."""
-    if not isinstance(rows, Dataset):
-        yield from rows
-        return
-    for columns in rows.iter(ROWS_READ_AT_ONCE):
-        yield from (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-import itertools
 import logging
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from ..losses.terms import IGNORE_INDEX
 from .boundary import boundary_fault
 from .checks import checked_flag, checked_row_id
 from .row_checks import check_is_row, check_texts, ending_of, split_tokenized
-from .rows import ROWS_READ_AT_ONCE, completion_text, shortened
+from .rows import completion_text, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +27,6 @@ logger = logging.getLogger(__name__)
 ANCHOR = ":"
 # An answer that no template changes, to see what a chat template puts after an answer.
 MARK = "answer"
-# Tokens that a tokenizer may add to a text: before and after it, and for a space before it.
-MORE_TOKENS = 8
 # Characters on each side of a boundary of prompt and completion by which it counts as seen, and boundaries checked.
 BOUNDARY_WIDTH, MAX_BOUNDARIES = 16, 256
 # Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion,
@@ -210,50 +207,6 @@ class RowEncoder:
             )
         kept = self._shorten(prompt_ids, max(len(completion_ids), reserve), removable)
         return Encoded(kept, completion_ids, num_ending, len(prompt_ids) - len(kept))
-
-    def surely_fits(self, row: Mapping[str, Any], num_completion: int = 0) -> bool:
-        """Whether a row fits by the number of its characters, without tokenizing it.
-
-        A token stands for one byte of text or more, but for a few that a tokenizer puts before and after.
-
-        Args:
-            row: as in `encode`. Of conversations the template's tokens are not known, so that none surely fits.
-            num_completion: take the completion to have at least this many tokens.
-        """
-        if "input_ids" in row:
-            return len(row["input_ids"]) + num_completion <= self.max_length
-        prompt, completion = row.get("prompt"), row.get("completion")
-        if not isinstance(prompt, str) or not isinstance(completion, str):
-            return False
-        num_completion = max(num_completion, len(completion.encode()))
-        return len(prompt.encode()) + num_completion + MORE_TOKENS <= self.max_length
-
-    def which_fit(
-        self, rows: Iterable[Mapping[str, Any]], completions: Sequence[str] = ()
-    ) -> Iterator[tuple[Mapping[str, Any], bool]]:
-        """Each row with whether it surely fits, long prompts tokenized some thousand at a time.
-
-        Args:
-            rows: as in `encode`.
-            completions: that rows of texts must have room for as well.
-        """
-        rows, backend = iter(rows), getattr(self.tokenizer, "backend_tokenizer", None)
-        most_bytes = max((len(text.encode()) for text in completions), default=0)
-        most_tokens = max((len(self.completion_ids(text)) for text in completions), default=0)
-        while some := list(itertools.islice(rows, ROWS_READ_AT_ONCE)):
-            fits = [self.surely_fits(row, 0 if "input_ids" in row else most_bytes) for row in some]
-            long = [i for i, row in enumerate(some) if not fits[i] and self._is_of_texts(row)]
-            if backend is not None and backend.truncation is None and backend.padding is None and long:
-                encodings = backend.encode_batch_fast([some[i]["prompt"] for i in long])
-                for i, encoding in zip(long, encodings, strict=True):
-                    reserved = max(most_tokens, len(self.completion_ids(some[i]["completion"]))) + 2  # ends
-                    fits[i] = len(encoding.ids) + reserved <= self.max_length
-            yield from zip(some, fits, strict=True)
-
-    @staticmethod
-    def _is_of_texts(row: Mapping[str, Any]) -> bool:
-        texts = (row.get("prompt"), row.get("completion"))
-        return "input_ids" not in row and all(isinstance(text, str) and text for text in texts)
 
     def completion_ids(self, text: str, row: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a text as a completion, cached.

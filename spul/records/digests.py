@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import itertools
 import json
 import os
 import re
@@ -172,8 +173,27 @@ def summarize_rows(rows: Iterable[Mapping[str, Any]], key: DigestKey | None = No
     """
     if key is None:
         return DataSummary(len(rows) if isinstance(rows, Sized) else sum(1 for _ in rows))
-    content = sorted_digests(rows)
-    return DataSummary(len(content) // 32, hmac.new(read_digest_key(key), content, hashlib.sha256).hexdigest())
+    return summarize_groups(rows, itertools.repeat(True), key)[0]
+
+
+def summarize_groups(
+    rows: Iterable[Mapping[str, Any]], flags: Iterable[bool], key: DigestKey
+) -> tuple[DataSummary, DataSummary]:
+    """`summarize_rows` of the rows whose flag is True, and of the others, in one pass.
+
+    Args:
+        rows: as in `summarize_rows`.
+        flags: one for each row, such as `is_forget`.
+        key: the owner's secret.
+    """
+    groups, key = (bytearray(), bytearray()), read_digest_key(key)
+    for row, flag in zip(rows, flags, strict=False):
+        groups[not flag].extend(_row_digest(row))
+    forget, retain = (
+        DataSummary(len(digests) // 32, hmac.new(key, _ordered(digests), hashlib.sha256).hexdigest())
+        for digests in groups
+    )
+    return forget, retain
 
 
 def is_summary_of(summary: DataSummary, rows: Iterable[Mapping[str, Any]], key: DigestKey) -> bool:
@@ -196,21 +216,20 @@ def is_summary_of(summary: DataSummary, rows: Iterable[Mapping[str, Any]], key: 
     return found.rows == summary.rows and hmac.compare_digest(str(found.digest).encode(), summary.digest.encode())
 
 
-def sorted_digests(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    """The SHA-256 of every row, sorted and joined: 32 bytes a row, equal for one set in any order. Not to be shared.
+_encode_row = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
-    Args:
-        rows: as in `summarize_rows`.
-    """
-    encode = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
-    digests = bytearray()
-    for row in rows:
-        content = [row.get(key) for key in ("prompt", "completion")]
-        if content[0] is None:
-            content = [[int(i) for i in row[key]] for key in ("input_ids", "completion_mask")]
-        digests += hashlib.sha256(encode(content).encode()).digest()
-    ordered = np.sort(np.frombuffer(digests, dtype="S32"))  # of one width, so that zeros at an end count
-    return ordered.tobytes()
+
+def _row_digest(row: Mapping[str, Any]) -> bytes:
+    """The SHA-256 of a row, 32 bytes. Not to be shared."""
+    content: list[Any] = [row.get("prompt"), row.get("completion")]
+    if content[0] is None:
+        content = [[int(i) for i in row[key]] for key in ("input_ids", "completion_mask")]
+    return hashlib.sha256(_encode_row(content).encode()).digest()
+
+
+def _ordered(digests: bytearray) -> bytes:
+    """Digests sorted and joined: equal for one set of rows in any order."""
+    return np.sort(np.frombuffer(digests, dtype="S32")).tobytes()  # of one width, so that zeros at an end count
 
 
 def digest_of_rows(rows: Any) -> str:

@@ -23,7 +23,7 @@ from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import keep_4bit_differentiable, save_training_args
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
-from ..records.digests import DataSummary, DigestKey, read_digest_key, summarize_rows
+from ..records.digests import DataSummary, DigestKey, read_digest_key, summarize_groups
 from .callbacks import EmbeddingNoise, EpochCallback, TermSums
 from .checks import check_options, check_training_rows, checked_loss, last_complete_checkpoint
 from .evaluation import EvaluatingTrainer
@@ -199,20 +199,21 @@ class UnlearningTrainer(EvaluatingTrainer):
         if record is None or self._rows is None:
             return
         if not self._summaries:
-            self._summaries += [self._summary(group) for group in (True, False)]
+            self._summaries += self._summarized()
         record.generic_completions = self._collator.generic_completions
         record.forget, record.retain = copy.deepcopy(self._summaries)
         if self.unlearner.loss is None:  # a prompt records its own when it is saved
             record.loss = self._loss.to_dict()
 
-    def _summary(self, group: bool) -> DataSummary | None:
-        """Number and keyed digest of the forget (True) or the retain rows; None for a stream, which is not counted."""
+    def _summarized(self) -> tuple[DataSummary | None, DataSummary | None]:
+        """Number and keyed digest of the forget and of the retain rows; None for a stream, which is not counted."""
         if is_stream(self._rows):
-            return None
+            return None, None
         if self._key is None:
-            return DataSummary(self._flags.count(group))
+            num_forget = self._flags.count(True)
+            return DataSummary(num_forget), DataSummary(len(self._flags) - num_forget)
         content = read_rows(self._rows, ("prompt", "completion", "input_ids", "completion_mask"))
-        return summarize_rows(itertools.compress(content, (flag == group for flag in self._flags)), self._key)
+        return summarize_groups(content, self._flags, self._key)
 
     def _new_sampler(self) -> EpochSampler | None:
         """The sampler of the arguments as they are now: a search changes them."""
