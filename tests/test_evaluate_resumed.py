@@ -36,6 +36,7 @@ from spul.records.digests import (
     digest_of_tokenizer,
     is_summary_of,
     make_digest_key,
+    sorted_digests,
 )
 from spul.records.spul_config import library_versions
 
@@ -247,10 +248,7 @@ def plain_digests(splits: Any) -> list[str]:
     """Digests of each split that need no secret, whole and cut."""
     found = [digest_of_rows(split) for split in splits.values()]
     prompts = [split for split in splits.values() if "prompt" in split.column_names]
-    for split in prompts:
-        contents = [json.dumps([row["prompt"], row["completion"]], ensure_ascii=False) for row in split]
-        digests = sorted(hashlib.sha256(content.encode()).digest() for content in contents)
-        found.append(hashlib.sha256(b"".join(digests)).hexdigest())
+    found += [hashlib.sha256(sorted_digests(split)).hexdigest() for split in prompts]
     return [*found, *(one[:16] for one in found)]
 
 

@@ -216,6 +216,15 @@ def is_summary_of(summary: DataSummary, rows: Iterable[Mapping[str, Any]], key: 
     return found.rows == summary.rows and hmac.compare_digest(str(found.digest).encode(), summary.digest.encode())
 
 
+def sorted_digests(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """The SHA-256 of every row, sorted and joined: 32 bytes a row, equal for one set in any order. Not to be shared.
+
+    Args:
+        rows: as in `summarize_rows`.
+    """
+    return _ordered(bytearray(b"".join(map(_row_digest, rows))))
+
+
 _encode_row = json.JSONEncoder(sort_keys=True, ensure_ascii=False).encode
 
 
