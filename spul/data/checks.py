@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from .rows import column_values, normalized
+from .rows import column_batches, column_values, normalized
 
 TEXT_TYPES = ("string", "large_string")
 
@@ -203,7 +203,7 @@ def checked_text_batches(rows: Any, column: str) -> Iterator[list[str]]:
     """The texts of a column of checked rows, some thousand at a time, themselves checked as in `checked_texts`."""
     bad: list[tuple[int, Any]] = []
     num = 0
-    for texts in column_values(rows, column):
+    for texts in column_batches(rows, column):
         bad += [(num + i, text) for i, text in enumerate(texts) if not isinstance(text, str)]
         num += len(texts)
         if not bad:
