@@ -10,7 +10,8 @@ A gate and a prompt act row by row, so a system's answer to a row is the prompt'
 base's elsewhere: each model runs over each set of rows once, and all systems are read off. `--check` compares that
 with `GatedUnlearner` on the rows as asked.
 
-`--held-out SHARE` scores on held-out training rows in place of the test rows; settings are chosen there.
+`--held-out SHARE` scores on held-out training rows in place of the test rows; the settings of the prompt behind the
+gate are chosen there.
 """
 
 from __future__ import annotations
@@ -38,7 +39,6 @@ from spul.gates import AnyGate, GatedUnlearner, NameGate, StateGate, TextGate, h
 from spul.training.augmentation import augmented, rewritings
 
 PROMPT = "prefix_tuning"
-ATTACKED = 60  # rows of each set under an attack
 
 
 def parse_args() -> argparse.Namespace:
@@ -47,7 +47,7 @@ def parse_args() -> argparse.Namespace:
     add("--data-dir", required=True, help="folder of SST-2")
     add("--model", required=True, help="Hub name or folder of a causal LM")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3])
-    add("--steps", type=int, default=600, help="of the ungated prompt")
+    add("--steps", type=int, default=2000, help="of the ungated prompt")
     add("--gated-steps", type=int, default=400, help="of the prompt behind the gate")
     add("--gated-alpha", type=float, default=1.0, help="retain weight of the prompt behind the gate")
     add("--gated-fraction", type=float, default=0.6, help="share of forget rows in its batches")
@@ -56,6 +56,7 @@ def parse_args() -> argparse.Namespace:
     add("--recall", type=float, default=0.99, help="recall asked of the fitted gates")
     add("--layers", nargs="+", type=int, default=[2, 4], help="layers that the state gate tries")
     add("--held-out", type=float, help="share of the training rows to score on, in place of the test rows")
+    add("--attacked", type=int, default=60, help="rows of each set under each attack; 0 for none")
     add("--check", action="store_true", help="compare with GatedUnlearner on the rows as asked")
     add("--output-dir", type=Path, default=Path("out/gated"))
     return parser.parse_args()
@@ -145,12 +146,16 @@ def trained(experiment: Experiment, run: Run, rows: dict[str, Dataset], folder: 
 # ---- scores ----
 
 
-def attacked_rows(experiment: Experiment, scored: dict[str, Dataset]) -> Iterator[tuple[str, str, Dataset]]:
+def attacked_rows(
+    args: argparse.Namespace, experiment: Experiment, scored: dict[str, Dataset]
+) -> Iterator[tuple[str, str, Dataset]]:
     """Side, attack and rows: as asked, and under each attack that changes them."""
     seed, field = experiment.setup.seed, experiment.data.format.text_field
     for side, rows in scored.items():
         yield side, "none", rows
-        rows = rows.select(range(min(ATTACKED, len(rows))))
+        if args.attacked == 0:
+            continue
+        rows = rows.select(range(min(args.attacked, len(rows))))
         filler = scored["retain"].select(range(100, len(scored["retain"])))
         other = scored["retain" if side == "forget" else "forget"]
         attacks = usual_attacks(field, filler, seed, names=SST2_FORGET_NAMES, other_rows=other)
@@ -175,17 +180,16 @@ def measured(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     folder.mkdir(parents=True, exist_ok=True)
     gates = fitted_gates(args, experiment, train, folder / "gates")
     behind = f"gated-{args.gated_alpha:g}-{args.gated_fraction:g}-{args.gated_steps}"
-    models = {
-        "base": experiment.load("base"),
-        "retrained": experiment.load("retrained"),
-        "ungated": ungated_prompt(args, experiment, train, folder / "ungated"),
-        "behind": gated_prompt(args, experiment, train, gates["text"], folder / behind),
-    }
-    path = folder / f"rows-{behind}.jsonl"
+    models = {"base": experiment.load("base")}
+    if args.held_out is None:  # what is chosen there is the prompt behind the gate
+        models["retrained"] = experiment.load("retrained")
+        models["ungated"] = ungated_prompt(args, experiment, train, folder / f"ungated-{args.steps}")
+    models["behind"] = gated_prompt(args, experiment, train, gates["text"], folder / behind)
+    path = folder / f"rows-{args.attacked}-{behind}.jsonl"
     found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {(one["side"], one["attack"]) for one in found}
     with path.open("a") as file:
-        for side, attack, rows in tqdm(list(attacked_rows(experiment, scored)), desc=f"seed {seed}"):
+        for side, attack, rows in tqdm(list(attacked_rows(args, experiment, scored)), desc=f"seed {seed}"):
             if (side, attack) in done:
                 continue
             texts = [experiment.tokenizer.decode(experiment.collator.encoder.encode(row).prompt_ids) for row in rows]
@@ -220,9 +224,9 @@ def summary(found: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Means over rows of every system, by seed, side and attack."""
     for one in found:
         gates = list(one["flags"])
-        systems = {name: one["models"][name] for name in ("base", "retrained", "ungated")}
+        systems = {name: scores for name, scores in one["models"].items() if name != "behind"}
         for gate in gates:
-            for model in ("refusal", "ungated", "behind"):
+            for model in ("refusal", *(name for name in one["models"] if name in ("ungated", "behind"))):
                 systems[f"{gate} gate, {model}"] = system(one, gate, model)
         flagged = {gate: float(np.mean(one["flags"][gate])) for gate in gates}
         for name, scores in systems.items():
