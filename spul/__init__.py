@@ -63,7 +63,18 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
-    if name in ("losses", "models", "records", "data", "prompts", "layers", "gates", "evaluation", "training"):
+    if name in (
+        "losses",
+        "models",
+        "records",
+        "data",
+        "prompts",
+        "layers",
+        "gates",
+        "rivals",
+        "evaluation",
+        "training",
+    ):
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
