@@ -90,19 +90,19 @@ _plan: ContextVar[_Plan | None] = ContextVar("spul_corruption", default=None)
 class EmbeddingCorruption(Rival):
     """A gate, and corrupted token embeddings for the requests that it flags (ECO).
 
-    For a flagged request x the base reads `corrupt(E(x_i))` in place of `E(x_i)` at the chosen tokens: all but the last,
-    or those of given names, where the request holds one. Only the request is corrupted, never the answer so far. A
-    request on which the gate fails is corrupted, too. Noise is determined by `seed` and the request's tokens, so that
-    its answer depends on no other row, and scoring and generation see the same noise; the authors draw it anew.
+    For a flagged request x the base reads `corrupt(E(x_i))` in place of `E(x_i)` at the chosen tokens: all but the
+    last, or those of given names, where the request holds one. Only the request is corrupted, never the answer so far
+    (the authors' program also corrupts the answer where it scores one). A request on which the gate fails is
+    corrupted, too. Noise is determined by `seed` and the request's tokens, so that its answer depends on no other row,
+    and scoring and generation see the same noise; the authors draw it anew.
 
-    The strength is chosen on training rows by `search_strength` or `search_corruption`. Between methods it is the only
-    one that needs the base's embeddings, not only its text interface.
+    The strength is chosen on training rows by `search_strength` or `search_corruption`.
 
     Args:
         model: a causal LM of transformers, without an adapter.
         tokenizer: its tokenizer, by which requests are read.
-        gate: a gate of `spul.gates`, or a function from a list of texts to a bool for each. The authors use a fine-tuned
-            RoBERTa at a high threshold.
+        gate: a gate of `spul.gates`, or a function from a list of texts to a bool for each. The authors fine-tune
+            RoBERTa, with thresholds from 0.99 to 0.9999.
         corruption: the change of embeddings.
         names: corrupt the tokens of these names alone, as whole words in any letter case; all but the last token of a
             request that holds none. The authors find names by a recognizer on TOFU, and take all tokens elsewhere.

@@ -23,7 +23,7 @@ from ..prompts.arguments import CACHES, check_rows, named_arguments
 # Arguments of `generate` that would go around what a rival does to requests, or return more than token ids.
 _REFUSED = (
     *("inputs_embeds", "position_ids", "cache_position", "assistant_model", "custom_generate", "streamer"),
-    *("max_length", "return_dict_in_generate", "prefill_chunk_size", *CACHES),
+    *("max_length", "return_dict_in_generate", *CACHES),
 )
 
 
@@ -116,9 +116,10 @@ class Rival(nn.Module, Unlearner):
         drop_adapter_names(kwargs)
         kwargs.pop("use_cache", None)
         if input_ids is None or any(value is not None for value in kwargs.values()):
-            given = sorted(name for name, value in kwargs.items() if value is not None)
+            found = sorted(name for name, value in kwargs.items() if value is not None)
             raise ValueError(
-                f"forward of a {type(self).__name__} takes input_ids, attention_mask and labels; found {given}."
+                f"forward of a {type(self).__name__} takes input_ids, which it needs, attention_mask and labels; "
+                f"found {found}."
             )
         check_rows(input_ids, attention_mask)
         if not self.enabled:
@@ -166,12 +167,8 @@ class Rival(nn.Module, Unlearner):
         return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), dim=0), new], dim=1)
 
     def _check_generation(self, kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config")
         for name in _REFUSED:
-            if kwargs.pop(name, None) not in (None, False) or (
-                name not in ("max_length", "return_dict_in_generate")
-                and getattr(config, name, None) not in (None, False)
-            ):
+            if kwargs.pop(name, None) not in (None, False):
                 raise ValueError(
                     f"generate of a {type(self).__name__} takes no {name}: pass input_ids, attention_mask, "
                     "max_new_tokens and how to decode; token ids are returned."
@@ -193,7 +190,7 @@ class Rival(nn.Module, Unlearner):
         pad = self.pad_token(settings)
         ids = torch.tensor([[pad] * (width - len(row)) + row for row in requests], device=self.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in requests], device=self.device)
-        if "pad_token_id" not in settings and getattr(settings.get("generation_config"), "pad_token_id", None) is None:
+        if self.setting("pad_token_id", settings) is None:
             settings["pad_token_id"] = pad
         out = cast(Any, self.base_model).generate(ids, attention_mask=mask, **settings)
         return (out if isinstance(out, Tensor) else out.sequences)[:, width:]
