@@ -86,6 +86,7 @@ class InContextUnlearning(RewritingRival):
                 f"the rows have {len(labels)} different completions; expected 2 to {MOST_LABELS} labels, of which one "
                 "is flipped to another. In-context unlearning is not defined for free-form answers."
             )
+        self.forget, self.retain = forget, retain
         self.num_forget, self.num_retain, self.seed = num_forget, num_retain, seed
         draws, encoder = random.Random(seed), RowEncoder(tokenizer, NO_LIMIT)
         flipped = [draws.choice([label for label in labels if label != text]) for text in own[0]]
@@ -104,10 +105,8 @@ class InContextUnlearning(RewritingRival):
         prompt = encoded.prompt_ids
         if prompt[0] == self.tokenizer.bos_token_id:
             prompt = prompt[1:]
-        gap = (
-            self.tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"] if isinstance(row["prompt"], str) else []
-        )
-        return [*prompt, *encoded.completion_ids, *gap]
+        separator = SEPARATOR if isinstance(row["prompt"], str) else ""
+        return [*prompt, *encoded.completion_ids, *self.tokenizer(separator, add_special_tokens=False)["input_ids"]]
 
     def edit(self, request: list[int]) -> Edit:
         """The examples in front of a request, behind its beginning-of-sequence token."""
@@ -130,16 +129,12 @@ class InContextUnlearning(RewritingRival):
 
     def on(self, base: PreTrainedModel) -> InContextUnlearning:
         """The same examples in front of another base."""
-        other = object.__new__(InContextUnlearning)
-        RewritingRival.__init__(other, base, self.tokenizer)
-        names = ("num_forget", "num_retain", "seed", "_forget", "_retain", "_nearest")
-        for name in names:
-            setattr(other, name, getattr(self, name))
-        return other
+        rows = (self.forget, self.retain)
+        return InContextUnlearning(base, self.tokenizer, *rows, self.num_forget, self.num_retain, self.seed)
 
 
 def _nearest(texts: Sequence[str], num: int) -> Callable[[str], Sequence[int]]:
-    """A function from a text to the indices of the `num` texts most like it, the nearest first; equal ones in order."""
+    """A function from a text to the indices of the `num` texts most like it, nearest first; equal ones in order."""
     from sklearn.feature_extraction.text import TfidfVectorizer  # takes a second to import
 
     vectorizer = TfidfVectorizer(token_pattern=r"\w+")

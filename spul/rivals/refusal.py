@@ -24,11 +24,12 @@ class FixedRefusal(Rival):
 
     A request on which the gate fails gets the text, too. `generate` does not run the base for flagged requests.
 
-    **As probabilities.** Behind a flagged request the tokens of the text, then its end token, have probability 1, in
-    this order and whatever tokens of an answer stand before; all others have 0 (logits 0 and minus infinity). So greedy
-    answers, accuracy, the share of generic answers, sampled answers and the probability of an answer are those of a
-    model that says the text, and the loss of any other answer is infinite. Measures that compare likelihoods (KL,
-    membership, truth ratios) have no meaning there, and `spul.evaluate` skips them.
+    **As probabilities.** Behind a flagged request the tokens of the text, then its end token for ever, have
+    probability 1, in this order and whatever tokens of an answer stand before; all others have 0 (logits 0 and minus
+    infinity). So greedy and sampled answers, accuracy, the share of generic answers and the probability of an answer
+    are those of a model that says the text, and the loss of any other answer is infinite. Measures that compare
+    likelihoods (KL, membership, truth ratios) have no meaning there: they raise, and `spul.evaluate` skips them.
+    Hidden states are the base's, which still runs where logits are computed.
 
     Args:
         model: a causal LM of transformers, without an adapter.

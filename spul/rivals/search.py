@@ -140,8 +140,8 @@ def _finished(found: Search, model: EmbeddingCorruption, tolerance: float | None
     model.corruption = found.best
     if tolerance is not None and found.distance > tolerance:
         logger.warning(
-            "no strength of %d tried comes within %g of the target %g: %s is %g away. Start from a higher strength, or "
-            "try given ones (search_corruption).",
+            "no strength of %d tried comes within %g of the target %g: %s is %g away. Start from a higher strength, "
+            "or try given ones (search_corruption).",
             *(len(found.tried), tolerance, found.target, found.best, found.distance),
         )
     return found
