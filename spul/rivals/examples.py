@@ -15,6 +15,7 @@ from ..data.encoder import RowEncoder
 from ..data.rows import completion_text
 from ..gates.gate import request_texts
 from ..records.digests import digest
+from .chat import ChatForm, starts_with
 from .rewriting import Edit, RewritingRival
 
 # The encoder of examples shortens nothing.
@@ -33,12 +34,12 @@ class InContextUnlearning(RewritingRival):
     ```
 
     `x y` is a row's prompt and completion as the collator encodes them, without a beginning-of-sequence token of its
-    own; conversations stand as turns before the request, without the newline. A flipped label is the other one of two,
-    one of the others at random of more. It was defined for classification, for one request to forget at a time, whose
-    own row is in the context. Where the forget set has more than `num_forget` rows, the context of a request holds the
-    forget rows most like it (cosine of TF-IDF of words, a choice of ours: all rows of a large set have no room), and a
-    trained row that is asked about again is itself the first. Retain rows are drawn once, by `seed`, for all requests;
-    the authors draw new ones for each.
+    own; conversations stand as turns before the request's first user message, without the newline. A flipped label is
+    the other one of two, one of the others at random of more. The method was defined for classification, for one
+    request to forget at a time, whose own row is in the context. Where the forget set has more than `num_forget` rows,
+    the context of a request holds the forget rows most like it (cosine of TF-IDF of words, a choice of ours, since all
+    rows of a large set have no room), so that a trained row that is asked about again is itself the first. Retain rows
+    are drawn once, by `seed`, for all requests; the authors draw new ones for each.
 
     Args:
         model: a causal LM of transformers, without an adapter.
@@ -88,6 +89,8 @@ class InContextUnlearning(RewritingRival):
             )
         self.forget, self.retain = forget, retain
         self.num_forget, self.num_retain, self.seed = num_forget, num_retain, seed
+        self._chat = ChatForm.of(tokenizer)
+        self._of_turns = not isinstance(forget[0]["prompt"], str)
         draws, encoder = random.Random(seed), RowEncoder(tokenizer, NO_LIMIT)
         flipped = [draws.choice([label for label in labels if label != text]) for text in own[0]]
         self._forget = [self._example(encoder, row, text) for row, text in zip(forget, flipped, strict=True)]
@@ -100,27 +103,40 @@ class InContextUnlearning(RewritingRival):
             self._nearest = _nearest(request_texts(tokenizer, prompts), num_forget)
 
     def _example(self, encoder: RowEncoder, row: dict[str, Any], label: str | None) -> list[int]:
-        """Token ids of a row with a label, its own for None, and what ends it."""
+        """Token ids of a row with a label, its own for None, up to where the next text begins."""
         encoded = encoder.encode(row, label)
         prompt = encoded.prompt_ids
-        if prompt[0] == self.tokenizer.bos_token_id:
-            prompt = prompt[1:]
-        separator = SEPARATOR if isinstance(row["prompt"], str) else ""
-        return [*prompt, *encoded.completion_ids, *self.tokenizer(separator, add_special_tokens=False)["input_ids"]]
+        if isinstance(row["prompt"], str):
+            start = int(prompt[0] == self.tokenizer.bos_token_id)
+            gap = self.tokenizer(SEPARATOR, add_special_tokens=False)["input_ids"]
+            return [*prompt[start:], *encoded.completion_ids, *gap]
+        if not starts_with(prompt, self._chat.before_user):
+            raise ValueError(
+                f"a row is a conversation that does not begin with a user message: {row['prompt']!r:.200}."
+            )
+        body = prompt[len(self._chat.before_user) :]
+        return [*body, *encoded.without_ending().completion_ids, *self._chat.answer_to_user]
 
     def edit(self, request: list[int]) -> Edit:
-        """The examples in front of a request, behind its beginning-of-sequence token."""
+        """The examples in front of a request."""
         near: Sequence[int] = range(len(self._forget))
         if self._nearest is not None:
             near = self._nearest(request_texts(self.tokenizer, [request])[0])
         examples = [*(self._forget[i] for i in near), *self._retain]
+        context = [token for example in examples for token in example]
         at = int(request[:1] == [self.tokenizer.bos_token_id])
-        return Edit(at, 0, [token for example in examples for token in example])
+        if not self._of_turns:
+            return Edit(at, 0, context)
+        if (start := self._chat.user_start(request)) is not None:
+            return Edit(start, 0, context)
+        before = list(self._chat.before_user)  # plain text is the user message after them
+        return Edit(at, 0, [*(before[1:] if before[:1] == request[:at] else before), *context])
 
     def most_added(self) -> int:
         """Tokens of the longest context."""
         longest = sorted(map(len, self._forget), reverse=True)[: self.num_forget]
-        return sum(longest) + sum(map(len, self._retain))
+        around = len(self._chat.before_user) if self._of_turns else 0
+        return around + sum(longest) + sum(map(len, self._retain))
 
     def settings(self) -> dict[str, Any]:
         """Numbers of examples, and a digest of all."""

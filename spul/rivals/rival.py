@@ -168,7 +168,8 @@ class Rival(nn.Module, Unlearner):
 
     def _check_generation(self, kwargs: dict[str, Any]) -> None:
         for name in _REFUSED:
-            if kwargs.pop(name, None) not in (None, False):
+            value = kwargs.pop(name, None)
+            if value is not None and value is not False:
                 raise ValueError(
                     f"generate of a {type(self).__name__} takes no {name}: pass input_ids, attention_mask, "
                     "max_new_tokens and how to decode; token ids are returned."
