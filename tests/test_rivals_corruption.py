@@ -155,6 +155,18 @@ def test_a_prefill_in_chunks_is_refused():
         corrupted().generate(ids, max_new_tokens=2, prefill_chunk_size=2)
 
 
+def test_generation_without_a_cache_would_read_the_request_uncorrupted_and_is_refused():
+    ids = torch.tensor([make_tokenizer()("about jane")["input_ids"]])
+    with pytest.raises(ValueError, match="reads the request again at every step"):
+        corrupted().generate(ids, max_new_tokens=3, use_cache=False)
+
+
+def test_noise_beyond_the_range_of_the_embeddings_is_refused():
+    with pytest.raises(ValueError, match="beyond the range of"):
+        Corruption("noise", 1e6).of(torch.zeros(9, 4, dtype=torch.float16), [0])
+    assert Corruption("noise", 1e6).of(torch.zeros(9, 4, dtype=torch.bfloat16), [0]).isfinite().all()
+
+
 @pytest.mark.parametrize("fields", [{"kind": "blur"}, {"strength": 0.0}, {"strength": float("nan")}, {"dims": 0}])
 def test_a_corruption_is_of_a_kind_with_a_strength_and_dims(fields):
     with pytest.raises(ValueError, match="expected a kind"):

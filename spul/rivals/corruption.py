@@ -59,7 +59,7 @@ class Corruption:
             seed: whole numbers of 0 or more that determine the noise.
 
         Raises:
-            ValueError: if embeddings have fewer entries than `dims`.
+            ValueError: if embeddings have fewer entries than `dims`, or noise is beyond the range of their type.
         """
         if self.dims > embeddings.shape[1]:
             raise ValueError(f"dims={self.dims}, and embeddings have {embeddings.shape[1]} entries; lower dims.")
@@ -67,6 +67,8 @@ class Corruption:
             noise = np.random.default_rng(list(seed)).standard_normal((len(embeddings), self.dims))
             changed = embeddings.clone()
             changed[:, : self.dims] += (self.strength * torch.from_numpy(noise)).to(embeddings)
+            if not bool(changed.isfinite().all()):
+                raise ValueError(f"strength={self.strength} is beyond the range of {embeddings.dtype}; lower it.")
             return changed
         largest = embeddings.abs().topk(self.dims, dim=1).indices
         values = embeddings.gather(1, largest)
@@ -186,7 +188,14 @@ class EmbeddingCorruption(Rival):
 
         def hook(module: nn.Module, args: tuple, embeddings: Tensor) -> Tensor | None:
             # Of other threads, which share the base, and of later steps of generation nothing is changed.
-            return self._changed(plan, embeddings) if _plan.get() is plan and not plan.done else None
+            if _plan.get() is not plan:
+                return None
+            if plan.done and embeddings.shape[1] > plan.width:
+                raise ValueError(
+                    f"{type(self.base_model).__name__} reads the request again at every step; a corrupted one is read "
+                    "once, from a key/value cache: leave out use_cache=False, or take a model that has a cache."
+                )
+            return None if plan.done else self._changed(plan, embeddings)
 
         handle = cast(Any, self.base_model).get_input_embeddings().register_forward_hook(hook)
         token = _plan.set(plan)
