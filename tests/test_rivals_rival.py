@@ -16,6 +16,7 @@ from small_evaluations import learned, make_splits, measured, per_row
 from transformers import GenerationConfig
 
 from spul import UnlearningTrainer
+from spul.evaluation.attacks import soft_suffix
 from spul.evaluation.metrics import generate_answers, response_embeddings
 from spul.evaluation.metrics.likelihood import kl_to, response_likelihoods
 from spul.evaluation.metrics.membership import attack_scores
@@ -253,6 +254,11 @@ def test_hidden_states_and_running_text_go_through_it(kind):
     assert response_embeddings(model, rows("film", 3), collator.encoder).shape == (3, 32)
     found = text_losses(model, ["the film is good", "a bad plot"], collator.encoder)
     assert np.isfinite(found["nats"]).all()
+
+
+def test_a_trained_suffix_is_refused(kind):
+    with pytest.raises(TypeError, match="trained vectors are none"):
+        soft_suffix(rival(kind), rows("jane", 2), rows("doe", 2), make_collator().encoder)
 
 
 def test_comparisons_of_likelihoods_refuse_a_fixed_text():
