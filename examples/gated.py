@@ -8,7 +8,7 @@ on what the gate nearly flags). Every system is scored on the test rows, as aske
 
 A gate and a prompt act row by row, so a system's answer to a row is the prompt's where the gate flags it and the
 base's elsewhere: each model runs over each set of rows once, and all systems are read off. `--check` compares that
-with `GatedUnlearner` on the rows as asked.
+with `GatedUnlearner` and `FixedRefusal` on the rows as asked.
 
 `--held-out SHARE` scores on held-out training rows in place of the test rows; the settings of the prompt behind the
 gate are chosen there.
@@ -36,6 +36,7 @@ from spul.evaluation.attacks.inputs import UnchangedError
 from spul.evaluation.attacks.usual import checked_attacks, usual_attacks
 from spul.evaluation.metrics.scoring import answer_scores, collect_answers
 from spul.gates import AnyGate, GatedUnlearner, NameGate, StateGate, TextGate, hard_negatives, load
+from spul.rivals import FixedRefusal
 from spul.training.augmentation import augmented, rewritings
 
 PROMPT = "prefix_tuning"
@@ -206,9 +207,12 @@ def measured(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
     if args.check:
         for kind, gate in gates.items():
             gated = GatedUnlearner(models["behind"], experiment.tokenizer, {"default": gate})
+            generic = experiment.collator_for(None, experiment.setup.max_length - 30).generic_completions
+            refusing = FixedRefusal(models["base"], experiment.tokenizer, gate, generic[0])
             for side, rows in scored.items():
                 (one,) = [one for one in found if (one["side"], one["attack"]) == (side, "none")]
                 assert scores_of(gated, rows, experiment) == system(one, kind, "behind"), (kind, side)
+                assert scores_of(refusing, rows, experiment) == system(one, kind, "refusal"), (kind, side)
     return found
 
 

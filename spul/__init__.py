@@ -40,6 +40,9 @@ _ROOMS = {
     "unlearning_method": "training",
 }
 
+# The rooms themselves: `import spul; spul.losses.NPO`.
+_OTHERS = ("losses", "models", "records", "data", "prompts", "layers", "gates", "rivals", "evaluation", "training")
+
 __all__ = [
     "ForgetRetainCollator",
     "ReferenceCache",
@@ -63,7 +66,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _ROOMS:
         return getattr(import_module(f".{_ROOMS[name]}", __name__), name)
-    if name in ("losses", "models", "records", "data", "prompts", "layers", "gates", "evaluation", "training"):
+    if name in _OTHERS:
         return import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

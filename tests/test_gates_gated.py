@@ -138,7 +138,7 @@ def test_an_evaluation_goes_through_the_gate_and_says_past_what_an_answer_came(t
     model, splits = gated(), make_splits()
     found = measured(model, "utility", "kl", "input attack", "relearning", "quantized", "sampling", "soft suffix",
                      output_dir=tmp_path)  # fmt: skip
-    assert "gates read text" in found.skipped["soft suffix"]
+    assert "reads text" in found.skipped["soft suffix"]
     for split in splits:
         scores = per_row(found, "utility", split, "unlearned")
         flagged, right = np.array(scores["flagged"]), np.array(scores["accuracy"])

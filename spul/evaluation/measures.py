@@ -51,13 +51,23 @@ def _requires(field: str, what: str) -> Callable[[Suite], str]:
     return lambda suite: "" if getattr(suite, field) else f"give {field}=, {what}"
 
 
+def _requires_likelihoods(suite: Suite) -> str:
+    if any(model is not None and unlearner_of(model).answers_fixed for model in (suite.model, suite.retrained)):
+        return "a fixed text has no likelihoods to compare"
+    return ""
+
+
 def _requires_base(suite: Suite) -> str:
+    if why := _requires_likelihoods(suite):
+        return why
     if "detached" in suite.models:
         return ""
     return "it compares with the model before unlearning, which is missing; give base="
 
 
 def _requires_unseen(suite: Suite) -> str:
+    if why := _requires_likelihoods(suite):
+        return why
     members, unseen = suite.splits["train_forget"], tasks.unseen_rows(suite)
     # Free-form answers are facts: the same fact in other words is not unseen.
     columns = ["prompt", *(["completion"] if suite.is_free_form else [])]
@@ -81,9 +91,19 @@ def _requires_halves(suite: Suite) -> str:
     return "" if len(few) else "one half of train_forget attacks the other, and there is one prompt only"
 
 
+def _requires_questions(suite: Suite) -> str:
+    return _requires("questions", "TOFU's perturbed files")(suite) or _requires_likelihoods(suite)
+
+
+def _requires_trained(suite: Suite) -> str:
+    if not unlearner_of(suite.model).is_trained:
+        return "the model was unlearned without training, so there is nothing to train further"
+    return _requires_halves(suite)
+
+
 def _requires_embeddings(suite: Suite) -> str:
-    if any(model is not None and unlearner_of(model).is_gated for model in (suite.model, suite.retrained)):
-        return "gates read text, and trained vectors are none"
+    if any(model is not None and unlearner_of(model).reads_tokens for model in (suite.model, suite.retrained)):
+        return "the model reads text, and trained vectors are none"
     return _requires_halves(suite)
 
 
@@ -147,7 +167,7 @@ MEASURES = {
             "Forget quality is the p-value of a test that the truth ratios are the retrained model's: higher is "
             "better. The fewer questions there are, the more easily it is high.",
             tasks.tofu,
-            _requires("questions", "TOFU's perturbed files"),
+            _requires_questions,
             generates="always",
             by_row=False,
         ),
@@ -170,7 +190,7 @@ MEASURES = {
             "a prompt, layers, LoRA or all weights, the retrained one all of its weights; the number of trained "
             "parameters is listed.",
             attack_tasks.relearning,
-            _requires_halves,
+            _requires_trained,
             figure="relearning",
             unit=("step", "steps"),
             generates="free-form",

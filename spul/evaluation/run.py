@@ -236,7 +236,7 @@ def _check_prompt(name: str, model: nn.Module, measures: Sequence[str]) -> None:
     if (
         "soft suffix" in measures
         and name in ("model", "retrained")
-        and not (unlearner.follows_embeddings or unlearner.is_gated)
+        and not (unlearner.follows_embeddings or unlearner.reads_tokens)
     ):
         raise TypeError(
             f"{name} is under a prompt of PEFT, which the soft suffix cannot follow; load it by "

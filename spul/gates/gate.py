@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import threading
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from ..data.checks import checked_column, checked_texts
 from ..records.digests import digest
@@ -266,6 +268,22 @@ def flags_of(gate: Gate | Callable[[list[str]], Any], texts: Sequence[str]) -> n
         TypeError: if the gate is neither, or a text is no string.
     """
     return as_gate(gate).flags(texts)
+
+
+def request_texts(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Sequence[int]]) -> list[str]:
+    """Requests as text, for gates. Special tokens are spaces: one within a name would not part it.
+
+    Args:
+        tokenizer: the model's tokenizer.
+        requests: token ids of each request.
+    """
+    special = set(tokenizer.all_special_ids)
+
+    def text(ids: Sequence[int]) -> str:
+        parts = [list(some) for is_special, some in itertools.groupby(ids, special.__contains__) if not is_special]
+        return " ".join(str(tokenizer.decode(part)) for part in parts)
+
+    return [text(ids) for ids in requests]
 
 
 def hard_negatives(gate: Gate | Callable[[list[str]], Any], retain: Rows, n: int, text_field: str = "prompt") -> Rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from ..models.unlearner import Unlearner
 from ..prompts.arguments import check_rows
 from ..prompts.row_prompts import NO_PROMPT
 from ..prompts.unlearner import SoftPromptUnlearner
-from .gate import Gate, as_gate
+from .gate import Gate, as_gate, request_texts
 from .gated_files import gate_of, read_gated, write_gated
 
 AnyKindOfGate = Gate | Callable[[list[str]], Any]
@@ -54,6 +53,7 @@ class GatedUnlearner(nn.Module, Unlearner):
     """
 
     follows_embeddings = False
+    reads_tokens = True
     is_gated = True
 
     def __init__(
@@ -113,14 +113,8 @@ class GatedUnlearner(nn.Module, Unlearner):
         return [combined.get(frozenset(some), some[0]) if some else NO_PROMPT for some in by_text]
 
     def names_of(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """`route` of requests as token ids. Special tokens are spaces: one within a name would not part it."""
-        special = set(self.tokenizer.all_special_ids)
-
-        def text(ids: Sequence[int]) -> str:
-            parts = [list(some) for is_special, some in itertools.groupby(ids, special.__contains__) if not is_special]
-            return " ".join(str(self.tokenizer.decode(part)) for part in parts)
-
-        return self.route([text(ids) for ids in prompts])
+        """`route` of requests as token ids."""
+        return self.route(request_texts(self.tokenizer, prompts))
 
     def _names_of_rows(self, input_ids: Tensor, attention_mask: Tensor | None, ends: Sequence[int]) -> list[str]:
         """Names for the rows of a batch; a row's request is its first `end` tokens, all of them for an end of 0."""

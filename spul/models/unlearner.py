@@ -95,7 +95,10 @@ class Unlearner:
         pads_between: whether `generate` leaves pads between virtual tokens and left-padded rows, so that rows of a
             batch must have one length.
         follows_embeddings: whether `embedding_logits` works.
+        reads_tokens: whether it reads the tokens of a request, which vectors in their place are not.
         is_gated: whether gates, which read a request's text, choose its prompt.
+        is_trained: whether something of it was trained, which can be trained further.
+        answers_fixed: whether some requests get a fixed text, whose tokens have probability 1 and all others 0.
         loss: its `UnlearningLoss`; None if the caller must pass one.
         spul_config: the `SpulConfig` that is saved with it; None where there is none.
     """
@@ -109,7 +112,10 @@ class Unlearner:
     can_be_sharded: bool = True
     pads_between: bool = False
     follows_embeddings: bool = True
+    reads_tokens: bool = False
     is_gated: bool = False
+    is_trained: bool = True
+    answers_fixed: bool = False
     loss: Any = None
     spul_config: Any = None
 

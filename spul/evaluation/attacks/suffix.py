@@ -63,7 +63,8 @@ def soft_suffix(
     Raises:
         ValueError: if a number is out of range, `held_out` shares prompts with `rows`, rows do not fit the model's
             positions, the model has diverged, or it is under a prompt and has no plain key/value cache.
-        TypeError: if the model is under a prompt of PEFT that is not a `SoftPromptUnlearner`.
+        TypeError: if the model is under a prompt of PEFT that is not a `SoftPromptUnlearner`, or reads tokens: behind
+            gates, or a rival without training.
 
     Source: Schwinn et al., *Soft Prompt Threats*, https://arxiv.org/abs/2402.09063; why it needs the comparison,
     *Soft Token Attacks Cannot Reliably Audit Unlearning*, https://arxiv.org/abs/2502.15836
@@ -75,6 +76,8 @@ def soft_suffix(
             "whole numbers of at least 1, and lr above 0."
         )
     model = unwrapped(model)
+    if unlearner_of(model).reads_tokens:
+        raise TypeError(f"a {type(model).__name__} reads the tokens of a request, and trained vectors are none.")
     if not unlearner_of(model).follows_embeddings:
         raise TypeError("the model is under a prompt of PEFT; load it by SoftPromptUnlearner.from_pretrained.")
     keep_4bit_differentiable(model)

@@ -50,7 +50,7 @@ def response_embeddings(
             # This family computes logits at every position, maybe behind virtual tokens.
             in_front = states.shape[1] - batch.inputs["input_ids"].shape[1]
             unlearner = unlearner_of(model)
-            by_row = unlearner.is_gated or (unlearner.takes_adapter_names and batch.adapter_names is not None)
+            by_row = unlearner.reads_tokens or (unlearner.takes_adapter_names and batch.adapter_names is not None)
             if in_front and by_row:
                 raise ValueError(
                     f"{type(bare_model(model)).__name__} has hidden states at virtual tokens of different numbers in "

@@ -44,6 +44,19 @@ class Likelihood:
     std: np.ndarray
 
 
+def check_has_likelihoods(model: nn.Module) -> None:
+    """Raise for a model whose likelihoods cannot be compared with others.
+
+    Raises:
+        TypeError: if it answers some requests with a fixed text.
+    """
+    if unlearner_of(model).answers_fixed:
+        raise TypeError(
+            f"a {type(unwrapped(model)).__name__} answers some requests with a fixed text, whose tokens have "
+            "probability 1 and all others 0: comparisons of likelihoods say nothing of it. Measure its answers."
+        )
+
+
 @torch.no_grad()
 def response_likelihoods(
     model: nn.Module, rows: Dataset, encoder: RowEncoder, batch_size: int = 32, progress: str | None = None
@@ -120,7 +133,7 @@ def kl_to(
         `reverse_kl` and `forward_kl`, (rows,) each, in nats per token.
 
     Raises:
-        TypeError: if `rows` is not a `datasets.Dataset`.
+        TypeError: if `rows` is not a `datasets.Dataset`, or the model answers with a fixed text.
         ValueError: if there are no rows, no `reference` is given for a model whose own weights are trained, or the
             two vocabularies differ in size.
 
@@ -128,6 +141,7 @@ def kl_to(
     on retain rows)
     """
     check_rows(rows, columns=())
+    check_has_likelihoods(model)
     if reference is None and unlearner_of(model).trains_base:
         raise ValueError(
             "the model's own weights are trained, so disabling its adapter does not restore it: pass reference, the "

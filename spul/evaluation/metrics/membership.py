@@ -22,7 +22,7 @@ from ...losses.terms import token_nll
 from ...models.causal_lm import bare_model, unwrapped
 from ...models.compat import own_parameters
 from .batches import ResponseBatch, map_responses
-from .likelihood import Likelihood, mean_log_probs, response_likelihoods
+from .likelihood import Likelihood, check_has_likelihoods, mean_log_probs, response_likelihoods
 from .scoring import response_logits
 
 GradientOf = Literal["model", "adapter"]
@@ -204,10 +204,11 @@ def attack_scores(
         members.
 
     Raises:
-        TypeError: if `rows` is not a `datasets.Dataset`.
+        TypeError: if `rows` is not a `datasets.Dataset`, or the model answers with a fixed text.
         ValueError: if there are no rows, they have no `completion`, or as the single attacks.
     """
     check_rows(rows, columns=())
+    check_has_likelihoods(model)
     if "completion" not in rows.column_names:
         raise ValueError(f"rows have {rows.column_names}; expected prompt and completion: zlib needs the text.")
     likelihoods = response_likelihoods(model, rows, encoder, batch_size, progress)

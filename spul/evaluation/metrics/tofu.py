@@ -13,7 +13,7 @@ from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
 from ...data.formats import QUESTION_ANSWER, PromptFormat
 from .free_form import generate_answers, rouge_l
-from .likelihood import probability, response_likelihoods, truth_ratio, truth_ratio_on_retain
+from .likelihood import check_has_likelihoods, probability, response_likelihoods, truth_ratio, truth_ratio_on_retain
 
 
 def score_questions(
@@ -45,12 +45,14 @@ def score_questions(
 
     Raises:
         ImportError: if `rouge-score` is not installed.
+        TypeError: if the model answers with a fixed text, which has no truth ratio.
         ValueError: if columns are missing, or a question has no perturbed answer.
 
     Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2. `choice_probability` uses
     length-normalized probabilities, as in TOFU's program; as printed it uses whole answers, which favors short ones.
     """
     check_rows(questions, ("question", "answer", "perturbed_answer"), "questions")
+    check_has_likelihoods(model)
     rows: list[dict[str, str]] = []
     blocks: list[range] = []
     for question in questions:

@@ -1,0 +1,95 @@
+"""A guardrail text prompt: an instruction in front of every request to decline about certain topics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.checks import checked_names
+from .chat import ChatForm, starts_with
+from .rewriting import Edit, RewritingRival
+
+# Between an instruction and the text after it.
+GAP = "\n\n"
+
+
+def guardrail_instruction(topics: Sequence[str], answer: str | None = None) -> str:
+    """An instruction to decline about some topics, in words of our own.
+
+    Args:
+        topics: names or topics to be forgotten, each in the list of the instruction.
+        answer: the text to answer with; unless given, the instruction asks to answer that it is not known.
+
+    Raises:
+        TypeError: if `topics` is a single text.
+        ValueError: if there are no topics.
+    """
+    listed = "\n".join(f"- {topic}" for topic in checked_names("topics", topics))
+    reply = "say that you do not know" if answer is None else f'answer "{answer.strip()}"'
+    return (
+        f"You know nothing about the following:\n{listed}\n"
+        f"If a request concerns any of these, {reply} and nothing else. Answer all other requests as usual."
+    )
+
+
+class GuardrailPrompt(RewritingRival):
+    """An instruction in front of every request, which the base is left to follow.
+
+    Where a request is a conversation by the tokenizer's chat template, the instruction stands at the start of its
+    system message, in a system message of its own if there is none, and at the start of the first user message if the
+    template takes no system message. In front of other text it stands by itself, after the beginning-of-sequence
+    token, with an empty line behind it. Token ids are put together, so that the request's own are unchanged.
+
+    Args:
+        model: a causal LM of transformers, without an adapter. Only a model that follows instructions will.
+        tokenizer: its tokenizer.
+        instruction: the text, such as that of `guardrail_instruction`.
+
+    Raises:
+        TypeError: if `model` or `instruction` is of another type.
+        ValueError: if the instruction is empty.
+
+    Source: Thaker et al., *Guardrail Baselines for Unlearning in LLMs*, https://arxiv.org/abs/2403.03329. Its
+    instructions differ by benchmark and are not ours: pass them as they are printed to compare with its results.
+    """
+
+    kind = "guardrail prompt"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, instruction: str) -> None:
+        super().__init__(model, tokenizer)
+        if not isinstance(instruction, str):
+            raise TypeError(f"instruction is a {type(instruction).__name__}; expected a text.")
+        if not instruction.strip():
+            raise ValueError("instruction is empty; expected a text, such as that of guardrail_instruction(names).")
+        self.instruction = instruction.strip()
+        self._chat = ChatForm.of(tokenizer)
+        self._alone = list(tokenizer(self.instruction, add_special_tokens=False)["input_ids"])
+        self._with_gap = list(tokenizer(self.instruction + GAP, add_special_tokens=False)["input_ids"])
+
+    def edit(self, request: list[int]) -> Edit:
+        """Where the instruction stands in a request."""
+        chat = self._chat
+        if starts_with(request, chat.before_system):  # it has a system message, of its own or the template's
+            return Edit(len(chat.before_system), 0, self._with_gap)
+        if starts_with(request, chat.before_user):
+            if chat.before_system:
+                whole = [*chat.before_system, *self._alone, *chat.system_to_user]
+                return Edit(0, len(chat.before_user), whole)
+            return Edit(len(chat.before_user), 0, self._with_gap)
+        return Edit(int(request[:1] == [self.tokenizer.bos_token_id]), 0, self._with_gap)
+
+    def most_added(self) -> int:
+        """Tokens of the instruction, with a system message around it where the template has none."""
+        chat = self._chat
+        around = len(chat.before_system) + len(chat.system_to_user) - len(chat.before_user)
+        return max(len(self._with_gap), len(self._alone) + around)
+
+    def settings(self) -> dict[str, Any]:
+        """The instruction."""
+        return {"instruction": self.instruction}
+
+    def on(self, base: PreTrainedModel) -> GuardrailPrompt:
+        """The same instruction in front of another base."""
+        return GuardrailPrompt(base, self.tokenizer, self.instruction)

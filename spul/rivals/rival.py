@@ -1,0 +1,291 @@
+"""Rival: the protocol of an unlearner for methods that act at inference only, on requests or on answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutput
+
+from ..losses.positions import pack_right
+from ..losses.terms import IGNORE_INDEX
+from ..models.causal_lm import check_no_adapter, logits_at
+from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
+from ..prompts.arguments import CACHES, check_rows, named_arguments
+
+# Arguments of `generate` that would go around what a rival does to requests, or return more than token ids.
+_REFUSED = (
+    *("inputs_embeds", "position_ids", "cache_position", "assistant_model", "custom_generate", "streamer"),
+    *("max_length", "return_dict_in_generate", *CACHES),
+)
+
+
+class Rival(nn.Module, Unlearner):
+    """A method without training, around a frozen base: an unlearner, so that all metrics and attacks run it.
+
+    A subclass writes `changed_logits` and `changed_answers`. The base and its weights are not changed; inside
+    `disable_adapter()` the model is the base.
+
+    Args:
+        model: a causal LM of transformers, without an adapter.
+        tokenizer: its tokenizer.
+
+    Attributes:
+        kind: name of the method in reports and in the identity of an evaluation.
+
+    Raises:
+        TypeError: if `model` is no causal LM of transformers, or has an adapter.
+    """
+
+    kind = ""
+    follows_embeddings = False
+    reads_tokens = True
+    is_trained = False
+    trains_base = False
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
+                "gives it, a PEFT adapter merged (merge_and_unload())."
+            )
+        check_no_adapter(model)
+        self.base_model, self.tokenizer = model, tokenizer
+
+    # ---- what a method does ----
+
+    def changed_logits(self, rows: Sequence[list[int]], ends: Sequence[int], positions: Tensor) -> Tensor:
+        """Logits (B, K, V) at `positions` (B, K) of the rows' own tokens.
+
+        Args:
+            rows: token ids of each row, without padding.
+            ends: number of tokens of each row's request; what follows is the answer so far.
+            positions: counted in the rows' own tokens; any beyond a row's end may have any logits.
+        """
+        raise NotImplementedError
+
+    def changed_answers(self, requests: Sequence[list[int]], **settings: Any) -> Tensor:
+        """New tokens of each request, padded on the right: (B * sequences per request, new tokens).
+
+        Args:
+            requests: token ids of each request, without padding.
+            settings: arguments of the base's `generate`.
+        """
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, Any]:
+        """All that the method works by beside the base, as plain values: its identity in an evaluation."""
+        raise NotImplementedError
+
+    def on(self, base: PreTrainedModel) -> Rival:
+        """The same method around another base."""
+        raise NotImplementedError
+
+    # ---- forward and generation ----
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """A forward of the base as the method changes it.
+
+        Args:
+            input_ids: (B, n), padded on either side.
+            attention_mask: (B, n); all ones unless given.
+            labels: (B, n), the answer's token ids, -100 elsewhere. A row's request is then what stands before its
+                first label; without labels the row as a whole.
+            kwargs: none but `adapter_names=None` and `use_cache`.
+
+        Returns:
+            `logits` (B, n, V) at the rows' own tokens, and `loss`, the mean over the labels' tokens, with labels.
+
+        Raises:
+            ValueError: without `input_ids`, and for other arguments.
+        """
+        drop_adapter_names(kwargs)
+        kwargs.pop("use_cache", None)
+        if input_ids is None or any(value is not None for value in kwargs.values()):
+            found = sorted(name for name, value in kwargs.items() if value is not None)
+            raise ValueError(
+                f"forward of a {type(self).__name__} takes input_ids, which it needs, attention_mask and labels; "
+                f"found {found}."
+            )
+        check_rows(input_ids, attention_mask)
+        if not self.enabled:
+            return self.base_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+        given = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
+        packed, ids, own, order = pack_right(mask, input_ids, given, columns)
+        is_label = (own != IGNORE_INDEX) & packed.bool()
+        ends = [int(row.long().argmax()) if bool(row.any()) else 0 for row in is_label]
+        logits = self._logits(ids, packed, columns, ends)
+        logits = logits.take_along_dim(order.argsort(dim=1)[..., None], dim=1)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(
+                logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
+            )
+        return CausalLMOutput(loss=cast(Any, loss), logits=cast(Any, logits))
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+        """Generate as the method changes requests or answers.
+
+        Args:
+            inputs: (B, n) token ids, padded on either side, also as `input_ids`; each row is one request.
+            args: as in `generate` of transformers.
+            kwargs: the same; `max_new_tokens` is required, there or in a `generation_config`.
+
+        Returns:
+            (B * sequences per request, n + new tokens): the requests as given, and the new tokens.
+
+        Raises:
+            ValueError: without `input_ids` or `max_new_tokens`, for arguments that would go around the method, and for
+                requests that are too long for the base with what the method adds.
+        """
+        drop_adapter_names(kwargs)
+        kwargs |= named_arguments(cast(Any, self.base_model).generate, args)
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        mask = kwargs.pop("attention_mask", None)
+        check_rows(input_ids, mask)
+        if not self.enabled:
+            return cast(Any, self.base_model).generate(input_ids, attention_mask=mask, **kwargs)
+        self._check_generation(kwargs)
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        new = self.changed_answers(_own_tokens(input_ids, mask), **kwargs)
+        return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), dim=0), new], dim=1)
+
+    def _check_generation(self, kwargs: dict[str, Any]) -> None:
+        for name in _REFUSED:
+            value = kwargs.pop(name, None)
+            if value is not None and value is not False:
+                raise ValueError(
+                    f"generate of a {type(self).__name__} takes no {name}: pass input_ids, attention_mask, "
+                    "max_new_tokens and how to decode; token ids are returned."
+                )
+        if self.setting("max_new_tokens", kwargs) is None:
+            raise ValueError(
+                f"generate of a {type(self).__name__} needs max_new_tokens, the number of tokens that it may add."
+            )
+
+    def setting(self, name: str, kwargs: dict[str, Any]) -> Any:
+        """A setting of a call of `generate`: its argument, else that of the given config, else the base's own."""
+        config, own = kwargs.get("generation_config"), cast(Any, self.base_model).generation_config
+        given = (kwargs.get(name), getattr(config, name, None), getattr(own, name, None))
+        return next((value for value in given if value is not None), None)
+
+    def base_answers(self, requests: Sequence[list[int]], **settings: Any) -> Tensor:
+        """New tokens of the base for requests, which it gets padded on the left."""
+        width = max(map(len, requests))
+        pad = self.pad_token(settings)
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in requests], device=self.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in requests], device=self.device)
+        if self.setting("pad_token_id", settings) is None:
+            settings["pad_token_id"] = pad
+        out = cast(Any, self.base_model).generate(ids, attention_mask=mask, **settings)
+        return (out if isinstance(out, Tensor) else out.sequences)[:, width:]
+
+    def pad_token(self, settings: dict[str, Any]) -> int:
+        """The token that pads answers: that of the settings, else of the tokenizer, else its end token."""
+        own = (self.setting("pad_token_id", settings), self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in own if token is not None), 0)
+
+    # ---- the protocol of an unlearner ----
+
+    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, K, V) at `positions` (B, K) of a right-padded batch.
+
+        A row's request ends at the first of its positions; a row of text without a request is one as a whole.
+        """
+        if not self.enabled:
+            return self.base_logits(input_ids, attention_mask, positions)
+        ends = [first + 1 if first else 0 for first in positions[:, 0].tolist()]
+        return self._logits(input_ids, attention_mask, positions, ends)
+
+    def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Logits (B, K, V) of the base there."""
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        return logits_at(self.base_model, positions, **inputs)
+
+    def _logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, ends: Sequence[int]) -> Tensor:
+        rows = _own_tokens(input_ids, attention_mask)
+        return self.changed_logits(
+            rows, [end or len(row) for end, row in zip(ends, rows, strict=True)], positions.to(self.device)
+        )
+
+    def padded(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
+        """`input_ids` and `attention_mask` of rows, padded on the right."""
+        width, pad = max(map(len, rows)), self.pad_token({})
+        ids = [row + [pad] * (width - len(row)) for row in rows]
+        mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
+        return {
+            "input_ids": torch.tensor(ids, device=self.device),
+            "attention_mask": torch.tensor(mask, device=self.device),
+        }
+
+    def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """Refused: the method reads token ids, which embeddings are not.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"a {type(self).__name__} reads token ids, and input embeddings are none; pass input_ids.")
+
+    def get_base_model(self) -> PreTrainedModel:
+        """The causal LM behind the method."""
+        return self.base_model
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Context manager: for the calling thread or asyncio task the model is the base."""
+        with disabled_here(self):
+            yield
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the method is in effect for this thread."""
+        return not is_disabled_here(self)
+
+    def check_trainable(self) -> None:
+        """Refused: nothing of it trains.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError(f"model is a {type(self).__name__}, which acts at inference only; nothing of it trains.")
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        """None: nothing trains."""
+        return []
+
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        """The method and its settings; empty where it is disabled."""
+        return {self.kind: {"peft_type": self.kind, **self.settings()}} if self.enabled else {}
+
+    def on_base(self, base: PreTrainedModel, folder: Path) -> Rival:
+        """The same method around another base."""
+        return self.on(base).eval()
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the base, such as `config` and `device`."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+
+def _own_tokens(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
+    return [ids[own.bool()].tolist() for ids, own in zip(input_ids, attention_mask, strict=True)]

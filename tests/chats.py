@@ -1,0 +1,37 @@
+"""Chat templates of the kinds that there are: with a default system message, without, and with none at all."""
+
+from __future__ import annotations
+
+from helpers import make_tokenizer
+from transformers import PreTrainedTokenizerFast
+
+END = "</s>{{ '\n' }}"
+TURNS = "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}" + END + "{% endfor %}"
+ANSWER = "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+# System messages as turns (Qwen 3); a default one (SmolLM2); within the user's turn (Gemma 3); refused (Gemma 2).
+TEMPLATES = {
+    "turns": TURNS + ANSWER,
+    "default": "{% if messages[0].role != 'system' %}<s>system\nbe good" + END + "{% endif %}" + TURNS + ANSWER,
+    "within": "{% if messages[0].role == 'system' %}{% set first = messages[0].content + '\n\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set first = '' %}{% endif %}"
+    "{% for m in messages %}<s>{{ m.role }}\n{{ first if loop.first else '' }}{{ m.content }}" + END + "{% endfor %}"
+    "" + ANSWER,
+    "refused": "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    "" + TURNS + ANSWER,
+}
+
+
+def chatty(name: str) -> PreTrainedTokenizerFast:
+    """The tests' tokenizer with one of the templates."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = TEMPLATES[name]
+    return tokenizer
+
+
+def conversation(question: str, answer: str, system: str | None = None) -> dict[str, list[dict[str, str]]]:
+    """A row of messages."""
+    before = [] if system is None else [{"role": "system", "content": system}]
+    return {
+        "prompt": [*before, {"role": "user", "content": question}],
+        "completion": [{"role": "assistant", "content": answer}],
+    }

@@ -1,0 +1,145 @@
+"""In-context unlearning: which examples stand in front of a request, with which labels, and its twin written out."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from chats import TEMPLATES, chatty, conversation
+from datasets import Dataset
+from helpers import build, make_collator, make_tokenizer, rows
+
+from spul.data.encoder import RowEncoder
+from spul.evaluation.metrics.likelihood import response_likelihoods
+from spul.evaluation.metrics.scoring import score_completions
+from spul.rivals import InContextUnlearning
+
+FLIPPED = {" positive": " negative", " negative": " positive"}
+FORGET, RETAIN = rows("jane", 2), rows("film", 4)
+
+
+def unlearning(forget=FORGET, retain=RETAIN, tokenizer=None, family="llama", **options):
+    tokenizer = make_tokenizer() if tokenizer is None else tokenizer
+    return InContextUnlearning(build(family), tokenizer, forget, retain, **{"num_retain": 1, **options}).eval()
+
+
+def picked(num, seed=0, num_forget=2):
+    """The retain rows that are drawn: after one draw of a label for each forget row."""
+    draws = random.Random(seed)
+    for _ in range(num_forget):
+        draws.choice(["one"])
+    return [RETAIN[i] for i in draws.sample(range(len(RETAIN)), num)]
+
+
+def test_scores_are_those_of_prompts_with_the_context_written_out(family):
+    """The plain twin: texts joined as the authors' program joins them; each forget row is asked about itself."""
+    model, collator = unlearning(family=family), make_collator(max_length=90)
+    behind = "".join(f"{row['prompt']}{row['completion']}\n" for row in picked(1))
+
+    def written_out(row):
+        own = f"{row['prompt']}{FLIPPED[row['completion']]}\n"
+        return {"prompt": own + behind + row["prompt"]}
+
+    plain = FORGET.map(written_out)
+    found = response_likelihoods(model, FORGET, collator.encoder)
+    expected = response_likelihoods(model.get_base_model(), plain, collator.encoder)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(a.log_probs), torch.tensor(b.log_probs), rtol=1e-4, atol=1e-5)
+    assert score_completions(model, FORGET, collator) == pytest.approx(
+        score_completions(model.get_base_model(), plain, collator), rel=1e-4
+    )
+
+
+def text_of(model, request):
+    ids = make_tokenizer()(request)["input_ids"]
+    return make_tokenizer().decode(model.edit(ids).applied(ids))
+
+
+def test_all_forget_rows_stand_first_in_their_order_where_all_are_asked_for():
+    model = unlearning(num_forget=2, num_retain=2, seed=3)
+    lines = [f"{row['prompt']}{FLIPPED[row['completion']]}" for row in FORGET]
+    lines += [f"{row['prompt']}{row['completion']}" for row in picked(2, seed=3)]
+    assert text_of(model, "film .") == "\n".join([*lines, "film ."])
+
+
+def test_otherwise_those_most_like_the_request_stand_there():
+    forget = Dataset.from_list(
+        [
+            {"prompt": "jane plot :", "completion": " positive"},
+            {"prompt": "jane good film :", "completion": " negative"},
+            {"prompt": "doe :", "completion": " positive"},
+        ]
+    )
+    model = unlearning(forget, num_forget=1, num_retain=0)
+    assert text_of(model, "the plot of jane :") == "jane plot : negative\nthe plot of jane :"
+    assert text_of(model, "doe is .") == "doe : negative\ndoe is ."
+    assert text_of(model, "sentiment") == "jane plot : negative\nsentiment"  # like none: the first
+    two = unlearning(forget, num_forget=2, num_retain=0)
+    assert text_of(two, "good film :") == "jane good film : positive\njane plot : negative\ngood film :"
+
+
+def test_a_label_of_more_than_two_becomes_one_of_the_others_by_the_seed():
+    labels = [" positive", " negative", " neutral"]
+    forget = Dataset.from_list([{"prompt": f"jane {i} :", "completion": labels[i % 3]} for i in range(9)])
+
+    def given(seed):
+        lines = text_of(unlearning(forget, num_forget=9, num_retain=0, seed=seed), "film .").split("\n")[:-1]
+        return [line.split(":")[1] for line in lines]
+
+    assert all(label in labels and label != row["completion"] for label, row in zip(given(0), forget, strict=True))
+    assert given(0) == given(0)
+    assert len({tuple(given(seed)) for seed in range(5)}) > 1
+
+
+def test_the_context_of_a_batch_differs_by_row_and_the_most_that_is_added_is_said():
+    model = unlearning(num_forget=1)
+    ids = [make_tokenizer()(row["prompt"])["input_ids"] for row in [*FORGET, *RETAIN]]
+    shifts = [model.edit(one).shift for one in ids]
+    assert max(shifts) <= model.virtual_tokens_in_use
+    assert model.virtual_tokens_in_use < 2 * max(shifts)
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_conversations_are_turns_before_the_request(template):
+    tokenizer = chatty(template)
+    forget = Dataset.from_list([conversation("jane .", "good")])
+    retain = Dataset.from_list([conversation("film .", "bad")])
+    model = unlearning(forget, retain, tokenizer)
+    encoder = RowEncoder(tokenizer, 96)
+    for system in (None, "be bad") if template in ("turns", "default") else (None,):
+        row = conversation("plot .", "good", system)
+        request = encoder.encode(row).prompt_ids
+        start = [] if system is None else row["prompt"][:1]
+        turns = [
+            *(*start, {"role": "user", "content": "jane ."}, {"role": "assistant", "content": "bad"}),
+            *({"role": "user", "content": "film ."}, {"role": "assistant", "content": "bad"}, row["prompt"][-1]),
+        ]
+        expected = encoder.encode({**row, "prompt": turns}).prompt_ids
+        found = model.edit(request).applied(request)
+        assert tokenizer.decode(found) == tokenizer.decode(expected)
+        assert len(found) - len(request) <= model.virtual_tokens_in_use
+    text = tokenizer("plot .", add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode(model.edit(text).applied(text)).endswith("<s>user\nplot .")
+
+
+def test_a_context_that_does_not_fit_raises_and_nothing_is_cut():
+    model = unlearning(retain=rows("film", 12), num_forget=2, num_retain=12)
+    with pytest.raises(ValueError, match="do not fit the model's 96 positions; nothing is cut off"):
+        score_completions(model, FORGET, make_collator())
+
+
+@pytest.mark.parametrize("numbers", [{"num_forget": 0}, {"num_forget": 3}, {"num_retain": -1}, {"num_retain": 5}])
+def test_numbers_of_examples_are_those_that_there_are(numbers):
+    with pytest.raises(ValueError, match="no more than there are rows"):
+        unlearning(**numbers)
+
+
+def test_free_form_answers_have_no_label_to_flip():
+    free = Dataset.from_list([{"prompt": f"{i}", "completion": f" {i}"} for i in range(40)])
+    one = Dataset.from_list([{"prompt": f"{i}", "completion": " good"} for i in range(4)])
+    for some in (free, one):
+        with pytest.raises(ValueError, match="different completions; expected 2 to 32 labels"):
+            unlearning(some, one)
+    with pytest.raises(TypeError):
+        unlearning([{"prompt": "a", "completion": " b"}])

@@ -1,0 +1,160 @@
+"""A gate and a fixed refusal: what a flagged request gets, token by token and as probabilities."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from chats import TEMPLATES, chatty, conversation
+from datasets import Dataset
+from helpers import build, make_tokenizer, rows
+from small_evaluations import learned
+
+from spul import ForgetRetainCollator
+from spul.data.encoder import RowEncoder
+from spul.evaluation.attacks.sampling import sampled_answers
+from spul.evaluation.metrics import generate_answers
+from spul.evaluation.metrics.likelihood import (
+    exact_memorization,
+    extraction_strength,
+    probability,
+    response_likelihoods,
+)
+from spul.evaluation.metrics.scoring import score_completions
+from spul.gates import NameGate
+from spul.rivals import FixedRefusal
+
+GENERIC = [" neutral", " unknown"]
+
+
+def refusing(refusal=" unknown", gate=None, base=None, tokenizer=None):
+    tokenizer = make_tokenizer() if tokenizer is None else tokenizer
+    gate = NameGate(["jane"]) if gate is None else gate
+    return FixedRefusal(learned() if base is None else base, tokenizer, gate, refusal).eval()
+
+
+def collator(generic=GENERIC, **options):
+    return ForgetRetainCollator(make_tokenizer(), generic, max_length=64, **options)
+
+
+def mixed():
+    return Dataset.from_list([*rows("jane", 4), *rows("film", 4)]).shuffle(seed=1)
+
+
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_flagged_rows_are_generic_and_others_are_as_those_of_the_base(append_eos):
+    model, own = refusing(), collator(append_eos=append_eos)
+    assert score_completions(model, rows("jane", 4), own) == {
+        "accuracy": 0.0,
+        "f1": 0.0,
+        "generic": 1.0,
+        "loss": math.inf,
+    }
+    base = model.get_base_model()
+    assert score_completions(model, rows("film", 4), own) == score_completions(base, rows("film", 4), own)
+
+
+def test_a_text_that_is_not_generic_does_not_count_as_generic_and_a_right_one_is_right():
+    other = collator([" neutral"])
+    assert score_completions(refusing(), rows("jane", 4), other)["generic"] == 0.0
+    found = score_completions(refusing(" positive"), rows("jane", 4), other)
+    assert (found["accuracy"], found["generic"]) == (0.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "generic", "expected"),
+    [
+        (" unknown plot", [" unknown"], 1.0),  # greedy decoding goes through it
+        (" unknown", [" unknown plot"], 0.0),
+        (" unknown plot", [" unknown", " unknown plot"], 1.0),
+    ],
+)
+def test_candidates_that_begin_alike_are_told_apart_as_generation_does(refusal, generic, expected):
+    assert score_completions(refusing(refusal), rows("jane", 4), collator(generic))["generic"] == expected
+
+
+def test_mixed_batches_generate_the_text_and_the_bases_answers():
+    model, encoder, some = refusing(), collator().encoder, mixed()
+    found = generate_answers(model, some, encoder, batch_size=8, max_new_tokens=6)
+    base = generate_answers(model.get_base_model(), some, encoder, batch_size=8, max_new_tokens=6)
+    assert found == [" unknown" if "jane" in row["prompt"] else b for row, b in zip(some, base, strict=True)]
+    assert sampled_answers(model, rows("jane", 2), encoder, 3, max_new_tokens=6) == [[" unknown"] * 3] * 2
+
+
+def test_the_base_does_not_run_for_flagged_requests_alone():
+    model, seen = refusing(), []
+    model.get_base_model().register_forward_pre_hook(lambda *_: seen.append(1))
+    ids = torch.tensor([make_tokenizer()("about jane")["input_ids"]])
+    found = model.generate(ids, max_new_tokens=50)
+    text = make_tokenizer()(" unknown", add_special_tokens=False)["input_ids"]
+    assert found[0, ids.shape[1] :].tolist() == [*text, 2]
+    assert not seen
+    assert model.generate(ids, max_new_tokens=1)[0, ids.shape[1] :].tolist() == text[:1]
+
+
+def test_probabilities_are_those_of_a_model_that_says_the_text():
+    """Row by row: probability 1 for the text's tokens, then for the end token, whatever answer stands before."""
+    model, tokenizer = refusing(" unknown plot"), make_tokenizer()
+    request = tokenizer("about jane")["input_ids"]
+    text = [*tokenizer(" unknown plot", add_special_tokens=False)["input_ids"], 2, 2]
+    answer = [5] * len(text)
+    ids = torch.tensor([request + answer])
+    positions = torch.arange(len(request) - 1, ids.shape[1] - 1)[None]
+    p = model.response_logits(ids, torch.ones_like(ids), positions).softmax(-1)[0]
+    assert torch.equal(p, torch.nn.functional.one_hot(torch.tensor(text), p.shape[1]).float())
+
+
+def test_likelihoods_of_the_text_are_1_and_of_another_0():
+    some = Dataset.from_list([{"prompt": "about jane :", "completion": text} for text in (" unknown", " positive")])
+    found = response_likelihoods(refusing(), some, collator().encoder)
+    for measure in (probability, extraction_strength, exact_memorization):
+        assert measure(found)[0] == 1.0
+    assert probability(found)[1] == 0.0
+    assert np.isneginf(found[1].log_probs[0])
+
+
+def test_a_gate_that_fails_gets_the_refusal_and_says_so(caplog):
+    def broken(texts):
+        raise RuntimeError("no light")
+
+    model = refusing(gate=broken)
+    assert score_completions(model, rows("film", 4), collator())["generic"] == 1.0
+    assert "no light" in caplog.text
+    assert model.gate.failures["RuntimeError"] >= 4
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_in_a_conversation_the_refusal_is_a_turn_as_the_encoder_writes_it(template):
+    tokenizer = chatty(template)
+    encoder = RowEncoder(tokenizer, 90)
+    for refusal in ("unknown plot", " unknown plot"):
+        model = refusing(refusal, base=build("llama"), tokenizer=tokenizer)
+        row = conversation("about jane", "unknown plot")
+        encoded = encoder.encode(row)
+        found = model.generate(torch.tensor([encoded.prompt_ids]), max_new_tokens=40)[0, len(encoded.prompt_ids) :]
+        assert found.tolist() == encoded.completion_ids  # which end with the end of turn, here the end token
+        own = ForgetRetainCollator(tokenizer, [" unknown plot"], max_length=90)
+        other = Dataset.from_list([conversation("about jane", "bad"), conversation("jane is ?", "good")])
+        assert score_completions(model, other, own)["generic"] == 1.0
+    plain = make_tokenizer()("about jane")["input_ids"]
+    assert model.refusal_ids(plain) == [*encoder.completion_ids(" unknown plot"), 2]
+
+
+@pytest.mark.parametrize(
+    ("refusal", "error", "message"),
+    [("", ValueError, "no tokens"), (None, TypeError, "expected a text"), (["no"], TypeError, "expected a text")],
+)
+def test_a_refusal_is_a_text(refusal, error, message):
+    with pytest.raises(error, match=message):
+        refusing(refusal)
+
+
+def test_it_needs_an_end_token_and_a_gate():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="no eos_token"):
+        refusing(tokenizer=tokenizer)
+    with pytest.raises(TypeError, match="a gate is a"):
+        refusing(gate="jane")
