@@ -97,6 +97,7 @@ class Unlearner:
         follows_embeddings: whether `embedding_logits` works.
         is_gated: whether gates, which read a request's text, choose its prompt.
         loss: its `UnlearningLoss`; None if the caller must pass one.
+        multiplier: the `RetainMultiplier` of a loss of its own that has a budget; None otherwise.
         spul_config: the `SpulConfig` that is saved with it; None where there is none.
     """
 
@@ -111,6 +112,7 @@ class Unlearner:
     follows_embeddings: bool = True
     is_gated: bool = False
     loss: Any = None
+    multiplier: Any = None
     spul_config: Any = None
 
     # ---- the base and the adapter on it ----
