@@ -190,6 +190,7 @@ def unlearning_method(
     alpha: float | None = None,
     beta: float | None = None,
     gamma: float | None = None,
+    retain_budget: float | None = None,
 ) -> Method:
     """A published method by name.
 
@@ -209,9 +210,11 @@ def unlearning_method(
         alpha: weight of the cross-entropy on retain rows; None is 1 where the method has it. The same for the others.
         beta: weight of the KL on retain rows; 0.5 in SPUL, 0.8 in EUL, 1 elsewhere.
         gamma: weight of the ascent on the prompt text of forget rows; 0.2 in EUL.
+        retain_budget: nats per token that the retain loss may be above the base model's, by which alpha then moves,
+            see `UnlearningLoss`; for methods with a cross-entropy on retain rows.
 
     Raises:
-        ValueError: if the name is not known, or a weight is given that the method does not have.
+        ValueError: if the name is not known, or a weight or budget is given that the method has no term for.
     """
     if name not in _LOSSES:
         raise ValueError(f"method {name!r} is not known; expected one of {', '.join(METHODS)}.")
@@ -221,4 +224,8 @@ def unlearning_method(
             if getattr(loss, weight) == 0:
                 raise ValueError(f"{weight}={value!r}: {name} has no such term; see the table of unlearning_method.")
             loss = replace(loss, **{weight: value})  # type: ignore[arg-type]
+    if retain_budget is not None:
+        if loss.alpha == 0:
+            raise ValueError(f"retain_budget={retain_budget!r}: {name} has no retain term; see the table of methods.")
+        loss = replace(loss, retain_budget=retain_budget)
     return Method(name, loss, trainable or _OWN_TRAINABLES.get(name, "full"))
