@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -19,11 +20,13 @@ from .terms import (
     KLAscent,
     KLDivergence,
     LossTerm,
+    Reduction,
     SimNPO,
     as_float,
 )
 
 TERM_NAMES = ("forget", "retain", "kl", "lm")
+REDUCTIONS: dict[str, Reduction] = {"forget": "sum", "retain": "auto", "kl": "auto", "lm": "sum"}  # unless given
 
 
 @dataclass
@@ -44,6 +47,10 @@ class UnlearningLoss:
     Each term is a mean over the rows of its own group: `forget` and `lm` over forget rows, `retain` and `kl` over
     retain rows. A group without rows contributes exactly 0. A term of weight 0 is not computed and contributes
     exactly 0.
+
+    A row's loss is the sum over its response tokens; that of retain rows (`retain`, `kl`) with more than three tokens
+    is three times their mean, so that long answers do not outweigh the generic ones of forget rows. A `reduction` of
+    the term decides otherwise, see `LossTerm`.
 
     Args:
         alpha: weight of the retain term, at least 0. The paper tries 0.1, 0.5 and 1.
@@ -98,6 +105,10 @@ class UnlearningLoss:
                     f"{name}={term!r} is not a LossTerm; pass an instance such as CrossEntropy() "
                     "or of your own subclass of spul.losses.LossTerm."
                 )
+            if term.reduction is None:
+                term = copy.copy(term)
+                object.__setattr__(term, "reduction", REDUCTIONS[name])
+                object.__setattr__(self, name, term)
         if self.lm.needs_reference:
             raise ValueError(
                 f"lm={self.lm!r} compares with the base model, whose logits at prompt texts are not computed."
@@ -107,6 +118,12 @@ class UnlearningLoss:
     def uses_retain_rows(self) -> bool:
         """Whether the loss depends on retain rows."""
         return self.alpha > 0 or self.beta > 0
+
+    @property
+    def averages_long_rows(self) -> bool:
+        """Whether retain rows of more than three tokens are averaged by default, by `reduction="auto"`."""
+        terms_in_use = [term for weight, term in ((self.alpha, self.retain), (self.beta, self.kl)) if weight > 0]
+        return any(term.reduction == "auto" for term in terms_in_use)
 
     @property
     def needs_reference(self) -> bool:

@@ -23,7 +23,7 @@ from ..data.checks import forget_flags
 from ..data.collator import ForgetRetainCollator
 from ..layers.bottleneck import UnlearningLayersConfig
 from ..layers.unlearning_layers import UnlearningLayers
-from ..losses.terms import NPO, GradientAscent, KLAscent, KLDivergence, SimNPO
+from ..losses.terms import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, SimNPO
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import zero_dropout
 from ..models.compat import is_quantized, keep_4bit_differentiable
@@ -35,26 +35,28 @@ logger = logging.getLogger(__name__)
 Trainable = Literal["prompt", "full", "lora", "layers"]
 TRAINABLES: tuple[Trainable, ...] = ("prompt", "full", "lora", "layers")
 
-# As in their papers, the KL terms of the other methods are KL(base || trained).
-_FORWARD_KL = KLDivergence(direction="forward")
+# As in their papers, the KL terms of the other methods are KL(base || trained); log-likelihoods of whole responses.
+_FORWARD_KL = KLDivergence(direction="forward", reduction="sum")
+_SUMMED = CrossEntropy(reduction="sum")
 _LOSSES = {
     "SPUL": UnlearningLoss(alpha=1.0, beta=0.5),
     "GA": UnlearningLoss(alpha=0.0, beta=0.0, forget=GradientAscent()),
     "RL": UnlearningLoss(alpha=0.0, beta=0.0),
     "GA+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=GradientAscent(), kl=_FORWARD_KL),
-    "GA+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=GradientAscent()),
+    "GA+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=GradientAscent(), retain=_SUMMED),
     "NPO": UnlearningLoss(alpha=0.0, beta=0.0, forget=NPO()),
     "NPO+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=NPO(), kl=_FORWARD_KL),
-    "NPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=NPO()),
+    "NPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=NPO(), retain=_SUMMED),
     "SimNPO": UnlearningLoss(alpha=0.0, beta=0.0, forget=SimNPO()),
     "SimNPO+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=SimNPO(), kl=_FORWARD_KL),
-    "SimNPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=SimNPO()),
+    "SimNPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=SimNPO(), retain=_SUMMED),
     # Two of its terms have no bound as published; the caps are ours, see docs/methods.md.
     "EUL": UnlearningLoss(
         alpha=1.0,
         beta=0.8,
         gamma=0.2,
         forget=KLAscent(cap=5.0),
+        retain=_SUMMED,
         kl=_FORWARD_KL,
         lm=GradientAscent(reduction="mean", cap=10.0),
     ),

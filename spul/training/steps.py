@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -9,11 +10,14 @@ from torch import Tensor, nn
 
 from ..data.checks import check_is_forget
 from ..losses.multiplier import RetainMultiplier
+from ..losses.terms import IGNORE_INDEX, SUMMED_TOKENS
 from ..losses.unlearning_loss import UnlearningLoss
 from .callbacks import TermSums
 from .evaluation import EvaluatingTrainer
 from .forward import unlearning_forward
 from .reference import ReferenceCache
+
+logger = logging.getLogger(__name__)
 
 TERMS = ("forget_loss", "retain_loss", "kl_loss", "lm_loss")
 
@@ -31,6 +35,7 @@ class SteppingTrainer(EvaluatingTrainer):
     _loss: UnlearningLoss
     _reference: ReferenceCache | None
     multiplier: RetainMultiplier | None
+    _noted = False
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Read the batches of a step, and add the numbers of forget and retain rows of the whole step to each."""
@@ -39,6 +44,7 @@ class SteppingTrainer(EvaluatingTrainer):
             check_is_forget(batch, "a batch")
         if not batches:
             return batches, num_items
+        self._note_long_rows(batches)
         flags = torch.cat([batch["is_forget"] for batch in batches]).to(device)
         counts = torch.stack([flags.sum(), (~flags).sum()]).float()
         # DDP averages gradients over processes, so the counts are averages too.
@@ -48,6 +54,23 @@ class SteppingTrainer(EvaluatingTrainer):
             if self.multiplier is not None:
                 batch["alpha"] = counts.new_tensor(self.multiplier.alpha)
         return batches, num_items
+
+    def _note_long_rows(self, batches: list[dict[str, Any]]) -> None:
+        """Say once, at the first retain row of many tokens, how such rows are reduced by default."""
+        if self._noted or not (self._loss.averages_long_rows and self.is_world_process_zero()):
+            return
+        tokens = [(batch["labels"][~batch["is_forget"].bool(), 1:] != IGNORE_INDEX).sum(dim=1) for batch in batches]
+        longest = int(torch.cat(tokens).max()) if any(map(len, tokens)) else 0
+        if longest > SUMMED_TOKENS:
+            self._noted = True
+            logger.warning(
+                "retain rows have responses of many tokens, here of %d: the retain and the KL loss of a row with more "
+                "than %d are %d times the mean over its tokens, not the sum. To decide it yourself, pass a reduction: "
+                "UnlearningLoss(retain=CrossEntropy(reduction='sum'), kl=KLDivergence(reduction='sum')), or 'mean'.",
+                longest,
+                SUMMED_TOKENS,
+                SUMMED_TOKENS,
+            )
 
     def compute_loss(
         self,
