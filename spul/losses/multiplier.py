@@ -39,7 +39,8 @@ class RetainMultiplier:
 
     Args:
         loss: an `UnlearningLoss` with a `retain_budget`.
-        step_size: the most that alpha moves in a step, above 0.
+        step_size: the most that alpha moves in a step, above 0. A large one overshoots while a fresh prompt is still
+            above the budget whatever the weight, and forgetting then waits for alpha to fall.
         decay: of the running mean, at least 0 and below 1; 0.9 averages about ten steps, 0 none.
 
     Attributes:
@@ -61,11 +62,11 @@ class RetainMultiplier:
         ```
     """
 
-    def __init__(self, loss: UnlearningLoss, step_size: float = 0.02, decay: float = 0.9) -> None:
+    def __init__(self, loss: UnlearningLoss, step_size: float = 0.01, decay: float = 0.9) -> None:
         if loss.retain_budget is None:
             raise ValueError(f"loss={loss!r} has no budget; pass UnlearningLoss(retain_budget=...), such as 0.02.")
         if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size < math.inf:
-            raise ValueError(f"step_size={step_size!r}: expected a finite number above 0, such as 0.02.")
+            raise ValueError(f"step_size={step_size!r}: expected a finite number above 0, such as 0.01.")
         if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < 1:
             raise ValueError(f"decay={decay!r}: expected a number of at least 0 and below 1, such as 0.9.")
         self.loss, self.budget, self.step_size, self.decay = loss, float(loss.retain_budget), step_size, decay
