@@ -27,8 +27,16 @@ def row_logits(unlearner, ids, prompted: bool = True):
     return base(inputs_embeds=embeds).logits[0, config.num_virtual_tokens :]
 
 
-def losses(unlearner, batch, alpha=1.0, beta=0.5, direction="reverse"):
-    """(loss, L_f, L_r, L_kl) of a batch, one row at a time."""
+def reduced(tokens, reduction):
+    """A retain row's loss from those of its tokens."""
+    mean = sum(tokens) / len(tokens)
+    if reduction == "auto":
+        return sum(tokens) if len(tokens) <= 3 else mean
+    return mean if reduction == "mean" else sum(tokens)
+
+
+def losses(unlearner, batch, alpha=1.0, beta=0.5, direction="reverse", reduction="auto"):
+    """(loss, L_f, L_r, L_kl) of a batch, one row at a time; `reduction` is that of retain rows."""
     groups = {"forget": [], "retain": [], "kl": []}
     for ids, mask, labels, is_forget in zip(
         batch["input_ids"], batch["attention_mask"], batch["labels"], batch["is_forget"], strict=True
@@ -36,19 +44,19 @@ def losses(unlearner, batch, alpha=1.0, beta=0.5, direction="reverse"):
         ids, labels = ids[mask.bool()], labels[mask.bool()]
         logits = row_logits(unlearner, ids)
         at = [i for i in range(1, len(ids)) if labels[i] != -100]
-        nll = sum(-F.log_softmax(logits[i - 1], -1)[labels[i]] for i in at)
-        groups["forget" if is_forget else "retain"].append(nll)
+        nll = [-F.log_softmax(logits[i - 1], -1)[labels[i]] for i in at]
+        groups["forget" if is_forget else "retain"].append(sum(nll) if is_forget else reduced(nll, reduction))
         if not is_forget:
             with torch.no_grad():
                 frozen = row_logits(unlearner, ids, prompted=False)
-            total = 0.0
+            divergences = []
             for i in at:
                 p, q = F.log_softmax(logits[i - 1], -1), F.log_softmax(frozen[i - 1], -1)
-                total = total + (
+                divergences.append(
                     F.kl_div(q, p, log_target=True, reduction="sum")
                     if direction == "reverse"
                     else F.kl_div(p, q, log_target=True, reduction="sum")
                 )
-            groups["kl"].append(total)
+            groups["kl"].append(reduced(divergences, reduction))
     forget, retain, kl = (sum(g) / len(g) if g else torch.zeros(()) for g in groups.values())
     return forget + alpha * retain + beta * kl, forget, retain, kl

@@ -68,7 +68,7 @@ def test_the_folder_holds_what_is_promised_and_nothing_pickled(tmp_path, prompt_
     assert names == expected | ({"prompt_encoder.safetensors"} if prompt_type == "p_tuning" else set())
     config = json.loads(Path(folder, "spul_config.json").read_text())
     assert config["loss"]["alpha"] == 1.0
-    assert config["loss"]["kl"] == {"type": "KLDivergence", "reduction": "sum", "direction": "reverse"}
+    assert config["loss"]["kl"] == {"type": "KLDivergence", "reduction": "auto", "direction": "reverse"}
     assert config["base_fingerprint"] == fingerprint(build("llama"))
     assert set(config["versions"]) >= {"spul", "torch", "transformers", "peft"}
     ModelCard.load(Path(folder, "README.md"))

@@ -472,8 +472,8 @@ def test_the_saved_loss_is_plain_data():
         "alpha": 1.0,
         "beta": 0.5,
         "forget": {"type": "test_losses.Brier", "reduction": "sum", "weight": 2.0},
-        "retain": {"type": "CrossEntropy", "reduction": "sum"},
-        "kl": {"type": "KLDivergence", "reduction": "sum", "direction": "reverse"},
+        "retain": {"type": "CrossEntropy", "reduction": "auto"},
+        "kl": {"type": "KLDivergence", "reduction": "auto", "direction": "reverse"},
         "gamma": 0.0,
         "lm": {"type": "GradientAscent", "reduction": "mean", "cap": None},
     }

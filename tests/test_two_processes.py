@@ -77,6 +77,25 @@ def uneven_step(trainable, folder, processes):
     return trainable_tensors(model)
 
 
+def constrained_steps(trainable, folder, processes):
+    """Steps under a retain budget in which the second process has all retain rows; alpha and its running mean."""
+    loss = UnlearningLoss(alpha=0.5, beta=0.0, retain_budget=0.05)
+    model = make_unlearner(loss=loss) if trainable == "prompt" else trainable_model(trainable, dtype=torch.float32)
+    zero_dropout(model)
+    in_order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 8 // processes}
+    trainer = UnlearningTrainer(
+        model,
+        arguments(folder, **in_order, **ONE_STEP | {"max_steps": 3, "learning_rate": 0.1}),
+        make_collator(),
+        make_answers(4, 4),
+        loss=None if trainable == "prompt" else loss,
+        reference_dir=f"{folder}/constrained",
+    )
+    trainer.train()
+    logs = [(entry["alpha"], entry["retain_excess"]) for entry in trainer.state.log_history if "alpha" in entry]
+    return {"state": trainable_tensors(model), "logs": logs, "multiplier": trainer.multiplier.state_dict()}
+
+
 def predictions(folder):
     """What compute_metrics is given on seven rows, at once and by batches: the second process ends a batch earlier."""
     given = []
@@ -174,6 +193,8 @@ def main(folder):
         results[prompt_type] = prompt_step(prompt_type, folder / "out", 2)
     for trainable in ("full", "lora"):
         results[trainable] = uneven_step(trainable, folder / "out", 2)
+    for trainable in ("prompt", "lora"):
+        results[f"constrained {trainable}"] = constrained_steps(trainable, folder / "out", 2)
     results["predictions"] = predictions(folder / "out")
     results["streamed"] = streamed_step(folder / "out", 2)
     results["memorizing"] = memorizing_step(folder / "out", 2)
@@ -216,6 +237,21 @@ def test_2_processes_of_16_make_the_step_of_one_of_32(launch, tmp_path, prompt_t
 def test_2_processes_with_forget_rows_in_one_make_the_step_of_one(launch, tmp_path, trainable):
     """A batch without a forget row still has to take part, or the other process waits for it."""
     assert_same(uneven_step(trainable, tmp_path, 1), launch[1][0][trainable], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("trainable", ["prompt", "lora"])
+def test_2_processes_move_alpha_as_one_and_to_the_same_bits(launch, tmp_path, trainable):
+    one, two = (
+        constrained_steps(trainable, tmp_path, 1),
+        [results[f"constrained {trainable}"] for results in launch[1]],
+    )
+    assert two[0]["multiplier"] == two[1]["multiplier"]
+    assert one["multiplier"] == pytest.approx(two[0]["multiplier"], abs=1e-5)
+    assert len(one["logs"]) == 3
+    for here, there in zip(one["logs"], two[0]["logs"], strict=True):
+        assert here == pytest.approx(there, abs=1e-5)
+    assert one["multiplier"]["alpha"] != 0.5
+    assert_same(one["state"], two[0]["state"], rtol=1e-4, atol=1e-6)
 
 
 def test_2_processes_compute_metrics_of_all_rows_in_their_order(launch, tmp_path):

@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModelForCausalLM
 from torch import Tensor
 
 from spul import ReferenceCache, SoftPromptUnlearner, UnlearningLoss
+from spul.losses import CrossEntropy, KLDivergence
 
 ALPHA, BETA, LEARNING_RATE = 1.0, 0.5, 1e-4
 
@@ -23,7 +24,8 @@ def on_device(batch: dict[str, Tensor], base: Any) -> dict[str, Tensor]:
 
 def spul_step(base: Any, config: PeftConfig, shape: Shape, reference: str = "cached") -> Callable[[], Any]:
     """The step of `UnlearningTrainer`: reference states from the cache, the LM head applied in the step."""
-    unlearner = SoftPromptUnlearner(base, config, UnlearningLoss(ALPHA, BETA)).train()
+    summed = {"retain": CrossEntropy(reduction="sum"), "kl": KLDivergence(reduction="sum")}  # as published
+    unlearner = SoftPromptUnlearner(base, config, UnlearningLoss(ALPHA, BETA, **summed)).train()
     vocab_size = base.config.vocab_size
     rows, collator = make_rows(shape, vocab_size), make_collator(shape, vocab_size)
     batch = on_device(collator(rows), base)

@@ -1,6 +1,7 @@
 """The unlearning loss: its terms, their weighted sum, and the loss of a batch. Tensors only; imports no model."""
 
 from .batch import LogitsFunction, UnlearnerOutput, batch_loss
+from .multiplier import RetainMultiplier
 from .positions import has_left_padding, pack_right, response_positions
 from .terms import IGNORE_INDEX, NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, SimNPO, token_nll
 from .unlearning_loss import LossOutput, UnlearningLoss
@@ -15,6 +16,7 @@ __all__ = [
     "LogitsFunction",
     "LossOutput",
     "LossTerm",
+    "RetainMultiplier",
     "SimNPO",
     "UnlearnerOutput",
     "UnlearningLoss",

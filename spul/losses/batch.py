@@ -31,6 +31,9 @@ class UnlearnerOutput(ModelOutput):
         logits: (B, K, V); slot k of row b predicts the row's k-th response token. Other positions are not computed.
             With alpha = beta = 0 and gradients on, B counts the forget rows only.
         response_labels: (B, K), those response tokens; -100 in unused slots.
+        retain_excess: scalar, this batch's part of the step's mean excess of the retain loss over the base's own, in
+            nats per token; with `retain_budget` only. `RetainMultiplier.update` reads it.
+        retain_share: scalar, the share of the step's retain rows that are in this batch, likewise.
     """
 
     loss: Tensor | None = None
@@ -40,6 +43,8 @@ class UnlearnerOutput(ModelOutput):
     lm_loss: Tensor | None = None
     logits: Tensor | None = None
     response_labels: Tensor | None = None
+    retain_excess: Tensor | None = None
+    retain_share: Tensor | None = None
 
 
 def batch_loss(
@@ -54,6 +59,7 @@ def batch_loss(
     num_items_in_batch: Tensor | int | None = None,
     reference_logits: Tensor | None = None,
     row_id: Tensor | None = None,
+    alpha: Tensor | float | None = None,
 ) -> UnlearnerOutput:
     """Return the unlearning loss of a batch.
 
@@ -64,10 +70,18 @@ def batch_loss(
             needed and not given.
         input_ids: for this and the others see `SoftPromptUnlearner.forward`.
         row_id: not used; the collator returns it.
+        alpha: the weight of the retain term under a budget, `RetainMultiplier.alpha`.
 
     Raises:
-        ValueError: if shapes do not match, or `is_forget` holds other numbers than 0 and 1.
+        ValueError: if shapes do not match, `is_forget` holds other numbers than 0 and 1, or `alpha` is missing under a
+            budget or given without one.
     """
+    if alpha is None and loss.retain_budget is not None:
+        raise ValueError(
+            f"the loss has retain_budget={loss.retain_budget}, under which alpha moves from step to step: pass "
+            "alpha=multiplier.alpha, of a multiplier = RetainMultiplier(loss), and call multiplier.update(out) after "
+            "each step."
+        )
     if labels.shape != input_ids.shape or is_forget.shape != input_ids.shape[:1]:
         raise ValueError(
             f"shapes do not match: input_ids {tuple(input_ids.shape)}, labels {tuple(labels.shape)}, is_forget "
@@ -117,8 +131,12 @@ def batch_loss(
     if reference_logits is None and needed.any():
         with torch.no_grad():
             reference_logits = base_logits(input_ids[needed], attention_mask[needed], positions[needed])
-    out = loss(logits, targets, is_forget, reference_logits, *counts, text_logits, text_labels)
-    return UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, out.lm_loss, logits, targets)
+    out = loss(logits, targets, is_forget, reference_logits, *counts, text_logits, text_labels, alpha)
+    found = UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, out.lm_loss, logits, targets)
+    if loss.retain_budget is not None:
+        found.retain_excess = loss.retain_excess(logits, targets, is_forget, reference_logits, counts[1])
+        found.retain_share = ((~is_forget).sum() / counts[1]).to(found.retain_excess)
+    return found
 
 
 def _group_counts(

@@ -16,7 +16,8 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-Reduction = Literal["sum", "mean"]
+Reduction = Literal["sum", "mean", "auto"]
+SUMMED_TOKENS = 3  # of a row under "auto": labels of classes have one to three
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,13 @@ class LossTerm:
     """One term of an unlearning loss, one loss per row. To write your own, subclass it and define `token_losses`.
 
     Args:
-        reduction: of the losses of a row's response tokens: `"sum"` (default) or `"mean"`.
+        reduction: of the losses of a row's response tokens: `"sum"`, `"mean"` or `"auto"`, which is the sum of at most
+            three tokens and the mean of more: labels are summed and free answers averaged, row by row. None (default)
+            leaves it to the place: `UnlearningLoss` takes `"auto"` for `retain` and `kl`, and the sum elsewhere, as
+            does a term on its own.
 
     Raises:
-        ValueError: if `reduction` is neither.
+        ValueError: if `reduction` is none of these.
 
     Example:
         ```python
@@ -41,7 +45,7 @@ class LossTerm:
         ```
     """
 
-    reduction: Reduction = "sum"
+    reduction: Reduction | None = None
 
     needs_reference: ClassVar[bool] = False
     """True if the term reads `reference_logits`, the base model's logits at the same positions."""
@@ -50,8 +54,11 @@ class LossTerm:
     """True if the term makes the labels unlikely, so that as a forget term it needs the rows' own completions."""
 
     def __post_init__(self) -> None:
-        if self.reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction={self.reduction!r} is not known; pass 'sum' or 'mean'.")
+        if self.reduction not in (None, "sum", "mean", "auto"):
+            raise ValueError(
+                f"reduction={self.reduction!r} is not known; pass 'sum' or 'mean', 'auto' for the sum of up to "
+                f"{SUMMED_TOKENS} tokens and averages of more, or None for the default of the term's place."
+            )
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         """Return the loss of every response token.
@@ -77,8 +84,11 @@ class LossTerm:
             )
         used = labels != IGNORE_INDEX
         per_token = self.token_losses(logits, labels, reference_logits).masked_fill(~used, 0.0)
-        total = per_token.sum(dim=1)
-        rows = self.row_losses(total / used.sum(dim=1).clamp(min=1) if self.reduction == "mean" else total)
+        reduced, length = per_token.sum(dim=1), used.sum(dim=1).clamp(min=1)
+        if self.reduction in ("mean", "auto"):
+            summed = SUMMED_TOKENS if self.reduction == "auto" else 0
+            reduced = torch.where(length > summed, reduced / length, reduced)
+        rows = self.row_losses(reduced)
         return rows.masked_fill(~used.any(dim=1), 0.0)  # NPO of nothing would be a constant
 
     def row_losses(self, reduced: Tensor) -> Tensor:
@@ -148,7 +158,7 @@ class NPO(LossTerm):
     """Negative preference optimization: -(2 / b) log sigmoid(-b log(pi / pi_ref)) of a row's response.
 
     Bounded below, unlike gradient ascent, its limit as b goes to 0 (arXiv 2404.05868, eq. 3). The ratio is that of
-    whole responses, so `reduction` is `"sum"` in the published loss.
+    whole responses, so `reduction` is `"sum"` in the published loss, as by default on forget rows.
 
     Args:
         inverse_temperature: b, above 0; 0.1 as published.
@@ -191,7 +201,7 @@ class SimNPO(LossTerm):
         ValueError: if `inverse_temperature` is not above 0 or `margin` is negative.
     """
 
-    reduction: Reduction = "mean"
+    reduction: Reduction | None = "mean"
     inverse_temperature: float = 2.5
     margin: float = 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from dataclasses import dataclass, field
@@ -11,9 +12,21 @@ import torch
 from torch import Tensor
 
 from . import terms
-from .terms import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, SimNPO, as_float
+from .terms import (
+    IGNORE_INDEX,
+    NPO,
+    CrossEntropy,
+    GradientAscent,
+    KLAscent,
+    KLDivergence,
+    LossTerm,
+    Reduction,
+    SimNPO,
+    as_float,
+)
 
 TERM_NAMES = ("forget", "retain", "kl", "lm")
+REDUCTIONS: dict[str, Reduction] = {"forget": "sum", "retain": "auto", "kl": "auto", "lm": "sum"}  # unless given
 
 
 @dataclass
@@ -35,6 +48,10 @@ class UnlearningLoss:
     retain rows. A group without rows contributes exactly 0. A term of weight 0 is not computed and contributes
     exactly 0.
 
+    A row's loss is the sum over its response tokens; that of retain rows (`retain`, `kl`) with more than three tokens
+    is three times their mean, so that long answers do not outweigh the generic ones of forget rows. A `reduction` of
+    the term decides otherwise, see `LossTerm`.
+
     Args:
         alpha: weight of the retain term, at least 0. The paper tries 0.1, 0.5 and 1.
         beta: weight of the KL term, at least 0. The paper tries 0, 0.1, 0.5 and 1.
@@ -44,9 +61,13 @@ class UnlearningLoss:
         gamma: weight of the LM term, at least 0; 0 (default) in all methods but EUL, whose paper uses 0.2.
         lm: the term on the *prompt text* of forget rows, where the others see responses; it cannot compare with the
             base model.
+        retain_budget: how far the retain loss may be above the base model's own on the same rows, in nats per token,
+            above 0; a small one is 0.02. Alpha is then a multiplier, which starts at `alpha` and moves after every
+            step, see `RetainMultiplier`. None (default) leaves alpha as it is.
 
     Raises:
-        ValueError: if a weight is negative or not finite, or `lm` compares with the base model.
+        ValueError: if a weight is negative or not finite, `lm` compares with the base model, or `retain_budget` is not
+            above 0 or given with `alpha=0`, without a retain term.
         TypeError: if a term is not a `LossTerm`.
     """
 
@@ -57,12 +78,26 @@ class UnlearningLoss:
     kl: LossTerm = field(default_factory=KLDivergence)
     gamma: float = 0.0
     lm: LossTerm = field(default_factory=lambda: GradientAscent(reduction="mean"))
+    retain_budget: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
             weight = getattr(self, name)
             if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0):
                 raise ValueError(f"{name}={weight!r}: expected a finite number of at least 0.")
+        budget = self.retain_budget
+        if budget is not None:
+            is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
+            if not (is_number and math.isfinite(budget) and budget > 0):
+                raise ValueError(
+                    f"retain_budget={budget!r}: expected a finite number of nats per token above 0, such as 0.02, or "
+                    "None for a fixed alpha."
+                )
+            if self.alpha == 0:
+                raise ValueError(
+                    f"retain_budget={budget!r} with alpha=0: there is no retain term to hold to it. Pass an alpha "
+                    "above 0, where the multiplier starts, such as 1.0."
+                )
         for name in TERM_NAMES:
             term = getattr(self, name)
             if not isinstance(term, LossTerm):
@@ -70,6 +105,10 @@ class UnlearningLoss:
                     f"{name}={term!r} is not a LossTerm; pass an instance such as CrossEntropy() "
                     "or of your own subclass of spul.losses.LossTerm."
                 )
+            if term.reduction is None:
+                term = copy.copy(term)
+                object.__setattr__(term, "reduction", REDUCTIONS[name])
+                object.__setattr__(self, name, term)
         if self.lm.needs_reference:
             raise ValueError(
                 f"lm={self.lm!r} compares with the base model, whose logits at prompt texts are not computed."
@@ -81,6 +120,12 @@ class UnlearningLoss:
         return self.alpha > 0 or self.beta > 0
 
     @property
+    def averages_long_rows(self) -> bool:
+        """Whether retain rows of more than three tokens are averaged by default, by `reduction="auto"`."""
+        terms_in_use = [term for weight, term in ((self.alpha, self.retain), (self.beta, self.kl)) if weight > 0]
+        return any(term.reduction == "auto" for term in terms_in_use)
+
+    @property
     def needs_reference(self) -> bool:
         """Whether any row is compared with the base model."""
         return bool(self.rows_needing_reference(torch.tensor([False, True])).any())
@@ -89,7 +134,7 @@ class UnlearningLoss:
         """Return (rows,) bool: whether a row's loss needs the base model's logits."""
         retain = (self.alpha > 0 and self.retain.needs_reference) or (self.beta > 0 and self.kl.needs_reference)
         needed = torch.zeros_like(is_forget, dtype=torch.bool)
-        if retain:
+        if retain or self.retain_budget is not None:
             needed |= ~is_forget
         if self.forget.needs_reference:
             needed |= is_forget
@@ -105,6 +150,7 @@ class UnlearningLoss:
         num_retain: Tensor | float | None = None,
         text_logits: Tensor | None = None,
         text_labels: Tensor | None = None,
+        alpha: Tensor | float | None = None,
     ) -> LossOutput:
         """Return the loss of a batch.
 
@@ -120,10 +166,15 @@ class UnlearningLoss:
             num_retain: the same for retain rows.
             text_logits: (F, n, V), at the prompt text of the F forget rows, in their order; with `gamma` only.
             text_labels: (F, n), the tokens of these texts, -100 in unused slots.
+            alpha: the multiplier's value, with `retain_budget` only; where it starts unless given.
 
         Raises:
-            ValueError: if `reference_logits` or `text_logits` are not those of the rows that need them.
+            ValueError: if `reference_logits` or `text_logits` are not those of the rows that need them, or `alpha` is
+                given without a budget.
         """
+        if alpha is not None and self.retain_budget is None:
+            raise ValueError(f"alpha={alpha!r}: this loss has the fixed alpha={self.alpha} and no retain_budget.")
+        alpha = self.alpha if alpha is None else alpha
         num_forget = is_forget.sum() if num_forget is None else num_forget
         num_retain = (~is_forget).sum() if num_retain is None else num_retain
         needed = self.rows_needing_reference(is_forget)
@@ -159,8 +210,41 @@ class UnlearningLoss:
             assert text_logits is not None
             assert text_labels is not None
             lm_loss = mean(self.lm, (text_logits, text_labels, None), num_forget)
-        loss = forget_loss + self.alpha * retain_loss + self.beta * kl_loss + self.gamma * lm_loss
+        loss = forget_loss + alpha * retain_loss + self.beta * kl_loss + self.gamma * lm_loss
         return LossOutput(loss, forget_loss, retain_loss, kl_loss, lm_loss)
+
+    @torch.no_grad()
+    def retain_excess(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        is_forget: Tensor,
+        reference_logits: Tensor | None,
+        num_retain: Tensor | float,
+    ) -> Tensor:
+        """How far the retain loss is above the base model's own, in nats per token: what `retain_budget` bounds.
+
+        Args:
+            logits: this and the others as in a call. The excess of a row is the mean over its response tokens of the
+                retain term's loss less that of the base's logits; no `reduction` changes that.
+
+        Returns:
+            Scalar: the sum over retain rows divided by `num_retain`, so that batches of a step add up; 0 without
+            retain rows.
+
+        Raises:
+            ValueError: if there are retain rows and `reference_logits` is None.
+        """
+        if not (~is_forget).any():
+            return as_float(logits).new_zeros(())
+        if reference_logits is None:
+            raise ValueError("retain_budget compares with the base model: pass reference_logits of the retain rows.")
+        rows, labels = logits[~is_forget], labels[~is_forget]
+        base = reference_logits[~is_forget[self.rows_needing_reference(is_forget)]]
+        tokens = self.retain.token_losses(rows, labels, base) - self.retain.token_losses(base, labels, base)
+        used = labels != IGNORE_INDEX
+        means = tokens.masked_fill(~used, 0.0).sum(dim=1) / used.sum(dim=1).clamp(min=1)
+        return means.sum() / num_retain
 
     def to_dict(self) -> dict[str, Any]:
         """Return the weights and terms as plain data, for `spul_config.json`."""
@@ -171,6 +255,8 @@ class UnlearningLoss:
             return {"type": name, **dataclasses.asdict(t)}
 
         weights = {name: getattr(self, name) for name in ("alpha", "beta", "gamma")}
+        if self.retain_budget is not None:
+            weights["retain_budget"] = self.retain_budget
         return {**weights, **{name: term(getattr(self, name)) for name in TERM_NAMES}}
 
     @classmethod
@@ -193,4 +279,5 @@ class UnlearningLoss:
             return known[entry["type"]](**options)
 
         saved = {name: term(data[name]) for name in TERM_NAMES if name in data}  # older records have no lm
-        return cls(alpha=data["alpha"], beta=data["beta"], gamma=data.get("gamma", 0.0), **saved)
+        budget = data.get("retain_budget")
+        return cls(data["alpha"], data["beta"], gamma=data.get("gamma", 0.0), retain_budget=budget, **saved)

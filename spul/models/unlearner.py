@@ -100,6 +100,7 @@ class Unlearner:
         is_trained: whether something of it was trained, which can be trained further.
         answers_fixed: whether some requests get a fixed text, whose tokens have probability 1 and all others 0.
         loss: its `UnlearningLoss`; None if the caller must pass one.
+        multiplier: the `RetainMultiplier` of a loss of its own that has a budget; None otherwise.
         spul_config: the `SpulConfig` that is saved with it; None where there is none.
     """
 
@@ -117,6 +118,7 @@ class Unlearner:
     is_trained: bool = True
     answers_fixed: bool = False
     loss: Any = None
+    multiplier: Any = None
     spul_config: Any = None
 
     # ---- the base and the adapter on it ----

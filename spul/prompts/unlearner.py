@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftConfig, TaskType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..losses.batch import batch_loss
+from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import logits_at, unchanged_on_error, zero_dropout
 from ..models.compat import is_sharded, keep_4bit_differentiable
@@ -64,6 +66,7 @@ class SoftPromptUnlearner(PromptAdapters):
     config: Any
     word_embeddings: Any
     prompt_encoder: Any
+    _multiplier: RetainMultiplier | None = None
 
     def __init__(
         self,
@@ -132,6 +135,19 @@ class SoftPromptUnlearner(PromptAdapters):
             yield
 
     @property
+    def multiplier(self) -> RetainMultiplier | None:
+        """The multiplier of a loss with `retain_budget`, whose alpha `forward` uses; None for a fixed alpha.
+
+        A loop of one's own calls `unlearner.multiplier.update(out)` after each optimizer step. A new `loss` has a new
+        one.
+        """
+        if self.loss.retain_budget is None:
+            return None
+        if self._multiplier is None or self._multiplier.loss is not self.loss:
+            self._multiplier = RetainMultiplier(self.loss)
+        return self._multiplier
+
+    @property
     def has_active_enabled_adapter(self) -> bool:
         """PEFT's name of `enabled`."""
         return bool(self.active_adapter) and super().has_active_enabled_adapter and not is_disabled_here(self)
@@ -153,6 +169,7 @@ class SoftPromptUnlearner(PromptAdapters):
         group_counts: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         reference_logits: Tensor | None = None,
+        alpha: Tensor | float | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the unlearning loss of a batch, or, without `is_forget`, the output of an ordinary PEFT forward.
@@ -170,6 +187,7 @@ class SoftPromptUnlearner(PromptAdapters):
                 `group_counts`, this batch weighs as its share of them.
             reference_logits: (R, K, V), the base model's logits at the response tokens of the R rows whose loss
                 compares with it (by default the retain rows), from `ReferenceCache.logits`; computed unless given.
+            alpha: under `retain_budget` the weight of the retain term; that of `multiplier` unless given.
             kwargs: arguments of the ordinary forward; `adapter_names=[...]` names each row's prompt, `"__base__"` for
                 none.
 
@@ -200,6 +218,8 @@ class SoftPromptUnlearner(PromptAdapters):
             raise ValueError(
                 "with is_forget, forward needs input_ids and labels, as ForgetRetainCollator returns them."
             )
+        if alpha is None and (multiplier := self.multiplier) is not None:
+            alpha = multiplier.alpha_of_pass() if torch.is_grad_enabled() else multiplier.alpha
         return batch_loss(
             self.loss,
             self.response_logits,
@@ -211,6 +231,7 @@ class SoftPromptUnlearner(PromptAdapters):
             group_counts=group_counts,
             num_items_in_batch=num_items_in_batch,
             reference_logits=reference_logits,
+            alpha=alpha,
         )
 
     def response_logits(

@@ -76,7 +76,9 @@ def _is_loss(value: Any) -> bool:
         return False
     weights = [value.get("alpha"), value.get("beta"), value.get("gamma", 0.0)]
     terms = ["forget", "retain", "kl", *(["lm"] if value.get("gamma") or "lm" in value else [])]
-    return all(map(_is_weight, weights)) and all(_is_term(value.get(name)) for name in terms)
+    budget = value.get("retain_budget")
+    budget_is_right = budget is None or (_is_weight(budget) and budget > 0 and value.get("alpha") != 0)
+    return budget_is_right and all(map(_is_weight, weights)) and all(_is_term(value.get(name)) for name in terms)
 
 
 def _is_summary(value: Any) -> bool:
@@ -113,7 +115,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "loss": (
         _optional(_is_loss),
         "an UnlearningLoss.to_dict() (alpha and beta, numbers of at least 0; forget, retain and kl, terms with a "
-        "type), or null",
+        "type; retain_budget, if there is one, above 0 and with an alpha above 0), or null",
     ),
     "generic_completions": (_optional(_list_of(_is_text)), "a list of texts, or null"),
     "base_model_name_or_path": (_optional(_is_text), "text, or null"),

@@ -1,8 +1,10 @@
-"""What UnlearningTrainer keeps beside Trainer's own state: the terms since the last log, the epoch, noise."""
+"""What UnlearningTrainer keeps beside Trainer's own state: terms since the last log, the multiplier, epoch, noise."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +13,8 @@ from transformers import TrainerCallback
 
 from ..data.collator import ForgetRetainCollator
 from ..models.compat import reset_compiled
+
+logger = logging.getLogger(__name__)
 
 
 class TermSums:
@@ -54,6 +58,39 @@ class TermSums:
         means = self._sums / steps
         self._sums.zero_()
         return means
+
+
+class MultiplierCallback(TrainerCallback):
+    """Moves the multiplier of a retain budget after each optimizer step, and keeps it in the checkpoints' state.
+
+    Alpha and the running mean stand in `trainer_state.json`, the last file of a checkpoint. Without a budget it does
+    nothing.
+
+    Args:
+        trainer: an `UnlearningTrainer`.
+    """
+
+    KEY = "RetainMultiplier"
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (multiplier := self.trainer.multiplier) is None:
+            return
+        multiplier.reset()  # also when auto_find_batch_size tries again
+        if (saved := state.stateful_callbacks.get(self.KEY)) is not None:
+            multiplier.load_state_dict(saved)
+        elif state.global_step > 0:
+            logger.warning("the checkpoint holds no multiplier: alpha starts at %g again.", multiplier.alpha)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if (multiplier := self.trainer.multiplier) is None:
+            return
+        accelerator = self.trainer.accelerator
+        several = accelerator.num_processes > 1
+        multiplier.update(reduce=partial(accelerator.reduce, reduction="mean") if several else None)
+        state.stateful_callbacks[self.KEY] = multiplier.state_dict()
 
 
 class EmbeddingNoise:

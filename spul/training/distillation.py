@@ -208,7 +208,7 @@ class _DistillationTrainer(UnlearningTrainer):
         inputs = inputs.add_column("row_id", list(range(len(inputs))))
         flags = (False,) if collator.generic_completions is None else (False, True)
         rows = concatenate_datasets([inputs.add_column("is_forget", [flag] * len(inputs)) for flag in flags])
-        divergence = KLDivergence(direction="forward")
+        divergence = KLDivergence(direction="forward", reduction="sum")  # the same on both sides
         student.loss = UnlearningLoss(alpha=0.0, beta=1.0, forget=divergence, kl=divergence)
         super().__init__(student, args, collator, rows, **kwargs)
         self._teachers, self._inputs = teachers, inputs

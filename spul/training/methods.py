@@ -23,7 +23,7 @@ from ..data.checks import forget_flags
 from ..data.collator import ForgetRetainCollator
 from ..layers.bottleneck import UnlearningLayersConfig
 from ..layers.unlearning_layers import UnlearningLayers
-from ..losses.terms import NPO, GradientAscent, KLAscent, KLDivergence, SimNPO
+from ..losses.terms import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, SimNPO
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import zero_dropout
 from ..models.compat import is_quantized, keep_4bit_differentiable
@@ -35,26 +35,28 @@ logger = logging.getLogger(__name__)
 Trainable = Literal["prompt", "full", "lora", "layers"]
 TRAINABLES: tuple[Trainable, ...] = ("prompt", "full", "lora", "layers")
 
-# As in their papers, the KL terms of the other methods are KL(base || trained).
-_FORWARD_KL = KLDivergence(direction="forward")
+# As in their papers, the KL terms of the other methods are KL(base || trained); log-likelihoods of whole responses.
+_FORWARD_KL = KLDivergence(direction="forward", reduction="sum")
+_SUMMED = CrossEntropy(reduction="sum")
 _LOSSES = {
     "SPUL": UnlearningLoss(alpha=1.0, beta=0.5),
     "GA": UnlearningLoss(alpha=0.0, beta=0.0, forget=GradientAscent()),
     "RL": UnlearningLoss(alpha=0.0, beta=0.0),
     "GA+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=GradientAscent(), kl=_FORWARD_KL),
-    "GA+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=GradientAscent()),
+    "GA+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=GradientAscent(), retain=_SUMMED),
     "NPO": UnlearningLoss(alpha=0.0, beta=0.0, forget=NPO()),
     "NPO+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=NPO(), kl=_FORWARD_KL),
-    "NPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=NPO()),
+    "NPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=NPO(), retain=_SUMMED),
     "SimNPO": UnlearningLoss(alpha=0.0, beta=0.0, forget=SimNPO()),
     "SimNPO+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=SimNPO(), kl=_FORWARD_KL),
-    "SimNPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=SimNPO()),
+    "SimNPO+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=SimNPO(), retain=_SUMMED),
     # Two of its terms have no bound as published; the caps are ours, see docs/methods.md.
     "EUL": UnlearningLoss(
         alpha=1.0,
         beta=0.8,
         gamma=0.2,
         forget=KLAscent(cap=5.0),
+        retain=_SUMMED,
         kl=_FORWARD_KL,
         lm=GradientAscent(reduction="mean", cap=10.0),
     ),
@@ -190,6 +192,7 @@ def unlearning_method(
     alpha: float | None = None,
     beta: float | None = None,
     gamma: float | None = None,
+    retain_budget: float | None = None,
 ) -> Method:
     """A published method by name.
 
@@ -209,9 +212,11 @@ def unlearning_method(
         alpha: weight of the cross-entropy on retain rows; None is 1 where the method has it. The same for the others.
         beta: weight of the KL on retain rows; 0.5 in SPUL, 0.8 in EUL, 1 elsewhere.
         gamma: weight of the ascent on the prompt text of forget rows; 0.2 in EUL.
+        retain_budget: nats per token that the retain loss may be above the base model's, by which alpha then moves,
+            see `UnlearningLoss`; for methods with a cross-entropy on retain rows.
 
     Raises:
-        ValueError: if the name is not known, or a weight is given that the method does not have.
+        ValueError: if the name is not known, or a weight or budget is given that the method has no term for.
     """
     if name not in _LOSSES:
         raise ValueError(f"method {name!r} is not known; expected one of {', '.join(METHODS)}.")
@@ -221,4 +226,8 @@ def unlearning_method(
             if getattr(loss, weight) == 0:
                 raise ValueError(f"{weight}={value!r}: {name} has no such term; see the table of unlearning_method.")
             loss = replace(loss, **{weight: value})  # type: ignore[arg-type]
+    if retain_budget is not None:
+        if loss.alpha == 0:
+            raise ValueError(f"retain_budget={retain_budget!r}: {name} has no retain term; see the table of methods.")
+        loss = replace(loss, retain_budget=retain_budget)
     return Method(name, loss, trainable or _OWN_TRAINABLES.get(name, "full"))

@@ -10,33 +10,31 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments, enable_full_determinism, set_seed
 
-from ..data.checks import check_is_forget, check_not_generic, forget_flags
+from ..data.checks import check_not_generic, forget_flags
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
 from ..data.rows import column_batches, completion_text, read_rows
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..layers.unlearning_layers import UnlearningLayers
+from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import keep_4bit_differentiable, save_training_args
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import DataSummary, DigestKey, read_digest_key, summarize_groups
-from .callbacks import EmbeddingNoise, EpochCallback, TermSums
+from .callbacks import EmbeddingNoise, EpochCallback, MultiplierCallback
 from .checks import check_options, check_training_rows, checked_loss, last_complete_checkpoint
-from .evaluation import EvaluatingTrainer
-from .forward import unlearning_forward
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
 from .reference import ReferenceCache
+from .steps import SteppingTrainer
 
 logger = logging.getLogger(__name__)
 
-TERMS = ("forget_loss", "retain_loss", "kl_loss", "lm_loss")
 
-
-class UnlearningTrainer(EvaluatingTrainer):
+class UnlearningTrainer(SteppingTrainer):
     """Trains a `SoftPromptUnlearner`, `UnlearningLayers`, LoRA, or all weights of a causal LM.
 
     In addition to `transformers.Trainer`: the loss is normalized over the forget and the retain rows of the whole
@@ -77,9 +75,6 @@ class UnlearningTrainer(EvaluatingTrainer):
             `row_id`, forget rows that `max_length` cuts a name from, labels that are generic completions too, or a
             `digest_key` that is none.
     """
-
-    # The loss is already divided by the counts of the whole step.
-    loss_is_scaled_for_ga = True
 
     def __init__(
         self,
@@ -142,6 +137,7 @@ class UnlearningTrainer(EvaluatingTrainer):
             raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
         self._record_data()  # not before every check has passed: the record of a refused model stays
         self.add_callback(EpochCallback(self, data_collator))
+        self.add_callback(MultiplierCallback(self))
         self.args.logging_nan_inf_filter = False  # it would log an old mean in place of NaN; `training_step` raises
         self.neftune_noise_alpha = None  # Trainer's noise, see `EmbeddingNoise`
         self.restart_terms()
@@ -177,6 +173,9 @@ class UnlearningTrainer(EvaluatingTrainer):
             )
         keep_4bit_differentiable(model)
         self._learner, self._loss, self.unlearner = model, loss, unlearner_of(model)
+        self.multiplier: RetainMultiplier | None = self.unlearner.multiplier
+        if self.multiplier is None and loss.retain_budget is not None:
+            self.multiplier = RetainMultiplier(loss)
         self._reference: ReferenceCache | None = None
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -246,64 +245,6 @@ class UnlearningTrainer(EvaluatingTrainer):
 
     # ---- training ----
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Read the batches of a step, and add the numbers of forget and retain rows of the whole step to each."""
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        for batch in batches:
-            check_is_forget(batch, "a batch")
-        if not batches:
-            return batches, num_items
-        flags = torch.cat([batch["is_forget"] for batch in batches]).to(device)
-        counts = torch.stack([flags.sum(), (~flags).sum()]).float()
-        # DDP averages gradients over processes, so the counts are averages too.
-        counts = self.accelerator.reduce(counts, reduction="mean") if self.accelerator.num_processes > 1 else counts
-        for batch in batches:
-            batch["group_counts"] = counts
-        return batches, num_items
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """The unlearning loss of one batch, as its share of the whole step."""
-        check_is_forget(inputs, "a batch")
-        if self._reference is not None and model.training:
-            with self.accelerator.autocast():
-                inputs = {**inputs, "reference_logits": self._reference.logits(inputs)}
-        if self.unlearner.computes_loss:
-            outputs = model(**inputs)
-        else:
-            with self.accelerator.autocast():  # also around the base model, which accelerate does not wrap
-                outputs = unlearning_forward(model, self._loss, **inputs)
-        if model.training:
-            self._terms.add(outputs)
-        return (outputs.loss, outputs) if return_outputs else outputs.loss
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Forward and backward of one batch, as in `Trainer`.
-
-        The terms are checked after the backward pass. This waits for the device, as Trainer's NaN filter
-        (off here) would.
-
-        Raises:
-            FloatingPointError: if a term of the loss is NaN or infinite; the optimizer has not stepped.
-        """
-        loss = super().training_step(*args, **kwargs)
-        self._terms.check_finite(self.state.global_step + 1)
-        return loss
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log the loss and its terms, averaged over the steps since the last log."""
-        means = self._terms.means(self.state.global_step) if "loss" in logs else None
-        if means is not None:
-            if self.accelerator.num_processes > 1:
-                means = self.accelerator.reduce(means, reduction="mean")
-            logs.update(zip(self._terms.names, means.tolist(), strict=True))
-        super().log(logs, start_time)
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
@@ -316,11 +257,6 @@ class UnlearningTrainer(EvaluatingTrainer):
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._noise.stop()
-
-    def restart_terms(self) -> None:
-        """Forget the terms of batches that are not logged; `EpochCallback` calls it when training begins."""
-        names = TERMS if self._loss.gamma > 0 else TERMS[:-1]
-        self._terms = TermSums(names, self.args.device, self.state.global_step)
 
     def _open_reference(self) -> None:
         """Compute the reference of the training rows, or open the stored one."""

@@ -119,7 +119,7 @@ def kl_to(
     """KL divergences of a model from a reference at the response tokens. On retain rows lower is better.
 
     For each row, with `y` its own response: `reverse_kl = mean over k of KL(p(.|x, y_<k) || p0(.|x, y_<k))` and
-    `forward_kl` with p and p0 exchanged. A mean per token, where the KL term of `UnlearningLoss` is a sum by default.
+    `forward_kl` with p and p0 exchanged. A mean per token; the KL term of `UnlearningLoss` sums up to three.
 
     Args:
         model: a causal LM, bare, under PEFT or under a prompt.

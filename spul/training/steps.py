@@ -1,0 +1,124 @@
+"""The loss of a whole optimizer step: group counts, terms and the multiplier of a retain budget."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..data.checks import check_is_forget
+from ..losses.multiplier import RetainMultiplier
+from ..losses.terms import IGNORE_INDEX, SUMMED_TOKENS
+from ..losses.unlearning_loss import UnlearningLoss
+from .callbacks import TermSums
+from .evaluation import EvaluatingTrainer
+from .forward import unlearning_forward
+from .reference import ReferenceCache
+
+logger = logging.getLogger(__name__)
+
+TERMS = ("forget_loss", "retain_loss", "kl_loss", "lm_loss")
+
+
+class SteppingTrainer(EvaluatingTrainer):
+    """A `Trainer` whose loss is normalized over the forget and the retain rows of the whole step, its terms logged.
+
+    Attributes:
+        multiplier: moves alpha under `retain_budget`, its settings may be set before training; None for a fixed alpha.
+    """
+
+    # The loss is already divided by the counts of the whole step.
+    loss_is_scaled_for_ga = True
+
+    _loss: UnlearningLoss
+    _reference: ReferenceCache | None
+    multiplier: RetainMultiplier | None
+    _noted = False
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Read the batches of a step, and add the numbers of forget and retain rows of the whole step to each."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        for batch in batches:
+            check_is_forget(batch, "a batch")
+        if not batches:
+            return batches, num_items
+        self._note_long_rows(batches)
+        flags = torch.cat([batch["is_forget"] for batch in batches]).to(device)
+        counts = torch.stack([flags.sum(), (~flags).sum()]).float()
+        # DDP averages gradients over processes, so the counts are averages too.
+        counts = self.accelerator.reduce(counts, reduction="mean") if self.accelerator.num_processes > 1 else counts
+        for batch in batches:
+            batch["group_counts"] = counts
+            if self.multiplier is not None:
+                batch["alpha"] = counts.new_tensor(self.multiplier.alpha)
+        return batches, num_items
+
+    def _note_long_rows(self, batches: list[dict[str, Any]]) -> None:
+        """Say once, at the first retain row of many tokens, how such rows are reduced by default."""
+        if self._noted or not (self._loss.averages_long_rows and self.is_world_process_zero()):
+            return
+        tokens = [(batch["labels"][~batch["is_forget"].bool(), 1:] != IGNORE_INDEX).sum(dim=1) for batch in batches]
+        longest = int(torch.cat(tokens).max()) if any(map(len, tokens)) else 0
+        if longest > SUMMED_TOKENS:
+            self._noted = True
+            logger.warning(
+                "retain rows have responses of many tokens, here of %d: the retain and the KL loss of a row with more "
+                "than %d are means over its tokens, not sums. To decide it yourself, pass a reduction: "
+                "UnlearningLoss(retain=CrossEntropy(reduction='sum'), kl=KLDivergence(reduction='sum')), or 'mean'.",
+                longest,
+                SUMMED_TOKENS,
+            )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The unlearning loss of one batch, as its share of the whole step."""
+        check_is_forget(inputs, "a batch")
+        if self._reference is not None and model.training:
+            with self.accelerator.autocast():
+                inputs = {**inputs, "reference_logits": self._reference.logits(inputs)}
+        if self.unlearner.computes_loss:
+            outputs = model(**inputs)
+        else:
+            with self.accelerator.autocast():  # also around the base model, which accelerate does not wrap
+                outputs = unlearning_forward(model, self._loss, **inputs)
+        if model.training:
+            self._terms.add(outputs)
+            if self.multiplier is not None:
+                self.multiplier.add(outputs)
+        return (outputs.loss, outputs) if return_outputs else outputs.loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Forward and backward of one batch, as in `Trainer`.
+
+        The terms are checked after the backward pass. This waits for the device, as Trainer's NaN filter
+        (off here) would.
+
+        Raises:
+            FloatingPointError: if a term of the loss is NaN or infinite; the optimizer has not stepped.
+        """
+        loss = super().training_step(*args, **kwargs)
+        self._terms.check_finite(self.state.global_step + 1)
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the loss and its terms, averaged over the steps since the last log, and the multiplier as it is now."""
+        means = self._terms.means(self.state.global_step) if "loss" in logs else None
+        if means is not None:
+            if self.accelerator.num_processes > 1:
+                means = self.accelerator.reduce(means, reduction="mean")
+            logs.update(zip(self._terms.names, means.tolist(), strict=True))
+            if self.multiplier is not None:
+                logs.update(self.multiplier.logs())
+        super().log(logs, start_time)
+
+    def restart_terms(self) -> None:
+        """Forget the terms of batches that are not logged; `EpochCallback` calls it when training begins."""
+        names = TERMS if self._loss.gamma > 0 else TERMS[:-1]
+        self._terms = TermSums(names, self.args.device, self.state.global_step)

@@ -1,0 +1,490 @@
+"""Retain as a constraint: the excess over the base, and alpha, which moves to keep it within a budget."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from helpers import (
+    arguments,
+    assert_same,
+    build,
+    build_unlearner,
+    make_answers,
+    make_collator,
+    make_dataset,
+    make_unlearner,
+    prompt_state,
+    trainable_model,
+)
+from plain import losses as plain_losses
+from plain import row_logits
+from transformers import Trainer
+
+from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul.losses import GradientAscent, KLDivergence, RetainMultiplier
+from spul.models.causal_lm import zero_dropout
+from spul.records.fields import check_fields
+from spul.training import unlearning_forward, unlearning_method
+
+BUDGET = UnlearningLoss(alpha=0.7, beta=0.0, retain_budget=0.05)
+TRAINABLES = ("prompt", "layers", "lora", "full")
+
+
+def batch_of(num=6, dataset=None):
+    """Forget and retain rows with responses of one token and of many."""
+    dataset = make_answers(3, 3) if dataset is None else dataset
+    return make_collator()([dataset[i] for i in range(num)])
+
+
+def plain_excess(logits_of, base_logits_of, batch):
+    """Mean over retain rows of the mean over a row's tokens of log p0 - log p, a row and a token at a time."""
+    rows = []
+    for ids, mask, labels, is_forget in zip(
+        batch["input_ids"], batch["attention_mask"], batch["labels"], batch["is_forget"], strict=True
+    ):
+        if not is_forget:
+            ids, labels = ids[mask.bool()], labels[mask.bool()]
+            p, p0 = (logits(ids).log_softmax(-1) for logits in (logits_of, base_logits_of))
+            at = [i for i in range(1, len(ids)) if labels[i] != -100]
+            rows.append(sum(float(p0[i - 1, labels[i]] - p[i - 1, labels[i]]) for i in at) / len(at))
+    return sum(rows) / len(rows)
+
+
+def plain_alphas(excesses, alpha, budget, step_size, decay):
+    """Alpha after each of a list of steps; None is a step without retain rows."""
+    mean, found = None, []
+    for excess in excesses:
+        if excess is not None:
+            mean = excess if mean is None else decay * mean + (1 - decay) * excess
+            distance = (mean - budget) / budget
+            if distance > 1:
+                distance = 1.0
+            elif distance < -1:
+                distance = -1.0
+            alpha = alpha + step_size * distance
+            if alpha < 0:
+                alpha = 0.0
+        found.append(alpha)
+    return found
+
+
+def output(excess, share=1.0):
+    return SimpleNamespace(retain_excess=torch.tensor(excess * share), retain_share=torch.tensor(share))
+
+
+# ---- the rule ----
+
+
+@pytest.mark.parametrize(("step_size", "decay"), [(0.02, 0.9), (0.3, 0.0), (1.0, 0.5)])
+def test_alpha_moves_as_the_rule_says(step_size, decay):
+    generator = torch.Generator().manual_seed(0)
+    excesses = (0.05 + 0.1 * torch.randn(60, generator=generator)).tolist()
+    excesses[7] = excesses[20] = None
+    multiplier = RetainMultiplier(BUDGET, step_size, decay)
+    found = []
+    for excess in excesses:
+        found.append(multiplier.update(output(0.0, 0.0) if excess is None else output(excess)))
+        assert found[-1] == multiplier.alpha
+    expected = plain_alphas(excesses, 0.7, 0.05, step_size, decay)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found[7] == found[6]
+    assert len(set(found)) > 10
+
+
+def test_alpha_rises_while_the_budget_is_exceeded_and_falls_to_zero_and_no_further_while_it_is_not():
+    multiplier = RetainMultiplier(BUDGET, step_size=0.1)
+    over = [multiplier.update(output(3.0)) for _ in range(10)]
+    assert over == pytest.approx([0.7 + 0.1 * i for i in range(1, 11)])  # a bad start moves it no faster
+    multiplier.reset()
+    assert multiplier.alpha == 0.7
+    under = [multiplier.update(output(-1.0)) for _ in range(10)]
+    assert under == pytest.approx([0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0], abs=1e-9)
+    assert multiplier.update(output(100.0)) > 0
+
+
+def test_batches_of_a_step_count_as_one():
+    parts, whole = RetainMultiplier(BUDGET), RetainMultiplier(BUDGET)
+    parts.add(output(0.3, 0.25), output(0.0, 0.0))
+    assert parts.alpha == 0.7
+    parts.update(output(0.1, 0.75))
+    whole.update(output(0.25 * 0.3 + 0.75 * 0.1))
+    assert parts.alpha == pytest.approx(whole.alpha, abs=1e-8)
+    assert parts.excess == pytest.approx(0.15, abs=1e-7)
+
+
+def test_a_step_of_several_processes_is_their_mean():
+    multiplier, given = RetainMultiplier(BUDGET, decay=0.0), []
+
+    def reduce(tensor):  # the other process had half of the counts' mean, and no retain row
+        given.append(tensor)
+        return tensor / 2
+
+    multiplier.update(output(0.2, 2.0), reduce=reduce)
+    assert given[0].tolist() == pytest.approx([0.4, 2.0])
+    assert multiplier.excess == pytest.approx(0.2)
+
+
+def test_a_state_goes_through_json_to_the_bit():
+    multiplier, again = RetainMultiplier(BUDGET), RetainMultiplier(BUDGET)
+    for excess in (0.3, 1 / 3, 0.01):
+        multiplier.update(output(excess))
+    again.load_state_dict(json.loads(json.dumps(multiplier.state_dict())))
+    assert (again.alpha, again.excess) == (multiplier.alpha, multiplier.excess)
+    assert again.update(output(0.1)) == multiplier.update(output(0.1))
+
+
+@pytest.mark.parametrize("state", [{}, {"alpha": -1.0}, {"alpha": float("nan")}, {"alpha": 1.0, "excess": "x"}])
+def test_a_state_that_is_none_is_refused(state):
+    with pytest.raises(ValueError, match="expected a finite number"):
+        RetainMultiplier(BUDGET).load_state_dict(state)
+
+
+# ---- the excess ----
+
+
+@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "p_tuning", "prefix_tuning"])
+def test_the_excess_of_a_prompt_is_that_of_rows_one_by_one(prompt_type):
+    unlearner = build_unlearner(prompt_type=prompt_type, loss=BUDGET)
+    batch = batch_of()
+    out = unlearner(**batch)
+    with torch.no_grad():
+        expected = plain_excess(
+            lambda ids: row_logits(unlearner, ids), lambda ids: row_logits(unlearner, ids, prompted=False), batch
+        )
+    assert abs(expected) > 1e-3
+    assert out.retain_excess.item() == pytest.approx(expected, rel=1e-6)
+    assert out.retain_share == 1
+    assert not out.retain_excess.requires_grad
+    torch.testing.assert_close(out.loss, out.forget_loss + 0.7 * out.retain_loss)
+
+
+@pytest.mark.parametrize("trainable", ["layers", "lora", "full"])
+def test_the_excess_of_other_trainables_is_that_of_rows_one_by_one(trainable):
+    model, base = trainable_model(trainable), build("llama", torch.float64)
+    if trainable == "full":
+        with torch.no_grad():
+            model.lm_head.weight.add_(0.1 * torch.randn(model.lm_head.weight.shape, dtype=torch.float64))
+    batch, given = batch_of(), {}
+    if trainable == "full":  # from before training
+        with torch.no_grad():
+            logits = unlearning_forward(base, UnlearningLoss(alpha=0, beta=0), **batch).logits
+        given["reference_logits"] = logits[~batch["is_forget"]]
+    out = unlearning_forward(model, BUDGET, **batch, alpha=0.25, **given)
+    with torch.no_grad():
+        expected = plain_excess(lambda ids: model(ids[None]).logits[0], lambda ids: base(ids[None]).logits[0], batch)
+    assert abs(expected) > 1e-3
+    assert out.retain_excess.item() == pytest.approx(expected, rel=1e-6)
+    torch.testing.assert_close(out.loss, out.forget_loss + 0.25 * out.retain_loss)
+
+
+def test_the_excess_of_another_retain_term_is_its_own_over_the_base():
+    """The KL of the base to itself is 0, so that its excess is the KL, a mean over tokens."""
+    batch = batch_of()
+    loss = UnlearningLoss(beta=0.0, retain=KLDivergence(), retain_budget=0.1)
+    means = UnlearningLoss(beta=0.0, retain=KLDivergence(reduction="mean"))
+    found = build_unlearner(loss=loss)(**batch).retain_excess
+    torch.testing.assert_close(found, build_unlearner(loss=means)(**batch).retain_loss.detach())
+
+
+def test_parts_of_a_step_add_up_to_the_excess_of_the_whole():
+    unlearner, batch = build_unlearner(loss=BUDGET), batch_of()
+    whole = unlearner(**batch)
+    counts = torch.tensor([3.0, 3.0])
+    parts = [
+        unlearner(**{name: value[some] for name, value in batch.items()}, group_counts=counts)
+        for some in (slice(0, 4), slice(4, 6))
+    ]
+    assert [part.retain_share.item() for part in parts] == pytest.approx([1 / 3, 2 / 3])
+    torch.testing.assert_close(sum(part.retain_excess for part in parts), whole.retain_excess)
+
+
+def test_a_batch_of_one_group_is_computed():
+    unlearner = build_unlearner(loss=BUDGET)
+    forget = unlearner(**batch_of(3))
+    assert (forget.retain_excess, forget.retain_share) == (0, 0)
+    forget.loss.backward()
+    unlearner.multiplier.update(forget)
+    assert unlearner.multiplier.state_dict() == {"alpha": 0.7, "excess": None}
+
+
+@pytest.mark.parametrize("alpha", [0.0, 2.5])
+def test_alpha_at_zero_still_measures_the_excess(alpha):
+    unlearner = build_unlearner(loss=BUDGET)
+    out = unlearner(**batch_of(), alpha=alpha)
+    torch.testing.assert_close(out.loss, out.forget_loss + alpha * out.retain_loss)
+    assert out.retain_excess != 0
+    assert out.retain_loss > 0
+
+
+# ---- a loop of one's own ----
+
+
+def test_a_loop_of_ones_own_equals_a_plain_one():
+    """Three steps of SGD, the loss and the excess row by row, alpha by the rule."""
+    found, twin = (build_unlearner(loss=BUDGET) for _ in range(2))
+    batches = [batch_of(dataset=make_answers(3 + i, 3)) for i in range(3)]
+    alphas, excesses, used = [], [], [0.7]
+    for batch in batches:
+        out = found(**batch)
+        out.loss.backward()
+        torch.optim.SGD([p for p in found.parameters() if p.requires_grad], lr=0.5).step()
+        found.zero_grad()
+        alphas.append(found.multiplier.update(out))
+
+        twin_loss, *_ = plain_losses(twin, batch, alpha=used[-1], beta=0.0)
+        with torch.no_grad():
+            excesses.append(
+                plain_excess(lambda ids: row_logits(twin, ids), lambda ids: row_logits(twin, ids, False), batch)
+            )
+        twin_loss.backward()
+        torch.optim.SGD([p for p in twin.parameters() if p.requires_grad], lr=0.5).step()
+        twin.zero_grad()
+        used = [0.7, *plain_alphas(excesses, 0.7, 0.05, 0.01, 0.9)]
+        torch.testing.assert_close(out.loss, twin_loss)
+    assert alphas == pytest.approx(used[1:], abs=1e-7)
+    assert len(set(alphas)) == 3
+    assert_same(prompt_state(found), prompt_state(twin), rtol=1e-5, atol=1e-7)
+
+
+def test_a_new_loss_has_a_new_multiplier_and_a_fixed_alpha_none():
+    unlearner = build_unlearner(loss=BUDGET)
+    unlearner.multiplier.update(output(9.0))
+    assert unlearner.multiplier.alpha == pytest.approx(0.71)
+    unlearner.loss = UnlearningLoss(alpha=2.0, retain_budget=0.1)
+    assert unlearner.multiplier.alpha == 2.0
+    unlearner.loss = UnlearningLoss()
+    assert unlearner.multiplier is None
+
+
+def test_a_loop_that_forgets_the_update_is_told_once(tmp_path, caplog):
+    unlearner = make_unlearner(loss=BUDGET)
+    settings = arguments(tmp_path, max_steps=101, per_device_train_batch_size=1, remove_unused_columns=False)
+    with caplog.at_level(logging.WARNING):
+        Trainer(unlearner, settings, make_collator(), make_dataset()).train()
+    said = [record.message for record in caplog.records if "without an update" in record.message]
+    assert said == [
+        "100 batches under retain_budget=0.05 without an update: alpha is still 0.7. Call multiplier.update(out) "
+        "after each optimizer step, or train with UnlearningTrainer, which does."
+    ]
+
+
+# ---- in the trainer ----
+
+
+def constrained(folder, trainable, loss=BUDGET, dataset=None, reference="cached", **settings):
+    """A trainer of any trainable; its answers have one token or many."""
+    torch.manual_seed(0)
+    if trainable == "prompt":
+        model = make_unlearner(loss=loss)
+    else:
+        model = trainable_model(trainable, dtype=torch.float32)
+        zero_dropout(model)
+    return UnlearningTrainer(
+        model,
+        arguments(folder, **settings),
+        make_collator(),
+        make_answers(8, 12) if dataset is None else dataset,
+        loss=None if trainable == "prompt" else loss,
+        reference=reference,
+    )
+
+
+def trained_part(trainer):
+    return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def logged(trainer):
+    return [(e["step"], e["alpha"], e["retain_excess"], e["loss"]) for e in trainer.state.log_history if "alpha" in e]
+
+
+@pytest.mark.parametrize("trainable", TRAINABLES)
+def test_resuming_gives_the_bits_of_a_run_that_never_stopped(tmp_path, trainable):
+    settings = {"max_steps": 7, "save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 4}
+    whole = constrained(tmp_path / "whole", trainable, **settings)
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-4", tmp_path / "cut" / "checkpoint-4")
+    again = constrained(tmp_path / "cut", trainable, **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 7
+    assert_same(trained_part(again), trained_part(whole), rtol=0, atol=0)
+    assert logged(again) == logged(whole)
+    assert len({alpha for _, alpha, *_ in logged(whole)}) == 7
+    assert again.multiplier.state_dict() == whole.multiplier.state_dict()
+
+
+@pytest.mark.parametrize("trainable", TRAINABLES)
+def test_a_step_is_the_same_however_it_is_cut_up(tmp_path, trainable):
+    steps = {"max_steps": 3, "optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0}
+    whole = constrained(tmp_path, trainable, per_device_train_batch_size=8, **steps)
+    parts = constrained(tmp_path, trainable, per_device_train_batch_size=2, gradient_accumulation_steps=4, **steps)
+    for trainer in (whole, parts):
+        trainer.train()
+    assert_same(trained_part(parts), trained_part(whole), rtol=1e-4, atol=1e-6)
+    for one, other in zip(logged(whole), logged(parts), strict=True):
+        assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_the_trainers_alpha_is_that_of_a_plain_loop_over_its_batches(tmp_path):
+    """Also that the cached reference gives the base's loss."""
+    seen = []
+
+    class Noting(UnlearningTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            with torch.no_grad():
+                excess = plain_excess(
+                    lambda ids: row_logits(model, ids), lambda ids: row_logits(model, ids, False), inputs
+                )
+            seen.append((excess, inputs["alpha"].item()))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    settings = arguments(tmp_path, max_steps=4, learning_rate=0.1)
+    trainer = Noting(make_unlearner(loss=BUDGET), settings, make_collator(), make_answers(8, 12))
+    trainer.multiplier.step_size = 0.1
+    trainer.train()
+    expected = plain_alphas([excess for excess, _ in seen], 0.7, 0.05, 0.1, 0.9)
+    assert [alpha for _, alpha in seen] == pytest.approx([0.7, *expected[:-1]], abs=1e-5)
+    assert [alpha for _, alpha, *_ in logged(trainer)] == pytest.approx(expected, abs=1e-5)
+    assert trainer.multiplier is trainer.model.multiplier
+
+
+def test_the_live_reference_moves_alpha_as_the_cached_one(tmp_path):
+    found = [constrained(tmp_path, "prompt", reference=mode, max_steps=3) for mode in ("cached", "live")]
+    for trainer in found:
+        trainer.train()
+    for one, other in zip(*map(logged, found), strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+
+
+def test_training_anew_starts_alpha_anew(tmp_path):
+    trainer = constrained(tmp_path, "prompt", max_steps=2)
+    starts = []
+    for _ in range(2):
+        trainer.train()
+        starts.append(round(abs(logged(trainer)[0][1] - 0.7), 6))
+    assert max(starts) <= 0.01
+
+
+def test_a_checkpoint_of_a_fixed_alpha_says_that_alpha_starts_again(tmp_path, caplog):
+    steps = {"save_strategy": "steps", "save_steps": 1}
+    constrained(tmp_path, "prompt", UnlearningLoss(alpha=0.7, beta=0.0), max_steps=1, **steps).train()
+    again = constrained(tmp_path, "prompt", max_steps=2, **steps)
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=True)
+    assert "the checkpoint holds no multiplier: alpha starts at 0.7 again" in caplog.text
+
+
+def test_a_fixed_alpha_logs_none_and_outputs_no_excess(tmp_path):
+    trainer = constrained(tmp_path, "prompt", UnlearningLoss(), max_steps=1)
+    trainer.train()
+    assert trainer.multiplier is None
+    assert not any({"alpha", "retain_excess"} & set(entry) for entry in trainer.state.log_history)
+    assert "retain_excess" not in trainer.model(**batch_of())
+    assert "RetainMultiplier" not in trainer.state.stateful_callbacks
+
+
+def test_forgetting_is_held_within_the_budget(tmp_path):
+    """Ascent without a bound ruins the retain rows under a fixed alpha, and not under the constraint."""
+    excess = []
+    for budget in (None, 0.1):
+        loss = UnlearningLoss(alpha=0.05, beta=0.0, forget=GradientAscent(cap=12.0), retain_budget=budget)
+        trainer = UnlearningTrainer(
+            make_unlearner("prefix_tuning", loss=loss),
+            arguments(tmp_path, max_steps=150, learning_rate=0.03, per_device_train_batch_size=16),
+            make_collator(generic_completions=None),
+            make_dataset(8, 8),
+        )
+        if budget:
+            trainer.multiplier.step_size = 0.1
+        trainer.train()
+        rows = make_collator(generic_completions=None)([make_dataset(8, 8)[i] for i in range(8, 16)])
+        trainer.model.loss = UnlearningLoss(retain_budget=0.1)
+        with torch.no_grad():
+            excess.append(trainer.model(**rows).retain_excess.item())
+    assert excess[0] > 0.5
+    assert excess[1] < 0.2
+
+
+# ---- the record ----
+
+
+def test_the_budget_is_saved_with_the_prompt_and_trains_on(tmp_path):
+    unlearner = make_unlearner(loss=BUDGET)
+    unlearner.save_pretrained(str(tmp_path))
+    saved = json.loads((tmp_path / "spul_config.json").read_text())["loss"]
+    assert (saved["alpha"], saved["retain_budget"]) == (0.7, 0.05)
+    assert "within 0.05 nats per token" in (tmp_path / "README.md").read_text()
+    loaded = SoftPromptUnlearner.from_pretrained(build("llama"), tmp_path, is_trainable=True)
+    assert loaded.loss == BUDGET
+    assert loaded.multiplier.budget == 0.05
+
+
+def test_a_loss_without_a_budget_is_recorded_as_before():
+    assert "retain_budget" not in UnlearningLoss().to_dict()
+    assert UnlearningLoss.from_dict(UnlearningLoss().to_dict()).retain_budget is None
+
+
+@pytest.mark.parametrize("change", [{"retain_budget": value} for value in (0, -0.1, math.nan, "0.02", True)])
+def test_a_budget_out_of_range_is_refused_in_a_loss_and_in_a_record(change):
+    with pytest.raises(ValueError, match=r"retain_budget=.*: expected a finite number of nats per token above 0"):
+        UnlearningLoss(**change)
+    with pytest.raises(ValueError, match=r"loss is .*; expected .*retain_budget, if there is one, above 0"):
+        check_fields({"loss": {**UnlearningLoss().to_dict(), **change}}, "here")
+
+
+# ---- what needs it, and what is refused ----
+
+
+def test_a_budget_needs_the_reference_of_retain_rows():
+    is_forget = torch.tensor([True, False])
+    assert BUDGET.needs_reference
+    assert BUDGET.rows_needing_reference(is_forget).tolist() == [False, True]
+    assert not UnlearningLoss(beta=0.0).needs_reference
+
+
+def test_a_budget_without_a_retain_term_is_refused():
+    with pytest.raises(ValueError, match=r"retain_budget=0\.02 with alpha=0: there is no retain term"):
+        UnlearningLoss(alpha=0.0, retain_budget=0.02)
+    with pytest.raises(ValueError, match=r"expected .*with an alpha above 0"):
+        check_fields({"loss": {**UnlearningLoss(alpha=0.0).to_dict(), "retain_budget": 0.02}}, "here")
+
+
+@pytest.mark.parametrize("name", ["SPUL", "GA+GD", "NPO+GD", "SimNPO+GD", "EUL"])
+def test_methods_with_a_retain_term_take_a_budget(name):
+    fixed, found = unlearning_method(name).loss, unlearning_method(name, alpha=2.0, retain_budget=0.02).loss
+    assert (found.alpha, found.retain_budget) == (2.0, 0.02)
+    assert (found.forget, found.beta, found.kl) == (fixed.forget, fixed.beta, fixed.kl)
+
+
+@pytest.mark.parametrize("name", ["GA", "RL", "NPO", "SimNPO", "GA+KL", "NPO+KL", "SimNPO+KL"])
+def test_methods_without_a_retain_term_refuse_a_budget(name):
+    with pytest.raises(ValueError, match=r"retain_budget=0\.02: .* has no retain term"):
+        unlearning_method(name, retain_budget=0.02)
+
+
+def test_what_contradicts_the_loss_is_refused():
+    batch = batch_of()
+    with pytest.raises(ValueError, match=r"pass alpha=multiplier\.alpha"):
+        unlearning_forward(trainable_model("lora"), BUDGET, **batch)
+    with pytest.raises(ValueError, match=r"this loss has the fixed alpha=1\.0 and no retain_budget"):
+        build_unlearner()(**batch, alpha=0.5)
+    with pytest.raises(ValueError, match="has no budget"):
+        RetainMultiplier(UnlearningLoss())
+    with pytest.raises(ValueError, match="update needs the outputs"):
+        RetainMultiplier(BUDGET).update()
+    with pytest.raises(FloatingPointError, match="the retain excess of this step is nan"):
+        RetainMultiplier(BUDGET).update(output(math.nan))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"step_size": 0}, {"step_size": math.inf}, {"step_size": True}, {"decay": 1.0}, {"decay": "0.9"}]
+)
+def test_settings_out_of_range_are_refused(settings):
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"{name}=.*: expected a"):
+        RetainMultiplier(BUDGET, **settings)
