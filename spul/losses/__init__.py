@@ -1,13 +1,22 @@
 """The unlearning loss: its terms, their weighted sum, and the loss of a batch. Tensors only; imports no model."""
 
 from .batch import LogitsFunction, UnlearnerOutput, batch_loss
-from .positions import has_left_padding, pack_right, response_positions
-from .terms import IGNORE_INDEX, NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, SimNPO, token_nll
-from .unlearning_loss import LossOutput, UnlearningLoss
+from .positions import has_left_padding, pack_right, response_positions, token_positions
+from .preference import DPO, NPO, SimNPO
+from .reweighted import WGA, SatImp
+from .states import RMU, StateDistance, StateTerm
+from .suppressed import CEU, UNDIAL
+from .terms import IGNORE_INDEX, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, token_kl, token_nll
+from .unlearning_loss import LossOutput, UnlearningLoss, num_forget_rows
 
 __all__ = [
+    "CEU",
+    "DPO",
     "IGNORE_INDEX",
     "NPO",
+    "RMU",
+    "UNDIAL",
+    "WGA",
     "CrossEntropy",
     "GradientAscent",
     "KLAscent",
@@ -15,12 +24,18 @@ __all__ = [
     "LogitsFunction",
     "LossOutput",
     "LossTerm",
+    "SatImp",
     "SimNPO",
+    "StateDistance",
+    "StateTerm",
     "UnlearnerOutput",
     "UnlearningLoss",
     "batch_loss",
     "has_left_padding",
+    "num_forget_rows",
     "pack_right",
     "response_positions",
+    "token_kl",
     "token_nll",
+    "token_positions",
 ]

@@ -171,6 +171,42 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
     return logits.take_along_dim(positions[..., None], dim=1)
 
 
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a causal LM's text decoder, in their order.
+
+    Raises:
+        ValueError: if it has no list of as many as its config says.
+    """
+    base: Any = bare_model(model)
+    num_layers = base.config.get_text_config().num_hidden_layers
+    for module in base.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise ValueError(f"{type(base).__name__} has no list of {num_layers} layers, whose hidden states could be read.")
+
+
+def states_at(model: nn.Module, layer: int, positions: Tensor, **inputs: Any) -> Tensor:
+    """Hidden states (B, K, d) at `positions` (B, K), the output of a decoder layer, numbered from 0.
+
+    The model may be wrapped, or under an adapter that adds no tokens, such as LoRA.
+
+    Raises:
+        ValueError: if there is no such layer.
+    """
+    layers = decoder_layers(model)
+    if layer >= len(layers):
+        raise ValueError(f"layer={layer}: {type(bare_model(model)).__name__} has {len(layers)} layers, from 0.")
+    found: list[Tensor] = []
+    hook = layers[layer].register_forward_hook(
+        lambda _, __, output: found.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        model(**inputs, **({"logits_to_keep": 1} if selects_positions(model) else {}))
+    finally:
+        hook.remove()
+    return found[0].take_along_dim(positions[..., None].to(found[0].device), dim=1)
+
+
 @functools.lru_cache(maxsize=64)
 def warn_once(message: str) -> None:
     """Log a warning, once for each message."""

@@ -153,6 +153,7 @@ class SoftPromptUnlearner(PromptAdapters):
         group_counts: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
         reference_logits: Tensor | None = None,
+        is_rejected: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the unlearning loss of a batch, or, without `is_forget`, the output of an ordinary PEFT forward.
@@ -170,6 +171,8 @@ class SoftPromptUnlearner(PromptAdapters):
                 `group_counts`, this batch weighs as its share of them.
             reference_logits: (R, K, V), the base model's logits at the response tokens of the R rows whose loss
                 compares with it (by default the retain rows), from `ReferenceCache.logits`; computed unless given.
+            is_rejected: (B,) bool, which rows have the rejected response of a pair, as `ForgetRetainCollator` with
+                `pairs=True` returns it, for a loss that compares two responses.
             kwargs: arguments of the ordinary forward; `adapter_names=[...]` names each row's prompt, `"__base__"` for
                 none.
 
@@ -202,8 +205,7 @@ class SoftPromptUnlearner(PromptAdapters):
             )
         return batch_loss(
             self.loss,
-            self.response_logits,
-            self.base_logits,
+            *self.reads(self.loss.reads_layer),
             input_ids,
             labels,
             is_forget,
@@ -211,6 +213,7 @@ class SoftPromptUnlearner(PromptAdapters):
             group_counts=group_counts,
             num_items_in_batch=num_items_in_batch,
             reference_logits=reference_logits,
+            is_rejected=is_rejected,
         )
 
     def response_logits(

@@ -20,6 +20,7 @@ def unlearning_forward(
     group_counts: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     reference_logits: Tensor | None = None,
+    is_rejected: Tensor | None = None,
 ) -> UnlearnerOutput:
     """The unlearning loss of a batch when the full model, LoRA or unlearning layers are trained.
 
@@ -46,4 +47,4 @@ def unlearning_forward(
     """
     unlearner = unlearner_of(model)
     rows = (input_ids, labels, is_forget, attention_mask, group_counts, num_items_in_batch, reference_logits)
-    return batch_loss(loss, unlearner.response_logits, unlearner.base_logits, *rows)
+    return batch_loss(loss, *unlearner.reads(loss.reads_layer), *rows, is_rejected=is_rejected)
