@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from .checks import check_is_forget, check_not_generic, checked_names, checked_row_id
 from .encoder import Encoded, RowEncoder
 from .recognizers import NameFinder
-from .row_checks import check_is_row, generic_ids_of, row_flag, row_name
+from .row_checks import alternates_of, check_is_row, generic_ids_of, row_flag, row_name
 from .row_weights import WEIGHT
 from .rows import completion_text, normalized, prompt_of, shortened
 
@@ -41,9 +41,9 @@ ROWS_READ_AT_ONCE = 1000
 class ForgetRetainCollator:
     """Collator of forget and retain rows into one right-padded batch.
 
-    Replaces the completion of each forget row by one drawn uniformly from `generic_completions`. A draw depends on the
-    seed, the row and the number of its earlier draws alone: other rows of the batch, workers and processes do not
-    change it.
+    Replaces the completion of each forget row by one drawn uniformly from `generic_completions`, or from the row's own
+    alternatives. A draw depends on the seed, the row and the number of its earlier draws alone: other rows of the
+    batch, workers and processes do not change it.
 
     Args:
         tokenizer: any tokenizer of transformers; it needs no pad token and is not changed.
@@ -59,10 +59,15 @@ class ForgetRetainCollator:
         pad_to_multiple_of: pad the width of a batch to a multiple of this.
         names: names that the data was split by, such as `list(split.report.groups)`; a forget row that loses one
             to `max_length` raises.
+        alternates: column of forget rows with a list of texts to draw from, in place of `generic_completions`, such as
+            `"alternates"` (`spul.training.add_alternates`).
+        pairs: whether each forget row makes a pair of rows, for a loss that compares two responses (DPO): one with the
+            drawn completion, and right after it one with the row's own, which is rejected.
 
     Raises:
         TypeError: if `generic_completions` is a string.
-        ValueError: if `generic_completions` has no, empty or repeated entries.
+        ValueError: if `generic_completions` has no, empty or repeated entries, is given beside `alternates`, or
+            neither is given with `pairs`.
 
     Example:
         ```python
@@ -83,6 +88,8 @@ class ForgetRetainCollator:
         append_eos: bool = False,
         pad_to_multiple_of: int | None = None,
         names: Sequence[str] = (),
+        alternates: str | None = None,
+        pairs: bool = False,
     ) -> None:
         if isinstance(generic_completions, str):
             raise TypeError(f"generic_completions={generic_completions!r} is one string; pass a list of completions.")
@@ -98,6 +105,17 @@ class ForgetRetainCollator:
         self.tokenizer, self.generic_completions = tokenizer, generic_completions
         self.seed, self.resample = seed, resample
         self.encoder = RowEncoder(tokenizer, max_length, text_field, append_eos, pad_to_multiple_of)
+        if alternates is not None and generic_completions is not None:
+            raise ValueError(
+                f"alternates={alternates!r} names a column to draw completions from, and generic_completions are "
+                "given as well; pass None for one of them."
+            )
+        if pairs and alternates is None and generic_completions is None:
+            raise ValueError(
+                "pairs=True needs completions that are preferred to a row's own; pass generic_completions, or "
+                "alternates, the column that has them."
+            )
+        self.alternates, self.pairs = alternates, pairs
         self.names = checked_names("names", names) if names else []
         self._draws: Counter[str] = Counter()  # per row, since the start of the epoch
         self._draws_epoch = (-1, 0)
@@ -118,7 +136,7 @@ class ForgetRetainCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, n) with -100 outside the completion, `is_forget` (B,) bool, and
-            `row_id` (B,) if all rows have one.
+            `row_id` (B,) if all rows have one. With `pairs`, `is_rejected` (B,) bool, and B counts a forget row twice.
 
         Raises:
             TypeError: if `rows` is one mapping of columns.
@@ -142,20 +160,49 @@ class ForgetRetainCollator:
             if "row_id" in row:
                 checked_row_id(row["row_id"], f"row {i} of the batch")
         flags = [row_flag(row, i) for i, row in enumerate(rows)]
-        encoded = []
+        collated, encoded, is_rejected = [], [], []
         for row, is_forget in zip(rows, flags, strict=True):
             own = self.encoder.encode(row)
             self._check_completion(row, own.completion_ids)
-            if is_forget and self.generic_completions is not None:
-                draw = self._draw(row)
-                ids = generic_ids_of(row, len(self.generic_completions))
-                generic = self.generic_completions[draw] if ids is None else ids[draw]
-                encoded.append(self.encoder.encode(row, generic, self._reserve(row, own)))
-            else:
-                encoded.append(own)
+            choices = self._choices(row) if is_forget else None
+            found = [own] if choices is None else self._drawn(row, own, choices, [self._draw(row, len(choices))])
             if is_forget:
-                self._check_names(row, encoded[-1])
-        return self.encoder.pad(rows, encoded)
+                self._check_names(row, found[0])
+            collated += [row] * len(found)
+            encoded += found
+            is_rejected += [False, True][: len(found)]
+        batch = self.encoder.pad(collated, encoded)
+        return {**batch, "is_rejected": torch.tensor(is_rejected)} if self.pairs else batch
+
+    def every(self, row: Mapping[str, Any]) -> list[Encoded]:
+        """All that a row can be collated as, in a fixed order: one but for forget rows whose completion is drawn.
+
+        Args:
+            row: as in `__call__`. With `resample=False` its one draw counts alone; of a pair both rows do.
+        """
+        own = self.encoder.encode(row)
+        choices = self._choices(row) if row_flag(row) else None
+        if choices is None:
+            return [own]
+        draws = range(len(choices)) if self.resample else [self._draw(row, len(choices))]
+        return self._drawn(row, own, choices, draws)
+
+    def _drawn(
+        self, row: Mapping[str, Any], own: Encoded, choices: Sequence[str | list[int]], draws: Iterable[int]
+    ) -> list[Encoded]:
+        """The row with the drawn completions, and after these with its own if there are pairs, prompts cut alike."""
+        reserve = self._reserve(row, own)
+        found = [self.encoder.encode(row, choices[draw], reserve) for draw in draws]
+        return [*found, self.encoder.encode(row, reserve=reserve)] if self.pairs else found
+
+    def _choices(self, row: Mapping[str, Any]) -> Sequence[str | list[int]] | None:
+        """The completions that a forget row draws from, as texts or token ids; None if it keeps its own."""
+        if self.alternates is not None:
+            return alternates_of(row, self.alternates)
+        if self.generic_completions is None:
+            return None
+        ids = generic_ids_of(row, len(self.generic_completions))
+        return self.generic_completions if ids is None else ids
 
     def tokenize(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as `input_ids` and `completion_mask`, for `dataset.map(collator.tokenize)`.
@@ -165,7 +212,7 @@ class ForgetRetainCollator:
         """
         is_forget = "is_forget" in row and row_flag(row)
         encoded = self.encoder.encode(row)
-        if "input_ids" not in row and self.generic_completions is not None and is_forget:
+        if "input_ids" not in row and is_forget and self._choices(row) is not None:
             encoded = self.encoder.encode(row, reserve=self._reserve(row, encoded))
         if is_forget:
             self._check_names(row, encoded)
@@ -187,6 +234,12 @@ class ForgetRetainCollator:
             if self.generic_completions is not None:
                 texts = self.generic_completions if is_forget else []
                 columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]
+        if self.alternates is not None:
+            # As token ids: of a conversation the tokenized row does not show what the template puts around answers.
+            choices = (self._choices(row) or []) if is_forget else []
+            columns[self.alternates] = [
+                self.encoder.completion_ids(one, row) if isinstance(one, str) else one for one in choices
+            ]
         return {"input_ids": encoded.prompt_ids + encoded.completion_ids, "completion_mask": mask, **columns}
 
     def warn_of_cut_rows(self, rows: Any, name: str = "train_dataset") -> int:
@@ -205,7 +258,7 @@ class ForgetRetainCollator:
         self.encoder.num_cut = num_tokens = num_rows = 0
         for row, fits in self.encoder.which_fit(_each(rows), self.generic_completions or ()):
             num_rows += 1
-            if fits:
+            if fits and not (self.alternates is not None and row.get("is_forget")):
                 continue
             encoded = self.encoder.encode(row)
             if row.get("is_forget"):
@@ -250,10 +303,10 @@ class ForgetRetainCollator:
 
     def _reserve(self, row: Mapping[str, Any], own: Encoded) -> int:
         """Tokens of the longest completion that a forget row can get, so that every draw has the same prompt."""
-        generic = generic_ids_of(row, len(self.generic_completions or []))
-        if generic is None:
-            generic = [self.encoder.completion_ids(text, row) for text in self.generic_completions or []]
-        return max(len(ids) for ids in [own.completion_ids, *generic])
+        choices = [
+            self.encoder.completion_ids(one, row) if isinstance(one, str) else one for one in self._choices(row) or []
+        ]
+        return max(len(ids) for ids in [own.completion_ids, *choices])
 
     def _check_completion(self, row: Mapping[str, Any], completion_ids: list[int]) -> None:
         """Raise if the row's own completion is a generic one."""
@@ -263,9 +316,8 @@ class ForgetRetainCollator:
             text = str(self.tokenizer.decode(completion_ids, skip_special_tokens=True))
         check_not_generic([text], self.generic_completions)
 
-    def _draw(self, row: Mapping[str, Any]) -> int:
-        """The index of the generic completion that this draw of the row takes."""
-        assert self.generic_completions is not None
+    def _draw(self, row: Mapping[str, Any], num: int) -> int:
+        """Which of the `num` completions this draw of the row takes."""
         name = f"id{row['row_id']}" if "row_id" in row else hashlib.sha256(repr(prompt_of(row)).encode()).hexdigest()
         key = f"{self.seed}/{name}"
         if self.resample:
@@ -282,7 +334,7 @@ class ForgetRetainCollator:
             key = f"{self.seed}/{copy}/{epoch}/{self._draws[copy]}"
             self._draws[copy] += 1
         number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-        return number % len(self.generic_completions)
+        return number % num
 
 
 def _each(rows: Any) -> Iterable[Mapping[str, Any]]:

@@ -95,7 +95,8 @@ def batch_loss(
             f"({int(needed.sum())}, {targets.shape[1]}, vocabulary): the rows whose loss compares with the base "
             "model, and a slot for each response token, as ReferenceCache.logits(batch) returns them."
         )
-    counts = _group_counts(num_forget_rows(is_forget, is_rejected), is_forget, labels, group_counts, num_items_in_batch)
+    rows_of_groups = torch.stack([num_forget_rows(is_forget, is_rejected), (~is_forget).sum()]).float()
+    counts = _divisors(rows_of_groups, labels, group_counts, num_items_in_batch)
 
     if torch.is_grad_enabled() and not loss.uses_retain_rows:
         # Retain rows have no weight, so they are not computed.
@@ -130,14 +131,12 @@ def batch_loss(
     return UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, out.lm_loss, logits, targets)
 
 
-def _group_counts(
-    num_forget: Tensor, is_forget: Tensor, labels: Tensor, group_counts: Tensor | None, num_items: Tensor | int | None
+def _divisors(
+    counts: Tensor, labels: Tensor, group_counts: Tensor | None, num_items: Tensor | int | None
 ) -> tuple[Tensor, Tensor]:
-    """The divisors of the sums over forget rows and over retain rows."""
-    if group_counts is None:
-        counts = torch.stack([num_forget, (~is_forget).sum()]).float()
-        if num_items is not None:
-            counts = counts * num_items / labels[:, 1:].ne(IGNORE_INDEX).sum()
-    else:
+    """The divisors of the sums over forget rows and over retain rows: those given, or by their `counts` here."""
+    if group_counts is not None:
         counts = group_counts
+    elif num_items is not None:
+        counts = counts * num_items / labels[:, 1:].ne(IGNORE_INDEX).sum()
     return cast(tuple[Tensor, Tensor], counts.clamp(min=torch.finfo(torch.float32).tiny).unbind())

@@ -53,7 +53,7 @@ class LossTerm:
 
     @property
     def reads_layer(self) -> int | None:
-        """Number of the decoder layer whose output the term reads at all tokens; None (default) where it reads logits."""
+        """Number of the decoder layer whose output the term reads at all tokens; None (default) if it reads logits."""
         return None
 
     def __post_init__(self) -> None:

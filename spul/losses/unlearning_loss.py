@@ -245,7 +245,8 @@ class UnlearningLoss:
             if entry["type"] not in KNOWN_TERMS:
                 raise ValueError(
                     f"the saved loss uses the term {entry['type']!r}, which spul does not know (it knows "
-                    f"{', '.join(KNOWN_TERMS)}); pass the loss yourself: from_pretrained(..., loss=UnlearningLoss(...))."
+                    f"{', '.join(KNOWN_TERMS)}); pass the loss yourself: from_pretrained(..., "
+                    "loss=UnlearningLoss(...))."
                 )
             return KNOWN_TERMS[entry["type"]](**options)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import torch
 from torch import Tensor, nn
 
 from ..losses.batch import UnlearnerOutput, batch_loss
-from ..losses.unlearning_loss import UnlearningLoss
+from ..losses.unlearning_loss import UnlearningLoss, num_forget_rows
 from ..models.unlearner import unlearner_of
 
 
@@ -33,6 +36,7 @@ def unlearning_forward(
         input_ids: this and the others as in `SoftPromptUnlearner.forward`. The reference of LoRA and layers is the
             model with the adapter disabled. A fully fine-tuned model has none left: pass its `reference_logits`, from
             a `ReferenceCache` built before training.
+        is_rejected: as in `SoftPromptUnlearner.forward`.
 
     Raises:
         ValueError: if shapes do not match, or `reference_logits` are needed and cannot be computed.
@@ -46,5 +50,19 @@ def unlearning_forward(
         ```
     """
     unlearner = unlearner_of(model)
+    trained, base = unlearner.reads(loss.reads_layer)
     rows = (input_ids, labels, is_forget, attention_mask, group_counts, num_items_in_batch, reference_logits)
-    return batch_loss(loss, *unlearner.reads(loss.reads_layer), *rows, is_rejected=is_rejected)
+    return batch_loss(loss, trained, base, *rows, is_rejected=is_rejected)
+
+
+def step_counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """The numbers of forget rows, a pair once, and of retain rows in all batches of a step: (2,), its `group_counts`.
+
+    Args:
+        batches: as `ForgetRetainCollator` returns them.
+    """
+    counts = [
+        torch.stack([num_forget_rows(batch["is_forget"], batch.get("is_rejected")), (~batch["is_forget"]).sum()])
+        for batch in batches
+    ]
+    return torch.stack(counts).sum(dim=0).float()

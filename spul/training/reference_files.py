@@ -26,8 +26,11 @@ NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "trans
 NOT_COMPUTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
-def describe(base: Any, checksums: Tensor) -> dict[str, Any]:
-    """The index of a reference: the base, its precision, and the rows by their checksums, in any order."""
+def describe(base: Any, checksums: Tensor, layer: int | None = None) -> dict[str, Any]:
+    """The index of a reference: the base, its precision, and the rows by their checksums, in any order.
+
+    With the number of the decoder layer whose states are stored at all tokens, in place of final ones at responses.
+    """
     weights = fingerprint(base)
     if weights is None:
         raise ValueError(
@@ -42,6 +45,7 @@ def describe(base: Any, checksums: Tensor) -> dict[str, Any]:
         "precision": f"{str(base.dtype).removeprefix('torch.')}, autocast {autocast}",
         "data": digest(checksums.sort().values.tolist()),
         "rows": len(checksums),
+        **({} if layer is None else {"layer": layer}),
     }
 
 

@@ -27,7 +27,7 @@ from ..records.digests import DataSummary, DigestKey, read_digest_key, summarize
 from .callbacks import EmbeddingNoise, EpochCallback, TermSums
 from .checks import check_options, check_training_rows, checked_loss, last_complete_checkpoint
 from .evaluation import EvaluatingTrainer
-from .forward import unlearning_forward
+from .forward import step_counts, unlearning_forward
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
 from .reference import ReferenceCache
 
@@ -137,7 +137,7 @@ class UnlearningTrainer(EvaluatingTrainer):
                 "several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
                 "`accelerate launch`, or show one GPU only with CUDA_VISIBLE_DEVICES=0."
             )
-        check_dispatch(self._rows, self.args.accelerator_config, self.accelerator.num_processes)
+        check_dispatch(self._rows, self.args.accelerator_config, self.accelerator.num_processes, data_collator.pairs)
         if not self.unlearner.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
         self._record_data()  # not before every check has passed: the record of a refused model stays
@@ -233,8 +233,8 @@ class UnlearningTrainer(EvaluatingTrainer):
         # The collator needs the rows' own columns, whatever the base's forward takes.
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            text_field = self._collator.encoder.text_field
-            own = [*ROW_COLUMNS, *([text_field] if text_field else [])]
+            more = (self._collator.encoder.text_field, self._collator.alternates)
+            own = [*ROW_COLUMNS, *(name for name in more if name)]
             self._signature_columns: Any = [*(self._signature_columns or []), *own]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
@@ -252,8 +252,7 @@ class UnlearningTrainer(EvaluatingTrainer):
             check_is_forget(batch, "a batch")
         if not batches:
             return batches, num_items
-        flags = torch.cat([batch["is_forget"] for batch in batches]).to(device)
-        counts = torch.stack([flags.sum(), (~flags).sum()]).float()
+        counts = step_counts(batches).to(device)
         # DDP averages gradients over processes, so the counts are averages too.
         counts = self.accelerator.reduce(counts, reduction="mean") if self.accelerator.num_processes > 1 else counts
         for batch in batches:
