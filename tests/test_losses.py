@@ -11,7 +11,22 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 
 from spul import UnlearningLoss
-from spul.losses import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, SimNPO
+from spul.losses import (
+    CEU,
+    DPO,
+    NPO,
+    RMU,
+    UNDIAL,
+    WGA,
+    CrossEntropy,
+    GradientAscent,
+    KLAscent,
+    KLDivergence,
+    LossTerm,
+    SatImp,
+    SimNPO,
+    StateDistance,
+)
 from spul.losses.terms import token_nll
 
 # Row 0 has three response tokens, row 1 one, row 2 two, row 3 two.
@@ -25,6 +40,8 @@ def random_logits(seed: int, rows: int = 4, dtype: torch.dtype = torch.float64) 
 
 
 TERMS = [CrossEntropy(), GradientAscent(), KLDivergence(), KLDivergence(direction="forward"), NPO(), SimNPO()]
+# The logits stand for states in the last two.
+TERMS += [DPO(), WGA(), SatImp(), CEU(skip=0), UNDIAL(), RMU(), StateDistance()]
 LOGITS, REFERENCE = random_logits(1), random_logits(2)
 RETAIN_REFERENCE = REFERENCE[~IS_FORGET]
 
@@ -156,7 +173,8 @@ def test_a_negative_margin_is_refused():
 
 
 def test_terms_that_make_a_completion_unlikely_say_so():
-    assert [term.makes_unlikely for term in TERMS] == [False, True, False, False, True, True]
+    unlikely = (GradientAscent, NPO, SimNPO, WGA, SatImp, CEU, UNDIAL, RMU)
+    assert [term.makes_unlikely for term in TERMS] == [isinstance(term, unlikely) for term in TERMS]
 
 
 def test_kl_between_equal_distributions_is_zero_whatever_constant_the_logits_differ_by():
@@ -180,7 +198,7 @@ def test_unused_slots_change_neither_loss_nor_gradient(term):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("kind", [CrossEntropy, GradientAscent, KLDivergence, NPO, SimNPO])
+@pytest.mark.parametrize("kind", [CrossEntropy, GradientAscent, KLDivergence, NPO, SimNPO, WGA, SatImp, CEU])
 def test_a_row_without_response_tokens_is_exactly_zero(kind, reduction):
     labels = torch.tensor([[-100, -100, -100], [1, 1, -100]])
     losses = kind(reduction=reduction)(LOGITS[:2], labels, REFERENCE[:2])

@@ -165,7 +165,10 @@ class ForgetRetainCollator:
             own = self.encoder.encode(row)
             self._check_completion(row, own.completion_ids)
             choices = self._choices(row) if is_forget else None
-            found = [own] if choices is None else self._drawn(row, own, choices, [self._draw(row, len(choices))])
+            found = [own]
+            if choices is not None:
+                drawn = self._draw(row, len(choices))
+                found = self._encodings(row, own, choices, [drawn, None] if self.pairs else [drawn])
             if is_forget:
                 self._check_names(row, found[0])
             collated += [row] * len(found)
@@ -174,26 +177,27 @@ class ForgetRetainCollator:
         batch = self.encoder.pad(collated, encoded)
         return {**batch, "is_rejected": torch.tensor(is_rejected)} if self.pairs else batch
 
-    def every(self, row: Mapping[str, Any]) -> list[Encoded]:
+    def every(self, row: Mapping[str, Any], number: int | None = None) -> list[Encoded]:
         """All that a row can be collated as, in a fixed order: one but for forget rows whose completion is drawn.
 
         Args:
             row: as in `__call__`. With `resample=False` its one draw counts alone; of a pair both rows do.
+            number: encode the one of this number in that order alone.
         """
         own = self.encoder.encode(row)
         choices = self._choices(row) if row_flag(row) else None
         if choices is None:
             return [own]
         draws = range(len(choices)) if self.resample else [self._draw(row, len(choices))]
-        return self._drawn(row, own, choices, draws)
+        which = [*draws, None] if self.pairs else list(draws)
+        return self._encodings(row, own, choices, which if number is None else [which[number]])
 
-    def _drawn(
-        self, row: Mapping[str, Any], own: Encoded, choices: Sequence[str | list[int]], draws: Iterable[int]
+    def _encodings(
+        self, row: Mapping[str, Any], own: Encoded, choices: Sequence[str | list[int]], which: Sequence[int | None]
     ) -> list[Encoded]:
-        """The row with the drawn completions, and after these with its own if there are pairs, prompts cut alike."""
+        """A forget row with some of its choices, its own completion for None, all with the same prompt."""
         reserve = self._reserve(row, own)
-        found = [self.encoder.encode(row, choices[draw], reserve) for draw in draws]
-        return [*found, self.encoder.encode(row, reserve=reserve)] if self.pairs else found
+        return [self.encoder.encode(row, None if i is None else choices[i], reserve) for i in which]
 
     def _choices(self, row: Mapping[str, Any]) -> Sequence[str | list[int]] | None:
         """The completions that a forget row draws from, as texts or token ids; None if it keeps its own."""

@@ -49,7 +49,8 @@ def check_options(
     if loss.forget.needs_pairs != collator.pairs:
         raise ValueError(
             f"{name} {'compares' if loss.forget.needs_pairs else 'does not compare'} two responses of a forget row, "
-            f"but the collator has pairs={collator.pairs}; use ForgetRetainCollator(..., pairs={loss.forget.needs_pairs})."
+            f"but the collator has pairs={collator.pairs}; use "
+            f"ForgetRetainCollator(..., pairs={loss.forget.needs_pairs})."
         )
     if loss.forget.makes_unlikely and draws:
         raise ValueError(

@@ -129,8 +129,8 @@ class ReferenceCache:
 
             def batch_of(some: Tensor) -> dict[str, Tensor]:
                 found = rows_at(dataset, positions[some].tolist())
-                chosen = [collator.every(row)[n] for row, n in zip(found, numbers[some].tolist(), strict=True)]
-                return collator.encoder.pad(found, chosen)
+                each = zip(found, numbers[some].tolist(), strict=True)
+                return collator.encoder.pad(found, [collator.every(row, number)[0] for row, number in each])
 
             def states_of(part: Tensor, file: Path) -> Tensor:
                 read = partial(read_part, file, checksums[part], int(counts[part].sum()))
