@@ -49,6 +49,10 @@ def describe(base: Any, checksums: Tensor, layer: int | None = None) -> dict[str
     }
 
 
+def _stored(layer: int | None) -> str:
+    return "logits" if layer is None else f"the states of layer {layer}"
+
+
 def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator | None = None) -> None:
     """Write the index into an empty folder (the main process does), or compare it with the existing one.
 
@@ -90,8 +94,9 @@ def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator |
         "precision": f"its base ran in another precision ({there.get('precision')}, now {index['precision']})",
         "data": f"its {there.get('rows')} rows are not the {index['rows']} of now, or were truncated or tokenized "
         "otherwise",
+        "layer": f"it holds {_stored(there.get('layer'))}, where the loss reads {_stored(index.get('layer'))}",
     }
-    if differs := [text for key, text in differences.items() if there.get(key) != index[key]]:
+    if differs := [text for key, text in differences.items() if there.get(key) != index.get(key)]:
         raise ValueError(
             f"the reference in {str(folder)!r} does not belong to this run: {'; '.join(differs)}. "
             "Delete the folder, name another (reference_dir), or leave it out to have one for each base and data set."
