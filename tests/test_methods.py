@@ -4,9 +4,8 @@ import json
 
 import pytest
 import torch
-from helpers import GENERIC, arguments, build, make_dataset, make_tokenizer
+from helpers import GENERIC, arguments, build, make_dataset, make_tokenizer, with_alternates
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
-from test_pairs import with_alternates
 
 from spul import SoftPromptUnlearner, UnlearningLayers, UnlearningLayersConfig, UnlearningLoss, UnlearningTrainer
 from spul.losses import (

@@ -17,6 +17,7 @@ from helpers import (
     make_dataset,
     make_tokenizer,
     make_unlearner,
+    with_alternates,
 )
 from plain import row_logits
 
@@ -31,11 +32,6 @@ LOSS = UnlearningLoss(alpha=0.5, beta=0.0, forget=DPO(inverse_temperature=0.5), 
 
 def pairs(**kwargs):
     return make_collator(**{"pairs": True, **kwargs})
-
-
-def with_alternates(dataset, column="alternates"):
-    texts = [[f" good {i}", f" bad film {i}"] if flag else [] for i, flag in enumerate(dataset["is_forget"])]
-    return dataset.add_column(column, texts)
 
 
 def alternating(**kwargs):

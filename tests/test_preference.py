@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_losses import IS_FORGET, LABELS, LOGITS, REFERENCE, plain_nll
+from terms import IS_FORGET, LABELS, LOGITS, REFERENCE, plain_nll
 
 from spul import UnlearningLoss
 from spul.losses import DPO, NPO, CrossEntropy, GradientAscent

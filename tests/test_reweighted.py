@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_losses import LABELS, LOGITS, plain_nll, reduce
+from terms import LABELS, LOGITS, plain_nll, reduce
 
 from spul.losses import WGA, GradientAscent, SatImp
 from spul.losses.terms import token_nll

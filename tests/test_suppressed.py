@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_losses import LABELS, LOGITS, REFERENCE, reduce
+from terms import LABELS, LOGITS, REFERENCE, reduce
 
 from spul.losses import CEU, UNDIAL
 

@@ -183,7 +183,7 @@ class Unlearner:
         if layer is None:
             return self.response_logits, self.base_logits
         raise ValueError(
-            f"the loss reads hidden states of layer {layer} (RMU), which a {type(self).__name__} does not give; train "
+            f"the loss reads hidden states of layer {layer} (RMU), which {type(self).__name__} does not give; train "
             "all weights or LoRA: unlearning_method('RMU', 'full')."
         )
 
