@@ -46,7 +46,7 @@ class RMU(StateTerm):
     """Representation misdirection: squared distance of a forget row's states to a fixed random vector.
 
     |h - c u|^2 at each token, u a random vector of length 1, its entries uniform in [0, 1) before that (arXiv
-    2403.03218, section 4). The authors' program averages over the d entries of a state where the paper sums, here
+    2403.03218). The authors' program averages over the d entries of a state where the paper sums, here
     and in `StateDistance`, which scales the whole loss alone.
 
     Args:
