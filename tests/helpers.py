@@ -324,6 +324,12 @@ def make_answers(num_forget=5, num_retain=13):
     return forget_retain_dataset(answers("jane", num_forget), answers("film", num_retain))
 
 
+def with_alternates(dataset, column="alternates"):
+    """Two answers of its own for each forget row to draw from."""
+    texts = [[f" good {i}", f" bad film {i}"] if flag else [] for i, flag in enumerate(dataset["is_forget"])]
+    return dataset.add_column(column, texts)
+
+
 class Counting:
     """Counts the rows that pass through a base."""
 

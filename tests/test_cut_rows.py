@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset
-from test_encoder import make_tokenizer
+from helpers import make_tokenizer
 
 from spul import ForgetRetainCollator
 from spul.data import RowEncoder, cut_rows

@@ -8,34 +8,32 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from terms import IS_FORGET, LABELS, LOGITS, REFERENCE, VOCABULARY, plain_nll, reduce
 from torch.distributions import Categorical, kl_divergence
 
 from spul import UnlearningLoss
-from spul.losses import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, LossTerm, SimNPO
+from spul.losses import (
+    CEU,
+    DPO,
+    NPO,
+    RMU,
+    UNDIAL,
+    WGA,
+    CrossEntropy,
+    GradientAscent,
+    KLAscent,
+    KLDivergence,
+    LossTerm,
+    SatImp,
+    SimNPO,
+    StateDistance,
+)
 from spul.losses.terms import token_nll
 
-# Row 0 has three response tokens, row 1 one, row 2 two, row 3 two.
-LABELS = torch.tensor([[2, 0, 4], [1, -100, -100], [3, 3, -100], [0, 2, -100]])
-IS_FORGET = torch.tensor([True, False, False, True])
-VOCABULARY = 5
-
-
-def random_logits(seed: int, rows: int = 4, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return 2 * torch.randn(rows, 3, VOCABULARY, dtype=dtype, generator=torch.Generator().manual_seed(seed))
-
-
 TERMS = [CrossEntropy(), GradientAscent(), KLDivergence(), KLDivergence(direction="forward"), NPO(), SimNPO()]
-LOGITS, REFERENCE = random_logits(1), random_logits(2)
+# The logits stand for states in the last two.
+TERMS += [DPO(), WGA(), SatImp(), CEU(skip=0), UNDIAL(), RMU(), StateDistance()]
 RETAIN_REFERENCE = REFERENCE[~IS_FORGET]
-
-
-def plain_nll(logits: torch.Tensor, labels: torch.Tensor, row: int) -> list[float]:
-    """-log p of each response token of a row, with nothing but `math`."""
-    losses = []
-    for scores, label in zip(logits[row].tolist(), labels[row].tolist(), strict=True):
-        if label != -100:
-            losses.append(math.log(sum(math.exp(score) for score in scores)) - scores[label])
-    return losses
 
 
 def plain_kl(p_logits: torch.Tensor, q_logits: torch.Tensor, labels: torch.Tensor, row: int) -> list[float]:
@@ -44,10 +42,6 @@ def plain_kl(p_logits: torch.Tensor, q_logits: torch.Tensor, labels: torch.Tenso
     return [
         float(kl_divergence(Categorical(logits=p_logits[row, k]), Categorical(logits=q_logits[row, k]))) for k in slots
     ]
-
-
-def reduce(values: list[float], reduction: str) -> float:
-    return sum(values) / (len(values) if reduction == "mean" else 1)
 
 
 @dataclass(frozen=True)
@@ -156,7 +150,8 @@ def test_a_negative_margin_is_refused():
 
 
 def test_terms_that_make_a_completion_unlikely_say_so():
-    assert [term.makes_unlikely for term in TERMS] == [False, True, False, False, True, True]
+    unlikely = (GradientAscent, NPO, SimNPO, WGA, SatImp, CEU, UNDIAL, RMU)
+    assert [term.makes_unlikely for term in TERMS] == [isinstance(term, unlikely) for term in TERMS]
 
 
 def test_kl_between_equal_distributions_is_zero_whatever_constant_the_logits_differ_by():
@@ -180,7 +175,7 @@ def test_unused_slots_change_neither_loss_nor_gradient(term):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("kind", [CrossEntropy, GradientAscent, KLDivergence, NPO, SimNPO])
+@pytest.mark.parametrize("kind", [CrossEntropy, GradientAscent, KLDivergence, NPO, SimNPO, WGA, SatImp, CEU])
 def test_a_row_without_response_tokens_is_exactly_zero(kind, reduction):
     labels = torch.tensor([[-100, -100, -100], [1, 1, -100]])
     losses = kind(reduction=reduction)(LOGITS[:2], labels, REFERENCE[:2])

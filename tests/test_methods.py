@@ -1,12 +1,28 @@
 """Published methods by name: their losses, trainables, rows and completions."""
 
+import json
+
 import pytest
 import torch
-from helpers import GENERIC, arguments, build, make_dataset, make_tokenizer
+from helpers import GENERIC, arguments, build, make_dataset, make_tokenizer, with_alternates
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
-from spul import SoftPromptUnlearner, UnlearningLayers, UnlearningLayersConfig, UnlearningTrainer
-from spul.losses import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, SimNPO
+from spul import SoftPromptUnlearner, UnlearningLayers, UnlearningLayersConfig, UnlearningLoss, UnlearningTrainer
+from spul.losses import (
+    CEU,
+    DPO,
+    NPO,
+    RMU,
+    UNDIAL,
+    WGA,
+    CrossEntropy,
+    GradientAscent,
+    KLAscent,
+    KLDivergence,
+    SatImp,
+    SimNPO,
+    StateDistance,
+)
 from spul.training.methods import METHODS, TRAINABLES, Method, unlearning_method
 
 # forget term, alpha, beta, direction of the KL
@@ -23,7 +39,32 @@ EXPECTED = {
     "SimNPO+KL": (SimNPO, 0.0, 1.0, "forward"),
     "SimNPO+GD": (SimNPO, 1.0, 0.0, None),
     "EUL": (KLAscent, 1.0, 0.8, "forward"),
+    "IDK": (CrossEntropy, 1.0, 0.0, None),
+    "IDK-DPO": (DPO, 1.0, 0.0, None),
+    "AltPO": (DPO, 1.0, 0.0, None),
+    "SimNPO-forget05": (SimNPO, 1 / 0.1375, 0.0, None),
+    "SimNPO-forget10": (SimNPO, 8.0, 0.0, None),
+    "WGA": (WGA, 0.0, 0.0, None),
+    "WGA+GD": (WGA, 1.0, 0.0, None),
+    "SatImp": (SatImp, 0.1, 0.0, None),
+    "CE-U": (CEU, 0.0, 0.0, None),
+    "UNDIAL": (UNDIAL, 0.0, 0.0, None),
+    "RMU": (RMU, 1200.0, 0.0, None),
 }
+GENERIC_ONLY = ("SPUL", "RL", "IDK")
+PAIRED = ("IDK-DPO", "AltPO")
+FORGET_ONLY = ("GA", "RL", "NPO", "SimNPO", "WGA", "CE-U", "UNDIAL")
+FITTING = [(name, trainable) for name in METHODS for trainable in (TRAINABLES if name != "RMU" else ("full", "lora"))]
+
+
+def small(name, trainable=None):
+    """The method for a model of two layers."""
+    return unlearning_method(name, trainable, layer=1 if name == "RMU" else None)
+
+
+def data(name, *sizes):
+    rows = make_dataset(*sizes)
+    return with_alternates(rows) if name == "AltPO" else rows
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -31,27 +72,42 @@ def test_a_method_is_the_published_loss_on_the_published_trainable(name):
     forget, alpha, beta, direction = EXPECTED[name]
     method = unlearning_method(name)
     assert (type(method.loss.forget), method.loss.alpha, method.loss.beta) == (forget, alpha, beta)
-    assert isinstance(method.loss.retain, CrossEntropy)
+    assert isinstance(method.loss.retain, StateDistance if name == "RMU" else CrossEntropy)
     assert isinstance(method.loss.kl, KLDivergence)
     assert direction is None or method.loss.kl.direction == direction
-    assert method.trainable == {"SPUL": "prompt", "EUL": "layers"}.get(name, "full")
+    assert method.trainable == {"SPUL": "prompt", "EUL": "layers", "UNDIAL": "lora"}.get(name, "full")
     assert method.loss.gamma == (0.2 if name == "EUL" else 0.0)
+    assert UnlearningLoss.from_dict(json.loads(json.dumps(method.loss.to_dict()))) == method.loss
+
+
+def test_settings_are_the_published_ones():
+    terms = {name: unlearning_method(name).loss.forget for name in METHODS}
+    assert {name: terms[name].inverse_temperature for name in ("IDK-DPO", "AltPO", "NPO")} == dict.fromkeys(
+        ("IDK-DPO", "AltPO", "NPO"), 0.1
+    )
+    assert [terms[f"SimNPO-forget{size}"].inverse_temperature for size in ("05", "10")] == [2.5, 4.5]
+    assert (terms["SatImp"].saturation, terms["SatImp"].importance, terms["WGA"].exponent) == (5.0, 1.0, 1.0)
+    assert (terms["UNDIAL"].strength, terms["CE-U"].skip) == (10.0, 1)
+    assert (terms["RMU"].layer, terms["RMU"].coefficient) == (7, 6.5)
+    for name in ("IDK", "IDK-DPO", "AltPO", "SimNPO-forget05", "WGA+GD", "SatImp", "RMU"):
+        assert unlearning_method(name).loss.retain.reduction == "mean"
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_forget_rows_keep_their_own_completion_where_it_is_made_unlikely(name):
     collator = unlearning_method(name).collator(make_tokenizer(), GENERIC, max_length=32)
-    row = make_dataset(2, 2)[0]
-    labels = collator([row])["labels"]
-    answer = collator.tokenizer.decode(labels[labels != -100])
-    assert (answer == row["completion"]) is (name not in ("SPUL", "RL"))
-    assert (answer in GENERIC) is (name in ("SPUL", "RL"))
+    row = data(name, 2, 2)[0]
+    answers = [collator.tokenizer.decode(labels[labels != -100]) for labels in collator([row])["labels"]]
+    assert len(answers) == (2 if name in PAIRED else 1)
+    assert (answers[-1] == row["completion"]) is (name not in GENERIC_ONLY)
+    assert (answers[0] in GENERIC) is (name in (*GENERIC_ONLY, "IDK-DPO"))
+    assert (answers[0] in row.get("alternates", ())) is (name == "AltPO")
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_without_a_retain_term_see_forget_rows_only(name):
     flags = unlearning_method(name).training_rows(make_dataset(3, 5))["is_forget"]
-    assert (sum(flags), len(flags)) == ((3, 3) if name in ("GA", "RL", "NPO", "SimNPO") else (3, 8))
+    assert (sum(flags), len(flags)) == ((3, 3) if name in FORGET_ONLY else (3, 8))
 
 
 def test_rows_that_are_not_marked_are_refused():
@@ -59,15 +115,14 @@ def test_rows_that_are_not_marked_are_refused():
         unlearning_method("GA").training_rows(make_dataset().remove_columns("is_forget"))
 
 
-@pytest.mark.parametrize("trainable", TRAINABLES)
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_every_trainable(tmp_path, name, trainable):
-    method = unlearning_method(name, trainable)
+@pytest.mark.parametrize(("name", "trainable"), FITTING)
+def test_every_method_trains_every_trainable_that_it_can(tmp_path, name, trainable):
+    method = small(name, trainable)
     model = build("llama")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     prepared = method.prepare(model)
     collator = method.collator(make_tokenizer(), GENERIC, max_length=32)
-    rows = method.training_rows(make_dataset(6, 6))
+    rows = method.training_rows(data(name, 6, 6))
     trainer = UnlearningTrainer(prepared, arguments(tmp_path, max_steps=2), collator, rows, loss=method.loss)
     loss = trainer.train().training_loss
     assert torch.isfinite(torch.tensor(loss))
@@ -115,6 +170,10 @@ def test_weights_are_set_where_the_method_has_them():
         unlearning_method("SPUL", gamma=0.1)
     with pytest.raises(ValueError, match=r"beta=0\.5: GA\+GD has no such term"):
         unlearning_method("GA+GD", beta=0.5)
+    method = unlearning_method("RMU", alpha=10.0, layer=3)
+    assert (method.loss.alpha, method.loss.forget.layer, method.loss.retain.layer) == (10.0, 3, 3)
+    with pytest.raises(ValueError, match="layer=3: NPO reads logits; only RMU steers a layer's states"):
+        unlearning_method("NPO", layer=3)
 
 
 def test_unknown_names_list_what_is_known():

@@ -450,10 +450,19 @@ def test_a_head_that_is_trained_is_copied(tmp_path):
     torch.testing.assert_close(reference.logits(batch), before, rtol=0, atol=0)
 
 
-def test_terms_on_generic_completions_cannot_be_cached(tmp_path):
-    loss = UnlearningLoss(forget=KLDivergence())
-    with pytest.raises(ValueError, match=r"drawn anew each time.*reference='live'"):
-        ReferenceCache.build(wrap(build("llama"), loss), make_answers(), make_collator(), tmp_path)
+@pytest.mark.parametrize("resample", [True, False])
+def test_forget_terms_on_generic_completions_are_cached_with_each_that_may_be_drawn(tmp_path, resample):
+    unlearner = wrap(build("llama"), UnlearningLoss(beta=0.0, forget=KLDivergence()))
+    dataset, collator = make_answers(), make_collator(resample=resample)
+    reference = ReferenceCache.build(unlearner, dataset, collator, tmp_path)
+    num_forget = sum(dataset["is_forget"])
+    assert len(reference) == num_forget * (len(collator.generic_completions) if resample else 1)
+    seen = set()
+    for batch in [batch for _ in range(4) for batch in batches(dataset, collator)]:
+        live, cached = unlearner(**batch), unlearner(**batch, reference_logits=reference.logits(batch))
+        torch.testing.assert_close(live.forget_loss, cached.forget_loss, rtol=1e-5, atol=1e-6)
+        seen |= {tuple(labels[labels != -100].tolist()) for labels in batch["labels"][batch["is_forget"]]}
+    assert len(seen) == len(collator.generic_completions)
 
 
 def test_forget_terms_on_true_completions_can_be_cached(tmp_path):

@@ -55,7 +55,8 @@ def cells(table, name):
 def test_the_main_table_has_every_method_and_every_run_is_a_line(reproduce):
     out = reproduce("--table", "main", "--figure", "pareto", "--seeds", "0", "1", "--prompt-types", "prefix_tuning")
     runs = read_runs(out / "runs.jsonl")
-    expected = {"vanilla", "base", "retrained", *METHODS, "SPUL detached", "EUL detached"}
+    compared = METHODS[: METHODS.index("EUL") + 1]
+    expected = {"vanilla", "base", "retrained", *compared, "SPUL detached", "EUL detached"}
     assert {(run["method"], run["seed"]) for run in runs} == {(name, seed) for name in expected for seed in (0, 1)}
     assert len(runs) == 2 * len(expected)
     by_name = {run["method"]: run for run in runs if run["seed"] == 0}

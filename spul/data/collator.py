@@ -17,7 +17,7 @@ from .checks import check_is_forget, check_not_generic, checked_names, checked_r
 from .cut_rows import rows_maybe_cut
 from .encoder import Encoded, RowEncoder
 from .recognizers import NameFinder
-from .row_checks import check_is_row, generic_ids_of, row_flag, row_name
+from .row_checks import alternates_of, check_is_row, generic_ids_of, row_flag, row_name
 from .row_weights import WEIGHT
 from .rows import completion_text, normalized, prompt_of, read_rows, shortened
 
@@ -40,9 +40,9 @@ ROW_COLUMNS = (
 class ForgetRetainCollator:
     """Collator of forget and retain rows into one right-padded batch.
 
-    Replaces the completion of each forget row by one drawn uniformly from `generic_completions`. A draw depends on the
-    seed, the row and the number of its earlier draws alone: other rows of the batch, workers and processes do not
-    change it.
+    Replaces the completion of each forget row by one drawn uniformly from `generic_completions`, or from the row's own
+    alternatives. A draw depends on the seed, the row and the number of its earlier draws alone: other rows of the
+    batch, workers and processes do not change it.
 
     Args:
         tokenizer: any tokenizer of transformers; it needs no pad token and is not changed.
@@ -58,10 +58,15 @@ class ForgetRetainCollator:
         pad_to_multiple_of: pad the width of a batch to a multiple of this.
         names: names that the data was split by, such as `list(split.report.groups)`; a forget row that loses one
             to `max_length` raises.
+        alternates: column of forget rows with a list of texts to draw from, in place of `generic_completions`, such as
+            `"alternates"` (`spul.training.add_alternates`).
+        pairs: whether each forget row makes a pair of rows, for a loss that compares two responses (DPO): one with the
+            drawn completion, and right after it one with the row's own, which is rejected.
 
     Raises:
         TypeError: if `generic_completions` is a string.
-        ValueError: if `generic_completions` has no, empty or repeated entries.
+        ValueError: if `generic_completions` has no, empty or repeated entries, is given beside `alternates`, or
+            neither is given with `pairs`.
 
     Example:
         ```python
@@ -82,6 +87,8 @@ class ForgetRetainCollator:
         append_eos: bool = False,
         pad_to_multiple_of: int | None = None,
         names: Sequence[str] = (),
+        alternates: str | None = None,
+        pairs: bool = False,
     ) -> None:
         if isinstance(generic_completions, str):
             raise TypeError(f"generic_completions={generic_completions!r} is one string; pass a list of completions.")
@@ -97,6 +104,17 @@ class ForgetRetainCollator:
         self.tokenizer, self.generic_completions = tokenizer, generic_completions
         self.seed, self.resample = seed, resample
         self.encoder = RowEncoder(tokenizer, max_length, text_field, append_eos, pad_to_multiple_of)
+        if alternates is not None and generic_completions is not None:
+            raise ValueError(
+                f"alternates={alternates!r} names a column to draw completions from, and generic_completions are "
+                "given as well; pass None for one of them."
+            )
+        if pairs and alternates is None and generic_completions is None:
+            raise ValueError(
+                "pairs=True needs completions that are preferred to a row's own; pass generic_completions, or "
+                "alternates, the column that has them."
+            )
+        self.alternates, self.pairs = alternates, pairs
         self.names = checked_names("names", names) if names else []
         self._warned_of_cut = False
         self._draws: Counter[str] = Counter()  # per row, since the start of the epoch
@@ -118,7 +136,7 @@ class ForgetRetainCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, n) with -100 outside the completion, `is_forget` (B,) bool, and
-            `row_id` (B,) if all rows have one.
+            `row_id` (B,) if all rows have one. With `pairs`, `is_rejected` (B,) bool, and B counts a forget row twice.
 
         Raises:
             TypeError: if `rows` is one mapping of columns.
@@ -142,21 +160,54 @@ class ForgetRetainCollator:
             if "row_id" in row:
                 checked_row_id(row["row_id"], f"row {i} of the batch")
         flags = [row_flag(row, i) for i, row in enumerate(rows)]
-        encoded = []
+        collated, encoded, is_rejected = [], [], []
         for row, is_forget in zip(rows, flags, strict=True):
             own = self.encoder.encode(row)
             self._check_completion(row, own.completion_ids)
-            if is_forget and self.generic_completions is not None:
-                draw = self._draw(row)
-                ids = generic_ids_of(row, len(self.generic_completions))
-                generic = self.generic_completions[draw] if ids is None else ids[draw]
-                encoded.append(self.encoder.encode(row, generic, self._reserve(row, own)))
-            else:
-                encoded.append(own)
-            self._warn_of_first(encoded[-1])
+            choices = self._choices(row) if is_forget else None
+            found = [own]
+            if choices is not None:
+                drawn = self._draw(row, len(choices))
+                found = self._encodings(row, own, choices, [drawn, None] if self.pairs else [drawn])
+            self._warn_of_first(found[0])
             if is_forget:
-                self._check_names(row, encoded[-1])
-        return self.encoder.pad(rows, encoded)
+                self._check_names(row, found[0])
+            collated += [row] * len(found)
+            encoded += found
+            is_rejected += [False, True][: len(found)]
+        batch = self.encoder.pad(collated, encoded)
+        return {**batch, "is_rejected": torch.tensor(is_rejected)} if self.pairs else batch
+
+    def every(self, row: Mapping[str, Any], number: int | None = None) -> list[Encoded]:
+        """All that a row can be collated as, in a fixed order: one but for forget rows whose completion is drawn.
+
+        Args:
+            row: as in `__call__`. With `resample=False` its one draw counts alone; of a pair both rows do.
+            number: encode the one of this number in that order alone.
+        """
+        own = self.encoder.encode(row)
+        choices = self._choices(row) if row_flag(row) else None
+        if choices is None:
+            return [own]
+        draws = range(len(choices)) if self.resample else [self._draw(row, len(choices))]
+        which = [*draws, None] if self.pairs else list(draws)
+        return self._encodings(row, own, choices, which if number is None else [which[number]])
+
+    def _encodings(
+        self, row: Mapping[str, Any], own: Encoded, choices: Sequence[str | list[int]], which: Sequence[int | None]
+    ) -> list[Encoded]:
+        """A forget row with some of its choices, its own completion for None, all with the same prompt."""
+        reserve = self._reserve(row, own)
+        return [self.encoder.encode(row, None if i is None else choices[i], reserve) for i in which]
+
+    def _choices(self, row: Mapping[str, Any]) -> Sequence[str | list[int]] | None:
+        """The completions that a forget row draws from, as texts or token ids; None if it keeps its own."""
+        if self.alternates is not None:
+            return alternates_of(row, self.alternates)
+        if self.generic_completions is None:
+            return None
+        ids = generic_ids_of(row, len(self.generic_completions))
+        return self.generic_completions if ids is None else ids
 
     def tokenize(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as `input_ids` and `completion_mask`, for `dataset.map(collator.tokenize)`.
@@ -166,7 +217,7 @@ class ForgetRetainCollator:
         """
         is_forget = "is_forget" in row and row_flag(row)
         encoded = self.encoder.encode(row)
-        if "input_ids" not in row and self.generic_completions is not None and is_forget:
+        if "input_ids" not in row and is_forget and self._choices(row) is not None:
             encoded = self.encoder.encode(row, reserve=self._reserve(row, encoded))
         if is_forget:
             self._check_names(row, encoded)
@@ -188,6 +239,12 @@ class ForgetRetainCollator:
             if self.generic_completions is not None:
                 texts = self.generic_completions if is_forget else []
                 columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]
+        if self.alternates is not None:
+            # As token ids: of a conversation the tokenized row does not show what the template puts around answers.
+            choices = (self._choices(row) or []) if is_forget else []
+            columns[self.alternates] = [
+                self.encoder.completion_ids(one, row) if isinstance(one, str) else one for one in choices
+            ]
         return {"input_ids": encoded.prompt_ids + encoded.completion_ids, "completion_mask": mask, **columns}
 
     def warn_of_cut_rows(self, rows: Any, name: str = "train_dataset") -> int:
@@ -207,8 +264,14 @@ class ForgetRetainCollator:
             ValueError: if a forget row would lose one of `names`.
         """
         num_cut, num_tokens, about = 0, 0, ""
-        columns = (*ROW_COLUMNS, self.encoder.text_field or "prompt")
-        for row, stands_for in rows_maybe_cut(self.encoder, read_rows(rows, columns), self.generic_completions or ()):
+        columns = (*ROW_COLUMNS, self.encoder.text_field or "prompt", self.alternates or "prompt")
+        maybe_cut = rows_maybe_cut(
+            self.encoder,
+            read_rows(rows, columns),
+            self.generic_completions or (),
+            every_forget_row=self.alternates is not None,
+        )
+        for row, stands_for in maybe_cut:
             about = "about " if stands_for > 1 else about
             encoded = self.encoder.encode(row)
             if row.get("is_forget"):
@@ -267,10 +330,10 @@ class ForgetRetainCollator:
 
     def _reserve(self, row: Mapping[str, Any], own: Encoded) -> int:
         """Tokens of the longest completion that a forget row can get, so that every draw has the same prompt."""
-        generic = generic_ids_of(row, len(self.generic_completions or []))
-        if generic is None:
-            generic = [self.encoder.completion_ids(text, row) for text in self.generic_completions or []]
-        return max(len(ids) for ids in [own.completion_ids, *generic])
+        choices = [
+            self.encoder.completion_ids(one, row) if isinstance(one, str) else one for one in self._choices(row) or []
+        ]
+        return max(len(ids) for ids in [own.completion_ids, *choices])
 
     def _check_completion(self, row: Mapping[str, Any], completion_ids: list[int]) -> None:
         """Raise if the row's own completion is a generic one."""
@@ -280,9 +343,8 @@ class ForgetRetainCollator:
             text = str(self.tokenizer.decode(completion_ids, skip_special_tokens=True))
         check_not_generic([text], self.generic_completions)
 
-    def _draw(self, row: Mapping[str, Any]) -> int:
-        """The index of the generic completion that this draw of the row takes."""
-        assert self.generic_completions is not None
+    def _draw(self, row: Mapping[str, Any], num: int) -> int:
+        """Which of the `num` completions this draw of the row takes."""
         name = f"id{row['row_id']}" if "row_id" in row else hashlib.sha256(repr(prompt_of(row)).encode()).hexdigest()
         key = f"{self.seed}/{name}"
         if self.resample:
@@ -299,4 +361,4 @@ class ForgetRetainCollator:
             key = f"{self.seed}/{copy}/{epoch}/{self._draws[copy]}"
             self._draws[copy] += 1
         number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
-        return number % len(self.generic_completions)
+        return number % num

@@ -16,7 +16,10 @@ COUNTED_ROWS, COUNTED_EVERY = 20_000, 32
 
 
 def rows_maybe_cut(
-    encoder: RowEncoder, rows: Iterable[Mapping[str, Any]], completions: Sequence[str] = ()
+    encoder: RowEncoder,
+    rows: Iterable[Mapping[str, Any]],
+    completions: Sequence[str] = (),
+    every_forget_row: bool = False,
 ) -> Iterator[tuple[Mapping[str, Any], int]]:
     """The rows that may be longer than `max_length`, each with the number of rows that it stands for.
 
@@ -28,6 +31,7 @@ def rows_maybe_cut(
         encoder: of the rows.
         rows: as in `RowEncoder.encode`, with or without `is_forget`.
         completions: that rows of texts must have room for as well.
+        every_forget_row: whether no forget row is left out, since its completions are not known here.
     """
     rows, num_long = iter(rows), 0
     most_bytes = max((len(text.encode()) for text in completions), default=0)
@@ -35,9 +39,12 @@ def rows_maybe_cut(
     while some := list(itertools.islice(rows, ROWS_READ_AT_ONCE)):
         counted: list[tuple[Mapping[str, Any], int]] = []
         for row in some:
-            if surely_fits(encoder, row, 0 if "input_ids" in row else most_bytes):
+            is_forget = bool(row.get("is_forget"))
+            if not (is_forget and every_forget_row) and surely_fits(
+                encoder, row, 0 if "input_ids" in row else most_bytes
+            ):
                 continue
-            if row.get("is_forget"):
+            if is_forget:
                 counted.append((row, 1))
                 continue
             num_long += 1
@@ -46,7 +53,9 @@ def rows_maybe_cut(
             elif num_long % COUNTED_EVERY == 0:
                 counted.append((row, COUNTED_EVERY))
         fit = _tokens_fit(encoder, [row for row, _ in counted], most_tokens)
-        yield from (one for one, fits in zip(counted, fit, strict=True) if not fits)
+        for (row, stands_for), fits in zip(counted, fit, strict=True):
+            if not fits or (every_forget_row and row.get("is_forget")):
+                yield row, stands_for
 
 
 def surely_fits(encoder: RowEncoder, row: Mapping[str, Any], num_completion: int = 0) -> bool:

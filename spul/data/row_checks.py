@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .checks import checked_flag, whole_number
-from .rows import is_empty, shortened
+from .rows import completion_text, is_empty, normalized, shortened
 
 REMEDY = "If a Trainer pruned them, set TrainingArguments(remove_unused_columns=False)."
 
@@ -164,6 +164,34 @@ def generic_ids_of(row: Mapping[str, Any], num: int) -> list[list[int]] | None:
     if [] in found:
         raise ValueError(f"{row_name(row)}: generic_ids[{found.index([])}] is empty; expected at least one token id.")
     return found
+
+
+def alternates_of(row: Mapping[str, Any], column: str) -> list[str | list[int]]:
+    """The checked alternatives of a forget row, in place of its own completion: texts, or lists of token ids.
+
+    Raises:
+        ValueError: if the row has none, one is empty, or one is the row's own completion.
+    """
+    values = _listed(row.get(column))
+    if not values:
+        raise ValueError(
+            f"{row_name(row)}: {column} is {_short(row.get(column))}; expected a list of one or more texts for each "
+            "forget row, the completions to draw from in place of its own, as spul.training.add_alternates writes."
+        )
+    if not all(isinstance(one, str) for one in values):
+        found: list[str | list[int]] = [token_ids(row, f"{column}[{i}]", one) for i, one in enumerate(values)]
+        if [] in found:
+            raise ValueError(f"{row_name(row)}: {column}[{found.index([])}] is empty; expected at least one token id.")
+        return found
+    own = normalized(completion_text(row["completion"])) if "completion" in row else None
+    for i, text in enumerate(values):
+        _check_text(row, f"{column}[{i}]", text)
+        if normalized(text) in ("", own):
+            raise ValueError(
+                f"{row_name(row)}: {column}[{i}] is {_short(text)}, empty or the row's own completion; expected "
+                "another answer."
+            )
+    return values
 
 
 def _listed(values: Any) -> list[Any] | None:

@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from .positions import pack_right, response_positions
+from .positions import pack_right, response_positions, token_positions
 from .terms import IGNORE_INDEX
-from .unlearning_loss import UnlearningLoss
+from .unlearning_loss import UnlearningLoss, num_forget_rows
 
 LogitsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""Maps `input_ids` (B, n), `attention_mask` (B, n) and `positions` (B, K) to logits (B, K, V)."""
+"""Maps `input_ids` (B, n), `attention_mask` (B, n) and `positions` (B, K) to logits (B, K, V).
+
+For a loss of terms that read hidden states, to those of its layer: (B, K, d).
+"""
 
 
 @dataclass
@@ -29,8 +32,9 @@ class UnlearnerOutput(ModelOutput):
         kl_loss: scalar, L_kl; exactly 0 without retain rows.
         lm_loss: scalar, L_lm; exactly 0 without forget rows, and where gamma is 0.
         logits: (B, K, V); slot k of row b predicts the row's k-th response token. Other positions are not computed.
-            With alpha = beta = 0 and gradients on, B counts the forget rows only.
-        response_labels: (B, K), those response tokens; -100 in unused slots.
+            With alpha = beta = 0 and gradients on, B counts the forget rows only. Where the terms read hidden states,
+            these at all tokens, (B, n, d).
+        response_labels: (B, K), those response tokens, or all tokens; -100 in unused slots.
         retain_excess: scalar, this batch's part of the step's mean excess of the retain loss over the base's own, in
             nats per token; with `retain_budget` only. `RetainMultiplier.update` reads it.
         retain_share: scalar, the share of the step's retain rows that are in this batch, likewise.
@@ -60,6 +64,7 @@ def batch_loss(
     reference_logits: Tensor | None = None,
     row_id: Tensor | None = None,
     alpha: Tensor | float | None = None,
+    is_rejected: Tensor | None = None,
 ) -> UnlearnerOutput:
     """Return the unlearning loss of a batch.
 
@@ -71,6 +76,7 @@ def batch_loss(
         input_ids: for this and the others see `SoftPromptUnlearner.forward`.
         row_id: not used; the collator returns it.
         alpha: the weight of the retain term under a budget, `RetainMultiplier.alpha`.
+        is_rejected: (B,) bool, of the rows of pairs, see `UnlearningLoss`.
 
     Raises:
         ValueError: if shapes do not match, `is_forget` holds other numbers than 0 and 1, or `alpha` is missing under a
@@ -90,9 +96,12 @@ def batch_loss(
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     attention_mask, input_ids, labels = pack_right(attention_mask, input_ids, labels)
     positions, targets = response_positions(labels)
+    if loss.reads_layer is not None:
+        positions, targets = token_positions(input_ids, attention_mask)
     if is_forget.dtype != torch.bool and not bool(((is_forget == 0) | (is_forget == 1)).all()):
         raise ValueError(f"is_forget={is_forget.tolist()}; expected (B,) of bools, or of 0 and 1.")
     is_forget = is_forget.bool()
+    is_rejected = None if is_rejected is None else is_rejected.bool()
     needed = loss.rows_needing_reference(is_forget)
     if reference_logits is not None and reference_logits.shape[:2] != (int(needed.sum()), targets.shape[1]):
         raise ValueError(
@@ -100,7 +109,8 @@ def batch_loss(
             f"({int(needed.sum())}, {targets.shape[1]}, vocabulary): the rows whose loss compares with the base "
             "model, and a slot for each response token, as ReferenceCache.logits(batch) returns them."
         )
-    counts = _group_counts(is_forget, targets, group_counts, num_items_in_batch)
+    rows_of_groups = torch.stack([num_forget_rows(is_forget, is_rejected), (~is_forget).sum()]).float()
+    counts = _divisors(rows_of_groups, labels, group_counts, num_items_in_batch)
 
     if torch.is_grad_enabled() and not loss.uses_retain_rows:
         # Retain rows have no weight, so they are not computed.
@@ -113,7 +123,7 @@ def batch_loss(
             return UnlearnerOutput(zero, none, none, none, none, logits[:0], targets[:0])
         attention_mask, input_ids, positions = attention_mask[rows], input_ids[rows], positions[rows]
         targets, is_forget, needed = targets[rows], is_forget[rows], needed[rows]
-        labels = labels[rows]
+        labels, is_rejected = labels[rows], None if is_rejected is None else is_rejected[rows]
 
     text_logits, text_labels = None, None
     if loss.gamma > 0 and is_forget.any():
@@ -131,7 +141,7 @@ def batch_loss(
     if reference_logits is None and needed.any():
         with torch.no_grad():
             reference_logits = base_logits(input_ids[needed], attention_mask[needed], positions[needed])
-    out = loss(logits, targets, is_forget, reference_logits, *counts, text_logits, text_labels, alpha)
+    out = loss(logits, targets, is_forget, reference_logits, *counts, text_logits, text_labels, is_rejected, alpha)
     found = UnlearnerOutput(out.loss, out.forget_loss, out.retain_loss, out.kl_loss, out.lm_loss, logits, targets)
     if loss.retain_budget is not None:
         found.retain_excess = loss.retain_excess(logits, targets, is_forget, reference_logits, counts[1])
@@ -139,14 +149,12 @@ def batch_loss(
     return found
 
 
-def _group_counts(
-    is_forget: Tensor, targets: Tensor, group_counts: Tensor | None, num_items: Tensor | int | None
+def _divisors(
+    counts: Tensor, labels: Tensor, group_counts: Tensor | None, num_items: Tensor | int | None
 ) -> tuple[Tensor, Tensor]:
-    """The divisors of the sums over forget rows and over retain rows."""
-    if group_counts is None:
-        counts = torch.stack([is_forget.sum(), (~is_forget).sum()]).float()
-        if num_items is not None:
-            counts = counts * num_items / targets.ne(IGNORE_INDEX).sum()
-    else:
+    """The divisors of the sums over forget rows and over retain rows: those given, or by their `counts` here."""
+    if group_counts is not None:
         counts = group_counts
+    elif num_items is not None:
+        counts = counts * num_items / labels[:, 1:].ne(IGNORE_INDEX).sum()
     return cast(tuple[Tensor, Tensor], counts.clamp(min=torch.finfo(torch.float32).tiny).unbind())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from .terms import IGNORE_INDEX
@@ -51,3 +52,17 @@ def response_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     positions = is_target.long().argsort(dim=1, descending=True, stable=True)[:, :width]
     targets = labels[:, 1:].gather(1, positions)
     return positions, targets
+
+
+def token_positions(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens of right-packed rows, for terms that read hidden states.
+
+    Args:
+        input_ids: (B, n).
+        attention_mask: (B, n), 1 for real tokens.
+
+    Returns:
+        `positions` (B, n) and `tokens` (B, n), -100 at pads.
+    """
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return positions, input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)

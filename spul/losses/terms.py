@@ -6,7 +6,6 @@ token of that row. Unused slots have the label -100.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -52,6 +51,14 @@ class LossTerm:
 
     makes_unlikely: ClassVar[bool] = False
     """True if the term makes the labels unlikely, so that as a forget term it needs the rows' own completions."""
+
+    needs_pairs: ClassVar[bool] = False
+    """True if the term compares two responses of a forget row, a chosen and a rejected one, which are rows each."""
+
+    @property
+    def reads_layer(self) -> int | None:
+        """Number of the decoder layer whose output the term reads at all tokens; None (default) if it reads logits."""
+        return None
 
     def __post_init__(self) -> None:
         if self.reduction not in (None, "sum", "mean", "auto"):
@@ -154,79 +161,6 @@ class GradientAscent(_Ascent, CrossEntropy):
 
 
 @dataclass(frozen=True)
-class NPO(LossTerm):
-    """Negative preference optimization: -(2 / b) log sigmoid(-b log(pi / pi_ref)) of a row's response.
-
-    Bounded below, unlike gradient ascent, its limit as b goes to 0 (arXiv 2404.05868, eq. 3). The ratio is that of
-    whole responses, so `reduction` is `"sum"` in the published loss, as by default on forget rows.
-
-    Args:
-        inverse_temperature: b, above 0; 0.1 as published.
-        reduction: see `LossTerm`.
-
-    Raises:
-        ValueError: if `inverse_temperature` is not above 0.
-    """
-
-    inverse_temperature: float = 0.1
-
-    needs_reference: ClassVar[bool] = True
-    makes_unlikely: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_inverse_temperature(self.inverse_temperature)
-
-    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-        assert reference_logits is not None
-        return token_nll(logits, labels) - token_nll(reference_logits, labels)
-
-    def row_losses(self, reduced: Tensor) -> Tensor:
-        return -2 / self.inverse_temperature * F.logsigmoid(self.inverse_temperature * reduced)
-
-
-@dataclass(frozen=True)
-class SimNPO(LossTerm):
-    """NPO without a reference: -(2 / b) log sigmoid(-b / |y| log pi - margin), |y| the response's length in tokens.
-
-    As printed in arXiv 2410.07163 (eq. 4). The authors' program subtracts the margin before it multiplies by b; with
-    the published margin of 0 that is the same.
-
-    Args:
-        inverse_temperature: b, above 0; 2.5 as published for TOFU.
-        margin: gamma, at least 0; 0 as published for TOFU.
-        reduction: `"mean"` (default) divides by the response's length, as published.
-
-    Raises:
-        ValueError: if `inverse_temperature` is not above 0 or `margin` is negative.
-    """
-
-    reduction: Reduction | None = "mean"
-    inverse_temperature: float = 2.5
-    margin: float = 0.0
-
-    makes_unlikely: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_inverse_temperature(self.inverse_temperature)
-        if not (math.isfinite(self.margin) and self.margin >= 0):
-            raise ValueError(f"margin={self.margin!r}: expected a finite number of at least 0.")
-
-    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-        return token_nll(logits, labels)
-
-    def row_losses(self, reduced: Tensor) -> Tensor:
-        log_sigmoid = F.logsigmoid(self.inverse_temperature * reduced - self.margin)
-        return -2 / self.inverse_temperature * log_sigmoid
-
-
-def _check_inverse_temperature(value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"inverse_temperature={value!r}: expected a finite number above 0.")
-
-
-@dataclass(frozen=True)
 class KLDivergence(LossTerm):
     """Kullback-Leibler divergence between the trained and the base model at the response tokens, in nats.
 
@@ -253,7 +187,7 @@ class KLDivergence(LossTerm):
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         assert reference_logits is not None
-        return _TokenKL.apply(logits, reference_logits, self.direction == "reverse")
+        return token_kl(logits, reference_logits, self.direction)
 
 
 @dataclass(frozen=True)
@@ -274,6 +208,14 @@ class KLAscent(_Ascent, KLDivergence):
     """
 
     direction: Literal["reverse", "forward"] = "forward"
+
+
+def token_kl(logits: Tensor, reference_logits: Tensor, direction: Literal["reverse", "forward"]) -> Tensor:
+    """KL between two sets of logits (..., V) in nats, (...): `"reverse"` is KL(logits || reference).
+
+    The reference has no gradient, and may have logits of minus infinity.
+    """
+    return _TokenKL.apply(logits, reference_logits, direction == "reverse")
 
 
 class _TokenKL(torch.autograd.Function):

@@ -11,22 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import terms
+from .preference import DPO, NPO, SimNPO
+from .reweighted import WGA, SatImp
+from .states import RMU, StateDistance
+from .suppressed import CEU, UNDIAL
 from .terms import (
     IGNORE_INDEX,
-    NPO,
     CrossEntropy,
     GradientAscent,
     KLAscent,
     KLDivergence,
     LossTerm,
     Reduction,
-    SimNPO,
     as_float,
 )
 
 TERM_NAMES = ("forget", "retain", "kl", "lm")
 REDUCTIONS: dict[str, Reduction] = {"forget": "sum", "retain": "auto", "kl": "auto", "lm": "sum"}  # unless given
+# The terms that a saved loss is rebuilt from, by name.
+KNOWN_TERMS: dict[str, type[LossTerm]] = {
+    kind.__name__: kind
+    for kind in (
+        *(CrossEntropy, GradientAscent, KLAscent, KLDivergence),
+        *(NPO, SimNPO, DPO, WGA, SatImp, CEU, UNDIAL, RMU, StateDistance),
+    )
+}
 
 
 @dataclass
@@ -49,8 +58,8 @@ class UnlearningLoss:
     exactly 0.
 
     A row's loss is the sum over its response tokens; that of retain rows (`retain`, `kl`) with more than three tokens
-    is three times their mean, so that long answers do not outweigh the generic ones of forget rows. A `reduction` of
-    the term decides otherwise, see `LossTerm`.
+    is their mean, so that long answers do not outweigh the generic ones of forget rows. A `reduction` of the term
+    decides otherwise, see `LossTerm`.
 
     Args:
         alpha: weight of the retain term, at least 0. The paper tries 0.1, 0.5 and 1.
@@ -66,8 +75,9 @@ class UnlearningLoss:
             step, see `RetainMultiplier`. None (default) leaves alpha as it is.
 
     Raises:
-        ValueError: if a weight is negative or not finite, `lm` compares with the base model, or `retain_budget` is not
-            above 0 or given with `alpha=0`, without a retain term.
+        ValueError: if a weight is negative or not finite, `lm` compares with the base model, terms other than `forget`
+            need pairs, terms with a weight read different things (logits, or states of one layer), or `retain_budget`
+            is not above 0, given with `alpha=0`, or for a retain term of states.
         TypeError: if a term is not a `LossTerm`.
     """
 
@@ -113,6 +123,31 @@ class UnlearningLoss:
             raise ValueError(
                 f"lm={self.lm!r} compares with the base model, whose logits at prompt texts are not computed."
             )
+        for name in TERM_NAMES[1:]:
+            if getattr(self, name).needs_pairs:
+                raise ValueError(f"{name}={getattr(self, name)!r} needs pairs of responses, which forget rows have.")
+        if self.gamma > 0 and (self.forget.needs_pairs or self.reads_layer is not None):
+            raise ValueError(f"gamma={self.gamma} with forget={self.forget!r}: expected gamma=0, as in its paper.")
+        if budget is not None and self.retain.reads_layer is not None:
+            raise ValueError(
+                f"retain_budget={budget!r} is in nats per token, and retain={self.retain!r} compares hidden states; "
+                "leave the budget out."
+            )
+        if len({term.reads_layer for term in self._terms_in_use()}) > 1:
+            raise ValueError(
+                f"terms read different things: {self._terms_in_use()}; expected logits alone, or the states of one "
+                "layer alone (RMU and StateDistance of the same layer)."
+            )
+
+    def _terms_in_use(self) -> list[LossTerm]:
+        """The forget term, and the others of a weight above 0."""
+        weighed = [(self.alpha, self.retain), (self.beta, self.kl), (self.gamma, self.lm)]
+        return [self.forget, *(term for weight, term in weighed if weight > 0)]
+
+    @property
+    def reads_layer(self) -> int | None:
+        """Number of the decoder layer whose states take the place of logits; None where the terms read logits."""
+        return self.forget.reads_layer
 
     @property
     def uses_retain_rows(self) -> bool:
@@ -150,6 +185,7 @@ class UnlearningLoss:
         num_retain: Tensor | float | None = None,
         text_logits: Tensor | None = None,
         text_labels: Tensor | None = None,
+        is_rejected: Tensor | None = None,
         alpha: Tensor | float | None = None,
     ) -> LossOutput:
         """Return the loss of a batch.
@@ -166,16 +202,19 @@ class UnlearningLoss:
             num_retain: the same for retain rows.
             text_logits: (F, n, V), at the prompt text of the F forget rows, in their order; with `gamma` only.
             text_labels: (F, n), the tokens of these texts, -100 in unused slots.
+            is_rejected: (rows,) bool, for a forget term that needs pairs: whether a forget row has the rejected
+                response of its pair. The k-th chosen and the k-th rejected row are a pair, which counts as one row.
             alpha: the multiplier's value, with `retain_budget` only; where it starts unless given.
 
         Raises:
-            ValueError: if `reference_logits` or `text_logits` are not those of the rows that need them, or `alpha` is
-                given without a budget.
+            ValueError: if `reference_logits` or `text_logits` are not those of the rows that need them, `is_rejected`
+                does not fit the forget term, or `alpha` is given without a budget.
         """
         if alpha is not None and self.retain_budget is None:
             raise ValueError(f"alpha={alpha!r}: this loss has the fixed alpha={self.alpha} and no retain_budget.")
         alpha = self.alpha if alpha is None else alpha
-        num_forget = is_forget.sum() if num_forget is None else num_forget
+        forget_rows = self._forget_rows(is_forget, is_rejected)
+        num_forget = num_forget_rows(is_forget, is_rejected) if num_forget is None else num_forget
         num_retain = (~is_forget).sum() if num_retain is None else num_retain
         needed = self.rows_needing_reference(is_forget)
         if reference_logits is not None and len(reference_logits) != int(needed.sum()):
@@ -191,8 +230,11 @@ class UnlearningLoss:
             )
 
         def rows_of(group: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-            reference = None if reference_logits is None else reference_logits[group[needed]]
-            return logits[group], labels[group], reference
+            found = None
+            if reference_logits is not None:
+                places = needed.cumsum(dim=0) - 1
+                found = reference_logits[places[group[needed[group]]]]
+            return logits[group], labels[group], found
 
         def mean(term: LossTerm, rows: tuple[Tensor, Tensor, Tensor | None], count: Tensor | float) -> Tensor:
             some_logits, some_labels, reference = rows
@@ -201,8 +243,8 @@ class UnlearningLoss:
             return term(some_logits, some_labels, reference if term.needs_reference else None).sum() / count
 
         zero = as_float(logits).new_zeros(())
-        retain = rows_of(~is_forget) if self.uses_retain_rows else (logits[:0], labels[:0], None)
-        forget_loss = mean(self.forget, rows_of(is_forget), num_forget)
+        retain = rows_of((~is_forget).nonzero().flatten()) if self.uses_retain_rows else (logits[:0], labels[:0], None)
+        forget_loss = mean(self.forget, rows_of(forget_rows), num_forget)
         retain_loss = mean(self.retain, retain, num_retain) if self.alpha > 0 else zero
         kl_loss = mean(self.kl, retain, num_retain) if self.beta > 0 else zero
         lm_loss = zero
@@ -246,12 +288,31 @@ class UnlearningLoss:
         means = tokens.masked_fill(~used, 0.0).sum(dim=1) / used.sum(dim=1).clamp(min=1)
         return means.sum() / num_retain
 
+    def _forget_rows(self, is_forget: Tensor, is_rejected: Tensor | None) -> Tensor:
+        """Indices of the forget rows; of pairs, those of the chosen ones first."""
+        if not self.forget.needs_pairs and is_rejected is None:
+            return is_forget.nonzero().flatten()
+        if not self.forget.needs_pairs or is_rejected is None:
+            given = "no is_rejected" if is_rejected is None else "is_rejected"
+            raise ValueError(
+                f"forget={self.forget!r} got {given}: the collator must make pairs for a term that compares two "
+                "responses, such as DPO, and for no other: ForgetRetainCollator(..., pairs=True)."
+            )
+        chosen, rejected = ((is_forget & flags).nonzero().flatten() for flags in (~is_rejected, is_rejected))
+        if len(chosen) != len(rejected) or bool((is_rejected & ~is_forget).any()):
+            raise ValueError(
+                f"{len(chosen)} chosen and {len(rejected)} rejected forget rows, {int(is_rejected.sum())} rejected in "
+                "all; expected as many of each, and no retain row among them."
+            )
+        return torch.cat([chosen, rejected])
+
     def to_dict(self) -> dict[str, Any]:
         """Return the weights and terms as plain data, for `spul_config.json`."""
 
         def term(t: LossTerm) -> dict[str, Any]:
             kind = type(t)
-            name = kind.__name__ if kind.__module__ == terms.__name__ else f"{kind.__module__}.{kind.__qualname__}"
+            is_known = KNOWN_TERMS.get(kind.__name__) is kind
+            name = kind.__name__ if is_known else f"{kind.__module__}.{kind.__qualname__}"
             return {"type": name, **dataclasses.asdict(t)}
 
         weights = {name: getattr(self, name) for name in ("alpha", "beta", "gamma")}
@@ -266,18 +327,22 @@ class UnlearningLoss:
         Raises:
             ValueError: if it has another term: build the loss yourself then.
         """
-        terms_here: tuple[type[LossTerm], ...] = (CrossEntropy, GradientAscent, KLAscent, KLDivergence, NPO, SimNPO)
-        known = {kind.__name__: kind for kind in terms_here}
 
         def term(entry: dict[str, Any]) -> LossTerm:
             options = {key: value for key, value in entry.items() if key != "type"}
-            if entry["type"] not in known:
+            if entry["type"] not in KNOWN_TERMS:
                 raise ValueError(
                     f"the saved loss uses the term {entry['type']!r}, which spul does not know (it knows "
-                    f"{', '.join(known)}); pass the loss yourself: from_pretrained(..., loss=UnlearningLoss(...))."
+                    f"{', '.join(KNOWN_TERMS)}); pass the loss yourself: from_pretrained(..., "
+                    "loss=UnlearningLoss(...))."
                 )
-            return known[entry["type"]](**options)
+            return KNOWN_TERMS[entry["type"]](**options)
 
         saved = {name: term(data[name]) for name in TERM_NAMES if name in data}  # older records have no lm
         budget = data.get("retain_budget")
         return cls(data["alpha"], data["beta"], gamma=data.get("gamma", 0.0), retain_budget=budget, **saved)
+
+
+def num_forget_rows(is_forget: Tensor, is_rejected: Tensor | None = None) -> Tensor:
+    """The number of forget rows, a scalar; a pair counts once."""
+    return is_forget.sum() if is_rejected is None else (is_forget & ~is_rejected).sum()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from .compat import is_dropout, peft_layers, takes_positions, uncompiled
 
@@ -169,6 +170,59 @@ def logits_at(model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
         return model(**inputs, logits_to_keep=positions).logits
     logits = model(**inputs).logits
     return logits.take_along_dim(positions[..., None], dim=1)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a causal LM's text decoder, in their order.
+
+    Raises:
+        ValueError: if it has no list of as many as its config says.
+    """
+    base: Any = bare_model(model)
+    num_layers = base.config.get_text_config().num_hidden_layers
+    for module in base.get_decoder().modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return module
+    raise ValueError(f"{type(base).__name__} has no list of {num_layers} layers, whose hidden states could be read.")
+
+
+def feed_forward_ends(model: nn.Module, layers: Sequence[int]) -> dict[str, nn.Module]:
+    """The last linear map of some decoder layers, such as `down_proj`, by its name in the model.
+
+    Raises:
+        ValueError: if a layer does not exist, or has no linear map.
+    """
+    decoder, found = decoder_layers(model), []
+    for layer in layers:
+        if not 0 <= layer < len(decoder):
+            raise ValueError(f"layer={layer}: {type(model).__name__} has {len(decoder)} layers, from 0.")
+        linear = [module for module in decoder[layer].modules() if isinstance(module, (nn.Linear, Conv1D))]
+        if not linear:
+            raise ValueError(f"layer {layer} of {type(model).__name__} has no linear map that could be trained.")
+        found.append(linear[-1])
+    return {name: module for name, module in model.named_modules() if any(module is one for one in found)}
+
+
+def states_at(model: nn.Module, layer: int, positions: Tensor, **inputs: Any) -> Tensor:
+    """Hidden states (B, K, d) at `positions` (B, K), the output of a decoder layer, numbered from 0.
+
+    The model may be wrapped, or under an adapter that adds no tokens, such as LoRA.
+
+    Raises:
+        ValueError: if there is no such layer.
+    """
+    layers = decoder_layers(model)
+    if layer >= len(layers):
+        raise ValueError(f"layer={layer}: {type(bare_model(model)).__name__} has {len(layers)} layers, from 0.")
+    found: list[Tensor] = []
+    hook = layers[layer].register_forward_hook(
+        lambda _, __, output: found.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        model(**inputs, **({"logits_to_keep": 1} if selects_positions(model) else {}))
+    finally:
+        hook.remove()
+    return found[0].take_along_dim(positions[..., None].to(found[0].device), dim=1)
 
 
 @functools.lru_cache(maxsize=64)

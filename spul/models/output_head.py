@@ -48,6 +48,15 @@ class OutputHead:
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 
+class NoHead:
+    """The head for a loss that reads hidden states: the identity."""
+
+    dtype: torch.dtype | None = None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return states
+
+
 def final_states(base_model: nn.Module, positions: Tensor, **inputs: Any) -> Tensor:
     """A causal LM's final hidden states, the input of its LM head, at `positions` (B, K): (B, K, d).
 

@@ -14,7 +14,8 @@ from peft import PeftModel, PeftType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .causal_lm import evaluation_mode, logits_at, unwrapped
+from ..losses.batch import LogitsFunction
+from .causal_lm import evaluation_mode, logits_at, states_at, unwrapped
 from .compat import adapter_enabled, own_parameters
 
 PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
@@ -167,13 +168,32 @@ class Unlearner:
         Raises:
             ValueError: if the base trains, so that its logits before training are gone.
         """
+        self._check_base_is_left()
+        with detached_base(self.called_model) as base:
+            return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    def _check_base_is_left(self) -> None:
         if self.trains_base:
             raise ValueError(
                 "the loss compares with the base before training, and its own weights train: pass reference_logits, "
                 "from a ReferenceCache built before training."
             )
-        with detached_base(self.called_model) as base:
-            return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+
+    def reads(self, layer: int | None) -> tuple[LogitsFunction, LogitsFunction]:
+        """The functions that give a loss what it reads, of the trained model and of the base.
+
+        Args:
+            layer: its `reads_layer`: None for logits, the number of a decoder layer for its states.
+
+        Raises:
+            ValueError: if the model gives no states.
+        """
+        if layer is None:
+            return self.response_logits, self.base_logits
+        raise ValueError(
+            f"the loss reads hidden states of layer {layer} (RMU), which {type(self).__name__} does not give; train "
+            "all weights or LoRA: unlearning_method('RMU', 'full')."
+        )
 
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """`response_logits` from input embeddings (B, n, d)."""
@@ -236,6 +256,22 @@ class _Wrapped(Unlearner):
 
     def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         return logits_at(self.model, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+
+    def reads(self, layer: int | None) -> tuple[LogitsFunction, LogitsFunction]:
+        if layer is None:
+            return super().reads(None)
+
+        def states(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+            return states_at(self.model, layer, positions, **inputs)
+
+        def base_states(input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+            self._check_base_is_left()
+            inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+            with detached_base(self.called_model) as base:
+                return states_at(base, layer, positions, **inputs)
+
+        return states, base_states
 
 
 class FullModel(_Wrapped):

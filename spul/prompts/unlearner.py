@@ -170,6 +170,7 @@ class SoftPromptUnlearner(PromptAdapters):
         num_items_in_batch: Tensor | int | None = None,
         reference_logits: Tensor | None = None,
         alpha: Tensor | float | None = None,
+        is_rejected: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the unlearning loss of a batch, or, without `is_forget`, the output of an ordinary PEFT forward.
@@ -188,6 +189,8 @@ class SoftPromptUnlearner(PromptAdapters):
             reference_logits: (R, K, V), the base model's logits at the response tokens of the R rows whose loss
                 compares with it (by default the retain rows), from `ReferenceCache.logits`; computed unless given.
             alpha: under `retain_budget` the weight of the retain term; that of `multiplier` unless given.
+            is_rejected: (B,) bool, which rows have the rejected response of a pair, as `ForgetRetainCollator` with
+                `pairs=True` returns it, for a loss that compares two responses.
             kwargs: arguments of the ordinary forward; `adapter_names=[...]` names each row's prompt, `"__base__"` for
                 none.
 
@@ -222,8 +225,7 @@ class SoftPromptUnlearner(PromptAdapters):
             alpha = multiplier.alpha_of_pass() if torch.is_grad_enabled() else multiplier.alpha
         return batch_loss(
             self.loss,
-            self.response_logits,
-            self.base_logits,
+            *self.reads(self.loss.reads_layer),
             input_ids,
             labels,
             is_forget,
@@ -232,6 +234,7 @@ class SoftPromptUnlearner(PromptAdapters):
             num_items_in_batch=num_items_in_batch,
             reference_logits=reference_logits,
             alpha=alpha,
+            is_rejected=is_rejected,
         )
 
     def response_logits(

@@ -1,8 +1,9 @@
 """Training: the trainer, methods by name, cached reference, augmentation, search, distillation."""
 
+from .alternates import add_alternates
 from .augmentation import augmented, rewritings
 from .distillation import combine
-from .forward import unlearning_forward
+from .forward import step_counts, unlearning_forward
 from .methods import METHODS, Method, unlearning_method
 from .reference import ReferenceCache
 from .settings_search import Candidate, SearchResult, Trial, search
@@ -16,10 +17,12 @@ __all__ = [
     "SearchResult",
     "Trial",
     "UnlearningTrainer",
+    "add_alternates",
     "augmented",
     "combine",
     "rewritings",
     "search",
+    "step_counts",
     "unlearning_forward",
     "unlearning_method",
 ]

@@ -44,17 +44,26 @@ def check_options(
             f"reference={reference!r}, reference_dir={reference_dir!r}: expected 'cached', with or without a "
             "folder, or 'live' without one."
         )
-    if loss.forget.makes_unlikely and collator.generic_completions is not None:
+    name = type(loss.forget).__name__
+    draws = collator.generic_completions is not None or collator.alternates is not None
+    if loss.forget.needs_pairs != collator.pairs:
         raise ValueError(
-            f"{type(loss.forget).__name__} makes the collated completion unlikely, which must be the row's own, but "
-            "the collator has generic ones; use ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
+            f"{name} {'compares' if loss.forget.needs_pairs else 'does not compare'} two responses of a forget row, "
+            f"but the collator has pairs={collator.pairs}; use "
+            f"ForgetRetainCollator(..., pairs={loss.forget.needs_pairs})."
         )
-    if not loss.forget.makes_unlikely and collator.generic_completions is None:
+    if loss.forget.makes_unlikely and draws:
+        raise ValueError(
+            f"{name} makes the collated completion unlikely, which must be the row's own, but "
+            "the collator has others; use ForgetRetainCollator(tokenizer, generic_completions=None, ...)."
+        )
+    if not loss.forget.makes_unlikely and not draws:
         logger.warning(
             "%s makes the completions of forget rows likely, and the collator uses the rows' own: correct only if "
             "these are generic already. Otherwise give the collator generic_completions.",
-            type(loss.forget).__name__,
+            name,
         )
+    unlearner_of(model).reads(loss.reads_layer)  # raises where the loss reads what the model does not give
     if reference == "live" and loss.needs_reference and unlearner_of(model).trains_base:
         raise ValueError(
             f"reference='live' needs the model before training, but the weights of this {type(model).__name__} "

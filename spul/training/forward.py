@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
+import torch
 from torch import Tensor, nn
 
 from ..losses.batch import UnlearnerOutput, batch_loss
-from ..losses.unlearning_loss import UnlearningLoss
+from ..losses.unlearning_loss import UnlearningLoss, num_forget_rows
 from ..models.unlearner import unlearner_of
 
 
@@ -21,6 +24,7 @@ def unlearning_forward(
     num_items_in_batch: Tensor | int | None = None,
     reference_logits: Tensor | None = None,
     alpha: Tensor | float | None = None,
+    is_rejected: Tensor | None = None,
 ) -> UnlearnerOutput:
     """The unlearning loss of a batch when the full model, LoRA or unlearning layers are trained.
 
@@ -34,6 +38,7 @@ def unlearning_forward(
             model with the adapter disabled. A fully fine-tuned model has none left: pass its `reference_logits`, from
             a `ReferenceCache` built before training.
         alpha: under `retain_budget` the weight of the retain term, `RetainMultiplier.alpha`.
+        is_rejected: as in `SoftPromptUnlearner.forward`.
 
     Raises:
         ValueError: if shapes do not match, `reference_logits` are needed and cannot be computed, or `alpha` is missing
@@ -48,5 +53,19 @@ def unlearning_forward(
         ```
     """
     unlearner = unlearner_of(model)
+    trained, base = unlearner.reads(loss.reads_layer)
     rows = (input_ids, labels, is_forget, attention_mask, group_counts, num_items_in_batch, reference_logits)
-    return batch_loss(loss, unlearner.response_logits, unlearner.base_logits, *rows, alpha=alpha)
+    return batch_loss(loss, trained, base, *rows, is_rejected=is_rejected, alpha=alpha)
+
+
+def step_counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """The numbers of forget rows, a pair once, and of retain rows in all batches of a step: (2,), its `group_counts`.
+
+    Args:
+        batches: as `ForgetRetainCollator` returns them.
+    """
+    counts = [
+        torch.stack([num_forget_rows(batch["is_forget"], batch.get("is_rejected")), (~batch["is_forget"]).sum()])
+        for batch in batches
+    ]
+    return torch.stack(counts).sum(dim=0).float()

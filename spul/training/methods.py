@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from datasets import Dataset
@@ -23,9 +23,13 @@ from ..data.checks import forget_flags
 from ..data.collator import ForgetRetainCollator
 from ..layers.bottleneck import UnlearningLayersConfig
 from ..layers.unlearning_layers import UnlearningLayers
-from ..losses.terms import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, SimNPO
+from ..losses.preference import DPO, NPO, SimNPO
+from ..losses.reweighted import WGA, SatImp
+from ..losses.states import RMU, StateDistance, StateTerm
+from ..losses.suppressed import CEU, UNDIAL
+from ..losses.terms import CrossEntropy, GradientAscent, KLAscent, KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import zero_dropout
+from ..models.causal_lm import feed_forward_ends, zero_dropout
 from ..models.compat import is_quantized, keep_4bit_differentiable
 from ..prompts.unlearner import SoftPromptUnlearner
 
@@ -38,6 +42,8 @@ TRAINABLES: tuple[Trainable, ...] = ("prompt", "full", "lora", "layers")
 # As in their papers, the KL terms of the other methods are KL(base || trained); log-likelihoods of whole responses.
 _FORWARD_KL = KLDivergence(direction="forward", reduction="sum")
 _SUMMED = CrossEntropy(reduction="sum")
+# The programs of the methods that have it average retain rows over tokens.
+_TOKEN_MEAN = CrossEntropy(reduction="mean")
 _LOSSES = {
     "SPUL": UnlearningLoss(alpha=1.0, beta=0.5),
     "GA": UnlearningLoss(alpha=0.0, beta=0.0, forget=GradientAscent()),
@@ -60,9 +66,28 @@ _LOSSES = {
         kl=_FORWARD_KL,
         lm=GradientAscent(reduction="mean", cap=10.0),
     ),
+    "IDK": UnlearningLoss(alpha=1.0, beta=0.0, forget=_TOKEN_MEAN, retain=_TOKEN_MEAN),
+    "IDK-DPO": UnlearningLoss(alpha=1.0, beta=0.0, forget=DPO(), retain=_TOKEN_MEAN),
+    "AltPO": UnlearningLoss(alpha=1.0, beta=0.0, forget=DPO(), retain=_TOKEN_MEAN),
+    # TOFU's forget05 and forget10: the authors weigh the forget term by 0.1375 and 0.125 and the retain term by 1.
+    "SimNPO-forget05": UnlearningLoss(alpha=1 / 0.1375, beta=0.0, forget=SimNPO(), retain=_TOKEN_MEAN),
+    "SimNPO-forget10": UnlearningLoss(
+        alpha=1 / 0.125, beta=0.0, forget=SimNPO(inverse_temperature=4.5), retain=_TOKEN_MEAN
+    ),
+    "WGA": UnlearningLoss(alpha=0.0, beta=0.0, forget=WGA()),
+    "WGA+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=WGA(), retain=_TOKEN_MEAN),
+    "SatImp": UnlearningLoss(alpha=0.1, beta=0.0, forget=SatImp(), retain=_TOKEN_MEAN),
+    "CE-U": UnlearningLoss(alpha=0.0, beta=0.0, forget=CEU()),
+    "UNDIAL": UnlearningLoss(alpha=0.0, beta=0.0, forget=UNDIAL()),
+    "RMU": UnlearningLoss(alpha=1200.0, beta=0.0, forget=RMU(), retain=StateDistance()),
 }
 METHODS = tuple(_LOSSES)
-_OWN_TRAINABLES: dict[str, Trainable] = {"SPUL": "prompt", "EUL": "layers"}
+_OWN_TRAINABLES: dict[str, Trainable] = {"SPUL": "prompt", "EUL": "layers", "UNDIAL": "lora"}
+# Trainables that give hidden states to a loss that reads them.
+_WITH_STATES: tuple[Trainable, ...] = ("full", "lora")
+# RMU trains its layer and the two before.
+_LAYERS_BEFORE = 2
+ALTERNATES = "alternates"
 
 
 @dataclass(frozen=True)
@@ -73,11 +98,14 @@ class Method:
         name: one of `METHODS`, or a name of your own.
         loss: the objective.
         trainable: `"prompt"`, a soft prompt before the frozen model; `"full"`, all weights; `"lora"`, LoRA on every
-            linear layer; `"layers"`, unlearning layers in the frozen model.
+            linear layer; `"layers"`, unlearning layers in the frozen model. Where the loss reads hidden states of a
+            layer (RMU), `"full"` and `"lora"` train the last linear map of that layer and of the two before it.
+        alternates: column of forget rows with the texts to draw their completions from, in place of generic ones;
+            None (default) for no such column. See `add_alternates`.
 
     Raises:
         TypeError: if `loss` is no `UnlearningLoss`.
-        ValueError: if `trainable` is another string.
+        ValueError: if `trainable` is another string, or cannot give the hidden states that the loss reads.
 
     Example:
         ```python
@@ -92,12 +120,18 @@ class Method:
     name: str
     loss: UnlearningLoss
     trainable: Trainable
+    alternates: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.loss, UnlearningLoss):
             raise TypeError(f"loss={self.loss!r}: expected an UnlearningLoss, such as UnlearningLoss(alpha=1.0).")
         if self.trainable not in TRAINABLES:
             raise ValueError(f"trainable={self.trainable!r} is not known; expected one of {', '.join(TRAINABLES)}.")
+        if self.loss.reads_layer is not None and self.trainable not in _WITH_STATES:
+            raise ValueError(
+                f"trainable={self.trainable!r}: {self.name} reads hidden states, and needs weights that change them; "
+                f"expected one of {', '.join(_WITH_STATES)}."
+            )
 
     def prepare(self, model: PreTrainedModel, config: PeftConfig | UnlearningLayersConfig | None = None) -> Any:
         """Put a prompt, layers or LoRA on a model, or make all its weights trainable.
@@ -143,7 +177,8 @@ class Method:
         zero_dropout(model)
         keep_4bit_differentiable(model)
         if self.trainable == "lora":
-            lora = peft_config or LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+            modules = "all-linear" if self.loss.reads_layer is None else [*self._steered(model)]
+            lora = peft_config or LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=modules)
             if quantized:
                 model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
             return get_peft_model(model, lora)
@@ -158,7 +193,18 @@ class Method:
                 "with dtype=torch.float32, and train under autocast (bf16=True) to save time and memory.",
                 model.dtype,
             )
-        return model.requires_grad_(True)
+        if self.loss.reads_layer is None:
+            return model.requires_grad_(True)
+        model.requires_grad_(False)
+        for module in self._steered(model).values():
+            cast(Any, module).weight.requires_grad_(True)
+        return model
+
+    def _steered(self, model: PreTrainedModel) -> dict[str, torch.nn.Module]:
+        """The modules that train where the loss reads a layer's states, by name: as published for RMU."""
+        layer = self.loss.reads_layer
+        assert layer is not None
+        return feed_forward_ends(model, range(max(0, layer - _LAYERS_BEFORE), layer + 1))
 
     def collator(
         self, tokenizer: PreTrainedTokenizerBase, generic_completions: Sequence[str], **kwargs: Any
@@ -167,12 +213,13 @@ class Method:
 
         Args:
             tokenizer: the model's.
-            generic_completions: the completions of forget rows in the other methods.
+            generic_completions: the completions of forget rows in the other methods, but AltPO, whose rows have
+                `alternates`. In IDK-DPO and AltPO rows come in pairs, with their own completion as the rejected one.
             kwargs: further arguments of `ForgetRetainCollator`.
         """
-        return ForgetRetainCollator(
-            tokenizer, None if self.loss.forget.makes_unlikely else generic_completions, **kwargs
-        )
+        own = self.loss.forget.makes_unlikely or self.alternates is not None
+        settings = {"alternates": self.alternates, "pairs": self.loss.forget.needs_pairs, **kwargs}
+        return ForgetRetainCollator(tokenizer, None if own else generic_completions, **settings)
 
     def training_rows(self, dataset: Dataset) -> Dataset:
         """The rows with a weight in the loss: all, or the forget rows alone, as GA and RL are published.
@@ -193,6 +240,7 @@ def unlearning_method(
     beta: float | None = None,
     gamma: float | None = None,
     retain_budget: float | None = None,
+    layer: int | None = None,
 ) -> Method:
     """A published method by name.
 
@@ -205,18 +253,32 @@ def unlearning_method(
     | NPO, NPO+KL, NPO+GD | negative preference optimization | not used; forward KL; cross-entropy | arXiv 2404.05868 |
     | SimNPO, SimNPO+KL, SimNPO+GD | the same without a reference | the same | arXiv 2410.07163 |
     | EUL | KL ascent, and ascent on the prompt text | forward KL and cross-entropy | arXiv 2310.20150 |
+    | IDK | cross-entropy to a generic completion | cross-entropy | arXiv 2401.06121 |
+    | IDK-DPO | DPO: a generic completion rather than their own | cross-entropy | arXiv 2401.06121, 2404.05868 |
+    | AltPO | DPO: one of their `alternates` rather than their own | cross-entropy | arXiv 2409.13474 |
+    | SimNPO-forget05, SimNPO-forget10 | SimNPO, with its authors' settings for TOFU | cross-entropy | 2410.07163 |
+    | WGA, WGA+GD | gradient ascent, weighted | not used; cross-entropy | arXiv 2502.19301 |
+    | SatImp | gradient ascent, weighted | cross-entropy | arXiv 2505.11953 |
+    | CE-U | cross-entropy to the model without the label | not used | arXiv 2503.01224 |
+    | UNDIAL | cross-entropy to the base with the label lowered | not used | arXiv 2402.10052 |
+    | RMU | hidden states to a random vector | hidden states to the base's | arXiv 2403.03218 |
+
+    Each forget term's class, in `spul.losses`, states its equation and where a paper and its program differ.
 
     Args:
         name: one of these names.
-        trainable: what trains, see `Method`; None is `"prompt"` for SPUL, `"layers"` for EUL, `"full"` for the others.
-        alpha: weight of the cross-entropy on retain rows; None is 1 where the method has it. The same for the others.
+        trainable: what trains, see `Method`; None is `"prompt"` for SPUL, `"layers"` for EUL, `"lora"` for UNDIAL,
+            `"full"` for the others.
+        alpha: weight of the cross-entropy on retain rows, in RMU of the distance of states; None is the published one,
+            1 where there is none. The same for the others.
         beta: weight of the KL on retain rows; 0.5 in SPUL, 0.8 in EUL, 1 elsewhere.
         gamma: weight of the ascent on the prompt text of forget rows; 0.2 in EUL.
         retain_budget: nats per token that the retain loss may be above the base model's, by which alpha then moves,
             see `UnlearningLoss`; for methods with a cross-entropy on retain rows.
+        layer: number of the decoder layer that RMU steers, from 0; 7 as published, for models of 32 layers.
 
     Raises:
-        ValueError: if the name is not known, or a weight or budget is given that the method has no term for.
+        ValueError: if the name is not known, or a weight, budget or `layer` is given that the method has no term for.
     """
     if name not in _LOSSES:
         raise ValueError(f"method {name!r} is not known; expected one of {', '.join(METHODS)}.")
@@ -230,4 +292,10 @@ def unlearning_method(
         if loss.alpha == 0:
             raise ValueError(f"retain_budget={retain_budget!r}: {name} has no retain term; see the table of methods.")
         loss = replace(loss, retain_budget=retain_budget)
-    return Method(name, loss, trainable or _OWN_TRAINABLES.get(name, "full"))
+    if layer is not None:
+        if loss.reads_layer is None:
+            raise ValueError(f"layer={layer!r}: {name} reads logits; only RMU steers a layer's states.")
+        forget, retain = (replace(cast(StateTerm, term), layer=layer) for term in (loss.forget, loss.retain))
+        loss = replace(loss, forget=forget, retain=retain)
+    alternates = ALTERNATES if name == "AltPO" else None
+    return Method(name, loss, trainable or _OWN_TRAINABLES.get(name, "full"), alternates)

@@ -105,7 +105,7 @@ REFUSED = {
 """Refused, unless left at the only value possible."""
 
 # What a collated batch may have; see `label_names`.
-BATCH_ENTRIES = ("labels", "is_forget", "row_id", "input_ids", "attention_mask")
+BATCH_ENTRIES = ("labels", "is_forget", "row_id", "is_rejected", "input_ids", "attention_mask")
 
 
 def refuse_options(args: TrainingArguments, arguments: Mapping[str, Any]) -> None:
@@ -195,18 +195,24 @@ def check_training_order(
         check_is_forget(columns, "train_dataset")
 
 
-def check_dispatch(rows: Any, config: Any, num_processes: int) -> None:
-    """Check that several processes do not share batches that are put together after padding.
+def check_dispatch(rows: Any, config: Any, num_processes: int, pairs: bool = False) -> None:
+    """Check that several processes do not share batches that are put together after padding, or pairs of rows.
 
     Args:
         rows: the training rows.
         config: the `AcceleratorConfig`.
         num_processes: number of processes.
+        pairs: whether rows of a batch are pairs.
 
     Raises:
         ValueError: if they would.
     """
     dispatches = is_stream(rows) if config.dispatch_batches is None else config.dispatch_batches
+    if num_processes > 1 and dispatches and pairs:
+        raise ValueError(
+            f"{num_processes} processes would share each batch, and with it the two rows of a pair. Let each read its "
+            "own: TrainingArguments(accelerator_config={'dispatch_batches': False})."
+        )
     if num_processes > 1 and dispatches and not config.split_batches:
         raise ValueError(
             f"{num_processes} processes would get their batches from the first one, which cannot join batches that "

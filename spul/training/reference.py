@@ -2,7 +2,8 @@
 
 They do not change while a prompt trains; for LoRA or the full model they are those of the model before training. The
 cache holds the final hidden state at each response token: d values, where the logits have as many as the vocabulary.
-The LM head is applied when a row is used.
+The LM head is applied when a row is used. For a loss that reads hidden states it holds those of its layer, at all
+tokens.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from tqdm.auto import tqdm
 from ..data.checks import forget_flags
 from ..data.collator import ForgetRetainCollator
 from ..data.rows import rows_at
-from ..losses.positions import response_positions
+from ..losses.positions import response_positions, token_positions
 from ..losses.terms import IGNORE_INDEX
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import bare_model, logits_at
-from ..models.output_head import OutputHead, final_states
+from ..models.causal_lm import bare_model, logits_at, states_at
+from ..models.output_head import NoHead, OutputHead, final_states
 from ..models.unlearner import detached_base
 from ..records.digests import digest
 from .reference_files import claim_folder, describe, read_part, write_part
@@ -53,11 +54,17 @@ class ReferenceCache:
     """
 
     def __init__(
-        self, loss: UnlearningLoss, head: OutputHead, folder: Path, rows: Sequence[Tensor], parts: Sequence[Tensor]
+        self,
+        loss: UnlearningLoss,
+        head: OutputHead | NoHead,
+        folder: Path,
+        rows: Sequence[Tensor],
+        parts: Sequence[Tensor],
     ) -> None:
         self.loss, self.head, self.folder, self._parts = loss, head, folder, parts
-        ids, _, self._checksums, self._counts = rows
-        self._ids, self._slots = ids.sort()
+        ids, _, self._checksums, self._counts, _ = rows
+        self._ids = ids
+        self._keys, self._slots = _keys(ids, self._checksums).sort()
         self._rows_per_part = _rows_per_part(len(ids))
         starts = self._counts.cumsum(0) - self._counts
         self._starts = starts - starts[torch.arange(len(ids)) // self._rows_per_part * self._rows_per_part]
@@ -77,8 +84,9 @@ class ReferenceCache:
         """Open the cache of a data set's rows under a model without its prompt or adapter; compute what is missing.
 
         Only rows that the loss compares with the base model are cached: retain rows, and forget rows if the forget
-        term compares. An interrupted computation resumes; later runs, and all processes of one, share the files. Each
-        has a checksum: one that was changed or cut off is computed again, with a warning.
+        term compares, with every completion that the collator may draw for them (`resample=False` draws one).
+        An interrupted computation resumes; later runs, and all processes of one, share the files. Each has a checksum:
+        one that was changed or cut off is computed again, with a warning.
 
         Args:
             model: a `SoftPromptUnlearner`, a model under LoRA, or a causal LM before its first training step.
@@ -105,8 +113,8 @@ class ReferenceCache:
         rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         progress = progress and rank == 0
         rows = _read_rows(loss, dataset, collator, progress)
-        ids, positions, checksums, counts = rows
-        index = describe(base, checksums)
+        ids, positions, checksums, counts, numbers = rows
+        index = describe(base, checksums, loss.reads_layer)
         path = Path(folder) if folder is not None else Path(HF_HOME, "spul", "reference", digest(index)[:32])
         claim_folder(path, index, accelerator)
 
@@ -114,17 +122,23 @@ class ReferenceCache:
         files = [path / f"part-{i:05d}.safetensors" for i in range(len(parts))]
         if progress:
             done = "read from" if all(file.exists() for file in files) else "computed once and stored in"
-            tqdm.write(f"Reference logits of {len(ids)} rows are {done} {path}", file=sys.stderr)
+            what = "logits" if loss.reads_layer is None else "states"
+            tqdm.write(f"Reference {what} of {len(ids)} rows are {done} {path}", file=sys.stderr)
         with detached_base(model):
-            head = OutputHead(base)
+            head = OutputHead(base) if loss.reads_layer is None else NoHead()
+
+            def batch_of(some: Tensor) -> dict[str, Tensor]:
+                found = rows_at(dataset, positions[some].tolist())
+                each = zip(found, numbers[some].tolist(), strict=True)
+                return collator.encoder.pad(found, [collator.every(row, number)[0] for row, number in each])
 
             def states_of(part: Tensor, file: Path) -> Tensor:
                 read = partial(read_part, file, checksums[part], int(counts[part].sum()))
                 if (states := read()) is not None:
                     return states
                 computed = []
-                for some in tqdm(positions[part].split(batch_size), file.stem, disable=not progress, leave=False):
-                    found = _response_states(base, collator.encoder.batch(rows_at(dataset, some.tolist())))
+                for some in tqdm(part.split(batch_size), file.stem, disable=not progress, leave=False):
+                    found = _states(base, batch_of(some), loss.reads_layer)
                     computed.append(found.to(head.dtype or found.dtype).cpu())
                 write_part(file, torch.cat(computed), checksums[part])
                 if (states := read()) is None:  # memory-mapped, in place of those in memory
@@ -139,8 +153,8 @@ class ReferenceCache:
             states = [opened[i] if i in opened else states_of(parts[i], files[i]) for i in range(len(parts))]
             reference = cls(loss, head, path, rows, states)
             spread = torch.linspace(0, len(ids) - 1, min(ROWS_CHECKED, len(ids))).round().long()
-            for index in positions[spread].tolist():  # one by one, since the longest is among them
-                reference._check_base(base, collator.encoder.batch([dataset[index]]))
+            for one in spread.split(1):  # one by one, since the longest is among them
+                reference._check_base(base, batch_of(one))
         return reference
 
     def __repr__(self) -> str:
@@ -170,9 +184,8 @@ class ReferenceCache:
         if "row_id" not in batch:
             raise ValueError(f"the batch has no row_id, only {sorted(batch)}; {REMEDY}")
         ids, checksums = batch["row_id"][needed].cpu(), row_checksums(batch)[needed].cpu()
-        found = torch.searchsorted(self._ids, ids).clamp(max=len(self) - 1)
-        slots = self._slots[found]
-        if wrong := ids[(self._ids[found] != ids) | (self._checksums[slots] != checksums)].tolist():
+        slots = self._slots[torch.searchsorted(self._keys, _keys(ids, checksums)).clamp(max=len(self) - 1)]
+        if wrong := ids[(self._ids[slots] != ids) | (self._checksums[slots] != checksums)].tolist():
             raise ValueError(
                 f"{len(wrong)} of {len(ids)} rows of the batch are not, token for token, among the {len(self)} that "
                 f"the reference was computed for (row_id {wrong[0]} is the first): the data changed, or are collated "
@@ -181,7 +194,7 @@ class ReferenceCache:
             )
         counts = self._counts[slots]
         spans = torch.stack([slots // self._rows_per_part, self._starts[slots], counts], dim=1).tolist()
-        width = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1).max())  # also of rows that need no reference
+        width = _slots_of(batch, self.loss.reads_layer)[1].shape[1]  # also of rows that need no reference
         used = torch.arange(width) < counts[:, None]
         states = self._parts[0].new_zeros(len(ids), width, self._parts[0].shape[1])
         states[used] = torch.cat([self._parts[part][start : start + count] for part, start, count in spans])
@@ -190,18 +203,23 @@ class ReferenceCache:
     @torch.no_grad()
     def _check_base(self, base: Any, batch: Mapping[str, Tensor]) -> None:
         """Compute rows anew: a fingerprint sees samples of the weights, this sees the whole model at work."""
-        positions, targets = response_positions(batch["labels"])
-        inputs = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask")}
-        expected = logits_at(base, positions.to(base.device), **inputs, use_cache=False)[targets != IGNORE_INDEX]
+        layer = self.loss.reads_layer
+        positions, targets = _slots_of(batch, layer)
+        used = targets != IGNORE_INDEX
+        if layer is None:
+            inputs = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask")}
+            expected = logits_at(base, positions.to(base.device), **inputs, use_cache=False)[used]
+        else:
+            expected = _states(base, batch, layer)
         half = expected.dtype in (torch.float16, torch.bfloat16)
         rounding = 2 * torch.finfo(expected.dtype).eps if half else 1e-4
-        if not _is_close(self.head(_response_states(base, batch)), expected, rounding):
+        if not _is_close(self.head(_states(base, batch, layer)), expected, rounding):
             raise ValueError(
                 f"{type(base).__name__} does more between its output embeddings and its logits than the scaling and "
                 "soft-capping known here, so that its hidden states do not give its logits; use reference='live'."
             )
         cached: Any = self.logits(batch)
-        if not _is_close(cached[targets != IGNORE_INDEX], expected, 0.05 if half else 1e-3):  # from another batch
+        if not _is_close(cached[used], expected, 0.05 if half else 1e-3):  # from another batch
             raise ValueError(
                 f"the reference in {str(self.folder)!r} differs from the logits of this base, which has changed in a "
                 "way that its fingerprint does not show. Delete the folder, name another, or use reference='live'."
@@ -228,38 +246,54 @@ def _rows_per_part(num_rows: int) -> int:
 
 
 def _read_rows(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollator, progress: bool) -> list[Tensor]:
-    """The rows that are compared, longest first: ids, indices, checksums and numbers of response tokens, (rows,)."""
+    """The rows that are compared, longest first: ids, indices, checksums, numbers of slots, and which of a row's
+    encodings each is, (rows,)."""
     flags = torch.tensor(forget_flags(dataset), dtype=torch.bool)
     compared = loss.rows_needing_reference(flags).nonzero().flatten()
     if not len(compared):
         raise ValueError("no row's loss compares with the base model (beta=0, or no retain rows).")
-    if flags[compared].any() and collator.generic_completions is not None:
-        raise ValueError(
-            "the forget term compares with the base model on generic completions, which are drawn anew each time, so "
-            "that there is no fixed reference to cache. Use reference='live'."
-        )
     found = []
     for some in tqdm(compared.split(ROWS_READ_AT_ONCE), "reading rows", disable=not progress, leave=False):
-        batch = collator.encoder.batch(rows_at(dataset, some.tolist()))
+        rows = rows_at(dataset, some.tolist())
+        each = [collator.every(row) for row in rows]
+        numbers = torch.tensor([n for encoded in each for n in range(len(encoded))])
+        indices = some.repeat_interleave(torch.tensor(list(map(len, each))))
+        repeated_rows = [row for row, encoded in zip(rows, each, strict=True) for _ in encoded]
+        batch = collator.encoder.pad(repeated_rows, [one for encoded in each for one in encoded])
         if "row_id" not in batch:
             raise ValueError(f"the rows have no row_id; {REMEDY}")
-        counts = (batch["labels"][:, 1:] != IGNORE_INDEX).sum(dim=1)
+        counts = (_slots_of(batch, loss.reads_layer)[1] != IGNORE_INDEX).sum(dim=1)
         lengths = batch["attention_mask"].sum(dim=1)
-        found.append(torch.stack([lengths, batch["row_id"], some, row_checksums(batch), counts]))
+        found.append(torch.stack([lengths, batch["row_id"], indices, row_checksums(batch), counts, numbers]))
     lengths, *columns = torch.cat(found, dim=1)
-    ids, times = columns[0].unique(return_counts=True)
+    ids, times = columns[0][columns[4] == 0].unique(return_counts=True)
     if repeated := ids[times > 1].tolist():
         raise ValueError(f"{len(repeated)} row_id(s), such as {repeated[0]}, stand at more than one row; {REMEDY}")
     order = np.lexsort((columns[2], -lengths))  # by content: the numbering of the rows changes no file
     return [column[order] for column in columns]
 
 
+def _keys(ids: Tensor, checksums: Tensor) -> Tensor:
+    """One number for a row and its content, (rows,): several completions of a row have an entry each."""
+    return ids * 0x5851F42D4C957F2D + checksums  # wraps
+
+
+def _slots_of(batch: Mapping[str, Tensor], layer: int | None) -> tuple[Tensor, Tensor]:
+    """Positions and tokens (B, K) that a loss reads, -100 in unused slots: the response's, or all for states."""
+    if layer is None:
+        return response_positions(batch["labels"])
+    return token_positions(batch["input_ids"], batch["attention_mask"])
+
+
 @torch.no_grad()
-def _response_states(base: Any, batch: Mapping[str, Tensor]) -> Tensor:
-    """The final hidden states at the response tokens of a batch, row after row: (tokens, d)."""
-    positions, targets = response_positions(batch["labels"])
+def _states(base: Any, batch: Mapping[str, Tensor], layer: int | None) -> Tensor:
+    """Hidden states (slots, d) of a batch, row after row: final ones at responses, or a layer's at all tokens."""
+    positions, targets = _slots_of(batch, layer)
     inputs = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask")}
-    return final_states(base, positions.to(base.device), **inputs)[targets != IGNORE_INDEX]
+    positions = positions.to(base.device)
+    if layer is None:
+        return final_states(base, positions, **inputs)[targets != IGNORE_INDEX]
+    return states_at(base, layer, positions, **inputs, use_cache=False)[targets != IGNORE_INDEX]
 
 
 def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:

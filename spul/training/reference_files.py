@@ -26,8 +26,11 @@ NOT_COMPUTED = {"_name_or_path", "architectures", "dtype", "torch_dtype", "trans
 NOT_COMPUTED |= {"bos_token_id", "eos_token_id", "pad_token_id"}
 
 
-def describe(base: Any, checksums: Tensor) -> dict[str, Any]:
-    """The index of a reference: the base, its precision, and the rows by their checksums, in any order."""
+def describe(base: Any, checksums: Tensor, layer: int | None = None) -> dict[str, Any]:
+    """The index of a reference: the base, its precision, and the rows by their checksums, in any order.
+
+    With the number of the decoder layer whose states are stored at all tokens, in place of final ones at responses.
+    """
     weights = fingerprint(base)
     if weights is None:
         raise ValueError(
@@ -42,7 +45,12 @@ def describe(base: Any, checksums: Tensor) -> dict[str, Any]:
         "precision": f"{str(base.dtype).removeprefix('torch.')}, autocast {autocast}",
         "data": digest(checksums.sort().values.tolist()),
         "rows": len(checksums),
+        **({} if layer is None else {"layer": layer}),
     }
+
+
+def _stored(layer: int | None) -> str:
+    return "logits" if layer is None else f"the states of layer {layer}"
 
 
 def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator | None = None) -> None:
@@ -86,8 +94,9 @@ def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator |
         "precision": f"its base ran in another precision ({there.get('precision')}, now {index['precision']})",
         "data": f"its {there.get('rows')} rows are not the {index['rows']} of now, or were truncated or tokenized "
         "otherwise",
+        "layer": f"it holds {_stored(there.get('layer'))}, where the loss reads {_stored(index.get('layer'))}",
     }
-    if differs := [text for key, text in differences.items() if there.get(key) != index[key]]:
+    if differs := [text for key, text in differences.items() if there.get(key) != index.get(key)]:
         raise ValueError(
             f"the reference in {str(folder)!r} does not belong to this run: {'; '.join(differs)}. "
             "Delete the folder, name another (reference_dir), or leave it out to have one for each base and data set."

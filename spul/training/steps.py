@@ -14,7 +14,7 @@ from ..losses.terms import IGNORE_INDEX, SUMMED_TOKENS
 from ..losses.unlearning_loss import UnlearningLoss
 from .callbacks import TermSums
 from .evaluation import EvaluatingTrainer
-from .forward import unlearning_forward
+from .forward import step_counts, unlearning_forward
 from .reference import ReferenceCache
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,7 @@ class SteppingTrainer(EvaluatingTrainer):
         if not batches:
             return batches, num_items
         self._note_long_rows(batches)
-        flags = torch.cat([batch["is_forget"] for batch in batches]).to(device)
-        counts = torch.stack([flags.sum(), (~flags).sum()]).float()
+        counts = step_counts(batches).to(device)
         # DDP averages gradients over processes, so the counts are averages too.
         counts = self.accelerator.reduce(counts, reduction="mean") if self.accelerator.num_processes > 1 else counts
         for batch in batches:

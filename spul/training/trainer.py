@@ -132,7 +132,7 @@ class UnlearningTrainer(SteppingTrainer):
                 "several GPUs in one process (DataParallel) are not supported: start one process per GPU with "
                 "`accelerate launch`, or show one GPU only with CUDA_VISIBLE_DEVICES=0."
             )
-        check_dispatch(self._rows, self.args.accelerator_config, self.accelerator.num_processes)
+        check_dispatch(self._rows, self.args.accelerator_config, self.accelerator.num_processes, data_collator.pairs)
         if not self.unlearner.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
         self._record_data()  # not before every check has passed: the record of a refused model stays
@@ -233,8 +233,8 @@ class UnlearningTrainer(SteppingTrainer):
         # The collator needs the rows' own columns, whatever the base's forward takes.
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            text_field = self._collator.encoder.text_field
-            own = [*ROW_COLUMNS, *([text_field] if text_field else [])]
+            more = (self._collator.encoder.text_field, self._collator.alternates)
+            own = [*ROW_COLUMNS, *(name for name in more if name)]
             self._signature_columns: Any = [*(self._signature_columns or []), *own]
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:

@@ -1,0 +1,163 @@
+"""Alternate answers of forget rows, written by the model itself, for AltPO."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from ..data.checks import forget_flags
+from ..data.rows import completion_text, normalized, shortened
+from ..models.causal_lm import max_positions
+from ..models.unlearner import detached_base
+
+logger = logging.getLogger(__name__)
+
+# Our own words: the authors have a prompt for each model.
+TEMPLATE = (
+    "Question: {prompt}\nAnswer: {completion}\n"
+    "Another answer to this question, just as plausible, in which every fact is a different one:"
+)
+STOPS = ("\n", "Question:", "Answer:")
+MAX_ROUNDS = 4
+
+
+def add_alternates(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    dataset: Dataset,
+    num: int = 5,
+    *,
+    column: str = "alternates",
+    template: str = TEMPLATE,
+    max_new_tokens: int = 200,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 8,
+    progress: bool = True,
+) -> Dataset:
+    """A data set with alternate answers to its forget rows, sampled from the model: the preferred responses of AltPO.
+
+    As in arXiv 2409.13474 the model that is to forget is asked for other plausible answers, given the question and
+    its answer, five times at temperature 1. An answer ends at the first line break. One that is empty, the row's own,
+    or there already is sampled anew, up to four times. Base models write few that are worth training to: read some.
+
+    Args:
+        model: the model before training; adapters are disabled.
+        tokenizer: the model's.
+        dataset: rows with `prompt`, `completion` and `is_forget`.
+        num: alternates of a row, above 0.
+        column: name of the new column: a list of texts, empty for retain rows.
+        template: the request, with `{prompt}` and `{completion}`; of a conversation the last message of the user. It
+            is put to the model through the chat template where rows are conversations.
+        max_new_tokens: of an answer.
+        temperature: of the sampling, above 0.
+        seed: of the sampling; the global state of the random number generators stays as it is.
+        batch_size: rows per call of `generate`, each with `num` answers.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The data set with the column.
+
+    Raises:
+        ValueError: if there are no forget rows, the column exists, the template lacks a field, a number is out of
+            range, a request is longer than the model's positions, or a row gets no alternate.
+    """
+    flags = forget_flags(dataset, "dataset")
+    if column in dataset.column_names or not any(flags):
+        reason = f"has a column {column!r} already" if column in dataset.column_names else "has no forget rows"
+        raise ValueError(f"dataset {reason}; expected forget rows without one.")
+    if "{prompt}" not in template or "{completion}" not in template:
+        raise ValueError(f"template={template!r}: expected a text with {{prompt}} and {{completion}}.")
+    for name, value in (("num", num), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}={value!r}: expected a whole number above 0.")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature!r}: expected a number above 0.")
+    indices = [i for i, is_forget in enumerate(flags) if is_forget]
+    rows = {i: dataset[i] for i in indices}
+    found: dict[int, list[str]] = {i: [] for i in indices}
+    with detached_base(model) as base, torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        for _ in range(MAX_ROUNDS):
+            missing = [i for i in indices if len(found[i]) < num]
+            starts = range(0, len(missing), batch_size)
+            for start in tqdm(starts, "alternates", disable=not progress, leave=False):
+                some = missing[start : start + batch_size]
+                requests = [_request(rows[i], template, tokenizer) for i in some]
+                answers = _sampled(base, tokenizer, requests, num, max_new_tokens, temperature)
+                for i, texts in zip(some, answers, strict=True):
+                    _keep(found[i], texts, completion_text(rows[i]["completion"]), num)
+    if empty := [i for i in indices if not found[i]]:
+        raise ValueError(
+            f"{len(empty)} rows, such as {shortened(repr(rows[empty[0]]))}, got no answer other than their own in "
+            f"{MAX_ROUNDS} rounds of {num}; pass a higher temperature or another template, or write the column "
+            f"{column!r} yourself."
+        )
+    if fewer := sum(len(texts) < num for texts in found.values()):
+        logger.warning("%d of %d forget rows have fewer than %d alternates.", fewer, len(indices), num)
+    return dataset.add_column(column, [found.get(i, []) for i in range(len(dataset))])
+
+
+def _request(row: Mapping[str, Any], template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids that ask for another answer to a row."""
+    prompt, answer = row["prompt"], completion_text(row["completion"]).strip()
+    is_chat = not isinstance(prompt, str)
+    question = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+    text = template.replace("{completion}", answer).replace("{prompt}", question.strip())
+    if is_chat:
+        messages = [{"role": "user", "content": text}]
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    ids: list[int] = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
+    return ids
+
+
+def _sampled(
+    base: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[list[int]],
+    num: int,
+    max_new_tokens: int,
+    temperature: float,
+) -> list[list[str]]:
+    """`num` answers to each request."""
+    width, most = max(map(len, requests)), max_positions(base)
+    if most is not None and width + max_new_tokens > most:
+        raise ValueError(
+            f"a request of {width} tokens and an answer of {max_new_tokens} exceed the model's {most} positions; "
+            "lower max_new_tokens, or shorten the template or the rows."
+        )
+    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+    ids = torch.tensor([[pad] * (width - len(one)) + one for one in requests])
+    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in requests])
+    out = base.generate(
+        input_ids=ids.to(base.device),
+        attention_mask=mask.to(base.device),
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        num_return_sequences=num,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad,
+    )
+    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    return [texts[i : i + num] for i in range(0, len(texts), num)]
+
+
+def _keep(found: list[str], texts: Sequence[str], own: str, num: int) -> None:
+    """Add what is new and neither empty nor the row's own answer, with the white space that its own begins with."""
+    lead = own[: len(own) - len(own.lstrip())]
+    for text in texts:
+        answer = text.lstrip()
+        for stop in STOPS:
+            answer = answer.partition(stop)[0]
+        answer = lead + answer.strip()
+        if len(found) < num and normalized(answer) not in ("", normalized(own), *map(normalized, found)):
+            found.append(answer)

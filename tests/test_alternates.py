@@ -1,0 +1,76 @@
+"""Alternate answers sampled from the model itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import build, make_answers, make_dataset, make_tokenizer, make_unlearner
+
+from spul.training import add_alternates
+from spul.training.alternates import _keep, _request
+
+SETTINGS = {"num": 3, "max_new_tokens": 6, "template": "{prompt}{completion} other:", "progress": False}
+
+
+def test_forget_rows_get_different_answers_that_are_not_their_own():
+    dataset = make_answers(4, 3)
+    found = add_alternates(build("llama"), make_tokenizer(), dataset, **SETTINGS, temperature=2.0)
+    assert found.remove_columns("alternates")[:] == dataset[:]
+    assert found["alternates"][4:] == [[], [], []]
+    for row in found.select(range(4)):
+        assert 1 <= len(row["alternates"]) <= 3
+        assert len({text.strip().casefold() for text in row["alternates"]}) == len(row["alternates"])
+        assert row["completion"] not in row["alternates"]
+        assert all(text.startswith(" ") and text.strip() for text in row["alternates"])
+
+
+def test_the_seed_decides_and_the_global_generator_does_not_move():
+    dataset, tokenizer = make_answers(2, 1), make_tokenizer()
+    torch.manual_seed(4)
+    state = torch.random.get_rng_state()
+    first = add_alternates(build("llama"), tokenizer, dataset, **SETTINGS)["alternates"]
+    torch.random.set_rng_state(state)
+    torch.rand(3)
+    before = torch.random.get_rng_state()
+    model = build("llama")
+    torch.random.set_rng_state(before)
+    assert add_alternates(model, tokenizer, dataset, **SETTINGS)["alternates"] == first
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert add_alternates(model, tokenizer, dataset, **SETTINGS, seed=1)["alternates"] != first
+
+
+def test_the_base_writes_also_under_a_prompt():
+    dataset, tokenizer = make_answers(2, 1), make_tokenizer()
+    prompted = add_alternates(make_unlearner(), tokenizer, dataset, **SETTINGS)
+    assert prompted["alternates"] == add_alternates(build("llama"), tokenizer, dataset, **SETTINGS)["alternates"]
+
+
+def test_answers_end_at_the_first_line_and_keep_the_leading_space():
+    found: list[str] = []
+    _keep(found, [" in Rome\nQuestion: why", "\n\nin rome", "in Oslo", "", " In Paris Answer: x"], " in Oslo", 5)
+    assert found == [" in Rome", " In Paris"]
+
+
+def test_a_request_has_the_last_message_of_the_user_in_the_chat_template():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} {{ m.content }}{% endfor %}"
+    prompt = [{"role": "user", "content": " film "}]
+    row = {"prompt": prompt, "completion": [{"role": "assistant", "content": " good"}]}
+    assert tokenizer.decode(_request(row, "{prompt} {completion}", tokenizer)) == "user film good"
+
+
+def test_what_cannot_be_done_is_refused():
+    model, tokenizer, dataset = build("llama"), make_tokenizer(), make_dataset(2, 1)
+    with pytest.raises(ValueError, match="has no forget rows"):
+        add_alternates(model, tokenizer, dataset.select([2]), **SETTINGS)
+    with pytest.raises(ValueError, match="has a column 'alternates' already"):
+        add_alternates(model, tokenizer, dataset.add_column("alternates", [[]] * 3), **SETTINGS)
+    for name, value in (("num", 0), ("max_new_tokens", True), ("batch_size", -1)):
+        with pytest.raises(ValueError, match=rf"{name}={value}: expected a whole number above 0"):
+            add_alternates(model, tokenizer, dataset, **{**SETTINGS, name: value})
+    with pytest.raises(ValueError, match="template='x': expected a text with"):
+        add_alternates(model, tokenizer, dataset, **{**SETTINGS, "template": "x"})
+    with pytest.raises(ValueError, match=r"temperature=0\.0: expected a number above 0"):
+        add_alternates(model, tokenizer, dataset, **SETTINGS, temperature=0.0)
+    with pytest.raises(ValueError, match=r"an answer of 200 exceed the model's 96 positions"):
+        add_alternates(model, tokenizer, dataset, **{**SETTINGS, "max_new_tokens": 200})
