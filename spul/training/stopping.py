@@ -240,8 +240,8 @@ class StopWhenForgotten(TrainerCallback):
         folder = self._folder(best)
         if not os.path.isdir(folder):
             raise FileNotFoundError(
-                f"the best checkpoint of this training, {folder}, is gone. Keep it until training ends, or resume from "
-                "a checkpoint before it."
+                f"the best checkpoint of this training, {folder}, is gone. Keep it until training ends, or resume "
+                "from a checkpoint before it."
             )
         state.best_model_checkpoint = folder
 
