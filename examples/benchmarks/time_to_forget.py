@@ -115,9 +115,10 @@ RATES_BY_HAND = {
     "quickstart": {"prefix_tuning": 0.1, "prompt_tuning": 0.1, "p_tuning": 0.01},
     "sst2": {"prefix_tuning": 0.03, "prompt_tuning": 0.03, "p_tuning": 0.01},
 }
+# The best candidates so far; no recipe is known yet by which every prompt type forgets on every seed.
 DEFAULTS = {
     "prefix_tuning": Recipe(0.1, 0.5, 0.5, 0.5, "constant_with_warmup", 10, 8, "random", 1.0, 0.0),
-    "prompt_tuning": Recipe(0.03, 0.5, 0.5, 0.5, "constant_with_warmup", 10, 8, "vocabulary", 1.0, 0.0),
+    "prompt_tuning": Recipe(0.1, 0.5, 0.5, 0.5, "constant_with_warmup", 10, 8, "vocabulary", 1.0, 0.0),
     "p_tuning": Recipe(0.003, 0.5, 0.5, 0.5, "constant_with_warmup", 10, 8, "random", 1.0, 0.0),
 }
 # The settings that a lever takes from the defaults.
