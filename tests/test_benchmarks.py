@@ -1,6 +1,7 @@
 """The benchmarks compare like with like, and run."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import runpy
@@ -10,9 +11,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import build
+from datasets import Dataset
+from helpers import build, make_collator
 from transformers import LlamaConfig
 
+from spul import forget_retain_dataset
 from spul.models.causal_lm import zero_dropout
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
@@ -134,3 +137,90 @@ def test_a_4_bit_base_of_random_weights_trains():
     losses = [step() for _ in range(2)]
     assert losses[0] != losses[1]
     assert all(torch.isfinite(torch.tensor(losses)))
+
+
+# ---- time to forget ----
+
+
+@pytest.fixture
+def tiny_task(monkeypatch):
+    """A random model and a few rows in the quick start's place."""
+    import time_to_forget
+
+    def task(args, seed):
+        made.append(seed)
+        data = forget_retain_dataset(answered("jane", 6), answered("film", 10))
+        return time_to_forget.Task(
+            lambda: build("llama"), time_to_forget.held_out(args, data, seed), lambda tokens: make_collator(), {}
+        )
+
+    def answered(name, num):
+        return Dataset.from_list([{"prompt": f"review {name} {i} :", "completion": " positive"} for i in range(num)])
+
+    made: list[int] = []
+    monkeypatch.setitem(time_to_forget.TASKS, "quickstart", task)
+    return SimpleNamespace(module=time_to_forget, made=made)
+
+
+def times(monkeypatch, task, output, *options):
+    with monkeypatch.context() as patch:
+        given = ["--max-steps", "3", "--every", "2", "--held-out", "0.4", "--prompt-types", "prefix_tuning"]
+        patch.setattr(sys, "argv", ["time_to_forget.py", "--output", str(output), *given, *options])
+        task.module.main()
+    return [json.loads(line) for line in output.read_text().splitlines()]
+
+
+def test_time_to_forget_is_measured_for_each_recipe_and_seed_once(monkeypatch, tiny_task, tmp_path, capsys):
+    output = tmp_path / "runs.jsonl"
+    some = ("--seeds", "0", "1", "--recipes", "published", "defaults")
+    runs = times(monkeypatch, tiny_task, output, *some)
+    assert [(run["run"]["seed"], run["run"]["recipe"]) for run in runs] == [
+        (0, "published"),
+        (0, "defaults"),
+        (1, "published"),
+        (1, "defaults"),
+    ]
+    assert tiny_task.made == [0, 1]
+    for run in runs:
+        assert run["base"]["step"] == 0
+        # A random model answers nothing right, so that nothing is left to forget at the first scoring.
+        assert (run["steps"], run["best"]["forget_accuracy"]) == (2, 0)
+        assert run["rows"] == 2 * run["run"]["settings"]["batch_size"]
+        assert run["seconds"] == pytest.approx(2 * run["seconds_per_step"])
+        assert [score[0] for score in run["scores"]] == [2]
+    assert "quickstart, prefix_tuning" in capsys.readouterr().out
+    text = output.read_text()
+    assert times(monkeypatch, tiny_task, output, *some) == runs  # known, so that nothing runs again
+    assert tiny_task.made == [0, 1]
+    output.write_text(text[:-9])  # cut off while it was written
+    again = times(monkeypatch, tiny_task, output, *some)
+    assert tiny_task.made == [0, 1, 1]
+    assert [run["run"] for run in again] == [run["run"] for run in runs]
+
+
+def test_a_run_that_does_not_forget_says_so(monkeypatch, tiny_task, tmp_path, capsys):
+    monkeypatch.setattr(tiny_task.module.StopWhenForgotten, "is_met", False)
+    (run,) = times(monkeypatch, tiny_task, tmp_path / "runs.jsonl", "--seeds", "0", "--recipes", "defaults")
+    assert (run["steps"], run["rows"], run["seconds"]) == (None, None, None)
+    assert [score[0] for score in run["scores"]] == [2, 3]
+    assert "0 of 1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["quickstart", "sst2"])
+@pytest.mark.parametrize("prompt_type", ["prefix_tuning", "prompt_tuning", "p_tuning"])
+def test_a_lever_alone_is_the_published_recipe_with_that_setting_of_the_defaults(task, prompt_type):
+    import time_to_forget as module
+
+    found = module.recipes(task, prompt_type)
+    published, defaults = found["published"], found["defaults"]
+    for name, settings in module.LEVERS.items():
+        assert all(hasattr(published, setting) for setting in settings)
+        differs = any(getattr(published, setting) != getattr(defaults, setting) for setting in settings)
+        assert (f"{name} alone" in found) == differs
+        if differs:
+            alone = found[f"{name} alone"]
+            for field in dataclasses.fields(alone):
+                source = defaults if field.name in settings else published
+                assert getattr(alone, field.name) == getattr(source, field.name)
+    levers = {setting for settings in module.LEVERS.values() for setting in settings}
+    assert levers == {field.name for field in dataclasses.fields(published)} - {"num_virtual_tokens"}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict, load_from_disk
 
-from spul.data.dataset import forget_retain_dataset
+from spul.data.dataset import forget_retain_dataset, hold_out
 
 FORGET = [
     {"prompt": "a film about jane:", "completion": " positive", "stars": 5},
@@ -240,3 +240,58 @@ def test_prompts_of_one_hash_are_compared_as_texts(monkeypatch):
     assert len(forget_retain_dataset(rows("a", "b"), rows("c", "a "))) == 4
     with pytest.raises(ValueError, match=r"1 prompt\(s\) are in both sets .*: forget row 1 = retain row 0: 'b'\."):
         forget_retain_dataset(rows("a", "b"), rows("b", "c", "b"))
+
+
+# ---- rows held out ----
+
+
+def numbered(name, num):
+    return Dataset.from_list([{"prompt": f"{name} {i}", "completion": " yes", "n": i} for i in range(num)])
+
+
+def test_rows_are_held_out_by_side_and_the_others_stay_as_they_are():
+    dataset = forget_retain_dataset(numbered("jane", 10), numbered("film", 40), retain_weight=[2.0] * 40)
+    _, forget, retain = parts = hold_out(dataset, 0.25)
+    assert [len(part) for part in parts] == [37, 3, 10]  # 2.5 of the forget rows, rounded up
+    assert set(forget["is_forget"]) == {True}
+    assert set(retain["is_forget"]) == {False}
+    together = sorted(row["row_id"] for part in parts for row in part)
+    assert together == list(range(50))
+    for part in parts:
+        assert part.column_names == dataset.column_names
+        assert part["row_id"] == sorted(part["row_id"])
+        assert all(row == dataset[row["row_id"]] for row in part)
+
+
+def test_the_draw_is_that_of_the_seed():
+    dataset = forget_retain_dataset(numbered("jane", 20), numbered("film", 40))
+    one, same, other = (hold_out(dataset, 0.2, seed).retain["row_id"][:] for seed in (1, 1, 2))
+    assert one == same != other
+
+
+def test_a_repeated_prompt_is_in_one_part_alone():
+    repeated = Dataset.from_list([{"prompt": f"film {i % 5}", "completion": f" {i}"} for i in range(30)])
+    held = hold_out(forget_retain_dataset(numbered("jane", 4), repeated), 0.4)
+    assert len(held.retain) == 12
+    assert not set(held.train["prompt"]) & set(held.retain["prompt"])
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, 1.5, float("nan"), True, "0.1", None])
+def test_a_share_that_is_none_is_refused(share):
+    with pytest.raises(ValueError, match="expected a number above 0 and below 1"):
+        hold_out(forget_retain_dataset(numbered("jane", 4), numbered("film", 4)), share)
+
+
+def test_a_part_that_would_be_empty_is_refused():
+    dataset = forget_retain_dataset(numbered("jane", 4), numbered("film", 40))
+    with pytest.raises(ValueError, match=r"share=0.1 of the 4 different forget prompt\(s\) leaves a part empty"):
+        hold_out(dataset, 0.1)
+    with pytest.raises(ValueError, match="leaves a part empty"):
+        hold_out(dataset, 0.99)
+
+
+def test_rows_without_sides_or_texts_are_refused():
+    with pytest.raises(ValueError, match="is_forget"):
+        hold_out(numbered("film", 9), 0.3)
+    with pytest.raises(TypeError, match="dataset is a list"):
+        hold_out([{"prompt": "a", "completion": "b", "is_forget": True}], 0.3)

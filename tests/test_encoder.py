@@ -7,7 +7,7 @@ from helpers import make_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from spul.data import Encoded, RowEncoder
+from spul.data import Encoded, ForgetRetainCollator, RowEncoder
 
 PROMPT = "### text: good film\n### sentiment:"
 CHAT_TEMPLATE = (
@@ -328,9 +328,23 @@ def test_the_completion_ends_with_the_end_of_turn_and_the_answers_own_tokens_are
         assert encoded.without_ending().prompt_ids == encoded.prompt_ids
 
 
-def test_a_text_completion_has_no_ending_of_a_template(ten):
-    encoded = RowEncoder(ten, 8, append_eos=True).encode(row("a b", " c"))
-    assert encoded.without_ending() == encoded
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_the_end_of_a_text_completion_is_known_whatever_it_came_from(ten, append_eos):
+    encoder = RowEncoder(ten, 8, append_eos=append_eos)
+    plain, collator = RowEncoder(ten, 8), ForgetRetainCollator(ten, None, max_length=8, append_eos=append_eos)
+    given = row("a b", " c d")
+    tokenized = collator.tokenize(given)
+    for encoded in (encoder.encode(given), encoder.encode(tokenized), encoder.encode(row("a b", " e"), " c d")):
+        assert encoded.completion_ids[-1] == ten.eos_token_id or not append_eos
+        assert encoded.without_ending() == plain.encode(given)
+    assert encoder.encode(tokenized, " e").without_ending().completion_ids == plain.completion_ids(" e")
+    assert encoder.answer_ids(" c d", given) == plain.completion_ids(" c d")
+
+
+def test_an_answer_in_a_conversation_has_no_end_of_turn(chatty):
+    messages = talk("is the film good", "unknown")
+    ids = RowEncoder(chatty, 64, append_eos=True).answer_ids("jane", messages)
+    assert chatty.decode(ids) == "jane"
 
 
 # ---- where a completion meets its prompt ----

@@ -46,6 +46,12 @@ def test_the_loss_is_the_mean_over_rows_of_the_names_tokens():
     )
 
 
+def test_the_end_of_a_text_does_not_count():
+    model, tokenizer = build("llama"), make_tokenizer()
+    plain, ended = (ForgetRetainCollator(tokenizer, None, append_eos=flag).encoder for flag in (False, True))
+    assert entity_loss(model, ROWS, plain, ["doe"]) == entity_loss(model, ROWS, ended, ["doe"])
+
+
 def test_names_that_nobody_has_are_an_error():
     with pytest.raises(ValueError, match=r"none of 3 prompts holds any of \['ada'\]"):
         entity_rows(ROWS, ["ada"])

@@ -42,10 +42,40 @@ def test_a_literal_free_form_question():
 
 
 @pytest.mark.parametrize("ready", [SENTIMENT, MULTIPLE_CHOICE, QUESTION_ANSWER])
-def test_a_format_can_be_handed_to_a_collator(ready, tokenizer):
-    collator = ForgetRetainCollator(tokenizer, ready.generic_completions, text_field=ready.text_field)
+def test_a_format_makes_its_collator(ready, tokenizer):
+    collator = ready.collator(tokenizer, max_length=77, seed=3)
     assert collator.generic_completions == list(ready.generic_completions)
     assert all(text.startswith(" ") for text in ready.generic_completions)
+    encoder = collator.encoder
+    assert (encoder.text_field, encoder.max_length, collator.seed) == (ready.text_field, 77, 3)
+    assert encoder.append_eos == ready.append_eos == (ready is QUESTION_ANSWER)
+
+
+@pytest.mark.parametrize("ready", [SENTIMENT, QUESTION_ANSWER])
+@pytest.mark.parametrize("append_eos", [False, True])
+def test_what_is_given_decides_over_the_format(ready, tokenizer, append_eos):
+    collator = ready.collator(tokenizer, append_eos=append_eos, generic_completions=[" none"], text_field=None)
+    assert collator.encoder.append_eos == append_eos
+    assert (collator.generic_completions, collator.encoder.text_field) == ([" none"], None)
+
+
+def test_the_end_of_answers_and_of_refusals_is_trained_where_answers_are_free(tokenizer):
+    question = QUESTION_ANSWER.row({"question": "Who is Jane Doe?", "answer": "A writer."})
+    retain, forget = ({**question, "is_forget": flag, "row_id": 0} for flag in (False, True))
+    batch = QUESTION_ANSWER.collator(tokenizer, max_length=200)([retain, forget])
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        trained = ids[labels != -100].tolist()
+        assert trained[-1] == tokenizer.eos_token_id
+        assert tokenizer.eos_token_id not in trained[:-1]
+    label = SENTIMENT.collator(tokenizer, max_length=200).encoder.encode(SENTIMENT.row(REVIEW)).completion_ids
+    assert tokenizer.eos_token_id not in label
+
+
+def test_a_tokenizer_without_an_end_cannot_train_it(tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="set one, or pass append_eos=False"):
+        QUESTION_ANSWER.collator(tokenizer)
+    assert not QUESTION_ANSWER.collator(tokenizer, append_eos=False).encoder.append_eos
 
 
 def test_refusals_are_twenty_different_ones():

@@ -205,3 +205,14 @@ def test_what_a_chat_template_adds_after_an_answer_counts_in_no_measure():
         for one, other in zip(found, expected, strict=True):
             np.testing.assert_allclose(one.log_probs, other.log_probs)
         assert exact_memorization(found).tolist() == exact_memorization(expected).tolist()
+
+
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_the_end_of_a_free_answer_counts_in_no_measure(tokenized):
+    model, rows = build("llama"), free_form()
+    plain, ended = answer_collator(), answer_collator(append_eos=True)
+    given = rows.map(ended.tokenize, remove_columns=rows.column_names) if tokenized else rows
+    found = response_likelihoods(model, given, ended.encoder)
+    for one, other in zip(response_likelihoods(model, rows, plain.encoder), found, strict=True):
+        np.testing.assert_allclose(one.log_probs, other.log_probs, rtol=1e-5)
+        np.testing.assert_array_equal(one.is_greedy, other.is_greedy)

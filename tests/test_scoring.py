@@ -179,3 +179,14 @@ def test_generic_answers_in_conversations_are_recognized():
 
     found = score_completions(Says(), Dataset.from_list([row]), chat)
     assert (found["generic"], found["accuracy"]) == (1.0, 0.0)
+
+
+def test_the_end_of_an_answer_is_not_scored(model):
+    prompts, tokenizer = [f"review {name} {i} :" for i in range(6) for name in ("jane", "film")], make_tokenizer()
+    answers = [tokenizer.decode(greedy_text(model, prompt, 1)) for prompt in prompts]
+    texts = [" the plot" if i % 2 else answer for i, answer in enumerate(answers)]
+    rows = Dataset.from_list([{"prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)])
+    plain, ended = (ForgetRetainCollator(tokenizer, [" good", " bad"], 64, append_eos=flag) for flag in (False, True))
+    found = score_completions(model, rows, ended)
+    assert found == pytest.approx(score_completions(model, rows, plain), rel=1e-5)
+    assert found["accuracy"] > 0

@@ -121,3 +121,14 @@ def test_bad_input_raises(tmp_path):
     model.save_pretrained(str(tmp_path))
     with pytest.raises(TypeError, match="under a prompt of PEFT"):
         soft_suffix(PeftModel.from_pretrained(build("llama"), str(tmp_path)), *sets, collator.encoder)
+
+
+def test_the_end_of_an_answer_is_not_scored():
+    model = build("llama")
+    plain, ended = (answer_collator(append_eos=flag).encoder for flag in (False, True))
+    before = [
+        soft_suffix(model, rows("jane", 3), rows("film", 4), encoder, num_virtual_tokens=2, steps=1)[0]["before"]
+        for encoder in (plain, ended)
+    ]
+    for name in before[0]:
+        assert before[0][name] == pytest.approx(before[1][name], rel=1e-5)

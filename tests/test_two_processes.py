@@ -35,6 +35,7 @@ import spul.training.reference
 from spul import UnlearningLoss, UnlearningTrainer
 from spul.losses import GradientAscent
 from spul.models.causal_lm import zero_dropout
+from spul.training import StopWhenForgotten
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CHECKED = 2 * spul.training.reference.ROWS_CHECKED  # each once for its logits and once for its states
@@ -158,6 +159,20 @@ def cached_step(folder, processes):
     return {"rows": counted[0], "state": prompt_state(unlearner)}
 
 
+def stopped(folder, processes):
+    """A training that stops by held-out rows, of which each process scores its own."""
+    settings = {"per_device_train_batch_size": 8 // processes, "learning_rate": 0.5, "max_steps": 6, "optim": "sgd"}
+    trainer = make_trainer(folder, **settings)
+    stop = StopWhenForgotten(trainer, rows("jill", 3), rows("play", 5), every=1, target=99, margin=50, patience=2)
+    trainer.add_callback(stop)
+    trainer.train()
+    return {
+        "scores": [tuple(score) for score in stop.scores],
+        "steps": trainer.state.global_step,
+        "state": prompt_state(trainer.model),
+    }
+
+
 def evaluation(folder):
     """The files that each task of an evaluation was appended to."""
     module, appended = import_module("spul.evaluation.run"), []
@@ -199,6 +214,7 @@ def main(folder):
     results["streamed"] = streamed_step(folder / "out", 2)
     results["memorizing"] = memorizing_step(folder / "out", 2)
     results["cached"] = cached_step(folder, 2)
+    results["stopped"] = stopped(folder / "stopped", 2)
     results["sharded"] = sharded_evaluation()
     results["evaluation"] = evaluation(folder / "evaluation")
     torch.save(results, folder / f"{state.process_index}.pt")
@@ -281,6 +297,13 @@ def test_2_processes_share_the_cached_reference(launch, tmp_path):
     assert_same(one["state"], two[0]["state"], rtol=0, atol=1e-6)
     assert one["rows"] == 13 + CHECKED
     assert [each["rows"] for each in two] == [3 + 3 + 1 + CHECKED, 3 + 3 + CHECKED]
+
+
+def test_2_processes_stop_as_one(launch, tmp_path):
+    one = stopped(tmp_path, 1)
+    for two in (results["stopped"] for results in launch[1]):
+        assert (two["scores"], two["steps"]) == (one["scores"], one["steps"])
+        assert_same(one["state"], two["state"], rtol=0, atol=1e-5)
 
 
 def test_2_processes_give_the_metrics_of_one(launch, tmp_path):

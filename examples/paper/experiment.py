@@ -143,7 +143,9 @@ class Experiment:
         digests = {split: hashlib.sha256(sorted_digests(rows)).hexdigest() for split, rows in self.rows.items()}
         data = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
         fields = {name: value for name, value in dataclasses.asdict(self.setup).items() if name not in PLACES}
-        return fields | {"model_digest": model_digest(self.setup.model), "data_digest": data}
+        # A base that was memorized without the end of its answers is another one.
+        ends = {"append_eos": True} if self.data.format.append_eos else {}
+        return fields | {"model_digest": model_digest(self.setup.model), "data_digest": data} | ends
 
     def second_questions(self, groups: tuple[str, ...]) -> Dataset:
         """Rows that ask *which person is named?*, a third as many as the training rows of these groups.
@@ -241,6 +243,7 @@ class Experiment:
             max_length=max_length or self.setup.max_length,
             seed=self.setup.seed,
             text_field=task.text_field,
+            append_eos=task.append_eos,
         )
 
     # ---- runs ----

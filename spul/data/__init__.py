@@ -2,7 +2,7 @@
 
 from .clusters import TextClustering
 from .collator import ForgetRetainCollator
-from .dataset import forget_retain_dataset
+from .dataset import HeldOut, forget_retain_dataset, hold_out
 from .encoder import Encoded, RowEncoder
 from .formats import MULTIPLE_CHOICE, QUESTION_ANSWER, REFUSALS, SENTIMENT, MultipleChoiceFormat, PromptFormat
 from .known import load_known
@@ -28,6 +28,7 @@ __all__ = [
     "SPLITS",
     "Encoded",
     "ForgetRetainCollator",
+    "HeldOut",
     "MultipleChoiceFormat",
     "PromptFormat",
     "RowEncoder",
@@ -38,6 +39,7 @@ __all__ = [
     "TransformersRecognizer",
     "UnlearningData",
     "forget_retain_dataset",
+    "hold_out",
     "load_four_splits",
     "load_known",
     "split_by_cluster",

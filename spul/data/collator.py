@@ -54,7 +54,8 @@ class ForgetRetainCollator:
         seed: seed of the draws.
         resample: whether to draw again each time a row is collated; False draws once per row.
         text_field: column whose text is part of the prompt and may be cut.
-        append_eos: whether completions end with the end-of-sequence token.
+        append_eos: whether completions end with the end-of-sequence token, so that it is trained; it is not
+            scored. For free answers, not for labels: `PromptFormat.collator` decides by the format.
         pad_to_multiple_of: pad the width of a batch to a multiple of this.
         names: names that the data was split by, such as `list(split.report.groups)`; a forget row that loses one
             to `max_length` raises.
@@ -233,12 +234,13 @@ class ForgetRetainCollator:
             self.encoder.num_cut += 1
         mask = [0] * len(encoded.prompt_ids) + [1] * len(encoded.completion_ids)
         columns = {name: row[name] for name in ("is_forget", "row_id", WEIGHT) if name in row}
-        if "input_ids" not in row and not isinstance(row["completion"], str):
-            # A chat template puts tokens of its own around answers, which a tokenized row does not show.
-            columns["num_ending"] = encoded.num_ending
-            if self.generic_completions is not None:
-                texts = self.generic_completions if is_forget else []
-                columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]
+        is_text = "input_ids" in row or isinstance(row["completion"], str)
+        if "input_ids" not in row and (self.encoder.append_eos or not is_text):
+            columns["num_ending"] = encoded.num_ending  # which a tokenized row does not show by itself
+        if not is_text and self.generic_completions is not None:
+            # A chat template puts tokens of its own around answers, too.
+            texts = self.generic_completions if is_forget else []
+            columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]
         if self.alternates is not None:
             # As token ids: of a conversation the tokenized row does not show what the template puts around answers.
             choices = (self._choices(row) or []) if is_forget else []

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from ..models.compat import flattened
-from .checks import check_rows
+from .checks import check_rows, forget_flags
 from .row_weights import WEIGHT, checked_weights
 from .rows import SHOWN, column_batches, is_empty, rows_at, shortened
 
@@ -64,6 +66,58 @@ def forget_retain_dataset(
     return joined.add_column(WEIGHT, np.concatenate(filled))
 
 
+class HeldOut(NamedTuple):
+    """A training set without the rows held out of it, and those rows by side."""
+
+    train: Dataset
+    forget: Dataset
+    retain: Dataset
+
+
+def hold_out(dataset: Dataset, share: float = 0.1, seed: int = 0) -> HeldOut:
+    """Hold rows out of a training set, to choose settings and to stop by: a share of each side, at random.
+
+    Prompts are drawn, so that a repeated one is in one part alone.
+
+    Args:
+        dataset: the result of `forget_retain_dataset`.
+        share: share of the different prompts of each side, above 0 and below 1, rounded to whole ones.
+        seed: seed of the draw.
+
+    Returns:
+        `train`, the rows that are left, and `forget` and `retain`, those held out, all in their order and with their
+        columns.
+
+    Raises:
+        TypeError: if `dataset` is not a `datasets.Dataset`.
+        ValueError: if a column is missing, `share` is out of range, or a part would be empty.
+
+    Example:
+        ```python
+        train, held_out_forget, held_out_retain = hold_out(dataset, 0.2)
+        ```
+    """
+    check_rows(dataset, name="dataset")
+    flags = forget_flags(dataset, "dataset")
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+        raise ValueError(f"share={share!r}; expected a number above 0 and below 1.")
+    prompts = [comparable(prompt) for values in column_batches(dataset, "prompt") for prompt in values]
+    drawn: set[str] = set()
+    for side, group in (("forget", True), ("retain", False)):
+        different = list(dict.fromkeys(prompt for prompt, flag in zip(prompts, flags, strict=True) if flag == group))
+        number = math.floor(len(different) * share + 0.5)
+        if number in (0, len(different)):
+            raise ValueError(
+                f"share={share!r} of the {len(different)} different {side} prompt(s) leaves a part empty; expected "
+                "at least one prompt in each."
+            )
+        drawn.update(random.Random(seed).sample(different, number))
+    is_held = np.array([prompt in drawn for prompt in prompts])
+    is_forget = np.array(flags, dtype=bool)
+    parts = (~is_held, is_held & is_forget, is_held & ~is_forget)
+    return HeldOut(*(dataset.select(np.flatnonzero(part)) for part in parts))
+
+
 def _weights(rows: Dataset, given: Sequence[float] | None, name: str) -> np.ndarray | None:
     """Weights by which the rows of a set are drawn: as given, or by its column; None without either."""
     if given is None:
@@ -90,7 +144,7 @@ def _checked_prompts(name: str, rows: Dataset) -> np.ndarray:
                 bad_prompts.append(i)
             if completion is None or (_is_text_or_messages(completion) and is_empty(completion)) or completion == []:
                 bad_completions.append(i)
-        hashes.append(np.fromiter((hash(_comparable(prompt)) for prompt in prompts), np.int64, len(prompts)))
+        hashes.append(np.fromiter((hash(comparable(prompt)) for prompt in prompts), np.int64, len(prompts)))
         number += len(prompts)
     if bad_completions:
         raise ValueError(
@@ -110,7 +164,7 @@ def _checked_prompts(name: str, rows: Dataset) -> np.ndarray:
 def _check_disjoint(forget: Dataset, retain: Dataset, forget_hashes: np.ndarray, retain_hashes: np.ndarray) -> None:
     """Compare the prompts of equal hashes, which are few, so that not all texts are in memory at once."""
     alike = [
-        (indices, [_comparable(row["prompt"]) for row in rows_at(rows.select_columns("prompt"), indices)])
+        (indices, [comparable(row["prompt"]) for row in rows_at(rows.select_columns("prompt"), indices)])
         for rows, hashes, others in ((forget, forget_hashes, retain_hashes), (retain, retain_hashes, forget_hashes))
         if (indices := np.flatnonzero(np.isin(hashes, others)).tolist())
     ]
@@ -128,7 +182,7 @@ def _check_disjoint(forget: Dataset, retain: Dataset, forget_hashes: np.ndarray,
         )
 
 
-def _comparable(prompt: Any) -> str:
+def comparable(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 

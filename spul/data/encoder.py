@@ -41,7 +41,8 @@ class Encoded:
     Attributes:
         prompt_ids: those of the prompt, shortened.
         completion_ids: those of the completion.
-        num_ending: how many of the last `completion_ids` a chat template put after the answer: its end of turn.
+        num_ending: how many of the last `completion_ids` end the answer and are no part of it: the end of turn of a
+            chat template, or the end-of-sequence token of `append_eos`.
         num_cut: how many tokens the prompt lost.
     """
 
@@ -54,7 +55,7 @@ class Encoded:
         return len(self.prompt_ids) + len(self.completion_ids)
 
     def without_ending(self) -> Encoded:
-        """The row without what a chat template put after its answer."""
+        """The row without what ends its answer; the end is trained, and never counted in a measure."""
         num_own = len(self.completion_ids) - self.num_ending
         return Encoded(self.prompt_ids, self.completion_ids[:num_own], num_cut=self.num_cut)
 
@@ -76,7 +77,8 @@ class RowEncoder:
         tokenizer: any tokenizer of transformers; a fast one if `text_field` is given.
         max_length: maximum number of tokens of a row, without virtual tokens.
         text_field: column whose text is part of the prompt and may be shortened, such as `"text"`.
-        append_eos: whether completions end with the end-of-sequence token. In conversations the chat template decides.
+        append_eos: whether completions end with the end-of-sequence token, which is trained and not scored. In
+            conversations the chat template decides.
         pad_to_multiple_of: pad the width of a batch to a multiple of this.
 
     Attributes:
@@ -102,7 +104,7 @@ class RowEncoder:
                 f"text_field={text_field!r} needs a fast tokenizer; {type(tokenizer).__name__} is not one."
             )
         if append_eos and tokenizer.eos_token_id is None:
-            raise ValueError("append_eos=True, but the tokenizer has no eos_token; set one or leave append_eos out.")
+            raise ValueError("append_eos=True, but the tokenizer has no eos_token; set one, or pass append_eos=False.")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.text_field, self.append_eos, self.pad_to_multiple_of = text_field, append_eos, pad_to_multiple_of
         self.num_cut = 0
@@ -184,9 +186,11 @@ class RowEncoder:
         check_is_row(row)
         if "input_ids" in row:
             prompt_ids, completion_ids = split_tokenized(row)
-            removable, num_ending = None, ending_of(row, len(completion_ids)) if completion is None else 0
-            if completion is not None:
-                completion_ids = completion if isinstance(completion, list) else self.completion_ids(completion)
+            removable, num_ending = None, ending_of(row, len(completion_ids))
+            if isinstance(completion, list):
+                completion_ids, num_ending = completion, 0
+            elif completion is not None:
+                completion_ids, num_ending = self.completion_ids(completion), int(self.append_eos)
         elif isinstance(completion, list):
             raise ValueError("token ids can replace the completion of a tokenized row only; pass text.")
         else:
@@ -194,7 +198,7 @@ class RowEncoder:
             if isinstance(row["prompt"], str):
                 prompt_ids, removable = self._prompt_ids(row)
                 text = row["completion"] if completion is None else completion
-                completion_ids, num_ending = self.completion_ids(text), 0
+                completion_ids, num_ending = self.completion_ids(text), int(self.append_eos)
                 self._check_boundary(row["prompt"], text, prompt_ids, completion_ids)
             else:
                 prompt_ids, completion_ids, num_ending = self._chat_ids(row["prompt"], row["completion"], completion)
@@ -207,6 +211,13 @@ class RowEncoder:
             )
         kept = self._shorten(prompt_ids, max(len(completion_ids), reserve), removable)
         return Encoded(kept, completion_ids, num_ending, len(prompt_ids) - len(kept))
+
+    def answer_ids(self, text: str, row: Mapping[str, Any]) -> list[int]:
+        """`completion_ids` without what ends the answer: the tokens that are scored."""
+        if isinstance(row["prompt"], str):
+            ids = self.completion_ids(text)
+            return ids[:-1] if self.append_eos else ids
+        return self.encode(row, text).without_ending().completion_ids
 
     def completion_ids(self, text: str, row: Mapping[str, Any] | None = None) -> list[int]:
         """Token ids of a text as a completion, cached.

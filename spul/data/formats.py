@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from .collator import ForgetRetainCollator
 
 REFUSALS = (
     " I don't know.",
@@ -56,6 +59,8 @@ class PromptFormat:
         completion: template of the completion; it begins with the space that separates it from the prompt.
         generic_completions: `generic_completions` of `ForgetRetainCollator`.
         text_field: `text_field` of the collator: the column that is cut if a row is too long.
+        append_eos: `append_eos` of the collator: whether completions are free text, whose end is trained too. Labels
+            have no end of their own.
 
     Raises:
         ValueError: if the template does not use `text_field`, a template is malformed, or there are no
@@ -65,7 +70,7 @@ class PromptFormat:
         ```python
         topics = PromptFormat("### News: {text}\\n### Topic:", completion=" {topic}", generic_completions=(" none",))
         rows = topics.apply(Dataset.from_list([{"text": "Rain all week.", "topic": "weather"}]))
-        collator = ForgetRetainCollator(tokenizer, topics.generic_completions, text_field=topics.text_field)
+        collator = topics.collator(tokenizer, max_length=512)
         ```
     """
 
@@ -73,6 +78,7 @@ class PromptFormat:
     completion: str = " {label_text}"
     generic_completions: tuple[str, ...] = (" neutral", " unknown")
     text_field: str = "text"
+    append_eos: bool = False
 
     def __post_init__(self) -> None:
         if self.text_field not in _fields_of(self.template):
@@ -112,6 +118,25 @@ class PromptFormat:
         if not completion.strip():
             raise ValueError(f"a row has an empty completion: {dict(row)!r}. Drop it, or fill it in.")
         return {"prompt": self.template.format(**fields), "completion": completion, self.text_field: text}
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase, **options: Any) -> ForgetRetainCollator:
+        """A collator with the settings of this format.
+
+        Args:
+            tokenizer: the model's.
+            options: further arguments of `ForgetRetainCollator`, such as `max_length`; those given replace the
+                format's `generic_completions`, `text_field` and `append_eos`.
+
+        Raises:
+            ValueError: as of `ForgetRetainCollator`, such as for a tokenizer without the end-of-sequence token that
+                `append_eos` asks for.
+        """
+        own = {
+            "generic_completions": self.generic_completions,
+            "text_field": self.text_field,
+            "append_eos": self.append_eos,
+        }
+        return ForgetRetainCollator(tokenizer, **{**own, **options})
 
     def apply(self, rows: Dataset) -> Dataset:
         """All rows as `prompt`, `completion` and the text field; other columns are dropped."""
@@ -162,5 +187,6 @@ QUESTION_ANSWER = PromptFormat(
     completion=" {answer}",
     generic_completions=REFUSALS,
     text_field="question",
+    append_eos=True,
 )
-"""Free-form question answering with the generic completions `REFUSALS`."""
+"""Free-form question answering with the generic completions `REFUSALS`; the end of an answer is trained too."""

@@ -7,14 +7,17 @@ from .forward import step_counts, unlearning_forward
 from .methods import METHODS, Method, unlearning_method
 from .reference import ReferenceCache
 from .settings_search import Candidate, SearchResult, Trial, search
+from .stopping import HeldOutScore, StopWhenForgotten
 from .trainer import UnlearningTrainer
 
 __all__ = [
     "METHODS",
     "Candidate",
+    "HeldOutScore",
     "Method",
     "ReferenceCache",
     "SearchResult",
+    "StopWhenForgotten",
     "Trial",
     "UnlearningTrainer",
     "add_alternates",

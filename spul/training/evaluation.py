@@ -95,6 +95,40 @@ class EvaluatingTrainer(Trainer):
         self.control = self.callback_handler.on_predict(self.args, self.state, self.control, metrics)
         return PredictionOutput(arrays["predictions"], arrays["label_ids"], metrics)
 
+    def score(self, rows: Any, name: str) -> dict[str, float]:
+        """Scores of rows as of `summarize`, without a log and without callbacks; the same in every process.
+
+        Args:
+            rows: rows with `prompt` and `completion`, divided among the processes.
+            name: label of the progress bar.
+
+        Raises:
+            ValueError: if there are no rows.
+            TypeError: if they are not a data set.
+        """
+        check_not_stream(rows, name)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        progress = None if self.args.disable_tqdm or rank else name
+        with self.accelerator.autocast():
+            # The plain model, not DDP's: every process has rows of its own, and their numbers may differ.
+            some = range(rank, len(rows), world)
+            found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
+        answers = Answers()
+        for part in gathered([found]):
+            answers.true += part.true
+            answers.predicted += part.predicted
+            answers.nll += part.nll
+        return summarize(answers, self._collator.generic_completions)
+
+    def run_folder(self) -> str:
+        """The folder of this training's checkpoints; each trial of a search has its own."""
+        return self._get_output_dir(getattr(self, "_trial", None))
+
+    def load_best(self) -> None:
+        """Load the weights of `state.best_model_checkpoint` into the model that trains."""
+        self._load_best_model()
+        self.unlearner.parameters_changed()
+
     def _predict(self, rows: Any, keep: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         return predict_rows(
             self._learner,
@@ -108,20 +142,8 @@ class EvaluatingTrainer(Trainer):
         )
 
     def _score(self, rows: Any, prefix: str) -> dict[str, float]:
-        check_not_stream(rows, prefix)
-        start, rank, world = time.time(), self.accelerator.process_index, self.accelerator.num_processes
-        progress = None if self.args.disable_tqdm or rank else prefix
-        with self.accelerator.autocast():
-            # The plain model, not DDP's: every process has rows of its own, and their numbers may differ.
-            some = range(rank, len(rows), world)
-            found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
-        answers = Answers()
-        for part in gathered([found]):
-            answers.true += part.true
-            answers.predicted += part.predicted
-            answers.nll += part.nll
-        metrics = summarize(answers, self._collator.generic_completions)
-        metrics = {f"{prefix}_{name}": value for name, value in metrics.items()}
+        start = time.time()
+        metrics = {f"{prefix}_{name}": value for name, value in self.score(rows, prefix).items()}
         return {**metrics, **speed_metrics(prefix, start, num_samples=len(rows))}
 
     def _full_eval(self) -> AbstractContextManager[None]:

@@ -114,6 +114,7 @@ def _with_placeholders(rows: Dataset, encoder: RowEncoder, num: int) -> Dataset:
             {
                 "input_ids": e.prompt_ids + [0] * num + e.completion_ids,
                 "completion_mask": [0] * (len(e.prompt_ids) + num) + [1] * len(e.completion_ids),
+                "num_ending": e.num_ending,
             }
             for e in encoded
         ]

@@ -66,11 +66,9 @@ def entity_loss(
         progress: label of a progress bar; None shows none.
 
     Raises:
-        ValueError: if no prompt names any of the entities, or the encoder appends an end token.
+        ValueError: if no prompt names any of the entities.
 
     Source: Chen and Yang, *EUL*, https://arxiv.org/abs/2310.20150
     """
-    if encoder.append_eos:
-        raise ValueError("append_eos=True would end the text at the name; pass an encoder with append_eos=False.")
     found = response_likelihoods(model, entity_rows(rows, entities), encoder, batch_size, progress)
     return float(np.mean([-likelihood.log_probs.mean() for likelihood in found]))

@@ -2,7 +2,8 @@
 
 Answers are read at the response positions: greedy decoding generates a completion exactly if each of its tokens is the
 most likely one after those before it. One forward pass with the true completion settles most rows; the others are
-checked against the candidates that begin with the token the model chose.
+checked against the candidates that begin with the token the model chose. What ends an answer, a chat template's end of
+turn or the token of `append_eos`, is no part of it.
 """
 
 from __future__ import annotations
@@ -108,13 +109,12 @@ def greedy_completions(
 
     @functools.cache
     def encoded(i: int, text: str | None) -> Encoded:
-        return collator.encoder.encode(rows[i], text)
+        return collator.encoder.encode(rows[i], text).without_ending()
 
+    @functools.cache
     def ids_of(i: int, text: str) -> list[int]:
         """A candidate's tokens as they follow this row's prompt; a chat template adds its own."""
-        if isinstance(rows[i]["prompt"], str):
-            return collator.encoder.completion_ids(text)
-        return encoded(i, text).completion_ids
+        return collator.encoder.answer_ids(text, rows[i])
 
     def matches(some: Sequence[int], text: str | None) -> tuple[list[bool], Tensor, Tensor]:
         """Whether greedy decoding generates a text (None: the row's completion), its first tokens, the text's NLL."""
