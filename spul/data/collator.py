@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .checks import check_is_forget, check_not_generic, checked_names, checked_row_id
-from .encoder import Encoded, RowEncoder
+from .encoded import Encoded
+from .encoder import RowEncoder
 from .recognizers import NameFinder
 from .row_checks import check_is_row, generic_ids_of, row_flag, row_name
 from .row_weights import WEIGHT
@@ -31,6 +32,7 @@ ROW_COLUMNS = (
     "input_ids",
     "num_ending",
     "generic_ids",
+    "prompt_position",
     "is_forget",
     "row_id",
     "copy",
@@ -59,6 +61,8 @@ class ForgetRetainCollator:
         pad_to_multiple_of: pad the width of a batch to a multiple of this.
         names: names that the data was split by, such as `list(split.report.groups)`; a forget row that loses one
             to `max_length` raises.
+        prompt_position: `"message"` for a soft prompt that stands just before the last user message, or before the
+            text field of a text prompt: batches then have `prompt_position`. `"start"` (default) for all else.
 
     Raises:
         TypeError: if `generic_completions` is a string.
@@ -83,6 +87,7 @@ class ForgetRetainCollator:
         append_eos: bool = False,
         pad_to_multiple_of: int | None = None,
         names: Sequence[str] = (),
+        prompt_position: str = "start",
     ) -> None:
         if isinstance(generic_completions, str):
             raise TypeError(f"generic_completions={generic_completions!r} is one string; pass a list of completions.")
@@ -97,7 +102,8 @@ class ForgetRetainCollator:
             generic_completions = texts
         self.tokenizer, self.generic_completions = tokenizer, generic_completions
         self.seed, self.resample = seed, resample
-        self.encoder = RowEncoder(tokenizer, max_length, text_field, append_eos, pad_to_multiple_of)
+        settings = (text_field, append_eos, pad_to_multiple_of, prompt_position)
+        self.encoder = RowEncoder(tokenizer, max_length, *settings)
         self.names = checked_names("names", names) if names else []
         self._draws: Counter[str] = Counter()  # per row, since the start of the epoch
         self._draws_epoch = (-1, 0)
@@ -118,7 +124,8 @@ class ForgetRetainCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, n) with -100 outside the completion, `is_forget` (B,) bool, and
-            `row_id` (B,) if all rows have one.
+            `row_id` (B,) if all rows have one; `prompt_position` (B,), the number of a row's tokens before the soft
+            prompt, if that stands at `"message"`.
 
         Raises:
             TypeError: if `rows` is one mapping of columns.
@@ -181,6 +188,8 @@ class ForgetRetainCollator:
             self.encoder.num_cut += 1
         mask = [0] * len(encoded.prompt_ids) + [1] * len(encoded.completion_ids)
         columns = {name: row[name] for name in ("is_forget", "row_id", WEIGHT) if name in row}
+        if encoded.prompt_position is not None:
+            columns["prompt_position"] = encoded.prompt_position
         if "input_ids" not in row and not isinstance(row["completion"], str):
             # A chat template puts tokens of its own around answers, which a tokenized row does not show.
             columns["num_ending"] = encoded.num_ending

@@ -14,7 +14,7 @@ from .positions import pack_right, response_positions
 from .terms import IGNORE_INDEX
 from .unlearning_loss import UnlearningLoss
 
-LogitsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+LogitsFunction = Callable[..., Tensor]
 """Maps `input_ids` (B, n), `attention_mask` (B, n) and `positions` (B, K) to logits (B, K, V)."""
 
 
@@ -54,6 +54,7 @@ def batch_loss(
     num_items_in_batch: Tensor | int | None = None,
     reference_logits: Tensor | None = None,
     row_id: Tensor | None = None,
+    prompt_position: Tensor | None = None,
 ) -> UnlearnerOutput:
     """Return the unlearning loss of a batch.
 
@@ -64,6 +65,7 @@ def batch_loss(
             needed and not given.
         input_ids: for this and the others see `SoftPromptUnlearner.forward`.
         row_id: not used; the collator returns it.
+        prompt_position: (B,), passed to `response_logits` by name unless it is None.
 
     Raises:
         ValueError: if shapes do not match, or `is_forget` holds other numbers than 0 and 1.
@@ -87,31 +89,34 @@ def batch_loss(
             "model, and a slot for each response token, as ReferenceCache.logits(batch) returns them."
         )
     counts = _group_counts(is_forget, targets, group_counts, num_items_in_batch)
+    at = {} if prompt_position is None else {"prompt_position": prompt_position}
 
     if torch.is_grad_enabled() and not loss.uses_retain_rows:
         # Retain rows have no weight, so they are not computed.
         rows = is_forget.nonzero().flatten()
         if len(rows) == 0:
             # One row all the same: backward, and DDP's processes, which wait for each other, need a graph.
-            logits = response_logits(input_ids[:1], attention_mask[:1], positions[:1])
+            logits = response_logits(
+                input_ids[:1], attention_mask[:1], positions[:1], **{name: x[:1] for name, x in at.items()}
+            )
             zero = logits.float().sum() * 0.0
             none = zero.detach()
             return UnlearnerOutput(zero, none, none, none, none, logits[:0], targets[:0])
         attention_mask, input_ids, positions = attention_mask[rows], input_ids[rows], positions[rows]
         targets, is_forget, needed = targets[rows], is_forget[rows], needed[rows]
-        labels = labels[rows]
+        labels, at = labels[rows], {name: x[rows] for name, x in at.items()}
 
     text_logits, text_labels = None, None
     if loss.gamma > 0 and is_forget.any():
         # One pass for both: logits at all positions, of which those of the responses are selected.
         every_position = torch.arange(input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
-        all_logits = response_logits(input_ids, attention_mask, every_position)
+        all_logits = response_logits(input_ids, attention_mask, every_position, **at)
         logits = all_logits.take_along_dim(positions[..., None], dim=1)
         text_logits = all_logits[is_forget]
         is_text = (attention_mask != 0) & (labels == IGNORE_INDEX)
         text_labels = input_ids.masked_fill(~is_text, IGNORE_INDEX)[is_forget, 1:]
     else:
-        logits = response_logits(input_ids, attention_mask, positions)
+        logits = response_logits(input_ids, attention_mask, positions, **at)
         if loss.gamma > 0:
             text_logits, text_labels = logits[:0], targets[:0]
     if reference_logits is None and needed.any():

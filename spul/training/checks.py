@@ -44,6 +44,12 @@ def check_options(
             f"reference={reference!r}, reference_dir={reference_dir!r}: expected 'cached', with or without a "
             "folder, or 'live' without one."
         )
+    record = unlearner_of(model).spul_config
+    if record is not None and record.prompt_position == "message" != collator.encoder.prompt_position:
+        raise ValueError(
+            'the prompt stands inside the rows (prompt_position="message"), and the collator does not say where; make '
+            'it with the same: ForgetRetainCollator(..., prompt_position="message").'
+        )
     if loss.forget.makes_unlikely and collator.generic_completions is not None:
         raise ValueError(
             f"{type(loss.forget).__name__} makes the collated completion unlikely, which must be the row's own, but "

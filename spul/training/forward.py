@@ -20,6 +20,7 @@ def unlearning_forward(
     group_counts: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     reference_logits: Tensor | None = None,
+    prompt_position: Tensor | None = None,
 ) -> UnlearnerOutput:
     """The unlearning loss of a batch when the full model, LoRA or unlearning layers are trained.
 
@@ -32,6 +33,7 @@ def unlearning_forward(
         input_ids: this and the others as in `SoftPromptUnlearner.forward`. The reference of LoRA and layers is the
             model with the adapter disabled. A fully fine-tuned model has none left: pass its `reference_logits`, from
             a `ReferenceCache` built before training.
+        prompt_position: not used but by a prompt; a collator for one returns it.
 
     Raises:
         ValueError: if shapes do not match, or `reference_logits` are needed and cannot be computed.
@@ -46,4 +48,5 @@ def unlearning_forward(
     """
     unlearner = unlearner_of(model)
     rows = (input_ids, labels, is_forget, attention_mask, group_counts, num_items_in_batch, reference_logits)
-    return batch_loss(loss, unlearner.response_logits, unlearner.base_logits, *rows)
+    at = prompt_position if unlearner.takes_prompt_position else None
+    return batch_loss(loss, unlearner.response_logits, unlearner.base_logits, *rows, prompt_position=at)
