@@ -185,8 +185,8 @@ class SoftPromptUnlearner(PromptAdapters):
 
         Returns:
             `UnlearnerOutput`, or the output of the base model. Its logits under prompt tuning and P-tuning include
-            those at the p virtual tokens, in front: (B, p + n, V); with `adapter_names`, and under a prompt at `"message"`,
-            they are (B, n, V), and each predicts the row's next token.
+            those at the p virtual tokens, in front: (B, p + n, V). With `adapter_names`, and under a prompt at
+            `"message"`, they are (B, n, V), and each predicts the row's next token.
 
         Raises:
             ValueError: if tensors are missing, or their shapes do not match.

@@ -118,8 +118,8 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
 
     Yields:
         A function of encoded rows, whose prompts it answers, `max_new_tokens`, names of the rows' soft prompts (or
-        None) and further fields of a `GenerationConfig`; it returns the generated texts, without special tokens, `num_return_sequences`
-        for each prompt. It raises a ValueError if the longest prompt leaves no room to answer.
+        None) and further fields of a `GenerationConfig`; it returns the generated texts, without special tokens,
+        `num_return_sequences` for each prompt. It raises a ValueError if the longest prompt leaves no room to answer.
     """
     base: Any = bare_model(model)
     generate: Any = model.generate
