@@ -1,8 +1,7 @@
 """Where the last user message of a conversation begins, by the chat template."""
 
 import pytest
-from helpers import make_tokenizer
-from test_encoder import CHAT_TEMPLATE
+from helpers import CHAT_TEMPLATE, make_tokenizer
 
 from spul.data.conversations import conversation_prompt_ids, message_start
 

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from helpers import make_tokenizer
+from helpers import CHAT_TEMPLATE, make_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from spul.data import Encoded, RowEncoder
 
 PROMPT = "### text: good film\n### sentiment:"
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
