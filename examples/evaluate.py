@@ -102,11 +102,13 @@ def main() -> None:
         model = load_adapter(model, args.adapter)
     num_virtual_tokens = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None) or 0
     positions = getattr(model.config, "max_position_embeddings", None) or 1024
+    record = getattr(model, "spul_config", None)
     collator = ForgetRetainCollator(
         AutoTokenizer.from_pretrained(args.model),
         list(task.generic_completions),
         max_length=args.max_length or min(1024, positions - num_virtual_tokens),
         text_field=task.text_field,
+        prompt_position="start" if record is None else record.prompt_position,
     )
     found = spul.evaluate(
         model,

@@ -131,6 +131,12 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
+)
+
+
 # ---- prompts on them ----
 
 
@@ -359,12 +365,12 @@ def free_form(num=7):
     )
 
 
-def plain_logits(model, prompt, answer):
+def plain_logits(model, prompt, answer, before=0):
     """Logits (|y|, V) that predict the answer, one row, no pads; PEFT's prompt by hand."""
     ids = torch.tensor(prompt + answer)
     with torch.no_grad():
         if isinstance(model, SoftPromptUnlearner):
-            logits = row_logits(model, ids)
+            logits = row_logits(model, ids, before=before)
         else:
             logits = model(input_ids=ids[None]).logits[0]
     return logits[len(prompt) - 1 : -1].double()
@@ -375,7 +381,8 @@ def plain_likelihood(model, row, collator):
     encoded = collator.encoder.encode(row)
     prompt, answer = encoded.prompt_ids, encoded.completion_ids
     found = {"log_probs": [], "is_greedy": [], "mean": [], "std": []}
-    for logits, token in zip(plain_logits(model, prompt, answer), answer, strict=True):
+    every = plain_logits(model, prompt, answer, encoded.prompt_position or 0)
+    for logits, token in zip(every, answer, strict=True):
         p = torch.exp(logits) / torch.exp(logits).sum()
         mean = sum(float(p[z]) * float(p[z].log()) for z in range(len(p)))
         variance = sum(float(p[z]) * (float(p[z].log()) - mean) ** 2 for z in range(len(p)))

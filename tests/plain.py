@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from transformers import DynamicCache
 
 
-def row_logits(unlearner, ids, prompted: bool = True):
-    """Logits (n, V) at a single row's own tokens, no padding, no sharing; the prompt concatenated or prefixed."""
+def row_logits(unlearner, ids, prompted: bool = True, before: int = 0):
+    """Logits (n, V) that predict the tokens after a single row's own, no padding, no sharing.
+
+    The prompt is concatenated, after `before` of the row's tokens, or prefixed.
+    """
     base = unlearner.get_base_model()
     ids = ids[None]
     if not prompted:
@@ -23,8 +26,12 @@ def row_logits(unlearner, ids, prompted: bool = True):
         for layer in range(config.num_layers):
             cache.update(*(states[:, :, layer, i].transpose(1, 2) for i in (0, 1)), layer)
         return base(ids, past_key_values=cache).logits[0]
-    embeds = torch.cat([out, unlearner.word_embeddings(ids)], dim=1)
-    return base(inputs_embeds=embeds).logits[0, config.num_virtual_tokens :]
+    embeds = unlearner.word_embeddings(ids)
+    logits = base(inputs_embeds=torch.cat([embeds[:, :before], out, embeds[:, before:]], dim=1)).logits[0]
+    if before == 0:
+        return logits[config.num_virtual_tokens :]
+    # The last token before the prompt predicts a virtual token; the last virtual token predicts the row's next one.
+    return torch.cat([logits[: before - 1], logits[before + config.num_virtual_tokens - 1 :]])
 
 
 def reduced(tokens, reduction):
@@ -38,11 +45,12 @@ def reduced(tokens, reduction):
 def losses(unlearner, batch, alpha=1.0, beta=0.5, direction="reverse", reduction="auto"):
     """(loss, L_f, L_r, L_kl) of a batch, one row at a time; `reduction` is that of retain rows."""
     groups = {"forget": [], "retain": [], "kl": []}
-    for ids, mask, labels, is_forget in zip(
-        batch["input_ids"], batch["attention_mask"], batch["labels"], batch["is_forget"], strict=True
+    before = batch.get("prompt_position", torch.zeros(len(batch["input_ids"]), dtype=torch.long)).tolist()
+    for ids, mask, labels, is_forget, start in zip(
+        batch["input_ids"], batch["attention_mask"], batch["labels"], batch["is_forget"], before, strict=True
     ):
         ids, labels = ids[mask.bool()], labels[mask.bool()]
-        logits = row_logits(unlearner, ids)
+        logits = row_logits(unlearner, ids, before=start)
         at = [i for i in range(1, len(ids)) if labels[i] != -100]
         nll = [-F.log_softmax(logits[i - 1], -1)[labels[i]] for i in at]
         groups["forget" if is_forget else "retain"].append(sum(nll) if is_forget else reduced(nll, reduction))

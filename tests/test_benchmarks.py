@@ -79,8 +79,9 @@ def test_the_floor_sends_a_gradient_to_the_embeddings():
     ("script", "options", "expected"),
     [
         ("step_time.py", ["--shapes", "sst2", "--steps", "spul", "plain", "floor"], {"spul", "plain", "floor"}),
+        ("step_time.py", ["--shapes", "sst2", "--steps", "spul, at the message"], {"spul, at the message"}),
         ("prompt_length.py", ["--lengths", "5", "10", "--steps", "spul"], {5, 10}),
-        ("inference.py", ["--new-tokens", "2"], {"base", "PEFT", "PEFT, last logits", "spul"}),
+        ("inference.py", ["--new-tokens", "2"], {"base", "PEFT", "PEFT, last logits", "spul", "spul, at the message"}),
         ("row_prompts.py", ["--new-tokens", "2"], {"one prompt", "four prompts", "four lengths", "three and none"}),
         ("reference.py", ["--rows", "40"], {"hidden states (spul)", "logits"}),
         ("prepare_rows.py", ["--rows", "2000", "--tasks", "join", "split", "trainer"], {"spul", "plain"}),

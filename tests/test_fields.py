@@ -24,6 +24,7 @@ WRONG = {
     "forget": [5, {}, {"rows": -1, "digest": "ab"}, {"rows": 1.5, "digest": "ab"}, {"rows": 1, "digest": 5}],
     "retain": [[], {"rows": True, "digest": "ab"}],
     "combined_from": [5, {}, [5], [{"rows": -5, "digest": "ab"}]],
+    "prompt_position": [5, None, "end", ["start"], True],
     "metrics": [5, None, [], {"test": 5}, {"test": {"accuracy": "high"}}, {"test": {"accuracy": True}}],
     "versions": [5, None, {"torch": 2}],
     "weights_sha256": [5, "ab", "AB" * 32],
@@ -35,7 +36,7 @@ WRONG = {
 def test_a_wrong_field_is_named_with_what_was_found_and_expected(tmp_path, name, value):
     path = tmp_path / "spul_config.json"
     path.write_text(json.dumps({name: value}))
-    with pytest.raises(ValueError, match=rf"spul_config\.json: {name} is .*; expected .*(null|object)"):
+    with pytest.raises(ValueError, match=rf"spul_config\.json: {name} is .*; expected .*(null|object|message)"):
         SpulConfig.load(path)
     config = SpulConfig()
     setattr(config, name, value)

@@ -255,7 +255,7 @@ class TakesNoEmbeddings(DropsTheCache):
 def test_where_no_way_of_generating_keeps_the_prompt_it_is_refused(base_class):
     unlearner, batch = under_prompt(base_class), make_batch()
     for inputs in ({"input_ids": batch["input_ids"][:, :4]}, {k: batch[k] for k in ("input_ids", "attention_mask")}):
-        with pytest.raises(ValueError, match="generate cannot put a prompt in front; forward and scoring can"):
+        with pytest.raises(ValueError, match="generate cannot put a prompt in; forward and scoring can"):
             unlearner.generate(**inputs, **GREEDY)
 
 

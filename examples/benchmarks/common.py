@@ -53,6 +53,9 @@ SHAPES = {
 }
 
 
+BEFORE_MESSAGE = 4  # tokens of a row before its message, such as those of a format's first words
+
+
 def _opt(width: int, layers: int, heads: int) -> OPTConfig:
     return OPTConfig(
         hidden_size=width,
@@ -145,7 +148,7 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def make_rows(shape: Shape, vocab_size: int, num_rows: int | None = None, seed: int = 0) -> list[dict[str, Any]]:
-    """Tokenized rows of random tokens; `num_rows` is the batch size unless given."""
+    """Tokenized rows of random tokens; `num_rows` is the batch size unless given. A message begins after a few."""
     draw = torch.Generator().manual_seed(seed)
     rows = []
     for i in range(num_rows or shape.batch_size):
@@ -154,13 +157,15 @@ def make_rows(shape: Shape, vocab_size: int, num_rows: int | None = None, seed: 
         ids = torch.randint(5, vocab_size - 2, (length,), generator=draw).tolist()
         mask = [0] * (length - shape.response_tokens) + [1] * shape.response_tokens
         rows.append({"input_ids": ids, "completion_mask": mask, "is_forget": i < shape.forget_rows, "row_id": i})
+        rows[-1]["prompt_position"] = min(BEFORE_MESSAGE, length - shape.response_tokens)
     return rows
 
 
-def make_collator(shape: Shape, vocab_size: int) -> ForgetRetainCollator:
+def make_collator(shape: Shape, vocab_size: int, prompt_position: str = "start") -> ForgetRetainCollator:
     """A collator with generic completions of the length of the rows' completions."""
     generic = [" ".join([f"t{vocab_size - i}"] * shape.response_tokens) for i in (1, 2)]
-    return ForgetRetainCollator(make_tokenizer(vocab_size), generic, max_length=shape.max_tokens)
+    options: dict[str, Any] = {"max_length": shape.max_tokens, "prompt_position": prompt_position}
+    return ForgetRetainCollator(make_tokenizer(vocab_size), generic, **options)
 
 
 def alternate(

@@ -4,7 +4,8 @@ python examples/benchmarks/inference.py --model opt-125m --shape sst2
 
 Classification reads the logits at the last token of each row; so does `PEFT, last logits`. `PEFT` computes
 those of every position, as its forward does by default. spul runs inside `cached_prompts()`, and once more outside it,
-where the prompt has a pass in each call. Generation is greedy, on rows of one length.
+where the prompt has a pass in each call; `spul, at the message` has it inside every row. Generation is greedy, on rows
+of one length.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main() -> None:
     peft: Any = PeftModelForCausalLM(base, copy.deepcopy(config)).to(args.device).eval()
     unlearner = SoftPromptUnlearner(base, config).to(args.device).eval()
     uncached = SoftPromptUnlearner(base, copy.deepcopy(config)).to(args.device).eval()
+    inside = SoftPromptUnlearner(base, copy.deepcopy(config), prompt_position="message").to(args.device).eval()
     num_virtual = args.num_virtual_tokens
 
     classify: dict[str, Callable[[], Any]] = {
@@ -47,7 +49,11 @@ def main() -> None:
         "PEFT, last logits": lambda: peft(**inputs, use_cache=False, logits_to_keep=last + num_virtual),
         "spul, a pass each": lambda: uncached.response_logits(**inputs, positions=last),
         "spul": lambda: unlearner.response_logits(**inputs, positions=last),
+        "spul, at the message": lambda: inside.response_logits(
+            **inputs, positions=last, prompt_position=before[: len(last)]
+        ),
     }
+    before = torch.full((max(len(last), args.generate_rows),), common.BEFORE_MESSAGE, device=base.device)
     ids = torch.randint(5, vocab_size, (args.generate_rows, shape.max_tokens), device=base.device)
     asked = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 1}
     asked |= {"min_new_tokens": args.new_tokens, "max_new_tokens": args.new_tokens}
@@ -56,6 +62,7 @@ def main() -> None:
         "PEFT": lambda: peft.generate(**asked),
         "spul, a pass each": lambda: uncached.generate(**asked),
         "spul": lambda: unlearner.generate(**asked),
+        "spul, at the message": lambda: inside.generate(**asked, prompt_position=before[: len(ids)]),
     }
 
     records = []

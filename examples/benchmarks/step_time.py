@@ -57,6 +57,8 @@ def main() -> None:
             ("plain", "spul"),
             ("spul", "floor"),
             ("spul, live reference", "spul"),
+            ("spul, at the message", "spul"),
+            ("plain", "spul, at the message"),
             ("spul", "plain"),
         ):
             if above in seconds and below in seconds:

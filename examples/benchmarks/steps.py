@@ -22,12 +22,14 @@ def on_device(batch: dict[str, Tensor], base: Any) -> dict[str, Tensor]:
     return {name: tensor.to(base.device) for name, tensor in batch.items()}
 
 
-def spul_step(base: Any, config: PeftConfig, shape: Shape, reference: str = "cached") -> Callable[[], Any]:
+def spul_step(
+    base: Any, config: PeftConfig, shape: Shape, reference: str = "cached", prompt_position: str = "start"
+) -> Callable[[], Any]:
     """The step of `UnlearningTrainer`: reference states from the cache, the LM head applied in the step."""
     summed = {"retain": CrossEntropy(reduction="sum"), "kl": KLDivergence(reduction="sum")}  # as published
-    unlearner = SoftPromptUnlearner(base, config, UnlearningLoss(ALPHA, BETA, **summed)).train()
-    vocab_size = base.config.vocab_size
-    rows, collator = make_rows(shape, vocab_size), make_collator(shape, vocab_size)
+    loss, vocab_size = UnlearningLoss(ALPHA, BETA, **summed), base.config.vocab_size
+    unlearner = SoftPromptUnlearner(base, config, loss, prompt_position=prompt_position).train()
+    rows, collator = make_rows(shape, vocab_size), make_collator(shape, vocab_size, prompt_position)
     batch = on_device(collator(rows), base)
     optimizer = torch.optim.AdamW([p for p in unlearner.parameters() if p.requires_grad], lr=LEARNING_RATE)
     folder = tempfile.TemporaryDirectory()
@@ -47,6 +49,11 @@ def spul_step(base: Any, config: PeftConfig, shape: Shape, reference: str = "cac
 def live_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
     """The same with `reference="live"`: a pass of the base is part of every step."""
     return spul_step(base, config, shape, reference="live")
+
+
+def message_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
+    """The same with the prompt inside every row, `prompt_position="message"`: no keys and values are shared."""
+    return spul_step(base, config, shape, prompt_position="message")
 
 
 def plain_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
@@ -111,4 +118,10 @@ def floor_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]
     return step
 
 
-STEPS = {"spul": spul_step, "plain": plain_step, "floor": floor_step, "spul, live reference": live_step}
+STEPS = {
+    "spul": spul_step,
+    "plain": plain_step,
+    "floor": floor_step,
+    "spul, live reference": live_step,
+    "spul, at the message": message_step,
+}

@@ -3,7 +3,8 @@
 from .clusters import TextClustering
 from .collator import ForgetRetainCollator
 from .dataset import HeldOut, forget_retain_dataset, hold_out
-from .encoder import Encoded, RowEncoder
+from .encoded import Encoded
+from .encoder import RowEncoder
 from .formats import MULTIPLE_CHOICE, QUESTION_ANSWER, REFUSALS, SENTIMENT, MultipleChoiceFormat, PromptFormat
 from .known import load_known
 from .known_reviews import load_four_splits

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from .checks import check_is_forget, check_not_generic, checked_names, checked_row_id
 from .cut_rows import rows_maybe_cut
-from .encoder import Encoded, RowEncoder
+from .encoded import Encoded
+from .encoder import RowEncoder
 from .recognizers import NameFinder
 from .row_checks import alternates_of, check_is_row, generic_ids_of, row_flag, row_name
 from .row_weights import WEIGHT
@@ -31,6 +32,7 @@ ROW_COLUMNS = (
     "input_ids",
     "num_ending",
     "generic_ids",
+    "prompt_position",
     "is_forget",
     "row_id",
     "copy",
@@ -63,6 +65,8 @@ class ForgetRetainCollator:
             `"alternates"` (`spul.training.add_alternates`).
         pairs: whether each forget row makes a pair of rows, for a loss that compares two responses (DPO): one with the
             drawn completion, and right after it one with the row's own, which is rejected.
+        prompt_position: `"message"` for a soft prompt that stands just before the last user message, or before the
+            text field of a text prompt: batches then have `prompt_position`. `"start"` (default) for all else.
 
     Raises:
         TypeError: if `generic_completions` is a string.
@@ -90,6 +94,7 @@ class ForgetRetainCollator:
         names: Sequence[str] = (),
         alternates: str | None = None,
         pairs: bool = False,
+        prompt_position: str = "start",
     ) -> None:
         if isinstance(generic_completions, str):
             raise TypeError(f"generic_completions={generic_completions!r} is one string; pass a list of completions.")
@@ -104,7 +109,8 @@ class ForgetRetainCollator:
             generic_completions = texts
         self.tokenizer, self.generic_completions = tokenizer, generic_completions
         self.seed, self.resample = seed, resample
-        self.encoder = RowEncoder(tokenizer, max_length, text_field, append_eos, pad_to_multiple_of)
+        settings = (text_field, append_eos, pad_to_multiple_of, prompt_position)
+        self.encoder = RowEncoder(tokenizer, max_length, *settings)
         if alternates is not None and generic_completions is not None:
             raise ValueError(
                 f"alternates={alternates!r} names a column to draw completions from, and generic_completions are "
@@ -137,7 +143,9 @@ class ForgetRetainCollator:
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, n) with -100 outside the completion, `is_forget` (B,) bool, and
-            `row_id` (B,) if all rows have one. With `pairs`, `is_rejected` (B,) bool, and B counts a forget row twice.
+            `row_id` (B,) if all rows have one; `prompt_position` (B,), the number of a row's tokens before the soft
+            prompt, if that stands at `"message"`. With `pairs`, `is_rejected` (B,) bool, and B counts a forget row
+            twice.
 
         Raises:
             TypeError: if `rows` is one mapping of columns.
@@ -234,6 +242,8 @@ class ForgetRetainCollator:
             self.encoder.num_cut += 1
         mask = [0] * len(encoded.prompt_ids) + [1] * len(encoded.completion_ids)
         columns = {name: row[name] for name in ("is_forget", "row_id", WEIGHT) if name in row}
+        if encoded.prompt_position is not None:
+            columns["prompt_position"] = encoded.prompt_position
         is_text = "input_ids" in row or isinstance(row["completion"], str)
         if "input_ids" not in row and (self.encoder.append_eos or not is_text):
             columns["num_ending"] = encoded.num_ending  # which a tokenized row does not show by itself

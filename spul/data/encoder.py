@@ -2,62 +2,33 @@
 
 from __future__ import annotations
 
-import bisect
-import hashlib
 import logging
 from array import array
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..losses.terms import IGNORE_INDEX
+from ..records.fields import check_prompt_position
 from .boundary import boundary_fault
 from .checks import checked_flag, checked_row_id
-from .row_checks import check_is_row, check_texts, ending_of, split_tokenized
-from .rows import completion_text, shortened
+from .conversations import conversation_ids, conversation_prompt_ids, message_start
+from .encoded import Encoded, EncodedPrompt, left_padded, position_column, token_at
+from .row_checks import check_is_row, check_texts, ending_of, position_of, split_tokenized
+from .rows import shortened
 
 logger = logging.getLogger(__name__)
 
 # Text before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
 ANCHOR = ":"
-# An answer that no template changes, to see what a chat template puts after an answer.
-MARK = "answer"
 # Characters on each side of a boundary of prompt and completion by which it counts as seen, and boundaries checked.
 BOUNDARY_WIDTH, MAX_BOUNDARIES = 16, 256
 # Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion,
-# and one for each generic completion.
+# one for each generic completion, and one for the position of its last message.
 CACHE_SIZE = 32_768
-
-
-@dataclass
-class Encoded:
-    """Token ids of a row: its prompt and its completion.
-
-    Attributes:
-        prompt_ids: those of the prompt, shortened.
-        completion_ids: those of the completion.
-        num_ending: how many of the last `completion_ids` end the answer and are no part of it: the end of turn of a
-            chat template, or the end-of-sequence token of `append_eos`.
-        num_cut: how many tokens the prompt lost.
-    """
-
-    prompt_ids: list[int]
-    completion_ids: list[int]
-    num_ending: int = field(default=0, compare=False)
-    num_cut: int = field(default=0, compare=False)
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.completion_ids)
-
-    def without_ending(self) -> Encoded:
-        """The row without what ends its answer; the end is trained, and never counted in a measure."""
-        num_own = len(self.completion_ids) - self.num_ending
-        return Encoded(self.prompt_ids, self.completion_ids[:num_own], num_cut=self.num_cut)
 
 
 class RowEncoder:
@@ -70,6 +41,10 @@ class RowEncoder:
     row that is too long loses tokens from the end of its text field, if one is named, and then from the start of the
     prompt, after the beginning-of-sequence token; never from the completion.
 
+    With `prompt_position="message"` each row also has the number of its tokens before a soft prompt that stands just
+    before what is asked: before the content of the last user message of a conversation, or before the text field of a
+    text prompt, where it stands last.
+
     Encoded completions and rendered conversations are cached, up to `CACHE_SIZE`. Copies of an encoder, as in the
     workers of a data loader, start with an empty cache.
 
@@ -80,13 +55,14 @@ class RowEncoder:
         append_eos: whether completions end with the end-of-sequence token, which is trained and not scored. In
             conversations the chat template decides.
         pad_to_multiple_of: pad the width of a batch to a multiple of this.
+        prompt_position: `"start"`, or `"message"` for prompts that stand there.
 
     Attributes:
         num_cut: number of rows that lost tokens, by the collator's `warn_of_cut_rows` and `tokenize`.
 
     Raises:
         ValueError: if `max_length` is below 2, `text_field` is given with a slow tokenizer, or `append_eos` with a
-            tokenizer without an end-of-sequence token.
+            tokenizer without an end-of-sequence token, or `prompt_position` is neither of the two.
     """
 
     def __init__(
@@ -96,7 +72,9 @@ class RowEncoder:
         text_field: str | None = None,
         append_eos: bool = False,
         pad_to_multiple_of: int | None = None,
+        prompt_position: str = "start",
     ) -> None:
+        check_prompt_position(prompt_position)
         if max_length < 2:
             raise ValueError(f"max_length={max_length}; expected at least 2: one token of prompt, one of completion.")
         if text_field is not None and not tokenizer.is_fast:
@@ -107,7 +85,7 @@ class RowEncoder:
             raise ValueError("append_eos=True, but the tokenizer has no eos_token; set one, or pass append_eos=False.")
         self.tokenizer, self.max_length = tokenizer, max_length
         self.text_field, self.append_eos, self.pad_to_multiple_of = text_field, append_eos, pad_to_multiple_of
-        self.num_cut = 0
+        self.prompt_position, self.num_cut = prompt_position, 0
         self._boundaries: set[tuple[str, str]] = set()  # ends of prompts and starts of completions that were checked
         self._cache: dict[Hashable, array[int]] = {}
         # Some tokenizers end every text with this token; a prompt must not end yet.
@@ -116,7 +94,8 @@ class RowEncoder:
 
     def with_max_length(self, max_length: int) -> RowEncoder:
         """An encoder with the same settings and another maximum length."""
-        encoder = RowEncoder(self.tokenizer, max_length, self.text_field, self.append_eos, self.pad_to_multiple_of)
+        settings = (self.text_field, self.append_eos, self.pad_to_multiple_of, self.prompt_position)
+        encoder = RowEncoder(self.tokenizer, max_length, *settings)
         encoder._cache, encoder._boundaries = self._cache, self._boundaries  # of ids before they are shortened
         return encoder
 
@@ -147,15 +126,14 @@ class RowEncoder:
 
         Returns:
             `input_ids`, `attention_mask`, `labels` (B, n), -100 outside the completion; `is_forget` (B,) bool and
-            `row_id` (B,) if the rows have them.
+            `row_id` (B,) if the rows have them; `prompt_position` (B,) if prompts stand at `"message"`.
         """
         lengths = [len(one) for one in encoded]
         width = max(lengths)
         if self.pad_to_multiple_of:
             width = -(-width // self.pad_to_multiple_of) * self.pad_to_multiple_of
-        pad = next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
         batch = {
-            "input_ids": torch.full((len(rows), width), pad),
+            "input_ids": torch.full((len(rows), width), self._pad_id),
             "attention_mask": torch.zeros((len(rows), width), dtype=torch.int64),
             "labels": torch.full((len(rows), width), IGNORE_INDEX),
         }
@@ -169,7 +147,36 @@ class RowEncoder:
         if all("row_id" in row for row in rows):
             ids = [checked_row_id(row["row_id"], f"row {i} of the batch") for i, row in enumerate(rows)]
             batch["row_id"] = torch.tensor(ids)
-        return batch
+        return batch | position_column(encoded)
+
+    def prompts(self, rows: Sequence[Mapping[str, Any]], reserve: int = 0) -> dict[str, Tensor]:
+        """One left-padded batch of prompts without completions, as `generate` continues it.
+
+        Args:
+            rows: `prompt`, as text or messages, and the text field, if one is named; a completion is not read.
+            reserve: shorten prompts as if this many tokens were to follow.
+
+        Returns:
+            `input_ids` and `attention_mask` (B, n); `prompt_position` (B,) if prompts stand at `"message"`.
+
+        Example:
+            ```python
+            unlearner.generate(**collator.encoder.prompts([{"prompt": messages}]), max_new_tokens=20)
+            ```
+        """
+        found = []
+        for row in rows:
+            check_is_row(row)
+            is_text = isinstance(row.get("prompt"), str)
+            stand_in = "answer" if is_text else [{"role": "assistant", "content": "answer"}]  # checked, not encoded
+            check_texts({**row, "completion": stand_in}, self.text_field)
+            prompt = self._shortened(self._prompt(row), reserve)
+            found.append(Encoded(prompt.ids, [], prompt_position=prompt.position))
+        return left_padded(found, self._pad_id)
+
+    @property
+    def _pad_id(self) -> int:
+        return next((t for t in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id) if t is not None), 0)
 
     def encode(self, row: Mapping[str, Any], completion: str | list[int] | None = None, reserve: int = 0) -> Encoded:
         """Token ids of a row.
@@ -184,9 +191,12 @@ class RowEncoder:
                 long.
         """
         check_is_row(row)
+        num_ending = 0
         if "input_ids" in row:
             prompt_ids, completion_ids = split_tokenized(row)
-            removable, num_ending = None, ending_of(row, len(completion_ids))
+            at_message = self.prompt_position == "message"
+            prompt = EncodedPrompt(prompt_ids, position=position_of(row, len(prompt_ids)) if at_message else None)
+            num_ending = ending_of(row, len(completion_ids))
             if isinstance(completion, list):
                 completion_ids, num_ending = completion, 0
             elif completion is not None:
@@ -195,22 +205,21 @@ class RowEncoder:
             raise ValueError("token ids can replace the completion of a tokenized row only; pass text.")
         else:
             check_texts(row, self.text_field)
+            prompt = self._prompt(row)
             if isinstance(row["prompt"], str):
-                prompt_ids, removable = self._prompt_ids(row)
                 text = row["completion"] if completion is None else completion
                 completion_ids, num_ending = self.completion_ids(text), int(self.append_eos)
-                self._check_boundary(row["prompt"], text, prompt_ids, completion_ids)
+                self._check_boundary(row["prompt"], text, prompt.ids, completion_ids)
             else:
-                prompt_ids, completion_ids, num_ending = self._chat_ids(row["prompt"], row["completion"], completion)
-                removable = None
-        if not prompt_ids or not completion_ids:
-            part = "the completion" if prompt_ids else "the prompt"
+                _, completion_ids, num_ending = self._conversation_ids(row, completion)
+        if not prompt.ids or not completion_ids:
+            part = "the completion" if prompt.ids else "the prompt"
             raise ValueError(
                 f"{part} of a row has no tokens: {shortened(repr(dict(row)))}. The model needs at least one token "
                 "before the completion, and one to answer."
             )
-        kept = self._shorten(prompt_ids, max(len(completion_ids), reserve), removable)
-        return Encoded(kept, completion_ids, num_ending, len(prompt_ids) - len(kept))
+        kept = self._shortened(prompt, max(len(completion_ids), reserve))
+        return Encoded(kept.ids, completion_ids, num_ending, len(prompt.ids) - len(kept.ids), kept.position)
 
     def answer_ids(self, text: str, row: Mapping[str, Any]) -> list[int]:
         """`completion_ids` without what ends the answer: the tokens that are scored."""
@@ -229,7 +238,7 @@ class RowEncoder:
         """
         if row is None or "input_ids" in row or isinstance(row["prompt"], str):
             return self._cached(text, lambda: self._text_ids(text))
-        return self._chat_ids(row["prompt"], row["completion"], text)[1]
+        return self._conversation_ids(row, text)[1]
 
     def _check_boundary(self, prompt: str, text: str, prompt_ids: list[int], completion_ids: list[int]) -> None:
         """Warn, once, of a completion that merges with its prompt, or lacks the space before it.
@@ -275,108 +284,54 @@ class RowEncoder:
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [*ids, self.tokenizer.eos_token_id] if self.append_eos else ids
 
-    def _prompt_ids(self, row: Mapping[str, Any]) -> tuple[list[int], range | None]:
-        """Token ids of a text prompt, and the range of those that belong to its text field."""
-        prompt = row["prompt"]
-        encoded = self.tokenizer(prompt, return_offsets_mapping=self.text_field is not None)
+    def _prompt(self, row: Mapping[str, Any]) -> EncodedPrompt:
+        """The prompt of a row of texts or messages, before it is shortened."""
+        if not isinstance(row["prompt"], str):
+            ids = conversation_prompt_ids(self.tokenizer, row["prompt"], self._cached)
+            at_message = self.prompt_position == "message"
+            start = message_start(self.tokenizer, row["prompt"], self._cached) if at_message else None
+            return EncodedPrompt(ids, position=start)
+        prompt, field = row["prompt"], self.text_field
+        encoded = self.tokenizer(prompt, return_offsets_mapping=field is not None)
         ids = self._whole_ids(prompt, encoded["input_ids"])
-        second = self.has_second_bos(prompt, encoded["input_ids"])
-        if self.text_field is None:
-            return ids, None
-        start = prompt.find(row[self.text_field])
+        if self.prompt_position == "message" and (field is None or not row[field].strip()):
+            found = "no text_field is named" if field is None else f"that of column {field!r} is empty"
+            raise ValueError(
+                f'prompt_position="message" puts the soft prompt before the text of a text prompt, and {found}: '
+                f"{shortened(repr(prompt))}. Name the column whose text the prompt contains, "
+                'ForgetRetainCollator(..., text_field="text"), or pass conversations.'
+            )
+        if field is None:
+            return EncodedPrompt(ids)
+        start = prompt.rfind(row[field])  # turns before the question may hold the same text
         if start < 0:
             raise ValueError(
-                f"the text of column {self.text_field!r} is not part of the prompt of its row: "
+                f"the text of column {field!r} is not part of the prompt of its row: "
                 f"{shortened(repr(dict(row)))}. Name the column whose text the prompt contains."
             )
-        end = start + len(row[self.text_field])
-        offsets = encoded["offset_mapping"][second:][: len(ids)]
+        end = start + len(row[field])
+        offsets = encoded["offset_mapping"][self.has_second_bos(prompt, encoded["input_ids"]) :][: len(ids)]
         inside = [i for i, (a, b) in enumerate(offsets) if a < b and start <= a and b <= end]
-        return ids, range(inside[0], inside[-1] + 1) if inside else None
+        return EncodedPrompt(
+            ids,
+            range(inside[0], inside[-1] + 1) if inside else None,
+            token_at(offsets, start) if self.prompt_position == "message" else None,
+        )
+
+    def _conversation_ids(self, row: Mapping[str, Any], text: str | None) -> tuple[list[int], list[int], int]:
+        return conversation_ids(self.tokenizer, row["prompt"], row["completion"], text, self._cached)
 
     def has_second_bos(self, text: str, ids: Sequence[int]) -> bool:
         """Whether the tokenizer put a beginning-of-sequence token before a text that begins with one itself."""
         token, bos = self.tokenizer.bos_token, self.tokenizer.bos_token_id
         return token is not None and text.startswith(token) and list(ids[:2]) == [bos, bos]
 
-    def _chat_ids(self, prompt: list, completion: list, text: str | None) -> tuple[list[int], list[int], int]:
-        """Token ids of prompt and completion of a conversation by the chat template, cached by their content.
-
-        Also the number of the completion's last tokens that are the template's end of turn.
-        """
-        if text is not None:
-            completion = [{"role": completion[-1]["role"], "content": text.strip()}]
-        template = str(self.tokenizer.chat_template)
-        key = (template, hashlib.sha256(repr(prompt).encode()).digest())
-
-        def render(messages: list, add_generation_prompt: bool) -> list[int]:
-            apply = self.tokenizer.apply_chat_template
-            options: dict[str, Any] = {
-                "add_generation_prompt": add_generation_prompt,
-                "tokenize": True,
-                "return_dict": False,
-            }
-            try:
-                return list(apply(messages, **options))
-            except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
-                raise ValueError(
-                    f"the chat template cannot render the messages of a row, {shortened(repr(messages))}: {error}. "
-                    "Expected roles and fields that the tokenizer's chat_template knows."
-                ) from error
-
-        def completion_ids() -> list[int]:
-            both = render([*prompt, *completion], add_generation_prompt=False)
-            if both[: len(prompt_ids)] != prompt_ids:
-                raise ValueError(
-                    "the chat template renders the prompt differently when the completion follows, so the completion "
-                    f"cannot be separated: {prompt!r}. Use a template whose generation prompt is the start of an "
-                    "answer."
-                )
-            ids = both[len(prompt_ids) :]
-            after = self._cached((template, completion[-1]["role"]), after_mark)
-            if not after or ids[-len(after) :] != after:
-                after = self._after(ids, completion_text(completion).strip())
-            num_ending = self._end_of_turn(after)
-            return [num_ending, *ids[: len(ids) - len(after) + num_ending]]
-
-        def after_mark() -> list[int]:
-            message = {"role": completion[-1]["role"], "content": MARK}
-            return self._after(render([*prompt, message], add_generation_prompt=False)[len(prompt_ids) :], MARK)
-
-        prompt_ids = self._cached(key, lambda: render(prompt, add_generation_prompt=True))
-        num_ending, *ids = self._cached((*key, repr(completion)), completion_ids)
-        return prompt_ids, ids, num_ending
-
-    def _after(self, ids: list[int], text: str) -> list[int]:
-        """The token ids after a text; none if the text is not among them."""
-
-        def holds_text(num: int) -> bool:
-            return text in self.tokenizer.decode(ids[:num], clean_up_tokenization_spaces=False)
-
-        num = bisect.bisect_left(range(len(ids) + 1), True, key=holds_text)
-        return ids[num:]
-
-    def _end_of_turn(self, after: Sequence[int]) -> int:
-        """Number of token ids after an answer that end its turn: up to the first special token, or all but spaces."""
-        special = self.tokenizer.added_tokens_decoder
-        for num, token in enumerate(after, start=1):
-            if token in special:
-                return num
-        texts = [str(self.tokenizer.decode([token])) for token in after]
-        return max((num for num, text in enumerate(texts, start=1) if text.strip()), default=0)
-
-    def _shorten(self, prompt_ids: list[int], num_completion: int, removable: range | None) -> list[int]:
-        excess = len(prompt_ids) + num_completion - self.max_length
-        if excess <= 0:
-            return prompt_ids
+    def _shortened(self, prompt: EncodedPrompt, num_completion: int) -> EncodedPrompt:
+        if len(prompt.ids) + num_completion <= self.max_length:
+            return prompt
         if num_completion >= self.max_length:
             raise ValueError(
                 f"a completion has {num_completion} tokens and max_length={self.max_length} leaves no room for a "
                 "prompt; completions are never cut: raise max_length."
             )
-        if removable is not None:
-            cut = min(excess, len(removable))
-            prompt_ids = prompt_ids[: removable.stop - cut] + prompt_ids[removable.stop :]
-            excess -= cut
-        keep = 1 if prompt_ids[0] == self.tokenizer.bos_token_id and len(prompt_ids) - excess > 1 else 0
-        return prompt_ids[:keep] + prompt_ids[keep + excess :]
+        return prompt.shortened(len(prompt.ids) + num_completion - self.max_length, self.tokenizer.bos_token_id)

@@ -145,6 +145,23 @@ def ending_of(row: Mapping[str, Any], num_completion: int) -> int:
     return number
 
 
+def position_of(row: Mapping[str, Any], num_prompt: int) -> int:
+    """The checked `prompt_position` of a tokenized row: how many of its tokens stand before a soft prompt.
+
+    Raises:
+        ValueError: if it is missing, or not a whole number of at most `num_prompt`.
+    """
+    value = row.get("prompt_position")
+    number = whole_number(value, bools=False)
+    if number is None or not 0 <= number <= num_prompt:
+        raise ValueError(
+            f"{row_name(row)}, a tokenized one: prompt_position is {_short(value)}; expected a whole number from 0 to "
+            f"{num_prompt}, the prompt's tokens, by which a soft prompt stands before the message. Tokenize the data "
+            'set anew by a collator with prompt_position="message".'
+        )
+    return number
+
+
 def generic_ids_of(row: Mapping[str, Any], num: int) -> list[list[int]] | None:
     """The checked `generic_ids` of a tokenized row: token ids of the collator's generic completions; None without.
 

@@ -16,6 +16,7 @@ from ..data.checks import checked_texts
 from ..losses.terms import IGNORE_INDEX
 from ..models.unlearner import Unlearner
 from ..prompts.arguments import check_rows
+from ..prompts.position import check_any_row
 from ..prompts.row_prompts import NO_PROMPT
 from ..prompts.unlearner import SoftPromptUnlearner
 from .gate import Gate, as_gate, request_texts
@@ -54,6 +55,7 @@ class GatedUnlearner(nn.Module, Unlearner):
 
     follows_embeddings = False
     reads_tokens = True
+    takes_prompt_position = True
     is_gated = True
 
     def __init__(
@@ -200,6 +202,7 @@ class GatedUnlearner(nn.Module, Unlearner):
         if input_ids is None:
             raise ValueError("forward through gates needs input_ids, which the gates read.")
         check_rows(input_ids, attention_mask)
+        check_any_row(self.unlearner, kwargs.get("prompt_position"))
         starts = _starts(input_ids, attention_mask, labels)
         kwargs["adapter_names"] = self._names_of_rows(input_ids, attention_mask, starts)
         return self.unlearner(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
@@ -221,18 +224,22 @@ class GatedUnlearner(nn.Module, Unlearner):
         if input_ids is None:
             raise ValueError("generate through gates needs input_ids, which the gates read.")
         check_rows(input_ids, kwargs.get("attention_mask"))
+        check_any_row(self.unlearner, kwargs.get("prompt_position"))
         mask, whole = kwargs.get("attention_mask"), [0] * len(input_ids)
         kwargs["adapter_names"] = self._names_of_rows(input_ids, mask, whole)
         return self.unlearner.generate(input_ids, *args, **kwargs)
 
-    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    def response_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, prompt_position: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, K, V) at `positions` (B, K) of a right-padded batch, each row under the prompt of its request.
 
         A row's request ends at the first of its positions; a row of text without a request is one as a whole.
         """
+        check_any_row(self.unlearner, prompt_position)
         ends = [first + 1 if first else 0 for first in positions[:, 0].tolist()]
         names = self._names_of_rows(input_ids, attention_mask, ends)
-        return self.unlearner.response_logits(input_ids, attention_mask, positions, adapter_names=names)
+        return self.unlearner.response_logits(input_ids, attention_mask, positions, names, prompt_position)
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) of the base, without a prompt."""
@@ -306,7 +313,7 @@ class GatedUnlearner(nn.Module, Unlearner):
         """The configs of the prompts, and what each gate is, by name; empty where they are disabled."""
         if not self.enabled:
             return {}
-        found = {name: config.to_dict() for name, config in self.unlearner.peft_config.items()}
+        found = {name: self.unlearner.prompt_settings(name) for name in self.unlearner.peft_config}
         routing = {"precedence": self.precedence, "combined": sorted((sorted(s), n) for s, n in self.combined.items())}
         gates = {
             f"gate of {name}": {"peft_type": f"{gate.kind} gate", "gate": gate.identity(), **routing}

@@ -14,7 +14,7 @@ from .positions import pack_right, response_positions, token_positions
 from .terms import IGNORE_INDEX
 from .unlearning_loss import UnlearningLoss, num_forget_rows
 
-LogitsFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+LogitsFunction = Callable[..., Tensor]
 """Maps `input_ids` (B, n), `attention_mask` (B, n) and `positions` (B, K) to logits (B, K, V).
 
 For a loss of terms that read hidden states, to those of its layer: (B, K, d).
@@ -65,6 +65,7 @@ def batch_loss(
     row_id: Tensor | None = None,
     alpha: Tensor | float | None = None,
     is_rejected: Tensor | None = None,
+    prompt_position: Tensor | None = None,
 ) -> UnlearnerOutput:
     """Return the unlearning loss of a batch.
 
@@ -77,6 +78,7 @@ def batch_loss(
         row_id: not used; the collator returns it.
         alpha: the weight of the retain term under a budget, `RetainMultiplier.alpha`.
         is_rejected: (B,) bool, of the rows of pairs, see `UnlearningLoss`.
+        prompt_position: (B,), passed to `response_logits` by name unless it is None.
 
     Raises:
         ValueError: if shapes do not match, `is_forget` holds other numbers than 0 and 1, or `alpha` is missing under a
@@ -111,31 +113,35 @@ def batch_loss(
         )
     rows_of_groups = torch.stack([num_forget_rows(is_forget, is_rejected), (~is_forget).sum()]).float()
     counts = _divisors(rows_of_groups, labels, group_counts, num_items_in_batch)
+    at = {} if prompt_position is None else {"prompt_position": prompt_position}
 
     if torch.is_grad_enabled() and not loss.uses_retain_rows:
         # Retain rows have no weight, so they are not computed.
         rows = is_forget.nonzero().flatten()
         if len(rows) == 0:
             # One row all the same: backward, and DDP's processes, which wait for each other, need a graph.
-            logits = response_logits(input_ids[:1], attention_mask[:1], positions[:1])
+            logits = response_logits(
+                input_ids[:1], attention_mask[:1], positions[:1], **{name: x[:1] for name, x in at.items()}
+            )
             zero = logits.float().sum() * 0.0
             none = zero.detach()
             return UnlearnerOutput(zero, none, none, none, none, logits[:0], targets[:0])
         attention_mask, input_ids, positions = attention_mask[rows], input_ids[rows], positions[rows]
         targets, is_forget, needed = targets[rows], is_forget[rows], needed[rows]
         labels, is_rejected = labels[rows], None if is_rejected is None else is_rejected[rows]
+        at = {name: x[rows] for name, x in at.items()}
 
     text_logits, text_labels = None, None
     if loss.gamma > 0 and is_forget.any():
         # One pass for both: logits at all positions, of which those of the responses are selected.
         every_position = torch.arange(input_ids.shape[1] - 1, device=input_ids.device).expand(len(input_ids), -1)
-        all_logits = response_logits(input_ids, attention_mask, every_position)
+        all_logits = response_logits(input_ids, attention_mask, every_position, **at)
         logits = all_logits.take_along_dim(positions[..., None], dim=1)
         text_logits = all_logits[is_forget]
         is_text = (attention_mask != 0) & (labels == IGNORE_INDEX)
         text_labels = input_ids.masked_fill(~is_text, IGNORE_INDEX)[is_forget, 1:]
     else:
-        logits = response_logits(input_ids, attention_mask, positions)
+        logits = response_logits(input_ids, attention_mask, positions, **at)
         if loss.gamma > 0:
             text_logits, text_labels = logits[:0], targets[:0]
     if reference_logits is None and needed.any():

@@ -90,6 +90,8 @@ class Unlearner:
         disabled_somewhere: whether a thread or asyncio task is inside `disable_adapter`.
         has_adapter: whether disabling an adapter restores the base.
         takes_adapter_names: whether `response_logits` and `generate` take one name of a prompt per row.
+        takes_prompt_position: whether `response_logits`, `embedding_logits` and `generate` take, and prompts at
+            `"message"` need, the number of each row's tokens before its prompt.
         computes_loss: whether `forward` computes the unlearning loss of a batch with `is_forget`.
         has_own_checkpoint: whether `save_pretrained` and `load_checkpoint` replace those of `transformers.Trainer`.
         can_be_sharded: whether it trains under FSDP and DeepSpeed.
@@ -109,6 +111,7 @@ class Unlearner:
     disabled_somewhere: bool = False
     has_adapter: bool = True
     takes_adapter_names: bool = False
+    takes_prompt_position: bool = False
     computes_loss: bool = False
     has_own_checkpoint: bool = False
     can_be_sharded: bool = True

@@ -12,6 +12,7 @@ from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .configs import check_peft_config, check_promptable, scale_random_prompt
+from .position import check_position
 from .shared_prefix import drop_cached
 
 
@@ -20,15 +21,31 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
 
     prompt_encoder: Any  # set by PEFT
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        """Add a new prompt beside the others; it is trained once `set_adapter` has made it the active one."""
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        *args: Any,
+        prompt_position: str = "start",
+        **kwargs: Any,
+    ) -> None:
+        """Add a new prompt beside the others; it is trained once `set_adapter` has made it the active one.
+
+        Args:
+            adapter_name: its name.
+            peft_config: its config.
+            args: as in `PeftModel.add_adapter`; `kwargs` too.
+            prompt_position: `"start"` or `"message"`, as of the first prompt.
+        """
         check_peft_config(peft_config)
+        check_position(prompt_position, peft_config)
         if "spul_configs" in self.__dict__:  # the first prompt's base was checked before
             check_promptable(self.get_base_model(), peft_config)
         with checkpoint.registry_unchanged_on_error(self):
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
             # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
-            self.__dict__.setdefault("spul_configs", {})[adapter_name] = SpulConfig()
+            record = SpulConfig(prompt_position=prompt_position)
+            self.__dict__.setdefault("spul_configs", {})[adapter_name] = record
             if not peft_config.inference_mode:
                 scale_random_prompt(self, adapter_name)
             self._train_active_prompt_only()
@@ -90,7 +107,7 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
 
     @property
     def virtual_tokens_in_use(self) -> int:
-        """Virtual tokens in front of every row; 0 where the prompt is disabled."""
+        """Virtual tokens that every row has; 0 where the prompt is disabled."""
         return self.active_peft_config.num_virtual_tokens if self.enabled else 0
 
     @property
@@ -105,4 +122,10 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
 
     def adapter_settings(self) -> dict[str, dict[str, Any]]:
         """The config of the active prompt, by its name; empty where it is disabled."""
-        return {self.active_adapter: self.active_peft_config.to_dict()} if self.enabled else {}
+        return {self.active_adapter: self.prompt_settings(self.active_adapter)} if self.enabled else {}
+
+    def prompt_settings(self, adapter_name: str) -> dict[str, Any]:
+        """The config of a prompt, with its position where that is not the start."""
+        position = self.spul_configs[adapter_name].prompt_position
+        config: Any = self.peft_config[adapter_name]
+        return config.to_dict() | ({} if position == "start" else {"prompt_position": position})

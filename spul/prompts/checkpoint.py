@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
 from ..records.spul_config import SPUL_CONFIG_NAME, SpulConfig, read_spul_config, without_local_path
 from ..records.weights import Shapes, read_weights, weight_shapes
 from .configs import check_causal_lm, check_peft_config, check_sizes, encoder_shapes, prompt_shape, without_start
+from .position import check_position, read_type, saved_type
 
 if TYPE_CHECKING:
     from .adapters import PromptAdapters
@@ -69,7 +71,7 @@ def save(
         for name in names:
             part = "" if name == "default" else name
             folder = scratch / part
-            _shorten_paths(folder / CONFIG_NAME)
+            _finish_config(folder / CONFIG_NAME, model.spul_configs[name].prompt_position)
             write_model_card(model, folder, name)  # PEFT writes one for all of them
             model.spul_configs[name].save_with_weights(folder, target / part, WEIGHTS_NAME)
             if _has_encoder(model, name):
@@ -80,9 +82,10 @@ def save(
             (target if name == "default" else target / name).joinpath(ENCODER_NAME).unlink(missing_ok=True)
 
 
-def _shorten_paths(path: Path) -> None:
-    """Of paths of the user's machine in PEFT's config leave the last part."""
+def _finish_config(path: Path, prompt_position: str) -> None:
+    """Of paths of the user's machine in PEFT's config leave the last part; set the type that tells the position."""
     config = read_object(path)
+    config["peft_type"] = saved_type(config["peft_type"], prompt_position)
     for name in ("base_model_name_or_path", "tokenizer_name_or_path"):
         if config.get(name):
             config[name] = without_local_path(config[name])
@@ -135,7 +138,8 @@ def load(
     check_causal_lm(loaded)
     check_base(loaded, config, spul_config, adapter)
     with unchanged_on_error(loaded):
-        unlearner = cls(loaded, config, loss=loss, adapter_name=adapter_name, **kwargs)
+        position = spul_config.prompt_position
+        unlearner = cls(loaded, config, loss=loss, adapter_name=adapter_name, prompt_position=position, **kwargs)
         unlearner.spul_configs[adapter_name] = spul_config
         if is_trainable:
             # After more training, the saved metrics and fingerprint no longer apply.
@@ -172,13 +176,18 @@ def read(adapter: str | os.PathLike, with_encoder: bool, stacklevel: int, **hub:
             weights do not belong together.
     """
     where = repr("/".join(part for part in (str(adapter), hub.get("subfolder")) if part))
-    config = _read_config(adapter, where, **hub)
+    config, position = _read_config(adapter, where, **hub)
     path = find_file(adapter, WEIGHTS_NAME, **hub)
     if path is None:
         raise ValueError(f"{where} holds no {WEIGHTS_NAME}; spul loads safetensors only.")  # others are pickles
     check_sizes(config, where)
     _check_shapes(path, weight_shapes(path), {WEIGHTS_KEY: prompt_shape(config)})
     spul_config = read_spul_config(adapter, **hub)
+    if spul_config.prompt_position != position:
+        raise ValueError(
+            f"{where}: the prompt stands at {position!r} by its {CONFIG_NAME}, and at {spul_config.prompt_position!r} "
+            f"by its {SPUL_CONFIG_NAME}; expected two files of one save. Copy or download the whole folder again."
+        )
     spul_config.check_weights(path, stacklevel + 1)
     weights, encoder = read_weights(path)[WEIGHTS_KEY], None
     if with_encoder and _encodes(config):
@@ -198,13 +207,20 @@ def read(adapter: str | os.PathLike, with_encoder: bool, stacklevel: int, **hub:
     return SavedPrompt(where, config, spul_config, weights, encoder)
 
 
-def _read_config(adapter: str | os.PathLike, where: str, **hub: Any) -> Any:
+def _read_config(adapter: str | os.PathLike, where: str, **hub: Any) -> tuple[Any, str]:
+    """The config of a saved prompt, and the position that it tells."""
     path = find_file(adapter, CONFIG_NAME, **hub)
     if path is None:
         raise ValueError(f"{where} holds no {CONFIG_NAME}; pass a folder or a Hub name of a saved prompt.")
-    read_object(path)
+    saved = read_object(path)
+    peft_type, position = read_type(saved.get("peft_type"))
     try:
-        config: Any = PeftConfig.from_pretrained(os.fspath(adapter), **hub)
+        if position == "start":
+            config: Any = PeftConfig.from_pretrained(os.fspath(adapter), **hub)
+        else:  # PEFT reads it under its own type only
+            with tempfile.TemporaryDirectory() as folder:
+                Path(folder, CONFIG_NAME).write_text(json.dumps(saved | {"peft_type": peft_type}), encoding="utf-8")
+                config = PeftConfig.from_pretrained(folder)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is no config that this version of PEFT knows ({type(error).__name__}: {error}); expected one of "
@@ -216,8 +232,9 @@ def _read_config(adapter: str | os.PathLike, where: str, **hub: Any) -> Any:
             "prompt-learning configs: PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig."
         )
     check_peft_config(config)
+    check_position(position, config)
     without_start(config)
-    return config
+    return config, position
 
 
 def _encodes(config: Any) -> bool:
@@ -278,9 +295,15 @@ def load_into(model: PromptAdapters, adapter: str | os.PathLike, adapter_name: s
             f"model is {PeftType(present.peft_type).value}; load it under a new name, or on its own: "
             "SoftPromptUnlearner.from_pretrained."
         )
+    record = model.spul_configs.get(adapter_name)
+    if live and record.prompt_position != saved.spul_config.prompt_position:
+        raise ValueError(
+            f"the prompt in {saved.where} stands at {saved.spul_config.prompt_position!r}, and {adapter_name!r} in "
+            f"this model at {record.prompt_position!r}; load it under a new name, or on its own: "
+            "SoftPromptUnlearner.from_pretrained."
+        )
     if live:
         put(model, saved, adapter_name)
-        record = model.spul_configs[adapter_name]
         for name in ("metrics", "weights_sha256", "name"):
             setattr(record, name, getattr(saved.spul_config, name))
         return
@@ -288,7 +311,7 @@ def load_into(model: PromptAdapters, adapter: str | os.PathLike, adapter_name: s
     saved.config.inference_mode = True
     with registry_unchanged_on_error(model):
         if present is None:
-            model.add_adapter(adapter_name, saved.config)
+            model.add_adapter(adapter_name, saved.config, prompt_position=saved.spul_config.prompt_position)
         put(model, saved, adapter_name)
         model.spul_configs[adapter_name] = saved.spul_config
         model.eval()

@@ -34,7 +34,8 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
         raise ValueError("generate needs input_ids (batch, tokens); an empty prompt cannot be continued.")
     check_rows(input_ids, kwargs.get("attention_mask"))
     base: Any = model.get_base_model()
-    prompts = RowPrompts(model, len(input_ids), kwargs.pop("adapter_names", None))
+    named = (kwargs.pop("adapter_names", None), kwargs.pop("prompt_position", None))
+    prompts = RowPrompts(model, len(input_ids), *named)
     kwargs |= named_arguments(base.generate, args)
     own = model.__dict__.get("generation_config")  # set on the unlearner, as the base's would be
     kwargs["generation_config"] = kwargs.get("generation_config") or own
@@ -93,7 +94,7 @@ def _generate_in_evaluation_mode(
         return _generate_by_group(prompts, settings, input_ids, attention_mask, kwargs)
     raise ValueError(
         f"{type(base).__name__} shares no prompt between rows, and its generate takes no embeddings, or does not "
-        "continue them as its forward computes, so generate cannot put a prompt in front; forward and scoring can."
+        "continue them as its forward computes, so generate cannot put a prompt in; forward and scoring can."
     )
 
 
@@ -141,7 +142,7 @@ def _generate(
 def _generate_concatenated(
     prompts: RowPrompts, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
 ) -> Any:
-    """Generate from the prompt's embeddings before those of every row, pads in front of both.
+    """Generate from the prompt's embeddings and those of every row, pads in front of both.
 
     The base fills a cache of its own, and no pads stand between prompt and tokens, which would use up a window.
 
@@ -150,8 +151,8 @@ def _generate_concatenated(
     """
     if settings.prefill_chunk_size is not None:
         raise ValueError(
-            f"prefill_chunk_size={settings.prefill_chunk_size}: here the prompt stands as embeddings in front of "
-            "every row, which are not taken in chunks; leave it out."
+            f"prefill_chunk_size={settings.prefill_chunk_size}: here the prompt stands as embeddings in every row, "
+            "which are not taken in chunks; leave it out."
         )
     left_ids, left_mask = _pads_first(attention_mask, input_ids)
     model = prompts.model

@@ -165,17 +165,18 @@ def _by_prompt(base: Any, prompts: RowPrompts, input_ids: Tensor, attention_mask
 
 def named_forward(
     model: Any,
-    adapter_names: Sequence[str],
+    adapter_names: Sequence[str] | None,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     labels: Tensor | None,
+    prompt_position: Tensor | None = None,
     **kwargs: Any,
 ) -> Any:
-    """A forward in which each row has the prompt of its name, or none.
+    """A forward in which each row has the prompt of its name, or none; or the active one, inside the rows.
 
     Returns:
-        The base's output, without a cache; its logits (B, n, V) are at the rows' own tokens. Its loss, with `labels`,
-        is the base's own; a label at a row's first token is not used.
+        The base's output, without a cache; its logits (B, n, V) are at the rows' own tokens, and each predicts the
+        row's next token. Its loss, with `labels`, is the base's own; a label at a row's first token is not used.
 
     Raises:
         TypeError: for names that are no list of strings.
@@ -189,16 +190,17 @@ def named_forward(
         found.append("labels of a mixture of experts whose loss has a term over all positions")
     if input_ids is None or found:
         raise ValueError(
-            "forward with adapter_names takes input_ids and returns logits at all of them; found "
-            f"{', '.join(found) or 'no input_ids'}: leave that out, or choose one prompt by set_adapter."
+            "forward with adapter_names, or under a prompt inside the rows, takes input_ids and returns logits at all "
+            f"of them; found {', '.join(found) or 'no input_ids'}: leave that out, or choose one prompt at the start "
+            "of the rows by set_adapter."
         )
     check_rows(input_ids, attention_mask)
     if not input_ids.shape[1]:
-        raise ValueError("input_ids has rows of no tokens; forward with adapter_names returns logits at the tokens.")
+        raise ValueError("input_ids has rows of no tokens; such a forward returns logits at the tokens.")
     _drop_token_types(kwargs)
     kwargs.pop("use_cache", None)
     loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
-    prompts = RowPrompts(model, len(input_ids), adapter_names)
+    prompts = RowPrompts(model, len(input_ids), adapter_names, prompt_position)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     mask, ids, origin = pack_right(mask, input_ids, columns)
@@ -210,8 +212,7 @@ def named_forward(
     elif states is None:
         embeds, full = prompts.concatenated(model.word_embeddings(ids), mask, pads_first=False)
         out = base(inputs_embeds=embeds, attention_mask=full, use_cache=False, **kwargs)
-        own = columns + prompts.row_lengths(ids.device)[:, None]
-        out.logits = out.logits.take_along_dim(own[..., None], dim=1)
+        out.logits = out.logits.take_along_dim(prompts.moved(columns, mask)[..., None], dim=1)
     else:
         out = base(input_ids=ids, use_cache=True, **states.prefix_inputs(base, mask), **kwargs)
     out.logits = out.logits.take_along_dim(origin.argsort(dim=1)[..., None], dim=1)

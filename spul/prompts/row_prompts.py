@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.causal_lm import logits_at, max_positions
+from .position import check_column, stands_inside
 from .probe import shares_mixed_prefixes
 from .shared_prefix import is_prefix, prompt_states, shares_states
 from .states import MixedStates, PromptStates
@@ -24,14 +25,23 @@ class RowPrompts:
         model: a prompt-learning PEFT model, its prompt enabled.
         num_rows: B.
         adapter_names: for each row the name of its prompt, `"__base__"` for none; the active one for all unless given.
+        prompt_position: for each row the number of its tokens before a prompt that stands inside it, (B,); rows whose
+            prompt stands at the start, or that have none, do not use it.
 
     Raises:
         TypeError: if `adapter_names` is no list of strings.
-        ValueError: for another number of names than rows, and names that the model does not have.
+        ValueError: for another number of names than rows, names that the model does not have, and a prompt inside the
+            rows without `prompt_position`.
     """
 
-    def __init__(self, model: Any, num_rows: int, adapter_names: Sequence[str] | None = None) -> None:
-        self.model, self.num_rows = model, num_rows
+    def __init__(
+        self,
+        model: Any,
+        num_rows: int,
+        adapter_names: Sequence[str] | None = None,
+        prompt_position: Tensor | None = None,
+    ) -> None:
+        self.model, self.num_rows, self.prompt_position = model, num_rows, prompt_position
         if adapter_names is None:
             self.named: list[Any] = [model]
             self.index = [0] * num_rows
@@ -41,6 +51,9 @@ class RowPrompts:
             self.named = [None if name == NO_PROMPT else under(model, name) for name in different]
             self.index = [different.index(name) for name in adapter_names]
         self.lengths = [0 if one is None else one.active_peft_config.num_virtual_tokens for one in self.named]
+        self.inside = [one is not None and stands_inside(one) for one in self.named]
+        if self.is_inside:
+            check_column(prompt_position, num_rows)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -53,6 +66,11 @@ class RowPrompts:
         return any(one is not None and is_prefix(one) for one in self.named)
 
     @property
+    def is_inside(self) -> bool:
+        """Whether a prompt stands inside its rows, which then share no keys and values of it."""
+        return any(self.inside)
+
+    @property
     def names_a_prompt(self) -> bool:
         """Whether a row has a prompt."""
         return any(one is not None for one in self.named)
@@ -61,16 +79,40 @@ class RowPrompts:
         """Virtual tokens of each row, (B,)."""
         return torch.tensor([self.lengths[i] for i in self.index], device=device)
 
+    def tokens_before(self, attention_mask: Tensor) -> Tensor:
+        """Tokens of each row before its prompt, (B,): 0 for prompts at the start.
+
+        Raises:
+            ValueError: if they are more than the row has, or below 0.
+        """
+        if not self.is_inside:
+            return torch.zeros(self.num_rows, dtype=torch.long, device=attention_mask.device)
+        assert self.prompt_position is not None  # checked above
+        is_inside = torch.tensor([self.inside[i] for i in self.index], device=attention_mask.device)
+        before = self.prompt_position.to(attention_mask.device).long().where(is_inside, 0)
+        lengths = attention_mask.ne(0).sum(dim=1)
+        if bool(((before < 0) | (before > lengths)).any()):
+            raise ValueError(
+                f"prompt_position is {before.tolist()}, and the rows have {lengths.tolist()} tokens; expected for "
+                "each row the number of its tokens before the soft prompt, from 0 to all of them."
+            )
+        return before
+
     def of_rows(self, rows: Sequence[int]) -> RowPrompts:
         """The prompts of some rows, by their indices."""
         some = copy.copy(self)
         used = sorted({self.index[i] for i in rows})
         some.named, some.lengths = ([one[i] for i in used] for one in (self.named, self.lengths))
+        some.inside = [self.inside[i] for i in used]
+        if self.prompt_position is not None:
+            some.prompt_position = self.prompt_position[list(rows)]
         some.num_rows, some.index = len(rows), [used.index(self.index[i]) for i in rows]
         return some
 
     def states(self) -> PromptStates | MixedStates | None:
-        """Keys and values of the prompts; None if the base has not earned to share them."""
+        """Keys and values of the prompts; None inside the rows, and if the base has not earned to share them."""
+        if self.is_inside:
+            return None
         found = [None if one is None else prompt_states(one) for one in self.named]
         if any(states is None for states, one in zip(found, self.named, strict=True) if one is not None):
             return None
@@ -91,6 +133,8 @@ class RowPrompts:
         Raises:
             ValueError: for prefix tuning under gradient checkpointing, which drops the prefix.
         """
+        if self.is_inside:
+            return None
         return self.states() if shares_states(self.model, self.num_virtual_tokens, num_tokens) else None
 
     def concatenated(self, embeds: Tensor, attention_mask: Tensor, pads_first: bool) -> tuple[Tensor, Tensor]:
@@ -99,7 +143,7 @@ class RowPrompts:
         Args:
             embeds: the rows' embeddings, (B, n, d).
             attention_mask: (B, n).
-            pads_first: whether pads come before the prompt, as in `generate`, or after the tokens.
+            pads_first: whether pads come before prompt and tokens, as in `generate`, or after them.
         """
         longest = self.num_virtual_tokens
         prompts = []
@@ -110,7 +154,11 @@ class RowPrompts:
         in_use = torch.arange(longest, device=embeds.device) >= longest - self.row_lengths(embeds.device)[:, None]
         embeds = torch.cat([torch.cat(prompts)[index], embeds], dim=1)
         mask = torch.cat([in_use.to(attention_mask.dtype), attention_mask], dim=1)
-        order = (mask.ne(0) if pads_first else mask.eq(0)).long().argsort(dim=1, stable=True)
+        # A row's tokens have the odd places in their order, and its prompt the even one before the token it precedes.
+        tokens = 2 * attention_mask.ne(0).cumsum(dim=1) - 1
+        places = torch.cat([2 * self.tokens_before(attention_mask)[:, None].expand(-1, longest), tokens], dim=1)
+        order = places.masked_fill(mask.eq(0), -1 if pads_first else 2 * mask.shape[1])
+        order = order.argsort(dim=1, stable=True)
         return embeds.take_along_dim(order[..., None], dim=1), mask.gather(1, order)
 
     def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -158,12 +206,20 @@ class RowPrompts:
             )
 
     def concatenated_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
-        """`response_logits` from the rows' embeddings (B, n, d), with the prompt's in front of every row."""
+        """`response_logits` from the rows' embeddings (B, n, d), with the prompt's beside those of every row."""
+        positions = self.moved(positions, attention_mask)
         embeds, mask = self.concatenated(embeds, attention_mask, pads_first=False)
-        positions = positions + self.row_lengths(positions.device)[:, None]
         return logits_at(
             self.model.get_base_model(), positions, inputs_embeds=embeds, attention_mask=mask, use_cache=False
         )
+
+    def moved(self, positions: Tensor, attention_mask: Tensor) -> Tensor:
+        """Columns of `concatenated`, pads last, that predict the tokens after `positions` (B, K) of the rows.
+
+        The token after a prompt is predicted by the prompt's last virtual token, all others by the token before them.
+        """
+        follows = positions >= self.tokens_before(attention_mask)[:, None] - 1
+        return positions + self.row_lengths(positions.device)[:, None] * follows
 
 
 def in_order(groups: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:

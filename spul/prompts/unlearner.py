@@ -26,6 +26,7 @@ from .arguments import METHODS_OF_THE_BASE
 from .configs import check_causal_lm, check_peft_config, check_promptable
 from .generation import generate_prompted
 from .inference import named_forward, ordinary_forward
+from .position import check_position, stands_inside
 from .probe import check_prefix
 from .row_prompts import RowPrompts, check_adapter_names
 from .shared_prefix import cached_prompts, is_prefix
@@ -35,7 +36,7 @@ class SoftPromptUnlearner(PromptAdapters):
     """A frozen causal LM with a trainable soft prompt that makes it forget (SPUL, arXiv 2406.12038).
 
     The base is frozen in place and its dropout set to zero; only the active prompt requires gradients. It is an
-    ordinary `PeftModelForCausalLM`: plain PEFT loads what it saves.
+    ordinary `PeftModelForCausalLM`: plain PEFT loads what it saves, unless the prompt stands at `"message"`.
 
     Args:
         model: a causal LM of transformers, in any floating type, 8 or 4 bit.
@@ -43,13 +44,15 @@ class SoftPromptUnlearner(PromptAdapters):
             Prompt tuning's random initialization is drawn at the scale of the vocabulary's embeddings.
         loss: the objective; `UnlearningLoss()` unless given.
         adapter_name: PEFT's name of the adapter.
+        prompt_position: `"start"` (default), in front of every row, or `"message"`, inside it, just before what is
+            asked, see `spul.data.RowEncoder`. Prefix tuning stands at the start alone.
 
     Raises:
         TypeError: if `peft_config` is none of the three, `loss` is not an `UnlearningLoss`, or `model` is not a module
             or has an adapter.
             It is also raised for encoder-decoders and models without a language modeling head.
         ValueError: if its task type is not `CAUSAL_LM`, it has no virtual tokens, weights of `model` are on the meta
-            device, or the family cannot be put under this kind of prompt.
+            device, the family cannot be put under this kind of prompt, or it cannot stand at `prompt_position`.
 
     Example:
         ```python
@@ -61,6 +64,7 @@ class SoftPromptUnlearner(PromptAdapters):
 
     computes_loss = True
     takes_adapter_names = True
+    takes_prompt_position = True
 
     # Set by PEFT; declared here since nn.Module types every attribute as a tensor or a module.
     config: Any
@@ -74,9 +78,11 @@ class SoftPromptUnlearner(PromptAdapters):
         peft_config: PeftConfig,
         loss: UnlearningLoss | None = None,
         adapter_name: str = "default",
+        prompt_position: str = "start",
         **kwargs: Any,
     ) -> None:
         check_peft_config(peft_config)
+        check_position(prompt_position, peft_config)
         check_causal_lm(model)
         loss = UnlearningLoss() if loss is None else loss
         if not isinstance(loss, UnlearningLoss):
@@ -85,6 +91,7 @@ class SoftPromptUnlearner(PromptAdapters):
         peft_config.task_type = TaskType.CAUSAL_LM
         with unchanged_on_error(model):
             super().__init__(model, peft_config, adapter_name, **kwargs)
+            self.spul_config.prompt_position = prompt_position
             if is_prefix(self) and not is_sharded(model):
                 check_prefix(self)
             self.loss = loss
@@ -171,6 +178,7 @@ class SoftPromptUnlearner(PromptAdapters):
         reference_logits: Tensor | None = None,
         alpha: Tensor | float | None = None,
         is_rejected: Tensor | None = None,
+        prompt_position: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return the unlearning loss of a batch, or, without `is_forget`, the output of an ordinary PEFT forward.
@@ -191,12 +199,15 @@ class SoftPromptUnlearner(PromptAdapters):
             alpha: under `retain_budget` the weight of the retain term; that of `multiplier` unless given.
             is_rejected: (B,) bool, which rows have the rejected response of a pair, as `ForgetRetainCollator` with
                 `pairs=True` returns it, for a loss that compares two responses.
+            prompt_position: (B,), the number of each row's tokens before a prompt at `"message"`; prompts at the start
+                do not use it.
             kwargs: arguments of the ordinary forward; `adapter_names=[...]` names each row's prompt, `"__base__"` for
                 none.
 
         Returns:
             `UnlearnerOutput`, or the output of the base model. Its logits under prompt tuning and P-tuning include
-            those at the p virtual tokens, in front: (B, p + n, V); with `adapter_names` they are (B, n, V).
+            those at the p virtual tokens, in front: (B, p + n, V). With `adapter_names`, and under a prompt at
+            `"message"`, they are (B, n, V), and each predicts the row's next token.
 
         Raises:
             ValueError: if tensors are missing, or their shapes do not match.
@@ -210,8 +221,8 @@ class SoftPromptUnlearner(PromptAdapters):
                 base: Any = self.get_base_model()
                 _check_names(self, names, input_ids)
                 return base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-            if names is not None:
-                return named_forward(self, names, input_ids, attention_mask, labels, **kwargs)
+            if names is not None or stands_inside(self):
+                return named_forward(self, names, input_ids, attention_mask, labels, prompt_position, **kwargs)
             return ordinary_forward(self, super().forward, input_ids, attention_mask, labels, **kwargs)
         if names is not None:
             kwargs["adapter_names"] = names  # refused: a batch that trains is under the active prompt
@@ -235,6 +246,7 @@ class SoftPromptUnlearner(PromptAdapters):
             reference_logits=reference_logits,
             alpha=alpha,
             is_rejected=is_rejected,
+            prompt_position=prompt_position,
         )
 
     def response_logits(
@@ -243,6 +255,7 @@ class SoftPromptUnlearner(PromptAdapters):
         attention_mask: Tensor,
         positions: Tensor,
         adapter_names: Sequence[str] | None = None,
+        prompt_position: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, K, V) at `positions` of a right-padded batch; the base's when the prompt is disabled.
 
@@ -251,21 +264,30 @@ class SoftPromptUnlearner(PromptAdapters):
             attention_mask: (B, n).
             positions: (B, K), counted without virtual tokens.
             adapter_names: for each row the name of its prompt, or `"__base__"`; the active one unless given.
+            prompt_position: (B,), as in `forward`.
 
         Raises:
-            ValueError: if rows and prompt exceed the model's positions, or for names that the model does not have.
+            ValueError: if rows and prompt exceed the model's positions, for names that the model does not have, and
+                for a prompt at `"message"` without `prompt_position`.
         """
         if not self.enabled:
             _check_names(self, adapter_names, input_ids)
             return self.base_logits(input_ids, attention_mask, positions)
-        return RowPrompts(self, len(input_ids), adapter_names).response_logits(input_ids, attention_mask, positions)
+        prompts = RowPrompts(self, len(input_ids), adapter_names, prompt_position)
+        return prompts.response_logits(input_ids, attention_mask, positions)
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) of the base, without the prompt; arguments as in `response_logits`."""
         base: Any = self.get_base_model()
         return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
-    def embedding_logits(self, inputs_embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    def embedding_logits(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        prompt_position: Tensor | None = None,
+    ) -> Tensor:
         """`response_logits` from input embeddings (B, n, d).
 
         Raises:
@@ -274,7 +296,8 @@ class SoftPromptUnlearner(PromptAdapters):
         base: Any = self.get_base_model()
         if not self.enabled:
             return logits_at(base, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
-        return RowPrompts(self, len(inputs_embeds)).embedding_logits(inputs_embeds, attention_mask, positions)
+        prompts = RowPrompts(self, len(inputs_embeds), prompt_position=prompt_position)
+        return prompts.embedding_logits(inputs_embeds, attention_mask, positions)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate with the prompt; arguments as in `generate` of transformers.
@@ -283,18 +306,20 @@ class SoftPromptUnlearner(PromptAdapters):
             inputs: (B, n) token ids, also as `input_ids`, padded on either side with a matching `attention_mask`.
             args: further positional arguments of `generate`.
             kwargs: further arguments, such as `max_new_tokens`; `adapter_names=[...]` names each row's prompt,
-                `"__base__"` for none.
+                `"__base__"` for none; `prompt_position=`, as in `forward`, for prompts at `"message"`.
 
         Returns:
             As in transformers: the input ids, padded as given, then the new tokens.
 
         Raises:
             ValueError: for arguments and settings that do not go with a prompt, such as `inputs_embeds`,
-                `past_key_values`, `use_cache=False`, `cache_implementation` and `assistant_model`.
+                `past_key_values`, `use_cache=False`, `cache_implementation` and `assistant_model`; and for a prompt at
+                `"message"` without `prompt_position`.
         """
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         if not self.enabled:
             _check_names(self, kwargs.pop("adapter_names", None), input_ids)
+            kwargs.pop("prompt_position", None)
             base: Any = self.get_base_model()
             return base.generate(input_ids, *args, **kwargs)
         return generate_prompted(self, input_ids, *args, **kwargs)
@@ -315,6 +340,8 @@ class SoftPromptUnlearner(PromptAdapters):
         **kwargs: Any,
     ) -> None:
         """Write a plain PEFT adapter folder, with `spul_config.json` and a model card.
+
+        A prompt at `"message"` has a `peft_type` of its own in `adapter_config.json`, which plain PEFT refuses.
 
         Files of an earlier save are replaced one by one, each in one move: an interrupted save leaves no half-written
         file. P-tuning (and prefix tuning with a projection) also writes

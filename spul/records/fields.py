@@ -11,6 +11,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+PROMPT_POSITIONS = ("start", "message")  # where a prompt stands in each row
+
 
 def read_object(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a JSON file.
@@ -47,6 +49,19 @@ def check_fields(data: Mapping[str, Any], where: str) -> None:
             raise ValueError(
                 f"{where}: {name} is {_short(data[name])}; expected {expected}. Correct the field, or remove it."
             )
+
+
+def check_prompt_position(value: Any) -> None:
+    """Raise unless a value says where a prompt stands in each row.
+
+    Raises:
+        ValueError: if it is neither `"start"` nor `"message"`.
+    """
+    if value not in PROMPT_POSITIONS:
+        raise ValueError(
+            f'prompt_position={value!r}; expected "start" (in front of every row) or "message" (just before the last '
+            "user message of a conversation, or before the text field of a text)."
+        )
 
 
 def is_count(value: Any, least: int = 0) -> bool:
@@ -123,6 +138,7 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "forget": (_optional(_is_summary), _SUMMARY),
     "retain": (_optional(_is_summary), _SUMMARY),
     "combined_from": (_optional(_list_of(_optional(_is_summary))), f"a list, each entry {_SUMMARY}, or null"),
+    "prompt_position": (lambda value: value in PROMPT_POSITIONS, '"start" or "message"'),
     "metrics": (_by_name(_by_name(_is_number)), "an object of splits, each an object of numbers by name"),
     "versions": (_by_name(_is_text), "an object of texts by name"),
     "weights_sha256": (_optional(_is_sha256), _SHA256),

@@ -37,6 +37,7 @@ class SpulConfig:
         retain: summary of the retain set, likewise; None if not known.
         combined_from: of a prompt or layers that several requests were combined into: the summary of each request's
             forget set, None where not known.
+        prompt_position: where the prompt stands in each row, `"start"` or `"message"`; the latter alone is written.
         metrics: metric values by split and name, `{"test_forget": {"accuracy": 0.02}}`.
         versions: library versions by name.
         weights_sha256: SHA-256 of the weights' file beside the record, set by `save_pretrained`; None if not known.
@@ -52,6 +53,7 @@ class SpulConfig:
     forget: DataSummary | None = None
     retain: DataSummary | None = None
     combined_from: list[DataSummary | None] | None = None
+    prompt_position: str = "start"
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     weights_sha256: str | None = None
@@ -71,6 +73,8 @@ class SpulConfig:
         check_fields(data, f"the {type(self).__name__} to save")
         if self.base_model_name_or_path is not None:
             data["base_model_name_or_path"] = without_local_path(self.base_model_name_or_path)
+        if self.prompt_position == "start":
+            del data["prompt_position"]
         if self.replaced_weights_sha256 is None:
             del data["replaced_weights_sha256"]
         text = json.dumps(data, indent=2, ensure_ascii=False, default=_plain)

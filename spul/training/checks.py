@@ -44,6 +44,12 @@ def check_options(
             f"reference={reference!r}, reference_dir={reference_dir!r}: expected 'cached', with or without a "
             "folder, or 'live' without one."
         )
+    record = unlearner_of(model).spul_config
+    if record is not None and record.prompt_position == "message" != collator.encoder.prompt_position:
+        raise ValueError(
+            'the prompt stands inside the rows (prompt_position="message"), and the collator does not say where; make '
+            'it with the same: ForgetRetainCollator(..., prompt_position="message").'
+        )
     name = type(loss.forget).__name__
     draws = collator.generic_completions is not None or collator.alternates is not None
     if loss.forget.needs_pairs != collator.pairs:

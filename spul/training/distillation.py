@@ -71,8 +71,8 @@ def combine(
         if these had no `is_forget`.
 
     Raises:
-        ValueError: for no prompt or the same one twice; for prefix tuning among other kinds; for more virtual tokens
-            than the prompts have together; for a `loss` without `is_forget`.
+        ValueError: for no prompt or the same one twice; for prefix tuning among other kinds; for prompts of different
+            positions; for more virtual tokens than the prompts have together; for a `loss` without `is_forget`.
         TypeError: for an adapter that is no soft prompt, a base that has an adapter, a single path instead of a list,
             or rows that are no `datasets.Dataset`.
 
@@ -95,7 +95,8 @@ def combine(
                 f"num_virtual_tokens={num_virtual_tokens}: the prompts together have {len(rows)}; expected 1 "
                 "to as many."
             )
-        student = SoftPromptUnlearner(base, _config(parts[0], num))
+        position = parts[0].spul_config.prompt_position
+        student = SoftPromptUnlearner(base, _config(parts[0], num), prompt_position=position)
         with torch.no_grad():
             virtual_tokens(student).copy_(_evenly_spaced(rows, num))
         flagged = "is_forget" in train_dataset.column_names
@@ -113,7 +114,7 @@ def combine(
             record.loss = student.loss.to_dict()
         else:
             record.loss = record.forget = record.retain = None  # the inputs are neither forget nor retain rows
-        combined = SoftPromptUnlearner(base, _config(parts[0], num, inference_mode=True))
+        combined = SoftPromptUnlearner(base, _config(parts[0], num, inference_mode=True), prompt_position=position)
         with torch.no_grad():
             virtual_tokens(combined).copy_(virtual_tokens(student))
         combined.spul_configs[combined.active_adapter] = record
@@ -139,6 +140,11 @@ def _load(base: Any, prompts: Sequence[str | os.PathLike]) -> list[SoftPromptUnl
         raise ValueError(
             f"prompts are of the kinds {', '.join(kind.value for kind in kinds)}: prefix tuning, which learns keys "
             "and values, cannot be joined with prompts of input embeddings. Combine each sort by itself."
+        )
+    if len(found := {part.spul_config.prompt_position for part in parts}) > 1:
+        raise ValueError(
+            f"prompts stand at different positions, {', '.join(map(repr, sorted(found)))}; the new one stands at "
+            "one of them. Combine each sort by itself."
         )
     for i, part in enumerate(parts):
         for j in range(i):
@@ -181,8 +187,14 @@ class _Teachers:
         positions, _ = response_positions(batch["labels"])
         teacher = self.teacher_of[batch["row_id"].cpu()].to(positions.device)
         by_teacher = [(teacher == i).nonzero().flatten() for i in range(len(self.prompts))]
+        at = batch.get("prompt_position")
         found = [
-            prompt.response_logits(batch["input_ids"][rows], batch["attention_mask"][rows], positions[rows])
+            prompt.response_logits(
+                batch["input_ids"][rows],
+                batch["attention_mask"][rows],
+                positions[rows],
+                prompt_position=None if at is None else at[rows],
+            )
             for prompt, rows in zip(self.prompts, by_teacher, strict=True)
             if len(rows)
         ]
@@ -237,6 +249,8 @@ def _choose_teachers(
         ids, mask, labels = (batch[name].to(device) for name in ("input_ids", "attention_mask", "labels"))
         positions, targets = response_positions(labels)
         frozen = logits_at(base, positions, input_ids=ids, attention_mask=mask, use_cache=False)
-        moved = [divergence(prompt.response_logits(ids, mask, positions), targets, frozen) for prompt in prompts]
+        at = batch.get("prompt_position")
+        logits = (prompt.response_logits(ids, mask, positions, prompt_position=at) for prompt in prompts)
+        moved = [divergence(found, targets, frozen) for found in logits]
         chosen.append(torch.stack(moved).argmax(dim=0).cpu())
     return torch.cat(chosen)

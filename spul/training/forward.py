@@ -25,6 +25,7 @@ def unlearning_forward(
     reference_logits: Tensor | None = None,
     alpha: Tensor | float | None = None,
     is_rejected: Tensor | None = None,
+    prompt_position: Tensor | None = None,
 ) -> UnlearnerOutput:
     """The unlearning loss of a batch when the full model, LoRA or unlearning layers are trained.
 
@@ -39,6 +40,7 @@ def unlearning_forward(
             a `ReferenceCache` built before training.
         alpha: under `retain_budget` the weight of the retain term, `RetainMultiplier.alpha`.
         is_rejected: as in `SoftPromptUnlearner.forward`.
+        prompt_position: not used but by a prompt; a collator for one returns it.
 
     Raises:
         ValueError: if shapes do not match, `reference_logits` are needed and cannot be computed, or `alpha` is missing
@@ -55,7 +57,8 @@ def unlearning_forward(
     unlearner = unlearner_of(model)
     trained, base = unlearner.reads(loss.reads_layer)
     rows = (input_ids, labels, is_forget, attention_mask, group_counts, num_items_in_batch, reference_logits)
-    return batch_loss(loss, trained, base, *rows, is_rejected=is_rejected, alpha=alpha)
+    at = prompt_position if unlearner.takes_prompt_position else None
+    return batch_loss(loss, trained, base, *rows, is_rejected=is_rejected, alpha=alpha, prompt_position=at)
 
 
 def step_counts(batches: Sequence[Mapping[str, Tensor]]) -> Tensor:

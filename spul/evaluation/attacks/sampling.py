@@ -113,7 +113,7 @@ def sampled_answers(
     with answering(model, encoder.tokenizer) as answers_to, torch.random.fork_rng():
         for i, row in enumerate(tqdm(rows, desc=progress, disable=progress is None, leave=False)):
             torch.manual_seed(random.Random(f"{seed}/{i}").getrandbits(63))
-            prompt = encoder.encode(row).prompt_ids
+            prompt = encoder.encode(row)
             found: list[str] = []
             while (missing := num_tries - len(found)) > 0:
                 settings = {"do_sample": True, "temperature": temperature, "top_k": 0}

@@ -20,7 +20,7 @@ from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwr
 from ...models.compat import keep_4bit_differentiable
 from ...models.unlearner import unlearner_of
 from ..metrics.batches import ResponseBatch, map_responses
-from ..metrics.scoring import check_not_nan
+from ..metrics.scoring import check_not_nan, row_arguments
 from .relearning import check_disjoint
 
 
@@ -115,6 +115,7 @@ def _with_placeholders(rows: Dataset, encoder: RowEncoder, num: int) -> Dataset:
                 "input_ids": e.prompt_ids + [0] * num + e.completion_ids,
                 "completion_mask": [0] * (len(e.prompt_ids) + num) + [1] * len(e.completion_ids),
                 "num_ending": e.num_ending,
+                "prompt_position": e.prompt_position,
             }
             for e in encoded
         ]
@@ -137,7 +138,8 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], positions: Tensor, suffi
             f"{num_virtual} virtual tokens and {embeds.shape[1]} tokens with the suffix exceed the model's {limit} "
             "positions; give the collator a smaller max_length, or take a shorter suffix."
         )
-    return unlearner.embedding_logits(embeds, mask, positions)
+    own = row_arguments(model, None, batch.get("prompt_position"))
+    return unlearner.embedding_logits(embeds, mask, positions, **own)
 
 
 @torch.no_grad()

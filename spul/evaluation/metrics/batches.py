@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ...data.batching import by_length
-from ...data.encoder import Encoded, RowEncoder
+from ...data.encoded import Encoded
+from ...data.encoder import RowEncoder
 from ...data.rows import adapter_names_of
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX

@@ -15,11 +15,12 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ...data.batching import by_length
 from ...data.checks import check_rows
+from ...data.encoded import Encoded, left_padded
 from ...data.encoder import RowEncoder
 from ...data.rows import adapter_names_of
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
 from ...models.unlearner import unlearner_of
-from .scoring import names_for
+from .scoring import row_arguments
 
 
 @torch.no_grad()
@@ -54,9 +55,9 @@ def generate_answers(
     check_rows(rows, columns=())
     model = unwrapped(model)
     given = list(rows)
-    prompts, adapter_names = [encoder.encode(row).prompt_ids for row in given], adapter_names_of(given)
+    prompts, adapter_names = [encoder.encode(row) for row in given], adapter_names_of(given)
     named = adapter_names is not None
-    batches = list(_batches(model, [len(ids) for ids in prompts], batch_size, max_new_tokens, named))
+    batches = list(_batches(model, [len(one.prompt_ids) for one in prompts], batch_size, max_new_tokens, named))
     answers = [""] * len(prompts)
     with answering(model, encoder.tokenizer) as answers_to:
         for indices in tqdm(batches, desc=progress, disable=progress is None, leave=False):
@@ -116,9 +117,9 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
         tokenizer: pads the prompts and decodes the answers.
 
     Yields:
-        A function of prompts (token ids), `max_new_tokens`, names of the rows' soft prompts (or None) and further
-        fields of a `GenerationConfig`; it returns the generated texts, without special tokens, `num_return_sequences`
-        for each prompt. It raises a ValueError if the longest prompt leaves no room to answer.
+        A function of encoded rows, whose prompts it answers, `max_new_tokens`, names of the rows' soft prompts (or
+        None) and further fields of a `GenerationConfig`; it returns the generated texts, without special tokens,
+        `num_return_sequences` for each prompt. It raises a ValueError if the longest prompt leaves no room to answer.
     """
     base: Any = bare_model(model)
     generate: Any = model.generate
@@ -132,22 +133,18 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
         return tokens[: next((k for k, token in enumerate(tokens) if token in ends), len(tokens))]
 
     def answers_to(
-        prompts: Sequence[list[int]], max_new_tokens: int, adapter_names: list[str] | None = None, **settings: Any
+        prompts: Sequence[Encoded], max_new_tokens: int, adapter_names: list[str] | None = None, **settings: Any
     ) -> list[str]:
-        width = max(map(len, prompts))
-        ids = torch.full((len(prompts), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(prompts):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
+        batch = {name: value.to(device) for name, value in left_padded(prompts, pad).items()}
+        width = batch["input_ids"].shape[1]
         config = GenerationConfig(
             max_new_tokens=_room_to_answer(model, width, max_new_tokens, adapter_names is not None),
             pad_token_id=pad,
             eos_token_id=ends or None,
             **settings,
         )
-        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)} | names_for(model, adapter_names)
-        out = generate(**inputs, generation_config=config)
+        own = row_arguments(model, adapter_names, batch.pop("prompt_position", None))
+        out = generate(**batch, **own, generation_config=config)
         tokens = [before_end(row) for row in out[:, width:].tolist()]
         return [str(tokenizer.decode(some, skip_special_tokens=True)) for some in tokens]
 

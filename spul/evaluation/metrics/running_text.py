@@ -63,7 +63,15 @@ def text_losses(
             "paragraphs."
         )
     # The first token is the prompt, the others are the completion.
-    rows = [{"input_ids": cut[i], "completion_mask": [0] + [1] * int(tokens[i])} for i in indices]
+    bos = encoder.tokenizer.bos_token_id
+    rows = [
+        {
+            "input_ids": cut[i],
+            "completion_mask": [0] + [1] * int(tokens[i]),
+            "prompt_position": int(cut[i][0] == bos),  # of a prompt at "message": before the text
+        }
+        for i in indices
+    ]
     found = response_likelihoods(model, Dataset.from_list(rows), encoder, batch_size, progress)
     nats = np.zeros(len(texts))
     nats[indices] = [-likelihood.log_probs.sum(dtype=np.float64) for likelihood in found]

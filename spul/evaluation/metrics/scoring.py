@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
-from ...data.encoder import Encoded
+from ...data.encoded import Encoded
 from ...data.rows import ADAPTER_NAME, adapter_names_of, column_batches, completion_text, rows_at
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
@@ -70,16 +70,21 @@ def response_logits(
     Names of the rows' prompts choose among those of a `SoftPromptUnlearner`; other models have none, and are run as
     they are.
     """
+    own = row_arguments(model, adapter_names, batch.get("prompt_position"))
+    return unlearner_of(model).response_logits(batch["input_ids"], batch["attention_mask"], positions, **own)
+
+
+def row_arguments(
+    model: nn.Module, adapter_names: Sequence[str] | None, prompt_position: Tensor | None = None
+) -> dict[str, Any]:
+    """`adapter_names` and `prompt_position` as arguments of a model that takes them; those that are given."""
     unlearner = unlearner_of(model)
-    names = names_for(model, adapter_names)
-    return unlearner.response_logits(batch["input_ids"], batch["attention_mask"], positions, **names)
-
-
-def names_for(model: nn.Module, adapter_names: Sequence[str] | None) -> dict[str, Any]:
-    """`adapter_names` as an argument of a model that takes them; nothing for others, and without names."""
-    if adapter_names is None or not unlearner_of(model).takes_adapter_names:
-        return {}
-    return {"adapter_names": list(adapter_names)}
+    found: dict[str, Any] = {}
+    if adapter_names is not None and unlearner.takes_adapter_names:
+        found["adapter_names"] = list(adapter_names)
+    if prompt_position is not None and unlearner.takes_prompt_position:
+        found["prompt_position"] = prompt_position
+    return found
 
 
 @torch.no_grad()

@@ -1,0 +1,159 @@
+"""Conversations by a tokenizer's chat template: token ids of prompt and answer, and where the last message begins."""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from .encoded import token_at
+from .rows import completion_text, shortened
+
+# An answer that no template changes, to see what a chat template puts after an answer.
+MARK = "answer"
+# Messages that differ from their first character on, to see where a chat template puts a message.
+MARKS = ("a", "z")
+
+Cached = Callable[[Hashable, Callable[[], Sequence[int]]], list[int]]
+"""Numbers by key, computed by a function unless they are cached."""
+
+
+def conversation_ids(
+    tokenizer: Any, prompt: list, completion: list, text: str | None, cached: Cached
+) -> tuple[list[int], list[int], int]:
+    """Token ids of prompt and completion of a conversation by the chat template, cached by their content.
+
+    Args:
+        tokenizer: has the chat template.
+        prompt: messages.
+        completion: messages; the last is the answer.
+        text: replaces the answer's content; None leaves it.
+        cached: keeps what was computed.
+
+    Returns:
+        The ids of the prompt, those of the completion, and how many of the latter's last are the template's end of
+        turn.
+
+    Raises:
+        ValueError: if the template cannot render the messages, or renders the prompt differently before a completion.
+    """
+    if text is not None:
+        completion = [{"role": completion[-1]["role"], "content": text.strip()}]
+    template = str(tokenizer.chat_template)
+
+    def completion_ids() -> list[int]:
+        both = _rendered(tokenizer, [*prompt, *completion], False)
+        if both[: len(prompt_ids)] != prompt_ids:
+            raise ValueError(
+                "the chat template renders the prompt differently when the completion follows, so the completion "
+                f"cannot be separated: {prompt!r}. Use a template whose generation prompt is the start of an "
+                "answer."
+            )
+        ids = both[len(prompt_ids) :]
+        after = cached((template, completion[-1]["role"]), after_mark)
+        if not after or ids[-len(after) :] != after:
+            after = _after(tokenizer, ids, completion_text(completion).strip())
+        num_ending = _end_of_turn(tokenizer, after)
+        return [num_ending, *ids[: len(ids) - len(after) + num_ending]]
+
+    def after_mark() -> list[int]:
+        message = {"role": completion[-1]["role"], "content": MARK}
+        return _after(tokenizer, _rendered(tokenizer, [*prompt, message], False)[len(prompt_ids) :], MARK)
+
+    prompt_ids = conversation_prompt_ids(tokenizer, prompt, cached)
+    num_ending, *ids = cached((*_key(tokenizer, prompt), repr(completion)), completion_ids)
+    return prompt_ids, ids, num_ending
+
+
+def conversation_prompt_ids(tokenizer: Any, prompt: list, cached: Cached) -> list[int]:
+    """Token ids of a conversation up to the answer; as `conversation_ids`."""
+    return cached(_key(tokenizer, prompt), lambda: _rendered(tokenizer, prompt, True))
+
+
+def message_start(tokenizer: Any, prompt: list, cached: Cached) -> int:
+    """Number of tokens before the content of a conversation's last user message, after its role header.
+
+    Args:
+        tokenizer: a fast one, with a chat template.
+        prompt: messages.
+        cached: keeps what was computed.
+
+    Raises:
+        ValueError: if there is no user message, the tokenizer is slow, or the template does not show where the
+            message stands.
+    """
+
+    def start() -> list[int]:
+        last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+        if last is None or not tokenizer.is_fast:
+            found = "there is none" if last is None else f"{type(tokenizer).__name__} is not a fast tokenizer"
+            raise ValueError(
+                f'prompt_position="message" puts the soft prompt before the last message of the role "user", and '
+                f"{found}: {shortened(repr(prompt))}. Expected one, and a tokenizer that knows its tokens' characters."
+            )
+        marked = [[*prompt[:last], _with_content(prompt[last], mark), *prompt[last + 1 :]] for mark in MARKS]
+        whole, *others = (_rendered(tokenizer, one, True, tokenize=False) for one in (prompt, *marked))
+        columns = enumerate(zip(whole, *others, strict=False))
+        character = next((i for i, characters in columns if len(set(characters)) > 1), len(whole))
+        encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        shows = all(other.startswith(mark, character) for other, mark in zip(others, MARKS, strict=True))
+        if not shows or list(encoded["input_ids"]) != conversation_prompt_ids(tokenizer, prompt, cached):
+            raise ValueError(
+                "the chat template does not show where the last user message stands, before which the soft prompt is "
+                f"to stand: {shortened(whole)!r}. Use a template that renders messages word for word, or "
+                'prompt_position="start".'
+            )
+        return [token_at(encoded["offset_mapping"], character)]
+
+    return cached((*_key(tokenizer, prompt), MARKS), start)[0]
+
+
+def _key(tokenizer: Any, prompt: list) -> tuple[str, bytes]:
+    return str(tokenizer.chat_template), hashlib.sha256(repr(prompt).encode()).digest()
+
+
+def _with_content(message: Mapping[str, Any], text: str) -> dict[str, Any]:
+    """A message with another text, where its first text stands."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return {**message, "content": text}
+    first = next((i for i, part in enumerate(content) if isinstance(part, Mapping) and "text" in part), None)
+    if first is None:
+        return {**message, "content": text}
+    return {**message, "content": [*content[:first], {**content[first], "text": text}, *content[first + 1 :]]}
+
+
+def _rendered(tokenizer: Any, messages: list, add_generation_prompt: bool, tokenize: bool = True) -> Any:
+    """Messages by the chat template: token ids, or text."""
+    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": tokenize}
+    try:
+        found = tokenizer.apply_chat_template(messages, **options, return_dict=False)
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        raise ValueError(
+            f"the chat template cannot render the messages of a row, {shortened(repr(messages))}: {error}. "
+            "Expected roles and fields that the tokenizer's chat_template knows."
+        ) from error
+    return list(found) if tokenize else found
+
+
+def _after(tokenizer: Any, ids: list[int], text: str) -> list[int]:
+    """The token ids after a text; none if the text is not among them."""
+
+    def holds_text(num: int) -> bool:
+        return text in tokenizer.decode(ids[:num], clean_up_tokenization_spaces=False)
+
+    num = bisect.bisect_left(range(len(ids) + 1), True, key=holds_text)
+    return ids[num:]
+
+
+def _end_of_turn(tokenizer: Any, after: Sequence[int]) -> int:
+    """Number of token ids after an answer that end its turn: up to the first special token, or all but spaces."""
+    special = tokenizer.added_tokens_decoder
+    for num, token in enumerate(after, start=1):
+        if token in special:
+            return num
+    texts = [str(tokenizer.decode([token])) for token in after]
+    return max((num for num, text in enumerate(texts, start=1) if text.strip()), default=0)
