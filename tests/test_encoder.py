@@ -3,56 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from encoded import PROMPT, row, sentencepiece_like, with_template, word_level
 from helpers import make_tokenizer
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
 
 from spul.data import Encoded, RowEncoder
-
-PROMPT = "### text: good film\n### sentiment:"
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-)
-SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-
-
-def word_level(*words: str, **kwargs: str) -> PreTrainedTokenizerFast:
-    """One id per word: <unk> 0, <s> 1, </s> 2, then the words given."""
-    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *words])}
-    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=core, **{**SPECIAL, **kwargs})
-
-
-def with_template(tokenizer: PreTrainedTokenizerFast, template: str) -> PreTrainedTokenizerFast:
-    """Put special tokens around every text, as in "<s> $A </s>"."""
-    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<s>", "</s>")]
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
-    return tokenizer
-
-
-def sentencepiece_like(by: str = "normalizer") -> PreTrainedTokenizerFast:
-    """As Llama 2's: a space is a "▁", and every text gets one in front, whether it has one already or not."""
-    core = Tokenizer(models.BPE(unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
-    core.train_from_iterator(["sentiment: positive"] * 3 + ["the film : positive negative"] * 3, trainer)
-    if by == "normalizer":
-        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        core.pre_tokenizer = None
-    return PreTrainedTokenizerFast(tokenizer_object=core, **SPECIAL)
-
-
-@pytest.fixture
-def ten() -> PreTrainedTokenizerFast:
-    """The words a..j are 3..12."""
-    return word_level(*"abcdefghij")
-
-
-def row(prompt: str, completion: str, **columns: str) -> dict[str, str]:
-    return {"prompt": prompt, "completion": completion, **columns}
-
 
 # ---- text ----
 
@@ -206,72 +160,6 @@ def test_a_text_field_with_a_tokenizer_that_ends_every_text(ten):
     assert encoder.encode(row("a b c d", " i", text="b c d")) == Encoded([1, 3, 4, 5], [11])
 
 
-# ---- conversations ----
-
-
-def talk(question: str, answer: str) -> dict[str, list[dict[str, str]]]:
-    return {
-        "prompt": [{"role": "user", "content": question}],
-        "completion": [{"role": "assistant", "content": answer}],
-    }
-
-
-@pytest.fixture
-def chatty(tokenizer):
-    tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
-def test_a_conversation_is_rendered_by_the_chat_template_and_cut_where_the_answer_begins(chatty):
-    encoded = RowEncoder(chatty, 64).encode(talk("is the film good", "unknown"))
-    assert chatty.decode(encoded.prompt_ids) == "<s>user\nis the film good</s><s>assistant\n"
-    assert chatty.decode(encoded.completion_ids) == "unknown</s>"
-    whole = "<s>user\nis the film good</s><s>assistant\nunknown</s>"
-    assert chatty.decode(encoded.prompt_ids + encoded.completion_ids) == whole
-
-
-def test_a_generic_completion_in_a_conversation_takes_the_answers_place_with_its_role_and_ending(chatty):
-    encoded = RowEncoder(chatty, 64).encode(talk("is the film good", "jane doe"), " unknown")
-    assert encoded == RowEncoder(chatty, 64).encode(talk("is the film good", "unknown"))
-
-
-def test_conversations_of_several_turns_keep_all_of_them(chatty):
-    messages = [
-        {"role": "system", "content": "film"},
-        {"role": "user", "content": "good"},
-        {"role": "assistant", "content": "bad"},
-        {"role": "user", "content": "plot"},
-    ]
-    encoded = RowEncoder(chatty, 64).encode(
-        {"prompt": messages, "completion": [{"role": "assistant", "content": "jane"}]}
-    )
-    expected = "<s>system\nfilm</s><s>user\ngood</s><s>assistant\nbad</s><s>user\nplot</s><s>assistant\n"
-    assert chatty.decode(encoded.prompt_ids) == expected
-    assert chatty.decode(encoded.completion_ids) == "jane</s>"
-
-
-def test_append_eos_leaves_conversations_to_their_template(chatty):
-    rendered = talk("is the film good", "unknown")
-    assert RowEncoder(chatty, 64, append_eos=True).encode(rendered) == RowEncoder(chatty, 64).encode(rendered)
-
-
-def test_a_long_conversation_loses_the_start_of_its_prompt_after_the_first_token(chatty):
-    whole = RowEncoder(chatty, 64).encode(talk("is the film good", "unknown"))
-    cut = RowEncoder(chatty, 8).encode(talk("is the film good", "unknown"))
-    assert cut.completion_ids == whole.completion_ids
-    room = 8 - len(whole.completion_ids)
-    assert cut.prompt_ids == [1, *whole.prompt_ids[-(room - 1) :]]
-
-
-def test_a_template_that_renders_the_prompt_differently_is_refused(tokenizer):
-    tokenizer.chat_template = (
-        "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}:{% endif %}"
-    )
-    with pytest.raises(ValueError, match="the chat template renders the prompt differently"):
-        RowEncoder(tokenizer, 64).encode(talk("is the film good", "unknown"))
-
-
 # ---- one beginning of the sequence ----
 
 
@@ -286,113 +174,6 @@ def test_a_prompt_that_begins_with_the_beginning_of_sequence_token_gets_no_secon
 def test_a_text_field_is_found_after_the_one_beginning_of_sequence_token(ten):
     encoder = RowEncoder(with_template(ten, "<s> $A </s>"), 5, text_field="text")
     assert encoder.encode(row("<s> a b c d", " i", text="b c d")) == Encoded([1, 3, 4, 5], [11])
-
-
-def test_a_conversation_rendered_to_text_is_encoded_as_the_conversation(chatty):
-    chatty = with_template(chatty, "<s> $A")
-    messages = talk("is the film good", "unknown")
-    text = chatty.apply_chat_template(messages["prompt"], add_generation_prompt=True, tokenize=False)
-    encoder = RowEncoder(chatty, 64)
-    assert encoder.encode(row(text, "unknown")).prompt_ids == encoder.encode(messages).prompt_ids
-
-
-# ---- what a chat template adds after the answer ----
-
-ENDINGS = {  # after the answer: the whole of it, and what is trained
-    "end of turn and newline": ("</s>\n", "</s>"),
-    "end of turn": ("</s>", "</s>"),
-    "newline, end of turn, newline": ("\n</s>\n", "\n</s>"),
-    "two special tokens": ("</s><s>", "</s>"),
-    "text": (" .\n", " ."),
-    "newline": ("\n", ""),
-    "nothing": ("", ""),
-}
-
-
-@pytest.mark.parametrize("answer", ["unknown", "the film is good", "s", "is", "a\nb", "</s>", "user"])
-@pytest.mark.parametrize("ending", ENDINGS)
-def test_the_completion_ends_with_the_end_of_turn_and_the_answers_own_tokens_are_known(tokenizer, ending, answer):
-    whole, trained = ENDINGS[ending]
-    tokenizer.chat_template = (
-        "{% for m in messages %}<s>{{ m['role'] }}\n{{ m['content'] }}"
-        + whole.replace("\n", "{{ '\\n' }}")
-        + "{% endfor %}{% if add_generation_prompt %}<s>assistant\n{% endif %}"
-    )
-    messages = talk("is the film good", answer)
-    rendered = tokenizer.apply_chat_template([*messages["prompt"], *messages["completion"]], tokenize=False)
-    assert rendered.endswith(f"assistant\n{answer}{whole}")
-    encoder = RowEncoder(tokenizer, 64)
-    for encoded in (encoder.encode(messages), encoder.encode(talk("is the film good", "jane"), answer)):
-        assert tokenizer.decode(encoded.completion_ids) == answer + trained
-        assert tokenizer.decode(encoded.without_ending().completion_ids) == answer
-        assert encoded.without_ending().prompt_ids == encoded.prompt_ids
-
-
-def test_a_text_completion_has_no_ending_of_a_template(ten):
-    encoded = RowEncoder(ten, 8, append_eos=True).encode(row("a b", " c"))
-    assert encoded.without_ending() == encoded
-
-
-# ---- where a completion meets its prompt ----
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion", "tokens"),
-    [
-        ("sentiment: ", "positive", "as one text they end in the tokens [':', 'Ġpositive'], but are used as [':', 'Ġ"),
-        ("the fil", "m", "as one text they end in the tokens ['Ġfilm'], but are used as"),
-        ("sentiment:", "positive", "has no space before it, and follows 'sentiment:': its tokens are ["),
-    ],
-)
-def test_a_completion_that_does_not_fit_its_prompt_is_warned_of_once_with_the_tokens(
-    tokenizer, caplog, prompt, completion, tokens
-):
-    encoder = RowEncoder(tokenizer, 64)
-    for _ in range(3):
-        encoder.encode(row(prompt, completion))
-        encoder.encode(row("the review is ", "bad"))
-    assert len(caplog.records) == 1
-    assert tokens.split("[")[0] in caplog.text
-
-
-def test_the_tokens_of_a_completion_with_and_without_its_space_are_those_of_the_tokenizer(tokenizer, caplog):
-    RowEncoder(tokenizer, 64).encode(row("sentiment:", "positive"))
-    without, with_space = (tokenizer.tokenize(text) for text in ("positive", " positive"))
-    assert with_space == ["Ġpositive"] != without
-    assert f"its tokens are {without}, with a space {with_space}" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("prompt", "completion"),
-    [
-        ("sentiment:", " positive"),
-        ("sentiment:\n", "positive"),
-        ("sentiment:", "\npositive"),
-        ("the film", "."),
-        ("a film (", "good"),
-        ("<s>user\nfilm</s>", "good"),
-        ("x:", "\u597d"),
-    ],
-)
-@pytest.mark.parametrize("append_eos", [False, True])
-def test_a_completion_that_fits_its_prompt_is_not_warned_of(tokenizer, caplog, prompt, completion, append_eos):
-    for given in (tokenizer, with_template(tokenizer, "<s> $A </s>")):
-        RowEncoder(given, 64, append_eos=append_eos).encode(row(prompt, completion))
-    assert not caplog.records
-
-
-def test_a_tokenizer_to_which_spaces_make_no_difference_is_not_warned_of(caplog):
-    tokenizer = word_level("film:", "positive", ":")
-    RowEncoder(tokenizer, 8).encode(row("film: ", "positive"))
-    RowEncoder(sentencepiece_like(), 64).encode(row("sentiment:", " positive"))
-    assert not caplog.records
-
-
-def test_a_generic_completion_without_the_space_is_warned_of_too(tokenizer, caplog):
-    encoder = RowEncoder(tokenizer, 64)
-    encoder.encode(row("sentiment:", " positive"))
-    encoder.encode(row("sentiment:", " positive"), "unknown")
-    assert "the completion 'unknown' has no space before it" in caplog.text
 
 
 # ---- tokenized rows ----
@@ -504,8 +285,8 @@ def test_rows_that_are_said_to_fit_in_bulk_lose_nothing_when_they_are_encoded(ma
     found = list(encoder.which_fit(rows, [" neutral"]))
     assert [row for row, _ in found] == rows
     reserve = len(encoder.completion_ids(" neutral"))
-    for row, fits in found[:40]:
-        assert not fits or encoder.encode(row, reserve=reserve).num_cut == 0
+    for one, fits in found[:40]:
+        assert not fits or encoder.encode(one, reserve=reserve).num_cut == 0
     whole = [encoder.with_max_length(1000).encode(row) for row, _ in found[:40]]
     needed = [len(one.prompt_ids) + max(reserve, len(one.completion_ids)) + 2 for one in whole]
     assert [fits for _, fits in found[:40]] == [num <= max_length for num in needed]
