@@ -12,7 +12,7 @@ from datasets import Dataset
 from paper import experiment as experiments
 from paper.memorization import PUBLISHED_MEMORIZING
 from paper.runs import EUL_TERMS, Run, Setup, with_blank_lines
-from test_paper_tables import run as record
+from stored_runs import run as record
 
 from spul.data import MULTIPLE_CHOICE, QUESTION_ANSWER, SENTIMENT, PromptFormat, UnlearningData
 from spul.losses import KLAscent

@@ -5,28 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
-from typing import Any
 
 import pytest
 from paper.published import PUBLISHED, PublishedRow, published_rows
 from paper.tables import Summary, aggregate, cost_table, generic_table, main_table, read_runs, score_table
+from stored_runs import run
 
 from spul.data.unlearning_data import SPLITS
 from spul.training.settings_search import pareto_front
-
-
-def run(method: str = "SPUL", seed: int = 0, accuracy: float = 0.5, **changes: Any) -> dict[str, Any]:
-    """A run with the accuracies a, a - 0.1, a - 0.2, a - 0.3 on the four splits."""
-    settings = {"alpha": 1.0, "beta": 0.5, "num_virtual_tokens": 30, "forget_size": 1.0, **changes.pop("settings", {})}
-    scores = {
-        split: {"accuracy": accuracy - i / 10, "f1": 0.25, "generic": 0.125 * i, "loss": 1.5}
-        for i, split in enumerate(SPLITS)
-    }
-    cost = {"trainable_parameters": 604160, "seconds": 10.0 + seed, "peak_memory_bytes": 3_200_000_000}
-    cost |= {"forward_passes": 12000, "forward_tokens": 999}
-    top = {"dataset": "sst2", "model": "small-lm", "method": method, "trainable": "prefix_tuning", "seed": seed}
-    return {**top, "settings": settings, "scores": scores, "cost": cost, **changes}
-
 
 # ---- reading ----
 
