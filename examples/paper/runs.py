@@ -93,10 +93,10 @@ DETACHABLE = (*PROMPT_TYPES, "layers")
 
 EUL_TERMS = {
     "L_KL": ("forget", "kl"),
-    "L_KL, forget rows": ("forget",),
-    "L_KL, retain rows": ("kl",),
     "L_TASK": ("retain",),
     "L_LM": ("lm",),
+    "L_KL, forget rows": ("forget",),
+    "L_KL, retain rows": ("kl",),
 }
 """EUL's three terms by their names in its paper, and the two halves of the first, as terms of an `UnlearningLoss`."""
 
