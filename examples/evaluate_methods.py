@@ -26,8 +26,9 @@ import torch
 from datasets import Dataset
 from evaluation_rows import add_options, attack_settings, further_rows, identity
 from paper.experiment import Experiment
+from paper.options import make_parser, parsed
 from paper.runs import Run, run_settings
-from reproduce import experiments, make_parser, make_run, parsed, trainables
+from reproduce import experiments, make_run, trainables
 from tqdm.auto import tqdm
 
 import spul

@@ -2,9 +2,11 @@
 
     python examples/five_requests.py                        # about 20 minutes on 2 CPU cores
     python examples/five_requests.py --seeds 0 --methods "prompts distilled" "EUL, fused"
+    python examples/five_requests.py --pairs                # overlapping and contradicting requests, 5 minutes a seed
 
 Each of five people asks to be forgotten, one after the other. It writes `requests.jsonl`, one line for each method
-after each request, and `requests.md`, a table; an interrupted run resumes.
+after each request, and `requests.md`, a table; an interrupted run resumes. `--pairs` writes `pairs.jsonl` and
+`pairs.md` instead.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from statistics import mean
 from typing import Any
 
 from datasets import Dataset
+from pairs import pairs_table, run_pairs
 from sequence import Requests, run
 from toy_reviews import FORGOTTEN, GENERIC, build_base, make_splits
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,13 +27,14 @@ from spul.records.digests import digest
 from spul.training.methods import unlearning_method
 
 NUM_REQUESTS = 5
-NOT_SETTINGS = ("seeds", "methods", "output_dir")
+NOT_SETTINGS = ("seeds", "methods", "output_dir", "pairs")
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the model, its data and training")
     parser.add_argument("--methods", nargs="+", help="names as in the table; all unless given")
+    parser.add_argument("--pairs", action="store_true", help="two requests that overlap or contradict each other")
     parser.add_argument("--steps", type=int, default=600, help="of a prompt, for one request")
     parser.add_argument("--layers-steps", type=int, default=300, help="of layers, for one request")
     parser.add_argument("--distill-steps", type=int, default=200, help="of distilling")
@@ -115,9 +119,12 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     for seed in args.seeds:
         requests = make_requests(args, seed)
-        lines = run(requests, args.output_dir / "requests.jsonl", order=0, names=args.methods)
-    text = table([line for line in lines if line["settings"] == requests.settings])
-    (args.output_dir / "requests.md").write_text(text + "\n", encoding="utf-8")
+        if args.pairs:
+            lines = run_pairs(requests, args.output_dir / "pairs.jsonl")
+        else:
+            lines = run(requests, args.output_dir / "requests.jsonl", order=0, names=args.methods)
+    text = (pairs_table if args.pairs else table)([line for line in lines if line["settings"] == requests.settings])
+    (args.output_dir / f"{'pairs' if args.pairs else 'requests'}.md").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

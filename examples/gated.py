@@ -71,6 +71,7 @@ def experiment_of(args: argparse.Namespace, seed: int) -> Experiment:
         seed=seed,
         limit=5000,
         limit_score=500,
+        memorize="full",
         memorize_lr=1e-3,
         memorize_batch_size=64,
         second_question=True,

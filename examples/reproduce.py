@@ -2,19 +2,21 @@
 
 Downloaded from the Hub, as published (a GPU):
 
-    python examples/reproduce.py --table main --dataset karuna-bhaila/Unlearning_SST2 --model facebook/opt-1.3b \\
-        --memorize lora --seeds 0 1 2 --output-dir out/opt-sst2
+    python examples/reproduce.py --table main grid --dataset karuna-bhaila/Unlearning_SST2 \\
+        --model meta-llama/Llama-2-7b-hf --blank-lines --draw-once --output-dir out/llama-sst2
 
 From local files, at a size for two CPU cores:
 
     python examples/reproduce.py --table main --dataset sst2 --data-dir ../shared/data/sst2 \\
-        --model ../shared/models/small-lm --second-question --limit 8000 --limit-score 1000 --memorize-lr 1e-3 \\
-        --memorize-batch-size 64 --steps 300 --forget-fraction 0.5 --prompt-types prefix_tuning --output-dir out/sst2
+        --model ../shared/models/small-lm --second-question --limit 8000 --limit-score 1000 --memorize full \\
+        --memorize-lr 1e-3 --memorize-epochs 3 --memorize-batch-size 64 --steps 300 --forget-fraction 0.5 \\
+        --prompt-types prefix_tuning --output-dir out/sst2
 
 With nothing but this repository: `--dataset reviews --model small` or `--dataset quiz --model small`.
 
-Tables: `main` (every method), `ablation` (SPUL without its terms), `forget-size` (parts of the forget set), `models`
-(several `--model`). Figures: `tsne`, `prompt-length`, `pareto`. `--search N` chooses alpha, beta and p by N trials.
+Tables: `main` (every method), `grid` (SPUL's alpha and beta), `ablation` (SPUL without its terms), `eul-terms` (EUL
+without its terms), `forget-size` (parts of the forget set), `models` (several `--model`). Figures: `tsne`,
+`prompt-length`, `pareto`. `--search N` chooses alpha, beta and p by N trials. The defaults are the paper's.
 
 Every run is one line of `runs.jsonl` in `--output-dir` as soon as it is done. A repeated command resumes where it
 stopped, and other tables use the stored runs. Memorized models are stored beside it, in `models/`.
@@ -26,7 +28,6 @@ import argparse
 import dataclasses
 import itertools
 import json
-import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,24 +36,20 @@ from typing import Any
 from datasets import Dataset
 from paper.experiment import Experiment
 from paper.figures import draw_forget_size, draw_prompt_length, draw_tradeoff, draw_tsne_coordinates, tsne_coordinates
+from paper.options import make_parser, parsed, published_name
 from paper.published import published_rows
-from paper.runs import PROMPT_TYPES, SMALL, TASKS, TOYS, Run, Runs, Setup
+from paper.runs import EUL_TERMS, PROMPT_TYPES, TOYS, Run, Runs, Setup
 from paper.tables import cost_table, score_table
 from tqdm.auto import tqdm
 
 from spul.data import UnlearningData
 from spul.evaluation.report import save_figure
 from spul.records.digests import digest
-from spul.training.methods import METHODS
 from spul.training.settings_search import Candidate, search
 
-# P-tuning and layers: as published. The others: found on small models.
-LEARNING_RATES = {"p_tuning": 1e-4, "prompt_tuning": 0.05, "prefix_tuning": 0.03}
-LEARNING_RATES |= {"full": 1e-5, "lora": 1e-4, "layers": 5e-5}
-# Compared unless others are named. AltPO needs alternate answers, RMU the number of a layer: they have no option here.
-COMPARED = ("SPUL", "GA", "RL", "GA+KL", "GA+GD", "NPO", "NPO+KL", "NPO+GD", "SimNPO", "SimNPO+KL", "SimNPO+GD", "EUL")
-AVAILABLE = tuple(name for name in METHODS if name not in ("AltPO", "RMU"))
-PUBLISHED_NAMES = {"Unlearning_SST2": "sst2", "Unlearning_Yelp_Polarity": "yelp"}
+ALPHAS, BETAS = (0.1, 0.5, 1.0), (0.0, 0.1, 0.5, 1.0)
+# Of SPUL, where --beta is not given; 0.5 elsewhere. The published tables are of one alpha, 1, unless they vary it.
+PUBLISHED_BETAS = {"forget-size": 1.0, "models": 1.0, "prompt-length": 1.0}
 LOSS_TERMS = ((0.0, 0.0), (1.0, 0.0), (0.0, 0.5), (1.0, 0.5))
 FORGET_SIZES = (0.25, 0.5, 0.75, 1.0)
 PROMPT_LENGTHS = (10, 20, 30, 40, 50)
@@ -65,17 +62,18 @@ MOST_LABELS = 10  # distinguishable markers
 def make_run(args: argparse.Namespace, method: str, trainable: str, **settings: Any) -> Run:
     """A run with the settings of the command, except those given."""
     is_prompt = trainable in PROMPT_TYPES
-    common = {"alpha": args.alpha, "beta": args.beta} if is_prompt else {}
+    common = {"alpha": args.alpha, "beta": 0.5 if args.beta is None else args.beta} if is_prompt else {}
     return Run(
         **{
             "method": method,
             "trainable": trainable,
             "learning_rate": args.lr.get(method, args.lr[trainable]),
             "steps": args.steps.get(method, args.steps.get("all")),
-            "epochs": args.epochs,
+            "epochs": args.epochs.get(method, args.epochs.get("all")),
             "batch_size": args.batch_size,
             "forget_fraction": args.forget_fraction,
             "num_virtual_tokens": args.num_virtual_tokens,
+            "draw_once": args.draw_once,
             **common,
             **settings,
         }
@@ -87,23 +85,31 @@ def trainables(args: argparse.Namespace, method: str) -> list[str]:
     return {"SPUL": args.prompt_types, "EUL": ["layers"]}.get(method, [args.baseline_trainable])
 
 
-def grid(args: argparse.Namespace, what: str) -> list[Run]:
+def runs_of(args: argparse.Namespace, what: str) -> list[Run]:
     """The runs of a table or figure, for one model and seed."""
     prompts = [("SPUL", prompt_type) for prompt_type in args.prompt_types]
-    if what == "ablation":
-        return [make_run(args, *p, alpha=a, beta=b) for p in prompts for a, b in LOSS_TERMS]
-    if what == "forget-size":
-        some = [(method, trainable) for method in args.methods for trainable in trainables(args, method)]
-        return [make_run(args, *each, forget_size=size) for each in some for size in FORGET_SIZES]
+    if what in ("grid", "ablation"):
+        cells = itertools.product(ALPHAS, BETAS) if what == "grid" else LOSS_TERMS
+        return [make_run(args, *p, alpha=a, beta=b) for p, (a, b) in itertools.product(prompts, cells)]
+    if what == "eul-terms":
+        return [make_run(args, "EUL", "layers", without=term) for term in (None, *EUL_TERMS)]
+    weights = {} if args.beta is not None else {"beta": PUBLISHED_BETAS.get(what, 0.5)}
     if what == "prompt-length":
-        return [make_run(args, *p, num_virtual_tokens=length) for p in prompts for length in args.prompt_lengths]
+        lengths = itertools.product(prompts, args.prompt_lengths)
+        return [make_run(args, *p, num_virtual_tokens=length, **weights) for p, length in lengths]
     methods = ["SPUL"] if what in ("models", "tsne") else args.methods
-    return [make_run(args, method, trainable) for method in methods for trainable in trainables(args, method)]
+    some = [(method, trainable) for method in methods for trainable in trainables(args, method)]
+    sizes = FORGET_SIZES if what == "forget-size" else (1.0,)
+    return [
+        make_run(args, *each, forget_size=size, **(weights if each[0] == "SPUL" else {}))
+        for each in some
+        for size in sizes
+    ]
 
 
 def reference_rows(args: argparse.Namespace, what: str) -> list[str]:
     """The rows of a table that are models without unlearning."""
-    if what in ("ablation", "forget-size", "prompt-length", "tsne", "models"):
+    if what not in ("main", "pareto"):
         return ["base"]
     if args.memorize == "none":  # vanilla is the base, and nothing is retrained
         return ["base"]
@@ -123,7 +129,7 @@ def compute(args: argparse.Namespace, runs: Runs, what: str) -> list[dict[str, A
     work = [
         (experiment, run)
         for experiment in experiments(args)
-        for run in [*reference_rows(args, what), *grid(args, what)]
+        for run in [*reference_rows(args, what), *runs_of(args, what)]
     ]
     found = []
     for experiment, run in tqdm(work, desc=what, unit="run"):
@@ -153,22 +159,30 @@ def named(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return shown
 
 
+VARIED = {
+    "grid": ("method", "alpha", "beta"),
+    "ablation": ("method", "alpha", "beta"),
+    "eul-terms": ("method", "without"),
+    "forget-size": ("method", "forget_size"),
+    "models": ("model", "method"),
+}
+"""What makes a row of a table, unless it is the method alone."""
+
+
 def write_table(args: argparse.Namespace, what: str, records: list[dict[str, Any]]) -> None:
     """Write and print a table as Markdown."""
-    by = {
-        "ablation": ("method", "alpha", "beta"),
-        "forget-size": ("method", "forget_size"),
-        "models": ("model", "method"),
-    }
-    columns = by.get(what, ("method",))
-    if what in ("ablation", "forget-size"):  # the base has no such settings, and detached is the base
-        empty = {"alpha": None, "beta": None, "forget_size": None}
+    columns = VARIED.get(what, ("method",))
+    if what in ("grid", "ablation", "eul-terms", "forget-size"):
+        # The base has no such settings, and detached is the base.
+        empty = dict.fromkeys(columns[1:])
         records = [{**r, "settings": {**empty, **r["settings"]}} for r in records if "detached" not in r["method"]]
     records = named(records)
-    dataset = PUBLISHED_NAMES.get(Path(args.dataset).name, args.dataset)
-    published = published_rows(dataset) if what in ("main", "models") else []
+    dataset = published_name(args.dataset)
     records = [{**record, "dataset": dataset} for record in records]
-    parts = [score_table(records, by=columns, published=published), score_table(records, "generic", by=columns)]
+    parts = []
+    for measure in ("accuracy", "f1", "generic"):
+        published = published_rows(dataset, table=what) if measure != "generic" else []
+        parts.append(score_table(records, measure, by=columns, published=published))
     trained = [record for record in records if record["cost"]]
     if trained:
         parts.append(cost_table(trained, by=columns))
@@ -186,20 +200,36 @@ def report(paths: list[Path]) -> None:
     print("written: " + ", ".join(map(str, paths)))
 
 
+def tsne_rows(experiment: Experiment, per_label: int) -> tuple[list[dict[str, Any]], list[bool]]:
+    """Training rows for t-SNE, at most so many of each label, and whether they are forget rows.
+
+    The paper draws 500 rows of each label. It does not say how many are forget rows; here half of them are, or all
+    there are, and retain rows are the others.
+    """
+    by_label: dict[str, dict[bool, list[dict[str, Any]]]] = {}
+    for is_forget in (False, True):
+        for row in experiment.rows["train_forget" if is_forget else "train_retain"]:
+            by_label.setdefault(row["completion"].strip(), {False: [], True: []})[is_forget].append(row)
+    if len(by_label) > MOST_LABELS:
+        raise SystemExit(
+            f"t-SNE marks rows by label, of at most {MOST_LABELS}; {experiment.setup.dataset} has {len(by_label)}."
+        )
+    rng, rows, flags = random.Random(0), [], []
+    for groups in by_label.values():
+        num_forget = min(len(groups[True]), max(per_label // 2, per_label - len(groups[False])))
+        for is_forget, most in ((False, per_label - num_forget), (True, num_forget)):
+            some = rng.sample(groups[is_forget], min(most, len(groups[is_forget])))
+            rows += some
+            flags += [is_forget] * len(some)
+    return rows, flags
+
+
 def draw_tsne(args: argparse.Namespace, experiment: Experiment) -> None:
     """Draw t-SNE of the last layer before and after unlearning; trains the prompt, since runs store no models."""
-    run = grid(args, "tsne")[0]
-    rng = random.Random(0)
-    rows, is_forget = [], []
-    for split in ("test_retain", "test_forget"):
-        some = list(experiment.rows[split])
-        some = rng.sample(some, min(len(some), args.tsne_rows))
-        rows += some
-        is_forget += [split == "test_forget"] * len(some)
+    run = runs_of(args, "tsne")[0]
+    rows, is_forget = tsne_rows(experiment, args.tsne_rows)
     picked = Dataset.from_list(rows)
     labels = [row["completion"].strip() for row in rows]
-    if len(different := set(labels)) > MOST_LABELS:
-        raise SystemExit(f"t-SNE marks rows by label, of at most {MOST_LABELS}; {args.dataset} has {len(different)}.")
     model, _ = experiment.train(run)
     after = experiment.embeddings(model, picked, "after")
     with model.disable_adapter():
@@ -262,106 +292,16 @@ def run_search(args: argparse.Namespace, experiment: Experiment) -> None:
 # ---- the command ----
 
 
-def make_parser(description: str) -> argparse.ArgumentParser:
-    """A parser with the options of experiments and runs."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--dataset", default="reviews", help="sst2, yelp, wmdp, tofu, imdb; reviews, quiz; Hub name or folder")
-    add("--task", choices=TASKS, default="sentiment", help="prompt format of a data set in four splits")
-    add("--data-dir", help="local folder of a known data set; the Hub unless given")
-    add("--retain-dir", help="local folder of SciQ, for wmdp")
-    add("--model", nargs="+", default=[SMALL], help=f"Hub name or folder; {SMALL!r} for reviews and quiz")
-    add("--methods", nargs="+", choices=AVAILABLE, default=list(COMPARED), metavar="METHOD", help=", ".join(AVAILABLE))
-    add("--seeds", nargs="+", type=int, default=[0])
-    add("--limit", type=int, help="maximum number of retain rows to train on")
-    add("--limit-score", type=int, help="maximum number of scored rows of each retain split")
-    add("--forget-set", choices=("forget01", "forget05", "forget10"), help="for tofu; forget10 unless given")
-    add(
-        "--memorize",
-        choices=("full", "lora", "qlora", "none"),
-        default="full",
-        help="trainable of the memorizing stage",
-    )
-    add("--memorize-epochs", type=float, default=3)
-    add("--memorize-lr", type=float, default=1e-4)
-    add("--memorize-batch-size", type=int, default=32)
-    add("--label-smoothing", type=float, default=0.0, help="of memorizing; a less certain model is easier to steer")
-    add("--second-question", action="store_true", help="memorize who is named as well (SST-2, for small models)")
-    add("--load-in-4bit", action="store_true", help="score and unlearn over weights in 4-bit NF4")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="type of the weights otherwise")
-    add("--max-length", type=int, default=1024, help="tokens of a row, virtual tokens excluded")
-    add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train under bfloat16 autocast")
-    add("--prompt-types", nargs="+", choices=PROMPT_TYPES, default=["p_tuning"], metavar="TYPE", help="of SPUL")
-    add(
-        "--baseline-trainable",
-        choices=("full", "lora"),
-        default="full",
-        help="trainable of methods other than SPUL and EUL",
-    )
-    add("--num-virtual-tokens", type=int, default=30)
-    add("--alpha", type=float, default=1.0, help="weight of SPUL's retain term")
-    add("--beta", type=float, default=0.5, help="weight of SPUL's KL term")
-    add("--lr", nargs="+", default=[], metavar="NAME=LR", help=f"by trainable or method; defaults {LEARNING_RATES}")
-    add("--epochs", type=float, default=10, help="passes over the rows, unless --steps is given")
-    add(
-        "--steps",
-        nargs="+",
-        default=[],
-        metavar="N or METHOD=N",
-        help="training steps; methods without retain rows take the number that shows as many forget rows",
-    )
-    add("--batch-size", type=int, default=32)
-    add("--eval-batch-size", type=int, default=64)
-    add("--forget-fraction", type=float, help="share of forget rows in a batch; unless given, that of the data")
-    add("--output-dir", type=Path, default=Path("out/reproduce"))
-    return parser
-
-
-def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Parse and check the options."""
-    args = parser.parse_args()
-    for name in ("model", "methods", "seeds", "prompt_types"):
-        if len(set(values := getattr(args, name))) < len(values):
-            parser.error(f"--{name.replace('_', '-')} {' '.join(map(str, values))}: one is given twice.")
-    for name in ("batch_size", "eval_batch_size", "num_virtual_tokens", "epochs", "limit", "limit_score"):
-        if (value := getattr(args, name)) is not None and value <= 0:
-            parser.error(f"--{name.replace('_', '-')} {value}: expected a number above 0.")
-    if args.forget_fraction is not None and not 0 < args.forget_fraction < 1:
-        parser.error(f"--forget-fraction {args.forget_fraction}: expected a share above 0 and below 1.")
-    try:
-        args.lr = {**LEARNING_RATES, **by_name(args.lr, (*LEARNING_RATES, *METHODS))}
-        args.steps = {name: int(steps) for name, steps in by_name(args.steps, ("all", *METHODS), "all").items()}
-    except ValueError as error:
-        parser.error(str(error))
-    return args
-
-
-def by_name(texts: list[str], names: tuple[str, ...], default: str | None = None) -> dict[str, float]:
-    """Numbers above 0 out of `NAME=NUMBER`, or a number alone for the default name."""
-    values = {}
-    for text in texts:
-        name, _, number = text.rpartition("=")
-        name = name or (default or "")
-        try:
-            values[name] = float(number)
-        except ValueError:
-            values[name] = math.nan
-        if name not in names or not 0 < values[name] < math.inf:
-            expected = f"NAME=NUMBER{'' if default is None else ' or NUMBER'}"
-            raise ValueError(f"{text!r}: expected {expected}, above 0, with NAME one of {', '.join(names)}.")
-    return values
-
-
 def parse_args() -> argparse.Namespace:
     parser = make_parser(__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--table", choices=("main", "ablation", "forget-size", "models"), nargs="+", default=[])
+    add("--table", choices=("main", *VARIED), nargs="+", default=[])
     add("--figure", choices=("tsne", "prompt-length", "pareto"), nargs="+", default=[])
     add("--search", type=int, metavar="TRIALS", help="number of trials that choose alpha, beta and p")
     add("--max-retain-loss", type=float, default=0.01, help="of the search: largest loss of retain accuracy, in 0..1")
     add("--held-out", type=float, default=0.15, help="of the search: share of the training rows to score on")
     add("--prompt-lengths", nargs="+", type=int, default=list(PROMPT_LENGTHS), help="of --figure prompt-length")
-    add("--tsne-rows", type=int, default=300, help="rows of each test split in --figure tsne")
+    add("--tsne-rows", type=int, default=500, help="training rows of each label in --figure tsne")
     args = parsed(parser)
     if not (args.table or args.figure or args.search):
         parser.error("nothing to do: give --table, --figure or --search.")

@@ -6,7 +6,9 @@ import gc
 
 import pytest
 from datasets import Dataset
-from helpers import CONFIGS, FAMILIES, make_tokenizer
+from encoded import word_level
+from helpers import CHAT_TEMPLATE, CONFIGS, FAMILIES, make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import spul.data.sources
@@ -43,6 +45,27 @@ def family(request) -> str:
 def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE of 120 pieces: words of several tokens, no pad token."""
     return make_tokenizer()
+
+
+@pytest.fixture
+def words() -> PreTrainedTokenizerFast:
+    """The words a..j are 3..12, ":" is 13, and n, u, z are 14, 15, 16."""
+    vocabulary = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *"abcdefghij:nuz"])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.fixture
+def ten() -> PreTrainedTokenizerFast:
+    """The words a..j are 3..12."""
+    return word_level(*"abcdefghij")
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 @pytest.fixture(params=CONFIGS)

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from helpers import ONE_STEP, arguments, build, make_collator, rows
-from paper.memorization import CompletionTrainer, memorize
-from peft import LoraConfig, PeftModel
+from paper.memorization import CompletionTrainer, memorize, published_lora
+from peft import LoraConfig, PeftModel, get_peft_model
 
 from spul.evaluation.metrics.scoring import score_completions
 
@@ -24,13 +24,36 @@ def test_rows_are_learned_and_a_bare_model_comes_back(tmp_path, folder, learner)
     data, collator = rows("jane", 16), make_collator()
     before = score_completions(build("llama"), data, collator)["loss"]
     args = arguments(tmp_path, max_steps=30, learning_rate=5e-3)
-    model, metrics = memorize(folder, data, collator, args, learner)
+    # The published LoRA, on queries and values alone, is too little for a random model in so few steps.
+    lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+    model, metrics = memorize(folder, data, collator, args, learner, peft_config=lora if learner == "lora" else None)
     assert not isinstance(model, PeftModel)
     assert not any("lora" in name for name, _ in model.named_parameters())
     assert not model.training
     assert metrics["steps"] == 30
     assert metrics["train_runtime"] > 0
     assert score_completions(model, data, collator)["loss"] < before / 2
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_the_published_lora_is_of_rank_16_on_queries_and_values(family):
+    model = get_peft_model(build(family), published_lora())
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert {name.split(".")[-1] for name in layers} == {"q_proj", "v_proj"}
+    for layer in layers.values():
+        assert layer.r["default"] == 16
+        assert layer.scaling["default"] == 64 / 16
+        assert layer.lora_dropout["default"].p == 0.1
+
+
+def test_lora_is_the_published_one_unless_another_is_given(tmp_path, folder):
+    model, _ = memorize(folder, rows("jane", 4), make_collator(), arguments(tmp_path, max_steps=1), "lora")
+    changed = {
+        name.split(".")[-2]
+        for (name, one), (_, other) in zip(model.named_parameters(), build("llama").named_parameters(), strict=True)
+        if not torch.equal(one, other)
+    }
+    assert changed == {"q_proj", "v_proj"}
 
 
 def test_generic_completions_are_not_learned(tmp_path, folder):
@@ -97,7 +120,7 @@ def test_qlora_learns_over_4_bits_and_comes_back_in_the_weights_as_they_were(tmp
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     # What LoRA does not touch is bit for bit the unquantized model's.
     torch.testing.assert_close(model.lm_head.weight, before.lm_head.weight, rtol=0, atol=0)
-    difference = model.model.layers[0].mlp.up_proj.weight - before.model.layers[0].mlp.up_proj.weight
+    difference = model.model.layers[0].self_attn.v_proj.weight - before.model.layers[0].self_attn.v_proj.weight
     assert torch.linalg.matrix_rank(difference.detach(), rtol=1e-4) <= 16
     assert difference.abs().max() > 0
     found, old = score_completions(model, data, collator)["loss"], score_completions(before, data, collator)["loss"]

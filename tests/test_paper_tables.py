@@ -5,28 +5,14 @@ from __future__ import annotations
 import json
 import math
 import random
-from typing import Any
 
 import pytest
 from paper.published import PUBLISHED, PublishedRow, published_rows
 from paper.tables import Summary, aggregate, cost_table, generic_table, main_table, read_runs, score_table
+from stored_runs import run
 
 from spul.data.unlearning_data import SPLITS
 from spul.training.settings_search import pareto_front
-
-
-def run(method: str = "SPUL", seed: int = 0, accuracy: float = 0.5, **changes: Any) -> dict[str, Any]:
-    """A run with the accuracies a, a - 0.1, a - 0.2, a - 0.3 on the four splits."""
-    settings = {"alpha": 1.0, "beta": 0.5, "num_virtual_tokens": 30, "forget_size": 1.0, **changes.pop("settings", {})}
-    scores = {
-        split: {"accuracy": accuracy - i / 10, "f1": 0.25, "generic": 0.125 * i, "loss": 1.5}
-        for i, split in enumerate(SPLITS)
-    }
-    cost = {"trainable_parameters": 604160, "seconds": 10.0 + seed, "peak_memory_bytes": 3_200_000_000}
-    cost |= {"forward_passes": 12000, "forward_tokens": 999}
-    top = {"dataset": "sst2", "model": "small-lm", "method": method, "trainable": "prefix_tuning", "seed": seed}
-    return {**top, "settings": settings, "scores": scores, "cost": cost, **changes}
-
 
 # ---- reading ----
 
@@ -121,8 +107,9 @@ def test_a_loss_that_diverged_stays_visible():
 
 def test_the_main_table_to_the_letter():
     runs = [run("base", 0, 0.95), run("SPUL", 0, 0.9), run("SPUL", 1, 0.8)]
-    rows = [PublishedRow("a paper", "sst2", "LLaMA-2-7B", "GA+GD", (97.17, 13.75, 94.43, 11.3))]
-    rows.append(PublishedRow("another", "yelp", "LLaMA-2-7B", "GA+GD", (1.0, 2.0, 3.0, 4.0)))
+    values = (97.17, 13.75, 94.43, 11.3)
+    rows = [PublishedRow("a paper", "2", "sst2", "LLaMA-2-7B", "GA+GD", values, values)]
+    rows.append(PublishedRow("another", "2", "yelp", "LLaMA-2-7B", "GA+GD", values, values))
     assert main_table(runs, rows) == (
         "Accuracy in %, mean ± standard deviation; sst2; small-lm; seeds 0, 1 (but method=base: 0). "
         "Published: a paper.\n"
@@ -138,7 +125,7 @@ def test_the_main_table_to_the_letter():
 def test_a_table_per_data_set_and_model_each_with_its_own_published_rows():
     runs = [run(dataset=dataset, model=model) for dataset in ("sst2", "imdb") for model in ("small", "tiny")]
     tables = main_table(runs, PUBLISHED).split("\n\nAccuracy")
-    assert [table.count("*published: ") for table in tables] == [8, 8, 0, 0]
+    assert [table.count("*published: ") for table in tables] == [32, 32, 0, 0]  # rows of SST-2 in tables 2 to 5
     captions = [line for line in main_table(runs).splitlines() if line.startswith("Accuracy")]
     assert captions == [
         "Accuracy in %; sst2; small; seed 0.",
@@ -150,7 +137,7 @@ def test_a_table_per_data_set_and_model_each_with_its_own_published_rows():
 
 def test_models_share_a_table_where_they_are_its_rows():
     table = score_table([run(model="small"), run(model="tiny")], by=("model",), published=published_rows("sst2")[-1:])
-    assert table.splitlines()[0] == "Accuracy in %; sst2; seed 0. Published: arXiv 2406.12038."
+    assert table.splitlines()[0] == "Accuracy in %; sst2; seed 0. Published: arXiv 2406.12038v2."
     assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == [
         "| small",
         "| tiny",
@@ -161,6 +148,7 @@ def test_models_share_a_table_where_they_are_its_rows():
 def test_an_ablation_has_a_column_per_setting():
     runs = [run(settings={"alpha": alpha, "beta": beta}) for alpha in (0.1, 1.0) for beta in (0.0, 0.5)]
     lines = score_table(runs, by=("alpha", "beta"), published=published_rows("sst2", "OPT-1.3B")).splitlines()
+    assert lines[-2] == "| *published: OPT-1.3B, GA+GD* |  | *87.56* | *50.53* | *86.47* | *55.25* |"
     assert lines[2] == "| alpha | beta | train retain | train forget | test retain | test forget |"
     assert lines[5] == "| 0.1 | 0.5 | 50.00 | 40.00 | 30.00 | 20.00 |"
     assert lines[-1] == "| *published: OPT-1.3B, SPUL* |  | *94.87* | *16.84* | *91.65* | *17.87* |"
@@ -203,21 +191,52 @@ def test_an_unknown_measure_is_refused_with_those_there():
         score_table([run()], "rouge")
 
 
-def test_published_accuracies_do_not_stand_beside_another_measure():
-    with pytest.raises(ValueError, match="measure='f1', but the published rows are accuracies"):
-        score_table([run()], "f1", published=PUBLISHED)
+def test_published_rows_stand_beside_accuracy_and_f1_alone():
+    lines = score_table([run()], "f1", published=published_rows("sst2", "LLaMA-2-13B")).splitlines()
+    assert lines[0] == "F1 in %; sst2; small-lm; seed 0. Published: arXiv 2406.12038v2."
+    assert lines[-1] == "| *published: LLaMA-2-13B, SPUL* | *98.93* | *11.25* | *95.60* | *13.54* |"
+    with pytest.raises(ValueError, match="measure='generic', but the published rows are of accuracy and f1"):
+        score_table([run()], "generic", published=PUBLISHED)
+
+
+def test_a_published_row_stands_in_the_columns_of_its_settings():
+    runs = [run(settings={"alpha": 1.0, "beta": 0.5})]
+    published = published_rows("sst2", table="grid")
+    lines = score_table(runs, by=("method", "alpha", "beta"), published=published).splitlines()
+    assert lines[4] == "| SPUL | 1.0 | 0.5 | 50.00 | 40.00 | 30.00 | 20.00 |"
+    assert lines[5] == "| *published: LLaMA-2-7B, SPUL* | *0.1* | *0.0* | *90.84* | *9.12* | *89.50* | *10.33* |"
+    assert len(lines) == 5 + 12
 
 
 # ---- published rows ----
 
 
+METHODS_OF_TABLE_2 = ("vanilla", "base", "GA", "RL", "GA+KL", "GA+GD", "SPUL")
+
+
 def test_published_rows_of_a_data_set_and_of_a_model():
-    assert [(row.model, row.method) for row in published_rows("sst2", "LLaMA-2-7B")] == [
-        ("LLaMA-2-7B", method) for method in ("base", "GA", "RL", "GA+KL", "GA+GD", "SPUL")
-    ]
+    for dataset in ("sst2", "yelp", "wmdp"):
+        assert [row.method for row in published_rows(dataset, "LLaMA-2-7B")] == list(METHODS_OF_TABLE_2)
+    assert [row.method for row in published_rows("sst2", "OPT-1.3B")] == list(METHODS_OF_TABLE_2)
+    assert [row.method for row in published_rows("sst2", "LLaMA-2-13B")] == ["vanilla", "base", "SPUL"]
     assert published_rows("wmdp")[-1].accuracy == (99.38, 5.44, 89.70, 3.22)
+    assert published_rows("wmdp")[-1].f1 == (99.45, 10.20, 89.75, 6.07)
     assert published_rows("yelp", "OPT-1.3B") == []
     assert published_rows("imdb") == []
+    assert published_rows("sst2", table="ablation") == []
+
+
+def test_published_rows_are_whole_and_agree_where_two_tables_have_the_same_run():
+    assert len(PUBLISHED) == 3 * 7 + 12 + 3 + 7 + 3
+    for row in PUBLISHED:
+        assert len(row.accuracy) == len(row.f1) == 4, row
+        assert all(0 < value < 100 for value in (*row.accuracy, *row.f1)), row
+    grid = {(row.settings["alpha"], row.settings["beta"]): row for row in published_rows("sst2", table="grid")}
+    assert set(grid) == {(alpha, beta) for alpha in (0.1, 0.5, 1.0) for beta in (0.0, 0.1, 0.5, 1.0)}
+    main, whole = published_rows("sst2", "LLaMA-2-7B")[-1], published_rows("sst2", table="forget-size")[-1]
+    assert (grid[1.0, 0.5].accuracy, grid[1.0, 0.5].f1) == (main.accuracy, main.f1)
+    assert (grid[1.0, 1.0].accuracy, grid[1.0, 1.0].f1) == (whole.accuracy, whole.f1)
+    assert whole.settings == {"forget_size": 1.0}
 
 
 # ---- Pareto front ----

@@ -37,7 +37,8 @@ def reproduce(monkeypatch, tmp_path):
 
     def run(*options):
         common = ["--dataset", data, "--model", model, "--steps", "2", "SPUL=3", "--memorize-epochs", "1", "--no-bf16"]
-        common += ["--max-length", "60", "--num-virtual-tokens", "4", "--output-dir", tmp_path / "out"]
+        common += ["--memorize", "full", "--max-length", "60", "--num-virtual-tokens", "4"]
+        common += ["--output-dir", tmp_path / "out"]
         monkeypatch.setattr(sys, "argv", ["reproduce.py", *map(str, [*common, *options])])
         reproduce.main()
         return tmp_path / "out"
@@ -97,15 +98,20 @@ def test_a_command_given_again_computes_nothing_and_another_seed_only_its_own(re
 
 def test_the_other_tables_vary_what_they_are_about(reproduce):
     out = reproduce(
-        "--table", "ablation", "forget-size", "--methods", "SPUL", "GA+GD", "--prompt-types", "prefix_tuning"
+        *("--table", "ablation", "forget-size", "eul-terms", "--methods", "SPUL", "GA+GD"),
+        *("--prompt-types", "prefix_tuning"),
     )
     runs = read_runs(out / "runs.jsonl")
     weights = {(r["settings"]["alpha"], r["settings"]["beta"]) for r in runs if r["method"] == "SPUL"}
-    assert weights == {(0.0, 0.0), (1.0, 0.0), (0.0, 0.5), (1.0, 0.5)}
+    assert weights == {(0.0, 0.0), (1.0, 0.0), (0.0, 0.5), (1.0, 0.5), (1.0, 1.0)}  # the last of forget-size
     sizes = [r["settings"]["forget_size"] for r in runs if r["method"] == "GA+GD"]
     assert sizes == [0.25, 0.5, 0.75, 1.0]
     assert len(cells((out / "table-ablation.md").read_text(), "SPUL")) == 7
     assert (out / "figure-forget-size.png").exists()
+    without = [r["settings"]["without"] for r in runs if r["method"] == "EUL"]
+    assert without == [None, "L_KL", "L_TASK", "L_LM", "L_KL, forget rows", "L_KL, retain rows"]
+    rows = [line for line in (out / "table-eul-terms.md").read_text().splitlines() if line.startswith("| EUL |")]
+    assert len({line.split(" | ")[1] for line in rows}) == 6
 
 
 def test_figures_and_search(reproduce):
@@ -172,7 +178,7 @@ def test_models_of_another_setup_are_not_taken_for_this_one(reproduce):
         reproduce(*options, "--limit", "5")
     with pytest.raises(ValueError, match="go with the model 'small'"):
         reproduce(*options, "--dataset", "quiz")
-    with pytest.raises(ValueError, match="limit, memorize_epochs cannot be set for the made-up quiz"):
+    with pytest.raises(ValueError, match="limit, memorize, memorize_epochs cannot be set for the made-up quiz"):
         reproduce(*options, "--dataset", "quiz", "--model", "small", "--limit", "5")
 
 

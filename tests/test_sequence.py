@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GENERIC, build, make_tokenizer, rows
+from helpers import build, rows
+from small_requests import small_requests
 
 from spul import SoftPromptUnlearner
-from spul.layers import UnlearningLayersConfig
-from spul.training.methods import unlearning_method
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -22,38 +21,7 @@ def make_requests(tmp_path, monkeypatch):
     """Two requests on a tiny model, three steps each."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     sys.modules.pop("sequence", None)
-    from sequence import Requests
-
-    retrained_on = []
-
-    def retrain(kept):
-        retrained_on.append(kept["prompt"])
-        return build("llama")
-
-    requests = Requests(
-        base=lambda: build("llama"),
-        tokenizer=make_tokenizer(),
-        generic=GENERIC,
-        train=[rows("jane", 4), rows("doe", 4)],
-        test=[rows("jane doe", 3), rows("doe jane", 3)],
-        retain=rows("film", 6),
-        test_retain=rows("plot", 4),
-        retrain=retrain,
-        folder=tmp_path,
-        settings="tiny",
-        seed=0,
-        steps={"prompt": 3, "layers": 3, "wide": 3, "distill": 2},
-        rates=dict.fromkeys(("prompt", "layers", "wide", "distill"), 1e-2),
-        layers=unlearning_method("EUL"),
-        generic_layers=unlearning_method("SPUL", trainable="layers"),
-        prompt=unlearning_method("SPUL"),
-        num_virtual_tokens=3,
-        layers_config=UnlearningLayersConfig(reduction=4),
-        batch_size=4,
-        max_length=32,
-    )
-    requests.retrained_on = retrained_on
-    return requests
+    return small_requests(tmp_path)
 
 
 def test_every_method_serves_after_every_request_and_nothing_is_done_twice(make_requests, tmp_path):

@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from paper.costs import Meter
-from paper.memorization import memorize
+from paper.memorization import PUBLISHED_MEMORIZING, memorize
 from paper.runs import (
     AFTERWARDS,
     DETACHABLE,
@@ -41,6 +41,7 @@ from paper.runs import (
     model_digest,
     prompt_config,
     run_settings,
+    with_blank_lines,
 )
 from spul import ForgetRetainCollator, UnlearningTrainer
 from spul.data import MULTIPLE_CHOICE, SPLITS, PromptFormat, UnlearningData, load_known
@@ -103,8 +104,10 @@ class Experiment:
         if setup.dataset in LOADERS:
             options = {"retain_source": setup.retain_dir, "forget": setup.forget_set}
             given = {name: value for name, value in options.items() if value is not None}
-            return load_known(setup.dataset, setup.data_dir, seed=setup.seed, **given)
-        return load_four_splits(setup.dataset, TASKS[setup.task])
+            data = load_known(setup.dataset, setup.data_dir, seed=setup.seed, **given)
+        else:
+            data = load_four_splits(setup.dataset, TASKS[setup.task])
+        return dataclasses.replace(data, format=with_blank_lines(data.format)) if setup.blank_lines else data
 
     @cached_property
     def data(self) -> UnlearningData:
@@ -189,6 +192,7 @@ class Experiment:
                 num_train_epochs=setup.memorize_epochs,
                 per_device_train_batch_size=setup.memorize_batch_size,
                 label_smoothing_factor=setup.label_smoothing,
+                **({} if setup.memorize == "full" else PUBLISHED_MEMORIZING),
             )
             rows = Dataset.from_list(examples)
             rows = rows.add_column("length", [len(prompt) for prompt in rows["prompt"]])
@@ -233,7 +237,9 @@ class Experiment:
         """The collator for memorizing and scoring."""
         return self.collator_for(None)
 
-    def collator_for(self, method: Method | None, max_length: int | None = None) -> ForgetRetainCollator:
+    def collator_for(
+        self, method: Method | None, max_length: int | None = None, draw_once: bool = False
+    ) -> ForgetRetainCollator:
         """The collator for training by a method, or for scoring; the setup's `max_length` unless given."""
         task = self.data.format
         make = ForgetRetainCollator if method is None else method.collator
@@ -242,6 +248,7 @@ class Experiment:
             list(task.generic_completions),
             max_length=max_length or self.setup.max_length,
             seed=self.setup.seed,
+            resample=not draw_once,
             text_field=task.text_field,
             append_eos=task.append_eos,
         )
@@ -258,11 +265,10 @@ class Experiment:
             save_strategy="no",
             report_to="none",
             lr_scheduler_type="cosine",
-            warmup_steps=0.1,  # below 1: a share of all steps
             remove_unused_columns=False,
             logging_steps=50,
             train_sampling_strategy="group_by_length",  # less padding; rows meet others of their length
-            **kwargs,
+            **{"warmup_steps": 0.1, **kwargs},  # below 1: a share of all steps
         )
 
     def score(self, model: Any, name: str) -> dict[str, dict[str, float]]:
@@ -309,9 +315,8 @@ class Experiment:
             weight_decay=1e-3,
             max_grad_norm=run.max_grad_norm,
         )
-        trainer = UnlearningTrainer(
-            model, args, self.collator_for(method, max_length), dataset, loss=method.loss, forget_fraction=fraction
-        )
+        collator = self.collator_for(method, max_length, run.draw_once)
+        trainer = UnlearningTrainer(model, args, collator, dataset, loss=method.loss, forget_fraction=fraction)
         with Meter(model) as meter:
             trainer.train()
         steps = trainer.state.global_step

@@ -28,6 +28,18 @@ from spul.models.compat import keep_4bit_differentiable
 
 Learner = Literal["full", "lora", "qlora"]
 
+# Of the authors' qlora.py; the learning rate and the schedule are arguments.
+PUBLISHED_MEMORIZING = {"warmup_steps": 0.05, "weight_decay": 1e-3, "max_grad_norm": 0.3}
+
+
+def published_lora() -> LoraConfig:
+    """LoRA of the memorizing stage as published (SPUL, arXiv 2406.12038; the authors' `qlora.py`).
+
+    Rank 16, alpha 64 and dropout 0.1, on the projections that PEFT names for the model's family: in Llama and OPT
+    the queries and values of attention.
+    """
+    return LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=64, lora_dropout=0.1)
+
 
 class CompletionTrainer(Trainer):
     """Fine-tunes a causal LM on completions; logits are computed at completion tokens alone.
@@ -86,7 +98,8 @@ def memorize(
             (arXiv 2305.14314), merged into the unquantized weights afterwards, since merging into 4-bit ones would
             round the result.
         dtype: type of the loaded and of the returned weights.
-        peft_config: LoRA's config; rank 16, alpha 32, on every linear layer unless given.
+        peft_config: LoRA's config; `published_lora()` unless given. A family of which PEFT names no projections needs
+            one, with `target_modules`.
 
     Returns:
         The model, bare and in evaluation mode, and the metrics of `Trainer.train` with `steps` beside them.
@@ -106,7 +119,6 @@ def memorize(
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     learning: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, quantization_config=quantization)
@@ -114,8 +126,7 @@ def memorize(
         keep_4bit_differentiable(learning)
         learning = prepare_model_for_kbit_training(learning, use_gradient_checkpointing=args.gradient_checkpointing)
     if learner != "full":
-        lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-        learning = get_peft_model(learning, peft_config or lora)
+        learning = get_peft_model(learning, peft_config or published_lora())
     trainer = CompletionTrainer(learning, args, collator.encoder.batch, rows)
     result = trainer.train()
     # A Trainer leaves its autocast wrapper on the model.

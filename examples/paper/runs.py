@@ -7,15 +7,17 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import toy_quiz
 import toy_reviews
 from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from torch import Tensor
 from transformers import AutoConfig
 
 from paper.tables import read_runs
-from spul.data import MULTIPLE_CHOICE, QUESTION_ANSWER, SENTIMENT
+from spul.data import MULTIPLE_CHOICE, QUESTION_ANSWER, SENTIMENT, PromptFormat
+from spul.losses import LossTerm
 from spul.records.files import write_text
 from spul.training.methods import Method, unlearning_method
 
@@ -31,7 +33,7 @@ PROMPT_TYPES = ("prompt_tuning", "p_tuning", "prefix_tuning")
 PLACES = ("dataset", "model", "data_dir", "retain_dir")
 # Fields that do not apply to the toy data sets and their model.
 NOT_FOR_TOYS = ("task", "data_dir", "retain_dir", "forget_set", "limit", "memorize", "memorize_epochs", "memorize_lr")
-NOT_FOR_TOYS += ("memorize_batch_size", "label_smoothing", "load_in_4bit")
+NOT_FOR_TOYS += ("memorize_batch_size", "label_smoothing", "load_in_4bit", "blank_lines")
 # Fields that do not affect the memorized models.
 AFTERWARDS = ("limit_score", "load_in_4bit")
 
@@ -51,7 +53,8 @@ class Setup:
         forget_set: `forget01`, `forget05` or `forget10`, for `tofu`.
         limit: maximum number of retain rows to train on.
         limit_score: maximum number of scored rows of each retain split; forget splits are scored whole.
-        memorize: trainable of the memorizing stage: `full`, `lora`, `qlora`, or `none` if the model knows the rows.
+        memorize: trainable of the memorizing stage: `qlora` (as published), `lora`, `full`, or `none` if the model
+            knows the rows.
         memorize_epochs: passes over the rows in memorizing.
         memorize_lr: learning rate of memorizing.
         memorize_batch_size: rows per step of memorizing.
@@ -61,6 +64,7 @@ class Setup:
         dtype: type of the weights otherwise, and in memorizing; full models train badly in 16 bit.
         max_length: tokens of a row, virtual tokens excluded.
         bf16: train under bfloat16 autocast.
+        blank_lines: separate the fields of a prompt by blank lines, as the authors' program does.
     """
 
     dataset: str
@@ -72,7 +76,7 @@ class Setup:
     forget_set: str | None = None
     limit: int | None = None
     limit_score: int | None = None
-    memorize: str = "full"
+    memorize: str = "qlora"
     memorize_epochs: float = 3
     memorize_lr: float = 1e-4
     memorize_batch_size: int = 32
@@ -82,9 +86,29 @@ class Setup:
     dtype: str = "float32"
     max_length: int = 1024
     bf16: bool = True
+    blank_lines: bool = False
 
 
 DETACHABLE = (*PROMPT_TYPES, "layers")
+
+EUL_TERMS = {
+    "L_KL": ("forget", "kl"),
+    "L_TASK": ("retain",),
+    "L_LM": ("lm",),
+    "L_KL, forget rows": ("forget",),
+    "L_KL, retain rows": ("kl",),
+}
+"""EUL's three terms by their names in its paper, and the two halves of the first, as terms of an `UnlearningLoss`."""
+
+
+@dataclass(frozen=True)
+class NoTerm(LossTerm):
+    """A term of 0, in the place of one that an ablation leaves out; forget rows keep their own completions."""
+
+    makes_unlikely: ClassVar[bool] = True
+
+    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
+        return 0.0 * logits[..., 0]
 
 
 @dataclass(frozen=True)
@@ -105,6 +129,12 @@ class Run:
         num_virtual_tokens: p of a prompt.
         forget_size: share of the forget set that is trained on.
         max_grad_norm: norm to which gradients are clipped.
+        draw_once: draw the generic response of a row once for all epochs, as the authors' program does, and not each
+            time the row is seen.
+        without: the term of EUL that is left out, a key of `EUL_TERMS`; none unless given.
+
+    Raises:
+        ValueError: if `without` is another name, or the method another one than EUL.
     """
 
     method: str
@@ -119,11 +149,40 @@ class Run:
     num_virtual_tokens: int = 30
     forget_size: float = 1.0
     max_grad_norm: float = 0.3
+    draw_once: bool = False
+    without: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.without is not None and (self.method != "EUL" or self.without not in EUL_TERMS):
+            raise ValueError(
+                f"without={self.without!r}, method={self.method!r}: expected EUL, and one of {', '.join(EUL_TERMS)}."
+            )
 
     def unlearning_method(self) -> Method:
         """The method of spul for this run."""
         trainable: Any = "prompt" if self.trainable in PROMPT_TYPES else self.trainable
-        return unlearning_method(self.method, trainable, self.alpha, self.beta)
+        method = unlearning_method(self.method, trainable, self.alpha, self.beta)
+        if self.without is None:
+            return method
+        nothing: dict[str, Any] = {"forget": NoTerm(), "retain": 0.0, "kl": 0.0, "lm": 0.0}
+        fields = {"forget": "forget", "retain": "alpha", "kl": "beta", "lm": "gamma"}
+        removed = {fields[term]: nothing[term] for term in EUL_TERMS[self.without]}
+        return dataclasses.replace(method, loss=dataclasses.replace(method.loss, **removed))
+
+
+def with_blank_lines(task: PromptFormat) -> PromptFormat:
+    """A prompt format with a blank line before each field but the first, as in the authors' program.
+
+    The program has one template, of sentiment: `### Text: {text}`, `### Question: ...` and `### Sentiment:`, with an
+    empty line before the second and the third. Other formats follow it.
+
+    Raises:
+        ValueError: if the template has a single field.
+    """
+    template = task.template.replace("\n###", "\n\n###")
+    if template == task.template:
+        raise ValueError(f"the template {task.template!r} has no second field, to put a blank line before.")
+    return dataclasses.replace(task, template=template)
 
 
 def prompt_config(prompt_type: str, num_virtual_tokens: int) -> PeftConfig:

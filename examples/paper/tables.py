@@ -139,13 +139,13 @@ def score_table(
         measure: `accuracy`, `f1` or `generic`, shown in %, or another score, shown as it is.
         by: what makes a row: keys of a run or of its settings, such as `("alpha", "beta")` for an ablation or
             `("model",)` for a comparison of models, which then share a table.
-        published: rows to show below; each table takes those of its data set. With `measure="accuracy"` only.
+        published: rows to show below; each table takes those of its data set. With the measures accuracy and F1 only.
 
     Raises:
         ValueError: as in `aggregate`; if no run has the measure; if published rows meet another measure.
     """
-    if published and measure != "accuracy":
-        raise ValueError(f"measure={measure!r}, but the published rows are accuracies; leave them out.")
+    if published and measure not in ("accuracy", "f1"):
+        raise ValueError(f"measure={measure!r}, but the published rows are of accuracy and f1; leave them out.")
     tables = []
     for common, members in partition(runs, [key for key in ("dataset", "model") if key not in by]):
         groups = aggregate(members, by)
@@ -158,7 +158,8 @@ def score_table(
         for row in shown:
             of = (row.dataset, row.model, row.method)[0 if "dataset" in by else 1 :]
             label = f"*published: {', '.join(of)}*"
-            rows.append([label, *[""] * (len(by) - 1), *(f"*{value:.2f}*" for value in row.accuracy)])
+            settings = ["" if name not in row.settings else f"*{row.settings[name]}*" for name in by[1:]]
+            rows.append([label, *settings, *(f"*{value:.2f}*" for value in getattr(row, measure))])
         title = f"{SHARES[measure]} in %" if measure in SHARES else measure.capitalize()
         if any(len(group.seeds) > 1 for group in groups):
             title += ", mean ± standard deviation"
