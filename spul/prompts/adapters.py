@@ -11,8 +11,9 @@ from torch import nn
 from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint
-from .configs import check_peft_config, check_promptable, scale_random_prompt
+from .configs import check_peft_config, check_promptable
 from .shared_prefix import drop_cached
+from .starts import Start, check_start, start_prompt
 
 
 class PromptAdapters(PeftModelForCausalLM, Unlearner):
@@ -20,17 +21,29 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
 
     prompt_encoder: Any  # set by PEFT
 
-    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
-        """Add a new prompt beside the others; it is trained once `set_adapter` has made it the active one."""
+    def add_adapter(
+        self, adapter_name: str, peft_config: PeftConfig, *args: Any, start: Start | None = None, **kwargs: Any
+    ) -> None:
+        """Add a new prompt beside the others; it is trained once `set_adapter` has made it the active one.
+
+        Args:
+            adapter_name: its name.
+            peft_config: its config.
+            args: further arguments of PEFT.
+            start: how it begins, as in `SoftPromptUnlearner`.
+            kwargs: further arguments of PEFT.
+        """
         check_peft_config(peft_config)
-        if "spul_configs" in self.__dict__:  # the first prompt's base was checked before
+        check_start(start, peft_config)
+        is_first = "spul_configs" not in self.__dict__  # its base was checked before, and its start comes afterwards
+        if not is_first:
             check_promptable(self.get_base_model(), peft_config)
         with checkpoint.registry_unchanged_on_error(self):
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
             # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
             self.__dict__.setdefault("spul_configs", {})[adapter_name] = SpulConfig()
-            if not peft_config.inference_mode:
-                scale_random_prompt(self, adapter_name)
+            if not (is_first or peft_config.inference_mode):
+                start_prompt(self, adapter_name, start)
             self._train_active_prompt_only()
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -87,6 +100,8 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         # PEFT leaves every prompt trainable; an unused one breaks DDP on its second step.
         for name, encoder in self.prompt_encoder.items():
             encoder.requires_grad_(name == self.active_adapter and not self.peft_config[name].inference_mode)
+            if getattr(encoder, "frozen_embedding", None) is not None:  # a cartridge's first virtual tokens
+                encoder.frozen_embedding.requires_grad_(False)
 
     @property
     def virtual_tokens_in_use(self) -> int:

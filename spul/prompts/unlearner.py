@@ -27,6 +27,7 @@ from .inference import named_forward, ordinary_forward
 from .probe import check_prefix
 from .row_prompts import RowPrompts, check_adapter_names
 from .shared_prefix import cached_prompts, is_prefix
+from .starts import Start, check_start, start_prompt
 
 
 class SoftPromptUnlearner(PromptAdapters):
@@ -37,13 +38,17 @@ class SoftPromptUnlearner(PromptAdapters):
 
     Args:
         model: a causal LM of transformers, in any floating type, 8 or 4 bit.
-        peft_config: `PromptTuningConfig`, `PromptEncoderConfig` (P-tuning, the paper's) or `PrefixTuningConfig`.
-            Prompt tuning's random initialization is drawn at the scale of the vocabulary's embeddings.
+        peft_config: `PromptTuningConfig`, `PromptEncoderConfig` (P-tuning, the paper's), `PrefixTuningConfig` or
+            `CartridgeConfig`.
         loss: the objective; `UnlearningLoss()` unless given.
         adapter_name: PEFT's name of the adapter.
+        start: how the prompt begins. "random", the default: START_DOC
+            `InstructionStart(text, tokenizer)`: as the tokens of a written instruction. "peft": as PEFT
+            initializes it. PEFT's own options (`prompt_tuning_init`, `init_weights`) are honored where `start` is not
+            given.
 
     Raises:
-        TypeError: if `peft_config` is none of the three, `loss` is not an `UnlearningLoss`, or `model` is not a module
+        TypeError: if `peft_config` is none of the four, `loss` is not an `UnlearningLoss`, or `model` is not a module
             or has an adapter.
             It is also raised for encoder-decoders and models without a language modeling head.
         ValueError: if its task type is not `CAUSAL_LM`, it has no virtual tokens, weights of `model` are on the meta
@@ -71,9 +76,11 @@ class SoftPromptUnlearner(PromptAdapters):
         peft_config: PeftConfig,
         loss: UnlearningLoss | None = None,
         adapter_name: str = "default",
+        start: Start | None = None,
         **kwargs: Any,
     ) -> None:
         check_peft_config(peft_config)
+        check_start(start, peft_config)
         check_causal_lm(model)
         loss = UnlearningLoss() if loss is None else loss
         if not isinstance(loss, UnlearningLoss):
@@ -88,6 +95,8 @@ class SoftPromptUnlearner(PromptAdapters):
             zero_dropout(model)
             keep_4bit_differentiable(model)
             model.requires_grad_(False)
+            if not peft_config.inference_mode:
+                start_prompt(self, adapter_name, start)
 
     # ---- the protocol of an unlearner ----
 
