@@ -14,6 +14,7 @@ from peft import (
 
 from spul import SoftPromptUnlearner
 from spul.prompts import InstructionStart
+from spul.prompts.starts import start_prompt
 
 TEXT = "decline to answer about jane doe"
 KINDS = {
@@ -85,9 +86,37 @@ def test_an_instruction_longer_than_the_sliding_window_is_what_rows_behind_its_t
 
 @pytest.mark.parametrize("start", [None, "random", "vocabulary"])
 def test_a_start_is_the_same_prompt_in_every_kind(kind, start):
-    row = make_batch()["input_ids"][:1]
-    expected = logits_of(started("prompt_tuning", start=start), row)
-    torch.testing.assert_close(logits_of(started(kind, start=start), row), expected, rtol=1e-3, atol=1e-3)
+    row, found = make_batch()["input_ids"][:1], []
+    for one in ("prompt_tuning", kind):
+        unlearner = started(one)
+        torch.manual_seed(7)  # PEFT has drawn other numbers for each kind
+        start_prompt(unlearner, "default", start)
+        found.append(logits_of(unlearner, row))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
+
+
+def test_a_random_prompt_is_bos_and_rows_of_the_vocabularys_spread_up_to_a_tenth(family):
+    unlearner = started("prompt_tuning", family, p=60)
+    rows = unlearner.prompt_encoder["default"].embedding.weight
+    vocabulary = unlearner.word_embeddings(torch.arange(120))
+    expected = min(vocabulary.std().item(), 0.1)
+    assert rows[1:].std().item() == pytest.approx(expected, rel=0.1)
+    bos = unlearner.get_base_model().config.bos_token_id
+    torch.testing.assert_close(rows[0], vocabulary[bos].float(), check_dtype=False)
+
+
+def test_a_base_without_bos_starts_as_random_rows_alone():
+    base = build("llama")
+    base.config.bos_token_id = None
+    unlearner = SoftPromptUnlearner(base, CONFIGS["prompt_tuning"]())
+    rows = unlearner.prompt_encoder["default"].embedding.weight
+    assert torch.cdist(rows[:1], unlearner.word_embeddings.weight).min() > 0.1
+
+
+def test_a_vocabulary_start_is_made_of_the_vocabularys_rows():
+    unlearner = started("prompt_tuning", start="vocabulary", dtype=torch.float32)
+    rows = unlearner.prompt_encoder["default"].embedding.weight
+    assert torch.cdist(rows, unlearner.word_embeddings.weight).min(dim=1).values.max() < 1e-3
 
 
 @pytest.mark.parametrize("start", [None, "vocabulary", "peft", "instruction"])
@@ -111,26 +140,13 @@ def test_pefts_start_is_that_of_a_plain_peft_model(kind):
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_fresh_prompt_is_nearer_to_the_base_than_pefts(family, kind):
-    row = make_batch()["input_ids"][:1]
-    with torch.no_grad():
-        base = build(family, torch.float64)(row).logits.log_softmax(-1)
-    ours, theirs = (
-        (base.exp() * (base - logits_of(started(kind, family, start, p=20), row).log_softmax(-1))).sum(-1).mean()
-        for start in (None, "peft")
-    )
-    if kind in ("prefix_tuning", "cartridge", "prompt_tuning"):
-        assert ours < theirs
-    assert ours.isfinite()
-
-
 def test_options_of_pefts_config_are_honored_where_no_start_is_given():
     zero = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, init_weights="zero")
     assert not SoftPromptUnlearner(build("llama"), zero).prompt_encoder["default"].embedding.weight.any()
     sampled = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB")
     unlearner = SoftPromptUnlearner(build("llama"), sampled)
     rows = unlearner.prompt_encoder["default"].embedding.weight
-    assert torch.cdist(rows, unlearner.word_embeddings.weight).min(dim=1).values.max() < 1e-6
+    assert torch.cdist(rows, unlearner.word_embeddings.weight).min(dim=1).values.max() < 1e-3
     for config, own in ((zero, "init_weights='zero'"), (sampled, "prompt_tuning_init='SAMPLE_VOCAB'")):
         with pytest.raises(ValueError, match=f"start='random', and {own} in the P.*; give one of the two"):
             SoftPromptUnlearner(build("llama"), config, start="random")
@@ -144,8 +160,8 @@ def test_an_instruction_is_cut_at_its_end_or_repeated_without_special_tokens():
     start = InstructionStart("a bb ccc", Words())
     assert start.token_ids(3) == [1, 11, 12]
     assert start.token_ids(8) == [1, 11, 12, 13, 11, 12, 13, 11]
+    huge = InstructionStart("x", lambda text, add_special_tokens=True: {"input_ids": [500]})
     with pytest.raises(ValueError, match="token id 500, and the base has 120"):
-        huge = InstructionStart("x", lambda text, add_special_tokens=True: {"input_ids": [500]})
         SoftPromptUnlearner(build("llama"), CONFIGS["prompt_tuning"](), start=huge)
 
 
@@ -157,10 +173,14 @@ def test_an_instruction_is_cut_at_its_end_or_repeated_without_special_tokens():
         (lambda: InstructionStart(3, make_tokenizer()), TypeError, "text is a int"),
         (lambda: started("prompt_tuning", start="text"), ValueError, "start='text'; expected one of"),
         (lambda: started("prompt_tuning", start=4), TypeError, "start is a int; expected one of"),
-        (lambda: started("p_tuning", start=instruction(), p=30), ValueError, "16 hidden numbers, too few .* 30 virtual"),
+        (
+            lambda: started("p_tuning", start=instruction(), p=30),
+            ValueError,
+            "16 hidden numbers, too few .* 30 virtual",
+        ),
     ],
 )
-def test_what_is_no_start_is_refused_with_what_is(make, error, message):
+def test_what_is_no_start_is_refused_with_what_would_be(make, error, message):
     with pytest.raises(error, match=message):
         make()
 

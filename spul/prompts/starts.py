@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from ..models.causal_lm import evaluation_mode
 from ..models.compat import is_sharded
+from ..records.fields import is_count
 from .configs import holds_states
 from .states import compute_states
 
 StartName = Literal["random", "vocabulary", "peft"]
 STARTS = get_args(StartName)
 LEAST_SINGULAR_VALUE = 1e-3  # relative, of an encoder's hidden output; smaller ones would make its last layer huge
+WIDEST = 0.1  # standard deviation of random rows; Gemma's vocabulary has 1, and such rows take it far from itself
 SHARDED_SCALE = 0.1  # of the random keys and values on a base whose shards cannot compute any
 
 
@@ -152,15 +154,20 @@ def _token_ids(model: Any, num: int, start: Start | None, by_token: bool) -> Ten
 
 
 def _random_rows(model: Any, num: int) -> Tensor:
-    """Rows (p, d) drawn at the mean and standard deviation of the vocabulary's embeddings, with BOS in front.
+    """Rows (p, d): the embedding of BOS, then rows drawn at the mean and standard deviation of the vocabulary's.
 
-    PEFT draws them with a standard deviation of 1; that of a vocabulary is about 0.02.
+    PEFT draws them with a standard deviation of 1. Many models attend most to the first position; where that is no
+    token they know, they answer otherwise.
     """
     size = _vocabulary_size(model)
     some = torch.arange(0, size, max(1, size // 4096), device=model.word_embeddings.weight.device)
     looked_up = model.word_embeddings(some).float()  # through the module: Gemma scales its embeddings
     rows = torch.randn(num, looked_up.shape[1]).to(looked_up.device)
-    return rows * looked_up.std() + looked_up.mean()
+    rows = rows * looked_up.std().clamp(max=WIDEST) + looked_up.mean()
+    bos = getattr(model.get_base_model().config.get_text_config(), "bos_token_id", None)
+    if is_count(bos) and bos < size:
+        rows[0] = model.word_embeddings(some.new_tensor([bos]))[0]
+    return rows
 
 
 def _vocabulary_size(model: Any) -> int:

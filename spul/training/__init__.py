@@ -4,6 +4,7 @@ from .augmentation import augmented, rewritings
 from .distillation import combine
 from .forward import unlearning_forward
 from .methods import METHODS, Method, unlearning_method
+from .rates import default_learning_rate
 from .reference import ReferenceCache
 from .settings_search import Candidate, SearchResult, Trial, search
 from .trainer import UnlearningTrainer
@@ -18,6 +19,7 @@ __all__ = [
     "UnlearningTrainer",
     "augmented",
     "combine",
+    "default_learning_rate",
     "rewritings",
     "search",
     "unlearning_forward",
