@@ -2,7 +2,8 @@
 
     python examples/benchmarks/starts.py --base SmolLM2-135M-Instruct --rows sst2/dev.tsv --json starts.json
 
-The rows are a tab-separated file with a line of names and the columns sentence and label (0 or 1), such as GLUE's SST-2.
+The rows are a tab-separated file of the columns sentence and label (0 or 1), named in its first line, such as GLUE's
+SST-2.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ def main() -> None:
                 print(*table[-1], flush=True)
     where = {"model": args.base.name, "rows": args.num_rows, "virtual tokens": args.num_virtual_tokens}
     report("Fresh prompts and the base, nats per response token", where, COLUMNS, table)
-    write_json(args.json, {**where, "starts": [dict(zip(COLUMNS, row, strict=True)) for row in table]})
+    write_json(args.json, {"where": where, "records": [dict(zip(COLUMNS, row, strict=True)) for row in table]})
 
 
 def make_batches(path: Path, num_rows: int, batch_size: int, tokenizer: Any) -> list[dict[str, Tensor]]:

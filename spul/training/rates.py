@@ -34,8 +34,8 @@ def default_learning_rate(unlearner: Any) -> float:
     config: Any = getattr(unlearner_of(unlearner).called_model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning:
         raise TypeError(
-            f"unlearner is a {type(unlearner).__name__}; expected a SoftPromptUnlearner. Layers, LoRA and whole models "
-            "have rates of their own: see the page on methods."
+            f"unlearner is a {type(unlearner).__name__}; expected a SoftPromptUnlearner. Layers, LoRA and whole "
+            "models have rates of their own: see the page on methods."
         )
     base = unlearner_of(unlearner).get_base_model()
     kind = "rows" if config.peft_type == PeftType.PROMPT_TUNING else "keys and values"
