@@ -95,14 +95,15 @@ def test_a_start_is_the_same_prompt_in_every_kind(kind, start):
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-3)
 
 
-def test_a_random_prompt_is_bos_and_rows_of_the_vocabularys_spread_up_to_a_tenth(family):
+def test_a_random_prompt_is_bos_and_alike_rows_of_the_vocabularys_spread_up_to_a_tenth(family):
     unlearner = started("prompt_tuning", family, p=60)
-    rows = unlearner.prompt_encoder["default"].embedding.weight
-    vocabulary = unlearner.word_embeddings(torch.arange(120))
+    first, *rows = unlearner.prompt_encoder["default"].embedding.weight
+    vocabulary, rows = unlearner.word_embeddings(torch.arange(120)), torch.stack(rows)
     expected = min(vocabulary.std().item(), 0.1)
-    assert rows[1:].std().item() == pytest.approx(expected, rel=0.1)
+    assert rows.std().item() == pytest.approx(expected, rel=0.3)  # the shared part is one draw of 32 numbers
+    assert rows.std(dim=0).square().mean().sqrt().item() == pytest.approx(0.6 * expected, rel=0.1)
     bos = unlearner.get_base_model().config.bos_token_id
-    torch.testing.assert_close(rows[0], vocabulary[bos].float(), check_dtype=False)
+    torch.testing.assert_close(first.double(), vocabulary[bos].double(), rtol=1e-5, atol=1e-6)
 
 
 def test_a_base_without_bos_starts_as_random_rows_alone():

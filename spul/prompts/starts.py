@@ -18,6 +18,7 @@ from .states import compute_states
 StartName = Literal["random", "vocabulary", "peft"]
 STARTS = get_args(StartName)
 LEAST_SINGULAR_VALUE = 1e-3  # relative, of an encoder's hidden output; smaller ones would make its last layer huge
+SHARED = 0.8  # of random rows' standard deviation, the part that they share
 WIDEST = 0.1  # standard deviation of random rows; Gemma's vocabulary has 1, and such rows take it far from itself
 SHARDED_SCALE = 0.1  # of the random keys and values on a base whose shards cannot compute any
 
@@ -154,15 +155,17 @@ def _token_ids(model: Any, num: int, start: Start | None, by_token: bool) -> Ten
 
 
 def _random_rows(model: Any, num: int) -> Tensor:
-    """Rows (p, d): the embedding of BOS, then rows drawn at the mean and standard deviation of the vocabulary's.
+    """Rows (p, d): the embedding of BOS, then rows at the mean and standard deviation of the vocabulary's embeddings.
 
-    PEFT draws them with a standard deviation of 1. Many models attend most to the first position; where that is no
-    token they know, they answer otherwise.
+    PEFT draws them with a standard deviation of 1. Many models rest their attention on the first position, if it holds
+    a token that they know. Rows that share a direction, as those of an untrained P-tuning network do, disturb the base
+    less than unlike ones.
     """
     size = _vocabulary_size(model)
     some = torch.arange(0, size, max(1, size // 4096), device=model.word_embeddings.weight.device)
     looked_up = model.word_embeddings(some).float()  # through the module: Gemma scales its embeddings
-    rows = torch.randn(num, looked_up.shape[1]).to(looked_up.device)
+    shared, own = torch.randn(1, looked_up.shape[1]), torch.randn(num, looked_up.shape[1])
+    rows = (SHARED * shared + (1 - SHARED**2) ** 0.5 * own).to(looked_up.device)
     rows = rows * looked_up.std().clamp(max=WIDEST) + looked_up.mean()
     bos = getattr(model.get_base_model().config.get_text_config(), "bos_token_id", None)
     if is_count(bos) and bos < size:
