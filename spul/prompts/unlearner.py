@@ -44,7 +44,7 @@ class SoftPromptUnlearner(PromptAdapters):
         adapter_name: PEFT's name of the adapter.
         start: how the prompt begins. "random", the default: as the embedding of BOS and random ones, alike among
             themselves, at the scale of the vocabulary's; "vocabulary": as embeddings of drawn tokens;
-            `InstructionStart(text, tokenizer)`: as the tokens of a written instruction; "peft": as PEFT initializes it.
+            `InstructionStart(text, tokenizer)`: as those of a written instruction; "peft": as PEFT initializes it.
             Prefix tuning begins as the keys and values that the base computes for these. PEFT's own options
             (`prompt_tuning_init`, `init_weights`) are honored where `start` is not given.
 
