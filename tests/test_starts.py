@@ -84,7 +84,7 @@ def test_an_instruction_longer_than_the_sliding_window_is_what_rows_behind_its_t
     torch.testing.assert_close(logits_of(unlearner, row), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("start", [None, "random", "vocabulary"])
+@pytest.mark.parametrize("start", ["random", "vocabulary"])
 def test_a_start_is_the_same_prompt_in_every_kind(kind, start):
     row, found = make_batch()["input_ids"][:1], []
     for one in ("prompt_tuning", kind):
@@ -139,6 +139,12 @@ def test_pefts_start_is_that_of_a_plain_peft_model(kind):
     expected = theirs.prompt_encoder["default"].state_dict()
     found = ours.prompt_encoder["default"].state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_the_default_is_pefts_for_p_tuning_and_random_for_the_others(kind):
+    default = started(kind).get_prompt_embedding_to_save("default")
+    expected = started(kind, start="peft" if kind in ("p_tuning", "lstm") else "random")
+    assert torch.equal(default, expected.get_prompt_embedding_to_save("default"))
 
 
 def test_options_of_pefts_config_are_honored_where_no_start_is_given():

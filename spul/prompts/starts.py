@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PromptTuningConfig, PromptTuningInit
+from peft import PeftType, PromptTuningConfig, PromptTuningInit
 from torch import Tensor, nn
 
 from ..models.causal_lm import evaluation_mode
@@ -109,14 +109,16 @@ def start_prompt(model: Any, adapter_name: str, start: Start | None) -> None:
     Args:
         model: a prompt-learning PEFT model.
         adapter_name: the prompt.
-        start: None for "random", or what the config's own option says.
+        start: None for what the config's own option says, else for PEFT's under P-tuning, whose network begins near the
+            base by itself, and "random" for the other kinds.
 
     Raises:
         ValueError: if an instruction is not that of this base's tokenizer, does not fit into the prompt's encoder, or
             the base is sharded.
     """
     config = model.peft_config[adapter_name]
-    if start == "peft" or (start is None and _start_of_config(config)):
+    as_peft = _start_of_config(config) or config.peft_type == PeftType.P_TUNING
+    if start == "peft" or (start is None and as_peft):
         return
     base, encoder, num = model.get_base_model(), model.prompt_encoder[adapter_name], config.num_virtual_tokens
     if holds_states(config) and is_sharded(base):
