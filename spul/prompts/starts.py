@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from ..models.causal_lm import evaluation_mode
 from ..models.compat import is_sharded
-from ..records.fields import is_count
 from .configs import holds_states
 from .states import compute_states
 
@@ -109,8 +108,8 @@ def start_prompt(model: Any, adapter_name: str, start: Start | None) -> None:
     Args:
         model: a prompt-learning PEFT model.
         adapter_name: the prompt.
-        start: None for what the config's own option says, else for PEFT's under P-tuning, whose network begins near the
-            base by itself, and "random" for the other kinds.
+        start: None for what the config's own option says, else "peft" for P-tuning, whose network begins near the base
+            by itself, and "random" for the other kinds.
 
     Raises:
         ValueError: if an instruction is not that of this base's tokenizer, does not fit into the prompt's encoder, or
@@ -170,7 +169,7 @@ def _random_rows(model: Any, num: int) -> Tensor:
     rows = (SHARED * shared + (1 - SHARED**2) ** 0.5 * own).to(looked_up.device)
     rows = rows * looked_up.std().clamp(max=WIDEST) + looked_up.mean()
     bos = getattr(model.get_base_model().config.get_text_config(), "bos_token_id", None)
-    if is_count(bos) and bos < size:
+    if isinstance(bos, int) and 0 <= bos < size:
         rows[0] = model.word_embeddings(some.new_tensor([bos]))[0]
     return rows
 

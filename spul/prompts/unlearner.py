@@ -42,11 +42,11 @@ class SoftPromptUnlearner(PromptAdapters):
             `CartridgeConfig`.
         loss: the objective; `UnlearningLoss()` unless given.
         adapter_name: PEFT's name of the adapter.
-        start: how the prompt begins. "random": as the embedding of BOS and random ones, alike among themselves, at the
-            scale of the vocabulary's; "vocabulary": as embeddings of drawn tokens; `InstructionStart(text, tokenizer)`:
-            as those of a written instruction; "peft": as PEFT initializes it. Prefix tuning begins as the keys and
-            values that the base computes for these. The default is "peft" for P-tuning, "random" for the others; PEFT's
-            own options (`prompt_tuning_init`, `init_weights`) are honored where `start` is not given.
+        start: how the prompt begins. "random": as the embedding of BOS and random ones, alike among themselves, at
+            the scale of the vocabulary's; "vocabulary": as embeddings of drawn tokens; "peft": as PEFT initializes
+            it; `InstructionStart(text, tokenizer)`: as the embeddings of a written instruction. Prefix tuning begins
+            as the keys and values that the base computes for these. The default is "peft" for P-tuning, "random" for
+            the others; PEFT's own options (`prompt_tuning_init`, `init_weights`) are honored where it is not given.
 
     Raises:
         TypeError: if `peft_config` is none of the four, `loss` is not an `UnlearningLoss`, or `model` is not a module
