@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from helpers import build, make_collator
+from helpers import build, make_collator, make_tokenizer
 from transformers import LlamaConfig
 
 from spul import forget_retain_dataset
@@ -98,6 +98,23 @@ def test_the_scripts_run_and_write_what_they_measured(script, options, expected,
     assert expected <= found
     assert written["where"]["model"] == "tiny"
     assert "| " in capsys.readouterr().out
+
+
+def test_distances_of_starts_are_those_of_their_prompts(tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path / "base")
+    make_tokenizer().save_pretrained(tmp_path / "base")
+    rows, out = tmp_path / "rows.tsv", tmp_path / "out.json"
+    rows.write_text("sentence\tlabel\ngood film\t1\na bad plot\t0\n")
+    options = ("--base", tmp_path / "base", "--rows", rows, "--num-rows", 2, "--num-virtual-tokens", 4, "--json", out)
+    starts = ("random", "instruction", "peft")
+    run(monkeypatch, "starts.py", *options, "--kinds", "prompt tuning", "prefix tuning", "--starts", *starts)
+    found = {
+        (one["kind"], one["start"]): one["KL(prompted || base)"] for one in json.loads(out.read_text())["records"]
+    }
+    assert len(found) == 6
+    # An instruction is the same prompt in both kinds.
+    assert found["prompt tuning", "instruction"] == pytest.approx(found["prefix tuning", "instruction"], rel=1e-3)
+    assert all(distance > 0 for distance in found.values())
 
 
 def test_rows_are_prepared_alike_by_spul_and_plainly(tmp_path):

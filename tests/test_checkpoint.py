@@ -39,10 +39,10 @@ def test_plain_peft_loads_the_folder_with_equal_logits(tmp_path, family, prompt_
     expected = unlearner.eval()(**batch).logits
     plain = PeftModel.from_pretrained(build(family), folder)
     assert type(plain) is not SoftPromptUnlearner
-    torch.testing.assert_close(plain(**batch).logits, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(plain(**batch).logits, expected, rtol=0, atol=3e-6)
     ours = SoftPromptUnlearner.from_pretrained(build(family), folder)
     assert type(ours) is SoftPromptUnlearner
-    torch.testing.assert_close(ours(**batch).logits, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours(**batch).logits, expected, rtol=0, atol=3e-6)
     assert not any(p.requires_grad for p in ours.parameters())
 
 

@@ -277,7 +277,7 @@ def test_on_forget_sets_it_is_the_unlearning_loss_from_the_others_on(tmp_path):
     every = distill(tmp_path, folders, data, collator, num_virtual_tokens=9, max_steps=1, learning_rate=0.0, loss=loss)
     assert torch.equal(virtual_tokens(every), torch.cat([saved_rows(folder) for folder in folders]))
 
-    after = distill(tmp_path, folders, data, collator, max_steps=60, loss=loss, forget_fraction=0.5, digest_key=KEY)
+    after = distill(tmp_path, folders, data, collator, max_steps=150, loss=loss, forget_fraction=0.5, digest_key=KEY)
     start = distill(tmp_path, folders, data, collator, max_steps=1, learning_rate=0.0, loss=loss)
     batch = make_collator(resample=False)([data[i] for i in range(20)])
     with torch.no_grad():

@@ -18,7 +18,8 @@ from ..losses.batch import LogitsFunction
 from .causal_lm import evaluation_mode, logits_at, states_at, unwrapped
 from .compat import adapter_enabled, own_parameters
 
-PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.PREFIX_TUNING)
+PREFIX_TYPES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # prompts that are keys and values, not embeddings
+PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, *PREFIX_TYPES)
 
 
 class _Scope:
@@ -360,7 +361,7 @@ class PeftPrompt(PeftAdapter):
 
     def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         # Virtual tokens stand in front and have logits too; a prefix has none.
-        if self.inner.active_peft_config.peft_type != PeftType.PREFIX_TUNING:
+        if self.inner.active_peft_config.peft_type not in PREFIX_TYPES:
             positions = positions + self.virtual_tokens_in_use
         logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits
         return logits.take_along_dim(positions[..., None], dim=1)

@@ -1,4 +1,4 @@
-"""Prompts of one model: added, loaded, chosen and deleted; only the active one trains."""
+"""Prompts of one model: added, loaded, chosen, saved and deleted; only the active one trains."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import nn
 from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint
-from .configs import check_peft_config, check_promptable, scale_random_prompt
+from .configs import check_peft_config, check_promptable
 from .position import check_position
 from .shared_prefix import drop_cached
+from .starts import Start, check_start, start_prompt
 
 
 class PromptAdapters(PeftModelForCausalLM, Unlearner):
@@ -27,6 +28,7 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         peft_config: PeftConfig,
         *args: Any,
         prompt_position: str = "start",
+        start: Start | None = None,
         **kwargs: Any,
     ) -> None:
         """Add a new prompt beside the others; it is trained once `set_adapter` has made it the active one.
@@ -34,20 +36,24 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         Args:
             adapter_name: its name.
             peft_config: its config.
-            args: as in `PeftModel.add_adapter`; `kwargs` too.
+            args: further arguments of PEFT.
             prompt_position: `"start"` or `"message"`, as of the first prompt.
+            start: how it begins, as in `SoftPromptUnlearner`.
+            kwargs: further arguments of PEFT.
         """
         check_peft_config(peft_config)
         check_position(prompt_position, peft_config)
-        if "spul_configs" in self.__dict__:  # the first prompt's base was checked before
+        check_start(start, peft_config)
+        is_first = "spul_configs" not in self.__dict__  # its base was checked before, and its start comes afterwards
+        if not is_first:
             check_promptable(self.get_base_model(), peft_config)
         with checkpoint.registry_unchanged_on_error(self):
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
             # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
             record = SpulConfig(prompt_position=prompt_position)
             self.__dict__.setdefault("spul_configs", {})[adapter_name] = record
-            if not peft_config.inference_mode:
-                scale_random_prompt(self, adapter_name)
+            if not (is_first or peft_config.inference_mode):
+                start_prompt(self, adapter_name, start)
             self._train_active_prompt_only()
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
@@ -100,10 +106,52 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
             )
         checkpoint.load_into(self, model_id, adapter_name, **hub)
 
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Write a plain PEFT adapter folder, with `spul_config.json` and a model card.
+
+        A prompt at `"message"` has a `peft_type` of its own in `adapter_config.json`, which plain PEFT refuses.
+
+        Files of an earlier save are replaced one by one, each in one move: an interrupted save leaves no half-written
+        file. P-tuning (and prefix tuning with a projection) also writes
+        `prompt_encoder.safetensors`, which only further training needs.
+
+        Args:
+            save_directory: the folder.
+            safe_serialization: must stay True: adapters are safetensors only.
+            selected_adapters: names of the prompts to save; all unless given.
+            kwargs: as in `PeftModel.save_pretrained`, such as `is_main_process=False` for processes that write
+                nothing.
+
+        Raises:
+            ValueError: for `safe_serialization=False`.
+        """
+        if not safe_serialization:
+            raise ValueError("safe_serialization=False would pickle the prompt; spul saves safetensors only.")
+        checkpoint.save(self, super().save_pretrained, save_directory, selected_adapters, **kwargs)
+
+    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """Upload what `save_pretrained` writes; see `PeftModel.push_to_hub`."""
+        pushed = super().push_to_hub(repo_id, *args, **kwargs)
+        for name, record in self.spul_configs.items():  # not the scratch folder's
+            record.name = repo_id if name == "default" else f"{repo_id}/{name}"
+        return pushed
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """Write the model card of the active prompt (`README.md`); `save_pretrained` writes one for each prompt."""
+        checkpoint.write_model_card(self, output_dir, self.active_adapter)
+
     def _train_active_prompt_only(self) -> None:
         # PEFT leaves every prompt trainable; an unused one breaks DDP on its second step.
         for name, encoder in self.prompt_encoder.items():
             encoder.requires_grad_(name == self.active_adapter and not self.peft_config[name].inference_mode)
+            if getattr(encoder, "frozen_embedding", None) is not None:  # a cartridge's first virtual tokens
+                encoder.frozen_embedding.requires_grad_(False)
 
     @property
     def virtual_tokens_in_use(self) -> int:

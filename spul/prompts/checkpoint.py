@@ -25,7 +25,17 @@ from ..records.fields import is_count, read_object
 from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
 from ..records.spul_config import SPUL_CONFIG_NAME, SpulConfig, read_spul_config, without_local_path
 from ..records.weights import Shapes, read_weights, weight_shapes
-from .configs import check_causal_lm, check_peft_config, check_sizes, encoder_shapes, prompt_shape, without_start
+from .configs import (
+    PROMPT_CONFIGS,
+    check_causal_lm,
+    check_peft_config,
+    check_sizes,
+    encoder_shapes,
+    has_encoder,
+    holds_states,
+    prompt_shape,
+    without_start,
+)
 from .position import check_position, read_type, saved_type
 
 if TYPE_CHECKING:
@@ -41,11 +51,12 @@ ENCODER_NAME = "prompt_encoder.safetensors"
 
 def _has_encoder(model: PeftModelForCausalLM, adapter_name: str) -> bool:
     """Whether the prompt is computed by an encoder, without which it cannot be trained further."""
-    return len(model.prompt_encoder[adapter_name].state_dict()) > 1
+    config: Any = model.peft_config[adapter_name]
+    return has_encoder(config) and not config.inference_mode
 
 
 def save(
-    model: SoftPromptUnlearner,
+    model: PromptAdapters,
     peft_save: Callable[..., None],
     save_directory: str,
     selected_adapters: list[str] | None,
@@ -92,7 +103,7 @@ def _finish_config(path: Path, prompt_position: str) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def update_config(model: SoftPromptUnlearner, adapter_name: str) -> None:
+def update_config(model: PromptAdapters, adapter_name: str) -> None:
     """Set the loss, the base and the versions in the record of a prompt."""
     config, base = model.spul_configs[adapter_name], model.get_base_model()
     if not model.peft_config[adapter_name].inference_mode:  # a prompt loaded for inference keeps its record
@@ -100,7 +111,7 @@ def update_config(model: SoftPromptUnlearner, adapter_name: str) -> None:
     config.set_base(base)
 
 
-def write_model_card(model: SoftPromptUnlearner, output_dir: str | os.PathLike, adapter_name: str) -> None:
+def write_model_card(model: PromptAdapters, output_dir: str | os.PathLike, adapter_name: str) -> None:
     """Write the model card of a prompt, `README.md`."""
     config: Any = model.peft_config[adapter_name]
     card = model_card(
@@ -139,7 +150,7 @@ def load(
     check_base(loaded, config, spul_config, adapter)
     with unchanged_on_error(loaded):
         position = spul_config.prompt_position
-        unlearner = cls(loaded, config, loss=loss, adapter_name=adapter_name, prompt_position=position, **kwargs)
+        unlearner = cls(loaded, config, loss, adapter_name, prompt_position=position, start="peft", **kwargs)
         unlearner.spul_configs[adapter_name] = spul_config
         if is_trainable:
             # After more training, the saved metrics and fingerprint no longer apply.
@@ -190,7 +201,7 @@ def read(adapter: str | os.PathLike, with_encoder: bool, stacklevel: int, **hub:
         )
     spul_config.check_weights(path, stacklevel + 1)
     weights, encoder = read_weights(path)[WEIGHTS_KEY], None
-    if with_encoder and _encodes(config):
+    if with_encoder and has_encoder(config):
         path = find_file(adapter, ENCODER_NAME, **hub)
         if path is None:
             raise ValueError(
@@ -229,16 +240,12 @@ def _read_config(adapter: str | os.PathLike, where: str, **hub: Any) -> tuple[An
     if not config.is_prompt_learning:
         raise TypeError(
             f"{where} holds a {type(config).__name__} adapter, not a soft prompt; expected one of PEFT's "
-            "prompt-learning configs: PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig."
+            f"prompt-learning configs: {', '.join(one.__name__ for one in PROMPT_CONFIGS)}."
         )
     check_peft_config(config)
     check_position(position, config)
     without_start(config)
     return config, position
-
-
-def _encodes(config: Any) -> bool:
-    return config.peft_type == PeftType.P_TUNING or bool(getattr(config, "prefix_projection", False))
 
 
 def _check_shapes(path: Path, found: Shapes, expected: Shapes) -> None:
@@ -259,7 +266,11 @@ def put(model: PromptAdapters, saved: SavedPrompt, adapter_name: str) -> None:
     """
     encoder = model.prompt_encoder[adapter_name]
     state = {"embedding.weight": saved.weights}
-    if _has_encoder(model, adapter_name):
+    frozen = getattr(model.peft_config[adapter_name], "num_frozen_tokens", None)
+    if frozen is not None:  # a cartridge keeps its frozen virtual tokens apart
+        state = {"frozen_embedding": saved.weights[:frozen], "trainable_embedding": saved.weights[frozen:]}
+        state = {name: rows for name, rows in state.items() if len(rows)}
+    elif _has_encoder(model, adapter_name):
         assert saved.encoder is not None
         state = saved.encoder
     expected = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
@@ -342,7 +353,7 @@ def check_base(base: Any, config: Any, spul_config: SpulConfig, adapter: str | o
     advice = f"Load it on the model it was trained for ({trained_on})."
     found: tuple[int, ...]
     expected: tuple[int, ...]
-    if config.peft_type == PeftType.PREFIX_TUNING:
+    if holds_states(config):
         found, expected = (config.num_layers, config.token_dim), prefix_shape(base.config)
         what = "(layers, width of keys)"
     else:

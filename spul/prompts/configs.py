@@ -1,4 +1,4 @@
-"""Prompt configs of PEFT that spul supports, and the initialization of prompts."""
+"""Prompt configs of PEFT that spul supports, and the bases that they go with."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from peft import (
+    CartridgeConfig,
     PeftConfig,
     PeftModel,
     PeftType,
@@ -22,26 +23,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.causal_lm import check_no_adapter
-from ..models.unlearner import PROMPT_TYPES
+from ..models.unlearner import PREFIX_TYPES, PROMPT_TYPES
 from ..records.fields import is_count
 from ..records.weights import Shapes
 
-
-@torch.no_grad()
-def scale_random_prompt(model: Any, adapter_name: str) -> None:
-    """Scale the random rows of prompt tuning to the mean and standard deviation of the vocabulary's embeddings.
-
-    PEFT draws them with a standard deviation of 1; that of a vocabulary is about 0.02.
-    """
-    config = model.peft_config[adapter_name]
-    if isinstance(config, PromptTuningConfig) and config.prompt_tuning_init == PromptTuningInit.RANDOM:
-        vocabulary = model.word_embeddings.weight
-        some = torch.arange(0, len(vocabulary), max(1, len(vocabulary) // 4096), device=vocabulary.device)
-        looked_up = model.word_embeddings(some).float()  # through the module: Gemma scales its embeddings
-        model.prompt_encoder[adapter_name].embedding.weight.mul_(looked_up.std()).add_(looked_up.mean())
-
-
-PROMPT_CONFIGS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig)
+PROMPT_CONFIGS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig, CartridgeConfig)
 
 
 def check_peft_config(peft_config: Any) -> None:
@@ -58,6 +44,11 @@ def check_peft_config(peft_config: Any) -> None:
         raise ValueError(
             f"peft_config.num_virtual_tokens={num!r}; expected a whole number of at least 1, such as 30: without "
             "virtual tokens there is nothing to train."
+        )
+    if getattr(peft_config, "num_frozen_tokens", 0) == num:
+        raise ValueError(
+            f"peft_config.num_frozen_tokens={num}, and num_virtual_tokens is as large: expected fewer, such as 1: "
+            "frozen virtual tokens do not train."
         )
     if peft_config.modules_to_save is not None:
         raise ValueError(
@@ -93,7 +84,7 @@ def check_sizes(config: Any, where: str) -> None:
         ValueError: if one is not.
     """
     needed = ["num_virtual_tokens", "token_dim"]
-    if _is_prefix(config):
+    if holds_states(config):
         needed += ["num_layers", "num_attention_heads"]
     for name in needed:
         if not is_count(getattr(config, name), least=1):
@@ -106,6 +97,9 @@ def check_sizes(config: Any, where: str) -> None:
     hidden = getattr(config, "encoder_hidden_size", None)
     if hidden is not None and not is_count(hidden, least=1):
         raise ValueError(f"{where}: encoder_hidden_size is {hidden!r}; expected an integer of at least 1, or null.")
+    frozen = getattr(config, "num_frozen_tokens", 0)
+    if not is_count(frozen, least=0):
+        raise ValueError(f"{where}: num_frozen_tokens is {frozen!r}; expected an integer of at least 0.")
     dropout = getattr(config, "encoder_dropout", 0.0)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
         raise ValueError(f"{where}: encoder_dropout is {dropout!r}; expected a number from 0 to 1.")
@@ -114,20 +108,26 @@ def check_sizes(config: Any, where: str) -> None:
             f"{where}: num_transformer_submodules is {config.num_transformer_submodules!r}; expected 1, since a "
             "causal LM is one transformer."
         )
-    if _is_prefix(config) and config.token_dim % config.num_attention_heads:
+    if holds_states(config) and config.token_dim % config.num_attention_heads:
         raise ValueError(
             f"{where}: num_attention_heads is {config.num_attention_heads}; expected a divisor of token_dim, "
             f"{config.token_dim}."
         )
 
 
-def _is_prefix(config: Any) -> bool:
-    return config.peft_type == PeftType.PREFIX_TUNING
+def holds_states(config: Any) -> bool:
+    """Whether a prompt is keys and values (prefix tuning, cartridges), and no input embeddings."""
+    return config.peft_type in PREFIX_TYPES
+
+
+def has_encoder(config: Any) -> bool:
+    """Whether a trainable prompt is computed by an encoder (P-tuning, prefix tuning with a projection)."""
+    return config.peft_type == PeftType.P_TUNING or bool(getattr(config, "prefix_projection", False))
 
 
 def prompt_shape(config: Any) -> tuple[int, int]:
     """Shape of the prompt that PEFT saves: virtual tokens, and their embeddings or all layers' keys and values."""
-    width = config.token_dim * (2 * config.num_layers if _is_prefix(config) else 1)
+    width = config.token_dim * (2 * config.num_layers if holds_states(config) else 1)
     return config.num_virtual_tokens, width
 
 
@@ -136,7 +136,7 @@ def encoder_shapes(config: Any) -> Shapes:
     config = copy.copy(config)
     config.inference_mode, config.num_transformer_submodules = False, 1
     config.encoder_hidden_size = config.encoder_hidden_size or config.token_dim
-    kind = PrefixEncoder if _is_prefix(config) else PromptEncoder
+    kind = PrefixEncoder if holds_states(config) else PromptEncoder
     try:
         with torch.device("meta"):
             encoder = kind(config)
@@ -187,7 +187,7 @@ def check_promptable(model: nn.Module, peft_config: Any) -> None:
             "Load them, model = AutoModelForCausalLM.from_pretrained(...), with the input embeddings on a GPU or in "
             "memory: where layers are offloaded, name a device for the embeddings in device_map."
         )
-    if peft_config.peft_type == PeftType.PREFIX_TUNING:
+    if holds_states(peft_config):
         return
     text_config: Any = model.config.get_text_config()
     if getattr(text_config, "hidden_size_per_layer_input", 0):

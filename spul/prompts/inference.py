@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft import PeftType
 from torch import Tensor
 
 from ..losses.positions import has_left_padding, pack_right
@@ -16,7 +15,7 @@ from ..models.causal_lm import needs_gradient
 from ..models.compat import is_checkpointing
 from .arguments import CACHES, check_forward_arguments, check_rows
 from .row_prompts import RowPrompts, in_order
-from .shared_prefix import outgrows_cache, prompt_states, shares_states
+from .shared_prefix import is_prefix, outgrows_cache, prompt_states, shares_states
 
 # Embeddings, and outputs that have virtual tokens: not available from a cached prompt.
 _NEEDS_CONCATENATION = ("inputs_embeds", "output_hidden_states", "output_attentions")
@@ -71,7 +70,7 @@ def ordinary_forward(
 
 
 def _forward(model: Any, concatenated: Callable[..., Any], **inputs: Any) -> Any:
-    if model.active_peft_config.peft_type == PeftType.PREFIX_TUNING:
+    if is_prefix(model):
         out = _behind_prefix(model, **inputs)
     else:
         out = _from_cached_prompt(model, **inputs) if _can_use_cached_prompt(model, **inputs) else None

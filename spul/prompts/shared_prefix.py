@@ -14,10 +14,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftType
-
 from ..models.causal_lm import cache_switch, needs_gradient, warn_once
 from ..models.compat import is_checkpointing, layer_states
+from .configs import holds_states
 from .probe import shares_prefix
 from .states import PromptStates, base_version, compute_states
 
@@ -85,8 +84,8 @@ def drop_cached(model: Any, adapter_name: str) -> None:
 
 
 def is_prefix(model: Any) -> bool:
-    """Whether the active prompt is keys and values (prefix tuning), and no embeddings."""
-    return model.active_peft_config.peft_type == PeftType.PREFIX_TUNING
+    """Whether the active prompt is keys and values (prefix tuning, cartridges), and no embeddings."""
+    return holds_states(model.active_peft_config)
 
 
 def shares_states(model: Any, num_virtual: int, num_tokens: int) -> bool:

@@ -113,10 +113,21 @@ class MixedStates:
         return inputs
 
 
-def compute_states(base: Any, prompt: Tensor, version: tuple = (), with_logits: bool = False) -> PromptStates | None:
-    """States of a prompt's embeddings (1, p, d) by a pass of the base; None if the base has no plain cache."""
+def compute_states(
+    base: Any,
+    prompt: Tensor,
+    version: tuple = (),
+    with_logits: bool = False,
+    token_ids: Tensor | None = None,
+) -> PromptStates | None:
+    """States of a prompt's embeddings (1, p, d) by a pass of the base; None if the base has no plain cache.
+
+    The pass is over `token_ids` (1, p) where the embeddings are those of tokens, which some families look up in every
+    layer.
+    """
     last = {"logits_to_keep": 1} if selects_positions(base) and not with_logits else {}
-    out = base(inputs_embeds=prompt, **{cache_argument(base): empty_cache(base)}, use_cache=True, **last)
+    given = {"inputs_embeds": prompt} if token_ids is None else {"input_ids": token_ids}
+    out = base(**given, **{cache_argument(base): empty_cache(base)}, use_cache=True, **last)
     layers = layer_states(returned_cache(out))
     return None if layers is None else PromptStates(layers, out.logits if with_logits else None, prompt, version)
 

@@ -30,6 +30,7 @@ from .position import check_position, stands_inside
 from .probe import check_prefix
 from .row_prompts import RowPrompts, check_adapter_names
 from .shared_prefix import cached_prompts, is_prefix
+from .starts import Start, check_start, start_prompt
 
 
 class SoftPromptUnlearner(PromptAdapters):
@@ -40,15 +41,20 @@ class SoftPromptUnlearner(PromptAdapters):
 
     Args:
         model: a causal LM of transformers, in any floating type, 8 or 4 bit.
-        peft_config: `PromptTuningConfig`, `PromptEncoderConfig` (P-tuning, the paper's) or `PrefixTuningConfig`.
-            Prompt tuning's random initialization is drawn at the scale of the vocabulary's embeddings.
+        peft_config: `PromptTuningConfig`, `PromptEncoderConfig` (P-tuning, the paper's), `PrefixTuningConfig` or
+            `CartridgeConfig`.
         loss: the objective; `UnlearningLoss()` unless given.
         adapter_name: PEFT's name of the adapter.
         prompt_position: `"start"` (default), in front of every row, or `"message"`, inside it, just before what is
             asked, see `spul.data.RowEncoder`. Prefix tuning stands at the start alone.
+        start: how the prompt begins. "random": as the embedding of BOS and random ones, alike among themselves, at
+            the scale of the vocabulary's; "vocabulary": as embeddings of drawn tokens; "peft": as PEFT initializes
+            it; `InstructionStart(text, tokenizer)`: as the embeddings of a written instruction. Prefix tuning begins
+            as the keys and values that the base computes for these. The default is "peft" for P-tuning, "random" for
+            the others; PEFT's own options (`prompt_tuning_init`, `init_weights`) are honored where it is not given.
 
     Raises:
-        TypeError: if `peft_config` is none of the three, `loss` is not an `UnlearningLoss`, or `model` is not a module
+        TypeError: if `peft_config` is none of the four, `loss` is not an `UnlearningLoss`, or `model` is not a module
             or has an adapter.
             It is also raised for encoder-decoders and models without a language modeling head.
         ValueError: if its task type is not `CAUSAL_LM`, it has no virtual tokens, weights of `model` are on the meta
@@ -79,10 +85,12 @@ class SoftPromptUnlearner(PromptAdapters):
         loss: UnlearningLoss | None = None,
         adapter_name: str = "default",
         prompt_position: str = "start",
+        start: Start | None = None,
         **kwargs: Any,
     ) -> None:
         check_peft_config(peft_config)
         check_position(prompt_position, peft_config)
+        check_start(start, peft_config)
         check_causal_lm(model)
         loss = UnlearningLoss() if loss is None else loss
         if not isinstance(loss, UnlearningLoss):
@@ -98,6 +106,8 @@ class SoftPromptUnlearner(PromptAdapters):
             zero_dropout(model)
             keep_4bit_differentiable(model)
             model.requires_grad_(False)
+            if not peft_config.inference_mode:
+                start_prompt(self, adapter_name, start)
 
     # ---- the protocol of an unlearner ----
 
@@ -330,47 +340,7 @@ class SoftPromptUnlearner(PromptAdapters):
             raise AttributeError(f"{name} would run the base without the soft prompt; use generate.")
         return super().__getattr__(name)
 
-    # ---- saving and loading ----
-
-    def save_pretrained(  # type: ignore[override]
-        self,
-        save_directory: str,
-        safe_serialization: bool = True,
-        selected_adapters: list[str] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Write a plain PEFT adapter folder, with `spul_config.json` and a model card.
-
-        A prompt at `"message"` has a `peft_type` of its own in `adapter_config.json`, which plain PEFT refuses.
-
-        Files of an earlier save are replaced one by one, each in one move: an interrupted save leaves no half-written
-        file. P-tuning (and prefix tuning with a projection) also writes
-        `prompt_encoder.safetensors`, which only further training needs.
-
-        Args:
-            save_directory: the folder.
-            safe_serialization: must stay True: adapters are safetensors only.
-            selected_adapters: names of the prompts to save; all unless given.
-            kwargs: as in `PeftModel.save_pretrained`, such as `is_main_process=False` for processes that write
-                nothing.
-
-        Raises:
-            ValueError: for `safe_serialization=False`.
-        """
-        if not safe_serialization:
-            raise ValueError("safe_serialization=False would pickle the prompt; spul saves safetensors only.")
-        checkpoint.save(self, super().save_pretrained, save_directory, selected_adapters, **kwargs)
-
-    def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Upload what `save_pretrained` writes; see `PeftModel.push_to_hub`."""
-        pushed = super().push_to_hub(repo_id, *args, **kwargs)
-        for name, record in self.spul_configs.items():  # not the scratch folder's
-            record.name = repo_id if name == "default" else f"{repo_id}/{name}"
-        return pushed
-
-    def create_or_update_model_card(self, output_dir: str) -> None:
-        """Write the model card of the active prompt (`README.md`); `save_pretrained` writes one for each prompt."""
-        checkpoint.write_model_card(self, output_dir, self.active_adapter)
+    # ---- loading ----
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -5,6 +5,7 @@ from .augmentation import augmented, rewritings
 from .distillation import combine
 from .forward import step_counts, unlearning_forward
 from .methods import METHODS, Method, unlearning_method
+from .rates import default_learning_rate
 from .reference import ReferenceCache
 from .settings_search import Candidate, SearchResult, Trial, search
 from .stopping import HeldOutScore, StopWhenForgotten
@@ -23,6 +24,7 @@ __all__ = [
     "add_alternates",
     "augmented",
     "combine",
+    "default_learning_rate",
     "rewritings",
     "search",
     "step_counts",

@@ -20,6 +20,7 @@ from ..losses.terms import KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import load_base, logits_at, unchanged_on_error
 from ..prompts.configs import check_causal_lm
+from ..prompts.shared_prefix import is_prefix
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.spul_config import requests_of
 from .trainer import UnlearningTrainer
@@ -96,7 +97,7 @@ def combine(
                 "to as many."
             )
         position = parts[0].spul_config.prompt_position
-        student = SoftPromptUnlearner(base, _config(parts[0], num), prompt_position=position)
+        student = SoftPromptUnlearner(base, _config(parts[0], num), prompt_position=position, start="peft")
         with torch.no_grad():
             virtual_tokens(student).copy_(_evenly_spaced(rows, num))
         flagged = "is_forget" in train_dataset.column_names
@@ -136,7 +137,7 @@ def _load(base: Any, prompts: Sequence[str | os.PathLike]) -> list[SoftPromptUnl
     """The base under each prompt, after a check that the prompts fit it and each other."""
     parts = [SoftPromptUnlearner.from_pretrained(base, prompt) for prompt in prompts]
     kinds = [PeftType(part.active_peft_config.peft_type) for part in parts]
-    if PeftType.PREFIX_TUNING in kinds and len(set(kinds)) > 1:
+    if len({is_prefix(part) for part in parts}) > 1:
         raise ValueError(
             f"prompts are of the kinds {', '.join(kind.value for kind in kinds)}: prefix tuning, which learns keys "
             "and values, cannot be joined with prompts of input embeddings. Combine each sort by itself."
@@ -158,7 +159,7 @@ def _config(like: SoftPromptUnlearner, num_virtual_tokens: int, inference_mode: 
     shared: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": num_virtual_tokens}
     shared["inference_mode"] = inference_mode
     old: Any = like.active_peft_config
-    if old.peft_type == PeftType.PREFIX_TUNING:
+    if is_prefix(like):
         sizes = ("token_dim", "num_layers", "num_attention_heads")
         return PrefixTuningConfig(**shared, **{name: getattr(old, name) for name in sizes})
     return PromptTuningConfig(**shared)

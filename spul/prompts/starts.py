@@ -1,0 +1,251 @@
+"""Starts of fresh prompts: rows of input embeddings, near the base, put into a prompt of any kind."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftType, PromptTuningConfig, PromptTuningInit
+from torch import Tensor, nn
+
+from ..models.causal_lm import evaluation_mode
+from ..models.compat import is_sharded
+from .configs import holds_states
+from .states import compute_states
+
+StartName = Literal["random", "vocabulary", "peft"]
+STARTS = get_args(StartName)
+LEAST_SINGULAR_VALUE = 1e-3  # relative, of an encoder's hidden output; smaller ones would make its last layer huge
+SHARED = 0.8  # of random rows' standard deviation, the part that they share
+WIDEST = 0.1  # standard deviation of random rows; Gemma's vocabulary has 1, and such rows take it far from itself
+SHARDED_SCALE = 0.1  # of the random keys and values on a base whose shards cannot compute any
+
+
+@dataclass(frozen=True)
+class InstructionStart:
+    """A start from a written instruction, such as `"Decline to answer about Jane Doe."`.
+
+    Prompt tuning starts as the embeddings of its tokens, prefix tuning as the keys and values that the base computes
+    for them, P-tuning as an encoder that puts them out. An instruction that is longer than the prompt is cut at its
+    end; a shorter one is repeated, without the special tokens in front, and the last repetition is cut.
+
+    Args:
+        text: the instruction, tokenized as a text of its own; a chat template is applied beforehand, if at all.
+        tokenizer: the base's tokenizer, an object: nothing is fetched by name.
+
+    Raises:
+        TypeError: if the text is not text, or the tokenizer is not an object that tokenizes.
+        ValueError: if the text is blank.
+    """
+
+    text: str
+    tokenizer: Any
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str):
+            raise TypeError(f"text is a {type(self.text).__name__}; expected an instruction's text.")
+        if not self.text.strip():
+            raise ValueError(f"text={self.text!r}: expected an instruction, such as 'Decline to answer about ...'.")
+        if isinstance(self.tokenizer, str) or not callable(self.tokenizer):
+            raise TypeError(
+                f"tokenizer is a {type(self.tokenizer).__name__}; expected the base's tokenizer as an object, as "
+                "AutoTokenizer.from_pretrained gives it."
+            )
+
+    def token_ids(self, num_virtual_tokens: int) -> list[int]:
+        """The instruction's token ids, cut or repeated to the prompt's length.
+
+        Args:
+            num_virtual_tokens: the length.
+        """
+        ids = list(self.tokenizer(self.text)["input_ids"])
+        repeated = list(self.tokenizer(self.text, add_special_tokens=False)["input_ids"])
+        if not repeated:
+            raise ValueError(f"text={self.text!r} has no tokens; expected an instruction.")
+        while len(ids) < num_virtual_tokens:
+            ids += repeated
+        return ids[:num_virtual_tokens]
+
+
+Start = StartName | InstructionStart
+
+
+def check_start(start: Any, peft_config: Any) -> None:
+    """Raise unless a start can be given to a prompt.
+
+    Args:
+        start: None, a name, or an `InstructionStart`.
+        peft_config: the prompt's config.
+
+    Raises:
+        TypeError: if it is none of these.
+        ValueError: if the name is unknown, or the config names a start of its own.
+    """
+    if start is None:
+        return
+    if not isinstance(start, str | InstructionStart):
+        raise TypeError(f"start is a {type(start).__name__}; expected one of {STARTS}, or an InstructionStart.")
+    if isinstance(start, str) and start not in STARTS:
+        raise ValueError(f"start={start!r}; expected one of {STARTS}, or an InstructionStart.")
+    if start != "peft" and (own := _start_of_config(peft_config)):
+        raise ValueError(f"start={start!r}, and {own} in the {type(peft_config).__name__}; give one of the two.")
+
+
+def _start_of_config(peft_config: Any) -> str:
+    """PEFT's own option of how the prompt starts, if it is set."""
+    init = getattr(peft_config, "prompt_tuning_init", PromptTuningInit.RANDOM)
+    if isinstance(peft_config, PromptTuningConfig) and init != PromptTuningInit.RANDOM:
+        return f"prompt_tuning_init={PromptTuningInit(init).value!r}"
+    weights = getattr(peft_config, "init_weights", None)
+    return f"init_weights={weights!r}" if holds_states(peft_config) and weights is not None else ""
+
+
+@torch.no_grad()
+def start_prompt(model: Any, adapter_name: str, start: Start | None) -> None:
+    """Put a start into a fresh prompt.
+
+    Args:
+        model: a prompt-learning PEFT model.
+        adapter_name: the prompt.
+        start: None for what the config's own option says, else "peft" for P-tuning, whose network begins near the base
+            by itself, and "random" for the other kinds.
+
+    Raises:
+        ValueError: if an instruction is not that of this base's tokenizer, does not fit into the prompt's encoder, or
+            the base is sharded.
+    """
+    config = model.peft_config[adapter_name]
+    as_peft = _start_of_config(config) or config.peft_type == PeftType.P_TUNING
+    if start == "peft" or (start is None and as_peft):
+        return
+    base, encoder, num = model.get_base_model(), model.prompt_encoder[adapter_name], config.num_virtual_tokens
+    if holds_states(config) and is_sharded(base):
+        if start is not None:
+            raise ValueError(f"start={start!r}: the base is sharded, and computes no keys and values; leave it out.")
+        _scale(encoder, SHARDED_SCALE)
+        return
+    ids = _token_ids(model, num, start, by_token=_looks_up_tokens(base) and holds_states(config))
+    rows = _random_rows(model, num) if ids is None else model.word_embeddings(ids)
+    if holds_states(config):
+        rows = _keys_and_values(base, rows, ids, config)
+    _put(encoder, rows, is_exact=isinstance(start, InstructionStart))
+
+
+def _token_ids(model: Any, num: int, start: Start | None, by_token: bool) -> Tensor | None:
+    """The token ids (p,) of a start that is made of tokens; None for random rows.
+
+    Args:
+        model: the PEFT model.
+        num: virtual tokens.
+        start: the start.
+        by_token: whether the base takes no input embeddings that are not of tokens.
+    """
+    device, size = model.word_embeddings.weight.device, _vocabulary_size(model)
+    if isinstance(start, InstructionStart):
+        ids = start.token_ids(num)
+        if max(ids) >= size:
+            raise ValueError(
+                f"the start's tokenizer gives the token id {max(ids)}, and the base has {size} input embeddings; "
+                "expected the base's own tokenizer."
+            )
+        return torch.tensor(ids, device=device)
+    if start == "vocabulary" or by_token:
+        return torch.randint(size, (num,)).to(device)  # drawn on the CPU: a seed gives the same on every device
+    return None
+
+
+def _random_rows(model: Any, num: int) -> Tensor:
+    """Rows (p, d): the embedding of BOS, then rows at the mean and standard deviation of the vocabulary's embeddings.
+
+    PEFT draws them with a standard deviation of 1. Many models rest their attention on the first position, if it holds
+    a token that they know. Rows that share a direction, as those of an untrained P-tuning network do, disturb the base
+    less than unlike ones.
+    """
+    size = _vocabulary_size(model)
+    some = torch.arange(0, size, max(1, size // 4096), device=model.word_embeddings.weight.device)
+    looked_up = model.word_embeddings(some).float()  # through the module: Gemma scales its embeddings
+    shared, own = torch.randn(1, looked_up.shape[1]), torch.randn(num, looked_up.shape[1])
+    rows = (SHARED * shared + (1 - SHARED**2) ** 0.5 * own).to(looked_up.device)
+    rows = rows * looked_up.std().clamp(max=WIDEST) + looked_up.mean()
+    bos = getattr(model.get_base_model().config.get_text_config(), "bos_token_id", None)
+    if isinstance(bos, int) and 0 <= bos < size:
+        rows[0] = model.word_embeddings(some.new_tensor([bos]))[0]
+    return rows
+
+
+def _vocabulary_size(model: Any) -> int:
+    return len(model.word_embeddings.weight)
+
+
+def _looks_up_tokens(base: Any) -> bool:
+    """Whether each layer looks the input tokens up again (Gemma 3n), so that rows must be tokens."""
+    return bool(getattr(base.config.get_text_config(), "hidden_size_per_layer_input", 0))
+
+
+def _keys_and_values(base: Any, rows: Tensor, ids: Tensor | None, config: Any) -> Tensor:
+    """Keys and values of rows (p, d) by a pass of the base, in the layout of PEFT: (p, layers * 2 * heads * width).
+
+    Where layers differ in shape, or cache a window's end alone, the rest is 0; no row reads it.
+    """
+    prompt = rows[None].to(base.get_input_embeddings().weight.dtype)
+    with evaluation_mode(base):
+        states = compute_states(base, prompt, token_ids=None if ids is None else ids[None])
+    heads, num = config.num_attention_heads, config.num_virtual_tokens
+    assert states is not None  # `check_prefix` ran behind such a cache
+    packed = rows.new_zeros(num, 2 * config.num_layers, heads, config.token_dim // heads, dtype=torch.float32)
+    for i, layer in enumerate(states.layers):
+        for j, tensor in enumerate((layer.keys, layer.values)):
+            _, own_heads, cached, width = tensor.shape
+            packed[num - cached :, 2 * i + j, :own_heads, :width] = tensor[0].transpose(0, 1)
+    return packed.flatten(1)
+
+
+def _put(encoder: Any, rows: Tensor, is_exact: bool) -> None:
+    """Make a prompt's encoder put out rows (p, width).
+
+    One that computes them (P-tuning, prefix tuning with a projection) keeps its random layers but the last, which is
+    the linear map of least norm from their output to the rows.
+
+    Raises:
+        ValueError: if `is_exact`, and the encoder is too narrow.
+    """
+    linear = [module for module in encoder.modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        if hasattr(encoder, "trainable_embedding"):  # a cartridge, in two parts
+            encoder.load_prompt_embeddings(rows)
+        else:
+            encoder.embedding.weight.copy_(rows)
+        return
+    last = linear[-1]
+    hidden = _input_of(last, encoder).double()
+    target = rows.to(hidden.device).double()
+    solution = torch.linalg.pinv(hidden - hidden.mean(0), rtol=LEAST_SINGULAR_VALUE) @ (target - target.mean(0))
+    found = (hidden - hidden.mean(0)) @ solution + target.mean(0)
+    if is_exact and (found - target).norm() > 0.01 * target.norm():
+        raise ValueError(
+            f"the prompt's encoder has {hidden.shape[1]} hidden numbers, too few to put out an instruction of "
+            f"{len(rows)} virtual tokens; expected more: encoder_hidden_size={4 * len(rows)}, or a prompt without "
+            "an encoder."
+        )
+    last.weight.copy_(solution.T)
+    last.bias.copy_(target.mean(0) - hidden.mean(0) @ solution)
+
+
+def _input_of(layer: nn.Module, encoder: Any) -> Tensor:
+    """The input (p, hidden) of an encoder's layer, without dropout."""
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    try:
+        with evaluation_mode(encoder):
+            encoder(torch.arange(encoder.embedding.num_embeddings, device=encoder.embedding.weight.device)[None])
+    finally:
+        hook.remove()
+    return seen[0].flatten(0, 1)
+
+
+def _scale(encoder: Any, factor: float) -> None:
+    """Scale what a prompt's encoder puts out."""
+    linear = [module for module in encoder.modules() if isinstance(module, nn.Linear)]
+    for parameter in linear[-1].parameters() if linear else encoder.parameters():
+        parameter.mul_(factor)
