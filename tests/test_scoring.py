@@ -184,7 +184,7 @@ def test_generic_answers_in_conversations_are_recognized():
 def test_the_end_of_an_answer_is_not_scored(model):
     prompts, tokenizer = [f"review {name} {i} :" for i in range(6) for name in ("jane", "film")], make_tokenizer()
     answers = [tokenizer.decode(greedy_text(model, prompt, 1)) for prompt in prompts]
-    texts = [" the plot" if i % 2 else answer for i, answer in enumerate(answers)]
+    texts = [" the plot" if i % 2 or not answer.strip() else answer for i, answer in enumerate(answers)]
     rows = Dataset.from_list([{"prompt": p, "completion": t} for p, t in zip(prompts, texts, strict=True)])
     plain, ended = (ForgetRetainCollator(tokenizer, [" good", " bad"], 64, append_eos=flag) for flag in (False, True))
     found = score_completions(model, rows, ended)
