@@ -235,7 +235,7 @@ def test_noise_is_in_the_trained_pass_alone_so_that_both_references_agree(tmp_pa
         terms[alpha, reference] = logged(trainer, "kl_loss")
         assert not trainer.model.get_base_model().get_input_embeddings()._forward_hooks
     assert terms[100.0, "live"] == pytest.approx(terms[100.0, "cached"], rel=1e-4)
-    assert terms[100.0, "live"][0] > 1.2 * terms[None, "live"][0]
+    assert terms[100.0, "live"][0] > 1.1 * terms[None, "live"][0]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -146,9 +146,12 @@ class Experiment:
         digests = {split: hashlib.sha256(sorted_digests(rows)).hexdigest() for split, rows in self.rows.items()}
         data = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
         fields = {name: value for name, value in dataclasses.asdict(self.setup).items() if name not in PLACES}
-        # A base that was memorized without the end of its answers is another one.
-        ends = {"append_eos": True} if self.data.format.append_eos else {}
-        return fields | {"model_digest": model_digest(self.setup.model), "data_digest": data} | ends
+        # Settings that came later count where they are on: models that were made before are known without them.
+        if not fields["blank_lines"]:
+            del fields["blank_lines"]
+        if self.data.format.append_eos:
+            fields["append_eos"] = True
+        return fields | {"model_digest": model_digest(self.setup.model), "data_digest": data}
 
     def second_questions(self, groups: tuple[str, ...]) -> Dataset:
         """Rows that ask *which person is named?*, a third as many as the training rows of these groups.
