@@ -43,7 +43,7 @@ from paper.runs import (
     run_settings,
     with_blank_lines,
 )
-from spul import ForgetRetainCollator, UnlearningTrainer
+from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningTrainer
 from spul.data import MULTIPLE_CHOICE, SPLITS, PromptFormat, UnlearningData, load_known
 from spul.data.dataset import forget_retain_dataset
 from spul.data.known import LOADERS
@@ -302,8 +302,11 @@ class Experiment:
         method, setup = run.unlearning_method(), self.setup
         is_prompt = method.trainable == "prompt"
         set_seed(setup.seed)
-        config = prompt_config(run.trainable, run.num_virtual_tokens) if is_prompt else None
-        model = method.prepare(self.load("base"), config)
+        if is_prompt:  # with PEFT's starts, of which the stored results are
+            config = prompt_config(run.trainable, run.num_virtual_tokens)
+            model: Any = SoftPromptUnlearner(self.load("base"), config, loss=method.loss, start="peft")
+        else:
+            model = method.prepare(self.load("base"))
         dataset = method.training_rows(forget_retain_dataset(forget=rows["train_forget"], retain=rows["train_retain"]))
         steps, fraction = run.steps, run.forget_fraction
         if not method.loss.uses_retain_rows:
