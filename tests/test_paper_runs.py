@@ -149,7 +149,7 @@ def test_the_generic_response_is_drawn_once_a_row_if_that_is_asked_for(monkeypat
     one = experiments.Experiment(Setup("folder", "model", bf16=False), tmp_path)
     one.data, one.tokenizer = data_of("jane"), None
     monkeypatch.setattr(experiments.Experiment, "load", lambda self, name: None)
-    monkeypatch.setattr("spul.training.methods.Method.prepare", lambda self, model, config: torch.nn.Linear(1, 1))
+    monkeypatch.setattr(experiments, "SoftPromptUnlearner", lambda *_, **__: torch.nn.Linear(1, 1))
     monkeypatch.setattr("spul.data.collator.RowEncoder", lambda *_: None)
     for draw_once in (False, True):
         with pytest.raises(Stop) as found:
