@@ -17,10 +17,13 @@ from transformers import (
     DeepseekV3Config,
     FalconConfig,
     LlamaConfig,
+    MambaConfig,
+    MptConfig,
     OPTConfig,
     Qwen3NextConfig,
     T5Config,
     T5ForConditionalGeneration,
+    XGLMConfig,
 )
 
 from spul import SoftPromptUnlearner
@@ -140,3 +143,37 @@ def assert_like_concatenation(unlearner):
             at = [k for k in range(1, int(mask.sum())) if labels[k] != -100]
             expected = row_logits(unlearner, ids[mask.bool()])[[k - 1 for k in at]]
             torch.testing.assert_close(out.logits[i, : len(at)], expected, rtol=1e-6, atol=1e-8)
+
+
+# ---- heads under names that PEFT does not know ----
+
+OTHER_NAMES = {
+    "MPT": MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=120, max_seq_len=64),
+    "XGLM": XGLMConfig(d_model=32, attention_heads=4, num_layers=2, ffn_dim=48, vocab_size=120),
+    "Mamba": MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=120, state_size=4),
+}
+
+
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_heads_are_found_by_a_bases_own_names_and_the_logits_are_the_plain_ones(name, prompt_type, tmp_path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(OTHER_NAMES[name]).eval()
+    if name == "Mamba" and prompt_type == "prefix_tuning":
+        with pytest.raises(ValueError, match=r"names no attention heads.*PrefixTuningConfig.*Use PromptTuningConfig"):
+            SoftPromptUnlearner(base, CONFIGS[prompt_type](3))
+        return
+    unlearner = SoftPromptUnlearner(base, CONFIGS[prompt_type](3)).eval()
+    unlearner.add_adapter("second", CONFIGS[prompt_type](2))
+    ids = torch.randint(3, 120, (2, 7))
+    positions = torch.arange(7).expand(2, -1)
+    with torch.no_grad():
+        found = unlearner.response_logits(ids, torch.ones_like(ids), positions)
+        expected = torch.stack([row_logits(unlearner, row) for row in ids])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    unlearner.save_pretrained(tmp_path, selected_adapters=["default"])
+    loaded = SoftPromptUnlearner.from_pretrained(base, tmp_path).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded.response_logits(ids, torch.ones_like(ids), positions), expected, atol=1e-5, rtol=0
+        )

@@ -159,6 +159,38 @@ def without_start(config: PeftConfig) -> None:
         config.prompt_tuning_init_text = config.tokenizer_name_or_path = config.tokenizer_kwargs = None
 
 
+# The names by which PEFT finds the number of attention heads in a base's config.
+_HEADS_OF_PEFT = {"num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"}
+
+
+def fill_heads(peft_config: Any, model: nn.Module) -> None:
+    """Set the number of attention heads in a prompt's config where PEFT does not find it in the base's.
+
+    Args:
+        peft_config: the prompt's config; a number that is given stays.
+        model: the base. One without attention, such as Mamba, gets one head for prompts of embeddings, which use none.
+
+    Raises:
+        ValueError: if the prompt is of keys and values, and the base names no heads.
+    """
+    if not isinstance(model, PreTrainedModel) or peft_config.num_attention_heads is not None:
+        return
+    config: Any = model.config.get_text_config()
+    if _HEADS_OF_PEFT & set(config.to_dict()):
+        return
+    names = ("num_attention_heads", "n_heads", "attention_heads")  # the first also by a config's own attribute map
+    heads = next((getattr(config, name) for name in names if is_count(getattr(config, name, None), least=1)), None)
+    if heads is None and peft_config.peft_type in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
+        heads = 1
+    if heads is None:
+        raise ValueError(
+            f"{type(model).__name__} names no attention heads, whose keys and values {type(peft_config).__name__} "
+            f"holds. Use PromptTuningConfig or PromptEncoderConfig, or give {type(peft_config).__name__}"
+            "(num_attention_heads=...) if it has some under another name."
+        )
+    peft_config.num_attention_heads = heads
+
+
 def check_promptable(model: nn.Module, peft_config: Any) -> None:
     """Raise unless a base can be put under a prompt.
 
