@@ -48,7 +48,7 @@ def conversation_ids(
         both = _rendered(tokenizer, [*prompt, *completion], False)
         if both[: len(prompt_ids)] != prompt_ids:
             raise ValueError(
-                "the chat template renders the prompt to other tokens when the completion follows, so the completion "
+                "the chat template renders the prompt differently, token by token, when the completion follows, so it "
                 f"cannot be separated: {prompt!r}. Use a template whose generation prompt is the start of an answer, "
                 "and ends in a special token or a line break, not in a space, which merges with the answer."
             )

@@ -85,7 +85,9 @@ def check_start(start: Any, peft_config: Any) -> None:
     if start is None:
         return
     if not isinstance(start, str | InstructionStart):
-        raise TypeError(f"start is a {type(start).__name__}; expected one of {STARTS}, or an InstructionStart(text, tokenizer).")
+        raise TypeError(
+            f"start is a {type(start).__name__}; expected one of {STARTS}, or an InstructionStart(text, tokenizer)."
+        )
     if isinstance(start, str) and start not in STARTS:
         raise ValueError(f"start={start!r}; expected one of {STARTS}, or an InstructionStart(text, tokenizer).")
     if start != "peft" and (own := _start_of_config(peft_config)):
