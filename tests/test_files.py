@@ -140,3 +140,8 @@ def test_a_file_is_found_in_a_folder_or_its_subfolder(tmp_path):
     assert find_file(tmp_path, "a.json") is None
     assert find_file(str(tmp_path), "a.json", subfolder="sub") == tmp_path / "sub" / "a.json"
     assert find_file(tmp_path, "sub") is None
+
+
+def test_a_folder_that_is_not_there_is_named_as_such(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is no folder here"):
+        find_file(tmp_path / "missing" / "adapter", "a.json")

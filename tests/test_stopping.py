@@ -1,4 +1,4 @@
-"""Training stops when held-out forget rows are forgotten within the retain budget, and the best weights are loaded."""
+"""Training stops when held-out forget rows are forgotten within the margin, and the best weights are loaded."""
 
 import json
 import shutil
@@ -91,7 +91,7 @@ def watched(monkeypatch, folder, scores, trainable="prompt_tuning", max_steps=No
         ([80, 4, 3, 3, 3, 3], [90] * 6, {}, 5, 3),  # 3 %, and two scorings no better
         ([80, 4, 3, 0, 1, 1], [90] * 6, {}, 4, 4),  # nothing is left to forget
         ([80, 4, 3, 0, 1, 1], [90] * 6, {"patience": 0}, 2, 2),  # the first that meets the target
-        ([0, 0, 4, 4, 4, 4], [50, 88.9, 89, 89, 89, 89], {}, 5, 3),  # what is outside the budget does not count
+        ([0, 0, 4, 4, 4, 4], [50, 88.9, 89, 89, 89, 89], {}, 5, 3),  # what is outside the margin does not count
         ([0, 0, 4, 4, 4, 4], [50, 88.9, 89, 89, 89, 89], {"margin": 2}, 2, 2),
         ([80, 20, 10, 10, 10, 10], [90] * 6, {"target": 10.0}, 5, 3),
         ([80, 20, 10, 10, 10, 10], [90] * 6, {}, 6, 3),  # never met: as scheduled
@@ -99,7 +99,7 @@ def watched(monkeypatch, folder, scores, trainable="prompt_tuning", max_steps=No
         ([50, 40, 30, 20, 10, 0], [70, 72, 88, 60, 50, 40], {}, 6, 3),  # nothing within: the highest retain accuracy
     ],
 )
-def test_it_stops_when_forgetting_has_leveled_off_within_the_budget(
+def test_it_stops_when_forgetting_has_leveled_off_within_the_margin(
     tmp_path, monkeypatch, forget, retain, kwargs, last, best
 ):
     scores = dict(enumerate(zip(forget, retain, strict=True), start=1))
@@ -128,14 +128,14 @@ def test_what_was_not_reached_is_warned_of_with_its_numbers(tmp_path, monkeypatc
     assert "at most 5 % of forget rows answered and retain accuracy of at least 89.0 % (the base's 90.0 %" in message
     assert "forget accuracy 20.0 % (generic 25.0 %) and retain accuracy 89.5 % at step 2 of 3" in message
     assert str(tmp_path / "checkpoint-2") in message
-    assert "within the budget" in message
+    assert "within the margin" in message
 
 
 def test_what_was_reached_is_not_warned_of(tmp_path, monkeypatch, caplog):
     trainer, stop, _ = watched(monkeypatch, tmp_path, {1: (60, 90), 2: (0, 89.5)})
     trainer.train()
     assert stop.is_met
-    assert "budget" not in caplog.text
+    assert "not forgotten" not in caplog.text
 
 
 def test_held_out_rows_that_the_base_does_not_know_are_warned_of(tmp_path, monkeypatch, caplog):

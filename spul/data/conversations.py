@@ -48,9 +48,9 @@ def conversation_ids(
         both = _rendered(tokenizer, [*prompt, *completion], False)
         if both[: len(prompt_ids)] != prompt_ids:
             raise ValueError(
-                "the chat template renders the prompt differently when the completion follows, so the completion "
-                f"cannot be separated: {prompt!r}. Use a template whose generation prompt is the start of an "
-                "answer."
+                "the chat template renders the prompt differently, token by token, when the completion follows, so it "
+                f"cannot be separated: {prompt!r}. Use a template whose generation prompt is the start of an answer, "
+                "and ends in a special token or a line break, not in a space, which merges with the answer."
             )
         ids = both[len(prompt_ids) :]
         after = cached((template, completion[-1]["role"]), after_mark)

@@ -183,7 +183,7 @@ def read(adapter: str | os.PathLike, with_encoder: bool, stacklevel: int, **hub:
         hub: arguments of `find_file`.
 
     Raises:
-        TypeError: if it is not one of the three prompt types.
+        TypeError: if it is not one of the four prompt types.
         ValueError: if a file is missing or damaged, a config or record has a field out of range, or config, record and
             weights do not belong together.
     """

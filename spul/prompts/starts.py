@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,7 +40,7 @@ class InstructionStart:
     """
 
     text: str
-    tokenizer: Any
+    tokenizer: Any = field(repr=False)  # messages name the text
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):
@@ -85,9 +85,11 @@ def check_start(start: Any, peft_config: Any) -> None:
     if start is None:
         return
     if not isinstance(start, str | InstructionStart):
-        raise TypeError(f"start is a {type(start).__name__}; expected one of {STARTS}, or an InstructionStart.")
+        raise TypeError(
+            f"start is a {type(start).__name__}; expected one of {STARTS}, or an InstructionStart(text, tokenizer)."
+        )
     if isinstance(start, str) and start not in STARTS:
-        raise ValueError(f"start={start!r}; expected one of {STARTS}, or an InstructionStart.")
+        raise ValueError(f"start={start!r}; expected one of {STARTS}, or an InstructionStart(text, tokenizer).")
     if start != "peft" and (own := _start_of_config(peft_config)):
         raise ValueError(f"start={start!r}, and {own} in the {type(peft_config).__name__}; give one of the two.")
 

@@ -358,7 +358,7 @@ class SoftPromptUnlearner(PromptAdapters):
 
         Args:
             model: the base, or its name or folder, which is then loaded with `AutoModelForCausalLM`.
-            adapter: folder or Hub name of the adapter; plain PEFT adapters of the three kinds load too.
+            adapter: folder or Hub name of the adapter; plain PEFT adapters of the four kinds load too.
             is_trainable: whether to train it further; P-tuning then needs the encoder that `save_pretrained` wrote.
             loss: the loss of further training; the saved one unless given.
             adapter_name: PEFT's name of the adapter.
@@ -366,7 +366,7 @@ class SoftPromptUnlearner(PromptAdapters):
             kwargs: Hub arguments, such as `revision`, `token`, `cache_dir`, `subfolder`.
 
         Raises:
-            TypeError: if the adapter is not one of the three prompt types.
+            TypeError: if the adapter is not one of the four prompt types.
             ValueError: if the prompt does not fit the base's width or layers, or cannot be trained on.
 
         Warns:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
 SCRATCH = ".spul-scratch-"  # prefix of files and folders that are still being written
@@ -120,12 +120,18 @@ def find_file(folder: str | os.PathLike, name: str, **hub: Any) -> Path | None:
 
     Raises:
         LocalEntryNotFoundError: if the file is not cached and the Hub cannot be reached.
+        FileNotFoundError: if `folder` is neither there nor a possible name on the Hub.
     """
     if Path(folder).is_dir():
         local = Path(folder, hub.get("subfolder") or "", name)
         return local if local.is_file() else None
     try:
         return Path(hf_hub_download(str(folder), name, **hub))
+    except HFValidationError as error:
+        raise FileNotFoundError(
+            f"{str(folder)!r} is no folder here, and no name on the Hub (NAME or OWNER/NAME); expected the folder "
+            "that save_pretrained wrote, or the name of a Hub repository."
+        ) from error
     except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError, but it does not mean that the file is missing
         raise
     except EntryNotFoundError:

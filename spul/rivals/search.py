@@ -140,7 +140,7 @@ def _finished(found: Search, model: EmbeddingCorruption, tolerance: float | None
     model.corruption = found.best
     if tolerance is not None and found.distance > tolerance:
         logger.warning(
-            "no strength of %d tried comes within %g of the target %g: %s is %g away. Start from a higher strength, "
+            "no strength of %d tried comes within %g of the target %g: %s is %g away. Give a higher start=, "
             "or try given ones (search_corruption).",
             *(len(found.tried), tolerance, found.target, found.best, found.distance),
         )

@@ -42,15 +42,15 @@ class HeldOutScore(NamedTuple):
 
 
 class StopWhenForgotten(TrainerCallback):
-    """Stops training when forgetting has leveled off within a retain budget, and loads the best checkpoint.
+    """Stops training when forgetting has leveled off while retaining holds, and loads the best checkpoint.
 
     Held-out rows are scored every `every` steps, and after the last one, by greedy answers as in `score_completions`.
     The base, without prompt, layers or LoRA, is scored once, before the first step; a whole model is its own base
-    there. A scoring is *within the budget* if retain accuracy is at most `margin` points below
-    the base's. The best scoring is the one within the budget of the lowest forget accuracy, of equal ones that of the
+    there. A scoring is *within the margin* if retain accuracy is at most `margin` points below
+    the base's. The best scoring is the one within the margin of the lowest forget accuracy, of equal ones that of the
     highest retain accuracy, and of these the first; if none is within, that of the highest retain accuracy.
 
-    Training stops once forget accuracy is at most `target` within the budget, and either is 0 or `patience` further
+    Training stops once forget accuracy is at most `target` within the margin, and either is 0 or `patience` further
     scorings were no better. If that is never reached, it ends as scheduled, with a warning of what was. Either way the
     best checkpoint is loaded. Every scoring that is the best so far saves a checkpoint, which `save_total_limit` does
     not delete while it is the best; `save_only_model=True` keeps them small where the whole model trains.
@@ -124,7 +124,7 @@ class StopWhenForgotten(TrainerCallback):
     # ---- what the scores say ----
 
     def is_within(self, score: HeldOutScore) -> bool:
-        """Whether a scoring is within the retain budget."""
+        """Whether a scoring is within the margin."""
         assert self.base is not None
         return score.retain_accuracy >= self.base.retain_accuracy - self.margin - ROUNDING
 
@@ -135,13 +135,13 @@ class StopWhenForgotten(TrainerCallback):
 
     @property
     def is_met(self) -> bool:
-        """Whether forget accuracy was at most `target` within the budget."""
+        """Whether forget accuracy was at most `target` within the margin."""
         best = self.best
         return best is not None and self.is_within(best) and best.forget_accuracy <= self.target + ROUNDING
 
     @property
     def is_done(self) -> bool:
-        """Whether forgetting has leveled off within the budget."""
+        """Whether forgetting has leveled off within the margin."""
         if (best := self.best) is None or not self.is_met:
             return False
         return best.forget_accuracy == 0 or len(self.scores) - 1 - self.scores.index(best) >= self.patience
@@ -213,13 +213,13 @@ class StopWhenForgotten(TrainerCallback):
             f"{best.retain_accuracy:.1f} % at step {best.step} of {state.global_step}, {state.best_model_checkpoint}"
         )
         if self.is_met:
-            logger.info("forgotten within the retain budget, on held-out rows: %s", found)
+            logger.info("forgotten within the margin, on held-out rows: %s", found)
             return
         logger.warning(
-            "not forgotten within the retain budget, on held-out rows: asked were at most %g %% of forget rows "
+            "not forgotten within the margin, on held-out rows: asked were at most %g %% of forget rows "
             "answered and retain accuracy of at least %.1f %% (the base's %.1f %% less %g points); the best reached "
-            "is %s, %s the budget. The model has these weights. Train longer or with a higher learning rate, give "
-            "forget rows more weight, or allow a larger margin.",
+            "is %s, %s the margin. The model has these weights. Train longer or with a higher learning rate, give "
+            "forget rows more weight (a lower alpha, a larger retain_budget), or allow a larger margin.",
             self.target,
             self.base.retain_accuracy - self.margin,
             self.base.retain_accuracy,
