@@ -18,7 +18,8 @@ from ..data.encoded import left_padded_ids
 from ..losses.positions import pack_right
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import check_no_adapter, logits_at
-from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
+from ..models.disabling import disabled_here, is_disabled_here
+from ..models.unlearner import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_rows, mask_from_pads, named_arguments
 
 # Arguments of `generate` that would go around what a rival does to requests, or return more than token ids.
