@@ -222,6 +222,13 @@ def test_alpha_at_zero_still_measures_the_excess(alpha):
     assert out.retain_loss > 0
 
 
+def test_an_output_of_a_loss_without_a_budget_is_refused():
+    out = build_unlearner(loss=UnlearningLoss())(**batch_of())
+    for wrong in (out, out.loss):
+        with pytest.raises(ValueError, match="an output has no retain_excess: pass the whole output"):
+            RetainMultiplier(BUDGET).update(wrong)
+
+
 # ---- a loop of one's own ----
 
 
@@ -359,6 +366,58 @@ def test_the_live_reference_moves_alpha_as_the_cached_one(tmp_path):
         trainer.train()
     for one, other in zip(*map(logged, found), strict=True):
         assert one == pytest.approx(other, abs=1e-4)
+
+
+@pytest.mark.parametrize("trainable", ["prompt", "full"])
+def test_settings_of_the_multiplier_hold_for_every_model_of_model_init(tmp_path, trainable):
+    is_prompt = trainable == "prompt"
+    trainer = UnlearningTrainer(
+        None,
+        arguments(tmp_path, max_steps=2),
+        make_collator(),
+        make_answers(4, 4),
+        model_init=lambda: make_unlearner(loss=BUDGET) if is_prompt else build("llama"),
+        loss=None if is_prompt else BUDGET,
+    )
+    trainer.multiplier.step_size = 0.3
+    for _ in range(2):
+        trainer.train()
+        assert trainer.multiplier.settings() == {"step_size": 0.3, "decay": 0.9}
+    assert abs(logged(trainer)[0][1] - 0.7) > 0.05
+
+
+def test_settings_that_model_init_gives_a_prompt_are_its_own(tmp_path):
+    made = iter((0.1, 0.2))
+
+    def unlearner():
+        found = make_unlearner(loss=BUDGET)
+        found.multiplier.step_size = next(made)
+        return found
+
+    steps = arguments(tmp_path, max_steps=1)
+    trainer = UnlearningTrainer(None, steps, make_collator(), make_answers(4, 4), model_init=unlearner)
+    assert trainer.multiplier.step_size == 0.1
+    trainer.multiplier.decay = 0.5
+    trainer.train()
+    assert trainer.multiplier.settings() == {"step_size": 0.2, "decay": 0.5}
+
+
+def test_a_loss_that_replaces_the_prompts_is_trained_under_its_own_alpha_and_budget(tmp_path):
+    """As a trainer that had the loss from the start trains."""
+    other = UnlearningLoss(alpha=2.0, beta=0.3, retain_budget=0.5)
+    found = []
+    for first in (other, BUDGET, UnlearningLoss()):
+        trainer = constrained(tmp_path, "prompt", first, max_steps=2)
+        if first is not other:
+            trainer.model.loss = other
+        trainer.train()
+        assert trainer.multiplier.loss is trainer.model.loss
+        found.append(logged(trainer))
+    assert len(found[0]) == 2
+    assert found[1] == found[2] == found[0]
+    trainer.model.loss = UnlearningLoss()
+    trainer.train()
+    assert trainer.multiplier is None
 
 
 def test_training_anew_starts_alpha_anew(tmp_path):

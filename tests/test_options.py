@@ -28,7 +28,14 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from spul import SoftPromptUnlearner, UnlearningLayers, UnlearningLoss, UnlearningTrainer
 from spul.losses import GradientAscent
-from spul.training.options import ALL_HONORED, AS_IN_TRAINER, HONORED, REFUSED, check_dispatch
+from spul.training.options import (
+    ALL_HONORED,
+    AS_IN_TRAINER,
+    BATCH_ENTRIES,
+    HONORED,
+    REFUSED,
+    check_dispatch,
+)
 
 
 def options():
@@ -404,6 +411,12 @@ def test_optimizers_of_the_users_take_the_steps(tmp_path):
 
 def made_state(trainer):
     return prompt_state(trainer.model).items()
+
+
+def test_every_entry_of_a_batch_may_be_a_label():
+    collator = make_collator(pairs=True, text_field="text", prompt_position="message")
+    row = {"prompt": "review jane :", "text": "jane", "completion": " good", "is_forget": True, "row_id": 0}
+    assert set(collator([row])) == set(BATCH_ENTRIES)
 
 
 SAME = [

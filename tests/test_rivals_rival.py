@@ -25,8 +25,18 @@ from spul.evaluation.metrics.scoring import score_completions
 from spul.evaluation.report.report import write_report
 from spul.evaluation.results import Evaluation
 from spul.gates import NameGate
+from spul.models.causal_lm import logits_at
 from spul.models.unlearner import detached_base, unlearner_of
-from spul.rivals import Corruption, EmbeddingCorruption, FixedRefusal, GuardrailPrompt, InContextUnlearning
+from spul.rivals import (
+    Corruption,
+    EmbeddingCorruption,
+    FixedRefusal,
+    GuardrailPrompt,
+    InContextUnlearning,
+    corruption,
+    rewriting,
+)
+from spul.rivals import rival as rival_module
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
@@ -71,6 +81,36 @@ def test_a_row_is_generated_as_it_is_alone_for_padding_on_either_side(kind, side
         expected = model.generate(**alone, **GREEDY)[0, alone["input_ids"].shape[1] :].tolist()
         assert row[: len(expected)] == expected
         assert set(row[len(expected) :]) <= {0}
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_pad_tokens_of_rows_without_a_mask_are_no_part_of_a_request(kind, side):
+    model, batch = rival(kind), tokens(TEXTS, side)
+    assert torch.equal(model.generate(batch["input_ids"], **GREEDY), model.generate(**batch, **GREEDY))
+    ends = GREEDY | {"eos_token_id": GREEDY["pad_token_id"]}  # which may stand within a request
+    ones = torch.ones_like(batch["input_ids"])
+    expected = model.generate(batch["input_ids"], attention_mask=ones, **ends)
+    assert torch.equal(model.generate(batch["input_ids"], **ends), expected)
+
+
+def test_the_base_is_asked_for_no_position_beyond_the_longest_row(kind, monkeypatch):
+    """Such as that of columns that are pads in every row; out of range they are an error on a GPU alone."""
+    model, batch = rival(kind), tokens(TEXTS, "right")
+    wide = {name: torch.nn.functional.pad(tensor, (0, 3)) for name, tensor in batch.items()}
+    with torch.no_grad():
+        expected, asked = model(**batch).logits, []
+
+        def logits_in_range(base, positions, **inputs):
+            asked.append(int(positions.max()) - inputs["input_ids"].shape[1])
+            return logits_at(base, positions, **inputs)
+
+        for module in (rival_module, rewriting, corruption):
+            monkeypatch.setattr(module, "logits_at", logits_in_range)
+        found = model(**wide).logits
+    assert len(asked) == 1
+    assert asked[0] < 0
+    own = batch["attention_mask"].bool()
+    torch.testing.assert_close(found[:, : own.shape[1]][own], expected[own])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -98,13 +98,16 @@ def left_padded(prompts: Sequence[Encoded], pad: int) -> dict[str, Tensor]:
     Returns:
         `input_ids` and `attention_mask` (B, n), and `prompt_position` (B,) if the rows have it.
     """
-    width = max(len(one.prompt_ids) for one in prompts)
-    ids = torch.full((len(prompts), width), pad)
-    mask = torch.zeros_like(ids)
-    for row, one in enumerate(prompts):
-        ids[row, width - len(one.prompt_ids) :] = torch.tensor(one.prompt_ids)
-        mask[row, width - len(one.prompt_ids) :] = 1
-    return {"input_ids": ids, "attention_mask": mask} | position_column(prompts)
+    return left_padded_ids([one.prompt_ids for one in prompts], pad) | position_column(prompts)
+
+
+def left_padded_ids(rows: Sequence[Sequence[int]], pad: int) -> dict[str, Tensor]:
+    """Token ids of rows as a left-padded batch: `input_ids` and `attention_mask` (B, n)."""
+    width = max(map(len, rows))
+    return {
+        "input_ids": torch.tensor([[pad] * (width - len(row)) + [*row] for row in rows]),
+        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
+    }
 
 
 def position_column(rows: Sequence[Encoded]) -> dict[str, Tensor]:

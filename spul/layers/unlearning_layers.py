@@ -23,7 +23,8 @@ from ..models.causal_lm import (
     zero_dropout,
 )
 from ..models.compat import forward_hooks, keep_4bit_differentiable, reset_compiled, switch_checkpointing
-from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
+from ..models.disabling import disabled_here, is_disabled_here
+from ..models.unlearner import Unlearner, drop_adapter_names
 from ..records.spul_config import SpulConfig
 from . import checkpoint as files
 from .bottleneck import Bottleneck, UnlearningLayersConfig, feed_forward_blocks, layer_shapes, widths

@@ -79,6 +79,10 @@ class RetainMultiplier:
         self._shares: list[Tensor] = []
         self._passes = 0
 
+    def settings(self) -> dict[str, float]:
+        """The step size and the decay, by name."""
+        return {"step_size": self.step_size, "decay": self.decay}
+
     def __repr__(self) -> str:
         return f"RetainMultiplier(alpha={self.alpha:.4g}, excess={self.excess}, budget={self.budget:g})"
 
@@ -100,7 +104,15 @@ class RetainMultiplier:
 
         Args:
             outputs: `UnlearnerOutput` of each, computed with the `group_counts` of the whole step.
+
+        Raises:
+            ValueError: if one is of a loss without a budget.
         """
+        if any(getattr(out, "retain_excess", None) is None for out in outputs):
+            raise ValueError(
+                "an output has no retain_excess: pass the whole output of a forward under a loss with retain_budget, "
+                "update(out), not its loss alone."
+            )
         self._shares += [torch.stack([out.retain_excess, out.retain_share]) for out in outputs]
 
     def update(self, *outputs: Any, reduce: Callable[[Tensor], Tensor] | None = None) -> float:
@@ -117,7 +129,7 @@ class RetainMultiplier:
 
         Raises:
             FloatingPointError: if the excess is NaN or infinite; alpha is as before.
-            ValueError: without outputs.
+            ValueError: without outputs, or if one is of a loss without a budget.
         """
         self.add(*outputs)
         if not self._shares:

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
@@ -86,6 +87,19 @@ def named_arguments(generate: Callable[..., Any], args: tuple) -> dict[str, Any]
     """`args`, which follow the inputs in a call of `generate`, by their names."""
     names = list(inspect.signature(generate).parameters)[1:]
     return dict(zip(names, args, strict=False))
+
+
+def mask_from_pads(input_ids: Tensor, pad: int | None, end: int | list[int] | None) -> Tensor:
+    """The mask of rows (B, n) without one, as in transformers: pad tokens are pads, unless the pad token is an end.
+
+    Args:
+        input_ids: the rows.
+        pad: the pad token; all tokens count without one.
+        end: the end-of-sequence token, or several.
+    """
+    if pad is None or pad in (end if isinstance(end, (list, tuple)) else [end]):
+        return torch.ones_like(input_ids)
+    return input_ids.ne(pad).long()
 
 
 def check_rows(input_ids: Any, attention_mask: Any) -> None:

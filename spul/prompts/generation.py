@@ -17,6 +17,7 @@ from .arguments import (
     check_generate_arguments,
     check_rows,
     generation_settings,
+    mask_from_pads,
     named_arguments,
 )
 from .probe import continues_embeddings, continues_prefix
@@ -45,7 +46,8 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     if kwargs.pop("token_type_ids", None) is not None:
         warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=3)
     given_mask = kwargs.pop("attention_mask", None)
-    attention_mask = _mask_from_pads(settings, input_ids) if given_mask is None else given_mask
+    ids = (settings.pad_token_id, settings.eos_token_id)
+    attention_mask = mask_from_pads(input_ids, *ids) if given_mask is None else given_mask
     if not bool(attention_mask.any(dim=1).all()):
         raise ValueError("attention_mask has a row of zeros only: there is nothing to continue in it.")
 
@@ -264,11 +266,3 @@ def _crosses_window(base: Any, num_tokens: int) -> bool:
         if kinds is None or kind in kinds
     ]
     return any(window is not None and num_tokens > window for window in windows)
-
-
-def _mask_from_pads(settings: GenerationConfig, input_ids: Tensor) -> Tensor:
-    """The mask of rows without one, as in transformers: pad tokens are pads, unless the pad token is also an EOS."""
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, (list, tuple)) else [settings.eos_token_id]
-    if settings.pad_token_id is None or settings.pad_token_id in ends:
-        return torch.ones_like(input_ids)
-    return input_ids.ne(settings.pad_token_id).long()

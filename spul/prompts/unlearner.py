@@ -19,7 +19,7 @@ from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import logits_at, unchanged_on_error, zero_dropout
 from ..models.compat import is_sharded, keep_4bit_differentiable
-from ..models.unlearner import disabled_here, is_disabled_here
+from ..models.disabling import disabled_here, is_disabled_here
 from . import checkpoint
 from .adapters import PromptAdapters
 from .arguments import METHODS_OF_THE_BASE

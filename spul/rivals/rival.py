@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
+from ..data.encoded import left_padded_ids
 from ..losses.positions import pack_right
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import check_no_adapter, logits_at
-from ..models.unlearner import Unlearner, disabled_here, drop_adapter_names, is_disabled_here
-from ..prompts.arguments import CACHES, check_rows, named_arguments
+from ..models.disabling import disabled_here, is_disabled_here
+from ..models.unlearner import Unlearner, drop_adapter_names
+from ..prompts.arguments import CACHES, check_rows, mask_from_pads, named_arguments
 
 # Arguments of `generate` that would go around what a rival does to requests, or return more than token ids.
 _REFUSED = (
@@ -68,7 +70,8 @@ class Rival(nn.Module, Unlearner):
         Args:
             rows: token ids of each row, without padding.
             ends: number of tokens of each row's request; what follows is the answer so far.
-            positions: counted in the rows' own tokens; any beyond a row's end may have any logits.
+            positions: counted in the rows' own tokens, within the longest row; those beyond a row's own end may have
+                any logits.
         """
         raise NotImplementedError
 
@@ -143,7 +146,8 @@ class Rival(nn.Module, Unlearner):
         """Generate as the method changes requests or answers.
 
         Args:
-            inputs: (B, n) token ids, padded on either side, also as `input_ids`; each row is one request.
+            inputs: (B, n) token ids, padded on either side, also as `input_ids`; each row is one request. Without an
+                `attention_mask` pad tokens are pads, as in transformers.
             args: as in `generate` of transformers.
             kwargs: the same; `max_new_tokens` is required, there or in a `generation_config`.
 
@@ -162,7 +166,8 @@ class Rival(nn.Module, Unlearner):
         if not self.enabled:
             return cast(Any, self.base_model).generate(input_ids, attention_mask=mask, **kwargs)
         self._check_generation(kwargs)
-        mask = torch.ones_like(input_ids) if mask is None else mask
+        if mask is None:
+            mask = mask_from_pads(input_ids, *(self.setting(f"{name}_token_id", kwargs) for name in ("pad", "eos")))
         new = self.changed_answers(_own_tokens(input_ids, mask), **kwargs)
         return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), dim=0), new], dim=1)
 
@@ -187,14 +192,12 @@ class Rival(nn.Module, Unlearner):
 
     def base_answers(self, requests: Sequence[list[int]], **settings: Any) -> Tensor:
         """New tokens of the base for requests, which it gets padded on the left."""
-        width = max(map(len, requests))
         pad = self.pad_token(settings)
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in requests], device=self.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in requests], device=self.device)
+        batch = {name: tensor.to(self.device) for name, tensor in left_padded_ids(requests, pad).items()}
         if self.setting("pad_token_id", settings) is None:
             settings["pad_token_id"] = pad
-        out = cast(Any, self.base_model).generate(ids, attention_mask=mask, **settings)
-        return (out if isinstance(out, Tensor) else out.sequences)[:, width:]
+        out = cast(Any, self.base_model).generate(**batch, **settings)
+        return (out if isinstance(out, Tensor) else out.sequences)[:, batch["input_ids"].shape[1] :]
 
     def pad_token(self, settings: dict[str, Any]) -> int:
         """The token that pads answers: that of the settings, else of the tokenizer, else its end token."""
@@ -220,9 +223,8 @@ class Rival(nn.Module, Unlearner):
 
     def _logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, ends: Sequence[int]) -> Tensor:
         rows = _own_tokens(input_ids, attention_mask)
-        return self.changed_logits(
-            rows, [end or len(row) for end, row in zip(ends, rows, strict=True)], positions.to(self.device)
-        )
+        positions = positions.to(self.device).clamp(max=max(map(len, rows)) - 1)  # columns of pads alone are gone
+        return self.changed_logits(rows, [end or len(row) for end, row in zip(ends, rows, strict=True)], positions)
 
     def padded(self, rows: Sequence[list[int]]) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask` of rows, padded on the right."""

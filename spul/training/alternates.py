@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data.checks import forget_flags
+from ..data.encoded import left_padded_ids
 from ..data.rows import completion_text, normalized, shortened
 from ..models.causal_lm import max_positions
 from ..models.unlearner import detached_base
@@ -134,11 +135,8 @@ def _sampled(
             "lower max_new_tokens, or shorten the template or the rows."
         )
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    ids = torch.tensor([[pad] * (width - len(one)) + one for one in requests])
-    mask = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in requests])
     out = base.generate(
-        input_ids=ids.to(base.device),
-        attention_mask=mask.to(base.device),
+        **{name: tensor.to(base.device) for name, tensor in left_padded_ids(requests, pad).items()},
         do_sample=True,
         temperature=temperature,
         top_k=0,

@@ -256,7 +256,7 @@ def unlearning_method(
     | IDK | cross-entropy to a generic completion | cross-entropy | arXiv 2401.06121 |
     | IDK-DPO | DPO: a generic completion rather than their own | cross-entropy | arXiv 2401.06121, 2404.05868 |
     | AltPO | DPO: one of their `alternates` rather than their own | cross-entropy | arXiv 2409.13474 |
-    | SimNPO-forget05, SimNPO-forget10 | SimNPO, with its authors' settings for TOFU | cross-entropy | 2410.07163 |
+    | SimNPO-forget05, SimNPO-forget10 | SimNPO with its authors' settings (TOFU) | cross-entropy | arXiv 2410.07163 |
     | WGA, WGA+GD | gradient ascent, weighted | not used; cross-entropy | arXiv 2502.19301 |
     | SatImp | gradient ascent, weighted | cross-entropy | arXiv 2505.11953 |
     | CE-U | cross-entropy to the model without the label | not used | arXiv 2503.01224 |

@@ -105,7 +105,7 @@ REFUSED = {
 """Refused, unless left at the only value possible."""
 
 # What a collated batch may have; see `label_names`.
-BATCH_ENTRIES = ("labels", "is_forget", "row_id", "is_rejected", "input_ids", "attention_mask")
+BATCH_ENTRIES = ("labels", "is_forget", "row_id", "is_rejected", "prompt_position", "input_ids", "attention_mask")
 
 
 def refuse_options(args: TrainingArguments, arguments: Mapping[str, Any]) -> None:

@@ -26,7 +26,8 @@ class SteppingTrainer(EvaluatingTrainer):
     """A `Trainer` whose loss is normalized over the forget and the retain rows of the whole step, its terms logged.
 
     Attributes:
-        multiplier: moves alpha under `retain_budget`, its settings may be set before training; None for a fixed alpha.
+        multiplier: moves alpha under `retain_budget`; None for a fixed alpha. Its `step_size` and `decay` may be set
+            before training, and then hold for a new loss, and for every model of `model_init`.
     """
 
     # The loss is already divided by the counts of the whole step.
@@ -34,8 +35,22 @@ class SteppingTrainer(EvaluatingTrainer):
 
     _loss: UnlearningLoss
     _reference: ReferenceCache | None
-    multiplier: RetainMultiplier | None
+    multiplier: RetainMultiplier | None = None
+    _settings_taken: dict[str, float] | None = None  # of the multiplier, before anyone set others
     _noted = False
+
+    def _take_multiplier(self) -> None:
+        """Take the multiplier of the model's loss, with the settings that were set on the one before."""
+        before, taken = self.multiplier, self._settings_taken
+        self.multiplier = self.unlearner.multiplier
+        if self.multiplier is None and self._loss.retain_budget is not None:
+            self.multiplier = RetainMultiplier(self._loss)
+        self._settings_taken = None if self.multiplier is None else self.multiplier.settings()
+        if self.multiplier is None or before is None or taken is None:
+            return
+        for name, value in before.settings().items():
+            if value != taken[name]:
+                setattr(self.multiplier, name, value)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """Read the batches of a step, and add the numbers of forget and retain rows of the whole step to each."""

@@ -19,7 +19,6 @@ from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
 from ..data.rows import column_batches, completion_text, read_rows
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..layers.unlearning_layers import UnlearningLayers
-from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import keep_4bit_differentiable, save_training_args
 from ..models.unlearner import unlearner_of
@@ -173,9 +172,7 @@ class UnlearningTrainer(SteppingTrainer):
             )
         keep_4bit_differentiable(model)
         self._learner, self._loss, self.unlearner = model, loss, unlearner_of(model)
-        self.multiplier: RetainMultiplier | None = self.unlearner.multiplier
-        if self.multiplier is None and loss.retain_budget is not None:
-            self.multiplier = RetainMultiplier(loss)
+        self._take_multiplier()
         self._reference: ReferenceCache | None = None
 
     def _hp_search_setup(self, trial: Any) -> None:
@@ -251,6 +248,8 @@ class UnlearningTrainer(SteppingTrainer):
         Raises:
             ValueError: if no checkpoint is complete.
         """
+        if self.unlearner.loss is not None and self.unlearner.loss is not self._loss:  # replaced since
+            self._take(self._learner)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or ".")
         try:
