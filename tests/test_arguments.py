@@ -209,3 +209,11 @@ def test_what_is_no_batch_of_rows_is_refused_by_its_shape():
                 run(input_ids=ids.tolist(), **names)
     with pytest.raises(TypeError, match="generation_config is a dict; expected a GenerationConfig"):
         unlearner.generate(ids, generation_config={"max_new_tokens": 2})
+
+
+@pytest.mark.parametrize("name", ["group_counts", "reference_logits", "alpha", "is_rejected"])
+def test_arguments_of_the_loss_without_is_forget_are_refused(name):
+    unlearner, batch = build_unlearner(), make_batch()
+    kept = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+    with pytest.raises(TypeError, match=f"without is_forget, forward takes no {name}"):
+        unlearner(**kept, **{name: torch.ones(2)})

@@ -319,6 +319,11 @@ def test_two_groups_in_one_pass_have_the_summaries_of_each():
     assert summarize_groups(iter(rows), flags, KEY) == tuple(map(summary_by_sorting, groups))
 
 
+def test_fewer_flags_than_rows_are_refused():
+    with pytest.raises(ValueError, match="more rows than flags"):
+        summarize_groups(ROWS, [True] * (len(ROWS) - 1), KEY)
+
+
 def test_the_bytes_of_a_key_file_are_its_key(tmp_path):
     path = make_digest_key(tmp_path / "key")
     content = path.read_bytes()

@@ -222,10 +222,14 @@ class SoftPromptUnlearner(PromptAdapters):
 
         Raises:
             ValueError: if tensors are missing, or their shapes do not match.
-            TypeError: if `is_forget` comes with arguments of the ordinary forward.
+            TypeError: if arguments of the ordinary forward come with `is_forget`, or those of the loss without it.
         """
         names = kwargs.pop("adapter_names", None)
         if is_forget is None:
+            own = {"group_counts": group_counts, "reference_logits": reference_logits, "alpha": alpha}
+            own["is_rejected"] = is_rejected
+            if given := sorted(name for name, value in own.items() if value is not None):
+                raise TypeError(f"without is_forget, forward takes no {', '.join(given)}: they are of the loss.")
             if num_items_in_batch is not None:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             if not self.enabled:

@@ -183,11 +183,17 @@ def summarize_groups(
 
     Args:
         rows: as in `summarize_rows`.
-        flags: one for each row, such as `is_forget`.
+        flags: one for each row, such as `is_forget`; further ones are not read.
         key: the owner's secret.
+
+    Raises:
+        ValueError: if there are fewer flags than rows.
     """
-    groups, key = (bytearray(), bytearray()), read_digest_key(key)
-    for row, flag in zip(rows, flags, strict=False):
+    groups, key, flags = (bytearray(), bytearray()), read_digest_key(key), iter(flags)
+    for row in rows:
+        flag = next(flags, None)
+        if flag is None:
+            raise ValueError("there are more rows than flags; expected a flag for each row.")
         groups[not flag].extend(_row_digest(row))
     forget, retain = (
         DataSummary(len(digests) // 32, hmac.new(key, _ordered(digests), hashlib.sha256).hexdigest())
