@@ -17,6 +17,8 @@ from transformers import (
     DeepseekV3Config,
     FalconConfig,
     LlamaConfig,
+    MambaConfig,
+    MptConfig,
     OPTConfig,
     Qwen3NextConfig,
     T5Config,
@@ -127,6 +129,30 @@ def test_families_that_prefix_tuning_cannot_serve_are_refused_and_prompt_tuning_
         SoftPromptUnlearner(model, config)
     assert required(model) == before
     assert_like_concatenation(SoftPromptUnlearner(model, CONFIGS["prompt_tuning"]()).double())
+
+
+OWN_NAMES = {
+    "no attention": MambaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "n_heads": MptConfig(vocab_size=120, d_model=32, n_layers=2, n_heads=4, max_seq_len=96),
+}
+
+
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+@pytest.mark.parametrize("family", OWN_NAMES)
+def test_families_with_names_of_their_own_for_their_sizes_need_no_sizes_in_the_config(family, prompt_type, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OWN_NAMES[family]).eval().double()
+    if (family, prompt_type) == ("no attention", "prefix_tuning"):
+        with pytest.raises(ValueError, match="prefix tuning cannot serve MambaForCausalLM"):
+            SoftPromptUnlearner(model, CONFIGS[prompt_type]())
+        return
+    unlearner = SoftPromptUnlearner(model, CONFIGS[prompt_type](4))
+    unlearner.add_adapter("other", CONFIGS[prompt_type](3))
+    assert_like_concatenation(unlearner.double())
+    unlearner.save_pretrained(tmp_path)
+    assert_like_concatenation(
+        SoftPromptUnlearner.from_pretrained(model, tmp_path / "other", is_trainable=True).double()
+    )
 
 
 def assert_like_concatenation(unlearner):

@@ -280,12 +280,11 @@ def adapter_enabled(model: PeftModel) -> bool:
     return model.has_active_enabled_adapter and not layers_disabled
 
 
-def prefix_shape(model_config: Any) -> tuple[int, int]:
+def prefix_shape(config: PrefixTuningConfig, model_config: Any) -> tuple[int, int]:
     """Number of layers and width of keys that PEFT gives a prefix on a base, also where its layers differ (Gemma 4).
 
     The function that fills in a prompt's config is not public.
     """
-    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
     filled: Any = _prepare_prompt_learning_config(config, model_config)
     return filled.num_layers, filled.token_dim
 

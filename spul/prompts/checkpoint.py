@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftConfig, PeftModelForCausalLM, PeftType
+from peft import PeftConfig, PeftModelForCausalLM, PeftType, PrefixTuningConfig
 from safetensors.torch import save_file
 from torch import nn
 
@@ -31,6 +31,7 @@ from .configs import (
     check_peft_config,
     check_sizes,
     encoder_shapes,
+    fill_sizes,
     has_encoder,
     holds_states,
     prompt_shape,
@@ -354,7 +355,9 @@ def check_base(base: Any, config: Any, spul_config: SpulConfig, adapter: str | o
     found: tuple[int, ...]
     expected: tuple[int, ...]
     if holds_states(config):
-        found, expected = (config.num_layers, config.token_dim), prefix_shape(base.config)
+        fresh = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
+        fill_sizes(base, fresh)
+        found, expected = (config.num_layers, config.token_dim), prefix_shape(fresh, base.config)
         what = "(layers, width of keys)"
     else:
         found, expected = (config.token_dim,), (base.get_input_embeddings().weight.shape[1],)
