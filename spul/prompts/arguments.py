@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
@@ -25,6 +26,8 @@ METHODS_OF_THE_BASE = (
     "continuous_batching_context_manager",
     "heal_tokens",
 )
+# Arguments of `generate` that see all rows at once, or their number in the batch.
+OF_THE_BATCH = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "streamer")
 _PLAIN_MODES = (
     GenerationMode.GREEDY_SEARCH,
     GenerationMode.SAMPLE,
@@ -109,6 +112,30 @@ def check_rows(input_ids: Any, attention_mask: Any) -> None:
         raise ValueError(
             f"attention_mask under a soft prompt is (batch, tokens), as input_ids are, {shape}; found {found}."
         )
+
+
+def mask_from_pads(input_ids: Tensor, pad_token_id: Any, eos_token_id: Any) -> Tensor:
+    """The mask of rows without one, as in transformers: pad tokens are pads, unless the pad token is also an EOS.
+
+    Args:
+        input_ids: (B, n).
+        pad_token_id: of the settings that `generate` works by; None without one.
+        eos_token_id: likewise, or a list of them.
+    """
+    ends = eos_token_id if isinstance(eos_token_id, (list, tuple)) else [eos_token_id]
+    if pad_token_id is None or pad_token_id in ends:
+        return torch.ones_like(input_ids)
+    return input_ids.ne(pad_token_id).long()
+
+
+def check_no_empty_row(attention_mask: Tensor) -> None:
+    """Raise if a row of a batch that is to be continued has no tokens.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if not bool(attention_mask.any(dim=1).all()):
+        raise ValueError("attention_mask has a row of zeros only: there is nothing to continue in it.")
 
 
 def generation_settings(base: Any, kwargs: dict[str, Any]) -> GenerationConfig:

@@ -13,19 +13,19 @@ from transformers import GenerationConfig
 
 from ..models.causal_lm import cache_switch, max_positions
 from .arguments import (
+    OF_THE_BATCH,
     changed_settings,
     check_generate_arguments,
+    check_no_empty_row,
     check_rows,
     generation_settings,
+    mask_from_pads,
     named_arguments,
 )
 from .probe import continues_embeddings, continues_prefix
 from .row_prompts import RowPrompts, in_order
 from .shared_prefix import outgrows_cache
 from .states import MixedStates, PromptStates
-
-# Arguments of `generate` that see all rows at once, or their number in the batch.
-_OF_THE_BATCH = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "streamer")
 
 
 def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -45,9 +45,10 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     if kwargs.pop("token_type_ids", None) is not None:
         warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=3)
     given_mask = kwargs.pop("attention_mask", None)
-    attention_mask = _mask_from_pads(settings, input_ids) if given_mask is None else given_mask
-    if not bool(attention_mask.any(dim=1).all()):
-        raise ValueError("attention_mask has a row of zeros only: there is nothing to continue in it.")
+    attention_mask = (
+        mask_from_pads(input_ids, settings.pad_token_id, settings.eos_token_id) if given_mask is None else given_mask
+    )
+    check_no_empty_row(attention_mask)
 
     if not prompts.names_a_prompt:  # checked all the same: what is refused does not depend on the rows
         return _generate_without(prompts, settings, input_ids, attention_mask, kwargs)
@@ -175,7 +176,7 @@ def _generate_by_group(
         ValueError: for arguments that see the batch as a whole, or outputs that cannot be joined.
     """
     base: Any = prompts.model.get_base_model()
-    whole = [name for name in _OF_THE_BATCH if kwargs.get(name) is not None]
+    whole = [name for name in OF_THE_BATCH if kwargs.get(name) is not None]
     if settings.return_dict_in_generate:
         whole.append("return_dict_in_generate=True")
     if whole:
@@ -264,11 +265,3 @@ def _crosses_window(base: Any, num_tokens: int) -> bool:
         if kinds is None or kind in kinds
     ]
     return any(window is not None and num_tokens > window for window in windows)
-
-
-def _mask_from_pads(settings: GenerationConfig, input_ids: Tensor) -> Tensor:
-    """The mask of rows without one, as in transformers: pad tokens are pads, unless the pad token is also an EOS."""
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, (list, tuple)) else [settings.eos_token_id]
-    if settings.pad_token_id is None or settings.pad_token_id in ends:
-        return torch.ones_like(input_ids)
-    return input_ids.ne(settings.pad_token_id).long()
