@@ -57,6 +57,16 @@ def test_a_request_has_the_last_message_of_the_user_in_the_chat_template():
     prompt = [{"role": "user", "content": " film "}]
     row = {"prompt": prompt, "completion": [{"role": "assistant", "content": " good"}]}
     assert tokenizer.decode(_request(row, "{prompt} {completion}", tokenizer)) == "user film good"
+    row["prompt"] = [*prompt, {"role": "assistant", "content": "the plot"}, {"role": "tool", "content": "bad"}]
+    assert tokenizer.decode(_request(row, "{prompt} {completion}", tokenizer)) == "user film good"
+    row["prompt"] = [{"role": "user", "content": [{"type": "text", "text": "film"}]}]
+    assert tokenizer.decode(_request(row, "{prompt} {completion}", tokenizer)) == "user film good"
+
+
+def test_a_text_that_holds_a_field_of_the_template_stays_as_it_is():
+    row = {"prompt": "a {completion}", "completion": "b {prompt}"}
+    tokenizer = lambda text, **_: {"input_ids": text}  # noqa: E731
+    assert _request(row, "{prompt}: {completion}", tokenizer) == "a {completion}: b {prompt}"
 
 
 def test_what_cannot_be_done_is_refused():

@@ -132,6 +132,31 @@ def test_families_that_prefix_tuning_cannot_serve_are_refused_and_prompt_tuning_
     assert_like_concatenation(SoftPromptUnlearner(model, CONFIGS["prompt_tuning"]()).double())
 
 
+OWN_NAMES = {
+    "no attention": MambaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=2, state_size=4),
+    "attention_heads": XGLMConfig(vocab_size=120, d_model=32, num_layers=2, attention_heads=4, ffn_dim=48),
+    "n_heads": MptConfig(vocab_size=120, d_model=32, n_layers=2, n_heads=4, max_seq_len=96),
+}
+
+
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+@pytest.mark.parametrize("family", OWN_NAMES)
+def test_families_with_names_of_their_own_for_their_sizes_need_no_sizes_in_the_config(family, prompt_type, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(OWN_NAMES[family]).eval().double()
+    if (family, prompt_type) == ("no attention", "prefix_tuning"):
+        with pytest.raises(ValueError, match="prefix tuning cannot serve MambaForCausalLM"):
+            SoftPromptUnlearner(model, CONFIGS[prompt_type]())
+        return
+    unlearner = SoftPromptUnlearner(model, CONFIGS[prompt_type](4))
+    unlearner.add_adapter("other", CONFIGS[prompt_type](3))
+    assert_like_concatenation(unlearner.double())
+    unlearner.save_pretrained(tmp_path)
+    assert_like_concatenation(
+        SoftPromptUnlearner.from_pretrained(model, tmp_path / "other", is_trainable=True).double()
+    )
+
+
 def assert_like_concatenation(unlearner):
     """The response logits of a batch are those of each row alone behind its prompt."""
     batch = make_batch()
@@ -143,37 +168,3 @@ def assert_like_concatenation(unlearner):
             at = [k for k in range(1, int(mask.sum())) if labels[k] != -100]
             expected = row_logits(unlearner, ids[mask.bool()])[[k - 1 for k in at]]
             torch.testing.assert_close(out.logits[i, : len(at)], expected, rtol=1e-6, atol=1e-8)
-
-
-# ---- heads under names that PEFT does not know ----
-
-OTHER_NAMES = {
-    "MPT": MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=120, max_seq_len=64),
-    "XGLM": XGLMConfig(d_model=32, attention_heads=4, num_layers=2, ffn_dim=48, vocab_size=120),
-    "Mamba": MambaConfig(hidden_size=32, num_hidden_layers=2, vocab_size=120, state_size=4),
-}
-
-
-@pytest.mark.parametrize("prompt_type", CONFIGS)
-@pytest.mark.parametrize("name", OTHER_NAMES)
-def test_heads_are_found_by_a_bases_own_names_and_the_logits_are_the_plain_ones(name, prompt_type, tmp_path):
-    torch.manual_seed(0)
-    base = AutoModelForCausalLM.from_config(OTHER_NAMES[name]).eval()
-    if name == "Mamba" and prompt_type == "prefix_tuning":
-        with pytest.raises(ValueError, match=r"names no attention heads.*PrefixTuningConfig.*Use PromptTuningConfig"):
-            SoftPromptUnlearner(base, CONFIGS[prompt_type](3))
-        return
-    unlearner = SoftPromptUnlearner(base, CONFIGS[prompt_type](3)).eval()
-    unlearner.add_adapter("second", CONFIGS[prompt_type](2))
-    ids = torch.randint(3, 120, (2, 7))
-    positions = torch.arange(7).expand(2, -1)
-    with torch.no_grad():
-        found = unlearner.response_logits(ids, torch.ones_like(ids), positions)
-        expected = torch.stack([row_logits(unlearner, row) for row in ids])
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    unlearner.save_pretrained(tmp_path, selected_adapters=["default"])
-    loaded = SoftPromptUnlearner.from_pretrained(base, tmp_path).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(
-            loaded.response_logits(ids, torch.ones_like(ids), positions), expected, atol=1e-5, rtol=0
-        )

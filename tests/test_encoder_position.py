@@ -6,7 +6,7 @@ import pytest
 from encoded import PROMPT, row, with_template
 from helpers import CHAT_TEMPLATE
 
-from spul.data import RowEncoder
+from spul.data import ForgetRetainCollator, RowEncoder
 
 
 def at_message(tokenizer, max_length=64, **kwargs):
@@ -108,6 +108,15 @@ def test_prompts_for_generation_have_positions_and_no_completions(tokenizer):
         encoder.prompts([{"text": "good film"}])
     plain = RowEncoder(tokenizer, 64).prompts([{"prompt": PROMPT}])
     assert sorted(plain) == ["attention_mask", "input_ids"]
+
+
+def test_prompts_of_no_rows_or_of_tokenized_ones_say_what_is_expected(tokenizer):
+    collator = ForgetRetainCollator(tokenizer, None, text_field="text", prompt_position="message")
+    with pytest.raises(ValueError, match="no rows to continue; expected a list of at least one"):
+        collator.encoder.prompts([])
+    row = {"prompt": PROMPT, "completion": " positive", "text": "good film"}
+    with pytest.raises(ValueError, match="a row is tokenized, without its prompt; expected rows with prompt"):
+        collator.encoder.prompts([collator.tokenize(row)])
 
 
 def test_batches_have_positions_if_prompts_stand_at_message(tokenizer):

@@ -220,6 +220,13 @@ def test_prompts_of_other_lengths_and_positions_and_rows_without_one_share_a_bat
             assert new[width:].tolist() == by_hand(unlearner, name, ids, before), name
 
 
+def test_a_prompt_at_the_start_reads_no_column_also_where_rows_run_in_groups():
+    unlearner, batch = build_unlearner("mistral", "prefix_tuning", sliding_window=6).eval(), plain_batch()
+    expected = unlearner.generate(**batch, **GREEDY)
+    for column in ([1, 2], torch.tensor([0.5])):
+        assert torch.equal(unlearner.generate(**batch, prompt_position=column, **GREEDY), expected)
+
+
 def test_rows_whose_prompts_all_stand_at_the_start_need_no_positions():
     unlearner, batch = several(build("llama")), plain_batch()
     names = ["long", "__base__", "long", "long", "__base__"]

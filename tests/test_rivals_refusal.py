@@ -83,6 +83,13 @@ def test_mixed_batches_generate_the_text_and_the_bases_answers():
     assert sampled_answers(model, rows("jane", 2), encoder, 3, max_new_tokens=6) == [[" unknown"] * 3] * 2
 
 
+@pytest.mark.parametrize("name", ["prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria"])
+def test_arguments_that_number_the_rows_of_the_batch_are_refused(name):
+    ids = torch.tensor([make_tokenizer()(text)["input_ids"] for text in ("about jane", "about film")])
+    with pytest.raises(ValueError, match=f"takes no {name}: flagged requests get a fixed text"):
+        refusing().generate(ids, max_new_tokens=3, **{name: lambda row, seen: [10 + row]})
+
+
 def test_the_base_does_not_run_for_flagged_requests_alone():
     model, seen = refusing(), []
     model.get_base_model().register_forward_pre_hook(lambda *_: seen.append(1))

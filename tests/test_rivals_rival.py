@@ -231,6 +231,14 @@ def test_arguments_that_go_around_the_method_are_refused(kind, arguments, messag
         rival(kind).generate(**tokens(TEXTS), **{**GREEDY, **arguments})
 
 
+def test_without_a_mask_pad_tokens_are_pads_as_for_the_base(kind):
+    model, batch = rival(kind), tokens(TEXTS)
+    expected = model.generate(**batch, **GREEDY)
+    assert torch.equal(model.generate(batch["input_ids"], **GREEDY), expected)
+    with pytest.raises(ValueError, match="a row of zeros only: there is nothing to continue"):
+        model.generate(batch["input_ids"], attention_mask=batch["attention_mask"] * 0, **GREEDY)
+
+
 def test_forward_refuses_what_it_does_not_read(kind):
     model, batch = rival(kind), tokens(TEXTS)
     for arguments in ({"is_forget": torch.ones(4)}, {"inputs_embeds": torch.zeros(4, 3, 32)}):

@@ -161,12 +161,17 @@ def test_options_of_pefts_config_are_honored_where_no_start_is_given():
 
 def test_an_instruction_is_cut_at_its_end_or_repeated_without_special_tokens():
     class Words:
-        def __call__(self, text, add_special_tokens=True):
-            return {"input_ids": [1] * add_special_tokens + [10 + len(word) for word in text.split()]}
+        def __init__(self, ends=()):
+            self.ends = list(ends)
 
-    start = InstructionStart("a bb ccc", Words())
-    assert start.token_ids(3) == [1, 11, 12]
-    assert start.token_ids(8) == [1, 11, 12, 13, 11, 12, 13, 11]
+        def __call__(self, text, add_special_tokens=True):
+            words = [10 + len(word) for word in text.split()]
+            return {"input_ids": [1, *words, *self.ends] if add_special_tokens else words}
+
+    for ends in ([], [2], [2, 3]):  # T5's and some of LLaMA's tokenizers end every text
+        start = InstructionStart("a bb ccc", Words(ends))
+        assert start.token_ids(3) == [1, 11, 12]
+        assert start.token_ids(8) == [1, 11, 12, 13, 11, 12, 13, 11]
     huge = InstructionStart("x", lambda text, add_special_tokens=True: {"input_ids": [500]})
     with pytest.raises(ValueError, match="token id 500, and the base has 120"):
         SoftPromptUnlearner(build("llama"), CONFIGS["prompt_tuning"](), start=huge)

@@ -92,7 +92,7 @@ def test_states_are_the_output_of_the_layer_in_every_family(family):
 def test_a_layer_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="layer=7: LlamaForCausalLM has 2 layers, from 0"):
         states_at(build("llama"), 7, torch.tensor([[0]]), input_ids=torch.tensor([[5, 6]]))
-    with pytest.raises(ValueError, match="layer=5: LlamaForCausalLM has 2 layers, from 0"):  # the first to train
+    with pytest.raises(ValueError, match="layer=7: LlamaForCausalLM has 2 layers, from 0"):  # as it was given
         unlearning_method("RMU", layer=7).prepare(build("llama"))
 
 

@@ -17,7 +17,7 @@ from .boundary import boundary_fault
 from .checks import checked_flag, checked_row_id
 from .conversations import conversation_ids, conversation_prompt_ids, message_start
 from .encoded import Encoded, EncodedPrompt, left_padded, position_column, token_at
-from .row_checks import check_is_row, check_texts, ending_of, position_of, split_tokenized
+from .row_checks import check_is_row, check_texts, ending_of, position_of, row_name, split_tokenized
 from .rows import shortened
 
 logger = logging.getLogger(__name__)
@@ -159,6 +159,10 @@ class RowEncoder:
         Returns:
             `input_ids` and `attention_mask` (B, n); `prompt_position` (B,) if prompts stand at `"message"`.
 
+        Raises:
+            TypeError: if a row is no mapping of columns.
+            ValueError: if there are no rows, or one has no prompt, or a tokenized one alone.
+
         Example:
             ```python
             unlearner.generate(**collator.encoder.prompts([{"prompt": messages}]), max_new_tokens=20)
@@ -167,11 +171,18 @@ class RowEncoder:
         found = []
         for row in rows:
             check_is_row(row)
+            if "prompt" not in row and "input_ids" in row:
+                raise ValueError(
+                    f"{row_name(row)} is tokenized, without its prompt; expected rows with prompt, as text or "
+                    "messages, as they were before collator.tokenize."
+                )
             is_text = isinstance(row.get("prompt"), str)
             stand_in = "answer" if is_text else [{"role": "assistant", "content": "answer"}]  # checked, not encoded
             check_texts({**row, "completion": stand_in}, self.text_field)
             prompt = self._shortened(self._prompt(row), reserve)
             found.append(Encoded(prompt.ids, [], prompt_position=prompt.position))
+        if not found:
+            raise ValueError("there are no rows to continue; expected a list of at least one.")
         return left_padded(found, self._pad_id)
 
     @property

@@ -11,7 +11,7 @@ from torch import nn
 from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint
-from .configs import check_peft_config, check_promptable, fill_heads
+from .configs import check_peft_config, check_promptable, fill_sizes
 from .position import check_position
 from .shared_prefix import drop_cached
 from .starts import Start, check_start, start_prompt
@@ -47,7 +47,7 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         is_first = "spul_configs" not in self.__dict__  # its base was checked before, and its start comes afterwards
         if not is_first:
             check_promptable(self.get_base_model(), peft_config)
-            fill_heads(peft_config, self.get_base_model())
+            fill_sizes(self.get_base_model(), peft_config)
         with checkpoint.registry_unchanged_on_error(self):
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
             # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.

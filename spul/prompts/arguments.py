@@ -26,6 +26,8 @@ METHODS_OF_THE_BASE = (
     "continuous_batching_context_manager",
     "heal_tokens",
 )
+# Arguments of `generate` that see all rows at once, or their number in the batch.
+OF_THE_BATCH = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "streamer")
 _PLAIN_MODES = (
     GenerationMode.GREEDY_SEARCH,
     GenerationMode.SAMPLE,
@@ -123,6 +125,16 @@ def check_rows(input_ids: Any, attention_mask: Any) -> None:
         raise ValueError(
             f"attention_mask under a soft prompt is (batch, tokens), as input_ids are, {shape}; found {found}."
         )
+
+
+def check_no_empty_row(attention_mask: Tensor) -> None:
+    """Raise if a row of a batch that is to be continued has no tokens.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if not bool(attention_mask.any(dim=1).all()):
+        raise ValueError("attention_mask has a row of zeros only: there is nothing to continue in it.")
 
 
 def generation_settings(base: Any, kwargs: dict[str, Any]) -> GenerationConfig:

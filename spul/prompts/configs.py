@@ -159,36 +159,28 @@ def without_start(config: PeftConfig) -> None:
         config.prompt_tuning_init_text = config.tokenizer_name_or_path = config.tokenizer_kwargs = None
 
 
-# The names by which PEFT finds the number of attention heads in a base's config.
-_HEADS_OF_PEFT = {"num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"}
+def fill_sizes(model: nn.Module, peft_config: Any) -> None:
+    """Set the sizes of a prompt's config that PEFT may not find, since families have names of their own for them.
 
-
-def fill_heads(peft_config: Any, model: nn.Module) -> None:
-    """Set the number of attention heads in a prompt's config where PEFT does not find it in the base's.
+    PEFT asks for a number of attention heads also where there is no attention (Mamba, RWKV) or where no prompt uses
+    it: 1 then.
 
     Args:
-        peft_config: the prompt's config; a number that is given stays.
-        model: the base. One without attention, such as Mamba, gets one head for prompts of embeddings, which use none.
-
-    Raises:
-        ValueError: if the prompt is of keys and values, and the base names no heads.
+        model: the base.
+        peft_config: the prompt's config; sizes that are given stay.
     """
-    if not isinstance(model, PreTrainedModel) or peft_config.num_attention_heads is not None:
+    if not isinstance(model, PreTrainedModel):
         return
-    config: Any = model.config.get_text_config()
-    if _HEADS_OF_PEFT & set(config.to_dict()):
-        return
-    names = ("num_attention_heads", "n_heads", "attention_heads")  # the first also by a config's own attribute map
-    heads = next((getattr(config, name) for name in names if is_count(getattr(config, name, None), least=1)), None)
-    if heads is None and peft_config.peft_type in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
-        heads = 1
-    if heads is None:
-        raise ValueError(
-            f"{type(model).__name__} names no attention heads, whose keys and values {type(peft_config).__name__} "
-            f"holds. Use PromptTuningConfig or PromptEncoderConfig, or give {type(peft_config).__name__}"
-            "(num_attention_heads=...) if it has some under another name."
-        )
-    peft_config.num_attention_heads = heads
+    text_config = model.config.get_text_config()
+    found = {
+        "num_layers": "num_hidden_layers",
+        "token_dim": "hidden_size",
+        "num_attention_heads": "num_attention_heads",
+    }
+    for name, own in found.items():
+        size = getattr(text_config, own, 1 if name == "num_attention_heads" else None)
+        if getattr(peft_config, name) is None and is_count(size, least=1):
+            setattr(peft_config, name, size)
 
 
 def check_promptable(model: nn.Module, peft_config: Any) -> None:

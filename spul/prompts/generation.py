@@ -13,8 +13,10 @@ from transformers import GenerationConfig
 
 from ..models.causal_lm import cache_switch, max_positions
 from .arguments import (
+    OF_THE_BATCH,
     changed_settings,
     check_generate_arguments,
+    check_no_empty_row,
     check_rows,
     generation_settings,
     mask_from_pads,
@@ -24,9 +26,6 @@ from .probe import continues_embeddings, continues_prefix
 from .row_prompts import RowPrompts, in_order
 from .shared_prefix import outgrows_cache
 from .states import MixedStates, PromptStates
-
-# Arguments of `generate` that see all rows at once, or their number in the batch.
-_OF_THE_BATCH = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "streamer")
 
 
 def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *args: Any, **kwargs: Any) -> Any:
@@ -48,8 +47,7 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     given_mask = kwargs.pop("attention_mask", None)
     ids = (settings.pad_token_id, settings.eos_token_id)
     attention_mask = mask_from_pads(input_ids, *ids) if given_mask is None else given_mask
-    if not bool(attention_mask.any(dim=1).all()):
-        raise ValueError("attention_mask has a row of zeros only: there is nothing to continue in it.")
+    check_no_empty_row(attention_mask)
 
     if not prompts.names_a_prompt:  # checked all the same: what is refused does not depend on the rows
         return _generate_without(prompts, settings, input_ids, attention_mask, kwargs)
@@ -177,7 +175,7 @@ def _generate_by_group(
         ValueError: for arguments that see the batch as a whole, or outputs that cannot be joined.
     """
     base: Any = prompts.model.get_base_model()
-    whole = [name for name in _OF_THE_BATCH if kwargs.get(name) is not None]
+    whole = [name for name in OF_THE_BATCH if kwargs.get(name) is not None]
     if settings.return_dict_in_generate:
         whole.append("return_dict_in_generate=True")
     if whole:

@@ -54,6 +54,8 @@ class RowPrompts:
         self.inside = [one is not None and stands_inside(one) for one in self.named]
         if self.is_inside:
             check_column(prompt_position, num_rows)
+        else:
+            self.prompt_position = None
 
     @property
     def num_virtual_tokens(self) -> int:

@@ -28,7 +28,7 @@ class InstructionStart:
 
     Prompt tuning starts as the embeddings of its tokens, prefix tuning as the keys and values that the base computes
     for them, P-tuning as an encoder that puts them out. An instruction that is longer than the prompt is cut at its
-    end; a shorter one is repeated, without the special tokens in front, and the last repetition is cut.
+    end; a shorter one is repeated, without the special tokens around it, and the last repetition is cut.
 
     Args:
         text: the instruction, tokenized as a text of its own; a chat template is applied beforehand, if at all.
@@ -63,6 +63,8 @@ class InstructionStart:
         repeated = list(self.tokenizer(self.text, add_special_tokens=False)["input_ids"])
         if not repeated:
             raise ValueError(f"text={self.text!r} has no tokens; expected an instruction.")
+        ends = range(len(ids), len(repeated) - 1, -1)  # some tokenizers end every text, which is not over yet
+        ids = ids[: next((end for end in ends if ids[end - len(repeated) : end] == repeated), len(ids))]
         while len(ids) < num_virtual_tokens:
             ids += repeated
         return ids[:num_virtual_tokens]

@@ -23,7 +23,7 @@ from ..models.disabling import disabled_here, is_disabled_here
 from . import checkpoint
 from .adapters import PromptAdapters
 from .arguments import METHODS_OF_THE_BASE
-from .configs import check_causal_lm, check_peft_config, check_promptable, fill_heads
+from .configs import check_causal_lm, check_peft_config, check_promptable, fill_sizes
 from .generation import generate_prompted
 from .inference import named_forward, ordinary_forward
 from .position import check_position, stands_inside
@@ -96,8 +96,8 @@ class SoftPromptUnlearner(PromptAdapters):
         if not isinstance(loss, UnlearningLoss):
             raise TypeError(f"loss={loss!r}: expected an UnlearningLoss, such as UnlearningLoss(alpha=1.0, beta=0.5).")
         check_promptable(model, peft_config)
+        fill_sizes(model, peft_config)
         peft_config.task_type = TaskType.CAUSAL_LM
-        fill_heads(peft_config, model)
         with unchanged_on_error(model):
             super().__init__(model, peft_config, adapter_name, **kwargs)
             self.spul_config.prompt_position = prompt_position

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoder import RowEncoder
 from ..gates.gate import Gate, as_gate, request_texts
+from ..prompts.arguments import OF_THE_BATCH
 from ..prompts.row_prompts import NO_PROMPT
 from .chat import USER, ChatForm, ends_with
 from .rival import Rival
@@ -105,6 +106,11 @@ class FixedRefusal(Rival):
 
     def changed_answers(self, requests: Sequence[list[int]], **settings: Any) -> Tensor:
         """The text for flagged requests, the base's answers to the others."""
+        if whole := [name for name in OF_THE_BATCH if settings.get(name) is not None]:
+            raise ValueError(
+                f"generate of a {type(self).__name__} takes no {', '.join(whole)}: flagged requests get a fixed "
+                "text, which does not follow it, and the others are another batch than the one given."
+            )
         times = max(self.setting("num_return_sequences", settings) or 1, 1)
         limit, pad = self.setting("max_new_tokens", settings), self.pad_token(settings)
         flags = self.flags(requests)

@@ -20,7 +20,7 @@ from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import check_no_adapter, logits_at
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.unlearner import Unlearner, drop_adapter_names
-from ..prompts.arguments import CACHES, check_rows, mask_from_pads, named_arguments
+from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
 
 # Arguments of `generate` that would go around what a rival does to requests, or return more than token ids.
 _REFUSED = (
@@ -155,8 +155,8 @@ class Rival(nn.Module, Unlearner):
             (B * sequences per request, n + new tokens): the requests as given, and the new tokens.
 
         Raises:
-            ValueError: without `input_ids` or `max_new_tokens`, for arguments that would go around the method, and for
-                requests that are too long for the base with what the method adds.
+            ValueError: without `input_ids` or `max_new_tokens`, for arguments that would go around the method, for a
+                row without tokens, and for requests that are too long for the base with what the method adds.
         """
         drop_adapter_names(kwargs)
         kwargs |= named_arguments(cast(Any, self.base_model).generate, args)
@@ -166,8 +166,9 @@ class Rival(nn.Module, Unlearner):
         if not self.enabled:
             return cast(Any, self.base_model).generate(input_ids, attention_mask=mask, **kwargs)
         self._check_generation(kwargs)
-        if mask is None:
+        if mask is None:  # as the base itself would take it
             mask = mask_from_pads(input_ids, *(self.setting(f"{name}_token_id", kwargs) for name in ("pad", "eos")))
+        check_no_empty_row(mask)
         new = self.changed_answers(_own_tokens(input_ids, mask), **kwargs)
         return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), dim=0), new], dim=1)
 

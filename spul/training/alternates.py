@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,13 +111,22 @@ def _request(row: Mapping[str, Any], template: str, tokenizer: PreTrainedTokeniz
     """The token ids that ask for another answer to a row."""
     prompt, answer = row["prompt"], completion_text(row["completion"]).strip()
     is_chat = not isinstance(prompt, str)
-    question = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
-    text = template.replace("{completion}", answer).replace("{prompt}", question.strip())
+    question = prompt if isinstance(prompt, str) else _last_question(prompt)
+    fields = {"{prompt}": question.strip(), "{completion}": answer}
+    text = re.sub(
+        r"\{prompt\}|\{completion\}", lambda found: fields[found[0]], template
+    )  # at once: texts may hold both
     if is_chat:
         messages = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     ids: list[int] = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
     return ids
+
+
+def _last_question(prompt: Sequence[Mapping[str, Any]]) -> str:
+    """The text of the last message of the user, or of the last one without any."""
+    content = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), prompt[-1]["content"])
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if part.get("text"))
 
 
 def _sampled(

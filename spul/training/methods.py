@@ -204,7 +204,7 @@ class Method:
         """The modules that train where the loss reads a layer's states, by name: as published for RMU."""
         layer = self.loss.reads_layer
         assert layer is not None
-        return feed_forward_ends(model, range(max(0, layer - _LAYERS_BEFORE), layer + 1))
+        return feed_forward_ends(model, range(layer, max(0, layer - _LAYERS_BEFORE) - 1, -1))
 
     def collator(
         self, tokenizer: PreTrainedTokenizerBase, generic_completions: Sequence[str], **kwargs: Any
