@@ -23,7 +23,6 @@ from transformers import (
     Qwen3NextConfig,
     T5Config,
     T5ForConditionalGeneration,
-    XGLMConfig,
 )
 
 from spul import SoftPromptUnlearner
@@ -134,7 +133,6 @@ def test_families_that_prefix_tuning_cannot_serve_are_refused_and_prompt_tuning_
 
 OWN_NAMES = {
     "no attention": MambaConfig(vocab_size=120, hidden_size=32, num_hidden_layers=2, state_size=4),
-    "attention_heads": XGLMConfig(vocab_size=120, d_model=32, num_layers=2, attention_heads=4, ffn_dim=48),
     "n_heads": MptConfig(vocab_size=120, d_model=32, n_layers=2, n_heads=4, max_seq_len=96),
 }
 
