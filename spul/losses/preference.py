@@ -14,7 +14,24 @@ from .terms import LossTerm, Reduction, token_nll
 
 
 @dataclass(frozen=True)
-class NPO(LossTerm):
+class _LogRatio(LossTerm):
+    """Base of NPO and DPO: token losses are -log(pi / pi_ref)."""
+
+    inverse_temperature: float = 0.1
+
+    needs_reference: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_inverse_temperature(self.inverse_temperature)
+
+    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
+        assert reference_logits is not None
+        return token_nll(logits, labels) - token_nll(reference_logits, labels)
+
+
+@dataclass(frozen=True)
+class NPO(_LogRatio):
     """Negative preference optimization: -(2 / b) log sigmoid(-b log(pi / pi_ref)) of a row's response.
 
     Bounded below, unlike gradient ascent, its limit as b goes to 0 (arXiv 2404.05868, eq. 3). The ratio is that of
@@ -28,18 +45,7 @@ class NPO(LossTerm):
         ValueError: if `inverse_temperature` is not above 0.
     """
 
-    inverse_temperature: float = 0.1
-
-    needs_reference: ClassVar[bool] = True
     makes_unlikely: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_inverse_temperature(self.inverse_temperature)
-
-    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-        assert reference_logits is not None
-        return token_nll(logits, labels) - token_nll(reference_logits, labels)
 
     def row_losses(self, reduced: Tensor) -> Tensor:
         return -2 / self.inverse_temperature * F.logsigmoid(self.inverse_temperature * reduced)
@@ -82,7 +88,7 @@ class SimNPO(LossTerm):
 
 
 @dataclass(frozen=True)
-class DPO(LossTerm):
+class DPO(_LogRatio):
     """Direct preference optimization: a chosen response is preferred to the row's own, the rejected one.
 
     -(2 / b) log sigmoid(b (log(pi / pi_ref)(chosen) - log(pi / pi_ref)(rejected))): the loss of arXiv 2305.18290
@@ -101,18 +107,7 @@ class DPO(LossTerm):
         ValueError: if `inverse_temperature` is not above 0.
     """
 
-    inverse_temperature: float = 0.1
-
-    needs_reference: ClassVar[bool] = True
     needs_pairs: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check_inverse_temperature(self.inverse_temperature)
-
-    def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
-        assert reference_logits is not None
-        return token_nll(logits, labels) - token_nll(reference_logits, labels)
 
     def row_losses(self, reduced: Tensor) -> Tensor:
         if len(reduced) % 2:
