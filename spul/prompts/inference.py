@@ -215,7 +215,8 @@ def named_forward(
     else:
         out = base(input_ids=ids, use_cache=True, **states.prefix_inputs(base, mask), **kwargs)
     out.logits = out.logits.take_along_dim(origin.argsort(dim=1)[..., None], dim=1)
-    fields = {"loss": None, **out} | {name: None for name in CACHES if name in out}
+    fields = {"loss": None, **out}
+    fields |= {name: None for name in CACHES if name in fields}  # `in out` would count old names, too
     if labels is not None:
         # Pads in front of a row would put a label next to the wrong logits.
         packed_labels, packed = labels.gather(1, origin), out.logits.take_along_dim(origin[..., None], dim=1)
