@@ -8,8 +8,8 @@ rows answered and retain accuracy within one point of the base's, or after `--ma
 saving, and the reference logits, which are computed once for a base.
 
 Recipes are `published` (the SPUL paper's), `by hand` (the settings that this library's examples had found),
-`defaults`, and each lever alone: the published recipe with one setting of the defaults. A lever is a line of `LEVERS`;
-a new setting is a field of `Recipe`. Labels are one token in both tasks, so that a reduction over tokens is no lever.
+`defaults`, and each lever alone: the published recipe with one setting of the defaults. They stand in `recipes.py`.
+Labels are one token in both tasks, so that a reduction over tokens is no lever.
 
 Every run is a line of JSON in the output file. A command given again makes the missing ones.
 """
@@ -23,126 +23,23 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from common import report
-from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
+from recipes import PROMPT_TYPES, Recipe, recipes
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer, forget_retain_dataset
+from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningTrainer, forget_retain_dataset
 from spul.data import HeldOut, hold_out
 from spul.training import StopWhenForgotten
 
-PROMPT_TYPES = ("prefix_tuning", "prompt_tuning", "p_tuning")
 SEEDS = {"quickstart": (0, 1, 2, 3, 4), "sst2": (1, 2, 3)}
 TARGET, MARGIN = 5.0, 1.0  # percent of forget rows; points of retain accuracy
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of a training; as published unless given.
-
-    Args:
-        learning_rate: the highest of the schedule.
-        alpha: weight of the retain loss.
-        beta: weight of the KL to the base.
-        forget_fraction: share of forget rows in every batch; None is that of the data.
-        schedule: `lr_scheduler_type` of `TrainingArguments`.
-        warmup: steps of warm-up, or a share of all steps if below 1.
-        batch_size: rows of a step.
-        start: `"random"`, or `"vocabulary"` for sampled vocabulary rows (prompt tuning).
-        max_grad_norm: norm to which gradients are clipped.
-        weight_decay: of AdamW.
-        num_virtual_tokens: length of the prompt.
-    """
-
-    learning_rate: float = 1e-4
-    alpha: float = 0.5
-    beta: float = 0.5
-    forget_fraction: float | None = None
-    schedule: str = "cosine"
-    warmup: float = 0.1
-    batch_size: int = 32
-    start: str = "random"
-    max_grad_norm: float = 0.3
-    weight_decay: float = 1e-3
-    num_virtual_tokens: int = 30
-
-    def prompt_config(self, prompt_type: str) -> PeftConfig:
-        """PEFT's config of a prompt type; P-tuning with the paper's width."""
-        shape: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": self.num_virtual_tokens}
-        if prompt_type == "prefix_tuning":
-            return PrefixTuningConfig(**shape)
-        if prompt_type == "p_tuning":
-            return PromptEncoderConfig(**shape, encoder_hidden_size=128)
-        start = {"random": "RANDOM", "vocabulary": "SAMPLE_VOCAB"}[self.start]
-        return PromptTuningConfig(**shape, prompt_tuning_init=start)
-
-    def arguments(self, folder: str, seed: int, max_steps: int, **options: Any) -> TrainingArguments:
-        """The arguments of training."""
-        return TrainingArguments(
-            folder,
-            seed=seed,
-            max_steps=max_steps,
-            learning_rate=self.learning_rate,
-            lr_scheduler_type=self.schedule,
-            warmup_steps=self.warmup,
-            per_device_train_batch_size=self.batch_size,
-            per_device_eval_batch_size=64,
-            max_grad_norm=self.max_grad_norm,
-            weight_decay=self.weight_decay,
-            save_strategy="no",
-            save_only_model=True,
-            save_total_limit=1,
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            **options,
-        )
-
-
-PUBLISHED = Recipe()
-BY_HAND = {
-    "quickstart": replace(PUBLISHED, forget_fraction=0.5, max_grad_norm=1.0, weight_decay=0.0, start="vocabulary"),
-    "sst2": replace(PUBLISHED, forget_fraction=0.5, alpha=2.0, beta=1.0, start="vocabulary"),
-}
-RATES_BY_HAND = {
-    "quickstart": {"prefix_tuning": 0.1, "prompt_tuning": 0.1, "p_tuning": 0.01},
-    "sst2": {"prefix_tuning": 0.03, "prompt_tuning": 0.03, "p_tuning": 0.01},
-}
-# The best candidates so far; no recipe is known yet by which every prompt type forgets on every seed.
-DEFAULTS = {
-    "prefix_tuning": Recipe(0.1, 0.5, 0.5, 0.5, "constant_with_warmup", 10, 8, "random", 1.0, 0.0),
-    "prompt_tuning": Recipe(0.1, 0.5, 0.5, 0.5, "constant_with_warmup", 10, 8, "vocabulary", 1.0, 0.0),
-    "p_tuning": Recipe(0.003, 0.5, 0.5, 0.5, "constant_with_warmup", 10, 8, "random", 1.0, 0.0),
-}
-# The settings that a lever takes from the defaults.
-LEVERS = {
-    "learning rate": ("learning_rate",),
-    "loss weights": ("alpha", "beta"),
-    "forget fraction": ("forget_fraction",),
-    "schedule": ("schedule", "warmup"),
-    "batch size": ("batch_size",),
-    "start": ("start",),
-    "optimizer": ("max_grad_norm", "weight_decay"),
-}
-
-
-def recipes(task: str, prompt_type: str) -> dict[str, Recipe]:
-    """The recipes of a task and prompt type by name; a lever that changes nothing is left out."""
-    defaults = DEFAULTS[prompt_type]
-    by_hand = replace(BY_HAND[task], learning_rate=RATES_BY_HAND[task][prompt_type])
-    found = {"published": PUBLISHED, "by hand": by_hand, "defaults": defaults}
-    for name, settings in LEVERS.items():
-        alone = replace(PUBLISHED, **{setting: getattr(defaults, setting) for setting in settings})
-        if alone != PUBLISHED:
-            found[f"{name} alone"] = alone
-    return found
 
 
 # ---- tasks ----
@@ -233,15 +130,22 @@ class Timed(StopWhenForgotten):
 def measured(args: argparse.Namespace, task: Task, prompt_type: str, recipe: Recipe, seed: int) -> dict[str, Any]:
     """Train until the rows are forgotten; steps, rows and seconds, None where that was not reached."""
     set_seed(seed)
+    collator = task.collator(recipe.num_virtual_tokens)
+    train = task.rows.train
+    forget = [row["prompt"] for row in train.select_columns(["prompt", "is_forget"]) if row["is_forget"]]
     unlearner = SoftPromptUnlearner(
-        task.base(), recipe.prompt_config(prompt_type), loss=UnlearningLoss(recipe.alpha, recipe.beta)
+        task.base(),
+        recipe.prompt_config(prompt_type),
+        loss=recipe.loss(),
+        prompt_position=recipe.prompt_position,
+        start=recipe.start_of(forget, collator.generic_completions, collator.tokenizer),
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = UnlearningTrainer(
             unlearner,
             recipe.arguments(folder, seed, args.max_steps, **task.options),
-            task.collator(recipe.num_virtual_tokens),
-            task.rows.train,
+            collator,
+            train,
             forget_fraction=recipe.forget_fraction,
         )
         stop = Timed(
