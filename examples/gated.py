@@ -36,6 +36,7 @@ from spul.evaluation.attacks.inputs import UnchangedError
 from spul.evaluation.attacks.usual import checked_attacks, usual_attacks
 from spul.evaluation.metrics.scoring import answer_scores, collect_answers
 from spul.gates import AnyGate, GatedUnlearner, NameGate, StateGate, TextGate, hard_negatives, load
+from spul.gates.gate import request_texts
 from spul.rivals import FixedRefusal
 from spul.training.augmentation import augmented, rewritings
 
@@ -194,7 +195,8 @@ def measured(args: argparse.Namespace, seed: int) -> list[dict[str, Any]]:
         for side, attack, rows in tqdm(list(attacked_rows(args, experiment, scored)), desc=f"seed {seed}"):
             if (side, attack) in done:
                 continue
-            texts = [experiment.tokenizer.decode(experiment.collator.encoder.encode(row).prompt_ids) for row in rows]
+            requests = [experiment.collator.encoder.encode(row).prompt_ids for row in rows]
+            texts = request_texts(experiment.tokenizer, requests)  # as GatedUnlearner reads them
             one = {
                 "seed": seed,
                 "side": side,
