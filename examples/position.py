@@ -62,7 +62,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def settings_of(args: argparse.Namespace, seed: int, position: str) -> dict[str, Any]:
-    """What a trained prompt is found by."""
+    """The settings by which a trained prompt is found."""
     names = ("prompt", "num_virtual_tokens", "steps", "learning_rate", "alpha", "beta", "forget_fraction")
     names = (*names, "train_turns", "held_out")
     return {"seed": seed, "position": position} | {name: getattr(args, name) for name in names}

@@ -166,7 +166,7 @@ VARIED = {
     "forget-size": ("method", "forget_size"),
     "models": ("model", "method"),
 }
-"""What makes a row of a table, unless it is the method alone."""
+"""Settings by which rows of a table differ, unless it is by the method alone."""
 
 
 def write_table(args: argparse.Namespace, what: str, records: list[dict[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from transformers import TrainingArguments
@@ -74,7 +74,7 @@ class Recipe:
         return UnlearningLoss(self.alpha, self.beta, retain_budget=self.retain_budget)
 
     def start_of(self, forget_prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Start:
-        """How the prompt begins.
+        """Start of the prompt.
 
         Args:
             forget_prompts: prompts of the forget rows that are trained on.
@@ -82,7 +82,7 @@ class Recipe:
             tokenizer: the base's.
         """
         if self.start != DECLINED_ROWS:
-            return self.start  # type: ignore[return-value]
+            return cast(Start, self.start)
         apart = forget_prompts[:: max(1, len(forget_prompts) // NUM_DECLINED)][:NUM_DECLINED]
         rows = [prompt + completions[i % len(completions)] for i, prompt in enumerate(apart)]
         return InstructionStart("\n\n".join(rows), tokenizer)

@@ -178,7 +178,9 @@ class ForgetRetainCollator:
             if choices is not None:
                 drawn = self._draw(row, len(choices))
                 found = self._encodings(row, own, choices, [drawn, None] if self.pairs else [drawn])
-            self._warn_of_first(found[0])
+            if found[0].num_cut and not self._warned_of_cut:
+                self._warned_of_cut = True
+                self._warn_of_row(found[0], "are not warned of")
             if is_forget:
                 self._check_names(row, found[0])
             collated += [row] * len(found)
@@ -232,13 +234,7 @@ class ForgetRetainCollator:
             self._check_names(row, encoded)
         if encoded.num_cut:
             if not self.encoder.num_cut:
-                logger.warning(
-                    "a row is longer than max_length=%d and loses %d tokens, %s; further ones are counted in "
-                    "collator.encoder.num_cut.",
-                    self.encoder.max_length,
-                    encoded.num_cut,
-                    self._where_cut(),
-                )
+                self._warn_of_row(encoded, "are counted in collator.encoder.num_cut")
             self.encoder.num_cut += 1
         mask = [0] * len(encoded.prompt_ids) + [1] * len(encoded.completion_ids)
         columns = {name: row[name] for name in ("is_forget", "row_id", WEIGHT) if name in row}
@@ -306,16 +302,15 @@ class ForgetRetainCollator:
             )
         return num_cut
 
-    def _warn_of_first(self, encoded: Encoded) -> None:
-        """Warn of the first row that is cut, if nobody did."""
-        if encoded.num_cut and not self._warned_of_cut:
-            self._warned_of_cut = True
-            logger.warning(
-                "a row is longer than max_length=%d and loses %d tokens, %s; further ones are not warned of.",
-                self.encoder.max_length,
-                encoded.num_cut,
-                self._where_cut(),
-            )
+    def _warn_of_row(self, encoded: Encoded, further_ones: str) -> None:
+        """Warn of a row that is cut, and say what becomes of further ones."""
+        logger.warning(
+            "a row is longer than max_length=%d and loses %d tokens, %s; further ones %s.",
+            self.encoder.max_length,
+            encoded.num_cut,
+            self._where_cut(),
+            further_ones,
+        )
 
     def _check_names(self, row: Mapping[str, Any], encoded: Encoded) -> None:
         """Raise if a forget row loses a name altogether by being shortened."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import LossTerm, Reduction, token_nll
+from .terms import LossTerm, Reduction, check_above_zero, token_nll
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class _LogRatio(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_inverse_temperature(self.inverse_temperature)
+        check_above_zero("inverse_temperature", self.inverse_temperature)
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         assert reference_logits is not None
@@ -75,7 +75,7 @@ class SimNPO(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_inverse_temperature(self.inverse_temperature)
+        check_above_zero("inverse_temperature", self.inverse_temperature)
         if not (math.isfinite(self.margin) and self.margin >= 0):
             raise ValueError(f"margin={self.margin!r}: expected a finite number of at least 0.")
 
@@ -115,8 +115,3 @@ class DPO(_LogRatio):
         chosen, rejected = reduced.tensor_split(2)
         losses = -2 / self.inverse_temperature * F.logsigmoid(self.inverse_temperature * (rejected - chosen))
         return torch.cat([losses, torch.zeros_like(losses)])
-
-
-def _check_inverse_temperature(value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise ValueError(f"inverse_temperature={value!r}: expected a finite number above 0.")

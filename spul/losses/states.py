@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .terms import LossTerm, Reduction, as_float
+from .terms import LossTerm, Reduction, as_float, check_above_zero
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,7 @@ class RMU(StateTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_number = isinstance(self.coefficient, (int, float)) and not isinstance(self.coefficient, bool)
-        if not is_number or not math.isfinite(self.coefficient) or self.coefficient <= 0:
-            raise ValueError(f"coefficient={self.coefficient!r}: expected a finite number above 0.")
+        check_above_zero("coefficient", self.coefficient)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed={self.seed!r}: expected a whole number of at least 0.")
 

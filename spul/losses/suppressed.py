@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import IGNORE_INDEX, LossTerm, Reduction, as_float, token_kl
+from .terms import IGNORE_INDEX, LossTerm, Reduction, as_float, check_above_zero, token_kl
 
 
 @dataclass(frozen=True)
@@ -79,9 +78,7 @@ class UNDIAL(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        is_number = isinstance(self.strength, (int, float)) and not isinstance(self.strength, bool)
-        if not is_number or not math.isfinite(self.strength) or self.strength <= 0:
-            raise ValueError(f"strength={self.strength!r}: expected a finite number above 0.")
+        check_above_zero("strength", self.strength)
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         assert reference_logits is not None

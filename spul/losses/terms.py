@@ -6,6 +6,7 @@ token of that row. Unused slots have the label -100.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -101,6 +102,17 @@ class LossTerm:
     def row_losses(self, reduced: Tensor) -> Tensor:
         """Row losses (rows,) from the reduced token losses; the identity, unless a term overrides it."""
         return reduced
+
+
+def check_above_zero(name: str, value: Any) -> None:
+    """Raise unless a setting of a term is a finite number above 0.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name}={value!r}: expected a finite number above 0.")
 
 
 def as_float(logits: Tensor) -> Tensor:

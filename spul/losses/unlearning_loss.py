@@ -264,7 +264,7 @@ class UnlearningLoss:
         reference_logits: Tensor | None,
         num_retain: Tensor | float,
     ) -> Tensor:
-        """How far the retain loss is above the base model's own, in nats per token: what `retain_budget` bounds.
+        """Excess of the retain loss over the base model's own, in nats per token, which `retain_budget` bounds.
 
         Args:
             logits: this and the others as in a call. The excess of a row is the mean over its response tokens of the

@@ -77,7 +77,7 @@ class Corruption:
 
 @dataclass
 class _Plan:
-    """What happens to the next pass through the embedding: for each flagged row its columns and its noise's seed."""
+    """Changes of the next pass through the embedding: for each flagged row its columns and its noise's seed."""
 
     width: int
     columns: dict[int, list[int]]

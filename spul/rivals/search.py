@@ -21,7 +21,7 @@ Score = Callable[[EmbeddingCorruption], float]
 
 @dataclass
 class Search:
-    """What a search tried.
+    """Result of a search.
 
     Attributes:
         tried: each corruption with the score under it, in order.

@@ -1,4 +1,4 @@
-"""What UnlearningTrainer keeps beside Trainer's own state: terms since the last log, the multiplier, epoch, noise."""
+"""State of UnlearningTrainer beside Trainer's own: terms since the last log, the multiplier, epoch, noise."""
 
 from __future__ import annotations
 
