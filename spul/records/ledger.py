@@ -100,14 +100,14 @@ class Ledger:
             is_new = not self.path.exists()
             with self.path.open("a+b", buffering=0) as file:
                 last, torn = _end(file)
-                previous = None if last is None else _entry(last)
+                previous = None if last is None else entry_of(last)
                 if last is not None and previous is None:
                     raise ValueError(
                         f"the last line of {str(self.path)!r} is no entry of a ledger, or was edited; nothing is "
                         "written after it. See what Ledger.verify finds, and begin a new file."
                     )
                 text, end = b"", file.seek(0, os.SEEK_END)
-                if torn and (whole := _entry(torn)) is not None:  # only its line break is missing
+                if torn and (whole := entry_of(torn)) is not None:  # only its line break is missing
                     previous, text = whole, b"\n"
                 elif torn:
                     note = self._moved_aside(torn)
@@ -130,7 +130,7 @@ class Ledger:
         lines, _ = self._lines()
         if faults := _faults(lines):
             raise ValueError(f"{str(self.path)!r} is not a whole ledger: {faults[0]}.")
-        return [entry for entry in map(_entry, lines) if entry is not None]
+        return [entry for entry in map(entry_of, lines) if entry is not None]
 
     def states(self) -> dict[str, RequestState]:
         """Each request as the entries leave it, by its name.
@@ -174,10 +174,10 @@ class Ledger:
         faults = _faults(lines)
         if torn:
             reason = "a killed writer left it half-written; the next entry moves it aside"
-            if _entry(torn) is not None:
+            if entry_of(torn) is not None:
                 reason = "it lacks its line break, as of a killed writer; the next entry completes it"
             faults.append(LedgerFault(len(lines) + 1, reason))
-        if head is not None and head not in {entry.digest for entry in map(_entry, lines) if entry is not None}:
+        if head is not None and head not in {entry.digest for entry in map(entry_of, lines) if entry is not None}:
             faults.append(
                 LedgerFault(0, f"no entry has the digest {head}: the end is missing, or the chain was written anew")
             )
@@ -224,7 +224,7 @@ def _next_line(previous: LedgerEntry | None, fields: Mapping[str, Any]) -> tuple
     content = json.dumps(chain | dict(fields))
     digest = hashlib.sha256(content.encode("ascii")).hexdigest()
     line = f'{content[:-1]}, "digest": "{digest}"}}\n'
-    return LedgerEntry(sequence, time, before, digest, fields), line.encode("ascii")
+    return LedgerEntry(sequence, time, before, digest, fields, line), line.encode("ascii")
 
 
 def _parsed(line: bytes) -> LedgerEntry | None:
@@ -239,7 +239,8 @@ def _parsed(line: bytes) -> LedgerEntry | None:
     fields = {name: value for name, value in record.items() if name not in CHAIN}
     if not all(isinstance(record.get(name), str) for name in ("time", "previous", "digest")) or not are_fields(fields):
         return None
-    return LedgerEntry(record["sequence"], record["time"], record["previous"], record["digest"], fields)
+    sequence, time, previous, digest = (record[name] for name in CHAIN[1:])
+    return LedgerEntry(sequence, time, previous, digest, fields, f"{line.decode()}\n")
 
 
 def _content_digest(line: bytes) -> str:
@@ -248,8 +249,8 @@ def _content_digest(line: bytes) -> str:
     return "" if match is None else hashlib.sha256(match[1] + b"}").hexdigest()
 
 
-def _entry(line: bytes) -> LedgerEntry | None:
-    """The entry of a line; None if it is none, or was edited."""
+def entry_of(line: bytes) -> LedgerEntry | None:
+    """The entry of a line, without its line break; None if it is none, or was edited."""
     entry = _parsed(line)
     return entry if entry is not None and entry.digest == _content_digest(line) else None
 

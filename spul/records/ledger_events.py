@@ -77,7 +77,7 @@ class LedgerEvent:
         weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if weights is not None:
             record.check_weights(weights, stacklevel=2)
-        found = {
+        found: dict[str, Any] = {
             "rows": record.forget,
             "prompt": record.name,
             "prompt_sha256": record.weights_sha256 if weights is None else file_digest(weights),
@@ -122,6 +122,7 @@ class LedgerEntry:
         previous: digest of the line before; zeros in the first one.
         digest: SHA-256 of the line without this field.
         fields: the event's fields by name, those of later versions included.
+        line: the whole line.
     """
 
     sequence: int
@@ -129,6 +130,7 @@ class LedgerEntry:
     previous: str
     digest: str
     fields: Mapping[str, Any]
+    line: str = field(repr=False, compare=False)
 
     @property
     def event(self) -> str:
