@@ -124,7 +124,8 @@ def test_a_ledger_written_anew_is_seen_by_a_head_noted_elsewhere(path):
 
 
 @pytest.mark.parametrize("num", [1, 3])
-def test_a_last_line_cut_at_any_byte_is_seen_moved_aside_and_the_chain_goes_on(tmp_path, num, recwarn):
+def test_a_last_line_cut_at_any_byte_is_seen_moved_aside_and_the_chain_goes_on(tmp_path, num, recwarn, monkeypatch):
+    monkeypatch.setattr(module.os, "fsync", lambda descriptor: None)  # slow, and nothing to this test
     whole = tmp_path / "whole.jsonl"
     filled(whole, num)
     *before, last = lines_of(whole)
@@ -231,17 +232,34 @@ def test_only_the_end_of_a_long_file_is_read_to_append(path, monkeypatch):
     assert ledger.verify() == []
 
 
-def test_who_may_only_read_can_verify_without_a_lock(path, monkeypatch):
-    filled(path)
+def test_a_whole_ledger_is_read_without_a_lock_and_a_half_line_waits_for_its_writer(path, monkeypatch):
+    ledger = filled(path)
+    whole = path.read_bytes()
+    Path(f"{path}.lock").unlink(missing_ok=True)
 
     def refused(*arguments, **options):
         raise PermissionError("read-only")
 
     monkeypatch.setattr(module, "FileLock", refused)
+    assert ledger.verify() == []
+    path.write_bytes(whole[:-5])
     with pytest.raises(PermissionError):
-        Ledger(path).verify()
-    monkeypatch.setattr(module.os, "access", lambda place, mode: mode != os.W_OK)
-    assert Ledger(path).verify() == []
+        ledger.verify()
+    monkeypatch.setattr(module.os, "access", lambda place, mode: mode != os.W_OK)  # who may only read
+    assert [fault.line for fault in ledger.verify()] == [6]
+
+    class Finished:
+        """The lock once the writer has finished its line."""
+
+        def __enter__(self):
+            path.write_bytes(whole)
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.undo()
+    monkeypatch.setattr(Ledger, "_lock", lambda self: Finished())
+    assert ledger.verify() == []
 
 
 # ---- events and states ----

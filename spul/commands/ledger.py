@@ -46,6 +46,14 @@ class AddOptions(LedgerOptions):
     note: str | None = field(default=None, metadata={"help": "a remark"})
 
 
+@dataclass
+class EvidenceOptions:
+    """Options of `spul ledger evidence`."""
+
+    folder: str = field(metadata={"help": "the evidence pack"})
+    ledger: str | None = field(default=None, metadata={"help": "the ledger that its entry was added to"})
+
+
 def verify(options: VerifyOptions) -> int:
     """Print every line that breaks the chain; 1 if there is one."""
     from ..records.ledger import Ledger
@@ -110,6 +118,23 @@ def add(options: AddOptions) -> None:
     print(Ledger(options.ledger).append(event).digest)
 
 
+def evidence(options: EvidenceOptions) -> int:
+    """Print what in an evidence pack is not as it was written; 1 if there is something."""
+    from ..evaluation.evidence import evaluation_digest, verify_evidence
+
+    faults = verify_evidence(options.folder, options.ledger)
+    for fault in faults:
+        print(fault)
+    if faults:
+        return 1
+    print(
+        f"{options.folder}: every part is as it was written; SHA-256 of the whole: {evaluation_digest(options.folder)}"
+    )
+    if options.ledger is None:
+        print("A pack that was written anew as a whole cannot be seen without --ledger.")
+    return 0
+
+
 COMMANDS = {
     "verify": Command(
         VerifyOptions,
@@ -131,5 +156,11 @@ COMMANDS = {
         add,
         "spul ledger add --ledger ledger.jsonl --event revoked --request 2026-017 --note 'at their wish'",
         "add an entry by hand",
+    ),
+    "evidence": Command(
+        EvidenceOptions,
+        evidence,
+        "spul ledger evidence --folder evidence --ledger ledger.jsonl",
+        "find a changed, missing or added part of an evidence pack; exit status 1 if there is one",
     ),
 }

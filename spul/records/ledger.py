@@ -8,14 +8,13 @@ import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import BaseFileLock, FileLock
 
 from .fields import is_count, is_sha256
 from .ledger_events import RECOVERED, LedgerEntry, LedgerEvent, RequestState, are_fields, utc
@@ -187,13 +186,14 @@ class Ledger:
         """The whole lines, and what follows the last one."""
         if not self.path.is_file():
             raise FileNotFoundError(f"there is no ledger {str(self.path)!r}; its first entry makes it.")
-        # Who may only read cannot lock, and sees a line that is being written as half-written.
-        can_lock = os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK)
-        with self._lock() if can_lock else nullcontext():
-            *lines, torn = self.path.read_bytes().split(b"\n")
+        *lines, torn = self.path.read_bytes().split(b"\n")
+        # A writer may be writing just now; who may only read cannot wait for it.
+        if torn and os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK):
+            with self._lock():
+                *lines, torn = self.path.read_bytes().split(b"\n")
         return lines, torn
 
-    def _lock(self) -> AbstractContextManager:
+    def _lock(self) -> BaseFileLock:
         return FileLock(f"{self.path}.lock", timeout=SECONDS)
 
     def _moved_aside(self, torn: bytes) -> dict[str, Any]:
