@@ -119,11 +119,11 @@ forget rows: 40.0 % [...] (4 of 10 rows).
 Train forget accuracy: 10.0 % [...] (1 of 10 rows); before: 90.0 % [...] (9 of 10 rows); a model retrained without \
 the forget rows: 50.0 % [...] (5 of 10 rows).
 
-Of the 10 test forget rows the base itself got 2 wrong: those it did not know, and nothing was there to forget. Of \
-the 8 that it knew, 2 are still answered right.
+Of the 10 test forget rows the base itself got 2 wrong; what it did not know cannot be forgotten. Of the 8 that it \
+knew, 2 are still answered right.
 
-Of the 10 train forget rows the base itself got 1 wrong: those it did not know, and nothing was there to forget. Of \
-the 9 that it knew, 1 are still answered right.
+Of the 10 train forget rows the base itself got 1 wrong; what it did not know cannot be forgotten. Of the 9 that it \
+knew, 1 is still answered right.
 
 ## What did it cost?
 
@@ -134,8 +134,8 @@ Generic answers, which retain rows should not get: 20.0 % [...] (2 of 10 rows).
 
 ## What brings it back?
 
-Most: relearning (4 steps), under which train forget accuracy is 60.0 % [...] (6 of 10 rows), +50.0 percentage points \
-against 10.0 % [...] (1 of 10 rows) without.
+Most is brought back by relearning (4 steps): train forget accuracy 60.0 % [...] (6 of 10 rows), +50.0 percentage \
+points against 10.0 % [...] (1 of 10 rows) without.
 
 Tried: attacks on the input, relearning, a trained suffix.
 """

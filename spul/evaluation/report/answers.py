@@ -82,8 +82,8 @@ def back(evaluation: Evaluation) -> list[str]:
     if most.value <= plain.value:
         return [f"No attack raised what is answered. {tried}"]
     text = (
-        f"Most: {MEASURES[most.measure].title.lower()} ({variant_in_words(most)}), under which "
-        f"{spaced(most.rows)} {metric_of(most.name).label} is {_value(most)}, {points(most, plain)} against "
+        f"Most is brought back by {MEASURES[most.measure].title.lower()} ({variant_in_words(most)}): "
+        f"{spaced(most.rows)} {metric_of(most.name).label} {_value(most)}, {points(most, plain)} against "
         f"{_value(plain)} without."
     )
     return [text, tried]
@@ -105,8 +105,9 @@ def known_to_base(evaluation: Evaluation, rows: str) -> str:
     text = f"Of the {num:,} {spaced(rows)} rows{f' of {seeds} seeds' if seeds > 1 else ''} "
     text += f"the base itself got {wrong:,} wrong" if wrong else "the base itself got all right"
     if wrong:
-        text += ": those it did not know, and nothing was there to forget"
-    return f"{text}. Of the {num - wrong:,} that it knew, {still:,} are still answered right."
+        text += "; what it did not know cannot be forgotten"
+    are = "is" if still == 1 else "are"
+    return f"{text}. Of the {num - wrong:,} that it knew, {still:,} {are} still answered right."
 
 
 def _right(evaluation: Evaluation, rows: str, model: str) -> np.ndarray | None:
