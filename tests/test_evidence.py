@@ -9,14 +9,17 @@ import shutil
 
 import pytest
 from evaluations import whole
+from helpers import make_collator
 from huggingface_hub import ModelCard
 from small_evaluations import ATTACKS, learned, make_model, make_splits, measured
 
-from spul.evaluation.attacks.usual import JAILBREAKS, STAND_IN
+from spul.evaluation.aggregation import in_words
+from spul.evaluation.attacks.usual import JAILBREAKS, STAND_IN, TURN_UNIT, checked_attacks, usual_attacks
 from spul.evaluation.evidence import evaluation_digest, verify_evidence, write_evidence
+from spul.evaluation.examples import attack_examples
 from spul.evaluation.report import hub_results
 from spul.evaluation.results import Evaluation, join
-from spul.evaluation.suite import AttackSettings
+from spul.evaluation.suite import AttackSettings, Suite
 from spul.records import DataSummary, Ledger, LedgerEvent, fingerprint
 
 SHA = "ab" * 32
@@ -188,13 +191,23 @@ def test_attacks_of_ones_own_are_shown_on_a_made_up_row_and_those_with_rows_in_t
     assert "it fails on a made-up row: KeyError" in found.skipped["example of the input attack 'picky'"]
 
 
-@pytest.mark.filterwarnings("ignore:the input attack:UserWarning")
-def test_the_usual_attacks_are_all_shown_without_any_row():
-    found = measured(make_model("prompt_tuning"), "input attack", attacks=AttackSettings(num_rows=2, turns=(1,)))
-    examples = found.facts["attack_examples"]
-    attacked = {key.attack for key in (one.key for one in found.measurements)} - {"none", "diluted"}
-    assert attacked <= set(examples)
-    assert examples["jailbreak 1 before"] == f"{JAILBREAKS[0]}\n{STAND_IN}"
-    assert "diluted, 1 turn" in examples
-    rows = [one["prompt"] for split in make_splits().values() for one in split]
+@pytest.mark.parametrize("text_field", [None, "text"])
+def test_the_usual_attacks_are_all_shown_without_any_row(text_field):
+    splits = {name: rows.add_column("text", rows["prompt"][:]) for name, rows in make_splits().items()}
+    none = dict.fromkeys(("base", "retrained", "reference", "unseen"))
+    wording = {} if text_field is None else {"wording": {"film": "movie"}}
+    settings = AttackSettings(turns=(1,), names=["Jane Doe"], **wording)
+    collator = make_collator(text_field=text_field)
+    suite = Suite(
+        *(None, splits, collator), **none, neighbors={}, unrelated_texts=(), questions={}, question_format=None,
+        attacks=settings, batch_size=1, max_new_tokens=1, seed=0,
+    )  # fmt: skip
+    examples = attack_examples(suite)
+    filler = splits["test_retain"]
+    attacks = usual_attacks(text_field, filler, other_rows=filler, turns=(1,), wording=settings.wording)
+    assert list(examples) == [in_words(*key, TURN_UNIT) for key in checked_attacks(attacks)]
+    assert examples["jailbreak 1 before"].startswith(f"{JAILBREAKS[0]}\n")
+    assert STAND_IN in examples["diluted, 1 turn"]
+    assert not [text for text in examples.values() if "Jane" in text]  # nor the names that are disguised
+    rows = [one["prompt"] for split in splits.values() for one in split]
     assert not [one for one in rows for text in examples.values() if one in text]
