@@ -41,7 +41,10 @@ _ROOMS = {
 }
 
 # The rooms themselves: `import spul; spul.losses.NPO`.
-_OTHERS = ("losses", "models", "records", "data", "prompts", "layers", "gates", "rivals", "evaluation", "training")
+_OTHERS = (
+    *("losses", "models", "records", "data", "prompts", "layers", "gates", "rivals", "evaluation", "training"),
+    *("serving", "commands"),
+)
 
 __all__ = [
     "ForgetRetainCollator",

@@ -45,6 +45,7 @@ AFTER = {
     "docs/requests.md": [("docs/guide.md", 2)],
     "docs/unlearning-layers.md": [("docs/guide.md", 2), ("docs/methods.md", 1)],
     "docs/evaluation.md": [("docs/guide.md", 2)],
+    "docs/proof.md": [("docs/guide.md", 2)],
 }
 PREAMBLES = {
     "docs/requests.md": """
@@ -68,6 +69,13 @@ forget, unseen, retain, test_retain = some("Jane", 0), some("Jane", 1), some("Jo
 unlearner = SoftPromptUnlearner(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30))
 unlearner.save_pretrained("forget-jane-doe")
 retrained = AutoModelForCausalLM.from_pretrained("facebook/opt-1.3b")
+""",
+    "docs/proof.md": """
+unlearner = SoftPromptUnlearner(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30))
+unlearner.save_pretrained("forget-jane-doe")
+collator = ForgetRetainCollator(tokenizer, generic_completions=[" neutral", " unknown"], max_length=256)
+splits = {name: forget if "forget" in name else retain
+          for name in ("train_retain", "train_forget", "test_retain", "test_forget")}
 """,
 }
 

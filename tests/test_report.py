@@ -13,6 +13,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from evaluations import input_attacks, measurement, membership, utility, whole
+from huggingface_hub import ModelCard
 
 from spul import SpulConfig, UnlearningLayers, UnlearningLayersConfig
 from spul.evaluation.measures import MEASURES
@@ -78,10 +79,10 @@ FACTS = {
 }
 
 
-def test_adapter_base_rows_date_and_versions_are_named_first_and_escaped():
+def test_adapter_base_rows_date_and_versions_are_named_and_escaped():
     found = Evaluation({}, utility({"unlearned": {"test_forget": 2}}), {}, facts=FACTS)
     before, text, after = datetime.now(timezone.utc), evaluation_markdown(found), datetime.now(timezone.utc)
-    assert text.index("## What was measured") < text.index("## In short")
+    assert text.startswith("# Evaluation of &lt;b&gt;me&lt;/b&gt;/a\\|b on \\`x\\` \\*y\\*\n")
     said = section(text, "What was measured")
     assert f"by spul {version('spul')}, torch {version('torch')}, " in said
     assert any(f"Written on {one.date().isoformat()} (UTC)" in said for one in (before, after))
@@ -107,8 +108,91 @@ def test_joined_seeds_each_name_their_own():
 # ---- in short ----
 
 
-def test_the_first_table_has_the_four_splits_before_and_after():
-    head, _, *rows = cells(section(evaluation_markdown(whole()), "In short"))
+FIRST_SCREEN = """\
+# Evaluation
+
+## Is it forgotten?
+
+Test forget accuracy: 20.0 % [...] (2 of 10 rows); before: 80.0 % [...] (8 of 10 rows); a model retrained without the \
+forget rows: 40.0 % [...] (4 of 10 rows).
+
+Train forget accuracy: 10.0 % [...] (1 of 10 rows); before: 90.0 % [...] (9 of 10 rows); a model retrained without \
+the forget rows: 50.0 % [...] (5 of 10 rows).
+
+Of the 10 test forget rows the base itself got 2 wrong; what it did not know cannot be forgotten. Of the 8 that it \
+knew, 2 are still answered right.
+
+Of the 10 train forget rows the base itself got 1 wrong; what it did not know cannot be forgotten. Of the 9 that it \
+knew, 1 is still answered right.
+
+## What did it cost?
+
+Test retain accuracy: 80.0 % [...] (8 of 10 rows); before: 90.0 % [...] (9 of 10 rows); a model retrained without the \
+forget rows: 90.0 % [...] (9 of 10 rows).
+
+Generic answers, which retain rows should not get: 20.0 % [...] (2 of 10 rows).
+
+## What brings it back?
+
+Most is brought back by relearning (4 steps): train forget accuracy 60.0 % [...] (6 of 10 rows), +50.0 percentage \
+points against 10.0 % [...] (1 of 10 rows) without.
+
+Tried: attacks on the input, relearning, a trained suffix.
+"""
+
+
+def test_the_first_screen_answers_three_questions_in_words_and_whole_numbers():
+    text = re.sub(r"\[\d[\d.]*, [\d.]+\]", "[...]", evaluation_markdown(whole()))
+    assert text.startswith(FIRST_SCREEN)
+
+
+def test_an_attack_that_raises_nothing_is_not_said_to_bring_anything_back():
+    rows = {"unlearned": {"test_forget": 2}, "detached": {"test_forget": 10}}
+    attacked = [one for one in input_attacks() if one.attack == "none"]
+    found = [*utility(rows), *attacked, dataclasses.replace(attacked[0], attack="capitals")]
+    text = evaluation_markdown(Evaluation({}, found, {}))
+    assert "No attack raised what is answered. Tried: attacks on the input." in text
+    assert "Of the 10 test forget rows the base itself got all right. Of the 10 that it knew, 2 are still" in text
+
+
+def test_rows_that_the_base_did_not_know_are_counted_over_joined_seeds_and_not_for_free_form_answers():
+    one = Evaluation({}, utility(), {})
+    text = evaluation_markdown(join([one, one]))
+    assert "Of the 20 test forget rows of 2 seeds the base itself got 4 wrong" in text
+    assert "(2 of 10 rows)" not in text
+    free = [dataclasses.replace(m, per_row={**m.per_row, "probability": m.per_row["accuracy"]}) for m in utility()]
+    assert "the base itself" not in evaluation_markdown(Evaluation({}, free, {}))
+
+
+def test_counts_are_whole_numbers():
+    found = [measurement("relearning", "train_forget", "unlearned", level=1, overall={"trained_parameters": 1234567})]
+    found += [dataclasses.replace(found[0], level=4, num_rows=1234)]
+    rows = cells(section(evaluation_markdown(Evaluation({}, found, {})), "Relearning"))
+    assert [row[3] for row in rows[2:]] == ["1,234,567"] * 2
+    assert rows[3][-1] == "1,234"
+
+
+def test_what_each_attack_asks_is_shown_short_and_on_one_line():
+    examples = {"capitals": "<B>X</B>", "diluted, 1 turn": "one\ntwo", "long": "a" * 300 + "b" * 300}
+    found = Evaluation({}, input_attacks(), {}, facts={"attack_examples": examples})
+    text = section(evaluation_markdown(found), "What the attacks on the input ask")
+    assert cells(text)[2:] == [
+        ["capitals", "&lt;B&gt;X&lt;/B&gt;"],
+        ["diluted, 1 turn", "one \u21b5 two"],
+        ["long", "a" * 180 + " [...] " + "b" * 180],
+    ]
+    assert "What the attacks on the input ask" not in evaluation_markdown(Evaluation({}, input_attacks(), {}))
+
+
+def test_changed_weights_are_not_said_to_be_a_prompt():
+    found = Evaluation({}, utility(), {}, facts={"weights_changed": True})
+    said = section(evaluation_markdown(found), "What it does and does not protect against")
+    assert said.startswith("The weights were changed, which is no proof that anything was deleted")
+    assert THREAT_MODEL not in said
+
+
+def test_the_table_of_splits_has_all_four_before_and_after():
+    head, _, *rows = cells(section(evaluation_markdown(whole()), "Before and after"))
     assert head == ["rows", "metric", "before (detached)", "after (unlearned)", "retrained", "better"]
     values = [[re.sub(r" \[.*\]", "", cell) for cell in row] for row in rows]
     assert values[0] == ["train retain", "accuracy", "100.0 %", "90.0 %", "90.0 %", "higher"]
@@ -119,7 +203,7 @@ def test_the_first_table_has_the_four_splits_before_and_after():
 
 
 def test_what_comes_back_is_said_with_its_controls():
-    _, _, *rows = cells(section(evaluation_markdown(whole()), "What comes back"))
+    _, _, *rows = cells(section(evaluation_markdown(whole()), "What brings it back?"))
     found = {what: re.sub(r" \[[-\d., ]*\]", "", said) for what, said in rows}
     assert list(found.values()) == [
         "test forget accuracy 80.0 %, against 20.0 % with it in place",
@@ -144,7 +228,7 @@ def test_a_prompt_is_said_to_delete_nothing_before_any_table_of_all_numbers():
 def test_what_was_not_measured_is_said_not_to_be():
     bare = Evaluation({}, utility({"unlearned": {"test_forget": 2}}), {})
     text = evaluation_markdown(bare)
-    assert [said for _, said in cells(section(text, "What comes back"))[2:]] == ["not measured"] * 4
+    assert [said for _, said in cells(section(text, "What brings it back?"))[2:]] == ["not measured"] * 4
     assert "No retrained model was measured" in text
     assert section(text, "What was skipped") == "Nothing was skipped."
     assert section(text, "Settings") == "None were recorded."
@@ -152,7 +236,7 @@ def test_what_was_not_measured_is_said_not_to_be():
 
 def test_without_a_retrained_model_the_attack_farthest_from_chance_is_named_without_a_verdict():
     text = evaluation_markdown(Evaluation({}, membership(("unlearned",)), {}))
-    said = cells(section(text, "What comes back"))[4][1]
+    said = cells(section(text, "What brings it back?"))[4][1]
     assert said.startswith("no retrained model to compare with; farthest from chance, of 2: 'loss', AUC 0.3")
     assert "forgotten" not in said
 
@@ -160,7 +244,7 @@ def test_without_a_retrained_model_the_attack_farthest_from_chance_is_named_with
 def test_an_attack_under_which_less_is_answered_has_a_minus():
     fewer = [one for one in input_attacks() if one.attack != "capitals" and one.model == "unlearned"]
     fewer[0] = dataclasses.replace(fewer[0], per_row={"accuracy": [1.0] * 5 + [0.0] * 5})
-    text = section(evaluation_markdown(Evaluation({}, fewer, {})), "What comes back")
+    text = section(evaluation_markdown(Evaluation({}, fewer, {})), "What brings it back?")
     assert "-10.0 percentage points against the unchanged rows (50.0 %" in text
 
 
@@ -339,7 +423,20 @@ def test_an_adapters_record_and_card_get_the_metrics_and_keep_all_else(adapter):
     assert (record["of_a_later_version"], record["base_model_name_or_path"]) == (1, "some/base")
     assert "| test_forget, worst input attack (capitals) | 0.5000 | " in section(after, "Metrics")
     assert "0.123" not in after
-    assert after.replace(section(after, "Metrics"), section(before, "Metrics")) == before
+    (front, body), (old_front, old_body) = (text[4:].split("\n---\n", 1) for text in (after, before))
+    assert body.replace(section(body, "Metrics"), section(old_body, "Metrics")) == old_body
+    assert front.startswith(old_front)  # the results are new, all else is as it was
+    assert "- Of the 10 test forget rows the base itself got 2 wrong" in section(after, "Metrics")
+    results = ModelCard(after).data.eval_results
+    assert {(one.dataset_split, one.dataset_config, one.metric_type): one.metric_value for one in results} == {
+        (split.split(",")[0], "worst input attack (capitals)" if "," in split else None, name): round(value, 6)
+        for split, values in card_metrics(whole()).items()
+        if "detached" not in split and "retrained" not in split
+        for name, value in values.items()
+    }
+    accuracy = whole().metric("utility", "test_forget", "accuracy")
+    (one,) = [r for r in results if (r.dataset_name, r.metric_type) == ("test forget", "accuracy")]
+    assert one.metric_args == {"low": round(accuracy.low, 6), "high": round(accuracy.high, 6), "rows": 10}
     add_to_card(whole(), adapter)
     assert (adapter / "README.md").read_text(encoding="utf-8") == after
     assert sorted(path.name for path in adapter.iterdir()) == ["README.md", "spul_config.json"]
@@ -385,7 +482,7 @@ def test_what_else_comes_back_stands_beside_its_control():
         of("quantized", "test_forget", "unlearned", 4, "accuracy", [1.0, 0.0, 0.0, 0.0]),
         of("quantized", "test_forget", "retrained", 4, "accuracy", [1.0, 0.0, 1.0, 0.0]),
     ]
-    rows = cells(section(evaluation_markdown(Evaluation({}, found, {})), "What comes back"))[6:]
+    rows = cells(section(evaluation_markdown(Evaluation({}, found, {})), "What brings it back?"))[6:]
     said = {what: re.sub(r" \[[-\d., ]*\]", "", text) for what, text in rows}
     assert said == {
         "The input attack that costs most on retain rows": "'capitals', of 1: test retain accuracy 50.0 %; detached, "

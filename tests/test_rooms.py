@@ -19,7 +19,10 @@ import spul
 
 ROOT = Path(spul.__file__).parent
 # A room imports those before it. What lies in evaluation/ itself has an order of its own.
-ROOMS = ("losses", "models", "records", "data", "prompts", "layers", "gates", "rivals", "evaluation", "training")
+ROOMS = (
+    *("losses", "models", "records", "data", "prompts", "layers", "gates", "rivals", "evaluation", "training"),
+    *("serving", "commands"),
+)
 HEAVY = ("bitsandbytes", "sklearn", "scipy", "pandas", "matplotlib")
 
 

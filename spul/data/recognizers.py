@@ -1,4 +1,4 @@
-"""Names in texts: entity recognizers of spaCy and transformers, and the search for given names."""
+"""Names in texts: entity recognizers of transformers and spaCy, and the search for given names."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def recognize(recognizer: Callable[[Sequence[str]], list[list[str]]], texts: lis
     """
     if not callable(recognizer):
         raise TypeError(
-            f"recognizer is a {type(recognizer).__name__}; expected SpacyRecognizer(...), TransformersRecognizer(...) "
+            f"recognizer is a {type(recognizer).__name__}; expected TransformersRecognizer(...), SpacyRecognizer(...) "
             "or a function from texts to the names in each."
         )
     found = [list(names) for names in recognizer(texts)]

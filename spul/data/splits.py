@@ -89,7 +89,7 @@ def split_by_entity(
     Args:
         rows: data set with a column of texts.
         names: people to forget.
-        recognizer: `SpacyRecognizer`, `TransformersRecognizer`, or any function from texts to the names in each.
+        recognizer: `TransformersRecognizer`, `SpacyRecognizer`, or any function from texts to the names in each.
         text_field: column of texts.
         num_names: with a recognizer alone, the number of names to draw from those that it found; None takes all.
         seed: seed of that draw.

@@ -23,6 +23,7 @@ from ..models.unlearner import unlearner_of
 from ..records.digests import DigestKey, read_digest_key
 from ..records.files import write_text
 from .aggregation import Measurement
+from .examples import attack_examples
 from .measures import MEASURES, key_in_words
 from .metrics.free_form import rouge_l
 from .metrics.scoring import DivergedError, with_adapter_names
@@ -201,7 +202,9 @@ def evaluate(
     generating = ["always", "free-form"] if suite.is_free_form else ["always"]
     if any(MEASURES[task.keys[0].measure].generates in generating for task in tasks):
         rouge_l([], [])  # raises now, if rouge-score is missing
-    settings, facts = settings_of(suite, models, [measure.name for measure in measured]), facts_of(suite, key)
+    settings = settings_of(suite, models, [measure.name for measure in measured])
+    is_attacked = any(task.keys[0].measure == "input attack" for task in tasks)
+    facts = facts_of(suite, key, attack_examples(suite) if is_attacked else None)
     found, failed = _measured(tasks, None if output_dir is None else Path(output_dir), settings, progress)
     evaluation = Evaluation(published(settings), found, suite.skipped | failed, facts=facts)
     if output_dir is not None and PartialState().is_main_process:

@@ -79,17 +79,19 @@ def published(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, "models": models}
 
 
-def facts_of(suite: Suite, digest_key: DigestKey | None) -> dict[str, Any]:
+def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Adapter, base and rows of an evaluation for its readers, in the words and digests of the adapter's record.
 
     Args:
         suite: models, rows and settings.
         digest_key: the key of the training; None leaves out the digests of rows.
+        examples: what each attack on the input asks, as `attack_examples` makes it.
 
     Returns:
         `adapter` (folder or Hub name, or names and kinds of PEFT's adapters; None if not known), `weights_sha256` (of
-        its file; None if it was not saved as it is), `base` (name), `base_fingerprint`, and `rows`: a `DataSummary` as
-        a dict for each set.
+        its file; None if it was not saved as it is), `base` (name), `base_fingerprint`, `weights_changed` (whether no
+        adapter can be disabled), `attack_examples`, and `rows`: a `DataSummary` as a dict for each
+        set.
     """
     unlearner = unlearner_of(suite.model)
     base: Any = bare_model(suite.model) if unlearner.has_adapter else suite.base
@@ -104,6 +106,8 @@ def facts_of(suite: Suite, digest_key: DigestKey | None) -> dict[str, Any]:
         "weights_sha256": record.weights_sha256,
         "base": without_local_path(base_name) if base_name else None,
         "base_fingerprint": None if base is None else fingerprint(base),
+        "weights_changed": not unlearner.has_adapter,
+        "attack_examples": dict(examples or {}),
         "rows": {name: dataclasses.asdict(summarize_rows(rows, digest_key)) for name, rows in _sets(suite).items()},
     }
     return json.loads(canonical_json(facts))

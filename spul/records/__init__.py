@@ -1,4 +1,4 @@
-"""Records on disk: atomic files, digests, `spul_config.json`, model cards, templates."""
+"""Records on disk: atomic files, digests, `spul_config.json`, model cards, templates, the ledger of requests."""
 
 from .card import layers_card, model_card, write_metrics
 from .digests import (
@@ -15,11 +15,19 @@ from .digests import (
     summarize_rows,
 )
 from .files import atomic_folder, atomic_write, find_file, write_text
+from .ledger import Ledger, LedgerFault
+from .ledger_events import EVENTS, LedgerEntry, LedgerEvent, RequestState
 from .spul_config import SpulConfig, read_spul_config
 
 __all__ = [
+    "EVENTS",
     "DataSummary",
     "DigestKey",
+    "Ledger",
+    "LedgerEntry",
+    "LedgerEvent",
+    "LedgerFault",
+    "RequestState",
     "SpulConfig",
     "atomic_folder",
     "atomic_write",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .fields import check_fields, read_object
 from .files import write_text
@@ -72,7 +72,12 @@ def layers_card(config: SpulConfig, layers_config: Mapping[str, Any], num_parame
     )
 
 
-def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Mapping[str, float]]) -> None:
+def write_metrics(
+    folder: str | os.PathLike,
+    metrics: Mapping[str, Mapping[str, float]],
+    lines: Sequence[str] = (),
+    results: Sequence[EvalResult] = (),
+) -> None:
     """Replace the metrics of a saved adapter, in `spul_config.json` and in its card's section "Metrics".
 
     All other content stays as it is, fields of later versions and hand-written sections included.
@@ -80,6 +85,9 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Mapping[str, 
     Args:
         folder: a folder that `save_pretrained` of a prompt or of unlearning layers wrote.
         metrics: split to name to value, as `SpulConfig.metrics`.
+        lines: what they say in words, above the card's table.
+        results: the same in the Hub's form, for the card's `model-index`, whose earlier results they replace; with
+            none it stays as it is.
 
     Raises:
         FileNotFoundError: if the folder has no `spul_config.json` or no model card.
@@ -93,13 +101,18 @@ def write_metrics(folder: str | os.PathLike, metrics: Mapping[str, Mapping[str, 
                 f"{str(folder)!r} has no {name}; pass a folder that save_pretrained of a prompt or of unlearning "
                 "layers wrote."
             )
-    section = render(TEMPLATE, block="metrics", **_metrics_table(metrics))
+    section = render(TEMPLATE, block="metrics", lines=lines, **_metrics_table(metrics))
     card, count = METRICS_SECTION.subn(lambda _: section, (folder / CARD_NAME).read_text(encoding="utf-8"), count=1)
     if count == 0:
         raise ValueError(
             f"{CARD_NAME} of {str(folder)!r} has no section '## Metrics' to write to; add that line, or save the "
             "adapter again."
         )
+    if results:
+        parsed = ModelCard(card)
+        assert isinstance(parsed.data, ModelCardData)
+        parsed.data.model_name, parsed.data.eval_results = folder.resolve().name, list(results)
+        card = str(parsed)
     record = read_object(folder / SPUL_CONFIG_NAME) | {"metrics": metrics}
     write_text(folder / SPUL_CONFIG_NAME, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     write_text(folder / CARD_NAME, card.rstrip("\n") + "\n")
@@ -135,6 +148,7 @@ def _card(config: SpulConfig, library: str, tag: str, **values: Any) -> ModelCar
         config=config,
         base=base,
         gate=None,
+        lines=(),
         load_from=load_from,
         terms={name: _term(loss[name]) for name in names},
         **_metrics_table(config.metrics),

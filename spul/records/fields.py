@@ -102,7 +102,8 @@ def _is_summary(value: Any) -> bool:
     )
 
 
-def _is_sha256(value: Any) -> bool:
+def is_sha256(value: Any) -> bool:
+    """Whether a value is a SHA-256 as 64 hexadecimal digits."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
@@ -134,13 +135,13 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "generic_completions": (_optional(_list_of(_is_text)), "a list of texts, or null"),
     "base_model_name_or_path": (_optional(_is_text), "text, or null"),
-    "base_fingerprint": (_optional(_is_sha256), _SHA256),
+    "base_fingerprint": (_optional(is_sha256), _SHA256),
     "forget": (_optional(_is_summary), _SUMMARY),
     "retain": (_optional(_is_summary), _SUMMARY),
     "combined_from": (_optional(_list_of(_optional(_is_summary))), f"a list, each entry {_SUMMARY}, or null"),
     "prompt_position": (lambda value: value in PROMPT_POSITIONS, '"start" or "message"'),
     "metrics": (_by_name(_by_name(_is_number)), "an object of splits, each an object of numbers by name"),
     "versions": (_by_name(_is_text), "an object of texts by name"),
-    "weights_sha256": (_optional(_is_sha256), _SHA256),
-    "replaced_weights_sha256": (_optional(_is_sha256), _SHA256),
+    "weights_sha256": (_optional(is_sha256), _SHA256),
+    "replaced_weights_sha256": (_optional(is_sha256), _SHA256),
 }

@@ -21,6 +21,7 @@ class Metric:
         on_retain: the same on all other rows.
         counts_rows: whether it is a share of the rows, so that the share and the number of rows have an interval.
         on_card: whether it stands on the model card.
+        is_count: whether it is a whole number.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Metric:
     on_retain: str = ""
     counts_rows: bool = False
     on_card: bool = False
+    is_count: bool = False
 
     @property
     def label(self) -> str:
@@ -49,6 +51,8 @@ class Metric:
 
     def digits(self, value: float) -> str:
         """A value as shown, without its unit."""
+        if self.is_count and math.isfinite(value):
+            return f"{value:,.0f}"
         if self.unit == "%":
             return f"{100 * value:.1f}"
         return f"{value:.3g}" if not abs(value) >= 100 else f"{value:,.1f}"
@@ -97,7 +101,7 @@ METRICS = {
         Metric("priv_leak", "PrivLeak, in %", "", on_forget="0", on_retain="0"),
         # Attacks
         Metric("tokens_lost", "tokens lost, mean of a row"),
-        Metric("trained_parameters"),
+        Metric("trained_parameters", is_count=True),
         _knowledge("success", unit="%"),
         Metric("flagged", "flagged by the gate", "%", SHARE, "high", "low", counts_rows=True),
         Metric("past_gate", "right, past the gate", "%", SHARE, "low", counts_rows=True),

@@ -1,6 +1,6 @@
 """Report, figures and model card of an evaluation."""
 
-from .card import add_to_card, card_metrics
+from .card import add_to_card, card_metrics, hub_results
 from .figures import draw_input_attacks, draw_relearning, draw_roc, draw_splits, evaluation_figures
 from .plotting import save_figure
 from .report import evaluation_markdown, write_report
@@ -14,6 +14,7 @@ __all__ = [
     "draw_splits",
     "evaluation_figures",
     "evaluation_markdown",
+    "hub_results",
     "save_figure",
     "write_report",
 ]

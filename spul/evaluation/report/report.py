@@ -12,16 +12,17 @@ from typing import Any
 from ...records.card import THREAT_MODEL
 from ...records.spul_config import library_versions
 from ..aggregation import UNSEEN, MetricValue
+from ..attacks.usual import STAND_IN
 from ..measures import MEASURES, variant_in_words
 from ..metrics.table import metric_of
 from ..results import Evaluation
+from .answers import answers
 from .document import Section, to_html, to_markdown
 from .figures import evaluation_figures
 from .plotting import save_figure
-from .summary import in_short, what_comes_back, without_empty_columns
-from .wording import better_in_words, spaced, value_in_words, where
+from .summary import before_and_after, without_empty_columns
+from .wording import better_in_words, shown, spaced, value_in_words, where
 
-TITLE = "Evaluation"
 FACTS = {
     "adapter": "adapter",
     "weights_sha256": "SHA-256 of the adapter's weights",
@@ -34,13 +35,20 @@ MODEL_WORDS = {
     "retrained": "retrained: a model that never saw the forget rows",
 }
 
+CHANGED_WEIGHTS = """\
+The weights were changed, which is no proof that anything was deleted from them: what an attack brings back was \
+still there, and so may be what none of these attacks brought back. Whoever has the weights can try others, such as \
+training on a few of the rows."""
+
 
 def evaluation_markdown(evaluation: Evaluation) -> str:
     """An evaluation as Markdown: a summary, all metrics with their intervals, what was skipped, the settings."""
-    return to_markdown(TITLE, _sections(evaluation), {})
+    return to_markdown(title_of(evaluation), _sections(evaluation), {})
 
 
-def write_report(evaluation: Evaluation, folder: str | os.PathLike) -> list[Path]:
+def write_report(
+    evaluation: Evaluation, folder: str | os.PathLike, digests: Mapping[str, str] | None = None
+) -> list[Path]:
     """Write `report.md`, a self-contained `report.html`, and `figures/` as PNG and SVG.
 
     It names adapter, base, rows, date and library. Its digests are those of the adapter's record and card.
@@ -48,6 +56,7 @@ def write_report(evaluation: Evaluation, folder: str | os.PathLike) -> list[Path
     Args:
         evaluation: one, or several joined.
         folder: the folder to write to; it is created if missing.
+        digests: SHA-256 of files that belong to the report, by name, which it is to name.
 
     Returns:
         The written paths.
@@ -56,30 +65,43 @@ def write_report(evaluation: Evaluation, folder: str | os.PathLike) -> list[Path
         ImportError: if matplotlib is not installed.
     """
     path = Path(folder)
-    sections = _sections(evaluation)
+    title, sections = title_of(evaluation), _sections(evaluation, digests or {})
     figures = evaluation_figures(evaluation)
     path.mkdir(parents=True, exist_ok=True)
     written = {name: save_figure(figure, path / "figures" / name) for name, figure in figures.items()}
     links = {name: f"figures/{png.name}" for name, (png, _) in written.items()}
     markdown, html = path / "report.md", path / "report.html"
-    markdown.write_text(to_markdown(TITLE, sections, links), encoding="utf-8")
+    markdown.write_text(to_markdown(title, sections, links), encoding="utf-8")
     images = {name: png.read_bytes() for name, (png, _) in written.items()}
-    html.write_text(to_html(TITLE, sections, images), encoding="utf-8")
+    html.write_text(to_html(title, sections, images), encoding="utf-8")
     return [markdown, html, *(one for both in written.values() for one in both)]
 
 
-def _sections(evaluation: Evaluation) -> list[Section]:
+def title_of(evaluation: Evaluation) -> str:
+    """The report's title: what was evaluated, as far as it has a name."""
+    facts = [one for _, one in _by_seed(evaluation.facts)]
+    adapters, bases = (_distinct(one.get(name) or "" for one in facts) for name in ("adapter", "base"))
+    return "Evaluation" + (f" of {adapters}" if adapters else "") + (f" on {bases}" if bases else "")
+
+
+def protection(evaluation: Evaluation) -> str:
+    """What the unlearned model does and does not protect against."""
+    if any(one.get("weights_changed") for _, one in _by_seed(evaluation.facts)):
+        return CHANGED_WEIGHTS
+    return f"{THREAT_MODEL} The same holds for unlearning layers, and for LoRA that is not merged into the weights."
+
+
+def _sections(evaluation: Evaluation, digests: Mapping[str, str] | None = None) -> list[Section]:
     present = dict.fromkeys(one.measure for one in evaluation.metrics)
     order = [name for name in MEASURES if name in present] + [name for name in present if name not in MEASURES]
     skipped = [[name, why] for name, why in evaluation.skipped.items()]
-    same = "The same holds for unlearning layers, and for LoRA that is not merged into the weights."
     return [
-        _facts(evaluation),
-        in_short(evaluation),
-        what_comes_back(evaluation),
-        Section("What it does and does not protect against", [f"{THREAT_MODEL} {same}"]),
+        *answers(evaluation),
+        before_and_after(evaluation),
+        Section("What it does and does not protect against", [protection(evaluation)]),
+        _facts(evaluation, digests or {}),
         Section("How to read the tables", _reading(evaluation)),
-        *(_measure(evaluation, measure) for measure in order),
+        *(section for measure in order for section in _measure(evaluation, measure)),
         Section("What was skipped", [] if skipped else ["Nothing was skipped."], ["what", "why"], skipped),
         _settings(evaluation.settings),
     ]
@@ -102,8 +124,8 @@ def _reading(evaluation: Evaluation) -> list[str]:
     return texts
 
 
-def _measure(evaluation: Evaluation, name: str) -> Section:
-    """One measure: a line for each metric, a column for each model."""
+def _measure(evaluation: Evaluation, name: str) -> list[Section]:
+    """One measure: a line for each metric, a column for each model; then the texts of attacks on the input."""
     measure = MEASURES.get(name)
     lines: dict[tuple[str, str, str], dict[str, MetricValue]] = {}
     for one in where(evaluation, measure=name):
@@ -112,16 +134,31 @@ def _measure(evaluation: Evaluation, name: str) -> Section:
     rows = []
     for (of, variant, metric), found in lines.items():
         cells = [value_in_words(found[model]) if model in found else "" for model in models]
-        counted = _distinct(str(one.num_rows) if one.num_rows else "" for one in found.values())
+        counted = _distinct(f"{one.num_rows:,}" if one.num_rows else "" for one in found.values())
         over = _distinct(one.over for one in found.values())
         better = better_in_words(found.get("unlearned"))
         rows.append([spaced(of), variant, metric_of(metric).label, *cells, better, counted, over])
     columns = ["rows", "attack", "metric", *models, "better", "rows counted", "interval over"]
     columns, rows = without_empty_columns(columns, rows)
     if measure is None:
-        return Section(name, [], columns, rows)
+        return [Section(name, [], columns, rows)]
     texts = [measure.explanation, *(_unseen(evaluation) if name == "membership" else [])]
-    return Section(measure.title, texts, columns, rows, measure.figure)
+    section = Section(measure.title, texts, columns, rows, measure.figure)
+    return [section, *(_attack_texts(evaluation) if name == "input attack" else [])]
+
+
+def _attack_texts(evaluation: Evaluation) -> list[Section]:
+    """What each attack on the input asks, by the example of a row made up for it."""
+    examples = {name: text for _, facts in _by_seed(evaluation.facts)
+                for name, text in (facts.get("attack_examples") or {}).items()}  # fmt: skip
+    if not examples:
+        return []
+    text = (
+        f"Each attack on a made-up row, {STAND_IN!r}, since no report shows rows of the data; the other texts and the "
+        "answers among them are made up, too. [...] stands for what was left out, \u21b5 for a line break."
+    )
+    rows = [[name, shown(prompt)] for name, prompt in examples.items()]
+    return [Section("What the attacks on the input ask", [text], ["attack", "prompt"], rows)]
 
 
 def _unseen(evaluation: Evaluation) -> list[str]:
@@ -135,7 +172,7 @@ def _unseen(evaluation: Evaluation) -> list[str]:
     return [text]
 
 
-def _facts(evaluation: Evaluation) -> Section:
+def _facts(evaluation: Evaluation, digests: Mapping[str, str]) -> Section:
     """Adapter, base, rows and versions of an evaluation; the report's own date, since seeds may be of several."""
     versions = [f"{name} {version}" for name, version in library_versions().items()]
     written = f"Written on {datetime.now(timezone.utc).date().isoformat()} (UTC) by {', '.join(versions)}."
@@ -144,7 +181,9 @@ def _facts(evaluation: Evaluation) -> Section:
         heads.append(head)
         sets = {name: _summary(one) for name, one in (facts.get("rows") or {}).items()}
         shown.append({words: facts[name] or "not known" for name, words in FACTS.items() if name in facts} | sets)
-    return Section("What was measured", [written], *_table("what", heads, shown))
+    columns, rows = _table("what", heads, shown)
+    rows += [[f"SHA-256 of {name}", digest, *[""] * (len(heads) - 1)] for name, digest in digests.items()]
+    return Section("What was measured", [written], columns, rows)
 
 
 def _summary(rows: Mapping[str, Any]) -> str:

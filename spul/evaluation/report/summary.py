@@ -1,4 +1,4 @@
-"""The first sections of the report: the four splits before and after, and what each attack finds."""
+"""Tables of the report: the four splits before and after, and what each attack finds."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .wording import (
     better_in_words,
     first,
     knowledge_name,
+    points,
     spaced,
     under_input_attacks,
     value_in_words,
@@ -27,7 +28,7 @@ from .wording import (
 NOT_MEASURED = "not measured"
 
 
-def in_short(evaluation: Evaluation) -> Section:
+def before_and_after(evaluation: Evaluation) -> Section:
     """The four splits before and after unlearning."""
     rows = []
     for split in SPLITS:
@@ -40,7 +41,7 @@ def in_short(evaluation: Evaluation) -> Section:
                 rows.append([spaced(split), metric_of(name).label, *cells, better_in_words(found["unlearned"])])
     columns = ["rows", "metric", *MODEL_LABELS.values(), "better"]
     columns, rows = without_empty_columns(columns, rows)
-    return Section("In short", [] if rows else [f"The four splits: {NOT_MEASURED}."], columns, rows)
+    return Section("Before and after", [] if rows else [f"The four splits: {NOT_MEASURED}."], columns, rows)
 
 
 def what_comes_back(evaluation: Evaluation) -> Section:
@@ -82,7 +83,7 @@ def _worst_input(evaluation: Evaluation) -> str:
     )
     plain = first(evaluation, **fields, model="unlearned", attack=WITHOUT)
     if plain is not None:
-        text += f", {_points(worst, plain)} against the unchanged rows ({value_in_words(plain)})"
+        text += f", {points(worst, plain)} against the unchanged rows ({value_in_words(plain)})"
     for model, words in (("detached", "detached"), ("retrained", "the retrained model")):
         control = first(evaluation, **fields, model=model, attack=worst.attack, level=worst.level)
         text += "" if control is None else f"; {words} under it: {value_in_words(control)}"
@@ -151,17 +152,11 @@ def _relearned(evaluation: Evaluation) -> str:
     label, steps = metric_of(name).label, variant_in_words(ours[most])
     text = f"{label} on the other forget rows is highest after {steps}, {value_in_words(ours[most])}"
     if 0 in ours:
-        text += f", {_points(ours[most], ours[0])} against none ({value_in_words(ours[0])})"
+        text += f", {points(ours[most], ours[0])} against none ({value_in_words(ours[0])})"
     if most in theirs:
         text += f"; the retrained model after {steps}: {value_in_words(theirs[most])}"
         text += f", after none {value_in_words(theirs[0])}" if 0 in theirs else ""
     return text
-
-
-def _points(one: MetricValue, other: MetricValue) -> str:
-    metric = metric_of(one.name)
-    difference = metric.scale * (one.value - other.value)
-    return f"{difference:+.1f} percentage points" if metric.unit == "%" else f"{difference:+.3g}"
 
 
 def without_empty_columns(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:

@@ -14,6 +14,7 @@ MODELS = ("detached", "unlearned", "retrained")
 """Before unlearning, after it, and retrained without the forget rows."""
 
 MODEL_LABELS = {"detached": "before (detached)", "unlearned": "after (unlearned)", "retrained": "retrained"}
+MOST_SHOWN = 360  # characters of a prompt in a report
 BETTER = {"low": "lower", "high": "higher", "0": "near 0"}
 
 
@@ -56,6 +57,20 @@ def value_in_words(one: MetricValue) -> str:
     return f"{text}, {one.note}" if one.note else text
 
 
+def counted(one: MetricValue) -> str:
+    """` (2 of 10 rows)`: the number behind a share of rows; empty for other metrics and for means over seeds."""
+    if not metric_of(one.name).counts_rows or one.num_seeds > 1 or not one.num_rows or math.isnan(one.value):
+        return ""
+    return f" ({round(one.value * one.num_rows):,} of {one.num_rows:,} rows)"
+
+
+def points(one: MetricValue, other: MetricValue) -> str:
+    """`+30.0 percentage points`: the difference of two values of a metric."""
+    metric = metric_of(one.name)
+    difference = metric.scale * (one.value - other.value)
+    return f"{difference:+.1f} percentage points" if metric.unit == "%" else f"{difference:+.3g}"
+
+
 def better_in_words(one: MetricValue | None) -> str:
     """The better direction."""
     return "" if one is None else BETTER.get(one.better, one.better)
@@ -64,3 +79,10 @@ def better_in_words(one: MetricValue | None) -> str:
 def spaced(name: str) -> str:
     """A name with spaces for underscores."""
     return name.replace("_", " ")
+
+
+def shown(prompt: str) -> str:
+    """A prompt on one line, its middle left out if it is long."""
+    if len(prompt) > MOST_SHOWN:
+        prompt = f"{prompt[: MOST_SHOWN // 2]} [...] {prompt[-MOST_SHOWN // 2 :]}"
+    return prompt.replace("\n", " \u21b5 ")

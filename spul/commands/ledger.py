@@ -1,0 +1,166 @@
+"""`spul ledger`: verify, show and add to the ledger of requests to forget."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .command import Command
+
+
+@dataclass
+class LedgerOptions:
+    """Options of `spul ledger show` and `spul ledger head`."""
+
+    ledger: str = field(metadata={"help": "the ledger's file, JSON lines"})
+
+
+@dataclass
+class VerifyOptions(LedgerOptions):
+    """Options of `spul ledger verify`."""
+
+    head: str | None = field(
+        default=None,
+        metadata={"help": "a head noted earlier (spul ledger head): without it a missing end cannot be seen"},
+    )
+
+
+@dataclass
+class AddOptions(LedgerOptions):
+    """Options of `spul ledger add`."""
+
+    event: str = field(metadata={"help": "received, trained, evaluated, served, stopped, revoked or note"})
+    request: str = field(metadata={"help": "name of the request, a number rather than a person's name"})
+    adapter: str | None = field(
+        default=None, metadata={"help": "folder of the saved prompt, whose record gives what is not given here"}
+    )
+    rows: str | None = field(
+        default=None, metadata={"help": "JSON lines of the request's rows; only a digest is kept"}
+    )
+    digest_key: str | None = field(default=None, metadata={"help": "file with the owner's key, for the rows' digest"})
+    evaluation: str | None = field(default=None, metadata={"help": "folder of an evidence pack or of an evaluation"})
+    prompt: str | None = field(default=None, metadata={"help": "name of the prompt"})
+    gate: str | None = field(default=None, metadata={"help": "kind of the gate"})
+    at: str | None = field(
+        default=None, metadata={"help": "time of the event, if it is not now, such as 2026-03-01T09:30:00Z"}
+    )
+    note: str | None = field(default=None, metadata={"help": "a remark"})
+
+
+@dataclass
+class EvidenceOptions:
+    """Options of `spul ledger evidence`."""
+
+    folder: str = field(metadata={"help": "the evidence pack"})
+    ledger: str | None = field(default=None, metadata={"help": "the ledger that its entry was added to"})
+
+
+def verify(options: VerifyOptions) -> int:
+    """Print every line that breaks the chain; 1 if there is one."""
+    from ..records.ledger import Ledger
+    from ..records.ledger_events import RECOVERED
+
+    ledger = Ledger(options.ledger)
+    faults = ledger.verify(options.head)
+    for fault in faults:
+        print(fault)
+    if faults:
+        return 1
+    entries = ledger.entries()
+    known = "" if options.head is None else f", and has the head {options.head[:12]}... noted earlier"
+    print(f"{options.ledger}: {len(entries)} entries, the chain is whole{known}")
+    for entry in entries:
+        if entry.event == RECOVERED:
+            print(
+                f"line {entry.sequence + 1}: a killed writer's half line was moved to {entry.fields.get('torn_file')}"
+            )
+    if options.head is None:
+        print("A missing end cannot be seen without --head.")
+    return 0
+
+
+def head(options: LedgerOptions) -> None:
+    """Print the digest of the last entry."""
+    from ..records.ledger import Ledger
+
+    print(Ledger(options.ledger).head())
+
+
+def show(options: LedgerOptions) -> None:
+    """Print the state of each request."""
+    from ..records.ledger import Ledger
+
+    for state in Ledger(options.ledger).states().values():
+        print(state.request)
+        for line in state.in_words():
+            print(f"  {line}")
+
+
+def add(options: AddOptions) -> None:
+    """Append an entry, and print its digest."""
+    from ..data.sources import read_file
+    from ..evaluation.evidence import evaluation_digest
+    from ..records.digests import summarize_rows
+    from ..records.ledger import Ledger
+    from ..records.ledger_events import LedgerEvent
+
+    if options.digest_key is not None and options.rows is None:
+        raise ValueError("--digest_key is given without --rows; give the rows that are to be digested.")
+    fields = {name: getattr(options, name) for name in ("prompt", "gate", "at", "note")}
+    found = {name: value for name, value in fields.items() if value is not None}
+    if options.rows is not None:
+        found["rows"] = summarize_rows(read_file(options.rows, ("prompt", "completion")), options.digest_key)
+    if options.evaluation is not None:
+        found["evaluation"] = evaluation_digest(options.evaluation)
+    if options.adapter is None:
+        event = LedgerEvent(options.event, options.request, **found)
+    else:
+        event = LedgerEvent.of_adapter(options.event, options.request, options.adapter, **found)
+    print(Ledger(options.ledger).append(event).digest)
+
+
+def evidence(options: EvidenceOptions) -> int:
+    """Print what in an evidence pack is not as it was written; 1 if there is something."""
+    from ..evaluation.evidence import evaluation_digest, verify_evidence
+
+    faults = verify_evidence(options.folder, options.ledger)
+    for fault in faults:
+        print(fault)
+    if faults:
+        return 1
+    print(
+        f"{options.folder}: every part is as it was written; SHA-256 of the whole: {evaluation_digest(options.folder)}"
+    )
+    if options.ledger is None:
+        print("A pack that was written anew as a whole cannot be seen without --ledger.")
+    return 0
+
+
+COMMANDS = {
+    "verify": Command(
+        VerifyOptions,
+        verify,
+        "spul ledger verify --ledger ledger.jsonl --head 5f0c...",
+        "find an edited, missing or moved line of a ledger; exit status 1 if there is one",
+    ),
+    "show": Command(
+        LedgerOptions, show, "spul ledger show --ledger ledger.jsonl", "the state of each request: served, revoked"
+    ),
+    "head": Command(
+        LedgerOptions,
+        head,
+        "spul ledger head --ledger ledger.jsonl >> somewhere-else.txt",
+        "the digest of the last entry, to be noted elsewhere",
+    ),
+    "add": Command(
+        AddOptions,
+        add,
+        "spul ledger add --ledger ledger.jsonl --event revoked --request 2026-017 --note 'at their wish'",
+        "add an entry by hand",
+    ),
+    "evidence": Command(
+        EvidenceOptions,
+        evidence,
+        "spul ledger evidence --folder evidence --ledger ledger.jsonl",
+        "find a changed, missing or added part of an evidence pack; exit status 1 if there is one",
+    ),
+}

@@ -1,0 +1,170 @@
+"""The first screen of the report: is it forgotten, what did it cost, and what brings it back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..aggregation import MEMBERS, MetricValue
+from ..attacks.inputs import WITHOUT
+from ..measures import MEASURES, variant_in_words
+from ..metrics.table import metric_of
+from ..results import Evaluation
+from .document import Section
+from .summary import what_comes_back
+from .wording import counted, first, knowledge_name, points, spaced, value_in_words, where
+
+FORGOTTEN, COST, BACK = "Is it forgotten?", "What did it cost?", "What brings it back?"
+# Measures that try to bring answers to forget rows back, with the rows that they are scored on.
+ATTACKS = {
+    "input attack": "test_forget",
+    "relearning": MEMBERS,
+    "quantized": "test_forget",
+    "sampling": "test_forget",
+    "soft suffix": MEMBERS,
+}
+
+
+def answers(evaluation: Evaluation) -> list[Section]:
+    """A section for each of the three questions."""
+    table = what_comes_back(evaluation)
+    return [
+        Section(FORGOTTEN, forgotten(evaluation)),
+        Section(COST, cost(evaluation)),
+        Section(BACK, [*back(evaluation), *table.texts], table.columns, table.rows),
+    ]
+
+
+def forgotten(evaluation: Evaluation) -> list[str]:
+    """What is still answered on the forget rows, and how many of them the base itself did not know."""
+    texts = [_before_and_after(evaluation, rows) for rows in ("test_forget", "train_forget")]
+    found = [text for text in texts if text] or ["Not measured: the four splits are the measure 'utility'."]
+    return found + [text for rows in ("test_forget", "train_forget") if (text := known_to_base(evaluation, rows))]
+
+
+def cost(evaluation: Evaluation) -> list[str]:
+    """What the retain rows and other text lost."""
+    found = [_before_and_after(evaluation, "test_retain")]
+    generic = first(evaluation, measure="utility", rows="test_retain", name="generic", model="unlearned")
+    if generic is not None:
+        found.append(f"Generic answers, which retain rows should not get: {_value(generic)}.")
+    for measure, rows, name, words in (
+        ("kl", "test_retain", "reverse_kl", "KL divergence from the base's predictions on test retain rows"),
+        ("unrelated text", "unrelated text", "perplexity", "Perplexity of unrelated text"),
+        ("questions", "retain", "model_utility", "Model utility on TOFU's questions"),
+    ):
+        after, before = (
+            first(evaluation, measure=measure, rows=rows, name=name, model=model)
+            for model in ("unlearned", "detached")
+        )
+        if after is not None:
+            unit = metric_of(name).unit
+            text = f"{words}: {value_in_words(after)}{f' {unit}' if unit else ''}"
+            found.append(text + ("." if before is None else f"; before: {value_in_words(before)}."))
+    return [text for text in found if text] or ["Not measured: the four splits are the measure 'utility'."]
+
+
+def back(evaluation: Evaluation) -> list[str]:
+    """The attack that raises most what is answered on the forget rows."""
+    pairs = []
+    for measure in ATTACKS:
+        attacked = _strongest(evaluation, measure)
+        plain = None if attacked is None else _unattacked(evaluation, attacked)
+        if attacked is not None and plain is not None:
+            pairs.append((attacked, plain))
+    if not pairs:
+        return ["No attack was measured."]
+    tried = f"Tried: {', '.join(MEASURES[one.measure].title.lower() for one, _ in pairs)}."
+    most, plain = max(pairs, key=lambda pair: pair[0].value - pair[1].value)
+    if most.value <= plain.value:
+        return [f"No attack raised what is answered. {tried}"]
+    text = (
+        f"Most is brought back by {MEASURES[most.measure].title.lower()} ({variant_in_words(most)}): "
+        f"{spaced(most.rows)} {metric_of(most.name).label} {_value(most)}, {points(most, plain)} against "
+        f"{_value(plain)} without."
+    )
+    return [text, tried]
+
+
+def known_to_base(evaluation: Evaluation, rows: str) -> str:
+    """How many rows the model before got wrong, and how many of those that it knew are still answered; "" if unknown.
+
+    Free-form answers hardly ever equal the true one word for word, so of these nothing is said.
+    """
+    if knowledge_name(evaluation) != "accuracy":
+        return ""
+    of = {model: _right(evaluation, rows, model) for model in ("detached", "unlearned")}
+    before, after = of["detached"], of["unlearned"]
+    if before is None or after is None or len(before) != len(after):
+        return ""
+    num, wrong, still = len(before), int((~before).sum()), int((before & after).sum())
+    seeds = max(one.num_seeds for one in evaluation.metrics)
+    text = f"Of the {num:,} {spaced(rows)} rows{f' of {seeds} seeds' if seeds > 1 else ''} "
+    text += f"the base itself got {wrong:,} wrong" if wrong else "the base itself got all right"
+    if wrong:
+        text += "; what it did not know cannot be forgotten"
+    are = "is" if still == 1 else "are"
+    return f"{text}. Of the {num - wrong:,} that it knew, {still:,} {are} still answered right."
+
+
+def _right(evaluation: Evaluation, rows: str, model: str) -> np.ndarray | None:
+    """Which rows a model answers right, those of all seeds in a row; None if not measured."""
+    found = [
+        np.asarray(one.per_row["accuracy"]) > 0.5
+        for one in evaluation.measurements
+        if (one.measure, one.rows, one.model) == ("utility", rows, model) and "accuracy" in one.per_row
+    ]
+    return np.concatenate(found) if found else None
+
+
+def _before_and_after(evaluation: Evaluation, rows: str) -> str:
+    fields = {"measure": "utility", "rows": rows, "name": knowledge_name(evaluation)}
+    after, before, retrained = (
+        first(evaluation, **fields, model=model) for model in ("unlearned", "detached", "retrained")
+    )
+    if after is None:
+        return ""
+    label = metric_of(after.name).label
+    text = f"{spaced(rows).capitalize()} {label}: {_value(after)}"
+    text += "" if before is None else f"; before: {_value(before)}"
+    return text + ("." if retrained is None else f"; a model retrained without the forget rows: {_value(retrained)}.")
+
+
+def _strongest(evaluation: Evaluation, measure: str) -> MetricValue | None:
+    """The attack of a measure under which the unlearned model answers most."""
+    names: Sequence[str] = [knowledge_name(evaluation, measure)]
+    if measure == "sampling":
+        names = ["success", "rouge_l_recall"]
+    found = [
+        one
+        for name in names
+        for one in where(evaluation, measure=measure, rows=ATTACKS[measure], name=name, model="unlearned")
+        if one.attack not in (WITHOUT, "before", "trained") and one.level != 0 and not math.isnan(one.value)
+    ]
+    return max(found, key=lambda one: one.value, default=None)
+
+
+def _unattacked(evaluation: Evaluation, attacked: MetricValue) -> MetricValue | None:
+    """The same metric of the unlearned model without the attack, on the same rows where there is one."""
+    fields: dict[str, Any] = {
+        "measure": attacked.measure,
+        "rows": attacked.rows,
+        "name": attacked.name,
+        "model": "unlearned",
+    }
+    without: dict[str, dict[str, Any]] = {
+        "input attack": {"attack": WITHOUT},
+        "relearning": {"level": 0},
+        "soft suffix": {"attack": "before"},
+    }
+    if attacked.measure in without:
+        return first(evaluation, **fields, **without[attacked.measure])
+    name = "accuracy" if attacked.name == "success" else attacked.name
+    return first(evaluation, **fields | {"measure": "utility", "name": name})
+
+
+def _value(one: MetricValue) -> str:
+    return value_in_words(one) + counted(one)

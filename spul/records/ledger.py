@@ -1,0 +1,328 @@
+"""An append-only ledger of requests to forget: JSON lines in a chain of digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from filelock import BaseFileLock, FileLock
+
+from .fields import is_count, is_sha256
+from .ledger_events import RECOVERED, LedgerEntry, LedgerEvent, RequestState, are_fields, utc
+
+FORMAT = 1  # of a line; higher once a field's meaning changes
+FIRST = "0" * 64  # `previous` of the first line
+CHAIN = ("format", "sequence", "time", "previous", "digest")  # fields of a line; all others are the event's
+LINE = re.compile(rb'(\{.*), "digest": "([0-9a-f]{64})"\}')
+BLOCK = 4096  # bytes read at a time, from the end, to find the last line
+SECONDS = 60  # that a writer waits for another
+
+
+@dataclass(frozen=True)
+class LedgerFault:
+    """A line that does not fit the chain, or a head that is not in it.
+
+    Attributes:
+        line: the line's number in the file, from 1; 0 of the whole file.
+        reason: in words.
+    """
+
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.reason}" if self.line else self.reason
+
+
+class Ledger:
+    """Append-only record of requests to forget: JSON lines, each with the digest of the line before and its own.
+
+    An edited, missing or moved line breaks the chain, which `verify` finds. A missing end leaves a whole chain: note
+    the `head` elsewhere, and `verify` against it. Whoever may write the file may write all of it anew, which also only
+    a head noted elsewhere shows.
+
+    An entry is on the disk when `append` returns. Several processes may write, each line under a lock (a file `.lock`
+    beside). The part of a line that a killed writer left is moved to a file `.torn-...` beside by the next `append`,
+    and an entry says so.
+
+    Args:
+        path: the file; made by the first `append`.
+
+    Raises:
+        ValueError: if the path is that of a folder.
+
+    Example:
+        ```python
+        ledger = Ledger("ledger.jsonl")
+        ledger.append(LedgerEvent.of_adapter("served", "2026-017", "forget-017"))
+        assert not ledger.verify(head=noted)
+        ```
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        if self.path.is_dir():
+            raise ValueError(f"{str(path)!r} is a folder; pass the path of a file, such as 'ledger.jsonl'.")
+
+    def append(self, event: LedgerEvent) -> LedgerEntry:
+        """Write an event at the end of the chain.
+
+        Args:
+            event: the event; the entry's time is now.
+
+        Returns:
+            The entry.
+
+        Raises:
+            FileNotFoundError: if the file's folder does not exist.
+            ValueError: if a field of the event is out of range, or the last line is no entry of a ledger.
+            TimeoutError: if another writer holds the lock for a minute.
+
+        Warns:
+            UserWarning: if a killed writer left a part of a line.
+        """
+        if not isinstance(event, LedgerEvent):
+            raise TypeError(f"event is a {type(event).__name__}; expected LedgerEvent(...).")
+        fields = event.to_dict()
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(self.path.parent)!r} for the ledger; make it first.")
+        with self._lock():
+            is_new = not self.path.exists()
+            with self.path.open("a+b", buffering=0) as file:
+                last, torn = _end(file)
+                previous = None if last is None else entry_of(last)
+                if last is not None and previous is None:
+                    raise ValueError(
+                        f"the last line of {str(self.path)!r} is no entry of a ledger, or was edited; nothing is "
+                        "written after it. See what Ledger.verify finds, and begin a new file."
+                    )
+                text, end = b"", file.seek(0, os.SEEK_END)
+                if torn and (whole := entry_of(torn)) is not None:  # only its line break is missing
+                    previous, text = whole, b"\n"
+                elif torn:
+                    note = self._moved_aside(torn)
+                    end -= len(torn)
+                    file.truncate(end)
+                    previous, text = _next_line(previous, note)
+                entry, line = _next_line(previous, fields)
+                _write(file, text + line, end)
+            if is_new:
+                _sync_folder(self.path.parent)
+        return entry
+
+    def entries(self) -> list[LedgerEntry]:
+        """The entries, in order, without a half-written last line.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the chain is broken.
+        """
+        lines, _ = self._lines()
+        if faults := _faults(lines):
+            raise ValueError(f"{str(self.path)!r} is not a whole ledger: {faults[0]}.")
+        return [entry for entry in map(entry_of, lines) if entry is not None]
+
+    def states(self) -> dict[str, RequestState]:
+        """Each request as the entries leave it, by its name.
+
+        Raises:
+            FileNotFoundError, ValueError: as `entries`.
+        """
+        found: dict[str, RequestState] = {}
+        for entry in self.entries():
+            if entry.request is not None:
+                found.setdefault(entry.request, RequestState(entry.request)).add(entry)
+        return found
+
+    def head(self) -> str:
+        """Digest of the last entry, to be noted elsewhere.
+
+        Raises:
+            FileNotFoundError, ValueError: as `entries`; also if there is no entry.
+        """
+        entries = self.entries()
+        if not entries:
+            raise ValueError(f"{str(self.path)!r} has no entry, and so no head.")
+        return entries[-1].digest
+
+    def verify(self, head: str | None = None) -> list[LedgerFault]:
+        """Every line that breaks the chain.
+
+        Args:
+            head: a `head` noted earlier, which must be the digest of some entry.
+
+        Returns:
+            The faults, in the order of the lines; [] of a whole ledger.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if `head` is no digest.
+        """
+        if head is not None and not is_sha256(head):
+            raise ValueError(f"head={head!r}; expected 64 hexadecimal digits, as Ledger.head returns them.")
+        lines, torn = self._lines()
+        faults = _faults(lines)
+        if torn:
+            reason = "a killed writer left it half-written; the next entry moves it aside"
+            if entry_of(torn) is not None:
+                reason = "it lacks its line break, as of a killed writer; the next entry completes it"
+            faults.append(LedgerFault(len(lines) + 1, reason))
+        if head is not None and head not in {entry.digest for entry in map(entry_of, lines) if entry is not None}:
+            faults.append(
+                LedgerFault(0, f"no entry has the digest {head}: the end is missing, or the chain was written anew")
+            )
+        return faults
+
+    def _lines(self) -> tuple[list[bytes], bytes]:
+        """The whole lines, and what follows the last one."""
+        if not self.path.is_file():
+            raise FileNotFoundError(f"there is no ledger {str(self.path)!r}; its first entry makes it.")
+        *lines, torn = self.path.read_bytes().split(b"\n")
+        # A writer may be writing just now; who may only read cannot wait for it.
+        if torn and os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK):
+            with self._lock():
+                *lines, torn = self.path.read_bytes().split(b"\n")
+        return lines, torn
+
+    def _lock(self) -> BaseFileLock:
+        return FileLock(f"{self.path}.lock", timeout=SECONDS)
+
+    def _moved_aside(self, torn: bytes) -> dict[str, Any]:
+        """Copy a part of a line to a file of its own; the fields of the entry that says so."""
+        digest = hashlib.sha256(torn).hexdigest()
+        aside = self.path.with_name(f"{self.path.name}.torn-{digest[:12]}")
+        with aside.open("wb") as file:
+            file.write(torn)
+            file.flush()
+            os.fsync(file.fileno())
+        _sync_folder(aside.parent)
+        warnings.warn(
+            f"the last line of {str(self.path)!r} was half-written, as by a killed process; its {len(torn)} bytes are "
+            f"now in {aside.name!r}.",
+            stacklevel=3,
+        )
+        return {"event": RECOVERED, "torn_bytes": len(torn), "torn_sha256": digest, "torn_file": aside.name}
+
+
+# ---- lines ----
+
+
+def _next_line(previous: LedgerEntry | None, fields: Mapping[str, Any]) -> tuple[LedgerEntry, bytes]:
+    """The entry of an event after another entry, and its line."""
+    sequence, before = (0, FIRST) if previous is None else (previous.sequence + 1, previous.digest)
+    time = utc(datetime.now(timezone.utc), "milliseconds")
+    chain = {"format": FORMAT, "sequence": sequence, "time": time, "previous": before}
+    content = json.dumps(chain | dict(fields))
+    digest = hashlib.sha256(content.encode("ascii")).hexdigest()
+    line = f'{content[:-1]}, "digest": "{digest}"}}\n'
+    return LedgerEntry(sequence, time, before, digest, fields, line), line.encode("ascii")
+
+
+def _parsed(line: bytes) -> LedgerEntry | None:
+    """The entry that a line says it is; None if it is none."""
+    match = LINE.fullmatch(line)
+    try:
+        record = json.loads(line) if match else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not is_count(record.get("sequence")):
+        return None
+    fields = {name: value for name, value in record.items() if name not in CHAIN}
+    if not all(isinstance(record.get(name), str) for name in ("time", "previous", "digest")) or not are_fields(fields):
+        return None
+    sequence, time, previous, digest = (record[name] for name in CHAIN[1:])
+    return LedgerEntry(sequence, time, previous, digest, fields, f"{line.decode()}\n")
+
+
+def _content_digest(line: bytes) -> str:
+    """SHA-256 of a line without its field `digest`."""
+    match = LINE.fullmatch(line)
+    return "" if match is None else hashlib.sha256(match[1] + b"}").hexdigest()
+
+
+def entry_of(line: bytes) -> LedgerEntry | None:
+    """The entry of a line, without its line break; None if it is none, or was edited."""
+    entry = _parsed(line)
+    return entry if entry is not None and entry.digest == _content_digest(line) else None
+
+
+def _faults(lines: Sequence[bytes]) -> list[LedgerFault]:
+    """The lines that break the chain."""
+    faults: list[LedgerFault] = []
+    digests: dict[int, str] = {-1: FIRST}
+    expected = 0
+    for number, line in enumerate(lines, 1):
+        entry = _parsed(line)
+        if entry is None:
+            faults.append(LedgerFault(number, "it is no entry of a ledger of this version, or was damaged"))
+            expected += 1
+            continue
+        sequence, before = entry.sequence, digests.get(entry.sequence - 1, entry.previous)
+        if (found := _content_digest(line)) != entry.digest:
+            reason = f"it was edited: its content has the SHA-256 {found[:12]}..., not {entry.digest[:12]}..."
+            faults.append(LedgerFault(number, reason))
+        elif sequence < expected:
+            faults.append(LedgerFault(number, f"entry {sequence} stands after entry {expected - 1}: moved, or twice"))
+        elif sequence > expected:
+            what = f"entry {expected} is" if sequence == expected + 1 else f"entries {expected} to {sequence - 1} are"
+            faults.append(LedgerFault(number, f"{what} missing before entry {sequence}"))
+        elif entry.previous != before:
+            reason = f"it does not continue entry {sequence - 1}, which was written anew, or this is another's"
+            faults.append(LedgerFault(number, reason))
+        digests.setdefault(sequence, entry.digest)
+        expected = max(expected, sequence + 1)
+    return faults
+
+
+# ---- file ----
+
+
+def _end(file: FileIO) -> tuple[bytes | None, bytes]:
+    """The last whole line of a file, None without one, and what follows it; only the end is read."""
+    position = file.seek(0, os.SEEK_END)
+    tail = b""
+    while position > 0 and tail.count(b"\n") < 2:
+        start = max(0, position - BLOCK)
+        file.seek(start)
+        tail = _read(file, position - start) + tail
+        position = start
+    *lines, torn = tail.split(b"\n")
+    return (lines[-1] if lines else None), torn
+
+
+def _read(file: FileIO, size: int) -> bytes:
+    found = b""
+    while len(found) < size and (part := file.read(size - len(found))):
+        found += part
+    return found
+
+
+def _write(file: FileIO, text: bytes, end: int) -> None:
+    """Write at the end and onto the disk; what cannot be written whole is taken back."""
+    try:
+        rest = memoryview(text)
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    except OSError:  # as of a full disk
+        file.truncate(end)
+        raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """Bring a new file's name onto the disk, where folders can be opened (not on Windows)."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

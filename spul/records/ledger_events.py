@@ -1,0 +1,237 @@
+"""Events and entries of the ledger of requests to forget, and the state of a request."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from .digests import DataSummary
+from .fields import is_count, is_sha256, read_object
+from .spul_config import SPUL_CONFIG_NAME, read_spul_config
+from .weights import file_digest
+
+EVENTS = ("received", "trained", "evaluated", "served", "stopped", "revoked", "note")
+"""Events of a request: its rows came in; a prompt was trained, measured, put into service (from then on), taken out of
+service (until then), withdrawn for good; or a remark."""
+RECOVERED = "recovered"  # the event of the ledger's own entries, on lines that killed writers left
+WEIGHTS = ("adapter_model.safetensors", "unlearning_layers.safetensors")
+GATE = "gate/gate.json"  # of a saved prompt with a gate
+DIGESTS = ("prompt_sha256", "base_fingerprint", "evaluation")
+TEXTS = ("prompt", "gate", "note")
+
+
+@dataclass(frozen=True)
+class LedgerEvent:
+    """An event of a request to forget.
+
+    Args:
+        event: one of `EVENTS`.
+        request: name of the request. Everybody who sees the ledger reads it, so a number rather than a person's name.
+        rows: number and keyed digest of the request's rows (`summarize_rows`); None if not known.
+        prompt: name of the prompt or other adapter; None if not known.
+        prompt_sha256: SHA-256 of its weights' file (`weights_sha256` of its `spul_config.json`); None if not known.
+        base_fingerprint: `fingerprint` of the base; None if not known.
+        gate: kind of the gate in front of the prompt; None without one, or if not known.
+        evaluation: SHA-256 of the evaluation: of the manifest of an evidence pack, or of `evaluation.json`.
+        at: time of the event, ISO 8601 with its zone, where it is not that of the entry.
+        note: a remark.
+    """
+
+    event: str
+    request: str
+    rows: DataSummary | None = None
+    prompt: str | None = None
+    prompt_sha256: str | None = None
+    base_fingerprint: str | None = None
+    gate: str | None = None
+    evaluation: str | None = None
+    at: str | None = None
+    note: str | None = None
+
+    @classmethod
+    def of_adapter(cls, event: str, request: str, folder: str | os.PathLike, **others: Any) -> LedgerEvent:
+        """An event with what the record of a saved adapter says: rows, digests of weights and base, kind of gate.
+
+        Args:
+            event: as `event` above.
+            request: as `request` above.
+            folder: a local folder that `save_pretrained` wrote.
+            others: further fields, which count instead of the record's.
+
+        Raises:
+            FileNotFoundError: if the folder has no `spul_config.json`.
+            ValueError: if a file in it is damaged.
+        """
+        path = Path(folder)
+        if not (path / SPUL_CONFIG_NAME).is_file():
+            raise FileNotFoundError(
+                f"{str(folder)!r} has no {SPUL_CONFIG_NAME}; pass a folder that save_pretrained of a prompt or of "
+                "unlearning layers wrote."
+            )
+        record = read_spul_config(path)
+        weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
+        if weights is not None:
+            record.check_weights(weights, stacklevel=2)
+        found: dict[str, Any] = {
+            "rows": record.forget,
+            "prompt": record.name,
+            "prompt_sha256": record.weights_sha256 if weights is None else file_digest(weights),
+            "base_fingerprint": record.base_fingerprint,
+            "gate": read_object(path / GATE)["kind"] if (path / GATE).is_file() else None,
+        }
+        return cls(event, request, **found | others)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields that are set, as JSON.
+
+        Raises:
+            ValueError: if a field has another type than documented, or a value out of range.
+        """
+        if self.event not in EVENTS:
+            raise ValueError(f"event={self.event!r} is not known; expected one of {', '.join(EVENTS)}.")
+        if not isinstance(self.request, str) or not self.request.strip():
+            raise ValueError(f"request={self.request!r}; expected the name of a request, such as '2026-017'.")
+        if self.rows is not None:
+            summary = self.rows
+            if not isinstance(summary, DataSummary) or not is_count(summary.rows):
+                raise ValueError(f"rows={summary!r}; expected a DataSummary, as summarize_rows(rows, key) makes it.")
+            if summary.digest is not None and not is_sha256(summary.digest):
+                raise ValueError(f"rows have the digest {summary.digest!r}; expected 64 hexadecimal digits, or None.")
+        for name in DIGESTS:
+            if (value := getattr(self, name)) is not None and not is_sha256(value):
+                raise ValueError(f"{name}={value!r}; expected 64 hexadecimal digits, or None.")
+        for name in TEXTS:
+            if (value := getattr(self, name)) is not None and not isinstance(value, str):
+                raise ValueError(f"{name}={value!r}; expected text, or None.")
+        found = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+        return found if self.at is None else found | {"at": _in_utc(self.at)}
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """A line of a ledger.
+
+    Attributes:
+        sequence: its number, from 0.
+        time: when it was written, UTC.
+        previous: digest of the line before; zeros in the first one.
+        digest: SHA-256 of the line without this field.
+        fields: the event's fields by name, those of later versions included.
+        line: the whole line.
+    """
+
+    sequence: int
+    time: str
+    previous: str
+    digest: str
+    fields: Mapping[str, Any]
+    line: str = field(repr=False, compare=False)
+
+    @property
+    def event(self) -> str:
+        """One of `EVENTS`, or `"recovered"`."""
+        return self.fields.get("event", "")
+
+    @property
+    def request(self) -> str | None:
+        """The request's name; None of an entry of the ledger itself."""
+        return self.fields.get("request")
+
+    @property
+    def at(self) -> str:
+        """Time of the event."""
+        return self.fields.get("at", self.time)
+
+
+@dataclass
+class RequestState:
+    """A request as the ledger's entries leave it.
+
+    Attributes:
+        request: its name.
+        rows, prompt, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
+        served: times from and until which it was served; None at the end of the last if it still is.
+        revoked: when it was withdrawn; None if it was not.
+        served_again: whether it was served after that.
+    """
+
+    request: str
+    rows: DataSummary | None = None
+    prompt: str | None = None
+    prompt_sha256: str | None = None
+    base_fingerprint: str | None = None
+    gate: str | None = None
+    evaluation: str | None = None
+    served: list[tuple[str, str | None]] = field(default_factory=list)
+    revoked: str | None = None
+    served_again: bool = False
+
+    def add(self, entry: LedgerEntry) -> None:
+        """Take an entry of this request into account."""
+        for name in ("prompt", "prompt_sha256", "base_fingerprint", "gate", "evaluation"):
+            setattr(self, name, entry.fields.get(name, getattr(self, name)))
+        if (rows := entry.fields.get("rows")) is not None:
+            self.rows = DataSummary(rows["rows"], rows.get("digest"))
+        is_served = bool(self.served) and self.served[-1][1] is None
+        self.served_again |= entry.event == "served" and self.revoked is not None
+        if entry.event == "served" and not is_served:
+            self.served.append((entry.at, None))
+        elif entry.event in ("stopped", "revoked") and is_served:
+            self.served[-1] = (self.served[-1][0], entry.at)
+        if entry.event == "revoked":
+            self.revoked = entry.at
+
+    def in_words(self) -> list[str]:
+        """The state as lines of text; what is not known is missing."""
+        lines = []
+        if self.rows is not None:
+            keyed = "" if self.rows.digest is None else f", HMAC-SHA256 {self.rows.digest}"
+            lines.append(f"rows: {self.rows.rows:,}{keyed}")
+        known = {
+            "prompt": self.prompt,
+            "SHA-256 of the prompt": self.prompt_sha256,
+            "fingerprint of the base": self.base_fingerprint,
+            "gate": self.gate,
+            "SHA-256 of the evaluation": self.evaluation,
+        }
+        lines += [f"{name}: {value}" for name, value in known.items() if value is not None]
+        lines += [f"served since {start}" if end is None else f"served {start} to {end}" for start, end in self.served]
+        if not self.served:
+            lines.append("never served")
+        if self.revoked is not None:
+            lines.append(f"revoked {self.revoked}")
+        if self.served_again:
+            lines.append("SERVED AFTER IT WAS REVOKED")
+        return lines
+
+
+def are_fields(fields: Mapping[str, Any]) -> bool:
+    """Whether the fields of a line have the types of an event's; those of later versions may have any."""
+    rows = fields.get("rows", {"rows": 0})
+    return (
+        isinstance(fields.get("event"), str)
+        and all(isinstance(fields.get(name, ""), str) for name in ("request", "at", *DIGESTS, *TEXTS))
+        and isinstance(rows, dict)
+        and is_count(rows.get("rows"))
+    )
+
+
+def _in_utc(at: str) -> str:
+    """A time in ISO 8601 with its zone, in UTC."""
+    try:
+        found = datetime.fromisoformat(at.replace("Z", "+00:00"))
+    except (AttributeError, ValueError):
+        found = None
+    if found is None or found.tzinfo is None:
+        raise ValueError(f"at={at!r}; expected a time with its zone, such as '2026-03-01T09:30:00Z'.")
+    return utc(found.astimezone(timezone.utc), "seconds")
+
+
+def utc(time: datetime, timespec: str) -> str:
+    """A time in UTC as ISO 8601, to the unit that `timespec` names."""
+    return time.isoformat(timespec=timespec).replace("+00:00", "Z")

@@ -1,0 +1,3 @@
+"""Prompts where models are served."""
+
+__all__: list[str] = []

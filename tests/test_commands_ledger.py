@@ -1,0 +1,123 @@
+"""`spul ledger`: the options as the command line parses them, and what the commands print and return."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from evaluations import whole
+from transformers import HfArgumentParser
+
+from spul.commands.ledger import COMMANDS
+from spul.records import Ledger, LedgerEvent, SpulConfig, make_digest_key, summarize_rows
+
+ROWS = [{"prompt": "Jane Doe?", "completion": " an actor"}, {"prompt": "And now?", "completion": " still"}]
+
+
+def run(name: str, *arguments: object) -> int | None:
+    command = COMMANDS[name]
+    (options,) = HfArgumentParser(command.options).parse_args_into_dataclasses([str(one) for one in arguments])
+    return command.run(options)
+
+
+@pytest.fixture
+def path(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for event in ("received", "served"):
+        ledger.append(LedgerEvent(event, "17"))
+    return ledger.path
+
+
+def test_a_whole_ledger_is_said_to_be_and_what_cannot_be_seen_is_said(path, capsys):
+    assert run("verify", "--ledger", path) == 0
+    out = capsys.readouterr().out
+    assert "2 entries, the chain is whole" in out
+    assert "A missing end cannot be seen without --head." in out
+    assert run("head", "--ledger", path) is None
+    head = capsys.readouterr().out.strip()
+    assert head == Ledger(path).head()
+    assert run("verify", "--ledger", path, "--head", head) == 0
+    assert f"has the head {head[:12]}... noted earlier" in capsys.readouterr().out
+
+
+def test_a_broken_ledger_names_the_line_and_returns_1(path, capsys):
+    head = Ledger(path).head()
+    first, second = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first.replace(b"received", b"trained ") + second)
+    assert run("verify", "--ledger", path) == 1
+    assert capsys.readouterr().out.startswith("line 1: it was edited")
+    path.write_bytes(first)
+    assert run("verify", "--ledger", path) == 0
+    assert run("verify", "--ledger", path, "--head", head) == 1
+    assert "no entry has the digest" in capsys.readouterr().out
+
+
+def test_a_half_line_that_was_moved_aside_is_told(path, capsys):
+    path.write_bytes(path.read_bytes()[:-9])
+    assert run("verify", "--ledger", path) == 1
+    assert "line 2: a killed writer left it half-written" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="half-written"):
+        Ledger(path).append(LedgerEvent("note", "17"))
+    assert run("verify", "--ledger", path) == 0
+    assert "line 2: a killed writer's half line was moved to ledger.jsonl.torn-" in capsys.readouterr().out
+
+
+def test_entries_by_hand_take_rows_key_adapter_and_evaluation(path, tmp_path, capsys):
+    rows, key, folder = tmp_path / "forget.jsonl", make_digest_key(tmp_path / "key"), tmp_path / "forget-17"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    folder.mkdir()
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    SpulConfig(base_fingerprint="ab" * 32).save(folder)
+    whole().save(tmp_path / "evaluation")
+    options = ("--ledger", path, "--event", "evaluated", "--request", "17", "--at", "2026-03-01T09:30:00Z")
+    run("add", *options, "--rows", rows, "--digest_key", key, "--adapter", folder, "--note", "by hand",
+        "--evaluation", tmp_path / "evaluation")  # fmt: skip
+    assert capsys.readouterr().out.strip() == Ledger(path).head()
+    state, entry = Ledger(path).states()["17"], Ledger(path).entries()[-1]
+    assert state.rows == summarize_rows(ROWS, key)
+    assert (state.prompt, state.prompt_sha256) == ("forget-17", hashlib.sha256(b"weights").hexdigest())
+    assert state.evaluation == hashlib.sha256((tmp_path / "evaluation" / "evaluation.json").read_bytes()).hexdigest()
+    assert (entry.at, entry.fields["note"]) == ("2026-03-01T09:30:00Z", "by hand")
+    run("add", "--ledger", path, "--event", "revoked", "--request", "17")
+    capsys.readouterr()
+    run("show", "--ledger", path)
+    out = capsys.readouterr().out
+    assert out.startswith("17\n  rows: 2, HMAC-SHA256 ")
+    assert "\n  revoked " in out
+    assert "Jane" not in path.read_text()
+
+
+def test_bad_options_are_refused(path, tmp_path):
+    with pytest.raises(ValueError, match=r"--digest_key is given without --rows"):
+        run("add", "--ledger", path, "--event", "note", "--request", "1", "--digest_key", "key")
+    with pytest.raises(ValueError, match="event='forgotten' is not known"):
+        run("add", "--ledger", path, "--event", "forgotten", "--request", "1")
+    with pytest.raises(FileNotFoundError, match="there is no ledger"):
+        run("show", "--ledger", tmp_path / "other.jsonl")
+    assert len(Ledger(path).entries()) == 2
+
+
+def test_evidence_is_verified(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from spul.evaluation.evidence import write_evidence
+
+    digest = write_evidence(whole(), tmp_path / "pack", tmp_path / "ledger.jsonl")
+    assert run("evidence", "--folder", tmp_path / "pack", "--ledger", tmp_path / "ledger.jsonl") == 0
+    assert digest in capsys.readouterr().out
+    assert run("evidence", "--folder", tmp_path / "pack") == 0
+    assert "cannot be seen without --ledger" in capsys.readouterr().out
+    (tmp_path / "pack" / "report.md").write_text("")
+    assert run("evidence", "--folder", tmp_path / "pack") == 1
+    assert capsys.readouterr().out == "report.md was changed\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_example_parses(name):
+    command = COMMANDS[name]
+    words = command.example.split(" >> ")[0].replace("'at their wish'", "wish").split()
+    assert words[:3] == ["spul", "ledger", name]
+    (options,) = HfArgumentParser(command.options).parse_args_into_dataclasses(words[3:])
+    assert Path(getattr(options, "ledger", None) or "x").name == "ledger.jsonl"
+    assert all("help" in field.metadata for field in command.options.__dataclass_fields__.values())

@@ -1,0 +1,213 @@
+"""Evidence packs: parts that name each other by digest, of any unlearned model; and examples of attacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+
+import pytest
+from evaluations import whole
+from helpers import make_collator
+from huggingface_hub import ModelCard
+from small_evaluations import ATTACKS, learned, make_model, make_splits, measured
+
+from spul.evaluation.aggregation import in_words
+from spul.evaluation.attacks.usual import JAILBREAKS, STAND_IN, TURN_UNIT, checked_attacks, usual_attacks
+from spul.evaluation.evidence import evaluation_digest, verify_evidence, write_evidence
+from spul.evaluation.examples import attack_examples
+from spul.evaluation.report import hub_results
+from spul.evaluation.results import Evaluation, join
+from spul.evaluation.suite import AttackSettings, Suite
+from spul.records import DataSummary, Ledger, LedgerEvent, fingerprint
+
+SHA = "ab" * 32
+FACTS = {
+    "adapter": "forget-1",
+    "weights_sha256": SHA,
+    "base": "some/base",
+    "base_fingerprint": "cd" * 32,
+    "rows": {"train_forget": {"rows": 10, "digest": "ef" * 32}},
+}
+
+
+def evaluation() -> Evaluation:
+    return dataclasses.replace(whole(), facts=FACTS)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path_factory.mktemp("made")
+    ledger = folder / "ledger.jsonl"
+    Ledger(ledger).append(LedgerEvent("received", "1"))
+    digest = write_evidence(evaluation(), folder / "pack", ledger, request="1")
+    Ledger(ledger).append(LedgerEvent("served", "1"))
+    return folder, digest
+
+
+@pytest.fixture
+def pack(made, tmp_path):
+    """A copy to change."""
+    shutil.copytree(made[0], tmp_path, dirs_exist_ok=True)
+    return tmp_path / "pack"
+
+
+def sha256(path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_parts_name_each_other_and_the_ledger_names_all(made, pack):
+    manifest = json.loads((pack / "manifest.json").read_text())
+    files = {path.relative_to(pack).as_posix() for path in pack.rglob("*") if path.is_file()}
+    assert files - {"manifest.json", "ledger-entry.jsonl"} == set(manifest["files"])
+    assert {"README.md", "report.md", "report.html", "evaluation.json", "measurements.jsonl"} < files
+    assert all(sha256(pack / name) == digest for name, digest in manifest["files"].items())
+    for name in ("README.md", "report.md", "report.html"):
+        text = (pack / name).read_text(encoding="utf-8")
+        for digest in (sha256(pack / "evaluation.json"), sha256(pack / "measurements.jsonl"), SHA, "cd" * 32):
+            assert digest in text, name
+    entry = Ledger(pack.parent / "ledger.jsonl").entries()[1]
+    assert entry.line == (pack / "ledger-entry.jsonl").read_text()
+    assert (entry.event, entry.request) == ("evaluated", "1")
+    assert made[1] == sha256(pack / "manifest.json") == evaluation_digest(pack) == entry.fields["evaluation"]
+    state = Ledger(pack.parent / "ledger.jsonl").states()["1"]
+    assert (state.prompt, state.prompt_sha256, state.rows) == ("forget-1", SHA, DataSummary(10, "ef" * 32))
+    assert verify_evidence(pack) == verify_evidence(pack, pack.parent / "ledger.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "report.html", "evaluation.json", "measurements.jsonl", "figures/splits.png"]
+)
+def test_a_changed_missing_or_added_part_is_named(pack, name):
+    path = pack / name
+    before = path.read_bytes()
+    path.write_bytes(before + b" ")
+    assert verify_evidence(pack) == [f"{name} was changed"]
+    path.unlink()
+    assert verify_evidence(pack) == [f"{name} is missing"]
+    path.write_bytes(before)
+    (pack / "figures" / "more.png").touch()
+    assert verify_evidence(pack) == ["figures/more.png is not named by manifest.json"]
+
+
+def test_a_manifest_or_an_entry_that_was_changed_is_named(pack):
+    ledger = pack.parent / "ledger.jsonl"
+    (pack / "README.md").write_text("Better.")
+    manifest = json.loads((pack / "manifest.json").read_text())
+    manifest["files"]["README.md"] = sha256(pack / "README.md")
+    (pack / "manifest.json").write_text(json.dumps(manifest))
+    assert verify_evidence(pack) == ["manifest.json was changed: the entry in ledger-entry.jsonl has another SHA-256"]
+    event = LedgerEvent("evaluated", "1", evaluation=sha256(pack / "manifest.json"))
+    (pack / "ledger-entry.jsonl").write_text(Ledger(pack.parent / "forged.jsonl").append(event).line)
+    assert verify_evidence(pack) == []  # all of it written anew: the ledger shows it
+    (fault,) = verify_evidence(pack, ledger)
+    assert fault.startswith("ledger.jsonl, no entry has the digest")
+    (pack / "ledger-entry.jsonl").write_text("{}\n")
+    assert verify_evidence(pack) == ["ledger-entry.jsonl is missing, or was changed"]
+    (pack / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="names no files"):
+        verify_evidence(pack)
+    (pack / "manifest.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"has no manifest\.json"):
+        verify_evidence(pack)
+
+
+def test_the_evaluation_loads_from_the_pack_without_a_plain_digest_of_rows(pack):
+    found = Evaluation.load(pack)
+    assert list(map(str, found.metrics)) == list(map(str, whole().metrics))  # NaN is not NaN
+    plain = [one.digest for one in whole().measurements]
+    keyed = [one.digest for one in found.measurements]
+    assert not set(plain) & set(keyed)
+    assert [keyed.index(one) for one in keyed] == [plain.index(one) for one in plain]  # the same rows have the same
+
+
+def test_the_card_has_the_results_in_the_hubs_form_and_answers_first(pack):
+    text = (pack / "README.md").read_text(encoding="utf-8")
+    card = ModelCard(text)
+    assert card.data.model_name == "forget-1"
+    assert card.data.eval_results == hub_results(whole())
+    assert card.text.lstrip().startswith("# Evaluation of forget-1 on some/base\n\n## Is it forgotten?\n")
+
+
+def test_a_pack_without_a_ledger_has_one_of_its_own(tmp_path):
+    pytest.importorskip("matplotlib")
+    write_evidence(evaluation(), tmp_path / "pack")
+    assert Ledger(tmp_path / "pack" / "ledger-entry.jsonl").verify() == []
+    assert verify_evidence(tmp_path / "pack", tmp_path / "pack" / "ledger-entry.jsonl") == []
+    (entry,) = Ledger(tmp_path / "pack" / "ledger-entry.jsonl").entries()
+    assert entry.request == "forget-1"
+    with pytest.raises(FileExistsError, match="is not empty; evidence is not written over"):
+        write_evidence(evaluation(), tmp_path / "pack")
+
+
+def test_what_is_no_single_evaluation_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="joined of several; write an evidence pack for each"):
+        write_evidence(join([whole(), whole()]), tmp_path / "pack")
+    assert not (tmp_path / "pack").exists()
+    with pytest.raises(FileNotFoundError, match=r"has neither manifest\.json nor evaluation\.json"):
+        evaluation_digest(tmp_path)
+    whole().save(tmp_path)
+    assert evaluation_digest(tmp_path) == sha256(tmp_path / "evaluation.json")
+
+
+@pytest.mark.parametrize("trainable", ["prompt_tuning", "whole"])
+def test_a_pack_is_made_of_a_prompt_and_of_changed_weights_and_shows_no_row(tmp_path, trainable):
+    pytest.importorskip("matplotlib")
+    base = learned() if trainable == "whole" else None
+    found = measured(make_model(trainable), "utility", "input attack", base=base)
+    write_evidence(found, tmp_path / "pack")
+    assert verify_evidence(tmp_path / "pack") == []
+    manifest = json.loads((tmp_path / "pack" / "manifest.json").read_text())
+    assert manifest["base_fingerprint"] == fingerprint(learned())
+    assert len(manifest["model_digest"]) == 64
+    card = (tmp_path / "pack" / "README.md").read_text(encoding="utf-8")
+    assert ("The weights were changed" in card) == (trainable == "whole")
+    rows = [row["prompt"] for split in make_splits().values() for row in split]
+    for path in (tmp_path / "pack").rglob("*.*"):
+        text = path.read_bytes()
+        assert not [row for row in rows if row.encode() in text], path.name
+
+
+# ---- what attacks ask ----
+
+
+def test_attacks_of_ones_own_are_shown_on_a_made_up_row_and_those_with_rows_in_them_are_not():
+    row = make_splits()["test_retain"][0]["prompt"]
+
+    def with_row(rows):
+        return rows.map(lambda one: {"prompt": f"{row} {one['prompt']}"})
+
+    def picky(rows):
+        if rows[0]["prompt"] == STAND_IN:
+            raise KeyError("not among mine")
+        return with_row(rows)
+
+    attacks = dataclasses.replace(ATTACKS, inputs={**ATTACKS.inputs, "with a row": with_row, "picky": picky})
+    found = measured(make_model("prompt_tuning"), "input attack", attacks=attacks)
+    assert found.facts["attack_examples"] == {"capitals": STAND_IN.upper(), "before": f"film ?\n{STAND_IN}"}
+    assert found.skipped["example of the input attack 'with a row'"] == "it has rows of the evaluation in it"
+    assert "it fails on a made-up row: KeyError" in found.skipped["example of the input attack 'picky'"]
+
+
+@pytest.mark.parametrize("text_field", [None, "text"])
+def test_the_usual_attacks_are_all_shown_without_any_row(text_field):
+    splits = {name: rows.add_column("text", rows["prompt"][:]) for name, rows in make_splits().items()}
+    none = dict.fromkeys(("base", "retrained", "reference", "unseen"))
+    wording = {} if text_field is None else {"wording": {"film": "movie"}}
+    settings = AttackSettings(turns=(1,), names=["Jane Doe"], **wording)
+    collator = make_collator(text_field=text_field)
+    suite = Suite(
+        *(None, splits, collator), **none, neighbors={}, unrelated_texts=(), questions={}, question_format=None,
+        attacks=settings, batch_size=1, max_new_tokens=1, seed=0,
+    )  # fmt: skip
+    examples = attack_examples(suite)
+    filler = splits["test_retain"]
+    attacks = usual_attacks(text_field, filler, other_rows=filler, turns=(1,), wording=settings.wording)
+    assert list(examples) == [in_words(*key, TURN_UNIT) for key in checked_attacks(attacks)]
+    assert examples["jailbreak 1 before"].startswith(f"{JAILBREAKS[0]}\n")
+    assert STAND_IN in examples["diluted, 1 turn"]
+    assert not [text for text in examples.values() if "Jane" in text]  # nor the names that are disguised
+    rows = [one["prompt"] for split in splits.values() for one in split]
+    assert not [one for one in rows for text in examples.values() if one in text]
