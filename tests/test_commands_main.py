@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -82,8 +81,6 @@ def test_help_shows_the_example_and_the_example_parses(name, capsys):
             main([*words, "--help"])
         assert done.value.code == 0
         assert one.example in capsys.readouterr().out
-        import shlex
-
         arguments = shlex.split(one.example)[1 + len(words) :]
         assert parse(one, ["spul", *words], arguments) is not None
 
@@ -235,10 +232,3 @@ def test_options_of_training_arguments_are_read_and_left_out_of_help(tmp_path, c
         said = capsys.readouterr().out
         assert ("--adam_beta2" in said) is shows_all
         assert "--forget_fraction" in said
-
-
-def test_an_option_with_a_list_as_its_default_has_one_of_its_own():
-    made = option("x", [1])
-    assert made.default_factory() == [1]
-    assert made.default_factory() is not made.default_factory()
-    assert json.dumps(SimpleNamespace(**made.metadata).help) == '"x"'

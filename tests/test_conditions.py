@@ -87,7 +87,7 @@ def test_a_metric_that_is_not_there_is_an_error_that_lists_those_that_are(evalua
 def test_an_end_that_is_not_known_is_an_error_and_not_passed(evaluation):
     one = evaluation.metric("utility", "test_forget", "accuracy")
     without = Evaluation({}, evaluation.measurements, {}, [dataclasses.replace(one, low=math.nan, high=math.nan)])
-    with pytest.raises(ValueError, match="has no high, only the value 0.2"):
+    with pytest.raises(ValueError, match=r"has no high, only the value 0\.2"):
         Condition.parse("test_forget.accuracy.high > 0.9").met_by(without)
     assert Condition.parse("test_forget.accuracy.value > 0.1").met_by(without)
     diverged = Evaluation({}, evaluation.measurements, {}, [dataclasses.replace(one, value=math.nan)])

@@ -92,7 +92,7 @@ def test_columns_that_are_missing_are_an_error(tmp_path):
         read_prompts(write(tmp_path / "rows.jsonl", [{"prompt": "a"}]))
     with pytest.raises(ValueError, match="has no column 'text', the text field"):
         read_prompts(write(tmp_path / "more.jsonl", ROWS), text_field="text")
-    with pytest.raises(FileNotFoundError, match="none.jsonl does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
         read_prompts(tmp_path / "none.jsonl")
 
 

@@ -18,8 +18,6 @@ def option(help: str, default: Any = None) -> Any:
     metadata = {"help": help}
     if default is ...:
         return field(metadata=metadata)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
