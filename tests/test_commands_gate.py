@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 from command_files import parsed, write_base, write_prompt, write_rows
-from helpers import build, make_tokenizer
+from helpers import build, build_unlearner, make_tokenizer
+from transformers import AutoTokenizer
 
 from spul.commands.gate import check, fit
 from spul.gates import GatedUnlearner, NameGate, StateGate, TextGate, load
+from spul.gates.gate import request_texts
 from spul.gates.gated_files import attach_gate
 from spul.prompts.checkpoint import ENCODER_NAME
 
@@ -52,7 +54,7 @@ def test_a_gate_is_fit_reported_saved_with_its_prompt_and_routes(folder, capsys,
     assert fit(parsed("gate", options_for(folder, **more), "fit")) is None
     said = capsys.readouterr().out
     assert said.startswith("recall ")
-    base, tokenizer = build("llama"), make_tokenizer()
+    base, tokenizer = build("llama"), AutoTokenizer.from_pretrained(folder / "base")
     gate = load(folder / "adapter" / "gate", base, tokenizer)
     assert type(gate) is made
     assert str(gate.report) in said
@@ -78,10 +80,16 @@ def test_conversations_are_read_as_the_gate_will_see_them(folder, capsys):
         chats = [{"messages": [{"role": "user", "content": text}, answer]} for text in texts]
         write_rows(folder / f"{name}.jsonl", chats)
     fit(parsed("gate", options_for(folder, kind="text"), "fit"))
-    tokenizer = make_tokenizer()
-    gate = load(folder / "adapter" / "gate")
-    said = tokenizer(f"user\n{FORGET[3]}", add_special_tokens=False)["input_ids"]
-    assert gate.flags([tokenizer.decode(said) + " assistant\n"]).tolist() == [True]
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+
+    def seen(texts):
+        """What `GatedUnlearner` shows a gate of requests in the chat template."""
+        chats = [f"<s>user\n{text}</s><s>assistant\n" for text in texts]
+        return request_texts(tokenizer, [tokenizer(chat, add_special_tokens=False)["input_ids"] for chat in chats])
+
+    plain = TextGate.fit(seen(FORGET), seen(RETAIN), recall=0.9)
+    found = load(folder / "adapter" / "gate")
+    assert found.scores(seen(FORGET)).tolist() == plain.scores(seen(FORGET)).tolist()
     capsys.readouterr()
     values = {"adapter": folder / "adapter", "file": folder / "forget.jsonl", "model": folder / "base"}
     check(parsed("gate", values, "check"))
@@ -127,8 +135,6 @@ def test_requests_of_one_side_are_refused(folder):
 
 def test_a_gate_is_attached_beside_a_prompt_that_can_still_be_trained(folder):
     trained = folder / "trained"
-    from helpers import build_unlearner
-
     build_unlearner("llama", "p_tuning", torch.float32).save_pretrained(str(trained))
     before = {path.name: path.read_bytes() for path in trained.iterdir() if path.name != "README.md"}
     attach_gate(NameGate(["Jane Doe"]), trained)
@@ -151,10 +157,10 @@ def test_gates_of_several_prompts_are_replaced_one_by_one(folder):
 
 
 def test_a_gate_without_its_prompt_is_refused(folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match="has no adapter_config.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
         attach_gate(NameGate(["Jane Doe"]), tmp_path)
     attach_gate(NameGate(["Jane Doe"]), folder / "adapter")
     with pytest.raises(FileNotFoundError, match="other"):
         attach_gate(NameGate(["Jane Doe"]), folder / "adapter", "other")
-    with pytest.raises(TypeError, match="function"):
+    with pytest.raises(ValueError, match="is a function, which cannot be saved"):
         attach_gate(lambda texts: texts, folder / "adapter")

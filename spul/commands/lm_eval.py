@@ -33,7 +33,8 @@ COMMANDS = {
     "": Command(
         None,
         run,
-        "spul lm-eval --model spul --model_args pretrained=facebook/opt-1.3b,adapter=out --tasks hellaswag --batch_size 8",
+        "spul lm-eval --model spul --model_args pretrained=facebook/opt-1.3b,adapter=out --tasks hellaswag "
+        "--batch_size 8",
         "Run lm-evaluation-harness with --model spul.",
     )
 }

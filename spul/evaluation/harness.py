@@ -52,8 +52,8 @@ class Requests:
         max_batch_size: not read: batches have `batch_size` rows.
 
     Raises:
-        ValueError: if there are several processes, `batch_size` is no number, `max_length` has no room in the model, or the prompt stands at
-            `"message"`: the harness gives text, which does not say where that is.
+        ValueError: if there are several processes, `batch_size` is no number, `max_length` has no room in the model,
+            or the prompt stands at `"message"`: the harness gives text, which does not say where that is.
         TypeError: if a model in memory comes without its tokenizer.
     """
 
@@ -143,8 +143,8 @@ class Requests:
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of a request as in training: the continuation after its context, white space where it stands."""
-        encoded = self._whole.encode({"prompt": context, "completion": continuation})
-        return encoded.prompt_ids, encoded.completion_ids
+        prompt = self._whole.prompts([{"prompt": context}])["input_ids"][0].tolist()
+        return prompt, self._whole.completion_ids(continuation)
 
     def _loglikelihood_tokens(
         self,

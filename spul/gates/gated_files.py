@@ -20,7 +20,7 @@ from ..records.spul_config import SPUL_CONFIG_NAME
 from ..records.weights import file_digest
 from .any_gate import load
 from .files import SETTINGS_NAME, is_texts
-from .gate import Gate
+from .gate import Gate, as_gate
 
 if TYPE_CHECKING:
     from .gated import GatedUnlearner
@@ -76,6 +76,7 @@ def attach_gate(gate: Gate, save_directory: str | os.PathLike, name: str = "defa
         ValueError: if the gate is a plain function, which cannot be saved, or `spul_gates.json` is damaged or knows
             no such prompt.
     """
+    gate = as_gate(gate)
     gate.check_savable()
     folder = Path(save_directory, folder_of(name))
     if missing := [each for each in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / each).is_file()]:
