@@ -13,7 +13,7 @@ import pytest
 import torch
 from command_files import write_base, write_prompt
 from datasets import Dataset
-from helpers import CHAT_TEMPLATE, GENERIC, build, free_form, make_tokenizer, prompted, rows
+from helpers import CHAT_TEMPLATE, CONFIGS, GENERIC, build, free_form, make_tokenizer, prompted, rows
 
 import spul
 from spul import ForgetRetainCollator, SoftPromptUnlearner, score_completions
@@ -53,8 +53,9 @@ def test_log_likelihoods_are_those_of_spul_in_batches_of_1_and_of_8(family, prom
 
 def test_loss_and_accuracy_are_those_of_score_completions():
     some, lm = rows("jane", 6), model_of(batch_size=8)
-    first = lm.tokenizer.decode([int(scored_first(lm, some[0]["prompt"]))])
-    some = Dataset.from_list([*some, {"prompt": some[0]["prompt"], "completion": first}])
+    liked = [lm.tokenizer.decode([int(scored_first(lm, row["prompt"]))]) for row in free_form(9)]
+    known = [{"prompt": row["prompt"], "completion": text} for row, text in zip(free_form(9), liked, strict=True)]
+    some = Dataset.from_list([*some, *(row for row in known if row["completion"].strip())])
     collator = ForgetRetainCollator(lm.tokenizer, GENERIC, max_length=64)
     plain = score_completions(lm.model, some, collator)
     scores = scored(lm, some)
@@ -139,10 +140,7 @@ def test_a_base_without_a_prompt_is_scored_in_the_same_way(tmp_path):
 
 def test_gates_see_the_request_alone():
     gated = GatedUnlearner(prompted(), make_tokenizer(), {"default": NameGate(["jane"])})
-    lm, bare = (
-        Requests(gated, tokenizer=make_tokenizer()),
-        Requests(build("llama").double(), tokenizer=make_tokenizer()),
-    )
+    lm, bare = (Requests(one, tokenizer=make_tokenizer()) for one in (gated, build("llama").double()))
     some = [{"prompt": "the film", "completion": " jane"}, {"prompt": "about jane", "completion": " good"}]
     (missed, flagged), (base, other) = scored(lm, some), scored(bare, some)
     assert missed[0] == pytest.approx(base[0], rel=1e-9)
@@ -172,8 +170,6 @@ def test_options_that_cannot_be_honored_are_refused(options, error, message):
 
 
 def test_a_prompt_at_the_message_is_refused():
-    from helpers import CONFIGS
-
     at_message = SoftPromptUnlearner(build("llama"), CONFIGS["prompt_tuning"](), prompt_position="message")
     with pytest.raises(ValueError, match="which do not say where"):
         Requests(at_message, tokenizer=make_tokenizer())

@@ -33,11 +33,12 @@ def run(options: CombineOptions) -> int | None:
         FileNotFoundError: if a file is missing.
         ValueError: if rows or options cannot be used.
     """
-    from ..data import ForgetRetainCollator, forget_retain_dataset
-    from ..losses import UnlearningLoss
+    from ..data.collator import ForgetRetainCollator
+    from ..data.dataset import forget_retain_dataset
+    from ..losses.unlearning_loss import UnlearningLoss
     from ..records.fields import read_object
     from ..records.spul_config import read_spul_config
-    from ..training import combine
+    from ..training.distillation import combine
 
     is_marked = options.forget is not None
     if is_marked == (options.inputs is not None) or is_marked != (options.retain is not None):

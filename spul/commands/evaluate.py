@@ -50,12 +50,12 @@ def run(options: EvaluateOptions) -> int | None:
         FileNotFoundError: if a file is missing.
         ValueError: if rows, options or conditions cannot be used.
     """
-    import spul
-
-    from ..data import ForgetRetainCollator
-    from ..evaluation import MEASURES, AttackSettings
+    from ..data.collator import ForgetRetainCollator
     from ..evaluation.conditions import Condition, failures
     from ..evaluation.loading import load_unlearned
+    from ..evaluation.measures import MEASURES
+    from ..evaluation.run import evaluate
+    from ..evaluation.suite import AttackSettings
     from ..models.compat import PartialState
 
     conditions = [Condition.parse(text) for text in options.fail_if or ()]
@@ -75,7 +75,7 @@ def run(options: EvaluateOptions) -> int | None:
     loaded = load_unlearned(options.model, options.base, options.tokenizer, options.loader())
     others = {"retrained": options.retrained, "reference": options.reference}
     others |= {"base": options.base} if loaded.kind == "model" else {}
-    found = spul.evaluate(
+    found = evaluate(
         loaded.model,
         splits,
         ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model)),
@@ -121,7 +121,8 @@ def _lines(path: str | None) -> list[str]:
 
 def _write(found: Any, options: EvaluateOptions) -> None:
     """The report, and the metrics in the card of a local adapter that has one."""
-    from ..evaluation.report import add_to_card, write_report
+    from ..evaluation.report.card import add_to_card
+    from ..evaluation.report.report import write_report
     from ..records.card import CARD_NAME
     from ..records.spul_config import SPUL_CONFIG_NAME
 

@@ -78,7 +78,7 @@ def check(options: CheckOptions) -> int | None:
         FileNotFoundError: if a file is missing.
         ValueError: if there are no requests, or the gate is damaged.
     """
-    from ..gates import load
+    from ..gates.any_gate import load
     from ..gates.files import read_gate
     from ..gates.gated_files import GATE_FOLDER, folder_of
 
@@ -91,7 +91,8 @@ def check(options: CheckOptions) -> int | None:
     own = (source.base(), source.tokenizer()) if needs_base else ()
     gate = load(options.adapter, *own, subfolder=where)
     for text, flag in zip(texts, gate.flags(texts), strict=True):
-        print(f"{'flagged' if flag else 'passed'}\t{text}")
+        shown = text.replace("\n", "\\n")
+        print(f"{'flagged' if flag else 'passed'}\t{shown}")
     for kind, number in gate.failures.items():
         print(f"the gate failed on {number} of them, which are flagged: {kind}")
     return None
@@ -142,7 +143,7 @@ class _Source:
 
 
 def _by_name(options: FitOptions, forget: list[str] | None, retain: list[str] | None) -> Any:
-    from ..gates import NameGate
+    from ..gates.names import NameGate
 
     if not options.names:
         raise ValueError("a gate of names needs names: --names 'Jane Doe' 'John Roe'.")
@@ -157,7 +158,8 @@ def _by_name(options: FitOptions, forget: list[str] | None, retain: list[str] | 
 def _fitted(
     options: FitOptions, source: _Source, forget: list[str], retain: list[str], settings: dict[str, Any]
 ) -> Any:
-    from ..gates import StateGate, TextGate
+    from ..gates.state import StateGate
+    from ..gates.text import TextGate
 
     if options.kind == "text":
         return TextGate.fit(forget, retain, **settings)

@@ -67,9 +67,7 @@ def _run(given: list[str]) -> int:
         print(overview())
         return 0
     if given[0] == "--version":
-        from .. import __version__
-
-        print(f"spul {__version__}")
+        print(f"spul {import_module(__name__.split('.')[0]).__version__}")
         return 0
     name, rest = given[0], given[1:]
     commands = commands_of(name)

@@ -72,8 +72,11 @@ def run(options: TrainOptions) -> int | None:
         FileNotFoundError: if a file is missing.
         ValueError: if rows or options cannot be used.
     """
-    from ..data import ForgetRetainCollator, forget_retain_dataset, hold_out
-    from ..training import StopWhenForgotten, UnlearningTrainer, default_learning_rate, unlearning_method
+    from ..data.dataset import forget_retain_dataset, hold_out
+    from ..training.methods import unlearning_method
+    from ..training.rates import default_learning_rate
+    from ..training.stopping import StopWhenForgotten
+    from ..training.trainer import UnlearningTrainer
 
     method = unlearning_method(
         options.method, "prompt", options.alpha, options.beta, retain_budget=options.retain_budget
@@ -89,7 +92,7 @@ def run(options: TrainOptions) -> int | None:
     held_out = None if options.hold_out is None else hold_out(dataset, options.hold_out, options.seed)
     tokenizer = options.load_tokenizer(options.model)
     unlearner = _unlearner(options, method, tokenizer)
-    collator: ForgetRetainCollator = method.collator(
+    collator = method.collator(
         tokenizer, options.generic or (), seed=options.seed, **options.collator_options(unlearner)
     )
     if options.learning_rate is None:
@@ -123,8 +126,9 @@ def run(options: TrainOptions) -> int | None:
 
 def _unlearner(options: TrainOptions, method: Any, tokenizer: Any) -> Any:
     """The base under a fresh prompt."""
-    from ..prompts import InstructionStart, SoftPromptUnlearner
     from ..prompts.configs import prompt_config
+    from ..prompts.starts import InstructionStart
+    from ..prompts.unlearner import SoftPromptUnlearner
 
     if options.instruction is not None and options.start is not None:
         raise ValueError("start and instruction both say how the prompt begins; give one of them.")
