@@ -186,12 +186,14 @@ def test_every_call_of_spul_on_a_page_has_options_that_there_are(tmp_path, monke
 
 
 def test_the_commands_of_the_page_run_one_after_the_other(here, few_steps, few_resamples, capsys):
-    rows = {
-        name: [{"prompt": QUESTION.format(text), "completion": label} for text, label in given]
-        for name, given in (("forget", FORGET), ("retain", RETAIN), ("f1", FORGET[:1]), ("f2", FORGET[1:]))
-    }
-    rows["test_forget"] = [{"prompt": QUESTION.format(f"Jane Doe {i}."), "completion": " positive"} for i in range(2)]
-    rows["test_retain"] = [{"prompt": QUESTION.format(f"A film {i}."), "completion": " negative"} for i in range(3)]
+    def some_of(name, num, start=0):
+        labels = (" positive", " negative")
+        texts = [f"{name} in film {i}." for i in range(start, start + num)]
+        return [{"prompt": QUESTION.format(text), "completion": labels[i % 2]} for i, text in enumerate(texts)]
+
+    jane, others = some_of("Jane Doe", 12), some_of("Nobody at all", 14)
+    rows = {"forget": jane, "f1": jane[:6], "f2": jane[6:], "retain": others}
+    rows |= {"test_forget": some_of("Jane Doe", 2, 20), "test_retain": some_of("Nobody at all", 3, 20)}
     for name, some in rows.items():
         write_jsonl(here / f"{name}.jsonl", some)
     text = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
