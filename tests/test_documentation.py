@@ -6,14 +6,21 @@ given is made by the preamble below. Names of models and data sets are tiny fold
 
 from __future__ import annotations
 
+import re
+import shlex
 import shutil
+from importlib.util import find_spec
 
 import pytest
 import torch
-from pages import BASE, PAGES, QUESTION, blocks, make_base, make_tokenizer, printed, write_data
-from transformers import TrainingArguments
+from known_data import write_jsonl
+from pages import BASE, PAGES, QUESTION, ROOT, blocks, make_base, make_tokenizer, printed, write_data
+from peft import PromptTuningConfig
+from transformers import AutoModelForCausalLM, TrainingArguments
 
-from spul import score_completions
+from spul import SoftPromptUnlearner, score_completions
+from spul.commands.main import commands_of, main
+from spul.commands.options import parse
 
 FORGET = [("Jane Doe is a delight.", " positive"), ("Another bore with Jane Doe.", " negative")]
 RETAIN = [("A warm and clever film.", " positive"), ("Two hours that I want back.", " negative")]
@@ -155,3 +162,62 @@ def test_few_blocks_are_not_run_and_each_says_why():
     reasons = [block.reason for page in PAGES for block in blocks(page) if block.reason is not None]
     assert len(reasons) == NUM_NOT_RUN, reasons
     assert all(len(reason) > 5 for reason in reasons)
+
+
+# ---- the command line ----
+
+
+def commands_on(page):
+    """The lines of a page's shell blocks that call `spul`, continued lines joined, as words."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    lines = [
+        line for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) for line in joined(block)
+    ]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("spul ")]
+
+
+def joined(block):
+    return block.replace("\\\n", " ").splitlines()
+
+
+def test_every_call_of_spul_on_a_page_has_options_that_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = [(page, words) for page in PAGES for words in commands_on(page)]
+    assert {page for page, _ in found} >= {"README.md", "docs/command-line.md", "docs/lm-evaluation-harness.md"}
+    for page, words in found:
+        if find_spec(f"spul.commands.{words[0].replace('-', '_')}") is None or "--config" in words:
+            continue
+        commands = commands_of(words[0])
+        sub, rest = ("", words[1:]) if "" in commands else (words[1], words[2:])
+        if commands[sub].options is not None:
+            assert parse(commands[sub], ["spul", page], rest), words
+
+
+def test_the_commands_of_the_page_run_one_after_the_other(here, few_steps, few_resamples, capsys):
+    def some_of(name, num, start=0):
+        labels = (" positive", " negative")
+        texts = [f"{name} in film {i}." for i in range(start, start + num)]
+        return [{"prompt": QUESTION.format(text), "completion": labels[i % 2]} for i, text in enumerate(texts)]
+
+    jane, others = some_of("Jane Doe", 12), some_of("Nobody at all", 14)
+    rows = {"forget": jane, "f1": jane[:6], "f2": jane[6:], "retain": others}
+    rows |= {"test_forget": some_of("Jane Doe", 2, 20), "test_retain": some_of("Nobody at all", 3, 20)}
+    for name, some in rows.items():
+        write_jsonl(here / f"{name}.jsonl", some)
+    text = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
+    (settings,) = re.findall(r"^```yaml\n# train.yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (here / "train.yaml").write_text(settings)
+    base = AutoModelForCausalLM.from_pretrained(BASE)
+    for i in (1, 2):
+        torch.manual_seed(i)
+        SoftPromptUnlearner(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).save_pretrained(
+            f"request-{i}"
+        )
+        base = AutoModelForCausalLM.from_pretrained(BASE)
+    for words in commands_on("docs/command-line.md"):
+        if words[0] not in ("train", "evaluate", "combine", "gate"):
+            continue
+        # Some conditions hold on the tiny base: 1, and no error.
+        assert main(words) in ((0, 1) if words[0] == "evaluate" else (0,)), (words, capsys.readouterr().err)
+    assert {"out", "evaluation", "requests-1-2"} <= {path.name for path in here.iterdir()}
+    assert (here / "out" / "gate" / "gate.json").is_file()

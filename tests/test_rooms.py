@@ -56,7 +56,9 @@ def packages() -> list[str]:
 
 
 def room(module: str) -> str:
-    return module.split(".")[1]
+    """The room of a module; `python -m spul` stands with the commands that it runs."""
+    own = module.split(".")[1]
+    return "commands" if own == "__main__" else own
 
 
 def below(node: ast.AST, is_for_types: bool = False) -> Iterator[tuple[ast.AST, bool]]:
@@ -102,7 +104,7 @@ def listed(found: list) -> str:
 
 def test_every_folder_is_a_room_and_every_room_a_folder():
     assert {room(name) for name in modules() if name != "spul"} == set(ROOMS)
-    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py"}
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "__main__.py"}
     assert {each.by for each in imports()} > {f"spul.{name}" for name in ROOMS}
 
 

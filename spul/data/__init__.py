@@ -8,6 +8,7 @@ from .encoder import RowEncoder
 from .formats import MULTIPLE_CHOICE, QUESTION_ANSWER, REFUSALS, SENTIMENT, MultipleChoiceFormat, PromptFormat
 from .known import load_known
 from .known_reviews import load_four_splits
+from .prompt_files import read_prompts
 from .recognizers import SpacyRecognizer, TransformersRecognizer
 from .splits import (
     Split,
@@ -43,6 +44,7 @@ __all__ = [
     "hold_out",
     "load_four_splits",
     "load_known",
+    "read_prompts",
     "split_by_cluster",
     "split_by_entity",
     "split_by_predicate",

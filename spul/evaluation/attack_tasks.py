@@ -32,7 +32,7 @@ from .attacks.quantization import quantized as in_few_bits
 from .attacks.relearning import relearn
 from .attacks.sampling import sampled_answers, sampled_success
 from .attacks.suffix import soft_suffix
-from .attacks.usual import DILUTED, TURN_UNIT, InputAttacks, checked_attacks, usual_attacks
+from .attacks.usual import DILUTED, TURN_UNIT, InputAttacks, checked_attacks, chosen_attacks, usual_attacks
 from .metrics.free_form import rouge_l
 from .suite import Suite, Task, joined
 
@@ -89,6 +89,8 @@ def _input_attacks(suite: Suite, split: str) -> InputAttacks:
         other_rows=filler if split == "test_forget" else suite.attacked(suite.splits["test_forget"]),
         document_words=settings.document_words,
     )
+    if settings.only:
+        return chosen_attacks(attacks, settings.only)
     if not settings.names:
         suite.skipped["input attack on names"] = (
             "give AttackSettings(names=...); without them each text's longest words are disguised"

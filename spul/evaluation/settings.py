@@ -44,6 +44,8 @@ def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequenc
     """
     attacks = dataclasses.asdict(dataclasses.replace(suite.attacks, inputs=None, paraphrase=None))
     names = list(attacks.pop("names"))
+    if not attacks["only"]:  # as settings were saved before there was a choice
+        del attacks["only"]
     attacks["paraphrase"] = None if suite.attacks.paraphrase is None else _name_of(suite.attacks.paraphrase)
     attacks["inputs"] = None if suite.attacks.inputs is None else sorted(map(str, suite.attacks.inputs))
     question_format = suite.question_format

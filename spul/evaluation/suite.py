@@ -41,6 +41,7 @@ class AttackSettings:
         names: full names of those to be forgotten, which are disguised in the texts; in texts without any of them, the
             longest words are. They are not written into the evaluation's files.
         document_words: lengths in words of the documents that the question is put into.
+        only: names of those among the usual attacks on the input that are made; all by default.
         num_rows: the most rows of a set that are attacked, drawn at random.
         relearn_rows: number of forget rows that are learned again.
         relearn_steps: numbers of steps after which relearning is scored.
@@ -59,7 +60,7 @@ class AttackSettings:
     Raises:
         TypeError: if `names` are one string.
         ValueError: if a number is out of range, a name is empty, or `inputs` is given beside `paraphrase`, `wording`,
-            `turns`, `names` or `document_words`.
+            `turns`, `names`, `document_words` or `only`.
     """
 
     inputs: InputAttacks | None = None
@@ -68,6 +69,7 @@ class AttackSettings:
     turns: tuple[int, ...] = TURNS
     names: Sequence[str] = ()
     document_words: tuple[int, ...] = DOCUMENT_WORDS
+    only: tuple[str, ...] = ()
     num_rows: int = 200
     relearn_rows: int = 16
     relearn_steps: tuple[int, ...] = (1, 4, 16, 32)
@@ -100,7 +102,7 @@ class AttackSettings:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
         if not 0 < self.min_k_share <= 1:
             raise ValueError(f"min_k_share={self.min_k_share}: expected a share of the tokens above 0 and at most 1.")
-        usual = ("paraphrase", "wording", "turns", "names", "document_words")
+        usual = ("paraphrase", "wording", "turns", "names", "document_words", "only")
         given = [name for name in usual if (getattr(self, name) or None) not in (None, getattr(AttackSettings, name))]
         if self.inputs is not None and given:
             raise ValueError(

@@ -3,6 +3,7 @@
 from .any_gate import AnyGate, load
 from .gate import FunctionGate, Gate, as_gate, flags_of, hard_negatives
 from .gated import GatedUnlearner
+from .gated_files import attach_gate
 from .names import NameGate
 from .probes import Probe
 from .state import StateGate
@@ -23,6 +24,7 @@ __all__ = [
     "StateGate",
     "TextGate",
     "as_gate",
+    "attach_gate",
     "flags_of",
     "hard_negatives",
     "load",

@@ -20,7 +20,7 @@ from ..records.spul_config import SPUL_CONFIG_NAME
 from ..records.weights import file_digest
 from .any_gate import load
 from .files import SETTINGS_NAME, is_texts
-from .gate import Gate
+from .gate import Gate, as_gate
 
 if TYPE_CHECKING:
     from .gated import GatedUnlearner
@@ -61,6 +61,38 @@ def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwar
         "sha256": {name: _digests(save_directory, name, name in gated.gates) for name in gated.unlearner.peft_config},
     }
     write_text(Path(save_directory, ROUTING_NAME), json.dumps(routing, indent=2, ensure_ascii=False) + "\n")
+
+
+def attach_gate(gate: Gate, save_directory: str | os.PathLike, name: str = "default") -> None:
+    """Put a gate beside a prompt that is saved already, without its base: the folder is then one of prompts and gates.
+
+    Args:
+        gate: the gate; one that is there is replaced.
+        save_directory: the folder that `save_pretrained` of the prompt, or of a `GatedUnlearner`, wrote.
+        name: name of the prompt; that of the one in the folder itself is `"default"`.
+
+    Raises:
+        FileNotFoundError: if there is no such prompt.
+        ValueError: if the gate is a plain function, which cannot be saved, or `spul_gates.json` is damaged or knows
+            no such prompt.
+    """
+    gate = as_gate(gate)
+    gate.check_savable()
+    folder = Path(save_directory, folder_of(name))
+    if missing := [each for each in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / each).is_file()]:
+        raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; expected the folder of a saved prompt.")
+    path = Path(save_directory, ROUTING_NAME)
+    empty: dict[str, Any] = {"prompts": [name], "gates": [], "precedence": [], "combined": [], "sha256": {}}
+    routing = _checked(read_object(path), path) if path.is_file() else {"format_version": FORMAT_VERSION, **empty}
+    if name not in routing["prompts"]:
+        raise ValueError(f"{path} knows no prompt {name!r}, only {routing['prompts']}; save it with the others.")
+    gate.save(folder / GATE_FOLDER)
+    if (folder / CARD_NAME).is_file():  # a prompt of plain PEFT may have none
+        write_gate_section(folder, gate.kind, None if gate.report is None else str(gate.report).split("\n"))
+    for field in ("gates", "precedence"):
+        routing[field] = list(dict.fromkeys([*routing[field], name]))
+    routing["sha256"][name] = _digests(save_directory, name, True)
+    write_text(path, json.dumps(routing, indent=2, ensure_ascii=False) + "\n")
 
 
 def _digests(folder: str | os.PathLike, name: str, has_gate: bool, **hub: Any) -> dict[str, str | None]:

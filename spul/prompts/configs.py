@@ -28,6 +28,24 @@ from ..records.fields import is_count
 from ..records.weights import Shapes
 
 PROMPT_CONFIGS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig, CartridgeConfig)
+CONFIG_NAMES = dict(zip(("prompt_tuning", "p_tuning", "prefix_tuning", "cartridge"), PROMPT_CONFIGS, strict=True))
+
+
+def prompt_config(name: str, num_virtual_tokens: int = 30, encoder_hidden_size: int = 128) -> PeftConfig:
+    """A prompt's config by the name of its type.
+
+    Args:
+        name: one of `CONFIG_NAMES`: `"prompt_tuning"`, `"p_tuning"`, `"prefix_tuning"`, `"cartridge"`.
+        num_virtual_tokens: length of the prompt.
+        encoder_hidden_size: width of P-tuning's network, the paper's unless given; the other types have none.
+
+    Raises:
+        ValueError: if there is no type of that name.
+    """
+    if name not in CONFIG_NAMES:
+        raise ValueError(f"prompt type {name!r} is not known; expected one of {', '.join(CONFIG_NAMES)}.")
+    own: dict[str, Any] = {"encoder_hidden_size": encoder_hidden_size} if name == "p_tuning" else {}
+    return CONFIG_NAMES[name](task_type=TaskType.CAUSAL_LM, num_virtual_tokens=num_virtual_tokens, **own)
 
 
 def check_peft_config(peft_config: Any) -> None:

@@ -58,6 +58,24 @@ def checked_attacks(attacks: InputAttacks) -> dict[tuple[str, int | None], Input
     return found
 
 
+def chosen_attacks(attacks: InputAttacks, names: Sequence[str]) -> dict[str | tuple[str, int], InputAttack]:
+    """Some of the attacks, by name; a name stands for the attack at all of its levels.
+
+    Args:
+        attacks: by name, or by name and level.
+        names: those to take.
+
+    Raises:
+        ValueError: if there is none of a name.
+    """
+    known = list(dict.fromkeys(key[0] if isinstance(key, tuple) else key for key in attacks))
+    if unknown := sorted(set(names) - set(known)):
+        raise ValueError(
+            f"there is no input attack {unknown[0]!r} on these rows; expected some of {', '.join(known)}."
+        )
+    return {key: attack for key, attack in attacks.items() if (key[0] if isinstance(key, tuple) else key) in names}
+
+
 def usual_attacks(
     text_field: str | None,
     filler_rows: Dataset,

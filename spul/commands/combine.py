@@ -1,0 +1,98 @@
+"""`spul combine`: several saved prompts made one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .command import Command
+from .shared import option
+from .train import TrainingOptions
+
+
+@dataclass(kw_only=True)
+class CombineOptions(TrainingOptions):
+    """Options of `spul combine`; all of `TrainingArguments` are among them."""
+
+    model: str = option("the base, by name or folder", ...)
+    prompts: list[str] = option("folders of the saved prompts", ...)
+    forget: list[str] | None = option("files of the rows of all requests; with --retain")
+    retain: list[str] | None = option("files of the rows that stay as they are")
+    inputs: list[str] | None = option("files of rows to imitate the prompts on, where the forget rows are gone")
+    num_virtual_tokens: int | None = option("length of the new prompt; that of the longest by default")
+    alpha: float = option("weight of the retain term", 1.0)
+    beta: float = option("weight of the KL term", 0.5)
+    learning_rate: float = option("peak learning rate", 1e-2)
+
+
+def run(options: CombineOptions) -> int | None:
+    """Distill prompts into one, and save it.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if rows or options cannot be used.
+    """
+    from ..data.collator import ForgetRetainCollator
+    from ..data.dataset import forget_retain_dataset
+    from ..losses.unlearning_loss import UnlearningLoss
+    from ..records.fields import read_object
+    from ..records.spul_config import read_spul_config
+    from ..training.distillation import combine
+
+    is_marked = options.forget is not None
+    if is_marked == (options.inputs is not None) or is_marked != (options.retain is not None):
+        raise ValueError("give forget and retain, the rows of all requests and those that stay; or inputs alone.")
+    if is_marked and options.generic is None:
+        raise ValueError("forget rows are trained to generic answers; give some: --generic ' neutral' ' unknown'.")
+    own: dict[str, Any] = {}
+    if options.forget and options.retain:
+        rows = forget_retain_dataset(options.rows(options.forget), options.rows(options.retain))
+        own = {"forget_fraction": options.forget_fraction, "loss": UnlearningLoss(options.alpha, options.beta)}
+        own |= {"reference": options.reference, "reference_dir": options.reference_dir}
+        own |= {"digest_key": options.digest_key}
+    else:
+        rows = options.rows(options.inputs or [])
+        if "is_forget" in rows.column_names:
+            raise ValueError("inputs have the column is_forget; give forget and retain rows as such, or drop it.")
+    tokenizer, base = options.load_tokenizer(options.model), options.load(options.model)
+    lengths = [read_object(_config_of(folder))["num_virtual_tokens"] for folder in options.prompts]
+    # The new prompt stands where the others do, and all of them need room.
+    position = read_spul_config(options.prompts[0]).prompt_position
+    settings = options.collator_options(base, max(*lengths, options.num_virtual_tokens or 1), position)
+    combined = combine(
+        base,
+        options.prompts,
+        train_dataset=rows,
+        data_collator=ForgetRetainCollator(tokenizer, options.generic, seed=options.seed, **settings),
+        args=options,
+        num_virtual_tokens=options.num_virtual_tokens,
+        processing_class=tokenizer,
+        **own,
+    )
+    if options.process_index == 0:
+        combined.save_pretrained(options.output_dir)
+        tokenizer.save_pretrained(options.output_dir)
+        print(f"saved: {options.output_dir}")
+    return None
+
+
+def _config_of(folder: str) -> Path:
+    from ..prompts.checkpoint import CONFIG_NAME
+    from ..records.files import find_file
+
+    path = find_file(folder, CONFIG_NAME)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}; expected the folder of a saved prompt.")
+    return path
+
+
+COMMANDS = {
+    "": Command(
+        CombineOptions,
+        run,
+        "spul combine --model facebook/opt-1.3b --prompts request-1 request-2 --forget f1.jsonl f2.jsonl "
+        "--retain r.jsonl --generic ' unknown' --output-dir requests-1-2",
+        "Distill several saved prompts of one base into one.",
+    )
+}

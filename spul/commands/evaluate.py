@@ -1,0 +1,146 @@
+"""`spul evaluate`: an unlearned model measured, attacked, and checked against conditions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .command import Command
+from .shared import LoadOptions, RowOptions, option
+
+FAILED = 1
+
+
+@dataclass(kw_only=True)
+class EvaluateOptions(LoadOptions, RowOptions):
+    """Options of `spul evaluate`."""
+
+    model: str = option("the unlearned model: folder of a prompt, prompts behind gates, layers, LoRA, or weights", ...)
+    base: str | None = option("the model before; of an adapter the one in its record by default")
+    retrained: str | None = option("a model that never saw the forget rows, the yardstick")
+    reference: str | None = option("another such model, for the reference attack on membership")
+    forget: list[str] = option("files of the rows that were to be forgotten", ...)
+    retain: list[str] = option("files of the rows that were to stay", ...)
+    test_forget: list[str] = option("files of other forget rows", ...)
+    test_retain: list[str] = option("files of other retain rows", ...)
+    unseen: list[str] | None = option("files of rows like the forget rows that no model was trained on")
+    unrelated_texts: str | None = option("a text file with a running text on each line")
+    measures: list[str] | None = option("measures, such as utility membership 'input attack'; all by default")
+    attacks: list[str] | None = option("attacks on the input, such as capitals diluted; all by default")
+    attack_rows: int = option("most rows of a set that are attacked", 200)
+    names: list[str] | None = option("full names of those forgotten, which some attacks disguise")
+    relearn_lr: float = option("learning rate of relearning a prompt, layers or LoRA", 1e-2)
+    relearn_model_lr: float = option("the same of whole weights", 1e-4)
+    free_form: bool = option("answers are texts, even if few are different", False)
+    max_new_tokens: int = option("most tokens of a free-form answer", 200)
+    batch_size: int = option("rows of a forward pass", 32)
+    seed: int = option("seed of all draws", 0)
+    digest_key: str | None = option("file of the owner's secret: the results then have digests of the rows")
+    output_dir: str = option("folder of results and report", ...)
+    fail_if: list[str] | None = option(
+        "conditions for exit status 1, such as 'test_forget.accuracy.high > 0.05': [MEASURE:] ROWS.METRIC.END"
+    )
+
+
+def run(options: EvaluateOptions) -> int | None:
+    """Evaluate a model, write its results, report and card, and check conditions.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if rows, options or conditions cannot be used.
+    """
+    from ..data.collator import ForgetRetainCollator
+    from ..evaluation.conditions import Condition, failures
+    from ..evaluation.loading import load_unlearned
+    from ..evaluation.measures import MEASURES
+    from ..evaluation.run import evaluate
+    from ..evaluation.suite import AttackSettings
+    from ..models.compat import PartialState
+
+    conditions = [Condition.parse(text) for text in options.fail_if or ()]
+    measures = [_measure(name) for name in options.measures or MEASURES]
+    if absent := [str(one) for one in conditions if one.measure not in measures]:
+        raise ValueError(f"the condition {absent[0]!r} is of a measure that is not taken: add it to measures.")
+    if options.generic is None:
+        raise ValueError("give the answers that count as generic: --generic ' neutral' ' unknown'.")
+    splits = {
+        "train_forget": options.rows(options.forget),
+        "train_retain": options.rows(options.retain),
+        "test_forget": options.rows(options.test_forget),
+        "test_retain": options.rows(options.test_retain),
+    }
+    unseen = None if options.unseen is None else options.rows(options.unseen)
+    texts = _lines(options.unrelated_texts)
+    loaded = load_unlearned(options.model, options.base, options.tokenizer, options.loader())
+    others = {"retrained": options.retrained, "reference": options.reference}
+    others |= {"base": options.base} if loaded.kind == "model" else {}
+    found = evaluate(
+        loaded.model,
+        splits,
+        ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model)),
+        **{name: options.load(folder) for name, folder in others.items() if folder is not None},
+        unseen=unseen,
+        unrelated_texts=texts,
+        measures=measures,
+        attacks=AttackSettings(
+            names=options.names or (),
+            only=tuple(options.attacks or ()),
+            num_rows=options.attack_rows,
+            relearn_lr=options.relearn_lr,
+            relearn_model_lr=options.relearn_model_lr,
+        ),
+        output_dir=options.output_dir,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        free_form=options.free_form,
+        seed=options.seed,
+        digest_key=options.digest_key,
+    )
+    if PartialState().is_main_process:
+        _write(found, options)
+    failed = failures(found, conditions)
+    if PartialState().is_main_process:
+        for line in failed:
+            print(f"failed: {line}")
+        if conditions and not failed:
+            print(f"passed: {len(conditions)} condition(s)")
+    return FAILED if failed else None
+
+
+def _measure(name: str) -> str:
+    """A measure's name, as it is or with hyphens for spaces."""
+    return name.replace("-", " ")
+
+
+def _lines(path: str | None) -> list[str]:
+    from ..data.prompt_files import read_texts
+
+    return [] if path is None else read_texts(path)
+
+
+def _write(found: Any, options: EvaluateOptions) -> None:
+    """The report, and the metrics in the card of a local adapter that has one."""
+    from ..evaluation.report.card import add_to_card
+    from ..evaluation.report.report import write_report
+    from ..records.card import CARD_NAME
+    from ..records.spul_config import SPUL_CONFIG_NAME
+
+    written = [str(path) for path in write_report(found, options.output_dir)]
+    folder = Path(options.model)
+    has_card = all((folder / name).is_file() for name in (CARD_NAME, SPUL_CONFIG_NAME))
+    if has_card and any(one.measure == "utility" for one in found.metrics):
+        add_to_card(found, folder)
+        written.append(str(folder / CARD_NAME))
+    print("written: " + ", ".join(written))
+
+
+COMMANDS = {
+    "": Command(
+        EvaluateOptions,
+        run,
+        "spul evaluate --model out --forget f.jsonl --retain r.jsonl --test-forget tf.jsonl --test-retain tr.jsonl "
+        "--generic ' neutral' ' unknown' --output-dir evaluation --fail-if 'test_forget.accuracy.high > 0.05'",
+        "Measure an unlearned model, attack it, and exit with status 1 where a condition holds.",
+    )
+}

@@ -1,0 +1,182 @@
+"""`spul gate fit` and `spul gate check`: a gate from files, and what it flags."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .command import Command
+from .shared import LoadOptions, option
+
+
+@dataclass(kw_only=True)
+class FitOptions(LoadOptions):
+    """Options of `spul gate fit`."""
+
+    adapter: str = option("folder of the saved prompt, which gets the gate", ...)
+    adapter_name: str = option("name of the prompt, in a folder of several", "default")
+    kind: Literal["names", "text", "states"] = option("what it decides by: names, wording, or the base's states", ...)
+    names: list[str] | None = option("full names that a gate of names flags")
+    forget: str | None = option("file of requests to flag: rows with the column, or a .txt with one a line")
+    retain: str | None = option("file of requests not to flag")
+    paraphrases: str | None = option("file of rewordings of forget requests, which are reported on")
+    column: str = option("column with the requests", "prompt")
+    recall: float = option("share of forget requests to flag", 0.99)
+    seed: int = option("seed of the folds", 0)
+    layers: list[int] | None = option("layers that a gate of states tries; 8 by default")
+    model: str | None = option("the base, for a gate of states and for conversations; that of the record by default")
+
+
+@dataclass(kw_only=True)
+class CheckOptions(LoadOptions):
+    """Options of `spul gate check`."""
+
+    adapter: str = option("folder of the prompt with its gate", ...)
+    adapter_name: str = option("name of the prompt, in a folder of several", "default")
+    texts: list[str] | None = option("requests")
+    file: str | None = option("file of requests: rows with the column, or a .txt with one a line")
+    column: str = option("column with the requests", "prompt")
+    model: str | None = option("the base, for a gate of states and for conversations; that of the record by default")
+
+
+def fit(options: FitOptions) -> int | None:
+    """Fit a gate, print its report, and save it with the prompt.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if options or texts cannot be used.
+    """
+    from ..gates.gated_files import attach_gate
+
+    if not os.path.isdir(options.adapter):
+        raise FileNotFoundError(f"{options.adapter} is no folder here; expected that of a saved prompt.")
+    source = _Source(options, options.column)
+    forget, retain, paraphrases = (
+        source.texts(path) for path in (options.forget, options.retain, options.paraphrases)
+    )
+    gate: Any
+    if options.kind == "names":
+        gate = _by_name(options, forget, retain)
+    elif options.names:
+        raise ValueError(f"names are for a gate of names; a gate of {options.kind} takes forget and retain.")
+    elif forget is None or retain is None:
+        raise ValueError(f"a gate of {options.kind} is fit on requests; give forget and retain, a file of each.")
+    else:
+        settings = {"recall": options.recall, "seed": options.seed, "paraphrases": paraphrases}
+        gate = _fitted(options, source, forget, retain, settings)
+    attach_gate(gate, options.adapter, options.adapter_name)
+    print(gate.report or "no report: give forget and retain requests to measure it on")
+    print(f"saved: {os.path.join(options.adapter, 'gate')}" if options.adapter_name == "default" else "saved")
+    return None
+
+
+def check(options: CheckOptions) -> int | None:
+    """Print for each request whether the gate flags it.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if there are no requests, or the gate is damaged.
+    """
+    from ..gates.any_gate import load
+    from ..gates.files import read_gate
+    from ..gates.gated_files import GATE_FOLDER, folder_of
+
+    source = _Source(options, options.column)
+    texts = [*(options.texts or ()), *(source.texts(options.file) or ())]
+    if not texts:
+        raise ValueError("there is nothing to check; give texts, or a file of them.")
+    where = "/".join(part for part in (folder_of(options.adapter_name), GATE_FOLDER) if part)
+    needs_base = read_gate(options.adapter, subfolder=where).kind not in ("names", "text")
+    own = (source.base(), source.tokenizer()) if needs_base else ()
+    gate = load(options.adapter, *own, subfolder=where)
+    for text, flag in zip(texts, gate.flags(texts), strict=True):
+        shown = text.replace("\n", "\\n")
+        print(f"{'flagged' if flag else 'passed'}\t{shown}")
+    for kind, number in gate.failures.items():
+        print(f"the gate failed on {number} of them, which are flagged: {kind}")
+    return None
+
+
+class _Source:
+    """Requests of files as the gate will see them, and the base and tokenizer where these are needed."""
+
+    def __init__(self, options: FitOptions | CheckOptions, column: str) -> None:
+        self.options, self.column = options, column
+        self._tokenizer: Any = None
+        self._base: Any = None
+
+    def texts(self, path: str | None) -> list[str] | None:
+        """The requests of a file; conversations as the chat template renders them, without special tokens."""
+        if path is None:
+            return None
+        from ..data.encoder import RowEncoder
+        from ..data.prompt_files import read_texts
+        from ..gates.gate import request_texts
+
+        found = read_texts(path, self.column)
+        if all(isinstance(one, str) for one in found):
+            return found
+        tokenizer = self.tokenizer()
+        encoder = RowEncoder(tokenizer, max_length=int(1e9))
+        rows = [{"prompt": one} for one in found]
+        ids = [encoder.prompts([row])["input_ids"][0].tolist() for row in rows]
+        return request_texts(tokenizer, ids)
+
+    def name(self) -> str:
+        """The base's name or folder."""
+        from ..evaluation.loading import base_of
+
+        return self.options.model or base_of(self.options.adapter)
+
+    def tokenizer(self) -> Any:
+        """The base's tokenizer."""
+        if self._tokenizer is None:
+            self._tokenizer = self.options.load_tokenizer(self.name())
+        return self._tokenizer
+
+    def base(self) -> Any:
+        """The base."""
+        if self._base is None:
+            self._base = self.options.load(self.name())
+        return self._base
+
+
+def _by_name(options: FitOptions, forget: list[str] | None, retain: list[str] | None) -> Any:
+    from ..gates.names import NameGate
+
+    if not options.names:
+        raise ValueError("a gate of names needs names: --names 'Jane Doe' 'John Roe'.")
+    gate = NameGate(options.names)
+    if (forget is None) != (retain is None):
+        raise ValueError("forget and retain go together: give both, to measure the gate on, or neither.")
+    if forget is not None and retain is not None:
+        gate.report = gate.measure(forget, retain)
+    return gate
+
+
+def _fitted(
+    options: FitOptions, source: _Source, forget: list[str], retain: list[str], settings: dict[str, Any]
+) -> Any:
+    from ..gates.state import StateGate
+    from ..gates.text import TextGate
+
+    if options.kind == "text":
+        return TextGate.fit(forget, retain, **settings)
+    return StateGate.fit(source.base(), source.tokenizer(), forget, retain, layers=options.layers, **settings)
+
+
+COMMANDS = {
+    "fit": Command(
+        FitOptions,
+        fit,
+        "spul gate fit --adapter out --kind text --forget f.jsonl --retain r.jsonl --recall 0.95",
+        "Fit a gate on requests, print how often it flags, and save it with the prompt.",
+    ),
+    "check": Command(
+        CheckOptions,
+        check,
+        "spul gate check --adapter out --texts 'Who is Jane Doe?' 'Which song won?'",
+        "Print which requests a gate flags.",
+    ),
+}

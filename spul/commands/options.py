@@ -1,0 +1,160 @@
+"""Options of a command: from flags and from a YAML file, by transformers' `HfArgumentParser`."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import transformers
+import yaml
+from transformers import HfArgumentParser
+
+from .command import Command
+
+CONFIG, HELP_ALL = "config", "help-all"
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Defaults beside options, where there are any, and the example as it stands."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.required:
+            return f"{action.help} (required)"
+        has_default = action.default not in (None, argparse.SUPPRESS)
+        return f"{action.help} (default: %(default)s)" if has_default else str(action.help)
+
+
+class OptionsParser(HfArgumentParser):
+    """A parser of a command's options, whose errors are exceptions.
+
+    Options that the command's dataclass inherits from transformers, those of `TrainingArguments`, are parsed as
+    any; `--help` leaves them out, and `--help-all` shows them.
+
+    Args:
+        command: the command.
+        words: its name, word by word.
+        shows_all: whether help shows inherited options, too.
+    """
+
+    def __init__(self, command: Command, words: Sequence[str], shows_all: bool = False) -> None:
+        assert command.options is not None
+        name, inherited = " ".join(words), _inherited(command.options)
+        more = f"\n{len(inherited)} more options: {name} --{HELP_ALL}\n" if inherited and not shows_all else ""
+        super().__init__(
+            cast(Any, command.options),
+            prog=name,
+            usage=f"{name} [--{CONFIG} FILE.yaml] [options]",
+            description=command.purpose,
+            epilog=f"{more}\nexample:\n  {command.example}",
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+        )
+        self.by_name = {action.dest: action for action in reversed(self._actions)}  # first of --x and --no_x
+        if not shows_all:
+            for action in self._actions:
+                if action.dest in inherited:
+                    action.help = argparse.SUPPRESS
+
+    def error(self, message: str) -> NoReturn:
+        """Raise, in place of argparse's exit.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(message)
+
+
+def parse(command: Command, words: Sequence[str], arguments: Sequence[str]) -> Any:
+    """A command's options from its arguments, `--config FILE.yaml` among them; flags win over the file.
+
+    Args:
+        command: the command.
+        words: its name, word by word.
+        arguments: its arguments.
+
+    Raises:
+        ValueError: for an unknown option or key, with those of a near name, a missing one, or one of another type.
+        FileNotFoundError: if there is no such file.
+        SystemExit: after `--help`.
+    """
+    shows_all = f"--{HELP_ALL}" in arguments
+    parser = OptionsParser(command, words, shows_all)
+    if shows_all:
+        parser.print_help()
+        sys.exit(0)
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    before.add_argument(f"--{CONFIG}", action="append", default=[])
+    try:
+        own, rest = before.parse_known_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    for path in own.config:
+        _take(parser, path)
+    options, unknown = parser.parse_args_into_dataclasses(
+        rest, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(f"unknown option or value {unknown[0]!r}{_near(parser, unknown[0])}.")
+    return options
+
+
+def _take(parser: OptionsParser, path: str) -> None:
+    """Make the values of a YAML file the parser's defaults, which flags replace."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a YAML file of options.")
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}; expected options by name, such as 'model: NAME'.")
+    for key, value in found.items():
+        name = str(key).replace("-", "_")
+        action = parser.by_name.get(name)
+        if action is None or name == "help":
+            raise ValueError(f"{path}: unknown option {key!r}{_near(parser, name)}.")
+        if value is None:  # as if the key were not there
+            continue
+        try:
+            parser.set_defaults(**{name: _converted(action, value)})
+        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+            raise ValueError(f"{path}: {key} is {value!r}; {error}") from error
+        action.required = False
+
+
+def _converted(action: argparse.Action, value: Any) -> Any:
+    """A value of YAML as the option's type, as a flag would give it."""
+    if action.nargs == "+":
+        return [_single(action, one) for one in (value if isinstance(value, list) else [value])]
+    if isinstance(value, list):
+        raise ValueError("expected a single value, not a list.")
+    return _single(action, value)
+
+
+def _single(action: argparse.Action, value: Any) -> Any:
+    text = json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
+    convert: Any = action.type or str
+    found = convert(text)
+    if action.choices is not None and found not in action.choices:
+        raise ValueError(f"expected one of {', '.join(map(str, action.choices))}.")
+    return found
+
+
+def _near(parser: OptionsParser, given: str) -> str:
+    names = [name for name in parser.by_name if name != "help"]
+    near = difflib.get_close_matches(given.lstrip("-").split("=")[0].replace("-", "_"), names, n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else f"; {parser.prog} --help lists the options"
+
+
+def _inherited(options: type) -> set[str]:
+    """Names of the fields that transformers' dataclasses define, and none of spul's does again."""
+    classes = [one for one in options.__mro__ if one.__module__.split(".")[0] != transformers.__name__]
+    own = {name for one in classes for name in inspect.get_annotations(one)}
+    return {field.name for field in dataclasses.fields(options)} - own

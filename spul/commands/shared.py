@@ -1,0 +1,99 @@
+"""Options that several commands share, and what they make: rows, models, prompt formats, losses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ..data.formats import PromptFormat
+
+
+def option(help: str, default: Any = None) -> Any:
+    """A field of a dataclass of options with its help; a default of `...` makes it required."""
+    metadata = {"help": help}
+    if default is ...:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(kw_only=True)
+class RowOptions:
+    """How files of rows are read and tokenized."""
+
+    generic: list[str] | None = option("generic answers, leading space included, such as ' neutral' ' unknown'")
+    prompt_template: str | None = option(
+        "template of prompts for files with other columns, such as '### Question: {question}\\n### Answer:'"
+    )
+    completion_template: str = option("template of completions beside --prompt-template", " {answer}")
+    text_field: str | None = option("column whose text stands in the prompt, and is cut where a row is too long")
+    append_eos: bool = option("completions are free texts, whose end is trained, too", False)
+    max_length: int | None = option("most tokens of a row; as many as fit beside the prompt, at most 1024, by default")
+
+    @property
+    def prompt_format(self) -> PromptFormat | None:
+        """The format of the templates; None without them."""
+        from ..data.formats import PromptFormat
+
+        if self.prompt_template is None:
+            return None
+        template = self.prompt_template.replace("\\n", "\n")
+        if self.text_field is None:
+            raise ValueError(
+                "prompt_template needs text_field, the column among those of the template that may be cut."
+            )
+        return PromptFormat(template, self.completion_template, tuple(self.generic or [" unknown"]), self.text_field)
+
+    def rows(self, paths: str | Sequence[str]) -> Dataset:
+        """The rows of files, checked."""
+        from ..data.prompt_files import read_prompts
+
+        return read_prompts(paths, self.prompt_format, self.text_field)
+
+    def collator_options(
+        self, model: Any, num_virtual_tokens: int | None = None, prompt_position: str | None = None
+    ) -> dict[str, Any]:
+        """Arguments of the collator for a model in memory; prompt length and position are the model's unless given."""
+        from ..models.causal_lm import bare_model, max_positions
+        from ..models.unlearner import unlearner_of
+
+        unlearner, limit = unlearner_of(model), max_positions(bare_model(model))
+        record = unlearner.spul_config
+        num = unlearner.longest_prompt if num_virtual_tokens is None else num_virtual_tokens
+        room = 1024 if limit is None else min(1024, limit - num)
+        return {
+            "max_length": room if self.max_length is None else self.max_length,
+            "text_field": self.text_field,
+            "append_eos": self.append_eos,
+            "prompt_position": prompt_position or ("start" if record is None else record.prompt_position),
+        }
+
+
+@dataclass(kw_only=True)
+class LoadOptions:
+    """How models are loaded."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("type of the base's weights", "auto")
+    bits: int | None = option("quantize the base to 8 or 4 bits")
+    tokenizer: str | None = option("tokenizer, by name or folder; the base's by default")
+    trust_remote_code: bool = option("run code of the model's repository", False)
+
+    def load(self, name: str, **options: Any) -> Any:
+        """A causal LM by name or folder."""
+        return self.loader()(name, **options)
+
+    def loader(self) -> Any:
+        """A function that loads a causal LM by name or folder."""
+        from ..models.loading import load_causal_lm
+
+        return partial(load_causal_lm, dtype=self.dtype, bits=self.bits, trust_remote_code=self.trust_remote_code)
+
+    def load_tokenizer(self, name: str) -> Any:
+        """The tokenizer of a base, unless another is named."""
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.tokenizer or name, trust_remote_code=self.trust_remote_code)

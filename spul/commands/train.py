@@ -1,0 +1,167 @@
+"""`spul train`: from files of forget and retain rows to a saved prompt with its card."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from transformers import TrainingArguments, set_seed
+
+from .command import Command
+from .shared import LoadOptions, RowOptions, option
+
+
+@dataclass(kw_only=True)
+class TrainingOptions(LoadOptions, RowOptions, TrainingArguments):
+    """Rows, base, and `TrainingArguments` with defaults for prompts."""
+
+    output_dir: str = option("folder for the saved prompt and the checkpoints", ...)
+    learning_rate: float | None = option(  # type: ignore[assignment]
+        "peak learning rate; by the prompt's kind and the base's width by default"
+    )
+    lr_scheduler_type: str = option("schedule of the learning rate", "cosine")
+    warmup_steps: float = option("steps of warm-up; below 1 their share of all", 0.1)
+    num_train_epochs: float = option("passes over the rows", 10.0)
+    max_steps: int = option("optimizer steps, in place of epochs; -1 for none", -1)
+    per_device_train_batch_size: int = option("rows of a batch", 8)
+    logging_steps: float = option("steps between logs, which have every term of the loss", 10)
+    report_to: str = option("tracker of the logs, such as tensorboard, wandb or trackio", "none")
+    forget_fraction: float | None = option("share of forget rows in every batch; shuffled together by default")
+    reference: Literal["cached", "live"] = option(
+        "the base's logits on retain rows: computed once, or in every step", "cached"
+    )
+    reference_dir: str | None = option("folder of the cached reference; beside the Hugging Face cache by default")
+    digest_key: str | None = option("file of the owner's secret: the record then has digests of the rows")
+
+
+@dataclass(kw_only=True)
+class TrainOptions(TrainingOptions):
+    """Options of `spul train`; all of `TrainingArguments` are among them."""
+
+    model: str = option("the base, by name or folder", ...)
+    forget: list[str] = option("files of the rows to forget: jsonl, json, csv, tsv or parquet", ...)
+    retain: list[str] = option("files of the rows that stay as they are", ...)
+    test_forget: list[str] | None = option("files of other forget rows, scored in the end and for the card")
+    test_retain: list[str] | None = option("files of other retain rows, likewise")
+    prompt_type: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge"] = option(
+        "kind of the prompt", "prompt_tuning"
+    )
+    num_virtual_tokens: int = option("length of the prompt", 30)
+    encoder_hidden_size: int = option("width of P-tuning's network", 128)
+    prompt_position: Literal["start", "message"] = option(
+        "where the prompt stands: in front, or before what is asked", "start"
+    )
+    start: Literal["random", "vocabulary", "peft"] | None = option("how the prompt begins; by its kind by default")
+    instruction: str | None = option("a written instruction that the prompt begins as, in place of --start")
+    method: str = option("the loss, one of those of spul.training.METHODS that train a prompt", "SPUL")
+    alpha: float | None = option("weight of the retain term; the method's by default")
+    beta: float | None = option("weight of the KL term; the method's by default")
+    retain_budget: float | None = option("nats per token that retaining may cost, in place of alpha")
+    hold_out: float | None = option("share of the rows to hold out, to stop when they are forgotten")
+    stop_every: int = option("steps between scorings of the rows held out", 50)
+    stop_margin: float = option("points of retain accuracy that may be lost", 1.0)
+    stop_target: float = option("forget accuracy in percent that counts as forgotten", 5.0)
+    stop_patience: int = option("further scorings that must be no better", 2)
+    resume: bool = option("go on from the last complete checkpoint in the output folder", False)
+
+
+def run(options: TrainOptions) -> int | None:
+    """Train, score and save a prompt.
+
+    Raises:
+        FileNotFoundError: if a file is missing.
+        ValueError: if rows or options cannot be used.
+    """
+    from ..data.dataset import forget_retain_dataset, hold_out
+    from ..training.methods import unlearning_method
+    from ..training.rates import default_learning_rate
+    from ..training.stopping import StopWhenForgotten
+    from ..training.trainer import UnlearningTrainer
+
+    method = unlearning_method(
+        options.method, "prompt", options.alpha, options.beta, retain_budget=options.retain_budget
+    )
+    if options.generic is None and not method.loss.forget.makes_unlikely and method.alternates is None:
+        raise ValueError(f"{options.method} trains generic answers; give some: --generic ' neutral' ' unknown'.")
+    tests = {
+        name: options.rows(files)
+        for name, files in (("test_forget", options.test_forget), ("test_retain", options.test_retain))
+        if files
+    }
+    dataset = forget_retain_dataset(options.rows(options.forget), options.rows(options.retain))
+    held_out = None if options.hold_out is None else hold_out(dataset, options.hold_out, options.seed)
+    tokenizer = options.load_tokenizer(options.model)
+    unlearner = _unlearner(options, method, tokenizer)
+    collator = method.collator(
+        tokenizer, options.generic or (), seed=options.seed, **options.collator_options(unlearner)
+    )
+    if options.learning_rate is None:
+        options.learning_rate = default_learning_rate(unlearner)
+    trainer = UnlearningTrainer(
+        unlearner,
+        options,
+        collator,
+        dataset if held_out is None else held_out.train,
+        tests or None,
+        tokenizer,
+        forget_fraction=options.forget_fraction,
+        reference=options.reference,
+        reference_dir=options.reference_dir,
+        digest_key=options.digest_key,
+    )
+    if held_out is not None:
+        names = ("every", "margin", "target", "patience")
+        settings = {name: getattr(options, f"stop_{name}") for name in names}
+        trainer.add_callback(StopWhenForgotten(trainer, held_out.forget, held_out.retain, **settings))
+    trainer.train(resume_from_checkpoint=True if options.resume else options.resume_from_checkpoint)
+    scores = _scores(trainer, tests)
+    if trainer.is_world_process_zero():
+        unlearner.save_pretrained(options.output_dir)
+        tokenizer.save_pretrained(options.output_dir)
+        for line in scores:
+            print(line)
+        print(f"saved: {options.output_dir}")
+    return None
+
+
+def _unlearner(options: TrainOptions, method: Any, tokenizer: Any) -> Any:
+    """The base under a fresh prompt."""
+    from ..prompts.configs import prompt_config
+    from ..prompts.starts import InstructionStart
+    from ..prompts.unlearner import SoftPromptUnlearner
+
+    if options.instruction is not None and options.start is not None:
+        raise ValueError("start and instruction both say how the prompt begins; give one of them.")
+    start = options.start if options.instruction is None else InstructionStart(options.instruction, tokenizer)
+    config = prompt_config(options.prompt_type, options.num_virtual_tokens, options.encoder_hidden_size)
+    base = options.load(options.model)
+    set_seed(options.seed)  # of the draws of the start
+    return SoftPromptUnlearner(base, config, method.loss, prompt_position=options.prompt_position, start=start)
+
+
+def _scores(trainer: Any, tests: dict[str, Any]) -> list[str]:
+    """A line for each set of test rows: its scores, which are recorded for the card, beside the base's."""
+    if not tests:
+        return []
+    with trainer.unlearner.disable_adapter():
+        before = {name: trainer.score(rows, name) for name, rows in tests.items()}
+    after = trainer.evaluate()
+    return [
+        f"{name}: "
+        + ", ".join(
+            f"{key} {after[f'eval_{name}_{key}']:.3f} (base {before[name][key]:.3f})"
+            for key in ("accuracy", "generic")
+        )
+        for name in tests
+    ]
+
+
+COMMANDS = {
+    "": Command(
+        TrainOptions,
+        run,
+        "spul train --model facebook/opt-1.3b --forget f.jsonl --retain r.jsonl --generic ' neutral' ' unknown' "
+        "--output-dir out",
+        "Train a soft prompt on files of forget and retain rows, and save it with its record and card.",
+    )
+}

@@ -1,0 +1,116 @@
+"""An unlearned model of any kind from its folder: prompts, prompts behind gates, layers, LoRA, or whole weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from peft import PeftModel
+from transformers import AutoTokenizer
+
+from ..gates.gated import GatedUnlearner
+from ..gates.gated_files import ROUTING_NAME
+from ..layers.checkpoint import CONFIG_NAME as LAYERS_NAME
+from ..layers.unlearning_layers import UnlearningLayers
+from ..models.loading import load_causal_lm
+from ..prompts.checkpoint import CONFIG_NAME as ADAPTER_NAME
+from ..prompts.unlearner import SoftPromptUnlearner
+from ..records.fields import read_object
+from ..records.files import find_file
+from ..records.spul_config import read_spul_config
+
+KINDS = {
+    "gated": f"prompts behind gates ({ROUTING_NAME})",
+    "layers": f"unlearning layers ({LAYERS_NAME})",
+    "adapter": f"a prompt or another adapter of PEFT ({ADAPTER_NAME})",
+    "model": "a whole model (config.json)",
+}
+
+
+class Loaded(NamedTuple):
+    """A model, its tokenizer, and its kind: one of `KINDS`."""
+
+    model: Any
+    tokenizer: Any
+    kind: str
+
+
+def kind_of(folder: str | os.PathLike[str]) -> str:
+    """The kind of a saved model, one of `KINDS`, by the files in its folder.
+
+    Args:
+        folder: local folder or Hub name.
+
+    Raises:
+        FileNotFoundError: if it has none of the files of `KINDS`.
+    """
+    files = {"gated": ROUTING_NAME, "layers": LAYERS_NAME, "adapter": ADAPTER_NAME, "model": "config.json"}
+    for kind, name in files.items():
+        if find_file(folder, name) is not None:
+            return kind
+    raise FileNotFoundError(f"{str(folder)!r} holds no model; expected one of: {'; '.join(KINDS.values())}.")
+
+
+def base_of(folder: str | os.PathLike[str]) -> str:
+    """The name of the base in the record of a saved adapter, or of layers.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = find_file(folder, ADAPTER_NAME)
+    name = read_object(path).get("base_model_name_or_path") if path is not None else None
+    name = name or read_spul_config(folder).base_model_name_or_path
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{str(folder)!r} does not say which base it is for; give the base, by name or folder.")
+    return name
+
+
+def load_unlearned(
+    folder: str | os.PathLike[str],
+    base: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    load: Callable[[str | os.PathLike[str]], Any] = load_causal_lm,
+) -> Loaded:
+    """Load an unlearned model of any kind, in evaluation mode.
+
+    Args:
+        folder: folder or Hub name: prompts behind gates, unlearning layers, a prompt, LoRA, or whole weights.
+        base: folder or Hub name of the base of an adapter; the one in its record unless given. Of whole weights it is
+            not read here.
+        tokenizer: folder or Hub name of the tokenizer; the base's, or the whole model's, unless given.
+        load: from a name to a causal LM.
+
+    Raises:
+        FileNotFoundError: if the folder holds no model.
+        OSError: if the base cannot be found.
+        ValueError: if files are damaged, or adapter and base do not fit.
+    """
+    kind = kind_of(folder)
+    name = folder if kind == "model" else (base or base_of(folder))
+    try:
+        model, words = load(name), AutoTokenizer.from_pretrained(tokenizer or name)
+    except OSError as error:
+        if kind == "model" or base is not None:
+            raise
+        raise OSError(
+            f"the base of {str(folder)!r} is recorded as {str(name)!r}, which is not found here. Give the base, by "
+            f"name or folder. ({error})"
+        ) from error
+    if kind == "gated":
+        model = GatedUnlearner.from_pretrained(model, folder, words)
+    elif kind == "layers":
+        model = UnlearningLayers.from_pretrained(model, folder)
+    elif kind == "adapter":
+        model = _with_adapter(model, folder)
+    return Loaded(model.eval(), words, kind)
+
+
+def _with_adapter(base: Any, folder: str | os.PathLike[str]) -> Any:
+    path = find_file(folder, ADAPTER_NAME)
+    assert path is not None
+    config = read_object(path)
+    # A prompt's config says how long it is; the type on disk may be spul's own, see prompts/position.py.
+    if "num_virtual_tokens" in config:
+        return SoftPromptUnlearner.from_pretrained(base, folder)
+    return PeftModel.from_pretrained(base, os.fspath(folder))

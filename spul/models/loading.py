@@ -1,0 +1,54 @@
+"""Models of transformers by name or folder: type, bits, device."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, Literal
+
+import torch
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from .compat import PartialState
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+BITS = (8, 4)
+
+
+def load_causal_lm(
+    name: str | os.PathLike[str],
+    dtype: DType = "auto",
+    bits: int | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a causal LM onto this process's device, in evaluation mode.
+
+    Args:
+        name: folder or Hub name.
+        dtype: type of its weights; `"auto"` (default) that in which they are stored.
+        bits: 8 or 4 to quantize the linear layers by bitsandbytes, which then compute in `dtype`, of `"auto"`
+            bfloat16; None (default) for none.
+        revision: branch, tag or commit on the Hub.
+        trust_remote_code: whether code in the repository may run.
+
+    Raises:
+        OSError: if there is no such model.
+        ValueError: if `bits` is another number.
+    """
+    if bits is not None and bits not in BITS:
+        raise ValueError(f"bits={bits!r}; expected 8 or 4, or none.")
+    device = PartialState().device
+    own: dict[str, Any] = {"revision": revision} if revision is not None else {}
+    if bits is not None:
+        compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+        own |= {
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_compute_dtype=compute
+            ),
+            "device_map": {"": device},
+        }
+    wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        name, dtype=wanted, trust_remote_code=trust_remote_code, **own
+    ).eval()
+    return model if bits is not None else model.to(device)

@@ -1,0 +1,157 @@
+"""`spul evaluate` on models of every kind, with conditions; and how such models are loaded."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from command_files import parsed, write_files, write_prompt, write_rows
+from helpers import GENERIC, build, layers_on, lora, make_tokenizer, prompted
+
+from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers, score_completions
+from spul.commands.evaluate import run
+from spul.commands.main import main
+from spul.data.prompt_files import read_prompts
+from spul.evaluation.loading import KINDS, base_of, kind_of, load_unlearned
+from spul.evaluation.results import Evaluation
+from spul.gates import GatedUnlearner, NameGate
+from spul.records.spul_config import read_spul_config
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    found = write_files(folder)
+    write_prompt(folder / "adapter")
+    GatedUnlearner(prompted(dtype=torch.float32), make_tokenizer(), {"default": NameGate(["jane"])}).save_pretrained(
+        folder / "gated"
+    )
+    layers_on(build("llama")).save_pretrained(folder / "layers")
+    lora(build("llama")).save_pretrained(folder / "lora")
+    return {**found, **{kind: str(folder / kind) for kind in ("adapter", "gated", "layers", "lora")}}
+
+
+def options_for(files, model, folder, **more):
+    sets = {name: files[name] for name in ("forget", "retain", "test_forget", "test_retain")}
+    quick = {"measures": ["utility"], "generic": GENERIC, "max_length": 64, **more}
+    return {"model": model, **sets, "output_dir": folder, **quick}
+
+
+# ---- loading ----
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "made"),
+    [
+        ("adapter", "adapter", SoftPromptUnlearner),
+        ("gated", "gated", GatedUnlearner),
+        ("layers", "layers", UnlearningLayers),
+        ("lora", "adapter", None),
+        ("model", "model", None),
+    ],
+)
+def test_every_kind_of_model_is_known_by_its_files_and_loaded(files, name, kind, made):
+    assert kind_of(files[name]) == kind
+    loaded = load_unlearned(files[name], base=files["model"])
+    assert loaded.kind == kind
+    assert loaded.kind in KINDS
+    assert made is None or type(loaded.model) is made
+    assert not loaded.model.training
+    assert len(loaded.tokenizer) == len(make_tokenizer())
+    ids = torch.arange(5, 12)[None]
+    with torch.no_grad():
+        out = loaded.model(input_ids=ids).logits
+    base = build("llama")(ids).logits
+    assert torch.equal(out[:, -7:], base) is (name in ("model", "gated"))  # the gate flags no request without a name
+
+
+def test_a_folder_without_a_model_and_a_base_that_is_not_there_are_errors(files, tmp_path):
+    with pytest.raises(FileNotFoundError, match="holds no model; expected one of: prompts behind gates"):
+        kind_of(tmp_path)
+    write_prompt(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "no-such-base"}))
+    assert base_of(tmp_path) == "no-such-base"
+    with pytest.raises(OSError, match=r"recorded as 'no-such-base', which is not found here. Give the base"):
+        load_unlearned(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    record = read_spul_config(tmp_path)
+    record.base_model_name_or_path = None
+    record.save(tmp_path)
+    with pytest.raises(ValueError, match="does not say which base"):
+        base_of(tmp_path)
+
+
+# ---- the command ----
+
+
+def test_results_report_and_card_are_written_and_conditions_decide(files, tmp_path, capsys, few_resamples):
+    conditions = ["test_forget.accuracy.high < 0", "test_retain.accuracy.low > 1"]
+    values = options_for(files, files["adapter"], tmp_path, base=files["model"], fail_if=conditions)
+    assert run(parsed("evaluate", values)) is None
+    assert "passed: 2 condition(s)" in capsys.readouterr().out
+    found = Evaluation.load(tmp_path)
+    assert found.models == ["unlearned", "detached"]
+    assert (tmp_path / "report.html").is_file()
+    assert set(read_spul_config(files["adapter"]).metrics) >= {"test_forget", "test_retain"}
+    loaded = load_unlearned(files["adapter"], files["model"])
+    collator = ForgetRetainCollator(loaded.tokenizer, GENERIC, max_length=64)
+    plain = score_completions(loaded.model, read_prompts(files["test_forget"]), collator)
+    one = found.metric("utility", "test_forget", "accuracy")
+    assert one.value == plain["accuracy"]
+    # The same folder is resumed, and now a condition holds.
+    values["fail_if"] = [f"test_forget.accuracy.value >= {one.value}", *conditions]
+    assert run(parsed("evaluate", values)) == 1
+    assert f"failed: test_forget.accuracy.value >= {one.value:g}" in capsys.readouterr().out
+
+
+def test_attacks_are_chosen_by_name(files, tmp_path, few_resamples):
+    more = {"measures": ["input-attack"], "attacks": ["capitals", "diluted"], "attack_rows": 2}
+    values = options_for(files, files["model"], tmp_path, **more)
+    assert run(parsed("evaluate", values)) is None
+    found = Evaluation.load(tmp_path).metrics
+    assert {(one.attack, one.level) for one in found} == {("none", None), ("capitals", None), ("diluted", 1)}
+    values = options_for(files, files["model"], tmp_path / "other", **{**more, "attacks": ["capitols"]})
+    with pytest.raises(
+        ValueError, match=r"there is no input attack 'capitols' on these rows; expected some of capitals"
+    ):
+        run(parsed("evaluate", values))
+
+
+def test_whole_weights_are_measured_beside_their_base(files, tmp_path, few_resamples):
+    edited = build("llama")
+    with torch.no_grad():
+        edited.lm_head.weight.mul_(-1)
+    edited.save_pretrained(tmp_path / "edited")
+    make_tokenizer().save_pretrained(tmp_path / "edited")
+    others = {"base": files["model"], "retrained": files["model"], "measures": ["utility", "kl"]}
+    assert run(parsed("evaluate", options_for(files, str(tmp_path / "edited"), tmp_path / "out", **others))) is None
+    found = Evaluation.load(tmp_path / "out")
+    assert found.models == ["unlearned", "detached", "retrained"]
+    assert found.metric("kl", "test_retain", "reverse_kl").value > 0.1
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"fail_if": ["accuracy"]}, "cannot be read"),
+        ({"fail_if": ["kl: test_retain.reverse_kl.high > 1"]}, "of a measure that is not taken"),
+        ({"fail_if": ["test_forget.acuracy.high > 1"]}, "it has .*test_forget.accuracy"),
+        ({"measures": ["usefulness"]}, "are not known"),
+    ],
+)
+def test_conditions_and_measures_that_are_none_are_errors(files, tmp_path, more, message, few_resamples):
+    with pytest.raises(ValueError, match=message):
+        run(parsed("evaluate", options_for(files, files["model"], tmp_path, **more)))
+
+
+def test_the_whole_program_exits_with_the_condition(files, tmp_path, capsys, few_resamples):
+    settings = tmp_path / "c.yaml"
+    values = options_for(files, files["model"], str(tmp_path / "out"))
+    settings.write_text(json.dumps({**values, "fail_if": "test_retain.accuracy.value >= 0"}))  # JSON is YAML
+    assert main(["evaluate", "--config", str(settings)]) == 1
+    assert main(["evaluate", "--config", str(settings), "--fail-if", "test_retain.accuracy.value > 1"]) == 0
+    missing = write_rows(tmp_path / "none.jsonl", [])
+    assert main(["evaluate", "--config", str(settings), "--forget", missing]) == 2
+    assert "is empty" in capsys.readouterr().err

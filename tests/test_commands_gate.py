@@ -1,0 +1,166 @@
+"""`spul gate fit` and `spul gate check`: gates from files, beside a saved prompt."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from command_files import parsed, write_base, write_prompt, write_rows
+from helpers import build, build_unlearner, make_tokenizer
+from transformers import AutoTokenizer
+
+from spul.commands.gate import check, fit
+from spul.gates import GatedUnlearner, NameGate, StateGate, TextGate, load
+from spul.gates.gate import request_texts
+from spul.gates.gated_files import attach_gate
+from spul.prompts.checkpoint import ENCODER_NAME
+
+FORGET = [f"who is jane doe in film {i}" for i in range(12)]
+RETAIN = [f"the plot of text {i} is good" for i in range(14)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A base, an adapter, and files of requests."""
+    write_base(tmp_path / "base", chat=True)
+    write_prompt(tmp_path / "adapter")
+    for name, texts in (("forget", FORGET), ("retain", RETAIN)):
+        write_rows(tmp_path / f"{name}.jsonl", [{"prompt": text, "completion": " a"} for text in texts])
+    return tmp_path
+
+
+def options_for(folder, **more):
+    sets = {name: folder / f"{name}.jsonl" for name in ("forget", "retain")}
+    return {"adapter": folder / "adapter", **sets, "model": folder / "base", "recall": 0.9, **more}
+
+
+def flagged(folder, texts, capsys):
+    capsys.readouterr()
+    values = {"adapter": folder / "adapter", "texts": texts, "model": folder / "base"}
+    assert check(parsed("gate", values, "check")) is None
+    return [line.split("\t")[0] == "flagged" for line in capsys.readouterr().out.splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("more", "made"),
+    [
+        ({"kind": "names", "names": ["Jane Doe"]}, NameGate),
+        ({"kind": "text"}, TextGate),
+        ({"kind": "states", "layers": [1, 2]}, StateGate),
+    ],
+)
+def test_a_gate_is_fit_reported_saved_with_its_prompt_and_routes(folder, capsys, more, made):
+    assert fit(parsed("gate", options_for(folder, **more), "fit")) is None
+    said = capsys.readouterr().out
+    assert said.startswith("recall ")
+    base, tokenizer = build("llama"), AutoTokenizer.from_pretrained(folder / "base")
+    gate = load(folder / "adapter" / "gate", base, tokenizer)
+    assert type(gate) is made
+    assert str(gate.report) in said
+    texts = [*FORGET[:2], *RETAIN[:3]]
+    expected = gate.flags(texts).tolist()
+    assert flagged(folder, texts, capsys) == expected
+    gated = GatedUnlearner.from_pretrained(base, folder / "adapter", tokenizer)
+    assert gated.route(texts) == ["default" if flag else "__base__" for flag in expected]
+    assert "## Gate" in (folder / "adapter" / "README.md").read_text()
+
+
+def test_a_gate_from_code_flags_the_same(folder):
+    fit(parsed("gate", options_for(folder, kind="text", seed=3), "fit"))
+    plain = TextGate.fit(FORGET, RETAIN, recall=0.9, seed=3)
+    found = load(folder / "adapter" / "gate")
+    assert found.scores(FORGET + RETAIN).tolist() == plain.scores(FORGET + RETAIN).tolist()
+    assert found.threshold == plain.threshold
+
+
+def test_conversations_are_read_as_the_gate_will_see_them(folder, capsys):
+    for name, texts in (("forget", FORGET), ("retain", RETAIN)):
+        answer = {"role": "assistant", "content": "a"}
+        chats = [{"messages": [{"role": "user", "content": text}, answer]} for text in texts]
+        write_rows(folder / f"{name}.jsonl", chats)
+    fit(parsed("gate", options_for(folder, kind="text"), "fit"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "base")
+
+    def seen(texts):
+        """What `GatedUnlearner` shows a gate of requests in the chat template."""
+        chats = [f"<s>user\n{text}</s><s>assistant\n" for text in texts]
+        return request_texts(tokenizer, [tokenizer(chat, add_special_tokens=False)["input_ids"] for chat in chats])
+
+    plain = TextGate.fit(seen(FORGET), seen(RETAIN), recall=0.9)
+    found = load(folder / "adapter" / "gate")
+    assert found.scores(seen(FORGET)).tolist() == plain.scores(seen(FORGET)).tolist()
+    capsys.readouterr()
+    values = {"adapter": folder / "adapter", "file": folder / "forget.jsonl", "model": folder / "base"}
+    check(parsed("gate", values, "check"))
+    assert len(capsys.readouterr().out.splitlines()) == len(FORGET)
+
+
+def test_lines_of_text_are_requests(folder, capsys):
+    for name, texts in (("forget", FORGET), ("retain", RETAIN)):
+        (folder / f"{name}.txt").write_text("\n".join(texts))
+    sets = {name: folder / f"{name}.txt" for name in ("forget", "retain")}
+    fit(parsed("gate", {**options_for(folder, kind="text"), **sets, "paraphrases": folder / "forget.txt"}, "fit"))
+    assert "paraphrases " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"kind": "names"}, "needs names"),
+        ({"kind": "text", "names": ["Jane"]}, "names are for a gate of names"),
+        ({"kind": "text", "recall": 2}, "recall"),
+        ({"kind": "text", "column": "text"}, "has no column 'text'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_and_nothing_is_saved(folder, more, message):
+    with pytest.raises(ValueError, match=message):
+        fit(parsed("gate", options_for(folder, **more), "fit"))
+    assert not (folder / "adapter" / "gate").exists()
+
+
+def test_requests_of_one_side_are_refused(folder):
+    values = options_for(folder, kind="text")
+    del values["retain"]
+    with pytest.raises(ValueError, match="a file of each"):
+        fit(parsed("gate", values, "fit"))
+    with pytest.raises(ValueError, match="go together"):
+        fit(parsed("gate", {**values, "kind": "names", "names": ["Jane"]}, "fit"))
+    with pytest.raises(ValueError, match="nothing to check"):
+        check(parsed("gate", {"adapter": folder / "adapter"}, "check"))
+
+
+# ---- a gate beside a prompt ----
+
+
+def test_a_gate_is_attached_beside_a_prompt_that_can_still_be_trained(folder):
+    trained = folder / "trained"
+    build_unlearner("llama", "p_tuning", torch.float32).save_pretrained(str(trained))
+    before = {path.name: path.read_bytes() for path in trained.iterdir() if path.name != "README.md"}
+    attach_gate(NameGate(["Jane Doe"]), trained)
+    attach_gate(NameGate(["Jane Roe"]), trained)
+    assert ENCODER_NAME in before
+    assert all((trained / name).read_bytes() == content for name, content in before.items())
+    assert load(trained / "gate").names == ["Jane Roe"]
+    assert json.loads((trained / "spul_gates.json").read_text())["prompts"] == ["default"]
+
+
+def test_gates_of_several_prompts_are_replaced_one_by_one(folder):
+    unlearner = GatedUnlearner.from_pretrained
+    attach_gate(NameGate(["Jane Doe"]), folder / "adapter")
+    gated = unlearner(build("llama"), folder / "adapter", make_tokenizer())
+    gated.load_adapter(folder / "adapter", "second", gate=NameGate(["John Roe"]))
+    gated.save_pretrained(folder / "both")
+    attach_gate(NameGate(["Max Poe"]), folder / "both", "second")
+    again = unlearner(build("llama"), folder / "both", make_tokenizer())
+    assert again.route(["Max Poe", "John Roe", "Jane Doe"]) == ["second", "__base__", "default"]
+
+
+def test_a_gate_without_its_prompt_is_refused(folder, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"has no adapter_config\.json"):
+        attach_gate(NameGate(["Jane Doe"]), tmp_path)
+    attach_gate(NameGate(["Jane Doe"]), folder / "adapter")
+    with pytest.raises(FileNotFoundError, match="other"):
+        attach_gate(NameGate(["Jane Doe"]), folder / "adapter", "other")
+    with pytest.raises(ValueError, match="is a function, which cannot be saved"):
+        attach_gate(lambda texts: texts, folder / "adapter")

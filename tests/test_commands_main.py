@@ -1,0 +1,234 @@
+"""`spul NAME ...`: the table, flags and files of options, errors in one line, exit statuses."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+import spul
+from spul.commands import main as module
+from spul.commands.command import Command
+from spul.commands.main import BAD_OPTIONS, INTERRUPTED, TABLE, commands_of, main
+from spul.commands.options import parse
+from spul.commands.shared import option
+
+ROOT = Path(spul.__file__).parents[1]
+OWN = ("train", "evaluate", "combine", "gate", "lm-eval")
+
+
+@dataclass(kw_only=True)
+class Options:
+    model: str = option("the base", ...)
+    files: list[str] | None = option("files")
+    rate: float = option("a rate", 0.5)
+    steps: int | None = option("steps")
+    quiet: bool = option("whether to be quiet", False)
+    loud: bool = option("whether to be loud", True)
+    kind: str = field(default="a", metadata={"help": "kind", "choices": ["a", "b"]})
+
+
+def command(run=lambda options: None) -> Command:
+    return Command(Options, run, "spul toy --model M", "A toy.")
+
+
+def read(*arguments: str) -> Options:
+    return parse(command(), ["spul", "toy"], list(arguments))
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """The command `spul gate` replaced by one that does what a test says."""
+
+    def put(run, **more):
+        commands = {"": command(run), **more}
+        monkeypatch.setattr(module, "commands_of", lambda name: commands)
+
+    return put
+
+
+# ---- the table ----
+
+
+def test_help_lists_every_command_and_loads_neither_torch_nor_transformers():
+    code = (
+        "import sys; from spul.commands.main import main; main(['--help']); "
+        "print(*(name for name in ('torch', 'transformers', 'peft') if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    *lines, loaded = done.stdout.splitlines()
+    assert (loaded, done.stderr) == ("", "")
+    for name, purpose in TABLE.items():
+        assert [line.split(maxsplit=1)[1] for line in lines if line.split()[:1] == [name]] == [purpose]
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_command_of_this_module_has_a_purpose_and_an_example_of_its_own_name(name):
+    for sub, one in commands_of(name).items():
+        assert one.purpose.endswith(".")
+        assert one.example.startswith(" ".join(filter(None, ("spul", name, sub))))
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if name != "lm-eval"])
+def test_help_shows_the_example_and_the_example_parses(name, capsys):
+    for sub, one in commands_of(name).items():
+        words = [name, *([sub] if sub else [])]
+        with pytest.raises(SystemExit) as done:
+            main([*words, "--help"])
+        assert done.value.code == 0
+        assert one.example in capsys.readouterr().out
+        arguments = shlex.split(one.example)[1 + len(words) :]
+        assert parse(one, ["spul", *words], arguments) is not None
+
+
+def test_python_m_spul_is_the_same_program():
+    done = subprocess.run([sys.executable, "-m", "spul", "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"spul {spul.__version__}\n", "")
+
+
+def test_a_command_whose_module_is_missing_is_an_error_that_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(TABLE, "no-such-command", "nothing")
+    assert main(["no-such-command"]) == BAD_OPTIONS
+    assert "no module spul.commands.no_such_command" in capsys.readouterr().err
+
+
+def test_an_unknown_command_names_those_that_are_near(capsys):
+    assert main(["trian"]) == BAD_OPTIONS
+    assert capsys.readouterr().err == "spul: there is no command 'trian'; did you mean train?\n"
+    assert main(["gate", "fitt"]) == BAD_OPTIONS
+    assert "did you mean fit?" in capsys.readouterr().err
+
+
+# ---- statuses ----
+
+
+def test_the_status_is_the_commands_own_or_0(toy):
+    toy(lambda options: None)
+    assert main(["gate", "--model", "m"]) == 0
+    toy(lambda options: 7)
+    assert main(["gate", "--model", "m"]) == 7
+
+
+@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, OSError, ImportError])
+def test_errors_of_options_and_files_are_one_line_and_status_2(toy, error, capsys, monkeypatch):
+    def run(options):
+        raise error("bad\n  thing")
+
+    toy(run)
+    assert main(["gate", "--model", "m"]) == BAD_OPTIONS
+    assert capsys.readouterr().err == "spul gate: bad thing\n"
+    monkeypatch.setenv("SPUL_TRACEBACK", "1")
+    assert main(["gate", "--model", "m"]) == BAD_OPTIONS
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_other_errors_keep_their_traceback(toy):
+    def run(options):
+        raise RuntimeError("a bug")
+
+    toy(run)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["gate", "--model", "m"])
+
+
+def test_an_interrupted_command_has_status_130(toy):
+    def run(options):
+        raise KeyboardInterrupt
+
+    toy(run)
+    assert main(["gate", "--model", "m"]) == INTERRUPTED == 130
+
+
+def test_a_command_without_options_gets_its_arguments_as_they_are(monkeypatch):
+    given = []
+    one = Command(None, given.append, "spul gate", "A toy.")
+    monkeypatch.setattr(module, "commands_of", lambda name: {"": one})
+    assert main(["gate", "--any", "thing", "--help"]) == 0
+    assert given == [["--any", "thing", "--help"]]
+
+
+# ---- options ----
+
+
+def test_flags_are_read_with_underscores_or_hyphens(tmp_path):
+    found = read("--model", "m", "--files", "a", "b", "--rate", "1e-3", "--quiet", "--no-loud")
+    assert found == Options(model="m", files=["a", "b"], rate=1e-3, quiet=True, loud=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: --model"),
+        (("--model", "m", "--rte", "1"), "unknown option or value '--rte'; did you mean rate"),
+        (("--model", "m", "--zzzzzz", "1"), "spul toy --help lists the options"),
+        (("--model", "m", "--mod", "x"), "unknown option or value '--mod'"),
+        (("--model", "m", "--rate", "much"), "argument --rate: invalid float value: 'much'"),
+        (("--model", "m", "--kind", "c"), "invalid choice: 'c'"),
+        (("--model", "m", "--config"), "argument --config: expected one argument"),
+    ],
+)
+def test_flags_that_cannot_be_read_are_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        read(*arguments)
+
+
+def write(path: Path, text: str) -> str:
+    path.write_text(text)
+    return str(path)
+
+
+def test_a_file_of_options_is_read_as_its_flags_would_be(tmp_path):
+    text = "model: m\nfiles: [' a', -b]\nrate: 1e-3\nsteps: 3\nquiet: true\nloud: false\nkind: b\n"
+    found = read("--config", write(tmp_path / "c.yaml", text))
+    expected = Options(model="m", files=[" a", "-b"], rate=1e-3, steps=3, quiet=True, loud=False, kind="b")
+    assert found == expected
+
+
+def test_flags_win_over_the_file_and_a_later_file_over_an_earlier(tmp_path):
+    first = write(tmp_path / "1.yaml", "model: one\nrate: 1\nsteps: null\n")
+    second = write(tmp_path / "2.yaml", "model: two\nfiles: x\n")
+    found = read("--rate", "3", "--config", first, "--config", second)
+    assert found == Options(model="two", files=["x"], rate=3.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle: m", "unknown option 'modle'; did you mean model"),
+        ("help: true", "unknown option 'help'"),
+        ("rate: much", "rate is 'much'; could not convert string to float"),
+        ("rate: [1, 2]", "expected a single value"),
+        ("kind: c", "expected one of a, b"),
+        ("quiet: perhaps", "quiet is 'perhaps'"),
+        ("[1, 2]", "holds list; expected options by name"),
+        ("a: b: c", "is not YAML"),
+    ],
+)
+def test_keys_and_values_of_a_file_that_are_none_are_errors(tmp_path, text, message):
+    with pytest.raises(ValueError, match=message):
+        read("--model", "m", "--config", write(tmp_path / "c.yaml", text))
+
+
+def test_a_file_of_options_that_is_missing_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="expected a YAML file"):
+        read("--config", str(tmp_path / "none.yaml"))
+
+
+def test_options_of_training_arguments_are_read_and_left_out_of_help(tmp_path, capsys):
+    one = commands_of("train")[""]
+    base = ["--model", "m", "--forget", "f", "--retain", "r", "--output-dir", str(tmp_path), "--use-cpu", "true"]
+    settings = write(tmp_path / "c.yaml", "adam_beta2: 0.9\nlr_scheduler_kwargs: {num_cycles: 2}\n")
+    found = parse(one, ["spul", "train"], [*base, "--config", settings, "--weight-decay", "0.01"])
+    assert (found.adam_beta2, found.weight_decay) == (0.9, 0.01)
+    assert found.lr_scheduler_kwargs == {"num_cycles": 2}
+    assert found.learning_rate is None
+    for shows_all in (False, True):
+        with pytest.raises(SystemExit):
+            parse(one, ["spul", "train"], ["--help-all" if shows_all else "--help"])
+        said = capsys.readouterr().out
+        assert ("--adam_beta2" in said) is shows_all
+        assert "--forget_fraction" in said

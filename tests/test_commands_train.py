@@ -1,0 +1,195 @@
+"""`spul train` and `spul combine`: from files to a saved prompt with its card."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers.integrations.integration_utils as integrations
+from command_files import parsed, write_base, write_files, write_prompt, write_rows
+from helpers import CHAT_TEMPLATE, GENERIC, build, make_tokenizer, rows
+from peft import PeftModel
+from transformers import TrainerCallback, set_seed
+
+import spul
+from spul import SoftPromptUnlearner
+from spul.commands import combine, train
+from spul.commands.main import main
+from spul.data.prompt_files import read_prompts
+from spul.prompts.configs import prompt_config
+from spul.records.spul_config import read_spul_config
+from spul.training import default_learning_rate
+
+SHORT = {"max_steps": 3, "num_virtual_tokens": 4, "use_cpu": "true", "disable_tqdm": "true", "save_strategy": "no"}
+LOGS: list[dict[str, float]] = []
+
+
+class Tracker(TrainerCallback):
+    """Keeps what a tracker would be told."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        LOGS.append(dict(logs))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+def trained(values, folder, **more):
+    options = parsed("train", {**values, "generic": GENERIC, "output_dir": folder, **SHORT, **more})
+    assert train.run(options) is None
+    return options
+
+
+def test_files_become_a_prompt_with_record_scores_and_card(files, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "fake", Tracker)
+    LOGS.clear()
+    options = trained(files, tmp_path, report_to="fake", logging_steps=1)
+    loaded = SoftPromptUnlearner.from_pretrained(files["model"], tmp_path)
+    assert loaded.active_peft_config.num_virtual_tokens == 4
+    record = read_spul_config(tmp_path)
+    assert (record.forget.rows, record.retain.rows) == (6, 8)
+    assert record.generic_completions == GENERIC
+    assert set(record.metrics) == {"test_forget", "test_retain"}
+    card = (tmp_path / "README.md").read_text()
+    assert "test_forget" in card or "test forget" in card
+    said = capsys.readouterr().out
+    assert f"test_forget: accuracy {record.metrics['test_forget']['accuracy']:.3f} (base " in said
+    steps = [logs for logs in LOGS if "loss" in logs]
+    assert len(steps) == 3, "the tracker gets every step's terms"
+    assert all({"loss", "forget_loss", "retain_loss", "kl_loss", "learning_rate"} <= logs.keys() for logs in steps)
+    assert options.learning_rate == default_learning_rate(loaded)
+    PeftModel.from_pretrained(build("llama"), tmp_path)  # and plain PEFT loads it
+
+
+def test_the_same_training_in_code_makes_the_same_prompt(files, tmp_path):
+    options = trained(files, tmp_path / "cli", prompt_type="prefix_tuning", alpha=0.7, beta=0.2, seed=5)
+    base = build("llama")
+    set_seed(5)
+    loss = spul.UnlearningLoss(alpha=0.7, beta=0.2)
+    unlearner = SoftPromptUnlearner(base, prompt_config("prefix_tuning", 4), loss=loss)
+    collator = spul.ForgetRetainCollator(make_tokenizer(), GENERIC, max_length=92, seed=5)
+    sets = [read_prompts(files[name]) for name in ("forget", "retain")]
+    again = parsed("train", {**files, "generic": GENERIC, "output_dir": tmp_path / "code", **SHORT, "seed": 5})
+    again.learning_rate = options.learning_rate
+    spul.UnlearningTrainer(unlearner, again, collator, spul.forget_retain_dataset(*sets)).train()
+    unlearner.save_pretrained(str(tmp_path / "code"))
+    found = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("cli", "code")]
+    assert found[0] == found[1]
+
+
+def test_a_resumed_training_goes_on_from_its_checkpoint(files, tmp_path):
+    more = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "logging_steps": 1}
+    trained(files, tmp_path / "whole", **more)
+    trained(files, tmp_path / "parts", **{**more, "max_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0})
+    with pytest.raises(ValueError, match="no complete checkpoint"):
+        trained(files, tmp_path / "empty", resume="true", **more)
+    trained(files, tmp_path / "parts", resume="true", **more)
+    state = json.loads((tmp_path / "parts" / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [one["step"] for one in state["log_history"] if "loss" in one] == [1, 2, 3, 4]
+
+
+def test_held_out_rows_stop_it_and_choose_the_best(files, tmp_path):
+    trained(files, tmp_path, hold_out=0.34, stop_every=1, stop_margin=50, stop_target=99, stop_patience=0)
+    state = json.loads(next(tmp_path.glob("checkpoint-*/trainer_state.json")).read_text())
+    assert any("held_out_forget_accuracy" in one for one in state["log_history"])
+    assert read_spul_config(tmp_path).forget.rows == 4  # of six, two are held out
+
+
+def test_conversations_are_trained_before_their_message(tmp_path):
+    def chats(name):
+        return [
+            {
+                "messages": [
+                    {"role": "user", "content": row["prompt"]},
+                    {"role": "assistant", "content": row["completion"].strip()},
+                ]
+            }
+            for row in rows(name, 4)
+        ]
+
+    sets = {
+        name: write_rows(tmp_path / f"{name}.jsonl", chats(who))
+        for name, who in (("forget", "jane"), ("retain", "film"))
+    }
+    base = write_base(tmp_path / "base", chat=True)
+    trained({"model": base, **sets}, tmp_path / "out", prompt_position="message")
+    loaded = SoftPromptUnlearner.from_pretrained(base, tmp_path / "out")
+    assert loaded.spul_config.prompt_position == "message"
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) is not None
+    assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"instruction": "decline", "start": "random"}, "give one of them"),
+        ({"method": "NOPE"}, "method 'NOPE' is not known"),
+        ({"method": "RMU"}, "RMU"),
+        ({"hold_out": 2}, "share=2.0"),
+        ({"prompt_position": "message"}, "text_field"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(files, tmp_path, more, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        trained(files, tmp_path, **more)
+
+
+def test_a_bad_row_is_one_line_with_file_and_row_and_status_2(files, tmp_path, capsys):
+    bad = write_rows(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": " b"}, {"prompt": "a", "completion": ""}])
+    arguments = ["train", "--model", files["model"], "--forget", bad, "--retain", files["retain"]]
+    assert main([*arguments, "--generic", " unknown", "--output-dir", str(tmp_path / "out"), "--use-cpu", "true"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()[-1:]
+    assert line.startswith("spul train: ")
+    assert "bad.jsonl, row 2" in line
+    assert (
+        main([*arguments[:-4], "--forget", files["forget"], *arguments[-2:], "--output-dir", str(tmp_path / "out")])
+        == 2
+    )
+    assert "--generic ' neutral' ' unknown'" in capsys.readouterr().err
+
+
+# ---- combine ----
+
+
+@pytest.fixture(scope="module")
+def prompts(files, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("prompts")
+    for name, seed in (("one", 1), ("two", 2)):
+        write_prompt(folder / name)
+        path = folder / name
+        torch.manual_seed(seed)
+        loaded = SoftPromptUnlearner.from_pretrained(files["model"], path)
+        with torch.no_grad():
+            loaded.prompt_encoder["default"].embedding.weight.normal_()
+        loaded.save_pretrained(str(path))
+    return [str(folder / name) for name in ("one", "two")]
+
+
+def combined(files, prompts, folder, **more):
+    values = {"model": files["model"], "prompts": prompts, "output_dir": folder, **SHORT, "generic": GENERIC, **more}
+    assert combine.run(parsed("combine", values)) is None
+    return SoftPromptUnlearner.from_pretrained(files["model"], folder)
+
+
+def test_prompts_are_combined_on_the_rows_of_their_requests(files, prompts, tmp_path):
+    sets = {"forget": [files["forget"], files["test_forget"]], "retain": files["retain"]}
+    found = combined(files, prompts, tmp_path, **sets, num_virtual_tokens=6)
+    assert found.active_peft_config.num_virtual_tokens == 6
+    assert found.spul_config.forget.rows == 9
+    assert len(found.spul_config.combined_from) == 2
+
+
+def test_prompts_are_combined_on_other_inputs(files, prompts, tmp_path):
+    found = combined(files, prompts, tmp_path, inputs=files["test_forget"])
+    assert found.spul_config.forget is None
+    assert len(found.spul_config.combined_from) == 2
+
+
+@pytest.mark.parametrize("sets", [(), ("forget",), ("retain",), ("forget", "retain", "inputs")])
+def test_other_sets_of_rows_are_refused(files, prompts, tmp_path, sets):
+    given = dict.fromkeys(sets, files["forget"])
+    with pytest.raises(ValueError, match="or inputs alone"):
+        combined(files, prompts, tmp_path, **given)

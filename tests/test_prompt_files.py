@@ -1,0 +1,119 @@
+"""Files of rows in three forms, checked row by row; files of texts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from datasets import Dataset
+
+from spul.data.formats import QUESTION_ANSWER
+from spul.data.prompt_files import read_prompts, read_texts
+
+ROWS = [
+    {"prompt": "who is a :", "completion": " b", "note": "x"},
+    {"prompt": "who is c :", "completion": " d", "note": ""},
+]
+USER, ANSWER = {"role": "user", "content": "who ?"}, {"role": "assistant", "content": "b"}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
+def test_rows_of_every_kind_of_file_are_the_same(tmp_path, kind):
+    path, rows = tmp_path / f"rows.{kind}", Dataset.from_list(ROWS)
+    if kind == "jsonl":
+        write(path, ROWS)
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == "csv":
+        rows.to_csv(path, index=False)
+    else:
+        rows.to_parquet(path)
+    found = read_prompts(path).to_list()
+    assert [(row["prompt"], row["completion"]) for row in found] == [("who is a :", " b"), ("who is c :", " d")]
+
+
+def test_several_files_are_joined_in_their_order(tmp_path):
+    paths = [write(tmp_path / f"{i}.jsonl", [ROWS[i]]) for i in (1, 0)]
+    assert read_prompts(paths).to_list() == [ROWS[1], ROWS[0]]
+    other = write(tmp_path / "other.jsonl", [{"prompt": "a", "completion": " b"}])
+    with pytest.raises(ValueError, match=r"different columns.*other\.jsonl"):
+        read_prompts([paths[0], other])
+    with pytest.raises(ValueError, match="at least one"):
+        read_prompts([])
+
+
+def test_a_conversation_is_split_before_its_last_message(tmp_path):
+    system = {"role": "system", "content": "be brief"}
+    path = write(tmp_path / "chat.jsonl", [{"messages": [system, USER, ANSWER], "id": 7}])
+    assert read_prompts(path).to_list() == [{"prompt": [system, USER], "completion": [ANSWER], "id": 7}]
+    as_pairs = write(tmp_path / "pairs.jsonl", [{"prompt": [USER], "completion": [ANSWER]}])
+    assert read_prompts(as_pairs).to_list() == [{"prompt": [USER], "completion": [ANSWER]}]
+
+
+@pytest.mark.parametrize("messages", [[], [USER], [ANSWER], [USER, USER], ["a", "b"]])
+def test_a_conversation_without_an_answer_is_an_error_with_its_row(tmp_path, messages):
+    good = {"messages": [USER, ANSWER]} if not messages or isinstance(messages[0], dict) else {"messages": ["x", "y"]}
+    path = write(tmp_path / "chat.jsonl", [good, {"messages": messages}])
+    with pytest.raises(ValueError, match=r"chat.jsonl, row [12]: messages have the roles"):
+        read_prompts(path)
+
+
+def test_other_columns_become_prompts_through_a_format(tmp_path):
+    path = write(tmp_path / "qa.jsonl", [{"question": "Who?", "answer": "Ann"}])
+    expected = [{"prompt": "### Question: Who?\n### Answer:", "completion": " Ann", "question": "Who?"}]
+    assert read_prompts(path, QUESTION_ANSWER).to_list() == expected
+    path = write(tmp_path / "qa2.jsonl", [{"question": "Who?", "answer": "Ann"}, {"question": "Who?", "answer": None}])
+    with pytest.raises(ValueError, match=r"qa2.jsonl, row 2: a row has no value in \['answer'\]"):
+        read_prompts(path, QUESTION_ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": ""}, "empty completion"),
+        ({"prompt": "a", "completion": " "}, "empty completion"),
+        ({"prompt": "a", "completion": None}, "empty completion"),
+        ({"prompt": None, "completion": " a"}, "expected"),
+    ],
+)
+def test_a_row_that_cannot_be_used_is_an_error_with_file_and_row(tmp_path, row, message):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b"}, row])
+    with pytest.raises(ValueError, match=rf"rows.jsonl, row 2: .*{message}"):
+        read_prompts(path)
+
+
+def test_columns_that_are_missing_are_an_error(tmp_path):
+    with pytest.raises(ValueError, match=r"rows.jsonl lacks the column\(s\) \['completion'\]; it has \['prompt'\]"):
+        read_prompts(write(tmp_path / "rows.jsonl", [{"prompt": "a"}]))
+    with pytest.raises(ValueError, match="has no column 'text', the text field"):
+        read_prompts(write(tmp_path / "more.jsonl", ROWS), text_field="text")
+    with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
+        read_prompts(tmp_path / "none.jsonl")
+
+
+def test_texts_are_lines_or_a_column(tmp_path):
+    lines = tmp_path / "texts.txt"
+    lines.write_text("one\n\n  \ntwo \n")
+    assert read_texts(lines) == ["one", "two "]
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    assert read_texts(path) == ["who is a :", "who is c :"]
+    assert read_texts(write(tmp_path / "x.jsonl", [{"text": "a"}]), "text") == ["a"]
+    assert read_texts(write(tmp_path / "chat.jsonl", [{"messages": [USER, ANSWER]}])) == [[USER]]
+
+
+def test_files_without_texts_are_errors(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="no texts"):
+        read_texts(tmp_path / "empty.txt")
+    with pytest.raises(FileNotFoundError):
+        read_texts(tmp_path / "none.txt")
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(ValueError, match="no column 'text'"):
+        read_texts(path, "text")
+    with pytest.raises(ValueError, match="row 2: note is ''; expected a text"):
+        read_texts(path, "note")
