@@ -1,3 +1,5 @@
 """Prompts where models are served."""
 
-__all__: list[str] = []
+from .vllm import export_vllm
+
+__all__ = ["export_vllm"]
