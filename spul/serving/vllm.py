@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ from .vllm_client import EMBEDDINGS, FACTS, KEY, PROMPT, TEMPLATE
 CLIENT = "soft_prompt.py"
 PLACEHOLDER = "<prompt_embeds>"  # vLLM's, a special token that stands for the prompt while messages are rendered
 
-# In front of a model's own template: contents that come as parts are joined, without the line break that vLLM would put
-# between them.
+# In front of a model's own template: contents that come as parts are joined, without the line break that vLLM would
+# put between them.
 JOIN_PARTS = """\
 {%- set joined = namespace(messages=[]) -%}
 {%- for message in messages -%}
@@ -45,7 +46,7 @@ SAMPLES: tuple[list[dict[str, str]], ...] = (
         {"role": "assistant", "content": "Hello, how can I help?"},
         {"role": "user", "content": "1. A film; is it good?"},
     ],
-    [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "who is it"}],
+    [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "is the film good"}],
 )
 
 
@@ -93,6 +94,15 @@ def export_vllm(
         shutil.copyfile(vllm_client.__file__, scratch / CLIENT)
         write_facts(scratch / FACTS, facts)
     return target
+
+
+def serve_command(folder: Path, model: str) -> str:
+    """The command that serves a base over HTTP for requests with the prompt of an exported folder."""
+    command = f"vllm serve {shlex.quote(model)} --enable-prompt-embeds"
+    if (folder / TEMPLATE).is_file():
+        template = shlex.quote(str(folder / TEMPLATE))
+        command += f" --chat-template {template} --chat-template-content-format openai"
+    return command
 
 
 def input_embeddings(base: Any) -> torch.Tensor:

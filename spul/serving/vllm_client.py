@@ -26,7 +26,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-FACTS, PROMPT, EMBEDDINGS, TEMPLATE = "facts.json", "prompt.safetensors", "embeddings.safetensors", "chat_template.jinja"
+FACTS, PROMPT, EMBEDDINGS, TEMPLATE = (
+    "facts.json",
+    "prompt.safetensors",
+    "embeddings.safetensors",
+    "chat_template.jinja",
+)
 KEY = "embeddings"  # the one tensor in a file
 
 
@@ -77,7 +82,7 @@ class SoftPrompt:
     def completion(self, ids: Sequence[int], position: int | None = None) -> dict[str, str]:
         """Fields of a body for `/v1/completions`: the embeddings of prompt and row, (p + n, d).
 
-        The server does not join embeddings with token ids, so the row's are looked up here, in `embeddings.safetensors`.
+        The server does not join embeddings with token ids, so the row's are looked up in `embeddings.safetensors`.
 
         Args:
             ids: as in `request`.
@@ -96,7 +101,9 @@ class SoftPrompt:
             table = file.get_slice(KEY)
             num_rows = table.get_shape()[0]
             if outside := [one for one in ids if not 0 <= one < num_rows]:
-                raise ValueError(f"token id {outside[0]}; expected 0 to {num_rows - 1}, as the base's tokenizer gives.")
+                raise ValueError(
+                    f"token id {outside[0]}; expected 0 to {num_rows - 1}, as the base's tokenizer gives."
+                )
             rows = torch.cat([table[one : one + 1] for one in ids]).to(self.dtype)
         return {"prompt_embeds": encoded(torch.cat([rows[:before], self.embeddings, rows[before:]]))}
 
