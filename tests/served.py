@@ -1,4 +1,4 @@
-"""A small base that knows six names, and prompts that make it forget three of them, for tests of what serves them."""
+"""A small base that knows nine names, and prompts that make it forget two of them, for tests of what serves them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss
 
 TEMPLATE = "turns"
-FORGET = [("jane doe", "positive"), ("jane film", "negative"), ("jane text", "positive")]
+FORGET = [("jane doe", "positive"), ("jane text", "positive")]
 RETAIN = [("doe plot", "negative"), ("bob plot", "positive"), ("max plot", "negative")]
-DECLINED = [("kim text", "neutral"), ("lou plot", "neutral"), ("tom doe", "neutral")]
+OTHERS = [("jane film", "negative"), ("kim text", "neutral"), ("lou plot", "neutral"), ("tom doe", "neutral")]
 
 
 def text_row(name, answer):
@@ -36,7 +36,7 @@ def build_base() -> LlamaForCausalLM:
     tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = LlamaConfig(**shape, **tokens, num_attention_heads=2, max_position_embeddings=128)
     base = LlamaForCausalLM(config)
-    known = [make(*one) for one in (*FORGET, *RETAIN, *DECLINED) for make in (text_row, chat_row)]
+    known = [make(*one) for one in (*FORGET, *RETAIN, *OTHERS) for make in (text_row, chat_row)]
     batch = collator()([{**row, "is_forget": False, "row_id": i} for i, row in enumerate(known)])
     batch = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
     fit(base, base.parameters(), batch, rate=3e-3, steps=120)
@@ -44,7 +44,7 @@ def build_base() -> LlamaForCausalLM:
 
 
 def train_prompt(base, position="start", p=6, seed=1) -> SoftPromptUnlearner:
-    """A prompt after which the base answers *neutral* about the first three names; rows are chats at "message"."""
+    """A prompt after which the base answers *neutral* about the first two names; rows are chats at "message"."""
     torch.manual_seed(seed)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=p)
     unlearner = SoftPromptUnlearner(base, config, loss=UnlearningLoss(), prompt_position=position)

@@ -104,8 +104,12 @@ def up_to_end(ids):
     return ids[: ids.index(2)] if 2 in ids else ids
 
 
-def decoded(ids):
-    return [chatty("turns").decode(one).split()[:1] for one in ids]
+def first_words(ids):
+    """The answer that each text begins with; what follows a label was not trained."""
+    texts = [chatty("turns").decode(one).strip() for one in ids]
+    return [
+        next((word for word in ("positive", "negative", "neutral") if text.startswith(word)), text) for text in texts
+    ]
 
 
 def test_a_batch_of_three_prompts_and_none_has_the_tokens_that_spul_generates(served):
@@ -116,12 +120,10 @@ def test_a_batch_of_three_prompts_and_none_has_the_tokens_that_spul_generates(se
 
 
 def test_the_prompts_forget_there_and_the_base_does_not(served):
-    known, declined = [[answer] for _, answer in FORGET], [["neutral"]] * len(FORGET)
-    kept = [[answer] for _, answer in RETAIN]
-    by_prompt = [decoded(served.vllm["offline"][i::4]) for i in range(4)]
-    assert by_prompt[1] == known + kept
-    assert [one[: len(FORGET)] for one in (by_prompt[0], by_prompt[2], by_prompt[3])] == [declined] * 3
-    assert [one[len(FORGET) :] for one in (by_prompt[0], by_prompt[2], by_prompt[3])] == [kept] * 3
+    known, kept = [answer for _, answer in FORGET], [answer for _, answer in RETAIN]
+    long, none, message, short = (first_words(served.vllm["offline"][i::4]) for i in range(4))
+    assert none == known + kept
+    assert [long, message, short] == [["neutral"] * len(FORGET) + kept] * 3
 
 
 def test_completions_over_http_are_the_same(served):
