@@ -118,7 +118,6 @@ def unscaled(embeddings: Any, prompt: Tensor) -> Tensor:
         )
     if abs(scale - 1) < 1e-6:
         return prompt
-    scale = float(getattr(embeddings, "scalar_embed_scale", scale))
     return (prompt.double() / scale).to(prompt)
 
 
@@ -236,6 +235,8 @@ def _first_id(tokenizer: Any) -> int:
             "of a text. Load the fast one: AutoTokenizer.from_pretrained(name)."
         )
     vocabulary = tokenizer.get_vocab()
-    if taken := [TOKEN.format(0)] if TOKEN.format(0) in vocabulary else []:
-        raise ValueError(f"the tokenizer has {taken[0]!r} already: the base carries a prompt. Export from its base.")
+    if TOKEN.format(0) in vocabulary:
+        raise ValueError(
+            f"the tokenizer has {TOKEN.format(0)!r} already: the base carries a prompt. Export from its own base."
+        )
     return max(vocabulary.values()) + 1

@@ -48,16 +48,17 @@ def prompt_embeddings(unlearner: SoftPromptUnlearner) -> Tensor:
 
 def facts_of(unlearner: SoftPromptUnlearner, kind: str) -> dict[str, Any]:
     """The facts that an exported folder states: prompt and base, by digest, where the prompt stands, and versions."""
-    record, base = unlearner.spul_config, unlearner.get_base_model()
+    record, base, config = unlearner.spul_config, unlearner.get_base_model(), unlearner.active_peft_config
     name = getattr(base, "name_or_path", None)
+    is_saved = config.inference_mode  # a prompt that trains may not be the one that was saved last
     return {
         "format_version": 1,
         "kind": kind,
         "base_model_name_or_path": without_local_path(name) if name else None,
         "base_fingerprint": fingerprint(base),
-        "adapter": record.name,
-        "adapter_sha256": record.weights_sha256,
-        "num_virtual_tokens": unlearner.active_peft_config.num_virtual_tokens,
+        "adapter": record.name if is_saved else None,
+        "adapter_sha256": record.weights_sha256 if is_saved else None,
+        "num_virtual_tokens": config.num_virtual_tokens,
         "prompt_position": record.prompt_position,
         "versions": library_versions(),
     }
