@@ -39,8 +39,7 @@ class VllmOptions(ExportOptions):
 
 def run_vllm(options: VllmOptions) -> None:
     """Export a prompt for vLLM; prints how to serve it."""
-    from ..serving import export_vllm
-    from ..serving.vllm import serve_command
+    from ..serving.vllm import export_vllm, serve_command
 
     unlearner, tokenizer = _loaded(options)
     folder = export_vllm(unlearner, tokenizer, options.output_dir, options.with_embeddings)
@@ -49,7 +48,7 @@ def run_vllm(options: VllmOptions) -> None:
 
 def run_checkpoint(options: ExportOptions) -> None:
     """Bake a prompt into a checkpoint of its base; prints where it is."""
-    from ..serving import export_checkpoint
+    from ..serving.checkpoint import export_checkpoint
 
     unlearner, tokenizer = _loaded(options)
     folder = export_checkpoint(unlearner, tokenizer, options.output_dir)
