@@ -42,8 +42,8 @@ PEOPLE = [
     for name in [next((name for name in ("Jane", "Ann", "Max") if name in text), "nobody")]
 ]
 
-# Blocks that cannot run here: two name models on the Hub, one needs a GPU, one another package.
-NUM_NOT_RUN = 3
+# Blocks that cannot run here: two name models on the Hub, one needs a GPU, two other packages.
+NUM_NOT_RUN = 4
 # Steps of a training on a page other than README.md.
 MOST_STEPS = 20
 # The pages that go on from others, and the number of the others' blocks that they need.
@@ -55,6 +55,15 @@ AFTER = {
     "docs/proof.md": [("docs/guide.md", 2)],
 }
 PREAMBLES = {
+    "docs/serving.md": """
+from peft import PromptTuningConfig
+from spul import SoftPromptUnlearner
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("facebook/opt-1.3b")
+one = SoftPromptUnlearner(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=10))
+one.save_pretrained("forget-jane-doe")
+""",
     "docs/requests.md": """
 def request(name, num=2):
     return Dataset.from_list([row(f"{name} in film {i}.", [" positive", " negative"][i % 2]) for i in range(num)])

@@ -1,3 +1,6 @@
 """Prompts where models are served."""
 
-__all__: list[str] = []
+from .checkpoint import export_checkpoint
+from .vllm import export_vllm
+
+__all__ = ["export_checkpoint", "export_vllm"]

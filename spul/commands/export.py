@@ -1,0 +1,84 @@
+"""`spul export`: a trained prompt in the form in which other engines take it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from .command import Command
+
+
+@dataclass
+class ExportOptions:
+    """Options of both kinds of export."""
+
+    model: str = field(metadata={"help": "the base that the prompt was trained on: folder or Hub name"})
+    adapter: str = field(metadata={"help": "the trained prompt: folder or Hub name"})
+    output_dir: str = field(metadata={"help": "a new or empty folder"})
+    dtype: str = field(
+        default="auto", metadata={"help": "type of the base's weights: auto (as saved), float32, bfloat16 or float16"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype={self.dtype!r}; expected one of {', '.join(DTYPES)}.")
+
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class VllmOptions(ExportOptions):
+    """Options of `spul export vllm`."""
+
+    with_embeddings: bool = field(
+        default=True,
+        metadata={"help": "write the base's input embeddings, which completions over HTTP need, and nothing else"},
+    )
+
+
+def run_vllm(options: VllmOptions) -> None:
+    """Export a prompt for vLLM; prints how to serve it."""
+    from ..serving.vllm import export_vllm, serve_command
+
+    unlearner, tokenizer = _loaded(options)
+    folder = export_vllm(unlearner, tokenizer, options.output_dir, options.with_embeddings)
+    print(f"Written: {folder}\nServe:   {serve_command(folder, options.model)}")
+
+
+def run_checkpoint(options: ExportOptions) -> None:
+    """Bake a prompt into a checkpoint of its base; prints where it is."""
+    from ..serving.checkpoint import export_checkpoint
+
+    unlearner, tokenizer = _loaded(options)
+    folder = export_checkpoint(unlearner, tokenizer, options.output_dir)
+    print(f"Written: {folder}\nServe:   transformers serve {folder}")
+
+
+def _loaded(options: ExportOptions) -> tuple[Any, Any]:
+    """The base with the prompt on it, and the base's tokenizer."""
+    from transformers import AutoTokenizer
+
+    from ..prompts.unlearner import SoftPromptUnlearner
+    from ..serving.exports import check_new_folder
+
+    check_new_folder(options.output_dir)  # before minutes of loading
+    settings = {"dtype": options.dtype}
+    unlearner = SoftPromptUnlearner.from_pretrained(options.model, options.adapter, model_kwargs=settings)
+    return unlearner, AutoTokenizer.from_pretrained(options.model)
+
+
+COMMANDS = {
+    "vllm": Command(
+        options=VllmOptions,
+        run=run_vllm,
+        example="spul export vllm --model facebook/opt-1.3b --adapter forget-jane-doe --output-dir for-vllm",
+        purpose="a prompt as embeddings, with a client that puts them into requests to vLLM",
+    ),
+    "checkpoint": Command(
+        options=ExportOptions,
+        run=run_checkpoint,
+        example="spul export checkpoint --model facebook/opt-1.3b --adapter forget-jane-doe --output-dir baked",
+        purpose="a checkpoint whose tokenizer puts the prompt in front of every text, for any engine",
+    ),
+}
