@@ -15,8 +15,6 @@ logger = logging.getLogger(__name__)
 
 
 def _option(text: str, default: Any = None) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -25,12 +23,16 @@ class ServeOptions:
     """Options of `spul serve`."""
 
     model: str = field(metadata={"help": "The base: a folder or a name on the Hub."})
-    prompts: list[str] = _option(
-        "NAME=FOLDER of each prompt with its gate, the first first where several gates flag a request; or one folder "
-        "that GatedUnlearner.save_pretrained wrote.",
-        [],
+    prompts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "NAME=FOLDER of each prompt with its gate, the first first where several gates flag a request; or "
+            "one folder that GatedUnlearner.save_pretrained wrote."
+        },
     )
-    always: list[str] = _option("Names of prompts that every request gets, without asking a gate.", [])
+    always: list[str] = field(
+        default_factory=list, metadata={"help": "Names of prompts that every request gets, without asking a gate."}
+    )
     allow_other_base: bool = _option("Serve prompts although their records do not name this base's weights.", False)
     served_model_name: str | None = _option("The model's name in requests; that of `model` unless given.")
     dtype: str = _option("The base's dtype.", "auto")
