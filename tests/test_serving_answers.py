@@ -28,7 +28,9 @@ def cut(text, stop):
 
 
 @pytest.mark.parametrize("stop", STOPS)
-@pytest.mark.parametrize("text", ["the film is good", "caf\u00e9 \u4e2d\u6587 \U0001f600 fi film", "fil fi the filfilm"])
+@pytest.mark.parametrize(
+    "text", ["the film is good", "caf\u00e9 \u4e2d\u6587 \U0001f600 fi film", "fil fi the filfilm"]
+)
 def test_parts_joined_are_the_text_before_the_first_stop(text, stop):
     tokenizer = make_tokenizer()
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -123,6 +123,16 @@ def test_without_a_choice_of_prompt_there_is_no_answer(caplog):
     assert (type(found), found.status) == (ApiError, 500)
 
 
+def test_where_prompts_are_disabled_the_base_answers_only_what_has_none(caplog):
+    gated = make_gated("other")
+    engine = make_engine(gated)
+    gated.unlearner.active_adapter = []
+    found = answered(engine, jobs_of(gated, ["good", "jane"], [3, 3]))
+    assert found[0] == alone(gated, gated.tokenizer("good")["input_ids"], "__base__", 3)[0]
+    assert (type(found[1]), found[1].status) == (ApiError, 500)
+    assert "would answer in their place" in caplog.text
+
+
 def test_a_gate_that_fails_attaches_its_prompt(caplog):
     def broken(texts):
         raise RuntimeError("no light")
@@ -166,7 +176,9 @@ def test_a_stopped_engine_takes_nothing():
 
 
 def test_prompts_at_the_message_are_put_there_and_completions_refused():
-    unlearner = SoftPromptUnlearner(build("llama", torch.float64), CONFIGS["prompt_tuning"](5), prompt_position="message")
+    unlearner = SoftPromptUnlearner(
+        build("llama", torch.float64), CONFIGS["prompt_tuning"](5), prompt_position="message"
+    )
     prompt(unlearner, "default", 0)
     plain = make_gated()
     gated = GatedUnlearner(unlearner.double(), plain.tokenizer, {"default": always}).eval()

@@ -1,4 +1,4 @@
-"""Prompts that are served: what has no gate, does not fit the base, or lies elsewhere is refused, and nothing changes."""
+"""Prompts that are served: what has no gate, does not fit the base or lies elsewhere is refused."""
 
 from __future__ import annotations
 

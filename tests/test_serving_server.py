@@ -12,6 +12,7 @@ import openai
 import pytest
 from servers import MODEL, TOKEN, alone, client, make_engine, make_gated, prompt, rendered, running, running_app
 
+from spul.gates import NameGate
 from spul.serving.requests import Limits
 from spul.serving.server import make_app
 
@@ -72,8 +73,9 @@ def test_the_prompts_of_these_requests_differ(gated):
 
 
 def test_the_gate_sees_the_whole_conversation(gated, ask):
-    said = [{"role": "user", "content": "about jane"}, {"role": "assistant", "content": "good"},
-            {"role": "user", "content": [{"type": "text", "text": "the film"}, {"type": "text", "text": "plot"}]}]  # fmt: skip
+    parts = [{"type": "text", "text": "the film"}, {"type": "text", "text": "plot"}]
+    said = [{"role": "user", "content": "about jane"}, {"role": "assistant", "content": "good"}]
+    said.append({"role": "user", "content": parts})
     found = ask.chat.completions.create(messages=said, **GREEDY)
     text = [*said[:2], {"role": "user", "content": "the film\nplot"}]
     assert found.choices[0].message.content == alone(gated, rendered(gated, text), "default")[0]
@@ -267,8 +269,6 @@ def saved(tmp_path, gated):
     folder = tmp_path / "prompts"
     model = make_gated("new", new=lambda texts: ["plot" in text for text in texts])
     prompt(model.unlearner, "new", 7)
-    from spul.gates import NameGate
-
     model.unlearner.save_pretrained(str(folder), selected_adapters=["new"])
     NameGate(["plot"]).save(folder / "new" / "gate")
     return folder

@@ -259,6 +259,8 @@ class TransformersEngine:
     def _generate(self, rows: list[_Row], names: list[str]) -> None:
         """Generate rows, each under the prompt named; whatever does not go with one raises."""
         unlearner = self.served.gated.unlearner
+        if not unlearner.enabled and set(names) != {NO_PROMPT}:
+            raise RuntimeError("prompts are disabled, and the base would answer in their place.")
         width, most = max(len(row.job.token_ids) for row in rows), max(row.job.max_tokens for row in rows)
         if self.room is not None and self.served.longest + width + most > self.room:
             raise too_long(self.room - self.served.longest, width, most)

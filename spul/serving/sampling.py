@@ -10,6 +10,8 @@ from transformers import LogitsProcessor
 
 from .requests import Sampling
 
+LEAST_TEMPERATURE = 1e-5  # below, a row is greedy, as in vLLM
+
 
 class RowChooser(LogitsProcessor):
     """A logits processor that draws each row's next token by the row's own settings, and leaves that one alone.
@@ -27,11 +29,11 @@ class RowChooser(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores (B, V): of a row that is sampled, 0 at the token drawn and -inf elsewhere; others as they are."""
-        if not any(one.temperature for one in self.samplings):
+        if not any(one.temperature >= LEAST_TEMPERATURE for one in self.samplings):
             return scores
         scores = scores.clone()
         for row, one in enumerate(self.samplings):
-            if one.temperature:
+            if one.temperature >= LEAST_TEMPERATURE:
                 token = draw(scores[row], one, self._generator(row, scores.device))
                 scores[row] = -torch.inf
                 scores[row, token] = 0.0
@@ -52,11 +54,10 @@ def draw(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
 
     Args:
         scores: logits, (V,).
-        sampling: temperature, above 0, and `top_p`.
+        sampling: temperature, not greedy, and `top_p`.
         generator: of random numbers, on the device of the scores.
     """
-    below = scores.float() - scores.max()  # so that no small temperature makes one infinite
-    ranked, tokens = (below / sampling.temperature).softmax(dim=0).sort(descending=True)
+    ranked, tokens = (scores.float() / sampling.temperature).softmax(dim=0).sort(descending=True)
     before = ranked.cumsum(dim=0) - ranked
     kept = ranked.masked_fill(before >= sampling.top_p, 0.0)
     return int(tokens[torch.multinomial(kept, 1, generator=generator)])
