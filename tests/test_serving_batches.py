@@ -85,14 +85,14 @@ def test_settings_of_the_base_do_not_change_how_rows_are_sampled():
 def test_a_row_near_the_last_position_goes_without_one_that_would_push_it_beyond(monkeypatch):
     """Learned positions have an end, and a row goes on until the longest answer of its batch has ended."""
     gated, calls = make_gated(family="gpt2"), []
-    long, short = "the film is good " * 18, "jane"
+    long, short = "the film is good " * 16, "jane"
     ids = [gated.tokenizer(text)["input_ids"] for text in (long, short)]
     room = 96 - 5 - len(ids[0])
     assert 0 < room < 30
+    expected = [alone(gated, ids[0], "__base__", room)[0], alone(gated, ids[1], "default", 60)[0]]
     engine, generate = make_engine(gated, gather_seconds=0.5), gated.unlearner.generate
     monkeypatch.setattr(gated.unlearner, "generate", lambda *a, **k: calls.append(len(a[0])) or generate(*a, **k))
-    found = answered(engine, [Job(ids[0], GREEDY, room), Job(ids[1], GREEDY, 60)])
-    assert found == [alone(gated, ids[0], "__base__", room)[0], alone(gated, ids[1], "default", 60)[0]]
+    assert answered(engine, [Job(ids[0], GREEDY, room), Job(ids[1], GREEDY, 60)]) == expected
     assert calls == [1, 1]
 
 

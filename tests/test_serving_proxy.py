@@ -1,4 +1,4 @@
-"""The engine in front of vLLM, and a fake vLLM that checks what it gets: each request with its own prompt's embeddings."""
+"""The engine in front of vLLM: a fake one checks that each request comes with its own prompt's embeddings."""
 
 from __future__ import annotations
 

@@ -54,8 +54,8 @@ def test_prompts_are_one_text_or_one_list_of_ids():
 
 
 @pytest.mark.parametrize("fields", [
-    {"n": 1}, {"logprobs": None}, {"tools": None}, {"presence_penalty": 0.0}, {"frequency_penalty": 0}, {"echo": False},
-    {"logit_bias": {}}, {"response_format": {"type": "text"}}, {"best_of": 1},
+    {"n": 1}, {"logprobs": None}, {"tools": None}, {"presence_penalty": 0.0}, {"frequency_penalty": 0},
+    {"logit_bias": {}}, {"response_format": {"type": "text"}}, {"best_of": 1}, {"echo": False},
 ])  # fmt: skip
 def test_what_asks_for_nothing_is_taken(fields):
     assert read(**fields) == read()

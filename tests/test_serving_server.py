@@ -311,8 +311,8 @@ def test_a_prompt_is_added_and_revoked_by_who_has_the_token(saved):
 
 def test_under_load_while_prompts_come_and_go_every_answer_is_that_of_its_own_prompt(saved):
     """200 requests at concurrency 16; what each should be is computed one by one, without the server."""
-    events, gated, plain = [], make_gated("other"), make_gated("other", "new", new=lambda texts: [False] * len(texts))
-    prompt(plain.unlearner, "new", 7)
+    events, gated, plain = [], make_gated("other"), make_gated("other")
+    plain.load_adapter(saved / "new", "new")
     draws, subjects = random.Random(0), ["jane", "doe", "good film", "plot"]
     requests = [f"{draws.choice(subjects)} {'is good ' * draws.randrange(4)}{i}" for i in range(200)]
     done, changes = threading.Event(), []
