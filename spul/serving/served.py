@@ -185,8 +185,8 @@ class ServedPrompts:
         Raises:
             ApiError: 400 for what does not fit or is no safe folder, 409 for a name that is taken.
         """
-        if not isinstance(folder, str) or not isinstance(is_always, bool):
-            raise ApiError(400, "folder is no text, or always no boolean.")
+        if not (isinstance(name, str) and isinstance(folder, str) and isinstance(is_always, bool)):
+            raise ApiError(400, "the prompt was not added: name or folder is no text, or always no boolean.")
         if name in self.gated.unlearner.peft_config:
             raise ApiError(409, "there is a prompt of this name; revoke it first, or take another name.", "name")
         path = self._within(folder)
@@ -249,8 +249,8 @@ class ServedPrompts:
             raise ApiError(403, "the server was started without a folder to add prompts from.", "folder")
         try:
             path = (self.allowed / folder).resolve()
-            is_fine = path != self.allowed and path.is_dir()
-            is_fine &= all(one.resolve().is_relative_to(self.allowed) for one in (path, *path.rglob("*")))
+            is_fine = path.is_relative_to(self.allowed) and path != self.allowed and path.is_dir()
+            is_fine = is_fine and all(one.resolve().is_relative_to(self.allowed) for one in path.rglob("*"))
         except (OSError, ValueError, RuntimeError):  # a zero byte, a circle of links
             is_fine = False
         if not is_fine:
