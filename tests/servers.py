@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import contextmanager
 
+import httpx
 import openai
 import torch
 import uvicorn
@@ -19,6 +20,7 @@ from spul.serving.served import ServedPrompts
 from spul.serving.server import make_app
 
 MODEL, TOKEN = "tiny", "a-token-of-the-administrator"
+HTTP = httpx.Client(timeout=120)  # a busy machine is slow
 WORDS = {"default": "jane", "other": "doe"}  # what each prompt's gate flags
 
 

@@ -7,13 +7,12 @@ import base64
 import io
 import json
 
-import httpx
 import openai
 import pytest
 import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from servers import MODEL, TOKEN, client, make_gated, rendered, running, running_app
+from servers import HTTP, MODEL, TOKEN, client, make_gated, rendered, running, running_app
 
 from spul.serving.proxy import VllmEngine
 from spul.serving.requests import Limits
@@ -147,7 +146,7 @@ def test_what_takes_too_long_ends_also_at_vllm(gated, upstream):
         with pytest.raises(openai.InternalServerError) as caught:
             client(url).completions.create(model=MODEL, prompt="jane")
         assert caught.value.status_code == 504
-        assert httpx.get(f"{url}/health").json()["waiting"] == 0
+        assert HTTP.get(f"{url}/health").json()["waiting"] == 0
 
 
 def test_too_many_requests_are_429(gated, upstream):
@@ -164,7 +163,7 @@ def test_a_revoked_prompt_is_sent_no_more(upstream):
     with running(engine_of(gated, upstream), admin_token=TOKEN) as url:
         ask = lambda: client(url).completions.create(model=MODEL, prompt="text of doe")  # noqa: E731
         ask()
-        gone = httpx.delete(f"{url}/admin/prompts/other", headers={"Authorization": f"Bearer {TOKEN}"})
+        gone = HTTP.delete(f"{url}/admin/prompts/other", headers={"Authorization": f"Bearer {TOKEN}"})
         assert gone.status_code == 200
         ask()
     assert [sorted({"prompt", "prompt_embeds"} & set(body)) for body in upstream.bodies] == [

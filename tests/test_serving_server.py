@@ -7,10 +7,9 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import openai
 import pytest
-from servers import MODEL, TOKEN, alone, client, make_engine, make_gated, prompt, rendered, running, running_app
+from servers import HTTP, MODEL, TOKEN, alone, client, make_engine, make_gated, prompt, rendered, running, running_app
 
 from spul.gates import NameGate
 from spul.serving.requests import Limits
@@ -140,15 +139,15 @@ def test_what_is_not_supported_is_refused_in_the_shape_of_openai(ask, options, s
 def test_bodies_endpoints_and_methods_are_checked(url):
     path = f"{url}/v1/completions"
     found = {
-        413: httpx.post(path, content=b" " * ((1 << 20) + 1)),
-        400: httpx.post(path, content=b"{"),
-        404: httpx.get(f"{url}/v1/nothing"),
-        405: httpx.get(path),
+        413: HTTP.post(path, content=b" " * ((1 << 20) + 1)),
+        400: HTTP.post(path, content=b"{"),
+        404: HTTP.get(f"{url}/v1/nothing"),
+        405: HTTP.get(path),
     }
     for status, response in found.items():
         assert response.status_code == status
         assert response.json()["error"]["type"] == "invalid_request_error"
-    assert httpx.get(f"{url}/docs").status_code == httpx.get(f"{url}/admin/prompts").status_code == 404
+    assert HTTP.get(f"{url}/docs").status_code == HTTP.get(f"{url}/admin/prompts").status_code == 404
 
 
 def test_models_and_health_tell_no_name_of_a_prompt(ask, url):
@@ -156,7 +155,7 @@ def test_models_and_health_tell_no_name_of_a_prompt(ask, url):
     assert ask.models.retrieve(MODEL).id == MODEL
     with pytest.raises(openai.NotFoundError):
         ask.models.retrieve("another")
-    health = httpx.get(f"{url}/health")
+    health = HTTP.get(f"{url}/health")
     assert health.status_code == 200
     assert health.json() | {"status": "ok", "engine": "transformers", "prompts": 2, "revoked": 0} == health.json()
     assert "other" not in health.text
@@ -208,7 +207,7 @@ def test_what_takes_too_long_is_504_and_recorded():
             client(url).completions.create(prompt="good", **GREEDY)
         assert caught.value.status_code == 504
         gate.go.set()
-        until(lambda: httpx.get(f"{url}/health").json()["in_flight"] == 0)
+        until(lambda: HTTP.get(f"{url}/health").json()["in_flight"] == 0)
 
 
 def test_a_client_that_goes_stops_the_generation():
@@ -227,7 +226,7 @@ def test_a_client_that_goes_stops_the_generation():
         assert events[-1]["finish"] == "abandoned"
         with pytest.raises(openai.APITimeoutError):
             client(url, timeout=0.3).completions.create(prompt="good", **{**GREEDY, "max_tokens": 4000})
-        until(lambda: httpx.get(f"{url}/health").json()["in_flight"] == 0)
+        until(lambda: HTTP.get(f"{url}/health").json()["in_flight"] == 0)
         assert ask.completions.create(prompt="good", **GREEDY).usage.completion_tokens == 8
 
 
@@ -254,7 +253,7 @@ def test_an_answer_whose_entry_cannot_be_recorded_is_not_given(caplog):
     with running(make_engine(make_gated()), record) as url:
         with pytest.raises(openai.InternalServerError, match="could not be recorded"):
             client(url).completions.create(prompt="good", **GREEDY)
-        chunks = httpx.post(f"{url}/v1/completions", json={**GREEDY, "prompt": "good", "stream": True}).text
+        chunks = HTTP.post(f"{url}/v1/completions", json={**GREEDY, "prompt": "good", "stream": True}).text
     assert '"finish_reason": "' not in chunks
     assert "could not be recorded" in chunks
     assert "[DONE]" not in chunks
@@ -282,24 +281,24 @@ def test_a_prompt_is_added_and_revoked_by_who_has_the_token(saved):
         before = call()
         path, body = f"{url}/admin/prompts", {"name": "new", "folder": "new"}
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
-            refused = [httpx.get(path, headers=headers), httpx.post(path, headers=headers, json=body),
-                       httpx.delete(f"{path}/default", headers=headers)]  # fmt: skip
+            refused = [HTTP.get(path, headers=headers), HTTP.post(path, headers=headers, json=body),
+                       HTTP.delete(f"{path}/default", headers=headers)]  # fmt: skip
             assert [one.status_code for one in refused] == [401] * 3
-        added = httpx.post(path, headers=ADMIN, json=body)
+        added = HTTP.post(path, headers=ADMIN, json=body)
         assert (added.status_code, added.json()["gate"]) == (201, "names")
-        assert httpx.post(path, headers=ADMIN, json=body).status_code == 409
+        assert HTTP.post(path, headers=ADMIN, json=body).status_code == 409
         under = call()
         assert under == alone(gated, ids, "new")[0] != before
-        assert httpx.delete(f"{path}/nobody", headers=ADMIN).status_code == 404
-        gone = httpx.delete(f"{path}/new", headers=ADMIN).json()["revoked"]
+        assert HTTP.delete(f"{path}/nobody", headers=ADMIN).status_code == 404
+        gone = HTTP.delete(f"{path}/new", headers=ADMIN).json()["revoked"]
         assert [one["prompt"] for one in gone] == ["new"]
         assert call() == before
-        listed = httpx.get(path, headers=ADMIN).json()
+        listed = HTTP.get(path, headers=ADMIN).json()
         assert [[one["prompt"] for one in listed[kind]] for kind in ("served", "revoked")] == [["default"], ["new"]]
-        assert httpx.get(f"{url}/health").json()["revoked"] == 1
-        assert httpx.delete(f"{path}/default", headers=ADMIN).status_code == 200  # the last one: every request is bare
+        assert HTTP.get(f"{url}/health").json()["revoked"] == 1
+        assert HTTP.delete(f"{path}/default", headers=ADMIN).status_code == 200  # the last one: every request is bare
         assert client(url).completions.create(prompt="jane", **GREEDY).choices[0].text
-        assert httpx.post(path, headers=ADMIN, json=body).status_code == 201
+        assert HTTP.post(path, headers=ADMIN, json=body).status_code == 201
         assert call() == under
     assert [(one["event"], one["prompt"]) for one in events] == [
         ("served", "default"), ("answered", None), ("served", "new"), ("answered", "new"), ("revoked", "new"),
@@ -321,11 +320,11 @@ def test_under_load_while_prompts_come_and_go_every_answer_is_that_of_its_own_pr
         path = f"{url}/admin/prompts"
         while not done.is_set():
             start = time.monotonic()
-            assert httpx.post(path, headers=ADMIN, json={"name": "new", "folder": "new"}).status_code == 201
+            assert HTTP.post(path, headers=ADMIN, json={"name": "new", "folder": "new"}).status_code == 201
             added = time.monotonic()
             time.sleep(0.05)
             end = time.monotonic()
-            assert httpx.delete(f"{path}/new", headers=ADMIN).status_code == 200
+            assert HTTP.delete(f"{path}/new", headers=ADMIN).status_code == 200
             changes.append((start, added, end, time.monotonic()))
             time.sleep(0.05)
 
