@@ -318,6 +318,18 @@ def test_a_prompt_that_is_deleted_or_added_later_is_noticed_before_the_first_tok
         model.route(TEXTS)
 
 
+def test_a_prompt_that_is_loaded_after_the_last_was_revoked_is_in_effect(tmp_path):
+    model = saved(tmp_path)
+    for name in ("default", "other"):
+        model.delete_adapter(name)
+    model.load_adapter(tmp_path, "again", subfolder="other")
+    batch, before = tokens(model.tokenizer, TEXTS), saved(tmp_path)
+    names = ["other" if name == "other" else "__base__" for name in NAMES]
+    expected = before.unlearner.generate(**batch, adapter_names=names, **GREEDY)
+    assert model.enabled
+    assert torch.equal(model.generate(**batch, **GREEDY), expected)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_rows_that_no_gate_flags_are_continued_as_alone(side):
     model, texts = gated(), ["the film is good and bad", "the", "plot of film"]

@@ -33,6 +33,8 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
     ) -> None:
         """Add a new prompt beside the others; it is trained once `set_adapter` has made it the active one.
 
+        After all were deleted it is the active one at once.
+
         Args:
             adapter_name: its name.
             peft_config: its config.
@@ -53,6 +55,8 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
             # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
             record = SpulConfig(prompt_position=prompt_position)
             self.__dict__.setdefault("spul_configs", {})[adapter_name] = record
+            if not self.active_adapter:  # all others were deleted; PEFT would leave the model without a prompt
+                self.active_adapter = adapter_name
             if not (is_first or peft_config.inference_mode):
                 start_prompt(self, adapter_name, start)
             self._train_active_prompt_only()

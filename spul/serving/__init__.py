@@ -1,6 +1,26 @@
 """Prompts where models are served."""
 
+from .batches import TransformersEngine
 from .checkpoint import export_checkpoint
+from .engine import Engine, Job
+from .proxy import EmbeddingPayload, Payload, VllmEngine
+from .requests import ApiError, Limits, Sampling
+from .served import ServedPrompts, load_gated, load_prompts
 from .vllm import export_vllm
 
-__all__ = ["export_checkpoint", "export_vllm"]
+__all__ = [
+    "ApiError",
+    "EmbeddingPayload",
+    "Engine",
+    "Job",
+    "Limits",
+    "Payload",
+    "Sampling",
+    "ServedPrompts",
+    "TransformersEngine",
+    "VllmEngine",
+    "export_checkpoint",
+    "export_vllm",
+    "load_gated",
+    "load_prompts",
+]

@@ -1,0 +1,179 @@
+"""`spul serve`: an OpenAI-compatible server of a base with prompts behind gates."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from .command import Command
+
+logger = logging.getLogger(__name__)
+
+
+def _option(text: str, default: Any = None) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class ServeOptions:
+    """Options of `spul serve`."""
+
+    model: str = field(metadata={"help": "The base: a folder or a name on the Hub."})
+    prompts: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "NAME=FOLDER of each prompt with its gate, the first first where several gates flag a request; or "
+            "one folder that GatedUnlearner.save_pretrained wrote."
+        },
+    )
+    always: list[str] = field(
+        default_factory=list, metadata={"help": "Names of prompts that every request gets, without asking a gate."}
+    )
+    allow_other_base: bool = _option("Serve prompts although their records do not name this base's weights.", False)
+    served_model_name: str | None = _option("The model's name in requests; that of `model` unless given.")
+    dtype: str = _option("The base's dtype.", "auto")
+    device: str | None = _option("Where the base runs; a GPU if there is one unless given.")
+    engine: str = _option(
+        '"transformers", which answers in this process, or "vllm", in front of a running vLLM.', "transformers"
+    )
+    vllm_url: str = _option("Where vLLM runs.", "http://127.0.0.1:8000")
+    vllm_model: str | None = _option("The model's name at vLLM; `model` unless given.")
+    vllm_key_file: str | None = _option("File with vLLM's API key.")
+    host: str = _option("Address to bind to.", "127.0.0.1")
+    port: int = _option("Port to bind to; 0 for a free one.", 8080)
+    admin_token_file: str | None = _option("File with the token that lets its holder add and revoke prompts.")
+    prompts_dir: str | None = _option("Folder within which prompts may be added.")
+    record: str | None = _option(
+        "MODULE:FUNCTION that takes each event, a dict: an answer, a prompt that comes or goes."
+    )
+    max_body_bytes: int = _option("Bytes of a request.", 1 << 20)
+    max_prompt_tokens: int | None = _option(
+        "Tokens of a request; those that the model has positions for unless given."
+    )
+    max_new_tokens: int = _option("Tokens of an answer.", 512)
+    max_batch: int = _option("Requests that are answered together.", 16)
+    max_waiting: int = _option("Requests that may wait.", 128)
+    timeout: float = _option("Seconds for a request.", 120.0)
+
+
+def run(options: ServeOptions) -> None:
+    """Serve until the process is told to stop, then answer what is under way.
+
+    Raises:
+        FileNotFoundError: if a folder, a gate or a file is missing.
+        ValueError: if there is no prompt, one does not fit the base, or an option is out of range.
+    """
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise ValueError('spul serve needs further libraries: pip install "spul[serve]".') from error
+
+    app, limits = build(options)
+    if options.host not in ("127.0.0.1", "localhost", "::1"):
+        logger.warning("The server asks for no key: whoever reaches %s:%d can use it.", options.host, options.port)
+    uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=int(limits.timeout) + 1)
+
+
+def build(options: ServeOptions) -> tuple[Any, Any]:
+    """The server of some options, and its limits.
+
+    Raises:
+        FileNotFoundError, ValueError: as `run`.
+    """
+    from ..serving.requests import Limits
+    from ..serving.served import ServedPrompts
+    from ..serving.server import make_app
+
+    if options.engine not in ("transformers", "vllm"):
+        raise ValueError(f'engine={options.engine!r}; expected "transformers" or "vllm".')
+    names = ("max_body_bytes", "max_prompt_tokens", "max_new_tokens", "max_batch", "max_waiting", "timeout")
+    limits = Limits(**{name: getattr(options, name) for name in names})
+    record = None if options.record is None else _function(options.record)
+    token = None if options.admin_token_file is None else _secret(options.admin_token_file)
+    if options.prompts_dir is not None and token is None:
+        raise ValueError("prompts_dir is for adding prompts, which needs admin_token_file.")
+    served = ServedPrompts(_loaded(options), options.prompts_dir, options.allow_other_base)
+    engine = _engine(options, served, limits)
+    model = options.served_model_name or Path(options.model).name
+    return make_app(engine, model, limits, record, token), limits
+
+
+def _loaded(options: ServeOptions) -> Any:
+    """The prompts on their base, behind their gates."""
+    folders = _folders(options.prompts)
+    if not folders:
+        raise ValueError(
+            "there is no prompt to serve, and the base alone is not served. Name one with its gate: --prompts "
+            "NAME=FOLDER, where FOLDER has the prompt and its gate in gate/; --always NAME has it on without a gate."
+        )
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..serving.served import load_gated, load_prompts
+
+    device = options.device or ("cuda" if torch.cuda.is_available() and options.engine == "transformers" else "cpu")
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
+    model.to(device).eval()
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    if isinstance(folders, dict):
+        return load_prompts(model, tokenizer, folders, options.always, options.allow_other_base)
+    if options.always:
+        raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
+    return load_gated(model, tokenizer, folders, options.allow_other_base)
+
+
+def _folders(prompts: Sequence[str]) -> dict[str, str] | str:
+    """The folders of prompts by their names, or the one of all."""
+    if len(prompts) == 1 and "=" not in prompts[0]:
+        return prompts[0]
+    found: dict[str, str] = {}
+    for one in prompts:
+        name, is_named, folder = one.partition("=")
+        if not (is_named and name and folder) or name in found:
+            raise ValueError(f"prompts has {one!r}; expected NAME=FOLDER, each name once.")
+        if not Path(folder).is_dir():
+            raise FileNotFoundError(f"{folder!r}, of the prompt {name!r}, is no folder.")
+        found[name] = folder
+    return found
+
+
+def _engine(options: ServeOptions, served: Any, limits: Any) -> Any:
+    if options.engine == "transformers":
+        from ..serving.batches import TransformersEngine
+
+        return TransformersEngine(served, limits)
+    from ..serving.proxy import VllmEngine
+
+    key = None if options.vllm_key_file is None else _secret(options.vllm_key_file)
+    return VllmEngine(served, limits, options.vllm_url, options.vllm_model or options.model, key)
+
+
+def _secret(path: str) -> str:
+    """A token in a file, without white space around it."""
+    return Path(path).read_text(encoding="utf-8").strip()
+
+
+def _function(name: str) -> Callable[[dict[str, Any]], Any]:
+    """The function that `MODULE:FUNCTION` names."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"record={name!r} is not found ({error}); expected MODULE:FUNCTION.") from error
+    if not callable(found):
+        raise ValueError(f"record={name!r} is a {type(found).__name__}; expected a function of one dict.")
+    return found
+
+
+COMMANDS = {
+    "": Command(
+        options=ServeOptions,
+        run=run,
+        example="spul serve --model facebook/opt-1.3b --prompts jane-doe=out/jane-doe --port 8080",
+        purpose="Serve a base with prompts behind gates, by OpenAI's API.",
+    )
+}

@@ -1,0 +1,75 @@
+"""Requests to token ids: by the chat template, by the tokenizer, or as they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+from ..data.conversations import conversation_prompt_ids, message_start
+from ..models.causal_lm import max_positions
+from .engine import Job
+from .requests import ApiError, ChatRequest, Limits, too_long
+from .served import ServedPrompts
+
+
+class RequestEncoder:
+    """Makes jobs of requests: the ids that the model reads, which are those that the gates read.
+
+    Args:
+        served: the prompts, whose tokenizer and base it is.
+        limits: the server's.
+    """
+
+    def __init__(self, served: ServedPrompts, limits: Limits) -> None:
+        self.served, self.limits = served, limits
+        self.tokenizer = copy.deepcopy(served.gated.tokenizer)  # fast tokenizers are for one thread at a time
+        self.room = max_positions(served.gated.get_base_model())
+
+    def job(self, request: ChatRequest) -> Job:
+        """The request as the engines take it.
+
+        Raises:
+            ApiError: 400 if it is empty, too long, or cannot be rendered.
+        """
+        ids, position = self._ids(request)
+        if not ids:
+            raise ApiError(400, "the request has no tokens.")
+        num, most = len(ids), self.limits.max_prompt_tokens
+        if most is not None and num > most:
+            raise ApiError(
+                400, f"the request has {num} tokens; at most {most} are taken.", code="context_length_exceeded"
+            )
+        wanted = request.max_tokens
+        if self.room is None:
+            return Job(ids, request.sampling, wanted or self.limits.max_new_tokens, position)
+        room = self.room - self.served.longest  # for every request, whatever the gates will say of it
+        max_tokens = wanted or min(self.limits.max_new_tokens, max(room - num, 1))
+        if num + max_tokens > room:
+            raise too_long(room, num, max_tokens)
+        return Job(ids, request.sampling, max_tokens, position)
+
+    def _ids(self, request: ChatRequest) -> tuple[list[int], int | None]:
+        """Token ids, and how many of them stand before a prompt at the message."""
+        tokenizer: Any = self.tokenizer
+        if request.kind == "chat":
+            if not tokenizer.chat_template:
+                raise ApiError(400, "the model has no chat template; send a completion.", "messages")
+            try:
+                ids = conversation_prompt_ids(tokenizer, request.content, _computed)
+                at = message_start(tokenizer, request.content, _computed) if self.served.stands_inside else None
+            except ValueError as error:
+                raise ApiError(400, "the model's chat template does not take these messages.", "messages") from error
+            return ids, at
+        if self.served.stands_inside:
+            raise ApiError(400, "a completion does not say where its message begins; send a chat.", "prompt")
+        if isinstance(request.content, str):
+            return list(tokenizer(request.content)["input_ids"]), None
+        if not all(0 <= one < len(tokenizer) for one in request.content):
+            raise ApiError(400, f"prompt has a token id outside 0 to {len(tokenizer) - 1}.", "prompt")
+        return request.content, None
+
+
+def _computed(key: Hashable, compute: Callable[[], Sequence[int]]) -> list[int]:
+    """For functions that cache: requests seldom come twice."""
+    return list(compute())

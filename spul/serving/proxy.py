@@ -1,0 +1,218 @@
+"""The engine in front of a running vLLM: requests are sent on, with the embeddings of the prompt that they get."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import logging
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+import torch
+
+from ..gates.gated import GatedUnlearner
+from ..prompts.row_prompts import NO_PROMPT, under
+from .answers import Piece
+from .engine import Job
+from .requests import ApiError, Limits
+from .served import ServedPrompts
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+CONNECT_SECONDS = 10.0
+
+
+class Payload(Protocol):
+    """Fields of a completion that put a prompt's embeddings to a request's tokens."""
+
+    def __call__(self, token_ids: Sequence[int], prompt: str, position: int) -> dict[str, Any]:
+        """The fields, as JSON.
+
+        Args:
+            token_ids: of the request.
+            prompt: name of the prompt.
+            position: number of the request's tokens that stand before the prompt.
+        """
+
+
+class EmbeddingPayload:
+    """`prompt_embeds` of a completion: prompt and tokens as embeddings (p + n, d), a saved tensor in base64.
+
+    Args:
+        gated: the prompts, on the base whose embeddings are sent.
+    """
+
+    def __init__(self, gated: GatedUnlearner) -> None:
+        self.gated = gated
+
+    @torch.no_grad()
+    def __call__(self, token_ids: Sequence[int], prompt: str, position: int) -> dict[str, Any]:
+        """The field `prompt_embeds`."""
+        base = self.gated.get_base_model()
+        embeds = base.get_input_embeddings()(torch.tensor(token_ids, device=base.device))
+        virtual = under(self.gated.unlearner, prompt).get_prompt(batch_size=1)[0].to(embeds)
+        file = io.BytesIO()
+        torch.save(torch.cat([embeds[:position], virtual, embeds[position:]]).cpu(), file)
+        return {"prompt_embeds": base64.b64encode(file.getvalue()).decode("ascii")}
+
+
+class VllmEngine:
+    """Sends requests to a vLLM server (`vllm serve MODEL --enable-prompt-embeds`), and its answers back.
+
+    Gates are asked here, and prompts changed here, by one thread: a request whose payload is made keeps its prompt.
+
+    Args:
+        served: the prompts; the base is here for its embeddings and gates.
+        limits: of the server; at most `max_batch + max_waiting` requests are with vLLM at a time.
+        url: of vLLM, such as `http://127.0.0.1:8000`.
+        model: the model's name there.
+        api_key: vLLM's, if it has one.
+        payload: makes the fields of a prompt's embeddings; `EmbeddingPayload` unless given.
+
+    Raises:
+        ValueError: if a prompt is a prefix, whose keys and values vLLM does not take.
+    """
+
+    name = "vllm"
+
+    def __init__(
+        self,
+        served: ServedPrompts,
+        limits: Limits,
+        url: str,
+        model: str,
+        api_key: str | None = None,
+        payload: Payload | None = None,
+    ) -> None:
+        served.take_embeddings_only()
+        self.served, self.limits, self.model = served, limits, model
+        self.url = f"{url.rstrip('/')}/v1/completions"
+        self.headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        self.payload: Payload = EmbeddingPayload(served.gated) if payload is None else payload
+        self._routing = ThreadPoolExecutor(1, "spul-routing")
+        self._num, self._idle = 0, asyncio.Event()
+        self._client: Any = None
+
+    def start(self) -> None:
+        """Open the connections."""
+        import httpx
+
+        self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_SECONDS), trust_env=False)
+
+    async def stop(self) -> None:
+        """Wait for the answers that are under way, and close the connections."""
+        client, self._client = self._client, None
+        while self._num:
+            self._idle.clear()
+            await self._idle.wait()
+        if client is not None:
+            await client.aclose()
+        self._routing.shutdown()
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that are with vLLM."""
+        return self._num
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether requests are sent on."""
+        return self._client is not None
+
+    async def change(self, function: Callable[[ServedPrompts], T]) -> T:
+        """Call a function that changes the prompts."""
+        return await self._in_thread(lambda: function(self.served))
+
+    async def answer(self, job: Job) -> AsyncGenerator[Piece, None]:
+        """The parts of an answer; closing the iterator closes the connection, at which vLLM stops.
+
+        Raises:
+            ApiError: 429 if too many requests are under way, 502 if vLLM refuses or fails, 503 if it is not there.
+        """
+        client = self._client
+        if client is None:
+            raise ApiError(503, "the server is stopping.")
+        if self._num >= self.limits.max_batch + self.limits.max_waiting:
+            raise ApiError(429, "too many requests wait; try later.", code="rate_limit_exceeded")
+        import httpx
+
+        self._num += 1
+        try:
+            body = await self._in_thread(lambda: self._body(job))
+            async with client.stream("POST", self.url, json=body, headers=self.headers) as response:
+                await _check(response)
+                async for piece in _pieces(response):
+                    yield piece
+        except httpx.HTTPError as error:
+            logger.error("vLLM: %s: %s", type(error).__name__, error)
+            raise ApiError(503, "the model's server does not answer.") from error
+        finally:
+            self._num -= 1
+            self._idle.set()
+
+    def _body(self, job: Job) -> dict[str, Any]:
+        """Ask the gates, choose the prompt, and make the payload."""
+        [name] = self.served.route([job.token_ids])
+        sampling = job.sampling
+        if name == NO_PROMPT:
+            job.prompt, fields = {}, {"prompt": job.token_ids}
+        else:
+            job.prompt = self.served.served[name]
+            inside = self.served.gated.unlearner.spul_configs[name].prompt_position == "message"
+            if inside and job.prompt_position is None:
+                raise ApiError(503, "the prompts have changed; send the request again.")
+            fields = self.payload(job.token_ids, name, job.prompt_position or 0 if inside else 0)
+        return {
+            "model": self.model,
+            "max_tokens": job.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            **({} if sampling.seed is None else {"seed": sampling.seed}),
+            **({"stop": list(sampling.stop)} if sampling.stop else {}),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **fields,
+        }
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._routing, function)
+
+
+async def _check(response: Any) -> None:
+    if response.status_code == 200:
+        return
+    said = (await response.aread())[:500]
+    logger.error("vLLM answered %d: %r", response.status_code, said)
+    if response.status_code in (429, 503):
+        raise ApiError(response.status_code, "the model's server is busy; try later.")
+    raise ApiError(502, "the model's server refused the request.")
+
+
+async def _pieces(response: Any) -> AsyncGenerator[Piece, None]:
+    """The parts of a stream of vLLM; the last waits for the number of tokens, which vLLM sends after it."""
+    reason, usage, last = None, None, ""
+    async for line in response.aiter_lines():
+        if not line.startswith("data:"):
+            continue
+        data = line[len("data:") :].strip()
+        if data == "[DONE]":
+            break
+        try:
+            chunk = json.loads(data)
+            usage = chunk.get("usage") or usage
+            for choice in chunk["choices"]:
+                reason = choice["finish_reason"] or reason
+                if choice["finish_reason"]:
+                    last = choice["text"]
+                elif choice["text"]:
+                    yield Piece(choice["text"], 0)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.error("vLLM sent %r", data[:500])
+            raise ApiError(502, "the model's server failed.") from error
+    if reason not in ("stop", "length") or usage is None:
+        raise ApiError(502, "the model's server ended too early.")
+    yield Piece(last, int(usage["completion_tokens"]), reason)

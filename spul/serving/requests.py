@@ -1,0 +1,296 @@
+"""Requests of OpenAI's API: read and checked; what is not supported is refused, never ignored."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+MOST_STOPS, LONGEST_STOP = 4, 200  # four, as in OpenAI's API; characters
+# A completion without max_tokens has 16, as in OpenAI's API; a chat answer as many as the server allows.
+DEFAULT_COMPLETION_TOKENS = 16
+
+_COMMON = ("model", "max_tokens", "temperature", "top_p", "stop", "seed", "stream", "stream_options", "user")
+_FIELDS = {"chat": (*_COMMON, "messages", "max_completion_tokens"), "completion": (*_COMMON, "prompt")}
+# Fields that are not supported, with the values by which a client asks for nothing; null is one for each.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "n": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "logit_bias": ({},),
+    "suffix": (),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "metadata": ({},),
+}
+_ROLES = ("system", "developer", "user", "assistant")
+
+
+class ApiError(Exception):
+    """A refused or failed request, in OpenAI's shape of an error.
+
+    Args:
+        status: the HTTP status.
+        message: for the client; it has no text of the request and no name of a prompt.
+        param: the field at fault.
+        code: OpenAI's code, for programs.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """The response's JSON."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def too_long(room: int, num_tokens: int, max_tokens: int) -> ApiError:
+    """The error of a request that leaves its answer no room.
+
+    Args:
+        room: tokens that the model has positions for.
+        num_tokens: of the request.
+        max_tokens: of the answer.
+    """
+    return ApiError(
+        400,
+        f"the maximum context length is {room} tokens; the request has {num_tokens}, and {max_tokens} are asked for. "
+        "Shorten it, or ask for fewer.",
+        code="context_length_exceeded",
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of a server.
+
+    Args:
+        max_body_bytes: bytes of a request.
+        max_prompt_tokens: tokens of a request, without virtual tokens; None for what the model has positions for.
+        max_new_tokens: tokens of an answer.
+        max_batch: requests that are answered together.
+        max_waiting: requests that wait; further ones get 429.
+        timeout: seconds from a request to its answer's last token.
+        gather_seconds: how long the first request of a batch waits for others.
+
+    Raises:
+        ValueError: if one is not above 0.
+    """
+
+    max_body_bytes: int = 1 << 20
+    max_prompt_tokens: int | None = None
+    max_new_tokens: int = 512
+    max_batch: int = 16
+    max_waiting: int = 128
+    timeout: float = 120.0
+    gather_seconds: float = 0.005
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value!r}; expected a number above 0.")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer's tokens are chosen.
+
+    Args:
+        temperature: 0 for the most probable token.
+        top_p: share of the probability that is sampled from.
+        seed: the same answer for the same request; None for another one each time.
+        stop: texts before which the answer ends.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChatRequest:
+    """A request to be answered.
+
+    Args:
+        kind: `"chat"` or `"completion"`.
+        content: messages with a role and a text each; or a text; or token ids.
+        sampling: how tokens are chosen.
+        max_tokens: of the answer; None for as many as the server allows.
+        stream: whether the answer is sent as it comes.
+        include_usage: whether a stream ends with the numbers of tokens.
+    """
+
+    kind: str
+    content: Any
+    sampling: Sampling = field(default_factory=Sampling)
+    max_tokens: int | None = None
+    stream: bool = False
+    include_usage: bool = False
+
+
+def read_body(kind: str, body: bytes, model: str, limits: Limits) -> ChatRequest:
+    """The request in a body.
+
+    Args:
+        kind: `"chat"` or `"completion"`.
+        body: JSON.
+        model: the name of the model that is served.
+        limits: the server's.
+
+    Raises:
+        ApiError: 400 for what is malformed or not supported, 404 for another model.
+    """
+    data = read_json(body)
+    for name, value in data.items():
+        if name in _FIELDS[kind] or value is None:
+            continue
+        if name not in _NEUTRAL:
+            raise ApiError(400, f"the field {name!r} is not supported; leave it out.", name, "unsupported_parameter")
+        if not any(type(value) is type(one) and value == one for one in _numbers_too(_NEUTRAL[name])):
+            raise ApiError(400, f"this value of {name} is not supported; leave it out.", name, "unsupported_parameter")
+    if not isinstance(data.get("model"), str):
+        raise ApiError(400, f"model is missing; expected {model!r}.", "model")
+    if data["model"] != model:
+        raise ApiError(404, f"there is no model of this name; expected {model!r}.", "model", "model_not_found")
+    content = _messages(data.get("messages")) if kind == "chat" else _prompt(data.get("prompt"))
+    stream = _flag(data, "stream")
+    options = data.get("stream_options") or {}
+    if not isinstance(options, dict) or set(options) - {"include_usage"} or (options and not stream):
+        raise ApiError(400, 'stream_options goes with stream and has "include_usage" alone.', "stream_options")
+    return ChatRequest(
+        kind, content, _sampling(data), _max_tokens(kind, data, limits), stream, _flag(options, "include_usage")
+    )
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """A body's JSON object.
+
+    Raises:
+        ApiError: 400 if it is none.
+    """
+    try:
+        data = json.loads(body, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, "the body is no valid JSON (UTF-8).") from error
+    if not isinstance(data, dict):
+        raise ApiError(400, "the body is no JSON object.")
+    return data
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no JSON.")
+
+
+def _numbers_too(values: Sequence[Any]) -> list[Any]:
+    """The values, whole numbers also as floats."""
+    return [*values, *(float(one) for one in values if type(one) is int)]
+
+
+def _flag(data: Mapping[str, Any], name: str) -> bool:
+    value = data.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise ApiError(400, f"{name} is no boolean.", name)
+    return bool(value)
+
+
+def _number(data: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+    value = data.get(name)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise ApiError(400, f"{name} is no number from {low:g} to {high:g}.", name)
+    return float(value)
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _sampling(data: Mapping[str, Any]) -> Sampling:
+    seed = data.get("seed")
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
+        raise ApiError(400, "seed is no integer of 64 bits.", "seed")
+    top_p = _number(data, "top_p", 1.0, 0.0, 1.0)
+    if not top_p:
+        raise ApiError(400, "top_p is 0; expected a number above 0, at most 1.", "top_p")
+    stop = data.get("stop")
+    stop = [] if stop is None else [stop] if isinstance(stop, str) else stop
+    is_stops = isinstance(stop, list) and len(stop) <= MOST_STOPS
+    if not is_stops or not all(isinstance(one, str) and 0 < len(one) <= LONGEST_STOP for one in stop):
+        raise ApiError(400, f"stop is no text, or up to {MOST_STOPS}, of 1 to {LONGEST_STOP} characters.", "stop")
+    return Sampling(_number(data, "temperature", 1.0, 0.0, 2.0), top_p, seed, tuple(stop))
+
+
+def _max_tokens(kind: str, data: Mapping[str, Any], limits: Limits) -> int | None:
+    names = [name for name in ("max_tokens", "max_completion_tokens") if data.get(name) is not None]
+    if not names:
+        return None if kind == "chat" else min(DEFAULT_COMPLETION_TOKENS, limits.max_new_tokens)
+    if len(names) > 1 and data[names[0]] != data[names[1]]:
+        raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them.", names[0])
+    value = data[names[-1]]
+    if not _is_count(value) or value > limits.max_new_tokens:
+        raise ApiError(400, f"{names[-1]} is no integer from 1 to {limits.max_new_tokens}.", names[-1])
+    return value
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise ApiError(400, "messages is no list of messages.", "messages")
+    return [_message(one, f"messages[{i}]") for i, one in enumerate(value)]
+
+
+def _message(value: Any, param: str) -> dict[str, str]:
+    if not isinstance(value, dict) or value.get("role") not in _ROLES:
+        raise ApiError(400, f"{param} is no message with a role of {', '.join(_ROLES)}.", param)
+    if unknown := [name for name, one in value.items() if name not in ("role", "content") and one not in (None, [])]:
+        raise ApiError(400, f"{param} has the field {unknown[0]!r}, which is not supported.", param)
+    return {"role": value["role"], "content": _content(value.get("content"), param)}
+
+
+def _content(value: Any, param: str) -> str:
+    """A message's text; parts are joined by line breaks."""
+    parts = [{"type": "text", "text": value}] if isinstance(value, str) else value
+    if not isinstance(parts, list) or not parts:
+        raise ApiError(400, f"{param} has no content; expected a text, or parts of text.", param)
+    for part in parts:
+        if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
+            raise ApiError(400, f"{param} has a part that is no text; others are not supported.", param)
+    return "\n".join(_text(part["text"], param) for part in parts)
+
+
+def _text(value: Any, param: str) -> str:
+    if not isinstance(value, str):
+        raise ApiError(400, f"{param} is no text.", param)
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # half of a surrogate pair, which no tokenizer takes
+        raise ApiError(400, f"{param} is no valid Unicode.", param) from error
+    return value
+
+
+def _prompt(value: Any) -> str | list[int]:
+    """A text, or token ids; one alone within a list is taken as it is."""
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], (str, list)):
+        value = value[0]
+    if isinstance(value, str) and value:
+        return _text(value, "prompt")
+    is_ids = isinstance(value, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in value)
+    if not is_ids or not value:
+        raise ApiError(400, "prompt is no text and no list of token ids; several in one request are not supported.",
+                       "prompt")  # fmt: skip
+    return value

@@ -1,0 +1,282 @@
+"""Prompts that are served: loaded behind their gates, added and revoked. What is unclear is refused."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..gates.files import SETTINGS_NAME
+from ..gates.gate import Gate, as_gate
+from ..gates.gated import GatedUnlearner
+from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME, gate_of
+from ..models.unlearner import PREFIX_TYPES
+from ..prompts.row_prompts import NO_PROMPT
+from ..prompts.unlearner import SoftPromptUnlearner
+from ..records.digests import fingerprint
+from ..records.spul_config import SpulConfig, read_spul_config
+from .requests import ApiError
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+def always(texts: list[str]) -> list[bool]:
+    """The gate that flags every request: its prompt is always on."""
+    return [True] * len(texts)
+
+
+def load_prompts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    folders: Mapping[str, str | os.PathLike],
+    always_on: Sequence[str] = (),
+    allow_other_base: bool = False,
+) -> GatedUnlearner:
+    """Prompts of one base, each behind the gate in its folder; all of them, or an error.
+
+    Args:
+        model: the base.
+        tokenizer: its tokenizer.
+        folders: of each prompt, by its name; the first is first where several gates flag a request.
+        always_on: names of prompts that every request gets, whatever gate is in their folders.
+        allow_other_base: whether prompts whose record does not name this base's weights are served all the same.
+
+    Raises:
+        FileNotFoundError: if a folder or a gate is missing.
+        ValueError: if there is no prompt, or one does not fit the base.
+    """
+    if not folders:
+        raise ValueError("there is no prompt to serve, and the base alone is not served; name a prompt's folder.")
+    if unknown := sorted(set(always_on) - set(folders)):
+        raise ValueError(f"{unknown} are to be always on and are no prompts; the prompts are {list(folders)}.")
+    for name, folder in folders.items():
+        check_name(name)
+        if name not in always_on:
+            check_gate(folder)
+        check_fits(read_spul_config(folder), fingerprint(model), allow_other_base, str(folder))
+    unlearner: Any = None
+    for name, folder in folders.items():
+        if unlearner is None:
+            unlearner = SoftPromptUnlearner.from_pretrained(model, folder, adapter_name=name)
+        else:
+            unlearner.load_adapter(folder, name)
+    gates = {name: _gate(folder, name in always_on, unlearner, tokenizer) for name, folder in folders.items()}
+    return GatedUnlearner(unlearner, tokenizer, gates).eval()
+
+
+def load_gated(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike, allow_other_base: bool = False
+) -> GatedUnlearner:
+    """Prompts and gates of a folder that `GatedUnlearner.save_pretrained` wrote; arguments as in `load_prompts`.
+
+    Raises:
+        FileNotFoundError: if the folder has no gates.
+        ValueError: if there is no prompt, or one does not fit the base.
+    """
+    gated = GatedUnlearner.from_pretrained(model, folder, tokenizer)
+    for name, record in gated.unlearner.spul_configs.items():
+        check_fits(record, fingerprint(model), allow_other_base, f"{folder} ({name})")
+    return gated
+
+
+def check_name(name: Any) -> None:
+    """Raise unless a prompt may be called so.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == NO_PROMPT:
+        raise ValueError(f"a prompt's name is {name!r:.80}; expected 1 to 64 letters, digits, hyphens, underscores.")
+
+
+def check_gate(folder: str | os.PathLike) -> None:
+    """Raise unless a prompt's folder has a gate.
+
+    Raises:
+        FileNotFoundError: if not.
+    """
+    if not Path(folder, GATE_FOLDER, SETTINGS_NAME).is_file():
+        is_gated = Path(folder, ROUTING_NAME).is_file()
+        raise FileNotFoundError(
+            f"{str(folder)!r} has no {GATE_FOLDER}/{SETTINGS_NAME}, so nothing would turn its prompt on"
+            + ("; it holds several prompts: pass it alone, without a name." if is_gated else "")
+            + f" Save a gate there (gate.save({GATE_FOLDER!r}) within the folder), or have the prompt always on."
+        )
+
+
+def check_fits(record: SpulConfig, base: str | None, allow_other_base: bool, where: str) -> None:
+    """Raise unless a prompt was trained on the weights that are served.
+
+    Args:
+        record: the prompt's.
+        base: the fingerprint of the base.
+        allow_other_base: whether to serve it all the same.
+        where: the prompt, in messages.
+
+    Raises:
+        ValueError: if not, also where the record does not say.
+    """
+    if allow_other_base or (base is not None and record.base_fingerprint == base):
+        return
+    trained = "does not say" if record.base_fingerprint is None else f"is {record.base_fingerprint[:12]}"
+    raise ValueError(
+        f"the prompt in {where} may neither forget nor retain on this base: the fingerprint that it was trained on "
+        f"{trained}, and this base's is {str(base)[:12]}. Serve the base that it was trained on; if it is the same "
+        "checkpoint in another precision, evaluate it there, and then allow another base."
+    )
+
+
+def _gate(folder: str | os.PathLike, is_always: bool, model: Any, tokenizer: Any) -> Gate:
+    return as_gate(always) if is_always else gate_of(folder, model, tokenizer)
+
+
+class ServedPrompts:
+    """Prompts behind gates, as a server uses them. One thread calls `route`, `add` and `revoke`.
+
+    Args:
+        gated: the prompts.
+        allowed: the folder within which `add` reads; None to refuse every addition.
+        allow_other_base: as in `load_prompts`.
+
+    Attributes:
+        served: what is served: of each prompt, by its name, its digest, the base's, its gate, and since when.
+        revoked: what was revoked, in order, with `until`.
+        longest: virtual tokens of the longest prompt.
+        stands_inside: whether a prompt stands at the message.
+
+    Raises:
+        ValueError: if there is no prompt, `allowed` is no folder, or a prompt has no gate.
+    """
+
+    def __init__(
+        self, gated: GatedUnlearner, allowed: str | os.PathLike | None = None, allow_other_base: bool = False
+    ) -> None:
+        gated.route([])  # raises where a prompt has no gate
+        if not gated.gates:
+            raise ValueError("there is no prompt to serve, and the base alone is not served; load one.")
+        if allowed is not None and not Path(allowed).is_dir():
+            raise ValueError(f"{str(allowed)!r}, from which prompts are to be added, is no folder.")
+        self.gated, self.allow_other_base = gated.eval(), allow_other_base
+        self.allowed = None if allowed is None else Path(allowed).resolve()
+        self.base_fingerprint = fingerprint(gated.get_base_model())
+        self._embeddings_only = False
+        self._since = dict.fromkeys(gated.unlearner.peft_config, time.time())
+        self.revoked: list[dict[str, Any]] = []
+        self.served: dict[str, dict[str, Any]] = {}
+        self._refresh()
+
+    def route(self, requests: Sequence[Sequence[int]]) -> list[str]:
+        """The name of the prompt of each request, as token ids; `"__base__"` for none."""
+        return self.gated.names_of(requests)
+
+    def add(self, name: Any, folder: Any, is_always: Any = False) -> dict[str, Any]:
+        """Load a prompt and its gate; requests that are routed from now on get it. On an error nothing changes.
+
+        Args:
+            name: its name.
+            folder: within the allowed folder: a path relative to it.
+            is_always: whether every request gets it, whatever gate is in its folder.
+
+        Raises:
+            ApiError: 400 for what does not fit or is no safe folder, 409 for a name that is taken.
+        """
+        if not (isinstance(name, str) and isinstance(folder, str) and isinstance(is_always, bool)):
+            raise ApiError(400, "the prompt was not added: name or folder is no text, or always no boolean.")
+        if name in self.gated.unlearner.peft_config:
+            raise ApiError(409, "there is a prompt of this name; revoke it first, or take another name.", "name")
+        path = self._within(folder)
+        try:
+            check_name(name)
+            if not is_always:
+                check_gate(path)
+            check_fits(read_spul_config(path), self.base_fingerprint, self.allow_other_base, folder)
+            self.gated.load_adapter(path, name, gate=always if is_always else None)
+            self._check_kind(name)
+        except Exception as error:  # whatever a strange folder holds: nothing was changed
+            raise ApiError(400, f"the prompt was not added: {error}", "folder") from error
+        self._since[name] = time.time()
+        self._refresh()
+        return self.served[name]
+
+    def revoke(self, name: str) -> list[dict[str, Any]]:
+        """Remove a prompt and its gate, and combined prompts of which it is a part; all that were removed.
+
+        Raises:
+            ApiError: 404 if there is no such prompt.
+        """
+        if name not in self.gated.unlearner.peft_config:
+            raise ApiError(404, "there is no prompt of this name.", "name")
+        self.gated.delete_adapter(name)
+        now = time.time()
+        gone = [
+            {**one, "until": now} for key, one in self.served.items() if key not in self.gated.unlearner.peft_config
+        ]
+        self.revoked = [*self.revoked, *gone]
+        self._refresh()
+        return gone
+
+    @property
+    def gate_failures(self) -> int:
+        """Number of texts that got a prompt because a gate failed on them."""
+        return sum(sum(gate.failures.values()) for gate in list(self.gated.gates.values()))
+
+    def take_embeddings_only(self) -> None:
+        """Refuse, from now on, prompts that are keys and values, as an engine does that takes embeddings.
+
+        Raises:
+            ValueError: if there is one.
+        """
+        self._embeddings_only = True
+        for name in self.served:
+            self._check_kind(name)
+
+    def _check_kind(self, name: str) -> None:
+        configs: Any = self.gated.unlearner.peft_config
+        if self._embeddings_only and configs[name].peft_type in PREFIX_TYPES:
+            if name not in self.served:  # just added
+                self.gated.delete_adapter(name)
+            raise ValueError(
+                f"the prompt {name!r} is a prefix of keys and values; this engine takes embeddings alone."
+            )
+
+    def _within(self, folder: str) -> Path:
+        if self.allowed is None:
+            raise ApiError(403, "the server was started without a folder to add prompts from.", "folder")
+        try:
+            path = (self.allowed / folder).resolve()
+            is_fine = path.is_relative_to(self.allowed) and path != self.allowed and path.is_dir()
+            is_fine = is_fine and all(one.resolve().is_relative_to(self.allowed) for one in path.rglob("*"))
+        except (OSError, ValueError, RuntimeError):  # a zero byte, a circle of links
+            is_fine = False
+        if not is_fine:
+            raise ApiError(
+                400, "folder is none within the one that prompts are added from, or links out of it.", "folder"
+            )
+        return path
+
+    def _refresh(self) -> None:
+        """What is served, by name, replaced as a whole, so that other threads may read it."""
+        unlearner, found = self.gated.unlearner, {}
+        for name, record in unlearner.spul_configs.items():
+            gate = self.gated.gates.get(name)
+            found[name] = self.served.get(name) or {
+                "prompt": name,
+                "prompt_sha256": record.weights_sha256,
+                "base_fingerprint": self.base_fingerprint,
+                "gate": _kind(gate),
+                "since": self._since[name],
+            }
+        self.longest = unlearner.longest_prompt
+        self.stands_inside = any(one.prompt_position == "message" for one in unlearner.spul_configs.values())
+        self.served = found
+
+
+def _kind(gate: Gate | None) -> str:
+    if gate is None:
+        return "combined"
+    return "always" if getattr(gate, "function", None) is always else gate.kind or "function"

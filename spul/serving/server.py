@@ -1,0 +1,329 @@
+"""The HTTP server: OpenAI's API in front of an engine, health, and prompts that come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+
+from .answers import Answer, Piece
+from .encoding import RequestEncoder
+from .engine import Engine, Job
+from .requests import ApiError, ChatRequest, Limits, read_body, read_json
+from .served import ServedPrompts
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Record = Callable[[dict[str, Any]], Any]
+"""Takes an event: of a prompt that is `served`, `stopped` or `revoked`, or of a request that is `answered`."""
+SHORTEST_TOKEN = 16  # characters of the administrator's token
+POLL_SECONDS = 0.2  # how often a request that waits looks whether its client is still there
+
+
+def make_app(
+    engine: Engine,
+    model: str,
+    limits: Limits | None = None,
+    record: Record | None = None,
+    admin_token: str | None = None,
+) -> FastAPI:
+    """The server of an engine.
+
+    Args:
+        engine: answers requests; started and stopped with the server.
+        model: the model's name, which requests give.
+        limits: of requests.
+        record: takes events, one at a time. A request whose entry cannot be recorded fails.
+        admin_token: lets its holder list, add and revoke prompts; without one there is no such endpoint.
+
+    Raises:
+        ValueError: if the token is shorter than 16 characters.
+    """
+    if admin_token is not None and len(admin_token) < SHORTEST_TOKEN:
+        raise ValueError(
+            f"the administrator's token has {len(admin_token)} characters; take {SHORTEST_TOKEN} or more."
+        )
+    server = _Server(engine, model, Limits() if limits is None else limits, record, admin_token)
+    app = FastAPI(title="spul", docs_url=None, redoc_url=None, openapi_url=None, lifespan=server.lifespan)
+    app.add_exception_handler(ApiError, _api_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _unexpected)
+    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
+    app.add_api_route("/v1/completions", server.completion, methods=["POST"])
+    app.add_api_route("/v1/models", server.models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", server.model_card, methods=["GET"])
+    app.add_api_route("/health", server.health, methods=["GET"])
+    if admin_token is not None:
+        app.add_api_route("/admin/prompts", server.prompts, methods=["GET"])
+        app.add_api_route("/admin/prompts", server.add, methods=["POST"])
+        app.add_api_route("/admin/prompts/{name}", server.revoke, methods=["DELETE"])
+    return app
+
+
+class _Server:
+    """The endpoints, and what they share."""
+
+    def __init__(
+        self, engine: Engine, model: str, limits: Limits, record: Record | None, admin_token: str | None
+    ) -> None:
+        self.engine, self.model, self.limits = engine, model, limits
+        self.encoder = RequestEncoder(engine.served, limits)
+        self.created, self.num_in_flight = int(time.time()), 0
+        self._record, self._token = record, admin_token
+        self._encoding = ThreadPoolExecutor(1, "spul-encoding")  # long texts must not hold up the others' answers
+        self._recording = ThreadPoolExecutor(1, "spul-record")  # in order
+
+    @asynccontextmanager
+    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+        """Start the engine; at the end answer what waits, and record what was served."""
+        for one in self.engine.served.served.values():
+            await self._recorded("served", one)
+        self.engine.start()
+        try:
+            yield
+        finally:
+            await self.engine.stop()
+            for one in self.engine.served.served.values():
+                await self._recorded("stopped", one)
+            self._encoding.shutdown()
+            self._recording.shutdown()
+
+    # ---- OpenAI's API ----
+
+    async def chat(self, request: Request) -> Response:
+        """`POST /v1/chat/completions`."""
+        return await self._answer("chat", request)
+
+    async def completion(self, request: Request) -> Response:
+        """`POST /v1/completions`."""
+        return await self._answer("completion", request)
+
+    async def models(self) -> dict[str, Any]:
+        """`GET /v1/models`."""
+        return {"object": "list", "data": [self._card()]}
+
+    async def model_card(self, name: str) -> dict[str, Any]:
+        """`GET /v1/models/{name}`."""
+        if name != self.model:
+            raise ApiError(
+                404, f"there is no model of this name; expected {self.model!r}.", "model", "model_not_found"
+            )
+        return self._card()
+
+    def _card(self) -> dict[str, Any]:
+        return {"id": self.model, "object": "model", "created": self.created, "owned_by": "spul"}
+
+    async def health(self) -> JSONResponse:
+        """`GET /health`: numbers alone, since names of prompts may tell what they are for."""
+        served = self.engine.served
+        found = {
+            "status": "ok" if self.engine.is_alive else "stopping",
+            "engine": self.engine.name,
+            "prompts": len(served.served),
+            "revoked": len(served.revoked),
+            "gate_failures": served.gate_failures,
+            "in_flight": self.num_in_flight,
+            "waiting": self.engine.num_waiting,
+        }
+        return JSONResponse(found, 200 if self.engine.is_alive else 503)
+
+    async def _answer(self, kind: str, http: Request) -> Response:
+        deadline = time.monotonic() + self.limits.timeout
+        body = await _in_time(self._body(http), deadline)
+        request = read_body(kind, body, self.model, self.limits)
+        loop = asyncio.get_running_loop()
+        job: Job = await loop.run_in_executor(self._encoding, self.encoder.job, request)
+        answer = Answer(kind, self.model, len(job.token_ids))
+        pieces = self._pieces(job, answer, deadline)
+        first = await _while_connected(http, anext(pieces))  # a refusal has its own status also in a stream
+        if not request.stream:
+            return await _while_connected(http, _whole(answer, first, pieces))
+        stream = _stream(request, answer, first, pieces)
+        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    async def _body(self, http: Request) -> bytes:
+        most, found = self.limits.max_body_bytes, bytearray()
+        async for chunk in http.stream():
+            found += chunk
+            if len(found) > most:
+                raise ApiError(413, f"the body has more than {most} bytes.")
+        return bytes(found)
+
+    async def _pieces(self, job: Job, answer: Answer, deadline: float) -> AsyncGenerator[Piece, None]:
+        """The parts of an answer, in time; the last once the entry of the request is recorded."""
+        last, status = Piece("", 0), "abandoned"
+        self.num_in_flight += 1
+        try:
+            async with aclosing(self.engine.answer(job)) as pieces:
+                while last.finish_reason is None:
+                    last = await _in_time(anext(pieces), deadline)
+                    if last.finish_reason is None:
+                        yield last
+            status = last.finish_reason
+        except ApiError as error:
+            status = f"error {error.status}"
+            raise
+        finally:
+            self.num_in_flight -= 1
+            entry = self._submit("answered", job, answer, last, status) if job.prompt is not None else None
+        if entry is not None:
+            await entry
+        yield last
+
+    # ---- what is recorded ----
+
+    def _submit(self, event: str, job: Job, answer: Answer, last: Piece, status: str) -> asyncio.Future | None:
+        """Hand over the entry of a request; also of one whose client has gone, who waits for nothing."""
+        prompt = job.prompt or {}
+        return self._hand_over(
+            {
+                "event": event,
+                "request": answer.id,
+                "prompt": prompt.get("prompt"),
+                "prompt_sha256": prompt.get("prompt_sha256"),
+                "gate": prompt.get("gate"),
+                "finish": status,
+                "prompt_tokens": len(job.token_ids),
+                "completion_tokens": last.num_tokens,
+            }
+        )
+
+    async def _recorded(self, event: str, one: dict[str, Any]) -> None:
+        """Record an event of a prompt."""
+        named = {name: one[name] for name in ("prompt", "prompt_sha256", "base_fingerprint", "gate")}
+        entry = self._hand_over({"event": event, "request": one["prompt"], **named})
+        if entry is not None:
+            await entry
+
+    def _hand_over(self, event: dict[str, Any]) -> asyncio.Future | None:
+        if self._record is None:
+            return None
+        record = self._record
+
+        def recorded() -> None:
+            try:
+                record(event)
+            except Exception as error:
+                logger.exception("An event was not recorded: %s", event["event"])
+                raise ApiError(500, "the request could not be recorded.") from error
+
+        future = asyncio.get_running_loop().run_in_executor(self._recording, recorded)
+        future.add_done_callback(lambda one: one.cancelled() or one.exception())  # logged above
+        return future
+
+    # ---- prompts that come and go ----
+
+    async def prompts(self, http: Request) -> dict[str, Any]:
+        """`GET /admin/prompts`."""
+        self._check_admin(http)
+        return {"served": list(self.engine.served.served.values()), "revoked": self.engine.served.revoked}
+
+    async def add(self, http: Request) -> JSONResponse:
+        """`POST /admin/prompts`: `{"name": ..., "folder": ..., "always": false}`."""
+        self._check_admin(http)
+        data = read_json(await _in_time(self._body(http), time.monotonic() + self.limits.timeout))
+        if unknown := sorted(set(data) - {"name", "folder", "always"}):
+            raise ApiError(
+                400, f"the field {unknown[0]!r} is not known; expected name, folder and always.", unknown[0]
+            )
+
+        def change(served: ServedPrompts) -> dict[str, Any]:
+            return served.add(data.get("name"), data.get("folder"), data.get("always", False))
+
+        added = await self.engine.change(change)
+        await self._recorded("served", added)
+        return JSONResponse(added, 201)
+
+    async def revoke(self, name: str, http: Request) -> dict[str, Any]:
+        """`DELETE /admin/prompts/{name}`: requests that are being answered keep the prompt, later ones are without."""
+        self._check_admin(http)
+        gone = await self.engine.change(lambda served: served.revoke(name))
+        for one in gone:
+            await self._recorded("revoked", one)
+        return {"revoked": gone}
+
+    def _check_admin(self, http: Request) -> None:
+        given = http.headers.get("authorization", "").encode()
+        if self._token is None or not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
+            raise ApiError(401, "the administrator's token is missing or wrong.", code="invalid_api_key")
+
+
+async def _in_time(awaitable: Any, deadline: float) -> Any:
+    """What is awaited, or a 504 at the deadline."""
+    try:
+        return await asyncio.wait_for(awaitable, max(deadline - time.monotonic(), 0.0))
+    except asyncio.TimeoutError:
+        raise ApiError(504, "the answer took too long; ask for fewer tokens, or try later.") from None
+
+
+async def _while_connected(http: Request, awaitable: Any) -> Any:
+    """What is awaited, which is cancelled once the client has gone."""
+    task = asyncio.ensure_future(awaitable)
+    try:
+        while not task.done():
+            await asyncio.wait({task}, timeout=POLL_SECONDS)
+            if not task.done() and await http.is_disconnected():
+                raise ApiError(499, "the client has gone.")
+        return task.result()
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+async def _whole(answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None]) -> JSONResponse:
+    async with aclosing(pieces):
+        found = [first, *([piece async for piece in pieces] if first.finish_reason is None else ())]
+    return JSONResponse(answer.whole("".join(piece.text for piece in found), found[-1]))
+
+
+async def _stream(
+    request: ChatRequest, answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None]
+) -> AsyncIterator[str]:
+    """Server-sent events; an answer that fails ends in an error."""
+    piece, is_first = first, True
+    async with aclosing(pieces):
+        try:
+            while True:
+                yield _event(answer.chunk(piece, is_first))
+                if piece.finish_reason is not None:
+                    break
+                piece, is_first = await anext(pieces), False
+        except ApiError as error:
+            yield _event(error.body())
+            return
+    if request.include_usage:
+        yield _event(answer.usage_chunk(piece))
+    yield "data: [DONE]\n\n"
+
+
+def _event(body: dict[str, Any]) -> str:
+    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+
+
+def _api_error(http: Request, error: Any) -> JSONResponse:
+    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error.body(), error.status, headers=headers)
+
+
+def _http_error(http: Request, error: Any) -> JSONResponse:
+    said = {404: "there is no such endpoint.", 405: "the endpoint does not take this method."}
+    message = said.get(error.status_code, str(error.detail))
+    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers=error.headers)
+
+
+def _unexpected(http: Request, error: Exception) -> JSONResponse:
+    return JSONResponse(ApiError(500, "the request failed.").body(), 500)

@@ -1,0 +1,94 @@
+"""Servers of tiny models: run in a thread, and the answers that they should give."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+
+import httpx
+import openai
+import torch
+import uvicorn
+from helpers import CHAT_TEMPLATE, CONFIGS, build, make_tokenizer
+
+from spul import SoftPromptUnlearner
+from spul.gates import GatedUnlearner, NameGate
+from spul.serving.batches import TransformersEngine
+from spul.serving.requests import Limits
+from spul.serving.served import ServedPrompts
+from spul.serving.server import make_app
+
+MODEL, TOKEN = "tiny", "a-token-of-the-administrator"
+HTTP = httpx.Client(timeout=120)  # a busy machine is slow
+WORDS = {"default": "jane", "other": "doe"}  # what each prompt's gate flags
+
+
+def prompt(unlearner, name, seed):
+    """Make a prompt's virtual tokens others than the rest's, so that answers differ."""
+    with torch.no_grad():
+        weight = unlearner.prompt_encoder[name].embedding.weight
+        weight.copy_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed)))
+
+
+def make_gated(*names, prompt_type="prompt_tuning", family="llama", **gates):
+    """Prompts of different lengths, `default` and those named, behind their gates."""
+    unlearner = SoftPromptUnlearner(build(family, torch.float64), CONFIGS[prompt_type](5))
+    prompt(unlearner, "default", 0)
+    for i, name in enumerate(names, start=1):
+        unlearner.add_adapter(name, CONFIGS[prompt_type](5 + i))
+        prompt(unlearner, name, i)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    found = {name: NameGate([WORDS.get(name, name)]) for name in ("default", *names)}
+    return GatedUnlearner(unlearner.double(), tokenizer, found | gates).eval()
+
+
+def rendered(gated, messages):
+    """Token ids of a conversation."""
+    return gated.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+
+def alone(gated, ids, name, num=8):
+    """The greedy answer to a request by itself, under one prompt or none: text, and number of tokens."""
+    ids = torch.tensor([ids])
+    given = {"attention_mask": torch.ones_like(ids), "max_new_tokens": num, "do_sample": False}
+    if name == "__base__":
+        out = gated.get_base_model().generate(ids, **given)
+    else:
+        out = gated.unlearner.generate(ids, adapter_names=[name], **given)
+    new = out[0, ids.shape[1] :]
+    return gated.tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+def make_engine(gated, allowed=None, **limits):
+    return TransformersEngine(ServedPrompts(gated, allowed), Limits(**limits))
+
+
+@contextmanager
+def running(engine, record=None, admin_token=None, limits=None):
+    """The address of a server of an engine, which stops gracefully at the end."""
+    app = make_app(engine, MODEL, limits or engine.limits, record, admin_token)
+    with running_app(app) as (url, _):
+        yield url
+
+
+@contextmanager
+def running_app(app):
+    """The address of a server of an app, and the server."""
+    config = uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning", timeout_graceful_shutdown=60)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started and thread.is_alive():
+        time.sleep(0.005)
+    assert server.started, "the server did not start"
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}", server
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def client(url, **options):
+    return openai.OpenAI(base_url=f"{url}/v1", api_key="none", **{"max_retries": 0, "timeout": 120} | options)

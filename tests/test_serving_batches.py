@@ -1,0 +1,252 @@
+"""Batches: rows of any prompts, lengths and settings together are answered as each alone, also where one fails."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+
+import pytest
+import torch
+from helpers import CONFIGS, build
+from servers import alone, make_engine, make_gated, prompt, rendered
+
+from spul import SoftPromptUnlearner
+from spul.gates import GatedUnlearner
+from spul.serving.encoding import RequestEncoder
+from spul.serving.engine import Job
+from spul.serving.requests import ApiError, ChatRequest, Sampling
+from spul.serving.served import always
+
+GREEDY = Sampling(temperature=0)
+
+
+async def joined(engine, job):
+    async with aclosing(engine.answer(job)) as pieces:
+        return "".join([piece.text async for piece in pieces])
+
+
+def answered(engine, jobs):
+    """The answers to jobs that come at once; an error in place of one that fails."""
+
+    async def run():
+        engine.start()
+        try:
+            return await asyncio.gather(*(joined(engine, job) for job in jobs), return_exceptions=True)
+        finally:
+            await engine.stop()
+
+    return asyncio.run(run())
+
+
+def jobs_of(gated, texts, nums):
+    ids = [gated.tokenizer(text)["input_ids"] for text in texts]
+    return [Job(one, GREEDY, num) for one, num in zip(ids, nums, strict=True)]
+
+
+TEXTS = ["about jane is the film good", "the film is", "text of doe", "jane", "doe is good " * 3]
+NAMES = ["default", "__base__", "other", "default", "other"]
+NUMS = [3, 8, 12, 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("prompt_type", "family", "num_calls"),
+    [("prompt_tuning", "llama", 1), ("prefix_tuning", "llama", 1), ("prompt_tuning", "gpt2", 1),
+     # a window shorter than the rows: generated in groups, which take no stopping criteria; here each row alone
+     ("prefix_tuning", "mistral", 6)],
+)  # fmt: skip
+def test_rows_that_come_together_are_answered_as_alone(monkeypatch, prompt_type, family, num_calls):
+    gated, calls = make_gated("other", prompt_type=prompt_type, family=family), []
+    expected = [
+        alone(gated, gated.tokenizer(text)["input_ids"], name, num)[0]
+        for text, name, num in zip(TEXTS, NAMES, NUMS, strict=True)
+    ]
+    engine, generate = make_engine(gated, gather_seconds=0.5), gated.unlearner.generate
+    monkeypatch.setattr(gated.unlearner, "generate", lambda *a, **k: calls.append(len(a[0])) or generate(*a, **k))
+    jobs = jobs_of(gated, TEXTS, NUMS)
+    assert answered(engine, jobs) == expected
+    assert (calls[0], len(calls)) == (len(TEXTS), num_calls)
+    assert [job.prompt.get("prompt", "__base__") for job in jobs] == NAMES
+    assert len(set(expected)) > 3
+
+
+def test_settings_of_the_base_do_not_change_how_rows_are_sampled():
+    gated = make_gated("other")
+    gated.get_base_model().generation_config.update(do_sample=True, temperature=0.3, top_k=2, num_beams=3)
+    engine = make_engine(gated)
+    found = answered(engine, jobs_of(gated, TEXTS, NUMS))
+    plain = make_gated("other")
+    assert found == [
+        alone(plain, plain.tokenizer(text)["input_ids"], name, num)[0]
+        for text, name, num in zip(TEXTS, NAMES, NUMS, strict=True)
+    ]
+
+
+def test_a_row_near_the_last_position_goes_without_one_that_would_push_it_beyond(monkeypatch):
+    """Learned positions have an end, and a row goes on until the longest answer of its batch has ended."""
+    gated, calls = make_gated(family="gpt2"), []
+    long, short = "the film is good " * 16, "jane"
+    ids = [gated.tokenizer(text)["input_ids"] for text in (long, short)]
+    room = 96 - 5 - len(ids[0])
+    assert 0 < room < 30
+    expected = [alone(gated, ids[0], "__base__", room)[0], alone(gated, ids[1], "default", 60)[0]]
+    engine, generate = make_engine(gated, gather_seconds=0.5), gated.unlearner.generate
+    monkeypatch.setattr(gated.unlearner, "generate", lambda *a, **k: calls.append(len(a[0])) or generate(*a, **k))
+    assert answered(engine, [Job(ids[0], GREEDY, room), Job(ids[1], GREEDY, 60)]) == expected
+    assert calls == [1, 1]
+
+
+def test_a_row_that_fails_fails_alone(monkeypatch, caplog):
+    gated = make_gated("other")
+    generate = gated.unlearner.generate
+
+    def fails(ids, *args, **kwargs):
+        if (ids == 119).any():
+            raise RuntimeError("out of memory")
+        return generate(ids, *args, **kwargs)
+
+    monkeypatch.setattr(gated.unlearner, "generate", fails)
+    found = answered(make_engine(gated, gather_seconds=0.5), [Job([119], GREEDY, 3), *jobs_of(gated, TEXTS, NUMS)])
+    assert isinstance(found[0], ApiError)
+    assert found[0].status == 500
+    assert "memory" not in found[0].message
+    assert "out of memory" in caplog.text
+    assert all(isinstance(one, str) for one in found[1:])
+
+
+def test_without_a_choice_of_prompt_there_is_no_answer(caplog):
+    """Gates that are not the prompts' any more: the base would answer."""
+    gated = make_gated("other")
+    engine = make_engine(gated)
+    gated.unlearner.delete_adapter("other")
+    [found] = answered(engine, jobs_of(gated, ["good"], [3]))
+    assert (type(found), found.status) == (ApiError, 500)
+
+
+def test_where_prompts_are_disabled_the_base_answers_only_what_has_none(caplog):
+    gated = make_gated("other")
+    engine = make_engine(gated)
+    gated.unlearner.active_adapter = []
+    found = answered(engine, jobs_of(gated, ["good", "jane"], [3, 3]))
+    assert found[0] == alone(gated, gated.tokenizer("good")["input_ids"], "__base__", 3)[0]
+    assert (type(found[1]), found[1].status) == (ApiError, 500)
+    assert "would answer in their place" in caplog.text
+
+
+def test_a_gate_that_fails_attaches_its_prompt(caplog):
+    def broken(texts):
+        raise RuntimeError("no light")
+
+    gated = make_gated(default=broken)
+    engine = make_engine(gated)
+    jobs = jobs_of(gated, ["good"], [5])
+    assert answered(engine, jobs) == [alone(gated, jobs[0].token_ids, "default", 5)[0]]
+    assert engine.served.gate_failures == 1
+
+
+def test_a_request_that_is_being_answered_keeps_the_prompt_that_is_revoked():
+    gated, engine = make_gated(default=always), None
+    job = jobs_of(gated, ["good film"], [12])[0]
+    expected = [alone(gated, job.token_ids, name, 12)[0] for name in ("default", "__base__")]
+    engine = make_engine(gated)
+
+    async def run():
+        engine.start()
+        async with aclosing(engine.answer(job)) as pieces:
+            text = (await anext(pieces)).text
+            revoking = asyncio.ensure_future(engine.change(lambda served: served.revoke("default")))
+            later = asyncio.ensure_future(joined(engine, Job(job.token_ids, GREEDY, 12)))
+            text += "".join([piece.text async for piece in pieces])
+        found = [text, await later], await revoking
+        await engine.stop()
+        return found
+
+    texts, gone = asyncio.run(run())
+    assert texts == expected
+    assert [one["prompt"] for one in gone] == ["default"]
+
+
+def test_a_stopped_engine_takes_nothing():
+    engine = make_engine(make_gated())
+    answered(engine, [])
+    for call in (lambda: joined(engine, Job([5], GREEDY, 3)), lambda: engine.change(lambda served: None)):
+        with pytest.raises(ApiError) as caught:
+            asyncio.run(call())
+        assert caught.value.status == 503
+
+
+def test_prompts_at_the_message_are_put_there_and_completions_refused():
+    unlearner = SoftPromptUnlearner(
+        build("llama", torch.float64), CONFIGS["prompt_tuning"](5), prompt_position="message"
+    )
+    prompt(unlearner, "default", 0)
+    plain = make_gated()
+    gated = GatedUnlearner(unlearner.double(), plain.tokenizer, {"default": always}).eval()
+    engine = make_engine(gated)
+    encoder = RequestEncoder(engine.served, engine.limits)
+    messages = [{"role": "user", "content": "the film is good"}]
+    job = encoder.job(ChatRequest("chat", messages, GREEDY, 8))
+    ids = rendered(gated, messages)
+    assert job.token_ids == ids
+    assert 0 < job.prompt_position < len(ids)
+    out = unlearner.generate(
+        torch.tensor([ids]), prompt_position=torch.tensor([job.prompt_position]), max_new_tokens=8, do_sample=False
+    )
+    expected = gated.tokenizer.decode(out[0, len(ids) :], skip_special_tokens=True)
+    assert answered(engine, [job]) == [expected] != [alone(plain, ids, "default")[0]]
+    with pytest.raises(ApiError, match="send a chat"):
+        encoder.job(ChatRequest("completion", "good", GREEDY, 8))
+
+
+@pytest.mark.parametrize("max_tokens", [None, 1, 80])
+def test_requests_without_room_for_the_longest_prompt_are_refused_before_they_wait(max_tokens):
+    engine = make_engine(make_gated("other"), max_new_tokens=80)
+    encoder = RequestEncoder(engine.served, engine.limits)
+    room = 96 - 6
+    for num in (1, 10, room - 1, room, 200):
+        request = ChatRequest("completion", [5] * num, GREEDY, max_tokens)
+        if num + (max_tokens or 1) <= room:
+            assert encoder.job(request).max_tokens == (max_tokens or min(80, room - num))
+        else:
+            with pytest.raises(ApiError) as caught:
+                encoder.job(request)
+            assert caught.value.code == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("ids", [[-1], [120], [5, 10**9]])
+def test_ids_that_are_no_tokens_are_refused(ids):
+    engine = make_engine(make_gated())
+    with pytest.raises(ApiError, match="token id"):
+        RequestEncoder(engine.served, engine.limits).job(ChatRequest("completion", ids, GREEDY, 3))
+
+
+def test_a_conversation_that_the_template_does_not_take_is_refused():
+    gated = make_gated()
+    engine = make_engine(gated)
+    gated.tokenizer.chat_template = "{{ raise_exception('no') }}"
+    request = ChatRequest("chat", [{"role": "user", "content": "good"}], GREEDY, 3)
+    with pytest.raises(ApiError, match="does not take"):
+        RequestEncoder(engine.served, engine.limits).job(request)
+    gated.tokenizer.chat_template = None
+    with pytest.raises(ApiError, match="no chat template"):
+        RequestEncoder(engine.served, engine.limits).job(request)
+
+
+def test_closing_an_answer_frees_its_place():
+    """The row that nobody waits for ends at its next token, not at its last."""
+    gated = make_gated()
+    gated.get_base_model().generation_config.eos_token_id = gated.tokenizer.eos_token = None
+    engine = make_engine(gated)
+    engine.room = None
+
+    async def run():
+        engine.start()
+        pieces = engine.answer(Job([5, 6], GREEDY, 100_000))
+        await anext(pieces)
+        await pieces.aclose()
+        start = time.monotonic()
+        await joined(engine, Job([5, 6], GREEDY, 3))
+        await engine.stop()
+        return time.monotonic() - start
+
+    assert asyncio.run(run()) < 30

@@ -1,0 +1,190 @@
+"""The engine in front of vLLM: a fake one checks that each request comes with its own prompt's embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+
+import openai
+import pytest
+import torch
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from servers import HTTP, MODEL, TOKEN, client, make_gated, rendered, running, running_app
+
+from spul.serving.proxy import VllmEngine
+from spul.serving.requests import Limits
+from spul.serving.served import ServedPrompts
+
+NAMES = {"about jane": "default", "text of doe": "other", "the plot": "__base__"}
+
+
+class FakeVllm:
+    """Takes completions as vLLM does, and answers with the shape of what it got."""
+
+    def __init__(self):
+        self.bodies, self.keys, self.fault, self.gone = [], [], None, 0
+        self.app = FastAPI()
+        self.app.add_api_route("/v1/completions", self.complete, methods=["POST"])
+
+    async def complete(self, request: Request):
+        body = await request.json()
+        self.bodies.append(body)
+        self.keys.append(request.headers.get("authorization"))
+        if isinstance(self.fault, int):
+            return JSONResponse({"error": {"message": "no"}}, self.fault)
+        return StreamingResponse(self.lines(body), media_type="text/event-stream")
+
+    async def lines(self, body):
+        texts = ["one", " two", " three"][: body["max_tokens"]]
+        try:
+            for i, text in enumerate(texts):
+                if self.fault == "slow":
+                    await asyncio.sleep(3600)
+                reason = "length" if i + 1 == len(texts) else None
+                if self.fault == "nonsense":
+                    yield "data: {\n\n"
+                if self.fault == "short" and reason:
+                    return
+                yield f"data: {json.dumps({'choices': [{'text': text, 'finish_reason': reason}]})}\n\n"
+            yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': len(texts)}})}\n\n"
+            yield "data: [DONE]\n\n"
+        except asyncio.CancelledError:
+            self.gone += 1
+            raise
+
+
+@pytest.fixture(scope="module")
+def gated():
+    return make_gated("other")
+
+
+@pytest.fixture
+def upstream():
+    fake = FakeVllm()
+    with running_app(fake.app) as (url, _):
+        fake.url = url
+        yield fake
+
+
+def engine_of(gated, upstream, **options):
+    options = {"limits": Limits(max_new_tokens=32), "url": upstream.url, "model": "base", **options}
+    return VllmEngine(ServedPrompts(gated), **options)
+
+
+def expected_embeddings(gated, ids, name):
+    """Prompt and tokens, looked up by hand."""
+    unlearner = gated.unlearner
+    virtual = unlearner.prompt_encoder[name].embedding.weight
+    return torch.cat([virtual, gated.get_base_model().get_input_embeddings().weight[ids]])
+
+
+def sent_embeddings(body):
+    return torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
+
+
+@pytest.mark.parametrize("text", NAMES)
+def test_each_request_is_sent_with_the_embeddings_of_its_own_prompt(gated, upstream, text):
+    events, name = [], NAMES[text]
+    with running(engine_of(gated, upstream, api_key="secret"), events.append) as url:
+        options = {"model": MODEL, "temperature": 0.5, "top_p": 0.8, "seed": 3, "stop": ["x"], "max_tokens": 2}
+        found = client(url).completions.create(prompt=text, **options)
+        chat = [{"role": "user", "content": text}]
+        said = client(url).chat.completions.create(messages=chat, **options)
+    assert (found.choices[0].text, found.choices[0].finish_reason) == ("one two", "length")
+    assert said.choices[0].message.content == "one two"
+    assert found.usage.completion_tokens == 2
+    wanted = {"model": "base", **{key: options[key] for key in ("temperature", "top_p", "seed", "stop", "max_tokens")},
+              "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
+    assert upstream.keys == ["Bearer secret"] * 2
+    for body, ids in zip(upstream.bodies, (gated.tokenizer(text)["input_ids"], rendered(gated, chat)), strict=True):
+        payload = {key: value for key, value in body.items() if key not in wanted}
+        assert {key: body[key] for key in wanted} == wanted
+        if name == "__base__":
+            assert payload == {"prompt": ids}
+        else:
+            assert list(payload) == ["prompt_embeds"]
+            assert torch.equal(sent_embeddings(body), expected_embeddings(gated, ids, name))
+    assert [one["prompt"] for one in events if one["event"] == "answered"] == [
+        None if name == "__base__" else name
+    ] * 2
+
+
+def test_a_stream_is_the_answer_in_parts(gated, upstream):
+    with running(engine_of(gated, upstream)) as url:
+        options = {"model": MODEL, "prompt": "jane", "max_tokens": 3}
+        chunks = list(client(url).completions.create(stream=True, stream_options={"include_usage": True}, **options))
+        assert [one.choices[0].text for one in chunks[:-1]] == ["one", " two", " three"]
+        assert chunks[-1].usage == client(url).completions.create(**options).usage
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"), [(400, 502), (500, 502), (503, 503), (429, 429), ("nonsense", 502), ("short", 502)]
+)
+def test_faults_of_vllm_are_errors_and_never_answers(gated, upstream, fault, status):
+    with running(engine_of(gated, upstream)) as url:
+        upstream.fault = fault
+        with pytest.raises(openai.APIStatusError) as caught:
+            client(url).completions.create(model=MODEL, prompt="jane")
+        assert caught.value.status_code == status
+        upstream.fault = None
+        assert client(url).completions.create(model=MODEL, prompt="jane").choices[0].text == "one two three"
+
+
+def test_without_vllm_it_is_503(gated, upstream):
+    upstream.url = "http://127.0.0.1:9"
+    with running(engine_of(gated, upstream)) as url, pytest.raises(openai.InternalServerError) as caught:
+        client(url).completions.create(model=MODEL, prompt="jane")
+    assert caught.value.status_code == 503
+
+
+def test_what_takes_too_long_ends_also_at_vllm(gated, upstream):
+    upstream.fault = "slow"
+    with running(engine_of(gated, upstream, limits=Limits(timeout=1.0))) as url:
+        with pytest.raises(openai.InternalServerError) as caught:
+            client(url).completions.create(model=MODEL, prompt="jane")
+        assert caught.value.status_code == 504
+        assert HTTP.get(f"{url}/health").json()["waiting"] == 0
+
+
+def test_too_many_requests_are_429(gated, upstream):
+    engine = engine_of(gated, upstream)
+    with running(engine) as url:
+        engine._num = engine.limits.max_batch + engine.limits.max_waiting
+        with pytest.raises(openai.RateLimitError):
+            client(url).completions.create(model=MODEL, prompt="jane")
+        engine._num = 0
+
+
+def test_a_revoked_prompt_is_sent_no_more(upstream):
+    gated = make_gated("other")
+    with running(engine_of(gated, upstream), admin_token=TOKEN) as url:
+        ask = lambda: client(url).completions.create(model=MODEL, prompt="text of doe")  # noqa: E731
+        ask()
+        gone = HTTP.delete(f"{url}/admin/prompts/other", headers={"Authorization": f"Bearer {TOKEN}"})
+        assert gone.status_code == 200
+        ask()
+    assert [sorted({"prompt", "prompt_embeds"} & set(body)) for body in upstream.bodies] == [
+        ["prompt_embeds"],
+        ["prompt"],
+    ]
+
+
+def test_another_payload_may_be_given(gated, upstream):
+    calls = []
+
+    def payload(ids, name, position):
+        calls.append((list(ids), name, position))
+        return {"prompt_embeds": "own"}
+
+    with running(engine_of(gated, upstream, payload=payload)) as url:
+        client(url).completions.create(model=MODEL, prompt="jane")
+    assert calls == [(gated.tokenizer("jane")["input_ids"], "default", 0)]
+    assert upstream.bodies[0]["prompt_embeds"] == "own"
+
+
+def test_prefixes_are_refused():
+    with pytest.raises(ValueError, match="embeddings alone"):
+        VllmEngine(ServedPrompts(make_gated(prompt_type="prefix_tuning")), Limits(), "http://127.0.0.1:9", "base")

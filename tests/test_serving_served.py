@@ -1,0 +1,168 @@
+"""Prompts that are served: what has no gate, does not fit the base or lies elsewhere is refused."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from helpers import build, make_tokenizer, state_of
+from safetensors.torch import load_file, save_file
+from servers import make_gated, prompt
+
+from spul.gates import GatedUnlearner, NameGate
+from spul.records.spul_config import read_spul_config
+from spul.serving.requests import ApiError
+from spul.serving.served import ServedPrompts, always, load_gated, load_prompts
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with `default` and `new`, whose gates flag "jane" and "plot"."""
+    model = make_gated("new")
+    prompt(model.unlearner, "new", 7)
+    model.gates["new"] = NameGate(["plot"])
+    model.save_pretrained(tmp_path / "prompts")
+    (tmp_path / "prompts" / "jane").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "spul_config.json"):
+        shutil.copy(tmp_path / "prompts" / name, tmp_path / "prompts" / "jane")
+    shutil.copytree(tmp_path / "prompts" / "gate", tmp_path / "prompts" / "jane" / "gate")
+    return tmp_path / "prompts"
+
+
+def base():
+    return build("llama", torch.float64)
+
+
+def test_named_prompts_and_a_saved_folder_are_loaded_behind_their_gates(folder):
+    texts = ["about jane", "the plot", "good"]
+    named = load_prompts(base(), make_tokenizer(), {"jane-doe": folder / "jane", "new": folder / "new"})
+    assert named.route(texts) == ["jane-doe", "new", "__base__"]
+    assert load_gated(base(), make_tokenizer(), folder).route(texts) == ["default", "new", "__base__"]
+    found = load_prompts(base(), make_tokenizer(), {"a": folder / "jane", "b": folder / "new"}, always_on=["b"])
+    assert found.route(texts) == ["a", "b", "b"]
+    kinds = {name: one["gate"] for name, one in ServedPrompts(found).served.items()}
+    assert kinds == {"a": "names", "b": "always"}
+
+
+def test_without_prompt_or_gate_nothing_is_served(folder):
+    with pytest.raises(ValueError, match="no prompt to serve"):
+        load_prompts(base(), make_tokenizer(), {})
+    shutil.rmtree(folder / "jane" / "gate")
+    with pytest.raises(FileNotFoundError, match=r"no gate/gate.json.*always on"):
+        load_prompts(base(), make_tokenizer(), {"a": folder / "jane"})
+    with pytest.raises(ValueError, match="are no prompts"):
+        load_prompts(base(), make_tokenizer(), {"a": folder / "jane"}, always_on=["b"])
+    gated = make_gated()
+    gated.delete_adapter("default")
+    with pytest.raises(ValueError, match="no prompt to serve"):
+        ServedPrompts(gated)
+
+
+def test_a_prompt_of_another_base_is_refused_unless_allowed(folder):
+    other = base()
+    with torch.no_grad():
+        other.lm_head.weight += 1
+    with pytest.raises(ValueError, match="neither forget nor retain"):
+        load_prompts(other, make_tokenizer(), {"a": folder / "jane"})
+    with pytest.raises(ValueError, match="neither forget nor retain"), pytest.warns(UserWarning, match="trained on"):
+        load_gated(other, make_tokenizer(), folder)
+    with pytest.warns(UserWarning, match="trained on other weights"):
+        found = load_prompts(other, make_tokenizer(), {"a": folder / "jane"}, allow_other_base=True)
+    assert found.route(["jane"]) == ["a"]
+    (folder / "jane" / "spul_config.json").unlink()
+    with pytest.raises(ValueError, match="does not say"):
+        load_prompts(base(), make_tokenizer(), {"a": folder / "jane"})
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "..", "a.b", "__base__", "x" * 65, None, "a b", ["a"]])
+def test_names_are_plain(folder, name):
+    served = ServedPrompts(make_gated(), folder)
+    with pytest.raises(ApiError, match="not added"):
+        served.add(name, "new")
+
+
+def test_a_prompt_is_added_and_revoked(folder):
+    served = ServedPrompts(make_gated(), folder)
+    added = served.add("new", "new")
+    tokens = served.gated.tokenizer(["jane", "the plot", "good"])["input_ids"]
+    assert served.route(tokens) == ["default", "new", "__base__"]
+    assert added["prompt_sha256"] == read_spul_config(folder / "new").weights_sha256
+    assert (served.longest, added["base_fingerprint"]) == (6, served.base_fingerprint)
+    [gone] = served.revoke("new")
+    assert served.route(tokens) == ["default", "__base__", "__base__"]
+    assert gone["until"] >= gone["since"] == added["since"]
+    assert (list(served.served), served.longest) == (["default"], 5)
+    served.add("again", "new", True)
+    assert served.route(tokens) == ["default", "again", "again"]
+
+
+def test_a_combined_prompt_goes_with_its_parts():
+    plain = make_gated("other", "both")
+    gates = {name: plain.gates[name] for name in ("default", "other")}
+    served = ServedPrompts(
+        GatedUnlearner(plain.unlearner, plain.tokenizer, gates, combined={("default", "other"): "both"})
+    )
+    assert served.served["both"]["gate"] == "combined"
+    assert {one["prompt"] for one in served.revoke("other")} == {"other", "both"}
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../prompts/new", "/etc", "nothing", "link", "holds-link", "a\0b", 3])
+def test_only_folders_within_the_allowed_one_are_read(folder, tmp_path, name):
+    outside = tmp_path / "outside"
+    shutil.copytree(folder / "new", outside)
+    allowed = tmp_path / "allowed"
+    shutil.copytree(folder / "new", allowed / "holds-link")
+    (allowed / "holds-link" / "adapter_model.safetensors").unlink()
+    (allowed / "holds-link" / "adapter_model.safetensors").symlink_to(outside / "adapter_model.safetensors")
+    (allowed / "link").symlink_to(outside)
+    served = ServedPrompts(make_gated(), allowed)
+    with pytest.raises(ApiError) as caught:
+        served.add("new", str(folder / "new") if name == "/etc" else name)
+    assert caught.value.status == 400
+    assert list(served.served) == ["default"]
+    with pytest.raises(ApiError) as caught:
+        ServedPrompts(make_gated()).add("new", "new")
+    assert caught.value.status == 403
+
+
+def damaged(folder, kind):
+    if kind == "pickle":
+        weights = load_file(folder / "adapter_model.safetensors")
+        (folder / "adapter_model.safetensors").unlink()
+        torch.save(weights, folder / "adapter_model.bin")
+    if kind == "no gate":
+        shutil.rmtree(folder / "gate")
+    if kind == "other weights":
+        weights = load_file(folder / "adapter_model.safetensors")
+        save_file({name: one + 1 for name, one in weights.items()}, folder / "adapter_model.safetensors")
+    if kind == "half":
+        data = (folder / "adapter_model.safetensors").read_bytes()
+        (folder / "adapter_model.safetensors").write_bytes(data[: len(data) // 2])
+    if kind == "gate":
+        (folder / "gate" / "gate.json").write_text("{")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "no gate", "other weights", "half", "gate"])
+def test_a_damaged_folder_is_refused_and_changes_nothing(folder, kind):
+    served = ServedPrompts(make_gated(), folder)
+    damaged(folder / "new", kind)
+    before = state_of(served.gated.unlearner)
+    with pytest.raises(ApiError, match="was not added"):
+        served.add("new", "new")
+    after = state_of(served.gated.unlearner)
+    assert {name: one for name, one in after.items() if name != "values"} == {
+        name: one for name, one in before.items() if name != "values"
+    }
+    assert after["values"] == before["values"]
+    assert list(served.gated.gates) == list(served.served) == ["default"]
+
+
+def test_an_engine_that_takes_embeddings_refuses_a_prefix():
+    served = ServedPrompts(make_gated(prompt_type="prefix_tuning"))
+    with pytest.raises(ValueError, match="keys and values"):
+        served.take_embeddings_only()
+
+
+def test_the_gate_that_is_always_on_flags_every_text():
+    assert always(["a", ""]) == [True, True]

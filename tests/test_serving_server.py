@@ -1,0 +1,366 @@
+"""The server, asked by OpenAI's own client: each answer is that of the prompt that the request's gate turns on."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import openai
+import pytest
+from servers import HTTP, MODEL, TOKEN, alone, client, make_engine, make_gated, prompt, rendered, running, running_app
+
+from spul.gates import NameGate
+from spul.serving.requests import Limits
+from spul.serving.server import make_app
+
+GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 8}
+TEXTS = {"default": "about jane : the film is", "other": "text of doe", "__base__": "the plot is good"}
+ADMIN = {"Authorization": f"Bearer {TOKEN}"}
+
+
+@pytest.fixture(scope="module")
+def gated():
+    return make_gated("other")
+
+
+@pytest.fixture(scope="module")
+def events():
+    return []
+
+
+@pytest.fixture(scope="module")
+def url(gated, events):
+    with running(make_engine(gated, max_new_tokens=32), events.append) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def ask(url):
+    return client(url)
+
+
+def messages(text):
+    return [{"role": "system", "content": "film"}, {"role": "user", "content": text}]
+
+
+# ---- answers ----
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_chat_and_completion_are_answered_under_the_prompt_of_the_request(gated, ask, events, name):
+    said = ask.chat.completions.create(messages=messages(TEXTS[name]), **GREEDY)
+    ids = rendered(gated, messages(TEXTS[name]))
+    expected, num = alone(gated, ids, name)
+    assert said.choices[0].message.content == expected
+    assert (said.usage.prompt_tokens, said.usage.completion_tokens) == (len(ids), num)
+    assert events[-1]["prompt"] == (None if name == "__base__" else name)
+    assert (events[-1]["request"], events[-1]["event"]) == (said.id, "answered")
+    ids = gated.tokenizer(TEXTS[name])["input_ids"]
+    expected, _ = alone(gated, ids, name)
+    for given in (TEXTS[name], ids, [TEXTS[name]], [ids]):
+        found = ask.completions.create(prompt=given, **GREEDY)
+        assert found.choices[0].text == expected
+        assert found.choices[0].finish_reason in ("stop", "length")
+
+
+def test_the_prompts_of_these_requests_differ(gated):
+    """What the other tests compare would else prove nothing."""
+    ids = gated.tokenizer("the plot is good")["input_ids"]
+    assert len({alone(gated, ids, name)[0] for name in TEXTS}) == 3
+
+
+def test_the_gate_sees_the_whole_conversation(gated, ask):
+    parts = [{"type": "text", "text": "the film"}, {"type": "text", "text": "plot"}]
+    said = [{"role": "user", "content": "about jane"}, {"role": "assistant", "content": "good"}]
+    said.append({"role": "user", "content": parts})
+    found = ask.chat.completions.create(messages=said, **GREEDY)
+    text = [*said[:2], {"role": "user", "content": "the film\nplot"}]
+    assert found.choices[0].message.content == alone(gated, rendered(gated, text), "default")[0]
+
+
+@pytest.mark.parametrize("options", [{}, {"stop": ["e", "i "]}, {"temperature": 1.2, "top_p": 0.9, "seed": 3}])
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_stream_is_the_answer_in_parts(ask, name, options):
+    options = {**GREEDY, "max_tokens": 24, "messages": messages(TEXTS[name]), **options}
+    whole = ask.chat.completions.create(**options)
+    chunks = list(ask.chat.completions.create(stream=True, stream_options={"include_usage": True}, **options))
+    assert "".join(one.choices[0].delta.content for one in chunks[:-1]) == whole.choices[0].message.content
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason
+    assert (chunks[-1].choices, chunks[-1].usage) == ([], whole.usage)
+    plain = {name: value for name, value in options.items() if name != "messages"} | {"prompt": TEXTS[name]}
+    parts = list(ask.completions.create(stream=True, **plain))
+    assert "".join(one.choices[0].text for one in parts) == ask.completions.create(**plain).choices[0].text
+
+
+def test_stop_texts_seeds_and_lengths_are_honored(ask, gated):
+    ids = gated.tokenizer("the plot is good")["input_ids"]
+    expected, _ = alone(gated, ids, "__base__", 24)
+    stop = expected[5:7]
+    found = ask.completions.create(**{**GREEDY, "max_tokens": 24}, prompt="the plot is good", stop=stop).choices[0]
+    assert (found.text, found.finish_reason) == (expected[: expected.index(stop)], "stop")
+    short = ask.completions.create(**{**GREEDY, "max_tokens": 3}, prompt="the plot is good")
+    assert (short.usage.completion_tokens, short.choices[0].finish_reason) == (3, "length")
+    chat = {"model": MODEL, "messages": messages("good"), "temperature": 0, "max_completion_tokens": 4}
+    assert ask.chat.completions.create(**chat).usage.completion_tokens == 4
+    sampled = {"model": MODEL, "prompt": "the plot", "max_tokens": 12}
+    texts = [ask.completions.create(**sampled, seed=seed).choices[0].text for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+# ---- refusals ----
+
+
+@pytest.mark.parametrize(
+    ("options", "status"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400),
+        ({"logprobs": True}, 400),
+        ({"n": 2}, 400),
+        ({"presence_penalty": 0.5}, 400),
+        ({"extra_body": {"adapter_names": ["__base__"]}}, 400),
+        ({"max_tokens": 33}, 400),
+        ({"temperature": 3}, 400),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, 400),
+        ({"messages": [{"role": "user", "content": "the film " * 40}]}, 400),
+        ({"model": "another"}, 404),
+    ],
+)
+def test_what_is_not_supported_is_refused_in_the_shape_of_openai(ask, options, status):
+    with pytest.raises(openai.APIStatusError) as caught:
+        ask.chat.completions.create(**{"messages": messages("good"), **GREEDY, **options})
+    assert caught.value.status_code == status
+    assert caught.value.body["type"] == "invalid_request_error"
+    assert caught.value.body["message"]
+
+
+def test_bodies_endpoints_and_methods_are_checked(url):
+    path = f"{url}/v1/completions"
+    found = {
+        413: HTTP.post(path, content=b" " * ((1 << 20) + 1)),
+        400: HTTP.post(path, content=b"{"),
+        404: HTTP.get(f"{url}/v1/nothing"),
+        405: HTTP.get(path),
+    }
+    for status, response in found.items():
+        assert response.status_code == status
+        assert response.json()["error"]["type"] == "invalid_request_error"
+    assert HTTP.get(f"{url}/docs").status_code == HTTP.get(f"{url}/admin/prompts").status_code == 404
+
+
+def test_models_and_health_tell_no_name_of_a_prompt(ask, url):
+    assert [one.id for one in ask.models.list()] == [MODEL]
+    assert ask.models.retrieve(MODEL).id == MODEL
+    with pytest.raises(openai.NotFoundError):
+        ask.models.retrieve("another")
+    health = HTTP.get(f"{url}/health")
+    assert health.status_code == 200
+    assert health.json() | {"status": "ok", "engine": "transformers", "prompts": 2, "revoked": 0} == health.json()
+    assert "other" not in health.text
+
+
+# ---- too much, too slow, gone ----
+
+
+class SlowGate:
+    """A gate that holds up the worker until it is let go."""
+
+    def __init__(self):
+        self.go, self.seen = threading.Event(), 0
+
+    def __call__(self, texts):
+        self.seen += len(texts)
+        assert self.go.wait(60)
+        return [True] * len(texts)
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_full_queue_is_429_and_what_waits_is_answered():
+    gate = SlowGate()
+    gated = make_gated(default=gate)
+    engine = make_engine(gated, max_waiting=2, max_batch=1)
+    with running(engine) as url, ThreadPoolExecutor(3) as pool:
+        call = lambda: client(url).completions.create(prompt="good", **GREEDY).choices[0].text  # noqa: E731
+        first = pool.submit(call)
+        until(lambda: gate.seen)
+        others = [pool.submit(call) for _ in range(2)]
+        until(lambda: engine.num_waiting == 2)
+        with pytest.raises(openai.RateLimitError):
+            call()
+        gate.go.set()
+        expected, _ = alone(make_gated(default=gate), gated.tokenizer("good")["input_ids"], "default")
+        assert [one.result() for one in (first, *others)] == [expected] * 3
+
+
+def test_what_takes_too_long_is_504_and_recorded():
+    gate, events = SlowGate(), []
+    with running(make_engine(make_gated(default=gate), timeout=0.3), events.append) as url:
+        with pytest.raises(openai.InternalServerError) as caught:
+            client(url).completions.create(prompt="good", **GREEDY)
+        assert caught.value.status_code == 504
+        gate.go.set()
+        until(lambda: HTTP.get(f"{url}/health").json()["in_flight"] == 0)
+
+
+def test_a_client_that_goes_stops_the_generation():
+    events = []
+    engine = make_engine(make_gated(), max_new_tokens=4000)
+    base = engine.served.gated.get_base_model()
+    base.config.max_position_embeddings, engine.room = 10_000, None
+    base.generation_config.eos_token_id = engine._settings.eos_token_id = None
+    engine._ends = frozenset()
+    with running(engine, events.append) as url:
+        ask = client(url)
+        stream = ask.completions.create(prompt="good", stream=True, **{**GREEDY, "max_tokens": 4000})
+        next(iter(stream))
+        stream.close()
+        until(lambda: events[-1]["event"] == "answered")
+        assert events[-1]["finish"] == "abandoned"
+        with pytest.raises(openai.APITimeoutError):
+            client(url, timeout=0.3).completions.create(prompt="good", **{**GREEDY, "max_tokens": 4000})
+        until(lambda: HTTP.get(f"{url}/health").json()["in_flight"] == 0)
+        assert ask.completions.create(prompt="good", **GREEDY).usage.completion_tokens == 8
+
+
+def test_a_graceful_stop_answers_what_is_under_way():
+    gate, events = SlowGate(), []
+    engine = make_engine(make_gated(default=gate), max_batch=1)
+    with ThreadPoolExecutor(3) as pool:
+        with running_app(make_app(engine, MODEL, engine.limits, events.append)) as (url, server):
+            found = [pool.submit(client(url).completions.create, prompt="good", **GREEDY) for _ in range(3)]
+            until(lambda: engine.num_waiting == 2)
+            server.should_exit = True
+            time.sleep(0.1)
+            gate.go.set()
+        assert all(one.result().choices[0].finish_reason for one in found)
+    assert [one["event"] for one in events] == ["served", *["answered"] * 3, "stopped"]
+    assert not engine.is_alive
+
+
+def test_an_answer_whose_entry_cannot_be_recorded_is_not_given(caplog):
+    def record(event):
+        if event["event"] == "answered":
+            raise OSError("the disk is full")
+
+    with running(make_engine(make_gated()), record) as url:
+        with pytest.raises(openai.InternalServerError, match="could not be recorded"):
+            client(url).completions.create(prompt="good", **GREEDY)
+        chunks = HTTP.post(f"{url}/v1/completions", json={**GREEDY, "prompt": "good", "stream": True}).text
+    assert '"finish_reason": "' not in chunks
+    assert "could not be recorded" in chunks
+    assert "[DONE]" not in chunks
+
+
+# ---- prompts that come and go ----
+
+
+@pytest.fixture
+def saved(tmp_path, gated):
+    """A folder with a prompt and its gate to add: `new`, on requests about the plot."""
+    folder = tmp_path / "prompts"
+    model = make_gated("new", new=lambda texts: ["plot" in text for text in texts])
+    prompt(model.unlearner, "new", 7)
+    model.unlearner.save_pretrained(str(folder), selected_adapters=["new"])
+    NameGate(["plot"]).save(folder / "new" / "gate")
+    return folder
+
+
+def test_a_prompt_is_added_and_revoked_by_who_has_the_token(saved):
+    events, gated = [], make_gated()
+    ids = gated.tokenizer("the plot is good")["input_ids"]
+    with running(make_engine(gated, saved), events.append, TOKEN) as url:
+        call = lambda: client(url).completions.create(prompt="the plot is good", **GREEDY).choices[0].text  # noqa: E731
+        before = call()
+        path, body = f"{url}/admin/prompts", {"name": "new", "folder": "new"}
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
+            refused = [HTTP.get(path, headers=headers), HTTP.post(path, headers=headers, json=body),
+                       HTTP.delete(f"{path}/default", headers=headers)]  # fmt: skip
+            assert [one.status_code for one in refused] == [401] * 3
+        added = HTTP.post(path, headers=ADMIN, json=body)
+        assert (added.status_code, added.json()["gate"]) == (201, "names")
+        assert HTTP.post(path, headers=ADMIN, json=body).status_code == 409
+        under = call()
+        assert under == alone(gated, ids, "new")[0] != before
+        assert HTTP.delete(f"{path}/nobody", headers=ADMIN).status_code == 404
+        gone = HTTP.delete(f"{path}/new", headers=ADMIN).json()["revoked"]
+        assert [one["prompt"] for one in gone] == ["new"]
+        assert call() == before
+        listed = HTTP.get(path, headers=ADMIN).json()
+        assert [[one["prompt"] for one in listed[kind]] for kind in ("served", "revoked")] == [["default"], ["new"]]
+        assert HTTP.get(f"{url}/health").json()["revoked"] == 1
+        assert HTTP.delete(f"{path}/default", headers=ADMIN).status_code == 200  # the last one: every request is bare
+        assert client(url).completions.create(prompt="jane", **GREEDY).choices[0].text
+        assert HTTP.post(path, headers=ADMIN, json=body).status_code == 201
+        assert call() == under
+    assert [(one["event"], one["prompt"]) for one in events] == [
+        ("served", "default"), ("answered", None), ("served", "new"), ("answered", "new"), ("revoked", "new"),
+        ("answered", None), ("revoked", "default"), ("answered", None), ("served", "new"), ("answered", "new"),
+        ("stopped", "new"),
+    ]  # fmt: skip
+    assert events[2]["prompt_sha256"] == gated.unlearner.spul_configs["new"].weights_sha256 is not None
+
+
+def test_under_load_while_prompts_come_and_go_every_answer_is_that_of_its_own_prompt(saved):
+    """200 requests at concurrency 16; what each should be is computed one by one, without the server."""
+    events, gated, plain = [], make_gated("other"), make_gated("other")
+    plain.load_adapter(saved / "new", "new")
+    draws, subjects = random.Random(0), ["jane", "doe", "good film", "plot"]
+    requests = [f"{draws.choice(subjects)} {'is good ' * draws.randrange(4)}{i}" for i in range(200)]
+    done, changes = threading.Event(), []
+
+    def come_and_go(url):
+        path = f"{url}/admin/prompts"
+        while not done.is_set():
+            start = time.monotonic()
+            assert HTTP.post(path, headers=ADMIN, json={"name": "new", "folder": "new"}).status_code == 201
+            added = time.monotonic()
+            time.sleep(0.05)
+            end = time.monotonic()
+            assert HTTP.delete(f"{path}/new", headers=ADMIN).status_code == 200
+            changes.append((start, added, end, time.monotonic()))
+            time.sleep(0.05)
+
+    def answered(i):
+        start = time.monotonic()
+        options = {**GREEDY, "prompt": requests[i], "max_tokens": 3 + i % 8}
+        if i % 2:
+            chunks = list(ask.completions.create(stream=True, **options))
+            return chunks[0].id, "".join(one.choices[0].text for one in chunks), start, time.monotonic()
+        found = ask.completions.create(**options)
+        return found.id, found.choices[0].text, start, time.monotonic()
+
+    with running(make_engine(gated, saved), events.append, TOKEN) as url, ThreadPoolExecutor(17) as pool:
+        ask = client(url)
+        changing = pool.submit(come_and_go, url)
+        found = list(ThreadPoolExecutor(16).map(answered, range(200)))
+        done.set()
+        changing.result()
+    given = {one["request"]: one["prompt"] for one in events if one["event"] == "answered"}
+    assert len(given) == len(found) == 200
+    of_plot = {"new": 0, "__base__": 0}
+    for i, (key, text, start, end) in enumerate(found):
+        name = given[key] or "__base__"
+        if "plot" in requests[i]:
+            of_plot[name] += 1
+            if any(added < start and end < gone for _, added, gone, _ in changes):
+                assert name == "new"
+            if all(end < begun or gone < start for begun, *_, gone in changes):
+                assert name == "__base__"
+        else:
+            assert name == ("default" if "jane" in requests[i] else "other" if "doe" in requests[i] else "__base__")
+        assert text == alone(plain, plain.tokenizer(requests[i])["input_ids"], name, 3 + i % 8)[0], requests[i]
+    assert min(of_plot.values()) > 0
+    assert len(changes) > 2
+
+
+def test_a_short_token_is_refused():
+    with pytest.raises(ValueError, match="16 or more"):
+        make_app(make_engine(make_gated()), MODEL, Limits(), admin_token="short")
