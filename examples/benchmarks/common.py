@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PromptEncoderConfig, PromptTuningConfig
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -128,8 +128,10 @@ def build_nf4(config: PretrainedConfig, device: str) -> Any:
     return model.eval()
 
 
-def prompt_config(kind: str, num_virtual_tokens: int) -> PromptTuningConfig | PromptEncoderConfig:
-    """PEFT's config of prompt tuning, or of P-tuning with the encoder of the paper."""
+def prompt_config(kind: str, num_virtual_tokens: int) -> PromptTuningConfig | PromptEncoderConfig | PrefixTuningConfig:
+    """PEFT's config of prompt tuning, prefix tuning, or of P-tuning with the encoder of the paper."""
+    if kind == "prefix-tuning":
+        return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
     if kind == "p-tuning":
         return PromptEncoderConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, encoder_hidden_size=128
