@@ -3,9 +3,10 @@
 python examples/benchmarks/checkpointing.py --model cpu-20m --shapes sst2
 python examples/benchmarks/checkpointing.py --model llama-2-7b --device cuda --shapes sst2 long --rounds 20
 
-`spul` shares the prompt; `spul, concatenated` puts it in front of every row, as a base that shares none; `floor` is the
-batch without a prompt. All under the same checkpointing, in turn; ratios are medians within rounds. Peak memory is over
-the loaded model, setup included, each step in a process of its own; on a CPU the resident set, free blocks returned.
+`spul` shares the prompt; `spul, concatenated` puts it in front of every row, as a base that shares none; `floor` is
+the batch without a prompt. All under the same checkpointing, in turn; ratios are medians within rounds. Peak memory is
+over the loaded model, setup included, each step in a process of its own; on a CPU the resident set, free blocks
+returned.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def main() -> None:
     parser.add_argument("--steps", nargs="+", choices=NAMES, default=list(NAMES))
     parser.add_argument("--prompt", choices=("prompt-tuning", "p-tuning", "prefix-tuning"), default="p-tuning")
     parser.add_argument("--num-virtual-tokens", type=int, default=30)
+    common.add_clock(parser)
     parser.add_argument("--reentrant", action="store_true", help="use_reentrant=True")
     parser.add_argument("--memory-only", action="store_true", help="no timing; last line of output is JSON")
     args = parser.parse_args()
@@ -46,7 +48,9 @@ def main() -> None:
     for shape in args.shapes:
         memory = {step: in_process(args, shape, step) for step in args.steps}
         base = common.build_model(args.model, args.device, common.dtype_of(args))
-        seconds = common.alternate(make_steps(args, base, shape, args.steps), args.rounds, args.device)
+        seconds = common.alternate(
+            make_steps(args, base, shape, args.steps), args.rounds, args.device, clock=common.clock_of(args)
+        )
         for step in args.steps:
             record: dict[str, Any] = {"shape": shape, "step": step, "seconds": statistics.median(seconds[step])}
             record |= {"all_seconds": seconds[step], "peak_bytes": memory[step]}
@@ -56,7 +60,7 @@ def main() -> None:
             records.append(record)
 
     where = {**common.surroundings(args), "prompt": args.prompt, "p": args.num_virtual_tokens}
-    where["reentrant"] = args.reentrant
+    where |= {"reentrant": args.reentrant, "cpu_seconds": args.cpu_seconds}
     ratios = [name for name in ("time / floor", "memory / floor") if name in records[0]]
     columns = ["shape", "step", "seconds", "peak memory over the model (MB)", *ratios]
     lines = [

@@ -3,9 +3,9 @@
 python examples/benchmarks/merged_attention.py --shapes sst2 yelp long --num-virtual-tokens 30 100
 
 `copied` is what spul does: keys and values of the prompt in front of those of each row, and one call of torch's
-attention. `merged` copies nothing: attention to the prompt, one matrix product for all rows, and attention to the rows'
-own tokens are weighted by their log-sum-exp. `own tokens` has no prompt: the floor. Forward and backward, a causal mask
-with padding, the width and heads of OPT-125M; the calls run in turn, ratios are medians within rounds.
+attention. `merged` copies nothing: attention to the prompt, one matrix product for all rows, and attention to the
+rows' own tokens are weighted by their log-sum-exp. `own tokens` has no prompt: the floor. Forward and backward, a
+causal mask with padding, the heads and width of OPT-125M; the calls run in turn, ratios are medians within rounds.
 """
 
 from __future__ import annotations
@@ -107,6 +107,7 @@ def main() -> None:
     parser = common.arguments(__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=common.SHAPES, default=["sst2", "yelp", "long"])
     parser.add_argument("--num-virtual-tokens", nargs="+", type=int, default=[30, 100])
+    common.add_clock(parser)
     args = parser.parse_args()
     if args.device != "cpu":
         parser.error("--device: the merged attention is written for torch's kernel on a CPU.")
@@ -123,12 +124,13 @@ def main() -> None:
                 "copied": lambda given=given: _run(copied(**given)),
                 "merged": lambda given=given: _run(merged(**given)),
             }
-            seconds = common.alternate(calls, args.rounds, args.device)
+            seconds = common.alternate(calls, args.rounds, args.device, clock=common.clock_of(args))
             record = {"shape": name, "p": num_virtual, "all_seconds": seconds}
             record |= {call: statistics.median(found) for call, found in seconds.items()}
             record["merged / copied"] = common.ratio(seconds["merged"], seconds["copied"])
             records.append(record)
     where = {key: value for key, value in common.surroundings(args).items() if key != "model"}
+    where["cpu_seconds"] = args.cpu_seconds
     columns = ["shape", "p", "own tokens", "copied", "merged", "merged / copied"]
     lines = [[str(r[key]) if key == "p" else r[key] for key in columns] for r in records]
     common.report("Attention of one layer, forward and backward, seconds", where, columns, lines)
