@@ -6,10 +6,10 @@ import weakref
 import pytest
 import torch
 import transformers
+from cache_droppers import begins_behind_a_cache, under_prompt
 from helpers import CONFIGS, FAMILIES, build, build_unlearner, make_batch, prompt_gradients
 from plain import losses as plain_losses
 from plain import row_logits
-from test_probe import begins_behind_a_cache, under_prompt
 from torch._dynamo.backends.common import aot_autograd
 from transformers import DynamicCache, LlamaForCausalLM
 
