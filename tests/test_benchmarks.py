@@ -54,7 +54,7 @@ def test_spul_and_the_plain_algorithm_take_the_same_steps(family, prompt):
 
     shape = common.Shape(batch_size=6, max_tokens=20, response_tokens=3, forget_rows=2)
     losses = {}
-    for name in ("spul", "plain", "spul, live reference"):
+    for name in ("spul", "plain", "spul, live reference", "spul, concatenated"):
         base = build(family)
         zero_dropout(base)
         torch.manual_seed(1)
@@ -62,6 +62,7 @@ def test_spul_and_the_plain_algorithm_take_the_same_steps(family, prompt):
         losses[name] = [step() for _ in range(3)]
     assert losses["spul"] == pytest.approx(losses["plain"], rel=1e-4)
     assert losses["spul"] == pytest.approx(losses["spul, live reference"], rel=1e-5)
+    assert losses["spul"] == pytest.approx(losses["spul, concatenated"], rel=1e-4)
     assert losses["spul"][0] != losses["spul"][2]
 
 
@@ -83,6 +84,8 @@ def test_the_floor_sends_a_gradient_to_the_embeddings():
         ("prompt_length.py", ["--lengths", "5", "10", "--steps", "spul"], {5, 10}),
         ("inference.py", ["--new-tokens", "2"], {"base", "PEFT", "PEFT, last logits", "spul", "spul, at the message"}),
         ("row_prompts.py", ["--new-tokens", "2"], {"one prompt", "four prompts", "four lengths", "three and none"}),
+        ("checkpointing.py", [], {"spul", "spul, concatenated", "floor"}),
+        ("checkpointing.py", ["--prompt", "prefix-tuning", "--reentrant"], {"spul", "floor"}),
         ("reference.py", ["--rows", "40"], {"hidden states (spul)", "logits"}),
         ("prepare_rows.py", ["--rows", "2000", "--tasks", "join", "split", "trainer"], {"spul", "plain"}),
     ],
@@ -98,6 +101,23 @@ def test_the_scripts_run_and_write_what_they_measured(script, options, expected,
     assert expected <= found
     assert written["where"]["model"] == "tiny"
     assert "| " in capsys.readouterr().out
+
+
+def test_merged_attention_is_the_copied_one(tmp_path, monkeypatch):
+    import common
+    import merged_attention
+
+    given = merged_attention.inputs(common.Shape(4, 11, 1, 1), 5, torch.float64)
+    tensors = [given["query"], given["key"], given["value"], *given["prompt"]]
+    found, expected = (call(**given) for call in (merged_attention.merged, merged_attention.copied))
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn(found.shape, dtype=found.dtype)
+    for one, other in zip(*(torch.autograd.grad(out, tensors, weights) for out in (found, expected)), strict=True):
+        torch.testing.assert_close(one, other)
+    out = tmp_path / "out.json"
+    options = ("--shapes", "sst2", "--num-virtual-tokens", 5, "--rounds", 1, "--device", "cpu", "--json", out)
+    run(monkeypatch, "merged_attention.py", *options)
+    assert {"own tokens", "copied", "merged", "merged / copied"} <= set(json.loads(out.read_text())["records"][0])
 
 
 def test_distances_of_starts_are_those_of_their_prompts(tmp_path, monkeypatch):

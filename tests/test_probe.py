@@ -2,51 +2,18 @@
 
 import pytest
 import torch
-from helpers import CONFIGS, FAMILIES, SHAPE, build, build_unlearner, make_batch
+from cache_droppers import DropsTheCache, ForgetsWhereItIs, RefusesACache, under_prompt
+from helpers import CONFIGS, FAMILIES, build, build_unlearner, make_batch
 from plain import losses as plain_losses
 from plain import row_logits
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
-from spul import SoftPromptUnlearner
 from spul.models.compat import CACHE_NAME
 from spul.prompts.probe import continues_embeddings, continues_prefix, shares_mixed_prefixes, shares_prefix
 from spul.prompts.shared_prefix import prompt_states
 from spul.prompts.states import MixedStates
 
 GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
-
-
-def begins_behind_a_cache(args, kwargs):
-    """Whether a call has several tokens, and a cache that holds something: the first call behind a shared prompt."""
-    tokens = next(x for x in (kwargs.get("inputs_embeds"), kwargs.get("input_ids"), *args) if x is not None)
-    cache = kwargs.get(CACHE_NAME)
-    return tokens.shape[1] > 1 and cache is not None and cache.get_seq_length() > 0
-
-
-class DropsTheCache(LlamaForCausalLM):
-    """Begins anew behind a cache, as longrope does beyond its switch."""
-
-    def forward(self, *args, **kwargs):
-        if begins_behind_a_cache(args, kwargs):
-            kwargs[CACHE_NAME] = DynamicCache()
-            kwargs["attention_mask"] = kwargs["attention_mask"][:, -kwargs["input_ids"].shape[1] :]
-        return super().forward(*args, **kwargs)
-
-
-class ForgetsWhereItIs(LlamaForCausalLM):
-    """Counts positions from zero behind a cache."""
-
-    def forward(self, *args, **kwargs):
-        if begins_behind_a_cache(args, kwargs):
-            kwargs["position_ids"] = torch.arange(kwargs["input_ids"].shape[1])[None]
-        return super().forward(*args, **kwargs)
-
-
-class RefusesACache(LlamaForCausalLM):
-    def forward(self, *args, **kwargs):
-        if begins_behind_a_cache(args, kwargs):
-            raise NotImplementedError("tokens are taken one by one behind a cache")
-        return super().forward(*args, **kwargs)
 
 
 class GeneratesAnew(LlamaForCausalLM):
@@ -81,15 +48,6 @@ class IgnoresPadsInFront(LlamaForCausalLM):
                 "position_ids": mask.cumsum(dim=1)[:, -kwargs["position_ids"].shape[1] :],
             }
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
-
-
-def under_prompt(base_class, prompt_type="prompt_tuning"):
-    torch.manual_seed(0)
-    base = base_class(LlamaConfig(**SHAPE, intermediate_size=48, num_key_value_heads=2))
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    return SoftPromptUnlearner(base.double().eval(), CONFIGS[prompt_type](5)).double().eval()
 
 
 def by_hand(unlearner, ids, num=5):

@@ -396,10 +396,11 @@ def test_bf16_training_stays_close_to_float32(tmp_path):
     assert finals[1] == pytest.approx(finals[0], rel=0.05)
 
 
-def test_gradient_checkpointing_trains_on(tmp_path):
+@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "prefix_tuning"])
+def test_gradient_checkpointing_trains_the_same(tmp_path, prompt_type):
     plain, checkpointed = (
-        make_trainer(tmp_path, max_steps=2),
-        make_trainer(tmp_path, max_steps=2, gradient_checkpointing=True),
+        make_trainer(tmp_path, prompt_type, max_steps=2),
+        make_trainer(tmp_path, prompt_type, max_steps=2, gradient_checkpointing=True),
     )
     plain.train()
     checkpointed.train()

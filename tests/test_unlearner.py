@@ -181,7 +181,7 @@ def test_generation_of_a_padded_batch_equals_one_by_one(family, prompt_type, che
     with torch.no_grad():
         for parameter in unlearner.prompt_encoder.parameters():
             parameter.mul_(4)  # a prompt loud enough to change the answers of a random model
-    if checkpointing and prompt_type != "prefix_tuning":
+    if checkpointing:
         unlearner.gradient_checkpointing_enable()
         unlearner.train()
     right = make_batch("right")
@@ -250,40 +250,6 @@ def test_disable_adapter_gives_the_untouched_base(family, prompt_type):
         assert torch.equal(unlearner.generate(batch["input_ids"][:1], max_new_tokens=5, do_sample=False), wrote)
         assert unlearner(**batch).kl_loss.abs() < 1e-12
     assert unlearner(**batch).kl_loss > 1e-3
-
-
-@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "p_tuning"])
-def test_gradient_checkpointing_concatenates_and_says_so_once(family, prompt_type, caplog):
-    from spul.models.causal_lm import warn_once
-
-    warn_once.cache_clear()
-    unlearner, batch = build_unlearner(family, prompt_type), make_batch()
-    out = unlearner(**batch)
-    expected = prompt_gradients(unlearner, out.loss)
-    unlearner.gradient_checkpointing_enable()
-    unlearner.train()
-    found = None
-    for _ in range(2):
-        again = unlearner(**batch)
-        found = prompt_gradients(unlearner, again.loss)
-    torch.testing.assert_close(again.loss, out.loss)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-6)
-    assert sum("concatenated" in message for message in caplog.messages) == 1
-
-
-def test_gradient_checkpointing_under_prefix_tuning_raises():
-    unlearner = build_unlearner(prompt_type="prefix_tuning")
-    unlearner.gradient_checkpointing_enable()
-    unlearner.train()
-    batch = make_batch()
-    with pytest.raises(ValueError, match="gradient checkpointing drops the keys and values"):
-        unlearner(**batch)
-    with pytest.raises(ValueError, match="gradient checkpointing drops the keys and values"):
-        unlearner(input_ids=batch["input_ids"])
-    embeds = unlearner.get_base_model().get_input_embeddings()(batch["input_ids"])
-    with pytest.raises(ValueError, match="gradient checkpointing drops the keys and values"):
-        unlearner.embedding_logits(embeds, batch["attention_mask"], torch.zeros(len(embeds), 1, dtype=torch.long))
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from spul import UnlearningLayers, UnlearningLayersConfig, UnlearningLoss, unlea
 from spul.layers import checkpoint as files
 from spul.layers.bottleneck import feed_forward_blocks
 from spul.losses import NPO, KLDivergence
-from spul.models.compat import is_checkpointing
+from spul.models.compat_checkpointing import is_checkpointing
 
 IDS = torch.tensor([[5, 9, 30, 7, 11, 2], [8, 4, 66, 12, 0, 0]])
 MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import PromptEncoderConfig, PromptTuningConfig
+from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -128,8 +128,10 @@ def build_nf4(config: PretrainedConfig, device: str) -> Any:
     return model.eval()
 
 
-def prompt_config(kind: str, num_virtual_tokens: int) -> PromptTuningConfig | PromptEncoderConfig:
-    """PEFT's config of prompt tuning, or of P-tuning with the encoder of the paper."""
+def prompt_config(kind: str, num_virtual_tokens: int) -> PromptTuningConfig | PromptEncoderConfig | PrefixTuningConfig:
+    """PEFT's config of prompt tuning, prefix tuning, or of P-tuning with the encoder of the paper."""
+    if kind == "prefix-tuning":
+        return PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens)
     if kind == "p-tuning":
         return PromptEncoderConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=num_virtual_tokens, encoder_hidden_size=128
@@ -169,19 +171,33 @@ def make_collator(shape: Shape, vocab_size: int, prompt_position: str = "start")
 
 
 def alternate(
-    variants: dict[str, Callable[[], Any]], rounds: int, device: str, warmup: int = 2
+    variants: dict[str, Callable[[], Any]],
+    rounds: int,
+    device: str,
+    warmup: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of each variant by round; variants are called in turn, so that a slow minute affects all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for turn in tqdm(range(warmup + rounds), desc=" / ".join(variants), leave=False):
         for name, call in variants.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             call()
             synchronize(device)
             if turn >= warmup:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """Add the option to measure the processor's time, for a machine that others use, too."""
+    parser.add_argument("--cpu-seconds", action="store_true", help="seconds of the processor, all threads together")
+
+
+def clock_of(args: argparse.Namespace) -> Callable[[], float]:
+    """The clock that `add_clock` lets one choose."""
+    return time.process_time if args.cpu_seconds else time.perf_counter
 
 
 def ratio(above: Sequence[float], below: Sequence[float]) -> float:

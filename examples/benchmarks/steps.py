@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spul import ReferenceCache, SoftPromptUnlearner, UnlearningLoss
 from spul.losses import CrossEntropy, KLDivergence
+from spul.prompts.row_prompts import RowPrompts
 
 ALPHA, BETA, LEARNING_RATE = 1.0, 0.5, 1e-4
 
@@ -22,13 +23,30 @@ def on_device(batch: dict[str, Tensor], base: Any) -> dict[str, Tensor]:
     return {name: tensor.to(base.device) for name, tensor in batch.items()}
 
 
+class Concatenating(SoftPromptUnlearner):
+    """An unlearner that puts its prompt in front of every row, as it does on a base that shares no prompt."""
+
+    def response_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        if not self.enabled:
+            return super().response_logits(input_ids, attention_mask, positions, *args, **kwargs)
+        prompts = RowPrompts(self, len(input_ids))
+        return prompts.concatenated_logits(self.word_embeddings(input_ids), attention_mask, positions)
+
+
 def spul_step(
-    base: Any, config: PeftConfig, shape: Shape, reference: str = "cached", prompt_position: str = "start"
+    base: Any,
+    config: PeftConfig,
+    shape: Shape,
+    reference: str = "cached",
+    prompt_position: str = "start",
+    kind: type[SoftPromptUnlearner] = SoftPromptUnlearner,
 ) -> Callable[[], Any]:
     """The step of `UnlearningTrainer`: reference states from the cache, the LM head applied in the step."""
     summed = {"retain": CrossEntropy(reduction="sum"), "kl": KLDivergence(reduction="sum")}  # as published
     loss, vocab_size = UnlearningLoss(ALPHA, BETA, **summed), base.config.vocab_size
-    unlearner = SoftPromptUnlearner(base, config, loss, prompt_position=prompt_position).train()
+    unlearner = kind(base, config, loss, prompt_position=prompt_position).train()
     rows, collator = make_rows(shape, vocab_size), make_collator(shape, vocab_size, prompt_position)
     batch = on_device(collator(rows), base)
     optimizer = torch.optim.AdamW([p for p in unlearner.parameters() if p.requires_grad], lr=LEARNING_RATE)
@@ -54,6 +72,11 @@ def live_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
 def message_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
     """The same with the prompt inside every row, `prompt_position="message"`: no keys and values are shared."""
     return spul_step(base, config, shape, prompt_position="message")
+
+
+def concatenated_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
+    """The same with the prompt in front of every row: the fallback of a base that shares no prompt."""
+    return spul_step(base, config, shape, kind=Concatenating)
 
 
 def plain_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
@@ -124,4 +147,5 @@ STEPS = {
     "floor": floor_step,
     "spul, live reference": live_step,
     "spul, at the message": message_step,
+    "spul, concatenated": concatenated_step,
 }

@@ -22,7 +22,8 @@ from ..models.causal_lm import (
     unchanged_on_error,
     zero_dropout,
 )
-from ..models.compat import forward_hooks, keep_4bit_differentiable, reset_compiled, switch_checkpointing
+from ..models.compat import forward_hooks, keep_4bit_differentiable, reset_compiled
+from ..models.compat_checkpointing import switch_checkpointing
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.unlearner import Unlearner, drop_adapter_names
 from ..records.spul_config import SpulConfig

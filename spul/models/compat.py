@@ -1,7 +1,8 @@
 """All private or fast-moving APIs of torch, transformers, PEFT, accelerate, bitsandbytes and datasets that spul uses.
 
-No other module of spul may import or read them, the hooks of `Trainer` that `UnlearningTrainer` overrides aside. When
-a new version of one of these libraries breaks spul, look here.
+Those of gradient checkpointing stand in `compat_checkpointing`. No other module of spul may import or read them, the
+hooks of `Trainer` that `UnlearningTrainer` overrides aside. When a new version of one of these libraries breaks spul,
+look here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow
 import torch
@@ -47,6 +48,11 @@ ROWS_TAKEN = 65_536
 def uncompiled(model: nn.Module) -> Any:
     """The module inside the wrapper of `torch.compile`, whose attribute `_orig_mod` is private; else the model."""
     return getattr(model, "_orig_mod", model)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether a model, or a part of it, runs compiled: `torch.compile` wraps a module, `compile` marks one."""
+    return any(uncompiled(m) is not m or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
 
 
 def reset_compiled() -> None:
@@ -222,20 +228,6 @@ def expanded_cache(
             # A prompt longer than the window leaves only its end, but its whole length counts for positions.
             layer.cumulative_length = states.seen
     return cache
-
-
-def is_checkpointing(base_model: nn.Module) -> bool:
-    """Whether gradient checkpointing is on and would drop a cache in this forward.
-
-    transformers 5.23 renames the public property; the attribute that its modules read stays.
-    """
-    return base_model.training and any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules())
-
-
-def switch_checkpointing(base_model: Any, switch: Literal["enable", "disable"], *args: Any, **kwargs: Any) -> None:
-    """Enable or disable gradient checkpointing; transformers 5.23 renames the method to activation checkpointing."""
-    old, new = (f"{kind}_checkpointing_{switch}" for kind in ("gradient", "activation"))
-    getattr(base_model, new if hasattr(base_model, new) else old)(*args, **kwargs)
 
 
 @functools.lru_cache(maxsize=32)

@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftConfig, PeftModelForCausalLM
 from torch import nn
 
+from ..models.compat_checkpointing import without_checkpointing
 from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint
@@ -51,7 +52,8 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
             check_promptable(self.get_base_model(), peft_config)
             fill_sizes(self.get_base_model(), peft_config)
         with checkpoint.registry_unchanged_on_error(self):
-            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+            with without_checkpointing(self.get_base_model()):  # under which PEFT refuses a prefix
+                super().add_adapter(adapter_name, peft_config, *args, **kwargs)
             # In __dict__, since PEFT adds the first adapter before this class's own attributes are set.
             record = SpulConfig(prompt_position=prompt_position)
             self.__dict__.setdefault("spul_configs", {})[adapter_name] = record

@@ -12,10 +12,10 @@ from torch import Tensor
 from ..losses.positions import has_left_padding, pack_right
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import needs_gradient
-from ..models.compat import is_checkpointing
 from .arguments import CACHES, check_forward_arguments, check_rows
 from .row_prompts import RowPrompts, in_order
-from .shared_prefix import is_prefix, outgrows_cache, prompt_states, shares_states
+from .shared_prefix import is_prefix, prompt_states, shares_states
+from .states import in_front
 
 # Embeddings, and outputs that have virtual tokens: not available from a cached prompt.
 _NEEDS_CONCATENATION = ("inputs_embeds", "output_hidden_states", "output_attentions")
@@ -89,7 +89,10 @@ def _behind_prefix(
     _drop_token_types(kwargs)
     if attention_mask is None:
         attention_mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
-    return base(input_ids=input_ids, labels=labels, **states.prefix_inputs(base, attention_mask), **kwargs)
+    with in_front(base, states, attention_mask) as prefix:
+        if prefix["use_cache"]:
+            del prefix["use_cache"]  # as the base's config says
+        return base(input_ids=input_ids, labels=labels, **(prefix | kwargs))
 
 
 def _drop_token_types(kwargs: dict[str, Any]) -> None:
@@ -110,8 +113,7 @@ def _can_use_cached_prompt(model: Any, input_ids: Tensor | None, labels: Tensor 
         and last <= input_ids.shape[1]
         and (labels is None or (last == 0 and hasattr(base, "loss_function")))
         and not routes  # a mixture of experts has a loss over all positions
-        and not is_checkpointing(base)
-        and not outgrows_cache(model, model.active_peft_config.num_virtual_tokens + input_ids.shape[1])
+        and shares_states(model, model.active_peft_config.num_virtual_tokens, input_ids.shape[1])
     )
 
 
@@ -127,12 +129,8 @@ def _from_cached_prompt(
     loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
     returns_cache = kwargs.pop("use_cache", None)
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    out = base(
-        input_ids=input_ids,
-        **states.prefix_inputs(base, attention_mask),
-        use_cache=True,
-        **kwargs,
-    )
+    with in_front(base, states, attention_mask) as prefix:
+        out = base(input_ids=input_ids, **prefix, **kwargs)
     fields = {"loss": None, **out}  # in the order of every output of transformers: the loss comes first
     if returns_cache is False:
         fields |= {name: None for name in CACHES if name in fields}
@@ -154,10 +152,11 @@ def _by_prompt(base: Any, prompts: RowPrompts, input_ids: Tensor, attention_mask
     out: Any = None
     for rows, group in prompts.by_prompt():
         states, mask = group.states(), attention_mask[rows]
-        prefix = {"attention_mask": mask, "use_cache": False}
-        if states is not None:  # a prefix has states, or raises: these rows have no prompt
-            prefix = states.prefix_inputs(base, mask) | {"use_cache": True}
-        out = base(input_ids=input_ids[rows], **prefix, **kwargs)
+        if states is None:  # a prefix has states, or raises: these rows have no prompt
+            out = base(input_ids=input_ids[rows], attention_mask=mask, use_cache=False, **kwargs)
+        else:
+            with in_front(base, states, mask) as prefix:
+                out = base(input_ids=input_ids[rows], **prefix, **kwargs)
         logits.append((rows, out.logits))
     return type(out)(logits=in_order(logits))
 
@@ -213,7 +212,8 @@ def named_forward(
         out = base(inputs_embeds=embeds, attention_mask=full, use_cache=False, **kwargs)
         out.logits = out.logits.take_along_dim(prompts.moved(columns, mask)[..., None], dim=1)
     else:
-        out = base(input_ids=ids, use_cache=True, **states.prefix_inputs(base, mask), **kwargs)
+        with in_front(base, states, mask) as prefix:
+            out = base(input_ids=ids, **prefix, **kwargs)
     out.logits = out.logits.take_along_dim(origin.argsort(dim=1)[..., None], dim=1)
     fields = {"loss": None, **out}
     fields |= {name: None for name in CACHES if name in fields}  # `in out` would count old names, too

@@ -12,6 +12,7 @@ import copy
 import logging
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..models.causal_lm import evaluation_mode, max_positions
-from ..models.compat import is_quantized, layer_states, settings_of
-from .states import MixedStates, PromptStates, autocast_dtype, compute_states
+from ..models.compat import LayerStates, is_compiled, is_quantized, layer_states, settings_of
+from ..models.compat_checkpointing import without_checkpointing
+from .states import MixedStates, PromptStates, autocast_dtype, compute_states, in_front
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +89,55 @@ def shares_mixed_prefixes(base: Any, states: MixedStates) -> bool:
         f"{type(base).__name__} computes otherwise for rows behind prompts of different lengths: the prompts are "
         "concatenated to the rows, which is slower.",
     )
+
+
+def checkpoints_prefix(base: Any, num_virtual: int, prefix: list[LayerStates] | None = None) -> bool:
+    """Whether rows behind a prompt have the logits and gradients under gradient checkpointing that they have without.
+
+    Args:
+        base: the base in training mode, under checkpointing, which shares the prefix.
+        num_virtual: number of virtual tokens.
+        prefix: the keys and values of a prefix, which are trained themselves; else a prompt of embeddings is.
+    """
+
+    def passes(prompt: Tensor, rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        leaves: list[Tensor] = []
+
+        def trained(tensor: Tensor) -> Tensor:
+            leaves.append(tensor.detach().clone().requires_grad_())
+            return leaves[-1]
+
+        if prefix is None:
+            states = compute_states(base, trained(prompt))
+        else:
+            states = PromptStates([LayerStates(trained(one.keys), trained(one.values), one.seen) for one in prefix])
+        assert states is not None  # it shares the prefix
+        with in_front(base, states, mask) as inputs:
+            logits = base(inputs_embeds=rows, **inputs).logits[mask.bool()]
+        logits.double().tanh().sum().backward()  # into these leaves alone; reentrant checkpointing takes no others
+        return logits.detach(), torch.cat([leaf.grad.flatten() for leaf in leaves if leaf.grad is not None])
+
+    def compare() -> bool:
+        if is_compiled(base):
+            return False  # functions of layers change from call to call, and would be compiled each time
+        with torch.inference_mode(False):
+            prompt, ids, mask = _probe(base, num_virtual)
+            rows = base.get_input_embeddings()(ids)  # without gradients, so without noise
+            alone = base(inputs_embeds=rows, attention_mask=mask, use_cache=False).logits[mask.bool()]
+            with torch.enable_grad():
+                found = passes(prompt, rows, mask)
+                with without_checkpointing(base):
+                    expected = passes(prompt, rows, mask)
+        without = alone, torch.zeros_like(expected[1])
+        return all(_close(base, *one) for one in zip(found, expected, without, strict=True))
+
+    otherwise = (
+        f"{type(base).__name__} loses or changes a shared prompt under gradient checkpointing, or is compiled: the "
+        "prompt is concatenated to every row, which is slower."
+    )
+    kind = ("checkpointing", num_virtual, prefix is not None)
+    # Under a prefix, the caller raises.
+    return _earned(base, kind, compare, otherwise if prefix is None else "", in_evaluation=False)
 
 
 def continues_prefix(base: Any, states: PromptStates | MixedStates, unequal: bool) -> bool:
@@ -182,8 +233,13 @@ def check_prefix(model: Any) -> None:
 
 
 @torch.compiler.disable
-def _earned(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str = "") -> bool:
-    """The verdict on a base, by the comparison the first time; `otherwise` is logged if it is lost."""
+def _earned(
+    base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str = "", in_evaluation: bool = True
+) -> bool:
+    """The verdict on a base, by the comparison the first time; `otherwise` is logged if it is lost.
+
+    The comparison runs without gradients, and in evaluation mode unless `in_evaluation` is False.
+    """
     weight = base.get_input_embeddings().weight
     key = (*kind, weight.dtype, weight.device.type, autocast_dtype(weight.device.type))
     verdicts = _verdicts.setdefault(base, {})
@@ -195,7 +251,7 @@ def _earned(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str 
         return verdict
     was_told = not verdict
     try:
-        with torch.no_grad(), evaluation_mode(base):
+        with torch.no_grad(), evaluation_mode(base) if in_evaluation else nullcontext():
             verdict = compare()
     except torch.OutOfMemoryError:
         raise

@@ -13,7 +13,7 @@ from ..models.causal_lm import logits_at, max_positions
 from .position import check_column, stands_inside
 from .probe import shares_mixed_prefixes
 from .shared_prefix import is_prefix, prompt_states, shares_states
-from .states import MixedStates, PromptStates
+from .states import MixedStates, PromptStates, in_front
 
 NO_PROMPT = "__base__"  # PEFT's name for rows without an adapter
 
@@ -133,7 +133,7 @@ class RowPrompts:
         """`states` for a forward of rows of `num_tokens`; None also where such a forward keeps no cache.
 
         Raises:
-            ValueError: for prefix tuning under gradient checkpointing, which drops the prefix.
+            ValueError: for prefix tuning under gradient checkpointing, where the base drops the prefix under it.
         """
         if self.is_inside:
             return None
@@ -168,10 +168,9 @@ class RowPrompts:
 
         Raises:
             ValueError: if prompt and rows exceed the model's positions, and for prefix tuning under gradient
-                checkpointing, which drops the prefix.
+                checkpointing, where the base drops the prefix under it.
         """
         base: Any = self.model.get_base_model()
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         if self.names_a_prompt:
             self._check_room(input_ids.shape[1])
             states = self.shared_states(input_ids.shape[1])
@@ -183,8 +182,9 @@ class RowPrompts:
                 return in_order(logits)
             if states is None:
                 return self.concatenated_logits(self.model.word_embeddings(input_ids), attention_mask, positions)
-            inputs |= states.prefix_inputs(base, attention_mask) | {"use_cache": True}
-        return logits_at(base, positions, **inputs)
+            with in_front(base, states, attention_mask) as prefix:
+                return logits_at(base, positions, input_ids=input_ids, **prefix)
+        return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     def embedding_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """`response_logits` from the rows' embeddings (B, n, d), of rows that have a prompt."""
@@ -192,8 +192,8 @@ class RowPrompts:
         if states is None:
             return self.concatenated_logits(embeds, attention_mask, positions)
         base: Any = self.model.get_base_model()
-        prefix = states.prefix_inputs(base, attention_mask)
-        return logits_at(base, positions, inputs_embeds=embeds, **prefix, use_cache=True)
+        with in_front(base, states, attention_mask) as prefix:
+            return logits_at(base, positions, inputs_embeds=embeds, **prefix)
 
     def _check_room(self, num_tokens: int) -> None:
         num_virtual, limit = self.num_virtual_tokens, max_positions(self.model.get_base_model())

@@ -3,6 +3,7 @@
 A prompt stands in front of a causal model's input, so its keys and values do not depend on the input. Prompt tuning
 and P-tuning therefore pass through the model once per step with batch size 1, gradient included; prefix tuning *is*
 keys and values and needs no pass. Inside `cached_prompts` the states serve all calls.
+Gradient checkpointing changes none of this: each layer gets the prompt's keys and values as inputs of its checkpoint.
 Where a base has not earned it (see `probe`), the prompt is concatenated to every row instead.
 """
 
@@ -15,9 +16,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..models.causal_lm import cache_switch, needs_gradient, warn_once
-from ..models.compat import is_checkpointing, layer_states
+from ..models.compat import layer_states
+from ..models.compat_checkpointing import is_checkpointing
 from .configs import holds_states
-from .probe import shares_prefix
+from .probe import checkpoints_prefix, shares_prefix
 from .states import PromptStates, base_version, compute_states
 
 _CACHE = "_cached_prompts"  # the attribute with the states by adapter; views of a model share it
@@ -92,18 +94,21 @@ def shares_states(model: Any, num_virtual: int, num_tokens: int) -> bool:
     """Whether a forward of rows of `num_tokens` may run behind a cache that holds the prompt.
 
     Raises:
-        ValueError: for prefix tuning under gradient checkpointing, which drops the prefix.
+        ValueError: for prefix tuning under gradient checkpointing, where the base drops the prefix under it.
     """
-    if is_checkpointing(model.get_base_model()):
-        if is_prefix(model):
+    base: Any = model.get_base_model()
+    if is_prefix(model):  # it needs no pass, and there is no other way
+        if is_checkpointing(base) and not checkpoints_prefix(base, num_virtual, layer_states(model.get_prompt(1))):
             raise ValueError(
-                "gradient checkpointing drops the keys and values that prefix tuning trains. Turn it off "
-                "(TrainingArguments(gradient_checkpointing=False)), or use PromptTuningConfig or PromptEncoderConfig."
+                f"gradient checkpointing of {type(base).__name__} drops or changes the keys and values that prefix "
+                "tuning trains: its layers do not take them again when they are recomputed, or are compiled. Turn it "
+                "off (TrainingArguments(gradient_checkpointing=False)), or use PromptTuningConfig or "
+                "PromptEncoderConfig."
             )
-        warn_once("Gradient checkpointing keeps no cache: the prompt is concatenated to every row, which is slower.")
+        return True
+    if outgrows_cache(model, num_virtual + num_tokens):
         return False
-    # A prefix needs no pass, and there is no other way.
-    return is_prefix(model) or not outgrows_cache(model, num_virtual + num_tokens)
+    return not is_checkpointing(base) or (shares_prefix(base, num_virtual) and checkpoints_prefix(base, num_virtual))
 
 
 def outgrows_cache(model: Any, num_positions: int) -> bool:

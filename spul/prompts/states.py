@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from ..models.compat import (
     takes_position_ids,
     weight_versions,
 )
+from ..models.compat_checkpointing import is_checkpointing, kept_cache
 
 
 @dataclass
@@ -113,6 +115,25 @@ class MixedStates:
         return inputs
 
 
+@contextmanager
+def in_front(base_model: Any, states: PromptStates | MixedStates, attention_mask: Tensor) -> Iterator[dict[str, Any]]:
+    """Context manager: the arguments that put prompts in front of a batch in one forward of the base, made inside.
+
+    Args:
+        base_model: the base.
+        states: of the prompts.
+        attention_mask: (B, n), of the rows without virtual tokens.
+    """
+    inputs = states.prefix_inputs(base_model, attention_mask)
+    with kept_cache(base_model, inputs[cache_argument(base_model)]):
+        yield inputs | {"use_cache": _keeps_cache(base_model)}
+
+
+def _keeps_cache(base_model: nn.Module) -> bool:
+    """Whether to ask a forward for the cache; under checkpointing it would warn, and set it to False."""
+    return not (is_checkpointing(base_model) and torch.is_grad_enabled())
+
+
 def compute_states(
     base: Any,
     prompt: Tensor,
@@ -127,8 +148,11 @@ def compute_states(
     """
     last = {"logits_to_keep": 1} if selects_positions(base) and not with_logits else {}
     given = {"inputs_embeds": prompt} if token_ids is None else {"input_ids": token_ids}
-    out = base(**given, **{cache_argument(base): empty_cache(base)}, use_cache=True, **last)
-    layers = layer_states(returned_cache(out))
+    cache = empty_cache(base)
+    with kept_cache(base, cache):
+        out = base(**given, **{cache_argument(base): cache}, use_cache=_keeps_cache(base), **last)
+    # Under checkpointing, a forward may return none. A cache that it did not fill has no states.
+    layers = layer_states(cache if is_checkpointing(base) else returned_cache(out))
     return None if layers is None else PromptStates(layers, out.logits if with_logits else None, prompt, version)
 
 

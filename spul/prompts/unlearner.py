@@ -306,7 +306,7 @@ class SoftPromptUnlearner(PromptAdapters):
         """`response_logits` from input embeddings (B, n, d).
 
         Raises:
-            ValueError: for prefix tuning under gradient checkpointing, which drops the prefix.
+            ValueError: for prefix tuning under gradient checkpointing, where the base drops the prefix under it.
         """
         base: Any = self.get_base_model()
         if not self.enabled:

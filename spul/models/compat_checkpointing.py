@@ -1,0 +1,138 @@
+"""Gradient checkpointing of transformers, all that spul uses of it: private, and different from version to version.
+
+A layer under checkpointing drops the cache that its model passes it, since a layer that runs again in the backward
+pass would fill it twice. Behind a shared prompt it has to keep it: see `kept_cache`.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+# Names of the cache in the forwards of decoder layers.
+_CACHES = ("past_key_values", "cache", "layer_past")
+_swap = threading.RLock()
+
+
+def is_checkpointing(base_model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on and would drop a cache in this forward.
+
+    transformers 5.23 renames the public property; the attribute that its modules read stays.
+    """
+    return base_model.training and any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules())
+
+
+def switch_checkpointing(base_model: Any, switch: Literal["enable", "disable"], *args: Any, **kwargs: Any) -> None:
+    """Enable or disable gradient checkpointing; transformers 5.23 renames the method to activation checkpointing."""
+    old, new = (f"{kind}_checkpointing_{switch}" for kind in ("gradient", "activation"))
+    getattr(base_model, new if hasattr(base_model, new) else old)(*args, **kwargs)
+
+
+@contextmanager
+def without_checkpointing(base_model: nn.Module) -> Iterator[None]:
+    """Context manager: gradient checkpointing is off; on exit it is on again where it was."""
+    modules: list[Any] = [m for m in base_model.modules() if getattr(m, "gradient_checkpointing", False)]
+    for module in modules:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.gradient_checkpointing = True
+
+
+@contextmanager
+def kept_cache(base_model: nn.Module, cache: DynamicCache) -> Iterator[None]:
+    """Context manager: in a forward with this cache, layers under gradient checkpointing keep it; others always do.
+
+    The keys and values that the cache holds for a layer are inputs of the layer's checkpoint, so that the recomputed
+    layer receives the same tensors and gradients flow to them, reentrant or not. What a layer puts into an empty cache
+    is an output of its checkpoint. A layer that runs again works on a copy: nothing is cached twice.
+
+    The layers are changed for the calling thread; a forward of another one waits, or runs as without this.
+    """
+    layers: list[Any] = [
+        m
+        for m in base_model.modules()
+        if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing and m.training
+    ]
+    if not layers:
+        yield
+        return
+    with _swap:
+        before = [(layer._gradient_checkpointing_func, layer._can_checkpoint_with_cache) for layer in layers]
+        try:
+            for layer in layers:
+                if (keep := _keeping(layer, cache)) is not None:
+                    layer._gradient_checkpointing_func = keep
+                    layer._can_checkpoint_with_cache = True  # else it warns that it drops the cache
+            yield
+        finally:
+            for layer, (function, keeps) in zip(layers, before, strict=True):
+                layer._gradient_checkpointing_func = function
+                vars(layer).pop("_can_checkpoint_with_cache", None)
+                if layer._can_checkpoint_with_cache is not keeps:
+                    layer._can_checkpoint_with_cache = keeps
+
+
+def _keeping(layer: Any, cache: Any) -> Callable[..., Any] | None:
+    """A layer's checkpoint function that keeps its part of a cache; None for a layer that takes no cache.
+
+    transformers calls such a function with the layer's forward, keyword arguments bound, and the positional arguments.
+    """
+    checkpoint, thread = layer._gradient_checkpointing_func, threading.get_ident()
+    names = list(inspect.signature(type(layer).forward).parameters)[1:]
+    name = next((one for one in _CACHES if one in names), None)
+    indices = {m.layer_idx for m in layer.modules() if isinstance(getattr(m, "layer_idx", None), int)}
+    if name is None or len(indices) != 1 or max(indices) >= len(cache.layers):
+        return None
+    index = indices.pop()
+    # What a recomputation holds must not lead to what the forward caches: graph and tensors would never be freed.
+    shell, others, mine = copy.copy(cache), list(cache.layers), cache.layers[index]
+    shell.layers = others
+
+    def keep(function: functools.partial, *inputs: Any) -> Any:
+        if threading.get_ident() != thread or not isinstance(function, functools.partial):
+            return checkpoint(function, *inputs)
+        inputs = tuple(None if one is cache else one for one in inputs)
+        bound = {key: value for key, value in function.keywords.items() if value is not cache}
+        call = functools.partial(function.func, *function.args)
+        states = (mine.keys, mine.values) if mine.is_initialized else ()
+        settings: dict[str, Any] = {}  # of the filled layer, such as its length
+
+        def run(*tensors: Any) -> Any:
+            own, view = copy.copy(mine), copy.copy(shell)
+            positional, named = list(tensors), dict(bound)
+            if states:
+                *positional, own.keys, own.values = tensors
+            view.layers = [*others[:index], own, *others[index + 1 :]]
+            if names.index(name) < len(positional):
+                positional[names.index(name)] = view
+            else:
+                named[name] = view
+            out = call(*positional, **named)
+            if states:
+                return out
+            settings.update(vars(own), keys=None, values=None)
+            return *(out if isinstance(out, tuple) else (out,)), own.keys, own.values
+
+        out = checkpoint(run, *inputs, *states) if torch.is_grad_enabled() else run(*inputs, *states)
+        if states:
+            return out
+        *out, keys, values = out
+        filled = copy.copy(mine)
+        vars(filled).update(settings, keys=keys, values=values)
+        cache.layers[index] = filled
+        return out[0] if len(out) == 1 else tuple(out)
+
+    return keep
