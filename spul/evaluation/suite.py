@@ -19,6 +19,7 @@ from ..data.collator import ForgetRetainCollator
 from ..data.formats import PromptFormat
 from ..data.rows import ADAPTER_NAME, column_values, completion_text
 from ..models.causal_lm import bare_model, max_positions
+from ..models.compat import is_sharded
 from ..models.unlearner import detached_base, unlearner_of
 from ..prompts.row_prompts import NO_PROMPT
 from ..records.digests import digest_of_rows
@@ -164,6 +165,12 @@ class Suite:
         if self.base is not None or unlearner_of(self.model).has_adapter:
             found.append("detached")
         return found + (["retrained"] if self.retrained is not None else [])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold shards of one of the models, so that all of them run each task together."""
+        given = (self.model, self.base, self.retrained, self.reference)
+        return any(model is not None and is_sharded(model) for model in given)
 
     @contextmanager
     def subject(self, name: str) -> Iterator[Any]:

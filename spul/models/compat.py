@@ -19,8 +19,9 @@ import pyarrow
 import torch
 import transformers
 import transformers.modeling_utils
+from accelerate import Accelerator
 from accelerate import PartialState as PartialState
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list, gather_object, send_to_device
 from datasets import Dataset
 from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -110,8 +111,30 @@ def _setting(value: Any, depth: int) -> Any:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes hold shards of the parameters: DTensor (FSDP), or `ds_id`, by which ZeRO-3 marks its own."""
+    """Whether processes hold shards of the parameters: FSDP, which gathers them for a while, DTensor, or `ds_id`, by
+    which ZeRO-3 marks its own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not loaded before a model is sharded
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        return True
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that processes hold shards of, gathered by all of them together; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def replicated(model: nn.Module, base: nn.Module) -> nn.parallel.DistributedDataParallel:
+    """A model under DDP that leaves alone the base's frozen weights and buffers, shards among them.
+
+    DDP reads names to leave alone from an attribute whose setter is private.
+    """
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    theirs = {id(tensor) for tensor in (*base.parameters(), *base.buffers())} - trained
+    named: Any = itertools.chain(model.named_parameters(), model.named_buffers())
+    names = [name for name, tensor in named if id(tensor) in theirs]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return nn.parallel.DistributedDataParallel(model)
 
 
 # ---- transformers: keys and values ----
@@ -324,6 +347,31 @@ def without_peft_wrapper(module: Any) -> Any:
 
 
 # ---- accelerate: PartialState, imported above, and exchange between processes, in `accelerate.utils` ----
+
+
+def fsdp_plugin(args: TrainingArguments, accelerator: Accelerator) -> Any:
+    """The settings of FSDP by training arguments, or by `accelerate launch`; None without FSDP.
+
+    On CPUs accelerate drops them without a word.
+    """
+    if (known := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+        return known
+    given = getattr(args, "fsdp_plugin_args", None)
+    if given is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    return FullyShardedDataParallelPlugin(**(given or {}))
+
+
+def use_data_parallel(accelerator: Accelerator, replaces_fsdp: bool) -> None:
+    """Make accelerate treat processes as those of DDP where FSDP is configured, or as configured again.
+
+    The state is one for all accelerators of a process, and the kind has no public setter.
+    """
+    state: Any = accelerator.state
+    if getattr(state, "fsdp_plugin", None) is None:
+        return
+    by_device = {"cuda": DistributedType.MULTI_GPU, "cpu": DistributedType.MULTI_CPU, "xpu": DistributedType.MULTI_XPU}
+    state.distributed_type = by_device[accelerator.device.type] if replaces_fsdp else DistributedType.FSDP
 
 
 def gathered(items: list) -> list:

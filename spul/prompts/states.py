@@ -22,6 +22,7 @@ from ..models.compat import (
     takes_position_ids,
     weight_versions,
 )
+from ..models.sharding import gather_before_gradients
 
 
 @dataclass
@@ -129,6 +130,8 @@ def compute_states(
     given = {"inputs_embeds": prompt} if token_ids is None else {"input_ids": token_ids}
     out = base(**given, **{cache_argument(base): empty_cache(base)}, use_cache=True, **last)
     layers = layer_states(returned_cache(out))
+    if layers is not None and torch.is_grad_enabled():
+        gather_before_gradients(base, [layer[:2] for layer in layers])
     return None if layers is None else PromptStates(layers, out.logits if with_logits else None, prompt, version)
 
 
