@@ -12,7 +12,9 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple
 
 import pyarrow
@@ -29,6 +31,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.other import _prepare_prompt_learning_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, TrainingArguments
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.trainer_pt_utils import EvalLoopContainer as EvalLoopContainer
@@ -135,6 +138,46 @@ def replicated(model: nn.Module, base: nn.Module) -> nn.parallel.DistributedData
     names = [name for name, tensor in named if id(tensor) in theirs]
     nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     return nn.parallel.DistributedDataParallel(model)
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Context manager: tensors that are made inside have a shape and no values; torch has it for its compiler."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+class TensorMemory(TorchDispatchMode):
+    """Context manager: the peak memory of the tensors that are made inside, by the sizes of their storages.
+
+    Args:
+        last: tensors of this size in the last dimension are counted apart.
+        but: tensors that are not counted, nor views of them.
+
+    Attributes:
+        peak: the others, in bytes, when all together were most.
+        peak_of_last: those, at that moment.
+    """
+
+    def __init__(self, last: int, but: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.last, self._now, self.peak, self.peak_of_last = last, [0, 0], 0, 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in but)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
+                kind, size = int(tensor.ndim > 0 and tensor.shape[-1] == self.last), storage.nbytes()
+                self._add(kind, size)
+                weakref.finalize(storage, self._add, kind, -size)
+        if sum(self._now) > self.peak + self.peak_of_last:
+            self.peak, self.peak_of_last = self._now
+        return out
+
+    def _add(self, kind: int, size: int) -> None:
+        self._now[kind] += size
 
 
 # ---- transformers: keys and values ----
