@@ -83,7 +83,9 @@ def lora():
 def evaluation(model, folder):
     given = {"output_dir": folder, "unrelated_texts": ["the film is good .", "jane doe ."]}
     found = measured(model, "utility", "kl", "membership", "unrelated text", "sampling", "soft suffix", **given)
-    return {"metrics": [(value.name, value.value) for value in found.metrics], "skipped": found.skipped}
+    keys = ("measure", "rows", "model", "attack", "level", "name")
+    values = {tuple(getattr(one, key) for key in keys): one.value for one in found.metrics}
+    return {"metrics": values, "skipped": found.skipped}
 
 
 def refused(call):
@@ -191,10 +193,10 @@ def test_a_sharded_model_is_evaluated_as_a_whole_one(launch, tmp_path):
     one = evaluation(make_model("prompt_tuning"), tmp_path)
     for results in launch[1]:
         found = results["evaluation"]
-        assert [name for name, _ in found["metrics"]] == [name for name, _ in one["metrics"] if "gradient" not in name]
-        for (name, value), (_, expected) in zip(found["metrics"], [m for m in one["metrics"] if "gradient" not in m[0]], strict=True):
-            assert value == pytest.approx(expected, abs=1e-4), name
         assert "sharded" in found["skipped"]["membership by gradient norm"]
+        assert found["metrics"] == pytest.approx({key: one["metrics"][key] for key in found["metrics"]}, abs=1e-4)
+        assert {key[3] for key in one["metrics"].keys() - found["metrics"].keys()} == {"gradient_norm"}
+        assert len(found["metrics"]) > 50
 
 
 def test_a_model_that_is_sharded_with_its_embeddings_is_refused(launch):

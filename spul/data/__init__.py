@@ -19,6 +19,7 @@ from .splits import (
     subsample_forget,
     train_test,
 )
+from .streams import forget_retain_stream
 from .unlearning_data import SPLITS, UnlearningData
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "TransformersRecognizer",
     "UnlearningData",
     "forget_retain_dataset",
+    "forget_retain_stream",
     "hold_out",
     "load_four_splits",
     "load_known",

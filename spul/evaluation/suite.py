@@ -26,7 +26,7 @@ from ..records.digests import digest_of_rows
 from .aggregation import Key, Measurement
 from .attacks.usual import DOCUMENT_WORDS, TURNS, InputAttacks, checked_attacks
 from .metrics.free_form import generate_answers, rouge_l
-from .metrics.likelihood import exact_memorization, extraction_strength, probability, response_likelihoods
+from .metrics.likelihood import Likelihood, exact_memorization, extraction_strength, probability, response_likelihoods
 from .metrics.scoring import answer_scores, collect_answers, task_classes
 
 
@@ -145,6 +145,7 @@ class Suite:
     seed: int
     free_form: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
+    _of_reference: dict[str, list[Likelihood]] = field(default_factory=dict, init=False)
 
     @cached_property
     def classes(self) -> list[str]:
@@ -254,6 +255,16 @@ class Suite:
             "exact_memorization": exact_memorization(likelihoods),
             **rouge,
         }
+
+    def reference_on(self, rows: Dataset) -> list[Likelihood] | None:
+        """Likelihoods of rows under `reference`, by one pass for all models; None without one."""
+        if self.reference is None:
+            return None
+        key = digest_of_rows(rows)
+        if key not in self._of_reference:
+            found = response_likelihoods(self.reference, rows, self.collator.encoder, self.batch_size)
+            self._of_reference[key] = found
+        return self._of_reference[key]
 
     def halves(self) -> tuple[Dataset, Dataset]:
         """The trained forget rows, each prompt once, as one half to attack with and one to score on."""
