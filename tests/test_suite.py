@@ -144,6 +144,13 @@ def test_kl_is_to_the_base(trainable):
     assert not [x for x in one.found.measurements if x.measure == "kl" and x.model == "detached"]
 
 
+def test_the_reference_model_reads_each_set_once_for_all_models():
+    reference = learned(0.1, 2)
+    counting, splits = Counting(reference), make_splits()
+    measured(make_model("prompt_tuning"), "membership", reference=reference, retrained=learned(0.1, 1))
+    assert counting.rows == len(splits["train_forget"]) + len(splits["test_forget"])
+
+
 def test_membership_scores_are_those_of_attack_scores_and_auc_of_them(trainable):
     one, splits, reference = case(trainable), make_splits(), learned(0.1, 2)
     aucs = {}

@@ -9,7 +9,7 @@ from datasets import Dataset
 
 from ..data.unlearning_data import SPLITS
 from .aggregation import MEMBERS, UNSEEN, Key, Measurement
-from .metrics.likelihood import kl_of_models
+from .metrics.likelihood import kl_to
 from .metrics.membership import GradientOf, attack_scores
 from .metrics.running_text import text_losses
 from .metrics.tofu import score_questions
@@ -37,17 +37,21 @@ def _answers(suite: Suite, measure: str, sets: Mapping[str, Dataset]) -> Iterato
 
 
 def kl(suite: Suite) -> Iterator[Task]:
-    """KL divergence from the base on the retain splits, in either direction; one pass of the base for all models."""
-    names = [name for name in suite.models if name != "detached"]
+    """KL divergence from the base on the retain splits, in either direction."""
     for split in ("train_retain", "test_retain"):
         rows = suite.splits[split]
 
-        def scores(model: Any, *keys: Key, rows: Dataset = rows) -> list[Measurement]:
-            models = [model, *([] if suite.retrained is None else [suite.retrained])]
-            found = kl_of_models(models, rows, suite.collator.encoder, suite.base, suite.batch_size)
-            return [Measurement(*key, per_row=values) for key, values in zip(keys, found, strict=True)]
+        def scores(model: Any, key: Key, rows: Dataset = rows) -> list[Measurement]:
+            if model is suite.model and suite.base is None:
+                found = kl_to(model, rows, suite.collator.encoder, batch_size=suite.batch_size)
+            else:
+                with suite.subject("detached") as base:
+                    found = kl_to(model, rows, suite.collator.encoder, base, suite.batch_size)
+            return [Measurement(*key, per_row=found)]
 
-        yield suite.task(rows, scores, *(Key("kl", split, name) for name in names))
+        for name in suite.models:
+            if name != "detached":
+                yield suite.task(rows, scores, Key("kl", split, name))
 
 
 def unseen_rows(suite: Suite) -> Dataset:

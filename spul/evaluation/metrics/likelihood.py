@@ -8,7 +8,6 @@ prompt text, no virtual token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,79 +140,42 @@ def kl_to(
     Source: Bhaila et al., *Soft Prompting for Unlearning*, https://arxiv.org/abs/2406.12038, eq. 4 (the KL to the base
     on retain rows)
     """
-    return kl_of_models([model], rows, encoder, reference, batch_size, progress)[0]
-
-
-@torch.no_grad()
-def kl_of_models(
-    models: Sequence[nn.Module],
-    rows: Dataset,
-    encoder: RowEncoder,
-    reference: nn.Module | None = None,
-    batch_size: int = 16,
-    progress: str | None = None,
-) -> list[dict[str, np.ndarray]]:
-    """`kl_to` of several models, with one pass of the reference for all of them.
-
-    Args:
-        models: causal LMs with one vocabulary.
-        rows: this and the others as in `kl_to`.
-        reference: the model to compare with; None for the base under the first one's prompt, layers or LoRA.
-
-    Raises:
-        TypeError: as in `kl_to`.
-        ValueError: as in `kl_to`.
-    """
     check_rows(rows, columns=())
-    for model in models:
-        check_has_likelihoods(model)
-    models = [unwrapped(model) for model in models]
-    if reference is None and unlearner_of(models[0]).trains_base:
+    check_has_likelihoods(model)
+    if reference is None and unlearner_of(model).trains_base:
         raise ValueError(
             "the model's own weights are trained, so disabling its adapter does not restore it: pass reference, the "
             "model before unlearning."
         )
-    reference = None if reference is None else unwrapped(reference)
-
-    def logits_of(model: nn.Module, batch: ResponseBatch, names: Sequence[str] | None) -> Tensor:
-        device = next(model.parameters()).device
-        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
-        return response_logits(model, inputs, batch.positions.to(device), names)
+    model = unwrapped(model)
+    other = model if reference is None else unwrapped(reference)
+    other_device = next(other.parameters()).device
 
     def reference_logits(batch: ResponseBatch) -> Tensor:
-        if reference is not None:
-            return logits_of(reference, batch, None)
-        inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
-        return unlearner_of(models[0]).base_logits(**inputs, positions=batch.positions)
+        if reference is None:
+            inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+            return unlearner_of(model).base_logits(**inputs, positions=batch.positions)
+        inputs = {name: value.to(other_device) for name, value in batch.inputs.items()}
+        return response_logits(other, inputs, batch.positions.to(other_device))
 
-    def measure(batch: ResponseBatch) -> Iterator[list[tuple[float, float]]]:
+    def measure(batch: ResponseBatch) -> Iterator[tuple[float, float]]:
+        logits = response_logits(model, batch.inputs, batch.positions, batch.adapter_names)
         others = reference_logits(batch)
-        counts = [batch.num_tokens(row) for row in range(len(batch.indices))]
-        log_p0 = [_log_softmax(others[row, :num]) for row, num in enumerate(counts)]
-        found = [_divergences(logits_of(model, batch, batch.adapter_names), log_p0) for model in models]
-        yield from map(list, zip(*found, strict=True))
+        if others.shape[-1] != logits.shape[-1]:
+            raise ValueError(
+                f"the model has logits for {logits.shape[-1]} tokens, the reference for {others.shape[-1]}; "
+                "expected two models with one vocabulary."
+            )
+        for row in range(len(batch.indices)):
+            num = batch.num_tokens(row)
+            log_p = _log_softmax(logits[row, :num])
+            log_p0 = _log_softmax(others[row, :num]).to(log_p)
+            reverse, forward = (term.token_losses(log_p, log_p, log_p0).mean() for term in (REVERSE, FORWARD))
+            yield float(reverse), float(forward)
 
-    with ExitStack() as stack:
-        for model in [*models, *([] if reference is None else [reference])]:
-            stack.enter_context(evaluation_mode(model))
-            stack.enter_context(unlearner_of(model).cached_prompts())
-        values = np.array(map_responses(models[0], rows, encoder, measure, batch_size, progress))  # rows, models, 2
-    return [{"reverse_kl": one[:, 0], "forward_kl": one[:, 1]} for one in values.swapaxes(0, 1)]
-
-
-def _divergences(logits: Tensor, log_p0: Sequence[Tensor]) -> list[tuple[float, float]]:
-    """Reverse and forward KL of each row, means over its tokens; (B, K, V) and for each row (|y|, V)."""
-    if log_p0[0].shape[-1] != logits.shape[-1]:
-        raise ValueError(
-            f"the model has logits for {logits.shape[-1]} tokens, the reference for {log_p0[0].shape[-1]}; "
-            "expected two models with one vocabulary."
-        )
-    found = []
-    for row, base in enumerate(log_p0):
-        log_p = _log_softmax(logits[row, : len(base)])
-        reverse, forward = (term.token_losses(log_p, log_p, base.to(log_p)).mean() for term in (REVERSE, FORWARD))
-        found.append((float(reverse), float(forward)))
-    return found
+    with evaluation_mode(other):
+        reverse, forward = np.array(map_responses(model, rows, encoder, measure, batch_size, progress)).T
+    return {"reverse_kl": reverse, "forward_kl": forward}
 
 
 # ---- metrics ----
