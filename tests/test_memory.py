@@ -138,5 +138,5 @@ def test_a_step_without_memory_says_what_to_lower(tmp_path, monkeypatch, error):
 def test_other_errors_of_a_step_are_left_alone(tmp_path, monkeypatch):
     trainer, error = make_trainer(tmp_path, max_steps=1), RuntimeError("something else")
     monkeypatch.setattr(trainer, "compute_loss", lambda *args, **kwargs: (_ for _ in ()).throw(error))
-    with pytest.raises(RuntimeError, match="^something else$"):
+    with pytest.raises(RuntimeError, match=r"^something else$"):
         trainer.train()

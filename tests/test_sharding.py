@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import (
     CONFIGS,
-    Counting,
     arguments,
     assert_same,
     build,
@@ -33,7 +33,8 @@ from spul.models.causal_lm import zero_dropout
 from spul.models.compat import is_sharded
 from spul.records.digests import fingerprint
 
-FSDP = {"fsdp": "full_shard", "fsdp_config": {"version": 2}}
+CONFIGS_OF_ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 SGD = {"optim": "sgd", "max_grad_norm": 0.5, "weight_decay": 0.0, "max_steps": 2, "save_strategy": "steps"}
 SGD |= {"save_steps": 1, "learning_rate": 0.1}
 METRICS = ("accuracy", "loss", "f1", "generic")
@@ -116,8 +117,8 @@ def main(folder):
         first = folder / prompt_type / "out" / "checkpoint-1"
         resumed = steps(make_unlearner(prompt_type), folder / prompt_type, 2, str(first), **FSDP)
         results[f"resumed {prompt_type}"] = resumed["state"]
-    offload = {"fsdp": "full_shard", "fsdp_config": {"version": 2, "cpu_offload": True, "reshard_after_forward": False}}
-    results["offloaded"] = steps(make_unlearner(), folder / "offloaded", 2, **offload)
+    offload = {"version": 2, "cpu_offload": True, "reshard_after_forward": False}
+    results["offloaded"] = steps(make_unlearner(), folder / "offloaded", 2, fsdp=True, fsdp_config=offload)
     accumulated = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 3, "as_on_gpus": True}
     results["accumulated"] = steps(make_unlearner(), folder / "accumulated", 2, **accumulated)
     results["lora"] = steps(lora(), folder / "lora", 2, loss=UnlearningLoss(), **FSDP)
@@ -171,7 +172,8 @@ def test_a_prompt_trained_on_a_sharded_base_loads_onto_a_whole_one(launch, promp
     saved = folder / prompt_type / "out" / "checkpoint-2"
     assert sorted(path.name for path in saved.iterdir() if "fsdp" in path.name) == []
     loaded = SoftPromptUnlearner.from_pretrained(build("llama"), saved, is_trainable=True)
-    assert_same(prompt_state(loaded), {n.split("prompt_encoder.")[1]: p for n, p in results[0][prompt_type]["state"].items()})
+    trained = {name.split("prompt_encoder.")[1]: p for name, p in results[0][prompt_type]["state"].items()}
+    assert_same(prompt_state(loaded), trained)
     found = scored(loaded, rows("jane", 7))
     assert found == pytest.approx({k: results[0][prompt_type]["metrics"][f"eval_jane_{k}"] for k in found}, abs=1e-5)
 
@@ -202,6 +204,19 @@ def test_a_sharded_model_is_evaluated_as_a_whole_one(launch, tmp_path):
 def test_a_model_that_is_sharded_with_its_embeddings_is_refused(launch):
     for results in launch[1]:
         assert "shard_layers" in results["otherwise"]
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "machines"), [("one-gpu", 1, 1), ("eight-gpus", 8, 1), ("two-nodes", 16, 2)]
+)
+def test_a_config_of_accelerate_loads(name, processes, machines):
+    config = load_config_from_file(str(CONFIGS_OF_ACCELERATE / f"{name}.yaml"))
+    assert (config.num_processes, config.num_machines) == (processes, machines)
+    if processes > 1:
+        assert config.distributed_type == DistributedType.FSDP
+        assert config.fsdp_config["fsdp_version"] == 2
+    else:
+        assert not config.fsdp_config
 
 
 if __name__ == "__main__":

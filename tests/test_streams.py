@@ -32,7 +32,9 @@ def test_forget_rows_have_their_share_and_every_row_comes(share):
     flags = [flag for _, flag in found]
     assert sum(flags) / len(flags) == pytest.approx(share, abs=0.06)
     for name, flag in (("jane", True), ("film", False)):
-        assert {prompt for prompt, is_forget in found if is_forget == flag} == {row["prompt"] for row in rows(name, 200)}
+        assert {prompt for prompt, is_forget in found if is_forget == flag} == {
+            row["prompt"] for row in rows(name, 200)
+        }
 
 
 def test_a_seed_gives_one_order_and_another_another():

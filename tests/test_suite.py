@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import make_collator, rows, scored
+from helpers import Counting, make_collator, rows, scored
 from small_evaluations import (
     ATTACKS,
     INPUTS,
@@ -22,6 +22,7 @@ from small_evaluations import (
     learned,
     make_model,
     make_splits,
+    measured,
     per_row,
     questions,
     snapshot,

@@ -109,7 +109,8 @@ def evaluate(
         FileNotFoundError: if `digest_key` is the path of no file.
         ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
             missing, a measure or set of questions is unknown, two of the models share a base, a model is sharded
-            otherwise than by `shard_layers`, or `output_dir` holds another evaluation, files that are not an evaluation's, or damaged ones.
+            otherwise than by `shard_layers`, or `output_dir` holds another evaluation, files that are not an
+            evaluation's, or damaged ones.
         TypeError: if a model is given by the name of its folder, `splits`, `collator` or rows are of another type, or
             a model has a plain PEFT prompt whose type is unknown to spul, or any plain PEFT prompt where the soft
             suffix is measured.

@@ -23,7 +23,13 @@ import transformers
 import transformers.modeling_utils
 from accelerate import Accelerator
 from accelerate import PartialState as PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import (
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+)
 from datasets import Dataset
 from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer

@@ -31,7 +31,7 @@ def shard_layers(
         model: a causal LM of transformers, or one under a prompt or LoRA.
         device: where this process computes; the current GPU unless given, or the CPU without one.
         mesh: a `DeviceMesh` over the processes; None is one dimension of all of them.
-        reshard_after_forward: False keeps gathered layers until the backward pass: faster, and no memory is saved then.
+        reshard_after_forward: False keeps gathered layers until the backward pass: faster, and saves no memory then.
         cpu_offload: whether shards wait in the memory of the CPU.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Will it fit? The memory of a training step, from a model's config alone, and what to lower when a step has none left."""
+"""Memory of a training step by a model's config alone, and the error of a step that has too little."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class ShardingTrainer(Trainer):
             )
         if self.args.fp16_full_eval or self.args.bf16_full_eval:
             raise ValueError(
-                "fp16_full_eval and bf16_full_eval convert the whole base, which is sharded; load it in that precision."
+                "fp16_full_eval and bf16_full_eval convert the base, which is sharded; load it in that precision."
             )
         self.is_fsdp_enabled, self._plugin = False, plugin
 

@@ -268,7 +268,8 @@ class UnlearningTrainer(SteppingTrainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
                     "reference='cached' is not computed where FSDP or DeepSpeed shard weights that train: the full "
-                    "model needs a loss without a reference. Under DeepSpeed use reference='live' for a prompt or LoRA."
+                    "model needs a loss without a reference. Under DeepSpeed use reference='live' for a prompt or "
+                    "LoRA."
                 )
             if (self.args.fp16_full_eval or self.args.bf16_full_eval) and not self.is_model_parallel:
                 self._move_model_to_device(self._learner, self.args.device)  # as Trainer does, later
