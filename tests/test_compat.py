@@ -45,7 +45,8 @@ from spul.models.compat import (
 )
 
 ROOT = Path(spul.models.__file__).parents[1]
-FILES = [path for path in sorted(ROOT.rglob("*.py")) if path != ROOT / "models" / "compat.py"]
+OURS = [ROOT / "models" / name for name in ("compat.py", "compat_devices.py")]
+FILES = [path for path in sorted(ROOT.rglob("*.py")) if path not in OURS]
 # Modules whose names change between versions.
 MODULES = (
     "accelerate.utils",

@@ -7,7 +7,7 @@ from peft import LoraConfig
 from transformers import LlamaConfig
 
 import spul
-from spul.models.compat import TensorMemory
+from spul.models.compat_devices import TensorMemory
 from spul.training.memory import MemoryEstimate
 
 CONFIG = LlamaConfig(

@@ -1,6 +1,7 @@
 """All private or fast-moving APIs of torch, transformers, PEFT, accelerate, bitsandbytes and datasets that spul uses.
 
-No other module of spul may import or read them, the hooks of `Trainer` that `UnlearningTrainer` overrides aside. When
+No other module of spul but `compat_devices`, for shards and memory, may import or read them, the hooks of `Trainer`
+that `UnlearningTrainer` overrides aside. When
 a new version of one of these libraries breaks spul, look here.
 """
 
@@ -12,20 +13,15 @@ import itertools
 import os
 import re
 import sys
-import weakref
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import pyarrow
 import torch
 import transformers
 import transformers.modeling_utils
-from accelerate import Accelerator
 from accelerate import PartialState as PartialState
 from accelerate.utils import (
-    DistributedType,
-    FullyShardedDataParallelPlugin,
     broadcast_object_list,
     gather_object,
     send_to_device,
@@ -37,7 +33,6 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.other import _prepare_prompt_learning_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, TrainingArguments
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.trainer_pt_utils import EvalLoopContainer as EvalLoopContainer
@@ -131,59 +126,6 @@ def is_sharded(model: nn.Module) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that processes hold shards of, gathered by all of them together; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def replicated(model: nn.Module, base: nn.Module) -> nn.parallel.DistributedDataParallel:
-    """A model under DDP that leaves alone the base's frozen weights and buffers, shards among them.
-
-    DDP reads names to leave alone from an attribute whose setter is private.
-    """
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    theirs = {id(tensor) for tensor in (*base.parameters(), *base.buffers())} - trained
-    named: Any = itertools.chain(model.named_parameters(), model.named_buffers())
-    names = [name for name, tensor in named if id(tensor) in theirs]
-    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
-    return nn.parallel.DistributedDataParallel(model)
-
-
-def fake_tensors() -> AbstractContextManager[Any]:
-    """Context manager: tensors that are made inside have a shape and no values; torch has it for its compiler."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    return FakeTensorMode()
-
-
-class TensorMemory(TorchDispatchMode):
-    """Context manager: the peak memory of the tensors that are made inside, by the sizes of their storages.
-
-    Args:
-        last: tensors of this size in the last dimension are counted apart.
-        but: tensors that are not counted, nor views of them.
-
-    Attributes:
-        peak: the others, in bytes, when all together were most.
-        peak_of_last: those, at that moment.
-    """
-
-    def __init__(self, last: int, but: Iterable[Tensor] = ()) -> None:
-        super().__init__()
-        self.last, self._now, self.peak, self.peak_of_last = last, [0, 0], 0, 0
-        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in but)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in torch.utils._pytree.tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
-                self._seen.add(storage)
-                kind, size = int(tensor.ndim > 0 and tensor.shape[-1] == self.last), storage.nbytes()
-                self._add(kind, size)
-                weakref.finalize(storage, self._add, kind, -size)
-        if sum(self._now) > self.peak + self.peak_of_last:
-            self.peak, self.peak_of_last = self._now
-        return out
-
-    def _add(self, kind: int, size: int) -> None:
-        self._now[kind] += size
 
 
 # ---- transformers: keys and values ----
@@ -396,31 +338,6 @@ def without_peft_wrapper(module: Any) -> Any:
 
 
 # ---- accelerate: PartialState, imported above, and exchange between processes, in `accelerate.utils` ----
-
-
-def fsdp_plugin(args: TrainingArguments, accelerator: Accelerator) -> Any:
-    """The settings of FSDP by training arguments, or by `accelerate launch`; None without FSDP.
-
-    On CPUs accelerate drops them without a word.
-    """
-    if (known := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
-        return known
-    given = getattr(args, "fsdp_plugin_args", None)
-    if given is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
-        return None
-    return FullyShardedDataParallelPlugin(**(given or {}))
-
-
-def use_data_parallel(accelerator: Accelerator, replaces_fsdp: bool) -> None:
-    """Make accelerate treat processes as those of DDP where FSDP is configured, or as configured again.
-
-    The state is one for all accelerators of a process, and the kind has no public setter.
-    """
-    state: Any = accelerator.state
-    if getattr(state, "fsdp_plugin", None) is None:
-        return
-    by_device = {"cuda": DistributedType.MULTI_GPU, "cpu": DistributedType.MULTI_CPU, "xpu": DistributedType.MULTI_XPU}
-    state.distributed_type = by_device[accelerator.device.type] if replaces_fsdp else DistributedType.FSDP
 
 
 def gathered(items: list) -> list:

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..losses.terms import token_kl, token_nll
 from ..models.causal_lm import decoder_layers, selects_positions
-from ..models.compat import TensorMemory, fake_tensors, switch_checkpointing
+from ..models.compat import switch_checkpointing
+from ..models.compat_devices import TensorMemory, fake_tensors
 from ..prompts.configs import check_peft_config, encoder_shapes, fill_sizes, has_encoder, holds_states, prompt_shape
 from ..prompts.states import PromptStates, compute_states
 

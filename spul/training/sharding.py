@@ -8,7 +8,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from ..models.compat import fsdp_plugin, is_sharded, replicated, use_data_parallel
+from ..models.compat import is_sharded
+from ..models.compat_devices import fsdp_plugin, replicated, use_data_parallel
 from ..models.sharding import check_layers_alone, shard_layers
 from ..models.unlearner import Unlearner
 from ..records.digests import fingerprint
