@@ -9,7 +9,8 @@ from spul import SoftPromptUnlearner
 
 STEPS = {"max_steps": 2, "optim": "sgd", "max_grad_norm": 0.5, "weight_decay": 0.0, "learning_rate": 0.1}
 STEPS |= {"save_strategy": "steps", "save_steps": 1, "reference": "live"}
-MAP = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+CPU = torch.device("cpu")  # the main device; PEFT takes the word "cpu" for offloading
+MAP = {"model.embed_tokens": CPU, "model.norm": CPU, "model.rotary_emb": CPU, "lm_head": CPU}
 MAP |= {"model.layers.0": "disk", "model.layers.1": "disk"}
 
 
