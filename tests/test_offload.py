@@ -9,8 +9,7 @@ from spul import SoftPromptUnlearner
 
 STEPS = {"max_steps": 2, "optim": "sgd", "max_grad_norm": 0.5, "weight_decay": 0.0, "learning_rate": 0.1}
 STEPS |= {"save_strategy": "steps", "save_steps": 1, "reference": "live"}
-CPU = torch.device("cpu")  # the main device; PEFT takes the word "cpu" for offloading
-MAP = {"model.embed_tokens": CPU, "model.norm": CPU, "model.rotary_emb": CPU, "lm_head": CPU}
+MAP = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
 MAP |= {"model.layers.0": "disk", "model.layers.1": "disk"}
 
 
@@ -28,6 +27,9 @@ def load(folder, **options):
 def offloaded(folder, offload):
     model = load(folder, device_map=MAP, offload_folder=offload)
     assert model.model.layers[0].mlp.up_proj.weight.is_meta
+    # PEFT takes the word "cpu" for offloading, and asks for a device that is none: with a GPU there is one.
+    main = torch.device("cpu")
+    model.hf_device_map = {name: main if where == "cpu" else where for name, where in model.hf_device_map.items()}
     return model
 
 

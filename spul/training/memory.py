@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..losses.terms import token_kl, token_nll
-from ..models.causal_lm import decoder_layers, selects_positions
-from ..models.compat import switch_checkpointing
+from ..models.causal_lm import decoder_layers, selects_positions, zero_dropout
+from ..models.compat import prefix_shape, switch_checkpointing
 from ..models.compat_devices import TensorMemory, fake_tensors
 from ..prompts.configs import check_peft_config, encoder_shapes, fill_sizes, has_encoder, holds_states, prompt_shape
 from ..prompts.states import PromptStates, compute_states
@@ -124,6 +124,8 @@ def estimate_memory(
     with fake_tensors():
         base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
         fill_sizes(base, prompt)
+        if holds_states(prompt):
+            prompt.num_layers, prompt.token_dim = prefix_shape(prompt, config)
         weights = _weights(base, dtype, bits, processes)
         shape = (batch_size, max_length, response_tokens, rows if reference else 0)
         activations, logits = _step(base, prompt, shape, gradient_checkpointing)
@@ -179,9 +181,10 @@ def _step(base: Any, prompt: Any, shape: tuple[int, int, int, int], checkpointin
     batch_size, length, responses, retain_rows = shape
     width, num_virtual = base.get_input_embeddings().weight.shape[1], prompt.num_virtual_tokens
     vocab = base.get_output_embeddings().weight.shape[0]
-    base.train()
-    if checkpointing:
+    zero_dropout(base.eval())
+    if checkpointing:  # of the layers alone: OPT draws a number, whose value is asked for, in training
         switch_checkpointing(base, "enable", {"use_reentrant": False, "preserve_rng_state": False})
+        decoder_layers(base).train()
     with TensorMemory(vocab, (*base.parameters(), *base.buffers())) as memory:
         ids = torch.zeros(batch_size, length, dtype=torch.long)
         mask = torch.ones_like(ids)
