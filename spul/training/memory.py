@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..losses.terms import token_kl, token_nll
 from ..models.causal_lm import decoder_layers, selects_positions, zero_dropout
-from ..models.compat import prefix_shape, switch_checkpointing
+from ..models.compat import LayerStates, prefix_shape, switch_checkpointing
 from ..models.compat_devices import TensorMemory, fake_tensors
 from ..prompts.configs import check_peft_config, encoder_shapes, fill_sizes, has_encoder, holds_states, prompt_shape
 from ..prompts.states import PromptStates, compute_states
@@ -200,7 +200,7 @@ def _step(base: Any, prompt: Any, shape: tuple[int, int, int, int], checkpointin
             if states is None:
                 raise ValueError(f"{type(base).__name__} has no plain key/value cache; its memory is not estimated.")
             if holds_states(prompt):  # keys and values themselves, no pass
-                states = PromptStates([layer._replace(**_leaves(layer)) for layer in states.layers])
+                states = PromptStates([LayerStates(_leaf(k), _leaf(v), seen) for k, v, seen in states.layers])
             out = base(input_ids=ids, **states.prefix_inputs(base, mask), use_cache=True, **inputs)
         logits = out.logits if inputs else out.logits[:, -responses:]
         _loss(logits, retain_rows).backward()
@@ -208,8 +208,8 @@ def _step(base: Any, prompt: Any, shape: tuple[int, int, int, int], checkpointin
     return memory.peak, memory.peak_of_last
 
 
-def _leaves(layer: Any) -> dict[str, Tensor]:
-    return {name: getattr(layer, name).detach().requires_grad_() for name in ("keys", "values")}
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
 
 
 def _loss(logits: Tensor, retain_rows: int) -> Tensor:

@@ -222,9 +222,9 @@ def attack_scores(
         "min_k++": min_k_plus_plus_attack(likelihoods, share),
     }
     if reference is not None:
-        is_model = isinstance(reference, nn.Module)
-        others = response_likelihoods(reference, rows, encoder, batch_size, progress) if is_model else reference
-        scores["reference"] = reference_attack(likelihoods, others)
+        if isinstance(reference, nn.Module):
+            reference = response_likelihoods(reference, rows, encoder, batch_size, progress)
+        scores["reference"] = reference_attack(likelihoods, reference)
     if gradient_of is not None:
         scores["gradient_norm"] = gradient_norm_attack(model, rows, encoder, gradient_of, progress)
     return scores
