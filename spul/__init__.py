@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from .losses import UnlearningLoss
     from .prompts import SoftPromptUnlearner
     from .records import SpulConfig, fingerprint
-    from .training import ReferenceCache, UnlearningTrainer, combine, unlearning_forward, unlearning_method
+    from .training import (
+        ReferenceCache,
+        UnlearningTrainer,
+        combine,
+        estimate_memory,
+        unlearning_forward,
+        unlearning_method,
+    )
 
 __version__ = "0.1.0"
 
@@ -31,6 +38,7 @@ _ROOMS = {
     "UnlearningLoss": "losses",
     "UnlearningTrainer": "training",
     "combine": "training",
+    "estimate_memory": "training",
     "evaluate": "evaluation",
     "fingerprint": "records",
     "forget_retain_dataset": "data",
@@ -56,6 +64,7 @@ __all__ = [
     "UnlearningLoss",
     "UnlearningTrainer",
     "combine",
+    "estimate_memory",
     "evaluate",
     "fingerprint",
     "forget_retain_dataset",

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import make_collator, rows, scored
+from helpers import Counting, make_collator, rows, scored
 from small_evaluations import (
     ATTACKS,
     INPUTS,
@@ -22,6 +22,7 @@ from small_evaluations import (
     learned,
     make_model,
     make_splits,
+    measured,
     per_row,
     questions,
     snapshot,
@@ -142,6 +143,13 @@ def test_kl_is_to_the_base(trainable):
             np.testing.assert_allclose(found["forward_kl"], kl["forward_kl"], rtol=1e-4, atol=1e-7)
             assert kl["reverse_kl"].min() > 1e-5
     assert not [x for x in one.found.measurements if x.measure == "kl" and x.model == "detached"]
+
+
+def test_the_reference_model_reads_each_set_once_for_all_models():
+    reference = learned(0.1, 2)
+    counting, splits = Counting(reference), make_splits()
+    measured(make_model("prompt_tuning"), "membership", reference=reference, retrained=learned(0.1, 1))
+    assert counting.rows == len(splits["train_forget"]) + len(splits["test_forget"])
 
 
 def test_membership_scores_are_those_of_attack_scores_and_auc_of_them(trainable):

@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
+    Gemma3TextConfig,
     LlamaConfig,
     OPTConfig,
     PretrainedConfig,
@@ -83,6 +84,16 @@ def _llama(width: int, layers: int, heads: int, ffn: int, vocab: int = 32000, ti
 
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
     "tiny": lambda: _llama(32, 2, 2, 64, vocab=200),  # for a dry run
+    "gemma-60m": lambda: Gemma3TextConfig(
+        hidden_size=384,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=1,
+        head_dim=128,
+        intermediate_size=2048,
+        vocab_size=64000,
+        sliding_window=128,
+    ),
     "cpu-20m": lambda: _llama(384, 6, 6, 1024, vocab=24000, tied=True),
     "opt-125m": lambda: _opt(768, 12, 12),
     "opt-1.3b": lambda: _opt(2048, 24, 32),

@@ -20,6 +20,7 @@ from .splits import (
     subsample_forget,
     train_test,
 )
+from .streams import forget_retain_stream
 from .unlearning_data import SPLITS, UnlearningData
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "TransformersRecognizer",
     "UnlearningData",
     "forget_retain_dataset",
+    "forget_retain_stream",
     "hold_out",
     "load_four_splits",
     "load_known",

@@ -98,7 +98,13 @@ def _requires_questions(suite: Suite) -> str:
 def _requires_trained(suite: Suite) -> str:
     if not unlearner_of(suite.model).is_trained:
         return "the model was unlearned without training, so there is nothing to train further"
+    if suite.is_sharded and (suite.retrained is not None or not unlearner_of(suite.model).has_adapter):
+        return "it trains all weights of a model, and the models are sharded; leave out retrained=, or shard none"
     return _requires_halves(suite)
+
+
+def _requires_whole(suite: Suite) -> str:
+    return "a sharded base is not quantized; evaluate with the whole model in each process" if suite.is_sharded else ""
 
 
 def _requires_embeddings(suite: Suite) -> str:
@@ -201,6 +207,7 @@ MEASURES = {
             "A quantized base",
             "The same prompt or layers over the base's weights in fewer bits.",
             attack_tasks.quantized,
+            _requires_whole,
             unit=("bit", "bit"),
             generates="free-form",
             by_row=False,

@@ -19,6 +19,7 @@ from ..data.formats import QUESTION_ANSWER, PromptFormat
 from ..data.unlearning_data import SPLITS, UnlearningData
 from ..models.causal_lm import bare_model, check_model, unwrapped
 from ..models.compat import PartialState, broadcast, gathered, is_sharded
+from ..models.sharding import check_layers_alone
 from ..models.unlearner import unlearner_of
 from ..records.digests import DigestKey, read_digest_key
 from ..records.files import write_text
@@ -73,8 +74,8 @@ def evaluate(
     defines each metric.
 
     With `output_dir` results are written as they come, and the same call resumes an interrupted evaluation. Under
-    `accelerate launch` the tasks are shared among the processes, each with the models on its own device; the results
-    are those of one process.
+    `accelerate launch` the tasks are shared among the processes, each with the models on its own device; models that
+    are sharded (`spul.models.shard_layers`) are run by all of them together. The results are those of one process.
 
     Args:
         model: the unlearned causal LM: under a prompt of spul, unlearning layers or LoRA, or fully fine-tuned.
@@ -108,8 +109,9 @@ def evaluate(
     Raises:
         FileNotFoundError: if `digest_key` is the path of no file.
         ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
-            missing, a measure or set of questions is unknown, two of the models share a base, a model is sharded, or
-            `output_dir` holds another evaluation, files that are not an evaluation's, or damaged ones.
+            missing, a measure or set of questions is unknown, two of the models share a base, a model is sharded
+            otherwise than by `shard_layers`, or `output_dir` holds another evaluation, files that are not an
+            evaluation's, or damaged ones.
         TypeError: if a model is given by the name of its folder, `splits`, `collator` or rows are of another type, or
             a model has a plain PEFT prompt whose type is unknown to spul, or any plain PEFT prompt where the soft
             suffix is measured.
@@ -147,7 +149,7 @@ def evaluate(
     models = {name: unwrapped(one) for name, one in given.items() if one is not None}
     for name, one in models.items():
         if is_sharded(one):
-            raise ValueError(f"{name} is sharded (FSDP, DeepSpeed); evaluate with the whole model in each process.")
+            check_layers_alone(one, name)
         _check_prompt(name, one, measures)
     bare = [bare_model(one) for one in models.values()]
     if len({id(one) for one in bare}) < len(bare):
@@ -205,7 +207,8 @@ def evaluate(
     settings = settings_of(suite, models, [measure.name for measure in measured])
     is_attacked = any(task.keys[0].measure == "input attack" for task in tasks)
     facts = facts_of(suite, key, attack_examples(suite) if is_attacked else None)
-    found, failed = _measured(tasks, None if output_dir is None else Path(output_dir), settings, progress)
+    folder = None if output_dir is None else Path(output_dir)
+    found, failed = _measured(tasks, folder, settings, progress, together=suite.is_sharded)
     evaluation = Evaluation(published(settings), found, suite.skipped | failed, facts=facts)
     if output_dir is not None and PartialState().is_main_process:
         evaluation.save(output_dir)
@@ -248,11 +251,11 @@ def _check_prompt(name: str, model: nn.Module, measures: Sequence[str]) -> None:
 
 
 def _measured(
-    tasks: Sequence[Task], folder: Path | None, settings: dict[str, Any], progress: bool
+    tasks: Sequence[Task], folder: Path | None, settings: dict[str, Any], progress: bool, together: bool
 ) -> tuple[list[Measurement], dict[str, str]]:
     """The measurements of all tasks, in their order: loaded if present, else taken, each task by one process.
 
-    Also the measurements that a diverged model prevented, with the reason.
+    Or by all of them `together`. Also the measurements that a diverged model prevented, with the reason.
     """
     state = PartialState()
     found: list[Measurement] = []
@@ -266,7 +269,8 @@ def _measured(
         tqdm.write(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are loaded from {folder}")
     new: list[Measurement] = []
     failed: list[tuple[str, str]] = []
-    bar = tqdm(todo[state.process_index :: state.num_processes], disable=not (progress and state.is_main_process))
+    own = todo if together else todo[state.process_index :: state.num_processes]
+    bar = tqdm(own, disable=not (progress and state.is_main_process))
     for task in bar:
         bar.set_description(key_in_words(task.keys[0]))
         try:
@@ -274,10 +278,10 @@ def _measured(
         except DivergedError as error:
             failed += [(key_in_words(key), str(error)) for key in task.keys]
             continue
-        if folder is not None:
+        if folder is not None and (state.is_main_process or not together):
             append_measurements(folder / PROGRESS_NAME.format(state.process_index), measured)
         new += measured
-    if state.num_processes > 1:
+    if state.num_processes > 1 and not together:
         new, failed = gathered(new), gathered(failed)
     by_key = {one.key: one for one in [*found, *new]}
     return [by_key[key] for task in tasks for key in task.keys if key in by_key], dict(failed)

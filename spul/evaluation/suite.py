@@ -19,13 +19,14 @@ from ..data.collator import ForgetRetainCollator
 from ..data.formats import PromptFormat
 from ..data.rows import ADAPTER_NAME, column_values, completion_text
 from ..models.causal_lm import bare_model, max_positions
+from ..models.compat import is_sharded
 from ..models.unlearner import detached_base, unlearner_of
 from ..prompts.row_prompts import NO_PROMPT
 from ..records.digests import digest_of_rows
 from .aggregation import Key, Measurement
 from .attacks.usual import DOCUMENT_WORDS, TURNS, InputAttacks, checked_attacks
 from .metrics.free_form import generate_answers, rouge_l
-from .metrics.likelihood import exact_memorization, extraction_strength, probability, response_likelihoods
+from .metrics.likelihood import Likelihood, exact_memorization, extraction_strength, probability, response_likelihoods
 from .metrics.scoring import answer_scores, collect_answers, task_classes
 
 
@@ -146,6 +147,7 @@ class Suite:
     seed: int
     free_form: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
+    _of_reference: dict[str, list[Likelihood]] = field(default_factory=dict, init=False)
 
     @cached_property
     def classes(self) -> list[str]:
@@ -166,6 +168,12 @@ class Suite:
         if self.base is not None or unlearner_of(self.model).has_adapter:
             found.append("detached")
         return found + (["retrained"] if self.retrained is not None else [])
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether processes hold shards of one of the models, so that all of them run each task together."""
+        given = (self.model, self.base, self.retrained, self.reference)
+        return any(model is not None and is_sharded(model) for model in given)
 
     @contextmanager
     def subject(self, name: str) -> Iterator[Any]:
@@ -249,6 +257,16 @@ class Suite:
             "exact_memorization": exact_memorization(likelihoods),
             **rouge,
         }
+
+    def reference_on(self, rows: Dataset) -> list[Likelihood] | None:
+        """Likelihoods of rows under `reference`, by one pass for all models; None without one."""
+        if self.reference is None:
+            return None
+        key = digest_of_rows(rows)
+        if key not in self._of_reference:
+            found = response_likelihoods(self.reference, rows, self.collator.encoder, self.batch_size)
+            self._of_reference[key] = found
+        return self._of_reference[key]
 
     def halves(self) -> tuple[Dataset, Dataset]:
         """The trained forget rows, each prompt once, as one half to attack with and one to score on."""

@@ -65,13 +65,16 @@ def membership(suite: Suite) -> Iterator[Task]:
         suite.skipped["membership by the reference attack"] = "give reference=, another model that never saw the rows"
     if not suite.attacks.gradient_norm:
         suite.skipped["membership by gradient norm"] = "give AttackSettings(gradient_norm=True); it takes long"
-    gradient_of: GradientOf | None = "model" if suite.attacks.gradient_norm else None
+    elif suite.is_sharded:
+        suite.skipped["membership by gradient norm"] = "it reads gradients of the base's weights, which are sharded"
+    whole = suite.attacks.gradient_norm and not suite.is_sharded
+    gradient_of: GradientOf | None = "model" if whole else None
     settings = (gradient_of, suite.attacks.min_k_share, suite.batch_size)
     for name in suite.models:
         for rows_name, rows in ((MEMBERS, suite.splits["train_forget"]), (UNSEEN, unseen_rows(suite))):
 
             def scores(model: Any, key: Key, rows: Dataset = rows) -> list[Measurement]:
-                found = attack_scores(model, rows, suite.collator.encoder, suite.reference, *settings)
+                found = attack_scores(model, rows, suite.collator.encoder, suite.reference_on(rows), *settings)
                 return [Measurement(*key, per_row=found)]
 
             yield suite.task(rows, scores, Key("membership", rows_name, name))

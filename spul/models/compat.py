@@ -1,8 +1,8 @@
 """All private or fast-moving APIs of torch, transformers, PEFT, accelerate, bitsandbytes and datasets that spul uses.
 
-Those of gradient checkpointing stand in `compat_checkpointing`. No other module of spul may import or read them, the
-hooks of `Trainer` that `UnlearningTrainer` overrides aside. When a new version of one of these libraries breaks spul,
-look here.
+Those of gradient checkpointing stand in `compat_checkpointing`, those of shards and memory in `compat_devices`. No
+other module of spul may import or read them, the hooks of `Trainer` that `UnlearningTrainer` overrides aside. When a
+new version of one of these libraries breaks spul, look here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ import torch
 import transformers
 import transformers.modeling_utils
 from accelerate import PartialState as PartialState
-from accelerate.utils import broadcast_object_list, gather_object, send_to_device
+from accelerate.utils import (
+    broadcast_object_list,
+    gather_object,
+    send_to_device,
+)
 from datasets import Dataset
 from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -116,8 +120,17 @@ def _setting(value: Any, depth: int) -> Any:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes hold shards of the parameters: DTensor (FSDP), or `ds_id`, by which ZeRO-3 marks its own."""
+    """Whether processes hold shards of the parameters: FSDP, which gathers them for a while, DTensor, or `ds_id`, by
+    which ZeRO-3 marks its own."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # not loaded before a model is sharded
+    if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
+        return True
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that processes hold shards of, gathered by all of them together; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 # ---- transformers: keys and values ----

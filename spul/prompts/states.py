@@ -24,6 +24,7 @@ from ..models.compat import (
     weight_versions,
 )
 from ..models.compat_checkpointing import is_checkpointing, kept_cache
+from ..models.sharding import gather_before_gradients
 
 
 @dataclass
@@ -153,6 +154,8 @@ def compute_states(
         out = base(**given, **{cache_argument(base): cache}, use_cache=_keeps_cache(base), **last)
     # Under checkpointing, a forward may return none. A cache that it did not fill has no states.
     layers = layer_states(cache if is_checkpointing(base) else returned_cache(out))
+    if layers is not None and torch.is_grad_enabled():
+        gather_before_gradients(base, [layer[:2] for layer in layers])
     return None if layers is None else PromptStates(layers, out.logits if with_logits else None, prompt, version)
 
 

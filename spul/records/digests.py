@@ -15,6 +15,7 @@ import json
 import os
 import re
 import secrets
+import weakref
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models.compat import own_parameters, uncompiled
+from ..models.compat import is_sharded, own_parameters, uncompiled, whole
 
 DigestKey = bytes | str | os.PathLike  # the key itself, or the path of a file of `make_digest_key`
 MIN_KEY_BYTES = 16
@@ -69,7 +70,8 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
     Hashes the name, the shape and up to `samples_per_tensor` evenly spaced entries, rounded to bfloat16, of every
     parameter. A checkpoint has one fingerprint in float32 and bfloat16; in float16 or quantized it may have another.
     Another model, another revision and a fine-tuned copy have other fingerprints. Not noticed: changes confined to
-    entries between the samples, changes below bfloat16's precision, and changes of buffers.
+    entries between the samples, changes below bfloat16's precision, and changes of buffers. A sharded base has that of
+    the whole one; the first time, all processes must ask for it.
 
     Args:
         model: the base model, without adapters.
@@ -78,7 +80,18 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
     Returns:
         64 hexadecimal digits; None if some weights are not in memory (meta device, disk offload).
     """
-    return digest_of_parameters(own_parameters(uncompiled(model)), samples_per_tensor)
+    model = uncompiled(model)
+    is_fixed = is_sharded(model) and not any(parameter.requires_grad for _, parameter in own_parameters(model))
+    if is_fixed and model in _of_sharded:
+        return _of_sharded[model]
+    found = digest_of_parameters(own_parameters(model), samples_per_tensor)
+    if is_fixed:
+        _of_sharded[model] = found
+    return found
+
+
+# Fingerprints of sharded, frozen models: the first is taken by all processes together, later ones by any of them.
+_of_sharded: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
 def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]], samples_per_tensor: int = 256) -> str | None:
@@ -87,7 +100,7 @@ def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]], samples
     for name, parameter in sorted(parameters, key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
-        flat = parameter.detach().reshape(-1)
+        flat = whole(parameter.detach()).reshape(-1)
         indices = torch.linspace(0, flat.numel() - 1, min(samples_per_tensor, flat.numel()), dtype=torch.float64)
         values = flat[indices.round().long().to(flat.device)]
         if values.is_floating_point():

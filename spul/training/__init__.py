@@ -4,6 +4,7 @@ from .alternates import add_alternates
 from .augmentation import augmented, rewritings
 from .distillation import combine
 from .forward import step_counts, unlearning_forward
+from .memory import MemoryEstimate, estimate_memory
 from .methods import METHODS, Method, unlearning_method
 from .rates import default_learning_rate
 from .reference import ReferenceCache
@@ -15,6 +16,7 @@ __all__ = [
     "METHODS",
     "Candidate",
     "HeldOutScore",
+    "MemoryEstimate",
     "Method",
     "ReferenceCache",
     "SearchResult",
@@ -25,6 +27,7 @@ __all__ = [
     "augmented",
     "combine",
     "default_learning_rate",
+    "estimate_memory",
     "rewritings",
     "search",
     "step_counts",

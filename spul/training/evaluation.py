@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import Trainer
 
 from ..data.collator import ForgetRetainCollator
 from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
@@ -17,9 +16,10 @@ from ..models.compat import PredictionOutput, gathered, speed_metrics
 from ..models.unlearner import Unlearner
 from .options import check_not_stream
 from .predictions import in_precision, predict_rows
+from .sharding import ShardingTrainer
 
 
-class EvaluatingTrainer(Trainer):
+class EvaluatingTrainer(ShardingTrainer):
     """A `Trainer` whose `evaluate` scores answers and whose `predict` gives logits at the response positions."""
 
     _learner: Any
@@ -107,14 +107,14 @@ class EvaluatingTrainer(Trainer):
             TypeError: if they are not a data set.
         """
         check_not_stream(rows, name)
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        progress = None if self.args.disable_tqdm or rank else name
+        rank, world = self.shares
+        progress = name if self.is_world_process_zero() and not self.args.disable_tqdm else None
         with self.accelerator.autocast():
             # The plain model, not DDP's: every process has rows of its own, and their numbers may differ.
             some = range(rank, len(rows), world)
             found = collect_answers(self._learner, rows, self._collator, self.args.eval_batch_size, some, progress)
         answers = Answers()
-        for part in gathered([found]):
+        for part in gathered([found]) if world > 1 else [found]:
             answers.true += part.true
             answers.predicted += part.predicted
             answers.nll += part.nll
@@ -136,6 +136,7 @@ class EvaluatingTrainer(Trainer):
             self._collator,
             self.args,
             self.accelerator,
+            self.shares,
             self.compute_metrics,
             self.preprocess_logits_for_metrics,
             keep,

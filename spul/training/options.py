@@ -53,7 +53,7 @@ HONORED = {
     "eval_use_gather_object": "no effect: predictions are gathered as objects",
     "bf16_full_eval": "evaluation outside training is in bfloat16; the model has its own precision again afterwards",
     "fp16_full_eval": "the same in float16",
-    "fsdp": "untested; reference='live'; not for unlearning layers",
+    "fsdp": "version 2; shards the base under a prompt or LoRA; a whole model untested; not for unlearning layers",
     "fsdp_config": "the same",
     "include_for_metrics": "as in Trainer; losses are those of rows",
     "label_names": "entries of a collated batch, for compute_metrics",
@@ -99,7 +99,7 @@ REFUSED = {
     "parallelism_config": Refused(
         None,
         "cuts rows or layers into pieces on several devices, but the unlearning loss reads whole rows of a whole "
-        "model. Use one process per GPU (DDP), or FSDP with reference='live'.",
+        "model. Use one process per GPU (DDP), or FSDP.",
     ),
 }
 """Refused, unless left at the only value possible."""
@@ -132,7 +132,7 @@ def refuse_options(args: TrainingArguments, arguments: Mapping[str, Any]) -> Non
     if deepspeed is not None and deepspeed.is_zero3():
         raise ValueError(
             "deepspeed with ZeRO stage 3 shards the base, of which the loss and the saved record need whole weights; "
-            "use stage 1 or 2, or FSDP with reference='live'."
+            "use stage 1 or 2, or FSDP (version 2)."
         )
     rows = arguments.get("eval_dataset")
     for name, split in (rows if isinstance(rows, dict) else {"eval_dataset": rows}).items():
@@ -181,7 +181,7 @@ def check_training_order(
             )
         return
     needs = ["reference='cached' (use reference='live')"] if reference == "cached" and loss.needs_reference else []
-    needs += ["forget_fraction"] if forget_fraction is not None else []
+    needs += ["forget_fraction (give the share to forget_retain_stream)"] if forget_fraction is not None else []
     needs += ["alternate=True"] if alternate else []
     if strategy not in ("random", "sequential"):  # "random" is the default, and no wish
         needs.append(f"train_sampling_strategy={strategy!r}")

@@ -30,6 +30,7 @@ def predict_rows(
     collator: ForgetRetainCollator,
     args: TrainingArguments,
     accelerator: Accelerator,
+    shares: tuple[int, int],
     compute_metrics: Callable[..., Any] | None = None,
     preprocess: Callable[[Tensor, Any], Any] | None = None,
     keep: bool = True,
@@ -41,7 +42,8 @@ def predict_rows(
         rows: a data set with `prompt` and `completion`.
         collator: its encoder makes batches with the rows' own completions.
         args: batch size, and the options of evaluation that `Trainer` has.
-        accelerator: divides the rows among its processes.
+        accelerator: its autocast is that of the training.
+        shares: number of this process, and of those that divide the rows; (0, 1) if each runs all of them.
         compute_metrics: as in `Trainer`, for an `EvalPrediction`.
         preprocess: `preprocess_logits_for_metrics` of `Trainer`, for logits and labels of a batch.
         keep: False keeps no batch, where `compute_metrics` takes them one by one (`batch_eval_metrics`).
@@ -54,7 +56,7 @@ def predict_rows(
         ValueError: if the logits are NaN, or `label_names` has an entry that the batches lack.
     """
     check_rows(rows)
-    size, rank, world = args.eval_batch_size, accelerator.process_index, accelerator.num_processes
+    size, (rank, world) = args.eval_batch_size, shares
     containers = {name: EvalLoopContainer(args.eval_do_concat_batches, padding_index=IGNORE_INDEX) for name in PARTS}
     by_batch = compute_metrics is not None and args.batch_eval_metrics
     metrics: Any = {}
@@ -69,7 +71,7 @@ def predict_rows(
             first = start + rank * size
             own = rows_at(rows, list(range(first, min(first + size, len(rows)))))
             found = [moved(_predicted(model, own, collator, args.label_names, preprocess), "cpu")] if own else []
-            parts = gathered(found)
+            parts = gathered(found) if world > 1 else found
             batch = {name: functools.reduce(_joined, (part[name] for part in parts)) for name in PARTS}
             if by_batch:
                 assert compute_metrics is not None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from ..losses.positions import response_positions, token_positions
 from ..losses.terms import IGNORE_INDEX
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import bare_model, logits_at, states_at
+from ..models.compat import broadcast, is_sharded
 from ..models.output_head import NoHead, OutputHead, final_states
 from ..models.unlearner import detached_base
 from ..records.digests import digest
@@ -94,7 +94,8 @@ class ReferenceCache:
             collator: the collator of the training.
             folder: None (default) is one for each base and data set, in `spul/reference` under `HF_HOME`.
             batch_size: rows per forward pass.
-            accelerator: divides the work among its processes, which must see the same folder.
+            accelerator: divides the work among its processes, which must see the same folder. Each reads from it, by
+                memory mapping, the rows that it needs.
             progress: whether to show a progress bar.
             loss: the objective, which decides which rows are compared; None takes the unlearner's own.
 
@@ -132,25 +133,43 @@ class ReferenceCache:
                 each = zip(found, numbers[some].tolist(), strict=True)
                 return collator.encoder.pad(found, [collator.every(row, number)[0] for row, number in each])
 
-            def states_of(part: Tensor, file: Path) -> Tensor:
-                read = partial(read_part, file, checksums[part], int(counts[part].sum()))
-                if (states := read()) is not None:
-                    return states
-                computed = []
-                for some in tqdm(part.split(batch_size), file.stem, disable=not progress, leave=False):
+            def read(i: int) -> Tensor | None:
+                return read_part(files[i], checksums[parts[i]], int(counts[parts[i]].sum()))
+
+            def compute(i: int, num_batches: int = 0, writes: bool = True) -> None:
+                """Compute and write a part, by at least as many forwards, the last one repeated."""
+                batches, computed = list(parts[i].split(batch_size)), []
+                for some in tqdm(batches, files[i].stem, disable=not progress, leave=False):
                     found = _states(base, batch_of(some), loss.reads_layer)
                     computed.append(found.to(head.dtype or found.dtype).cpu())
-                write_part(file, torch.cat(computed), checksums[part])
-                if (states := read()) is None:  # memory-mapped, in place of those in memory
-                    raise OSError(f"{file} is not what was just written to it; name another folder (reference_dir).")
-                return states
+                for _ in range(num_batches - len(batches)):
+                    _states(base, batch_of(batches[-1]), loss.reads_layer)
+                if writes:
+                    write_part(files[i], torch.cat(computed), checksums[parts[i]])
 
-            opened = {}  # each part is read once, since its checksum reads all of it
-            for i in tqdm(range(rank, len(parts), world), "reference", disable=not progress, leave=False):
-                opened[i] = states_of(parts[i], files[i])
+            opened: dict[int, Tensor | None] = {}  # each part is read once, since its checksum reads all of it
+            together = is_sharded(base)
+            if together:  # all processes run each forward: they take a part each, or go along with the last one
+                missing = broadcast([] if rank else [i for i in range(len(parts)) if read(i) is None])
+                for turn in (missing[i : i + world] for i in range(0, len(missing), world)):
+                    most = max(-(-len(parts[i]) // batch_size) for i in turn)
+                    compute(turn[min(rank, len(turn) - 1)], most, writes=rank < len(turn))
+            else:
+                for i in tqdm(range(rank, len(parts), world), "reference", disable=not progress, leave=False):
+                    if (there := read(i)) is None:
+                        compute(i)
+                    opened[i] = there if there is not None else read(i)  # memory-mapped, in place of those in memory
             if accelerator is not None:
                 accelerator.wait_for_everyone()
-            states = [opened[i] if i in opened else states_of(parts[i], files[i]) for i in range(len(parts))]
+            states = []
+            for i, file in enumerate(files):
+                found = opened[i] if i in opened else read(i)
+                if found is None and i not in opened and not together:  # another process's, damaged or not seen yet
+                    compute(i)
+                    found = read(i)
+                if found is None:
+                    raise OSError(f"{file} is not what was just written to it; name another folder (reference_dir).")
+                states.append(found)
             reference = cls(loss, head, path, rows, states)
             spread = torch.linspace(0, len(ids) - 1, min(ROWS_CHECKED, len(ids))).round().long()
             for one in spread.split(1):  # one by one, since the longest is among them

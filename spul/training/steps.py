@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from ..losses.unlearning_loss import UnlearningLoss
 from .callbacks import TermSums
 from .evaluation import EvaluatingTrainer
 from .forward import step_counts, unlearning_forward
+from .memory import advised
 from .reference import ReferenceCache
 
 logger = logging.getLogger(__name__)
@@ -102,13 +104,22 @@ class SteppingTrainer(EvaluatingTrainer):
         else:
             with self.accelerator.autocast():  # also around the base model, which accelerate does not wrap
                 outputs = unlearning_forward(model, self._loss, **inputs)
+        self._keep_company(inputs)
         if model.training:
             self._terms.add(outputs)
             if self.multiplier is not None:
                 self.multiplier.add(outputs)
         return (outputs.loss, outputs) if return_outputs else outputs.loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def _keep_company(self, inputs: Mapping[str, Tensor]) -> None:
+        """Run a sharded base where others do, who have rows that are compared with it: all gather its layers."""
+        alone = self._shards_base and self._reference is None and self._loss.needs_reference
+        if alone and not self._loss.rows_needing_reference(inputs["is_forget"].bool()).any():
+            one = {name: inputs[name][:1] for name in ("input_ids", "attention_mask")}
+            with torch.no_grad():
+                self.unlearner.base_logits(**one, positions=torch.zeros_like(one["input_ids"][:, :1]))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """Forward and backward of one batch, as in `Trainer`.
 
         The terms are checked after the backward pass. This waits for the device, as Trainer's NaN filter
@@ -116,8 +127,10 @@ class SteppingTrainer(EvaluatingTrainer):
 
         Raises:
             FloatingPointError: if a term of the loss is NaN or infinite; the optimizer has not stepped.
+            RuntimeError: if memory runs out, with what to lower; on a GPU it is a `torch.OutOfMemoryError`.
         """
-        loss = super().training_step(*args, **kwargs)
+        with advised(inputs):
+            loss = super().training_step(model, inputs, *args, **kwargs)
         self._terms.check_finite(self.state.global_step + 1)
         return loss
 

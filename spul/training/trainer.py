@@ -134,6 +134,7 @@ class UnlearningTrainer(SteppingTrainer):
         check_dispatch(self._rows, self.args.accelerator_config, self.accelerator.num_processes, data_collator.pairs)
         if not self.unlearner.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
+        self.shard_base()
         self._record_data()  # not before every check has passed: the record of a refused model stays
         self.add_callback(EpochCallback(self, data_collator))
         self.add_callback(MultiplierCallback(self))
@@ -266,8 +267,9 @@ class UnlearningTrainer(SteppingTrainer):
         if self._reference_mode == "cached" and asks.any():
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
-                    "reference='cached' reads the whole base in every process, but FSDP and DeepSpeed shard it. Use "
-                    "reference='live' for a prompt or LoRA; the full model needs a loss without a reference."
+                    "reference='cached' is not computed where FSDP or DeepSpeed shard weights that train: the full "
+                    "model needs a loss without a reference. Under DeepSpeed use reference='live' for a prompt or "
+                    "LoRA."
                 )
             if (self.args.fp16_full_eval or self.args.bf16_full_eval) and not self.is_model_parallel:
                 self._move_model_to_device(self._learner, self.args.device)  # as Trainer does, later

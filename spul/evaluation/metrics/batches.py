@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from datasets import Dataset
@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from ...data.batching import by_length
 from ...data.encoded import Encoded
 from ...data.encoder import RowEncoder
-from ...data.rows import adapter_names_of
+from ...data.rows import ROWS_READ_AT_ONCE, adapter_names_of, rows_at
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX
 from ...models.causal_lm import evaluation_mode
@@ -44,21 +44,38 @@ class ResponseBatch(NamedTuple):
         return int(self.targets[row].ne(IGNORE_INDEX).sum())
 
 
-def length_batches(encoded: Sequence[Encoded], batch_size: int, progress: str | None = None) -> Iterator[list[int]]:
-    """Indices of rows in batches of similar length, the longest first: a batch that does not fit fails early."""
-    batches = list(by_length([len(one) for one in encoded], batch_size))
-    yield from tqdm(batches, desc=progress, disable=progress is None, leave=False)
+def length_batches(
+    rows: Any, encode: Callable[[Any], Encoded], batch_size: int, progress: str | None = None
+) -> Iterator[list[int]]:
+    """Indices of rows in batches of similar length, the longest first: a batch that does not fit fails early.
+
+    Rows are encoded for their lengths alone, and once more when their batch is made: of many rows, those of one batch
+    are in memory.
+
+    Args:
+        rows: a data set, or a list of rows.
+        encode: from a row to its tokens.
+        batch_size: rows per batch.
+        progress: label of a progress bar; None shows none.
+    """
+    lengths = []
+    for start in range(0, len(rows), ROWS_READ_AT_ONCE):
+        some = rows_at(rows, range(start, min(start + ROWS_READ_AT_ONCE, len(rows))))
+        lengths += [len(encode(row)) for row in some]
+    yield from tqdm(list(by_length(lengths, batch_size)), desc=progress, disable=progress is None, leave=False)
 
 
 def response_batches(
     rows: Dataset, encoder: RowEncoder, batch_size: int, device: torch.device, progress: str | None = None
 ) -> Iterator[ResponseBatch]:
     """Batches of rows with their own completions, on a device, without what a chat template puts after them."""
-    given = list(rows)
-    encoded = [encoder.encode(row).without_ending() for row in given]
-    for indices in length_batches(encoded, batch_size, progress):
-        some = [given[i] for i in indices]
-        batch = encoder.pad(some, [encoded[i] for i in indices])
+
+    def encode(row: Any) -> Encoded:
+        return encoder.encode(row).without_ending()
+
+    for indices in length_batches(rows, encode, batch_size, progress):
+        some = rows_at(rows, indices)
+        batch = encoder.pad(some, [encode(row) for row in some])
         batch = {name: value.to(device) for name, value in batch.items()}
         yield ResponseBatch(indices, batch, *response_positions(batch["labels"]), adapter_names_of(some))
 

@@ -181,7 +181,7 @@ def attack_scores(
     model: nn.Module,
     rows: Dataset,
     encoder: RowEncoder,
-    reference: nn.Module | None = None,
+    reference: nn.Module | Sequence[Likelihood] | None = None,
     gradient_of: GradientOf | None = None,
     share: float = 0.2,
     batch_size: int = 32,
@@ -193,7 +193,8 @@ def attack_scores(
         model: a causal LM, bare, under PEFT or under a prompt.
         rows: `prompt` and `completion`.
         encoder: turns rows into token ids.
-        reference: a model that was not trained on the rows, for the reference attack; None skips it.
+        reference: a model that was not trained on the rows, for the reference attack, or the rows' likelihoods under
+            it; None skips it.
         gradient_of: as `of` in `gradient_norm_attack`; None skips it: it takes a backward pass per row.
         share: of the tokens, for min-k and min-k++.
         batch_size: rows per forward pass.
@@ -221,8 +222,9 @@ def attack_scores(
         "min_k++": min_k_plus_plus_attack(likelihoods, share),
     }
     if reference is not None:
-        others = response_likelihoods(reference, rows, encoder, batch_size, progress)
-        scores["reference"] = reference_attack(likelihoods, others)
+        if isinstance(reference, nn.Module):
+            reference = response_likelihoods(reference, rows, encoder, batch_size, progress)
+        scores["reference"] = reference_attack(likelihoods, reference)
     if gradient_of is not None:
         scores["gradient_norm"] = gradient_norm_attack(model, rows, encoder, gradient_of, progress)
     return scores

@@ -256,12 +256,11 @@ def collect_answers(
     """Answers to some rows of a set, by their indices; see `score_completions`."""
     check_rows(rows)
     classes = task_classes(rows)
-    picked = rows_at(rows, [int(i) for i in some])
-    encoded = [collator.encoder.encode(row) for row in picked]
+    picked = rows if some == range(len(rows)) else rows.select(some)
     answers = Answers([""] * len(picked), [""] * len(picked), [0.0] * len(picked))
     with evaluation_mode(model), unlearner_of(model).cached_prompts():
-        for indices in length_batches(encoded, batch_size, progress):
-            found = greedy_completions(model, [picked[i] for i in indices], collator, classes)
+        for indices in length_batches(picked, collator.encoder.encode, batch_size, progress):
+            found = greedy_completions(model, rows_at(picked, indices), collator, classes)
             for j, i in enumerate(indices):
                 answers.true[i], answers.predicted[i] = found.true[j], found.predicted[j]
                 answers.nll[i] = found.nll[j]

@@ -1,0 +1,100 @@
+"""Private and fast-moving APIs of torch and accelerate about shards and memory; the others are in `compat`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import weakref
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainingArguments
+
+# ---- processes ----
+
+
+def fsdp_plugin(args: TrainingArguments, accelerator: Accelerator) -> Any:
+    """The settings of FSDP by training arguments, or by `accelerate launch`; None without FSDP.
+
+    On CPUs accelerate drops them without a word.
+    """
+    if (known := getattr(accelerator.state, "fsdp_plugin", None)) is not None:
+        return known
+    given = getattr(args, "fsdp_plugin_args", None)
+    if given is None and os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return None
+    return FullyShardedDataParallelPlugin(**(given or {}))
+
+
+def use_data_parallel(accelerator: Accelerator, replaces_fsdp: bool) -> None:
+    """Make accelerate treat processes as those of DDP where FSDP is configured, or as configured again.
+
+    The state is one for all accelerators of a process, and the kind has no public setter.
+    """
+    state: Any = accelerator.state
+    if getattr(state, "fsdp_plugin", None) is None:
+        return
+    by_device = {"cuda": DistributedType.MULTI_GPU, "cpu": DistributedType.MULTI_CPU, "xpu": DistributedType.MULTI_XPU}
+    state.distributed_type = by_device[accelerator.device.type] if replaces_fsdp else DistributedType.FSDP
+
+
+def replicated(model: nn.Module, base: nn.Module) -> nn.parallel.DistributedDataParallel:
+    """A model under DDP that leaves alone the base's frozen weights and buffers, shards among them.
+
+    DDP reads names to leave alone from an attribute whose setter is private.
+    """
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    theirs = {id(tensor) for tensor in (*base.parameters(), *base.buffers())} - trained
+    named: Any = itertools.chain(model.named_parameters(), model.named_buffers())
+    names = [name for name, tensor in named if id(tensor) in theirs]
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    return nn.parallel.DistributedDataParallel(model)
+
+
+# ---- memory ----
+
+
+def fake_tensors() -> AbstractContextManager[Any]:
+    """Context manager: tensors that are made inside have a shape and no values; torch has it for its compiler."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()
+
+
+class TensorMemory(TorchDispatchMode):
+    """Context manager: the peak memory of the tensors that are made inside, by the sizes of their storages.
+
+    Args:
+        last: tensors of this size in the last dimension are counted apart.
+        but: tensors that are not counted, nor views of them.
+
+    Attributes:
+        peak: the others, in bytes, when all together were most.
+        peak_of_last: those, at that moment.
+    """
+
+    def __init__(self, last: int, but: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.last, self._now, self.peak, self.peak_of_last = last, [0, 0], 0, 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet(tensor.untyped_storage() for tensor in but)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in torch.utils._pytree.tree_leaves(out):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self._seen:
+                self._seen.add(storage)
+                kind, size = int(tensor.ndim > 0 and tensor.shape[-1] == self.last), storage.nbytes()
+                self._add(kind, size)
+                weakref.finalize(storage, self._add, kind, -size)
+        if sum(self._now) > self.peak + self.peak_of_last:
+            self.peak, self.peak_of_last = self._now
+        return out
+
+    def _add(self, kind: int, size: int) -> None:
+        self._now[kind] += size

@@ -1,0 +1,99 @@
+"""Training on a sharded base: the frozen weights are divided among the processes, what trains is whole in each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from ..models.compat import is_sharded
+from ..models.compat_devices import fsdp_plugin, replicated, use_data_parallel
+from ..models.sharding import check_layers_alone, shard_layers
+from ..models.unlearner import Unlearner
+from ..records.digests import fingerprint
+
+
+class ShardingTrainer(Trainer):
+    """A `Trainer` that, under FSDP, shards the base of a prompt or of LoRA, and replicates the prompt or LoRA (DDP).
+
+    A prompt is small, so that dividing it saves nothing. Whole, it is saved, resumed and averaged as on one device.
+    """
+
+    _learner: Any
+    unlearner: Unlearner
+    # Whether the base is, or is about to be, sharded over the processes.
+    _shards_base = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """As in `Trainer`; FSDP of a frozen base is carried out here, and what remains for `Trainer` is DDP.
+
+        Raises:
+            ValueError: for settings of FSDP that cannot be honored.
+        """
+        super().create_accelerator_and_postprocess()
+        plugin = fsdp_plugin(self.args, self.accelerator)
+        is_frozen = self.unlearner.can_be_sharded and not self.unlearner.trains_base
+        use_data_parallel(self.accelerator, plugin is not None and is_frozen)
+        self._shards_base = is_frozen and (plugin is not None or is_sharded(self.unlearner.get_base_model()))
+        if not self._shards_base:
+            return
+        if plugin is not None and plugin.fsdp_version != 2:
+            raise ValueError(
+                f"FSDP of version {plugin.fsdp_version} cannot shard the base under a prompt; use "
+                "fsdp_version: 2 (in the file of accelerate, or TrainingArguments(fsdp_config={'version': 2}))."
+            )
+        if plugin is not None and plugin.activation_checkpointing:
+            raise ValueError(
+                "activation_checkpointing in the settings of FSDP is not used for a frozen base; use "
+                "TrainingArguments(gradient_checkpointing=True)."
+            )
+        if self.args.fp16_full_eval or self.args.bf16_full_eval:
+            raise ValueError(
+                "fp16_full_eval and bf16_full_eval convert the base, which is sharded; load it in that precision."
+            )
+        self.is_fsdp_enabled, self._plugin = False, plugin
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> Any:
+        # The whole base may not fit into the memory of one device: it goes there in shards.
+        return super()._move_model_to_device(model, device) if not self._shards_base else self.shard_base()
+
+    def shard_base(self) -> None:
+        """Shard the base of the model that trains, if this training shards it, and move the rest to the device."""
+        base = self.unlearner.get_base_model()
+        if not self._shards_base:
+            return
+        if not is_sharded(base):
+            mesh, dims = getattr(self.accelerator, "torch_device_mesh", None), self.accelerator.parallelism_config
+            shard_layers(
+                self._learner,
+                self.args.device,
+                None if mesh is None or dims is None else mesh[tuple(dims.fsdp_dim_names)],
+                reshard_after_forward=self._plugin.reshard_after_forward is not False,
+                cpu_offload=bool(self._plugin.cpu_offload),
+            )
+        check_layers_alone(base)
+        for parameter in self._learner.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(self.args.device)
+        fingerprint(base)  # of all processes together, while all are here; it is remembered
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        if not self._shards_base or not training:
+            return super()._wrap_model(model, training, dataloader)
+        self.shard_base()
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            return model
+        prepared = self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)  # autocast
+        return replicated(prepared, self.unlearner.get_base_model())
+
+    @property
+    def shares(self) -> tuple[int, int]:
+        """Number of this process, and how many divide the rows of an evaluation: (0, 1) where all run all of them.
+
+        The processes of a sharded base must run the same forwards.
+        """
+        if self._shards_base:
+            return 0, 1
+        return self.accelerator.process_index, self.accelerator.num_processes

@@ -1,0 +1,52 @@
+"""One pass over rows: of many rows, those of one batch are in memory."""
+
+import gc
+
+import pytest
+from datasets import Dataset
+from helpers import build, make_collator
+
+from spul.data.encoded import Encoded
+from spul.evaluation.metrics.batches import length_batches, map_responses
+from spul.evaluation.metrics.scoring import collect_answers
+from spul.models.causal_lm import evaluation_mode
+
+
+def many(num):
+    """Rows of two lengths, in turn."""
+    return Dataset.from_list(
+        [{"prompt": f"review {'x ' * (i % 2 * 3)}{i} :", "completion": " positive"} for i in range(num)]
+    )
+
+
+def encoded_now():
+    return sum(isinstance(one, Encoded) for one in gc.get_objects())
+
+
+def test_every_row_is_in_one_batch_and_the_longest_come_first():
+    rows, encoder = many(2500), make_collator().encoder  # more than are read at once
+    batches = list(length_batches(rows, encoder.encode, 64))
+    assert sorted(i for batch in batches for i in batch) == list(range(2500))
+    assert {i % 2 for i in batches[0]} == {1}
+    assert {i % 2 for i in batches[-1]} == {0}
+
+
+def test_tokens_of_one_batch_are_in_memory():
+    seen = []
+
+    def measure(batch):
+        seen.append(encoded_now())
+        return batch.indices
+
+    assert map_responses(build("llama"), many(200), make_collator().encoder, measure, batch_size=8) == list(range(200))
+    assert len(seen) == 25
+    assert max(seen) <= 16
+
+
+def test_answers_are_in_the_order_of_the_rows_that_are_picked():
+    rows, model, collator = many(9), build("llama"), make_collator()
+    whole = collect_answers(model, rows, collator, 4, range(9))
+    some = collect_answers(model, rows, collator, 4, range(1, 9, 3))
+    assert some.nll == pytest.approx([whole.nll[i] for i in (1, 4, 7)], abs=1e-5)
+    with evaluation_mode(model):
+        assert collect_answers(model, rows, collator, 4, range(0)).nll == []
