@@ -132,7 +132,7 @@ _CONSTANT = replace(
 )
 # The candidates so far. No recipe is known yet by which prompt tuning or P-tuning forgets on every seed.
 DEFAULTS = {
-    "prefix_tuning": replace(_CONSTANT, learning_rate=0.1, alpha=2.0, beta=2.0, batch_size=16),
+    "prefix_tuning": replace(_CONSTANT, learning_rate=0.1, batch_size=16),
     "prompt_tuning": replace(_CONSTANT, learning_rate=0.1, batch_size=8, start="vocabulary"),
     "p_tuning": replace(_CONSTANT, learning_rate=0.003, batch_size=8),
 }
