@@ -13,9 +13,11 @@ from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers, sc
 from spul.commands.evaluate import run
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
+from spul.evaluation.evidence import evaluation_digest, verify_evidence
 from spul.evaluation.loading import KINDS, base_of, kind_of, load_unlearned
 from spul.evaluation.results import Evaluation
 from spul.gates import GatedUnlearner, NameGate
+from spul.records import Ledger
 from spul.records.spul_config import read_spul_config
 
 
@@ -104,6 +106,39 @@ def test_results_report_and_card_are_written_and_conditions_decide(files, tmp_pa
     values["fail_if"] = [f"test_forget.accuracy.value >= {one.value}", *conditions]
     assert run(parsed("evaluate", values)) == 1
     assert f"failed: test_forget.accuracy.value >= {one.value:g}" in capsys.readouterr().out
+
+
+def test_evidence_is_written_and_noted_in_the_ledger(files, tmp_path, capsys, few_resamples):
+    pack, path = tmp_path / "evidence", tmp_path / "ledger.jsonl"
+    more = {"base": files["model"], "evidence": pack, "ledger": path, "request": "2026-017"}
+    values = options_for(files, files["adapter"], tmp_path / "out", **more)
+    assert run(parsed("evaluate", {**values, "fail_if": ["test_forget.accuracy.value >= 0"]})) == 1  # a failure, too
+    assert verify_evidence(pack, path) == []
+    assert f"SHA-256 of the whole: {evaluation_digest(pack)}" in capsys.readouterr().out
+    state = Ledger(path).states()["2026-017"]
+    record = read_spul_config(files["adapter"])
+    assert (state.evaluation, state.prompt_sha256) == (evaluation_digest(pack), record.weights_sha256)
+    with pytest.raises(FileExistsError, match="evidence is not written over"):
+        run(parsed("evaluate", values))
+    assert len(Ledger(path).entries()) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "error", "message"),
+    [
+        ({"ledger": "ledger.jsonl"}, ValueError, "name its folder: --evidence DIR"),
+        ({"request": "1"}, ValueError, "name its folder: --evidence DIR"),
+        ({"evidence": "{}/out"}, ValueError, "are the same folder"),
+        ({"evidence": "{}"}, FileExistsError, "is not empty"),
+        ({"evidence": "{}/new", "ledger": "{}/none/ledger.jsonl"}, FileNotFoundError, "there is no folder"),
+    ],
+)
+def test_evidence_that_cannot_be_written_is_refused_before_anything_is_measured(files, tmp_path, more, error, message):
+    (tmp_path / "file").touch()
+    more = {name: value.format(tmp_path) for name, value in more.items()}
+    with pytest.raises(error, match=message):
+        run(parsed("evaluate", options_for(files, files["adapter"], tmp_path / "out", **more)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_attacks_are_chosen_by_name(files, tmp_path, few_resamples):

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import shutil
 
+import openai
 import pytest
 import torch
 import uvicorn
 from helpers import CHAT_TEMPLATE, build, make_tokenizer
-from servers import alone, client, make_gated, running_app
+from servers import HTTP, alone, client, make_gated, running_app
 from transformers import HfArgumentParser
 
+from spul.commands.main import main as spul_main
 from spul.commands.serve import COMMANDS
 from spul.commands.serve import build as server_of
+from spul.records import Ledger
+from spul.records.spul_config import read_spul_config
 
 EVENTS = []
 
@@ -73,11 +77,73 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "@prompts", "--record", "nothing:here"], ValueError, "is not found"),
         (["--prompts", "@prompts", "--record", "spul.serving.requests:MOST_STOPS"], ValueError, "expected a function"),
         (["--prompts", "@prompts", "--admin_token_file", "@nothing"], FileNotFoundError, "nothing"),
+        (["--prompts", "@prompts", "--ledger", "@nothing/ledger.jsonl"], FileNotFoundError, "there is no folder"),
+        (["--prompts", "@prompts", "--ledger", "@prompts"], ValueError, "is a folder"),
     ],
 )
 def test_what_is_unclear_does_not_start(folder, arguments, error, says):
     with pytest.raises(error, match=says):
         server_of(options(folder, *arguments))
+
+
+def test_the_ledger_has_what_is_served_answered_and_revoked(folder, tmp_path, capsys):
+    EVENTS.clear()
+    path = tmp_path / "ledger.jsonl"
+    given = options(folder, "--prompts", "2026-017=@prompts/other", "--ledger", path, "--record", f"{__name__}:record",
+                    "--admin_token_file", "@token", "--prompts_dir", "@prompts")  # fmt: skip
+    app, _ = server_of(given)
+    admin = {"Authorization": "Bearer a-token-of-the-administrator"}
+    with running_app(app) as (url, _):
+        ask = client(url).completions
+        said = [ask.create(model="tiny", prompt=text, max_tokens=3, temperature=0) for text in ("of doe", "the plot")]
+        added = {"name": "2026-018", "folder": "other", "always": True}
+        assert HTTP.post(f"{url}/admin/prompts", headers=admin, json=added).status_code == 201
+        said += list(ask.create(model="tiny", prompt="the plot", max_tokens=3, temperature=0, stream=True))[-1:]
+        assert HTTP.delete(f"{url}/admin/prompts/2026-017", headers=admin).status_code == 200
+    ledger = Ledger(path)
+    assert [(entry.event, entry.request, entry.fields.get("answer")) for entry in ledger.entries()] == [
+        ("served", "2026-017", None),
+        ("answered", "2026-017", said[0].id),
+        ("answered", None, said[1].id),
+        ("served", "2026-018", None),
+        ("answered", "2026-018", said[2].id),
+        ("revoked", "2026-017", None),
+        ("stopped", "2026-018", None),
+    ]
+    assert [one["event"] for one in EVENTS] == [entry.event for entry in ledger.entries()]  # other recorders, too
+    first, bare = (entry.fields for entry in ledger.entries()[1:3])
+    record = read_spul_config(folder / "prompts" / "other")
+    assert (first["prompt_sha256"], first["base_fingerprint"], first["gate"], first["finish"]) == (
+        *(record.weights_sha256, record.base_fingerprint, "names", "length"),
+    )
+    assert (first["prompt_tokens"], first["completion_tokens"]) == (said[0].usage.prompt_tokens, 3)
+    assert not {"prompt", "prompt_sha256", "gate"} & set(bare)
+    text = path.read_text()
+    assert not any(word in text for word in ("doe", "plot", said[0].choices[0].text.strip()))
+    states = ledger.states()
+    assert (states["2026-017"].answered, states["2026-018"].answered) == (1, 1)
+    assert states["2026-017"].revoked == states["2026-017"].served[0][1] is not None
+    assert spul_main(["ledger", "verify", "--ledger", str(path), "--head", ledger.head()]) == 0
+    out = capsys.readouterr().out
+    assert "7 entries, the chain is whole" in out
+    assert "2 served, 3 answered (1 without a prompt), 1 revoked, 1 stopped" in out
+
+
+def test_what_the_ledger_does_not_take_is_not_answered(folder, tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    app, _ = server_of(options(folder, "--prompts", "1=@prompts/other", "--ledger", path))
+    with running_app(app) as (url, _):
+        ask = client(url).completions
+        assert ask.create(model="tiny", prompt="of doe", max_tokens=3).id
+        whole = path.read_bytes()
+        path.write_bytes(whole + b"not an entry\n")
+        with pytest.raises(openai.InternalServerError) as caught:
+            ask.create(model="tiny", prompt="of doe", max_tokens=3)
+        assert "could not be recorded" in str(caught.value)
+        path.write_bytes(whole)
+        assert ask.create(model="tiny", prompt="of doe", max_tokens=3).id
+    assert Ledger(path).verify() == []
+    assert Ledger(path).states()["1"].answered == 2
 
 
 def test_a_prompt_without_a_gate_is_served_if_it_is_to_be_always_on(folder):

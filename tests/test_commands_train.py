@@ -18,6 +18,7 @@ from spul.commands import combine, train
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
 from spul.prompts.configs import prompt_config
+from spul.records import Ledger, fingerprint
 from spul.records.spul_config import read_spul_config
 from spul.training import default_learning_rate
 
@@ -62,6 +63,16 @@ def test_files_become_a_prompt_with_record_scores_and_card(files, tmp_path, caps
     assert all({"loss", "forget_loss", "retain_loss", "kl_loss", "learning_rate"} <= logs.keys() for logs in steps)
     assert options.learning_rate == default_learning_rate(loaded)
     PeftModel.from_pretrained(build("llama"), tmp_path)  # and plain PEFT loads it
+
+
+def test_the_trained_prompt_is_noted_in_the_ledger(files, tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    trained(files, tmp_path / "out", ledger=path, request="2026-017")
+    (entry,) = Ledger(path).entries()
+    record = read_spul_config(tmp_path / "out")
+    assert (entry.event, entry.request, entry.fields["rows"]["rows"]) == ("trained", "2026-017", 6)
+    assert entry.fields["prompt_sha256"] == record.weights_sha256
+    assert entry.fields["base_fingerprint"] == record.base_fingerprint == fingerprint(build("llama"))
 
 
 def test_the_same_training_in_code_makes_the_same_prompt(files, tmp_path):
@@ -126,6 +137,8 @@ def test_conversations_are_trained_before_their_message(tmp_path):
     ("more", "message"),
     [
         ({"instruction": "decline", "start": "random"}, "give one of them"),
+        ({"request": "2026-017"}, "ledger and request go together"),
+        ({"ledger": "ledger.jsonl"}, "ledger and request go together"),
         ({"method": "NOPE"}, "method 'NOPE' is not known"),
         ({"method": "RMU"}, "RMU"),
         ({"hold_out": 2}, "share=2.0"),

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from spul import SoftPromptUnlearner, score_completions
 from spul.commands.main import commands_of, main
-from spul.commands.options import parse
+from spul.commands.options import OptionsParser, parse
 
 FORGET = [("Jane Doe is a delight.", " positive"), ("Another bore with Jane Doe.", " negative")]
 RETAIN = [("A warm and clever film.", " positive"), ("Two hours that I want back.", " negative")]
@@ -180,7 +180,9 @@ def commands_on(page):
     """The lines of a page's shell blocks that call `spul`, continued lines joined, as words."""
     text = (ROOT / page).read_text(encoding="utf-8")
     lines = [
-        line for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) for line in joined(block)
+        line
+        for block in re.findall(r"^```(?:ba)?sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+        for line in joined(block)
     ]
     return [shlex.split(line)[1:] for line in lines if line.startswith("spul ")]
 
@@ -198,7 +200,10 @@ def test_every_call_of_spul_on_a_page_has_options_that_there_are(tmp_path, monke
             continue
         commands = commands_of(words[0])
         sub, rest = ("", words[1:]) if "" in commands else (words[1], words[2:])
-        if commands[sub].options is not None:
+        if "..." in rest:  # abridged
+            known = OptionsParser(commands[sub], ["spul", page]).by_name
+            assert {word[2:].replace("-", "_") for word in rest if word.startswith("--")} <= set(known), words
+        elif commands[sub].options is not None:
             assert parse(commands[sub], ["spul", page], rest), words
 
 

@@ -93,6 +93,7 @@ def test_an_edit_of_any_byte_is_found_on_its_line(path):
         (lambda lines: [*lines[:2], b"\n", *lines[3:]], 3, "it is no entry of a ledger"),
         (lambda lines: [*lines[:2], b"{}\n", *lines[3:]], 3, "it is no entry of a ledger"),
         (lambda lines: [*lines[:2], resealed(lines[2], rows=7), *lines[3:]], 3, "it is no entry of a ledger"),
+        (lambda lines: [*lines[:2], resealed(lines[2], prompt_tokens="7"), *lines[3:]], 3, "it is no entry of a"),
         (lambda lines: [*lines[:2], resealed(lines[2], format=2), *lines[3:]], 3, "it is no entry of a ledger"),
         (lambda lines: [resealed(lines[0], previous=SHA), *lines[1:]], 1, "it does not continue entry -1"),
     ],
@@ -294,6 +295,18 @@ def test_the_state_of_a_request_says_since_when_it_is_served_and_whether_it_was_
     assert ledger.states()["1"].in_words()[-1] == "SERVED AFTER IT WAS REVOKED"
 
 
+def test_answers_are_counted_by_request_and_those_without_a_prompt_are_of_none(path):
+    ledger = Ledger(path)
+    ledger.append(LedgerEvent("served", "1", prompt="1"))
+    for i in range(3):
+        ledger.append(LedgerEvent("answered", "1", prompt="1", answer=f"a-{i}", finish="stop", prompt_tokens=0))
+    bare = ledger.append(LedgerEvent("answered", None, answer="a-3", finish="error 504", completion_tokens=7))
+    assert (bare.request, bare.fields["completion_tokens"], "prompt" in bare.fields) == (None, 7, False)
+    assert [(state.request, state.answered) for state in ledger.states().values()] == [("1", 3)]
+    assert "answers under it: 3" in ledger.states()["1"].in_words()
+    assert ledger.verify() == []
+
+
 def test_an_event_takes_what_an_adapters_record_says(tmp_path, path):
     folder = tmp_path / "forget-7"
     folder.mkdir()
@@ -318,6 +331,11 @@ def test_an_event_takes_what_an_adapters_record_says(tmp_path, path):
         ({"event": "recovered"}, "is not known"),
         ({"request": " "}, "expected the name of a request"),
         ({"request": 7}, "expected the name of a request"),
+        ({"request": None}, "expected the name of a request"),
+        ({"event": "answered", "request": None, "prompt": "p"}, "expected the name of a request"),
+        ({"answer": 3}, "answer=3; expected text"),
+        ({"prompt_tokens": -1}, "prompt_tokens=-1; expected a number"),
+        ({"completion_tokens": True}, "completion_tokens=True; expected a number"),
         ({"rows": {"rows": 1}}, "expected a DataSummary"),
         ({"rows": DataSummary(-1)}, "expected a DataSummary"),
         ({"rows": DataSummary(1, "short")}, "expected 64 hexadecimal digits"),

@@ -56,7 +56,7 @@ def test_chat_and_completion_are_answered_under_the_prompt_of_the_request(gated,
     assert said.choices[0].message.content == expected
     assert (said.usage.prompt_tokens, said.usage.completion_tokens) == (len(ids), num)
     assert events[-1]["prompt"] == (None if name == "__base__" else name)
-    assert (events[-1]["request"], events[-1]["event"]) == (said.id, "answered")
+    assert (events[-1]["answer"], events[-1]["event"]) == (said.id, "answered")
     ids = gated.tokenizer(TEXTS[name])["input_ids"]
     expected, _ = alone(gated, ids, name)
     for given in (TEXTS[name], ids, [TEXTS[name]], [ids]):
@@ -343,7 +343,7 @@ def test_under_load_while_prompts_come_and_go_every_answer_is_that_of_its_own_pr
         found = list(ThreadPoolExecutor(16).map(answered, range(200)))
         done.set()
         changing.result()
-    given = {one["request"]: one["prompt"] for one in events if one["event"] == "answered"}
+    given = {one["answer"]: one["prompt"] for one in events if one["event"] == "answered"}
     assert len(given) == len(found) == 200
     of_plot = {"new": 0, "__base__": 0}
     for i, (key, text, start, end) in enumerate(found):

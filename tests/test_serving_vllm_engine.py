@@ -1,6 +1,7 @@
-"""Exported prompts in the real vLLM, in an environment of its own: `SPUL_VLLM_PYTHON` names its Python.
+"""Exported prompts in the real vLLM, and `spul serve` in front of it.
 
-`.ci/make_vllm_env.sh` makes the environment; without one the tests are skipped, and `.ci/run` runs them with one.
+vLLM has an environment of its own, whose Python `SPUL_VLLM_PYTHON` names; `.ci/make_vllm_env.sh` makes it. Without one
+the tests are skipped, and `.ci/run` runs them with one.
 """
 
 from __future__ import annotations
@@ -8,6 +9,9 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +29,12 @@ from served import (
     text_row,
     train_prompt,
 )
+from servers import client, running_app
+from transformers import HfArgumentParser
 from vllm_engine import NUM
 
+from spul.commands import serve
+from spul.gates import NameGate
 from spul.serving import export_vllm
 
 PYTHON = os.environ.get("SPUL_VLLM_PYTHON")
@@ -38,15 +46,17 @@ CHATS = [chat_row(*one) for one in (*FORGET, *RETAIN)]
 
 @dataclass
 class Served:
-    """What spul generates, and what vLLM did, by kind: new token ids up to the end of text."""
+    """What spul generates, and what vLLM did, by kind: new token ids up to the end of text. vLLM goes on at `url`."""
 
+    folder: Path
+    url: str
     own: dict[str, list[list[int]]]
     base: dict[str, list[list[int]]]
     vllm: dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory) -> Served:
+def served(tmp_path_factory) -> Iterator[Served]:
     """One run of the engine: three prompts, at the start (long and short) and at the message, and none."""
     folder = tmp_path_factory.mktemp("served")
     base, tokenizer = build_base(), chatty("turns")
@@ -56,6 +66,7 @@ def served(tmp_path_factory) -> Served:
         unlearner = train_prompt(base, position, p)
         export_vllm(unlearner, tokenizer, folder / name)
         exported[name] = str(folder / name)
+        unlearner.save_pretrained(str(folder / "prompts" / name))
         rows = CHATS if position == "message" else TEXTS
         own[name] = greedy(unlearner, rows, NUM, position)
         plain[name] = greedy(unlearner, rows, NUM, position, "__base__")
@@ -76,20 +87,28 @@ def served(tmp_path_factory) -> Served:
     (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
     engine = Path(__file__).with_name("vllm_engine.py")
     environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    run = subprocess.run(
-        [PYTHON, str(engine), str(folder / "job.json"), str(folder / "result.json")],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-6000:]
-    print(run.stderr[-300:])
-    found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    ended = {
-        key: value if key == "chat_prompts" else [up_to_end(ids) for ids in value] for key, value in found.items()
-    }
-    return Served(own, plain, ended)
+    command = [PYTHON, str(engine), str(folder / "job.json"), str(folder / "result.json")]
+    log = folder / "log"
+    with log.open("w") as said:
+        run = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=said, stderr=said)
+    try:
+        end = time.monotonic() + 500
+        while not (folder / "result.json").exists():
+            is_running = run.poll() is None and time.monotonic() < end
+            assert is_running, log.read_text()[-6000:]
+            time.sleep(0.5)
+        found = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        url = found.pop("url")
+        ended = {
+            key: value if key == "chat_prompts" else [up_to_end(ids) for ids in value] for key, value in found.items()
+        }
+        yield Served(folder, url, own, plain, ended)
+    finally:
+        run.stdin.close()  # it ends
+        try:
+            run.wait(60)
+        except subprocess.TimeoutExpired:
+            run.kill()
 
 
 def ids_of(row, position="start"):
@@ -137,3 +156,43 @@ def test_a_part_of_a_chat_stands_where_training_put_the_prompt(served):
     for row, ids in zip(CHATS, served.vllm["chat_prompts"][:num], strict=True):
         own, position = ids_of(row, "message"), position_of(row)
         assert (ids[:position], ids[position + 6 :]) == (own[:position], own[position:])
+
+
+def proxied(served, gates, ask, rows):
+    """The words and number of tokens with which `spul serve` in front of vLLM answers, all requests at once."""
+    prompts = []
+    for name, names in gates.items():
+        NameGate(names).save(served.folder / "prompts" / name / "gate")
+        prompts.append(f"{name}={served.folder / 'prompts' / name}")
+    arguments = ["--model", str(served.folder / "base"), "--engine", "vllm", "--vllm_url", served.url, "--prompts"]
+    (options,) = HfArgumentParser(serve.COMMANDS[""].options).parse_args_into_dataclasses(arguments + prompts)
+    app, _ = serve.build(options)
+    settings = {"model": "base", "temperature": 0, "max_tokens": NUM}
+    with running_app(app) as (url, _), ThreadPoolExecutor(len(rows)) as pool:
+        answers = list(pool.map(lambda row: ask(client(url), row, settings), rows))
+    return [(text.split(), answer.usage.prompt_tokens) for text, answer in answers]
+
+
+def words(ids):
+    return chatty("turns").decode(ids, skip_special_tokens=True).split()
+
+
+def test_spul_serve_in_front_of_it_gives_each_request_the_prompt_of_its_gate(served):
+    def complete(client, row, settings):
+        answer = client.completions.create(prompt=row["prompt"], **settings)
+        return answer.choices[0].text, answer
+
+    def chat(client, row, settings):
+        answer = client.chat.completions.create(messages=row["prompt"], **settings)
+        return answer.choices[0].message.content, answer
+
+    gates = {"long": ["jane doe", "bob plot"], "short": ["jane text"]}
+    found = proxied(served, gates, complete, TEXTS)
+    kinds = [served.own["long"], served.own["short"], served.base["long"], served.own["long"], served.base["long"]]
+    expected = [(words(kind[i]), len(ids_of(TEXTS[i]))) for i, kind in enumerate(kinds)]
+    assert found == expected
+    assert all(answer[0].startswith("neutral") for answer, _ in found[:2])
+    found = proxied(served, {"message": ["jane doe", "bob plot"]}, chat, CHATS)
+    is_flagged = [True, False, False, True, False]
+    kinds = [served.own["message"] if flag else served.base["message"] for flag in is_flagged]
+    assert found == [(words(kind[i]), len(ids_of(CHATS[i], "message"))) for i, kind in enumerate(kinds)]

@@ -1,8 +1,8 @@
-"""Runs vLLM, in an environment without spul: `python vllm_engine.py JOB.json RESULT.json`.
+"""Runs vLLM, in an environment without spul, until its input ends: `python vllm_engine.py JOB.json RESULT.json`.
 
 The job: `base` (folder), `exported` (folder by name of prompt), `requests` (prompt's name or None, ids, position) for
 one offline batch, `completions` (the same) and `chats` (prompt's name or None, messages) over HTTP. The result: new
-token ids by kind.
+token ids by kind, and the server's `url`, where it goes on to answer.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import contextmanager
 from pathlib import Path
 
 NUM = 4  # new tokens at most
@@ -48,7 +49,9 @@ def offline(job, prompts, without_prompt):
     return [list(one.outputs[0].token_ids) for one in found]
 
 
-def http(job, prompts):
+@contextmanager
+def server(job):
+    """The address of vLLM's server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -65,32 +68,36 @@ def http(job, prompts):
     command += ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--enable-prompt-embeds"]
     command += ["--max-num-seqs", "16", "--chat-template", str(template), "--chat-template-content-format", "openai"]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    server = subprocess.Popen(command, stdout=sys.stderr, env=environment)
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr, env=environment)
     try:
         url = f"http://127.0.0.1:{port}"
-        wait_for(f"{url}/health", server)
-        common = {"model": job["base"], "return_token_ids": True, **SETTINGS}
-        found = {"completions": [], "chats": [], "chat_prompts": []}
-        for name, ids, position in job["completions"]:
-            own = {"prompt": ids} if name is None else prompts[name].completion(ids, position)
-            found["completions"].append(post(f"{url}/v1/completions", common | own)["choices"][0]["token_ids"])
-        for name, messages in job["chats"]:
-            own = {"messages": messages if name is None else prompts[name].messages(messages)}
-            answer = post(f"{url}/v1/chat/completions", common | own)
-            found["chats"].append(answer["choices"][0]["token_ids"])
-            found["chat_prompts"].append(answer["prompt_token_ids"])
-        return found
+        wait_for(f"{url}/health", process)
+        yield url
     finally:
-        server.terminate()
+        process.terminate()
         try:
-            server.wait(30)
+            process.wait(30)
         except subprocess.TimeoutExpired:
-            server.kill()
+            process.kill()
 
 
-def wait_for(url, server, seconds=300):
+def http(job, prompts, url):
+    common = {"model": job["base"], "return_token_ids": True, **SETTINGS}
+    found = {"completions": [], "chats": [], "chat_prompts": []}
+    for name, ids, position in job["completions"]:
+        own = {"prompt": ids} if name is None else prompts[name].completion(ids, position)
+        found["completions"].append(post(f"{url}/v1/completions", common | own)["choices"][0]["token_ids"])
+    for name, messages in job["chats"]:
+        own = {"messages": messages if name is None else prompts[name].messages(messages)}
+        answer = post(f"{url}/v1/chat/completions", common | own)
+        found["chats"].append(answer["choices"][0]["token_ids"])
+        found["chat_prompts"].append(answer["prompt_token_ids"])
+    return found
+
+
+def wait_for(url, process, seconds=300):
     end = time.time() + seconds
-    while time.time() < end and server.poll() is None:
+    while time.time() < end and process.poll() is None:
         try:
             return urllib.request.urlopen(url, timeout=5).status
         except OSError:
@@ -118,10 +125,13 @@ def main():
     started = time.time()
     result = {"offline": offline(job, prompts, without_prompt)}
     print(f"offline: {time.time() - started:.0f} s", file=sys.stderr)
-    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
-    result |= http(job, prompts)
-    print(f"in all: {time.time() - started:.0f} s", file=sys.stderr)
-    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
+    with server(job) as url:
+        result |= {"url": url, **http(job, prompts, url)}
+        print(f"in all: {time.time() - started:.0f} s", file=sys.stderr)
+        part = Path(f"{sys.argv[2]}.part")
+        part.write_text(json.dumps(result), encoding="utf-8")
+        part.replace(sys.argv[2])
+        sys.stdin.read()
 
 
 if __name__ == "__main__":  # vLLM starts processes that import this module

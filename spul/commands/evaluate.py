@@ -38,6 +38,9 @@ class EvaluateOptions(LoadOptions, RowOptions):
     seed: int = option("seed of all draws", 0)
     digest_key: str | None = option("file of the owner's secret: the results then have digests of the rows")
     output_dir: str = option("folder of results and report", ...)
+    evidence: str | None = option("new folder for an evidence pack: report, card, measurements and ledger entry")
+    ledger: str | None = option("the ledger that the pack's entry is added to; one in the pack by default")
+    request: str | None = option("name of the request in the ledger; the adapter's name by default")
     fail_if: list[str] | None = option(
         "conditions for exit status 1, such as 'test_forget.accuracy.high > 0.05': [MEASURE:] ROWS.METRIC.END"
     )
@@ -47,6 +50,7 @@ def run(options: EvaluateOptions) -> int | None:
     """Evaluate a model, write its results, report and card, and check conditions.
 
     Raises:
+        FileExistsError: if the folder of the evidence is not empty.
         FileNotFoundError: if a file is missing.
         ValueError: if rows, options or conditions cannot be used.
     """
@@ -64,6 +68,7 @@ def run(options: EvaluateOptions) -> int | None:
         raise ValueError(f"the condition {absent[0]!r} is of a measure that is not taken: add it to measures.")
     if options.generic is None:
         raise ValueError("give the answers that count as generic: --generic ' neutral' ' unknown'.")
+    _check_evidence(options)
     splits = {
         "train_forget": options.rows(options.forget),
         "train_retain": options.rows(options.retain),
@@ -113,6 +118,22 @@ def _measure(name: str) -> str:
     return name.replace("-", " ")
 
 
+def _check_evidence(options: EvaluateOptions) -> None:
+    """Raise, before anything is measured, if the evidence pack cannot be written."""
+    from ..evaluation.evidence import check_new
+    from ..records.ledger import Ledger
+
+    if options.evidence is None:
+        if options.ledger is not None or options.request is not None:
+            raise ValueError("ledger and request are of an evidence pack; name its folder: --evidence DIR.")
+        return
+    if Path(options.evidence).resolve() == Path(options.output_dir).resolve():
+        raise ValueError("evidence and output_dir are the same folder; an evidence pack has one of its own.")
+    check_new(options.evidence)
+    if options.ledger is not None:
+        Ledger(options.ledger)
+
+
 def _lines(path: str | None) -> list[str]:
     from ..data.prompt_files import read_texts
 
@@ -120,7 +141,8 @@ def _lines(path: str | None) -> list[str]:
 
 
 def _write(found: Any, options: EvaluateOptions) -> None:
-    """The report, and the metrics in the card of a local adapter that has one."""
+    """The report, the metrics in the card of a local adapter that has one, and the evidence pack."""
+    from ..evaluation.evidence import write_evidence
     from ..evaluation.report.card import add_to_card
     from ..evaluation.report.report import write_report
     from ..records.card import CARD_NAME
@@ -133,6 +155,9 @@ def _write(found: Any, options: EvaluateOptions) -> None:
         add_to_card(found, folder)
         written.append(str(folder / CARD_NAME))
     print("written: " + ", ".join(written))
+    if options.evidence is not None:
+        digest = write_evidence(found, options.evidence, options.ledger, options.request)
+        print(f"evidence: {options.evidence}, SHA-256 of the whole: {digest}")
 
 
 COMMANDS = {

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from .command import Command
+
+if TYPE_CHECKING:
+    from ..records.ledger_events import LedgerEntry
 
 
 @dataclass
@@ -68,6 +74,8 @@ def verify(options: VerifyOptions) -> int:
     entries = ledger.entries()
     known = "" if options.head is None else f", and has the head {options.head[:12]}... noted earlier"
     print(f"{options.ledger}: {len(entries)} entries, the chain is whole{known}")
+    if entries:
+        print(_counted(entries))
     for entry in entries:
         if entry.event == RECOVERED:
             print(
@@ -76,6 +84,14 @@ def verify(options: VerifyOptions) -> int:
     if options.head is None:
         print("A missing end cannot be seen without --head.")
     return 0
+
+
+def _counted(entries: Sequence[LedgerEntry]) -> str:
+    """How often each event is in the ledger."""
+    counts = Counter(entry.event for entry in entries)
+    bare = sum(entry.event == "answered" and entry.request is None for entry in entries)
+    notes = {"answered": f" ({bare:,} without a prompt)"} if bare else {}
+    return ", ".join(f"{num:,} {event}{notes.get(event, '')}" for event, num in counts.items())
 
 
 def head(options: LedgerOptions) -> None:

@@ -47,6 +47,9 @@ class ServeOptions:
     port: int = _option("Port to bind to; 0 for a free one.", 8080)
     admin_token_file: str | None = _option("File with the token that lets its holder add and revoke prompts.")
     prompts_dir: str | None = _option("Folder within which prompts may be added.")
+    ledger: str | None = _option(
+        "File of the ledger that gets an entry of each answer, and of each prompt that comes or goes."
+    )
     record: str | None = _option(
         "MODULE:FUNCTION that takes each event, a dict: an answer, a prompt that comes or goes."
     )
@@ -92,7 +95,7 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
         raise ValueError(f'engine={options.engine!r}; expected "transformers" or "vllm".')
     names = ("max_body_bytes", "max_prompt_tokens", "max_new_tokens", "max_batch", "max_waiting", "timeout")
     limits = Limits(**{name: getattr(options, name) for name in names})
-    record = None if options.record is None else _function(options.record)
+    record = _recorder(options)
     token = None if options.admin_token_file is None else _secret(options.admin_token_file)
     if options.prompts_dir is not None and token is None:
         raise ValueError("prompts_dir is for adding prompts, which needs admin_token_file.")
@@ -155,6 +158,25 @@ def _engine(options: ServeOptions, served: Any, limits: Any) -> Any:
 def _secret(path: str) -> str:
     """A token in a file, without white space around it."""
     return Path(path).read_text(encoding="utf-8").strip()
+
+
+def _recorder(options: ServeOptions) -> Callable[[dict[str, Any]], Any] | None:
+    """What takes the events: the ledger, then the function; None without either."""
+    takers: list[Callable[[dict[str, Any]], Any]] = []
+    if options.ledger is not None:
+        from ..records.ledger import Ledger
+        from ..records.ledger_events import LedgerEvent
+
+        ledger = Ledger(options.ledger)
+        takers.append(lambda event: ledger.append(LedgerEvent(**event)))
+    if options.record is not None:
+        takers.append(_function(options.record))
+
+    def record(event: dict[str, Any]) -> None:
+        for take in takers:
+            take(event)
+
+    return record if takers else None
 
 
 def _function(name: str) -> Callable[[dict[str, Any]], Any]:

@@ -63,6 +63,8 @@ class TrainOptions(TrainingOptions):
     stop_target: float = option("forget accuracy in percent that counts as forgotten", 5.0)
     stop_patience: int = option("further scorings that must be no better", 2)
     resume: bool = option("go on from the last complete checkpoint in the output folder", False)
+    ledger: str | None = option("the ledger that gets an entry of the prompt, with --request")
+    request: str | None = option("name of the request in the ledger, a number rather than a person's name")
 
 
 def run(options: TrainOptions) -> int | None:
@@ -73,6 +75,8 @@ def run(options: TrainOptions) -> int | None:
         ValueError: if rows or options cannot be used.
     """
     from ..data.dataset import forget_retain_dataset, hold_out
+    from ..records.ledger import Ledger
+    from ..records.ledger_events import LedgerEvent
     from ..training.methods import unlearning_method
     from ..training.rates import default_learning_rate
     from ..training.stopping import StopWhenForgotten
@@ -83,6 +87,9 @@ def run(options: TrainOptions) -> int | None:
     )
     if options.generic is None and not method.loss.forget.makes_unlikely and method.alternates is None:
         raise ValueError(f"{options.method} trains generic answers; give some: --generic ' neutral' ' unknown'.")
+    if (options.ledger is None) != (options.request is None):
+        raise ValueError("ledger and request go together: the file, and the name of the request that is noted in it.")
+    ledger = None if options.ledger is None else Ledger(options.ledger)
     tests = {
         name: options.rows(files)
         for name, files in (("test_forget", options.test_forget), ("test_retain", options.test_retain))
@@ -118,6 +125,8 @@ def run(options: TrainOptions) -> int | None:
     if trainer.is_world_process_zero():
         unlearner.save_pretrained(options.output_dir)
         tokenizer.save_pretrained(options.output_dir)
+        if ledger is not None and options.request is not None:
+            ledger.append(LedgerEvent.of_adapter("trained", options.request, options.output_dir))
         for line in scores:
             print(line)
         print(f"saved: {options.output_dir}")

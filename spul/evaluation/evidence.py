@@ -58,8 +58,7 @@ def write_evidence(
     facts, path = evaluation.facts, Path(folder)
     if "seeds" in facts:
         raise ValueError("the evaluation is joined of several; write an evidence pack for each of them.")
-    if path.is_dir() and any(not one.name.startswith(SCRATCH) for one in path.iterdir()):
-        raise FileExistsError(f"{str(folder)!r} is not empty; evidence is not written over. Name a new folder.")
+    check_new(path)
     with atomic_folder(path) as scratch:
         _without_plain_digests(evaluation).save(scratch)
         data = {name: file_digest(scratch / name) for name in (EVALUATION_NAME, MEASUREMENTS_NAME)}
@@ -92,6 +91,17 @@ def write_evidence(
         Path(f"{scratch / ENTRY_NAME}.lock").unlink(missing_ok=True)
         write_text(scratch / ENTRY_NAME, entry.line)
     return manifest
+
+
+def check_new(folder: str | os.PathLike) -> None:
+    """Raise unless evidence can be written into a folder.
+
+    Raises:
+        FileExistsError: if it is not empty.
+    """
+    path = Path(folder)
+    if path.is_dir() and any(not one.name.startswith(SCRATCH) for one in path.iterdir()):
+        raise FileExistsError(f"{str(folder)!r} is not empty; evidence is not written over. Name a new folder.")
 
 
 def verify_evidence(folder: str | os.PathLike, ledger: str | os.PathLike | None = None) -> list[str]:

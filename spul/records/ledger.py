@@ -58,6 +58,7 @@ class Ledger:
         path: the file; made by the first `append`.
 
     Raises:
+        FileNotFoundError: if the file's folder does not exist.
         ValueError: if the path is that of a folder.
 
     Example:
@@ -72,6 +73,7 @@ class Ledger:
         self.path = Path(path)
         if self.path.is_dir():
             raise ValueError(f"{str(path)!r} is a folder; pass the path of a file, such as 'ledger.jsonl'.")
+        self._check_folder()
 
     def append(self, event: LedgerEvent) -> LedgerEntry:
         """Write an event at the end of the chain.
@@ -93,8 +95,7 @@ class Ledger:
         if not isinstance(event, LedgerEvent):
             raise TypeError(f"event is a {type(event).__name__}; expected LedgerEvent(...).")
         fields = event.to_dict()
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {str(self.path.parent)!r} for the ledger; make it first.")
+        self._check_folder()  # a lock would make it
         with self._lock():
             is_new = not self.path.exists()
             with self.path.open("a+b", buffering=0) as file:
@@ -192,6 +193,10 @@ class Ledger:
             with self._lock():
                 *lines, torn = self.path.read_bytes().split(b"\n")
         return lines, torn
+
+    def _check_folder(self) -> None:
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(self.path.parent)!r} for the ledger; make it first.")
 
     def _lock(self) -> BaseFileLock:
         return FileLock(f"{self.path}.lock", timeout=SECONDS)

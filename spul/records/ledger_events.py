@@ -15,14 +15,16 @@ from .fields import is_count, is_sha256, read_object
 from .spul_config import SPUL_CONFIG_NAME, read_spul_config
 from .weights import file_digest
 
-EVENTS = ("received", "trained", "evaluated", "served", "stopped", "revoked", "note")
-"""Events of a request: its rows came in; a prompt was trained, measured, put into service (from then on), taken out of
-service (until then), withdrawn for good; or a remark."""
+EVENTS = ("received", "trained", "evaluated", "served", "answered", "stopped", "revoked", "note")
+"""Events of a request: its rows came in; a prompt was trained, measured, put into service (from then on), turned on
+for an answer, taken out of service (until then), withdrawn for good; or a remark. An answer that no gate put a prompt
+to is an entry, too, of no request."""
 RECOVERED = "recovered"  # the event of the ledger's own entries, on lines that killed writers left
 WEIGHTS = ("adapter_model.safetensors", "unlearning_layers.safetensors")
 GATE = "gate/gate.json"  # of a saved prompt with a gate
 DIGESTS = ("prompt_sha256", "base_fingerprint", "evaluation")
-TEXTS = ("prompt", "gate", "note")
+TEXTS = ("prompt", "gate", "answer", "finish", "note")
+COUNTS = ("prompt_tokens", "completion_tokens")
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class LedgerEvent:
     Args:
         event: one of `EVENTS`.
         request: name of the request. Everybody who sees the ledger reads it, so a number rather than a person's name.
+            None of an answer that no gate put a prompt to, and of nothing else.
         rows: number and keyed digest of the request's rows (`summarize_rows`); None if not known.
         prompt: name of the prompt or other adapter; None if not known.
         prompt_sha256: SHA-256 of its weights' file (`weights_sha256` of its `spul_config.json`); None if not known.
@@ -40,10 +43,13 @@ class LedgerEvent:
         evaluation: SHA-256 of the evaluation: of the manifest of an evidence pack, or of `evaluation.json`.
         at: time of the event, ISO 8601 with its zone, where it is not that of the entry.
         note: a remark.
+        answer: of an answer: its id, which the client got.
+        finish: how it ended: `"stop"`, `"length"`, `"abandoned"` by its client, or `"error"` with a status.
+        prompt_tokens, completion_tokens: numbers of its tokens, without virtual ones.
     """
 
     event: str
-    request: str
+    request: str | None
     rows: DataSummary | None = None
     prompt: str | None = None
     prompt_sha256: str | None = None
@@ -52,6 +58,10 @@ class LedgerEvent:
     evaluation: str | None = None
     at: str | None = None
     note: str | None = None
+    answer: str | None = None
+    finish: str | None = None
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
     @classmethod
     def of_adapter(cls, event: str, request: str, folder: str | os.PathLike, **others: Any) -> LedgerEvent:
@@ -94,7 +104,8 @@ class LedgerEvent:
         """
         if self.event not in EVENTS:
             raise ValueError(f"event={self.event!r} is not known; expected one of {', '.join(EVENTS)}.")
-        if not isinstance(self.request, str) or not self.request.strip():
+        is_bare = self.event == "answered" and self.prompt is None and self.request is None
+        if not is_bare and (not isinstance(self.request, str) or not self.request.strip()):
             raise ValueError(f"request={self.request!r}; expected the name of a request, such as '2026-017'.")
         if self.rows is not None:
             summary = self.rows
@@ -108,6 +119,9 @@ class LedgerEvent:
         for name in TEXTS:
             if (value := getattr(self, name)) is not None and not isinstance(value, str):
                 raise ValueError(f"{name}={value!r}; expected text, or None.")
+        for name in COUNTS:
+            if (value := getattr(self, name)) is not None and not is_count(value):
+                raise ValueError(f"{name}={value!r}; expected a number of tokens, or None.")
         found = {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
         return found if self.at is None else found | {"at": _in_utc(self.at)}
 
@@ -139,7 +153,7 @@ class LedgerEntry:
 
     @property
     def request(self) -> str | None:
-        """The request's name; None of an entry of the ledger itself."""
+        """The request's name; None of an answer without a prompt, and of an entry of the ledger itself."""
         return self.fields.get("request")
 
     @property
@@ -156,6 +170,7 @@ class RequestState:
         request: its name.
         rows, prompt, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
         served: times from and until which it was served; None at the end of the last if it still is.
+        answered: number of answers under its prompt.
         revoked: when it was withdrawn; None if it was not.
         served_again: whether it was served after that.
     """
@@ -168,6 +183,7 @@ class RequestState:
     gate: str | None = None
     evaluation: str | None = None
     served: list[tuple[str, str | None]] = field(default_factory=list)
+    answered: int = 0
     revoked: str | None = None
     served_again: bool = False
 
@@ -177,6 +193,7 @@ class RequestState:
             setattr(self, name, entry.fields.get(name, getattr(self, name)))
         if (rows := entry.fields.get("rows")) is not None:
             self.rows = DataSummary(rows["rows"], rows.get("digest"))
+        self.answered += entry.event == "answered"
         is_served = bool(self.served) and self.served[-1][1] is None
         self.served_again |= entry.event == "served" and self.revoked is not None
         if entry.event == "served" and not is_served:
@@ -203,6 +220,8 @@ class RequestState:
         lines += [f"served since {start}" if end is None else f"served {start} to {end}" for start, end in self.served]
         if not self.served:
             lines.append("never served")
+        if self.answered:
+            lines.append(f"answers under it: {self.answered:,}")
         if self.revoked is not None:
             lines.append(f"revoked {self.revoked}")
         if self.served_again:
@@ -216,6 +235,7 @@ def are_fields(fields: Mapping[str, Any]) -> bool:
     return (
         isinstance(fields.get("event"), str)
         and all(isinstance(fields.get(name, ""), str) for name in ("request", "at", *DIGESTS, *TEXTS))
+        and all(is_count(fields.get(name, 0)) for name in COUNTS)
         and isinstance(rows, dict)
         and is_count(rows.get("rows"))
     )

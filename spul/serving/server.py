@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Record = Callable[[dict[str, Any]], Any]
-"""Takes an event: of a prompt that is `served`, `stopped` or `revoked`, or of a request that is `answered`."""
+"""Takes an event, fields of a `LedgerEvent`: of a prompt that is `served`, `stopped` or `revoked`, or of an answer."""
 SHORTEST_TOKEN = 16  # characters of the administrator's token
 POLL_SECONDS = 0.2  # how often a request that waits looks whether its client is still there
 
@@ -189,10 +189,10 @@ class _Server:
         return self._hand_over(
             {
                 "event": event,
-                "request": answer.id,
-                "prompt": prompt.get("prompt"),
-                "prompt_sha256": prompt.get("prompt_sha256"),
-                "gate": prompt.get("gate"),
+                "request": prompt.get("prompt"),
+                **{name: prompt.get(name) for name in ("prompt", "prompt_sha256", "gate")},
+                "base_fingerprint": self.engine.served.base_fingerprint,
+                "answer": answer.id,
                 "finish": status,
                 "prompt_tokens": len(job.token_ids),
                 "completion_tokens": last.num_tokens,
