@@ -58,6 +58,9 @@ def test_wrong_options_are_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="new or empty"):
         run("vllm", tmp_path / "nowhere", tmp_path)
+    for folder in ("note.txt", "note.txt/new", "note.txt/deep/new"):
+        with pytest.raises(FileExistsError, match=r"note\.txt' is a file"):
+            run("vllm", tmp_path / "nowhere", tmp_path / folder)
     with pytest.raises(ValueError, match=r"dtype='int8'; expected one of auto"):
         run("vllm", tmp_path / "nowhere", tmp_path, "--dtype", "int8")
 
