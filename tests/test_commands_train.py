@@ -211,3 +211,11 @@ def test_other_sets_of_rows_are_refused(files, prompts, tmp_path, sets):
     given = dict.fromkeys(sets, files["forget"])
     with pytest.raises(ValueError, match="or inputs alone"):
         combined(files, prompts, tmp_path, **given)
+
+
+def test_a_folder_that_is_no_prompt_is_refused_before_the_base_is_loaded(files, prompts, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "task_type": "CAUSAL_LM"}')
+    others = {**files, "model": str(tmp_path / "no-base")}
+    with pytest.raises(ValueError, match="lora"):
+        combined(others, [*prompts, str(tmp_path / "lora")], tmp_path / "out", inputs=files["test_forget"])

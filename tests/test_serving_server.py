@@ -268,6 +268,27 @@ def test_an_answer_whose_entry_cannot_be_recorded_is_not_given(caplog):
 # ---- prompts that come and go ----
 
 
+def test_a_prompt_whose_entry_cannot_be_recorded_is_not_served(saved):
+    broken = False
+
+    def record(event):
+        if broken:
+            raise OSError("the disk is full")
+
+    engine = make_engine(make_gated(), saved)
+    with running(engine, record, TOKEN) as url:
+        broken = True
+        said = HTTP.post(f"{url}/admin/prompts", headers=ADMIN, json={"name": "new", "folder": "new"})
+        assert said.status_code == 500
+        assert "was not added" in said.text
+        assert list(engine.served.served) == ["default"]
+        said = HTTP.delete(f"{url}/admin/prompts/default", headers=ADMIN)
+        assert said.status_code == 500
+        assert "was revoked" in said.text
+        assert not engine.served.served
+        broken = False
+
+
 @pytest.fixture
 def saved(tmp_path, gated):
     """A folder with a prompt and its gate to add: `new`, on requests about the plot."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import Command
+from .shared import saved_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +119,8 @@ def _loaded(options: ServeOptions) -> Any:
             "there is no prompt to serve, and the base alone is not served. Name one with its gate: --prompts "
             "NAME=FOLDER, where FOLDER has the prompt and its gate in gate/; --always NAME has it on without a gate."
         )
+    for folder in folders.values() if isinstance(folders, dict) else ():
+        saved_prompt(folder)  # before minutes of loading
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

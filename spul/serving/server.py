@@ -247,15 +247,22 @@ class _Server:
             return served.add(data.get("name"), data.get("folder"), data.get("always", False))
 
         added = await self.engine.change(change)
-        await self._recorded("served", added)
+        try:
+            await self._recorded("served", added)
+        except ApiError:  # what is not in the record is not served
+            await self.engine.change(lambda served: served.revoke(added["prompt"]))
+            raise ApiError(500, "the prompt was not added, since that could not be recorded.") from None
         return JSONResponse(added, 201)
 
     async def revoke(self, name: str, http: Request) -> dict[str, Any]:
         """`DELETE /admin/prompts/{name}`: requests that are being answered keep the prompt, later ones are without."""
         self._check_admin(http)
         gone = await self.engine.change(lambda served: served.revoke(name))
-        for one in gone:
-            await self._recorded("revoked", one)
+        try:
+            for one in gone:
+                await self._recorded("revoked", one)
+        except ApiError:
+            raise ApiError(500, "the prompt was revoked, and that could not be recorded.") from None
         return {"revoked": gone}
 
     def _check_admin(self, http: Request) -> None:
