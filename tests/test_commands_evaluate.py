@@ -128,13 +128,22 @@ def test_evidence_is_written_and_noted_in_the_ledger(files, tmp_path, capsys, fe
     [
         ({"ledger": "ledger.jsonl"}, ValueError, "name its folder: --evidence DIR"),
         ({"request": "1"}, ValueError, "name its folder: --evidence DIR"),
-        ({"evidence": "{}/out"}, ValueError, "are the same folder"),
-        ({"evidence": "{}"}, FileExistsError, "is not empty"),
+        ({"evidence": "{}/out"}, ValueError, "is the folder of the evidence, or in it"),
+        ({"evidence": "{}"}, ValueError, "is the folder of the evidence, or in it"),
+        ({"evidence": "{}/full"}, FileExistsError, "is not empty"),
+        ({"evidence": "{}/file"}, FileExistsError, "is a file"),
+        ({"evidence": "{}/file/new"}, FileExistsError, "is a file"),
+        ({"evidence": "{}/new", "request": " "}, ValueError, "expected the name of a request"),
+        ({"evidence": "{}/new", "ledger": "{}/full/note.txt"}, ValueError, "is no entry of a ledger"),
+        ({"evidence": "{}/empty", "ledger": "{}/empty/ledger.jsonl"}, ValueError, "expected it elsewhere"),
         ({"evidence": "{}/new", "ledger": "{}/none/ledger.jsonl"}, FileNotFoundError, "there is no folder"),
     ],
 )
 def test_evidence_that_cannot_be_written_is_refused_before_anything_is_measured(files, tmp_path, more, error, message):
     (tmp_path / "file").touch()
+    for name in ("full", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "full" / "note.txt").write_text("mine\n")
     more = {name: value.format(tmp_path) for name, value in more.items()}
     with pytest.raises(error, match=message):
         run(parsed("evaluate", options_for(files, files["adapter"], tmp_path / "out", **more)))

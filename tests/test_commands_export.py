@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from helpers import CONFIGS, build, make_tokenizer
+from servers import make_gated
 from transformers import HfArgumentParser
 
 from spul import SoftPromptUnlearner
-from spul.commands import export
+from spul.commands import export, serve
 
 FILES = {
     "vllm": {"facts.json", "prompt.safetensors", "soft_prompt.py", "embeddings.safetensors"},
@@ -58,8 +60,50 @@ def test_wrong_options_are_refused_before_anything_is_loaded(tmp_path):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="new or empty"):
         run("vllm", tmp_path / "nowhere", tmp_path)
+    for folder in ("note.txt", "note.txt/new", "note.txt/deep/new"):
+        with pytest.raises(FileExistsError, match=r"note\.txt' is a file"):
+            run("vllm", tmp_path / "nowhere", tmp_path / folder)
     with pytest.raises(ValueError, match=r"dtype='int8'; expected one of auto"):
         run("vllm", tmp_path / "nowhere", tmp_path, "--dtype", "int8")
+
+
+def damaged(folder, kind):
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    if kind == "other kind":
+        config = {"peft_type": "LORA", "r": 8, "task_type": "CAUSAL_LM"}
+    elif kind == "no length":
+        del config["num_virtual_tokens"]
+    else:
+        config["num_virtual_tokens"] = "many"
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["other kind", "no length", "length is text"])
+def test_a_folder_that_is_no_prompt_is_refused_before_the_base_is_loaded(kind, saved, tmp_path):
+    shutil.copytree(saved / "adapter", tmp_path / "adapter")
+    damaged(tmp_path / "adapter", kind)
+    where, base = tmp_path / "adapter", str(tmp_path / "no-base")
+    parsed = HfArgumentParser(export.VllmOptions).parse_args_into_dataclasses
+    with pytest.raises(ValueError, match="adapter"):
+        export.run_vllm(*parsed(["--model", base, "--adapter", str(where), "--output_dir", str(tmp_path / "out")]))
+    options = HfArgumentParser(serve.ServeOptions).parse_args_into_dataclasses
+    with pytest.raises(ValueError, match="adapter"):
+        serve.build(*options(["--model", base, "--prompts", f"a={where}", "--always", "a"]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_gates_and_other_prompts_that_are_not_exported_are_named(saved, tmp_path, capsys):
+    gated = make_gated("other")
+    gated.unlearner.float()
+    gated.save_pretrained(tmp_path / "prompts")
+    shutil.copytree(saved / "base", tmp_path / "base")
+    (tmp_path / "prompts").rename(tmp_path / "adapter")
+    run("vllm", tmp_path, tmp_path / "out", "--no_with_embeddings")
+    said = capsys.readouterr().out.splitlines()[0]
+    assert said.startswith("Not in the export: its gate, so that every request gets the prompt; the prompts 'other'")
+    run("vllm", saved, tmp_path / "again", "--no_with_embeddings")
+    assert "Not in" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", FILES)

@@ -164,3 +164,12 @@ def test_a_gate_without_its_prompt_is_refused(folder, tmp_path):
         attach_gate(NameGate(["Jane Doe"]), folder / "adapter", "other")
     with pytest.raises(ValueError, match="is a function, which cannot be saved"):
         attach_gate(lambda texts: texts, folder / "adapter")
+
+
+@pytest.mark.parametrize("name", ["../adapter", "..", ".", "", "a/b", "..\\adapter"])
+def test_a_name_that_leads_elsewhere_is_refused(folder, name):
+    (folder / "other").mkdir()
+    with pytest.raises(ValueError, match="leads out of"):
+        attach_gate(NameGate(["Jane Doe"]), folder / "other", name)
+    assert not (folder / "adapter" / "gate").exists()
+    assert not any((folder / "other").iterdir())

@@ -169,6 +169,9 @@ def test_flags_are_read_with_underscores_or_hyphens(tmp_path):
         (("--model", "m", "--rate", "much"), "argument --rate: invalid float value: 'much'"),
         (("--model", "m", "--kind", "c"), "invalid choice: 'c'"),
         (("--model", "m", "--config"), "argument --config: expected one argument"),
+        (("--model", "m", "--files", "a", "--files", "b"), "--files is given twice; .*: --files A B"),
+        (("--model", "m", "--model=n"), "--model is given twice"),
+        (("--model", "m", "--loud", "--no_loud"), "--loud and --no_loud are one"),
     ],
 )
 def test_flags_that_cannot_be_read_are_errors(arguments, message):
@@ -188,6 +191,15 @@ def test_a_file_of_options_is_read_as_its_flags_would_be(tmp_path):
     assert found == expected
 
 
+def test_values_in_a_file_are_taken_as_they_are_written(tmp_path):
+    """YAML itself makes booleans of yes and no, and numbers of 017 and 12:30."""
+    text = "model: 017\nfiles: [no, yes, 12:30, 2026-03-01, 1e3, 'null', ~x]\nsteps: 1_000\n"
+    found = read("--config", write(tmp_path / "é c.yaml", "\ufeff" + text))
+    assert found.model == "017"
+    assert found.files == ["no", "yes", "12:30", "2026-03-01", "1e3", "null", "~x"]
+    assert found.steps == 1000
+
+
 def test_flags_win_over_the_file_and_a_later_file_over_an_earlier(tmp_path):
     first = write(tmp_path / "1.yaml", "model: one\nrate: 1\nsteps: null\n")
     second = write(tmp_path / "2.yaml", "model: two\nfiles: x\n")
@@ -204,7 +216,14 @@ def test_flags_win_over_the_file_and_a_later_file_over_an_earlier(tmp_path):
         ("rate: [1, 2]", "expected a single value"),
         ("kind: c", "expected one of a, b"),
         ("quiet: perhaps", "quiet is 'perhaps'"),
-        ("[1, 2]", "holds list; expected options by name"),
+        ("[1, 2]", "holds a sequence; expected options by name"),
+        ("", "holds nothing; expected options by name"),
+        ("files: [a, null]", "expected a value, not null"),
+        ("files: [[a]]", "expected a single value"),
+        ("files: a\nfiles: b", "files is given twice"),
+        ("steps: 1.5", "steps is '1.5'"),
+        ("steps: {[a]: b}", "steps is a mapping"),
+        ("model: !!python/name:os.system {}", "model is a mapping; could not determine a constructor"),
         ("a: b: c", "is not YAML"),
     ],
 )

@@ -36,7 +36,10 @@ def folder(tmp_path_factory):
     make_gated("other").save_pretrained(found / "prompts")
     shutil.copytree(found / "prompts" / "other", found / "no-gate")
     shutil.rmtree(found / "no-gate" / "gate")
-    (found / "token").write_text("a-token-of-the-administrator\n")
+    (found / "token").write_text("\ufeffa-token-of-the-administrator\n", encoding="utf-8")
+    (found / "empty").write_text("")
+    (found / "utf-16").write_text("a-token-of-the-administrator", encoding="utf-16")
+    (found / "two-lines").write_text("a-token\nof-the-administrator")
     return found
 
 
@@ -79,6 +82,13 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "@prompts", "--admin_token_file", "@nothing"], FileNotFoundError, "nothing"),
         (["--prompts", "@prompts", "--ledger", "@nothing/ledger.jsonl"], FileNotFoundError, "there is no folder"),
         (["--prompts", "@prompts", "--ledger", "@prompts"], ValueError, "is a folder"),
+        (["--prompts", "@prompts", "--ledger", "@token"], ValueError, "is no entry of a ledger"),
+        (["--prompts", "@prompts", "--port", "65536"], ValueError, "port=65536; expected 0 to"),
+        (["--prompts", "@prompts", "--port", "-1"], ValueError, "port=-1; expected 0 to"),
+        (["--prompts", "@prompts", "--timeout", "inf"], ValueError, "timeout=inf"),
+        (["--prompts", "@prompts", "--admin_token_file", "@empty"], ValueError, "has 0 characters"),
+        (["--prompts", "@prompts", "--admin_token_file", "@utf-16"], ValueError, "utf-16 is no text in UTF-8"),
+        (["--prompts", "@prompts", "--vllm_key_file", "@two-lines"], ValueError, "two-lines has white space in it"),
     ],
 )
 def test_what_is_unclear_does_not_start(folder, arguments, error, says):

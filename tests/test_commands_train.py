@@ -139,6 +139,8 @@ def test_conversations_are_trained_before_their_message(tmp_path):
         ({"instruction": "decline", "start": "random"}, "give one of them"),
         ({"request": "2026-017"}, "ledger and request go together"),
         ({"ledger": "ledger.jsonl"}, "ledger and request go together"),
+        ({"ledger": "{}/ledger.jsonl", "request": " "}, "expected the name of a request"),
+        ({"ledger": "{}/note.txt", "request": "2026-017"}, "is no entry of a ledger"),
         ({"method": "NOPE"}, "method 'NOPE' is not known"),
         ({"method": "RMU"}, "RMU"),
         ({"hold_out": 2}, "share=2.0"),
@@ -146,8 +148,11 @@ def test_conversations_are_trained_before_their_message(tmp_path):
     ],
 )
 def test_options_that_contradict_each_other_are_refused(files, tmp_path, more, message):
+    (tmp_path / "note.txt").write_text("mine\n")
+    more = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in more.items()}
     with pytest.raises((ValueError, TypeError), match=message):
         trained(files, tmp_path, **more)
+    assert not any(tmp_path.glob("*.safetensors"))
 
 
 def test_a_bad_row_is_one_line_with_file_and_row_and_status_2(files, tmp_path, capsys):
@@ -206,3 +211,11 @@ def test_other_sets_of_rows_are_refused(files, prompts, tmp_path, sets):
     given = dict.fromkeys(sets, files["forget"])
     with pytest.raises(ValueError, match="or inputs alone"):
         combined(files, prompts, tmp_path, **given)
+
+
+def test_a_folder_that_is_no_prompt_is_refused_before_the_base_is_loaded(files, prompts, tmp_path):
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "task_type": "CAUSAL_LM"}')
+    others = {**files, "model": str(tmp_path / "no-base")}
+    with pytest.raises(ValueError, match="lora"):
+        combined(others, [*prompts, str(tmp_path / "lora")], tmp_path / "out", inputs=files["test_forget"])

@@ -142,6 +142,25 @@ def test_a_pack_without_a_ledger_has_one_of_its_own(tmp_path):
         write_evidence(evaluation(), tmp_path / "pack")
 
 
+@pytest.mark.parametrize(
+    ("folder", "ledger", "request_", "error", "message"),
+    [
+        ("file", None, "1", FileExistsError, "is a file"),
+        ("pack", None, "", ValueError, "expected the name of a request"),
+        ("pack", "file", "1", ValueError, "is no entry of a ledger"),
+        ("pack", "pack/../pack/ledger.jsonl", "1", ValueError, "expected it elsewhere"),
+    ],
+)
+def test_evidence_that_cannot_be_noted_is_not_written(tmp_path, folder, ledger, request_, error, message):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "file").write_text("mine\n")
+    (tmp_path / "pack").mkdir()
+    with pytest.raises(error, match=message):
+        write_evidence(evaluation(), tmp_path / folder, ledger and tmp_path / ledger, request_)
+    assert not any((tmp_path / "pack").iterdir())
+    assert (tmp_path / "file").read_text() == "mine\n"
+
+
 def test_what_is_no_single_evaluation_is_refused(tmp_path):
     with pytest.raises(ValueError, match="joined of several; write an evidence pack for each"):
         write_evidence(join([whole(), whole()]), tmp_path / "pack")

@@ -322,6 +322,11 @@ def test_an_event_takes_what_an_adapters_record_says(tmp_path, path):
         LedgerEvent.of_adapter("served", "7", folder)
     with pytest.raises(FileNotFoundError, match=r"has no spul_config\.json"):
         LedgerEvent.of_adapter("served", "7", tmp_path)
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    for damaged in ("{}", '{"kind": null}', '{"kind": 3}'):
+        (folder / "gate" / "gate.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"gate\.json: kind is .*; expected the name of a kind"):
+            LedgerEvent.of_adapter("served", "7", folder)
 
 
 @pytest.mark.parametrize(
@@ -346,6 +351,8 @@ def test_an_event_takes_what_an_adapters_record_says(tmp_path, path):
         ({"at": "yesterday"}, "at='yesterday'; expected a time with its zone"),
         ({"at": "2026-03-01T09:30:00"}, "expected a time with its zone"),
         ({"at": 5}, "expected a time with its zone"),
+        ({"at": "0001-01-01T00:00:00+14:00"}, "expected a time with its zone"),
+        ({"at": "9999-12-31T23:59:59-14:00"}, "expected a time with its zone"),
     ],
 )
 def test_bad_events_are_refused_and_nothing_is_written(path, fields, message):
@@ -375,6 +382,30 @@ def test_bad_arguments_are_refused(tmp_path, path):
 @pytest.mark.parametrize("last", [b"{}\n", b"not mine\n", b"\n"])
 def test_nothing_is_appended_to_a_file_that_is_no_ledger(path, last):
     path.write_bytes(last)
-    with pytest.raises(ValueError, match="is no entry of a ledger"):
-        Ledger(path).append(LedgerEvent("note", "1"))
+    for write in (Ledger(path).check_goes_on, lambda: Ledger(path).append(LedgerEvent("note", "1"))):
+        with pytest.raises(ValueError, match="is no entry of a ledger"):
+            write()
     assert path.read_bytes() == last
+
+
+def test_whether_a_ledger_goes_on_is_seen_without_an_entry(path, monkeypatch):
+    Ledger(path).check_goes_on()
+    assert not path.exists()
+    Ledger(path).append(LedgerEvent("note", "1"))
+    whole = path.read_bytes()
+    for content in (whole, whole + whole[:9], whole[:-1]):  # what a killed writer leaves is mended by the next entry
+        path.write_bytes(content)
+        Ledger(path).check_goes_on()
+        assert path.read_bytes() == content
+
+    def read_only(self, mode="r", **options):
+        raise PermissionError(f"Permission denied: {self}")
+
+    monkeypatch.setattr(Path, "open", read_only)
+    with pytest.raises(PermissionError, match=r"ledger\.jsonl"):
+        Ledger(path).check_goes_on()
+
+
+def test_a_device_keeps_no_entry_and_is_refused():
+    with pytest.raises(ValueError, match="no file that keeps what is written"):
+        Ledger("/dev/null")

@@ -117,3 +117,20 @@ def test_files_without_texts_are_errors(tmp_path):
         read_texts(path, "text")
     with pytest.raises(ValueError, match="row 2: note is ''; expected a text"):
         read_texts(path, "note")
+
+
+def test_texts_with_a_byte_order_mark_are_the_same_and_other_encodings_are_errors(tmp_path):
+    path = tmp_path / "ein Ort é.txt"
+    path.write_bytes("\ufeffJane Doé\nwho ?\n".encode())
+    assert read_texts(path) == ["Jane Doé", "who ?"]
+    path.write_bytes("Jane Doé\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="txt is not UTF-8"):
+        read_texts(path)
+
+
+@pytest.mark.parametrize("messages", [5, "who ?", True, {"role": "user"}])
+def test_messages_that_are_no_list_are_an_error_with_their_row(tmp_path, messages):
+    path = write(tmp_path / "x.jsonl", [{"messages": messages}])
+    for read in (read_prompts, read_texts):
+        with pytest.raises(ValueError, match=r"x\.jsonl, row 1: messages .* expected at least two"):
+            read(path)

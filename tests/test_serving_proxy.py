@@ -39,6 +39,8 @@ class FakeVllm:
 
     async def lines(self, body):
         texts = ["one", " two", " three"][: body["max_tokens"]]
+        if self.fault == "breaks":
+            texts = ["one\u2028", "\x85 two\x1c", "\u2029é"]
         try:
             for i, text in enumerate(texts):
                 if self.fault == "slow":
@@ -48,7 +50,10 @@ class FakeVllm:
                     yield "data: {\n\n"
                 if self.fault == "short" and reason:
                     return
-                yield f"data: {json.dumps({'choices': [{'text': text, 'finish_reason': reason}]})}\n\n"
+                chunk = json.dumps({"choices": [{"text": text, "finish_reason": reason}]}, ensure_ascii=False)
+                yield f"data: {chunk}\r\n\r\n"
+                if self.fault == "usage":
+                    yield 'data: {"choices": [], "usage": "many"}\n\n'
             yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': len(texts)}})}\n\n"
             yield "data: [DONE]\n\n"
         except asyncio.CancelledError:
@@ -121,7 +126,8 @@ def test_a_stream_is_the_answer_in_parts(gated, upstream):
 
 
 @pytest.mark.parametrize(
-    ("fault", "status"), [(400, 502), (500, 502), (503, 503), (429, 429), ("nonsense", 502), ("short", 502)]
+    ("fault", "status"),
+    [(400, 502), (500, 502), (503, 503), (429, 429), ("nonsense", 502), ("short", 502), ("usage", 502)],
 )
 def test_faults_of_vllm_are_errors_and_never_answers(gated, upstream, fault, status):
     with running(engine_of(gated, upstream)) as url:
@@ -131,6 +137,30 @@ def test_faults_of_vllm_are_errors_and_never_answers(gated, upstream, fault, sta
         assert caught.value.status_code == status
         upstream.fault = None
         assert client(url).completions.create(model=MODEL, prompt="jane").choices[0].text == "one two three"
+
+
+def test_characters_at_which_some_end_a_line_are_part_of_the_answer(gated, upstream):
+    upstream.fault = "breaks"
+    with running(engine_of(gated, upstream)) as url:
+        options = {"model": MODEL, "prompt": "jane", "max_tokens": 3}
+        assert client(url).completions.create(**options).choices[0].text == "one\u2028\x85 two\x1c\u2029é"
+        with HTTP.stream("POST", f"{url}/v1/completions", json={**options, "stream": True}) as response:
+            events = [json.loads(line[5:]) for line in response.iter_lines() if line.startswith("data: {")]
+    assert [one["choices"][0]["text"] for one in events] == ["one\u2028", "\x85 two\x1c", "\u2029é"]
+
+
+@pytest.mark.parametrize(
+    "url", ["127.0.0.1:8000", "http://127.0.0.1:8000/v1/", "http://", "http://a:99999", "ftp://a", "http://a?x=1", ""]
+)
+def test_what_is_no_address_of_vllm_is_refused(gated, url):
+    with pytest.raises(ValueError, match="without /v1"):
+        VllmEngine(ServedPrompts(gated), Limits(), url, "base")
+
+
+def test_a_key_that_no_header_takes_is_refused(gated):
+    for key in ("", "a b", "schlüssel", "a\nb"):
+        with pytest.raises(ValueError, match="vLLM's key"):
+            VllmEngine(ServedPrompts(gated), Limits(), "http://127.0.0.1:9", "base", key)
 
 
 def test_without_vllm_it_is_503(gated, upstream):

@@ -68,7 +68,7 @@ def test_what_asks_for_nothing_is_taken(fields):
     ("temperature", -0.1), ("temperature", 2.1), ("temperature", True), ("temperature", "1"), ("top_p", 0),
     ("top_p", 1.1), ("seed", 1.5), ("seed", 2**64), ("max_tokens", 0), ("max_tokens", 33), ("max_tokens", 1.0),
     ("stop", ""), ("stop", ["a"] * 5), ("stop", 3), ("stream", "yes"), ("stream", 1), ("prompt", ""), ("prompt", []),
-    ("prompt", ["a", "b"]), ("prompt", [True]), ("prompt", [[1], [2]]), ("prompt", {"a": 1}), ("prompt", "\ud800"),
+    ("prompt", ["a", "b"]), ("prompt", [True]), ("prompt", [[1], [2]]), ("prompt", {"a": 1}),
     ("stream_options", {"include_usage": True}), ("model", None), ("messages", MESSAGES),
 ])  # fmt: skip
 def test_what_is_malformed_or_not_supported_is_refused_with_its_name(param, value):
@@ -93,7 +93,22 @@ def test_lengths_that_contradict_each_other_and_empty_conversations_are_refused(
     assert refusal(max_completion_tokens=4) == (400, "max_completion_tokens")
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b'{"seed": NaN}', b"[" * 100_000, b"3"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff",
+        b'{"seed": NaN}',
+        b"[" * 100_000,
+        b"3",
+        b'{"prompt": "\\ud800"}',
+        b'{"\\udfff": 1}',
+        b'{"stop": "\xed\xa0\x80"}',
+        b'{"seed": 1' + b"0" * 9999 + b"}",
+    ],
+)
 def test_what_is_no_json_object_is_refused(body):
     assert refusal(body) == (400, None)
 
@@ -103,6 +118,7 @@ def test_another_model_is_not_found():
 
 
 @pytest.mark.parametrize("name", ["max_body_bytes", "max_new_tokens", "max_batch", "max_waiting", "timeout"])
-def test_limits_are_above_0(name):
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), 1e300])
+def test_limits_are_above_0_and_finite(name, value):
     with pytest.raises(ValueError, match=name):
-        Limits(**{name: 0})
+        Limits(**{name: value})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -147,6 +148,11 @@ def test_bodies_endpoints_and_methods_are_checked(url):
     for status, response in found.items():
         assert response.status_code == status
         assert response.json()["error"]["type"] == "invalid_request_error"
+    for body in (b'{"\\ud800": 1}', b'{"model": "tiny", "prompt": "a", "stop": "\\ud800"}'):
+        assert HTTP.post(path, content=body).status_code == 400
+    for ids in ([10**30], [-1], [2**31], [10_000]):
+        said = HTTP.post(path, json={"model": MODEL, "prompt": ids})
+        assert (said.status_code, said.json()["error"]["param"]) == (400, "prompt")
     assert HTTP.get(f"{url}/docs").status_code == HTTP.get(f"{url}/admin/prompts").status_code == 404
 
 
@@ -262,6 +268,27 @@ def test_an_answer_whose_entry_cannot_be_recorded_is_not_given(caplog):
 # ---- prompts that come and go ----
 
 
+def test_a_prompt_whose_entry_cannot_be_recorded_is_not_served(saved):
+    broken = False
+
+    def record(event):
+        if broken:
+            raise OSError("the disk is full")
+
+    engine = make_engine(make_gated(), saved)
+    with running(engine, record, TOKEN) as url:
+        broken = True
+        said = HTTP.post(f"{url}/admin/prompts", headers=ADMIN, json={"name": "new", "folder": "new"})
+        assert said.status_code == 500
+        assert "was not added" in said.text
+        assert list(engine.served.served) == ["default"]
+        said = HTTP.delete(f"{url}/admin/prompts/default", headers=ADMIN)
+        assert said.status_code == 500
+        assert "was revoked" in said.text
+        assert not engine.served.served
+        broken = False
+
+
 @pytest.fixture
 def saved(tmp_path, gated):
     """A folder with a prompt and its gate to add: `new`, on requests about the plot."""
@@ -364,3 +391,34 @@ def test_under_load_while_prompts_come_and_go_every_answer_is_that_of_its_own_pr
 def test_a_short_token_is_refused():
     with pytest.raises(ValueError, match="16 or more"):
         make_app(make_engine(make_gated()), MODEL, Limits(), admin_token="short")
+    for token in ("long enough but spaced", "lang-genug-aber-ä", "\ufefflong-enough-but-marked"):
+        with pytest.raises(ValueError, match="white space in it, or a character outside ASCII"):
+            make_app(make_engine(make_gated()), MODEL, Limits(), admin_token=token)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_base_does_not_make_requests_fail():
+    gated = make_gated()
+    gated.tokenizer.add_tokens([f"new{i}" for i in range(200)])
+    with running(make_engine(gated)) as url:
+        with pytest.raises(openai.BadRequestError, match="token id outside"):
+            client(url).completions.create(model=MODEL, prompt="jane new199")
+        said = client(url).chat.completions.create
+        with pytest.raises(openai.BadRequestError, match="token id outside"):
+            said(model=MODEL, messages=[{"role": "user", "content": "new199"}])
+
+
+def test_a_client_that_goes_before_its_body_is_whole_is_no_failure():
+    """What the app raises, the server logs with a traceback."""
+    app, sent = make_app(make_engine(make_gated()), MODEL), []
+    events = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+
+    async def receive():
+        return next(events)
+
+    async def send(event):
+        sent.append(event)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
+             "root_path": "", "scheme": "http", "query_string": b"", "headers": [], "http_version": "1.1"}  # fmt: skip
+    asyncio.run(app(scope, receive, send))
+    assert sent[0]["status"] == 499

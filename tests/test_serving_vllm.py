@@ -131,6 +131,18 @@ def test_a_folder_with_files_is_left_alone(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
 
 
+def test_a_link_and_the_working_directory_are_folders_too(tmp_path, monkeypatch):
+    for name in ("here", "far"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "far")
+    (tmp_path / "dangling").symlink_to(tmp_path / "ein Ort é")
+    monkeypatch.chdir(tmp_path / "here")
+    for folder in (".", tmp_path / "link", tmp_path / "dangling"):
+        export_vllm(with_prompt(), make_tokenizer(), folder, with_embeddings=False)
+    for name in ("here", "far", "ein Ort é"):
+        assert (tmp_path / name / "facts.json").is_file()
+
+
 def test_an_interrupted_export_leaves_nothing(tmp_path, monkeypatch):
     def fails(base):
         raise KeyboardInterrupt

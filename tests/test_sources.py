@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 
 import pytest
@@ -62,3 +63,42 @@ def test_files_that_cannot_be_read_are_errors(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
         read_file(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.json", b'[{"a": "x"}]'),
+        ("x.jsonl", b'{"a": "x"}\n'),
+        ("x.csv", b"a\nx\n"),
+        ("x.tsv", b"a\nx\n"),
+        ("x.tsv.gz", b"a\nx\n"),
+    ],
+)
+def test_a_byte_order_mark_is_no_part_of_the_first_column_and_other_encodings_are_errors(name, content, tmp_path):
+    path, packed = tmp_path / name, gzip.compress if name.endswith(".gz") else bytes
+    path.write_bytes(packed(b"\xef\xbb\xbf" + content))
+    assert read_file(path).to_list() == [{"a": "x"}]
+    path.write_bytes(packed(content.replace(b"x", b"\xff")))
+    with pytest.raises(ValueError, match=rf"{name} (is not UTF-8|cannot be read)"):
+        read_file(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.jsonl", b'{"a": "x"}\n{"a": 5}\n'),
+        ("x.jsonl", b'{"a": 100000000000000000000000}\n'),
+        ("x.json", b'[{"a": ' + b"[" * 100_000),
+        ("x.csv", b"a,b\n1\n"),
+        ("x.parquet", b"PAR1"),
+        ("x.parquet", b""),
+        ("x.tsv.gz", gzip.compress(b"a\nx\n" * 99)[:-9]),
+        ("x.tsv.gz", b"a\nx\n"),
+    ],
+)
+def test_content_of_another_type_is_an_error_that_names_the_file(name, content, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=name):
+        read_file(path)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from .command import Command
-from .shared import option
+from .shared import option, saved_prompt
 from .train import TrainingOptions
 
 
@@ -36,8 +35,6 @@ def run(options: CombineOptions) -> int | None:
     from ..data.collator import ForgetRetainCollator
     from ..data.dataset import forget_retain_dataset
     from ..losses.unlearning_loss import UnlearningLoss
-    from ..records.fields import read_object
-    from ..records.spul_config import read_spul_config
     from ..training.distillation import combine
 
     is_marked = options.forget is not None
@@ -55,10 +52,10 @@ def run(options: CombineOptions) -> int | None:
         rows = options.rows(options.inputs or [])
         if "is_forget" in rows.column_names:
             raise ValueError("inputs have the column is_forget; give forget and retain rows as such, or drop it.")
+    saved = [saved_prompt(folder) for folder in options.prompts]
     tokenizer, base = options.load_tokenizer(options.model), options.load(options.model)
-    lengths = [read_object(_config_of(folder))["num_virtual_tokens"] for folder in options.prompts]
     # The new prompt stands where the others do, and all of them need room.
-    position = read_spul_config(options.prompts[0]).prompt_position
+    lengths, position = [one.config.num_virtual_tokens for one in saved], saved[0].spul_config.prompt_position
     settings = options.collator_options(base, max(*lengths, options.num_virtual_tokens or 1), position)
     combined = combine(
         base,
@@ -75,16 +72,6 @@ def run(options: CombineOptions) -> int | None:
         tokenizer.save_pretrained(options.output_dir)
         print(f"saved: {options.output_dir}")
     return None
-
-
-def _config_of(folder: str) -> Path:
-    from ..prompts.checkpoint import CONFIG_NAME
-    from ..records.files import find_file
-
-    path = find_file(folder, CONFIG_NAME)
-    if path is None:
-        raise FileNotFoundError(f"{folder} has no {CONFIG_NAME}; expected the folder of a saved prompt.")
-    return path
 
 
 COMMANDS = {

@@ -121,17 +121,17 @@ def _measure(name: str) -> str:
 def _check_evidence(options: EvaluateOptions) -> None:
     """Raise, before anything is measured, if the evidence pack cannot be written."""
     from ..evaluation.evidence import check_new
-    from ..records.ledger import Ledger
+    from ..records.ledger_events import LedgerEvent
 
     if options.evidence is None:
         if options.ledger is not None or options.request is not None:
             raise ValueError("ledger and request are of an evidence pack; name its folder: --evidence DIR.")
         return
-    if Path(options.evidence).resolve() == Path(options.output_dir).resolve():
-        raise ValueError("evidence and output_dir are the same folder; an evidence pack has one of its own.")
-    check_new(options.evidence)
-    if options.ledger is not None:
-        Ledger(options.ledger)
+    if Path(options.output_dir).resolve().is_relative_to(Path(options.evidence).resolve()):
+        raise ValueError("output_dir is the folder of the evidence, or in it; an evidence pack has one of its own.")
+    check_new(options.evidence, options.ledger)
+    if options.request is not None:
+        LedgerEvent("evaluated", options.request).to_dict()
 
 
 def _lines(path: str | None) -> list[str]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .command import Command
+from .shared import saved_prompt
 
 
 @dataclass
@@ -63,9 +65,26 @@ def _loaded(options: ExportOptions) -> tuple[Any, Any]:
     from ..serving.exports import check_new_folder
 
     check_new_folder(options.output_dir)  # before minutes of loading
+    saved_prompt(options.adapter)
+    if left_out := _left_out(Path(options.adapter)):
+        print(f"Not in the export: {left_out}")
     settings = {"dtype": options.dtype}
     unlearner = SoftPromptUnlearner.from_pretrained(options.model, options.adapter, model_kwargs=settings)
     return unlearner, AutoTokenizer.from_pretrained(options.model)
+
+
+def _left_out(folder: Path) -> str:
+    """What a folder of prompts and gates holds beside its prompt."""
+    from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME
+    from ..records.fields import read_object
+
+    path = folder / ROUTING_NAME
+    others = (
+        [f"{name!r}" for name in read_object(path).get("prompts", ()) if name != "default"] if path.is_file() else ()
+    )
+    gate = "its gate, so that every request gets the prompt" if (folder / GATE_FOLDER).is_dir() else ""
+    prompts = f"the prompts {', '.join(others)}, each of which has a folder of its own" if others else ""
+    return "; ".join(filter(None, (gate, prompts)))
 
 
 COMMANDS = {

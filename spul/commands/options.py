@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from .command import Command
 
 CONFIG, HELP_ALL = "config", "help-all"
+NULL = "tag:yaml.org,2002:null"
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -80,7 +81,8 @@ def parse(command: Command, words: Sequence[str], arguments: Sequence[str]) -> A
         arguments: its arguments.
 
     Raises:
-        ValueError: for an unknown option or key, with those of a near name, a missing one, or one of another type.
+        ValueError: for an unknown option or key, with those of a near name, a missing one, one that is given twice, or
+            one of another type.
         FileNotFoundError: if there is no such file.
         SystemExit: after `--help`.
     """
@@ -97,6 +99,7 @@ def parse(command: Command, words: Sequence[str], arguments: Sequence[str]) -> A
         raise ValueError(str(error)) from error
     for path in own.config:
         _take(parser, path)
+    _check_once(parser, rest)
     options, unknown = parser.parse_args_into_dataclasses(
         rest, return_remaining_strings=True, look_for_args_file=False
     )
@@ -105,46 +108,79 @@ def parse(command: Command, words: Sequence[str], arguments: Sequence[str]) -> A
     return options
 
 
+def _check_once(parser: OptionsParser, arguments: Sequence[str]) -> None:
+    """Raise if a flag is given twice: argparse would take the last one, and drop the first one's files or prompts."""
+    names = {flag: action.dest for action in parser._actions for flag in action.option_strings}
+    given: dict[str, str] = {}
+    for flag in (one.split("=", 1)[0] for one in arguments):
+        if flag in names and names[flag] in given:
+            both = (
+                f"{flag} is given twice" if given[names[flag]] == flag else f"{given[names[flag]]} and {flag} are one"
+            )
+            raise ValueError(f"{both}; expected it once, several values behind one another: {flag} A B.")
+        if flag in names:
+            given[names[flag]] = flag
+
+
 def _take(parser: OptionsParser, path: str) -> None:
     """Make the values of a YAML file the parser's defaults, which flags replace."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist; expected a YAML file of options.")
     try:
-        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        found = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds {type(found).__name__}; expected options by name, such as 'model: NAME'.")
-    for key, value in found.items():
-        name = str(key).replace("-", "_")
+    if not isinstance(found, yaml.MappingNode):
+        what = "nothing" if found is None else f"a {found.id}"
+        raise ValueError(f"{path} holds {what}; expected options by name, such as 'model: NAME'.")
+    seen: set[str] = set()
+    for key, node in found.value:
+        name = str(key.value).replace("-", "_")
         action = parser.by_name.get(name)
         if action is None or name == "help":
-            raise ValueError(f"{path}: unknown option {key!r}{_near(parser, name)}.")
-        if value is None:  # as if the key were not there
+            raise ValueError(f"{path}: unknown option {key.value!r}{_near(parser, name)}.")
+        if name in seen:
+            raise ValueError(f"{path}: {key.value} is given twice; expected it once, several values as a list.")
+        seen.add(name)
+        if node.tag == NULL:  # as if the key were not there
             continue
         try:
-            parser.set_defaults(**{name: _converted(action, value)})
-        except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-            raise ValueError(f"{path}: {key} is {value!r}; {error}") from error
+            parser.set_defaults(**{name: _converted(action, node)})
+        except (ValueError, TypeError, argparse.ArgumentTypeError, yaml.YAMLError) as error:
+            raise ValueError(f"{path}: {key.value} is {_written(node)}; {error}") from error
         action.required = False
 
 
-def _converted(action: argparse.Action, value: Any) -> Any:
+def _converted(action: argparse.Action, node: yaml.Node) -> Any:
     """A value of YAML as the option's type, as a flag would give it."""
     if action.nargs == "+":
-        return [_single(action, one) for one in (value if isinstance(value, list) else [value])]
-    if isinstance(value, list):
-        raise ValueError("expected a single value, not a list.")
-    return _single(action, value)
+        return [_single(action, one) for one in (node.value if isinstance(node, yaml.SequenceNode) else [node])]
+    return _single(action, node)
 
 
-def _single(action: argparse.Action, value: Any) -> Any:
-    text = json.dumps(value) if isinstance(value, (dict, bool)) else str(value)
+def _single(action: argparse.Action, node: yaml.Node) -> Any:
+    """One value, of its text as it is written: YAML itself takes `no` for a boolean and `017` for 15."""
+    if isinstance(node, yaml.SequenceNode) or node.tag == NULL:
+        raise ValueError("expected a single value, not a list." if node.tag != NULL else "expected a value, not null.")
+    text = node.value if isinstance(node, yaml.ScalarNode) else json.dumps(_constructed(node))
     convert: Any = action.type or str
     found = convert(text)
     if action.choices is not None and found not in action.choices:
         raise ValueError(f"expected one of {', '.join(map(str, action.choices))}.")
     return found
+
+
+def _constructed(node: yaml.Node) -> Any:
+    loader = yaml.SafeLoader("")
+    try:
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _written(node: yaml.Node) -> str:
+    """A value of YAML in messages: a scalar as it is written."""
+    return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
 
 
 def _near(parser: OptionsParser, given: str) -> str:

@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from .command import Command
+from .shared import saved_prompt
 
 logger = logging.getLogger(__name__)
+
+LAST_PORT = 65535
 
 
 def _option(text: str, default: Any = None) -> Any:
@@ -95,13 +98,16 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
         raise ValueError(f'engine={options.engine!r}; expected "transformers" or "vllm".')
     names = ("max_body_bytes", "max_prompt_tokens", "max_new_tokens", "max_batch", "max_waiting", "timeout")
     limits = Limits(**{name: getattr(options, name) for name in names})
+    if not 0 <= options.port <= LAST_PORT:
+        raise ValueError(f"port={options.port}; expected 0 to {LAST_PORT}.")
+    key = None if options.vllm_key_file is None else _secret(options.vllm_key_file)
     record = _recorder(options)
     token = None if options.admin_token_file is None else _secret(options.admin_token_file)
     if options.prompts_dir is not None and token is None:
         raise ValueError("prompts_dir is for adding prompts, which needs admin_token_file.")
     served = ServedPrompts(_loaded(options), options.prompts_dir, options.allow_other_base)
-    engine = _engine(options, served, limits)
-    model = options.served_model_name or Path(options.model).name
+    engine = _engine(options, served, limits, key)
+    model = options.served_model_name or Path(options.model).resolve().name  # of ".", too
     return make_app(engine, model, limits, record, token), limits
 
 
@@ -113,6 +119,8 @@ def _loaded(options: ServeOptions) -> Any:
             "there is no prompt to serve, and the base alone is not served. Name one with its gate: --prompts "
             "NAME=FOLDER, where FOLDER has the prompt and its gate in gate/; --always NAME has it on without a gate."
         )
+    for folder in folders.values() if isinstance(folders, dict) else ():
+        saved_prompt(folder)  # before minutes of loading
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -144,20 +152,26 @@ def _folders(prompts: Sequence[str]) -> dict[str, str] | str:
     return found
 
 
-def _engine(options: ServeOptions, served: Any, limits: Any) -> Any:
+def _engine(options: ServeOptions, served: Any, limits: Any, key: str | None) -> Any:
     if options.engine == "transformers":
         from ..serving.batches import TransformersEngine
 
         return TransformersEngine(served, limits)
     from ..serving.proxy import VllmEngine
 
-    key = None if options.vllm_key_file is None else _secret(options.vllm_key_file)
     return VllmEngine(served, limits, options.vllm_url, options.vllm_model or options.model, key)
 
 
 def _secret(path: str) -> str:
     """A token in a file, without white space around it."""
-    return Path(path).read_text(encoding="utf-8").strip()
+    from ..serving.requests import check_header_text
+
+    try:
+        found = Path(path).read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8 ({error}); expected a token alone.") from error
+    check_header_text(found, f"the token in {path}")
+    return found
 
 
 def _recorder(options: ServeOptions) -> Callable[[dict[str, Any]], Any] | None:
@@ -168,6 +182,7 @@ def _recorder(options: ServeOptions) -> Callable[[dict[str, Any]], Any] | None:
         from ..records.ledger_events import LedgerEvent
 
         ledger = Ledger(options.ledger)
+        ledger.check_goes_on()
         takers.append(lambda event: ledger.append(LedgerEvent(**event)))
     if options.record is not None:
         takers.append(_function(options.record))

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..data.formats import PromptFormat
+    from ..prompts.checkpoint import SavedPrompt
 
 
 def option(help: str, default: Any = None) -> Any:
@@ -71,6 +72,26 @@ class RowOptions:
             "append_eos": self.append_eos,
             "prompt_position": prompt_position or ("start" if record is None else record.prompt_position),
         }
+
+
+def saved_prompt(folder: str) -> SavedPrompt:
+    """A saved prompt, read and checked before minutes of loading its base.
+
+    Args:
+        folder: folder or Hub name.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is damaged, or another kind of adapter.
+    """
+    from ..prompts.checkpoint import read
+
+    try:
+        return read(folder, with_encoder=False, stacklevel=2)
+    except OSError:
+        raise
+    except (TypeError, ValueError) as error:  # a TypeError in code is, here, a folder of another kind
+        raise ValueError(f"{folder} is no prompt that can be loaded: {error}") from error
 
 
 @dataclass(kw_only=True)

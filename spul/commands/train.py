@@ -90,6 +90,9 @@ def run(options: TrainOptions) -> int | None:
     if (options.ledger is None) != (options.request is None):
         raise ValueError("ledger and request go together: the file, and the name of the request that is noted in it.")
     ledger = None if options.ledger is None else Ledger(options.ledger)
+    if ledger is not None:  # before hours of training
+        LedgerEvent("trained", options.request).to_dict()
+        ledger.check_goes_on()
     tests = {
         name: options.rows(files)
         for name, files in (("test_forget", options.test_forget), ("test_retain", options.test_retain))

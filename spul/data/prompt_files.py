@@ -11,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 from .formats import PromptFormat
 from .row_checks import check_is_row, check_texts
 from .rows import read_rows, shortened
-from .sources import read_file
+from .sources import ENCODING, read_file, said_of
 
 MESSAGES = "messages"
 TEXT_SUFFIX = ".txt"
@@ -69,7 +69,7 @@ def read_texts(path: str | os.PathLike[str], column: str = "prompt") -> list[Any
     if os.fspath(path).endswith(TEXT_SUFFIX):
         if not os.path.isfile(path):
             raise FileNotFoundError(f"{path} does not exist.")
-        with open(path, encoding="utf-8", newline="\n") as lines:
+        with said_of(path), open(path, encoding=ENCODING, newline="\n") as lines:
             texts = [line.rstrip("\r\n") for line in lines if line.strip()]
         if not texts:
             raise ValueError(f"{path} has no texts; expected one a line.")
@@ -121,8 +121,8 @@ def _split_messages(rows: Dataset, path: str | os.PathLike[str]) -> Dataset:
     """Conversations as prompt and completion: all messages but the last, and the last."""
     prompts, completions = [], []
     for number, row in enumerate(read_rows(rows), start=1):
-        messages = row[MESSAGES]
-        roles = [one.get("role") if isinstance(one, dict) else None for one in messages or []]
+        messages = row[MESSAGES] if isinstance(row[MESSAGES], list) else []
+        roles = [one.get("role") if isinstance(one, dict) else None for one in messages]
         if len(roles) < 2 or roles[-1] != "assistant":
             raise ValueError(
                 f"{path}, row {number}: messages have the roles {roles}; expected at least two messages "

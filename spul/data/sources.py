@@ -5,10 +5,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
@@ -16,6 +19,7 @@ from datasets import Dataset, load_dataset
 from .checks import check_rows
 from .rows import listed
 
+ENCODING = "utf-8-sig"  # UTF-8; a byte order mark, which some editors write, is no character of the first row
 FILE_TYPES = (".tsv", ".tsv.gz", ".json", ".jsonl", ".csv", ".parquet")
 
 
@@ -52,18 +56,39 @@ def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Data
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; its folder has {_listing(path.parent)}.")
-    if path.name.endswith((".tsv", ".tsv.gz")):
-        rows = _from_rows(_tsv_rows(path), path)
-    elif path.suffix in (".json", ".jsonl"):
-        rows = _from_rows(_json_rows(path), path)
-    elif path.suffix == ".csv":
-        options = pyarrow.csv.ParseOptions(newlines_in_values=True)
-        rows = Dataset(pyarrow.csv.read_csv(path, parse_options=options))
-    elif path.suffix == ".parquet":
-        rows = Dataset(pyarrow.parquet.read_table(path))
-    else:
+    if not path.name.endswith(FILE_TYPES):
         raise ValueError(f"{path}: expected a file that ends in one of {', '.join(FILE_TYPES)}.")
+    with said_of(path):
+        if path.name.endswith((".tsv", ".tsv.gz")):
+            rows = _from_rows(_tsv_rows(path), path)
+        elif path.suffix in (".json", ".jsonl"):
+            rows = _from_rows(_json_rows(path), path)
+        elif path.suffix == ".csv":
+            rows = Dataset(_csv_table(path))
+        else:
+            rows = Dataset(pyarrow.parquet.read_table(path))
     return _with_columns(rows, columns, str(path))
+
+
+@contextmanager
+def said_of(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Context manager: errors of decoding a file, which do not name it, as a ValueError that does.
+
+    Args:
+        path: the file that is read within.
+    """
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); save it in that encoding.") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path} is no whole gzip file ({error}); copy it again.") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deep; expected rows with texts, numbers and messages.") from error
+    except (pyarrow.ArrowException, OverflowError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a table ({error}); expected columns of one type each, such as text."
+        ) from error
 
 
 def check_folder(source: str | os.PathLike[str], expected: str) -> Path:
@@ -88,7 +113,7 @@ def _listing(folder: Path, shown: int = 20) -> str:
 def _tsv_rows(path: Path) -> Iterator[dict[str, str]]:
     # Only "\n" ends a line: texts hold other characters that Python takes for line breaks by default.
     opened = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8", newline="\n") as lines:
+    with opened(path, "rt", encoding=ENCODING, newline="\n") as lines:
         header = next(lines, "").rstrip("\r\n").split("\t")
         for number, line in enumerate(lines, start=2):
             values = line.rstrip("\r\n").split("\t")
@@ -100,8 +125,15 @@ def _tsv_rows(path: Path) -> Iterator[dict[str, str]]:
             yield dict(zip(header, values, strict=True))
 
 
+def _csv_table(path: Path) -> pyarrow.Table:
+    table = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+    if bad := [field.name for field in table.schema if pyarrow.types.is_binary(field.type)]:  # as Arrow reads others
+        raise ValueError(f"{path} is not UTF-8 (the column {bad[0]!r}); save it in that encoding.")
+    return table
+
+
 def _json_rows(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8", newline="\n") as lines:
+    with path.open(encoding=ENCODING, newline="\n") as lines:
         try:
             if lines.read(1) == "[":
                 yield from json.loads("[" + lines.read())

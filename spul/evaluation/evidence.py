@@ -15,7 +15,7 @@ from typing import Any
 from ..records.card import CARD_NAME
 from ..records.digests import DataSummary
 from ..records.fields import read_object
-from ..records.files import SCRATCH, atomic_folder, write_text
+from ..records.files import SCRATCH, atomic_folder, check_can_hold, write_text
 from ..records.ledger import Ledger, entry_of
 from ..records.ledger_events import LedgerEvent, utc
 from ..records.spul_config import library_versions
@@ -58,7 +58,7 @@ def write_evidence(
     facts, path = evaluation.facts, Path(folder)
     if "seeds" in facts:
         raise ValueError("the evaluation is joined of several; write an evidence pack for each of them.")
-    check_new(path)
+    check_new(path, ledger)
     with atomic_folder(path) as scratch:
         _without_plain_digests(evaluation).save(scratch)
         data = {name: file_digest(scratch / name) for name in (EVALUATION_NAME, MEASUREMENTS_NAME)}
@@ -80,7 +80,7 @@ def write_evidence(
         rows = facts.get("rows", {}).get("train_forget")
         event = LedgerEvent(
             "evaluated",
-            request or facts.get("adapter") or "evaluation",
+            request if request is not None else facts.get("adapter") or "evaluation",
             rows=None if rows is None else DataSummary(**rows),
             prompt=facts.get("adapter"),
             prompt_sha256=facts.get("weights_sha256"),
@@ -93,13 +93,20 @@ def write_evidence(
     return manifest
 
 
-def check_new(folder: str | os.PathLike) -> None:
-    """Raise unless evidence can be written into a folder.
+def check_new(folder: str | os.PathLike, ledger: str | os.PathLike | None = None) -> None:
+    """Raise unless evidence can be written into a folder, and noted in a ledger.
 
     Raises:
-        FileExistsError: if it is not empty.
+        FileExistsError: if it is not empty, or a file.
+        FileNotFoundError, PermissionError: if folder or ledger may not be written, or the ledger's is not there.
+        ValueError: if the ledger is damaged, or in the folder.
     """
     path = Path(folder)
+    check_can_hold(path)
+    if ledger is not None:
+        if Path(ledger).resolve().is_relative_to(path.resolve()):
+            raise ValueError(f"the ledger {str(ledger)!r} is in the folder of the evidence; expected it elsewhere.")
+        Ledger(ledger).check_goes_on()
     if path.is_dir() and any(not one.name.startswith(SCRATCH) for one in path.iterdir()):
         raise FileExistsError(f"{str(folder)!r} is not empty; evidence is not written over. Name a new folder.")
 

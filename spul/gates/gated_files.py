@@ -78,6 +78,8 @@ def attach_gate(gate: Gate, save_directory: str | os.PathLike, name: str = "defa
     """
     gate = as_gate(gate)
     gate.check_savable()
+    if _is_path(name):
+        raise ValueError(f"name={name!r} leads out of {str(save_directory)!r}; expected the name of a prompt in it.")
     folder = Path(save_directory, folder_of(name))
     if missing := [each for each in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / each).is_file()]:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; expected the folder of a saved prompt.")

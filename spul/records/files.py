@@ -86,6 +86,24 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_can_hold(folder: str | os.PathLike) -> None:
+    """Raise unless a folder, which need not be there, may be made and written to.
+
+    Args:
+        folder: its path.
+
+    Raises:
+        FileExistsError: if it, or what it would stand in, is a file.
+        PermissionError: if that may not be written to.
+    """
+    path = Path(folder).absolute()
+    nearest = next(one for one in (path, *path.parents) if one.exists())
+    if not nearest.is_dir():
+        raise FileExistsError(f"{str(nearest)!r} is a file; expected a folder, or a path of which one can be made.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{str(nearest)!r} may not be written to; name another folder, or allow it.")
+
+
 def remove_stale_scratch(folder: Path) -> None:
     """Remove scratch files and folders that a killed process left in a folder."""
     for path in folder.glob(SCRATCH + "*"):

@@ -59,7 +59,7 @@ class Ledger:
 
     Raises:
         FileNotFoundError: if the file's folder does not exist.
-        ValueError: if the path is that of a folder.
+        ValueError: if the path is that of a folder or a device.
 
     Example:
         ```python
@@ -71,8 +71,9 @@ class Ledger:
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        if self.path.is_dir():
-            raise ValueError(f"{str(path)!r} is a folder; pass the path of a file, such as 'ledger.jsonl'.")
+        if self.path.exists() and not self.path.is_file():
+            what = "a folder" if self.path.is_dir() else "no file that keeps what is written"
+            raise ValueError(f"{str(path)!r} is {what}; pass the path of a file, such as 'ledger.jsonl'.")
         self._check_folder()
 
     def append(self, event: LedgerEvent) -> LedgerEntry:
@@ -100,12 +101,7 @@ class Ledger:
             is_new = not self.path.exists()
             with self.path.open("a+b", buffering=0) as file:
                 last, torn = _end(file)
-                previous = None if last is None else entry_of(last)
-                if last is not None and previous is None:
-                    raise ValueError(
-                        f"the last line of {str(self.path)!r} is no entry of a ledger, or was edited; nothing is "
-                        "written after it. See what Ledger.verify finds, and begin a new file."
-                    )
+                previous = self._last_entry(last)
                 text, end = b"", file.seek(0, os.SEEK_END)
                 if torn and (whole := entry_of(torn)) is not None:  # only its line break is missing
                     previous, text = whole, b"\n"
@@ -119,6 +115,19 @@ class Ledger:
             if is_new:
                 _sync_folder(self.path.parent)
         return entry
+
+    def check_goes_on(self) -> None:
+        """Raise unless an entry can be appended, as far as is seen without one: call it before hours of work.
+
+        Raises:
+            FileNotFoundError, ValueError, TimeoutError: as `append`.
+            PermissionError: if the file, or the lock beside it, may not be written.
+        """
+        self._check_folder()
+        with self._lock():
+            if self.path.exists():
+                with self.path.open("r+b", buffering=0) as file:
+                    self._last_entry(_end(file)[0])
 
     def entries(self) -> list[LedgerEntry]:
         """The entries, in order, without a half-written last line.
@@ -193,6 +202,16 @@ class Ledger:
             with self._lock():
                 *lines, torn = self.path.read_bytes().split(b"\n")
         return lines, torn
+
+    def _last_entry(self, line: bytes | None) -> LedgerEntry | None:
+        """The entry of the last whole line, after which another may be written; None where there is no line."""
+        entry = None if line is None else entry_of(line)
+        if line is not None and entry is None:
+            raise ValueError(
+                f"the last line of {str(self.path)!r} is no entry of a ledger, or was edited; nothing is "
+                "written after it. See what Ledger.verify finds, and begin a new file."
+            )
+        return entry
 
     def _check_folder(self) -> None:
         if not self.path.parent.is_dir():

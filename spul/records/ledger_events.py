@@ -92,7 +92,7 @@ class LedgerEvent:
             "prompt": record.name,
             "prompt_sha256": record.weights_sha256 if weights is None else file_digest(weights),
             "base_fingerprint": record.base_fingerprint,
-            "gate": read_object(path / GATE)["kind"] if (path / GATE).is_file() else None,
+            "gate": _kind_of_gate(path / GATE) if (path / GATE).is_file() else None,
         }
         return cls(event, request, **found | others)
 
@@ -241,15 +241,24 @@ def are_fields(fields: Mapping[str, Any]) -> bool:
     )
 
 
+def _kind_of_gate(path: Path) -> str:
+    """The kind of a saved gate."""
+    kind = read_object(path).get("kind")
+    if not isinstance(kind, str):
+        raise ValueError(f"{path}: kind is {kind!r:.80}; expected the name of a kind of gate. Save the gate again.")
+    return kind
+
+
 def _in_utc(at: str) -> str:
     """A time in ISO 8601 with its zone, in UTC."""
     try:
         found = datetime.fromisoformat(at.replace("Z", "+00:00"))
-    except (AttributeError, ValueError):
-        found = None
-    if found is None or found.tzinfo is None:
+        known = None if found.tzinfo is None else found.astimezone(timezone.utc)
+    except (AttributeError, ValueError, OverflowError):  # in UTC the first day may be one before the calendar's
+        known = None
+    if known is None:
         raise ValueError(f"at={at!r}; expected a time with its zone, such as '2026-03-01T09:30:00Z'.")
-    return utc(found.astimezone(timezone.utc), "seconds")
+    return utc(known, "seconds")
 
 
 def utc(time: datetime, timespec: str) -> str:

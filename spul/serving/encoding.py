@@ -24,7 +24,9 @@ class RequestEncoder:
     def __init__(self, served: ServedPrompts, limits: Limits) -> None:
         self.served, self.limits = served, limits
         self.tokenizer = copy.deepcopy(served.gated.tokenizer)  # fast tokenizers are for one thread at a time
-        self.room = max_positions(served.gated.get_base_model())
+        base: Any = served.gated.get_base_model()
+        self.room = max_positions(base)
+        self._num_rows = min(len(self.tokenizer), base.get_input_embeddings().weight.shape[0])
 
     def job(self, request: ChatRequest) -> Job:
         """The request as the engines take it.
@@ -35,6 +37,9 @@ class RequestEncoder:
         ids, position = self._ids(request)
         if not ids:
             raise ApiError(400, "the request has no tokens.")
+        if not all(0 <= one < self._num_rows for one in ids):  # also of a tokenizer with more tokens than the base
+            param = "messages" if request.kind == "chat" else "prompt"
+            raise ApiError(400, f"the request has a token id outside 0 to {self._num_rows - 1}.", param)
         num, most = len(ids), self.limits.max_prompt_tokens
         if most is not None and num > most:
             raise ApiError(
@@ -65,8 +70,6 @@ class RequestEncoder:
             raise ApiError(400, "a completion does not say where its message begins; send a chat.", "prompt")
         if isinstance(request.content, str):
             return list(tokenizer(request.content)["input_ids"]), None
-        if not all(0 <= one < len(tokenizer) for one in request.content):
-            raise ApiError(400, f"prompt has a token id outside 0 to {len(tokenizer) - 1}.", "prompt")
         return request.content, None
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..prompts.configs import holds_states
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import fingerprint
-from ..records.files import SCRATCH, remove_stale_scratch
+from ..records.files import SCRATCH, check_can_hold, remove_stale_scratch
 from ..records.spul_config import library_versions, without_local_path
 
 
@@ -76,7 +76,8 @@ def check_new_folder(folder: str | os.PathLike) -> Path:
         folder: its path.
 
     Raises:
-        FileExistsError: if it is a file, or a folder with files in it.
+        FileExistsError: if it is a file, or a folder with files in it, or would stand in a file.
+        PermissionError: if the folder that it stands in may not be written to.
     """
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -84,6 +85,7 @@ def check_new_folder(folder: str | os.PathLike) -> Path:
         raise FileExistsError(
             f"{str(target)!r} is {what}; expected a new or empty folder, since an export is written as a whole."
         )
+    check_can_hold(target.resolve().parent)
     return target
 
 
@@ -102,7 +104,7 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
     Raises:
         FileExistsError: as `check_new_folder`.
     """
-    target = check_new_folder(folder)
+    target = check_new_folder(folder).resolve()  # a link, and ".", cannot be moved onto
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_scratch(target.parent)
     scratch = target.parent / f"{SCRATCH}{uuid.uuid4().hex}"

@@ -10,6 +10,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 
@@ -17,7 +18,7 @@ from ..gates.gated import GatedUnlearner
 from ..prompts.row_prompts import NO_PROMPT, under
 from .answers import Piece
 from .engine import Job
-from .requests import ApiError, Limits
+from .requests import ApiError, Limits, check_header_text
 from .served import ServedPrompts
 
 logger = logging.getLogger(__name__)
@@ -74,7 +75,7 @@ class VllmEngine:
         payload: makes the fields of a prompt's embeddings; `EmbeddingPayload` unless given.
 
     Raises:
-        ValueError: if a prompt is a prefix, whose keys and values vLLM does not take.
+        ValueError: if a prompt is a prefix, whose keys and values vLLM does not take, or `url` is no address.
     """
 
     name = "vllm"
@@ -88,6 +89,10 @@ class VllmEngine:
         api_key: str | None = None,
         payload: Payload | None = None,
     ) -> None:
+        if not _is_address(url):
+            raise ValueError(f"url={url!r}; expected vLLM's address without /v1, such as http://127.0.0.1:8000.")
+        if api_key is not None:
+            check_header_text(api_key, "vLLM's key")
         served.take_embeddings_only()
         self.served, self.limits, self.model = served, limits, model
         self.url = f"{url.rstrip('/')}/v1/completions"
@@ -182,6 +187,16 @@ class VllmEngine:
         return await asyncio.get_running_loop().run_in_executor(self._routing, function)
 
 
+def _is_address(url: str) -> bool:
+    """Whether it is an address to which the path of an endpoint can be added."""
+    try:
+        parts = urlsplit(url)
+        is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
+    return is_whole and not (parts.query or parts.fragment or parts.path.rstrip("/").endswith("/v1"))
+
+
 async def _check(response: Any) -> None:
     if response.status_code == 200:
         return
@@ -194,25 +209,36 @@ async def _check(response: Any) -> None:
 
 async def _pieces(response: Any) -> AsyncGenerator[Piece, None]:
     """The parts of a stream of vLLM; the last waits for the number of tokens, which vLLM sends after it."""
-    reason, usage, last = None, None, ""
-    async for line in response.aiter_lines():
-        if not line.startswith("data:"):
+    reason, num, last = None, None, ""
+    async for line in _lines(response):
+        if not line.startswith(b"data:"):
             continue
-        data = line[len("data:") :].strip()
-        if data == "[DONE]":
+        data = line[len(b"data:") :].strip()
+        if data == b"[DONE]":
             break
         try:
             chunk = json.loads(data)
-            usage = chunk.get("usage") or usage
+            num = int(chunk["usage"]["completion_tokens"]) if chunk.get("usage") else num
             for choice in chunk["choices"]:
                 reason = choice["finish_reason"] or reason
+                text = "" + (choice["text"] or "")
                 if choice["finish_reason"]:
-                    last = choice["text"]
-                elif choice["text"]:
-                    yield Piece(choice["text"], 0)
+                    last = text
+                elif text:
+                    yield Piece(text, 0)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             logger.error("vLLM sent %r", data[:500])
             raise ApiError(502, "the model's server failed.") from error
-    if reason not in ("stop", "length") or usage is None:
+    if reason not in ("stop", "length") or num is None:
         raise ApiError(502, "the model's server ended too early.")
-    yield Piece(last, int(usage["completion_tokens"]), reason)
+    yield Piece(last, num, reason)
+
+
+async def _lines(response: Any) -> AsyncGenerator[bytes, None]:
+    """Lines of a body. Only a line feed ends one: httpx's also end at characters that answers may have, as U+2028."""
+    rest = b""
+    async for part in response.aiter_bytes():
+        *lines, rest = (rest + part).split(b"\n")
+        for line in lines:
+            yield line
+    yield rest

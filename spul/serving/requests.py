@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MOST_STOPS, LONGEST_STOP = 4, 200  # four, as in OpenAI's API; characters
+LARGEST = 2**31 - 1  # of a limit: more seconds than an event loop can wait are as wrong as infinitely many
 # A completion without max_tokens has 16, as in OpenAI's API; a chat answer as many as the server allows.
 DEFAULT_COMPLETION_TOKENS = 16
 
@@ -88,7 +89,7 @@ class Limits:
         gather_seconds: how long the first request of a batch waits for others.
 
     Raises:
-        ValueError: if one is not above 0.
+        ValueError: if one is not above 0, or above 2,147,483,647.
     """
 
     max_body_bytes: int = 1 << 20
@@ -101,8 +102,25 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value!r}; expected a number above 0.")
+            if value is not None and not 0 < value <= LARGEST:
+                raise ValueError(f"{name}={value!r}; expected a number above 0, at most {LARGEST:,}.")
+
+
+def check_header_text(text: str, what: str, least: int = 1) -> None:
+    """Raise unless a text, such as a key, can stand in an HTTP header as it is.
+
+    Args:
+        text: the text; it is not in the message.
+        what: its name, for the message.
+        least: how many characters it must have.
+
+    Raises:
+        ValueError: if it is too short, or has other characters than those of ASCII that are seen.
+    """
+    if len(text) < least:
+        raise ValueError(f"{what} has {len(text)} characters; take {least} or more.")
+    if not all("!" <= one <= "~" for one in text):
+        raise ValueError(f"{what} has white space in it, or a character outside ASCII; take letters and digits.")
 
 
 @dataclass(frozen=True)
@@ -185,6 +203,7 @@ def read_json(body: bytes) -> dict[str, Any]:
     """
     try:
         data = json.loads(body, parse_constant=_no_constant)
+        json.dumps(data, ensure_ascii=False).encode()  # half of a surrogate pair is no character, and nothing takes it
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "the body is no valid JSON (UTF-8).") from error
     if not isinstance(data, dict):
@@ -276,10 +295,6 @@ def _content(value: Any, param: str) -> str:
 def _text(value: Any, param: str) -> str:
     if not isinstance(value, str):
         raise ApiError(400, f"{param} is no text.", param)
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # half of a surrogate pair, which no tokenizer takes
-        raise ApiError(400, f"{param} is no valid Unicode.", param) from error
     return value
 
 

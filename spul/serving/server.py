@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from .answers import Answer, Piece
 from .encoding import RequestEncoder
 from .engine import Engine, Job
-from .requests import ApiError, ChatRequest, Limits, read_body, read_json
+from .requests import ApiError, ChatRequest, Limits, check_header_text, read_body, read_json
 from .served import ServedPrompts
 
 logger = logging.getLogger(__name__)
@@ -48,12 +49,10 @@ def make_app(
         admin_token: lets its holder list, add and revoke prompts; without one there is no such endpoint.
 
     Raises:
-        ValueError: if the token is shorter than 16 characters.
+        ValueError: if the token is shorter than 16 characters, or has some that no header takes.
     """
-    if admin_token is not None and len(admin_token) < SHORTEST_TOKEN:
-        raise ValueError(
-            f"the administrator's token has {len(admin_token)} characters; take {SHORTEST_TOKEN} or more."
-        )
+    if admin_token is not None:
+        check_header_text(admin_token, "the administrator's token", SHORTEST_TOKEN)
     server = _Server(engine, model, Limits() if limits is None else limits, record, admin_token)
     app = FastAPI(title="spul", docs_url=None, redoc_url=None, openapi_url=None, lifespan=server.lifespan)
     app.add_exception_handler(ApiError, _api_error)
@@ -154,10 +153,13 @@ class _Server:
 
     async def _body(self, http: Request) -> bytes:
         most, found = self.limits.max_body_bytes, bytearray()
-        async for chunk in http.stream():
-            found += chunk
-            if len(found) > most:
-                raise ApiError(413, f"the body has more than {most} bytes.")
+        try:
+            async for chunk in http.stream():
+                found += chunk
+                if len(found) > most:
+                    raise ApiError(413, f"the body has more than {most} bytes.")
+        except ClientDisconnect:
+            raise ApiError(499, "the client has gone.") from None
         return bytes(found)
 
     async def _pieces(self, job: Job, answer: Answer, deadline: float) -> AsyncGenerator[Piece, None]:
@@ -173,6 +175,9 @@ class _Server:
             status = last.finish_reason
         except ApiError as error:
             status = f"error {error.status}"
+            raise
+        except Exception:
+            status = "error 500"
             raise
         finally:
             self.num_in_flight -= 1
@@ -242,15 +247,22 @@ class _Server:
             return served.add(data.get("name"), data.get("folder"), data.get("always", False))
 
         added = await self.engine.change(change)
-        await self._recorded("served", added)
+        try:
+            await self._recorded("served", added)
+        except ApiError:  # what is not in the record is not served
+            await self.engine.change(lambda served: served.revoke(added["prompt"]))
+            raise ApiError(500, "the prompt was not added, since that could not be recorded.") from None
         return JSONResponse(added, 201)
 
     async def revoke(self, name: str, http: Request) -> dict[str, Any]:
         """`DELETE /admin/prompts/{name}`: requests that are being answered keep the prompt, later ones are without."""
         self._check_admin(http)
         gone = await self.engine.change(lambda served: served.revoke(name))
-        for one in gone:
-            await self._recorded("revoked", one)
+        try:
+            for one in gone:
+                await self._recorded("revoked", one)
+        except ApiError:
+            raise ApiError(500, "the prompt was revoked, and that could not be recorded.") from None
         return {"revoked": gone}
 
     def _check_admin(self, http: Request) -> None:
@@ -309,7 +321,8 @@ async def _stream(
 
 
 def _event(body: dict[str, Any]) -> str:
-    return f"data: {json.dumps(body, ensure_ascii=False)}\n\n"
+    """A server-sent event, in ASCII: some clients end a line at other characters than a line feed."""
+    return f"data: {json.dumps(body)}\n\n"
 
 
 def _api_error(http: Request, error: Any) -> JSONResponse:
