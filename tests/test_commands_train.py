@@ -65,6 +65,21 @@ def test_files_become_a_prompt_with_record_scores_and_card(files, tmp_path, caps
     PeftModel.from_pretrained(build("llama"), tmp_path)  # and plain PEFT loads it
 
 
+def test_rows_that_the_base_does_not_know_are_warned_of(files, tmp_path, capsys):
+    base, tokenizer = build("llama").eval(), make_tokenizer()
+    prompt = rows("doe", 1)[0]["prompt"]
+    with torch.no_grad():
+        answer = int(base(**tokenizer(prompt, return_tensors="pt")).logits[0, -1].argmax())
+    unknown, known = (tokenizer.decode([token]) for token in (answer - 1, answer))
+    for name, completion in (("test_forget", unknown), ("test_retain", known)):
+        files = {**files, name: write_rows(tmp_path / f"{name}.jsonl", [{"prompt": prompt, "completion": completion}])}
+    trained(files, tmp_path / "out")
+    said = capsys.readouterr().out
+    assert "(base 1.000)" in said
+    assert "warning: test_forget: the base answers none of these rows" in said
+    assert "warning: test_retain" not in said
+
+
 def test_the_trained_prompt_is_noted_in_the_ledger(files, tmp_path):
     path = tmp_path / "ledger.jsonl"
     trained(files, tmp_path / "out", ledger=path, request="2026-017")

@@ -96,7 +96,9 @@ def test_the_text_names_the_parts_and_the_step():
     text = str(MemoryEstimate(2**30, 2**31, 0, 0, 2**29, "8 rows"))
     assert text.splitlines()[0] == "Memory of a step, 8 rows:"
     assert [line.split()[0] for line in text.splitlines()[1:]] == [*PARTS, "total"]
-    assert text.splitlines()[-1].split()[1] == "3.50"
+    assert text.splitlines()[-1].split()[1:] == ["3.50", "GiB"]
+    small = str(MemoryEstimate(2**20, 2**21, 0, 0, 2**19, "8 rows"))
+    assert small.splitlines()[-1].split()[1:] == ["3.50", "MiB"]
 
 
 @pytest.mark.parametrize(

@@ -158,13 +158,20 @@ def _scores(trainer: Any, tests: dict[str, Any]) -> list[str]:
     with trainer.unlearner.disable_adapter():
         before = {name: trainer.score(rows, name) for name, rows in tests.items()}
     after = trainer.evaluate()
-    return [
+    lines = [
         f"{name}: "
         + ", ".join(
             f"{key} {after[f'eval_{name}_{key}']:.3f} (base {before[name][key]:.3f})"
             for key in ("accuracy", "generic")
         )
         for name in tests
+    ]
+    # Otherwise an accuracy of 0 under the prompt looks like success.
+    return lines + [
+        f"warning: {name}: the base answers none of these rows, so the scores say nothing of the prompt. Compare a "
+        "row with the texts that the base was trained on: template, space before the completion, tokenizer."
+        for name in tests
+        if before[name]["accuracy"] == 0
     ]
 
 

@@ -54,7 +54,8 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = {name: getattr(self, name) for name in ("weights", "activations", "logits", "reference", "prompt")}
-        lines = [f"{name:<12}{value / 2**30:9.2f} GiB" for name, value in {**parts, "total": self.total}.items()]
+        unit, size = ("GiB", 2**30) if self.total >= 2**30 else ("MiB", 2**20)
+        lines = [f"{name:<12}{value / size:9.2f} {unit}" for name, value in {**parts, "total": self.total}.items()]
         return "\n".join([f"Memory of a step, {self.step}:", *lines])
 
 
