@@ -3,6 +3,7 @@
 import itertools
 import random
 
+import pytest
 import torch
 
 from spul.data.batching import TOKENS_PER_ROW, by_length, shuffled
@@ -24,6 +25,12 @@ def test_short_rows_fill_their_batches():
     assert [len(batch) for batch in by_length([5] * 20, 8)] == [8, 8, 4]
     assert list(by_length([], 8)) == []
     assert list(by_length([0, 0], 8)) == [[0, 1]]
+
+
+@pytest.mark.parametrize("size", [0, -3])
+def test_a_batch_has_at_least_one_row(size):
+    with pytest.raises(ValueError, match=f"batch_size={size}"):
+        list(by_length([5], size))
 
 
 def test_shuffled_passes_hold_every_row_once_and_are_drawn_anew():

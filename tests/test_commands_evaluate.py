@@ -199,3 +199,15 @@ def test_the_whole_program_exits_with_the_condition(files, tmp_path, capsys, few
     missing = write_rows(tmp_path / "none.jsonl", [])
     assert main(["evaluate", "--config", str(settings), "--forget", missing]) == 2
     assert "is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("batch_size", -3), ("max_new_tokens", 0)])
+def test_sizes_below_1_are_refused_before_anything_is_written(files, tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        run(
+            parsed(
+                "evaluate",
+                options_for(files, files["adapter"], tmp_path / "out", base=files["model"], **{name: value}),
+            )
+        )
+    assert not (tmp_path / "out").exists()

@@ -20,7 +20,12 @@ def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
 
     Yields:
         Row indices of a batch.
+
+    Raises:
+        ValueError: if `batch_size` is below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}; expected at least 1 row.")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     start = 0
     while start < len(order):

@@ -23,6 +23,7 @@ from ..models.compat import is_sharded
 from ..models.unlearner import detached_base, unlearner_of
 from ..prompts.row_prompts import NO_PROMPT
 from ..records.digests import digest_of_rows
+from ..records.fields import is_count
 from .aggregation import Key, Measurement
 from .attacks.usual import DOCUMENT_WORDS, TURNS, InputAttacks, checked_attacks
 from .metrics.free_form import generate_answers, rouge_l
@@ -148,6 +149,11 @@ class Suite:
     free_form: bool = False
     skipped: dict[str, str] = field(default_factory=dict)
     _of_reference: dict[str, list[Likelihood]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "max_new_tokens"):
+            if not is_count(getattr(self, name), 1):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a whole number of at least 1.")
 
     @cached_property
     def classes(self) -> list[str]:
