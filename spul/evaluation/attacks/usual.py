@@ -26,7 +26,7 @@ from .queries import chained, in_document, mixed_query
 
 TURNS = (1, 4)
 DOCUMENT_WORDS = (300,)
-STAND_IN = "The new film with Ada Example is a quiet delight, and far too short."
+STAND_IN = "The new play with Ada Example is a quiet delight, and far too short."
 """Text of the made-up row by which a report shows what attacks ask; no report shows rows of the data."""
 
 ASKED: tuple[Literal["first", "second"], ...] = ("first", "second")
