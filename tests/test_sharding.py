@@ -1,6 +1,7 @@
 """A base sharded over two processes trains, saves, resumes and evaluates as in one. One launch for all of it."""
 
 import contextlib
+import itertools
 import os
 import subprocess
 import sys
@@ -31,12 +32,14 @@ from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.models import shard_layers
 from spul.models.causal_lm import zero_dropout
 from spul.models.compat import is_sharded
+from spul.prompts.shared_prefix import shares_states
 from spul.records.digests import fingerprint
 
 CONFIGS_OF_ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
 SGD = {"optim": "sgd", "max_grad_norm": 0.5, "weight_decay": 0.0, "max_steps": 2, "save_strategy": "steps"}
 SGD |= {"save_steps": 1, "learning_rate": 0.1}
+CHECKPOINTED = list(itertools.product(CONFIGS, (False, True)))
 METRICS = ("accuracy", "loss", "f1", "generic")
 
 
@@ -73,6 +76,14 @@ def steps(model, folder, processes, resume=None, loss=None, as_on_gpus=False, **
         "sharded": is_sharded(model),
         "fingerprint": fingerprint(trainer.unlearner.get_base_model()),
     }
+
+
+def checkpointed(prompt_type, reentrant, folder):
+    """`steps` of a sharded base under gradient checkpointing, and whether it shared the prompt in them."""
+    unlearner = make_unlearner(prompt_type)
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    found = steps(unlearner, folder, 2, **options, **FSDP)
+    return found | {"shared": shares_states(unlearner.train(), 5, 12)}
 
 
 def lora():
@@ -121,6 +132,9 @@ def main(folder):
     results["offloaded"] = steps(make_unlearner(), folder / "offloaded", 2, fsdp=True, fsdp_config=offload)
     accumulated = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 3, "as_on_gpus": True}
     results["accumulated"] = steps(make_unlearner(), folder / "accumulated", 2, **accumulated)
+    for prompt_type, reentrant in CHECKPOINTED:
+        name = f"checkpointed {prompt_type} {reentrant}"
+        results[name] = checkpointed(prompt_type, reentrant, folder / name)
     results["lora"] = steps(lora(), folder / "lora", 2, loss=UnlearningLoss(), **FSDP)
     results["otherwise"] = sharded_otherwise()
     model = make_model("prompt_tuning")
@@ -183,6 +197,15 @@ def test_offloaded_shards_and_accumulated_batches_make_the_steps_of_one(launch, 
     one = steps(make_unlearner(), tmp_path, 1)
     for results in launch[1]:
         assert_steps(one, results[kind])
+
+
+@pytest.mark.parametrize(("prompt_type", "reentrant"), CHECKPOINTED)
+def test_a_sharded_base_under_gradient_checkpointing_makes_the_steps_of_one(launch, tmp_path, prompt_type, reentrant):
+    one = steps(make_unlearner(prompt_type), tmp_path, 1)
+    for results in launch[1]:
+        found = results[f"checkpointed {prompt_type} {reentrant}"]
+        assert_steps(one, found)
+        assert found["shared"]
 
 
 def test_lora_beside_a_sharded_base_makes_the_steps_of_one(launch, tmp_path):
