@@ -1,14 +1,12 @@
 """A base sharded over two processes trains, saves, resumes and evaluates as in one. One launch for all of it."""
 
-import contextlib
-import os
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from helpers import (
@@ -16,21 +14,27 @@ from helpers import (
     arguments,
     assert_same,
     build,
+    longrope_unlearner,
     make_answers,
     make_collator,
+    make_trainer,
     make_unlearner,
     prompt_state,
     rows,
     scored,
     trainable_model,
 )
+from processes import finish, launched, start_one_of_two
 from small_evaluations import learned, make_model, measured
 
 import spul.training.reference
+import spul.training.sharding
 from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.models import shard_layers
 from spul.models.causal_lm import zero_dropout
 from spul.models.compat import is_sharded
+from spul.models.compat_checkpointing import is_checkpointing, switch_checkpointing
+from spul.prompts.shared_prefix import shares_states
 from spul.records.digests import fingerprint
 
 CONFIGS_OF_ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
@@ -75,6 +79,30 @@ def steps(model, folder, processes, resume=None, loss=None, as_on_gpus=False, **
     }
 
 
+def uneven_steps(trainable, folder, processes, **options):
+    """Steps with a live reference on forget rows and retain rows, in order: of two processes one has no retain row."""
+    model = make_unlearner() if trainable == "prompt" else lora()
+    in_order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 8 // processes}
+    trainer = UnlearningTrainer(
+        model,
+        arguments(folder, **in_order, **SGD | {"save_strategy": "no"}, **options),
+        make_collator(),
+        make_answers(4, 4),
+        reference="live",
+        loss=None if trainable == "prompt" else UnlearningLoss(),
+    )
+    trainer.train()
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def checkpointed(prompt_type, folder):
+    """`steps` of a sharded base under gradient checkpointing, and whether it shared the prompt in them."""
+    unlearner = make_unlearner(prompt_type)
+    found = steps(unlearner, folder, 2, gradient_checkpointing=True, **FSDP)
+    assert is_checkpointing(unlearner.get_base_model().train())
+    return found | {"shared": shares_states(unlearner, 4, 12)}
+
+
 def lora():
     model = trainable_model("lora", dtype=torch.float32)
     zero_dropout(model)
@@ -98,7 +126,7 @@ def refused(call):
 
 
 def sharded_otherwise():
-    """Errors of a model that is sharded with its embeddings, and of a version of FSDP that cannot do it."""
+    """The error of a model that is sharded with its embeddings."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -108,39 +136,32 @@ def sharded_otherwise():
 
 def main(folder):
     """All of the work, in one of the processes; its results go to a file."""
-    torch.set_num_threads(1)
-    state = PartialState(cpu=True)
-    assert state.num_processes == 2
-    folder, results = Path(folder), {}
+    state, folder, results = start_one_of_two(), Path(folder), {}
     for prompt_type in CONFIGS:
         results[prompt_type] = steps(make_unlearner(prompt_type), folder / prompt_type, 2, **FSDP)
         first = folder / prompt_type / "out" / "checkpoint-1"
         resumed = steps(make_unlearner(prompt_type), folder / prompt_type, 2, str(first), **FSDP)
         results[f"resumed {prompt_type}"] = resumed["state"]
+        results[f"checkpointed {prompt_type}"] = checkpointed(prompt_type, folder / f"checkpointed-{prompt_type}")
     offload = {"version": 2, "cpu_offload": True, "reshard_after_forward": False}
     results["offloaded"] = steps(make_unlearner(), folder / "offloaded", 2, fsdp=True, fsdp_config=offload)
     accumulated = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 3, "as_on_gpus": True}
     results["accumulated"] = steps(make_unlearner(), folder / "accumulated", 2, **accumulated)
     results["lora"] = steps(lora(), folder / "lora", 2, loss=UnlearningLoss(), **FSDP)
+    for trainable in ("prompt", "lora"):
+        results[f"uneven {trainable}"] = uneven_steps(trainable, folder / "uneven", 2, **FSDP)
     results["otherwise"] = sharded_otherwise()
     model = make_model("prompt_tuning")
     shard_layers(model)
     results["evaluation"] = evaluation(model, folder / "evaluation")
-    torch.save(results, folder / f"{state.process_index}.pt")
-    state.wait_for_everyone()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(0)  # threads of torch.distributed can abort an interpreter that has done its work and ends
+    finish(state, results, folder)
 
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
     """The folder of what two processes did, and the results of each of them."""
     folder = tmp_path_factory.mktemp("sharding")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, folder]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-5000:]
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder, launched(__file__, folder)
 
 
 # ---- the tests ----
@@ -185,10 +206,27 @@ def test_offloaded_shards_and_accumulated_batches_make_the_steps_of_one(launch, 
         assert_steps(one, results[kind])
 
 
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_a_sharded_base_under_gradient_checkpointing_makes_the_steps_of_one(launch, tmp_path, prompt_type):
+    one = steps(make_unlearner(prompt_type), tmp_path, 1)
+    for results in launch[1]:
+        found = results[f"checkpointed {prompt_type}"]
+        assert_steps(one, found)
+        assert found["shared"]
+
+
 def test_lora_beside_a_sharded_base_makes_the_steps_of_one(launch, tmp_path):
     one = steps(lora(), tmp_path, 1, loss=UnlearningLoss())
     for results in launch[1]:
         assert_steps(one, results["lora"])
+
+
+@pytest.mark.parametrize("trainable", ["prompt", "lora"])
+def test_a_process_without_retain_rows_gathers_layers_for_the_live_reference_of_the_other(launch, tmp_path, trainable):
+    """It would go on alone, and both would wait for ever."""
+    one = uneven_steps(trainable, tmp_path, 1)
+    for results in launch[1]:
+        assert_same(one, results[f"uneven {trainable}"], rtol=0, atol=1e-5)
 
 
 def test_a_sharded_model_is_evaluated_as_a_whole_one(launch, tmp_path):
@@ -204,6 +242,47 @@ def test_a_sharded_model_is_evaluated_as_a_whole_one(launch, tmp_path):
 def test_a_model_that_is_sharded_with_its_embeddings_is_refused(launch):
     for results in launch[1]:
         assert "shard_layers" in results["otherwise"]
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    """Settings of FSDP in one process, where accelerate makes none."""
+    settings = {"fsdp_version": 2, "activation_checkpointing": False, "reshard_after_forward": True}
+    found = SimpleNamespace(**settings, cpu_offload=False)
+    monkeypatch.setattr(spul.training.sharding, "fsdp_plugin", lambda *_: found)
+    return found
+
+
+def test_settings_of_fsdp_that_cannot_be_honored_are_refused(tmp_path, plugin):
+    with pytest.raises(ValueError, match="bf16_full_eval"):
+        make_trainer(tmp_path, bf16_full_eval=True)
+    unlearner = make_unlearner()
+    switch_checkpointing(unlearner.get_base_model(), "enable", {"use_reentrant": True})
+    with pytest.raises(ValueError, match="'use_reentrant': False"):
+        make_trainer(tmp_path, unlearner=unlearner)
+    plugin.activation_checkpointing = True
+    with pytest.raises(ValueError, match="gradient_checkpointing=True"):
+        make_trainer(tmp_path)
+    plugin.fsdp_version = 1
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        make_trainer(tmp_path)
+
+
+@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "prefix_tuning"])
+def test_rows_that_may_outgrow_a_shared_prompt_are_refused_before_a_base_is_sharded(tmp_path, plugin, prompt_type):
+    """Of two processes one would share the prompt and the other would not: they would wait for each other for ever."""
+
+    def call(**settings):
+        unlearner = longrope_unlearner(prompt_type)  # its positions change beyond 12, of which 4 are virtual tokens
+        make_trainer(tmp_path, unlearner=unlearner, collator=make_collator(**settings))
+
+    with pytest.raises(RuntimeError, match="several processes"):  # not before
+        call(max_length=8)
+    # A prefix needs no pass of its own, so that all do the same.
+    error, named = (ValueError, "at most 8") if prompt_type == "prompt_tuning" else (RuntimeError, "several processes")
+    for settings in ({"max_length": 9}, {"max_length": 7, "pad_to_multiple_of": 5}):
+        with pytest.raises(error, match=named):
+            call(**settings)
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,11 @@
 """Two processes do what one does: training steps, the cached reference, an evaluation. One launch for all of them."""
 
-import contextlib
-import os
-import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
-from accelerate import PartialState
 from helpers import (
     CONFIGS,
     ONE_STEP,
@@ -27,6 +23,7 @@ from helpers import (
     rows,
     trainable_model,
 )
+from processes import finish, launched, start_one_of_two
 from small_evaluations import learned, make_model, measured
 from transformers import TrainerCallback
 
@@ -200,10 +197,7 @@ def sharded_evaluation():
 
 def main(folder):
     """All of the work, in one of the processes; its results go to a file."""
-    torch.set_num_threads(1)
-    state = PartialState(cpu=True)
-    assert state.num_processes == 2
-    folder, results = Path(folder), {}
+    state, folder, results = start_one_of_two(), Path(folder), {}
     for prompt_type in CONFIGS:
         results[prompt_type] = prompt_step(prompt_type, folder / "out", 2)
     for trainable in ("full", "lora"):
@@ -217,23 +211,14 @@ def main(folder):
     results["stopped"] = stopped(folder / "stopped", 2)
     results["sharded"] = sharded_evaluation()
     results["evaluation"] = evaluation(folder / "evaluation")
-    torch.save(results, folder / f"{state.process_index}.pt")
-    state.destroy_process_group()
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
-    os._exit(0)  # threads of torch.distributed can abort an interpreter that has done its work and ends
+    finish(state, results, folder)
 
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
     """The folder of what two processes did, and the results of each of them."""
     folder = tmp_path_factory.mktemp("two_processes")
-    path = os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, folder]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return folder, [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+    return folder, launched(__file__, folder, EXAMPLES)
 
 
 # ---- the tests ----

@@ -32,6 +32,14 @@ def is_checkpointing(base_model: nn.Module) -> bool:
     return base_model.training and any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules())
 
 
+def is_reentrant(base_model: nn.Module) -> bool:
+    """Whether gradient checkpointing is on and recomputes layers by the reentrant kind of torch."""
+    on: list[Any] = [
+        m._gradient_checkpointing_func for m in base_model.modules() if getattr(m, "gradient_checkpointing", False)
+    ]
+    return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in on)
+
+
 def switch_checkpointing(base_model: Any, switch: Literal["enable", "disable"], *args: Any, **kwargs: Any) -> None:
     """Enable or disable gradient checkpointing; transformers 5.23 renames the method to activation checkpointing."""
     old, new = (f"{kind}_checkpointing_{switch}" for kind in ("gradient", "activation"))

@@ -8,10 +8,14 @@ import torch
 from torch import nn
 from transformers import Trainer
 
+from ..data.collator import ForgetRetainCollator
 from ..models.compat import is_sharded
+from ..models.compat_checkpointing import is_reentrant
 from ..models.compat_devices import fsdp_plugin, replicated, use_data_parallel
 from ..models.sharding import check_layers_alone, shard_layers
 from ..models.unlearner import Unlearner
+from ..prompts.shared_prefix import check_shares_throughout
+from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import fingerprint
 
 
@@ -22,6 +26,7 @@ class ShardingTrainer(Trainer):
     """
 
     _learner: Any
+    _collator: ForgetRetainCollator
     unlearner: Unlearner
     # Whether the base is, or is about to be, sharded over the processes.
     _shards_base = False
@@ -60,10 +65,23 @@ class ShardingTrainer(Trainer):
         return super()._move_model_to_device(model, device) if not self._shards_base else self.shard_base()
 
     def shard_base(self) -> None:
-        """Shard the base of the model that trains, if this training shards it, and move the rest to the device."""
+        """Shard the base of the model that trains, if this training shards it, and move the rest to the device.
+
+        Raises:
+            ValueError: if its processes might wait for each other.
+        """
         base = self.unlearner.get_base_model()
         if not self._shards_base:
             return
+        if is_reentrant(base):
+            # It runs a backward pass of its own in each layer: where hooks run again in it (transformers 5.19), the
+            # processes gather layers and average gradients in different orders.
+            raise ValueError(
+                "reentrant gradient checkpointing of a sharded base may wait for ever; use "
+                "TrainingArguments(gradient_checkpointing_kwargs={'use_reentrant': False})."
+            )
+        if isinstance(self._learner, SoftPromptUnlearner):
+            check_shares_throughout(self._learner, self._collator.encoder.max_width)
         if not is_sharded(base):
             mesh, dims = getattr(self.accelerator, "torch_device_mesh", None), self.accelerator.parallelism_config
             shard_layers(
