@@ -10,7 +10,7 @@ from .attacks.inputs import InapplicableError, with_prompts_changed
 from .attacks.usual import STAND_IN, TURN_UNIT, checked_attacks, usual_attacks
 from .suite import Suite
 
-OTHERS = tuple(f"Film number {i} has a fine cast and a poor script." for i in range(1, 65))
+OTHERS = tuple(f"Play number {i} has a fine cast and a poor script." for i in range(1, 65))
 
 
 def attack_examples(suite: Suite) -> dict[str, str]:
