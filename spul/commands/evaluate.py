@@ -17,7 +17,7 @@ class EvaluateOptions(LoadOptions, RowOptions):
     """Options of `spul evaluate`."""
 
     model: str = option("the unlearned model: folder of a prompt, prompts behind gates, layers, LoRA, or weights", ...)
-    base: str | None = option("the model before; of an adapter the one in its record by default")
+    base: str | None = option("the model before, by name or folder; an adapter needs it")
     retrained: str | None = option("a model that never saw the forget rows, the yardstick")
     reference: str | None = option("another such model, for the reference attack on membership")
     forget: list[str] = option("files of the rows that were to be forgotten", ...)

@@ -25,7 +25,7 @@ class FitOptions(LoadOptions):
     recall: float = option("share of forget requests to flag", 0.99)
     seed: int = option("seed of the folds", 0)
     layers: list[int] | None = option("layers that a gate of states tries; 8 by default")
-    model: str | None = option("the base, for a gate of states and for conversations; that of the record by default")
+    model: str | None = option("the base, for a gate of states and for conversations")
 
 
 @dataclass(kw_only=True)
@@ -37,7 +37,7 @@ class CheckOptions(LoadOptions):
     texts: list[str] | None = option("requests")
     file: str | None = option("file of requests: rows with the column, or a .txt with one a line")
     column: str = option("column with the requests", "prompt")
-    model: str | None = option("the base, for a gate of states and for conversations; that of the record by default")
+    model: str | None = option("the base, for a gate of states and for conversations")
 
 
 def fit(options: FitOptions) -> int | None:
@@ -125,9 +125,11 @@ class _Source:
 
     def name(self) -> str:
         """The base's name or folder."""
-        from ..evaluation.loading import base_of
+        from ..evaluation.loading import no_base_error
 
-        return self.options.model or base_of(self.options.adapter)
+        if self.options.model is None:
+            raise no_base_error(self.options.adapter)
+        return self.options.model
 
     def tokenizer(self) -> Any:
         """The base's tokenizer."""

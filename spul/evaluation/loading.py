@@ -52,18 +52,16 @@ def kind_of(folder: str | os.PathLike[str]) -> str:
     raise FileNotFoundError(f"{str(folder)!r} holds no model; expected one of: {'; '.join(KINDS.values())}.")
 
 
-def base_of(folder: str | os.PathLike[str]) -> str:
-    """The name of the base in the record of a saved adapter, or of layers.
-
-    Raises:
-        ValueError: if there is none.
-    """
+def no_base_error(folder: str | os.PathLike[str]) -> ValueError:
+    """The error where an adapter's base is not given: nothing is loaded by the name in an adapter's record."""
     path = find_file(folder, ADAPTER_NAME)
     name = read_object(path).get("base_model_name_or_path") if path is not None else None
     name = name or read_spul_config(folder).base_model_name_or_path
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{str(folder)!r} does not say which base it is for; give the base, by name or folder.")
-    return name
+    recorded = f"its record says {name!r}" if isinstance(name, str) and name else "its record does not name one"
+    return ValueError(
+        f"{str(folder)!r} holds an adapter, and its base is not given; expected the base, by name or folder "
+        f"({recorded}, which nothing is loaded by)."
+    )
 
 
 def load_unlearned(
@@ -76,27 +74,21 @@ def load_unlearned(
 
     Args:
         folder: folder or Hub name: prompts behind gates, unlearning layers, a prompt, LoRA, or whole weights.
-        base: folder or Hub name of the base of an adapter; the one in its record unless given. Of whole weights it is
-            not read here.
+        base: folder or Hub name of the base, which an adapter needs: no base is loaded by the name in an adapter's
+            record. Of whole weights it is not read here.
         tokenizer: folder or Hub name of the tokenizer; the base's, or the whole model's, unless given.
         load: from a name to a causal LM.
 
     Raises:
         FileNotFoundError: if the folder holds no model.
         OSError: if the base cannot be found.
-        ValueError: if files are damaged, or adapter and base do not fit.
+        ValueError: if the base of an adapter is not given, files are damaged, or adapter and base do not fit.
     """
     kind = kind_of(folder)
-    name = folder if kind == "model" else (base or base_of(folder))
-    try:
-        model, words = load(name), AutoTokenizer.from_pretrained(tokenizer or name)
-    except OSError as error:
-        if kind == "model" or base is not None:
-            raise
-        raise OSError(
-            f"the base of {str(folder)!r} is recorded as {str(name)!r}, which is not found here. Give the base, by "
-            f"name or folder. ({error})"
-        ) from error
+    name = folder if kind == "model" else base
+    if name is None:
+        raise no_base_error(folder)
+    model, words = load(name), AutoTokenizer.from_pretrained(tokenizer or name)
     if kind == "gated":
         model = GatedUnlearner.from_pretrained(model, folder, words)
     elif kind == "layers":
