@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -164,6 +165,21 @@ def test_a_gate_without_its_prompt_is_refused(folder, tmp_path):
         attach_gate(NameGate(["Jane Doe"]), folder / "adapter", "other")
     with pytest.raises(ValueError, match="is a function, which cannot be saved"):
         attach_gate(lambda texts: texts, folder / "adapter")
+
+
+def test_a_gate_for_one_of_several_prompts_without_gates_is_refused_and_checkpoints_are_no_prompts(folder):
+    files = [path for path in (folder / "adapter").iterdir() if path.is_file()]
+    for name in ("checkpoint-20", "second"):
+        (folder / "adapter" / name).mkdir()
+        for path in files:
+            shutil.copy(path, folder / "adapter" / name)
+    with pytest.raises(ValueError, match=r"also holds the prompts \['second'\], which would be left out"):
+        attach_gate(NameGate(["Jane Doe"]), folder / "adapter")
+    with pytest.raises(ValueError, match=r"also holds the prompts \['default'\]"):
+        attach_gate(NameGate(["Jane Doe"]), folder / "adapter", "second")
+    assert not (folder / "adapter" / "gate").exists()
+    shutil.rmtree(folder / "adapter" / "second")
+    attach_gate(NameGate(["Jane Doe"]), folder / "adapter")
 
 
 @pytest.mark.parametrize("name", ["../adapter", "..", ".", "", "a/b", "..\\adapter"])

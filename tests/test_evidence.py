@@ -106,9 +106,10 @@ def test_a_manifest_or_an_entry_that_was_changed_is_named(pack):
     assert fault.startswith("ledger.jsonl, no entry has the digest")
     (pack / "ledger-entry.jsonl").write_text("{}\n")
     assert verify_evidence(pack) == ["ledger-entry.jsonl is missing, or was changed"]
-    (pack / "manifest.json").write_text("{}")
-    with pytest.raises(ValueError, match="names no files"):
-        verify_evidence(pack)
+    for content, message in (({}, "has the format None; expected 1"), ({"format": 1}, "names no files")):
+        (pack / "manifest.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            verify_evidence(pack)
     (pack / "manifest.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no manifest\.json"):
         verify_evidence(pack)

@@ -130,7 +130,13 @@ def verify_evidence(folder: str | os.PathLike, ledger: str | os.PathLike | None 
     path = Path(folder)
     if not (path / MANIFEST_NAME).is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {MANIFEST_NAME}; pass a folder that write_evidence wrote.")
-    named = read_object(path / MANIFEST_NAME).get("files")
+    manifest = read_object(path / MANIFEST_NAME)
+    if manifest.get("format") != FORMAT:
+        raise ValueError(
+            f"{MANIFEST_NAME} in {str(folder)!r} has the format {manifest.get('format')!r}; expected {FORMAT}, that of an "
+            "evidence pack which this version reads."
+        )
+    named = manifest.get("files")
     if not isinstance(named, dict):
         raise ValueError(f"{MANIFEST_NAME} in {str(folder)!r} names no files; it is not that of an evidence pack.")
     found = {name: file_digest(part) for name, part in _parts(path).items()}

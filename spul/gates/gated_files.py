@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..models.compat import CHECKPOINT_PREFIX
 from ..prompts.checkpoint import CONFIG_NAME, ENCODER_NAME, WEIGHTS_NAME
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.card import CARD_NAME, write_gate_section
@@ -73,8 +75,8 @@ def attach_gate(gate: Gate, save_directory: str | os.PathLike, name: str = "defa
 
     Raises:
         FileNotFoundError: if there is no such prompt.
-        ValueError: if the gate is a plain function, which cannot be saved, or `spul_gates.json` is damaged or knows
-            no such prompt.
+        ValueError: if the gate is a plain function, which cannot be saved, `spul_gates.json` is damaged or knows no
+            such prompt, or there is none and the folder holds other prompts.
     """
     gate = as_gate(gate)
     gate.check_savable()
@@ -84,6 +86,11 @@ def attach_gate(gate: Gate, save_directory: str | os.PathLike, name: str = "defa
     if missing := [each for each in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / each).is_file()]:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; expected the folder of a saved prompt.")
     path = Path(save_directory, ROUTING_NAME)
+    if not path.is_file() and (others := _other_prompts(Path(save_directory), folder)):
+        raise ValueError(
+            f"{str(save_directory)!r} also holds the prompts {others}, which would be left out where its gates route; "
+            "save all of them by GatedUnlearner.save_pretrained, or each in a folder of its own."
+        )
     empty: dict[str, Any] = {"prompts": [name], "gates": [], "precedence": [], "combined": [], "sha256": {}}
     routing = _checked(read_object(path), path) if path.is_file() else {"format_version": FORMAT_VERSION, **empty}
     if name not in routing["prompts"]:
@@ -95,6 +102,17 @@ def attach_gate(gate: Gate, save_directory: str | os.PathLike, name: str = "defa
         routing[field] = list(dict.fromkeys([*routing[field], name]))
     routing["sha256"][name] = _digests(save_directory, name, True)
     write_text(path, json.dumps(routing, indent=2, ensure_ascii=False) + "\n")
+
+
+def _other_prompts(save_directory: Path, own: Path) -> list[str]:
+    """Prompts saved in a folder beside one of them; checkpoints of a training are not meant."""
+    folders = [save_directory, *sorted(path for path in save_directory.iterdir() if path.is_dir())]
+    found = [path for path in folders if path != own and (path / CONFIG_NAME).is_file()]
+    return [
+        "default" if path == save_directory else path.name
+        for path in found
+        if not re.fullmatch(rf"{CHECKPOINT_PREFIX}-\d+", path.name) or path == save_directory
+    ]
 
 
 def _digests(folder: str | os.PathLike, name: str, has_gate: bool, **hub: Any) -> dict[str, str | None]:
