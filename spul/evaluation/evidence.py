@@ -133,8 +133,8 @@ def verify_evidence(folder: str | os.PathLike, ledger: str | os.PathLike | None 
     manifest = read_object(path / MANIFEST_NAME)
     if manifest.get("format") != FORMAT:
         raise ValueError(
-            f"{MANIFEST_NAME} in {str(folder)!r} has the format {manifest.get('format')!r}; expected {FORMAT}, that of an "
-            "evidence pack which this version reads."
+            f"{MANIFEST_NAME} in {str(folder)!r} has the format {manifest.get('format')!r}; expected {FORMAT}, "
+            "by which this version writes evidence packs."
         )
     named = manifest.get("files")
     if not isinstance(named, dict):
