@@ -74,7 +74,7 @@ def _loaded(options: ExportOptions) -> tuple[Any, Any]:
 
 
 def _left_out(folder: Path) -> str:
-    """What a folder of prompts and gates holds beside its prompt."""
+    """Gates and other prompts in the folder of a prompt."""
     from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME
     from ..records.fields import read_object
 

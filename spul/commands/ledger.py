@@ -87,7 +87,7 @@ def verify(options: VerifyOptions) -> int:
 
 
 def _counted(entries: Sequence[LedgerEntry]) -> str:
-    """How often each event is in the ledger."""
+    """The number of entries of each event."""
     counts = Counter(entry.event for entry in entries)
     bare = sum(entry.event == "answered" and entry.request is None for entry in entries)
     notes = {"answered": f" ({bare:,} without a prompt)"} if bare else {}

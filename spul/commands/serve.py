@@ -175,7 +175,7 @@ def _secret(path: str) -> str:
 
 
 def _recorder(options: ServeOptions) -> Callable[[dict[str, Any]], Any] | None:
-    """What takes the events: the ledger, then the function; None without either."""
+    """The taker of events: the ledger, then the function; None without either."""
     takers: list[Callable[[dict[str, Any]], Any]] = []
     if options.ledger is not None:
         from ..records.ledger import Ledger

@@ -24,7 +24,7 @@ def option(help: str, default: Any = None) -> Any:
 
 @dataclass(kw_only=True)
 class RowOptions:
-    """How files of rows are read and tokenized."""
+    """Options for reading and tokenizing files of rows."""
 
     generic: list[str] | None = option("generic answers, leading space included, such as ' neutral' ' unknown'")
     prompt_template: str | None = option(
@@ -96,16 +96,16 @@ def saved_prompt(folder: str) -> SavedPrompt:
 
 @dataclass(kw_only=True)
 class LoadOptions:
-    """How models are loaded."""
+    """Options for loading models."""
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("type of the base's weights", "auto")
     bits: int | None = option("quantize the base to 8 or 4 bits")
     tokenizer: str | None = option("tokenizer, by name or folder; the base's by default")
     trust_remote_code: bool = option("run code of the model's repository", False)
 
-    def load(self, name: str, **options: Any) -> Any:
+    def load(self, name: str) -> Any:
         """A causal LM by name or folder."""
-        return self.loader()(name, **options)
+        return self.loader()(name)
 
     def loader(self) -> Any:
         """A function that loads a causal LM by name or folder."""

@@ -112,7 +112,7 @@ def check_new(folder: str | os.PathLike, ledger: str | os.PathLike | None = None
 
 
 def verify_evidence(folder: str | os.PathLike, ledger: str | os.PathLike | None = None) -> list[str]:
-    """What in an evidence pack is not as it was written.
+    """Faults of an evidence pack: all that is not as it was written.
 
     Args:
         folder: the folder that `write_evidence` wrote.

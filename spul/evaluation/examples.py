@@ -14,7 +14,7 @@ OTHERS = tuple(f"Play number {i} has a fine cast and a poor script." for i in ra
 
 
 def attack_examples(suite: Suite) -> dict[str, str]:
-    """What each attack on the input makes of a made-up row.
+    """A made-up row as each attack on the input changes it.
 
     Attacks that are the user's own may put other rows into a prompt. An example with a prompt or a text of the
     evaluation's rows in it is left out, and so is one of an attack that cannot be made on the row; `suite.skipped`

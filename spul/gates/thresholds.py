@@ -53,7 +53,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class GateReport:
-    """How often a gate flags texts.
+    """Shares of texts that a gate flags.
 
     Attributes:
         recall: of held-out forget texts.

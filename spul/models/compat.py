@@ -95,8 +95,7 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def settings_of(model: nn.Module) -> tuple[Any, ...]:
-    """What a forward works by beside tensors: config, hooks, and the attributes of every module, a replaced `forward`
-    among them."""
+    """Settings of a forward beside tensors: config, hooks, attributes of every module, a replaced `forward` too."""
     found: list[Any] = [key for key, _ in forward_hooks(model)]
     for module in model.modules():
         found.append(id(module))

@@ -43,7 +43,7 @@ class AnswerText:
         self._start, self._read, self._held = 0, len(self._ids), ""
 
     def push(self, token: int) -> str:
-        """What can be sent after one more token: whole characters that are not the start of a stop text."""
+        """Text to send after one more token: whole characters that are not the start of a stop text."""
         self._ids.append(token)
         text = self._new_text()
         if not text or text.endswith(_UNFINISHED):
@@ -52,7 +52,7 @@ class AnswerText:
         return self._up_to_stop(text)
 
     def finish(self) -> str:
-        """What was held back, at the answer's end."""
+        """Text that was held back, at the answer's end."""
         text = self._up_to_stop(self._new_text()) + self._held
         self._held = ""
         return text

@@ -1,4 +1,4 @@
-"""What answers requests: the jobs that it takes, and its interface."""
+"""The interface of engines, which answer requests, and the jobs that they take."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Job:
     max_tokens: int
     prompt_position: int | None = None
     prompt: dict[str, Any] | None = field(default=None, init=False)
-    """What `ServedPrompts.served` says of the prompt that it was given; empty for the base, None before routing."""
+    """Its prompt's entry in `ServedPrompts.served`; empty for the base, None before routing."""
 
 
 class Engine(Protocol):
-    """What answers requests, under the prompts that their gates turn on."""
+    """Answers requests, under the prompts that their gates turn on."""
 
     name: str
     served: ServedPrompts

@@ -1,4 +1,4 @@
-"""What every export needs: the prompt as input embeddings, facts about it, and a folder that is whole or not there."""
+"""Parts of every export: the prompt as input embeddings, facts about it, a folder that is whole or not there."""
 
 from __future__ import annotations
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import io
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -20,6 +18,7 @@ from .answers import Piece
 from .engine import Job
 from .requests import ApiError, Limits, check_header_text
 from .served import ServedPrompts
+from .vllm_client import encoded
 
 logger = logging.getLogger(__name__)
 
@@ -56,9 +55,7 @@ class EmbeddingPayload:
         base = self.gated.get_base_model()
         embeds = base.get_input_embeddings()(torch.tensor(token_ids, device=base.device))
         virtual = under(self.gated.unlearner, prompt).get_prompt(batch_size=1)[0].to(embeds)
-        file = io.BytesIO()
-        torch.save(torch.cat([embeds[:position], virtual, embeds[position:]]).cpu(), file)
-        return {"prompt_embeds": base64.b64encode(file.getvalue()).decode("ascii")}
+        return {"prompt_embeds": encoded(torch.cat([embeds[:position], virtual, embeds[position:]]).cpu())}
 
 
 class VllmEngine:

@@ -125,7 +125,7 @@ def check_header_text(text: str, what: str, least: int = 1) -> None:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer's tokens are chosen.
+    """Choice of an answer's tokens.
 
     Args:
         temperature: 0 for the most probable token.

@@ -260,7 +260,7 @@ class ServedPrompts:
         return path
 
     def _refresh(self) -> None:
-        """What is served, by name, replaced as a whole, so that other threads may read it."""
+        """Replace the prompts that are served, by name, as a whole, so that other threads may read them."""
         unlearner, found = self.gated.unlearner, {}
         for name, record in unlearner.spul_configs.items():
             gate = self.gated.gates.get(name)

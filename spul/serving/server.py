@@ -272,7 +272,7 @@ class _Server:
 
 
 async def _in_time(awaitable: Any, deadline: float) -> Any:
-    """What is awaited, or a 504 at the deadline."""
+    """The awaited result, or a 504 at the deadline."""
     try:
         return await asyncio.wait_for(awaitable, max(deadline - time.monotonic(), 0.0))
     except asyncio.TimeoutError:
@@ -280,7 +280,7 @@ async def _in_time(awaitable: Any, deadline: float) -> Any:
 
 
 async def _while_connected(http: Request, awaitable: Any) -> Any:
-    """What is awaited, which is cancelled once the client has gone."""
+    """The awaited result; the task is cancelled once the client has gone."""
     task = asyncio.ensure_future(awaitable)
     try:
         while not task.done():

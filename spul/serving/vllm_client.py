@@ -131,7 +131,7 @@ class SoftPrompt:
         return [dict(one) for one in messages[:last]] + [own] + [dict(one) for one in messages[last + 1 :]]
 
     def _before(self, ids: Sequence[int], position: int | None) -> int:
-        """How many of a row's tokens stand before the prompt."""
+        """The number of a row's tokens before the prompt."""
         if not ids:
             raise ValueError("there are no token ids; expected at least one.")
         at_message = self.facts["prompt_position"] == "message"

@@ -39,14 +39,14 @@ def answers(evaluation: Evaluation) -> list[Section]:
 
 
 def forgotten(evaluation: Evaluation) -> list[str]:
-    """What is still answered on the forget rows, and how many of them the base itself did not know."""
+    """Forget rows that are still answered, and how many of them the base itself did not know."""
     texts = [_before_and_after(evaluation, rows) for rows in ("test_forget", "train_forget")]
     found = [text for text in texts if text] or ["Not measured: the four splits are the measure 'utility'."]
     return found + [text for rows in ("test_forget", "train_forget") if (text := known_to_base(evaluation, rows))]
 
 
 def cost(evaluation: Evaluation) -> list[str]:
-    """What the retain rows and other text lost."""
+    """Losses on the retain rows and other text."""
     found = [_before_and_after(evaluation, "test_retain")]
     generic = first(evaluation, measure="utility", rows="test_retain", name="generic", model="unlearned")
     if generic is not None:
@@ -90,7 +90,7 @@ def back(evaluation: Evaluation) -> list[str]:
 
 
 def known_to_base(evaluation: Evaluation, rows: str) -> str:
-    """How many rows the model before got wrong, and how many of those that it knew are still answered; "" if unknown.
+    """Numbers of rows that the model before got wrong, and of those that it knew and are answered; "" if unknown.
 
     Free-form answers hardly ever equal the true one word for word, so of these nothing is said.
     """

@@ -85,7 +85,7 @@ def title_of(evaluation: Evaluation) -> str:
 
 
 def protection(evaluation: Evaluation) -> str:
-    """What the unlearned model does and does not protect against."""
+    """Protection by the unlearned model, and its limits."""
     if any(one.get("weights_changed") for _, one in _by_seed(evaluation.facts)):
         return CHANGED_WEIGHTS
     return f"{THREAT_MODEL} The same holds for unlearning layers, and for LoRA that is not merged into the weights."
@@ -148,7 +148,7 @@ def _measure(evaluation: Evaluation, name: str) -> list[Section]:
 
 
 def _attack_texts(evaluation: Evaluation) -> list[Section]:
-    """What each attack on the input asks, by the example of a row made up for it."""
+    """Texts that attacks on the input ask, by the example of a row made up for it."""
     examples = {name: text for _, facts in _by_seed(evaluation.facts)
                 for name, text in (facts.get("attack_examples") or {}).items()}  # fmt: skip
     if not examples:
