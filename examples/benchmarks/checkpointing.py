@@ -35,6 +35,7 @@ def main() -> None:
     common.add_clock(parser)
     parser.add_argument("--reentrant", action="store_true", help="use_reentrant=True")
     parser.add_argument("--memory-only", action="store_true", help="no timing; last line of output is JSON")
+    parser.add_argument("--time-only", action="store_true", help="no memory")
     args = parser.parse_args()
     if args.prompt == "prefix-tuning":
         args.steps = [step for step in args.steps if step != "spul, concatenated"]  # which a prefix cannot be
@@ -46,25 +47,30 @@ def main() -> None:
 
     records: list[dict[str, Any]] = []
     for shape in args.shapes:
-        memory = {step: in_process(args, shape, step) for step in args.steps}
+        memory = {} if args.time_only else {step: in_process(args, shape, step) for step in args.steps}
         base = common.build_model(args.model, args.device, common.dtype_of(args))
         seconds = common.alternate(
             make_steps(args, base, shape, args.steps), args.rounds, args.device, clock=common.clock_of(args)
         )
         for step in args.steps:
             record: dict[str, Any] = {"shape": shape, "step": step, "seconds": statistics.median(seconds[step])}
-            record |= {"all_seconds": seconds[step], "peak_bytes": memory[step]}
+            record["all_seconds"] = seconds[step]
             if "floor" in args.steps:
                 record["time / floor"] = common.ratio(seconds[step], seconds["floor"])
+            if memory:
+                record["peak_bytes"] = memory[step]
+            if memory and "floor" in args.steps:
                 record["memory / floor"] = memory[step] / max(memory["floor"], 1)
             records.append(record)
 
     where = {**common.surroundings(args), "prompt": args.prompt, "p": args.num_virtual_tokens}
     where |= {"reentrant": args.reentrant, "cpu_seconds": args.cpu_seconds}
     ratios = [name for name in ("time / floor", "memory / floor") if name in records[0]]
-    columns = ["shape", "step", "seconds", "peak memory over the model (MB)", *ratios]
+    columns = ["shape", "step", "seconds", *(() if args.time_only else ("peak memory over the model (MB)",)), *ratios]
     lines = [
-        [r["shape"], r["step"], r["seconds"], r["peak_bytes"] / 1e6, *(r[name] for name in ratios)] for r in records
+        [r["shape"], r["step"], r["seconds"], *(r[name] / 1e6 for name in ("peak_bytes",) if name in r)]
+        + [r[name] for name in ratios]
+        for r in records
     ]
     common.report("One training step under gradient checkpointing", where, columns, lines)
     common.write_json(args.json, {"where": where, "records": records})

@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--prompt", choices=("prompt-tuning", "p-tuning"), default="p-tuning")
     parser.add_argument("--num-virtual-tokens", type=int, default=30)
     parser.add_argument("--memory-only", action="store_true", help="no timing; last line of output is JSON")
+    parser.add_argument("--time-only", action="store_true", help="no memory")
     parser.add_argument("--epoch-rows", type=int, help="rows of an epoch, to report its seconds (SST-2: 47756)")
     args = parser.parse_args()
 
@@ -43,7 +44,7 @@ def main() -> None:
 
     records = []
     for name in args.shapes:
-        memory = {step: measure_memory(args, name, step) for step in args.steps}
+        memory = {step: {} if args.time_only else measure_memory(args, name, step) for step in args.steps}
         base = common.build_model(args.model, args.device, common.dtype_of(args))
         steps = {step: make_step(args, base, name, step) for step in args.steps}
         seconds = common.alternate(steps, args.rounds, args.device)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
 from torch import Tensor, nn
@@ -238,7 +239,8 @@ class ReferenceCache:
                 "soft-capping known here, so that its hidden states do not give its logits; use reference='live'."
             )
         cached: Any = self.logits(batch)
-        if not _is_close(cached[used], expected, 0.05 if half else 1e-3):  # from another batch
+        tolerance = 0.05 + 4 * _rounding(base, batch, layer) if half else 1e-3  # the cache is of another batch
+        if not _is_close(cached[used], expected, tolerance):
             raise ValueError(
                 f"the reference in {str(self.folder)!r} differs from the logits of this base, which has changed in a "
                 "way that its fingerprint does not show. Delete the folder, name another, or use reference='live'."
@@ -313,6 +315,20 @@ def _states(base: Any, batch: Mapping[str, Tensor], layer: int | None) -> Tensor
     if layer is None:
         return final_states(base, positions, **inputs)[targets != IGNORE_INDEX]
     return states_at(base, layer, positions, **inputs, use_cache=False)[targets != IGNORE_INDEX]
+
+
+def _rounding(base: Any, batch: Mapping[str, Tensor], layer: int | None) -> float:
+    """The largest difference of a row's states from its own among other rows and padding, by the largest state.
+
+    In 16 bit the kernels of another shape round otherwise, and deep models make that large: in bfloat16 a third of the
+    logits' spread in a random one of 32 layers.
+    """
+    others = {name: batch[name].repeat(8, 1) for name in ("input_ids", "attention_mask", "labels")}
+    fill = {"input_ids": 0, "attention_mask": 0, "labels": IGNORE_INDEX}
+    others = {name: F.pad(values, (0, 1), value=fill[name]) for name, values in others.items()}
+    alone, among = _states(base, batch, layer).double(), _states(base, others, layer).double()
+    among = among.view(8, *alone.shape)[0]
+    return float((among - alone).abs().max() / alone.abs().max())
 
 
 def _is_close(found: Tensor, expected: Tensor, tolerance: float) -> bool:

@@ -1,0 +1,166 @@
+"""Jobs of a measurement, each a line of data: memorizing, a trial of settings, the scores of a system, its attacks."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from paper.experiment import Experiment
+
+from evidence.plan import TRAINED, Plan, System
+from evidence.systems import Rows, build, collator_of, row_scores, split_rows
+from spul.data.known_reviews import SST2_FORGET_NAMES
+from spul.evaluation.attacks import relearn
+from spul.evaluation.attacks.inputs import UnchangedError
+from spul.evaluation.attacks.quantization import quantized
+from spul.evaluation.attacks.usual import checked_attacks, usual_attacks
+from spul.evaluation.metrics import score_completions
+from spul.gates import GatedUnlearner
+from spul.prompts.unlearner import SoftPromptUnlearner
+
+Record = dict[str, Any]
+RELEARNED_ROWS, RELEARNING_STEPS, RELEARNING_RATES = 32, (2, 8, 32), (1e-4, 1e-3, 1e-2)
+
+
+def memorized(experiment: Experiment, name: str) -> Record:
+    """The base or the retrained model, made if it is missing."""
+    start = time.perf_counter()
+    experiment.load(name)
+    return {"seconds": time.perf_counter() - start}
+
+
+def means(rows: dict[str, list[int]]) -> dict[str, float]:
+    """Means of scores by row."""
+    return {name: float(np.mean(values)) for name, values in rows.items()}
+
+
+def trial(plan: Plan, experiment: Experiment, system: System, candidate: int) -> Record:
+    """A candidate's scores on held-out training rows, and its cost by the plan's rule."""
+    settings = system.settings | system.candidates[candidate]
+    train, held_out = split_rows(experiment, plan.held_out)
+    steps = {"steps": plan.choosing_steps} if system.kind in TRAINED else {}
+    model, cost = build(system.kind, experiment, train, settings | steps)
+    position = settings.get("position", "start")
+    scores = {side: means(row_scores(model, rows, experiment, position)) for side, rows in held_out.items()}
+    base = means(row_scores(experiment.load("base"), held_out["retain"], experiment))
+    loss = base["accuracy"] - scores["retain"]["accuracy"]
+    compared = plan.cost(scores["forget"]["accuracy"], loss)
+    record = {"settings": settings, "scores": scores, "base_retain": base["accuracy"]}
+    return record | {"cost": compared, "training": cost, "rows": {side: len(rows) for side, rows in held_out.items()}}
+
+
+def scores(
+    experiment: Experiment, system: System, settings: dict[str, Any], attacked: int, folder: Path | None
+) -> Record:
+    """A system's scores on test rows by row, with its prompt disabled as well, and under attack.
+
+    Args:
+        experiment: the data and models of a seed.
+        system: the system.
+        settings: the chosen ones, with `steps`.
+        attacked: rows of each side under each attack; 0 for none.
+        folder: for the trained adapter.
+    """
+    train, scored = split_rows(experiment, None)
+    model, cost = build(system.kind, experiment, train, settings, folder)
+    position = settings.get("position", "start")
+    few = {f"train_{side}": rows.select(range(min(len(rows), 500))) for side, rows in train.items()}
+    sets = {f"test_{side}": rows for side, rows in scored.items()} | few
+    record: Record = {"settings": settings, "training": cost}
+    record["scores"] = {name: row_scores(model, rows, experiment, position) for name, rows in sets.items()}
+    if hasattr(model, "disable_adapter") and system.kind in ("prompt", "gated"):
+        with model.disable_adapter():
+            record["detached"] = {
+                name: means(row_scores(model, rows, experiment, position)) for name, rows in sets.items()
+            }
+    if attacked:
+        record["attacks"] = [
+            {"side": side, "attack": name, **row_scores(model, rows, experiment, position)}
+            for side, name, rows in attacked_rows(experiment, scored, attacked)
+        ]
+        record["four_bit"] = four_bit(experiment, model, system, scored, position, folder)
+        record["relearning"] = relearned(experiment, model, system, scored["forget"], position)
+    return record
+
+
+def attacked_rows(experiment: Experiment, scored: Rows, most: int) -> Iterator[tuple[str, str, Dataset]]:
+    """Side, attack and rows of each attack on the input that changes them."""
+    seed, field = experiment.setup.seed, experiment.data.format.text_field
+    for side, rows in scored.items():
+        rows = rows.select(range(min(most, len(rows))))
+        yield side, "none", rows
+        filler = scored["retain"].select(range(min(most, len(scored["retain"]) // 2), len(scored["retain"])))
+        other = scored["retain" if side == "forget" else "forget"]
+        attacks = usual_attacks(field, filler, seed, names=SST2_FORGET_NAMES, other_rows=other)
+        for (name, level), attack in checked_attacks(attacks).items():
+            with contextlib.suppress(UnchangedError):
+                yield side, name if level is None else f"{name}, {level} turns", attack(rows)
+
+
+def four_bit(
+    experiment: Experiment, model: Any, system: System, scored: Rows, position: str, folder: Path | None
+) -> Record | None:
+    """Scores over weights in 4-bit NF4: a prompt's on the quantized base, else the quantized changed model's."""
+    device: Any = {"": experiment.device}
+    if system.kind in ("prompt", "gated"):
+        assert folder is not None
+        base = quantized(experiment.model_folder("base"), 4, device_map=device)
+        prompt = SoftPromptUnlearner.from_pretrained(base, folder / "prompt" if system.kind == "gated" else folder)
+        changed: Any = prompt.eval()
+        if system.kind == "gated":
+            changed = GatedUnlearner(prompt, experiment.tokenizer, model.gates).eval()
+    elif system.kind == "lora":
+        assert folder is not None
+        model.save_pretrained(folder / "lora")
+        from peft import PeftModel
+
+        merged: Any = PeftModel.from_pretrained(experiment.load("base"), folder / "lora").merge_and_unload()
+        merged.save_pretrained(folder / "merged")
+        changed = quantized(folder / "merged", 4, device_map=device)
+        (folder / "merged" / "model.safetensors").unlink()
+    else:
+        changed = model.on(quantized(experiment.model_folder("base"), 4, device_map=device))
+    found = {side: means(row_scores(changed, rows, experiment, position)) for side, rows in scored.items()}
+    plain = quantized(experiment.model_folder("base"), 4, device_map=device)
+    return found | {"base": {side: means(row_scores(plain, rows, experiment)) for side, rows in scored.items()}}
+
+
+def relearned(experiment: Experiment, model: Any, system: System, forget: Dataset, position: str) -> list[Record]:
+    """Accuracy on other forget rows while an attacker trains on a few, at each of several rates."""
+    if system.kind not in TRAINED:
+        return []
+    learning = getattr(model, "unlearner", model)
+    if system.kind in ("prompt", "gated"):
+        for name, parameter in learning.named_parameters():
+            parameter.requires_grad_("prompt_encoder" in name)
+    few, others = forget.select(range(RELEARNED_ROWS)), forget.select(range(RELEARNED_ROWS, len(forget)))
+    few_prompts = set(few["prompt"][:])
+    others = others.filter(lambda row: row["prompt"] not in few_prompts)
+    collator = collator_of(experiment, position)
+    found = []
+    for lr in RELEARNING_RATES:
+        steps = relearn(
+            learning,
+            few,
+            others,
+            collator.encoder,
+            lambda m, rows: score_completions(model if m is learning else m, rows, collator, experiment.batch_size),
+            lr=lr,
+            at=RELEARNING_STEPS,
+        )
+        found += [{"lr": lr, "step": one["step"], "accuracy": one["accuracy"]} for one in steps]
+    return found
+
+
+def clean() -> None:
+    """Free what the last job left."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,205 @@
+"""Systems of a plan, built on an experiment: prompts, LoRA, gates, and rivals that train nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from paper.costs import Meter
+from paper.experiment import Experiment
+from paper.runs import Run, prompt_config
+from peft import PromptTuningConfig
+from transformers import set_seed
+
+from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul.data.dataset import forget_retain_dataset
+from spul.data.known_reviews import SST2_FORGET_NAMES
+from spul.evaluation.metrics.scoring import answer_scores, collect_answers
+from spul.gates import GatedUnlearner, TextGate, hard_negatives
+from spul.rivals import (
+    Corruption,
+    EmbeddingCorruption,
+    FixedRefusal,
+    GuardrailPrompt,
+    InContextUnlearning,
+    guardrail_instruction,
+)
+from spul.training.augmentation import augmented, rewritings
+from spul.training.rates import default_learning_rate
+
+Rows = dict[str, Dataset]
+
+
+def split_rows(experiment: Experiment, held_out: float | None) -> tuple[Rows, Rows]:
+    """Rows to train on and rows to score on, `forget` and `retain` each: test rows, or held-out training rows."""
+    train, scored = {}, {}
+    for side in ("forget", "retain"):
+        rows = experiment.rows[f"train_{side}"]
+        if held_out is None:
+            train[side], scored[side] = rows, experiment.scored[f"test_{side}"]
+            continue
+        parts = rows.train_test_split(held_out, seed=experiment.setup.seed)
+        most = experiment.setup.limit_score or len(parts["test"])
+        train[side], scored[side] = parts["train"], parts["test"].select(range(min(most, len(parts["test"]))))
+    return train, scored
+
+
+def collator_of(experiment: Experiment, position: str = "start") -> ForgetRetainCollator:
+    """The collator of a prompt's position."""
+    task = experiment.data.format
+    return ForgetRetainCollator(
+        experiment.tokenizer,
+        list(task.generic_completions),
+        max_length=experiment.setup.max_length,
+        seed=experiment.setup.seed,
+        text_field=task.text_field,
+        append_eos=task.append_eos,
+        prompt_position=position,
+    )
+
+
+def row_scores(model: Any, rows: Dataset, experiment: Experiment, position: str = "start") -> dict[str, list[float]]:
+    """Accuracy and generic answers of each row, 0 or 1."""
+    collator = collator_of(experiment, position)
+    answers = collect_answers(model, rows, collator, experiment.batch_size, range(len(rows)))
+    scores = answer_scores(answers, collator.generic_completions)
+    return {name: scores[name].astype(int).tolist() for name in ("accuracy", "generic")}
+
+
+def build(
+    kind: str, experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A system and its cost.
+
+    Args:
+        kind: one of `plan.KINDS`.
+        experiment: its base.
+        train: rows to train on, or to fit on.
+        settings: of the system; `steps` among them if it is trained.
+        folder: for the trained adapter; None stores none.
+    """
+    start = time.perf_counter()
+    model, cost = BUILDERS[kind](experiment, train, settings, folder)
+    return model.eval(), {"seconds": time.perf_counter() - start, **cost}
+
+
+Built = tuple[Any, dict[str, Any]]
+
+
+def _model(experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path | None) -> Built:
+    return experiment.load(settings["name"]), {}
+
+
+# ---- trained ----
+
+
+def _prompt(experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path | None) -> Built:
+    """A prompt with the library's start, at the library's rate times `rate`."""
+    set_seed(experiment.setup.seed)
+    num = settings["num_virtual_tokens"]
+    config = prompt_config(settings["prompt_type"], num)
+    if settings["prompt_type"] == "prompt_tuning":  # without a start of its own
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=num)
+    names = ("alpha", "beta", "retain_budget")
+    loss = UnlearningLoss(**{name: settings[name] for name in names if name in settings})
+    position = settings.get("position", "start")
+    model = SoftPromptUnlearner(experiment.load("base"), config, loss, prompt_position=position)
+    arguments = experiment.training_arguments(
+        learning_rate=settings.get("rate", 1.0) * default_learning_rate(model),
+        max_steps=settings["steps"],
+        per_device_train_batch_size=settings["batch_size"],
+        max_grad_norm=1.0,
+    )
+    dataset = forget_retain_dataset(train["forget"], train["retain"])
+    collator, fraction = collator_of(experiment, position), settings["forget_fraction"]
+    trainer = UnlearningTrainer(model, arguments, collator, dataset, forget_fraction=fraction)
+    with Meter(model) as meter:
+        trainer.train()
+    trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    if folder is not None:
+        model.save_pretrained(str(folder))
+    return model, meter.cost.to_dict() | {"learning_rate": arguments.learning_rate}
+
+
+def fitted_gate(train: Rows, recall: float) -> TextGate:
+    """A text gate of the training rows."""
+    return TextGate.fit(train["forget"]["prompt"][:], train["retain"]["prompt"][:], recall=recall)
+
+
+def _gated(experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path | None) -> Built:
+    """A prompt behind a text gate, trained on forget rows and on the retain rows that the gate nearly flags."""
+    gate = fitted_gate(train, settings["recall"])
+    negatives = hard_negatives(gate, train["retain"], min(settings["negatives"], len(train["retain"])))
+    rows: Rows = {"forget": train["forget"], "retain": negatives}
+    if settings.get("rewritten"):
+        seed, field = experiment.setup.seed, experiment.data.format.text_field
+        ways = rewritings(field, train["retain"], seed, settings["rewritten"])
+        collator = collator_of(experiment)
+        rows = {
+            "forget": augmented(rows["forget"], ways, collator, 2.0, seed),
+            "retain": augmented(rows["retain"], ways, collator, 1.0, seed),
+        }
+    model, cost = _prompt(experiment, rows, settings, folder and folder / "prompt")
+    gated = GatedUnlearner(model, experiment.tokenizer, {"default": gate})
+    if folder is not None:
+        gate.save(folder / "gate")
+    return gated, cost
+
+
+def _lora(experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path | None) -> Built:
+    """A method of `spul.training.methods` on LoRA."""
+    run = Run(
+        settings["method"],
+        "lora",
+        settings["learning_rate"],
+        settings["steps"],
+        batch_size=settings["batch_size"],
+        forget_fraction=settings["forget_fraction"],
+        alpha=settings["alpha"],
+        max_grad_norm=1.0,
+    )
+    return experiment.train(run, {f"train_{side}": rows for side, rows in train.items()})
+
+
+# ---- not trained ----
+
+
+def _refusal(experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path | None) -> Built:
+    refusal = experiment.data.format.generic_completions[0]
+    gate = fitted_gate(train, settings["recall"])
+    return FixedRefusal(experiment.load("base"), experiment.tokenizer, gate, refusal), {}
+
+
+def _guardrail(experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path | None) -> Built:
+    names = [name.title() for name in SST2_FORGET_NAMES]
+    refusal = experiment.data.format.generic_completions[settings["answer"]]
+    text = settings["instruction"].format(
+        names=", ".join(names), answer=refusal.strip(), instruction=guardrail_instruction(names, refusal)
+    )
+    return GuardrailPrompt(experiment.load("base"), experiment.tokenizer, text), {}
+
+
+def _examples(experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path | None) -> Built:
+    base, seed = experiment.load("base"), experiment.setup.seed
+    return InContextUnlearning(base, experiment.tokenizer, train["forget"], train["retain"], **settings, seed=seed), {}
+
+
+def _corruption(experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path | None) -> Built:
+    gate = fitted_gate(train, settings["recall"])
+    corruption = Corruption(settings["corruption"], settings.get("strength", 1.0), settings.get("dims", 1))
+    return EmbeddingCorruption(experiment.load("base"), experiment.tokenizer, gate, corruption), {}
+
+
+BUILDERS: dict[str, Callable[..., Built]] = {
+    "model": _model,
+    "prompt": _prompt,
+    "gated": _gated,
+    "lora": _lora,
+    "refusal": _refusal,
+    "guardrail": _guardrail,
+    "examples": _examples,
+    "corruption": _corruption,
+}

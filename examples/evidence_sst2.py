@@ -1,0 +1,220 @@
+"""SST-2 on a pretrained model: spul, methods that change weights, gates and rivals, chosen and scored by one plan.
+
+    python examples/evidence_sst2.py choose --model SMOLLM2 --data-dir ../shared/data/sst2 --output-dir out/evidence
+    python examples/evidence_sst2.py score --model SMOLLM2 --data-dir ../shared/data/sst2 --output-dir out/evidence
+
+`choose` memorizes and tries each system's candidates on held-out training rows; the best by the plan's rule go to
+`chosen.json`. `score` scores the chosen ones on test rows, three seeds, and attacks the best four. Every trial and
+every scored system is a line of `trials.jsonl` or `scores.jsonl`; a repeated command resumes. `--workers` processes
+share the device. The plan is `docs/data/evidence/sst2-plan.json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from evidence import jobs
+from evidence.plan import Plan, choose
+from paper.experiment import Experiment
+
+PLAN = Path(__file__).parents[1] / "docs" / "data" / "evidence" / "sst2-plan.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a worker, known by its key.
+
+    Args:
+        kind: `memorize`, `trial` or `score`.
+        seed: of the experiment.
+        system: name of the system, or of the model to memorize.
+        candidate: of a trial.
+    """
+
+    kind: str
+    seed: int
+    system: str
+    candidate: int | None = None
+
+    @property
+    def key(self) -> str:
+        return json.dumps([self.kind, self.seed, self.system, self.candidate])
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("stage", choices=("choose", "score"))
+    add("--plan", type=Path, default=PLAN)
+    add("--model", required=True, help="Hub name or folder of a causal LM")
+    add("--data-dir", required=True, help="folder of SST-2")
+    add("--chosen", type=Path, help="of `score`: the choice; chosen.json of the output folder unless given")
+    add("--attacked", type=int, default=200, help="rows of each side under each attack; 0 for none")
+    add("--systems", nargs="+", help="names in the plan; all unless given")
+    add("--seeds", nargs="+", type=int, help="of `score`; the plan's unless given")
+    add("--workers", type=int, default=1, help="processes beside each other")
+    add("--tf32", action="store_true", help="float32 products in TF32, on a GPU")
+    add("--minutes", type=float, default=1e9, help="begin no job after so many")
+    add("--models-dir", type=Path, help="folder of the memorized models; in the output folder unless given")
+    add("--output-dir", type=Path, default=Path("out/evidence"))
+    return parser.parse_args()
+
+
+# ---- in a worker ----
+
+
+@lru_cache(maxsize=4)
+def experiment_of(args: argparse.Namespace, seed: int) -> Experiment:
+    return plan_of(args).experiment(seed, args.model, args.data_dir, args.models_dir or args.output_dir / "models")
+
+
+def plan_of(args: argparse.Namespace) -> Plan:
+    return Plan.read(args.plan)
+
+
+class Options(argparse.Namespace):
+    """Options that are a key of a cache."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(str(sorted(vars(self).items())))
+
+
+def prepare(args: Options, seed: int) -> None:
+    """Start a worker."""
+    time.sleep(0.5)  # so that the others get their own workers
+    _ = experiment_of(args, seed).rows
+    if torch.cuda.is_available():
+        torch.zeros(1, device="cuda")
+
+
+def work(args: Options, job: Job) -> dict[str, Any]:
+    """Do a job; returns its line."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if args.workers > 1:
+        torch.set_num_threads(1)
+    if args.tf32:
+        torch.set_float32_matmul_precision("high")
+    plan, start = plan_of(args), time.perf_counter()
+    experiment = experiment_of(args, job.seed)
+    record: dict[str, Any] = {"job": job.key, "seed": job.seed, "system": job.system}
+    if job.kind == "memorize":
+        record |= jobs.memorized(experiment, job.system)
+    else:
+        system = next(one for one in plan.systems if one.name == job.system)
+        if job.kind == "trial":
+            assert job.candidate is not None
+            record |= {"candidate": job.candidate} | jobs.trial(plan, experiment, system, job.candidate)
+        else:
+            chosen = json.loads((args.chosen or args.output_dir / "chosen.json").read_text())
+            settings = system.settings | chosen["systems"].get(job.system, {}).get("settings", {})
+            settings |= {"steps": plan.steps} if system.kind in jobs.TRAINED else {}
+            attacked = args.attacked if job.system in chosen["attacked"] else 0
+            name = job.system.replace(" ", "-").replace(",", "").replace("+", "-")
+            folder = args.output_dir / "adapters" / f"{name}-{job.seed}"
+            record |= jobs.scores(experiment, system, settings, attacked, folder)
+    jobs.clean()
+    on_gpu = torch.cuda.is_available()
+    record |= {"job_seconds": time.perf_counter() - start, "model": Path(args.model).name}
+    record |= {"device": torch.cuda.get_device_name() if on_gpu else "CPU", "tf32": args.tf32, "workers": args.workers}
+    record |= {"torch": torch.__version__, "transformers": transformers.__version__}
+    return record
+
+
+# ---- the stages ----
+
+
+def jobs_of(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Job, set[str]]]:
+    """The jobs of a stage, in order, each with the keys of those that it needs."""
+    wanted = args.systems or [system.name for system in plan.systems]
+    seeds = args.seeds or plan.seeds
+    memorizing = {
+        seed: [Job("memorize", seed, name) for name in ("base", "retrained")]
+        for seed in dict.fromkeys([plan.choosing_seed, *seeds])
+    }
+    if args.stage == "choose":
+        base = memorizing[plan.choosing_seed][0]
+        yield base, set()
+        for system in plan.systems:
+            if system.name in wanted:
+                for i in range(len(system.candidates)):
+                    yield Job("trial", plan.choosing_seed, system.name, i), {base.key}
+    for some in memorizing.values():
+        yield from ((job, set()) for job in some if args.stage == "score" or job != base)
+    if args.stage == "choose":
+        return
+    for seed in seeds:
+        for system in plan.systems:
+            if system.name in wanted:
+                yield Job("score", seed, system.name), {job.key for job in memorizing[seed]}
+
+
+def summary(record: dict[str, Any]) -> str:
+    """A record in a line."""
+    scores = record.get("scores", {})
+    parts = [record["job"], f"{record['job_seconds']:.0f} s"]
+    for name, one in scores.items():
+        values = {key: 100 * (sum(v) / len(v) if isinstance(v, list) else v) for key, v in one.items()}
+        parts.append(f"{name} {values['accuracy']:.1f} ({values['generic']:.1f})")
+    return "  ".join(parts)
+
+
+def main() -> None:
+    args = parse_args()
+    plan, begun = Plan.read(args.plan), time.monotonic()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    path = args.output_dir / ("trials.jsonl" if args.stage == "choose" else "scores.jsonl")
+    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = {record["job"] for record in known}
+    waiting = [(job, needs) for job, needs in jobs_of(args, plan) if job.key not in done]
+    running: dict[Future, Job] = {}
+    failed: list[str] = []
+    options = Options(**vars(args))
+    with (
+        path.open("a") as file,
+        ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool,
+    ):
+        for seed in [plan.choosing_seed] * args.workers:  # all workers start at once, and read the data
+            pool.submit(prepare, options, seed)
+        while waiting or running:
+            late = time.monotonic() - begun > 60 * args.minutes
+            ready = [] if late else [one for one in waiting if one[1] <= done]
+            for job, needs in ready[: args.workers - len(running)]:
+                running[pool.submit(work, options, job)] = job
+                waiting.remove((job, needs))
+            if not running:
+                break
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                job = running.pop(future)
+                if error := future.exception():
+                    failed.append(job.key)
+                    print(f"{time.monotonic() - begun:6.0f} s  {job.key} FAILED: {error!r}", flush=True)
+                    continue
+                record = future.result()
+                known.append(record)
+                done.add(record["job"])
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                print(f"{time.monotonic() - begun:6.0f} s  {summary(record)}", flush=True)
+    if args.stage == "choose":
+        chosen = choose(plan, [record for record in known if record.get("candidate") is not None])
+        (args.output_dir / "chosen.json").write_text(json.dumps(chosen, indent=1) + "\n")
+        for name, one in chosen["systems"].items():
+            print(f"{name}: {one['cost']:.3f} {one['held_out']} {one['settings']}", flush=True)
+    if failed or waiting:
+        raise SystemExit(f"failed: {failed}; not begun: {[job.key for job, _ in waiting]}")
+
+
+if __name__ == "__main__":
+    main()
