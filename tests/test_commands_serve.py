@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 from spul.commands.main import main as spul_main
 from spul.commands.serve import COMMANDS
 from spul.commands.serve import build as server_of
-from spul.records import Ledger
+from spul.records import Ledger, LedgerEvent
 from spul.records.spul_config import read_spul_config
 
 EVENTS = []
@@ -137,6 +137,38 @@ def test_the_ledger_has_what_is_served_answered_and_revoked(folder, tmp_path, ca
     out = capsys.readouterr().out
     assert "7 entries, the chain is whole" in out
     assert "2 served, 3 answered (1 without a prompt), 1 revoked, 1 stopped" in out
+
+
+def test_what_the_ledger_says_was_revoked_is_neither_started_with_nor_added(folder, tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    record = read_spul_config(folder / "prompts" / "other")
+    ledger = Ledger(path)
+    ledger.append(LedgerEvent.of_adapter("served", "2026-017", folder / "prompts" / "other"))
+    ledger.append(LedgerEvent("revoked", "2026-017"))
+    without_base = ["--model", tmp_path / "no-base"]
+    for name in ("2026-017", "renamed"):
+        with pytest.raises(ValueError, match=rf"'2026-017' was revoked on .*{path}.*--event received"):
+            server_of(options(folder, *without_base, "--prompts", f"{name}=@prompts/other", "--ledger", path))
+    with pytest.raises(ValueError, match=r"'2026-017' was revoked on .* and 'other' has the same weights"):
+        server_of(options(folder, "--prompts", "@prompts", "--ledger", path))  # a folder of several
+    ledger.append(LedgerEvent("received", "2026-017"))
+    app, _ = server_of(options(folder, "--prompts", "2026-017=@prompts/other", "--ledger", path, "--admin_token_file",
+                               "@token", "--prompts_dir", "@prompts"))  # fmt: skip
+    admin = {"Authorization": "Bearer a-token-of-the-administrator"}
+    with running_app(app) as (url, _):
+        assert HTTP.delete(f"{url}/admin/prompts/2026-017", headers=admin).status_code == 200
+        again = {"name": "2026-017", "folder": "other"}
+        for body in (again, again | {"name": "renamed"}):
+            said = HTTP.post(f"{url}/admin/prompts", headers=admin, json=body)
+            assert said.status_code == 400
+            assert "'2026-017' was revoked on " in said.json()["error"]["message"]
+        assert HTTP.get(f"{url}/health").json()["prompts"] == 0
+        for body in ({"folder": "other"}, again | {"folder": 3}, again | {"folder": "nothing"}):
+            assert HTTP.post(f"{url}/admin/prompts", headers=admin, json=body).status_code == 400
+        ledger.append(LedgerEvent("received", "2026-017"))
+        assert HTTP.post(f"{url}/admin/prompts", headers=admin, json=again).status_code == 201
+    assert ledger.states()["2026-017"].prompt_sha256 == record.weights_sha256
+    assert not ledger.states()["2026-017"].served_again
 
 
 def test_what_the_ledger_does_not_take_is_not_answered(folder, tmp_path):

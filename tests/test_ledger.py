@@ -295,6 +295,32 @@ def test_the_state_of_a_request_says_since_when_it_is_served_and_whether_it_was_
     assert ledger.states()["1"].in_words()[-1] == "SERVED AFTER IT WAS REVOKED"
 
 
+@pytest.mark.parametrize("event", ["received", "trained"])
+def test_a_revoked_request_is_one_again_once_it_is_received_or_trained_anew(path, event):
+    ledger, other = Ledger(path), "ef" * 32
+    ledger.check_not_revoked("1", SHA)  # there is no file
+    for name, sha in (("1", SHA), ("2", other), ("3", SHA)):
+        ledger.append(LedgerEvent("served", name, prompt_sha256=sha))
+    ledger.check_not_revoked("1", SHA)
+    ledger.append(LedgerEvent("revoked", "1"))
+    ledger.append(LedgerEvent("answered", "1"))  # of a request that was under way
+    for sha in (SHA, other, None):
+        with pytest.raises(ValueError, match=r"'1' was revoked on 2.*--event received --request 1"):
+            ledger.check_not_revoked("1", sha)
+    with pytest.raises(ValueError, match=r"'1' was revoked .*, and 'renamed' has the same weights.*--request 1"):
+        ledger.check_not_revoked("renamed", SHA)
+    ledger.check_not_revoked("3", SHA)  # another request, which the ledger knows by the same weights
+    ledger.check_not_revoked("2", other)
+    ledger.check_not_revoked("new", None)
+    ledger.append(LedgerEvent(event, "1"))
+    ledger.check_not_revoked("1", SHA)
+    ledger.append(LedgerEvent("served", "1"))
+    assert not ledger.states()["1"].served_again
+    path.write_bytes(path.read_bytes().replace(b'"request": "2"', b'"request": "4"'))
+    with pytest.raises(ValueError, match="not a whole ledger"):
+        ledger.check_not_revoked("2")
+
+
 def test_answers_are_counted_by_request_and_those_without_a_prompt_are_of_none(path):
     ledger = Ledger(path)
     ledger.append(LedgerEvent("served", "1", prompt="1"))

@@ -265,6 +265,19 @@ def test_an_answer_whose_entry_cannot_be_recorded_is_not_given(caplog):
     assert "[DONE]" not in chunks
 
 
+def test_the_end_of_one_prompt_that_cannot_be_recorded_keeps_no_other_out():
+    events = []
+
+    def record(event):
+        if (event["event"], event["prompt"]) == ("stopped", "default"):
+            raise OSError("the disk is full")
+        events.append((event["event"], event["prompt"]))
+
+    with running(make_engine(make_gated("other")), record):
+        pass
+    assert events == [("served", "default"), ("served", "other"), ("stopped", "other")]
+
+
 # ---- prompts that come and go ----
 
 

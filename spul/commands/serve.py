@@ -105,13 +105,25 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
     token = None if options.admin_token_file is None else _secret(options.admin_token_file)
     if options.prompts_dir is not None and token is None:
         raise ValueError("prompts_dir is for adding prompts, which needs admin_token_file.")
-    served = ServedPrompts(_loaded(options), options.prompts_dir, options.allow_other_base)
+    check = _check(options)
+    served = ServedPrompts(_loaded(options, check), options.prompts_dir, options.allow_other_base)
+    for name, one in served.served.items():
+        check(name, one["prompt_sha256"])
     engine = _engine(options, served, limits, key)
     model = options.served_model_name or Path(options.model).resolve().name  # of ".", too
-    return make_app(engine, model, limits, record, token), limits
+    return make_app(engine, model, limits, record, token, check), limits
 
 
-def _loaded(options: ServeOptions) -> Any:
+def _check(options: ServeOptions) -> Callable[[str, str | None], None]:
+    """Raises for a prompt, by name and SHA-256, that the ledger says was revoked."""
+    if options.ledger is None:
+        return lambda name, prompt_sha256: None
+    from ..records.ledger import Ledger
+
+    return Ledger(options.ledger).check_not_revoked
+
+
+def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> Any:
     """The prompts on their base, behind their gates."""
     folders = _folders(options.prompts)
     if not folders:
@@ -119,8 +131,8 @@ def _loaded(options: ServeOptions) -> Any:
             "there is no prompt to serve, and the base alone is not served. Name one with its gate: --prompts "
             "NAME=FOLDER, where FOLDER has the prompt and its gate in gate/; --always NAME has it on without a gate."
         )
-    for folder in folders.values() if isinstance(folders, dict) else ():
-        saved_prompt(folder)  # before minutes of loading
+    for name, folder in folders.items() if isinstance(folders, dict) else ():  # before minutes of loading
+        check(name, saved_prompt(folder).spul_config.weights_sha256)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -152,6 +153,35 @@ class Ledger:
             if entry.request is not None:
                 found.setdefault(entry.request, RequestState(entry.request)).add(entry)
         return found
+
+    def check_not_revoked(self, request: str, prompt_sha256: str | None = None) -> None:
+        """Raise if a request was revoked, or its prompt has the weights of one that was.
+
+        The same weights may stand for several requests, each of which the ledger then knows by them.
+
+        Args:
+            request: its name.
+            prompt_sha256: SHA-256 of the prompt's weights; None if not known.
+
+        Raises:
+            ValueError: if it was, or the chain is broken.
+        """
+        states = self.states() if self.path.exists() else {}
+        own = states.get(request)
+        if own is not None and own.revoked is not None:
+            withdrawn, which = own, ""
+        else:
+            known = prompt_sha256 is None or (own is not None and own.prompt_sha256 == prompt_sha256)
+            same = [one for one in states.values() if one.revoked is not None and one.prompt_sha256 == prompt_sha256]
+            if known or not same:
+                return
+            withdrawn, which = same[0], f", and {request!r} has the same weights"
+        raise ValueError(
+            f"the request {withdrawn.request!r} was revoked on {withdrawn.revoked} by the ledger "
+            f"{str(self.path)!r}{which}: its prompt is not served. Leave it out; if it is to be served again, note "
+            f"that first: spul ledger add --ledger {shlex.quote(str(self.path))} --event received --request "
+            f"{shlex.quote(withdrawn.request)}"
+        )
 
     def head(self) -> str:
         """Digest of the last entry, to be noted elsewhere.

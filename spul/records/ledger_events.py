@@ -19,6 +19,7 @@ EVENTS = ("received", "trained", "evaluated", "served", "answered", "stopped", "
 """Events of a request: its rows came in; a prompt was trained, measured, put into service (from then on), turned on
 for an answer, taken out of service (until then), withdrawn for good; or a remark. An answer that no gate put a prompt
 to is an entry, too, of no request."""
+REOPENING = ("received", "trained")  # after which a request that was revoked is one again
 RECOVERED = "recovered"  # the event of the ledger's own entries, on lines that killed writers left
 WEIGHTS = ("adapter_model.safetensors", "unlearning_layers.safetensors")
 GATE = "gate/gate.json"  # of a saved prompt with a gate
@@ -171,8 +172,8 @@ class RequestState:
         rows, prompt, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
         served: times from and until which it was served; None at the end of the last if it still is.
         answered: number of answers under its prompt.
-        revoked: when it was withdrawn; None if it was not.
-        served_again: whether it was served after that.
+        revoked: when it was withdrawn; None if it was not, or has been received or trained anew since.
+        served_again: whether it was served while it was withdrawn.
     """
 
     request: str
@@ -202,6 +203,8 @@ class RequestState:
             self.served[-1] = (self.served[-1][0], entry.at)
         if entry.event == "revoked":
             self.revoked = entry.at
+        elif entry.event in REOPENING:
+            self.revoked = None
 
     def in_words(self) -> list[str]:
         """The state as lines of text; what is not known is missing."""

@@ -22,6 +22,7 @@ from ..records.digests import fingerprint
 from ..records.spul_config import SpulConfig, read_spul_config
 from .requests import ApiError
 
+NO_TEXT = "the prompt was not added: name or folder is no text, or always no boolean."
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -186,7 +187,7 @@ class ServedPrompts:
             ApiError: 400 for what does not fit or is no safe folder, 409 for a name that is taken.
         """
         if not (isinstance(name, str) and isinstance(folder, str) and isinstance(is_always, bool)):
-            raise ApiError(400, "the prompt was not added: name or folder is no text, or always no boolean.")
+            raise ApiError(400, NO_TEXT)
         if name in self.gated.unlearner.peft_config:
             raise ApiError(409, "there is a prompt of this name; revoke it first, or take another name.", "name")
         path = self._within(folder)
@@ -202,6 +203,19 @@ class ServedPrompts:
         self._since[name] = time.time()
         self._refresh()
         return self.served[name]
+
+    def weights_of(self, name: Any, folder: Any) -> str | None:
+        """SHA-256 of the weights of a prompt that `add` would load, as its record says; None if it does not.
+
+        Raises:
+            ApiError: 400 if name or folder is no text, the folder is no safe one, or its record is damaged.
+        """
+        if not (isinstance(name, str) and isinstance(folder, str)):
+            raise ApiError(400, NO_TEXT)
+        try:
+            return read_spul_config(self._within(folder)).weights_sha256
+        except (OSError, ValueError) as error:
+            raise ApiError(400, f"the prompt was not added: {error}", "folder") from error
 
     def revoke(self, name: str) -> list[dict[str, Any]]:
         """Remove a prompt and its gate, and combined prompts of which it is a part; all that were removed.
