@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -159,11 +160,29 @@ def test_attacks_are_chosen_by_name(files, tmp_path, few_resamples):
     assert run(parsed("evaluate", values)) is None
     found = Evaluation.load(tmp_path).metrics
     assert {(one.attack, one.level) for one in found} == {("none", None), ("capitals", None), ("diluted", 1)}
-    values = options_for(files, files["model"], tmp_path / "other", **{**more, "attacks": ["capitols"]})
-    with pytest.raises(
-        ValueError, match=r"there is no input attack 'capitols' on these rows; expected some of capitals"
-    ):
+    values = options_for(files, files["model"], tmp_path / "other", **{**more, "attacks": ["paraphrase"]})
+    with pytest.raises(ValueError, match=r"no input attack 'paraphrase' on these rows; expected some of capitals"):
         run(parsed("evaluate", values))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"attacks": ["nope"]}, "there is no input attack 'nope'; expected some of capitals"),
+        ({"attacks": ["nope"], "measures": ["input attack"]}, "there is no input attack 'nope'"),
+        ({"attacks": ["capitals"]}, "attacks are given, and 'input attack' is none of the measures"),
+        ({"measures": ["usefulness"]}, r"measures \['usefulness'\] are not known"),
+    ],
+)
+def test_names_of_attacks_and_measures_are_checked_before_anything_is_loaded(files, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        run(parsed("evaluate", options_for(files, str(tmp_path / "no-model"), tmp_path / "out", **more)))
+
+
+def test_a_missing_matplotlib_is_found_before_anything_is_loaded(files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"figures need matplotlib: pip install"):
+        run(parsed("evaluate", options_for(files, str(tmp_path / "no-model"), tmp_path / "out")))
 
 
 def test_whole_weights_are_measured_beside_their_base(files, tmp_path, few_resamples):
@@ -185,7 +204,6 @@ def test_whole_weights_are_measured_beside_their_base(files, tmp_path, few_resam
         ({"fail_if": ["accuracy"]}, "cannot be read"),
         ({"fail_if": ["kl: test_retain.reverse_kl.high > 1"]}, "of a measure that is not taken"),
         ({"fail_if": ["test_forget.acuracy.high > 1"]}, "it has .*test_forget.accuracy"),
-        ({"measures": ["usefulness"]}, "are not known"),
     ],
 )
 def test_conditions_and_measures_that_are_none_are_errors(files, tmp_path, more, message, few_resamples):

@@ -18,7 +18,7 @@ from spul.commands import combine, train
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
 from spul.prompts.configs import prompt_config
-from spul.records import Ledger, fingerprint
+from spul.records import Ledger, fingerprint, make_digest_key
 from spul.records.spul_config import read_spul_config
 from spul.training import default_learning_rate
 
@@ -141,11 +141,16 @@ def test_conversations_are_trained_before_their_message(tmp_path):
         for name, who in (("forget", "jane"), ("retain", "film"))
     }
     base = write_base(tmp_path / "base", chat=True)
-    trained({"model": base, **sets}, tmp_path / "out", prompt_position="message")
+    key = str(make_digest_key(tmp_path / "key"))
+    trained({"model": base, **sets}, tmp_path / "out", prompt_position="message", digest_key=key)
     loaded = SoftPromptUnlearner.from_pretrained(base, tmp_path / "out")
     assert loaded.spul_config.prompt_position == "message"
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) is not None
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    # And the ledger's entry of the same file by hand has the record's digest.
+    said = ["ledger", "add", "--ledger", str(tmp_path / "ledger.jsonl"), "--event", "received", "--request", "1"]
+    assert main([*said, "--rows", sets["forget"], "--digest-key", key]) == 0
+    assert Ledger(tmp_path / "ledger.jsonl").states()["1"].rows == loaded.spul_config.forget
 
 
 @pytest.mark.parametrize(

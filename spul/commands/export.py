@@ -21,6 +21,10 @@ class ExportOptions:
         default="auto", metadata={"help": "type of the base's weights: auto (as saved), float32, bfloat16 or float16"}
     )
 
+    allow_other_base: bool = field(
+        default=False, metadata={"help": "export although the prompt's record does not name this base's weights"}
+    )
+
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype={self.dtype!r}; expected one of {', '.join(DTYPES)}.")
@@ -61,15 +65,19 @@ def _loaded(options: ExportOptions) -> tuple[Any, Any]:
     """The base with the prompt on it, and the base's tokenizer."""
     from transformers import AutoTokenizer
 
+    from ..models.causal_lm import load_base
     from ..prompts.unlearner import SoftPromptUnlearner
+    from ..records.digests import fingerprint
     from ..serving.exports import check_new_folder
+    from ..serving.served import check_fits
 
     check_new_folder(options.output_dir)  # before minutes of loading
-    saved_prompt(options.adapter)
+    record = saved_prompt(options.adapter).spul_config
     if left_out := _left_out(Path(options.adapter)):
         print(f"Not in the export: {left_out}")
-    settings = {"dtype": options.dtype}
-    unlearner = SoftPromptUnlearner.from_pretrained(options.model, options.adapter, model_kwargs=settings)
+    base = load_base(options.model, {"dtype": options.dtype})
+    check_fits(record, fingerprint(base), options.allow_other_base, options.adapter)
+    unlearner = SoftPromptUnlearner.from_pretrained(base, options.adapter)
     return unlearner, AutoTokenizer.from_pretrained(options.model)
 
 

@@ -116,7 +116,7 @@ def check_fits(record: SpulConfig, base: str | None, allow_other_base: bool, whe
     Args:
         record: the prompt's.
         base: the fingerprint of the base.
-        allow_other_base: whether to serve it all the same.
+        allow_other_base: whether to take it all the same.
         where: the prompt, in messages.
 
     Raises:
@@ -127,8 +127,8 @@ def check_fits(record: SpulConfig, base: str | None, allow_other_base: bool, whe
     trained = "does not say" if record.base_fingerprint is None else f"is {record.base_fingerprint[:12]}"
     raise ValueError(
         f"the prompt in {where} may neither forget nor retain on this base: the fingerprint that it was trained on "
-        f"{trained}, and this base's is {str(base)[:12]}. Serve the base that it was trained on; if it is the same "
-        "checkpoint in another precision, evaluate it there, and then allow another base."
+        f"{trained}, and this base's is {str(base)[:12]}. Take the base that it was trained on; if it is the same "
+        "checkpoint in another precision, evaluate it there, and then allow another base: --allow-other-base."
     )
 
 
