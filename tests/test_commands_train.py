@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 import transformers.integrations.integration_utils as integrations
-from command_files import parsed, write_base, write_files, write_prompt, write_rows
+from command_files import flags, parsed, write_base, write_files, write_prompt, write_rows
 from helpers import CHAT_TEMPLATE, GENERIC, build, make_tokenizer, rows
 from peft import PeftModel
+from processes import run_by_two
+from safetensors.torch import load_file
 from transformers import TrainerCallback, set_seed
 
 import spul
@@ -17,6 +19,7 @@ from spul import SoftPromptUnlearner
 from spul.commands import combine, train
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
+from spul.models.compat import is_quantized
 from spul.prompts.configs import prompt_config
 from spul.records import Ledger, fingerprint, make_digest_key
 from spul.records.spul_config import read_spul_config
@@ -104,6 +107,40 @@ def test_the_same_training_in_code_makes_the_same_prompt(files, tmp_path):
     unlearner.save_pretrained(str(tmp_path / "code"))
     found = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("cli", "code")]
     assert found[0] == found[1]
+
+
+def test_two_processes_train_and_note_what_one_does(files, tmp_path):
+    # One step of rows in order, whose rows and update are those of one process.
+    more = {"train_sampling_strategy": "sequential", "max_steps": 1, "warmup_steps": 0, "optim": "sgd", "max_grad_norm": 0}
+    more |= {"request": "17", "save_strategy": "steps", "save_steps": 1}
+    trained(files, tmp_path / "one", ledger=tmp_path / "one.jsonl", per_device_train_batch_size=8, **more)
+    values = {**files, **SHORT, **more, "generic": GENERIC, "output_dir": tmp_path / "two"}
+    values |= {"ledger": tmp_path / "two.jsonl", "per_device_train_batch_size": 4}
+    said = run_by_two("-m", "spul", "train", *flags(values))
+    assert said.count("saved: ") == said.count("test_forget: accuracy ") == 1
+    states = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)
+    one, two = (read_spul_config(tmp_path / name) for name in ("one", "two"))
+    assert (two.forget, two.retain, two.loss) == (one.forget, one.retain, one.loss)
+    for name, scores in one.metrics.items():
+        assert two.metrics[name] == pytest.approx(scores, abs=1e-4)
+    assert [entry.event for entry in Ledger(tmp_path / "two.jsonl").entries()] == ["trained"]
+    assert Ledger(tmp_path / "two.jsonl").states()["17"].prompt_sha256 == two.weights_sha256
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_base_may_be_quantized(files, tmp_path, bits, capsys):
+    pytest.importorskip("bitsandbytes")
+    options = trained(files, tmp_path, bits=bits)
+    assert f"saved: {tmp_path}" in capsys.readouterr().out
+    base = options.load(files["model"])
+    assert is_quantized(base)
+    record = read_spul_config(tmp_path)
+    assert record.base_fingerprint == fingerprint(base) != fingerprint(build("llama"))
+    assert record.metrics
+    with pytest.raises(ValueError, match="bits=3; expected 8 or 4"):
+        trained(files, tmp_path / "other", bits=3)
 
 
 def test_a_resumed_training_goes_on_from_its_checkpoint(files, tmp_path):
