@@ -111,6 +111,8 @@ def test_lines_of_text_are_requests(folder, capsys):
         ({"kind": "names"}, "needs names"),
         ({"kind": "text", "names": ["Jane"]}, "names are for a gate of names"),
         ({"kind": "text", "recall": 2}, "recall"),
+        ({"kind": "text", "layers": [1]}, "layers are of a gate of states"),
+        ({"kind": "names", "names": ["Jane"], "paraphrases": "p.txt"}, "paraphrases are of a gate that is fit"),
         ({"kind": "text", "column": "text"}, "has no column 'text'"),
     ],
 )

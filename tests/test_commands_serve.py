@@ -83,6 +83,8 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "@prompts", "--ledger", "@nothing/ledger.jsonl"], FileNotFoundError, "there is no folder"),
         (["--prompts", "@prompts", "--ledger", "@prompts"], ValueError, "is a folder"),
         (["--prompts", "@prompts", "--ledger", "@token"], ValueError, "is no entry of a ledger"),
+        (["--prompts", "@prompts", "--device", "nonsense"], ValueError, "device='nonsense' cannot be used"),
+        (["--prompts", "@prompts", "--device", "cuda:99"], ValueError, "device='cuda:99' cannot be used"),
         (["--prompts", "@prompts", "--port", "65536"], ValueError, "port=65536; expected 0 to"),
         (["--prompts", "@prompts", "--port", "-1"], ValueError, "port=-1; expected 0 to"),
         (["--prompts", "@prompts", "--timeout", "inf"], ValueError, "timeout=inf"),
@@ -91,9 +93,17 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "@prompts", "--vllm_key_file", "@two-lines"], ValueError, "two-lines has white space in it"),
     ],
 )
-def test_what_is_unclear_does_not_start(folder, arguments, error, says):
+def test_what_is_unclear_does_not_start_and_loads_no_base(folder, arguments, error, says, tmp_path):
     with pytest.raises(error, match=says):
-        server_of(options(folder, *arguments))
+        server_of(options(folder, "--model", tmp_path / "no-base", *arguments))
+
+
+def test_prompts_that_lie_in_the_folder_of_one_that_is_served_are_warned_of(folder, caplog):
+    server_of(options(folder, "--prompts", "a=@prompts"))
+    assert "prompts also holds the prompts ['other'], which are not served" in caplog.text
+    caplog.clear()
+    server_of(options(folder, "--prompts", "a=@prompts", "b=@prompts/other"))
+    assert not caplog.text
 
 
 def test_the_ledger_has_what_is_served_answered_and_revoked(folder, tmp_path, capsys):

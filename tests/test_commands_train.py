@@ -12,6 +12,7 @@ from helpers import CHAT_TEMPLATE, GENERIC, build, make_tokenizer, rows
 from peft import PeftModel
 from processes import run_by_two
 from safetensors.torch import load_file
+from servers import make_gated
 from transformers import TrainerCallback, set_seed
 
 import spul
@@ -111,7 +112,13 @@ def test_the_same_training_in_code_makes_the_same_prompt(files, tmp_path):
 
 def test_two_processes_train_and_note_what_one_does(files, tmp_path):
     # One step of rows in order, whose rows and update are those of one process.
-    more = {"train_sampling_strategy": "sequential", "max_steps": 1, "warmup_steps": 0, "optim": "sgd", "max_grad_norm": 0}
+    more = {
+        "train_sampling_strategy": "sequential",
+        "max_steps": 1,
+        "warmup_steps": 0,
+        "optim": "sgd",
+        "max_grad_norm": 0,
+    }
     more |= {"request": "17", "save_strategy": "steps", "save_steps": 1}
     trained(files, tmp_path / "one", ledger=tmp_path / "one.jsonl", per_device_train_batch_size=8, **more)
     values = {**files, **SHORT, **more, "generic": GENERIC, "output_dir": tmp_path / "two"}
@@ -260,6 +267,23 @@ def test_prompts_are_combined_on_the_rows_of_their_requests(files, prompts, tmp_
 def test_prompts_are_combined_on_other_inputs(files, prompts, tmp_path):
     found = combined(files, prompts, tmp_path, inputs=files["test_forget"])
     assert found.spul_config.forget is None
+    assert len(found.spul_config.combined_from) == 2
+
+
+@pytest.mark.parametrize("more", [{"forget_fraction": 0.5}, {"reference_dir": "x"}, {"digest_key": "key"}])
+def test_options_that_have_no_effect_on_inputs_are_refused(files, prompts, tmp_path, more):
+    with pytest.raises(ValueError, match=f"{next(iter(more))}: of no effect on inputs"):
+        combined(files, prompts, tmp_path, inputs=files["test_forget"], **more)
+
+
+def test_prompts_beside_the_one_of_a_folder_are_not_left_out(files, prompts, tmp_path):
+    gated = make_gated("other")
+    gated.unlearner.float()
+    gated.save_pretrained(tmp_path / "several")
+    folders = [str(tmp_path / "several"), str(tmp_path / "several" / "other")]
+    with pytest.raises(ValueError, match=r"several also holds the prompts \['other'\], which would be left out"):
+        combined(files, [*prompts, folders[0]], tmp_path / "out", inputs=files["test_forget"])
+    found = combined(files, folders, tmp_path / "out", inputs=files["test_forget"])
     assert len(found.spul_config.combined_from) == 2
 
 

@@ -231,6 +231,11 @@ def test_only_the_end_of_a_long_file_is_read_to_append(path, monkeypatch):
     ledger.append(LedgerEvent("note", "x"))
     assert sum(read) <= 2 * module.BLOCK < path.stat().st_size
     assert ledger.verify() == []
+    read.clear()
+    path.write_bytes(b"x" * 1000 * module.BLOCK)  # no ledger: one line, which is not read anew for each of its blocks
+    with pytest.warns(UserWarning, match="half-written"):
+        ledger.append(LedgerEvent("note", "x"))
+    assert len(read) <= 11
 
 
 def test_a_whole_ledger_is_read_without_a_lock_and_a_half_line_waits_for_its_writer(path, monkeypatch):

@@ -13,6 +13,7 @@ import pytest
 from servers import HTTP, MODEL, TOKEN, alone, client, make_engine, make_gated, prompt, rendered, running, running_app
 
 from spul.gates import NameGate
+from spul.serving.encoding import RequestEncoder
 from spul.serving.requests import Limits
 from spul.serving.server import make_app
 
@@ -204,6 +205,23 @@ def test_a_full_queue_is_429_and_what_waits_is_answered():
         gate.go.set()
         expected, _ = alone(make_gated(default=gate), gated.tokenizer("good")["input_ids"], "default")
         assert [one.result() for one in (first, *others)] == [expected] * 3
+
+
+def test_no_more_requests_wait_to_be_encoded_than_may_wait(gated, monkeypatch):
+    going, really = threading.Event(), RequestEncoder.job
+    monkeypatch.setattr(RequestEncoder, "job", lambda self, one: going.wait(60) and really(self, one))
+    body = GREEDY | {"prompt": "good"}
+    try:
+        with (
+            running(make_engine(gated, max_waiting=1, max_batch=1, timeout=1.0)) as url,
+            ThreadPoolExecutor(3) as pool,
+        ):
+            asked = [pool.submit(HTTP.post, f"{url}/v1/completions", json=body) for _ in range(3)]
+            assert sorted(one.result().status_code for one in asked) == [429, 504, 504]
+            going.set()
+            assert HTTP.post(f"{url}/v1/completions", json=body).status_code == 200
+    finally:
+        going.set()
 
 
 def test_what_takes_too_long_is_504_and_recorded():

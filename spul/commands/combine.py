@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .command import Command
-from .shared import option, saved_prompt
+from .shared import option, prompts_left_out, saved_prompt
 from .train import TrainingOptions
 
 
@@ -42,6 +42,12 @@ def run(options: CombineOptions) -> int | None:
         raise ValueError("give forget and retain, the rows of all requests and those that stay; or inputs alone.")
     if is_marked and options.generic is None:
         raise ValueError("forget rows are trained to generic answers; give some: --generic ' neutral' ' unknown'.")
+    if not is_marked:
+        marked = ("forget_fraction", "reference_dir", "digest_key")
+        if given := [name for name in marked if getattr(options, name) is not None]:
+            raise ValueError(f"{', '.join(given)}: of no effect on inputs, only on forget and retain; leave it out.")
+    for folder, others in prompts_left_out(options.prompts).items():
+        raise ValueError(f"{folder} also holds the prompts {others}, which would be left out: name each one's folder.")
     own: dict[str, Any] = {}
     if options.forget and options.retain:
         rows = forget_retain_dataset(options.rows(options.forget), options.rows(options.retain))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import Command
-from .shared import saved_prompt
+from .shared import prompts_left_out, saved_prompt
 
 
 @dataclass
@@ -73,7 +73,7 @@ def _loaded(options: ExportOptions) -> tuple[Any, Any]:
 
     check_new_folder(options.output_dir)  # before minutes of loading
     record = saved_prompt(options.adapter).spul_config
-    if left_out := _left_out(Path(options.adapter)):
+    if left_out := _left_out(options.adapter):
         print(f"Not in the export: {left_out}")
     base = load_base(options.model, {"dtype": options.dtype})
     check_fits(record, fingerprint(base), options.allow_other_base, options.adapter)
@@ -81,16 +81,12 @@ def _loaded(options: ExportOptions) -> tuple[Any, Any]:
     return unlearner, AutoTokenizer.from_pretrained(options.model)
 
 
-def _left_out(folder: Path) -> str:
+def _left_out(folder: str) -> str:
     """Gates and other prompts in the folder of a prompt."""
-    from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME
-    from ..records.fields import read_object
+    from ..gates.gated_files import GATE_FOLDER
 
-    path = folder / ROUTING_NAME
-    others = (
-        [f"{name!r}" for name in read_object(path).get("prompts", ()) if name != "default"] if path.is_file() else ()
-    )
-    gate = "its gate, so that every request gets the prompt" if (folder / GATE_FOLDER).is_dir() else ""
+    others = [f"{name!r}" for name in prompts_left_out([folder]).get(folder, ())]
+    gate = "its gate, so that every request gets the prompt" if Path(folder, GATE_FOLDER).is_dir() else ""
     prompts = f"the prompts {', '.join(others)}, each of which has a folder of its own" if others else ""
     return "; ".join(filter(None, (gate, prompts)))
 

@@ -51,6 +51,10 @@ def fit(options: FitOptions) -> int | None:
 
     if not os.path.isdir(options.adapter):
         raise FileNotFoundError(f"{options.adapter} is no folder here; expected that of a saved prompt.")
+    if options.layers and options.kind != "states":
+        raise ValueError(f"layers are of a gate of states; a gate of {options.kind} reads none.")
+    if options.paraphrases is not None and options.kind == "names":
+        raise ValueError("paraphrases are of a gate that is fit on requests; one of names takes forget and retain.")
     source = _Source(options, options.column)
     forget, retain, paraphrases = (
         source.texts(path) for path in (options.forget, options.retain, options.paraphrases)

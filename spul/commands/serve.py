@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .command import Command
-from .shared import saved_prompt
+from .shared import prompts_left_out, saved_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ class ServeOptions:
     )
     allow_other_base: bool = _option("Serve prompts although their records do not name this base's weights.", False)
     served_model_name: str | None = _option("The model's name in requests; that of `model` unless given.")
-    dtype: str = _option("The base's dtype.", "auto")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("The base's dtype.", "auto")
     device: str | None = _option("Where the base runs; a GPU if there is one unless given.")
     engine: str = _option(
         '"transformers", which answers in this process, or "vllm", in front of a running vLLM.', "transformers"
@@ -131,21 +131,35 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
             "there is no prompt to serve, and the base alone is not served. Name one with its gate: --prompts "
             "NAME=FOLDER, where FOLDER has the prompt and its gate in gate/; --always NAME has it on without a gate."
         )
-    for name, folder in folders.items() if isinstance(folders, dict) else ():  # before minutes of loading
-        check(name, saved_prompt(folder).spul_config.weights_sha256)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..serving.served import load_gated, load_prompts
+    from ..gates.gated_files import read_routing
+    from ..serving.served import check_folders, load_gated, load_prompts
 
     device = options.device or ("cuda" if torch.cuda.is_available() and options.engine == "transformers" else "cpu")
+    # All that can be refused is, before minutes of loading.
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used ({error}); expected such as cpu or cuda:0.") from error
+    if isinstance(folders, dict):
+        check_folders(folders, options.always)
+        for name, folder in folders.items():
+            check(name, saved_prompt(folder).spul_config.weights_sha256)
+        for folder, others in prompts_left_out(folders.values()).items():
+            logger.warning(
+                "%s also holds the prompts %s, which are not served; pass it alone, or each.", folder, others
+            )
+    elif options.always:
+        raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
+    else:
+        read_routing(folders)
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
     model.to(device).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     if isinstance(folders, dict):
         return load_prompts(model, tokenizer, folders, options.always, options.allow_other_base)
-    if options.always:
-        raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
     return load_gated(model, tokenizer, folders, options.allow_other_base)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -92,6 +93,23 @@ def saved_prompt(folder: str) -> SavedPrompt:
         raise
     except (TypeError, ValueError) as error:  # a TypeError in code is, here, a folder of another kind
         raise ValueError(f"{folder} is no prompt that can be loaded: {error}") from error
+
+
+def prompts_left_out(folders: Collection[str]) -> dict[str, list[str]]:
+    """Names of the prompts that folders hold beside the one that each is loaded as, unless their folders are given.
+
+    Args:
+        folders: of prompts; of a Hub name nothing is known here.
+    """
+    from ..gates.gated_files import ROUTING_NAME, read_routing
+
+    given, found = {Path(one).resolve() for one in folders}, {}
+    for folder in folders:
+        names = read_routing(folder)[1]["prompts"] if Path(folder, ROUTING_NAME).is_file() else []
+        others = [one for one in names if one != "default" and Path(folder, one).resolve() not in given]
+        if others:
+            found[folder] = others
+    return found
 
 
 @dataclass(kw_only=True)

@@ -146,17 +146,27 @@ def gate_of(folder: str | os.PathLike, model: Any, tokenizer: PreTrainedTokenize
     return load(folder, model, tokenizer, **{**hub, "subfolder": _joined(hub, GATE_FOLDER)})
 
 
-def read_gated(
-    model: Any, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, **hub: Any
-) -> tuple[SoftPromptUnlearner, dict[str, Gate], list[str], dict[tuple[str, ...], str]]:
-    """Prompts, gates, precedence and combined prompts of a saved folder; see `GatedUnlearner.from_pretrained`."""
+def read_routing(folder: str | os.PathLike, **hub: Any) -> tuple[Path, dict[str, Any]]:
+    """`spul_gates.json` of a saved folder, and its fields, checked: `prompts`, `gates`, `precedence`, `combined`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of a later format, or a field is missing or of another type.
+    """
     path = find_file(folder, ROUTING_NAME, **hub)
     if path is None:
         raise FileNotFoundError(
             f"{str(folder)!r} has no {ROUTING_NAME}; expected a folder that GatedUnlearner.save_pretrained wrote. A "
             "prompt without a gate is loaded by SoftPromptUnlearner.from_pretrained."
         )
-    routing = _checked(read_object(path), path)
+    return path, _checked(read_object(path), path)
+
+
+def read_gated(
+    model: Any, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, **hub: Any
+) -> tuple[SoftPromptUnlearner, dict[str, Gate], list[str], dict[tuple[str, ...], str]]:
+    """Prompts, gates, precedence and combined prompts of a saved folder; see `GatedUnlearner.from_pretrained`."""
+    path, routing = read_routing(folder, **hub)
     prompts: list[str] = routing["prompts"]
     unlearner: Any = None
     for name in prompts:

@@ -22,6 +22,7 @@ from ..records.digests import fingerprint
 from ..records.spul_config import SpulConfig, read_spul_config
 from .requests import ApiError
 
+ALWAYS = "always"  # the kind of the gate that flags every request
 NO_TEXT = "the prompt was not added: name or folder is no text, or always no boolean."
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -51,14 +52,8 @@ def load_prompts(
         FileNotFoundError: if a folder or a gate is missing.
         ValueError: if there is no prompt, or one does not fit the base.
     """
-    if not folders:
-        raise ValueError("there is no prompt to serve, and the base alone is not served; name a prompt's folder.")
-    if unknown := sorted(set(always_on) - set(folders)):
-        raise ValueError(f"{unknown} are to be always on and are no prompts; the prompts are {list(folders)}.")
-    for name, folder in folders.items():
-        check_name(name)
-        if name not in always_on:
-            check_gate(folder)
+    check_folders(folders, always_on)
+    for folder in folders.values():
         check_fits(read_spul_config(folder), fingerprint(model), allow_other_base, str(folder))
     unlearner: Any = None
     for name, folder in folders.items():
@@ -83,6 +78,24 @@ def load_gated(
     for name, record in gated.unlearner.spul_configs.items():
         check_fits(record, fingerprint(model), allow_other_base, f"{folder} ({name})")
     return gated
+
+
+def check_folders(folders: Mapping[str, str | os.PathLike], always_on: Sequence[str] = ()) -> None:
+    """Raise unless each prompt has a name and a gate, as far as is seen without the base; as `load_prompts`."""
+    if not folders:
+        raise ValueError("there is no prompt to serve, and the base alone is not served; name a prompt's folder.")
+    if unknown := sorted(set(always_on) - set(folders)):
+        raise ValueError(f"{unknown} are to be always on and are no prompts; the prompts are {list(folders)}.")
+    for name, folder in folders.items():
+        check_name(name)
+        if name not in always_on:
+            check_gate(folder)
+    names = list(folders)
+    for first in [one for one in names if one in always_on][:1]:
+        if behind := names[names.index(first) + 1 :]:
+            raise ValueError(
+                f"{first!r} is always on, so that {behind}, which stand behind it, would never be; name it last."
+            )
 
 
 def check_name(name: Any) -> None:
@@ -190,6 +203,10 @@ class ServedPrompts:
             raise ApiError(400, NO_TEXT)
         if name in self.gated.unlearner.peft_config:
             raise ApiError(409, "there is a prompt of this name; revoke it first, or take another name.", "name")
+        if any(one["gate"] == ALWAYS for one in self.served.values()):
+            raise ApiError(
+                409, "a prompt is always on, so that one behind it would never be; revoke that first, and add it last."
+            )
         path = self._within(folder)
         try:
             check_name(name)
@@ -293,4 +310,4 @@ class ServedPrompts:
 def _kind(gate: Gate | None) -> str:
     if gate is None:
         return "combined"
-    return "always" if getattr(gate, "function", None) is always else gate.kind or "function"
+    return ALWAYS if getattr(gate, "function", None) is always else gate.kind or "function"

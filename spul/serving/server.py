@@ -88,7 +88,7 @@ class _Server:
     ) -> None:
         self.engine, self.model, self.limits = engine, model, limits
         self.encoder = RequestEncoder(engine.served, limits)
-        self.created, self.num_in_flight = int(time.time()), 0
+        self.created, self.num_in_flight, self._num_encoding = int(time.time()), 0, 0
         self._record, self._token, self._check = record, admin_token, check
         self._changing = asyncio.Lock()  # one change of the prompts at a time, its entry included
         self._encoding = ThreadPoolExecutor(1, "spul-encoding")  # long texts must not hold up the others' answers
@@ -153,8 +153,7 @@ class _Server:
         deadline = time.monotonic() + self.limits.timeout
         body = await _in_time(self._body(http), deadline)
         request = read_body(kind, body, self.model, self.limits)
-        loop = asyncio.get_running_loop()
-        job: Job = await loop.run_in_executor(self._encoding, self.encoder.job, request)
+        job = await self._encoded(request, deadline)
         answer = Answer(kind, self.model, len(job.token_ids))
         pieces = self._pieces(job, answer, deadline)
         first = await _while_connected(http, anext(pieces))  # a refusal has its own status also in a stream
@@ -173,6 +172,18 @@ class _Server:
         except ClientDisconnect:
             raise ApiError(499, "the client has gone.") from None
         return bytes(found)
+
+    async def _encoded(self, request: ChatRequest, deadline: float) -> Job:
+        """The request as the engine takes it; no more wait to be encoded than may wait for the engine."""
+        if self._num_encoding >= self.limits.max_batch + self.limits.max_waiting:
+            raise ApiError(429, "too many requests wait; try later.", code="rate_limit_exceeded")
+        self._num_encoding += 1
+        try:
+            loop = asyncio.get_running_loop()
+            job: Job = await _in_time(loop.run_in_executor(self._encoding, self.encoder.job, request), deadline)
+            return job
+        finally:
+            self._num_encoding -= 1
 
     async def _pieces(self, job: Job, answer: Answer, deadline: float) -> AsyncGenerator[Piece, None]:
         """The parts of an answer, in time; the last once the entry of the request is recorded."""
@@ -241,13 +252,9 @@ class _Server:
                 logger.exception("An event was not recorded: %s", event["event"])
                 raise ApiError(500, "the request could not be recorded.") from error
 
-        future = self._off_loop(recorded)
+        future = asyncio.get_running_loop().run_in_executor(self._recording, recorded)
         future.add_done_callback(lambda one: one.cancelled() or one.exception())  # logged above
         return future
-
-    def _off_loop(self, function: Callable[[], T]) -> asyncio.Future[T]:
-        """Call a function in the thread that records, after what was handed over before."""
-        return asyncio.get_running_loop().run_in_executor(self._recording, function)
 
     # ---- prompts that come and go ----
 
@@ -268,7 +275,7 @@ class _Server:
         name, folder, is_always = data.get("name"), data.get("folder"), data.get("always", False)
         async with self._changing:
             if (check := self._check) is not None:
-                await self._off_loop(lambda: _checked(check, self.engine.served, name, folder))
+                await asyncio.to_thread(_checked, check, self.engine.served, name, folder)
             added = await self.engine.change(lambda served: served.add(name, folder, is_always))
             try:
                 await self._recorded("served", added)
