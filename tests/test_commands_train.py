@@ -207,6 +207,12 @@ def test_conversations_are_trained_before_their_message(tmp_path):
         ({"ledger": "{}/note.txt", "request": "2026-017"}, "is no entry of a ledger"),
         ({"method": "NOPE"}, "method 'NOPE' is not known"),
         ({"method": "RMU"}, "RMU"),
+        (
+            {"num_virtual_tokens": 95},
+            "96 positions, and a prompt of 95 virtual tokens leaves 1 .*--num-virtual-tokens",
+        ),
+        ({"prompt_type": "p_tuning", "encoder_hidden_size": 0}, "encoder_hidden_size=0; expected a whole number"),
+        ({"output_dir": "{}/note.txt", "model": "no-base"}, "note.txt' is a file"),
         ({"hold_out": 2}, "share=2.0"),
         ({"prompt_position": "message"}, "text_field"),
     ],
@@ -214,8 +220,8 @@ def test_conversations_are_trained_before_their_message(tmp_path):
 def test_options_that_contradict_each_other_are_refused(files, tmp_path, more, message):
     (tmp_path / "note.txt").write_text("mine\n")
     more = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in more.items()}
-    with pytest.raises((ValueError, TypeError), match=message):
-        trained(files, tmp_path, **more)
+    with pytest.raises((ValueError, TypeError, FileExistsError), match=message):
+        trained(files, more.pop("output_dir", tmp_path), **more)
     assert not any(tmp_path.glob("*.safetensors"))
 
 

@@ -35,6 +35,7 @@ def run(options: CombineOptions) -> int | None:
     from ..data.collator import ForgetRetainCollator
     from ..data.dataset import forget_retain_dataset
     from ..losses.unlearning_loss import UnlearningLoss
+    from ..records.files import check_can_hold
     from ..training.distillation import combine
 
     is_marked = options.forget is not None
@@ -58,6 +59,7 @@ def run(options: CombineOptions) -> int | None:
         rows = options.rows(options.inputs or [])
         if "is_forget" in rows.column_names:
             raise ValueError("inputs have the column is_forget; give forget and retain rows as such, or drop it.")
+    check_can_hold(options.output_dir)
     saved = [saved_prompt(folder) for folder in options.prompts]
     tokenizer, base = options.load_tokenizer(options.model), options.load(options.model)
     # The new prompt stands where the others do, and all of them need room.

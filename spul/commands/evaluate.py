@@ -64,6 +64,7 @@ def run(options: EvaluateOptions) -> int | None:
     from ..evaluation.run import evaluate
     from ..evaluation.suite import AttackSettings
     from ..models.compat import PartialState
+    from ..records.files import check_can_hold
 
     conditions = [Condition.parse(text) for text in options.fail_if or ()]
     measures = [_measure(name) for name in options.measures or MEASURES]
@@ -85,6 +86,7 @@ def run(options: EvaluateOptions) -> int | None:
     if options.generic is None:
         raise ValueError("give the answers that count as generic: --generic ' neutral' ' unknown'.")
     _check_evidence(options)
+    check_can_hold(options.output_dir)
     require_matplotlib()  # for the report, before hours of measuring
     splits = {
         "train_forget": options.rows(options.forget),

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from ..prompts.checkpoint import SavedPrompt
 
 
+LEAST_TOKENS = 2  # of a row: one of prompt, one of completion
+
+
 def option(help: str, default: Any = None) -> Any:
     """A field of a dataclass of options with its help; a default of `...` makes it required."""
     metadata = {"help": help}
@@ -67,6 +70,11 @@ class RowOptions:
         record = unlearner.spul_config
         num = unlearner.longest_prompt if num_virtual_tokens is None else num_virtual_tokens
         room = 1024 if limit is None else min(1024, limit - num)
+        if room < LEAST_TOKENS:
+            raise ValueError(
+                f"the base has {limit} positions, and a prompt of {num} virtual tokens leaves {max(room, 0)} for a row; "
+                f"expected at least {LEAST_TOKENS}: take fewer, by --num-virtual-tokens."
+            )
         return {
             "max_length": room if self.max_length is None else self.max_length,
             "text_field": self.text_field,
