@@ -8,13 +8,15 @@ import openai
 import pytest
 import torch
 import uvicorn
-from helpers import CHAT_TEMPLATE, build, make_tokenizer
+from helpers import CHAT_TEMPLATE, CONFIGS, build, make_tokenizer
 from servers import HTTP, alone, client, make_gated, running_app
 from transformers import HfArgumentParser
 
+from spul import SoftPromptUnlearner
 from spul.commands.main import main as spul_main
 from spul.commands.serve import COMMANDS
 from spul.commands.serve import build as server_of
+from spul.models.loading import load_causal_lm
 from spul.records import Ledger, LedgerEvent
 from spul.records.spul_config import read_spul_config
 
@@ -204,6 +206,25 @@ def test_a_prompt_without_a_gate_is_served_if_it_is_to_be_always_on(folder):
     with running_app(app) as (url, _):
         said = client(url).completions.create(model="tiny", prompt="good", temperature=0, max_tokens=6)
     assert said.choices[0].text == alone(gated, gated.tokenizer("good")["input_ids"], "other", 6)[0]
+
+
+def test_a_prompt_of_a_quantized_base_is_served_over_one(folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build("llama").save_pretrained(tmp_path / "tiny")  # bitsandbytes takes no float64
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    base = load_causal_lm(tmp_path / "tiny", bits=4)
+    unlearner = SoftPromptUnlearner(base, CONFIGS["prompt_tuning"]())
+    unlearner.save_pretrained(str(tmp_path / "prompt"))
+    given = ["--model", tmp_path / "tiny", "--prompts", f"a={tmp_path / 'prompt'}", "--always", "a", "--device", "cpu"]
+    with pytest.raises(ValueError, match="neither forget nor retain on this base"):
+        server_of(options(folder, *given))
+    app, _ = server_of(options(folder, *given, "--bits", 4))
+    tokenizer = make_tokenizer()
+    ids = torch.tensor([tokenizer("good")["input_ids"]])
+    out = unlearner.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    with running_app(app) as (url, _):
+        said = client(url).completions.create(model="tiny", prompt="good", temperature=0, max_tokens=6)
+    assert said.choices[0].text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_vllm_is_chosen_by_an_option(folder):

@@ -209,7 +209,7 @@ def test_conversations_are_trained_before_their_message(tmp_path):
         ({"method": "RMU"}, "RMU"),
         (
             {"num_virtual_tokens": 95},
-            "96 positions, and a prompt of 95 virtual tokens leaves 1 .*--num-virtual-tokens",
+            "96 positions; a prompt of 95 virtual tokens leaves 1 .*--num-virtual-tokens",
         ),
         ({"prompt_type": "p_tuning", "encoder_hidden_size": 0}, "encoder_hidden_size=0; expected a whole number"),
         ({"output_dir": "{}/note.txt", "model": "no-base"}, "note.txt' is a file"),

@@ -320,7 +320,10 @@ def test_a_revoked_request_is_one_again_once_it_is_received_or_trained_anew(path
     ledger.append(LedgerEvent(event, "1"))
     ledger.check_not_revoked("1", SHA)
     ledger.append(LedgerEvent("served", "1"))
-    assert not ledger.states()["1"].served_again
+    state = ledger.states()["1"]
+    assert not state.served_again
+    assert (state.answered, state.answered_after) == (1, 1)
+    assert "answers under it: 1, 1 of them after it was revoked" in state.in_words()
     path.write_bytes(path.read_bytes().replace(b'"request": "2"', b'"request": "4"'))
     with pytest.raises(ValueError, match="not a whole ledger"):
         ledger.check_not_revoked("2")

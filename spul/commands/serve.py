@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .command import Command
-from .shared import prompts_left_out, saved_prompt
+from .shared import LoadOptions, prompts_left_out, saved_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +21,8 @@ def _option(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass
-class ServeOptions:
+@dataclass(kw_only=True)
+class ServeOptions(LoadOptions):
     """Options of `spul serve`."""
 
     model: str = field(metadata={"help": "The base: a folder or a name on the Hub."})
@@ -38,7 +38,6 @@ class ServeOptions:
     )
     allow_other_base: bool = _option("Serve prompts although their records do not name this base's weights.", False)
     served_model_name: str | None = _option("The model's name in requests; that of `model` unless given.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option("The base's dtype.", "auto")
     device: str | None = _option("Where the base runs; a GPU if there is one unless given.")
     engine: str = _option(
         '"transformers", which answers in this process, or "vllm", in front of a running vLLM.', "transformers"
@@ -132,7 +131,6 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
             "NAME=FOLDER, where FOLDER has the prompt and its gate in gate/; --always NAME has it on without a gate."
         )
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..gates.gated_files import read_routing
     from ..serving.served import check_folders, load_gated, load_prompts
@@ -155,9 +153,7 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
         raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
     else:
         read_routing(folders)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
-    model.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    model, tokenizer = options.loader()(options.model, device=device), options.load_tokenizer(options.model)
     if isinstance(folders, dict):
         return load_prompts(model, tokenizer, folders, options.always, options.allow_other_base)
     return load_gated(model, tokenizer, folders, options.allow_other_base)

@@ -72,7 +72,7 @@ class RowOptions:
         room = 1024 if limit is None else min(1024, limit - num)
         if room < LEAST_TOKENS:
             raise ValueError(
-                f"the base has {limit} positions, and a prompt of {num} virtual tokens leaves {max(room, 0)} for a row; "
+                f"the base has {limit} positions; a prompt of {num} virtual tokens leaves {max(room, 0)} to a row; "
                 f"expected at least {LEAST_TOKENS}: take fewer, by --num-virtual-tokens."
             )
         return {

@@ -172,6 +172,7 @@ class RequestState:
         rows, prompt, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
         served: times from and until which it was served; None at the end of the last if it still is.
         answered: number of answers under its prompt.
+        answered_after: number of those while it was withdrawn: under way just then, or of a server that was not told.
         revoked: when it was withdrawn; None if it was not, or has been received or trained anew since.
         served_again: whether it was served while it was withdrawn.
     """
@@ -185,6 +186,7 @@ class RequestState:
     evaluation: str | None = None
     served: list[tuple[str, str | None]] = field(default_factory=list)
     answered: int = 0
+    answered_after: int = 0
     revoked: str | None = None
     served_again: bool = False
 
@@ -195,6 +197,7 @@ class RequestState:
         if (rows := entry.fields.get("rows")) is not None:
             self.rows = DataSummary(rows["rows"], rows.get("digest"))
         self.answered += entry.event == "answered"
+        self.answered_after += entry.event == "answered" and self.revoked is not None
         is_served = bool(self.served) and self.served[-1][1] is None
         self.served_again |= entry.event == "served" and self.revoked is not None
         if entry.event == "served" and not is_served:
@@ -224,7 +227,8 @@ class RequestState:
         if not self.served:
             lines.append("never served")
         if self.answered:
-            lines.append(f"answers under it: {self.answered:,}")
+            after = f", {self.answered_after:,} of them after it was revoked" if self.answered_after else ""
+            lines.append(f"answers under it: {self.answered:,}{after}")
         if self.revoked is not None:
             lines.append(f"revoked {self.revoked}")
         if self.served_again:
