@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from command_files import parsed, write_files, write_prompt, write_rows
+from command_files import parsed, write_base, write_files, write_prompt, write_rows
 from helpers import GENERIC, build, layers_on, lora, make_tokenizer, prompted
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers, score_completions
@@ -15,6 +15,7 @@ from spul.commands.evaluate import run
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
 from spul.evaluation.evidence import evaluation_digest, verify_evidence
+from spul.evaluation.harness import Requests
 from spul.evaluation.loading import KINDS, kind_of, load_unlearned
 from spul.evaluation.results import Evaluation
 from spul.gates import GatedUnlearner, NameGate
@@ -87,6 +88,26 @@ def test_a_folder_without_a_model_and_a_base_that_is_not_given_or_not_there_are_
     record.save(tmp_path)
     with pytest.raises(ValueError, match="its record does not name one"):
         load_unlearned(tmp_path)
+
+
+def test_a_tokenizer_with_code_of_its_own_runs_it_only_if_that_is_allowed(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    base = write_base(tmp_path / "base")
+    (tmp_path / "base" / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    path = tmp_path / "base" / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    loaded = load_unlearned(files["adapter"], base, trust_remote_code=True)
+    harness = [Requests(base, adapter, trust_remote_code=True) for adapter in (files["adapter"], None)]
+    assert {type(one.tokenizer).__name__ for one in (loaded, *harness)} == {"Own"}
+    for load in (lambda: load_unlearned(files["adapter"], base), lambda: Requests(base)):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load()
+    values = options_for(files, files["adapter"], tmp_path / "out", base=base, trust_remote_code="true")
+    assert run(parsed("evaluate", values)) is None
 
 
 # ---- the command ----
