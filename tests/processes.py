@@ -37,9 +37,20 @@ def launched(module, folder, *paths):
         folder: for its results.
         paths: more folders to import from.
     """
+    run_by_two(module, folder, paths=paths)
+    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+
+
+def run_by_two(*arguments, paths=()):
+    """Run what `torchrun` runs, in two processes, to its end; what it printed.
+
+    Args:
+        arguments: path of a program, or `-m` and a module, and its arguments.
+        paths: more folders to import from.
+    """
     path = os.pathsep.join([*map(str, paths), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", module, folder]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=SECONDS)
     assert done.returncode == 0, done.stderr[-5000:]
-    return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(2)]
+    return done.stdout

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
-from command_files import parsed, write_files, write_prompt, write_rows
+from command_files import parsed, write_base, write_files, write_prompt, write_rows
 from helpers import GENERIC, build, layers_on, lora, make_tokenizer, prompted
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers, score_completions
@@ -14,6 +15,7 @@ from spul.commands.evaluate import run
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
 from spul.evaluation.evidence import evaluation_digest, verify_evidence
+from spul.evaluation.harness import Requests
 from spul.evaluation.loading import KINDS, kind_of, load_unlearned
 from spul.evaluation.results import Evaluation
 from spul.gates import GatedUnlearner, NameGate
@@ -88,6 +90,26 @@ def test_a_folder_without_a_model_and_a_base_that_is_not_given_or_not_there_are_
         load_unlearned(tmp_path)
 
 
+def test_a_tokenizer_with_code_of_its_own_runs_it_only_if_that_is_allowed(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    base = write_base(tmp_path / "base")
+    (tmp_path / "base" / "own.py").write_text(
+        "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    path = tmp_path / "base" / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    loaded = load_unlearned(files["adapter"], base, trust_remote_code=True)
+    harness = [Requests(base, adapter, trust_remote_code=True) for adapter in (files["adapter"], None)]
+    assert {type(one.tokenizer).__name__ for one in (loaded, *harness)} == {"Own"}
+    for load in (lambda: load_unlearned(files["adapter"], base), lambda: Requests(base)):
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load()
+    values = options_for(files, files["adapter"], tmp_path / "out", base=base, trust_remote_code="true")
+    assert run(parsed("evaluate", values)) is None
+
+
 # ---- the command ----
 
 
@@ -159,11 +181,29 @@ def test_attacks_are_chosen_by_name(files, tmp_path, few_resamples):
     assert run(parsed("evaluate", values)) is None
     found = Evaluation.load(tmp_path).metrics
     assert {(one.attack, one.level) for one in found} == {("none", None), ("capitals", None), ("diluted", 1)}
-    values = options_for(files, files["model"], tmp_path / "other", **{**more, "attacks": ["capitols"]})
-    with pytest.raises(
-        ValueError, match=r"there is no input attack 'capitols' on these rows; expected some of capitals"
-    ):
+    values = options_for(files, files["model"], tmp_path / "other", **{**more, "attacks": ["paraphrase"]})
+    with pytest.raises(ValueError, match=r"no input attack 'paraphrase' on these rows; expected some of capitals"):
         run(parsed("evaluate", values))
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"attacks": ["nope"]}, "there is no input attack 'nope'; expected some of capitals"),
+        ({"attacks": ["nope"], "measures": ["input attack"]}, "there is no input attack 'nope'"),
+        ({"attacks": ["capitals"]}, "attacks are given, and 'input attack' is none of the measures"),
+        ({"measures": ["usefulness"]}, r"measures \['usefulness'\] are not known"),
+    ],
+)
+def test_names_of_attacks_and_measures_are_checked_before_anything_is_loaded(files, tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        run(parsed("evaluate", options_for(files, str(tmp_path / "no-model"), tmp_path / "out", **more)))
+
+
+def test_a_missing_matplotlib_is_found_before_anything_is_loaded(files, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"figures need matplotlib: pip install"):
+        run(parsed("evaluate", options_for(files, str(tmp_path / "no-model"), tmp_path / "out")))
 
 
 def test_whole_weights_are_measured_beside_their_base(files, tmp_path, few_resamples):
@@ -185,7 +225,6 @@ def test_whole_weights_are_measured_beside_their_base(files, tmp_path, few_resam
         ({"fail_if": ["accuracy"]}, "cannot be read"),
         ({"fail_if": ["kl: test_retain.reverse_kl.high > 1"]}, "of a measure that is not taken"),
         ({"fail_if": ["test_forget.acuracy.high > 1"]}, "it has .*test_forget.accuracy"),
-        ({"measures": ["usefulness"]}, "are not known"),
     ],
 )
 def test_conditions_and_measures_that_are_none_are_errors(files, tmp_path, more, message, few_resamples):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
+import torch
 from helpers import CONFIGS, build, make_tokenizer
 from servers import make_gated
 from transformers import HfArgumentParser
@@ -49,6 +51,26 @@ def test_each_kind_writes_its_files_and_says_how_to_serve_them(kind, saved, tmp_
 def test_the_type_of_the_base_is_that_of_the_export(saved, tmp_path):
     run("checkpoint", saved, tmp_path / "out", "--dtype", "bfloat16")
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("kind", FILES)
+@pytest.mark.parametrize("differs", ["base", "record"])
+def test_a_prompt_of_another_base_is_exported_only_if_that_is_asked_for(kind, differs, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "saved")
+    if differs == "base":
+        other = build("llama")
+        with torch.no_grad():
+            other.lm_head.weight += 1
+        other.save_pretrained(tmp_path / "saved" / "base")
+    else:
+        (tmp_path / "saved" / "adapter" / "spul_config.json").unlink()
+    with pytest.raises(ValueError, match=r"neither forget nor retain on this base.*--allow-other-base"):
+        run(kind, tmp_path / "saved", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the loader's, of the same
+        run(kind, tmp_path / "saved", tmp_path / "out", "--allow-other-base")
+    assert FILES[kind] <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_the_embeddings_of_the_base_can_be_left_out(saved, tmp_path):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from command_files import parsed, write_base, write_prompt, write_rows
-from helpers import build, build_unlearner, make_tokenizer
+from helpers import build, build_unlearner, lora, make_tokenizer
 from transformers import AutoTokenizer
 
 from spul.commands.gate import check, fit
@@ -111,6 +111,8 @@ def test_lines_of_text_are_requests(folder, capsys):
         ({"kind": "names"}, "needs names"),
         ({"kind": "text", "names": ["Jane"]}, "names are for a gate of names"),
         ({"kind": "text", "recall": 2}, "recall"),
+        ({"kind": "text", "layers": [1]}, "layers are of a gate of states"),
+        ({"kind": "names", "names": ["Jane"], "paraphrases": "p.txt"}, "paraphrases are of a gate that is fit"),
         ({"kind": "text", "column": "text"}, "has no column 'text'"),
     ],
 )
@@ -165,6 +167,17 @@ def test_a_gate_without_its_prompt_is_refused(folder, tmp_path):
         attach_gate(NameGate(["Jane Doe"]), folder / "adapter", "other")
     with pytest.raises(ValueError, match="is a function, which cannot be saved"):
         attach_gate(lambda texts: texts, folder / "adapter")
+
+
+def test_an_adapter_that_no_gate_can_turn_on_gets_none(folder, tmp_path):
+    lora(build("llama")).save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match=r"lora is no prompt that a gate can turn on: .* LoraConfig"):
+        attach_gate(NameGate(["Jane Doe"]), tmp_path / "lora")
+    # And before the work: there is no such file of requests.
+    values = options_for(folder, kind="text") | {"adapter": tmp_path / "lora", "forget": tmp_path / "nothing.txt"}
+    with pytest.raises(ValueError, match="is no prompt that a gate can turn on"):
+        fit(parsed("gate", values, "fit"))
+    assert not list(tmp_path.rglob("gate*.json"))
 
 
 def test_a_gate_for_one_of_several_prompts_without_gates_is_refused_and_checkpoints_are_no_prompts(folder):

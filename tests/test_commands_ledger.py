@@ -11,7 +11,9 @@ from evaluations import whole
 from transformers import HfArgumentParser
 
 from spul.commands.ledger import COMMANDS
+from spul.commands.main import main
 from spul.records import Ledger, LedgerEvent, SpulConfig, make_digest_key, summarize_rows
+from spul.records.ledger_events import EVENTS
 
 ROWS = [{"prompt": "Jane Doe?", "completion": " an actor"}, {"prompt": "And now?", "completion": " still"}]
 
@@ -87,6 +89,15 @@ def test_entries_by_hand_take_rows_key_adapter_and_evaluation(path, tmp_path, ca
     assert out.startswith("17\n  rows: 2, HMAC-SHA256 ")
     assert "\n  revoked " in out
     assert "Jane" not in path.read_text()
+
+
+@pytest.mark.parametrize(("command", "words"), [("ledger", EVENTS), ("serve", ["NAME=FOLDER"])])
+def test_help_names_every_event_and_no_empty_default(command, words, capsys):
+    with pytest.raises(SystemExit):
+        main([command, *(["add"] if command == "ledger" else []), "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert all(word in said for word in words)
+    assert "default: []" not in said
 
 
 def test_bad_options_are_refused(path, tmp_path):

@@ -8,14 +8,16 @@ import openai
 import pytest
 import torch
 import uvicorn
-from helpers import CHAT_TEMPLATE, build, make_tokenizer
+from helpers import CHAT_TEMPLATE, CONFIGS, build, make_tokenizer
 from servers import HTTP, alone, client, make_gated, running_app
 from transformers import HfArgumentParser
 
+from spul import SoftPromptUnlearner
 from spul.commands.main import main as spul_main
 from spul.commands.serve import COMMANDS
 from spul.commands.serve import build as server_of
-from spul.records import Ledger
+from spul.models.loading import load_causal_lm
+from spul.records import Ledger, LedgerEvent
 from spul.records.spul_config import read_spul_config
 
 EVENTS = []
@@ -83,6 +85,8 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "@prompts", "--ledger", "@nothing/ledger.jsonl"], FileNotFoundError, "there is no folder"),
         (["--prompts", "@prompts", "--ledger", "@prompts"], ValueError, "is a folder"),
         (["--prompts", "@prompts", "--ledger", "@token"], ValueError, "is no entry of a ledger"),
+        (["--prompts", "@prompts", "--device", "nonsense"], ValueError, "device='nonsense' cannot be used"),
+        (["--prompts", "@prompts", "--device", "cuda:99"], ValueError, "device='cuda:99' cannot be used"),
         (["--prompts", "@prompts", "--port", "65536"], ValueError, "port=65536; expected 0 to"),
         (["--prompts", "@prompts", "--port", "-1"], ValueError, "port=-1; expected 0 to"),
         (["--prompts", "@prompts", "--timeout", "inf"], ValueError, "timeout=inf"),
@@ -91,9 +95,17 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "@prompts", "--vllm_key_file", "@two-lines"], ValueError, "two-lines has white space in it"),
     ],
 )
-def test_what_is_unclear_does_not_start(folder, arguments, error, says):
+def test_what_is_unclear_does_not_start_and_loads_no_base(folder, arguments, error, says, tmp_path):
     with pytest.raises(error, match=says):
-        server_of(options(folder, *arguments))
+        server_of(options(folder, "--model", tmp_path / "no-base", *arguments))
+
+
+def test_prompts_that_lie_in_the_folder_of_one_that_is_served_are_warned_of(folder, caplog):
+    server_of(options(folder, "--prompts", "a=@prompts"))
+    assert "prompts also holds the prompts ['other'], which are not served" in caplog.text
+    caplog.clear()
+    server_of(options(folder, "--prompts", "a=@prompts", "b=@prompts/other"))
+    assert not caplog.text
 
 
 def test_the_ledger_has_what_is_served_answered_and_revoked(folder, tmp_path, capsys):
@@ -139,6 +151,38 @@ def test_the_ledger_has_what_is_served_answered_and_revoked(folder, tmp_path, ca
     assert "2 served, 3 answered (1 without a prompt), 1 revoked, 1 stopped" in out
 
 
+def test_what_the_ledger_says_was_revoked_is_neither_started_with_nor_added(folder, tmp_path):
+    path = tmp_path / "ledger.jsonl"
+    record = read_spul_config(folder / "prompts" / "other")
+    ledger = Ledger(path)
+    ledger.append(LedgerEvent.of_adapter("served", "2026-017", folder / "prompts" / "other"))
+    ledger.append(LedgerEvent("revoked", "2026-017"))
+    without_base = ["--model", tmp_path / "no-base"]
+    for name in ("2026-017", "renamed"):
+        with pytest.raises(ValueError, match=rf"'2026-017' was revoked on .*{path}.*--event received"):
+            server_of(options(folder, *without_base, "--prompts", f"{name}=@prompts/other", "--ledger", path))
+    with pytest.raises(ValueError, match=r"'2026-017' was revoked on .* and 'other' has the same weights"):
+        server_of(options(folder, "--prompts", "@prompts", "--ledger", path))  # a folder of several
+    ledger.append(LedgerEvent("received", "2026-017"))
+    app, _ = server_of(options(folder, "--prompts", "2026-017=@prompts/other", "--ledger", path, "--admin_token_file",
+                               "@token", "--prompts_dir", "@prompts"))  # fmt: skip
+    admin = {"Authorization": "Bearer a-token-of-the-administrator"}
+    with running_app(app) as (url, _):
+        assert HTTP.delete(f"{url}/admin/prompts/2026-017", headers=admin).status_code == 200
+        again = {"name": "2026-017", "folder": "other"}
+        for body in (again, again | {"name": "renamed"}):
+            said = HTTP.post(f"{url}/admin/prompts", headers=admin, json=body)
+            assert said.status_code == 400
+            assert "'2026-017' was revoked on " in said.json()["error"]["message"]
+        assert HTTP.get(f"{url}/health").json()["prompts"] == 0
+        for body in ({"folder": "other"}, again | {"folder": 3}, again | {"folder": "nothing"}):
+            assert HTTP.post(f"{url}/admin/prompts", headers=admin, json=body).status_code == 400
+        ledger.append(LedgerEvent("received", "2026-017"))
+        assert HTTP.post(f"{url}/admin/prompts", headers=admin, json=again).status_code == 201
+    assert ledger.states()["2026-017"].prompt_sha256 == record.weights_sha256
+    assert not ledger.states()["2026-017"].served_again
+
+
 def test_what_the_ledger_does_not_take_is_not_answered(folder, tmp_path):
     path = tmp_path / "ledger.jsonl"
     app, _ = server_of(options(folder, "--prompts", "1=@prompts/other", "--ledger", path))
@@ -162,6 +206,25 @@ def test_a_prompt_without_a_gate_is_served_if_it_is_to_be_always_on(folder):
     with running_app(app) as (url, _):
         said = client(url).completions.create(model="tiny", prompt="good", temperature=0, max_tokens=6)
     assert said.choices[0].text == alone(gated, gated.tokenizer("good")["input_ids"], "other", 6)[0]
+
+
+def test_a_prompt_of_a_quantized_base_is_served_over_one(folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build("llama").save_pretrained(tmp_path / "tiny")  # bitsandbytes takes no float64
+    make_tokenizer().save_pretrained(tmp_path / "tiny")
+    base = load_causal_lm(tmp_path / "tiny", bits=4)
+    unlearner = SoftPromptUnlearner(base, CONFIGS["prompt_tuning"]())
+    unlearner.save_pretrained(str(tmp_path / "prompt"))
+    given = ["--model", tmp_path / "tiny", "--prompts", f"a={tmp_path / 'prompt'}", "--always", "a", "--device", "cpu"]
+    with pytest.raises(ValueError, match="neither forget nor retain on this base"):
+        server_of(options(folder, *given))
+    app, _ = server_of(options(folder, *given, "--bits", 4))
+    tokenizer = make_tokenizer()
+    ids = torch.tensor([tokenizer("good")["input_ids"]])
+    out = unlearner.eval().generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+    with running_app(app) as (url, _):
+        said = client(url).completions.create(model="tiny", prompt="good", temperature=0, max_tokens=6)
+    assert said.choices[0].text == tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
 
 def test_vllm_is_chosen_by_an_option(folder):

@@ -7,9 +7,12 @@ import json
 import pytest
 import torch
 import transformers.integrations.integration_utils as integrations
-from command_files import parsed, write_base, write_files, write_prompt, write_rows
+from command_files import flags, parsed, write_base, write_files, write_prompt, write_rows
 from helpers import CHAT_TEMPLATE, GENERIC, build, make_tokenizer, rows
 from peft import PeftModel
+from processes import run_by_two
+from safetensors.torch import load_file
+from servers import make_gated
 from transformers import TrainerCallback, set_seed
 
 import spul
@@ -17,8 +20,9 @@ from spul import SoftPromptUnlearner
 from spul.commands import combine, train
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
+from spul.models.compat import is_quantized
 from spul.prompts.configs import prompt_config
-from spul.records import Ledger, fingerprint
+from spul.records import Ledger, fingerprint, make_digest_key
 from spul.records.spul_config import read_spul_config
 from spul.training import default_learning_rate
 
@@ -106,6 +110,46 @@ def test_the_same_training_in_code_makes_the_same_prompt(files, tmp_path):
     assert found[0] == found[1]
 
 
+def test_two_processes_train_and_note_what_one_does(files, tmp_path):
+    # One step of rows in order, whose rows and update are those of one process.
+    more = {
+        "train_sampling_strategy": "sequential",
+        "max_steps": 1,
+        "warmup_steps": 0,
+        "optim": "sgd",
+        "max_grad_norm": 0,
+    }
+    more |= {"request": "17", "save_strategy": "steps", "save_steps": 1}
+    trained(files, tmp_path / "one", ledger=tmp_path / "one.jsonl", per_device_train_batch_size=8, **more)
+    values = {**files, **SHORT, **more, "generic": GENERIC, "output_dir": tmp_path / "two"}
+    values |= {"ledger": tmp_path / "two.jsonl", "per_device_train_batch_size": 4}
+    said = run_by_two("-m", "spul", "train", *flags(values))
+    assert said.count("saved: ") == said.count("test_forget: accuracy ") == 1
+    states = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    for key, value in states[0].items():
+        torch.testing.assert_close(states[1][key], value, rtol=1e-4, atol=1e-6)
+    one, two = (read_spul_config(tmp_path / name) for name in ("one", "two"))
+    assert (two.forget, two.retain, two.loss) == (one.forget, one.retain, one.loss)
+    for name, scores in one.metrics.items():
+        assert two.metrics[name] == pytest.approx(scores, abs=1e-4)
+    assert [entry.event for entry in Ledger(tmp_path / "two.jsonl").entries()] == ["trained"]
+    assert Ledger(tmp_path / "two.jsonl").states()["17"].prompt_sha256 == two.weights_sha256
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_base_may_be_quantized(files, tmp_path, bits, capsys):
+    pytest.importorskip("bitsandbytes")
+    options = trained(files, tmp_path, bits=bits)
+    assert f"saved: {tmp_path}" in capsys.readouterr().out
+    base = options.load(files["model"])
+    assert is_quantized(base)
+    record = read_spul_config(tmp_path)
+    assert record.base_fingerprint == fingerprint(base) != fingerprint(build("llama"))
+    assert record.metrics
+    with pytest.raises(ValueError, match="bits=3; expected 8 or 4"):
+        trained(files, tmp_path / "other", bits=3)
+
+
 def test_a_resumed_training_goes_on_from_its_checkpoint(files, tmp_path):
     more = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "logging_steps": 1}
     trained(files, tmp_path / "whole", **more)
@@ -141,11 +185,16 @@ def test_conversations_are_trained_before_their_message(tmp_path):
         for name, who in (("forget", "jane"), ("retain", "film"))
     }
     base = write_base(tmp_path / "base", chat=True)
-    trained({"model": base, **sets}, tmp_path / "out", prompt_position="message")
+    key = str(make_digest_key(tmp_path / "key"))
+    trained({"model": base, **sets}, tmp_path / "out", prompt_position="message", digest_key=key)
     loaded = SoftPromptUnlearner.from_pretrained(base, tmp_path / "out")
     assert loaded.spul_config.prompt_position == "message"
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) is not None
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == CHAT_TEMPLATE
+    # And the ledger's entry of the same file by hand has the record's digest.
+    said = ["ledger", "add", "--ledger", str(tmp_path / "ledger.jsonl"), "--event", "received", "--request", "1"]
+    assert main([*said, "--rows", sets["forget"], "--digest-key", key]) == 0
+    assert Ledger(tmp_path / "ledger.jsonl").states()["1"].rows == loaded.spul_config.forget
 
 
 @pytest.mark.parametrize(
@@ -158,6 +207,12 @@ def test_conversations_are_trained_before_their_message(tmp_path):
         ({"ledger": "{}/note.txt", "request": "2026-017"}, "is no entry of a ledger"),
         ({"method": "NOPE"}, "method 'NOPE' is not known"),
         ({"method": "RMU"}, "RMU"),
+        (
+            {"num_virtual_tokens": 95},
+            "96 positions; a prompt of 95 virtual tokens leaves 1 .*--num-virtual-tokens",
+        ),
+        ({"prompt_type": "p_tuning", "encoder_hidden_size": 0}, "encoder_hidden_size=0; expected a whole number"),
+        ({"output_dir": "{}/note.txt", "model": "no-base"}, "note.txt' is a file"),
         ({"hold_out": 2}, "share=2.0"),
         ({"prompt_position": "message"}, "text_field"),
     ],
@@ -165,8 +220,8 @@ def test_conversations_are_trained_before_their_message(tmp_path):
 def test_options_that_contradict_each_other_are_refused(files, tmp_path, more, message):
     (tmp_path / "note.txt").write_text("mine\n")
     more = {name: value.format(tmp_path) if isinstance(value, str) else value for name, value in more.items()}
-    with pytest.raises((ValueError, TypeError), match=message):
-        trained(files, tmp_path, **more)
+    with pytest.raises((ValueError, TypeError, FileExistsError), match=message):
+        trained(files, more.pop("output_dir", tmp_path), **more)
     assert not any(tmp_path.glob("*.safetensors"))
 
 
@@ -218,6 +273,23 @@ def test_prompts_are_combined_on_the_rows_of_their_requests(files, prompts, tmp_
 def test_prompts_are_combined_on_other_inputs(files, prompts, tmp_path):
     found = combined(files, prompts, tmp_path, inputs=files["test_forget"])
     assert found.spul_config.forget is None
+    assert len(found.spul_config.combined_from) == 2
+
+
+@pytest.mark.parametrize("more", [{"forget_fraction": 0.5}, {"reference_dir": "x"}, {"digest_key": "key"}])
+def test_options_that_have_no_effect_on_inputs_are_refused(files, prompts, tmp_path, more):
+    with pytest.raises(ValueError, match=f"{next(iter(more))}: of no effect on inputs"):
+        combined(files, prompts, tmp_path, inputs=files["test_forget"], **more)
+
+
+def test_prompts_beside_the_one_of_a_folder_are_not_left_out(files, prompts, tmp_path):
+    gated = make_gated("other")
+    gated.unlearner.float()
+    gated.save_pretrained(tmp_path / "several")
+    folders = [str(tmp_path / "several"), str(tmp_path / "several" / "other")]
+    with pytest.raises(ValueError, match=r"several also holds the prompts \['other'\], which would be left out"):
+        combined(files, [*prompts, folders[0]], tmp_path / "out", inputs=files["test_forget"])
+    found = combined(files, folders, tmp_path / "out", inputs=files["test_forget"])
     assert len(found.spul_config.combined_from) == 2
 
 

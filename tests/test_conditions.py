@@ -33,6 +33,7 @@ def test_a_condition_is_read_in_parts_and_written_as_it_was():
     assert Condition.parse(str(found)) == found
     found = Condition.parse("input attack: test_forget.accuracy.low <= 1e-1")
     assert found == Condition("input attack", "test_forget", "accuracy", "low", "<=", 0.1)
+    assert Condition.parse("input-attack: test_forget.accuracy.low <= 1e-1") == found  # as --measures takes it
     assert Condition.parse(str(found)) == found
 
 

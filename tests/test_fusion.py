@@ -193,8 +193,9 @@ def test_bad_input_is_refused_and_leaves_the_base_alone():
     layers.remove()
     with pytest.raises(ValueError, match="layers is empty"):
         fuse([])
-    with pytest.raises(ValueError, match="ridge=-1"):
-        fuse([trained(1)], ridge=-1)
+    for ridge in (-1, True):
+        with pytest.raises(ValueError, match=f"ridge={ridge}"):
+            fuse([trained(1)], ridge=ridge)
     with pytest.raises(ValueError, match=r"layers\[1\] have no Gram matrices"):
         fuse([trained(1), trained(2, gather=False)], base)
     other = stirred(build("llama", torch.float64), UnlearningLayersConfig(reduction=8))

@@ -231,6 +231,11 @@ def test_only_the_end_of_a_long_file_is_read_to_append(path, monkeypatch):
     ledger.append(LedgerEvent("note", "x"))
     assert sum(read) <= 2 * module.BLOCK < path.stat().st_size
     assert ledger.verify() == []
+    read.clear()
+    path.write_bytes(b"x" * 1000 * module.BLOCK)  # no ledger: one line, which is not read anew for each of its blocks
+    with pytest.warns(UserWarning, match="half-written"):
+        ledger.append(LedgerEvent("note", "x"))
+    assert len(read) <= 11
 
 
 def test_a_whole_ledger_is_read_without_a_lock_and_a_half_line_waits_for_its_writer(path, monkeypatch):
@@ -293,6 +298,35 @@ def test_the_state_of_a_request_says_since_when_it_is_served_and_whether_it_was_
     ]
     ledger.append(LedgerEvent("served", "1"))
     assert ledger.states()["1"].in_words()[-1] == "SERVED AFTER IT WAS REVOKED"
+
+
+@pytest.mark.parametrize("event", ["received", "trained"])
+def test_a_revoked_request_is_one_again_once_it_is_received_or_trained_anew(path, event):
+    ledger, other = Ledger(path), "ef" * 32
+    ledger.check_not_revoked("1", SHA)  # there is no file
+    for name, sha in (("1", SHA), ("2", other), ("3", SHA)):
+        ledger.append(LedgerEvent("served", name, prompt_sha256=sha))
+    ledger.check_not_revoked("1", SHA)
+    ledger.append(LedgerEvent("revoked", "1"))
+    ledger.append(LedgerEvent("answered", "1"))  # of a request that was under way
+    for sha in (SHA, other, None):
+        with pytest.raises(ValueError, match=r"'1' was revoked on 2.*--event received --request 1"):
+            ledger.check_not_revoked("1", sha)
+    with pytest.raises(ValueError, match=r"'1' was revoked .*, and 'renamed' has the same weights.*--request 1"):
+        ledger.check_not_revoked("renamed", SHA)
+    ledger.check_not_revoked("3", SHA)  # another request, which the ledger knows by the same weights
+    ledger.check_not_revoked("2", other)
+    ledger.check_not_revoked("new", None)
+    ledger.append(LedgerEvent(event, "1"))
+    ledger.check_not_revoked("1", SHA)
+    ledger.append(LedgerEvent("served", "1"))
+    state = ledger.states()["1"]
+    assert not state.served_again
+    assert (state.answered, state.answered_after) == (1, 1)
+    assert "answers under it: 1, 1 of them after it was revoked" in state.in_words()
+    path.write_bytes(path.read_bytes().replace(b'"request": "2"', b'"request": "4"'))
+    with pytest.raises(ValueError, match="not a whole ledger"):
+        ledger.check_not_revoked("2")
 
 
 def test_answers_are_counted_by_request_and_those_without_a_prompt_are_of_none(path):

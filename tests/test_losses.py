@@ -401,8 +401,8 @@ def test_a_term_that_defines_nothing_says_what_to_define():
 # ---- what is refused ----
 
 
-@pytest.mark.parametrize("name", ["alpha", "beta"])
-@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), "1", None])
+@pytest.mark.parametrize("name", ["alpha", "beta", "gamma"])
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), "1", None, True, False])
 def test_weights_must_be_finite_and_not_negative(name, weight):
     with pytest.raises(ValueError, match=f"{name}={weight!r}: expected a finite number of at least 0"):
         UnlearningLoss(**{name: weight})

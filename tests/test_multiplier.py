@@ -139,7 +139,17 @@ def test_a_state_goes_through_json_to_the_bit():
     assert again.update(output(0.1)) == multiplier.update(output(0.1))
 
 
-@pytest.mark.parametrize("state", [{}, {"alpha": -1.0}, {"alpha": float("nan")}, {"alpha": 1.0, "excess": "x"}])
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"alpha": -1.0},
+        {"alpha": float("nan")},
+        {"alpha": 1.0, "excess": "x"},
+        {"alpha": True},
+        {"alpha": 1.0, "excess": False},
+    ],
+)
 def test_a_state_that_is_none_is_refused(state):
     with pytest.raises(ValueError, match="expected a finite number"):
         RetainMultiplier(BUDGET).load_state_dict(state)

@@ -9,7 +9,7 @@ import torch
 from terms import IS_FORGET, LABELS, LOGITS, REFERENCE, plain_nll
 
 from spul import UnlearningLoss
-from spul.losses import DPO, NPO, CrossEntropy, GradientAscent
+from spul.losses import DPO, NPO, CrossEntropy, GradientAscent, SimNPO
 
 # Rows 0 and 1 are chosen, rows 2 and 3 their rejected partners.
 PAIRS = ((0, 2), (1, 3))
@@ -50,6 +50,12 @@ def test_an_odd_number_of_rows_is_no_pairs():
 def test_an_inverse_temperature_of_dpo_is_above_zero(value):
     with pytest.raises(ValueError, match=r"inverse_temperature=.*expected a finite number above 0"):
         DPO(inverse_temperature=value)
+
+
+@pytest.mark.parametrize("value", [-1.0, math.inf, math.nan, True, "1"])
+def test_a_margin_of_simnpo_is_not_negative(value):
+    with pytest.raises(ValueError, match=r"margin=.*expected a finite number of at least 0"):
+        SimNPO(margin=value)
 
 
 # ---- pairs in the whole loss ----

@@ -10,7 +10,7 @@ import torch
 from chats import TEMPLATES, chatty, conversation
 from datasets import Dataset
 from helpers import build, make_tokenizer, rows
-from small_evaluations import learned
+from small_evaluations import learned, measured
 
 from spul import ForgetRetainCollator
 from spul.data.encoder import RowEncoder
@@ -165,3 +165,7 @@ def test_it_needs_an_end_token_and_a_gate():
         refusing(tokenizer=tokenizer)
     with pytest.raises(TypeError, match="a gate is a"):
         refusing(gate="jane")
+
+
+def test_a_report_names_the_method_once(few_resamples):
+    assert measured(refusing(), "utility").facts["adapter"] == "fixed refusal"

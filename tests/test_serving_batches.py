@@ -39,6 +39,27 @@ def answered(engine, jobs):
     return asyncio.run(run())
 
 
+def test_a_prompt_that_is_not_among_those_served_fails_its_batch_alone():
+    gated = make_gated("other")
+    engine = make_engine(gated)
+    known, engine.served.served = engine.served.served, {"other": engine.served.served["other"]}
+
+    async def run():
+        engine.start()
+        try:
+            [job] = jobs_of(gated, ["about jane"], [3])
+            with pytest.raises(ApiError) as caught:
+                await joined(engine, job)
+            engine.served.served = known
+            [job] = jobs_of(gated, ["about jane"], [3])
+            return caught.value.status, engine.is_alive, await joined(engine, job)
+        finally:
+            await engine.stop()
+
+    expected, _ = alone(gated, gated.tokenizer("about jane")["input_ids"], "default", 3)
+    assert asyncio.run(run()) == (500, True, expected)
+
+
 def jobs_of(gated, texts, nums):
     ids = [gated.tokenizer(text)["input_ids"] for text in texts]
     return [Job(one, GREEDY, num) for one, num in zip(ids, nums, strict=True)]

@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
 
+import httpx
 import pytest
 import torch
 from chats import TEMPLATES
@@ -257,3 +264,59 @@ def test_an_empty_folder_becomes_the_checkpoint(tmp_path):
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "baked").iterdir()}
     (tmp_path / "new").touch()
     assert modes == {(tmp_path / "new").stat().st_mode & 0o777}
+
+
+# ---- the server of transformers ----
+
+
+@contextmanager
+def transformers_serve(folder):
+    """The address of `transformers serve FOLDER`, the whole program."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), *options],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    url, end = f"http://127.0.0.1:{port}", time.monotonic() + 300
+    try:
+        while True:
+            assert process.poll() is None, "it has ended"
+            assert time.monotonic() < end, "it does not start"
+            with suppress(httpx.TransportError):
+                if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                    break
+            time.sleep(0.1)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_transformers_serve_answers_chats_and_texts_under_the_prompt_and_takes_no_token_ids(tmp_path):
+    pytest.importorskip("fastapi")
+    unlearner, tokenizer = with_prompt(build("llama"), scale=1.0), with_bos()
+    export_checkpoint(unlearner, tokenizer, tmp_path / "baked")
+
+    def greedy(model, ids):
+        ids = torch.tensor([ids])
+        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+        return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    messages = [{"role": "user", "content": TEXT}]
+    chat = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    text = tokenizer(TEXT)["input_ids"]
+    base = unlearner.get_base_model()
+    assert all(greedy(unlearner, ids) != greedy(base, ids) for ids in (chat, text))
+    asked = {"model": str(tmp_path / "baked"), "max_tokens": 6}
+    with transformers_serve(tmp_path / "baked") as url, httpx.Client(base_url=url, timeout=120) as client:
+        said = client.post("/v1/chat/completions", json={**asked, "messages": messages}).json()
+        assert said["choices"][0]["message"]["content"] == greedy(unlearner, chat)
+        said = client.post("/v1/completions", json={**asked, "prompt": TEXT}).json()
+        assert said["choices"][0]["text"] == greedy(unlearner, text)
+        for other in ({**asked, "prompt": text}, {**asked, "model": "another", "prompt": TEXT}):
+            assert client.post("/v1/completions", json=other).status_code == 400

@@ -45,6 +45,19 @@ def test_named_prompts_and_a_saved_folder_are_loaded_behind_their_gates(folder):
     assert kinds == {"a": "names", "b": "always"}
 
 
+def test_no_prompt_stands_behind_one_that_is_always_on(folder):
+    folders = {"a": folder / "jane", "b": folder / "new"}
+    with pytest.raises(ValueError, match=r"'a' is always on, so that \['b'\].*name it last"):
+        load_prompts(base(), make_tokenizer(), folders, always_on=["a"])
+    served = ServedPrompts(load_prompts(base(), make_tokenizer(), folders, always_on=["b"]), folder)
+    with pytest.raises(ApiError, match="a prompt is always on, so that one behind it would never be") as caught:
+        served.add("c", "new")
+    assert (caught.value.status, list(served.served)) == (409, ["a", "b"])
+    served.revoke("b")
+    served.add("c", "new")
+    assert served.route([served.gated.tokenizer("the plot")["input_ids"]]) == ["c"]
+
+
 def test_without_prompt_or_gate_nothing_is_served(folder):
     with pytest.raises(ValueError, match="no prompt to serve"):
         load_prompts(base(), make_tokenizer(), {})

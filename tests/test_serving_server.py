@@ -13,6 +13,7 @@ import pytest
 from servers import HTTP, MODEL, TOKEN, alone, client, make_engine, make_gated, prompt, rendered, running, running_app
 
 from spul.gates import NameGate
+from spul.serving.encoding import RequestEncoder
 from spul.serving.requests import Limits
 from spul.serving.server import make_app
 
@@ -206,6 +207,23 @@ def test_a_full_queue_is_429_and_what_waits_is_answered():
         assert [one.result() for one in (first, *others)] == [expected] * 3
 
 
+def test_no_more_requests_wait_to_be_encoded_than_may_wait(gated, monkeypatch):
+    going, really = threading.Event(), RequestEncoder.job
+    monkeypatch.setattr(RequestEncoder, "job", lambda self, one: going.wait(60) and really(self, one))
+    body = GREEDY | {"prompt": "good"}
+    try:
+        with (
+            running(make_engine(gated, max_waiting=1, max_batch=1, timeout=1.0)) as url,
+            ThreadPoolExecutor(3) as pool,
+        ):
+            asked = [pool.submit(HTTP.post, f"{url}/v1/completions", json=body) for _ in range(3)]
+            assert sorted(one.result().status_code for one in asked) == [429, 504, 504]
+            going.set()
+            assert HTTP.post(f"{url}/v1/completions", json=body).status_code == 200
+    finally:
+        going.set()
+
+
 def test_what_takes_too_long_is_504_and_recorded():
     gate, events = SlowGate(), []
     with running(make_engine(make_gated(default=gate), timeout=0.3), events.append) as url:
@@ -263,6 +281,19 @@ def test_an_answer_whose_entry_cannot_be_recorded_is_not_given(caplog):
     assert '"finish_reason": "' not in chunks
     assert "could not be recorded" in chunks
     assert "[DONE]" not in chunks
+
+
+def test_the_end_of_one_prompt_that_cannot_be_recorded_keeps_no_other_out():
+    events = []
+
+    def record(event):
+        if (event["event"], event["prompt"]) == ("stopped", "default"):
+            raise OSError("the disk is full")
+        events.append((event["event"], event["prompt"]))
+
+    with running(make_engine(make_gated("other")), record):
+        pass
+    assert events == [("served", "default"), ("served", "other"), ("stopped", "other")]
 
 
 # ---- prompts that come and go ----

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .command import Command
-from .shared import option, saved_prompt
+from .shared import option, prompts_left_out, saved_prompt
 from .train import TrainingOptions
 
 
@@ -35,6 +35,7 @@ def run(options: CombineOptions) -> int | None:
     from ..data.collator import ForgetRetainCollator
     from ..data.dataset import forget_retain_dataset
     from ..losses.unlearning_loss import UnlearningLoss
+    from ..records.files import check_can_hold
     from ..training.distillation import combine
 
     is_marked = options.forget is not None
@@ -42,6 +43,12 @@ def run(options: CombineOptions) -> int | None:
         raise ValueError("give forget and retain, the rows of all requests and those that stay; or inputs alone.")
     if is_marked and options.generic is None:
         raise ValueError("forget rows are trained to generic answers; give some: --generic ' neutral' ' unknown'.")
+    if not is_marked:
+        marked = ("forget_fraction", "reference_dir", "digest_key")
+        if given := [name for name in marked if getattr(options, name) is not None]:
+            raise ValueError(f"{', '.join(given)}: of no effect on inputs, only on forget and retain; leave it out.")
+    for folder, others in prompts_left_out(options.prompts).items():
+        raise ValueError(f"{folder} also holds the prompts {others}, which would be left out: name each one's folder.")
     own: dict[str, Any] = {}
     if options.forget and options.retain:
         rows = forget_retain_dataset(options.rows(options.forget), options.rows(options.retain))
@@ -52,6 +59,7 @@ def run(options: CombineOptions) -> int | None:
         rows = options.rows(options.inputs or [])
         if "is_forget" in rows.column_names:
             raise ValueError("inputs have the column is_forget; give forget and retain rows as such, or drop it.")
+    check_can_hold(options.output_dir)
     saved = [saved_prompt(folder) for folder in options.prompts]
     tokenizer, base = options.load_tokenizer(options.model), options.load(options.model)
     # The new prompt stands where the others do, and all of them need room.

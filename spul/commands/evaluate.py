@@ -10,6 +10,7 @@ from .command import Command
 from .shared import LoadOptions, RowOptions, option
 
 FAILED = 1
+INPUT_ATTACK = "input attack"
 
 
 @dataclass(kw_only=True)
@@ -52,23 +53,41 @@ def run(options: EvaluateOptions) -> int | None:
     Raises:
         FileExistsError: if the folder of the evidence is not empty.
         FileNotFoundError: if a file is missing.
+        ImportError: if matplotlib is not installed.
         ValueError: if rows, options or conditions cannot be used.
     """
     from ..data.collator import ForgetRetainCollator
     from ..evaluation.conditions import Condition, failures
     from ..evaluation.loading import load_unlearned
     from ..evaluation.measures import MEASURES
+    from ..evaluation.report.plotting import require_matplotlib
     from ..evaluation.run import evaluate
     from ..evaluation.suite import AttackSettings
     from ..models.compat import PartialState
+    from ..records.files import check_can_hold
 
     conditions = [Condition.parse(text) for text in options.fail_if or ()]
     measures = [_measure(name) for name in options.measures or MEASURES]
+    if unknown := [name for name in measures if name not in MEASURES]:
+        raise ValueError(f"measures {unknown} are not known; expected some of {', '.join(MEASURES)}.")
+    attacks = AttackSettings(
+        names=options.names or (),
+        only=tuple(options.attacks or ()),
+        num_rows=options.attack_rows,
+        relearn_lr=options.relearn_lr,
+        relearn_model_lr=options.relearn_model_lr,
+    )
+    if options.attacks and INPUT_ATTACK not in measures:
+        raise ValueError(
+            f"attacks are given, and {INPUT_ATTACK!r} is none of the measures: add it, or leave them out."
+        )
     if absent := [str(one) for one in conditions if one.measure not in measures]:
         raise ValueError(f"the condition {absent[0]!r} is of a measure that is not taken: add it to measures.")
     if options.generic is None:
         raise ValueError("give the answers that count as generic: --generic ' neutral' ' unknown'.")
     _check_evidence(options)
+    check_can_hold(options.output_dir)
+    require_matplotlib()  # for the report, before hours of measuring
     splits = {
         "train_forget": options.rows(options.forget),
         "train_retain": options.rows(options.retain),
@@ -77,7 +96,9 @@ def run(options: EvaluateOptions) -> int | None:
     }
     unseen = None if options.unseen is None else options.rows(options.unseen)
     texts = _lines(options.unrelated_texts)
-    loaded = load_unlearned(options.model, options.base, options.tokenizer, options.loader())
+    loaded = load_unlearned(
+        options.model, options.base, options.tokenizer, options.loader(), options.trust_remote_code
+    )
     others = {"retrained": options.retrained, "reference": options.reference}
     others |= {"base": options.base} if loaded.kind == "model" else {}
     found = evaluate(
@@ -88,13 +109,7 @@ def run(options: EvaluateOptions) -> int | None:
         unseen=unseen,
         unrelated_texts=texts,
         measures=measures,
-        attacks=AttackSettings(
-            names=options.names or (),
-            only=tuple(options.attacks or ()),
-            num_rows=options.attack_rows,
-            relearn_lr=options.relearn_lr,
-            relearn_model_lr=options.relearn_model_lr,
-        ),
+        attacks=attacks,
         output_dir=options.output_dir,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import Command
-from .shared import saved_prompt
+from .shared import prompts_left_out, saved_prompt
 
 
 @dataclass
@@ -19,6 +19,10 @@ class ExportOptions:
     output_dir: str = field(metadata={"help": "a new or empty folder"})
     dtype: str = field(
         default="auto", metadata={"help": "type of the base's weights: auto (as saved), float32, bfloat16 or float16"}
+    )
+
+    allow_other_base: bool = field(
+        default=False, metadata={"help": "export although the prompt's record does not name this base's weights"}
     )
 
     def __post_init__(self) -> None:
@@ -61,28 +65,28 @@ def _loaded(options: ExportOptions) -> tuple[Any, Any]:
     """The base with the prompt on it, and the base's tokenizer."""
     from transformers import AutoTokenizer
 
+    from ..models.causal_lm import load_base
     from ..prompts.unlearner import SoftPromptUnlearner
+    from ..records.digests import fingerprint
     from ..serving.exports import check_new_folder
+    from ..serving.served import check_fits
 
     check_new_folder(options.output_dir)  # before minutes of loading
-    saved_prompt(options.adapter)
-    if left_out := _left_out(Path(options.adapter)):
+    record = saved_prompt(options.adapter).spul_config
+    if left_out := _left_out(options.adapter):
         print(f"Not in the export: {left_out}")
-    settings = {"dtype": options.dtype}
-    unlearner = SoftPromptUnlearner.from_pretrained(options.model, options.adapter, model_kwargs=settings)
+    base = load_base(options.model, {"dtype": options.dtype})
+    check_fits(record, fingerprint(base), options.allow_other_base, options.adapter)
+    unlearner = SoftPromptUnlearner.from_pretrained(base, options.adapter)
     return unlearner, AutoTokenizer.from_pretrained(options.model)
 
 
-def _left_out(folder: Path) -> str:
+def _left_out(folder: str) -> str:
     """Gates and other prompts in the folder of a prompt."""
-    from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME
-    from ..records.fields import read_object
+    from ..gates.gated_files import GATE_FOLDER
 
-    path = folder / ROUTING_NAME
-    others = (
-        [f"{name!r}" for name in read_object(path).get("prompts", ()) if name != "default"] if path.is_file() else ()
-    )
-    gate = "its gate, so that every request gets the prompt" if (folder / GATE_FOLDER).is_dir() else ""
+    others = [f"{name!r}" for name in prompts_left_out([folder]).get(folder, ())]
+    gate = "its gate, so that every request gets the prompt" if Path(folder, GATE_FOLDER).is_dir() else ""
     prompts = f"the prompts {', '.join(others)}, each of which has a folder of its own" if others else ""
     return "; ".join(filter(None, (gate, prompts)))
 

@@ -47,10 +47,15 @@ def fit(options: FitOptions) -> int | None:
         FileNotFoundError: if a file is missing.
         ValueError: if options or texts cannot be used.
     """
-    from ..gates.gated_files import attach_gate
+    from ..gates.gated_files import attach_gate, check_takes_gate
 
     if not os.path.isdir(options.adapter):
         raise FileNotFoundError(f"{options.adapter} is no folder here; expected that of a saved prompt.")
+    check_takes_gate(options.adapter, options.adapter_name)  # before minutes of fitting
+    if options.layers and options.kind != "states":
+        raise ValueError(f"layers are of a gate of states; a gate of {options.kind} reads none.")
+    if options.paraphrases is not None and options.kind == "names":
+        raise ValueError("paraphrases are of a gate that is fit on requests; one of names takes forget and retain.")
     source = _Source(options, options.column)
     forget, retain, paraphrases = (
         source.texts(path) for path in (options.forget, options.retain, options.paraphrases)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ..records.ledger_events import EVENTS
 from .command import Command
 
 if TYPE_CHECKING:
@@ -34,13 +35,13 @@ class VerifyOptions(LedgerOptions):
 class AddOptions(LedgerOptions):
     """Options of `spul ledger add`."""
 
-    event: str = field(metadata={"help": "received, trained, evaluated, served, stopped, revoked or note"})
+    event: str = field(metadata={"help": f"one of {', '.join(EVENTS)}"})
     request: str = field(metadata={"help": "name of the request, a number rather than a person's name"})
     adapter: str | None = field(
         default=None, metadata={"help": "folder of the saved prompt, whose record gives what is not given here"}
     )
     rows: str | None = field(
-        default=None, metadata={"help": "JSON lines of the request's rows; only a digest is kept"}
+        default=None, metadata={"help": "file of the request's rows, as of train; their number and digest are kept"}
     )
     digest_key: str | None = field(default=None, metadata={"help": "file with the owner's key, for the rows' digest"})
     evaluation: str | None = field(default=None, metadata={"help": "folder of an evidence pack or of an evaluation"})
@@ -113,7 +114,7 @@ def show(options: LedgerOptions) -> None:
 
 def add(options: AddOptions) -> None:
     """Append an entry, and print its digest."""
-    from ..data.sources import read_file
+    from ..data.prompt_files import read_prompts
     from ..evaluation.evidence import evaluation_digest
     from ..records.digests import summarize_rows
     from ..records.ledger import Ledger
@@ -124,7 +125,7 @@ def add(options: AddOptions) -> None:
     fields = {name: getattr(options, name) for name in ("prompt", "gate", "at", "note")}
     found = {name: value for name, value in fields.items() if value is not None}
     if options.rows is not None:
-        found["rows"] = summarize_rows(read_file(options.rows, ("prompt", "completion")), options.digest_key)
+        found["rows"] = summarize_rows(read_prompts(options.rows), options.digest_key)
     if options.evaluation is not None:
         found["evaluation"] = evaluation_digest(options.evaluation)
     if options.adapter is None:

@@ -28,7 +28,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.required:
             return f"{action.help} (required)"
-        has_default = action.default not in (None, argparse.SUPPRESS)
+        has_default = action.default not in (None, [], argparse.SUPPRESS)
         return f"{action.help} (default: %(default)s)" if has_default else str(action.help)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .command import Command
-from .shared import saved_prompt
+from .shared import LoadOptions, prompts_left_out, saved_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -21,8 +21,8 @@ def _option(text: str, default: Any = None) -> Any:
     return field(default=default, metadata={"help": text})
 
 
-@dataclass
-class ServeOptions:
+@dataclass(kw_only=True)
+class ServeOptions(LoadOptions):
     """Options of `spul serve`."""
 
     model: str = field(metadata={"help": "The base: a folder or a name on the Hub."})
@@ -38,7 +38,6 @@ class ServeOptions:
     )
     allow_other_base: bool = _option("Serve prompts although their records do not name this base's weights.", False)
     served_model_name: str | None = _option("The model's name in requests; that of `model` unless given.")
-    dtype: str = _option("The base's dtype.", "auto")
     device: str | None = _option("Where the base runs; a GPU if there is one unless given.")
     engine: str = _option(
         '"transformers", which answers in this process, or "vllm", in front of a running vLLM.', "transformers"
@@ -105,13 +104,25 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
     token = None if options.admin_token_file is None else _secret(options.admin_token_file)
     if options.prompts_dir is not None and token is None:
         raise ValueError("prompts_dir is for adding prompts, which needs admin_token_file.")
-    served = ServedPrompts(_loaded(options), options.prompts_dir, options.allow_other_base)
+    check = _check(options)
+    served = ServedPrompts(_loaded(options, check), options.prompts_dir, options.allow_other_base)
+    for name, one in served.served.items():
+        check(name, one["prompt_sha256"])
     engine = _engine(options, served, limits, key)
     model = options.served_model_name or Path(options.model).resolve().name  # of ".", too
-    return make_app(engine, model, limits, record, token), limits
+    return make_app(engine, model, limits, record, token, check), limits
 
 
-def _loaded(options: ServeOptions) -> Any:
+def _check(options: ServeOptions) -> Callable[[str, str | None], None]:
+    """Raises for a prompt, by name and SHA-256, that the ledger says was revoked."""
+    if options.ledger is None:
+        return lambda name, prompt_sha256: None
+    from ..records.ledger import Ledger
+
+    return Ledger(options.ledger).check_not_revoked
+
+
+def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> Any:
     """The prompts on their base, behind their gates."""
     folders = _folders(options.prompts)
     if not folders:
@@ -119,21 +130,32 @@ def _loaded(options: ServeOptions) -> Any:
             "there is no prompt to serve, and the base alone is not served. Name one with its gate: --prompts "
             "NAME=FOLDER, where FOLDER has the prompt and its gate in gate/; --always NAME has it on without a gate."
         )
-    for folder in folders.values() if isinstance(folders, dict) else ():
-        saved_prompt(folder)  # before minutes of loading
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ..serving.served import load_gated, load_prompts
+    from ..gates.gated_files import read_routing
+    from ..serving.served import check_folders, load_gated, load_prompts
 
     device = options.device or ("cuda" if torch.cuda.is_available() and options.engine == "transformers" else "cpu")
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=options.dtype)
-    model.to(device).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    # All that can be refused is, before minutes of loading.
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used ({error}); expected such as cpu or cuda:0.") from error
+    if isinstance(folders, dict):
+        check_folders(folders, options.always)
+        for name, folder in folders.items():
+            check(name, saved_prompt(folder).spul_config.weights_sha256)
+        for folder, others in prompts_left_out(folders.values()).items():
+            logger.warning(
+                "%s also holds the prompts %s, which are not served; pass it alone, or each.", folder, others
+            )
+    elif options.always:
+        raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
+    else:
+        read_routing(folders)
+    model, tokenizer = options.loader()(options.model, device=device), options.load_tokenizer(options.model)
     if isinstance(folders, dict):
         return load_prompts(model, tokenizer, folders, options.always, options.allow_other_base)
-    if options.always:
-        raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
     return load_gated(model, tokenizer, folders, options.allow_other_base)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -12,6 +13,9 @@ if TYPE_CHECKING:
 
     from ..data.formats import PromptFormat
     from ..prompts.checkpoint import SavedPrompt
+
+
+LEAST_TOKENS = 2  # of a row: one of prompt, one of completion
 
 
 def option(help: str, default: Any = None) -> Any:
@@ -66,6 +70,11 @@ class RowOptions:
         record = unlearner.spul_config
         num = unlearner.longest_prompt if num_virtual_tokens is None else num_virtual_tokens
         room = 1024 if limit is None else min(1024, limit - num)
+        if room < LEAST_TOKENS:
+            raise ValueError(
+                f"the base has {limit} positions; a prompt of {num} virtual tokens leaves {max(room, 0)} to a row; "
+                f"expected at least {LEAST_TOKENS}: take fewer, by --num-virtual-tokens."
+            )
         return {
             "max_length": room if self.max_length is None else self.max_length,
             "text_field": self.text_field,
@@ -92,6 +101,23 @@ def saved_prompt(folder: str) -> SavedPrompt:
         raise
     except (TypeError, ValueError) as error:  # a TypeError in code is, here, a folder of another kind
         raise ValueError(f"{folder} is no prompt that can be loaded: {error}") from error
+
+
+def prompts_left_out(folders: Collection[str]) -> dict[str, list[str]]:
+    """Names of the prompts that folders hold beside the one that each is loaded as, unless their folders are given.
+
+    Args:
+        folders: of prompts; of a Hub name nothing is known here.
+    """
+    from ..gates.gated_files import ROUTING_NAME, read_routing
+
+    given, found = {Path(one).resolve() for one in folders}, {}
+    for folder in folders:
+        names = read_routing(folder)[1]["prompts"] if Path(folder, ROUTING_NAME).is_file() else []
+        others = [one for one in names if one != "default" and Path(folder, one).resolve() not in given]
+        if others:
+            found[folder] = others
+    return found
 
 
 @dataclass(kw_only=True)

@@ -75,6 +75,7 @@ def run(options: TrainOptions) -> int | None:
         ValueError: if rows or options cannot be used.
     """
     from ..data.dataset import forget_retain_dataset, hold_out
+    from ..records.files import check_can_hold
     from ..records.ledger import Ledger
     from ..records.ledger_events import LedgerEvent
     from ..training.methods import unlearning_method
@@ -93,6 +94,7 @@ def run(options: TrainOptions) -> int | None:
     if ledger is not None:  # before hours of training
         LedgerEvent("trained", options.request).to_dict()
         ledger.check_goes_on()
+    check_can_hold(options.output_dir)
     tests = {
         name: options.rows(files)
         for name, files in (("test_forget", options.test_forget), ("test_retain", options.test_retain))

@@ -68,7 +68,8 @@ class Condition:
         """The condition that a text says: `"[MEASURE:] ROWS.METRIC.END COMPARISON NUMBER"`.
 
         Args:
-            text: such as `"test_forget.accuracy.high > 0.05"`; the measure is `"utility"` unless named.
+            text: such as `"test_forget.accuracy.high > 0.05"`; the measure is `"utility"` unless named, its name with
+                spaces or hyphens.
 
         Raises:
             ValueError: if it says none.
@@ -81,7 +82,8 @@ class Condition:
             number = float(parts.pop("number"))
         except ValueError:
             raise ValueError(f"the condition {text!r} ends in no number; expected such as {EXAMPLE}.") from None
-        return cls(**{**parts, "measure": parts["measure"] or DEFAULT_MEASURE}, number=number)
+        measure = parts["measure"].replace("-", " ") or DEFAULT_MEASURE
+        return cls(**{**parts, "measure": measure}, number=number)
 
     def __str__(self) -> str:
         before = "" if self.measure == DEFAULT_MEASURE else f"{self.measure}: "

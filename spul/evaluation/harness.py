@@ -90,9 +90,10 @@ class Requests:
 
             self._name = str(tokenizer or pretrained)
             if adapter is not None:
-                self.model, self.tokenizer, _ = load_unlearned(adapter, pretrained, tokenizer, load)
+                self.model, self.tokenizer, _ = load_unlearned(adapter, pretrained, tokenizer, load, trust_remote_code)
             else:
-                self.model, self.tokenizer = load(pretrained), AutoTokenizer.from_pretrained(self._name)
+                self.tokenizer = AutoTokenizer.from_pretrained(self._name, trust_remote_code=trust_remote_code)
+                self.model = load(pretrained)
         unlearner = unlearner_of(self.model)
         check_has_likelihoods(self.model)
         if getattr(unlearner.spul_config, "prompt_position", "start") != "start":

@@ -69,6 +69,7 @@ def load_unlearned(
     base: str | os.PathLike[str] | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     load: Callable[[str | os.PathLike[str]], Any] = load_causal_lm,
+    trust_remote_code: bool = False,
 ) -> Loaded:
     """Load an unlearned model of any kind, in evaluation mode.
 
@@ -78,6 +79,7 @@ def load_unlearned(
             record. Of whole weights it is not read here.
         tokenizer: folder or Hub name of the tokenizer; the base's, or the whole model's, unless given.
         load: from a name to a causal LM.
+        trust_remote_code: whether code beside the tokenizer may run; of the model's code `load` decides.
 
     Raises:
         FileNotFoundError: if the folder holds no model.
@@ -88,7 +90,8 @@ def load_unlearned(
     name = folder if kind == "model" else base
     if name is None:
         raise no_base_error(folder)
-    model, words = load(name), AutoTokenizer.from_pretrained(tokenizer or name)
+    words = AutoTokenizer.from_pretrained(tokenizer or name, trust_remote_code=trust_remote_code)
+    model = load(name)
     if kind == "gated":
         model = GatedUnlearner.from_pretrained(model, folder, words)
     elif kind == "layers":

@@ -101,7 +101,10 @@ def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, 
     kinds = {name: one.get("peft_type", "layers") for name, one in unlearner.adapter_settings().items()}
     if unlearner.is_gated:  # several prompts, of which none is the adapter
         record = SpulConfig()
-    in_words = ", ".join(f"{name} ({getattr(kind, 'value', kind)})" for name, kind in kinds.items())
+    words = {name: getattr(kind, "value", kind) for name, kind in kinds.items()}
+    in_words = ", ".join(
+        name if kind == name else f"{name} ({kind})" for name, kind in words.items()
+    )  # a rival's alike
     base_name = getattr(base, "name_or_path", None)
     facts = {
         "adapter": record.name or in_words or None,

@@ -25,7 +25,7 @@ from ..prompts.row_prompts import NO_PROMPT
 from ..records.digests import digest_of_rows
 from ..records.fields import is_count
 from .aggregation import Key, Measurement
-from .attacks.usual import DOCUMENT_WORDS, TURNS, InputAttacks, checked_attacks
+from .attacks.usual import DOCUMENT_WORDS, TURNS, InputAttacks, checked_attacks, usual_names
 from .metrics.free_form import generate_answers, rouge_l
 from .metrics.likelihood import Likelihood, exact_memorization, extraction_strength, probability, response_likelihoods
 from .metrics.scoring import answer_scores, collect_answers, task_classes
@@ -60,9 +60,9 @@ class AttackSettings:
             PrivLeak uses 0.4.
 
     Raises:
-        TypeError: if `names` are one string.
-        ValueError: if a number is out of range, a name is empty, or `inputs` is given beside `paraphrase`, `wording`,
-            `turns`, `names`, `document_words` or `only`.
+        TypeError: if `names` or `only` are one string.
+        ValueError: if a number is out of range, a name is empty, `only` has one that is none of the usual attacks, or
+            `inputs` is given beside `paraphrase`, `wording`, `turns`, `names`, `document_words` or `only`.
     """
 
     inputs: InputAttacks | None = None
@@ -112,6 +112,10 @@ class AttackSettings:
                 "the inputs, by usual_attacks(...)."
             )
         checked_attacks(self.inputs or {})
+        if self.only:
+            known = usual_names(self.turns, self.document_words)
+            if unknown := sorted(set(checked_names("only", self.only)) - set(known)):
+                raise ValueError(f"there is no input attack {unknown[0]!r}; expected some of {', '.join(known)}.")
 
 
 @dataclass(frozen=True)

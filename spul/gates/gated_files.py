@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from ..models.compat import CHECKPOINT_PREFIX
-from ..prompts.checkpoint import CONFIG_NAME, ENCODER_NAME, WEIGHTS_NAME
+from ..prompts.checkpoint import CONFIG_NAME, ENCODER_NAME, WEIGHTS_NAME, read
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.card import CARD_NAME, write_gate_section
 from ..records.fields import read_object
@@ -74,17 +74,41 @@ def attach_gate(gate: Gate, save_directory: str | os.PathLike, name: str = "defa
         name: name of the prompt; that of the one in the folder itself is `"default"`.
 
     Raises:
-        FileNotFoundError: if there is no such prompt.
-        ValueError: if the gate is a plain function, which cannot be saved, `spul_gates.json` is damaged or knows no
-            such prompt, or there is none and the folder holds other prompts.
+        FileNotFoundError, ValueError: as `check_takes_gate`; a ValueError also if the gate is a plain function, which
+            cannot be saved.
     """
     gate = as_gate(gate)
     gate.check_savable()
+    folder, routing = check_takes_gate(save_directory, name)
+    gate.save(folder / GATE_FOLDER)
+    if (folder / CARD_NAME).is_file():  # a prompt of plain PEFT may have none
+        write_gate_section(folder, gate.kind, None if gate.report is None else str(gate.report).split("\n"))
+    for field in ("gates", "precedence"):
+        routing[field] = list(dict.fromkeys([*routing[field], name]))
+    routing["sha256"][name] = _digests(save_directory, name, True)
+    write_text(Path(save_directory, ROUTING_NAME), json.dumps(routing, indent=2, ensure_ascii=False) + "\n")
+
+
+def check_takes_gate(save_directory: str | os.PathLike, name: str = "default") -> tuple[Path, dict[str, Any]]:
+    """Folder of a saved prompt that can get a gate, and the fields of its `spul_gates.json`, or of a new one.
+
+    Args:
+        save_directory, name: as of `attach_gate`.
+
+    Raises:
+        FileNotFoundError: if there is no such prompt.
+        ValueError: if the prompt is damaged, or another kind of adapter, `spul_gates.json` is damaged or knows no such
+            prompt, or there is none and the folder holds other prompts.
+    """
     if _is_path(name):
         raise ValueError(f"name={name!r} leads out of {str(save_directory)!r}; expected the name of a prompt in it.")
     folder = Path(save_directory, folder_of(name))
     if missing := [each for each in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / each).is_file()]:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; expected the folder of a saved prompt.")
+    try:
+        read(folder, with_encoder=False, stacklevel=3)
+    except TypeError as error:  # LoRA, say
+        raise ValueError(f"{folder} is no prompt that a gate can turn on: {error}") from error
     path = Path(save_directory, ROUTING_NAME)
     if not path.is_file() and (others := _other_prompts(Path(save_directory), folder)):
         raise ValueError(
@@ -95,13 +119,7 @@ def attach_gate(gate: Gate, save_directory: str | os.PathLike, name: str = "defa
     routing = _checked(read_object(path), path) if path.is_file() else {"format_version": FORMAT_VERSION, **empty}
     if name not in routing["prompts"]:
         raise ValueError(f"{path} knows no prompt {name!r}, only {routing['prompts']}; save it with the others.")
-    gate.save(folder / GATE_FOLDER)
-    if (folder / CARD_NAME).is_file():  # a prompt of plain PEFT may have none
-        write_gate_section(folder, gate.kind, None if gate.report is None else str(gate.report).split("\n"))
-    for field in ("gates", "precedence"):
-        routing[field] = list(dict.fromkeys([*routing[field], name]))
-    routing["sha256"][name] = _digests(save_directory, name, True)
-    write_text(path, json.dumps(routing, indent=2, ensure_ascii=False) + "\n")
+    return folder, routing
 
 
 def _other_prompts(save_directory: Path, own: Path) -> list[str]:
@@ -146,17 +164,27 @@ def gate_of(folder: str | os.PathLike, model: Any, tokenizer: PreTrainedTokenize
     return load(folder, model, tokenizer, **{**hub, "subfolder": _joined(hub, GATE_FOLDER)})
 
 
-def read_gated(
-    model: Any, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, **hub: Any
-) -> tuple[SoftPromptUnlearner, dict[str, Gate], list[str], dict[tuple[str, ...], str]]:
-    """Prompts, gates, precedence and combined prompts of a saved folder; see `GatedUnlearner.from_pretrained`."""
+def read_routing(folder: str | os.PathLike, **hub: Any) -> tuple[Path, dict[str, Any]]:
+    """`spul_gates.json` of a saved folder, and its fields, checked: `prompts`, `gates`, `precedence`, `combined`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is of a later format, or a field is missing or of another type.
+    """
     path = find_file(folder, ROUTING_NAME, **hub)
     if path is None:
         raise FileNotFoundError(
             f"{str(folder)!r} has no {ROUTING_NAME}; expected a folder that GatedUnlearner.save_pretrained wrote. A "
             "prompt without a gate is loaded by SoftPromptUnlearner.from_pretrained."
         )
-    routing = _checked(read_object(path), path)
+    return path, _checked(read_object(path), path)
+
+
+def read_gated(
+    model: Any, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, **hub: Any
+) -> tuple[SoftPromptUnlearner, dict[str, Gate], list[str], dict[tuple[str, ...], str]]:
+    """Prompts, gates, precedence and combined prompts of a saved folder; see `GatedUnlearner.from_pretrained`."""
+    path, routing = read_routing(folder, **hub)
     prompts: list[str] = routing["prompts"]
     unlearner: Any = None
     for name in prompts:

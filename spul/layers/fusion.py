@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from transformers import PreTrainedModel
 from ..data.batching import by_length
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
+from ..losses.terms import check_not_negative, is_finite_number
 from ..models.causal_lm import evaluation_mode, load_base
 from ..records.spul_config import SpulConfig, requests_of
 from . import checkpoint as files
@@ -84,7 +84,7 @@ def gather_inputs(
         ValueError: if there are no rows, the layers are disabled or not attached, or `retain_weight` is out of range.
     """
     check_rows(forget, columns=(), name="forget")
-    if not (math.isfinite(retain_weight) and retain_weight > 0) or (retain is not None and len(retain) == 0):
+    if not is_finite_number(retain_weight) or retain_weight <= 0 or (retain is not None and len(retain) == 0):
         raise ValueError(
             f"retain has {'no' if retain is None else len(retain)} rows, retain_weight={retain_weight!r}: expected at "
             "least one row, or None, and a finite number above 0."
@@ -171,8 +171,7 @@ def fuse(
         raise TypeError(f"layers is one {type(layers).__name__}; expected a list of layers or of their folders.")
     if not layers:
         raise ValueError("layers is empty; pass the layers of at least one request.")
-    if not (isinstance(ridge, (int, float)) and math.isfinite(ridge) and ridge >= 0):
-        raise ValueError(f"ridge={ridge!r}: expected a finite number of at least 0.")
+    check_not_negative("ridge", ridge)
     if model is None:
         model = next((one.get_base_model() for one in layers if isinstance(one, UnlearningLayers)), None)
         if model is None:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .terms import is_finite_number
 from .unlearning_loss import UnlearningLoss
 
 logger = logging.getLogger(__name__)
@@ -165,9 +166,9 @@ class RetainMultiplier:
             ValueError: if it is none.
         """
         alpha, excess = state.get("alpha"), state.get("excess")
-        if not isinstance(alpha, (int, float)) or not (math.isfinite(alpha) and alpha >= 0):
+        if not is_finite_number(alpha) or alpha < 0:
             raise ValueError(f"alpha={alpha!r} in {state!r}: expected a finite number of at least 0.")
-        if excess is not None and not (isinstance(excess, (int, float)) and math.isfinite(excess)):
+        if excess is not None and not is_finite_number(excess):
             raise ValueError(f"excess={excess!r} in {state!r}: expected a finite number, or None.")
         self.reset()
         self.alpha, self.excess = float(alpha), None if excess is None else float(excess)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import LossTerm, Reduction, check_above_zero, token_nll
+from .terms import LossTerm, Reduction, check_above_zero, check_not_negative, token_nll
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ class SimNPO(LossTerm):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_above_zero("inverse_temperature", self.inverse_temperature)
-        if not (math.isfinite(self.margin) and self.margin >= 0):
-            raise ValueError(f"margin={self.margin!r}: expected a finite number of at least 0.")
+        check_not_negative("margin", self.margin)
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         return token_nll(logits, labels)

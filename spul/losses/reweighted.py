@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .terms import LossTerm, Reduction, token_nll
+from .terms import LossTerm, Reduction, check_not_negative, token_nll
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class SatImp(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_exponent("saturation", self.saturation)
-        _check_exponent("importance", self.importance)
+        check_not_negative("saturation", self.saturation)
+        check_not_negative("importance", self.importance)
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         nll = token_nll(logits, labels)
@@ -70,14 +69,8 @@ class WGA(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check_exponent("exponent", self.exponent)
+        check_not_negative("exponent", self.exponent)
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:
         nll = token_nll(logits, labels)
         return -torch.exp(-self.exponent * nll.detach()) * nll
-
-
-def _check_exponent(name: str, value: float) -> None:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name}={value!r}: expected a finite number of at least 0.")

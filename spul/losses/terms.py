@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -110,9 +110,23 @@ def check_above_zero(name: str, value: Any) -> None:
     Raises:
         ValueError: if it is not.
     """
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or value <= 0:
+    if not is_finite_number(value) or value <= 0:
         raise ValueError(f"{name}={value!r}: expected a finite number above 0.")
+
+
+def check_not_negative(name: str, value: Any) -> None:
+    """Raise unless a weight or setting is a finite number of at least 0.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if not is_finite_number(value) or value < 0:
+        raise ValueError(f"{name}={value!r}: expected a finite number of at least 0.")
+
+
+def is_finite_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number; booleans are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def as_float(logits: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +23,8 @@ from .terms import (
     LossTerm,
     Reduction,
     as_float,
+    check_not_negative,
+    is_finite_number,
 )
 
 TERM_NAMES = ("forget", "retain", "kl", "lm")
@@ -92,13 +93,10 @@ class UnlearningLoss:
 
     def __post_init__(self) -> None:
         for name in ("alpha", "beta", "gamma"):
-            weight = getattr(self, name)
-            if not (isinstance(weight, (int, float)) and math.isfinite(weight) and weight >= 0):
-                raise ValueError(f"{name}={weight!r}: expected a finite number of at least 0.")
+            check_not_negative(name, getattr(self, name))
         budget = self.retain_budget
         if budget is not None:
-            is_number = isinstance(budget, (int, float)) and not isinstance(budget, bool)
-            if not (is_number and math.isfinite(budget) and budget > 0):
+            if not is_finite_number(budget) or budget <= 0:
                 raise ValueError(
                     f"retain_budget={budget!r}: expected a finite number of nats per token above 0, such as 0.02, or "
                     "None for a fixed alpha."

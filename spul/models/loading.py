@@ -20,8 +20,9 @@ def load_causal_lm(
     bits: int | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    device: str | torch.device | None = None,
 ) -> Any:
-    """Load a causal LM onto this process's device, in evaluation mode.
+    """Load a causal LM, in evaluation mode.
 
     Args:
         name: folder or Hub name.
@@ -30,6 +31,7 @@ def load_causal_lm(
             bfloat16; None (default) for none.
         revision: branch, tag or commit on the Hub.
         trust_remote_code: whether code in the repository may run.
+        device: where it runs; this process's device unless given.
 
     Raises:
         OSError: if there is no such model.
@@ -37,7 +39,7 @@ def load_causal_lm(
     """
     if bits is not None and bits not in BITS:
         raise ValueError(f"bits={bits!r}; expected 8 or 4, or none.")
-    device = PartialState().device
+    device = PartialState().device if device is None else torch.device(device)
     own: dict[str, Any] = {"revision": revision} if revision is not None else {}
     if bits is not None:
         compute = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)

@@ -63,6 +63,12 @@ def check_peft_config(peft_config: Any) -> None:
             f"peft_config.num_virtual_tokens={num!r}; expected a whole number of at least 1, such as 30: without "
             "virtual tokens there is nothing to train."
         )
+    hidden = getattr(peft_config, "encoder_hidden_size", None)
+    if hidden is not None and not is_count(hidden, least=1):
+        raise ValueError(
+            f"peft_config.encoder_hidden_size={hidden!r}; expected a whole number of at least 1, such as 128, or None "
+            "for the base's width."
+        )
     if getattr(peft_config, "num_frozen_tokens", 0) == num:
         raise ValueError(
             f"peft_config.num_frozen_tokens={num}, and num_virtual_tokens is as large: expected fewer, such as 1: "

@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from io import FileIO
@@ -136,10 +138,7 @@ class Ledger:
             FileNotFoundError: if there is no such file.
             ValueError: if the chain is broken.
         """
-        lines, _ = self._lines()
-        if faults := _faults(lines):
-            raise ValueError(f"{str(self.path)!r} is not a whole ledger: {faults[0]}.")
-        return [entry for entry in map(entry_of, lines) if entry is not None]
+        return list(self._read())
 
     def states(self) -> dict[str, RequestState]:
         """Each request as the entries leave it, by its name.
@@ -148,10 +147,39 @@ class Ledger:
             FileNotFoundError, ValueError: as `entries`.
         """
         found: dict[str, RequestState] = {}
-        for entry in self.entries():
+        for entry in self._read():
             if entry.request is not None:
                 found.setdefault(entry.request, RequestState(entry.request)).add(entry)
         return found
+
+    def check_not_revoked(self, request: str, prompt_sha256: str | None = None) -> None:
+        """Raise if a request was revoked, or its prompt has the weights of one that was.
+
+        The same weights may stand for several requests, each of which the ledger then knows by them.
+
+        Args:
+            request: its name.
+            prompt_sha256: SHA-256 of the prompt's weights; None if not known.
+
+        Raises:
+            ValueError: if it was, or the chain is broken.
+        """
+        states = self.states() if self.path.exists() else {}
+        own = states.get(request)
+        if own is not None and own.revoked is not None:
+            withdrawn, which = own, ""
+        else:
+            known = prompt_sha256 is None or (own is not None and own.prompt_sha256 == prompt_sha256)
+            same = [one for one in states.values() if one.revoked is not None and one.prompt_sha256 == prompt_sha256]
+            if known or not same:
+                return
+            withdrawn, which = same[0], f", and {request!r} has the same weights"
+        raise ValueError(
+            f"the request {withdrawn.request!r} was revoked on {withdrawn.revoked} by the ledger "
+            f"{str(self.path)!r}{which}: its prompt is not served. Leave it out; if it is to be served again, note "
+            f"that first: spul ledger add --ledger {shlex.quote(str(self.path))} --event received --request "
+            f"{shlex.quote(withdrawn.request)}"
+        )
 
     def head(self) -> str:
         """Digest of the last entry, to be noted elsewhere.
@@ -159,10 +187,10 @@ class Ledger:
         Raises:
             FileNotFoundError, ValueError: as `entries`; also if there is no entry.
         """
-        entries = self.entries()
-        if not entries:
+        last = deque(self._read(), maxlen=1)
+        if not last:
             raise ValueError(f"{str(self.path)!r} has no entry, and so no head.")
-        return entries[-1].digest
+        return last[0].digest
 
     def verify(self, head: str | None = None) -> list[LedgerFault]:
         """Every line that breaks the chain.
@@ -180,7 +208,7 @@ class Ledger:
         if head is not None and not is_sha256(head):
             raise ValueError(f"head={head!r}; expected 64 hexadecimal digits, as Ledger.head returns them.")
         lines, torn = self._lines()
-        faults = _faults(lines)
+        faults = [one for one in _chain(lines) if isinstance(one, LedgerFault)]
         if torn:
             reason = "a killed writer left it half-written; the next entry moves it aside"
             if entry_of(torn) is not None:
@@ -191,6 +219,13 @@ class Ledger:
                 LedgerFault(0, f"no entry has the digest {head}: the end is missing, or the chain was written anew")
             )
         return faults
+
+    def _read(self) -> Iterator[LedgerEntry]:
+        """The entries, one at a time: a ledger of a server has as many as there were answers."""
+        for one in _chain(self._lines()[0]):
+            if isinstance(one, LedgerFault):
+                raise ValueError(f"{str(self.path)!r} is not a whole ledger: {one}.")
+            yield one
 
     def _lines(self) -> tuple[list[bytes], bytes]:
         """The whole lines, and what follows the last one."""
@@ -279,32 +314,30 @@ def entry_of(line: bytes) -> LedgerEntry | None:
     return entry if entry is not None and entry.digest == _content_digest(line) else None
 
 
-def _faults(lines: Sequence[bytes]) -> list[LedgerFault]:
-    """The lines that break the chain."""
-    faults: list[LedgerFault] = []
+def _chain(lines: Sequence[bytes]) -> Iterator[LedgerEntry | LedgerFault]:
+    """The entry of each line, or the fault by which it breaks the chain."""
     digests: dict[int, str] = {-1: FIRST}
     expected = 0
     for number, line in enumerate(lines, 1):
         entry = _parsed(line)
         if entry is None:
-            faults.append(LedgerFault(number, "it is no entry of a ledger of this version, or was damaged"))
+            yield LedgerFault(number, "it is no entry of a ledger of this version, or was damaged")
             expected += 1
             continue
         sequence, before = entry.sequence, digests.get(entry.sequence - 1, entry.previous)
+        reason = ""
         if (found := _content_digest(line)) != entry.digest:
             reason = f"it was edited: its content has the SHA-256 {found[:12]}..., not {entry.digest[:12]}..."
-            faults.append(LedgerFault(number, reason))
         elif sequence < expected:
-            faults.append(LedgerFault(number, f"entry {sequence} stands after entry {expected - 1}: moved, or twice"))
+            reason = f"entry {sequence} stands after entry {expected - 1}: moved, or twice"
         elif sequence > expected:
             what = f"entry {expected} is" if sequence == expected + 1 else f"entries {expected} to {sequence - 1} are"
-            faults.append(LedgerFault(number, f"{what} missing before entry {sequence}"))
+            reason = f"{what} missing before entry {sequence}"
         elif entry.previous != before:
             reason = f"it does not continue entry {sequence - 1}, which was written anew, or this is another's"
-            faults.append(LedgerFault(number, reason))
+        yield LedgerFault(number, reason) if reason else entry
         digests.setdefault(sequence, entry.digest)
         expected = max(expected, sequence + 1)
-    return faults
 
 
 # ---- file ----
@@ -312,13 +345,12 @@ def _faults(lines: Sequence[bytes]) -> list[LedgerFault]:
 
 def _end(file: FileIO) -> tuple[bytes | None, bytes]:
     """The last whole line of a file, None without one, and what follows it; only the end is read."""
-    position = file.seek(0, os.SEEK_END)
-    tail = b""
+    position, size, tail = file.seek(0, os.SEEK_END), BLOCK, b""
     while position > 0 and tail.count(b"\n") < 2:
-        start = max(0, position - BLOCK)
+        start = max(0, position - size)
         file.seek(start)
         tail = _read(file, position - start) + tail
-        position = start
+        position, size = start, 2 * size  # a file that is no ledger may have a line of gigabytes
     *lines, torn = tail.split(b"\n")
     return (lines[-1] if lines else None), torn
 

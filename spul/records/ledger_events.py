@@ -19,6 +19,7 @@ EVENTS = ("received", "trained", "evaluated", "served", "answered", "stopped", "
 """Events of a request: its rows came in; a prompt was trained, measured, put into service (from then on), turned on
 for an answer, taken out of service (until then), withdrawn for good; or a remark. An answer that no gate put a prompt
 to is an entry, too, of no request."""
+REOPENING = ("received", "trained")  # after which a request that was revoked is one again
 RECOVERED = "recovered"  # the event of the ledger's own entries, on lines that killed writers left
 WEIGHTS = ("adapter_model.safetensors", "unlearning_layers.safetensors")
 GATE = "gate/gate.json"  # of a saved prompt with a gate
@@ -171,8 +172,9 @@ class RequestState:
         rows, prompt, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
         served: times from and until which it was served; None at the end of the last if it still is.
         answered: number of answers under its prompt.
-        revoked: when it was withdrawn; None if it was not.
-        served_again: whether it was served after that.
+        answered_after: number of those while it was withdrawn: under way just then, or of a server that was not told.
+        revoked: when it was withdrawn; None if it was not, or has been received or trained anew since.
+        served_again: whether it was served while it was withdrawn.
     """
 
     request: str
@@ -184,6 +186,7 @@ class RequestState:
     evaluation: str | None = None
     served: list[tuple[str, str | None]] = field(default_factory=list)
     answered: int = 0
+    answered_after: int = 0
     revoked: str | None = None
     served_again: bool = False
 
@@ -194,6 +197,7 @@ class RequestState:
         if (rows := entry.fields.get("rows")) is not None:
             self.rows = DataSummary(rows["rows"], rows.get("digest"))
         self.answered += entry.event == "answered"
+        self.answered_after += entry.event == "answered" and self.revoked is not None
         is_served = bool(self.served) and self.served[-1][1] is None
         self.served_again |= entry.event == "served" and self.revoked is not None
         if entry.event == "served" and not is_served:
@@ -202,6 +206,8 @@ class RequestState:
             self.served[-1] = (self.served[-1][0], entry.at)
         if entry.event == "revoked":
             self.revoked = entry.at
+        elif entry.event in REOPENING:
+            self.revoked = None
 
     def in_words(self) -> list[str]:
         """The state as lines of text; what is not known is missing."""
@@ -221,7 +227,8 @@ class RequestState:
         if not self.served:
             lines.append("never served")
         if self.answered:
-            lines.append(f"answers under it: {self.answered:,}")
+            after = f", {self.answered_after:,} of them after it was revoked" if self.answered_after else ""
+            lines.append(f"answers under it: {self.answered:,}{after}")
         if self.revoked is not None:
             lines.append(f"revoked {self.revoked}")
         if self.served_again:

@@ -231,12 +231,12 @@ class TransformersEngine:
     def _answer(self, rows: list[_Row]) -> None:
         try:
             names = self.served.route([row.job.token_ids for row in rows])
+            for row, name in zip(rows, names, strict=True):
+                row.job.prompt = {} if name == NO_PROMPT else self.served.served[name]
         except Exception as error:  # without a choice there is no answer
             for row in rows:
                 self._failed(row, error)
             return
-        for row, name in zip(rows, names, strict=True):
-            row.job.prompt = {} if name == NO_PROMPT else self.served.served[name]
         self._generate_or_part(rows, names)
 
     def _generate_or_part(self, rows: list[_Row], names: list[str]) -> None:

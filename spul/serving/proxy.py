@@ -103,7 +103,8 @@ class VllmEngine:
         """Open the connections."""
         import httpx
 
-        self._client = httpx.AsyncClient(timeout=httpx.Timeout(None, connect=CONNECT_SECONDS), trust_env=False)
+        timeout, unlimited = httpx.Timeout(None, connect=CONNECT_SECONDS), httpx.Limits(max_connections=None)
+        self._client = httpx.AsyncClient(timeout=timeout, limits=unlimited, trust_env=False)  # `answer` counts them
 
     async def stop(self) -> None:
         """Wait for the answers that are under way, and close the connections."""

@@ -22,6 +22,8 @@ from ..records.digests import fingerprint
 from ..records.spul_config import SpulConfig, read_spul_config
 from .requests import ApiError
 
+ALWAYS = "always"  # the kind of the gate that flags every request
+NO_TEXT = "the prompt was not added: name or folder is no text, or always no boolean."
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -50,14 +52,8 @@ def load_prompts(
         FileNotFoundError: if a folder or a gate is missing.
         ValueError: if there is no prompt, or one does not fit the base.
     """
-    if not folders:
-        raise ValueError("there is no prompt to serve, and the base alone is not served; name a prompt's folder.")
-    if unknown := sorted(set(always_on) - set(folders)):
-        raise ValueError(f"{unknown} are to be always on and are no prompts; the prompts are {list(folders)}.")
-    for name, folder in folders.items():
-        check_name(name)
-        if name not in always_on:
-            check_gate(folder)
+    check_folders(folders, always_on)
+    for folder in folders.values():
         check_fits(read_spul_config(folder), fingerprint(model), allow_other_base, str(folder))
     unlearner: Any = None
     for name, folder in folders.items():
@@ -82,6 +78,24 @@ def load_gated(
     for name, record in gated.unlearner.spul_configs.items():
         check_fits(record, fingerprint(model), allow_other_base, f"{folder} ({name})")
     return gated
+
+
+def check_folders(folders: Mapping[str, str | os.PathLike], always_on: Sequence[str] = ()) -> None:
+    """Raise unless each prompt has a name and a gate, as far as is seen without the base; as `load_prompts`."""
+    if not folders:
+        raise ValueError("there is no prompt to serve, and the base alone is not served; name a prompt's folder.")
+    if unknown := sorted(set(always_on) - set(folders)):
+        raise ValueError(f"{unknown} are to be always on and are no prompts; the prompts are {list(folders)}.")
+    for name, folder in folders.items():
+        check_name(name)
+        if name not in always_on:
+            check_gate(folder)
+    names = list(folders)
+    for first in [one for one in names if one in always_on][:1]:
+        if behind := names[names.index(first) + 1 :]:
+            raise ValueError(
+                f"{first!r} is always on, so that {behind}, which stand behind it, would never be; name it last."
+            )
 
 
 def check_name(name: Any) -> None:
@@ -115,7 +129,7 @@ def check_fits(record: SpulConfig, base: str | None, allow_other_base: bool, whe
     Args:
         record: the prompt's.
         base: the fingerprint of the base.
-        allow_other_base: whether to serve it all the same.
+        allow_other_base: whether to take it all the same.
         where: the prompt, in messages.
 
     Raises:
@@ -126,8 +140,8 @@ def check_fits(record: SpulConfig, base: str | None, allow_other_base: bool, whe
     trained = "does not say" if record.base_fingerprint is None else f"is {record.base_fingerprint[:12]}"
     raise ValueError(
         f"the prompt in {where} may neither forget nor retain on this base: the fingerprint that it was trained on "
-        f"{trained}, and this base's is {str(base)[:12]}. Serve the base that it was trained on; if it is the same "
-        "checkpoint in another precision, evaluate it there, and then allow another base."
+        f"{trained}, and this base's is {str(base)[:12]}. Take the base that it was trained on; if it is the same "
+        "checkpoint in another precision, evaluate it there, and then allow another base: --allow-other-base."
     )
 
 
@@ -186,9 +200,13 @@ class ServedPrompts:
             ApiError: 400 for what does not fit or is no safe folder, 409 for a name that is taken.
         """
         if not (isinstance(name, str) and isinstance(folder, str) and isinstance(is_always, bool)):
-            raise ApiError(400, "the prompt was not added: name or folder is no text, or always no boolean.")
+            raise ApiError(400, NO_TEXT)
         if name in self.gated.unlearner.peft_config:
             raise ApiError(409, "there is a prompt of this name; revoke it first, or take another name.", "name")
+        if any(one["gate"] == ALWAYS for one in self.served.values()):
+            raise ApiError(
+                409, "a prompt is always on, so that one behind it would never be; revoke that first, and add it last."
+            )
         path = self._within(folder)
         try:
             check_name(name)
@@ -202,6 +220,19 @@ class ServedPrompts:
         self._since[name] = time.time()
         self._refresh()
         return self.served[name]
+
+    def weights_of(self, name: Any, folder: Any) -> str | None:
+        """SHA-256 of the weights of a prompt that `add` would load, as its record says; None if it does not.
+
+        Raises:
+            ApiError: 400 if name or folder is no text, the folder is no safe one, or its record is damaged.
+        """
+        if not (isinstance(name, str) and isinstance(folder, str)):
+            raise ApiError(400, NO_TEXT)
+        try:
+            return read_spul_config(self._within(folder)).weights_sha256
+        except (OSError, ValueError) as error:
+            raise ApiError(400, f"the prompt was not added: {error}", "folder") from error
 
     def revoke(self, name: str) -> list[dict[str, Any]]:
         """Remove a prompt and its gate, and combined prompts of which it is a part; all that were removed.
@@ -279,4 +310,4 @@ class ServedPrompts:
 def _kind(gate: Gate | None) -> str:
     if gate is None:
         return "combined"
-    return "always" if getattr(gate, "function", None) is always else gate.kind or "function"
+    return ALWAYS if getattr(gate, "function", None) is always else gate.kind or "function"

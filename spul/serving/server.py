@@ -7,7 +7,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from typing import Any, TypeVar
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 Record = Callable[[dict[str, Any]], Any]
 """Takes an event, fields of a `LedgerEvent`: of a prompt that is `served`, `stopped` or `revoked`, or of an answer."""
+Check = Callable[[str, str | None], Any]
+"""Takes name and SHA-256 of a prompt that is to be added, and raises ValueError if it must not be served."""
 SHORTEST_TOKEN = 16  # characters of the administrator's token
 POLL_SECONDS = 0.2  # how often a request that waits looks whether its client is still there
 
@@ -38,6 +40,7 @@ def make_app(
     limits: Limits | None = None,
     record: Record | None = None,
     admin_token: str | None = None,
+    check: Check | None = None,
 ) -> FastAPI:
     """The server of an engine.
 
@@ -47,13 +50,14 @@ def make_app(
         limits: of requests.
         record: takes events, one at a time. A request whose entry cannot be recorded fails.
         admin_token: lets its holder list, add and revoke prompts; without one there is no such endpoint.
+        check: asked before a prompt is added, such as whether the ledger says that it was revoked.
 
     Raises:
         ValueError: if the token is shorter than 16 characters, or has some that no header takes.
     """
     if admin_token is not None:
         check_header_text(admin_token, "the administrator's token", SHORTEST_TOKEN)
-    server = _Server(engine, model, Limits() if limits is None else limits, record, admin_token)
+    server = _Server(engine, model, Limits() if limits is None else limits, record, admin_token, check)
     app = FastAPI(title="spul", docs_url=None, redoc_url=None, openapi_url=None, lifespan=server.lifespan)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -74,12 +78,19 @@ class _Server:
     """The endpoints, and what they share."""
 
     def __init__(
-        self, engine: Engine, model: str, limits: Limits, record: Record | None, admin_token: str | None
+        self,
+        engine: Engine,
+        model: str,
+        limits: Limits,
+        record: Record | None,
+        admin_token: str | None,
+        check: Check | None,
     ) -> None:
         self.engine, self.model, self.limits = engine, model, limits
         self.encoder = RequestEncoder(engine.served, limits)
-        self.created, self.num_in_flight = int(time.time()), 0
-        self._record, self._token = record, admin_token
+        self.created, self.num_in_flight, self._num_encoding = int(time.time()), 0, 0
+        self._record, self._token, self._check = record, admin_token, check
+        self._changing = asyncio.Lock()  # one change of the prompts at a time, its entry included
         self._encoding = ThreadPoolExecutor(1, "spul-encoding")  # long texts must not hold up the others' answers
         self._recording = ThreadPoolExecutor(1, "spul-record")  # in order
 
@@ -93,10 +104,11 @@ class _Server:
             yield
         finally:
             await self.engine.stop()
-            for one in self.engine.served.served.values():
-                await self._recorded("stopped", one)
-            self._encoding.shutdown()
-            self._recording.shutdown()
+            try:
+                await self._all_recorded("stopped", self.engine.served.served.values())
+            finally:
+                self._encoding.shutdown()
+                self._recording.shutdown()
 
     # ---- OpenAI's API ----
 
@@ -141,8 +153,7 @@ class _Server:
         deadline = time.monotonic() + self.limits.timeout
         body = await _in_time(self._body(http), deadline)
         request = read_body(kind, body, self.model, self.limits)
-        loop = asyncio.get_running_loop()
-        job: Job = await loop.run_in_executor(self._encoding, self.encoder.job, request)
+        job = await self._encoded(request, deadline)
         answer = Answer(kind, self.model, len(job.token_ids))
         pieces = self._pieces(job, answer, deadline)
         first = await _while_connected(http, anext(pieces))  # a refusal has its own status also in a stream
@@ -161,6 +172,18 @@ class _Server:
         except ClientDisconnect:
             raise ApiError(499, "the client has gone.") from None
         return bytes(found)
+
+    async def _encoded(self, request: ChatRequest, deadline: float) -> Job:
+        """The request as the engine takes it; no more wait to be encoded than may wait for the engine."""
+        if self._num_encoding >= self.limits.max_batch + self.limits.max_waiting:
+            raise ApiError(429, "too many requests wait; try later.", code="rate_limit_exceeded")
+        self._num_encoding += 1
+        try:
+            loop = asyncio.get_running_loop()
+            job: Job = await _in_time(loop.run_in_executor(self._encoding, self.encoder.job, request), deadline)
+            return job
+        finally:
+            self._num_encoding -= 1
 
     async def _pieces(self, job: Job, answer: Answer, deadline: float) -> AsyncGenerator[Piece, None]:
         """The parts of an answer, in time; the last once the entry of the request is recorded."""
@@ -211,6 +234,12 @@ class _Server:
         if entry is not None:
             await entry
 
+    async def _all_recorded(self, event: str, some: Iterable[dict[str, Any]]) -> None:
+        """Record an event of several prompts; one whose entry cannot be written keeps none of the others out."""
+        found = [await _error_of(self._recorded(event, one)) for one in some]
+        if errors := [one for one in found if one is not None]:
+            raise errors[0]
+
     def _hand_over(self, event: dict[str, Any]) -> asyncio.Future | None:
         if self._record is None:
             return None
@@ -243,32 +272,49 @@ class _Server:
                 400, f"the field {unknown[0]!r} is not known; expected name, folder and always.", unknown[0]
             )
 
-        def change(served: ServedPrompts) -> dict[str, Any]:
-            return served.add(data.get("name"), data.get("folder"), data.get("always", False))
-
-        added = await self.engine.change(change)
-        try:
-            await self._recorded("served", added)
-        except ApiError:  # what is not in the record is not served
-            await self.engine.change(lambda served: served.revoke(added["prompt"]))
-            raise ApiError(500, "the prompt was not added, since that could not be recorded.") from None
+        name, folder, is_always = data.get("name"), data.get("folder"), data.get("always", False)
+        async with self._changing:
+            if (check := self._check) is not None:
+                await asyncio.to_thread(_checked, check, self.engine.served, name, folder)
+            added = await self.engine.change(lambda served: served.add(name, folder, is_always))
+            try:
+                await self._recorded("served", added)
+            except ApiError:  # what is not in the record is not served
+                await self.engine.change(lambda served: served.revoke(added["prompt"]))
+                raise ApiError(500, "the prompt was not added, since that could not be recorded.") from None
         return JSONResponse(added, 201)
 
     async def revoke(self, name: str, http: Request) -> dict[str, Any]:
         """`DELETE /admin/prompts/{name}`: requests that are being answered keep the prompt, later ones are without."""
         self._check_admin(http)
-        gone = await self.engine.change(lambda served: served.revoke(name))
-        try:
-            for one in gone:
-                await self._recorded("revoked", one)
-        except ApiError:
-            raise ApiError(500, "the prompt was revoked, and that could not be recorded.") from None
+        async with self._changing:
+            gone = await self.engine.change(lambda served: served.revoke(name))
+            try:
+                await self._all_recorded("revoked", gone)
+            except ApiError:
+                raise ApiError(500, "the prompt was revoked, and that could not be recorded.") from None
         return {"revoked": gone}
 
     def _check_admin(self, http: Request) -> None:
         given = http.headers.get("authorization", "").encode()
         if self._token is None or not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
             raise ApiError(401, "the administrator's token is missing or wrong.", code="invalid_api_key")
+
+
+def _checked(check: Check, served: ServedPrompts, name: Any, folder: Any) -> None:
+    prompt_sha256 = served.weights_of(name, folder)
+    try:
+        check(name, prompt_sha256)
+    except ValueError as error:
+        raise ApiError(400, f"the prompt was not added: {error}", "name") from error
+
+
+async def _error_of(awaitable: Awaitable[Any]) -> ApiError | None:
+    try:
+        await awaitable
+    except ApiError as error:
+        return error
+    return None
 
 
 async def _in_time(awaitable: Any, deadline: float) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from datasets import Dataset
 
@@ -74,6 +74,18 @@ def chosen_attacks(attacks: InputAttacks, names: Sequence[str]) -> dict[str | tu
             f"there is no input attack {unknown[0]!r} on these rows; expected some of {', '.join(known)}."
         )
     return {key: attack for key, attack in attacks.items() if (key[0] if isinstance(key, tuple) else key) in names}
+
+
+def usual_names(turns: Sequence[int] = TURNS, document_words: Sequence[int] = DOCUMENT_WORDS) -> list[str]:
+    """The names of all usual attacks on the input, whether or not some rows take them.
+
+    Args:
+        turns, document_words: as of `usual_attacks`.
+    """
+    rows = Dataset.from_dict({"prompt": [str(i) for i in range(max(turns) + 1)]})
+    settings: dict[str, Any] = {"rewrite": str, "wording": {}, "other_rows": rows}
+    attacks = usual_attacks("text", rows, turns=turns, document_words=document_words, **settings)
+    return list(dict.fromkeys(key[0] if isinstance(key, tuple) else key for key in attacks))
 
 
 def usual_attacks(

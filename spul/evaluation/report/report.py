@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ...records.card import THREAT_MODEL
+from ...records.files import write_text
 from ...records.spul_config import library_versions
 from ..aggregation import UNSEEN, MetricValue
 from ..attacks.usual import STAND_IN
@@ -71,9 +72,9 @@ def write_report(
     written = {name: save_figure(figure, path / "figures" / name) for name, figure in figures.items()}
     links = {name: f"figures/{png.name}" for name, (png, _) in written.items()}
     markdown, html = path / "report.md", path / "report.html"
-    markdown.write_text(to_markdown(title, sections, links), encoding="utf-8")
+    write_text(markdown, to_markdown(title, sections, links))
     images = {name: png.read_bytes() for name, (png, _) in written.items()}
-    html.write_text(to_html(title, sections, images), encoding="utf-8")
+    write_text(html, to_html(title, sections, images))
     return [markdown, html, *(one for both in written.values() for one in both)]
 
 
