@@ -47,7 +47,7 @@ SHAPE = {
 }
 
 
-CHECKED = 2 * spul.training.reference.ROWS_CHECKED  # each once for its logits and once for its states
+CHECKED = 10 * spul.training.reference.ROWS_CHECKED  # logits, states, and states among eight copies
 
 
 def build_any(name):
@@ -243,6 +243,22 @@ def test_a_change_that_the_fingerprint_does_not_see_is_refused(tmp_path):
     base = build("llama")
     for layer in base.model.layers:
         layer.self_attn.scaling = 2.0  # neither a weight nor in the config
+    with pytest.raises(ValueError, match="changed in a way that its fingerprint does not show"):
+        ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
+
+
+def test_rounding_that_depends_on_the_batch_is_no_other_base(tmp_path):
+    base = build("llama")
+
+    def in_bf16_among_others(module, args):  # as the kernels of TF32 and of 16 bit, which differ by shape
+        return (args[0].bfloat16().float(), *args[1:]) if len(args[0]) > 1 else None
+
+    for layer in base.model.layers:
+        layer.register_forward_pre_hook(in_bf16_among_others)
+    dataset, collator = make_answers(), make_collator()
+    ReferenceCache.build(wrap(base), dataset, collator, tmp_path, batch_size=4)
+    for layer in base.model.layers:
+        layer.self_attn.scaling = 2.0
     with pytest.raises(ValueError, match="changed in a way that its fingerprint does not show"):
         ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
 

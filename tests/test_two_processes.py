@@ -35,7 +35,7 @@ from spul.models.causal_lm import zero_dropout
 from spul.training import StopWhenForgotten
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-CHECKED = 2 * spul.training.reference.ROWS_CHECKED  # each once for its logits and once for its states
+CHECKED = 10 * spul.training.reference.ROWS_CHECKED  # logits, states, and states among eight copies
 
 
 def trainable_tensors(model):
