@@ -2,11 +2,13 @@
 
     python examples/evidence_sst2.py choose --model SMOLLM2 --data-dir ../shared/data/sst2 --output-dir out/evidence
     python examples/evidence_sst2.py score --model SMOLLM2 --data-dir ../shared/data/sst2 --output-dir out/evidence
+    python examples/evidence_sst2.py table --output-dir out/evidence
 
 `choose` memorizes and tries each system's candidates on held-out training rows; the best by the plan's rule go to
 `chosen.json`. `score` scores the chosen ones on test rows, three seeds, and attacks the best four. Every trial and
 every scored system is a line of `trials.jsonl` or `scores.jsonl`; a repeated command resumes. `--workers` processes
-share the device. The plan is `docs/data/evidence/sst2-plan.json`.
+share the device. `table` writes `table.md` and a figure of `scores.jsonl`. The plan is
+`docs/data/evidence/sst2-plan.json`.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from typing import Any
 
 import torch
 import transformers
-from evidence import jobs
+from evidence import jobs, tables
 from evidence.plan import Plan, choose
 from paper.experiment import Experiment
+
+from spul.evaluation.report import save_figure
 
 PLAN = Path(__file__).parents[1] / "docs" / "data" / "evidence" / "sst2-plan.json"
 
@@ -55,10 +59,10 @@ class Job:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("stage", choices=("choose", "score"))
+    add("stage", choices=("choose", "score", "table"))
     add("--plan", type=Path, default=PLAN)
-    add("--model", required=True, help="Hub name or folder of a causal LM")
-    add("--data-dir", required=True, help="folder of SST-2")
+    add("--model", help="Hub name or folder of a causal LM")
+    add("--data-dir", help="folder of SST-2")
     add("--chosen", type=Path, help="of `score`: the choice; chosen.json of the output folder unless given")
     add("--attacked", type=int, default=200, help="rows of each side under each attack; 0 for none")
     add("--systems", nargs="+", help="names in the plan; all unless given")
@@ -68,7 +72,10 @@ def parse_args() -> argparse.Namespace:
     add("--minutes", type=float, default=1e9, help="begin no job after so many")
     add("--models-dir", type=Path, help="folder of the memorized models; in the output folder unless given")
     add("--output-dir", type=Path, default=Path("out/evidence"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.stage != "table" and not (args.model and args.data_dir):
+        parser.error(f"{args.stage} needs --model and --data-dir.")
+    return args
 
 
 # ---- in a worker ----
@@ -170,10 +177,27 @@ def summary(record: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def write_tables(folder: Path, plan: Plan) -> None:
+    """`table.md` and `tradeoff.png` of the scored systems."""
+    records = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
+    records = [record for record in records if "scores" in record]
+    systems = [system.name for system in plan.systems]
+    text = tables.table(records, systems)
+    (folder / "table.md").write_text(text + "\n")
+    shown = [name for name in systems if name not in ("vanilla", tables.BASE)]
+    save_figure(
+        tables.tradeoff(records, shown, f"SST-2 on {records[0]['model']}: every seed a point"), folder / "tradeoff"
+    )
+    print(text)
+
+
 def main() -> None:
     args = parse_args()
     plan, begun = Plan.read(args.plan), time.monotonic()
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    if args.stage == "table":
+        write_tables(args.output_dir, plan)
+        return
     path = args.output_dir / ("trials.jsonl" if args.stage == "choose" else "scores.jsonl")
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     done = {record["job"] for record in known}
