@@ -19,6 +19,7 @@ import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -29,8 +30,10 @@ import transformers
 from evidence import jobs, tables
 from evidence.plan import Plan, choose
 from paper.experiment import Experiment
+from paper.tables import read_runs
 
 from spul.evaluation.report import save_figure
+from spul.records.files import write_text
 
 PLAN = Path(__file__).parents[1] / "docs" / "data" / "evidence" / "sst2-plan.json"
 
@@ -90,6 +93,21 @@ def plan_of(args: argparse.Namespace) -> Plan:
     return Plan.read(args.plan)
 
 
+def choice_of(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
+    """The stored choice; each system that is to be scored and has candidates must be in it."""
+    path = args.chosen or args.output_dir / "chosen.json"
+    if not path.exists():
+        raise SystemExit(f"{path} does not exist; run `choose` first, or name another by --chosen.")
+    chosen: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    wanted = args.systems or [system.name for system in plan.systems]
+    choosing = [system.name for system in plan.systems if system.candidates and system.name in wanted]
+    if missing := [name for name in choosing if name not in chosen["systems"]]:
+        raise SystemExit(
+            f"{path} has no settings for {', '.join(missing)}; run `choose`, or name others by --systems."
+        )
+    return chosen
+
+
 class Options(argparse.Namespace):
     """Options that are a key of a cache."""
 
@@ -124,7 +142,7 @@ def work(args: Options, job: Job) -> dict[str, Any]:
             assert job.candidate is not None
             record |= {"candidate": job.candidate} | jobs.trial(plan, experiment, system, job.candidate)
         else:
-            chosen = json.loads((args.chosen or args.output_dir / "chosen.json").read_text())
+            chosen = choice_of(args, plan)
             settings = system.settings | chosen["systems"].get(job.system, {}).get("settings", {})
             settings |= {"steps": plan.steps} if system.kind in jobs.TRAINED else {}
             attacked = args.attacked if job.system in chosen["attacked"] else 0
@@ -177,10 +195,22 @@ def summary(record: dict[str, Any]) -> str:
     return "  ".join(parts)
 
 
+def known_records(path: Path, model: str) -> list[dict[str, Any]]:
+    """The lines of earlier calls; one that an interrupted call left unfinished is taken out of the file."""
+    records = read_runs(path) if path.exists() else []
+    if path.exists() and not path.read_bytes().endswith(b"\n"):
+        write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+    if others := {record["model"] for record in records} - {Path(model).name}:
+        raise SystemExit(f"{path} is of {', '.join(sorted(others))}, not of {model}; take another --output-dir.")
+    return records
+
+
 def write_tables(folder: Path, plan: Plan) -> None:
     """`table.md` and `tradeoff.png` of the scored systems."""
-    records = [json.loads(line) for line in (folder / "scores.jsonl").read_text().splitlines()]
-    records = [record for record in records if "scores" in record]
+    path = folder / "scores.jsonl"
+    records = [record for record in (read_runs(path) if path.exists() else []) if "scores" in record]
+    if not records:
+        raise SystemExit(f"{path} has no scores; run `score` first.")
     systems = [system.name for system in plan.systems]
     text = tables.table(records, systems)
     (folder / "table.md").write_text(text + "\n")
@@ -194,16 +224,22 @@ def write_tables(folder: Path, plan: Plan) -> None:
 def main() -> None:
     args = parse_args()
     plan, begun = Plan.read(args.plan), time.monotonic()
+    names = [system.name for system in plan.systems]
+    if unknown := [name for name in args.systems or () if name not in names]:
+        raise SystemExit(f"--systems {unknown}: the plan has {names}.")
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.stage == "table":
         write_tables(args.output_dir, plan)
         return
     path = args.output_dir / ("trials.jsonl" if args.stage == "choose" else "scores.jsonl")
-    known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    known = known_records(path, args.model)
+    if args.stage == "score":
+        choice_of(args, plan)  # an error before any work
     done = {record["job"] for record in known}
     waiting = [(job, needs) for job, needs in jobs_of(args, plan) if job.key not in done]
     running: dict[Future, Job] = {}
     failed: list[str] = []
+    broken = False
     options = Options(**vars(args))
     with (
         path.open("a") as file,
@@ -212,7 +248,7 @@ def main() -> None:
         for seed in [plan.choosing_seed] * args.workers:  # all workers start at once, and read the data
             pool.submit(prepare, options, seed)
         while waiting or running:
-            late = time.monotonic() - begun > 60 * args.minutes
+            late = broken or time.monotonic() - begun > 60 * args.minutes
             ready = [] if late else [one for one in waiting if one[1] <= done]
             for job, needs in ready[: args.workers - len(running)]:
                 running[pool.submit(work, options, job)] = job
@@ -223,6 +259,7 @@ def main() -> None:
                 job = running.pop(future)
                 if error := future.exception():
                     failed.append(job.key)
+                    broken = broken or isinstance(error, BrokenProcessPool)  # a worker died, and takes the pool along
                     print(f"{time.monotonic() - begun:6.0f} s  {job.key} FAILED: {error!r}", flush=True)
                     continue
                 record = future.result()

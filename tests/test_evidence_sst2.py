@@ -66,6 +66,28 @@ def test_the_stored_trials_lead_to_the_settings_of_the_stored_scores(example, pl
         assert one["settings"] == chosen[one["system"]]["settings"] | {"steps": 200}
 
 
+def test_a_line_that_breaks_off_is_taken_out_and_lines_of_another_model_are_refused(example, tmp_path):
+    path, line = tmp_path / "trials.jsonl", json.dumps({"job": "a", "model": "small"}) + "\n"
+    assert example.known_records(path, "x/small") == []
+    path.write_text(line + line[:12])
+    with pytest.warns(UserWarning, match="line 2 breaks off"):
+        assert example.known_records(path, "x/small") == [{"job": "a", "model": "small"}]
+    assert path.read_text() == line
+    with pytest.raises(SystemExit, match="is of small, not of x/large"):
+        example.known_records(path, "x/large")
+
+
+def test_a_system_with_candidates_is_not_scored_without_a_choice(example, plan, tmp_path):
+    args = argparse.Namespace(chosen=None, output_dir=tmp_path, systems=["base", "ECO"])
+    with pytest.raises(SystemExit, match="does not exist; run `choose` first"):
+        example.choice_of(args, plan)
+    (tmp_path / "chosen.json").write_text(json.dumps({"systems": {"IDK, LoRA": {}}, "attacked": []}))
+    with pytest.raises(SystemExit, match="has no settings for ECO; run `choose`"):
+        example.choice_of(args, plan)
+    args.systems = ["base", "IDK, LoRA"]
+    assert list(example.choice_of(args, plan)["systems"]) == ["IDK, LoRA"]
+
+
 def test_nothing_is_scored_before_its_models_are_memorized_and_nothing_tried_before_the_first(example, plan):
     args = argparse.Namespace(stage="choose", systems=None, seeds=None)
     order = list(example.jobs_of(args, plan))
@@ -103,7 +125,7 @@ def test_retain_is_compared_on_the_same_rows_with_an_interval_over_rows_for_one_
     from evidence import tables
 
     def record(seed, values):
-        return {"seed": seed, "scores": {"test_retain": {"accuracy": values}}}
+        return {"system": "mine", "seed": seed, "scores": {"test_retain": {"accuracy": values}}}
 
     base = {1: record(1, [1, 1, 1, 0] * 25), 2: record(2, [1, 0, 1, 0] * 25)}
     one, by_seed = tables.paired([record(1, [1, 1, 0, 0] * 25)], base)
@@ -113,3 +135,5 @@ def test_retain_is_compared_on_the_same_rows_with_an_interval_over_rows_for_one_
     assert by_seed == [-0.25, 0.25]
     assert two.estimate == 0
     assert two.low < -0.25  # two seeds that disagree say little
+    with pytest.raises(ValueError, match=r"scored on seeds \[3\], the base was not"):
+        tables.paired([record(3, [1])], base)

@@ -47,7 +47,7 @@ SHAPE = {
 }
 
 
-CHECKED = 10 * spul.training.reference.ROWS_CHECKED  # logits, states, and states among eight copies
+CHECKED = 2 * spul.training.reference.ROWS_CHECKED  # each once for its logits and once for its states
 
 
 def build_any(name):
@@ -261,6 +261,25 @@ def test_rounding_that_depends_on_the_batch_is_no_other_base(tmp_path):
         layer.self_attn.scaling = 2.0
     with pytest.raises(ValueError, match="changed in a way that its fingerprint does not show"):
         ReferenceCache.build(wrap(base), dataset, collator, tmp_path)
+
+
+def test_rounding_is_measured_in_no_more_rows_and_columns_than_the_cache_takes(tmp_path):
+    base, dataset, collator = build("gpt2"), make_answers(), make_collator()
+    longest = max(collator([row])["input_ids"].shape[1] for row in dataset)
+    base.transformer.wpe.weight = torch.nn.Parameter(base.transformer.wpe.weight[:longest].detach())
+    shapes = []
+
+    def in_bf16_among_others(module, args):
+        shapes.append(args[0].shape[:2])
+        return (args[0].bfloat16().float(), *args[1:]) if len(args[0]) > 1 else None
+
+    for layer in base.transformer.h:
+        layer.register_forward_pre_hook(in_bf16_among_others)
+    ReferenceCache.build(base, dataset, collator, tmp_path, batch_size=3, loss=UnlearningLoss())
+    shapes.clear()
+    ReferenceCache.build(base, dataset, collator, tmp_path, batch_size=3, loss=UnlearningLoss())  # its check alone
+    assert {rows for rows, _ in shapes} == {1, 3}
+    assert max(columns for _, columns in shapes) == longest
 
 
 def test_another_config_is_refused(tmp_path):

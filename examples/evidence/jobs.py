@@ -56,9 +56,7 @@ def trial(plan: Plan, experiment: Experiment, system: System, candidate: int) ->
     return record | {"cost": compared, "training": cost, "rows": {side: len(rows) for side, rows in held_out.items()}}
 
 
-def scores(
-    experiment: Experiment, system: System, settings: dict[str, Any], attacked: int, folder: Path | None
-) -> Record:
+def scores(experiment: Experiment, system: System, settings: dict[str, Any], attacked: int, folder: Path) -> Record:
     """A system's scores on test rows by row, with its prompt disabled as well, and under attack.
 
     Args:
@@ -104,20 +102,16 @@ def attacked_rows(experiment: Experiment, scored: Rows, most: int) -> Iterator[t
                 yield side, name if level is None else f"{name}, {level} turns", attack(rows)
 
 
-def four_bit(
-    experiment: Experiment, model: Any, system: System, scored: Rows, position: str, folder: Path | None
-) -> Record | None:
+def four_bit(experiment: Experiment, model: Any, system: System, scored: Rows, position: str, folder: Path) -> Record:
     """Scores over weights in 4-bit NF4: a prompt's on the quantized base, else the quantized changed model's."""
     device: Any = {"": experiment.device}
     if system.kind in ("prompt", "gated"):
-        assert folder is not None
         base = quantized(experiment.model_folder("base"), 4, device_map=device)
         prompt = SoftPromptUnlearner.from_pretrained(base, folder / "prompt" if system.kind == "gated" else folder)
         changed: Any = prompt.eval()
         if system.kind == "gated":
             changed = GatedUnlearner(prompt, experiment.tokenizer, model.gates).eval()
     elif system.kind == "lora":
-        assert folder is not None
         model.save_pretrained(folder / "lora")
         from peft import PeftModel
 

@@ -19,7 +19,12 @@ def paired(records: Sequence[Record], base: dict[int, Record]) -> tuple[Interval
 
     Seeds have rows of their own. With several the interval is the wider of Student's t over the seeds and the
     bootstrap over all rows; with one it is the bootstrap's and covers no other seed.
+
+    Raises:
+        ValueError: if the base was not scored on one of the seeds.
     """
+    if missing := sorted({one["seed"] for one in records} - set(base)):
+        raise ValueError(f"{records[0]['system']} was scored on seeds {missing}, the base was not; score it there.")
     rows = [
         np.subtract(one["scores"]["test_retain"]["accuracy"], base[one["seed"]]["scores"]["test_retain"]["accuracy"])
         for one in records
