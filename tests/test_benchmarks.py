@@ -66,6 +66,19 @@ def test_spul_and_the_plain_algorithm_take_the_same_steps(family, prompt):
     assert losses["spul"][0] != losses["spul"][2]
 
 
+@pytest.mark.parametrize("vocab_size", [200, 24000, 32000, 50272, 64000])
+@pytest.mark.parametrize("name", ["sst2", "long"])
+def test_a_batch_has_the_response_tokens_of_its_shape(name, vocab_size):
+    import common
+
+    shape = common.SHAPES[name]
+    batch = common.make_collator(shape, vocab_size)(common.make_rows(shape, vocab_size))
+    assert batch["input_ids"].shape == (shape.batch_size, shape.max_tokens)
+    assert set((batch["labels"] != -100).sum(dim=1).tolist()) == {shape.response_tokens}
+    assert set(batch["input_ids"][batch["attention_mask"] == 0].tolist()) <= {1}
+    assert batch["input_ids"][batch["attention_mask"] == 1].min() >= 4
+
+
 def test_the_floor_sends_a_gradient_to_the_embeddings():
     import common
     import steps

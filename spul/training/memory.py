@@ -215,12 +215,13 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def _loss(logits: Tensor, retain_rows: int) -> Tensor:
-    """The loss of a batch: a cross-entropy of all rows, a divergence from the base of retain rows."""
+    """The loss of a batch, as `UnlearningLoss` computes it: of copies of each group's logits, and of the reference."""
+    groups = [logits[rows] for rows in torch.arange(len(logits)).split([len(logits) - retain_rows, retain_rows])]
     targets = torch.zeros(logits.shape[:2], dtype=torch.long)
-    total = token_nll(logits, targets).sum()
+    total = sum(token_nll(some, targets[: len(some)]).sum() for some in groups)
     if retain_rows:
-        some = logits[:retain_rows]
-        total = total + token_kl(some, some.detach(), "reverse").sum()
+        reference = logits.detach()[torch.arange(retain_rows)]
+        total = total + token_kl(groups[1], reference, "reverse").sum()
     return total
 
 
