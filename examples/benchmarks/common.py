@@ -161,9 +161,7 @@ def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
     words = {special.get(i, f"t{i}"): i for i in range(vocab_size)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
 
 
 def make_rows(shape: Shape, vocab_size: int, num_rows: int | None = None, seed: int = 0) -> list[dict[str, Any]]:

@@ -218,7 +218,7 @@ def _loss(logits: Tensor, retain_rows: int) -> Tensor:
     """The loss of a batch, as `UnlearningLoss` computes it: of copies of each group's logits, and of the reference."""
     groups = [logits[rows] for rows in torch.arange(len(logits)).split([len(logits) - retain_rows, retain_rows])]
     targets = torch.zeros(logits.shape[:2], dtype=torch.long)
-    total = sum(token_nll(some, targets[: len(some)]).sum() for some in groups)
+    total = torch.stack([token_nll(some, targets[: len(some)]).sum() for some in groups]).sum()
     if retain_rows:
         reference = logits.detach()[torch.arange(retain_rows)]
         total = total + token_kl(groups[1], reference, "reverse").sum()
