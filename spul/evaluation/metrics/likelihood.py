@@ -28,7 +28,7 @@ from .scoring import check_not_nan, response_logits
 REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Likelihood:
     """Log-probabilities of the `|y|` response tokens of one row, each given the prompt and the tokens before it.
 
@@ -105,7 +105,9 @@ def _likelihood(logits: Tensor, targets: Tensor) -> Likelihood:
     std = (p * (finite - mean[:, None]).square()).sum(dim=-1).sqrt()
     own = log_p.gather(1, targets[:, None])[:, 0]
     is_greedy = logits.argmax(dim=-1) == targets
-    return Likelihood(*(tensor.cpu().numpy() for tensor in (own, is_greedy, mean, std)))
+    # Copies: an array of torch's holds a tensor, and of many rows there are many.
+    log_probs, means, stds = torch.stack((own, mean, std)).cpu().numpy().copy()
+    return Likelihood(log_probs, is_greedy.cpu().numpy().copy(), means, stds)
 
 
 @torch.no_grad()
