@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CONFIGS, FAMILIES, build, make_trainer, make_unlearner
+from helpers import CONFIGS, FAMILIES, SELECTS_POSITIONS, build, make_trainer, make_unlearner
 from peft import LoraConfig
 from transformers import LlamaConfig
 
@@ -96,7 +96,8 @@ def test_a_longer_batch_needs_more_and_checkpointing_less():
 def test_logits_and_reference_grow_with_the_response():
     one, many = estimate(), estimate(response_tokens=50)
     assert many.reference == 50 * one.reference == 8 * 50 * 300 * 4
-    assert many.logits > 20 * one.logits > 0
+    at_all_positions = not SELECTS_POSITIONS  # as transformers below 5.21 computes them
+    assert many.logits > (1 if at_all_positions else 20) * one.logits > 0
     assert estimate(reference=False).reference == 0
 
 
