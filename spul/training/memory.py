@@ -204,9 +204,9 @@ def _step(base: Any, prompt: Any, shape: tuple[int, int, int, int], checkpointin
             states = PromptStates([LayerStates(_leaf(k), _leaf(v), seen) for k, v, seen in states.layers])
         with in_front(base, states, torch.ones_like(ids)) as prefix:
             out = base(input_ids=ids, **prefix, **inputs)
-        loss = _loss(out.logits if inputs else out.logits[:, -responses:], retain_rows)
+        logits = out.logits if inputs else out.logits[:, -responses:]
+        _loss(logits, retain_rows).backward()
         del out
-        loss.backward()
     return memory.peak, memory.peak_of_last
 
 
