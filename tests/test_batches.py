@@ -1,15 +1,19 @@
 """One pass over rows: of many rows, those of one batch are in memory."""
 
 import gc
+import tracemalloc
 
 import pytest
 from datasets import Dataset
-from helpers import build, make_collator
+from helpers import VOCABULARY, build, make_collator, prompted
 
 from spul.data.encoded import Encoded
 from spul.evaluation.metrics.batches import length_batches, map_responses
-from spul.evaluation.metrics.scoring import collect_answers
+from spul.evaluation.metrics.likelihood import kl_to
+from spul.evaluation.metrics.membership import attack_scores
+from spul.evaluation.metrics.scoring import collect_answers, score_completions
 from spul.models.causal_lm import evaluation_mode
+from spul.models.compat_devices import TensorMemory
 
 
 def many(num):
@@ -41,6 +45,29 @@ def test_tokens_of_one_batch_are_in_memory():
     assert map_responses(build("llama"), many(200), make_collator().encoder, measure, batch_size=8) == list(range(200))
     assert len(seen) == 25
     assert max(seen) <= 16
+
+
+@pytest.mark.parametrize("measure", [score_completions, kl_to, attack_scores])
+def test_a_further_row_takes_a_few_numbers(measure, monkeypatch):
+    """In bytes, with a result of a few arrays for each: less than its tokens alone would take as lists."""
+    monkeypatch.setattr("spul.evaluation.metrics.batches.ROWS_READ_AT_ONCE", 50)
+    model, collator = prompted(), make_collator()
+    given = (collator,) if measure is score_completions else (collator.encoder,)
+
+    def peaks(num):
+        rows = many(num)
+        with TensorMemory(VOCABULARY, model.parameters()) as tensors:
+            tracemalloc.start()
+            try:
+                measure(model, rows, *given, batch_size=50)
+                return tracemalloc.get_traced_memory()[1], tensors.peak + tensors.peak_of_last
+            finally:
+                tracemalloc.stop()
+
+    peaks(100)  # what the first call imports
+    (few, of_batch), (most, of_its_batch) = peaks(200), peaks(1000)
+    assert (most - few) / 800 < 1000
+    assert of_its_batch < 1.2 * of_batch
 
 
 def test_answers_are_in_the_order_of_the_rows_that_are_picked():

@@ -15,6 +15,7 @@ from datasets import Dataset
 from helpers import build, make_collator, make_tokenizer
 from transformers import LlamaConfig
 
+import spul
 from spul import forget_retain_dataset
 from spul.models.causal_lm import zero_dropout
 
@@ -66,6 +67,19 @@ def test_spul_and_the_plain_algorithm_take_the_same_steps(family, prompt):
     assert losses["spul"][0] != losses["spul"][2]
 
 
+@pytest.mark.parametrize("vocab_size", [200, 24000, 32000, 50272, 64000])
+@pytest.mark.parametrize("name", ["sst2", "long"])
+def test_a_batch_has_the_response_tokens_of_its_shape(name, vocab_size):
+    import common
+
+    shape = common.SHAPES[name]
+    batch = common.make_collator(shape, vocab_size)(common.make_rows(shape, vocab_size))
+    assert batch["input_ids"].shape == (shape.batch_size, shape.max_tokens)
+    assert set((batch["labels"] != -100).sum(dim=1).tolist()) == {shape.response_tokens}
+    assert set(batch["input_ids"][batch["attention_mask"] == 0].tolist()) <= {1}
+    assert batch["input_ids"][batch["attention_mask"] == 1].min() >= 4
+
+
 def test_the_floor_sends_a_gradient_to_the_embeddings():
     import common
     import steps
@@ -101,6 +115,47 @@ def test_the_scripts_run_and_write_what_they_measured(script, options, expected,
     assert expected <= found
     assert written["where"]["model"] == "tiny"
     assert "| " in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_a_step_and_its_estimate_hold_about_the_same_tensors(tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    options = ("--models", "tiny", "--shapes", "sst2", "--gradient-checkpointing", "--json", out)
+    run(monkeypatch, "live_tensors.py", *options)
+    found = {record["step"]: record["peak_bytes"] for record in json.loads(out.read_text())["records"]}
+    assert found["estimate"] == pytest.approx(found["spul"], rel=0.15)
+    assert found["floor"] < found["spul"] < found["spul, concatenated"]
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_rows_are_scored_by_each_measure(tmp_path, monkeypatch):
+    out = tmp_path / "out.json"
+    run(monkeypatch, "evaluate_rows.py", "--rows", 50, "--json", out)
+    records = json.loads(out.read_text())["records"]
+    assert [record["measure"] for record in records] == ["answers", "kl", "membership"]
+    assert all(record["seconds"] > 0 and record["rows"] == 50 for record in records)
+
+
+def test_imports_are_timed_in_processes_of_their_own(monkeypatch):
+    import import_time
+
+    assert 0.2 < import_time.seconds("import time; time.sleep(0.2)") < 20
+    with pytest.raises(import_time.subprocess.CalledProcessError):
+        import_time.seconds("import spul; spul.no_such_name")
+    names = [
+        part.split(".")[1] for text in import_time.IMPORTS.values() for part in text.split(";") if " spul." in part
+    ]
+    assert names
+    for name in names:
+        assert hasattr(spul, name)
+
+
+def test_two_processes_tell_the_tokens_that_both_train_on():
+    import two_processes
+
+    found = two_processes.measured(SimpleNamespace(model="tiny", shape="sst2", steps=3), 2)
+    tokens = found["seconds"] * found["tokens_per_second"]  # of the one step that is counted
+    assert 0.7 < tokens / (2 * 32 * 46) <= 1
 
 
 def test_merged_attention_is_the_copied_one(tmp_path, monkeypatch):

@@ -7,16 +7,17 @@ import pytest
 import torch
 import transformers
 from cache_droppers import begins_behind_a_cache, under_prompt
-from helpers import CONFIGS, FAMILIES, build, build_unlearner, make_batch, prompt_gradients
+from helpers import CONFIGS, FAMILIES, SHAPE, build, build_unlearner, make_batch, prompt_gradients
 from plain import losses as plain_losses
 from plain import row_logits
 from torch._dynamo.backends.common import aot_autograd
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from spul import SoftPromptUnlearner
 from spul.models.causal_lm import decoder_layers
 from spul.models.compat import CACHE_NAME, cache_argument, empty_cache
 from spul.models.compat_checkpointing import is_checkpointing, kept_cache, switch_checkpointing, without_checkpointing
+from spul.models.compat_devices import TensorMemory
 from spul.prompts.shared_prefix import prompt_states
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
@@ -226,6 +227,36 @@ def test_a_forward_in_another_thread_does_not_get_the_cache():
         other.join()
     assert cache.get_seq_length() == ids.shape[1]
     torch.testing.assert_close(found[0][0], row_logits(unlearner, ids[0], prompted=False))
+
+
+@REENTRANT
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_further_layer_keeps_its_input_and_the_prompt_but_no_gradients_of_rows(reentrant, mixed):
+    """Of many layers, those of the keys and values of all rows would be most of the memory."""
+    rows, tokens, virtual, width, of_keys = 20, 12, 40, 32, 16
+
+    def peak(num_layers):
+        shape = {**SHAPE, "num_hidden_layers": num_layers, "intermediate_size": 48, "num_key_value_heads": 2}
+        base = LlamaForCausalLM(LlamaConfig(**shape))
+        unlearner = SoftPromptUnlearner(base, CONFIGS["prompt_tuning"](virtual))
+        unlearner.add_adapter("other", CONFIGS["prompt_tuning"](3))
+        checkpointed(unlearner, reentrant)
+        ids = torch.full((rows, tokens), 7)
+        inputs = {"attention_mask": torch.ones_like(ids), "positions": torch.full((rows, 1), tokens - 1)}
+        names = ["default", "other"] * (rows // 2) if mixed else None
+
+        def step():
+            unlearner.response_logits(ids, **inputs, adapter_names=names).sum().backward()
+
+        step()  # the probe is not part of a step
+        with TensorMemory(base.config.vocab_size, (*base.parameters(), *base.buffers())) as memory:
+            step()
+        return memory.peak
+
+    own = rows * tokens * width + virtual * (width + 4 * of_keys)
+    if mixed:  # a copy for each row is made before all layers
+        own += rows * virtual * 2 * of_keys
+    assert 0 < (peak(8) - peak(4)) / 4 < 1.2 * own * 4
 
 
 @REENTRANT

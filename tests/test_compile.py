@@ -2,11 +2,22 @@
 
 import pytest
 import torch
-from helpers import CONFIGS, assert_same, build, make_batch, make_trainer, prompt_gradients, prompt_state
+from helpers import (
+    CONFIGS,
+    assert_same,
+    build,
+    build_unlearner,
+    make_batch,
+    make_trainer,
+    prompt_gradients,
+    prompt_state,
+)
 from plain import losses as plain_losses
 from torch._dynamo.backends.common import aot_autograd
 
 from spul import SoftPromptUnlearner, fingerprint
+from spul.models.causal_lm import decoder_layers
+from spul.models.compat_checkpointing import switch_checkpointing
 
 
 class Graphs:
@@ -65,3 +76,27 @@ def test_the_trainer_compiles_a_base_that_is_compiled_in_place_under_a_cached_re
         states.append(prompt_state(unlearner))
     assert_same(*states, rtol=1e-4, atol=1e-5)
     assert graphs.num > 0
+
+
+@pytest.mark.parametrize("kind", ["prompt_tuning", "prefix_tuning"])
+def test_a_compiled_unlearner_shares_its_prompt_under_gradient_checkpointing(kind, graphs):
+    """As `Trainer` compiles it: the layers' functions, which change from call to call, are compiled around."""
+    found, batch = [], make_batch()
+    for compiled in (False, True):
+        unlearner = build_unlearner("llama", kind).train()
+        switch_checkpointing(unlearner.get_base_model(), "enable", {"use_reentrant": False})
+        model = torch.compile(unlearner, backend=graphs.backend) if compiled else unlearner
+        rows = []
+        norm = decoder_layers(unlearner)[0].input_layernorm
+        norm.register_forward_pre_hook(
+            torch.compiler.disable(lambda _, args, rows=rows: rows.append(args[0].shape[:2]))
+        )
+        model(**batch)  # earns the shared prefix
+        rows.clear()
+        for _ in range(2):
+            out = model(**batch)
+            gradients = prompt_gradients(unlearner, out.loss)
+        assert rows.count((5, 12)) == 4  # a step runs the rows twice, without the prompt in front of them
+        found.append({"loss": out.loss.detach(), **gradients})
+        assert (graphs.num > 0) == compiled
+    assert_same(*found)

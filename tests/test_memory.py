@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CONFIGS, FAMILIES, build, make_trainer, make_unlearner
+from helpers import CONFIGS, FAMILIES, SELECTS_POSITIONS, build, make_trainer, make_unlearner
 from peft import LoraConfig
 from transformers import LlamaConfig
 
@@ -46,6 +46,24 @@ def test_weights_are_counted_by_their_type():
     assert sharded.activations == estimate().activations
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_quantized_weights_are_those_of_a_loaded_base(tmp_path, family, bits):
+    """GPT-2's linear maps are `Conv1D`; they are quantized, too."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    plain = build(family)
+    plain.save_pretrained(tmp_path)
+    quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized, dtype=torch.float32)
+    linear = [m.weight for m in base.modules() if type(m).__name__ in ("Linear4bit", "Linear8bitLt")]
+    assert len(linear) > 7
+    scales = [weight.quant_state.absmax if bits == 4 else weight.SCB for weight in linear]
+    unpacked = max(weight.nbytes * 8 // bits for weight in linear) * 4
+    expected = sum(t.nbytes for t in (*base.parameters(), *base.buffers(), *scales)) + unpacked
+    assert estimate(plain.config, max_length=40, bits=bits).weights == expected
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_activations_are_those_of_a_real_step(family):
     """Counted on a real step of the whole library, on tensors with values."""
@@ -78,7 +96,8 @@ def test_a_longer_batch_needs_more_and_checkpointing_less():
 def test_logits_and_reference_grow_with_the_response():
     one, many = estimate(), estimate(response_tokens=50)
     assert many.reference == 50 * one.reference == 8 * 50 * 300 * 4
-    assert many.logits > 20 * one.logits > 0
+    at_all_positions = not SELECTS_POSITIONS  # as transformers below 5.21 computes them
+    assert many.logits > (1 if at_all_positions else 20) * one.logits > 0
     assert estimate(reference=False).reference == 0
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from helpers import Counting, make_collator, rows, scored
+from helpers import Counting, make_collator, probed, rows, scored
 from small_evaluations import (
     ATTACKS,
     INPUTS,
@@ -150,6 +150,21 @@ def test_the_reference_model_reads_each_set_once_for_all_models():
     counting, splits = Counting(reference), make_splits()
     measured(make_model("prompt_tuning"), "membership", reference=reference, retrained=learned(0.1, 1))
     assert counting.rows == len(splits["train_forget"]) + len(splits["test_forget"])
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_the_base_reads_each_retain_set_once_for_the_kl_of_all_models(given):
+    model, splits = make_model("prompt_tuning"), make_splits()
+    base = learned(0.1, 2)
+    counting = Counting(base if given else model.get_base_model())
+    probed(model)
+    counting.rows = 0
+    found = measured(model, "kl", retrained=learned(0.1, 1), base=base if given else None)
+    num = len(splits["train_retain"]) + len(splits["test_retain"])
+    assert counting.rows == (num if given else 2 * num)  # the model's own base also reads them behind the prompt
+    assert {(one.rows, one.model) for one in found.measurements} == {
+        (rows, name) for rows in ("train_retain", "test_retain") for name in ("unlearned", "retrained")
+    }
 
 
 def test_membership_scores_are_those_of_attack_scores_and_auc_of_them(trainable):

@@ -153,11 +153,15 @@ def prompt_config(kind: str, num_virtual_tokens: int) -> PromptTuningConfig | Pr
 
 
 def make_tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer with one word per token id: `t0`, `t1`, ..."""
-    words = {f"t{i}": i for i in range(vocab_size)}
-    tokenizer = Tokenizer(WordLevel(words, unk_token="t3"))
+    """A tokenizer with one word per token id: `t0`, `<pad>`, `<eos>`, `<unk>`, `t4`, `t5`, ...
+
+    The special ones are found inside other words, too, so that none begins as they do.
+    """
+    special = {1: "<pad>", 2: "<eos>", 3: "<unk>"}
+    words = {special.get(i, f"t{i}"): i for i in range(vocab_size)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t3", pad_token="t1", eos_token="t2")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>")
 
 
 def make_rows(shape: Shape, vocab_size: int, num_rows: int | None = None, seed: int = 0) -> list[dict[str, Any]]:

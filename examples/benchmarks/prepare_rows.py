@@ -40,6 +40,7 @@ DIGEST_KEY = bytes(32)  # a public one: these rows are no secret
 NAMES = [f"First{i} Last{j}" for i in range(FIRST_NAMES) for j in range(LAST_NAMES)]
 # Of so many rows one names somebody to forget; every other row has a first name.
 NAMED_EVERY = 20
+GENERIC = [" t0", " t4"]
 
 
 def make_texts(num: int) -> list[str]:
@@ -128,7 +129,7 @@ def make_tasks(args: Any, num: int, folder: str) -> dict[str, dict[str, Callable
     forget, retain = rows.select(range(num // 10)), rows.select(range(num // 10, num))
     joined = forget_retain_dataset(forget, retain)
     base = common.build_model(args.model, args.device, common.dtype_of(args))
-    collator = ForgetRetainCollator(common.make_tokenizer(base.config.vocab_size), [" t3", " t4"], max_length=32)
+    collator = ForgetRetainCollator(common.make_tokenizer(base.config.vocab_size), GENERIC, max_length=32)
     settings = TrainingArguments(folder, use_cpu=args.device == "cpu", report_to=[], disable_tqdm=True)
     unlearner = SoftPromptUnlearner(base, common.prompt_config("prompt-tuning", 5))
 
@@ -137,7 +138,7 @@ def make_tasks(args: Any, num: int, folder: str) -> dict[str, dict[str, Callable
         return unlearner.spul_config.forget, unlearner.spul_config.retain
 
     def plain_trainer() -> tuple[DataSummary, DataSummary]:
-        found = plain_descriptions(joined, [" t3", " t4"])
+        found = plain_descriptions(joined, GENERIC)
         open_trainer(joined.select([0, num - 1]))  # the rest of the constructor
         return found
 

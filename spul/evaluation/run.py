@@ -273,18 +273,26 @@ def _measured(
     bar = tqdm(own, disable=not (progress and state.is_main_process))
     for task in bar:
         bar.set_description(key_in_words(task.keys[0]))
-        try:
-            measured = task.run()
-        except DivergedError as error:
-            failed += [(key_in_words(key), str(error)) for key in task.keys]
-            continue
-        if folder is not None and (state.is_main_process or not together):
+        measured, diverged = _run(task)
+        failed += diverged
+        if folder is not None and measured and (state.is_main_process or not together):
             append_measurements(folder / PROGRESS_NAME.format(state.process_index), measured)
         new += measured
     if state.num_processes > 1 and not together:
         new, failed = gathered(new), gathered(failed)
     by_key = {one.key: one for one in [*found, *new]}
     return [by_key[key] for task in tasks for key in task.keys if key in by_key], dict(failed)
+
+
+def _run(task: Task) -> tuple[list[Measurement], list[tuple[str, str]]]:
+    """The measurements of a task, and those that a diverged model prevented, with the reason."""
+    try:
+        return task.run(), []
+    except DivergedError as error:
+        if not task.parts:
+            return [], [(key_in_words(key), str(error)) for key in task.keys]
+    found = [_run(part) for part in task.parts]
+    return [one for some, _ in found for one in some], [one for _, some in found for one in some]
 
 
 def _check_folder(folder: Path, settings: dict[str, Any]) -> None:

@@ -125,10 +125,12 @@ class Task:
     Attributes:
         keys: the keys of its measurements.
         run: takes the measurements, in this order.
+        parts: tasks that take them one by one, in case that one model of several has diverged; else empty.
     """
 
     keys: tuple[Key, ...]
     run: Callable[[], list[Measurement]]
+    parts: tuple[Task, ...] = ()
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,7 +10,7 @@ from datasets import Dataset
 
 from ..data.unlearning_data import SPLITS
 from .aggregation import MEMBERS, UNSEEN, Key, Measurement
-from .metrics.likelihood import kl_to
+from .metrics.likelihood import kl_of_models, kl_to
 from .metrics.membership import GradientOf, attack_scores
 from .metrics.running_text import text_losses
 from .metrics.tofu import score_questions
@@ -37,21 +38,29 @@ def _answers(suite: Suite, measure: str, sets: Mapping[str, Dataset]) -> Iterato
 
 
 def kl(suite: Suite) -> Iterator[Task]:
-    """KL divergence from the base on the retain splits, in either direction."""
+    """KL divergence from the base on the retain splits, in either direction: one pass of the base for all models."""
+    names = [name for name in suite.models if name != "detached"]
+    encoder, batch_size = suite.collator.encoder, suite.batch_size
     for split in ("train_retain", "test_retain"):
         rows = suite.splits[split]
 
-        def scores(model: Any, key: Key, rows: Dataset = rows) -> list[Measurement]:
+        def alone(model: Any, key: Key, rows: Dataset = rows) -> list[Measurement]:
             if model is suite.model and suite.base is None:
-                found = kl_to(model, rows, suite.collator.encoder, batch_size=suite.batch_size)
-            else:
-                with suite.subject("detached") as base:
-                    found = kl_to(model, rows, suite.collator.encoder, base, suite.batch_size)
-            return [Measurement(*key, per_row=found)]
+                return [Measurement(*key, per_row=kl_to(model, rows, encoder, batch_size=batch_size))]
+            with suite.subject("detached") as base:
+                return [Measurement(*key, per_row=kl_to(model, rows, encoder, base, batch_size))]
 
-        for name in suite.models:
-            if name != "detached":
-                yield suite.task(rows, scores, Key("kl", split, name))
+        def together(model: Any, *keys: Key, rows: Dataset = rows) -> list[Measurement]:
+            assert suite.retrained is not None
+            found = kl_of_models([model, suite.retrained], rows, encoder, suite.base, batch_size)
+            return [Measurement(*key, per_row=one) for key, one in zip(keys, found, strict=True)]
+
+        keys = [Key("kl", split, name) for name in names]
+        parts = tuple(suite.task(rows, alone, key) for key in keys)
+        if suite.retrained is None:
+            yield from parts
+        else:
+            yield dataclasses.replace(suite.task(rows, together, *keys), parts=parts)
 
 
 def unseen_rows(suite: Suite) -> Dataset:

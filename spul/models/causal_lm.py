@@ -18,6 +18,9 @@ from .compat import is_dropout, peft_layers, takes_positions, uncompiled
 
 logger = logging.getLogger(__name__)
 
+LINEAR = (nn.Linear, Conv1D)
+"""The linear maps of transformers; GPT-2's stores its weight transposed."""
+
 
 def zero_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
     """Set every dropout probability of a frozen model to 0; else the two passes of one step differ by noise.
@@ -196,7 +199,7 @@ def feed_forward_ends(model: nn.Module, layers: Sequence[int]) -> dict[str, nn.M
     for layer in layers:
         if not 0 <= layer < len(decoder):
             raise ValueError(f"layer={layer}: {type(model).__name__} has {len(decoder)} layers, from 0.")
-        linear = [module for module in decoder[layer].modules() if isinstance(module, (nn.Linear, Conv1D))]
+        linear = [module for module in decoder[layer].modules() if isinstance(module, LINEAR)]
         if not linear:
             raise ValueError(f"layer {layer} of {type(model).__name__} has no linear map that could be trained.")
         found.append(linear[-1])

@@ -43,6 +43,8 @@ from transformers.trainer_utils import PredictionOutput as PredictionOutput
 from transformers.trainer_utils import denumpify_detensorize as denumpify_detensorize
 from transformers.trainer_utils import speed_metrics as speed_metrics
 
+from .compat_checkpointing import put_prompts
+
 # Rows of a table that are taken at once.
 ROWS_TAKEN = 65_536
 
@@ -231,11 +233,11 @@ def expanded_cache(
     cache = DynamicCache([(layer.keys[:1], layer.values[:1]) for layer in layers], config=config)
     filled: list[Any] = cache.layers
     for layer, states in zip(filled, layers, strict=True):
-        if index is None:
-            layer.keys, layer.values = (t.expand(batch_size, -1, -1, -1) for t in (layer.keys, layer.values))
-        else:
-            first = states.keys.shape[2] - layer.keys.shape[2]  # the constructor leaves no more than a window's end
-            layer.keys, layer.values = (t[index.to(t.device), :, first:] for t in (states.keys, states.values))
+        keys, values = layer.keys, layer.values
+        if index is not None:
+            first = states.keys.shape[2] - keys.shape[2]  # the constructor leaves no more than a window's end
+            keys, values = (t[:, :, first:] for t in (states.keys, states.values))
+        put_prompts(layer, keys, values, batch_size, index)
         if isinstance(layer, DynamicSlidingWindowLayer):
             # A prompt longer than the window leaves only its end, but its whole length counts for positions.
             layer.cumulative_length = states.seen

@@ -12,10 +12,10 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -59,6 +59,47 @@ def without_checkpointing(base_model: nn.Module) -> Iterator[None]:
             module.gradient_checkpointing = True
 
 
+class _Prompts(NamedTuple):
+    """Prompts in a layer of a cache: their keys and values, those of the rows, and how one becomes the other."""
+
+    own: tuple[Tensor, Tensor]  # (prompts, heads, p, head width) each
+    of_rows: tuple[Tensor, Tensor]
+    spread: Callable[[Tensor], Tensor]
+
+
+def put_prompts(layer: Any, keys: Tensor, values: Tensor, num_rows: int, index: Tensor | None = None) -> None:
+    """Put prompts into a layer of a cache, so that each of `num_rows` rows has one.
+
+    A checkpoint of the layer takes the prompts and spreads them over rows inside. Autograd runs what was made last
+    first: if they were spread before all layers, the gradients of all rows, of each layer, would wait for the last.
+
+    Args:
+        layer: of a cache.
+        keys: (prompts, heads, p, head width); views of it are put where there is one prompt.
+        values: likewise.
+        num_rows: number of rows.
+        index: (rows,), for each its prompt; needed where there are several.
+    """
+
+    def spread(prompts: Tensor) -> Tensor:
+        return prompts.expand(num_rows, -1, -1, -1) if index is None else prompts[index.to(prompts.device)]
+
+    layer.keys, layer.values = spread(keys), spread(values)
+    if keys.requires_grad:
+        layer.prompts = _Prompts((keys, values), (layer.keys, layer.values), spread)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _prompts_of(layer: Any) -> _Prompts | None:
+    """The prompts that were put into a layer, if nobody has changed it since."""
+    found = getattr(layer, "prompts", None)
+    unchanged = found is not None and found.of_rows[0] is layer.keys and found.of_rows[1] is layer.values
+    return found if unchanged else None
+
+
 @contextmanager
 def kept_cache(base_model: nn.Module, cache: DynamicCache) -> Iterator[None]:
     """Context manager: in a forward with this cache, layers under gradient checkpointing keep it; others always do.
@@ -80,8 +121,9 @@ def kept_cache(base_model: nn.Module, cache: DynamicCache) -> Iterator[None]:
     with _swap:
         before = [(layer._gradient_checkpointing_func, layer._can_checkpoint_with_cache) for layer in layers]
         try:
+            hollow = [_hollow(one) for one in cache.layers]
             for layer in layers:
-                if (keep := _keeping(layer, cache)) is not None:
+                if (keep := _keeping(layer, cache, hollow)) is not None:
                     layer._gradient_checkpointing_func = keep
                     layer._can_checkpoint_with_cache = True  # else it warns that it drops the cache
             yield
@@ -93,10 +135,27 @@ def kept_cache(base_model: nn.Module, cache: DynamicCache) -> Iterator[None]:
                     layer._can_checkpoint_with_cache = keeps
 
 
-def _keeping(layer: Any, cache: Any) -> Callable[..., Any] | None:
+def _hollow(layer: Any) -> Any:
+    """A layer of a cache whose keys and values have their shape, no memory, and no numbers."""
+    found = copy.copy(layer)
+    vars(found).pop("prompts", None)
+    if found.is_initialized:
+        found.keys, found.values = (
+            t.detach().new_full((), torch.nan).expand(t.shape) for t in (found.keys, found.values)
+        )
+    return found
+
+
+def _keeping(layer: Any, cache: Any, hollow: list[Any]) -> Callable[..., Any] | None:
     """A layer's checkpoint function that keeps its part of a cache; None for a layer that takes no cache.
 
     transformers calls such a function with the layer's forward, keyword arguments bound, and the positional arguments.
+
+    Args:
+        layer: the decoder layer.
+        cache: what it keeps a part of.
+        hollow: the layers of the cache without what they hold. What a recomputation holds must not lead to what the
+            forward caches: graph and tensors would be freed at the end of the backward pass, or never.
     """
     checkpoint, thread = layer._gradient_checkpointing_func, threading.get_ident()
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
@@ -105,9 +164,8 @@ def _keeping(layer: Any, cache: Any) -> Callable[..., Any] | None:
     if name is None or len(indices) != 1 or max(indices) >= len(cache.layers):
         return None
     index = indices.pop()
-    # What a recomputation holds must not lead to what the forward caches: graph and tensors would never be freed.
-    shell, others, mine = copy.copy(cache), list(cache.layers), cache.layers[index]
-    shell.layers = others
+    shell, mine = copy.copy(cache), cache.layers[index]
+    shell.layers = hollow
 
     def keep(function: functools.partial, *inputs: Any) -> Any:
         if threading.get_ident() != thread or not isinstance(function, functools.partial):
@@ -116,26 +174,30 @@ def _keeping(layer: Any, cache: Any) -> Callable[..., Any] | None:
         bound = {key: value for key, value in function.keywords.items() if value is not cache}
         call = functools.partial(function.func, *function.args)
         states = (mine.keys, mine.values) if mine.is_initialized else ()
+        is_filled, spread = bool(states), cast(Callable[[Tensor], Tensor], _unchanged)
+        if (prompts := _prompts_of(mine)) is not None:
+            states, spread = prompts.own, prompts.spread
         settings: dict[str, Any] = {}  # of the filled layer, such as its length
 
         def run(*tensors: Any) -> Any:
-            own, view = copy.copy(mine), copy.copy(shell)
+            own, view = copy.copy(hollow[index]), copy.copy(shell)
             positional, named = list(tensors), dict(bound)
-            if states:
-                *positional, own.keys, own.values = tensors
-            view.layers = [*others[:index], own, *others[index + 1 :]]
+            if is_filled:
+                *positional, keys, values = tensors
+                own.keys, own.values = spread(keys), spread(values)
+            view.layers = [*hollow[:index], own, *hollow[index + 1 :]]
             if names.index(name) < len(positional):
                 positional[names.index(name)] = view
             else:
                 named[name] = view
             out = call(*positional, **named)
-            if states:
+            if is_filled:
                 return out
             settings.update(vars(own), keys=None, values=None)
             return *(out if isinstance(out, tuple) else (out,)), own.keys, own.values
 
         out = checkpoint(run, *inputs, *states) if torch.is_grad_enabled() else run(*inputs, *states)
-        if states:
+        if is_filled:
             return out
         *out, keys, values = out
         filled = copy.copy(mine)

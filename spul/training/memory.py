@@ -11,11 +11,12 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PromptTuningConfig
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
 from ..losses.terms import token_kl, token_nll
-from ..models.causal_lm import decoder_layers, selects_positions, zero_dropout
+from ..models.causal_lm import LINEAR, decoder_layers, selects_positions, zero_dropout
 from ..models.compat import LayerStates, prefix_shape
 from ..models.compat_checkpointing import switch_checkpointing
 from ..models.compat_devices import TensorMemory, fake_tensors
@@ -151,30 +152,33 @@ def estimate_memory(
 def _weights(base: Any, dtype: torch.dtype, bits: int | None, processes: int) -> int:
     """Bytes of a base's weights and buffers on one device."""
     head = base.get_output_embeddings()
-    quantized = {
-        id(module.weight)
-        for module in base.modules()
-        if bits is not None and isinstance(module, nn.Linear) and module is not head
-    }
+    # What bitsandbytes quantizes: all linear maps but the head, which may be the embeddings, too.
+    linear = [module for module in base.modules() if isinstance(module, LINEAR) and module.weight is not head.weight]
+    quantized = set() if bits is None else {id(module.weight) for module in linear}
+    transposed = {id(module.weight) for module in linear if isinstance(module, Conv1D)}
 
     def size(tensors: Iterable[Tensor]) -> int:
         found = {id(tensor): tensor for tensor in tensors}  # tied ones once
-        return sum(_bytes(tensor, bits if key in quantized else None) for key, tensor in found.items())
+        return sum(
+            _bytes(tensor.T if key in transposed else tensor, bits if key in quantized else None)
+            for key, tensor in found.items()
+        )
 
     layers = list(decoder_layers(base))
     each = [size(layer.parameters()) for layer in layers]
     rest = size(base.parameters()) - sum(each) + size(base.buffers())
+    rest += max((p.numel() for p in base.parameters() if id(p) in quantized), default=0) * dtype.itemsize  # unpacked
     if processes > 1:
         # Two layers are whole at a time: one computes while the next is gathered.
         return rest + sum(-(-one // processes) for one in each) + 2 * max(each)
-    unpacked = max((p.numel() for p in base.parameters() if id(p) in quantized), default=0)
-    return rest + sum(each) + unpacked * dtype.itemsize
+    return rest + sum(each)
 
 
 def _bytes(tensor: Tensor, bits: int | None) -> int:
+    """Bytes of a tensor; of a quantized weight (outputs, inputs) with its scales, in float32."""
     if bits is None:
         return tensor.numel() * tensor.element_size()
-    scales = tensor.numel() // BLOCK if bits == 4 else tensor.shape[0]
+    scales = -(-tensor.numel() // BLOCK) if bits == 4 else tensor.shape[0]
     return tensor.numel() * bits // 8 + 4 * scales
 
 
@@ -211,12 +215,13 @@ def _leaf(tensor: Tensor) -> Tensor:
 
 
 def _loss(logits: Tensor, retain_rows: int) -> Tensor:
-    """The loss of a batch: a cross-entropy of all rows, a divergence from the base of retain rows."""
+    """The loss of a batch, as `UnlearningLoss` computes it: of copies of each group's logits, and of the reference."""
+    groups = [logits[rows] for rows in torch.arange(len(logits)).split([len(logits) - retain_rows, retain_rows])]
     targets = torch.zeros(logits.shape[:2], dtype=torch.long)
-    total = token_nll(logits, targets).sum()
+    total = torch.stack([token_nll(some, targets[: len(some)]).sum() for some in groups]).sum()
     if retain_rows:
-        some = logits[:retain_rows]
-        total = total + token_kl(some, some.detach(), "reverse").sum()
+        reference = logits.detach()[torch.arange(retain_rows)]
+        total = total + token_kl(groups[1], reference, "reverse").sum()
     return total
 
 

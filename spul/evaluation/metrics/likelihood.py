@@ -8,6 +8,7 @@ prompt text, no virtual token.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +28,7 @@ from .scoring import check_not_nan, response_logits
 REVERSE, FORWARD = KLDivergence(direction="reverse"), KLDivergence(direction="forward")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Likelihood:
     """Log-probabilities of the `|y|` response tokens of one row, each given the prompt and the tokens before it.
 
@@ -104,7 +105,9 @@ def _likelihood(logits: Tensor, targets: Tensor) -> Likelihood:
     std = (p * (finite - mean[:, None]).square()).sum(dim=-1).sqrt()
     own = log_p.gather(1, targets[:, None])[:, 0]
     is_greedy = logits.argmax(dim=-1) == targets
-    return Likelihood(*(tensor.cpu().numpy() for tensor in (own, is_greedy, mean, std)))
+    # Copies: an array of torch's holds a tensor, and of many rows there are many.
+    log_probs, means, stds = torch.stack((own, mean, std)).cpu().numpy().copy()
+    return Likelihood(log_probs, is_greedy.cpu().numpy().copy(), means, stds)
 
 
 @torch.no_grad()
@@ -140,42 +143,78 @@ def kl_to(
     Source: Bhaila et al., *Soft Prompting for Unlearning*, https://arxiv.org/abs/2406.12038, eq. 4 (the KL to the base
     on retain rows)
     """
+    return kl_of_models([model], rows, encoder, reference, batch_size, progress)[0]
+
+
+@torch.no_grad()
+def kl_of_models(
+    models: Sequence[nn.Module],
+    rows: Dataset,
+    encoder: RowEncoder,
+    reference: nn.Module | None = None,
+    batch_size: int = 16,
+    progress: str | None = None,
+) -> list[dict[str, np.ndarray]]:
+    """`kl_to` of several models from one reference, which passes once over the rows for all of them.
+
+    Args:
+        models: at least one, each on its own device.
+        rows: this and the others as in `kl_to`.
+        reference: None for the base under the first model.
+
+    Raises:
+        TypeError: as `kl_to`.
+        ValueError: as `kl_to`; with one model diverged, none is measured.
+    """
     check_rows(rows, columns=())
-    check_has_likelihoods(model)
+    for one in models:
+        check_has_likelihoods(one)
+    model = models[0]
     if reference is None and unlearner_of(model).trains_base:
         raise ValueError(
             "the model's own weights are trained, so disabling its adapter does not restore it: pass reference, the "
             "model before unlearning."
         )
-    model = unwrapped(model)
-    other = model if reference is None else unwrapped(reference)
-    other_device = next(other.parameters()).device
+    bare = [unwrapped(one) for one in models]
+    other = bare[0] if reference is None else unwrapped(reference)
+
+    def run(one: nn.Module, batch: ResponseBatch, names: list[str] | None = None) -> Tensor:
+        device = next(one.parameters()).device
+        inputs = {name: value.to(device) for name, value in batch.inputs.items()}
+        return response_logits(one, inputs, batch.positions.to(device), names)
 
     def reference_logits(batch: ResponseBatch) -> Tensor:
-        if reference is None:
-            inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
-            return unlearner_of(model).base_logits(**inputs, positions=batch.positions)
-        inputs = {name: value.to(other_device) for name, value in batch.inputs.items()}
-        return response_logits(other, inputs, batch.positions.to(other_device))
+        if reference is not None:
+            return run(other, batch)
+        inputs = {name: batch.inputs[name] for name in ("input_ids", "attention_mask")}
+        return unlearner_of(other).base_logits(**inputs, positions=batch.positions)
 
-    def measure(batch: ResponseBatch) -> Iterator[tuple[float, float]]:
-        logits = response_logits(model, batch.inputs, batch.positions, batch.adapter_names)
+    def measure(batch: ResponseBatch) -> list[list[tuple[float, float]]]:
         others = reference_logits(batch)
-        if others.shape[-1] != logits.shape[-1]:
-            raise ValueError(
-                f"the model has logits for {logits.shape[-1]} tokens, the reference for {others.shape[-1]}; "
-                "expected two models with one vocabulary."
-            )
-        for row in range(len(batch.indices)):
-            num = batch.num_tokens(row)
-            log_p = _log_softmax(logits[row, :num])
-            log_p0 = _log_softmax(others[row, :num]).to(log_p)
-            reverse, forward = (term.token_losses(log_p, log_p, log_p0).mean() for term in (REVERSE, FORWARD))
-            yield float(reverse), float(forward)
+        found = [list(_divergences(run(one, batch, batch.adapter_names), others, batch)) for one in bare]
+        return [list(row) for row in zip(*found, strict=True)]
 
-    with evaluation_mode(other):
-        reverse, forward = np.array(map_responses(model, rows, encoder, measure, batch_size, progress)).T
-    return {"reverse_kl": reverse, "forward_kl": forward}
+    with ExitStack() as stack:
+        for one in (*bare[1:], other):
+            stack.enter_context(evaluation_mode(one))
+            stack.enter_context(unlearner_of(one).cached_prompts())
+        found = np.array(map_responses(bare[0], rows, encoder, measure, batch_size, progress))
+    return [{"reverse_kl": one[:, 0], "forward_kl": one[:, 1]} for one in found.transpose(1, 0, 2)]
+
+
+def _divergences(logits: Tensor, others: Tensor, batch: ResponseBatch) -> Iterator[tuple[float, float]]:
+    """Reverse and forward KL of each row of a batch, from its logits (B, K, V) and the reference's."""
+    if others.shape[-1] != logits.shape[-1]:
+        raise ValueError(
+            f"the model has logits for {logits.shape[-1]} tokens, the reference for {others.shape[-1]}; "
+            "expected two models with one vocabulary."
+        )
+    for row in range(len(batch.indices)):
+        num = batch.num_tokens(row)
+        log_p = _log_softmax(logits[row, :num])
+        log_p0 = _log_softmax(others[row, :num]).to(log_p)
+        reverse, forward = (term.token_losses(log_p, log_p, log_p0).mean() for term in (REVERSE, FORWARD))
+        yield float(reverse), float(forward)
 
 
 # ---- metrics ----
