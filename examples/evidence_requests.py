@@ -1,0 +1,224 @@
+"""Many requests on one base: ten people of SST-2, a gated prompt each, against LoRA merged request by request.
+
+    python examples/evidence_requests.py --model ../shared/models/small-lm --data-dir ../shared/data/sst2 --steps 120
+
+Each person is a request. They come in random order; in the end three are withdrawn in random order. A prompt behind a
+text gate is trained for each request alone, with the other people's rows among its retain rows; prompts are added to
+and taken off one frozen base. *Merged* is SPUL's loss on LoRA, merged into the weights before the next request; a
+withdrawn request cannot be undone there. *One prompt for all* stands behind one gate for the rows of all ten.
+
+After 1, 5 and 10 requests, and after the withdrawals, a line of `requests.jsonl` has each system's accuracy on the
+test rows of the requests in force, of the people not (or no longer) asked for, and of the others; bytes, seconds of
+training, milliseconds to add and to withdraw. Trained prompts are kept; a repeated command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, concatenate_datasets
+from evidence.plan import Plan
+from evidence.systems import build, row_scores
+from paper.experiment import Experiment
+from transformers import set_seed
+
+from spul import SoftPromptUnlearner, UnlearningTrainer
+from spul.data.dataset import forget_retain_dataset
+from spul.data.known_reviews import SST2_FORGET_NAMES
+from spul.data.recognizers import NameFinder
+from spul.gates import GatedUnlearner, load
+from spul.training.methods import unlearning_method
+
+PROMPT = {"prompt_type": "prompt_tuning", "position": "message", "num_virtual_tokens": 30, "rate": 0.5}
+PROMPT |= {"alpha": 0.05, "beta": 0.025, "forget_fraction": 0.6, "batch_size": 32, "recall": 0.99, "negatives": 1500}
+WITHDRAWN, CHECKPOINTS = 3, (1, 5, 10)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="Hub name or folder of a causal LM")
+    add("--data-dir", required=True, help="folder of SST-2")
+    add("--plan", type=Path, required=True, help="whose `setup` memorizes, such as docs/data/evidence/sst2-plan.json")
+    add("--seed", type=int, default=1)
+    add("--steps", type=int, default=120, help="of training for one request, prompt or LoRA alike")
+    add("--lora-rate", type=float, default=1e-3)
+    add("--models-dir", type=Path, help="folder of the memorized models; in the output folder unless given")
+    add("--output-dir", type=Path, default=Path("out/many-requests"))
+    return parser.parse_args()
+
+
+def by_person(rows: Dataset, people: Sequence[str]) -> dict[str, Dataset]:
+    """Rows that name each person, of several the first in the list."""
+    found = [
+        next((name for name in people if name in names), None) for names in map(NameFinder(people).find, rows["text"])
+    ]
+    return {name: rows.select([i for i, one in enumerate(found) if one == name]) for name in people}
+
+
+class Requests:
+    """The people, their rows, and the order in which they come and go."""
+
+    def __init__(self, args: argparse.Namespace, experiment: Experiment) -> None:
+        self.args, self.experiment = args, experiment
+        self.people = list(SST2_FORGET_NAMES[:10])
+        self.train = by_person(experiment.rows["train_forget"], self.people)
+        self.test = by_person(experiment.rows["test_forget"], self.people)
+        self.retain, self.test_retain = experiment.rows["train_retain"], experiment.scored["test_retain"]
+        rng = random.Random(args.seed)
+        self.order = rng.sample(self.people, len(self.people))
+        self.withdrawn = rng.sample(self.people, WITHDRAWN)
+
+    def rows_for(self, name: str) -> dict[str, Dataset]:
+        """Rows to train a request's prompt on: the other people's are retain rows."""
+        others = [self.train[other] for other in self.people if other != name]
+        return {"forget": self.train[name], "retain": concatenate_datasets([*others, self.retain])}
+
+    def scores(self, model: Any, position: str, active: Sequence[str]) -> dict[str, float | None]:
+        """Accuracy on the rows of requests in force, of the other people, and of everybody else."""
+        found = {
+            name: row_scores(model, self.test[name], self.experiment, position)["accuracy"] for name in self.people
+        }
+        kept = row_scores(model, self.test_retain, self.experiment, position)["accuracy"]
+        inactive = [value for name in self.people if name not in active for value in found[name]]
+        return {
+            "forget": float(np.mean([value for name in active for value in found[name]])),
+            "worst request": max(float(np.mean(found[name])) for name in active),
+            "other people": float(np.mean(inactive)) if inactive else None,
+            "retain": float(np.mean(kept)),
+        }
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def train_prompt(requests: Requests, name: str, rows: dict[str, Dataset]) -> Path:
+    """The folder of a prompt and its gate, trained unless it is there."""
+    folder = requests.args.output_dir / f"prompts-{requests.args.seed}-{requests.args.steps}" / name.replace(" ", "-")
+    if not (folder / "cost.json").exists():
+        _, cost = build("gated", requests.experiment, rows, PROMPT | {"steps": requests.args.steps}, folder)
+        (folder / "cost.json").write_text(json.dumps(cost))
+    return folder
+
+
+def measured_prompts(requests: Requests) -> list[dict[str, Any]]:
+    """The lines of prompts that come and go on one base."""
+    experiment, found, gated, active = requests.experiment, [], None, []
+    base, position = experiment.load("base"), PROMPT["position"]
+    seconds, size, added, removed = 0.0, 0, [], []
+    for i, name in enumerate(requests.order, start=1):
+        folder = train_prompt(requests, name, requests.rows_for(name))
+        seconds += json.loads((folder / "cost.json").read_text())["seconds"]
+        size += folder_bytes(folder / "prompt") + folder_bytes(folder / "gate")
+        begun = time.perf_counter()
+        gate = load(folder / "gate", base, experiment.tokenizer)
+        if gated is None:
+            unlearner = SoftPromptUnlearner.from_pretrained(base, folder / "prompt", adapter_name=name)
+            gated = GatedUnlearner(unlearner, experiment.tokenizer, {name: gate}).eval()
+        else:
+            gated.load_adapter(folder / "prompt", name, gate=gate)
+        added.append(1000 * (time.perf_counter() - begun))
+        active.append(name)
+        if i in CHECKPOINTS:
+            found.append({"after": f"{i} added", **requests.scores(gated, position, active)})
+            found[-1] |= {"train_seconds": seconds, "bytes": size, "add_ms": float(np.median(added))}
+    assert gated is not None
+    for name in requests.withdrawn:
+        begun = time.perf_counter()
+        gated.delete_adapter(name)
+        removed.append(1000 * (time.perf_counter() - begun))
+        active.remove(name)
+    found.append({"after": f"{len(removed)} withdrawn", **requests.scores(gated, position, active)})
+    found[-1]["withdraw_ms"] = float(np.median(removed))
+    return found
+
+
+def measured_merged(requests: Requests) -> list[dict[str, Any]]:
+    """The lines of LoRA that is merged request by request."""
+    experiment, args, found, seconds = requests.experiment, requests.args, [], 0.0
+    model, method = experiment.load("base"), unlearning_method("IDK", trainable="lora")
+    for i, name in enumerate(requests.order, start=1):
+        begun, asked = time.perf_counter(), requests.order[:i]
+        kept = [requests.train[other] for other in requests.people if other not in asked]
+        set_seed(args.seed)
+        learning = method.prepare(model)
+        arguments = experiment.training_arguments(
+            learning_rate=args.lora_rate, max_steps=args.steps, per_device_train_batch_size=32, max_grad_norm=1.0
+        )
+        dataset = forget_retain_dataset(requests.train[name], concatenate_datasets([*kept, requests.retain]))
+        collator = experiment.collator_for(method)
+        trainer = UnlearningTrainer(learning, arguments, collator, dataset, loss=method.loss, forget_fraction=0.5)
+        trainer.train()
+        model = trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False).merge_and_unload().eval()
+        seconds += time.perf_counter() - begun
+        if i in CHECKPOINTS:
+            found.append({"after": f"{i} added", **requests.scores(model, "start", asked), "train_seconds": seconds})
+            found[-1]["bytes"] = sum(one.nbytes for one in model.parameters())
+        del trainer, learning
+        gc.collect()
+    active = [name for name in requests.order if name not in requests.withdrawn]
+    return [*found, {"after": f"{WITHDRAWN} withdrawn", **requests.scores(model, "start", active)}]
+
+
+def measured_together(requests: Requests) -> list[dict[str, Any]]:
+    """The line of one prompt for all."""
+    rows = {"forget": concatenate_datasets(list(requests.train.values())), "retain": requests.retain}
+    folder, experiment = train_prompt(requests, "all", rows), requests.experiment
+    base = experiment.load("base")
+    unlearner = SoftPromptUnlearner.from_pretrained(base, folder / "prompt")
+    gate = load(folder / "gate", base, experiment.tokenizer)
+    model = GatedUnlearner(unlearner, experiment.tokenizer, {"default": gate}).eval()
+    cost = json.loads((folder / "cost.json").read_text())
+    size = folder_bytes(folder / "prompt") + folder_bytes(folder / "gate")
+    scores = requests.scores(model, PROMPT["position"], requests.order)
+    return [{"after": "10 added", **scores, "train_seconds": cost["seconds"], "bytes": size}]
+
+
+def measured_base(requests: Requests) -> list[dict[str, Any]]:
+    """The line of the base."""
+    return [{"after": "none", **requests.scores(requests.experiment.load("base"), "start", requests.order)}]
+
+
+SYSTEMS = {
+    "base": measured_base,
+    "prompts behind gates": measured_prompts,
+    "one prompt for all": measured_together,
+    "LoRA, merged each time": measured_merged,
+}
+
+
+def main() -> None:
+    args = parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    folder = args.models_dir or args.output_dir / "models"
+    experiment = Plan.read(args.plan).experiment(args.seed, args.model, args.data_dir, folder)
+    requests = Requests(args, experiment)
+    path = args.output_dir / "requests.jsonl"
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    settings = {"seed": args.seed, "steps": args.steps, "model": Path(args.model).name, "lora_rate": args.lora_rate}
+    for name, measure in SYSTEMS.items():
+        if any({**one, **settings, "system": name} == one for one in done):
+            continue
+        lines = [settings | {"system": name} | line for line in measure(requests)]
+        with path.open("a") as file:
+            file.write("".join(json.dumps(line) + "\n" for line in lines))
+        for line in lines:
+            values = {key: round(value, 3) for key, value in line.items() if isinstance(value, float)}
+            print(f"{name}, {line['after']}: {values}", flush=True)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
