@@ -277,5 +277,5 @@ def test_a_path_with_its_suffix_is_refused(tmp_path):
 
 def test_without_matplotlib_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match="pip install matplotlib"):
+    with pytest.raises(ImportError, match="figures need matplotlib: pip install"):
         draw_tradeoff(RUNS)

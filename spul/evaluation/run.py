@@ -23,7 +23,7 @@ from ..models.sharding import check_layers_alone
 from ..models.unlearner import unlearner_of
 from ..records.digests import DigestKey, read_digest_key
 from ..records.files import write_text
-from .aggregation import Measurement
+from .aggregation import Key, Measurement
 from .examples import attack_examples
 from .measures import MEASURES, key_in_words
 from .metrics.free_form import rouge_l
@@ -264,9 +264,10 @@ def _measured(
             found = _resumed(folder, settings)
         found = broadcast(found)
     done = {one.key for one in found}
-    todo = [task for task in tasks if not done.issuperset(task.keys)]
-    if progress and state.is_main_process and len(todo) < len(tasks):
-        tqdm.write(f"{len(tasks) - len(todo)} of {len(tasks)} tasks are loaded from {folder}")
+    todo = [part for task in tasks for part in _missing(task, done)]
+    loaded = sum(done.issuperset(task.keys) for task in tasks)
+    if progress and state.is_main_process and loaded:
+        tqdm.write(f"{loaded} of {len(tasks)} tasks are loaded from {folder}")
     new: list[Measurement] = []
     failed: list[tuple[str, str]] = []
     own = todo if together else todo[state.process_index :: state.num_processes]
@@ -282,6 +283,15 @@ def _measured(
         new, failed = gathered(new), gathered(failed)
     by_key = {one.key: one for one in [*found, *new]}
     return [by_key[key] for task in tasks for key in task.keys if key in by_key], dict(failed)
+
+
+def _missing(task: Task, done: set[Key]) -> Sequence[Task]:
+    """The task unless it is done; where it is done in part, its missing parts, if it has any."""
+    if done.issuperset(task.keys):
+        return ()
+    if task.parts and not done.isdisjoint(task.keys):
+        return [part for part in task.parts if not done.issuperset(part.keys)]
+    return (task,)
 
 
 def _run(task: Task) -> tuple[list[Measurement], list[tuple[str, str]]]:

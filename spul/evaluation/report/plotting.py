@@ -47,7 +47,7 @@ def require_matplotlib() -> None:
         ImportError: if matplotlib is not installed.
     """
     try:
-        import matplotlib  # noqa: F401
+        import matplotlib.figure  # noqa: F401
     except ImportError as error:
         raise ImportError('the report\'s figures need matplotlib: pip install "spul[evaluation]"') from error
 
