@@ -242,7 +242,7 @@ def test_a_base_that_does_not_fit_is_left_alone(folder):
 def test_a_prompt_of_another_kind_is_not_loaded_over_one(tmp_path, folder):
     live = build_unlearner("llama", "p_tuning", torch.float32)
     before = state_of(live)
-    for name, message in (("default", "is P_TUNING"), ("second", "different peft types")):
+    for name, message in (("default", "is P_TUNING"), ("second", "one model holds prompts of one kind")):
         with pytest.raises(ValueError, match=message):
             live.load_adapter(folder, name)
     assert state_of(live) == before

@@ -179,8 +179,9 @@ COMMANDS = {
     "": Command(
         EvaluateOptions,
         run,
-        "spul evaluate --model out --forget f.jsonl --retain r.jsonl --test-forget tf.jsonl --test-retain tr.jsonl "
-        "--generic ' neutral' ' unknown' --output-dir evaluation --fail-if 'test_forget.accuracy.high > 0.05'",
+        "spul evaluate --model out --base facebook/opt-1.3b --forget f.jsonl --retain r.jsonl --test-forget tf.jsonl "
+        "--test-retain tr.jsonl --generic ' neutral' ' unknown' --output-dir evaluation "
+        "--fail-if 'test_forget.accuracy.high > 0.05'",
         "Measure an unlearned model, attack it, and exit with status 1 where a condition holds.",
     )
 }

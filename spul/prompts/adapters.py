@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from peft import PeftConfig, PeftModelForCausalLM
+from peft import PeftConfig, PeftModelForCausalLM, PeftType
 from torch import nn
 
 from ..models.compat_checkpointing import without_checkpointing
@@ -43,6 +43,9 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
             prompt_position: `"start"` or `"message"`, as of the first prompt.
             start: how it begins, as in `SoftPromptUnlearner`.
             kwargs: further arguments of PEFT.
+
+        Raises:
+            ValueError: if it is of another kind than this model's prompts, or does not fit the base.
         """
         check_peft_config(peft_config)
         check_position(prompt_position, peft_config)
@@ -51,6 +54,12 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         if not is_first:
             check_promptable(self.get_base_model(), peft_config)
             fill_sizes(self.get_base_model(), peft_config)
+            own, others = PeftType(peft_config.peft_type), PeftType(self.peft_type)
+            if own != others:
+                raise ValueError(
+                    f"the prompt {adapter_name!r} is {own.value}, and the prompts of this model are {others.value}; one "
+                    "model holds prompts of one kind. Train them as one kind, or serve them by two models."
+                )
         with checkpoint.registry_unchanged_on_error(self):
             with without_checkpointing(self.get_base_model()):  # under which PEFT refuses a prefix
                 super().add_adapter(adapter_name, peft_config, *args, **kwargs)

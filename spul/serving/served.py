@@ -118,8 +118,9 @@ def check_gate(folder: str | os.PathLike) -> None:
         is_gated = Path(folder, ROUTING_NAME).is_file()
         raise FileNotFoundError(
             f"{str(folder)!r} has no {GATE_FOLDER}/{SETTINGS_NAME}, so nothing would turn its prompt on"
-            + ("; it holds several prompts: pass it alone, without a name." if is_gated else "")
-            + f" Save a gate there (gate.save({GATE_FOLDER!r}) within the folder), or have the prompt always on."
+            + ("; it holds several prompts: pass it alone, without a name." if is_gated else ".")
+            + f" Fit a gate (spul gate fit --adapter FOLDER, or gate.save({GATE_FOLDER!r}) within the folder), or "
+            "have the prompt always on (--always NAME)."
         )
 
 

@@ -79,6 +79,8 @@ def back(evaluation: Evaluation) -> list[str]:
         return ["No attack was measured."]
     tried = f"Tried: {', '.join(MEASURES[one.measure].title.lower() for one, _ in pairs)}."
     most, plain = max(pairs, key=lambda pair: pair[0].value - pair[1].value)
+    if all(one.value == plain.value == 1.0 for one, plain in pairs):
+        return [f"Everything is answered as it is, so there was nothing to bring back. {tried}"]
     if most.value <= plain.value:
         return [f"No attack raised what is answered. {tried}"]
     text = (
