@@ -57,8 +57,8 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
             own, others = PeftType(peft_config.peft_type), PeftType(self.peft_type)
             if own != others:
                 raise ValueError(
-                    f"the prompt {adapter_name!r} is {own.value}, and the prompts of this model are {others.value}; one "
-                    "model holds prompts of one kind. Train them as one kind, or serve them by two models."
+                    f"the prompt {adapter_name!r} is {own.value}, and the prompts of this model are {others.value}; "
+                    "one model holds prompts of one kind. Train them as one kind, or serve them by two models."
                 )
         with checkpoint.registry_unchanged_on_error(self):
             with without_checkpointing(self.get_base_model()):  # under which PEFT refuses a prefix
