@@ -28,7 +28,7 @@ from typing import Any
 import torch
 import transformers
 from evidence import jobs, tables
-from evidence.plan import Plan, choose
+from evidence.plan import TRAINED, Plan, choose
 from paper.experiment import Experiment
 from paper.tables import read_runs
 
@@ -85,12 +85,12 @@ def parse_args() -> argparse.Namespace:
 
 
 @lru_cache(maxsize=4)
+def kept_experiment(plan: Path, seed: int, model: str, data_dir: str, folder: Path) -> Experiment:
+    return Plan.read(plan).experiment(seed, model, data_dir, folder)
+
+
 def experiment_of(args: argparse.Namespace, seed: int) -> Experiment:
-    return plan_of(args).experiment(seed, args.model, args.data_dir, args.models_dir or args.output_dir / "models")
-
-
-def plan_of(args: argparse.Namespace) -> Plan:
-    return Plan.read(args.plan)
+    return kept_experiment(args.plan, seed, args.model, args.data_dir, args.models_dir or args.output_dir / "models")
 
 
 def choice_of(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
@@ -108,14 +108,7 @@ def choice_of(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     return chosen
 
 
-class Options(argparse.Namespace):
-    """Options that are a key of a cache."""
-
-    def __hash__(self) -> int:  # type: ignore[override]
-        return hash(str(sorted(vars(self).items())))
-
-
-def prepare(args: Options, seed: int) -> None:
+def prepare(args: argparse.Namespace, seed: int) -> None:
     """Start a worker."""
     time.sleep(0.5)  # so that the others get their own workers
     _ = experiment_of(args, seed).rows
@@ -123,7 +116,7 @@ def prepare(args: Options, seed: int) -> None:
         torch.zeros(1, device="cuda")
 
 
-def work(args: Options, job: Job) -> dict[str, Any]:
+def work(args: argparse.Namespace, job: Job) -> dict[str, Any]:
     """Do a job; returns its line."""
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -131,7 +124,7 @@ def work(args: Options, job: Job) -> dict[str, Any]:
         torch.set_num_threads(1)
     if args.tf32:
         torch.set_float32_matmul_precision("high")
-    plan, start = plan_of(args), time.perf_counter()
+    plan, start = Plan.read(args.plan), time.perf_counter()
     experiment = experiment_of(args, job.seed)
     record: dict[str, Any] = {"job": job.key, "seed": job.seed, "system": job.system}
     if job.kind == "memorize":
@@ -144,7 +137,7 @@ def work(args: Options, job: Job) -> dict[str, Any]:
         else:
             chosen = choice_of(args, plan)
             settings = system.settings | chosen["systems"].get(job.system, {}).get("settings", {})
-            settings |= {"steps": plan.steps} if system.kind in jobs.TRAINED else {}
+            settings |= {"steps": plan.steps} if system.kind in TRAINED else {}
             attacked = args.attacked if job.system in chosen["attacked"] else 0
             name = job.system.replace(" ", "-").replace(",", "").replace("+", "-")
             folder = args.output_dir / "adapters" / f"{name}-{job.seed}"
@@ -240,18 +233,17 @@ def main() -> None:
     running: dict[Future, Job] = {}
     failed: list[str] = []
     broken = False
-    options = Options(**vars(args))
     with (
         path.open("a") as file,
         ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool,
     ):
         for seed in [plan.choosing_seed] * args.workers:  # all workers start at once, and read the data
-            pool.submit(prepare, options, seed)
+            pool.submit(prepare, args, seed)
         while waiting or running:
             late = broken or time.monotonic() - begun > 60 * args.minutes
             ready = [] if late else [one for one in waiting if one[1] <= done]
             for job, needs in ready[: args.workers - len(running)]:
-                running[pool.submit(work, options, job)] = job
+                running[pool.submit(work, args, job)] = job
                 waiting.remove((job, needs))
             if not running:
                 break

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from evidence.systems import split_rows
 from paper.experiment import Experiment
 from paper.runs import Run, Setup
 from tqdm.auto import tqdm
@@ -82,15 +83,7 @@ def experiment_of(args: argparse.Namespace, seed: int) -> Experiment:
 
 def splits_of(args: argparse.Namespace, experiment: Experiment) -> tuple[dict[str, Dataset], dict[str, Dataset]]:
     """The rows to train on and the rows to score on, `forget` and `retain` each."""
-    seed, train, scored = experiment.setup.seed, {}, {}
-    for side in ("forget", "retain"):
-        rows = experiment.rows[f"train_{side}"]
-        if args.held_out is None:
-            train[side], scored[side] = rows, experiment.scored[f"test_{side}"]
-            continue
-        parts = rows.train_test_split(args.held_out, seed=seed)
-        train[side], scored[side] = parts["train"], parts["test"].select(range(min(500, len(parts["test"]))))
-    return train, scored
+    return split_rows(experiment, args.held_out)
 
 
 # ---- gates and prompts ----

@@ -65,7 +65,7 @@ def peak(args: Any, model: str, shape: str, step: str) -> int:
 
 
 def estimated(args: Any, model: str, name: str) -> int:
-    """What `spul.estimate_memory` expects of the same."""
+    """Bytes that `spul.estimate_memory` expects of the same."""
     shape = common.SHAPES[name]
     found = spul.estimate_memory(
         common.MODELS[model](),

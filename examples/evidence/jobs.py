@@ -145,7 +145,7 @@ def relearned(experiment: Experiment, model: Any, system: System, forget: Datase
             few,
             others,
             collator.encoder,
-            lambda m, rows: score_completions(model if m is learning else m, rows, collator, experiment.batch_size),
+            lambda _, rows: score_completions(model, rows, collator, experiment.batch_size),
             lr=lr,
             at=RELEARNING_STEPS,
         )

@@ -40,25 +40,23 @@ def save_figure(figure: Figure, path_without_suffix: str | Path) -> list[Path]:
     return paths
 
 
-def require_matplotlib() -> None:
-    """Raise unless figures can be drawn.
+def require_matplotlib() -> type[Figure]:
+    """The class of figures.
 
     Raises:
         ImportError: if matplotlib is not installed.
     """
     try:
-        import matplotlib.figure  # noqa: F401
+        import matplotlib.figure
     except ImportError as error:
         raise ImportError('the report\'s figures need matplotlib: pip install "spul[evaluation]"') from error
+    return matplotlib.figure.Figure
 
 
 def panels_of(count: int, height: float) -> tuple[Figure, list[Axes]]:
     """A figure 7 inches wide with one panel, or rows of two; unused panels of the last row are removed."""
-    require_matplotlib()
-    from matplotlib.figure import Figure
-
     lines = (count + 1) // 2
-    figure = Figure(figsize=(7, height * lines + 0.6), layout="constrained")
+    figure = require_matplotlib()(figsize=(7, height * lines + 0.6), layout="constrained")
     grid = figure.subplots(lines, min(count, 2), squeeze=False).ravel().tolist()
     for axes in grid[count:]:
         axes.remove()
