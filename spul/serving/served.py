@@ -91,11 +91,11 @@ def check_folders(folders: Mapping[str, str | os.PathLike], always_on: Sequence[
         if name not in always_on:
             check_gate(folder)
     names = list(folders)
-    for first in [one for one in names if one in always_on][:1]:
-        if behind := names[names.index(first) + 1 :]:
-            raise ValueError(
-                f"{first!r} is always on, so that {behind}, which stand behind it, would never be; name it last."
-            )
+    first = next((i for i, name in enumerate(names) if name in always_on), len(names))
+    if behind := names[first + 1 :]:
+        raise ValueError(
+            f"{names[first]!r} is always on, so that {behind}, which stand behind it, would never be; name it last."
+        )
 
 
 def check_name(name: Any) -> None:
