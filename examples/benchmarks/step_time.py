@@ -6,17 +6,20 @@ The three run in turn; ratios are medians of the ratios within a round. Weights 
 depend on them. Peak memory is over the loaded model, measured in separate processes. On a CPU it is the resident set,
 measured twice: with blocks of a megabyte or more returned when freed, which is the need of the step, and with the
 default heap of the C library, which adds unused memory between blocks. The seconds of an epoch exclude the pass that
-computes the reference.
+computes the reference. Operators are those of torch in a step, views included.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import common
 from paper.costs import PeakMemory
 from steps import STEPS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 MEMORY = {
     "peak_bytes": "peak memory over the model",
@@ -47,9 +50,11 @@ def main() -> None:
         memory = {step: {} if args.time_only else measure_memory(args, name, step) for step in args.steps}
         base = common.build_model(args.model, args.device, common.dtype_of(args))
         steps = {step: make_step(args, base, name, step) for step in args.steps}
+        operators = {step: num_operators(call) for step, call in steps.items()}
         seconds = common.alternate(steps, args.rounds, args.device)
         for step in args.steps:
             record = {"shape": name, "step": step, "seconds": statistics.median(seconds[step])}
+            record["operators"] = operators[step]
             record |= {"all_seconds": seconds[step], **memory[step]}
             records.append(record)
             if args.epoch_rows:
@@ -59,6 +64,7 @@ def main() -> None:
             ("spul", "floor"),
             ("spul, live reference", "spul"),
             ("spul, at the message", "spul"),
+            ("spul, one pass", "spul"),
             ("plain", "spul, at the message"),
             ("spul", "plain"),
         ):
@@ -75,9 +81,13 @@ def main() -> None:
     where = {**common.surroundings(args), "prompt": args.prompt, "p": args.num_virtual_tokens}
     timed = [r for r in records if "step" in r]
     memory_columns = [field for field in MEMORY if field in timed[0]]
-    columns = ["shape", "step", "seconds", *(f"{MEMORY[field]} (MB)" for field in memory_columns)]
+    timing = ["shape", "step", "operators", "seconds"]
+    columns = [*timing, *(f"{MEMORY[field]} (MB)" for field in memory_columns)]
     columns += ["seconds per epoch"] if args.epoch_rows else []
-    lines = [[r["shape"], r["step"], r["seconds"], *(r[field] / 1e6 for field in memory_columns)] for r in timed]
+    lines = [
+        [r["shape"], r["step"], r["operators"], r["seconds"], *(r[field] / 1e6 for field in memory_columns)]
+        for r in timed
+    ]
     lines = [line + ([r["epoch_seconds"]] if args.epoch_rows else []) for line, r in zip(lines, timed, strict=True)]
     common.report("One training step", where, columns, lines)
     ratios = [r for r in records if "ratio" in r]
@@ -85,6 +95,21 @@ def main() -> None:
     lines = [[r["shape"], r["ratio"], r["time"], *(r[field] for field in fields)] for r in ratios]
     common.report("Ratios", where, ["shape", "ratio", "time", *(MEMORY[field] for field in fields)], lines)
     common.write_json(args.json, {"where": where, "records": records})
+
+
+def num_operators(call: Callable[[], Any]) -> int:
+    """Operators of torch in a call, forward and backward: on a GPU, each is launched."""
+    with _Counting() as counting:
+        call()
+    return counting.num
+
+
+class _Counting(TorchDispatchMode):
+    num = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.num += 1
+        return func(*args, **(kwargs or {}))
 
 
 def make_step(args, base, shape: str, step: str):

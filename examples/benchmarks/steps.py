@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import Shape, make_collator, make_rows
+from one_pass import OnePass
 from peft import PeftConfig, PeftModelForCausalLM
 from torch import Tensor
 
@@ -72,6 +73,11 @@ def live_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
 def message_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
     """The same with the prompt inside every row, `prompt_position="message"`: no keys and values are shared."""
     return spul_step(base, config, shape, prompt_position="message")
+
+
+def one_pass_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
+    """The same with the prompt as a row of the batch: one pass of the base, see `one_pass`."""
+    return spul_step(base, config, shape, kind=OnePass)
 
 
 def concatenated_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
@@ -147,5 +153,6 @@ STEPS = {
     "floor": floor_step,
     "spul, live reference": live_step,
     "spul, at the message": message_step,
+    "spul, one pass": one_pass_step,
     "spul, concatenated": concatenated_step,
 }
