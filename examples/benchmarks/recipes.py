@@ -5,19 +5,19 @@ A lever is a line of `LEVERS`; a new setting is a field of `Recipe`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
+from datasets import Dataset
 from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from transformers import TrainingArguments
 
-from spul import UnlearningLoss
-from spul.prompts import InstructionStart
+from spul import ForgetRetainCollator, UnlearningLoss
+from spul.prompts import DiscriminativeStart, InstructionStart
 from spul.prompts.starts import Start
 
 PROMPT_TYPES = ("prefix_tuning", "prompt_tuning", "p_tuning")
-DECLINED_ROWS = "declined rows"
+DECLINED_ROWS, DISCRIMINATIVE = "declined rows", "discriminative"
 NUM_DECLINED = 3
 
 
@@ -33,8 +33,8 @@ class Recipe:
         schedule: `lr_scheduler_type` of `TrainingArguments`.
         warmup: steps of warm-up, or a share of all steps if below 1.
         batch_size: rows of a step.
-        start: `start` of `SoftPromptUnlearner` by name, or `"declined rows"`: forget rows that are answered with
-            generic responses.
+        start: `start` of `SoftPromptUnlearner` by name, `"declined rows"`: forget rows that are answered with
+            generic responses, or `"discriminative"`: keys fitted to the training rows.
         max_grad_norm: norm to which gradients are clipped.
         weight_decay: of AdamW.
         num_virtual_tokens: length of the prompt.
@@ -73,19 +73,24 @@ class Recipe:
         """The objective."""
         return UnlearningLoss(self.alpha, self.beta, retain_budget=self.retain_budget)
 
-    def start_of(self, forget_prompts: Sequence[str], completions: Sequence[str], tokenizer: Any) -> Start:
+    def start_of(self, train: Dataset, collator: ForgetRetainCollator) -> Start:
         """Start of the prompt.
 
         Args:
-            forget_prompts: prompts of the forget rows that are trained on.
-            completions: generic completions.
-            tokenizer: the base's.
+            train: the rows that are trained on.
+            collator: of the training.
         """
+        if self.start == DISCRIMINATIVE:
+            return DiscriminativeStart(train, collator, progress=False)
         if self.start != DECLINED_ROWS:
             return cast(Start, self.start)
-        apart = forget_prompts[:: max(1, len(forget_prompts) // NUM_DECLINED)][:NUM_DECLINED]
+        prompts = [row["prompt"] for row in train.select_columns(["prompt", "is_forget"]) if row["is_forget"]]
+        apart, completions = (
+            prompts[:: max(1, len(prompts) // NUM_DECLINED)][:NUM_DECLINED],
+            collator.generic_completions,
+        )
         rows = [prompt + completions[i % len(completions)] for i, prompt in enumerate(apart)]
-        return InstructionStart("\n\n".join(rows), tokenizer)
+        return InstructionStart("\n\n".join(rows), collator.tokenizer)
 
     def arguments(self, folder: str, seed: int, max_steps: int, **options: Any) -> TrainingArguments:
         """The arguments of training."""
@@ -130,9 +135,9 @@ _CONSTANT = replace(
     max_grad_norm=1.0,
     weight_decay=0.0,
 )
-# The candidates so far. No recipe is known yet by which prompt tuning or P-tuning forgets on every seed.
+# No recipe is known yet by which prompt tuning or P-tuning forgets on every seed.
 DEFAULTS = {
-    "prefix_tuning": replace(_CONSTANT, learning_rate=0.1, batch_size=16),
+    "prefix_tuning": replace(_CONSTANT, learning_rate=0.1, batch_size=8, alpha=2.0, start=DISCRIMINATIVE),
     "prompt_tuning": replace(_CONSTANT, learning_rate=0.1, batch_size=8, start="vocabulary"),
     "p_tuning": replace(_CONSTANT, learning_rate=0.003, batch_size=8),
 }

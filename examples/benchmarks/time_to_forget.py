@@ -5,7 +5,7 @@
 
 Held-out training rows are scored every `--every` steps. A run ends at the first scoring with at most 5 % of the forget
 rows answered and retain accuracy within one point of the base's, or after `--max-steps`. Seconds exclude scoring and
-saving, and the reference logits, which are computed once for a base.
+saving, the start of the prompt, which is stored beside them, and the reference logits, computed once for a base.
 
 Recipes are `published` (the SPUL paper's), `by hand` (the settings that this library's examples had found),
 `defaults`, and each lever alone: the published recipe with one setting of the defaults. They stand in `recipes.py`.
@@ -131,15 +131,15 @@ def measured(args: argparse.Namespace, task: Task, prompt_type: str, recipe: Rec
     """Train until the rows are forgotten; steps, rows and seconds, None where that was not reached."""
     set_seed(seed)
     collator = task.collator(recipe.num_virtual_tokens)
-    train = task.rows.train
-    forget = [row["prompt"] for row in train.select_columns(["prompt", "is_forget"]) if row["is_forget"]]
+    train, begun = task.rows.train, time.perf_counter()
     unlearner = SoftPromptUnlearner(
         task.base(),
         recipe.prompt_config(prompt_type),
         loss=recipe.loss(),
         prompt_position=recipe.prompt_position,
-        start=recipe.start_of(forget, collator.generic_completions, collator.tokenizer),
+        start=recipe.start_of(train, collator),
     )
+    seconds_of_start = time.perf_counter() - begun
     with tempfile.TemporaryDirectory() as folder:
         trainer = UnlearningTrainer(
             unlearner,
@@ -160,6 +160,7 @@ def measured(args: argparse.Namespace, task: Task, prompt_type: str, recipe: Rec
         "steps": steps,
         "rows": steps and steps * recipe.batch_size,
         "seconds": stop.seconds if stop.is_met else None,
+        "seconds_of_start": seconds_of_start,
         "seconds_per_step": stop.seconds / trainer.state.global_step,
         "base": stop.base._asdict(),
         "best": stop.best._asdict(),

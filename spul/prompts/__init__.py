@@ -1,11 +1,13 @@
 """Soft prompts on a frozen causal LM: `SoftPromptUnlearner`, the shared prefix, generation, saving and loading."""
 
 from .configs import PROMPT_CONFIGS
+from .discriminative import DiscriminativeStart
 from .starts import InstructionStart
 from .unlearner import SoftPromptUnlearner
 
 __all__ = [
     "PROMPT_CONFIGS",
+    "DiscriminativeStart",
     "InstructionStart",
     "SoftPromptUnlearner",
 ]

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..models.causal_lm import evaluation_mode
 from ..models.compat import is_sharded
 from .configs import holds_states
-from .states import compute_states
+from .discriminative import DiscriminativeStart
+from .states import compute_states, packed_states
 
 StartName = Literal["random", "vocabulary", "peft"]
 STARTS = get_args(StartName)
@@ -70,28 +71,32 @@ class InstructionStart:
         return ids[:num_virtual_tokens]
 
 
-Start = StartName | InstructionStart
+Start = StartName | InstructionStart | DiscriminativeStart
 
 
 def check_start(start: Any, peft_config: Any) -> None:
     """Raise unless a start can be given to a prompt.
 
     Args:
-        start: None, a name, or an `InstructionStart`.
+        start: None, a name, an `InstructionStart`, or a `DiscriminativeStart`.
         peft_config: the prompt's config.
 
     Raises:
         TypeError: if it is none of these.
-        ValueError: if the name is unknown, or the config names a start of its own.
+        ValueError: if the name is unknown, the config names a start of its own, or has no keys to be fitted.
     """
     if start is None:
         return
-    if not isinstance(start, str | InstructionStart):
-        raise TypeError(
-            f"start is a {type(start).__name__}; expected one of {STARTS}, or an InstructionStart(text, tokenizer)."
-        )
+    others = "an InstructionStart(text, tokenizer), or a DiscriminativeStart(dataset, collator)"
+    if not isinstance(start, str | InstructionStart | DiscriminativeStart):
+        raise TypeError(f"start is a {type(start).__name__}; expected one of {STARTS}, {others}.")
     if isinstance(start, str) and start not in STARTS:
-        raise ValueError(f"start={start!r}; expected one of {STARTS}, or an InstructionStart(text, tokenizer).")
+        raise ValueError(f"start={start!r}; expected one of {STARTS}, {others}.")
+    if isinstance(start, DiscriminativeStart) and not holds_states(peft_config):
+        raise ValueError(
+            f"start is a DiscriminativeStart, which fits keys, and {type(peft_config).__name__} has none; expected a "
+            "PrefixTuningConfig or a CartridgeConfig, or another start."
+        )
     if start != "peft" and (own := _start_of_config(peft_config)):
         raise ValueError(f"start={start!r}, and {own} in the {type(peft_config).__name__}; give one of the two.")
 
@@ -128,6 +133,10 @@ def start_prompt(model: Any, adapter_name: str, start: Start | None) -> None:
         if start is not None:
             raise ValueError(f"start={start!r}: the base is sharded, and computes no keys and values; leave it out.")
         _scale(encoder, SHARDED_SCALE)
+        return
+    if isinstance(start, DiscriminativeStart):
+        start_prompt(model, adapter_name, "random")  # rows are read behind a prefix near the base
+        _put(encoder, start.keys_and_values(model, adapter_name), is_exact=True)
         return
     ids = _token_ids(model, num, start, by_token=_looks_up_tokens(base) and holds_states(config))
     rows = _random_rows(model, num) if ids is None else model.word_embeddings(ids)
@@ -188,21 +197,12 @@ def _looks_up_tokens(base: Any) -> bool:
 
 
 def _keys_and_values(base: Any, rows: Tensor, ids: Tensor | None, config: Any) -> Tensor:
-    """Keys and values of rows (p, d) by a pass of the base, in the layout of PEFT: (p, layers * 2 * heads * width).
-
-    Where layers differ in shape, or cache a window's end alone, the rest is 0; no row reads it.
-    """
+    """Keys and values of rows (p, d) by a pass of the base, in the layout of PEFT."""
     prompt = rows[None].to(base.get_input_embeddings().weight.dtype)
     with evaluation_mode(base):
         states = compute_states(base, prompt, token_ids=None if ids is None else ids[None])
-    heads, num = config.num_attention_heads, config.num_virtual_tokens
     assert states is not None  # `check_prefix` ran behind such a cache
-    packed = rows.new_zeros(num, 2 * config.num_layers, heads, config.token_dim // heads, dtype=torch.float32)
-    for i, layer in enumerate(states.layers):
-        for j, tensor in enumerate((layer.keys, layer.values)):
-            _, own_heads, cached, width = tensor.shape
-            packed[num - cached :, 2 * i + j, :own_heads, :width] = tensor[0].transpose(0, 1)
-    return packed.flatten(1)
+    return packed_states(states.layers, config)
 
 
 def _put(encoder: Any, rows: Tensor, is_exact: bool) -> None:

@@ -159,6 +159,25 @@ def compute_states(
     return None if layers is None else PromptStates(layers, out.logits if with_logits else None, prompt, version)
 
 
+def packed_states(layers: list[LayerStates], config: Any) -> Tensor:
+    """Keys and values of layers in PEFT's layout of prefix tuning, (p, layers * 2 * heads * width), float32.
+
+    Where layers differ in shape, or cache a window's end alone, the rest is 0; no row reads it.
+
+    Args:
+        layers: of one prompt.
+        config: PEFT's, with the sizes.
+    """
+    heads, num = config.num_attention_heads, config.num_virtual_tokens
+    shape = (num, 2 * config.num_layers, heads, config.token_dim // heads)
+    packed = layers[0].keys.new_zeros(shape, dtype=torch.float32)
+    for i, layer in enumerate(layers):
+        for j, tensor in enumerate((layer.keys, layer.values)):
+            _, own_heads, cached, width = tensor.shape
+            packed[num - cached :, 2 * i + j, :own_heads, :width] = tensor[0].transpose(0, 1)
+    return packed.flatten(1)
+
+
 def base_version(base: nn.Module, device_type: str) -> tuple:
     """Autocast, weights, buffers, hooks and settings: changes whenever the base may compute other states."""
     return autocast_dtype(device_type), weight_versions(base), settings_of(base)

@@ -1,0 +1,315 @@
+"""A start of prefix tuning whose keys tell forget rows from the others before the first step.
+
+Attention to a prompt is a linear gate: a query attends to a key as far as their product exceeds the log-sum-exp of its
+products with the row's own keys. A prefix that begins at random first declines everybody a little, and learns late, on
+some draws never, whom not to. Here the keys are fitted, by logistic regression on the queries of the frozen base, so
+that a token of each forget row attends to the prompt and none of the other rows' does. The values begin as the mean of
+what heads put out, which changes little; training then finds what to say, where it is already known to whom.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..data.checks import check_rows, forget_flags
+from ..data.collator import ForgetRetainCollator
+from ..models.causal_lm import evaluation_mode
+from ..models.compat import layer_states
+from ..models.compat_attention import Attention, observed_attention
+from .row_prompts import under
+from .states import PromptStates, in_front, packed_states
+
+MOST_ROWS = 64  # of a batch
+MOST_SCORES = 2**26  # products of queries and keys in memory, of a layer
+STORED_NUMBERS = 2**29  # of queries: so many layers are fitted at once
+NUM_STEPS, ROWS_OF_STEP, RATE = 150, 64, 0.05
+LENGTH = 4.0  # standard deviations of a product of a query with a fresh key
+RETAIN_TOKENS, RETAIN_ROWS = 10.0, 2.0  # weights beside that of the forget rows, 1
+WEIGHT_DECAY = 0.016  # of a key whose length is 1
+
+
+@dataclass(frozen=True)
+class DiscriminativeStart:
+    """A start of prefix tuning, fitted to rows: its keys tell requests to forget from others.
+
+    It takes a pass of the base over some rows of each side, or a few passes if their queries do not fit into memory,
+    and one fit per layer. Nothing of the base changes. Sliding windows, sinks and capped scores are not part of the
+    fit: there the keys are a start all the same, attended to by somewhat more or less.
+
+    Args:
+        dataset: rows with `is_forget`, as they are trained on.
+        collator: of the training, which encodes them.
+        num_tokens: rows are drawn until each side has so many tokens; all of them are used where there are fewer.
+        progress: whether to show a progress bar.
+
+    Raises:
+        TypeError: if the data set is no `datasets.Dataset`, the collator no `ForgetRetainCollator`, or `num_tokens` no
+            integer.
+        ValueError: if there are no forget rows, or no others, or `num_tokens` is below 1.
+    """
+
+    dataset: Dataset = field(repr=False)
+    collator: ForgetRetainCollator = field(repr=False)
+    num_tokens: int = 16_384
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        check_rows(self.dataset, (), "dataset")
+        if not isinstance(self.collator, ForgetRetainCollator):
+            raise TypeError(f"collator is a {type(self.collator).__name__}; expected a ForgetRetainCollator.")
+        if isinstance(self.num_tokens, bool) or not isinstance(self.num_tokens, int):
+            raise TypeError(f"num_tokens={self.num_tokens!r}: expected an integer.")
+        if self.num_tokens < 1:
+            raise ValueError(f"num_tokens={self.num_tokens}: expected at least 1.")
+        flags = forget_flags(self.dataset, "dataset")
+        for flag, name in ((True, "forget"), (False, "retain")):
+            if flag not in flags:
+                raise ValueError(
+                    f"dataset has no {name} rows; expected some of both sides, which the keys tell apart."
+                )
+
+    def encoded_rows(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Token ids of the prompts of drawn forget rows and of drawn other rows, without their responses."""
+        flags = torch.tensor(forget_flags(self.dataset, "dataset"))
+        sides: list[list[list[int]]] = []
+        for side in (flags, ~flags):
+            rows, found = side.nonzero().flatten(), 0
+            sides.append([])
+            for i in rows[torch.randperm(len(rows))].tolist():
+                sides[-1].append(self.collator.encoder.encode(self.dataset[i]).prompt_ids)
+                found += len(sides[-1][-1])
+                if found >= self.num_tokens:
+                    break
+        return sides[0], sides[1]
+
+    @torch.no_grad()
+    def keys_and_values(self, model: Any, adapter_name: str) -> Tensor:
+        """Keys and values in the layout of PEFT, (p, layers * 2 * heads * width).
+
+        Args:
+            model: a prompt-learning PEFT model, whose prefix stands where it begins by default.
+            adapter_name: the prefix.
+
+        Raises:
+            ValueError: if the base computes attention in code of its own, which shows no queries.
+        """
+        config, view = model.peft_config[adapter_name], under(model, adapter_name)
+        reader = _Queries(view, *self.encoded_rows())
+        shape = (config.num_virtual_tokens, 2 * config.num_layers, config.num_attention_heads, -1)
+        packed = packed_states(reader.states.layers, config).view(shape)
+        with tqdm(total=config.num_layers, desc="fitting keys", disable=not self.progress) as bar:
+            for layer, forget, retain, mean in reader.layers(config.num_layers):
+                keys = fit_keys(forget, retain, len(mean), config.num_virtual_tokens)
+                own, width = mean.shape
+                packed[:, 2 * layer, :own, :width] = keys.transpose(0, 1)
+                packed[:, 2 * layer + 1, :own, :width] = mean
+                bar.update(layer + 1 - bar.n)
+        return packed.flatten(1)
+
+
+class Side(NamedTuple):
+    """Queries of the rows of a side in a layer.
+
+    Attributes:
+        queries: (T, heads, width), scaled.
+        own: log-sum-exp of each query's products with the row's own keys, (T, heads).
+        row: index of each query's row, (T,).
+    """
+
+    queries: Tensor
+    own: Tensor
+    row: Tensor
+
+
+@torch.enable_grad()
+def fit_keys(forget: Side, retain: Side, num_heads: int, num_keys: int) -> Tensor:
+    """Keys (key/value heads, p, width) to which a query of each forget row attends, and none of the other rows'.
+
+    The share of a query's attention that goes to the keys is the logistic function of the log-sum-exp of its products
+    with them, less `own`: a logistic regression whose output is the largest over a forget row's queries.
+
+    Args:
+        forget: of the forget rows.
+        retain: of the others.
+        num_heads: key/value heads; query heads that share one follow each other.
+        num_keys: p.
+    """
+    sides = [_by_head(side, num_heads) for side in (forget, retain)]
+    (queries, own), (others, others_own) = sides
+    mean = others.mean(dim=(1, 2))  # (heads, width)
+    width, size = mean.shape[1], others.sub(mean[:, None, None]).std(dim=(1, 2)).mean(dim=-1)
+    unit = (LENGTH / (size.clamp(min=1e-6) * width**0.5))[:, None, None]
+    drawn = torch.randint(queries.shape[1] * queries.shape[2], (num_keys,)).to(queries.device)
+    fresh = F.normalize(queries.flatten(1, 2)[:, drawn] - mean[:, None], dim=-1)
+    weights = fresh.clone().requires_grad_()
+    optimizer = torch.optim.Adam([weights], lr=RATE)
+    for _ in range(NUM_STEPS):
+        keys, (at, row), (others_at, others_row) = weights * unit, _drawn(forget.row), _drawn(retain.row)
+        of_forget = _log_odds(queries[:, at], own[:, at], keys)
+        of_retain = _log_odds(others[:, others_at], others_own[:, others_at], keys)
+        loss = F.softplus(-_largest(of_forget, row)).mean(dim=1)
+        loss = loss + RETAIN_ROWS * F.softplus(_largest(of_retain, others_row)).mean(dim=1)
+        loss = loss + RETAIN_TOKENS * F.softplus(of_retain).mean(dim=1)
+        loss = loss + WEIGHT_DECAY * weights.square().sum(dim=-1).mean(dim=-1) / width
+        optimizer.zero_grad()
+        loss.sum().backward()
+        optimizer.step()
+    return (weights * unit).detach()
+
+
+def _by_head(side: Side, num_heads: int) -> tuple[Tensor, Tensor]:
+    """Queries (key/value heads, T, group, width) and `own` (key/value heads, T, group)."""
+    queries, own = (t.unflatten(1, (num_heads, -1)).transpose(0, 1) for t in side[:2])
+    return queries, own
+
+
+def _drawn(row: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens of some drawn rows, and the number of the row of each among these."""
+    rows = row.unique()
+    rows = rows[torch.randperm(len(rows))[:ROWS_OF_STEP].to(rows.device)]
+    number = rows.new_full((int(row.max()) + 1,), -1)
+    number[rows] = torch.arange(len(rows), device=rows.device)
+    at = (number[row] >= 0).nonzero().flatten()
+    return at, number[row[at]]
+
+
+def _log_odds(queries: Tensor, own: Tensor, keys: Tensor) -> Tensor:
+    """Log-odds of attention to the keys, the largest of the query heads of each group: (key/value heads, T)."""
+    scores = torch.einsum("htgd,hpd->htgp", queries, keys)
+    return (scores.logsumexp(dim=-1) - own).amax(dim=-1)
+
+
+def _largest(log_odds: Tensor, row: Tensor) -> Tensor:
+    """The largest of each row, (heads, rows)."""
+    empty = log_odds.new_full((len(log_odds), int(row.max()) + 1), -torch.inf)
+    return empty.scatter_reduce(1, row.expand(len(log_odds), -1), log_odds, "amax")
+
+
+# ---- queries of the base ----
+
+
+class _Queries:
+    """Reader of the queries of a base behind a prefix.
+
+    Args:
+        view: the model with this prefix active.
+        forget: token ids of the forget rows.
+        retain: of the others.
+    """
+
+    def __init__(self, view: Any, forget: list[list[int]], retain: list[list[int]]) -> None:
+        layers = layer_states(view.get_prompt(batch_size=1))
+        assert layers is not None  # `check_prefix` ran behind it
+        self.base, self.states = view.get_base_model(), PromptStates(layers)
+        self.num_heads = self.base.config.get_text_config().num_attention_heads
+        # After the same tokens a query is the same on both sides, and tells nothing.
+        beginnings = {one for row in retain for one in _beginnings(row)}
+        first = [sum(one in beginnings for one in _beginnings(row)) for row in forget]
+        own = [i for i, row in enumerate(forget) if first[i] < len(row)]
+        if not own:
+            raise ValueError("every forget row's prompt is also that of another row; expected different ones.")
+        self.rows = ([forget[i] for i in own], retain)
+        self.first = [first[i] for i in own]
+
+    def layers(self, num_layers: int) -> Iterator[tuple[int, Side, Side, Tensor]]:
+        """Index, forget and retain side, and mean output of attention (key/value heads, width), of each layer.
+
+        Raises:
+            ValueError: if the base shows no queries.
+        """
+        num_tokens = sum(len(row) for side in self.rows for row in side)
+        at_once = max(1, STORED_NUMBERS // (num_tokens * self.num_heads * self.states.layers[0].keys.shape[3]))
+        for first in range(0, num_layers, at_once):
+            group = _Group(range(first, min(first + at_once, num_layers)))
+            for side in (0, 1):
+                self._read(group, side)
+            if not group.is_shown:
+                raise ValueError(
+                    f"{type(self.base).__name__} computes attention in code of its own, not by the functions of "
+                    "transformers, so that keys cannot be fitted to its queries; leave start out."
+                )
+            for layer, parts in group.parts.items():
+                forget, retain = (Side(*map(torch.cat, zip(*part, strict=True))) for part in parts)
+                yield layer, forget, retain, group.sums[layer] / len(forget.queries)
+
+    def _read(self, group: _Group, side: int) -> None:
+        """Read the queries of some layers at the rows of a side."""
+        rows, device = self.rows[side], self.base.get_input_embeddings().weight.device
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+        size = max(1, min(MOST_ROWS, MOST_SCORES // (self.num_heads * len(rows[order[-1]]) ** 2)))
+        for i in range(0, len(order), size):
+            batch = order[i : i + size]
+            lengths = torch.tensor([len(rows[j]) for j in batch])
+            mask = torch.arange(int(lengths.max())) < lengths[:, None]
+            ids = torch.zeros(mask.shape, dtype=torch.long)
+            ids[mask] = torch.tensor([token for j in batch for token in rows[j]])
+            used = mask
+            if side == 0:
+                used = mask & (torch.arange(mask.shape[1]) >= torch.tensor([self.first[j] for j in batch])[:, None])
+            row = torch.tensor(batch)[:, None].expand_as(used)[used]
+            with (
+                evaluation_mode(self.base),
+                observed_attention(self.base, group.keeper(side, used, row)),
+                in_front(self.base, self.states, mask.long().to(device)) as inputs,
+            ):
+                self.base(input_ids=ids.to(device), **inputs)
+
+
+class _Group:
+    """Queries of some layers, as they are read.
+
+    Args:
+        layers: the layers.
+    """
+
+    def __init__(self, layers: range) -> None:
+        self.layers, self.is_shown = layers, False
+        self.parts: dict[int, tuple[list[Side], list[Side]]] = {}
+        self.sums: dict[int, Tensor] = {}  # of what attention puts out at forget rows
+
+    def keeper(self, side: int, used: Tensor, row: Tensor) -> Callable[[Attention], None]:
+        """A function that keeps the queries of a batch.
+
+        Args:
+            side: 0 for forget rows, 1 for others.
+            used: (B, n) bool, the queries to keep.
+            row: index of the row of each of these.
+        """
+
+        def keep(seen: Attention) -> None:
+            self.is_shown = True
+            if seen.layer not in self.layers:
+                return
+            device, (num, group) = (
+                seen.queries.device,
+                (seen.queries.shape[2], len(seen.queries[0]) // len(seen.keys[0])),
+            )
+            queries = seen.queries.float()
+            keys, values = (t[:, :, -num:].float().repeat_interleave(group, dim=1) for t in (seen.keys, seen.values))
+            later = torch.ones(num, num, device=device, dtype=torch.bool).triu(1)  # pads stand later, too
+            scores = (queries @ keys.transpose(-1, -2)).masked_fill(later, -torch.inf)
+            at = used.to(device)
+            kept, own = (t.transpose(1, 2)[at] for t in (queries, scores.logsumexp(dim=-1)))
+            self.parts.setdefault(seen.layer, ([], []))[side].append(Side(kept, own, row.to(device)))
+            if side == 0:
+                out = (scores.softmax(dim=-1) @ values).transpose(1, 2)[at]
+                total = out.unflatten(1, (-1, group)).mean(dim=2).sum(dim=0)
+                self.sums[seen.layer] = self.sums[seen.layer] + total if seen.layer in self.sums else total
+
+        return keep
+
+
+def _beginnings(row: list[int]) -> Iterator[int]:
+    """A hash of each beginning of a row."""
+    found = 0
+    for token in row:
+        found = hash((found, token))
+        yield found
