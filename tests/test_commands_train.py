@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers.integrations.integration_utils as integrations
 from command_files import flags, parsed, write_base, write_files, write_prompt, write_rows
-from helpers import CHAT_TEMPLATE, GENERIC, build, make_tokenizer, rows
+from helpers import CHAT_TEMPLATE, GENERIC, build, make_collator, make_tokenizer, rows
 from peft import PeftModel
 from processes import run_by_two
 from safetensors.torch import load_file
@@ -16,11 +16,12 @@ from servers import make_gated
 from transformers import TrainerCallback, set_seed
 
 import spul
-from spul import SoftPromptUnlearner
+from spul import SoftPromptUnlearner, forget_retain_dataset
 from spul.commands import combine, train
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
 from spul.models.compat import is_quantized
+from spul.prompts import DiscriminativeStart
 from spul.prompts.configs import prompt_config
 from spul.records import Ledger, fingerprint, make_digest_key
 from spul.records.spul_config import read_spul_config
@@ -197,10 +198,27 @@ def test_conversations_are_trained_before_their_message(tmp_path):
     assert Ledger(tmp_path / "ledger.jsonl").states()["1"].rows == loaded.spul_config.forget
 
 
+def test_a_prefix_begins_as_keys_fitted_to_the_rows(files, tmp_path):
+    options = {"prompt_type": "prefix_tuning", "learning_rate": 1e-8}  # so that training changes next to nothing
+    states = {}
+    for start in ("random", "discriminative"):
+        trained(files, tmp_path / start, start=start, **options)
+        states[start] = load_file(tmp_path / start / "adapter_model.safetensors")["prompt_embeddings"]
+    base = SoftPromptUnlearner.from_pretrained(files["model"], tmp_path / "random").get_base_model()
+    collator = make_collator(max_length=92)
+    dataset = forget_retain_dataset(*(read_prompts(files[name]) for name in ("forget", "retain")))
+    set_seed(42)
+    start = DiscriminativeStart(dataset, collator, progress=False)
+    expected = SoftPromptUnlearner(base, prompt_config("prefix_tuning", 4), start=start)
+    torch.testing.assert_close(states["discriminative"], expected.prompt_encoder["default"].embedding.weight.detach())
+    assert not torch.allclose(states["random"], states["discriminative"], atol=0.01)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         ({"instruction": "decline", "start": "random"}, "give one of them"),
+        ({"start": "discriminative", "prompt_type": "p_tuning"}, "PromptEncoderConfig has none"),
         ({"request": "2026-017"}, "ledger and request go together"),
         ({"ledger": "ledger.jsonl"}, "ledger and request go together"),
         ({"ledger": "{}/ledger.jsonl", "request": " "}, "expected the name of a request"),

@@ -51,7 +51,9 @@ class TrainOptions(TrainingOptions):
     prompt_position: Literal["start", "message"] = option(
         "where the prompt stands: in front, or before what is asked", "start"
     )
-    start: Literal["random", "vocabulary", "peft"] | None = option("how the prompt begins; by its kind by default")
+    start: Literal["random", "vocabulary", "peft", "discriminative"] | None = option(
+        "how the prompt begins; by its kind by default. discriminative fits keys of prefix tuning to the rows"
+    )
     instruction: str | None = option("a written instruction that the prompt begins as, in place of --start")
     method: str = option("the loss, one of those of spul.training.METHODS that train a prompt", "SPUL")
     alpha: float | None = option("weight of the retain term; the method's by default")
@@ -103,17 +105,17 @@ def run(options: TrainOptions) -> int | None:
     dataset = forget_retain_dataset(options.rows(options.forget), options.rows(options.retain))
     held_out = None if options.hold_out is None else hold_out(dataset, options.hold_out, options.seed)
     tokenizer = options.load_tokenizer(options.model)
-    unlearner = _unlearner(options, method, tokenizer)
-    collator = method.collator(
-        tokenizer, options.generic or (), seed=options.seed, **options.collator_options(unlearner)
-    )
+    base, train_rows = options.load(options.model), dataset if held_out is None else held_out.train
+    room = options.collator_options(base, options.num_virtual_tokens, options.prompt_position)
+    collator = method.collator(tokenizer, options.generic or (), seed=options.seed, **room)
+    unlearner = _unlearner(options, base, method.loss, collator, train_rows)
     if options.learning_rate is None:
         options.learning_rate = default_learning_rate(unlearner)
     trainer = UnlearningTrainer(
         unlearner,
         options,
         collator,
-        dataset if held_out is None else held_out.train,
+        train_rows,
         tests or None,
         tokenizer,
         forget_fraction=options.forget_fraction,
@@ -138,19 +140,23 @@ def run(options: TrainOptions) -> int | None:
     return None
 
 
-def _unlearner(options: TrainOptions, method: Any, tokenizer: Any) -> Any:
+def _unlearner(options: TrainOptions, base: Any, loss: Any, collator: Any, rows: Any) -> Any:
     """The base under a fresh prompt."""
     from ..prompts.configs import prompt_config
+    from ..prompts.discriminative import DiscriminativeStart
     from ..prompts.starts import InstructionStart
     from ..prompts.unlearner import SoftPromptUnlearner
 
     if options.instruction is not None and options.start is not None:
         raise ValueError("start and instruction both say how the prompt begins; give one of them.")
-    start = options.start if options.instruction is None else InstructionStart(options.instruction, tokenizer)
+    start: Any = options.start
+    if options.instruction is not None:
+        start = InstructionStart(options.instruction, collator.tokenizer)
+    elif start == "discriminative":
+        start = DiscriminativeStart(rows, collator, progress=not options.disable_tqdm)
     config = prompt_config(options.prompt_type, options.num_virtual_tokens, options.encoder_hidden_size)
-    base = options.load(options.model)
     set_seed(options.seed)  # of the draws of the start
-    return SoftPromptUnlearner(base, config, method.loss, prompt_position=options.prompt_position, start=start)
+    return SoftPromptUnlearner(base, config, loss, prompt_position=options.prompt_position, start=start)
 
 
 def _scores(trainer: Any, tests: dict[str, Any]) -> list[str]:
