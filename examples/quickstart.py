@@ -34,6 +34,7 @@ from spul import (
     forget_retain_dataset,
     score_completions,
 )
+from spul.prompts import DiscriminativeStart
 
 SPLITS = ("train_retain", "train_forget", "test_retain", "test_forget")
 ROWS = {
@@ -53,9 +54,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-virtual-tokens", type=int, default=30)
     parser.add_argument("--learning-rate", type=float, help="0.1 on the small model, 1e-2 on one of your own")
     parser.add_argument("--steps", type=int, default=600)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--alpha", type=float, default=0.5, help="weight of the retain loss")
+    parser.add_argument("--alpha", type=float, default=2.0, help="weight of the retain loss")
     parser.add_argument("--beta", type=float, default=0.5, help="weight of the KL to the frozen model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-dir", type=Path, default=Path("out/quickstart"))
@@ -125,12 +126,14 @@ def main() -> None:
 
     results = {"base": score(model, "base")}
 
-    # 2. Train the prompt. Prefix tuning (keys and values in every layer) is by far the strongest type on small models;
-    # PromptTuningConfig and PromptEncoderConfig work here, too.
+    # 2. Train the prompt. Prefix tuning (keys and values in every layer) is by far the strongest type on small models,
+    # and can begin with keys that tell the forget rows from the others. PromptTuningConfig and PromptEncoderConfig
+    # take no such start.
     unlearner = SoftPromptUnlearner(
         model,
         PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.num_virtual_tokens),
         loss=UnlearningLoss(alpha=args.alpha, beta=args.beta),
+        start=DiscriminativeStart(dataset, collator),
     )
     unlearner.print_trainable_parameters()
     training = TrainingArguments(

@@ -243,7 +243,8 @@ def outcome(run: dict[str, Any]) -> str:
 
 def print_tables(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
     """A table for each task and prompt type: runs that forgot, and medians over these."""
-    columns = ["recipe", "forgot", "steps", "rows", "most rows", "rows, of those by hand", "seconds", "best forget %"]
+    columns = ["recipe", "forgot", "steps", "rows", "most rows", "rows, of those by hand", "seconds", "of the start"]
+    columns += ["best forget %"]
     for task in args.tasks:
         for prompt_type in args.prompt_types:
             lines, by_hand = [], None
@@ -266,7 +267,10 @@ def print_tables(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
                 worst = max(run["best"]["forget_accuracy"] for run in some)
                 most = max(run["rows"] for run in met) if len(met) == len(some) else "-"
                 forgot = f"{len(met)} of {len(some)}"
-                lines.append([name, forgot, median["steps"], median["rows"], most, share, median["seconds"], worst])
+                start = statistics.median(run.get("seconds_of_start", 0.0) for run in some)
+                lines.append(
+                    [name, forgot, median["steps"], median["rows"], most, share, median["seconds"], start, worst]
+                )
             where = {**runs[0]["on"], "every": args.every, "max steps": args.max_steps} if lines else {}
             if lines:
                 report(f"{task}, {prompt_type}", where, columns, lines)
