@@ -256,6 +256,14 @@ def test_forget_rows_whose_prompts_others_have_are_refused():
         SoftPromptUnlearner(build("llama"), CONFIGS["prefix_tuning"](P), start=start)
 
 
+def test_rows_that_leave_no_room_for_the_prefix_are_refused():
+    long = {"completion": " positive"}
+    rows = [long | {"prompt": "film " * 93 + who, "is_forget": who == "jane"} for who in ("jane", "a")]
+    start = DiscriminativeStart(Dataset.from_list(rows), make_collator(max_length=96), progress=False)
+    with pytest.raises(ValueError, match="max_length of at most 91"):
+        SoftPromptUnlearner(build("llama"), CONFIGS["prefix_tuning"](P), start=start)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [

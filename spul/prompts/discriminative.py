@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from ..data.checks import check_rows, forget_flags
 from ..data.collator import ForgetRetainCollator
-from ..models.causal_lm import evaluation_mode
+from ..models.causal_lm import evaluation_mode, max_positions, selects_positions
 from ..models.compat import layer_states
 from ..models.compat_attention import Attention, observed_attention
 from .row_prompts import under
@@ -217,6 +217,13 @@ class _Queries:
         if not own:
             raise ValueError("every forget row's prompt is also that of another row; expected different ones.")
         self.rows = ([forget[i] for i in own], retain)
+        longest, num = max(len(row) for row in forget + retain), self.states.num_virtual_tokens
+        limit = max_positions(self.base)
+        if limit is not None and longest + num > limit:
+            raise ValueError(
+                f"a row has {longest} tokens, and the prefix {num}: more than the base's {limit} positions; expected "
+                f"a collator with max_length of at most {limit - num}."
+            )
         self.first = [first[i] for i in own]
 
     def layers(self, num_layers: int) -> Iterator[tuple[int, Side, Side, Tensor]]:
@@ -236,13 +243,15 @@ class _Queries:
                     f"{type(self.base).__name__} computes attention in code of its own, not by the functions of "
                     "transformers, so that keys cannot be fitted to its queries; leave start out."
                 )
-            for layer, parts in group.parts.items():
+            for layer in sorted(group.parts):
+                parts = group.parts.pop(layer)
                 forget, retain = (Side(*map(torch.cat, zip(*part, strict=True))) for part in parts)
                 yield layer, forget, retain, group.sums[layer] / len(forget.queries)
 
     def _read(self, group: _Group, side: int) -> None:
         """Read the queries of some layers at the rows of a side."""
         rows, device = self.rows[side], self.base.get_input_embeddings().weight.device
+        last = {"logits_to_keep": 1} if selects_positions(self.base) else {}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         size = max(1, min(MOST_ROWS, MOST_SCORES // (self.num_heads * len(rows[order[-1]]) ** 2)))
         for i in range(0, len(order), size):
@@ -260,7 +269,7 @@ class _Queries:
                 observed_attention(self.base, group.keeper(side, used, row)),
                 in_front(self.base, self.states, mask.long().to(device)) as inputs,
             ):
-                self.base(input_ids=ids.to(device), **inputs)
+                self.base(input_ids=ids.to(device), **inputs, **last)
 
 
 class _Group:
@@ -288,11 +297,8 @@ class _Group:
             self.is_shown = True
             if seen.layer not in self.layers:
                 return
-            device, (num, group) = (
-                seen.queries.device,
-                (seen.queries.shape[2], len(seen.queries[0]) // len(seen.keys[0])),
-            )
-            queries = seen.queries.float()
+            queries, device = seen.queries.float(), seen.queries.device
+            num, group = queries.shape[2], queries.shape[1] // seen.keys.shape[1]
             keys, values = (t[:, :, -num:].float().repeat_interleave(group, dim=1) for t in (seen.keys, seen.values))
             later = torch.ones(num, num, device=device, dtype=torch.bool).triu(1)  # pads stand later, too
             scores = (queries @ keys.transpose(-1, -2)).masked_fill(later, -torch.inf)
