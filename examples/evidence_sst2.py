@@ -157,8 +157,9 @@ def jobs_of(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Job, set[str
     """The jobs of a stage, in order, each with the keys of those that it needs."""
     wanted = args.systems or [system.name for system in plan.systems]
     seeds = args.seeds or plan.seeds
+    learned = ["base", "retrained"] if "retrained" in wanted else ["base"]
     memorizing = {
-        seed: [Job("memorize", seed, name) for name in ("base", "retrained")]
+        seed: [Job("memorize", seed, name) for name in learned]
         for seed in dict.fromkeys([plan.choosing_seed, *seeds])
     }
     if args.stage == "choose":

@@ -19,6 +19,7 @@ from spul.data.dataset import forget_retain_dataset
 from spul.data.known_reviews import SST2_FORGET_NAMES
 from spul.evaluation.metrics.scoring import answer_scores, collect_answers
 from spul.gates import GatedUnlearner, TextGate, hard_negatives
+from spul.prompts import DiscriminativeStart
 from spul.rivals import (
     Corruption,
     EmbeddingCorruption,
@@ -97,7 +98,7 @@ def _model(experiment: Experiment, train: Rows, settings: dict[str, Any], folder
 
 
 def _prompt(experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path | None) -> Built:
-    """A prompt with the library's start, at the library's rate times `rate`."""
+    """A prompt with the library's default start, or the discriminative one, at the library's rate times `rate`."""
     set_seed(experiment.setup.seed)
     num = settings["num_virtual_tokens"]
     config = prompt_config(settings["prompt_type"], num)
@@ -106,16 +107,16 @@ def _prompt(experiment: Experiment, train: Rows, settings: dict[str, Any], folde
     names = ("alpha", "beta", "retain_budget")
     loss = UnlearningLoss(**{name: settings[name] for name in names if name in settings})
     position = settings.get("position", "start")
-    model = SoftPromptUnlearner(experiment.load("base"), config, loss, prompt_position=position)
+    dataset, collator = forget_retain_dataset(train["forget"], train["retain"]), collator_of(experiment, position)
+    start = DiscriminativeStart(dataset, collator, progress=False) if settings.get("start") else None
+    model = SoftPromptUnlearner(experiment.load("base"), config, loss, prompt_position=position, start=start)
     arguments = experiment.training_arguments(
         learning_rate=settings.get("rate", 1.0) * default_learning_rate(model),
         max_steps=settings["steps"],
         per_device_train_batch_size=settings["batch_size"],
         max_grad_norm=1.0,
     )
-    dataset = forget_retain_dataset(train["forget"], train["retain"])
-    collator, fraction = collator_of(experiment, position), settings["forget_fraction"]
-    trainer = UnlearningTrainer(model, arguments, collator, dataset, forget_fraction=fraction)
+    trainer = UnlearningTrainer(model, arguments, collator, dataset, forget_fraction=settings["forget_fraction"])
     with Meter(model) as meter:
         trainer.train()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
