@@ -159,8 +159,7 @@ def jobs_of(args: argparse.Namespace, plan: Plan) -> Iterator[tuple[Job, set[str
     seeds = args.seeds or plan.seeds
     learned = ["base", "retrained"] if "retrained" in wanted else ["base"]
     memorizing = {
-        seed: [Job("memorize", seed, name) for name in learned]
-        for seed in dict.fromkeys([plan.choosing_seed, *seeds])
+        seed: [Job("memorize", seed, name) for name in learned] for seed in dict.fromkeys([plan.choosing_seed, *seeds])
     }
     if args.stage == "choose":
         base = memorizing[plan.choosing_seed][0]

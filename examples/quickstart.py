@@ -52,6 +52,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--retain", type=Path, help="JSON lines of rows to retain: prompt, completion")
     parser.add_argument("--generic", nargs="+", default=GENERIC, help="generic responses, leading space included")
     parser.add_argument("--num-virtual-tokens", type=int, default=30)
+    parser.add_argument("--start", choices=("discriminative", "random"), default="discriminative")
     parser.add_argument("--learning-rate", type=float, help="0.1 on the small model, 1e-2 on one of your own")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -133,7 +134,7 @@ def main() -> None:
         model,
         PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=args.num_virtual_tokens),
         loss=UnlearningLoss(alpha=args.alpha, beta=args.beta),
-        start=DiscriminativeStart(dataset, collator),
+        start=DiscriminativeStart(dataset, collator) if args.start == "discriminative" else args.start,
     )
     unlearner.print_trainable_parameters()
     training = TrainingArguments(

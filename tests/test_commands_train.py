@@ -218,7 +218,7 @@ def test_a_prefix_begins_as_keys_fitted_to_the_rows(files, tmp_path):
     ("more", "message"),
     [
         ({"instruction": "decline", "start": "random"}, "give one of them"),
-        ({"start": "discriminative", "prompt_type": "p_tuning"}, "PromptEncoderConfig has none"),
+        ({"start": "discriminative", "prompt_type": "p_tuning"}, "--prompt-type p_tuning has none"),
         ({"request": "2026-017"}, "ledger and request go together"),
         ({"ledger": "ledger.jsonl"}, "ledger and request go together"),
         ({"ledger": "{}/ledger.jsonl", "request": " "}, "expected the name of a request"),

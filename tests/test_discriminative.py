@@ -94,6 +94,27 @@ def test_observed_queries_and_keys_make_the_attention_of_the_layers(family, impl
         torch.testing.assert_close(scores.masked_fill(later, -torch.inf).softmax(-1), attention, rtol=1e-5, atol=1e-6)
 
 
+def test_flash_attention_is_observed_as_eager_and_named_again_afterwards():
+    base, seen = build("llama").eval(), []
+    base.config._attn_implementation = "flash_attention_2"  # not installed here: it would raise in a forward
+    with observed_attention(base, seen.append):
+        base(torch.tensor([[3, 4]]))
+    assert [one.layer for one in seen] == [0, 1]
+    assert base.config._attn_implementation == "flash_attention_2"
+
+
+def test_an_observer_inside_another_hides_it_for_a_while():
+    base, outer, inner = build("llama").eval(), [], []
+    ids = torch.tensor([[3, 4]])
+    before = base.config._attn_implementation
+    with observed_attention(base, outer.append):
+        with observed_attention(base, inner.append):
+            base(ids)
+        base(ids)
+    assert (len(inner), len(outer)) == (2, 2)
+    assert base.config._attn_implementation == before
+
+
 def test_the_attention_is_as_before_also_after_an_error():
     base = build("llama")
     base.set_attn_implementation("eager")
@@ -161,6 +182,42 @@ def test_a_layer_attends_to_the_keys_as_the_fit_took_it(family, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_keys_of_each_layer_are_the_fitted_ones_and_values_the_mean_of_what_its_heads_put_out(family, monkeypatch):
+    fitted, outputs, data = [], {}, named_dataset()
+
+    def keep(*args):
+        fitted.append(fit_keys(*args))
+        return fitted[-1]
+
+    monkeypatch.setattr(discriminative, "fit_keys", keep)
+    unlearner = started(family)
+    base = build(family, torch.float64)
+    torch.manual_seed(1)
+    default = SoftPromptUnlearner(base, CONFIGS["prefix_tuning"](P)).eval()  # rows were read behind this one
+    retained = {
+        tuple(inputs_of(row)["input_ids"][0].tolist()[:i]) for row in data if not row["is_forget"] for i in range(9)
+    }
+
+    def own_output(one):  # of each head over the row's own tokens
+        num = one.queries.shape[2]
+        keys, values = (t[:, :, -num:].repeat_interleave(one.queries.shape[1] // t.shape[1], 1) for t in one[2:])
+        later = torch.ones(num, num).triu(1).bool()
+        shares = (one.queries @ keys.mT).masked_fill(later, -torch.inf).softmax(-1)
+        outputs.setdefault(one.layer, []).append((shares @ values)[0, :, first:])
+
+    for row in data.filter(lambda row: row["is_forget"]):
+        ids = tuple(inputs_of(row)["input_ids"][0].tolist())
+        first = next(i for i in range(len(ids)) if ids[: i + 1] not in retained)
+        with observed_attention(default.get_base_model(), own_output), torch.no_grad():
+            default(**inputs_of(row))
+    for layer, state in enumerate(layer_states(unlearner.get_prompt(batch_size=1))):
+        torch.testing.assert_close(state.keys[0].float(), fitted[layer])
+        mean = torch.cat(outputs[layer], dim=1).mean(dim=1).unflatten(0, (state.keys.shape[1], -1)).mean(dim=1)
+        expected = mean[:, None].expand_as(state.values[0])
+        torch.testing.assert_close(state.values[0].double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_forget_rows_attend_to_the_prompt_and_others_do_not():
     forget, retain = means_of_sides(start_on(telling_base()))
     assert forget > 0.8
@@ -185,6 +242,20 @@ def test_layers_read_one_by_one_have_the_same_keys(monkeypatch):
     monkeypatch.setattr(discriminative, "MOST_ROWS", 3)
     parts = started().state_dict()
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_in_half_precision_forget_rows_attend_to_the_prompt_too():
+    forget, retain = means_of_sides(start_on(telling_base().bfloat16()))
+    assert forget - retain > 0.4
+
+
+def test_a_projection_that_is_too_narrow_is_refused_before_the_rows_are_read(monkeypatch):
+    monkeypatch.setattr(DiscriminativeStart, "encoded_rows", lambda start: pytest.fail("rows were read"))
+    config = PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=True, encoder_hidden_size=2
+    )
+    with pytest.raises(ValueError, match="2 hidden numbers, too few to put out a start"):
+        started(config=config)
 
 
 def test_a_seed_gives_one_start_and_another_seed_another():
@@ -245,6 +316,8 @@ def test_a_family_that_computes_attention_itself_is_refused_and_left_as_it_was()
     with pytest.raises(ValueError, match="BloomForCausalLM computes attention in code of its own"):
         SoftPromptUnlearner(base, CONFIGS["prefix_tuning"](P), start=start)
     assert all(parameter.requires_grad for parameter in base.parameters())
+    assert not any(module.training for module in base.modules())
+    assert not base.config._attn_implementation.startswith("spul")
 
 
 def test_forget_rows_whose_prompts_others_have_are_refused():
@@ -276,7 +349,7 @@ def test_rows_that_leave_no_room_for_the_prefix_are_refused():
         ((make_dataset(3, 3).select(range(3, 6)), make_collator()), ValueError, "no forget rows"),
     ],
 )
-def test_bad_arguments_are_named(arguments, error, message):
+def test_bad_arguments_of_the_start_are_named(arguments, error, message):
     with pytest.raises(error, match=message):
         DiscriminativeStart(*arguments)
 
@@ -286,4 +359,8 @@ def test_sliding_windows_are_read_too():
     torch.manual_seed(0)
     start = DiscriminativeStart(named_dataset(), make_collator(), progress=False)
     unlearner = SoftPromptUnlearner(base, CONFIGS["prefix_tuning"](3), start=start)
-    assert unlearner.prompt_encoder["default"].embedding.weight.isfinite().all()
+    torch.manual_seed(0)
+    default = SoftPromptUnlearner(build_gemma3(sliding_window=4).double(), CONFIGS["prefix_tuning"](3))
+    for found, before in zip(*(layer_states(one.get_prompt(1)) for one in (unlearner, default)), strict=True):
+        assert found.keys.isfinite().all()
+        assert not torch.allclose(found.keys, before.keys, atol=1e-3)

@@ -85,10 +85,8 @@ class Recipe:
         if self.start != DECLINED_ROWS:
             return cast(Start, self.start)
         prompts = [row["prompt"] for row in train.select_columns(["prompt", "is_forget"]) if row["is_forget"]]
-        apart, completions = (
-            prompts[:: max(1, len(prompts) // NUM_DECLINED)][:NUM_DECLINED],
-            collator.generic_completions,
-        )
+        apart = prompts[:: max(1, len(prompts) // NUM_DECLINED)][:NUM_DECLINED]
+        completions = collator.generic_completions
         rows = [prompt + completions[i % len(completions)] for i, prompt in enumerate(apart)]
         return InstructionStart("\n\n".join(rows), collator.tokenizer)
 
@@ -160,6 +158,8 @@ def recipes(task: str, prompt_type: str) -> dict[str, Recipe]:
     defaults = DEFAULTS[prompt_type]
     by_hand = replace(BY_HAND[task], learning_rate=RATES_BY_HAND[task][prompt_type], start=STARTS_BY_HAND[prompt_type])
     found = {"published": PUBLISHED, "by hand": by_hand, "defaults": defaults}
+    if defaults.start == DISCRIMINATIVE:
+        found["defaults, random start"] = replace(defaults, start="random")
     for name, settings in LEVERS.items():
         alone = replace(PUBLISHED, **{setting: getattr(defaults, setting) for setting in settings})
         if alone != PUBLISHED:

@@ -4,8 +4,9 @@
     python examples/benchmarks/time_to_forget.py --tasks quickstart sst2 --data-dir DIR --model NAME --bases out/gated
 
 Held-out training rows are scored every `--every` steps. A run ends at the first scoring with at most 5 % of the forget
-rows answered and retain accuracy within one point of the base's, or after `--max-steps`. Seconds exclude scoring and
-saving, the start of the prompt, which is stored beside them, and the reference logits, computed once for a base.
+rows answered and retain accuracy within one point of the base's, or after `--max-steps`. Seconds are those of
+training, without scoring, saving and the reference logits, computed once for a base. Those before it, in which base and
+prompt are made, stand beside them.
 
 Recipes are `published` (the SPUL paper's), `by hand` (the settings that this library's examples had found),
 `defaults`, and each lever alone: the published recipe with one setting of the defaults. They stand in `recipes.py`.
@@ -267,7 +268,8 @@ def print_tables(args: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
                 worst = max(run["best"]["forget_accuracy"] for run in some)
                 most = max(run["rows"] for run in met) if len(met) == len(some) else "-"
                 forgot = f"{len(met)} of {len(some)}"
-                start = statistics.median(run.get("seconds_of_start", 0.0) for run in some)
+                starts = [run["seconds_of_start"] for run in some if "seconds_of_start" in run]
+                start = statistics.median(starts) if starts else "-"
                 lines.append(
                     [name, forgot, median["steps"], median["rows"], most, share, median["seconds"], start, worst]
                 )

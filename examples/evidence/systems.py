@@ -108,8 +108,11 @@ def _prompt(experiment: Experiment, train: Rows, settings: dict[str, Any], folde
     loss = UnlearningLoss(**{name: settings[name] for name in names if name in settings})
     position = settings.get("position", "start")
     dataset, collator = forget_retain_dataset(train["forget"], train["retain"]), collator_of(experiment, position)
-    start = DiscriminativeStart(dataset, collator, progress=False) if settings.get("start") else None
+    start, begun = settings.get("start"), time.perf_counter()
+    if start == "discriminative":
+        start = DiscriminativeStart(dataset, collator, progress=False)
     model = SoftPromptUnlearner(experiment.load("base"), config, loss, prompt_position=position, start=start)
+    start_seconds = time.perf_counter() - begun
     arguments = experiment.training_arguments(
         learning_rate=settings.get("rate", 1.0) * default_learning_rate(model),
         max_steps=settings["steps"],
@@ -122,7 +125,8 @@ def _prompt(experiment: Experiment, train: Rows, settings: dict[str, Any], folde
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     if folder is not None:
         model.save_pretrained(str(folder))
-    return model, meter.cost.to_dict() | {"learning_rate": arguments.learning_rate}
+    found = {"learning_rate": arguments.learning_rate, "start_seconds": start_seconds}  # not in the other costs
+    return model, meter.cost.to_dict() | found
 
 
 def fitted_gate(train: Rows, recall: float) -> TextGate:

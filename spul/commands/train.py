@@ -77,6 +77,7 @@ def run(options: TrainOptions) -> int | None:
         ValueError: if rows or options cannot be used.
     """
     from ..data.dataset import forget_retain_dataset, hold_out
+    from ..prompts.unlearner import SoftPromptUnlearner
     from ..records.files import check_can_hold
     from ..records.ledger import Ledger
     from ..records.ledger_events import LedgerEvent
@@ -105,10 +106,14 @@ def run(options: TrainOptions) -> int | None:
     dataset = forget_retain_dataset(options.rows(options.forget), options.rows(options.retain))
     held_out = None if options.hold_out is None else hold_out(dataset, options.hold_out, options.seed)
     tokenizer = options.load_tokenizer(options.model)
-    base, train_rows = options.load(options.model), dataset if held_out is None else held_out.train
-    room = options.collator_options(base, options.num_virtual_tokens, options.prompt_position)
-    collator = method.collator(tokenizer, options.generic or (), seed=options.seed, **room)
-    unlearner = _unlearner(options, base, method.loss, collator, train_rows)
+    train_rows = dataset if held_out is None else held_out.train
+    config = _prompt_config(options)
+    base = options.load(options.model)
+    of_rows = options.collator_options(base, options.num_virtual_tokens, options.prompt_position)
+    collator = method.collator(tokenizer, options.generic or (), seed=options.seed, **of_rows)
+    set_seed(options.seed)  # of the draws of the start
+    start = _start(options, collator, train_rows)
+    unlearner = SoftPromptUnlearner(base, config, method.loss, prompt_position=options.prompt_position, start=start)
     if options.learning_rate is None:
         options.learning_rate = default_learning_rate(unlearner)
     trainer = UnlearningTrainer(
@@ -140,23 +145,31 @@ def run(options: TrainOptions) -> int | None:
     return None
 
 
-def _unlearner(options: TrainOptions, base: Any, loss: Any, collator: Any, rows: Any) -> Any:
-    """The base under a fresh prompt."""
-    from ..prompts.configs import prompt_config
-    from ..prompts.discriminative import DiscriminativeStart
-    from ..prompts.starts import InstructionStart
-    from ..prompts.unlearner import SoftPromptUnlearner
+def _prompt_config(options: TrainOptions) -> Any:
+    """PEFT's config of the prompt; raises for options that contradict each other, before the base is loaded."""
+    from ..prompts.configs import holds_states, prompt_config
 
     if options.instruction is not None and options.start is not None:
         raise ValueError("start and instruction both say how the prompt begins; give one of them.")
-    start: Any = options.start
-    if options.instruction is not None:
-        start = InstructionStart(options.instruction, collator.tokenizer)
-    elif start == "discriminative":
-        start = DiscriminativeStart(rows, collator, progress=not options.disable_tqdm)
     config = prompt_config(options.prompt_type, options.num_virtual_tokens, options.encoder_hidden_size)
-    set_seed(options.seed)  # of the draws of the start
-    return SoftPromptUnlearner(base, config, loss, prompt_position=options.prompt_position, start=start)
+    if options.start == "discriminative" and not holds_states(config):
+        raise ValueError(
+            f"--start discriminative fits keys, and --prompt-type {options.prompt_type} has none; expected "
+            "prefix_tuning or cartridge, or another start."
+        )
+    return config
+
+
+def _start(options: TrainOptions, collator: Any, rows: Any) -> Any:
+    """The start of the prompt."""
+    from ..prompts.discriminative import DiscriminativeStart
+    from ..prompts.starts import InstructionStart
+
+    if options.instruction is not None:
+        return InstructionStart(options.instruction, collator.tokenizer)
+    if options.start == "discriminative":
+        return DiscriminativeStart(rows, collator, progress=not options.disable_tqdm)
+    return options.start
 
 
 def _scores(trainer: Any, tests: dict[str, Any]) -> list[str]:

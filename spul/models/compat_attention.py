@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_here = threading.local()
+_PREFIX = "spul_observed_"
+_here, _swap = threading.local(), threading.RLock()
 
 
 class Attention(NamedTuple):
@@ -36,28 +37,45 @@ class Attention(NamedTuple):
 def observed_attention(base_model: nn.Module, observe: Callable[[Attention], None]) -> Iterator[None]:
     """Context manager: in forwards of this thread, each attention layer of the base is shown to a function.
 
-    Families that compute attention in code of their own are not shown.
+    Families that compute attention in code of their own are not shown. One thread at a time observes. Inside,
+    implementations other than `eager` and `sdpa` are replaced by `eager`, which computes the same.
 
     Args:
         base_model: a model of transformers.
         observe: called before each attention.
     """
-    configs: dict[int, Any] = {id(m.config): m.config for m in base_model.modules() if hasattr(m, "config")}
-    before = [(config, config._attn_implementation) for config in configs.values()]
-    _here.observe = observe
-    try:
-        for config, name in before:
-            config._attn_implementation = _observed(name or "eager")
-        yield
-    finally:
-        _here.observe = None
-        for config, name in before:
-            config._attn_implementation = name
+    with _swap:
+        before, outer = _implementations(base_model), getattr(_here, "observe", None)
+        _here.observe = observe
+        try:
+            for config, name in before:
+                config._attn_implementation = _observed(name or "eager")
+            yield
+        finally:
+            _here.observe = outer
+            for config, name in before:
+                config._attn_implementation = name
+
+
+def _implementations(base_model: nn.Module) -> list[tuple[Any, str | None]]:
+    """Each config of the modules with its implementation, those of parts last: to set one sets its parts'."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [module.config for module in base_model.modules() if hasattr(module, "config")]
+    while waiting:
+        config = waiting.pop(0)
+        if id(config) not in found:
+            found[id(config)] = config
+            waiting += [part for name in getattr(config, "sub_configs", ()) if (part := getattr(config, name, None))]
+    return [(config, config._attn_implementation) for config in found.values()]
 
 
 @functools.cache
 def _observed(name: str) -> str:
     """The name of an implementation that shows its calls and does what another does; registered at first use."""
+    if name.startswith(_PREFIX):
+        return name
+    if name not in ("eager", "sdpa"):  # flash attention reads its own name from the config
+        return _observed("eager")
 
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
@@ -71,8 +89,7 @@ def _observed(name: str) -> str:
             observe(Attention(module.layer_idx, scaled, key, value))
         return attention(module, query, key, value, attention_mask, **kwargs)
 
-    observed = f"spul_observed_{name}"
+    observed = _PREFIX + name
     ALL_ATTENTION_FUNCTIONS.register(observed, attend)
-    if name in ALL_MASK_ATTENTION_FUNCTIONS:
-        ALL_MASK_ATTENTION_FUNCTIONS.register(observed, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    ALL_MASK_ATTENTION_FUNCTIONS.register(observed, ALL_MASK_ATTENTION_FUNCTIONS[name])
     return observed

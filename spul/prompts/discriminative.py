@@ -30,9 +30,10 @@ from .states import PromptStates, in_front, packed_states
 MOST_ROWS = 64  # of a batch
 MOST_SCORES = 2**26  # products of queries and keys in memory, of a layer
 STORED_NUMBERS = 2**29  # of queries: so many layers are fitted at once
+# Of the fit, as it forgot fast on the quick start; with 60 steps of 0.1 it was slower, and stalled on a seed of three.
 NUM_STEPS, ROWS_OF_STEP, RATE = 150, 64, 0.05
 LENGTH = 4.0  # standard deviations of a product of a query with a fresh key
-RETAIN_TOKENS, RETAIN_ROWS = 10.0, 2.0  # weights beside that of the forget rows, 1
+RETAIN_TOKENS, RETAIN_ROWS = 10.0, 2.0  # weights beside that of the forget rows, 1: rather too few than too many
 WEIGHT_DECAY = 0.016  # of a key whose length is 1
 
 
@@ -41,8 +42,8 @@ class DiscriminativeStart:
     """A start of prefix tuning, fitted to rows: its keys tell requests to forget from others.
 
     It takes a pass of the base over some rows of each side, or a few passes if their queries do not fit into memory,
-    and one fit per layer. Nothing of the base changes. Sliding windows, sinks and capped scores are not part of the
-    fit: there the keys are a start all the same, attended to by somewhat more or less.
+    and one fit per layer. Nothing of the base changes. Sliding windows, sinks, capped scores, and layers that use the
+    keys of another are not part of the fit: there the keys are a start all the same, attended to by more or less.
 
     Args:
         dataset: rows with `is_forget`, as they are trained on.
@@ -105,8 +106,8 @@ class DiscriminativeStart:
         reader = _Queries(view, *self.encoded_rows())
         shape = (config.num_virtual_tokens, 2 * config.num_layers, config.num_attention_heads, -1)
         packed = packed_states(reader.states.layers, config).view(shape)
-        with tqdm(total=config.num_layers, desc="fitting keys", disable=not self.progress) as bar:
-            for layer, forget, retain, mean in reader.layers(config.num_layers):
+        with tqdm(total=len(reader.states.layers), desc="fitting keys", disable=not self.progress) as bar:
+            for layer, forget, retain, mean in reader.layers():
                 keys = fit_keys(forget, retain, len(mean), config.num_virtual_tokens)
                 own, width = mean.shape
                 packed[:, 2 * layer, :own, :width] = keys.transpose(0, 1)
@@ -145,10 +146,10 @@ def fit_keys(forget: Side, retain: Side, num_heads: int, num_keys: int) -> Tenso
     sides = [_by_head(side, num_heads) for side in (forget, retain)]
     (queries, own), (others, others_own) = sides
     mean = others.mean(dim=(1, 2))  # (heads, width)
-    width, size = mean.shape[1], others.sub(mean[:, None, None]).std(dim=(1, 2)).mean(dim=-1)
+    width, size = mean.shape[1], others.std(dim=(1, 2), correction=0).mean(dim=-1)
     unit = (LENGTH / (size.clamp(min=1e-6) * width**0.5))[:, None, None]
-    drawn = torch.randint(queries.shape[1] * queries.shape[2], (num_keys,)).to(queries.device)
-    fresh = F.normalize(queries.flatten(1, 2)[:, drawn] - mean[:, None], dim=-1)
+    token, member = (torch.randint(most, (num_keys,)) for most in queries.shape[1:3])
+    fresh = F.normalize(queries[:, token, member] - mean[:, None], dim=-1)
     weights = fresh.clone().requires_grad_()
     optimizer = torch.optim.Adam([weights], lr=RATE)
     for _ in range(NUM_STEPS):
@@ -215,7 +216,9 @@ class _Queries:
         first = [sum(one in beginnings for one in _beginnings(row)) for row in forget]
         own = [i for i, row in enumerate(forget) if first[i] < len(row)]
         if not own:
-            raise ValueError("every forget row's prompt is also that of another row; expected different ones.")
+            raise ValueError(
+                "every forget row's prompt is also that of another row, or begins it; expected different ones."
+            )
         self.rows = ([forget[i] for i in own], retain)
         longest, num = max(len(row) for row in forget + retain), self.states.num_virtual_tokens
         limit = max_positions(self.base)
@@ -226,22 +229,23 @@ class _Queries:
             )
         self.first = [first[i] for i in own]
 
-    def layers(self, num_layers: int) -> Iterator[tuple[int, Side, Side, Tensor]]:
+    def layers(self) -> Iterator[tuple[int, Side, Side, Tensor]]:
         """Index, forget and retain side, and mean output of attention (key/value heads, width), of each layer.
 
         Raises:
-            ValueError: if the base shows no queries.
+            ValueError: if a layer shows no queries.
         """
+        num_layers = len(self.states.layers)
         num_tokens = sum(len(row) for side in self.rows for row in side)
         at_once = max(1, STORED_NUMBERS // (num_tokens * self.num_heads * self.states.layers[0].keys.shape[3]))
         for first in range(0, num_layers, at_once):
             group = _Group(range(first, min(first + at_once, num_layers)))
             for side in (0, 1):
                 self._read(group, side)
-            if not group.is_shown:
+            if missing := [layer for layer in group.layers if layer not in group.parts]:
                 raise ValueError(
-                    f"{type(self.base).__name__} computes attention in code of its own, not by the functions of "
-                    "transformers, so that keys cannot be fitted to its queries; leave start out."
+                    f"{type(self.base).__name__} computes attention in code of its own in layer {missing[0]}, not by "
+                    "the functions of transformers, so that keys cannot be fitted to its queries; leave start out."
                 )
             for layer in sorted(group.parts):
                 parts = group.parts.pop(layer)
@@ -280,7 +284,7 @@ class _Group:
     """
 
     def __init__(self, layers: range) -> None:
-        self.layers, self.is_shown = layers, False
+        self.layers = layers
         self.parts: dict[int, tuple[list[Side], list[Side]]] = {}
         self.sums: dict[int, Tensor] = {}  # of what attention puts out at forget rows
 
@@ -294,20 +298,22 @@ class _Group:
         """
 
         def keep(seen: Attention) -> None:
-            self.is_shown = True
             if seen.layer not in self.layers:
                 return
-            queries, device = seen.queries.float(), seen.queries.device
-            num, group = queries.shape[2], queries.shape[1] // seen.keys.shape[1]
-            keys, values = (t[:, :, -num:].float().repeat_interleave(group, dim=1) for t in (seen.keys, seen.values))
-            later = torch.ones(num, num, device=device, dtype=torch.bool).triu(1)  # pads stand later, too
-            scores = (queries @ keys.transpose(-1, -2)).masked_fill(later, -torch.inf)
-            at = used.to(device)
-            kept, own = (t.transpose(1, 2)[at] for t in (queries, scores.logsumexp(dim=-1)))
-            self.parts.setdefault(seen.layer, ([], []))[side].append(Side(kept, own, row.to(device)))
+            device, num = seen.queries.device, seen.queries.shape[2]
+            at, later = used.to(device), torch.ones(num, num, device=device, dtype=torch.bool).triu(1)
+            own, out = [], []
+            queries = seen.queries.float().chunk(seen.keys.shape[1], dim=1)
+            for head, group in enumerate(queries):  # one by one: scores of long rows are large
+                key, value = (t[:, head : head + 1, -num:].float() for t in (seen.keys, seen.values))
+                scores = (group @ key.mT).masked_fill_(later, -torch.inf)  # pads stand later, too
+                own.append(scores.logsumexp(dim=-1))
+                if side == 0:
+                    out.append((scores.softmax(dim=-1) @ value).mean(dim=1)[at].sum(dim=0))
+            kept, sums = (torch.cat(t, dim=1).transpose(1, 2)[at] for t in (queries, own))
+            self.parts.setdefault(seen.layer, ([], []))[side].append(Side(kept, sums, row.to(device)))
             if side == 0:
-                out = (scores.softmax(dim=-1) @ values).transpose(1, 2)[at]
-                total = out.unflatten(1, (-1, group)).mean(dim=2).sum(dim=0)
+                total = torch.stack(out)
                 self.sums[seen.layer] = self.sums[seen.layer] + total if seen.layer in self.sums else total
 
         return keep

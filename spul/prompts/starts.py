@@ -121,8 +121,8 @@ def start_prompt(model: Any, adapter_name: str, start: Start | None) -> None:
             by itself, and "random" for the other kinds.
 
     Raises:
-        ValueError: if an instruction is not that of this base's tokenizer, does not fit into the prompt's encoder, or
-            the base is sharded.
+        ValueError: if an instruction is not that of this base's tokenizer, a start does not fit into the prompt's
+            encoder, the base is sharded, or keys cannot be fitted to its queries.
     """
     config = model.peft_config[adapter_name]
     as_peft = _start_of_config(config) or config.peft_type == PeftType.P_TUNING
@@ -134,15 +134,13 @@ def start_prompt(model: Any, adapter_name: str, start: Start | None) -> None:
             raise ValueError(f"start={start!r}: the base is sharded, and computes no keys and values; leave it out.")
         _scale(encoder, SHARDED_SCALE)
         return
-    if isinstance(start, DiscriminativeStart):
-        start_prompt(model, adapter_name, "random")  # rows are read behind a prefix near the base
-        _put(encoder, start.keys_and_values(model, adapter_name), is_exact=True)
-        return
     ids = _token_ids(model, num, start, by_token=_looks_up_tokens(base) and holds_states(config))
     rows = _random_rows(model, num) if ids is None else model.word_embeddings(ids)
     if holds_states(config):
         rows = _keys_and_values(base, rows, ids, config)
-    _put(encoder, rows, is_exact=isinstance(start, InstructionStart))
+    _put(encoder, rows, is_exact=isinstance(start, InstructionStart | DiscriminativeStart))
+    if isinstance(start, DiscriminativeStart):  # rows are read behind a prefix near the base
+        _put(encoder, start.keys_and_values(model, adapter_name), is_exact=True)
 
 
 def _token_ids(model: Any, num: int, start: Start | None, by_token: bool) -> Tensor | None:
@@ -228,7 +226,7 @@ def _put(encoder: Any, rows: Tensor, is_exact: bool) -> None:
     found = (hidden - hidden.mean(0)) @ solution + target.mean(0)
     if is_exact and (found - target).norm() > 0.01 * target.norm():
         raise ValueError(
-            f"the prompt's encoder has {hidden.shape[1]} hidden numbers, too few to put out an instruction of "
+            f"the prompt's encoder has {hidden.shape[1]} hidden numbers, too few to put out a start of "
             f"{len(rows)} virtual tokens; expected more: encoder_hidden_size={4 * len(rows)}, or a prompt without "
             "an encoder."
         )
