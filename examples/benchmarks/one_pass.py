@@ -1,8 +1,8 @@
 """One pass of the base for prompt and rows: the prompt is a row of the batch, and the others attend to its keys.
 
 A step of `step_time.py` (`--steps spul "spul, one pass" floor`). spul's own step has a pass of the prompt and a pass
-of the rows. This one has some two thirds of the operators, and one more row, as wide as the others. A GPU that waits
-for operators to be launched may gain by it; a CPU waits for none, and loses.
+of the rows. This one has little more than half the operators of a deep model's step, and one more row, as wide as the
+others. A GPU that waits for operators to be launched may gain by it; a CPU waits for none, and loses.
 """
 
 from __future__ import annotations
