@@ -5,11 +5,12 @@ import threading
 import pytest
 import torch
 from datasets import Dataset, concatenate_datasets
-from helpers import CONFIGS, build, build_gemma3, make_collator, make_dataset
+from helpers import CONFIGS, GENERIC, build, build_gemma3, make_collator, make_dataset, make_tokenizer
 from peft import CartridgeConfig, PrefixTuningConfig
 from transformers import BloomConfig, BloomForCausalLM
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from spul import SoftPromptUnlearner, forget_retain_dataset
+from spul import ForgetRetainCollator, SoftPromptUnlearner, forget_retain_dataset
 from spul.models.compat import layer_states
 from spul.models.compat_attention import observed_attention
 from spul.prompts import DiscriminativeStart, discriminative
@@ -335,6 +336,51 @@ def test_rows_that_leave_no_room_for_the_prefix_are_refused():
     start = DiscriminativeStart(Dataset.from_list(rows), make_collator(max_length=96), progress=False)
     with pytest.raises(ValueError, match="max_length of at most 91"):
         SoftPromptUnlearner(build("llama"), CONFIGS["prefix_tuning"](P), start=start)
+
+
+def test_other_rows_that_are_all_alike_leave_keys_of_a_usual_size():
+    rows = [{"prompt": f"review {who}", "completion": " positive", "is_forget": True} for who in ("jane", "doe")]
+    rows += [{"prompt": "film", "completion": " positive", "is_forget": False}] * 3
+    torch.manual_seed(0)
+    start = DiscriminativeStart(Dataset.from_list(rows), make_collator(), progress=False)
+    unlearner = SoftPromptUnlearner(build("gpt2"), CONFIGS["prefix_tuning"](P), start=start)
+    assert unlearner.prompt_encoder["default"].embedding.weight.abs().max() < 1e4  # half precision ends at 65,504
+
+
+def test_a_tokenizer_of_another_base_is_refused():
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens([f"zzz{i}" for i in range(9)])
+    collator = ForgetRetainCollator(tokenizer, GENERIC, max_length=32)
+    rows = [
+        {"prompt": "zzz5 jane", "completion": " positive", "is_forget": True},
+        {"prompt": "film a", "completion": " positive", "is_forget": False},
+    ]
+    start = DiscriminativeStart(Dataset.from_list(rows), collator, progress=False)
+    with pytest.raises(ValueError, match="expected the base's own tokenizer"):
+        SoftPromptUnlearner(build("llama"), CONFIGS["prefix_tuning"](P), start=start)
+
+
+def test_inference_mode_is_refused_since_the_fit_needs_gradients():
+    base = build("llama")
+    start = DiscriminativeStart(named_dataset(), make_collator(), progress=False)
+    with torch.inference_mode(), pytest.raises(ValueError, match="inference_mode forbids"):
+        SoftPromptUnlearner(base, CONFIGS["prefix_tuning"](P), start=start)
+    assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+class OwnAttention(LlamaAttention):
+    """A user's class, in a module without an eager attention."""
+
+
+def test_attention_of_a_users_class_is_that_of_its_family():
+    base, seen = build("llama").eval(), []
+    base.set_attn_implementation("eager")
+    expected = base(torch.tensor([[3, 4]])).logits
+    for layer in base.model.layers:
+        layer.self_attn.__class__ = OwnAttention
+    with observed_attention(base, seen.append):
+        assert torch.equal(base(torch.tensor([[3, 4]])).logits, expected)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize(

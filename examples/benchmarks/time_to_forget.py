@@ -5,8 +5,8 @@
 
 Held-out training rows are scored every `--every` steps. A run ends at the first scoring with at most 5 % of the forget
 rows answered and retain accuracy within one point of the base's, or after `--max-steps`. Seconds are those of
-training, without scoring, saving and the reference logits, computed once for a base. Those before it, in which base and
-prompt are made, stand beside them.
+training, without scoring, saving and the reference logits, computed once for a base. Those before it, in which base
+and prompt are made, stand beside them.
 
 Recipes are `published` (the SPUL paper's), `by hand` (the settings that this library's examples had found),
 `defaults`, and each lever alone: the published recipe with one setting of the defaults. They stand in `recipes.py`.

@@ -69,6 +69,14 @@ def _implementations(base_model: nn.Module) -> list[tuple[Any, str | None]]:
     return [(config, config._attn_implementation) for config in found.values()]
 
 
+def _eager_of(module: nn.Module) -> Callable[..., Any]:
+    """The eager attention of a layer's family, which stands beside its class."""
+    for kind in type(module).__mro__:
+        if (found := getattr(sys.modules[kind.__module__], "eager_attention_forward", None)) is not None:
+            return found
+    raise ValueError(f"{type(module).__name__} is of no family with an eager attention; load the base with 'sdpa'.")
+
+
 @functools.cache
 def _observed(name: str) -> str:
     """The name of an implementation that shows its calls and does what another does; registered at first use."""
@@ -80,8 +88,7 @@ def _observed(name: str) -> str:
     def attend(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
-        family: Any = sys.modules[type(module).__module__]
-        attention = family.eager_attention_forward if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+        attention = _eager_of(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         observe = getattr(_here, "observe", None)
         if observe is not None:
             scaling = kwargs.get("scaling")

@@ -100,8 +100,13 @@ class DiscriminativeStart:
             adapter_name: the prefix.
 
         Raises:
-            ValueError: if the base computes attention in code of its own, which shows no queries.
+            ValueError: if the base computes attention in code of its own, which shows no queries, rows leave no room
+                for the prefix, or are of another tokenizer, or gradients are forbidden.
         """
+        if torch.is_inference_mode_enabled():
+            raise ValueError(
+                "keys are fitted by gradients, which inference_mode forbids; build the prompt outside it."
+            )
         config, view = model.peft_config[adapter_name], under(model, adapter_name)
         reader = _Queries(view, *self.encoded_rows())
         shape = (config.num_virtual_tokens, 2 * config.num_layers, config.num_attention_heads, -1)
@@ -147,7 +152,8 @@ def fit_keys(forget: Side, retain: Side, num_heads: int, num_keys: int) -> Tenso
     (queries, own), (others, others_own) = sides
     mean = others.mean(dim=(1, 2))  # (heads, width)
     width, size = mean.shape[1], others.std(dim=(1, 2), correction=0).mean(dim=-1)
-    unit = (LENGTH / (size.clamp(min=1e-6) * width**0.5))[:, None, None]
+    size = size.maximum(0.01 * others.square().mean(dim=(1, 2, 3)).sqrt()).clamp(min=1e-6)  # where all are alike
+    unit = (LENGTH / (size * width**0.5))[:, None, None]
     token, member = (torch.randint(most, (num_keys,)) for most in queries.shape[1:3])
     fresh = F.normalize(queries[:, token, member] - mean[:, None], dim=-1)
     weights = fresh.clone().requires_grad_()
@@ -220,12 +226,20 @@ class _Queries:
                 "every forget row's prompt is also that of another row, or begins it; expected different ones."
             )
         self.rows = ([forget[i] for i in own], retain)
+        largest, known = max(max(row) for row in forget + retain), len(view.word_embeddings.weight)
+        if largest >= known:
+            raise ValueError(
+                f"the collator's tokenizer gives the token id {largest}, and the base has {known} input embeddings; "
+                "expected the base's own tokenizer."
+            )
         longest, num = max(len(row) for row in forget + retain), self.states.num_virtual_tokens
         limit = max_positions(self.base)
         if limit is not None and longest + num > limit:
+            remedy = (
+                f"collate with max_length of at most {limit - num}" if num < limit else "take fewer virtual tokens"
+            )
             raise ValueError(
-                f"a row has {longest} tokens, and the prefix {num}: more than the base's {limit} positions; expected "
-                f"a collator with max_length of at most {limit - num}."
+                f"a row has {longest} tokens, and the prefix {num}: more than the base's {limit} positions; {remedy}."
             )
         self.first = [first[i] for i in own]
 
@@ -297,7 +311,12 @@ class _Group:
             row: index of the row of each of these.
         """
 
+        shown: set[int] = set()
+
         def keep(seen: Attention) -> None:
+            if seen.layer in shown:
+                raise ValueError(f"layer {seen.layer} attends twice in a forward, which one key cannot be fitted to.")
+            shown.add(seen.layer)
             if seen.layer not in self.layers:
                 return
             device, num = seen.queries.device, seen.queries.shape[2]
