@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 from ..data.checks import check_rows, forget_flags
 from ..data.collator import ForgetRetainCollator
-from ..models.causal_lm import evaluation_mode, max_positions, selects_positions
+from ..models.causal_lm import evaluation_mode, selects_positions
 from ..models.compat import layer_states
 from ..models.compat_attention import Attention, observed_attention
-from .row_prompts import under
+from .row_prompts import RowPrompts, under
 from .states import PromptStates, in_front, packed_states
 
 MOST_ROWS = 64  # of a batch
@@ -232,15 +232,7 @@ class _Queries:
                 f"the collator's tokenizer gives the token id {largest}, and the base has {known} input embeddings; "
                 "expected the base's own tokenizer."
             )
-        longest, num = max(len(row) for row in forget + retain), self.states.num_virtual_tokens
-        limit = max_positions(self.base)
-        if limit is not None and longest + num > limit:
-            remedy = (
-                f"collate with max_length of at most {limit - num}" if num < limit else "take fewer virtual tokens"
-            )
-            raise ValueError(
-                f"a row has {longest} tokens, and the prefix {num}: more than the base's {limit} positions; {remedy}."
-            )
+        RowPrompts(view, 1).check_room(max(len(row) for row in forget + retain))
         self.first = [first[i] for i in own]
 
     def layers(self) -> Iterator[tuple[int, Side, Side, Tensor]]:

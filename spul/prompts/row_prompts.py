@@ -172,7 +172,7 @@ class RowPrompts:
         """
         base: Any = self.model.get_base_model()
         if self.names_a_prompt:
-            self._check_room(input_ids.shape[1])
+            self.check_room(input_ids.shape[1])
             states = self.shared_states(input_ids.shape[1])
             if states is None and self.is_prefix:
                 logits = [
@@ -195,7 +195,12 @@ class RowPrompts:
         with in_front(base, states, attention_mask) as prefix:
             return logits_at(base, positions, inputs_embeds=embeds, **prefix)
 
-    def _check_room(self, num_tokens: int) -> None:
+    def check_room(self, num_tokens: int) -> None:
+        """Raise unless the longest prompt and rows of `num_tokens` fit into the model's positions.
+
+        Raises:
+            ValueError: if they do not.
+        """
         num_virtual, limit = self.num_virtual_tokens, max_positions(self.model.get_base_model())
         if limit is not None and num_virtual + num_tokens > limit:
             raise ValueError(
