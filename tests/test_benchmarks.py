@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import Dataset
-from helpers import build, make_batch, make_collator, make_tokenizer, prompt_gradients, prompted
+from helpers import build, make_collator, make_tokenizer
 from transformers import LlamaConfig
 
 import spul
@@ -55,7 +55,7 @@ def test_spul_and_the_plain_algorithm_take_the_same_steps(family, prompt):
 
     shape = common.Shape(batch_size=6, max_tokens=20, response_tokens=3, forget_rows=2)
     losses = {}
-    for name in ("spul", "plain", "spul, live reference", "spul, concatenated", "spul, one pass"):
+    for name in ("spul", "plain", "spul, live reference", "spul, concatenated", "spul, one pass", "spul, two passes"):
         base = build(family)
         zero_dropout(base)
         torch.manual_seed(1)
@@ -65,22 +65,8 @@ def test_spul_and_the_plain_algorithm_take_the_same_steps(family, prompt):
     assert losses["spul"] == pytest.approx(losses["spul, live reference"], rel=1e-5)
     assert losses["spul"] == pytest.approx(losses["spul, concatenated"], rel=1e-4)
     assert losses["spul"] == pytest.approx(losses["spul, one pass"], rel=1e-4)
+    assert losses["spul"] == losses["spul, two passes"]
     assert losses["spul"][0] != losses["spul"][2]
-
-
-@pytest.mark.parametrize("p", [4, 20])  # fewer and more virtual tokens than the rows have columns
-@pytest.mark.parametrize("family", ["llama", "opt", "gpt2", "qwen3", "gemma3", "mistral"])
-def test_one_pass_has_the_logits_and_gradients_of_two(family, p):
-    from one_pass import OnePass
-
-    unlearner = prompted(family, "prompt_tuning", p).train()
-    batch = make_batch()
-    positions = torch.tensor([[2, 3]]).expand(len(batch["input_ids"]), -1)
-    given = batch["input_ids"], batch["attention_mask"], positions
-    logits = {kind: kind.response_logits(unlearner, *given) for kind in (spul.SoftPromptUnlearner, OnePass)}
-    gradients = [prompt_gradients(unlearner, found.tanh().sum()) for found in logits.values()]
-    torch.testing.assert_close(*logits.values())
-    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("vocab_size", [200, 24000, 32000, 50272, 64000])

@@ -8,6 +8,7 @@ import torch
 import transformers
 from cache_droppers import begins_behind_a_cache, under_prompt
 from helpers import CONFIGS, FAMILIES, SHAPE, build, build_unlearner, make_batch, prompt_gradients
+from passes import Passes, assert_as_plain, checkpointed
 from plain import losses as plain_losses
 from plain import row_logits
 from torch._dynamo.backends.common import aot_autograd
@@ -21,34 +22,6 @@ from spul.models.compat_devices import TensorMemory
 from spul.prompts.shared_prefix import prompt_states
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True])
-
-
-def checkpointed(unlearner, reentrant=False, **options):
-    switch_checkpointing(unlearner.get_base_model(), "enable", {"use_reentrant": reentrant}, **options)
-    return unlearner.train()
-
-
-class Passes:
-    """Numbers of rows and tokens in each run of a layer, recomputations included."""
-
-    def __init__(self, unlearner, layer=0):
-        self.shapes = []
-        names = ("input_layernorm", "self_attn_layer_norm", "ln_1")
-        first = next(m for name, m in decoder_layers(unlearner)[layer].named_modules() if name in names)
-        first.register_forward_pre_hook(lambda module, args: self.shapes.append(tuple(args[0].shape[:2])))
-
-
-def assert_as_plain(unlearner, batch, rtol=1e-4, atol=1e-6):
-    expected = plain_losses(unlearner.eval(), batch)
-    wanted = prompt_gradients(unlearner, expected[0])
-    out = unlearner.train()(**batch)
-    found = prompt_gradients(unlearner, out.loss)
-    terms = (out.loss, out.forget_loss, out.retain_loss, out.kl_loss)
-    torch.testing.assert_close(torch.stack(terms), torch.stack(expected), rtol=rtol, atol=atol)
-    assert found.keys() == wanted.keys() != set()
-    for name in found:
-        assert found[name].abs().max() > 0
-        torch.testing.assert_close(found[name], wanted[name], rtol=rtol, atol=atol)
 
 
 @REENTRANT

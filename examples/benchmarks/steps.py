@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import Shape, make_collator, make_rows
-from one_pass import OnePass
 from peft import PeftConfig, PeftModelForCausalLM
 from torch import Tensor
 
@@ -24,16 +23,36 @@ def on_device(batch: dict[str, Tensor], base: Any) -> dict[str, Tensor]:
     return {name: tensor.to(base.device) for name, tensor in batch.items()}
 
 
-class Concatenating(SoftPromptUnlearner):
-    """An unlearner that puts its prompt in front of every row, as it does on a base that shares no prompt."""
+class OneWay(SoftPromptUnlearner):
+    """An unlearner whose prompt and rows pass the base in one way, which spul else chooses by device and shape."""
+
+    way = ""
 
     def response_logits(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         if not self.enabled:
             return super().response_logits(input_ids, attention_mask, positions, *args, **kwargs)
-        prompts = RowPrompts(self, len(input_ids))
-        return prompts.concatenated_logits(self.word_embeddings(input_ids), attention_mask, positions)
+        rows = input_ids if self.way == "shared_logits" else self.word_embeddings(input_ids)
+        return getattr(RowPrompts(self, len(input_ids)), self.way)(rows, attention_mask, positions)
+
+
+class TwoPasses(OneWay):
+    """The prompt has a pass of its own, as on a CPU."""
+
+    way = "shared_logits"
+
+
+class OnePass(OneWay):
+    """The prompt is a row of the batch, as on a GPU."""
+
+    way = "joint_logits"
+
+
+class Concatenating(OneWay):
+    """The prompt stands in front of every row, as on a base that shares none."""
+
+    way = "concatenated_logits"
 
 
 def spul_step(
@@ -75,8 +94,13 @@ def message_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], An
     return spul_step(base, config, shape, prompt_position="message")
 
 
+def two_passes_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
+    """The same with a pass of its own for the prompt, on any device."""
+    return spul_step(base, config, shape, kind=TwoPasses)
+
+
 def one_pass_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]:
-    """The same with the prompt as a row of the batch: one pass of the base, see `one_pass`."""
+    """The same with the prompt as a row of the batch, on any device."""
     return spul_step(base, config, shape, kind=OnePass)
 
 
@@ -154,5 +178,6 @@ STEPS = {
     "spul, live reference": live_step,
     "spul, at the message": message_step,
     "spul, one pass": one_pass_step,
+    "spul, two passes": two_passes_step,
     "spul, concatenated": concatenated_step,
 }

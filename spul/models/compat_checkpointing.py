@@ -32,6 +32,11 @@ def is_checkpointing(base_model: nn.Module) -> bool:
     return base_model.training and any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules())
 
 
+def keeps_cache(base_model: nn.Module) -> bool:
+    """Whether to ask a forward for the cache; under checkpointing it would warn, and set it to False."""
+    return not (is_checkpointing(base_model) and torch.is_grad_enabled())
+
+
 def is_reentrant(base_model: nn.Module) -> bool:
     """Whether gradient checkpointing is on and recomputes layers by the reentrant kind of torch."""
     on: list[Any] = [

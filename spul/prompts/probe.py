@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..models.causal_lm import evaluation_mode, max_positions
-from ..models.compat import LayerStates, is_compiled, is_quantized, layer_states, settings_of
+from ..models.compat import LayerStates, is_compiled, is_quantized, is_sharded, layer_states, settings_of
 from ..models.compat_checkpointing import without_checkpointing
+from .one_pass import joint_logits
 from .states import MixedStates, PromptStates, autocast_dtype, compute_states, in_front
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,25 @@ def shares_prefix(base: Any, num_virtual: int) -> bool:
     )
 
 
+def joins_prompt(base: Any, num_virtual: int) -> bool:
+    """Whether rows have the same logits where their prompt is a row of the batch, see `one_pass`.
+
+    A base that is sharded or compiled passes for none.
+    """
+
+    def compare() -> bool:
+        if is_sharded(base) or is_compiled(base) or not shares_prefix(base, num_virtual):
+            return False
+        prompt, ids, mask = _probe(base, num_virtual)
+        embeds = base.get_input_embeddings()(ids)
+        expected = base(inputs_embeds=torch.cat([prompt, embeds[:1]], dim=1), use_cache=False).logits[:, num_virtual:]
+        alone = base(inputs_embeds=embeds[:1], use_cache=False).logits
+        every = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        return _rows_agree(base, joint_logits(base, embeds, mask, every, prompt), expected, alone)
+
+    return _earned(base, ("joint", num_virtual), compare)
+
+
 def shares_mixed_prefixes(base: Any, states: MixedStates) -> bool:
     """Whether rows behind prompts of different lengths have the logits that they have alone.
 
@@ -91,13 +111,16 @@ def shares_mixed_prefixes(base: Any, states: MixedStates) -> bool:
     )
 
 
-def checkpoints_prefix(base: Any, num_virtual: int, prefix: list[LayerStates] | None = None) -> bool:
+def checkpoints_prefix(
+    base: Any, num_virtual: int, prefix: list[LayerStates] | None = None, joint: bool = False
+) -> bool:
     """Whether rows behind a prompt have the logits and gradients under gradient checkpointing that they have without.
 
     Args:
         base: the base in training mode, under checkpointing, which shares the prefix.
         num_virtual: number of virtual tokens.
         prefix: the keys and values of a prefix, which are trained themselves; else a prompt of embeddings is.
+        joint: whether the prompt is a row of the batch.
     """
 
     def passes(prompt: Tensor, rows: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,13 +130,18 @@ def checkpoints_prefix(base: Any, num_virtual: int, prefix: list[LayerStates] | 
             leaves.append(tensor.detach().clone().requires_grad_())
             return leaves[-1]
 
-        if prefix is None:
-            states = compute_states(base, trained(prompt))
+        if joint:
+            every = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
+            logits = joint_logits(base, rows, mask, every, trained(prompt))[mask.bool()]
         else:
-            states = PromptStates([LayerStates(trained(one.keys), trained(one.values), one.seen) for one in prefix])
-        assert states is not None  # it shares the prefix
-        with in_front(base, states, mask) as inputs:
-            logits = base(inputs_embeds=rows, **inputs).logits[mask.bool()]
+            if prefix is None:
+                states = compute_states(base, trained(prompt))
+            else:
+                leaves_of = [LayerStates(trained(one.keys), trained(one.values), one.seen) for one in prefix]
+                states = PromptStates(leaves_of)
+            assert states is not None  # it shares the prefix
+            with in_front(base, states, mask) as inputs:
+                logits = base(inputs_embeds=rows, **inputs).logits[mask.bool()]
         logits.double().tanh().sum().backward()  # into these leaves alone; reentrant checkpointing takes no others
         return logits.detach(), torch.cat([leaf.grad.flatten() for leaf in leaves if leaf.grad is not None])
 
@@ -135,9 +163,9 @@ def checkpoints_prefix(base: Any, num_virtual: int, prefix: list[LayerStates] | 
         f"{type(base).__name__} loses or changes a shared prompt under gradient checkpointing, or is compiled: the "
         "prompt is concatenated to every row, which is slower."
     )
-    kind = ("checkpointing", num_virtual, prefix is not None)
-    # Under a prefix, the caller raises.
-    return _earned(base, kind, compare, otherwise if prefix is None else "", in_evaluation=False)
+    kind = ("checkpointing", num_virtual, prefix is not None, joint)
+    # Under a prefix, the caller raises; a joint pass has another one to fall back on.
+    return _earned(base, kind, compare, "" if joint or prefix is not None else otherwise, in_evaluation=False)
 
 
 def continues_prefix(base: Any, states: PromptStates | MixedStates, unequal: bool) -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..models.causal_lm import logits_at, max_positions
+from ..models.causal_lm import cache_switch, logits_at, max_positions, needs_gradient
+from ..models.compat_checkpointing import is_checkpointing
+from .one_pass import MOST_ADDED_TOKENS, joint_logits, tokens_of_prompts_row, waits_for_launches
 from .position import check_column, stands_inside
-from .probe import shares_mixed_prefixes
+from .probe import checkpoints_prefix, joins_prompt, shares_mixed_prefixes
 from .shared_prefix import is_prefix, prompt_states, shares_states
 from .states import MixedStates, PromptStates, in_front
 
@@ -171,20 +173,59 @@ class RowPrompts:
                 checkpointing, where the base drops the prefix under it.
         """
         base: Any = self.model.get_base_model()
-        if self.names_a_prompt:
-            self.check_room(input_ids.shape[1])
-            states = self.shared_states(input_ids.shape[1])
-            if states is None and self.is_prefix:
-                logits = [
-                    (rows, group.response_logits(input_ids[rows], attention_mask[rows], positions[rows]))
-                    for rows, group in self.by_prompt()
-                ]
-                return in_order(logits)
-            if states is None:
-                return self.concatenated_logits(self.model.word_embeddings(input_ids), attention_mask, positions)
-            with in_front(base, states, attention_mask) as prefix:
-                return logits_at(base, positions, input_ids=input_ids, **prefix)
-        return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        if not self.names_a_prompt:
+            return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        self.check_room(input_ids.shape[1])
+        if (in_one_pass := self.single_pass(input_ids.shape[1])) is not None:
+            return in_one_pass(self.model.word_embeddings(input_ids), attention_mask, positions)
+        return self.shared_logits(input_ids, attention_mask, positions)
+
+    def single_pass(self, num_tokens: int) -> Callable[[Tensor, Tensor, Tensor], Tensor] | None:
+        """The way of training on rows of `num_tokens` in one pass of the base that adds the fewest tokens to it.
+
+        None where a pass of its own for the prompt is as fast, where the rows have none, or one each, and where the
+        base does not run such a pass rightly.
+        """
+        base: Any = self.model.get_base_model()
+        trains = self.named == [self.model] and needs_gradient(self.model)
+        if (
+            self.is_inside
+            or self.is_prefix
+            or not trains
+            or not waits_for_launches(self.model.word_embeddings.weight.device)
+        ):
+            return None
+        num_virtual, (switch, _) = self.num_virtual_tokens, cache_switch(base)
+        if switch is not None and num_virtual + max(num_tokens, num_virtual) > switch:
+            return None  # pads may be what takes positions beyond it
+        tokens = tokens_of_prompts_row(self.num_rows, num_tokens, num_virtual), self.num_rows * num_virtual
+        if min(tokens) > MOST_ADDED_TOKENS or not joins_prompt(base, num_virtual):
+            return None
+        if tokens[1] <= tokens[0]:
+            return self.concatenated_logits
+        if is_checkpointing(base) and not checkpoints_prefix(base, num_virtual, joint=True):
+            return None
+        return self.joint_logits
+
+    def shared_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """`response_logits` with a pass of its own for the prompt, whose keys and values all rows share."""
+        states = self.shared_states(input_ids.shape[1])
+        if states is None and self.is_prefix:
+            logits = [
+                (rows, group.response_logits(input_ids[rows], attention_mask[rows], positions[rows]))
+                for rows, group in self.by_prompt()
+            ]
+            return in_order(logits)
+        if states is None:
+            return self.concatenated_logits(self.model.word_embeddings(input_ids), attention_mask, positions)
+        base: Any = self.model.get_base_model()
+        with in_front(base, states, attention_mask) as prefix:
+            return logits_at(base, positions, input_ids=input_ids, **prefix)
+
+    def joint_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+        """`response_logits` from the rows' embeddings (B, n, d), their one prompt a row of the batch."""
+        base, prompt = self.model.get_base_model(), self.model.get_prompt(batch_size=1)
+        return joint_logits(base, embeds, attention_mask, positions, prompt)
 
     def embedding_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """`response_logits` from the rows' embeddings (B, n, d), of rows that have a prompt."""

@@ -23,7 +23,7 @@ from ..models.compat import (
     takes_position_ids,
     weight_versions,
 )
-from ..models.compat_checkpointing import is_checkpointing, kept_cache
+from ..models.compat_checkpointing import is_checkpointing, keeps_cache, kept_cache
 from ..models.sharding import gather_before_gradients
 
 
@@ -127,12 +127,7 @@ def in_front(base_model: Any, states: PromptStates | MixedStates, attention_mask
     """
     inputs = states.prefix_inputs(base_model, attention_mask)
     with kept_cache(base_model, inputs[cache_argument(base_model)]):
-        yield inputs | {"use_cache": _keeps_cache(base_model)}
-
-
-def _keeps_cache(base_model: nn.Module) -> bool:
-    """Whether to ask a forward for the cache; under checkpointing it would warn, and set it to False."""
-    return not (is_checkpointing(base_model) and torch.is_grad_enabled())
+        yield inputs | {"use_cache": keeps_cache(base_model)}
 
 
 def compute_states(
@@ -151,7 +146,7 @@ def compute_states(
     given = {"inputs_embeds": prompt} if token_ids is None else {"input_ids": token_ids}
     cache = empty_cache(base)
     with kept_cache(base, cache):
-        out = base(**given, **{cache_argument(base): cache}, use_cache=_keeps_cache(base), **last)
+        out = base(**given, **{cache_argument(base): cache}, use_cache=keeps_cache(base), **last)
     # Under checkpointing, a forward may return none. A cache that it did not fill has no states.
     layers = layer_states(cache if is_checkpointing(base) else returned_cache(out))
     if layers is not None and torch.is_grad_enabled():
