@@ -56,5 +56,5 @@ class _LastRowInFront(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         front, own = gradients[0].tensor_split([ctx.num_tokens], dim=2)
         own = own.clone()  # autograd may use the whole gradient elsewhere
-        own[-1, :, : ctx.num_tokens] += front.sum(dim=0)
+        own[-1, :, : ctx.num_tokens].add_(front.sum(dim=0))
         return own, None
