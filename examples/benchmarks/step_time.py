@@ -32,7 +32,7 @@ def main() -> None:
     parser = common.arguments(__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=common.SHAPES, default=["sst2", "yelp"])
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=["spul", "plain", "floor"])
-    parser.add_argument("--prompt", choices=("prompt-tuning", "p-tuning"), default="p-tuning")
+    parser.add_argument("--prompt", choices=("prompt-tuning", "p-tuning", "prefix-tuning"), default="p-tuning")
     parser.add_argument("--num-virtual-tokens", type=int, default=30)
     parser.add_argument("--memory-only", action="store_true", help="no timing; last line of output is JSON")
     parser.add_argument("--time-only", action="store_true", help="no memory")
@@ -65,6 +65,7 @@ def main() -> None:
             ("spul, live reference", "spul"),
             ("spul, at the message", "spul"),
             ("spul, one pass", "spul"),
+            ("spul, two passes", "spul"),
             ("plain", "spul, at the message"),
             ("spul", "plain"),
         ):

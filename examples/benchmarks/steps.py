@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common import Shape, make_collator, make_rows
-from peft import PeftConfig, PeftModelForCausalLM
+from peft import PeftConfig, PeftModelForCausalLM, PrefixTuningConfig
 from torch import Tensor
 
 from spul import ReferenceCache, SoftPromptUnlearner, UnlearningLoss
@@ -123,6 +123,9 @@ def plain_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
     is_response = batch["labels"][:, 1:] != -100
     retain_rows = (~batch["is_forget"]).nonzero().flatten().tolist()
+    is_prefix = isinstance(config, PrefixTuningConfig)  # keys and values, in a cache that PEFT makes
+    num_embedded = 0 if is_prefix else config.num_virtual_tokens
+    options: dict[str, Any] = {} if is_prefix else {"use_cache": False}
     reference: dict[int, Tensor] = {}
     for row in retain_rows:
         with torch.no_grad():
@@ -131,8 +134,8 @@ def plain_step(base: Any, config: PeftConfig, shape: Shape) -> Callable[[], Any]
 
     def step() -> float:
         optimizer.zero_grad()
-        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-        logits = out.logits[:, config.num_virtual_tokens : -1].float()  # PEFT's stand for the virtual tokens too
+        out = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+        logits = out.logits[:, num_embedded:-1].float()  # PEFT's stand for the virtual tokens too
         nll = F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="none")
         nll = nll.view(is_response.shape).sum(dim=1)
         log_p = F.log_softmax(torch.cat([logits[row][is_response[row]] for row in retain_rows]), dim=-1)
