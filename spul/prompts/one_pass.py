@@ -52,8 +52,8 @@ def joint_logits(base: Any, embeds: Tensor, attention_mask: Tensor, positions: T
     cache = cache_of_last_row(base, num)
     inputs: dict[str, Any] = {cache_argument(base): cache, "use_cache": keeps_cache(base)}
     if takes_position_ids(base):
-        first = torch.tensor([num] * rows + [0], device=embeds.device)
-        inputs["position_ids"] = first[:, None] + torch.arange(width, device=embeds.device)
+        behind = torch.arange(rows + 1, device=embeds.device)[:, None] < rows
+        inputs["position_ids"] = num * behind + torch.arange(width, device=embeds.device)
     positions = F.pad(positions, (0, 0, 0, 1))  # the prompt's row predicts nothing
     with kept_cache(base, cache):
         joint = torch.cat([embeds, prompt])
