@@ -91,7 +91,7 @@ def sst2_task(args: argparse.Namespace, seed: int) -> Task:
         lambda: experiment.load("base"),
         held_out(args, dataset, seed),
         lambda num_virtual_tokens: experiment.collator_for(None, experiment.setup.max_length - num_virtual_tokens),
-        {"bf16": experiment.setup.bf16, "train_sampling_strategy": "group_by_length"},
+        {"bf16": experiment.setup.bf16 and torch.cuda.is_available(), "train_sampling_strategy": "group_by_length"},
     )
 
 
