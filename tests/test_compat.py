@@ -45,7 +45,7 @@ from spul.models.compat import (
 )
 
 ROOT = Path(spul.models.__file__).parents[1]
-COMPAT = ("compat.py", "compat_attention.py", "compat_checkpointing.py", "compat_devices.py")
+COMPAT = ("compat.py", "compat_attention.py", "compat_checkpointing.py", "compat_devices.py", "compat_modules.py")
 PRIVATE = [ROOT / "models" / name for name in COMPAT]
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path not in PRIVATE]
 # Modules whose names change between versions.

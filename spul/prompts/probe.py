@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..models.causal_lm import evaluation_mode, max_positions
-from ..models.compat import LayerStates, is_compiled, is_quantized, layer_states, settings_of
+from ..models.compat import LayerStates, is_compiled, is_quantized, prefix_states
 from ..models.compat_checkpointing import without_checkpointing
+from ..models.compat_modules import settings_of
 from .states import MixedStates, PromptStates, autocast_dtype, compute_states, in_front
 
 logger = logging.getLogger(__name__)
@@ -210,7 +211,7 @@ def check_prefix(model: Any) -> None:
     cause: Exception | None = None
     try:
         with evaluation_mode(base):
-            states = layer_states(model.get_prompt(batch_size=1))
+            states = prefix_states(model)
             if states is not None:
                 inputs = PromptStates(states).prefix_inputs(base, torch.ones_like(token))
                 found = base(input_ids=token, use_cache=True, **inputs).logits

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..models.causal_lm import cache_switch, needs_gradient, warn_once
-from ..models.compat import layer_states
+from ..models.compat import layer_states, prefix_states
 from ..models.compat_checkpointing import is_checkpointing
 from .configs import holds_states
 from .position import stands_inside
@@ -43,7 +43,7 @@ def prompt_states(model: Any, with_logits: bool = False) -> PromptStates | None:
     """
     base: Any = model.get_base_model()
     if is_prefix(model):
-        layers = layer_states(model.get_prompt(batch_size=1))
+        layers = prefix_states(model)
         if layers is None:
             raise ValueError(f"prefix tuning needs a plain key/value cache, which {type(base).__name__} has not.")
         return PromptStates(layers)
