@@ -78,12 +78,13 @@ def settings_of(model: nn.Module) -> tuple[Any, ...]:
 
 def _setting(value: Any, depth: int) -> Any:
     """A value to compare: by content down to a depth of containers, by identity below it."""
-    if type(value) in _PLAIN:
+    kind = type(value)  # `isinstance` asks a config for its class, too, and a config's `__getattribute__` is slow
+    if kind in _PLAIN:
         return value
-    if depth and isinstance(value, dict):
+    if depth and issubclass(kind, dict):
         return tuple((name, _setting(one, depth - 1)) for name, one in value.items())
-    if depth and isinstance(value, (list, tuple)):
+    if depth and issubclass(kind, (list, tuple)):
         return tuple(_setting(one, depth - 1) for one in value)
-    if depth > 1 and isinstance(value, PreTrainedConfig):  # that of a part
+    if depth > 1 and issubclass(kind, PreTrainedConfig):  # that of a part
         return _setting(vars(value), depth)
     return id(value)
