@@ -123,13 +123,15 @@ def test_keys_values_and_gradients_are_those_of_pefts_cache(family, kind):
     assert_same(*gradients, rtol=0, atol=0)
 
 
-def test_layers_that_share_keys_have_no_states_of_their_own_as_with_peft():
+def test_layers_that_share_keys_have_the_states_that_peft_leaves_them():
     torch.manual_seed(1)
     model = PeftModelForCausalLM(gemma4(num_sharing=2), PREFIXES["prefix_tuning"]())
     with pytest.warns(UserWarning, match="skipped"):
-        assert by_peft(model) is None
-    with pytest.warns(UserWarning, match="skipped"):
-        assert prefix_states(model) is None
+        found, expected = prefix_states(model), by_peft(model)
+    if expected is None:  # transformers caches nothing for them from 5.23 on
+        assert found is None
+    else:
+        assert_same_states(found, expected)
 
 
 def test_type_mode_and_devices_of_a_prefix_are_pefts():
@@ -209,7 +211,6 @@ def test_a_batch_has_the_cache_that_transformers_fills(family, p, mixed):
     for one, other in zip(found.layers, expected.layers, strict=True):
         assert type(one) is type(other)
         assert vars(one).pop("prompts").own[0].requires_grad
-        assert vars(one).keys() == vars(other).keys()
         for name, value in vars(other).items():
             assert torch.equal(value, vars(one)[name]) if torch.is_tensor(value) else value == vars(one)[name], name
         own = torch.ones(3, *one.keys.shape[1:2], 2, *one.keys.shape[3:], dtype=torch.float64)

@@ -28,11 +28,8 @@ from accelerate.utils import (
 from datasets import Dataset
 from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
-    AuxiliaryTrainingWrapper,
-    ModulesToSaveWrapper,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as PEFTS_PREFIXES
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.integrations import map_cache_to_layer_device_map
 from peft.utils.other import _prepare_prompt_learning_config
 from torch import Tensor, nn
@@ -205,7 +202,10 @@ def expanded_cache(
 
 
 def _initialize(layer: Any, keys: Tensor) -> None:
-    """Initialize an empty layer of a cache, as `lazy_initialization` does, but for the two empty tensors it makes."""
+    """Initialize an empty layer of a cache, as `lazy_initialization` does, but for the two empty tensors it makes.
+
+    transformers 5.24 does without `dtype`.
+    """
     layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
     if isinstance(layer, DynamicSlidingWindowLayer):
         layer._sliding_window_tensor = layer._sliding_window_tensor.to(keys.device)
@@ -262,15 +262,15 @@ def prefix_shape(config: PrefixTuningConfig, model_config: Any) -> tuple[int, in
     return filled.num_layers, filled.token_dim
 
 
-# Families whose prefixes PEFT fits to layers: cut to a window or to a layer's shape, none where layers share keys.
+# Families whose prefixes PEFT fits to layers, beside `PEFTS_PREFIXES`: cut to a window, or to a layer's shape.
 _PREFIX_FITTED = ("gemma2", "gemma3_text", "gemma4")
 
 
 def prefix_states(model: Any) -> list[LayerStates] | None:
     """Keys and values of the active prefix, those of `layer_states(model.get_prompt(batch_size=1))`.
 
-    PEFT copies them, layer by layer, into a cache, and its gradients are put together again by slices and stacks.
-    Here they are views of the encoder's output. Where PEFT does more than that to them, its own way is taken.
+    Here they are views of the encoder's output; PEFT copies them into a cache, by several operators a layer, forward
+    and backward. Where it does more to them than that, its own way is taken.
 
     Args:
         model: a PEFT model whose active adapter is prefix tuning or a cartridge.
@@ -278,7 +278,7 @@ def prefix_states(model: Any) -> list[LayerStates] | None:
     base, config, name = model.get_base_model(), model.active_peft_config, model.active_adapter
     if (
         config.num_transformer_submodules != 1
-        or model.config.model_type in TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING
+        or model.config.model_type in PEFTS_PREFIXES
         or any(family in base.config.model_type for family in _PREFIX_FITTED)
     ):
         return layer_states(model.get_prompt(batch_size=1))
@@ -289,9 +289,8 @@ def prefix_states(model: Any) -> list[LayerStates] | None:
         prefix = encoder(model.prompt_tokens[name][None, :num].to(next(encoder.parameters()).device))
     if model.base_model_torch_dtype is not None:
         prefix = prefix.to(model.base_model_torch_dtype)
-    heads = config.num_attention_heads
-    shape = (1, num, 2 * config.num_layers, heads, config.token_dim // heads)
-    states = prefix.view(shape).permute(2, 0, 3, 1, 4).unbind()
+    sizes = (2 * config.num_layers, config.num_attention_heads, -1)
+    states = prefix.unflatten(-1, sizes).permute(2, 0, 3, 1, 4).unbind()
     cache = DynamicCache()
     for keys, values in zip(states[::2], states[1::2], strict=True):
         layer = DynamicLayer()
