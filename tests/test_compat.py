@@ -45,8 +45,8 @@ from spul.models.compat import (
 )
 
 ROOT = Path(spul.models.__file__).parents[1]
-COMPAT = ("compat.py", "compat_attention.py", "compat_cache.py", "compat_checkpointing.py", "compat_devices.py")
-PRIVATE = [ROOT / "models" / name for name in COMPAT]
+COMPAT = ("compat", "compat_attention", "compat_cache", "compat_checkpointing", "compat_devices", "compat_modules")
+PRIVATE = [ROOT / "models" / f"{name}.py" for name in COMPAT]
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path not in PRIVATE]
 # Modules whose names change between versions.
 MODULES = (

@@ -22,8 +22,9 @@ from ..models.causal_lm import (
     unchanged_on_error,
     zero_dropout,
 )
-from ..models.compat import forward_hooks, keep_4bit_differentiable, reset_compiled
+from ..models.compat import keep_4bit_differentiable, reset_compiled
 from ..models.compat_checkpointing import switch_checkpointing
+from ..models.compat_modules import forward_hooks
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.unlearner import Unlearner, drop_adapter_names
 from ..records.spul_config import SpulConfig

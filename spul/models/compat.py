@@ -1,15 +1,14 @@
 """All private or fast-moving APIs of torch, transformers, PEFT, accelerate, bitsandbytes and datasets that spul uses.
 
-Those of gradient checkpointing stand in `compat_checkpointing`, those of shards and memory in `compat_devices`. No
-other module of spul may import or read them, the hooks of `Trainer` that `UnlearningTrainer` overrides aside. When a
-new version of one of these libraries breaks spul, look here.
+Those of gradient checkpointing stand in `compat_checkpointing`, those of a module's insides in `compat_modules`, those
+of shards and memory in `compat_devices`. No other module of spul may import or read them, the hooks of `Trainer` that
+`UnlearningTrainer` overrides aside. When a new version of one of these libraries breaks spul, look here.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import os
 import re
 import sys
@@ -29,11 +28,13 @@ from accelerate.utils import (
 from datasets import Dataset
 from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as PEFTS_PREFIXES
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.integrations import map_cache_to_layer_device_map
 from peft.utils.other import _prepare_prompt_learning_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, TrainingArguments
+from transformers import DynamicCache, GenerationMixin, TrainingArguments
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.trainer_pt_utils import EvalLoopContainer as EvalLoopContainer
 from transformers.trainer_pt_utils import get_length_grouped_indices as get_length_grouped_indices
@@ -73,51 +74,6 @@ def reset_compiled() -> None:
 def is_dropout(module: nn.Module) -> bool:
     """Whether a module is one of torch's dropout layers; their common base class is private."""
     return isinstance(module, nn.modules.dropout._DropoutNd)
-
-
-def forward_hooks(model: nn.Module) -> Iterator[tuple[int, Any]]:
-    """Id and function of each hook before and after the forwards of a model's modules; torch has no public list."""
-    for module in model.modules():
-        yield from module._forward_pre_hooks.items()
-        yield from module._forward_hooks.items()
-
-
-def weight_versions(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Address and version of each parameter and buffer: they change when it is replaced, moved, or written to.
-
-    Autograd's counter `_version` misses writes through `.data`; inference tensors have none.
-    """
-    tensors = itertools.chain(model.parameters(), model.buffers())
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
-
-
-# What every module of torch has: its mode, which does not matter to a base without dropout, and containers of modules,
-# tensors and hooks, which are compared in their own right.
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
-
-
-def settings_of(model: nn.Module) -> tuple[Any, ...]:
-    """Settings of a forward beside tensors: config, hooks, attributes of every module, a replaced `forward` too."""
-    found: list[Any] = [key for key, _ in forward_hooks(model)]
-    for module in model.modules():
-        found.append(id(module))
-        found += [_setting(value, 1) for name, value in vars(module).items() if name not in _OF_EVERY_MODULE]
-    if (config := getattr(model, "config", None)) is not None:
-        found.append(_setting(vars(config), 3))
-    return tuple(found)
-
-
-def _setting(value: Any, depth: int) -> Any:
-    """A value to compare: by content down to a depth of containers, by identity below it."""
-    if value is None or type(value) in (bool, int, float, str):
-        return value
-    if depth and isinstance(value, dict):
-        return tuple((name, _setting(one, depth - 1)) for name, one in value.items())
-    if depth and isinstance(value, (list, tuple)):
-        return tuple(_setting(one, depth - 1) for one in value)
-    if depth > 1 and isinstance(value, PreTrainedConfig):  # that of a part
-        return _setting(vars(value), depth)
-    return id(value)
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -168,15 +124,14 @@ def returned_cache(out: Any) -> Any:
 CHUNKS_FOLLOW_CACHE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
 
 
-def layer_states(cache: Any) -> list[LayerStates] | None:
-    """The layers of a filled `DynamicCache`; None for any other cache.
+# Subclasses hold more than keys and values, so exact types are compared.
+_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
 
-    Subclasses of the two layer types hold more than keys and values, so the exact type is compared.
-    """
+
+def layer_states(cache: Any) -> list[LayerStates] | None:
+    """The layers of a filled `DynamicCache`; None for any other cache."""
     layers = getattr(cache, "layers", None)
-    if not layers or not all(
-        type(x) in (DynamicLayer, DynamicSlidingWindowLayer) and x.is_initialized for x in layers
-    ):
+    if not layers or not all(type(x) in _PLAIN_LAYERS and x.is_initialized for x in layers):
         return None
     return [LayerStates(layer.keys, layer.values, layer.get_seq_length()) for layer in layers]
 
@@ -220,8 +175,8 @@ def expanded_cache(
 ) -> DynamicCache:
     """A new cache in which each of `batch_size` rows has seen a prompt. It grows with use: do not reuse it.
 
-    The constructor takes the states of one row, since it copies them. Rows of one prompt are views of it, copied only
-    when a forward appends the rows' own tokens.
+    The layers hold views of the prompt, copied only when a forward appends the rows' own tokens: `update` would copy
+    them once more, of each layer.
 
     Args:
         layers: of one prompt, or of several, see `left_padded`.
@@ -229,19 +184,31 @@ def expanded_cache(
         batch_size: number of rows.
         index: (B,), for each row its prompt; needed where there are several.
     """
-    config = base_model.config.get_text_config()
-    cache = DynamicCache([(layer.keys[:1], layer.values[:1]) for layer in layers], config=config)
+    cache = empty_cache(base_model)
     filled: list[Any] = cache.layers
     for layer, states in zip(filled, layers, strict=True):
-        keys, values = layer.keys, layer.values
-        if index is not None:
-            first = states.keys.shape[2] - keys.shape[2]  # the constructor leaves no more than a window's end
-            keys, values = (t[:, :, first:] for t in (states.keys, states.values))
-        put_prompts(layer, keys, values, batch_size, index)
+        keys, values = states.keys, states.values
+        if type(layer) in _PLAIN_LAYERS:
+            _initialize(layer, keys)
+        else:  # another kind may refuse keys and values
+            layer.update(keys[:1], values[:1])
         if isinstance(layer, DynamicSlidingWindowLayer):
             # A prompt longer than the window leaves only its end, but its whole length counts for positions.
             layer.cumulative_length = states.seen
+            if keys.shape[2] >= layer.sliding_window:
+                keys, values = (t[:, :, 1 - layer.sliding_window :] for t in (keys, values))
+        put_prompts(layer, keys, values, batch_size, index)
     return cache
+
+
+def _initialize(layer: Any, keys: Tensor) -> None:
+    """Initialize an empty layer of a cache, as `lazy_initialization` does, but for the two empty tensors it makes.
+
+    transformers 5.24 does without `dtype`.
+    """
+    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
+    if isinstance(layer, DynamicSlidingWindowLayer):
+        layer._sliding_window_tensor = layer._sliding_window_tensor.to(keys.device)
 
 
 @functools.lru_cache(maxsize=32)
@@ -293,6 +260,45 @@ def prefix_shape(config: PrefixTuningConfig, model_config: Any) -> tuple[int, in
     """
     filled: Any = _prepare_prompt_learning_config(config, model_config)
     return filled.num_layers, filled.token_dim
+
+
+# Families whose prefixes PEFT fits to layers, beside `PEFTS_PREFIXES`: cut to a window, or to a layer's shape.
+_PREFIX_FITTED = ("gemma2", "gemma3_text", "gemma4")
+
+
+def prefix_states(model: Any) -> list[LayerStates] | None:
+    """Keys and values of the active prefix, those of `layer_states(model.get_prompt(batch_size=1))`.
+
+    Here they are views of the encoder's output; PEFT copies them into a cache, by several operators a layer, forward
+    and backward. Where it does more to them than that, its own way is taken.
+
+    Args:
+        model: a PEFT model whose active adapter is prefix tuning or a cartridge.
+    """
+    base, config, name = model.get_base_model(), model.active_peft_config, model.active_adapter
+    if (
+        config.num_transformer_submodules != 1
+        or model.config.model_type in PEFTS_PREFIXES
+        or any(family in base.config.model_type for family in _PREFIX_FITTED)
+    ):
+        return layer_states(model.get_prompt(batch_size=1))
+    encoder, num = model.prompt_encoder[name], config.num_virtual_tokens
+    if config.inference_mode:
+        prefix = encoder.embedding.weight[None]
+    else:
+        prefix = encoder(model.prompt_tokens[name][None, :num].to(next(encoder.parameters()).device))
+    if model.base_model_torch_dtype is not None:
+        prefix = prefix.to(model.base_model_torch_dtype)
+    sizes = (2 * config.num_layers, config.num_attention_heads, -1)
+    states = prefix.unflatten(-1, sizes).permute(2, 0, 3, 1, 4).unbind()
+    cache = DynamicCache()
+    for keys, values in zip(states[::2], states[1::2], strict=True):
+        layer = DynamicLayer()
+        _initialize(layer, keys)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    map_cache_to_layer_device_map(base, cache)
+    return layer_states(cache)
 
 
 # Names of the modules that PEFT puts between a module and its parameters.

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .compat_modules import all_modules, modules_with
+
 # Names of the cache in the forwards of decoder layers.
 _CACHES = ("past_key_values", "cache", "layer_past")
+_FLAG = "gradient_checkpointing"
 _swap = threading.RLock()
 
 
@@ -29,7 +32,7 @@ def is_checkpointing(base_model: nn.Module) -> bool:
 
     transformers 5.23 renames the public property; the attribute that its modules read stays.
     """
-    return base_model.training and any(getattr(m, "gradient_checkpointing", False) for m in base_model.modules())
+    return base_model.training and any(m.gradient_checkpointing for m in modules_with(base_model, _FLAG))
 
 
 def keeps_cache(base_model: nn.Module) -> bool:
@@ -39,9 +42,7 @@ def keeps_cache(base_model: nn.Module) -> bool:
 
 def is_reentrant(base_model: nn.Module) -> bool:
     """Whether gradient checkpointing is on and recomputes layers by the reentrant kind of torch."""
-    on: list[Any] = [
-        m._gradient_checkpointing_func for m in base_model.modules() if getattr(m, "gradient_checkpointing", False)
-    ]
+    on = [m._gradient_checkpointing_func for m in modules_with(base_model, _FLAG) if m.gradient_checkpointing]
     return any(getattr(function, "keywords", {}).get("use_reentrant", False) for function in on)
 
 
@@ -54,7 +55,7 @@ def switch_checkpointing(base_model: Any, switch: Literal["enable", "disable"], 
 @contextmanager
 def without_checkpointing(base_model: nn.Module) -> Iterator[None]:
     """Context manager: gradient checkpointing is off; on exit it is on again where it was."""
-    modules: list[Any] = [m for m in base_model.modules() if getattr(m, "gradient_checkpointing", False)]
+    modules = [m for m in modules_with(base_model, _FLAG) if m.gradient_checkpointing]
     for module in modules:
         module.gradient_checkpointing = False
     try:
@@ -117,7 +118,7 @@ def kept_cache(base_model: nn.Module, cache: DynamicCache) -> Iterator[None]:
     """
     layers: list[Any] = [
         m
-        for m in base_model.modules()
+        for m in all_modules(base_model)
         if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing and m.training
     ]
     if not layers:
@@ -165,7 +166,7 @@ def _keeping(layer: Any, cache: Any, hollow: list[Any]) -> Callable[..., Any] | 
     checkpoint, thread = layer._gradient_checkpointing_func, threading.get_ident()
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     name = next((one for one in _CACHES if one in names), None)
-    indices = {m.layer_idx for m in layer.modules() if isinstance(getattr(m, "layer_idx", None), int)}
+    indices = {m.layer_idx for m in modules_with(layer, "layer_idx") if isinstance(m.layer_idx, int)}
     if name is None or len(indices) != 1 or max(indices) >= len(cache.layers):
         return None
     index = indices.pop()

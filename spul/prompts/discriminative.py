@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from ..data.checks import check_rows, forget_flags
 from ..data.collator import ForgetRetainCollator
 from ..models.causal_lm import evaluation_mode, selects_positions
-from ..models.compat import layer_states
+from ..models.compat import prefix_states
 from ..models.compat_attention import Attention, observed_attention
 from .row_prompts import RowPrompts, under
 from .states import PromptStates, in_front, packed_states
@@ -213,7 +213,7 @@ class _Queries:
     """
 
     def __init__(self, view: Any, forget: list[list[int]], retain: list[list[int]]) -> None:
-        layers = layer_states(view.get_prompt(batch_size=1))
+        layers = prefix_states(view)
         assert layers is not None  # `check_prefix` ran behind it
         self.base, self.states = view.get_base_model(), PromptStates(layers)
         self.num_heads = self.base.config.get_text_config().num_attention_heads

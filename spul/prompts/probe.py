@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..models.causal_lm import evaluation_mode, max_positions
-from ..models.compat import LayerStates, is_compiled, is_quantized, is_sharded, layer_states, settings_of
+from ..models.compat import LayerStates, is_compiled, is_quantized, is_sharded, prefix_states
 from ..models.compat_checkpointing import without_checkpointing
+from ..models.compat_modules import settings_of
 from .one_pass import joint_logits
 from .states import MixedStates, PromptStates, autocast_dtype, compute_states, in_front
 
@@ -238,7 +239,7 @@ def check_prefix(model: Any) -> None:
     cause: Exception | None = None
     try:
         with evaluation_mode(base):
-            states = layer_states(model.get_prompt(batch_size=1))
+            states = prefix_states(model)
             if states is not None:
                 inputs = PromptStates(states).prefix_inputs(base, torch.ones_like(token))
                 found = base(input_ids=token, use_cache=True, **inputs).logits

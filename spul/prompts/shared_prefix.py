@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..models.causal_lm import cache_switch, needs_gradient, warn_once
-from ..models.compat import layer_states
+from ..models.compat import layer_states, prefix_states
 from ..models.compat_checkpointing import is_checkpointing
 from .configs import holds_states
 from .position import stands_inside
@@ -43,7 +43,7 @@ def prompt_states(model: Any, with_logits: bool = False) -> PromptStates | None:
     """
     base: Any = model.get_base_model()
     if is_prefix(model):
-        layers = layer_states(model.get_prompt(batch_size=1))
+        layers = prefix_states(model)
         if layers is None:
             raise ValueError(f"prefix tuning needs a plain key/value cache, which {type(base).__name__} has not.")
         return PromptStates(layers)
@@ -99,7 +99,7 @@ def shares_states(model: Any, num_virtual: int, num_tokens: int) -> bool:
     """
     base: Any = model.get_base_model()
     if is_prefix(model):  # it needs no pass, and there is no other way
-        if is_checkpointing(base) and not checkpoints_prefix(base, num_virtual, layer_states(model.get_prompt(1))):
+        if is_checkpointing(base) and not checkpoints_prefix(base, num_virtual, prefix_states(model)):
             raise ValueError(
                 f"gradient checkpointing of {type(base).__name__} drops or changes the keys and values that prefix "
                 "tuning trains: its layers do not take them again when they are recomputed, or are compiled. Turn it "

@@ -19,11 +19,10 @@ from ..models.compat import (
     layer_states,
     left_padded,
     returned_cache,
-    settings_of,
     takes_position_ids,
-    weight_versions,
 )
 from ..models.compat_checkpointing import is_checkpointing, keeps_cache, kept_cache
+from ..models.compat_modules import settings_of, weight_versions
 from ..models.sharding import gather_before_gradients
 
 
