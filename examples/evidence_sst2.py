@@ -5,8 +5,8 @@
     python examples/evidence_sst2.py table --output-dir out/evidence
 
 `choose` memorizes and tries each system's candidates on held-out training rows; the best by the plan's rule go to
-`chosen.json`. `score` scores the chosen ones on test rows, three seeds, and attacks the best four. `all` does both, and
-scores a system as soon as its own trials have ended. Every trial is a line of `trials.jsonl`, all else a line of
+`chosen.json`. `score` scores the chosen ones on test rows, three seeds, and attacks the best four. `all` does both,
+and scores a system as soon as its own trials have ended. Every trial is a line of `trials.jsonl`, all else a line of
 `scores.jsonl`; a repeated command resumes, and a choice, once made, holds. `--workers` processes share the device.
 `table` writes `table.md` and a figure of `scores.jsonl`. The plan is `docs/data/evidence/sst2-plan.json`.
 """

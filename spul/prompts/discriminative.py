@@ -158,12 +158,12 @@ def fit_keys(forget: Side, retain: Side, num_heads: int, num_keys: int) -> Tenso
     fresh = F.normalize(queries[:, token, member] - mean[:, None], dim=-1)
     weights = fresh.clone().requires_grad_()
     optimizer = torch.optim.Adam([weights], lr=RATE)
-    for _ in range(NUM_STEPS):
-        keys, (at, row), (others_at, others_row) = weights * unit, _drawn(forget.row), _drawn(retain.row)
-        of_forget = _log_odds(queries[:, at], own[:, at], keys)
-        of_retain = _log_odds(others[:, others_at], others_own[:, others_at], keys)
-        loss = F.softplus(-_largest(of_forget, row)).mean(dim=1)
-        loss = loss + RETAIN_ROWS * F.softplus(_largest(of_retain, others_row)).mean(dim=1)
+    for drawn, others_drawn in _draws(forget.row, retain.row):
+        keys = weights * unit
+        of_forget = _log_odds(queries[:, drawn.tokens], own[:, drawn.tokens], keys)
+        of_retain = _log_odds(others[:, others_drawn.tokens], others_own[:, others_drawn.tokens], keys)
+        loss = F.softplus(-_largest(of_forget, drawn)).mean(dim=1)
+        loss = loss + RETAIN_ROWS * F.softplus(_largest(of_retain, others_drawn)).mean(dim=1)
         loss = loss + RETAIN_TOKENS * F.softplus(of_retain).mean(dim=1)
         loss = loss + WEIGHT_DECAY * weights.square().sum(dim=-1).mean(dim=-1) / width
         optimizer.zero_grad()
@@ -178,14 +178,39 @@ def _by_head(side: Side, num_heads: int) -> tuple[Tensor, Tensor]:
     return queries, own
 
 
-def _drawn(row: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of some drawn rows, and the number of the row of each among these."""
-    rows = row.unique()
-    rows = rows[torch.randperm(len(rows))[:ROWS_OF_STEP].to(rows.device)]
-    number = rows.new_full((int(row.max()) + 1,), -1)
-    number[rows] = torch.arange(len(rows), device=rows.device)
-    at = (number[row] >= 0).nonzero().flatten()
-    return at, number[row[at]]
+class _Drawn(NamedTuple):
+    """Some rows of a side.
+
+    Attributes:
+        tokens: indices of their tokens, (t,).
+        row: number of each token's row among them, (t,).
+        rows: how many they are.
+    """
+
+    tokens: Tensor
+    row: Tensor
+    rows: int
+
+
+def _draws(forget: Tensor, retain: Tensor) -> Iterator[tuple[_Drawn, _Drawn]]:
+    """For each step drawn rows of both sides, which are given by the row of each token.
+
+    All are drawn before the first step, so that no step waits for the device to say how many tokens they have.
+    """
+    sides = [(row, row.unique()) for row in (forget.cpu(), retain.cpu())]
+    drawn = [_draw(*side) for _ in range(NUM_STEPS) for side in sides]
+    sizes = [len(one.tokens) for one in drawn]
+    tokens, row = (torch.cat([one[i] for one in drawn]).to(forget.device).split(sizes) for i in (0, 1))
+    there = map(_Drawn, tokens, row, [one.rows for one in drawn])
+    return zip(there, there, strict=True)
+
+
+def _draw(row: Tensor, rows: Tensor) -> _Drawn:
+    picked = rows[torch.randperm(len(rows))[:ROWS_OF_STEP]]
+    number = row.new_full((int(rows.max()) + 1,), -1)
+    number[picked] = torch.arange(len(picked))
+    tokens = (number[row] >= 0).nonzero().flatten()
+    return _Drawn(tokens, number[row[tokens]], len(picked))
 
 
 def _log_odds(queries: Tensor, own: Tensor, keys: Tensor) -> Tensor:
@@ -194,10 +219,10 @@ def _log_odds(queries: Tensor, own: Tensor, keys: Tensor) -> Tensor:
     return (scores.logsumexp(dim=-1) - own).amax(dim=-1)
 
 
-def _largest(log_odds: Tensor, row: Tensor) -> Tensor:
-    """The largest of each row, (heads, rows)."""
-    empty = log_odds.new_full((len(log_odds), int(row.max()) + 1), -torch.inf)
-    return empty.scatter_reduce(1, row.expand(len(log_odds), -1), log_odds, "amax")
+def _largest(log_odds: Tensor, drawn: _Drawn) -> Tensor:
+    """The largest of each drawn row, (heads, rows)."""
+    empty = log_odds.new_full((len(log_odds), drawn.rows), -torch.inf)
+    return empty.scatter_reduce(1, drawn.row.expand(len(log_odds), -1), log_odds, "amax")
 
 
 # ---- queries of the base ----
