@@ -65,7 +65,7 @@ class Schedule:
         self.plan, self.stage, self.wanted, self.attacked_seeds = plan, stage, wanted, attacked_seeds
         self.choice: Record = choose(plan, [], choice)
         self.done = {record["job"] for record in known}
-        self.begun: set[str] = set()
+        self.begun: dict[str, Job] = {}
         self.failed: set[str] = set()
         self._trials = [record for record in known if record.get("candidate") is not None]
         self._choose()
@@ -130,15 +130,18 @@ class Schedule:
         """The lower, the earlier.
 
         The longest runs take as long as everything else, so they and what they wait for come first. What needs no
-        training is soon done, and goes before the rest. Attacks come last, with the scores that only they need.
+        training is soon done, and goes before the rest. Attacks, with the scores that only they need, wait until nothing
+        else is left to do: beside the longest runs they would share the device with them.
         """
         followers = [name for name in self.wanted if self.plan.chooses_by(self.plan.system(name)) == job.system]
         steps = self._steps(job.system)
         if job.kind == "trial" and self.stage == "all":
             steps = max(map(self._steps, followers), default=0)
-        late = job.kind == "attack" or (job.kind == "score" and job.seed not in self.wanted.get(job.system, ()))
         group = 0 if steps > self.plan.steps else 1 if steps == 0 else 2
-        return late, group, -steps, job.kind == "score"
+        return self._is_late(job), group, -steps, job.kind == "score"
+
+    def _is_late(self, job: Job) -> bool:
+        return job.kind == "attack" or (job.kind == "score" and job.seed not in self.wanted.get(job.system, ()))
 
     def _is_ready(self, job: Job) -> bool:
         if job.kind == "memorize":
@@ -152,11 +155,13 @@ class Schedule:
 
     def waiting(self) -> list[Job]:
         """Jobs that are not done and have not begun, the first first."""
-        return [job for job in self.jobs() if job.key not in self.done | self.begun | self.failed]
+        return [job for job in self.jobs() if job.key not in self.done | self.failed | set(self.begun)]
 
     def ready(self) -> list[Job]:
         """Those of them that can begin."""
-        return [job for job in self.waiting() if self._is_ready(job)]
+        found = [job for job in self.waiting() if self._is_ready(job)]
+        early = [job for job in found if not self._is_late(job)]
+        return early if early or not all(map(self._is_late, self.begun.values())) else found
 
     def settings(self, job: Job) -> Record | None:
         """The settings that a job scores or attacks a system with; None for other jobs."""
@@ -168,11 +173,11 @@ class Schedule:
 
     def begin(self, job: Job) -> None:
         """Note that a job has begun."""
-        self.begun.add(job.key)
+        self.begun[job.key] = job
 
     def end(self, job: Job, record: Record | None) -> list[str]:
         """Note that a job has ended, with its line or, failed, without one; returns the systems chosen by that."""
-        self.begun.discard(job.key)
+        del self.begun[job.key]
         (self.failed if record is None else self.done).add(job.key)
         if job.kind == "trial" and record is not None:
             self._trials.append(record)

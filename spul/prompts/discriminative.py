@@ -9,6 +9,7 @@ what heads put out, which changes little; training then finds what to say, where
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -330,6 +331,10 @@ class _Group:
 
         shown: set[int] = set()
 
+        @functools.cache  # a mask as an index, or a copy, would make each layer wait for the device
+        def indices(device: torch.device) -> tuple[Tensor, ...]:
+            return tuple(index.to(device) for index in (*used.nonzero(as_tuple=True), row))
+
         def keep(seen: Attention) -> None:
             if seen.layer in shown:
                 raise ValueError(f"layer {seen.layer} attends twice in a forward, which one key cannot be fitted to.")
@@ -337,7 +342,8 @@ class _Group:
             if seen.layer not in self.layers:
                 return
             device, num = seen.queries.device, seen.queries.shape[2]
-            at, later = used.to(device), torch.ones(num, num, device=device, dtype=torch.bool).triu(1)
+            batch, token, own_row = indices(device)
+            later = torch.ones(num, num, device=device, dtype=torch.bool).triu(1)
             own, out = [], []
             queries = seen.queries.float().chunk(seen.keys.shape[1], dim=1)
             for head, group in enumerate(queries):  # one by one: scores of long rows are large
@@ -345,9 +351,9 @@ class _Group:
                 scores = (group @ key.mT).masked_fill_(later, -torch.inf)  # pads stand later, too
                 own.append(scores.logsumexp(dim=-1))
                 if side == 0:
-                    out.append((scores.softmax(dim=-1) @ value).mean(dim=1)[at].sum(dim=0))
-            kept, sums = (torch.cat(t, dim=1).transpose(1, 2)[at] for t in (queries, own))
-            self.parts.setdefault(seen.layer, ([], []))[side].append(Side(kept, sums, row.to(device)))
+                    out.append((scores.softmax(dim=-1) @ value).mean(dim=1)[batch, token].sum(dim=0))
+            kept, sums = (torch.cat(t, dim=1).transpose(1, 2)[batch, token] for t in (queries, own))
+            self.parts.setdefault(seen.layer, ([], []))[side].append(Side(kept, sums, own_row))
             if side == 0:
                 total = torch.stack(out)
                 self.sums[seen.layer] = self.sums[seen.layer] + total if seen.layer in self.sums else total
