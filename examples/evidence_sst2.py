@@ -184,7 +184,7 @@ def run(args: argparse.Namespace, plan: Plan) -> None:
                 record = None if error else future.result()
                 if record is None:
                     broken = broken or isinstance(error, BrokenProcessPool)  # a worker died, and takes the pool along
-                    say(f"{job.key} FAILED: {error!r}")
+                    say(f"{job.key} FAILED: {error!r}\n{error.__cause__ or ''}")  # the worker's traceback
                 else:
                     files.add(record)
                     say(summary(record))

@@ -130,8 +130,8 @@ class Schedule:
         """The lower, the earlier.
 
         The longest runs take as long as everything else, so they and what they wait for come first. What needs no
-        training is soon done, and goes before the rest. Attacks, with the scores that only they need, wait until nothing
-        else is left to do: beside the longest runs they would share the device with them.
+        training is soon done, and goes before the rest. Attacks, with the scores that only they need, wait until
+        nothing else is left to do: beside the longest runs they would share the device with them.
         """
         followers = [name for name in self.wanted if self.plan.chooses_by(self.plan.system(name)) == job.system]
         steps = self._steps(job.system)

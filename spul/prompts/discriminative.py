@@ -201,7 +201,8 @@ def _draws(forget: Tensor, retain: Tensor) -> Iterator[tuple[_Drawn, _Drawn]]:
     sides = [(row, row.unique()) for row in (forget.cpu(), retain.cpu())]
     drawn = [_draw(*side) for _ in range(NUM_STEPS) for side in sides]
     sizes = [len(one.tokens) for one in drawn]
-    tokens, row = (torch.cat([one[i] for one in drawn]).to(forget.device).split(sizes) for i in (0, 1))
+    together = (torch.cat([one.tokens for one in drawn]), torch.cat([one.row for one in drawn]))
+    tokens, row = (one.to(forget.device).split(sizes) for one in together)
     there = map(_Drawn, tokens, row, [one.rows for one in drawn])
     return zip(there, there, strict=True)
 
