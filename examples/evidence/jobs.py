@@ -6,6 +6,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,19 @@ import numpy as np
 import torch
 from datasets import Dataset
 from paper.experiment import Experiment
+from peft import PeftModel
 
 from evidence.plan import TRAINED, Plan, System
-from evidence.systems import Rows, build, collator_of, row_scores, split_rows
+from evidence.systems import Rows, build, collator_of, prompt_on, row_scores, split_rows, stored
 from spul.data.known_reviews import SST2_FORGET_NAMES
 from spul.evaluation.attacks import relearn
 from spul.evaluation.attacks.inputs import UnchangedError
 from spul.evaluation.attacks.quantization import quantized
 from spul.evaluation.attacks.usual import checked_attacks, usual_attacks
 from spul.evaluation.metrics import score_completions
-from spul.gates import GatedUnlearner
-from spul.prompts.unlearner import SoftPromptUnlearner
 
 Record = dict[str, Any]
+ATTACKS = ("inputs", "four_bit", "relearning")
 RELEARNED_ROWS, RELEARNING_STEPS, RELEARNING_RATES = 32, (2, 8, 32), (1e-4, 1e-3, 1e-2)
 
 
@@ -41,51 +42,83 @@ def means(rows: dict[str, list[int]]) -> dict[str, float]:
     return {name: float(np.mean(values)) for name, values in rows.items()}
 
 
+@lru_cache(maxsize=2)
+def base_retain(experiment: Experiment, held_out: float) -> float:
+    """The base's accuracy on held-out retain rows, which every trial is compared with."""
+    _, rows = split_rows(experiment, held_out)
+    return means(row_scores(experiment.load("base"), rows["retain"], experiment))["accuracy"]
+
+
 def trial(plan: Plan, experiment: Experiment, system: System, candidate: int) -> Record:
     """A candidate's scores on held-out training rows, and its cost by the plan's rule."""
-    settings = system.settings | system.candidates[candidate]
+    settings = system.candidate(candidate)
     train, held_out = split_rows(experiment, plan.held_out)
     steps = {"steps": plan.choosing_steps} if system.kind in TRAINED else {}
     model, cost = build(system.kind, experiment, train, settings | steps)
     position = settings.get("position", "start")
     scores = {side: means(row_scores(model, rows, experiment, position)) for side, rows in held_out.items()}
-    base = means(row_scores(experiment.load("base"), held_out["retain"], experiment))
-    loss = base["accuracy"] - scores["retain"]["accuracy"]
-    compared = plan.cost(scores["forget"]["accuracy"], loss)
-    record = {"settings": settings, "scores": scores, "base_retain": base["accuracy"]}
+    base = base_retain(experiment, plan.held_out)
+    compared = plan.cost(scores["forget"]["accuracy"], base - scores["retain"]["accuracy"])
+    record = {"settings": settings, "scores": scores, "base_retain": base}
     return record | {"cost": compared, "training": cost, "rows": {side: len(rows) for side, rows in held_out.items()}}
 
 
-def scores(experiment: Experiment, system: System, settings: dict[str, Any], attacked: int, folder: Path) -> Record:
-    """A system's scores on test rows by row, with its prompt disabled as well, and under attack.
+def scores(experiment: Experiment, system: System, settings: dict[str, Any], folder: Path) -> Record:
+    """A system's scores on test rows by row; test rows with its prompt disabled as well.
 
     Args:
         experiment: the data and models of a seed.
         system: the system.
         settings: the chosen ones, with `steps`.
-        attacked: rows of each side under each attack; 0 for none.
         folder: for the trained adapter.
     """
     train, scored = split_rows(experiment, None)
     model, cost = build(system.kind, experiment, train, settings, folder)
     position = settings.get("position", "start")
+    tests = {f"test_{side}": rows for side, rows in scored.items()}
     few = {f"train_{side}": rows.select(range(min(len(rows), 500))) for side, rows in train.items()}
-    sets = {f"test_{side}": rows for side, rows in scored.items()} | few
     record: Record = {"settings": settings, "training": cost}
-    record["scores"] = {name: row_scores(model, rows, experiment, position) for name, rows in sets.items()}
-    if hasattr(model, "disable_adapter") and system.kind in ("prompt", "gated"):
+    record["scores"] = {name: row_scores(model, rows, experiment, position) for name, rows in (tests | few).items()}
+    if system.kind in ("prompt", "gated"):
         with model.disable_adapter():
             record["detached"] = {
-                name: means(row_scores(model, rows, experiment, position)) for name, rows in sets.items()
+                name: means(row_scores(model, rows, experiment, position)) for name, rows in tests.items()
             }
-    if attacked:
-        record["attacks"] = [
-            {"side": side, "attack": name, **row_scores(model, rows, experiment, position)}
-            for side, name, rows in attacked_rows(experiment, scored, attacked)
-        ]
-        record["four_bit"] = four_bit(experiment, model, system, scored, position, folder)
-        record["relearning"] = relearned(experiment, model, system, scored["forget"], position)
     return record
+
+
+def attacks_of(system: System) -> list[str]:
+    """Names of the attacks on a system."""
+    return [name for name in ATTACKS if name != "relearning" or system.kind in TRAINED]
+
+
+def attack(
+    name: str, experiment: Experiment, system: System, settings: dict[str, Any], most: int, folder: Path
+) -> Record:
+    """The scores of a stored system under an attack.
+
+    Args:
+        name: one of `attacks_of`.
+        experiment: the data and models of a seed.
+        system: the system.
+        settings: with which it was scored.
+        most: rows of each side under each attack on the input.
+        folder: of the trained adapter.
+    """
+    train, scored = split_rows(experiment, None)
+    model = stored(system.kind, experiment, train, settings, folder)
+    position = settings.get("position", "start")
+    found: Any
+    if name == "inputs":
+        found = [
+            {"side": side, "attack": attack, **row_scores(model, rows, experiment, position)}
+            for side, attack, rows in attacked_rows(experiment, scored, most)
+        ]
+    elif name == "four_bit":
+        found = four_bit(experiment, model, system, scored, position, folder)
+    else:
+        found = relearned(experiment, model, system, scored["forget"], position)
+    return {"settings": settings, name: found}
 
 
 def attacked_rows(experiment: Experiment, scored: Rows, most: int) -> Iterator[tuple[str, str, Dataset]]:
@@ -107,15 +140,9 @@ def four_bit(experiment: Experiment, model: Any, system: System, scored: Rows, p
     device: Any = {"": experiment.device}
     if system.kind in ("prompt", "gated"):
         base = quantized(experiment.model_folder("base"), 4, device_map=device)
-        prompt = SoftPromptUnlearner.from_pretrained(base, folder / "prompt" if system.kind == "gated" else folder)
-        changed: Any = prompt.eval()
-        if system.kind == "gated":
-            changed = GatedUnlearner(prompt, experiment.tokenizer, model.gates).eval()
+        changed: Any = prompt_on(base, system.kind, experiment, folder)
     elif system.kind == "lora":
-        model.save_pretrained(folder / "lora")
-        from peft import PeftModel
-
-        merged: Any = PeftModel.from_pretrained(experiment.load("base"), folder / "lora").merge_and_unload()
+        merged: Any = PeftModel.from_pretrained(experiment.load("base"), folder).merge_and_unload()
         merged.save_pretrained(folder / "merged")
         changed = quantized(folder / "merged", 4, device_map=device)
         (folder / "merged" / "model.safetensors").unlink()
@@ -128,8 +155,6 @@ def four_bit(experiment: Experiment, model: Any, system: System, scored: Rows, p
 
 def relearned(experiment: Experiment, model: Any, system: System, forget: Dataset, position: str) -> list[Record]:
     """Accuracy on other forget rows while an attacker trains on a few, at each of several rates."""
-    if system.kind not in TRAINED:
-        return []
     learning = getattr(model, "unlearner", model)
     if system.kind in ("prompt", "gated"):
         for name, parameter in learning.named_parameters():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,15 +12,17 @@ from datasets import Dataset
 from paper.costs import Meter
 from paper.experiment import Experiment
 from paper.runs import Run, prompt_config
-from peft import PromptTuningConfig
+from peft import PeftModel, PromptTuningConfig
 from transformers import set_seed
 
+from evidence.plan import TRAINED
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.data.dataset import forget_retain_dataset
 from spul.data.known_reviews import SST2_FORGET_NAMES
 from spul.evaluation.metrics.scoring import answer_scores, collect_answers
-from spul.gates import GatedUnlearner, TextGate, hard_negatives
+from spul.gates import GatedUnlearner, TextGate, hard_negatives, load
 from spul.prompts import DiscriminativeStart
+from spul.records.files import write_text
 from spul.rivals import (
     Corruption,
     EmbeddingCorruption,
@@ -32,6 +35,7 @@ from spul.training.augmentation import augmented, rewritings
 from spul.training.rates import default_learning_rate
 
 Rows = dict[str, Dataset]
+SETTINGS = "made_with.json"
 
 
 def split_rows(experiment: Experiment, held_out: float | None) -> tuple[Rows, Rows]:
@@ -80,11 +84,39 @@ def build(
         experiment: its base.
         train: rows to train on, or to fit on.
         settings: of the system; `steps` among them if it is trained.
-        folder: for the trained adapter; None stores none.
+        folder: for the trained adapter and its settings; None stores none.
     """
     start = time.perf_counter()
     model, cost = BUILDERS[kind](experiment, train, settings, folder)
+    if folder is not None and kind in TRAINED:
+        write_text(folder / SETTINGS, json.dumps(settings) + "\n")  # last: what is there is whole
     return model.eval(), {"seconds": time.perf_counter() - start, **cost}
+
+
+def stored(kind: str, experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path) -> Any:
+    """A system with the adapter that `build` stored; what is not trained is built.
+
+    Raises:
+        FileNotFoundError: if it was not stored.
+        ValueError: if it was made with other settings.
+    """
+    if kind not in TRAINED:
+        return build(kind, experiment, train, settings)[0]
+    if (made_with := json.loads((folder / SETTINGS).read_text(encoding="utf-8"))) != settings:
+        raise ValueError(f"{folder} was made with {made_with}, not with {settings}; take another --output-dir.")
+    base = experiment.load("base")
+    if kind == "lora":
+        return PeftModel.from_pretrained(base, folder, is_trainable=True).eval()
+    return prompt_on(base, kind, experiment, folder)
+
+
+def prompt_on(base: Any, kind: str, experiment: Experiment, folder: Path) -> Any:
+    """The stored prompt of `folder` on a base, behind its gate if it has one."""
+    if kind == "prompt":
+        return SoftPromptUnlearner.from_pretrained(base, folder).eval()
+    prompt = SoftPromptUnlearner.from_pretrained(base, folder / "prompt")
+    gate = load(folder / "gate", base, experiment.tokenizer)
+    return GatedUnlearner(prompt, experiment.tokenizer, {"default": gate}).eval()
 
 
 Built = tuple[Any, dict[str, Any]]
@@ -166,7 +198,10 @@ def _lora(experiment: Experiment, train: Rows, settings: dict[str, Any], folder:
         alpha=settings["alpha"],
         max_grad_norm=1.0,
     )
-    return experiment.train(run, {f"train_{side}": rows for side, rows in train.items()})
+    model, cost = experiment.train(run, {f"train_{side}": rows for side, rows in train.items()})
+    if folder is not None:
+        model.save_pretrained(folder)
+    return model, cost
 
 
 # ---- not trained ----

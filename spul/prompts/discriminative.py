@@ -9,6 +9,7 @@ what heads put out, which changes little; training then finds what to say, where
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -158,12 +159,12 @@ def fit_keys(forget: Side, retain: Side, num_heads: int, num_keys: int) -> Tenso
     fresh = F.normalize(queries[:, token, member] - mean[:, None], dim=-1)
     weights = fresh.clone().requires_grad_()
     optimizer = torch.optim.Adam([weights], lr=RATE)
-    for _ in range(NUM_STEPS):
-        keys, (at, row), (others_at, others_row) = weights * unit, _drawn(forget.row), _drawn(retain.row)
-        of_forget = _log_odds(queries[:, at], own[:, at], keys)
-        of_retain = _log_odds(others[:, others_at], others_own[:, others_at], keys)
-        loss = F.softplus(-_largest(of_forget, row)).mean(dim=1)
-        loss = loss + RETAIN_ROWS * F.softplus(_largest(of_retain, others_row)).mean(dim=1)
+    for drawn, others_drawn in _draws(forget.row, retain.row):
+        keys = weights * unit
+        of_forget = _log_odds(queries[:, drawn.tokens], own[:, drawn.tokens], keys)
+        of_retain = _log_odds(others[:, others_drawn.tokens], others_own[:, others_drawn.tokens], keys)
+        loss = F.softplus(-_largest(of_forget, drawn)).mean(dim=1)
+        loss = loss + RETAIN_ROWS * F.softplus(_largest(of_retain, others_drawn)).mean(dim=1)
         loss = loss + RETAIN_TOKENS * F.softplus(of_retain).mean(dim=1)
         loss = loss + WEIGHT_DECAY * weights.square().sum(dim=-1).mean(dim=-1) / width
         optimizer.zero_grad()
@@ -178,14 +179,40 @@ def _by_head(side: Side, num_heads: int) -> tuple[Tensor, Tensor]:
     return queries, own
 
 
-def _drawn(row: Tensor) -> tuple[Tensor, Tensor]:
-    """Tokens of some drawn rows, and the number of the row of each among these."""
-    rows = row.unique()
-    rows = rows[torch.randperm(len(rows))[:ROWS_OF_STEP].to(rows.device)]
-    number = rows.new_full((int(row.max()) + 1,), -1)
-    number[rows] = torch.arange(len(rows), device=rows.device)
-    at = (number[row] >= 0).nonzero().flatten()
-    return at, number[row[at]]
+class _Drawn(NamedTuple):
+    """Some rows of a side.
+
+    Attributes:
+        tokens: indices of their tokens, (t,).
+        row: number of each token's row among them, (t,).
+        rows: how many they are.
+    """
+
+    tokens: Tensor
+    row: Tensor
+    rows: int
+
+
+def _draws(forget: Tensor, retain: Tensor) -> Iterator[tuple[_Drawn, _Drawn]]:
+    """For each step drawn rows of both sides, which are given by the row of each token.
+
+    All are drawn before the first step, so that no step waits for the device to say how many tokens they have.
+    """
+    sides = [(row, row.unique()) for row in (forget.cpu(), retain.cpu())]
+    drawn = [_draw(*side) for _ in range(NUM_STEPS) for side in sides]
+    sizes = [len(one.tokens) for one in drawn]
+    together = (torch.cat([one.tokens for one in drawn]), torch.cat([one.row for one in drawn]))
+    tokens, row = (one.to(forget.device).split(sizes) for one in together)
+    there = map(_Drawn, tokens, row, [one.rows for one in drawn])
+    return zip(there, there, strict=True)
+
+
+def _draw(row: Tensor, rows: Tensor) -> _Drawn:
+    picked = rows[torch.randperm(len(rows))[:ROWS_OF_STEP]]
+    number = row.new_full((int(rows.max()) + 1,), -1)
+    number[picked] = torch.arange(len(picked))
+    tokens = (number[row] >= 0).nonzero().flatten()
+    return _Drawn(tokens, number[row[tokens]], len(picked))
 
 
 def _log_odds(queries: Tensor, own: Tensor, keys: Tensor) -> Tensor:
@@ -194,10 +221,10 @@ def _log_odds(queries: Tensor, own: Tensor, keys: Tensor) -> Tensor:
     return (scores.logsumexp(dim=-1) - own).amax(dim=-1)
 
 
-def _largest(log_odds: Tensor, row: Tensor) -> Tensor:
-    """The largest of each row, (heads, rows)."""
-    empty = log_odds.new_full((len(log_odds), int(row.max()) + 1), -torch.inf)
-    return empty.scatter_reduce(1, row.expand(len(log_odds), -1), log_odds, "amax")
+def _largest(log_odds: Tensor, drawn: _Drawn) -> Tensor:
+    """The largest of each drawn row, (heads, rows)."""
+    empty = log_odds.new_full((len(log_odds), drawn.rows), -torch.inf)
+    return empty.scatter_reduce(1, drawn.row.expand(len(log_odds), -1), log_odds, "amax")
 
 
 # ---- queries of the base ----
@@ -305,6 +332,10 @@ class _Group:
 
         shown: set[int] = set()
 
+        @functools.cache  # a mask as an index, or a copy, would make each layer wait for the device
+        def indices(device: torch.device) -> tuple[Tensor, ...]:
+            return tuple(index.to(device) for index in (*used.nonzero(as_tuple=True), row))
+
         def keep(seen: Attention) -> None:
             if seen.layer in shown:
                 raise ValueError(f"layer {seen.layer} attends twice in a forward, which one key cannot be fitted to.")
@@ -312,7 +343,8 @@ class _Group:
             if seen.layer not in self.layers:
                 return
             device, num = seen.queries.device, seen.queries.shape[2]
-            at, later = used.to(device), torch.ones(num, num, device=device, dtype=torch.bool).triu(1)
+            batch, token, own_row = indices(device)
+            later = torch.ones(num, num, device=device, dtype=torch.bool).triu(1)
             own, out = [], []
             queries = seen.queries.float().chunk(seen.keys.shape[1], dim=1)
             for head, group in enumerate(queries):  # one by one: scores of long rows are large
@@ -320,9 +352,9 @@ class _Group:
                 scores = (group @ key.mT).masked_fill_(later, -torch.inf)  # pads stand later, too
                 own.append(scores.logsumexp(dim=-1))
                 if side == 0:
-                    out.append((scores.softmax(dim=-1) @ value).mean(dim=1)[at].sum(dim=0))
-            kept, sums = (torch.cat(t, dim=1).transpose(1, 2)[at] for t in (queries, own))
-            self.parts.setdefault(seen.layer, ([], []))[side].append(Side(kept, sums, row.to(device)))
+                    out.append((scores.softmax(dim=-1) @ value).mean(dim=1)[batch, token].sum(dim=0))
+            kept, sums = (torch.cat(t, dim=1).transpose(1, 2)[batch, token] for t in (queries, own))
+            self.parts.setdefault(seen.layer, ([], []))[side].append(Side(kept, sums, own_row))
             if side == 0:
                 total = torch.stack(out)
                 self.sums[seen.layer] = self.sums[seen.layer] + total if seen.layer in self.sums else total
