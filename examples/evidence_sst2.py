@@ -99,9 +99,8 @@ def summary(record: dict[str, Any]) -> str:
         parts.append(f"cost {record['cost']:.3f}")
     for name, one in record.get("scores", {}).items():
         parts.append(f"{name} {percent(one['accuracy']):.1f} ({percent(one['generic']):.1f})")
-    for one in record.get("inputs", ()):
-        if one["side"] == "forget":
-            parts.append(f"{one['attack']} {percent(one['accuracy']):.1f}")
+    inputs = [(percent(one["accuracy"]), one["attack"]) for one in record.get("inputs", ()) if one["side"] == "forget"]
+    parts += [f"{name} {value:.1f}" for value, name in sorted(inputs, key=lambda one: -one[0])]  # the worst first
     if "four_bit" in record:
         parts += [f"{side} {percent(record['four_bit'][side]['accuracy']):.1f}" for side in ("forget", "retain")]
     for one in record.get("relearning", ()):
