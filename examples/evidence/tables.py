@@ -70,24 +70,32 @@ def table(records: Sequence[Record], systems: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+CORNER = (-4.0, 2.0), (-0.5, 10.0)  # of the second panel: points of retain, % of forget
+
+
 def tradeoff(records: Sequence[Record], systems: Sequence[str], title: str) -> Figure:
-    """Forget accuracy against what retain rows lose, every seed a point; the aim is shaded."""
+    """Forget accuracy against what retain rows lose, every seed a point; beside it the corner of the shaded aim."""
     base = {one["seed"]: one for one in records if one["system"] == BASE}
-    figure = Figure(figsize=(7.2, 4.2), layout="constrained")
-    axes = figure.add_subplot()
-    axes.axvspan(-1, 3, ymin=0, ymax=1, color="0.93", lw=0)
-    axes.axhspan(0, 5, color="0.93", lw=0)
-    for i, name in enumerate(systems):
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    panels = figure.subplots(1, 2)
+    shown = [name for name in systems if any(one["system"] == name for one in records)]
+    for i, name in enumerate(shown):
         own = [one for one in records if one["system"] == name]
-        if not own:
-            continue
         _, changes = paired(own, base)
         forget = [100 * float(np.mean(one["scores"]["test_forget"]["accuracy"])) for one in own]
-        marker = "osD^vP*Xh<>"[i % 11]
-        axes.scatter([100 * change for change in changes], forget, marker=marker, s=44, label=name, alpha=0.85)
-    axes.set_xlabel("test retain accuracy less the base's (points)")
-    axes.set_ylabel("test forget accuracy (%)")
-    axes.set_title(title, fontsize=10)
-    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
-    axes.grid(alpha=0.25)
+        style = {"marker": "osD^vP*Xh<>dp8"[i % 14], "color": f"C{i}" if i < 10 else f"{0.15 * (i - 10):.2f}"}
+        for axes in panels:
+            axes.scatter([100 * change for change in changes], forget, s=44, label=name, alpha=0.85, **style)
+    panels[1].set(xlim=CORNER[0], ylim=CORNER[1])
+    for axes in panels:
+        limits = axes.axis()
+        axes.axvspan(-1, 100, color="0.93", lw=0, zorder=0)
+        axes.axhspan(-100, 5, color="0.93", lw=0, zorder=0)
+        axes.set_xlabel("test retain accuracy less the base's (points)")
+        axes.grid(alpha=0.25)
+        axes.axis(limits)
+    panels[0].set_ylabel("test forget accuracy (%)")
+    panels[1].set_title("the corner of the aim", fontsize=9)
+    figure.suptitle(title, fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right center")
     return figure
