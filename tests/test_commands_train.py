@@ -25,7 +25,6 @@ from spul.prompts import DiscriminativeStart
 from spul.prompts.configs import prompt_config
 from spul.records import Ledger, fingerprint, make_digest_key
 from spul.records.spul_config import read_spul_config
-from spul.training import default_learning_rate
 
 SHORT = {"max_steps": 3, "num_virtual_tokens": 4, "use_cpu": "true", "disable_tqdm": "true", "save_strategy": "no"}
 LOGS: list[dict[str, float]] = []
@@ -66,7 +65,8 @@ def test_files_become_a_prompt_with_record_scores_and_card(files, tmp_path, caps
     steps = [logs for logs in LOGS if "loss" in logs]
     assert len(steps) == 3, "the tracker gets every step's terms"
     assert all({"loss", "forget_loss", "retain_loss", "kl_loss", "learning_rate"} <= logs.keys() for logs in steps)
-    assert options.learning_rate == default_learning_rate(loaded)
+    assert (options.prompt_type, options.start, options.alpha) == ("prefix_tuning", "discriminative", 4.0)
+    assert options.learning_rate == 0.1  # the highest: the base is 32 wide
     PeftModel.from_pretrained(build("llama"), tmp_path)  # and plain PEFT loads it
 
 
@@ -96,7 +96,8 @@ def test_the_trained_prompt_is_noted_in_the_ledger(files, tmp_path):
 
 
 def test_the_same_training_in_code_makes_the_same_prompt(files, tmp_path):
-    options = trained(files, tmp_path / "cli", prompt_type="prefix_tuning", alpha=0.7, beta=0.2, seed=5)
+    settings = {"prompt_type": "prefix_tuning", "start": "random", "alpha": 0.7, "beta": 0.2, "forget_fraction": 0}
+    options = trained(files, tmp_path / "cli", **settings, seed=5)
     base = build("llama")
     set_seed(5)
     loss = spul.UnlearningLoss(alpha=0.7, beta=0.2)
@@ -120,7 +121,7 @@ def test_two_processes_train_and_note_what_one_does(files, tmp_path):
         "optim": "sgd",
         "max_grad_norm": 0,
     }
-    more |= {"request": "17", "save_strategy": "steps", "save_steps": 1}
+    more |= {"prompt_type": "prompt_tuning", "request": "17", "save_strategy": "steps", "save_steps": 1}
     trained(files, tmp_path / "one", ledger=tmp_path / "one.jsonl", per_device_train_batch_size=8, **more)
     values = {**files, **SHORT, **more, "generic": GENERIC, "output_dir": tmp_path / "two"}
     values |= {"ledger": tmp_path / "two.jsonl", "per_device_train_batch_size": 4}
@@ -324,3 +325,23 @@ def test_a_folder_that_is_no_prompt_is_refused_before_the_base_is_loaded(files, 
     others = {**files, "model": str(tmp_path / "no-base")}
     with pytest.raises(ValueError, match="lora"):
         combined(others, [*prompts, str(tmp_path / "lora")], tmp_path / "out", inputs=files["test_forget"])
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, ("prefix_tuning", "discriminative", 4.0, 0.5)),
+        ({"prompt_position": "message"}, ("prompt_tuning", None, None, 0.5)),
+        ({"instruction": "Decline."}, ("prefix_tuning", None, None, 0.5)),
+        ({"start": "random"}, ("prefix_tuning", "random", None, 0.5)),
+        ({"alpha": 1.0, "forget_fraction": 0}, ("prefix_tuning", "discriminative", 1.0, 0.0)),
+        ({"retain_budget": 0.02}, ("prefix_tuning", "discriminative", None, 0.5)),
+        ({"method": "NPO+GD"}, ("prefix_tuning", "discriminative", None, 0.5)),
+        ({"prompt_type": "cartridge"}, ("cartridge", None, None, 0.5)),
+        ({"train_sampling_strategy": "sequential"}, ("prefix_tuning", "discriminative", 4.0, None)),
+    ],
+)
+def test_defaults_that_depend_on_other_options_leave_those_that_are_given(given, found, files):
+    options = parsed("train", {**files, "generic": GENERIC, "output_dir": "out", **SHORT, **given})
+    train._fill(options)
+    assert (options.prompt_type, options.start, options.alpha, options.forget_fraction) == found

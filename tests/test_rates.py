@@ -1,10 +1,11 @@
 """The default learning rate: by kind and width, as documented, and refused where there is no prompt."""
 
 import pytest
-from helpers import CONFIGS, build, build_llama
+from helpers import CONFIGS, build, build_llama, make_collator, make_dataset
 from peft import PrefixTuningConfig
 
 from spul import SoftPromptUnlearner
+from spul.prompts import DiscriminativeStart
 from spul.training import default_learning_rate
 
 
@@ -13,6 +14,13 @@ def test_the_rate_falls_with_the_width(kind, product):
     for width in (256, 512):
         unlearner = SoftPromptUnlearner(build_llama(width), CONFIGS[kind]())
         assert default_learning_rate(unlearner) == pytest.approx(product / width)
+
+
+def test_fitted_keys_take_larger_steps():
+    start = DiscriminativeStart(make_dataset(), make_collator(), progress=False)
+    unlearner = SoftPromptUnlearner(build_llama(256), CONFIGS["prefix_tuning"]())
+    assert default_learning_rate(unlearner, start) == pytest.approx(17.3 / 256)
+    assert default_learning_rate(unlearner, "random") == pytest.approx(7.7 / 256)
 
 
 def test_a_projected_prefix_has_the_rate_of_an_encoder():

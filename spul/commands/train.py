@@ -10,6 +10,8 @@ from transformers import TrainingArguments, set_seed
 from .command import Command
 from .shared import LoadOptions, RowOptions, option
 
+ALPHA_OF_FITTED_KEYS = 4.0
+
 
 @dataclass(kw_only=True)
 class TrainingOptions(LoadOptions, RowOptions, TrainingArguments):
@@ -43,8 +45,8 @@ class TrainOptions(TrainingOptions):
     retain: list[str] = option("files of the rows that stay as they are", ...)
     test_forget: list[str] | None = option("files of other forget rows, scored in the end and for the card")
     test_retain: list[str] | None = option("files of other retain rows, likewise")
-    prompt_type: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge"] = option(
-        "kind of the prompt", "prompt_tuning"
+    prompt_type: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge"] | None = option(
+        "kind of the prompt; prefix_tuning by default, and prompt_tuning at the message"
     )
     num_virtual_tokens: int = option("length of the prompt", 30)
     encoder_hidden_size: int = option("width of P-tuning's network", 128)
@@ -52,14 +54,18 @@ class TrainOptions(TrainingOptions):
         "where the prompt stands: in front, or before what is asked", "start"
     )
     start: Literal["random", "vocabulary", "peft", "discriminative"] | None = option(
-        "how the prompt begins; by its kind by default. discriminative fits keys of prefix tuning to the rows"
+        "how the prompt begins; by its kind by default: discriminative, keys fitted to the rows, for prefix_tuning"
     )
     instruction: str | None = option("a written instruction that the prompt begins as, in place of --start")
     method: str = option("the loss, one of those of spul.training.METHODS that train a prompt", "SPUL")
-    alpha: float | None = option("weight of the retain term; the method's by default")
+    alpha: float | None = option("weight of the retain term; the method's by default, and 4 with fitted keys and SPUL")
     beta: float | None = option("weight of the KL term; the method's by default")
     retain_budget: float | None = option("nats per token that retaining may cost, in place of alpha")
     hold_out: float | None = option("share of the rows to hold out, to stop when they are forgotten")
+    per_device_train_batch_size: int = option("rows of a batch", 32)
+    forget_fraction: float | None = option(
+        "share of forget rows in every batch, 0.5 where the sampling strategy lets it by default; 0 shuffles all rows"
+    )
     stop_every: int = option("steps between scorings of the rows held out", 50)
     stop_margin: float = option("points of retain accuracy that may be lost", 1.0)
     stop_target: float = option("forget accuracy in percent that counts as forgotten", 5.0)
@@ -86,6 +92,7 @@ def run(options: TrainOptions) -> int | None:
     from ..training.stopping import StopWhenForgotten
     from ..training.trainer import UnlearningTrainer
 
+    _fill(options)
     method = unlearning_method(
         options.method, "prompt", options.alpha, options.beta, retain_budget=options.retain_budget
     )
@@ -115,7 +122,7 @@ def run(options: TrainOptions) -> int | None:
     start = _start(options, collator, train_rows)
     unlearner = SoftPromptUnlearner(base, config, method.loss, prompt_position=options.prompt_position, start=start)
     if options.learning_rate is None:
-        options.learning_rate = default_learning_rate(unlearner)
+        options.learning_rate = default_learning_rate(unlearner, start)
     trainer = UnlearningTrainer(
         unlearner,
         options,
@@ -123,7 +130,7 @@ def run(options: TrainOptions) -> int | None:
         train_rows,
         tests or None,
         tokenizer,
-        forget_fraction=options.forget_fraction,
+        forget_fraction=options.forget_fraction or None,
         reference=options.reference,
         reference_dir=options.reference_dir,
         digest_key=options.digest_key,
@@ -145,12 +152,25 @@ def run(options: TrainOptions) -> int | None:
     return None
 
 
+def _fill(options: TrainOptions) -> None:
+    """Fill in the defaults that depend on other options: those that forgot on pretrained models without a gate."""
+    if options.forget_fraction is None and options.train_sampling_strategy in ("random", "group_by_length"):
+        options.forget_fraction = 0.5
+    if options.prompt_type is None:
+        options.prompt_type = "prompt_tuning" if options.prompt_position == "message" else "prefix_tuning"
+    if options.start is None and options.instruction is None and options.prompt_type == "prefix_tuning":
+        options.start = "discriminative"
+    if options.start == "discriminative" and options.method == "SPUL" and options.retain_budget is None:
+        options.alpha = ALPHA_OF_FITTED_KEYS if options.alpha is None else options.alpha
+
+
 def _prompt_config(options: TrainOptions) -> Any:
     """PEFT's config of the prompt; raises for options that contradict each other, before the base is loaded."""
     from ..prompts.configs import holds_states, prompt_config
 
     if options.instruction is not None and options.start is not None:
         raise ValueError("start and instruction both say how the prompt begins; give one of them.")
+    assert options.prompt_type is not None  # filled in
     config = prompt_config(options.prompt_type, options.num_virtual_tokens, options.encoder_hidden_size)
     if options.start == "discriminative" and not holds_states(config):
         raise ValueError(

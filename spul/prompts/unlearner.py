@@ -102,11 +102,11 @@ class SoftPromptUnlearner(PromptAdapters):
         with unchanged_on_error(model):
             super().__init__(model, peft_config, adapter_name, **kwargs)
             self.spul_config.prompt_position = prompt_position
+            keep_4bit_differentiable(model)  # before a forward, in which layers would repack their weights
             if is_prefix(self) and not is_sharded(model):
                 check_prefix(self)
             self.loss = loss
             zero_dropout(model)
-            keep_4bit_differentiable(model)
             model.requires_grad_(False)
             if not peft_config.inference_mode:
                 start_prompt(self, adapter_name, start)
