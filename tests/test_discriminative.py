@@ -96,6 +96,22 @@ def test_fitted_keys_are_attended_to_by_a_token_of_each_forget_row_alone(heads, 
         assert (largest > expected).float().mean() > 0.9 if is_forget else largest.mean() < expected
 
 
+def test_each_step_has_all_tokens_of_rows_drawn_anew_from_each_side(monkeypatch):
+    monkeypatch.setattr(discriminative, "NUM_STEPS", 3)
+    monkeypatch.setattr(discriminative, "ROWS_OF_STEP", 4)
+    few, many = torch.tensor([7, 2, 2, 5]), torch.arange(9).repeat_interleave(3)
+    torch.manual_seed(0)
+    found = [one for step in discriminative._draws(few, many) for one in step]
+    assert len(found) == 6
+    torch.manual_seed(0)
+    for row, one in zip([few, many] * 3, found, strict=True):
+        rows = row.unique()
+        picked = rows[torch.randperm(len(rows))[:4]].tolist()
+        tokens = [i for i, number in enumerate(row.tolist()) if number in picked]
+        assert (one.tokens.tolist(), one.rows) == (tokens, len(picked))
+        assert one.row.tolist() == [picked.index(number) for number in row[tokens].tolist()]
+
+
 @pytest.mark.parametrize("family", [one for one in FAMILIES if one != "mistral"])  # its window ends before the prompt
 def test_a_layer_attends_to_the_keys_as_the_fit_took_it(family, monkeypatch):
     # In the first layer, which no other's prefix changes: rotated, scaled and packed right, where rows will stand.

@@ -57,7 +57,8 @@ def way_of(unlearner, num_rows, num_tokens):
 # ---- equal ----
 
 
-@pytest.mark.parametrize("p", [4, 20])  # fewer and more virtual tokens than the rows have columns
+# Fewer and more virtual tokens than the rows have columns, and more than half of the base's positions.
+@pytest.mark.parametrize("p", [4, 20, 60])
 @pytest.mark.parametrize("family", [*FAMILIES, "mistral"])
 def test_one_pass_has_the_logits_and_gradients_of_two(family, p):
     unlearner = prompted(family, "prompt_tuning", p).train()
@@ -104,6 +105,16 @@ def test_a_prompt_longer_than_the_sliding_window_equals_the_plain_twin(family, w
 def test_beyond_the_switch_of_longrope_there_is_no_such_pass():
     unlearner = longrope_unlearner().train()  # 4 virtual tokens; a switch at 12
     assert [way_of(unlearner, 32, num_tokens) for num_tokens in (8, 9)] == ["joint_logits", None]
+
+
+def test_no_pad_has_a_position_beyond_those_of_prompt_and_rows():
+    unlearner, seen, mask = prompted(p=40), [], torch.ones(2, 8, dtype=torch.long)
+    base = unlearner.get_base_model()
+    base.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["position_ids"]), with_kwargs=True)
+    RowPrompts(unlearner, 2).joint_logits(torch.zeros(2, 8, 32, dtype=torch.float64), mask, mask)
+    row, prompts = seen[0][0], seen[0][2]
+    assert torch.equal(row, torch.arange(40, 80).clamp(max=47))
+    assert torch.equal(prompts, torch.arange(40))
 
 
 @EMBEDDED

@@ -41,8 +41,8 @@ def joint_logits(base: Any, embeds: Tensor, attention_mask: Tensor, positions: T
         positions: (B, K), counted without virtual tokens.
         prompt: embeddings of the prompt, (1, p, d).
     """
-    rows, num = len(embeds), prompt.shape[1]
-    width = max(embeds.shape[1], num)
+    rows, own_width, num = *embeds.shape[:2], prompt.shape[1]
+    width = max(own_width, num)
     embeds, prompt = (F.pad(tensor.to(embeds), (0, 0, 0, width - tensor.shape[1])) for tensor in (embeds, prompt))
     own = F.pad(attention_mask, (0, width - attention_mask.shape[1]))
     # Columns: the prompt's tokens, then the row's own. The prompt's row has its tokens among its own.
@@ -53,7 +53,9 @@ def joint_logits(base: Any, embeds: Tensor, attention_mask: Tensor, positions: T
     inputs: dict[str, Any] = {cache_argument(base): cache, "use_cache": keeps_cache(base)}
     if takes_position_ids(base):
         behind = torch.arange(rows + 1, device=embeds.device)[:, None] < rows
-        inputs["position_ids"] = num * behind + torch.arange(width, device=embeds.device)
+        every = num * behind + torch.arange(width, device=embeds.device)
+        # Pads after short rows stay within the positions of prompt and rows, which may be all that the base has.
+        inputs["position_ids"] = every.clamp(max=num + own_width - 1)
     positions = F.pad(positions, (0, 0, 0, 1))  # the prompt's row predicts nothing
     with kept_cache(base, cache):
         joint = torch.cat([embeds, prompt])

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.causal_lm import cache_switch, logits_at, max_positions, needs_gradient
+from ..models.causal_lm import logits_at, max_positions, needs_gradient
 from ..models.compat_checkpointing import is_checkpointing
 from .one_pass import MOST_ADDED_TOKENS, joint_logits, tokens_of_prompts_row, waits_for_launches
 from .position import check_column, stands_inside
 from .probe import checkpoints_prefix, joins_prompt, shares_mixed_prefixes
-from .shared_prefix import is_prefix, prompt_states, shares_states
+from .shared_prefix import is_prefix, outgrows_cache, prompt_states, shares_states
 from .states import MixedStates, PromptStates, in_front
 
 NO_PROMPT = "__base__"  # PEFT's name for rows without an adapter
@@ -195,9 +195,9 @@ class RowPrompts:
             or not waits_for_launches(self.model.word_embeddings.weight.device)
         ):
             return None
-        num_virtual, (switch, _) = self.num_virtual_tokens, cache_switch(base)
-        if switch is not None and num_virtual + max(num_tokens, num_virtual) > switch:
-            return None  # pads may be what takes positions beyond it
+        num_virtual = self.num_virtual_tokens
+        if outgrows_cache(self.model, num_virtual + num_tokens):
+            return None
         tokens = tokens_of_prompts_row(self.num_rows, num_tokens, num_virtual), self.num_rows * num_virtual
         if min(tokens) > MOST_ADDED_TOKENS or not joins_prompt(base, num_virtual):
             return None
