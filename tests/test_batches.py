@@ -1,6 +1,7 @@
 """One pass over rows: of many rows, those of one batch are in memory."""
 
 import gc
+import gc
 import tracemalloc
 
 import pytest
@@ -57,12 +58,15 @@ def test_a_further_row_takes_a_few_numbers(measure, monkeypatch):
     def peaks(num):
         rows = many(num)
         with TensorMemory(VOCABULARY, model.parameters()) as tensors:
+            gc.collect()
+            gc.freeze()  # in a process with many objects, cycles would wait long to be collected
             tracemalloc.start()
             try:
                 measure(model, rows, *given, batch_size=50)
                 return tracemalloc.get_traced_memory()[1], tensors.peak + tensors.peak_of_last
             finally:
                 tracemalloc.stop()
+                gc.unfreeze()
 
     peaks(100)  # what the first call imports
     (few, of_batch), (most, of_its_batch) = peaks(200), peaks(1000)

@@ -140,7 +140,7 @@ def run(options: TrainOptions) -> int | None:
         settings = {name: getattr(options, f"stop_{name}") for name in names}
         trainer.add_callback(StopWhenForgotten(trainer, held_out.forget, held_out.retain, **settings))
     trainer.train(resume_from_checkpoint=True if options.resume else options.resume_from_checkpoint)
-    scores = _scores(trainer, tests)
+    scores = _scores(trainer, tests, options.stop_target)
     if trainer.is_world_process_zero():
         unlearner.save_pretrained(options.output_dir)
         tokenizer.save_pretrained(options.output_dir)
@@ -192,8 +192,14 @@ def _start(options: TrainOptions, collator: Any, rows: Any) -> Any:
     return options.start
 
 
-def _scores(trainer: Any, tests: dict[str, Any]) -> list[str]:
-    """A line for each set of test rows: its scores, which are recorded for the card, beside the base's."""
+def _scores(trainer: Any, tests: dict[str, Any], target: float) -> list[str]:
+    """A line for each set of test rows: its scores, which are recorded for the card, beside the base's; warnings.
+
+    Args:
+        trainer: after training.
+        tests: rows by name.
+        target: forget accuracy in percent that counts as forgotten.
+    """
     if not tests:
         return []
     with trainer.unlearner.disable_adapter():
@@ -207,6 +213,12 @@ def _scores(trainer: Any, tests: dict[str, Any]) -> list[str]:
         )
         for name in tests
     ]
+    forget = "test_forget" in tests and 100 * after["eval_test_forget_accuracy"]
+    if forget and before["test_forget"]["accuracy"] and forget > target:
+        lines.append(
+            f"warning: test_forget: {forget:.1f} % of these rows are still answered as before; more steps, other "
+            "kinds of prompt and a gate are what may help."
+        )
     # Otherwise an accuracy of 0 under the prompt looks like success.
     return lines + [
         f"warning: {name}: the base answers none of these rows, so the scores say nothing of the prompt. Compare a "

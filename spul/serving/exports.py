@@ -39,8 +39,9 @@ def prompt_embeddings(unlearner: SoftPromptUnlearner) -> Tensor:
     if holds_states(config):
         raise ValueError(
             f"the prompt {name!r} is a {type(config).__name__}: keys and values for every layer, which an engine "
-            "takes from nobody. Train one that is input embeddings, PromptTuningConfig or PromptEncoderConfig, or "
-            "serve this one by `spul serve` with the engine `transformers`."
+            "takes from nobody. Train one that is input embeddings, PromptTuningConfig or PromptEncoderConfig "
+            "(`spul train --prompt-type prompt_tuning` or `p_tuning`), which forgets less without a gate, or serve "
+            "this one by `spul serve` with the engine `transformers`."
         )
     own = unlearner.get_prompt_embedding_to_save(name).detach().cpu()
     return own.to(unlearner.get_base_model().get_input_embeddings().weight.dtype)
