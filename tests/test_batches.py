@@ -1,7 +1,6 @@
 """One pass over rows: of many rows, those of one batch are in memory."""
 
 import gc
-import gc
 import tracemalloc
 
 import pytest
