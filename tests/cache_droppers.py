@@ -5,7 +5,7 @@ from helpers import CONFIGS, SHAPE
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from spul import SoftPromptUnlearner
-from spul.models.compat import CACHE_NAME
+from spul.models.compat_cache import CACHE_NAME
 
 
 def begins_behind_a_cache(args, kwargs):

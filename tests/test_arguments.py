@@ -6,7 +6,7 @@ from helpers import CONFIGS, build, build_unlearner, make_batch, make_tokenizer,
 from transformers import DynamicCache, GenerationConfig, pipeline
 from transformers.generation.streamers import BaseStreamer
 
-from spul.models.compat import CHUNKS_FOLLOW_CACHE
+from spul.models.compat_cache import CHUNKS_FOLLOW_CACHE
 
 IDS = torch.randint(5, 120, (1, 7), generator=torch.Generator().manual_seed(4))
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -32,17 +32,8 @@ from transformers.utils.deprecation import deprecate_kwarg
 import spul.models
 from spul import UnlearningTrainer
 from spul.losses import UnlearningLoss
-from spul.models.compat import (
-    CACHE_NAME,
-    adapter_enabled,
-    cache_argument,
-    expanded_cache,
-    flattened,
-    is_sharded,
-    layer_states,
-    returned_cache,
-    uncompiled,
-)
+from spul.models.compat import adapter_enabled, flattened, is_sharded, uncompiled
+from spul.models.compat_cache import CACHE_NAME, cache_argument, expanded_cache, layer_states, returned_cache
 
 ROOT = Path(spul.models.__file__).parents[1]
 COMPAT = ("compat", "compat_attention", "compat_cache", "compat_checkpointing", "compat_devices", "compat_modules")

@@ -16,7 +16,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from spul import SoftPromptUnlearner
 from spul.models.causal_lm import decoder_layers
-from spul.models.compat import CACHE_NAME, cache_argument, empty_cache
+from spul.models.compat_cache import CACHE_NAME, cache_argument, empty_cache
 from spul.models.compat_checkpointing import is_checkpointing, kept_cache, switch_checkpointing, without_checkpointing
 from spul.models.compat_devices import TensorMemory
 from spul.prompts.shared_prefix import prompt_states

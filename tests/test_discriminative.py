@@ -8,8 +8,8 @@ from peft import CartridgeConfig, PrefixTuningConfig
 from transformers import BloomConfig, BloomForCausalLM
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner, forget_retain_dataset
-from spul.models.compat import layer_states
 from spul.models.compat_attention import observed_attention
+from spul.models.compat_cache import layer_states
 from spul.prompts import DiscriminativeStart, discriminative
 from spul.prompts.discriminative import Side, fit_keys
 

@@ -8,7 +8,7 @@ from plain import losses as plain_losses
 from plain import row_logits
 from transformers import DynamicCache, LlamaForCausalLM
 
-from spul.models.compat import CACHE_NAME
+from spul.models.compat_cache import CACHE_NAME
 from spul.prompts.probe import continues_embeddings, continues_prefix, shares_mixed_prefixes, shares_prefix
 from spul.prompts.shared_prefix import prompt_states
 from spul.prompts.states import MixedStates

@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from spul import SoftPromptUnlearner, UnlearningLoss
 from spul.models import compat
-from spul.models.compat import expanded_cache, layer_states, left_padded, prefix_states
+from spul.models.compat_cache import expanded_cache, layer_states, left_padded, prefix_states
 from spul.models.compat_checkpointing import switch_checkpointing
 from spul.prompts import shared_prefix
 

@@ -1,9 +1,9 @@
 """All private or fast-moving APIs of torch, transformers, PEFT, accelerate, bitsandbytes and datasets that spul uses.
 
 Those of gradient checkpointing stand in `compat_checkpointing`, those of attention in `compat_attention`, those of a
-module's insides in `compat_modules`, those of shards and memory in `compat_devices`; `compat_cache` has a cache of its
-own. No other module of spul may import or read them, the hooks of `Trainer` that `UnlearningTrainer` overrides aside.
-When a new version of one of these libraries breaks spul, look here.
+module's insides in `compat_modules`, those of shards and memory in `compat_devices`, and caches in `compat_cache`. No
+other module of spul may import or read them, the hooks of `Trainer` that `UnlearningTrainer` overrides aside. When a
+new version of one of these libraries breaks spul, look here.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import pyarrow
 import torch
@@ -29,14 +29,11 @@ from accelerate.utils import (
 from datasets import Dataset
 from peft import PeftModel, PrefixTuningConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as PEFTS_PREFIXES
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
-from peft.utils.integrations import map_cache_to_layer_device_map
 from peft.utils.other import _prepare_prompt_learning_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import DynamicCache, GenerationMixin, TrainingArguments
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import EvalLoopContainer as EvalLoopContainer
 from transformers.trainer_pt_utils import get_length_grouped_indices as get_length_grouped_indices
 from transformers.trainer_pt_utils import nested_concat as nested_concat
@@ -44,8 +41,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR as CHECKPOINT_PREFI
 from transformers.trainer_utils import PredictionOutput as PredictionOutput
 from transformers.trainer_utils import denumpify_detensorize as denumpify_detensorize
 from transformers.trainer_utils import speed_metrics as speed_metrics
-
-from .compat_checkpointing import put_prompts
 
 # Rows of a table that are taken at once.
 ROWS_TAKEN = 65_536
@@ -91,125 +86,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-# ---- transformers: keys and values ----
-
-
-class LayerStates(NamedTuple):
-    """Keys and values of one attention layer, batch size 1."""
-
-    keys: Tensor  # (1, heads, cached, head width); a sliding-window layer caches its last window - 1 positions
-    values: Tensor
-    seen: int  # positions processed, cached or not
-
-
-# The cache's name in arguments and outputs: transformers 5.24 renames it, and warns at every use of the old name.
-CACHE_NAME = next(
-    name
-    for name in ("cache", "past_key_values")
-    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
-)
-
-
-def cache_argument(base_model: Any) -> str:
-    """The cache's name in a base's forward. A model's own code may keep the old name beside a newer transformers."""
-    old = "past_key_values"
-    return old if old in inspect.signature(type(base_model).forward).parameters else CACHE_NAME
-
-
-def returned_cache(out: Any) -> Any:
-    """The cache in a forward's output; None without one."""
-    return getattr(out, CACHE_NAME, None)
-
-
-# Before 5.23, `prefill_chunk_size` cuts the attention mask as if nothing were cached, and leaves the prompt out.
-CHUNKS_FOLLOW_CACHE = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (5, 23)
-
-
-# Subclasses hold more than keys and values, so exact types are compared.
-_PLAIN_LAYERS = (DynamicLayer, DynamicSlidingWindowLayer)
-
-
-def layer_states(cache: Any) -> list[LayerStates] | None:
-    """The layers of a filled `DynamicCache`; None for any other cache."""
-    layers = getattr(cache, "layers", None)
-    if not layers or not all(type(x) in _PLAIN_LAYERS and x.is_initialized for x in layers):
-        return None
-    return [LayerStates(layer.keys, layer.values, layer.get_seq_length()) for layer in layers]
-
-
-def empty_cache(base_model: Any) -> DynamicCache:
-    """A new cache for a base, with a layer of the right kind for each of its own."""
-    return DynamicCache(config=base_model.config.get_text_config())
-
-
-def left_padded(prompts: Sequence[list[LayerStates] | None], seen: int) -> list[LayerStates]:
-    """Layers of several prompts with a batch of one row each, shorter ones and None padded with zeros on the left.
-
-    Args:
-        prompts: layers of each, batch size 1; None for a row without a prompt.
-        seen: positions of the longest.
-    """
-
-    def stacked(states: list[Tensor | None]) -> Tensor:
-        given = [one for one in states if one is not None]
-        rows = given[0].new_zeros(len(states), given[0].shape[1], max(t.shape[2] for t in given), given[0].shape[3])
-        return torch.cat(
-            [
-                row if one is None else torch.cat([row[:, :, : row.shape[2] - one.shape[2]], one], dim=2)
-                for row, one in zip(rows.split(1), states, strict=True)
-            ]
-        )
-
-    num_layers = next(len(layers) for layers in prompts if layers is not None)
-    return [
-        LayerStates(
-            stacked([None if layers is None else layers[i].keys for layers in prompts]),
-            stacked([None if layers is None else layers[i].values for layers in prompts]),
-            seen,
-        )
-        for i in range(num_layers)
-    ]
-
-
-def expanded_cache(
-    layers: list[LayerStates], base_model: Any, batch_size: int, index: Tensor | None = None
-) -> DynamicCache:
-    """A new cache in which each of `batch_size` rows has seen a prompt. It grows with use: do not reuse it.
-
-    The layers hold views of the prompt, copied only when a forward appends the rows' own tokens: `update` would copy
-    them once more, of each layer.
-
-    Args:
-        layers: of one prompt, or of several, see `left_padded`.
-        base_model: the base.
-        batch_size: number of rows.
-        index: (B,), for each row its prompt; needed where there are several.
-    """
-    cache = empty_cache(base_model)
-    filled: list[Any] = cache.layers
-    for layer, states in zip(filled, layers, strict=True):
-        keys, values = states.keys, states.values
-        if type(layer) in _PLAIN_LAYERS:
-            _initialize(layer, keys)
-        else:  # another kind may refuse keys and values
-            layer.update(keys[:1], values[:1])
-        if isinstance(layer, DynamicSlidingWindowLayer):
-            # A prompt longer than the window leaves only its end, but its whole length counts for positions.
-            layer.cumulative_length = states.seen
-            if keys.shape[2] >= layer.sliding_window:
-                keys, values = (t[:, :, 1 - layer.sliding_window :] for t in (keys, values))
-        put_prompts(layer, keys, values, batch_size, index)
-    return cache
-
-
-def _initialize(layer: Any, keys: Tensor) -> None:
-    """Initialize an empty layer of a cache, as `lazy_initialization` does, but for the two empty tensors it makes.
-
-    transformers 5.24 does without `dtype`.
-    """
-    layer.dtype, layer.device, layer.is_initialized = keys.dtype, keys.device, True
-    if isinstance(layer, DynamicSlidingWindowLayer):
-        layer._sliding_window_tensor = layer._sliding_window_tensor.to(keys.device)
+# ---- transformers: forwards ----
 
 
 @functools.lru_cache(maxsize=32)
@@ -261,45 +138,6 @@ def prefix_shape(config: PrefixTuningConfig, model_config: Any) -> tuple[int, in
     """
     filled: Any = _prepare_prompt_learning_config(config, model_config)
     return filled.num_layers, filled.token_dim
-
-
-# Families whose prefixes PEFT fits to layers, beside `PEFTS_PREFIXES`: cut to a window, or to a layer's shape.
-_PREFIX_FITTED = ("gemma2", "gemma3_text", "gemma4")
-
-
-def prefix_states(model: Any) -> list[LayerStates] | None:
-    """Keys and values of the active prefix, those of `layer_states(model.get_prompt(batch_size=1))`.
-
-    Here they are views of the encoder's output; PEFT copies them into a cache, by several operators a layer, forward
-    and backward. Where it does more to them than that, its own way is taken.
-
-    Args:
-        model: a PEFT model whose active adapter is prefix tuning or a cartridge.
-    """
-    base, config, name = model.get_base_model(), model.active_peft_config, model.active_adapter
-    if (
-        config.num_transformer_submodules != 1
-        or model.config.model_type in PEFTS_PREFIXES
-        or any(family in base.config.model_type for family in _PREFIX_FITTED)
-    ):
-        return layer_states(model.get_prompt(batch_size=1))
-    encoder, num = model.prompt_encoder[name], config.num_virtual_tokens
-    if config.inference_mode:
-        prefix = encoder.embedding.weight[None]
-    else:
-        prefix = encoder(model.prompt_tokens[name][None, :num].to(next(encoder.parameters()).device))
-    if model.base_model_torch_dtype is not None:
-        prefix = prefix.to(model.base_model_torch_dtype)
-    sizes = (2 * config.num_layers, config.num_attention_heads, -1)
-    states = prefix.unflatten(-1, sizes).permute(2, 0, 3, 1, 4).unbind()
-    cache = DynamicCache()
-    for keys, values in zip(states[::2], states[1::2], strict=True):
-        layer = DynamicLayer()
-        _initialize(layer, keys)
-        layer.keys, layer.values = keys, values
-        cache.layers.append(layer)
-    map_cache_to_layer_device_map(base, cache)
-    return layer_states(cache)
 
 
 # Names of the modules that PEFT puts between a module and its parameters.

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
-from ..models.compat import CHUNKS_FOLLOW_CACHE
+from ..models.compat_cache import CHUNKS_FOLLOW_CACHE
 
 CACHES = ("past_key_values", "cache", "cache_params")
 _POSITIONS = ("position_ids", "cache_position")

@@ -23,8 +23,8 @@ from tqdm.auto import tqdm
 from ..data.checks import check_rows, forget_flags
 from ..data.collator import ForgetRetainCollator
 from ..models.causal_lm import evaluation_mode, selects_positions
-from ..models.compat import prefix_states
 from ..models.compat_attention import Attention, observed_attention
+from ..models.compat_cache import prefix_states
 from .row_prompts import RowPrompts, under
 from .states import PromptStates, in_front, packed_states
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.causal_lm import logits_at
-from ..models.compat import cache_argument, takes_position_ids
-from ..models.compat_cache import cache_of_last_row
+from ..models.compat import takes_position_ids
+from ..models.compat_cache import cache_argument, cache_of_last_row
 from ..models.compat_checkpointing import keeps_cache, kept_cache
 
 # Of a step: more would take longer to compute, on a model of 7B parameters, than the launches of a second pass.

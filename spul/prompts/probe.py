@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..models.causal_lm import evaluation_mode, max_positions
-from ..models.compat import LayerStates, is_compiled, is_quantized, is_sharded, prefix_states
+from ..models.compat import is_compiled, is_quantized, is_sharded
+from ..models.compat_cache import LayerStates, prefix_states
 from ..models.compat_checkpointing import without_checkpointing
 from ..models.compat_modules import settings_of
 from .one_pass import joint_logits

@@ -199,6 +199,7 @@ class RowPrompts:
         if outgrows_cache(self.model, num_virtual + num_tokens):
             return None
         tokens = tokens_of_prompts_row(self.num_rows, num_tokens, num_virtual), self.num_rows * num_virtual
+        # One that is sharded or compiled joins no prompt: its batches all keep to one way, whatever their shapes.
         if min(tokens) > MOST_ADDED_TOKENS or not joins_prompt(base, num_virtual):
             return None
         if tokens[1] <= tokens[0]:

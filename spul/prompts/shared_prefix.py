@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..models.causal_lm import cache_switch, needs_gradient, warn_once
-from ..models.compat import prefix_states
+from ..models.compat_cache import prefix_states
 from ..models.compat_checkpointing import is_checkpointing
 from .configs import holds_states
 from .position import stands_inside

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models.causal_lm import selects_positions
-from ..models.compat import (
+from ..models.compat import takes_position_ids
+from ..models.compat_cache import (
     LayerStates,
     cache_argument,
     empty_cache,
@@ -19,7 +20,6 @@ from ..models.compat import (
     layer_states,
     left_padded,
     returned_cache,
-    takes_position_ids,
 )
 from ..models.compat_checkpointing import is_checkpointing, keeps_cache, kept_cache
 from ..models.compat_modules import settings_of, weight_versions

@@ -17,7 +17,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..losses.terms import token_kl, token_nll
 from ..models.causal_lm import LINEAR, decoder_layers, selects_positions, zero_dropout
-from ..models.compat import LayerStates, prefix_shape
+from ..models.compat import prefix_shape
+from ..models.compat_cache import LayerStates
 from ..models.compat_checkpointing import switch_checkpointing
 from ..models.compat_devices import TensorMemory, fake_tensors
 from ..prompts.configs import check_peft_config, encoder_shapes, fill_sizes, has_encoder, holds_states, prompt_shape
