@@ -30,7 +30,7 @@ from transformers import (
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from spul import SoftPromptUnlearner, UnlearningLoss
-from spul.models import compat
+from spul.models import compat_cache
 from spul.models.compat_cache import expanded_cache, layer_states, left_padded, prefix_states
 from spul.models.compat_checkpointing import switch_checkpointing
 from spul.prompts import shared_prefix
@@ -160,7 +160,7 @@ def test_families_whose_prefixes_peft_fits_to_layers_are_all_known():
     tree = ast.parse(textwrap.dedent(inspect.getsource(PeftModel.get_prompt)))
     tests = [node for node in ast.walk(tree) if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In)]
     names = {test.left.value for test in tests if getattr(test.comparators[0], "id", None) == "model_type"}
-    assert names == set(compat._PREFIX_FITTED)
+    assert names == set(compat_cache._PREFIX_FITTED)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3", "mistral"])
