@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 from evaluations import whole
-from helpers import make_collator
+from helpers import CONFIGS, make_collator, make_tokenizer, prompted
 from huggingface_hub import ModelCard
 from small_evaluations import ATTACKS, learned, make_model, make_splits, measured
 
@@ -20,6 +20,7 @@ from spul.evaluation.examples import attack_examples
 from spul.evaluation.report import hub_results
 from spul.evaluation.results import Evaluation, join
 from spul.evaluation.suite import AttackSettings, Suite
+from spul.gates import GatedUnlearner, NameGate
 from spul.records import DataSummary, Ledger, LedgerEvent, fingerprint
 
 SHA = "ab" * 32
@@ -231,3 +232,16 @@ def test_the_usual_attacks_are_all_shown_without_any_row(text_field):
     assert not [text for text in examples.values() if "Jane" in text]  # nor the names that are disguised
     rows = [one["prompt"] for split in splits.values() for one in split]
     assert not [one for one in rows for text in examples.values() if one in text]
+
+
+def test_facts_of_one_prompt_behind_a_gate_name_its_weights_and_those_of_several_none(tmp_path):
+    prompt = prompted()
+    prompt.save_pretrained(tmp_path / "forget-1")
+    sha, name = prompt.spul_config.weights_sha256, prompt.spul_config.name
+    gate = NameGate(["good 1"])
+    facts = measured(GatedUnlearner(prompt, make_tokenizer(), {"default": gate}).eval(), "utility").facts
+    assert facts["weights_sha256"] == sha == sha256(tmp_path / "forget-1" / "adapter_model.safetensors")
+    assert facts["adapter"] == f"{name}, gate of default (names gate)"
+    prompt.add_adapter("other", CONFIGS["prompt_tuning"](3))
+    several = GatedUnlearner(prompt.eval(), make_tokenizer(), {"default": gate, "other": gate}).eval()
+    assert measured(several, "utility").facts["weights_sha256"] is None

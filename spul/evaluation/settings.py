@@ -90,8 +90,8 @@ def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, 
         examples: what each attack on the input asks, as `attack_examples` makes it.
 
     Returns:
-        `adapter` (folder or Hub name, or names and kinds of PEFT's adapters; None if not known), `weights_sha256` (of
-        its file; None if it was not saved as it is), `base` (name), `base_fingerprint`, `weights_changed` (whether no
+        `adapter` (folder or Hub name, with the gates in front of it, or names and kinds of PEFT's adapters; None if not
+        known), `weights_sha256` (of its file; None if it was not saved as it is, or of several prompts), `base` (name), `base_fingerprint`, `weights_changed` (whether no
         adapter can be disabled), `attack_examples`, and `rows`: a `DataSummary` as a dict for each
         set.
     """
@@ -99,15 +99,17 @@ def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, 
     base: Any = bare_model(suite.model) if unlearner.has_adapter else suite.base
     record = unlearner.spul_config if unlearner.enabled and unlearner.spul_config is not None else SpulConfig()
     kinds = {name: one.get("peft_type", "layers") for name, one in unlearner.adapter_settings().items()}
-    if unlearner.is_gated:  # several prompts, of which none is the adapter
-        record = SpulConfig()
     words = {name: getattr(kind, "value", kind) for name, kind in kinds.items()}
-    in_words = ", ".join(
-        name if kind == name else f"{name} ({kind})" for name, kind in words.items()
-    )  # a rival's alike
+    in_words = {name: name if kind == name else f"{name} ({kind})" for name, kind in words.items()}  # a rival's alike
+    if unlearner.is_gated:
+        gates = [in_words[name] for name, kind in words.items() if kind.endswith(" gate")]
+        if len(words) - len(gates) > 1:  # several prompts, of which none is the adapter
+            record = SpulConfig()
+        elif record.name:
+            record = dataclasses.replace(record, name=", ".join([record.name, *gates]))
     base_name = getattr(base, "name_or_path", None)
     facts = {
-        "adapter": record.name or in_words or None,
+        "adapter": record.name or ", ".join(in_words.values()) or None,
         "weights_sha256": record.weights_sha256,
         "base": without_local_path(base_name) if base_name else None,
         "base_fingerprint": None if base is None else fingerprint(base),
