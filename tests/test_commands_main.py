@@ -251,3 +251,8 @@ def test_options_of_training_arguments_are_read_and_left_out_of_help(tmp_path, c
         said = capsys.readouterr().out
         assert ("--adam_beta2" in said) is shows_all
         assert "--forget_fraction" in said
+
+
+def test_a_mistyped_flag_that_is_required_is_named_with_those_of_a_near_name(capsys):
+    assert main(["train", "--model", "m", "--foget", "f.jsonl", "--retain", "r.jsonl", "--output-dir", "out"]) == 2
+    assert "unknown option or value '--foget'; did you mean forget" in capsys.readouterr().err

@@ -99,7 +99,7 @@ def parse(command: Command, words: Sequence[str], arguments: Sequence[str]) -> A
         raise ValueError(str(error)) from error
     for path in own.config:
         _take(parser, path)
-    _check_once(parser, rest)
+    _check_flags(parser, rest)
     options, unknown = parser.parse_args_into_dataclasses(
         rest, return_remaining_strings=True, look_for_args_file=False
     )
@@ -108,11 +108,17 @@ def parse(command: Command, words: Sequence[str], arguments: Sequence[str]) -> A
     return options
 
 
-def _check_once(parser: OptionsParser, arguments: Sequence[str]) -> None:
-    """Raise if a flag is given twice: argparse would take the last one, and drop the first one's files or prompts."""
+def _check_flags(parser: OptionsParser, arguments: Sequence[str]) -> None:
+    """Raise for a flag that is unknown or given twice.
+
+    Of two, argparse would take the last, and drop the first one's files or prompts; of one that is mistyped and
+    required, it would say that it is missing.
+    """
     names = {flag: action.dest for action in parser._actions for flag in action.option_strings}
     given: dict[str, str] = {}
     for flag in (one.split("=", 1)[0] for one in arguments):
+        if flag.startswith("--") and flag != "--" and flag not in names:
+            raise ValueError(f"unknown option or value {flag!r}{_near(parser, flag)}.")
         if flag in names and names[flag] in given:
             both = (
                 f"{flag} is given twice" if given[names[flag]] == flag else f"{given[names[flag]]} and {flag} are one"

@@ -90,10 +90,10 @@ def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, 
         examples: what each attack on the input asks, as `attack_examples` makes it.
 
     Returns:
-        `adapter` (folder or Hub name, with the gates in front of it, or names and kinds of PEFT's adapters; None if not
-        known), `weights_sha256` (of its file; None if it was not saved as it is, or of several prompts), `base` (name), `base_fingerprint`, `weights_changed` (whether no
-        adapter can be disabled), `attack_examples`, and `rows`: a `DataSummary` as a dict for each
-        set.
+        `adapter` (folder or Hub name, with the gates in front of it, or names and kinds of PEFT's adapters; None if
+        not known), `weights_sha256` (of its file; None if it was not saved as it is, or of several prompts), `base`
+        (name), `base_fingerprint`, `weights_changed` (whether no adapter can be disabled), `attack_examples`, and
+        `rows`: a `DataSummary` as a dict for each set.
     """
     unlearner = unlearner_of(suite.model)
     base: Any = bare_model(suite.model) if unlearner.has_adapter else suite.base
