@@ -316,7 +316,7 @@ class RowEncoder:
             raise ValueError(
                 f'prompt_position="message" puts the soft prompt before the text of a text prompt, and {found}: '
                 f"{shortened(repr(prompt))}. Name the column whose text the prompt contains, "
-                'ForgetRetainCollator(..., text_field="text"), or pass conversations.'
+                'ForgetRetainCollator(..., text_field="text") or --text-field text, or pass conversations.'
             )
         if field is None:
             return EncodedPrompt(ids)
