@@ -253,3 +253,9 @@ def test_a_cartridge_of_frozen_virtual_tokens_alone_is_refused():
     config = CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_frozen_tokens=3)
     with pytest.raises(ValueError, match="num_frozen_tokens=3, and num_virtual_tokens is as large"):
         SoftPromptUnlearner(build("llama"), config)
+
+
+def test_a_base_that_caches_more_than_keys_and_values_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr("spul.prompts.starts.compute_states", lambda *args, **kwargs: None)
+    with pytest.raises(ValueError, match="layers of LlamaForCausalLM cache more than keys and values"):
+        SoftPromptUnlearner(build("llama"), CONFIGS["prefix_tuning"](4))

@@ -195,11 +195,20 @@ def _looks_up_tokens(base: Any) -> bool:
 
 
 def _keys_and_values(base: Any, rows: Tensor, ids: Tensor | None, config: Any) -> Tensor:
-    """Keys and values of rows (p, d) by a pass of the base, in the layout of PEFT."""
+    """Keys and values of rows (p, d) by a pass of the base, in the layout of PEFT.
+
+    Raises:
+        ValueError: if the base caches more than keys and values, as layers of two kinds beside each other do.
+    """
     prompt = rows[None].to(base.get_input_embeddings().weight.dtype)
     with evaluation_mode(base):
         states = compute_states(base, prompt, token_ids=None if ids is None else ids[None])
-    assert states is not None  # `check_prefix` ran behind such a cache
+    if states is None:
+        raise ValueError(
+            f"layers of {type(base).__name__} cache more than keys and values (Mamba beside attention does), so that "
+            "a prefix is a part of what a prompt is there, and no start of it can be read. Use PromptTuningConfig or "
+            "PromptEncoderConfig."
+        )
     return packed_states(states.layers, config)
 
 
