@@ -143,6 +143,9 @@ def test_a_change_of_hook_setting_or_forward_is_seen(change):
 def test_hooks_before_and_after_forwards_are_listed():
     model, seen = build("llama"), []
     for register in (model.lm_head.register_forward_hook, model.model.norm.register_forward_pre_hook):
-        hook = lambda *_: None  # noqa: E731
+
+        def hook(*_):
+            return None
+
         seen.append((register(hook).id, hook))
     assert sorted(forward_hooks(model), key=lambda one: one[0]) == sorted(seen, key=lambda one: one[0])

@@ -18,6 +18,7 @@ from helpers import (
     prompted,
 )
 from passes import Passes, assert_as_plain, checkpointed
+from transformers import LlamaForCausalLM
 
 from spul import SoftPromptUnlearner
 from spul.models.compat_cache import _in_front, cache_of_last_row
@@ -187,19 +188,16 @@ def test_without_gradients_inside_rows_and_under_several_prompts_there_is_no_suc
     assert RowPrompts(inside, 32, prompt_position=before).single_pass(12) is None
 
 
-class DropsACacheOfOneRow(DropsTheCache):
-    """Loses the prompt where it is a row of the batch alone: what is behind embeddings stays."""
+class TakesNoPositions(LlamaForCausalLM):
+    """Counts positions from zero where they are given, as they are for a prompt that is a row of the batch alone."""
 
     def forward(self, *args, **kwargs):
-        if kwargs.get("inputs_embeds") is not None:
-            kwargs["input_ids"] = kwargs["inputs_embeds"][..., 0]
-            found = kwargs.pop("input_ids")
-            if kwargs.get("position_ids") is not None:
-                kwargs["position_ids"] = torch.zeros_like(kwargs["position_ids"]) + torch.arange(found.shape[1])
-        return super(DropsTheCache, self).forward(*args, **kwargs)
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = torch.arange(kwargs["position_ids"].shape[1]).expand_as(kwargs["position_ids"])
+        return super().forward(*args, **kwargs)
 
 
-@pytest.mark.parametrize("base_class", [DropsTheCache, ForgetsWhereItIs, RefusesACache, DropsACacheOfOneRow])
+@pytest.mark.parametrize("base_class", [DropsTheCache, ForgetsWhereItIs, RefusesACache, TakesNoPositions])
 @pytest.mark.usefixtures("waiting")
 def test_a_base_that_computes_otherwise_behind_the_last_rows_keys_is_run_another_way(base_class):
     unlearner, batch = under_prompt(base_class).train(), make_batch()

@@ -213,12 +213,13 @@ def _scores(trainer: Any, tests: dict[str, Any], target: float) -> list[str]:
         )
         for name in tests
     ]
-    forget = "test_forget" in tests and 100 * after["eval_test_forget_accuracy"]
-    if forget and before["test_forget"]["accuracy"] and forget > target:
-        lines.append(
-            f"warning: test_forget: {forget:.1f} % of these rows are still answered as before; more steps, other "
-            "kinds of prompt and a gate are what may help."
-        )
+    if "test_forget" in tests and before["test_forget"]["accuracy"] > 0:
+        answered = 100 * after["eval_test_forget_accuracy"]
+        if answered > target:
+            lines.append(
+                f"warning: test_forget: {answered:.1f} % of these rows are still answered as before; more steps, "
+                "other kinds of prompt and a gate are what may help."
+            )
     # Otherwise an accuracy of 0 under the prompt looks like success.
     return lines + [
         f"warning: {name}: the base answers none of these rows, so the scores say nothing of the prompt. Compare a "

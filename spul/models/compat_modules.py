@@ -1,4 +1,4 @@
-"""What a model's modules hold, read in one quick walk: hooks, settings, and the versions of their tensors.
+"""Hooks, settings and versions of tensors of a model's modules, read in one quick walk.
 
 A forward behind a prompt reads it each time, so that no change goes unnoticed. `nn.Module.modules` walks by generators
 within generators, and a miss of `getattr` on a module raises: on a deep base either takes milliseconds. The

@@ -45,12 +45,8 @@ def shares_prefix(base: Any, num_virtual: int) -> bool:
         states = compute_states(base, prompt)
         if states is None:
             return False
-        embeds = base.get_input_embeddings()(ids[:1])
-        together = torch.cat([prompt, embeds], dim=1)
-        expected = base(inputs_embeds=together, use_cache=False).logits[:, prompt.shape[1] :]
-        alone = base(inputs_embeds=embeds, use_cache=False).logits
         found = base(input_ids=ids, use_cache=True, **states.prefix_inputs(base, mask)).logits
-        return _rows_agree(base, found, expected, alone)
+        return _rows_agree(base, found, *_concatenated_and_alone(base, prompt, ids))
 
     return _earned(
         base,
@@ -71,11 +67,8 @@ def joins_prompt(base: Any, num_virtual: int) -> bool:
         if is_sharded(base) or is_compiled(base) or not shares_prefix(base, num_virtual):
             return False
         prompt, ids, mask = _probe(base, num_virtual)
-        embeds = base.get_input_embeddings()(ids)
-        expected = base(inputs_embeds=torch.cat([prompt, embeds[:1]], dim=1), use_cache=False).logits[:, num_virtual:]
-        alone = base(inputs_embeds=embeds[:1], use_cache=False).logits
-        every = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        return _rows_agree(base, joint_logits(base, embeds, mask, every, prompt), expected, alone)
+        found = _all_joint_logits(base, base.get_input_embeddings()(ids), mask, prompt)
+        return _rows_agree(base, found, *_concatenated_and_alone(base, prompt, ids))
 
     return _earned(base, ("joint", num_virtual), compare)
 
@@ -133,8 +126,7 @@ def checkpoints_prefix(
             return leaves[-1]
 
         if joint:
-            every = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
-            logits = joint_logits(base, rows, mask, every, trained(prompt))[mask.bool()]
+            logits = _all_joint_logits(base, rows, mask, trained(prompt))[mask.bool()]
         else:
             if prefix is None:
                 states = compute_states(base, trained(prompt))
@@ -312,6 +304,19 @@ def _probe(base: Any, num_virtual: int) -> tuple[Tensor, Tensor, Tensor]:
     mask = torch.ones_like(row).repeat(2, 1)
     mask[1, max(1, room - NUM_PADS) :] = 0
     return embedding(ids[:, :num_virtual]), row.repeat(2, 1), mask
+
+
+def _concatenated_and_alone(base: Any, prompt: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits (1, n, V) of a probe's first row behind its prompt's embeddings, and without them; nothing is cached."""
+    embeds = base.get_input_embeddings()(ids[:1])
+    together = torch.cat([prompt, embeds], dim=1)
+    behind = base(inputs_embeds=together, use_cache=False).logits[:, prompt.shape[1] :]
+    return behind, base(inputs_embeds=embeds, use_cache=False).logits
+
+
+def _all_joint_logits(base: Any, rows: Tensor, mask: Tensor, prompt: Tensor) -> Tensor:
+    """Logits (B, n, V) at every position of rows (B, n, d) whose prompt is a row of their batch."""
+    return joint_logits(base, rows, mask, torch.arange(mask.shape[1], device=mask.device).expand_as(mask), prompt)
 
 
 def _left_padded_probe(base: Any, num_virtual: int, unequal: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -187,13 +187,9 @@ class RowPrompts:
         base does not run such a pass rightly.
         """
         base: Any = self.model.get_base_model()
-        trains = self.named == [self.model] and needs_gradient(self.model)
-        if (
-            self.is_inside
-            or self.is_prefix
-            or not trains
-            or not waits_for_launches(self.model.word_embeddings.weight.device)
-        ):
+        if not waits_for_launches(self.model.word_embeddings.weight.device) or self.is_inside or self.is_prefix:
+            return None
+        if self.named != [self.model] or not needs_gradient(self.model):
             return None
         num_virtual = self.num_virtual_tokens
         if outgrows_cache(self.model, num_virtual + num_tokens):
