@@ -1,11 +1,14 @@
 """Many requests on one base: ten people of SST-2, a gated prompt each, against LoRA merged request by request.
 
-    python examples/evidence_requests.py --model ../shared/models/small-lm --data-dir ../shared/data/sst2 --steps 120
+    python examples/evidence_requests.py --model ../shared/models/small-lm --data-dir ../shared/data/sst2 \\
+        --plan docs/data/evidence/sst2-small-lm-plan.json --settings docs/data/evidence/requests-small-lm.json
 
 Each person is a request. They come in random order; in the end three are withdrawn in random order. A prompt behind a
 text gate is trained for each request alone, with the other people's rows among its retain rows; prompts are added to
-and taken off one frozen base. *Merged* is SPUL's loss on LoRA, merged into the weights before the next request; a
-withdrawn request cannot be undone there. *One prompt for all* stands behind one gate for the rows of all ten.
+and taken off one frozen base. *Refusals* are a fixed text behind the same gates. *Merged* is SPUL's loss on LoRA,
+merged into the weights before the next request; a withdrawn request cannot be undone there. *Trained anew* is that
+loss on LoRA from the base on all requests in force, as often as they change; only those that are scored are trained.
+*One prompt for all* stands behind one gate for the rows of all ten.
 
 After 1, 5 and 10 requests, and after the withdrawals, a line of `requests.jsonl` has each system's accuracy on the
 test rows of the requests in force, of the people not (or no longer) asked for, and of the others; bytes, seconds of
@@ -35,11 +38,10 @@ from spul import SoftPromptUnlearner, UnlearningTrainer
 from spul.data.dataset import forget_retain_dataset
 from spul.data.known_reviews import SST2_FORGET_NAMES
 from spul.data.recognizers import NameFinder
-from spul.gates import GatedUnlearner, load
+from spul.gates import AnyGate, GatedUnlearner, load
+from spul.rivals import FixedRefusal
 from spul.training.methods import unlearning_method
 
-PROMPT = {"prompt_type": "prompt_tuning", "position": "message", "num_virtual_tokens": 30, "rate": 0.5}
-PROMPT |= {"alpha": 0.05, "beta": 0.025, "forget_fraction": 0.6, "batch_size": 32, "recall": 0.99, "negatives": 1500}
 WITHDRAWN, CHECKPOINTS = 3, (1, 5, 10)
 
 
@@ -49,9 +51,9 @@ def parse_args() -> argparse.Namespace:
     add("--model", required=True, help="Hub name or folder of a causal LM")
     add("--data-dir", required=True, help="folder of SST-2")
     add("--plan", type=Path, required=True, help="whose `setup` memorizes, such as docs/data/evidence/sst2-plan.json")
+    add("--settings", type=Path, required=True, help="JSON file: those of `prompt`, `lora` and `anew`; `retain_rows`")
     add("--seed", type=int, default=1)
-    add("--steps", type=int, default=120, help="of training for one request, prompt or LoRA alike")
-    add("--lora-rate", type=float, default=1e-3)
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME", help=", ".join(SYSTEMS))
     add("--models-dir", type=Path, help="folder of the memorized models; in the output folder unless given")
     add("--output-dir", type=Path, default=Path("out/many-requests"))
     return parser.parse_args()
@@ -68,20 +70,27 @@ def by_person(rows: Dataset, people: Sequence[str]) -> dict[str, Dataset]:
 class Requests:
     """The people, their rows, and the order in which they come and go."""
 
-    def __init__(self, args: argparse.Namespace, experiment: Experiment) -> None:
-        self.args, self.experiment = args, experiment
+    def __init__(self, args: argparse.Namespace, experiment: Experiment, settings: dict[str, Any]) -> None:
+        self.args, self.experiment, self.settings = args, experiment, settings
         self.people = list(SST2_FORGET_NAMES[:10])
         self.train = by_person(experiment.rows["train_forget"], self.people)
         self.test = by_person(experiment.rows["test_forget"], self.people)
-        self.retain, self.test_retain = experiment.rows["train_retain"], experiment.scored["test_retain"]
+        self.retain, test_retain = experiment.rows["train_retain"], experiment.scored["test_retain"]
+        self.test_retain = test_retain.select(range(min(len(test_retain), settings["retain_rows"])))
         rng = random.Random(args.seed)
         self.order = rng.sample(self.people, len(self.people))
         self.withdrawn = rng.sample(self.people, WITHDRAWN)
 
-    def rows_for(self, name: str) -> dict[str, Dataset]:
-        """Rows to train a request's prompt on: the other people's are retain rows."""
-        others = [self.train[other] for other in self.people if other != name]
-        return {"forget": self.train[name], "retain": concatenate_datasets([*others, self.retain])}
+    @property
+    def left(self) -> list[str]:
+        """The people whose requests are in force in the end."""
+        return [name for name in self.order if name not in self.withdrawn]
+
+    def rows_for(self, names: Sequence[str]) -> dict[str, Dataset]:
+        """Rows to train requests on: the other people's are retain rows."""
+        others = [self.train[other] for other in self.people if other not in names]
+        forget = concatenate_datasets([self.train[name] for name in names])
+        return {"forget": forget, "retain": concatenate_datasets([*others, self.retain])}
 
     def scores(self, model: Any, position: str, active: Sequence[str]) -> dict[str, float | None]:
         """Accuracy on the rows of requests in force, of the other people, and of everybody else."""
@@ -102,22 +111,28 @@ def folder_bytes(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def train_prompt(requests: Requests, name: str, rows: dict[str, Dataset]) -> Path:
+def train_prompt(requests: Requests, name: str, rows: dict[str, Dataset], settings: dict[str, Any]) -> Path:
     """The folder of a prompt and its gate, trained unless it is there."""
-    folder = requests.args.output_dir / f"prompts-{requests.args.seed}-{requests.args.steps}" / name.replace(" ", "-")
+    folder = requests.args.output_dir / f"prompts-{requests.args.seed}" / name.replace(" ", "-")
     if not (folder / "cost.json").exists():
-        _, cost = build("gated", requests.experiment, rows, PROMPT | {"steps": requests.args.steps}, folder)
+        _, cost = build("gated", requests.experiment, rows, settings, folder)
         (folder / "cost.json").write_text(json.dumps(cost))
+    if (made := json.loads((folder / "made_with.json").read_text())) != settings:
+        raise ValueError(f"{folder} was made with {made}, not with {settings}; take another --output-dir.")
     return folder
+
+
+def position_of(requests: Requests) -> str:
+    return requests.settings["prompt"].get("position", "start")
 
 
 def measured_prompts(requests: Requests) -> list[dict[str, Any]]:
     """The lines of prompts that come and go on one base."""
     experiment, found, gated, active = requests.experiment, [], None, []
-    base, position = experiment.load("base"), PROMPT["position"]
+    base, position = experiment.load("base"), position_of(requests)
     seconds, size, added, removed = 0.0, 0, [], []
     for i, name in enumerate(requests.order, start=1):
-        folder = train_prompt(requests, name, requests.rows_for(name))
+        folder = train_prompt(requests, name, requests.rows_for([name]), requests.settings["prompt"])
         seconds += json.loads((folder / "cost.json").read_text())["seconds"]
         size += folder_bytes(folder / "prompt") + folder_bytes(folder / "gate")
         begun = time.perf_counter()
@@ -143,44 +158,89 @@ def measured_prompts(requests: Requests) -> list[dict[str, Any]]:
     return found
 
 
+def measured_refusals(requests: Requests) -> list[dict[str, Any]]:
+    """The lines of a fixed refusal behind the gates of the prompts."""
+    experiment, found = requests.experiment, []
+    base, refusal = experiment.load("base"), experiment.data.format.generic_completions[0]
+    folders = {
+        name: train_prompt(requests, name, requests.rows_for([name]), requests.settings["prompt"]) / "gate"
+        for name in requests.order
+    }
+    stages = {f"{count} added": requests.order[:count] for count in CHECKPOINTS}
+    for after, active in (stages | {f"{WITHDRAWN} withdrawn": requests.left}).items():
+        gate = AnyGate([load(folders[name], base, experiment.tokenizer) for name in active])
+        model = FixedRefusal(base, experiment.tokenizer, gate, refusal)
+        found.append({"after": after, **requests.scores(model, "start", active)})
+        found[-1]["bytes"] = sum(folder_bytes(folders[name]) for name in active)
+    return found
+
+
+def merged(requests: Requests, model: Any, rows: dict[str, Dataset], settings: dict[str, Any]) -> Any:
+    """A model with SPUL's loss trained on LoRA, merged."""
+    method, experiment = unlearning_method("IDK", trainable="lora"), requests.experiment
+    set_seed(requests.args.seed)
+    learning = method.prepare(model)
+    arguments = experiment.training_arguments(
+        learning_rate=settings["learning_rate"],
+        max_steps=settings["steps"],
+        per_device_train_batch_size=settings["batch_size"],
+        max_grad_norm=1.0,
+    )
+    dataset = forget_retain_dataset(rows["forget"], rows["retain"])
+    collator = experiment.collator_for(method)
+    trainer = UnlearningTrainer(learning, arguments, collator, dataset, loss=method.loss, forget_fraction=0.5)
+    trainer.train()
+    return trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False).merge_and_unload().eval()
+
+
+def model_bytes(model: Any) -> int:
+    return sum(one.nbytes for one in model.parameters())
+
+
 def measured_merged(requests: Requests) -> list[dict[str, Any]]:
-    """The lines of LoRA that is merged request by request."""
-    experiment, args, found, seconds = requests.experiment, requests.args, [], 0.0
-    model, method = experiment.load("base"), unlearning_method("IDK", trainable="lora")
+    """The lines of LoRA that is merged request by request; the rows of earlier requests are in neither set."""
+    found, seconds, model = [], 0.0, requests.experiment.load("base")
     for i, name in enumerate(requests.order, start=1):
         begun, asked = time.perf_counter(), requests.order[:i]
-        kept = [requests.train[other] for other in requests.people if other not in asked]
-        set_seed(args.seed)
-        learning = method.prepare(model)
-        arguments = experiment.training_arguments(
-            learning_rate=args.lora_rate, max_steps=args.steps, per_device_train_batch_size=32, max_grad_norm=1.0
-        )
-        dataset = forget_retain_dataset(requests.train[name], concatenate_datasets([*kept, requests.retain]))
-        collator = experiment.collator_for(method)
-        trainer = UnlearningTrainer(learning, arguments, collator, dataset, loss=method.loss, forget_fraction=0.5)
-        trainer.train()
-        model = trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False).merge_and_unload().eval()
+        rows = requests.rows_for(asked) | {"forget": requests.train[name]}
+        model = merged(requests, model, rows, requests.settings["lora"])
         seconds += time.perf_counter() - begun
         if i in CHECKPOINTS:
             found.append({"after": f"{i} added", **requests.scores(model, "start", asked), "train_seconds": seconds})
-            found[-1]["bytes"] = sum(one.nbytes for one in model.parameters())
-        del trainer, learning
+            found[-1]["bytes"] = model_bytes(model)
         gc.collect()
-    active = [name for name in requests.order if name not in requests.withdrawn]
-    return [*found, {"after": f"{WITHDRAWN} withdrawn", **requests.scores(model, "start", active)}]
+    return [*found, {"after": f"{WITHDRAWN} withdrawn", **requests.scores(model, "start", requests.left)}]
+
+
+def measured_anew(requests: Requests) -> list[dict[str, Any]]:
+    """The lines of LoRA that is trained from the base on all requests in force; seconds are of the last training."""
+    found = []
+    stages = {f"{count} added": requests.order[:count] for count in CHECKPOINTS}
+    for after, active in (stages | {f"{WITHDRAWN} withdrawn": requests.left}).items():
+        begun = time.perf_counter()
+        model = merged(
+            requests, requests.experiment.load("base"), requests.rows_for(active), requests.settings["anew"]
+        )
+        seconds = time.perf_counter() - begun
+        found.append({"after": after, **requests.scores(model, "start", active), "train_seconds": seconds})
+        found[-1]["bytes"] = model_bytes(model)
+        del model
+        gc.collect()
+    return found
 
 
 def measured_together(requests: Requests) -> list[dict[str, Any]]:
     """The line of one prompt for all."""
-    rows = {"forget": concatenate_datasets(list(requests.train.values())), "retain": requests.retain}
-    folder, experiment = train_prompt(requests, "all", rows), requests.experiment
+    experiment = requests.experiment
+    rows, settings = requests.rows_for(requests.people), requests.settings["together"]
+    folder = train_prompt(requests, "all", rows, settings)
     base = experiment.load("base")
     unlearner = SoftPromptUnlearner.from_pretrained(base, folder / "prompt")
     gate = load(folder / "gate", base, experiment.tokenizer)
     model = GatedUnlearner(unlearner, experiment.tokenizer, {"default": gate}).eval()
     cost = json.loads((folder / "cost.json").read_text())
     size = folder_bytes(folder / "prompt") + folder_bytes(folder / "gate")
-    scores = requests.scores(model, PROMPT["position"], requests.order)
+    scores = requests.scores(model, position_of(requests), requests.order)
     return [{"after": "10 added", **scores, "train_seconds": cost["seconds"], "bytes": size}]
 
 
@@ -192,8 +252,10 @@ def measured_base(requests: Requests) -> list[dict[str, Any]]:
 SYSTEMS = {
     "base": measured_base,
     "prompts behind gates": measured_prompts,
+    "refusals behind gates": measured_refusals,
     "one prompt for all": measured_together,
     "LoRA, merged each time": measured_merged,
+    "LoRA, trained anew each time": measured_anew,
 }
 
 
@@ -202,14 +264,14 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     folder = args.models_dir or args.output_dir / "models"
     experiment = Plan.read(args.plan).experiment(args.seed, args.model, args.data_dir, folder)
-    requests = Requests(args, experiment)
+    requests = Requests(args, experiment, json.loads(args.settings.read_text()))
     path = args.output_dir / "requests.jsonl"
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    settings = {"seed": args.seed, "steps": args.steps, "model": Path(args.model).name, "lora_rate": args.lora_rate}
-    for name, measure in SYSTEMS.items():
-        if any({**one, **settings, "system": name} == one for one in done):
+    facts = {"seed": args.seed, "model": Path(args.model).name, "settings": requests.settings}
+    for name in args.systems:
+        if any({**one, **facts, "system": name} == one for one in done):
             continue
-        lines = [settings | {"system": name} | line for line in measure(requests)]
+        lines = [facts | {"system": name} | line for line in SYSTEMS[name](requests)]
         with path.open("a") as file:
             file.write("".join(json.dumps(line) + "\n" for line in lines))
         for line in lines:

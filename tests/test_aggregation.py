@@ -155,6 +155,7 @@ def questions(model: str, shift: float = 0.0) -> list[Measurement]:
             "choice_probability": column + 0.1,
             "rouge_l_recall": column + 0.15,
             "truth_ratio": column + shift,
+            "truth_ratio_geometric": column + 2 * shift,
         }
         found.append(of("questions", rows, model, per_row={name: v.tolist() for name, v in per_row.items()}))
     return found
@@ -181,6 +182,17 @@ def test_forget_quality_is_the_p_value_against_the_retrained_model():
     assert one.value == pytest.approx(ks_2samp(theirs + 0.3, theirs).pvalue)
     assert [n.model for n in found.metrics if n.name == "forget_quality"] == ["unlearned"]
     assert not [n for n in evaluate(*questions("unlearned")).metrics if n.name == "forget_quality"]
+    by_program = found.metric("questions", "forget", "forget_quality_geometric")
+    assert by_program.value == pytest.approx(ks_2samp(theirs + 0.6, theirs).pvalue)
+
+
+def test_forget_quality_by_geometric_means_is_left_out_of_measurements_without_them():
+    both = [*questions("unlearned", 0.3), *questions("retrained")]
+    for one in both:
+        del one.per_row["truth_ratio_geometric"]
+    names = {n.name for n in evaluate(*both).metrics}
+    assert "forget_quality" in names
+    assert "forget_quality_geometric" not in names
 
 
 # ---- better ----

@@ -148,12 +148,15 @@ def test_probability_is_the_geometric_mean_over_the_tokens():
     assert probability([of([-np.inf, -1.0])]).tolist() == [0.0]
 
 
-def test_truth_ratio_has_the_arithmetic_mean_of_the_paper():
+def test_truth_ratio_has_the_arithmetic_mean_as_printed_or_the_geometric_one_by_name():
     paraphrased = [of(np.log([0.4, 0.4]))]
     perturbed = [[of(np.log([0.2])), of(np.log([0.6, 0.6, 0.6]))]]
     (found,) = truth_ratio(paraphrased, perturbed)
     assert found == pytest.approx((0.2 + 0.6) / 2 / 0.4)
-    assert found != pytest.approx((0.2 * 0.6) ** 0.5 / 0.4, rel=0.05)  # the geometric one
+    (geometric,) = truth_ratio(paraphrased, perturbed, mean="geometric")
+    assert geometric == pytest.approx((0.2 * 0.6) ** 0.5 / 0.4)
+    with pytest.raises(ValueError, match="mean='harmonic'; expected one of"):
+        truth_ratio(paraphrased, perturbed, mean="harmonic")
     # Of answers so unlikely that their probabilities are 0 in floats, the ratio is still one.
     np.testing.assert_allclose(truth_ratio([of([-1000.0])], [[of([-1000.0]), of([-1001.0])]]), (1 + np.exp(-1)) / 2)
     with pytest.raises(ValueError, match="one or more perturbed"):

@@ -36,6 +36,8 @@ def test_scores_of_questions_are_the_formulae_written_out(prompt_type, paraphras
         assert found["probability"][i] == pytest.approx(right, rel=1e-5)
         assert found["choice_probability"][i] == pytest.approx(right / (right + sum(wrong)), rel=1e-5)
         assert found["truth_ratio"][i] == pytest.approx(np.mean(wrong) / again, rel=1e-5)
+        geometric = np.exp(np.mean(np.log(wrong))) / again
+        assert found["truth_ratio_geometric"][i] == pytest.approx(geometric, rel=1e-5)
     asked = Dataset.from_list([QUESTION_ANSWER.row(q) for q in questions])
     said = generate_answers(model, asked, collator.encoder, max_new_tokens=5)
     np.testing.assert_array_equal(

@@ -325,11 +325,16 @@ def _forget_quality(seeds: Sequence[Measurement], by_key: Mapping[Key, list[Meas
     theirs = by_key.get(seeds[0].key._replace(model="retrained"))
     if seeds[0].model == "retrained" or theirs is None:
         return []
-    values = [
-        forget_quality(np.asarray(one.per_row["truth_ratio"]), np.asarray(other.per_row["truth_ratio"]))
-        for one, other in zip(seeds, theirs, strict=True)
-    ]
-    return [_value(seeds, "forget_quality", _over_seeds(values), "seeds")]
+    found = []
+    for ratio, name in (("truth_ratio", "forget_quality"), ("truth_ratio_geometric", "forget_quality_geometric")):
+        if any(ratio not in one.per_row for one in (*seeds, *theirs)):
+            continue  # measured before this ratio was
+        values = [
+            forget_quality(np.asarray(one.per_row[ratio]), np.asarray(other.per_row[ratio]))
+            for one, other in zip(seeds, theirs, strict=True)
+        ]
+        found.append(_value(seeds, name, _over_seeds(values), "seeds"))
+    return found
 
 
 def _model_utilities(by_key: Mapping[Key, list[Measurement]]) -> list[MetricValue]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -235,19 +236,24 @@ def mean_log_probs(likelihoods: Sequence[Likelihood]) -> np.ndarray:
     return np.array([found.log_probs.mean(dtype=np.float64) for found in likelihoods])
 
 
-def truth_ratio(paraphrased: Sequence[Likelihood], perturbed: Sequence[Sequence[Likelihood]]) -> np.ndarray:
+def truth_ratio(
+    paraphrased: Sequence[Likelihood],
+    perturbed: Sequence[Sequence[Likelihood]],
+    mean: Literal["arithmetic", "geometric"] = "arithmetic",
+) -> np.ndarray:
     """Likelihood of wrong answers relative to a paraphrase of the right one: TOFU's `R_truth`, 0 or more.
 
     `R = (1/m sum_i P(y_i|x)^(1/|y_i|)) / P(y'|x)^(1/|y'|)`, with y_i the m perturbed answers and y' the paraphrased
-    one: the arithmetic mean of the paper. TOFU's program and others use the geometric mean, and some invert the
-    ratio. A model that knows the answer has R near 0, one that never knew it about 1, one that avoids it above 1.
+    one: the arithmetic mean, as printed. Some programs invert the ratio. A model that knows the answer has R near 0,
+    one that never knew it about 1, one that avoids it above 1.
 
     Args:
         paraphrased: one per question.
         perturbed: the wrong answers of each question, one or more.
+        mean: over the wrong answers; `"geometric"` is that of TOFU's program, which averages their losses.
 
     Raises:
-        ValueError: if the numbers of questions differ, or one has no wrong answer.
+        ValueError: if `mean` is neither, the numbers of questions differ, or one has no wrong answer.
 
     Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2.1
     """
@@ -256,8 +262,11 @@ def truth_ratio(paraphrased: Sequence[Likelihood], perturbed: Sequence[Sequence[
             f"{len(paraphrased)} paraphrased answers, and {[len(wrong) for wrong in perturbed]} perturbed ones; "
             "expected one or more perturbed answers for each paraphrased one."
         )
-    wrong = np.array([logsumexp(mean_log_probs(some)) - np.log(len(some)) for some in perturbed])
-    return np.exp(wrong - mean_log_probs(paraphrased))
+    if mean not in (known := ("arithmetic", "geometric")):
+        raise ValueError(f"mean={mean!r}; expected one of {known}.")
+    each = [mean_log_probs(some) for some in perturbed]
+    means = [one.mean() if mean == "geometric" else logsumexp(one) - np.log(len(one)) for one in each]
+    return np.exp(np.array(means) - mean_log_probs(paraphrased))
 
 
 def truth_ratio_on_forget(ratios: np.ndarray) -> float:

@@ -84,10 +84,12 @@ METRICS = {
         Metric("tokens", "tokens, mean of a row"),
         # TOFU's questions
         Metric("truth_ratio"),
+        Metric("truth_ratio_geometric", "truth ratio, geometric mean"),
         Metric("truth_ratio_on_forget", "", "", SHARE, "high", "high"),
         Metric("truth_ratio_on_retain", "", "", SHARE, "high", "high"),
         Metric("model_utility", "", "", SHARE, "high", "high"),
         Metric("forget_quality", "", "", SHARE, "high", "high"),
+        Metric("forget_quality_geometric", "forget quality, geometric mean", "", SHARE, "high", "high"),
         # Membership inference
         Metric("auc", "AUC", "", SHARE, "as retrained", "as retrained"),
         Metric(

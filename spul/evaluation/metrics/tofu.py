@@ -41,7 +41,7 @@ def score_questions(
     Returns:
         (questions,) each: `probability`, `P(y|x)^(1/|y|)` of the answer; `choice_probability`, the answer's share of
         the sum of that over it and all perturbed answers; `rouge_l_recall` of the greedily generated answer; all in
-        0..1; and `truth_ratio`, `R_truth`, 0 or more.
+        0..1; `truth_ratio`, `R_truth`, 0 or more, and `truth_ratio_geometric`, the same by TOFU's program.
 
     Raises:
         ImportError: if `rouge-score` is not installed.
@@ -56,24 +56,25 @@ def score_questions(
     rows: list[dict[str, str]] = []
     blocks: list[range] = []
     for question in questions:
-        wrong = question["perturbed_answer"]
-        if isinstance(wrong, str) or not wrong:
-            raise ValueError(f"perturbed_answer={wrong!r}; expected a list of one or more texts: {dict(question)!r}")
-        answers = [question["answer"], question.get("paraphrased_answer", question["answer"]), *wrong]
+        others = question["perturbed_answer"]
+        if isinstance(others, str) or not others:
+            raise ValueError(f"perturbed_answer={others!r}; expected a list of one or more texts: {dict(question)!r}")
+        answers = [question["answer"], question.get("paraphrased_answer", question["answer"]), *others]
         blocks.append(range(len(rows), len(rows) + len(answers)))
         rows += [prompt_format.row({**question, "answer": answer}) for answer in answers]
     likelihoods = response_likelihoods(model, Dataset.from_list(rows), encoder, batch_size, progress)
     each = probability(likelihoods)
     right = np.array([each[block[0]] for block in blocks])
     among = np.array([each[block[0]] / each[[block[0], *block[2:]]].sum() for block in blocks])
-    ratios = truth_ratio([likelihoods[b[1]] for b in blocks], [[likelihoods[i] for i in b[2:]] for b in blocks])
+    again, wrong = [likelihoods[b[1]] for b in blocks], [[likelihoods[i] for i in b[2:]] for b in blocks]
     asked = Dataset.from_list([rows[block[0]] for block in blocks])
     answers = generate_answers(model, asked, encoder, batch_size, max_new_tokens, progress)
     return {
         "probability": right,
         "choice_probability": among,
         "rouge_l_recall": rouge_l(answers, questions["answer"])["rouge_l_recall"],
-        "truth_ratio": ratios,
+        "truth_ratio": truth_ratio(again, wrong),
+        "truth_ratio_geometric": truth_ratio(again, wrong, mean="geometric"),
     }
 
 

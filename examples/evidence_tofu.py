@@ -1,0 +1,359 @@
+"""TOFU's forget01 on a small chat model: a prefix with fitted keys, LoRA, a gate with a refusal or a prompt behind it.
+
+    python examples/evidence_tofu.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data-dir ../shared/data/tofu
+
+The base learns the 40 forget rows and `--retain-rows` others until it gives its answers a mean probability of 0.9;
+the retrained model learns the others alone, for as many steps. Unlearning sees all forget rows and all retain rows but
+`--unseen-retain`, on which retaining is scored. The settings are the library's defaults; nothing is chosen.
+
+A line of `tofu.jsonl` has a system's scores by question: probability, ROUGE-L recall and both truth ratios of forget,
+retain, real authors and world facts; probability of paraphrased forget questions; likelihoods of forget rows and of
+rows that nobody learned, for membership; its answers to forget rows and to retain rows. A repeated command resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from paper.memorization import CompletionTrainer
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
+
+from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul.data import PromptFormat
+from spul.data.dataset import forget_retain_dataset
+from spul.data.formats import REFUSALS
+from spul.data.sources import read_file
+from spul.evaluation.metrics import generate_answers, probability, response_likelihoods, rouge_l, score_questions
+from spul.evaluation.metrics.likelihood import extraction_strength, mean_log_probs
+from spul.gates import GatedUnlearner, TextGate, hard_negatives, load
+from spul.prompts import DiscriminativeStart
+from spul.prompts.configs import prompt_config
+from spul.records.files import write_text
+from spul.rivals import FixedRefusal
+from spul.training.methods import unlearning_method
+from spul.training.rates import default_learning_rate
+
+COLUMNS = ("question", "answer", "perturbed_answer", "paraphrased_answer")
+TOKENS = 60  # of a generated answer
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="Hub name or folder of a causal LM with a chat template")
+    add("--data-dir", required=True, type=Path, help="folder of TOFU's files")
+    add("--retain-rows", type=int, default=160, help="retain rows that the base learns")
+    add("--unseen-retain", type=int, default=40, help="those of them that unlearning does not see, to be scored")
+    add("--other-questions", type=int, default=20, help="of real authors and of world facts, each")
+    add("--steps", type=int, default=150, help="of unlearning")
+    add("--batch-size", type=int, default=8)
+    add("--memorize-lr", type=float, default=5e-4)
+    add("--memorize-epochs", type=int, default=12, help="at most")
+    add("--lora-lr", type=float, default=1e-3, help="of unlearning by LoRA; SST-2's choice on this model by default")
+    add("--recall", type=float, default=0.99, help="of the gate on its training rows")
+    add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME", help=", ".join(SYSTEMS))
+    add("--seed", type=int, default=1)
+    add("--output-dir", type=Path, default=Path("out/tofu"))
+    return parser.parse_args()
+
+
+def chat_format(tokenizer: Any) -> PromptFormat:
+    """Questions and answers in the model's chat template."""
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "QUESTION"}], tokenize=False, add_generation_prompt=True
+    )
+    template = asked.replace("{", "{{").replace("}", "}}").replace("QUESTION", "{question}")
+    return PromptFormat(
+        template,
+        completion="{answer}",
+        generic_completions=tuple(text.strip() for text in REFUSALS),
+        text_field="question",
+        append_eos=True,
+    )
+
+
+class Tofu:
+    """Rows, models and settings."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.format = chat_format(self.tokenizer)
+        self.collator: ForgetRetainCollator = self.format.collator(self.tokenizer, max_length=512, seed=args.seed)
+        folder = args.data_dir
+        forget = read_file(folder / "forget01_perturbed.json", (*COLUMNS, "paraphrased_question"))
+        retain = read_file(folder / "retain_perturbed.json", COLUMNS)
+        retain = retain.filter(lambda row: row["question"] not in set(forget["question"])).shuffle(seed=args.seed)
+        learned = retain.select(range(args.retain_rows))
+        others = {
+            name: read_file(folder / f"{name}_perturbed.json", COLUMNS[:3])
+            .shuffle(seed=args.seed)
+            .select(range(args.other_questions))
+            for name in ("real_authors", "world_facts")
+        }
+        scored = learned.select(range(args.unseen_retain))
+        self.questions = {"forget": forget, "retain": scored, **others}
+        self.forget, self.learned = self.format.apply(forget), self.format.apply(learned)
+        self.retain = self.learned.select(range(args.unseen_retain, args.retain_rows))
+        unlearned = retain.select(range(args.retain_rows, args.retain_rows + len(forget)))
+        self.never_learned = self.format.apply(unlearned)
+        self.in_other_words = self.format.apply(
+            forget.remove_columns("question").rename_column("paraphrased_question", "question")
+        )
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        columns = ["prompt", "completion", "question"]
+        return forget_retain_dataset(self.forget.select_columns(columns), self.retain.select_columns(columns))
+
+    def training_arguments(self, **own: Any) -> TrainingArguments:
+        args = self.args
+        return TrainingArguments(
+            str(args.output_dir / "trainer"),
+            seed=args.seed,
+            per_device_train_batch_size=args.batch_size,
+            max_grad_norm=1.0,
+            save_strategy="no",
+            report_to="none",
+            remove_unused_columns=False,
+            logging_steps=25,
+            **own,
+        )
+
+    def folder(self, name: str) -> Path:
+        """The base or the retrained model, made if it is missing."""
+        folder = self.args.output_dir / name
+        record = folder / "memorized.json"  # written last
+        if record.exists():
+            return folder
+        known = Dataset.from_list(list(self.forget) + list(self.learned)) if name == "base" else self.learned
+        epochs, stop = self.args.memorize_epochs, Stop(self)
+        if name == "retrained":
+            epochs, stop = json.loads((self.folder("base") / "memorized.json").read_text())["epochs"], None
+        set_seed(self.args.seed)
+        model = AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.float32)
+        learning = get_peft_model(
+            model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+        )
+        arguments = self.training_arguments(
+            learning_rate=self.args.memorize_lr,
+            num_train_epochs=epochs,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=20,
+        )
+        callbacks = [] if stop is None else [stop]
+        trainer = CompletionTrainer(learning, arguments, self.collator.encoder.batch, known, callbacks=callbacks)
+        begun = time.perf_counter()
+        trainer.train()
+        facts = {"epochs": round(trainer.state.epoch or 0), "seconds": time.perf_counter() - begun}
+        facts |= {"rows": len(known), "probability": self.known_probability(learning)}
+        merged = trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False).merge_and_unload()
+        merged.save_pretrained(folder)
+        write_text(record, json.dumps(facts) + "\n")
+        print(name, facts, flush=True)
+        return folder
+
+    def known_probability(self, model: Any) -> float:
+        """Mean probability of the answers of twenty forget and twenty retain rows."""
+        few = Dataset.from_list(list(self.forget.select(range(20))) + list(self.learned.select(range(20))))
+        return float(probability(response_likelihoods(model, few, self.collator.encoder)).mean())
+
+    def load(self, name: str = "base") -> Any:
+        return AutoModelForCausalLM.from_pretrained(self.folder(name), dtype=torch.float32).eval()
+
+    def made_in(self, name: str, settings: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Path:
+        """The folder of a trained adapter, made unless it is there."""
+        folder = self.args.output_dir / name
+        settings = settings | {"steps": self.args.steps, "batch_size": self.args.batch_size}
+        record = folder / "made_with.json"
+        if not record.exists():
+            begun = time.perf_counter()
+            facts = make(folder)
+            facts |= {"seconds": time.perf_counter() - begun}
+            write_text(record, json.dumps({"settings": settings, "cost": facts}) + "\n")
+        if (known := json.loads(record.read_text())["settings"]) != settings:
+            raise ValueError(f"{folder} was made with {known}, not with {settings}; take another --output-dir.")
+        return folder
+
+    def train(self, learning: Any, loss: UnlearningLoss, dataset: Dataset, rate: float, fraction: float) -> Any:
+        arguments = self.training_arguments(
+            learning_rate=rate, max_steps=self.args.steps, lr_scheduler_type="cosine", warmup_steps=0.1
+        )
+        trainer = UnlearningTrainer(
+            learning, arguments, self.collator, dataset, loss=loss, forget_fraction=fraction, reference="cache"
+        )
+        trainer.train()
+        return trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False)
+
+
+class Stop(TrainerCallback):
+    """Ends memorizing where the answers have a mean probability of 0.9."""
+
+    def __init__(self, tofu: Tofu) -> None:
+        self.tofu = tofu
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        found = self.tofu.known_probability(kwargs["model"])
+        kwargs["model"].train()
+        print(f"epoch {state.epoch}: probability {found:.3f}", flush=True)
+        control.should_training_stop = found >= 0.9
+
+
+# ---- systems ----
+
+
+def vanilla(tofu: Tofu) -> Any:
+    return AutoModelForCausalLM.from_pretrained(tofu.args.model, dtype=torch.float32).eval()
+
+
+def base(tofu: Tofu) -> Any:
+    return tofu.load()
+
+
+def retrained(tofu: Tofu) -> Any:
+    return tofu.load("retrained")
+
+
+def prefix(tofu: Tofu) -> Any:
+    """The prompt that `spul train` makes by default."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        set_seed(tofu.args.seed)
+        start = DiscriminativeStart(tofu.dataset, tofu.collator, progress=False)
+        loss = UnlearningLoss(alpha=4.0)
+        model = SoftPromptUnlearner(tofu.load(), prompt_config("prefix_tuning", 30), loss, start=start)
+        tofu.train(model, loss, tofu.dataset, default_learning_rate(model, start), 0.5).save_pretrained(folder)
+        return {"parameters": model.num_parameters(only_trainable=True)}
+
+    folder = tofu.made_in("prefix", {"alpha": 4.0, "tokens": 30}, make)
+    return SoftPromptUnlearner.from_pretrained(tofu.load(), folder).eval()
+
+
+def gate_of(tofu: Tofu) -> TextGate:
+    return TextGate.fit(tofu.forget["question"][:], tofu.retain["question"][:], recall=tofu.args.recall)
+
+
+def gated(tofu: Tofu) -> Any:
+    """A prefix behind a text gate, trained on forget rows and on the retain rows that the gate nearly flags."""
+
+    def make(folder: Path) -> dict[str, Any]:
+        gate = gate_of(tofu)
+        near = hard_negatives(gate, tofu.retain, len(tofu.retain) // 2)
+        columns = ["prompt", "completion", "question"]
+        dataset = forget_retain_dataset(tofu.forget.select_columns(columns), near.select_columns(columns))
+        set_seed(tofu.args.seed)
+        loss = UnlearningLoss(alpha=0.05, beta=0.025)
+        model = SoftPromptUnlearner(tofu.load(), prompt_config("prefix_tuning", 30), loss)
+        tofu.train(model, loss, dataset, 0.3 * default_learning_rate(model), 0.6).save_pretrained(folder / "prompt")
+        gate.save(folder / "gate")
+        return {"parameters": model.num_parameters(only_trainable=True)}
+
+    folder = tofu.made_in("gated", {"recall": tofu.args.recall, "rate": 0.3, "alpha": 0.05}, make)
+    model = tofu.load()
+    prompt = SoftPromptUnlearner.from_pretrained(model, folder / "prompt")
+    return GatedUnlearner(prompt, tofu.tokenizer, {"default": load(folder / "gate", model, tofu.tokenizer)}).eval()
+
+
+def refusal(tofu: Tofu) -> Any:
+    return FixedRefusal(tofu.load(), tofu.tokenizer, gate_of(tofu), tofu.collator.generic_completions[0])
+
+
+def idk_lora(tofu: Tofu) -> Any:
+    def make(folder: Path) -> dict[str, Any]:
+        set_seed(tofu.args.seed)
+        method = unlearning_method("IDK", trainable="lora")
+        learning = method.prepare(tofu.load())
+        parameters = sum(one.numel() for one in learning.parameters() if one.requires_grad)
+        tofu.train(learning, method.loss, tofu.dataset, tofu.args.lora_lr, 0.5).save_pretrained(folder)
+        return {"parameters": parameters}
+
+    folder = tofu.made_in("idk-lora", {"lr": tofu.args.lora_lr}, make)
+    return PeftModel.from_pretrained(tofu.load(), folder).eval()
+
+
+SYSTEMS: dict[str, Callable[[Tofu], Any]] = {
+    "vanilla": vanilla,
+    "base": base,
+    "retrained": retrained,
+    "SPUL, prefix with fitted keys": prefix,
+    "SPUL behind a gate": gated,
+    "gate and refusal": refusal,
+    "IDK, LoRA": idk_lora,
+}
+
+
+# ---- scores ----
+
+
+def rounded(values: Any) -> list[float]:
+    return np.asarray(values, dtype=float).round(5).tolist()
+
+
+def scores(tofu: Tofu, model: Any) -> dict[str, Any]:
+    """Scores by question, and answers."""
+    encoder = tofu.collator.encoder
+    found: dict[str, Any] = {}
+    if not isinstance(model, FixedRefusal):  # whose answers have no likelihoods to compare
+        found["questions"] = {}
+        for name, questions in tofu.questions.items():
+            each = score_questions(model, questions, encoder, tofu.format, max_new_tokens=TOKENS, progress=name)
+            found["questions"][name] = {key: rounded(values) for key, values in each.items()}
+        for name, rows in (("forget", tofu.forget), ("never learned", tofu.never_learned)):
+            likelihoods = response_likelihoods(model, rows, encoder)
+            found[name] = {"mean_log_prob": rounded(mean_log_probs(likelihoods))}
+            found[name]["extraction_strength"] = rounded(extraction_strength(likelihoods))
+        likelihoods = response_likelihoods(model, tofu.in_other_words, encoder)
+        found["in other words"] = {"probability": rounded(probability(likelihoods))}
+        if hasattr(model, "disable_adapter") and not isinstance(model, PeftModel | FixedRefusal):
+            with model.disable_adapter():
+                likelihoods = response_likelihoods(model, tofu.forget, encoder)
+            found["disabled"] = {"probability": rounded(probability(likelihoods))}
+    rows = {"forget": tofu.forget, "retain": tofu.learned.select(range(tofu.args.unseen_retain))}
+    found["answers"] = {
+        side: generate_answers(model, some, encoder, max_new_tokens=TOKENS) for side, some in rows.items()
+    }
+    found["answers_rouge"] = {
+        side: rounded(rouge_l(answers, rows[side]["answer"])["rouge_l_recall"])
+        for side, answers in found["answers"].items()
+    }
+    return found
+
+
+def main() -> None:
+    args = parse_args()
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    tofu, path = Tofu(args), args.output_dir / "tofu.jsonl"
+    facts = {"seed": args.seed, "model": Path(args.model).name, "steps": args.steps, "batch_size": args.batch_size}
+    facts |= {"retain_rows": args.retain_rows, "unseen_retain": args.unseen_retain}
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for name in args.systems:
+        if any({**one, **facts, "system": name} == one for one in done):
+            continue
+        begun = time.perf_counter()
+        model = SYSTEMS[name](tofu)
+        line = facts | {"system": name, **scores(tofu, model), "seconds": time.perf_counter() - begun}
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        forget = line.get("questions", {}).get("forget", {})
+        print(name, {key: round(float(np.mean(values)), 3) for key, values in forget.items()}, flush=True)
+        print(
+            [round(float(np.mean(values)), 3) for values in line["answers_rouge"].values()],
+            line["answers"]["forget"][:5],
+        )
+        del model
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
