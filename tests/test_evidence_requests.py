@@ -27,7 +27,7 @@ def requests(example):
     named = reviews("spielberg and sandler", "sandler again", "chan runs", "murphy talks")
     rows = {"train_forget": named, "test_forget": named, "train_retain": reviews("a film", "another")}
     experiment = SimpleNamespace(rows=rows, scored={"test_retain": rows["train_retain"]})
-    return example.Requests(argparse.Namespace(seed=1), experiment)
+    return example.Requests(argparse.Namespace(seed=1), experiment, {"retain_rows": 2})
 
 
 def test_a_row_that_names_several_is_the_first_ones(example):
@@ -40,17 +40,24 @@ def test_a_row_that_names_several_is_the_first_ones(example):
 
 
 def test_the_other_people_are_retain_rows_of_a_request(requests):
-    rows = requests.rows_for("sandler")
+    rows = requests.rows_for(["sandler"])
     assert rows["forget"]["text"][:] == ["sandler again"]
     assert sorted(rows["retain"]["text"]) == sorted(
         ["spielberg and sandler", "chan runs", "murphy talks", "a film", "another"]
     )
 
 
+def test_requests_trained_together_are_forget_rows_all(requests):
+    rows = requests.rows_for(["sandler", "chan"])
+    assert sorted(rows["forget"]["text"]) == ["chan runs", "sandler again"]
+    assert sorted(rows["retain"]["text"]) == sorted(["spielberg and sandler", "murphy talks", "a film", "another"])
+
+
 def test_the_order_is_of_all_people_and_the_withdrawn_are_among_them(example, requests):
     assert sorted(requests.order) == sorted(requests.people)
     assert len(set(requests.withdrawn)) == example.WITHDRAWN
     assert set(requests.withdrawn) < set(requests.people)
+    assert requests.left == [name for name in requests.order if name not in requests.withdrawn]
 
 
 def test_scores_tell_requests_in_force_from_the_others(example, requests, monkeypatch):
