@@ -191,7 +191,7 @@ class Tofu:
             learning_rate=rate, max_steps=self.args.steps, lr_scheduler_type="cosine", warmup_steps=0.1
         )
         trainer = UnlearningTrainer(
-            learning, arguments, self.collator, dataset, loss=loss, forget_fraction=fraction, reference="cache"
+            learning, arguments, self.collator, dataset, loss=loss, forget_fraction=fraction, reference="cached"
         )
         trainer.train()
         return trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False)

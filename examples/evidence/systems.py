@@ -139,7 +139,10 @@ def _prompt(experiment: Experiment, train: Rows, settings: dict[str, Any], folde
     names = ("alpha", "beta", "retain_budget")
     loss = UnlearningLoss(**{name: settings[name] for name in names if name in settings})
     position = settings.get("position", "start")
-    dataset, collator = forget_retain_dataset(train["forget"], train["retain"]), collator_of(experiment, position)
+    collator = collator_of(experiment, position)
+    if settings.get("rewritten"):
+        train = rewritten_rows(experiment, train, train["retain"], settings["rewritten"])
+    dataset = forget_retain_dataset(train["forget"], train["retain"])
     start, begun = settings.get("start"), time.perf_counter()
     if start == "discriminative":
         start = DiscriminativeStart(dataset, collator, progress=False)
@@ -152,7 +155,8 @@ def _prompt(experiment: Experiment, train: Rows, settings: dict[str, Any], folde
         per_device_train_batch_size=settings["batch_size"],
         max_grad_norm=1.0,
     )
-    trainer = UnlearningTrainer(model, arguments, collator, dataset, forget_fraction=settings["forget_fraction"])
+    fraction, reference = settings["forget_fraction"], settings.get("reference", "cached")
+    trainer = UnlearningTrainer(model, arguments, collator, dataset, forget_fraction=fraction, reference=reference)
     with Meter(model) as meter:
         trainer.train()
     trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
@@ -160,6 +164,14 @@ def _prompt(experiment: Experiment, train: Rows, settings: dict[str, Any], folde
         model.save_pretrained(str(folder))
     found = {"learning_rate": arguments.learning_rate, "start_seconds": start_seconds}  # not in the other costs
     return model, meter.cost.to_dict() | found
+
+
+def rewritten_rows(experiment: Experiment, rows: Rows, fillers: Dataset, turns: list[int]) -> Rows:
+    """Rows with rewritten ones: two for each forget row, one for each retain row."""
+    seed, field, collator = experiment.setup.seed, experiment.data.format.text_field, collator_of(experiment)
+    ways = rewritings(field, fillers, seed, turns)
+    shares = {"forget": 2.0, "retain": 1.0}
+    return {side: augmented(some, ways, collator, shares[side], seed) for side, some in rows.items()}
 
 
 def fitted_gate(train: Rows, recall: float) -> TextGate:
@@ -172,15 +184,9 @@ def _gated(experiment: Experiment, train: Rows, settings: dict[str, Any], folder
     gate = fitted_gate(train, settings["recall"])
     negatives = hard_negatives(gate, train["retain"], min(settings["negatives"], len(train["retain"])))
     rows: Rows = {"forget": train["forget"], "retain": negatives}
-    if settings.get("rewritten"):
-        seed, field = experiment.setup.seed, experiment.data.format.text_field
-        ways = rewritings(field, train["retain"], seed, settings["rewritten"])
-        collator = collator_of(experiment)
-        rows = {
-            "forget": augmented(rows["forget"], ways, collator, 2.0, seed),
-            "retain": augmented(rows["retain"], ways, collator, 1.0, seed),
-        }
-    model, cost = _prompt(experiment, rows, settings, folder and folder / "prompt")
+    if settings.get("rewritten"):  # among turns that are drawn from all retain rows
+        rows = rewritten_rows(experiment, rows, train["retain"], settings["rewritten"])
+    model, cost = _prompt(experiment, rows, settings | {"rewritten": None}, folder and folder / "prompt")
     gated = GatedUnlearner(model, experiment.tokenizer, {"default": gate})
     if folder is not None:
         gate.save(folder / "gate")
