@@ -27,6 +27,7 @@ import torch
 from datasets import Dataset
 from paper.memorization import CompletionTrainer
 from peft import LoraConfig, PeftModel, get_peft_model
+from sklearn.metrics import roc_auc_score
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
@@ -34,7 +35,15 @@ from spul.data import PromptFormat
 from spul.data.dataset import forget_retain_dataset
 from spul.data.formats import REFUSALS
 from spul.data.sources import read_file
-from spul.evaluation.metrics import generate_answers, probability, response_likelihoods, rouge_l, score_questions
+from spul.evaluation.metrics import (
+    forget_quality,
+    generate_answers,
+    model_utility,
+    probability,
+    response_likelihoods,
+    rouge_l,
+    score_questions,
+)
 from spul.evaluation.metrics.likelihood import extraction_strength, mean_log_probs
 from spul.gates import GatedUnlearner, TextGate, hard_negatives, load
 from spul.prompts import DiscriminativeStart
@@ -330,6 +339,47 @@ def scores(tofu: Tofu, model: Any) -> dict[str, Any]:
     return found
 
 
+def summary(lines: list[dict[str, Any]]) -> str:
+    """A Markdown table of systems: forget and retain questions, model utility, forget quality, membership."""
+    head = ["", "forget: probability", "in other words", "ROUGE-L", "extraction strength", "declined"]
+    head += ["retain: probability", "ROUGE-L", "declined", "utility", "forget quality, arithmetic", "geometric"]
+    rows = [[*head, "membership, AUC"], ["---", *["---:"] * len(head)]]
+    refusals = {text.strip() for text in REFUSALS}
+    theirs = next((one["questions"]["forget"] for one in lines if one["system"] == "retrained"), None)
+    for line in lines:
+        declined = {
+            side: np.mean([text.strip() in refusals for text in answers]) for side, answers in line["answers"].items()
+        }
+        rouge = {side: np.mean(values) for side, values in line["answers_rouge"].items()}
+        cells: list[Any] = [line["system"]] + [None] * len(head)
+        cells[3], cells[5], cells[7], cells[8] = (
+            rouge["forget"],
+            declined["forget"],
+            rouge["retain"],
+            declined["retain"],
+        )
+        if "questions" in line:
+            sets = {
+                name: {key: np.array(values) for key, values in each.items()}
+                for name, each in line["questions"].items()
+            }
+            cells[1], cells[6] = sets["forget"]["probability"].mean(), sets["retain"]["probability"].mean()
+            cells[2] = np.mean(line["in other words"]["probability"])
+            cells[4] = np.mean(line["forget"]["extraction_strength"])
+            cells[9] = model_utility(*(sets[name] for name in ("retain", "real_authors", "world_facts")))[
+                "model_utility"
+            ]
+            if theirs is not None and line["system"] != "retrained":
+                for i, name in ((10, "truth_ratio"), (11, "truth_ratio_geometric")):
+                    cells[i] = forget_quality(sets["forget"][name], np.array(theirs[name]))
+            seen = line["forget"]["mean_log_prob"], line["never learned"]["mean_log_prob"]
+            cells[12] = roc_auc_score([1] * len(seen[0]) + [0] * len(seen[1]), [*seen[0], *seen[1]])
+        rows.append(
+            [cells[0], *("" if one is None else f"{one:.2g}" if 0 < one < 0.01 else f"{one:.2f}" for one in cells[1:])]
+        )
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
 def main() -> None:
     args = parse_args()
     args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -353,6 +403,8 @@ def main() -> None:
         )
         del model
         gc.collect()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    print(summary([line for line in lines if {**line, **facts} == line]))
 
 
 if __name__ == "__main__":
