@@ -333,7 +333,7 @@ def scores(tofu: Tofu, model: Any) -> dict[str, Any]:
         side: generate_answers(model, some, encoder, max_new_tokens=TOKENS) for side, some in rows.items()
     }
     found["answers_rouge"] = {
-        side: rounded(rouge_l(answers, rows[side]["answer"])["rouge_l_recall"])
+        side: rounded(rouge_l(answers, rows[side]["completion"])["rouge_l_recall"])
         for side, answers in found["answers"].items()
     }
     return found
