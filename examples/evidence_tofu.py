@@ -219,6 +219,10 @@ class Stop(TrainerCallback):
         control.should_training_stop = found >= 0.9
 
 
+def trained_parameters(model: Any) -> int:
+    return sum(one.numel() for one in model.parameters() if one.requires_grad)
+
+
 # ---- systems ----
 
 
@@ -243,7 +247,7 @@ def prefix(tofu: Tofu) -> Any:
         loss = UnlearningLoss(alpha=4.0)
         model = SoftPromptUnlearner(tofu.load(), prompt_config("prefix_tuning", 30), loss, start=start)
         tofu.train(model, loss, tofu.dataset, default_learning_rate(model, start), 0.5).save_pretrained(folder)
-        return {"parameters": model.num_parameters(only_trainable=True)}
+        return {"parameters": trained_parameters(model)}
 
     folder = tofu.made_in("prefix", {"alpha": 4.0, "tokens": 30}, make)
     return SoftPromptUnlearner.from_pretrained(tofu.load(), folder).eval()
@@ -266,7 +270,7 @@ def gated(tofu: Tofu) -> Any:
         model = SoftPromptUnlearner(tofu.load(), prompt_config("prefix_tuning", 30), loss)
         tofu.train(model, loss, dataset, 0.3 * default_learning_rate(model), 0.6).save_pretrained(folder / "prompt")
         gate.save(folder / "gate")
-        return {"parameters": model.num_parameters(only_trainable=True)}
+        return {"parameters": trained_parameters(model)}
 
     folder = tofu.made_in("gated", {"recall": tofu.args.recall, "rate": 0.3, "alpha": 0.05}, make)
     model = tofu.load()
@@ -283,7 +287,7 @@ def idk_lora(tofu: Tofu) -> Any:
         set_seed(tofu.args.seed)
         method = unlearning_method("IDK", trainable="lora")
         learning = method.prepare(tofu.load())
-        parameters = sum(one.numel() for one in learning.parameters() if one.requires_grad)
+        parameters = trained_parameters(learning)
         tofu.train(learning, method.loss, tofu.dataset, tofu.args.lora_lr, 0.5).save_pretrained(folder)
         return {"parameters": parameters}
 
