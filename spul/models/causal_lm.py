@@ -15,11 +15,15 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from .compat import is_dropout, peft_layers, takes_positions, uncompiled
+from .compat_checkpointing import switching
 
 logger = logging.getLogger(__name__)
 
 LINEAR = (nn.Linear, Conv1D)
 """The linear maps of transformers; GPT-2's stores its weight transposed."""
+
+# Of each open block of `evaluation_mode`, in the order of entry.
+_modes_before: list[dict[nn.Module, bool]] = []
 
 
 def zero_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
@@ -52,15 +56,33 @@ def restore_dropout(values: list[tuple[nn.Module, str, float]]) -> None:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context manager: the model is in evaluation mode; on exit every module's mode is restored."""
+    """Context manager: the model is in evaluation mode; on exit every module's mode is restored.
+
+    Blocks of several threads may overlap: the one that is left last restores the mode before all of them.
+    """
     check_model(model)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with switching:
+        modes = {module: module.training for module in model.modules()}
+        _modes_before.append(modes)
+        model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
+        with switching:
+            _restore_modes(modes)
+
+
+def _restore_modes(modes: dict[nn.Module, bool]) -> None:
+    """Restore the modes before a block of `evaluation_mode`; a block entered later, and open, does it in its place."""
+    place = next(i for i, one in enumerate(_modes_before) if one is modes)
+    later = _modes_before[place + 1 :]
+    del _modes_before[place]
+    for module, mode in modes.items():
+        heir = next((one for one in later if module in one), None)
+        if heir is None:
             module.training = mode
+        else:
+            heir[module] = mode
 
 
 @contextmanager

@@ -24,7 +24,8 @@ from .compat_modules import all_modules, modules_with
 # Names of the cache in the forwards of decoder layers.
 _CACHES = ("past_key_values", "cache", "layer_past")
 _FLAG = "gradient_checkpointing"
-_swap = threading.RLock()
+switching = threading.RLock()
+"""Held by who changes the mode of a base or its checkpointing, and by forwards that depend on them: `unswitched`."""
 
 
 def is_checkpointing(base_model: nn.Module) -> bool:
@@ -53,16 +54,32 @@ def switch_checkpointing(base_model: Any, switch: Literal["enable", "disable"], 
 
 
 @contextmanager
+def unswitched(base_model: nn.Module) -> Iterator[None]:
+    """Context manager: of a base with gradient checkpointing switched on, no other thread changes mode or layers.
+
+    Each layer asks for the mode by itself, and drops its cache by it; a mode that changed between two layers, or
+    between a probe's answer and the forward that relies on it, would lose a prompt. Without checkpointing the mode of
+    a frozen base matters to nothing, and no thread waits.
+    """
+    if not any(m.gradient_checkpointing for m in modules_with(base_model, _FLAG)):
+        yield
+        return
+    with switching:
+        yield
+
+
+@contextmanager
 def without_checkpointing(base_model: nn.Module) -> Iterator[None]:
     """Context manager: gradient checkpointing is off; on exit it is on again where it was."""
-    modules = [m for m in modules_with(base_model, _FLAG) if m.gradient_checkpointing]
-    for module in modules:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
+    with switching:
+        modules = [m for m in modules_with(base_model, _FLAG) if m.gradient_checkpointing]
         for module in modules:
-            module.gradient_checkpointing = True
+            module.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.gradient_checkpointing = True
 
 
 class _Prompts(NamedTuple):
@@ -124,7 +141,7 @@ def kept_cache(base_model: nn.Module, cache: DynamicCache) -> Iterator[None]:
     if not layers:
         yield
         return
-    with _swap:
+    with switching:
         before = [(layer._gradient_checkpointing_func, layer._can_checkpoint_with_cache) for layer in layers]
         try:
             hollow = [_hollow(one) for one in cache.layers]

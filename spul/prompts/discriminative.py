@@ -25,6 +25,7 @@ from ..data.collator import ForgetRetainCollator
 from ..models.causal_lm import evaluation_mode, selects_positions
 from ..models.compat_attention import Attention, observed_attention
 from ..models.compat_cache import prefix_states
+from ..models.compat_checkpointing import unswitched
 from .row_prompts import RowPrompts, under
 from .states import PromptStates, in_front, packed_states
 
@@ -302,6 +303,7 @@ class _Queries:
                 used = mask & (torch.arange(mask.shape[1]) >= torch.tensor([self.first[j] for j in batch])[:, None])
             row = torch.tensor(batch)[:, None].expand_as(used)[used]
             with (
+                unswitched(self.base),
                 evaluation_mode(self.base),
                 observed_attention(self.base, group.keeper(side, used, row)),
                 in_front(self.base, self.states, mask.long().to(device)) as inputs,

@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from ..models.causal_lm import evaluation_mode, max_positions
 from ..models.compat import is_compiled, is_quantized, is_sharded
 from ..models.compat_cache import LayerStates, prefix_states
-from ..models.compat_checkpointing import without_checkpointing
+from ..models.compat_checkpointing import switching
 from ..models.compat_modules import settings_of
 from .one_pass import joint_logits
 from .states import MixedStates, PromptStates, autocast_dtype, compute_states, in_front
@@ -148,7 +148,7 @@ def checkpoints_prefix(
             alone = base(inputs_embeds=rows, attention_mask=mask, use_cache=False).logits[mask.bool()]
             with torch.enable_grad():
                 found = passes(prompt, rows, mask)
-                with without_checkpointing(base):
+                with evaluation_mode(base):  # in which nothing is checkpointed
                     expected = passes(prompt, rows, mask)
         without = alone, torch.zeros_like(expected[1])
         return all(_close(base, *one) for one in zip(found, expected, without, strict=True))
@@ -231,7 +231,7 @@ def check_prefix(model: Any) -> None:
     token = torch.zeros((1, 2), dtype=torch.long, device=model.word_embeddings.weight.device)
     cause: Exception | None = None
     try:
-        with evaluation_mode(base):
+        with switching, evaluation_mode(base):
             states = prefix_states(model)
             if states is not None:
                 inputs = PromptStates(states).prefix_inputs(base, torch.ones_like(token))
@@ -260,8 +260,14 @@ def _earned(
 ) -> bool:
     """The verdict on a base, by the comparison the first time; `otherwise` is logged if it is lost.
 
-    The comparison runs without gradients, and in evaluation mode unless `in_evaluation` is False.
+    The comparison runs without gradients, and in evaluation mode unless `in_evaluation` is False. No other thread
+    changes the base's mode meanwhile, or asks: it would find the base changed, or a verdict on something else.
     """
+    with switching:
+        return _verdict(base, kind, compare, otherwise, in_evaluation)
+
+
+def _verdict(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str, in_evaluation: bool) -> bool:
     weight = base.get_input_embeddings().weight
     key = (*kind, weight.dtype, weight.device.type, autocast_dtype(weight.device.type))
     verdicts = _verdicts.setdefault(base, {})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models.causal_lm import evaluation_mode
 from ..models.compat import is_sharded
+from ..models.compat_checkpointing import unswitched
 from .configs import holds_states
 from .discriminative import DiscriminativeStart
 from .states import compute_states, packed_states
@@ -201,7 +202,7 @@ def _keys_and_values(base: Any, rows: Tensor, ids: Tensor | None, config: Any) -
         ValueError: if the base caches more than keys and values, as layers of two kinds beside each other do.
     """
     prompt = rows[None].to(base.get_input_embeddings().weight.dtype)
-    with evaluation_mode(base):
+    with unswitched(base), evaluation_mode(base):
         states = compute_states(base, prompt, token_ids=None if ids is None else ids[None])
     if states is None:
         raise ValueError(
