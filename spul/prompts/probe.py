@@ -23,6 +23,7 @@ from ..models.causal_lm import evaluation_mode, max_positions
 from ..models.compat import is_compiled, is_quantized, is_sharded
 from ..models.compat_cache import LayerStates, prefix_states
 from ..models.compat_checkpointing import switching
+from ..models.compat_devices import device_of
 from ..models.compat_modules import settings_of
 from .one_pass import joint_logits
 from .states import MixedStates, PromptStates, autocast_dtype, compute_states, in_front
@@ -228,7 +229,7 @@ def check_prefix(model: Any) -> None:
             latent attention), or layers without keys and values (Mamba, linear attention), or drops a given cache.
     """
     base: Any = model.get_base_model()
-    token = torch.zeros((1, 2), dtype=torch.long, device=model.word_embeddings.weight.device)
+    token = torch.zeros((1, 2), dtype=torch.long, device=device_of(model.word_embeddings))
     cause: Exception | None = None
     try:
         with switching, evaluation_mode(base):
@@ -268,8 +269,9 @@ def _earned(
 
 
 def _verdict(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str, in_evaluation: bool) -> bool:
-    weight = base.get_input_embeddings().weight
-    key = (*kind, weight.dtype, weight.device.type, autocast_dtype(weight.device.type))
+    embeddings = base.get_input_embeddings()
+    device_type = device_of(embeddings).type
+    key = (*kind, embeddings.weight.dtype, device_type, autocast_dtype(device_type))
     verdicts = _verdicts.setdefault(base, {})
     before, verdict, num_probes = verdicts.get(key, (None, True, 0))
     if num_probes == MOST_PROBES:
@@ -305,7 +307,7 @@ def _probe(base: Any, num_virtual: int) -> tuple[Tensor, Tensor, Tensor]:
     room = NUM_TOKENS if limit is None else max(1, min(NUM_TOKENS, limit - num_virtual - NUM_NEW))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(embedding.weight.shape[0], (1, num_virtual + room), generator=generator)
-    ids = ids.to(embedding.weight.device)
+    ids = ids.to(device_of(embedding))
     row = ids[:, num_virtual:]
     mask = torch.ones_like(row).repeat(2, 1)
     mask[1, max(1, room - NUM_PADS) :] = 0
