@@ -91,7 +91,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         """The number of requests in the layers: more than 1 once they are fused."""
         self.spul_config = SpulConfig()
         self._handles: list[Any] = []
-        self._dropout: list[tuple[nn.Module, str, float]] = []
+        self._dropout: list[tuple[Any, str, float]] = []
         self._trained: list[nn.Parameter] = []
         self.attach()
 

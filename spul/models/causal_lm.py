@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .compat import is_dropout, peft_layers, takes_positions, uncompiled
@@ -26,32 +26,54 @@ LINEAR = (nn.Linear, Conv1D)
 _modes_before: list[dict[nn.Module, bool]] = []
 
 
-def zero_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
-    """Set every dropout probability of a frozen model to 0; else the two passes of one step differ by noise.
+def zero_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """Set every dropout probability of a frozen model, and the noise of its routers, to 0.
+
+    Else the two passes of one step would differ by noise. What has no such setting, see `keep_in_evaluation`.
 
     Returns:
-        (module, attribute, probability) of each dropout before, for `restore_dropout`.
+        (module or config, attribute, value) of each before, for `restore_dropout`.
     """
     before = dropout_of(model)
     restore_dropout([(module, name, 0.0) for module, name, _ in before])
     return before
 
 
-def dropout_of(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
-    """(module, attribute, probability) of each dropout of a model."""
-    found: list[tuple[nn.Module, str, float]] = []
+def dropout_of(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """(module or config, attribute, value) of each dropout of a model, and of its routers' noise."""
+    found: list[tuple[Any, str, float]] = []
+    configs: dict[int, Any] = {}
     for module in model.modules():
         if is_dropout(module):
             found.append((module, "p", cast(Any, module).p))
-        # Functional dropout: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, ...
-        found += [(module, name, p) for name, p in vars(module).items() if "drop" in name and isinstance(p, float)]
+        # Functional: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, Mixtral's `jitter_noise`, ...
+        found += [(module, name, p) for name, p in vars(module).items() if _is_noise(name) and isinstance(p, float)]
+        if isinstance(config := vars(module).get("config"), PreTrainedConfig):
+            configs[id(config)] = config
+    for config in configs.values():  # Falcon, GPT-J, GPT-Neo and Persimmon read them there in every forward
+        found += [(config, name, p) for name, p in vars(config).items() if "drop" in name and isinstance(p, float)]
     return found
 
 
-def restore_dropout(values: list[tuple[nn.Module, str, float]]) -> None:
+def _is_noise(name: str) -> bool:
+    return "drop" in name or ("jitter" in name and name != "router_jitter_noise")  # PhiMoE's: of evaluation, too
+
+
+def restore_dropout(values: list[tuple[Any, str, float]]) -> None:
     """Set dropout probabilities back to those returned by `zero_dropout` or `dropout_of`."""
-    for module, name, p in values:
-        setattr(module, name, p)
+    for holder, name, p in values:
+        setattr(holder, name, p)
+
+
+# Modules that draw in training mode whatever their settings: PhiMoE samples the experts of each token.
+_SAMPLERS = ("PhimoeTopKRouter",)
+
+
+def keep_in_evaluation(model: nn.Module) -> None:
+    """Put the modules of a frozen model that sample in training mode into evaluation mode, whatever the others' is."""
+    for module in model.modules():
+        if any(kind.__name__ in _SAMPLERS for kind in type(module).__mro__):
+            module.eval()
 
 
 @contextmanager

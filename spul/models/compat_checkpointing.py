@@ -23,6 +23,8 @@ from .compat_modules import all_modules, modules_with
 
 # Names of the cache in the forwards of decoder layers.
 _CACHES = ("past_key_values", "cache", "layer_past")
+# Names of the number of their layer in modules of it; the second is GPT-Neo's.
+_INDICES = ("layer_idx", "layer_id")
 _FLAG = "gradient_checkpointing"
 switching = threading.RLock()
 """Held by who changes the mode of a base or its checkpointing, and by forwards that depend on them: `unswitched`."""
@@ -183,7 +185,8 @@ def _keeping(layer: Any, cache: Any, hollow: list[Any]) -> Callable[..., Any] | 
     checkpoint, thread = layer._gradient_checkpointing_func, threading.get_ident()
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     name = next((one for one in _CACHES if one in names), None)
-    indices = {m.layer_idx for m in modules_with(layer, "layer_idx") if isinstance(m.layer_idx, int)}
+    indices = {getattr(m, own) for own in _INDICES for m in modules_with(layer, own)}
+    indices = {index for index in indices if isinstance(index, int)}
     if name is None or len(indices) != 1 or max(indices) >= len(cache.layers):
         return None
     index = indices.pop()

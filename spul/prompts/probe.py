@@ -134,7 +134,8 @@ def checkpoints_prefix(
             else:
                 leaves_of = [LayerStates(trained(one.keys), trained(one.values), one.seen) for one in prefix]
                 states = PromptStates(leaves_of)
-            assert states is not None  # it shares the prefix
+            if states is None:  # it has them in evaluation mode
+                raise RuntimeError("its layers return no keys and values under gradient checkpointing")
             with in_front(base, states, mask) as inputs:
                 logits = base(inputs_embeds=rows, **inputs).logits[mask.bool()]
         logits.double().tanh().sum().backward()  # into these leaves alone; reentrant checkpointing takes no others
@@ -155,8 +156,8 @@ def checkpoints_prefix(
         return all(_close(base, *one) for one in zip(found, expected, without, strict=True))
 
     otherwise = (
-        f"{type(base).__name__} loses or changes a shared prompt under gradient checkpointing, or is compiled: the "
-        "prompt is concatenated to every row, which is slower."
+        f"{type(base).__name__} loses or changes a shared prompt under gradient checkpointing, computes otherwise in "
+        "training than in evaluation mode, or is compiled: the prompt is concatenated to every row, which is slower."
     )
     kind = ("checkpointing", num_virtual, prefix is not None, joint)
     # Under a prefix, the caller raises; a joint pass has another one to fall back on.

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from ..losses.batch import batch_loss
 from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import logits_at, unchanged_on_error, zero_dropout
+from ..models.causal_lm import keep_in_evaluation, logits_at, unchanged_on_error, zero_dropout
 from ..models.compat import is_sharded, keep_4bit_differentiable
 from ..models.compat_checkpointing import switching, unswitched
 from ..models.disabling import disabled_here, is_disabled_here
@@ -108,6 +108,7 @@ class SoftPromptUnlearner(PromptAdapters):
                 check_prefix(self)
             self.loss = loss
             zero_dropout(model)
+            keep_in_evaluation(model)
             model.requires_grad_(False)
             if not peft_config.inference_mode:
                 start_prompt(self, adapter_name, start)
@@ -180,9 +181,14 @@ class SoftPromptUnlearner(PromptAdapters):
     # ---- forward ----
 
     def train(self, mode: bool = True) -> SoftPromptUnlearner:
-        """Set the mode, as of every module; it waits for a forward of another thread that depends on it."""
+        """Set the mode, as of every module; it waits for a forward of another thread that depends on it.
+
+        Modules of the base that would draw at random in training mode, such as PhiMoE's routers, stay in evaluation.
+        """
         with switching:
-            return super().train(mode)
+            super().train(mode)
+            keep_in_evaluation(self.get_base_model())
+        return self
 
     def forward(  # type: ignore[override]
         self,
