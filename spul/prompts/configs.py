@@ -217,8 +217,8 @@ def check_promptable(model: nn.Module, peft_config: Any) -> None:
 
     Raises:
         TypeError: if it is an encoder-decoder, or has no language modeling head.
-        ValueError: if it has no weights, PEFT would read embeddings that are offloaded, or embeddings of the prompt's
-            width are not its input.
+        ValueError: if it has no weights, PEFT would read embeddings that are offloaded, embeddings of the prompt's
+            width are not its input, or a prompt would train on weights that change with the mode (RWKV).
     """
     name, config = type(model).__name__, getattr(model, "config", None)
     causal = "expected a causal LM, as AutoModelForCausalLM.from_pretrained gives it"
@@ -243,6 +243,13 @@ def check_promptable(model: nn.Module, peft_config: Any) -> None:
             f"prompt_tuning_init={PromptTuningInit(init).value!r} reads the input embeddings of the {name} in place, "
             "and they are offloaded. Leave it out, and give start=InstructionStart(text, tokenizer) or "
             "start='vocabulary'."
+        )
+    if getattr(config, "model_type", "") == "rwkv" and config.rescale_every > 0 and not peft_config.inference_mode:
+        raise ValueError(
+            f"{name} rescales its weights in place from training to evaluation mode and back (rescale_every="
+            f"{config.rescale_every}): a backward pass after an evaluation would find other weights than its forward, "
+            "and the base's fingerprint would depend on the mode. Load it without: "
+            "AutoModelForCausalLM.from_pretrained(..., rescale_every=0)."
         )
     if holds_states(peft_config):
         return
