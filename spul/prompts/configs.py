@@ -244,11 +244,12 @@ def check_promptable(model: nn.Module, peft_config: Any) -> None:
             "and they are offloaded. Leave it out, and give start=InstructionStart(text, tokenizer) or "
             "start='vocabulary'."
         )
-    if getattr(config, "model_type", "") == "rwkv" and config.rescale_every > 0 and not peft_config.inference_mode:
+    every = getattr(config, "rescale_every", 0) if getattr(config, "model_type", "") == "rwkv" else 0
+    if every > 0 and not peft_config.inference_mode:
         raise ValueError(
-            f"{name} rescales its weights in place from training to evaluation mode and back (rescale_every="
-            f"{config.rescale_every}): a backward pass after an evaluation would find other weights than its forward, "
-            "and the base's fingerprint would depend on the mode. Load it without: "
+            f"{name} rescales its weights in place from training to evaluation mode and back (rescale_every={every}): "
+            "a backward pass after an evaluation would find other weights than its forward, and the fingerprint "
+            "would depend on the mode. Load it without: "
             "AutoModelForCausalLM.from_pretrained(..., rescale_every=0)."
         )
     if holds_states(peft_config):
