@@ -17,6 +17,7 @@ from torch import nn
 from ..data.rows import column_values, completion_text
 from ..models.causal_lm import bare_model, unwrapped
 from ..models.compat import is_quantized
+from ..models.compat_devices import device_of
 from ..models.unlearner import unlearner_of
 from .aggregation import Key, Measurement, in_words
 from .attacks.inputs import (
@@ -259,7 +260,7 @@ def _quantized_copy(model: nn.Module, bits: int, folder: Path) -> Any:
     model = unwrapped(model)
     base = cast(Any, bare_model(model))
     base.save_pretrained(folder / "base")
-    small = in_few_bits(folder / "base", bits, base.dtype, device_map={"": base.device})
+    small = in_few_bits(folder / "base", bits, base.dtype, device_map={"": device_of(base)})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*trained on other weights")
         return unlearner_of(model).on_base(small, folder / "adapter")

@@ -20,6 +20,7 @@ from ..data.encoded import Encoded
 from ..data.encoder import RowEncoder
 from ..models.causal_lm import bare_model, max_positions
 from ..models.compat import PartialState
+from ..models.compat_devices import device_of
 from ..models.loading import load_causal_lm
 from ..models.unlearner import unlearner_of
 from .loading import load_unlearned
@@ -125,7 +126,7 @@ class Requests:
     @property
     def device(self) -> Any:
         """The model's device."""
-        return next(self.model.parameters()).device
+        return device_of(self.model)
 
     @property
     def tokenizer_name(self) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from ..models.causal_lm import bare_model, check_model, max_positions
+from ..models.compat_devices import device_of
 from ..models.unlearner import detached_base
 
 # Tokens, pads included, of one forward pass, unless one text alone has more: states of all layers are in memory.
@@ -104,7 +105,7 @@ class HiddenStates:
             with detached_base(self.model) as base:  # not around the yield, after which the caller may stop
                 inputs = {"input_ids": padded, "attention_mask": mask.long()}
                 out = base.base_model(  # without the output head
-                    **{name: value.to(base.device) for name, value in inputs.items()},
+                    **{name: value.to(device_of(base)) for name, value in inputs.items()},
                     output_hidden_states=True,
                     use_cache=False,
                 )

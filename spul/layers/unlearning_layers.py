@@ -24,6 +24,7 @@ from ..models.causal_lm import (
 )
 from ..models.compat import keep_4bit_differentiable, reset_compiled
 from ..models.compat_checkpointing import switch_checkpointing
+from ..models.compat_devices import device_of
 from ..models.compat_modules import forward_hooks
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.unlearner import Unlearner, drop_adapter_names
@@ -90,7 +91,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         """The number of requests in the layers: more than 1 once they are fused."""
         self.spul_config = SpulConfig()
         self._handles: list[Any] = []
-        self._dropout: list[tuple[nn.Module, str, float]] = []
+        self._dropout: list[tuple[Any, str, float]] = []
         self._trained: list[nn.Parameter] = []
         self.attach()
 
@@ -233,7 +234,7 @@ class UnlearningLayers(nn.Module, Unlearner):
     @property
     def device(self) -> torch.device:
         """The device of the base."""
-        return self.base_model.device
+        return device_of(self.base_model)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

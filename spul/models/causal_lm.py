@@ -11,56 +11,100 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from .compat import is_dropout, peft_layers, takes_positions, uncompiled
+from .compat_checkpointing import switching
 
 logger = logging.getLogger(__name__)
 
 LINEAR = (nn.Linear, Conv1D)
 """The linear maps of transformers; GPT-2's stores its weight transposed."""
 
+# Of each open block of `evaluation_mode`, in the order of entry.
+_modes_before: list[dict[nn.Module, bool]] = []
 
-def zero_dropout(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
-    """Set every dropout probability of a frozen model to 0; else the two passes of one step differ by noise.
+
+def zero_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """Set every dropout probability of a frozen model, and the noise of its routers, to 0.
+
+    Else the two passes of one step would differ by noise. What has no such setting, see `keep_in_evaluation`.
 
     Returns:
-        (module, attribute, probability) of each dropout before, for `restore_dropout`.
+        (module or config, attribute, value) of each before, for `restore_dropout`.
     """
     before = dropout_of(model)
     restore_dropout([(module, name, 0.0) for module, name, _ in before])
     return before
 
 
-def dropout_of(model: nn.Module) -> list[tuple[nn.Module, str, float]]:
-    """(module, attribute, probability) of each dropout of a model."""
-    found: list[tuple[nn.Module, str, float]] = []
+def dropout_of(model: nn.Module) -> list[tuple[Any, str, float]]:
+    """(module or config, attribute, value) of each dropout of a model, and of its routers' noise."""
+    found: list[tuple[Any, str, float]] = []
+    configs: dict[int, Any] = {}
     for module in model.modules():
         if is_dropout(module):
             found.append((module, "p", cast(Any, module).p))
-        # Functional dropout: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, ...
-        found += [(module, name, p) for name, p in vars(module).items() if "drop" in name and isinstance(p, float)]
+        # Functional: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, Mixtral's `jitter_noise`, ...
+        found += [(module, name, p) for name, p in vars(module).items() if _is_noise(name) and isinstance(p, float)]
+        if isinstance(config := vars(module).get("config"), PreTrainedConfig):
+            configs[id(config)] = config
+    for config in configs.values():  # Falcon, GPT-J, GPT-Neo and Persimmon read them there in every forward
+        found += [(config, name, p) for name, p in vars(config).items() if "drop" in name and isinstance(p, float)]
     return found
 
 
-def restore_dropout(values: list[tuple[nn.Module, str, float]]) -> None:
+def _is_noise(name: str) -> bool:
+    return "drop" in name or ("jitter" in name and name != "router_jitter_noise")  # PhiMoE's: of evaluation, too
+
+
+def restore_dropout(values: list[tuple[Any, str, float]]) -> None:
     """Set dropout probabilities back to those returned by `zero_dropout` or `dropout_of`."""
-    for module, name, p in values:
-        setattr(module, name, p)
+    for holder, name, p in values:
+        setattr(holder, name, p)
+
+
+# Modules that draw in training mode whatever their settings: PhiMoE samples the experts of each token.
+_SAMPLERS = ("PhimoeTopKRouter",)
+
+
+def keep_in_evaluation(model: nn.Module) -> None:
+    """Put the modules of a frozen model that sample in training mode into evaluation mode, whatever the others' is."""
+    for module in model.modules():
+        if any(kind.__name__ in _SAMPLERS for kind in type(module).__mro__):
+            module.eval()
 
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context manager: the model is in evaluation mode; on exit every module's mode is restored."""
+    """Context manager: the model is in evaluation mode; on exit every module's mode is restored.
+
+    Blocks of several threads may overlap: the one that is left last restores the mode before all of them.
+    """
     check_model(model)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with switching:
+        modes = {module: module.training for module in model.modules()}
+        _modes_before.append(modes)
+        model.eval()
     try:
         yield
     finally:
-        for module, mode in modes:
+        with switching:
+            _restore_modes(modes)
+
+
+def _restore_modes(modes: dict[nn.Module, bool]) -> None:
+    """Restore the modes before a block of `evaluation_mode`; a block entered later, and open, does it in its place."""
+    place = next(i for i, one in enumerate(_modes_before) if one is modes)
+    later = _modes_before[place + 1 :]
+    del _modes_before[place]
+    for module, mode in modes.items():
+        heir = next((one for one in later if module in one), None)
+        if heir is None:
             module.training = mode
+        else:
+            heir[module] = mode
 
 
 @contextmanager

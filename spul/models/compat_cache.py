@@ -5,6 +5,7 @@ Their classes, the names they go by in forwards, and how PEFT fills them change 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from peft.utils import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as PEFTS_PREFIXES
-from peft.utils.integrations import map_cache_to_layer_device_map
 from torch import Tensor
 from transformers import DynamicCache, GenerationMixin
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .causal_lm import decoder_layers
 from .compat_checkpointing import put_prompts
+from .compat_devices import device_of
 
 
 class LayerStates(NamedTuple):
@@ -159,7 +161,7 @@ def prefix_states(model: Any) -> list[LayerStates] | None:
         or model.config.model_type in PEFTS_PREFIXES
         or any(family in base.config.model_type for family in _PREFIX_FITTED)
     ):
-        return layer_states(model.get_prompt(batch_size=1))
+        return _where_layers_are(base, layer_states(_without_device_map(model).get_prompt(batch_size=1)))
     encoder, num = model.prompt_encoder[name], config.num_virtual_tokens
     if config.inference_mode:
         prefix = encoder.embedding.weight[None]
@@ -175,8 +177,29 @@ def prefix_states(model: Any) -> list[LayerStates] | None:
         _initialize(layer, keys)
         layer.keys, layer.values = keys, values
         cache.layers.append(layer)
-    map_cache_to_layer_device_map(base, cache)
-    return layer_states(cache)
+    return _where_layers_are(base, layer_states(cache))
+
+
+def _without_device_map(model: Any) -> Any:
+    """A view of a PEFT model that puts a prefix on no layer's device: PEFT looks for a GPU in any map of devices."""
+    base = model.get_base_model()
+    if not hasattr(base, "hf_device_map"):
+        return model
+    view, bare = copy.copy(model), copy.copy(base)
+    del bare.hf_device_map
+    view._modules = {**model._modules, "base_model": bare}
+    return view
+
+
+def _where_layers_are(base_model: Any, layers: list[LayerStates] | None) -> list[LayerStates] | None:
+    """Keys and values on the devices of their layers, where `device_map` has put layers on several."""
+    if layers is None or not hasattr(base_model, "hf_device_map"):
+        return layers
+    devices = [device_of(layer) for layer in decoder_layers(base_model)]
+    return [
+        LayerStates(one.keys.to(device), one.values.to(device), one.seen)
+        for one, device in zip(layers, devices, strict=True)
+    ]
 
 
 # ---- a cache that holds nothing: the keys and values of the last row stand in front of those of every row ----

@@ -23,8 +23,11 @@ from .compat_modules import all_modules, modules_with
 
 # Names of the cache in the forwards of decoder layers.
 _CACHES = ("past_key_values", "cache", "layer_past")
+# Names of the number of their layer in modules of it; the second is GPT-Neo's.
+_INDICES = ("layer_idx", "layer_id")
 _FLAG = "gradient_checkpointing"
-_swap = threading.RLock()
+switching = threading.RLock()
+"""Held by who changes the mode of a base or its checkpointing, and by forwards that depend on them: `unswitched`."""
 
 
 def is_checkpointing(base_model: nn.Module) -> bool:
@@ -53,16 +56,32 @@ def switch_checkpointing(base_model: Any, switch: Literal["enable", "disable"], 
 
 
 @contextmanager
+def unswitched(base_model: nn.Module) -> Iterator[None]:
+    """Context manager: of a base with gradient checkpointing switched on, no other thread changes mode or layers.
+
+    Each layer asks for the mode by itself, and drops its cache by it; a mode that changed between two layers, or
+    between a probe's answer and the forward that relies on it, would lose a prompt. Without checkpointing the mode of
+    a frozen base matters to nothing, and no thread waits.
+    """
+    if not any(m.gradient_checkpointing for m in modules_with(base_model, _FLAG)):
+        yield
+        return
+    with switching:
+        yield
+
+
+@contextmanager
 def without_checkpointing(base_model: nn.Module) -> Iterator[None]:
     """Context manager: gradient checkpointing is off; on exit it is on again where it was."""
-    modules = [m for m in modules_with(base_model, _FLAG) if m.gradient_checkpointing]
-    for module in modules:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
+    with switching:
+        modules = [m for m in modules_with(base_model, _FLAG) if m.gradient_checkpointing]
         for module in modules:
-            module.gradient_checkpointing = True
+            module.gradient_checkpointing = False
+        try:
+            yield
+        finally:
+            for module in modules:
+                module.gradient_checkpointing = True
 
 
 class _Prompts(NamedTuple):
@@ -124,7 +143,7 @@ def kept_cache(base_model: nn.Module, cache: DynamicCache) -> Iterator[None]:
     if not layers:
         yield
         return
-    with _swap:
+    with switching:
         before = [(layer._gradient_checkpointing_func, layer._can_checkpoint_with_cache) for layer in layers]
         try:
             hollow = [_hollow(one) for one in cache.layers]
@@ -166,7 +185,8 @@ def _keeping(layer: Any, cache: Any, hollow: list[Any]) -> Callable[..., Any] | 
     checkpoint, thread = layer._gradient_checkpointing_func, threading.get_ident()
     names = list(inspect.signature(type(layer).forward).parameters)[1:]
     name = next((one for one in _CACHES if one in names), None)
-    indices = {m.layer_idx for m in modules_with(layer, "layer_idx") if isinstance(m.layer_idx, int)}
+    indices = {getattr(m, own) for own in _INDICES for m in modules_with(layer, own)}
+    indices = {index for index in indices if isinstance(index, int)}
     if name is None or len(indices) != 1 or max(indices) >= len(cache.layers):
         return None
     index = indices.pop()

@@ -57,6 +57,35 @@ def replicated(model: nn.Module, base: nn.Module) -> nn.parallel.DistributedData
     return nn.parallel.DistributedDataParallel(model)
 
 
+# ---- devices ----
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of a module's first weight, or, where accelerate offloads it, the one that it is fetched to.
+
+    An offloaded weight is on the meta device while it waits, where nothing is computed: inputs belong elsewhere.
+    """
+    for inner in module.modules():
+        for parameter in inner._parameters.values():
+            if parameter is not None:
+                return (_fetched_to(inner) if parameter.is_meta else None) or parameter.device
+    raise ValueError(f"{type(module).__name__} has no parameters, and so no device.")
+
+
+def _fetched_to(module: nn.Module) -> torch.device | None:
+    """The device that a hook of accelerate fetches a module's offloaded weights to; None without such a hook."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", [hook]):  # several hooks, in one
+        if getattr(one, "offload", False) and one.execution_device is not None:
+            return torch.device(one.execution_device)
+    return None
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps weights elsewhere, in the memory of the CPU or on disk, until a forward needs them."""
+    return any(_fetched_to(inner) is not None for inner in module.modules())
+
+
 # ---- memory ----
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import torch
 from peft import PeftConfig, PeftModelForCausalLM, PeftType
 from torch import nn
 
 from ..models.compat_checkpointing import without_checkpointing
+from ..models.compat_devices import device_of, is_offloaded
 from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint
@@ -22,6 +24,18 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
     """A PEFT model whose adapters are soft prompts, each with a record; see `SoftPromptUnlearner`."""
 
     prompt_encoder: Any  # set by PEFT
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the base, where inputs and prompts belong."""
+        return device_of(self.get_base_model())
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """Move base and prompts, as of every module; prompts alone where the base's weights are offloaded."""
+        if not is_offloaded(self.get_base_model()):
+            return super().to(*args, **kwargs)
+        self.prompt_encoder.to(*args, **kwargs)
+        return self
 
     def add_adapter(
         self,

@@ -23,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.causal_lm import check_no_adapter
+from ..models.compat_devices import device_of
 from ..models.unlearner import PREFIX_TYPES, PROMPT_TYPES
 from ..records.fields import is_count
 from ..records.weights import Shapes
@@ -216,8 +217,8 @@ def check_promptable(model: nn.Module, peft_config: Any) -> None:
 
     Raises:
         TypeError: if it is an encoder-decoder, or has no language modeling head.
-        ValueError: if it has no weights in memory, its input embeddings are not, or embeddings of the prompt's width
-            are not its input.
+        ValueError: if it has no weights, PEFT would read embeddings that are offloaded, embeddings of the prompt's
+            width are not its input, or a prompt would train on weights that change with the mode (RWKV).
     """
     name, config = type(model).__name__, getattr(model, "config", None)
     causal = "expected a causal LM, as AutoModelForCausalLM.from_pretrained gives it"
@@ -229,11 +230,27 @@ def check_promptable(model: nn.Module, peft_config: Any) -> None:
         return
     embeddings: Any = model.get_input_embeddings()
     on_meta = [key for key, parameter in model.named_parameters() if parameter.is_meta]
-    if embeddings.weight.is_meta or (on_meta and not any(hasattr(m, "_hf_hook") for m in model.modules())):
+    hooked = any(hasattr(m, "_hf_hook") for m in model.modules())
+    if on_meta and (not hooked or device_of(embeddings).type == "meta"):
         raise ValueError(
             f"{len(on_meta)} parameters of the {name} are on the meta device, without values ({on_meta[0]}, ...). "
-            "Load them, model = AutoModelForCausalLM.from_pretrained(...), with the input embeddings on a GPU or in "
-            "memory: where layers are offloaded, name a device for the embeddings in device_map."
+            "Load them, model = AutoModelForCausalLM.from_pretrained(...); where they are to be offloaded, by "
+            "device_map, or by accelerate's cpu_offload or disk_offload."
+        )
+    init = getattr(peft_config, "prompt_tuning_init", PromptTuningInit.RANDOM)
+    if embeddings.weight.is_meta and init != PromptTuningInit.RANDOM:
+        raise ValueError(
+            f"prompt_tuning_init={PromptTuningInit(init).value!r} reads the input embeddings of the {name} in place, "
+            "and they are offloaded. Leave it out, and give start=InstructionStart(text, tokenizer) or "
+            "start='vocabulary'."
+        )
+    every = getattr(config, "rescale_every", 0) if getattr(config, "model_type", "") == "rwkv" else 0
+    if every > 0 and not peft_config.inference_mode:
+        raise ValueError(
+            f"{name} rescales its weights in place from training to evaluation mode and back (rescale_every={every}): "
+            "a backward pass after an evaluation would find other weights than its forward, and the fingerprint "
+            "would depend on the mode. Load it without: "
+            "AutoModelForCausalLM.from_pretrained(..., rescale_every=0)."
         )
     if holds_states(peft_config):
         return

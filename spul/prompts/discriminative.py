@@ -25,6 +25,8 @@ from ..data.collator import ForgetRetainCollator
 from ..models.causal_lm import evaluation_mode, selects_positions
 from ..models.compat_attention import Attention, observed_attention
 from ..models.compat_cache import prefix_states
+from ..models.compat_checkpointing import unswitched
+from ..models.compat_devices import device_of
 from .row_prompts import RowPrompts, under
 from .states import PromptStates, in_front, packed_states
 
@@ -287,7 +289,7 @@ class _Queries:
 
     def _read(self, group: _Group, side: int) -> None:
         """Read the queries of some layers at the rows of a side."""
-        rows, device = self.rows[side], self.base.get_input_embeddings().weight.device
+        rows, device = self.rows[side], device_of(self.base.get_input_embeddings())
         last = {"logits_to_keep": 1} if selects_positions(self.base) else {}
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         size = max(1, min(MOST_ROWS, MOST_SCORES // (self.num_heads * len(rows[order[-1]]) ** 2)))
@@ -302,6 +304,7 @@ class _Queries:
                 used = mask & (torch.arange(mask.shape[1]) >= torch.tensor([self.first[j] for j in batch])[:, None])
             row = torch.tensor(batch)[:, None].expand_as(used)[used]
             with (
+                unswitched(self.base),
                 evaluation_mode(self.base),
                 observed_attention(self.base, group.keeper(side, used, row)),
                 in_front(self.base, self.states, mask.long().to(device)) as inputs,

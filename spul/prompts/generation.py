@@ -11,7 +11,8 @@ from peft import PeftModelForCausalLM
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..models.causal_lm import cache_switch, max_positions
+from ..models.causal_lm import cache_switch, evaluation_mode, max_positions
+from ..models.compat_checkpointing import unswitched
 from .arguments import (
     OF_THE_BATCH,
     changed_settings,
@@ -49,15 +50,11 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     attention_mask = mask_from_pads(input_ids, *ids) if given_mask is None else given_mask
     check_no_empty_row(attention_mask)
 
-    if not prompts.names_a_prompt:  # checked all the same: what is refused does not depend on the rows
-        return _generate_without(prompts, settings, input_ids, attention_mask, kwargs)
-    was_training = base.training
-    base.eval()  # gradient checkpointing, in training mode, would drop the cache and the prompt with it
-    try:
-        with torch.no_grad():
-            return _generate_in_evaluation_mode(prompts, settings, input_ids, attention_mask, kwargs)
-    finally:
-        base.train(was_training)
+    # Gradient checkpointing, in training mode, would drop the cache and the prompt with it.
+    with unswitched(base), evaluation_mode(base), torch.no_grad():
+        if not prompts.names_a_prompt:  # checked all the same: what is refused does not depend on the rows
+            return _generate_without(prompts, settings, input_ids, attention_mask, kwargs)
+        return _generate_in_evaluation_mode(prompts, settings, input_ids, attention_mask, kwargs)
 
 
 def _generate_in_evaluation_mode(

@@ -22,7 +22,8 @@ from transformers import GenerationConfig
 from ..models.causal_lm import evaluation_mode, max_positions
 from ..models.compat import is_compiled, is_quantized, is_sharded
 from ..models.compat_cache import LayerStates, prefix_states
-from ..models.compat_checkpointing import without_checkpointing
+from ..models.compat_checkpointing import switching
+from ..models.compat_devices import device_of
 from ..models.compat_modules import settings_of
 from .one_pass import joint_logits
 from .states import MixedStates, PromptStates, autocast_dtype, compute_states, in_front
@@ -133,7 +134,8 @@ def checkpoints_prefix(
             else:
                 leaves_of = [LayerStates(trained(one.keys), trained(one.values), one.seen) for one in prefix]
                 states = PromptStates(leaves_of)
-            assert states is not None  # it shares the prefix
+            if states is None:  # it has them in evaluation mode
+                raise RuntimeError("its layers return no keys and values under gradient checkpointing")
             with in_front(base, states, mask) as inputs:
                 logits = base(inputs_embeds=rows, **inputs).logits[mask.bool()]
         logits.double().tanh().sum().backward()  # into these leaves alone; reentrant checkpointing takes no others
@@ -148,14 +150,14 @@ def checkpoints_prefix(
             alone = base(inputs_embeds=rows, attention_mask=mask, use_cache=False).logits[mask.bool()]
             with torch.enable_grad():
                 found = passes(prompt, rows, mask)
-                with without_checkpointing(base):
+                with evaluation_mode(base):  # in which nothing is checkpointed
                     expected = passes(prompt, rows, mask)
         without = alone, torch.zeros_like(expected[1])
         return all(_close(base, *one) for one in zip(found, expected, without, strict=True))
 
     otherwise = (
-        f"{type(base).__name__} loses or changes a shared prompt under gradient checkpointing, or is compiled: the "
-        "prompt is concatenated to every row, which is slower."
+        f"{type(base).__name__} loses or changes a shared prompt under gradient checkpointing, computes otherwise in "
+        "training than in evaluation mode, or is compiled: the prompt is concatenated to every row, which is slower."
     )
     kind = ("checkpointing", num_virtual, prefix is not None, joint)
     # Under a prefix, the caller raises; a joint pass has another one to fall back on.
@@ -228,10 +230,10 @@ def check_prefix(model: Any) -> None:
             latent attention), or layers without keys and values (Mamba, linear attention), or drops a given cache.
     """
     base: Any = model.get_base_model()
-    token = torch.zeros((1, 2), dtype=torch.long, device=model.word_embeddings.weight.device)
+    token = torch.zeros((1, 2), dtype=torch.long, device=device_of(model.word_embeddings))
     cause: Exception | None = None
     try:
-        with evaluation_mode(base):
+        with switching, evaluation_mode(base):
             states = prefix_states(model)
             if states is not None:
                 inputs = PromptStates(states).prefix_inputs(base, torch.ones_like(token))
@@ -260,10 +262,17 @@ def _earned(
 ) -> bool:
     """The verdict on a base, by the comparison the first time; `otherwise` is logged if it is lost.
 
-    The comparison runs without gradients, and in evaluation mode unless `in_evaluation` is False.
+    The comparison runs without gradients, and in evaluation mode unless `in_evaluation` is False. No other thread
+    changes the base's mode meanwhile, or asks: it would find the base changed, or a verdict on something else.
     """
-    weight = base.get_input_embeddings().weight
-    key = (*kind, weight.dtype, weight.device.type, autocast_dtype(weight.device.type))
+    with switching:
+        return _verdict(base, kind, compare, otherwise, in_evaluation)
+
+
+def _verdict(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str, in_evaluation: bool) -> bool:
+    embeddings = base.get_input_embeddings()
+    device_type = device_of(embeddings).type
+    key = (*kind, embeddings.weight.dtype, device_type, autocast_dtype(device_type))
     verdicts = _verdicts.setdefault(base, {})
     before, verdict, num_probes = verdicts.get(key, (None, True, 0))
     if num_probes == MOST_PROBES:
@@ -299,7 +308,7 @@ def _probe(base: Any, num_virtual: int) -> tuple[Tensor, Tensor, Tensor]:
     room = NUM_TOKENS if limit is None else max(1, min(NUM_TOKENS, limit - num_virtual - NUM_NEW))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(embedding.weight.shape[0], (1, num_virtual + room), generator=generator)
-    ids = ids.to(embedding.weight.device)
+    ids = ids.to(device_of(embedding))
     row = ids[:, num_virtual:]
     mask = torch.ones_like(row).repeat(2, 1)
     mask[1, max(1, room - NUM_PADS) :] = 0

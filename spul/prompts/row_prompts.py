@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..models.causal_lm import logits_at, max_positions, needs_gradient
 from ..models.compat_checkpointing import is_checkpointing
+from ..models.compat_devices import device_of
 from .one_pass import MOST_ADDED_TOKENS, joint_logits, tokens_of_prompts_row, waits_for_launches
 from .position import check_column, stands_inside
 from .probe import checkpoints_prefix, joins_prompt, shares_mixed_prefixes
@@ -187,7 +188,7 @@ class RowPrompts:
         base does not run such a pass rightly.
         """
         base: Any = self.model.get_base_model()
-        if not waits_for_launches(self.model.word_embeddings.weight.device) or self.is_inside or self.is_prefix:
+        if not waits_for_launches(device_of(self.model.word_embeddings)) or self.is_inside or self.is_prefix:
             return None
         if self.named != [self.model] or not needs_gradient(self.model):
             return None

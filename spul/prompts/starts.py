@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from ..models.causal_lm import evaluation_mode
 from ..models.compat import is_sharded
+from ..models.compat_checkpointing import unswitched
+from ..models.compat_devices import device_of
 from .configs import holds_states
 from .discriminative import DiscriminativeStart
 from .states import compute_states, packed_states
@@ -152,7 +154,7 @@ def _token_ids(model: Any, num: int, start: Start | None, by_token: bool) -> Ten
         start: the start.
         by_token: whether the base takes no input embeddings that are not of tokens.
     """
-    device, size = model.word_embeddings.weight.device, _vocabulary_size(model)
+    device, size = device_of(model.word_embeddings), _vocabulary_size(model)
     if isinstance(start, InstructionStart):
         ids = start.token_ids(num)
         if max(ids) >= size:
@@ -174,7 +176,7 @@ def _random_rows(model: Any, num: int) -> Tensor:
     less than unlike ones.
     """
     size = _vocabulary_size(model)
-    some = torch.arange(0, size, max(1, size // 4096), device=model.word_embeddings.weight.device)
+    some = torch.arange(0, size, max(1, size // 4096), device=device_of(model.word_embeddings))
     looked_up = model.word_embeddings(some).float()  # through the module: Gemma scales its embeddings
     shared, own = torch.randn(1, looked_up.shape[1]), torch.randn(num, looked_up.shape[1])
     rows = (SHARED * shared + (1 - SHARED**2) ** 0.5 * own).to(looked_up.device)
@@ -201,7 +203,7 @@ def _keys_and_values(base: Any, rows: Tensor, ids: Tensor | None, config: Any) -
         ValueError: if the base caches more than keys and values, as layers of two kinds beside each other do.
     """
     prompt = rows[None].to(base.get_input_embeddings().weight.dtype)
-    with evaluation_mode(base):
+    with unswitched(base), evaluation_mode(base):
         states = compute_states(base, prompt, token_ids=None if ids is None else ids[None])
     if states is None:
         raise ValueError(

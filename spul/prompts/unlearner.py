@@ -17,8 +17,9 @@ from transformers import PreTrainedModel
 from ..losses.batch import batch_loss
 from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import logits_at, unchanged_on_error, zero_dropout
+from ..models.causal_lm import keep_in_evaluation, logits_at, unchanged_on_error, zero_dropout
 from ..models.compat import is_sharded, keep_4bit_differentiable
+from ..models.compat_checkpointing import switching, unswitched
 from ..models.disabling import disabled_here, is_disabled_here
 from . import checkpoint
 from .adapters import PromptAdapters
@@ -107,6 +108,7 @@ class SoftPromptUnlearner(PromptAdapters):
                 check_prefix(self)
             self.loss = loss
             zero_dropout(model)
+            keep_in_evaluation(model)
             model.requires_grad_(False)
             if not peft_config.inference_mode:
                 start_prompt(self, adapter_name, start)
@@ -178,6 +180,16 @@ class SoftPromptUnlearner(PromptAdapters):
 
     # ---- forward ----
 
+    def train(self, mode: bool = True) -> SoftPromptUnlearner:
+        """Set the mode, as of every module; it waits for a forward of another thread that depends on it.
+
+        Modules of the base that would draw at random in training mode, such as PhiMoE's routers, stay in evaluation.
+        """
+        with switching:
+            super().train(mode)
+            keep_in_evaluation(self.get_base_model())
+        return self
+
     def forward(  # type: ignore[override]
         self,
         input_ids: Tensor | None = None,
@@ -237,9 +249,10 @@ class SoftPromptUnlearner(PromptAdapters):
                 base: Any = self.get_base_model()
                 _check_names(self, names, input_ids)
                 return base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-            if names is not None or stands_inside(self):
-                return named_forward(self, names, input_ids, attention_mask, labels, prompt_position, **kwargs)
-            return ordinary_forward(self, super().forward, input_ids, attention_mask, labels, **kwargs)
+            with unswitched(self.get_base_model()):
+                if names is not None or stands_inside(self):
+                    return named_forward(self, names, input_ids, attention_mask, labels, prompt_position, **kwargs)
+                return ordinary_forward(self, super().forward, input_ids, attention_mask, labels, **kwargs)
         if names is not None:
             kwargs["adapter_names"] = names  # refused: a batch that trains is under the active prompt
         if unknown := sorted(name for name, value in kwargs.items() if value is not None and name != "return_dict"):
@@ -290,7 +303,8 @@ class SoftPromptUnlearner(PromptAdapters):
             _check_names(self, adapter_names, input_ids)
             return self.base_logits(input_ids, attention_mask, positions)
         prompts = RowPrompts(self, len(input_ids), adapter_names, prompt_position)
-        return prompts.response_logits(input_ids, attention_mask, positions)
+        with unswitched(self.get_base_model()):
+            return prompts.response_logits(input_ids, attention_mask, positions)
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) of the base, without the prompt; arguments as in `response_logits`."""
@@ -313,7 +327,8 @@ class SoftPromptUnlearner(PromptAdapters):
         if not self.enabled:
             return logits_at(base, positions, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
         prompts = RowPrompts(self, len(inputs_embeds), prompt_position=prompt_position)
-        return prompts.embedding_logits(inputs_embeds, attention_mask, positions)
+        with unswitched(base):
+            return prompts.embedding_logits(inputs_embeds, attention_mask, positions)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """Generate with the prompt; arguments as in `generate` of transformers.

@@ -18,6 +18,7 @@ from ..data.encoded import left_padded_ids
 from ..losses.positions import pack_right
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import check_no_adapter, logits_at
+from ..models.compat_devices import device_of
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.unlearner import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
@@ -256,6 +257,11 @@ class Rival(nn.Module, Unlearner):
             yield
 
     @property
+    def device(self) -> torch.device:
+        """The device of the base."""
+        return device_of(self.base_model)
+
+    @property
     def enabled(self) -> bool:
         """Whether the method is in effect for this thread."""
         return not is_disabled_here(self)
@@ -281,7 +287,7 @@ class Rival(nn.Module, Unlearner):
         return self.on(base).eval()
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes of the base, such as `config` and `device`."""
+        """Attributes of the base, such as `config` and `generation_config`."""
         try:
             return super().__getattr__(name)
         except AttributeError:

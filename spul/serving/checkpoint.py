@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from ..models.causal_lm import evaluation_mode
+from ..models.compat_devices import device_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from .exports import check_new_folder, facts_of, new_folder, prompt_embeddings, write_facts
 
@@ -108,7 +109,7 @@ def unscaled(embeddings: Any, prompt: Tensor) -> Tensor:
         ValueError: if the embeddings are more than a row times a number.
     """
     with torch.no_grad():
-        ids = torch.arange(min(64, len(embeddings.weight)), device=embeddings.weight.device)
+        ids = torch.arange(min(64, len(embeddings.weight)), device=device_of(embeddings))
         own, found = embeddings.weight[ids].double(), embeddings(ids).double()
     scale = float((found * own).sum() / (own * own).sum())
     if found.shape != own.shape or not torch.allclose(found, own * scale, rtol=0.02, atol=1e-6):
@@ -127,7 +128,7 @@ def least_likely(base: Any) -> int:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(min(rows, len(base.get_input_embeddings().weight)), (4, 16), generator=generator)
     with evaluation_mode(base), torch.no_grad():
-        logits = base(input_ids=ids.to(base.get_input_embeddings().weight.device)).logits
+        logits = base(input_ids=ids.to(device_of(base.get_input_embeddings()))).logits
     return int(logits.float().log_softmax(-1).amax((0, 1)).argmin())
 
 
@@ -202,14 +203,15 @@ def check_written(folder: Path, unlearner: SoftPromptUnlearner, tokenizer: Any, 
         own, found = (list(one.apply_chat_template(MESSAGES, **options)) for one in (tokenizer, baked))
         if found != added + own:
             raise ValueError(_other_tokens("a conversation", added + own, found))
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype).to(base.device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype)
+    model = model.to(device_of(base)).eval()
     wide = len(base.get_output_embeddings().weight)
     tolerance = TOLERANCE.get(base.dtype, HALF_TOLERANCE)
     with evaluation_mode(unlearner), torch.no_grad():
         for text in TEXTS:
-            ids = torch.tensor([tokenizer(text)["input_ids"]], device=base.device)
+            ids = torch.tensor([tokenizer(text)["input_ids"]], device=device_of(base))
             expected = unlearner(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(added) :]
-            all_ids = torch.tensor([baked(text)["input_ids"]], device=base.device)
+            all_ids = torch.tensor([baked(text)["input_ids"]], device=device_of(base))
             found = model(input_ids=all_ids, attention_mask=torch.ones_like(all_ids)).logits[0, len(added) :, :wide]
             worst, largest = float((found - expected).abs().max()), float(expected.abs().max())
             if not worst <= tolerance * largest:

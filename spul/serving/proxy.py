@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 import torch
 
 from ..gates.gated import GatedUnlearner
+from ..models.compat_devices import device_of
 from ..prompts.row_prompts import NO_PROMPT, under
 from .answers import Piece
 from .engine import Job
@@ -53,7 +54,7 @@ class EmbeddingPayload:
     def __call__(self, token_ids: Sequence[int], prompt: str, position: int) -> dict[str, Any]:
         """The field `prompt_embeds`."""
         base = self.gated.get_base_model()
-        embeds = base.get_input_embeddings()(torch.tensor(token_ids, device=base.device))
+        embeds = base.get_input_embeddings()(torch.tensor(token_ids, device=device_of(base)))
         virtual = under(self.gated.unlearner, prompt).get_prompt(batch_size=1)[0].to(embeds)
         return {"prompt_embeds": encoded(torch.cat([embeds[:position], virtual, embeds[position:]]).cpu())}
 

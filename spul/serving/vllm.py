@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from ..data.encoder import RowEncoder
+from ..models.compat_devices import device_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.weights import file_digest
 from . import vllm_client
@@ -109,7 +110,7 @@ def input_embeddings(base: Any) -> torch.Tensor:
     """The embeddings (V, d) of all tokens as the base's first layer reads them, scaled where a family scales them."""
     module = base.get_input_embeddings()
     with torch.no_grad():
-        ids = torch.arange(module.weight.shape[0], device=module.weight.device)
+        ids = torch.arange(module.weight.shape[0], device=device_of(module))
         return torch.cat([module(part) for part in ids.split(8192)]).cpu().contiguous()
 
 

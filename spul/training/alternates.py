@@ -17,6 +17,7 @@ from ..data.checks import forget_flags
 from ..data.encoded import left_padded_ids
 from ..data.rows import completion_text, normalized, shortened
 from ..models.causal_lm import max_positions
+from ..models.compat_devices import device_of
 from ..models.unlearner import detached_base
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def _sampled(
         )
     pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
     out = base.generate(
-        **{name: tensor.to(base.device) for name, tensor in left_padded_ids(requests, pad).items()},
+        **{name: tensor.to(device_of(base)) for name, tensor in left_padded_ids(requests, pad).items()},
         do_sample=True,
         temperature=temperature,
         top_k=0,

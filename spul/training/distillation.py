@@ -19,6 +19,7 @@ from ..losses.positions import response_positions
 from ..losses.terms import KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import load_base, logits_at, unchanged_on_error
+from ..models.compat_devices import device_of
 from ..prompts.configs import check_causal_lm
 from ..prompts.shared_prefix import is_prefix
 from ..prompts.unlearner import SoftPromptUnlearner
@@ -240,7 +241,7 @@ def _choose_teachers(
 ) -> Tensor:
     """The index of the prompt with the largest divergence from the base, for each input: (rows,)."""
     base: Any = prompts[0].get_base_model()
-    device = next(base.parameters()).device
+    device = device_of(base)
     for prompt in prompts:
         prompt.prompt_encoder.to(device)
     divergence, chosen = KLDivergence(direction="reverse"), []

@@ -126,7 +126,7 @@ def estimate_memory(
             "positions."
         )
     with fake_tensors():
-        base: Any = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False)
+        base: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).requires_grad_(False)
         fill_sizes(base, prompt)
         if holds_states(prompt):
             prompt.num_layers, prompt.token_dim = prefix_shape(prompt, config)

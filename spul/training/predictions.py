@@ -20,6 +20,7 @@ from ..losses.positions import response_positions
 from ..losses.terms import IGNORE_INDEX, token_nll
 from ..models.causal_lm import evaluation_mode
 from ..models.compat import EvalLoopContainer, denumpify_detensorize, gathered, moved, nested_concat
+from ..models.compat_devices import device_of
 
 PARTS = ("predictions", "label_ids", "losses", "inputs")
 
@@ -95,7 +96,7 @@ def _predicted(
     preprocess: Callable[[Tensor, Any], Any] | None,
 ) -> dict[str, Any]:
     """Predictions, labels, losses and input ids of one batch."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     batch = {name: tensor.to(device) for name, tensor in collator.encoder.batch(rows).items()}
     positions, targets = response_positions(batch["labels"])
     logits = response_logits(model, batch, positions)

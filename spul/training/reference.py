@@ -29,6 +29,7 @@ from ..losses.terms import IGNORE_INDEX
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import bare_model, logits_at, states_at
 from ..models.compat import broadcast, is_sharded
+from ..models.compat_devices import device_of
 from ..models.output_head import NoHead, OutputHead, final_states
 from ..models.unlearner import detached_base
 from ..records.digests import digest
@@ -227,8 +228,8 @@ class ReferenceCache:
         used, states = targets != IGNORE_INDEX, _states(base, batch, layer)
         expected = states
         if layer is None:
-            inputs = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask")}
-            expected = logits_at(base, positions.to(base.device), **inputs, use_cache=False)[used]
+            inputs = {name: batch[name].to(device_of(base)) for name in ("input_ids", "attention_mask")}
+            expected = logits_at(base, positions.to(device_of(base)), **inputs, use_cache=False)[used]
         half = expected.dtype in (torch.float16, torch.bfloat16)
         rounding = 2 * torch.finfo(expected.dtype).eps if half else 1e-4
         if not _is_close(self.head(states), expected, rounding):
@@ -311,8 +312,8 @@ def _slots_of(batch: Mapping[str, Tensor], layer: int | None) -> tuple[Tensor, T
 def _states(base: Any, batch: Mapping[str, Tensor], layer: int | None) -> Tensor:
     """Hidden states (slots, d) of a batch, row after row: final ones at responses, or a layer's at all tokens."""
     positions, targets = _slots_of(batch, layer)
-    inputs = {name: batch[name].to(base.device) for name in ("input_ids", "attention_mask")}
-    positions = positions.to(base.device)
+    inputs = {name: batch[name].to(device_of(base)) for name in ("input_ids", "attention_mask")}
+    positions = positions.to(device_of(base))
     if layer is None:
         return final_states(base, positions, **inputs)[targets != IGNORE_INDEX]
     return states_at(base, layer, positions, **inputs, use_cache=False)[targets != IGNORE_INDEX]

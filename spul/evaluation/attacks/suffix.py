@@ -18,6 +18,7 @@ from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
 from ...models.compat import keep_4bit_differentiable
+from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
 from ..metrics.batches import ResponseBatch, map_responses
 from ..metrics.scoring import check_not_nan, row_arguments
@@ -83,7 +84,7 @@ def soft_suffix(
     keep_4bit_differentiable(model)
     base: Any = bare_model(model)
     embed = base.get_input_embeddings()
-    device = embed.weight.device
+    device = device_of(embed)
     # Room for the placeholders: each row's text is the same as without a suffix.
     roomy = encoder.with_max_length(encoder.max_length + num_virtual_tokens)
     few, others = (_with_placeholders(some, encoder, num_virtual_tokens) for some in (rows, held_out))

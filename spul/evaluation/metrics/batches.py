@@ -17,6 +17,7 @@ from ...data.rows import ROWS_READ_AT_ONCE, adapter_names_of, rows_at
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX
 from ...models.causal_lm import evaluation_mode
+from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
 
 T = TypeVar("T")
@@ -102,7 +103,7 @@ def map_responses(
         The values, in the order of `rows`.
     """
     found: dict[int, T] = {}
-    device = next(model.parameters()).device
+    device = device_of(model)
     with evaluation_mode(model), unlearner_of(model).cached_prompts():
         for batch in response_batches(rows, encoder, batch_size, device, progress):
             found |= zip(batch.indices, measure(batch), strict=True)

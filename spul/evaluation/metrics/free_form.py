@@ -19,6 +19,7 @@ from ...data.encoded import Encoded, left_padded
 from ...data.encoder import RowEncoder
 from ...data.rows import adapter_names_of
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
+from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
 from .scoring import row_arguments
 
@@ -127,7 +128,7 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
     ends = [tokenizer.eos_token_id, *(own if isinstance(own, (list, tuple)) else [own])]
     ends = list(dict.fromkeys(int(token) for token in ends if token is not None))
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    device = next(model.parameters()).device
+    device = device_of(model)
 
     def before_end(tokens: list[int]) -> list[int]:
         return tokens[: next((k for k, token in enumerate(tokens) if token in ends), len(tokens))]

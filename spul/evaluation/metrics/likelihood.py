@@ -22,6 +22,7 @@ from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
 from ...losses.terms import KLDivergence
 from ...models.causal_lm import evaluation_mode, unwrapped
+from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
 from .batches import ResponseBatch, map_responses
 from .scoring import check_not_nan, response_logits
@@ -180,7 +181,7 @@ def kl_of_models(
     other = bare[0] if reference is None else unwrapped(reference)
 
     def run(one: nn.Module, batch: ResponseBatch, names: list[str] | None = None) -> Tensor:
-        device = next(one.parameters()).device
+        device = device_of(one)
         inputs = {name: value.to(device) for name, value in batch.inputs.items()}
         return response_logits(one, inputs, batch.positions.to(device), names)
 

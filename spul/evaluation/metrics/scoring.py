@@ -26,6 +26,7 @@ from ...data.rows import ADAPTER_NAME, adapter_names_of, column_batches, complet
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import evaluation_mode
+from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
 from .batches import length_batches
 
@@ -108,7 +109,7 @@ def greedy_completions(
     Raises:
         DivergedError: a ValueError, if logits at the response positions are NaN.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     own = [completion_text(row["completion"]) for row in rows]
     candidates = list(dict.fromkeys([*classes, *(collator.generic_completions or [])]))
 

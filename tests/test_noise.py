@@ -1,0 +1,91 @@
+"""Bases that draw at random in training mode: under a prompt they compute there what they compute in evaluation."""
+
+import pytest
+import torch
+from helpers import SHAPE, UnlearningLayers, UnlearningLayersConfig, make_batch, prompt_gradients
+from passes import checkpointed
+from peft import PromptTuningConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DbrxConfig,
+    FalconConfig,
+    GPTJConfig,
+    GPTNeoConfig,
+    MixtralConfig,
+    OPTConfig,
+    PersimmonConfig,
+    PhimoeConfig,
+)
+
+from spul import SoftPromptUnlearner
+
+TOKENS = {key: SHAPE[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
+EXPERTS = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4}
+SIZES = {**TOKENS, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+NOISY = {
+    "dbrx": lambda: DbrxConfig(
+        **TOKENS,
+        d_model=32,
+        n_heads=4,
+        n_layers=2,
+        max_seq_len=96,
+        attn_config={"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 10000.0},
+        ffn_config={"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2, "moe_jitter_eps": 0.3},
+    ),
+    "falcon": lambda: FalconConfig(**SIZES, hidden_dropout=0.3, attention_dropout=0.3),
+    "gptj": lambda: GPTJConfig(
+        **TOKENS, n_positions=96, n_embd=32, n_layer=2, n_head=4, rotary_dim=4, attn_pdrop=0.3, resid_pdrop=0.3
+    ),
+    "gpt_neo": lambda: GPTNeoConfig(
+        **TOKENS,
+        max_position_embeddings=96,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["global", "local"], 1]],
+        attention_dropout=0.3,
+        resid_dropout=0.3,
+    ),
+    "persimmon": lambda: PersimmonConfig(**SHAPE, intermediate_size=48, attention_dropout=0.3, hidden_dropout=0.3),
+    "opt": lambda: OPTConfig(**SHAPE, ffn_dim=48, word_embed_proj_dim=32, dropout=0.3, layerdrop=0.5),
+    "mixtral": lambda: MixtralConfig(**EXPERTS, router_jitter_noise=0.3),
+    "phimoe": lambda: PhimoeConfig(**EXPERTS, input_jitter_noise=0.3),
+}
+
+
+def noisy(family):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(NOISY[family](), experts_implementation="eager")  # others take no float64
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return base.double()
+
+
+@pytest.mark.parametrize("family", NOISY)
+def test_a_step_is_the_same_each_time_in_either_mode_and_under_checkpointing(family, caplog):
+    base, batch = noisy(family).train(), make_batch()
+    ids = batch["input_ids"]
+    assert not torch.equal(base(ids).logits, base(ids).logits)  # by itself it draws
+    torch.manual_seed(1)
+    unlearner = SoftPromptUnlearner(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).double()
+    expected = unlearner.eval()(**batch).loss
+    wanted = prompt_gradients(unlearner, expected)
+    for model in (unlearner.train(), checkpointed(unlearner)):
+        loss = model(**batch).loss
+        found = prompt_gradients(model, loss)
+        torch.testing.assert_close(loss, expected)
+        assert found.keys() == wanted.keys() != set()
+        for name in found:
+            torch.testing.assert_close(found[name], wanted[name])
+    assert not [message for message in caplog.messages if "under gradient checkpointing" in message]
+
+
+def test_layers_that_are_removed_leave_dropout_and_jitter_as_they_were():
+    for family, name, value in (("falcon", "hidden_dropout", 0.3), ("mixtral", "jitter_noise", 0.3)):
+        base = noisy(family)
+        holder = base.config if family == "falcon" else next(m for m in base.modules() if hasattr(m, name))
+        layers = UnlearningLayers(base, UnlearningLayersConfig(reduction=4))
+        assert getattr(holder, name) == 0.0
+        layers.remove()
+        assert getattr(holder, name) == value
