@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
+from evidence.jobs import under_attacks
 from evidence.systems import split_rows
 from paper.experiment import Experiment
 from paper.runs import Run, Setup
@@ -33,8 +34,6 @@ from tqdm.auto import tqdm
 from spul import SoftPromptUnlearner
 from spul.data.known_reviews import SST2_FORGET_NAMES
 from spul.evaluation.attacks import mixed_query
-from spul.evaluation.attacks.inputs import UnchangedError
-from spul.evaluation.attacks.usual import checked_attacks, usual_attacks
 from spul.evaluation.metrics.scoring import answer_scores, collect_answers
 from spul.gates import AnyGate, GatedUnlearner, NameGate, StateGate, TextGate, hard_negatives, load
 from spul.gates.gate import request_texts
@@ -146,20 +145,13 @@ def attacked_rows(
     args: argparse.Namespace, experiment: Experiment, scored: dict[str, Dataset]
 ) -> Iterator[tuple[str, str, Dataset]]:
     """Side, attack and rows: as asked, and under each attack that changes them."""
-    seed, field = experiment.setup.seed, experiment.data.format.text_field
     for side, rows in scored.items():
         yield side, "none", rows
         if args.attacked == 0:
             continue
         rows = rows.select(range(min(args.attacked, len(rows))))
-        filler = scored["retain"].select(range(100, len(scored["retain"])))
-        other = scored["retain" if side == "forget" else "forget"]
-        attacks = usual_attacks(field, filler, seed, names=SST2_FORGET_NAMES, other_rows=other)
-        for (name, level), attack in checked_attacks(attacks).items():
-            try:
-                yield side, name if level is None else f"{name}, {level} turns", attack(rows)
-            except UnchangedError:
-                continue
+        for attack, changed in under_attacks(experiment, scored, side, rows, first=100):
+            yield side, attack, changed
 
 
 def scores_of(model: Any, rows: Dataset, experiment: Experiment) -> dict[str, list[float]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from helpers import make_batch
 from transformers import DynamicCache
 
 
@@ -32,6 +33,33 @@ def row_logits(unlearner, ids, prompted: bool = True, before: int = 0):
         return logits[config.num_virtual_tokens :]
     # The last token before the prompt predicts a virtual token; the last virtual token predicts the row's next one.
     return torch.cat([logits[: before - 1], logits[before + config.num_virtual_tokens - 1 :]])
+
+
+def plain_batch(side="right"):
+    """Five rows of different lengths, without labels."""
+    batch = make_batch(side)
+    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+
+def real_rows(batch):
+    """The token ids of each row, without padding."""
+    return [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+
+def continued(logits_of, ids, num=6):
+    """The next tokens of a row, greedily and one by one, with the end of text (2) ruled out.
+
+    Args:
+        logits_of: of a row's token ids (n,), logits (n, V).
+        ids: token ids.
+        num: of new tokens.
+    """
+    with torch.no_grad():
+        for _ in range(num):
+            logits = logits_of(ids)[-1]
+            logits[2] = -torch.inf
+            ids = torch.cat([ids, logits.argmax()[None]])
+    return ids[-num:].tolist()
 
 
 def reduced(tokens, reduction):

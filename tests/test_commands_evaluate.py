@@ -159,9 +159,18 @@ def test_evidence_is_written_and_noted_in_the_ledger(files, tmp_path, capsys, fe
         ({"evidence": "{}/file"}, FileExistsError, "is a file"),
         ({"evidence": "{}/file/new"}, FileExistsError, "is a file"),
         ({"evidence": "{}/new", "request": " "}, ValueError, "expected the name of a request"),
-        ({"evidence": "{}/new", "ledger": "{}/full/note.txt"}, ValueError, "is no entry of a ledger"),
-        ({"evidence": "{}/empty", "ledger": "{}/empty/ledger.jsonl"}, ValueError, "expected it elsewhere"),
-        ({"evidence": "{}/new", "ledger": "{}/none/ledger.jsonl"}, FileNotFoundError, "there is no folder"),
+        ({"evidence": "{}/new", "ledger": "{}/ledger.jsonl"}, ValueError, "given without the request"),
+        ({"evidence": "{}/new", "ledger": "{}/full/note.txt", "request": "1"}, ValueError, "is no entry of a ledger"),
+        (
+            {"evidence": "{}/empty", "ledger": "{}/empty/ledger.jsonl", "request": "1"},
+            ValueError,
+            "expected it elsewhere",
+        ),
+        (
+            {"evidence": "{}/new", "ledger": "{}/none/ledger.jsonl", "request": "1"},
+            FileNotFoundError,
+            "there is no folder",
+        ),
     ],
 )
 def test_evidence_that_cannot_be_written_is_refused_before_anything_is_measured(files, tmp_path, more, error, message):

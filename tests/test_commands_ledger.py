@@ -79,7 +79,7 @@ def test_entries_by_hand_take_rows_key_adapter_and_evaluation(path, tmp_path, ca
     assert capsys.readouterr().out.strip() == Ledger(path).head()
     state, entry = Ledger(path).states()["17"], Ledger(path).entries()[-1]
     assert state.rows == summarize_rows(ROWS, key)
-    assert (state.prompt, state.prompt_sha256) == ("forget-17", hashlib.sha256(b"weights").hexdigest())
+    assert (state.adapter, state.prompt_sha256) == ("forget-17", hashlib.sha256(b"weights").hexdigest())
     assert state.evaluation == hashlib.sha256((tmp_path / "evaluation" / "evaluation.json").read_bytes()).hexdigest()
     assert (entry.at, entry.fields["note"]) == ("2026-03-01T09:30:00Z", "by hand")
     run("add", "--ledger", path, "--event", "revoked", "--request", "17")
@@ -87,7 +87,10 @@ def test_entries_by_hand_take_rows_key_adapter_and_evaluation(path, tmp_path, ca
     run("show", "--ledger", path)
     out = capsys.readouterr().out
     assert out.startswith("17\n  rows: 2, HMAC-SHA256 ")
-    assert "\n  revoked " in out
+    times = [entry.at for entry in Ledger(path).entries()]
+    for line in (f"{times[0]} received", f"{times[1]} served", "2026-03-01T09:30:00Z evaluated: by hand",
+                 f"{times[3]} revoked", f"now: revoked since {times[3]}"):  # fmt: skip
+        assert f"\n  {line}\n" in out
     assert "Jane" not in path.read_text()
 
 
@@ -105,6 +108,8 @@ def test_bad_options_are_refused(path, tmp_path):
         run("add", "--ledger", path, "--event", "note", "--request", "1", "--digest_key", "key")
     with pytest.raises(ValueError, match="event='forgotten' is not known"):
         run("add", "--ledger", path, "--event", "forgotten", "--request", "1")
+    with pytest.raises(ValueError, match=r"knows no request '117'; did you mean '17'\?"):
+        run("add", "--ledger", path, "--event", "revoked", "--request", "117")
     with pytest.raises(FileNotFoundError, match="there is no ledger"):
         run("show", "--ledger", tmp_path / "other.jsonl")
     assert len(Ledger(path).entries()) == 2
@@ -114,7 +119,7 @@ def test_evidence_is_verified(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from spul.evaluation.evidence import write_evidence
 
-    digest = write_evidence(whole(), tmp_path / "pack", tmp_path / "ledger.jsonl")
+    digest = write_evidence(whole(), tmp_path / "pack", tmp_path / "ledger.jsonl", "17")
     assert run("evidence", "--folder", tmp_path / "pack", "--ledger", tmp_path / "ledger.jsonl") == 0
     assert digest in capsys.readouterr().out
     assert run("evidence", "--folder", tmp_path / "pack") == 0

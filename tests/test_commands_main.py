@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from helpers import build
 
 import spul
 from spul.commands import main as module
@@ -19,6 +20,9 @@ from spul.commands.shared import option
 
 ROOT = Path(spul.__file__).parents[1]
 OWN = ("train", "evaluate", "combine", "gate", "lm-eval")
+
+
+KERNEL = "gemm_4bit_forward"
 
 
 @dataclass(kw_only=True)
@@ -52,6 +56,23 @@ def toy(monkeypatch):
 
 
 # ---- the table ----
+
+
+def test_the_message_of_the_4bit_kernel_comes_once_a_model_in_4bit_is_loaded_and_not_before(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    build("llama").save_pretrained(tmp_path)
+    code = (
+        "import logging, sys; from spul.commands.main import main; main(['--help'])\n"
+        "from spul.models.loading import load_causal_lm\n"
+        f"logging.getLogger('bitsandbytes.backends.cpu.ops').warning('no {KERNEL} here')\n"  # not every CPU's import
+        "logging.getLogger('bitsandbytes.other').warning('another message')\n"
+        "load_causal_lm(sys.argv[1]); print('loaded', file=sys.stderr)\n"
+        "load_causal_lm(sys.argv[1], bits=4); load_causal_lm(sys.argv[1], bits=4)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, cwd=ROOT)
+    before, after = done.stderr.split("loaded\n")
+    assert (done.returncode, "another message" in before, KERNEL in before) == (0, True, False)
+    assert after.count(f"no {KERNEL} here") == 1
 
 
 def test_help_lists_every_command_and_loads_neither_torch_nor_transformers():

@@ -62,7 +62,7 @@ def test_a_server_is_made_of_options(folder, prompts, name):
     with running_app(app) as (url, _):
         said = client(url).completions.create(model="tiny", prompt="text of doe", temperature=0, max_tokens=6)
     assert said.choices[0].text == alone(gated, gated.tokenizer("text of doe")["input_ids"], "other", 6)[0]
-    assert [one["prompt"] for one in EVENTS if one["event"] == "answered"] == [name]
+    assert [one["request"] for one in EVENTS if one["event"] == "answered"] == [name]
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,10 @@ def test_prompts_that_lie_in_the_folder_of_one_that_is_served_are_warned_of(fold
 
 def test_the_ledger_has_what_is_served_answered_and_revoked(folder, tmp_path, capsys):
     EVENTS.clear()
-    path = tmp_path / "ledger.jsonl"
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    path = ledger.path
+    for name in ("2026-017", "2026-018"):
+        ledger.append(LedgerEvent("received", name))
     given = options(folder, "--prompts", "2026-017=@prompts/other", "--ledger", path, "--record", f"{__name__}:record",
                     "--admin_token_file", "@token", "--prompts_dir", "@prompts")  # fmt: skip
     app, _ = server_of(given)
@@ -122,8 +125,8 @@ def test_the_ledger_has_what_is_served_answered_and_revoked(folder, tmp_path, ca
         assert HTTP.post(f"{url}/admin/prompts", headers=admin, json=added).status_code == 201
         said += list(ask.create(model="tiny", prompt="the plot", max_tokens=3, temperature=0, stream=True))[-1:]
         assert HTTP.delete(f"{url}/admin/prompts/2026-017", headers=admin).status_code == 200
-    ledger = Ledger(path)
-    assert [(entry.event, entry.request, entry.fields.get("answer")) for entry in ledger.entries()] == [
+    entries = ledger.entries()[2:]
+    assert [(entry.event, entry.request, entry.fields.get("answer")) for entry in entries] == [
         ("served", "2026-017", None),
         ("answered", "2026-017", said[0].id),
         ("answered", None, said[1].id),
@@ -132,14 +135,15 @@ def test_the_ledger_has_what_is_served_answered_and_revoked(folder, tmp_path, ca
         ("revoked", "2026-017", None),
         ("stopped", "2026-018", None),
     ]
-    assert [one["event"] for one in EVENTS] == [entry.event for entry in ledger.entries()]  # other recorders, too
-    first, bare = (entry.fields for entry in ledger.entries()[1:3])
+    assert [one["event"] for one in EVENTS] == [entry.event for entry in entries]  # other recorders, too
+    first, bare = (entry.fields for entry in entries[1:3])
     record = read_spul_config(folder / "prompts" / "other")
     assert (first["prompt_sha256"], first["base_fingerprint"], first["gate"], first["finish"]) == (
         *(record.weights_sha256, record.base_fingerprint, "names", "length"),
     )
     assert (first["prompt_tokens"], first["completion_tokens"]) == (said[0].usage.prompt_tokens, 3)
-    assert not {"prompt", "prompt_sha256", "gate"} & set(bare)
+    assert first["adapter"] == "other"  # the folder, as `trained` names it
+    assert not {"adapter", "prompt_sha256", "gate"} & set(bare)
     text = path.read_text()
     assert not any(word in text for word in ("doe", "plot", said[0].choices[0].text.strip()))
     states = ledger.states()
@@ -147,22 +151,27 @@ def test_the_ledger_has_what_is_served_answered_and_revoked(folder, tmp_path, ca
     assert states["2026-017"].revoked == states["2026-017"].served[0][1] is not None
     assert spul_main(["ledger", "verify", "--ledger", str(path), "--head", ledger.head()]) == 0
     out = capsys.readouterr().out
-    assert "7 entries, the chain is whole" in out
-    assert "2 served, 3 answered (1 without a prompt), 1 revoked, 1 stopped" in out
+    assert "9 entries, the chain is whole" in out
+    assert "2 received, 2 served, 3 answered (1 without a prompt), 1 revoked, 1 stopped" in out
 
 
 def test_what_the_ledger_says_was_revoked_is_neither_started_with_nor_added(folder, tmp_path):
     path = tmp_path / "ledger.jsonl"
     record = read_spul_config(folder / "prompts" / "other")
     ledger = Ledger(path)
-    ledger.append(LedgerEvent.of_adapter("served", "2026-017", folder / "prompts" / "other"))
+    ledger.append(LedgerEvent.of_adapter("trained", "2026-017", folder / "prompts" / "other"))
     ledger.append(LedgerEvent("revoked", "2026-017"))
     without_base = ["--model", tmp_path / "no-base"]
     for name in ("2026-017", "renamed"):
         with pytest.raises(ValueError, match=rf"'2026-017' was revoked on .*{path}.*--event received"):
             server_of(options(folder, *without_base, "--prompts", f"{name}=@prompts/other", "--ledger", path))
+    several = ("--prompts", "@prompts", "--ledger", path)
+    with pytest.raises(ValueError, match="knows no request 'default'"):
+        server_of(options(folder, *without_base, *several))
+    for name in ("default", "other"):
+        ledger.append(LedgerEvent("received", name))
     with pytest.raises(ValueError, match=r"'2026-017' was revoked on .* and 'other' has the same weights"):
-        server_of(options(folder, "--prompts", "@prompts", "--ledger", path))  # a folder of several
+        server_of(options(folder, *several))
     ledger.append(LedgerEvent("received", "2026-017"))
     app, _ = server_of(options(folder, "--prompts", "2026-017=@prompts/other", "--ledger", path, "--admin_token_file",
                                "@token", "--prompts_dir", "@prompts"))  # fmt: skip
@@ -185,6 +194,7 @@ def test_what_the_ledger_says_was_revoked_is_neither_started_with_nor_added(fold
 
 def test_what_the_ledger_does_not_take_is_not_answered(folder, tmp_path):
     path = tmp_path / "ledger.jsonl"
+    Ledger(path).append(LedgerEvent("received", "1"))
     app, _ = server_of(options(folder, "--prompts", "1=@prompts/other", "--ledger", path))
     with running_app(app) as (url, _):
         ask = client(url).completions
@@ -193,11 +203,65 @@ def test_what_the_ledger_does_not_take_is_not_answered(folder, tmp_path):
         path.write_bytes(whole + b"not an entry\n")
         with pytest.raises(openai.InternalServerError) as caught:
             ask.create(model="tiny", prompt="of doe", max_tokens=3)
-        assert "could not be recorded" in str(caught.value)
+        assert "the record of revoked prompts could not be read" in str(caught.value)
         path.write_bytes(whole)
         assert ask.create(model="tiny", prompt="of doe", max_tokens=3).id
     assert Ledger(path).verify() == []
     assert Ledger(path).states()["1"].answered == 2
+
+
+def test_a_prompt_is_served_only_by_the_name_of_a_request_that_the_ledger_knows(folder, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    given = ("--ledger", ledger.path, "--admin_token_file", "@token", "--prompts_dir", "@prompts")
+    ledger.append(LedgerEvent("received", "2026-017"))
+    with pytest.raises(ValueError, match="knows no request '2026-071'; did you mean '2026-017'"):
+        server_of(options(folder, "--model", tmp_path / "no-base", "--prompts", "2026-071=@prompts/other", *given))
+    app, _ = server_of(options(folder, "--prompts", "2026-017=@prompts/other", *given))
+    admin = {"Authorization": "Bearer a-token-of-the-administrator"}
+    with running_app(app) as (url, _):
+        said = HTTP.post(f"{url}/admin/prompts", headers=admin, json={"name": "2026-071", "folder": "other"})
+        assert (said.status_code, HTTP.get(f"{url}/health").json()["prompts"]) == (400, 1)
+    assert "knows no request '2026-071'" in said.json()["error"]["message"]
+    assert [entry.event for entry in ledger.entries()] == ["received", "served", "stopped"]
+
+
+def test_what_another_program_revokes_in_the_ledger_is_served_no_longer(folder, tmp_path, caplog):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for name in ("1", "2"):
+        ledger.append(LedgerEvent("received", name))
+    app, _ = server_of(options(folder, "--prompts", "1=@prompts/other", "--ledger", ledger.path,
+                               "--admin_token_file", "@token", "--prompts_dir", "@prompts"))  # fmt: skip
+    gated, admin = make_gated("other"), {"Authorization": "Bearer a-token-of-the-administrator"}
+    ids = gated.tokenizer("of doe")["input_ids"]
+    under, bare = (alone(gated, ids, name, 6)[0] for name in ("other", "__base__"))
+    assert under != bare
+    with running_app(app) as (url, _):
+
+        def ask():
+            said = client(url).completions.create(model="tiny", prompt="of doe", max_tokens=6, temperature=0)
+            return said.choices[0].text
+
+        assert ask() == under
+        ledger.append(LedgerEvent("revoked", "2"))  # of another: nothing changes
+        assert ask() == under
+        assert not caplog.text
+        ledger.append(LedgerEvent("revoked", "1"))
+        assert ask() == bare
+        assert "No longer served: '1', since the request '1' was revoked on 2" in caplog.text
+        assert HTTP.get(f"{url}/health").json()["prompts"] == 0
+        ledger.append(LedgerEvent("received", "1"))
+        again = {"name": "1", "folder": "other"}
+        assert HTTP.post(f"{url}/admin/prompts", headers=admin, json=again).status_code == 201
+        assert ask() == under
+        ledger.append(LedgerEvent("revoked", "1"))
+        listed = HTTP.get(f"{url}/admin/prompts", headers=admin).json()
+        assert ([one["name"] for one in listed["served"]], len(listed["revoked"])) == ([], 2)
+    assert [entry.event for entry in ledger.entries() if entry.request == "1"] == [
+        *("received", "served", "answered", "answered", "revoked", "stopped"),
+        *("received", "served", "answered", "revoked", "stopped"),
+    ]
+    state = ledger.states()["1"]
+    assert (state.served_again, state.answered_after) == (False, 0)
 
 
 def test_a_prompt_without_a_gate_is_served_if_it_is_to_be_always_on(folder):

@@ -13,13 +13,14 @@ from importlib.util import find_spec
 
 import pytest
 import torch
+import uvicorn
 from known_data import write_jsonl
 from pages import BASE, PAGES, QUESTION, ROOT, blocks, make_base, make_tokenizer, printed, write_data
 from peft import PromptTuningConfig
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from spul import SoftPromptUnlearner, score_completions
-from spul.commands.main import commands_of, main
+from spul.commands.main import TABLE, commands_of, main
 from spul.commands.options import OptionsParser, parse
 
 FORGET = [("Jane Doe is a delight.", " positive"), ("Another bore with Jane Doe.", " negative")]
@@ -207,7 +208,14 @@ def test_every_call_of_spul_on_a_page_has_options_that_there_are(tmp_path, monke
             assert parse(commands[sub], ["spul", page], rest), words
 
 
-def test_the_commands_of_the_page_run_one_after_the_other(here, few_steps, few_resamples, capsys):
+def test_every_command_has_a_section_on_the_page_with_an_example():
+    text = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
+    sections = {part.partition("\n")[0].lower(): part for part in text.split("\n## ")[1:]}
+    for name in TABLE:
+        assert re.search(rf"^spul {name} ", sections[name], re.MULTILINE), name
+
+
+def test_the_commands_of_the_page_run_one_after_the_other(here, few_steps, few_resamples, capsys, monkeypatch):
     def some_of(name, num, start=0):
         labels = (" positive", " negative")
         texts = [f"{name} in film {i}." for i in range(start, start + num)]
@@ -228,10 +236,14 @@ def test_the_commands_of_the_page_run_one_after_the_other(here, few_steps, few_r
             f"request-{i}"
         )
         base = AutoModelForCausalLM.from_pretrained(BASE)
+    apps = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **given: apps.append(app))
     for words in commands_on("docs/command-line.md"):
-        if words[0] not in ("train", "evaluate", "combine", "gate"):
+        if words[0] not in TABLE or words[0] == "lm-eval":  # the harness fetches its tasks
             continue
         # Some conditions hold on the tiny base: 1, and no error.
         assert main(words) in ((0, 1) if words[0] == "evaluate" else (0,)), (words, capsys.readouterr().err)
-    assert {"out", "evaluation", "requests-1-2"} <= {path.name for path in here.iterdir()}
+    assert "\n  rows: 12\n" in capsys.readouterr().out
+    assert len(apps) == 1
+    assert {"out", "evaluation", "requests-1-2", "for-vllm", "baked"} <= {path.name for path in here.iterdir()}
     assert (here / "out" / "gate" / "gate.json").is_file()

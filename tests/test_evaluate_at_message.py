@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from helpers import CONFIGS, arguments, make_collator, make_tokenizer, plain_likelihood, plain_logits, rows
+from helpers import CONFIGS, arguments, make_collator, make_tokenizer, rows
+from likelihoods import plain_likelihood, plain_logits
 from peft import PromptTuningConfig
 from plain import losses, row_logits
 from small_evaluations import ATTACKS, learned, make_splits, measured, per_row

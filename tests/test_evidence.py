@@ -74,7 +74,7 @@ def test_the_parts_name_each_other_and_the_ledger_names_all(made, pack):
     assert (entry.event, entry.request) == ("evaluated", "1")
     assert made[1] == sha256(pack / "manifest.json") == evaluation_digest(pack) == entry.fields["evaluation"]
     state = Ledger(pack.parent / "ledger.jsonl").states()["1"]
-    assert (state.prompt, state.prompt_sha256, state.rows) == ("forget-1", SHA, DataSummary(10, "ef" * 32))
+    assert (state.adapter, state.prompt_sha256, state.rows) == ("forget-1", SHA, DataSummary(10, "ef" * 32))
     assert verify_evidence(pack) == verify_evidence(pack, pack.parent / "ledger.jsonl") == []
 
 
@@ -149,6 +149,7 @@ def test_a_pack_without_a_ledger_has_one_of_its_own(tmp_path):
     [
         ("file", None, "1", FileExistsError, "is a file"),
         ("pack", None, "", ValueError, "expected the name of a request"),
+        ("pack", "ledger.jsonl", None, ValueError, r"ledger\.jsonl' is given without a request"),
         ("pack", "file", "1", ValueError, "is no entry of a ledger"),
         ("pack", "pack/../pack/ledger.jsonl", "1", ValueError, "expected it elsewhere"),
     ],

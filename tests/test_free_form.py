@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import CONFIGS, answer_collator, build, free_form, make_tokenizer, plain_logits, prompted
+from helpers import CONFIGS, build, make_tokenizer, prompted
+from likelihoods import answer_collator, free_form, plain_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from spul import ForgetRetainCollator

@@ -3,51 +3,22 @@
 from __future__ import annotations
 
 import copy
-import json
-import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from gated_models import GREEDY, NAMES, TEXTS, gated, prompts, saved, tokens
 from helpers import CONFIGS, make_batch, make_collator, make_tokenizer, trainable_model
-from small_evaluations import learned, make_model, make_splits, measured, per_row
+from small_evaluations import learned, make_splits, measured, per_row
 
-from spul import SoftPromptUnlearner, UnlearningTrainer
+from spul import UnlearningTrainer
 from spul.evaluation.metrics import generate_answers
 from spul.evaluation.metrics.scoring import score_completions
 from spul.evaluation.report.report import write_report
-from spul.gates import AnyGate, GatedUnlearner, NameGate, StateGate, TextGate
+from spul.gates import GatedUnlearner, NameGate
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
-
-GREEDY = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
-
-
-def prompts(*names):
-    """The small evaluations' prompt, and further ones of other lengths."""
-    model = make_model("prompt_tuning")
-    for i, name in enumerate(names):
-        torch.manual_seed(i)
-        model.add_adapter(name, CONFIGS["prompt_tuning"](6 + i))
-        with torch.no_grad():
-            model.prompt_encoder[name].embedding.weight.normal_(0, 0.5)
-    return model.eval()
-
-
-def gated(*names, **options):
-    words = {"default": "jane", "other": "doe", "both": "jane doe"}
-    gates = {name: NameGate([words[name]]) for name in ("default", *names)}
-    return GatedUnlearner(prompts(*names, *options.pop("more", ())), make_tokenizer(), gates, **options).eval()
-
-
-def tokens(tokenizer, texts, side="left"):
-    tokenizer.padding_side, tokenizer.pad_token = side, "<pad>"
-    return tokenizer(texts, return_tensors="pt", padding=True, return_token_type_ids=False)
-
-
-TEXTS = ["about jane is the film good", "the film is good", "text about doe", "jane is neutral"]
-NAMES = ["default", "__base__", "other", "default"]
 
 
 def test_texts_are_routed_to_the_prompt_whose_gate_flags_them():
@@ -162,131 +133,6 @@ def test_another_gate_is_another_evaluation(tmp_path):
     model.gates["default"] = NameGate(["film"])
     with pytest.raises(ValueError, match="differs in models"):
         measured(model, "utility", output_dir=tmp_path)
-
-
-def text_gate():
-    forget = [f"text about jane {word}" for word in ("film", "plot", "good", "bad", "doe", "is", "of", "the")]
-    retain = [f"review of the {word}" for word in ("film", "plot", "good", "bad", "text", "is", "of", "negative")]
-    return TextGate.fit(forget, retain, recall=0.75)
-
-
-def saved(tmp_path):
-    model = gated("other", more=["joint"], combined={("default", "other"): "joint"}, precedence=["other", "default"])
-    model.gates["other"] = AnyGate([NameGate(["doe"]), text_gate()])
-    model.save_pretrained(tmp_path)
-    return model
-
-
-def test_prompts_and_gates_are_saved_and_loaded_together(tmp_path):
-    model = saved(tmp_path)
-    loaded = GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
-    texts = [*TEXTS, "jane and doe", "the plot"]
-    assert loaded.route(texts) == model.route(texts)
-    assert loaded.route(["jane and doe"]) == ["joint"]
-    batch = tokens(model.tokenizer, texts)
-    assert torch.equal(loaded.generate(**batch, **GREEDY), model.generate(**batch, **GREEDY))
-    assert (tmp_path / "gate" / "gate.json").is_file()
-    assert (tmp_path / "other" / "gate" / "gate.json").is_file()
-    alone = SoftPromptUnlearner.from_pretrained(learned(), tmp_path)
-    with torch.no_grad():
-        torch.testing.assert_close(alone(**batch).logits, model.unlearner(**batch).logits)
-    model.save_pretrained(tmp_path)  # once more, over itself
-    assert (tmp_path / "README.md").read_text().count("## Gate\n") == 1
-
-
-def test_the_card_says_what_the_gate_flags(tmp_path):
-    model = gated()
-    model.gates["default"] = text_gate()
-    model.save_pretrained(tmp_path)
-    card = (tmp_path / "README.md").read_text()
-    assert card.index("## Gate") < card.index("## How to load it")
-    assert "recall" in card
-    assert "false alarms" in card
-    assert "GatedUnlearner.from_pretrained" in card
-    model.gates["default"] = NameGate(["jane"])
-    model.save_pretrained(tmp_path)
-    assert "Not measured." in (tmp_path / "README.md").read_text()
-
-
-def test_a_state_gate_is_loaded_with_its_base_and_refused_on_another(tmp_path):
-    model, tokenizer = prompts(), make_tokenizer()
-    forget = [f"jane {a} {b}" for a in ("is", "of", "the") for b in ("film", "plot", "good", "bad")]
-    retain = [f"the {a} {b}" for a in ("review", "text", "plot") for b in ("film", "plot", "good", "bad")]
-    gate = StateGate.fit(model, tokenizer, forget, retain, recall=0.75)
-    GatedUnlearner(model, tokenizer, {"default": gate}).save_pretrained(tmp_path)
-    loaded = GatedUnlearner.from_pretrained(learned(), tmp_path, tokenizer)
-    assert loaded.route([*forget, *retain]) == GatedUnlearner(model, tokenizer, {"default": gate}).route(
-        [*forget, *retain]
-    )
-    with (
-        pytest.warns(UserWarning, match="other weights"),
-        pytest.raises(ValueError, match=r"fingerprint|another base"),
-    ):
-        GatedUnlearner.from_pretrained(learned(0.05), tmp_path, tokenizer)
-
-
-def test_a_plain_function_is_not_saved_and_nothing_is_written(tmp_path):
-    model = GatedUnlearner(
-        prompts(), make_tokenizer(), {"default": AnyGate([NameGate(["jane"]), lambda texts: [True]])}
-    )
-    with pytest.raises(ValueError, match="is a function, which cannot be saved"):
-        model.save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"format_version": 2}, "format_version is 2"),
-        ({"format_version": True}, "format_version is True"),
-        ({"gates": []}, "gates is"),
-        ({"gates": ["../default"]}, "gates is"),
-        ({"prompts": ["default", "default"]}, "prompts is"),
-        ({"prompts": ["default"]}, "which the model does not have"),
-        ({"precedence": ["default"]}, "precedence is"),
-        ({"combined": [{"flagged": ["default"], "prompt": "joint"}]}, "combined has the set"),
-        ({"combined": "joint"}, "combined is"),
-        ({"combined": [{"flagged": ["default", "other"], "prompt": "film"}]}, "which the model does not have"),
-    ],
-)
-def test_routing_that_was_changed_is_refused(tmp_path, change, message):
-    saved(tmp_path)
-    path = tmp_path / "spul_gates.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    base = learned()
-    with pytest.raises(ValueError, match=message):
-        GatedUnlearner.from_pretrained(base, tmp_path, make_tokenizer())
-
-
-def test_a_prompt_and_a_gate_of_different_saves_are_refused(tmp_path):
-    model = saved(tmp_path)
-    older = (tmp_path / "gate" / "gate.json").read_text()
-    model.gates["default"] = NameGate(["film"])
-    model.save_pretrained(tmp_path)
-    (tmp_path / "gate" / "gate.json").write_text(older)
-    with pytest.raises(ValueError, match="of 'default' are not those that were saved together"):
-        GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
-    model.save_pretrained(tmp_path)
-    with torch.no_grad():
-        model.unlearner.prompt_encoder["other"].embedding.weight.add_(1)
-    model.unlearner.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="of 'other' are not those that were saved together"):
-        GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
-
-
-@pytest.mark.parametrize("missing", ["spul_gates.json", "gate/gate.json", "other/gate/1/gate.safetensors"])
-def test_a_folder_that_lacks_a_file_is_refused(tmp_path, missing):
-    saved(tmp_path)
-    os.remove(tmp_path / missing)
-    with pytest.raises((FileNotFoundError, ValueError), match=r"has no|but no|are not those that were saved together"):
-        GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
-
-
-def test_a_prompt_without_its_folder_is_refused(tmp_path):
-    saved(tmp_path)
-    shutil.rmtree(tmp_path / "joint")
-    with pytest.raises((ValueError, FileNotFoundError), match="joint"):
-        GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer())
 
 
 def test_gates_and_prompts_that_do_not_match_are_refused():

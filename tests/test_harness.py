@@ -13,7 +13,8 @@ import pytest
 import torch
 from command_files import write_base, write_prompt
 from datasets import Dataset
-from helpers import CHAT_TEMPLATE, CONFIGS, GENERIC, build, free_form, make_tokenizer, prompted, rows
+from helpers import CHAT_TEMPLATE, CONFIGS, GENERIC, build, make_tokenizer, prompted, rows
+from likelihoods import free_form
 
 import spul
 from spul import ForgetRetainCollator, SoftPromptUnlearner, score_completions

@@ -37,9 +37,7 @@ class CountedPasses:
 
 
 def plain_batch(side="right"):
-    batch = make_batch(side)
-    del batch["is_forget"]
-    return batch
+    return {name: column for name, column in make_batch(side).items() if name != "is_forget"}
 
 
 def peft_forward(unlearner, **kwargs):

@@ -139,13 +139,13 @@ def test_a_last_line_cut_at_any_byte_is_seen_moved_aside_and_the_chain_goes_on(t
             continue
         assert [fault.line for fault in faults] == [num]
         assert len(ledger.entries()) == num - 1
-        ledger.append(LedgerEvent("revoked", "request 0"))
+        ledger.append(LedgerEvent("received", "request 0"))
         assert ledger.verify() == []
         events = [entry.event for entry in ledger.entries()]
         if length == len(last) - 1:  # the line break alone was missing
-            assert events == ["note"] * num + ["revoked"]
+            assert events == ["note"] * num + ["received"]
             continue
-        assert events == ["note"] * (num - 1) + ["recovered", "revoked"]
+        assert events == ["note"] * (num - 1) + ["recovered", "received"]
         recovered = ledger.entries()[-2].fields
         assert (tmp_path / recovered["torn_file"]).read_bytes() == last[:length]
         assert recovered["torn_sha256"] == hashlib.sha256(last[:length]).hexdigest()
@@ -292,6 +292,33 @@ def test_whether_a_ledger_goes_on_is_seen_without_an_entry(path, monkeypatch):
     monkeypatch.setattr(Path, "open", read_only)
     with pytest.raises(PermissionError, match=r"ledger\.jsonl"):
         Ledger(path).check_goes_on()
+
+
+@pytest.mark.parametrize("event", ["served", "answered", "stopped", "revoked"])
+def test_what_follows_is_not_noted_of_a_request_that_no_entry_names(path, event, monkeypatch):
+    ledger = Ledger(path)
+    with pytest.raises(ValueError, match=r"knows no request '2026-071'\. .*--event received --request 2026-071"):
+        ledger.append(LedgerEvent(event, "2026-071"))
+    assert not path.exists()
+    Ledger(path).append(LedgerEvent("received", "2026-017"))  # by another process
+    with pytest.raises(ValueError, match="knows no request '2026-071'; did you mean '2026-017'"):
+        ledger.append(LedgerEvent(event, "2026-071"))
+    ledger.append(LedgerEvent(event, "2026-017"))
+    monkeypatch.setattr(Ledger, "_lines", None)  # answers are many: the file is not read for each
+    ledger.append(LedgerEvent(event, "2026-017"))
+    monkeypatch.undo()
+    path.write_bytes(path.read_bytes()[:-1])  # of a whole line whose break a killed writer did not write
+    Ledger(path).append(LedgerEvent(event, "2026-017"))
+    assert [entry.event for entry in ledger.entries()] == ["received", event, event, event]
+    assert ledger.verify() == []
+
+
+@pytest.mark.parametrize("event", ["received", "trained", "evaluated", "note"])
+def test_what_may_come_first_makes_a_request_known(path, event):
+    Ledger(path).append(LedgerEvent(event, "1"))
+    Ledger(path).append(LedgerEvent("served", "1"))
+    Ledger(path).append(LedgerEvent("answered", None, answer="a"))  # of no request
+    assert len(Ledger(path).entries()) == 3
 
 
 def test_a_device_keeps_no_entry_and_is_refused():

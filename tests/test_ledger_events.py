@@ -8,6 +8,7 @@ import pytest
 
 from spul.records import DataSummary, Ledger, LedgerEvent, SpulConfig
 from spul.records.ledger_events import EVENTS
+from spul.records.ledger_lines import next_line
 
 SHA = "ab" * 32
 ROWS = DataSummary(12, "cd" * 32)
@@ -20,28 +21,35 @@ def path(tmp_path):
 
 def test_the_state_of_a_request_says_since_when_it_is_served_and_whether_it_was_revoked(path):
     ledger = Ledger(path)
-    ledger.append(LedgerEvent("received", "1", rows=ROWS))
-    ledger.append(LedgerEvent("trained", "1", prompt="forget-1", prompt_sha256=SHA, base_fingerprint=SHA))
+    received = ledger.append(LedgerEvent("received", "1", rows=ROWS))
+    trained = ledger.append(LedgerEvent("trained", "1", adapter="forget-1", prompt_sha256=SHA, base_fingerprint=SHA))
+    ledger.append(LedgerEvent("received", "2"))
     ledger.append(LedgerEvent("served", "2", at="2026-03-01T10:30:00+01:00"))
     served = ledger.append(LedgerEvent("served", "1", gate="names"))
-    ledger.append(LedgerEvent("served", "1"))  # as after a restart: it is still the same service
+    again = ledger.append(LedgerEvent("served", "1"))  # as after a restart: it is still the same service
     one, two = ledger.states()["1"], ledger.states()["2"]
-    assert (one.rows, one.prompt, one.prompt_sha256, one.base_fingerprint, one.gate) == (
+    assert (one.rows, one.adapter, one.prompt_sha256, one.base_fingerprint, one.gate) == (
         *(ROWS, "forget-1", SHA, SHA, "names"),
     )
     assert (one.served, two.served, one.revoked) == ([(served.time, None)], [("2026-03-01T09:30:00Z", None)], None)
+    assert one.in_words()[-1] == f"now: served since {served.time}"
     stopped = ledger.append(LedgerEvent("stopped", "1", evaluation=SHA))
+    assert ledger.states()["1"].in_words()[-1] == "now: no longer served"
     ledger.append(LedgerEvent("served", "1", at="2027-01-01T00:00:00Z"))
-    ledger.append(LedgerEvent("revoked", "1", at="2027-02-01T00:00:00Z"))
+    answers = [ledger.append(LedgerEvent("answered", "1", at=f"2027-01-0{i}T00:00:00Z")) for i in (2, 3, 4)]
+    ledger.append(LedgerEvent("revoked", "1", at="2027-02-01T00:00:00Z", note="at their\nwish"))
     one = ledger.states()["1"]
     assert one.served == [(served.time, stopped.time), ("2027-01-01T00:00:00Z", "2027-02-01T00:00:00Z")]
     assert (one.revoked, one.evaluation, one.served_again) == ("2027-02-01T00:00:00Z", SHA, False)
     assert one.in_words() == [
         f"rows: 12, HMAC-SHA256 {ROWS.digest}",
-        *("prompt: forget-1", f"SHA-256 of the prompt: {SHA}", f"fingerprint of the base: {SHA}", "gate: names"),
+        *("adapter: forget-1", f"SHA-256 of the prompt: {SHA}", f"fingerprint of the base: {SHA}", "gate: names"),
         f"SHA-256 of the evaluation: {SHA}",
-        *(f"served {served.time} to {stopped.time}", "served 2027-01-01T00:00:00Z to 2027-02-01T00:00:00Z"),
-        "revoked 2027-02-01T00:00:00Z",
+        *(f"{received.time} received", f"{trained.time} trained", f"{served.time} served", f"{again.time} served"),
+        *(f"{stopped.time} stopped", "2027-01-01T00:00:00Z served"),
+        f"{answers[0].at} to {answers[-1].at} answered 3 times",
+        "2027-02-01T00:00:00Z revoked: at their wish",
+        *("answers under it: 3", "now: revoked since 2027-02-01T00:00:00Z"),
     ]
     ledger.append(LedgerEvent("served", "1"))
     assert ledger.states()["1"].in_words()[-1] == "SERVED AFTER IT WAS REVOKED"
@@ -52,6 +60,7 @@ def test_a_revoked_request_is_one_again_once_it_is_received_or_trained_anew(path
     ledger, other = Ledger(path), "ef" * 32
     ledger.check_not_revoked("1", SHA)  # there is no file
     for name, sha in (("1", SHA), ("2", other), ("3", SHA)):
+        ledger.append(LedgerEvent("received", name))
         ledger.append(LedgerEvent("served", name, prompt_sha256=sha))
     ledger.check_not_revoked("1", SHA)
     ledger.append(LedgerEvent("revoked", "1"))
@@ -78,14 +87,31 @@ def test_a_revoked_request_is_one_again_once_it_is_received_or_trained_anew(path
 
 def test_answers_are_counted_by_request_and_those_without_a_prompt_are_of_none(path):
     ledger = Ledger(path)
-    ledger.append(LedgerEvent("served", "1", prompt="1"))
+    ledger.append(LedgerEvent("trained", "1", adapter="out"))
+    assert ledger.states()["1"].in_words()[-1] == "now: never served"
     for i in range(3):
-        ledger.append(LedgerEvent("answered", "1", prompt="1", answer=f"a-{i}", finish="stop", prompt_tokens=0))
+        ledger.append(LedgerEvent("answered", "1", adapter="out", answer=f"a-{i}", finish="stop", prompt_tokens=0))
     bare = ledger.append(LedgerEvent("answered", None, answer="a-3", finish="error 504", completion_tokens=7))
-    assert (bare.request, bare.fields["completion_tokens"], "prompt" in bare.fields) == (None, 7, False)
+    assert (bare.request, bare.fields["completion_tokens"], "adapter" in bare.fields) == (None, 7, False)
     assert [(state.request, state.answered) for state in ledger.states().values()] == [("1", 3)]
     assert "answers under it: 3" in ledger.states()["1"].in_words()
     assert ledger.verify() == []
+
+
+def test_a_ledger_of_earlier_versions_is_read_by_todays_names(path):
+    """They wrote the adapter as `prompt`, and a server the request's name there."""
+    event = LedgerEvent("trained", "1", prompt_sha256=SHA).to_dict()
+    first, line = next_line(None, event | {"prompt": "forget-1"})
+    second, other = next_line(first, {"event": "served", "request": "1", "prompt": "1"})
+    path.write_bytes(line + other)
+    ledger = Ledger(path)
+    assert ledger.verify() == []
+    assert (ledger.states()["1"].adapter, ledger.states()["1"].served) == ("forget-1", [(second.time, None)])
+    ledger.append(LedgerEvent("stopped", "1", adapter="moved"))
+    assert ledger.verify() == []
+    assert ledger.states()["1"].adapter == "moved"
+    path.write_bytes(line + next_line(first, {"event": "served", "request": "1", "prompt": 1})[1])
+    assert [fault.line for fault in ledger.verify()] == [2]
 
 
 def test_an_event_takes_what_an_adapters_record_says(tmp_path, path):
@@ -118,7 +144,7 @@ def test_an_event_takes_what_an_adapters_record_says(tmp_path, path):
         ({"request": " "}, "expected the name of a request"),
         ({"request": 7}, "expected the name of a request"),
         ({"request": None}, "expected the name of a request"),
-        ({"event": "answered", "request": None, "prompt": "p"}, "expected the name of a request"),
+        ({"event": "answered", "request": None, "adapter": "p"}, "expected the name of a request"),
         ({"answer": 3}, "answer=3; expected text"),
         ({"prompt_tokens": -1}, "prompt_tokens=-1; expected a number"),
         ({"completion_tokens": True}, "completion_tokens=True; expected a number"),

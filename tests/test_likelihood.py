@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import CONFIGS, answer_collator, build, free_form, of, plain_likelihood, plain_logits, prompted
+from helpers import CONFIGS, build, prompted
+from likelihoods import answer_collator, free_form, of, plain_likelihood, plain_logits
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from spul.evaluation.metrics import (

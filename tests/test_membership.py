@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONFIGS, answer_collator, build, free_form, of, plain_likelihood, prompted
+from helpers import CONFIGS, build, prompted
+from likelihoods import answer_collator, free_form, of, plain_likelihood
 from peft import LoraConfig, get_peft_model
 
 from spul.evaluation.metrics import (

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from helpers import CONFIGS, SHAPE, build, build_unlearner, make_batch, prompt_gradients
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
-from plain import losses, row_logits
+from plain import continued, losses, plain_batch, real_rows, row_logits
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
 from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss
@@ -41,15 +41,6 @@ def gemma2():
     return Gemma2ForCausalLM(Gemma2Config(**shape)).eval()
 
 
-def plain_batch(side="right"):
-    batch = make_batch(side)
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-
-def real_rows(batch):
-    return [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-
-
 def plain_row(unlearner, name, ids, before):
     if name == "__base__":
         return row_logits(unlearner, ids, prompted=False)
@@ -61,13 +52,8 @@ def plain_row(unlearner, name, ids, before):
         unlearner.set_adapter(active)
 
 
-def by_hand(unlearner, name, ids, before, num=6):
-    with torch.no_grad():
-        for _ in range(num):
-            logits = plain_row(unlearner, name, ids, before)[-1]
-            logits[2] = -torch.inf
-            ids = torch.cat([ids, logits.argmax()[None]])
-    return ids[-num:].tolist()
+def by_hand(unlearner, name, ids, before):
+    return continued(lambda ids: plain_row(unlearner, name, ids, before), ids)
 
 
 # ---- logits ----

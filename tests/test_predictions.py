@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from helpers import answers, make_collator, make_trainer, make_unlearner, plain_logits, rows
+from helpers import answers, make_collator, make_trainer, make_unlearner, rows
+from likelihoods import plain_logits
 from torch import nn
 
 from spul.training.predictions import in_precision

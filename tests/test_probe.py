@@ -4,8 +4,8 @@ import pytest
 import torch
 from cache_droppers import DropsTheCache, ForgetsWhereItIs, RefusesACache, under_prompt
 from helpers import CONFIGS, FAMILIES, build, build_unlearner, make_batch
+from plain import continued, row_logits
 from plain import losses as plain_losses
-from plain import row_logits
 from transformers import DynamicCache, LlamaForCausalLM
 
 from spul.models.compat_cache import CACHE_NAME
@@ -50,13 +50,8 @@ class IgnoresPadsInFront(LlamaForCausalLM):
         return super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
 
 
-def by_hand(unlearner, ids, num=5):
-    with torch.no_grad():
-        for _ in range(num):
-            logits = row_logits(unlearner, ids)[-1]
-            logits[2] = -torch.inf
-            ids = torch.cat([ids, logits.argmax()[None]])
-    return ids[-num:].tolist()
+def by_hand(unlearner, ids):
+    return continued(lambda ids: row_logits(unlearner, ids), ids, num=5)
 
 
 @pytest.mark.parametrize("base_class", [DropsTheCache, RefusesACache, ForgetsWhereItIs])

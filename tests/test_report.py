@@ -477,7 +477,10 @@ def test_what_else_comes_back_stands_beside_its_control():
     found = [
         of("input attack", "test_retain", "unlearned", "none", "accuracy", [1.0] * 4),
         of("input attack", "test_retain", "unlearned", "capitals", "accuracy", [1.0, 1.0, 0.0, 0.0]),
+        of("input attack", "test_retain", "unlearned", "dilution", "accuracy", [1.0, 0.0, 0.0, 0.0]),
+        of("input attack", "test_retain", "detached", "none", "accuracy", [1.0] * 4),
         of("input attack", "test_retain", "detached", "capitals", "accuracy", [1.0, 1.0, 1.0, 0.0]),
+        of("input attack", "test_retain", "detached", "dilution", "accuracy", [1.0, 0.0, 0.0, 0.0]),
         of("quantized", "test_forget", "unlearned", 8, "accuracy", [1.0, 0.0, 1.0, 1.0]),
         of("quantized", "test_forget", "unlearned", 4, "accuracy", [1.0, 0.0, 0.0, 0.0]),
         of("quantized", "test_forget", "retrained", 4, "accuracy", [1.0, 0.0, 1.0, 0.0]),
@@ -485,7 +488,47 @@ def test_what_else_comes_back_stands_beside_its_control():
     rows = cells(section(evaluation_markdown(Evaluation({}, found, {})), "What brings it back?"))[6:]
     said = {what: re.sub(r" \[[-\d., ]*\]", "", text) for what, text in rows}
     assert said == {
-        "The input attack that costs most on retain rows": "'capitals', of 1: test retain accuracy 50.0 %; detached, "
-        "under it: 75.0 %",
+        # Dilution leaves fewer answers, of the detached model as well.
+        "The input attack under which the prompt costs most on retain rows": "'capitals', of 2: test retain accuracy "
+        "50.0 %, -25.0 percentage points against the detached model under it (75.0 %), which without it has 100.0 %",
         "The base in fewer bits": "test forget accuracy 25.0 % (4 bit); the retrained model: 50.0 %",
     }
+
+
+@pytest.mark.parametrize(
+    ("detached", "expected"),
+    [
+        (
+            {"none": 4, "capitals": 2, "dilution": 1},
+            "'dilution', of 2: test retain accuracy 25.0 %, +0.0 percentage points against the detached model under "
+            "it (25.0 %), which without it has 100.0 %; what is lost is the attack's doing, not the prompt's",
+        ),
+        (
+            {"none": 2, "capitals": 2},
+            "'capitals', of 2: test retain accuracy 50.0 %, +0.0 percentage points against the detached model under "
+            "it (50.0 %), which without it has 50.0 %; nothing is lost",
+        ),
+        (
+            {"capitals": 3},
+            "'capitals', of 2: test retain accuracy 50.0 %, -25.0 percentage points against the detached model under "
+            "it (75.0 %)",
+        ),
+        (
+            {},
+            "'dilution', of 2: test retain accuracy 25.0 %; the detached model was not measured, so whether the "
+            "attack or the prompt costs it is not known",
+        ),
+    ],
+)
+def test_what_an_attack_takes_from_the_detached_model_too_is_not_said_to_be_the_prompts_doing(detached, expected):
+    rights = {"unlearned": {"none": 4, "capitals": 2, "dilution": 1}, "detached": detached}
+    found = [
+        measurement(
+            "input attack", "test_retain", model, attack, per_row={"accuracy": [1.0] * right + [0.0] * (4 - right)}
+        )
+        for model, of in rights.items()
+        for attack, right in of.items()
+    ]
+    text = section(evaluation_markdown(Evaluation({}, found, {})), "What brings it back?")
+    (said,) = [cell for what, cell in cells(text)[2:] if what.endswith("costs most on retain rows")]
+    assert re.sub(r" \[[-\d., ]*\]", "", said) == expected

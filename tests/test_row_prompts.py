@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from helpers import CONFIGS, SHAPE, build, build_unlearner, longrope_unlearner, make_batch
-from plain import row_logits
+from plain import continued, plain_batch, real_rows, row_logits
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -45,22 +45,8 @@ def plain_row(unlearner, name, ids):
         unlearner.set_adapter(before)
 
 
-def by_hand(unlearner, name, ids, num=6):
-    with torch.no_grad():
-        for _ in range(num):
-            logits = plain_row(unlearner, name, ids)[-1]
-            logits[2] = -torch.inf
-            ids = torch.cat([ids, logits.argmax()[None]])
-    return ids[-num:].tolist()
-
-
-def real_rows(batch):
-    return [row[mask.bool()] for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
-
-
-def plain_batch(side="right"):
-    batch = make_batch(side)
-    return {name: batch[name] for name in ("input_ids", "attention_mask")}
+def by_hand(unlearner, name, ids):
+    return continued(lambda ids: plain_row(unlearner, name, ids), ids)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import CONFIGS, answer_collator, build, free_form, plain_logits, prompted, rows
+from helpers import CONFIGS, build, prompted, rows
+from likelihoods import answer_collator, free_form, plain_logits
 
 from spul.evaluation.attacks import sampled_answers, sampled_success
 

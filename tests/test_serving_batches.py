@@ -87,7 +87,7 @@ def test_rows_that_come_together_are_answered_as_alone(monkeypatch, prompt_type,
     jobs = jobs_of(gated, TEXTS, NUMS)
     assert answered(engine, jobs) == expected
     assert (calls[0], len(calls)) == (len(TEXTS), num_calls)
-    assert [job.prompt.get("prompt", "__base__") for job in jobs] == NAMES
+    assert [job.prompt.get("name", "__base__") for job in jobs] == NAMES
     assert len(set(expected)) > 3
 
 
@@ -184,7 +184,7 @@ def test_a_request_that_is_being_answered_keeps_the_prompt_that_is_revoked():
 
     texts, gone = asyncio.run(run())
     assert texts == expected
-    assert [one["prompt"] for one in gone] == ["default"]
+    assert [one["name"] for one in gone] == ["default"]
 
 
 def test_a_stopped_engine_takes_nothing():

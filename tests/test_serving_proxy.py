@@ -112,7 +112,7 @@ def test_each_request_is_sent_with_the_embeddings_of_its_own_prompt(gated, upstr
         else:
             assert list(payload) == ["prompt_embeds"]
             assert torch.equal(sent_embeddings(body), expected_embeddings(gated, ids, name))
-    assert [one["prompt"] for one in events if one["event"] == "answered"] == [
+    assert [one["request"] for one in events if one["event"] == "answered"] == [
         None if name == "__base__" else name
     ] * 2
 

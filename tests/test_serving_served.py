@@ -117,7 +117,7 @@ def test_a_combined_prompt_goes_with_its_parts():
         GatedUnlearner(plain.unlearner, plain.tokenizer, gates, combined={("default", "other"): "both"})
     )
     assert served.served["both"]["gate"] == "combined"
-    assert {one["prompt"] for one in served.revoke("other")} == {"other", "both"}
+    assert {one["name"] for one in served.revoke("other")} == {"other", "both"}
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../prompts/new", "/etc", "nothing", "link", "holds-link", "a\0b", 3])

@@ -57,7 +57,7 @@ def test_chat_and_completion_are_answered_under_the_prompt_of_the_request(gated,
     expected, num = alone(gated, ids, name)
     assert said.choices[0].message.content == expected
     assert (said.usage.prompt_tokens, said.usage.completion_tokens) == (len(ids), num)
-    assert events[-1]["prompt"] == (None if name == "__base__" else name)
+    assert events[-1]["request"] == (None if name == "__base__" else name)
     assert (events[-1]["answer"], events[-1]["event"]) == (said.id, "answered")
     ids = gated.tokenizer(TEXTS[name])["input_ids"]
     expected, _ = alone(gated, ids, name)
@@ -287,9 +287,9 @@ def test_the_end_of_one_prompt_that_cannot_be_recorded_keeps_no_other_out():
     events = []
 
     def record(event):
-        if (event["event"], event["prompt"]) == ("stopped", "default"):
+        if (event["event"], event["request"]) == ("stopped", "default"):
             raise OSError("the disk is full")
-        events.append((event["event"], event["prompt"]))
+        events.append((event["event"], event["request"]))
 
     with running(make_engine(make_gated("other")), record):
         pass
@@ -349,16 +349,16 @@ def test_a_prompt_is_added_and_revoked_by_who_has_the_token(saved):
         assert under == alone(gated, ids, "new")[0] != before
         assert HTTP.delete(f"{path}/nobody", headers=ADMIN).status_code == 404
         gone = HTTP.delete(f"{path}/new", headers=ADMIN).json()["revoked"]
-        assert [one["prompt"] for one in gone] == ["new"]
+        assert [one["name"] for one in gone] == ["new"]
         assert call() == before
         listed = HTTP.get(path, headers=ADMIN).json()
-        assert [[one["prompt"] for one in listed[kind]] for kind in ("served", "revoked")] == [["default"], ["new"]]
+        assert [[one["name"] for one in listed[kind]] for kind in ("served", "revoked")] == [["default"], ["new"]]
         assert HTTP.get(f"{url}/health").json()["revoked"] == 1
         assert HTTP.delete(f"{path}/default", headers=ADMIN).status_code == 200  # the last one: every request is bare
         assert client(url).completions.create(prompt="jane", **GREEDY).choices[0].text
         assert HTTP.post(path, headers=ADMIN, json=body).status_code == 201
         assert call() == under
-    assert [(one["event"], one["prompt"]) for one in events] == [
+    assert [(one["event"], one["request"]) for one in events] == [
         ("served", "default"), ("answered", None), ("served", "new"), ("answered", "new"), ("revoked", "new"),
         ("answered", None), ("revoked", "default"), ("answered", None), ("served", "new"), ("answered", "new"),
         ("stopped", "new"),
@@ -401,7 +401,7 @@ def test_under_load_while_prompts_come_and_go_every_answer_is_that_of_its_own_pr
         found = list(ThreadPoolExecutor(16).map(answered, range(200)))
         done.set()
         changing.result()
-    given = {one["answer"]: one["prompt"] for one in events if one["event"] == "answered"}
+    given = {one["answer"]: one["request"] for one in events if one["event"] == "answered"}
     assert len(given) == len(found) == 200
     of_plot = {"new": 0, "__base__": 0}
     for i, (key, text, start, end) in enumerate(found):

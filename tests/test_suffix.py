@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import CONFIGS, answer_collator, build, prompted, rows
+from helpers import CONFIGS, build, prompted, rows
+from likelihoods import answer_collator
 from peft import PeftModel
 from transformers import DynamicCache
 

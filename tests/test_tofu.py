@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import answer_collator, plain_likelihood, prompted
+from helpers import prompted
+from likelihoods import answer_collator, plain_likelihood
 from scipy.stats import hmean, kstest
 from small_evaluations import QUESTIONS
 

@@ -26,33 +26,34 @@ def on_device(batch: dict[str, Tensor], base: Any) -> dict[str, Tensor]:
 class OneWay(SoftPromptUnlearner):
     """An unlearner whose prompt and rows pass the base in one way, which spul else chooses by device and shape."""
 
-    way = ""
+    way: Callable[..., Tensor]  # of `RowPrompts`, which it takes first
+    takes_ids = False  # or the rows' embeddings
 
     def response_logits(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         if not self.enabled:
             return super().response_logits(input_ids, attention_mask, positions, *args, **kwargs)
-        rows = input_ids if self.way == "shared_logits" else self.word_embeddings(input_ids)
-        return getattr(RowPrompts(self, len(input_ids)), self.way)(rows, attention_mask, positions)
+        rows = input_ids if self.takes_ids else self.word_embeddings(input_ids)
+        return type(self).way(RowPrompts(self, len(input_ids)), rows, attention_mask, positions)
 
 
 class TwoPasses(OneWay):
     """The prompt has a pass of its own, as on a CPU."""
 
-    way = "shared_logits"
+    way, takes_ids = RowPrompts.shared_logits, True
 
 
 class OnePass(OneWay):
     """The prompt is a row of the batch, as on a GPU."""
 
-    way = "joint_logits"
+    way = RowPrompts.joint_logits
 
 
 class Concatenating(OneWay):
     """The prompt stands in front of every row, as on a base that shares none."""
 
-    way = "concatenated_logits"
+    way = RowPrompts.concatenated_logits
 
 
 def spul_step(

@@ -122,17 +122,33 @@ def attack(
 
 
 def attacked_rows(experiment: Experiment, scored: Rows, most: int) -> Iterator[tuple[str, str, Dataset]]:
-    """Side, attack and rows of each attack on the input that changes them."""
-    seed, field = experiment.setup.seed, experiment.data.format.text_field
+    """Side, attack and rows: some as asked, and under each attack on the input that changes them."""
     for side, rows in scored.items():
         rows = rows.select(range(min(most, len(rows))))
         yield side, "none", rows
-        filler = scored["retain"].select(range(min(most, len(scored["retain"]) // 2), len(scored["retain"])))
-        other = scored["retain" if side == "forget" else "forget"]
-        attacks = usual_attacks(field, filler, seed, names=SST2_FORGET_NAMES, other_rows=other)
-        for (name, level), attack in checked_attacks(attacks).items():
-            with contextlib.suppress(UnchangedError):
-                yield side, name if level is None else f"{name}, {level} turns", attack(rows)
+        for attack, changed in under_attacks(experiment, scored, side, rows, min(most, len(scored["retain"]) // 2)):
+            yield side, attack, changed
+
+
+def under_attacks(
+    experiment: Experiment, scored: Rows, side: str, rows: Dataset, first: int
+) -> Iterator[tuple[str, Dataset]]:
+    """Name and rows of each attack on the input that changes rows of a side.
+
+    Args:
+        experiment: the data of a seed.
+        scored: the rows of both sides, of which attacks take others.
+        side: of the rows.
+        rows: to be attacked.
+        first: of the retain rows that dilute them; those before are attacked themselves.
+    """
+    filler = scored["retain"].select(range(first, len(scored["retain"])))
+    other = scored["retain" if side == "forget" else "forget"]
+    seed, field = experiment.setup.seed, experiment.data.format.text_field
+    attacks = usual_attacks(field, filler, seed, names=SST2_FORGET_NAMES, other_rows=other)
+    for (name, level), attack in checked_attacks(attacks).items():
+        with contextlib.suppress(UnchangedError):
+            yield name if level is None else f"{name}, {level} turns", attack(rows)
 
 
 def four_bit(experiment: Experiment, model: Any, system: System, scored: Rows, position: str, folder: Path) -> Record:

@@ -41,7 +41,7 @@ class EvaluateOptions(LoadOptions, RowOptions):
     output_dir: str = option("folder of results and report", ...)
     evidence: str | None = option("new folder for an evidence pack: report, card, measurements and ledger entry")
     ledger: str | None = option("the ledger that the pack's entry is added to; one in the pack by default")
-    request: str | None = option("name of the request in the ledger; the adapter's name by default")
+    request: str | None = option("name of the request, as in the ledger; the adapter's in the pack's own by default")
     fail_if: list[str] | None = option(
         "conditions for exit status 1, such as 'test_forget.accuracy.high > 0.05': [MEASURE:] ROWS.METRIC.END"
     )
@@ -142,6 +142,8 @@ def _check_evidence(options: EvaluateOptions) -> None:
         if options.ledger is not None or options.request is not None:
             raise ValueError("ledger and request are of an evidence pack; name its folder: --evidence DIR.")
         return
+    if options.ledger is not None and options.request is None:
+        raise ValueError("ledger is given without the request that the entry is of; name it: --request NAME.")
     if Path(options.output_dir).resolve().is_relative_to(Path(options.evidence).resolve()):
         raise ValueError("output_dir is the folder of the evidence, or in it; an evidence pack has one of its own.")
     check_new(options.evidence, options.ledger)

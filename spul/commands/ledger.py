@@ -36,7 +36,11 @@ class AddOptions(LedgerOptions):
     """Options of `spul ledger add`."""
 
     event: str = field(metadata={"help": f"one of {', '.join(EVENTS)}"})
-    request: str = field(metadata={"help": "name of the request, a number rather than a person's name"})
+    request: str = field(
+        metadata={
+            "help": "name of the request, a number rather than a person's name; its prompt is served by the same name"
+        }
+    )
     adapter: str | None = field(
         default=None, metadata={"help": "folder of the saved prompt, whose record gives what is not given here"}
     )
@@ -45,7 +49,6 @@ class AddOptions(LedgerOptions):
     )
     digest_key: str | None = field(default=None, metadata={"help": "file with the owner's key, for the rows' digest"})
     evaluation: str | None = field(default=None, metadata={"help": "folder of an evidence pack or of an evaluation"})
-    prompt: str | None = field(default=None, metadata={"help": "name of the prompt"})
     gate: str | None = field(default=None, metadata={"help": "kind of the gate"})
     at: str | None = field(
         default=None, metadata={"help": "time of the event, if it is not now, such as 2026-03-01T09:30:00Z"}
@@ -103,7 +106,7 @@ def head(options: LedgerOptions) -> None:
 
 
 def show(options: LedgerOptions) -> None:
-    """Print the state of each request."""
+    """Print each request, its events with their times, and whether it is served."""
     from ..records.ledger import Ledger
 
     for state in Ledger(options.ledger).states().values():
@@ -122,7 +125,7 @@ def add(options: AddOptions) -> None:
 
     if options.digest_key is not None and options.rows is None:
         raise ValueError("--digest_key is given without --rows; give the rows that are to be digested.")
-    fields = {name: getattr(options, name) for name in ("prompt", "gate", "at", "note")}
+    fields = {name: getattr(options, name) for name in ("gate", "at", "note")}
     found = {name: value for name, value in fields.items() if value is not None}
     if options.rows is not None:
         found["rows"] = summarize_rows(read_prompts(options.rows), options.digest_key)
@@ -160,7 +163,10 @@ COMMANDS = {
         "find an edited, missing or moved line of a ledger; exit status 1 if there is one",
     ),
     "show": Command(
-        LedgerOptions, show, "spul ledger show --ledger ledger.jsonl", "the state of each request: served, revoked"
+        LedgerOptions,
+        show,
+        "spul ledger show --ledger ledger.jsonl",
+        "each request: its events with their times, and whether it is served",
     ),
     "head": Command(
         LedgerOptions,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from logging.handlers import MemoryHandler
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         error, with a traceback if the environment has `SPUL_TRACEBACK`; 130 if it was interrupted.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    _hold_kernel_message()
     try:
         return _run(given)
     except KeyboardInterrupt:
@@ -55,6 +58,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         words = given[:1] if given and given[0] in TABLE else []
         print(f"{' '.join(['spul', *words])}: {one_line(error)}", file=sys.stderr)
         return BAD_OPTIONS
+
+
+def _hold_kernel_message() -> None:
+    """Hold back what bitsandbytes, which PEFT imports, says of its 4-bit kernel until a model in 4 bit is loaded."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")  # it says nothing else there
+    if "bitsandbytes" not in sys.modules and not logger.handlers:
+        logger.addHandler(MemoryHandler(capacity=100, flushLevel=logging.CRITICAL))
+        logger.propagate = False
 
 
 def one_line(error: BaseException) -> str:

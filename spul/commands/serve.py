@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -30,7 +30,7 @@ class ServeOptions(LoadOptions):
         default_factory=list,
         metadata={
             "help": "NAME=FOLDER of each prompt with its gate, the first first where several gates flag a request; or "
-            "one folder that GatedUnlearner.save_pretrained wrote."
+            "one folder that GatedUnlearner.save_pretrained wrote. With a ledger a name is that of a request in it."
         },
     )
     always: list[str] = field(
@@ -50,7 +50,8 @@ class ServeOptions(LoadOptions):
     admin_token_file: str | None = _option("File with the token that lets its holder add and revoke prompts.")
     prompts_dir: str | None = _option("Folder within which prompts may be added.")
     ledger: str | None = _option(
-        "File of the ledger that gets an entry of each answer, and of each prompt that comes or goes."
+        "File of the ledger that gets an entry of each answer, and of each prompt that comes or goes; it has the "
+        "requests after which the prompts are named, and one that it says is revoked is not served, or no longer."
     )
     record: str | None = _option(
         "MODULE:FUNCTION that takes each event, a dict: an answer, a prompt that comes or goes."
@@ -110,16 +111,33 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
         check(name, one["prompt_sha256"])
     engine = _engine(options, served, limits, key)
     model = options.served_model_name or Path(options.model).resolve().name  # of ".", too
-    return make_app(engine, model, limits, record, token, check), limits
+    return make_app(engine, model, limits, record, token, check, _revoked(options)), limits
 
 
 def _check(options: ServeOptions) -> Callable[[str, str | None], None]:
-    """Raises for a prompt, by name and SHA-256, that the ledger says was revoked."""
+    """Raises for a prompt, by name and SHA-256, that the ledger says was revoked, or whose name it does not know."""
     if options.ledger is None:
         return lambda name, prompt_sha256: None
     from ..records.ledger import Ledger
 
-    return Ledger(options.ledger).check_not_revoked
+    ledger = Ledger(options.ledger)
+
+    def check(name: str, prompt_sha256: str | None) -> None:
+        ledger.check_not_revoked(name, prompt_sha256)
+        ledger.check_known(name)
+
+    return check
+
+
+def _revoked(options: ServeOptions) -> Callable[[], Mapping[str, str]] | None:
+    """What the ledger says is revoked, also by other programs' entries; None without one."""
+    if options.ledger is None:
+        return None
+    from ..records.ledger_follower import LedgerFollower
+
+    found = LedgerFollower(options.ledger).revoked
+    found()  # the long read of the beginning, before there are requests
+    return found
 
 
 def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> Any:
@@ -152,7 +170,8 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
     elif options.always:
         raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
     else:
-        read_routing(folders)
+        for name in read_routing(folders)[1]["prompts"]:
+            check(name, None)
     model, tokenizer = options.loader()(options.model, device=device), options.load_tokenizer(options.model)
     if isinstance(folders, dict):
         return load_prompts(model, tokenizer, folders, options.always, options.allow_other_base)

@@ -16,8 +16,9 @@ from ..records.card import CARD_NAME
 from ..records.digests import DataSummary
 from ..records.fields import read_object
 from ..records.files import SCRATCH, atomic_folder, check_can_hold, write_text
-from ..records.ledger import Ledger, entry_of
+from ..records.ledger import Ledger
 from ..records.ledger_events import LedgerEvent, utc
+from ..records.ledger_lines import entry_of
 from ..records.spul_config import library_versions
 from ..records.weights import file_digest
 from .report.card import evidence_card
@@ -45,7 +46,8 @@ def write_evidence(
         folder: a new or empty folder.
         ledger: the ledger to add the entry to, which then is copied into the folder; None (default) begins one in
             the folder.
-        request: the request that the entry is of; by default the adapter's name, else `"evaluation"`.
+        request: name of the request that the entry is of. A ledger of several requests needs it; in the folder's own
+            it is by default the adapter's name, else `"evaluation"`.
 
     Returns:
         SHA-256 of the manifest, which stands for the whole folder.
@@ -53,8 +55,13 @@ def write_evidence(
     Raises:
         FileExistsError: if the folder is not empty.
         ImportError: if matplotlib is not installed.
-        ValueError: if several evaluations are joined, or the ledger is damaged.
+        ValueError: if several evaluations are joined, a ledger is given without a request, or it is damaged.
     """
+    if ledger is not None and request is None:
+        raise ValueError(
+            f"the ledger {str(ledger)!r} is given without a request; name that of which the evaluation is, as it is "
+            "named there, such as request='2026-017'."
+        )
     facts, path = evaluation.facts, Path(folder)
     if "seeds" in facts:
         raise ValueError("the evaluation is joined of several; write an evidence pack for each of them.")
@@ -82,7 +89,7 @@ def write_evidence(
             "evaluated",
             request if request is not None else facts.get("adapter") or "evaluation",
             rows=None if rows is None else DataSummary(**rows),
-            prompt=facts.get("adapter"),
+            adapter=facts.get("adapter_name") or facts.get("adapter"),
             prompt_sha256=facts.get("weights_sha256"),
             base_fingerprint=facts.get("base_fingerprint"),
             evaluation=manifest,

@@ -91,9 +91,10 @@ def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, 
 
     Returns:
         `adapter` (folder or Hub name, with the gates in front of it, or names and kinds of PEFT's adapters; None if
-        not known), `weights_sha256` (of its file; None if it was not saved as it is, or of several prompts), `base`
-        (name), `base_fingerprint`, `weights_changed` (whether no adapter can be disabled), `attack_examples`, and
-        `rows`: a `DataSummary` as a dict for each set.
+        not known), `adapter_name` (folder or Hub name alone; None if not known, or of several), `weights_sha256` (of
+        its file; None if it was not saved as it is, or of several prompts), `base` (name), `base_fingerprint`,
+        `weights_changed` (whether no adapter can be disabled), `attack_examples`, and `rows`: a `DataSummary` as a
+        dict for each set.
     """
     unlearner = unlearner_of(suite.model)
     base: Any = bare_model(suite.model) if unlearner.has_adapter else suite.base
@@ -101,15 +102,17 @@ def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, 
     kinds = {name: one.get("peft_type", "layers") for name, one in unlearner.adapter_settings().items()}
     words = {name: getattr(kind, "value", kind) for name, kind in kinds.items()}
     in_words = {name: name if kind == name else f"{name} ({kind})" for name, kind in words.items()}  # a rival's alike
+    name = record.name
     if unlearner.is_gated:
         gates = [in_words[name] for name, kind in words.items() if kind.endswith(" gate")]
         if len(words) - len(gates) > 1:  # several prompts, of which none is the adapter
-            record = SpulConfig()
+            record, name = SpulConfig(), None
         elif record.name:
             record = dataclasses.replace(record, name=", ".join([record.name, *gates]))
     base_name = getattr(base, "name_or_path", None)
     facts = {
         "adapter": record.name or ", ".join(in_words.values()) or None,
+        "adapter_name": name,
         "weights_sha256": record.weights_sha256,
         "base": without_local_path(base_name) if base_name else None,
         "base_fingerprint": None if base is None else fingerprint(base),

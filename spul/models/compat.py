@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import os
 import re
 import sys
 from collections.abc import Iterator
+from logging.handlers import MemoryHandler
 from typing import Any
 
 import pyarrow
@@ -217,6 +219,18 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
             if state.absmax.ndim == 2:  # left transposed, and rounded to bfloat16, unless doubly quantized
                 state.absmax = state.absmax.T.reshape(-1).float()
         layer.support_avx512bf16_for_cpu = False
+
+
+def say_of_4bit_kernel(model: nn.Module) -> None:
+    """Print what `spul` holds back of bitsandbytes' 4-bit kernel, once a model has 4-bit layers."""
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    holders = [one for one in logger.handlers if isinstance(one, MemoryHandler)]
+    if holders and any(hasattr(module, "support_avx512bf16_for_cpu") for module in model.modules()):
+        logger.propagate = True
+        for holder in holders:
+            logger.removeHandler(holder)
+            for record in holder.buffer:
+                logger.handle(record)
 
 
 # ---- datasets ----

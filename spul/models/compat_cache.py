@@ -119,7 +119,7 @@ def expanded_cache(
         keys, values = states.keys, states.values
         if type(layer) in _PLAIN_LAYERS:
             _initialize(layer, keys)
-        else:  # another kind may refuse keys and values
+        else:  # which initializes a kind that holds more than keys and values; one that takes none, as Mamba's, raises
             layer.update(keys[:1], values[:1])
         if isinstance(layer, DynamicSlidingWindowLayer):
             # A prompt longer than the window leaves only its end, but its whole length counts for positions.

@@ -64,6 +64,7 @@ class DiscriminativeStart:
     collator: ForgetRetainCollator = field(repr=False)
     num_tokens: int = 16_384
     progress: bool = True
+    _flags: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         check_rows(self.dataset, (), "dataset")
@@ -79,12 +80,12 @@ class DiscriminativeStart:
                 raise ValueError(
                     f"dataset has no {name} rows; expected some of both sides, which the keys tell apart."
                 )
+        object.__setattr__(self, "_flags", torch.tensor(flags))
 
     def encoded_rows(self) -> tuple[list[list[int]], list[list[int]]]:
         """Token ids of the prompts of drawn forget rows and of drawn other rows, without their responses."""
-        flags = torch.tensor(forget_flags(self.dataset, "dataset"))
         sides: list[list[list[int]]] = []
-        for side in (flags, ~flags):
+        for side in (self._flags, ~self._flags):
             rows, found = side.nonzero().flatten(), 0
             sides.append([])
             for i in rows[torch.randperm(len(rows))].tolist():

@@ -15,8 +15,10 @@ from .digests import (
     summarize_rows,
 )
 from .files import atomic_folder, atomic_write, find_file, write_text
-from .ledger import Ledger, LedgerFault
-from .ledger_events import EVENTS, LedgerEntry, LedgerEvent, RequestState
+from .ledger import Ledger
+from .ledger_events import EVENTS, LedgerEntry, LedgerEvent, Occurrence, RequestState
+from .ledger_follower import LedgerFollower
+from .ledger_lines import LedgerFault
 from .spul_config import SpulConfig, read_spul_config
 
 __all__ = [
@@ -27,6 +29,8 @@ __all__ = [
     "LedgerEntry",
     "LedgerEvent",
     "LedgerFault",
+    "LedgerFollower",
+    "Occurrence",
     "RequestState",
     "SpulConfig",
     "atomic_folder",

@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-import json
 import os
-import re
 import shlex
 import warnings
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Iterator
 from io import FileIO
 from pathlib import Path
 from typing import Any
 
 from filelock import BaseFileLock, FileLock
 
-from .fields import is_count, is_sha256
-from .ledger_events import RECOVERED, LedgerEntry, LedgerEvent, RequestState, are_fields, utc
+from .fields import is_sha256
+from .ledger_events import FOLLOWING, RECOVERED, LedgerEntry, LedgerEvent, RequestState
+from .ledger_lines import LedgerFault, chain, entry_of, next_line
 
-FORMAT = 1  # of a line; higher once a field's meaning changes
-FIRST = "0" * 64  # `previous` of the first line
-CHAIN = ("format", "sequence", "time", "previous", "digest")  # fields of a line; all others are the event's
-LINE = re.compile(rb'(\{.*), "digest": "([0-9a-f]{64})"\}')
 BLOCK = 4096  # bytes read at a time, from the end, to find the last line
 SECONDS = 60  # that a writer waits for another
-
-
-@dataclass(frozen=True)
-class LedgerFault:
-    """A line that does not fit the chain, or a head that is not in it.
-
-    Attributes:
-        line: the line's number in the file, from 1; 0 of the whole file.
-        reason: in words.
-    """
-
-    line: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"line {self.line}: {self.reason}" if self.line else self.reason
 
 
 class Ledger:
@@ -66,7 +44,7 @@ class Ledger:
     Example:
         ```python
         ledger = Ledger("ledger.jsonl")
-        ledger.append(LedgerEvent.of_adapter("served", "2026-017", "forget-017"))
+        ledger.append(LedgerEvent.of_adapter("trained", "2026-017", "forget-017"))
         assert not ledger.verify(head=noted)
         ```
     """
@@ -77,6 +55,7 @@ class Ledger:
             what = "a folder" if self.path.is_dir() else "no file that keeps what is written"
             raise ValueError(f"{str(path)!r} is {what}; pass the path of a file, such as 'ledger.jsonl'.")
         self._check_folder()
+        self._known: set[str] = set()  # names of requests that were found in the file, to which entries are only added
 
     def append(self, event: LedgerEvent) -> LedgerEntry:
         """Write an event at the end of the chain.
@@ -89,7 +68,8 @@ class Ledger:
 
         Raises:
             FileNotFoundError: if the file's folder does not exist.
-            ValueError: if a field of the event is out of range, or the last line is no entry of a ledger.
+            ValueError: if a field of the event is out of range, the event is `served`, `answered`, `stopped` or
+                `revoked` of a request that no entry names, or the last line is no entry of a ledger.
             TimeoutError: if another writer holds the lock for a minute.
 
         Warns:
@@ -99,6 +79,8 @@ class Ledger:
             raise TypeError(f"event is a {type(event).__name__}; expected LedgerEvent(...).")
         fields = event.to_dict()
         self._check_folder()  # a lock would make it
+        if event.event in FOLLOWING and event.request is not None:
+            self.check_known(event.request)
         with self._lock():
             is_new = not self.path.exists()
             with self.path.open("a+b", buffering=0) as file:
@@ -111,8 +93,8 @@ class Ledger:
                     note = self._moved_aside(torn)
                     end -= len(torn)
                     file.truncate(end)
-                    previous, text = _next_line(previous, note)
-                entry, line = _next_line(previous, fields)
+                    previous, text = next_line(previous, note)
+                entry, line = next_line(previous, fields)
                 _write(file, text + line, end)
             if is_new:
                 _sync_folder(self.path.parent)
@@ -151,6 +133,35 @@ class Ledger:
             if entry.request is not None:
                 found.setdefault(entry.request, RequestState(entry.request)).add(entry)
         return found
+
+    def check_known(self, request: str) -> None:
+        """Raise unless some entry names a request: one that is served or revoked under another name is a mistake.
+
+        Args:
+            request: its name.
+
+        Raises:
+            ValueError: if none does.
+        """
+        if request not in self._known:
+            self._known = self._requests()
+        if request in self._known:
+            return
+        near = difflib.get_close_matches(request, sorted(self._known), n=3)
+        raise ValueError(
+            f"the ledger {str(self.path)!r} knows no request {request!r}"
+            + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ".")
+            + " Give the name of the request, which is also that of its prompt where it is served. A new request is "
+            f"noted first: spul ledger add --ledger {shlex.quote(str(self.path))} --event received --request "
+            f"{shlex.quote(request)}"
+        )
+
+    def _requests(self) -> set[str]:
+        """Names of all requests; of a damaged ledger, those of the entries that are whole."""
+        if not self.path.exists():
+            return set()
+        lines, torn = self._lines()
+        return {entry.request for entry in map(entry_of, [*lines, torn]) if entry is not None and entry.request}
 
     def check_not_revoked(self, request: str, prompt_sha256: str | None = None) -> None:
         """Raise if a request was revoked, or its prompt has the weights of one that was.
@@ -208,7 +219,7 @@ class Ledger:
         if head is not None and not is_sha256(head):
             raise ValueError(f"head={head!r}; expected 64 hexadecimal digits, as Ledger.head returns them.")
         lines, torn = self._lines()
-        faults = [one for one in _chain(lines) if isinstance(one, LedgerFault)]
+        faults = [one for one in chain(lines) if isinstance(one, LedgerFault)]
         if torn:
             reason = "a killed writer left it half-written; the next entry moves it aside"
             if entry_of(torn) is not None:
@@ -222,7 +233,7 @@ class Ledger:
 
     def _read(self) -> Iterator[LedgerEntry]:
         """The entries, one at a time: a ledger of a server has as many as there were answers."""
-        for one in _chain(self._lines()[0]):
+        for one in chain(self._lines()[0]):
             if isinstance(one, LedgerFault):
                 raise ValueError(f"{str(self.path)!r} is not a whole ledger: {one}.")
             yield one
@@ -270,74 +281,6 @@ class Ledger:
             stacklevel=3,
         )
         return {"event": RECOVERED, "torn_bytes": len(torn), "torn_sha256": digest, "torn_file": aside.name}
-
-
-# ---- lines ----
-
-
-def _next_line(previous: LedgerEntry | None, fields: Mapping[str, Any]) -> tuple[LedgerEntry, bytes]:
-    """The entry of an event after another entry, and its line."""
-    sequence, before = (0, FIRST) if previous is None else (previous.sequence + 1, previous.digest)
-    time = utc(datetime.now(timezone.utc), "milliseconds")
-    chain = {"format": FORMAT, "sequence": sequence, "time": time, "previous": before}
-    content = json.dumps(chain | dict(fields))
-    digest = hashlib.sha256(content.encode("ascii")).hexdigest()
-    line = f'{content[:-1]}, "digest": "{digest}"}}\n'
-    return LedgerEntry(sequence, time, before, digest, fields, line), line.encode("ascii")
-
-
-def _parsed(line: bytes) -> LedgerEntry | None:
-    """The entry that a line says it is; None if it is none."""
-    match = LINE.fullmatch(line)
-    try:
-        record = json.loads(line) if match else None
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(record, dict) or record.get("format") != FORMAT or not is_count(record.get("sequence")):
-        return None
-    fields = {name: value for name, value in record.items() if name not in CHAIN}
-    if not all(isinstance(record.get(name), str) for name in ("time", "previous", "digest")) or not are_fields(fields):
-        return None
-    sequence, time, previous, digest = (record[name] for name in CHAIN[1:])
-    return LedgerEntry(sequence, time, previous, digest, fields, f"{line.decode()}\n")
-
-
-def _content_digest(line: bytes) -> str:
-    """SHA-256 of a line without its field `digest`."""
-    match = LINE.fullmatch(line)
-    return "" if match is None else hashlib.sha256(match[1] + b"}").hexdigest()
-
-
-def entry_of(line: bytes) -> LedgerEntry | None:
-    """The entry of a line, without its line break; None if it is none, or was edited."""
-    entry = _parsed(line)
-    return entry if entry is not None and entry.digest == _content_digest(line) else None
-
-
-def _chain(lines: Sequence[bytes]) -> Iterator[LedgerEntry | LedgerFault]:
-    """The entry of each line, or the fault by which it breaks the chain."""
-    digests: dict[int, str] = {-1: FIRST}
-    expected = 0
-    for number, line in enumerate(lines, 1):
-        entry = _parsed(line)
-        if entry is None:
-            yield LedgerFault(number, "it is no entry of a ledger of this version, or was damaged")
-            expected += 1
-            continue
-        sequence, before = entry.sequence, digests.get(entry.sequence - 1, entry.previous)
-        reason = ""
-        if (found := _content_digest(line)) != entry.digest:
-            reason = f"it was edited: its content has the SHA-256 {found[:12]}..., not {entry.digest[:12]}..."
-        elif sequence < expected:
-            reason = f"entry {sequence} stands after entry {expected - 1}: moved, or twice"
-        elif sequence > expected:
-            what = f"entry {expected} is" if sequence == expected + 1 else f"entries {expected} to {sequence - 1} are"
-            reason = f"{what} missing before entry {sequence}"
-        elif entry.previous != before:
-            reason = f"it does not continue entry {sequence - 1}, which was written anew, or this is another's"
-        yield LedgerFault(number, reason) if reason else entry
-        digests.setdefault(sequence, entry.digest)
-        expected = max(expected, sequence + 1)
 
 
 # ---- file ----

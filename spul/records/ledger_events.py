@@ -19,12 +19,13 @@ EVENTS = ("received", "trained", "evaluated", "served", "answered", "stopped", "
 """Events of a request: its rows came in; a prompt was trained, measured, put into service (from then on), turned on
 for an answer, taken out of service (until then), withdrawn for good; or a remark. An answer that no gate put a prompt
 to is an entry, too, of no request."""
+FOLLOWING = ("served", "answered", "stopped", "revoked")  # of a request that an earlier entry names
 REOPENING = ("received", "trained")  # after which a request that was revoked is one again
 RECOVERED = "recovered"  # the event of the ledger's own entries, on lines that killed writers left
 WEIGHTS = ("adapter_model.safetensors", "unlearning_layers.safetensors")
 GATE = "gate/gate.json"  # of a saved prompt with a gate
 DIGESTS = ("prompt_sha256", "base_fingerprint", "evaluation")
-TEXTS = ("prompt", "gate", "answer", "finish", "note")
+TEXTS = ("adapter", "gate", "answer", "finish", "note")
 COUNTS = ("prompt_tokens", "completion_tokens")
 
 
@@ -34,10 +35,12 @@ class LedgerEvent:
 
     Args:
         event: one of `EVENTS`.
-        request: name of the request. Everybody who sees the ledger reads it, so a number rather than a person's name.
-            None of an answer that no gate put a prompt to, and of nothing else.
+        request: name of the request, by which its prompt goes here and where it is served. Everybody who sees the
+            ledger reads it, so a number rather than a person's name. None of an answer that no gate put a prompt to,
+            and of nothing else.
         rows: number and keyed digest of the request's rows (`summarize_rows`); None if not known.
-        prompt: name of the prompt or other adapter; None if not known.
+        adapter: last part of the folder's name, or the Hub name, of the saved prompt or other adapter; None if not
+            known.
         prompt_sha256: SHA-256 of its weights' file (`weights_sha256` of its `spul_config.json`); None if not known.
         base_fingerprint: `fingerprint` of the base; None if not known.
         gate: kind of the gate in front of the prompt; None without one, or if not known.
@@ -52,7 +55,7 @@ class LedgerEvent:
     event: str
     request: str | None
     rows: DataSummary | None = None
-    prompt: str | None = None
+    adapter: str | None = None
     prompt_sha256: str | None = None
     base_fingerprint: str | None = None
     gate: str | None = None
@@ -90,7 +93,7 @@ class LedgerEvent:
             record.check_weights(weights, stacklevel=2)
         found: dict[str, Any] = {
             "rows": record.forget,
-            "prompt": record.name,
+            "adapter": record.name,
             "prompt_sha256": record.weights_sha256 if weights is None else file_digest(weights),
             "base_fingerprint": record.base_fingerprint,
             "gate": _kind_of_gate(path / GATE) if (path / GATE).is_file() else None,
@@ -105,7 +108,7 @@ class LedgerEvent:
         """
         if self.event not in EVENTS:
             raise ValueError(f"event={self.event!r} is not known; expected one of {', '.join(EVENTS)}.")
-        is_bare = self.event == "answered" and self.prompt is None and self.request is None
+        is_bare = self.event == "answered" and self.adapter is None and self.request is None
         if not is_bare and (not isinstance(self.request, str) or not self.request.strip()):
             raise ValueError(f"request={self.request!r}; expected the name of a request, such as '2026-017'.")
         if self.rows is not None:
@@ -164,12 +167,36 @@ class LedgerEntry:
 
 
 @dataclass
+class Occurrence:
+    """An event of a request; answers between two other events count as one.
+
+    Attributes:
+        event: one of `EVENTS`, or one of a later version.
+        start, end: times of the first and of the last.
+        num: how many.
+        note: the remark of the last.
+    """
+
+    event: str
+    start: str
+    end: str
+    num: int = 1
+    note: str | None = None
+
+    def __str__(self) -> str:
+        when = self.start if self.end == self.start else f"{self.start} to {self.end}"
+        times = f" {self.num:,} times" if self.num > 1 else ""
+        return f"{when} {self.event}{times}" + (f": {' '.join(self.note.split())}" if self.note else "")
+
+
+@dataclass
 class RequestState:
     """A request as the ledger's entries leave it.
 
     Attributes:
         request: its name.
-        rows, prompt, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
+        rows, adapter, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
+        history: its events, in the order of the entries, with their times.
         served: times from and until which it was served; None at the end of the last if it still is.
         answered: number of answers under its prompt.
         answered_after: number of those while it was withdrawn: under way just then, or of a server that was not told.
@@ -179,11 +206,12 @@ class RequestState:
 
     request: str
     rows: DataSummary | None = None
-    prompt: str | None = None
+    adapter: str | None = None
     prompt_sha256: str | None = None
     base_fingerprint: str | None = None
     gate: str | None = None
     evaluation: str | None = None
+    history: list[Occurrence] = field(default_factory=list)
     served: list[tuple[str, str | None]] = field(default_factory=list)
     answered: int = 0
     answered_after: int = 0
@@ -192,10 +220,16 @@ class RequestState:
 
     def add(self, entry: LedgerEntry) -> None:
         """Take an entry of this request into account."""
-        for name in ("prompt", "prompt_sha256", "base_fingerprint", "gate", "evaluation"):
+        self.adapter = _adapter_of(entry) or self.adapter
+        for name in ("prompt_sha256", "base_fingerprint", "gate", "evaluation"):
             setattr(self, name, entry.fields.get(name, getattr(self, name)))
         if (rows := entry.fields.get("rows")) is not None:
             self.rows = DataSummary(rows["rows"], rows.get("digest"))
+        last = self.history[-1] if self.history else None
+        if last is not None and last.event == entry.event == "answered":
+            last.num, last.end = last.num + 1, entry.at
+        else:
+            self.history.append(Occurrence(entry.event, entry.at, entry.at, note=entry.fields.get("note")))
         self.answered += entry.event == "answered"
         self.answered_after += entry.event == "answered" and self.revoked is not None
         is_served = bool(self.served) and self.served[-1][1] is None
@@ -210,30 +244,41 @@ class RequestState:
             self.revoked = None
 
     def in_words(self) -> list[str]:
-        """The state as lines of text; what is not known is missing."""
+        """The state as lines of text: what is known, each event with its time, and how it is now."""
         lines = []
         if self.rows is not None:
             keyed = "" if self.rows.digest is None else f", HMAC-SHA256 {self.rows.digest}"
             lines.append(f"rows: {self.rows.rows:,}{keyed}")
         known = {
-            "prompt": self.prompt,
+            "adapter": self.adapter,
             "SHA-256 of the prompt": self.prompt_sha256,
             "fingerprint of the base": self.base_fingerprint,
             "gate": self.gate,
             "SHA-256 of the evaluation": self.evaluation,
         }
         lines += [f"{name}: {value}" for name, value in known.items() if value is not None]
-        lines += [f"served since {start}" if end is None else f"served {start} to {end}" for start, end in self.served]
-        if not self.served:
-            lines.append("never served")
+        lines += map(str, self.history)
         if self.answered:
             after = f", {self.answered_after:,} of them after it was revoked" if self.answered_after else ""
             lines.append(f"answers under it: {self.answered:,}{after}")
-        if self.revoked is not None:
-            lines.append(f"revoked {self.revoked}")
+        lines.append(f"now: {self._now()}")
         if self.served_again:
             lines.append("SERVED AFTER IT WAS REVOKED")
         return lines
+
+    def _now(self) -> str:
+        if self.served and self.served[-1][1] is None:
+            return f"served since {self.served[-1][0]}"
+        if self.revoked is not None:
+            return f"revoked since {self.revoked}"
+        return "no longer served" if self.served else "never served"
+
+
+def _adapter_of(entry: LedgerEntry) -> str | None:
+    """The adapter that an entry names; earlier versions wrote it as `prompt`, and servers the request's name there."""
+    before = entry.fields.get("prompt")
+    found: str | None = entry.fields.get("adapter", None if before == entry.request else before)
+    return found
 
 
 def are_fields(fields: Mapping[str, Any]) -> bool:
@@ -241,7 +286,7 @@ def are_fields(fields: Mapping[str, Any]) -> bool:
     rows = fields.get("rows", {"rows": 0})
     return (
         isinstance(fields.get("event"), str)
-        and all(isinstance(fields.get(name, ""), str) for name in ("request", "at", *DIGESTS, *TEXTS))
+        and all(isinstance(fields.get(name, ""), str) for name in ("request", "at", *DIGESTS, *TEXTS, "prompt"))
         and all(is_count(fields.get(name, 0)) for name in COUNTS)
         and isinstance(rows, dict)
         and is_count(rows.get("rows"))

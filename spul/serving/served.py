@@ -159,7 +159,8 @@ class ServedPrompts:
         allow_other_base: as in `load_prompts`.
 
     Attributes:
-        served: what is served: of each prompt, by its name, its digest, the base's, its gate, and since when.
+        served: what is served: of each prompt, by its name, its adapter (the folder's last part, or the Hub name), its
+            digest, the base's, its gate, and since when.
         revoked: what was revoked, in order, with `until`.
         longest: virtual tokens of the longest prompt.
         stands_inside: whether a prompt stands at the message.
@@ -297,7 +298,8 @@ class ServedPrompts:
         for name, record in unlearner.spul_configs.items():
             gate = self.gated.gates.get(name)
             found[name] = self.served.get(name) or {
-                "prompt": name,
+                "name": name,
+                "adapter": record.name,
                 "prompt_sha256": record.weights_sha256,
                 "base_fingerprint": self.base_fingerprint,
                 "gate": _kind(gate),

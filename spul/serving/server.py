@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
@@ -21,6 +21,7 @@ from .answers import Answer, Piece
 from .encoding import RequestEncoder
 from .engine import Engine, Job
 from .requests import ApiError, ChatRequest, Limits, check_header_text, read_body, read_json
+from .responses import api_error, http_error, in_time, stream, unexpected, while_connected, whole
 from .served import ServedPrompts
 
 logger = logging.getLogger(__name__)
@@ -30,8 +31,9 @@ Record = Callable[[dict[str, Any]], Any]
 """Takes an event, fields of a `LedgerEvent`: of a prompt that is `served`, `stopped` or `revoked`, or of an answer."""
 Check = Callable[[str, str | None], Any]
 """Takes name and SHA-256 of a prompt that is to be added, and raises ValueError if it must not be served."""
+Revoked = Callable[[], Mapping[str, str]]
+"""Since when each request is revoked that is so now, by its name; whoever else revokes one is heard so."""
 SHORTEST_TOKEN = 16  # characters of the administrator's token
-POLL_SECONDS = 0.2  # how often a request that waits looks whether its client is still there
 
 
 def make_app(
@@ -41,6 +43,7 @@ def make_app(
     record: Record | None = None,
     admin_token: str | None = None,
     check: Check | None = None,
+    revoked: Revoked | None = None,
 ) -> FastAPI:
     """The server of an engine.
 
@@ -51,17 +54,19 @@ def make_app(
         record: takes events, one at a time. A request whose entry cannot be recorded fails.
         admin_token: lets its holder list, add and revoke prompts; without one there is no such endpoint.
         check: asked before a prompt is added, such as whether the ledger says that it was revoked.
+        revoked: asked before each answer; prompts of requests that it names are withdrawn. Where it raises OSError or
+            ValueError, nothing is answered.
 
     Raises:
         ValueError: if the token is shorter than 16 characters, or has some that no header takes.
     """
     if admin_token is not None:
         check_header_text(admin_token, "the administrator's token", SHORTEST_TOKEN)
-    server = _Server(engine, model, Limits() if limits is None else limits, record, admin_token, check)
+    server = _Server(engine, model, Limits() if limits is None else limits, record, admin_token, check, revoked)
     app = FastAPI(title="spul", docs_url=None, redoc_url=None, openapi_url=None, lifespan=server.lifespan)
-    app.add_exception_handler(ApiError, _api_error)
-    app.add_exception_handler(HTTPException, _http_error)
-    app.add_exception_handler(Exception, _unexpected)
+    app.add_exception_handler(ApiError, api_error)
+    app.add_exception_handler(HTTPException, http_error)
+    app.add_exception_handler(Exception, unexpected)
     app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
     app.add_api_route("/v1/completions", server.completion, methods=["POST"])
     app.add_api_route("/v1/models", server.models, methods=["GET"])
@@ -85,11 +90,12 @@ class _Server:
         record: Record | None,
         admin_token: str | None,
         check: Check | None,
+        revoked: Revoked | None,
     ) -> None:
         self.engine, self.model, self.limits = engine, model, limits
         self.encoder = RequestEncoder(engine.served, limits)
         self.created, self.num_in_flight, self._num_encoding = int(time.time()), 0, 0
-        self._record, self._token, self._check = record, admin_token, check
+        self._record, self._token, self._check, self._revoked = record, admin_token, check, revoked
         self._changing = asyncio.Lock()  # one change of the prompts at a time, its entry included
         self._encoding = ThreadPoolExecutor(1, "spul-encoding")  # long texts must not hold up the others' answers
         self._recording = ThreadPoolExecutor(1, "spul-record")  # in order
@@ -151,16 +157,17 @@ class _Server:
 
     async def _answer(self, kind: str, http: Request) -> Response:
         deadline = time.monotonic() + self.limits.timeout
-        body = await _in_time(self._body(http), deadline)
+        body = await in_time(self._body(http), deadline)
         request = read_body(kind, body, self.model, self.limits)
+        await self._withdraw_revoked()
         job = await self._encoded(request, deadline)
         answer = Answer(kind, self.model, len(job.token_ids))
         pieces = self._pieces(job, answer, deadline)
-        first = await _while_connected(http, anext(pieces))  # a refusal has its own status also in a stream
+        first = await while_connected(http, anext(pieces))  # a refusal has its own status also in a stream
         if not request.stream:
-            return await _while_connected(http, _whole(answer, first, pieces))
-        stream = _stream(request, answer, first, pieces)
-        return StreamingResponse(stream, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+            return await while_connected(http, whole(answer, first, pieces))
+        events = stream(request, answer, first, pieces)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     async def _body(self, http: Request) -> bytes:
         most, found = self.limits.max_body_bytes, bytearray()
@@ -180,7 +187,7 @@ class _Server:
         self._num_encoding += 1
         try:
             loop = asyncio.get_running_loop()
-            job: Job = await _in_time(loop.run_in_executor(self._encoding, self.encoder.job, request), deadline)
+            job: Job = await in_time(loop.run_in_executor(self._encoding, self.encoder.job, request), deadline)
             return job
         finally:
             self._num_encoding -= 1
@@ -192,7 +199,7 @@ class _Server:
         try:
             async with aclosing(self.engine.answer(job)) as pieces:
                 while last.finish_reason is None:
-                    last = await _in_time(anext(pieces), deadline)
+                    last = await in_time(anext(pieces), deadline)
                     if last.finish_reason is None:
                         yield last
             status = last.finish_reason
@@ -217,8 +224,8 @@ class _Server:
         return self._hand_over(
             {
                 "event": event,
-                "request": prompt.get("prompt"),
-                **{name: prompt.get(name) for name in ("prompt", "prompt_sha256", "gate")},
+                "request": prompt.get("name"),
+                **{name: prompt.get(name) for name in ("adapter", "prompt_sha256", "gate")},
                 "base_fingerprint": self.engine.served.base_fingerprint,
                 "answer": answer.id,
                 "finish": status,
@@ -229,8 +236,8 @@ class _Server:
 
     async def _recorded(self, event: str, one: dict[str, Any]) -> None:
         """Record an event of a prompt."""
-        named = {name: one[name] for name in ("prompt", "prompt_sha256", "base_fingerprint", "gate")}
-        entry = self._hand_over({"event": event, "request": one["prompt"], **named})
+        named = {name: one[name] for name in ("adapter", "prompt_sha256", "base_fingerprint", "gate")}
+        entry = self._hand_over({"event": event, "request": one["name"], **named})
         if entry is not None:
             await entry
 
@@ -261,12 +268,13 @@ class _Server:
     async def prompts(self, http: Request) -> dict[str, Any]:
         """`GET /admin/prompts`."""
         self._check_admin(http)
+        await self._withdraw_revoked()
         return {"served": list(self.engine.served.served.values()), "revoked": self.engine.served.revoked}
 
     async def add(self, http: Request) -> JSONResponse:
         """`POST /admin/prompts`: `{"name": ..., "folder": ..., "always": false}`."""
         self._check_admin(http)
-        data = read_json(await _in_time(self._body(http), time.monotonic() + self.limits.timeout))
+        data = read_json(await in_time(self._body(http), time.monotonic() + self.limits.timeout))
         if unknown := sorted(set(data) - {"name", "folder", "always"}):
             raise ApiError(
                 400, f"the field {unknown[0]!r} is not known; expected name, folder and always.", unknown[0]
@@ -280,7 +288,7 @@ class _Server:
             try:
                 await self._recorded("served", added)
             except ApiError:  # what is not in the record is not served
-                await self.engine.change(lambda served: served.revoke(added["prompt"]))
+                await self.engine.change(lambda served: served.revoke(added["name"]))
                 raise ApiError(500, "the prompt was not added, since that could not be recorded.") from None
         return JSONResponse(added, 201)
 
@@ -294,6 +302,30 @@ class _Server:
             except ApiError:
                 raise ApiError(500, "the prompt was revoked, and that could not be recorded.") from None
         return {"revoked": gone}
+
+    async def _withdraw_revoked(self) -> None:
+        """Take off prompts of requests that somebody else has revoked; each is logged, and recorded as stopped."""
+        if not await self._to_withdraw():
+            return
+        async with self._changing:
+            for name, since in (await self._to_withdraw()).items():  # anew: one may have been added again meanwhile
+                if name not in self.engine.served.served:  # one of several went with its part
+                    continue
+                gone = await self.engine.change(partial(ServedPrompts.revoke, name=name))
+                names = ", ".join(repr(one["name"]) for one in gone)
+                logger.warning("No longer served: %s, since the request %r was revoked on %s.", names, name, since)
+                await self._all_recorded("stopped", gone)
+
+    async def _to_withdraw(self) -> dict[str, str]:
+        """Since when requests are revoked whose prompts are served."""
+        if self._revoked is None:
+            return {}
+        try:  # in the thread that writes, so that no line is read while it is written here
+            found = await asyncio.get_running_loop().run_in_executor(self._recording, self._revoked)
+        except (OSError, ValueError) as error:
+            logger.exception("Whether prompts were revoked is not known")
+            raise ApiError(500, "the record of revoked prompts could not be read.") from error
+        return {name: found[name] for name in self.engine.served.served if name in found}
 
     def _check_admin(self, http: Request) -> None:
         given = http.headers.get("authorization", "").encode()
@@ -315,74 +347,3 @@ async def _error_of(awaitable: Awaitable[Any]) -> ApiError | None:
     except ApiError as error:
         return error
     return None
-
-
-async def _in_time(awaitable: Any, deadline: float) -> Any:
-    """The awaited result, or a 504 at the deadline."""
-    try:
-        return await asyncio.wait_for(awaitable, max(deadline - time.monotonic(), 0.0))
-    except asyncio.TimeoutError:
-        raise ApiError(504, "the answer took too long; ask for fewer tokens, or try later.") from None
-
-
-async def _while_connected(http: Request, awaitable: Any) -> Any:
-    """The awaited result; the task is cancelled once the client has gone."""
-    task = asyncio.ensure_future(awaitable)
-    try:
-        while not task.done():
-            await asyncio.wait({task}, timeout=POLL_SECONDS)
-            if not task.done() and await http.is_disconnected():
-                raise ApiError(499, "the client has gone.")
-        return task.result()
-    finally:
-        if not task.done():
-            task.cancel()
-            await asyncio.wait({task})
-
-
-async def _whole(answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None]) -> JSONResponse:
-    async with aclosing(pieces):
-        found = [first, *([piece async for piece in pieces] if first.finish_reason is None else ())]
-    return JSONResponse(answer.whole("".join(piece.text for piece in found), found[-1]))
-
-
-async def _stream(
-    request: ChatRequest, answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None]
-) -> AsyncIterator[str]:
-    """Server-sent events; an answer that fails ends in an error."""
-    piece, is_first = first, True
-    async with aclosing(pieces):
-        try:
-            while True:
-                yield _event(answer.chunk(piece, is_first))
-                if piece.finish_reason is not None:
-                    break
-                piece, is_first = await anext(pieces), False
-        except ApiError as error:
-            yield _event(error.body())
-            return
-    if request.include_usage:
-        yield _event(answer.usage_chunk(piece))
-    yield "data: [DONE]\n\n"
-
-
-def _event(body: dict[str, Any]) -> str:
-    """A server-sent event, in ASCII: some clients end a line at other characters than a line feed."""
-    return f"data: {json.dumps(body)}\n\n"
-
-
-def _api_error(http: Request, error: Any) -> JSONResponse:
-    headers = {"Retry-After": "1"} if error.status in (429, 503) else {}
-    if error.status == 401:
-        headers["WWW-Authenticate"] = "Bearer"
-    return JSONResponse(error.body(), error.status, headers=headers)
-
-
-def _http_error(http: Request, error: Any) -> JSONResponse:
-    said = {404: "there is no such endpoint.", 405: "the endpoint does not take this method."}
-    message = said.get(error.status_code, str(error.detail))
-    return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers=error.headers)
-
-
-def _unexpected(http: Request, error: Exception) -> JSONResponse:
-    return JSONResponse(ApiError(500, "the request failed.").body(), 500)

@@ -52,7 +52,7 @@ def what_comes_back(evaluation: Evaluation) -> Section:
         ["The input attack that finds most", _worst_input(evaluation)],
         ["The membership attack that is farthest from the retrained model", _membership(evaluation)],
         ["Training on a few forget rows", _relearned(evaluation)],
-        ["The input attack that costs most on retain rows", _worst_on_retain(evaluation)],
+        ["The input attack under which the prompt costs most on retain rows", _worst_on_retain(evaluation)],
         ["The base in fewer bits", _beside(evaluation, "quantized", "test_forget", in_few_bits)],
         ["Sampling", _beside(evaluation, "sampling", "test_forget", "success", "rouge_l_recall")],
         ["A soft suffix", _beside(evaluation, "soft suffix", MEMBERS, in_suffix, attack="after")],
@@ -91,18 +91,35 @@ def _worst_input(evaluation: Evaluation) -> str:
 
 
 def _worst_on_retain(evaluation: Evaluation) -> str:
+    """The input attack under which retain rows lose most against the detached model under the same attack."""
     found = under_input_attacks(evaluation, "test_retain")
     if not found:
         return NOT_MEASURED
-    worst = min(found, key=lambda one: one.value)
-    label = metric_of(worst.name).label
-    text = f"'{variant_in_words(worst)}', of {len(found)}: test retain {label} {value_in_words(worst)}"
-    control = [
-        one
-        for one in under_input_attacks(evaluation, "test_retain", "detached")
-        if (one.attack, one.level) == (worst.attack, worst.level)
-    ]
-    return text + "".join(f"; detached, under it: {value_in_words(one)}" for one in control)
+    controls = {(one.attack, one.level): one for one in under_input_attacks(evaluation, "test_retain", "detached")}
+    pairs = [(one, controls[one.attack, one.level]) for one in found if (one.attack, one.level) in controls]
+    if not pairs:
+        lowest = min(found, key=lambda one: one.value)
+        return (
+            f"{_under(lowest, len(found))}; the detached model was not measured, so whether the attack or the prompt "
+            "costs it is not known"
+        )
+    worst, control = min(pairs, key=lambda pair: (pair[0].value - pair[1].value, pair[0].value))
+    text = f"{_under(worst, len(found))}, {points(worst, control)} against the detached model under it "
+    text += f"({value_in_words(control)})"
+    fields = {"measure": "input attack", "rows": "test_retain", "name": control.name, "model": "detached"}
+    plain = first(evaluation, **fields, attack=WITHOUT)
+    if plain is not None:
+        text += f", which without it has {value_in_words(plain)}"
+    if worst.value < control.value:
+        return text
+    is_attack = plain is not None and control.value < plain.value
+    return text + ("; what is lost is the attack's doing, not the prompt's" if is_attack else "; nothing is lost")
+
+
+def _under(attacked: MetricValue, num: int) -> str:
+    """The value of test retain rows under an attack that was selected of some."""
+    label = metric_of(attacked.name).label
+    return f"'{variant_in_words(attacked)}', of {num}: test retain {label} {value_in_words(attacked)}"
 
 
 def _beside(evaluation: Evaluation, measure: str, rows: str, *names: str, attack: str | None = None) -> str:

@@ -1,0 +1,100 @@
+"""Lines of a ledger: the entry of a line, the line of an event, and what breaks the chain of their digests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from typing import Any
+
+from .fields import is_count
+from .ledger_events import LedgerEntry, are_fields, utc
+
+FORMAT = 1  # of a line; higher once a field's meaning changes
+FIRST = "0" * 64  # `previous` of the first line
+CHAIN = ("format", "sequence", "time", "previous", "digest")  # fields of a line; all others are the event's
+LINE = re.compile(rb'(\{.*), "digest": "([0-9a-f]{64})"\}')
+
+
+@dataclass(frozen=True)
+class LedgerFault:
+    """A line that does not fit the chain, or a head that is not in it.
+
+    Attributes:
+        line: the line's number in the file, from 1; 0 of the whole file.
+        reason: in words.
+    """
+
+    line: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"line {self.line}: {self.reason}" if self.line else self.reason
+
+
+def next_line(previous: LedgerEntry | None, fields: Mapping[str, Any]) -> tuple[LedgerEntry, bytes]:
+    """The entry of an event after another entry, and its line."""
+    sequence, before = (0, FIRST) if previous is None else (previous.sequence + 1, previous.digest)
+    time = utc(datetime.now(timezone.utc), "milliseconds")
+    of_chain = {"format": FORMAT, "sequence": sequence, "time": time, "previous": before}
+    content = json.dumps(of_chain | dict(fields))
+    digest = hashlib.sha256(content.encode("ascii")).hexdigest()
+    line = f'{content[:-1]}, "digest": "{digest}"}}\n'
+    return LedgerEntry(sequence, time, before, digest, fields, line), line.encode("ascii")
+
+
+def _parsed(line: bytes) -> LedgerEntry | None:
+    """The entry that a line says it is; None if it is none."""
+    match = LINE.fullmatch(line)
+    try:
+        record = json.loads(line) if match else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or record.get("format") != FORMAT or not is_count(record.get("sequence")):
+        return None
+    fields = {name: value for name, value in record.items() if name not in CHAIN}
+    if not all(isinstance(record.get(name), str) for name in ("time", "previous", "digest")) or not are_fields(fields):
+        return None
+    sequence, time, previous, digest = (record[name] for name in CHAIN[1:])
+    return LedgerEntry(sequence, time, previous, digest, fields, f"{line.decode()}\n")
+
+
+def _content_digest(line: bytes) -> str:
+    """SHA-256 of a line without its field `digest`."""
+    match = LINE.fullmatch(line)
+    return "" if match is None else hashlib.sha256(match[1] + b"}").hexdigest()
+
+
+def entry_of(line: bytes) -> LedgerEntry | None:
+    """The entry of a line, without its line break; None if it is none, or was edited."""
+    entry = _parsed(line)
+    return entry if entry is not None and entry.digest == _content_digest(line) else None
+
+
+def chain(lines: Sequence[bytes]) -> Iterator[LedgerEntry | LedgerFault]:
+    """The entry of each line, or the fault by which it breaks the chain."""
+    digests: dict[int, str] = {-1: FIRST}
+    expected = 0
+    for number, line in enumerate(lines, 1):
+        entry = _parsed(line)
+        if entry is None:
+            yield LedgerFault(number, "it is no entry of a ledger of this version, or was damaged")
+            expected += 1
+            continue
+        sequence, before = entry.sequence, digests.get(entry.sequence - 1, entry.previous)
+        reason = ""
+        if (found := _content_digest(line)) != entry.digest:
+            reason = f"it was edited: its content has the SHA-256 {found[:12]}..., not {entry.digest[:12]}..."
+        elif sequence < expected:
+            reason = f"entry {sequence} stands after entry {expected - 1}: moved, or twice"
+        elif sequence > expected:
+            what = f"entry {expected} is" if sequence == expected + 1 else f"entries {expected} to {sequence - 1} are"
+            reason = f"{what} missing before entry {sequence}"
+        elif entry.previous != before:
+            reason = f"it does not continue entry {sequence - 1}, which was written anew, or this is another's"
+        yield LedgerFault(number, reason) if reason else entry
+        digests.setdefault(sequence, entry.digest)
+        expected = max(expected, sequence + 1)
