@@ -21,6 +21,7 @@ from spul.evaluation.results import Evaluation
 from spul.gates import GatedUnlearner, NameGate
 from spul.records import Ledger
 from spul.records.spul_config import read_spul_config
+from spul.rivals import FixedRefusal
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +32,10 @@ def files(tmp_path_factory):
     GatedUnlearner(prompted(dtype=torch.float32), make_tokenizer(), {"default": NameGate(["jane"])}).save_pretrained(
         folder / "gated"
     )
+    FixedRefusal(build("llama"), make_tokenizer(), NameGate(["jane"]), GENERIC[0]).save_pretrained(folder / "refusal")
     layers_on(build("llama")).save_pretrained(folder / "layers")
     lora(build("llama")).save_pretrained(folder / "lora")
-    return {**found, **{kind: str(folder / kind) for kind in ("adapter", "gated", "layers", "lora")}}
+    return {**found, **{kind: str(folder / kind) for kind in ("adapter", "gated", "refusal", "layers", "lora")}}
 
 
 def options_for(files, model, folder, **more):
@@ -50,6 +52,7 @@ def options_for(files, model, folder, **more):
     [
         ("adapter", "adapter", SoftPromptUnlearner),
         ("gated", "gated", GatedUnlearner),
+        ("refusal", "refusal", FixedRefusal),
         ("layers", "layers", UnlearningLayers),
         ("lora", "adapter", None),
         ("model", "model", None),
@@ -67,7 +70,9 @@ def test_every_kind_of_model_is_known_by_its_files_and_loaded(files, name, kind,
     with torch.no_grad():
         out = loaded.model(input_ids=ids).logits
     base = build("llama")(ids).logits
-    assert torch.equal(out[:, -7:], base) is (name in ("model", "gated"))  # the gate flags no request without a name
+    assert torch.equal(out[:, -7:], base) is (
+        name in ("model", "gated", "refusal")
+    )  # the gate flags no request without a name
 
 
 def test_a_folder_without_a_model_and_a_base_that_is_not_given_or_not_there_are_errors(files, tmp_path):

@@ -169,3 +169,46 @@ def test_it_needs_an_end_token_and_a_gate():
 
 def test_a_report_names_the_method_once(few_resamples):
     assert measured(refusing(), "utility").facts["adapter"] == "fixed refusal"
+
+
+# ---- files ----
+
+
+def test_gate_and_text_are_saved_and_loaded(tmp_path):
+    model = refusing(" neutral", NameGate(["Jane", "Roe"]))
+    model.save_pretrained(tmp_path)
+    assert {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()} == {
+        "gate/gate.json",
+        "spul_refusal.json",
+    }
+    again = FixedRefusal.from_pretrained(model.base_model, tmp_path, make_tokenizer()).eval()
+    assert again.settings() == model.settings()
+    assert generate_answers(again, mixed(), collator().encoder, max_new_tokens=3) == generate_answers(
+        model, mixed(), collator().encoder, max_new_tokens=3
+    )
+
+
+def test_a_refusal_whose_files_are_missing_damaged_or_mixed_raises(tmp_path):
+    def load():
+        return FixedRefusal.from_pretrained(learned(), tmp_path, make_tokenizer())
+
+    with pytest.raises(FileNotFoundError, match=r"has no spul_refusal\.json"):
+        load()
+    refusing().save_pretrained(tmp_path)
+    NameGate(["somebody else"]).save(tmp_path / "gate")
+    with pytest.raises(ValueError, match="is not the one that was saved with its text"):
+        load()
+    (tmp_path / "gate" / "gate.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"gate\.json"):
+        load()
+    (tmp_path / "spul_refusal.json").write_text('{"format_version": 2, "refusal": "no"}')
+    with pytest.raises(ValueError, match="of another version; expected format 1"):
+        load()
+
+
+def test_what_cannot_be_saved_raises_before_anything_is_written(tmp_path):
+    with pytest.raises(ValueError, match="function"):
+        refusing(gate=lambda texts: [False] * len(texts)).save_pretrained(tmp_path / "new")
+    with pytest.raises(TypeError, match=r"a folder alone; found \['push_to_hub'\]"):
+        refusing().save_pretrained(tmp_path / "new", push_to_hub=True)
+    assert not (tmp_path / "new").exists()

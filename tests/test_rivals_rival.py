@@ -196,6 +196,13 @@ def test_it_is_an_unlearner_that_cannot_be_trained(kind, tmp_path):
         model.embedding_logits(torch.zeros(1, 2, 32), torch.ones(1, 2), torch.tensor([[0]]))
 
 
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"refusal"}), indirect=True)
+def test_its_base_is_not_saved_in_its_place(kind, tmp_path):
+    with pytest.raises(TypeError, match="its base would be saved without what it does to requests; save that: "):
+        rival(kind).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_copy_and_the_same_method_on_another_base_do_the_same(kind, tmp_path):
     model, batch = rival(kind), tokens(TEXTS)
     expected = model.generate(**batch, **GREEDY)

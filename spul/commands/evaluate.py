@@ -17,7 +17,9 @@ INPUT_ATTACK = "input attack"
 class EvaluateOptions(LoadOptions, RowOptions):
     """Options of `spul evaluate`."""
 
-    model: str = option("the unlearned model: folder of a prompt, prompts behind gates, layers, LoRA, or weights", ...)
+    model: str = option(
+        "the unlearned model: folder of a prompt, gates with prompts or a refusal, layers, LoRA, or weights", ...
+    )
     base: str | None = option("the model before, by name or folder; an adapter needs it")
     retrained: str | None = option("a model that never saw the forget rows, the yardstick")
     reference: str | None = option("another such model, for the reference attack on membership")

@@ -1,4 +1,4 @@
-"""An unlearned model of any kind from its folder: prompts, prompts behind gates, layers, LoRA, or whole weights."""
+"""An unlearned model of any kind from its folder: prompts, gates with prompts or a text, layers, LoRA, weights."""
 
 from __future__ import annotations
 
@@ -19,9 +19,11 @@ from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.fields import read_object
 from ..records.files import find_file
 from ..records.spul_config import read_spul_config
+from ..rivals.refusal import REFUSAL_NAME, FixedRefusal
 
 KINDS = {
     "gated": f"prompts behind gates ({ROUTING_NAME})",
+    "refusal": f"a fixed refusal behind a gate ({REFUSAL_NAME})",
     "layers": f"unlearning layers ({LAYERS_NAME})",
     "adapter": f"a prompt or another adapter of PEFT ({ADAPTER_NAME})",
     "model": "a whole model (config.json)",
@@ -45,7 +47,8 @@ def kind_of(folder: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError: if it has none of the files of `KINDS`.
     """
-    files = {"gated": ROUTING_NAME, "layers": LAYERS_NAME, "adapter": ADAPTER_NAME, "model": "config.json"}
+    files = {"gated": ROUTING_NAME, "refusal": REFUSAL_NAME, "layers": LAYERS_NAME}
+    files |= {"adapter": ADAPTER_NAME, "model": "config.json"}
     for kind, name in files.items():
         if find_file(folder, name) is not None:
             return kind
@@ -74,7 +77,8 @@ def load_unlearned(
     """Load an unlearned model of any kind, in evaluation mode.
 
     Args:
-        folder: folder or Hub name: prompts behind gates, unlearning layers, a prompt, LoRA, or whole weights.
+        folder: folder or Hub name: prompts or a fixed refusal behind gates, unlearning layers, a prompt, LoRA, or
+            whole weights.
         base: folder or Hub name of the base, which an adapter needs: no base is loaded by the name in an adapter's
             record. Of whole weights it is not read here.
         tokenizer: folder or Hub name of the tokenizer; the base's, or the whole model's, unless given.
@@ -94,6 +98,8 @@ def load_unlearned(
     model = load(name)
     if kind == "gated":
         model = GatedUnlearner.from_pretrained(model, folder, words)
+    elif kind == "refusal":
+        model = FixedRefusal.from_pretrained(model, folder, words)
     elif kind == "layers":
         model = UnlearningLayers.from_pretrained(model, folder)
     elif kind == "adapter":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,17 @@ class Rival(nn.Module, Unlearner):
     def on(self, base: PreTrainedModel) -> Rival:
         """The same method around another base."""
         raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Not here: the base, which would be saved, is not what the method does.
+
+        Raises:
+            TypeError: always, but for a `FixedRefusal`.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} trains nothing, and its base would be saved without what it does to requests; "
+            f"save that: {', '.join(self.settings())}. A gate has save(folder)."
+        )
 
     # ---- forward and generation ----
 
