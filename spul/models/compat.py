@@ -219,6 +219,12 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
+def packed_bytes(parameter: Tensor) -> Tensor:
+    """A 4-bit weight as bytes of the shape (N, 1), whatever type it is stored as; any other parameter as it is."""
+    is_4bit = type(parameter).__name__ == "Params4bit"
+    return parameter.data.reshape(-1).view(torch.uint8).reshape(-1, 1) if is_4bit else parameter
+
+
 # ---- datasets ----
 
 
