@@ -70,6 +70,9 @@ def main(folder):
     results["lora"] = steps(lora(folder), folder / "lora", 2, loss=UnlearningLoss(), **THREE, **FSDP)
     in_8bit = quantized(folder, load_in_4bit=False, load_in_8bit=True)
     results["8 bit"] = refused(lambda: shard_layers(in_8bit))
+    otherwise = build("llama")
+    otherwise.is_quantized = True  # by a library that keeps weights in buffers
+    results["otherwise"] = refused(lambda: shard_layers(otherwise))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spul.models.sharding, "shards_bytes", lambda: False)
         results["old torch"] = refused(lambda: shard_layers(quantized(folder)))
@@ -115,9 +118,10 @@ def test_lora_beside_a_sharded_base_in_4_bit_makes_the_steps_of_one(launch, tmp_
         assert_steps(one, results["lora"])
 
 
-def test_a_base_in_8_bit_is_refused(launch):
+def test_a_base_that_is_quantized_otherwise_is_refused(launch):
     for results in launch[1]:
-        assert "LlamaForCausalLM has weights of type Int8Params" in results["8 bit"]
+        assert "LlamaForCausalLM is quantized, with weights of type Int8Params" in results["8 bit"]
+        assert "LlamaForCausalLM is quantized, and cannot" in results["otherwise"]
         assert "load_in_4bit=True" in results["8 bit"]
 
 

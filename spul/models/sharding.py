@@ -83,10 +83,12 @@ def shard_layers(
 def _check_quantization(base: nn.Module, layers: Sequence[nn.Module], sharded: Iterable[nn.Parameter]) -> None:
     """Raise unless FSDP, which puts plain parameters in the place of a layer's, keeps what the layers compute."""
     in_4bit = {layer.weight for whole in layers for layer in layers_in_4bit(whole)}
-    if others := sorted({type(parameter).__name__ for parameter in set(sharded) - in_4bit} - {"Parameter"}):
+    others = sorted({type(parameter).__name__ for parameter in set(sharded) - in_4bit} - {"Parameter"})
+    if others or (is_quantized(base) and not in_4bit):
+        named = f", with weights of type {', '.join(others)}" if others else ""
         raise ValueError(
-            f"{type(base).__name__} has weights of type {', '.join(others)}, which FSDP would make plain ones of; "
-            "shard a base that is not quantized, or one in 4 bit: BitsAndBytesConfig(load_in_4bit=True)."
+            f"{type(base).__name__} is quantized{named}, and cannot be sharded; shard a base that is not, or one in 4 "
+            "bit by bitsandbytes: BitsAndBytesConfig(load_in_4bit=True)."
         )
     if in_4bit and not shards_bytes():
         raise ValueError(
