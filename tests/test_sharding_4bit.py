@@ -70,7 +70,7 @@ def main(folder):
     results["lora"] = steps(lora(folder), folder / "lora", 2, loss=UnlearningLoss(), **THREE, **FSDP)
     in_8bit = quantized(folder, load_in_4bit=False, load_in_8bit=True)
     results["8 bit"] = refused(lambda: shard_layers(in_8bit))
-    otherwise = build("llama")
+    otherwise = build("llama").requires_grad_(False)
     otherwise.is_quantized = True  # by a library that keeps weights in buffers
     results["otherwise"] = refused(lambda: shard_layers(otherwise))
     with pytest.MonkeyPatch.context() as patch:
