@@ -46,6 +46,15 @@ def test_weights_are_counted_by_their_type():
     assert sharded.activations == estimate().activations
 
 
+def test_of_a_sharded_base_in_4_bit_the_scales_stay_whole():
+    _, layer = parameters()
+    stored = (layer - 2 * 64) // 2 + 4 * 2 * 64  # and two norms in float32
+    whole, sharded = (estimate(bits=4, processes=processes).weights for processes in (1, 2))
+    assert sharded - whole == -3 * stored + 3 * stored // 2 + 2 * stored
+    with pytest.raises(ValueError, match="bits=8, processes=2: a base in 8 bit cannot be sharded"):
+        estimate(bits=8, processes=2)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_quantized_weights_are_those_of_a_loaded_base(tmp_path, family, bits):

@@ -6,9 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType
 from helpers import (
     CONFIGS,
     arguments,
@@ -25,6 +24,7 @@ from helpers import (
     trainable_model,
 )
 from processes import finish, launched, start_one_of_two
+from sharded_steps import FSDP, SGD, assert_steps, refused, steps
 from small_evaluations import learned, make_model, measured
 
 import spul.training.reference
@@ -32,51 +32,13 @@ import spul.training.sharding
 from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.models import shard_layers
 from spul.models.causal_lm import zero_dropout
-from spul.models.compat import is_sharded
 from spul.models.compat_checkpointing import is_checkpointing, switch_checkpointing
 from spul.prompts.shared_prefix import shares_states
-from spul.records.digests import fingerprint
 
 CONFIGS_OF_ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
-FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
-SGD = {"optim": "sgd", "max_grad_norm": 0.5, "weight_decay": 0.0, "max_steps": 2, "save_strategy": "steps"}
-SGD |= {"save_steps": 1, "learning_rate": 0.1}
-METRICS = ("accuracy", "loss", "f1", "generic")
 
 
 # ---- the work, the same in one process and in each of two ----
-
-
-def steps(model, folder, processes, resume=None, loss=None, as_on_gpus=False, **options):
-    """Two steps of 18 rows with a cached reference, saved after each; an evaluation of seven rows."""
-    size = {"per_device_train_batch_size": 18 // processes, **SGD, **options}
-    args = arguments(folder / "out", **size)
-    if as_on_gpus:  # the state that accelerate has there; on CPUs it knows no FSDP
-        state = Accelerator(cpu=True).state
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-        state.distributed_type = DistributedType.FSDP
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spul.training.reference, "MIN_ROWS_PER_PART", 3)
-        trainer = UnlearningTrainer(
-            model,
-            args,
-            make_collator(),
-            make_answers(),
-            {"jane": rows("jane", 7)},
-            reference_dir=folder / "reference",
-            loss=loss,
-        )
-        trainer.train(resume)
-    metrics = trainer.evaluate()
-    predicted = trainer.predict(rows("film", 5))
-    return {
-        "state": {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad},
-        "logs": [{k: v for k, v in log.items() if k.endswith("loss")} for log in trainer.state.log_history[:2]],
-        "metrics": {k: v for k, v in metrics.items() if k.split("_")[-1] in METRICS},
-        "predicted": torch.as_tensor(predicted.predictions),
-        "sharded": is_sharded(model),
-        "fingerprint": fingerprint(trainer.unlearner.get_base_model()),
-    }
 
 
 def uneven_steps(trainable, folder, processes, **options):
@@ -115,14 +77,6 @@ def evaluation(model, folder):
     keys = ("measure", "rows", "model", "attack", "level", "name")
     values = {tuple(getattr(one, key) for key in keys): one.value for one in found.metrics}
     return {"metrics": values, "skipped": found.skipped}
-
-
-def refused(call):
-    try:
-        call()
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def sharded_otherwise():
@@ -165,18 +119,6 @@ def launch(tmp_path_factory):
 
 
 # ---- the tests ----
-
-
-def assert_steps(one, two):
-    assert two["sharded"]
-    assert not one["sharded"]
-    assert one["fingerprint"] == two["fingerprint"]
-    assert_same(one["state"], two["state"], rtol=0, atol=1e-5)
-    assert len(one["logs"]) == 2
-    for here, there in zip(one["logs"], two["logs"], strict=True):
-        assert here == pytest.approx(there, abs=1e-5)
-    assert one["metrics"] == pytest.approx(two["metrics"], abs=1e-5)
-    torch.testing.assert_close(one["predicted"], two["predicted"], rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)

@@ -233,6 +233,12 @@ def say_of_4bit_kernel(model: nn.Module) -> None:
                 logger.handle(record)
 
 
+def packed_bytes(parameter: Tensor) -> Tensor:
+    """A 4-bit weight as bytes of the shape (N, 1), whatever type it is stored as; any other parameter as it is."""
+    is_4bit = type(parameter).__name__ == "Params4bit"
+    return parameter.data.reshape(-1).view(torch.uint8).reshape(-1, 1) if is_4bit else parameter
+
+
 # ---- datasets ----
 
 

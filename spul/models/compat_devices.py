@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
@@ -15,6 +16,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainingArguments
+
+from .compat import keep_4bit_differentiable, packed_bytes
 
 # ---- processes ----
 
@@ -84,6 +87,40 @@ def _fetched_to(module: nn.Module) -> torch.device | None:
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps weights elsewhere, in the memory of the CPU or on disk, until a forward needs them."""
     return any(_fetched_to(inner) is not None for inner in module.modules())
+
+
+# ---- weights in 4 bit: bitsandbytes is loaded with the first such base ----
+
+# The first torch whose `fully_shard` was seen to take weights of integers. Others make parameters of them that are to
+# have gradients, which integers cannot (torch issue 177844).
+TORCH_THAT_SHARDS_BYTES = "2.13"
+
+
+def shards_bytes() -> bool:
+    """Whether this torch shards weights of integers."""
+    return torch.__version__ >= TORCH_THAT_SHARDS_BYTES  # torch's own type, which compares as versions
+
+
+def layers_in_4bit(module: nn.Module) -> list[Any]:
+    """The layers of bitsandbytes in a module whose weights are stored in 4 bit."""
+    library = sys.modules.get("bitsandbytes")
+    return [] if library is None else [layer for layer in module.modules() if isinstance(layer, library.nn.Linear4bit)]
+
+
+def prepare_4bit_for_shards(module: nn.Module, device: torch.device) -> None:
+    """Move a module's 4-bit layers to a device, their weights stored as bytes, whatever `bnb_4bit_quant_storage` was.
+
+    FSDP puts plain parameters in the place of the weights, without the state that unpacks them; a layer that holds the
+    state itself unpacks those. Bytes are gathered as they are: on a GPU, weights stored as bfloat16 may read as
+    not-a-number, which FSDP's copies change (bitsandbytes issue 1945).
+    """
+    keep_4bit_differentiable(module)
+    for layer in layers_in_4bit(module):
+        weight = layer.weight
+        weight.quant_state.to(device)
+        weight.data = packed_bytes(weight).to(device)
+        weight.quant_storage = layer.quant_storage = torch.uint8
+        layer.quant_state = weight.quant_state
 
 
 # ---- memory ----

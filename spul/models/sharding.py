@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .causal_lm import bare_model, decoder_layers
 from .compat import is_quantized, is_sharded
+from .compat_devices import TORCH_THAT_SHARDS_BYTES, layers_in_4bit, prepare_4bit_for_shards, shards_bytes
 
 
 def shard_layers(
@@ -25,7 +26,7 @@ def shard_layers(
     Each process keeps a share of every layer, and gathers a layer when it computes it. Embeddings, the final norm, the
     output head and all parameters that train stay whole in every process: a few per cent of a large model, which are
     then read as ever. Every process must run the same forwards afterwards, in the same order. The weights are those of
-    the first process.
+    the first process. A base in 4 bit (bitsandbytes) is as each process loaded it, and its scales stay whole.
 
     Args:
         model: a causal LM of transformers, or one under a prompt or LoRA.
@@ -36,7 +37,8 @@ def shard_layers(
 
     Raises:
         RuntimeError: if no process group was started, as `accelerate launch` and `torchrun` do.
-        ValueError: if the base trains, is sharded already, or has weights that are not in memory.
+        ValueError: if the base trains, is sharded already, has weights that are not in memory, or is quantized
+            otherwise than in 4 bit by bitsandbytes.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
@@ -61,6 +63,7 @@ def shard_layers(
             f"all weights of {type(base).__name__}'s layers train; shard_layers is for a frozen base, whose prompt or "
             "adapter trains. A whole model is sharded by accelerate (FSDP)."
         )
+    _check_quantization(base, layers, sharded)
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -68,12 +71,30 @@ def shard_layers(
     settings: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     settings["offload_policy"] = CPUOffloadPolicy(device.type != "cpu") if cpu_offload else OffloadPolicy()
     for layer in layers:  # one at a time: no process needs room for all of them on its device
+        prepare_4bit_for_shards(layer, device)
         _place(layer, device, base)
         own = trained & set(layer.parameters())
         fully_shard(layer, ignored_params=own, **settings)
     _place(base, device, base, but=sharded)
     rest = set(base.parameters()) - {parameter for layer in layers for parameter in layer.parameters()}
     fully_shard(base.base_model, ignored_params=rest | trained, **settings)
+
+
+def _check_quantization(base: nn.Module, layers: Sequence[nn.Module], sharded: Iterable[nn.Parameter]) -> None:
+    """Raise unless FSDP, which puts plain parameters in the place of a layer's, keeps what the layers compute."""
+    in_4bit = {layer.weight for whole in layers for layer in layers_in_4bit(whole)}
+    others = sorted({type(parameter).__name__ for parameter in set(sharded) - in_4bit} - {"Parameter"})
+    if others or (is_quantized(base) and not in_4bit):
+        named = f", with weights of type {', '.join(others)}" if others else ""
+        raise ValueError(
+            f"{type(base).__name__} is quantized{named}, and cannot be sharded; shard a base that is not, or one in 4 "
+            "bit by bitsandbytes: BitsAndBytesConfig(load_in_4bit=True)."
+        )
+    if in_4bit and not shards_bytes():
+        raise ValueError(
+            f"torch {torch.__version__} cannot shard a base in 4 bit; use torch {TORCH_THAT_SHARDS_BYTES} or later, "
+            "or a base that is not quantized."
+        )
 
 
 @torch.no_grad()

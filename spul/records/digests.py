@@ -26,7 +26,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..models.compat import is_sharded, own_parameters, uncompiled, whole
+from ..models.compat import is_sharded, own_parameters, packed_bytes, uncompiled, whole
 
 DigestKey = bytes | str | os.PathLike  # the key itself, or the path of a file of `make_digest_key`
 MIN_KEY_BYTES = 16
@@ -100,12 +100,13 @@ def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]], samples
     for name, parameter in sorted(parameters, key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
-        flat = whole(parameter.detach()).reshape(-1)
+        stored = packed_bytes(parameter).detach()
+        flat = whole(stored).reshape(-1)
         indices = torch.linspace(0, flat.numel() - 1, min(samples_per_tensor, flat.numel()), dtype=torch.float64)
         values = flat[indices.round().long().to(flat.device)]
         if values.is_floating_point():
             values = values.to(torch.bfloat16).view(torch.uint8)
-        found.update(f"{name}{tuple(parameter.shape)}".encode())
+        found.update(f"{name}{tuple(stored.shape)}".encode())
         found.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 

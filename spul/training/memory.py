@@ -95,8 +95,8 @@ def estimate_memory(
         processes: among which the layers are sharded (FSDP); 1 for a whole base.
 
     Raises:
-        ValueError: for a number out of range, rows that do not fit the model's positions, or a prompt that does not
-            fit the base.
+        ValueError: for a number out of range, rows that do not fit the model's positions, a prompt that does not fit
+            the base, or shards of a base in 8 bit.
         TypeError: if `config` is none of transformers, or `prompt_config` none of the four prompts.
 
     Example:
@@ -112,6 +112,8 @@ def estimate_memory(
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
     if bits not in (None, 4, 8):
         raise ValueError(f"bits={bits!r}; expected 4, 8, or None for weights in {dtype}.")
+    if bits == 8 and processes > 1:
+        raise ValueError(f"bits=8, processes={processes}: a base in 8 bit cannot be sharded; expected bits=4 or None.")
     if response_tokens >= max_length:
         raise ValueError(f"response_tokens={response_tokens}: expected fewer than max_length={max_length}.")
     rows = batch_size if retain_rows is None else retain_rows
@@ -160,27 +162,20 @@ def _weights(base: Any, dtype: torch.dtype, bits: int | None, processes: int) ->
 
     def size(tensors: Iterable[Tensor]) -> int:
         found = {id(tensor): tensor for tensor in tensors}  # tied ones once
-        return sum(
-            _bytes(tensor.T if key in transposed else tensor, bits if key in quantized else None)
-            for key, tensor in found.items()
-        )
+        return sum(t.numel() * bits // 8 if bits and key in quantized else t.nbytes for key, t in found.items())
 
     layers = list(decoder_layers(base))
     each = [size(layer.parameters()) for layer in layers]
     rest = size(base.parameters()) - sum(each) + size(base.buffers())
+    for tensor in base.parameters():
+        if id(tensor) in quantized:  # scales in float32, whole in each process
+            outputs = tensor.shape[1 if id(tensor) in transposed else 0]
+            rest += 4 * (-(-tensor.numel() // BLOCK) if bits == 4 else outputs)
     rest += max((p.numel() for p in base.parameters() if id(p) in quantized), default=0) * dtype.itemsize  # unpacked
     if processes > 1:
         # Two layers are whole at a time: one computes while the next is gathered.
         return rest + sum(-(-one // processes) for one in each) + 2 * max(each)
     return rest + sum(each)
-
-
-def _bytes(tensor: Tensor, bits: int | None) -> int:
-    """Bytes of a tensor; of a quantized weight (outputs, inputs) with its scales, in float32."""
-    if bits is None:
-        return tensor.numel() * tensor.element_size()
-    scales = -(-tensor.numel() // BLOCK) if bits == 4 else tensor.shape[0]
-    return tensor.numel() * bits // 8 + 4 * scales
 
 
 def _step(base: Any, prompt: Any, shape: tuple[int, int, int, int], checkpointing: bool) -> tuple[int, int]:

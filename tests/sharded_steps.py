@@ -1,0 +1,69 @@
+"""Steps of training that two processes make over a sharded base, and that one makes over the whole one."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from helpers import arguments, assert_same, make_answers, make_collator, rows
+
+import spul.training.reference
+from spul import UnlearningTrainer
+from spul.models.compat import is_sharded
+from spul.records.digests import fingerprint
+
+FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}
+SGD = {"optim": "sgd", "max_grad_norm": 0.5, "weight_decay": 0.0, "max_steps": 2, "save_strategy": "steps"}
+SGD |= {"save_steps": 1, "learning_rate": 0.1}
+METRICS = ("accuracy", "loss", "f1", "generic")
+
+
+def steps(model, folder, processes, resume=None, loss=None, as_on_gpus=False, **options):
+    """Two steps of 18 rows with a cached reference, saved after each; an evaluation of seven rows."""
+    size = {"per_device_train_batch_size": 18 // processes, **SGD, **options}
+    args = arguments(folder / "out", **size)
+    if as_on_gpus:  # the state that accelerate has there; on CPUs it knows no FSDP
+        state = Accelerator(cpu=True).state
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+        state.distributed_type = DistributedType.FSDP
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spul.training.reference, "MIN_ROWS_PER_PART", 3)
+        trainer = UnlearningTrainer(
+            model,
+            args,
+            make_collator(),
+            make_answers(),
+            {"jane": rows("jane", 7)},
+            reference_dir=folder / "reference",
+            loss=loss,
+        )
+        trainer.train(resume)
+    metrics = trainer.evaluate()
+    predicted = trainer.predict(rows("film", 5))
+    return {
+        "state": {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad},
+        "logs": [{k: v for k, v in log.items() if k.endswith("loss")} for log in trainer.state.log_history[:2]],
+        "metrics": {k: v for k, v in metrics.items() if k.split("_")[-1] in METRICS},
+        "predicted": torch.as_tensor(predicted.predictions),
+        "sharded": is_sharded(model),
+        "fingerprint": fingerprint(trainer.unlearner.get_base_model()),
+    }
+
+
+def refused(call):
+    try:
+        call()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def assert_steps(one, two):
+    assert two["sharded"]
+    assert not one["sharded"]
+    assert one["fingerprint"] == two["fingerprint"]
+    assert_same(one["state"], two["state"], rtol=0, atol=1e-5)
+    assert len(one["logs"]) == 2
+    for here, there in zip(one["logs"], two["logs"], strict=True):
+        assert here == pytest.approx(there, abs=1e-5)
+    assert one["metrics"] == pytest.approx(two["metrics"], abs=1e-5)
+    torch.testing.assert_close(one["predicted"], two["predicted"], rtol=0, atol=1e-5)
