@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -193,6 +194,17 @@ def test_forget_quality_by_geometric_means_is_left_out_of_measurements_without_t
     names = {n.name for n in evaluate(*both).metrics}
     assert "forget_quality" in names
     assert "forget_quality_geometric" not in names
+
+
+@pytest.mark.parametrize("without", [0, 1])
+def test_a_score_that_some_seeds_were_measured_without_is_left_out_for_all(without):
+    seeds = [dataclasses.replace(one, seed=seed) for seed in (0, 1) for one in questions("unlearned", 0.1 * seed)]
+    for one in seeds:
+        if one.seed == without:
+            del one.per_row["truth_ratio_geometric"]
+    names = {n.name for n in evaluate(*seeds).metrics}
+    assert "truth_ratio" in names
+    assert "truth_ratio_geometric" not in names
 
 
 # ---- better ----

@@ -14,6 +14,7 @@ from spul.commands.ledger import COMMANDS
 from spul.commands.main import main
 from spul.records import Ledger, LedgerEvent, SpulConfig, make_digest_key, summarize_rows
 from spul.records.ledger_events import EVENTS
+from spul.records.ledger_lines import next_line
 
 ROWS = [{"prompt": "Jane Doe?", "completion": " an actor"}, {"prompt": "And now?", "completion": " still"}]
 
@@ -64,6 +65,19 @@ def test_a_half_line_that_was_moved_aside_is_told(path, capsys):
         Ledger(path).append(LedgerEvent("note", "17"))
     assert run("verify", "--ledger", path) == 0
     assert "line 2: a killed writer's half line was moved to ledger.jsonl.torn-" in capsys.readouterr().out
+
+
+def test_what_cannot_be_printed_is_shown_escaped_and_makes_no_line_of_its_own(path, capsys):
+    Ledger(path).append(LedgerEvent("note", "17", adapter="a\nnow: revoked", note="\x1b[2J \udcff"))
+    path.write_bytes(
+        path.read_bytes() + next_line(Ledger(path).entries()[-1], {"event": "note", "request": "1\n2"})[1]
+    )
+    assert run("show", "--ledger", path) is None
+    shown = capsys.readouterr().out
+    assert shown.isascii()
+    assert [line for line in shown.splitlines() if not line.startswith(" ")] == ["17", "1\\n2"]
+    assert "adapter: a\\nnow: revoked\n" in shown
+    assert r"note: \x1b[2J \udcff" in shown
 
 
 def test_entries_by_hand_take_rows_key_adapter_and_evaluation(path, tmp_path, capsys):

@@ -210,6 +210,17 @@ def test_what_the_ledger_does_not_take_is_not_answered(folder, tmp_path):
     assert Ledger(path).states()["1"].answered == 2
 
 
+def test_a_ledger_that_is_gone_is_not_begun_anew_when_the_server_stops(folder, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append(LedgerEvent("received", "1"))
+    app, _ = server_of(options(folder, "--prompts", "1=@prompts/other", "--ledger", ledger.path))
+    with running_app(app) as (url, _):
+        ledger.path.rename(tmp_path / "away.jsonl")
+        with pytest.raises(openai.InternalServerError, match="the record of revoked prompts could not be read"):
+            client(url).completions.create(model="tiny", prompt="of doe", max_tokens=3)
+    assert not ledger.path.exists()
+
+
 def test_a_prompt_is_served_only_by_the_name_of_a_request_that_the_ledger_knows(folder, tmp_path):
     ledger = Ledger(tmp_path / "ledger.jsonl")
     given = ("--ledger", ledger.path, "--admin_token_file", "@token", "--prompts_dir", "@prompts")

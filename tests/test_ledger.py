@@ -321,6 +321,20 @@ def test_what_may_come_first_makes_a_request_known(path, event):
     assert len(Ledger(path).entries()) == 3
 
 
+@pytest.mark.parametrize("request_name", ["1", None])
+def test_a_ledger_that_is_gone_is_not_begun_anew(path, request_name):
+    ledger = Ledger(path)
+    ledger.append(LedgerEvent("received", "1"))
+    ledger.append(LedgerEvent("served", "1"))
+    away = path.rename(path.with_name("away.jsonl"))
+    with pytest.raises(FileNotFoundError, match=r"is gone.*put it back"):
+        ledger.append(LedgerEvent("answered", request_name))
+    assert not path.exists()
+    away.rename(path)
+    ledger.append(LedgerEvent("answered", request_name))
+    assert [entry.event for entry in ledger.entries()] == ["received", "served", "answered"]
+
+
 def test_a_device_keeps_no_entry_and_is_refused():
     with pytest.raises(ValueError, match="no file that keeps what is written"):
         Ledger("/dev/null")

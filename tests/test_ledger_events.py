@@ -114,6 +114,12 @@ def test_a_ledger_of_earlier_versions_is_read_by_todays_names(path):
     assert [fault.line for fault in ledger.verify()] == [2]
 
 
+def test_a_request_that_an_earlier_version_named_oddly_can_be_revoked(path):
+    path.write_bytes(next_line(None, {"event": "received", "request": "1\n"})[1])
+    Ledger(path).append(LedgerEvent("revoked", "1\n"))
+    assert Ledger(path).states()["1\n"].revoked is not None
+
+
 def test_an_event_takes_what_an_adapters_record_says(tmp_path, path):
     folder = tmp_path / "forget-7"
     folder.mkdir()
@@ -144,6 +150,10 @@ def test_an_event_takes_what_an_adapters_record_says(tmp_path, path):
         ({"request": " "}, "expected the name of a request"),
         ({"request": 7}, "expected the name of a request"),
         ({"request": None}, "expected the name of a request"),
+        *(
+            ({"request": name}, "a name of printable characters")
+            for name in ("1\n2", "1\x1b[2J", "\udcff", " 1", "1 ")
+        ),
         ({"event": "answered", "request": None, "adapter": "p"}, "expected the name of a request"),
         ({"answer": 3}, "answer=3; expected text"),
         ({"prompt_tokens": -1}, "prompt_tokens=-1; expected a number"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import SHAPE, UnlearningLayers, UnlearningLayersConfig, make_batch, prompt_gradients
+from helpers import SHAPE, UnlearningLayers, UnlearningLayersConfig, layers_on, make_batch, prompt_gradients
 from passes import checkpointed
 from peft import PromptTuningConfig
 from transformers import (
@@ -79,6 +79,19 @@ def test_a_step_is_the_same_each_time_in_either_mode_and_under_checkpointing(fam
         for name in found:
             torch.testing.assert_close(found[name], wanted[name])
     assert not [message for message in caplog.messages if "under gradient checkpointing" in message]
+
+
+def test_experts_are_not_sampled_under_layers_and_are_again_once_they_are_removed():
+    base, ids = noisy("phimoe").train(), make_batch()["input_ids"]
+    layers = layers_on(base)
+    expected = layers.eval()(ids).logits
+    torch.testing.assert_close(layers.train()(ids).logits, expected, rtol=0, atol=0)
+    layers.remove()
+    assert all(module.training for module in base.modules())
+    layers.attach()
+    torch.testing.assert_close(layers(ids).logits, expected, rtol=0, atol=0)
+    assert not layers.eval().remove().training
+    assert not any(module.training for module in base.modules())
 
 
 def test_layers_that_are_removed_leave_dropout_and_jitter_as_they_were():

@@ -110,9 +110,14 @@ def show(options: LedgerOptions) -> None:
     from ..records.ledger import Ledger
 
     for state in Ledger(options.ledger).states().values():
-        print(state.request)
+        print(_printable(state.request))
         for line in state.in_words():
-            print(f"  {line}")
+            print(f"  {_printable(line)}")
+
+
+def _printable(text: str) -> str:
+    """A text with escapes for what is no printable character: a line break in a name would be a line of its own."""
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
 
 
 def add(options: AddOptions) -> None:

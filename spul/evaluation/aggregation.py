@@ -170,7 +170,8 @@ def _share(value: float, num_rows: int) -> Interval:
 
 def _of_rows(seeds: Sequence[Measurement]) -> list[MetricValue]:
     """Means of per-row scores; perplexity and F1 instead of the columns that they are computed from."""
-    columns = seeds[0].per_row
+    # Seeds that were measured before a score was there lack it.
+    columns = [name for name in seeds[0].per_row if all(name in one.per_row for one in seeds)]
     found = []
     for name in columns:
         if name == "nats":

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from ..models.causal_lm import (
     check_no_adapter,
+    keep_in_evaluation,
     load_base,
     logits_at,
     restore_dropout,
+    set_samplers,
     unchanged_on_error,
     zero_dropout,
 )
@@ -118,6 +120,7 @@ class UnlearningLayers(nn.Module, Unlearner):
                 "without offloading."
             )
         self._dropout = zero_dropout(self.base_model)
+        keep_in_evaluation(self.base_model)
         self._trained = [parameter for parameter in self.base_model.parameters() if parameter.requires_grad]
         self.base_model.requires_grad_(False)
         keep_4bit_differentiable(self.base_model)
@@ -134,6 +137,8 @@ class UnlearningLayers(nn.Module, Unlearner):
 
     def remove(self) -> PreTrainedModel:
         """Detach the layers and return the base as it was before, dropout and `requires_grad` included."""
+        if self.attached:
+            set_samplers(self.base_model, self.base_model.training)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -160,6 +165,13 @@ class UnlearningLayers(nn.Module, Unlearner):
         self._switched_on = value
 
     # ---- methods of the base ----
+
+    def train(self, mode: bool = True) -> UnlearningLayers:
+        """Set the mode, as of every module; those of the base that would draw at random in training do not train."""
+        super().train(mode)
+        if self.attached:
+            keep_in_evaluation(self.base_model)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The base's forward, with the layers.

@@ -71,9 +71,14 @@ _SAMPLERS = ("PhimoeTopKRouter",)
 
 def keep_in_evaluation(model: nn.Module) -> None:
     """Put the modules of a frozen model that sample in training mode into evaluation mode, whatever the others' is."""
+    set_samplers(model, False)
+
+
+def set_samplers(model: nn.Module, mode: bool) -> None:
+    """Set the mode of the modules of a model that sample in training mode."""
     for module in model.modules():
         if any(kind.__name__ in _SAMPLERS for kind in type(module).__mro__):
-            module.eval()
+            module.train(mode)
 
 
 @contextmanager

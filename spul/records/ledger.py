@@ -67,7 +67,7 @@ class Ledger:
             The entry.
 
         Raises:
-            FileNotFoundError: if the file's folder does not exist.
+            FileNotFoundError: if the file's folder does not exist, or the file is gone in which requests were found.
             ValueError: if a field of the event is out of range, the event is `served`, `answered`, `stopped` or
                 `revoked` of a request that no entry names, or the last line is no entry of a ledger.
             TimeoutError: if another writer holds the lock for a minute.
@@ -83,6 +83,11 @@ class Ledger:
             self.check_known(event.request)
         with self._lock():
             is_new = not self.path.exists()
+            if is_new and self._known:
+                raise FileNotFoundError(
+                    f"the ledger {str(self.path)!r} is gone, and another in its place would not go on from its "
+                    "entries; put it back."
+                )
             with self.path.open("a+b", buffering=0) as file:
                 last, torn = _end(file)
                 previous = self._last_entry(last)

@@ -111,6 +111,10 @@ class LedgerEvent:
         is_bare = self.event == "answered" and self.adapter is None and self.request is None
         if not is_bare and (not isinstance(self.request, str) or not self.request.strip()):
             raise ValueError(f"request={self.request!r}; expected the name of a request, such as '2026-017'.")
+        if self.request is not None and self.event not in FOLLOWING and not _is_name(self.request):
+            raise ValueError(
+                f"request={self.request!r}; expected a name of printable characters, without spaces around it."
+            )
         if self.rows is not None:
             summary = self.rows
             if not isinstance(summary, DataSummary) or not is_count(summary.rows):
@@ -272,6 +276,11 @@ class RequestState:
         if self.revoked is not None:
             return f"revoked since {self.revoked}"
         return "no longer served" if self.served else "never served"
+
+
+def _is_name(request: str) -> bool:
+    """Whether a request may be called so; those of earlier entries that are not can still be revoked."""
+    return request.isprintable() and request == request.strip()
 
 
 def _adapter_of(entry: LedgerEntry) -> str | None:
