@@ -1,13 +1,15 @@
 """The example of many requests on one base: whose rows are whose, and which count as forgotten."""
 
 import argparse
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+ROOT = Path(__file__).parents[1]
+EXAMPLES, DOCS = ROOT / "examples", ROOT / "docs"
 
 
 @pytest.fixture
@@ -71,3 +73,37 @@ def test_scores_tell_requests_in_force_from_the_others(example, requests, monkey
     found = requests.scores(None, "start", ["spielberg", "sandler"])
     assert found == {"forget": 0.5, "worst request": 1.0, "other people": 1.0, "retain": 1.0}
     assert requests.scores(None, "start", requests.people)["other people"] is None
+
+
+LINES = {
+    "base": ("base", "none"),
+    "prompts behind gates, 1 request": ("prompts behind gates", "1 added"),
+    "prompts, 5": ("prompts behind gates", "5 added"),
+    "prompts, 10": ("prompts behind gates", "10 added"),
+    "prompts, 10, of which 3 withdrawn": ("prompts behind gates", "3 withdrawn"),
+    "one prompt and gate for all 10": ("one prompt for all", "10 added"),
+    "the loss on LoRA, merged each time, 1 request": ("LoRA, merged each time", "1 added"),
+    "LoRA, 5": ("LoRA, merged each time", "5 added"),
+    "LoRA, 10": ("LoRA, merged each time", "10 added"),
+    "LoRA, 10, of which 3 withdrawn, which cannot be undone": ("LoRA, merged each time", "3 withdrawn"),
+}
+
+
+def test_the_table_on_smollm2_has_the_numbers_of_its_lines():
+    page = (DOCS / "evidence.md").read_text().split("### Ten requests on SmolLM2")[1].split("###")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    table = {name: values for name, *values in cells}
+    text = (DOCS / "data" / "evidence" / "requests-smollm2.jsonl").read_text()
+    found = {(one["system"], one["after"]): one for one in map(json.loads, text.splitlines())}
+    for name, key in LINES.items():
+        one, percent = found[key], [f"{100 * value:.1f}" if value != "" else "" for value in values_of(found[key])]
+        if key[0] == "base":  # no request is in force: its worst row says nothing
+            percent[1] = ""
+        assert table[name] == percent, (name, one)
+    for after in ("1 added", "5 added", "10 added", "3 withdrawn"):
+        assert values_of(found["refusals behind gates", after]) == values_of(found["prompts behind gates", after])
+
+
+def values_of(line):
+    columns = ("forget", "worst request", "other people", "retain")
+    return ["" if line[column] is None else line[column] for column in columns]

@@ -1,0 +1,52 @@
+"""The example of TOFU on a chat model: its format, and the page beside the stored lines."""
+
+import json
+from pathlib import Path
+
+import pytest
+from chats import TEMPLATES, chatty
+
+from spul.data.formats import REFUSALS
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def example(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import evidence_tofu
+
+    return evidence_tofu
+
+
+def test_a_question_stands_where_the_chat_template_puts_it(example):
+    tokenizer = chatty(next(iter(TEMPLATES)))
+    row = example.chat_format(tokenizer).row({"question": "who is {jane} ?", "answer": "a poet ."})
+    turn = [{"role": "user", "content": "who is {jane} ?"}]
+    assert row["prompt"] == tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    assert row["completion"] == "a poet ."
+
+
+def test_the_table_has_the_numbers_of_its_lines(example):
+    page = (ROOT / "docs" / "results.md").read_text().split("## TOFU on SmolLM2")[1].split("\n## ")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    table = {name.split(",")[0]: values for name, *values in cells[2:]}
+    text = (ROOT / "docs" / "data" / "evidence" / "tofu-smollm2.jsonl").read_text()
+    lines = list(map(json.loads, text.splitlines()))
+    summary = [line.split("|")[1:-1] for line in example.summary(lines).splitlines()]
+    order = [3, 5, 1, 2, 4, 7, 8, 6, 10, 11, 12]  # of the page's columns in the summary's
+    shown = {"base": "base", "retrained": "retrained", "SPUL": "SPUL, prefix with fitted keys"}
+    shown |= {"text gate and fixed refusal": "gate and refusal", "SPUL's loss on LoRA (IDK)": "IDK, LoRA"}
+    for row, system in shown.items():
+        (found,) = ([cell.strip() for cell in line] for line in summary if line[0].strip() == system)
+        expected = [found[i] for i in order]
+        assert [value and float(value) for value in table[row]] == pytest.approx(
+            [value and float(value) for value in expected], abs=0.005
+        ), row
+
+
+def test_answers_that_are_trained_refusals_count_as_declined(example):
+    line = {"system": "x", "answers": {"forget": [REFUSALS[0].strip(), "no"], "retain": ["no"]}}
+    line["answers_rouge"] = {"forget": [0.0, 0.5], "retain": [1.0]}
+    cells = [cell.strip() for cell in example.summary([line]).splitlines()[2].split("|")[1:-1]]
+    assert [cells[0], cells[3], cells[5], cells[7], cells[8]] == ["x", "0.25", "0.50", "1.00", "0.00"]
