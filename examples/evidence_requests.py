@@ -51,7 +51,12 @@ def parse_args() -> argparse.Namespace:
     add("--model", required=True, help="Hub name or folder of a causal LM")
     add("--data-dir", required=True, help="folder of SST-2")
     add("--plan", type=Path, required=True, help="whose `setup` memorizes, such as docs/data/evidence/sst2-plan.json")
-    add("--settings", type=Path, required=True, help="JSON file: those of `prompt`, `lora` and `anew`; `retain_rows`")
+    add(
+        "--settings",
+        type=Path,
+        required=True,
+        help="JSON file: those of `prompt`, `together`, `lora` and `anew`; `retain_rows`",
+    )
     add("--seed", type=int, default=1)
     add("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), metavar="NAME", help=", ".join(SYSTEMS))
     add("--models-dir", type=Path, help="folder of the memorized models; in the output folder unless given")

@@ -3,8 +3,8 @@
     python examples/evidence_tofu.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data-dir ../shared/data/tofu
 
 The base learns the 40 forget rows and `--retain-rows` others until it gives its answers a mean probability of 0.9;
-the retrained model learns the others alone, for as many steps. Unlearning sees all forget rows and all retain rows but
-`--unseen-retain`, on which retaining is scored. The settings are the library's defaults; nothing is chosen.
+the retrained model learns the others alone, for as many epochs. Unlearning sees all forget rows and all retain
+rows but `--unseen-retain`, on which retaining is scored. The settings are the library's defaults; nothing is chosen.
 
 A line of `tofu.jsonl` has a system's scores by question: probability, ROUGE-L recall and both truth ratios of forget,
 retain, real authors and world facts; probability of paraphrased forget questions; likelihoods of forget rows and of

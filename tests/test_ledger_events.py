@@ -36,7 +36,10 @@ def test_the_state_of_a_request_says_since_when_it_is_served_and_whether_it_was_
     stopped = ledger.append(LedgerEvent("stopped", "1", evaluation=SHA))
     assert ledger.states()["1"].in_words()[-1] == "now: no longer served"
     ledger.append(LedgerEvent("served", "1", at="2027-01-01T00:00:00Z"))
-    answers = [ledger.append(LedgerEvent("answered", "1", at=f"2027-01-0{i}T00:00:00Z")) for i in (2, 3, 4)]
+    answers = [
+        ledger.append(LedgerEvent("answered", "1", at=f"2027-01-0{i}T00:00:00Z", note=note))
+        for i, note in ((2, "once"), (3, "by hand"), (4, None))
+    ]
     ledger.append(LedgerEvent("revoked", "1", at="2027-02-01T00:00:00Z", note="at their\nwish"))
     one = ledger.states()["1"]
     assert one.served == [(served.time, stopped.time), ("2027-01-01T00:00:00Z", "2027-02-01T00:00:00Z")]
@@ -47,7 +50,7 @@ def test_the_state_of_a_request_says_since_when_it_is_served_and_whether_it_was_
         f"SHA-256 of the evaluation: {SHA}",
         *(f"{received.time} received", f"{trained.time} trained", f"{served.time} served", f"{again.time} served"),
         *(f"{stopped.time} stopped", "2027-01-01T00:00:00Z served"),
-        f"{answers[0].at} to {answers[-1].at} answered 3 times",
+        f"{answers[0].at} to {answers[-1].at} answered 3 times: by hand",
         "2027-02-01T00:00:00Z revoked: at their wish",
         *("answers under it: 3", "now: revoked since 2027-02-01T00:00:00Z"),
     ]

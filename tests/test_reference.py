@@ -33,7 +33,7 @@ from spul.data.dataset import forget_retain_dataset
 from spul.losses.terms import CrossEntropy, KLDivergence
 from spul.records.files import SCRATCH
 from spul.training.reference import row_checksums
-from spul.training.reference_files import read_part, write_part
+from spul.training.reference_files import describe, read_part, without_dropout, write_part
 
 SHAPE = {
     "vocab_size": VOCABULARY,
@@ -287,6 +287,24 @@ def test_another_config_is_refused(tmp_path):
     ReferenceCache.build(wrap(build("mistral", sliding_window=40)), dataset, collator, tmp_path)
     with pytest.raises(ValueError, match=r"this run: its base has another config\. Delete"):
         ReferenceCache.build(wrap(build("mistral", sliding_window=20)), dataset, collator, tmp_path)
+
+
+def test_the_dropout_that_a_prompt_sets_to_0_is_no_other_config(tmp_path):
+    dataset, collator, base = make_answers(), make_collator(), build("gpt2")
+    base.config.resid_pdrop = 0.1
+    before = describe(base, torch.arange(3))
+    ReferenceCache.build(base, dataset, collator, tmp_path, loss=UnlearningLoss())
+    unlearner = wrap(base)
+    assert base.config.resid_pdrop == 0.0
+    assert describe(base, torch.arange(3)) == before
+    ReferenceCache.build(unlearner, dataset, collator, tmp_path)
+
+
+def test_dropout_is_found_in_the_parts_of_a_config():
+    config = {0: 0.3, "dropout": 0.1, "drop": 1, "text_config": {"hidden_dropout": 0.2, "width": 8}}
+    expected = {0: 0.3, "dropout": 0.0, "drop": 1, "text_config": {"hidden_dropout": 0.0, "width": 8}}
+    assert without_dropout(config) == expected
+    assert config["text_config"]["hidden_dropout"] == 0.2
 
 
 def test_what_a_killed_process_left_is_in_nobodys_way(tmp_path):

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import openai
 import pytest
@@ -318,6 +319,18 @@ def test_a_prompt_whose_entry_cannot_be_recorded_is_not_served(saved):
         assert "was revoked" in said.text
         assert not engine.served.served
         broken = False
+
+
+def test_a_look_for_revoked_prompts_that_takes_too_long_is_given_up_at_the_deadline():
+    engine, written = make_engine(make_gated()), threading.Event()
+
+    def revoked():
+        written.wait(20)
+        return {}
+
+    with running_app(make_app(engine, MODEL, replace(engine.limits, timeout=0.5), revoked=revoked)) as (url, _):
+        assert HTTP.post(f"{url}/v1/completions", json={**GREEDY, "prompt": "good"}).status_code == 504
+        written.set()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ def in_second_layer(unlearner, function):
 
 
 def number_of_runs(unlearner, action):
-    """How often an action runs the base's second layer, where the base is probed first."""
+    """The number of runs of the base's second layer in an action, where the base is probed first."""
     runs = []
     handle = in_second_layer(unlearner, lambda: runs.append(1))
     action(unlearner)

@@ -130,7 +130,7 @@ def _check(options: ServeOptions) -> Callable[[str, str | None], None]:
 
 
 def _revoked(options: ServeOptions) -> Callable[[], Mapping[str, str]] | None:
-    """What the ledger says is revoked, also by other programs' entries; None without one."""
+    """A look at the requests that the ledger says are revoked, also by other programs; None without a ledger."""
     if options.ledger is None:
         return None
     from ..records.ledger_follower import LedgerFollower

@@ -231,7 +231,7 @@ class RequestState:
             self.rows = DataSummary(rows["rows"], rows.get("digest"))
         last = self.history[-1] if self.history else None
         if last is not None and last.event == entry.event == "answered":
-            last.num, last.end = last.num + 1, entry.at
+            last.num, last.end, last.note = last.num + 1, entry.at, entry.fields.get("note", last.note)
         else:
             self.history.append(Occurrence(entry.event, entry.at, entry.at, note=entry.fields.get("note")))
         self.answered += entry.event == "answered"

@@ -70,4 +70,7 @@ class LedgerFollower:
         self._last, self._end = entry, self._end + len(line) + 1
 
     def _broken(self, reason: str) -> ValueError:
-        return ValueError(f"{str(self.path)!r} is not a whole ledger: {reason}. See spul ledger verify.")
+        return ValueError(
+            f"{str(self.path)!r} is not the ledger that was read: {reason}. Put it back, or, where spul ledger "
+            "verify finds it whole, begin anew: restart the server."
+        )

@@ -159,7 +159,7 @@ class _Server:
         deadline = time.monotonic() + self.limits.timeout
         body = await in_time(self._body(http), deadline)
         request = read_body(kind, body, self.model, self.limits)
-        await self._withdraw_revoked()
+        await self._withdraw_revoked(deadline)
         job = await self._encoded(request, deadline)
         answer = Answer(kind, self.model, len(job.token_ids))
         pieces = self._pieces(job, answer, deadline)
@@ -268,7 +268,7 @@ class _Server:
     async def prompts(self, http: Request) -> dict[str, Any]:
         """`GET /admin/prompts`."""
         self._check_admin(http)
-        await self._withdraw_revoked()
+        await self._withdraw_revoked(time.monotonic() + self.limits.timeout)
         return {"served": list(self.engine.served.served.values()), "revoked": self.engine.served.revoked}
 
     async def add(self, http: Request) -> JSONResponse:
@@ -303,9 +303,12 @@ class _Server:
                 raise ApiError(500, "the prompt was revoked, and that could not be recorded.") from None
         return {"revoked": gone}
 
-    async def _withdraw_revoked(self) -> None:
-        """Take off prompts of requests that somebody else has revoked; each is logged, and recorded as stopped."""
-        if not await self._to_withdraw():
+    async def _withdraw_revoked(self, deadline: float) -> None:
+        """Take off prompts of requests that somebody else has revoked; each is logged, and recorded as stopped.
+
+        Only the look has a deadline, since it waits for entries that are written: a change is never left half done.
+        """
+        if not await in_time(self._to_withdraw(), deadline):
             return
         async with self._changing:
             for name, since in (await self._to_withdraw()).items():  # anew: one may have been added again meanwhile

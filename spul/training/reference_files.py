@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,28 @@ def describe(base: Any, checksums: Tensor, layer: int | None = None) -> dict[str
             "some weights of the base are not in memory (meta device or offloaded to disk), so that its reference "
             "cannot be distinguished from another base's; use reference='live'."
         )
+    config = without_dropout(base.config.to_dict())
     autocast = torch.get_autocast_dtype(base.device.type) if torch.is_autocast_enabled(base.device.type) else None
     return {
         "format": FORMAT,
         "base": weights,
-        "config": digest({name: value for name, value in base.config.to_dict().items() if name not in NOT_COMPUTED}),
+        "config": digest({name: value for name, value in config.items() if name not in NOT_COMPUTED}),
         "precision": f"{str(base.dtype).removeprefix('torch.')}, autocast {autocast}",
         "data": digest(checksums.sort().values.tolist()),
         "rows": len(checksums),
         **({} if layer is None else {"layer": layer}),
     }
+
+
+def without_dropout(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with every dropout 0, as prompts, layers and LoRA set it: of all of them the reference is one."""
+    found = dict(config)
+    for name, value in config.items():
+        if isinstance(value, dict):  # of a part
+            found[name] = without_dropout(value)
+        elif isinstance(value, float) and "drop" in str(name):
+            found[name] = 0.0
+    return found
 
 
 def _stored(layer: int | None) -> str:
