@@ -245,7 +245,7 @@ def measured_together(requests: Requests) -> list[dict[str, Any]]:
     model = GatedUnlearner(unlearner, experiment.tokenizer, {"default": gate}).eval()
     cost = json.loads((folder / "cost.json").read_text())
     size = folder_bytes(folder / "prompt") + folder_bytes(folder / "gate")
-    scores = requests.scores(model, position_of(requests), requests.order)
+    scores = requests.scores(model, settings.get("position", "start"), requests.order)
     return [{"after": "10 added", **scores, "train_seconds": cost["seconds"], "bytes": size}]
 
 

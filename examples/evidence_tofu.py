@@ -18,23 +18,19 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
-from paper.memorization import CompletionTrainer
-from peft import LoraConfig, PeftModel, get_peft_model
+from evidence.tofu import TOKENS, Tofu, trained_parameters
+from peft import PeftModel
 from sklearn.metrics import roc_auc_score
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoModelForCausalLM, set_seed
 
-from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
-from spul.data import PromptFormat
+from spul import SoftPromptUnlearner, UnlearningLoss
 from spul.data.dataset import forget_retain_dataset
 from spul.data.formats import REFUSALS
-from spul.data.sources import read_file
 from spul.evaluation.metrics import (
     forget_quality,
     generate_answers,
@@ -48,13 +44,9 @@ from spul.evaluation.metrics.likelihood import extraction_strength, mean_log_pro
 from spul.gates import GatedUnlearner, TextGate, hard_negatives, load
 from spul.prompts import DiscriminativeStart
 from spul.prompts.configs import prompt_config
-from spul.records.files import write_text
 from spul.rivals import FixedRefusal
 from spul.training.methods import unlearning_method
 from spul.training.rates import default_learning_rate
-
-COLUMNS = ("question", "answer", "perturbed_answer", "paraphrased_answer")
-TOKENS = 60  # of a generated answer
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,152 +67,6 @@ def parse_args() -> argparse.Namespace:
     add("--seed", type=int, default=1)
     add("--output-dir", type=Path, default=Path("out/tofu"))
     return parser.parse_args()
-
-
-def chat_format(tokenizer: Any) -> PromptFormat:
-    """Questions and answers in the model's chat template."""
-    asked = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "QUESTION"}], tokenize=False, add_generation_prompt=True
-    )
-    template = asked.replace("{", "{{").replace("}", "}}").replace("QUESTION", "{question}")
-    return PromptFormat(
-        template,
-        completion="{answer}",
-        generic_completions=tuple(text.strip() for text in REFUSALS),
-        text_field="question",
-        append_eos=True,
-    )
-
-
-class Tofu:
-    """Rows, models and settings."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.tokenizer = AutoTokenizer.from_pretrained(args.model)
-        self.format = chat_format(self.tokenizer)
-        self.collator: ForgetRetainCollator = self.format.collator(self.tokenizer, max_length=512, seed=args.seed)
-        folder = args.data_dir
-        forget = read_file(folder / "forget01_perturbed.json", (*COLUMNS, "paraphrased_question"))
-        retain = read_file(folder / "retain_perturbed.json", COLUMNS)
-        retain = retain.filter(lambda row: row["question"] not in set(forget["question"])).shuffle(seed=args.seed)
-        learned = retain.select(range(args.retain_rows))
-        others = {
-            name: read_file(folder / f"{name}_perturbed.json", COLUMNS[:3])
-            .shuffle(seed=args.seed)
-            .select(range(args.other_questions))
-            for name in ("real_authors", "world_facts")
-        }
-        scored = learned.select(range(args.unseen_retain))
-        self.questions = {"forget": forget, "retain": scored, **others}
-        self.forget, self.learned = self.format.apply(forget), self.format.apply(learned)
-        self.retain = self.learned.select(range(args.unseen_retain, args.retain_rows))
-        unlearned = retain.select(range(args.retain_rows, args.retain_rows + len(forget)))
-        self.never_learned = self.format.apply(unlearned)
-        self.in_other_words = self.format.apply(
-            forget.remove_columns("question").rename_column("paraphrased_question", "question")
-        )
-
-    @cached_property
-    def dataset(self) -> Dataset:
-        columns = ["prompt", "completion", "question"]
-        return forget_retain_dataset(self.forget.select_columns(columns), self.retain.select_columns(columns))
-
-    def training_arguments(self, **own: Any) -> TrainingArguments:
-        args = self.args
-        return TrainingArguments(
-            str(args.output_dir / "trainer"),
-            seed=args.seed,
-            per_device_train_batch_size=args.batch_size,
-            max_grad_norm=1.0,
-            save_strategy="no",
-            report_to="none",
-            remove_unused_columns=False,
-            logging_steps=25,
-            **own,
-        )
-
-    def folder(self, name: str) -> Path:
-        """The base or the retrained model, made if it is missing."""
-        folder = self.args.output_dir / name
-        record = folder / "memorized.json"  # written last
-        if record.exists():
-            return folder
-        known = Dataset.from_list(list(self.forget) + list(self.learned)) if name == "base" else self.learned
-        epochs, stop = self.args.memorize_epochs, Stop(self)
-        if name == "retrained":
-            epochs, stop = json.loads((self.folder("base") / "memorized.json").read_text())["epochs"], None
-        set_seed(self.args.seed)
-        model = AutoModelForCausalLM.from_pretrained(self.args.model, dtype=torch.float32)
-        learning = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
-        )
-        arguments = self.training_arguments(
-            learning_rate=self.args.memorize_lr,
-            num_train_epochs=epochs,
-            lr_scheduler_type="constant_with_warmup",
-            warmup_steps=20,
-        )
-        callbacks = [] if stop is None else [stop]
-        trainer = CompletionTrainer(learning, arguments, self.collator.encoder.batch, known, callbacks=callbacks)
-        begun = time.perf_counter()
-        trainer.train()
-        facts = {"epochs": round(trainer.state.epoch or 0), "seconds": time.perf_counter() - begun}
-        facts |= {"rows": len(known), "probability": self.known_probability(learning)}
-        merged = trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False).merge_and_unload()
-        merged.save_pretrained(folder)
-        write_text(record, json.dumps(facts) + "\n")
-        print(name, facts, flush=True)
-        return folder
-
-    def known_probability(self, model: Any) -> float:
-        """Mean probability of the answers of twenty forget and twenty retain rows."""
-        few = Dataset.from_list(list(self.forget.select(range(20))) + list(self.learned.select(range(20))))
-        return float(probability(response_likelihoods(model, few, self.collator.encoder)).mean())
-
-    def load(self, name: str = "base") -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.folder(name), dtype=torch.float32).eval()
-
-    def made_in(self, name: str, settings: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Path:
-        """The folder of a trained adapter, made unless it is there."""
-        folder = self.args.output_dir / name
-        settings = settings | {"steps": self.args.steps, "batch_size": self.args.batch_size}
-        record = folder / "made_with.json"
-        if not record.exists():
-            begun = time.perf_counter()
-            facts = make(folder)
-            facts |= {"seconds": time.perf_counter() - begun}
-            write_text(record, json.dumps({"settings": settings, "cost": facts}) + "\n")
-        if (known := json.loads(record.read_text())["settings"]) != settings:
-            raise ValueError(f"{folder} was made with {known}, not with {settings}; take another --output-dir.")
-        return folder
-
-    def train(self, learning: Any, loss: UnlearningLoss, dataset: Dataset, rate: float, fraction: float) -> Any:
-        arguments = self.training_arguments(
-            learning_rate=rate, max_steps=self.args.steps, lr_scheduler_type="cosine", warmup_steps=0.1
-        )
-        trainer = UnlearningTrainer(
-            learning, arguments, self.collator, dataset, loss=loss, forget_fraction=fraction, reference="cached"
-        )
-        trainer.train()
-        return trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False)
-
-
-class Stop(TrainerCallback):
-    """Ends memorizing where the answers have a mean probability of 0.9."""
-
-    def __init__(self, tofu: Tofu) -> None:
-        self.tofu = tofu
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        found = self.tofu.known_probability(kwargs["model"])
-        kwargs["model"].train()
-        print(f"epoch {state.epoch}: probability {found:.3f}", flush=True)
-        control.should_training_stop = found >= 0.9
-
-
-def trained_parameters(model: Any) -> int:
-    return sum(one.numel() for one in model.parameters() if one.requires_grad)
 
 
 # ---- systems ----
@@ -328,7 +174,7 @@ def scores(tofu: Tofu, model: Any) -> dict[str, Any]:
             found[name]["extraction_strength"] = rounded(extraction_strength(likelihoods))
         likelihoods = response_likelihoods(model, tofu.in_other_words, encoder)
         found["in other words"] = {"probability": rounded(probability(likelihoods))}
-        if hasattr(model, "disable_adapter") and not isinstance(model, PeftModel | FixedRefusal):
+        if isinstance(model, SoftPromptUnlearner | GatedUnlearner):
             with model.disable_adapter():
                 likelihoods = response_likelihoods(model, tofu.forget, encoder)
             found["disabled"] = {"probability": rounded(probability(likelihoods))}
