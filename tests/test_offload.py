@@ -18,9 +18,11 @@ from helpers import (
     scored,
 )
 from peft import PromptTuningConfig
+from small_evaluations import measured
 from transformers import AutoModelForCausalLM
 
 from spul import SoftPromptUnlearner
+from spul.evaluation.metrics import gradient_norm_attack
 from spul.models.causal_lm import decoder_layers
 from spul.models.compat_devices import device_of, is_offloaded
 from spul.prompts.starts import InstructionStart
@@ -107,6 +109,31 @@ def test_starts_read_offloaded_embeddings_and_an_option_of_peft_that_cannot_says
     peft_config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, prompt_tuning_init="SAMPLE_VOCAB")
     with pytest.raises(ValueError, match=r"SAMPLE_VOCAB.*offloaded. Leave it out, and give start="):
         SoftPromptUnlearner(offloaded(saved, tmp_path / "disk", "embeddings"), peft_config)
+
+
+@pytest.mark.usefixtures("few_resamples")
+def test_an_evaluation_skips_what_needs_the_weights_in_place_and_leaves_the_base_frozen(saved, tmp_path):
+    torch.manual_seed(1)
+    whole = SoftPromptUnlearner(load(saved), CONFIGS["prompt_tuning"]())
+    torch.manual_seed(1)
+    other = SoftPromptUnlearner(offloaded(saved, tmp_path / "disk"), CONFIGS["prompt_tuning"]())
+    measures = ("membership", "relearning", "quantized")
+    expected, found = measured(whole, "membership", "relearning"), measured(other, *measures)
+    assert "offloaded" in found.skipped["quantized"]
+    assert "offloaded" in found.skipped["membership by gradient norm"]
+    wanted = {one.key: one.per_row for one in expected.measurements}
+    assert wanted.keys() == {one.key for one in found.measurements}
+    for one in found.measurements:
+        assert one.per_row.keys() == wanted[one.key].keys() - {"gradient_norm"}
+        for name, values in one.per_row.items():
+            assert values == pytest.approx(wanted[one.key][name], abs=1e-4)
+    assert [name for name, p in other.named_parameters() if p.requires_grad] == _trained(other)
+    with pytest.raises(ValueError, match="are offloaded, and their gradients not kept"):
+        gradient_norm_attack(other, rows("jane", 2), make_collator().encoder)
+
+
+def _trained(unlearner):
+    return [f"prompt_encoder.{name}" for name, _ in unlearner.prompt_encoder.named_parameters()]
 
 
 def test_weights_on_the_meta_device_that_nothing_fetches_are_refused():

@@ -98,13 +98,18 @@ def _requires_questions(suite: Suite) -> str:
 def _requires_trained(suite: Suite) -> str:
     if not unlearner_of(suite.model).is_trained:
         return "the model was unlearned without training, so there is nothing to train further"
-    if suite.is_sharded and (suite.retrained is not None or not unlearner_of(suite.model).has_adapter):
-        return "it trains all weights of a model, and the models are sharded; leave out retrained=, or shard none"
+    if not suite.is_in_place and (suite.retrained is not None or not unlearner_of(suite.model).has_adapter):
+        return (
+            "it trains all weights of a model, and some are sharded or offloaded; leave out retrained=, or load whole "
+            "models"
+        )
     return _requires_halves(suite)
 
 
 def _requires_whole(suite: Suite) -> str:
-    return "a sharded base is not quantized; evaluate with the whole model in each process" if suite.is_sharded else ""
+    if suite.is_in_place:
+        return ""
+    return "a sharded or offloaded base is not quantized; evaluate with the whole model in each process"
 
 
 def _requires_embeddings(suite: Suite) -> str:

@@ -20,6 +20,7 @@ from ..data.formats import PromptFormat
 from ..data.rows import ADAPTER_NAME, column_values, completion_text
 from ..models.causal_lm import bare_model, max_positions
 from ..models.compat import is_sharded
+from ..models.compat_devices import is_offloaded
 from ..models.unlearner import detached_base, unlearner_of
 from ..prompts.row_prompts import NO_PROMPT
 from ..records.digests import digest_of_rows
@@ -186,6 +187,12 @@ class Suite:
         """Whether processes hold shards of one of the models, so that all of them run each task together."""
         given = (self.model, self.base, self.retrained, self.reference)
         return any(model is not None and is_sharded(model) for model in given)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the weights of all models are whole and where they are used, neither sharded nor offloaded."""
+        given = (self.model, self.base, self.retrained)
+        return not self.is_sharded and not any(model is not None and is_offloaded(model) for model in given)
 
     @contextmanager
     def subject(self, name: str) -> Iterator[Any]:

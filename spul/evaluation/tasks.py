@@ -74,9 +74,11 @@ def membership(suite: Suite) -> Iterator[Task]:
         suite.skipped["membership by the reference attack"] = "give reference=, another model that never saw the rows"
     if not suite.attacks.gradient_norm:
         suite.skipped["membership by gradient norm"] = "give AttackSettings(gradient_norm=True); it takes long"
-    elif suite.is_sharded:
-        suite.skipped["membership by gradient norm"] = "it reads gradients of the base's weights, which are sharded"
-    whole = suite.attacks.gradient_norm and not suite.is_sharded
+    elif not suite.is_in_place:
+        suite.skipped["membership by gradient norm"] = (
+            "it reads gradients of the base's weights, which are sharded or offloaded"
+        )
+    whole = suite.attacks.gradient_norm and suite.is_in_place
     gradient_of: GradientOf | None = "model" if whole else None
     settings = (gradient_of, suite.attacks.min_k_share, suite.batch_size)
     for name in suite.models:

@@ -70,7 +70,8 @@ def relearn(
         A record for step 0 and for each of `at`: `step`, and the metrics that `score` returns.
 
     Raises:
-        ValueError: if nothing requires gradients, `held_out` shares prompts with `rows`, or a number is out of range.
+        ValueError: if nothing requires gradients, or what does is offloaded, `held_out` shares prompts with `rows`, or
+            a number is out of range.
 
     Source: Hu et al., *Jogging the Memory of Unlearned Models*, https://arxiv.org/abs/2406.13356
     """
@@ -83,6 +84,8 @@ def relearn(
             "some that do (load a prompt with is_trainable=True), numbers of steps and rows of at least 1, and lr "
             "above 0."
         )
+    if any(parameter.is_meta for parameter in learning):
+        raise ValueError("some parameters that require gradients are offloaded; load the whole model.")
     records = [{"step": 0, **score(model, held_out)}]
     before = [parameter.detach().to("cpu", copy=True) for parameter in learning]
     # In 16 bit small steps would be rounded to none.

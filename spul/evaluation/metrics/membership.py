@@ -135,8 +135,8 @@ def gradient_norm_attack(
         progress: label of a progress bar; None shows none.
 
     Raises:
-        ValueError: if there are no rows, `of` is neither, there are no such parameters, they are quantized, or the
-            adapter is disabled.
+        ValueError: if there are no rows, `of` is neither, there are no such parameters, they are quantized or
+            offloaded, or the adapter is disabled.
 
     Source: Wang et al., *Pandora's White-Box*, https://arxiv.org/abs/2402.17012
     """
@@ -155,6 +155,10 @@ def gradient_norm_attack(
             f"of={of!r}: there are {len(theta)} such parameters, "
             f"{sum(not p.is_floating_point() for p in theta)} of them quantized; expected floating-point ones. "
             "A bare model has no adapter; weights in 8 or 4 bit have no gradient."
+        )
+    if any(parameter.is_meta for parameter in theta):
+        raise ValueError(
+            f"of={of!r}: some of these parameters are offloaded, and their gradients not kept; load the whole model."
         )
 
     def measure(batch: ResponseBatch) -> list[float]:
