@@ -19,9 +19,16 @@ def example(monkeypatch):
     return evidence_tofu
 
 
-def test_a_question_stands_where_the_chat_template_puts_it(example):
+@pytest.fixture
+def tofu(example):
+    from evidence import tofu
+
+    return tofu
+
+
+def test_a_question_stands_where_the_chat_template_puts_it(tofu):
     tokenizer = chatty(next(iter(TEMPLATES)))
-    row = example.chat_format(tokenizer).row({"question": "who is {jane} ?", "answer": "a poet ."})
+    row = tofu.chat_format(tokenizer).row({"question": "who is {jane} ?", "answer": "a poet ."})
     turn = [{"role": "user", "content": "who is {jane} ?"}]
     assert row["prompt"] == tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     assert row["completion"] == "a poet ."

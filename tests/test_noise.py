@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from spul import SoftPromptUnlearner
+from spul.training.methods import unlearning_method
 
 TOKENS = {key: SHAPE[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
 EXPERTS = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4}
@@ -102,3 +103,12 @@ def test_layers_that_are_removed_leave_dropout_and_jitter_as_they_were():
         assert getattr(holder, name) == 0.0
         layers.remove()
         assert getattr(holder, name) == value
+
+
+@pytest.mark.parametrize("family", ["falcon", "gpt_neo", "opt"])
+def test_a_model_that_trains_keeps_its_config_with_which_it_is_saved(family):
+    base = noisy(family)
+    before = base.config.to_dict()
+    trained = unlearning_method("GA", trainable="full").prepare(base)
+    assert trained.config.to_dict() == before
+    assert all(module.p == 0 for module in trained.modules() if isinstance(module, torch.nn.Dropout))

@@ -17,7 +17,7 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.checks import forget_flags
 from ..data.collator import ForgetRetainCollator
@@ -29,7 +29,7 @@ from ..losses.states import RMU, StateDistance, StateTerm
 from ..losses.suppressed import CEU, UNDIAL
 from ..losses.terms import CrossEntropy, GradientAscent, KLAscent, KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import feed_forward_ends, zero_dropout
+from ..models.causal_lm import feed_forward_ends, restore_dropout, zero_dropout
 from ..models.compat import is_quantized, keep_4bit_differentiable
 from ..prompts.unlearner import SoftPromptUnlearner
 
@@ -174,7 +174,9 @@ class Method:
                 task_type="CAUSAL_LM", num_virtual_tokens=30, encoder_hidden_size=128
             )
             return SoftPromptUnlearner(model, prompt, loss=self.loss)
-        zero_dropout(model)
+        before = zero_dropout(model)
+        if self.trainable == "full":  # saved with its config, which is to keep its values
+            restore_dropout([one for one in before if isinstance(one[0], PreTrainedConfig)])
         keep_4bit_differentiable(model)
         if self.trainable == "lora":
             modules = "all-linear" if self.loss.reads_layer is None else [*self._steered(model)]
