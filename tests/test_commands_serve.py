@@ -204,7 +204,10 @@ def test_what_the_ledger_does_not_take_is_not_answered(folder, tmp_path):
         with pytest.raises(openai.InternalServerError) as caught:
             ask.create(model="tiny", prompt="of doe", max_tokens=3)
         assert "the record of revoked prompts could not be read" in str(caught.value)
+        said = HTTP.get(f"{url}/health")
+        assert (said.status_code, said.json()["status"]) == (503, "ledger unreadable")
         path.write_bytes(whole)
+        assert HTTP.get(f"{url}/health").status_code == 200
         assert ask.create(model="tiny", prompt="of doe", max_tokens=3).id
     assert Ledger(path).verify() == []
     assert Ledger(path).states()["1"].answered == 2

@@ -142,10 +142,15 @@ class _Server:
         return {"id": self.model, "object": "model", "created": self.created, "owned_by": "spul"}
 
     async def health(self) -> JSONResponse:
-        """`GET /health`: numbers alone, since names of prompts may tell what they are for."""
-        served = self.engine.served
+        """`GET /health`: numbers alone, since names may tell what prompts are for; 503 where nothing is answered."""
+        served, status = self.engine.served, "ok" if self.engine.is_alive else "stopping"
+        if status == "ok":
+            try:
+                await in_time(self._to_withdraw(), time.monotonic() + self.limits.timeout)
+            except ApiError:  # logged
+                status = "ledger unreadable"
         found = {
-            "status": "ok" if self.engine.is_alive else "stopping",
+            "status": status,
             "engine": self.engine.name,
             "prompts": len(served.served),
             "revoked": len(served.revoked),
@@ -153,7 +158,7 @@ class _Server:
             "in_flight": self.num_in_flight,
             "waiting": self.engine.num_waiting,
         }
-        return JSONResponse(found, 200 if self.engine.is_alive else 503)
+        return JSONResponse(found, 200 if status == "ok" else 503)
 
     async def _answer(self, kind: str, http: Request) -> Response:
         deadline = time.monotonic() + self.limits.timeout
