@@ -195,7 +195,8 @@ def _where_layers_are(base_model: Any, layers: list[LayerStates] | None) -> list
     """Keys and values on the devices of their layers, where `device_map` has put layers on several."""
     if layers is None or not hasattr(base_model, "hf_device_map"):
         return layers
-    devices = [device_of(layer) for layer in decoder_layers(base_model)]
+    # Layers that share the keys of others come last, and have no states of their own.
+    devices = [device_of(layer) for layer in decoder_layers(base_model)][: len(layers)]
     return [
         LayerStates(one.keys.to(device), one.values.to(device), one.seen)
         for one, device in zip(layers, devices, strict=True)
