@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import CONFIGS, SHAPE, build, make_batch
+from helpers import CONFIGS, SHAPE, build, layers_on, make_batch
 from peft import PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig
 from plain import row_logits
 from transformers import (
@@ -166,3 +166,13 @@ def assert_like_concatenation(unlearner):
             at = [k for k in range(1, int(mask.sum())) if labels[k] != -100]
             expected = row_logits(unlearner, ids[mask.bool()])[[k - 1 for k in at]]
             torch.testing.assert_close(out.logits[i, : len(at)], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_base_with_unlearning_layers_is_refused_until_they_are_removed():
+    layers = layers_on(build("llama"))
+    for enabled in (True, False):
+        layers.enabled = enabled
+        with pytest.raises(TypeError, match=r"has unlearning layers attached; .*base = layers\.remove\(\)"):
+            SoftPromptUnlearner(layers.base_model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    base = layers.remove()
+    assert SoftPromptUnlearner(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).has_adapter

@@ -392,6 +392,8 @@ class UnlearningLayers(nn.Module, Unlearner):
 class _Hook:
     """Forward hook: passes a block's output through its layer."""
 
+    is_unlearning_layer = True
+
     def __init__(self, owner: UnlearningLayers, layer: Bottleneck, name: str) -> None:
         self.owner, self.layer, self.name = owner, layer, name
 

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .compat import is_dropout, peft_layers, takes_positions, uncompiled
 from .compat_checkpointing import switching
+from .compat_modules import forward_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -140,6 +141,20 @@ def check_no_adapter(model: nn.Module) -> None:
             f"{type(model).__name__} has an adapter's layers inside, such as {found[0]!r}; expected a base without "
             "them, since fingerprint and saved files would not know of them. Merge them first: "
             "model = peft_model.merge_and_unload() of the PeftModel, or of PeftModel.from_pretrained(base, adapter)."
+        )
+
+
+def check_no_layers(model: nn.Module) -> None:
+    """Raise if unlearning layers are attached to a model that is to be a base.
+
+    Raises:
+        TypeError: if they are, also while they are disabled.
+    """
+    if any(getattr(hook, "is_unlearning_layer", False) for _, hook in forward_hooks(model)):
+        raise TypeError(
+            f"{type(model).__name__} has unlearning layers attached; expected a base without them, since fingerprint "
+            "and saved files would not know of them, and removing them later would change the base. Remove them "
+            "first: base = layers.remove()."
         )
 
 

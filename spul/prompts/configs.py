@@ -22,7 +22,7 @@ from peft import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models.causal_lm import check_no_adapter
+from ..models.causal_lm import check_no_adapter, check_no_layers
 from ..models.compat_devices import device_of
 from ..models.unlearner import PREFIX_TYPES, PROMPT_TYPES
 from ..records.fields import is_count
@@ -88,7 +88,7 @@ def check_causal_lm(model: Any) -> None:
     """Raise unless a model can be the base of a soft prompt.
 
     Raises:
-        TypeError: if it is not a module, or has an adapter.
+        TypeError: if it is not a module, has an adapter, or unlearning layers are attached to it.
     """
     if isinstance(model, PeftModel) or not isinstance(model, nn.Module):
         raise TypeError(
@@ -96,6 +96,7 @@ def check_causal_lm(model: Any) -> None:
             "gives it. A model under LoRA or another adapter is merged first: model.merge_and_unload()."
         )
     check_no_adapter(model)
+    check_no_layers(model)
 
 
 def check_sizes(config: Any, where: str) -> None:

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..data.encoded import left_padded_ids
 from ..losses.positions import pack_right
 from ..losses.terms import IGNORE_INDEX
-from ..models.causal_lm import check_no_adapter, logits_at
+from ..models.causal_lm import check_no_adapter, check_no_layers, logits_at
 from ..models.compat_devices import device_of
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.unlearner import Unlearner, drop_adapter_names
@@ -62,6 +62,7 @@ class Rival(nn.Module, Unlearner):
                 "gives it, a PEFT adapter merged (merge_and_unload())."
             )
         check_no_adapter(model)
+        check_no_layers(model)
         self.base_model, self.tokenizer = model, tokenizer
 
     # ---- what a method does ----
