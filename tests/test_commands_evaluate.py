@@ -19,7 +19,7 @@ from spul.evaluation.harness import Requests
 from spul.evaluation.loading import KINDS, kind_of, load_unlearned
 from spul.evaluation.results import Evaluation
 from spul.gates import GatedUnlearner, NameGate
-from spul.records import Ledger
+from spul.records import Ledger, LedgerEvent
 from spul.records.spul_config import read_spul_config
 from spul.rivals import FixedRefusal
 
@@ -82,7 +82,7 @@ def test_a_folder_without_a_model_and_a_base_that_is_not_given_or_not_there_are_
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "no-such-base"}))
     with pytest.raises(
-        ValueError, match=r"base is not given; expected .* \(its record says 'no-such-base', which nothing"
+        ValueError, match=r"none is given; expected .* \(its record says 'no-such-base', which nothing"
     ):
         load_unlearned(tmp_path)
     with pytest.raises(OSError):  # noqa: PT011, transformers' own, and it may be offline
@@ -91,7 +91,7 @@ def test_a_folder_without_a_model_and_a_base_that_is_not_given_or_not_there_are_
     record = read_spul_config(tmp_path)
     record.base_model_name_or_path = None
     record.save(tmp_path)
-    with pytest.raises(ValueError, match="its record does not name one"):
+    with pytest.raises(ValueError, match=r"expected the base, by name or folder\.$"):
         load_unlearned(tmp_path)
 
 
@@ -136,6 +136,15 @@ def test_results_report_and_card_are_written_and_conditions_decide(files, tmp_pa
     values["fail_if"] = [f"test_forget.accuracy.value >= {one.value}", *conditions]
     assert run(parsed("evaluate", values)) == 1
     assert f"failed: test_forget.accuracy.value >= {one.value:g}" in capsys.readouterr().out
+
+
+def test_a_request_that_a_ledger_does_not_know_is_refused_before_anything_is_measured(files, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append(LedgerEvent("received", "2026-017"))
+    more = {"base": files["model"], "evidence": tmp_path / "new", "ledger": ledger.path, "request": "2026-071"}
+    with pytest.raises(ValueError, match="knows no request '2026-071'; did you mean '2026-017'"):
+        run(parsed("evaluate", options_for(files, files["adapter"], tmp_path / "out", **more)))
+    assert not (tmp_path / "out").exists()
 
 
 def test_evidence_is_written_and_noted_in_the_ledger(files, tmp_path, capsys, few_resamples):

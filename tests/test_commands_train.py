@@ -140,6 +140,15 @@ def test_two_processes_train_and_note_what_one_does(files, tmp_path):
     assert Ledger(tmp_path / "two.jsonl").states()["17"].prompt_sha256 == two.weights_sha256
 
 
+def test_a_folder_with_a_saved_prompt_is_refused_unless_the_run_goes_on_in_it(files, tmp_path):
+    trained(files, tmp_path, save_strategy="steps", save_steps=1)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a saved prompt, which may be served; name another folder"):
+        trained(files, tmp_path, model="no-base")
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    trained(files, tmp_path, resume=True)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_base_may_be_quantized(files, tmp_path, bits, capsys):
     pytest.importorskip("bitsandbytes")

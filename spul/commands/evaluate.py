@@ -138,6 +138,7 @@ def _measure(name: str) -> str:
 def _check_evidence(options: EvaluateOptions) -> None:
     """Raise, before anything is measured, if the evidence pack cannot be written."""
     from ..evaluation.evidence import check_new
+    from ..records.ledger import Ledger
     from ..records.ledger_events import LedgerEvent
 
     if options.evidence is None:
@@ -151,6 +152,8 @@ def _check_evidence(options: EvaluateOptions) -> None:
     check_new(options.evidence, options.ledger)
     if options.request is not None:
         LedgerEvent("evaluated", options.request).to_dict()
+    if options.ledger is not None and options.request is not None and Path(options.ledger).exists():
+        Ledger(options.ledger).check_known(options.request)  # a slip of the pen would begin another request
 
 
 def _lines(path: str | None) -> list[str]:

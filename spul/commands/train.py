@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments, set_seed
@@ -105,6 +106,7 @@ def run(options: TrainOptions) -> int | None:
         LedgerEvent("trained", options.request).to_dict()
         ledger.check_goes_on()
     check_can_hold(options.output_dir)
+    _check_no_prompt(options)
     tests = {
         name: options.rows(files)
         for name, files in (("test_forget", options.test_forget), ("test_retain", options.test_retain))
@@ -164,6 +166,18 @@ def _fill(options: TrainOptions) -> None:
         options.alpha = ALPHA_OF_FITTED_KEYS if options.alpha is None else options.alpha
 
 
+def _check_no_prompt(options: TrainOptions) -> None:
+    """Raise if the folder holds a saved prompt, which a run that is not resumed would replace, gate or no gate."""
+    from ..prompts.checkpoint import CONFIG_NAME
+
+    if options.resume or options.resume_from_checkpoint is not None:
+        return
+    if Path(options.output_dir, CONFIG_NAME).exists():
+        raise FileExistsError(
+            f"{options.output_dir!r} holds a saved prompt, which may be served; name another folder, or move that one."
+        )
+
+
 def _prompt_config(options: TrainOptions) -> Any:
     """PEFT's config of the prompt; raises for options that contradict each other, before the base is loaded."""
     from ..prompts.configs import holds_states, prompt_config
@@ -217,8 +231,8 @@ def _scores(trainer: Any, tests: dict[str, Any], target: float) -> list[str]:
         answered = 100 * after["eval_test_forget_accuracy"]
         if answered > target:
             lines.append(
-                f"warning: test_forget: {answered:.1f} % of these rows are still answered as before; more steps, "
-                "other kinds of prompt and a gate are what may help."
+                f"warning: test_forget: {answered:.1f} % of these rows are still answered as before; more steps are "
+                "what helps first (--max-steps). A gate decides which requests get the prompt, and forgets nothing."
             )
     # Otherwise an accuracy of 0 under the prompt looks like success.
     return lines + [

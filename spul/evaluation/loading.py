@@ -60,10 +60,10 @@ def no_base_error(folder: str | os.PathLike[str]) -> ValueError:
     path = find_file(folder, ADAPTER_NAME)
     name = read_object(path).get("base_model_name_or_path") if path is not None else None
     name = name or read_spul_config(folder).base_model_name_or_path
-    recorded = f"its record says {name!r}" if isinstance(name, str) and name else "its record does not name one"
+    recorded = f"its record says {name!r}, which nothing is loaded by" if isinstance(name, str) and name else ""
     return ValueError(
-        f"{str(folder)!r} holds an adapter, and its base is not given; expected the base, by name or folder "
-        f"({recorded}, which nothing is loaded by)."
+        f"{str(folder)!r} holds no base, and none is given; expected the base, by name or folder"
+        + (f" ({recorded})." if recorded else ".")
     )
 
 

@@ -150,7 +150,9 @@ def find_file(folder: str | os.PathLike, name: str, **hub: Any) -> Path | None:
             f"{str(folder)!r} is no folder here, and no name on the Hub (NAME or OWNER/NAME); expected the folder "
             "that save_pretrained wrote, or the name of a Hub repository."
         ) from error
-    except LocalEntryNotFoundError:  # a subclass of EntryNotFoundError, but it does not mean that the file is missing
-        raise
+    except LocalEntryNotFoundError as error:  # of EntryNotFoundError, but it does not mean that the file is missing
+        raise LocalEntryNotFoundError(
+            f"{str(folder)!r} is no folder here, its {name} is not cached, and the Hub could not be asked: {error}"
+        ) from error
     except EntryNotFoundError:
         return None
