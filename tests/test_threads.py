@@ -50,9 +50,9 @@ def interrupted(unlearner, at, other):
     try:
         yield
     finally:
-        handle.remove()
         for thread in threads:
             thread.join()
+        handle.remove()  # last: a base whose hooks have changed is asked anew
         assert threads, f"it ran {len(runs)} times"
 
 
