@@ -91,6 +91,12 @@ class Requests:
         """The people whose requests are in force in the end."""
         return [name for name in self.order if name not in self.withdrawn]
 
+    @property
+    def stages(self) -> dict[str, list[str]]:
+        """The people whose requests are in force at each stage that is scored, by its name."""
+        added = {f"{count} added": self.order[:count] for count in CHECKPOINTS}
+        return added | {f"{WITHDRAWN} withdrawn": self.left}
+
     def rows_for(self, names: Sequence[str]) -> dict[str, Dataset]:
         """Rows to train requests on: the other people's are retain rows."""
         others = [self.train[other] for other in self.people if other not in names]
@@ -171,8 +177,7 @@ def measured_refusals(requests: Requests) -> list[dict[str, Any]]:
         name: train_prompt(requests, name, requests.rows_for([name]), requests.settings["prompt"]) / "gate"
         for name in requests.order
     }
-    stages = {f"{count} added": requests.order[:count] for count in CHECKPOINTS}
-    for after, active in (stages | {f"{WITHDRAWN} withdrawn": requests.left}).items():
+    for after, active in requests.stages.items():
         gate = AnyGate([load(folders[name], base, experiment.tokenizer) for name in active])
         model = FixedRefusal(base, experiment.tokenizer, gate, refusal)
         found.append({"after": after, **requests.scores(model, "start", active)})
@@ -220,8 +225,7 @@ def measured_merged(requests: Requests) -> list[dict[str, Any]]:
 def measured_anew(requests: Requests) -> list[dict[str, Any]]:
     """The lines of LoRA that is trained from the base on all requests in force; seconds are of the last training."""
     found = []
-    stages = {f"{count} added": requests.order[:count] for count in CHECKPOINTS}
-    for after, active in (stages | {f"{WITHDRAWN} withdrawn": requests.left}).items():
+    for after, active in requests.stages.items():
         begun = time.perf_counter()
         model = merged(
             requests, requests.experiment.load("base"), requests.rows_for(active), requests.settings["anew"]

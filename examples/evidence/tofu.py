@@ -21,10 +21,7 @@ from spul.data import PromptFormat
 from spul.data.dataset import forget_retain_dataset
 from spul.data.formats import REFUSALS
 from spul.data.sources import read_file
-from spul.evaluation.metrics import (
-    probability,
-    response_likelihoods,
-)
+from spul.evaluation.metrics import probability, response_likelihoods
 from spul.records.files import write_text
 
 COLUMNS = ("question", "answer", "perturbed_answer", "paraphrased_answer")

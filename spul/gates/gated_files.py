@@ -160,7 +160,7 @@ def _remove_prompt(folder: Path) -> None:
 
 
 def gate_of(folder: str | os.PathLike, model: Any, tokenizer: PreTrainedTokenizerBase, **hub: Any) -> Gate:
-    """The gate in a prompt's folder."""
+    """The gate beside a prompt, or beside a refusal, in a folder."""
     return load(folder, model, tokenizer, **{**hub, "subfolder": _joined(hub, GATE_FOLDER)})
 
 

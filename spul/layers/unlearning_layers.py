@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..models.causal_lm import (
     check_no_adapter,
+    has_layers,
     keep_in_evaluation,
     load_base,
     logits_at,
@@ -27,7 +28,6 @@ from ..models.causal_lm import (
 from ..models.compat import keep_4bit_differentiable, reset_compiled
 from ..models.compat_checkpointing import switch_checkpointing
 from ..models.compat_devices import device_of
-from ..models.compat_modules import forward_hooks
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.unlearner import Unlearner, drop_adapter_names
 from ..records.spul_config import SpulConfig
@@ -105,7 +105,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         Raises:
             ValueError: if the base has unlearning layers already, these or others, or a block is offloaded.
         """
-        if any(isinstance(hook, _Hook) for _, hook in forward_hooks(self.base_model)):
+        if has_layers(self.base_model):
             raise ValueError(
                 "the base has unlearning layers already; remove them first: base = layers.remove(). Several "
                 "requests become one set of layers by spul.fuse."

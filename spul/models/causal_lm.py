@@ -144,13 +144,18 @@ def check_no_adapter(model: nn.Module) -> None:
         )
 
 
+def has_layers(model: nn.Module) -> bool:
+    """Whether unlearning layers are attached to a model, also while they are disabled."""
+    return any(getattr(hook, "is_unlearning_layer", False) for _, hook in forward_hooks(model))
+
+
 def check_no_layers(model: nn.Module) -> None:
     """Raise if unlearning layers are attached to a model that is to be a base.
 
     Raises:
         TypeError: if they are, also while they are disabled.
     """
-    if any(getattr(hook, "is_unlearning_layer", False) for _, hook in forward_hooks(model)):
+    if has_layers(model):
         raise TypeError(
             f"{type(model).__name__} has unlearning layers attached; expected a base without them, since fingerprint "
             "and saved files would not know of them, and removing them later would change the base. Remove them "

@@ -13,10 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoder import RowEncoder
-from ..gates.any_gate import load
 from ..gates.files import SETTINGS_NAME as GATE_NAME
 from ..gates.gate import Gate, as_gate, request_texts
-from ..gates.gated_files import GATE_FOLDER
+from ..gates.gated_files import GATE_FOLDER, gate_of
 from ..prompts.arguments import OF_THE_BATCH
 from ..prompts.row_prompts import NO_PROMPT
 from ..records.fields import read_object
@@ -184,9 +183,8 @@ class FixedRefusal(Rival):
         fields = read_object(path)
         if fields.get("format_version") != FORMAT_VERSION or not isinstance(fields.get("refusal"), str):
             raise ValueError(f"{path} is damaged or of another version; expected format {FORMAT_VERSION} and a text.")
-        inside = {**hub, "subfolder": "/".join(filter(None, (hub.get("subfolder"), GATE_FOLDER)))}
-        gate = load(folder, model, tokenizer, **inside)
-        found = find_file(folder, GATE_NAME, **inside)
+        gate = gate_of(folder, model, tokenizer, **hub)
+        found = find_file(folder, f"{GATE_FOLDER}/{GATE_NAME}", **hub)
         if found is None or file_digest(found) != fields.get("gate_sha256"):
             raise ValueError(
                 f"the gate in {str(folder)!r} is not the one that was saved with its text; save both again."
