@@ -45,6 +45,7 @@ def parse_args() -> argparse.Namespace:
     add("--chosen", type=Path, help="a choice: its systems are not tried. That of the output folder unless given")
     add("--attacked", type=int, default=200, help="rows of each side under each attack on the best; 0 for none")
     add("--attacked-seeds", nargs="+", type=int, help="of the attacks; those of `--seeds` unless given")
+    add("--attack", nargs="+", metavar="NAME", help="systems to attack in place of the best four")
     add("--systems", nargs="+", help="names in the plan, NAME@1,3 for seeds of its own; all unless given")
     add("--seeds", nargs="+", type=int, help="to score on; the plan's unless given")
     add("--workers", type=int, default=1, help="processes beside each other")
@@ -157,8 +158,10 @@ def run(args: argparse.Namespace, plan: Plan) -> None:
     """Do the jobs of a stage, `--workers` at a time."""
     begun, wanted, files = time.monotonic(), wanted_systems(args, plan), Files(args.output_dir, args.model)
     attacked = (args.attacked_seeds or args.seeds or plan.seeds) if args.attacked else ()
-    choice = earlier_choice(args, plan, wanted)
-    schedule = Schedule(plan, args.stage, wanted, attacked, choice, files.known)
+    if unknown := sorted(set(args.attack or ()) - {system.name for system in plan.systems}):
+        raise SystemExit(f"--attack {unknown[0]!r}: expected names of the plan.")
+    choice = earlier_choice(args, plan, wanted | dict.fromkeys(args.attack or (), attacked))
+    schedule = Schedule(plan, args.stage, wanted, attacked, choice, files.known, args.attack)
     files.write_choice(schedule.choice)
     running: dict[Future, Job] = {}
     broken, fresh = False, True
