@@ -3,9 +3,9 @@
     python examples/evidence_tofu.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data-dir ../shared/data/tofu
 
 The base learns the forget rows (40 in forget01, 200 in forget05) and `--retain-rows` others until it gives its
-answers a mean probability of 0.9; the retrained model learns the others alone, for as many epochs. Unlearning sees all forget
-rows and all retain rows but `--unseen-retain`, on which retaining is scored. The settings are the library's defaults;
-nothing is chosen.
+answers a mean probability of 0.9; the retrained model learns the others alone, for as many epochs. Unlearning sees
+all forget rows and all retain rows but `--unseen-retain`, on which retaining is scored. The settings are the
+library's defaults; nothing is chosen.
 
 A line of `tofu.jsonl` has a system's scores by question: probability, ROUGE-L recall and both truth ratios of forget,
 retain, real authors and world facts; probability of paraphrased forget questions; likelihoods of forget rows and of
