@@ -70,8 +70,9 @@ class Tofu:
         known = {*forget["question"], *retain["question"]}
         more = read_file(folder / f"retain{100 - int(args.forget_set[-2:])}.json", COLUMNS[:2])
         more = more.filter(lambda row: row["question"] not in known).shuffle(seed=args.seed)
-        left = retain.select(range(args.retain_rows, len(retain))).select_columns(list(COLUMNS[:2]))
-        self.never_learned = self.format.apply(concatenate_datasets([left, more]).select(range(len(forget))))
+        others_in_turn = concatenate_datasets([retain.select_columns(list(COLUMNS[:2])), more])
+        unlearned = others_in_turn.select(range(args.retain_rows, args.retain_rows + len(forget)))
+        self.never_learned = self.format.apply(unlearned)
         self.in_other_words = self.format.apply(
             forget.remove_columns("question").rename_column("paraphrased_question", "question")
         )
