@@ -8,7 +8,11 @@
 `chosen.json`. `score` scores the chosen ones on test rows, three seeds, and attacks the best four. `all` does both,
 and scores a system as soon as its own trials have ended. Every trial is a line of `trials.jsonl`, all else a line of
 `scores.jsonl`; a repeated command resumes, and a choice, once made, holds. `--workers` processes share the device.
-`table` writes `table.md` and a figure of `scores.jsonl`. The plan is `docs/data/evidence/sst2-plan.json`.
+`table` writes `table.md` and a figure of `scores.jsonl`. The plan is `docs/data/evidence/sst2-plan.json` unless given:
+with that of multiple choice, whose splits `choice_rows.py` writes, and which leaves nothing to choose:
+
+    python examples/evidence_sst2.py score --plan docs/data/evidence/choices-smollm2-plan.json --model SMOLLM2 \
+        --data-dir out/choices --attacked 0 --output-dir out/evidence-choices
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ def parse_args() -> argparse.Namespace:
     add("stage", choices=(*STAGES, "table"))
     add("--plan", type=Path, default=PLAN)
     add("--model", help="Hub name or folder of a causal LM")
-    add("--data-dir", help="folder of SST-2")
+    add("--data-dir", help="folder of SST-2, or of the four splits of a plan without a data set")
     add("--chosen", type=Path, help="a choice: its systems are not tried. That of the output folder unless given")
     add("--attacked", type=int, default=200, help="rows of each side under each attack on the best; 0 for none")
     add("--attacked-seeds", nargs="+", type=int, help="of the attacks; those of `--seeds` unless given")
@@ -127,10 +131,12 @@ def write_tables(folder: Path, plan: Plan) -> None:
         raise SystemExit(f"{path} has no scores; run `score` first.")
     systems = [system.name for system in plan.systems]
     text = tables.table(records, systems)
+    text += "\n\nTraining rows, at most 500 of a side:\n\n" + tables.table(records, systems, "train")
     (folder / "table.md").write_text(text + "\n")
     shown = [name for name in systems if name not in ("vanilla", tables.BASE)]
     save_figure(
-        tables.tradeoff(records, shown, f"SST-2 on {records[0]['model']}: every seed a point"), folder / "tradeoff"
+        tables.tradeoff(records, shown, f"{plan.data} on {records[0]['model']}: every seed a point"),
+        folder / "tradeoff",
     )
     print(text)
 
