@@ -240,7 +240,7 @@ class Ledger:
         """The entries, one at a time: a ledger of a server has as many as there were answers."""
         for one in chain(self._lines()[0]):
             if isinstance(one, LedgerFault):
-                raise ValueError(f"{str(self.path)!r} is not a whole ledger: {one}.")
+                raise ValueError(f"{str(self.path)!r} is not a whole ledger: {str(one).rstrip('.')}.")
             yield one
 
     def _lines(self) -> tuple[list[bytes], bytes]:
