@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,15 +15,14 @@ from ..gates.gate import Gate, as_gate
 from ..gates.gated import GatedUnlearner
 from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME, gate_of
 from ..models.unlearner import PREFIX_TYPES
-from ..prompts.row_prompts import NO_PROMPT
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import fingerprint
+from ..records.ledger_events import name_fault
 from ..records.spul_config import SpulConfig, read_spul_config
 from .requests import ApiError
 
 ALWAYS = "always"  # the kind of the gate that flags every request
 NO_TEXT = "the prompt was not added: name or folder is no text, or always no boolean."
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def always(texts: list[str]) -> list[bool]:
@@ -104,8 +102,8 @@ def check_name(name: Any) -> None:
     Raises:
         ValueError: if not.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == NO_PROMPT:
-        raise ValueError(f"a prompt's name is {name!r:.80}; expected 1 to 64 letters, digits, hyphens, underscores.")
+    if (fault := name_fault(name)) is not None:
+        raise ValueError(f"no prompt can be served by this name: {fault}.")
 
 
 def check_gate(folder: str | os.PathLike) -> None:
