@@ -246,7 +246,8 @@ class ServedPrompts:
             if not is_always:
                 check_gate(path)
             check_fits(read_spul_config(path), self.base_fingerprint, self.allow_other_base, folder)
-            if self.withheld.pop(name, None) is not None:  # its place is taken
+            if name in self.withheld:  # its place is taken
+                self.withheld = {key: one for key, one in self.withheld.items() if key != name}
                 self.gated.delete_adapter(name)
             self.gated.load_adapter(path, name, gate=always if is_always else None)
             self._check_kind(name)

@@ -283,7 +283,7 @@ class _Server:
                 await self._restore(name)
             for name in set(found.replaced) - self._told:
                 logger.warning("The request %r was trained anew, as another prompt: add that one.", name)
-            self._told |= set(found.replaced)
+            self._told = set(found.replaced)
 
     async def _withhold(self, name: str, since: str) -> None:
         gone = await self.engine.change(partial(ServedPrompts.withhold, name=name))
