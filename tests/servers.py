@@ -92,3 +92,22 @@ def running_app(app):
 
 def client(url, **options):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", **{"max_retries": 0, "timeout": 120} | options)
+
+
+class SlowGate:
+    """A gate that holds up the worker until it is let go, and flags what has a word in it."""
+
+    def __init__(self, word=""):
+        self.go, self.seen, self.word = threading.Event(), 0, word
+
+    def __call__(self, texts):
+        self.seen += len(texts)
+        assert self.go.wait(60)
+        return [self.word in text for text in texts]
+
+
+def until(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

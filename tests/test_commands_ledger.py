@@ -90,12 +90,19 @@ def test_entries_by_hand_take_rows_key_adapter_and_evaluation(path, tmp_path, ca
     options = ("--ledger", path, "--event", "evaluated", "--request", "17", "--at", "2026-03-01T09:30:00Z")
     run("add", *options, "--rows", rows, "--digest_key", key, "--adapter", folder, "--note", "by hand",
         "--evaluation", tmp_path / "evaluation")  # fmt: skip
-    assert capsys.readouterr().out.strip() == Ledger(path).head()
     state, entry = Ledger(path).states()["17"], Ledger(path).entries()[-1]
     assert state.rows == summarize_rows(ROWS, key)
     assert (state.adapter, state.prompt_sha256) == ("forget-17", hashlib.sha256(b"weights").hexdigest())
     assert state.evaluation == hashlib.sha256((tmp_path / "evaluation" / "evaluation.json").read_bytes()).hexdigest()
     assert (entry.at, entry.fields["note"]) == ("2026-03-01T09:30:00Z", "by hand")
+    assert capsys.readouterr().out.splitlines() == [
+        f"{path}, entry 2:",
+        *("  request: 17", "  2026-03-01T09:30:00Z evaluated: by hand"),
+        f"  rows: 2, HMAC-SHA256 {state.rows.digest}",
+        *("  adapter: forget-17", f"  SHA-256 of the prompt: {state.prompt_sha256}"),
+        *(f"  fingerprint of the base: {'ab' * 32}", f"  SHA-256 of the evaluation: {state.evaluation}"),
+        *(f"  digest: {Ledger(path).head()}", f"  now: {state.now}"),
+    ]
     run("add", "--ledger", path, "--event", "revoked", "--request", "17")
     capsys.readouterr()
     run("show", "--ledger", path)
@@ -124,9 +131,27 @@ def test_bad_options_are_refused(path, tmp_path):
         run("add", "--ledger", path, "--event", "forgotten", "--request", "1")
     with pytest.raises(ValueError, match=r"knows no request '117'; did you mean '17'\?"):
         run("add", "--ledger", path, "--event", "revoked", "--request", "117")
+    for event in ("received", "evaluated", "note"):
+        with pytest.raises(ValueError, match="its name is that of its prompt where it is served"):
+            run("add", "--ledger", path, "--event", event, "--request", "2026/017")
     with pytest.raises(FileNotFoundError, match="there is no ledger"):
         run("show", "--ledger", tmp_path / "other.jsonl")
     assert len(Ledger(path).entries()) == 2
+
+
+def test_a_stop_by_hand_names_a_server_that_serves_the_request(path, capsys):
+    stop = ("add", "--ledger", path, "--event", "stopped", "--request", "17")
+    run(*stop)  # of the server that did not say its name
+    assert capsys.readouterr().out.endswith("\n  now: no longer served\n")
+    for name in ("gpu-1", "gpu-2"):
+        Ledger(path).append(LedgerEvent("served", "17", server=name))
+    for server in ((), ("--server", "gpu-3")):
+        with pytest.raises(ValueError, match=r"is served by gpu-1, gpu-2; name the one that has stopped, by --server"):
+            run(*stop, *server)
+    run(*stop, "--server", "gpu-1")
+    assert capsys.readouterr().out.endswith(" by gpu-2\n")
+    run(*stop, "--server", "gpu-2")
+    assert capsys.readouterr().out.endswith("\n  now: no longer served\n")
 
 
 def test_evidence_is_verified(tmp_path, capsys):

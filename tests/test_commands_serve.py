@@ -74,7 +74,7 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "@no-gate"], FileNotFoundError, "spul_gates.json"),
         (["--prompts", "@prompts", "a=@no-gate"], ValueError, "expected NAME=FOLDER"),
         (["--prompts", "a=@no-gate", "a=@no-gate"], ValueError, "each name once"),
-        (["--prompts", "a/b=@no-gate", "--always", "a/b"], ValueError, "a prompt's name"),
+        (["--prompts", "a/b=@no-gate", "--always", "a/b"], ValueError, "no prompt can be served by this name: 'a/b'"),
         (["--prompts", "@prompts", "--always", "other"], ValueError, "always goes with"),
         (["--prompts", "@prompts", "--engine", "other"], ValueError, "transformers"),
         (["--prompts", "@prompts", "--max_batch", "0"], ValueError, "max_batch=0"),
@@ -309,6 +309,38 @@ def test_vllm_is_chosen_by_an_option(folder):
     app, _ = server_of(options(folder, "--prompts", "@prompts", "--engine", "vllm"))
     with running_app(app) as (url, _):
         assert [one.id for one in client(url).models.list()] == ["tiny"]
+
+
+def test_what_is_served_is_said_before_the_server_starts(folder, tmp_path, monkeypatch, capsys):
+    said = []
+    monkeypatch.setattr(uvicorn, "run", lambda app, **given: said.extend(capsys.readouterr().out.splitlines()))
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    for event, name in (("received", "17"), ("trained", "18"), ("served", "18"), ("stopped", "18")):
+        ledger.append(LedgerEvent(event, name))
+    named = ("--prompts", "17=@prompts/other", "18=@no-gate", "--always", "18")
+    COMMANDS[""].run(options(folder, *named, "--ledger", ledger.path))
+    COMMANDS[""].run(options(folder, "--prompts", "@prompts"))
+    assert said == [
+        f"17: {folder}/prompts/other, prompt_tuning of 6 virtual tokens, gate names, in the ledger never served",
+        f"18: {folder}/no-gate, prompt_tuning of 6 virtual tokens, always on, in the ledger no longer served",
+        f"default: {folder}/prompts, prompt_tuning of 5 virtual tokens, gate names, no ledger",
+        f"other: {folder}/prompts/other, prompt_tuning of 6 virtual tokens, gate names, no ledger",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("more", "name"), [(("--port", 8123), "/127.0.0.1:8123"), (("--server_name", "gpu-1"), "gpu-1")]
+)
+def test_a_server_has_a_name_in_the_ledger_which_is_the_same_after_a_restart(folder, tmp_path, more, name):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append(LedgerEvent("received", "1"))
+    for _ in range(2):
+        app, _ = server_of(options(folder, "--prompts", "1=@prompts/other", "--ledger", ledger.path, *more))
+        with running_app(app):
+            assert ledger.states()["1"].now.endswith(name)
+    found = {entry.fields.get("server") for entry in ledger.entries()[1:]}
+    assert len(found) == 1
+    assert ledger.states()["1"].now == "no longer served"
 
 
 def test_it_binds_to_this_machine_unless_told_and_warns_otherwise(folder, monkeypatch, caplog):

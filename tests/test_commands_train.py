@@ -234,6 +234,7 @@ def test_a_prefix_begins_as_keys_fitted_to_the_rows(files, tmp_path):
         ({"request": "2026-017"}, "ledger and request go together"),
         ({"ledger": "ledger.jsonl"}, "ledger and request go together"),
         ({"ledger": "{}/ledger.jsonl", "request": " "}, "expected the name of a request"),
+        ({"ledger": "{}/ledger.jsonl", "request": "2026/017"}, "its name is that of its prompt where it is served"),
         ({"ledger": "{}/note.txt", "request": "2026-017"}, "is no entry of a ledger"),
         ({"method": "NOPE"}, "method 'NOPE' is not known"),
         ({"method": "RMU"}, "RMU"),

@@ -139,7 +139,7 @@ def test_a_last_line_cut_at_any_byte_is_seen_moved_aside_and_the_chain_goes_on(t
             continue
         assert [fault.line for fault in faults] == [num]
         assert len(ledger.entries()) == num - 1
-        ledger.append(LedgerEvent("received", "request 0"))
+        ledger.append(LedgerEvent("received", "request-0"))
         assert ledger.verify() == []
         events = [entry.event for entry in ledger.entries()]
         if length == len(last) - 1:  # the line break alone was missing

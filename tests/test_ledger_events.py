@@ -1,14 +1,18 @@
-"""Events of the ledger and the states of requests: what is served since when, revoked, answered; bad events."""
+"""Events of the ledger: what an adapter's record says, names of requests, and bad events, which are refused."""
 
 from __future__ import annotations
 
 import hashlib
 
 import pytest
+import torch
+from helpers import CONFIGS, prompted
 
+from spul.prompts.row_prompts import NO_PROMPT
 from spul.records import DataSummary, Ledger, LedgerEvent, SpulConfig
 from spul.records.ledger_events import EVENTS
 from spul.records.ledger_lines import next_line
+from spul.serving.served import check_name
 
 SHA = "ab" * 32
 ROWS = DataSummary(12, "cd" * 32)
@@ -19,108 +23,45 @@ def path(tmp_path):
     return tmp_path / "ledger.jsonl"
 
 
-def test_the_state_of_a_request_says_since_when_it_is_served_and_whether_it_was_revoked(path):
-    ledger = Ledger(path)
-    received = ledger.append(LedgerEvent("received", "1", rows=ROWS))
-    trained = ledger.append(LedgerEvent("trained", "1", adapter="forget-1", prompt_sha256=SHA, base_fingerprint=SHA))
-    ledger.append(LedgerEvent("received", "2"))
-    ledger.append(LedgerEvent("served", "2", at="2026-03-01T10:30:00+01:00"))
-    served = ledger.append(LedgerEvent("served", "1", gate="names"))
-    again = ledger.append(LedgerEvent("served", "1"))  # as after a restart: it is still the same service
-    one, two = ledger.states()["1"], ledger.states()["2"]
-    assert (one.rows, one.adapter, one.prompt_sha256, one.base_fingerprint, one.gate) == (
-        *(ROWS, "forget-1", SHA, SHA, "names"),
-    )
-    assert (one.served, two.served, one.revoked) == ([(served.time, None)], [("2026-03-01T09:30:00Z", None)], None)
-    assert one.in_words()[-1] == f"now: served since {served.time}"
-    stopped = ledger.append(LedgerEvent("stopped", "1", evaluation=SHA))
-    assert ledger.states()["1"].in_words()[-1] == "now: no longer served"
-    ledger.append(LedgerEvent("served", "1", at="2027-01-01T00:00:00Z"))
-    answers = [
-        ledger.append(LedgerEvent("answered", "1", at=f"2027-01-0{i}T00:00:00Z", note=note))
-        for i, note in ((2, "once"), (3, "by hand"), (4, None))
-    ]
-    ledger.append(LedgerEvent("revoked", "1", at="2027-02-01T00:00:00Z", note="at their\nwish"))
-    one = ledger.states()["1"]
-    assert one.served == [(served.time, stopped.time), ("2027-01-01T00:00:00Z", "2027-02-01T00:00:00Z")]
-    assert (one.revoked, one.evaluation, one.served_again) == ("2027-02-01T00:00:00Z", SHA, False)
-    assert one.in_words() == [
-        f"rows: 12, HMAC-SHA256 {ROWS.digest}",
-        *("adapter: forget-1", f"SHA-256 of the prompt: {SHA}", f"fingerprint of the base: {SHA}", "gate: names"),
-        f"SHA-256 of the evaluation: {SHA}",
-        *(f"{received.time} received", f"{trained.time} trained", f"{served.time} served", f"{again.time} served"),
-        *(f"{stopped.time} stopped", "2027-01-01T00:00:00Z served"),
-        f"{answers[0].at} to {answers[-1].at} answered 3 times: by hand",
-        "2027-02-01T00:00:00Z revoked: at their wish",
-        *("answers under it: 3", "now: revoked since 2027-02-01T00:00:00Z"),
-    ]
-    ledger.append(LedgerEvent("served", "1"))
-    assert ledger.states()["1"].in_words()[-1] == "SERVED AFTER IT WAS REVOKED"
-
-
-@pytest.mark.parametrize("event", ["received", "trained"])
-def test_a_revoked_request_is_one_again_once_it_is_received_or_trained_anew(path, event):
-    ledger, other = Ledger(path), "ef" * 32
-    ledger.check_not_revoked("1", SHA)  # there is no file
-    for name, sha in (("1", SHA), ("2", other), ("3", SHA)):
-        ledger.append(LedgerEvent("received", name))
-        ledger.append(LedgerEvent("served", name, prompt_sha256=sha))
-    ledger.check_not_revoked("1", SHA)
-    ledger.append(LedgerEvent("revoked", "1"))
-    ledger.append(LedgerEvent("answered", "1"))  # of a request that was under way
-    for sha in (SHA, other, None):
-        with pytest.raises(ValueError, match=r"'1' was revoked on 2.*--event received --request 1"):
-            ledger.check_not_revoked("1", sha)
-    with pytest.raises(ValueError, match=r"'1' was revoked .*, and 'renamed' has the same weights.*--request 1"):
-        ledger.check_not_revoked("renamed", SHA)
-    ledger.check_not_revoked("3", SHA)  # another request, which the ledger knows by the same weights
-    ledger.check_not_revoked("2", other)
-    ledger.check_not_revoked("new", None)
-    ledger.append(LedgerEvent(event, "1"))
-    ledger.check_not_revoked("1", SHA)
-    ledger.append(LedgerEvent("served", "1"))
-    state = ledger.states()["1"]
-    assert not state.served_again
-    assert (state.answered, state.answered_after) == (1, 1)
-    assert "answers under it: 1, 1 of them after it was revoked" in state.in_words()
-    path.write_bytes(path.read_bytes().replace(b'"request": "2"', b'"request": "4"'))
-    with pytest.raises(ValueError, match="not a whole ledger"):
-        ledger.check_not_revoked("2")
-
-
-def test_answers_are_counted_by_request_and_those_without_a_prompt_are_of_none(path):
-    ledger = Ledger(path)
-    ledger.append(LedgerEvent("trained", "1", adapter="out"))
-    assert ledger.states()["1"].in_words()[-1] == "now: never served"
-    for i in range(3):
-        ledger.append(LedgerEvent("answered", "1", adapter="out", answer=f"a-{i}", finish="stop", prompt_tokens=0))
-    bare = ledger.append(LedgerEvent("answered", None, answer="a-3", finish="error 504", completion_tokens=7))
-    assert (bare.request, bare.fields["completion_tokens"], "adapter" in bare.fields) == (None, 7, False)
-    assert [(state.request, state.answered) for state in ledger.states().values()] == [("1", 3)]
-    assert "answers under it: 3" in ledger.states()["1"].in_words()
-    assert ledger.verify() == []
-
-
-def test_a_ledger_of_earlier_versions_is_read_by_todays_names(path):
-    """They wrote the adapter as `prompt`, and a server the request's name there."""
-    event = LedgerEvent("trained", "1", prompt_sha256=SHA).to_dict()
-    first, line = next_line(None, event | {"prompt": "forget-1"})
-    second, other = next_line(first, {"event": "served", "request": "1", "prompt": "1"})
-    path.write_bytes(line + other)
-    ledger = Ledger(path)
-    assert ledger.verify() == []
-    assert (ledger.states()["1"].adapter, ledger.states()["1"].served) == ("forget-1", [(second.time, None)])
-    ledger.append(LedgerEvent("stopped", "1", adapter="moved"))
-    assert ledger.verify() == []
-    assert ledger.states()["1"].adapter == "moved"
-    path.write_bytes(line + next_line(first, {"event": "served", "request": "1", "prompt": 1})[1])
-    assert [fault.line for fault in ledger.verify()] == [2]
-
-
 def test_a_request_that_an_earlier_version_named_oddly_can_be_revoked(path):
     path.write_bytes(next_line(None, {"event": "received", "request": "1\n"})[1])
     Ledger(path).append(LedgerEvent("revoked", "1\n"))
     assert Ledger(path).states()["1\n"].revoked is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("2026/017", "no name of 1 to 64 letters"),
+        ("2026.017", "no name of 1 to 64 letters"),
+        ("Jane Doe", "no name of 1 to 64 letters"),
+        ("é", "no name of 1 to 64 letters"),
+        ("x" * 65, "no name of 1 to 64 letters"),
+        (NO_PROMPT, "the name of no prompt at all"),
+        *((name, "taken by PyTorch") for name in ("keys", "training", "type", "pop", "_modules", "__class__")),
+    ],
+)
+def test_a_new_request_by_whose_name_no_prompt_can_be_served_is_refused_with_the_reason(path, name, reason):
+    with pytest.raises(ValueError, match=reason):
+        check_name(name)  # as the server does
+    for event in ("received", "trained"):
+        with pytest.raises(ValueError, match=f"its name is that of its prompt where it is served, and .*{reason}"):
+            Ledger(path).append(LedgerEvent(event, name))
+    assert not path.exists()
+    path.write_bytes(next_line(None, {"event": "received", "request": name})[1])  # of an earlier version: it goes on
+    Ledger(path).append(LedgerEvent("revoked", name))
+    Ledger(path).append(LedgerEvent("received", name))
+    assert Ledger(path).states()[name].revoked is None
+
+
+@pytest.mark.parametrize("name", ["2026-017", "jane_doe", "prompt_encoder", "default", "-", "0", "x" * 64])
+def test_a_prompt_can_be_added_and_served_by_every_other_name(path, name):
+    Ledger(path).append(LedgerEvent("received", name))
+    check_name(name)
+    model = prompted(dtype=torch.float32)
+    if name != "default":
+        model.add_adapter(name, CONFIGS["prompt_tuning"]())
+    assert name in model.prompt_encoder
 
 
 def test_an_event_takes_what_an_adapters_record_says(tmp_path, path):

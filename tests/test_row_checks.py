@@ -34,7 +34,7 @@ IDS = {"input_ids": [4, 5, 6], "completion_mask": [0, 0, 1], "is_forget": False}
         ({**CHAT, "completion": [{**ANSWER, "content": ""}]}, r"a row has an empty completion"),
         ({**CHAT, "completion": [{**ANSWER, "content": 5}]}, r"content of the last message of completion is 5, a int"),
         ({**CHAT, "prompt": [{**USER, "content": "\ud800"}]}, r"content of a message of prompt holds '\\ud800'"),
-        ({**CHAT, "prompt": [{**USER, "role": "judge"}]}, r"chat template cannot render .*'judge'.*no such role"),
+        ({**CHAT, "prompt": [{**USER, "role": "judge"}]}, r"cannot render .*'judge'.*no such role\. Expected"),
         ({**IDS, "input_ids": [4, -1, 6]}, r"input_ids is \[4, -1, 6\]; expected a list of token ids"),
         ({**IDS, "input_ids": [4, 2**70, 6]}, r"input_ids is .*; expected a list of token ids"),
         ({**IDS, "input_ids": [4, 5.0, 6]}, r"input_ids is .*; expected a list of token ids"),
@@ -58,7 +58,7 @@ IDS = {"input_ids": [4, 5, 6], "completion_mask": [0, 0, 1], "is_forget": False}
 def test_an_odd_row_is_refused_by_name_with_what_was_expected(row, message):
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no such role') }}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'judge' %}{{ raise_exception('no such role.') }}{% endif %}"
         "{{ m.role + ' ' + m.content }}{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
     )
     with pytest.raises(ValueError, match=message):

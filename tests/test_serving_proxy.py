@@ -117,6 +117,16 @@ def test_each_request_is_sent_with_the_embeddings_of_its_own_prompt(gated, upstr
     ] * 2
 
 
+def test_a_request_whose_prompt_is_revoked_meanwhile_is_refused_and_not_sent(gated, upstream):
+    engine = engine_of(gated, upstream)
+    with running(engine) as url:
+        engine.served.withdrawn = lambda: ["default"]  # as the ledger says while the request waits for its gates
+        with pytest.raises(openai.InternalServerError, match="the prompts changed while the request waited") as caught:
+            client(url).completions.create(model=MODEL, prompt="jane")
+        assert (caught.value.status_code, upstream.bodies) == (503, [])
+        assert client(url).completions.create(model=MODEL, prompt="of doe").id
+
+
 def test_a_stream_is_the_answer_in_parts(gated, upstream):
     with running(engine_of(gated, upstream)) as url:
         options = {"model": MODEL, "prompt": "jane", "max_tokens": 3}

@@ -120,6 +120,64 @@ def test_a_combined_prompt_goes_with_its_parts():
     assert {one["name"] for one in served.revoke("other")} == {"other", "both"}
 
 
+def test_a_prompt_is_withheld_and_restored_where_it_stood_with_what_it_is_a_part_of():
+    plain = make_gated("other", "both")
+    gates = {name: plain.gates[name] for name in ("default", "other")}
+    served = ServedPrompts(
+        GatedUnlearner(plain.unlearner, plain.tokenizer, gates, combined={("default", "other"): "both"})
+    )
+    ids = plain.tokenizer(["jane", "doe", "jane doe", "good"])["input_ids"]
+    assert served.route(ids) == ["default", "other", "both", "__base__"]
+    gone = served.withhold("other")
+    assert ([one["name"] for one in gone], list(served.withheld)) == (["other", "both"], ["other"])
+    assert all(one["until"] >= one["since"] for one in gone)
+    assert served.route(ids) == ["default", "__base__", "default", "__base__"]
+    with pytest.raises(ApiError, match="no prompt of this name"):
+        served.withhold("other")
+    assert [one["name"] for one in served.restore("other")] == ["other", "both"]
+    assert served.served["both"]["since"] >= gone[0]["until"]
+    assert served.route(ids) == ["default", "other", "both", "__base__"]
+    assert [one["name"] for one in served.withhold("both")] == ["both"]
+    assert served.route(ids) == ["default", "other", "default", "__base__"]
+    served.revoke("other")  # and with it what it is a part of, also if that is withheld
+    assert (served.withheld, list(served.served)) == ({}, ["default"])
+
+
+def test_a_request_that_waited_is_not_answered_without_the_prompt_that_it_had():
+    served = ServedPrompts(make_gated("other"))
+    ids = served.gated.tokenizer(["jane", "doe", "jane doe", "good"])["input_ids"]
+    before = served.routes
+    assert served.choose(ids, [before] * 4) == ["default", "other", "default", "__base__"]
+    served.withdrawn = lambda: ["default"]
+    assert served.choose(ids, [before] * 4) == [None, "other", None, "__base__"]
+    assert served.choose(ids, [None] * 4) == [None, "other", None, "__base__"]
+    served.withdrawn = tuple
+    served.withhold("default")
+    assert served.choose(ids, [before] * 4) == [None, "other", None, "__base__"]
+    assert served.choose(ids, [served.routes] * 4) == ["__base__", "other", "other", "__base__"]
+    served.restore("default")
+    assert served.choose(ids, [before] * 4) == ["default", "other", "default", "__base__"]
+    served.revoke("default")
+    assert served.choose(ids, [before, None] * 2) == [None, "other", None, "__base__"]
+
+
+def test_a_prompt_is_added_over_one_that_is_withheld_and_one_that_is_always_on_comes_back_last(folder):
+    folders = {"a": folder / "jane", "b": folder / "new"}
+    served = ServedPrompts(load_prompts(base(), make_tokenizer(), folders, always_on=["b"]), folder)
+    ids = served.gated.tokenizer(["the plot", "good"])["input_ids"]
+    served.withhold("b")
+    with pytest.raises(ApiError, match="a prompt is always on"):
+        served.add("c", "new", True)
+    served.add("c", "new")
+    served.restore("b")
+    assert served.route(ids) == ["c", "b"]
+    served.withhold("b")
+    with pytest.raises(ApiError, match="there is a prompt of this name"):
+        served.add("c", "new")
+    served.add("b", "new")
+    assert (served.withheld, served.served["b"]["gate"], served.route(ids)) == ({}, "names", ["c", "__base__"])
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../prompts/new", "/etc", "nothing", "link", "holds-link", "a\0b", 3])
 def test_only_folders_within_the_allowed_one_are_read(folder, tmp_path, name):
     outside = tmp_path / "outside"

@@ -152,8 +152,11 @@ def _check_evidence(options: EvaluateOptions) -> None:
     check_new(options.evidence, options.ledger)
     if options.request is not None:
         LedgerEvent("evaluated", options.request).to_dict()
-    if options.ledger is not None and options.request is not None and Path(options.ledger).exists():
-        Ledger(options.ledger).check_known(options.request)  # a slip of the pen would begin another request
+    if options.ledger is not None and options.request is not None:
+        if Path(options.ledger).exists():
+            Ledger(options.ledger).check_known(options.request)  # a slip of the pen would begin another request
+        else:
+            Ledger(options.ledger).check_name(options.request)
 
 
 def _lines(path: str | None) -> list[str]:

@@ -11,6 +11,7 @@ from ..records.ledger_events import EVENTS
 from .command import Command
 
 if TYPE_CHECKING:
+    from ..records.ledger import Ledger
     from ..records.ledger_events import LedgerEntry
 
 
@@ -50,6 +51,9 @@ class AddOptions(LedgerOptions):
     digest_key: str | None = field(default=None, metadata={"help": "file with the owner's key, for the rows' digest"})
     evaluation: str | None = field(default=None, metadata={"help": "folder of an evidence pack or of an evaluation"})
     gate: str | None = field(default=None, metadata={"help": "kind of the gate"})
+    server: str | None = field(
+        default=None, metadata={"help": "name of the server that began or ended to serve the prompt, as show has it"}
+    )
     at: str | None = field(
         default=None, metadata={"help": "time of the event, if it is not now, such as 2026-03-01T09:30:00Z"}
     )
@@ -121,16 +125,21 @@ def _printable(text: str) -> str:
 
 
 def add(options: AddOptions) -> None:
-    """Append an entry, and print its digest."""
+    """Append an entry, and print it with its digest and how its request is now."""
     from ..data.prompt_files import read_prompts
     from ..evaluation.evidence import evaluation_digest
     from ..records.digests import summarize_rows
     from ..records.ledger import Ledger
-    from ..records.ledger_events import LedgerEvent
+    from ..records.ledger_events import FOLLOWING, LedgerEvent
+    from ..records.ledger_states import entry_in_words
 
     if options.digest_key is not None and options.rows is None:
         raise ValueError("--digest_key is given without --rows; give the rows that are to be digested.")
-    fields = {name: getattr(options, name) for name in ("gate", "at", "note")}
+    ledger = Ledger(options.ledger)
+    if options.event in EVENTS and options.event not in FOLLOWING:
+        ledger.check_name(options.request)
+    _check_server(options, ledger)
+    fields = {name: getattr(options, name) for name in ("gate", "server", "at", "note")}
     found = {name: value for name, value in fields.items() if value is not None}
     if options.rows is not None:
         found["rows"] = summarize_rows(read_prompts(options.rows), options.digest_key)
@@ -140,7 +149,25 @@ def add(options: AddOptions) -> None:
         event = LedgerEvent(options.event, options.request, **found)
     else:
         event = LedgerEvent.of_adapter(options.event, options.request, options.adapter, **found)
-    print(Ledger(options.ledger).append(event).digest)
+    entry = ledger.append(event)
+    print(f"{options.ledger}, entry {entry.sequence}:")
+    for line in [*entry_in_words(entry), f"now: {ledger.states()[options.request].now}"]:
+        print(f"  {_printable(line)}")
+
+
+def _check_server(options: AddOptions, ledger: Ledger) -> None:
+    """Raise for a stop of a server that does not serve the request while others do, by which nothing would change."""
+    if options.event != "stopped" or not ledger.path.is_file():
+        return
+    state = ledger.states().get(options.request)
+    if state is None or not state.servers or options.server in state.servers:
+        return
+    names = ", ".join("one without a name" if name is None else _printable(name) for name in state.servers)
+    given = "server is not given" if options.server is None else f"server={options.server!r}"
+    raise ValueError(
+        f"{given}, and the request {options.request!r} is served by {names}; name the one that has stopped, by "
+        "--server NAME, or note the event revoked."
+    )
 
 
 def evidence(options: EvidenceOptions) -> int:

@@ -129,4 +129,4 @@ def _listing(usage: str, purposes: dict[str, str]) -> str:
 
 def _near(given: str, known: Any) -> str:
     near = difflib.get_close_matches(given, list(known), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; expected one of {', '.join(known)}"
+    return f"; did you mean {' or '.join(near)}?" if near else f"; expected one of {', '.join(known)}."

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .command import Command
 from .shared import LoadOptions, prompts_left_out, saved_prompt
+
+if TYPE_CHECKING:
+    from ..records.ledger_states import RequestState
+    from ..serving.served import ServedPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +59,9 @@ class ServeOptions(LoadOptions):
         "File of the ledger that gets an entry of each answer, and of each prompt that comes or goes; it has the "
         "requests after which the prompts are named, and one that it says is revoked is not served, or no longer."
     )
+    server_name: str | None = _option(
+        "Name of this server in the ledger, another for each that shares it; machine, host and port unless given."
+    )
     record: str | None = _option(
         "MODULE:FUNCTION that takes each event, a dict: an answer, a prompt that comes or goes."
     )
@@ -67,7 +76,7 @@ class ServeOptions(LoadOptions):
 
 
 def run(options: ServeOptions) -> None:
-    """Serve until the process is told to stop, then answer what is under way.
+    """Say what is served, serve until the process is told to stop, then answer what is under way.
 
     Raises:
         FileNotFoundError: if a folder, a gate or a file is missing.
@@ -79,6 +88,8 @@ def run(options: ServeOptions) -> None:
         raise ValueError('spul serve needs further libraries: pip install "spul[serve]".') from error
 
     app, limits = build(options)
+    for line in what_is_served(options, app.state.served):
+        print(line, flush=True)
     if options.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("The server asks for no key: whoever reaches %s:%d can use it.", options.host, options.port)
     uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=int(limits.timeout) + 1)
@@ -111,7 +122,28 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
         check(name, one["prompt_sha256"])
     engine = _engine(options, served, limits, key)
     model = options.served_model_name or Path(options.model).resolve().name  # of ".", too
-    return make_app(engine, model, limits, record, token, check, _revoked(options)), limits
+    return make_app(engine, model, limits, record, token, check, _states(options), _name(options)), limits
+
+
+def what_is_served(options: ServeOptions, served: ServedPrompts) -> list[str]:
+    """A line for each request: its name, its prompt's folder, type and length, its gate, and how the ledger has it."""
+    from peft import PeftType
+
+    from ..records.ledger import Ledger
+    from ..serving.served import ALWAYS
+
+    folders = _folders(options.prompts)
+    states = {} if options.ledger is None else Ledger(options.ledger).states()
+    configs: Any = served.gated.unlearner.peft_config
+    lines = []
+    for name, one in served.served.items():
+        in_folder = folders if name == "default" else f"{folders}/{name}"
+        folder = folders[name] if isinstance(folders, dict) else in_folder
+        kind, num = PeftType(configs[name].peft_type).value.lower(), configs[name].num_virtual_tokens
+        gate = "always on" if one["gate"] == ALWAYS else f"gate {one['gate']}"
+        noted = "no ledger" if options.ledger is None else f"in the ledger {states[name].now}"
+        lines.append(f"{name}: {folder}, {kind} of {num} virtual tokens, {gate}, {noted}")
+    return lines
 
 
 def _check(options: ServeOptions) -> Callable[[str, str | None], None]:
@@ -129,13 +161,19 @@ def _check(options: ServeOptions) -> Callable[[str, str | None], None]:
     return check
 
 
-def _revoked(options: ServeOptions) -> Callable[[], Mapping[str, str]] | None:
-    """A look at the requests that the ledger says are revoked, also by other programs; None without a ledger."""
+def _name(options: ServeOptions) -> str:
+    """The name of this server in the ledger: given, or where it listens, so that it has the same after a restart."""
+    port = f"process-{os.getpid()}" if options.port == 0 else options.port
+    return options.server_name or f"{platform.node()}/{options.host}:{port}"
+
+
+def _states(options: ServeOptions) -> Callable[[], Mapping[str, RequestState]] | None:
+    """A look at the ledger's requests, also as other programs leave them; None without a ledger."""
     if options.ledger is None:
         return None
     from ..records.ledger_follower import LedgerFollower
 
-    found = LedgerFollower(options.ledger).revoked
+    found = LedgerFollower(options.ledger).states
     found()  # the long read of the beginning, before there are requests
     return found
 

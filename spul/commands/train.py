@@ -102,9 +102,10 @@ def run(options: TrainOptions) -> int | None:
     if (options.ledger is None) != (options.request is None):
         raise ValueError("ledger and request go together: the file, and the name of the request that is noted in it.")
     ledger = None if options.ledger is None else Ledger(options.ledger)
-    if ledger is not None:  # before hours of training
+    if ledger is not None and options.request is not None:  # before hours of training
         LedgerEvent("trained", options.request).to_dict()
         ledger.check_goes_on()
+        ledger.check_name(options.request)
     check_can_hold(options.output_dir)
     _check_no_prompt(options)
     tests = {

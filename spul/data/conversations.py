@@ -133,8 +133,8 @@ def _rendered(tokenizer: Any, messages: list, add_generation_prompt: bool, token
         found = tokenizer.apply_chat_template(messages, **options, return_dict=False)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(
-            f"the chat template cannot render the messages of a row, {shortened(repr(messages))}: {error}. "
-            "Expected roles and fields that the tokenizer's chat_template knows."
+            f"the chat template cannot render the messages of a row, {shortened(repr(messages))}: "
+            f"{str(error).rstrip('.')}. Expected roles and fields that the tokenizer's chat_template knows."
         ) from error
     return list(found) if tokenize else found
 

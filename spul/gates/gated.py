@@ -17,10 +17,10 @@ from ..losses.terms import IGNORE_INDEX
 from ..models.unlearner import Unlearner
 from ..prompts.arguments import check_rows
 from ..prompts.position import check_any_row
-from ..prompts.row_prompts import NO_PROMPT
 from ..prompts.unlearner import SoftPromptUnlearner
 from .gate import Gate, as_gate, request_texts
 from .gated_files import gate_of, read_gated, write_gated
+from .routes import Routes
 
 AnyKindOfGate = Gate | Callable[[list[str]], Any]
 _routing = threading.RLock()  # routes are changed and read as a whole; no attribute, since a lock is not copied
@@ -106,13 +106,18 @@ class GatedUnlearner(nn.Module, Unlearner):
             TypeError: if they are not strings.
             ValueError: if prompts were added or deleted since, and gates are not the prompts' any more.
         """
-        texts = checked_texts(texts)
+        return self.routes.names(checked_texts(texts))
+
+    @property
+    def routes(self) -> Routes:
+        """The routes of all prompts as they are now.
+
+        Raises:
+            ValueError: if prompts were added or deleted since, and gates are not the prompts' any more.
+        """
         with _routing:
             self._check_names()
-            gates, precedence, combined = dict(self.gates), list(self.precedence), dict(self.combined)
-        flags = {name: gate.flags(texts) for name, gate in gates.items()}
-        by_text = [[name for name in precedence if flags[name][i]] for i in range(len(texts))]
-        return [combined.get(frozenset(some), some[0]) if some else NO_PROMPT for some in by_text]
+            return Routes(dict(self.gates), list(self.precedence), dict(self.combined))
 
     def names_of(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """`route` of requests as token ids."""

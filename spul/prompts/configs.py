@@ -168,8 +168,8 @@ def encoder_shapes(config: Any) -> Shapes:
             encoder = kind(config)
     except (AttributeError, LookupError, OverflowError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"PEFT cannot build the encoder that adapter_config.json describes: {error}. Copy or download the folder "
-            "again, or load the prompt with is_trainable=False."
+            f"PEFT cannot build the encoder that adapter_config.json describes: {str(error).rstrip('.')}. Copy or "
+            "download the folder again, or load the prompt with is_trainable=False."
         ) from error
     return {name: tuple(value.shape) for name, value in encoder.state_dict().items()}
 

@@ -16,9 +16,10 @@ from .digests import (
 )
 from .files import atomic_folder, atomic_write, find_file, write_text
 from .ledger import Ledger
-from .ledger_events import EVENTS, LedgerEntry, LedgerEvent, Occurrence, RequestState
+from .ledger_events import EVENTS, LedgerEntry, LedgerEvent
 from .ledger_follower import LedgerFollower
 from .ledger_lines import LedgerFault
+from .ledger_states import Occurrence, RequestState
 from .spul_config import SpulConfig, read_spul_config
 
 __all__ = [

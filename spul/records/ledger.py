@@ -16,8 +16,9 @@ from typing import Any
 from filelock import BaseFileLock, FileLock
 
 from .fields import is_sha256
-from .ledger_events import FOLLOWING, RECOVERED, LedgerEntry, LedgerEvent, RequestState
+from .ledger_events import FOLLOWING, RECOVERED, REOPENING, LedgerEntry, LedgerEvent, name_fault
 from .ledger_lines import LedgerFault, chain, entry_of, next_line
+from .ledger_states import RequestState
 
 BLOCK = 4096  # bytes read at a time, from the end, to find the last line
 SECONDS = 60  # that a writer waits for another
@@ -69,7 +70,8 @@ class Ledger:
         Raises:
             FileNotFoundError: if the file's folder does not exist, or the file is gone in which requests were found.
             ValueError: if a field of the event is out of range, the event is `served`, `answered`, `stopped` or
-                `revoked` of a request that no entry names, or the last line is no entry of a ledger.
+                `revoked` of a request that no entry names, or `received` or `trained` of a new one by whose name no
+                prompt can be served, or the last line is no entry of a ledger.
             TimeoutError: if another writer holds the lock for a minute.
 
         Warns:
@@ -79,8 +81,11 @@ class Ledger:
             raise TypeError(f"event is a {type(event).__name__}; expected LedgerEvent(...).")
         fields = event.to_dict()
         self._check_folder()  # a lock would make it
-        if event.event in FOLLOWING and event.request is not None:
-            self.check_known(event.request)
+        if event.request is not None:
+            if event.event in FOLLOWING:
+                self.check_known(event.request)
+            elif event.event in REOPENING:
+                self.check_name(event.request)
         with self._lock():
             is_new = not self.path.exists()
             if is_new and self._known:
@@ -148,9 +153,7 @@ class Ledger:
         Raises:
             ValueError: if none does.
         """
-        if request not in self._known:
-            self._known = self._requests()
-        if request in self._known:
+        if self._knows(request):
             return
         near = difflib.get_close_matches(request, sorted(self._known), n=3)
         raise ValueError(
@@ -160,6 +163,29 @@ class Ledger:
             f"noted first: spul ledger add --ledger {shlex.quote(str(self.path))} --event received --request "
             f"{shlex.quote(request)}"
         )
+
+    def check_name(self, request: str) -> None:
+        """Raise unless a prompt can be served by the name of a new request, which it must be to be answered under it.
+
+        A request that some entry names goes on by its name, whatever it is.
+
+        Args:
+            request: its name.
+
+        Raises:
+            ValueError: if none can.
+        """
+        fault = name_fault(request)
+        if fault is not None and not self._knows(request):
+            raise ValueError(
+                f"request={request!r}: its name is that of its prompt where it is served, and {fault}. Give the "
+                "request another name."
+            )
+
+    def _knows(self, request: str) -> bool:
+        if request not in self._known:
+            self._known |= self._requests()
+        return request in self._known
 
     def _requests(self) -> set[str]:
         """Names of all requests; of a damaged ledger, those of the entries that are whole."""
@@ -240,7 +266,7 @@ class Ledger:
         """The entries, one at a time: a ledger of a server has as many as there were answers."""
         for one in chain(self._lines()[0]):
             if isinstance(one, LedgerFault):
-                raise ValueError(f"{str(self.path)!r} is not a whole ledger: {one}.")
+                raise ValueError(f"{str(self.path)!r} is not a whole ledger: {str(one).rstrip('.')}.")
             yield one
 
     def _lines(self) -> tuple[list[bytes], bytes]:

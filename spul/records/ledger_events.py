@@ -1,14 +1,17 @@
-"""Events and entries of the ledger of requests to forget, and the state of a request."""
+"""Events and entries of the ledger of requests to forget."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from .digests import DataSummary
 from .fields import is_count, is_sha256, read_object
@@ -25,8 +28,10 @@ RECOVERED = "recovered"  # the event of the ledger's own entries, on lines that 
 WEIGHTS = ("adapter_model.safetensors", "unlearning_layers.safetensors")
 GATE = "gate/gate.json"  # of a saved prompt with a gate
 DIGESTS = ("prompt_sha256", "base_fingerprint", "evaluation")
-TEXTS = ("adapter", "gate", "answer", "finish", "note")
+TEXTS = ("adapter", "gate", "server", "answer", "finish", "note")
 COUNTS = ("prompt_tokens", "completion_tokens")
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a prompt that is served, and so of its request
+BASE = "__base__"  # in PEFT, the name of no adapter
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class LedgerEvent:
         prompt_sha256: SHA-256 of its weights' file (`weights_sha256` of its `spul_config.json`); None if not known.
         base_fingerprint: `fingerprint` of the base; None if not known.
         gate: kind of the gate in front of the prompt; None without one, or if not known.
+        server: name of the server that began or ended to serve it, as each of several has one; None if not known.
         evaluation: SHA-256 of the evaluation: of the manifest of an evidence pack, or of `evaluation.json`.
         at: time of the event, ISO 8601 with its zone, where it is not that of the entry.
         note: a remark.
@@ -66,6 +72,7 @@ class LedgerEvent:
     finish: str | None = None
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
+    server: str | None = None
 
     @classmethod
     def of_adapter(cls, event: str, request: str, folder: str | os.PathLike, **others: Any) -> LedgerEvent:
@@ -170,124 +177,24 @@ class LedgerEntry:
         return self.fields.get("at", self.time)
 
 
-@dataclass
-class Occurrence:
-    """An event of a request; answers between two other events count as one.
+def name_fault(name: Any) -> str | None:
+    """Why no prompt can be served by a name, the request's; None if one can.
 
-    Attributes:
-        event: one of `EVENTS`, or one of a later version.
-        start, end: times of the first and of the last.
-        num: how many.
-        note: the remark of the last.
+    Args:
+        name: the name.
     """
-
-    event: str
-    start: str
-    end: str
-    num: int = 1
-    note: str | None = None
-
-    def __str__(self) -> str:
-        when = self.start if self.end == self.start else f"{self.start} to {self.end}"
-        times = f" {self.num:,} times" if self.num > 1 else ""
-        return f"{when} {self.event}{times}" + (f": {' '.join(self.note.split())}" if self.note else "")
-
-
-@dataclass
-class RequestState:
-    """A request as the ledger's entries leave it.
-
-    Attributes:
-        request: its name.
-        rows, adapter, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
-        history: its events, in the order of the entries, with their times.
-        served: times from and until which it was served; None at the end of the last if it still is.
-        answered: number of answers under its prompt.
-        answered_after: number of those while it was withdrawn: under way just then, or of a server that was not told.
-        revoked: when it was withdrawn; None if it was not, or has been received or trained anew since.
-        served_again: whether it was served while it was withdrawn.
-    """
-
-    request: str
-    rows: DataSummary | None = None
-    adapter: str | None = None
-    prompt_sha256: str | None = None
-    base_fingerprint: str | None = None
-    gate: str | None = None
-    evaluation: str | None = None
-    history: list[Occurrence] = field(default_factory=list)
-    served: list[tuple[str, str | None]] = field(default_factory=list)
-    answered: int = 0
-    answered_after: int = 0
-    revoked: str | None = None
-    served_again: bool = False
-
-    def add(self, entry: LedgerEntry) -> None:
-        """Take an entry of this request into account."""
-        self.adapter = _adapter_of(entry) or self.adapter
-        for name in ("prompt_sha256", "base_fingerprint", "gate", "evaluation"):
-            setattr(self, name, entry.fields.get(name, getattr(self, name)))
-        if (rows := entry.fields.get("rows")) is not None:
-            self.rows = DataSummary(rows["rows"], rows.get("digest"))
-        last = self.history[-1] if self.history else None
-        if last is not None and last.event == entry.event == "answered":
-            last.num, last.end, last.note = last.num + 1, entry.at, entry.fields.get("note", last.note)
-        else:
-            self.history.append(Occurrence(entry.event, entry.at, entry.at, note=entry.fields.get("note")))
-        self.answered += entry.event == "answered"
-        self.answered_after += entry.event == "answered" and self.revoked is not None
-        is_served = bool(self.served) and self.served[-1][1] is None
-        self.served_again |= entry.event == "served" and self.revoked is not None
-        if entry.event == "served" and not is_served:
-            self.served.append((entry.at, None))
-        elif entry.event in ("stopped", "revoked") and is_served:
-            self.served[-1] = (self.served[-1][0], entry.at)
-        if entry.event == "revoked":
-            self.revoked = entry.at
-        elif entry.event in REOPENING:
-            self.revoked = None
-
-    def in_words(self) -> list[str]:
-        """The state as lines of text: what is known, each event with its time, and how it is now."""
-        lines = []
-        if self.rows is not None:
-            keyed = "" if self.rows.digest is None else f", HMAC-SHA256 {self.rows.digest}"
-            lines.append(f"rows: {self.rows.rows:,}{keyed}")
-        known = {
-            "adapter": self.adapter,
-            "SHA-256 of the prompt": self.prompt_sha256,
-            "fingerprint of the base": self.base_fingerprint,
-            "gate": self.gate,
-            "SHA-256 of the evaluation": self.evaluation,
-        }
-        lines += [f"{name}: {value}" for name, value in known.items() if value is not None]
-        lines += map(str, self.history)
-        if self.answered:
-            after = f", {self.answered_after:,} of them after it was revoked" if self.answered_after else ""
-            lines.append(f"answers under it: {self.answered:,}{after}")
-        lines.append(f"now: {self._now()}")
-        if self.served_again:
-            lines.append("SERVED AFTER IT WAS REVOKED")
-        return lines
-
-    def _now(self) -> str:
-        if self.served and self.served[-1][1] is None:
-            return f"served since {self.served[-1][0]}"
-        if self.revoked is not None:
-            return f"revoked since {self.revoked}"
-        return "no longer served" if self.served else "never served"
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        return f"{name!r:.80} is no name of 1 to 64 letters, digits, hyphens, underscores"
+    if name == BASE:
+        return f"{name!r} is the name of no prompt at all"
+    if hasattr(nn.ModuleDict(), name):  # in which PEFT keeps prompts, as attributes
+        return f"{name!r} is taken by PyTorch in the module that holds prompts; lengthen it, such as 'request-{name}'"
+    return None
 
 
 def _is_name(request: str) -> bool:
     """Whether a request may be called so; those of earlier entries that are not can still be revoked."""
     return request.isprintable() and request == request.strip()
-
-
-def _adapter_of(entry: LedgerEntry) -> str | None:
-    """The adapter that an entry names; earlier versions wrote it as `prompt`, and servers the request's name there."""
-    before = entry.fields.get("prompt")
-    found: str | None = entry.fields.get("adapter", None if before == entry.request else before)
-    return found
 
 
 def are_fields(fields: Mapping[str, Any]) -> bool:

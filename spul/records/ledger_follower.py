@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .ledger_events import LedgerEntry, RequestState
+from .ledger_events import LedgerEntry
 from .ledger_lines import FIRST, entry_of
+from .ledger_states import RequestState
 
 
 class LedgerFollower:

@@ -20,7 +20,7 @@ from ..models.causal_lm import max_positions
 from ..prompts.arguments import generation_settings
 from ..prompts.row_prompts import NO_PROMPT
 from .answers import AnswerText, Piece
-from .engine import Job
+from .engine import Job, choose_prompts
 from .requests import ApiError, Limits, too_long
 from .sampling import RowChooser
 from .served import ServedPrompts
@@ -230,27 +230,32 @@ class TransformersEngine:
 
     def _answer(self, rows: list[_Row]) -> None:
         try:
-            names = self.served.route([row.job.token_ids for row in rows])
-            for row, name in zip(rows, names, strict=True):
-                row.job.prompt = {} if name == NO_PROMPT else self.served.served[name]
+            names = choose_prompts(self.served, [row.job for row in rows])
         except Exception as error:  # without a choice there is no answer
             for row in rows:
                 self._failed(row, error)
             return
-        self._generate_or_part(rows, names)
+        chosen: dict[_Row, str] = {}
+        for row, name in zip(rows, names, strict=True):
+            if isinstance(name, ApiError):
+                row.fail(name)
+            else:
+                chosen[row] = name
+        if chosen:
+            self._generate_or_part(list(chosen), list(chosen.values()))
 
     def _generate_or_part(self, rows: list[_Row], names: list[str]) -> None:
         """Generate rows together, or each alone where that fails: one row must not decide for the others."""
         try:
             self._generate(rows, names)
         except Exception as error:
-            for row, name in zip(rows, names, strict=True):
+            for row in rows:
                 if row.is_done:
                     continue
                 if len(rows) == 1 or row.num_tokens:
                     self._failed(row, error)
                 else:
-                    self._generate_or_part([row], [name])
+                    self._answer([row])  # whose prompt may be revoked by now
 
     def _failed(self, row: _Row, error: Exception) -> None:
         logger.error("A request failed: %s: %s", type(error).__name__, error)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
+from ..gates.routes import Routes
+from ..prompts.row_prompts import NO_PROMPT
 from .answers import Piece
-from .requests import Sampling
+from .requests import ApiError, Sampling, prompt_revoked
 from .served import ServedPrompts
 
 T = TypeVar("T")
@@ -22,14 +24,31 @@ class Job:
         sampling: how tokens are chosen.
         max_tokens: of the answer.
         prompt_position: tokens before a prompt at the message; None where none stands there.
+        routes: of the prompts as they were when the request came; None for those as they are when its turn comes.
     """
 
     token_ids: list[int]
     sampling: Sampling
     max_tokens: int
     prompt_position: int | None = None
+    routes: Routes | None = None
     prompt: dict[str, Any] | None = field(default=None, init=False)
     """Its prompt's entry in `ServedPrompts.served`; empty for the base, None before routing."""
+
+
+def choose_prompts(served: ServedPrompts, jobs: Sequence[Job]) -> list[str | ApiError]:
+    """The name of each job's prompt, as the gates say now, `"__base__"` for none.
+
+    In its place stands the error of a job that is refused: it waited, and the prompt that it had is revoked. No prompt
+    drops out in silence.
+
+    Raises:
+        ApiError: if it is not known which prompts are revoked.
+    """
+    names = served.choose([job.token_ids for job in jobs], [job.routes for job in jobs])
+    for job, name in zip(jobs, names, strict=True):
+        job.prompt = None if name is None else {} if name == NO_PROMPT else served.served[name]
+    return [prompt_revoked() if name is None else name for name in names]
 
 
 class Engine(Protocol):

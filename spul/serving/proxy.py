@@ -16,7 +16,7 @@ from ..gates.gated import GatedUnlearner
 from ..models.compat_devices import device_of
 from ..prompts.row_prompts import NO_PROMPT, under
 from .answers import Piece
-from .engine import Job
+from .engine import Job, choose_prompts
 from .requests import ApiError, Limits, check_header_text
 from .served import ServedPrompts
 from .vllm_client import encoded
@@ -160,12 +160,12 @@ class VllmEngine:
 
     def _body(self, job: Job) -> dict[str, Any]:
         """Ask the gates, choose the prompt, and make the payload."""
-        [name] = self.served.route([job.token_ids])
+        [name] = choose_prompts(self.served, [job])
+        if isinstance(name, ApiError):
+            raise name
         sampling = job.sampling
-        if name == NO_PROMPT:
-            job.prompt, fields = {}, {"prompt": job.token_ids}
-        else:
-            job.prompt = self.served.served[name]
+        fields: dict[str, Any] = {"prompt": job.token_ids}
+        if name != NO_PROMPT:
             inside = self.served.gated.unlearner.spul_configs[name].prompt_position == "message"
             if inside and job.prompt_position is None:
                 raise ApiError(503, "the prompts have changed; send the request again.")

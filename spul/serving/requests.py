@@ -75,6 +75,13 @@ def too_long(room: int, num_tokens: int, max_tokens: int) -> ApiError:
     )
 
 
+def prompt_revoked() -> ApiError:
+    """The error of a request that waited, and whose prompt was revoked meanwhile: it is not answered without it."""
+    return ApiError(
+        503, "the prompts changed while the request waited; send the request again.", code="prompts_changed"
+    )
+
+
 @dataclass(frozen=True)
 class Limits:
     """Limits of a server.

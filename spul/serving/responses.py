@@ -36,9 +36,9 @@ async def while_connected(http: Request, awaitable: Any) -> Any:
                 raise ApiError(499, "the client has gone.")
         return task.result()
     finally:
-        if not task.done():
+        while not task.done():  # of one cancellation, wait_for of Python 3.11 may make a result
             task.cancel()
-            await asyncio.wait({task})
+            await asyncio.wait({task}, timeout=POLL_SECONDS)
 
 
 async def whole(answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None]) -> JSONResponse:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import os
-import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..gates.files import SETTINGS_NAME
-from ..gates.gate import Gate, as_gate
+from ..gates.gate import Gate, as_gate, request_texts
 from ..gates.gated import GatedUnlearner
 from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME, gate_of
+from ..gates.routes import Routes
 from ..models.unlearner import PREFIX_TYPES
 from ..prompts.row_prompts import NO_PROMPT
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import fingerprint
+from ..records.ledger_events import name_fault
 from ..records.spul_config import SpulConfig, read_spul_config
 from .requests import ApiError
 
 ALWAYS = "always"  # the kind of the gate that flags every request
 NO_TEXT = "the prompt was not added: name or folder is no text, or always no boolean."
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 def always(texts: list[str]) -> list[bool]:
@@ -104,8 +104,8 @@ def check_name(name: Any) -> None:
     Raises:
         ValueError: if not.
     """
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name == NO_PROMPT:
-        raise ValueError(f"a prompt's name is {name!r:.80}; expected 1 to 64 letters, digits, hyphens, underscores.")
+    if (fault := name_fault(name)) is not None:
+        raise ValueError(f"no prompt can be served by this name: {fault}.")
 
 
 def check_gate(folder: str | os.PathLike) -> None:
@@ -151,7 +151,7 @@ def _gate(folder: str | os.PathLike, is_always: bool, model: Any, tokenizer: Any
 
 
 class ServedPrompts:
-    """Prompts behind gates, as a server uses them. One thread calls `route`, `add` and `revoke`.
+    """Prompts behind gates, as a server uses them. One thread routes, adds, revokes, withholds and restores.
 
     Args:
         gated: the prompts.
@@ -161,7 +161,10 @@ class ServedPrompts:
     Attributes:
         served: what is served: of each prompt, by its name, its adapter (the folder's last part, or the Hub name), its
             digest, the base's, its gate, and since when.
-        revoked: what was revoked, in order, with `until`.
+        revoked: what was revoked or withheld, in order, with `until`.
+        withheld: prompts that no request gets until they are restored, by name, as they were in `served`.
+        routes: from requests to what is served.
+        withdrawn: asked as requests that waited are routed: names of prompts that are served and must not be.
         longest: virtual tokens of the longest prompt.
         stands_inside: whether a prompt stands at the message.
 
@@ -184,17 +187,44 @@ class ServedPrompts:
         self._since = dict.fromkeys(gated.unlearner.peft_config, time.time())
         self.revoked: list[dict[str, Any]] = []
         self.served: dict[str, dict[str, Any]] = {}
+        self.withheld: dict[str, dict[str, Any]] = {}
+        self.withdrawn: Callable[[], Collection[str]] = tuple
         self._refresh()
 
     def route(self, requests: Sequence[Sequence[int]]) -> list[str]:
         """The name of the prompt of each request, as token ids; `"__base__"` for none."""
-        return self.gated.names_of(requests)
+        return self._routes().names(request_texts(self.gated.tokenizer, requests))
 
-    def add(self, name: Any, folder: Any, is_always: Any = False) -> dict[str, Any]:
-        """Load a prompt and its gate; requests that are routed from now on get it. On an error nothing changes.
+    def choose(self, requests: Sequence[Sequence[int]], before: Sequence[Routes | None]) -> list[str | None]:
+        """As `route`, for requests that waited; None for one whose prompt was revoked meanwhile.
 
         Args:
-            name: its name.
+            requests: token ids of each.
+            before: `routes` as they were when each came; None for those of now.
+        """
+        texts, routes = request_texts(self.gated.tokenizer, requests), self._routes()
+        found: list[str | None] = [*routes.names(texts)]
+        if gone := set(self.withdrawn()):  # asked last, since gates take their time
+            routes = self._routes(gone)
+            found = [*routes.names(texts)]
+        there = {NO_PROMPT, *routes.gates, *routes.combined.values()}
+        for i, own in enumerate(before):
+            own = self.routes if own is None else own
+            if (gone or own is not self.routes) and own.names([texts[i]])[0] not in there:
+                found[i] = None
+        return found
+
+    def _routes(self, gone: Collection[str] = ()) -> Routes:
+        """The routes of now, without what is withheld, and without others that are gone."""
+        off = {*self.withheld, *gone}
+        off |= {name for parts, name in self.gated.combined.items() if parts & off}
+        return self.gated.routes.without(off)
+
+    def add(self, name: Any, folder: Any, is_always: Any = False) -> dict[str, Any]:
+        """Load a prompt and its gate; requests that are routed from now on get it. On an error what is served stays.
+
+        Args:
+            name: its name; one that is withheld by the same name goes.
             folder: within the allowed folder: a path relative to it.
             is_always: whether every request gets it, whatever gate is in its folder.
 
@@ -203,9 +233,10 @@ class ServedPrompts:
         """
         if not (isinstance(name, str) and isinstance(folder, str) and isinstance(is_always, bool)):
             raise ApiError(400, NO_TEXT)
-        if name in self.gated.unlearner.peft_config:
+        if name in self.gated.unlearner.peft_config and name not in self.withheld:
             raise ApiError(409, "there is a prompt of this name; revoke it first, or take another name.", "name")
-        if any(one["gate"] == ALWAYS for one in self.served.values()):
+        others = {**self.served, **(self.withheld if is_always else {})}
+        if any(one["gate"] == ALWAYS for key, one in others.items() if key != name):
             raise ApiError(
                 409, "a prompt is always on, so that one behind it would never be; revoke that first, and add it last."
             )
@@ -215,9 +246,13 @@ class ServedPrompts:
             if not is_always:
                 check_gate(path)
             check_fits(read_spul_config(path), self.base_fingerprint, self.allow_other_base, folder)
+            if name in self.withheld:  # its place is taken
+                self.withheld = {key: one for key, one in self.withheld.items() if key != name}
+                self.gated.delete_adapter(name)
             self.gated.load_adapter(path, name, gate=always if is_always else None)
             self._check_kind(name)
         except Exception as error:  # whatever a strange folder holds: nothing was changed
+            self._refresh()
             raise ApiError(400, f"the prompt was not added: {error}", "folder") from error
         self._since[name] = time.time()
         self._refresh()
@@ -245,12 +280,34 @@ class ServedPrompts:
         if name not in self.gated.unlearner.peft_config:
             raise ApiError(404, "there is no prompt of this name.", "name")
         self.gated.delete_adapter(name)
-        now = time.time()
-        gone = [
-            {**one, "until": now} for key, one in self.served.items() if key not in self.gated.unlearner.peft_config
-        ]
-        self.revoked = [*self.revoked, *gone]
+        return self._without_gone()
+
+    def withhold(self, name: str) -> list[dict[str, Any]]:
+        """Give a prompt to no request until it is restored; as `revoke`, which removes it, says what went."""
+        if name not in self.served:
+            raise ApiError(404, "there is no prompt of this name.", "name")
+        self.withheld = {**self.withheld, name: self.served[name]}
+        return self._without_gone()
+
+    def restore(self, name: str) -> list[dict[str, Any]]:
+        """Serve a prompt again that was withheld, where it stood; all that are served again with it.
+
+        One that is always on stands last, since others may have been added.
+        """
+        before, own = self.served, self.withheld[name]
+        self.withheld = {key: one for key, one in self.withheld.items() if key != name}
+        if own["gate"] == ALWAYS:
+            self.gated.precedence = [*(one for one in self.gated.precedence if one != name), name]
+        self._since |= {key: time.time() for key in self.gated.unlearner.peft_config if key not in before}
         self._refresh()
+        return [one for key, one in self.served.items() if key not in before]
+
+    def _without_gone(self) -> list[dict[str, Any]]:
+        """Find what is still served; what is not any more, with `until`."""
+        before, now = self.served, time.time()
+        self._refresh()
+        gone = [{**one, "until": now} for key, one in before.items() if key not in self.served]
+        self.revoked = [*self.revoked, *gone]
         return gone
 
     @property
@@ -295,7 +352,12 @@ class ServedPrompts:
     def _refresh(self) -> None:
         """Replace the prompts that are served, by name, as a whole, so that other threads may read them."""
         unlearner, found = self.gated.unlearner, {}
+        self.withheld = {name: one for name, one in self.withheld.items() if name in unlearner.spul_configs}
+        self.routes = self._routes()
+        there = {*self.routes.gates, *self.routes.combined.values()}
         for name, record in unlearner.spul_configs.items():
+            if name not in there:
+                continue
             gate = self.gated.gates.get(name)
             found[name] = self.served.get(name) or {
                 "name": name,

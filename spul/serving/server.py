@@ -6,11 +6,11 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
@@ -20,19 +20,15 @@ from starlette.requests import ClientDisconnect
 from .answers import Answer, Piece
 from .encoding import RequestEncoder
 from .engine import Engine, Job
+from .recorder import Record, Recorder, States
 from .requests import ApiError, ChatRequest, Limits, check_header_text, read_body, read_json
 from .responses import api_error, http_error, in_time, stream, unexpected, while_connected, whole
 from .served import ServedPrompts
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
-Record = Callable[[dict[str, Any]], Any]
-"""Takes an event, fields of a `LedgerEvent`: of a prompt that is `served`, `stopped` or `revoked`, or of an answer."""
 Check = Callable[[str, str | None], Any]
 """Takes name and SHA-256 of a prompt that is to be added, and raises ValueError if it must not be served."""
-Revoked = Callable[[], Mapping[str, str]]
-"""Since when each request is revoked that is so now, by its name; whoever else revokes one is heard so."""
 SHORTEST_TOKEN = 16  # characters of the administrator's token
 
 
@@ -43,7 +39,8 @@ def make_app(
     record: Record | None = None,
     admin_token: str | None = None,
     check: Check | None = None,
-    revoked: Revoked | None = None,
+    states: States | None = None,
+    server: str | None = None,
 ) -> FastAPI:
     """The server of an engine.
 
@@ -54,28 +51,31 @@ def make_app(
         record: takes events, one at a time. A request whose entry cannot be recorded fails.
         admin_token: lets its holder list, add and revoke prompts; without one there is no such endpoint.
         check: asked before a prompt is added, such as whether the ledger says that it was revoked.
-        revoked: asked before each answer; prompts of requests that it names are withdrawn. Where it raises OSError or
-            ValueError, nothing is answered.
+        states: the ledger's requests, asked before each answer: prompts of those that are revoked are taken off, and
+            put back once the requests are received anew. Where it raises OSError or ValueError, nothing is answered.
+        server: name of this server in events of prompts, as each of several has one.
 
     Raises:
         ValueError: if the token is shorter than 16 characters, or has some that no header takes.
     """
     if admin_token is not None:
         check_header_text(admin_token, "the administrator's token", SHORTEST_TOKEN)
-    server = _Server(engine, model, Limits() if limits is None else limits, record, admin_token, check, revoked)
-    app = FastAPI(title="spul", docs_url=None, redoc_url=None, openapi_url=None, lifespan=server.lifespan)
+    recorder = Recorder(engine.served, record, states, server)
+    endpoints = _Server(engine, model, Limits() if limits is None else limits, recorder, admin_token, check)
+    app = FastAPI(title="spul", docs_url=None, redoc_url=None, openapi_url=None, lifespan=endpoints.lifespan)
+    app.state.served = engine.served
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, http_error)
     app.add_exception_handler(Exception, unexpected)
-    app.add_api_route("/v1/chat/completions", server.chat, methods=["POST"])
-    app.add_api_route("/v1/completions", server.completion, methods=["POST"])
-    app.add_api_route("/v1/models", server.models, methods=["GET"])
-    app.add_api_route("/v1/models/{name:path}", server.model_card, methods=["GET"])
-    app.add_api_route("/health", server.health, methods=["GET"])
+    app.add_api_route("/v1/chat/completions", endpoints.chat, methods=["POST"])
+    app.add_api_route("/v1/completions", endpoints.completion, methods=["POST"])
+    app.add_api_route("/v1/models", endpoints.models, methods=["GET"])
+    app.add_api_route("/v1/models/{name:path}", endpoints.model_card, methods=["GET"])
+    app.add_api_route("/health", endpoints.health, methods=["GET"])
     if admin_token is not None:
-        app.add_api_route("/admin/prompts", server.prompts, methods=["GET"])
-        app.add_api_route("/admin/prompts", server.add, methods=["POST"])
-        app.add_api_route("/admin/prompts/{name}", server.revoke, methods=["DELETE"])
+        app.add_api_route("/admin/prompts", endpoints.prompts, methods=["GET"])
+        app.add_api_route("/admin/prompts", endpoints.add, methods=["POST"])
+        app.add_api_route("/admin/prompts/{name}", endpoints.revoke, methods=["DELETE"])
     return app
 
 
@@ -87,34 +87,35 @@ class _Server:
         engine: Engine,
         model: str,
         limits: Limits,
-        record: Record | None,
+        recorder: Recorder,
         admin_token: str | None,
         check: Check | None,
-        revoked: Revoked | None,
     ) -> None:
-        self.engine, self.model, self.limits = engine, model, limits
+        self.engine, self.model, self.limits, self.recorder = engine, model, limits, recorder
+        engine.served.withdrawn = recorder.withdrawn
         self.encoder = RequestEncoder(engine.served, limits)
         self.created, self.num_in_flight, self._num_encoding = int(time.time()), 0, 0
-        self._record, self._token, self._check, self._revoked = record, admin_token, check, revoked
+        self._token, self._check = admin_token, check
+        self._told: set[str] = set()  # names of requests, of which a warning was logged
         self._changing = asyncio.Lock()  # one change of the prompts at a time, its entry included
         self._encoding = ThreadPoolExecutor(1, "spul-encoding")  # long texts must not hold up the others' answers
-        self._recording = ThreadPoolExecutor(1, "spul-record")  # in order
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
         """Start the engine; at the end answer what waits, and record what was served."""
+        await self.recorder.take(self.engine.served.served)
         for one in self.engine.served.served.values():
-            await self._recorded("served", one)
+            await self.recorder.of_prompt("served", one)
         self.engine.start()
         try:
             yield
         finally:
             await self.engine.stop()
             try:
-                await self._all_recorded("stopped", self.engine.served.served.values())
+                await self.recorder.of_prompts("stopped", self.engine.served.served.values())
             finally:
                 self._encoding.shutdown()
-                self._recording.shutdown()
+                self.recorder.shutdown()
 
     # ---- OpenAI's API ----
 
@@ -146,7 +147,7 @@ class _Server:
         served, status = self.engine.served, "ok" if self.engine.is_alive else "stopping"
         if status == "ok":
             try:
-                await in_time(self._to_withdraw(), time.monotonic() + self.limits.timeout)
+                await in_time(self.recorder.standing(), time.monotonic() + self.limits.timeout)
             except ApiError:  # logged
                 status = "ledger unreadable"
         found = {
@@ -164,8 +165,10 @@ class _Server:
         deadline = time.monotonic() + self.limits.timeout
         body = await in_time(self._body(http), deadline)
         request = read_body(kind, body, self.model, self.limits)
-        await self._withdraw_revoked(deadline)
+        await self._follow_ledger(deadline)
+        routes = self.engine.served.routes
         job = await self._encoded(request, deadline)
+        job.routes = routes  # of the moment in which the ledger was asked
         answer = Answer(kind, self.model, len(job.token_ids))
         pieces = self._pieces(job, answer, deadline)
         first = await while_connected(http, anext(pieces))  # a refusal has its own status also in a stream
@@ -216,65 +219,19 @@ class _Server:
             raise
         finally:
             self.num_in_flight -= 1
-            entry = self._submit("answered", job, answer, last, status) if job.prompt is not None else None
+            entry = self.recorder.answered(job, answer, last, status) if job.prompt is not None else None
         if entry is not None:
             await entry
         yield last
-
-    # ---- what is recorded ----
-
-    def _submit(self, event: str, job: Job, answer: Answer, last: Piece, status: str) -> asyncio.Future | None:
-        """Hand over the entry of a request; also of one whose client has gone, who waits for nothing."""
-        prompt = job.prompt or {}
-        return self._hand_over(
-            {
-                "event": event,
-                "request": prompt.get("name"),
-                **{name: prompt.get(name) for name in ("adapter", "prompt_sha256", "gate")},
-                "base_fingerprint": self.engine.served.base_fingerprint,
-                "answer": answer.id,
-                "finish": status,
-                "prompt_tokens": len(job.token_ids),
-                "completion_tokens": last.num_tokens,
-            }
-        )
-
-    async def _recorded(self, event: str, one: dict[str, Any]) -> None:
-        """Record an event of a prompt."""
-        named = {name: one[name] for name in ("adapter", "prompt_sha256", "base_fingerprint", "gate")}
-        entry = self._hand_over({"event": event, "request": one["name"], **named})
-        if entry is not None:
-            await entry
-
-    async def _all_recorded(self, event: str, some: Iterable[dict[str, Any]]) -> None:
-        """Record an event of several prompts; one whose entry cannot be written keeps none of the others out."""
-        found = [await _error_of(self._recorded(event, one)) for one in some]
-        if errors := [one for one in found if one is not None]:
-            raise errors[0]
-
-    def _hand_over(self, event: dict[str, Any]) -> asyncio.Future | None:
-        if self._record is None:
-            return None
-        record = self._record
-
-        def recorded() -> None:
-            try:
-                record(event)
-            except Exception as error:
-                logger.exception("An event was not recorded: %s", event["event"])
-                raise ApiError(500, "the request could not be recorded.") from error
-
-        future = asyncio.get_running_loop().run_in_executor(self._recording, recorded)
-        future.add_done_callback(lambda one: one.cancelled() or one.exception())  # logged above
-        return future
 
     # ---- prompts that come and go ----
 
     async def prompts(self, http: Request) -> dict[str, Any]:
         """`GET /admin/prompts`."""
         self._check_admin(http)
-        await self._withdraw_revoked(time.monotonic() + self.limits.timeout)
-        return {"served": list(self.engine.served.served.values()), "revoked": self.engine.served.revoked}
+        await self._follow_ledger(time.monotonic() + self.limits.timeout)
+        served = self.engine.served
+        return {"served": [*served.served.values()], "withheld": [*served.withheld], "revoked": served.revoked}
 
     async def add(self, http: Request) -> JSONResponse:
         """`POST /admin/prompts`: `{"name": ..., "folder": ..., "always": false}`."""
@@ -291,7 +248,8 @@ class _Server:
                 await asyncio.to_thread(_checked, check, self.engine.served, name, folder)
             added = await self.engine.change(lambda served: served.add(name, folder, is_always))
             try:
-                await self._recorded("served", added)
+                await self.recorder.take([added["name"]])
+                await self.recorder.of_prompt("served", added)
             except ApiError:  # what is not in the record is not served
                 await self.engine.change(lambda served: served.revoke(added["name"]))
                 raise ApiError(500, "the prompt was not added, since that could not be recorded.") from None
@@ -303,37 +261,46 @@ class _Server:
         async with self._changing:
             gone = await self.engine.change(lambda served: served.revoke(name))
             try:
-                await self._all_recorded("revoked", gone)
+                await self.recorder.of_prompts("revoked", gone)
             except ApiError:
                 raise ApiError(500, "the prompt was revoked, and that could not be recorded.") from None
         return {"revoked": gone}
 
-    async def _withdraw_revoked(self, deadline: float) -> None:
-        """Take off prompts of requests that somebody else has revoked; each is logged, and recorded as stopped.
+    async def _follow_ledger(self, deadline: float) -> None:
+        """Take off prompts of requests that somebody else has revoked, and put back those that were received anew.
 
-        Only the look has a deadline, since it waits for entries that are written: a change is never left half done.
+        Each is logged, and recorded as stopped or served. Only the look has a deadline, since it waits for entries
+        that are written: a change is never left half done.
         """
-        if not await in_time(self._to_withdraw(), deadline):
+        if not any(await in_time(self.recorder.standing(), deadline)):
             return
         async with self._changing:
-            for name, since in (await self._to_withdraw()).items():  # anew: one may have been added again meanwhile
-                if name not in self.engine.served.served:  # one of several went with its part
-                    continue
-                gone = await self.engine.change(partial(ServedPrompts.revoke, name=name))
-                names = ", ".join(repr(one["name"]) for one in gone)
-                logger.warning("No longer served: %s, since the request %r was revoked on %s.", names, name, since)
-                await self._all_recorded("stopped", gone)
+            for name, since in (await self.recorder.standing()).revoked.items():  # anew: others may have changed it
+                if name in self.engine.served.served:  # a combined prompt may have gone with a part
+                    await self._withhold(name, since)
+            found = await self.recorder.standing()
+            for name in found.reopened:
+                await self._restore(name)
+            for name in set(found.replaced) - self._told:
+                logger.warning("The request %r was trained anew, as another prompt: add that one.", name)
+            self._told = set(found.replaced)
 
-    async def _to_withdraw(self) -> dict[str, str]:
-        """Since when requests are revoked whose prompts are served."""
-        if self._revoked is None:
-            return {}
-        try:  # in the thread that writes, so that no line is read while it is written here
-            found = await asyncio.get_running_loop().run_in_executor(self._recording, self._revoked)
-        except (OSError, ValueError) as error:
-            logger.exception("Whether prompts were revoked is not known")
-            raise ApiError(500, "the record of revoked prompts could not be read.") from error
-        return {name: found[name] for name in self.engine.served.served if name in found}
+    async def _withhold(self, name: str, since: str) -> None:
+        gone = await self.engine.change(partial(ServedPrompts.withhold, name=name))
+        names = ", ".join(repr(one["name"]) for one in gone)
+        logger.warning("No longer served: %s, since the request %r was revoked on %s.", names, name, since)
+        await self.recorder.of_prompts("stopped", gone)
+
+    async def _restore(self, name: str) -> None:
+        back = await self.engine.change(partial(ServedPrompts.restore, name=name))
+        names = ", ".join(repr(one["name"]) for one in back)
+        logger.warning("Served again: %s, since the request %r is one again.", names, name)
+        await self.recorder.take([one["name"] for one in back])
+        try:
+            await self.recorder.of_prompts("served", back)
+        except ApiError:  # what is not in the record is not served
+            await self.engine.change(partial(ServedPrompts.withhold, name=name))
+            raise
 
     def _check_admin(self, http: Request) -> None:
         given = http.headers.get("authorization", "").encode()
@@ -347,11 +314,3 @@ def _checked(check: Check, served: ServedPrompts, name: Any, folder: Any) -> Non
         check(name, prompt_sha256)
     except ValueError as error:
         raise ApiError(400, f"the prompt was not added: {error}", "name") from error
-
-
-async def _error_of(awaitable: Awaitable[Any]) -> ApiError | None:
-    try:
-        await awaitable
-    except ApiError as error:
-        return error
-    return None

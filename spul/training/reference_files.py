@@ -98,7 +98,8 @@ def claim_folder(folder: Path, index: dict[str, Any], accelerator: Accelerator |
         there = dict(json.loads((folder / INDEX_NAME).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"{str(folder / INDEX_NAME)!r} is damaged: {error}. Delete the folder, or name another (reference_dir)."
+            f"{str(folder / INDEX_NAME)!r} is damaged: {str(error).rstrip('.')}. Delete the folder, or name "
+            "another (reference_dir)."
         ) from error
     differences = {
         "format": "it was written by another version of spul",

@@ -1,0 +1,40 @@
+"""Routes: the prompt of each request, by gates and precedence as they are at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..prompts.row_prompts import NO_PROMPT
+from .gate import Gate
+
+
+@dataclass(frozen=True, eq=False)
+class Routes:
+    """From requests to prompts: a request gets the first prompt whose gate flags it, or the one for several together.
+
+    Prompts that come and go make new routes; these stay as they are.
+
+    Args:
+        gates: of each prompt its gate.
+        precedence: names of the prompts, the first first.
+        combined: for sets of names the one prompt for all of them.
+    """
+
+    gates: Mapping[str, Gate]
+    precedence: Sequence[str]
+    combined: Mapping[frozenset[str], str]
+
+    def names(self, texts: list[str]) -> list[str]:
+        """The name of the prompt that each text gets, `"__base__"` for none."""
+        flags = {name: gate.flags(texts) for name, gate in self.gates.items()}
+        by_text = [[name for name in self.precedence if flags[name][i]] for i in range(len(texts))]
+        return [self.combined.get(frozenset(some), some[0]) if some else NO_PROMPT for some in by_text]
+
+    def without(self, names: Collection[str]) -> Routes:
+        """The routes of the other prompts; a combined prompt goes with any of its parts."""
+        return Routes(
+            {name: gate for name, gate in self.gates.items() if name not in names},
+            [name for name in self.precedence if name not in names],
+            {parts: name for parts, name in self.combined.items() if name not in names and not parts & set(names)},
+        )

@@ -1,0 +1,164 @@
+"""The state of a request to forget, as the entries of a ledger leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .digests import DataSummary
+from .ledger_events import REOPENING, LedgerEntry
+
+WORDS = {
+    "adapter": "adapter",
+    "prompt_sha256": "SHA-256 of the prompt",
+    "base_fingerprint": "fingerprint of the base",
+    "gate": "gate",
+    "evaluation": "SHA-256 of the evaluation",
+}  # fields of an entry, and of a request's state, as readers see them
+
+
+@dataclass
+class Occurrence:
+    """An event of a request; answers between two other events count as one.
+
+    Attributes:
+        event: one of `EVENTS`, or one of a later version.
+        start, end: times of the first and of the last.
+        num: how many.
+        note: the remark of the last.
+        server: name of the server that noted it; None if it does not say.
+    """
+
+    event: str
+    start: str
+    end: str
+    num: int = 1
+    note: str | None = None
+    server: str | None = None
+
+    def __str__(self) -> str:
+        when = self.start if self.end == self.start else f"{self.start} to {self.end}"
+        times = f" {self.num:,} times" if self.num > 1 else ""
+        by = "" if self.server is None else f" by {self.server}"
+        return f"{when} {self.event}{by}{times}" + (f": {' '.join(self.note.split())}" if self.note else "")
+
+
+@dataclass
+class RequestState:
+    """A request as the ledger's entries leave it.
+
+    Attributes:
+        request: its name.
+        rows, adapter, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
+        history: its events, in the order of the entries, with their times.
+        served: times from and until which some server served it; None at the end of the last if one still does.
+        servers: since when each server serves it, by its name: those that noted a start, and no stop since. Entries
+            without a name are those of one more server, None.
+        answered: number of answers under its prompt.
+        answered_after: number of those while it was withdrawn: under way just then, or of a server that was not told.
+        revoked: when it was withdrawn; None if it was not, or has been received or trained anew since.
+        revocations: each time at which it was withdrawn.
+        retrained: SHA-256 of the prompt that was trained since it was last withdrawn; None if not known, or none was.
+        served_again: whether it was served while it was withdrawn.
+    """
+
+    request: str
+    rows: DataSummary | None = None
+    adapter: str | None = None
+    prompt_sha256: str | None = None
+    base_fingerprint: str | None = None
+    gate: str | None = None
+    evaluation: str | None = None
+    history: list[Occurrence] = field(default_factory=list)
+    served: list[tuple[str, str | None]] = field(default_factory=list)
+    servers: dict[str | None, str] = field(default_factory=dict)
+    answered: int = 0
+    answered_after: int = 0
+    revoked: str | None = None
+    revocations: list[str] = field(default_factory=list)
+    retrained: str | None = None
+    served_again: bool = False
+
+    def add(self, entry: LedgerEntry) -> None:
+        """Take an entry of this request into account."""
+        self.adapter = _adapter_of(entry) or self.adapter
+        for name in ("prompt_sha256", "base_fingerprint", "gate", "evaluation"):
+            setattr(self, name, entry.fields.get(name, getattr(self, name)))
+        if (rows := entry.fields.get("rows")) is not None:
+            self.rows = DataSummary(rows["rows"], rows.get("digest"))
+        last = self.history[-1] if self.history else None
+        if last is not None and last.event == entry.event == "answered":
+            last.num, last.end, last.note = last.num + 1, entry.at, entry.fields.get("note", last.note)
+        else:
+            said = {name: entry.fields.get(name) for name in ("note", "server")}
+            self.history.append(Occurrence(entry.event, entry.at, entry.at, **said))
+        self.answered += entry.event == "answered"
+        self.answered_after += entry.event == "answered" and self.revoked is not None
+        self.served_again |= entry.event == "served" and self.revoked is not None
+        self._add_server(entry)
+        if entry.event == "revoked":
+            self.revoked, self.retrained = entry.at, None
+            self.revocations.append(entry.at)
+        elif entry.event in REOPENING:
+            self.revoked = None
+        if entry.event == "trained":
+            self.retrained = entry.fields.get("prompt_sha256")
+
+    def _add_server(self, entry: LedgerEntry) -> None:
+        """Take into account which servers serve the request after an entry; where it is revoked, none does."""
+        server, was_served = entry.fields.get("server"), bool(self.servers)
+        if entry.event == "served":
+            self.servers.setdefault(server, entry.at)  # after a restart it is still the same service
+        elif entry.event == "stopped":
+            self.servers.pop(server, None)
+        elif entry.event == "revoked":
+            self.servers.clear()
+        if self.servers and not was_served:
+            self.served.append((entry.at, None))
+        elif was_served and not self.servers:
+            self.served[-1] = (self.served[-1][0], entry.at)
+
+    def in_words(self) -> list[str]:
+        """The state as lines of text: what is known, each event with its time, and how it is now."""
+        lines = _known(self.rows, {name: getattr(self, name) for name in WORDS})
+        lines += map(str, self.history)
+        if self.answered:
+            after = f", {self.answered_after:,} of them after it was revoked" if self.answered_after else ""
+            lines.append(f"answers under it: {self.answered:,}{after}")
+        lines.append(f"now: {self.now}")
+        if self.served_again:
+            lines.append("SERVED AFTER IT WAS REVOKED")
+        return lines
+
+    @property
+    def now(self) -> str:
+        """Whether it is served, in words: since when, and by which servers."""
+        if self.servers:
+            names = sorted(name for name in self.servers if name is not None)
+            return f"served since {self.served[-1][0]}" + (f" by {', '.join(names)}" if names else "")
+        if self.revoked is not None:
+            return f"revoked since {self.revoked}"
+        return "no longer served" if self.served else "never served"
+
+
+def entry_in_words(entry: LedgerEntry) -> list[str]:
+    """An entry as lines of text: which request, its event with its time, and what else it says, its digest last."""
+    said = entry.fields
+    rows = None if said.get("rows") is None else DataSummary(said["rows"]["rows"], said["rows"].get("digest"))
+    event = Occurrence(entry.event, entry.at, entry.at, note=said.get("note"), server=said.get("server"))
+    return [f"request: {entry.request}", str(event), *_known(rows, said), f"digest: {entry.digest}"]
+
+
+def _known(rows: DataSummary | None, values: Mapping[str, Any]) -> list[str]:
+    """What is known of a request or in an entry, a line each."""
+    keyed = "" if rows is None or rows.digest is None else f", HMAC-SHA256 {rows.digest}"
+    lines = [] if rows is None else [f"rows: {rows.rows:,}{keyed}"]
+    return lines + [f"{word}: {values[name]}" for name, word in WORDS.items() if values.get(name) is not None]
+
+
+def _adapter_of(entry: LedgerEntry) -> str | None:
+    """The adapter that an entry names; earlier versions wrote it as `prompt`, and servers the request's name there."""
+    before = entry.fields.get("prompt")
+    found: str | None = entry.fields.get("adapter", None if before == entry.request else before)
+    return found

@@ -1,0 +1,166 @@
+"""The states of requests: served since when and by which servers, revoked, answered, as the ledger's entries say."""
+
+from __future__ import annotations
+
+import pytest
+
+from spul.records import DataSummary, Ledger, LedgerEvent
+from spul.records.ledger_lines import next_line
+from spul.records.ledger_states import entry_in_words
+
+SHA = "ab" * 32
+ROWS = DataSummary(12, "cd" * 32)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "ledger.jsonl"
+
+
+def test_the_state_of_a_request_says_since_when_it_is_served_and_whether_it_was_revoked(path):
+    ledger = Ledger(path)
+    received = ledger.append(LedgerEvent("received", "1", rows=ROWS))
+    trained = ledger.append(LedgerEvent("trained", "1", adapter="forget-1", prompt_sha256=SHA, base_fingerprint=SHA))
+    ledger.append(LedgerEvent("received", "2"))
+    ledger.append(LedgerEvent("served", "2", at="2026-03-01T10:30:00+01:00"))
+    served = ledger.append(LedgerEvent("served", "1", gate="names"))
+    again = ledger.append(LedgerEvent("served", "1"))  # as after a restart: it is still the same service
+    one, two = ledger.states()["1"], ledger.states()["2"]
+    assert (one.rows, one.adapter, one.prompt_sha256, one.base_fingerprint, one.gate) == (
+        *(ROWS, "forget-1", SHA, SHA, "names"),
+    )
+    assert (one.served, two.served, one.revoked) == ([(served.time, None)], [("2026-03-01T09:30:00Z", None)], None)
+    assert one.in_words()[-1] == f"now: served since {served.time}"
+    stopped = ledger.append(LedgerEvent("stopped", "1", evaluation=SHA))
+    assert ledger.states()["1"].in_words()[-1] == "now: no longer served"
+    ledger.append(LedgerEvent("served", "1", at="2027-01-01T00:00:00Z"))
+    answers = [
+        ledger.append(LedgerEvent("answered", "1", at=f"2027-01-0{i}T00:00:00Z", note=note))
+        for i, note in ((2, "once"), (3, "by hand"), (4, None))
+    ]
+    ledger.append(LedgerEvent("revoked", "1", at="2027-02-01T00:00:00Z", note="at their\nwish"))
+    one = ledger.states()["1"]
+    assert one.served == [(served.time, stopped.time), ("2027-01-01T00:00:00Z", "2027-02-01T00:00:00Z")]
+    assert (one.revoked, one.evaluation, one.served_again) == ("2027-02-01T00:00:00Z", SHA, False)
+    assert one.in_words() == [
+        f"rows: 12, HMAC-SHA256 {ROWS.digest}",
+        *("adapter: forget-1", f"SHA-256 of the prompt: {SHA}", f"fingerprint of the base: {SHA}", "gate: names"),
+        f"SHA-256 of the evaluation: {SHA}",
+        *(f"{received.time} received", f"{trained.time} trained", f"{served.time} served", f"{again.time} served"),
+        *(f"{stopped.time} stopped", "2027-01-01T00:00:00Z served"),
+        f"{answers[0].at} to {answers[-1].at} answered 3 times: by hand",
+        "2027-02-01T00:00:00Z revoked: at their wish",
+        *("answers under it: 3", "now: revoked since 2027-02-01T00:00:00Z"),
+    ]
+    ledger.append(LedgerEvent("served", "1"))
+    assert ledger.states()["1"].in_words()[-1] == "SERVED AFTER IT WAS REVOKED"
+
+
+@pytest.mark.parametrize("event", ["received", "trained"])
+def test_a_revoked_request_is_one_again_once_it_is_received_or_trained_anew(path, event):
+    ledger, other = Ledger(path), "ef" * 32
+    ledger.check_not_revoked("1", SHA)  # there is no file
+    for name, sha in (("1", SHA), ("2", other), ("3", SHA)):
+        ledger.append(LedgerEvent("received", name))
+        ledger.append(LedgerEvent("served", name, prompt_sha256=sha))
+    ledger.check_not_revoked("1", SHA)
+    ledger.append(LedgerEvent("revoked", "1"))
+    ledger.append(LedgerEvent("answered", "1"))  # of a request that was under way
+    for sha in (SHA, other, None):
+        with pytest.raises(ValueError, match=r"'1' was revoked on 2.*--event received --request 1"):
+            ledger.check_not_revoked("1", sha)
+    with pytest.raises(ValueError, match=r"'1' was revoked .*, and 'renamed' has the same weights.*--request 1"):
+        ledger.check_not_revoked("renamed", SHA)
+    ledger.check_not_revoked("3", SHA)  # another request, which the ledger knows by the same weights
+    ledger.check_not_revoked("2", other)
+    ledger.check_not_revoked("new", None)
+    ledger.append(LedgerEvent(event, "1"))
+    ledger.check_not_revoked("1", SHA)
+    ledger.append(LedgerEvent("served", "1"))
+    state = ledger.states()["1"]
+    assert not state.served_again
+    assert (state.answered, state.answered_after) == (1, 1)
+    assert "answers under it: 1, 1 of them after it was revoked" in state.in_words()
+    path.write_bytes(path.read_bytes().replace(b'"request": "2"', b'"request": "4"'))
+    with pytest.raises(ValueError, match=r"not a whole ledger: line 3: it was edited: .* not [0-9a-f]{12}\.$"):
+        ledger.check_not_revoked("2")
+
+
+def test_answers_are_counted_by_request_and_those_without_a_prompt_are_of_none(path):
+    ledger = Ledger(path)
+    ledger.append(LedgerEvent("trained", "1", adapter="out"))
+    assert ledger.states()["1"].in_words()[-1] == "now: never served"
+    for i in range(3):
+        ledger.append(LedgerEvent("answered", "1", adapter="out", answer=f"a-{i}", finish="stop", prompt_tokens=0))
+    bare = ledger.append(LedgerEvent("answered", None, answer="a-3", finish="error 504", completion_tokens=7))
+    assert (bare.request, bare.fields["completion_tokens"], "adapter" in bare.fields) == (None, 7, False)
+    assert [(state.request, state.answered) for state in ledger.states().values()] == [("1", 3)]
+    assert "answers under it: 3" in ledger.states()["1"].in_words()
+    assert ledger.verify() == []
+
+
+def test_a_ledger_of_earlier_versions_is_read_by_todays_names(path):
+    """They wrote the adapter as `prompt`, and a server the request's name there."""
+    event = LedgerEvent("trained", "1", prompt_sha256=SHA).to_dict()
+    first, line = next_line(None, event | {"prompt": "forget-1"})
+    second, other = next_line(first, {"event": "served", "request": "1", "prompt": "1"})
+    path.write_bytes(line + other)
+    ledger = Ledger(path)
+    assert ledger.verify() == []
+    assert (ledger.states()["1"].adapter, ledger.states()["1"].served) == ("forget-1", [(second.time, None)])
+    ledger.append(LedgerEvent("stopped", "1", adapter="moved"))
+    assert ledger.verify() == []
+    assert ledger.states()["1"].adapter == "moved"
+    path.write_bytes(line + next_line(first, {"event": "served", "request": "1", "prompt": 1})[1])
+    assert [fault.line for fault in ledger.verify()] == [2]
+
+
+def test_a_request_is_served_while_any_server_that_noted_a_start_has_noted_no_stop(path):
+    ledger = Ledger(path)
+    ledger.append(LedgerEvent("received", "1"))
+
+    def noted(event, server=None):
+        entry = ledger.append(LedgerEvent(event, "1", server=server))
+        return entry.at, ledger.states()["1"]
+
+    since, state = noted("served", "b")
+    assert (state.now, str(state.history[-1])) == (f"served since {since} by b", f"{since} served by b")
+    assert noted("served", "a")[1].now == f"served since {since} by a, b"
+    assert noted("served")[1].now == f"served since {since} by a, b"  # one that does not say who it is
+    assert noted("stopped", "c")[1].now == f"served since {since} by a, b"
+    assert noted("stopped", "b")[1].now == f"served since {since} by a"
+    assert noted("stopped")[1].now == f"served since {since} by a"
+    assert noted("served", "a")[1].now == f"served since {since} by a"  # killed, and started anew
+    until, state = noted("stopped", "a")
+    assert (state.now, state.served, state.servers) == ("no longer served", [(since, until)], {})
+    since, state = noted("served", "b")
+    noted("served", "a")
+    assert len(ledger.states()["1"].served) == 2
+    until, state = noted("revoked", "a")  # the stop of b, which comes later, changes nothing
+    assert (state.now, state.served[-1], state.servers) == (f"revoked since {until}", (since, until), {})
+    noted("received")
+    since, state = noted("served", "a")
+    assert noted("stopped", "b")[1].now == f"served since {since} by a"
+
+
+def test_the_times_of_revocations_and_what_was_trained_since_the_last_are_known(path):
+    ledger = Ledger(path)
+    ledger.append(LedgerEvent("trained", "1", prompt_sha256="12" * 32))
+    assert ledger.states()["1"].retrained == "12" * 32
+    first = ledger.append(LedgerEvent("revoked", "1"))
+    ledger.append(LedgerEvent("received", "1"))
+    assert (ledger.states()["1"].retrained, ledger.states()["1"].revocations) == (None, [first.at])
+    second = ledger.append(LedgerEvent("revoked", "1"))
+    ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
+    assert (ledger.states()["1"].retrained, ledger.states()["1"].revocations) == (SHA, [first.at, second.at])
+
+
+def test_an_entry_in_words_says_all_that_it_holds(path):
+    event = LedgerEvent("served", "1", ROWS, "out", SHA, SHA, "names", SHA, "2026-03-01T09:30:00Z", "n", server="a")
+    Ledger(path).append(LedgerEvent("received", "1"))
+    entry = Ledger(path).append(event)
+    assert entry_in_words(entry) == [
+        *("request: 1", "2026-03-01T09:30:00Z served by a: n", f"rows: 12, HMAC-SHA256 {ROWS.digest}", "adapter: out"),
+        *(f"SHA-256 of the prompt: {SHA}", f"fingerprint of the base: {SHA}", "gate: names"),
+        *(f"SHA-256 of the evaluation: {SHA}", f"digest: {entry.digest}"),
+    ]
