@@ -18,7 +18,7 @@ class EvaluateOptions(LoadOptions, RowOptions):
     """Options of `spul evaluate`."""
 
     model: str = option(
-        "the unlearned model: folder of a prompt, gates with prompts or a refusal, layers, LoRA, or weights", ...
+        "the unlearned model: folder of a prompt, prompts behind gates, a rival, layers, LoRA, or weights", ...
     )
     base: str | None = option("the model before, by name or folder; an adapter needs it")
     retrained: str | None = option("a model that never saw the forget rows, the yardstick")
