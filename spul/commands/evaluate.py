@@ -163,14 +163,17 @@ def _lines(path: str | None) -> list[str]:
 
 
 def _write(found: Any, options: EvaluateOptions) -> None:
-    """The report, the metrics in the card of a local adapter that has one, and the evidence pack."""
+    """A table in print, the report, the metrics in the card of a local adapter that has one, and the evidence pack."""
     from ..evaluation.evidence import write_evidence
     from ..evaluation.report.card import add_to_card
     from ..evaluation.report.report import write_report
+    from ..evaluation.report.summary import splits_as_text
     from ..records.card import CARD_NAME
     from ..records.spul_config import SPUL_CONFIG_NAME
 
+    print("\n".join(splits_as_text(found)))
     written = [str(path) for path in write_report(found, options.output_dir)]
+    print(f"report: {Path(options.output_dir, 'report.html')}")
     folder = Path(options.model)
     has_card = all((folder / name).is_file() for name in (CARD_NAME, SPUL_CONFIG_NAME))
     if has_card and any(one.measure == "utility" for one in found.metrics):
