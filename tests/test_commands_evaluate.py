@@ -146,6 +146,20 @@ def test_results_report_and_card_are_written_and_conditions_decide(files, tmp_pa
     assert f"failed: test_forget.accuracy.value >= {one.value:g}" in capsys.readouterr().out
 
 
+def test_the_base_may_be_named_model_and_what_is_on_it_adapter_as_in_other_commands(files, tmp_path, few_resamples):
+    values = options_for(files, files["model"], tmp_path, adapter=files["adapter"])
+    assert run(parsed("evaluate", values)) is None
+    other = options_for(
+        files, files["adapter"], tmp_path, base=files["model"]
+    )  # the same evaluation, which is resumed
+    found = Evaluation.load(tmp_path)
+    assert run(parsed("evaluate", other)) is None
+    assert repr(Evaluation.load(tmp_path).metrics) == repr(found.metrics)
+    assert found.models == ["unlearned", "detached"]
+    with pytest.raises(ValueError, match="adapter and base are both given; expected --model BASE --adapter FOLDER"):
+        parsed("evaluate", {**values, "base": files["model"]})
+
+
 @pytest.mark.parametrize("kind", ["examples", "corruption"])
 def test_a_method_without_training_is_measured_as_any_other(files, tmp_path, kind, few_resamples):
     values = options_for(files, files[kind], tmp_path, base=files["model"], max_length=30)
