@@ -21,7 +21,8 @@ def evaluated(tmp_path, **more):
     files = write_files(tmp_path)
     sets = {name: files[name] for name in ("forget", "retain", "test_forget", "test_retain")}
     values = {"model": write_prompt(tmp_path / "prompt"), "base": files["model"], **sets, "generic": GENERIC, **more}
-    assert run(parsed("evaluate", {**values, "output_dir": tmp_path / "out"})) is None
+    given = {name: value for name, value in values.items() if value is not None}
+    assert run(parsed("evaluate", {**given, "output_dir": tmp_path / "out"})) is None
 
 
 def test_an_attack_that_is_cut_off_names_the_option_and_in_python_the_collator(tmp_path):
@@ -31,6 +32,11 @@ def test_an_attack_that_is_cut_off_names_the_option_and_in_python_the_collator(t
     attacks = AttackSettings(only=("jailbreak 5 before",))
     with pytest.warns(UserWarning, match=r"is cut off\. Raise the collator's max_length\."):
         measured(build("llama"), "input attack", attacks=attacks, collator=make_collator(max_length=40))
+
+
+def test_an_adapter_without_its_base_is_told_both_options(tmp_path):
+    with pytest.raises(ValueError, match=r"none is given; expected --model BASE --adapter FOLDER\."):
+        evaluated(tmp_path, base=None)
 
 
 def test_rows_that_do_not_fit_the_model_name_the_option(tmp_path):

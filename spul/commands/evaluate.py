@@ -109,9 +109,10 @@ def run(options: EvaluateOptions) -> int | None:
     }
     unseen = None if options.unseen is None else options.rows(options.unseen)
     texts = _lines(options.unrelated_texts)
-    loaded = load_unlearned(
-        options.model, options.base, options.tokenizer, options.loader(), options.trust_remote_code
-    )
+    with messages_in_options():
+        loaded = load_unlearned(
+            options.model, options.base, options.tokenizer, options.loader(), options.trust_remote_code
+        )
     others = {"retrained": options.retrained, "reference": options.reference}
     others |= {"base": options.base} if loaded.kind == "model" else {}
     with messages_in_options():

@@ -19,6 +19,7 @@ WORDS = (
     (r"give (AttackSettings\(.*?\)|questions=)", r"call spul.evaluate in Python with \1"),
     (r"give (base|retrained|reference|unseen)=", r"give --\1"),
     (r"give unrelated_texts=", "give --unrelated-texts"),
+    (r"none is given; expected the base, by name or folder", "none is given; expected --model BASE --adapter FOLDER"),
     (r"give another output_dir", "give another --output-dir"),
 )
 
