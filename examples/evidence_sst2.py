@@ -8,7 +8,11 @@
 `chosen.json`. `score` scores the chosen ones on test rows, three seeds, and attacks the best four. `all` does both,
 and scores a system as soon as its own trials have ended. Every trial is a line of `trials.jsonl`, all else a line of
 `scores.jsonl`; a repeated command resumes, and a choice, once made, holds. `--workers` processes share the device.
-`table` writes `table.md` and a figure of `scores.jsonl`. The plan is `docs/data/evidence/sst2-plan.json`.
+`table` writes `table.md` and a figure of `scores.jsonl`. The plan is `docs/data/evidence/sst2-plan.json` unless given:
+with that of multiple choice, whose splits `choice_rows.py` writes, and which leaves nothing to choose:
+
+    python examples/evidence_sst2.py score --plan docs/data/evidence/choices-smollm2-plan.json --model SMOLLM2 \
+        --data-dir out/choices --attacked 0 --output-dir out/evidence-choices
 """
 
 from __future__ import annotations
@@ -41,10 +45,11 @@ def parse_args() -> argparse.Namespace:
     add("stage", choices=(*STAGES, "table"))
     add("--plan", type=Path, default=PLAN)
     add("--model", help="Hub name or folder of a causal LM")
-    add("--data-dir", help="folder of SST-2")
+    add("--data-dir", help="folder of SST-2, or of the four splits of a plan without a data set")
     add("--chosen", type=Path, help="a choice: its systems are not tried. That of the output folder unless given")
     add("--attacked", type=int, default=200, help="rows of each side under each attack on the best; 0 for none")
     add("--attacked-seeds", nargs="+", type=int, help="of the attacks; those of `--seeds` unless given")
+    add("--attack", nargs="+", metavar="NAME", help="systems to attack in place of the best four")
     add("--systems", nargs="+", help="names in the plan, NAME@1,3 for seeds of its own; all unless given")
     add("--seeds", nargs="+", type=int, help="to score on; the plan's unless given")
     add("--workers", type=int, default=1, help="processes beside each other")
@@ -126,10 +131,12 @@ def write_tables(folder: Path, plan: Plan) -> None:
         raise SystemExit(f"{path} has no scores; run `score` first.")
     systems = [system.name for system in plan.systems]
     text = tables.table(records, systems)
+    text += "\n\nTraining rows, at most 500 of a side:\n\n" + tables.table(records, systems, "train")
     (folder / "table.md").write_text(text + "\n")
     shown = [name for name in systems if name not in ("vanilla", tables.BASE)]
     save_figure(
-        tables.tradeoff(records, shown, f"SST-2 on {records[0]['model']}: every seed a point"), folder / "tradeoff"
+        tables.tradeoff(records, shown, f"{plan.data} on {records[0]['model']}: every seed a point"),
+        folder / "tradeoff",
     )
     print(text)
 
@@ -157,8 +164,10 @@ def run(args: argparse.Namespace, plan: Plan) -> None:
     """Do the jobs of a stage, `--workers` at a time."""
     begun, wanted, files = time.monotonic(), wanted_systems(args, plan), Files(args.output_dir, args.model)
     attacked = (args.attacked_seeds or args.seeds or plan.seeds) if args.attacked else ()
-    choice = earlier_choice(args, plan, wanted)
-    schedule = Schedule(plan, args.stage, wanted, attacked, choice, files.known)
+    if unknown := sorted(set(args.attack or ()) - {system.name for system in plan.systems}):
+        raise SystemExit(f"--attack {unknown[0]!r}: expected names of the plan.")
+    choice = earlier_choice(args, plan, wanted | dict.fromkeys(args.attack or (), attacked))
+    schedule = Schedule(plan, args.stage, wanted, attacked, choice, files.known, args.attack)
     files.write_choice(schedule.choice)
     running: dict[Future, Job] = {}
     broken, fresh = False, True

@@ -1,10 +1,11 @@
-"""TOFU's forget01 on a small chat model: a prefix with fitted keys, LoRA, a gate with a refusal or a prompt behind it.
+"""TOFU on a small chat model: a prefix with fitted keys, LoRA, a gate with a refusal or a prompt behind it.
 
     python examples/evidence_tofu.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data-dir ../shared/data/tofu
 
-The base learns the 40 forget rows and `--retain-rows` others until it gives its answers a mean probability of 0.9;
-the retrained model learns the others alone, for as many epochs. Unlearning sees all forget rows and all retain
-rows but `--unseen-retain`, on which retaining is scored. The settings are the library's defaults; nothing is chosen.
+The base learns the forget rows (40 in forget01, 200 in forget05) and `--retain-rows` others until it gives its
+answers a mean probability of 0.9; the retrained model learns the others alone, for as many epochs. Unlearning sees
+all forget rows and all retain rows but `--unseen-retain`, on which retaining is scored. The settings are the
+library's defaults; nothing is chosen.
 
 A line of `tofu.jsonl` has a system's scores by question: probability, ROUGE-L recall and both truth ratios of forget,
 retain, real authors and world facts; probability of paraphrased forget questions; likelihoods of forget rows and of
@@ -54,7 +55,8 @@ def parse_args() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", required=True, help="Hub name or folder of a causal LM with a chat template")
     add("--data-dir", required=True, type=Path, help="folder of TOFU's files")
-    add("--retain-rows", type=int, default=100, help="retain rows that the base learns")
+    add("--forget-set", choices=("forget01", "forget05", "forget10"), default="forget01")
+    add("--retain-rows", type=int, default=100, help="of the 400 with false answers, those that the base learns")
     add("--unseen-retain", type=int, default=40, help="those of them that unlearning does not see, to be scored")
     add("--other-questions", type=int, default=20, help="of real authors and of world facts, each")
     add("--steps", type=int, default=150, help="of unlearning")
@@ -73,7 +75,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def vanilla(tofu: Tofu) -> Any:
-    return AutoModelForCausalLM.from_pretrained(tofu.args.model, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(tofu.args.model, dtype=torch.float32).eval().to(tofu.device)
 
 
 def base(tofu: Tofu) -> Any:
@@ -235,7 +237,7 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     tofu, path = Tofu(args), args.output_dir / "tofu.jsonl"
     facts = {"seed": args.seed, "model": Path(args.model).name, "steps": args.steps, "batch_size": args.batch_size}
-    facts |= {"retain_rows": args.retain_rows, "unseen_retain": args.unseen_retain}
+    facts |= {"forget_set": args.forget_set, "retain_rows": args.retain_rows, "unseen_retain": args.unseen_retain}
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for name in args.systems:
         if any({**one, **facts, "system": name} == one for one in done):

@@ -59,7 +59,8 @@ class Plan:
     """A plan, as its file has it.
 
     Args:
-        setup: fields of `paper.runs.Setup` that all seeds share.
+        setup: fields of `paper.runs.Setup` that all seeds share. Without `dataset`, the data is a folder of four
+            splits that the command names.
         seeds: of data, memorizing and unlearning.
         choosing_seed: the seed on whose held-out training rows settings are chosen.
         held_out: share of the training rows of each side to choose on.
@@ -69,6 +70,7 @@ class Plan:
         penalty: what each point of retain accuracy beyond the margin counts, in points of forget accuracy.
         attacked: number of systems that are attacked, the best by the choice.
         systems: the systems.
+        data: name of the data, for a figure.
     """
 
     setup: dict[str, Any]
@@ -81,6 +83,7 @@ class Plan:
     penalty: float
     attacked: int
     systems: list[System]
+    data: str = "SST-2"
 
     def __post_init__(self) -> None:
         names = [system.name for system in self.systems]
@@ -100,8 +103,9 @@ class Plan:
         return cls(**content | {"systems": [System(**one) for one in content["systems"]]})
 
     def experiment(self, seed: int, model: str, data_dir: str, folder: Path) -> Experiment:
-        """The data and models of a seed."""
-        setup = Setup(**self.setup, model=model, data_dir=data_dir, seed=seed)
+        """The data and models of a seed; `data_dir` is where the plan's data set lies, or is the data set itself."""
+        place = "data_dir" if "dataset" in self.setup else "dataset"
+        setup = Setup(**self.setup, **{place: data_dir}, model=model, seed=seed)
         return Experiment(setup, folder / f"{Path(model).name}-{seed}", batch_size=128)
 
     def system(self, name: str) -> System:

@@ -51,6 +51,7 @@ class Schedule:
         attacked_seeds: seeds to attack the best systems on.
         choice: that of earlier calls; its systems are not tried.
         known: lines of earlier calls, whose jobs are done.
+        attacked: names of systems to attack in place of the best.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Schedule:
         attacked_seeds: Sequence[int] = (),
         choice: Record | None = None,
         known: Sequence[Record] = (),
+        attacked: Sequence[str] | None = None,
     ) -> None:
         self.plan, self.stage, self.wanted, self.attacked_seeds = plan, stage, wanted, attacked_seeds
+        self.attacked = attacked
         self.choice: Record = choose(plan, [], choice)
         self.done = {record["job"] for record in known}
         self.begun: dict[str, Job] = {}
@@ -108,7 +111,7 @@ class Schedule:
 
     def _attacks(self) -> Iterator[Job]:
         for seed in self.attacked_seeds:
-            for name in self.choice["attacked"]:
+            for name in self.choice["attacked"] if self.attacked is None else self.attacked:
                 yield Job("score", seed, name)  # which stores the adapter
                 for part in attacks_of(self.plan.system(name)):
                     yield Job("attack", seed, name, part)

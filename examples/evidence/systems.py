@@ -140,6 +140,9 @@ def _prompt(experiment: Experiment, train: Rows, settings: dict[str, Any], folde
     loss = UnlearningLoss(**{name: settings[name] for name in names if name in settings})
     position = settings.get("position", "start")
     collator = collator_of(experiment, position)
+    if (share := settings.get("forget_size", 1.0)) < 1.0:
+        forget = train["forget"].shuffle(experiment.setup.seed)
+        train = train | {"forget": forget.select(range(round(share * len(forget))))}
     if settings.get("rewritten"):
         train = rewritten_rows(experiment, train, train["retain"], settings["rewritten"])
     dataset = forget_retain_dataset(train["forget"], train["retain"])
@@ -195,6 +198,8 @@ def _gated(experiment: Experiment, train: Rows, settings: dict[str, Any], folder
 
 def _lora(experiment: Experiment, train: Rows, settings: dict[str, Any], folder: Path | None) -> Built:
     """A method of `spul.training.methods` on LoRA."""
+    if settings.get("rewritten"):
+        train = rewritten_rows(experiment, train, train["retain"], settings["rewritten"])
     run = Run(
         settings["method"],
         "lora",

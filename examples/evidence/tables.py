@@ -14,20 +14,20 @@ BASE = "base"
 Record = dict[str, Any]
 
 
-def paired(records: Sequence[Record], base: dict[int, Record]) -> tuple[Interval, list[float]]:
+def paired(records: Sequence[Record], base: dict[int, Record], part: str = "test") -> tuple[Interval, list[float]]:
     """Retain accuracy less the base's on the same rows: mean and interval, and the differences by seed.
 
     Seeds have rows of their own. With several the interval is the wider of Student's t over the seeds and the
-    bootstrap over all rows; with one it is the bootstrap's and covers no other seed.
+    bootstrap over all rows; with one it is the bootstrap's and covers no other seed. `part` is `test` or `train`.
 
     Raises:
         ValueError: if the base was not scored on one of the seeds.
     """
     if missing := sorted({one["seed"] for one in records} - set(base)):
         raise ValueError(f"{records[0]['system']} was scored on seeds {missing}, the base was not; score it there.")
+    side = f"{part}_retain"
     rows = [
-        np.subtract(one["scores"]["test_retain"]["accuracy"], base[one["seed"]]["scores"]["test_retain"]["accuracy"])
-        for one in records
+        np.subtract(one["scores"][side]["accuracy"], base[one["seed"]]["scores"][side]["accuracy"]) for one in records
     ]
     by_seed = [float(each.mean()) for each in rows]
     by_rows = bootstrap_interval(np.concatenate(rows))
@@ -38,8 +38,8 @@ def paired(records: Sequence[Record], base: dict[int, Record]) -> tuple[Interval
     return Interval(by_seeds.estimate, wider.low, wider.high), by_seed
 
 
-def table(records: Sequence[Record], systems: Sequence[str]) -> str:
-    """A Markdown table of test rows: means over seeds in %, each seed's forget accuracy behind."""
+def table(records: Sequence[Record], systems: Sequence[str], part: str = "test") -> str:
+    """A Markdown table of the rows of `part`: means over seeds in %, each seed's forget accuracy behind."""
     base = {one["seed"]: one for one in records if one["system"] == BASE}
     lines = [
         "| | seeds | forget | generic on forget | retain | retain - base, points | generic on retain |",
@@ -51,20 +51,20 @@ def table(records: Sequence[Record], systems: Sequence[str]) -> str:
             continue
 
         def values(side: str, score: str, own: list[Record] = own) -> list[float]:
-            return [100 * float(np.mean(one["scores"][side][score])) for one in own]
+            return [100 * float(np.mean(one["scores"][f"{part}_{side}"][score])) for one in own]
 
-        forget = values("test_forget", "accuracy")
-        found, _ = paired(own, base)
+        forget = values("forget", "accuracy")
+        found, _ = paired(own, base, part)
         low, high = 100 * found.low, 100 * found.high
         change = f"{100 * found.estimate:+.1f}" + ("" if np.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
         cells = [
             name,
             str(len(own)),
             f"{np.mean(forget):.1f} ({', '.join(f'{value:.1f}' for value in forget)})",
-            f"{np.mean(values('test_forget', 'generic')):.1f}",
-            f"{np.mean(values('test_retain', 'accuracy')):.1f}",
+            f"{np.mean(values('forget', 'generic')):.1f}",
+            f"{np.mean(values('retain', 'accuracy')):.1f}",
             "" if name == BASE else change,
-            f"{np.mean(values('test_retain', 'generic')):.1f}",
+            f"{np.mean(values('retain', 'generic')):.1f}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

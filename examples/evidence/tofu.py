@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from paper.memorization import CompletionTrainer
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback, TrainingArguments, set_seed
@@ -48,11 +48,12 @@ class Tofu:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.tokenizer = AutoTokenizer.from_pretrained(args.model)
         self.format = chat_format(self.tokenizer)
         self.collator: ForgetRetainCollator = self.format.collator(self.tokenizer, max_length=512, seed=args.seed)
         folder = args.data_dir
-        forget = read_file(folder / "forget01_perturbed.json", (*COLUMNS, "paraphrased_question"))
+        forget = read_file(folder / f"{args.forget_set}_perturbed.json", (*COLUMNS, "paraphrased_question"))
         retain = read_file(folder / "retain_perturbed.json", COLUMNS)
         retain = retain.filter(lambda row: row["question"] not in set(forget["question"])).shuffle(seed=args.seed)
         learned = retain.select(range(args.retain_rows))
@@ -66,7 +67,11 @@ class Tofu:
         self.questions = {"forget": forget, "retain": scored, **others}
         self.forget, self.learned = self.format.apply(forget), self.format.apply(learned)
         self.retain = self.learned.select(range(args.unseen_retain, args.retain_rows))
-        unlearned = retain.select(range(args.retain_rows, args.retain_rows + len(forget)))
+        known = {*forget["question"], *retain["question"]}
+        more = read_file(folder / f"retain{100 - int(args.forget_set[-2:])}.json", COLUMNS[:2])
+        more = more.filter(lambda row: row["question"] not in known).shuffle(seed=args.seed)
+        others_in_turn = concatenate_datasets([retain.select_columns(list(COLUMNS[:2])), more])
+        unlearned = others_in_turn.select(range(args.retain_rows, args.retain_rows + len(forget)))
         self.never_learned = self.format.apply(unlearned)
         self.in_other_words = self.format.apply(
             forget.remove_columns("question").rename_column("paraphrased_question", "question")
@@ -130,7 +135,7 @@ class Tofu:
         return float(probability(response_likelihoods(model, few, self.collator.encoder)).mean())
 
     def load(self, name: str = "base") -> Any:
-        return AutoModelForCausalLM.from_pretrained(self.folder(name), dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(self.folder(name), dtype=torch.float32).eval().to(self.device)
 
     def made_in(self, name: str, settings: dict[str, Any], make: Callable[[Path], dict[str, Any]]) -> Path:
         """The folder of a trained adapter, made unless it is there."""

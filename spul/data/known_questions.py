@@ -138,7 +138,7 @@ def _read_sciq(source: str | os.PathLike[str] | None, seed: int) -> tuple[Datase
             raise FileNotFoundError(f"{folder} has none of {expected}.")
         parts = {part: read_file(folder / f"{part}.jsonl", SCIQ_COLUMNS) for part in found}
     notes = [f"SciQ: no {part} part" for part in SCIQ_PARTS if part not in parts]
-    questions = {part: Dataset.from_list([_sciq_row(row, seed) for row in rows]) for part, rows in parts.items()}
+    questions = {part: Dataset.from_list([sciq_row(row, seed) for row in rows]) for part, rows in parts.items()}
     if "test" in questions and len(questions) > 1:
         test = questions.pop("test")
         train = concatenate_datasets(list(questions.values()))
@@ -152,8 +152,16 @@ def _read_sciq(source: str | os.PathLike[str] | None, seed: int) -> tuple[Datase
     return train, test, notes
 
 
-def _sciq_row(row: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """A question with its four choices, in an order that depends on the seed and the question alone."""
+def sciq_row(row: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """A question of SciQ with its four choices, in an order that depends on the seed and the question alone.
+
+    Args:
+        row: the columns `SCIQ_COLUMNS`.
+        seed: of the order.
+
+    Returns:
+        `question`, `choices` and `answer`, the index of the correct one.
+    """
     choices = [row[name] for name in SCIQ_COLUMNS[1:]]
     order = random.Random(f"{seed}/{row['question']}").sample(range(len(choices)), len(choices))
     return {"question": row["question"], "choices": [choices[i] for i in order], "answer": order.index(0)}
