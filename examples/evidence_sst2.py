@@ -8,8 +8,9 @@
 `chosen.json`. `score` scores the chosen ones on test rows, three seeds, and attacks the best four. `all` does both,
 and scores a system as soon as its own trials have ended. Every trial is a line of `trials.jsonl`, all else a line of
 `scores.jsonl`; a repeated command resumes, and a choice, once made, holds. `--workers` processes share the device.
-`table` writes `table.md` and a figure of `scores.jsonl`. The plan is `docs/data/evidence/sst2-plan.json` unless given:
-with that of multiple choice, whose splits `choice_rows.py` writes, and which leaves nothing to choose:
+`table` writes `table.md` and a figure of `scores.jsonl`, `scales` a figure of several models' `--lines`. The plan is
+`docs/data/evidence/sst2-plan.json` unless given: with that of multiple choice, whose splits `choice_rows.py` writes,
+and which leaves nothing to choose:
 
     python examples/evidence_sst2.py score --plan docs/data/evidence/choices-smollm2-plan.json --model SMOLLM2 \
         --data-dir out/choices --attacked 0 --output-dir out/evidence-choices
@@ -42,7 +43,7 @@ PLAN = Path(__file__).parents[1] / "docs" / "data" / "evidence" / "sst2-plan.jso
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("stage", choices=(*STAGES, "table"))
+    add("stage", choices=(*STAGES, "table", "scales"))
     add("--plan", type=Path, default=PLAN)
     add("--model", help="Hub name or folder of a causal LM")
     add("--data-dir", help="folder of SST-2, or of the four splits of a plan without a data set")
@@ -56,9 +57,12 @@ def parse_args() -> argparse.Namespace:
     add("--tf32", action="store_true", help="float32 products in TF32, on a GPU")
     add("--minutes", type=float, default=1e9, help="begin no job after so many")
     add("--models-dir", type=Path, help="folder of the memorized models; in the output folder unless given")
+    add("--lines", nargs="+", type=Path, help="of `scales`: files of scored systems, on models of several sizes")
     add("--output-dir", type=Path, default=Path("out/evidence"))
     args = parser.parse_args()
-    if args.stage != "table" and not (args.model and args.data_dir):
+    if args.stage == "scales" and not args.lines:
+        parser.error("scales needs --lines.")
+    if args.stage in STAGES and not (args.model and args.data_dir):
         parser.error(f"{args.stage} needs --model and --data-dir.")
     return args
 
@@ -141,6 +145,17 @@ def write_tables(folder: Path, plan: Plan) -> None:
     print(text)
 
 
+def write_scales(args: argparse.Namespace, plan: Plan) -> None:
+    """`scales.png` of systems on models of several sizes: those of `--systems`, or all that several models have."""
+    records = [record for path in args.lines for record in read_runs(path) if "scores" in record]
+    models = {
+        system.name: {tables.SIZES.get(one["model"]) for one in records if one["system"] == system.name}
+        for system in plan.systems
+    }
+    systems = args.systems or [name for name, found in models.items() if len(found) > 1 and name != tables.BASE]
+    save_figure(tables.scales(records, systems), args.output_dir / "scales")
+
+
 class Files:
     """The lines and the choice in the output folder, written as they come."""
 
@@ -214,6 +229,8 @@ def main() -> None:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.stage == "table":
         write_tables(args.output_dir, plan)
+    elif args.stage == "scales":
+        write_scales(args, plan)
     else:
         run(args, plan)
 

@@ -297,6 +297,26 @@ def test_the_table_of_the_results_page_is_that_of_the_stored_scores(example, pla
         assert match, line
 
 
+def test_the_figure_of_sizes_has_a_point_for_each_seed_at_its_models_size(example):
+    from evidence import tables
+
+    def record(system, model, seed, forget, retain):
+        scores = {"test_forget": {"accuracy": forget}, "test_retain": {"accuracy": retain}}
+        return {"system": system, "model": model, "seed": seed, "scores": scores}
+
+    both = [1, 1, 1, 0], [1, 1, 1, 1]
+    records = [record("base", model, seed, *both) for model, seed in (("smollm2", 1), ("smollm2", 2), ("gemma3", 1))]
+    records += [record("mine", "smollm2", seed, [0, 0, 0, seed - 1], [1, 1, 1, 0]) for seed in (1, 2)]
+    records.append(record("mine", "gemma3", 1, [1, 1, 0, 0], [1, 1, 0, 0]))
+    forget, retain = tables.scales(records, ["mine"]).axes
+    for axes, means, points in ((forget, [12.5, 50], [0, 25, 50]), (retain, [-25, -50], [-25, -25, -50])):
+        assert axes.lines[0].get_xdata().tolist() == [134.5, 268.1]
+        assert axes.lines[0].get_ydata().tolist() == means
+        assert [float(y) for one in axes.collections for y in one.get_offsets()[:, 1]] == points
+    with pytest.raises(ValueError, match="another"):
+        tables.scales([record("mine", "another", 1, *both)], ["mine"])
+
+
 def test_retain_is_compared_on_the_same_rows_with_an_interval_over_rows_for_one_seed(example):
     from evidence import tables
 

@@ -33,6 +33,8 @@ from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.models import shard_layers
 from spul.models.causal_lm import zero_dropout
 from spul.models.compat_checkpointing import is_checkpointing, switch_checkpointing
+from spul.prompts import row_prompts
+from spul.prompts.row_prompts import RowPrompts
 from spul.prompts.shared_prefix import shares_states
 
 CONFIGS_OF_ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
@@ -63,6 +65,35 @@ def checkpointed(prompt_type, folder):
     found = steps(unlearner, folder, 2, gradient_checkpointing=True, **FSDP)
     assert is_checkpointing(unlearner.get_base_model().train())
     return found | {"shared": shares_states(unlearner, 4, 12)}
+
+
+def batch_of(process):
+    """A batch whose shape depends on the process: many rows of a few tokens, or one of many."""
+    torch.manual_seed(process)
+    ids = torch.randint(3, 120, ((40, 3), (1, 30))[process])
+    return ids, torch.ones_like(ids), torch.full((len(ids), 1), ids.shape[1] - 1)
+
+
+def step_of(unlearner, process):
+    """A step's logits, the prompt's gradient, and the way that its pass took."""
+    given = batch_of(process)
+    prompts = RowPrompts(unlearner.train(), len(given[0]))
+    way = prompts.single_pass(given[0].shape[1])
+    logits = prompts.response_logits(*given)
+    logits.tanh().sum().backward()
+    gradient = torch.cat([p.grad.flatten() for p in unlearner.parameters() if p.grad is not None])
+    return {"logits": logits.detach(), "gradient": gradient}, None if way is None else way.__name__
+
+
+def sharded_step(process, is_checkpointed):
+    """`step_of` over a sharded base where no added token is too many to take one pass."""
+    unlearner = make_unlearner("p_tuning")
+    if is_checkpointed:
+        switch_checkpointing(unlearner.get_base_model(), "enable", {"use_reentrant": False})
+    shard_layers(unlearner)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(row_prompts, "MOST_ADDED_TOKENS", 0)
+        return step_of(unlearner, process)
 
 
 def lora():
@@ -104,6 +135,8 @@ def main(folder):
     results["lora"] = steps(lora(), folder / "lora", 2, loss=UnlearningLoss(), **FSDP)
     for trainable in ("prompt", "lora"):
         results[f"uneven {trainable}"] = uneven_steps(trainable, folder / "uneven", 2, **FSDP)
+    for is_checkpointed in (False, True):
+        results["one pass", is_checkpointed] = sharded_step(state.process_index, is_checkpointed)
     results["otherwise"] = sharded_otherwise()
     model = make_model("prompt_tuning")
     shard_layers(model)
@@ -155,6 +188,19 @@ def test_a_sharded_base_under_gradient_checkpointing_makes_the_steps_of_one(laun
         found = results[f"checkpointed {prompt_type}"]
         assert_steps(one, found)
         assert found["shared"]
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_each_process_takes_one_pass_of_a_sharded_base_whatever_the_shape_of_its_batch(launch, is_checkpointed):
+    """A second pass would gather its layers again, and one process alone that took it would wait for ever."""
+    ways = []
+    for process, results in enumerate(launch[1]):
+        found, way = results["one pass", is_checkpointed]
+        expected, whole = step_of(make_unlearner("p_tuning"), process)
+        assert whole is None
+        assert_same(expected, found, rtol=1e-5, atol=1e-5)
+        ways.append(way)
+    assert ways == ["joint_logits", "concatenated_logits"]
 
 
 def test_lora_beside_a_sharded_base_makes_the_steps_of_one(launch, tmp_path):

@@ -1,4 +1,4 @@
-"""Table and figure of scored systems: forget accuracy, retain accuracy beside the base's on the same rows."""
+"""Tables and figures of scored systems: forget accuracy, retain accuracy beside the base's on the same rows."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from matplotlib.figure import Figure
 from spul.evaluation.metrics.intervals import Interval, bootstrap_interval, seeds_interval
 
 BASE = "base"
+# Models by their names in lines of data: name, and millions of parameters.
+SIZES = {
+    "small-lm": ("small-lm", 5.7),
+    "SmolLM2-135M-Instruct": ("SmolLM2", 134.5),
+    "smollm2": ("SmolLM2", 134.5),
+    "gemma3": ("Gemma 3", 268.1),
+}
 Record = dict[str, Any]
 
 
@@ -98,4 +105,43 @@ def tradeoff(records: Sequence[Record], systems: Sequence[str], title: str) -> F
     panels[1].set_title("the corner of the aim", fontsize=9)
     figure.suptitle(title, fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside right center")
+    return figure
+
+
+def scales(records: Sequence[Record], systems: Sequence[str]) -> Figure:
+    """Forget accuracy, and what retain rows lose, by the size of the model: every seed a point, means joined.
+
+    Raises:
+        ValueError: if a line is of a model that is not in `SIZES`, or its base was not scored.
+    """
+    if unknown := sorted({one["model"] for one in records} - set(SIZES)):
+        raise ValueError(f"lines are of {unknown}; expected models of SIZES: {', '.join(SIZES)}.")
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2)
+    sizes = sorted({SIZES[one["model"]] for one in records}, key=lambda one: one[1])
+    for i, name in enumerate(systems):
+        found: list[tuple[float, list[float], list[float]]] = []
+        for size in sizes:
+            of_size = [one for one in records if SIZES[one["model"]] == size]
+            own = [one for one in of_size if one["system"] == name]
+            if own:
+                _, changes = paired(own, {one["seed"]: one for one in of_size if one["system"] == BASE})
+                forget = [100 * float(np.mean(one["scores"]["test_forget"]["accuracy"])) for one in own]
+                found.append((size[1], forget, [100 * change for change in changes]))
+        for axes, part in zip(panels, (1, 2), strict=True):
+            style = {"color": f"C{i}", "marker": "osD^vP"[i % 6]}
+            axes.plot([one[0] for one in found], [np.mean(one[part]) for one in found], label=name, lw=1, **style)
+            for one in found:
+                axes.scatter([one[0]] * len(one[part]), one[part], s=12, alpha=0.6, **style)
+    for axes, label in zip(
+        panels, ("test forget accuracy (%)", "test retain accuracy less the base's (points)"), strict=True
+    ):
+        axes.set_xscale("log")
+        axes.set_xticks([size for _, size in sizes], [f"{name}\n{size:.0f}M" for name, size in sizes])
+        axes.minorticks_off()
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.25)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3
+    )
     return figure

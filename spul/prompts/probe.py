@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from ..models.causal_lm import evaluation_mode, max_positions
-from ..models.compat import is_compiled, is_quantized, is_sharded
+from ..models.compat import is_compiled, is_quantized
 from ..models.compat_cache import LayerStates, prefix_states
 from ..models.compat_checkpointing import switching
 from ..models.compat_devices import device_of
@@ -61,11 +61,11 @@ def shares_prefix(base: Any, num_virtual: int) -> bool:
 def joins_prompt(base: Any, num_virtual: int) -> bool:
     """Whether rows have the same logits where their prompt is a row of the batch, see `one_pass`.
 
-    A base that is sharded or compiled passes for none.
+    A compiled base passes for none.
     """
 
     def compare() -> bool:
-        if is_sharded(base) or is_compiled(base) or not shares_prefix(base, num_virtual):
+        if is_compiled(base) or not shares_prefix(base, num_virtual):
             return False
         prompt, ids, mask = _probe(base, num_virtual)
         found = _all_joint_logits(base, base.get_input_embeddings()(ids), mask, prompt)

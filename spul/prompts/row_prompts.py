@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..models.causal_lm import logits_at, max_positions, needs_gradient
+from ..models.compat import is_sharded
 from ..models.compat_checkpointing import is_checkpointing
 from ..models.compat_devices import device_of
 from .one_pass import MOST_ADDED_TOKENS, joint_logits, tokens_of_prompts_row, waits_for_launches
@@ -185,25 +186,28 @@ class RowPrompts:
         """The way of training on rows of `num_tokens` in one pass of the base that adds the fewest tokens to it.
 
         None where a pass of its own for the prompt is as fast, where the rows have none, or one each, and where the
-        base does not run such a pass rightly.
+        base does not run such a pass rightly. All processes of a sharded base take one pass, or all take two.
         """
         base: Any = self.model.get_base_model()
-        if not waits_for_launches(device_of(self.model.word_embeddings)) or self.is_inside or self.is_prefix:
+        sharded = is_sharded(base)
+        if not sharded and not waits_for_launches(device_of(self.model.word_embeddings)):
             return None
-        if self.named != [self.model] or not needs_gradient(self.model):
+        if self.is_inside or self.is_prefix or self.named != [self.model] or not needs_gradient(self.model):
             return None
         num_virtual = self.num_virtual_tokens
+        # Verdicts first: processes of a sharded base run the same forwards, whatever the shapes of their batches.
+        if not joins_prompt(base, num_virtual):
+            return None
+        is_kept = not is_checkpointing(base) or checkpoints_prefix(base, num_virtual, joint=True)
         if outgrows_cache(self.model, num_virtual + num_tokens):
             return None
         tokens = tokens_of_prompts_row(self.num_rows, num_tokens, num_virtual), self.num_rows * num_virtual
-        # One that is sharded or compiled joins no prompt: its batches all keep to one way, whatever their shapes.
-        if min(tokens) > MOST_ADDED_TOKENS or not joins_prompt(base, num_virtual):
+        # A second pass gathers every layer of a sharded base again, which takes longer than to compute more tokens.
+        if min(tokens) > MOST_ADDED_TOKENS and not sharded:
             return None
-        if tokens[1] <= tokens[0]:
+        if tokens[1] <= tokens[0] and (is_kept or not sharded):
             return self.concatenated_logits
-        if is_checkpointing(base) and not checkpoints_prefix(base, num_virtual, joint=True):
-            return None
-        return self.joint_logits
+        return self.joint_logits if is_kept else None
 
     def shared_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """`response_logits` with a pass of its own for the prompt, whose keys and values all rows share."""
