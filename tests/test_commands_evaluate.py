@@ -9,6 +9,8 @@ import pytest
 import torch
 from command_files import parsed, write_base, write_files, write_prompt, write_rows
 from helpers import GENERIC, build, layers_on, lora, make_tokenizer, prompted
+from small_rivals import KINDS as RIVALS
+from small_rivals import rival
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLayers, score_completions
 from spul.commands.evaluate import run
@@ -17,11 +19,12 @@ from spul.data.prompt_files import read_prompts
 from spul.evaluation.evidence import evaluation_digest, verify_evidence
 from spul.evaluation.harness import Requests
 from spul.evaluation.loading import KINDS, kind_of, load_unlearned
+from spul.evaluation.report.summary import splits_as_text
 from spul.evaluation.results import Evaluation
 from spul.gates import GatedUnlearner, NameGate
 from spul.records import Ledger, LedgerEvent
 from spul.records.spul_config import read_spul_config
-from spul.rivals import FixedRefusal
+from spul.rivals import EmbeddingCorruption, FixedRefusal, GuardrailPrompt, InContextUnlearning
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +35,11 @@ def files(tmp_path_factory):
     GatedUnlearner(prompted(dtype=torch.float32), make_tokenizer(), {"default": NameGate(["jane"])}).save_pretrained(
         folder / "gated"
     )
-    FixedRefusal(build("llama"), make_tokenizer(), NameGate(["jane"]), GENERIC[0]).save_pretrained(folder / "refusal")
+    for kind in RIVALS:
+        rival(kind, build("llama")).save_pretrained(folder / kind)
     layers_on(build("llama")).save_pretrained(folder / "layers")
     lora(build("llama")).save_pretrained(folder / "lora")
-    return {**found, **{kind: str(folder / kind) for kind in ("adapter", "gated", "refusal", "layers", "lora")}}
+    return {**found, **{kind: str(folder / kind) for kind in ("adapter", "gated", *RIVALS, "layers", "lora")}}
 
 
 def options_for(files, model, folder, **more):
@@ -52,7 +56,10 @@ def options_for(files, model, folder, **more):
     [
         ("adapter", "adapter", SoftPromptUnlearner),
         ("gated", "gated", GatedUnlearner),
-        ("refusal", "refusal", FixedRefusal),
+        ("refusal", "rival", FixedRefusal),
+        ("guardrail", "rival", GuardrailPrompt),
+        ("examples", "rival", InContextUnlearning),
+        ("corruption", "rival", EmbeddingCorruption),
         ("layers", "layers", UnlearningLayers),
         ("lora", "adapter", None),
         ("model", "model", None),
@@ -70,9 +77,8 @@ def test_every_kind_of_model_is_known_by_its_files_and_loaded(files, name, kind,
     with torch.no_grad():
         out = loaded.model(input_ids=ids).logits
     base = build("llama")(ids).logits
-    assert torch.equal(out[:, -7:], base) is (
-        name in ("model", "gated", "refusal")
-    )  # the gate flags no request without a name
+    unchanged = name in ("model", "gated", "refusal", "corruption")  # gates flag no request without a name
+    assert torch.equal(out[:, -7:], base) is unchanged
 
 
 def test_a_folder_without_a_model_and_a_base_that_is_not_given_or_not_there_are_errors(files, tmp_path):
@@ -122,8 +128,10 @@ def test_results_report_and_card_are_written_and_conditions_decide(files, tmp_pa
     conditions = ["test_forget.accuracy.high < 0", "test_retain.accuracy.low > 1"]
     values = options_for(files, files["adapter"], tmp_path, base=files["model"], fail_if=conditions)
     assert run(parsed("evaluate", values)) is None
-    assert "passed: 2 condition(s)" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "passed: 2 condition(s)" in said
     found = Evaluation.load(tmp_path)
+    assert "\n".join([*splits_as_text(found), f"report: {tmp_path / 'report.html'}", "written: "]) in said
     assert found.models == ["unlearned", "detached"]
     assert (tmp_path / "report.html").is_file()
     assert set(read_spul_config(files["adapter"]).metrics) >= {"test_forget", "test_retain"}
@@ -136,6 +144,35 @@ def test_results_report_and_card_are_written_and_conditions_decide(files, tmp_pa
     values["fail_if"] = [f"test_forget.accuracy.value >= {one.value}", *conditions]
     assert run(parsed("evaluate", values)) == 1
     assert f"failed: test_forget.accuracy.value >= {one.value:g}" in capsys.readouterr().out
+
+
+def test_the_base_may_be_named_model_and_what_is_on_it_adapter_as_in_other_commands(files, tmp_path, few_resamples):
+    values = options_for(files, files["model"], tmp_path, adapter=files["adapter"])
+    assert run(parsed("evaluate", values)) is None
+    other = options_for(
+        files, files["adapter"], tmp_path, base=files["model"]
+    )  # the same evaluation, which is resumed
+    found = Evaluation.load(tmp_path)
+    assert run(parsed("evaluate", other)) is None
+    assert repr(Evaluation.load(tmp_path).metrics) == repr(found.metrics)
+    assert found.models == ["unlearned", "detached"]
+    with pytest.raises(ValueError, match="adapter and base are both given; expected --model BASE --adapter FOLDER"):
+        parsed("evaluate", {**values, "base": files["model"]})
+
+
+@pytest.mark.parametrize("kind", ["examples", "corruption"])
+def test_a_method_without_training_is_measured_as_any_other(files, tmp_path, kind, few_resamples):
+    values = options_for(files, files[kind], tmp_path, base=files["model"], max_length=30)
+    assert run(parsed("evaluate", values)) is None
+    collator = ForgetRetainCollator(make_tokenizer(), GENERIC, max_length=30)
+    plain = score_completions(rival(kind, build("llama")), read_prompts(files["forget"]), collator)
+    assert Evaluation.load(tmp_path).metric("utility", "train_forget", "loss").value == pytest.approx(plain["loss"])
+
+
+def test_a_method_of_an_unknown_name_is_refused_before_its_base_is_loaded(files, tmp_path):
+    (tmp_path / "spul_rival.json").write_text('{"format_version": 1, "kind": "own"}')
+    with pytest.raises(ValueError, match="kind is 'own'; expected one of fixed refusal, guardrail prompt, in-context"):
+        load_unlearned(tmp_path, "no-such-base")
 
 
 def test_a_request_that_a_ledger_does_not_know_is_refused_before_anything_is_measured(files, tmp_path):

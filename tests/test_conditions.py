@@ -8,8 +8,10 @@ import math
 import pytest
 from evaluations import measurement, utility
 
+from spul.evaluation.aggregation import NUM_RESAMPLES
 from spul.evaluation.conditions import Condition, failures
-from spul.evaluation.results import Evaluation
+from spul.evaluation.metrics.intervals import bootstrap_interval
+from spul.evaluation.results import Evaluation, join
 
 
 @pytest.fixture(scope="module")
@@ -20,9 +22,13 @@ def evaluation() -> Evaluation:
             "test_forget",
             "unlearned",
             name,
-            per_row={"accuracy": [1.0] * right + [0.0] * (10 - right)},
+            per_row={"accuracy": [1.0] * right + [0.0] * (10 - right), **({"changed": changed} if changed else {})},
         )
-        for name, right in (("none", 2), ("capitals", 6))
+        for name, right, changed in (
+            ("none", 9, None),
+            ("capitals", 6, [1.0] * 10),
+            ("disguised", 4, [1.0, 1.0, 1.0, 0.0] * 2 + [0.0] * 2),  # 3 of the 4 answered rows are changed
+        )
     ]
     return Evaluation({}, utility() + attacked, {"relearning": "no time"})
 
@@ -66,11 +72,58 @@ def test_a_condition_is_met_where_the_plain_comparison_holds(evaluation, end, co
         assert bool(found) is eval(f"{getattr(one, end)!r} {comparison} {number!r}")
 
 
-def test_of_several_attacks_those_that_meet_it_are_named(evaluation):
-    condition = Condition.parse("input attack: test_forget.accuracy.value > 0.3")
+def test_of_several_attacks_those_that_meet_it_are_named_and_rows_without_attack_do_not_count(evaluation):
+    condition = Condition.parse("input attack: test_forget.accuracy.value > 0.55")
     assert [one.attack for one in condition.met_by(evaluation)] == ["capitals"]
     (line,) = failures(evaluation, [condition])
-    assert line.startswith("input attack: test_forget.accuracy.value > 0.3: test_forget.accuracy (capitals) is 0.6 [")
+    assert line.startswith("input attack: test_forget.accuracy.value > 0.55: test_forget.accuracy (capitals) is 0.6 [")
+
+
+def test_of_an_attack_on_the_input_the_rows_that_it_changes_count(evaluation):
+    (one,) = Condition.parse("input attack: test_forget.accuracy.value < 0.55").met_by(evaluation)
+    assert (one.attack, one.value, one.num_rows) == ("disguised", 0.5, 6)  # of all rows it is 0.4
+    plain = bootstrap_interval([1.0] * 3 + [0.0] * 3, num_resamples=NUM_RESAMPLES)
+    assert (one.low, one.high) == (plain.low, plain.high)
+    (line,) = failures(evaluation, [Condition.parse("input attack: test_forget.accuracy.value < 0.55")])
+    assert line.endswith("], over the 6 of 10 rows that it changes")
+
+
+@pytest.mark.parametrize(
+    ("measure", "others", "counted"),
+    [
+        ("relearning", [("", 0)], ("", 4)),
+        ("soft suffix", [("before", None), ("trained", None)], ("after", None)),
+    ],
+)
+def test_values_before_an_attack_and_on_rows_that_it_learned_from_do_not_count(measure, others, counted):
+    found = [
+        measurement(measure, "train_forget", "unlearned", attack, level=level, per_row={"accuracy": [1.0] * 10})
+        for attack, level in [*others, counted]
+    ]
+    (one,) = Condition.parse(f"{measure}: train_forget.accuracy.value > 0").met_by(Evaluation({}, found, {}))
+    assert (one.attack, one.level) == counted
+
+
+def test_seeds_whose_attacks_change_other_rows_are_joined(evaluation):
+    def seed(changed):
+        per_row = {"accuracy": [1.0] * 5 + [0.0] * 5, "changed": changed}
+        return Evaluation({}, [measurement("input attack", "test_forget", "unlearned", "noise", per_row=per_row)], {})
+
+    both = join([seed([1.0] * 5 + [0.0] * 5), seed([1.0] * 10)])
+    (one,) = Condition.parse("input attack: test_forget.accuracy.value > 0").met_by(both)
+    assert (one.value, one.num_seeds) == (0.75, 2)
+
+
+def test_attacks_that_change_no_row_or_noted_no_changes_are_errors_and_not_passed():
+    def evaluation(**scores):
+        per_row = {"accuracy": [1.0] * 4, **scores}
+        return Evaluation({}, [measurement("input attack", "test_forget", "unlearned", "noise", per_row=per_row)], {})
+
+    condition = Condition.parse("input attack: test_forget.accuracy.value > 2")
+    with pytest.raises(ValueError, match="it has nothing of it"):
+        condition.met_by(evaluation(changed=[0.0] * 4))
+    with pytest.raises(ValueError, match="was measured by an earlier version of spul"):
+        condition.met_by(evaluation())
 
 
 def test_no_failures_where_no_condition_is_met(evaluation):

@@ -98,6 +98,17 @@ def test_the_usual_input_attacks_are_made_unless_others_are_given():
         assert "it changes no prompt" in found.skipped[f"input attack 'small letters' on {split}"]
 
 
+def test_an_attack_on_the_input_notes_the_rows_that_it_changes():
+    def shouted(rows):
+        return rows.map(lambda row, i: row if i % 2 else {"prompt": row["prompt"].upper()}, with_indices=True)
+
+    found = measured(learned(), "input attack", attacks=dataclasses.replace(ATTACKS, inputs={"shouted": shouted}))
+    for split in ("test_forget", "test_retain"):
+        scores = per_row(found, "input attack", split, "unlearned", "shouted")
+        assert scores["changed"] == [float(i % 2 == 0) for i in range(len(scores["accuracy"]))]
+        assert "changed" not in per_row(found, "input attack", split, "unlearned", "none")
+
+
 def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other_questions():
     attacks = dataclasses.replace(ATTACKS, inputs=None, turns=(2, 40))
     with pytest.warns(UserWarning, match="lose"):

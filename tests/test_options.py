@@ -9,32 +9,28 @@ import logging
 
 import pytest
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from helpers import (
     FAMILIES,
     arguments,
     assert_same,
-    build,
     make_collator,
     make_dataset,
-    make_trainer,
     make_unlearner,
     prompt_state,
     rows,
     trainable_model,
 )
+from small_trainings import logged, trained
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_pt_utils import AcceleratorConfig
 
-from spul import SoftPromptUnlearner, UnlearningLayers, UnlearningLoss, UnlearningTrainer
-from spul.losses import GradientAscent
+from spul import UnlearningLoss, UnlearningTrainer
 from spul.training.options import (
     ALL_HONORED,
     AS_IN_TRAINER,
     BATCH_ENTRIES,
     HONORED,
     REFUSED,
-    check_dispatch,
 )
 
 
@@ -42,23 +38,6 @@ def options():
     """Every field of TrainingArguments and every parameter of Trainer, of the version at hand."""
     fields = {field.name for field in dataclasses.fields(TrainingArguments)}
     return fields | set(inspect.signature(Trainer.__init__).parameters) - {"self"}
-
-
-def trained(folder, model=None, loss=None, dataset=None, **kwargs):
-    """A trainer after its training, for any trainable."""
-    names = ("reference", "eval_dataset", "callbacks", "optimizers", "optimizer_cls_and_kwargs", "model_init")
-    names += ("forget_fraction", "compute_metrics", "processing_class", "train_dataset")
-    own = {name: kwargs.pop(name) for name in names if name in kwargs}
-    model = make_unlearner() if model is None and "model_init" not in own else model
-    settings = arguments(folder, **{"max_steps": 2, **kwargs})
-    dataset = make_dataset() if dataset is None else dataset
-    trainer = UnlearningTrainer(model, settings, make_collator(), dataset, loss=loss, **own)
-    trainer.train()
-    return trainer
-
-
-def logged(trainer, name="loss"):
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 # ---- the lists ----
@@ -145,86 +124,6 @@ def entries(trainer):
     return [entry for entry in trainer.state.log_history if "kl_loss" in entry]
 
 
-# ---- model_init and searches ----
-
-
-def test_model_init_trains_what_the_model_itself_would(tmp_path):
-    settings = {"max_steps": 3, "train_sampling_strategy": "sequential"}  # make_unlearner seeds the generator
-    for reference in ("cached", "live"):
-        given = trained(tmp_path, reference=reference, **settings)
-        made = trained(tmp_path, model_init=lambda: make_unlearner(), reference=reference, **settings)
-        assert_same(prompt_state(made.model), prompt_state(given.model), rtol=0, atol=0)
-        assert logged(made, "kl_loss") == logged(given, "kl_loss")
-        assert made.model.spul_config.forget == given.model.spul_config.forget is not None
-        assert made.unlearner is made.model
-
-
-@pytest.mark.parametrize("trainable", ["layers", "lora", "all"])
-def test_model_init_makes_any_trainable_anew_for_each_training(tmp_path, trainable):
-    made = []
-
-    def model_init():
-        made.append(trainable_model(trainable, dtype=torch.float32))
-        return made[-1]
-
-    trainer = trained(tmp_path, model_init=model_init, loss=UnlearningLoss())
-    first = logged(trainer, "kl_loss")
-    trainer.train()
-    assert logged(trainer, "kl_loss") == first
-    assert trainer.model is made[-1]
-    assert len(made) == 3  # one for the checks, one for each training
-
-
-def test_a_model_of_model_init_is_checked_at_construction(tmp_path):
-    with pytest.raises(TypeError, match="expected a SoftPromptUnlearner"):
-        trained(tmp_path, model_init=lambda: torch.nn.Linear(1, 1))
-    with pytest.raises(TypeError, match="model is a NoneType"):
-        UnlearningTrainer(None, arguments(tmp_path), make_collator(), make_dataset())
-    with pytest.raises(ValueError, match="generic_completions=None"):
-        trained(tmp_path, model_init=lambda: make_unlearner(loss=UnlearningLoss(forget=GradientAscent())))
-
-
-def test_a_search_trains_each_trial_with_its_own_values(tmp_path, caplog):
-    pytest.importorskip("optuna")
-    seen = []
-
-    def model_init(trial):
-        alpha = 0.5 if trial is None else trial.suggest_categorical("alpha", [1.0])
-        return make_unlearner(loss=UnlearningLoss(alpha=alpha))
-
-    class Seeing(TrainerCallback):
-        def on_train_begin(self, args, state, control, **kwargs):
-            seen.append((trainer._loss.alpha, args.learning_rate, trainer.sampler.batch_size, trainer.sampler.seed))
-
-    args = arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=2)
-    trainer = UnlearningTrainer(
-        args=args,
-        data_collator=make_collator(),
-        train_dataset=make_dataset(),
-        eval_dataset={"forget": rows("jane", 5)},
-        model_init=model_init,
-        forget_fraction=0.5,
-        callbacks=[Seeing()],
-    )
-    values = itertools.count(1)
-
-    def space(trial):
-        number = next(values)
-        return {
-            "learning_rate": trial.suggest_categorical(f"rate {number}", [number / 10]),
-            "per_device_train_batch_size": trial.suggest_categorical(f"size {number}", [number]),
-            "seed": trial.suggest_categorical(f"seed {number}", [number + 5]),
-        }
-
-    search = {"n_trials": 2, "backend": "optuna"}
-    best = trainer.hyperparameter_search(space, lambda metrics: metrics["eval_forget_loss"], **search)
-    assert seen == [(1.0, 0.1, 1, 6), (1.0, 0.2, 2, 7)]
-    assert best.objective > 0
-    assert "adds up all metrics" not in caplog.text
-    trainer.hyperparameter_search(lambda trial: {}, **search)
-    assert "hyperparameter_search adds up all metrics" in caplog.text
-
-
 # ---- NEFTune ----
 
 
@@ -288,87 +187,6 @@ def test_noise_ends_with_a_training_that_fails(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         trained(tmp_path, model, neftune_noise_alpha=5.0, callbacks=[Failing()])
     assert not model.get_base_model().get_input_embeddings()._forward_hooks
-
-
-# ---- streams ----
-
-
-def stream(dataset=None, torch_kind=False):
-    dataset = make_dataset() if dataset is None else dataset
-    if not torch_kind:
-        return dataset.to_iterable_dataset()
-
-    class Rows(torch.utils.data.IterableDataset):
-        def __iter__(self):
-            return iter(dataset)
-
-    return Rows()
-
-
-@pytest.mark.parametrize("torch_kind", [False, True])
-def test_a_stream_trains_as_the_same_rows_in_order(tmp_path, torch_kind):
-    """Four passes: each draws other generic completions, as the epochs of a data set do."""
-    settings = {"reference": "live", "max_steps": 16, "train_sampling_strategy": "sequential"}
-    whole = trained(tmp_path, **settings)
-    streamed = trained(tmp_path, dataset=stream(torch_kind=torch_kind), **settings)
-    assert logged(streamed, "forget_loss") == logged(whole, "forget_loss")
-    assert_same(prompt_state(streamed.model), prompt_state(whole.model), rtol=0, atol=0)
-    record = streamed.model.spul_config
-    assert record.generic_completions == make_collator().generic_completions
-    assert record.forget is None
-    assert record.retain is None
-    streamed.save_model(str(tmp_path / "prompt"))
-    assert SoftPromptUnlearner.from_pretrained(build("llama"), tmp_path / "prompt").spul_config.forget is None
-
-
-def test_a_stream_needs_no_reference_where_the_loss_needs_none(tmp_path):
-    trained(tmp_path, make_unlearner(loss=UnlearningLoss(beta=0.0)), dataset=stream())
-
-
-@pytest.mark.parametrize(
-    ("own", "settings", "named"),
-    [
-        ({}, {}, "reference='cached' (use reference='live')"),
-        ({"forget_fraction": 0.5}, {}, "reference='cached' (use reference='live') or forget_fraction"),
-        ({"reference": "live", "alternate": True}, {}, "alternate=True"),
-        ({"reference": "live"}, {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy="),
-    ],
-)
-def test_what_a_stream_cannot_do_is_one_sentence(tmp_path, own, settings, named):
-    args = arguments(tmp_path, max_steps=2, **settings)
-    with pytest.raises(ValueError, match="train_dataset is a stream") as error:
-        UnlearningTrainer(make_unlearner(), args, make_collator(), stream(), **own)
-    assert named in str(error.value)
-
-
-def test_a_stream_without_flags_or_steps_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="train_dataset has no is_forget, only"):
-        trained(tmp_path, dataset=stream(rows("a", 3)), reference="live")
-    with pytest.raises(ValueError, match="has no is_forget"):
-        trained(tmp_path, dataset=stream(rows("a", 3), torch_kind=True), reference="live")
-    with pytest.raises(ValueError, match="max_steps has to be specified"):
-        trained(tmp_path, dataset=stream(), reference="live", max_steps=-1)
-
-
-def test_a_stream_to_evaluate_on_is_refused(tmp_path):
-    with pytest.raises(TypeError, match="eval_dataset is a stream"):
-        make_trainer(tmp_path, eval_dataset=stream(rows("a", 3)))
-    with pytest.raises(TypeError, match=r"forget is a stream .* Dataset\.from_list\(list\(rows\.take"):
-        make_trainer(tmp_path, eval_dataset={"forget": stream(rows("a", 3))})
-    with pytest.raises(TypeError, match="eval is a stream"):
-        make_trainer(tmp_path).evaluate(stream(rows("a", 3)))
-
-
-def test_batches_from_the_first_process_are_refused_where_there_are_others():
-    table, lines = make_dataset(), stream()
-    assert isinstance(lines, IterableDataset)
-    for given, config in ((lines, {}), (table, {"dispatch_batches": True})):
-        check_dispatch(given, AcceleratorConfig(**config), 1)
-        with pytest.raises(ValueError, match="'dispatch_batches': False"):
-            check_dispatch(given, AcceleratorConfig(**config), 2)
-        check_dispatch(given, AcceleratorConfig(**{**config, "split_batches": True}), 2)
-    check_dispatch(lines, AcceleratorConfig(dispatch_batches=False), 2)
-    check_dispatch(table, AcceleratorConfig(), 2)
 
 
 # ---- other options that touch batches, the loss or the model ----
@@ -479,17 +297,6 @@ def test_the_model_card_of_the_unlearner_outlives_trainers(tmp_path, trainable):
     assert (tmp_path / "README.md").read_text() == card
 
 
-def test_layers_train_from_a_search_too(tmp_path):
-    trainer = trained(
-        tmp_path,
-        model_init=lambda: trainable_model("layers", dtype=torch.float32),
-        loss=UnlearningLoss(),
-        eval_dataset=rows("jane", 4),
-    )
-    assert isinstance(trainer.model, UnlearningLayers)
-    assert trainer.evaluate()["eval_loss"] > 0
-
-
 def test_evaluation_before_the_first_step_and_the_best_checkpoint(tmp_path, caplog):
     with caplog.at_level(logging.ERROR):
         trainer = trained(
@@ -503,8 +310,3 @@ def test_evaluation_before_the_first_step_and_the_best_checkpoint(tmp_path, capl
         )
     assert len(logged(trainer, "eval_loss")) == 3
     assert trainer.state.best_metric == min(logged(trainer, "eval_loss")[1:])
-
-
-def test_the_rows_of_a_stream_are_not_digested(tmp_path):
-    with pytest.raises(ValueError, match="the rows of a stream are not digested"):
-        make_trainer(tmp_path, dataset=make_dataset().to_iterable_dataset(), reference="live", digest_key=bytes(32))

@@ -1,26 +1,23 @@
-"""The report of an evaluation, and what of it goes onto a model card."""
+"""The report of an evaluation: its first screen, its tables of all numbers, and its files."""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-import json
 import re
 from datetime import datetime, timezone
 from html.parser import HTMLParser
 from importlib.metadata import version
 
 import pytest
-import torch
 from evaluations import input_attacks, measurement, membership, utility, whole
-from huggingface_hub import ModelCard
+from reports import cells, section, verdict
 
-from spul import SpulConfig, UnlearningLayers, UnlearningLayersConfig
 from spul.evaluation.measures import MEASURES
-from spul.evaluation.report import add_to_card, card_metrics, evaluation_markdown, write_report
+from spul.evaluation.report import evaluation_markdown, write_report
 from spul.evaluation.report.document import Section, to_html, to_markdown
 from spul.evaluation.results import Evaluation, join
-from spul.records.card import THREAT_MODEL, model_card
+from spul.records.card import THREAT_MODEL
 
 
 class Page(HTMLParser):
@@ -55,16 +52,6 @@ class Page(HTMLParser):
         self.texts.append(data)
         if self.open and self.open[-1] in ("td", "th"):
             self.rows[-1][-1] += data
-
-
-def section(markdown: str, title: str) -> str:
-    found = re.search(rf"^## {re.escape(title)}\n\n(.*?)(?=\n## |\Z)", markdown, flags=re.MULTILINE | re.DOTALL)
-    assert found is not None, title
-    return found[1].strip()
-
-
-def cells(text: str) -> list[list[str]]:
-    return [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
 
 
 # ---- what was measured ----
@@ -191,35 +178,6 @@ def test_changed_weights_are_not_said_to_be_a_prompt():
     assert THREAT_MODEL not in said
 
 
-def test_the_table_of_splits_has_all_four_before_and_after():
-    head, _, *rows = cells(section(evaluation_markdown(whole()), "Before and after"))
-    assert head == ["rows", "metric", "before (detached)", "after (unlearned)", "retrained", "better"]
-    values = [[re.sub(r" \[.*\]", "", cell) for cell in row] for row in rows]
-    assert values[0] == ["train retain", "accuracy", "100.0 %", "90.0 %", "90.0 %", "higher"]
-    assert values[6] == ["test forget", "accuracy", "80.0 %", "20.0 %", "40.0 %", "lower"]
-    assert values[7] == ["test forget", "generic answers", "0.0 %", "80.0 %", "0.0 %", "higher"]
-    one = whole().metric("utility", "test_forget", "accuracy")
-    assert rows[6][3] == f"20.0 % [{100 * one.low:.1f}, {100 * one.high:.1f}]"
-
-
-def test_what_comes_back_is_said_with_its_controls():
-    _, _, *rows = cells(section(evaluation_markdown(whole()), "What brings it back?"))
-    found = {what: re.sub(r" \[[-\d., ]*\]", "", said) for what, said in rows}
-    assert list(found.values()) == [
-        "test forget accuracy 80.0 %, against 20.0 % with it in place",
-        "'capitals', of 2: test forget accuracy 50.0 %, +30.0 percentage points against the unchanged rows (20.0 %)"
-        "; the retrained model under it: 40.0 %",
-        "'loss', of 2: AUC 0.3; the difference from the retrained model's is -0.3, " + verdict(),
-        "accuracy on the other forget rows is highest after 4 steps, 60.0 %, +50.0 percentage points against none "
-        "(10.0 %); the retrained model after 4 steps: 50.0 %, after none 40.0 %",
-        "train forget accuracy 70.0 % (after); the retrained model: 40.0 %",
-    ]
-
-
-def verdict() -> str:
-    return whole().metric("membership", "train_forget", "auc_difference", attack="loss").note
-
-
 def test_a_prompt_is_said_to_delete_nothing_before_any_table_of_all_numbers():
     text = evaluation_markdown(whole())
     assert text.index(THREAT_MODEL) < text.index("## The four splits")
@@ -232,20 +190,6 @@ def test_what_was_not_measured_is_said_not_to_be():
     assert "No retrained model was measured" in text
     assert section(text, "What was skipped") == "Nothing was skipped."
     assert section(text, "Settings") == "None were recorded."
-
-
-def test_without_a_retrained_model_the_attack_farthest_from_chance_is_named_without_a_verdict():
-    text = evaluation_markdown(Evaluation({}, membership(("unlearned",)), {}))
-    said = cells(section(text, "What brings it back?"))[4][1]
-    assert said.startswith("no retrained model to compare with; farthest from chance, of 2: 'loss', AUC 0.3")
-    assert "forgotten" not in said
-
-
-def test_an_attack_under_which_less_is_answered_has_a_minus():
-    fewer = [one for one in input_attacks() if one.attack != "capitals" and one.model == "unlearned"]
-    fewer[0] = dataclasses.replace(fewer[0], per_row={"accuracy": [1.0] * 5 + [0.0] * 5})
-    text = section(evaluation_markdown(Evaluation({}, fewer, {})), "What brings it back?")
-    assert "-10.0 percentage points against the unchanged rows (50.0 %" in text
 
 
 # ---- all metrics ----
@@ -376,159 +320,3 @@ def test_quotes_in_a_title_do_not_end_the_attribute_of_its_image():
     title = 'a" onload="x'
     page = Page(to_html(title, [Section(title, figure="f")], {"f": b"png"}))
     assert page.images == [{"src": "data:image/png;base64,cG5n", "alt": title}]
-
-
-# ---- the card ----
-
-
-def test_the_cards_metrics_are_the_splits_the_detached_and_the_worst_attacked():
-    metrics = card_metrics(whole())
-    assert list(metrics) == [
-        *("train_retain", "train_forget", "test_retain", "test_forget"),
-        *("test_forget, detached", "test_forget, worst input attack (capitals)"),
-        *("train_retain, retrained", "train_forget, retrained", "test_retain, retrained", "test_forget, retrained"),
-    ]
-    # F1 by hand: of either class (five rows) one is found and none is wrongly given, 2 * 1 / (2 * 1 + 4) = 1/3.
-    assert metrics["test_forget"] == pytest.approx({"accuracy": 0.2, "f1": 1 / 3, "generic": 0.8})
-    assert metrics["test_forget, detached"] == {"accuracy": 0.8, "generic": 0.0}
-    assert metrics["test_forget, worst input attack (capitals)"] == {"accuracy": 0.5, "generic": 0.5}
-    assert metrics["train_forget, retrained"] == {"accuracy": 0.5, "generic": 0.0}
-
-
-def test_what_was_not_measured_is_not_among_the_cards_metrics():
-    found = Evaluation({}, utility({"unlearned": {"train_retain": 9, "train_forget": 1}}), {})
-    assert list(card_metrics(found)) == ["train_retain", "train_forget"]
-    with pytest.raises(ValueError, match="no measure 'utility' of the unlearned model"):
-        card_metrics(Evaluation({}, membership(("unlearned",)), {}))
-
-
-@pytest.fixture
-def adapter(tmp_path):
-    """The record and the card of a prompt, with something that a later version may know."""
-    config = SpulConfig(base_model_name_or_path="some/base", metrics={"old": {"accuracy": 0.123}})
-    config.save(tmp_path)
-    path = tmp_path / "spul_config.json"
-    record = {**json.loads(path.read_text()), "of_a_later_version": 1}
-    path.write_text(json.dumps(record))
-    model_card(config, prompt_type="P_TUNING", num_virtual_tokens=3, num_parameters=5).save(tmp_path / "README.md")
-    return tmp_path
-
-
-def test_an_adapters_record_and_card_get_the_metrics_and_keep_all_else(adapter):
-    before = (adapter / "README.md").read_text(encoding="utf-8")
-    add_to_card(whole(), adapter)
-    after = (adapter / "README.md").read_text(encoding="utf-8")
-    assert SpulConfig.load(adapter / "spul_config.json").metrics == card_metrics(whole())
-    record = json.loads((adapter / "spul_config.json").read_text(encoding="utf-8"))
-    assert (record["of_a_later_version"], record["base_model_name_or_path"]) == (1, "some/base")
-    assert "| test_forget, worst input attack (capitals) | 0.5000 | " in section(after, "Metrics")
-    assert "0.123" not in after
-    (front, body), (old_front, old_body) = (text[4:].split("\n---\n", 1) for text in (after, before))
-    assert body.replace(section(body, "Metrics"), section(old_body, "Metrics")) == old_body
-    assert front.startswith(old_front)  # the results are new, all else is as it was
-    assert "- Of the 10 test forget rows the base itself got 2 wrong" in section(after, "Metrics")
-    results = ModelCard(after).data.eval_results
-    assert {(one.dataset_split, one.dataset_config, one.metric_type): one.metric_value for one in results} == {
-        (split.split(",")[0], "worst input attack (capitals)" if "," in split else None, name): round(value, 6)
-        for split, values in card_metrics(whole()).items()
-        if "detached" not in split and "retrained" not in split
-        for name, value in values.items()
-    }
-    accuracy = whole().metric("utility", "test_forget", "accuracy")
-    (one,) = [r for r in results if (r.dataset_name, r.metric_type) == ("test forget", "accuracy")]
-    assert one.metric_args == {"low": round(accuracy.low, 6), "high": round(accuracy.high, 6), "rows": 10}
-    add_to_card(whole(), adapter)
-    assert (adapter / "README.md").read_text(encoding="utf-8") == after
-    assert sorted(path.name for path in adapter.iterdir()) == ["README.md", "spul_config.json"]
-
-
-def test_saved_unlearning_layers_get_the_metrics_and_load_with_them(tmp_path):
-    from helpers import build_llama
-
-    torch.manual_seed(0)
-    UnlearningLayers(build_llama(), UnlearningLayersConfig()).save_pretrained(tmp_path)
-    assert "Not evaluated." in (tmp_path / "README.md").read_text(encoding="utf-8")
-    add_to_card(whole(), tmp_path)
-    assert "| test_forget, detached | 0.8000 |" in (tmp_path / "README.md").read_text(encoding="utf-8")
-    torch.manual_seed(0)
-    assert UnlearningLayers.from_pretrained(build_llama(), tmp_path).spul_config.metrics == card_metrics(whole())
-
-
-@pytest.mark.parametrize("name", ["spul_config.json", "README.md"])
-def test_a_folder_that_is_no_saved_adapter_is_refused(adapter, name):
-    (adapter / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"has no {name}; pass a folder that save_pretrained"):
-        add_to_card(whole(), adapter)
-
-
-def test_a_card_without_metrics_is_refused_before_anything_is_written(adapter):
-    record = (adapter / "spul_config.json").read_bytes()
-    (adapter / "README.md").write_text("# My own card\n")
-    with pytest.raises(ValueError, match="has no section '## Metrics'"):
-        add_to_card(whole(), adapter)
-    assert (adapter / "spul_config.json").read_bytes() == record
-
-
-def test_what_else_comes_back_stands_beside_its_control():
-    def of(measure, rows, model, variant, name, values):
-        attack, level = (variant, None) if isinstance(variant, str) else ("", variant)
-        return measurement(measure, rows, model, attack, level=level, per_row={name: values})
-
-    found = [
-        of("input attack", "test_retain", "unlearned", "none", "accuracy", [1.0] * 4),
-        of("input attack", "test_retain", "unlearned", "capitals", "accuracy", [1.0, 1.0, 0.0, 0.0]),
-        of("input attack", "test_retain", "unlearned", "dilution", "accuracy", [1.0, 0.0, 0.0, 0.0]),
-        of("input attack", "test_retain", "detached", "none", "accuracy", [1.0] * 4),
-        of("input attack", "test_retain", "detached", "capitals", "accuracy", [1.0, 1.0, 1.0, 0.0]),
-        of("input attack", "test_retain", "detached", "dilution", "accuracy", [1.0, 0.0, 0.0, 0.0]),
-        of("quantized", "test_forget", "unlearned", 8, "accuracy", [1.0, 0.0, 1.0, 1.0]),
-        of("quantized", "test_forget", "unlearned", 4, "accuracy", [1.0, 0.0, 0.0, 0.0]),
-        of("quantized", "test_forget", "retrained", 4, "accuracy", [1.0, 0.0, 1.0, 0.0]),
-    ]
-    rows = cells(section(evaluation_markdown(Evaluation({}, found, {})), "What brings it back?"))[6:]
-    said = {what: re.sub(r" \[[-\d., ]*\]", "", text) for what, text in rows}
-    assert said == {
-        # Dilution leaves fewer answers, of the detached model as well.
-        "The input attack under which the prompt costs most on retain rows": "'capitals', of 2: test retain accuracy "
-        "50.0 %, -25.0 percentage points against the detached model under it (75.0 %), which without it has 100.0 %",
-        "The base in fewer bits": "test forget accuracy 25.0 % (4 bit); the retrained model: 50.0 %",
-    }
-
-
-@pytest.mark.parametrize(
-    ("detached", "expected"),
-    [
-        (
-            {"none": 4, "capitals": 2, "dilution": 1},
-            "'dilution', of 2: test retain accuracy 25.0 %, +0.0 percentage points against the detached model under "
-            "it (25.0 %), which without it has 100.0 %; what is lost is the attack's doing, not the prompt's",
-        ),
-        (
-            {"none": 2, "capitals": 2},
-            "'capitals', of 2: test retain accuracy 50.0 %, +0.0 percentage points against the detached model under "
-            "it (50.0 %), which without it has 50.0 %; nothing is lost",
-        ),
-        (
-            {"capitals": 3},
-            "'capitals', of 2: test retain accuracy 50.0 %, -25.0 percentage points against the detached model under "
-            "it (75.0 %)",
-        ),
-        (
-            {},
-            "'dilution', of 2: test retain accuracy 25.0 %; the detached model was not measured, so whether the "
-            "attack or the prompt costs it is not known",
-        ),
-    ],
-)
-def test_what_an_attack_takes_from_the_detached_model_too_is_not_said_to_be_the_prompts_doing(detached, expected):
-    rights = {"unlearned": {"none": 4, "capitals": 2, "dilution": 1}, "detached": detached}
-    found = [
-        measurement(
-            "input attack", "test_retain", model, attack, per_row={"accuracy": [1.0] * right + [0.0] * (4 - right)}
-        )
-        for model, of in rights.items()
-        for attack, right in of.items()
-    ]
-    text = section(evaluation_markdown(Evaluation({}, found, {})), "What brings it back?")
-    (said,) = [cell for what, cell in cells(text)[2:] if what.endswith("costs most on retain rows")]
-    assert re.sub(r" \[[-\d., ]*\]", "", said) == expected

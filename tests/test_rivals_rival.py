@@ -13,6 +13,7 @@ from datasets import Dataset
 from helpers import FAMILIES, build, make_collator, make_tokenizer, prompted, rows
 from peft import LoraConfig, get_peft_model
 from small_evaluations import learned, make_splits, measured, per_row
+from small_rivals import GATED, KINDS, rival
 from transformers import GenerationConfig
 
 from spul import UnlearningTrainer
@@ -24,36 +25,14 @@ from spul.evaluation.metrics.running_text import text_losses
 from spul.evaluation.metrics.scoring import score_completions
 from spul.evaluation.report.report import write_report
 from spul.evaluation.results import Evaluation
-from spul.gates import NameGate
 from spul.models.causal_lm import logits_at
 from spul.models.unlearner import detached_base, unlearner_of
-from spul.rivals import (
-    Corruption,
-    EmbeddingCorruption,
-    FixedRefusal,
-    GuardrailPrompt,
-    InContextUnlearning,
-    corruption,
-    rewriting,
-)
+from spul.rivals import Corruption, corruption, rewriting
 from spul.rivals import rival as rival_module
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
 GREEDY = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
-KINDS = ("refusal", "guardrail", "examples", "corruption")
-GATED = ("refusal", "corruption")
-
-
-def rival(kind, base=None):
-    base, tokenizer = learned() if base is None else base, make_tokenizer()
-    if kind == "refusal":
-        return FixedRefusal(base, tokenizer, NameGate(["jane"]), " unknown").eval()
-    if kind == "guardrail":
-        return GuardrailPrompt(base, tokenizer, "jane is unknown .").eval()
-    if kind == "examples":
-        return InContextUnlearning(base, tokenizer, rows("jane", 5), rows("film", 6), 1, 1).eval()
-    return EmbeddingCorruption(base, tokenizer, NameGate(["jane"]), Corruption("noise", 4.0, 8)).eval()
 
 
 @pytest.fixture(params=KINDS)
@@ -194,13 +173,6 @@ def test_it_is_an_unlearner_that_cannot_be_trained(kind, tmp_path):
         UnlearningTrainer(model, train_dataset=rows("jane", 2), data_collator=make_collator())
     with pytest.raises(TypeError, match="reads token ids"):
         model.embedding_logits(torch.zeros(1, 2, 32), torch.ones(1, 2), torch.tensor([[0]]))
-
-
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"refusal"}), indirect=True)
-def test_its_base_is_not_saved_in_its_place(kind, tmp_path):
-    with pytest.raises(TypeError, match="its base would be saved without what it does to requests; save that: "):
-        rival(kind).save_pretrained(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_copy_and_the_same_method_on_another_base_do_the_same(kind, tmp_path):

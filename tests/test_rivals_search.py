@@ -57,7 +57,19 @@ def test_it_ends_where_the_target_is_met():
 def test_a_flat_score_ends_the_search_and_a_target_that_is_not_met_is_said(caplog):
     found = search_strength(corrupted(), lambda model: 0.9, 0.25, steps=5)
     assert len(found.tried) == 2
-    assert "comes within 0.02 of the target 0.25" in caplog.text
+    assert "the target 0.25 is not reached: 2 strengths from 0.0001 to 0.1999 were tried, with scores" in caplog.text
+    assert "from 0.9 to 0.9, and the nearest, of strength 0.1999, is 0.65 away (tolerance 0.02)" in caplog.text
+    assert "No strength changed the score: pass a start= that is ten times as high or more." in caplog.text
+
+
+def test_a_target_between_the_scores_is_said_with_what_was_tried_and_reached(caplog):
+    found = search_strength(corrupted(), curve, 0.25, lr=0.3, steps=3, tolerance=1e-6)
+    strengths = [one.strength for one, _ in found.tried]
+    assert f"strengths from {min(strengths):g} to {max(strengths):g} were tried" in caplog.text
+    assert f"scores from {min(score for _, score in found.tried):g} to {max(score for _, score in found.tried):g}" in (
+        caplog.text
+    )
+    assert "Pass more steps= or another start=, or try given strengths (search_corruption)." in caplog.text
 
 
 def test_accuracy_of_training_rows_brings_a_model_to_its_target():

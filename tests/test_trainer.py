@@ -1,9 +1,6 @@
-"""UnlearningTrainer: the same step however it is cut up, logs, evaluation, resuming; and life without it."""
+"""UnlearningTrainer: the same step however it is cut up, logs and evaluation; and life without it."""
 
-import copy
 import json
-import logging
-import shutil
 from collections import Counter
 
 import pytest
@@ -23,15 +20,12 @@ from helpers import (
     rows,
     trainable_model,
 )
-from peft import PeftModel
 from transformers import Trainer, TrainerCallback
 
-from spul import SoftPromptUnlearner, SpulConfig, UnlearningLayers, UnlearningLoss, UnlearningTrainer
+from spul import SpulConfig, UnlearningLayers, UnlearningLoss, UnlearningTrainer
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics.scoring import score_completions
-from spul.losses import GradientAscent
 from spul.records.digests import is_summary_of, make_digest_key, read_digest_key
-from spul.training.checks import last_complete_checkpoint
 
 # ---- one step, however it is cut up ----
 
@@ -161,104 +155,6 @@ def test_a_key_that_is_none_is_refused_before_training(tmp_path):
         make_trainer(tmp_path, digest_key=tmp_path / "key")
     with pytest.raises(ValueError, match="digest_key has 3 bytes"):
         make_trainer(tmp_path, digest_key=b"abc")
-
-
-# ---- checkpoints ----
-
-
-RESUMED = (  # forget_fraction, workers, sampling strategy, whether retain rows have weights
-    (0.5, 2, "random", False),
-    (None, 0, "random", False),
-    (0.5, 0, "random", False),
-    (None, 0, "group_by_length", False),
-    (0.5, 0, "group_by_length", False),
-    (0.5, 0, "random", True),
-    (None, 2, "random", True),
-    (None, 0, "group_by_length", True),
-)
-
-
-def test_resuming_gives_the_bits_of_a_run_that_never_stopped(tmp_path, prompt_type):
-    """The order of rows is no matter of the prompt type, so one of these goes through all ways of sampling."""
-    for forget_fraction, workers, strategy, weighted in RESUMED if prompt_type == "prompt_tuning" else RESUMED[:2]:
-        folder = tmp_path / f"{forget_fraction}-{workers}-{strategy}-{weighted}"
-        weights = [2.5, 0.5, *[1.0] * 19] if weighted else None
-        settings = {
-            "max_steps": 11,
-            "save_strategy": "steps",
-            "save_steps": 3,
-            "lr_scheduler_type": "cosine",
-            "gradient_accumulation_steps": 1,
-            "forget_fraction": forget_fraction,
-            "dataloader_num_workers": workers,
-            "train_sampling_strategy": strategy,
-            "dataset": forget_retain_dataset(rows("jane", 11), rows("film", 21), retain_weight=weights),
-        }
-        whole = make_trainer(folder, prompt_type, **settings)
-        whole.train()
-        expected = prompt_state(whole.model)
-        for step in (9, 11):
-            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
-        again = make_trainer(folder, prompt_type, **settings)
-        again.train(resume_from_checkpoint=True)
-        assert again.state.global_step == 11
-        assert_same(prompt_state(again.model), expected, rtol=0, atol=0)
-        losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, again)]
-        assert losses[0] == losses[1]
-
-
-def test_the_best_checkpoint_is_put_back(tmp_path, prompt_type):
-    sets = {"forget": rows("jane", 11)}
-    trainer = make_trainer(
-        tmp_path,
-        prompt_type,
-        eval_dataset=sets,
-        max_steps=4,
-        learning_rate=0.3,
-        save_strategy="steps",
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_forget_loss",
-        greater_is_better=False,
-    )
-    trainer.train()
-    best = trainer.state.best_model_checkpoint
-    measured = {e["step"]: e["eval_forget_loss"] for e in trainer.state.log_history if "eval_forget_loss" in e}
-    assert best.endswith(f"checkpoint-{min(measured, key=measured.get)}")
-    loaded = SoftPromptUnlearner.from_pretrained(build("llama"), best, is_trainable=True)
-    assert_same(prompt_state(trainer.model), prompt_state(loaded), rtol=0, atol=0)
-    assert trainer.evaluate()["eval_forget_loss"] == pytest.approx(min(measured.values()), rel=1e-5)
-
-
-def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path, caplog, monkeypatch):
-    """A copy of the folder in the middle of the third save is what SIGKILL would leave there."""
-    killed, really = tmp_path / "killed", torch.save
-
-    def save(content, path, *args, **kwargs):
-        if "checkpoint-3" in str(path) and "rng_state" in str(path):
-            shutil.copytree(tmp_path / "whole", killed)
-        return really(content, path, *args, **kwargs)
-
-    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
-    whole = make_trainer(tmp_path / "whole", **steps)
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", save)
-        whole.train()
-    assert (killed / "checkpoint-3" / "adapter_model.safetensors").exists()
-    with caplog.at_level(logging.WARNING):
-        assert last_complete_checkpoint(killed) == str(killed / "checkpoint-2")
-    assert "checkpoint-3 is incomplete" in caplog.text
-    trainer = make_trainer(killed, **steps)
-    trainer.train(resume_from_checkpoint=True)
-    assert_same(prompt_state(trainer.model), prompt_state(whole.model), rtol=0, atol=0)
-    assert PeftModel.from_pretrained(build("llama"), str(killed / "checkpoint-4"))
-
-
-def test_nothing_to_resume_from_raises(tmp_path):
-    with pytest.raises(ValueError, match="holds no complete checkpoint"):
-        make_trainer(tmp_path).train(resume_from_checkpoint=True)
 
 
 # ---- without UnlearningTrainer ----
@@ -405,109 +301,3 @@ def test_gradient_checkpointing_trains_the_same(tmp_path, prompt_type):
     plain.train()
     checkpointed.train()
     assert_same(prompt_state(plain.model), prompt_state(checkpointed.model), rtol=1e-3, atol=1e-4)
-
-
-# ---- bad input ----
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"model": torch.nn.Linear(1, 1)}, TypeError, "expected a SoftPromptUnlearner"),
-        ({"data_collator": None}, TypeError, "expected a ForgetRetainCollator"),
-        ({"train_dataset": rows("a", 3)}, ValueError, "no is_forget, only .* Make the data set with forget_retain"),
-        ({"forget_fraction": 1.5}, ValueError, "forget_fraction=1.5; expected a share"),
-        ({"compute_loss_func": print}, ValueError, "would replace the unlearning loss"),
-    ],
-)
-def test_bad_arguments_say_what_is_wrong(tmp_path, change, error, message):
-    given = {
-        "model": make_unlearner(),
-        "args": arguments(tmp_path),
-        "data_collator": make_collator(),
-        "train_dataset": make_dataset(),
-    }
-    with pytest.raises(error, match=message):
-        UnlearningTrainer(**{**given, **change})
-
-
-def test_options_that_contradict_the_loss_raise(tmp_path):
-    with pytest.raises(ValueError, match="would replace the unlearning loss"):
-        make_trainer(tmp_path, label_smoothing_factor=0.1)
-    with pytest.raises(ValueError, match="generic_completions=None"):
-        make_trainer(tmp_path, unlearner=make_unlearner(loss=UnlearningLoss(forget=GradientAscent())))
-    with pytest.raises(ValueError, match="the completion ' positive' of a row is one of generic_completions"):
-        make_trainer(tmp_path, collator=make_collator(generic_completions=["Positive"]))
-    with pytest.raises(ValueError, match="evaluate needs rows"):
-        make_trainer(tmp_path).evaluate()
-
-
-def test_metrics_are_those_of_the_weights_beside_them(tmp_path):
-    trainer = make_trainer(tmp_path, eval_dataset={"forget": rows("jane", 5)}, max_steps=1)
-    trainer.evaluate()
-    assert "forget" in trainer.model.spul_config.metrics
-    trainer.train()
-    assert trainer.model.spul_config.metrics == {}
-    with trainer.model.disable_adapter():
-        trainer.evaluate()
-    assert trainer.model.spul_config.metrics == {}
-
-
-def test_a_prompt_loaded_for_use_only_is_not_trained_silently(tmp_path):
-    make_unlearner().save_pretrained(str(tmp_path))
-    loaded = SoftPromptUnlearner.from_pretrained(build("llama"), str(tmp_path))
-    with pytest.raises(ValueError, match="is_trainable=True"):
-        make_trainer(tmp_path, unlearner=loaded)
-
-
-def test_forget_rows_that_keep_their_own_answers_are_warned_about(tmp_path, caplog):
-    with caplog.at_level(logging.WARNING, logger="spul.training.trainer"):
-        make_trainer(tmp_path)
-        assert not caplog.records
-        make_trainer(tmp_path, collator=make_collator(generic_completions=None))
-    assert "CrossEntropy makes the completions of forget rows likely" in caplog.text
-
-
-def test_a_refused_training_leaves_the_record_of_a_loaded_prompt_alone(tmp_path):
-    trainer = make_trainer(tmp_path / "out")
-    trainer.model.save_pretrained(str(tmp_path / "prompt"))
-    loaded = SoftPromptUnlearner.from_pretrained(build("llama"), tmp_path / "prompt")
-    before = copy.deepcopy(loaded.spul_config)
-    with pytest.raises(ValueError, match="no parameter requires a gradient"):
-        make_trainer(tmp_path / "again", unlearner=loaded, dataset=make_dataset(3, 5))
-    assert loaded.spul_config == before
-
-
-def one_side(is_forget):
-    rows = make_dataset()
-    return rows.select([i for i, flag in enumerate(rows["is_forget"]) if flag == is_forget])
-
-
-@pytest.mark.parametrize(
-    ("is_forget", "message"), [(False, "nothing is forgotten"), (True, "nothing is retained. Join both sets")]
-)
-def test_a_training_set_of_one_side_is_warned_of_once(tmp_path, caplog, is_forget, message):
-    trainer = make_trainer(tmp_path, dataset=one_side(is_forget), max_steps=2)
-    trainer.train()
-    assert [message in record.getMessage() for record in caplog.records if "training rows" in record.message] == [True]
-
-
-def test_forget_rows_alone_are_right_where_the_loss_weighs_no_others(tmp_path, caplog):
-    unlearner = make_unlearner(loss=UnlearningLoss(alpha=0.0, beta=0.0))
-    make_trainer(tmp_path, unlearner=unlearner, dataset=one_side(True))
-    assert "training rows" not in caplog.text
-
-
-@pytest.mark.parametrize("reference", ["cached", "live"])
-def test_rows_that_share_a_row_id_are_refused_whatever_the_reference(tmp_path, reference):
-    rows = make_dataset().remove_columns("row_id")
-    rows = rows.add_column("row_id", [i // 2 for i in range(len(rows))])
-    with pytest.raises(ValueError, match=r"rows 0 and 1 of train_dataset share row_id=0"):
-        make_trainer(tmp_path, dataset=rows, reference=reference)
-
-
-def test_rows_that_lose_text_are_reported_once_when_the_trainer_is_made(tmp_path, caplog):
-    trainer = make_trainer(tmp_path, collator=make_collator(max_length=8), max_steps=2)
-    assert "12 of 32 rows of train_dataset are longer than max_length=8" in caplog.text
-    trainer.train()
-    assert caplog.text.count("longer than max_length") == 1

@@ -175,69 +175,6 @@ def test_training_mode_changes_nothing_since_dropout_is_zeroed(family):
     assert unlearner.train()(**batch).loss == unlearner(**batch).loss == unlearner.eval()(**batch).loss
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_generation_of_a_padded_batch_equals_one_by_one(family, prompt_type, checkpointing):
-    unlearner = build_unlearner(family, prompt_type)
-    with torch.no_grad():
-        for parameter in unlearner.prompt_encoder.parameters():
-            parameter.mul_(4)  # a prompt loud enough to change the answers of a random model
-    if checkpointing:
-        unlearner.gradient_checkpointing_enable()
-        unlearner.train()
-    right = make_batch("right")
-    alone = [
-        unlearner.generate(ids[None, :length], max_new_tokens=6, do_sample=False)[0, length:].tolist()
-        for ids, length in zip(right["input_ids"], LENGTHS, strict=True)
-    ]
-    for side in ("right", "left"):
-        batch = make_batch(side)
-        out = unlearner.generate(
-            batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6, do_sample=False
-        )
-        assert torch.equal(out[:, :12], batch["input_ids"])
-        for row, tokens in enumerate(alone):
-            assert out[row, 12 : 12 + len(tokens)].tolist() == tokens
-
-
-@pytest.mark.parametrize("window", [4, 10])
-@pytest.mark.parametrize("family", ["gemma3", "mistral"])
-def test_generation_across_a_sliding_window_equals_one_by_one(family, window, prompt_type):
-    unlearner = build_unlearner(family, prompt_type, sliding_window=window)
-    batch = make_batch("left")
-    out = unlearner.generate(
-        batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=6, do_sample=False
-    )
-    for row, length in enumerate(LENGTHS):
-        ids = batch["input_ids"][row, 12 - length :]
-        alone = unlearner.generate(ids[None], max_new_tokens=6, do_sample=False)[0, length:]
-        assert out[row, 12 : 12 + len(alone)].tolist() == alone.tolist()
-
-
-def test_generation_equals_greedy_decoding_by_hand(family, prompt_type):
-    unlearner = build_unlearner(family, prompt_type)
-    ids = make_batch()["input_ids"][0]
-    expected = ids
-    for _ in range(5):
-        expected = torch.cat([expected, row_logits(unlearner, expected)[-1].argmax()[None]])
-    out = unlearner.generate(ids[None], max_new_tokens=5, do_sample=False, eos_token_id=None)
-    assert out[0].tolist() == expected.tolist()
-
-
-def test_beams_and_several_sequences_keep_their_rows(prompt_type):
-    unlearner, batch = build_unlearner(prompt_type=prompt_type), make_batch("left")
-    mask = batch["attention_mask"]
-    out = unlearner.generate(
-        batch["input_ids"], attention_mask=mask, max_new_tokens=4, num_beams=3, num_return_sequences=2, do_sample=False
-    )
-    assert out.shape[0] == 10
-    for row, length in enumerate(LENGTHS):
-        alone = unlearner.generate(
-            batch["input_ids"][row : row + 1, 12 - length :], max_new_tokens=4, num_beams=3, num_return_sequences=2
-        )
-        for k in range(2):
-            assert out[2 * row + k, 12 : 12 + alone.shape[1] - length].tolist() == alone[k, length:].tolist()
-
-
 def test_disable_adapter_gives_the_untouched_base(family, prompt_type):
     base = build(family, torch.float64)
     batch = make_batch()
@@ -366,22 +303,6 @@ def test_rows_beyond_the_models_positions_raise():
         unlearner(**make_batch())
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "takes no inputs_embeds"),
-        ({"position_ids": torch.zeros(1, 3)}, "takes no position_ids"),
-        ({"use_cache": False}, "leave out use_cache=False"),
-        ({"attention_mask": torch.zeros(5, 12)}, "row of zeros only"),
-    ],
-)
-def test_generate_refuses_what_it_cannot_honor(kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        build_unlearner().generate(make_batch()["input_ids"], **kwargs)
-    with pytest.raises(ValueError, match="needs input_ids"):
-        build_unlearner().generate(max_new_tokens=3)
-
-
 def test_families_without_a_plain_cache_are_concatenated(caplog):
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -448,21 +369,6 @@ def test_inference_mode_and_deleting_keep_gradients_where_they_belong():
     unlearner.delete_adapter("b")
     trained = [name for name, p in unlearner.named_parameters() if p.requires_grad]
     assert trained == ["prompt_encoder.default.embedding.weight"]
-
-
-def test_a_positional_generation_config_counts():
-    from transformers import GenerationConfig
-
-    unlearner, batch = build_unlearner(), make_batch()
-    config = GenerationConfig(max_new_tokens=3, num_beams=2, num_return_sequences=2, pad_token_id=0, eos_token_id=2)
-    out = unlearner.generate(batch["input_ids"], config, attention_mask=batch["attention_mask"])
-    assert len(out) == 10
-
-
-def test_generation_beyond_the_models_positions_raises():
-    ids = torch.randint(3, 120, (1, 92))
-    with pytest.raises(ValueError, match="leave no room in the model's 96 positions"):
-        build_unlearner("gpt2").generate(ids)
 
 
 def test_models_with_an_adapter_and_names_are_refused():

@@ -50,8 +50,10 @@ def run(options: CombineOptions) -> int | None:
     for folder, others in prompts_left_out(options.prompts).items():
         raise ValueError(f"{folder} also holds the prompts {others}, which would be left out: name each one's folder.")
     own: dict[str, Any] = {}
+    sets: list[Any] = []
     if options.forget and options.retain:
-        rows = forget_retain_dataset(options.rows(options.forget), options.rows(options.retain))
+        sets = [options.rows(options.forget), options.rows(options.retain)]
+        rows = forget_retain_dataset(*sets)
         own = {"forget_fraction": options.forget_fraction, "loss": UnlearningLoss(options.alpha, options.beta)}
         own |= {"reference": options.reference, "reference_dir": options.reference_dir}
         own |= {"digest_key": options.digest_key}
@@ -61,7 +63,9 @@ def run(options: CombineOptions) -> int | None:
             raise ValueError("inputs have the column is_forget; give forget and retain rows as such, or drop it.")
     check_can_hold(options.output_dir)
     saved = [saved_prompt(folder) for folder in options.prompts]
-    tokenizer, base = options.load_tokenizer(options.model), options.load(options.model)
+    tokenizer = options.load_tokenizer(options.model)
+    options.warn_of_boundaries(tokenizer, *sets)
+    base = options.load(options.model)
     # The new prompt stands where the others do, and all of them need room.
     lengths, position = [one.config.num_virtual_tokens for one in saved], saved[0].spul_config.prompt_position
     settings = options.collator_options(base, max(*lengths, options.num_virtual_tokens or 1), position)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .command import Command
 from .shared import LoadOptions, RowOptions, option
+from .wording import in_options, messages_in_options
 
 FAILED = 1
 INPUT_ATTACK = "input attack"
@@ -17,10 +19,11 @@ INPUT_ATTACK = "input attack"
 class EvaluateOptions(LoadOptions, RowOptions):
     """Options of `spul evaluate`."""
 
-    model: str = option(
-        "the unlearned model: folder of a prompt, gates with prompts or a refusal, layers, LoRA, or weights", ...
+    model: str = option("the base, with --adapter; or the unlearned model itself, with --base where it has one", ...)
+    adapter: str | None = option(
+        "the unlearned model: folder of a prompt, prompts behind gates, a rival, layers, LoRA, or weights"
     )
-    base: str | None = option("the model before, by name or folder; an adapter needs it")
+    base: str | None = option("the model before, where --model is the unlearned one")
     retrained: str | None = option("a model that never saw the forget rows, the yardstick")
     reference: str | None = option("another such model, for the reference attack on membership")
     forget: list[str] = option("files of the rows that were to be forgotten", ...)
@@ -47,6 +50,14 @@ class EvaluateOptions(LoadOptions, RowOptions):
     fail_if: list[str] | None = option(
         "conditions for exit status 1, such as 'test_forget.accuracy.high > 0.05': [MEASURE:] ROWS.METRIC.END"
     )
+
+    def __post_init__(self) -> None:
+        """Make of `--model BASE --adapter FOLDER` what `--model FOLDER --base BASE` is."""
+        if self.adapter is None:
+            return
+        if self.base is not None:
+            raise ValueError("adapter and base are both given; expected --model BASE --adapter FOLDER.")
+        self.model, self.base, self.adapter = self.adapter, self.model, None
 
 
 def run(options: EvaluateOptions) -> int | None:
@@ -98,27 +109,29 @@ def run(options: EvaluateOptions) -> int | None:
     }
     unseen = None if options.unseen is None else options.rows(options.unseen)
     texts = _lines(options.unrelated_texts)
-    loaded = load_unlearned(
-        options.model, options.base, options.tokenizer, options.loader(), options.trust_remote_code
-    )
+    with messages_in_options():
+        loaded = load_unlearned(
+            options.model, options.base, options.tokenizer, options.loader(), options.trust_remote_code
+        )
     others = {"retrained": options.retrained, "reference": options.reference}
     others |= {"base": options.base} if loaded.kind == "model" else {}
-    found = evaluate(
-        loaded.model,
-        splits,
-        ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model)),
-        **{name: options.load(folder) for name, folder in others.items() if folder is not None},
-        unseen=unseen,
-        unrelated_texts=texts,
-        measures=measures,
-        attacks=attacks,
-        output_dir=options.output_dir,
-        batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens,
-        free_form=options.free_form,
-        seed=options.seed,
-        digest_key=options.digest_key,
-    )
+    with messages_in_options():
+        found = evaluate(
+            loaded.model,
+            splits,
+            ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model)),
+            **{name: options.load(folder) for name, folder in others.items() if folder is not None},
+            unseen=unseen,
+            unrelated_texts=texts,
+            measures=measures,
+            attacks=attacks,
+            output_dir=options.output_dir,
+            batch_size=options.batch_size,
+            max_new_tokens=options.max_new_tokens,
+            free_form=options.free_form,
+            seed=options.seed,
+            digest_key=options.digest_key,
+        )
     if PartialState().is_main_process:
         _write(found, options)
     failed = failures(found, conditions)
@@ -166,14 +179,18 @@ def _lines(path: str | None) -> list[str]:
 
 
 def _write(found: Any, options: EvaluateOptions) -> None:
-    """The report, the metrics in the card of a local adapter that has one, and the evidence pack."""
+    """A table in print, the report, the metrics in the card of a local adapter that has one, and the evidence pack."""
     from ..evaluation.evidence import write_evidence
     from ..evaluation.report.card import add_to_card
     from ..evaluation.report.report import write_report
+    from ..evaluation.report.summary import splits_as_text
     from ..records.card import CARD_NAME
     from ..records.spul_config import SPUL_CONFIG_NAME
 
-    written = [str(path) for path in write_report(found, options.output_dir)]
+    print("\n".join(splits_as_text(found)))
+    worded = dataclasses.replace(found, skipped={name: in_options(why) for name, why in found.skipped.items()})
+    written = [str(path) for path in write_report(worded, options.output_dir)]
+    print(f"report: {Path(options.output_dir, 'report.html')}")
     folder = Path(options.model)
     has_card = all((folder / name).is_file() for name in (CARD_NAME, SPUL_CONFIG_NAME))
     if has_card and any(one.measure == "utility" for one in found.metrics):
@@ -189,8 +206,8 @@ COMMANDS = {
     "": Command(
         EvaluateOptions,
         run,
-        "spul evaluate --model out --base facebook/opt-1.3b --forget f.jsonl --retain r.jsonl --test-forget tf.jsonl "
-        "--test-retain tr.jsonl --generic ' neutral' ' unknown' --output-dir evaluation "
+        "spul evaluate --model facebook/opt-1.3b --adapter out --forget f.jsonl --retain r.jsonl "
+        "--test-forget tf.jsonl --test-retain tr.jsonl --generic ' neutral' ' unknown' --output-dir evaluation "
         "--fail-if 'test_forget.accuracy.high > 0.05'",
         "Measure an unlearned model, attack it, and exit with status 1 where a condition holds.",
     )

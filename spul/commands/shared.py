@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
     from ..prompts.checkpoint import SavedPrompt
 
 
+logger = logging.getLogger(__name__)
+
 LEAST_TOKENS = 2  # of a row: one of prompt, one of completion
+ROWS_LOOKED_AT = 64  # of a set, for how prompts end
+NO_LIMIT = 1 << 30
 
 
 def option(help: str, default: Any = None) -> Any:
@@ -58,6 +63,27 @@ class RowOptions:
         from ..data.prompt_files import read_prompts
 
         return read_prompts(paths, self.prompt_format, self.text_field)
+
+    def warn_of_boundaries(self, tokenizer: Any, *sets: Sequence[Mapping[str, Any]]) -> None:
+        """Warn of answers that do not fit where text prompts end, such as one without the space before it.
+
+        Args:
+            tokenizer: the base's tokenizer.
+            sets: forget rows, then others. Of each the first rows are looked at, generic answers after forget rows.
+        """
+        from ..data.encoder import RowEncoder
+        from ..data.rows import rows_at
+
+        encoder, faults = RowEncoder(tokenizer, NO_LIMIT), dict[str, str]()  # of each generic answer, and of all rows
+        for i, rows in enumerate(sets):
+            generic = {f"--generic {text!r}": text for text in self.generic or ()} if i == 0 else {}
+            for row in rows_at(rows, range(min(len(rows), ROWS_LOOKED_AT))):
+                texts = {"rows": row["completion"], **generic} if isinstance(row["prompt"], str) else {}
+                for name in texts.keys() - faults.keys():
+                    if fault := encoder.boundary_fault(row["prompt"], texts[name]):
+                        faults[name] = fault
+        for name, fault in sorted(faults.items()):
+            logger.warning("%s: %s.", name, fault)
 
     def collator_options(
         self, model: Any, num_virtual_tokens: int | None = None, prompt_position: str | None = None

@@ -113,9 +113,11 @@ def run(options: TrainOptions) -> int | None:
         for name, files in (("test_forget", options.test_forget), ("test_retain", options.test_retain))
         if files
     }
-    dataset = forget_retain_dataset(options.rows(options.forget), options.rows(options.retain))
+    forget, retain = options.rows(options.forget), options.rows(options.retain)
+    dataset = forget_retain_dataset(forget, retain)
     held_out = None if options.hold_out is None else hold_out(dataset, options.hold_out, options.seed)
     tokenizer = options.load_tokenizer(options.model)
+    options.warn_of_boundaries(tokenizer, forget, retain)
     train_rows = dataset if held_out is None else held_out.train
     config = _prompt_config(options)
     base = options.load(options.model)

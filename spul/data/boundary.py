@@ -49,7 +49,7 @@ def boundary_fault(
     return (
         f"the completion {shown!r} has no space before it, and follows {prompt[-20:]!r}: its tokens are "
         f"{without[:8]}, with a space {with_space[:8]}, which a model rather expects after a word or a "
-        f"colon. Write {' ' + shown!r} in completions and generic_completions alike"
+        f"colon. Write {' ' + shown!r} in completions and generic completions alike"
     )
 
 

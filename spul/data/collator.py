@@ -332,7 +332,7 @@ class ForgetRetainCollator:
             return f"first from the end of column {self.encoder.text_field!r}. Raise max_length if there is room"
         return (
             "from the start of their prompts. Raise max_length, or name the column whose text may be cut: "
-            "ForgetRetainCollator(..., text_field=...)"
+            "ForgetRetainCollator(..., text_field=...) or --text-field"
         )
 
     def _reserve(self, row: Mapping[str, Any], own: Encoded) -> int:

@@ -226,7 +226,7 @@ class RowEncoder:
             if isinstance(row["prompt"], str):
                 text = row["completion"] if completion is None else completion
                 completion_ids, num_ending = self.completion_ids(text), int(self.append_eos)
-                self._check_boundary(row["prompt"], text, prompt.ids, completion_ids)
+                self._check_boundary(row["prompt"], text)
             else:
                 _, completion_ids, num_ending = self._conversation_ids(row, completion)
         if not prompt.ids or not completion_ids:
@@ -257,8 +257,20 @@ class RowEncoder:
             return self._cached(text, lambda: self._text_ids(text))
         return self._conversation_ids(row, text)[1]
 
-    def _check_boundary(self, prompt: str, text: str, prompt_ids: list[int], completion_ids: list[int]) -> None:
-        """Warn, once, of a completion that merges with its prompt, or lacks the space before it.
+    def boundary_fault(self, prompt: str, text: str) -> str | None:
+        """A sentence on a completion that merges with its text prompt, or lacks the space before it; None if neither.
+
+        Args:
+            prompt: the prompt.
+            text: the completion.
+        """
+        prompt_ids, own = self._prompt_ids(prompt), self.completion_ids(text)
+        together = self._whole_ids(prompt + text, self.tokenizer(prompt + text)["input_ids"])
+        apart = [*prompt_ids, *(own[:-1] if self.append_eos else own)]
+        return boundary_fault(self.tokenizer, prompt, text, apart, together, prompt_ids[-1] if prompt_ids else -1)
+
+    def _check_boundary(self, prompt: str, text: str) -> None:
+        """Warn, once, of a completion that does not fit its prompt.
 
         Checked once for each of the first ends of prompts with each start of a completion.
         """
@@ -266,14 +278,13 @@ class RowEncoder:
         if boundary in self._boundaries or len(self._boundaries) >= MAX_BOUNDARIES:
             return
         self._boundaries.add(boundary)
-        together = self._whole_ids(prompt + text, self.tokenizer(prompt + text)["input_ids"])
-        own = completion_ids[:-1] if self.append_eos else completion_ids
-        apart = [*prompt_ids, *own]
-        if fault := boundary_fault(
-            self.tokenizer, prompt, text, apart, together, prompt_ids[-1] if prompt_ids else -1
-        ):
+        if fault := self.boundary_fault(prompt, text):
             logger.warning("%s. Further rows are not checked.", fault)
             self._boundaries.update((str(i), "") for i in range(MAX_BOUNDARIES))
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        """Token ids of a text prompt, before it is shortened."""
+        return self._whole_ids(prompt, self.tokenizer(prompt)["input_ids"])
 
     def _whole_ids(self, text: str, ids: Sequence[int]) -> list[int]:
         """The token ids of a text with one beginning-of-sequence token at most, and no end added."""

@@ -71,12 +71,22 @@ def inputs(suite: Suite) -> Iterator[Task]:
                     stacklevel=2,
                 )
 
-            def scores(model: Any, key: Key, attacked: Dataset = attacked, lost: float = lost) -> list[Measurement]:
+            def scores(
+                model: Any, key: Key, rows: Dataset = rows, attacked: Dataset = attacked, lost: float = lost
+            ) -> list[Measurement]:
                 per_row = suite.answers(model, attacked)
+                if key.attack != WITHOUT:
+                    per_row["changed"] = _are_changed(rows, attacked)
                 return [Measurement(*key, per_row=per_row, overall={"tokens_lost": lost})]
 
             for model in suite.models:
                 yield suite.task(rows, scores, Key("input attack", split, model, attack, level))
+
+
+def _are_changed(rows: Dataset, attacked: Dataset) -> list[float]:
+    """1 for each row whose prompt an attack changes, 0 for others."""
+    pairs = zip(column_values(rows, "prompt"), column_values(attacked, "prompt"), strict=True)
+    return [float(before != after) for before, after in pairs]
 
 
 def _input_attacks(suite: Suite, split: str) -> InputAttacks:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .aggregation import MetricValue
-from .measures import MEASURES, variant_in_words
+import numpy as np
+
+from ..data.rows import SHOWN, listed
+from ..records.digests import digest
+from .aggregation import Key, Measurement, MetricValue, aggregate
+from .measures import MEASURES, is_attacked, key_in_words, variant_in_words
 from .results import Evaluation
 
 ENDS = ("low", "value", "high")
@@ -24,7 +29,7 @@ SHAPE = re.compile(
     r"\s*(?P<comparison>>=|<=|>|<)\s*(?P<number>\S+)\s*"
 )
 EXAMPLE = "'test_forget.accuracy.high > 0.05' or 'input attack: test_forget.accuracy.high > 0.2'"
-DEFAULT_MEASURE = "utility"
+DEFAULT_MEASURE, INPUT_ATTACK = "utility", "input attack"
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class Condition:
     """A comparison of one end of a metric's interval, of the unlearned model, with a number.
 
     A measure that has several values of the metric, one for each attack or number of steps, meets the condition if
-    one of them does.
+    one of them does. Of attacks only what was attacked counts: not the values without or before one, and of an attack
+    on the input the rows whose prompt it changes.
 
     Args:
         measure: one of `MEASURES`.
@@ -94,18 +100,18 @@ class Condition:
 
         Raises:
             ValueError: if the evaluation has no such metric, or one without the end that is asked for: what was not
-                measured, or has diverged, is not good.
+                measured, or has diverged, is not good. Also if an earlier version of spul measured attacks on the
+                input, which did not note the rows that they change.
         """
-        of_model = [one for one in evaluation.metrics if one.model == "unlearned"]
-        found = [
-            one for one in of_model if (one.measure, one.rows, one.name) == (self.measure, self.rows, self.metric)
-        ]
+        counted = _counted(evaluation, self.measure)
+        found = [one for one in counted if (one.rows, one.name) == (self.rows, self.metric)]
         if not found:
-            there = sorted({f"{one.rows}.{one.name}" for one in of_model if one.measure == self.measure})
-            why = evaluation.skipped.get(self.measure, "")
+            there = sorted({f"{one.rows}.{one.name}" for one in counted})
+            reasons = [why for name, why in evaluation.skipped.items() if name.startswith(self.measure)]
+            why = f" ({listed(list(dict.fromkeys(reasons)), SHOWN)})" if reasons else ""
             raise ValueError(
                 f"{self}: the evaluation has no {self.rows}.{self.metric} of {self.measure!r}; it has "
-                f"{', '.join(there) or 'nothing of it'}{f' ({why})' if why else ''}."
+                f"{', '.join(there) or 'nothing of it'}{why}."
             )
         if unknown := [one for one in found if math.isnan(getattr(one, self.end))]:
             raise ValueError(
@@ -120,11 +126,46 @@ def failures(evaluation: Evaluation, conditions: Sequence[Condition]) -> list[st
     Raises:
         ValueError: as of `Condition.met_by`.
     """
-    return [
-        f"{condition}: {_named(one)} is {one.value:g} [{one.low:g}, {one.high:g}]"
-        for condition in conditions
-        for one in condition.met_by(evaluation)
+    return [f"{condition}: {_found(one)}" for condition in conditions for one in condition.met_by(evaluation)]
+
+
+def _counted(evaluation: Evaluation, measure: str) -> list[MetricValue]:
+    """The unlearned model's values of a measure that a condition compares."""
+    found = [
+        one for one in evaluation.metrics if (one.measure, one.model) == (measure, "unlearned") and is_attacked(one)
     ]
+    if measure != INPUT_ATTACK:
+        return found
+    partial: dict[Key, list[Measurement]] = {}
+    for one in evaluation.measurements:
+        if (one.measure, one.model) == (measure, "unlearned") and is_attacked(one.key):
+            if "changed" not in one.per_row:
+                raise ValueError(
+                    f"{key_in_words(one.key)} was measured by an earlier version of spul, which did not note the rows "
+                    "that an attack changes; evaluate again, in another folder."
+                )
+            partial.setdefault(one.key, []).append(one)
+    partial = {key: seeds for key, seeds in partial.items() if not all(all(one.per_row["changed"]) for one in seeds)}
+    whole = [one for one in found if Key(one.measure, one.rows, one.model, one.attack, one.level) not in partial]
+    return whole + [value for seeds in partial.values() for value in _of_changed_rows(seeds)]
+
+
+def _of_changed_rows(seeds: Sequence[Measurement]) -> list[MetricValue]:
+    """The metrics of an attack on the input over the rows that it changes; none where it changes none."""
+    kept = []
+    for one in seeds:
+        changed = np.asarray(one.per_row["changed"], dtype=bool)
+        if not changed.any():
+            return []
+        per_row = {name: np.asarray(values)[changed].tolist() for name, values in one.per_row.items()}
+        part = digest([one.digest, changed.tolist()])
+        kept.append(dataclasses.replace(one, per_row=per_row, num_rows=int(changed.sum()), digest=part))
+    of = " of ".join(f"{number:,}" for number in (kept[0].num_rows, seeds[0].num_rows))
+    return [dataclasses.replace(one, note=f"over the {of} rows that it changes") for one in aggregate(kept)]
+
+
+def _found(one: MetricValue) -> str:
+    return f"{_named(one)} is {one.value:g} [{one.low:g}, {one.high:g}]" + (f", {one.note}" if one.note else "")
 
 
 def _named(one: MetricValue) -> str:

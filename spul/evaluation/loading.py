@@ -1,4 +1,4 @@
-"""An unlearned model of any kind from its folder: prompts, gates with prompts or a text, layers, LoRA, weights."""
+"""An unlearned model of any kind from its folder: prompts, gates, rivals, layers, LoRA, weights."""
 
 from __future__ import annotations
 
@@ -19,14 +19,22 @@ from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.fields import read_object
 from ..records.files import find_file
 from ..records.spul_config import read_spul_config
-from ..rivals.refusal import REFUSAL_NAME, FixedRefusal
+from ..rivals.corruption import EmbeddingCorruption
+from ..rivals.examples import InContextUnlearning
+from ..rivals.files import RIVAL_NAME, read_rival
+from ..rivals.guardrail import GuardrailPrompt
+from ..rivals.refusal import FixedRefusal
+from ..rivals.rival import Rival
 
 KINDS = {
     "gated": f"prompts behind gates ({ROUTING_NAME})",
-    "refusal": f"a fixed refusal behind a gate ({REFUSAL_NAME})",
+    "rival": f"a method without training, such as a fixed refusal behind a gate ({RIVAL_NAME})",
     "layers": f"unlearning layers ({LAYERS_NAME})",
     "adapter": f"a prompt or another adapter of PEFT ({ADAPTER_NAME})",
     "model": "a whole model (config.json)",
+}
+RIVALS: dict[str, type[Rival]] = {
+    one.kind: one for one in (FixedRefusal, GuardrailPrompt, InContextUnlearning, EmbeddingCorruption)
 }
 
 
@@ -47,7 +55,7 @@ def kind_of(folder: str | os.PathLike[str]) -> str:
     Raises:
         FileNotFoundError: if it has none of the files of `KINDS`.
     """
-    files = {"gated": ROUTING_NAME, "refusal": REFUSAL_NAME, "layers": LAYERS_NAME}
+    files = {"gated": ROUTING_NAME, "rival": RIVAL_NAME, "layers": LAYERS_NAME}
     files |= {"adapter": ADAPTER_NAME, "model": "config.json"}
     for kind, name in files.items():
         if find_file(folder, name) is not None:
@@ -77,8 +85,8 @@ def load_unlearned(
     """Load an unlearned model of any kind, in evaluation mode.
 
     Args:
-        folder: folder or Hub name: prompts or a fixed refusal behind gates, unlearning layers, a prompt, LoRA, or
-            whole weights.
+        folder: folder or Hub name: prompts, behind gates or not, a rival, unlearning layers, LoRA, or whole
+            weights.
         base: folder or Hub name of the base, which an adapter needs: no base is loaded by the name in an adapter's
             record. Of whole weights it is not read here.
         tokenizer: folder or Hub name of the tokenizer; the base's, or the whole model's, unless given.
@@ -94,17 +102,29 @@ def load_unlearned(
     name = folder if kind == "model" else base
     if name is None:
         raise no_base_error(folder)
+    rival = _rival_class(folder) if kind == "rival" else None
     words = AutoTokenizer.from_pretrained(tokenizer or name, trust_remote_code=trust_remote_code)
     model = load(name)
     if kind == "gated":
         model = GatedUnlearner.from_pretrained(model, folder, words)
-    elif kind == "refusal":
-        model = FixedRefusal.from_pretrained(model, folder, words)
+    elif rival is not None:
+        model = rival.from_pretrained(model, folder, words)
     elif kind == "layers":
         model = UnlearningLayers.from_pretrained(model, folder)
     elif kind == "adapter":
         model = _with_adapter(model, folder)
     return Loaded(model.eval(), words, kind)
+
+
+def _rival_class(folder: str | os.PathLike[str]) -> type[Rival]:
+    """The class of a saved rival."""
+    saved = read_rival(folder)
+    if saved.kind not in RIVALS:
+        raise ValueError(
+            f"{saved.path}: kind is {saved.kind!r}; expected one of {', '.join(RIVALS)}. Load one of your own by its "
+            "from_pretrained, and pass it to spul.evaluate."
+        )
+    return RIVALS[saved.kind]
 
 
 def _with_adapter(base: Any, folder: str | os.PathLike[str]) -> Any:

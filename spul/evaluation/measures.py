@@ -10,6 +10,7 @@ from ..data.rows import column_values
 from ..models.unlearner import unlearner_of
 from . import attack_tasks, tasks
 from .aggregation import Key, Measurement, MetricValue, in_words
+from .attacks.inputs import WITHOUT
 from .attacks.usual import TURN_UNIT
 from .suite import Suite, Task
 
@@ -255,3 +256,8 @@ def variant_in_words(one: Key | Measurement | MetricValue) -> str:
 def key_in_words(key: Key) -> str:
     """A measurement's key, as in `Evaluation.skipped`: `"relearning train_forget unlearned 4 steps"`."""
     return " ".join(filter(None, (key.measure, key.rows, key.model, variant_in_words(key))))
+
+
+def is_attacked(one: Key | MetricValue) -> bool:
+    """Whether a value was taken under its measure's attack: not without or before it, nor on rows it learned from."""
+    return one.attack not in (WITHOUT, "before", "trained") and one.level != 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
-from ..records.fields import read_object
+from ..records.fields import Checks, check_values, read_object
 from ..records.files import HUB_ARGUMENTS, find_file, write_text
 from ..records.weights import Shapes, file_digest, read_weights, weight_shapes
 
 FORMAT_VERSION = 1
 SETTINGS_NAME, ARRAYS_NAME = "gate.json", "gate.safetensors"
-Checks = Mapping[str, tuple[Callable[[Any], bool], str]]
 
 
 def write_gate(folder: str | os.PathLike, fields: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -69,12 +68,7 @@ class SavedGate:
         Raises:
             ValueError: if one is missing or has not.
         """
-        for name, (accepts, expected) in checks.items():
-            if name not in self.fields:
-                raise ValueError(f"{self.path} lacks {name}; expected {expected}. Save the gate again.")
-            if not accepts(self.fields[name]):
-                value = f"{self.fields[name]!r:.80}"
-                raise ValueError(f"{self.path}: {name} is {value}; expected {expected}. Save the gate again.")
+        check_values(self.fields, checks, self.path, "Save the gate again.")
 
     def arrays(self, shapes: Shapes) -> dict[str, np.ndarray]:
         """The arrays, float64, of the names and shapes expected.

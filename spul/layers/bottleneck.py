@@ -143,3 +143,32 @@ def feed_forward_blocks(model: PreTrainedModel, endings: tuple[str, ...] | None 
         f"{type(model).__name__} has no module whose name ends in {' or '.join(endings or FEED_FORWARD)}; name the "
         "modules that end its feed-forward blocks: UnlearningLayersConfig(target_modules=(...))."
     )
+
+
+class LayerHook:
+    """Forward hook of a block: passes its output through a layer, unless the set of layers is disabled.
+
+    Args:
+        owner: the set of layers, whose `enabled` counts.
+        layer: the layer.
+        name: the block's name, for messages.
+    """
+
+    is_unlearning_layer = True
+
+    def __init__(self, owner: Any, layer: Bottleneck, name: str) -> None:
+        self.owner, self.layer, self.name = owner, layer, name
+
+    def __call__(self, block: nn.Module, inputs: Any, output: Any) -> Any:
+        if not self.owner.enabled:
+            return None
+        width = self.layer.down.in_features
+        if not isinstance(output, Tensor) or output.shape[-1] != width:
+            what = (
+                f"a tensor of the shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            )
+            raise TypeError(
+                f"{self.name} returns {what}, not hidden states of the width {width}; name other modules: "
+                "UnlearningLayersConfig(target_modules=(...))."
+            )
+        return self.layer(output)

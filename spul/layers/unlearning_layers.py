@@ -32,7 +32,7 @@ from ..models.disabling import disabled_here, is_disabled_here
 from ..models.unlearner import Unlearner, drop_adapter_names
 from ..records.spul_config import SpulConfig
 from . import checkpoint as files
-from .bottleneck import Bottleneck, UnlearningLayersConfig, feed_forward_blocks, layer_shapes, widths
+from .bottleneck import Bottleneck, LayerHook, UnlearningLayersConfig, feed_forward_blocks, layer_shapes, widths
 
 
 class UnlearningLayers(nn.Module, Unlearner):
@@ -127,7 +127,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         dtype = torch.float64 if self.base_model.dtype == torch.float64 else torch.float32
         for name, block, layer, device in zip(self.block_names, blocks, self.layers, devices, strict=True):
             layer.to(device, dtype)
-            self._handles.append(block.register_forward_hook(_Hook(self, cast(Bottleneck, layer), name)))
+            self._handles.append(block.register_forward_hook(LayerHook(self, cast(Bottleneck, layer), name)))
         reset_compiled()
 
     @property
@@ -387,26 +387,3 @@ class UnlearningLayers(nn.Module, Unlearner):
         else:
             layers.requires_grad_(False).eval()
         return layers
-
-
-class _Hook:
-    """Forward hook: passes a block's output through its layer."""
-
-    is_unlearning_layer = True
-
-    def __init__(self, owner: UnlearningLayers, layer: Bottleneck, name: str) -> None:
-        self.owner, self.layer, self.name = owner, layer, name
-
-    def __call__(self, block: nn.Module, inputs: Any, output: Any) -> Any:
-        if not self.owner.enabled:
-            return None
-        width = self.layer.down.in_features
-        if not isinstance(output, Tensor) or output.shape[-1] != width:
-            what = (
-                f"a tensor of the shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-            )
-            raise TypeError(
-                f"{self.name} returns {what}, not hidden states of the width {width}; name other modules: "
-                "UnlearningLayersConfig(target_modules=(...))."
-            )
-        return self.layer(output)

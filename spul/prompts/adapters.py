@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModelForCausalLM, PeftType
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..models.compat_checkpointing import without_checkpointing
 from ..models.compat_devices import device_of, is_offloaded
@@ -207,3 +210,16 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         position = self.spul_configs[adapter_name].prompt_position
         config: Any = self.peft_config[adapter_name]
         return config.to_dict() | ({} if position == "start" else {"prompt_position": position})
+
+    def on_base(self, base: PreTrainedModel, folder: Path, all_prompts: bool = False) -> Any:
+        """The active prompt on another base, or all of them, for inference, by way of a folder."""
+        names = list(self.peft_config) if all_prompts else [self.active_adapter]
+        records = {name: dataclasses.replace(self.spul_configs[name]) for name in names}
+        self.save_pretrained(str(folder), selected_adapters=names)
+        self.spul_configs |= records  # they were not saved where they are kept
+        first, *others = sorted(names, key=lambda name: name != self.active_adapter)
+        own = {name: folder if name == "default" else folder / name for name in names}
+        moved: Any = type(self).from_pretrained(base, own[first], adapter_name=first)
+        for name in others:
+            moved.load_adapter(own[name], name)
+        return moved.eval()

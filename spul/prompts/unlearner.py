@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftConfig, TaskType
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ..losses.batch import batch_loss
 from ..losses.multiplier import RetainMultiplier
@@ -122,19 +119,6 @@ class SoftPromptUnlearner(PromptAdapters):
     def check_adapter_names(self, adapter_names: Sequence[str], num_rows: int) -> None:
         """Raise unless there is one name for each of `num_rows` rows, of a prompt of this model or `"__base__"`."""
         check_adapter_names(self, adapter_names, num_rows)
-
-    def on_base(self, base: PreTrainedModel, folder: Path, all_prompts: bool = False) -> SoftPromptUnlearner:
-        """The active prompt on another base, or all of them, for inference, by way of a folder."""
-        names = list(self.peft_config) if all_prompts else [self.active_adapter]
-        records = {name: dataclasses.replace(self.spul_configs[name]) for name in names}
-        self.save_pretrained(str(folder), selected_adapters=names)
-        self.spul_configs |= records  # they were not saved where they are kept
-        first, *others = sorted(names, key=lambda name: name != self.active_adapter)
-        own = {name: folder if name == "default" else folder / name for name in names}
-        moved = type(self).from_pretrained(base, own[first], adapter_name=first)
-        for name in others:
-            moved.load_adapter(own[name], name)
-        return moved.eval()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

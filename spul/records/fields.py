@@ -1,4 +1,4 @@
-"""Checks of the fields of `spul_config.json`: types and ranges."""
+"""Fields of JSON files, read and checked: types and ranges, those of `spul_config.json` among them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any
 
+Checks = Mapping[str, tuple[Callable[[Any], bool], str]]
+"""For each field, a check and the words for what is expected."""
 PROMPT_POSITIONS = ("start", "message")  # where a prompt stands in each row
 
 
@@ -49,6 +51,25 @@ def check_fields(data: Mapping[str, Any], where: str) -> None:
             raise ValueError(
                 f"{where}: {name} is {_short(data[name])}; expected {expected}. Correct the field, or remove it."
             )
+
+
+def check_values(data: Mapping[str, Any], checks: Checks, where: str | os.PathLike, remedy: str) -> None:
+    """Raise unless every field is there, with a value that its check accepts.
+
+    Args:
+        data: the fields by name.
+        checks: for each field, a check and the words for what is expected.
+        where: the file, for the message.
+        remedy: the last sentence of the message.
+
+    Raises:
+        ValueError: if one is missing or has not.
+    """
+    for name, (accepts, expected) in checks.items():
+        if name not in data:
+            raise ValueError(f"{where} lacks {name}; expected {expected}. {remedy}")
+        if not accepts(data[name]):
+            raise ValueError(f"{where}: {name} is {_short(data[name])}; expected {expected}. {remedy}")
 
 
 def check_prompt_position(value: Any) -> None:

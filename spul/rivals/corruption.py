@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import torch
@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.checks import checked_names
+from ..gates.files import is_number, is_texts
 from ..gates.gate import Gate, as_gate, request_texts
 from ..models.causal_lm import logits_at
 from ..prompts.row_prompts import NO_PROMPT
+from ..records.fields import Checks, is_count
+from .files import GATE_CHECK
 from .rival import Rival
 
 KINDS = ("noise", "zero", "flip")
@@ -75,6 +78,18 @@ class Corruption:
         return embeddings.scatter(1, largest, -values if self.kind == "flip" else torch.zeros_like(values))
 
 
+def _is_corruption(value: Any) -> bool:
+    if not isinstance(value, dict) or set(value) != {"kind", "strength", "dims"}:
+        return False
+    if not (is_number(value["strength"]) and is_count(value["dims"])):
+        return False
+    try:
+        Corruption(**value)
+    except ValueError:
+        return False
+    return True
+
+
 @dataclass
 class _Plan:
     """Changes of the next pass through the embedding: for each flagged row its columns and its noise's seed."""
@@ -119,6 +134,13 @@ class EmbeddingCorruption(Rival):
     """
 
     kind = "embedding corruption"
+    gate: Gate
+    fields_saved: ClassVar[Checks] = {
+        **GATE_CHECK,
+        "corruption": (_is_corruption, f"an object of kind (one of {KINDS}), strength above 0 and dims from 1 on"),
+        "names": (lambda value: value is None or is_texts(value), "different names, or null"),
+        "seed": (is_count, "a whole number of 0 or more"),
+    }
 
     def __init__(
         self,
@@ -228,6 +250,17 @@ class EmbeddingCorruption(Rival):
         """Gate, change of embeddings, names and seed."""
         corruption = {"kind": self.corruption.kind, "strength": self.corruption.strength, "dims": self.corruption.dims}
         return {"gate": self.gate.identity(), "corruption": corruption, "names": self.names, "seed": self.seed}
+
+    def saved_fields(self) -> dict[str, Any]:
+        """Change of embeddings, names and seed."""
+        return {name: value for name, value in self.settings().items() if name != "gate"}
+
+    @classmethod
+    def restored(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], gate: Any
+    ) -> EmbeddingCorruption:
+        """Change of embeddings, names and seed of saved fields."""
+        return cls(model, tokenizer, gate, Corruption(**fields["corruption"]), fields["names"], fields["seed"])
 
     def on(self, base: PreTrainedModel) -> EmbeddingCorruption:
         """The same gate and corruption over another base."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 from datasets import Dataset
@@ -12,11 +12,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.checks import check_rows
 from ..data.encoder import RowEncoder
-from ..data.rows import completion_text
+from ..data.row_checks import check_texts
+from ..data.rows import completion_text, read_rows, rows_at
 from ..gates.gate import request_texts
 from ..records.digests import digest
+from ..records.fields import Checks, is_count
 from .chat import ChatForm, starts_with
 from .rewriting import Edit, RewritingRival
+from .rival import Rival
 
 # The encoder of examples shortens nothing.
 NO_LIMIT = 1 << 30
@@ -61,6 +64,11 @@ class InContextUnlearning(RewritingRival):
     """
 
     kind = "in-context unlearning"
+    fields_saved: ClassVar[Checks] = {
+        "num_forget": (lambda value: is_count(value, 1), "a whole number of 1 or more"),
+        "forget": (lambda value: value != [] and _are_examples(value), "rows of prompt and completion, one or more"),
+        "retain": (lambda value: _are_examples(value), "rows of prompt and completion"),
+    }
 
     def __init__(
         self,
@@ -87,24 +95,31 @@ class InContextUnlearning(RewritingRival):
                 f"the rows have {len(labels)} different completions; expected 2 to {MOST_LABELS} labels, of which one "
                 "is flipped to another. In-context unlearning is not defined for free-form answers."
             )
-        self.forget, self.retain = forget, retain
-        self.num_forget, self.num_retain, self.seed = num_forget, num_retain, seed
-        self._chat = ChatForm.of(tokenizer)
-        self._of_turns = not isinstance(forget[0]["prompt"], str)
-        draws, encoder = random.Random(seed), RowEncoder(tokenizer, NO_LIMIT)
+        draws = random.Random(seed)
         flipped = [draws.choice([label for label in labels if label != text]) for text in own[0]]
-        self._forget = [self._example(encoder, row, text) for row, text in zip(forget, flipped, strict=True)]
         picked = draws.sample(range(len(retain)), num_retain)
-        self._retain = [self._example(encoder, retain[i], None) for i in picked]
+        self._take(
+            [_example(row, label) for row, label in zip(read_rows(forget), flipped, strict=True)],
+            [_example(row) for row in rows_at(retain, picked)],
+            num_forget,
+        )
+
+    def _take(self, forget: list[dict[str, Any]], retain: list[dict[str, Any]], num_forget: int) -> None:
+        """The rows that stand in contexts, with the labels that they have there."""
+        self.forget_examples, self.retain_examples, self.num_forget = forget, retain, num_forget
+        self._chat = ChatForm.of(self.tokenizer)
+        self._of_turns = not isinstance(forget[0]["prompt"], str)
+        encoder = RowEncoder(self.tokenizer, NO_LIMIT)
+        self._forget, self._retain = ([self._ids(encoder, row) for row in rows] for rows in (forget, retain))
         self._nearest: Callable[[str], Sequence[int]] | None = None
         if num_forget < len(forget):
             # The prompts as the model reads them, as the requests are.
             prompts = [encoder.encode(row).prompt_ids for row in forget]
-            self._nearest = _nearest(request_texts(tokenizer, prompts), num_forget)
+            self._nearest = _nearest(request_texts(self.tokenizer, prompts), num_forget)
 
-    def _example(self, encoder: RowEncoder, row: dict[str, Any], label: str | None) -> list[int]:
-        """Token ids of a row with a label, its own for None, up to where the next text begins."""
-        encoded = encoder.encode(row, label)
+    def _ids(self, encoder: RowEncoder, row: dict[str, Any]) -> list[int]:
+        """Token ids of a row, up to where the next text begins."""
+        encoded = encoder.encode(row)
         prompt = encoded.prompt_ids
         if isinstance(row["prompt"], str):
             start = int(prompt[0] == self.tokenizer.bos_token_id)
@@ -140,13 +155,53 @@ class InContextUnlearning(RewritingRival):
 
     def settings(self) -> dict[str, Any]:
         """Numbers of examples, and a digest of all."""
-        found = {"num_forget": self.num_forget, "num_retain": self.num_retain}
+        found = {"num_forget": self.num_forget, "num_retain": len(self.retain_examples)}
         return {**found, "examples": digest([self._forget, self._retain])}
+
+    def saved_fields(self) -> dict[str, Any]:
+        """The rows that stand in contexts, with the labels that they have there; no other rows."""
+        rows = {"forget": self.forget_examples, "retain": self.retain_examples}
+        return {"num_forget": self.num_forget, **rows}
+
+    @classmethod
+    def restored(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], gate: Any = None
+    ) -> InContextUnlearning:
+        """The examples of saved fields."""
+        forget, num_forget = fields["forget"], fields["num_forget"]
+        if num_forget > len(forget):
+            raise ValueError(
+                f"num_forget={num_forget} of {len(forget)} saved forget rows; expected no more. Save again."
+            )
+        found = cls.__new__(cls)  # without the draws of __init__, of which these are the result
+        Rival.__init__(found, model, tokenizer)
+        found._take(forget, fields["retain"], num_forget)
+        return found
 
     def on(self, base: PreTrainedModel) -> InContextUnlearning:
         """The same examples in front of another base."""
-        rows = (self.forget, self.retain)
-        return InContextUnlearning(base, self.tokenizer, *rows, self.num_forget, self.num_retain, self.seed)
+        return InContextUnlearning.restored(base, self.tokenizer, self.saved_fields())
+
+
+def _example(row: Mapping[str, Any], label: str | None = None) -> dict[str, Any]:
+    """Prompt and completion of a row, with another label if one is given."""
+    completion = row["completion"]
+    if label is not None:
+        is_text = isinstance(completion, str)
+        completion = label if is_text else [{"role": completion[-1]["role"], "content": label.strip()}]
+    return {"prompt": row["prompt"], "completion": completion}
+
+
+def _are_examples(value: Any) -> bool:
+    """Whether a value is a list of rows as `_example` gives them."""
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        return False
+    try:
+        for row in value:
+            check_texts(row)
+    except ValueError:
+        return False
+    return True
 
 
 def _nearest(texts: Sequence[str], num: int) -> Callable[[str], Sequence[int]]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.checks import checked_names
+from ..records.fields import Checks
 from .chat import ChatForm, starts_with
 from .rewriting import Edit, RewritingRival
 
@@ -56,6 +57,9 @@ class GuardrailPrompt(RewritingRival):
     """
 
     kind = "guardrail prompt"
+    fields_saved: ClassVar[Checks] = {
+        "instruction": (lambda value: isinstance(value, str) and value.strip() != "", "a text")
+    }
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, instruction: str) -> None:
         super().__init__(model, tokenizer)
@@ -89,6 +93,17 @@ class GuardrailPrompt(RewritingRival):
     def settings(self) -> dict[str, Any]:
         """The instruction."""
         return {"instruction": self.instruction}
+
+    def saved_fields(self) -> dict[str, Any]:
+        """The instruction."""
+        return self.settings()
+
+    @classmethod
+    def restored(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], gate: Any
+    ) -> GuardrailPrompt:
+        """The instruction of saved fields."""
+        return cls(model, tokenizer, fields["instruction"])
 
     def on(self, base: PreTrainedModel) -> GuardrailPrompt:
         """The same instruction in front of another base."""

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoder import RowEncoder
-from ..gates.files import SETTINGS_NAME as GATE_NAME
 from ..gates.gate import Gate, as_gate, request_texts
-from ..gates.gated_files import GATE_FOLDER, gate_of
 from ..prompts.arguments import OF_THE_BATCH
 from ..prompts.row_prompts import NO_PROMPT
-from ..records.fields import read_object
-from ..records.files import find_file, write_text
-from ..records.weights import file_digest
+from ..records.fields import Checks
 from .chat import USER, ChatForm, ends_with
+from .files import GATE_CHECK
 from .rival import Rival
 
-REFUSAL_NAME, FORMAT_VERSION = "spul_refusal.json", 1
 # The encoder of a refusal shortens nothing.
 NO_LIMIT = 1 << 30
 
@@ -66,6 +59,8 @@ class FixedRefusal(Rival):
 
     kind = "fixed refusal"
     answers_fixed = True
+    gate: Gate
+    fields_saved: ClassVar[Checks] = {**GATE_CHECK, "refusal": (lambda value: isinstance(value, str), "a text")}
 
     def __init__(
         self,
@@ -138,57 +133,15 @@ class FixedRefusal(Rival):
         """Gate and text."""
         return {"gate": self.gate.identity(), "refusal": self.refusal}
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Save the gate, in `gate/`, and the text, in `spul_refusal.json`. The base is not saved.
-
-        Args:
-            save_directory: the folder; created if missing.
-            kwargs: none.
-
-        Raises:
-            TypeError: for another argument.
-            ValueError: if the gate is a plain function, which cannot be saved.
-        """
-        if kwargs:
-            raise TypeError(
-                f"save_pretrained of a {type(self).__name__} takes a folder alone; found {sorted(kwargs)}."
-            )
-        self.gate.check_savable()
-        folder = Path(save_directory)
-        self.gate.save(folder / GATE_FOLDER)
-        fields = {"format_version": FORMAT_VERSION, "refusal": self.refusal}
-        fields["gate_sha256"] = file_digest(folder / GATE_FOLDER / GATE_NAME)  # which has that of the arrays
-        write_text(folder / REFUSAL_NAME, json.dumps(fields, ensure_ascii=False, indent=1) + "\n")
+    def saved_fields(self) -> dict[str, Any]:
+        """The text."""
+        return {"refusal": self.refusal}
 
     @classmethod
-    def from_pretrained(
-        cls, model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, **hub: Any
+    def restored(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], gate: Any
     ) -> FixedRefusal:
-        """Load gate and text in front of a base.
-
-        Args:
-            model: the base.
-            folder: folder or Hub name, which `save_pretrained` wrote.
-            tokenizer: the base's tokenizer.
-            hub: Hub arguments, such as `revision`, `token`, `cache_dir`.
-
-        Raises:
-            FileNotFoundError: if the folder has no refusal, or no gate.
-            ValueError: if a file is damaged, of a later version, or another gate than the one saved.
-        """
-        if (path := find_file(folder, REFUSAL_NAME, **hub)) is None:
-            raise FileNotFoundError(
-                f"{str(folder)!r} has no {REFUSAL_NAME}, which FixedRefusal.save_pretrained writes."
-            )
-        fields = read_object(path)
-        if fields.get("format_version") != FORMAT_VERSION or not isinstance(fields.get("refusal"), str):
-            raise ValueError(f"{path} is damaged or of another version; expected format {FORMAT_VERSION} and a text.")
-        gate = gate_of(folder, model, tokenizer, **hub)
-        found = find_file(folder, f"{GATE_FOLDER}/{GATE_NAME}", **hub)
-        if found is None or file_digest(found) != fields.get("gate_sha256"):
-            raise ValueError(
-                f"the gate in {str(folder)!r} is not the one that was saved with its text; save both again."
-            )
+        """The refusal of saved fields."""
         return cls(model, tokenizer, gate, fields["refusal"])
 
     def on(self, base: PreTrainedModel) -> FixedRefusal:

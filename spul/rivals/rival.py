@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,13 @@ from ..models.compat_devices import device_of
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.unlearner import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
+from ..records.fields import Checks, check_values
+from .files import GATE_DIGEST, read_rival, write_rival
+
+if TYPE_CHECKING:
+    from ..gates.gate import Gate
+
+R = TypeVar("R", bound="Rival")
 
 # Arguments of `generate` that would go around what a rival does to requests, or return more than token ids.
 _REFUSED = (
@@ -34,21 +41,25 @@ _REFUSED = (
 class Rival(nn.Module, Unlearner):
     """A method without training, around a frozen base: an unlearner, so that all metrics and attacks run it.
 
-    A subclass writes `changed_logits` and `changed_answers`. The base and its weights are not changed; inside
-    `disable_adapter()` the model is the base.
+    A subclass writes `changed_logits` and `changed_answers`; to be saved, also `saved_fields`, `fields_saved` and
+    `restored`. The base and its weights are not changed; inside `disable_adapter()` the model is the base.
 
     Args:
         model: a causal LM of transformers, without an adapter.
         tokenizer: its tokenizer.
 
     Attributes:
-        kind: name of the method in reports and in the identity of an evaluation.
+        kind: name of the method in reports, in the identity of an evaluation and in its file.
+        gate: its gate; None if it has none.
+        fields_saved: checks of the fields in its file, the digest of a gate among them where there is one.
 
     Raises:
         TypeError: if `model` is no causal LM of transformers, or has an adapter.
     """
 
     kind = ""
+    gate: Gate | None = None
+    fields_saved: ClassVar[Checks] = {}
     follows_embeddings = False
     reads_tokens = True
     is_trained = False
@@ -95,16 +106,69 @@ class Rival(nn.Module, Unlearner):
         """The same method around another base."""
         raise NotImplementedError
 
-    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
-        """Not here: the base, which would be saved, is not what the method does.
+    # ---- files ----
+
+    def saved_fields(self) -> dict[str, Any]:
+        """All that the method works by beside base, tokenizer and gate, as values of JSON, for `restored`.
 
         Raises:
-            TypeError: always, but for a `FixedRefusal`.
+            TypeError: if a subclass does not write it.
         """
         raise TypeError(
-            f"a {type(self).__name__} trains nothing, and its base would be saved without what it does to requests; "
-            f"save that: {', '.join(self.settings())}. A gate has save(folder)."
+            f"a {type(self).__name__} has no saved_fields, and its base would be saved without what it does to "
+            "requests; write saved_fields, fields_saved and restored, or save its settings by yourself."
         )
+
+    @classmethod
+    def restored(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], gate: Any
+    ) -> Any:
+        """The method of saved fields, checked by `fields_saved`, with its gate, around a base."""
+        raise NotImplementedError
+
+    def save_pretrained(self, save_directory: str | os.PathLike, **kwargs: Any) -> None:
+        """Save the method in `spul_rival.json`, and its gate, if it has one, in `gate/`. The base is not saved.
+
+        Args:
+            save_directory: the folder; created if missing.
+            kwargs: none.
+
+        Raises:
+            FileExistsError: if the folder is a file, or holds an adapter.
+            TypeError: for another argument.
+            ValueError: if the gate is a plain function, which cannot be saved.
+        """
+        if kwargs:
+            raise TypeError(
+                f"save_pretrained of a {type(self).__name__} takes a folder alone; found {sorted(kwargs)}."
+            )
+        write_rival(save_directory, self.kind, self.saved_fields(), self.gate)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[R], model: PreTrainedModel, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, **hub: Any
+    ) -> R:
+        """Load the method, and its gate, around a base.
+
+        Args:
+            model: the base.
+            folder: folder or Hub name, which `save_pretrained` wrote.
+            tokenizer: the base's tokenizer.
+            hub: Hub arguments, such as `revision`, `token`, `cache_dir`.
+
+        Raises:
+            FileNotFoundError: if the folder has no rival, or lacks its gate.
+            ValueError: if it is another kind of rival, or a file is damaged, of a later version, or not the one that
+                was saved with the others.
+        """
+        saved = read_rival(folder, **hub)
+        if saved.kind != cls.kind:
+            raise ValueError(
+                f"{saved.path} is of another method, {saved.kind}; expected that of a {cls.__name__}, {cls.kind}."
+            )
+        check_values(saved.fields, cls.fields_saved, saved.path, "Save it again.")
+        gate = saved.gate(model, tokenizer) if GATE_DIGEST in cls.fields_saved else None
+        return cast(R, cls.restored(model, tokenizer, saved.fields, gate))
 
     # ---- forward and generation ----
 

@@ -139,9 +139,15 @@ def _tried(found: Search, model: EmbeddingCorruption, score: Score, corruption: 
 def _finished(found: Search, model: EmbeddingCorruption, tolerance: float | None = None) -> Search:
     model.corruption = found.best
     if tolerance is not None and found.distance > tolerance:
+        scores = {one.strength: score for one, score in found.tried}
+        low, high = min(scores), max(scores)
         logger.warning(
-            "no strength of %d tried comes within %g of the target %g: %s is %g away. Give a higher start=, "
-            "or try given ones (search_corruption).",
-            *(len(found.tried), tolerance, found.target, found.best, found.distance),
+            "the target %g is not reached: %d strengths from %g to %g were tried, with scores from %g to %g, and the "
+            "nearest, of strength %g, is %g away (tolerance %g). %s",
+            *(found.target, len(scores), low, high, min(scores.values()), max(scores.values())),
+            *(found.best.strength, found.distance, tolerance),
+            "No strength changed the score: pass a start= that is ten times as high or more."
+            if len(set(scores.values())) == 1
+            else "Pass more steps= or another start=, or try given strengths (search_corruption).",
         )
     return found

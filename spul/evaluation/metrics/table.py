@@ -103,6 +103,7 @@ METRICS = {
         Metric("priv_leak", "PrivLeak, in %", "", on_forget="0", on_retain="0"),
         # Attacks
         Metric("tokens_lost", "tokens lost, mean of a row"),
+        Metric("changed", "rows that the attack changes", "%", SHARE, counts_rows=True),
         Metric("trained_parameters", is_count=True),
         _knowledge("success", unit="%"),
         Metric("flagged", "flagged by the gate", "%", SHARE, "high", "low", counts_rows=True),

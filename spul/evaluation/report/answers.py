@@ -10,7 +10,7 @@ import numpy as np
 
 from ..aggregation import MEMBERS, MetricValue
 from ..attacks.inputs import WITHOUT
-from ..measures import MEASURES, variant_in_words
+from ..measures import MEASURES, is_attacked, variant_in_words
 from ..metrics.table import metric_of
 from ..results import Evaluation
 from .document import Section
@@ -144,7 +144,7 @@ def _strongest(evaluation: Evaluation, measure: str) -> MetricValue | None:
         one
         for name in names
         for one in where(evaluation, measure=measure, rows=ATTACKS[measure], name=name, model="unlearned")
-        if one.attack not in (WITHOUT, "before", "trained") and one.level != 0 and not math.isnan(one.value)
+        if is_attacked(one) and not math.isnan(one.value)
     ]
     return max(found, key=lambda one: one.value, default=None)
 

@@ -44,6 +44,28 @@ def before_and_after(evaluation: Evaluation) -> Section:
     return Section("Before and after", [] if rows else [f"The four splits: {NOT_MEASURED}."], columns, rows)
 
 
+def splits_as_text(evaluation: Evaluation) -> list[str]:
+    """A table for a terminal: knowledge of each split with its interval, and the share of generic answers."""
+    name = knowledge_name(evaluation)
+    models = [model for model in ("unlearned", "detached", "retrained") if model in evaluation.models]
+    table = [["", metric_of(name).label, *[""] * (len(models) - 1), "generic"], ["rows", *models, *models]]
+    for split in SPLITS:
+        found = [
+            first(evaluation, measure="utility", rows=split, name=metric, model=model)
+            for metric in (name, "generic")
+            for model in models
+        ]
+        if any(found):
+            cells = ["" if one is None else value_in_words(one) for one in found]
+            table.append(
+                [spaced(split), *cells[: len(models)], *(cell.split(" [")[0] for cell in cells[len(models) :])]
+            )
+    if len(table) == 2:
+        return [f"The four splits: {NOT_MEASURED}."]
+    widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(table[1]))]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+
+
 def what_comes_back(evaluation: Evaluation) -> Section:
     """A line for each attack: what it finds, beside its controls."""
     in_few_bits, in_suffix = (knowledge_name(evaluation, measure) for measure in ("quantized", "soft suffix"))

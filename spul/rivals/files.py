@@ -1,0 +1,111 @@
+"""The files of a saved rival: `spul_rival.json`, and its gate in `gate/`; both checked when they are read."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..gates.files import SETTINGS_NAME as GATE_NAME
+from ..gates.gate import Gate
+from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME, gate_of
+from ..prompts.checkpoint import CONFIG_NAME as ADAPTER_NAME
+from ..records.fields import Checks, is_sha256, read_object
+from ..records.files import check_can_hold, find_file, write_text
+from ..records.weights import file_digest
+
+RIVAL_NAME, FORMAT_VERSION = "spul_rival.json", 1
+GATE_DIGEST = "gate_sha256"  # field of the digest of the gate's file, which has that of its arrays
+GATE_CHECK: Checks = {GATE_DIGEST: (is_sha256, "64 hexadecimal digits")}
+
+
+def write_rival(folder: str | os.PathLike, kind: str, fields: Mapping[str, Any], gate: Gate | None) -> None:
+    """Write `spul_rival.json`, and the gate, if there is one, to `gate/` beside it.
+
+    Args:
+        folder: the folder; created if missing.
+        kind: the rival's name.
+        fields: what it works by, as values of JSON.
+        gate: its gate.
+
+    Raises:
+        FileExistsError: if the folder is a file, or holds an adapter.
+        ValueError: if the gate is a plain function, which cannot be saved.
+    """
+    folder = Path(folder)
+    check_can_hold(folder)
+    if found := [name for name in (ROUTING_NAME, ADAPTER_NAME) if (folder / name).exists()]:
+        raise FileExistsError(f"{str(folder)!r} holds an adapter ({found[0]}); name a folder of the {kind}'s own.")
+    data: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, **fields}
+    json.dumps(data, allow_nan=False)  # raises before the gate is written
+    if gate is not None:
+        gate.check_savable()
+        gate.save(folder / GATE_FOLDER)
+        data[GATE_DIGEST] = file_digest(folder / GATE_FOLDER / GATE_NAME)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RIVAL_NAME, json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+@dataclass(frozen=True)
+class SavedRival:
+    """A saved rival, whose `spul_rival.json` is read and checked as far as all kinds share it.
+
+    Attributes:
+        folder: the folder, or the Hub repository.
+        hub: arguments of `find_file`.
+        path: the path of `spul_rival.json`.
+        fields: the fields in it.
+    """
+
+    folder: str
+    hub: Mapping[str, Any]
+    path: Path
+    fields: dict[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """The name of the method."""
+        return self.fields["kind"]
+
+    def gate(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Gate:
+        """The gate that was saved with it.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is damaged, or another one.
+        """
+        gate = gate_of(self.folder, model, tokenizer, **self.hub)
+        found = find_file(self.folder, f"{GATE_FOLDER}/{GATE_NAME}", **self.hub)
+        if found is None or file_digest(found) != self.fields[GATE_DIGEST]:
+            raise ValueError(
+                f"the gate in {self.folder!r} is not the one that was saved with {RIVAL_NAME}; save both again."
+            )
+        return gate
+
+
+def read_rival(folder: str | os.PathLike, **hub: Any) -> SavedRival:
+    """A saved rival's `spul_rival.json`, checked as far as all kinds share it.
+
+    Args:
+        folder: a local folder or a Hub repository's name.
+        hub: arguments of `find_file`.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it is not JSON, of a later format, or names no kind.
+    """
+    path = find_file(folder, RIVAL_NAME, **hub)
+    if path is None:
+        raise FileNotFoundError(f"{str(folder)!r} has no {RIVAL_NAME}, which save_pretrained of a rival writes.")
+    fields = read_object(path)
+    version = fields.get("format_version")
+    if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
+        raise ValueError(f"{path}: format_version is {version!r}; expected 1 to {FORMAT_VERSION}; update spul.")
+    if not isinstance(fields.get("kind"), str):
+        raise ValueError(f"{path}: kind is {fields.get('kind')!r:.80}; expected the name of a method. Save it again.")
+    return SavedRival(str(folder), hub, path, fields)

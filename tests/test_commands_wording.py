@@ -1,0 +1,70 @@
+"""Messages of the library in the words of the command line, and as they are for who calls it in Python."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from command_files import parsed, write_files, write_prompt
+from helpers import GENERIC, build, make_collator
+from small_evaluations import measured
+
+from spul.commands.evaluate import run
+from spul.commands.wording import in_options, messages_in_options
+from spul.evaluation.results import Evaluation
+from spul.evaluation.suite import AttackSettings
+
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
+
+def evaluated(tmp_path, **more):
+    files = write_files(tmp_path)
+    sets = {name: files[name] for name in ("forget", "retain", "test_forget", "test_retain")}
+    values = {"model": write_prompt(tmp_path / "prompt"), "base": files["model"], **sets, "generic": GENERIC, **more}
+    given = {name: value for name, value in values.items() if value is not None}
+    assert run(parsed("evaluate", {**given, "output_dir": tmp_path / "out"})) is None
+
+
+def test_an_attack_that_is_cut_off_names_the_option_and_in_python_the_collator(tmp_path):
+    more = {"measures": ["input-attack"], "attacks": ["jailbreak 5 before"], "max_length": 40}
+    with pytest.warns(UserWarning, match=r"part of the text or of the attack is cut off\. Raise --max-length\."):
+        evaluated(tmp_path, **more)
+    attacks = AttackSettings(only=("jailbreak 5 before",))
+    with pytest.warns(UserWarning, match=r"is cut off\. Raise the collator's max_length\."):
+        measured(build("llama"), "input attack", attacks=attacks, collator=make_collator(max_length=40))
+
+
+def test_an_adapter_without_its_base_is_told_both_options(tmp_path):
+    with pytest.raises(ValueError, match=r"none is given; expected --model BASE --adapter FOLDER\."):
+        evaluated(tmp_path, base=None)
+
+
+def test_rows_that_do_not_fit_the_model_name_the_option(tmp_path):
+    with pytest.raises(ValueError, match=r"^--max-length is 95, and the model room for 92 .*, so lower it to at most"):
+        evaluated(tmp_path, max_length=95)
+
+
+def test_the_report_names_options_and_the_files_that_python_reads_arguments(tmp_path):
+    with pytest.warns(UserWarning, match="Raise --max-length"):
+        evaluated(tmp_path, measures=["input-attack", "utility"], attack_rows=2, max_length=80)
+    report = (tmp_path / "out" / "report.md").read_text()
+    skipped = Evaluation.load(tmp_path / "out").skipped
+    for option, argument in (
+        ("give --names", "give AttackSettings(names=...)"),
+        ("give --text-field", "give the collator a text_field"),
+        ("give --retrained", "give retrained="),
+        ("call spul.evaluate in Python with AttackSettings(paraphrase=...)", "give AttackSettings(paraphrase=...)"),
+    ):
+        assert option in report
+        assert any(argument in why for why in skipped.values())
+        assert argument not in report
+
+
+def test_other_messages_and_errors_are_left_as_they_are():
+    with pytest.warns(DeprecationWarning, match="^as it was$"), messages_in_options():
+        warnings.warn("as it was", DeprecationWarning, stacklevel=1)
+    error = FileNotFoundError("give base=")
+    with pytest.raises(FileNotFoundError) as found, messages_in_options():
+        raise error
+    assert found.value is error
+    assert in_options("give reference=, another model") == "give --reference, another model"

@@ -1,0 +1,108 @@
+"""Streams of rows to train on: as the same rows in order, or refused with the options that they contradict."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from datasets import IterableDataset
+from helpers import (
+    arguments,
+    assert_same,
+    build,
+    make_collator,
+    make_dataset,
+    make_trainer,
+    make_unlearner,
+    prompt_state,
+    rows,
+)
+from small_trainings import logged, trained
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul.training.options import (
+    check_dispatch,
+)
+
+
+def stream(dataset=None, torch_kind=False):
+    dataset = make_dataset() if dataset is None else dataset
+    if not torch_kind:
+        return dataset.to_iterable_dataset()
+
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(dataset)
+
+    return Rows()
+
+
+@pytest.mark.parametrize("torch_kind", [False, True])
+def test_a_stream_trains_as_the_same_rows_in_order(tmp_path, torch_kind):
+    """Four passes: each draws other generic completions, as the epochs of a data set do."""
+    settings = {"reference": "live", "max_steps": 16, "train_sampling_strategy": "sequential"}
+    whole = trained(tmp_path, **settings)
+    streamed = trained(tmp_path, dataset=stream(torch_kind=torch_kind), **settings)
+    assert logged(streamed, "forget_loss") == logged(whole, "forget_loss")
+    assert_same(prompt_state(streamed.model), prompt_state(whole.model), rtol=0, atol=0)
+    record = streamed.model.spul_config
+    assert record.generic_completions == make_collator().generic_completions
+    assert record.forget is None
+    assert record.retain is None
+    streamed.save_model(str(tmp_path / "prompt"))
+    assert SoftPromptUnlearner.from_pretrained(build("llama"), tmp_path / "prompt").spul_config.forget is None
+
+
+def test_a_stream_needs_no_reference_where_the_loss_needs_none(tmp_path):
+    trained(tmp_path, make_unlearner(loss=UnlearningLoss(beta=0.0)), dataset=stream())
+
+
+@pytest.mark.parametrize(
+    ("own", "settings", "named"),
+    [
+        ({}, {}, "reference='cached' (use reference='live')"),
+        ({"forget_fraction": 0.5}, {}, "reference='cached' (use reference='live') or forget_fraction"),
+        ({"reference": "live", "alternate": True}, {}, "alternate=True"),
+        ({"reference": "live"}, {"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy="),
+    ],
+)
+def test_what_a_stream_cannot_do_is_one_sentence(tmp_path, own, settings, named):
+    args = arguments(tmp_path, max_steps=2, **settings)
+    with pytest.raises(ValueError, match="train_dataset is a stream") as error:
+        UnlearningTrainer(make_unlearner(), args, make_collator(), stream(), **own)
+    assert named in str(error.value)
+
+
+def test_a_stream_without_flags_or_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="train_dataset has no is_forget, only"):
+        trained(tmp_path, dataset=stream(rows("a", 3)), reference="live")
+    with pytest.raises(ValueError, match="has no is_forget"):
+        trained(tmp_path, dataset=stream(rows("a", 3), torch_kind=True), reference="live")
+    with pytest.raises(ValueError, match="max_steps has to be specified"):
+        trained(tmp_path, dataset=stream(), reference="live", max_steps=-1)
+
+
+def test_a_stream_to_evaluate_on_is_refused(tmp_path):
+    with pytest.raises(TypeError, match="eval_dataset is a stream"):
+        make_trainer(tmp_path, eval_dataset=stream(rows("a", 3)))
+    with pytest.raises(TypeError, match=r"forget is a stream .* Dataset\.from_list\(list\(rows\.take"):
+        make_trainer(tmp_path, eval_dataset={"forget": stream(rows("a", 3))})
+    with pytest.raises(TypeError, match="eval is a stream"):
+        make_trainer(tmp_path).evaluate(stream(rows("a", 3)))
+
+
+def test_batches_from_the_first_process_are_refused_where_there_are_others():
+    table, lines = make_dataset(), stream()
+    assert isinstance(lines, IterableDataset)
+    for given, config in ((lines, {}), (table, {"dispatch_batches": True})):
+        check_dispatch(given, AcceleratorConfig(**config), 1)
+        with pytest.raises(ValueError, match="'dispatch_batches': False"):
+            check_dispatch(given, AcceleratorConfig(**config), 2)
+        check_dispatch(given, AcceleratorConfig(**{**config, "split_batches": True}), 2)
+    check_dispatch(lines, AcceleratorConfig(dispatch_batches=False), 2)
+    check_dispatch(table, AcceleratorConfig(), 2)
+
+
+def test_the_rows_of_a_stream_are_not_digested(tmp_path):
+    with pytest.raises(ValueError, match="the rows of a stream are not digested"):
+        make_trainer(tmp_path, dataset=make_dataset().to_iterable_dataset(), reference="live", digest_key=bytes(32))

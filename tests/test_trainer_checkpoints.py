@@ -1,0 +1,113 @@
+"""Checkpoints: resuming to the bit, the best one, and one that a killed run left."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+from helpers import (
+    assert_same,
+    build,
+    make_trainer,
+    prompt_state,
+    rows,
+)
+from peft import PeftModel
+
+from spul import SoftPromptUnlearner
+from spul.data.dataset import forget_retain_dataset
+from spul.training.checks import last_complete_checkpoint
+
+RESUMED = (  # forget_fraction, workers, sampling strategy, whether retain rows have weights
+    (0.5, 2, "random", False),
+    (None, 0, "random", False),
+    (0.5, 0, "random", False),
+    (None, 0, "group_by_length", False),
+    (0.5, 0, "group_by_length", False),
+    (0.5, 0, "random", True),
+    (None, 2, "random", True),
+    (None, 0, "group_by_length", True),
+)
+
+
+def test_resuming_gives_the_bits_of_a_run_that_never_stopped(tmp_path, prompt_type):
+    """The order of rows is no matter of the prompt type, so one of these goes through all ways of sampling."""
+    for forget_fraction, workers, strategy, weighted in RESUMED if prompt_type == "prompt_tuning" else RESUMED[:2]:
+        folder = tmp_path / f"{forget_fraction}-{workers}-{strategy}-{weighted}"
+        weights = [2.5, 0.5, *[1.0] * 19] if weighted else None
+        settings = {
+            "max_steps": 11,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "lr_scheduler_type": "cosine",
+            "gradient_accumulation_steps": 1,
+            "forget_fraction": forget_fraction,
+            "dataloader_num_workers": workers,
+            "train_sampling_strategy": strategy,
+            "dataset": forget_retain_dataset(rows("jane", 11), rows("film", 21), retain_weight=weights),
+        }
+        whole = make_trainer(folder, prompt_type, **settings)
+        whole.train()
+        expected = prompt_state(whole.model)
+        for step in (9, 11):
+            shutil.rmtree(folder / f"checkpoint-{step}", ignore_errors=True)
+        again = make_trainer(folder, prompt_type, **settings)
+        again.train(resume_from_checkpoint=True)
+        assert again.state.global_step == 11
+        assert_same(prompt_state(again.model), expected, rtol=0, atol=0)
+        losses = [[e["loss"] for e in t.state.log_history if "loss" in e] for t in (whole, again)]
+        assert losses[0] == losses[1]
+
+
+def test_the_best_checkpoint_is_put_back(tmp_path, prompt_type):
+    sets = {"forget": rows("jane", 11)}
+    trainer = make_trainer(
+        tmp_path,
+        prompt_type,
+        eval_dataset=sets,
+        max_steps=4,
+        learning_rate=0.3,
+        save_strategy="steps",
+        save_steps=1,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_forget_loss",
+        greater_is_better=False,
+    )
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    measured = {e["step"]: e["eval_forget_loss"] for e in trainer.state.log_history if "eval_forget_loss" in e}
+    assert best.endswith(f"checkpoint-{min(measured, key=measured.get)}")
+    loaded = SoftPromptUnlearner.from_pretrained(build("llama"), best, is_trainable=True)
+    assert_same(prompt_state(trainer.model), prompt_state(loaded), rtol=0, atol=0)
+    assert trainer.evaluate()["eval_forget_loss"] == pytest.approx(min(measured.values()), rel=1e-5)
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path, caplog, monkeypatch):
+    """A copy of the folder in the middle of the third save is what SIGKILL would leave there."""
+    killed, really = tmp_path / "killed", torch.save
+
+    def save(content, path, *args, **kwargs):
+        if "checkpoint-3" in str(path) and "rng_state" in str(path):
+            shutil.copytree(tmp_path / "whole", killed)
+        return really(content, path, *args, **kwargs)
+
+    steps = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(tmp_path / "whole", **steps)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", save)
+        whole.train()
+    assert (killed / "checkpoint-3" / "adapter_model.safetensors").exists()
+    with caplog.at_level(logging.WARNING):
+        assert last_complete_checkpoint(killed) == str(killed / "checkpoint-2")
+    assert "checkpoint-3 is incomplete" in caplog.text
+    trainer = make_trainer(killed, **steps)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same(prompt_state(trainer.model), prompt_state(whole.model), rtol=0, atol=0)
+    assert PeftModel.from_pretrained(build("llama"), str(killed / "checkpoint-4"))
+
+
+def test_nothing_to_resume_from_raises(tmp_path):
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        make_trainer(tmp_path).train(resume_from_checkpoint=True)

@@ -1,0 +1,122 @@
+"""What UnlearningTrainer refuses or warns of, before it trains."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from helpers import (
+    arguments,
+    build,
+    make_collator,
+    make_dataset,
+    make_trainer,
+    make_unlearner,
+    rows,
+)
+
+from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul.losses import GradientAscent
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model": torch.nn.Linear(1, 1)}, TypeError, "expected a SoftPromptUnlearner"),
+        ({"data_collator": None}, TypeError, "expected a ForgetRetainCollator"),
+        ({"train_dataset": rows("a", 3)}, ValueError, "no is_forget, only .* Make the data set with forget_retain"),
+        ({"forget_fraction": 1.5}, ValueError, "forget_fraction=1.5; expected a share"),
+        ({"compute_loss_func": print}, ValueError, "would replace the unlearning loss"),
+    ],
+)
+def test_bad_arguments_say_what_is_wrong(tmp_path, change, error, message):
+    given = {
+        "model": make_unlearner(),
+        "args": arguments(tmp_path),
+        "data_collator": make_collator(),
+        "train_dataset": make_dataset(),
+    }
+    with pytest.raises(error, match=message):
+        UnlearningTrainer(**{**given, **change})
+
+
+def test_options_that_contradict_the_loss_raise(tmp_path):
+    with pytest.raises(ValueError, match="would replace the unlearning loss"):
+        make_trainer(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="generic_completions=None"):
+        make_trainer(tmp_path, unlearner=make_unlearner(loss=UnlearningLoss(forget=GradientAscent())))
+    with pytest.raises(ValueError, match="the completion ' positive' of a row is one of generic_completions"):
+        make_trainer(tmp_path, collator=make_collator(generic_completions=["Positive"]))
+    with pytest.raises(ValueError, match="evaluate needs rows"):
+        make_trainer(tmp_path).evaluate()
+
+
+def test_metrics_are_those_of_the_weights_beside_them(tmp_path):
+    trainer = make_trainer(tmp_path, eval_dataset={"forget": rows("jane", 5)}, max_steps=1)
+    trainer.evaluate()
+    assert "forget" in trainer.model.spul_config.metrics
+    trainer.train()
+    assert trainer.model.spul_config.metrics == {}
+    with trainer.model.disable_adapter():
+        trainer.evaluate()
+    assert trainer.model.spul_config.metrics == {}
+
+
+def test_a_prompt_loaded_for_use_only_is_not_trained_silently(tmp_path):
+    make_unlearner().save_pretrained(str(tmp_path))
+    loaded = SoftPromptUnlearner.from_pretrained(build("llama"), str(tmp_path))
+    with pytest.raises(ValueError, match="is_trainable=True"):
+        make_trainer(tmp_path, unlearner=loaded)
+
+
+def test_forget_rows_that_keep_their_own_answers_are_warned_about(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING, logger="spul.training.trainer"):
+        make_trainer(tmp_path)
+        assert not caplog.records
+        make_trainer(tmp_path, collator=make_collator(generic_completions=None))
+    assert "CrossEntropy makes the completions of forget rows likely" in caplog.text
+
+
+def test_a_refused_training_leaves_the_record_of_a_loaded_prompt_alone(tmp_path):
+    trainer = make_trainer(tmp_path / "out")
+    trainer.model.save_pretrained(str(tmp_path / "prompt"))
+    loaded = SoftPromptUnlearner.from_pretrained(build("llama"), tmp_path / "prompt")
+    before = copy.deepcopy(loaded.spul_config)
+    with pytest.raises(ValueError, match="no parameter requires a gradient"):
+        make_trainer(tmp_path / "again", unlearner=loaded, dataset=make_dataset(3, 5))
+    assert loaded.spul_config == before
+
+
+def one_side(is_forget):
+    rows = make_dataset()
+    return rows.select([i for i, flag in enumerate(rows["is_forget"]) if flag == is_forget])
+
+
+@pytest.mark.parametrize(
+    ("is_forget", "message"), [(False, "nothing is forgotten"), (True, "nothing is retained. Join both sets")]
+)
+def test_a_training_set_of_one_side_is_warned_of_once(tmp_path, caplog, is_forget, message):
+    trainer = make_trainer(tmp_path, dataset=one_side(is_forget), max_steps=2)
+    trainer.train()
+    assert [message in record.getMessage() for record in caplog.records if "training rows" in record.message] == [True]
+
+
+def test_forget_rows_alone_are_right_where_the_loss_weighs_no_others(tmp_path, caplog):
+    unlearner = make_unlearner(loss=UnlearningLoss(alpha=0.0, beta=0.0))
+    make_trainer(tmp_path, unlearner=unlearner, dataset=one_side(True))
+    assert "training rows" not in caplog.text
+
+
+@pytest.mark.parametrize("reference", ["cached", "live"])
+def test_rows_that_share_a_row_id_are_refused_whatever_the_reference(tmp_path, reference):
+    rows = make_dataset().remove_columns("row_id")
+    rows = rows.add_column("row_id", [i // 2 for i in range(len(rows))])
+    with pytest.raises(ValueError, match=r"rows 0 and 1 of train_dataset share row_id=0"):
+        make_trainer(tmp_path, dataset=rows, reference=reference)
+
+
+def test_rows_that_lose_text_are_reported_once_when_the_trainer_is_made(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, collator=make_collator(max_length=8), max_steps=2)
+    assert "12 of 32 rows of train_dataset are longer than max_length=8" in caplog.text
+    trainer.train()
+    assert caplog.text.count("longer than max_length") == 1
