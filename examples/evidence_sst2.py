@@ -135,7 +135,8 @@ def write_tables(folder: Path, plan: Plan) -> None:
         raise SystemExit(f"{path} has no scores; run `score` first.")
     systems = [system.name for system in plan.systems]
     text = tables.table(records, systems)
-    text += "\n\nTraining rows, at most 500 of a side:\n\n" + tables.table(records, systems, "train")
+    if all("train_forget" in one["scores"] for one in records):
+        text += "\n\nTraining rows, at most 500 of a side:\n\n" + tables.table(records, systems, "train")
     (folder / "table.md").write_text(text + "\n")
     shown = [name for name in systems if name not in ("vanilla", tables.BASE)]
     save_figure(
@@ -153,6 +154,10 @@ def write_scales(args: argparse.Namespace, plan: Plan) -> None:
         for system in plan.systems
     }
     systems = args.systems or [name for name, found in models.items() if len(found) > 1 and name != tables.BASE]
+    if missing := [name for name in systems if not models.get(name)]:
+        raise SystemExit(f"--systems {missing[0]!r}: the lines have {[*filter(models.get, models)]}.")
+    if not systems:
+        raise SystemExit("no system was scored on models of several sizes; name more --lines, or --systems.")
     save_figure(tables.scales(records, systems), args.output_dir / "scales")
 
 
@@ -179,6 +184,8 @@ def run(args: argparse.Namespace, plan: Plan) -> None:
     """Do the jobs of a stage, `--workers` at a time."""
     begun, wanted, files = time.monotonic(), wanted_systems(args, plan), Files(args.output_dir, args.model)
     attacked = (args.attacked_seeds or args.seeds or plan.seeds) if args.attacked else ()
+    if args.attack and not args.attacked:
+        raise SystemExit("--attack names systems, and --attacked 0 attacks none; give a number of rows.")
     if unknown := sorted(set(args.attack or ()) - {system.name for system in plan.systems}):
         raise SystemExit(f"--attack {unknown[0]!r}: expected names of the plan.")
     choice = earlier_choice(args, plan, wanted | dict.fromkeys(args.attack or (), attacked))

@@ -317,6 +317,15 @@ def test_the_figure_of_sizes_has_a_point_for_each_seed_at_its_models_size(exampl
         tables.scales([record("mine", "another", 1, *both)], ["mine"])
 
 
+@pytest.mark.parametrize(("kind", "share"), [("prompt", 0), ("prompt", 1.5), ("lora", 0.5)])
+def test_a_share_of_forget_rows_is_a_share_of_those_that_a_prompt_trains_on(example, kind, share):
+    from evidence.plan import System
+
+    System("mine", "prompt", {"forget_size": 0.5})
+    with pytest.raises(ValueError, match="forget_size"):
+        System("mine", kind, {"forget_size": share})
+
+
 def test_retain_is_compared_on_the_same_rows_with_an_interval_over_rows_for_one_seed(example):
     from evidence import tables
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from chats import TEMPLATES, chatty
@@ -57,3 +58,16 @@ def test_answers_that_are_trained_refusals_count_as_declined(example):
     line["answers_rouge"] = {"forget": [0.0, 0.5], "retain": [1.0]}
     cells = [cell.strip() for cell in example.summary([line]).splitlines()[2].split("|")[1:-1]]
     assert [cells[0], cells[3], cells[5], cells[7], cells[8]] == ["x", "0.25", "0.50", "1.00", "0.00"]
+
+
+def test_models_that_learned_other_rows_are_not_taken(tofu, tmp_path):
+    names = {"forget_set": "forget01", "retain_rows": 100, "memorize_lr": 1e-3, "memorize_epochs": 12, "batch_size": 8}
+    made = tofu.Tofu.__new__(tofu.Tofu)
+    made.args = SimpleNamespace(**names, model="here/model", output_dir=tmp_path, seed=1)
+    folder = tmp_path / "base-1"
+    folder.mkdir()
+    (folder / "memorized.json").write_text(json.dumps({"learned_from": made.learned_from}))
+    assert made.folder("base") == folder
+    made.args.forget_set = "forget05"
+    with pytest.raises(ValueError, match=r"forget01.*forget05.*output-dir"):
+        made.folder("base")

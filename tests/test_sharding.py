@@ -40,6 +40,12 @@ from spul.prompts.shared_prefix import shares_states
 CONFIGS_OF_ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
 
 
+JOINT, CONCATENATED = "joint_logits", "concatenated_logits"
+# Of kinds of bases: the way that many short rows take, and the way of one long row beside them.
+WAYS = {kind: [JOINT, CONCATENATED] for kind in ("plain", "checkpointed", "longrope")}
+WAYS |= {kind: [CONCATENATED, CONCATENATED] for kind in ("not earned", "lost when checkpointed")}
+
+
 # ---- the work, the same in one process and in each of two ----
 
 
@@ -75,24 +81,35 @@ def batch_of(process):
 
 
 def step_of(unlearner, process):
-    """A step's logits, the prompt's gradient, and the way that its pass took."""
+    """A step's logits, the prompt's gradient, the way that it took, and how often it passed the base."""
     given = batch_of(process)
     prompts = RowPrompts(unlearner.train(), len(given[0]))
-    way = prompts.single_pass(given[0].shape[1])
+    way, passes = prompts.single_pass(given[0].shape[1]), []
+    unlearner.get_base_model().model.register_forward_pre_hook(lambda *_: passes.append(1))
     logits = prompts.response_logits(*given)
     logits.tanh().sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in unlearner.parameters() if p.grad is not None])
-    return {"logits": logits.detach(), "gradient": gradient}, None if way is None else way.__name__
+    return {"logits": logits.detach(), "gradient": gradient}, None if way is None else way.__name__, len(passes)
 
 
-def sharded_step(process, is_checkpointed):
-    """`step_of` over a sharded base where no added token is too many to take one pass."""
+def unlearner_of(kind):
+    if kind == "longrope":  # positions change beyond 12, which one of the batches exceeds
+        return longrope_unlearner().float()
     unlearner = make_unlearner("p_tuning")
-    if is_checkpointed:
+    if kind in ("checkpointed", "lost when checkpointed"):
         switch_checkpointing(unlearner.get_base_model(), "enable", {"use_reentrant": False})
+    return unlearner
+
+
+def sharded_step(process, kind):
+    """`step_of` over a sharded base, where more tokens are added than a whole one would have."""
+    unlearner = unlearner_of(kind)
     shard_layers(unlearner)
+    lost = {"not earned": "joins_prompt", "lost when checkpointed": "checkpoints_prefix"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(row_prompts, "MOST_ADDED_TOKENS", 0)
+        if kind in lost:
+            patch.setattr(row_prompts, lost[kind], lambda *args, **kwargs: False)
         return step_of(unlearner, process)
 
 
@@ -135,8 +152,8 @@ def main(folder):
     results["lora"] = steps(lora(), folder / "lora", 2, loss=UnlearningLoss(), **FSDP)
     for trainable in ("prompt", "lora"):
         results[f"uneven {trainable}"] = uneven_steps(trainable, folder / "uneven", 2, **FSDP)
-    for is_checkpointed in (False, True):
-        results["one pass", is_checkpointed] = sharded_step(state.process_index, is_checkpointed)
+    for kind in WAYS:
+        results["one pass", kind] = sharded_step(state.process_index, kind)
     results["otherwise"] = sharded_otherwise()
     model = make_model("prompt_tuning")
     shard_layers(model)
@@ -190,17 +207,18 @@ def test_a_sharded_base_under_gradient_checkpointing_makes_the_steps_of_one(laun
         assert found["shared"]
 
 
-@pytest.mark.parametrize("is_checkpointed", [False, True])
-def test_each_process_takes_one_pass_of_a_sharded_base_whatever_the_shape_of_its_batch(launch, is_checkpointed):
+@pytest.mark.parametrize("kind", WAYS)
+def test_each_process_passes_a_sharded_base_once_whatever_the_shape_of_its_batch(launch, kind):
     """A second pass would gather its layers again, and one process alone that took it would wait for ever."""
     ways = []
     for process, results in enumerate(launch[1]):
-        found, way = results["one pass", is_checkpointed]
-        expected, whole = step_of(make_unlearner("p_tuning"), process)
+        found, way, passes = results["one pass", kind]
+        expected, whole, _ = step_of(unlearner_of(kind), process)
         assert whole is None
+        assert passes == 1
         assert_same(expected, found, rtol=1e-5, atol=1e-5)
         ways.append(way)
-    assert ways == ["joint_logits", "concatenated_logits"]
+    assert ways == WAYS[kind]
 
 
 def test_lora_beside_a_sharded_base_makes_the_steps_of_one(launch, tmp_path):
@@ -254,23 +272,6 @@ def test_settings_of_fsdp_that_cannot_be_honored_are_refused(tmp_path, plugin):
     plugin.fsdp_version = 1
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         make_trainer(tmp_path)
-
-
-@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "prefix_tuning"])
-def test_rows_that_may_outgrow_a_shared_prompt_are_refused_before_a_base_is_sharded(tmp_path, plugin, prompt_type):
-    """Of two processes one would share the prompt and the other would not: they would wait for each other for ever."""
-
-    def call(**settings):
-        unlearner = longrope_unlearner(prompt_type)  # its positions change beyond 12, of which 4 are virtual tokens
-        make_trainer(tmp_path, unlearner=unlearner, collator=make_collator(**settings))
-
-    with pytest.raises(RuntimeError, match="several processes"):  # not before
-        call(max_length=8)
-    # A prefix needs no pass of its own, so that all do the same.
-    error, named = (ValueError, "at most 8") if prompt_type == "prompt_tuning" else (RuntimeError, "several processes")
-    for settings in ({"max_length": 9}, {"max_length": 7, "pad_to_multiple_of": 5}):
-        with pytest.raises(error, match=named):
-            call(**settings)
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,13 @@ class System:
             raise ValueError(f"{self.name}: a candidate has steps; all are tried with the plan's choosing_steps.")
         if "steps" in self.settings and self.kind not in TRAINED:
             raise ValueError(f"{self.name}: steps, and a system of kind {self.kind!r} is not trained; leave them out.")
+        for one in (self.settings, *self.candidates):
+            share = one.get("forget_size", 1.0)
+            if not 0 < share <= 1 or ("forget_size" in one and self.kind not in ("prompt", "gated")):
+                raise ValueError(
+                    f"{self.name}: forget_size={share!r}, kind={self.kind!r}; expected a share above 0 and up to 1, "
+                    "of the forget rows that a prompt trains on."
+                )
         steps = self.settings.get("steps", 1)
         if not is_count(steps, least=1):
             raise ValueError(f"{self.name}: steps={steps!r}; expected an integer of at least 1.")

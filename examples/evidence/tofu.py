@@ -96,11 +96,23 @@ class Tofu:
             **own,
         )
 
+    @property
+    def learned_from(self) -> dict[str, Any]:
+        """What a memorized model, and whatever is trained on it, depends on."""
+        names = ("forget_set", "retain_rows", "memorize_lr", "memorize_epochs", "batch_size")
+        return {"model": Path(self.args.model).name, **{name: getattr(self.args, name) for name in names}}
+
     def folder(self, name: str) -> Path:
-        """The base or the retrained model, made if it is missing."""
+        """The base or the retrained model, made if it is missing.
+
+        Raises:
+            ValueError: if the folder has one that learned otherwise.
+        """
         folder = self.args.output_dir / f"{name}-{self.args.seed}"
         record = folder / "memorized.json"  # written last
         if record.exists():
+            if (known := json.loads(record.read_text()).get("learned_from")) != self.learned_from:
+                raise ValueError(f"{folder} learned from {known}, not {self.learned_from}; take another --output-dir.")
             return folder
         known = Dataset.from_list(list(self.forget) + list(self.learned)) if name == "base" else self.learned
         epochs, stop = self.args.memorize_epochs, Stop(self)
@@ -123,6 +135,7 @@ class Tofu:
         trainer.train()
         facts = {"epochs": round(trainer.state.epoch or 0), "seconds": time.perf_counter() - begun}
         facts |= {"rows": len(known), "probability": self.known_probability(learning)}
+        facts |= {"learned_from": self.learned_from}
         merged = trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False).merge_and_unload()
         merged.save_pretrained(folder)
         write_text(record, json.dumps(facts) + "\n")
@@ -141,6 +154,7 @@ class Tofu:
         """The folder of a trained adapter, made unless it is there."""
         folder = self.args.output_dir / f"{name}-{self.args.seed}"
         settings = settings | {"steps": self.args.steps, "batch_size": self.args.batch_size}
+        settings |= {"unseen_retain": self.args.unseen_retain, "learned_from": self.learned_from}
         record = folder / "made_with.json"
         if not record.exists():
             begun = time.perf_counter()

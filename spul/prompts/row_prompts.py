@@ -186,7 +186,7 @@ class RowPrompts:
         """The way of training on rows of `num_tokens` in one pass of the base that adds the fewest tokens to it.
 
         None where a pass of its own for the prompt is as fast, where the rows have none, or one each, and where the
-        base does not run such a pass rightly. All processes of a sharded base take one pass, or all take two.
+        base does not run such a pass rightly. A sharded base is always passed once.
         """
         base: Any = self.model.get_base_model()
         sharded = is_sharded(base)
@@ -196,16 +196,15 @@ class RowPrompts:
             return None
         num_virtual = self.num_virtual_tokens
         # Verdicts first: processes of a sharded base run the same forwards, whatever the shapes of their batches.
-        if not joins_prompt(base, num_virtual):
-            return None
-        is_kept = not is_checkpointing(base) or checkpoints_prefix(base, num_virtual, joint=True)
-        if outgrows_cache(self.model, num_virtual + num_tokens):
-            return None
+        joins = joins_prompt(base, num_virtual)
+        is_kept = joins and (not is_checkpointing(base) or checkpoints_prefix(base, num_virtual, joint=True))
+        fits = not outgrows_cache(self.model, num_virtual + num_tokens)
         tokens = tokens_of_prompts_row(self.num_rows, num_tokens, num_virtual), self.num_rows * num_virtual
-        # A second pass gathers every layer of a sharded base again, which takes longer than to compute more tokens.
-        if min(tokens) > MOST_ADDED_TOKENS and not sharded:
+        if sharded:  # always one: a second pass would gather every layer again, and some processes might take none
+            return self.joint_logits if is_kept and fits and tokens[0] < tokens[1] else self.concatenated_logits
+        if not (joins and fits) or min(tokens) > MOST_ADDED_TOKENS:
             return None
-        if tokens[1] <= tokens[0] and (is_kept or not sharded):
+        if tokens[1] <= tokens[0]:
             return self.concatenated_logits
         return self.joint_logits if is_kept else None
 

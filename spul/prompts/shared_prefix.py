@@ -20,7 +20,6 @@ from ..models.causal_lm import cache_switch, needs_gradient, warn_once
 from ..models.compat_cache import prefix_states
 from ..models.compat_checkpointing import is_checkpointing
 from .configs import holds_states
-from .position import stands_inside
 from .probe import checkpoints_prefix, shares_prefix
 from .states import PromptStates, base_version, compute_states
 
@@ -111,26 +110,6 @@ def shares_states(model: Any, num_virtual: int, num_tokens: int) -> bool:
     if outgrows_cache(model, num_virtual + num_tokens):
         return False
     return not is_checkpointing(base) or (shares_prefix(base, num_virtual) and checkpoints_prefix(base, num_virtual))
-
-
-def check_shares_throughout(model: Any, max_width: int) -> None:
-    """Raise if batches of up to `max_width` columns may outgrow a shared prompt: they would pass the base differently.
-
-    Processes that hold shards of the base must run the same forwards.
-
-    Raises:
-        ValueError: if they may.
-    """
-    base, num_virtual = model.get_base_model(), model.active_peft_config.num_virtual_tokens
-    switch, _ = cache_switch(base)
-    if switch is None or num_virtual + max_width <= switch or is_prefix(model) or stands_inside(model):
-        return
-    raise ValueError(
-        f"{type(base).__name__} changes beyond {switch} positions, so that longer batches have the prompt in front "
-        "of every row and others share it: processes with its shards would wait for each other for ever. Batches "
-        f"have up to {max_width} columns, and the prompt {num_virtual}; lower the collator's max_length, so that "
-        f"they have at most {switch - num_virtual}, or keep the base whole."
-    )
 
 
 def outgrows_cache(model: Any, num_positions: int) -> bool:

@@ -91,8 +91,8 @@ class RequestState:
         if last is not None and last.event == entry.event == "answered":
             last.num, last.end, last.note = last.num + 1, entry.at, entry.fields.get("note", last.note)
         else:
-            said = {name: entry.fields.get(name) for name in ("note", "server")}
-            self.history.append(Occurrence(entry.event, entry.at, entry.at, **said))
+            note, server = (entry.fields.get(name) for name in ("note", "server"))
+            self.history.append(Occurrence(entry.event, entry.at, entry.at, note=note, server=server))
         self.answered += entry.event == "answered"
         self.answered_after += entry.event == "answered" and self.revoked is not None
         self.served_again |= entry.event == "served" and self.revoked is not None

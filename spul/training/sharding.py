@@ -14,8 +14,6 @@ from ..models.compat_checkpointing import is_reentrant
 from ..models.compat_devices import fsdp_plugin, replicated, use_data_parallel
 from ..models.sharding import check_layers_alone, shard_layers
 from ..models.unlearner import Unlearner
-from ..prompts.shared_prefix import check_shares_throughout
-from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import fingerprint
 
 
@@ -80,8 +78,6 @@ class ShardingTrainer(Trainer):
                 "reentrant gradient checkpointing of a sharded base may wait for ever; use "
                 "TrainingArguments(gradient_checkpointing_kwargs={'use_reentrant': False})."
             )
-        if isinstance(self._learner, SoftPromptUnlearner):
-            check_shares_throughout(self._learner, self._collator.encoder.max_width)
         if not is_sharded(base):
             mesh, dims = getattr(self.accelerator, "torch_device_mesh", None), self.accelerator.parallelism_config
             shard_layers(
