@@ -42,8 +42,8 @@ CONFIGS_OF_ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
 
 JOINT, CONCATENATED = "joint_logits", "concatenated_logits"
 # Of kinds of bases: the way that many short rows take, and the way of one long row beside them.
-WAYS = {kind: [JOINT, CONCATENATED] for kind in ("plain", "checkpointed", "longrope")}
-WAYS |= {kind: [CONCATENATED, CONCATENATED] for kind in ("not earned", "lost when checkpointed")}
+WAYS = {kind: [JOINT, CONCATENATED] for kind in ("plain", "checkpointed")}
+WAYS |= {kind: [CONCATENATED, CONCATENATED] for kind in ("not earned", "lost when checkpointed", "longrope")}
 
 
 # ---- the work, the same in one process and in each of two ----
@@ -84,8 +84,10 @@ def step_of(unlearner, process):
     """A step's logits, the prompt's gradient, the way that it took, and how often it passed the base."""
     given = batch_of(process)
     prompts = RowPrompts(unlearner.train(), len(given[0]))
-    way, passes = prompts.single_pass(given[0].shape[1]), []
+    passes = []
     unlearner.get_base_model().model.register_forward_pre_hook(lambda *_: passes.append(1))
+    way = prompts.single_pass(given[0].shape[1])  # which is earned by passes of its own
+    passes.clear()
     logits = prompts.response_logits(*given)
     logits.tanh().sum().backward()
     gradient = torch.cat([p.grad.flatten() for p in unlearner.parameters() if p.grad is not None])

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.causal_lm import logits_at, max_positions, needs_gradient
+from ..models.causal_lm import cache_switch, logits_at, max_positions, needs_gradient
 from ..models.compat import is_sharded
 from ..models.compat_checkpointing import is_checkpointing
 from ..models.compat_devices import device_of
@@ -194,6 +194,8 @@ class RowPrompts:
             return None
         if self.is_inside or self.is_prefix or self.named != [self.model] or not needs_gradient(self.model):
             return None
+        if sharded and cache_switch(base)[0] is not None:  # behind a long batch a process asks for verdicts again
+            return self.concatenated_logits
         num_virtual = self.num_virtual_tokens
         # Verdicts first: processes of a sharded base run the same forwards, whatever the shapes of their batches.
         joins = joins_prompt(base, num_virtual)
