@@ -139,7 +139,24 @@ def test_an_attack_that_raises_nothing_is_not_said_to_bring_anything_back():
     found = [*utility(rows), *attacked, dataclasses.replace(attacked[0], attack="capitals")]
     text = evaluation_markdown(Evaluation({}, found, {}))
     assert "No attack raised what is answered. Tried: attacks on the input." in text
-    assert "Of the 10 test forget rows the base itself got all right. Of the 10 that it knew, 2 are still" in text
+
+
+@pytest.mark.parametrize(("right", "is_said"), [(4, True), (6, False)])
+def test_an_attack_that_the_detached_model_does_not_read_either_is_said_to_show_little(right, is_said):
+    found = [
+        measurement(
+            "input attack", "test_forget", model, attack, per_row={"accuracy": [1.0] * num + [0.0] * (10 - num)}
+        )
+        for model, attack, num in (
+            ("unlearned", "none", 2),
+            ("unlearned", "capitals", 0),
+            ("detached", "none", 10),
+            ("detached", "capitals", right),
+        )
+    ]
+    text = evaluation_markdown(Evaluation({}, found, {}))
+    said = "Detached, the model answers less than half as much of the test forget rows under capitals"
+    assert (said in text) == is_said
 
 
 def test_rows_that_the_base_did_not_know_are_counted_over_joined_seeds_and_not_for_free_form_answers():

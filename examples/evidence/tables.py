@@ -137,9 +137,9 @@ def scales(records: Sequence[Record], systems: Sequence[str]) -> Figure:
         panels, ("test forget accuracy (%)", "test retain accuracy less the base's (points)"), strict=True
     ):
         axes.set_xscale("log")
-        axes.set_xticks([size for _, size in sizes], [f"{name}\n{size:.0f}M" for name, size in sizes])
+        axes.set_xticks([size for _, size in sizes], [f"{name}\n{size:.0f}M" for name, size in sizes], fontsize=7)
         axes.minorticks_off()
-        axes.set_ylabel(label)
+        axes.set_ylabel(label, fontsize=9)
         axes.grid(alpha=0.25)
     figure.legend(
         *panels[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=3

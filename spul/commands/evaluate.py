@@ -21,7 +21,7 @@ class EvaluateOptions(LoadOptions, RowOptions):
 
     model: str = option("the base, with --adapter; or the unlearned model itself, with --base where it has one", ...)
     adapter: str | None = option(
-        "the unlearned model: folder of a prompt, prompts behind gates, a rival, layers, LoRA, or weights"
+        "the unlearned model: folder of a prompt, gated or not, a method without training, layers, LoRA, or weights"
     )
     base: str | None = option("the model before, where --model is the unlearned one")
     retrained: str | None = option("a model that never saw the forget rows, the yardstick")

@@ -82,13 +82,33 @@ def back(evaluation: Evaluation) -> list[str]:
     if all(one.value == plain.value == 1.0 for one, plain in pairs):
         return [f"Everything is answered as it is, so there was nothing to bring back. {tried}"]
     if most.value <= plain.value:
-        return [f"No attack raised what is answered. {tried}"]
+        return [f"No attack raised what is answered. {tried}", *_lost_on_the_model_itself(evaluation)]
     text = (
         f"Most is brought back by {MEASURES[most.measure].title.lower()} ({variant_in_words(most)}): "
         f"{spaced(most.rows)} {metric_of(most.name).label} {_value(most)}, {points(most, plain)} against "
         f"{_value(plain)} without."
     )
-    return [text, tried]
+    return [text, tried, *_lost_on_the_model_itself(evaluation)]
+
+
+def _lost_on_the_model_itself(evaluation: Evaluation) -> list[str]:
+    """Attacks on the input that the model without the prompt answers less than half as much of: they show little."""
+    rows = ATTACKS["input attack"]
+    own = where(
+        evaluation,
+        measure="input attack",
+        rows=rows,
+        name=knowledge_name(evaluation, "input attack"),
+        model="detached",
+    )
+    plain = next((one.value for one in own if one.attack == WITHOUT), math.nan)
+    lost = [variant_in_words(one) for one in own if one.attack != WITHOUT and one.value < plain / 2]
+    if not lost:
+        return []
+    return [
+        f"Detached, the model answers less than half as much of the {spaced(rows)} rows under {', '.join(lost)}: what "
+        "is not answered there says little about forgetting."
+    ]
 
 
 def known_to_base(evaluation: Evaluation, rows: str) -> str:
