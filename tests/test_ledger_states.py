@@ -155,6 +155,19 @@ def test_the_times_of_revocations_and_what_was_trained_since_the_last_are_known(
     assert (ledger.states()["1"].retrained, ledger.states()["1"].revocations) == (SHA, [first.at, second.at])
 
 
+def test_earlier_weights_of_a_request_that_was_revoked_and_trained_anew_are_not_served(path):
+    ledger, old = Ledger(path), "12" * 32
+    ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
+    ledger.append(LedgerEvent("trained", "1", prompt_sha256=old))
+    ledger.check_not_revoked("1", SHA)  # trained twice, revoked never
+    ledger.append(LedgerEvent("revoked", "1"))
+    ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
+    ledger.check_not_revoked("1", SHA)
+    ledger.check_not_revoked("1")
+    with pytest.raises(ValueError, match="trained anew"):
+        ledger.check_not_revoked("1", old)
+
+
 def test_an_entry_in_words_says_all_that_it_holds(path):
     event = LedgerEvent("served", "1", ROWS, "out", SHA, SHA, "names", SHA, "2026-03-01T09:30:00Z", "n", server="a")
     Ledger(path).append(LedgerEvent("received", "1"))

@@ -14,6 +14,7 @@ from small_evaluations import learned
 from small_rivals import GATED, KINDS, rival
 
 from spul.data.encoder import RowEncoder
+from spul.evaluation.loading import kind_of
 from spul.evaluation.metrics import generate_answers
 from spul.gates import NameGate, TextGate
 from spul.rivals import Corruption, EmbeddingCorruption, FixedRefusal, InContextUnlearning, Rival
@@ -153,6 +154,15 @@ def test_other_arguments_and_the_folder_of_an_adapter_are_refused(kind, tmp_path
     with pytest.raises(FileExistsError, match=r"holds an adapter \(adapter_config\.json\); name a folder of"):
         rival(kind).save_pretrained(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_a_rival_and_of_another_model_is_neither(tmp_path):
+    made = rival("guardrail")
+    made.save_pretrained(tmp_path)
+    assert kind_of(tmp_path) == "rival"
+    write_prompt(tmp_path)
+    with pytest.raises(ValueError, match="a folder of its own"):
+        kind_of(tmp_path)
 
 
 def test_a_rival_of_ones_own_without_fields_is_not_saved_as_its_base(tmp_path):

@@ -229,6 +229,26 @@ def test_a_damaged_folder_is_refused_and_changes_nothing(folder, kind):
     assert list(served.gated.gates) == list(served.served) == ["default"]
 
 
+@pytest.mark.parametrize("kind", ["half", "gate"])
+def test_a_withheld_prompt_is_still_there_after_a_damaged_one_in_its_place_is_refused(folder, kind):
+    served = ServedPrompts(make_gated(), folder)
+    served.withhold("default")
+    damaged(folder / "new", kind)
+    with pytest.raises(ApiError, match="was not added"):
+        served.add("default", "new")
+    assert list(served.withheld) == list(served.gated.unlearner.peft_config) == ["default"]
+    served.restore("default")
+    assert list(served.served) == ["default"]
+
+
+def test_a_prompt_in_the_place_of_a_withheld_one_is_served(folder):
+    served = ServedPrompts(make_gated(), folder)
+    served.withhold("default")
+    served.add("default", "new")
+    assert list(served.served) == list(served.gated.unlearner.peft_config) == ["default"]
+    assert not served.withheld
+
+
 def test_an_engine_that_takes_embeddings_refuses_a_prefix():
     served = ServedPrompts(make_gated(prompt_type="prefix_tuning"))
     with pytest.raises(ValueError, match="keys and values"):

@@ -151,8 +151,13 @@ def add(options: AddOptions) -> None:
         event = LedgerEvent.of_adapter(options.event, options.request, options.adapter, **found)
     entry = ledger.append(event)
     print(f"{options.ledger}, entry {entry.sequence}:")
-    for line in [*entry_in_words(entry), f"now: {ledger.states()[options.request].now}"]:
+    for line in entry_in_words(entry):
         print(f"  {_printable(line)}")
+    try:
+        now = ledger.states()[options.request].now
+    except ValueError as error:
+        raise ValueError(f"the entry is written, and not to be added again; but {error}") from error
+    print(f"  now: {_printable(now)}")
 
 
 def _check_server(options: AddOptions, ledger: Ledger) -> None:

@@ -54,12 +54,18 @@ def kind_of(folder: str | os.PathLike[str]) -> str:
 
     Raises:
         FileNotFoundError: if it has none of the files of `KINDS`.
+        ValueError: if it has those of a rival and of another model.
     """
     files = {"gated": ROUTING_NAME, "rival": RIVAL_NAME, "layers": LAYERS_NAME}
     files |= {"adapter": ADAPTER_NAME, "model": "config.json"}
-    for kind, name in files.items():
-        if find_file(folder, name) is not None:
-            return kind
+    found = {kind: name for kind, name in files.items() if find_file(folder, name) is not None}
+    if "rival" in found and len(found) > 1:
+        raise ValueError(
+            f"{str(folder)!r} holds {' and '.join(found.values())}, of different models; save each into a folder of "
+            "its own."
+        )
+    for kind in found:
+        return kind
     raise FileNotFoundError(f"{str(folder)!r} holds no model; expected one of: {'; '.join(KINDS.values())}.")
 
 

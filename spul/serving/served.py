@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -246,10 +247,18 @@ class ServedPrompts:
             if not is_always:
                 check_gate(path)
             check_fits(read_spul_config(path), self.base_fingerprint, self.allow_other_base, folder)
-            if name in self.withheld:  # its place is taken
+            gate = always if is_always else None
+            if name in self.withheld:  # its place is taken, by a prompt that is known to load
+                trial = next(one for one in map("trial-{}".format, itertools.count()) if not self._has(one))
+                try:
+                    self.gated.load_adapter(path, trial, gate=gate)
+                    self._check_kind(trial)
+                finally:
+                    if self._has(trial):
+                        self.gated.delete_adapter(trial)
                 self.withheld = {key: one for key, one in self.withheld.items() if key != name}
                 self.gated.delete_adapter(name)
-            self.gated.load_adapter(path, name, gate=always if is_always else None)
+            self.gated.load_adapter(path, name, gate=gate)
             self._check_kind(name)
         except Exception as error:  # whatever a strange folder holds: nothing was changed
             self._refresh()
@@ -257,6 +266,9 @@ class ServedPrompts:
         self._since[name] = time.time()
         self._refresh()
         return self.served[name]
+
+    def _has(self, name: str) -> bool:
+        return name in self.gated.unlearner.peft_config
 
     def weights_of(self, name: Any, folder: Any) -> str | None:
         """SHA-256 of the weights of a prompt that `add` would load, as its record says; None if it does not.
