@@ -1,4 +1,4 @@
-"""What a cached reference is not used for: another base, other rows, changed files; refused or computed again."""
+"""Uses that a cached reference refuses: another base, other rows, changed files; refused or computed again."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What UnlearningTrainer refuses or warns of, before it trains."""
+"""Refusals and warnings of UnlearningTrainer, before it trains."""
 
 import copy
 import logging

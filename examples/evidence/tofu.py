@@ -98,7 +98,7 @@ class Tofu:
 
     @property
     def learned_from(self) -> dict[str, Any]:
-        """What a memorized model, and whatever is trained on it, depends on."""
+        """Settings that a memorized model, and whatever is trained on it, depends on."""
         names = ("forget_set", "retain_rows", "memorize_lr", "memorize_epochs", "batch_size")
         return {"model": Path(self.args.model).name, **{name: getattr(self.args, name) for name in names}}
 

@@ -208,11 +208,10 @@ class Ledger:
         """
         states = self.states() if self.path.exists() else {}
         own = states.get(request)
-        trained_anew = own.retrained if own is not None and own.revocations else None
-        if own is not None and trained_anew is not None and prompt_sha256 not in (None, trained_anew):
+        if own is not None and own.is_replaced(prompt_sha256):
             raise ValueError(
                 f"the request {request!r} was revoked on {own.revocations[-1]} by the ledger {str(self.path)!r} and "
-                f"trained anew since, with weights of SHA-256 {trained_anew}; this prompt has {prompt_sha256}. Serve "
+                f"trained anew since, with weights of SHA-256 {own.retrained}; this prompt has {prompt_sha256}. Serve "
                 "the new one."
             )
         if own is not None and own.revoked is not None:

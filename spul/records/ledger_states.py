@@ -105,6 +105,11 @@ class RequestState:
         if entry.event == "trained":
             self.retrained = entry.fields.get("prompt_sha256")
 
+    def is_replaced(self, prompt_sha256: str | None) -> bool:
+        """Whether it was revoked, and trained anew since as other weights than these; False if they are not known."""
+        are_known = None not in (self.retrained, prompt_sha256)
+        return bool(self.revocations) and are_known and prompt_sha256 != self.retrained
+
     def _add_server(self, entry: LedgerEntry) -> None:
         """Take into account which servers serve the request after an entry; where it is revoked, none does."""
         server, was_served = entry.fields.get("server"), bool(self.servers)
@@ -151,7 +156,7 @@ def entry_in_words(entry: LedgerEntry) -> list[str]:
 
 
 def _known(rows: DataSummary | None, values: Mapping[str, Any]) -> list[str]:
-    """What is known of a request or in an entry, a line each."""
+    """Facts of a request or of an entry, a line each."""
     keyed = "" if rows is None or rows.digest is None else f", HMAC-SHA256 {rows.digest}"
     lines = [] if rows is None else [f"rows: {rows.rows:,}{keyed}"]
     return lines + [f"{word}: {values[name]}" for name, word in WORDS.items() if values.get(name) is not None]

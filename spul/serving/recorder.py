@@ -155,11 +155,7 @@ class Recorder:
             if name in known and len(known[name].revocations) > self._before.get(name, 0)
         }
         again = {name: one for name, one in self.served.withheld.items() if name in known and not known[name].revoked}
-        replaced = [
-            name
-            for name, one in again.items()
-            if known[name].retrained is not None and one["prompt_sha256"] not in (None, known[name].retrained)
-        ]
+        replaced = [name for name, one in again.items() if known[name].is_replaced(one["prompt_sha256"])]
         return Standing(revoked, [name for name in again if name not in replaced], replaced)
 
     def _read(self) -> Mapping[str, RequestState]:
