@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from evaluations import whole
 from transformers import HfArgumentParser
 
+import spul
 from spul.commands.ledger import COMMANDS
 from spul.commands.main import main
 from spul.records import Ledger, LedgerEvent, SpulConfig, make_digest_key, summarize_rows
@@ -166,6 +169,20 @@ def test_evidence_is_verified(tmp_path, capsys):
     (tmp_path / "pack" / "report.md").write_text("")
     assert run("evidence", "--folder", tmp_path / "pack") == 1
     assert capsys.readouterr().out == "report.md was changed\n"
+
+
+@pytest.mark.parametrize("arguments", [
+    ("show",), ("verify",), ("head",), ("add", "--event", "revoked", "--request", "17"),
+    ("add", "--event", "received", "--request", "2026-018"),
+])  # fmt: skip
+def test_the_ledger_is_read_and_written_without_loading_torch(path, arguments):
+    code = (
+        "import sys; from spul.commands.main import main; status = main(sys.argv[1:])\n"
+        "print(status, *(name for name in ('torch', 'peft', 'datasets', 'accelerate') if name in sys.modules))"
+    )
+    given = [sys.executable, "-c", code, "ledger", arguments[0], "--ledger", str(path), *arguments[1:]]
+    done = subprocess.run(given, capture_output=True, text=True, cwd=Path(spul.__file__).parents[1])
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("0", "")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

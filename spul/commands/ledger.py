@@ -126,9 +126,6 @@ def _printable(text: str) -> str:
 
 def add(options: AddOptions) -> None:
     """Append an entry, and print it with its digest and how its request is now."""
-    from ..data.prompt_files import read_prompts
-    from ..evaluation.evidence import evaluation_digest
-    from ..records.digests import summarize_rows
     from ..records.ledger import Ledger
     from ..records.ledger_events import FOLLOWING, LedgerEvent
     from ..records.ledger_states import entry_in_words
@@ -142,8 +139,13 @@ def add(options: AddOptions) -> None:
     fields = {name: getattr(options, name) for name in ("gate", "server", "at", "note")}
     found = {name: value for name, value in fields.items() if value is not None}
     if options.rows is not None:
+        from ..data.prompt_files import read_prompts  # torch, which is slow to import
+        from ..records.digests import summarize_rows
+
         found["rows"] = summarize_rows(read_prompts(options.rows), options.digest_key)
     if options.evaluation is not None:
+        from ..evaluation.evidence import evaluation_digest
+
         found["evaluation"] = evaluation_digest(options.evaluation)
     if options.adapter is None:
         event = LedgerEvent(options.event, options.request, **found)

@@ -19,14 +19,13 @@ import weakref
 from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
-from ..models.compat import is_sharded, own_parameters, packed_bytes, uncompiled, whole
+if TYPE_CHECKING:  # rows and settings need no torch, which is slow to import
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
 
 DigestKey = bytes | str | os.PathLike  # the key itself, or the path of a file of `make_digest_key`
 MIN_KEY_BYTES = 16
@@ -80,6 +79,8 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
     Returns:
         64 hexadecimal digits; None if some weights are not in memory (meta device, disk offload).
     """
+    from ..models.compat import is_sharded, own_parameters, uncompiled
+
     model = uncompiled(model)
     is_fixed = is_sharded(model) and not any(parameter.requires_grad for _, parameter in own_parameters(model))
     if is_fixed and model in _of_sharded:
@@ -96,6 +97,10 @@ _of_sharded: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyD
 
 def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]], samples_per_tensor: int = 256) -> str | None:
     """Digest of named parameters, as `fingerprint` computes it for a base's own ones."""
+    import torch
+
+    from ..models.compat import packed_bytes, whole
+
     found = hashlib.sha256()
     for name, parameter in sorted(parameters, key=lambda item: item[0]):
         if parameter.device.type == "meta":

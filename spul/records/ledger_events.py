@@ -11,8 +11,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from .digests import DataSummary
 from .fields import is_count, is_sha256, read_object
 from .spul_config import SPUL_CONFIG_NAME, read_spul_config
@@ -187,9 +185,16 @@ def name_fault(name: Any) -> str | None:
         return f"{name!r:.80} is no name of 1 to 64 letters, digits, hyphens, underscores"
     if name == BASE:
         return f"{name!r} is the name of no prompt at all"
-    if hasattr(nn.ModuleDict(), name):  # in which PEFT keeps prompts, as attributes
+    if name.isidentifier() and _is_taken_by_torch(name):
         return f"{name!r} is taken by PyTorch in the module that holds prompts; lengthen it, such as 'request-{name}'"
     return None
+
+
+def _is_taken_by_torch(name: str) -> bool:
+    """Whether the module in which PEFT keeps prompts, as attributes, has one of this name."""
+    from torch import nn  # slow to import, and not needed for a number such as 2026-017
+
+    return hasattr(nn.ModuleDict(), name)
 
 
 def _is_name(request: str) -> bool:

@@ -10,14 +10,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from .digests import DataSummary, fingerprint
 from .fields import check_fields, read_object
 from .files import find_file, write_text
 from .weights import file_digest
+
+if TYPE_CHECKING:
+    from torch import nn
 
 SPUL_CONFIG_NAME = "spul_config.json"
 FORMAT_VERSION = 2  # of spul_config.json; higher once a field's meaning changes. 2: digests of rows are keyed

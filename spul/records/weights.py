@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
-from torch import Tensor
+
+if TYPE_CHECKING:  # a digest needs no torch, which is slow to import
+    from torch import Tensor
 
 Shapes = dict[str, tuple[int, ...]]
 FLOATING = ("F64", "F32", "F16", "BF16")  # as safetensors names them
@@ -50,6 +52,8 @@ def read_weights(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         ValueError: as `weight_shapes`, and if a value is NaN or infinite.
     """
+    from safetensors.torch import load_file
+
     weight_shapes(path)
     tensors = load_file(path, device="cpu")
     for name, tensor in tensors.items():
