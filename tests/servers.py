@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from contextlib import contextmanager
@@ -42,6 +43,19 @@ def make_gated(*names, prompt_type="prompt_tuning", family="llama", **gates):
     tokenizer.chat_template = CHAT_TEMPLATE
     found = {name: NameGate([WORDS.get(name, name)]) for name in ("default", *names)}
     return GatedUnlearner(unlearner.double(), tokenizer, found | gates).eval()
+
+
+def two_prompts(tmp_path):
+    """A folder with `default` and `new`, whose gates flag "jane" and "plot"."""
+    model, folder = make_gated("new"), tmp_path / "prompts"
+    prompt(model.unlearner, "new", 7)
+    model.gates["new"] = NameGate(["plot"])
+    model.save_pretrained(folder)
+    (folder / "jane").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors", "spul_config.json"):
+        shutil.copy(folder / name, folder / "jane")
+    shutil.copytree(folder / "gate", folder / "jane" / "gate")
+    return folder
 
 
 def rendered(gated, messages):

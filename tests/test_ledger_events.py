@@ -12,7 +12,7 @@ from spul.prompts.row_prompts import NO_PROMPT
 from spul.records import DataSummary, Ledger, LedgerEvent, SpulConfig
 from spul.records.ledger_events import EVENTS
 from spul.records.ledger_lines import next_line
-from spul.serving.served import check_name
+from spul.serving.loading import check_name
 
 SHA = "ab" * 32
 ROWS = DataSummary(12, "cd" * 32)

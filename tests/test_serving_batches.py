@@ -15,8 +15,8 @@ from spul import SoftPromptUnlearner
 from spul.gates import GatedUnlearner
 from spul.serving.encoding import RequestEncoder
 from spul.serving.engine import Job
+from spul.serving.loading import always
 from spul.serving.requests import ApiError, ChatRequest, Sampling
-from spul.serving.served import always
 
 GREEDY = Sampling(temperature=0)
 

@@ -1,4 +1,4 @@
-"""Prompts that are served: what has no gate, does not fit the base or lies elsewhere is refused."""
+"""Prompts that are served, added, revoked, withheld and restored: what is damaged or lies elsewhere is refused."""
 
 from __future__ import annotations
 
@@ -8,41 +8,22 @@ import pytest
 import torch
 from helpers import build, make_tokenizer, state_of
 from safetensors.torch import load_file, save_file
-from servers import make_gated, prompt
+from servers import make_gated, two_prompts
 
-from spul.gates import GatedUnlearner, NameGate
+from spul.gates import GatedUnlearner
 from spul.records.spul_config import read_spul_config
+from spul.serving.loading import load_prompts
 from spul.serving.requests import ApiError
-from spul.serving.served import ServedPrompts, always, load_gated, load_prompts
+from spul.serving.served import ServedPrompts
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with `default` and `new`, whose gates flag "jane" and "plot"."""
-    model = make_gated("new")
-    prompt(model.unlearner, "new", 7)
-    model.gates["new"] = NameGate(["plot"])
-    model.save_pretrained(tmp_path / "prompts")
-    (tmp_path / "prompts" / "jane").mkdir()
-    for name in ("adapter_config.json", "adapter_model.safetensors", "spul_config.json"):
-        shutil.copy(tmp_path / "prompts" / name, tmp_path / "prompts" / "jane")
-    shutil.copytree(tmp_path / "prompts" / "gate", tmp_path / "prompts" / "jane" / "gate")
-    return tmp_path / "prompts"
+    return two_prompts(tmp_path)
 
 
 def base():
     return build("llama", torch.float64)
-
-
-def test_named_prompts_and_a_saved_folder_are_loaded_behind_their_gates(folder):
-    texts = ["about jane", "the plot", "good"]
-    named = load_prompts(base(), make_tokenizer(), {"jane-doe": folder / "jane", "new": folder / "new"})
-    assert named.route(texts) == ["jane-doe", "new", "__base__"]
-    assert load_gated(base(), make_tokenizer(), folder).route(texts) == ["default", "new", "__base__"]
-    found = load_prompts(base(), make_tokenizer(), {"a": folder / "jane", "b": folder / "new"}, always_on=["b"])
-    assert found.route(texts) == ["a", "b", "b"]
-    kinds = {name: one["gate"] for name, one in ServedPrompts(found).served.items()}
-    assert kinds == {"a": "names", "b": "always"}
 
 
 def test_no_prompt_stands_behind_one_that_is_always_on(folder):
@@ -56,36 +37,6 @@ def test_no_prompt_stands_behind_one_that_is_always_on(folder):
     served.revoke("b")
     served.add("c", "new")
     assert served.route([served.gated.tokenizer("the plot")["input_ids"]]) == ["c"]
-
-
-def test_without_prompt_or_gate_nothing_is_served(folder):
-    with pytest.raises(ValueError, match="no prompt to serve"):
-        load_prompts(base(), make_tokenizer(), {})
-    shutil.rmtree(folder / "jane" / "gate")
-    with pytest.raises(FileNotFoundError, match=r"no gate/gate.json.*always on"):
-        load_prompts(base(), make_tokenizer(), {"a": folder / "jane"})
-    with pytest.raises(ValueError, match="are no prompts"):
-        load_prompts(base(), make_tokenizer(), {"a": folder / "jane"}, always_on=["b"])
-    gated = make_gated()
-    gated.delete_adapter("default")
-    with pytest.raises(ValueError, match="no prompt to serve"):
-        ServedPrompts(gated)
-
-
-def test_a_prompt_of_another_base_is_refused_unless_allowed(folder):
-    other = base()
-    with torch.no_grad():
-        other.lm_head.weight += 1
-    with pytest.raises(ValueError, match="neither forget nor retain"):
-        load_prompts(other, make_tokenizer(), {"a": folder / "jane"})
-    with pytest.raises(ValueError, match="neither forget nor retain"), pytest.warns(UserWarning, match="trained on"):
-        load_gated(other, make_tokenizer(), folder)
-    with pytest.warns(UserWarning, match="trained on other weights"):
-        found = load_prompts(other, make_tokenizer(), {"a": folder / "jane"}, allow_other_base=True)
-    assert found.route(["jane"]) == ["a"]
-    (folder / "jane" / "spul_config.json").unlink()
-    with pytest.raises(ValueError, match="does not say"):
-        load_prompts(base(), make_tokenizer(), {"a": folder / "jane"})
 
 
 @pytest.mark.parametrize("name", ["", "a/b", "..", "a.b", "__base__", "x" * 65, None, "a b", ["a"]])
@@ -253,7 +204,3 @@ def test_an_engine_that_takes_embeddings_refuses_a_prefix():
     served = ServedPrompts(make_gated(prompt_type="prefix_tuning"))
     with pytest.raises(ValueError, match="keys and values"):
         served.take_embeddings_only()
-
-
-def test_the_gate_that_is_always_on_flags_every_text():
-    assert always(["a", ""]) == [True, True]

@@ -69,7 +69,7 @@ def _loaded(options: ExportOptions) -> tuple[Any, Any]:
     from ..prompts.unlearner import SoftPromptUnlearner
     from ..records.digests import fingerprint
     from ..serving.exports import check_new_folder
-    from ..serving.served import check_fits
+    from ..serving.loading import check_fits
 
     check_new_folder(options.output_dir)  # before minutes of loading
     record = saved_prompt(options.adapter).spul_config

@@ -130,7 +130,7 @@ def what_is_served(options: ServeOptions, served: ServedPrompts) -> list[str]:
     from peft import PeftType
 
     from ..records.ledger import Ledger
-    from ..serving.served import ALWAYS
+    from ..serving.loading import ALWAYS
 
     folders = _folders(options.prompts)
     states = {} if options.ledger is None else Ledger(options.ledger).states()
@@ -189,7 +189,7 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
     import torch
 
     from ..gates.gated_files import read_routing
-    from ..serving.served import check_folders, load_gated, load_prompts
+    from ..serving.loading import check_folders, load_gated, load_prompts
 
     device = options.device or ("cuda" if torch.cuda.is_available() and options.engine == "transformers" else "cpu")
     # All that can be refused is, before minutes of loading.
