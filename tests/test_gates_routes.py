@@ -23,6 +23,20 @@ def test_a_text_gets_the_first_prompt_that_flags_it_or_the_one_for_several_toget
     assert both.names([]) == []
 
 
+def test_a_name_is_that_of_the_same_prompt_until_its_gate_is_anothers():
+    one, two, other = (as_gate(NameGate(["jane"])) for _ in range(3))
+    before = Routes({"a": one, "b": two}, ["a", "b"], {frozenset("ab"): "c"})
+    now = Routes({"a": one, "b": other}, ["a", "b"], {frozenset("ab"): "c"})
+    assert [now.has_same(name, before) for name in ("a", "b", "c", "__base__", "d")] == [
+        True,
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert not now.without(["c"]).has_same("c", before)
+
+
 def test_those_of_a_model_do_not_change_with_it():
     plain = make_gated("other")
     gated = GatedUnlearner(plain.unlearner, plain.tokenizer, plain.gates)

@@ -74,7 +74,7 @@ def test_a_revoked_request_is_one_again_once_it_is_received_or_trained_anew(path
     ledger.check_not_revoked("3", SHA)  # another request, which the ledger knows by the same weights
     ledger.check_not_revoked("2", other)
     ledger.check_not_revoked("new", None)
-    ledger.append(LedgerEvent(event, "1"))
+    ledger.append(LedgerEvent(event, "1", prompt_sha256=SHA))
     ledger.check_not_revoked("1", SHA)
     ledger.append(LedgerEvent("served", "1"))
     state = ledger.states()["1"]
@@ -166,6 +166,31 @@ def test_earlier_weights_of_a_request_that_was_revoked_and_trained_anew_are_not_
     ledger.check_not_revoked("1")
     with pytest.raises(ValueError, match="trained anew"):
         ledger.check_not_revoked("1", old)
+
+
+def test_where_an_entry_does_not_say_what_was_trained_anew_earlier_weights_are_not_served(path):
+    ledger, first, new = Ledger(path), "12" * 32, "34" * 32
+    for sha in (first, SHA):
+        ledger.append(LedgerEvent("trained", "1", prompt_sha256=sha))
+    ledger.append(LedgerEvent("trained", "1"))
+    assert not ledger.states()["1"].is_replaced(None)  # never revoked
+    ledger.append(LedgerEvent("revoked", "1"))
+    ledger.append(LedgerEvent("received", "1"))
+    assert not ledger.states()["1"].is_replaced(SHA)  # not trained anew
+    ledger.append(LedgerEvent("trained", "1"))
+    for sha in (first, SHA):
+        with pytest.raises(ValueError, match=rf"without the SHA-256 of its weights; this prompt has {sha}.*--adapter"):
+            ledger.check_not_revoked("1", sha)
+    ledger.check_not_revoked("1")  # as far as is known before it is loaded
+    ledger.check_not_revoked("1", new)
+    ledger.append(LedgerEvent("served", "1", prompt_sha256=new))
+    state = ledger.states()["1"]
+    assert [state.is_replaced(sha) for sha in (first, SHA, new, None)] == [True, True, False, True]
+    ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
+    ledger.check_not_revoked("1", SHA)
+    for event in ("revoked", "trained"):
+        ledger.append(LedgerEvent(event, "1"))
+    assert ledger.states()["1"].is_replaced(new)  # by now one of before, too
 
 
 def test_an_entry_in_words_says_all_that_it_holds(path):

@@ -9,7 +9,7 @@ import openai
 import pytest
 from servers import HTTP, MODEL, TOKEN, SlowGate, alone, client, make_engine, make_gated, prompt, running_app, until
 
-from spul.gates import NameGate
+from spul.gates import GatedUnlearner, NameGate
 from spul.records import Ledger, LedgerEvent, LedgerFollower
 from spul.serving.server import make_app
 
@@ -184,6 +184,22 @@ def test_a_request_that_was_trained_anew_waits_for_its_other_prompt_which_takes_
         assert engine.served.withheld == {}
 
 
+def test_a_withheld_prompt_stays_so_while_no_entry_says_what_was_trained_anew(ledger, tmp_path, caplog):
+    model = make_gated("other")
+    model.save_pretrained(tmp_path / "prompts")
+    plain = make_gated("other")
+    bare, under = (alone(plain, plain.tokenizer("of doe")["input_ids"], name, 6)[0] for name in ("__base__", "other"))
+    with serving(ledger, make_engine(model)) as url:
+        for event in ("revoked", "trained", "received"):  # in no order does it say which weights
+            ledger.append(LedgerEvent(event, "other"))
+            assert asked(url, "of doe").choices[0].text == bare
+        warned = "The request 'other' was trained anew, as a prompt whose weights no entry names: add that one."
+        assert caplog.text.count(warned) == 1
+        ledger.append(LedgerEvent.of_adapter("trained", "other", tmp_path / "prompts" / "other"))
+        assert asked(url, "of doe").choices[0].text == under  # the entry names the one that is withheld
+    assert not ledger.states()["other"].served_again
+
+
 def test_a_prompt_that_comes_back_and_cannot_be_noted_is_not_served(ledger):
     broken = False
 
@@ -211,10 +227,89 @@ def test_a_withheld_prompt_that_is_revoked_by_the_endpoint_does_not_come_back(le
     with serving(ledger, engine) as url:
         ledger.append(LedgerEvent("revoked", "other"))
         asked(url, "of doe")
-        assert HTTP.delete(f"{url}/admin/prompts/other", headers=ADMIN).json() == {"revoked": []}
+        stopped = engine.served.revoked[-1]
+        assert HTTP.delete(f"{url}/admin/prompts/other", headers=ADMIN).json() == {"revoked": [stopped]}
+        assert engine.served.revoked == [stopped]  # once
         ledger.append(LedgerEvent("received", "other"))
         asked(url, "of doe")
-    assert names_of(ledger, "other") == ["received", "served", "revoked", "stopped", "received"]
+    entries = [entry for entry in ledger.entries() if entry.request == "other"]
+    assert [entry.event for entry in entries] == ["received", "served", "revoked", "stopped", "revoked", "received"]
+    assert entries[4].fields == {**entries[3].fields, "event": "revoked"}  # as any other, with weights and base
+    assert not ledger.states()["other"].served_again
+
+
+# ---- combined prompts ----
+
+
+@pytest.fixture
+def combined(ledger):
+    """An engine of two prompts and `both`, for requests that the gates of both flag."""
+    ledger.append(LedgerEvent("received", "both"))
+    plain = make_gated("other", "both")
+    gates = {name: plain.gates[name] for name in ("default", "other")}
+    parts = {("default", "other"): "both"}
+    return make_engine(GatedUnlearner(plain.unlearner, plain.tokenizer, gates, combined=parts))
+
+
+@pytest.mark.parametrize("first", ["both", "other"])
+def test_a_combined_prompt_that_is_revoked_while_a_part_is_withheld_does_not_come_back_with_it(
+    ledger, combined, first, caplog
+):
+    texts = combined_texts()
+    with serving(ledger, combined) as url:
+        assert asked(url, "jane or doe").choices[0].text == texts["both"]
+        for name in (first, "other" if first == "both" else "both"):
+            ledger.append(LedgerEvent("revoked", name))
+            asked(url, "good")
+        ledger.append(LedgerEvent("received", "other"))
+        for _ in range(2):
+            assert asked(url, "jane or doe").choices[0].text == texts["default"]
+        assert list(combined.served.served) == ["default", "other"]
+        ledger.append(LedgerEvent("received", "both"))
+        assert asked(url, "jane or doe").choices[0].text == texts["both"]
+    state = ledger.states()["both"]
+    assert (state.served_again, state.answered_after) == (False, 0)
+    assert [one for one in names_of(ledger, "both") if one != "revoked"] == [
+        *("received", "served", "answered", "stopped", "received", "served", "answered", "stopped")
+    ]
+    if first == "other":
+        assert "Not to be served again with its parts: 'both', since it was revoked on 2" in caplog.text
+
+
+def test_a_combined_prompt_is_never_noted_as_served_where_it_and_its_part_change_between_two_looks(ledger, combined):
+    with serving(ledger, combined) as url:
+        for event, name in (("revoked", "other"), ("revoked", "both"), ("received", "other")):
+            ledger.append(LedgerEvent(event, name))
+        assert asked(url, "jane or doe").choices[0].text == combined_texts()["default"]
+        ledger.append(LedgerEvent("revoked", "other"))
+        asked(url, "good")
+        ledger.append(LedgerEvent("received", "both"))  # its part is withheld still
+        asked(url, "good")
+        assert (list(combined.served.withheld), combined.served.idle) == (["other"], ["both"])
+        ledger.append(LedgerEvent("received", "other"))
+        assert asked(url, "jane or doe").choices[0].text == combined_texts()["both"]
+    assert not ledger.states()["both"].served_again
+    assert names_of(ledger, "both").count("served") == 2
+
+
+@pytest.mark.parametrize("name", ["both", "other"])
+def test_a_combined_prompt_that_is_deleted_while_a_part_is_withheld_is_noted_as_revoked(ledger, combined, name):
+    with serving(ledger, combined) as url:
+        ledger.append(LedgerEvent("revoked", "other"))
+        asked(url, "good")
+        gone = HTTP.delete(f"{url}/admin/prompts/{name}", headers=ADMIN).json()["revoked"]
+        assert {one["name"] for one in gone} == {name, "both"}
+        ledger.append(LedgerEvent("received", "other"))
+        assert asked(url, "jane or doe").choices[0].text == combined_texts()["default"]
+    assert names_of(ledger, "both") == ["received", "served", "stopped", "revoked"]
+
+
+def combined_texts():
+    plain = make_gated("other", "both")
+    ids = plain.tokenizer("jane or doe")["input_ids"]
+    found = {name: alone(plain, ids, name, 6)[0] for name in ("default", "other", "both", "__base__")}
+    assert len(set(found.values())) == 4
+    return found
 
 
 # ---- several servers ----

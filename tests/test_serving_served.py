@@ -112,6 +112,32 @@ def test_a_request_that_waited_is_not_answered_without_the_prompt_that_it_had():
     assert served.choose(ids, [before, None] * 2) == [None, "other", None, "__base__"]
 
 
+@pytest.mark.parametrize("withheld", [False, True])
+def test_a_request_that_waited_is_not_answered_under_another_prompt_of_its_prompts_name(folder, withheld):
+    served = ServedPrompts(load_prompts(base(), make_tokenizer(), {"a": folder / "jane", "b": folder / "new"}), folder)
+    ids = served.gated.tokenizer(["jane", "the plot", "good"])["input_ids"]
+    before = served.routes
+    (served.withhold if withheld else served.revoke)("a")
+    served.add("a", "jane")
+    assert served.choose(ids, [before] * 3) == [None, "b", "__base__"]
+    assert served.choose(ids, [served.routes] * 3) == ["a", "b", "__base__"]
+    served.withhold("b")
+    served.restore("b")
+    assert served.choose(ids, [before] * 3) == [None, "b", "__base__"]  # the same that it was
+
+
+def test_a_combined_prompt_with_a_gate_of_its_own_stays_when_a_part_is_withheld():
+    plain = make_gated("other", "both")
+    served = ServedPrompts(
+        GatedUnlearner(plain.unlearner, plain.tokenizer, plain.gates, combined={("default", "other"): "both"})
+    )
+    ids = plain.tokenizer(["jane doe", "both"])["input_ids"]
+    assert served.route(ids) == ["both", "both"]
+    served.withhold("other")
+    assert served.route(ids) == ["default", "both"]
+    assert (served.idle, list(served.served)) == ([], ["default", "both"])
+
+
 def test_a_prompt_is_added_over_one_that_is_withheld_and_one_that_is_always_on_comes_back_last(folder):
     folders = {"a": folder / "jane", "b": folder / "new"}
     served = ServedPrompts(load_prompts(base(), make_tokenizer(), folders, always_on=["b"]), folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,27 +13,22 @@ import pytest
 from servers import (
     HTTP,
     MODEL,
-    TOKEN,
     SlowGate,
     alone,
     client,
     make_engine,
     make_gated,
-    prompt,
     rendered,
     running,
     running_app,
     until,
 )
 
-from spul.gates import NameGate
 from spul.serving.encoding import RequestEncoder
-from spul.serving.requests import Limits
 from spul.serving.server import make_app
 
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 8}
 TEXTS = {"default": "about jane : the film is", "other": "text of doe", "__base__": "the plot is good"}
-ADMIN = {"Authorization": f"Bearer {TOKEN}"}
 
 
 @pytest.fixture(scope="module")
@@ -292,149 +286,17 @@ def test_the_end_of_one_prompt_that_cannot_be_recorded_keeps_no_other_out():
     assert events == [("served", "default"), ("served", "other"), ("stopped", "other")]
 
 
-# ---- prompts that come and go ----
-
-
-def test_a_prompt_whose_entry_cannot_be_recorded_is_not_served(saved):
-    broken = False
-
-    def record(event):
-        if broken:
-            raise OSError("the disk is full")
-
-    engine = make_engine(make_gated(), saved)
-    with running(engine, record, TOKEN) as url:
-        broken = True
-        said = HTTP.post(f"{url}/admin/prompts", headers=ADMIN, json={"name": "new", "folder": "new"})
-        assert said.status_code == 500
-        assert "was not added" in said.text
-        assert list(engine.served.served) == ["default"]
-        said = HTTP.delete(f"{url}/admin/prompts/default", headers=ADMIN)
-        assert said.status_code == 500
-        assert "was revoked" in said.text
-        assert not engine.served.served
-        broken = False
-
-
 def test_a_look_for_revoked_prompts_that_takes_too_long_is_given_up_at_the_deadline():
-    engine, written = make_engine(make_gated()), threading.Event()
+    engine, started, written = make_engine(make_gated()), threading.Event(), threading.Event()
 
     def states():
-        written.wait(20)
+        assert not started.is_set() or written.wait(20)
         return {}
 
     with running_app(make_app(engine, MODEL, replace(engine.limits, timeout=0.5), states=states)) as (url, _):
+        started.set()
         assert HTTP.post(f"{url}/v1/completions", json={**GREEDY, "prompt": "good"}).status_code == 504
         written.set()
-
-
-@pytest.fixture
-def saved(tmp_path, gated):
-    """A folder with a prompt and its gate to add: `new`, on requests about the plot."""
-    folder = tmp_path / "prompts"
-    model = make_gated("new", new=lambda texts: ["plot" in text for text in texts])
-    prompt(model.unlearner, "new", 7)
-    model.unlearner.save_pretrained(str(folder), selected_adapters=["new"])
-    NameGate(["plot"]).save(folder / "new" / "gate")
-    return folder
-
-
-def test_a_prompt_is_added_and_revoked_by_who_has_the_token(saved):
-    events, gated = [], make_gated()
-    ids = gated.tokenizer("the plot is good")["input_ids"]
-    with running(make_engine(gated, saved), events.append, TOKEN) as url:
-        call = lambda: client(url).completions.create(prompt="the plot is good", **GREEDY).choices[0].text  # noqa: E731
-        before = call()
-        path, body = f"{url}/admin/prompts", {"name": "new", "folder": "new"}
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):
-            refused = [HTTP.get(path, headers=headers), HTTP.post(path, headers=headers, json=body),
-                       HTTP.delete(f"{path}/default", headers=headers)]  # fmt: skip
-            assert [one.status_code for one in refused] == [401] * 3
-        added = HTTP.post(path, headers=ADMIN, json=body)
-        assert (added.status_code, added.json()["gate"]) == (201, "names")
-        assert HTTP.post(path, headers=ADMIN, json=body).status_code == 409
-        under = call()
-        assert under == alone(gated, ids, "new")[0] != before
-        assert HTTP.delete(f"{path}/nobody", headers=ADMIN).status_code == 404
-        gone = HTTP.delete(f"{path}/new", headers=ADMIN).json()["revoked"]
-        assert [one["name"] for one in gone] == ["new"]
-        assert call() == before
-        listed = HTTP.get(path, headers=ADMIN).json()
-        assert [[one["name"] for one in listed[kind]] for kind in ("served", "revoked")] == [["default"], ["new"]]
-        assert HTTP.get(f"{url}/health").json()["revoked"] == 1
-        assert HTTP.delete(f"{path}/default", headers=ADMIN).status_code == 200  # the last one: every request is bare
-        assert client(url).completions.create(prompt="jane", **GREEDY).choices[0].text
-        assert HTTP.post(path, headers=ADMIN, json=body).status_code == 201
-        assert call() == under
-    assert [(one["event"], one["request"]) for one in events] == [
-        ("served", "default"), ("answered", None), ("served", "new"), ("answered", "new"), ("revoked", "new"),
-        ("answered", None), ("revoked", "default"), ("answered", None), ("served", "new"), ("answered", "new"),
-        ("stopped", "new"),
-    ]  # fmt: skip
-    assert events[2]["prompt_sha256"] == gated.unlearner.spul_configs["new"].weights_sha256 is not None
-
-
-def test_under_load_while_prompts_come_and_go_every_answer_is_that_of_its_own_prompt(saved):
-    """200 requests at concurrency 16; what each should be is computed one by one, without the server."""
-    events, gated, plain = [], make_gated("other"), make_gated("other")
-    plain.load_adapter(saved / "new", "new")
-    draws, subjects = random.Random(0), ["jane", "doe", "good film", "plot"]
-    requests = [f"{draws.choice(subjects)} {'is good ' * draws.randrange(4)}{i}" for i in range(200)]
-    done, changes = threading.Event(), []
-
-    def come_and_go(url):
-        path = f"{url}/admin/prompts"
-        while not done.is_set():
-            start = time.monotonic()
-            assert HTTP.post(path, headers=ADMIN, json={"name": "new", "folder": "new"}).status_code == 201
-            added = time.monotonic()
-            time.sleep(0.2)
-            end = time.monotonic()
-            assert HTTP.delete(f"{path}/new", headers=ADMIN).status_code == 200
-            changes.append((start, added, end, time.monotonic()))
-            time.sleep(0.2)
-
-    def answered(i):
-        start = time.monotonic()
-        options = {**GREEDY, "prompt": requests[i], "max_tokens": 3 + i % 8}
-        if i % 2:
-            chunks = list(ask.completions.create(stream=True, **options))
-            return chunks[0].id, "".join(one.choices[0].text for one in chunks), start, time.monotonic()
-        found = ask.completions.create(**options)
-        return found.id, found.choices[0].text, start, time.monotonic()
-
-    with running(make_engine(gated, saved), events.append, TOKEN) as url, ThreadPoolExecutor(17) as pool:
-        ask = client(url, max_retries=20)  # who waits while its prompt is revoked is refused, and asks again
-        changing = pool.submit(come_and_go, url)
-        try:
-            found = list(ThreadPoolExecutor(16).map(answered, range(200)))
-        finally:
-            done.set()
-        changing.result()
-    given = {one["answer"]: one["request"] for one in events if one["event"] == "answered"}
-    assert len(given) == len(found) == 200
-    of_plot = {"new": 0, "__base__": 0}
-    for i, (key, text, start, end) in enumerate(found):
-        name = given[key] or "__base__"
-        if "plot" in requests[i]:
-            of_plot[name] += 1
-            if any(added < start and end < gone for _, added, gone, _ in changes):
-                assert name == "new"
-            if all(end < begun or gone < start for begun, *_, gone in changes):
-                assert name == "__base__"
-        else:
-            assert name == ("default" if "jane" in requests[i] else "other" if "doe" in requests[i] else "__base__")
-        assert text == alone(plain, plain.tokenizer(requests[i])["input_ids"], name, 3 + i % 8)[0], requests[i]
-    assert min(of_plot.values()) > 0
-    assert len(changes) > 2
-
-
-def test_a_short_token_is_refused():
-    with pytest.raises(ValueError, match="16 or more"):
-        make_app(make_engine(make_gated()), MODEL, Limits(), admin_token="short")
-    for token in ("long enough but spaced", "lang-genug-aber-ä", "\ufefflong-enough-but-marked"):
-        with pytest.raises(ValueError, match="white space in it, or a character outside ASCII"):
-            make_app(make_engine(make_gated()), MODEL, Limits(), admin_token=token)
 
 
 def test_a_tokenizer_with_more_tokens_than_the_base_does_not_make_requests_fail():

@@ -31,6 +31,14 @@ class Routes:
         by_text = [[name for name in self.precedence if flags[name][i]] for i in range(len(texts))]
         return [self.combined.get(frozenset(some), some[0]) if some else NO_PROMPT for some in by_text]
 
+    def has_same(self, name: str, earlier: Routes) -> bool:
+        """Whether a name is still that of the prompt that had it in earlier routes: not gone, nor another's by now.
+
+        Each prompt has a gate of its own, by which two of one name are told apart.
+        """
+        there = {NO_PROMPT, *self.gates, *self.combined.values()}
+        return name in there and self.gates.get(name) is earlier.gates.get(name)
+
     def without(self, names: Collection[str]) -> Routes:
         """The routes of the other prompts; a combined prompt goes with any of its parts."""
         return Routes(

@@ -208,11 +208,17 @@ class Ledger:
         """
         states = self.states() if self.path.exists() else {}
         own = states.get(request)
-        if own is not None and own.is_replaced(prompt_sha256):
+        if own is not None and prompt_sha256 is not None and own.is_replaced(prompt_sha256):
+            what = f"with weights of SHA-256 {own.retrained}; this prompt has {prompt_sha256}. Serve the new one."
+            if own.retrained is None:
+                what = (
+                    f"by an entry without the SHA-256 of its weights; this prompt has {prompt_sha256}, as the request "
+                    "had before. Serve the new one; if this is the new one, note that first: spul ledger add --ledger "
+                    f"{shlex.quote(str(self.path))} --event trained --request {shlex.quote(request)} --adapter FOLDER"
+                )
             raise ValueError(
                 f"the request {request!r} was revoked on {own.revocations[-1]} by the ledger {str(self.path)!r} and "
-                f"trained anew since, with weights of SHA-256 {own.retrained}; this prompt has {prompt_sha256}. Serve "
-                "the new one."
+                f"trained anew since, {what}"
             )
         if own is not None and own.revoked is not None:
             withdrawn, which = own, ""

@@ -59,7 +59,10 @@ class RequestState:
         answered_after: number of those while it was withdrawn: under way just then, or of a server that was not told.
         revoked: when it was withdrawn; None if it was not, or has been received or trained anew since.
         revocations: each time at which it was withdrawn.
-        retrained: SHA-256 of the prompt that was trained since it was last withdrawn; None if not known, or none was.
+        is_retrained: whether a prompt was trained since it was last withdrawn.
+        retrained: SHA-256 of that prompt; None if not known, or none was.
+        weights: SHA-256 of each prompt that entries gave.
+        withdrawn: those that they had given when it was last withdrawn.
         served_again: whether it was served while it was withdrawn.
     """
 
@@ -77,7 +80,10 @@ class RequestState:
     answered_after: int = 0
     revoked: str | None = None
     revocations: list[str] = field(default_factory=list)
+    is_retrained: bool = False
     retrained: str | None = None
+    weights: set[str] = field(default_factory=set)
+    withdrawn: set[str] = field(default_factory=set)
     served_again: bool = False
 
     def add(self, entry: LedgerEntry) -> None:
@@ -87,6 +93,8 @@ class RequestState:
             setattr(self, name, entry.fields.get(name, getattr(self, name)))
         if (rows := entry.fields.get("rows")) is not None:
             self.rows = DataSummary(rows["rows"], rows.get("digest"))
+        if "prompt_sha256" in entry.fields:
+            self.weights.add(entry.fields["prompt_sha256"])
         last = self.history[-1] if self.history else None
         if last is not None and last.event == entry.event == "answered":
             last.num, last.end, last.note = last.num + 1, entry.at, entry.fields.get("note", last.note)
@@ -98,17 +106,25 @@ class RequestState:
         self.served_again |= entry.event == "served" and self.revoked is not None
         self._add_server(entry)
         if entry.event == "revoked":
-            self.revoked, self.retrained = entry.at, None
+            self.revoked, self.is_retrained, self.retrained = entry.at, False, None
             self.revocations.append(entry.at)
+            self.withdrawn = set(self.weights)
         elif entry.event in REOPENING:
             self.revoked = None
         if entry.event == "trained":
-            self.retrained = entry.fields.get("prompt_sha256")
+            self.is_retrained, self.retrained = True, entry.fields.get("prompt_sha256")
 
     def is_replaced(self, prompt_sha256: str | None) -> bool:
-        """Whether it was revoked, and trained anew since as other weights than these; False if they are not known."""
-        are_known = None not in (self.retrained, prompt_sha256)
-        return bool(self.revocations) and are_known and prompt_sha256 != self.retrained
+        """Whether it was revoked, and trained anew since as other weights than these, or they cannot be told apart.
+
+        Weights that are not known (None) count as earlier ones. Where those that were trained anew are not known, all
+        that it had until it was revoked do.
+        """
+        if not (self.revocations and self.is_retrained):
+            return False
+        if None in (prompt_sha256, self.retrained):
+            return prompt_sha256 is None or prompt_sha256 in self.withdrawn
+        return prompt_sha256 != self.retrained
 
     def _add_server(self, entry: LedgerEntry) -> None:
         """Take into account which servers serve the request after an entry; where it is revoked, none does."""

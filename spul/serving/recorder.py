@@ -27,14 +27,14 @@ class Standing(NamedTuple):
     """Where the ledger and the prompts that are served differ.
 
     Attributes:
-        revoked: since when requests are revoked whose prompts are served, by name.
+        revoked: since when requests are revoked whose prompts are served, or would be with their parts, by name.
         reopened: requests whose prompts were withheld, and that were received anew since.
-        replaced: those that were trained anew since, as other weights.
+        replaced: those that were trained anew since, as other weights, by their SHA-256; None where no entry says.
     """
 
     revoked: dict[str, str]
     reopened: list[str]
-    replaced: list[str]
+    replaced: dict[str, str | None]
 
 
 class Recorder:
@@ -133,11 +133,11 @@ class Recorder:
             ApiError: 500 if the ledger cannot be read.
         """
         if self._states is None:
-            return Standing({}, [], [])
+            return Standing({}, [], {})
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._standing)
 
     def withdrawn(self) -> Collection[str]:
-        """Names of prompts that are served and must not be, for the engine's thread; raises as `standing`."""
+        """Names of prompts that must not be served, for the engine's thread; raises as `standing`."""
         return () if self._states is None else self._thread.submit(self._standing).result().revoked.keys()
 
     def _take(self, names: Collection[str]) -> None:
@@ -148,14 +148,18 @@ class Recorder:
 
     def _standing(self) -> Standing:
         states = self._read()
-        known = {name: states[name] for name in [*self.served.served, *self.served.withheld] if name in states}
+        # A combined prompt that is idle would come back with its parts: what became of its request counts, too.
+        able = [*self.served.served, *self.served.idle]
+        known = {name: states[name] for name in [*able, *self.served.withheld] if name in states}
         revoked = {
             name: known[name].revocations[-1]
-            for name in self.served.served
+            for name in able
             if name in known and len(known[name].revocations) > self._before.get(name, 0)
         }
         again = {name: one for name, one in self.served.withheld.items() if name in known and not known[name].revoked}
-        replaced = [name for name, one in again.items() if known[name].is_replaced(one["prompt_sha256"])]
+        replaced = {
+            name: known[name].retrained for name, one in again.items() if known[name].is_replaced(one["prompt_sha256"])
+        }
         return Standing(revoked, [name for name in again if name not in replaced], replaced)
 
     def _read(self) -> Mapping[str, RequestState]:

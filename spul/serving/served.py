@@ -13,7 +13,6 @@ from ..gates.gate import Gate, request_texts
 from ..gates.gated import GatedUnlearner
 from ..gates.routes import Routes
 from ..models.unlearner import PREFIX_TYPES
-from ..prompts.row_prompts import NO_PROMPT
 from ..records.digests import fingerprint
 from ..records.spul_config import read_spul_config
 from .loading import ALWAYS, always, check_fits, check_gate, check_name
@@ -35,6 +34,7 @@ class ServedPrompts:
             digest, the base's, its gate, and since when.
         revoked: what was revoked or withheld, in order, with `until`.
         withheld: prompts that no request gets until they are restored, by name, as they were in `served`.
+        idle: names of combined prompts that no request gets until a part of them is restored.
         routes: from requests to what is served.
         withdrawn: asked as requests that waited are routed: names of prompts that are served and must not be.
         longest: virtual tokens of the longest prompt.
@@ -60,6 +60,7 @@ class ServedPrompts:
         self.revoked: list[dict[str, Any]] = []
         self.served: dict[str, dict[str, Any]] = {}
         self.withheld: dict[str, dict[str, Any]] = {}
+        self.idle: list[str] = []
         self.withdrawn: Callable[[], Collection[str]] = tuple
         self._refresh()
 
@@ -68,7 +69,7 @@ class ServedPrompts:
         return self._routes().names(request_texts(self.gated.tokenizer, requests))
 
     def choose(self, requests: Sequence[Sequence[int]], before: Sequence[Routes | None]) -> list[str | None]:
-        """As `route`, for requests that waited; None for one whose prompt was revoked meanwhile.
+        """As `route`, for requests that waited; None for one whose prompt was revoked or replaced meanwhile.
 
         Args:
             requests: token ids of each.
@@ -79,18 +80,15 @@ class ServedPrompts:
         if gone := set(self.withdrawn()):  # asked last, since gates take their time
             routes = self._routes(gone)
             found = [*routes.names(texts)]
-        there = {NO_PROMPT, *routes.gates, *routes.combined.values()}
         for i, own in enumerate(before):
             own = self.routes if own is None else own
-            if (gone or own is not self.routes) and own.names([texts[i]])[0] not in there:
+            if (gone or own is not self.routes) and not routes.has_same(own.names([texts[i]])[0], own):
                 found[i] = None
         return found
 
     def _routes(self, gone: Collection[str] = ()) -> Routes:
         """The routes of now, without what is withheld, and without others that are gone."""
-        off = {*self.withheld, *gone}
-        off |= {name for parts, name in self.gated.combined.items() if parts & off}
-        return self.gated.routes.without(off)
+        return self.gated.routes.without({*self.withheld, *gone})
 
     def add(self, name: Any, folder: Any, is_always: Any = False) -> dict[str, Any]:
         """Load a prompt and its gate; requests that are routed from now on get it. On an error what is served stays.
@@ -105,7 +103,7 @@ class ServedPrompts:
         """
         if not (isinstance(name, str) and isinstance(folder, str) and isinstance(is_always, bool)):
             raise ApiError(400, NO_TEXT)
-        if name in self.gated.unlearner.peft_config and name not in self.withheld:
+        if self._has(name) and name not in self.withheld:
             raise ApiError(409, "there is a prompt of this name; revoke it first, or take another name.", "name")
         others = {**self.served, **(self.withheld if is_always else {})}
         if any(one["gate"] == ALWAYS for key, one in others.items() if key != name):
@@ -157,20 +155,30 @@ class ServedPrompts:
     def revoke(self, name: str) -> list[dict[str, Any]]:
         """Remove a prompt and its gate, and combined prompts of which it is a part; all that were removed.
 
+        Of one that no request got any more, `until` is the time since when none did.
+
         Raises:
             ApiError: 404 if there is no such prompt.
         """
-        if name not in self.gated.unlearner.peft_config:
+        if not self._has(name):
             raise ApiError(404, "there is no prompt of this name.", "name")
+        off = [*self.withheld, *self.idle]
         self.gated.delete_adapter(name)
-        return self._without_gone()
+        return [*self._without_gone(), *(self._last(key) for key in off if not self._has(key))]
 
     def withhold(self, name: str) -> list[dict[str, Any]]:
-        """Give a prompt to no request until it is restored; as `revoke`, which removes it, says what went."""
-        if name not in self.served:
+        """Give a prompt to no request until it is restored; as `revoke`, which removes it, says what went.
+
+        One that is idle, so that nothing goes, does not come back with its parts then.
+        """
+        if name not in (*self.served, *self.idle):
             raise ApiError(404, "there is no prompt of this name.", "name")
-        self.withheld = {**self.withheld, name: self.served[name]}
+        self.withheld = {**self.withheld, name: self.served.get(name) or self._last(name)}
         return self._without_gone()
+
+    def _last(self, name: str) -> dict[str, Any]:
+        """A prompt that no request gets any more, as it went."""
+        return next(one for one in reversed(self.revoked) if one["name"] == name)
 
     def restore(self, name: str) -> list[dict[str, Any]]:
         """Serve a prompt again that was withheld, where it stood; all that are served again with it.
@@ -250,6 +258,7 @@ class ServedPrompts:
                 "gate": _kind(gate),
                 "since": self._since[name],
             }
+        self.idle = [name for name in unlearner.spul_configs if name not in {*found, *self.withheld}]
         self.longest = unlearner.longest_prompt
         self.stands_inside = any(one.prompt_position == "message" for one in unlearner.spul_configs.values())
         self.served = found

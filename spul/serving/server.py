@@ -96,7 +96,7 @@ class _Server:
         self.encoder = RequestEncoder(engine.served, limits)
         self.created, self.num_in_flight, self._num_encoding = int(time.time()), 0, 0
         self._token, self._check = admin_token, check
-        self._told: set[str] = set()  # names of requests, of which a warning was logged
+        self._told: set[tuple[str, str | None]] = set()  # requests and their new weights, of which was warned
         self._changing = asyncio.Lock()  # one change of the prompts at a time, its entry included
         self._encoding = ThreadPoolExecutor(1, "spul-encoding")  # long texts must not hold up the others' answers
 
@@ -276,27 +276,31 @@ class _Server:
             return
         async with self._changing:
             for name, since in (await self.recorder.standing()).revoked.items():  # anew: others may have changed it
-                if name in self.engine.served.served:  # a combined prompt may have gone with a part
-                    await self._withhold(name, since)
+                await self._withhold(name, since)
             found = await self.recorder.standing()
             for name in found.reopened:
                 await self._restore(name)
-            for name in set(found.replaced) - self._told:
-                logger.warning("The request %r was trained anew, as another prompt: add that one.", name)
-            self._told = set(found.replaced)
+            for name, retrained in sorted(found.replaced.items() - self._told):
+                what = "as another prompt" if retrained is not None else "as a prompt whose weights no entry names"
+                logger.warning("The request %r was trained anew, %s: add that one.", name, what)
+            self._told = set(found.replaced.items())
 
     async def _withhold(self, name: str, since: str) -> None:
         gone = await self.engine.change(partial(ServedPrompts.withhold, name=name))
-        names = ", ".join(repr(one["name"]) for one in gone)
-        logger.warning("No longer served: %s, since the request %r was revoked on %s.", names, name, since)
+        if names := ", ".join(repr(one["name"]) for one in gone):
+            logger.warning("No longer served: %s, since the request %r was revoked on %s.", names, name, since)
+        else:
+            logger.warning("Not to be served again with its parts: %r, since it was revoked on %s.", name, since)
         await self.recorder.of_prompts("stopped", gone)
 
     async def _restore(self, name: str) -> None:
         back = await self.engine.change(partial(ServedPrompts.restore, name=name))
-        names = ", ".join(repr(one["name"]) for one in back)
-        logger.warning("Served again: %s, since the request %r is one again.", names, name)
-        await self.recorder.take([one["name"] for one in back])
+        if names := ", ".join(repr(one["name"]) for one in back):
+            logger.warning("Served again: %s, since the request %r is one again.", names, name)
+        else:
+            logger.warning("To be served again with its parts: %r, since it is a request again.", name)
         try:
+            await self.recorder.take({name, *(one["name"] for one in back)})
             await self.recorder.of_prompts("served", back)
         except ApiError:  # what is not in the record is not served
             await self.engine.change(partial(ServedPrompts.withhold, name=name))
