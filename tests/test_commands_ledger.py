@@ -157,6 +157,17 @@ def test_a_stop_by_hand_names_a_server_that_serves_the_request(path, capsys):
     assert capsys.readouterr().out.endswith("\n  now: no longer served\n")
 
 
+def test_a_server_without_a_name_neither_serves_nor_stops_unless_an_earlier_version_called_one_so(path, capsys):
+    run("add", "--ledger", path, "--event", "stopped", "--request", "17")  # of the one that did not say its name
+    for event in ("served", "stopped", "revoked"):
+        with pytest.raises(ValueError, match=r"server=''; expected a name .* such as 'gpu-1', or none: leave it out"):
+            run("add", "--ledger", path, "--event", event, "--request", "17", "--server", "")
+    last, event = Ledger(path).entries()[-1], {"event": "served", "request": "17", "server": ""}
+    path.write_bytes(path.read_bytes() + next_line(last, event)[1])
+    run("add", "--ledger", path, "--event", "stopped", "--request", "17", "--server", "")
+    assert capsys.readouterr().out.endswith("\n  now: no longer served\n")
+
+
 def test_evidence_is_verified(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     from spul.evaluation.evidence import write_evidence

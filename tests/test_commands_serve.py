@@ -90,6 +90,16 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "@prompts", "--port", "65536"], ValueError, "port=65536; expected 0 to"),
         (["--prompts", "@prompts", "--port", "-1"], ValueError, "port=-1; expected 0 to"),
         (["--prompts", "@prompts", "--timeout", "inf"], ValueError, "timeout=inf"),
+        *(
+            (
+                ["--prompts", "@prompts", f"--{option}", name],
+                ValueError,
+                f"{option}='{name}'; expected a name .* it out",
+            )
+            for option in ("server_name", "served_model_name", "vllm_model", "host")
+            for name in ("", " ")
+        ),
+        (["--prompts", "@prompts", "--device", ""], ValueError, "device='' cannot be used"),
         (["--prompts", "@prompts", "--admin_token_file", "@empty"], ValueError, "has 0 characters"),
         (["--prompts", "@prompts", "--admin_token_file", "@utf-16"], ValueError, "utf-16 is no text in UTF-8"),
         (["--prompts", "@prompts", "--vllm_key_file", "@two-lines"], ValueError, "two-lines has white space in it"),

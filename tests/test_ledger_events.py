@@ -108,6 +108,8 @@ def test_an_event_takes_what_an_adapters_record_says(tmp_path, path):
         ({"prompt_sha256": "AB" * 32}, "prompt_sha256='ABAB"),
         ({"base_fingerprint": 3}, "base_fingerprint=3; expected 64"),
         ({"evaluation": "x"}, "evaluation='x'; expected 64"),
+        *(({"server": name}, f"server={name!r}; expected a name .* leave it out") for name in ("", " ", "gpu 1 ")),
+        ({"gate": " "}, "gate=' '; expected the kind of a gate"),
         ({"note": b"x"}, "note=b'x'; expected text"),
         ({"at": "yesterday"}, "at='yesterday'; expected a time with its zone"),
         ({"at": "2026-03-01T09:30:00"}, "expected a time with its zone"),

@@ -310,6 +310,11 @@ def test_a_tokenizer_with_more_tokens_than_the_base_does_not_make_requests_fail(
             said(model=MODEL, messages=[{"role": "user", "content": "new199"}])
 
 
+def test_a_server_of_an_empty_name_is_refused():
+    with pytest.raises(ValueError, match=r"server=''; expected a name .* leave it out"):
+        make_app(make_engine(make_gated()), MODEL, server="")
+
+
 def test_a_client_that_goes_before_its_body_is_whole_is_no_failure():
     """What the app raises, the server logs with a traceback."""
     app, sent = make_app(make_engine(make_gated()), MODEL), []

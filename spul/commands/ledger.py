@@ -164,12 +164,19 @@ def add(options: AddOptions) -> None:
 
 def _check_server(options: AddOptions, ledger: Ledger) -> None:
     """Raise for a stop of a server that does not serve the request while others do, by which nothing would change."""
+    from ..records.ledger_events import check_server
+
     if options.event != "stopped" or not ledger.path.is_file():
         return
     state = ledger.states().get(options.request)
-    if state is None or not state.servers or options.server in state.servers:
+    servers = {} if state is None else state.servers
+    if options.server in servers:
         return
-    names = ", ".join("one without a name" if name is None else _printable(name) for name in state.servers)
+    if options.server is not None:
+        check_server(options.server)
+    if not servers:
+        return
+    names = ", ".join("one without a name" if name is None else _printable(name) for name in servers)
     given = "server is not given" if options.server is None else f"server={options.server!r}"
     raise ValueError(
         f"{given}, and the request {options.request!r} is served by {names}; name the one that has stopped, by "

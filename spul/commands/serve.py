@@ -107,6 +107,7 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
 
     if options.engine not in ("transformers", "vllm"):
         raise ValueError(f'engine={options.engine!r}; expected "transformers" or "vllm".')
+    _check_names(options)
     names = ("max_body_bytes", "max_prompt_tokens", "max_new_tokens", "max_batch", "max_waiting", "timeout")
     limits = Limits(**{name: getattr(options, name) for name in names})
     if not 0 <= options.port <= LAST_PORT:
@@ -123,6 +124,15 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
     engine = _engine(options, served, limits, key)
     model = options.served_model_name or Path(options.model).resolve().name  # of ".", too
     return make_app(engine, model, limits, record, token, check, _states(options), _name(options)), limits
+
+
+def _check_names(options: ServeOptions) -> None:
+    """Raise for an empty name: the default would take its place in silence, and an empty host is every interface."""
+    from ..records.ledger_events import check_server
+
+    for name in ("served_model_name", "server_name", "vllm_model", "host"):
+        if (value := getattr(options, name)) is not None:
+            check_server(value, name)
 
 
 def what_is_served(options: ServeOptions, served: ServedPrompts) -> list[str]:
@@ -191,7 +201,8 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
     from ..gates.gated_files import read_routing
     from ..serving.loading import check_folders, load_gated, load_prompts
 
-    device = options.device or ("cuda" if torch.cuda.is_available() and options.engine == "transformers" else "cpu")
+    best = "cuda" if torch.cuda.is_available() and options.engine == "transformers" else "cpu"
+    device = best if options.device is None else options.device
     # All that can be refused is, before minutes of loading.
     try:
         torch.empty(0, device=device)

@@ -132,6 +132,12 @@ class LedgerEvent:
         for name in TEXTS:
             if (value := getattr(self, name)) is not None and not isinstance(value, str):
                 raise ValueError(f"{name}={value!r}; expected text, or None.")
+        if self.server is not None and self.event != "stopped":  # one that an earlier entry named oddly can be stopped
+            check_server(self.server)
+        if self.gate is not None and not self.gate.strip():
+            raise ValueError(
+                f"gate={self.gate!r}; expected the kind of a gate, such as 'names', or none: leave it out."
+            )
         for name in COUNTS:
             if (value := getattr(self, name)) is not None and not is_count(value):
                 raise ValueError(f"{name}={value!r}; expected a number of tokens, or None.")
@@ -188,6 +194,23 @@ def name_fault(name: Any) -> str | None:
     if name.isidentifier() and _is_taken_by_torch(name):
         return f"{name!r} is taken by PyTorch in the module that holds prompts; lengthen it, such as 'request-{name}'"
     return None
+
+
+def check_server(name: str, argument: str = "server") -> None:
+    """Raise unless a server may be called so.
+
+    Args:
+        name: its name.
+        argument: the argument's name, for the message.
+
+    Raises:
+        ValueError: if not.
+    """
+    if not name or not _is_name(name):
+        raise ValueError(
+            f"{argument}={name!r}; expected a name of printable characters, without spaces around it, such as "
+            "'gpu-1', or none: leave it out."
+        )
 
 
 def _is_taken_by_torch(name: str) -> bool:

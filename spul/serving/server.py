@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from ..records.ledger_events import check_server
 from .answers import Answer, Piece
 from .encoding import RequestEncoder
 from .engine import Engine, Job
@@ -56,8 +57,10 @@ def make_app(
         server: name of this server in events of prompts, as each of several has one.
 
     Raises:
-        ValueError: if the token is shorter than 16 characters, or has some that no header takes.
+        ValueError: if the token is shorter than 16 characters, or has some that no header takes, or `server` is empty.
     """
+    if server is not None:
+        check_server(server)
     if admin_token is not None:
         check_header_text(admin_token, "the administrator's token", SHORTEST_TOKEN)
     recorder = Recorder(engine.served, record, states, server)
