@@ -70,6 +70,33 @@ def test_a_half_line_that_was_moved_aside_is_told(path, capsys):
     assert "line 2: a killed writer's half line was moved to ledger.jsonl.torn-" in capsys.readouterr().out
 
 
+def test_times_that_run_backwards_are_told_and_break_no_chain(path, capsys):
+    entries = Ledger(path).entries()
+    for time, more in (
+        ("2026-03-01T09:30:00.500Z", {}),
+        ("2026-03-01T09:30:00.500Z", {"at": "2026-02-01T00:00:00Z"}),  # noted late, as by hand
+        ("2026-03-01T09:29:59.999Z", {}),
+        ("2026-03-01T09:30:00.000Z", {"at": "2026-03-02T00:00:00Z"}),
+        ("yesterday", {}),
+    ):
+        event = {"event": "note", "request": "17", "time": time, **more}
+        entry, line = next_line(entries[-1], event)
+        entries.append(entry)
+        path.write_bytes(path.read_bytes() + line)
+    now, reason = entries[1].time, "a clock was set back, or the writers' clocks differ"
+    assert run("verify", "--ledger", path) == 0
+    out = capsys.readouterr().out
+    assert "7 entries, the chain is whole" in out
+    assert [line for line in out.splitlines() if line.startswith("line ")] == [
+        f"line 3: its time 2026-03-01T09:30:00.500Z is before that of the line before, {now}: {reason}",
+        f"line 5: its time 2026-03-01T09:29:59.999Z is before that of the line before, 2026-03-01T09:30:00.500Z: {reason}",
+        "line 6: its event is of 2026-03-02T00:00:00Z, after its time 2026-03-01T09:30:00.000Z",
+        "line 7: its time is 'yesterday', which is none in ISO 8601 with its zone",
+    ]
+    assert [remark.line for remark in Ledger(path).remarks()] == [3, 5, 6, 7]
+    assert Ledger(path).verify() == []
+
+
 def test_what_cannot_be_printed_is_shown_escaped_and_makes_no_line_of_its_own(path, capsys):
     Ledger(path).append(LedgerEvent("note", "17", adapter="a\nnow: revoked", note="\x1b[2J \udcff"))
     path.write_bytes(

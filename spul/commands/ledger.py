@@ -69,9 +69,9 @@ class EvidenceOptions:
 
 
 def verify(options: VerifyOptions) -> int:
-    """Print every line that breaks the chain; 1 if there is one."""
+    """Print every line that breaks the chain, 1 if there is one; of a whole one what else there is to know."""
     from ..records.ledger import Ledger
-    from ..records.ledger_events import RECOVERED
+    from ..records.ledger_lines import remarks
 
     ledger = Ledger(options.ledger)
     faults = ledger.verify(options.head)
@@ -84,11 +84,8 @@ def verify(options: VerifyOptions) -> int:
     print(f"{options.ledger}: {len(entries)} entries, the chain is whole{known}")
     if entries:
         print(_counted(entries))
-    for entry in entries:
-        if entry.event == RECOVERED:
-            print(
-                f"line {entry.sequence + 1}: a killed writer's half line was moved to {entry.fields.get('torn_file')}"
-            )
+    for remark in remarks(entries):
+        print(_printable(str(remark)))
     if options.head is None:
         print("A missing end cannot be seen without --head.")
     return 0

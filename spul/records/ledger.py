@@ -17,7 +17,7 @@ from filelock import BaseFileLock, FileLock
 
 from .fields import is_sha256
 from .ledger_events import FOLLOWING, RECOVERED, REOPENING, LedgerEntry, LedgerEvent, name_fault
-from .ledger_lines import LedgerFault, chain, entry_of, next_line
+from .ledger_lines import LedgerFault, chain, entry_of, next_line, remarks
 from .ledger_states import RequestState
 
 BLOCK = 4096  # bytes read at a time, from the end, to find the last line
@@ -273,6 +273,14 @@ class Ledger:
                 LedgerFault(0, f"no entry has the digest {head}: the end is missing, or the chain was written anew")
             )
         return faults
+
+    def remarks(self) -> list[LedgerFault]:
+        """Remarks on lines that break nothing: half lines that were moved aside, times before the line before's.
+
+        Raises:
+            FileNotFoundError, ValueError: as `entries`.
+        """
+        return list(remarks(self._read()))
 
     def _read(self) -> Iterator[LedgerEntry]:
         """The entries, one at a time: a ledger of a server has as many as there were answers."""

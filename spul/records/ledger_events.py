@@ -247,14 +247,19 @@ def _kind_of_gate(path: Path) -> str:
 
 def _in_utc(at: str) -> str:
     """A time in ISO 8601 with its zone, in UTC."""
-    try:
-        found = datetime.fromisoformat(at.replace("Z", "+00:00"))
-        known = None if found.tzinfo is None else found.astimezone(timezone.utc)
-    except (AttributeError, ValueError, OverflowError):  # in UTC the first day may be one before the calendar's
-        known = None
+    known = moment(at)
     if known is None:
         raise ValueError(f"at={at!r}; expected a time with its zone, such as '2026-03-01T09:30:00Z'.")
     return utc(known, "seconds")
+
+
+def moment(time: str) -> datetime | None:
+    """The time, in UTC, that ISO 8601 with its zone says; None if it is not that."""
+    try:
+        found = datetime.fromisoformat(time.replace("Z", "+00:00"))
+        return None if found.tzinfo is None else found.astimezone(timezone.utc)
+    except (AttributeError, ValueError, OverflowError):  # in UTC the first day may be one before the calendar's
+        return None
 
 
 def utc(time: datetime, timespec: str) -> str:

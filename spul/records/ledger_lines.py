@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
 from .fields import is_count
-from .ledger_events import LedgerEntry, are_fields, utc
+from .ledger_events import RECOVERED, LedgerEntry, are_fields, moment, utc
 
 FORMAT = 1  # of a line; higher once a field's meaning changes
 FIRST = "0" * 64  # `previous` of the first line
@@ -21,7 +21,7 @@ LINE = re.compile(rb'(\{.*), "digest": "([0-9a-f]{64})"\}')
 
 @dataclass(frozen=True)
 class LedgerFault:
-    """A line that does not fit the chain, or a head that is not in it.
+    """A line that does not fit the chain, or a head that is not in it; also a remark on a line of a whole chain.
 
     Attributes:
         line: the line's number in the file, from 1; 0 of the whole file.
@@ -98,3 +98,24 @@ def chain(lines: Sequence[bytes]) -> Iterator[LedgerEntry | LedgerFault]:
         yield LedgerFault(number, reason) if reason else entry
         digests.setdefault(sequence, entry.digest)
         expected = max(expected, sequence + 1)
+
+
+def remarks(entries: Iterable[LedgerEntry]) -> Iterator[LedgerFault]:
+    """Remarks on entries of a whole chain: half lines that were moved aside, and times that do not go on.
+
+    Clocks are set back and differ between machines, so such a time breaks no chain.
+    """
+    before: tuple[str, datetime] | None = None
+    for entry in entries:
+        line, written = entry.sequence + 1, moment(entry.time)
+        if entry.event == RECOVERED:
+            yield LedgerFault(line, f"a killed writer's half line was moved to {entry.fields.get('torn_file')}")
+        if written is None:
+            yield LedgerFault(line, f"its time is {entry.time!r}, which is none in ISO 8601 with its zone")
+            continue
+        if before is not None and written < before[1]:
+            reason = "a clock was set back, or the writers' clocks differ"
+            yield LedgerFault(line, f"its time {entry.time} is before that of the line before, {before[0]}: {reason}")
+        if (at := moment(entry.at)) is not None and at > written:
+            yield LedgerFault(line, f"its event is of {entry.at}, after its time {entry.time}")
+        before = entry.time, written
