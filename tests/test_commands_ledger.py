@@ -71,11 +71,11 @@ def test_a_half_line_that_was_moved_aside_is_told(path, capsys):
 
 
 def test_times_that_run_backwards_are_told_and_break_no_chain(path, capsys):
-    entries = Ledger(path).entries()
+    entries, half = Ledger(path).entries(), "2026-03-01T09:30:00.500Z"
     for time, more in (
-        ("2026-03-01T09:30:00.500Z", {}),
-        ("2026-03-01T09:30:00.500Z", {"at": "2026-02-01T00:00:00Z"}),  # noted late, as by hand
-        ("2026-03-01T09:29:59.999Z", {}),
+        (half, {}),
+        (half, {"at": "2026-02-01T00:00:00Z"}),  # noted late, as by hand
+        ("2026-03-01T09:29:59.000Z", {}),
         ("2026-03-01T09:30:00.000Z", {"at": "2026-03-02T00:00:00Z"}),
         ("yesterday", {}),
     ):
@@ -88,8 +88,8 @@ def test_times_that_run_backwards_are_told_and_break_no_chain(path, capsys):
     out = capsys.readouterr().out
     assert "7 entries, the chain is whole" in out
     assert [line for line in out.splitlines() if line.startswith("line ")] == [
-        f"line 3: its time 2026-03-01T09:30:00.500Z is before that of the line before, {now}: {reason}",
-        f"line 5: its time 2026-03-01T09:29:59.999Z is before that of the line before, 2026-03-01T09:30:00.500Z: {reason}",
+        f"line 3: its time {half} is before that of the line before, {now}: {reason}",
+        f"line 5: its time 2026-03-01T09:29:59.000Z is before that of the line before, {half}: {reason}",
         "line 6: its event is of 2026-03-02T00:00:00Z, after its time 2026-03-01T09:30:00.000Z",
         "line 7: its time is 'yesterday', which is none in ISO 8601 with its zone",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 
 import openai
@@ -328,14 +329,28 @@ def test_what_is_served_is_said_before_the_server_starts(folder, tmp_path, monke
     for event, name in (("received", "17"), ("trained", "18"), ("served", "18"), ("stopped", "18")):
         ledger.append(LedgerEvent(event, name))
     named = ("--prompts", "17=@prompts/other", "18=@no-gate", "--always", "18")
-    COMMANDS[""].run(options(folder, *named, "--ledger", ledger.path))
-    COMMANDS[""].run(options(folder, "--prompts", "@prompts"))
-    assert said == [
+    COMMANDS[""].run(options(folder, *named, "--ledger", ledger.path, "--device", "cpu"))
+    COMMANDS[""].run(options(folder, "--prompts", "@prompts", "--device", "cpu"))
+    progress = [line for line in said if line.startswith(("checking ", "loading ", "the base "))]
+    assert progress[:2] == [
+        *("checking options and prompts", f"loading the base {folder}/tiny on cpu, for 2 prompts: 17, 18"),
+    ]
+    assert re.fullmatch(r"the base is loaded, after \d+ s; loading 2 prompts and what turns them on", progress[2])
+    assert progress[4] == f"loading the base {folder}/tiny on cpu, for 2 prompts: default, other"
+    assert (len(progress), said[:3], said[5:8]) == (6, progress[:3], progress[3:])  # each before what is served
+    assert [line for line in said if line not in progress] == [
         f"17: {folder}/prompts/other, prompt_tuning of 6 virtual tokens, gate names, in the ledger never served",
         f"18: {folder}/no-gate, prompt_tuning of 6 virtual tokens, always on, in the ledger no longer served",
         f"default: {folder}/prompts, prompt_tuning of 5 virtual tokens, gate names, no ledger",
         f"other: {folder}/prompts/other, prompt_tuning of 6 virtual tokens, gate names, no ledger",
     ]
+
+
+def test_which_base_is_loaded_is_said_before_it_is(folder, tmp_path, capsys):
+    given = options(folder, "--model", tmp_path / "no-base", "--prompts", "17=@prompts/other", "--device", "cpu")
+    with pytest.raises(OSError, match="no-base"):
+        server_of(given)
+    assert capsys.readouterr().out == f"loading the base {tmp_path}/no-base on cpu, for 1 prompt: 17\n"
 
 
 @pytest.mark.parametrize(

@@ -193,7 +193,7 @@ def test_a_withheld_prompt_stays_so_while_no_entry_says_what_was_trained_anew(le
         for event in ("revoked", "trained", "received"):  # in no order does it say which weights
             ledger.append(LedgerEvent(event, "other"))
             assert asked(url, "of doe").choices[0].text == bare
-        warned = "The request 'other' was trained anew, as a prompt whose weights no entry names: add that one."
+        warned = "The request 'other' was trained anew, as a prompt whose weights no entry names: add that one, or, if"
         assert caplog.text.count(warned) == 1
         ledger.append(LedgerEvent.of_adapter("trained", "other", tmp_path / "prompts" / "other"))
         assert asked(url, "of doe").choices[0].text == under  # the entry names the one that is withheld

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -76,7 +77,7 @@ class ServeOptions(LoadOptions):
 
 
 def run(options: ServeOptions) -> None:
-    """Say what is served, serve until the process is told to stop, then answer what is under way.
+    """Load and say what is served, serve until the process is told to stop, then answer what is under way.
 
     Raises:
         FileNotFoundError: if a folder, a gate or a file is missing.
@@ -87,12 +88,18 @@ def run(options: ServeOptions) -> None:
     except ImportError as error:
         raise ValueError('spul serve needs further libraries: pip install "spul[serve]".') from error
 
+    _say("checking options and prompts")
     app, limits = build(options)
     for line in what_is_served(options, app.state.served):
-        print(line, flush=True)
+        _say(line)
     if options.host not in ("127.0.0.1", "localhost", "::1"):
         logger.warning("The server asks for no key: whoever reaches %s:%d can use it.", options.host, options.port)
     uvicorn.run(app, host=options.host, port=options.port, timeout_graceful_shutdown=int(limits.timeout) + 1)
+
+
+def _say(line: str) -> None:
+    """Print a line at once, also where the output is a file: loading takes minutes."""
+    print(line, flush=True)
 
 
 def build(options: ServeOptions) -> tuple[Any, Any]:
@@ -208,6 +215,7 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used ({error}); expected such as cpu or cuda:0.") from error
+    names = list(folders if isinstance(folders, dict) else read_routing(folders)[1]["prompts"])
     if isinstance(folders, dict):
         check_folders(folders, options.always)
         for name, folder in folders.items():
@@ -219,9 +227,13 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
     elif options.always:
         raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
     else:
-        for name in read_routing(folders)[1]["prompts"]:
+        for name in names:
             check(name, None)
+    prompts = "1 prompt" if len(names) == 1 else f"{len(names)} prompts"
+    _say(f"loading the base {options.model} on {device}, for {prompts}: {', '.join(names)}")
+    start = time.monotonic()
     model, tokenizer = options.loader()(options.model, device=device), options.load_tokenizer(options.model)
+    _say(f"the base is loaded, after {time.monotonic() - start:.0f} s; loading {prompts} and what turns them on")
     if isinstance(folders, dict):
         return load_prompts(model, tokenizer, folders, options.always, options.allow_other_base)
     return load_gated(model, tokenizer, folders, options.allow_other_base)

@@ -284,8 +284,13 @@ class _Server:
             for name in found.reopened:
                 await self._restore(name)
             for name, retrained in sorted(found.replaced.items() - self._told):
-                what = "as another prompt" if retrained is not None else "as a prompt whose weights no entry names"
-                logger.warning("The request %r was trained anew, %s: add that one.", name, what)
+                what = "as another prompt: add that one"
+                if retrained is None:
+                    what = (
+                        "as a prompt whose weights no entry names: add that one, or, if it is the one that is "
+                        "withheld, note so: spul ledger add --event trained --adapter FOLDER"
+                    )
+                logger.warning("The request %r was trained anew, %s.", name, what)
             self._told = set(found.replaced.items())
 
     async def _withhold(self, name: str, since: str) -> None:
