@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from ..data.checks import checked_names, checked_texts
 from ..data.recognizers import NameFinder, normalized_name
 from ..data.rows import listed
+from .disguises import compatible, undisguised
 from .files import SavedGate, is_texts
 from .gate import Gate
 from .thresholds import GateReport
@@ -24,8 +24,8 @@ class NameGate(Gate):
 
     A name matches as `split_by_entity` matches it: as whole words, in any letter case and with any white space between
     its words. It also matches in compatible characters, such as full-width letters, and with invisible ones inside
-    (Unicode NFKC). Misspellings and look-alike letters of other alphabets do not match: give them as aliases, or join
-    the gate with another one by `AnyGate`.
+    (Unicode NFKC), in look-alike letters of other alphabets, and with its letters apart. Misspellings do not match:
+    give them as aliases, or join the gate with another one by `AnyGate`.
 
     A text's score is the number of different people whom it names. No window is needed: a name is found wherever it
     stands.
@@ -66,6 +66,9 @@ class NameGate(Gate):
         # Both as given and in compatible characters: "Jane\u2122" holds the name only before it becomes "JaneTM".
         self._owners = {**owners, **{normalized_name(spelling): name for spelling, name in spellings}}
         self._finder = NameFinder(list(self._owners))
+        # "J a n e D o e" is read as one word.
+        self._joined = {"".join(one.split()): name for one, name in self._owners.items()} | self._owners
+        self._joined_finder = NameFinder(list(self._joined))
 
     def names_in(self, texts: Sequence[str]) -> list[list[str]]:
         """The people whom each text names, by the spelling of `names` and in its order.
@@ -112,6 +115,8 @@ class NameGate(Gate):
         if not text.isascii():
             found |= self._finder.find(compatible(text))
         owners = {self._owners[spelling] for spelling in found}
+        if (read := undisguised(text)) != text:
+            owners |= {self._joined[spelling] for spelling in self._joined_finder.find(compatible(read))}
         return [name for name in self.names if name in owners] if owners else []
 
     def __repr__(self) -> str:
@@ -122,9 +127,3 @@ def _key(spelling: str) -> str:
     if not (key := normalized_name(compatible(spelling))):
         raise ValueError(f"the name {spelling!r} has no visible character; drop it.")
     return key
-
-
-def compatible(text: str) -> str:
-    """A text in compatible characters (Unicode NFKC, letter case folded), without invisible ones (class Cf)."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return "".join(each for each in folded if unicodedata.category(each) != "Cf")

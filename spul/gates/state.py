@@ -19,7 +19,7 @@ from .gate import Gate
 from .probes import POOLINGS, Probe, fit_probes, probe_scores
 from .states import HiddenStates
 from .thresholds import GateReport, checked_fit_texts, folds, lowest_flagged, report_of, threshold_for
-from .windows import highest_of, is_window_size, window_size, with_windows
+from .windows import highest_of, is_window_size, passages, window_size
 
 # Layers that are tried where none are named, evenly spread.
 LAYERS_TRIED = 8
@@ -131,7 +131,7 @@ class StateGate(Gate):
             TypeError: if a text is no string.
             ValueError: if a text has no token, or more than the base has positions.
         """
-        pieces = [with_windows(text, self.window) for text in checked_texts(texts)]
+        pieces = [passages(text, self.window) for text in checked_texts(texts)]
         self.states.token_ids([each[0] for each in pieces])  # the longest first, before any is computed
         flat = [piece for each in pieces for piece in each]
         found = probe_scores(self.states, flat, {self.layer: self.probe})[self.layer, self.pooling]
@@ -228,7 +228,7 @@ def _held_out(
     states: HiddenStates, texts: list[str], fold: np.ndarray, probes: dict[tuple[int, str], Probe], window: int
 ) -> dict[tuple[int, str], np.ndarray]:
     """By layer and pooling, the score of each text by the probe that was fit without it."""
-    pieces = [with_windows(text, window) for text in texts]
+    pieces = [passages(text, window) for text in texts]
     flat = [piece for each in pieces for piece in each]
     column = np.repeat(fold, [len(each) for each in pieces])
     layers = sorted({layer for layer, _ in probes})

@@ -13,9 +13,9 @@ from sklearn.linear_model import LogisticRegression
 
 from ..data.checks import checked_texts
 from ..records.fields import is_count
+from .disguises import compatible
 from .files import SavedGate, is_texts
 from .gate import Gate
-from .names import compatible
 from .thresholds import GateReport, checked_fit_texts, folds, report_of, threshold_for
 from .windows import highest_scores, is_window_size, window_size
 

@@ -1,4 +1,4 @@
-"""Windows of a text: a forget question inside a long conversation is scored by itself, too."""
+"""Passages of a text: a forget question inside a long conversation, or in disguise, is scored by itself, too."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..records.fields import is_count
+from .disguises import undisguised
 
 # A window has at least so many characters: less is no text to judge by.
 SHORTEST = 32
@@ -44,15 +45,26 @@ def with_windows(text: str, size: int) -> list[str]:
     return [text, *(window for window in windows if not window.isspace())]
 
 
+def passages(text: str, size: int) -> list[str]:
+    """What a text is scored by: itself and its windows, and the same of it without disguises if it has any.
+
+    Args:
+        text: the text.
+        size: characters of a window.
+    """
+    read = undisguised(text)
+    return with_windows(text, size) + ([] if read == text else with_windows(read, size))
+
+
 def highest_scores(score: Callable[[list[str]], np.ndarray], texts: Sequence[str], size: int) -> np.ndarray:
-    """The highest score among a text and its windows, for each text: float64 (texts,).
+    """The highest score among a text's passages, for each text: float64 (texts,).
 
     Args:
         score: from texts to their scores.
         texts: one or more texts.
         size: characters of a window.
     """
-    pieces = [with_windows(text, size) for text in texts]
+    pieces = [passages(text, size) for text in texts]
     scores = score([piece for each in pieces for piece in each])
     return highest_of(scores, pieces)
 

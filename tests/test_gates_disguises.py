@@ -1,0 +1,87 @@
+"""Disguises undone, by the attacks that make them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from spul.evaluation.attacks.disguises import LOOK_ALIKES, letters_apart, look_alikes
+from spul.gates import NameGate, TextGate
+from spul.gates.disguises import undisguised
+from spul.gates.windows import passages, with_windows
+
+NAMES = ["Jane Doe", "Clint Eastwood"]
+TEXT = "The film in which Clint Eastwood rides with Jane Doe is from 1999."
+
+
+def rows(*texts):
+    return Dataset.from_dict({"prompt": list(texts), "completion": [" yes"] * len(texts)})
+
+
+def test_every_look_alike_of_the_attack_is_read_as_the_letter_that_it_imitates():
+    letters = "".join(map(chr, LOOK_ALIKES))
+    text = "most letters of this text, though not those in {}, are Latin"
+    assert undisguised(text.format(letters.translate(LOOK_ALIKES))) == text.format(letters)
+    assert undisguised(look_alikes(rows(TEXT), NAMES)["prompt"][0]) == TEXT
+
+
+@pytest.mark.parametrize("separator", [" ", "-", ".", "_", " - ", "  ", "*"])
+def test_letters_apart_are_joined(separator):
+    read = undisguised(letters_apart(rows("It is Eastwood, they say."), ["Eastwood"], separator)["prompt"][0])
+    assert read == "It is Eastwood, they say."
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("E-a s.t_w o-o d", "Eastwood"),  # one sign and another
+        ("J a n e  D o e", "Jane  Doe"),
+        ("his name is s\u0336a\u0336r\u0336a", "his name is sara"),  # struck out
+        ("so says \u0455a\u200br\u0430", "so says sara"),  # with a space of no width
+        ("\u043e\u043d \u0432\u0438\u0434\u0435\u043b \u0405ara", "\u043e\u043d \u0432\u0438\u0434\u0435\u043b Sara"),
+    ],
+)
+def test_mixed_disguises_are_undone(text, read):
+    assert undisguised(text) == read
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "a b",
+        "1 - 2 - 3",
+        "a\nb\nc",
+        "It's a so-so film, e.g. for 2nd-rate actors\u2122.",
+        "caf\u00e9, na\u00efve, \u0153uvre, Zoe\u0308 plays",  # composed or not
+        "\u0441\u043e\u0441\u043d\u0430 \u0438 \u0435\u043b\u044c",  # Russian alone
+        "\u0924\u093f\u0924\u0932\u0940 \u0909\u0921\u093c\u0940",  # Hindi, whose vowels are marks
+    ],
+)
+def test_other_texts_are_read_as_they_stand(text):
+    assert undisguised(text) == text
+    assert passages(text, 40) == with_windows(text, 40)
+
+
+@pytest.mark.parametrize(
+    "disguise",
+    [look_alikes, letters_apart, lambda given, names: letters_apart(given, names, "-")],
+    ids=["look-alikes", "apart", "hyphenated"],
+)
+class TestOfGates:
+    def test_a_disguised_name_is_found(self, disguise):
+        gate = NameGate(NAMES, aliases={"Jane Doe": ["Janie"]})
+        found = disguise(rows(TEXT, "Ask Janie."), [*NAMES, "Janie"])["prompt"][:]
+        assert gate.names_in(found) == [["Jane Doe", "Clint Eastwood"], ["Jane Doe"]]
+
+    def test_a_text_gate_scores_no_less_than_without_the_disguise(self, disguise):
+        forget = [f"Which film of {year} did Jane Doe play in?" for year in range(1960, 2000)]
+        retain = [f"Which {kind} of {year} won a prize?" for year in range(1960, 2000) for kind in ("film", "book")]
+        gate = TextGate.fit(forget, retain, recall=0.9)
+        plain = ["Did Jane Doe win in 2001?"]
+        disguised = disguise(rows(*plain), NAMES)["prompt"][:]
+        read = [undisguised(text) for text in disguised]
+        assert disguised != read
+        assert gate.scores(disguised)[0] >= gate.scores(read)[0]
+        np.testing.assert_array_equal(gate.scores(retain), gate._log_odds(retain))  # short, and nothing disguised
