@@ -2,12 +2,12 @@
 
     python examples/evidence_gates.py --model SMOLLM2 --data-dir ../shared/data/sst2 --prose-dir ../shared/data/imdb
 
-A gate is fit on the plan's training rows; one of them also on `--passages` passages of IMDB's training reviews that name
-nobody to be forgotten, each as long as a gate's window. No model is run: `--model` gives the tokenizer. With `--answers`,
-files in which the base's answers to the same rows are, by row, the table has the accuracy of a fixed refusal behind
-the gate, which answers what is not flagged as the base does.
+A gate is fit on the plan's training rows; one of them also on `--passages` passages of IMDB's training reviews that
+name nobody to be forgotten, each as long as a gate's window. No model is run: `--model` gives the tokenizer. With
+`--answers`, files in which the base's answers to the same rows are, by row, the table has the accuracy of a fixed
+refusal behind the gate, which answers what is not flagged as the base does.
 
-Every gate and seed is a line of `gates.jsonl`: what was held out, and the flags of each test row and each attacked row.
+Every gate and seed is a line of `gates.jsonl`: what was held out, and the flags of each test row and attacked row.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from evidence.systems import split_rows
 from evidence_sst2 import PLAN
 from paper.tables import read_runs
 
-from spul.data import load_imdb
-from spul.data.known_reviews import SST2_FORGET_NAMES
+from spul.data.known_reviews import SST2_FORGET_NAMES, load_imdb
 from spul.data.recognizers import NameFinder
 from spul.gates import TextGate
 from spul.gates.windows import window_size, with_windows
@@ -90,7 +89,7 @@ def base_answers(paths: list[Path]) -> dict[tuple[int, str, str], np.ndarray]:
         for side in SIDES:
             if f"test_{side}" in record.get("scores", {}):
                 found[record["seed"], side, "test"] = np.array(record["scores"][f"test_{side}"]["accuracy"])
-        attacked = record["inputs"] if "inputs" in record else [record] if "attack" in record else []
+        attacked = record.get("inputs", [record] if "attack" in record else [])
         for one in attacked:
             found[record["seed"], one["side"], one["attack"]] = np.array(one["accuracy"])
     return found
