@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..losses.batch import LogitsFunction
-from .causal_lm import evaluation_mode, logits_at, states_at, unwrapped
-from .compat import adapter_enabled, own_parameters
+from .causal_lm import evaluation_mode, logits_at, not_linear, states_at, unwrapped
+from .compat import adapter_enabled, own_parameters, peft_layers
 
 PREFIX_TYPES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # prompts that are keys and values, not embeddings
 PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, *PREFIX_TYPES)
@@ -271,6 +271,16 @@ class PeftAdapter(_Wrapped):
     @property
     def enabled(self) -> bool:
         return adapter_enabled(self.inner)
+
+    def check_trainable(self) -> None:
+        base = self.get_base_model()
+        wrapped = {f"{name}.base_layer": name for name in peft_layers(base)}
+        if found := [wrapped[name] for name in not_linear(base) if name in wrapped]:
+            last = found[0].rpartition(".")[2]
+            raise ValueError(
+                f"the adapter is on {found[0]!r}, which is no linear map, so that PEFT's forward fails there; leave it "
+                f"out of the adapter's config: exclude_modules=[{last!r}]."
+            )
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         base = {id(parameter) for _, parameter in own_parameters(self.get_base_model())}
