@@ -28,7 +28,7 @@ _INDICES = ("layer_idx", "layer_id")
 _FLAG = "gradient_checkpointing"
 switching = threading.RLock()
 """Held by who changes the mode of a base or its checkpointing, and by forwards that depend on them: `unswitched`."""
-# Modules whose checkpointing is off for a while, and will be on again; read and written together with the modules' flags.
+# Modules whose checkpointing is off for a while, and will be on again; read and written together with their flags.
 _off_for_now: set[nn.Module] = set()
 _flags = threading.Lock()
 

@@ -278,8 +278,8 @@ class PeftAdapter(_Wrapped):
         if found := [wrapped[name] for name in not_linear(base) if name in wrapped]:
             last = found[0].rpartition(".")[2]
             raise ValueError(
-                f"the adapter is on {found[0]!r}, which is no linear map, so that PEFT's forward fails there; leave it "
-                f"out of the adapter's config: exclude_modules=[{last!r}]."
+                f"the adapter is on {found[0]!r}, which is no linear map, so that PEFT's forward fails there; leave "
+                f"it out of the adapter's config: exclude_modules=[{last!r}]."
             )
 
     def adapter_parameters(self) -> list[nn.Parameter]:
