@@ -179,15 +179,17 @@ def _lines(path: str | None) -> list[str]:
 
 
 def _write(found: Any, options: EvaluateOptions) -> None:
-    """A table in print, the report, the metrics in the card of a local adapter that has one, and the evidence pack."""
+    """Tables in print, the report, the metrics in the card of a local adapter that has one, and the evidence pack."""
     from ..evaluation.evidence import write_evidence
     from ..evaluation.report.card import add_to_card
     from ..evaluation.report.report import write_report
-    from ..evaluation.report.summary import splits_as_text
+    from ..evaluation.report.terminal import attacks_as_text, splits_as_text
     from ..records.card import CARD_NAME
     from ..records.spul_config import SPUL_CONFIG_NAME
 
     print("\n".join(splits_as_text(found)))
+    if attacks := attacks_as_text(found):
+        print("\n".join(["", *attacks]))
     worded = dataclasses.replace(found, skipped={name: in_options(why) for name, why in found.skipped.items()})
     written = [str(path) for path in write_report(worded, options.output_dir)]
     print(f"report: {Path(options.output_dir, 'report.html')}")

@@ -44,28 +44,6 @@ def before_and_after(evaluation: Evaluation) -> Section:
     return Section("Before and after", [] if rows else [f"The four splits: {NOT_MEASURED}."], columns, rows)
 
 
-def splits_as_text(evaluation: Evaluation) -> list[str]:
-    """A table for a terminal: knowledge of each split with its interval, and the share of generic answers."""
-    name = knowledge_name(evaluation)
-    models = [model for model in ("unlearned", "detached", "retrained") if model in evaluation.models]
-    table = [["", metric_of(name).label, *[""] * (len(models) - 1), "generic"], ["rows", *models, *models]]
-    for split in SPLITS:
-        found = [
-            first(evaluation, measure="utility", rows=split, name=metric, model=model)
-            for metric in (name, "generic")
-            for model in models
-        ]
-        if any(found):
-            cells = ["" if one is None else value_in_words(one) for one in found]
-            table.append(
-                [spaced(split), *cells[: len(models)], *(cell.split(" [")[0] for cell in cells[len(models) :])]
-            )
-    if len(table) == 2:
-        return [f"The four splits: {NOT_MEASURED}."]
-    widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(table[1]))]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-
-
 def what_comes_back(evaluation: Evaluation) -> Section:
     """A line for each attack: what it finds, beside its controls."""
     in_few_bits, in_suffix = (knowledge_name(evaluation, measure) for measure in ("quantized", "soft suffix"))
@@ -159,22 +137,31 @@ def _beside(evaluation: Evaluation, measure: str, rows: str, *names: str, attack
 
 
 def _membership(evaluation: Evaluation) -> str:
-    differences = where(evaluation, measure="membership", name="auc_difference", model="unlearned")
     areas = where(evaluation, measure="membership", name="auc", model="unlearned")
-    if not areas:
+    area = farthest_membership(evaluation)
+    if area is None:
         return NOT_MEASURED
-    if not differences:
-        farthest = max(areas, key=lambda one: abs(one.value - 0.5))
+    fields = {"measure": "membership", "name": "auc_difference", "model": "unlearned"}
+    difference = first(evaluation, **fields, attack=area.attack)
+    if difference is None:
         return (
-            f"no retrained model to compare with; farthest from chance, of {len(areas)}: '{farthest.attack}', AUC "
-            f"{value_in_words(farthest)}"
+            f"no retrained model to compare with; farthest from chance, of {len(areas)}: '{area.attack}', AUC "
+            f"{value_in_words(area)}"
         )
-    most = max(differences, key=lambda one: abs(one.value))
-    area = next(one for one in areas if one.attack == most.attack)
     return (
-        f"'{most.attack}', of {len(differences)}: AUC {value_in_words(area)}; the difference from the retrained "
-        f"model's is {value_in_words(most)}"
+        f"'{area.attack}', of {len(where(evaluation, **fields))}: AUC {value_in_words(area)}; the difference from the "
+        f"retrained model's is {value_in_words(difference)}"
     )
+
+
+def farthest_membership(evaluation: Evaluation) -> MetricValue | None:
+    """AUC of the membership attack farthest from the retrained model's, without one from chance; None without any."""
+    areas = where(evaluation, measure="membership", name="auc", model="unlearned")
+    differences = where(evaluation, measure="membership", name="auc_difference", model="unlearned")
+    if differences:
+        most = max(differences, key=lambda one: abs(one.value))
+        return next(one for one in areas if one.attack == most.attack)
+    return max(areas, key=lambda one: abs(one.value - 0.5), default=None)
 
 
 def _relearned(evaluation: Evaluation) -> str:
