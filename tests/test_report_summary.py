@@ -30,7 +30,7 @@ def test_what_comes_back_is_said_with_its_controls():
     _, _, *rows = cells(section(evaluation_markdown(whole()), "What brings it back?"))
     found = {what: re.sub(r" \[[-\d., ]*\]", "", said) for what, said in rows}
     assert list(found.values()) == [
-        "test forget accuracy 80.0 %, against 20.0 % with it in place",
+        "test forget accuracy 80.0 %, against 20.0 % with it",
         "'capitals', of 2: test forget accuracy 50.0 %, +30.0 percentage points against the unchanged rows (20.0 %)"
         "; the retrained model under it: 40.0 %",
         "'loss', of 2: AUC 0.3; the difference from the retrained model's is -0.3, " + verdict(),
@@ -74,7 +74,7 @@ def test_what_else_comes_back_stands_beside_its_control():
     said = {what: re.sub(r" \[[-\d., ]*\]", "", text) for what, text in rows}
     assert said == {
         # Dilution leaves fewer answers, of the detached model as well.
-        "The input attack under which the prompt costs most on retain rows": "'capitals', of 2: test retain accuracy "
+        "The input attack under which most is lost on retain rows": "'capitals', of 2: test retain accuracy "
         "50.0 %, -25.0 percentage points against the detached model under it (75.0 %), which without it has 100.0 %",
         "The base in fewer bits": "test forget accuracy 25.0 % (4 bit); the retrained model: 50.0 %",
     }
@@ -86,7 +86,8 @@ def test_what_else_comes_back_stands_beside_its_control():
         (
             {"none": 4, "capitals": 2, "dilution": 1},
             "'dilution', of 2: test retain accuracy 25.0 %, +0.0 percentage points against the detached model under "
-            "it (25.0 %), which without it has 100.0 %; what is lost is the attack's doing, not the prompt's",
+            "it (25.0 %), which without it has 100.0 %; what is lost is the attack's doing, not that of "
+            "the method",
         ),
         (
             {"none": 2, "capitals": 2},
@@ -100,12 +101,12 @@ def test_what_else_comes_back_stands_beside_its_control():
         ),
         (
             {},
-            "'dilution', of 2: test retain accuracy 25.0 %; the detached model was not measured, so whether the "
-            "attack or the prompt costs it is not known",
+            "'dilution', of 2: test retain accuracy 25.0 %; the detached model was not measured, so how much of "
+            "it the attack itself costs is not known",
         ),
     ],
 )
-def test_what_an_attack_takes_from_the_detached_model_too_is_not_said_to_be_the_prompts_doing(detached, expected):
+def test_what_an_attack_takes_from_the_detached_model_too_is_not_said_to_be_the_methods_doing(detached, expected):
     rights = {"unlearned": {"none": 4, "capitals": 2, "dilution": 1}, "detached": detached}
     found = [
         measurement(
@@ -115,5 +116,5 @@ def test_what_an_attack_takes_from_the_detached_model_too_is_not_said_to_be_the_
         for attack, right in of.items()
     ]
     text = section(evaluation_markdown(Evaluation({}, found, {})), "What brings it back?")
-    (said,) = [cell for what, cell in cells(text)[2:] if what.endswith("costs most on retain rows")]
+    (said,) = [cell for what, cell in cells(text)[2:] if what.endswith("lost on retain rows")]
     assert re.sub(r" \[[-\d., ]*\]", "", said) == expected

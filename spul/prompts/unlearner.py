@@ -67,6 +67,7 @@ class SoftPromptUnlearner(PromptAdapters):
         ```
     """
 
+    in_words = "the prompt"
     computes_loss = True
     takes_adapter_names = True
     takes_prompt_position = True

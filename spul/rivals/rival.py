@@ -58,6 +58,7 @@ class Rival(nn.Module, Unlearner):
     """
 
     kind = ""
+    in_words = "the method"
     gate: Gate | None = None
     fields_saved: ClassVar[Checks] = {}
     follows_embeddings = False

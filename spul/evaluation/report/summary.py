@@ -17,6 +17,7 @@ from .wording import (
     better_in_words,
     first,
     knowledge_name,
+    method_in_words,
     points,
     spaced,
     under_input_attacks,
@@ -48,11 +49,11 @@ def what_comes_back(evaluation: Evaluation) -> Section:
     """A line for each attack: what it finds, beside its controls."""
     in_few_bits, in_suffix = (knowledge_name(evaluation, measure) for measure in ("quantized", "soft suffix"))
     rows = [
-        ["Disabling the prompt or adapter", _detached(evaluation)],
+        [f"Without {method_in_words(evaluation)}", _detached(evaluation)],
         ["The input attack that finds most", _worst_input(evaluation)],
         ["The membership attack that is farthest from the retrained model", _membership(evaluation)],
         ["Training on a few forget rows", _relearned(evaluation)],
-        ["The input attack under which the prompt costs most on retain rows", _worst_on_retain(evaluation)],
+        ["The input attack under which most is lost on retain rows", _worst_on_retain(evaluation)],
         ["The base in fewer bits", _beside(evaluation, "quantized", "test_forget", in_few_bits)],
         ["Sampling", _beside(evaluation, "sampling", "test_forget", "success", "rouge_l_recall")],
         ["A soft suffix", _beside(evaluation, "soft suffix", MEMBERS, in_suffix, attack="after")],
@@ -69,7 +70,7 @@ def _detached(evaluation: Evaluation) -> str:
     if before is None or after is None:
         return NOT_MEASURED
     label = metric_of(before.name).label
-    return f"test forget {label} {value_in_words(before)}, against {value_in_words(after)} with it in place"
+    return f"test forget {label} {value_in_words(before)}, against {value_in_words(after)} with it"
 
 
 def _worst_input(evaluation: Evaluation) -> str:
@@ -100,8 +101,8 @@ def _worst_on_retain(evaluation: Evaluation) -> str:
     if not pairs:
         lowest = min(found, key=lambda one: one.value)
         return (
-            f"{_under(lowest, len(found))}; the detached model was not measured, so whether the attack or the prompt "
-            "costs it is not known"
+            f"{_under(lowest, len(found))}; the detached model was not measured, so how much of it the attack itself "
+            "costs is not known"
         )
     worst, control = min(pairs, key=lambda pair: (pair[0].value - pair[1].value, pair[0].value))
     text = f"{_under(worst, len(found))}, {points(worst, control)} against the detached model under it "
@@ -113,7 +114,8 @@ def _worst_on_retain(evaluation: Evaluation) -> str:
     if worst.value < control.value:
         return text
     is_attack = plain is not None and control.value < plain.value
-    return text + ("; what is lost is the attack's doing, not the prompt's" if is_attack else "; nothing is lost")
+    doing = f"; what is lost is the attack's doing, not that of {method_in_words(evaluation)}"
+    return text + (doing if is_attack else "; nothing is lost")
 
 
 def _under(attacked: MetricValue, num: int) -> str:
