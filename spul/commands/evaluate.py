@@ -113,13 +113,15 @@ def run(options: EvaluateOptions) -> int | None:
         loaded = load_unlearned(
             options.model, options.base, options.tokenizer, options.loader(), options.trust_remote_code
         )
-    others = {"retrained": options.retrained, "reference": options.reference}
-    others |= {"base": options.base} if loaded.kind == "model" else {}
-    with messages_in_options():
+        others = {"retrained": options.retrained, "reference": options.reference}
+        others |= {"base": options.base} if loaded.kind == "model" else {}
+        is_warned = options.warn_of_boundaries(loaded.tokenizer, splits["test_forget"])
+        collator = ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model))
+        collator.encoder.warns_of_boundaries = not is_warned
         found = evaluate(
             loaded.model,
             splits,
-            ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model)),
+            collator,
             **{name: options.load(folder) for name, folder in others.items() if folder is not None},
             unseen=unseen,
             unrelated_texts=texts,

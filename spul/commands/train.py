@@ -117,12 +117,13 @@ def run(options: TrainOptions) -> int | None:
     dataset = forget_retain_dataset(forget, retain)
     held_out = None if options.hold_out is None else hold_out(dataset, options.hold_out, options.seed)
     tokenizer = options.load_tokenizer(options.model)
-    options.warn_of_boundaries(tokenizer, forget, retain)
+    is_warned = options.warn_of_boundaries(tokenizer, forget, retain)
     train_rows = dataset if held_out is None else held_out.train
     config = _prompt_config(options)
     base = options.load(options.model)
     of_rows = options.collator_options(base, options.num_virtual_tokens, options.prompt_position)
     collator = method.collator(tokenizer, options.generic or (), seed=options.seed, **of_rows)
+    collator.encoder.warns_of_boundaries = not is_warned
     set_seed(options.seed)  # of the draws of the start
     start = _start(options, collator, train_rows)
     unlearner = SoftPromptUnlearner(base, config, method.loss, prompt_position=options.prompt_position, start=start)
