@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .command import Command
+from .command import Command, Naming
 from .shared import LoadOptions, RowOptions, option
 from .wording import in_options, messages_in_options
 
@@ -32,8 +32,8 @@ class EvaluateOptions(LoadOptions, RowOptions):
     test_retain: list[str] = option("files of other retain rows", ...)
     unseen: list[str] | None = option("files of rows like the forget rows that no model was trained on")
     unrelated_texts: str | None = option("a text file with a running text on each line")
-    measures: list[str] | None = option("measures, such as utility membership 'input attack'; all by default")
-    attacks: list[str] | None = option("attacks on the input, such as capitals diluted; all by default")
+    measures: list[str] | None = option(Naming("measures to take, all by default", lambda: _measures()))
+    attacks: list[str] | None = option(Naming("attacks on the input, all by default", lambda: _attacks()))
     attack_rows: int = option("most rows of a set that are attacked", 200)
     names: list[str] | None = option("full names of those forgotten, which some attacks disguise")
     relearn_lr: float = option("learning rate of relearning a prompt, layers or LoRA", 1e-2)
@@ -143,6 +143,19 @@ def run(options: EvaluateOptions) -> int | None:
         if conditions and not failed:
             print(f"passed: {len(conditions)} condition(s)")
     return FAILED if failed else None
+
+
+def _measures() -> list[str]:
+    from ..evaluation.measures import MEASURES
+
+    return list(MEASURES)
+
+
+def _attacks() -> list[str]:
+    """Names of the attacks on the input, without those that are functions or texts of the caller's in Python."""
+    from ..evaluation.attacks.usual import usual_names
+
+    return [name for name in usual_names() if name not in ("paraphrase", "reworded")]
 
 
 def _measure(name: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments, set_seed
 
-from .command import Command
+from .command import Command, Naming
 from .shared import LoadOptions, RowOptions, option
 
 ALPHA_OF_FITTED_KEYS = 4.0
@@ -58,7 +58,7 @@ class TrainOptions(TrainingOptions):
         "how the prompt begins; by its kind by default: discriminative, keys fitted to the rows, for prefix_tuning"
     )
     instruction: str | None = option("a written instruction that the prompt begins as, in place of --start")
-    method: str = option("the loss, one of those of spul.training.METHODS that train a prompt", "SPUL")
+    method: str = option(Naming("the loss, by the name of a published method", lambda: _methods()), "SPUL")
     alpha: float | None = option("weight of the retain term; the method's by default, and 4 with fitted keys and SPUL")
     beta: float | None = option("weight of the KL term; the method's by default")
     retain_budget: float | None = option("nats per token that retaining may cost, in place of alpha")
@@ -156,6 +156,20 @@ def run(options: TrainOptions) -> int | None:
             print(line)
         print(f"saved: {options.output_dir}")
     return None
+
+
+def _methods() -> list[str]:
+    """Names of the methods that train a prompt."""
+    from ..training.methods import METHODS, unlearning_method
+
+    def trains_prompt(name: str) -> bool:
+        try:
+            unlearning_method(name, "prompt")
+        except ValueError:  # it reads hidden states
+            return False
+        return True
+
+    return [name for name in METHODS if trains_prompt(name)]
 
 
 def _fill(options: TrainOptions) -> None:
