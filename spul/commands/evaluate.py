@@ -109,7 +109,7 @@ def run(options: EvaluateOptions) -> int | None:
     }
     unseen = None if options.unseen is None else options.rows(options.unseen)
     texts = _lines(options.unrelated_texts)
-    with messages_in_options():
+    with messages_in_options(EvaluateOptions):
         loaded = load_unlearned(
             options.model, options.base, options.tokenizer, options.loader(), options.trust_remote_code
         )
@@ -205,7 +205,9 @@ def _write(found: Any, options: EvaluateOptions) -> None:
     print("\n".join(splits_as_text(found)))
     if attacks := attacks_as_text(found):
         print("\n".join(["", *attacks]))
-    worded = dataclasses.replace(found, skipped={name: in_options(why) for name, why in found.skipped.items()})
+    worded = dataclasses.replace(
+        found, skipped={name: in_options(why, EvaluateOptions) for name, why in found.skipped.items()}
+    )
     written = [str(path) for path in write_report(worded, options.output_dir)]
     print(f"report: {Path(options.output_dir, 'report.html')}")
     folder = Path(options.model)
