@@ -42,9 +42,7 @@ def test_an_adapter_without_its_base_is_told_both_options(tmp_path):
 
 
 def test_rows_that_do_not_fit_the_model_name_the_option(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"^--max-length 95 exceeds the model.s room for 92 .*, so lower --max-length to at most"
-    ):
+    with pytest.raises(ValueError, match=r"^--max-length 95 exceeds the 92 tokens .*, so lower --max-length to at"):
         evaluated(tmp_path, max_length=95)
 
 

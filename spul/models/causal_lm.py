@@ -68,7 +68,7 @@ def _own_configs(model: nn.Module) -> None:
         return
     copies: dict[int, Any] = {}
     for module, config in _configs(model):
-        module.config = copy.deepcopy(config, copies)
+        cast(Any, module).config = copy.deepcopy(config, copies)
 
 
 def _is_noise(name: str) -> bool:
@@ -166,7 +166,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         yield
     except BaseException:
         for module, config in configs:
-            module.config = config
+            cast(Any, module).config = config
         restore_dropout(dropout)
         for module, mode in modes:
             module.training = mode

@@ -266,7 +266,7 @@ class PeftAdapter(_Wrapped):
     """A causal LM under LoRA or another adapter of PEFT that adds no tokens."""
 
     @property
-    def in_words(self) -> str:  # type: ignore[override]
+    def in_words(self) -> str:
         kinds = {self.inner.peft_config[name].peft_type for name in self.inner.active_adapters}
         return "LoRA" if kinds == {PeftType.LORA} else "the adapter"
 
