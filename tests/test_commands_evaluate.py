@@ -19,7 +19,7 @@ from spul.data.prompt_files import read_prompts
 from spul.evaluation.evidence import evaluation_digest, verify_evidence
 from spul.evaluation.harness import Requests
 from spul.evaluation.loading import KINDS, kind_of, load_unlearned
-from spul.evaluation.report.summary import splits_as_text
+from spul.evaluation.report.terminal import attacks_as_text, splits_as_text
 from spul.evaluation.results import Evaluation
 from spul.gates import GatedUnlearner, NameGate
 from spul.records import Ledger, LedgerEvent
@@ -235,12 +235,17 @@ def test_evidence_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert not (tmp_path / "out").exists()
 
 
-def test_attacks_are_chosen_by_name(files, tmp_path, few_resamples):
+def test_attacks_are_chosen_by_name_and_stand_in_a_table_at_the_end(files, tmp_path, capsys, few_resamples):
     more = {"measures": ["input-attack"], "attacks": ["capitals", "diluted"], "attack_rows": 2}
     values = options_for(files, files["model"], tmp_path, **more)
     assert run(parsed("evaluate", values)) is None
-    found = Evaluation.load(tmp_path).metrics
+    loaded = Evaluation.load(tmp_path)
+    found = loaded.metrics
     assert {(one.attack, one.level) for one in found} == {("none", None), ("capitals", None), ("diluted", 1)}
+    said = capsys.readouterr().out.split("\n")
+    table = attacks_as_text(loaded)
+    assert said[1 : 2 + len(table)] == ["", *table]
+    assert [line.split("  ")[0] for line in table] == ["attack", "capitals", "diluted, 1 turn"]
     values = options_for(files, files["model"], tmp_path / "other", **{**more, "attacks": ["paraphrase"]})
     with pytest.raises(ValueError, match=r"no input attack 'paraphrase' on these rows; expected some of capitals"):
         run(parsed("evaluate", values))
@@ -305,7 +310,7 @@ def test_the_whole_program_exits_with_the_condition(files, tmp_path, capsys, few
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("batch_size", -3), ("max_new_tokens", 0)])
 def test_sizes_below_1_are_refused_before_anything_is_written(files, tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"{name}={value}"):
+    with pytest.raises(ValueError, match=f"--{name.replace(chr(95), chr(45))} {value}"):
         run(
             parsed(
                 "evaluate",

@@ -17,6 +17,9 @@ from spul.commands.command import Command
 from spul.commands.main import BAD_OPTIONS, INTERRUPTED, TABLE, commands_of, main
 from spul.commands.options import parse
 from spul.commands.shared import option
+from spul.evaluation.attacks.usual import usual_names
+from spul.evaluation.measures import MEASURES
+from spul.training.methods import METHODS, unlearning_method
 
 ROOT = Path(spul.__file__).parents[1]
 OWN = ("train", "evaluate", "combine", "gate", "lm-eval")
@@ -104,6 +107,30 @@ def test_help_shows_the_example_and_the_example_parses(name, capsys):
         assert one.example in capsys.readouterr().out
         arguments = shlex.split(one.example)[1 + len(words) :]
         assert parse(one, ["spul", *words], arguments) is not None
+
+
+def shown(capsys, *words):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_help_of_evaluate_names_every_measure_and_every_attack_that_it_takes(capsys):
+    said = shown(capsys, "evaluate")
+    measures, attacks = (
+        said.split(f"{text}, all by default: ")[1].split(" --")[0] for text in ("to take", "on the input")
+    )
+    for name in MEASURES:
+        assert shlex.quote(name) in measures
+    for name in usual_names():
+        assert (shlex.quote(name) in attacks) is (name not in ("paraphrase", "reworded"))
+
+
+def test_help_of_train_names_the_methods_that_train_a_prompt(capsys):
+    said = shown(capsys, "train").split("--method ")[1].split(" --")[0]
+    names = said.split("published method: ")[1].split(" (default: SPUL)")[0].split(", ")
+    assert set(METHODS) - set(names) == {"RMU"}
+    assert all(unlearning_method(name, "prompt") for name in names)
 
 
 def test_python_m_spul_is_the_same_program():

@@ -6,7 +6,7 @@ import pytest
 from command_files import parsed, write_files, write_prompt, write_rows
 from helpers import rows
 
-from spul.commands import combine, train
+from spul.commands import combine, evaluate, train
 from spul.commands.shared import LoadOptions
 
 
@@ -58,6 +58,25 @@ def test_rows_whose_own_completions_lack_it_are_warned_of_once(files, tmp_path, 
     ran(train.run, "train", {**files, which: write_rows(tmp_path / "own.jsonl", some)}, [" neutral"], tmp_path)
     (record,) = caplog.records
     assert record.getMessage().startswith("rows: the completion 'positive' has no space before it")
+
+
+def told(caplog):
+    return [record.getMessage() for record in caplog.records if "has no space before it" in record.getMessage()]
+
+
+def test_a_run_to_its_end_warns_once_of_each_answer(files, tmp_path, caplog, few_resamples):
+    sets = {name: files[name] for name in ("model", "forget", "retain")}
+    tests = {name: files[name] for name in ("test_forget", "test_retain")}
+    quick = {"max_steps": 1, "disable_tqdm": True}
+    one, two = tmp_path / "one", write_prompt(tmp_path / "two")
+    for run, name, more in (
+        (train.run, "train", {**quick, **tests, "prompt_type": "prompt_tuning", "output_dir": one}),
+        (evaluate.run, "evaluate", {**tests, "adapter": one, "measures": ["utility"], "output_dir": tmp_path / "of"}),
+        (combine.run, "combine", {**quick, "prompts": [one, two], "output_dir": tmp_path / "combined"}),
+    ):
+        caplog.clear()
+        run(parsed(name, {**sets, "generic": ["unknown", " neutral"], **more}))
+        assert [text.split(":")[0] for text in told(caplog)] == ["--generic 'unknown'"], name
 
 
 def test_answers_that_fit_and_conversations_are_not_warned_of(files, tmp_path, no_base, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 
 import pytest
@@ -9,8 +10,9 @@ from command_files import parsed, write_files, write_prompt
 from helpers import GENERIC, build, make_collator
 from small_evaluations import measured
 
-from spul.commands.evaluate import run
+from spul.commands.evaluate import EvaluateOptions, run
 from spul.commands.wording import in_options, messages_in_options
+from spul.data.unlearning_data import SPLITS
 from spul.evaluation.results import Evaluation
 from spul.evaluation.suite import AttackSettings
 
@@ -40,7 +42,7 @@ def test_an_adapter_without_its_base_is_told_both_options(tmp_path):
 
 
 def test_rows_that_do_not_fit_the_model_name_the_option(tmp_path):
-    with pytest.raises(ValueError, match=r"^--max-length is 95, and the model room for 92 .*, so lower it to at most"):
+    with pytest.raises(ValueError, match=r"^--max-length 95 exceeds the 92 tokens .*, so lower --max-length to at"):
         evaluated(tmp_path, max_length=95)
 
 
@@ -61,10 +63,47 @@ def test_the_report_names_options_and_the_files_that_python_reads_arguments(tmp_
 
 
 def test_other_messages_and_errors_are_left_as_they_are():
-    with pytest.warns(DeprecationWarning, match="^as it was$"), messages_in_options():
+    with pytest.warns(DeprecationWarning, match="^as it was$"), messages_in_options(EvaluateOptions):
         warnings.warn("as it was", DeprecationWarning, stacklevel=1)
     error = FileNotFoundError("give base=")
-    with pytest.raises(FileNotFoundError) as found, messages_in_options():
+    with pytest.raises(FileNotFoundError) as found, messages_in_options(EvaluateOptions):
         raise error
     assert found.value is error
-    assert in_options("give reference=, another model") == "give --reference, another model"
+    for text in (
+        "the base, its names and the seed stay as they are",  # words of English that are names of options, too
+        "it has test_forget.accuracy and test_retain.accuracy",
+        "/home/me/output_dir/max_length holds 'output_dir'",
+        "give AttackSettings",
+    ):
+        assert in_options(text, EvaluateOptions) == text
+
+
+@pytest.mark.parametrize("name", sorted({field.name for field in dataclasses.fields(EvaluateOptions)} - set(SPLITS)))
+def test_every_option_is_named_where_a_message_names_its_argument(name):
+    flag = f"--{name.replace('_', '-')}"
+    for text, worded in (
+        (f"give {name}=, another one", f"give {flag}, another one"),
+        (f"leave out {name}=", f"leave out {flag}"),
+        (f"{name}=-3: expected 1", f"{flag} -3: expected 1"),
+        (f"the collator's {name}=0.5.", f"{flag} 0.5."),
+        (f"give AttackSettings({name}=...); without", f"give {flag}; without"),
+    ):
+        assert in_options(text, EvaluateOptions) == worded
+
+
+@pytest.mark.parametrize(
+    ("text", "worded"),
+    [
+        ("give the collator a text_field, the column", "give --text-field, the column"),
+        ("give the collator a smaller max_length.", "give a smaller --max-length."),
+        ("Raise the collator's max_length.", "Raise --max-length."),
+        ("give another output_dir", "give another --output-dir"),
+        ("give neighbors=, sets of rows", "call spul.evaluate in Python with neighbors=, sets of rows"),
+        (
+            "give AttackSettings(gradient_norm=True); it takes long",
+            "call spul.evaluate in Python with AttackSettings(gradient_norm=True); it takes long",
+        ),
+    ],
+)
+def test_messages_about_the_collator_and_about_what_has_no_option_are_worded(text, worded):
+    assert in_options(text, EvaluateOptions) == worded

@@ -278,7 +278,7 @@ def test_unlearning_data_are_evaluated_in_their_format():
 
 
 def test_rows_that_would_not_fit_the_model_are_refused_before_anything_is_measured(tmp_path):
-    with pytest.raises(ValueError, match=r"max_length=96, and the model room for 93 tokens .* at most 93"):
+    with pytest.raises(ValueError, match=r"max_length=96 exceeds the 93 tokens .* at most 93"):
         measured(make_model("prompt_tuning"), "utility", collator=make_collator(max_length=96), output_dir=tmp_path)
     assert not list(tmp_path.iterdir())
 

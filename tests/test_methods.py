@@ -1,11 +1,13 @@
 """Published methods by name: their losses, trainables, rows and completions."""
 
+import copy
 import json
 
 import pytest
 import torch
-from helpers import GENERIC, arguments, build, make_dataset, make_tokenizer, with_alternates
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from helpers import GENERIC, SHAPE, arguments, build, make_batch, make_dataset, make_tokenizer, with_alternates
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Llama4TextConfig, PhimoeConfig
 
 from spul import SoftPromptUnlearner, UnlearningLayers, UnlearningLayersConfig, UnlearningLoss, UnlearningTrainer
 from spul.losses import (
@@ -23,6 +25,8 @@ from spul.losses import (
     SimNPO,
     StateDistance,
 )
+from spul.models.unlearner import unlearner_of
+from spul.training.forward import unlearning_forward
 from spul.training.methods import METHODS, TRAINABLES, Method, unlearning_method
 
 # forget term, alpha, beta, direction of the KL
@@ -149,6 +153,60 @@ def test_the_trainable_is_what_its_name_says():
     model = build("llama").requires_grad_(False)
     assert unlearning_method("GA").prepare(model) is model
     assert all(p.requires_grad for p in model.parameters())
+
+
+ROUTED = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4}
+NOT_LINEAR = {  # linear layers by their class, which return more than a tensor
+    "phimoe": lambda: PhimoeConfig(**ROUTED),
+    "llama4": lambda: Llama4TextConfig(**ROUTED, intermediate_size_mlp=48, head_dim=8),
+}
+
+
+@pytest.mark.parametrize("family", NOT_LINEAR)
+def test_lora_on_all_linear_maps_leaves_out_what_is_none_and_trains(family):
+    method = unlearning_method("GA", "lora")
+    base = AutoModelForCausalLM.from_config(NOT_LINEAR[family]())
+    model = method.prepare(base).train()
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("q_proj" in name for name in trained)
+    assert not any("router" in name for name in trained)
+    unlearning_forward(model, method.loss, **make_batch()).loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", NOT_LINEAR)
+def test_lora_on_what_is_no_linear_map_is_refused_before_training_and_leaves_the_base(family):
+    base = AutoModelForCausalLM.from_config(NOT_LINEAR[family]())
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["router", "q_proj"])
+    names = [name for name, _ in base.named_modules()]
+    message = r"is on 'model.layers.0.*router', which is no linear map.*: exclude_modules=\['router'\]"
+    with pytest.raises(ValueError, match=message):
+        unlearning_method("GA", "lora").prepare(base, config)
+    assert [name for name, _ in base.named_modules()] == names
+    own = get_peft_model(base, config)
+    with pytest.raises(ValueError, match=message):  # as UnlearningTrainer asks it
+        unlearner_of(own).check_trainable()
+    config.exclude_modules = ["router"]
+    assert isinstance(unlearning_method("GA", "lora").prepare(own.unload(), config), PeftModel)
+
+
+def test_a_config_of_lora_is_left_as_it_was_and_serves_for_another_base():
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    before = copy.deepcopy(config)
+    for family, own in (("llama", "gate_proj"), ("opt", "fc1")):
+        model = unlearning_method("GA", "lora").prepare(build(family), config)
+        assert config == before
+        assert any(f"{own}.lora_A" in name for name, _ in model.named_parameters())
+
+
+def test_a_config_of_a_prompt_is_left_as_it_was_and_serves_for_another_base():
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    before = copy.deepcopy(config)
+    for width in (32, 64):
+        model = unlearning_method("GA", "prompt").prepare(build("llama", hidden_size=width), config)
+        model.add_adapter("other", config)
+        assert config == before
+        assert [model.peft_config[name].token_dim for name in ("default", "other")] == [width // 2] * 2
 
 
 @pytest.mark.parametrize("trainable", TRAINABLES)

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from spul import SoftPromptUnlearner
+from spul.training.forward import unlearning_forward
 from spul.training.methods import unlearning_method
 
 TOKENS = {key: SHAPE[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
@@ -102,14 +103,58 @@ def test_experts_are_not_sampled_under_layers_and_are_again_once_they_are_remove
     assert not any(module.training for module in base.modules())
 
 
+@pytest.mark.parametrize("trainable", ["lora", "full"])
+@pytest.mark.parametrize("family", NOISY)
+def test_a_step_of_lora_and_of_all_weights_is_the_same_each_time(family, trainable):
+    method, batch = unlearning_method("GA", trainable=trainable), make_batch()
+    model = method.prepare(noisy(family).train())
+    expected = unlearning_forward(model.eval(), method.loss, **batch).loss
+    for _ in range(2):
+        torch.testing.assert_close(unlearning_forward(model.train(), method.loss, **batch).loss, expected)
+
+
+def own_config(family):
+    config = NOISY[family]()
+    config._experts_implementation = "eager"
+    return AutoModelForCausalLM._model_mapping[type(config)](config), config
+
+
+@pytest.mark.parametrize("trainable", ["prompt", "layers", "lora", "full"])
+@pytest.mark.parametrize("family", ["falcon", "gpt_neo", "opt"])
+def test_a_config_that_models_share_keeps_its_dropout_when_one_of_them_unlearns(family, trainable):
+    base, config = own_config(family)
+    other = type(base)(config).train()
+    before, ids = config.to_dict(), make_batch()["input_ids"]
+    unlearning_method("EUL" if trainable == "layers" else "GA", trainable=trainable).prepare(base)
+    assert config.to_dict() == before
+    assert not torch.equal(other(ids).logits, other(ids).logits)  # it draws as before
+
+
+def test_modules_that_shared_a_config_share_the_one_without_dropout_and_the_prompt_has_it_too():
+    base, config = own_config("falcon")
+    unlearner = SoftPromptUnlearner(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    held = {id(module.config) for module in base.modules() if hasattr(module, "config")}
+    assert held == {id(unlearner.config)}
+    assert unlearner.config is not config
+    assert unlearner.config.hidden_dropout == 0
+
+
+def test_a_base_that_could_not_be_put_under_a_prompt_has_its_own_config_again(monkeypatch):
+    base, config = own_config("falcon")
+    monkeypatch.setattr("spul.prompts.unlearner.keep_in_evaluation", lambda model: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        SoftPromptUnlearner(base, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    assert all(module.config is config for module in base.modules() if hasattr(module, "config"))
+
+
 def test_layers_that_are_removed_leave_dropout_and_jitter_as_they_were():
     for family, name, value in (("falcon", "hidden_dropout", 0.3), ("mixtral", "jitter_noise", 0.3)):
         base = noisy(family)
-        holder = base.config if family == "falcon" else next(m for m in base.modules() if hasattr(m, name))
+        module = next(m for m in base.modules() if hasattr(m, name)) if family == "mixtral" else None
         layers = UnlearningLayers(base, UnlearningLayersConfig(reduction=4))
-        assert getattr(holder, name) == 0.0
+        assert getattr(module or base.config, name) == 0.0
         layers.remove()
-        assert getattr(holder, name) == value
+        assert getattr(module or base.config, name) == value
 
 
 @pytest.mark.parametrize("family", ["falcon", "gpt_neo", "opt"])

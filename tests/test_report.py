@@ -196,7 +196,7 @@ def test_changed_weights_are_not_said_to_be_a_prompt():
 
 
 def test_a_prompt_is_said_to_delete_nothing_before_any_table_of_all_numbers():
-    text = evaluation_markdown(whole())
+    text = evaluation_markdown(dataclasses.replace(whole(), facts={"method": "the prompt"}))
     assert text.index(THREAT_MODEL) < text.index("## The four splits")
 
 

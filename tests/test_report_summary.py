@@ -1,4 +1,4 @@
-"""Tables of the report: the four splits, also for a terminal, and what each attack brings back."""
+"""Tables of the report: the four splits, and what each attack brings back."""
 
 from __future__ import annotations
 
@@ -6,45 +6,13 @@ import dataclasses
 import re
 
 import pytest
-from evaluations import RIGHT, input_attacks, measurement, membership, utility, whole
+from evaluations import input_attacks, measurement, membership, whole
 from reports import cells, section, verdict
 
 from spul.evaluation.report import evaluation_markdown
-from spul.evaluation.report.summary import splits_as_text
 from spul.evaluation.results import Evaluation
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
-
-
-@pytest.mark.parametrize("models", [["unlearned"], ["unlearned", "detached"], ["unlearned", "detached", "retrained"]])
-def test_the_splits_stand_in_a_table_with_accuracy_and_generic_answers_of_every_model(models):
-    found = Evaluation({}, utility({model: RIGHT[model] for model in models}), {})
-    head, names, *lines = splits_as_text(found)
-    assert head.split() == ["accuracy", "generic"]
-    assert names.split() == ["rows", *models, *models]
-    assert [line[: names.index("unlearned")].strip() for line in lines] == [
-        *("train retain", "train forget", "test retain", "test forget")
-    ]
-    columns = [i for i in range(len(names)) if names.startswith(tuple(models), i)]
-    for line, split in zip(lines, RIGHT["unlearned"], strict=True):
-        cells = [line[a:b].strip() for a, b in zip(columns, [*columns[1:], None], strict=True)]
-        for model, knowledge, generic in zip(models, cells, cells[len(models) :], strict=False):
-            one = found.metric("utility", split, "accuracy", model)
-            assert knowledge == f"{100 * one.value:.1f} % [{100 * one.low:.1f}, {100 * one.high:.1f}]"
-            assert generic == f"{100 * found.metric('utility', split, 'generic', model).value:.1f} %"
-
-
-def test_of_free_form_answers_the_probability_stands_there():
-    per_row = {"accuracy": [0.0] * 4, "generic": [1.0] * 4, "probability": [0.25, 0.25, 0.5, 0.5]}
-    found = Evaluation({}, [measurement("utility", "test_forget", "unlearned", per_row=per_row)], {})
-    head, _, line = splits_as_text(found)
-    assert head.split() == ["probability", "generic"]
-    assert line.split()[:3] == ["test", "forget", "0.375"]
-
-
-def test_splits_that_are_not_measured_are_said_to_be_not():
-    kl = [measurement("kl", "test_retain", "unlearned", per_row={"reverse_kl": [0.5] * 4})]
-    assert splits_as_text(Evaluation({}, kl, {})) == ["The four splits: not measured."]
 
 
 def test_the_table_of_splits_has_all_four_before_and_after():
@@ -62,7 +30,7 @@ def test_what_comes_back_is_said_with_its_controls():
     _, _, *rows = cells(section(evaluation_markdown(whole()), "What brings it back?"))
     found = {what: re.sub(r" \[[-\d., ]*\]", "", said) for what, said in rows}
     assert list(found.values()) == [
-        "test forget accuracy 80.0 %, against 20.0 % with it in place",
+        "test forget accuracy 80.0 %, against 20.0 % with it",
         "'capitals', of 2: test forget accuracy 50.0 %, +30.0 percentage points against the unchanged rows (20.0 %)"
         "; the retrained model under it: 40.0 %",
         "'loss', of 2: AUC 0.3; the difference from the retrained model's is -0.3, " + verdict(),
@@ -106,7 +74,7 @@ def test_what_else_comes_back_stands_beside_its_control():
     said = {what: re.sub(r" \[[-\d., ]*\]", "", text) for what, text in rows}
     assert said == {
         # Dilution leaves fewer answers, of the detached model as well.
-        "The input attack under which the prompt costs most on retain rows": "'capitals', of 2: test retain accuracy "
+        "The input attack under which most is lost on retain rows": "'capitals', of 2: test retain accuracy "
         "50.0 %, -25.0 percentage points against the detached model under it (75.0 %), which without it has 100.0 %",
         "The base in fewer bits": "test forget accuracy 25.0 % (4 bit); the retrained model: 50.0 %",
     }
@@ -118,7 +86,8 @@ def test_what_else_comes_back_stands_beside_its_control():
         (
             {"none": 4, "capitals": 2, "dilution": 1},
             "'dilution', of 2: test retain accuracy 25.0 %, +0.0 percentage points against the detached model under "
-            "it (25.0 %), which without it has 100.0 %; what is lost is the attack's doing, not the prompt's",
+            "it (25.0 %), which without it has 100.0 %; what is lost is the attack's doing, not that of "
+            "the method",
         ),
         (
             {"none": 2, "capitals": 2},
@@ -132,12 +101,12 @@ def test_what_else_comes_back_stands_beside_its_control():
         ),
         (
             {},
-            "'dilution', of 2: test retain accuracy 25.0 %; the detached model was not measured, so whether the "
-            "attack or the prompt costs it is not known",
+            "'dilution', of 2: test retain accuracy 25.0 %; the detached model was not measured, so how much of "
+            "it the attack itself costs is not known",
         ),
     ],
 )
-def test_what_an_attack_takes_from_the_detached_model_too_is_not_said_to_be_the_prompts_doing(detached, expected):
+def test_what_an_attack_takes_from_the_detached_model_too_is_not_said_to_be_the_methods_doing(detached, expected):
     rights = {"unlearned": {"none": 4, "capitals": 2, "dilution": 1}, "detached": detached}
     found = [
         measurement(
@@ -147,5 +116,5 @@ def test_what_an_attack_takes_from_the_detached_model_too_is_not_said_to_be_the_
         for attack, right in of.items()
     ]
     text = section(evaluation_markdown(Evaluation({}, found, {})), "What brings it back?")
-    (said,) = [cell for what, cell in cells(text)[2:] if what.endswith("costs most on retain rows")]
+    (said,) = [cell for what, cell in cells(text)[2:] if what.endswith("lost on retain rows")]
     assert re.sub(r" \[[-\d., ]*\]", "", said) == expected

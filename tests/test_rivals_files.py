@@ -102,7 +102,7 @@ def test_the_folder_of_another_method_or_of_none_is_refused(kind, tmp_path):
     [
         ("refusal", {"format_version": 2}, "format_version is 2; expected 1 to 1; update spul"),
         ("refusal", {"format_version": True}, "format_version is True"),
-        ("refusal", {"kind": None}, "kind is None; expected the name of a method"),
+        ("refusal", {"kind": None}, "kind is None; expected the name of a kind"),
         ("refusal", {"refusal": ["no"]}, r"refusal is \['no'\]; expected a text"),
         ("refusal", {"refusal": ...}, "lacks refusal; expected a text"),
         ("refusal", {"gate_sha256": ...}, "lacks gate_sha256; expected 64 hexadecimal digits"),

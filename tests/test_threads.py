@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import CONFIGS, assert_same, build, build_unlearner, make_batch, prompt_gradients, prompted
 from passes import Passes, checkpointed
+from peft import PeftModelForCausalLM
 from plain import losses as plain_losses
 
 from spul.models.causal_lm import decoder_layers, evaluation_mode
@@ -172,3 +173,37 @@ def test_switching_checkpointing_off_waits_for_a_step_of_another_thread():
     with interrupted(unlearner, 0, lambda: switch()), held(without_checkpointing(base)) as switch:
         found = unlearner(**batch).loss
     torch.testing.assert_close(found, expected)
+
+
+def test_a_step_is_right_that_begins_while_another_thread_adds_a_prompt(prompt_type, monkeypatch):
+    unlearner, batch = build_unlearner("llama", prompt_type), make_batch()
+    expected = plain_losses(unlearner, batch)[0]
+    wanted = prompt_gradients(unlearner, expected)
+    checkpointed(unlearner)(**batch)  # and its probes
+    adding, in_layer = threading.Event(), threading.Event()
+    add = PeftModelForCausalLM.add_adapter
+
+    def slowly(self, *args, **kwargs):
+        adding.set()
+        in_layer.wait(PATIENCE)  # the step of the other thread either waits, or is between two layers
+        return add(self, *args, **kwargs)
+
+    monkeypatch.setattr(PeftModelForCausalLM, "add_adapter", slowly)
+    other = threading.Thread(target=unlearner.add_adapter, args=("other", CONFIGS[prompt_type](5)))
+
+    def in_between():
+        in_layer.set()
+        if threading.current_thread() is not other:
+            other.join(PATIENCE)
+
+    handle = in_second_layer(unlearner, in_between)
+    other.start()
+    adding.wait()
+    loss = unlearner(**batch).loss
+    other.join()
+    handle.remove()
+    found = prompt_gradients(unlearner, loss)
+    torch.testing.assert_close(loss, expected)
+    assert_same(found, wanted)
+    assert sorted(unlearner.peft_config) == ["default", "other"]
+    assert is_checkpointing(unlearner.get_base_model())

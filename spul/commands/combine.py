@@ -64,16 +64,18 @@ def run(options: CombineOptions) -> int | None:
     check_can_hold(options.output_dir)
     saved = [saved_prompt(folder) for folder in options.prompts]
     tokenizer = options.load_tokenizer(options.model)
-    options.warn_of_boundaries(tokenizer, *sets)
+    is_warned = options.warn_of_boundaries(tokenizer, *sets)
     base = options.load(options.model)
     # The new prompt stands where the others do, and all of them need room.
     lengths, position = [one.config.num_virtual_tokens for one in saved], saved[0].spul_config.prompt_position
     settings = options.collator_options(base, max(*lengths, options.num_virtual_tokens or 1), position)
+    collator = ForgetRetainCollator(tokenizer, options.generic, seed=options.seed, **settings)
+    collator.encoder.warns_of_boundaries = not is_warned
     combined = combine(
         base,
         options.prompts,
         train_dataset=rows,
-        data_collator=ForgetRetainCollator(tokenizer, options.generic, seed=options.seed, **settings),
+        data_collator=collator,
         args=options,
         num_virtual_tokens=options.num_virtual_tokens,
         processing_class=tokenizer,

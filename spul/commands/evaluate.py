@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .command import Command
+from .command import Command, Naming
 from .shared import LoadOptions, RowOptions, option
 from .wording import in_options, messages_in_options
 
@@ -32,8 +32,8 @@ class EvaluateOptions(LoadOptions, RowOptions):
     test_retain: list[str] = option("files of other retain rows", ...)
     unseen: list[str] | None = option("files of rows like the forget rows that no model was trained on")
     unrelated_texts: str | None = option("a text file with a running text on each line")
-    measures: list[str] | None = option("measures, such as utility membership 'input attack'; all by default")
-    attacks: list[str] | None = option("attacks on the input, such as capitals diluted; all by default")
+    measures: list[str] | None = option(Naming("measures to take, all by default", lambda: _measures()))
+    attacks: list[str] | None = option(Naming("attacks on the input, all by default", lambda: _attacks()))
     attack_rows: int = option("most rows of a set that are attacked", 200)
     names: list[str] | None = option("full names of those forgotten, which some attacks disguise")
     relearn_lr: float = option("learning rate of relearning a prompt, layers or LoRA", 1e-2)
@@ -109,17 +109,19 @@ def run(options: EvaluateOptions) -> int | None:
     }
     unseen = None if options.unseen is None else options.rows(options.unseen)
     texts = _lines(options.unrelated_texts)
-    with messages_in_options():
+    with messages_in_options(EvaluateOptions):
         loaded = load_unlearned(
             options.model, options.base, options.tokenizer, options.loader(), options.trust_remote_code
         )
-    others = {"retrained": options.retrained, "reference": options.reference}
-    others |= {"base": options.base} if loaded.kind == "model" else {}
-    with messages_in_options():
+        others = {"retrained": options.retrained, "reference": options.reference}
+        others |= {"base": options.base} if loaded.kind == "model" else {}
+        is_warned = options.warn_of_boundaries(loaded.tokenizer, splits["test_forget"])
+        collator = ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model))
+        collator.encoder.warns_of_boundaries = not is_warned
         found = evaluate(
             loaded.model,
             splits,
-            ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model)),
+            collator,
             **{name: options.load(folder) for name, folder in others.items() if folder is not None},
             unseen=unseen,
             unrelated_texts=texts,
@@ -141,6 +143,19 @@ def run(options: EvaluateOptions) -> int | None:
         if conditions and not failed:
             print(f"passed: {len(conditions)} condition(s)")
     return FAILED if failed else None
+
+
+def _measures() -> list[str]:
+    from ..evaluation.measures import MEASURES
+
+    return list(MEASURES)
+
+
+def _attacks() -> list[str]:
+    """Names of the attacks on the input, without those that are functions or texts of the caller's in Python."""
+    from ..evaluation.attacks.usual import usual_names
+
+    return [name for name in usual_names() if name not in ("paraphrase", "reworded")]
 
 
 def _measure(name: str) -> str:
@@ -179,16 +194,20 @@ def _lines(path: str | None) -> list[str]:
 
 
 def _write(found: Any, options: EvaluateOptions) -> None:
-    """A table in print, the report, the metrics in the card of a local adapter that has one, and the evidence pack."""
+    """Tables in print, the report, the metrics in the card of a local adapter that has one, and the evidence pack."""
     from ..evaluation.evidence import write_evidence
     from ..evaluation.report.card import add_to_card
     from ..evaluation.report.report import write_report
-    from ..evaluation.report.summary import splits_as_text
+    from ..evaluation.report.terminal import attacks_as_text, splits_as_text
     from ..records.card import CARD_NAME
     from ..records.spul_config import SPUL_CONFIG_NAME
 
     print("\n".join(splits_as_text(found)))
-    worded = dataclasses.replace(found, skipped={name: in_options(why) for name, why in found.skipped.items()})
+    if attacks := attacks_as_text(found):
+        print("\n".join(["", *attacks]))
+    worded = dataclasses.replace(
+        found, skipped={name: in_options(why, EvaluateOptions) for name, why in found.skipped.items()}
+    )
     written = [str(path) for path in write_report(worded, options.output_dir)]
     print(f"report: {Path(options.output_dir, 'report.html')}")
     folder = Path(options.model)

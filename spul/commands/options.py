@@ -16,7 +16,7 @@ import transformers
 import yaml
 from transformers import HfArgumentParser
 
-from .command import Command
+from .command import Command, Naming
 
 CONFIG, HELP_ALL = "config", "help-all"
 NULL = "tag:yaml.org,2002:null"
@@ -26,10 +26,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Defaults beside options, where there are any, and the example as it stands."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        text = action.help.in_full() if isinstance(action.help, Naming) else str(action.help)
         if action.required:
-            return f"{action.help} (required)"
+            return f"{text} (required)"
         has_default = action.default not in (None, [], argparse.SUPPRESS)
-        return f"{action.help} (default: %(default)s)" if has_default else str(action.help)
+        return f"{text} (default: %(default)s)" if has_default else text
 
 
 class OptionsParser(HfArgumentParser):

@@ -64,12 +64,15 @@ class RowOptions:
 
         return read_prompts(paths, self.prompt_format, self.text_field)
 
-    def warn_of_boundaries(self, tokenizer: Any, *sets: Sequence[Mapping[str, Any]]) -> None:
+    def warn_of_boundaries(self, tokenizer: Any, *sets: Sequence[Mapping[str, Any]]) -> bool:
         """Warn of answers that do not fit where text prompts end, such as one without the space before it.
 
         Args:
             tokenizer: the base's tokenizer.
             sets: forget rows, then others. Of each the first rows are looked at, generic answers after forget rows.
+
+        Returns:
+            Whether there were any, so that the collator's encoder need not say it again.
         """
         from ..data.encoder import RowEncoder
         from ..data.rows import rows_at
@@ -84,6 +87,7 @@ class RowOptions:
                         faults[name] = fault
         for name, fault in sorted(faults.items()):
             logger.warning("%s: %s.", name, fault)
+        return bool(faults)
 
     def collator_options(
         self, model: Any, num_virtual_tokens: int | None = None, prompt_position: str | None = None

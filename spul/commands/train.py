@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from transformers import TrainingArguments, set_seed
 
-from .command import Command
+from .command import Command, Naming
 from .shared import LoadOptions, RowOptions, option
 
 ALPHA_OF_FITTED_KEYS = 4.0
@@ -58,7 +58,7 @@ class TrainOptions(TrainingOptions):
         "how the prompt begins; by its kind by default: discriminative, keys fitted to the rows, for prefix_tuning"
     )
     instruction: str | None = option("a written instruction that the prompt begins as, in place of --start")
-    method: str = option("the loss, one of those of spul.training.METHODS that train a prompt", "SPUL")
+    method: str = option(Naming("the loss, by the name of a published method", lambda: _methods()), "SPUL")
     alpha: float | None = option("weight of the retain term; the method's by default, and 4 with fitted keys and SPUL")
     beta: float | None = option("weight of the KL term; the method's by default")
     retain_budget: float | None = option("nats per token that retaining may cost, in place of alpha")
@@ -117,12 +117,13 @@ def run(options: TrainOptions) -> int | None:
     dataset = forget_retain_dataset(forget, retain)
     held_out = None if options.hold_out is None else hold_out(dataset, options.hold_out, options.seed)
     tokenizer = options.load_tokenizer(options.model)
-    options.warn_of_boundaries(tokenizer, forget, retain)
+    is_warned = options.warn_of_boundaries(tokenizer, forget, retain)
     train_rows = dataset if held_out is None else held_out.train
     config = _prompt_config(options)
     base = options.load(options.model)
     of_rows = options.collator_options(base, options.num_virtual_tokens, options.prompt_position)
     collator = method.collator(tokenizer, options.generic or (), seed=options.seed, **of_rows)
+    collator.encoder.warns_of_boundaries = not is_warned
     set_seed(options.seed)  # of the draws of the start
     start = _start(options, collator, train_rows)
     unlearner = SoftPromptUnlearner(base, config, method.loss, prompt_position=options.prompt_position, start=start)
@@ -155,6 +156,20 @@ def run(options: TrainOptions) -> int | None:
             print(line)
         print(f"saved: {options.output_dir}")
     return None
+
+
+def _methods() -> list[str]:
+    """Names of the methods that train a prompt."""
+    from ..training.methods import METHODS, unlearning_method
+
+    def trains_prompt(name: str) -> bool:
+        try:
+            unlearning_method(name, "prompt")
+        except ValueError:  # it reads hidden states
+            return False
+        return True
+
+    return [name for name in METHODS if trains_prompt(name)]
 
 
 def _fill(options: TrainOptions) -> None:

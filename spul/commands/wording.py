@@ -2,50 +2,68 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Texts of warnings, errors and reasons, and what a command has in their place.
-WORDS = (
-    (r"the collator's max_length", "--max-length"),
-    (r"the collator has max_length=(\S+?)([,:])", r"--max-length is \1\2"),
-    (r"give one with max_length of at most", "lower it to at most"),
-    (r"give the collator a smaller max_length", "lower --max-length"),
-    (r"give the collator a text_field", "give --text-field"),
-    (r"give AttackSettings\(names=\.\.\.\)", "give --names"),
-    (r"give (AttackSettings\(.*?\)|questions=)", r"call spul.evaluate in Python with \1"),
-    (r"give (base|retrained|reference|unseen)=", r"give --\1"),
-    (r"give unrelated_texts=", "give --unrelated-texts"),
-    (r"none is given; expected the base, by name or folder", "none is given; expected --model BASE --adapter FOLDER"),
-    (r"give another output_dir", "give another --output-dir"),
+from ..data.unlearning_data import SPLITS
+
+# What to give, as messages say it: an argument of `evaluate`, or one of its `AttackSettings`.
+TO_GIVE = re.compile(r"give (AttackSettings\((\w+)=.*?\)|(\w+)=)")
+# An argument, of the collator or of `evaluate`, alone or with its value; not within a path or in quotes.
+ARGUMENT = re.compile(
+    r"""(?:the\ collator(?:'s|\ a(?P<smaller>\ smaller)?)\ )?
+    (?<![\w/.'"-]) (?P<name>[a-z]\w*) (?P<is>=(?P<value>-?\w(?:[\w.]*\w)?)?)? (?![\w/'"])""",
+    re.VERBOSE,
 )
+BASE = ("expected the base, by name or folder", "expected --model BASE --adapter FOLDER")
 
 
-def in_options(text: str) -> str:
-    """A message of the library in the words of the command line."""
-    for pattern, replacement in WORDS:
-        text = re.sub(pattern, replacement, text)
-    return text
+def in_options(text: str, options: type) -> str:
+    """A message of the library in the words of the command line.
+
+    Args:
+        text: the message.
+        options: the command's dataclass of options, whose fields have the names of the library's arguments.
+    """
+    names = {field.name for field in dataclasses.fields(options)} - set(SPLITS)
+
+    def give(found: re.Match[str]) -> str:
+        name = found[2] or found[3]
+        return f"give {name}=" if name in names else f"call spul.evaluate in Python with {found[1]}"
+
+    def option(found: re.Match[str]) -> str:
+        name = found["name"]
+        if name not in names or not (found["is"] or "_" in name):  # a word of English otherwise, such as base
+            return found[0]
+        smaller = "a smaller" if found["smaller"] else ""
+        return " ".join(filter(None, (smaller, f"--{name.replace('_', '-')}", found["value"])))
+
+    return ARGUMENT.sub(option, TO_GIVE.sub(give, text)).replace(*BASE)
 
 
 @contextmanager
-def messages_in_options() -> Iterator[None]:
-    """Context manager: warnings and ValueErrors speak of the command's options."""
+def messages_in_options(options: type) -> Iterator[None]:
+    """Context manager: warnings and ValueErrors speak of the command's options.
+
+    Args:
+        options: as of `in_options`.
+    """
     with warnings.catch_warnings():
         show: Any = warnings.showwarning
 
         def shown(message: Any, category: Any, filename: str, lineno: int, file: Any = None, line: Any = None) -> None:
-            text = in_options(str(message))
+            text = in_options(str(message), options)
             show(message if text == str(message) else category(text), category, filename, lineno, file, line)
 
         warnings.showwarning = shown
         try:
             yield
         except ValueError as error:
-            text = in_options(str(error))
+            text = in_options(str(error), options)
             if text == str(error):
                 raise
             raise ValueError(text) from error

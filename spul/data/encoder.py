@@ -86,6 +86,7 @@ class RowEncoder:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.text_field, self.append_eos, self.pad_to_multiple_of = text_field, append_eos, pad_to_multiple_of
         self.prompt_position, self.num_cut = prompt_position, 0
+        self.warns_of_boundaries = True
         self._boundaries: set[tuple[str, str]] = set()  # ends of prompts and starts of completions that were checked
         self._cache: dict[Hashable, array[int]] = {}
         # Some tokenizers end every text with this token; a prompt must not end yet.
@@ -102,6 +103,7 @@ class RowEncoder:
         """An encoder with the same settings and another maximum length."""
         settings = (self.text_field, self.append_eos, self.pad_to_multiple_of, self.prompt_position)
         encoder = RowEncoder(self.tokenizer, max_length, *settings)
+        encoder.warns_of_boundaries = self.warns_of_boundaries
         encoder._cache, encoder._boundaries = self._cache, self._boundaries  # of ids before they are shortened
         return encoder
 
@@ -275,7 +277,7 @@ class RowEncoder:
         Checked once for each of the first ends of prompts with each start of a completion.
         """
         boundary = (prompt[-BOUNDARY_WIDTH:], text[:BOUNDARY_WIDTH])
-        if boundary in self._boundaries or len(self._boundaries) >= MAX_BOUNDARIES:
+        if not self.warns_of_boundaries or boundary in self._boundaries or len(self._boundaries) >= MAX_BOUNDARIES:
             return
         self._boundaries.add(boundary)
         if fault := self.boundary_fault(prompt, text):

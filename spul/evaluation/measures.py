@@ -135,7 +135,7 @@ MEASURES = {
             "Accuracy is the share of rows whose completion greedy decoding generates, generic answers the share for "
             "which it generates a generic completion. Loss is the negative log-likelihood of the completion, in nats "
             "per row. Behind gates: the share of rows that they flag; a right answer past the gate is the base's own, "
-            "one past the prompt came through the prompt of a flagged row.",
+            "one though flagged came in spite of what flagged rows get.",
             tasks.utility,
             figure="splits",
             generates="free-form",
@@ -211,7 +211,7 @@ MEASURES = {
         Measure(
             "quantized",
             "A quantized base",
-            "The same prompt or layers over the base's weights in fewer bits.",
+            "The same method over the base's weights in fewer bits.",
             attack_tasks.quantized,
             _requires_whole,
             unit=("bit", "bit"),

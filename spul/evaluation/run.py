@@ -182,8 +182,9 @@ def evaluate(
     )
     if suite.room is not None and collator.encoder.max_length > suite.room:
         raise ValueError(
-            f"the collator has max_length={collator.encoder.max_length}, and the model room for {suite.room} tokens "
-            f"beside its virtual ones; attacked rows may be long, so give one with max_length of at most {suite.room}."
+            f"the collator's max_length={collator.encoder.max_length} exceeds the {suite.room} tokens that the model "
+            f"has room for beside its virtual ones; attacked rows may be long, so lower max_length to at most "
+            f"{suite.room}."
         )
     if PartialState().is_main_process:
         for name, rows in {**sets, **others}.items():

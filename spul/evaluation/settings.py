@@ -93,8 +93,8 @@ def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, 
         `adapter` (folder or Hub name, with the gates in front of it, or names and kinds of PEFT's adapters; None if
         not known), `adapter_name` (folder or Hub name alone; None if not known, or of several), `weights_sha256` (of
         its file; None if it was not saved as it is, or of several prompts), `base` (name), `base_fingerprint`,
-        `weights_changed` (whether no adapter can be disabled), `attack_examples`, and `rows`: a `DataSummary` as a
-        dict for each set.
+        `weights_changed` (whether no adapter can be disabled), `method` (what is between base and model, in words),
+        `is_gated`, `is_trained`, `attack_examples`, and `rows`: a `DataSummary` as a dict for each set.
     """
     unlearner = unlearner_of(suite.model)
     base: Any = bare_model(suite.model) if unlearner.has_adapter else suite.base
@@ -117,6 +117,9 @@ def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, 
         "base": without_local_path(base_name) if base_name else None,
         "base_fingerprint": None if base is None else fingerprint(base),
         "weights_changed": not unlearner.has_adapter,
+        "method": unlearner.in_words,
+        "is_gated": unlearner.is_gated,
+        "is_trained": unlearner.is_trained,
         "attack_examples": dict(examples or {}),
         "rows": {name: dataclasses.asdict(summarize_rows(rows, digest_key)) for name, rows in _sets(suite).items()},
     }

@@ -258,7 +258,7 @@ class Suite:
         return per_row
 
     def _gate_scores(self, model: Any, rows: Dataset, accuracy: np.ndarray) -> dict[str, Any]:
-        """Which rows a gate flags, and whether a right answer came past the gate or past the prompt behind it."""
+        """Which rows a gate flags, and whether a right answer came past the gate or past what is behind it."""
         names = unlearner_of(model).names_of([self.collator.encoder.encode(row).prompt_ids for row in rows])
         if names is None:
             return {}

@@ -6,15 +6,14 @@ import json
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
 
-from ..records.fields import Checks, check_values, read_object
-from ..records.files import HUB_ARGUMENTS, find_file, write_text
+from ..records.files import find_file, write_text
+from ..records.saved import Saved
 from ..records.weights import Shapes, file_digest, read_weights, weight_shapes
 
 FORMAT_VERSION = 1
@@ -38,37 +37,8 @@ def write_gate(folder: str | os.PathLike, fields: Mapping[str, Any], arrays: Map
     write_text(folder / SETTINGS_NAME, json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False))
 
 
-@dataclass(frozen=True)
-class SavedGate:
-    """A saved gate, whose `gate.json` is read and checked as far as all kinds share it.
-
-    Attributes:
-        folder: the folder, or the Hub repository.
-        hub: arguments of `find_file`.
-        path: the path of `gate.json`.
-        fields: the fields in it.
-    """
-
-    folder: str
-    hub: Mapping[str, Any]
-    path: Path
-    fields: dict[str, Any]
-
-    @property
-    def kind(self) -> str:
-        """The kind of the gate."""
-        return self.fields["kind"]
-
-    def check(self, checks: Checks) -> None:
-        """Raise unless every field has a value that its check accepts.
-
-        Args:
-            checks: for each field, a check and the words for what is expected.
-
-        Raises:
-            ValueError: if one is missing or has not.
-        """
-        check_values(self.fields, checks, self.path, "Save the gate again.")
+class SavedGate(Saved):
+    """A saved gate: its `gate.json`, and its arrays."""
 
     def arrays(self, shapes: Shapes) -> dict[str, np.ndarray]:
         """The arrays, float64, of the names and shapes expected.
@@ -113,18 +83,9 @@ def read_gate(folder: str | os.PathLike, **hub: Any) -> SavedGate:
         TypeError: if an argument is not one of the Hub's.
         ValueError: if it is not JSON, of a later format, or a field has another type.
     """
-    if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
-        raise TypeError(f"unknown arguments {unknown}; expected the Hub's: {', '.join(HUB_ARGUMENTS)}.")
-    path = find_file(folder, SETTINGS_NAME, **hub)
-    if path is None:
-        raise FileNotFoundError(f"{str(folder)!r} has no {SETTINGS_NAME}; expected a folder that Gate.save wrote.")
-    saved = SavedGate(str(folder), hub, path, read_object(path))
-    version = saved.fields.get("format_version")
-    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version is {version!r}; expected 1 to {FORMAT_VERSION}; update spul.")
+    saved = SavedGate.read(folder, SETTINGS_NAME, FORMAT_VERSION, "Gate.save", hub)
     saved.check(
         {
-            "kind": (lambda value: isinstance(value, str), "the name of a kind of gate"),
             "threshold": (is_number, "a finite number"),
             "report": (lambda value: value is None or isinstance(value, dict), "an object, or null"),
             "arrays_sha256": (lambda value: value is None or isinstance(value, str), "text, or null"),

@@ -57,6 +57,7 @@ class GatedUnlearner(nn.Module, Unlearner):
     reads_tokens = True
     takes_prompt_position = True
     is_gated = True
+    in_words = "the prompt behind its gate"
 
     def __init__(
         self,

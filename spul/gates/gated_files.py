@@ -16,7 +16,7 @@ from ..models.compat import CHECKPOINT_PREFIX
 from ..prompts.checkpoint import CONFIG_NAME, ENCODER_NAME, WEIGHTS_NAME, read
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.card import CARD_NAME, write_gate_section
-from ..records.fields import read_object
+from ..records.fields import check_format, read_object
 from ..records.files import find_file, write_text
 from ..records.spul_config import SPUL_CONFIG_NAME
 from ..records.weights import file_digest
@@ -217,9 +217,7 @@ def _checked(routing: dict[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         ValueError: if it is of a later format, or a field is missing or of another type.
     """
-    version = routing.get("format_version")
-    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
-        raise ValueError(f"{path}: format_version is {version!r}; expected 1 to {FORMAT_VERSION}; update spul.")
+    check_format(routing.get("format_version"), FORMAT_VERSION, path)
     for name in ("prompts", "gates", "precedence"):
         if not is_texts(routing.get(name)) or any(_is_path(each) for each in routing[name]):
             raise ValueError(

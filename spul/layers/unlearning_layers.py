@@ -64,6 +64,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         ```
     """
 
+    in_words = "the unlearning layers"
     has_own_checkpoint = True
     can_be_sharded = False
 

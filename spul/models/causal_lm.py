@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -30,11 +31,13 @@ _modes_before: list[dict[nn.Module, bool]] = []
 def zero_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
     """Set every dropout probability of a frozen model, and the noise of its routers, to 0.
 
-    Else the two passes of one step would differ by noise. What has no such setting, see `keep_in_evaluation`.
+    Else the two passes of one step would differ by noise. What has no such setting, see `keep_in_evaluation`. A config
+    with dropout is the model's own afterwards: the one that it was built from may be the caller's, or another model's.
 
     Returns:
         (module or config, attribute, value) of each before, for `restore_dropout`.
     """
+    _own_configs(model)
     before = dropout_of(model)
     restore_dropout([(module, name, 0.0) for module, name, _ in before])
     return before
@@ -43,17 +46,29 @@ def zero_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
 def dropout_of(model: nn.Module) -> list[tuple[Any, str, float]]:
     """(module or config, attribute, value) of each dropout of a model, and of its routers' noise."""
     found: list[tuple[Any, str, float]] = []
-    configs: dict[int, Any] = {}
     for module in model.modules():
         if is_dropout(module):
             found.append((module, "p", cast(Any, module).p))
         # Functional: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, Mixtral's `jitter_noise`, ...
         found += [(module, name, p) for name, p in vars(module).items() if _is_noise(name) and isinstance(p, float)]
-        if isinstance(config := vars(module).get("config"), PreTrainedConfig):
-            configs[id(config)] = config
-    for config in configs.values():  # Falcon, GPT-J, GPT-Neo and Persimmon read them there in every forward
+    for config in {id(one): one for _, one in _configs(model)}.values():  # read there in every forward, as by Falcon
         found += [(config, name, p) for name, p in vars(config).items() if "drop" in name and isinstance(p, float)]
     return found
+
+
+def _configs(model: nn.Module) -> list[tuple[nn.Module, PreTrainedConfig]]:
+    """Each module that holds a config, and the config, which many of them share."""
+    found = ((module, vars(module).get("config")) for module in model.modules())
+    return [(module, config) for module, config in found if isinstance(config, PreTrainedConfig)]
+
+
+def _own_configs(model: nn.Module) -> None:
+    """Put copies in the place of a model's configs, if any has dropout; modules that shared one share its copy."""
+    if not any(isinstance(holder, PreTrainedConfig) and p for holder, _, p in dropout_of(model)):
+        return
+    copies: dict[int, Any] = {}
+    for module, config in _configs(model):
+        cast(Any, module).config = copy.deepcopy(config, copies)
 
 
 def _is_noise(name: str) -> bool:
@@ -77,9 +92,37 @@ def keep_in_evaluation(model: nn.Module) -> None:
 
 def set_samplers(model: nn.Module, mode: bool) -> None:
     """Set the mode of the modules of a model that sample in training mode."""
-    for module in model.modules():
-        if any(kind.__name__ in _SAMPLERS for kind in type(module).__mro__):
-            module.train(mode)
+    for module in _of_class(model, _SAMPLERS).values():
+        module.train(mode)
+
+
+# Linear layers by their class alone: these return more than a tensor, or of another shape, so that PEFT's LoRA, which
+# takes them for linear, fails.
+_NOT_LINEAR = ("PhimoeTopKRouter", "Llama4Router", "DeepseekV4GroupedLinear")
+
+
+def not_linear(model: nn.Module) -> list[str]:
+    """Names of the modules of a model that are linear layers by their class, and compute something else."""
+    return [*_of_class(model, _NOT_LINEAR)]
+
+
+def _of_class(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules of a model whose class, or one that it is derived from, has one of these names, by their own."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(kind.__name__ in names for kind in type(module).__mro__)
+    }
+
+
+def stop_sampling(model: nn.Module) -> None:
+    """Have the modules of a model that sample in training mode run in evaluation mode, whatever mode is set later."""
+    for module in _of_class(model, _SAMPLERS).values():
+        module.register_forward_pre_hook(_to_evaluation)
+
+
+def _to_evaluation(module: nn.Module, inputs: Any) -> None:
+    module.eval()
 
 
 @contextmanager
@@ -115,13 +158,15 @@ def _restore_modes(modes: dict[nn.Module, bool]) -> None:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Context manager: if the block raises, the model's dropout, `requires_grad` and training modes are as before."""
-    dropout = dropout_of(model)
+    """Context manager: if the block raises, a model's configs, dropout, `requires_grad` and modes are as before."""
+    configs, dropout = _configs(model), dropout_of(model)
     modes = [(module, module.training) for module in model.modules()]
     gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
+        for module, config in configs:
+            cast(Any, module).config = config
         restore_dropout(dropout)
         for module, mode in modes:
             module.training = mode

@@ -28,6 +28,9 @@ _INDICES = ("layer_idx", "layer_id")
 _FLAG = "gradient_checkpointing"
 switching = threading.RLock()
 """Held by who changes the mode of a base or its checkpointing, and by forwards that depend on them: `unswitched`."""
+# Modules whose checkpointing is off for a while, and will be on again; read and written together with their flags.
+_off_for_now: set[nn.Module] = set()
+_flags = threading.Lock()
 
 
 def is_checkpointing(base_model: nn.Module) -> bool:
@@ -61,9 +64,12 @@ def unswitched(base_model: nn.Module) -> Iterator[None]:
 
     Each layer asks for the mode by itself, and drops its cache by it; a mode that changed between two layers, or
     between a probe's answer and the forward that relies on it, would lose a prompt. Without checkpointing the mode of
-    a frozen base matters to nothing, and no thread waits.
+    a frozen base matters to nothing, and no thread waits. While another thread has switched it off for a while, it
+    counts as on: it would come on again between two layers.
     """
-    if not any(m.gradient_checkpointing for m in modules_with(base_model, _FLAG)):
+    with _flags:
+        is_on = any(m.gradient_checkpointing or m in _off_for_now for m in modules_with(base_model, _FLAG))
+    if not is_on:
         yield
         return
     with switching:
@@ -75,13 +81,18 @@ def without_checkpointing(base_model: nn.Module) -> Iterator[None]:
     """Context manager: gradient checkpointing is off; on exit it is on again where it was."""
     with switching:
         modules = [m for m in modules_with(base_model, _FLAG) if m.gradient_checkpointing]
-        for module in modules:
-            module.gradient_checkpointing = False
+        _switch(modules, False)
         try:
             yield
         finally:
-            for module in modules:
-                module.gradient_checkpointing = True
+            _switch(modules, True)
+
+
+def _switch(modules: list[Any], on: bool) -> None:
+    with _flags:
+        (_off_for_now.difference_update if on else _off_for_now.update)(modules)
+        for module in modules:
+            module.gradient_checkpointing = on
 
 
 class _Prompts(NamedTuple):

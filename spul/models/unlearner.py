@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..losses.batch import LogitsFunction
-from .causal_lm import evaluation_mode, logits_at, states_at, unwrapped
-from .compat import adapter_enabled, own_parameters
+from .causal_lm import evaluation_mode, logits_at, not_linear, states_at, unwrapped
+from .compat import adapter_enabled, own_parameters, peft_layers
 
 PREFIX_TYPES = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)  # prompts that are keys and values, not embeddings
 PROMPT_TYPES = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, *PREFIX_TYPES)
@@ -52,12 +52,13 @@ class Unlearner:
             batch must have one length.
         follows_embeddings: whether `embedding_logits` works.
         reads_tokens: whether it reads the tokens of a request, which vectors in their place are not.
-        is_gated: whether gates, which read a request's text, choose its prompt.
+        is_gated: whether gates, which read a request's text, choose what it gets: a prompt, a refusal, or the base.
         is_trained: whether something of it was trained, which can be trained further.
         answers_fixed: whether some requests get a fixed text, whose tokens have probability 1 and all others 0.
         loss: its `UnlearningLoss`; None if the caller must pass one.
         multiplier: the `RetainMultiplier` of a loss of its own that has a budget; None otherwise.
         spul_config: the `SpulConfig` that is saved with it; None where there is none.
+        in_words: what stands between the base and the model, for reports: `"the prompt"`.
     """
 
     enabled: Any = True
@@ -77,6 +78,7 @@ class Unlearner:
     loss: Any = None
     multiplier: Any = None
     spul_config: Any = None
+    in_words: Any = "the adapter"
 
     # ---- the base and the adapter on it ----
 
@@ -235,6 +237,7 @@ class FullModel(_Wrapped):
 
     has_adapter = False
     trains_base = True
+    in_words = "the trained weights"
 
     def get_base_model(self) -> Any:
         return self.inner
@@ -262,6 +265,11 @@ class FullModel(_Wrapped):
 class PeftAdapter(_Wrapped):
     """A causal LM under LoRA or another adapter of PEFT that adds no tokens."""
 
+    @property
+    def in_words(self) -> str:
+        kinds = {self.inner.peft_config[name].peft_type for name in self.inner.active_adapters}
+        return "LoRA" if kinds == {PeftType.LORA} else "the adapter"
+
     def get_base_model(self) -> Any:
         return unwrapped(self.inner.get_base_model())
 
@@ -271,6 +279,16 @@ class PeftAdapter(_Wrapped):
     @property
     def enabled(self) -> bool:
         return adapter_enabled(self.inner)
+
+    def check_trainable(self) -> None:
+        base = self.get_base_model()
+        wrapped = {f"{name}.base_layer": name for name in peft_layers(base)}
+        if found := [wrapped[name] for name in not_linear(base) if name in wrapped]:
+            last = found[0].rpartition(".")[2]
+            raise ValueError(
+                f"the adapter is on {found[0]!r}, which is no linear map, so that PEFT's forward fails there; leave "
+                f"it out of the adapter's config: exclude_modules=[{last!r}]."
+            )
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         base = {id(parameter) for _, parameter in own_parameters(self.get_base_model())}
@@ -298,6 +316,7 @@ class PeftPrompt(PeftAdapter):
 
     pads_between = True
     follows_embeddings = False
+    in_words = "the prompt"
 
     def check_measurable(self) -> None:
         kind = PeftType(self.inner.active_peft_config.peft_type)

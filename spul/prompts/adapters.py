@@ -17,7 +17,7 @@ from ..models.compat_devices import device_of, is_offloaded
 from ..models.unlearner import Unlearner
 from ..records.spul_config import SpulConfig
 from . import checkpoint
-from .configs import check_peft_config, check_promptable, fill_sizes
+from .configs import check_peft_config, check_promptable, filled
 from .position import check_position
 from .shared_prefix import drop_cached
 from .starts import Start, check_start, start_prompt
@@ -70,7 +70,7 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         is_first = "spul_configs" not in self.__dict__  # its base was checked before, and its start comes afterwards
         if not is_first:
             check_promptable(self.get_base_model(), peft_config)
-            fill_sizes(self.get_base_model(), peft_config)
+            peft_config = filled(self.get_base_model(), peft_config)
             own, others = PeftType(peft_config.peft_type), PeftType(self.peft_type)
             if own != others:
                 raise ValueError(

@@ -31,7 +31,7 @@ from .configs import (
     check_peft_config,
     check_sizes,
     encoder_shapes,
-    fill_sizes,
+    filled,
     has_encoder,
     holds_states,
     prompt_shape,
@@ -356,7 +356,7 @@ def check_base(base: Any, config: Any, spul_config: SpulConfig, adapter: str | o
     expected: tuple[int, ...]
     if holds_states(config):
         fresh = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
-        fill_sizes(base, fresh)
+        fresh = filled(base, fresh)
         found, expected = (config.num_layers, config.token_dim), prefix_shape(fresh, base.config)
         what = "(layers, width of keys)"
     else:

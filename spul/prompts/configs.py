@@ -185,18 +185,20 @@ def without_start(config: PeftConfig) -> None:
         config.prompt_tuning_init_text = config.tokenizer_name_or_path = config.tokenizer_kwargs = None
 
 
-def fill_sizes(model: nn.Module, peft_config: Any) -> None:
-    """Set the sizes of a prompt's config that PEFT may not find, since families have names of their own for them.
+def filled(model: nn.Module, peft_config: Any) -> Any:
+    """A copy of a prompt's config, with sizes that PEFT may not find, since families have names of their own for them.
 
     PEFT asks for a number of attention heads also where there is no attention (Mamba, RWKV) or where no prompt uses
     it: 1 then.
 
     Args:
         model: the base.
-        peft_config: the prompt's config; sizes that are given stay.
+        peft_config: the prompt's config, which stays as it is: it may be that of a prompt of another base, too. Sizes
+            that are given stay.
     """
+    peft_config = copy.deepcopy(peft_config)
     if not isinstance(model, PreTrainedModel):
-        return
+        return peft_config
     text_config = model.config.get_text_config()
     found = {
         "num_layers": "num_hidden_layers",
@@ -207,6 +209,7 @@ def fill_sizes(model: nn.Module, peft_config: Any) -> None:
         size = getattr(text_config, own, 1 if name == "num_attention_heads" else None)
         if getattr(peft_config, name) is None and is_count(size, least=1):
             setattr(peft_config, name, size)
+    return peft_config
 
 
 def check_promptable(model: nn.Module, peft_config: Any) -> None:

@@ -21,7 +21,7 @@ from ..models.disabling import disabled_here, is_disabled_here
 from . import checkpoint
 from .adapters import PromptAdapters
 from .arguments import METHODS_OF_THE_BASE
-from .configs import check_causal_lm, check_peft_config, check_promptable, fill_sizes
+from .configs import check_causal_lm, check_peft_config, check_promptable, filled
 from .generation import generate_prompted
 from .inference import named_forward, ordinary_forward
 from .position import check_position, stands_inside
@@ -67,6 +67,7 @@ class SoftPromptUnlearner(PromptAdapters):
         ```
     """
 
+    in_words = "the prompt"
     computes_loss = True
     takes_adapter_names = True
     takes_prompt_position = True
@@ -95,16 +96,16 @@ class SoftPromptUnlearner(PromptAdapters):
         if not isinstance(loss, UnlearningLoss):
             raise TypeError(f"loss={loss!r}: expected an UnlearningLoss, such as UnlearningLoss(alpha=1.0, beta=0.5).")
         check_promptable(model, peft_config)
-        fill_sizes(model, peft_config)
+        peft_config = filled(model, peft_config)
         peft_config.task_type = TaskType.CAUSAL_LM
         with unchanged_on_error(model):
+            zero_dropout(model)  # first: the model's config may be another one then, and PEFT keeps it, too
             super().__init__(model, peft_config, adapter_name, **kwargs)
             self.spul_config.prompt_position = prompt_position
             keep_4bit_differentiable(model)  # before a forward, in which layers would repack their weights
             if is_prefix(self) and not is_sharded(model):
                 check_prefix(self)
             self.loss = loss
-            zero_dropout(model)
             keep_in_evaluation(model)
             model.requires_grad_(False)
             if not peft_config.inference_mode:

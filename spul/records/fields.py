@@ -36,6 +36,21 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
     return data
 
 
+def check_format(version: Any, latest: int, where: str | os.PathLike) -> None:
+    """Raise unless the format of a file is one that this version knows.
+
+    Args:
+        version: its `format_version`.
+        latest: the latest that is known; the first is 1.
+        where: the file, for the message.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= latest:
+        raise ValueError(f"{where}: format_version is {version!r}; expected 1 to {latest}; update spul.")
+
+
 def check_fields(data: Mapping[str, Any], where: str) -> None:
     """Raise unless every field that `spul_config.json` documents has a value of its type and range.
 

@@ -13,7 +13,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from .digests import DataSummary, fingerprint
-from .fields import check_fields, read_object
+from .fields import check_fields, check_format, read_object
 from .files import find_file, write_text
 from .weights import file_digest
 
@@ -92,8 +92,7 @@ class SpulConfig:
         """
         data = read_object(path)
         found = data.pop("format_version", 1)  # records of the first versions have none
-        if isinstance(found, bool) or not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
-            raise ValueError(f"{path}: format_version is {found!r}; expected 1 to {FORMAT_VERSION}; update spul.")
+        check_format(found, FORMAT_VERSION, path)
         check_fields(data, str(path))
         known = {f.name for f in dataclasses.fields(cls)} - {"unknown", "name"}
         config = cls(**{key: value for key, value in data.items() if key in known})

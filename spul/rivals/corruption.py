@@ -134,6 +134,8 @@ class EmbeddingCorruption(Rival):
     """
 
     kind = "embedding corruption"
+    in_words = "the gate and its corruption"
+    is_gated = True
     gate: Gate
     fields_saved: ClassVar[Checks] = {
         **GATE_CHECK,

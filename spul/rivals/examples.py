@@ -64,6 +64,7 @@ class InContextUnlearning(RewritingRival):
     """
 
     kind = "in-context unlearning"
+    in_words = "the examples in context"
     fields_saved: ClassVar[Checks] = {
         "num_forget": (lambda value: is_count(value, 1), "a whole number of 1 or more"),
         "forget": (lambda value: value != [] and _are_examples(value), "rows of prompt and completion, one or more"),

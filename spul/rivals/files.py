@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,9 @@ from ..gates.files import SETTINGS_NAME as GATE_NAME
 from ..gates.gate import Gate
 from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME, gate_of
 from ..prompts.checkpoint import CONFIG_NAME as ADAPTER_NAME
-from ..records.fields import Checks, is_sha256, read_object
+from ..records.fields import Checks, is_sha256
 from ..records.files import check_can_hold, find_file, write_text
+from ..records.saved import Saved
 from ..records.weights import file_digest
 
 RIVAL_NAME, FORMAT_VERSION = "spul_rival.json", 1
@@ -51,26 +51,8 @@ def write_rival(folder: str | os.PathLike, kind: str, fields: Mapping[str, Any],
     write_text(folder / RIVAL_NAME, json.dumps(data, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
 
 
-@dataclass(frozen=True)
-class SavedRival:
-    """A saved rival, whose `spul_rival.json` is read and checked as far as all kinds share it.
-
-    Attributes:
-        folder: the folder, or the Hub repository.
-        hub: arguments of `find_file`.
-        path: the path of `spul_rival.json`.
-        fields: the fields in it.
-    """
-
-    folder: str
-    hub: Mapping[str, Any]
-    path: Path
-    fields: dict[str, Any]
-
-    @property
-    def kind(self) -> str:
-        """The name of the method."""
-        return self.fields["kind"]
+class SavedRival(Saved):
+    """A saved rival: its `spul_rival.json`, and its gate."""
 
     def gate(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Gate:
         """The gate that was saved with it.
@@ -97,15 +79,7 @@ def read_rival(folder: str | os.PathLike, **hub: Any) -> SavedRival:
 
     Raises:
         FileNotFoundError: if there is none.
+        TypeError: if an argument is not one of the Hub's.
         ValueError: if it is not JSON, of a later format, or names no kind.
     """
-    path = find_file(folder, RIVAL_NAME, **hub)
-    if path is None:
-        raise FileNotFoundError(f"{str(folder)!r} has no {RIVAL_NAME}, which save_pretrained of a rival writes.")
-    fields = read_object(path)
-    version = fields.get("format_version")
-    if isinstance(version, bool) or version not in range(1, FORMAT_VERSION + 1):
-        raise ValueError(f"{path}: format_version is {version!r}; expected 1 to {FORMAT_VERSION}; update spul.")
-    if not isinstance(fields.get("kind"), str):
-        raise ValueError(f"{path}: kind is {fields.get('kind')!r:.80}; expected the name of a method. Save it again.")
-    return SavedRival(str(folder), hub, path, fields)
+    return SavedRival.read(folder, RIVAL_NAME, FORMAT_VERSION, "save_pretrained of a rival", hub)

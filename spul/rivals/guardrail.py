@@ -57,6 +57,7 @@ class GuardrailPrompt(RewritingRival):
     """
 
     kind = "guardrail prompt"
+    in_words = "the guardrail's instruction"
     fields_saved: ClassVar[Checks] = {
         "instruction": (lambda value: isinstance(value, str) and value.strip() != "", "a text")
     }

@@ -58,6 +58,8 @@ class FixedRefusal(Rival):
     """
 
     kind = "fixed refusal"
+    in_words = "the gate and its refusal"
+    is_gated = True
     answers_fixed = True
     gate: Gate
     fields_saved: ClassVar[Checks] = {**GATE_CHECK, "refusal": (lambda value: isinstance(value, str), "a text")}

@@ -23,7 +23,7 @@ from ..models.compat_devices import device_of
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.unlearner import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
-from ..records.fields import Checks, check_values
+from ..records.fields import Checks
 from .files import GATE_DIGEST, read_rival, write_rival
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Rival(nn.Module, Unlearner):
     """
 
     kind = ""
+    in_words = "the method"
     gate: Gate | None = None
     fields_saved: ClassVar[Checks] = {}
     follows_embeddings = False
@@ -166,7 +167,7 @@ class Rival(nn.Module, Unlearner):
             raise ValueError(
                 f"{saved.path} is of another method, {saved.kind}; expected that of a {cls.__name__}, {cls.kind}."
             )
-        check_values(saved.fields, cls.fields_saved, saved.path, "Save it again.")
+        saved.check(cls.fields_saved)
         gate = saved.gate(model, tokenizer) if GATE_DIGEST in cls.fields_saved else None
         return cast(R, cls.restored(model, tokenizer, saved.fields, gate))
 

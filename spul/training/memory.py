@@ -21,7 +21,7 @@ from ..models.compat import prefix_shape
 from ..models.compat_cache import LayerStates
 from ..models.compat_checkpointing import switch_checkpointing
 from ..models.compat_devices import TensorMemory, fake_tensors
-from ..prompts.configs import check_peft_config, encoder_shapes, fill_sizes, has_encoder, holds_states, prompt_shape
+from ..prompts.configs import check_peft_config, encoder_shapes, filled, has_encoder, holds_states, prompt_shape
 from ..prompts.states import PromptStates, compute_states, in_front
 
 # Of a prompt's parameters: weights, gradients and AdamW's two moments, in float32.
@@ -119,7 +119,7 @@ def estimate_memory(
     rows = batch_size if retain_rows is None else retain_rows
     if not 0 <= rows <= batch_size:
         raise ValueError(f"retain_rows={retain_rows}: expected 0 to batch_size={batch_size}.")
-    prompt: Any = copy.deepcopy(prompt_config) or PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30)
+    prompt: Any = prompt_config or PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=30)
     check_peft_config(prompt)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and 0 < limit < max_length + prompt.num_virtual_tokens:
@@ -129,7 +129,7 @@ def estimate_memory(
         )
     with fake_tensors():
         base: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).requires_grad_(False)
-        fill_sizes(base, prompt)
+        prompt = filled(base, prompt)
         if holds_states(prompt):
             prompt.num_layers, prompt.token_dim = prefix_shape(prompt, config)
         weights = _weights(base, dtype, bits, processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from peft import (
     get_peft_model,
     prepare_model_for_kbit_training,
 )
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.checks import forget_flags
 from ..data.collator import ForgetRetainCollator
@@ -29,8 +30,9 @@ from ..losses.states import RMU, StateDistance, StateTerm
 from ..losses.suppressed import CEU, UNDIAL
 from ..losses.terms import CrossEntropy, GradientAscent, KLAscent, KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import feed_forward_ends, restore_dropout, zero_dropout
+from ..models.causal_lm import feed_forward_ends, not_linear, stop_sampling, zero_dropout
 from ..models.compat import is_quantized, keep_4bit_differentiable
+from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 
 logger = logging.getLogger(__name__)
@@ -137,7 +139,7 @@ class Method:
         """Put a prompt, layers or LoRA on a model, or make all its weights trainable.
 
         The model's dropout is set to zero, as in preference optimization, since its noise would add to the divergence
-        from the reference. LoRA's own dropout stays.
+        from the reference; for the same reason PhiMoE's routers sample no experts. LoRA's own dropout stays.
 
         Args:
             model: a causal LM, which changes in place.
@@ -149,8 +151,8 @@ class Method:
             A `SoftPromptUnlearner`, `UnlearningLayers`, a `PeftModel`, or the model itself.
 
         Raises:
-            ValueError: if all weights of a quantized model are to be trained, or `config` is of another kind than
-                `trainable`.
+            ValueError: if all weights of a quantized model are to be trained, `config` is of another kind than
+                `trainable`, or it puts LoRA on a module that is no linear map, such as PhiMoE's router.
             TypeError: if `model` is no causal LM, or has an adapter already.
         """
         if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
@@ -174,16 +176,27 @@ class Method:
                 task_type="CAUSAL_LM", num_virtual_tokens=30, encoder_hidden_size=128
             )
             return SoftPromptUnlearner(model, prompt, loss=self.loss)
-        before = zero_dropout(model)
-        if self.trainable == "full":  # saved with its config, which is to keep its values
-            restore_dropout([one for one in before if isinstance(one[0], PreTrainedConfig)])
+        own_config = model.config
+        zero_dropout(model)
+        if self.trainable == "full":  # saved with its config, which is to keep its values; its layers read others
+            model.config = own_config
+        stop_sampling(model)
         keep_4bit_differentiable(model)
         if self.trainable == "lora":
             modules = "all-linear" if self.loss.reads_layer is None else [*self._steered(model)]
-            lora = peft_config or LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=modules)
+            lora: Any = copy.deepcopy(peft_config)  # PEFT writes into it, and it may be that of another model, too
+            lora = lora or LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=modules)
+            if getattr(lora, "target_modules", None) == "all-linear" and not getattr(lora, "exclude_modules", None):
+                lora.exclude_modules = not_linear(model) or None  # which PEFT takes for linear
             if quantized:
                 model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-            return get_peft_model(model, lora)
+            adapted = get_peft_model(model, lora)
+            try:
+                unlearner_of(adapted).check_trainable()
+            except ValueError:
+                adapted.unload()
+                raise
+            return adapted
         if quantized or peft_config is not None:
             raise ValueError(
                 "trainable='full' trains the weights themselves: load the model unquantized and pass no config, or "

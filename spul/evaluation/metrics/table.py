@@ -108,7 +108,7 @@ METRICS = {
         _knowledge("success", unit="%"),
         Metric("flagged", "flagged by the gate", "%", SHARE, "high", "low", counts_rows=True),
         Metric("past_gate", "right, past the gate", "%", SHARE, "low", counts_rows=True),
-        Metric("past_prompt", "right, past the prompt", "%", SHARE, "low", counts_rows=True),
+        Metric("past_prompt", "right, though flagged", "%", SHARE, "low", counts_rows=True),
         Metric("majority", "accuracy of the most frequent class", "%", SHARE),
         Metric("shuffled", "accuracy on shuffled labels", "%", SHARE),
     )

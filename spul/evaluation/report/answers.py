@@ -71,8 +71,8 @@ def back(evaluation: Evaluation) -> list[str]:
     """The attack that raises most what is answered on the forget rows."""
     pairs = []
     for measure in ATTACKS:
-        attacked = _strongest(evaluation, measure)
-        plain = None if attacked is None else _unattacked(evaluation, attacked)
+        attacked = strongest(evaluation, measure)
+        plain = None if attacked is None else unattacked(evaluation, attacked)
         if attacked is not None and plain is not None:
             pairs.append((attacked, plain))
     if not pairs:
@@ -155,7 +155,7 @@ def _before_and_after(evaluation: Evaluation, rows: str) -> str:
     return text + ("." if retrained is None else f"; a model retrained without the forget rows: {_value(retrained)}.")
 
 
-def _strongest(evaluation: Evaluation, measure: str) -> MetricValue | None:
+def strongest(evaluation: Evaluation, measure: str) -> MetricValue | None:
     """The attack of a measure under which the unlearned model answers most."""
     names: Sequence[str] = [knowledge_name(evaluation, measure)]
     if measure == "sampling":
@@ -169,7 +169,7 @@ def _strongest(evaluation: Evaluation, measure: str) -> MetricValue | None:
     return max(found, key=lambda one: one.value, default=None)
 
 
-def _unattacked(evaluation: Evaluation, attacked: MetricValue) -> MetricValue | None:
+def unattacked(evaluation: Evaluation, attacked: MetricValue) -> MetricValue | None:
     """The same metric of the unlearned model without the attack, on the same rows where there is one."""
     fields: dict[str, Any] = {
         "measure": attacked.measure,

@@ -22,7 +22,7 @@ from .document import Section, to_html, to_markdown
 from .figures import evaluation_figures
 from .plotting import save_figure
 from .summary import before_and_after, without_empty_columns
-from .wording import better_in_words, shown, spaced, value_in_words, where
+from .wording import better_in_words, by_seed, method_in_words, shown, spaced, value_in_words, where
 
 FACTS = {
     "adapter": "adapter",
@@ -30,9 +30,10 @@ FACTS = {
     "base": "base",
     "base_fingerprint": "fingerprint of the base's weights",
 }
+FACTS_WITHOUT_TRAINING = {"adapter": "method", "base": FACTS["base"], "base_fingerprint": FACTS["base_fingerprint"]}
 MODEL_WORDS = {
-    "unlearned": "unlearned: the model with its trained prompt, layers or weights enabled",
-    "detached": "detached: with it disabled, which is the base as it was before",
+    "unlearned": "unlearned: the model with {method}",
+    "detached": "detached: without {method}, which is the base as it was before",
     "retrained": "retrained: a model that never saw the forget rows",
 }
 
@@ -40,6 +41,11 @@ CHANGED_WEIGHTS = """\
 The weights were changed, which is no proof that anything was deleted from them: what an attack brings back was \
 still there, and so may be what none of these attacks brought back. Whoever has the weights can try others, such as \
 training on a few of the rows."""
+BESIDE_WEIGHTS = """\
+Nothing was deleted from the weights: the model is the base with {method}. Whoever runs the base alone has it as it \
+was, knowledge included. This protects where the operator of the model controls what runs, as behind an API. It is no \
+protection where the weights are handed out, or where users can remove or replace what stands beside them."""
+BEHIND_GATES = "A request that no gate flags gets the base's own answer, so who finds a wording that passes has it."
 
 
 def evaluation_markdown(evaluation: Evaluation) -> str:
@@ -80,16 +86,19 @@ def write_report(
 
 def title_of(evaluation: Evaluation) -> str:
     """The report's title: what was evaluated, as far as it has a name."""
-    facts = [one for _, one in _by_seed(evaluation.facts)]
+    facts = [one for _, one in by_seed(evaluation.facts)]
     adapters, bases = (_distinct(one.get(name) or "" for one in facts) for name in ("adapter", "base"))
     return "Evaluation" + (f" of {adapters}" if adapters else "") + (f" on {bases}" if bases else "")
 
 
 def protection(evaluation: Evaluation) -> str:
     """Protection by the unlearned model, and its limits."""
-    if any(one.get("weights_changed") for _, one in _by_seed(evaluation.facts)):
+    facts = [one for _, one in by_seed(evaluation.facts)]
+    if any(one.get("weights_changed") for one in facts):
         return CHANGED_WEIGHTS
-    return f"{THREAT_MODEL} The same holds for unlearning layers, and for LoRA that is not merged into the weights."
+    method = method_in_words(evaluation)
+    text = THREAT_MODEL if method.startswith("the prompt") else BESIDE_WEIGHTS.format(method=method)
+    return f"{text} {BEHIND_GATES}" if any(one.get("is_gated") for one in facts) else text
 
 
 def _sections(evaluation: Evaluation, digests: Mapping[str, str] | None = None) -> list[Section]:
@@ -109,7 +118,9 @@ def _sections(evaluation: Evaluation, digests: Mapping[str, str] | None = None) 
 
 
 def _reading(evaluation: Evaluation) -> list[str]:
-    texts = ["; ".join(words for model, words in MODEL_WORDS.items() if model in evaluation.models) + "."]
+    method = method_in_words(evaluation)
+    models = [words.format(method=method) for model, words in MODEL_WORDS.items() if model in evaluation.models]
+    texts = ["; ".join(models) + "."]
     texts.append(
         "A value is followed by its 95 % interval, [low, high], if there is one. The better direction is that of the "
         "unlearned model; the others are controls."
@@ -150,7 +161,7 @@ def _measure(evaluation: Evaluation, name: str) -> list[Section]:
 
 def _attack_texts(evaluation: Evaluation) -> list[Section]:
     """Texts that attacks on the input ask, by the example of a row made up for it."""
-    examples = {name: text for _, facts in _by_seed(evaluation.facts)
+    examples = {name: text for _, facts in by_seed(evaluation.facts)
                 for name, text in (facts.get("attack_examples") or {}).items()}  # fmt: skip
     if not examples:
         return []
@@ -178,10 +189,11 @@ def _facts(evaluation: Evaluation, digests: Mapping[str, str]) -> Section:
     versions = [f"{name} {version}" for name, version in library_versions().items()]
     written = f"Written on {datetime.now(timezone.utc).date().isoformat()} (UTC) by {', '.join(versions)}."
     shown, heads = [], []
-    for head, facts in _by_seed(evaluation.facts):
+    for head, facts in by_seed(evaluation.facts):
         heads.append(head)
         sets = {name: _summary(one) for name, one in (facts.get("rows") or {}).items()}
-        shown.append({words: facts[name] or "not known" for name, words in FACTS.items() if name in facts} | sets)
+        words = FACTS if facts.get("is_trained", True) else FACTS_WITHOUT_TRAINING
+        shown.append({words[name]: facts[name] or "not known" for name in words if name in facts} | sets)
     columns, rows = _table("what", heads, shown)
     rows += [[f"SHA-256 of {name}", digest, *[""] * (len(heads) - 1)] for name, digest in digests.items()]
     return Section("What was measured", [written], columns, rows)
@@ -194,17 +206,9 @@ def _summary(rows: Mapping[str, Any]) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> Section:
-    heads, columns = zip(*_by_seed(settings), strict=True)
+    heads, columns = zip(*by_seed(settings), strict=True)
     head, rows = _table("setting", heads, columns)
     return Section("Settings", [] if rows else ["None were recorded."], head, rows)
-
-
-def _by_seed(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The values with their heading; those of each joined seed."""
-    seeds = values.get("seeds")
-    if isinstance(seeds, list) and seeds and all(isinstance(one, dict) for one in seeds):
-        return [(f"seed {i}", one) for i, one in enumerate(seeds)]
-    return [("value", values)]
 
 
 def _table(

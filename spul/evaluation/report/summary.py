@@ -17,6 +17,7 @@ from .wording import (
     better_in_words,
     first,
     knowledge_name,
+    method_in_words,
     points,
     spaced,
     under_input_attacks,
@@ -44,37 +45,15 @@ def before_and_after(evaluation: Evaluation) -> Section:
     return Section("Before and after", [] if rows else [f"The four splits: {NOT_MEASURED}."], columns, rows)
 
 
-def splits_as_text(evaluation: Evaluation) -> list[str]:
-    """A table for a terminal: knowledge of each split with its interval, and the share of generic answers."""
-    name = knowledge_name(evaluation)
-    models = [model for model in ("unlearned", "detached", "retrained") if model in evaluation.models]
-    table = [["", metric_of(name).label, *[""] * (len(models) - 1), "generic"], ["rows", *models, *models]]
-    for split in SPLITS:
-        found = [
-            first(evaluation, measure="utility", rows=split, name=metric, model=model)
-            for metric in (name, "generic")
-            for model in models
-        ]
-        if any(found):
-            cells = ["" if one is None else value_in_words(one) for one in found]
-            table.append(
-                [spaced(split), *cells[: len(models)], *(cell.split(" [")[0] for cell in cells[len(models) :])]
-            )
-    if len(table) == 2:
-        return [f"The four splits: {NOT_MEASURED}."]
-    widths = [max(len(row[i]) for row in table if i < len(row)) for i in range(len(table[1]))]
-    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
-
-
 def what_comes_back(evaluation: Evaluation) -> Section:
     """A line for each attack: what it finds, beside its controls."""
     in_few_bits, in_suffix = (knowledge_name(evaluation, measure) for measure in ("quantized", "soft suffix"))
     rows = [
-        ["Disabling the prompt or adapter", _detached(evaluation)],
+        [f"Without {method_in_words(evaluation)}", _detached(evaluation)],
         ["The input attack that finds most", _worst_input(evaluation)],
         ["The membership attack that is farthest from the retrained model", _membership(evaluation)],
         ["Training on a few forget rows", _relearned(evaluation)],
-        ["The input attack under which the prompt costs most on retain rows", _worst_on_retain(evaluation)],
+        ["The input attack under which most is lost on retain rows", _worst_on_retain(evaluation)],
         ["The base in fewer bits", _beside(evaluation, "quantized", "test_forget", in_few_bits)],
         ["Sampling", _beside(evaluation, "sampling", "test_forget", "success", "rouge_l_recall")],
         ["A soft suffix", _beside(evaluation, "soft suffix", MEMBERS, in_suffix, attack="after")],
@@ -91,7 +70,7 @@ def _detached(evaluation: Evaluation) -> str:
     if before is None or after is None:
         return NOT_MEASURED
     label = metric_of(before.name).label
-    return f"test forget {label} {value_in_words(before)}, against {value_in_words(after)} with it in place"
+    return f"test forget {label} {value_in_words(before)}, against {value_in_words(after)} with it"
 
 
 def _worst_input(evaluation: Evaluation) -> str:
@@ -122,8 +101,8 @@ def _worst_on_retain(evaluation: Evaluation) -> str:
     if not pairs:
         lowest = min(found, key=lambda one: one.value)
         return (
-            f"{_under(lowest, len(found))}; the detached model was not measured, so whether the attack or the prompt "
-            "costs it is not known"
+            f"{_under(lowest, len(found))}; the detached model was not measured, so how much of it the attack itself "
+            "costs is not known"
         )
     worst, control = min(pairs, key=lambda pair: (pair[0].value - pair[1].value, pair[0].value))
     text = f"{_under(worst, len(found))}, {points(worst, control)} against the detached model under it "
@@ -135,7 +114,8 @@ def _worst_on_retain(evaluation: Evaluation) -> str:
     if worst.value < control.value:
         return text
     is_attack = plain is not None and control.value < plain.value
-    return text + ("; what is lost is the attack's doing, not the prompt's" if is_attack else "; nothing is lost")
+    doing = f"; what is lost is the attack's doing, not that of {method_in_words(evaluation)}"
+    return text + (doing if is_attack else "; nothing is lost")
 
 
 def _under(attacked: MetricValue, num: int) -> str:
@@ -159,22 +139,31 @@ def _beside(evaluation: Evaluation, measure: str, rows: str, *names: str, attack
 
 
 def _membership(evaluation: Evaluation) -> str:
-    differences = where(evaluation, measure="membership", name="auc_difference", model="unlearned")
     areas = where(evaluation, measure="membership", name="auc", model="unlearned")
-    if not areas:
+    area = farthest_membership(evaluation)
+    if area is None:
         return NOT_MEASURED
-    if not differences:
-        farthest = max(areas, key=lambda one: abs(one.value - 0.5))
+    fields = {"measure": "membership", "name": "auc_difference", "model": "unlearned"}
+    difference = first(evaluation, **fields, attack=area.attack)
+    if difference is None:
         return (
-            f"no retrained model to compare with; farthest from chance, of {len(areas)}: '{farthest.attack}', AUC "
-            f"{value_in_words(farthest)}"
+            f"no retrained model to compare with; farthest from chance, of {len(areas)}: '{area.attack}', AUC "
+            f"{value_in_words(area)}"
         )
-    most = max(differences, key=lambda one: abs(one.value))
-    area = next(one for one in areas if one.attack == most.attack)
     return (
-        f"'{most.attack}', of {len(differences)}: AUC {value_in_words(area)}; the difference from the retrained "
-        f"model's is {value_in_words(most)}"
+        f"'{area.attack}', of {len(where(evaluation, **fields))}: AUC {value_in_words(area)}; the difference from the "
+        f"retrained model's is {value_in_words(difference)}"
     )
+
+
+def farthest_membership(evaluation: Evaluation) -> MetricValue | None:
+    """AUC of the membership attack farthest from the retrained model's, without one from chance; None without any."""
+    areas = where(evaluation, measure="membership", name="auc", model="unlearned")
+    differences = where(evaluation, measure="membership", name="auc_difference", model="unlearned")
+    if differences:
+        most = max(differences, key=lambda one: abs(one.value))
+        return next(one for one in areas if one.attack == most.attack)
+    return max(areas, key=lambda one: abs(one.value - 0.5), default=None)
 
 
 def _relearned(evaluation: Evaluation) -> str:

@@ -76,6 +76,24 @@ def better_in_words(one: MetricValue | None) -> str:
     return "" if one is None else BETTER.get(one.better, one.better)
 
 
+def method_in_words(evaluation: Evaluation) -> str:
+    """What stands between the base and the model: `"the prompt"`, `"the gate and its refusal"`, `"LoRA"`.
+
+    Of seeds of several, or of an earlier version, which did not note it, `"the method"`.
+    """
+    found = {facts.get("method") for _, facts in by_seed(evaluation.facts)}
+    method = found.pop() if len(found) == 1 else None
+    return method if isinstance(method, str) else "the method"
+
+
+def by_seed(values: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Settings or facts with their heading; those of each joined seed."""
+    seeds = values.get("seeds")
+    if isinstance(seeds, list) and seeds and all(isinstance(one, dict) for one in seeds):
+        return [(f"seed {i}", one) for i, one in enumerate(seeds)]
+    return [("value", values)]
+
+
 def spaced(name: str) -> str:
     """A name with spaces for underscores."""
     return name.replace("_", " ")
