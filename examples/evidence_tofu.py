@@ -43,6 +43,7 @@ from spul.evaluation.metrics import (
 )
 from spul.evaluation.metrics.likelihood import extraction_strength, mean_log_probs
 from spul.gates import GatedUnlearner, TextGate, hard_negatives, load
+from spul.losses import CrossEntropy
 from spul.prompts import DiscriminativeStart
 from spul.prompts.configs import prompt_config
 from spul.rivals import FixedRefusal
@@ -86,19 +87,24 @@ def retrained(tofu: Tofu) -> Any:
     return tofu.load("retrained")
 
 
-def prefix(tofu: Tofu) -> Any:
-    """The prompt that `spul train` makes by default."""
+def prefix(tofu: Tofu, name: str = "prefix", **changed: Any) -> Any:
+    """The prompt that `spul train` makes by default, or one of another loss."""
 
     def make(folder: Path) -> dict[str, Any]:
         set_seed(tofu.args.seed)
         start = DiscriminativeStart(tofu.dataset, tofu.collator, progress=False)
-        loss = UnlearningLoss(alpha=4.0)
+        loss = UnlearningLoss(**{"alpha": 4.0, **changed})
         model = SoftPromptUnlearner(tofu.load(), prompt_config("prefix_tuning", 30), loss, start=start)
         tofu.train(model, loss, tofu.dataset, default_learning_rate(model, start), 0.5).save_pretrained(folder)
         return {"parameters": trained_parameters(model)}
 
-    folder = tofu.made_in("prefix", {"alpha": 4.0, "tokens": 30}, make)
+    folder = tofu.made_in(name, {"alpha": 4.0, "tokens": 30}, make)
     return SoftPromptUnlearner.from_pretrained(tofu.load(), folder).eval()
+
+
+def prefix_of_means(tofu: Tofu) -> Any:
+    """The same, its forget loss a mean over a refusal's tokens as its retain loss is over an answer's."""
+    return prefix(tofu, "prefix-mean", forget=CrossEntropy(reduction="mean"))
 
 
 def gate_of(tofu: Tofu) -> TextGate:
@@ -148,6 +154,7 @@ SYSTEMS: dict[str, Callable[[Tofu], Any]] = {
     "base": base,
     "retrained": retrained,
     "SPUL, prefix with fitted keys": prefix,
+    "SPUL, prefix, mean forget loss": prefix_of_means,
     "SPUL behind a gate": gated,
     "gate and refusal": refusal,
     "IDK, LoRA": idk_lora,
