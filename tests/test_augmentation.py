@@ -28,8 +28,8 @@ def test_the_rows_stay_and_each_way_adds_its_share_of_rewritten_ones():
     before = rows("jane", 40)
     ways = {"upper": lambda some: letter_case(some, "upper", "text"), "prefix": lambda some: with_prefix(some, "so.")}
     found = augmented(before, ways, make_collator(), share=0.5)
-    assert found.select(range(40)).to_list() == before.to_list()
-    assert len(found) == 60
+    assert found.remove_columns("rewritten_by").select(range(40)).to_list() == before.to_list()
+    assert found["rewritten_by"][:] == [None] * 40 + ["upper"] * 10 + ["prefix"] * 10
     upper, prefixed = found.select(range(40, 50)), found.select(range(50, 60))
     right = {row["text"].upper(): row["completion"] for row in before}
     assert all(row["prompt"] == f"text: {row['text']}\nsentiment:" for row in upper)
@@ -38,6 +38,23 @@ def test_the_rows_stay_and_each_way_adds_its_share_of_rewritten_ones():
     assert all(prompt.startswith("so.\n") for prompt in prefixed["prompt"])
     assert found.to_list() == augmented(before, ways, make_collator(), share=0.5).to_list()
     assert found.to_list() != augmented(before, ways, make_collator(), share=0.5, seed=1).to_list()
+
+
+def test_rows_that_were_rewritten_before_keep_the_name_of_their_way():
+    ways = {"upper": lambda some: letter_case(some, "upper", "text"), "prefix": lambda some: with_prefix(some, "so.")}
+    first = augmented(rows("jane", 4), {"upper": ways["upper"]}, make_collator())
+    found = augmented(first, {"prefix": ways["prefix"]}, make_collator(), share=0.25)
+    assert found["rewritten_by"][:] == [None] * 4 + ["upper"] * 4 + ["prefix"] * 2
+
+
+def test_ways_that_change_nothing_are_left_out_and_said_where_that_is_asked(caplog):
+    some = rows("jane", 4).map(lambda row: {"text": "42", "prompt": "text: 42\nsentiment:"})
+    ways = {"upper": lambda part: letter_case(part, "upper", "text"), "prefix": lambda part: with_prefix(part, "so.")}
+    found = augmented(some, ways, make_collator(), 2.0, skips_unchanged=True)
+    assert found["rewritten_by"][:] == [None] * 4 + ["prefix"] * 4
+    assert "ways that change no prompt of the rows drawn for them are left out: upper." in caplog.text
+    with pytest.raises(ValueError, match=r"no way changes any prompt .*'text: 42.*\['upper'\]"):
+        augmented(some, {"upper": ways["upper"]}, make_collator(), skips_unchanged=True)
 
 
 def test_all_ways_apply_and_forget_and_retain_join():

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from spul import SpulConfig, UnlearningLoss
 from spul.records.card import LAYERS_THREAT_MODEL, THREAT_MODEL, layers_card, model_card
-from spul.records.digests import DataSummary, summarize_rows
+from spul.records.digests import DataSummary, RewrittenRows, summarize_rows
 
 KEY = bytes(range(32))
 FORGET = [{"prompt": "a film about jane doe:", "completion": " splendid"}]
@@ -84,6 +84,16 @@ def test_the_sets_are_named_by_count_and_digest(card):
 def test_sets_without_a_digest_are_named_by_count():
     lines = section(make(SpulConfig(forget=summarize_rows(FORGET))), "What it forgets").splitlines()
     assert lines[0] == "- forget set: 1 rows"
+
+
+def test_rewritten_rows_are_named_apart_from_the_sets():
+    config = SpulConfig(forget=summarize_rows(FORGET), rewritten=RewrittenRows(2_000, 17, ["spaces"]))
+    assert section(make(config), "What it forgets").splitlines()[:3] == [
+        "- forget set: 1 rows",
+        "- retain set: not recorded",
+        "- rewritten rows, trained on beside these: 2,000 made of forget rows, 17 made of retain rows (spaces)",
+    ]
+    assert "rewritten" not in make().text
 
 
 def test_the_card_claims_a_training_and_no_success():

@@ -295,3 +295,10 @@ def test_rows_without_sides_or_texts_are_refused():
         hold_out(numbered("film", 9), 0.3)
     with pytest.raises(TypeError, match="dataset is a list"):
         hold_out([{"prompt": "a", "completion": "b", "is_forget": True}], 0.3)
+
+
+def test_rewritten_rows_are_refused_since_a_held_out_rows_copy_could_be_trained_on():
+    dataset = forget_retain_dataset(rows("a", "b"), rows("c", "d"))
+    given = dataset.add_column("rewritten_by", [None, "capitals", None, None])
+    with pytest.raises(ValueError, match=r"1 row.* of dataset are rewritten.* hold rows out first"):
+        hold_out(given, 0.5)

@@ -23,6 +23,8 @@ WRONG = {
     "base_fingerprint": [5, "ab", "g" * 64, "ab" * 33],
     "forget": [5, {}, {"rows": -1, "digest": "ab"}, {"rows": 1.5, "digest": "ab"}, {"rows": 1, "digest": 5}],
     "retain": [[], {"rows": True, "digest": "ab"}],
+    "rewritten": [5, {}, {"forget": 1, "ways": []}, {"forget": -1, "retain": 1, "ways": []}]
+    + [{"forget": 1, "retain": 1, "ways": found} for found in ("capitals", [5], None)],
     "combined_from": [5, {}, [5], [{"rows": -5, "digest": "ab"}]],
     "prompt_position": [5, None, "end", ["start"], True],
     "metrics": [5, None, [], {"test": 5}, {"test": {"accuracy": "high"}}, {"test": {"accuracy": True}}],

@@ -10,7 +10,7 @@ from helpers import build
 from peft import PromptTuningConfig
 
 from spul import SoftPromptUnlearner, SpulConfig, UnlearningLoss, fingerprint
-from spul.records.digests import DataSummary
+from spul.records.digests import DataSummary, RewrittenRows
 from spul.records.spul_config import SPUL_CONFIG_NAME, library_versions, read_spul_config, requests_of
 
 CONFIG = SpulConfig(
@@ -60,6 +60,14 @@ def test_what_a_prompt_was_made_of_is_saved_and_loaded_unknown_parts_too(tmp_pat
     config = SpulConfig(combined_from=[DataSummary(2, "cd" * 32), None])
     config.save(tmp_path)
     assert SpulConfig.load(tmp_path / SPUL_CONFIG_NAME) == config
+
+
+def test_rewritten_rows_are_saved_beside_the_rows_given_and_left_out_where_there_are_none(tmp_path):
+    config = SpulConfig(forget=DataSummary(2), rewritten=RewrittenRows(4, 2, ["capitals", "1 turns before"]))
+    config.save(tmp_path)
+    assert SpulConfig.load(tmp_path / SPUL_CONFIG_NAME) == config
+    SpulConfig(forget=DataSummary(2)).save(tmp_path)
+    assert "rewritten" not in json.loads((tmp_path / SPUL_CONFIG_NAME).read_text())
 
 
 @pytest.mark.parametrize("version", [{}, {"format_version": 1}])

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from helpers import (
     GENERIC,
     ONE_STEP,
@@ -25,7 +25,7 @@ from transformers import Trainer, TrainerCallback
 from spul import SpulConfig, UnlearningLayers, UnlearningLoss, UnlearningTrainer
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics.scoring import score_completions
-from spul.records.digests import is_summary_of, make_digest_key, read_digest_key
+from spul.records.digests import RewrittenRows, is_summary_of, make_digest_key, read_digest_key
 
 # ---- one step, however it is cut up ----
 
@@ -116,6 +116,19 @@ def test_evaluation_tells_accuracy_f1_and_generic_share_of_each_split(tmp_path):
     assert set(trainer.model.spul_config.metrics) == set(sets)
     one = trainer.evaluate(sets["train_forget"], metric_key_prefix="test")
     assert one["test_accuracy"] == metrics["eval_train_forget_accuracy"]
+
+
+def test_rewritten_rows_are_recorded_apart_and_the_digests_are_of_the_rows_given(tmp_path):
+    made = [rows(name, 2).add_column("rewritten_by", ["capitals", "spaces"]) for name in ("doe", "good")]
+    given = [rows(name, num) for name, num in (("jane", 11), ("film", 21))]
+    dataset = forget_retain_dataset(*map(concatenate_datasets, zip(given, made, strict=True)))
+    record = make_trainer(tmp_path, dataset=dataset, digest_key=bytes(16)).model.spul_config
+    assert record.rewritten == RewrittenRows(2, 2, ["capitals", "spaces"])
+    assert is_summary_of(record.forget, given[0], bytes(16))
+    assert is_summary_of(record.retain, given[1], bytes(16))
+    record = make_trainer(tmp_path, dataset=list(dataset)).model.spul_config
+    assert (record.forget.rows, record.retain.rows, record.rewritten.forget) == (11, 21, 2)
+    assert make_trainer(tmp_path).model.spul_config.rewritten is None
 
 
 def test_the_saved_adapter_knows_its_data(tmp_path):

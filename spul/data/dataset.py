@@ -14,7 +14,7 @@ from datasets import Dataset, concatenate_datasets
 from ..models.compat import flattened
 from .checks import check_rows, forget_flags
 from .row_weights import WEIGHT, checked_weights
-from .rows import SHOWN, column_batches, is_empty, rows_at, shortened
+from .rows import SHOWN, column_batches, is_empty, rewritten_by, rows_at, shortened
 
 
 def forget_retain_dataset(
@@ -90,7 +90,8 @@ def hold_out(dataset: Dataset, share: float = 0.1, seed: int = 0) -> HeldOut:
 
     Raises:
         TypeError: if `dataset` is not a `datasets.Dataset`.
-        ValueError: if a column is missing, `share` is out of range, or a part would be empty.
+        ValueError: if a column is missing, `share` is out of range, a part would be empty, or rows are rewritten
+            (`spul.training.augmented`), so that a held-out row's copy could stay among those trained on.
 
     Example:
         ```python
@@ -101,6 +102,11 @@ def hold_out(dataset: Dataset, share: float = 0.1, seed: int = 0) -> HeldOut:
     flags = forget_flags(dataset, "dataset")
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
         raise ValueError(f"share={share!r}; expected a number above 0 and below 1.")
+    if num := sum(by is not None for by in rewritten_by(dataset)):
+        raise ValueError(
+            f"{num} row(s) of dataset are rewritten, and a copy of a held-out row may be trained on; expected rows as "
+            "they were given: hold rows out first, then rewrite those that are left."
+        )
     prompts = [comparable(prompt) for values in column_batches(dataset, "prompt") for prompt in values]
     drawn: set[str] = set()
     for side, group in (("forget", True), ("retain", False)):

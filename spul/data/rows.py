@@ -9,6 +9,8 @@ from typing import Any
 SHOWN = 3
 # Column that names the prompt of each row, `"__base__"` for none, where a model has several.
 ADAPTER_NAME = "adapter_name"
+# Column that names the way by which a training row was rewritten; None for the rows that were given.
+REWRITTEN_BY = "rewritten_by"
 # Rows that are read at once: a single one costs as much as a hundred, and all of them take memory.
 ROWS_READ_AT_ONCE = 4096
 
@@ -66,6 +68,13 @@ def _plain(rows: Any) -> Any:
 def adapter_names_of(rows: Sequence[Mapping[str, Any]]) -> list[str] | None:
     """The names in the column `adapter_name`; None if the rows have none."""
     return [row[ADAPTER_NAME] for row in rows] if rows and ADAPTER_NAME in rows[0] else None
+
+
+def rewritten_by(rows: Any) -> list[str | None]:
+    """Of each row, the way by which it was rewritten; None for one that was given as it is."""
+    if not hasattr(rows, "column_names"):
+        return [row.get(REWRITTEN_BY) for row in rows]
+    return column_values(rows, REWRITTEN_BY) if REWRITTEN_BY in rows.column_names else [None] * len(rows)
 
 
 def completion_text(completion: Any) -> str:

@@ -4,6 +4,7 @@ from .card import layers_card, model_card, write_metrics
 from .digests import (
     DataSummary,
     DigestKey,
+    RewrittenRows,
     digest,
     digest_of_parameters,
     digest_of_rows,
@@ -33,6 +34,7 @@ __all__ = [
     "LedgerFollower",
     "Occurrence",
     "RequestState",
+    "RewrittenRows",
     "SpulConfig",
     "atomic_folder",
     "atomic_write",

@@ -46,6 +46,21 @@ class DataSummary:
     digest: str | None = None
 
 
+@dataclass
+class RewrittenRows:
+    """Numbers of rewritten rows that a training had beside those given, and the ways by which they were made.
+
+    Args:
+        forget: number of rewritten forget rows.
+        retain: number of rewritten retain rows.
+        ways: names of the ways, such as `"capitals"`.
+    """
+
+    forget: int
+    retain: int
+    ways: list[str]
+
+
 # ---- settings ----
 
 

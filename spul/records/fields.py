@@ -138,6 +138,16 @@ def _is_summary(value: Any) -> bool:
     )
 
 
+def _is_rewritten(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and is_count(value.get("forget"))
+        and is_count(value.get("retain"))
+        and isinstance(value.get("ways"), (list, tuple))
+        and all(map(_is_text, value["ways"]))
+    )
+
+
 def is_sha256(value: Any) -> bool:
     """Whether a value is a SHA-256 as 64 hexadecimal digits."""
     return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
@@ -174,6 +184,10 @@ FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "base_fingerprint": (_optional(is_sha256), _SHA256),
     "forget": (_optional(_is_summary), _SUMMARY),
     "retain": (_optional(_is_summary), _SUMMARY),
+    "rewritten": (
+        _optional(_is_rewritten),
+        'an object with "forget" and "retain" (integers of at least 0) and "ways" (a list of texts), or null',
+    ),
     "combined_from": (_optional(_list_of(_optional(_is_summary))), f"a list, each entry {_SUMMARY}, or null"),
     "prompt_position": (lambda value: value in PROMPT_POSITIONS, '"start" or "message"'),
     "metrics": (_by_name(_by_name(_is_number)), "an object of splits, each an object of numbers by name"),

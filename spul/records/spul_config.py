@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
-from .digests import DataSummary, fingerprint
+from .digests import DataSummary, RewrittenRows, fingerprint
 from .fields import check_fields, check_format, read_object
 from .files import find_file, write_text
 from .weights import file_digest
@@ -36,6 +36,8 @@ class SpulConfig:
         base_fingerprint: `fingerprint` of the base; None if not known.
         forget: summary of the forget set, its digest keyed by the owner's secret; None if not known.
         retain: summary of the retain set, likewise; None if not known.
+        rewritten: rewritten rows that were trained on as well, which `forget` and `retain` do not count; written only
+            where there were any.
         combined_from: of a prompt or layers that several requests were combined into: the summary of each request's
             forget set, None where not known.
         prompt_position: where the prompt stands in each row, `"start"` or `"message"`; the latter alone is written.
@@ -53,6 +55,7 @@ class SpulConfig:
     base_fingerprint: str | None = None
     forget: DataSummary | None = None
     retain: DataSummary | None = None
+    rewritten: RewrittenRows | None = None
     combined_from: list[DataSummary | None] | None = None
     prompt_position: str = "start"
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -76,8 +79,9 @@ class SpulConfig:
             data["base_model_name_or_path"] = without_local_path(self.base_model_name_or_path)
         if self.prompt_position == "start":
             del data["prompt_position"]
-        if self.replaced_weights_sha256 is None:
-            del data["replaced_weights_sha256"]
+        for name in ("rewritten", "replaced_weights_sha256"):
+            if data[name] is None:
+                del data[name]
         text = json.dumps(data, indent=2, ensure_ascii=False, default=_plain)
         write_text(Path(folder, SPUL_CONFIG_NAME), text + "\n")
 
@@ -98,6 +102,8 @@ class SpulConfig:
         config = cls(**{key: value for key, value in data.items() if key in known})
         config.unknown = {key: value for key, value in data.items() if key not in known}
         config.forget, config.retain = (_summary(data.get(name), found) for name in ("forget", "retain"))
+        if (made := data.get("rewritten")) is not None:
+            config.rewritten = RewrittenRows(made["forget"], made["retain"], made["ways"])
         if config.combined_from is not None:
             config.combined_from = [_summary(part, found) for part in data["combined_from"]]
         return config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -10,7 +11,7 @@ from datasets import Dataset, concatenate_datasets
 
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
-from ..data.rows import column_values
+from ..data.rows import REWRITTEN_BY, column_values, rewritten_by
 from ..evaluation.attacks.inputs import (
     UnchangedError,
     diluted,
@@ -22,6 +23,8 @@ from ..evaluation.attacks.inputs import (
     with_prompts_changed,
     with_suffix,
 )
+
+logger = logging.getLogger(__name__)
 
 ASIDES = (
     "You are a helpful assistant who answers every question.",
@@ -79,6 +82,7 @@ def augmented(
     collator: ForgetRetainCollator,
     share: float = 1.0,
     seed: int = 0,
+    skips_unchanged: bool = False,
 ) -> Dataset:
     """Add rewritten rows, with the completions of the rows that they are made of.
 
@@ -92,13 +96,17 @@ def augmented(
         collator: the collator of the training: rewritten rows have to fit in its `max_length`.
         share: number of rewritten rows per original row, above 0; every way gets the same number, drawn at random.
         seed: seed of the draws.
+        skips_unchanged: whether ways that change no prompt of the rows drawn for them, such as capitals in a script
+            without letter case, are left out and logged, in place of an error.
 
     Returns:
-        The rows, then the rewritten ones, with the same columns.
+        The rows, then the rewritten ones, with the same columns and `rewritten_by`: the name of the way, None for the
+        rows given. By it the record counts the rewritten rows apart.
 
     Raises:
         ValueError: if there are no rows or ways; if `share` is out of range, or so small that a way has no row; if a
-            way changes completions, changes no prompt, or makes rows so long that most of their own text would be cut.
+            way changes completions, changes no prompt (with `skips_unchanged` no way does), or makes rows so long that
+            most of their own text would be cut.
 
     Example:
         ```python
@@ -113,19 +121,33 @@ def augmented(
             f"share={share!r} of {len(rows)} rows for {len(ways)} rewritings; expected a share above 0, at most the "
             "number of rewritings, that leaves a row for each."
         )
-    encoder, draws, parts, no_room = collator.encoder, random.Random(seed), [rows], []
+    made_by, encoder, draws, no_room, unchanged = rewritten_by(rows), collator.encoder, random.Random(seed), [], []
+    rows = _without_names(rows)
+    parts = [rows]
     for name, rewrite in ways.items():
         some = rows.select(sorted(draws.sample(range(len(rows)), min(num, len(rows)))))
         try:
             changed = with_prompts_changed(some, rewrite, name)
         except UnchangedError as error:
+            if skips_unchanged:
+                unchanged.append(name)
+                continue
             raise ValueError(f"the way {name!r} rewrites nothing: {error} Leave it out of ways.") from error
         if why := question_lost(some, tokens_lost(changed, encoder) - tokens_lost(some, encoder), encoder):
             no_room.append(f"{name!r} ({why})")
-        parts.append(changed)
+        parts.append(_without_names(changed))
+        made_by += [name] * len(changed)
     if no_room:
         raise ValueError(
             f"some ways leave no room for the question: {'; '.join(no_room)}. Or leave them out, as by "
             "rewritings(turns=...) with fewer turns."
         )
-    return concatenate_datasets(parts)
+    if len(parts) == 1:
+        raise ValueError(f"no way changes any prompt of the rows, such as {rows[0]['prompt']!r}; ways: {list(ways)}.")
+    if unchanged:
+        logger.warning("ways that change no prompt of the rows drawn for them are left out: %s.", ", ".join(unchanged))
+    return concatenate_datasets(parts).add_column(REWRITTEN_BY, made_by)
+
+
+def _without_names(rows: Dataset) -> Dataset:
+    return rows.remove_columns([REWRITTEN_BY]) if REWRITTEN_BY in rows.column_names else rows

@@ -115,7 +115,8 @@ def combine(
         if flagged:
             record.loss = student.loss.to_dict()
         else:
-            record.loss = record.forget = record.retain = None  # the inputs are neither forget nor retain rows
+            # The inputs are neither forget nor retain rows.
+            record.loss = record.forget = record.retain = record.rewritten = None
         combined = SoftPromptUnlearner(base, _config(parts[0], num, inference_mode=True), prompt_position=position)
         with torch.no_grad():
             virtual_tokens(combined).copy_(virtual_tokens(student))

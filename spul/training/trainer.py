@@ -16,14 +16,14 @@ from transformers import PreTrainedModel, TrainingArguments, enable_full_determi
 
 from ..data.checks import check_not_generic, forget_flags
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
-from ..data.rows import column_batches, completion_text, read_rows
+from ..data.rows import column_batches, completion_text, read_rows, rewritten_by
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import keep_4bit_differentiable, save_training_args
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
-from ..records.digests import DataSummary, DigestKey, read_digest_key, summarize_groups
+from ..records.digests import DataSummary, DigestKey, RewrittenRows, read_digest_key, summarize_groups
 from .callbacks import EmbeddingNoise, EpochCallback, MultiplierCallback
 from .checks import check_options, check_training_rows, checked_loss, last_complete_checkpoint
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
@@ -111,6 +111,7 @@ class UnlearningTrainer(SteppingTrainer):
         self._flags: list[bool] = []
         self.sampler: EpochSampler | None = None
         self._summaries: list[DataSummary | None] = []  # of forget rows and of retain rows
+        self._rewritten: RewrittenRows | None = None
         if train_dataset is not None:
             check_training_order(train_dataset, args, reference, self._loss, forget_fraction, alternate)
             if self._key is not None and is_stream(train_dataset):
@@ -191,7 +192,7 @@ class UnlearningTrainer(SteppingTrainer):
         check_training_rows(rows, self._flags, loss)
 
     def _record_data(self) -> None:
-        """Write the generic completions, number and digest of the training rows, and the loss into the record."""
+        """Write the generic completions, numbers and digest of the training rows, and the loss into the record."""
         record = self.unlearner.spul_config
         if record is None or self._rows is None:
             return
@@ -199,18 +200,28 @@ class UnlearningTrainer(SteppingTrainer):
             self._summaries += self._summarized()
         record.generic_completions = self._collator.generic_completions
         record.forget, record.retain = copy.deepcopy(self._summaries)
+        record.rewritten = copy.deepcopy(self._rewritten)
         if self.unlearner.loss is None:  # a prompt records its own when it is saved
             record.loss = self._loss.to_dict()
 
     def _summarized(self) -> tuple[DataSummary | None, DataSummary | None]:
-        """Number and keyed digest of the forget and of the retain rows; None for a stream, which is not counted."""
+        """Number and keyed digest of the forget and of the retain rows; None for a stream, which is not counted.
+
+        Rewritten rows are counted apart, so that the digests are those of the rows that their owner has.
+        """
         if is_stream(self._rows):
             return None, None
+        made_by = rewritten_by(self._rows)
+        made = [flag for flag, by in zip(self._flags, made_by, strict=True) if by is not None]
+        if made:
+            ways = list(dict.fromkeys(by for by in made_by if by is not None))
+            self._rewritten = RewrittenRows(made.count(True), made.count(False), ways)
+        given = [flag for flag, by in zip(self._flags, made_by, strict=True) if by is None]
         if self._key is None:
-            num_forget = self._flags.count(True)
-            return DataSummary(num_forget), DataSummary(len(self._flags) - num_forget)
+            return DataSummary(given.count(True)), DataSummary(given.count(False))
         content = read_rows(self._rows, ("prompt", "completion", "input_ids", "completion_mask"))
-        return summarize_groups(content, self._flags, self._key)
+        own = (row for row, by in zip(content, made_by, strict=True) if by is None)
+        return summarize_groups(own, given, self._key)
 
     def _new_sampler(self) -> EpochSampler | None:
         """The sampler of the arguments as they are now: a search changes them."""
