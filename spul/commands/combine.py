@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .command import Command
+from .rewriting import check_rewritten, rewritten_rows, ways_of
 from .shared import option, prompts_left_out, saved_prompt
 from .train import TrainingOptions
 
@@ -45,15 +46,19 @@ def run(options: CombineOptions) -> int | None:
         raise ValueError("forget rows are trained to generic answers; give some: --generic ' neutral' ' unknown'.")
     if not is_marked:
         marked = ("forget_fraction", "reference_dir", "digest_key")
-        if given := [name for name in marked if getattr(options, name) is not None]:
+        given = [name for name in marked if getattr(options, name) is not None]
+        if given := [*given, *(["rewritten"] if options.rewritten else [])]:
             raise ValueError(f"{', '.join(given)}: of no effect on inputs, only on forget and retain; leave it out.")
+    check_rewritten(options)
     for folder, others in prompts_left_out(options.prompts).items():
         raise ValueError(f"{folder} also holds the prompts {others}, which would be left out: name each one's folder.")
     own: dict[str, Any] = {}
     sets: list[Any] = []
+    ways = None
     if options.forget and options.retain:
         sets = [options.rows(options.forget), options.rows(options.retain)]
         rows = forget_retain_dataset(*sets)
+        ways = ways_of(options, rows)
         own = {"forget_fraction": options.forget_fraction, "loss": UnlearningLoss(options.alpha, options.beta)}
         own |= {"reference": options.reference, "reference_dir": options.reference_dir}
         own |= {"digest_key": options.digest_key}
@@ -71,6 +76,8 @@ def run(options: CombineOptions) -> int | None:
     settings = options.collator_options(base, max(*lengths, options.num_virtual_tokens or 1), position)
     collator = ForgetRetainCollator(tokenizer, options.generic, seed=options.seed, **settings)
     collator.encoder.warns_of_boundaries = not is_warned
+    if ways is not None:
+        rows = rewritten_rows(options, rows, ways, collator)
     combined = combine(
         base,
         options.prompts,

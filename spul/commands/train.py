@@ -9,6 +9,7 @@ from typing import Any, Literal
 from transformers import TrainingArguments, set_seed
 
 from .command import Command, Naming
+from .rewriting import check_rewritten, rewritten_rows, ways_of
 from .shared import LoadOptions, RowOptions, option
 
 ALPHA_OF_FITTED_KEYS = 4.0
@@ -35,6 +36,11 @@ class TrainingOptions(LoadOptions, RowOptions, TrainingArguments):
     )
     reference_dir: str | None = option("folder of the cached reference; beside the Hugging Face cache by default")
     digest_key: str | None = option("file of the owner's secret: the record then has digests of the rows")
+    rewritten: bool = option(
+        "train on rewritten rows, too: letter case, spaces, asides, turns before; two a forget row, one a retain row",
+        False,
+    )
+    rewritten_turns: list[int] | None = option("numbers of turns before those rows; 1 and 2 by default")
 
 
 @dataclass(kw_only=True)
@@ -94,6 +100,7 @@ def run(options: TrainOptions) -> int | None:
     from ..training.trainer import UnlearningTrainer
 
     _fill(options)
+    check_rewritten(options)
     method = unlearning_method(
         options.method, "prompt", options.alpha, options.beta, retain_budget=options.retain_budget
     )
@@ -116,14 +123,17 @@ def run(options: TrainOptions) -> int | None:
     forget, retain = options.rows(options.forget), options.rows(options.retain)
     dataset = forget_retain_dataset(forget, retain)
     held_out = None if options.hold_out is None else hold_out(dataset, options.hold_out, options.seed)
+    train_rows = dataset if held_out is None else held_out.train
+    ways = ways_of(options, train_rows)
     tokenizer = options.load_tokenizer(options.model)
     is_warned = options.warn_of_boundaries(tokenizer, forget, retain)
-    train_rows = dataset if held_out is None else held_out.train
     config = _prompt_config(options)
     base = options.load(options.model)
     of_rows = options.collator_options(base, options.num_virtual_tokens, options.prompt_position)
     collator = method.collator(tokenizer, options.generic or (), seed=options.seed, **of_rows)
     collator.encoder.warns_of_boundaries = not is_warned
+    if ways is not None:
+        train_rows = rewritten_rows(options, train_rows, ways, collator, held_out)
     set_seed(options.seed)  # of the draws of the start
     start = _start(options, collator, train_rows)
     unlearner = SoftPromptUnlearner(base, config, method.loss, prompt_position=options.prompt_position, start=start)
