@@ -61,7 +61,7 @@ def test_mixed_disguises_are_undone(text, read):
 )
 def test_other_texts_are_read_as_they_stand(text):
     assert undisguised(text) == text
-    assert passages(text, 40) == with_windows(text, 40)
+    assert passages(text, 40) == list(dict.fromkeys(with_windows(text, 40)))
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ FIELDS = {
     },
     "text": {
         "threshold": (float("inf"),),
-        "window": (0, 31, 40.0, "40", None, True, ...),
+        "windows": (0, [], [31], [40.0], ["40"], None, [True], [40, 80], [40, 40], ...),
         "vocabulary": ([], {}, {"words": ["a"], "chars": ["b"]}, {"chars": ["a"], "words": []}, ...),
         "arrays_sha256": (None, "0" * 64),
     },

@@ -41,7 +41,7 @@ def gate():
 def test_scores_are_those_of_a_plain_pipeline(min_texts):
     gate = TextGate.fit(FORGET, RETAIN, recall=0.9, min_texts=min_texts)
     pipeline = plain(FORGET + RETAIN, [True] * len(FORGET) + [False] * len(RETAIN), min_texts)
-    texts = [text for text in [*forget_texts(seed=3), *retain_texts(seed=4), "", "???"] if len(text) <= gate.window]
+    texts = [text for text in [*forget_texts(seed=3), *retain_texts(seed=4), "", "???"] if len(text) <= gate.windows[-1]]
     assert len(texts) > 90
     np.testing.assert_allclose(gate.scores(texts), pipeline.decision_function(texts), rtol=1e-9, atol=1e-9)
 
@@ -49,7 +49,7 @@ def test_scores_are_those_of_a_plain_pipeline(min_texts):
 def test_a_long_text_scores_as_the_highest_of_its_passages(gate):
     start = LONG.index("the", 200)
     passage = LONG[start : start + 60]
-    assert gate.scores([LONG])[0] >= gate.scores([passage[: gate.window // 2].strip()])[0] - 2.0
+    assert gate.scores([LONG])[0] >= gate.scores([passage[: gate.windows[0] // 2].strip()])[0] - 2.0
     scores = gate.scores([LONG, f"{LONG} jane doe in plot 3 {LONG}"])
     assert scores[1] > scores[0] + 1
     pipeline = plain(FORGET + RETAIN, [True] * len(FORGET) + [False] * len(RETAIN))
@@ -65,7 +65,7 @@ def test_threshold_and_report_are_of_pipelines_fit_without_the_fold():
     for i, text in enumerate(given.texts):
         outside = np.flatnonzero(fold != fold[i])
         part = fit_once(tuple(given.texts[j] for j in outside), tuple(given.is_forget[outside]))
-        held_out[i] = max(part.decision_function(pieces(text, gate.window)))
+        held_out[i] = max(part.decision_function([one for size in gate.windows for one in pieces(text, size)]))
     forget, others = held_out[: len(FORGET)], held_out[len(FORGET) :]
     assert gate.threshold == pytest.approx(np.sort(forget)[::-1][36 - 1])  # 0.9 of 40
     assert gate.report.recall.flagged == 36
@@ -124,7 +124,7 @@ def test_a_saved_gate_scores_the_same_to_the_last_bit(gate, tmp_path):
     texts = [*forget_texts(seed=3), *retain_texts(seed=4), *ODD]
     gate.save(tmp_path / "gate")
     again = load(tmp_path / "gate")
-    assert (again.threshold, again.window, again.report) == (gate.threshold, gate.window, gate.report)
+    assert (again.threshold, again.windows, again.report) == (gate.threshold, gate.windows, gate.report)
     assert np.array_equal([again.scores([text])[0] for text in texts], gate.scores(texts))
     assert np.array_equal(again.scores(texts), gate.scores(texts))
     again.save(tmp_path / "again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from spul.gates.windows import SHORTEST, highest_of, highest_scores, window_size, with_windows
+from spul.gates.windows import SHORTEST, highest_of, highest_scores, passages, window_size, window_sizes, with_windows
 
 LONG = " ".join(f"word{i}" for i in range(200))
 
@@ -14,6 +14,18 @@ def test_the_size_is_that_of_nearly_all_forget_texts():
     assert window_size(["x" * n for n in range(1, 101)]) == 96  # of the 99 steps between them, 95 % and up
     assert window_size(["x" * 50] * 100 + ["x" * 9000]) == 50
     assert window_size(["a", "b"]) == SHORTEST
+
+
+def test_smaller_windows_are_a_half_and_a_quarter_of_it_and_no_shorter_than_the_shortest():
+    assert window_sizes(["x" * 282] * 10) == [282, 141, 70]
+    assert window_sizes(["x" * 70] * 10) == [70, 35, SHORTEST]
+    assert window_sizes(["a", "b"]) == [SHORTEST]
+
+
+def test_a_text_is_scored_by_the_windows_of_each_size_once_and_without_its_disguises():
+    assert passages(LONG, 200, 100) == [*with_windows(LONG, 200), *with_windows(LONG, 100)[1:]]
+    assert passages("short", 200, 100) == ["short"]
+    assert passages("it is J-a-n-e", 200, 100) == ["it is J-a-n-e", "it is Jane"]
 
 
 @pytest.mark.parametrize("text", ["", "short", "x" * 40])

@@ -17,7 +17,7 @@ from .disguises import compatible
 from .files import SavedGate, is_texts
 from .gate import Gate
 from .thresholds import GateReport, checked_fit_texts, folds, report_of, threshold_for
-from .windows import highest_scores, is_window_size, window_size
+from .windows import highest_scores, is_window_sizes, window_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class TextGate(Gate):
         weights: (n-grams,), of the regression.
         bias: of the regression.
         threshold: the lowest score that is flagged.
-        window: characters of a window.
+        windows: characters of a window, of each scale, the largest first.
     """
 
     kind = "text"
@@ -56,10 +56,10 @@ class TextGate(Gate):
         weights: np.ndarray,
         bias: float,
         threshold: float,
-        window: int,
+        windows: Sequence[int],
     ) -> None:
         self.vocabulary, self.idf, self.weights, self.bias = vocabulary, idf, weights, bias
-        self.threshold, self.window = threshold, window
+        self.threshold, self.windows = threshold, list(windows)
         self._vectorizers = []
         start = 0
         for name, terms in vocabulary.items():
@@ -101,15 +101,15 @@ class TextGate(Gate):
         given = checked_fit_texts(forget_texts, retain_texts, paraphrases, recall)
         if not is_count(min_texts, least=1):
             raise ValueError(f"min_texts={min_texts!r}; expected an integer of at least 1.")
-        texts, is_forget, window = given.texts, given.is_forget, window_size(given.forget)
+        texts, is_forget, windows = given.texts, given.is_forget, window_sizes(given.forget)
         fold = folds(given, seed)
         held_out = np.zeros(len(texts))
         for each in range(fold.max() + 1):
             outside = np.flatnonzero(fold != each)
-            part = cls._fit([texts[i] for i in outside], is_forget[outside], min_texts, window)
+            part = cls._fit([texts[i] for i in outside], is_forget[outside], min_texts, windows)
             inside = np.flatnonzero(fold == each)
             held_out[inside] = part.scores([texts[i] for i in inside])
-        gate = cls._fit(texts, is_forget, min_texts, window)
+        gate = cls._fit(texts, is_forget, min_texts, windows)
         gate.threshold = threshold_for(held_out[is_forget], held_out[~is_forget], recall)
         flagged = held_out >= gate.threshold
         gate.report = report_of(
@@ -124,11 +124,11 @@ class TextGate(Gate):
     def scores(self, texts: Sequence[str]) -> np.ndarray:
         """Log-odds of each text, the highest among it and its windows: float64 (texts,)."""
         texts = checked_texts(texts)
-        return highest_scores(self._log_odds, texts, self.window) if texts else np.zeros(0)
+        return highest_scores(self._log_odds, texts, *self.windows) if texts else np.zeros(0)
 
     def settings(self) -> dict[str, Any]:
-        """The vocabulary and the window."""
-        return {"window": self.window, "vocabulary": self.vocabulary}
+        """The vocabulary and the sizes of windows."""
+        return {"windows": self.windows, "vocabulary": self.vocabulary}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Inverse document frequencies, weights and bias."""
@@ -144,7 +144,7 @@ class TextGate(Gate):
         """
         saved.check(
             {
-                "window": (is_window_size, "a number of characters"),
+                "windows": (is_window_sizes, "numbers of characters, the largest first"),
                 "vocabulary": (_is_vocabulary, 'different texts as "chars" and as "words", in this order'),
             }
         )
@@ -153,13 +153,13 @@ class TextGate(Gate):
         arrays = saved.arrays({"idf": (num,), "weights": (num,), "bias": (1,)})
         bias = float(arrays["bias"][0])
         gate = cls(
-            vocabulary, arrays["idf"], arrays["weights"], bias, saved.fields["threshold"], saved.fields["window"]
+            vocabulary, arrays["idf"], arrays["weights"], bias, saved.fields["threshold"], saved.fields["windows"]
         )
         gate.report = report
         return gate
 
     @classmethod
-    def _fit(cls, texts: list[str], is_forget: np.ndarray, min_texts: int, window: int) -> TextGate:
+    def _fit(cls, texts: list[str], is_forget: np.ndarray, min_texts: int, windows: list[int]) -> TextGate:
         """The gate of some texts, without a threshold."""
         vocabulary, idf, features = {}, [], []
         for name, settings in N_GRAMS.items():
@@ -175,7 +175,7 @@ class TextGate(Gate):
             idf.append(vectorizer.idf_)
         model = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=1000)
         model.fit(hstack(features, format="csr"), is_forget)
-        return cls(vocabulary, np.concatenate(idf), model.coef_[0], float(model.intercept_[0]), 0.0, window)
+        return cls(vocabulary, np.concatenate(idf), model.coef_[0], float(model.intercept_[0]), 0.0, windows)
 
     def _log_odds(self, texts: list[str]) -> np.ndarray:
         features: csr_matrix = hstack([each.transform(texts) for each in self._vectorizers], format="csr")

@@ -13,6 +13,9 @@ from .disguises import undisguised
 SHORTEST = 32
 # The share of forget texts that fit into a window.
 COVERED = 0.95
+# Windows of a gate by wording are this many times smaller than the largest: in a small one, a name outweighs what is
+# around it.
+SCALES = (1, 2, 4)
 # A window begins and ends between words, unless a word is longer than this many characters.
 LONGEST_WORD = 32
 
@@ -22,9 +25,25 @@ def window_size(forget_texts: Sequence[str]) -> int:
     return max(SHORTEST, int(np.quantile([len(text) for text in forget_texts], COVERED, method="higher")))
 
 
+def window_sizes(forget_texts: Sequence[str]) -> list[int]:
+    """The sizes of windows, in characters, the largest first: into that nearly all forget texts fit."""
+    largest = window_size(forget_texts)
+    return sorted({max(SHORTEST, largest // scale) for scale in SCALES}, reverse=True)
+
+
 def is_window_size(value: object) -> bool:
     """Whether a value is a size that `window_size` can return."""
     return is_count(value, least=SHORTEST)
+
+
+def is_window_sizes(value: object) -> bool:
+    """Whether a value is a list of sizes that `window_sizes` can return."""
+    return (
+        isinstance(value, list)
+        and value != []
+        and all(map(is_window_size, value))
+        and value == sorted(set(value), reverse=True)
+    )
 
 
 def with_windows(text: str, size: int) -> list[str]:
@@ -45,26 +64,26 @@ def with_windows(text: str, size: int) -> list[str]:
     return [text, *(window for window in windows if not window.isspace())]
 
 
-def passages(text: str, size: int) -> list[str]:
+def passages(text: str, *sizes: int) -> list[str]:
     """What a text is scored by: itself and its windows, and the same of it without disguises if it has any.
 
     Args:
         text: the text.
-        size: characters of a window.
+        sizes: characters of a window, of each scale.
     """
-    read = undisguised(text)
-    return with_windows(text, size) + ([] if read == text else with_windows(read, size))
+    readings = dict.fromkeys((text, undisguised(text)))
+    return list(dict.fromkeys(passage for read in readings for size in sizes for passage in with_windows(read, size)))
 
 
-def highest_scores(score: Callable[[list[str]], np.ndarray], texts: Sequence[str], size: int) -> np.ndarray:
+def highest_scores(score: Callable[[list[str]], np.ndarray], texts: Sequence[str], *sizes: int) -> np.ndarray:
     """The highest score among a text's passages, for each text: float64 (texts,).
 
     Args:
         score: from texts to their scores.
         texts: one or more texts.
-        size: characters of a window.
+        sizes: characters of a window, of each scale.
     """
-    pieces = [passages(text, size) for text in texts]
+    pieces = [passages(text, *sizes) for text in texts]
     scores = score([piece for each in pieces for piece in each])
     return highest_of(scores, pieces)
 
