@@ -31,7 +31,7 @@ from spul.data.recognizers import NameFinder
 from spul.gates import TextGate
 from spul.gates.windows import window_size, with_windows
 
-GATES = ("text gate", "text gate, prose")
+GATES = {"text gate": 0.99, "text gate, prose": 0.99, "text gate, prose, recall 99.8 %": 0.998}  # recall asked for
 SIDES = ("forget", "retain")
 
 
@@ -43,7 +43,6 @@ def parse_args() -> argparse.Namespace:
     add("--prose-dir", required=True, help="folder of IMDB")
     add("--plan", type=Path, default=PLAN)
     add("--passages", type=int, default=2000, help="of prose")
-    add("--recall", type=float, default=0.99)
     add("--attacked", type=int, default=200, help="rows of each side under each attack")
     add("--seeds", nargs="+", type=int, help="the plan's unless given")
     add("--answers", nargs="*", type=Path, default=[], help="files of lines with the base's scores by row")
@@ -68,11 +67,11 @@ def measured(args: argparse.Namespace, plan: Plan, seed: int, name: str) -> dict
     experiment = plan.experiment(seed, args.model, args.data_dir, args.output_dir / "models")
     train, scored = split_rows(experiment, None)
     forget, retain = (train[side]["prompt"][:] for side in SIDES)
-    if name == "text gate, prose":
+    if "prose" in name:
         retain = retain + passages_of_prose(args.prose_dir, window_size(forget), args.passages, seed)
     begun = time.perf_counter()
-    gate = TextGate.fit(forget, retain, recall=args.recall)
-    line = {"gate": name, "seed": seed, "recall": args.recall, "retain_texts": len(retain)}
+    gate = TextGate.fit(forget, retain, recall=GATES[name])
+    line = {"gate": name, "seed": seed, "recall": GATES[name], "retain_texts": len(retain)}
     line |= {"fit_seconds": time.perf_counter() - begun, "report": str(gate.report)}
     line["test"] = {side: gate.flags(rows["prompt"][:]).astype(int).tolist() for side, rows in scored.items()}
     line["inputs"] = [

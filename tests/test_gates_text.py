@@ -41,7 +41,9 @@ def gate():
 def test_scores_are_those_of_a_plain_pipeline(min_texts):
     gate = TextGate.fit(FORGET, RETAIN, recall=0.9, min_texts=min_texts)
     pipeline = plain(FORGET + RETAIN, [True] * len(FORGET) + [False] * len(RETAIN), min_texts)
-    texts = [text for text in [*forget_texts(seed=3), *retain_texts(seed=4), "", "???"] if len(text) <= gate.windows[-1]]
+    texts = [
+        text for text in [*forget_texts(seed=3), *retain_texts(seed=4), "", "???"] if len(text) <= gate.windows[-1]
+    ]
     assert len(texts) > 90
     np.testing.assert_allclose(gate.scores(texts), pipeline.decision_function(texts), rtol=1e-9, atol=1e-9)
 

@@ -15,7 +15,7 @@ SHORTEST = 32
 COVERED = 0.95
 # Windows of a gate by wording are this many times smaller than the largest: in a small one, a name outweighs what is
 # around it.
-SCALES = (1, 2, 4)
+SCALES = (1, 2, 4, 8)
 # A window begins and ends between words, unless a word is longer than this many characters.
 LONGEST_WORD = 32
 
