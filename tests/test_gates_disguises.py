@@ -26,7 +26,7 @@ def test_every_look_alike_of_the_attack_is_read_as_the_letter_that_it_imitates()
     assert undisguised(look_alikes(rows(TEXT), NAMES)["prompt"][0]) == TEXT
 
 
-@pytest.mark.parametrize("separator", [" ", "-", ".", "_", " - ", "  ", "*"])
+@pytest.mark.parametrize("separator", [" ", "-", ".", "_", " - ", "  ", "*", "... ", "\n", "\u200b\u200b "])
 def test_letters_apart_are_joined(separator):
     read = undisguised(letters_apart(rows("It is Eastwood, they say."), ["Eastwood"], separator)["prompt"][0])
     assert read == "It is Eastwood, they say."
@@ -39,6 +39,11 @@ def test_letters_apart_are_joined(separator):
         ("J a n e  D o e", "Jane  Doe"),
         ("his name is s\u0336a\u0336r\u0336a", "his name is sara"),  # struck out
         ("so says \u0455a\u200br\u0430", "so says sara"),  # with a space of no width
+        ("\u0405\u043e\u0440\u0435?", "Sope?"),  # wholly in look-alikes
+        (
+            "\u0416\u0434\u0443 \u0443 \u0440\u0435\u043a\u0438.\nIt is \u0405\u043e\u0440\u0435",
+            "\u0416\u0434\u0443 \u0443 \u0440\u0435\u043a\u0438.\nIt is Sope",
+        ),
         ("\u043e\u043d \u0432\u0438\u0434\u0435\u043b \u0405ara", "\u043e\u043d \u0432\u0438\u0434\u0435\u043b Sara"),
     ],
 )
@@ -52,11 +57,11 @@ def test_mixed_disguises_are_undone(text, read):
         "",
         "a b",
         "1 - 2 - 3",
-        "a\nb\nc",
         "It's a so-so film, e.g. for 2nd-rate actors\u2122.",
         "caf\u00e9, na\u00efve, \u0153uvre, Zoe\u0308 plays",  # composed or not
         "\u0441\u043e\u0441\u043d\u0430 \u0438 \u0435\u043b\u044c",  # Russian alone
-        "\u0924\u093f\u0924\u0932\u0940 \u0909\u0921\u093c\u0940",  # Hindi, whose vowels are marks
+        *("हिन्दी भाषा में लिखा हुआ", "தமிழ் மொழி", "বাংলা ভাষা", "नमस्ते दुनिया", "မြန်မာ ဘာသာ"),  # whose vowels are marks
+        *("שלום עולם", "日本語のテスト", "กรุงเทพ"),
     ],
 )
 def test_other_texts_are_read_as_they_stand(text):
@@ -75,13 +80,31 @@ class TestOfGates:
         found = disguise(rows(TEXT, "Ask Janie."), [*NAMES, "Janie"])["prompt"][:]
         assert gate.names_in(found) == [["Jane Doe", "Clint Eastwood"], ["Jane Doe"]]
 
-    def test_a_text_gate_scores_no_less_than_without_the_disguise(self, disguise):
-        forget = [f"Which film of {year} did Jane Doe play in?" for year in range(1960, 2000)]
+    def test_a_text_gate_flags_a_disguised_question_and_scores_others_as_they_stand(self, disguise):
+        forget = [f"Which film of {year} did Eastwood play in?" for year in range(1960, 2000)]
         retain = [f"Which {kind} of {year} won a prize?" for year in range(1960, 2000) for kind in ("film", "book")]
         gate = TextGate.fit(forget, retain, recall=0.9)
-        plain = ["Did Jane Doe win in 2001?"]
-        disguised = disguise(rows(*plain), NAMES)["prompt"][:]
+        plain = ["Which film of 1971 did Eastwood play in?"]
+        disguised = disguise(rows(*plain), ["Eastwood"])["prompt"][:]
         read = [undisguised(text) for text in disguised]
         assert disguised != read
         assert gate.scores(disguised)[0] >= gate.scores(read)[0]
+        assert gate.flags(disguised).all()
         np.testing.assert_array_equal(gate.scores(retain), gate._log_odds(retain))  # short, and nothing disguised
+
+
+@pytest.mark.parametrize(
+    "text", ["tell me of a J a n e D o e", "W h o i s J a n e D o e", "J a\u200b\u200b n e D o e"]
+)
+def test_a_name_is_found_with_its_letters_apart_and_one_letter_words_beside_it(text):
+    assert NameGate(["Jane Doe", "Kim Ono"]).names_in([text]) == [["Jane Doe"]]
+
+
+def test_letters_apart_elsewhere_make_no_name_of_other_words():
+    gate = NameGate(["Kim Ono", "Hu Man", "Rose Mary", "Bo"])
+    texts = ["She wore a kimono. Options: A, B, C.", "Every human: a, b, c", "My rosemary chicken needs A, B, C"]
+    assert gate.names_in([*texts, "It is all a-b-o-u-t"]) == [[], [], [], []]
+
+
+def test_two_names_of_one_joined_spelling_are_both_found():
+    assert NameGate(["Mary Ann", "Maryann"]).names_in(["M a r y A n n"]) == [["Mary Ann", "Maryann"]]

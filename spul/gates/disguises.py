@@ -10,30 +10,30 @@ from functools import cache, partial
 from confusable_homoglyphs import confusables
 
 ASCII = string.ascii_letters + string.digits
-WORD = re.compile(r"[^\W\d_]+")
 LETTER = r"[^\W\d_]"
+WORD = re.compile(f"{LETTER}+")
 # Three or more letters, each a word of its own, with the same separator or with single signs between them.
 APART = tuple(
     re.compile(rf"(?<!\w){LETTER}{rest}(?!\w)")
     for rest in (
-        rf"(?P<separator>[^\w\n]{{1,3}}|_){LETTER}(?:(?P=separator){LETTER})+",
-        rf"(?:(?:_|[ \t]|[ ]?[^\w\s][ ]?){LETTER}){{2,}}",
+        rf"(?P<separator>\W{{1,5}}|_){LETTER}(?:(?P=separator){LETTER})+",
+        rf"(?:(?:_|\s|[ ]?[^\w\s][ ]?){LETTER}){{2,}}",
     )
 )
 
 
 def compatible(text: str) -> str:
     """A text in compatible characters (Unicode NFKC, letter case folded), without invisible ones (class Cf)."""
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return "".join(each for each in folded if unicodedata.category(each) != "Cf")
+    return _visible(unicodedata.normalize("NFKC", text).casefold())
 
 
 def undisguised(text: str) -> str:
     """A text with look-alike letters as the Latin ones they imitate and with letters that stand apart joined.
 
-    Letters of other alphabets are changed in words that have a Latin letter, too, and in every word if most letters of
-    the text are Latin, where marks that strike letters out are dropped as well. Three letters in a row and more that
-    each stand alone become a word: `"J a n e"`, `"J-a-n-e"`. Misspelled words stay as they are.
+    Letters of other alphabets are changed in words that have a Latin letter, too. In a line whose letters are mostly
+    Latin, or whose others are all look-alikes, they are changed in every word, and marks that strike letters out are
+    dropped. Three letters in a row and more that each stand alone become a word: `"J a n e"`, `"J-a-n-e"`. Misspelled
+    words stay as they are.
 
     Args:
         text: the text.
@@ -44,26 +44,46 @@ def undisguised(text: str) -> str:
     Source: Unicode Technical Standard 39, *Unicode Security Mechanisms*, confusable characters, by the table of the
         package confusable-homoglyphs.
     """
-    read = text if text.isascii() else _in_latin(text)
+    return without_disguises(text)[0]
+
+
+def without_disguises(text: str) -> tuple[str, list[str]]:
+    """`undisguised`, and the words in it that were joined of letters apart, with one-letter words beside them."""
+    plain = read = text if text.isascii() else _visible(text)
+    if not text.isascii():
+        read = "".join(map(_in_latin, plain.splitlines(keepends=True)))
+    words: list[str] = []
+
+    def join(found: re.Match[str]) -> str:
+        run = found.group()
+        if any(unicodedata.category(each)[0] == "M" for each in run):  # vowel signs, in the alphabets that have them
+            return run
+        words.append("".join(WORD.findall(run)))
+        return words[-1]
+
     for pattern in APART:
-        read = pattern.sub(lambda found: "".join(WORD.findall(found.group())), read)
-    return read
+        read = pattern.sub(join, read)
+    return (text if read == plain else read), words
 
 
-def _in_latin(text: str) -> str:
-    """A text with the look-alikes of Latin letters as these, where they cannot be another language's words."""
-    plain = unicodedata.normalize("NFKC", text)
-    plain = "".join(each for each in plain if unicodedata.category(each) != "Cf")
-    letters = WORD.findall(plain)
-    table = look_alikes()
-    if 2 * sum(each.isascii() for word in letters for each in word) > sum(map(len, letters)):
-        read = "".join(each for each in plain if unicodedata.category(each) not in ("Mn", "Me")).translate(table)
-    else:
-        read = WORD.sub(
-            lambda found: found.group().translate(table) if re.search("[A-Za-z]", found.group()) else found.group(),
-            plain,
-        )
-    return text if read == plain else read
+def _visible(text: str) -> str:
+    """A text in compatible characters, without invisible ones."""
+    return "".join(each for each in unicodedata.normalize("NFKC", text) if unicodedata.category(each) != "Cf")
+
+
+def _in_latin(line: str) -> str:
+    """A line with the look-alikes of Latin letters as these, where they cannot be another language's words."""
+    letters, table = "".join(WORD.findall(line)), look_alikes()
+    others = [each for each in letters if not _is_latin(each)]
+    if 2 * len(others) < len(letters) or all(ord(each) in table for each in others):
+        return "".join(each for each in line if unicodedata.category(each) not in ("Mn", "Me")).translate(table)
+    return WORD.sub(
+        lambda found: found.group().translate(table) if any(map(_is_latin, found.group())) else found.group(), line
+    )
+
+
+def _is_latin(letter: str) -> bool:
+    return letter.isascii() or unicodedata.name(letter, "").startswith("LATIN")
 
 
 @cache

@@ -10,13 +10,15 @@ import numpy as np
 from ..data.checks import checked_names, checked_texts
 from ..data.recognizers import NameFinder, normalized_name
 from ..data.rows import listed
-from .disguises import compatible, undisguised
+from .disguises import WORD, compatible, without_disguises
 from .files import SavedGate, is_texts
 from .gate import Gate
 from .thresholds import GateReport
 
 # Names that the gate's repr shows.
 SHOWN_NAMES = 3
+# A name of so many letters is found inside a joined word; a shorter one has to be all of it.
+LEAST_IN_JOINED = 4
 
 
 class NameGate(Gate):
@@ -66,9 +68,7 @@ class NameGate(Gate):
         # Both as given and in compatible characters: "Jane\u2122" holds the name only before it becomes "JaneTM".
         self._owners = {**owners, **{normalized_name(spelling): name for spelling, name in spellings}}
         self._finder = NameFinder(list(self._owners))
-        # "J a n e D o e" is read as one word.
-        self._joined = {"".join(one.split()): name for one, name in self._owners.items()} | self._owners
-        self._joined_finder = NameFinder(list(self._joined))
+        self._joined = [("".join(WORD.findall(one)), name) for one, name in self._owners.items()]
 
     def names_in(self, texts: Sequence[str]) -> list[list[str]]:
         """The people whom each text names, by the spelling of `names` and in its order.
@@ -115,9 +115,19 @@ class NameGate(Gate):
         if not text.isascii():
             found |= self._finder.find(compatible(text))
         owners = {self._owners[spelling] for spelling in found}
-        if (read := undisguised(text)) != text:
-            owners |= {self._joined[spelling] for spelling in self._joined_finder.find(compatible(read))}
+        read, words = without_disguises(text)
+        if read != text:
+            owners |= {self._owners[spelling] for spelling in self._finder.find(compatible(read))}
+            owners |= {owner for word in map(compatible, words) for owner in self._in_joined(word)}
         return [name for name in self.names if name in owners] if owners else []
+
+    def _in_joined(self, word: str) -> list[str]:
+        """The people named in letters that stood apart: `"J a n e D o e"` is read as one word, with its neighbors."""
+        return [
+            name
+            for one, name in self._joined
+            if one and (one == word or (len(one) >= LEAST_IN_JOINED and one in word))
+        ]
 
     def __repr__(self) -> str:
         return f"NameGate({listed(self.names, SHOWN_NAMES)})"

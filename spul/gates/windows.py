@@ -13,9 +13,9 @@ from .disguises import undisguised
 SHORTEST = 32
 # The share of forget texts that fit into a window.
 COVERED = 0.95
-# Windows of a gate by wording are this many times smaller than the largest: in a small one, a name outweighs what is
-# around it.
-SCALES = (1, 2, 4, 8)
+# Other windows of a gate by wording are so many times smaller than the largest: in a small one, a name outweighs what
+# is around it.
+SCALES = (2, 4, 8)
 # A window begins and ends between words, unless a word is longer than this many characters.
 LONGEST_WORD = 32
 
@@ -26,9 +26,9 @@ def window_size(forget_texts: Sequence[str]) -> int:
 
 
 def window_sizes(forget_texts: Sequence[str]) -> list[int]:
-    """The sizes of windows, in characters, the largest first: into that nearly all forget texts fit."""
+    """The sizes of windows, in characters, the largest first, into which nearly all forget texts fit."""
     largest = window_size(forget_texts)
-    return sorted({max(SHORTEST, largest // scale) for scale in SCALES}, reverse=True)
+    return [largest, *(largest // scale for scale in SCALES if largest // scale >= SHORTEST)]
 
 
 def is_window_size(value: object) -> bool:
@@ -65,7 +65,7 @@ def with_windows(text: str, size: int) -> list[str]:
 
 
 def passages(text: str, *sizes: int) -> list[str]:
-    """What a text is scored by: itself and its windows, and the same of it without disguises if it has any.
+    """Passages that a text is scored by: itself and its windows, and the same without its disguises if it has any.
 
     Args:
         text: the text.
