@@ -95,9 +95,12 @@ def test_a_server_is_made_of_options(folder, prompts, name):
             (
                 ["--prompts", "@prompts", f"--{option}", name],
                 ValueError,
-                f"{option}='{name}'; expected a name .* it out",
+                f"{option}='{name}'; expected a name .* such as '{example}', or none: leave it out",
             )
-            for option in ("server_name", "served_model_name", "vllm_model", "host")
+            for option, example in (
+                *(("server_name", "gpu-1"), ("served_model_name", "opt-1.3b")),
+                *(("vllm_model", "facebook/opt-1.3b"), ("host", "127.0.0.1")),
+            )
             for name in ("", " ")
         ),
         (["--prompts", "@prompts", "--device", ""], ValueError, "device='' cannot be used"),

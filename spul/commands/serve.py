@@ -137,9 +137,15 @@ def _check_names(options: ServeOptions) -> None:
     """Raise for an empty name: the default would take its place in silence, and an empty host is every interface."""
     from ..records.ledger_events import check_server
 
-    for name in ("served_model_name", "server_name", "vllm_model", "host"):
+    examples = {
+        "served_model_name": "opt-1.3b",
+        "server_name": "gpu-1",
+        "vllm_model": "facebook/opt-1.3b",
+        "host": "127.0.0.1",
+    }
+    for name, example in examples.items():
         if (value := getattr(options, name)) is not None:
-            check_server(value, name)
+            check_server(value, name, example)
 
 
 def what_is_served(options: ServeOptions, served: ServedPrompts) -> list[str]:
