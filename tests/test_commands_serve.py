@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 
@@ -95,9 +96,12 @@ def test_a_server_is_made_of_options(folder, prompts, name):
             (
                 ["--prompts", "@prompts", f"--{option}", name],
                 ValueError,
-                f"{option}='{name}'; expected a name .* it out",
+                f"{option}='{name}'; expected a name .* such as '{example}', or none: leave it out",
             )
-            for option in ("server_name", "served_model_name", "vllm_model", "host")
+            for option, example in (
+                *(("server_name", "gpu-1"), ("served_model_name", "opt-1.3b")),
+                *(("vllm_model", "facebook/opt-1.3b"), ("host", "127.0.0.1")),
+            )
             for name in ("", " ")
         ),
         (["--prompts", "@prompts", "--device", ""], ValueError, "device='' cannot be used"),
@@ -201,6 +205,48 @@ def test_what_the_ledger_says_was_revoked_is_neither_started_with_nor_added(fold
         assert HTTP.post(f"{url}/admin/prompts", headers=admin, json=again).status_code == 201
     assert ledger.states()["2026-017"].prompt_sha256 == record.weights_sha256
     assert not ledger.states()["2026-017"].served_again
+
+
+@pytest.mark.parametrize("name", ["default", "other"])
+def test_earlier_weights_in_a_folder_of_several_prompts_are_not_started_with(folder, tmp_path, name):
+    ledger, prompts = Ledger(tmp_path / "ledger.jsonl"), tmp_path / "prompts"
+    shutil.copytree(folder / "prompts", prompts)
+    own = prompts if name == "default" else prompts / name
+    for one, where in (("default", prompts), ("other", prompts / "other")):
+        ledger.append(LedgerEvent.of_adapter("trained", one, where))
+    ledger.append(LedgerEvent("revoked", name))
+    ledger.append(LedgerEvent("trained", name, prompt_sha256="34" * 32))
+    given = options(folder, "--model", tmp_path / "no-base", "--prompts", prompts, "--ledger", ledger.path)
+    sha = read_spul_config(own).weights_sha256
+    with pytest.raises(ValueError, match=rf"'{name}' was revoked on .* trained anew .*; this prompt has {sha}"):
+        server_of(given)
+    record = own / "spul_config.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"weights_sha256": None}))
+    with pytest.raises(ValueError, match=rf"'{name}' was revoked on .* its record lacks their SHA-256"):
+        server_of(given)
+    ledger.append(LedgerEvent("trained", name, prompt_sha256=sha))
+    shutil.copy((folder / "prompts") / record.relative_to(prompts), record)
+    with pytest.raises(OSError, match="no-base"):  # all that the ledger asks is given
+        server_of(given)
+
+
+def test_earlier_weights_whose_record_lacks_their_sha_256_are_not_added(folder, tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    shutil.copytree(folder / "prompts" / "other", tmp_path / "prompts" / "old")
+    record = tmp_path / "prompts" / "old" / "spul_config.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"weights_sha256": None}))
+    for name in ("1", "2"):
+        ledger.append(LedgerEvent("trained", name, prompt_sha256="12" * 32))
+    ledger.append(LedgerEvent("revoked", "2"))
+    ledger.append(LedgerEvent("trained", "2", prompt_sha256="34" * 32))
+    app, _ = server_of(options(folder, "--prompts", "1=@prompts/other", "--ledger", ledger.path,
+                               "--admin_token_file", "@token", "--prompts_dir", tmp_path / "prompts"))  # fmt: skip
+    admin = {"Authorization": "Bearer a-token-of-the-administrator"}
+    with running_app(app) as (url, _):
+        said = HTTP.post(f"{url}/admin/prompts", headers=admin, json={"name": "2", "folder": "old"})
+        assert said.status_code == 400
+        assert "its record lacks their SHA-256" in said.json()["error"]["message"]
+        assert HTTP.get(f"{url}/health").json()["prompts"] == 1
 
 
 def test_what_the_ledger_does_not_take_is_not_answered(folder, tmp_path):

@@ -163,9 +163,26 @@ def test_earlier_weights_of_a_request_that_was_revoked_and_trained_anew_are_not_
     ledger.append(LedgerEvent("revoked", "1"))
     ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
     ledger.check_not_revoked("1", SHA)
-    ledger.check_not_revoked("1")
     with pytest.raises(ValueError, match="trained anew"):
         ledger.check_not_revoked("1", old)
+
+
+@pytest.mark.parametrize("retrained", [SHA, None])
+def test_weights_that_are_not_known_count_as_earlier_ones_of_a_request_that_was_trained_anew(path, retrained):
+    ledger = Ledger(path)
+    for name, sha in (("1", "12" * 32), ("2", "34" * 32), ("3", None)):
+        ledger.append(LedgerEvent("trained", name, prompt_sha256=sha))
+    for name in ("1", "3"):
+        ledger.append(LedgerEvent("revoked", name))
+    ledger.append(LedgerEvent("received", "1"))
+    ledger.check_not_revoked("1")  # not trained anew
+    ledger.append(LedgerEvent("trained", "1", prompt_sha256=retrained))
+    says = r"'1' was revoked on 2.* lacks their SHA-256 .*--ledger \S+ --event trained --request 1 --adapter FOLDER$"
+    with pytest.raises(ValueError, match=says):
+        ledger.check_not_revoked("1")
+    ledger.append(LedgerEvent("trained", "3"))
+    for name in ("2", "3", "new"):  # never replaced; trained anew, and no entry has weights to tell by; not there
+        ledger.check_not_revoked(name)
 
 
 def test_where_an_entry_does_not_say_what_was_trained_anew_earlier_weights_are_not_served(path):
@@ -181,7 +198,6 @@ def test_where_an_entry_does_not_say_what_was_trained_anew_earlier_weights_are_n
     for sha in (first, SHA):
         with pytest.raises(ValueError, match=rf"without the SHA-256 of its weights; this prompt has {sha}.*--adapter"):
             ledger.check_not_revoked("1", sha)
-    ledger.check_not_revoked("1")  # as far as is known before it is loaded
     ledger.check_not_revoked("1", new)
     ledger.append(LedgerEvent("served", "1", prompt_sha256=new))
     state = ledger.states()["1"]

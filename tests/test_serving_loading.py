@@ -9,6 +9,8 @@ import torch
 from helpers import build, make_tokenizer
 from servers import make_gated, two_prompts
 
+from spul.records.digests import fingerprint
+from spul.serving import loading
 from spul.serving.loading import always, load_gated, load_prompts
 from spul.serving.served import ServedPrompts
 
@@ -61,6 +63,14 @@ def test_a_prompt_of_another_base_is_refused_unless_allowed(folder):
     (folder / "jane" / "spul_config.json").unlink()
     with pytest.raises(ValueError, match="does not say"):
         load_prompts(base(), make_tokenizer(), {"a": folder / "jane"})
+
+
+def test_the_base_is_digested_once_for_all_prompts(folder, monkeypatch):
+    calls = []
+    monkeypatch.setattr(loading, "fingerprint", lambda model: calls.append(model) or fingerprint(model))
+    load_prompts(base(), make_tokenizer(), {"a": folder / "jane", "b": folder / "new"})
+    load_gated(base(), make_tokenizer(), folder)
+    assert len(calls) == 2
 
 
 def test_the_gate_that_is_always_on_flags_every_text():

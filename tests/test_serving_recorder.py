@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
@@ -184,6 +186,33 @@ def test_a_request_that_was_trained_anew_waits_for_its_other_prompt_which_takes_
         assert engine.served.withheld == {}
 
 
+def test_while_the_prompt_that_takes_a_withheld_ones_place_loads_requests_are_answered(ledger, tmp_path, monkeypatch):
+    make_gated("other").save_pretrained(tmp_path / "prompts")
+    engine, loads, go = make_engine(make_gated("other"), tmp_path / "prompts"), threading.Event(), threading.Event()
+    change = engine.change
+
+    async def slow_change(action):
+        loads.set()
+        assert await asyncio.to_thread(go.wait, 60)
+        return await change(action)
+
+    with serving(ledger, engine) as url, ThreadPoolExecutor(2) as pool:
+        ledger.append(LedgerEvent("revoked", "other"))
+        ledger.append(LedgerEvent.of_adapter("trained", "other", tmp_path / "prompts" / "other"))
+        asked(url, "of doe")
+        assert list(engine.served.withheld) == ["other"]
+        monkeypatch.setattr(engine, "change", slow_change)
+        body = {"name": "other", "folder": "other"}
+        added = pool.submit(HTTP.post, f"{url}/admin/prompts", headers=ADMIN, json=body)
+        until(loads.is_set)
+        try:
+            assert pool.submit(asked, url, "of doe").result(20).choices[0].finish_reason
+        finally:
+            go.set()
+        assert added.result().status_code == 201
+        assert engine.served.withheld == {}
+
+
 def test_a_withheld_prompt_stays_so_while_no_entry_says_what_was_trained_anew(ledger, tmp_path, caplog):
     model = make_gated("other")
     model.save_pretrained(tmp_path / "prompts")
@@ -195,6 +224,7 @@ def test_a_withheld_prompt_stays_so_while_no_entry_says_what_was_trained_anew(le
             assert asked(url, "of doe").choices[0].text == bare
         warned = "The request 'other' was trained anew, as a prompt whose weights no entry names: add that one, or, if"
         assert caplog.text.count(warned) == 1
+        assert "spul ledger add --ledger FILE --event trained --request other --adapter FOLDER" in caplog.text
         ledger.append(LedgerEvent.of_adapter("trained", "other", tmp_path / "prompts" / "other"))
         assert asked(url, "of doe").choices[0].text == under  # the entry names the one that is withheld
     assert not ledger.states()["other"].served_again

@@ -137,9 +137,15 @@ def _check_names(options: ServeOptions) -> None:
     """Raise for an empty name: the default would take its place in silence, and an empty host is every interface."""
     from ..records.ledger_events import check_server
 
-    for name in ("served_model_name", "server_name", "vllm_model", "host"):
+    examples = {
+        "served_model_name": "opt-1.3b",
+        "server_name": "gpu-1",
+        "vllm_model": "facebook/opt-1.3b",
+        "host": "127.0.0.1",
+    }
+    for name, example in examples.items():
         if (value := getattr(options, name)) is not None:
-            check_server(value, name)
+            check_server(value, name, example)
 
 
 def what_is_served(options: ServeOptions, served: ServedPrompts) -> list[str]:
@@ -205,7 +211,8 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
         )
     import torch
 
-    from ..gates.gated_files import read_routing
+    from ..gates.gated_files import folder_of, read_routing
+    from ..records.spul_config import read_spul_config
     from ..serving.loading import check_folders, load_gated, load_prompts
 
     best = "cuda" if torch.cuda.is_available() and options.engine == "transformers" else "cpu"
@@ -228,7 +235,7 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
         raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
     else:
         for name in names:
-            check(name, None)
+            check(name, read_spul_config(folders, subfolder=folder_of(name)).weights_sha256)
     prompts = "1 prompt" if len(names) == 1 else f"{len(names)} prompts"
     _say(f"loading the base {options.model} on {device}, for {prompts}: {', '.join(names)}")
     start = time.monotonic()

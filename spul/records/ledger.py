@@ -201,20 +201,30 @@ class Ledger:
 
         Args:
             request: its name.
-            prompt_sha256: SHA-256 of the prompt's weights; None if not known.
+            prompt_sha256: SHA-256 of the prompt's weights; None if not known, which counts as earlier weights of a
+                request that was revoked and trained anew, where entries name weights of it.
 
         Raises:
             ValueError: if it was, or the chain is broken.
         """
         states = self.states() if self.path.exists() else {}
         own = states.get(request)
-        if own is not None and prompt_sha256 is not None and own.is_replaced(prompt_sha256):
+        if own is not None and own.is_replaced(prompt_sha256) and (prompt_sha256 or own.retrained or own.withdrawn):
+            note = (
+                f"spul ledger add --ledger {shlex.quote(str(self.path))} --event trained --request "
+                f"{shlex.quote(request)} --adapter FOLDER"
+            )
             what = f"with weights of SHA-256 {own.retrained}; this prompt has {prompt_sha256}. Serve the new one."
-            if own.retrained is None:
+            if prompt_sha256 is None:
+                what = (
+                    "and this prompt's weights may be those from before: its record lacks their SHA-256 "
+                    "(weights_sha256). Serve the new one; if this is the new one, save it again, by save_pretrained, "
+                    f"which records it, and note that: {note}"
+                )
+            elif own.retrained is None:
                 what = (
                     f"by an entry without the SHA-256 of its weights; this prompt has {prompt_sha256}, as the request "
-                    "had before. Serve the new one; if this is the new one, note that first: spul ledger add --ledger "
-                    f"{shlex.quote(str(self.path))} --event trained --request {shlex.quote(request)} --adapter FOLDER"
+                    f"had before. Serve the new one; if this is the new one, note that first: {note}"
                 )
             raise ValueError(
                 f"the request {request!r} was revoked on {own.revocations[-1]} by the ledger {str(self.path)!r} and "

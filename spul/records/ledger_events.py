@@ -196,12 +196,13 @@ def name_fault(name: Any) -> str | None:
     return None
 
 
-def check_server(name: str, argument: str = "server") -> None:
+def check_server(name: str, argument: str = "server", example: str = "gpu-1") -> None:
     """Raise unless a server may be called so.
 
     Args:
         name: its name.
         argument: the argument's name, for the message.
+        example: a value of it, likewise.
 
     Raises:
         ValueError: if not.
@@ -209,7 +210,7 @@ def check_server(name: str, argument: str = "server") -> None:
     if not name or not _is_name(name):
         raise ValueError(
             f"{argument}={name!r}; expected a name of printable characters, without spaces around it, such as "
-            "'gpu-1', or none: leave it out."
+            f"{example!r}, or none: leave it out."
         )
 
 

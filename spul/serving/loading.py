@@ -47,8 +47,9 @@ def load_prompts(
         ValueError: if there is no prompt, or one does not fit the base.
     """
     check_folders(folders, always_on)
+    base = fingerprint(model)
     for folder in folders.values():
-        check_fits(read_spul_config(folder), fingerprint(model), allow_other_base, str(folder))
+        check_fits(read_spul_config(folder), base, allow_other_base, str(folder))
     unlearner: Any = None
     for name, folder in folders.items():
         if unlearner is None:
@@ -68,9 +69,9 @@ def load_gated(
         FileNotFoundError: if the folder has no gates.
         ValueError: if there is no prompt, or one does not fit the base.
     """
-    gated = GatedUnlearner.from_pretrained(model, folder, tokenizer)
+    gated, base = GatedUnlearner.from_pretrained(model, folder, tokenizer), fingerprint(model)
     for name, record in gated.unlearner.spul_configs.items():
-        check_fits(record, fingerprint(model), allow_other_base, f"{folder} ({name})")
+        check_fits(record, base, allow_other_base, f"{folder} ({name})")
     return gated
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import hmac
 import logging
+import shlex
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from functools import partial
@@ -275,23 +276,31 @@ class _Server:
         Each is logged, and recorded as stopped or served. Only the look has a deadline, since it waits for entries
         that are written: a change is never left half done.
         """
-        if not any(await in_time(self.recorder.standing(), deadline)):
-            return
-        async with self._changing:
-            for name, since in (await self.recorder.standing()).revoked.items():  # anew: others may have changed it
-                await self._withhold(name, since)
-            found = await self.recorder.standing()
-            for name in found.reopened:
-                await self._restore(name)
-            for name, retrained in sorted(found.replaced.items() - self._told):
-                what = "as another prompt: add that one"
-                if retrained is None:
-                    what = (
-                        "as a prompt whose weights no entry names: add that one, or, if it is the one that is "
-                        "withheld, note so: spul ledger add --event trained --adapter FOLDER"
-                    )
-                logger.warning("The request %r was trained anew, %s.", name, what)
-            self._told = set(found.replaced.items())
+        found = await in_time(self.recorder.standing(), deadline)
+        if found.revoked or found.reopened:  # a prompt that is being added holds the lock as long as it loads
+            async with self._changing:
+                found = await self.recorder.standing()  # anew: others may have changed it
+                for name, since in found.revoked.items():
+                    await self._withhold(name, since)
+                found = await self.recorder.standing()
+                for name in found.reopened:
+                    await self._restore(name)
+        self._tell(found.replaced)
+
+    def _tell(self, replaced: Mapping[str, str | None]) -> None:
+        """Warn once of each request that was trained anew, whose new prompt has to be added."""
+        for name, retrained in replaced.items():
+            if (name, retrained) in self._told:
+                continue
+            what = "as another prompt: add that one"
+            if retrained is None:
+                what = (
+                    "as a prompt whose weights no entry names: add that one, or, if it is the one that is withheld, "
+                    f"note so: spul ledger add --ledger FILE --event trained --request {shlex.quote(name)} --adapter "
+                    "FOLDER"
+                )
+            logger.warning("The request %r was trained anew, %s.", name, what)
+        self._told = set(replaced.items())
 
     async def _withhold(self, name: str, since: str) -> None:
         gone = await self.engine.change(partial(ServedPrompts.withhold, name=name))
