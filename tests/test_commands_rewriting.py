@@ -147,7 +147,7 @@ def test_rewritten_prompts_of_the_other_side_or_held_out_are_left_out(tmp_path, 
     by_side = [{row["prompt"] for row in found if row["is_forget"] is flag} for flag in (True, False)]
     assert not by_side[0] & by_side[1]
     assert found["is_forget"][:].count(True) == 9 + 9  # asides: capitals are the retain rows
-    assert "rewritten row(s) left out, whose prompt is one of the other side or held out" in caplog.text
+    assert "rewritten row(s) left out, whose prompt is one of the other side, held out or to test with" in caplog.text
     caplog.clear()
     alone = forget_retain_dataset(sides[0], Dataset.from_list([{"prompt": "film", "completion": " good"}] * 9))
     held_out = hold_out(forget_retain_dataset(sides[1], rows("film", 9)), 0.9)
@@ -156,6 +156,19 @@ def test_rewritten_prompts_of_the_other_side_or_held_out_are_left_out(tmp_path, 
         not in rewritten_rows(options, alone, ways, make_collator(), held_out._replace(forget=sides[1]))["prompt"]
     )
     assert "9 rewritten row(s) left out" in caplog.text
+    caplog.clear()
+    chats = Dataset.from_list([{"prompt": [{"role": "user", "content": "plot"}], "completion": "good"}])
+    found = rewritten_rows(options, alone, ways, make_collator(max_length=1024), tests=[sides[1], chats])
+    assert not {*found["prompt"]} & {text.upper() for text in films}
+    assert "9 rewritten row(s) left out" in caplog.text
+
+
+def test_rewritten_rows_that_are_rows_to_test_with_are_left_out_of_the_training(files, tmp_path, runs):
+    capital = [{**row, "prompt": row["prompt"].upper()} for row in rows("jane", 10)]
+    trained({**files, "test_retain": write_rows(tmp_path / "tests.jsonl", capital)}, tmp_path / "out")
+    trainer = runs[0][0]
+    assert {*trainer._rows["prompt"]}.isdisjoint(row["prompt"] for row in capital)
+    assert "random case" in trainer._rows["rewritten_by"]
 
 
 @pytest.mark.parametrize(

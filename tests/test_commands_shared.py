@@ -8,6 +8,7 @@ from helpers import rows
 
 from spul.commands import combine, evaluate, train
 from spul.commands.shared import LoadOptions
+from spul.data import RowEncoder
 
 
 def talk(question):
@@ -57,7 +58,57 @@ def test_rows_whose_own_completions_lack_it_are_warned_of_once(files, tmp_path, 
     some = [{**row, "completion": row["completion"].strip()} for row in rows(name, 6)]
     ran(train.run, "train", {**files, which: write_rows(tmp_path / "own.jsonl", some)}, [" neutral"], tmp_path)
     (record,) = caplog.records
-    assert record.getMessage().startswith("rows: the completion 'positive' has no space before it")
+    assert record.getMessage().startswith(f"--{which}: the completion 'positive' has no space before it")
+
+
+def write_stripped(path, name, num, first=0):
+    """Rows whose completions lack their space, those before `first` aside."""
+    some = [
+        {**row, "completion": row["completion"].strip() if i >= first else row["completion"]}
+        for i, row in enumerate(rows(name, num))
+    ]
+    return write_rows(path, some)
+
+
+def test_a_fault_of_a_generic_answer_silences_none_of_rows_that_come_late(files, tmp_path, no_base, caplog):
+    late = write_stripped(tmp_path / "late.jsonl", "film", 90, 80)
+    ran(train.run, "train", {**files, "retain": late}, ["unknown"], tmp_path)
+    assert [text.split(":")[0] for text in told(caplog)] == ["--generic 'unknown'", "--retain"]
+
+
+def test_evaluate_warns_of_each_set_and_of_generic_answers_after_each_once(files, tmp_path, caplog, few_resamples):
+    own = {name: write_stripped(tmp_path / f"{name}.jsonl", "doe", 3) for name in ("test_forget", "retain", "unseen")}
+    values = {**files, **own, "adapter": write_prompt(tmp_path / "one"), "measures": ["utility", "input-attack"]}
+    values |= {"attacks": ["capitals"], "max_length": 64, "generic": ["neutral", " unknown"]}
+    evaluate.run(parsed("evaluate", {**values, "output_dir": tmp_path / "out"}))
+    assert [text.split(":")[0] for text in told(caplog)] == [
+        "--generic 'neutral'",
+        "--retain",
+        "--test-forget",
+        "--unseen",
+    ]
+
+
+def test_what_was_not_said_the_encoder_says(tokenizer, caplog, tmp_path):
+    options = parsed(
+        "evaluate",
+        {
+            **dict.fromkeys(("forget", "retain", "test_forget", "test_retain"), "f"),
+            "model": "m",
+            "output_dir": tmp_path,
+            "generic": ["unknown"],
+        },
+    )
+    said = options.warn_of_boundaries(tokenizer, {"forget": rows("jane", 3)})
+    assert said == {"unknown"}
+    caplog.clear()
+    encoder = RowEncoder(tokenizer, 64)
+    encoder.said_completions = said
+    for one in (encoder, encoder.with_max_length(32)):
+        one.encode({"prompt": "sentiment:", "completion": "unknown"})
+    assert not caplog.records
+    encoder.encode({"prompt": "sentiment:", "completion": "positive"})
+    assert len(told(caplog)) == 1
 
 
 def told(caplog):

@@ -97,6 +97,8 @@ def test_every_option_is_named_where_a_message_names_its_argument(name):
         ("give the collator a text_field, the column", "give --text-field, the column"),
         ("give the collator a smaller max_length.", "give a smaller --max-length."),
         ("Raise the collator's max_length.", "Raise --max-length."),
+        ("generic=[' a', ' b']: expected one", "--generic [' a', ' b']: expected one"),
+        ("the collator has generic=[]; give some", "the collator has --generic []; give some"),
         ("give another output_dir", "give another --output-dir"),
         ("give neighbors=, sets of rows", "call spul.evaluate in Python with neighbors=, sets of rows"),
         (

@@ -25,7 +25,10 @@ from spul.losses import (
     SimNPO,
     StateDistance,
 )
+from spul.models.causal_lm import dropout_of
+from spul.models.compat_modules import forward_hooks
 from spul.models.unlearner import unlearner_of
+from spul.training import methods
 from spul.training.forward import unlearning_forward
 from spul.training.methods import METHODS, TRAINABLES, Method, unlearning_method
 
@@ -188,6 +191,66 @@ def test_lora_on_what_is_no_linear_map_is_refused_before_training_and_leaves_the
         unlearner_of(own).check_trainable()
     config.exclude_modules = ["router"]
     assert isinstance(unlearning_method("GA", "lora").prepare(own.unload(), config), PeftModel)
+
+
+def state_of(model):
+    """What training by a method changes in a model, hooks among it."""
+    return {
+        "modules": [(name, type(module), module.training) for name, module in model.named_modules()],
+        "configs": [id(getattr(module, "config", None)) for module in model.modules()],
+        "dropout": [value for _, _, value in dropout_of(model)],
+        "parameters": [(name, p.dtype, p.requires_grad) for name, p in model.named_parameters()],
+        "hooks": [number for number, _ in forward_hooks(model)],
+        "adapter": hasattr(model, "peft_config"),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["router", "q_proj"], "which is no linear map"),  # found when LoRA is there
+        (["q_proj", "norm"], "is not supported"),  # by PEFT, on its way
+        (["no_such"], "not found in the base model"),
+    ],
+)
+def test_a_refused_lora_leaves_nothing_half_changed(targets, message, dtype, monkeypatch):
+    monkeypatch.setattr(methods, "is_quantized", lambda model: True)  # which PEFT prepares: frozen, in float32
+    config = NOT_LINEAR["phimoe"]()
+    config.attention_dropout = 0.25
+    base = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    base.gradient_checkpointing_enable()  # PEFT hooks its embeddings
+    before, weights = state_of(base), {name: value.clone() for name, value in base.state_dict().items()}
+    assert 0.25 in before["dropout"]
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=targets)
+    with pytest.raises(ValueError, match=message):
+        unlearning_method("GA", "lora").prepare(base, lora)
+    assert state_of(base) == before
+    assert all(torch.equal(value, weights[name]) for name, value in base.state_dict().items())
+    assert isinstance(unlearning_method("GA", "lora").prepare(base), PeftModel)
+    assert state_of(base) != before
+
+
+def test_weights_that_cannot_be_trained_leave_the_model_as_it_was(monkeypatch):
+    base = build("opt").requires_grad_(False)
+    before = state_of(base)
+    with pytest.raises(ValueError, match="layer=7"):
+        unlearning_method("RMU").prepare(base)
+    monkeypatch.setattr(methods, "is_quantized", lambda model: True)
+    with pytest.raises(ValueError, match="load the model unquantized"):
+        unlearning_method("GA").prepare(base)
+    assert state_of(base) == before
+
+
+@pytest.mark.parametrize("trainable", ["full", "lora"])
+def test_a_model_with_the_layers_of_an_adapter_inside_is_refused_and_keeps_them(trainable):
+    base = get_peft_model(
+        build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"])
+    ).base_model.model
+    before = state_of(base)
+    with pytest.raises(TypeError, match="has an adapter's layers inside"):
+        unlearning_method("GA", trainable).prepare(base)
+    assert state_of(base) == before
 
 
 def test_a_config_of_lora_is_left_as_it_was_and_serves_for_another_base():

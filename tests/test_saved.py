@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from spul.gates import load
 from spul.gates.files import SavedGate, read_gate
 from spul.rivals.files import SavedRival, read_rival
 
@@ -33,13 +34,32 @@ def test_the_file_is_read_with_its_kind_and_fields_of_later_versions(name, tmp_p
         ({"format_version": True}, "format_version is True"),
         ({"format_version": 1.0}, "format_version is 1.0"),
         ({"format_version": None}, "format_version is None"),
-        ({"kind": 3}, "kind is 3; expected the name of a kind. Save it again"),
+        ({"kind": 3}, "kind is 3; expected the name of a kind."),
     ],
 )
 def test_another_format_or_kind_is_refused_by_the_files_name(name, changed, message, tmp_path):
     (tmp_path / name).write_text(json.dumps({"format_version": 1, "kind": "own", **GATE, **changed}))
     with pytest.raises(ValueError, match=f"{name}: {message}"):
         KINDS[name][0](tmp_path)
+
+
+def test_a_missing_field_names_what_can_be_done_without_loading_it(name, tmp_path):
+    (tmp_path / name).write_text(json.dumps({"format_version": 1, **GATE}))
+    remedy = {
+        "gate.json": "Fit it again, or copy or download the whole folder again",
+        "spul_rival.json": "Copy or download the folder again, or make it anew",
+    }
+    with pytest.raises(ValueError, match=rf"{name} lacks kind; expected the name of a kind\. {remedy[name]}\.$"):
+        KINDS[name][0](tmp_path)
+
+
+def test_a_text_gate_of_one_window_is_to_be_fit_again(tmp_path):
+    fields = {"format_version": 1, "kind": "text", "window": 160, **GATE}
+    (tmp_path / "gate.json").write_text(json.dumps(fields))
+    with pytest.raises(
+        ValueError, match=r"lacks windows; expected numbers of .* the largest first\. Fit it again, or"
+    ):
+        load(tmp_path)
 
 
 def test_a_folder_without_it_and_arguments_that_are_none_of_the_hub_are_refused(name, tmp_path):

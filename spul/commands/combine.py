@@ -53,29 +53,30 @@ def run(options: CombineOptions) -> int | None:
     for folder, others in prompts_left_out(options.prompts).items():
         raise ValueError(f"{folder} also holds the prompts {others}, which would be left out: name each one's folder.")
     own: dict[str, Any] = {}
-    sets: list[Any] = []
     ways = None
     if options.forget and options.retain:
-        sets = [options.rows(options.forget), options.rows(options.retain)]
-        rows = forget_retain_dataset(*sets)
+        forget, retain = options.rows(options.forget), options.rows(options.retain)
+        answered, alone = {"forget": forget}, {"retain": retain}
+        rows = forget_retain_dataset(forget, retain)
         ways = ways_of(options, rows)
         own = {"forget_fraction": options.forget_fraction, "loss": UnlearningLoss(options.alpha, options.beta)}
         own |= {"reference": options.reference, "reference_dir": options.reference_dir}
         own |= {"digest_key": options.digest_key}
     else:
         rows = options.rows(options.inputs or [])
+        answered, alone = {}, {"inputs": rows}
         if "is_forget" in rows.column_names:
             raise ValueError("inputs have the column is_forget; give forget and retain rows as such, or drop it.")
     check_can_hold(options.output_dir)
     saved = [saved_prompt(folder) for folder in options.prompts]
     tokenizer = options.load_tokenizer(options.model)
-    is_warned = options.warn_of_boundaries(tokenizer, *sets)
+    said = options.warn_of_boundaries(tokenizer, answered, alone)
     base = options.load(options.model)
     # The new prompt stands where the others do, and all of them need room.
     lengths, position = [one.config.num_virtual_tokens for one in saved], saved[0].spul_config.prompt_position
     settings = options.collator_options(base, max(*lengths, options.num_virtual_tokens or 1), position)
     collator = ForgetRetainCollator(tokenizer, options.generic, seed=options.seed, **settings)
-    collator.encoder.warns_of_boundaries = not is_warned
+    collator.encoder.said_completions = said
     if ways is not None:
         rows = rewritten_rows(options, rows, ways, collator)
     combined = combine(

@@ -115,9 +115,10 @@ def run(options: EvaluateOptions) -> int | None:
         )
         others = {"retrained": options.retrained, "reference": options.reference}
         others |= {"base": options.base} if loaded.kind == "model" else {}
-        is_warned = options.warn_of_boundaries(loaded.tokenizer, splits["test_forget"])
+        named = {name.removeprefix("train_"): rows for name, rows in splits.items()}
+        said = options.warn_of_boundaries(loaded.tokenizer, named, {} if unseen is None else {"unseen": unseen})
         collator = ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model))
-        collator.encoder.warns_of_boundaries = not is_warned
+        collator.encoder.said_completions = said
         found = evaluate(
             loaded.model,
             splits,
@@ -155,7 +156,7 @@ def _attacks() -> list[str]:
     """Names of the attacks on the input, without those that are functions or texts of the caller's in Python."""
     from ..evaluation.attacks.usual import usual_names
 
-    return [name for name in usual_names() if name not in ("paraphrase", "reworded")]
+    return usual_names(of_caller=False)
 
 
 def _measure(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .wording import in_options
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SHARES = {"forget": 2.0, "retain": 1.0}  # rewritten rows for each row, as in the run that won
+SHARES = {"forget": 2.0, "retain": 1.0}  # rewritten rows for each row, as in the run that was measured with them
 TURNS = (1, 2)
 # The library's words for what the command has as options, beside those of `in_options`.
 WORDS = {
@@ -79,12 +79,17 @@ def ways_of(options: TrainingOptions, dataset: Dataset) -> Ways | None:
 
 
 def rewritten_rows(
-    options: TrainingOptions, dataset: Dataset, ways: Ways, collator: Any, held_out: HeldOut | None = None
+    options: TrainingOptions,
+    dataset: Dataset,
+    ways: Ways,
+    collator: Any,
+    held_out: HeldOut | None = None,
+    tests: Iterable[Dataset] = (),
 ) -> Dataset:
     """Training rows with rewritten ones: two for each forget row, one for each retain row.
 
-    A rewritten prompt that is also one of the other side, or one held out, is left out: rows that differ in letter
-    case or spaces alone have such.
+    A rewritten prompt that is also one of the other side, held out, or to test with, is left out: rows that differ in
+    letter case or spaces alone have such.
 
     Args:
         options: of the command.
@@ -92,6 +97,7 @@ def rewritten_rows(
         ways: of `ways_of`.
         collator: of the training.
         held_out: the rows that are not trained on.
+        tests: sets of rows to test with.
 
     Raises:
         ValueError: if rewritten rows do not fit in `--max-length`.
@@ -108,13 +114,14 @@ def rewritten_rows(
     except ValueError as error:
         raise ValueError(f"--rewritten: {_in_options(error, options)}") from error
     prompts = {side: set(column_values(rows, "prompt")) for side, rows in both.items()}
-    kept_out = {prompt for rows in held_out[1:] for prompt in column_values(rows, "prompt")} if held_out else set()
+    others = [*(held_out[1:] if held_out else ()), *tests]
+    kept_out = {prompt for rows in others for prompt in column_values(rows, "prompt") if isinstance(prompt, str)}
     forget = _without(both["forget"], prompts["retain"] | kept_out)
     retain = _without(both["retain"], prompts["forget"] | kept_out)
     if num := len(both["forget"]) + len(both["retain"]) - len(forget) - len(retain):
         logger.warning(
-            "--rewritten: %d rewritten row(s) left out, whose prompt is one of the other side or held out, as of rows "
-            "that differ in letter case or spaces alone.",
+            "--rewritten: %d rewritten row(s) left out, whose prompt is one of the other side, held out or to test "
+            "with, as of rows that differ in letter case or spaces alone.",
             num,
         )
     return forget_retain_dataset(forget, retain)

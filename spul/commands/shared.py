@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEAST_TOKENS = 2  # of a row: one of prompt, one of completion
-ROWS_LOOKED_AT = 64  # of a set, for how prompts end
 NO_LIMIT = 1 << 30
 
 
@@ -64,30 +63,57 @@ class RowOptions:
 
         return read_prompts(paths, self.prompt_format, self.text_field)
 
-    def warn_of_boundaries(self, tokenizer: Any, *sets: Sequence[Mapping[str, Any]]) -> bool:
+    def warn_of_boundaries(
+        self, tokenizer: Any, answered: Mapping[str, Any], others: Mapping[str, Any] | None = None
+    ) -> set[str]:
         """Warn of answers that do not fit where text prompts end, such as one without the space before it.
+
+        Warned of once each: the rows of a set, by its option, and every generic answer.
 
         Args:
             tokenizer: the base's tokenizer.
-            sets: forget rows, then others. Of each the first rows are looked at, generic answers after forget rows.
+            answered: sets of rows, by option, whose prompts generic answers follow, too.
+            others: other sets.
 
         Returns:
-            Whether there were any, so that the collator's encoder need not say it again.
+            The starts of the completions that were said, for the encoder's `said_completions`.
         """
-        from ..data.encoder import RowEncoder
-        from ..data.rows import rows_at
+        from ..data.encoder import BOUNDARY_WIDTH, MAX_BOUNDARIES, RowEncoder, boundary_of
+        from ..data.rows import column_values
 
-        encoder, faults = RowEncoder(tokenizer, NO_LIMIT), dict[str, str]()  # of each generic answer, and of all rows
-        for i, rows in enumerate(sets):
-            generic = {f"--generic {text!r}": text for text in self.generic or ()} if i == 0 else {}
-            for row in rows_at(rows, range(min(len(rows), ROWS_LOOKED_AT))):
-                texts = {"rows": row["completion"], **generic} if isinstance(row["prompt"], str) else {}
-                for name in texts.keys() - faults.keys():
-                    if fault := encoder.boundary_fault(row["prompt"], texts[name]):
-                        faults[name] = fault
+        encoder, known = RowEncoder(tokenizer, NO_LIMIT), dict[tuple[str, str], str | None]()
+
+        def fault_of(texts: Iterable[tuple[str, str]]) -> str | None:
+            looked_at = set[tuple[str, str]]()
+            for prompt, text in texts:
+                boundary = boundary_of(prompt, text)
+                if boundary in looked_at:
+                    continue
+                if len(looked_at) == MAX_BOUNDARIES:
+                    break
+                looked_at.add(boundary)
+                if boundary not in known:
+                    known[boundary] = encoder.boundary_fault(prompt, text)
+                if known[boundary] is not None:
+                    return known[boundary]
+            return None
+
+        faults, said, prompts = dict[str, str](), set[str](), dict[str, list[str]]()
+        for name, rows in {**answered, **(others or {})}.items():
+            both = zip(column_values(rows, "prompt"), column_values(rows, "completion"), strict=True)
+            texts = [(prompt, text) for prompt, text in both if isinstance(prompt, str)]
+            prompts[name] = [prompt for prompt, _ in texts]
+            if fault := fault_of(texts):
+                faults[f"--{name.replace('_', '-')}"] = fault
+                said |= {text[:BOUNDARY_WIDTH] for _, text in texts}
+        for text in self.generic or ():
+            found = (fault_of((prompt, text) for prompt in prompts[name]) for name in answered)
+            if fault := next(filter(None, found), None):
+                faults[f"--generic {text!r}"] = fault
+                said.add(text[:BOUNDARY_WIDTH])
         for name, fault in sorted(faults.items()):
             logger.warning("%s: %s.", name, fault)
-        return bool(faults)
+        return said
 
     def collator_options(
         self, model: Any, num_virtual_tokens: int | None = None, prompt_position: str | None = None

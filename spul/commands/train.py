@@ -126,14 +126,14 @@ def run(options: TrainOptions) -> int | None:
     train_rows = dataset if held_out is None else held_out.train
     ways = ways_of(options, train_rows)
     tokenizer = options.load_tokenizer(options.model)
-    is_warned = options.warn_of_boundaries(tokenizer, forget, retain)
+    said = options.warn_of_boundaries(tokenizer, {"forget": forget, **tests}, {"retain": retain})
     config = _prompt_config(options)
     base = options.load(options.model)
     of_rows = options.collator_options(base, options.num_virtual_tokens, options.prompt_position)
     collator = method.collator(tokenizer, options.generic or (), seed=options.seed, **of_rows)
-    collator.encoder.warns_of_boundaries = not is_warned
+    collator.encoder.said_completions = said
     if ways is not None:
-        train_rows = rewritten_rows(options, train_rows, ways, collator, held_out)
+        train_rows = rewritten_rows(options, train_rows, ways, collator, held_out, tests.values())
     set_seed(options.seed)  # of the draws of the start
     start = _start(options, collator, train_rows)
     unlearner = SoftPromptUnlearner(base, config, method.loss, prompt_position=options.prompt_position, start=start)
@@ -172,14 +172,7 @@ def _methods() -> list[str]:
     """Names of the methods that train a prompt."""
     from ..training.methods import METHODS, unlearning_method
 
-    def trains_prompt(name: str) -> bool:
-        try:
-            unlearning_method(name, "prompt")
-        except ValueError:  # it reads hidden states
-            return False
-        return True
-
-    return [name for name in METHODS if trains_prompt(name)]
+    return [name for name in METHODS if unlearning_method(name).loss.reads_layer is None]
 
 
 def _fill(options: TrainOptions) -> None:

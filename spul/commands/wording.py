@@ -40,7 +40,9 @@ def in_options(text: str, options: type) -> str:
         if name not in names or not (found["is"] or "_" in name):  # a word of English otherwise, such as base
             return found[0]
         smaller = "a smaller" if found["smaller"] else ""
-        return " ".join(filter(None, (smaller, f"--{name.replace('_', '-')}", found["value"])))
+        worded = " ".join(filter(None, (smaller, f"--{name.replace('_', '-')}", found["value"])))
+        is_list = found["is"] and not found["value"] and found.string[found.end() :].startswith("[")
+        return f"{worded} " if is_list else worded
 
     return ARGUMENT.sub(option, TO_GIVE.sub(give, text)).replace(*BASE)
 

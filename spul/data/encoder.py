@@ -31,6 +31,11 @@ BOUNDARY_WIDTH, MAX_BOUNDARIES = 16, 256
 CACHE_SIZE = 32_768
 
 
+def boundary_of(prompt: str, text: str) -> tuple[str, str]:
+    """The end of a prompt and the start of its completion, by which their boundary counts as seen."""
+    return prompt[-BOUNDARY_WIDTH:], text[:BOUNDARY_WIDTH]
+
+
 class RowEncoder:
     """Encoder of prompt-completion rows as token ids, at most `max_length` a row.
 
@@ -59,6 +64,8 @@ class RowEncoder:
 
     Attributes:
         num_cut: number of rows that lost tokens, by the collator's `warn_of_cut_rows` and `tokenize`.
+        said_completions: the first `BOUNDARY_WIDTH` characters of completions of which no warning is due, since who
+            made the encoder said already that they do not fit their prompts.
 
     Raises:
         ValueError: if `max_length` is below 2, `text_field` is given with a slow tokenizer, or `append_eos` with a
@@ -86,7 +93,7 @@ class RowEncoder:
         self.tokenizer, self.max_length = tokenizer, max_length
         self.text_field, self.append_eos, self.pad_to_multiple_of = text_field, append_eos, pad_to_multiple_of
         self.prompt_position, self.num_cut = prompt_position, 0
-        self.warns_of_boundaries = True
+        self.said_completions: set[str] = set()  # their starts
         self._boundaries: set[tuple[str, str]] = set()  # ends of prompts and starts of completions that were checked
         self._cache: dict[Hashable, array[int]] = {}
         # Some tokenizers end every text with this token; a prompt must not end yet.
@@ -103,7 +110,7 @@ class RowEncoder:
         """An encoder with the same settings and another maximum length."""
         settings = (self.text_field, self.append_eos, self.pad_to_multiple_of, self.prompt_position)
         encoder = RowEncoder(self.tokenizer, max_length, *settings)
-        encoder.warns_of_boundaries = self.warns_of_boundaries
+        encoder.said_completions = self.said_completions
         encoder._cache, encoder._boundaries = self._cache, self._boundaries  # of ids before they are shortened
         return encoder
 
@@ -276,8 +283,10 @@ class RowEncoder:
 
         Checked once for each of the first ends of prompts with each start of a completion.
         """
-        boundary = (prompt[-BOUNDARY_WIDTH:], text[:BOUNDARY_WIDTH])
-        if not self.warns_of_boundaries or boundary in self._boundaries or len(self._boundaries) >= MAX_BOUNDARIES:
+        boundary = boundary_of(prompt, text)
+        if boundary in self._boundaries or len(self._boundaries) >= MAX_BOUNDARIES:
+            return
+        if boundary[1] in self.said_completions:
             return
         self._boundaries.add(boundary)
         if fault := self.boundary_fault(prompt, text):

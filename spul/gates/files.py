@@ -40,6 +40,8 @@ def write_gate(folder: str | os.PathLike, fields: Mapping[str, Any], arrays: Map
 class SavedGate(Saved):
     """A saved gate: its `gate.json`, and its arrays."""
 
+    remedy = "Fit it again, or copy or download the whole folder again."
+
     def arrays(self, shapes: Shapes) -> dict[str, np.ndarray]:
         """The arrays, float64, of the names and shapes expected.
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from .compat import is_dropout, peft_layers, takes_positions, uncompiled
+from .compat import is_dropout, peft_layers, remove_peft_layers, takes_positions, uncompiled
 from .compat_checkpointing import switching
-from .compat_modules import forward_hooks
+from .compat_modules import forward_hooks, remove_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -158,10 +158,13 @@ def _restore_modes(modes: dict[nn.Module, bool]) -> None:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module) -> Iterator[None]:
-    """Context manager: if the block raises, a model's configs, dropout, `requires_grad` and modes are as before."""
+    """Context manager: if the block raises, a model's configs, dropout, modes and parameters are as before.
+
+    Of parameters: `requires_grad`, and types of fewer bits, which PEFT's preparation of quantized models widens.
+    """
     configs, dropout = _configs(model), dropout_of(model)
     modes = [(module, module.training) for module in model.modules()]
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    parameters = [(parameter, parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
     try:
         yield
     except BaseException:
@@ -170,8 +173,22 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
         restore_dropout(dropout)
         for module, mode in modes:
             module.training = mode
-        for parameter, required in gradients:
+        for parameter, required, dtype in parameters:
+            if parameter.dtype != dtype:
+                parameter.data = parameter.data.to(dtype)
             parameter.requires_grad_(required)
+        raise
+
+
+@contextmanager
+def bare_on_error(model: nn.Module) -> Iterator[None]:
+    """Context manager: if the block raises, a model without an adapter has none, nor hooks that were added."""
+    hooks = {number for number, _ in forward_hooks(model)}
+    try:
+        yield
+    except BaseException:
+        remove_peft_layers(model)
+        remove_hooks(model, hooks)
         raise
 
 

@@ -169,6 +169,15 @@ def peft_layers(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
+def remove_peft_layers(model: Any) -> None:
+    """Put the modules that PEFT has wrapped back in their place; its `unload` is of adapters that were put whole."""
+    for name in reversed(peft_layers(model)):  # inner ones first
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, without_peft_wrapper(model.get_submodule(name)))
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+
+
 def without_peft_wrapper(module: Any) -> Any:
     """The module inside a wrapper of PEFT: under LoRA, or trained as a whole beside LoRA."""
     for inner in ("original_module", "base_layer"):

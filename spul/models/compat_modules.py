@@ -7,7 +7,7 @@ dictionaries read here are private to torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from torch import nn
@@ -35,6 +35,19 @@ def forward_hooks(model: nn.Module) -> Iterator[tuple[int, Any]]:
     for module in all_modules(model):
         yield from module._forward_pre_hooks.items()
         yield from module._forward_hooks.items()
+
+
+def remove_hooks(model: nn.Module, kept: Collection[int]) -> None:
+    """Remove hooks before and after the forwards of a model's modules.
+
+    Args:
+        model: the model.
+        kept: ids, as of `forward_hooks`, of those that stay.
+    """
+    for module in all_modules(model):
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            for one in hooks.keys() - kept:
+                del hooks[one]
 
 
 def weight_versions(model: nn.Module) -> tuple[tuple[int, int], ...]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from .fields import Checks, check_format, check_values, read_object
 from .files import HUB_ARGUMENTS, find_file
@@ -29,6 +29,9 @@ class Saved:
     hub: Mapping[str, Any]
     path: Path
     fields: dict[str, Any]
+
+    # The last sentence where a field is missing or damaged, whose object cannot be loaded to be saved again.
+    remedy: ClassVar[str] = "Copy or download the folder again, or make it anew."
 
     @classmethod
     def read(
@@ -72,4 +75,4 @@ class Saved:
         Raises:
             ValueError: if one is missing or has not.
         """
-        check_values(self.fields, checks, self.path, "Save it again.")
+        check_values(self.fields, checks, self.path, self.remedy)

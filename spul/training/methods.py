@@ -30,7 +30,15 @@ from ..losses.states import RMU, StateDistance, StateTerm
 from ..losses.suppressed import CEU, UNDIAL
 from ..losses.terms import CrossEntropy, GradientAscent, KLAscent, KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import feed_forward_ends, not_linear, stop_sampling, zero_dropout
+from ..models.causal_lm import (
+    bare_on_error,
+    check_no_adapter,
+    feed_forward_ends,
+    not_linear,
+    stop_sampling,
+    unchanged_on_error,
+    zero_dropout,
+)
 from ..models.compat import is_quantized, keep_4bit_differentiable
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
@@ -142,7 +150,7 @@ class Method:
         from the reference; for the same reason PhiMoE's routers sample no experts. LoRA's own dropout stays.
 
         Args:
-            model: a causal LM, which changes in place.
+            model: a causal LM, which changes in place; not where this raises.
             config: PEFT's config of the prompt or of LoRA, or an `UnlearningLayersConfig`. None is P-tuning of the
                 SPUL paper (30 virtual tokens, hidden size 128), LoRA of rank 16 on every linear layer, or
                 `UnlearningLayersConfig()`.
@@ -160,6 +168,7 @@ class Method:
                 f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
                 "returns it. Merge a model under an adapter first: model.merge_and_unload()."
             )
+        check_no_adapter(model)
         layers_config = config if isinstance(config, UnlearningLayersConfig) else None
         peft_config = config if isinstance(config, PeftConfig) else None
         if config is not None and (layers_config if self.trainable == "layers" else peft_config) is None:
@@ -176,32 +185,36 @@ class Method:
                 task_type="CAUSAL_LM", num_virtual_tokens=30, encoder_hidden_size=128
             )
             return SoftPromptUnlearner(model, prompt, loss=self.loss)
-        own_config = model.config
-        zero_dropout(model)
-        if self.trainable == "full":  # saved with its config, which is to keep its values; its layers read others
-            model.config = own_config
-        stop_sampling(model)
-        keep_4bit_differentiable(model)
-        if self.trainable == "lora":
-            modules = "all-linear" if self.loss.reads_layer is None else [*self._steered(model)]
-            lora: Any = copy.deepcopy(peft_config)  # PEFT writes into it, and it may be that of another model, too
-            lora = lora or LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=modules)
-            if getattr(lora, "target_modules", None) == "all-linear" and not getattr(lora, "exclude_modules", None):
-                lora.exclude_modules = not_linear(model) or None  # which PEFT takes for linear
-            if quantized:
-                model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-            adapted = get_peft_model(model, lora)
-            try:
-                unlearner_of(adapted).check_trainable()
-            except ValueError:
-                adapted.unload()
-                raise
-            return adapted
-        if quantized or peft_config is not None:
+        if self.trainable == "full" and (quantized or peft_config is not None):
             raise ValueError(
                 "trainable='full' trains the weights themselves: load the model unquantized and pass no config, or "
                 "use trainable='lora'."
             )
+        with unchanged_on_error(model), bare_on_error(model):
+            return self._with_lora(model, peft_config) if self.trainable == "lora" else self._with_all_weights(model)
+
+    def _with_lora(self, model: PreTrainedModel, peft_config: PeftConfig | None) -> PeftModel:
+        """The model under LoRA, or another adapter of PEFT."""
+        zero_dropout(model)
+        modules = "all-linear" if self.loss.reads_layer is None else [*self._steered(model)]
+        lora: Any = copy.deepcopy(peft_config)  # PEFT writes into it, and it may be that of another model, too
+        lora = lora or LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules=modules)
+        if getattr(lora, "target_modules", None) == "all-linear" and not getattr(lora, "exclude_modules", None):
+            lora.exclude_modules = not_linear(model) or None  # which PEFT takes for linear
+        if is_quantized(model):
+            model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        adapted = cast(PeftModel, get_peft_model(model, lora))
+        unlearner_of(adapted).check_trainable()
+        stop_sampling(model)
+        keep_4bit_differentiable(model)  # last: repacked weights are not put back
+        return adapted
+
+    def _with_all_weights(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with its weights trainable, or those that steer a layer's states."""
+        own_config = model.config
+        zero_dropout(model)
+        model.config = own_config  # saved with the model, and to keep its values; the layers read others
+        stop_sampling(model)
         if model.dtype in (torch.float16, torch.bfloat16):
             logger.warning(
                 "the weights are %s, which loses small steps, and float16 overflows; for trainable='full' load them "

@@ -76,15 +76,18 @@ def chosen_attacks(attacks: InputAttacks, names: Sequence[str]) -> dict[str | tu
     return {key: attack for key, attack in attacks.items() if (key[0] if isinstance(key, tuple) else key) in names}
 
 
-def usual_names(turns: Sequence[int] = TURNS, document_words: Sequence[int] = DOCUMENT_WORDS) -> list[str]:
+def usual_names(
+    turns: Sequence[int] = TURNS, document_words: Sequence[int] = DOCUMENT_WORDS, of_caller: bool = True
+) -> list[str]:
     """The names of all usual attacks on the input, whether or not some rows take them.
 
     Args:
         turns, document_words: as of `usual_attacks`.
+        of_caller: whether those are among them that are made of a function or texts of the caller's.
     """
     rows = Dataset.from_dict({"prompt": [str(i) for i in range(max(turns) + 1)]})
-    settings: dict[str, Any] = {"rewrite": str, "wording": {}, "other_rows": rows}
-    attacks = usual_attacks("text", rows, turns=turns, document_words=document_words, **settings)
+    own: dict[str, Any] = {"rewrite": str, "wording": {}} if of_caller else {}
+    attacks = usual_attacks("text", rows, turns=turns, document_words=document_words, other_rows=rows, **own)
     return list(dict.fromkeys(key[0] if isinstance(key, tuple) else key for key in attacks))
 
 

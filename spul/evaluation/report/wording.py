@@ -77,7 +77,7 @@ def better_in_words(one: MetricValue | None) -> str:
 
 
 def method_in_words(evaluation: Evaluation) -> str:
-    """What stands between the base and the model: `"the prompt"`, `"the gate and its refusal"`, `"LoRA"`.
+    """Name of what stands between the base and the model: `"the prompt"`, `"the gate and its refusal"`, `"LoRA"`.
 
     Of seeds of several, or of an earlier version, which did not note it, `"the method"`.
     """
