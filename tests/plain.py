@@ -81,7 +81,7 @@ def losses(unlearner, batch, alpha=1.0, beta=0.5, direction="reverse", reduction
         logits = row_logits(unlearner, ids, before=start)
         at = [i for i in range(1, len(ids)) if labels[i] != -100]
         nll = [-F.log_softmax(logits[i - 1], -1)[labels[i]] for i in at]
-        groups["forget" if is_forget else "retain"].append(sum(nll) if is_forget else reduced(nll, reduction))
+        groups["forget" if is_forget else "retain"].append(reduced(nll, "auto" if is_forget else reduction))
         if not is_forget:
             with torch.no_grad():
                 frozen = row_logits(unlearner, ids, prompted=False)

@@ -92,7 +92,8 @@ def test_a_term_takes_the_default_of_its_place():
     ]
     assert (loss.retain.factor, loss.kl.direction) == (2.0, "forward")
     assert UnlearningLoss(retain=CrossEntropy(), kl=KLDivergence()) == UnlearningLoss()
-    assert UnlearningLoss().forget == CrossEntropy(reduction="sum")
+    assert UnlearningLoss().forget == CrossEntropy(reduction="auto") == UnlearningLoss(forget=CrossEntropy()).forget
+    assert UnlearningLoss(forget=NPO()).forget.reduction == "sum"
 
 
 def test_the_term_given_is_not_changed():
@@ -112,14 +113,16 @@ def test_a_reduction_that_is_given_stays(reduction):
     assert UnlearningLoss.from_dict(loss.to_dict()) == loss
 
 
-def test_retain_and_kl_average_long_rows_and_forget_sums_them():
+def test_long_rows_are_averaged_generic_answers_included():
     out = UnlearningLoss()(LOGITS, LABELS, RETAIN, REFERENCE)
     nll, kl = token_nll(LOGITS, LABELS), KLDivergence().token_losses(LOGITS, LABELS, REFERENCE)
     for found, tokens in ((out.retain_loss, nll), (out.kl_loss, kl)):
         rows = [plain(tokens[row, :length].tolist(), "auto") for row, length in enumerate(LENGTHS)]
         assert found.item() == pytest.approx(sum(rows) / len(LENGTHS))
     forget = UnlearningLoss()(LOGITS, LABELS, ~RETAIN).forget_loss
-    assert forget.item() == pytest.approx(nll.sum().item() / len(LENGTHS))
+    assert forget.item() == pytest.approx(out.retain_loss.item())
+    summed = UnlearningLoss(forget=CrossEntropy(reduction="sum"))(LOGITS, LABELS, ~RETAIN).forget_loss
+    assert summed.item() == pytest.approx(nll.sum().item() / len(LENGTHS))
 
 
 def test_a_batch_of_labels_and_answers_is_that_of_rows_one_by_one():

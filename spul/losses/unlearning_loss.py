@@ -58,9 +58,9 @@ class UnlearningLoss:
     retain rows. A group without rows contributes exactly 0. A term of weight 0 is not computed and contributes
     exactly 0.
 
-    A row's loss is the sum over its response tokens; that of retain rows (`retain`, `kl`) with more than three tokens
-    is their mean, so that long answers do not outweigh the generic ones of forget rows. A `reduction` of the term
-    decides otherwise, see `LossTerm`.
+    A row's loss is the sum over its response tokens; that of retain rows (`retain`, `kl`) and that of a generic answer
+    (`CrossEntropy` on forget rows) with more than three tokens is their mean, so that neither outweighs the other by
+    its length. A `reduction` of the term decides otherwise, see `LossTerm`.
 
     Args:
         alpha: weight of the retain term, at least 0. The paper tries 0.1, 0.5 and 1.
@@ -115,7 +115,8 @@ class UnlearningLoss:
                 )
             if term.reduction is None:
                 term = copy.copy(term)
-                object.__setattr__(term, "reduction", REDUCTIONS[name])
+                is_generic = name == "forget" and type(term) is CrossEntropy  # other published losses there are sums
+                object.__setattr__(term, "reduction", "auto" if is_generic else REDUCTIONS[name])
                 object.__setattr__(self, name, term)
         if self.lm.needs_reference:
             raise ValueError(

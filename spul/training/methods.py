@@ -57,7 +57,7 @@ _TOKEN_MEAN = CrossEntropy(reduction="mean")
 _LOSSES = {
     "SPUL": UnlearningLoss(alpha=1.0, beta=0.5),
     "GA": UnlearningLoss(alpha=0.0, beta=0.0, forget=GradientAscent()),
-    "RL": UnlearningLoss(alpha=0.0, beta=0.0),
+    "RL": UnlearningLoss(alpha=0.0, beta=0.0, forget=_SUMMED),
     "GA+KL": UnlearningLoss(alpha=0.0, beta=1.0, forget=GradientAscent(), kl=_FORWARD_KL),
     "GA+GD": UnlearningLoss(alpha=1.0, beta=0.0, forget=GradientAscent(), retain=_SUMMED),
     "NPO": UnlearningLoss(alpha=0.0, beta=0.0, forget=NPO()),
