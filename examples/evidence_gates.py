@@ -39,15 +39,26 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", required=True, help="Hub name or folder of a causal LM, for its tokenizer")
-    add("--data-dir", required=True, help="folder of SST-2")
-    add("--prose-dir", required=True, help="folder of IMDB")
+    add("--data-dir", required=True, help="folder of SST-2, or of the four splits of a plan without a data set")
+    add("--prose-dir", help="folder of IMDB, for gates that know prose")
     add("--plan", type=Path, default=PLAN)
     add("--passages", type=int, default=2000, help="of prose")
-    add("--attacked", type=int, default=200, help="rows of each side under each attack")
+    add("--attacked", type=int, default=200, help="rows of each side under each attack; 0 for none")
+    add(
+        "--gates",
+        nargs="+",
+        choices=GATES,
+        default=list(GATES),
+        metavar="NAME",
+        help=", ".join(GATES).replace("%", "%%"),
+    )
     add("--seeds", nargs="+", type=int, help="the plan's unless given")
     add("--answers", nargs="*", type=Path, default=[], help="files of lines with the base's scores by row")
     add("--output-dir", type=Path, default=Path("out/evidence-gates"))
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.prose_dir is None and any("prose" in name for name in args.gates):
+        parser.error("--prose-dir is needed for gates that know prose; or name others by --gates.")
+    return args
 
 
 def passages_of_prose(folder: str, size: int, most: int, seed: int) -> list[str]:
@@ -74,9 +85,10 @@ def measured(args: argparse.Namespace, plan: Plan, seed: int, name: str) -> dict
     line = {"gate": name, "seed": seed, "recall": GATES[name], "retain_texts": len(retain)}
     line |= {"fit_seconds": time.perf_counter() - begun, "report": str(gate.report)}
     line["test"] = {side: gate.flags(rows["prompt"][:]).astype(int).tolist() for side, rows in scored.items()}
+    attacked = attacked_rows(experiment, scored, args.attacked) if args.attacked else ()
     line["inputs"] = [
         {"side": side, "attack": attack, "flagged": gate.flags(rows["prompt"][:]).astype(int).tolist()}
-        for side, attack, rows in attacked_rows(experiment, scored, args.attacked)
+        for side, attack, rows in attacked
     ]
     return line
 
@@ -120,7 +132,7 @@ def main() -> None:
     plan, path = Plan.read(args.plan), args.output_dir / "gates.jsonl"
     lines = read_runs(path) if path.exists() else []
     for seed in args.seeds or plan.seeds:
-        for name in GATES:
+        for name in args.gates:
             if not any((line["gate"], line["seed"]) == (name, seed) for line in lines):
                 lines.append(measured(args, plan, seed, name))
                 print(name, seed, lines[-1]["report"], sep="\n", flush=True)
