@@ -44,6 +44,7 @@ from spul.evaluation.metrics import (
 from spul.evaluation.metrics.likelihood import extraction_strength, mean_log_probs
 from spul.gates import GatedUnlearner, TextGate, hard_negatives, load
 from spul.losses import CrossEntropy
+from spul.losses.terms import Reduction
 from spul.prompts import DiscriminativeStart
 from spul.prompts.configs import prompt_config
 from spul.rivals import FixedRefusal
@@ -87,13 +88,13 @@ def retrained(tofu: Tofu) -> Any:
     return tofu.load("retrained")
 
 
-def prefix(tofu: Tofu, name: str = "prefix", **changed: Any) -> Any:
-    """The prompt that `spul train` makes by default, or one of another loss."""
+def prefix(tofu: Tofu, name: str = "prefix", reduction: Reduction = "sum") -> Any:
+    """The prompt that `spul train` made by default: its forget loss is a sum over a refusal's tokens."""
 
     def make(folder: Path) -> dict[str, Any]:
         set_seed(tofu.args.seed)
         start = DiscriminativeStart(tofu.dataset, tofu.collator, progress=False)
-        loss = UnlearningLoss(**{"alpha": 4.0, **changed})
+        loss = UnlearningLoss(alpha=4.0, forget=CrossEntropy(reduction=reduction))
         model = SoftPromptUnlearner(tofu.load(), prompt_config("prefix_tuning", 30), loss, start=start)
         tofu.train(model, loss, tofu.dataset, default_learning_rate(model, start), 0.5).save_pretrained(folder)
         return {"parameters": trained_parameters(model)}
@@ -103,8 +104,8 @@ def prefix(tofu: Tofu, name: str = "prefix", **changed: Any) -> Any:
 
 
 def prefix_of_means(tofu: Tofu) -> Any:
-    """The same, its forget loss a mean over a refusal's tokens as its retain loss is over an answer's."""
-    return prefix(tofu, "prefix-mean", forget=CrossEntropy(reduction="mean"))
+    """The same, its forget loss a mean as its retain loss is, and as it is by default since."""
+    return prefix(tofu, "prefix-mean", "mean")
 
 
 def gate_of(tofu: Tofu) -> TextGate:

@@ -124,7 +124,7 @@ def test_no_row_of_the_data_is_in_the_card(card):
 
 def test_the_training_is_described(card):
     text = section(card, "How it was trained")
-    assert "- loss: L_f + 0.1 L_r + 0.5 L_kl, with forget = CrossEntropy(reduction='sum')" in text
+    assert "- loss: L_f + 0.1 L_r + 0.5 L_kl, with forget = CrossEntropy(reduction='auto')" in text
     assert "kl = KLDivergence(reduction='auto', direction='reverse')" in text
     assert "- generic responses: `neutral`, `unknown`" in text
     assert f"- fingerprint of the base's weights: `{CONFIG.base_fingerprint}`" in text

@@ -90,7 +90,7 @@ LINES = {
 
 
 def test_the_table_on_smollm2_has_the_numbers_of_its_lines():
-    page = (DOCS / "evidence.md").read_text().split("### Ten requests on SmolLM2")[1].split("###")[0]
+    page = (DOCS / "evidence.md").read_text().split("### Ten requests on SmolLM2")[1].split("**Three seeds**")[0]
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     table = {name: values for name, *values in cells}
     text = (DOCS / "data" / "evidence" / "requests-smollm2.jsonl").read_text()
@@ -102,6 +102,30 @@ def test_the_table_on_smollm2_has_the_numbers_of_its_lines():
         assert table[name] == percent, (name, one)
     for after in ("1 added", "5 added", "10 added", "3 withdrawn"):
         assert values_of(found["refusals behind gates", after]) == values_of(found["prompts behind gates", after])
+
+
+def test_the_table_of_three_seeds_has_the_means_of_its_lines_and_each():
+    page = (DOCS / "evidence.md").read_text().split("**Three seeds**")[1].split("###")[0]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
+    text = (DOCS / "data" / "evidence" / "requests-smollm2-60-steps.jsonl").read_text()
+    lines = list(map(json.loads, text.splitlines()))
+    systems = {"refusals": "refusals behind gates", "LoRA merged": "LoRA, merged each time"}
+    systems |= {"LoRA, merged each time": "LoRA, merged each time", "LoRA": "LoRA, trained anew each time"}
+    for name, *values in cells[2:]:
+        after = "3 withdrawn" if "withdrawn" in name else "5 added" if ", 5" in name else "10 added"
+        system = "base" if name == "base" else next(full for word, full in systems.items() if name.startswith(word))
+        one = [line for line in lines if line["system"] == system and (line["after"] == after or system == "base")]
+        assert len(one) == 3
+        for value, column in zip(values, ("forget", "worst request", "other people", "retain"), strict=True):
+            each = [line[column] for line in one]
+            if not value or not value[0].isdigit():
+                continue
+            mean, _, seeds = value.partition(" (")
+            assert float(mean) == pytest.approx(100 * sum(each) / 3, abs=0.051), (name, column)
+            if seeds:
+                assert seeds.rstrip(")") == ", ".join(f"{100 * number:.1f}" for number in each), (name, column)
+    base = {line["seed"]: line["retain"] for line in lines if line["system"] == "base"}
+    assert all(line["retain"] == base[line["seed"]] for line in lines if line["system"] == "refusals behind gates")
 
 
 def values_of(line):

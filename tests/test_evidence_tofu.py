@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from chats import TEMPLATES, chatty
 
@@ -37,20 +38,25 @@ def test_a_question_stands_where_the_chat_template_puts_it(tofu):
 
 def test_the_table_has_the_numbers_of_its_lines(example):
     page = (ROOT / "docs" / "results.md").read_text().split("## TOFU on SmolLM2")[1].split("\n## ")[0]
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
-    table = {name.split(",")[0]: values for name, *values in cells[2:]}
-    text = (ROOT / "docs" / "data" / "evidence" / "tofu-smollm2.jsonl").read_text()
+    text = (ROOT / "docs" / "data" / "evidence" / "tofu-smollm2-400-rows.jsonl").read_text()
     lines = list(map(json.loads, text.splitlines()))
-    summary = [line.split("|")[1:-1] for line in example.summary(lines).splitlines()]
     order = [3, 5, 1, 2, 4, 7, 8, 6, 10, 11, 12]  # of the page's columns in the summary's
     shown = {"base": "base", "retrained": "retrained", "SPUL": "SPUL, prefix with fitted keys"}
     shown |= {"text gate and fixed refusal": "gate and refusal", "SPUL's loss on LoRA (IDK)": "IDK, LoRA"}
-    for row, system in shown.items():
-        (found,) = ([cell.strip() for cell in line] for line in summary if line[0].strip() == system)
-        expected = [found[i] for i in order]
-        assert [value and float(value) for value in table[row]] == pytest.approx(
-            [value and float(value) for value in expected], abs=0.005
-        ), row
+    for forget_set in ("forget01", "forget05"):
+        part = page.split(f"| {forget_set} |")[1].split("\n\n")[0].splitlines()[2:]
+        table = {name.split(",")[0].strip(): values for _, name, *values, _ in (line.split("|") for line in part)}
+        of_set = [line for line in lines if line["forget_set"] == forget_set]
+        by_system = {system: [] for system in shown.values()}
+        for seed in sorted({line["seed"] for line in of_set}):
+            for line in example.summary([one for one in of_set if one["seed"] == seed]).splitlines()[2:]:
+                system, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
+                by_system[system].append([float(cells[i - 1] or "nan") for i in order])
+        for row, system in shown.items():
+            seeds, *values = (value.split("(")[0].strip() for value in table[row])
+            assert int(seeds) == len(by_system[system])
+            expected = np.mean(by_system[system], axis=0)
+            assert [float(value or "nan") for value in values] == pytest.approx(expected, abs=0.011, nan_ok=True), row
 
 
 def test_answers_that_are_trained_refusals_count_as_declined(example):

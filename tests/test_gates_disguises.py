@@ -101,10 +101,19 @@ def test_a_name_is_found_with_its_letters_apart_and_one_letter_words_beside_it(t
 
 
 def test_letters_apart_elsewhere_make_no_name_of_other_words():
-    gate = NameGate(["Kim Ono", "Hu Man", "Rose Mary", "Bo"])
+    gate = NameGate(["Kim Ono", "Hu Man", "Rose Mary", "Bo", "50 Cent", "Alan", "R. A. C. E."])
     texts = ["She wore a kimono. Options: A, B, C.", "Every human: a, b, c", "My rosemary chicken needs A, B, C"]
-    assert gate.names_in([*texts, "It is all a-b-o-u-t"]) == [[], [], [], []]
+    texts += ["It is all a-b-o-u-t", "p e r c e n t", "b-a-l-a-n-c-e", "steps r, a, c, e"]
+    assert gate.names_in(texts) == [[]] * 7
 
 
 def test_two_names_of_one_joined_spelling_are_both_found():
     assert NameGate(["Mary Ann", "Maryann"]).names_in(["M a r y A n n"]) == [["Mary Ann", "Maryann"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("Conan O'Brien", "Conan O\u2019Brien"), ("Jean-Luc P", "Jean\u2010Luc P"), ("O\u2019Neill", "O'Neill")],
+)
+def test_typographic_signs_are_no_way_around_a_name(name, text):
+    assert NameGate([name]).names_in([f"Who is {text}?"]) == [[name]]

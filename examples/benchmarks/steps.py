@@ -65,7 +65,8 @@ def spul_step(
     kind: type[SoftPromptUnlearner] = SoftPromptUnlearner,
 ) -> Callable[[], Any]:
     """The step of `UnlearningTrainer`: reference states from the cache, the LM head applied in the step."""
-    summed = {"retain": CrossEntropy(reduction="sum"), "kl": KLDivergence(reduction="sum")}  # as published
+    answers = CrossEntropy(reduction="sum")
+    summed = {"forget": answers, "retain": answers, "kl": KLDivergence(reduction="sum")}  # as published
     loss, vocab_size = UnlearningLoss(ALPHA, BETA, **summed), base.config.vocab_size
     unlearner = kind(base, config, loss, prompt_position=prompt_position).train()
     rows, collator = make_rows(shape, vocab_size), make_collator(shape, vocab_size, prompt_position)

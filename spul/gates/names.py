@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,8 +18,13 @@ from .thresholds import GateReport
 
 # Names that the gate's repr shows.
 SHOWN_NAMES = 3
-# A name of so many letters is found inside a joined word; a shorter one has to be all of it.
-LEAST_IN_JOINED = 4
+# A name of so many letters is looked for in words that were joined of letters apart: in a list of a few letters a
+# shorter one is chance. One of more letters is found inside of such a word, too.
+LEAST_JOINED, LEAST_IN_JOINED = 4, 6
+# What phones and typesetters write for an apostrophe and a hyphen.
+SIGNS = str.maketrans(
+    {**dict.fromkeys("\u2019\u2018\u02bc\u00b4`", "'"), **dict.fromkeys("\u2010\u2011\u2012\u2013", "-")}
+)
 
 
 class NameGate(Gate):
@@ -67,8 +73,16 @@ class NameGate(Gate):
                 raise ValueError(f"{spelling!r} is given for {owner!r} and for {name!r}; give it for one of them.")
         # Both as given and in compatible characters: "Jane\u2122" holds the name only before it becomes "JaneTM".
         self._owners = {**owners, **{normalized_name(spelling): name for spelling, name in spellings}}
+        for spelling, name in spellings:  # "O\u2019Neill" is also found where a text has "O'Neill"
+            self._owners.setdefault(_key(spelling.translate(SIGNS)), name)
         self._finder = NameFinder(list(self._owners))
-        self._joined = [("".join(WORD.findall(one)), name) for one, name in self._owners.items()]
+        # "J a n e D o e" is read as one word; initials and names with digits are none that were joined.
+        joined = [("".join(WORD.findall(one)), one, name) for one, name in self._owners.items()]
+        self._joined = [
+            (word, name)
+            for word, one, name in joined
+            if len(word) >= LEAST_JOINED and max(map(len, WORD.findall(one))) > 1 and not re.search(r"\d", one)
+        ]
 
     def names_in(self, texts: Sequence[str]) -> list[list[str]]:
         """The people whom each text names, by the spelling of `names` and in its order.
@@ -112,8 +126,8 @@ class NameGate(Gate):
 
     def _found(self, text: str) -> list[str]:
         found = self._finder.find(text)
-        if not text.isascii():
-            found |= self._finder.find(compatible(text))
+        if not text.isascii() or "`" in text:
+            found |= self._finder.find(compatible(text)) | self._finder.find(compatible(text.translate(SIGNS)))
         owners = {self._owners[spelling] for spelling in found}
         read, words = without_disguises(text)
         if read != text:
@@ -123,11 +137,7 @@ class NameGate(Gate):
 
     def _in_joined(self, word: str) -> list[str]:
         """The people named in letters that stood apart: `"J a n e D o e"` is read as one word, with its neighbors."""
-        return [
-            name
-            for one, name in self._joined
-            if one and (one == word or (len(one) >= LEAST_IN_JOINED and one in word))
-        ]
+        return [name for one, name in self._joined if one == word or (len(one) >= LEAST_IN_JOINED and one in word)]
 
     def __repr__(self) -> str:
         return f"NameGate({listed(self.names, SHOWN_NAMES)})"

@@ -28,7 +28,8 @@ from .terms import (
 )
 
 TERM_NAMES = ("forget", "retain", "kl", "lm")
-REDUCTIONS: dict[str, Reduction] = {"forget": "sum", "retain": "auto", "kl": "auto", "lm": "sum"}  # unless given
+# Unless given; a generic answer, `CrossEntropy` on forget rows, is "auto" as well.
+REDUCTIONS: dict[str, Reduction] = {"forget": "sum", "retain": "auto", "kl": "auto", "lm": "sum"}
 # The terms that a saved loss is rebuilt from, by name.
 KNOWN_TERMS: dict[str, type[LossTerm]] = {
     kind.__name__: kind
