@@ -194,7 +194,7 @@ def test_lora_on_what_is_no_linear_map_is_refused_before_training_and_leaves_the
 
 
 def state_of(model):
-    """What training by a method changes in a model, hooks among it."""
+    """The parts of a model that training by a method changes, hooks among them."""
     return {
         "modules": [(name, type(module), module.training) for name, module in model.named_modules()],
         "configs": [id(getattr(module, "config", None)) for module in model.modules()],

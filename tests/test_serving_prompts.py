@@ -66,7 +66,10 @@ def test_a_prompt_is_added_and_revoked_by_who_has_the_token(saved):
     events, gated = [], make_gated()
     ids = gated.tokenizer("the plot is good")["input_ids"]
     with running(make_engine(gated, saved), events.append, TOKEN) as url:
-        call = lambda: client(url).completions.create(prompt="the plot is good", **GREEDY).choices[0].text  # noqa: E731
+
+        def call():
+            return client(url).completions.create(prompt="the plot is good", **GREEDY).choices[0].text
+
         before = call()
         path, body = f"{url}/admin/prompts", {"name": "new", "folder": "new"}
         for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": TOKEN}):

@@ -185,7 +185,10 @@ def test_a_full_queue_is_429_and_what_waits_is_answered():
     gated = make_gated(default=gate)
     engine = make_engine(gated, max_waiting=2, max_batch=1)
     with running(engine) as url, ThreadPoolExecutor(3) as pool:
-        call = lambda: client(url).completions.create(prompt="good", **GREEDY).choices[0].text  # noqa: E731
+
+        def call():
+            return client(url).completions.create(prompt="good", **GREEDY).choices[0].text
+
         first = pool.submit(call)
         until(lambda: gate.seen)
         others = [pool.submit(call) for _ in range(2)]

@@ -77,12 +77,11 @@ class NameGate(Gate):
             self._owners.setdefault(_key(spelling.translate(SIGNS)), name)
         self._finder = NameFinder(list(self._owners))
         # "J a n e D o e" is read as one word; initials and names with digits are none that were joined.
-        joined = [("".join(WORD.findall(one)), one, name) for one, name in self._owners.items()]
-        self._joined = [
-            (word, name)
-            for word, one, name in joined
-            if len(word) >= LEAST_JOINED and max(map(len, WORD.findall(one))) > 1 and not re.search(r"\d", one)
-        ]
+        self._joined = []
+        for one, name in self._owners.items():
+            words = WORD.findall(one)
+            if len("".join(words)) >= LEAST_JOINED and max(map(len, words)) > 1 and not re.search(r"\d", one):
+                self._joined.append(("".join(words), name))
 
     def names_in(self, texts: Sequence[str]) -> list[list[str]]:
         """The people whom each text names, by the spelling of `names` and in its order.
