@@ -75,6 +75,15 @@ def test_a_gate_from_code_flags_the_same(folder):
     assert found.threshold == plain.threshold
 
 
+@pytest.mark.parametrize("kind", ["names", "text"])
+def test_misspelled_words_are_read_as_the_gate_in_code_reads_them_or_as_told(folder, kind):
+    for spelling in (None, True, False):
+        options = options_for(folder, kind=kind, **({} if spelling is None else {"spelling": spelling}))
+        fit(parsed("gate", {**options, **({"names": ["Jane Doe"]} if kind == "names" else {})}, "fit"))
+        gate = load(folder / "adapter" / "gate")
+        assert gate.spelling is ((kind == "text") if spelling is None else spelling)
+
+
 def test_conversations_are_read_as_the_gate_will_see_them(folder, capsys):
     for name, texts in (("forget", FORGET), ("retain", RETAIN)):
         answer = {"role": "assistant", "content": "a"}
@@ -114,6 +123,7 @@ def test_lines_of_text_are_requests(folder, capsys):
         ({"kind": "text", "layers": [1]}, "layers are of a gate of states"),
         ({"kind": "names", "names": ["Jane"], "paraphrases": "p.txt"}, "paraphrases are of a gate that is fit"),
         ({"kind": "text", "column": "text"}, "has no column 'text'"),
+        ({"kind": "states", "spelling": True}, "spelling is read by a gate of names or of wording"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_and_nothing_is_saved(folder, more, message):

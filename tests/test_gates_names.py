@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from datasets import Dataset
@@ -107,3 +109,47 @@ def test_a_saved_gate_comes_back(tmp_path):
     again = load(tmp_path)
     assert (again.names, again.aliases, again.report) == (gate.names, gate.aliases, gate.report)
     assert again.flags([*TEXTS, "陳港生"]).tolist() == [*gate.flags(TEXTS), True]
+
+
+MISSPELLED = [
+    ("who is Jnae Doe?", ["Jane Doe"]),
+    ("who is j\u00e1ne doe", ["Jane Doe"]),
+    ("Jane does", []),  # short words have no edits
+    ("June and Doe", []),
+    ("that schwarzneger", ["Schwarzenegger"]),
+    ("Schwarznegger's", ["Schwarzenegger"]),
+    ("Reesse", []),  # of six letters alone
+    ("J.K. Rowlling", ["J.K. Rowling"]),
+    ("J.K. Rawlinng", []),  # two edits in seven letters
+    ("nobody", []),
+]
+
+
+@pytest.mark.parametrize(("text", "people"), MISSPELLED)
+def test_misspelled_names_match_where_it_is_asked_for_as_aliases_do(text, people, tmp_path):
+    names = ["Jane Doe", "Schwarzenegger", "Reeses", "J.K. Rowling"]
+    gate = NameGate(names, {"Jane Doe": ["Janet Dorothy"]}, spelling=True)
+    assert gate.names_in([text, "jannet doroth"]) == [people, ["Jane Doe"]]
+    plain = NameGate(names, {"Jane Doe": ["Janet Dorothy"]})
+    assert plain.names_in([text, "jannet doroth"]) == [[], []]
+    right = ["Jane Doe", "reeses", "j.k. rowling"]
+    assert gate.names_in(right) == plain.names_in(right)
+    assert gate.identity() != plain.identity()
+    gate.save(tmp_path)
+    again = load(tmp_path)
+    assert again.spelling is True
+    assert again.names_in([text]) == [people]
+
+
+def test_a_gate_of_names_saved_before_spelling_was_read_reads_none(tmp_path):
+    NameGate(["Jane Doe"]).save(tmp_path)
+    path = tmp_path / "gate.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("spelling") is False
+    path.write_text(json.dumps(fields))
+    assert load(tmp_path).flags(["Jane Doe", "Jnae Doe"]).tolist() == [True, False]
+    path.write_text(json.dumps({**fields, "spelling": "yes"}))
+    with pytest.raises(ValueError, match="true or false"):
+        load(tmp_path)
+    with pytest.raises(TypeError, match=r"spelling='yes'; expected True or False"):
+        NameGate(["Jane Doe"], spelling="yes")

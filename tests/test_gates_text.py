@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from gated_texts import forget_texts, retain_texts
@@ -100,6 +102,31 @@ def pieces(text, size):
                 end += 1
             found.append(text[start:end])
     return found
+
+
+def test_misspelled_words_score_as_the_nearest_known_ones_where_that_is_higher(gate):
+    wrong, right = "jnae deo in film 3 was goood", "jane doe in film 3 was good"
+    assert gate.scores([wrong])[0] == pytest.approx(gate.scores([right])[0])
+    pipeline = plain(FORGET + RETAIN, [True] * len(FORGET) + [False] * len(RETAIN))
+    as_it_is = TextGate.fit(FORGET, RETAIN, recall=0.9, spelling=False)
+    assert as_it_is.scores([wrong])[0] == pytest.approx(pipeline.decision_function([wrong])[0])
+    for before in ("", f"{LONG} "):
+        assert as_it_is.scores([before + wrong])[0] < gate.scores([before + wrong])[0] - 1
+    known = [*FORGET, *RETAIN]
+    assert np.array_equal(as_it_is.scores(known), gate.scores(known))
+
+
+def test_a_gate_saved_before_spelling_was_read_reads_none(gate, tmp_path):
+    gate.save(tmp_path)
+    path = tmp_path / "gate.json"
+    fields = json.loads(path.read_text())
+    assert fields.pop("spelling") is True
+    path.write_text(json.dumps(fields))
+    wrong = "jnae deo in film 3 was goood"
+    assert load(tmp_path).scores([wrong])[0] < gate.scores([wrong])[0] - 1
+    path.write_text(json.dumps({**fields, "spelling": 1}))
+    with pytest.raises(ValueError, match=r"spelling.*1.*true or false"):
+        load(tmp_path)
 
 
 def test_paraphrases_are_reported_apart_and_not_fit_on(gate):

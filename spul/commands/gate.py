@@ -23,6 +23,10 @@ class FitOptions(LoadOptions):
     paraphrases: str | None = option("file of rewordings of forget requests, which are reported on")
     column: str = option("column with the requests", "prompt")
     recall: float = option("share of forget requests to flag", 0.99)
+    spelling: bool | None = option(
+        "whether misspelled words are read as the nearest known ones: in a gate of wording unless told false, in one "
+        "of names if told true"
+    )
     seed: int = option("seed of the folds", 0)
     layers: list[int] | None = option("layers that a gate of states tries; 8 by default")
     model: str | None = option("the base, for a gate of states and for conversations")
@@ -56,6 +60,8 @@ def fit(options: FitOptions) -> int | None:
         raise ValueError(f"layers are of a gate of states; a gate of {options.kind} reads none.")
     if options.paraphrases is not None and options.kind == "names":
         raise ValueError("paraphrases are of a gate that is fit on requests; one of names takes forget and retain.")
+    if options.spelling is not None and options.kind == "states":
+        raise ValueError("spelling is read by a gate of names or of wording; one of states sees the base's tokens.")
     source = _Source(options, options.column)
     forget, retain, paraphrases = (
         source.texts(path) for path in (options.forget, options.retain, options.paraphrases)
@@ -154,7 +160,7 @@ def _by_name(options: FitOptions, forget: list[str] | None, retain: list[str] | 
 
     if not options.names:
         raise ValueError("a gate of names needs names: --names 'Jane Doe' 'John Roe'.")
-    gate = NameGate(options.names)
+    gate = NameGate(options.names, spelling=bool(options.spelling))
     if (forget is None) != (retain is None):
         raise ValueError("forget and retain go together: give both, to measure the gate on, or neither.")
     if forget is not None and retain is not None:
@@ -169,7 +175,7 @@ def _fitted(
     from ..gates.text import TextGate
 
     if options.kind == "text":
-        return TextGate.fit(forget, retain, **settings)
+        return TextGate.fit(forget, retain, spelling=options.spelling is not False, **settings)
     return StateGate.fit(source.base(), source.tokenizer(), forget, retain, layers=options.layers, **settings)
 
 

@@ -14,6 +14,8 @@ from ..data.rows import listed
 from .disguises import WORD, compatible, without_disguises
 from .files import SavedGate, is_texts
 from .gate import Gate
+from .spelling import WORD as SPELLED
+from .spelling import Spelling, num_letters
 from .thresholds import GateReport
 
 # Names that the gate's repr shows.
@@ -21,6 +23,9 @@ SHOWN_NAMES = 3
 # A name of so many letters is looked for in words that were joined of letters apart: in a list of a few letters a
 # shorter one is chance. One of more letters is found inside of such a word, too.
 LEAST_JOINED, LEAST_IN_JOINED = 4, 6
+# Letters of the shortest words of a name that may have an edit, and two, and of a name of one word: "Jane does" is no
+# "Jane Doe".
+ONE_EDIT, TWO_EDITS, LEAST_ALONE = 4, 9, 7
 # What phones and typesetters write for an apostrophe and a hyphen.
 SIGNS = str.maketrans(
     {**dict.fromkeys("\u2019\u2018\u02bc\u00b4`", "'"), **dict.fromkeys("\u2010\u2011\u2012\u2013", "-")}
@@ -32,8 +37,8 @@ class NameGate(Gate):
 
     A name matches as `split_by_entity` matches it: as whole words, in any letter case and with any white space between
     its words. It also matches in compatible characters, such as full-width letters, and with invisible ones inside
-    (Unicode NFKC), in look-alike letters of other alphabets, and with its letters apart. Misspellings do not match:
-    give them as aliases, or join the gate with another one by `AnyGate`.
+    (Unicode NFKC), in look-alike letters of other alphabets, and with its letters apart. Misspellings match if
+    `spelling` is asked for; else give them as aliases, or join the gate with another one by `AnyGate`.
 
     A text's score is the number of different people whom it names. No window is needed: a name is found wherever it
     stands.
@@ -42,9 +47,12 @@ class NameGate(Gate):
         names: people to forget; of spellings that match each other, the first counts.
         aliases: other spellings and names of some of them, by the name in `names`:
             `{"Jane Doe": ["J. Doe", "Janie"]}`.
+        spelling: whether names also match with words misspelled (`Spelling`): an edit in words of four letters and
+            more, two in words of nine; a name of one word if it has seven. Other people's names that are as near, such
+            as *Jane Dole* to *Jane Dale*, are then flagged, too.
 
     Raises:
-        TypeError: if `names` or the aliases of one are a single string.
+        TypeError: if `names` or the aliases of one are a single string, or `spelling` is no bool.
         ValueError: if there are no names, one is empty or no text, aliases belong to none of them, or one alias is
             given for two.
     """
@@ -52,7 +60,12 @@ class NameGate(Gate):
     kind = "names"
     threshold = 1.0
 
-    def __init__(self, names: Sequence[str], aliases: Mapping[str, Sequence[str]] | None = None) -> None:
+    def __init__(
+        self, names: Sequence[str], aliases: Mapping[str, Sequence[str]] | None = None, spelling: bool = False
+    ) -> None:
+        if not isinstance(spelling, bool):
+            raise TypeError(f"spelling={spelling!r}; expected True or False.")
+        self.spelling = spelling
         by_key: dict[str, str] = {}
         for name in checked_names("names", names):
             by_key.setdefault(_key(name), name)
@@ -68,13 +81,13 @@ class NameGate(Gate):
         owners: dict[str, str] = {}
         spellings = [(name, name) for name in self.names]
         spellings += [(alias, name) for name, others in self.aliases.items() for alias in others]
-        for spelling, name in spellings:
-            if (owner := owners.setdefault(_key(spelling), name)) != name:
-                raise ValueError(f"{spelling!r} is given for {owner!r} and for {name!r}; give it for one of them.")
+        for one, name in spellings:
+            if (owner := owners.setdefault(_key(one), name)) != name:
+                raise ValueError(f"{one!r} is given for {owner!r} and for {name!r}; give it for one of them.")
         # Both as given and in compatible characters: "Jane\u2122" holds the name only before it becomes "JaneTM".
-        self._owners = {**owners, **{normalized_name(spelling): name for spelling, name in spellings}}
-        for spelling, name in spellings:  # "O\u2019Neill" is also found where a text has "O'Neill"
-            self._owners.setdefault(_key(spelling.translate(SIGNS)), name)
+        self._owners = {**owners, **{normalized_name(one): name for one, name in spellings}}
+        for one, name in spellings:  # "O\u2019Neill" is also found where a text has "O'Neill"
+            self._owners.setdefault(_key(one.translate(SIGNS)), name)
         self._finder = NameFinder(list(self._owners))
         # "J a n e D o e" is read as one word; initials and names with digits are none that were joined.
         self._joined = []
@@ -82,6 +95,9 @@ class NameGate(Gate):
             words = WORD.findall(one)
             if len("".join(words)) >= LEAST_JOINED and max(map(len, words)) > 1 and not re.search(r"\d", one):
                 self._joined.append(("".join(words), name))
+        misspelled = [one for one in self._owners if spelling and (" " in one or num_letters(one) >= LEAST_ALONE)]
+        self._misspelled = NameFinder(misspelled) if misspelled else None
+        self._speller = Spelling(dict.fromkeys(SPELLED.findall(" ".join(misspelled)), 0.0), ONE_EDIT, TWO_EDITS)
 
     def names_in(self, texts: Sequence[str]) -> list[list[str]]:
         """The people whom each text names, by the spelling of `names` and in its order.
@@ -96,8 +112,8 @@ class NameGate(Gate):
         return np.array([len(found) for found in self.names_in(texts)], dtype=np.float64)
 
     def settings(self) -> dict[str, Any]:
-        """The names and their aliases."""
-        return {"names": self.names, "aliases": self.aliases}
+        """The names, their aliases, and whether misspelled ones match."""
+        return {"names": self.names, "aliases": self.aliases, "spelling": self.spelling}
 
     @classmethod
     def restored(cls, saved: SavedGate, report: GateReport | None, model: Any, tokenizer: Any) -> NameGate:
@@ -106,6 +122,7 @@ class NameGate(Gate):
         Raises:
             ValueError: if a field is damaged.
         """
+        saved.fields.setdefault("spelling", False)  # gates that were saved before there was any
         saved.check(
             {
                 "names": (is_texts, "a list of texts"),
@@ -113,11 +130,12 @@ class NameGate(Gate):
                     lambda value: isinstance(value, dict) and all(map(is_texts, value.values())),
                     "an object of lists of texts by name",
                 ),
+                "spelling": (lambda value: isinstance(value, bool), "true or false"),
                 "threshold": (lambda value: value == cls.threshold, f"{cls.threshold}"),
             }
         )
         try:
-            gate = cls(saved.fields["names"], saved.fields["aliases"])
+            gate = cls(saved.fields["names"], saved.fields["aliases"], saved.fields["spelling"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{saved.path}: {error}") from error
         gate.report = report
@@ -127,11 +145,13 @@ class NameGate(Gate):
         found = self._finder.find(text)
         if not text.isascii() or "`" in text:
             found |= self._finder.find(compatible(text)) | self._finder.find(compatible(text.translate(SIGNS)))
-        owners = {self._owners[spelling] for spelling in found}
         read, words = without_disguises(text)
         if read != text:
-            owners |= {self._owners[spelling] for spelling in self._finder.find(compatible(read))}
-            owners |= {owner for word in map(compatible, words) for owner in self._in_joined(word)}
+            found |= self._finder.find(compatible(read))
+        if self._misspelled is not None:
+            found = found.union(*map(self._misspelled.find, self._speller.corrected([text, read])))
+        owners = {self._owners[one] for one in found}
+        owners |= {owner for word in map(compatible, words) for owner in self._in_joined(word)}
         return [name for name in self.names if name in owners] if owners else []
 
     def _in_joined(self, word: str) -> list[str]:

@@ -16,6 +16,7 @@ from ..records.fields import is_count
 from .disguises import compatible
 from .files import SavedGate, is_texts
 from .gate import Gate
+from .spelling import Spelling
 from .thresholds import GateReport, checked_fit_texts, folds, report_of, threshold_for
 from .windows import highest_scores, is_window_sizes, window_sizes
 
@@ -36,7 +37,8 @@ class TextGate(Gate):
     """A gate that flags texts worded like the forget texts, made by `TextGate.fit`.
 
     The score is the log-odds of a logistic regression on TF-IDF of n-grams, the highest among the text and its
-    windows. Saved, it holds n-grams of the texts that it was fit on, no texts.
+    windows, each as it is and with misspelled words as the nearest that the gate knows (`Spelling`). Saved, it holds
+    n-grams of the texts that it was fit on, no texts.
 
     Args:
         vocabulary: n-grams, `"chars"` and `"words"`.
@@ -45,6 +47,7 @@ class TextGate(Gate):
         bias: of the regression.
         threshold: the lowest score that is flagged.
         windows: characters of a window, of each scale, the largest first.
+        spelling: whether texts are also read with misspelled words corrected.
     """
 
     kind = "text"
@@ -57,9 +60,10 @@ class TextGate(Gate):
         bias: float,
         threshold: float,
         windows: Sequence[int],
+        spelling: bool = True,
     ) -> None:
         self.vocabulary, self.idf, self.weights, self.bias = vocabulary, idf, weights, bias
-        self.threshold, self.windows = threshold, list(windows)
+        self.threshold, self.windows, self.spelling = threshold, list(windows), spelling
         self._vectorizers = []
         start = 0
         for name, terms in vocabulary.items():
@@ -67,6 +71,9 @@ class TextGate(Gate):
             vectorizer.idf_ = idf[start : start + len(terms)]
             self._vectorizers.append(vectorizer)
             start += len(terms)
+        counts = (idf * weights)[len(vocabulary["chars"]) :].tolist()
+        terms_and_counts = zip(vocabulary["words"], counts, strict=True)
+        self._speller = Spelling({term: each for term, each in terms_and_counts if " " not in term})
 
     @classmethod
     def fit(
@@ -77,6 +84,7 @@ class TextGate(Gate):
         seed: int = 0,
         paraphrases: Sequence[str] | None = None,
         min_texts: int = 2,
+        spelling: bool = True,
     ) -> TextGate:
         """Fit the regression on all texts, and set the threshold for a recall on held-out ones.
 
@@ -92,24 +100,28 @@ class TextGate(Gate):
             paraphrases: rewordings of forget texts, only reported on: the share that the gate flags.
             min_texts: an n-gram in fewer texts is dropped, a repeated text counting each time. At 1, whole texts may
                 be put together again from a saved gate's pairs of words.
+            spelling: whether texts are also read with misspelled words as the nearest known ones; False where one
+                character tells two requests apart, as in codes.
 
         Raises:
-            TypeError: if a text is no string.
+            TypeError: if a text is no string, or `spelling` no bool.
             ValueError: if a group has fewer than two different texts, the groups share one, the recall is out of range
                 or not reached without flagging everything, or no n-gram is in `min_texts` texts.
         """
         given = checked_fit_texts(forget_texts, retain_texts, paraphrases, recall)
         if not is_count(min_texts, least=1):
             raise ValueError(f"min_texts={min_texts!r}; expected an integer of at least 1.")
+        if not isinstance(spelling, bool):
+            raise TypeError(f"spelling={spelling!r}; expected True or False.")
         texts, is_forget, windows = given.texts, given.is_forget, window_sizes(given.forget)
         fold = folds(given, seed)
         held_out = np.zeros(len(texts))
         for each in range(fold.max() + 1):
             outside = np.flatnonzero(fold != each)
-            part = cls._fit([texts[i] for i in outside], is_forget[outside], min_texts, windows)
+            part = cls._fit([texts[i] for i in outside], is_forget[outside], min_texts, windows, spelling)
             inside = np.flatnonzero(fold == each)
             held_out[inside] = part.scores([texts[i] for i in inside])
-        gate = cls._fit(texts, is_forget, min_texts, windows)
+        gate = cls._fit(texts, is_forget, min_texts, windows, spelling)
         gate.threshold = threshold_for(held_out[is_forget], held_out[~is_forget], recall)
         flagged = held_out >= gate.threshold
         gate.report = report_of(
@@ -122,13 +134,13 @@ class TextGate(Gate):
         return gate
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:
-        """Log-odds of each text, the highest among it and its windows: float64 (texts,)."""
+        """Log-odds of each text, the highest among it and its windows, however spelled: float64 (texts,)."""
         texts = checked_texts(texts)
-        return highest_scores(self._log_odds, texts, *self.windows) if texts else np.zeros(0)
+        return highest_scores(self._scores, texts, *self.windows) if texts else np.zeros(0)
 
     def settings(self) -> dict[str, Any]:
-        """The vocabulary and the sizes of windows."""
-        return {"windows": self.windows, "vocabulary": self.vocabulary}
+        """The vocabulary, the sizes of windows, and whether spelling is corrected."""
+        return {"windows": self.windows, "spelling": self.spelling, "vocabulary": self.vocabulary}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Inverse document frequencies, weights and bias."""
@@ -142,9 +154,11 @@ class TextGate(Gate):
             FileNotFoundError: if the arrays are missing.
             ValueError: if a field or an array is damaged.
         """
+        saved.fields.setdefault("spelling", False)  # gates that were saved before there was any
         saved.check(
             {
                 "windows": (is_window_sizes, "numbers of characters, the largest first"),
+                "spelling": (lambda value: isinstance(value, bool), "true or false"),
                 "vocabulary": (_is_vocabulary, 'different texts as "chars" and as "words", in this order'),
             }
         )
@@ -152,14 +166,15 @@ class TextGate(Gate):
         num = sum(map(len, vocabulary.values()))
         arrays = saved.arrays({"idf": (num,), "weights": (num,), "bias": (1,)})
         bias = float(arrays["bias"][0])
-        gate = cls(
-            vocabulary, arrays["idf"], arrays["weights"], bias, saved.fields["threshold"], saved.fields["windows"]
-        )
+        threshold, windows, spelling = (saved.fields[name] for name in ("threshold", "windows", "spelling"))
+        gate = cls(vocabulary, arrays["idf"], arrays["weights"], bias, threshold, windows, spelling)
         gate.report = report
         return gate
 
     @classmethod
-    def _fit(cls, texts: list[str], is_forget: np.ndarray, min_texts: int, windows: list[int]) -> TextGate:
+    def _fit(
+        cls, texts: list[str], is_forget: np.ndarray, min_texts: int, windows: list[int], spelling: bool
+    ) -> TextGate:
         """The gate of some texts, without a threshold."""
         vocabulary, idf, features = {}, [], []
         for name, settings in N_GRAMS.items():
@@ -175,7 +190,16 @@ class TextGate(Gate):
             idf.append(vectorizer.idf_)
         model = LogisticRegression(C=STRENGTH, class_weight="balanced", max_iter=1000)
         model.fit(hstack(features, format="csr"), is_forget)
-        return cls(vocabulary, np.concatenate(idf), model.coef_[0], float(model.intercept_[0]), 0.0, windows)
+        bias = float(model.intercept_[0])
+        return cls(vocabulary, np.concatenate(idf), model.coef_[0], bias, 0.0, windows, spelling)
+
+    def _scores(self, texts: list[str]) -> np.ndarray:
+        """Log-odds of texts, or of their corrected readings where these are higher."""
+        scores = self._log_odds(texts)
+        corrected = self._speller.corrected(texts) if self.spelling else texts
+        if others := [i for i, text in enumerate(texts) if corrected[i] != text]:
+            scores[others] = np.maximum(scores[others], self._log_odds([corrected[i] for i in others]))
+        return scores
 
     def _log_odds(self, texts: list[str]) -> np.ndarray:
         features: csr_matrix = hstack([each.transform(texts) for each in self._vectorizers], format="csr")

@@ -1,0 +1,70 @@
+"""Misspelled words, read as the nearest of the words that a gate knows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from rapidfuzz.distance import OSA
+from rapidfuzz.process import extract
+
+from .disguises import compatible
+
+WORD = re.compile(r"\w+")
+# Letters of the shortest known words that may have an edit, and two, unless asked otherwise.
+ONE_EDIT, TWO_EDITS = 3, 7
+
+
+class Spelling:
+    """Known words, of which a misspelled one is read as the nearest.
+
+    An edit drops, adds or changes a character, or swaps two neighbors. Known words and numbers are read as they are.
+
+    Args:
+        words: known words in lower case, and what each counts: of equally near ones that which counts most is taken.
+        one_edit: letters of the shortest known words that a word with an edit is read as.
+        two_edits: letters of the shortest known words that a word with two edits is read as.
+
+    Source: edits as in Damerau, *A Technique for Computer Detection and Correction of Spelling Errors*, Communications
+        of the ACM 7(3), 1964, of which none is within another (optimal string alignment).
+    """
+
+    def __init__(self, words: Mapping[str, float], one_edit: int = ONE_EDIT, two_edits: int = TWO_EDITS) -> None:
+        self.words, self.one_edit, self.two_edits = words, one_edit, two_edits
+        self._candidates = [word for word in words if num_letters(word) >= one_edit]
+
+    def corrected(self, texts: Sequence[str]) -> list[str]:
+        """Texts with each unknown word as the nearest known one; a text without such words as it was given."""
+        found: dict[str, str] = {}
+
+        def read(match: re.Match[str]) -> str:
+            word = match.group()
+            if word not in found:
+                found[word] = self._nearest(word)
+            return found[word]
+
+        corrected = []
+        for text in texts:
+            plain = compatible(text)
+            other = WORD.sub(read, plain)
+            corrected.append(text if other == plain else other)
+        return corrected
+
+    def _nearest(self, word: str) -> str:
+        """The known word nearest to a word in lower case; itself if it is known or none is near."""
+        num = num_letters(word)
+        if num < self.one_edit - 1 or word in self.words:
+            return word
+        edits = 2 if num >= self.two_edits - 2 else 1
+        found = extract(word, self._candidates, scorer=OSA.distance, score_cutoff=edits, limit=None)
+        near = [
+            (distance, -self.words[known], known)
+            for known, distance, _ in found
+            if distance < 2 or num_letters(known) >= self.two_edits
+        ]
+        return min(near)[2] if near else word
+
+
+def num_letters(word: str) -> int:
+    """Letters of a word, without its digits."""
+    return sum(map(str.isalpha, word))

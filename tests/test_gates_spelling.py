@@ -1,0 +1,90 @@
+"""Misspelled words, against a plain search by a table of edits."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from spul.gates.spelling import Spelling
+
+WORDS = {
+    "sandler": 3.0,
+    "handler": -1.0,
+    "william": 1.0,
+    "williams": 2.0,
+    "jane": 1.0,
+    "lane": 0.5,
+    "doe": 1.0,
+    "to": 0.1,
+    "the": 0.0,
+    "1999": 5.0,
+    "schwarzenegger": 1.0,
+}
+
+
+def edits(one, other):
+    """Drops, additions, changes and swaps of neighbors between two words: the plain recursion as a table."""
+    table = [[i + j for j in range(len(other) + 1)] for i in range(len(one) + 1)]
+    for i in range(1, len(one) + 1):
+        for j in range(1, len(other) + 1):
+            ways = [table[i - 1][j] + 1, table[i][j - 1] + 1, table[i - 1][j - 1] + (one[i - 1] != other[j - 1])]
+            if i > 1 and j > 1 and one[i - 2 : i] == other[j - 1] + other[j - 2]:
+                ways.append(table[i - 2][j - 2] + 1)
+            table[i][j] = min(ways)
+    return table[-1][-1]
+
+
+def nearest(word, one_edit=3, two_edits=7):
+    if word in WORDS or sum(c.isalpha() for c in word) < one_edit - 1:
+        return word
+    found = []
+    for known, counts in WORDS.items():
+        letters, distance = sum(c.isalpha() for c in known), edits(word, known)
+        if letters >= one_edit and (distance <= 1 or (distance == 2 and letters >= two_edits)):
+            found.append((distance, -counts, known))
+    return min(found)[-1] if found else word
+
+
+def misspelled_words(num=400):
+    draws = random.Random(0)
+    for _ in range(num):
+        word = draws.choice(list(WORDS))
+        for _ in range(draws.randrange(4)):
+            i, sign = draws.randrange(len(word)), draws.choice("aelnrsz9")
+            word = draws.choice(
+                [
+                    word[:i] + word[i + 1 :],
+                    word[:i] + sign + word[i:],
+                    word[:i] + sign + word[i + 1 :],
+                    word[:i] + word[i + 1 : i + 2] + word[i] + word[i + 2 :],
+                ]
+            )
+            if not word:
+                break
+        if word:
+            yield word
+
+
+@pytest.mark.parametrize("letters", [(3, 7), (4, 9)])
+def test_words_are_read_as_a_plain_search_reads_them(letters):
+    spelling = Spelling(WORDS, *letters)
+    words = [*misspelled_words(), *WORDS]
+    expected = [nearest(word, *letters) for word in words]
+    assert spelling.corrected(words) == expected
+    assert 60 < sum(word != other for word, other in zip(words, expected, strict=True)) < 380
+
+
+def test_of_equally_near_words_the_one_that_counts_most_is_taken():
+    assert Spelling(WORDS).corrected(["candler"]) == ["sandler"]
+    assert Spelling({**WORDS, "handler": 9.0}).corrected(["candler"]) == ["handler"]
+
+
+def test_known_words_numbers_and_short_words_stay_and_a_text_of_them_is_returned_as_given():
+    texts = ["To Jane \u2014 the HANDLER, in 1998 and 1998!", "a b", "", "\uff2a\uff41\uff4e\uff45"]
+    assert Spelling(WORDS).corrected(texts) == texts
+
+
+def test_letters_of_other_sizes_digits_and_accents_are_one_edit_each():
+    found = Spelling(WORDS).corrected(["Was S4ndler s\u00e1ndler?", "S@ndler", "schwarzneger's"])
+    assert found == ["was sandler sandler?", "s@sandler", "schwarzenegger's"]
