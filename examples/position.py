@@ -31,7 +31,7 @@ from transformers import set_seed
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.attacks import JAILBREAKS, diluted, in_document, with_prefix, with_suffix
-from spul.evaluation.attacks.inputs import tokens_lost
+from spul.evaluation.attacks.changes import tokens_lost
 from spul.evaluation.metrics import score_completions
 from spul.training.augmentation import augmented
 

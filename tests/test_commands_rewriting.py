@@ -98,6 +98,34 @@ def test_rows_are_rewritten_in_their_text_field_alone(files, tmp_path, runs):
     assert made["2 turns before"]["prompt"].count("about joe\nsentiment: good\n\n") == 2
 
 
+def test_conversations_are_rewritten_in_their_question_and_behind_turns_of_messages(tmp_path, runs):
+    def chats(name, num):
+        def talk(i):
+            user = {"role": "user", "content": f"The film {i} about {name}"}
+            return {"messages": [user, {"role": "assistant", "content": "good"}]}
+
+        return [talk(i) for i in range(num)]
+
+    sets = {name: write_rows(tmp_path / f"{name}.jsonl", chats(*which)) for name, which in SETS.items()}
+    base = write_base(tmp_path / "base", chat=True)
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 1024}))
+    trained({"model": base, **sets}, tmp_path / "out", rewritten_turns=[2])
+    ((trainer, tests),) = runs
+    made = {row["rewritten_by"]: row for row in trainer._rows if row["is_forget"]}
+    assert made["capitals"]["prompt"][0]["content"].startswith("THE FILM ")
+    assert made["aside 1 before"]["prompt"][0]["content"].startswith("You are a helpful assistant")
+    turns = made["2 turns before"]["prompt"]
+    assert [one["role"] for one in turns] == ["user", "assistant"] * 2 + ["user"]
+    assert turns[0]["content"].endswith("about film")
+    assert turns[-1]["content"].endswith("about jane")
+    record = read_spul_config(tmp_path / "out")
+    assert (record.rewritten.forget, record.rewritten.retain) == (16, 16)
+    assert [one["content"] for row in tests["test_forget"] for one in row["prompt"]] == [
+        f"The film {i} about doe" for i in range(3)
+    ]
+
+
 def test_held_out_rows_are_in_no_rewritten_row_and_as_they_were_given(files, tmp_path, runs):
     trained(files, tmp_path, hold_out=0.3, stop_every=1, stop_margin=50, stop_target=99, stop_patience=0)
     trainer = runs[0][0]
@@ -184,18 +212,10 @@ def test_rewritten_rows_that_are_rows_to_test_with_are_left_out_of_the_training(
         ),
         ({"retain": "few"}, r"^--rewritten: 8 retain row\(s\) to train on; expected at least 9, .* each of 17 ways"),
         ({"hold_out": 0.6}, r"^--rewritten: 4 forget row\(s\) to train on; expected at least 5, "),
-        (
-            {"forget": "chats", "retain": "other chats"},
-            "^--rewritten: the prompts are conversations, .* expected texts",
-        ),
     ],
 )
 def test_what_cannot_be_rewritten_is_refused_before_anything_is_loaded(files, tmp_path, more, message):
-    def chats(name):
-        messages = [{"role": "user", "content": name}, {"role": "assistant", "content": "good"}]
-        return [{"messages": messages}] * 9
-
-    own = {"few": rows("film", 8), "chats": chats("jane"), "other chats": chats("film")}
+    own = {"few": rows("film", 8)}
     own = {name: write_rows(tmp_path / f"{name}.jsonl", some) for name, some in own.items()}
     more = {name: own.get(value, value) if isinstance(value, str) else value for name, value in more.items()}
     values = {"model": "no-base", "forget": files["forget"], "retain": files["retain"]}

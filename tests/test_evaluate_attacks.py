@@ -28,6 +28,8 @@ from small_evaluations import (
 
 from spul import SoftPromptUnlearner
 from spul.evaluation.attacks import (
+    diluted,
+    letter_case,
     letters_apart,
     look_alikes,
     misspelt,
@@ -204,19 +206,27 @@ def test_halves_are_of_each_prompt_once_and_without_one_in_both():
     assert counts[3] == "trained"
 
 
-def test_conversations_are_not_attacked_by_changes_of_text():
+def test_conversations_are_attacked_in_their_question():
     collator = make_collator()
     collator.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
     def talk(row):
-        return {name: [{"role": name, "content": text}] for name, text in row.items()}
+        roles = {"prompt": "user", "completion": "assistant"}
+        return {name: [{"role": role, "content": row[name]}] for name, role in roles.items()}
 
     talks = {name: Dataset.from_list([talk(row) for row in some]) for name, some in make_splits().items()}
     model = make_model("prompt_tuning")
-    found = measured(model, "utility", "input attack", splits=talks, collator=collator)
-    assert "conversations" in found.skipped["input attack"]
+    settings = AttackSettings(turns=(1,), only=["capitals", "diluted"])
+    found = measured(model, "utility", "input attack", splits=talks, collator=collator, attacks=settings)
+    assert "input attack" not in found.skipped
     for split, some in talks.items():
         assert_metrics(found, score_completions(model, some, collator), measure="utility", rows=split)
+    some, filler = talks["test_forget"], talks["test_retain"]
+    ways = {("capitals", None): letter_case(some, "upper"), ("diluted", 1): diluted(some, filler, 1, seed=SEED)}
+    for (attack, level), attacked in ways.items():
+        expected = score_completions(model, attacked, collator)
+        which = {"measure": "input attack", "rows": "test_forget", "attack": attack, "level": level}
+        assert_metrics(found, expected, **which)
 
 
 def test_one_forget_prompt_is_too_few_to_attack_one_half_with_the_other():

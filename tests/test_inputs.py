@@ -16,7 +16,7 @@ from spul.evaluation.attacks import (
     with_prefix,
     with_suffix,
 )
-from spul.evaluation.attacks.inputs import question_lost, tokens_lost
+from spul.evaluation.attacks.changes import InapplicableError, question_lost, tokens_lost
 from spul.evaluation.metrics.scoring import score_completions
 
 
@@ -140,13 +140,74 @@ def test_diluted_puts_other_questions_with_their_answers_before():
         diluted(rows(), rows(), 3)
 
 
+def talks(some, parts=False):
+    """The same rows as conversations: the question last, behind a system's message and an answered question."""
+
+    def content(text):
+        return [{"type": "text", "text": text}] if parts else text
+
+    def talk(row):
+        said = [("system", "Be brief."), ("user", "And this?"), ("assistant", "Yes."), ("user", row["prompt"])]
+        prompt = [{"role": role, "content": content(text)} for role, text in said]
+        completion = [{"role": "assistant", "content": content(row["completion"].strip())}]
+        return {**row, "prompt": prompt, "completion": completion}
+
+    return Dataset.from_list([talk(row) for row in some])
+
+
+@pytest.mark.parametrize("parts", [False, True])
+@pytest.mark.parametrize("attack", [name for name in ATTACKS if name != "diluted"])
+def test_of_a_conversation_the_last_user_message_changes_as_a_text_does(attack, parts):
+    before = talks(rows(), parts)
+    after = ATTACKS[attack](before)
+    assert list(after) == list(talks(ATTACKS[attack](rows()), parts))
+    assert after.features == before.features
+    assert list(before) == list(talks(rows(), parts))  # the rows given stay as they were
+
+
+def test_turns_of_a_conversation_are_messages_behind_the_system_s():
+    before = talks(rows())
+    after = diluted(before, before, 2, seed=3)
+    for row, old, text in zip(after, before, diluted(rows(), rows(), 2, seed=3), strict=True):
+        turns = text["prompt"].split("\n\n")[:2]
+        system, *own = old["prompt"]
+        found = row["prompt"][1:-3]
+        assert row["prompt"] == [system, *found, *own]
+        asked, answered = ([one["content"] for one in found if one["role"] == role] for role in ("user", "assistant"))
+        assert asked == ["And this?", turns[0].rsplit(" ", 1)[0], "And this?", turns[1].rsplit(" ", 1)[0]]
+        assert answered == ["Yes.", turns[0].rsplit(" ", 1)[1], "Yes.", turns[1].rsplit(" ", 1)[1]]
+        assert row["completion"] == old["completion"]
+    with pytest.raises(ValueError, match=r"num_turns=3; expected 1 to 2"):
+        diluted(before, before, 3)
+
+
+def test_fields_of_messages_that_only_turns_have_are_left_out_and_missing_ones_are_none():
+    def row(question, **more):
+        return {"prompt": [{"role": "user", "content": question, **more}], "completion": " b"}
+
+    own, others = Dataset.from_list([row("a", name="x")]), Dataset.from_list([row("c", weight=1.0)])
+    assert diluted(own, others, 1)[0]["prompt"] == [
+        {"role": "user", "content": "c", "name": None},
+        {"role": "assistant", "content": " b", "name": None},
+        {"role": "user", "content": "a", "name": "x"},
+    ]
+
+
+def test_conversations_without_a_question_and_turns_of_another_kind_are_refused():
+    told = [{"prompt": [{"role": "system", "content": "Be brief."}], "completion": " b"}]
+    with pytest.raises(InapplicableError, match=r'no message of the role "user" with a text.*Be brief'):
+        with_prefix(Dataset.from_list(told), "c")
+    with pytest.raises(TypeError, match="of the rows are of the type list, those of filler_rows str"):
+        diluted(talks(rows()), rows(), 1)
+
+
 def test_bad_rows_raise():
     with pytest.raises(ValueError, match="does not stand in the prompt"):
         letter_case(rows().map(lambda row: {"text": "else"}), "upper", "text")
     with pytest.raises(ValueError, match=r"lacks the column\(s\) \['body'\]"):
         letter_case(rows(), "upper", "body")
-    with pytest.raises(TypeError, match="of the type list"):
-        with_prefix(Dataset.from_list([{"prompt": [{"role": "user", "content": "a"}], "completion": " b"}]), "c")
+    with pytest.raises(TypeError, match=r"of the type int; expected texts, or lists of messages"):
+        with_prefix(Dataset.from_list([{"prompt": 5, "completion": " b"}]), "c")
     with pytest.raises(ValueError, match="lack"):
         with_prefix(rows().remove_columns("completion"), "c")
 

@@ -8,7 +8,7 @@ from helpers import make_tokenizer
 
 from spul import ForgetRetainCollator
 from spul.evaluation.attacks import FILLER, chained, diluted, in_document, letter_case, mixed_query, with_prefix
-from spul.evaluation.attacks.inputs import question_lost, tokens_lost
+from spul.evaluation.attacks.changes import question_lost, tokens_lost
 
 FORGET = (("who is Jane?", " a writer"), ("where is Jane?", " at home"))
 RETAIN = (("who is Joe?", " a baker"), ("what is a film?", " a writer"), ("so who is Jane?", " no one"))

@@ -20,7 +20,7 @@ from evidence.plan import TRAINED, Plan, System
 from evidence.systems import Rows, build, collator_of, prompt_on, row_scores, split_rows, stored
 from spul.data.known_reviews import SST2_FORGET_NAMES
 from spul.evaluation.attacks import relearn
-from spul.evaluation.attacks.inputs import UnchangedError
+from spul.evaluation.attacks.changes import UnchangedError
 from spul.evaluation.attacks.quantization import quantized
 from spul.evaluation.attacks.usual import checked_attacks, usual_attacks
 from spul.evaluation.metrics import score_completions

@@ -51,17 +51,12 @@ def ways_of(options: TrainingOptions, dataset: Dataset) -> Ways | None:
         dataset: the rows that are trained on, without those held out: turns are drawn from its retain rows.
 
     Raises:
-        ValueError: if the prompts are conversations, or there are too few rows.
+        ValueError: if there are too few rows.
     """
     from ..training.augmentation import rewritings
 
     if not options.rewritten:
         return None
-    if not isinstance(dataset[0]["prompt"], str):
-        raise ValueError(
-            "--rewritten: the prompts are conversations, lists of messages; expected texts, before which other turns "
-            "and asides can stand. Leave --rewritten out, or give rows whose prompt is a text."
-        )
     sides = _sides(dataset)
     turns = TURNS if options.rewritten_turns is None else options.rewritten_turns
     try:
@@ -103,7 +98,6 @@ def rewritten_rows(
         ValueError: if rewritten rows do not fit in `--max-length`.
     """
     from ..data.dataset import forget_retain_dataset
-    from ..data.rows import column_values
     from ..training.augmentation import augmented
 
     try:
@@ -113,9 +107,9 @@ def rewritten_rows(
         }
     except ValueError as error:
         raise ValueError(f"--rewritten: {_in_options(error, options)}") from error
-    prompts = {side: set(column_values(rows, "prompt")) for side, rows in both.items()}
+    prompts = {side: set(_prompts(rows)) for side, rows in both.items()}
     others = [*(held_out[1:] if held_out else ()), *tests]
-    kept_out = {prompt for rows in others for prompt in column_values(rows, "prompt") if isinstance(prompt, str)}
+    kept_out = {prompt for rows in others for prompt in _prompts(rows)}
     forget = _without(both["forget"], prompts["retain"] | kept_out)
     retain = _without(both["retain"], prompts["forget"] | kept_out)
     if num := len(both["forget"]) + len(both["retain"]) - len(forget) - len(retain):
@@ -140,10 +134,17 @@ def _sides(dataset: Dataset) -> dict[str, Dataset]:
 
 def _without(rows: Dataset, prompts: set[str]) -> Dataset:
     """Rows without the rewritten ones that have one of these prompts."""
-    from ..data.rows import column_values, rewritten_by
+    from ..data.rows import rewritten_by
 
-    each = zip(column_values(rows, "prompt"), rewritten_by(rows), strict=True)
+    each = zip(_prompts(rows), rewritten_by(rows), strict=True)
     return rows.select([i for i, (prompt, by) in enumerate(each) if by is None or prompt not in prompts])
+
+
+def _prompts(rows: Dataset) -> list[str]:
+    """The prompts of rows, texts or messages, as texts to compare."""
+    from ..data.rows import column_values
+
+    return list(map(str, column_values(rows, "prompt")))
 
 
 def _in_options(error: Exception, options: TrainingOptions) -> str:

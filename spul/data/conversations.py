@@ -87,14 +87,14 @@ def message_start(tokenizer: Any, prompt: list, cached: Cached) -> int:
     """
 
     def start() -> list[int]:
-        last = max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
+        last = last_user_message(prompt)
         if last is None or not tokenizer.is_fast:
             found = "there is none" if last is None else f"{type(tokenizer).__name__} is not a fast tokenizer"
             raise ValueError(
                 f'prompt_position="message" puts the soft prompt before the last message of the role "user", and '
                 f"{found}: {shortened(repr(prompt))}. Expected one, and a tokenizer that knows its tokens' characters."
             )
-        marked = [[*prompt[:last], _with_content(prompt[last], mark), *prompt[last + 1 :]] for mark in MARKS]
+        marked = [[*prompt[:last], with_content(prompt[last], mark), *prompt[last + 1 :]] for mark in MARKS]
         whole, *others = (_rendered(tokenizer, one, True, tokenize=False) for one in (prompt, *marked))
         columns = enumerate(zip(whole, *others, strict=False))
         character = next((i for i, characters in columns if len(set(characters)) > 1), len(whole))
@@ -111,11 +111,20 @@ def message_start(tokenizer: Any, prompt: list, cached: Cached) -> int:
     return cached((*_key(tokenizer, prompt), MARKS), start)[0]
 
 
-def _key(tokenizer: Any, prompt: list) -> tuple[str, bytes]:
-    return str(tokenizer.chat_template), hashlib.sha256(repr(prompt).encode()).digest()
+def last_user_message(prompt: Sequence[Mapping[str, Any]]) -> int | None:
+    """Which message of a conversation is the last of the role `user`; None without one."""
+    return max((i for i, message in enumerate(prompt) if message["role"] == "user"), default=None)
 
 
-def _with_content(message: Mapping[str, Any], text: str) -> dict[str, Any]:
+def content_of(message: Mapping[str, Any]) -> str | None:
+    """The text of a message, the first of several parts; None without one."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) else [{"text": content}]
+    texts = (part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
+    return next(texts, None)
+
+
+def with_content(message: Mapping[str, Any], text: str) -> dict[str, Any]:
     """A message with another text, where its first text stands."""
     content = message.get("content")
     if not isinstance(content, list):
@@ -124,6 +133,10 @@ def _with_content(message: Mapping[str, Any], text: str) -> dict[str, Any]:
     if first is None:
         return {**message, "content": text}
     return {**message, "content": [*content[:first], {**content[first], "text": text}, *content[first + 1 :]]}
+
+
+def _key(tokenizer: Any, prompt: list) -> tuple[str, bytes]:
+    return str(tokenizer.chat_template), hashlib.sha256(repr(prompt).encode()).digest()
 
 
 def _rendered(tokenizer: Any, messages: list, add_generation_prompt: bool, tokenize: bool = True) -> Any:

@@ -20,14 +20,8 @@ from ..models.compat import is_quantized
 from ..models.compat_devices import device_of
 from ..models.unlearner import unlearner_of
 from .aggregation import Key, Measurement, in_words
-from .attacks.inputs import (
-    WITHOUT,
-    InapplicableError,
-    UnchangedError,
-    question_lost,
-    tokens_lost,
-    with_prompts_changed,
-)
+from .attacks.changes import InapplicableError, UnchangedError, question_lost, tokens_lost, with_prompts_changed
+from .attacks.inputs import WITHOUT
 from .attacks.probe import linear_probe
 from .attacks.quantization import quantized as in_few_bits
 from .attacks.relearning import relearn

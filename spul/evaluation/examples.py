@@ -6,7 +6,7 @@ from datasets import Dataset
 
 from ..data.rows import column_values
 from .aggregation import in_words
-from .attacks.inputs import InapplicableError, with_prompts_changed
+from .attacks.changes import InapplicableError, with_prompts_changed
 from .attacks.usual import STAND_IN, TURN_UNIT, checked_attacks, usual_attacks
 from .suite import Suite
 

@@ -81,12 +81,6 @@ def _requires_unseen(suite: Suite) -> str:
     return f"{name} holds rows of train_forget; give unseen= without any of them"
 
 
-def _requires_texts(suite: Suite) -> str:
-    if all(isinstance(rows[0]["prompt"], str) for rows in suite.splits.values()):
-        return ""
-    return "prompts are conversations; render them to text first"
-
-
 def _requires_halves(suite: Suite) -> str:
     few, _ = suite.halves()
     return "" if len(few) else "one half of train_forget attacks the other, and there is one prompt only"
@@ -189,7 +183,6 @@ MEASURES = {
             "The same rows in another form or among other text; 'none' are the unchanged rows. Tokens lost are those "
             "that did not fit in the model's input.",
             attack_tasks.inputs,
-            _requires_texts,
             figure="input_attacks",
             unit=TURN_UNIT,
             generates="free-form",

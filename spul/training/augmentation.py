@@ -12,17 +12,8 @@ from datasets import Dataset, concatenate_datasets
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
 from ..data.rows import REWRITTEN_BY, column_values, rewritten_by
-from ..evaluation.attacks.inputs import (
-    UnchangedError,
-    diluted,
-    letter_case,
-    question_lost,
-    tokens_lost,
-    whitespace_noise,
-    with_prefix,
-    with_prompts_changed,
-    with_suffix,
-)
+from ..evaluation.attacks.changes import UnchangedError, question_lost, tokens_lost, with_prompts_changed
+from ..evaluation.attacks.inputs import diluted, letter_case, whitespace_noise, with_prefix, with_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +81,7 @@ def augmented(
     only learns to decline odd letter case.
 
     Args:
-        rows: rows with `prompt`, a text, and `completion`.
+        rows: rows with `prompt`, a text or messages, and `completion`.
         ways: by name, functions from rows to rewritten rows: `rewritings(...)`, attacks of
             `spul.evaluation.attacks`, or your own.
         collator: the collator of the training: rewritten rows have to fit in its `max_length`.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from datasets import Dataset
 
 from ...data.checks import checked_names
-from .inputs import changed_texts
+from .changes import changed_texts
 
 # Words disguised in a text without names.
 NUM_WORDS = 3
@@ -32,7 +32,7 @@ def misspelt(
     """Misspell the words of names: a letter dropped, doubled, or swapped with the next, but for a word's first letter.
 
     Args:
-        rows: `prompt`, a text, and `completion`.
+        rows: `prompt`, a text or messages, and `completion`.
         names: full names, found as whole words in any letter case. A text without any of them, such as a retain row's,
             is changed in its three longest words instead.
         num_edits: letters that are changed in each word, 1 or 2.
@@ -66,7 +66,7 @@ def look_alikes(rows: Dataset, names: Sequence[str] = (), text_field: str | None
     """Write names in Cyrillic and Greek letters that look like the Latin ones.
 
     Args:
-        rows: `prompt`, a text, and `completion`.
+        rows: `prompt`, a text or messages, and `completion`.
         names: as `misspelt`.
         text_field: as `misspelt`.
 
@@ -84,7 +84,7 @@ def letters_apart(
     """Put a space or a sign between the letters of names: `"J a n e"`, `"J-a-n-e"`.
 
     Args:
-        rows: `prompt`, a text, and `completion`.
+        rows: `prompt`, a text or messages, and `completion`.
         names: as `misspelt`.
         separator: what is put between letters of a word.
         text_field: as `misspelt`.

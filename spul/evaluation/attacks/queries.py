@@ -10,7 +10,7 @@ from datasets import Dataset
 
 from ...data.checks import checked_texts
 from ...data.rows import column_values
-from .inputs import InapplicableError, changed_prompts, check_prompts
+from .changes import InapplicableError, changed_prompts, check_prompts
 
 FILLER = (
     "The library on the corner opens at nine and closes at six, on Fridays at five.",
@@ -46,7 +46,7 @@ def mixed_query(
     apply it to both sides, each with the other as `other_rows`.
 
     Args:
-        rows: `prompt`, a text, `completion`, and the text field.
+        rows: `prompt`, a text or messages, `completion`, and the text field.
         other_rows: the same, of the other side. Each row draws one whose text does not contain its own, and with
             another completion if there is one, so that an answer to the wrong text counts as wrong.
         text_field: the column whose text stands in the prompt; both texts stand in its place.
@@ -88,7 +88,7 @@ def in_document(
     """Put the question into the middle of a document, on a line of its own.
 
     Args:
-        rows: `prompt`, a text, `completion`, and the text field.
+        rows: `prompt`, a text or messages, `completion`, and the text field.
         num_words: length of the document in words, without the question, at least 2: whole sentences, at least half of
             it before and half behind.
         text_field: the column whose text stands in the prompt; the document stands around it, within the format.
@@ -121,7 +121,7 @@ def chained(rows: Dataset, attacks: Sequence[Callable[[Dataset], Dataset]]) -> D
     the turns by the unchanged prompt.
 
     Args:
-        rows: `prompt`, a text, and `completion`.
+        rows: `prompt`, a text or messages, and `completion`.
         attacks: each from rows to attacked rows, at least one.
 
     Raises:

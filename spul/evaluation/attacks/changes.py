@@ -1,0 +1,203 @@
+"""Rows with changed prompts, texts or conversations: what attacks on the input and rewriting have in common."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from datasets import Dataset
+
+from ...data.checks import check_rows
+from ...data.conversations import content_of, last_user_message, with_content
+from ...data.encoder import RowEncoder
+from ...data.rows import ADAPTER_NAME, column_values, completion_text, shortened
+
+Row = dict[str, Any]
+
+
+class InapplicableError(ValueError):
+    """The attack cannot be made on these rows."""
+
+
+class UnchangedError(InapplicableError):
+    """The attack changes no prompt."""
+
+
+def with_prompts_changed(rows: Dataset, change: Callable[[Dataset], Dataset], name: str) -> Dataset:
+    """Apply a change to rows and check that it keeps their completions.
+
+    Args:
+        rows: `prompt`, a text or messages, and `completion`.
+        change: from rows to changed rows.
+        name: name of the change, for the message.
+
+    Raises:
+        ValueError: if completions change.
+    """
+    changed = change(rows)
+    if column_values(changed, "completion") != column_values(rows, "completion"):
+        raise ValueError(f"{name!r} changes completions or the number of rows; only prompts may change.")
+    if ADAPTER_NAME in rows.column_names and ADAPTER_NAME not in changed.column_names:
+        changed = changed.add_column(ADAPTER_NAME, column_values(rows, ADAPTER_NAME))
+    return changed
+
+
+def changed_rows(rows: Dataset, seed: int, change: Callable[[random.Random, Row], Row]) -> Dataset:
+    """Rows changed one by one, the types of their columns as before.
+
+    Args:
+        rows: `prompt`, a text or messages, and `completion`.
+        seed: seed of the draws; each row has its own.
+        change: from a row's draws and the row to the changed one.
+
+    Raises:
+        UnchangedError: if every prompt stays as it was.
+    """
+    found = [change(random.Random(f"{seed}/{i}"), row) for i, row in enumerate(rows)]
+    changed = Dataset.from_list(found, features=rows.features)
+    if column_values(changed, "prompt") == column_values(rows, "prompt"):
+        raise UnchangedError(f"every prompt stays as it was, such as {rows[0]['prompt']!r}: that is no attack.")
+    return changed
+
+
+def changed_prompts(
+    rows: Dataset, text_field: str | None, seed: int, change: Callable[[random.Random, list[str]], list[str]]
+) -> Dataset:
+    """Rows with changed questions and everything else as it was.
+
+    The question is the prompt, or the content of a conversation's last user message.
+
+    Args:
+        rows: `prompt`, a text or messages, and `completion`.
+        text_field: the column whose text stands in the question and takes its changes; None has none.
+        seed: seed of the draws; each row has its own.
+        change: from the row's draws and the pieces of its question, before, in and after the text field (without one
+            the whole question, alone), to as many new pieces.
+
+    Raises:
+        UnchangedError: if every prompt stays as it was.
+        ValueError, TypeError: if the rows are invalid, or a conversation has no user message with a text.
+    """
+    check_prompts(rows, *([] if text_field is None else [text_field]))
+
+    def changed(draws: random.Random, row: Row) -> Row:
+        question = question_of(row["prompt"])
+        if text_field is None:
+            return {**row, "prompt": with_question(row["prompt"], "".join(change(draws, [question])))}
+        if not row[text_field] or row[text_field] not in question:
+            raise ValueError(f"the text of column {text_field!r} does not stand in the prompt of its row: {row!r}")
+        pieces = change(draws, list(question.partition(row[text_field])))
+        return {**row, "prompt": with_question(row["prompt"], "".join(pieces)), text_field: pieces[1]}
+
+    return changed_rows(rows, seed, changed)
+
+
+def changed_texts(
+    rows: Dataset, text_field: str | None, seed: int, change: Callable[[random.Random, str], str]
+) -> Dataset:
+    """Rows with the text of the field changed, or the whole question without one; otherwise as `changed_prompts`."""
+
+    def changed(draws: random.Random, pieces: list[str]) -> list[str]:
+        middle = len(pieces) // 2  # the text, of three pieces; the prompt, of one
+        return [*pieces[:middle], change(draws, pieces[middle]), *pieces[middle + 1 :]]
+
+    return changed_prompts(rows, text_field, seed, changed)
+
+
+def question_of(prompt: Any) -> str:
+    """The question of a prompt: a text itself, or the content of a conversation's last user message.
+
+    Raises:
+        InapplicableError: if a conversation has no user message with a text.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    last = last_user_message(prompt)
+    text = None if last is None else content_of(prompt[last])
+    if text is None:
+        raise InapplicableError(
+            'a conversation has no message of the role "user" with a text, in which its question would stand: '
+            f"{shortened(repr(prompt))}. Leave such rows out."
+        )
+    return text
+
+
+def with_question(prompt: Any, text: str) -> Any:
+    """A prompt with another question, where `question_of` finds it."""
+    if isinstance(prompt, str):
+        return text
+    last = last_user_message(prompt)
+    return [with_content(message, text) if i == last else message for i, message in enumerate(prompt)]
+
+
+def after_turns(prompt: Any, turns: Sequence[Row]) -> Any:
+    """A prompt behind other questions with their answers: blank lines between texts, messages after the system's.
+
+    Args:
+        prompt: a text or messages.
+        turns: rows of the same kind of prompt.
+    """
+    if isinstance(prompt, str):
+        return "\n\n".join([*(row["prompt"] + completion_text(row["completion"]) for row in turns), prompt])
+    start = _num_system_messages(prompt)
+    others: list[Row] = []
+    for row in turns:
+        answer = row["completion"]
+        others += row["prompt"][_num_system_messages(row["prompt"]) :]
+        others += [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    fields = dict.fromkeys(prompt[0])  # a column of messages has one set of fields
+    others = [{**fields, **{name: value for name, value in one.items() if name in fields}} for one in others]
+    return [*prompt[:start], *others, *prompt[start:]]
+
+
+def _num_system_messages(prompt: Sequence[Row]) -> int:
+    """Number of messages before the first of another role than `system` and `developer`."""
+    return next((i for i, one in enumerate(prompt) if one["role"] not in ("system", "developer")), len(prompt))
+
+
+def check_text(text: str) -> None:
+    """Raise if a text to add is empty."""
+    if not text.strip():
+        raise ValueError(f"text={text!r} is empty; expected a text to add, such as JAILBREAKS[0].")
+
+
+def check_prompts(rows: Dataset, *more_columns: str) -> None:
+    """Raise if rows have neither texts nor conversations as prompts, or lack a completion or another column."""
+    check_rows(rows, ("prompt", "completion", *more_columns))
+    prompt = rows[0]["prompt"]
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and isinstance(prompt[0], dict)):
+        raise TypeError(f"prompts are of the type {type(prompt).__name__}; expected texts, or lists of messages.")
+
+
+def tokens_lost(rows: Dataset, encoder: RowEncoder) -> float:
+    """Number of prompt tokens that an encoder's `max_length` cuts, the mean over rows."""
+    whole = encoder.with_max_length(sys.maxsize)
+    lost = [len(whole.encode(row)) - len(encoder.encode(row)) for row in rows]
+    return sum(lost) / len(lost)
+
+
+def question_lost(rows: Dataset, lost: float, encoder: RowEncoder) -> str:
+    """Why changed rows no longer hold their question: most of the text is cut to make room for the change.
+
+    Args:
+        rows: before the change.
+        lost: additional tokens that the changed rows lose, the mean over rows by `tokens_lost`.
+        encoder: its `max_length` and `text_field` count.
+
+    Returns:
+        The reason; empty if at least half of the text remains, or without a text field: then prompts are cut from
+        their start, and the question stays.
+    """
+    field = encoder.text_field
+    if field is None or lost <= 0:
+        return ""
+    texts = encoder.tokenizer(column_values(rows, field), add_special_tokens=False)["input_ids"]
+    size = sum(map(len, texts)) / len(texts)
+    if lost <= size / 2:
+        return ""
+    return (
+        f"rows would lose {lost:.1f} tokens each, of {size:.1f} that their text has; the collator has max_length="
+        f"{encoder.max_length}: raise it, if the model has room for more"
+    )
