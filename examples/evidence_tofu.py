@@ -10,6 +10,7 @@ library's defaults; nothing is chosen.
 A line of `tofu.jsonl` has a system's scores by question: probability, ROUGE-L recall and both truth ratios of forget,
 retain, real authors and world facts; probability of paraphrased forget questions; likelihoods of forget rows and of
 rows that nobody learned, for membership; its answers to forget rows and to retain rows. A repeated command resumes.
+Where the file has the base's answers, those of the gate and its refusal are computed from them, without the base.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from spul.evaluation.metrics import (
     score_questions,
 )
 from spul.evaluation.metrics.likelihood import extraction_strength, mean_log_probs
-from spul.gates import GatedUnlearner, TextGate, hard_negatives, load
+from spul.gates import GatedUnlearner, TextGate, hard_negatives, load, prompt_texts
 from spul.losses import CrossEntropy
 from spul.losses.terms import Reduction
 from spul.prompts import DiscriminativeStart
@@ -109,7 +110,8 @@ def prefix_of_means(tofu: Tofu) -> Any:
 
 
 def gate_of(tofu: Tofu) -> TextGate:
-    return TextGate.fit(tofu.forget["question"][:], tofu.retain["question"][:], recall=tofu.args.recall)
+    sides = (prompt_texts(rows, tofu.collator.encoder) for rows in (tofu.forget, tofu.retain))
+    return TextGate.fit(*sides, recall=tofu.args.recall)
 
 
 def gated(tofu: Tofu) -> Any:
@@ -150,6 +152,7 @@ def idk_lora(tofu: Tofu) -> Any:
     return PeftModel.from_pretrained(tofu.load(), folder).eval()
 
 
+REFUSAL = "gate and refusal"
 SYSTEMS: dict[str, Callable[[Tofu], Any]] = {
     "vanilla": vanilla,
     "base": base,
@@ -157,7 +160,7 @@ SYSTEMS: dict[str, Callable[[Tofu], Any]] = {
     "SPUL, prefix with fitted keys": prefix,
     "SPUL, prefix, mean forget loss": prefix_of_means,
     "SPUL behind a gate": gated,
-    "gate and refusal": refusal,
+    REFUSAL: refusal,
     "IDK, LoRA": idk_lora,
 }
 
@@ -196,6 +199,23 @@ def scores(tofu: Tofu, model: Any) -> dict[str, Any]:
         side: rounded(rouge_l(answers, rows[side]["completion"])["rouge_l_recall"])
         for side, answers in found["answers"].items()
     }
+    return found
+
+
+def refused(tofu: Tofu, answers: dict[str, list[str]]) -> dict[str, Any]:
+    """Answers of a gate and its refusal from those of the base, which it gives where the gate does not flag."""
+    gate, text = gate_of(tofu), tofu.collator.generic_completions[0].strip()
+    found: dict[str, Any] = {
+        "recall": tofu.args.recall,
+        "report": str(gate.report),
+        "answers": {},
+        "answers_rouge": {},
+    }
+    for side, rows in {"forget": tofu.forget, "retain": tofu.learned.select(range(tofu.args.unseen_retain))}.items():
+        flags = gate.flags(prompt_texts(rows, tofu.collator.encoder))
+        given = [text if flag else answer for flag, answer in zip(flags, answers[side], strict=True)]
+        found["answers"][side] = given
+        found["answers_rouge"][side] = rounded(rouge_l(given, rows["completion"])["rouge_l_recall"])
     return found
 
 
@@ -251,8 +271,16 @@ def main() -> None:
         if any({**one, **facts, "system": name} == one for one in done):
             continue
         begun = time.perf_counter()
-        model = SYSTEMS[name](tofu)
-        line = facts | {"system": name, **scores(tofu, model), "seconds": time.perf_counter() - begun}
+        of_base = next((one["answers"] for one in done if {**one, **facts, "system": "base"} == one), None)
+        if name == REFUSAL and of_base is not None:
+            line = facts | {"system": name, **refused(tofu, of_base), "seconds": time.perf_counter() - begun}
+        else:
+            line = facts | {
+                "system": name,
+                **scores(tofu, SYSTEMS[name](tofu)),
+                "seconds": time.perf_counter() - begun,
+            }
+        done.append(line)
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         forget = line.get("questions", {}).get("forget", {})
@@ -261,7 +289,6 @@ def main() -> None:
             [round(float(np.mean(values)), 3) for values in line["answers_rouge"].values()],
             line["answers"]["forget"][:5],
         )
-        del model
         gc.collect()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     print(summary([line for line in lines if {**line, **facts} == line]))

@@ -9,7 +9,9 @@ import pytest
 import torch
 from datasets import Dataset
 from gated_texts import forget_texts, retain_texts
+from helpers import CHAT_TEMPLATE, build, make_tokenizer
 
+from spul.data.encoder import RowEncoder
 from spul.gates import (
     AnyGate,
     FunctionGate,
@@ -22,7 +24,10 @@ from spul.gates import (
     flags_of,
     hard_negatives,
     load,
+    prompt_texts,
 )
+from spul.gates.gate import request_texts
+from spul.rivals import FixedRefusal
 
 
 class LengthGate(Gate):
@@ -156,6 +161,25 @@ def test_measured_rates_are_counts_of_flags_with_wilsons_interval():
     assert gate.measure(["abc"], ["a"]).paraphrases is None
     with pytest.raises(ValueError, match="0 forget and 1 retain texts"):
         gate.measure([], ["a"])
+
+
+@pytest.mark.parametrize("position", ["start", "message"])
+def test_prompts_as_texts_are_what_a_gate_reads_of_them_and_are_not_cut(position):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    encoder = RowEncoder(tokenizer, 4, prompt_position=position)
+    talk = [{"role": "system", "content": "be good"}, {"role": "user", "content": "the film and plot"}]
+    rows = Dataset.from_list([{"prompt": talk}, {"prompt": [talk[1]]}])
+    found = prompt_texts(rows, encoder)
+    rendered = [tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in rows]
+    assert found == request_texts(tokenizer, [one["input_ids"] for one in rendered])
+    assert "be good" in found[0]
+    assert "the film and plot" in found[1]
+    seen = []
+    gate = as_gate(lambda texts: seen.extend(texts) or [False] * len(texts))
+    whole = RowEncoder(tokenizer, 99).prompts(list(rows))
+    FixedRefusal(build("llama"), tokenizer, gate, " no").generate(**whole, max_new_tokens=1)
+    assert [text.strip() for text in seen] == [text.strip() for text in found]
 
 
 def test_hard_negatives_are_the_rows_of_the_highest_scores_in_their_order():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -123,16 +124,12 @@ class _Source:
             return None
         from ..data.encoder import RowEncoder
         from ..data.prompt_files import read_texts
-        from ..gates.gate import request_texts
+        from ..gates.gate import prompt_texts
 
         found = read_texts(path, self.column)
         if all(isinstance(one, str) for one in found):
             return found
-        tokenizer = self.tokenizer()
-        encoder = RowEncoder(tokenizer, max_length=int(1e9))
-        rows = [{"prompt": one} for one in found]
-        ids = [encoder.prompts([row])["input_ids"][0].tolist() for row in rows]
-        return request_texts(tokenizer, ids)
+        return prompt_texts([{"prompt": one} for one in found], RowEncoder(self.tokenizer(), sys.maxsize))
 
     def name(self) -> str:
         """The base's name or folder."""

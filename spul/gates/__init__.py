@@ -1,7 +1,7 @@
 """Gates: which texts get the prompt; one that fails attaches it."""
 
 from .any_gate import AnyGate, load
-from .gate import FunctionGate, Gate, as_gate, flags_of, hard_negatives
+from .gate import FunctionGate, Gate, as_gate, flags_of, hard_negatives, prompt_texts
 from .gated import GatedUnlearner
 from .gated_files import attach_gate
 from .names import NameGate
@@ -28,4 +28,5 @@ __all__ = [
     "flags_of",
     "hard_negatives",
     "load",
+    "prompt_texts",
 ]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..data.checks import checked_column, checked_texts
+from ..data.encoder import RowEncoder
 from ..records.digests import digest
 from ..records.files import atomic_folder
 from .files import write_gate
@@ -284,6 +286,23 @@ def request_texts(tokenizer: PreTrainedTokenizerBase, requests: Sequence[Sequenc
         return " ".join(str(tokenizer.decode(part)) for part in parts)
 
     return [text(ids) for ids in requests]
+
+
+def prompt_texts(rows: Sequence[Mapping[str, Any]] | Dataset, encoder: RowEncoder) -> list[str]:
+    """The prompts of rows as gates read them later: by the chat template, special tokens left out.
+
+    A gate that is fit on questions alone meets the template's words for the first time when it is asked, and flags
+    what it should not.
+
+    Args:
+        rows: `prompt`, a text or messages, and the encoder's text field, if it has one.
+        encoder: that of the collator; nothing is cut.
+
+    Raises:
+        ValueError: if a row has no prompt, or one that the template cannot render.
+    """
+    whole = encoder.with_max_length(sys.maxsize)
+    return request_texts(encoder.tokenizer, [whole.prompts([row])["input_ids"][0].tolist() for row in rows])
 
 
 def hard_negatives(gate: Gate | Callable[[list[str]], Any], retain: Rows, n: int, text_field: str = "prompt") -> Rows:
