@@ -63,7 +63,7 @@ def continued(logits_of, ids, num=6):
 
 
 def reduced(tokens, reduction):
-    """A retain row's loss from those of its tokens."""
+    """A row's loss from those of its tokens."""
     mean = sum(tokens) / len(tokens)
     if reduction == "auto":
         return sum(tokens) if len(tokens) <= 3 else mean
@@ -71,7 +71,7 @@ def reduced(tokens, reduction):
 
 
 def losses(unlearner, batch, alpha=1.0, beta=0.5, direction="reverse", reduction="auto"):
-    """(loss, L_f, L_r, L_kl) of a batch, one row at a time; `reduction` is that of retain rows."""
+    """(loss, L_f, L_r, L_kl) of a batch, one row at a time; `reduction` is that of all terms."""
     groups = {"forget": [], "retain": [], "kl": []}
     before = batch.get("prompt_position", torch.zeros(len(batch["input_ids"]), dtype=torch.long)).tolist()
     for ids, mask, labels, is_forget, start in zip(
@@ -81,7 +81,7 @@ def losses(unlearner, batch, alpha=1.0, beta=0.5, direction="reverse", reduction
         logits = row_logits(unlearner, ids, before=start)
         at = [i for i in range(1, len(ids)) if labels[i] != -100]
         nll = [-F.log_softmax(logits[i - 1], -1)[labels[i]] for i in at]
-        groups["forget" if is_forget else "retain"].append(reduced(nll, "auto" if is_forget else reduction))
+        groups["forget" if is_forget else "retain"].append(reduced(nll, reduction))
         if not is_forget:
             with torch.no_grad():
                 frozen = row_logits(unlearner, ids, prompted=False)

@@ -212,3 +212,14 @@ def test_a_name_that_leads_elsewhere_is_refused(folder, name):
         attach_gate(NameGate(["Jane Doe"]), folder / "other", name)
     assert not (folder / "adapter" / "gate").exists()
     assert not any((folder / "other").iterdir())
+
+
+def test_control_characters_of_requests_are_shown_escaped(folder, capsys):
+    fit(parsed("gate", {"adapter": folder / "adapter", "kind": "names", "names": ["Jane Doe"]}, "fit"))
+    capsys.readouterr()
+    texts = ["Jane Doe\x1b[2J", "a\rflagged\tb", "c\nd\u202ee", "Wer ist J\u00f6rg?"]
+    check(parsed("gate", {"adapter": folder / "adapter", "texts": texts}, "check"))
+    assert capsys.readouterr().out.split("\n") == [
+        *("flagged\tJane Doe\\x1b[2J", "passed\ta\\rflagged\\tb", "passed\tc\\nd\\u202ee"),
+        *("passed\tWer ist J\u00f6rg?", ""),
+    ]

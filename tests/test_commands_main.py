@@ -176,6 +176,15 @@ def test_errors_of_options_and_files_are_one_line_and_status_2(toy, error, capsy
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_control_characters_in_an_error_are_shown_escaped(toy, capsys):
+    def run(options):
+        raise ValueError("row 1 is 'a\x1b[2J\u202e'")
+
+    toy(run)
+    assert main(["gate", "--model", "m"]) == BAD_OPTIONS
+    assert capsys.readouterr().err == "spul gate: row 1 is 'a\\x1b[2J\\u202e'\n"
+
+
 def test_other_errors_keep_their_traceback(toy):
     def run(options):
         raise RuntimeError("a bug")

@@ -151,6 +151,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(files, tmp_path):
     assert read_spul_config(tmp_path / "parts").rewritten == read_spul_config(tmp_path / "whole").rewritten
 
 
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_run_is_not_resumed_with_rewritten_rows_on_one_side_alone(files, tmp_path, is_first):
+    more = {"save_strategy": "steps", "save_steps": 2}
+    trained(files, tmp_path, rewritten=str(is_first).lower(), **more)
+    before = weights(tmp_path)
+    words = r"17 made of forget rows, 17 made of retain rows \(capitals, .*\)"
+    expected = f"rows.rewritten: {words} saved, none passed" if is_first else f"none saved, {words} passed"
+    with pytest.raises(ValueError, match=expected):
+        trained(files, tmp_path, resume="true", rewritten=str(not is_first).lower(), **more)
+    assert all(torch.equal(before[name], one) for name, one in weights(tmp_path).items())
+
+
+def test_a_run_is_not_resumed_with_other_turns(files, tmp_path):
+    more = {"save_strategy": "steps", "save_steps": 2}
+    trained(files, tmp_path, rewritten_turns=[1], **more)
+    with pytest.raises(ValueError, match=r"rows.rewritten: .* saved, .*, 2 turns before\) passed"):
+        trained(files, tmp_path, resume="true", rewritten_turns=[1, 2], **more)
+
+
 def test_the_cached_reference_has_the_rewritten_rows(files, tmp_path, capsys):
     trained(files, tmp_path / "cached", disable_tqdm="false", reference_dir=tmp_path / "reference")
     trained(files, tmp_path / "live", reference="live")

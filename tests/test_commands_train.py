@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -174,6 +175,23 @@ def test_a_resumed_training_goes_on_from_its_checkpoint(files, tmp_path):
     assert [one["step"] for one in state["log_history"] if "loss" in one] == [1, 2, 3, 4]
 
 
+@pytest.mark.parametrize(
+    ("passed", "expected"),
+    [
+        ({"alpha": 0.5}, "loss.alpha: 4.0 saved, 0.5 passed"),
+        ({"method": "GA+GD", "generic": None}, "loss.forget.type: CrossEntropy saved, GradientAscent passed"),
+        ({"hold_out": 0.34}, "rows.forget: 6 saved, 4 passed; rows.retain: 8 saved, 5 passed"),
+        ({"max_length": 64}, "max_length: 92 saved, 64 passed"),
+        ({"forget_fraction": 0}, "forget_fraction: 0.5 saved, none passed"),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_rows_or_loss(files, tmp_path, passed, expected):
+    more = {"save_strategy": "steps", "save_steps": 3}
+    trained(files, tmp_path, **more)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        trained(files, tmp_path, resume="true", **more, **passed)
+
+
 def test_held_out_rows_stop_it_and_choose_the_best(files, tmp_path):
     trained(files, tmp_path, hold_out=0.34, stop_every=1, stop_margin=50, stop_target=99, stop_patience=0)
     state = json.loads(next(tmp_path.glob("checkpoint-*/trainer_state.json")).read_text())
@@ -299,6 +317,11 @@ def test_prompts_are_combined_on_the_rows_of_their_requests(files, prompts, tmp_
     assert found.active_peft_config.num_virtual_tokens == 6
     assert found.spul_config.forget.rows == 9
     assert len(found.spul_config.combined_from) == 2
+
+
+def test_combining_is_not_resumed_and_says_so(files, prompts, tmp_path):
+    with pytest.raises(ValueError, match="resume_from_checkpoint='checkpoint-1': combining is not resumed"):
+        combined(files, prompts, tmp_path, inputs=files["test_forget"], resume_from_checkpoint="checkpoint-1")
 
 
 def test_prompts_are_combined_on_other_inputs(files, prompts, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 
@@ -172,9 +173,13 @@ def test_training_anew_starts_alpha_anew(tmp_path):
     assert max(starts) <= 0.01
 
 
-def test_a_checkpoint_of_a_fixed_alpha_says_that_alpha_starts_again(tmp_path, caplog):
+def test_a_checkpoint_without_a_multiplier_says_that_alpha_starts_again(tmp_path, caplog):
     steps = {"save_strategy": "steps", "save_steps": 1}
-    constrained(tmp_path, "prompt", UnlearningLoss(alpha=0.7, beta=0.0), max_steps=1, **steps).train()
+    constrained(tmp_path, "prompt", max_steps=1, **steps).train()
+    path = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"]["RetainMultiplier"]
+    path.write_text(json.dumps(state))
     again = constrained(tmp_path, "prompt", max_steps=2, **steps)
     with caplog.at_level(logging.WARNING):
         again.train(resume_from_checkpoint=True)

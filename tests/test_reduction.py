@@ -1,4 +1,4 @@
-"""Reduction of a row's token losses: labels are summed, free answers of retain rows averaged, unless it is given."""
+"""Reduction of a row's token losses: labels are summed, longer answers averaged, unless a term decides otherwise."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import arguments, make_answers, make_collator, make_dataset, make_unlearner
+from helpers import arguments, make_answers, make_collator, make_unlearner, rows
 from plain import losses as plain_losses
 
-from spul import UnlearningLoss, UnlearningTrainer
+from spul import UnlearningLoss, UnlearningTrainer, forget_retain_dataset
 from spul.losses import NPO, CrossEntropy, GradientAscent, KLDivergence, LossTerm, SimNPO, token_nll
 from spul.training.methods import METHODS, unlearning_method
 
@@ -96,6 +96,38 @@ def test_a_term_takes_the_default_of_its_place():
     assert UnlearningLoss(forget=NPO()).forget.reduction == "sum"
 
 
+@dataclass(frozen=True)
+class Tagged(CrossEntropy):
+    """A cross-entropy with a setting of the user's own."""
+
+    tag: str = ""
+
+
+class Untagged(CrossEntropy):
+    """A cross-entropy without one, and no dataclass."""
+
+
+@pytest.mark.parametrize("kind", [Tagged, Untagged])
+def test_a_subclass_of_cross_entropy_has_its_defaults(kind):
+    loss = UnlearningLoss(forget=kind(), retain=kind(), lm=kind())
+    plain_loss = UnlearningLoss(forget=CrossEntropy(), retain=CrossEntropy(), lm=CrossEntropy())
+    for name in ("forget", "retain", "lm"):
+        assert isinstance(getattr(loss, name), kind)
+        assert getattr(loss, name).reduction == getattr(plain_loss, name).reduction
+    out, expected = (one(LOGITS, LABELS, ~RETAIN).forget_loss for one in (loss, plain_loss))
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    assert UnlearningLoss(forget=kind(reduction="sum")).forget.reduction == "sum"
+
+
+def test_a_cross_entropy_that_makes_its_labels_unlikely_is_summed_as_gradient_ascent_is():
+    class Descending(CrossEntropy):
+        makes_unlikely = True
+
+    for term in (GradientAscent(), Descending()):
+        assert UnlearningLoss(forget=term).forget.reduction == "sum"
+        assert UnlearningLoss(retain=term).retain.reduction == "auto"
+
+
 def test_the_term_given_is_not_changed():
     term = KLDivergence()
     UnlearningLoss(forget=term, kl=term)
@@ -128,10 +160,12 @@ def test_long_rows_are_averaged_generic_answers_included():
 def test_a_batch_of_labels_and_answers_is_that_of_rows_one_by_one():
     """Under a prompt, with response tokens of rows of many lengths in one batch."""
     dataset = make_answers(3, 6)
-    batch = make_collator()([dataset[i] for i in range(9)])
+    batch = make_collator(generic_completions=[" neutral", " neutral film good bad"])([dataset[i] for i in range(9)])
     assert (batch["labels"][~batch["is_forget"]] != -100).sum(1).max() > 3
+    assert (batch["labels"][batch["is_forget"]] != -100).sum(1).max() > 3
     for reduction, given in (("auto", None), ("sum", "sum"), ("mean", "mean")):
-        loss = UnlearningLoss(retain=CrossEntropy(reduction=given), kl=KLDivergence(reduction=given))
+        term = CrossEntropy(reduction=given)
+        loss = UnlearningLoss(forget=term, retain=term, kl=KLDivergence(reduction=given))
         unlearner = make_unlearner(loss=loss)
         out = unlearner(**batch)
         with torch.no_grad():
@@ -167,30 +201,85 @@ def test_published_methods_keep_their_reductions(name):
     assert loss.lm.reduction == "mean"
 
 
-def test_only_terms_in_use_count_as_averaging():
-    assert UnlearningLoss(alpha=0).averages_long_rows
-    assert UnlearningLoss(beta=0).averages_long_rows
-    assert not UnlearningLoss(alpha=0, beta=0).averages_long_rows
-    for forget in (GradientAscent(), NPO(), SimNPO()):
-        sums = {"retain": CrossEntropy(reduction="sum"), "kl": KLDivergence(reduction="mean")}
-        assert not UnlearningLoss(forget=forget, **sums).averages_long_rows
+def test_only_response_terms_in_use_are_averaged_by_length():
+    kept = {"retain": CrossEntropy(reduction="sum"), "kl": KLDivergence(reduction="mean")}
+    summed = {"forget": GradientAscent(), **kept}
+    for loss, names in (
+        (UnlearningLoss(), ["forget", "retain", "kl"]),
+        (UnlearningLoss(alpha=0), ["forget", "kl"]),
+        (UnlearningLoss(beta=0), ["forget", "retain"]),
+        (UnlearningLoss(alpha=0, beta=0), ["forget"]),
+        (UnlearningLoss(forget=NPO()), ["retain", "kl"]),
+        (UnlearningLoss(**summed), []),
+        (UnlearningLoss(**{**summed, "forget": SimNPO()}), []),
+        (UnlearningLoss(**summed, gamma=0.2, lm=GradientAscent(reduction="auto")), []),
+    ):
+        assert [*loss.averaged_terms] == names
+        assert all(term is getattr(loss, name) for name, term in loss.averaged_terms.items())
 
 
 # ---- the log ----
 
+LONG = " good bad good bad good"
+OTHER = " bad good bad good bad film"
 
-@pytest.mark.parametrize(
-    ("dataset", "loss", "times"),
-    [
-        (make_answers(4, 12), UnlearningLoss(), 1),
-        (make_dataset(4, 12), UnlearningLoss(), 0),
-        (make_answers(4, 12), UnlearningLoss(beta=0, retain=CrossEntropy(reduction="sum")), 0),
-    ],
-)
-def test_answers_of_many_tokens_are_said_to_be_averaged_once(tmp_path, caplog, dataset, loss, times):
-    trainer = UnlearningTrainer(make_unlearner(loss=loss), arguments(tmp_path, max_steps=4), make_collator(), dataset)
+
+def said_by(folder, caplog, loss, forget_answer=None, retain_answer=None):
+    """What the log of a training says of averaged rows; answers are labels unless given."""
+    forget, retain = rows("jane", 4), rows("film", 12)
+    if retain_answer is not None:
+        retain = retain.map(lambda row: {"completion": retain_answer})
+    generic = None if loss.forget.makes_unlikely else [forget_answer or " neutral"]
+    if generic is None and forget_answer is not None:
+        forget = forget.map(lambda row: {"completion": forget_answer})
+    trainer = UnlearningTrainer(
+        make_unlearner(loss=loss),
+        arguments(folder, max_steps=4),
+        make_collator(generic_completions=generic),
+        forget_retain_dataset(forget, retain),
+    )
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    said = [record.message for record in caplog.records if "are means over its tokens" in record.message]
-    assert len(said) == times
-    assert all("pass a reduction" in message for message in said)
+    return [record.message for record in caplog.records if "are means over its tokens" in record.message]
+
+
+SUMS = {"retain": CrossEntropy(reduction="sum"), "kl": KLDivergence(direction="forward", reduction="sum")}
+
+
+@pytest.mark.parametrize(
+    ("loss", "forget_answer", "retain_answer", "terms"),
+    [
+        (UnlearningLoss(), None, LONG, "the forget, retain and KL losses"),
+        (UnlearningLoss(), LONG, None, "the forget, retain and KL losses"),
+        (UnlearningLoss(alpha=0, beta=0), LONG, OTHER, "the forget loss"),
+        (UnlearningLoss(**SUMS), LONG, OTHER, "the forget loss"),
+        (UnlearningLoss(forget=GradientAscent()), LONG, OTHER, "the retain and KL losses"),
+        (UnlearningLoss(forget=CrossEntropy(reduction="sum"), beta=0), LONG, OTHER, "the retain loss"),
+    ],
+)
+def test_the_log_says_once_which_terms_average_long_rows(tmp_path, caplog, loss, forget_answer, retain_answer, terms):
+    (message,) = said_by(tmp_path, caplog, loss, forget_answer=forget_answer, retain_answer=retain_answer)
+    assert f"{terms} of a row with more than 3 tokens are means over its tokens" in message
+
+
+@pytest.mark.parametrize(
+    ("loss", "forget_answer", "retain_answer"),
+    [
+        (UnlearningLoss(), None, None),
+        (UnlearningLoss(alpha=0, beta=0), None, LONG),
+        (UnlearningLoss(**SUMS), None, LONG),
+        (UnlearningLoss(forget=GradientAscent()), LONG, None),
+        (UnlearningLoss(forget=GradientAscent(), **SUMS), LONG, LONG),
+    ],
+)
+def test_no_log_speaks_of_rows_whose_terms_are_not_averaged(tmp_path, caplog, loss, forget_answer, retain_answer):
+    assert not said_by(tmp_path, caplog, loss, forget_answer=forget_answer, retain_answer=retain_answer)
+
+
+def test_the_remedy_in_the_log_is_the_loss_with_sums(tmp_path, caplog):
+    loss = UnlearningLoss(beta=0.1, kl=KLDivergence(direction="forward"))
+    (message,) = said_by(tmp_path, caplog, loss, retain_answer=LONG)
+    assert (
+        "UnlearningLoss(..., forget=CrossEntropy(reduction='sum'), retain=CrossEntropy(reduction='sum'), "
+        "kl=KLDivergence(reduction='sum', direction='forward'))" in message
+    )

@@ -16,7 +16,7 @@ from peft import PeftModel
 
 from spul import SoftPromptUnlearner
 from spul.data.dataset import forget_retain_dataset
-from spul.training.checks import last_complete_checkpoint
+from spul.training.resuming import last_complete_checkpoint
 
 RESUMED = (  # forget_fraction, workers, sampling strategy, whether retain rows have weights
     (0.5, 2, "random", False),

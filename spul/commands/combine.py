@@ -39,6 +39,10 @@ def run(options: CombineOptions) -> int | None:
     from ..records.files import check_can_hold
     from ..training.distillation import combine
 
+    if options.resume_from_checkpoint is not None:
+        raise ValueError(
+            f"resume_from_checkpoint={options.resume_from_checkpoint!r}: combining is not resumed; leave it out."
+        )
     is_marked = options.forget is not None
     if is_marked == (options.inputs is not None) or is_marked != (options.retain is not None):
         raise ValueError("give forget and retain, the rows of all requests and those that stay; or inputs alone.")

@@ -8,6 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def printable(text: str) -> str:
+    """A text with escapes for what is no printable character.
+
+    A line break would begin a line of its own, and a terminal obeys control characters.
+    """
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+
 class Naming(str):
     """The help of an option that takes names of a registry, which is asked for them when the help is shown.
 

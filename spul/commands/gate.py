@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .command import Command
+from .command import Command, printable
 from .shared import LoadOptions, option
 
 
@@ -103,8 +103,7 @@ def check(options: CheckOptions) -> int | None:
     own = (source.base(), source.tokenizer()) if needs_base else ()
     gate = load(options.adapter, *own, subfolder=where)
     for text, flag in zip(texts, gate.flags(texts), strict=True):
-        shown = text.replace("\n", "\\n")
-        print(f"{'flagged' if flag else 'passed'}\t{shown}")
+        print(f"{'flagged' if flag else 'passed'}\t{printable(text)}")
     for kind, number in gate.failures.items():
         print(f"the gate failed on {number} of them, which are flagged: {kind}")
     return None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..records.ledger_events import EVENTS
-from .command import Command
+from .command import Command, printable
 
 if TYPE_CHECKING:
     from ..records.ledger import Ledger
@@ -76,7 +76,7 @@ def verify(options: VerifyOptions) -> int:
     ledger = Ledger(options.ledger)
     faults = ledger.verify(options.head)
     for fault in faults:
-        print(fault)
+        print(printable(str(fault)))
     if faults:
         return 1
     entries = ledger.entries()
@@ -85,7 +85,7 @@ def verify(options: VerifyOptions) -> int:
     if entries:
         print(_counted(entries))
     for remark in remarks(entries):
-        print(_printable(str(remark)))
+        print(printable(str(remark)))
     if options.head is None:
         print("A missing end cannot be seen without --head.")
     return 0
@@ -111,14 +111,9 @@ def show(options: LedgerOptions) -> None:
     from ..records.ledger import Ledger
 
     for state in Ledger(options.ledger).states().values():
-        print(_printable(state.request))
+        print(printable(state.request))
         for line in state.in_words():
-            print(f"  {_printable(line)}")
-
-
-def _printable(text: str) -> str:
-    """A text with escapes for what is no printable character: a line break in a name would be a line of its own."""
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+            print(f"  {printable(line)}")
 
 
 def add(options: AddOptions) -> None:
@@ -151,12 +146,12 @@ def add(options: AddOptions) -> None:
     entry = ledger.append(event)
     print(f"{options.ledger}, entry {entry.sequence}:")
     for line in entry_in_words(entry):
-        print(f"  {_printable(line)}")
+        print(f"  {printable(line)}")
     try:
         now = ledger.states()[options.request].now
     except ValueError as error:
         raise ValueError(f"the entry is written, and not to be added again; but {error}") from error
-    print(f"  now: {_printable(now)}")
+    print(f"  now: {printable(now)}")
 
 
 def _check_server(options: AddOptions, ledger: Ledger) -> None:
@@ -173,7 +168,7 @@ def _check_server(options: AddOptions, ledger: Ledger) -> None:
         check_server(options.server)
     if not servers:
         return
-    names = ", ".join("one without a name" if name is None else _printable(name) for name in servers)
+    names = ", ".join("one without a name" if name is None else printable(name) for name in servers)
     given = "server is not given" if options.server is None else f"server={options.server!r}"
     raise ValueError(
         f"{given}, and the request {options.request!r} is served by {names}; name the one that has stopped, by "
@@ -187,7 +182,7 @@ def evidence(options: EvidenceOptions) -> int:
 
     faults = verify_evidence(options.folder, options.ledger)
     for fault in faults:
-        print(fault)
+        print(printable(str(fault)))
     if faults:
         return 1
     print(

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from logging.handlers import MemoryHandler
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from .command import Command
+from .command import Command, printable
 
 # A command's module is loaded when it is asked for: the list of commands needs none of them, nor torch.
 TABLE = {
@@ -69,8 +68,8 @@ def _hold_kernel_message() -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error's message in one line; its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """An error's message in one line, without control characters; its type where it has none."""
+    return printable(" ".join(str(error).split())) or type(error).__name__
 
 
 def _run(given: list[str]) -> int:

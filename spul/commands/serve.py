@@ -12,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .command import Command
+from .command import Command, printable
 from .shared import LoadOptions, prompts_left_out, saved_prompt
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def run(options: ServeOptions) -> None:
 
 def _say(line: str) -> None:
     """Print a line at once, also where the output is a file: loading takes minutes."""
-    print(line, flush=True)
+    print(printable(line), flush=True)
 
 
 def build(options: ServeOptions) -> tuple[Any, Any]:

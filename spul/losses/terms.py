@@ -27,8 +27,8 @@ class LossTerm:
     Args:
         reduction: of the losses of a row's response tokens: `"sum"`, `"mean"` or `"auto"`, which is the sum of at most
             three tokens and the mean of more: labels are summed and free answers averaged, row by row. None (default)
-            leaves it to the place: `UnlearningLoss` takes `"auto"` for `retain`, `kl` and `CrossEntropy` on
-            forget rows, and the sum elsewhere, as does a term on its own.
+            leaves it to the place: `UnlearningLoss` takes `"auto"` for `retain` and `kl`, and for `forget` if that is
+            a `CrossEntropy` that does not make its labels unlikely; the sum elsewhere, as does a term on its own.
 
     Raises:
         ValueError: if `reduction` is none of these.

@@ -28,8 +28,7 @@ from .terms import (
 )
 
 TERM_NAMES = ("forget", "retain", "kl", "lm")
-# Unless given; a generic answer, `CrossEntropy` on forget rows, is "auto" as well.
-REDUCTIONS: dict[str, Reduction] = {"forget": "sum", "retain": "auto", "kl": "auto", "lm": "sum"}
+RESPONSE_TERMS = TERM_NAMES[:3]  # those of response tokens
 # The terms that a saved loss is rebuilt from, by name.
 KNOWN_TERMS: dict[str, type[LossTerm]] = {
     kind.__name__: kind
@@ -61,7 +60,7 @@ class UnlearningLoss:
 
     A row's loss is the sum over its response tokens; that of retain rows (`retain`, `kl`) and that of a generic answer
     (`CrossEntropy` on forget rows) with more than three tokens is their mean, so that neither outweighs the other by
-    its length. A `reduction` of the term decides otherwise, see `LossTerm`.
+    its length. A `reduction` of the term decides otherwise, see `LossTerm` and `default_reduction`.
 
     Args:
         alpha: weight of the retain term, at least 0. The paper tries 0.1, 0.5 and 1.
@@ -115,10 +114,7 @@ class UnlearningLoss:
                     "or of your own subclass of spul.losses.LossTerm."
                 )
             if term.reduction is None:
-                term = copy.copy(term)
-                is_generic = name == "forget" and type(term) is CrossEntropy  # other published losses there are sums
-                object.__setattr__(term, "reduction", "auto" if is_generic else REDUCTIONS[name])
-                object.__setattr__(self, name, term)
+                object.__setattr__(self, name, with_reduction(term, default_reduction(name, term)))
         if self.lm.needs_reference:
             raise ValueError(
                 f"lm={self.lm!r} compares with the base model, whose logits at prompt texts are not computed."
@@ -133,16 +129,17 @@ class UnlearningLoss:
                 f"retain_budget={budget!r} is in nats per token, and retain={self.retain!r} compares hidden states; "
                 "leave the budget out."
             )
-        if len({term.reads_layer for term in self._terms_in_use()}) > 1:
+        terms = list(self._terms_in_use().values())
+        if len({term.reads_layer for term in terms}) > 1:
             raise ValueError(
-                f"terms read different things: {self._terms_in_use()}; expected logits alone, or the states of one "
+                f"terms read different things: {terms}; expected logits alone, or the states of one "
                 "layer alone (RMU and StateDistance of the same layer)."
             )
 
-    def _terms_in_use(self) -> list[LossTerm]:
-        """The forget term, and the others of a weight above 0."""
-        weighed = [(self.alpha, self.retain), (self.beta, self.kl), (self.gamma, self.lm)]
-        return [self.forget, *(term for weight, term in weighed if weight > 0)]
+    def _terms_in_use(self) -> dict[str, LossTerm]:
+        """The forget term, and the others of a weight above 0, by name."""
+        weights = {"forget": 1.0, "retain": self.alpha, "kl": self.beta, "lm": self.gamma}
+        return {name: getattr(self, name) for name in TERM_NAMES if weights[name] > 0}
 
     @property
     def reads_layer(self) -> int | None:
@@ -155,10 +152,10 @@ class UnlearningLoss:
         return self.alpha > 0 or self.beta > 0
 
     @property
-    def averages_long_rows(self) -> bool:
-        """Whether retain rows of more than three tokens are averaged by default, by `reduction="auto"`."""
-        terms_in_use = [term for weight, term in ((self.alpha, self.retain), (self.beta, self.kl)) if weight > 0]
-        return any(term.reduction == "auto" for term in terms_in_use)
+    def averaged_terms(self) -> dict[str, LossTerm]:
+        """Terms in use that average rows of more than three response tokens and sum shorter ones, by name."""
+        used = self._terms_in_use()
+        return {name: used[name] for name in RESPONSE_TERMS if name in used and used[name].reduction == "auto"}
 
     @property
     def needs_reference(self) -> bool:
@@ -346,3 +343,22 @@ class UnlearningLoss:
 def num_forget_rows(is_forget: Tensor, is_rejected: Tensor | None = None) -> Tensor:
     """The number of forget rows, a scalar; a pair counts once."""
     return is_forget.sum() if is_rejected is None else (is_forget & ~is_rejected).sum()
+
+
+def default_reduction(name: str, term: LossTerm) -> Reduction:
+    """The reduction of a term that sets none: `"auto"` where an answer is taught or kept, the sum elsewhere.
+
+    Args:
+        name: the term's place in the loss, such as `"forget"`.
+        term: the term. On forget rows, `CrossEntropy` and its subclasses teach an answer, unless they make it unlikely
+            as `GradientAscent` does; the other published losses there are sums.
+    """
+    teaches = isinstance(term, CrossEntropy) and not term.makes_unlikely
+    return "auto" if name in ("retain", "kl") or (name == "forget" and teaches) else "sum"
+
+
+def with_reduction(term: LossTerm, reduction: Reduction) -> LossTerm:
+    """A copy of a term with another reduction, also of a class that is no dataclass itself."""
+    term = copy.copy(term)
+    object.__setattr__(term, "reduction", reduction)
+    return term

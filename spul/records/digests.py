@@ -3,7 +3,7 @@
 Whoever can guess a set of rows confirms the guess by a plain digest of it. What is shared (adapter folder, card,
 report, `evaluation.json`) therefore holds `summarize_rows` alone, whose digest is keyed by a secret of the owner and
 ignores the rows' order. `digest_of_rows` is plain and depends on the order; it stays in files by which an evaluation
-resumes.
+or a training resumes.
 """
 
 from __future__ import annotations
@@ -59,6 +59,23 @@ class RewrittenRows:
     forget: int
     retain: int
     ways: list[str]
+
+    @classmethod
+    def of(cls, flags: Iterable[bool], made_by: Iterable[str | None]) -> RewrittenRows | None:
+        """The rewritten ones of a set of rows; None if there are none.
+
+        Args:
+            flags: the rows' `is_forget`.
+            made_by: the way by which each was rewritten; None for one that was given.
+        """
+        made = [(flag, by) for flag, by in zip(flags, made_by, strict=True) if by is not None]
+        sides = [flag for flag, _ in made]
+        ways = list(dict.fromkeys(by for _, by in made))
+        return cls(sides.count(True), sides.count(False), ways) if made else None
+
+    def in_words(self) -> str:
+        """Numbers and ways for a reader."""
+        return f"{self.forget:,} made of forget rows, {self.retain:,} made of retain rows ({', '.join(self.ways)})"
 
 
 # ---- settings ----

@@ -1,12 +1,10 @@
-"""Checks of UnlearningTrainer before training, and the checkpoint that it resumes from."""
+"""Checks of UnlearningTrainer before training."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -14,7 +12,6 @@ from torch import nn
 from ..data.checks import check_row_ids
 from ..data.collator import ForgetRetainCollator
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.compat import CHECKPOINT_PREFIX
 from ..models.unlearner import unlearner_of
 
 logger = logging.getLogger(__name__)
@@ -122,25 +119,3 @@ def checked_loss(model: Any, loss: UnlearningLoss | None) -> UnlearningLoss:
             "the model: SoftPromptUnlearner(model, PromptTuningConfig(...))."
         )
     return loss
-
-
-def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
-    """The newest complete checkpoint in a folder.
-
-    A process killed while it saves leaves a checkpoint without a readable `trainer_state.json`, which is written last.
-
-    Raises:
-        ValueError: if no checkpoint is complete.
-    """
-    folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}-*") if path.is_dir()]
-    numbered = [(int(n), path) for path in folders if (n := path.name.rsplit("-", 1)[1]).isdigit()]
-    for _, path in sorted(numbered, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete and is skipped.", path)
-            continue
-        return str(path)
-    raise ValueError(
-        f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint; pass None to start anew."
-    )

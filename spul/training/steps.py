@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..data.checks import check_is_forget
 from ..losses.multiplier import RetainMultiplier
 from ..losses.terms import IGNORE_INDEX, SUMMED_TOKENS
-from ..losses.unlearning_loss import UnlearningLoss
+from ..losses.unlearning_loss import UnlearningLoss, with_reduction
 from .callbacks import TermSums
 from .evaluation import EvaluatingTrainer
 from .forward import step_counts, unlearning_forward
@@ -22,6 +22,7 @@ from .reference import ReferenceCache
 logger = logging.getLogger(__name__)
 
 TERMS = ("forget_loss", "retain_loss", "kl_loss", "lm_loss")
+IN_WORDS = {"forget": "forget", "retain": "retain", "kl": "KL"}
 
 
 class SteppingTrainer(EvaluatingTrainer):
@@ -72,19 +73,30 @@ class SteppingTrainer(EvaluatingTrainer):
         return batches, num_items
 
     def _note_long_rows(self, batches: list[dict[str, Any]]) -> None:
-        """Say once, at the first retain row of many tokens, how such rows are reduced by default."""
-        if self._noted or not (self._loss.averages_long_rows and self.is_world_process_zero()):
+        """Say once, at the first row of many tokens whose loss is averaged for it, which terms do so."""
+        terms = self._loss.averaged_terms
+        if self._noted or not (terms and self.is_world_process_zero()):
             return
-        tokens = [(batch["labels"][~batch["is_forget"].bool(), 1:] != IGNORE_INDEX).sum(dim=1) for batch in batches]
+        sides = {name == "forget" for name in terms}
+        tokens = [
+            (batch["labels"][batch["is_forget"].bool() == side, 1:] != IGNORE_INDEX).sum(dim=1)
+            for batch in batches
+            for side in sides
+        ]
         longest = int(torch.cat(tokens).max()) if any(map(len, tokens)) else 0
         if longest > SUMMED_TOKENS:
             self._noted = True
+            names = [IN_WORDS[name] for name in terms]
+            listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
             logger.warning(
-                "retain rows have responses of many tokens, here of %d: the retain and the KL loss of a row with more "
-                "than %d are means over its tokens, not sums. To decide it yourself, pass a reduction: "
-                "UnlearningLoss(retain=CrossEntropy(reduction='sum'), kl=KLDivergence(reduction='sum')), or 'mean'.",
+                "responses have many tokens, here %d: the %s %s of a row with more than %d tokens are means "
+                "over its tokens, not sums. To decide it yourself, pass a reduction, 'sum' or 'mean': "
+                "UnlearningLoss(..., %s).",
                 longest,
+                listed,
+                "losses" if len(names) > 1 else "loss",
                 SUMMED_TOKENS,
+                ", ".join(f"{name}={with_reduction(term, 'sum')!r}" for name, term in terms.items()),
             )
 
     def compute_loss(

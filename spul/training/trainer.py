@@ -23,11 +23,12 @@ from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import keep_4bit_differentiable, save_training_args
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
-from ..records.digests import DataSummary, DigestKey, RewrittenRows, read_digest_key, summarize_groups
+from ..records.digests import DataSummary, DigestKey, RewrittenRows, fingerprint, read_digest_key, summarize_groups
 from .callbacks import EmbeddingNoise, EpochCallback, MultiplierCallback
-from .checks import check_options, check_training_rows, checked_loss, last_complete_checkpoint
+from .checks import check_options, check_training_rows, checked_loss
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
 from .reference import ReferenceCache
+from .resuming import IdentityCallback, check_identity, identity_of, last_complete_checkpoint, rows_identity
 from .steps import SteppingTrainer
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class UnlearningTrainer(SteppingTrainer):
         self.sampler: EpochSampler | None = None
         self._summaries: list[DataSummary | None] = []  # of forget rows and of retain rows
         self._rewritten: RewrittenRows | None = None
+        self._rows_identity: dict[str, Any] | None = None
         if train_dataset is not None:
             check_training_order(train_dataset, args, reference, self._loss, forget_fraction, alternate)
             if self._key is not None and is_stream(train_dataset):
@@ -139,6 +141,7 @@ class UnlearningTrainer(SteppingTrainer):
         self._record_data()  # not before every check has passed: the record of a refused model stays
         self.add_callback(EpochCallback(self, data_collator))
         self.add_callback(MultiplierCallback(self))
+        self.add_callback(IdentityCallback(self))
         self.args.logging_nan_inf_filter = False  # it would log an old mean in place of NaN; `training_step` raises
         self.neftune_noise_alpha = None  # Trainer's noise, see `EmbeddingNoise`
         self.restart_terms()
@@ -212,10 +215,7 @@ class UnlearningTrainer(SteppingTrainer):
         if is_stream(self._rows):
             return None, None
         made_by = rewritten_by(self._rows)
-        made = [flag for flag, by in zip(self._flags, made_by, strict=True) if by is not None]
-        if made:
-            ways = list(dict.fromkeys(by for by in made_by if by is not None))
-            self._rewritten = RewrittenRows(made.count(True), made.count(False), ways)
+        self._rewritten = RewrittenRows.of(self._flags, made_by)
         given = [flag for flag, by in zip(self._flags, made_by, strict=True) if by is None]
         if self._key is None:
             return DataSummary(given.count(True)), DataSummary(given.count(False))
@@ -258,16 +258,34 @@ class UnlearningTrainer(SteppingTrainer):
         """Train; `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
         Raises:
-            ValueError: if no checkpoint is complete.
+            ValueError: if no checkpoint is complete, or it is of a training with other rows or another loss.
         """
         if self.unlearner.loss is not None and self.unlearner.loss is not self._loss:  # replaced since
             self._take(self._learner)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or ".")
+        if resume_from_checkpoint and self._rows is not None:  # before a reference is computed for hours
+            check_identity(resume_from_checkpoint, self.identity())
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
             self._noise.stop()
+
+    def identity(self) -> dict[str, Any]:
+        """All that the rows of every step and their loss depend on, by which a training resumes or is refused."""
+        if self._rows_identity is None:
+            self._rows_identity = rows_identity(self._rows, self._flags, self._collator)
+        return identity_of(
+            self._rows_identity,
+            None if self.unlearner.trains_base else fingerprint(self.unlearner.get_base_model()),
+            self._loss,
+            self.multiplier,
+            self._collator,
+            self.args,
+            self.accelerator.num_processes,
+            self._forget_fraction,
+            self._alternate,
+        )
 
     def _open_reference(self) -> None:
         """Compute the reference of the training rows, or open the stored one."""

@@ -1,0 +1,197 @@
+"""The identity of a training, by which it resumes from a checkpoint or is refused, and the newest whole checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainingArguments
+
+from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
+from ..data.row_weights import WEIGHT
+from ..data.rows import read_rows, rewritten_by
+from ..losses.multiplier import RetainMultiplier
+from ..losses.unlearning_loss import UnlearningLoss
+from ..models.compat import CHECKPOINT_PREFIX
+from ..records.digests import RewrittenRows, digest_of_tokenizer
+from .options import is_stream
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "trainer_state.json"
+KEY = "UnlearningTrainer"  # of the identity among the states of callbacks
+SHOWN_DIGITS = 12
+
+
+def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
+    """The newest complete checkpoint in a folder.
+
+    A process killed while it saves leaves a checkpoint without a readable `trainer_state.json`, which is written last.
+
+    Raises:
+        ValueError: if no checkpoint is complete.
+    """
+    folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}-*") if path.is_dir()]
+    numbered = [(int(n), path) for path in folders if (n := path.name.rsplit("-", 1)[1]).isdigit()]
+    for _, path in sorted(numbered, reverse=True):
+        if _state(path) is None:
+            logger.warning("%s is incomplete and is skipped.", path)
+            continue
+        return str(path)
+    raise ValueError(
+        f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint; pass None to start anew."
+    )
+
+
+def rows_identity(rows: Any, flags: Sequence[bool], collator: ForgetRetainCollator) -> dict[str, Any]:
+    """Numbers of training rows, and a plain digest of all that a training reads of them, in their order.
+
+    Args:
+        rows: the training set.
+        flags: its `is_forget`.
+        collator: of the training; it names further columns.
+    """
+    if is_stream(rows):
+        return {"forget": "a stream", "retain": "a stream", "rewritten": None, "content": None}
+    columns = (*ROW_COLUMNS, WEIGHT, *filter(None, (collator.encoder.text_field, collator.alternates)))
+    found = hashlib.sha256()
+    for row in read_rows(rows, columns):
+        content = {name: row[name] for name in columns if name in row}
+        found.update(json.dumps(content, sort_keys=True, default=_plain).encode() + b"\n")
+    made = RewrittenRows.of(flags, rewritten_by(rows))
+    return {
+        "forget": sum(flags),
+        "retain": len(flags) - sum(flags),
+        "rewritten": None if made is None else made.in_words(),
+        "content": found.hexdigest(),
+    }
+
+
+def identity_of(
+    rows: Mapping[str, Any],
+    base: str | None,
+    loss: UnlearningLoss,
+    multiplier: RetainMultiplier | None,
+    collator: ForgetRetainCollator,
+    args: TrainingArguments,
+    num_processes: int,
+    forget_fraction: float | None,
+    alternate: bool,
+) -> dict[str, Any]:
+    """All that the rows of every step and their loss depend on, as JSON.
+
+    The digest of the rows is plain and confirms a guess of them: it stays in the checkpoints, by which work resumes.
+
+    Args:
+        rows: of `rows_identity`.
+        base: fingerprint of the frozen base; None if it trains or is not in memory.
+        loss: the objective.
+        multiplier: of its retain budget, if it has one.
+        collator: of the training.
+        args: of the training.
+        num_processes: number of processes.
+        forget_fraction: as of `UnlearningTrainer`.
+        alternate: likewise.
+    """
+    encoder = collator.encoder
+    found = {
+        "rows": rows,
+        "base": base,
+        "loss": loss.to_dict(),
+        "multiplier": None if multiplier is None else multiplier.settings(),
+        "generic_completions": collator.generic_completions,
+        "alternates": collator.alternates,
+        "pairs": collator.pairs,
+        "seed_of_draws": collator.seed,
+        "resample": collator.resample,
+        "tokenizer": digest_of_tokenizer(collator.tokenizer),
+        "max_length": encoder.max_length,
+        "text_field": encoder.text_field,
+        "append_eos": encoder.append_eos,
+        "prompt_position": encoder.prompt_position,
+        "forget_fraction": forget_fraction,
+        "alternate": alternate,
+        "train_sampling_strategy": args.train_sampling_strategy,
+        "seed_of_order": args.seed if args.data_seed is None else args.data_seed,
+        "rows_of_a_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes,
+        "neftune_noise_alpha": args.neftune_noise_alpha,
+    }
+    return json.loads(json.dumps(found, default=_plain))
+
+
+def check_identity(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) -> None:
+    """Check that a training goes on with the rows and loss of its checkpoint; warn of one that has no note of them.
+
+    Args:
+        checkpoint: folder.
+        identity: of the training that resumes, `identity_of`.
+
+    Raises:
+        ValueError: if they differ, with what was saved and what was passed.
+    """
+    states = (_state(Path(checkpoint)) or {}).get("stateful_callbacks") or {}
+    if (saved := states.get(KEY)) is None:
+        logger.warning(
+            "%s does not say what rows and loss it was trained with, as one of plain Trainer: whether they are the "
+            "same is not checked.",
+            checkpoint,
+        )
+        return
+    before, now = dict(_entries(saved)), dict(_entries(identity))
+    names = [name for name in before | now if before.get(name) != now.get(name)]
+    if None in (before.get("base"), now.get("base")):  # not known on one side
+        names = [name for name in names if name != "base"]
+    if len([name for name in names if name.startswith("rows.")]) > 1:
+        names.remove("rows.content")  # of another number of rows it says nothing
+    if names:
+        listed = [f"{name}: {_in_words(before.get(name))} saved, {_in_words(now.get(name))} passed" for name in names]
+        raise ValueError(
+            f"{str(checkpoint)!r} is of a training with other rows or settings: {'; '.join(listed)}. Resume with what "
+            "was saved, or train from the start in another folder."
+        )
+
+
+class IdentityCallback(TrainerCallback):
+    """Keeps the identity of a training in the state of its checkpoints.
+
+    Args:
+        trainer: an `UnlearningTrainer`.
+    """
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.stateful_callbacks[KEY] = self.trainer.identity()
+
+
+def _state(checkpoint: Path) -> dict[str, Any] | None:
+    """The trainer's state in a checkpoint; None if there is none that can be read."""
+    try:
+        return json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _entries(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Names and values of nested settings, the names joined by dots; what is None counts as left out."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, f"{prefix}{name}.")
+        elif value is not None:
+            yield prefix + name, value
+
+
+def _in_words(value: Any) -> str:
+    is_digest = isinstance(value, str) and len(value) == hashlib.sha256().digest_size * 2
+    return "none" if value is None else value[:SHOWN_DIGITS] if is_digest else str(value)
+
+
+def _plain(value: Any) -> Any:
+    """Plain form of what JSON cannot hold: tensors, NumPy's values; of an object its kind, not its address."""
+    return value.tolist() if hasattr(value, "tolist") else f"a {type(value).__qualname__}"

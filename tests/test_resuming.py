@@ -1,0 +1,217 @@
+"""A training resumes with the rows and the loss that its checkpoint was made with, and with no others."""
+
+import json
+import logging
+import re
+
+import pytest
+import torch
+from datasets import Dataset
+from helpers import (
+    GENERIC,
+    arguments,
+    build,
+    make_answers,
+    make_collator,
+    make_dataset,
+    make_tokenizer,
+    make_unlearner,
+    rows,
+)
+
+from spul import UnlearningLoss, UnlearningTrainer, forget_retain_dataset
+from spul.losses import CrossEntropy, KLDivergence
+from spul.training import augmented, rewritings
+from spul.training.resuming import KEY
+
+STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+
+
+def make(folder, dataset=None, loss=None, collator=None, own=None, unlearner=None, **more):
+    return UnlearningTrainer(
+        make_unlearner(loss=UnlearningLoss() if loss is None else loss) if unlearner is None else unlearner,
+        arguments(folder, **{**STEPS, **more}),
+        make_collator() if collator is None else collator,
+        make_dataset() if dataset is None else dataset,
+        **(own or {}),
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The checkpoint of a training of `make_dataset()`."""
+    folder = tmp_path_factory.mktemp("saved")
+    make(folder).train()
+    return str(folder / "checkpoint-1")
+
+
+def with_rewritten(forget, retain):
+    ways, collator = rewritings(None, retain, 3, (1,)), make_collator(max_length=200)
+    return forget_retain_dataset(
+        *(augmented(side, ways, collator, 2.0, 3, skips_unchanged=True) for side in (forget, retain))
+    )
+
+
+CHANGED = {  # what is passed in place of what was saved, and what the error says of it
+    "rows left out": (
+        {"dataset": make_dataset(11, 20)},
+        ["rows.retain: 21 saved, 20 passed"],
+    ),
+    "a row replaced": (
+        {"dataset": forget_retain_dataset(rows("jane", 11), rows("filn", 21))},
+        [r"rows.content: \w{12} saved, \w{12} passed"],
+    ),
+    "rows in another order": (
+        {"dataset": make_dataset().select(range(31, -1, -1))},
+        [r"rows.content: \w{12} saved, \w{12} passed"],
+    ),
+    "sides swapped": (
+        {"dataset": forget_retain_dataset(rows("film", 21), rows("jane", 11))},
+        ["rows.forget: 11 saved, 21 passed", "rows.retain: 21 saved, 11 passed"],
+    ),
+    "weights of rows": (
+        {"dataset": forget_retain_dataset(rows("jane", 11), rows("film", 21), retain_weight=[2.0] + [1.0] * 20)},
+        ["rows.content"],
+    ),
+    "alpha": ({"loss": UnlearningLoss(alpha=0.25)}, ["loss.alpha: 1.0 saved, 0.25 passed"]),
+    "a reduction": (
+        {"loss": UnlearningLoss(retain=CrossEntropy(reduction="mean"))},
+        ["loss.retain.reduction: auto saved, mean passed"],
+    ),
+    "a term": (
+        {"loss": UnlearningLoss(kl=KLDivergence(direction="forward"))},
+        ["loss.kl.direction: reverse saved, forward passed"],
+    ),
+    "a budget": (
+        {"loss": UnlearningLoss(retain_budget=0.1)},
+        ["loss.retain_budget: none saved, 0.1 passed", "step_size: none saved, 0.01", "decay: none saved, 0.9"],
+    ),
+    "generic completions": (
+        {"collator": make_collator(generic_completions=[" neutral"])},
+        [re.escape(f"generic_completions: {GENERIC} saved, [' neutral'] passed")],
+    ),
+    "a cut": ({"collator": make_collator(max_length=31)}, ["max_length: 32 saved, 31 passed"]),
+    "an end token": ({"collator": make_collator(append_eos=True)}, ["append_eos: False saved, True passed"]),
+    "a seed of draws": ({"collator": make_collator(seed=7)}, ["seed_of_draws: 0 saved, 7 passed"]),
+    "a seed of the order": ({"seed": 7}, ["seed_of_order: 42 saved, 7 passed"]),
+    "shares": ({"own": {"forget_fraction": 0.5}}, ["forget_fraction: none saved, 0.5 passed"]),
+    "the rows of a step": ({"gradient_accumulation_steps": 3}, [r"rows_of_a_step: \d+ saved, \d+ passed"]),
+    "noise": ({"neftune_noise_alpha": 5.0}, ["neftune_noise_alpha: none saved, 5.0 passed"]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_a_resumed_run_of_other_rows_or_loss_is_refused_and_says_which(saved, tmp_path, name):
+    passed, expected = CHANGED[name]
+    trainer = make(tmp_path, **passed)
+    with pytest.raises(ValueError, match="is of a training with other rows or settings") as raised:
+        trainer.train(resume_from_checkpoint=saved)
+    message = str(raised.value)
+    for one in expected:
+        assert re.search(one, message)
+    assert message.count(" passed") == len(expected)
+    assert "in another folder" in message
+    assert trainer.state.global_step == 0
+
+
+def test_another_tokenizer_is_noticed(saved, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["jane film"])
+    collator = make_collator()
+    collator.tokenizer = collator.encoder.tokenizer = tokenizer
+    with pytest.raises(ValueError, match=r"tokenizer: \w{12} saved, \w{12} passed"):
+        make(tmp_path, collator=collator).train(resume_from_checkpoint=saved)
+
+
+def test_another_base_is_noticed(saved, tmp_path):
+    unlearner = make_unlearner()
+    with torch.no_grad():
+        next(unlearner.get_base_model().parameters()).mul_(2)
+    with pytest.raises(ValueError, match=r"settings: base: \w{12} saved, \w{12} passed\. Resume"):
+        make(tmp_path, unlearner=unlearner).train(resume_from_checkpoint=saved)
+
+
+def test_a_base_that_is_not_in_memory_is_not_compared(saved, tmp_path, monkeypatch):
+    trainer = make(tmp_path, max_steps=2)
+    monkeypatch.setattr("spul.training.trainer.fingerprint", lambda base: None)
+    trainer.train(resume_from_checkpoint=saved)
+    assert trainer.state.global_step == 2
+
+
+def test_a_whole_model_that_trains_resumes_from_weights_of_its_own(tmp_path):
+    """Its weights after a checkpoint are others than before; the rows and the loss are compared."""
+
+    def whole(dataset=None, **more):
+        given = {"loss": UnlearningLoss(), "reference": "cached", "reference_dir": tmp_path / "reference"}
+        args = arguments(tmp_path, **{**STEPS, **more})
+        return UnlearningTrainer(build("llama"), args, make_collator(), dataset or make_dataset(), **given)
+
+    whole().train()
+    with pytest.raises(ValueError, match=r"rows\.retain: 21 saved, 20 passed"):
+        whole(make_dataset(11, 20)).train(resume_from_checkpoint=True)
+    again = whole(max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
+@pytest.mark.parametrize("is_saved", [True, False])
+def test_rewritten_rows_are_noticed_on_either_side(tmp_path, is_saved):
+    sides = (rows("jane", 11), rows("film", 21))
+    sets = [forget_retain_dataset(*sides), with_rewritten(*sides)]
+    first, second = sets if not is_saved else sets[::-1]
+    collator = make_collator(max_length=200)
+    make(tmp_path, first, collator=collator).train()
+    words = r"\d+ made of forget rows, \d+ made of retain rows \(capitals, .*\)"
+    expected = f"rows.rewritten: {words} saved, none passed" if is_saved else f"none saved, {words} passed"
+    with pytest.raises(ValueError, match=expected):
+        make(tmp_path, second, collator=collator).train(resume_from_checkpoint=True)
+    make(tmp_path, first, collator=collator).train(resume_from_checkpoint=True)
+
+
+def test_what_changes_neither_rows_nor_loss_may_change(saved, tmp_path):
+    again = make(
+        tmp_path,
+        max_steps=2,
+        learning_rate=0.2,
+        lr_scheduler_type="linear",
+        logging_steps=1,
+        own={"reference": "live"},
+    )
+    again.train(resume_from_checkpoint=saved)
+    assert again.state.global_step == 2
+
+
+def test_equal_rows_of_another_format_are_the_same(saved, tmp_path):
+    listed = make_dataset().to_list()
+    again = make(tmp_path, Dataset.from_list(listed).with_format("numpy"), max_steps=2)
+    again.train(resume_from_checkpoint=saved)
+    assert again.state.global_step == 2
+
+
+def test_a_step_of_as_many_rows_in_other_batches_is_the_same(tmp_path):
+    sizes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    make(tmp_path, **sizes).train()
+    more = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_steps": 2}
+    again = make(tmp_path, **more)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+
+
+def test_a_checkpoint_without_a_note_of_rows_and_loss_is_resumed_with_a_warning(tmp_path, caplog):
+    make(tmp_path).train()
+    path = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    del state["stateful_callbacks"][KEY]
+    path.write_text(json.dumps(state))
+    again = make(tmp_path, make_answers(), max_steps=2)
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=True)
+    assert "does not say what rows and loss it was trained with" in caplog.text
+    assert again.state.global_step == 2
+
+
+def test_the_rows_themselves_are_not_in_the_state(saved):
+    with open(f"{saved}/trainer_state.json", encoding="utf-8") as file:
+        text = file.read()
+    assert KEY in text
+    assert "review" not in text
