@@ -141,6 +141,12 @@ def test_misspelled_names_match_where_it_is_asked_for_as_aliases_do(text, people
     assert again.names_in([text]) == [people]
 
 
+@pytest.mark.parametrize("name", ["Anne-Marie O'Neill", "Anne\u2010Marie O\u2019Neill"])
+def test_misspelled_names_match_with_the_signs_of_phones_and_typesetters(name):
+    texts = ["Anne-Maire O'Neil", "anne\u2010maire o\u2019neil", "Anne-Marie O`Neil", "Anne Marie O'Neil"]
+    assert NameGate([name], spelling=True).flags(texts).tolist() == [True, True, True, False]
+
+
 def test_a_gate_of_names_saved_before_spelling_was_read_reads_none(tmp_path):
     NameGate(["Jane Doe"]).save(tmp_path)
     path = tmp_path / "gate.json"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+import string
 
+import numpy as np
 import pytest
 
 from spul.gates.spelling import Spelling
@@ -35,23 +37,23 @@ def edits(one, other):
     return table[-1][-1]
 
 
-def nearest(word, one_edit=3, two_edits=7):
-    if word in WORDS or sum(c.isalpha() for c in word) < one_edit - 1:
+def nearest(word, one_edit=3, two_edits=7, words=WORDS):
+    if word in words or sum(c.isalpha() for c in word) < one_edit - 1:
         return word
     found = []
-    for known, counts in WORDS.items():
+    for known, counts in words.items():
         letters, distance = sum(c.isalpha() for c in known), edits(word, known)
         if letters >= one_edit and (distance <= 1 or (distance == 2 and letters >= two_edits)):
             found.append((distance, -counts, known))
     return min(found)[-1] if found else word
 
 
-def misspelled_words(num=400):
+def misspelled_words(num=400, words=WORDS, signs="aelnrsz9"):
     draws = random.Random(0)
     for _ in range(num):
-        word = draws.choice(list(WORDS))
+        word = draws.choice(list(words))
         for _ in range(draws.randrange(4)):
-            i, sign = draws.randrange(len(word)), draws.choice("aelnrsz9")
+            i, sign = draws.randrange(len(word)), draws.choice(signs)
             word = draws.choice(
                 [
                     word[:i] + word[i + 1 :],
@@ -73,6 +75,25 @@ def test_words_are_read_as_a_plain_search_reads_them(letters):
     expected = [nearest(word, *letters) for word in words]
     assert spelling.corrected(words) == expected
     assert 60 < sum(word != other for word, other in zip(words, expected, strict=True)) < 380
+
+
+def many_words(signs, num):
+    draws = random.Random(1)
+    return {"".join(draws.choices(signs, k=draws.randint(2, 12))): draws.random() for _ in range(num)}
+
+
+# The last two are of the same groups as the first two.
+@pytest.mark.parametrize("signs", ["abcde\u0161\u00e1\u00e2", string.ascii_lowercase])
+def test_among_many_words_the_nearest_is_the_one_of_a_plain_search(signs):
+    known = many_words(signs, 300)
+    words = list(misspelled_words(100, known, signs))
+    assert Spelling(known).corrected(words) == [nearest(word, words=known) for word in words]
+
+
+def test_few_of_many_words_are_compared_letter_by_letter():
+    known = many_words(string.ascii_lowercase, 5000)
+    spelling = Spelling(known)
+    assert np.mean([len(spelling._like(word, 2)) for word in misspelled_words(50, known)]) < 500
 
 
 def test_of_equally_near_words_the_one_that_counts_most_is_taken():

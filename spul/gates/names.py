@@ -149,7 +149,8 @@ class NameGate(Gate):
         if read != text:
             found |= self._finder.find(compatible(read))
         if self._misspelled is not None:
-            found = found.union(*map(self._misspelled.find, self._speller.corrected([text, read])))
+            readings = {text.translate(SIGNS), read.translate(SIGNS)}
+            found = found.union(*map(self._misspelled.find, self._speller.corrected(list(readings))))
         owners = {self._owners[one] for one in found}
         owners |= {owner for word in map(compatible, words) for owner in self._in_joined(word)}
         return [name for name in self.names if name in owners] if owners else []

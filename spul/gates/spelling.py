@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 from rapidfuzz.distance import OSA
 from rapidfuzz.process import extract
 
@@ -13,6 +14,8 @@ from .disguises import compatible
 WORD = re.compile(r"\w+")
 # Letters of the shortest known words that may have an edit, and two, unless asked otherwise.
 ONE_EDIT, TWO_EDITS = 3, 7
+# Groups of characters, by which most known words are told to be far from a word before edits are counted.
+GROUPS = 128
 
 
 class Spelling:
@@ -32,6 +35,10 @@ class Spelling:
     def __init__(self, words: Mapping[str, float], one_edit: int = ONE_EDIT, two_edits: int = TWO_EDITS) -> None:
         self.words, self.one_edit, self.two_edits = words, one_edit, two_edits
         self._candidates = [word for word in words if num_letters(word) >= one_edit]
+        self._has = np.zeros((GROUPS, len(self._candidates)), dtype=np.int16)
+        for i, word in enumerate(self._candidates):
+            self._has[groups_of(word), i] = 1
+        self._num_groups = self._has.sum(axis=0, dtype=np.int16)
 
     def corrected(self, texts: Sequence[str]) -> list[str]:
         """Texts with each unknown word as the nearest known one; a text without such words as it was given."""
@@ -56,7 +63,7 @@ class Spelling:
         if num < self.one_edit - 1 or word in self.words:
             return word
         edits = 2 if num >= self.two_edits - 2 else 1
-        found = extract(word, self._candidates, scorer=OSA.distance, score_cutoff=edits, limit=None)
+        found = extract(word, self._like(word, edits), scorer=OSA.distance, score_cutoff=edits, limit=None)
         near = [
             (distance, -self.words[known], known)
             for known, distance, _ in found
@@ -64,7 +71,18 @@ class Spelling:
         ]
         return min(near)[2] if near else word
 
+    def _like(self, word: str, edits: int) -> list[str]:
+        """The candidates that may be so many edits away: an edit adds a group of characters, drops one, or both."""
+        groups = groups_of(word)
+        differing = self._num_groups + len(groups) - 2 * self._has[groups].sum(axis=0, dtype=np.int16)
+        return [self._candidates[i] for i in np.flatnonzero(differing <= 2 * edits)]
+
 
 def num_letters(word: str) -> int:
     """Letters of a word, without its digits."""
     return sum(map(str.isalpha, word))
+
+
+def groups_of(word: str) -> list[int]:
+    """The groups that the characters of a word are in."""
+    return list({ord(each) % GROUPS for each in word})
