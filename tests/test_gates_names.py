@@ -147,6 +147,23 @@ def test_misspelled_names_match_with_the_signs_of_phones_and_typesetters(name):
     assert NameGate([name], spelling=True).flags(texts).tolist() == [True, True, True, False]
 
 
+def test_other_names_do_not_hide_a_misspelled_one():
+    names = ["John Smith", "Joan Baker", "Jon Poe", "Jane Doe", "Janet Roe", "Davis Jr.", "Zo\u00eblle-Mae Brown"]
+    gate = NameGate(names, spelling=True)
+    texts = [
+        "is jon smith here",
+        "Joan Smth",
+        "janet doe",
+        "Davsi Jr. sings",
+        "zoelle-mae browm",
+        "Zoelle Mae Brown",
+        "jonh\n smiht and jane deo",
+        "john. smith",
+    ]
+    people = [["John Smith"], ["John Smith"], ["Jane Doe"], ["Davis Jr."], [names[-1]], [], ["John Smith"], []]
+    assert gate.names_in(texts) == people
+
+
 def test_a_gate_of_names_saved_before_spelling_was_read_reads_none(tmp_path):
     NameGate(["Jane Doe"]).save(tmp_path)
     path = tmp_path / "gate.json"

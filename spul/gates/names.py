@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -95,9 +96,14 @@ class NameGate(Gate):
             words = WORD.findall(one)
             if len("".join(words)) >= LEAST_JOINED and max(map(len, words)) > 1 and not re.search(r"\d", one):
                 self._joined.append(("".join(words), name))
-        misspelled = [one for one in self._owners if spelling and (" " in one or num_letters(one) >= LEAST_ALONE)]
-        self._misspelled = NameFinder(misspelled) if misspelled else None
-        self._speller = Spelling(dict.fromkeys(SPELLED.findall(" ".join(misspelled)), 0.0), ONE_EDIT, TWO_EDITS)
+        # Names that also match misspelled, between their first word and their last, and their words.
+        self._misspelled: dict[str, tuple[str, list[str]]] = {}
+        for one in self._owners:
+            if spelling and (" " in one or num_letters(one) >= LEAST_ALONE) and (words := SPELLED.findall(one)):
+                core = one[one.index(words[0]) : one.rindex(words[-1]) + len(words[-1])]
+                self._misspelled[one] = core.translate(SIGNS), words
+        known = dict.fromkeys((word for _, words in self._misspelled.values() for word in words), 0.0)
+        self._speller = Spelling(known, ONE_EDIT, TWO_EDITS)
 
     def names_in(self, texts: Sequence[str]) -> list[list[str]]:
         """The people whom each text names, by the spelling of `names` and in its order.
@@ -148,12 +154,40 @@ class NameGate(Gate):
         read, words = without_disguises(text)
         if read != text:
             found |= self._finder.find(compatible(read))
-        if self._misspelled is not None:
-            readings = {text.translate(SIGNS), read.translate(SIGNS)}
-            found = found.union(*map(self._misspelled.find, self._speller.corrected(list(readings))))
+        if self._misspelled:
+            found = found.union(*map(self._misspelled_in, {text.translate(SIGNS), read.translate(SIGNS)}))
         owners = {self._owners[one] for one in found}
         owners |= {owner for word in map(compatible, words) for owner in self._in_joined(word)}
         return [name for name in self.names if name in owners] if owners else []
+
+    def _misspelled_in(self, text: str) -> set[str]:
+        """Names whose words, some of them misspelled, stand in a text with the name's own signs between them.
+
+        Each name is read by its own words: *Jon Smith* may be John Smith, whoever else is called Joan or Jon.
+        """
+        plain = compatible(text)
+        words = list(SPELLED.finditer(plain))
+        near: dict[str, list[str]] = {}
+        places: dict[str, set[int]] = {}
+        for i, word in enumerate(map(re.Match.group, words)):
+            if word not in near:
+                near[word] = [word, *self._speller.near(word)]
+            for known in near[word]:
+                places.setdefault(known, set()).add(i)
+
+        def stands(core: str, parts: list[str], start: int) -> bool:
+            found = words[start : start + len(parts)]
+            between = [plain[one.end() : other.start()] for one, other in pairwise(found)]
+            return normalized_name("".join(chain(*zip(parts, [*between, ""], strict=True)))) == core
+
+        return {
+            one
+            for one, (core, parts) in self._misspelled.items()
+            if any(
+                stands(core, parts, start)
+                for start in set.intersection(*({i - j for i in places.get(word, ())} for j, word in enumerate(parts)))
+            )
+        }
 
     def _in_joined(self, word: str) -> list[str]:
         """The people named in letters that stood apart: `"J a n e D o e"` is read as one word, with its neighbors."""

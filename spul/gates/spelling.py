@@ -47,7 +47,8 @@ class Spelling:
         def read(match: re.Match[str]) -> str:
             word = match.group()
             if word not in found:
-                found[word] = self._nearest(word)
+                near = [] if word in self.words else self.near(word)
+                found[word] = near[0] if near else word
             return found[word]
 
         corrected = []
@@ -57,19 +58,19 @@ class Spelling:
             corrected.append(text if other == plain else other)
         return corrected
 
-    def _nearest(self, word: str) -> str:
-        """The known word nearest to a word in lower case; itself if it is known or none is near."""
+    def near(self, word: str) -> list[str]:
+        """Known words that a word in lower case may be misspelled from, the nearest first; not that word itself."""
         num = num_letters(word)
-        if num < self.one_edit - 1 or word in self.words:
-            return word
+        if num < self.one_edit - 1:
+            return []
         edits = 2 if num >= self.two_edits - 2 else 1
         found = extract(word, self._like(word, edits), scorer=OSA.distance, score_cutoff=edits, limit=None)
-        near = [
+        ranked = [
             (distance, -self.words[known], known)
             for known, distance, _ in found
-            if distance < 2 or num_letters(known) >= self.two_edits
+            if distance == 1 or (distance == 2 and num_letters(known) >= self.two_edits)
         ]
-        return min(near)[2] if near else word
+        return [known for _, _, known in sorted(ranked)]
 
     def _like(self, word: str, edits: int) -> list[str]:
         """The candidates that may be so many edits away: an edit adds a group of characters, drops one, or both."""
