@@ -8,7 +8,7 @@ import string
 import numpy as np
 import pytest
 
-from spul.gates.spelling import Spelling
+from spul.gates.spelling import Spelling, english_words
 
 WORDS = {
     "sandler": 3.0,
@@ -38,7 +38,7 @@ def edits(one, other):
 
 
 def nearest(word, one_edit=3, two_edits=7, words=WORDS):
-    if word in words or sum(c.isalpha() for c in word) < one_edit - 1:
+    if word in words or word in english_words() or sum(c.isalpha() for c in word) < one_edit - 1:
         return word
     found = []
     for known, counts in words.items():
@@ -97,8 +97,16 @@ def test_few_of_many_words_are_compared_letter_by_letter():
 
 
 def test_of_equally_near_words_the_one_that_counts_most_is_taken():
-    assert Spelling(WORDS).corrected(["candler"]) == ["sandler"]
-    assert Spelling({**WORDS, "handler": 9.0}).corrected(["candler"]) == ["handler"]
+    assert Spelling(WORDS).corrected(["qandler"]) == ["sandler"]
+    assert Spelling({**WORDS, "handler": 9.0}).corrected(["qandler"]) == ["handler"]
+
+
+def test_words_of_english_are_not_misspelled_ones():
+    known = {"wilde": 1.0, "bond": 1.0, "williams": 1.0, "kissinger": 1.0}
+    texts = ["wide", "bind", "Kissing William", "the wilder side"]
+    assert Spelling(known).corrected(texts) == texts
+    assert Spelling(known).corrected(["wlide", "bondd", "kisinger wiliams"]) == ["wilde", "bond", "kissinger williams"]
+    assert {"wide", "don't", "william"} <= english_words()
 
 
 def test_known_words_numbers_and_short_words_stay_and_a_text_of_them_is_returned_as_given():

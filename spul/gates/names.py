@@ -26,7 +26,7 @@ SHOWN_NAMES = 3
 LEAST_JOINED, LEAST_IN_JOINED = 4, 6
 # Letters of the shortest words of a name that may have an edit, and two, and of a name of one word: "Jane does" is no
 # "Jane Doe".
-ONE_EDIT, TWO_EDITS, LEAST_ALONE = 4, 9, 7
+ONE_EDIT, TWO_EDITS, LEAST_ALONE = 4, 9, 5
 # What phones and typesetters write for an apostrophe and a hyphen.
 SIGNS = str.maketrans(
     {**dict.fromkeys("\u2019\u2018\u02bc\u00b4`", "'"), **dict.fromkeys("\u2010\u2011\u2012\u2013", "-")}
@@ -49,8 +49,9 @@ class NameGate(Gate):
         aliases: other spellings and names of some of them, by the name in `names`:
             `{"Jane Doe": ["J. Doe", "Janie"]}`.
         spelling: whether names also match with words misspelled (`Spelling`): an edit in words of four letters and
-            more, two in words of nine; a name of one word if it has seven. Other people's names that are as near, such
-            as *Jane Dole* to *Jane Dale*, are then flagged, too.
+            more, two in words of nine; a name of one word if it has five. Words of English and names in its dictionary
+            are no misspelled ones: *Jon* for *John* is an alias. Other people's names that are as near, such as *Jane
+            Dolle* to *Jane Doyle*, are then flagged, too.
 
     Raises:
         TypeError: if `names` or the aliases of one are a single string, or `spelling` is no bool.
@@ -163,7 +164,7 @@ class NameGate(Gate):
     def _misspelled_in(self, text: str) -> set[str]:
         """Names whose words, some of them misspelled, stand in a text with the name's own signs between them.
 
-        Each name is read by its own words: *Jon Smith* may be John Smith, whoever else is called Joan or Jon.
+        Each name is read by its own words: *Jonh Smith* may be John Smith, whoever else is called Jonah.
         """
         plain = compatible(text)
         words = list(SPELLED.finditer(plain))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 from rapidfuzz.distance import OSA
 from rapidfuzz.process import extract
+from spellchecker import SpellChecker
 
 from .disguises import compatible
 
@@ -21,7 +23,8 @@ GROUPS = 128
 class Spelling:
     """Known words, of which a misspelled one is read as the nearest.
 
-    An edit drops, adds or changes a character, or swaps two neighbors. Known words and numbers are read as they are.
+    An edit drops, adds or changes a character, or swaps two neighbors. Known words, numbers and words of an English
+    dictionary are read as they are.
 
     Args:
         words: known words in lower case, and what each counts: of equally near ones that which counts most is taken.
@@ -47,8 +50,7 @@ class Spelling:
         def read(match: re.Match[str]) -> str:
             word = match.group()
             if word not in found:
-                near = [] if word in self.words else self.near(word)
-                found[word] = near[0] if near else word
+                found[word] = next(iter([] if word in self.words else self.near(word)), word)
             return found[word]
 
         corrected = []
@@ -59,9 +61,9 @@ class Spelling:
         return corrected
 
     def near(self, word: str) -> list[str]:
-        """Known words that a word in lower case may be misspelled from, the nearest first; not that word itself."""
+        """Known words that a word in lower case may be misspelled from, the nearest first; of a right word none."""
         num = num_letters(word)
-        if num < self.one_edit - 1:
+        if num < self.one_edit - 1 or word in english_words():
             return []
         edits = 2 if num >= self.two_edits - 2 else 1
         found = extract(word, self._like(word, edits), scorer=OSA.distance, score_cutoff=edits, limit=None)
@@ -77,6 +79,12 @@ class Spelling:
         groups = groups_of(word)
         differing = self._num_groups + len(groups) - 2 * self._has[groups].sum(axis=0, dtype=np.int16)
         return [self._candidates[i] for i in np.flatnonzero(differing <= 2 * edits)]
+
+
+@cache
+def english_words() -> frozenset[str]:
+    """Words of English, names among them, which are not misspelled from others: *wide* from *Wilde*."""
+    return frozenset(SpellChecker(language="en").word_frequency.keys())
 
 
 def num_letters(word: str) -> int:
