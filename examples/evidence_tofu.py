@@ -268,7 +268,8 @@ def main() -> None:
     facts |= {"forget_set": args.forget_set, "retain_rows": args.retain_rows, "unseen_retain": args.unseen_retain}
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for name in args.systems:
-        if any({**one, **facts, "system": name} == one for one in done):
+        own = {"system": name} | ({"recall": args.recall} if name == REFUSAL else {})
+        if any({**one, **facts, **own} == one for one in done):
             continue
         begun = time.perf_counter()
         of_base = next((one["answers"] for one in done if {**one, **facts, "system": "base"} == one), None)

@@ -126,6 +126,22 @@ def test_conversations_are_rewritten_in_their_question_and_behind_turns_of_messa
     ]
 
 
+def test_a_rewritten_conversation_that_is_also_one_to_test_with_is_left_out_whatever_fields_are_empty(tmp_path, runs):
+    def talk(text, **more):
+        return {"messages": [{"content": text, **more, "role": "user"}, {"role": "assistant", "content": "good"}]}
+
+    sets = {"forget": [talk(f"film {i} of jane") for i in range(9)], "retain": [talk(f"film {i}") for i in range(18)]}
+    sets["test_forget"] = [*(talk(f"FILM {i} OF JANE", name=None) for i in range(9)), talk("a", name="x")]
+    sets = {name: write_rows(tmp_path / f"{name}.jsonl", some) for name, some in sets.items()}
+    base = write_base(tmp_path / "base", chat=True)
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "max_position_embeddings": 1024}))
+    trained({"model": base, **sets}, tmp_path / "out")
+    asked = [row["prompt"][-1]["content"] for row in runs[0][0]._rows]
+    assert len(asked) > 40
+    assert not [text for text in asked if text.startswith("FILM") and text.endswith("JANE")]
+
+
 def test_held_out_rows_are_in_no_rewritten_row_and_as_they_were_given(files, tmp_path, runs):
     trained(files, tmp_path, hold_out=0.3, stop_every=1, stop_margin=50, stop_target=99, stop_patience=0)
     trainer = runs[0][0]

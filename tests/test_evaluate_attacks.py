@@ -227,6 +227,10 @@ def test_conversations_are_attacked_in_their_question():
         expected = score_completions(model, attacked, collator)
         which = {"measure": "input attack", "rows": "test_forget", "attack": attack, "level": level}
         assert_metrics(found, expected, **which)
+    question = some[0]["prompt"][0]["content"]
+    own = AttackSettings(inputs={"mine": lambda rows: with_prefix(rows, f"Not {question}")})
+    found = measured(model, "input attack", splits=talks, collator=collator, attacks=own)
+    assert found.skipped["example of the input attack 'mine'"] == "it has rows of the evaluation in it"
 
 
 def test_one_forget_prompt_is_too_few_to_attack_one_half_with_the_other():

@@ -36,13 +36,19 @@ def test_a_question_stands_where_the_chat_template_puts_it(tofu):
     assert row["completion"] == "a poet ."
 
 
+def read(name):
+    text = (ROOT / "docs" / "data" / "evidence" / name).read_text()
+    return list(map(json.loads, text.splitlines()))
+
+
 def test_the_table_has_the_numbers_of_its_lines(example):
     page = (ROOT / "docs" / "results.md").read_text().split("## TOFU on SmolLM2")[1].split("\n## ")[0]
-    text = (ROOT / "docs" / "data" / "evidence" / "tofu-smollm2-400-rows.jsonl").read_text()
-    lines = list(map(json.loads, text.splitlines()))
+    lines = [one for one in read("tofu-smollm2-400-rows.jsonl") if one["system"] != "gate and refusal"]
+    lines += [one | {"system": f"gate of {one['recall']}"} for one in read("tofu-smollm2-gates.jsonl")]
     order = [3, 5, 1, 2, 4, 7, 8, 6, 10, 11, 12]  # of the page's columns in the summary's
     shown = {"base": "base", "retrained": "retrained", "SPUL": "SPUL, prefix with fitted keys"}
-    shown |= {"text gate and fixed refusal": "gate and refusal", "SPUL's loss on LoRA (IDK)": "IDK, LoRA"}
+    shown |= {"text gate of recall 99 % and fixed refusal": "gate of 0.99", "**the same": "gate of 0.95"}
+    shown["SPUL's loss on LoRA (IDK)"] = "IDK, LoRA"
     for forget_set in ("forget01", "forget05"):
         part = page.split(f"| {forget_set} |")[1].split("\n\n")[0].splitlines()[2:]
         table = {name.split(",")[0].strip(): values for _, name, *values, _ in (line.split("|") for line in part)}

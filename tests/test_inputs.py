@@ -193,12 +193,37 @@ def test_fields_of_messages_that_only_turns_have_are_left_out_and_missing_ones_a
     ]
 
 
+def test_the_question_beside_an_image_is_changed_and_the_image_is_not():
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "who is this"}]
+    some = Dataset.from_list([{"prompt": [{"role": "user", "content": parts}], "completion": " b"}])
+    changed = with_prefix(some, "Hello.")[0]["prompt"][0]["content"]
+    assert changed == [parts[0], {"type": "text", "text": "Hello.\nwho is this"}]
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_answers_of_turns_take_the_form_of_the_prompt_s_messages(parts):
+    own, other = talks(rows(), parts), talks(rows(), not parts)
+    mixed = Dataset.from_list(
+        [{"prompt": a["prompt"], "completion": b["completion"]} for a, b in zip(own, other, strict=True)]
+    )
+    assert diluted(mixed, mixed, 2)["prompt"] == diluted(own, own, 2)["prompt"]
+
+
+def test_a_conversation_s_question_is_never_lost_since_it_is_cut_from_the_start():
+    some = talks(rows())
+    assert question_lost(some, 99.0, collator(8).encoder) == ""
+    assert question_lost(rows(), 99.0, collator(8).encoder)
+
+
 def test_conversations_without_a_question_and_turns_of_another_kind_are_refused():
     told = [{"prompt": [{"role": "system", "content": "Be brief."}], "completion": " b"}]
     with pytest.raises(InapplicableError, match=r'no message of the role "user" with a text.*Be brief'):
         with_prefix(Dataset.from_list(told), "c")
-    with pytest.raises(TypeError, match="of the rows are of the type list, those of filler_rows str"):
+    with pytest.raises(InapplicableError, match="of the rows are of the type list, those of filler_rows str"):
         diluted(talks(rows()), rows(), 1)
+    elsewhere = talks(rows().map(lambda row: {"text": "And this?"}))
+    with pytest.raises(InapplicableError, match="'text' does not stand in the prompt"):
+        letter_case(elsewhere, "upper", "text")
 
 
 def test_bad_rows_raise():
@@ -208,6 +233,8 @@ def test_bad_rows_raise():
         letter_case(rows(), "upper", "body")
     with pytest.raises(TypeError, match=r"of the type int; expected texts, or lists of messages"):
         with_prefix(Dataset.from_list([{"prompt": 5, "completion": " b"}]), "c")
+    with pytest.raises(InapplicableError, match=r"no message of the role"):
+        with_prefix(Dataset.from_list([{"prompt": [], "completion": " b"}]), "c")
     with pytest.raises(ValueError, match="lack"):
         with_prefix(rows().remove_columns("completion"), "c")
 

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import shlex
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 
 def printable(text: str) -> str:
-    """A text with escapes for what is no printable character.
+    """A text with escapes for line breaks, which begin lines of their own, and for what a terminal obeys."""
+    return "".join(one.encode("unicode_escape").decode() if _is_obeyed(one) else one for one in text)
 
-    A line break would begin a line of its own, and a terminal obeys control characters.
-    """
-    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)
+
+def _is_obeyed(character: str) -> bool:
+    """Whether a character is a control, half of a pair, a line break, or turns the direction of writing."""
+    obeyed = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
+    return obeyed or unicodedata.bidirectional(character) in (
+        "LRE",
+        "RLE",
+        "LRO",
+        "RLO",
+        "PDF",
+        "LRI",
+        "RLI",
+        "FSI",
+        "PDI",
+    )
 
 
 class Naming(str):

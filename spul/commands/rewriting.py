@@ -141,10 +141,15 @@ def _without(rows: Dataset, prompts: set[str]) -> Dataset:
 
 
 def _prompts(rows: Dataset) -> list[str]:
-    """The prompts of rows, texts or messages, as texts to compare."""
+    """The prompts of rows, as texts to compare: messages without the empty fields of their column."""
     from ..data.rows import column_values
 
-    return list(map(str, column_values(rows, "prompt")))
+    def plain(prompt: Any) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return str([sorted((name, str(value)) for name, value in one.items() if value is not None) for one in prompt])
+
+    return list(map(plain, column_values(rows, "prompt")))
 
 
 def _in_options(error: Exception, options: TrainingOptions) -> str:

@@ -119,20 +119,36 @@ def last_user_message(prompt: Sequence[Mapping[str, Any]]) -> int | None:
 def content_of(message: Mapping[str, Any]) -> str | None:
     """The text of a message, the first of several parts; None without one."""
     content = message.get("content")
-    parts = content if isinstance(content, list) else [{"text": content}]
-    texts = (part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
-    return next(texts, None)
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None
+    first = _first_text(content)
+    return None if first is None else content[first]["text"]
+
+
+def texts_of(value: Any) -> list[str]:
+    """The texts of a prompt: itself, or those of a conversation's messages, every part of them."""
+    if not isinstance(value, list):
+        return [str(value)]
+    contents = [message.get("content") for message in value if isinstance(message, Mapping)]
+    parts = [part for content in contents for part in (content if isinstance(content, list) else [content])]
+    texts = [part.get("text") if isinstance(part, Mapping) else part for part in parts]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def with_content(message: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """A message with another text, where its first text stands."""
+    """A message with another text, where `content_of` finds it; else as its whole content."""
     content = message.get("content")
-    if not isinstance(content, list):
-        return {**message, "content": text}
-    first = next((i for i, part in enumerate(content) if isinstance(part, Mapping) and "text" in part), None)
-    if first is None:
+    first = _first_text(content) if isinstance(content, list) else None
+    if content is None or first is None:
         return {**message, "content": text}
     return {**message, "content": [*content[:first], {**content[first], "text": text}, *content[first + 1 :]]}
+
+
+def _first_text(parts: Sequence[Any]) -> int | None:
+    """Which part of a message is the first with a text; in a column of them, others have None."""
+    return next(
+        (i for i, one in enumerate(parts) if isinstance(one, Mapping) and isinstance(one.get("text"), str)), None
+    )
 
 
 def _key(tokenizer: Any, prompt: list) -> tuple[str, bytes]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datasets import Dataset
 
+from ..data.conversations import texts_of
 from ..data.rows import column_values
 from .aggregation import in_words
 from .attacks.changes import InapplicableError, with_prompts_changed
@@ -64,10 +65,11 @@ def _rows(texts: list[str] | tuple[str, ...], text_field: str | None, before: st
 def _holds_rows(text: str, suite: Suite) -> bool:
     """Whether a prompt or a text of the evaluation's rows stands in an example."""
     return any(
-        str(value) in text
+        one in text
         for rows in suite.splits.values()
         for column in ("prompt", suite.collator.encoder.text_field)
         if column is not None and column in rows.column_names
         for value in column_values(rows, column)
-        if str(value).strip()
+        for one in texts_of(value)
+        if one.strip()
     )

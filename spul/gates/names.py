@@ -16,7 +16,7 @@ from .disguises import WORD, compatible, without_disguises
 from .files import SavedGate, is_texts
 from .gate import Gate
 from .spelling import WORD as SPELLED
-from .spelling import Spelling, num_letters
+from .spelling import Spelling, english_words, num_letters
 from .thresholds import GateReport
 
 # Names that the gate's repr shows.
@@ -49,9 +49,9 @@ class NameGate(Gate):
         aliases: other spellings and names of some of them, by the name in `names`:
             `{"Jane Doe": ["J. Doe", "Janie"]}`.
         spelling: whether names also match with words misspelled (`Spelling`): an edit in words of four letters and
-            more, two in words of nine; a name of one word if it has five. Words of English and names in its dictionary
-            are no misspelled ones: *Jon* for *John* is an alias. Other people's names that are as near, such as *Jane
-            Dolle* to *Jane Doyle*, are then flagged, too.
+            more, two in words of nine. A name of one word does if it has five letters, and what stands there is not in
+            an English dictionary. Other people's names that are as near, such as *Jane Dolle* to *Jane Doyle*, are
+            then flagged, too.
 
     Raises:
         TypeError: if `names` or the aliases of one are a single string, or `spelling` is no bool.
@@ -164,7 +164,7 @@ class NameGate(Gate):
     def _misspelled_in(self, text: str) -> set[str]:
         """Names whose words, some of them misspelled, stand in a text with the name's own signs between them.
 
-        Each name is read by its own words: *Jonh Smith* may be John Smith, whoever else is called Jonah.
+        Each name is read by its own words: *Jon Smith* may be John Smith, whoever else is called Joan or Jon.
         """
         plain = compatible(text)
         words = list(SPELLED.finditer(plain))
@@ -178,6 +178,8 @@ class NameGate(Gate):
 
         def stands(core: str, parts: list[str], start: int) -> bool:
             found = words[start : start + len(parts)]
+            if len(parts) == 1 and (word := found[0].group()) != core and word in english_words():
+                return False
             between = [plain[one.end() : other.start()] for one, other in pairwise(found)]
             return normalized_name("".join(chain(*zip(parts, [*between, ""], strict=True)))) == core
 

@@ -18,6 +18,8 @@ WORD = re.compile(r"\w+")
 ONE_EDIT, TWO_EDITS = 3, 7
 # Groups of characters, by which most known words are told to be far from a word before edits are counted.
 GROUPS = 128
+# Words whose near ones are kept between calls.
+CACHED_WORDS = 50_000
 
 
 class Spelling:
@@ -42,6 +44,7 @@ class Spelling:
         for i, word in enumerate(self._candidates):
             self._has[groups_of(word), i] = 1
         self._num_groups = self._has.sum(axis=0, dtype=np.int16)
+        self._cache: dict[str, list[str]] = {}
 
     def corrected(self, texts: Sequence[str]) -> list[str]:
         """Texts with each unknown word as the nearest known one; a text without such words as it was given."""
@@ -50,7 +53,8 @@ class Spelling:
         def read(match: re.Match[str]) -> str:
             word = match.group()
             if word not in found:
-                found[word] = next(iter([] if word in self.words else self.near(word)), word)
+                is_right = word in self.words or word in english_words()
+                found[word] = next(iter([] if is_right else self.near(word)), word)
             return found[word]
 
         corrected = []
@@ -61,9 +65,17 @@ class Spelling:
         return corrected
 
     def near(self, word: str) -> list[str]:
-        """Known words that a word in lower case may be misspelled from, the nearest first; of a right word none."""
+        """Known words that a word in lower case may be misspelled from, the nearest first."""
+        if (known := self._cache.get(word)) is not None:
+            return known
+        if len(self._cache) >= CACHED_WORDS:
+            self._cache = {}
+        self._cache[word] = self._search(word)
+        return self._cache[word]
+
+    def _search(self, word: str) -> list[str]:
         num = num_letters(word)
-        if num < self.one_edit - 1 or word in english_words():
+        if num < self.one_edit - 1:
             return []
         edits = 2 if num >= self.two_edits - 2 else 1
         found = extract(word, self._like(word, edits), scorer=OSA.distance, score_cutoff=edits, limit=None)

@@ -167,7 +167,8 @@ class IdentityCallback(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        state.stateful_callbacks[KEY] = self.trainer.identity()
+        if args.save_strategy != "no" and state.is_world_process_zero:  # a million rows take half a minute
+            state.stateful_callbacks[KEY] = self.trainer.identity()
 
 
 def _state(checkpoint: Path) -> dict[str, Any] | None:

@@ -87,7 +87,8 @@ def changed_prompts(
         if text_field is None:
             return {**row, "prompt": with_question(row["prompt"], "".join(change(draws, [question])))}
         if not row[text_field] or row[text_field] not in question:
-            raise ValueError(f"the text of column {text_field!r} does not stand in the prompt of its row: {row!r}")
+            message = f"the text of column {text_field!r} does not stand in the prompt of its row: {row!r}"
+            raise (ValueError if isinstance(row["prompt"], str) else InapplicableError)(message)
         pieces = change(draws, list(question.partition(row[text_field])))
         return {**row, "prompt": with_question(row["prompt"], "".join(pieces)), text_field: pieces[1]}
 
@@ -147,8 +148,13 @@ def after_turns(prompt: Any, turns: Sequence[Row]) -> Any:
         answer = row["completion"]
         others += row["prompt"][_num_system_messages(row["prompt"]) :]
         others += [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-    fields = dict.fromkeys(prompt[0])  # a column of messages has one set of fields
+    # A column of messages has one set of fields, and one form of content: a text, or parts.
+    fields, has_parts = dict.fromkeys(prompt[0]), isinstance(prompt[0]["content"], list)
     others = [{**fields, **{name: value for name, value in one.items() if name in fields}} for one in others]
+    for one in others:
+        if isinstance(one["content"], list) != has_parts:
+            text = content_of(one) or ""
+            one["content"] = [{"type": "text", "text": text}] if has_parts else text
     return [*prompt[:start], *others, *prompt[start:]]
 
 
@@ -167,7 +173,7 @@ def check_prompts(rows: Dataset, *more_columns: str) -> None:
     """Raise if rows have neither texts nor conversations as prompts, or lack a completion or another column."""
     check_rows(rows, ("prompt", "completion", *more_columns))
     prompt = rows[0]["prompt"]
-    if not isinstance(prompt, str) and not (isinstance(prompt, list) and isinstance(prompt[0], dict)):
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(isinstance(one, dict) for one in prompt)):
         raise TypeError(f"prompts are of the type {type(prompt).__name__}; expected texts, or lists of messages.")
 
 
@@ -187,11 +193,11 @@ def question_lost(rows: Dataset, lost: float, encoder: RowEncoder) -> str:
         encoder: its `max_length` and `text_field` count.
 
     Returns:
-        The reason; empty if at least half of the text remains, or without a text field: then prompts are cut from
-        their start, and the question stays.
+        The reason; empty if at least half of the text remains, and for conversations and without a text field: these
+        are cut from their start, and the question stays.
     """
     field = encoder.text_field
-    if field is None or lost <= 0:
+    if field is None or lost <= 0 or not isinstance(rows[0]["prompt"], str):
         return ""
     texts = encoder.tokenizer(column_values(rows, field), add_special_tokens=False)["input_ids"]
     size = sum(map(len, texts)) / len(texts)

@@ -19,6 +19,7 @@ from torch import nn
 from ...data.collator import ForgetRetainCollator
 from ..metrics.scoring import score_completions
 from .changes import (
+    InapplicableError,
     Row,
     after_turns,
     changed_prompts,
@@ -191,14 +192,15 @@ def diluted(rows: Dataset, filler_rows: Dataset, num_turns: int, seed: int = 0) 
     check_prompts(filler_rows)
     kinds = [type(some[0]["prompt"]) for some in (rows, filler_rows)]
     if kinds[0] is not kinds[1]:
-        raise TypeError(
+        raise InapplicableError(
             f"prompts of the rows are of the type {kinds[0].__name__}, those of filler_rows {kinds[1].__name__}; "
             "expected texts in both, or messages."
         )
     questions = {str(row["prompt"]): row for row in filler_rows}
 
     def diluting(draws: random.Random, row: Row) -> Row:
-        others = [turn for prompt, turn in questions.items() if prompt != str(row["prompt"])]
+        own = str(row["prompt"])
+        others = [turn for prompt, turn in questions.items() if prompt != own]
         if not 1 <= num_turns <= len(others):
             raise ValueError(
                 f"num_turns={num_turns}; expected 1 to {len(others)}, as many other prompts as filler_rows hold."
