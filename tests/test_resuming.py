@@ -2,6 +2,7 @@
 
 import json
 import logging
+import random
 import re
 
 import pytest
@@ -186,6 +187,25 @@ def test_equal_rows_of_another_format_are_the_same(saved, tmp_path):
     again = make(tmp_path, Dataset.from_list(listed).with_format("numpy"), max_steps=2)
     again.train(resume_from_checkpoint=saved)
     assert again.state.global_step == 2
+
+
+def test_rows_that_a_transform_draws_anew_resume_and_their_numbers_are_compared(tmp_path):
+    draws = random.Random(0)
+
+    def drawn(dataset):
+        def transform(batch):
+            return {**batch, "prompt": [f"{text} {draws.random()}" for text in batch["prompt"]]}
+
+        return dataset.with_transform(transform)
+
+    own = {"reference": "live"}
+    make(tmp_path, drawn(make_dataset()), own=own).train()
+    again = make(tmp_path, drawn(make_dataset()), own=own, max_steps=2)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2
+    fewer = drawn(make_dataset().select(range(len(make_dataset()) - 1)))
+    with pytest.raises(ValueError, match=r"rows\.(forget|retain): \d+ saved"):
+        make(tmp_path, fewer, own=own, max_steps=3).train(resume_from_checkpoint=True)
 
 
 def test_a_step_of_as_many_rows_in_other_batches_is_the_same(tmp_path):

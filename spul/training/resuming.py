@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import Dataset
 from transformers import TrainerCallback, TrainingArguments
 
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
@@ -51,6 +52,8 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
 def rows_identity(rows: Any, flags: Sequence[bool], collator: ForgetRetainCollator) -> dict[str, Any]:
     """Numbers of training rows, and a plain digest of all that a training reads of them, in their order.
 
+    Rows behind a transform of the caller's, which may draw them anew each time, have no digest.
+
     Args:
         rows: the training set.
         flags: its `is_forget`.
@@ -59,8 +62,9 @@ def rows_identity(rows: Any, flags: Sequence[bool], collator: ForgetRetainCollat
     if is_stream(rows):
         return {"forget": "a stream", "retain": "a stream", "rewritten": None, "content": None}
     columns = (*ROW_COLUMNS, WEIGHT, *filter(None, (collator.encoder.text_field, collator.alternates)))
+    is_transformed = isinstance(rows, Dataset) and rows.format["type"] == "custom"
     found = hashlib.sha256()
-    for row in read_rows(rows, columns):
+    for row in () if is_transformed else read_rows(rows, columns):
         content = {name: row[name] for name in columns if name in row}
         found.update(json.dumps(content, sort_keys=True, default=_plain).encode() + b"\n")
     made = RewrittenRows.of(flags, rewritten_by(rows))
@@ -68,7 +72,7 @@ def rows_identity(rows: Any, flags: Sequence[bool], collator: ForgetRetainCollat
         "forget": sum(flags),
         "retain": len(flags) - sum(flags),
         "rewritten": None if made is None else made.in_words(),
-        "content": found.hexdigest(),
+        "content": None if is_transformed else found.hexdigest(),
     }
 
 
