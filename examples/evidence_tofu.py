@@ -191,12 +191,11 @@ def scores(tofu: Tofu, model: Any) -> dict[str, Any]:
             with model.disable_adapter():
                 likelihoods = response_likelihoods(model, tofu.forget, encoder)
             found["disabled"] = {"probability": rounded(probability(likelihoods))}
-    rows = {"forget": tofu.forget, "retain": tofu.learned.select(range(tofu.args.unseen_retain))}
     found["answers"] = {
-        side: generate_answers(model, some, encoder, max_new_tokens=TOKENS) for side, some in rows.items()
+        side: generate_answers(model, rows, encoder, max_new_tokens=TOKENS) for side, rows in tofu.answered.items()
     }
     found["answers_rouge"] = {
-        side: rounded(rouge_l(answers, rows[side]["completion"])["rouge_l_recall"])
+        side: rounded(rouge_l(answers, tofu.answered[side]["completion"])["rouge_l_recall"])
         for side, answers in found["answers"].items()
     }
     return found
@@ -205,13 +204,8 @@ def scores(tofu: Tofu, model: Any) -> dict[str, Any]:
 def refused(tofu: Tofu, answers: dict[str, list[str]]) -> dict[str, Any]:
     """Answers of a gate and its refusal from those of the base, which it gives where the gate does not flag."""
     gate, text = gate_of(tofu), tofu.collator.generic_completions[0].strip()
-    found: dict[str, Any] = {
-        "recall": tofu.args.recall,
-        "report": str(gate.report),
-        "answers": {},
-        "answers_rouge": {},
-    }
-    for side, rows in {"forget": tofu.forget, "retain": tofu.learned.select(range(tofu.args.unseen_retain))}.items():
+    found: dict[str, Any] = {"report": str(gate.report), "answers": {}, "answers_rouge": {}}
+    for side, rows in tofu.answered.items():
         flags = gate.flags(prompt_texts(rows, tofu.collator.encoder))
         given = [text if flag else answer for flag, answer in zip(flags, answers[side], strict=True)]
         found["answers"][side] = given
@@ -274,13 +268,10 @@ def main() -> None:
         begun = time.perf_counter()
         of_base = next((one["answers"] for one in done if {**one, **facts, "system": "base"} == one), None)
         if name == REFUSAL and of_base is not None:
-            line = facts | {"system": name, **refused(tofu, of_base), "seconds": time.perf_counter() - begun}
+            found = refused(tofu, of_base)
         else:
-            line = facts | {
-                "system": name,
-                **scores(tofu, SYSTEMS[name](tofu)),
-                "seconds": time.perf_counter() - begun,
-            }
+            found = scores(tofu, SYSTEMS[name](tofu))
+        line = facts | own | found | {"seconds": time.perf_counter() - begun}
         done.append(line)
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")

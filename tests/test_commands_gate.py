@@ -93,7 +93,7 @@ def test_conversations_are_read_as_the_gate_will_see_them(folder, capsys):
     tokenizer = AutoTokenizer.from_pretrained(folder / "base")
 
     def seen(texts):
-        """What `GatedUnlearner` shows a gate of requests in the chat template."""
+        """Requests in the chat template, as `GatedUnlearner` shows them to a gate."""
         chats = [f"<s>user\n{text}</s><s>assistant\n" for text in texts]
         return request_texts(tokenizer, [tokenizer(chat, add_special_tokens=False)["input_ids"] for chat in chats])
 

@@ -225,7 +225,7 @@ OTHER = " bad good bad good bad film"
 
 
 def said_by(folder, caplog, loss, forget_answer=None, retain_answer=None):
-    """What the log of a training says of averaged rows; answers are labels unless given."""
+    """The messages of a training's log about averaged rows; answers are labels unless given."""
     forget, retain = rows("jane", 4), rows("film", 12)
     if retain_answer is not None:
         retain = retain.map(lambda row: {"completion": retain_answer})

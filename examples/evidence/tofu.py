@@ -67,6 +67,7 @@ class Tofu:
         self.questions = {"forget": forget, "retain": scored, **others}
         self.forget, self.learned = self.format.apply(forget), self.format.apply(learned)
         self.retain = self.learned.select(range(args.unseen_retain, args.retain_rows))
+        self.answered = {"forget": self.forget, "retain": self.learned.select(range(args.unseen_retain))}
         known = {*forget["question"], *retain["question"]}
         more = read_file(folder / f"retain{100 - int(args.forget_set[-2:])}.json", COLUMNS[:2])
         more = more.filter(lambda row: row["question"] not in known).shuffle(seed=args.seed)

@@ -8,6 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+# Categories of characters that a terminal obeys, and kinds of those that turn the direction of writing.
+OBEYED = {"Cc", "Cs", "Zl", "Zp"}
+TURNING = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
+
 
 def printable(text: str) -> str:
     """A text with escapes for line breaks, which begin lines of their own, and for what a terminal obeys."""
@@ -16,18 +20,7 @@ def printable(text: str) -> str:
 
 def _is_obeyed(character: str) -> bool:
     """Whether a character is a control, half of a pair, a line break, or turns the direction of writing."""
-    obeyed = unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp")
-    return obeyed or unicodedata.bidirectional(character) in (
-        "LRE",
-        "RLE",
-        "LRO",
-        "RLO",
-        "PDF",
-        "LRI",
-        "RLI",
-        "FSI",
-        "PDI",
-    )
+    return unicodedata.category(character) in OBEYED or unicodedata.bidirectional(character) in TURNING
 
 
 class Naming(str):

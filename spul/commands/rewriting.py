@@ -107,11 +107,11 @@ def rewritten_rows(
         }
     except ValueError as error:
         raise ValueError(f"--rewritten: {_in_options(error, options)}") from error
-    prompts = {side: set(_prompts(rows)) for side, rows in both.items()}
+    prompts = {side: _prompts(rows) for side, rows in both.items()}
     others = [*(held_out[1:] if held_out else ()), *tests]
     kept_out = {prompt for rows in others for prompt in _prompts(rows)}
-    forget = _without(both["forget"], prompts["retain"] | kept_out)
-    retain = _without(both["retain"], prompts["forget"] | kept_out)
+    forget = _without(both["forget"], prompts["forget"], {*prompts["retain"], *kept_out})
+    retain = _without(both["retain"], prompts["retain"], {*prompts["forget"], *kept_out})
     if num := len(both["forget"]) + len(both["retain"]) - len(forget) - len(retain):
         logger.warning(
             "--rewritten: %d rewritten row(s) left out, whose prompt is one of the other side, held out or to test "
@@ -132,12 +132,12 @@ def _sides(dataset: Dataset) -> dict[str, Dataset]:
     }
 
 
-def _without(rows: Dataset, prompts: set[str]) -> Dataset:
-    """Rows without the rewritten ones that have one of these prompts."""
+def _without(rows: Dataset, prompts: list[str], kept_out: set[str]) -> Dataset:
+    """Rows, of these prompts, without the rewritten ones whose prompt is kept out."""
     from ..data.rows import rewritten_by
 
-    each = zip(_prompts(rows), rewritten_by(rows), strict=True)
-    return rows.select([i for i, (prompt, by) in enumerate(each) if by is None or prompt not in prompts])
+    each = zip(prompts, rewritten_by(rows), strict=True)
+    return rows.select([i for i, (prompt, by) in enumerate(each) if by is None or prompt not in kept_out])
 
 
 def _prompts(rows: Dataset) -> list[str]:

@@ -15,8 +15,8 @@ from ..data.rows import listed
 from .disguises import WORD, compatible, without_disguises
 from .files import SavedGate, is_texts
 from .gate import Gate
+from .spelling import SPELLING_CHECK, Spelling, check_spelling, english_words, num_letters
 from .spelling import WORD as SPELLED
-from .spelling import Spelling, english_words, num_letters
 from .thresholds import GateReport
 
 # Names that the gate's repr shows.
@@ -65,8 +65,7 @@ class NameGate(Gate):
     def __init__(
         self, names: Sequence[str], aliases: Mapping[str, Sequence[str]] | None = None, spelling: bool = False
     ) -> None:
-        if not isinstance(spelling, bool):
-            raise TypeError(f"spelling={spelling!r}; expected True or False.")
+        check_spelling(spelling)
         self.spelling = spelling
         by_key: dict[str, str] = {}
         for name in checked_names("names", names):
@@ -137,7 +136,7 @@ class NameGate(Gate):
                     lambda value: isinstance(value, dict) and all(map(is_texts, value.values())),
                     "an object of lists of texts by name",
                 ),
-                "spelling": (lambda value: isinstance(value, bool), "true or false"),
+                **SPELLING_CHECK,
                 "threshold": (lambda value: value == cls.threshold, f"{cls.threshold}"),
             }
         )

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 from rapidfuzz.distance import OSA
 from rapidfuzz.process import extract
 from spellchecker import SpellChecker
 
+from ..records.fields import Checks
 from .disguises import compatible
 
 WORD = re.compile(r"\w+")
+# The field of a saved gate that says whether misspelled words are read.
+SPELLING_CHECK: Checks = {"spelling": (lambda value: isinstance(value, bool), "true or false")}
 # Letters of the shortest known words that may have an edit, and two, unless asked otherwise.
 ONE_EDIT, TWO_EDITS = 3, 7
 # Groups of characters, by which most known words are told to be far from a word before edits are counted.
@@ -91,6 +95,12 @@ class Spelling:
         groups = groups_of(word)
         differing = self._num_groups + len(groups) - 2 * self._has[groups].sum(axis=0, dtype=np.int16)
         return [self._candidates[i] for i in np.flatnonzero(differing <= 2 * edits)]
+
+
+def check_spelling(spelling: Any) -> None:
+    """Raise unless an argument `spelling` is a bool."""
+    if not isinstance(spelling, bool):
+        raise TypeError(f"spelling={spelling!r}; expected True or False.")
 
 
 @cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ..records.fields import is_count
 from .disguises import compatible
 from .files import SavedGate, is_texts
 from .gate import Gate
-from .spelling import Spelling
+from .spelling import SPELLING_CHECK, Spelling, check_spelling
 from .thresholds import GateReport, checked_fit_texts, folds, report_of, threshold_for
 from .windows import highest_scores, is_window_sizes, window_sizes
 
@@ -71,9 +72,6 @@ class TextGate(Gate):
             vectorizer.idf_ = idf[start : start + len(terms)]
             self._vectorizers.append(vectorizer)
             start += len(terms)
-        counts = (idf * weights)[len(vocabulary["chars"]) :].tolist()
-        terms_and_counts = zip(vocabulary["words"], counts, strict=True)
-        self._speller = Spelling({term: each for term, each in terms_and_counts if " " not in term})
 
     @classmethod
     def fit(
@@ -111,8 +109,7 @@ class TextGate(Gate):
         given = checked_fit_texts(forget_texts, retain_texts, paraphrases, recall)
         if not is_count(min_texts, least=1):
             raise ValueError(f"min_texts={min_texts!r}; expected an integer of at least 1.")
-        if not isinstance(spelling, bool):
-            raise TypeError(f"spelling={spelling!r}; expected True or False.")
+        check_spelling(spelling)
         texts, is_forget, windows = given.texts, given.is_forget, window_sizes(given.forget)
         fold = folds(given, seed)
         held_out = np.zeros(len(texts))
@@ -158,7 +155,7 @@ class TextGate(Gate):
         saved.check(
             {
                 "windows": (is_window_sizes, "numbers of characters, the largest first"),
-                "spelling": (lambda value: isinstance(value, bool), "true or false"),
+                **SPELLING_CHECK,
                 "vocabulary": (_is_vocabulary, 'different texts as "chars" and as "words", in this order'),
             }
         )
@@ -200,6 +197,12 @@ class TextGate(Gate):
         if others := [i for i, text in enumerate(texts) if corrected[i] != text]:
             scores[others] = np.maximum(scores[others], self._log_odds([corrected[i] for i in others]))
         return scores
+
+    @cached_property
+    def _speller(self) -> Spelling:
+        words = self.vocabulary["words"]
+        counts = (self.idf * self.weights)[len(self.vocabulary["chars"]) :].tolist()
+        return Spelling({word: each for word, each in zip(words, counts, strict=True) if " " not in word})
 
     def _log_odds(self, texts: list[str]) -> np.ndarray:
         features: csr_matrix = hstack([each.transform(texts) for each in self._vectorizers], format="csr")
