@@ -1,12 +1,14 @@
 """The example that measures on a real model: its plan, the choice among candidates, the order of jobs, its table."""
 
 import argparse
+import contextlib
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "docs" / "data" / "evidence"
@@ -353,3 +355,21 @@ def test_retain_is_compared_on_the_same_rows_with_an_interval_over_rows_for_one_
     assert two.low < -0.25  # two seeds that disagree say little
     with pytest.raises(ValueError, match=r"scored on seeds \[3\], the base was not"):
         tables.paired([record(3, [1])], base)
+
+
+@pytest.mark.parametrize("tests_alone", [False, True])
+def test_a_plan_of_test_rows_alone_scores_nothing_else(example, monkeypatch, tmp_path, tests_alone):
+    from evidence import jobs
+    from evidence.plan import System
+
+    class Prompted:
+        disable_adapter = contextlib.nullcontext
+
+    sides = {side: Dataset.from_dict({"prompt": ["a", "b"]}) for side in ("forget", "retain")}
+    monkeypatch.setattr(jobs, "split_rows", lambda experiment, held_out: (sides, sides))
+    monkeypatch.setattr(jobs, "build", lambda *args: (Prompted(), {}))
+    monkeypatch.setattr(jobs, "row_scores", lambda model, rows, *rest: {"accuracy": [1] * len(rows)})
+    record = jobs.scores(None, System("SPUL", "prompt"), {"steps": 1}, tmp_path, tests_alone)
+    assert {"test_forget", "test_retain"} <= set(record["scores"])
+    assert ("train_forget" in record["scores"]) is not tests_alone
+    assert ("detached" in record) is not tests_alone

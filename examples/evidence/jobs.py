@@ -63,22 +63,28 @@ def trial(plan: Plan, experiment: Experiment, system: System, candidate: int) ->
     return record | {"cost": compared, "training": cost, "rows": {side: len(rows) for side, rows in held_out.items()}}
 
 
-def scores(experiment: Experiment, system: System, settings: dict[str, Any], folder: Path) -> Record:
-    """A system's scores on test rows by row; test rows with its prompt disabled as well.
+def scores(
+    experiment: Experiment, system: System, settings: dict[str, Any], folder: Path, tests_alone: bool = False
+) -> Record:
+    """A system's scores by row: on test rows, on some training rows, and on test rows with its prompt disabled.
 
     Args:
         experiment: the data and models of a seed.
         system: the system.
         settings: the chosen ones, with `steps`.
         folder: for the trained adapter.
+        tests_alone: test rows, nothing else.
     """
     train, scored = split_rows(experiment, None)
     model, cost = build(system.kind, experiment, train, settings, folder)
     position = settings.get("position", "start")
     tests = {f"test_{side}": rows for side, rows in scored.items()}
     few = {f"train_{side}": rows.select(range(min(len(rows), 500))) for side, rows in train.items()}
+    rows_of = tests if tests_alone else tests | few
     record: Record = {"settings": settings, "training": cost}
-    record["scores"] = {name: row_scores(model, rows, experiment, position) for name, rows in (tests | few).items()}
+    record["scores"] = {name: row_scores(model, rows, experiment, position) for name, rows in rows_of.items()}
+    if tests_alone:
+        return record
     if system.kind in ("prompt", "gated"):
         with model.disable_adapter():
             record["detached"] = {

@@ -78,6 +78,7 @@ class Plan:
         attacked: number of systems that are attacked, the best by the choice.
         systems: the systems.
         data: name of the data, for a figure.
+        test_rows_alone: whether training rows, and test rows with the prompt disabled, are not scored.
     """
 
     setup: dict[str, Any]
@@ -91,6 +92,7 @@ class Plan:
     attacked: int
     systems: list[System]
     data: str = "SST-2"
+    test_rows_alone: bool = False
 
     def __post_init__(self) -> None:
         names = [system.name for system in self.systems]

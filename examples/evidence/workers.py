@@ -69,7 +69,7 @@ def work(args: argparse.Namespace, job: Job, settings: dict[str, Any] | None) ->
     else:
         assert settings is not None
         if job.kind == "score":
-            record |= jobs.scores(experiment, plan.system(job.system), settings, folder)
+            record |= jobs.scores(experiment, plan.system(job.system), settings, folder, plan.test_rows_alone)
         else:
             assert isinstance(job.part, str)
             system, most = plan.system(job.system), args.attacked
