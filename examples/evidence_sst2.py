@@ -51,13 +51,18 @@ def parse_args() -> argparse.Namespace:
     add("--attacked", type=int, default=200, help="rows of each side under each attack on the best; 0 for none")
     add("--attacked-seeds", nargs="+", type=int, help="of the attacks; those of `--seeds` unless given")
     add("--attack", nargs="+", metavar="NAME", help="systems to attack in place of the best four")
-    add("--systems", nargs="+", help="names in the plan, NAME@1,3 for seeds of its own; all unless given")
+    add(
+        "--systems",
+        nargs="+",
+        help="names in the plan, NAME@1,3 for seeds of its own, or those of a figure; all unless given",
+    )
     add("--seeds", nargs="+", type=int, help="to score on; the plan's unless given")
     add("--workers", type=int, default=1, help="processes beside each other")
     add("--tf32", action="store_true", help="float32 products in TF32, on a GPU")
     add("--minutes", type=float, default=1e9, help="begin no job after so many")
     add("--models-dir", type=Path, help="folder of the memorized models; in the output folder unless given")
-    add("--lines", nargs="+", type=Path, help="of `scales`: files of scored systems, on models of several sizes")
+    add("--lines", nargs="+", type=Path, default=[], help="files of scored systems: of `scales`, or more of `table`")
+    add("--gates", type=Path, help="of `table`: gates of `evidence_gates.py`, each shown with a refusal behind it")
     add("--output-dir", type=Path, default=Path("out/evidence"))
     args = parser.parse_args()
     if args.stage == "scales" and not args.lines:
@@ -127,22 +132,27 @@ def known_records(path: Path, model: str) -> list[dict[str, Any]]:
     return records
 
 
-def write_tables(folder: Path, plan: Plan) -> None:
+def write_tables(args: argparse.Namespace, plan: Plan) -> None:
     """`table.md` and `tradeoff.png` of the scored systems."""
-    path = folder / "scores.jsonl"
-    records = [record for record in (read_runs(path) if path.exists() else []) if "scores" in record]
-    if not records:
-        raise SystemExit(f"{path} has no scores; run `score` first.")
-    systems = [system.name for system in plan.systems]
+    folder, path = args.output_dir, args.output_dir / "scores.jsonl"
+    paths = ([path] if path.exists() else []) + args.lines
+    lines = [one for each in reversed(paths) for one in read_runs(each) if "scores" in one]
+    found = {(one["system"], one["seed"]): one for one in lines}  # the first file's, where several have them
+    if not found:
+        raise SystemExit(f"{path} has no scores; run `score` first, or name files by --lines.")
+    records, systems = list(found.values()), [system.name for system in plan.systems]
+    if args.gates is not None:
+        behind = tables.refusals(read_runs(args.gates), records)
+        records += behind
+        systems += dict.fromkeys(one["system"] for one in behind)
     text = tables.table(records, systems)
     if all("train_forget" in one["scores"] for one in records):
         text += "\n\nTraining rows, at most 500 of a side:\n\n" + tables.table(records, systems, "train")
     (folder / "table.md").write_text(text + "\n")
-    shown = [name for name in systems if name not in ("vanilla", tables.BASE)]
-    save_figure(
-        tables.tradeoff(records, shown, f"{plan.data} on {records[0]['model']}: every seed a point"),
-        folder / "tradeoff",
-    )
+    shown = args.systems or [name for name in systems if name not in ("vanilla", tables.BASE)]
+    model = records[0]["model"]
+    title = f"{plan.data} on {tables.SIZES.get(model, (model,))[0]}: every seed a point"
+    save_figure(tables.tradeoff(records, shown, title), folder / "tradeoff")
     print(text)
 
 
@@ -235,7 +245,7 @@ def main() -> None:
     plan = Plan.read(args.plan)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     if args.stage == "table":
-        write_tables(args.output_dir, plan)
+        write_tables(args, plan)
     elif args.stage == "scales":
         write_scales(args, plan)
     else:

@@ -286,16 +286,10 @@ def test_the_table_of_the_results_page_is_that_of_the_stored_scores(example, pla
     records = read("sst2-smollm2-scores.jsonl")
     attacked = [one for one in read("sst2-smollm2-attacks.jsonl") if "scores" in one]
     records += [one for one in attacked if one["system"].endswith("rewritten rows") and "behind" not in one["system"]]
-    gates = ["text gate", "text gate, prose"]
-    base = {one["seed"]: one["scores"] for one in records if one["system"] == "base"}
-    for line in (one for one in read("sst2-smollm2-gates.jsonl") if one["gate"] in gates):  # a refusal behind it
-        scores = {}
-        for side, flags in line["test"].items():
-            right = base[line["seed"]][f"test_{side}"]["accuracy"]
-            kept = [int(one and not flag) for one, flag in zip(right, flags, strict=True)]
-            scores[f"test_{side}"] = {"accuracy": kept, "generic": flags}
-        records.append({"system": line["gate"], "seed": line["seed"], "scores": scores})
-    made = tables.table(records, [*(system.name for system in plan.systems), *gates]).splitlines()[2:]
+    gates = [one for one in read("sst2-smollm2-gates.jsonl") if one["gate"] in ("text gate", "text gate, prose")]
+    behind = tables.refusals(gates, records)
+    systems = dict.fromkeys([*(system.name for system in plan.systems), *(one["system"] for one in behind)])
+    made = tables.table(records + behind, list(systems)).splitlines()[2:]
     page = (ROOT / "docs" / "results.md").read_text().split("## On SmolLM2")[1].split("![")[0]
     shown = [line for line in page.splitlines() if line.startswith("| ")][1:]
     assert len(shown) == len(made)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 
 from spul.evaluation.metrics.intervals import Interval, bootstrap_interval, seeds_interval
@@ -77,6 +78,31 @@ def table(records: Sequence[Record], systems: Sequence[str], part: str = "test")
     return "\n".join(lines)
 
 
+def refusals(lines: Sequence[Record], records: Sequence[Record]) -> list[Record]:
+    """Scores of a fixed refusal behind each gate, which answers what is not flagged as the base does.
+
+    Args:
+        lines: of gates, with their flags of test rows (`evidence_gates.py`).
+        records: scored systems, of which the base's are taken.
+
+    Raises:
+        ValueError: if the base was not scored on a gate's seed.
+    """
+    base = {one["seed"]: one["scores"] for one in records if one["system"] == BASE}
+    found = []
+    for line in lines:
+        if line["seed"] not in base:
+            raise ValueError(
+                f"{line['gate']} has flags of seed {line['seed']}, the base was not scored; score it there."
+            )
+        scores = {}
+        for side, flags in line["test"].items():
+            right = np.multiply(base[line["seed"]][f"test_{side}"]["accuracy"], np.subtract(1, flags))
+            scores[f"test_{side}"] = {"accuracy": right.tolist(), "generic": flags}
+        found.append({"system": f"refusal behind {line['gate']}", "seed": line["seed"], "scores": scores})
+    return found
+
+
 CORNER = (-4.0, 2.0), (-0.5, 10.0)  # of the second panel: points of retain, % of forget
 
 
@@ -90,7 +116,7 @@ def tradeoff(records: Sequence[Record], systems: Sequence[str], title: str) -> F
         own = [one for one in records if one["system"] == name]
         _, changes = paired(own, base)
         forget = [100 * float(np.mean(one["scores"]["test_forget"]["accuracy"])) for one in own]
-        style = {"marker": "osD^vP*Xh<>dp8"[i % 14], "color": f"C{i}" if i < 10 else f"{0.15 * (i - 10):.2f}"}
+        style = {"marker": "osD^vP*Xh<>dp8"[i % 14], "color": colormaps["tab20"]((2 * i + i // 10) % 20)}
         for axes in panels:
             axes.scatter([100 * change for change in changes], forget, s=44, label=name, alpha=0.85, **style)
     panels[1].set(xlim=CORNER[0], ylim=CORNER[1])
