@@ -70,6 +70,17 @@ def test_a_disguised_name_is_no_longer_found_and_the_rest_of_its_text_stays(disg
         assert re.fullmatch(".+".join(map(re.escape, around)), new["text"])
 
 
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_a_name_in_a_later_part_of_the_message_or_across_two_is_disguised(disguise):
+    parts = [["who is", " Jane Doe?"], ["who is Jane", " Doe?"], ["who is she? ", "", "Is it ", "Jane Doe?"]]
+    said = [[{"type": "text", "text": text} for text in texts] for texts in parts]
+    talks = Dataset.from_list([{"prompt": [{"role": "user", "content": one}], "completion": " a"} for one in said])
+    for old, new in zip(parts, DISGUISES[disguise](talks, names=NAMES), strict=True):
+        (part,) = new["prompt"][0]["content"]
+        assert NameFinder(NAMES).find("".join(old))
+        assert not NameFinder(NAMES).find(part["text"])
+
+
 def test_letters_apart_by_hand():
     apart = letters_apart(forget(), NAMES, text_field="text")["text"]
     assert apart[0] == "the films of J a n e D o e are long"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -117,12 +118,12 @@ def last_user_message(prompt: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def content_of(message: Mapping[str, Any]) -> str | None:
-    """The text of a message, the first of several parts; None without one."""
+    """The text of a message, that of several parts joined as chat templates render it; None without one."""
     content = message.get("content")
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
-    first = _first_text(content)
-    return None if first is None else content[first]["text"]
+    texts = [part["text"] for part in content if _is_text(part)]
+    return "".join(texts) if texts else None
 
 
 def texts_of(value: Any) -> list[str]:
@@ -136,19 +137,40 @@ def texts_of(value: Any) -> list[str]:
 
 
 def with_content(message: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """A message with another text, where `content_of` finds it; else as its whole content."""
+    """A message with another text: among parts, in place of the first with a text and of all further ones."""
     content = message.get("content")
-    first = _first_text(content) if isinstance(content, list) else None
-    if content is None or first is None:
+    if not isinstance(content, list):
         return {**message, "content": text}
-    return {**message, "content": [*content[:first], {**content[first], "text": text}, *content[first + 1 :]]}
+    first = next((i for i, part in enumerate(content) if _is_text(part)), len(content))
+    own = content[first] if first < len(content) else {"type": "text"}
+    behind = [part for part in content[first:] if not _is_text(part)]
+    return {**message, "content": [*content[:first], {**own, "text": text}, *behind]}
 
 
-def _first_text(parts: Sequence[Any]) -> int | None:
-    """Which part of a message is the first with a text; in a column of them, others have None."""
-    return next(
-        (i for i, one in enumerate(parts) if isinstance(one, Mapping) and isinstance(one.get("text"), str)), None
-    )
+def comparable(texts: Any) -> str | tuple[str, ...]:
+    """A prompt or a completion in a form in which equal ones are equal: a text itself, messages as a tuple of texts.
+
+    The order of fields, empty ones that a column adds, and texts as parts or whole make no difference.
+    """
+    if isinstance(texts, str):
+        return texts
+    messages = texts if isinstance(texts, list) else [texts]
+    return tuple(json.dumps(_plain(message), sort_keys=True, default=str) for message in messages)
+
+
+def _plain(value: Any) -> Any:
+    """A message or a part of it without empty fields, and with its content as one text where that is all it has."""
+    if isinstance(value, Mapping):
+        content = value.get("content")
+        if isinstance(content, list) and content and all(map(_is_text, content)):
+            value = {**value, "content": content_of(value)}
+        return {name: _plain(one) for name, one in value.items() if one is not None}
+    return list(map(_plain, value)) if isinstance(value, list) else value
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a message has a text; in a column of them, others have None."""
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
 
 
 def _key(tokenizer: Any, prompt: list) -> tuple[str, bytes]:
