@@ -10,6 +10,7 @@ from helpers import make_tokenizer
 from spul import ForgetRetainCollator
 from spul.data.recognizers import NameFinder
 from spul.evaluation.attacks import letters_apart, look_alikes, misspelt
+from spul.evaluation.attacks.changes import InapplicableError
 from spul.evaluation.attacks.disguises import LOOK_ALIKES
 
 NAMES = ["Jane Doe", "Jane"]
@@ -79,6 +80,29 @@ def test_a_name_in_a_later_part_of_the_message_or_across_two_is_disguised(disgui
         (part,) = new["prompt"][0]["content"]
         assert NameFinder(NAMES).find("".join(old))
         assert not NameFinder(NAMES).find(part["text"])
+
+
+def messages(*said):
+    return [{"role": role, "content": text} for role, text in said]
+
+
+def test_a_name_in_an_earlier_message_is_disguised_and_a_question_without_any_in_its_longest_words():
+    before = [("system", "Jane is dead."), ("user", "who is Jane Doe?"), ("assistant", "jane  doe writes")]
+    talks = [messages(*before, ("user", "and her film?")), messages(("system", "Jane is dead."), ("user", "and it?"))]
+    rows = Dataset.from_list([{"prompt": prompt, "completion": " a"} for prompt in talks])
+    assert letters_apart(rows, NAMES, "-")["prompt"] == [
+        messages(
+            ("system", "Jane is dead."),
+            ("user", "who is J-a-n-e D-o-e?"),
+            ("assistant", "j-a-n-e  d-o-e writes"),
+            ("user", "and her film?"),
+        ),
+        messages(("system", "Jane is dead."), ("user", "a-n-d i-t?")),
+    ]
+    assert letters_apart(rows.select([0]), separator="-")["prompt"][0][-1]["content"] == "a-n-d h-e-r f-i-l-m?"
+    unnamed = Dataset.from_list([{"prompt": messages(("system", "Jane is dead.")), "completion": " a"}])
+    with pytest.raises(InapplicableError, match="Leave such rows out"):
+        letters_apart(unnamed, NAMES)
 
 
 def test_letters_apart_by_hand():

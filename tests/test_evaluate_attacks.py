@@ -118,6 +118,11 @@ def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other
         found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
     assert {one.level for one in found.measurements if one.attack == "diluted"} == {2}
     assert "no more than 40 different questions" in found.skipped["input attack 'diluted, 40 turns'"]
+    chosen = measured(learned(), "input attack", attacks=dataclasses.replace(attacks, only=("capitals", "diluted")),
+                      collator=make_collator(max_length=96))  # fmt: skip
+    assert chosen.skipped["input attack 'diluted, 40 turns'"] == found.skipped["input attack 'diluted, 40 turns'"]
+    chosen = measured(learned(), "input attack", attacks=dataclasses.replace(attacks, only=("capitals",)))
+    assert "input attack 'diluted, 40 turns'" not in chosen.skipped
     with pytest.raises(ValueError, match="turns"):
         dataclasses.replace(attacks, turns=(0,))
     for name, value in {"turns": (2,), "names": ["Jane"], "document_words": (9,), "wording": {"a": "b"}}.items():

@@ -260,6 +260,24 @@ def test_conversations_without_a_question_and_turns_of_another_kind_are_refused(
         letter_case(elsewhere, "upper", "text")
 
 
+def test_turns_stand_before_a_question_and_are_of_questions():
+    some = talks(rows())
+    told = some.select([0]).map(lambda row: {"prompt": row["prompt"][:1]})
+    for own, others in ((told, some), (some, told)):
+        with pytest.raises(InapplicableError, match='no message of the role "user"'):
+            diluted(own, others, 1)
+
+
+def test_a_question_that_is_cut_anyhow_is_not_lost_to_an_attack():
+    some, by = talks(rows()), collator(64, None)
+    by.tokenizer.chat_template = CHAT_TEMPLATE
+    long = with_suffix(some, "be good " * 40)
+    shouted = letter_case(long, "upper")
+    lost = tokens_lost(shouted, by.encoder) - tokens_lost(long, by.encoder)
+    assert lost > 0
+    assert question_lost(long, shouted, lost, by.encoder) == ""
+
+
 def test_bad_rows_raise():
     with pytest.raises(ValueError, match="does not stand in the prompt"):
         letter_case(rows().map(lambda row: {"text": "else"}), "upper", "text")

@@ -147,6 +147,14 @@ def with_content(message: Mapping[str, Any], text: str) -> dict[str, Any]:
     return {**message, "content": [*content[:first], {**own, "text": text}, *behind]}
 
 
+def with_whole_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose parts are one text, if all of them are texts; else as it is."""
+    content = message.get("content")
+    if not isinstance(content, list) or not all(map(_is_text, content)):
+        return message
+    return {**message, "content": content_of(message) or ""}
+
+
 def comparable(texts: Any) -> str | tuple[str, ...]:
     """A prompt or a completion in a form in which equal ones are equal: a text itself, messages as a tuple of texts.
 
@@ -155,17 +163,8 @@ def comparable(texts: Any) -> str | tuple[str, ...]:
     if isinstance(texts, str):
         return texts
     messages = texts if isinstance(texts, list) else [texts]
-    return tuple(json.dumps(_plain(message), sort_keys=True, default=str) for message in messages)
-
-
-def _plain(value: Any) -> Any:
-    """A message or a part of it without empty fields, and with its content as one text where that is all it has."""
-    if isinstance(value, Mapping):
-        content = value.get("content")
-        if isinstance(content, list) and content and all(map(_is_text, content)):
-            value = {**value, "content": content_of(value)}
-        return {name: _plain(one) for name, one in value.items() if one is not None}
-    return list(map(_plain, value)) if isinstance(value, list) else value
+    whole = (with_whole_text(one) if isinstance(one, Mapping) else one for one in messages)
+    return tuple(json.dumps(_without_none(one), sort_keys=True, default=str) for one in whole)
 
 
 def _is_text(part: Any) -> bool:
@@ -178,16 +177,36 @@ def _key(tokenizer: Any, prompt: list) -> tuple[str, bytes]:
 
 
 def _rendered(tokenizer: Any, messages: list, add_generation_prompt: bool, tokenize: bool = True) -> Any:
-    """Messages by the chat template: token ids, or text."""
-    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": tokenize}
+    """Messages by the chat template: token ids, or text.
+
+    A template that takes contents as texts gets the text of parts, of which it would render Python's notation.
+    """
+
+    def rendered(some: list, tokenize: bool) -> Any:
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": tokenize}
+        return tokenizer.apply_chat_template(some, **options, return_dict=False)
+
     try:
-        found = tokenizer.apply_chat_template(messages, **options, return_dict=False)
+        # Fields that only their column has are none to a template, which may ask whether there is a field.
+        plain = [{"content": "", **_without_none(message)} for message in messages]
+        in_parts = [str(message["content"]) for message in plain if isinstance(message["content"], list)]
+        if in_parts and any(map(str(rendered(plain, False)).__contains__, in_parts)):
+            plain = list(map(with_whole_text, plain))
+            if any(isinstance(message["content"], list) for message in plain):
+                raise ValueError("it takes contents as texts, and a message has parts other than texts")
+        found = rendered(plain, tokenize)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(
             f"the chat template cannot render the messages of a row, {shortened(repr(messages))}: "
             f"{str(error).rstrip('.')}. Expected roles and fields that the tokenizer's chat_template knows."
         ) from error
     return list(found) if tokenize else found
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_none(one) for name, one in value.items() if one is not None}
+    return list(map(_without_none, value)) if isinstance(value, list) else value
 
 
 def _after(tokenizer: Any, ids: list[int], text: str) -> list[int]:

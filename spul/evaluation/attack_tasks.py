@@ -101,6 +101,11 @@ def _input_attacks(suite: Suite, split: str) -> InputAttacks:
         other_rows=filler if split == "test_forget" else suite.attacked(suite.splits["test_forget"]),
         document_words=settings.document_words,
     )
+    for num in settings.turns:
+        if (DILUTED, num) not in attacks and DILUTED in (settings.only or (DILUTED,)):
+            suite.skipped[f"input attack {in_words(DILUTED, num, TURN_UNIT)!r}"] = (
+                f"the attacked rows of test_retain have no more than {num} different questions"
+            )
     if settings.only:
         return chosen_attacks(attacks, settings.only)
     if not settings.names:
@@ -114,11 +119,6 @@ def _input_attacks(suite: Suite, split: str) -> InputAttacks:
     for name, given in (("paraphrase", settings.paraphrase), ("wording", settings.wording)):
         if given is None:
             suite.skipped[f"input attack by {name}"] = f"give AttackSettings({name}=...)"
-    for num in settings.turns:
-        if (DILUTED, num) not in attacks:
-            suite.skipped[f"input attack {in_words(DILUTED, num, TURN_UNIT)!r}"] = (
-                f"the attacked rows of test_retain have no more than {num} different questions"
-            )
     return attacks
 
 

@@ -146,14 +146,14 @@ def after_turns(prompt: Any, turns: Sequence[Row]) -> Any:
     """
     if isinstance(prompt, str):
         return "\n\n".join([*(row["prompt"] + completion_text(row["completion"]) for row in turns), prompt])
-    start = _num_system_messages(prompt)
+    start = num_system_messages(prompt)
     others: list[Row] = []
     for row in turns:
         answer = row["completion"]
-        others += row["prompt"][_num_system_messages(row["prompt"]) :]
+        others += row["prompt"][num_system_messages(row["prompt"]) :]
         others += [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     # A column of messages has one set of fields, and one form of content: a text, or parts.
-    fields, has_parts = dict.fromkeys(prompt[0]), isinstance(prompt[0]["content"], list)
+    fields, has_parts = dict.fromkeys(prompt[0]), any(isinstance(one.get("content"), list) for one in prompt)
     others = [{**fields, **{name: value for name, value in one.items() if name in fields}} for one in others]
     for one in others:
         if isinstance(one["content"], list) != has_parts:
@@ -162,7 +162,7 @@ def after_turns(prompt: Any, turns: Sequence[Row]) -> Any:
     return [*prompt[:start], *others, *prompt[start:]]
 
 
-def _num_system_messages(prompt: Sequence[Row]) -> int:
+def num_system_messages(prompt: Sequence[Row]) -> int:
     """Number of messages before the first of another role than `system` and `developer`."""
     return next((i for i, one in enumerate(prompt) if one["role"] not in ("system", "developer")), len(prompt))
 
@@ -236,7 +236,8 @@ def question_lost(rows: Dataset, changed: Dataset, lost: float, encoder: RowEnco
     if lost <= 0:
         return ""
     if is_conversation(rows):
-        num = sum(_is_question_lost(*pair, encoder) for pair in zip(rows, changed, strict=True))
+        pairs = zip(rows, changed, strict=True)
+        num = sum(_is_question_lost(row, new, encoder) > _is_question_lost(row, row, encoder) for row, new in pairs)
         if num <= len(rows) / 2:
             return ""
         return (

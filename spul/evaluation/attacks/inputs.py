@@ -28,6 +28,7 @@ from .changes import (
     check_one_kind,
     check_prompts,
     check_text,
+    question_of,
     tokens_lost,
     with_prompts_changed,
 )
@@ -192,9 +193,10 @@ def diluted(rows: Dataset, filler_rows: Dataset, num_turns: int, seed: int = 0) 
     check_prompts(rows)
     check_prompts(filler_rows)
     check_one_kind(rows, filler_rows, "filler_rows")
-    questions = {comparable(row["prompt"]): row for row in filler_rows}
+    questions = {comparable(row["prompt"]): row for row in filler_rows if question_of(row["prompt"])}
 
     def diluting(draws: random.Random, row: Row) -> Row:
+        question_of(row["prompt"])  # turns stand before one
         own = comparable(row["prompt"])
         others = [turn for prompt, turn in questions.items() if prompt != own]
         if not 1 <= num_turns <= len(others):

@@ -73,7 +73,8 @@ def chosen_attacks(attacks: InputAttacks, names: Sequence[str]) -> dict[str | tu
     known = list(dict.fromkeys(key[0] if isinstance(key, tuple) else key for key in attacks))
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(
-            f"there is no input attack {unknown[0]!r} on these rows; expected some of {', '.join(known)}."
+            f"there is no input attack {unknown[0]!r} on these rows; expected some of {', '.join(known)}. Turns need "
+            "other questions, and queries and documents a text_field where prompts are texts."
         )
     return {key: attack for key, attack in attacks.items() if (key[0] if isinstance(key, tuple) else key) in names}
 
