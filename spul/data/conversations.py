@@ -188,7 +188,7 @@ def _rendered(tokenizer: Any, messages: list, add_generation_prompt: bool, token
 
     try:
         # Fields that only their column has are none to a template, which may ask whether there is a field.
-        plain = [{"content": "", **_without_none(message)} for message in messages]
+        plain: list[Mapping[str, Any]] = [{"content": "", **_without_none(message)} for message in messages]
         in_parts = [str(message["content"]) for message in plain if isinstance(message["content"], list)]
         if in_parts and any(map(str(rendered(plain, False)).__contains__, in_parts)):
             plain = list(map(with_whole_text, plain))
