@@ -59,7 +59,7 @@ def test_a_request_has_the_last_message_of_the_user_in_the_chat_template():
     assert tokenizer.decode(_request(row, "{prompt} {completion}", tokenizer)) == "user film good"
     row["prompt"] = [*prompt, {"role": "assistant", "content": "the plot"}, {"role": "tool", "content": "bad"}]
     assert tokenizer.decode(_request(row, "{prompt} {completion}", tokenizer)) == "user film good"
-    row["prompt"] = [{"role": "user", "content": [{"type": "text", "text": "film"}]}]
+    row["prompt"] = [{"role": "user", "content": [{"type": "text", "text": text} for text in ("fi", "lm")]}]
     assert tokenizer.decode(_request(row, "{prompt} {completion}", tokenizer)) == "user film good"
 
 

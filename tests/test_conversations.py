@@ -1,9 +1,12 @@
-"""Where the last user message of a conversation begins, by the chat template."""
+"""Where the last user message of a conversation begins, by the chat template; its text; which prompts are equal."""
+
+import json
 
 import pytest
+from datasets import Dataset
 from helpers import CHAT_TEMPLATE, make_tokenizer
 
-from spul.data.conversations import conversation_prompt_ids, message_start
+from spul.data.conversations import comparable, content_of, conversation_prompt_ids, message_start, with_content
 
 TURNS = [
     {"role": "system", "content": "the plot"},
@@ -81,3 +84,85 @@ def test_a_tokenizer_without_offsets_is_refused(monkeypatch):
     monkeypatch.setattr(type(tokenizer), "is_fast", False)
     with pytest.raises(ValueError, match="is not a fast tokenizer"):
         message_start(tokenizer, TURNS, uncached)
+
+
+# ---- messages in parts ----
+
+PHOTO = {"type": "image", "text": None}
+
+
+def part(text):
+    return {"type": "text", "text": text}
+
+
+@pytest.mark.parametrize(
+    ("content", "text", "changed"),
+    [
+        ("a b", "a b", "new"),
+        (None, None, "new"),
+        ([part("a ")], "a ", [part("new")]),
+        ([part("a "), part("b")], "a b", [part("new")]),
+        ([PHOTO, part("a "), PHOTO, part("b"), PHOTO], "a b", [PHOTO, part("new"), PHOTO, PHOTO]),
+        ([PHOTO], None, [PHOTO, part("new")]),
+        ([], None, [part("new")]),
+    ],
+)
+def test_all_texts_of_a_message_are_one_and_another_stands_in_place_of_the_first(content, text, changed):
+    message = {"role": "user", "content": content}
+    assert content_of(message) == text
+    assert with_content(message, "new") == {"role": "user", "content": changed}
+    assert message["content"] == content
+
+
+def test_a_message_without_content_has_no_text():
+    assert content_of({"role": "assistant", "tool_calls": []}) is None
+
+
+# ---- equal prompts ----
+
+
+def user(content, **more):
+    return [{"role": "user", "content": content, **more}]
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        [{"content": "a b", "role": "user"}],
+        user("a b", name=None),
+        user([part("a b")]),
+        user([part("a "), {"text": "b", "type": "text", "url": None}]),
+    ],
+)
+def test_order_of_fields_empty_fields_and_parts_make_no_other_prompt(same):
+    assert comparable(same) == comparable(user("a b"))
+    assert hash(comparable(same)) == hash(comparable(user("a b")))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        "a b",
+        str(user("a b")),
+        json.dumps(user("a b"), sort_keys=True),
+        user("a b."),
+        user("a b", name="x"),
+        [{"role": "system", "content": "a b"}],
+        user("a b") * 2,
+        user([part("a b"), PHOTO]),
+        user(None),
+    ],
+)
+def test_a_text_and_other_messages_are_other_prompts(other):
+    assert comparable(other) != comparable(user("a b"))
+    assert comparable("a b") == "a b"
+
+
+def test_columns_of_other_fields_hold_the_same_prompts():
+    calls = [{"name": "f", "arguments": {"x": "1", "y": None}}]
+    plain = Dataset.from_list([{"prompt": user("a")}, {"prompt": user("b", calls=[{"name": "f"}])}])
+    more = Dataset.from_list(
+        [{"prompt": user("c", calls=calls)}, {"prompt": user("a", name="x")}, {"prompt": user("a")}]
+    )
+    assert comparable(plain[0]["prompt"]) == comparable(more[2]["prompt"])
+    assert comparable(plain[0]["prompt"]) != comparable(more[1]["prompt"])

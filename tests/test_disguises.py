@@ -10,6 +10,7 @@ from helpers import make_tokenizer
 from spul import ForgetRetainCollator
 from spul.data.recognizers import NameFinder
 from spul.evaluation.attacks import letters_apart, look_alikes, misspelt
+from spul.evaluation.attacks.changes import InapplicableError
 from spul.evaluation.attacks.disguises import LOOK_ALIKES
 
 NAMES = ["Jane Doe", "Jane"]
@@ -68,6 +69,40 @@ def test_a_disguised_name_is_no_longer_found_and_the_rest_of_its_text_stays(disg
         assert not NameFinder(NAMES).find(new["text"])
         around = re.split(r"jane\s+doe|jane", old["text"], flags=re.IGNORECASE)
         assert re.fullmatch(".+".join(map(re.escape, around)), new["text"])
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_a_name_in_a_later_part_of_the_message_or_across_two_is_disguised(disguise):
+    parts = [["who is", " Jane Doe?"], ["who is Jane", " Doe?"], ["who is she? ", "", "Is it ", "Jane Doe?"]]
+    said = [[{"type": "text", "text": text} for text in texts] for texts in parts]
+    talks = Dataset.from_list([{"prompt": [{"role": "user", "content": one}], "completion": " a"} for one in said])
+    for old, new in zip(parts, DISGUISES[disguise](talks, names=NAMES), strict=True):
+        (part,) = new["prompt"][0]["content"]
+        assert NameFinder(NAMES).find("".join(old))
+        assert not NameFinder(NAMES).find(part["text"])
+
+
+def messages(*said):
+    return [{"role": role, "content": text} for role, text in said]
+
+
+def test_a_name_in_an_earlier_message_is_disguised_and_a_question_without_any_in_its_longest_words():
+    before = [("system", "Jane is dead."), ("user", "who is Jane Doe?"), ("assistant", "jane  doe writes")]
+    talks = [messages(*before, ("user", "and her film?")), messages(("system", "Jane is dead."), ("user", "and it?"))]
+    rows = Dataset.from_list([{"prompt": prompt, "completion": " a"} for prompt in talks])
+    assert letters_apart(rows, NAMES, "-")["prompt"] == [
+        messages(
+            ("system", "Jane is dead."),
+            ("user", "who is J-a-n-e D-o-e?"),
+            ("assistant", "j-a-n-e  d-o-e writes"),
+            ("user", "and her film?"),
+        ),
+        messages(("system", "Jane is dead."), ("user", "a-n-d i-t?")),
+    ]
+    assert letters_apart(rows.select([0]), separator="-")["prompt"][0][-1]["content"] == "a-n-d h-e-r f-i-l-m?"
+    unnamed = Dataset.from_list([{"prompt": messages(("system", "Jane is dead.")), "completion": " a"}])
+    with pytest.raises(InapplicableError, match="Leave such rows out"):
+        letters_apart(unnamed, NAMES)
 
 
 def test_letters_apart_by_hand():

@@ -36,6 +36,49 @@ def test_conversations_of_several_turns_keep_all_of_them(chatty):
     assert chatty.decode(encoded.completion_ids) == "jane</s>"
 
 
+def asked(content, **more):
+    return {**talk("", "unknown"), "prompt": [{"role": "user", "content": content, **more}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "same"),
+    [
+        ([{"type": "text", "text": "is the film good"}], "is the film good"),
+        ([{"type": "text", "text": "is the", "url": None}, {"type": "text", "text": " film"}], "is the film"),
+        ([], ""),
+        (None, ""),
+    ],
+)
+@pytest.mark.parametrize("position", ["start", "message"])
+def test_a_template_that_takes_texts_gets_the_text_of_parts_and_none_for_nothing(chatty, content, same, position):
+    encoder = RowEncoder(chatty, 64, prompt_position=position)
+    assert encoder.encode(asked(content)) == encoder.encode(asked(same))
+
+
+def test_an_image_is_refused_by_a_template_that_takes_texts(chatty):
+    with pytest.raises(ValueError, match="it takes contents as texts, and a message has parts other than texts"):
+        RowEncoder(chatty, 64).encode(asked([{"type": "image"}, {"type": "text", "text": "is the film good"}]))
+
+
+def test_a_template_that_takes_parts_gets_them_as_they_are(chatty):
+    chatty.chat_template = (
+        "{% for m in messages %}<s>{% if m['content'] is string %}{{ m['content'] }}{% else %}"
+        "{% for part in m['content'] %}{{ part['text'] }}|{% endfor %}{% endif %}</s>{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "film"}, {"type": "text", "text": "good"}]
+    assert chatty.decode(RowEncoder(chatty, 64).encode(asked(parts)).prompt_ids) == "<s>film<unk>good<unk></s>"
+
+
+def test_fields_that_only_their_column_has_are_none_to_the_template(chatty):
+    chatty.chat_template = (
+        "{% for m in messages %}<s>{% if 'calls' in m %}bad{% endif %}{% for part in m['parts'] or [] %}"
+        "{% if 'image' in part %}plot{% endif %}{% endfor %}{{ m['content'] }}</s>{% endfor %}"
+    )
+    row = asked("good", calls=None, parts=[{"image": None, "text": "film"}])
+    assert chatty.decode(RowEncoder(chatty, 64).encode(row).prompt_ids) == "<s>good</s>"
+    assert row["prompt"][0]["calls"] is None  # the row stays as it was
+
+
 def test_append_eos_leaves_conversations_to_their_template(chatty):
     rendered = talk("is the film good", "unknown")
     assert RowEncoder(chatty, 64, append_eos=True).encode(rendered) == RowEncoder(chatty, 64).encode(rendered)

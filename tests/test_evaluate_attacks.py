@@ -29,6 +29,7 @@ from small_evaluations import (
 from spul import SoftPromptUnlearner
 from spul.evaluation.attacks import (
     diluted,
+    in_document,
     letter_case,
     letters_apart,
     look_alikes,
@@ -117,6 +118,11 @@ def test_the_turns_that_dilute_are_those_asked_for_where_there_are_as_many_other
         found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
     assert {one.level for one in found.measurements if one.attack == "diluted"} == {2}
     assert "no more than 40 different questions" in found.skipped["input attack 'diluted, 40 turns'"]
+    chosen = measured(learned(), "input attack", attacks=dataclasses.replace(attacks, only=("capitals", "diluted")),
+                      collator=make_collator(max_length=96))  # fmt: skip
+    assert chosen.skipped["input attack 'diluted, 40 turns'"] == found.skipped["input attack 'diluted, 40 turns'"]
+    chosen = measured(learned(), "input attack", attacks=dataclasses.replace(attacks, only=("capitals",)))
+    assert "input attack 'diluted, 40 turns'" not in chosen.skipped
     with pytest.raises(ValueError, match="turns"):
         dataclasses.replace(attacks, turns=(0,))
     for name, value in {"turns": (2,), "names": ["Jane"], "document_words": (9,), "wording": {"a": "b"}}.items():
@@ -206,8 +212,11 @@ def test_halves_are_of_each_prompt_once_and_without_one_in_both():
     assert counts[3] == "trained"
 
 
+DOCUMENT = "in a document of 9 words"
+
+
 def test_conversations_are_attacked_in_their_question():
-    collator = make_collator()
+    collator = make_collator(max_length=90)
     collator.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
     def talk(row):
@@ -216,13 +225,19 @@ def test_conversations_are_attacked_in_their_question():
 
     talks = {name: Dataset.from_list([talk(row) for row in some]) for name, some in make_splits().items()}
     model = make_model("prompt_tuning")
-    settings = AttackSettings(turns=(1,), only=["capitals", "diluted"])
+    mixed = "mixed query, asked first"
+    settings = AttackSettings(turns=(1,), only=["capitals", "diluted", mixed, DOCUMENT], document_words=(9,))
     found = measured(model, "utility", "input attack", splits=talks, collator=collator, attacks=settings)
-    assert "input attack" not in found.skipped
+    assert not [name for name in found.skipped if name.startswith("input attack")]
     for split, some in talks.items():
         assert_metrics(found, score_completions(model, some, collator), measure="utility", rows=split)
     some, filler = talks["test_forget"], talks["test_retain"]
-    ways = {("capitals", None): letter_case(some, "upper"), ("diluted", 1): diluted(some, filler, 1, seed=SEED)}
+    ways = {
+        ("capitals", None): letter_case(some, "upper"),
+        ("diluted", 1): diluted(some, filler, 1, seed=SEED),
+        (mixed, None): mixed_query(some, filler, seed=SEED),
+        (DOCUMENT, None): in_document(some, 9, seed=SEED),
+    }
     for (attack, level), attacked in ways.items():
         expected = score_completions(model, attacked, collator)
         which = {"measure": "input attack", "rows": "test_forget", "attack": attack, "level": level}

@@ -8,11 +8,13 @@ import json
 import shutil
 
 import pytest
+from datasets import Dataset
 from evaluations import whole
 from helpers import CONFIGS, make_collator, make_tokenizer, prompted
 from huggingface_hub import ModelCard
 from small_evaluations import ATTACKS, learned, make_model, make_splits, measured
 
+from spul.data.conversations import texts_of
 from spul.evaluation.aggregation import in_words
 from spul.evaluation.attacks.usual import JAILBREAKS, STAND_IN, TURN_UNIT, checked_attacks, usual_attacks
 from spul.evaluation.evidence import evaluation_digest, verify_evidence, write_evidence
@@ -213,9 +215,17 @@ def test_attacks_of_ones_own_are_shown_on_a_made_up_row_and_those_with_rows_in_t
     assert "it fails on a made-up row: KeyError" in found.skipped["example of the input attack 'picky'"]
 
 
+def talk(row):
+    roles = {"prompt": "user", "completion": "assistant"}
+    return {"text": row["text"], **{name: [{"role": role, "content": row[name]}] for name, role in roles.items()}}
+
+
+@pytest.mark.parametrize("as_messages", [False, True])
 @pytest.mark.parametrize("text_field", [None, "text"])
-def test_the_usual_attacks_are_all_shown_without_any_row(text_field):
+def test_the_usual_attacks_are_all_shown_without_any_row(text_field, as_messages):
     splits = {name: rows.add_column("text", rows["prompt"][:]) for name, rows in make_splits().items()}
+    if as_messages:
+        splits = {name: Dataset.from_list(list(map(talk, rows))) for name, rows in splits.items()}
     none = dict.fromkeys(("base", "retrained", "reference", "unseen"))
     wording = {} if text_field is None else {"wording": {"film": "movie"}}
     settings = AttackSettings(turns=(1,), names=["Jane Doe"], **wording)
@@ -228,10 +238,13 @@ def test_the_usual_attacks_are_all_shown_without_any_row(text_field):
     filler = splits["test_retain"]
     attacks = usual_attacks(text_field, filler, other_rows=filler, turns=(1,), wording=settings.wording)
     assert list(examples) == [in_words(*key, TURN_UNIT) for key in checked_attacks(attacks)]
-    assert examples["jailbreak 1 before"].startswith(f"{JAILBREAKS[0]}\n")
-    assert STAND_IN in examples["diluted, 1 turn"]
+    said = "user: " if as_messages else ""
+    assert examples["jailbreak 1 before"].startswith(f"{said}{JAILBREAKS[0]}\n")
+    assert examples["diluted, 1 turn"].endswith(f"{said}{STAND_IN}" if text_field is None else STAND_IN)
+    assert examples["diluted, 1 turn"].count("assistant: answer ") == int(as_messages)
+    assert ("mixed query, asked first" in examples) == (as_messages or text_field is not None)
     assert not [text for text in examples.values() if "Jane" in text]  # nor the names that are disguised
-    rows = [one["prompt"] for split in splits.values() for one in split]
+    rows = [text for split in splits.values() for one in split for text in texts_of(one["prompt"])]
     assert not [one for one in rows for text in examples.values() if one in text]
 
 

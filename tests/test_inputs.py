@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import Dataset
-from helpers import build, make_tokenizer, prompted
+from helpers import CHAT_TEMPLATE, build, make_tokenizer, prompted
 
 from spul import ForgetRetainCollator
 from spul.evaluation.attacks import (
@@ -80,7 +80,8 @@ def test_a_change_that_cuts_most_of_the_text_away_is_known():
     few, long = rows(), "the film is good " * 20
 
     def why(changed, by):
-        return question_lost(few, tokens_lost(changed, by.encoder) - tokens_lost(few, by.encoder), by.encoder)
+        lost = tokens_lost(changed, by.encoder) - tokens_lost(few, by.encoder)
+        return question_lost(few, changed, lost, by.encoder)
 
     changed = with_prefix(few, long)
     assert why(changed, collator(200)) == ""
@@ -200,6 +201,19 @@ def test_the_question_beside_an_image_is_changed_and_the_image_is_not():
     assert changed == [parts[0], {"type": "text", "text": "Hello.\nwho is this"}]
 
 
+def test_a_question_in_several_parts_is_changed_as_one_text():
+    before = talks(rows(), parts=True)
+    split = before.map(lambda row: {"prompt": [*row["prompt"][:-1], _halved(row["prompt"][-1])]})
+    for name in ("upper", "random", "spaces", "paraphrase", "reworded", "prefix", "suffix"):
+        assert list(ATTACKS[name](split)) == list(ATTACKS[name](before))
+
+
+def _halved(message):
+    """The message with its text in two parts, which split the word `of` or `bad`."""
+    text, half = message["content"][0]["text"], len("text: the film o")
+    return {**message, "content": [{"type": "text", "text": one} for one in (text[:half], text[half:])]}
+
+
 @pytest.mark.parametrize("parts", [False, True])
 def test_answers_of_turns_take_the_form_of_the_prompt_s_messages(parts):
     own, other = talks(rows(), parts), talks(rows(), not parts)
@@ -209,21 +223,59 @@ def test_answers_of_turns_take_the_form_of_the_prompt_s_messages(parts):
     assert diluted(mixed, mixed, 2)["prompt"] == diluted(own, own, 2)["prompt"]
 
 
-def test_a_conversation_s_question_is_never_lost_since_it_is_cut_from_the_start():
-    some = talks(rows())
-    assert question_lost(some, 99.0, collator(8).encoder) == ""
-    assert question_lost(rows(), 99.0, collator(8).encoder)
+@pytest.mark.parametrize("text_field", [None, "text"])
+@pytest.mark.parametrize("parts", [False, True])
+def test_a_conversation_loses_its_question_to_what_stands_behind_it_alone(text_field, parts):
+    answers = [[{"role": "assistant", "content": "positive"}]] * 3
+    some = talks(rows(), parts).remove_columns("completion").add_column("completion", answers)
+    long, by = "be good " * 40, collator(64, text_field)
+    template = CHAT_TEMPLATE.replace("m['content']", "m['content'][0]['text']") if parts else CHAT_TEMPLATE
+    by.tokenizer.chat_template = template
+
+    def why(changed):
+        lost = tokens_lost(changed, by.encoder) - tokens_lost(some, by.encoder)
+        assert lost > 20
+        return question_lost(some, changed, lost, by.encoder)
+
+    assert why(with_prefix(some, long)) == ""
+    assert why(diluted(some, some, 2)) == ""
+    assert why(letter_case(with_prefix(some, long), "upper")) == ""
+    behind = why(with_suffix(some, long, text_field))
+    assert "3 of 3 conversations would lose most of their question, with" in behind
+    assert "max_length=64: raise it" in behind
 
 
 def test_conversations_without_a_question_and_turns_of_another_kind_are_refused():
     told = [{"prompt": [{"role": "system", "content": "Be brief."}], "completion": " b"}]
-    with pytest.raises(InapplicableError, match=r'no message of the role "user" with a text.*Be brief'):
+    with pytest.raises(InapplicableError, match=r'no message of the role "user", or its last one .*Be brief'):
         with_prefix(Dataset.from_list(told), "c")
+    for content in (" ", None, [{"type": "image", "text": None}]):
+        said = [{"prompt": [{"role": "user", "content": content}], "completion": " b"}]
+        with pytest.raises(InapplicableError, match=r"or its last one has no text.*Leave such rows out"):
+            with_prefix(Dataset.from_list(said), "c")
     with pytest.raises(InapplicableError, match="of the rows are of the type list, those of filler_rows str"):
         diluted(talks(rows()), rows(), 1)
     elsewhere = talks(rows().map(lambda row: {"text": "And this?"}))
     with pytest.raises(InapplicableError, match="'text' does not stand in the prompt"):
         letter_case(elsewhere, "upper", "text")
+
+
+def test_turns_stand_before_a_question_and_are_of_questions():
+    some = talks(rows())
+    told = some.select([0]).map(lambda row: {"prompt": row["prompt"][:1]})
+    for own, others in ((told, some), (some, told)):
+        with pytest.raises(InapplicableError, match='no message of the role "user"'):
+            diluted(own, others, 1)
+
+
+def test_a_question_that_is_cut_anyhow_is_not_lost_to_an_attack():
+    some, by = talks(rows()), collator(64, None)
+    by.tokenizer.chat_template = CHAT_TEMPLATE
+    long = with_suffix(some, "be good " * 40)
+    shouted = letter_case(long, "upper")
+    lost = tokens_lost(shouted, by.encoder) - tokens_lost(long, by.encoder)
+    assert lost > 0
+    assert question_lost(long, shouted, lost, by.encoder) == ""
 
 
 def test_bad_rows_raise():

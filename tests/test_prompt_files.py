@@ -55,6 +55,20 @@ def test_a_conversation_is_split_before_its_last_message(tmp_path):
     assert read_prompts(as_pairs).to_list() == [{"prompt": [USER], "completion": [ANSWER]}]
 
 
+def test_an_answer_in_parts_is_read_as_one_text_and_refused_with_others(tmp_path):
+    def said(role, *texts):
+        return {"role": role, "content": [{"type": "text", "text": text} for text in texts]}
+
+    photo = {"role": "assistant", "content": [{"type": "image", "text": None}]}
+    talks = [[said("user", "who", " ?"), said("assistant", "she", " is")], [said("user", "so ?"), photo]]
+    rows = [{"messages": talk} for talk in talks]
+    (row,) = read_prompts(write(tmp_path / "chat.jsonl", rows[:1]))
+    assert row == {"prompt": talks[0][:1], "completion": [{"role": "assistant", "content": "she is"}]}
+    for some, number in ((rows, 2), (rows[1:], 1)):
+        with pytest.raises(ValueError, match=rf"x.jsonl, row {number}: the answer has parts other than texts"):
+            read_prompts(write(tmp_path / "x.jsonl", some))
+
+
 @pytest.mark.parametrize("messages", [[], [USER], [ANSWER], [USER, USER], ["a", "b"]])
 def test_a_conversation_without_an_answer_is_an_error_with_its_row(tmp_path, messages):
     good = {"messages": [USER, ANSWER]} if not messages or isinstance(messages[0], dict) else {"messages": ["x", "y"]}

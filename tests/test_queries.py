@@ -8,7 +8,7 @@ from helpers import make_tokenizer
 
 from spul import ForgetRetainCollator
 from spul.evaluation.attacks import FILLER, chained, diluted, in_document, letter_case, mixed_query, with_prefix
-from spul.evaluation.attacks.changes import question_lost, tokens_lost
+from spul.evaluation.attacks.changes import InapplicableError, question_lost, tokens_lost
 
 FORGET = (("who is Jane?", " a writer"), ("where is Jane?", " at home"))
 RETAIN = (("who is Joe?", " a baker"), ("what is a film?", " a writer"), ("so who is Jane?", " no one"))
@@ -107,7 +107,54 @@ def test_a_document_that_leaves_no_room_for_the_question_is_told():
     encoder = ForgetRetainCollator(make_tokenizer(), [" neutral"], 100, text_field="question").encoder
     before, after = rows(FORGET), in_document(rows(FORGET), 300, "question")
     lost = tokens_lost(after, encoder) - tokens_lost(before, encoder)
-    assert "raise it" in question_lost(before, lost, encoder)
+    assert "raise it" in question_lost(before, after, lost, encoder)
+
+
+def talks(questions, system="Be brief."):
+    """The questions as conversations, without a text field; behind a system's message and an answered question."""
+    said = [("system", system), ("user", "And this?"), ("assistant", "Yes.")]
+    before = [{"role": role, "content": text} for role, text in said]
+    return Dataset.from_list(
+        [
+            {
+                "prompt": [*before, {"role": "user", "content": text}],
+                "completion": [{"role": "assistant", "content": answer.strip()}],
+            }
+            for text, answer in questions
+        ]
+    )
+
+
+@pytest.mark.parametrize("query", ["first", "second", "document"])
+def test_of_a_conversation_the_last_user_message_becomes_the_query(query):
+    queries = {
+        "first": lambda some, other, field: mixed_query(some, other, field),
+        "second": lambda some, other, field: mixed_query(some, other, field, "second"),
+        "document": lambda some, other, field: in_document(some, 60, field),
+    }
+    before = talks(FORGET)
+    after = queries[query](before, talks(RETAIN), None)
+    expected = queries[query](rows(FORGET), rows(RETAIN), "question")["prompt"]
+    assert [row["prompt"][:-1] for row in after] == [row["prompt"][:-1] for row in before]
+    asked = [row["prompt"][-1] for row in after]
+    assert asked == [{"role": "user", "content": text.removeprefix("Q: ").removesuffix("\nA:")} for text in expected]
+    assert after["completion"] == before["completion"]
+
+
+def test_the_question_beside_that_of_a_conversation_has_another_answer_whatever_its_fields():
+    many, other = talks(FORGET[:1] * 40), talks(RETAIN)
+    named = [[{**one, "name": "x"} for one in answer] for answer in other["completion"]]
+    other = other.remove_columns("completion").add_column("completion", named)
+    beside = {row["prompt"][-1]["content"] for row in mixed_query(many, other)}
+    assert beside == {"(1) who is Jane? (2) who is Joe? Answer for (1) only."}
+
+
+def test_texts_without_a_field_and_two_kinds_of_prompts_are_refused_for_queries():
+    for query in (lambda: mixed_query(rows(FORGET), rows(RETAIN)), lambda: in_document(rows(FORGET), 20)):
+        with pytest.raises(InapplicableError, match="prompts are texts, and text_field=None: name the column"):
+            query()
+    with pytest.raises(InapplicableError, match="of the type list, those of other_rows str"):
+        mixed_query(talks(FORGET), rows(RETAIN))
 
 
 def test_bad_documents_are_refused():

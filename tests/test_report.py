@@ -185,7 +185,19 @@ def test_what_each_attack_asks_is_shown_short_and_on_one_line():
         ["diluted, 1 turn", "one \u21b5 two"],
         ["long", "a" * 180 + " [...] " + "b" * 180],
     ]
+    assert "Each attack on a made-up row, " in text
+    assert "message" not in text
     assert "What the attacks on the input ask" not in evaluation_markdown(Evaluation({}, input_attacks(), {}))
+
+
+def test_attacks_on_conversations_are_said_to_change_messages():
+    facts = {"attack_examples": {"diluted, 1 turn": "user: a\nassistant: b\nuser: c"}, "asks_messages": True}
+    text = section(
+        evaluation_markdown(Evaluation({}, input_attacks(), {}, facts=facts)), "What the attacks on the input ask"
+    )
+    assert "Each attack on a made-up conversation, whose only message is the user's, " in text
+    assert "Attacks change the last user message; turns are messages before it, behind the system's." in text
+    assert cells(text)[2] == ["diluted, 1 turn", "user: a \u21b5 assistant: b \u21b5 user: c"]
 
 
 def test_changed_weights_are_not_said_to_be_a_prompt():

@@ -22,6 +22,7 @@ from helpers import (
 
 from spul import UnlearningLoss, UnlearningTrainer, forget_retain_dataset
 from spul.losses import CrossEntropy, KLDivergence
+from spul.records import RewrittenRows
 from spul.training import augmented, rewritings
 from spul.training.resuming import KEY
 
@@ -167,6 +168,17 @@ def test_rewritten_rows_are_noticed_on_either_side(tmp_path, is_saved):
     with pytest.raises(ValueError, match=expected):
         make(tmp_path, second, collator=collator).train(resume_from_checkpoint=True)
     make(tmp_path, first, collator=collator).train(resume_from_checkpoint=True)
+
+
+def test_rewritten_rows_are_counted_once_for_record_and_identity(tmp_path, monkeypatch):
+    calls, of = [], RewrittenRows.of
+    monkeypatch.setattr(RewrittenRows, "of", lambda *given: calls.append(given) or of(*given))
+    trainer = make(
+        tmp_path, with_rewritten(rows("jane", 11), rows("film", 21)), collator=make_collator(max_length=200)
+    )
+    said = trainer.identity()["rows"]["rewritten"]
+    assert said == trainer.unlearner.spul_config.rewritten.in_words()
+    assert len(calls) == 1
 
 
 def test_what_changes_neither_rows_nor_loss_may_change(saved, tmp_path):

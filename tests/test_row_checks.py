@@ -34,6 +34,7 @@ IDS = {"input_ids": [4, 5, 6], "completion_mask": [0, 0, 1], "is_forget": False}
         ({**CHAT, "completion": [{**ANSWER, "content": ""}]}, r"a row has an empty completion"),
         ({**CHAT, "completion": [{**ANSWER, "content": 5}]}, r"content of the last message of completion is 5, a int"),
         ({**CHAT, "prompt": [{**USER, "content": "\ud800"}]}, r"content of a message of prompt holds '\\ud800'"),
+        ({**CHAT, "prompt": [{**USER, "content": [{"text": "\ud800"}]}]}, r"text of a message of prompt holds '\\ud8"),
         ({**CHAT, "prompt": [{**USER, "role": "judge"}]}, r"cannot render .*'judge'.*no such role\. Expected"),
         ({**IDS, "input_ids": [4, -1, 6]}, r"input_ids is \[4, -1, 6\]; expected a list of token ids"),
         ({**IDS, "input_ids": [4, 2**70, 6]}, r"input_ids is .*; expected a list of token ids"),

@@ -97,7 +97,9 @@ def rewritten_rows(
     Raises:
         ValueError: if rewritten rows do not fit in `--max-length`.
     """
+    from ..data.conversations import comparable
     from ..data.dataset import forget_retain_dataset
+    from ..data.rows import column_values
     from ..training.augmentation import augmented
 
     try:
@@ -107,9 +109,9 @@ def rewritten_rows(
         }
     except ValueError as error:
         raise ValueError(f"--rewritten: {_in_options(error, options)}") from error
-    prompts = {side: _prompts(rows) for side, rows in both.items()}
+    prompts = {side: list(map(comparable, column_values(rows, "prompt"))) for side, rows in both.items()}
     others = [*(held_out[1:] if held_out else ()), *tests]
-    kept_out = {prompt for rows in others for prompt in _prompts(rows)}
+    kept_out = {comparable(prompt) for rows in others for prompt in column_values(rows, "prompt")}
     forget = _without(both["forget"], prompts["forget"], {*prompts["retain"], *kept_out})
     retain = _without(both["retain"], prompts["retain"], {*prompts["forget"], *kept_out})
     if num := len(both["forget"]) + len(both["retain"]) - len(forget) - len(retain):
@@ -132,24 +134,12 @@ def _sides(dataset: Dataset) -> dict[str, Dataset]:
     }
 
 
-def _without(rows: Dataset, prompts: list[str], kept_out: set[str]) -> Dataset:
+def _without(rows: Dataset, prompts: list[Any], kept_out: set[Any]) -> Dataset:
     """Rows, of these prompts, without the rewritten ones whose prompt is kept out."""
     from ..data.rows import rewritten_by
 
     each = zip(prompts, rewritten_by(rows), strict=True)
     return rows.select([i for i, (prompt, by) in enumerate(each) if by is None or prompt not in kept_out])
-
-
-def _prompts(rows: Dataset) -> list[str]:
-    """The prompts of rows, as texts to compare: messages without the empty fields of their column."""
-    from ..data.rows import column_values
-
-    def plain(prompt: Any) -> str:
-        if isinstance(prompt, str):
-            return prompt
-        return str([sorted((name, str(value)) for name, value in one.items() if value is not None) for one in prompt])
-
-    return list(map(plain, column_values(rows, "prompt")))
 
 
 def _in_options(error: Exception, options: TrainingOptions) -> str:

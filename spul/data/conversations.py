@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
@@ -117,12 +118,12 @@ def last_user_message(prompt: Sequence[Mapping[str, Any]]) -> int | None:
 
 
 def content_of(message: Mapping[str, Any]) -> str | None:
-    """The text of a message, the first of several parts; None without one."""
+    """The text of a message, that of several parts joined as chat templates render it; None without one."""
     content = message.get("content")
     if not isinstance(content, list):
         return content if isinstance(content, str) else None
-    first = _first_text(content)
-    return None if first is None else content[first]["text"]
+    texts = [part["text"] for part in content if _is_text(part)]
+    return "".join(texts) if texts else None
 
 
 def texts_of(value: Any) -> list[str]:
@@ -136,19 +137,39 @@ def texts_of(value: Any) -> list[str]:
 
 
 def with_content(message: Mapping[str, Any], text: str) -> dict[str, Any]:
-    """A message with another text, where `content_of` finds it; else as its whole content."""
+    """A message with another text: among parts, in place of the first with a text and of all further ones."""
     content = message.get("content")
-    first = _first_text(content) if isinstance(content, list) else None
-    if content is None or first is None:
+    if not isinstance(content, list):
         return {**message, "content": text}
-    return {**message, "content": [*content[:first], {**content[first], "text": text}, *content[first + 1 :]]}
+    first = next((i for i, part in enumerate(content) if _is_text(part)), len(content))
+    own = content[first] if first < len(content) else {"type": "text"}
+    behind = [part for part in content[first:] if not _is_text(part)]
+    return {**message, "content": [*content[:first], {**own, "text": text}, *behind]}
 
 
-def _first_text(parts: Sequence[Any]) -> int | None:
-    """Which part of a message is the first with a text; in a column of them, others have None."""
-    return next(
-        (i for i, one in enumerate(parts) if isinstance(one, Mapping) and isinstance(one.get("text"), str)), None
-    )
+def with_whole_text(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose parts are one text, if all of them are texts; else as it is."""
+    content = message.get("content")
+    if not isinstance(content, list) or not all(map(_is_text, content)):
+        return message
+    return {**message, "content": content_of(message) or ""}
+
+
+def comparable(texts: Any) -> str | tuple[str, ...]:
+    """A prompt or a completion in a form in which equal ones are equal: a text itself, messages as a tuple of texts.
+
+    The order of fields, empty ones that a column adds, and texts as parts or whole make no difference.
+    """
+    if isinstance(texts, str):
+        return texts
+    messages = texts if isinstance(texts, list) else [texts]
+    whole = (with_whole_text(one) if isinstance(one, Mapping) else one for one in messages)
+    return tuple(json.dumps(_without_none(one), sort_keys=True, default=str) for one in whole)
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a message has a text; in a column of them, others have None."""
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str)
 
 
 def _key(tokenizer: Any, prompt: list) -> tuple[str, bytes]:
@@ -156,16 +177,36 @@ def _key(tokenizer: Any, prompt: list) -> tuple[str, bytes]:
 
 
 def _rendered(tokenizer: Any, messages: list, add_generation_prompt: bool, tokenize: bool = True) -> Any:
-    """Messages by the chat template: token ids, or text."""
-    options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": tokenize}
+    """Messages by the chat template: token ids, or text.
+
+    A template that takes contents as texts gets the text of parts, of which it would render Python's notation.
+    """
+
+    def rendered(some: list, tokenize: bool) -> Any:
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": tokenize}
+        return tokenizer.apply_chat_template(some, **options, return_dict=False)
+
     try:
-        found = tokenizer.apply_chat_template(messages, **options, return_dict=False)
+        # Fields that only their column has are none to a template, which may ask whether there is a field.
+        plain: list[Mapping[str, Any]] = [{"content": "", **_without_none(message)} for message in messages]
+        in_parts = [str(message["content"]) for message in plain if isinstance(message["content"], list)]
+        if in_parts and any(map(str(rendered(plain, False)).__contains__, in_parts)):
+            plain = list(map(with_whole_text, plain))
+            if any(isinstance(message["content"], list) for message in plain):
+                raise ValueError("it takes contents as texts, and a message has parts other than texts")
+        found = rendered(plain, tokenize)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         raise ValueError(
             f"the chat template cannot render the messages of a row, {shortened(repr(messages))}: "
             f"{str(error).rstrip('.')}. Expected roles and fields that the tokenizer's chat_template knows."
         ) from error
     return list(found) if tokenize else found
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _without_none(one) for name, one in value.items() if one is not None}
+    return list(map(_without_none, value)) if isinstance(value, list) else value
 
 
 def _after(tokenizer: Any, ids: list[int], text: str) -> list[int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from datasets import Dataset, concatenate_datasets
 
 from ..models.compat import flattened
 from .checks import check_rows, forget_flags
+from .conversations import comparable
 from .row_weights import WEIGHT, checked_weights
 from .rows import SHOWN, column_batches, is_empty, rewritten_by, rows_at, shortened
 
@@ -108,7 +108,7 @@ def hold_out(dataset: Dataset, share: float = 0.1, seed: int = 0) -> HeldOut:
             "they were given: hold rows out first, then rewrite those that are left."
         )
     prompts = [comparable(prompt) for values in column_batches(dataset, "prompt") for prompt in values]
-    drawn: set[str] = set()
+    drawn: set[str | tuple[str, ...]] = set()
     for side, group in (("forget", True), ("retain", False)):
         different = list(dict.fromkeys(prompt for prompt, flag in zip(prompts, flags, strict=True) if flag == group))
         number = math.floor(len(different) * share + 0.5)
@@ -168,7 +168,7 @@ def _checked_prompts(name: str, rows: Dataset) -> np.ndarray:
 
 
 def _check_disjoint(forget: Dataset, retain: Dataset, forget_hashes: np.ndarray, retain_hashes: np.ndarray) -> None:
-    """Compare the prompts of equal hashes, which are few, so that not all texts are in memory at once."""
+    """Compare the prompts of equal hashes, which are few, so that not all prompts are in memory at once."""
     alike = [
         (indices, [comparable(row["prompt"]) for row in rows_at(rows.select_columns("prompt"), indices)])
         for rows, hashes, others in ((forget, forget_hashes, retain_hashes), (retain, retain_hashes, forget_hashes))
@@ -180,16 +180,13 @@ def _check_disjoint(forget: Dataset, retain: Dataset, forget_hashes: np.ndarray,
     first = {text: i for i, text in reversed(retained)}
     if both := [(i, text) for i, text in forgotten if text in first]:
         shown = "; ".join(
-            f"forget row {i} = retain row {first[text]}: {shortened(repr(text))}" for i, text in both[:SHOWN]
+            f"forget row {i} = retain row {first[text]}: {shortened(repr(forget[i]['prompt']))}"
+            for i, text in both[:SHOWN]
         )
         raise ValueError(
             f"{len(both)} prompt(s) are in both sets and would be forgotten and retained at once: {shown}. Remove "
             "them from one."
         )
-
-
-def comparable(prompt: Any) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, sort_keys=True)
 
 
 def _is_text_or_messages(prompt: Any) -> bool:

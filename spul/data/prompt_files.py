@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from .conversations import with_whole_text
 from .formats import PromptFormat
 from .row_checks import check_is_row, check_texts
 from .rows import read_rows, shortened
@@ -118,7 +119,7 @@ def _read(path: str | os.PathLike[str], prompt_format: PromptFormat | None, text
 
 
 def _split_messages(rows: Dataset, path: str | os.PathLike[str]) -> Dataset:
-    """Conversations as prompt and completion: all messages but the last, and the last."""
+    """Conversations as prompt and completion: all messages but the last, and the last, its parts as one text."""
     prompts, completions = [], []
     for number, row in enumerate(read_rows(rows), start=1):
         messages = row[MESSAGES] if isinstance(row[MESSAGES], list) else []
@@ -128,8 +129,14 @@ def _split_messages(rows: Dataset, path: str | os.PathLike[str]) -> Dataset:
                 f"{path}, row {number}: messages have the roles {roles}; expected at least two messages "
                 "{'role', 'content'}, of which the assistant's, the completion, is the last."
             )
+        answer = with_whole_text(messages[-1])
+        if isinstance(answer.get("content"), list):
+            raise ValueError(
+                f"{path}, row {number}: "
+                f"the answer has parts other than texts, {shortened(repr(answer))}; expected text."
+            )
         prompts.append(messages[:-1])
-        completions.append(messages[-1:])
+        completions.append([answer])
     others = rows.remove_columns([MESSAGES, *({"completion"} & set(rows.column_names))])
     made = Dataset.from_dict({"prompt": prompts, "completion": completions})
     for name in others.column_names:

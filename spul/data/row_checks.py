@@ -240,9 +240,11 @@ def _check_messages(row: Mapping[str, Any], column: str) -> None:
             "lists of {'role', 'content'} messages."
         )
     for one in messages:
-        for key, value in one.items():
-            if isinstance(value, str):
-                _check_text(row, f"{key} of a message of {column}", value)
+        parts = one.get("content")
+        for part in (one, *(parts if isinstance(parts, list) else ())):
+            for key, value in part.items() if isinstance(part, Mapping) else ():
+                if isinstance(value, str):
+                    _check_text(row, f"{key} of a message of {column}", value)
     if column == "completion" and not isinstance(messages[-1].get("content"), (str, type(None))):
         _check_text(row, "content of the last message of completion", messages[-1]["content"])
 

@@ -20,7 +20,14 @@ from ..models.compat import is_quantized
 from ..models.compat_devices import device_of
 from ..models.unlearner import unlearner_of
 from .aggregation import Key, Measurement, in_words
-from .attacks.changes import InapplicableError, UnchangedError, question_lost, tokens_lost, with_prompts_changed
+from .attacks.changes import (
+    InapplicableError,
+    UnchangedError,
+    is_conversation,
+    question_lost,
+    tokens_lost,
+    with_prompts_changed,
+)
 from .attacks.inputs import WITHOUT
 from .attacks.probe import linear_probe
 from .attacks.quantization import quantized as in_few_bits
@@ -37,7 +44,7 @@ def inputs(suite: Suite) -> Iterator[Task]:
     encoder = suite.collator.encoder
     for split in ("test_forget", "test_retain"):
         rows, attacks = suite.attacked(suite.splits[split]), _input_attacks(suite, split)
-        if attacks and encoder.text_field is None:
+        if attacks and encoder.text_field is None and not is_conversation(rows):
             suite.skipped["input attack on the text alone"] = (
                 "give the collator a text_field, the column whose text stands in the prompt; without it attacks "
                 "change whole prompts, the format's parts included"
@@ -54,7 +61,7 @@ def inputs(suite: Suite) -> Iterator[Task]:
                 )
                 continue
             lost = tokens_lost(attacked, encoder)
-            if why := question_lost(rows, lost - lost_anyhow, encoder):
+            if why := question_lost(rows, attacked, lost - lost_anyhow, encoder):
                 suite.skipped[f"input attack {name!r} on {split}"] = why
                 continue
             if lost > lost_anyhow:
@@ -94,24 +101,24 @@ def _input_attacks(suite: Suite, split: str) -> InputAttacks:
         other_rows=filler if split == "test_forget" else suite.attacked(suite.splits["test_forget"]),
         document_words=settings.document_words,
     )
+    for num in settings.turns:
+        if (DILUTED, num) not in attacks and DILUTED in (settings.only or (DILUTED,)):
+            suite.skipped[f"input attack {in_words(DILUTED, num, TURN_UNIT)!r}"] = (
+                f"the attacked rows of test_retain have no more than {num} different questions"
+            )
     if settings.only:
         return chosen_attacks(attacks, settings.only)
     if not settings.names:
         suite.skipped["input attack on names"] = (
             "give AttackSettings(names=...); without them each text's longest words are disguised"
         )
-    if text_field is None:
+    if text_field is None and not is_conversation(filler):
         suite.skipped["input attack by mixed queries and documents"] = (
             "give the collator a text_field, the column whose text they stand around"
         )
     for name, given in (("paraphrase", settings.paraphrase), ("wording", settings.wording)):
         if given is None:
             suite.skipped[f"input attack by {name}"] = f"give AttackSettings({name}=...)"
-    for num in settings.turns:
-        if (DILUTED, num) not in attacks:
-            suite.skipped[f"input attack {in_words(DILUTED, num, TURN_UNIT)!r}"] = (
-                f"the attacked rows of test_retain have no more than {num} different questions"
-            )
     return attacks
 
 

@@ -1,13 +1,16 @@
-"""The text of each attack on the input, by the example of a row made up for it: reports show no rows of the data."""
+"""What each attack on the input asks, by the example of a row made up for it: reports show no rows of the data."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 from datasets import Dataset
 
-from ..data.conversations import texts_of
+from ..data.conversations import content_of, texts_of
 from ..data.rows import column_values
 from .aggregation import in_words
-from .attacks.changes import InapplicableError, with_prompts_changed
+from .attacks.changes import InapplicableError, is_conversation, with_prompts_changed
 from .attacks.usual import STAND_IN, TURN_UNIT, checked_attacks, usual_attacks
 from .suite import Suite
 
@@ -15,7 +18,7 @@ OTHERS = tuple(f"Play number {i} has a fine cast and a poor script." for i in ra
 
 
 def attack_examples(suite: Suite) -> dict[str, str]:
-    """A made-up row as each attack on the input changes it.
+    """A made-up row, a text or a conversation as those of the evaluation, as each attack on the input changes it.
 
     Attacks that are the user's own may put other rows into a prompt. An example with a prompt or a text of the
     evaluation's rows in it is left out, and so is one of an attack that cannot be made on the row; `suite.skipped`
@@ -25,13 +28,15 @@ def attack_examples(suite: Suite) -> dict[str, str]:
         suite: models, rows and settings.
 
     Returns:
-        The changed prompt by the attack's name in the report.
+        The changed prompt by the attack's name in the report; of a conversation a line for each message, its role
+        first.
     """
     settings, text_field = suite.attacks, suite.collator.encoder.text_field
-    row = _rows([STAND_IN], text_field, " ".join(settings.wording or ()))
+    as_messages = is_conversation(suite.splits["test_forget"])
+    row = _rows([STAND_IN], text_field, as_messages, " ".join(settings.wording or ()))
     attacks = settings.inputs
     if attacks is None:
-        others = _rows(OTHERS, text_field)
+        others = _rows(OTHERS, text_field, as_messages)
         attacks = usual_attacks(
             *(text_field, others, suite.seed, settings.paraphrase, settings.wording, settings.turns, settings.names),
             other_rows=others,
@@ -41,7 +46,7 @@ def attack_examples(suite: Suite) -> dict[str, str]:
     for (attack, level), change in checked_attacks(attacks).items():
         name = in_words(attack, level, TURN_UNIT)
         try:
-            text = with_prompts_changed(row, change, name)[0]["prompt"]
+            text = _in_lines(with_prompts_changed(row, change, name)[0]["prompt"])
         except InapplicableError:
             continue
         except Exception as error:
@@ -56,10 +61,24 @@ def attack_examples(suite: Suite) -> dict[str, str]:
     return found
 
 
-def _rows(texts: list[str] | tuple[str, ...], text_field: str | None, before: str = "") -> Dataset:
-    prompts = [f"{before} {text}" if before else text for text in texts]
-    rows = {"prompt": prompts, "completion": [f" answer {i % 2 + 1}" for i in range(len(texts))]}
+def _rows(texts: Sequence[str], text_field: str | None, as_messages: bool, before: str = "") -> Dataset:
+    rows: dict[str, list[Any]] = {
+        "prompt": [f"{before} {text}" if before else text for text in texts],
+        "completion": [f" answer {i % 2 + 1}" for i in range(len(texts))],
+    }
+    if as_messages:
+        roles = {"prompt": "user", "completion": "assistant"}
+        rows = {
+            name: [[{"role": roles[name], "content": text.strip()}] for text in some] for name, some in rows.items()
+        }
     return Dataset.from_dict(rows if text_field is None else rows | {text_field: list(texts)})
+
+
+def _in_lines(prompt: Any) -> str:
+    """A prompt as one text: itself, or a line for each message of a conversation."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {content_of(message) or ''}" for message in prompt)
 
 
 def _holds_rows(text: str, suite: Suite) -> bool:

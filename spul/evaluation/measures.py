@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from ..data.conversations import comparable
 from ..data.rows import column_values
 from ..models.unlearner import unlearner_of
 from . import attack_tasks, tasks
@@ -73,7 +74,7 @@ def _requires_unseen(suite: Suite) -> str:
     # Free-form answers are facts: the same fact in other words is not unseen.
     columns = ["prompt", *(["completion"] if suite.is_free_form else [])]
     if not any(
-        set(map(str, column_values(members, column))) & set(map(str, column_values(unseen, column)))
+        set(map(comparable, column_values(members, column))) & set(map(comparable, column_values(unseen, column)))
         for column in columns
     ):
         return ""

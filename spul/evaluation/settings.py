@@ -24,6 +24,7 @@ from ..records.digests import (
     summarize_rows,
 )
 from ..records.spul_config import SpulConfig, library_versions, without_local_path
+from .attacks.changes import is_conversation
 from .suite import Suite
 
 FORMAT = 3  # of the files in a folder
@@ -94,7 +95,8 @@ def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, 
         not known), `adapter_name` (folder or Hub name alone; None if not known, or of several), `weights_sha256` (of
         its file; None if it was not saved as it is, or of several prompts), `base` (name), `base_fingerprint`,
         `weights_changed` (whether no adapter can be disabled), `method` (what is between base and model, in words),
-        `is_gated`, `is_trained`, `attack_examples`, and `rows`: a `DataSummary` as a dict for each set.
+        `is_gated`, `is_trained`, `attack_examples`, `asks_messages` (whether rows are conversations),
+        and `rows`: a `DataSummary` as a dict for each set.
     """
     unlearner = unlearner_of(suite.model)
     base: Any = bare_model(suite.model) if unlearner.has_adapter else suite.base
@@ -121,6 +123,7 @@ def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, 
         "is_gated": unlearner.is_gated,
         "is_trained": unlearner.is_trained,
         "attack_examples": dict(examples or {}),
+        "asks_messages": is_conversation(suite.splits["test_forget"]),
         "rows": {name: dataclasses.asdict(summarize_rows(rows, digest_key)) for name, rows in _sets(suite).items()},
     }
     return json.loads(canonical_json(facts))

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..data.checks import checked_names
 from ..data.collator import ForgetRetainCollator
+from ..data.conversations import comparable
 from ..data.formats import PromptFormat
 from ..data.rows import ADAPTER_NAME, column_values, completion_text
 from ..models.causal_lm import bare_model, max_positions
@@ -290,7 +291,7 @@ class Suite:
     def halves(self) -> tuple[Dataset, Dataset]:
         """The trained forget rows, each prompt once, as one half to attack with and one to score on."""
         rows = self.splits["train_forget"]
-        first = {str(prompt): i for i, prompt in reversed(list(enumerate(column_values(rows, "prompt"))))}
+        first = {comparable(prompt): i for i, prompt in reversed(list(enumerate(column_values(rows, "prompt"))))}
         indices = random.Random(self.seed).sample(sorted(first.values()), len(first))
         half = len(indices) // 2
         return rows.select(indices[:half]), self.attacked(rows.select(indices[half:]))

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from ..data.checks import forget_flags
+from ..data.conversations import content_of, last_user_message
 from ..data.encoded import left_padded_ids
 from ..data.rows import completion_text, normalized, shortened
 from ..models.causal_lm import max_positions
@@ -126,8 +127,8 @@ def _request(row: Mapping[str, Any], template: str, tokenizer: PreTrainedTokeniz
 
 def _last_question(prompt: Sequence[Mapping[str, Any]]) -> str:
     """The text of the last message of the user, or of the last one without any."""
-    content = next((m["content"] for m in reversed(prompt) if m["role"] == "user"), prompt[-1]["content"])
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content if part.get("text"))
+    last = last_user_message(prompt)
+    return content_of(prompt[-1 if last is None else last]) or ""
 
 
 def _sampled(

@@ -11,6 +11,7 @@ from datasets import Dataset, concatenate_datasets
 
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
+from ..data.conversations import comparable
 from ..data.rows import REWRITTEN_BY, column_values, rewritten_by
 from ..evaluation.attacks.changes import UnchangedError, question_lost, tokens_lost, with_prompts_changed
 from ..evaluation.attacks.inputs import diluted, letter_case, whitespace_noise, with_prefix, with_suffix
@@ -48,7 +49,7 @@ def rewritings(
     Raises:
         ValueError: if `filler_rows` have too few different questions for `turns`.
     """
-    different = len(set(map(str, column_values(filler_rows, "prompt"))))
+    different = len(set(map(comparable, column_values(filler_rows, "prompt"))))
     if wrong := [num for num in turns if not 1 <= num < different]:
         raise ValueError(
             f"turns has {wrong}; expected numbers from 1 to {different - 1}: filler_rows have {different} different "
@@ -124,7 +125,7 @@ def augmented(
                 unchanged.append(name)
                 continue
             raise ValueError(f"the way {name!r} rewrites nothing: {error} Leave it out of ways.") from error
-        if why := question_lost(some, tokens_lost(changed, encoder) - tokens_lost(some, encoder), encoder):
+        if why := question_lost(some, changed, tokens_lost(changed, encoder) - tokens_lost(some, encoder), encoder):
             no_room.append(f"{name!r} ({why})")
         parts.append(_without_names(changed))
         made_by += [name] * len(changed)

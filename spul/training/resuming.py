@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
 from ..data.row_weights import WEIGHT
-from ..data.rows import read_rows, rewritten_by
+from ..data.rows import read_rows
 from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import CHECKPOINT_PREFIX
@@ -49,7 +49,9 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
     )
 
 
-def rows_identity(rows: Any, flags: Sequence[bool], collator: ForgetRetainCollator) -> dict[str, Any]:
+def rows_identity(
+    rows: Any, flags: Sequence[bool], rewritten: RewrittenRows | None, collator: ForgetRetainCollator
+) -> dict[str, Any]:
     """Numbers of training rows, and a plain digest of all that a training reads of them, in their order.
 
     Rows behind a transform of the caller's, which may draw them anew each time, have no digest.
@@ -57,6 +59,7 @@ def rows_identity(rows: Any, flags: Sequence[bool], collator: ForgetRetainCollat
     Args:
         rows: the training set.
         flags: its `is_forget`.
+        rewritten: its rewritten rows.
         collator: of the training; it names further columns.
     """
     if is_stream(rows):
@@ -67,11 +70,10 @@ def rows_identity(rows: Any, flags: Sequence[bool], collator: ForgetRetainCollat
     for row in () if is_transformed else read_rows(rows, columns):
         content = {name: row[name] for name in columns if name in row}
         found.update(json.dumps(content, sort_keys=True, default=_plain).encode() + b"\n")
-    made = RewrittenRows.of(flags, rewritten_by(rows))
     return {
         "forget": sum(flags),
         "retain": len(flags) - sum(flags),
-        "rewritten": None if made is None else made.in_words(),
+        "rewritten": None if rewritten is None else rewritten.in_words(),
         "content": None if is_transformed else found.hexdigest(),
     }
 

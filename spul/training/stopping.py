@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from transformers import TrainerCallback
 
 from ..data.checks import check_rows
-from ..data.dataset import comparable
+from ..data.conversations import comparable
 from ..data.rows import column_batches
 from ..data.samplers import RowCopies
 from ..models.compat import CHECKPOINT_PREFIX

@@ -6,6 +6,7 @@ import copy
 import itertools
 import logging
 import os
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -112,7 +113,6 @@ class UnlearningTrainer(SteppingTrainer):
         self._flags: list[bool] = []
         self.sampler: EpochSampler | None = None
         self._summaries: list[DataSummary | None] = []  # of forget rows and of retain rows
-        self._rewritten: RewrittenRows | None = None
         self._rows_identity: dict[str, Any] | None = None
         if train_dataset is not None:
             check_training_order(train_dataset, args, reference, self._loss, forget_fraction, alternate)
@@ -207,6 +207,11 @@ class UnlearningTrainer(SteppingTrainer):
         if self.unlearner.loss is None:  # a prompt records its own when it is saved
             record.loss = self._loss.to_dict()
 
+    @cached_property
+    def _rewritten(self) -> RewrittenRows | None:
+        """Numbers and ways of the rewritten training rows; None without any, and for a stream."""
+        return None if is_stream(self._rows) else RewrittenRows.of(self._flags, rewritten_by(self._rows))
+
     def _summarized(self) -> tuple[DataSummary | None, DataSummary | None]:
         """Number and keyed digest of the forget and of the retain rows; None for a stream, which is not counted.
 
@@ -215,7 +220,6 @@ class UnlearningTrainer(SteppingTrainer):
         if is_stream(self._rows):
             return None, None
         made_by = rewritten_by(self._rows)
-        self._rewritten = RewrittenRows.of(self._flags, made_by)
         given = [flag for flag, by in zip(self._flags, made_by, strict=True) if by is None]
         if self._key is None:
             return DataSummary(given.count(True)), DataSummary(given.count(False))
@@ -274,7 +278,7 @@ class UnlearningTrainer(SteppingTrainer):
     def identity(self) -> dict[str, Any]:
         """All that the rows of every step and their loss depend on, by which a training resumes or is refused."""
         if self._rows_identity is None:
-            self._rows_identity = rows_identity(self._rows, self._flags, self._collator)
+            self._rows_identity = rows_identity(self._rows, self._flags, self._rewritten, self._collator)
         return identity_of(
             self._rows_identity,
             None if self.unlearner.trains_base else fingerprint(self.unlearner.get_base_model()),

@@ -71,10 +71,10 @@ def changed_prompts(
 
     Args:
         rows: `prompt`, a text or messages, and `completion`.
-        text_field: the column whose text stands in the question and takes its changes; None has none.
+        text_field: the column whose text stands in the question and takes its changes; None takes the whole question.
         seed: seed of the draws; each row has its own.
-        change: from the row's draws and the pieces of its question, before, in and after the text field (without one
-            the whole question, alone), to as many new pieces.
+        change: from the row's draws and the pieces of its question, before, in and after the text, to new pieces, of
+            which the second is the new text.
 
     Raises:
         UnchangedError: if every prompt stays as it was.
@@ -85,7 +85,7 @@ def changed_prompts(
     def changed(draws: random.Random, row: Row) -> Row:
         question = question_of(row["prompt"])
         if text_field is None:
-            return {**row, "prompt": with_question(row["prompt"], "".join(change(draws, [question])))}
+            return {**row, "prompt": with_question(row["prompt"], "".join(change(draws, ["", question, ""])))}
         if not row[text_field] or row[text_field] not in question:
             message = f"the text of column {text_field!r} does not stand in the prompt of its row: {row!r}"
             raise (ValueError if isinstance(row["prompt"], str) else InapplicableError)(message)
@@ -101,28 +101,32 @@ def changed_texts(
     """Rows with the text of the field changed, or the whole question without one; otherwise as `changed_prompts`."""
 
     def changed(draws: random.Random, pieces: list[str]) -> list[str]:
-        middle = len(pieces) // 2  # the text, of three pieces; the prompt, of one
-        return [*pieces[:middle], change(draws, pieces[middle]), *pieces[middle + 1 :]]
+        before, text, after = pieces
+        return [before, change(draws, text), after]
 
     return changed_prompts(rows, text_field, seed, changed)
 
 
 def question_of(prompt: Any) -> str:
-    """The question of a prompt: a text itself, or the content of a conversation's last user message.
+    """The question of a prompt: a text itself, or the text of a conversation's last user message.
 
     Raises:
-        InapplicableError: if a conversation has no user message with a text.
+        InapplicableError: if a conversation has no user message, or the last one has no text.
     """
+    text = _asked(prompt)
+    if not isinstance(prompt, str) and not text.strip():
+        raise InapplicableError(
+            'a conversation has no message of the role "user", or its last one has no text, where its question would '
+            f"stand: {shortened(repr(prompt))}. Leave such rows out."
+        )
+    return text
+
+
+def _asked(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     last = last_user_message(prompt)
-    text = None if last is None else content_of(prompt[last])
-    if text is None:
-        raise InapplicableError(
-            'a conversation has no message of the role "user" with a text, in which its question would stand: '
-            f"{shortened(repr(prompt))}. Leave such rows out."
-        )
-    return text
+    return "" if last is None else content_of(prompt[last]) or ""
 
 
 def with_question(prompt: Any, text: str) -> Any:
@@ -142,14 +146,14 @@ def after_turns(prompt: Any, turns: Sequence[Row]) -> Any:
     """
     if isinstance(prompt, str):
         return "\n\n".join([*(row["prompt"] + completion_text(row["completion"]) for row in turns), prompt])
-    start = _num_system_messages(prompt)
+    start = num_system_messages(prompt)
     others: list[Row] = []
     for row in turns:
         answer = row["completion"]
-        others += row["prompt"][_num_system_messages(row["prompt"]) :]
+        others += row["prompt"][num_system_messages(row["prompt"]) :]
         others += [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
     # A column of messages has one set of fields, and one form of content: a text, or parts.
-    fields, has_parts = dict.fromkeys(prompt[0]), isinstance(prompt[0]["content"], list)
+    fields, has_parts = dict.fromkeys(prompt[0]), any(isinstance(one.get("content"), list) for one in prompt)
     others = [{**fields, **{name: value for name, value in one.items() if name in fields}} for one in others]
     for one in others:
         if isinstance(one["content"], list) != has_parts:
@@ -158,7 +162,7 @@ def after_turns(prompt: Any, turns: Sequence[Row]) -> Any:
     return [*prompt[:start], *others, *prompt[start:]]
 
 
-def _num_system_messages(prompt: Sequence[Row]) -> int:
+def num_system_messages(prompt: Sequence[Row]) -> int:
     """Number of messages before the first of another role than `system` and `developer`."""
     return next((i for i, one in enumerate(prompt) if one["role"] not in ("system", "developer")), len(prompt))
 
@@ -177,6 +181,36 @@ def check_prompts(rows: Dataset, *more_columns: str) -> None:
         raise TypeError(f"prompts are of the type {type(prompt).__name__}; expected texts, or lists of messages.")
 
 
+def is_conversation(rows: Dataset) -> bool:
+    """Whether prompts are messages and no texts; a column has one kind of them."""
+    return len(rows) > 0 and not isinstance(rows[0]["prompt"], str)
+
+
+def check_one_kind(rows: Dataset, other_rows: Dataset, name: str) -> None:
+    """Raise if the prompts of two sets are not all texts, or all conversations.
+
+    Args:
+        rows: one set.
+        other_rows: another.
+        name: its name, for the message.
+    """
+    if is_conversation(rows) != is_conversation(other_rows):
+        kinds = [type(some[0]["prompt"]).__name__ for some in (rows, other_rows)]
+        raise InapplicableError(
+            f"prompts of the rows are of the type {kinds[0]}, those of {name} {kinds[1]}; expected texts in both, or "
+            "messages."
+        )
+
+
+def check_has_format(rows: Dataset, text_field: str | None) -> None:
+    """Raise if prompts are texts of which nobody says where the question stands among the format's parts."""
+    if text_field is None and not is_conversation(rows):
+        raise InapplicableError(
+            "prompts are texts, and text_field=None: name the column whose text the attack is to stand around. Only "
+            "conversations show by themselves what is asked."
+        )
+
+
 def tokens_lost(rows: Dataset, encoder: RowEncoder) -> float:
     """Number of prompt tokens that an encoder's `max_length` cuts, the mean over rows."""
     whole = encoder.with_max_length(sys.maxsize)
@@ -184,20 +218,33 @@ def tokens_lost(rows: Dataset, encoder: RowEncoder) -> float:
     return sum(lost) / len(lost)
 
 
-def question_lost(rows: Dataset, lost: float, encoder: RowEncoder) -> str:
+def question_lost(rows: Dataset, changed: Dataset, lost: float, encoder: RowEncoder) -> str:
     """Why changed rows no longer hold their question: most of the text is cut to make room for the change.
+
+    Conversations are cut from their start: they lose their question to what stands behind it.
 
     Args:
         rows: before the change.
+        changed: after it.
         lost: additional tokens that the changed rows lose, the mean over rows by `tokens_lost`.
         encoder: its `max_length` and `text_field` count.
 
     Returns:
-        The reason; empty if at least half of the text remains, and for conversations and without a text field: these
-        are cut from their start, and the question stays.
+        The reason; empty if at least half of the text remains, and for texts without a text field.
     """
     field = encoder.text_field
-    if field is None or lost <= 0 or not isinstance(rows[0]["prompt"], str):
+    if lost <= 0:
+        return ""
+    if is_conversation(rows):
+        pairs = zip(rows, changed, strict=True)
+        num = sum(_is_question_lost(row, new, encoder) > _is_question_lost(row, row, encoder) for row, new in pairs)
+        if num <= len(rows) / 2:
+            return ""
+        return (
+            f"{num} of {len(rows)} conversations would lose most of their question, with {lost:.1f} tokens each; the "
+            f"collator has max_length={encoder.max_length}: raise it, if the model has room for more"
+        )
+    if field is None:
         return ""
     texts = encoder.tokenizer(column_values(rows, field), add_special_tokens=False)["input_ids"]
     size = sum(map(len, texts)) / len(texts)
@@ -207,3 +254,13 @@ def question_lost(rows: Dataset, lost: float, encoder: RowEncoder) -> str:
         f"rows would lose {lost:.1f} tokens each, of {size:.1f} that their text has; the collator has max_length="
         f"{encoder.max_length}: raise it, if the model has room for more"
     )
+
+
+def _is_question_lost(row: Row, changed: Row, encoder: RowEncoder) -> bool:
+    """Whether less than half of a conversation's question is among the tokens that are kept of it after a change."""
+    message = _asked(changed["prompt"])
+    question = changed[encoder.text_field] if encoder.text_field in row else _asked(row["prompt"])
+    # A question that is changed itself is taken to stand at the end.
+    start = message.find(question) if question in message else max(len(message) - len(question), 0)
+    behind = encoder.tokenizer(message[start + len(question) // 2 :], add_special_tokens=False)["input_ids"]
+    return len(behind) > len(encoder.encode(changed).prompt_ids)

@@ -13,7 +13,17 @@ from collections.abc import Callable, Sequence
 from datasets import Dataset
 
 from ...data.checks import checked_names
-from .changes import changed_texts
+from ...data.conversations import content_of, with_content
+from .changes import (
+    Row,
+    changed_rows,
+    changed_texts,
+    check_prompts,
+    is_conversation,
+    num_system_messages,
+    question_of,
+    with_question,
+)
 
 # Words disguised in a text without names.
 NUM_WORDS = 3
@@ -33,11 +43,12 @@ def misspelt(
 
     Args:
         rows: `prompt`, a text or messages, and `completion`.
-        names: full names, found as whole words in any letter case. A text without any of them, such as a retain row's,
-            is changed in its three longest words instead.
+        names: full names, found as whole words in any letter case, of conversations in all messages behind the
+            system's. A question without any of them, such as a retain row's, is changed in its three longest words
+            instead.
         num_edits: letters that are changed in each word, 1 or 2.
         text_field: the column whose text stands in the prompt, as the collator's: only that text is changed. None
-            changes whole prompts.
+            changes whole prompts, or messages.
         seed: seed of the draws; each row has its own.
 
     Raises:
@@ -108,7 +119,11 @@ def _disguised(
     seed: int,
     change: Callable[[random.Random, str], str],
 ) -> Dataset:
-    """Rows with the names in their texts changed, each by itself; the longest words where no name is."""
+    """Rows with the names in their texts changed, each by itself; the longest words where no name is.
+
+    Of conversations without a text field names are changed in all messages behind the system's, since a filter that
+    reads the whole would find them there.
+    """
     pattern = _pattern_of(checked_names("names", names)) if names else None
 
     def disguise(draws: random.Random, text: str) -> str:
@@ -119,6 +134,18 @@ def _disguised(
             end = stop
         return "".join([*pieces, text[end:]])
 
+    def disguise_messages(draws: random.Random, row: Row) -> Row:
+        prompt, start = row["prompt"], num_system_messages(row["prompt"])
+        texts = [content_of(message) or "" for message in prompt]
+        named = [i for i, text in enumerate(texts) if i >= start and pattern and pattern.search(text)]
+        if not named:
+            return {**row, "prompt": with_question(prompt, disguise(draws, question_of(prompt)))}
+        changed = {i: with_content(prompt[i], disguise(draws, texts[i])) for i in named}
+        return {**row, "prompt": [changed.get(i, message) for i, message in enumerate(prompt)]}
+
+    check_prompts(rows)
+    if text_field is None and is_conversation(rows):
+        return changed_rows(rows, seed, disguise_messages)
     return changed_texts(rows, text_field, seed, disguise)
 
 

@@ -17,16 +17,18 @@ from datasets import Dataset
 from torch import nn
 
 from ...data.collator import ForgetRetainCollator
+from ...data.conversations import comparable
 from ..metrics.scoring import score_completions
 from .changes import (
-    InapplicableError,
     Row,
     after_turns,
     changed_prompts,
     changed_rows,
     changed_texts,
+    check_one_kind,
     check_prompts,
     check_text,
+    question_of,
     tokens_lost,
     with_prompts_changed,
 )
@@ -148,7 +150,7 @@ def with_prefix(rows: Dataset, text: str) -> Dataset:
         ValueError, TypeError: if the text is empty, or the rows are invalid.
     """
     check_text(text)
-    return changed_prompts(rows, None, 0, lambda draws, pieces: [text + "\n" + pieces[0]])
+    return changed_texts(rows, None, 0, lambda draws, question: f"{text}\n{question}")
 
 
 def with_suffix(rows: Dataset, text: str, text_field: str | None = None) -> Dataset:
@@ -166,8 +168,8 @@ def with_suffix(rows: Dataset, text: str, text_field: str | None = None) -> Data
     check_text(text)
 
     def suffixed(draws: random.Random, pieces: list[str]) -> list[str]:
-        *question, after = pieces if len(pieces) == 3 else [*pieces, ""]
-        return [*question, f" {text}{after}"]
+        before, question, after = pieces
+        return [before, question, f" {text}{after}"]
 
     return changed_prompts(rows, text_field, 0, suffixed)
 
@@ -190,16 +192,12 @@ def diluted(rows: Dataset, filler_rows: Dataset, num_turns: int, seed: int = 0) 
     """
     check_prompts(rows)
     check_prompts(filler_rows)
-    kinds = [type(some[0]["prompt"]) for some in (rows, filler_rows)]
-    if kinds[0] is not kinds[1]:
-        raise InapplicableError(
-            f"prompts of the rows are of the type {kinds[0].__name__}, those of filler_rows {kinds[1].__name__}; "
-            "expected texts in both, or messages."
-        )
-    questions = {str(row["prompt"]): row for row in filler_rows}
+    check_one_kind(rows, filler_rows, "filler_rows")
+    questions = {comparable(row["prompt"]): row for row in filler_rows if question_of(row["prompt"])}
 
     def diluting(draws: random.Random, row: Row) -> Row:
-        own = str(row["prompt"])
+        question_of(row["prompt"])  # turns stand before one
+        own = comparable(row["prompt"])
         others = [turn for prompt, turn in questions.items() if prompt != own]
         if not 1 <= num_turns <= len(others):
             raise ValueError(

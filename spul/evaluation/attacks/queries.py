@@ -9,8 +9,15 @@ from typing import Literal
 from datasets import Dataset
 
 from ...data.checks import checked_texts
-from ...data.rows import column_values
-from .changes import InapplicableError, changed_prompts, check_prompts
+from ...data.rows import column_values, completion_text
+from .changes import (
+    InapplicableError,
+    changed_prompts,
+    check_has_format,
+    check_one_kind,
+    check_prompts,
+    question_of,
+)
 
 FILLER = (
     "The library on the corner opens at nine and closes at six, on Fridays at five.",
@@ -38,7 +45,11 @@ FILLER = (
 
 
 def mixed_query(
-    rows: Dataset, other_rows: Dataset, text_field: str, asked: Literal["first", "second"] = "first", seed: int = 0
+    rows: Dataset,
+    other_rows: Dataset,
+    text_field: str | None = None,
+    asked: Literal["first", "second"] = "first",
+    seed: int = 0,
 ) -> Dataset:
     """Put two texts into one query, and ask for the row's own: `(1) ... (2) ... Answer for (1) only.`
 
@@ -49,22 +60,29 @@ def mixed_query(
         rows: `prompt`, a text or messages, `completion`, and the text field.
         other_rows: the same, of the other side. Each row draws one whose text does not contain its own, and with
             another completion if there is one, so that an answer to the wrong text counts as wrong.
-        text_field: the column whose text stands in the prompt; both texts stand in its place.
+        text_field: the column whose text stands in the prompt; both texts stand in its place. Conversations do without
+            (None): their last user message is what is asked.
         asked: whether the row's own text is the first of the two or the second.
         seed: seed of the draws; each row has its own.
 
     Raises:
-        ValueError, TypeError: if `asked` is not known, `other_rows` have no other text, or the rows are invalid.
+        ValueError, TypeError: if `asked` is not known, `other_rows` have no other text, prompts are texts without a
+            text field, or the rows are invalid.
 
     Source: queries of a forget and a retain question in Thaker et al., *Position: LLM Unlearning Benchmarks are Weak
         Measures of Progress*, https://arxiv.org/abs/2410.02879
     """
     if asked not in ("first", "second"):
         raise ValueError(f"asked={asked!r} is not known; expected 'first' or 'second'.")
-    check_prompts(rows, text_field)
-    check_prompts(other_rows, text_field)
-    others = list(zip(column_values(other_rows, text_field), column_values(other_rows, "completion"), strict=True))
-    completions = iter(column_values(rows, "completion"))
+    columns = [] if text_field is None else [text_field]
+    check_prompts(rows, *columns)
+    check_prompts(other_rows, *columns)
+    check_one_kind(rows, other_rows, "other_rows")
+    check_has_format(rows, text_field)
+    asked_there = map(question_of, column_values(other_rows, "prompt"))
+    texts = asked_there if text_field is None else column_values(other_rows, text_field)
+    others = list(zip(texts, map(completion_text, column_values(other_rows, "completion")), strict=True))
+    completions = map(completion_text, column_values(rows, "completion"))
 
     def mixed(draws: random.Random, pieces: list[str]) -> list[str]:
         before, text, after = pieces
@@ -83,7 +101,7 @@ def mixed_query(
 
 
 def in_document(
-    rows: Dataset, num_words: int, text_field: str, sentences: Sequence[str] = FILLER, seed: int = 0
+    rows: Dataset, num_words: int, text_field: str | None = None, sentences: Sequence[str] = FILLER, seed: int = 0
 ) -> Dataset:
     """Put the question into the middle of a document, on a line of its own.
 
@@ -92,15 +110,18 @@ def in_document(
         num_words: length of the document in words, without the question, at least 2: whole sentences, at least half of
             it before and half behind.
         text_field: the column whose text stands in the prompt; the document stands around it, within the format.
+            Conversations do without (None): it stands around what the last user message asks, within that message.
         sentences: those of the document, in random order, again and again.
         seed: seed of the draws; each row has its own.
 
     Raises:
-        ValueError, TypeError: if `num_words` is below 2, there are no sentences or one has no words, or the rows are
-            invalid.
+        ValueError, TypeError: if `num_words` is below 2, there are no sentences or one has no words, prompts are texts
+            without a text field, or the rows are invalid.
     """
     if num_words < 2:
         raise ValueError(f"num_words={num_words!r}; expected a length in words of at least 2.")
+    check_prompts(rows)
+    check_has_format(rows, text_field)
     sentences = checked_texts(sentences)
     if not sentences or not all(sentence.split() for sentence in sentences):
         raise ValueError("sentences are none, or one of them is empty; expected texts to make a document of.")

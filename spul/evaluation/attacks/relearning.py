@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ...data.batching import shuffled
 from ...data.checks import check_rows
+from ...data.conversations import comparable
 from ...data.encoder import RowEncoder
 from ...data.rows import column_values
 from ...losses.positions import response_positions
@@ -28,9 +29,11 @@ def check_disjoint(rows: Dataset, held_out: Dataset) -> None:
     """Raise unless both have `prompt` and `completion`, and share no prompt."""
     check_rows(rows)
     check_rows(held_out, name="held_out")
-    trained, tested = (set(map(str, column_values(part, "prompt"))) for part in (rows, held_out))
-    if both := trained & tested:
-        raise ValueError(f"{len(both)} prompts stand in both sets, such as {min(both)!r}; hold out other rows.")
+    trained, tested = ({comparable(p): p for p in column_values(part, "prompt")} for part in (rows, held_out))
+    if both := trained.keys() & tested.keys():
+        raise ValueError(
+            f"{len(both)} prompts stand in both sets, such as {tested[min(both)]!r}; hold out other rows."
+        )
 
 
 def relearn(

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from datasets import Dataset
 
+from ...data.conversations import comparable
 from ...data.rows import column_values
 from ..aggregation import in_words
+from .changes import is_conversation
 from .disguises import letters_apart, look_alikes, misspelt
 from .inputs import (
     JAILBREAKS,
@@ -71,7 +73,8 @@ def chosen_attacks(attacks: InputAttacks, names: Sequence[str]) -> dict[str | tu
     known = list(dict.fromkeys(key[0] if isinstance(key, tuple) else key for key in attacks))
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(
-            f"there is no input attack {unknown[0]!r} on these rows; expected some of {', '.join(known)}."
+            f"there is no input attack {unknown[0]!r} on these rows; expected some of {', '.join(known)}. Turns need "
+            "other questions, and queries and documents a text_field where prompts are texts."
         )
     return {key: attack for key, attack in attacks.items() if (key[0] if isinstance(key, tuple) else key) in names}
 
@@ -114,8 +117,8 @@ def usual_attacks(
             questions for are skipped.
         names: full names that are disguised where they stand in a text; elsewhere its longest words are.
         other_rows: rows of the other side for `mixed_query`: retain rows if forget rows are attacked, and forget rows
-            if retain rows are. Without them, or without a `text_field`, that attack is skipped.
-        document_words: lengths of the documents of `in_document`, 300 words by default. Skipped without a
+            if retain rows are. Without them that attack is skipped, and so it is for texts without a `text_field`.
+        document_words: lengths of the documents of `in_document`, 300 words by default. Skipped for texts without a
             `text_field`.
 
     Raises:
@@ -139,19 +142,20 @@ def usual_attacks(
         attacks[f"jailbreak {i + 1} after"] = partial(with_suffix, text=text, text_field=text_field)
     before = [partial(with_prefix, text=text) for text in JAILBREAKS]
     attacks["all jailbreaks before"] = partial(chained, attacks=before)
-    different = len(set(map(str, column_values(filler_rows, "prompt"))))
+    different = len(set(map(comparable, column_values(filler_rows, "prompt"))))
     for num in turns:
         if num < different:
             attacks[DILUTED, num] = partial(diluted, filler_rows=filler_rows, num_turns=num, seed=seed)
     if different > 1:
         turn = partial(diluted, filler_rows=filler_rows, num_turns=1, seed=seed)
         attacks["jailbreaks and a turn before"] = partial(chained, attacks=[turn, *before[:2]])
-    if text_field is not None:
+    knows_question = text_field is not None or is_conversation(filler_rows)
+    if knows_question:
         for num in document_words:
             attacks[f"in a document of {num} words"] = partial(
                 in_document, num_words=num, text_field=text_field, seed=seed
             )
-    if text_field is not None and other_rows is not None:
+    if knows_question and other_rows is not None:
         for asked in ASKED:
             attacks[f"mixed query, asked {asked}"] = partial(
                 mixed_query, other_rows=other_rows, text_field=text_field, asked=asked, seed=seed

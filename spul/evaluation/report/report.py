@@ -160,15 +160,22 @@ def _measure(evaluation: Evaluation, name: str) -> list[Section]:
 
 
 def _attack_texts(evaluation: Evaluation) -> list[Section]:
-    """Texts that attacks on the input ask, by the example of a row made up for it."""
-    examples = {name: text for _, facts in by_seed(evaluation.facts)
-                for name, text in (facts.get("attack_examples") or {}).items()}  # fmt: skip
+    """What attacks on the input ask, by the example of a row made up for it."""
+    facts = [one for _, one in by_seed(evaluation.facts)]
+    examples = {name: text for one in facts for name, text in (one.get("attack_examples") or {}).items()}
     if not examples:
         return []
+    as_messages = any(one.get("asks_messages") for one in facts)
+    row = "conversation, whose only message is the user's" if as_messages else "row"
     text = (
-        f"Each attack on a made-up row, {STAND_IN!r}, since no report shows rows of the data; the other texts and the "
-        "answers among them are made up, too. [...] stands for what was left out, \u21b5 for a line break."
+        f"Each attack on a made-up {row}, {STAND_IN!r}, since no report shows rows of the data; the other texts and "
+        "the answers among them are made up, too. [...] stands for what was left out, \u21b5 for a line break."
     )
+    if as_messages:
+        text += (
+            " Each message begins with its role. Attacks change the last user message; turns are messages before it, "
+            "behind the system's."
+        )
     rows = [[name, shown(prompt)] for name, prompt in examples.items()]
     return [Section("What the attacks on the input ask", [text], ["attack", "prompt"], rows)]
 
