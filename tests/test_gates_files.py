@@ -63,13 +63,20 @@ FIELDS = {
         "threshold": ("1", None, 10**400, True, float("nan"), 2.0, ...),
         "report": (5, [], {"recall": 1}, ...),
         "arrays_sha256": (5, ...),
-        "names": ([], "jane", [5], ["a", "a"], [" "], ...),
+        "names": ([], "jane", [5], ["a", "a"], [" "], ["Jane Doe", "\ud83d"], ...),
         "aliases": ([], {"bob": ["b"]}, {"Jane Doe": "J"}, {"Jane Doe": [5]}, ...),
     },
     "text": {
         "threshold": (float("inf"),),
         "windows": (0, [], [31], [40.0], ["40"], None, [True], [40, 80], [40, 40], ...),
-        "vocabulary": ([], {}, {"words": ["a"], "chars": ["b"]}, {"chars": ["a"], "words": []}, ...),
+        "vocabulary": (
+            [],
+            {},
+            {"words": ["a"], "chars": ["b"]},
+            {"chars": ["a"], "words": []},
+            {"chars": ["\ud83d"], "words": ["a"]},
+            ...,
+        ),
         "arrays_sha256": (None, "0" * 64),
     },
     "states": {
