@@ -154,7 +154,10 @@ class TextGate(Gate):
         saved.fields.setdefault("spelling", False)  # gates that were saved before there was any
         saved.check(
             {
-                "windows": (is_window_sizes, "numbers of characters, the largest first"),
+                "windows": (
+                    is_window_sizes,
+                    "a number of characters, its half, a quarter and an eighth, none below 32",
+                ),
                 **SPELLING_CHECK,
                 "vocabulary": (_is_vocabulary, 'different texts as "chars" and as "words", in this order'),
             }

@@ -30,8 +30,7 @@ def window_size(forget_texts: Sequence[str]) -> int:
 
 def window_sizes(forget_texts: Sequence[str]) -> list[int]:
     """The sizes of windows, in characters, the largest first, into which nearly all forget texts fit."""
-    largest = window_size(forget_texts)
-    return [largest, *(largest // scale for scale in SCALES if largest // scale >= SHORTEST)]
+    return _scaled(window_size(forget_texts))
 
 
 def is_window_size(value: object) -> bool:
@@ -41,12 +40,11 @@ def is_window_size(value: object) -> bool:
 
 def is_window_sizes(value: object) -> bool:
     """Whether a value is a list of sizes that `window_sizes` can return."""
-    return (
-        isinstance(value, list)
-        and value != []
-        and all(map(is_window_size, value))
-        and value == sorted(set(value), reverse=True)
-    )
+    return isinstance(value, list) and value != [] and all(map(is_window_size, value)) and value == _scaled(value[0])
+
+
+def _scaled(largest: int) -> list[int]:
+    return [largest, *(largest // scale for scale in SCALES if largest // scale >= SHORTEST)]
 
 
 def with_windows(text: str, size: int) -> list[str]:
