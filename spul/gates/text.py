@@ -17,9 +17,9 @@ from ..records.fields import is_count
 from .disguises import compatible
 from .files import SavedGate, is_texts
 from .gate import Gate
-from .spelling import SPELLING_CHECK, Spelling, check_spelling
+from .spelling import Spelling, check_spelling, read_spelling, spelling_settings
 from .thresholds import GateReport, checked_fit_texts, folds, report_of, threshold_for
-from .windows import highest_scores, is_window_sizes, window_sizes
+from .windows import SHORTEST, highest_scores, is_window_sizes, window_sizes
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class TextGate(Gate):
 
     def settings(self) -> dict[str, Any]:
         """The vocabulary, the sizes of windows, and whether spelling is corrected."""
-        return {"windows": self.windows, "spelling": self.spelling, "vocabulary": self.vocabulary}
+        return {"windows": self.windows, **spelling_settings(self.spelling), "vocabulary": self.vocabulary}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Inverse document frequencies, weights and bias."""
@@ -151,14 +151,13 @@ class TextGate(Gate):
             FileNotFoundError: if the arrays are missing.
             ValueError: if a field or an array is damaged.
         """
-        saved.fields.setdefault("spelling", False)  # gates that were saved before there was any
+        spelling = read_spelling(saved)
         saved.check(
             {
                 "windows": (
                     is_window_sizes,
-                    "a number of characters, its half, a quarter and an eighth, none below 32",
+                    f"a number of characters, its half, a quarter and an eighth from {SHORTEST} on",
                 ),
-                **SPELLING_CHECK,
                 "vocabulary": (_is_vocabulary, 'different texts as "chars" and as "words", in this order'),
             }
         )
@@ -166,7 +165,7 @@ class TextGate(Gate):
         num = sum(map(len, vocabulary.values()))
         arrays = saved.arrays({"idf": (num,), "weights": (num,), "bias": (1,)})
         bias = float(arrays["bias"][0])
-        threshold, windows, spelling = (saved.fields[name] for name in ("threshold", "windows", "spelling"))
+        threshold, windows = saved.fields["threshold"], saved.fields["windows"]
         gate = cls(vocabulary, arrays["idf"], arrays["weights"], bias, threshold, windows, spelling)
         gate.report = report
         return gate
