@@ -9,7 +9,15 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from spul.data.checks import check_is_forget, check_row_ids, check_rows, checked_flag, forget_flags
+from spul.data.checks import (
+    check_is_forget,
+    check_row_ids,
+    check_rows,
+    checked_flag,
+    checked_names,
+    checked_texts,
+    forget_flags,
+)
 
 ROWS = Dataset.from_dict({"prompt": ["a"], "text": ["b"]})
 
@@ -114,3 +122,11 @@ def test_rows_that_share_a_row_id_are_refused_and_both_are_named():
 def test_a_row_id_that_is_no_whole_number_is_refused(value):
     with pytest.raises(ValueError, match=rf"row 1 of train_dataset has row_id={re.escape(repr(value))}; expected a"):
         check_row_ids([{"row_id": 3}, {"row_id": value}])
+
+
+def test_half_of_a_surrogate_pair_in_a_text_or_a_name_is_refused_with_its_place():
+    assert checked_texts(["a", "\U0001f600", ""]) == ["a", "\U0001f600", ""]
+    with pytest.raises(ValueError, match=r"^text 1 of 2 holds '\\ud83d' at character 3, which is half of a surrogate"):
+        checked_texts(["a", "is \ud83d\ude00"])
+    with pytest.raises(ValueError, match=r"^names has the name 'J\\udcffo', which holds '\\udcff' at character 1"):
+        checked_names("names", ["Jane", "J\udcffo"])

@@ -223,3 +223,21 @@ def test_control_characters_of_requests_are_shown_escaped(folder, capsys):
         *("flagged\tJane Doe\\x1b[2J", "passed\ta\\rflagged\\tb", "passed\tc\\nd\\u202ee"),
         *("passed\tWer ist J\u00f6rg?", ""),
     ]
+
+
+def test_half_of_a_surrogate_pair_is_refused_before_a_gate_is_fit_and_flagged_where_one_is_asked(folder, capsys):
+    before = sorted(path.name for path in (folder / "adapter").iterdir())
+    with pytest.raises(ValueError, match=r"names has the name 'J\\udcffo', which holds '\\udcff' at character 1"):
+        fit(parsed("gate", {**options_for(folder), "kind": "names", "names": ["J\udcffo"]}, "fit"))
+    rows = [{"prompt": text, "completion": " a"} for text in [*FORGET, "who \ud83d"]]
+    (folder / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=r"forget\.jsonl: the text 'who .*' holds '\\ud83d' at character 4"):
+        fit(parsed("gate", options_for(folder, kind="text"), "fit"))
+    assert sorted(path.name for path in (folder / "adapter").iterdir()) == before
+    fit(parsed("gate", {"adapter": folder / "adapter", "kind": "names", "names": ["Jane Doe"]}, "fit"))
+    capsys.readouterr()
+    check(parsed("gate", {"adapter": folder / "adapter", "texts": ["the plot", "the \udcff plot"]}, "check"))
+    said = capsys.readouterr().out
+    assert said.startswith("passed\tthe plot\nflagged\tthe ")
+    assert "the gate failed on 1 of them, which are flagged: ValueError" in said
+    said.encode()

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import random
+import re
+import sys
+import time
+import unicodedata
+
 import numpy as np
 import pytest
 from datasets import Dataset
 
 from spul.evaluation.attacks.disguises import LOOK_ALIKES, letters_apart, look_alikes
 from spul.gates import NameGate, TextGate
-from spul.gates.disguises import undisguised
+from spul.gates.disguises import APART, WORD, compatible, undisguised
+from spul.gates.disguises import look_alikes as imitated
 from spul.gates.windows import passages, with_windows
 
 NAMES = ["Jane Doe", "Clint Eastwood"]
@@ -117,3 +124,73 @@ def test_two_names_of_one_joined_spelling_are_both_found():
 )
 def test_typographic_signs_are_no_way_around_a_name(name, text):
     assert NameGate([name]).names_in([f"Who is {text}?"]) == [[name]]
+
+
+def read_slowly(text):
+    """`undisguised`, line by line and letter by letter."""
+
+    def is_latin(letter):
+        return letter.isascii() or unicodedata.name(letter, "").startswith("LATIN")
+
+    def in_latin(line):
+        letters = "".join(WORD.findall(line))
+        others = [each for each in letters if not is_latin(each)]
+        if 2 * len(others) < len(letters) or all(ord(each) in imitated() for each in others):
+            return "".join(each for each in line if unicodedata.category(each) not in ("Mn", "Me")).translate(
+                imitated()
+            )
+        return WORD.sub(lambda m: m[0].translate(imitated()) if any(map(is_latin, m[0])) else m[0], line)
+
+    def join(found):
+        has_vowel_signs = any(unicodedata.category(each)[0] == "M" for each in found[0])
+        return found[0] if has_vowel_signs else "".join(WORD.findall(found[0]))
+
+    plain = visible_slowly(unicodedata.normalize("NFKC", text))
+    read = "".join(map(in_latin, plain.splitlines(keepends=True)))
+    for pattern in APART:
+        read = re.sub(pattern, join, read)
+    return text if read == plain else read
+
+
+def visible_slowly(text):
+    return "".join(each for each in text if unicodedata.category(each) != "Cf")
+
+
+def compatible_slowly(text):
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return visible_slowly(unicodedata.normalize("NFKC", folded))
+
+
+def test_random_texts_of_all_scripts_are_read_as_letter_by_letter():
+    draws = random.Random(0)
+    assigned = [each for each in map(chr, range(sys.maxunicode)) if unicodedata.category(each)[:1] not in "C"]
+    pools = [
+        assigned,
+        [each for each in assigned if unicodedata.category(each)[0] == "M"],
+        [each for each in assigned if unicodedata.normalize("NFKC", each) != each],
+        list(map(chr, imitated())),
+        list("\u0434\u0436\u0628\u4e2d\u0915\u0947\U0001f600"),
+        list("\u200b\u00ad\u200d\ufeff"),
+        list(" \n\r\t\u2028\u3000-._*,"),
+        list("abcdeJ1"),
+    ]
+    changed = 0
+    for _ in range(2000):
+        some = draws.choices(pools, k=draws.randint(1, 4))
+        text = "".join(draws.choice(draws.choice(some)) for _ in range(draws.randint(0, 120)))
+        assert undisguised(text) == read_slowly(text)
+        assert compatible(text) == compatible_slowly(text)
+        changed += undisguised(text) != text
+    assert 400 < changed < 1900
+
+
+@pytest.mark.parametrize(
+    "part", ["\u0434\n", "\u0436\u0434\u0443 \u0440\u0435\u043a\u0443\n", "a\u0336\u0323\u0301", "a b ", "\u4e2d"]
+)
+def test_a_megabyte_takes_no_time_to_speak_of(part):
+    text = part * (1_000_000 // len(part))
+    if "a\u0336" in part:
+        text = "a" + "".join(random.Random(0).choices(part[1:], k=1_000_000))
+    begun = time.process_time()
+    undisguised(text)
+    assert time.process_time() - begun < 8

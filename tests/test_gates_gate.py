@@ -17,8 +17,11 @@ from spul.gates import (
     FunctionGate,
     Gate,
     GateReport,
+    HiddenStates,
     NameGate,
+    Probe,
     Rate,
+    StateGate,
     TextGate,
     as_gate,
     flags_of,
@@ -27,6 +30,7 @@ from spul.gates import (
     prompt_texts,
 )
 from spul.gates.gate import request_texts
+from spul.gates.routes import Routes
 from spul.rivals import FixedRefusal
 
 
@@ -232,3 +236,33 @@ def test_a_gate_whose_threshold_is_no_number_attaches_the_prompt(threshold):
     gate.threshold = threshold
     assert gate.flags(["nobody", "Jane Doe"]).tolist() == [True, True]
     assert sum(gate.failures.values()) == 2
+
+
+HALF = "who is jane doe \ud83d"
+
+
+def test_half_of_a_surrogate_pair_is_refused_where_a_gate_is_made():
+    with pytest.raises(ValueError, match=r"text 40 of 41 holds '\\ud83d' at character 16"):
+        TextGate.fit([*forget_texts(), HALF], retain_texts())
+    with pytest.raises(ValueError, match=r"text 0 of 1 holds '\\ud83d'"):
+        TextGate.fit(forget_texts(), retain_texts(), paraphrases=[HALF])
+    with pytest.raises(ValueError, match=r"text 2 of 3 holds '\\ud83d'"):
+        StateGate.fit(build("llama"), make_tokenizer(), ["a", "b"], ["c", "d", HALF])
+    with pytest.raises(ValueError, match=r"names has the name .*'\\ud83d'"):
+        NameGate([HALF])
+    with pytest.raises(ValueError, match=r"aliases\['jane'\] has the name .*'\\ud83d'"):
+        NameGate(["jane"], {"jane": [HALF]})
+
+
+def test_a_request_with_half_of_a_surrogate_pair_gets_the_prompt_and_the_others_are_judged():
+    functions = as_gate(lambda texts: [False for _ in texts])
+    states = StateGate(
+        HiddenStates(build("llama"), make_tokenizer()), 1, "mean", Probe(np.zeros((32, 1)), np.zeros(1)), 1.0, 40
+    )
+    gates = [NameGate(["jane doe"]), TextGate.fit(forget_texts(), retain_texts(), recall=0.9), functions, states]
+    for gate in [*gates, AnyGate(gates)]:
+        assert gate.flags(["the plot", "\udc00 the plot", "the end"]).tolist() == [False, True, False]
+        with pytest.raises(ValueError, match=r"text 0 of 1 holds '\\udc00' at character 0"):
+            gate.scores(["\udc00 the plot"])
+    assert [gate.failures["ValueError"] for gate in gates] == [2] * 4
+    assert Routes({"one": gates[0]}, ["one"], {}).names(["\udc00", "the plot"]) == ["one", "__base__"]

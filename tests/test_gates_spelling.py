@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 import string
+from importlib.metadata import version
 
 import numpy as np
 import pytest
+from gated_texts import forget_texts, retain_texts
 
-from spul.gates.spelling import Spelling, english_words
+from spul.gates import NameGate, TextGate, load
+from spul.gates.spelling import Spelling, dictionary_digest, english_words
 
 WORDS = {
     "sandler": 3.0,
@@ -117,3 +121,56 @@ def test_known_words_numbers_and_short_words_stay_and_a_text_of_them_is_returned
 def test_letters_of_other_sizes_digits_and_accents_are_one_edit_each():
     found = Spelling(WORDS).corrected(["Was S4ndler s\u00e1ndler?", "S@ndler", "schwarzneger's"])
     assert found == ["was sandler sandler?", "s@sandler", "schwarzenegger's"]
+
+
+@pytest.fixture
+def other_dictionary(monkeypatch):
+    monkeypatch.setattr("spul.gates.spelling.english_words", lambda: frozenset({"a", "the"}))
+    dictionary_digest.cache_clear()
+    yield
+    dictionary_digest.cache_clear()
+
+
+@pytest.mark.parametrize("kind", ["names", "text"])
+def test_a_gate_that_reads_spelling_is_another_one_by_another_dictionary_and_says_so(tmp_path, caplog, request, kind):
+    def make(spelling):
+        if kind == "names":
+            return NameGate(["Jane Doe"], spelling=spelling)
+        return TextGate.fit(forget_texts(), retain_texts(), recall=0.9, spelling=spelling)
+
+    spelled, as_it_is = make(True), make(False)
+    identities = [spelled.identity(), as_it_is.identity()]
+    spelled.save(tmp_path / "spelled")
+    as_it_is.save(tmp_path / "plain")
+    load(tmp_path / "spelled")
+    load(tmp_path / "plain")
+    assert not caplog.records
+    expected = json.loads((tmp_path / "spelled" / "gate.json").read_text())["dictionary_sha256"]
+    assert "dictionary" not in (tmp_path / "plain" / "gate.json").read_text()
+
+    request.getfixturevalue("other_dictionary")
+    assert load(tmp_path / "plain").identity() == identities[1]
+    assert not caplog.records
+    again = load(tmp_path / "spelled")
+    assert again.identity() != identities[0]
+    (said,) = caplog.messages
+    assert f"{tmp_path / 'spelled' / 'gate.json'} reads misspelled words by a dictionary" in said
+    assert expected in said
+    assert dictionary_digest() in said
+    assert f"pyspellchecker {version('pyspellchecker')}" in said
+    again.save(tmp_path / "spelled")
+    assert load(tmp_path / "spelled").identity() == again.identity()
+    assert len(caplog.records) == 1
+
+
+def test_a_gate_saved_before_its_dictionary_was_noted_loads_and_a_damaged_digest_does_not(tmp_path, caplog):
+    NameGate(["Jane Doe"], spelling=True).save(tmp_path)
+    path = tmp_path / "gate.json"
+    fields = json.loads(path.read_text())
+    del fields["dictionary_sha256"]
+    path.write_text(json.dumps(fields))
+    assert load(tmp_path).flags(["jnae doe"]).tolist() == [True]
+    assert not caplog.records
+    path.write_text(json.dumps({**fields, "dictionary_sha256": 5}))
+    with pytest.raises(ValueError, match="dictionary_sha256 is 5"):
+        load(tmp_path)

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import random
+
 import numpy as np
 import pytest
 
-from spul.gates.windows import SHORTEST, highest_of, highest_scores, passages, window_size, window_sizes, with_windows
+from spul.gates.windows import (
+    LONGEST_WORD,
+    SHORTEST,
+    highest_of,
+    highest_scores,
+    passages,
+    window_size,
+    window_sizes,
+    with_windows,
+)
 
 LONG = " ".join(f"word{i}" for i in range(200))
 
@@ -61,3 +72,21 @@ def test_the_highest_score_of_a_text_and_its_windows_counts():
     assert found[3] > 5 * score(texts)[3]
     assert np.isnan(highest_of(np.array([1.0, np.nan, 2.0]), [["a", "b"], ["c"]])).tolist() == [True, False]
     assert highest_of(np.zeros(0), []).shape == (0,)
+
+
+def widened_slowly(text, start, end):
+    for _ in range(LONGEST_WORD):
+        start -= start > 0 and not text[start - 1].isspace()
+        end += end < len(text) and not text[end].isspace()
+    return text[start:end]
+
+
+@pytest.mark.parametrize("signs", ["ab ", "ab\n\x1c\x85\u2028\u3000\u200b", "a" * 60 + " ", "a"])
+def test_windows_are_widened_as_step_by_step(signs):
+    draws = random.Random(0)
+    for _ in range(200):
+        text, size = "".join(draws.choices(signs, k=draws.randint(0, 300))), draws.randint(1, 120)
+        last = len(text) - size
+        starts = [*range(0, last, max(1, size // 2)), last] if last > 0 else []
+        windows = [widened_slowly(text, start, start + size) for start in starts]
+        assert with_windows(text, size) == [text, *(window for window in windows if not window.isspace())]

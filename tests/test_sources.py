@@ -102,3 +102,10 @@ def test_content_of_another_type_is_an_error_that_names_the_file(name, content, 
     path.write_bytes(content)
     with pytest.raises(ValueError, match=name):
         read_file(path)
+
+
+def test_half_of_a_surrogate_pair_in_json_is_refused_with_its_text_and_place(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "who", "completion": "a"}\n{"prompt": "who \\ud83d", "completion": "a"}\n')
+    with pytest.raises(ValueError, match=r"rows\.jsonl: the text 'who \\ud83d' holds '\\ud83d' at character 4, which"):
+        read_file(path)

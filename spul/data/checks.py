@@ -179,7 +179,7 @@ def check_not_generic(completions: Iterable[str], generic_completions: Sequence[
         )
 
 
-def checked_texts(texts: Iterable[str]) -> list[str]:
+def checked_strings(texts: Iterable[str]) -> list[str]:
     """The texts as a list.
 
     Raises:
@@ -191,6 +191,32 @@ def checked_texts(texts: Iterable[str]) -> list[str]:
     if bad := [(i, text) for i, text in enumerate(texts) if not isinstance(text, str)]:
         raise _not_texts(bad, len(texts))
     return texts
+
+
+def checked_texts(texts: Iterable[str]) -> list[str]:
+    """The texts as a list; all of their characters can be written and tokenized.
+
+    Raises:
+        TypeError: if they are a single string, or not all are strings.
+        ValueError: if one holds half of a surrogate pair.
+    """
+    texts = checked_strings(texts)
+    for i, text in enumerate(texts):
+        if fault := fault_of_text(text):
+            raise ValueError(f"text {i} of {len(texts)} {fault}")
+    return texts
+
+
+def fault_of_text(text: str) -> str | None:
+    """The fault of a text that no file and no tokenizer takes, to be said of its name; None if there is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"holds {text[error.start : error.start + 1]!r} at character {error.start}, which is half of a surrogate "
+            "pair and no character; drop it, or read the file in its own encoding."
+        )
+    return None
 
 
 def checked_column(rows: Any, column: str, name: str = "rows") -> list[str]:
@@ -248,9 +274,12 @@ def checked_names(argument: str, names: Any) -> list[str]:
 
     Raises:
         TypeError: if they are one string, or not iterable.
-        ValueError: if there are none, or one is empty or not a string.
+        ValueError: if there are none, or one is empty, not a string, or holds half of a surrogate pair.
     """
     different = checked_list(argument, names)
     if bad := [name for name in different if not isinstance(name, str) or not name.strip()]:
         raise ValueError(f"{argument} holds {bad[0]!r}; expected names as text.")
+    for name in different:
+        if fault := fault_of_text(name):
+            raise ValueError(f"{argument} has the name {name!r}, which {fault}")
     return different

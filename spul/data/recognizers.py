@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from .characters import normal_form
 from .checks import checked_texts
 
 if TYPE_CHECKING:
@@ -302,7 +303,7 @@ class NameFinder:
 
 def normalized_name(text: str) -> str:
     """A name or text for comparison: letter case, white space and the encoding of accents do not count."""
-    text = unicodedata.normalize("NFC", unicodedata.normalize("NFC", text).casefold())
+    text = normal_form("NFC", normal_form("NFC", text).casefold())
     return " ".join(text.split())
 
 

@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .checks import checked_flag, whole_number
+from .checks import checked_flag, fault_of_text, whole_number
 from .rows import completion_text, is_empty, normalized, shortened
 
 REMEDY = "If a Trainer pruned them, set TrainingArguments(remove_unused_columns=False)."
@@ -221,13 +221,8 @@ def _listed(values: Any) -> list[Any] | None:
 def _check_text(row: Mapping[str, Any], column: str, text: Any) -> None:
     if not isinstance(text, str):
         raise ValueError(f"{row_name(row)}: {column} is {_short(text)}, a {type(text).__name__}; expected text.")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{row_name(row)}: {column} holds {text[error.start : error.end]!r} at character {error.start}, which is "
-            "half of a surrogate pair and no character; drop it, or read the file in its own encoding."
-        ) from error
+    if fault := fault_of_text(text):
+        raise ValueError(f"{row_name(row)}: {column} {fault}")
 
 
 def _check_messages(row: Mapping[str, Any], column: str) -> None:

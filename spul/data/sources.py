@@ -16,8 +16,8 @@ import pyarrow.csv
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 
-from .checks import check_rows
-from .rows import listed
+from .checks import check_rows, fault_of_text
+from .rows import listed, shortened
 
 ENCODING = "utf-8-sig"  # UTF-8; a byte order mark, which some editors write, is no character of the first row
 FILE_TYPES = (".tsv", ".tsv.gz", ".json", ".jsonl", ".csv", ".parquet")
@@ -81,6 +81,8 @@ def said_of(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 ({error}); save it in that encoding.") from error
+    except UnicodeEncodeError as error:  # "\\ud83d" of JSON, which is valid there
+        raise ValueError(f"{path}: the text {shortened(repr(error.object))} {fault_of_text(error.object)}") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path} is no whole gzip file ({error}); copy it again.") from error
     except RecursionError as error:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..data.checks import checked_texts
+from ..data.checks import checked_strings, checked_texts
 from ..records.digests import digest
 from ..records.files import find_file
 from ..records.weights import file_digest
@@ -51,7 +51,7 @@ class AnyGate(Gate):
 
     def decide(self, texts: Sequence[str]) -> np.ndarray:
         """Whether one of the gates flags each text, or fails on it: bool (texts,)."""
-        texts = checked_texts(texts)
+        texts = checked_strings(texts)
         return np.logical_or.reduce([gate.flags(texts) for gate in self.gates])
 
     def scores(self, texts: Sequence[str]) -> np.ndarray:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import string
 import unicodedata
+from collections.abc import Callable
 from functools import cache, partial
 
 from confusable_homoglyphs import confusables
+
+from ..data.characters import normal_form
 
 ASCII = string.ascii_letters + string.digits
 LETTER = r"[^\W\d_]"
@@ -24,7 +27,7 @@ APART = tuple(
 
 def compatible(text: str) -> str:
     """A text in compatible characters (Unicode NFKC, letter case folded), without invisible ones (class Cf)."""
-    return _visible(unicodedata.normalize("NFKC", text).casefold())
+    return _visible(normal_form("NFKC", text).casefold())
 
 
 def undisguised(text: str) -> str:
@@ -49,14 +52,16 @@ def undisguised(text: str) -> str:
 
 def without_disguises(text: str) -> tuple[str, list[str]]:
     """`undisguised`, and the words in it that were joined of letters apart, with one-letter words beside them."""
-    plain = read = text if text.isascii() else _visible(text)
-    if not text.isascii():
-        read = "".join(map(_in_latin, plain.splitlines(keepends=True)))
+    plain = read = _visible(text)
+    if any(ord(each) in look_alikes() or _is_on_a_letter(each) for each in set(plain) if not each.isascii()):
+        lines = plain.splitlines(keepends=True)
+        in_latin = {line: _in_latin(line) for line in set(lines)}
+        read = "".join(map(in_latin.__getitem__, lines))
     words: list[str] = []
 
     def join(found: re.Match[str]) -> str:
         run = found.group()
-        if any(unicodedata.category(each)[0] == "M" for each in run):  # vowel signs, in the alphabets that have them
+        if any(unicodedata.category(each)[0] == "M" for each in set(run)):  # vowel signs, in alphabets that have them
             return run
         words.append("".join(WORD.findall(run)))
         return words[-1]
@@ -68,20 +73,35 @@ def without_disguises(text: str) -> tuple[str, list[str]]:
 
 def _visible(text: str) -> str:
     """A text in compatible characters, without invisible ones."""
-    return "".join(each for each in unicodedata.normalize("NFKC", text) if unicodedata.category(each) != "Cf")
+    if text.isascii():
+        return text
+    return _without(normal_form("NFKC", text), lambda each: unicodedata.category(each) == "Cf")
+
+
+def _without(text: str, is_dropped: Callable[[str], bool]) -> str:
+    for each in filter(is_dropped, set(text)):
+        text = text.replace(each, "")
+    return text
 
 
 def _in_latin(line: str) -> str:
     """A line with the look-alikes of Latin letters as these, where they cannot be another language's words."""
+    if line.isascii():
+        return line
     letters, table = "".join(WORD.findall(line)), look_alikes()
     others = [each for each in letters if not _is_latin(each)]
-    if 2 * len(others) < len(letters) or all(ord(each) in table for each in others):
-        return "".join(each for each in line if unicodedata.category(each) not in ("Mn", "Me")).translate(table)
+    if 2 * len(others) < len(letters) or all(ord(each) in table for each in set(others)):
+        return _without(line, _is_on_a_letter).translate(table)
     return WORD.sub(
         lambda found: found.group().translate(table) if any(map(_is_latin, found.group())) else found.group(), line
     )
 
 
+def _is_on_a_letter(sign: str) -> bool:
+    return unicodedata.category(sign) in ("Mn", "Me")
+
+
+@cache
 def _is_latin(letter: str) -> bool:
     return letter.isascii() or unicodedata.name(letter, "").startswith("LATIN")
 

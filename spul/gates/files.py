@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save_file
 
+from ..data.checks import fault_of_text
 from ..records.files import find_file, write_text
 from ..records.saved import Saved
 from ..records.weights import Shapes, file_digest, read_weights, weight_shapes
@@ -107,6 +108,6 @@ def is_texts(value: Any) -> bool:
     return (
         isinstance(value, list)
         and value != []
-        and all(isinstance(each, str) for each in value)
+        and all(isinstance(each, str) and fault_of_text(each) is None for each in value)
         and (len(set(value)) == len(value))
     )

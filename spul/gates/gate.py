@@ -16,7 +16,7 @@ import numpy as np
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from ..data.checks import checked_column, checked_texts
+from ..data.checks import checked_column, checked_strings, checked_texts
 from ..data.encoder import RowEncoder
 from ..records.digests import digest
 from ..records.files import atomic_folder
@@ -96,7 +96,8 @@ class Gate:
         """Whether each text gets the prompt: bool (texts,). A text on which the gate fails gets it.
 
         If a batch fails, its halves are asked for, and so on, so that one text does not decide for the others. The
-        first failure of a kind is logged, and all are counted in `failures`.
+        first failure of a kind is logged, and all are counted in `failures`. Half of a surrogate pair, which no
+        tokenizer takes, is a failure.
 
         Args:
             texts: texts; none gives none.
@@ -104,7 +105,7 @@ class Gate:
         Raises:
             TypeError: if they are not strings.
         """
-        texts = checked_texts(texts)
+        texts = checked_strings(texts)
         try:
             return self._decided(texts)
         except Exception as error:  # whatever it is, the prompt must be attached

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.checks import checked_texts
+from ..data.checks import checked_strings
 from ..losses.terms import IGNORE_INDEX
 from ..models.unlearner import Unlearner
 from ..prompts.arguments import check_rows
@@ -107,7 +107,7 @@ class GatedUnlearner(nn.Module, Unlearner):
             TypeError: if they are not strings.
             ValueError: if prompts were added or deleted since, and gates are not the prompts' any more.
         """
-        return self.routes.names(checked_texts(texts))
+        return self.routes.names(checked_strings(texts))
 
     @property
     def routes(self) -> Routes:

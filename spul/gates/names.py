@@ -15,8 +15,8 @@ from ..data.rows import listed
 from .disguises import WORD, compatible, without_disguises
 from .files import SavedGate, is_texts
 from .gate import Gate
-from .spelling import SPELLING_CHECK, Spelling, check_spelling, english_words, num_letters
 from .spelling import WORD as SPELLED
+from .spelling import Spelling, check_spelling, english_words, num_letters, read_spelling, spelling_settings
 from .thresholds import GateReport
 
 # Names that the gate's repr shows.
@@ -119,7 +119,7 @@ class NameGate(Gate):
 
     def settings(self) -> dict[str, Any]:
         """The names, their aliases, and whether misspelled ones match."""
-        return {"names": self.names, "aliases": self.aliases, "spelling": self.spelling}
+        return {"names": self.names, "aliases": self.aliases, **spelling_settings(self.spelling)}
 
     @classmethod
     def restored(cls, saved: SavedGate, report: GateReport | None, model: Any, tokenizer: Any) -> NameGate:
@@ -128,7 +128,7 @@ class NameGate(Gate):
         Raises:
             ValueError: if a field is damaged.
         """
-        saved.fields.setdefault("spelling", False)  # gates that were saved before there was any
+        spelling = read_spelling(saved)
         saved.check(
             {
                 "names": (is_texts, "a list of texts"),
@@ -136,12 +136,11 @@ class NameGate(Gate):
                     lambda value: isinstance(value, dict) and all(map(is_texts, value.values())),
                     "an object of lists of texts by name",
                 ),
-                **SPELLING_CHECK,
                 "threshold": (lambda value: value == cls.threshold, f"{cls.threshold}"),
             }
         )
         try:
-            gate = cls(saved.fields["names"], saved.fields["aliases"], saved.fields["spelling"])
+            gate = cls(saved.fields["names"], saved.fields["aliases"], spelling)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{saved.path}: {error}") from error
         gate.report = report

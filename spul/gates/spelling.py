@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -12,12 +14,13 @@ from rapidfuzz.distance import OSA
 from rapidfuzz.process import extract
 from spellchecker import SpellChecker
 
-from ..records.fields import Checks
+from ..records.digests import digest
 from .disguises import compatible
+from .files import SavedGate
+
+logger = logging.getLogger(__name__)
 
 WORD = re.compile(r"\w+")
-# The field of a saved gate that says whether misspelled words are read.
-SPELLING_CHECK: Checks = {"spelling": (lambda value: isinstance(value, bool), "true or false")}
 # Letters of the shortest known words that may have an edit, and two, unless asked otherwise.
 ONE_EDIT, TWO_EDITS = 3, 7
 # Groups of characters, by which most known words are told to be far from a word before edits are counted.
@@ -101,6 +104,45 @@ def check_spelling(spelling: Any) -> None:
     """Raise unless an argument `spelling` is a bool."""
     if not isinstance(spelling, bool):
         raise TypeError(f"spelling={spelling!r}; expected True or False.")
+
+
+def spelling_settings(spelling: bool) -> dict[str, Any]:
+    """The fields of a saved gate that say whether it reads misspelled words, and by which dictionary."""
+    return {"spelling": spelling, "dictionary_sha256": dictionary_digest()} if spelling else {"spelling": spelling}
+
+
+def read_spelling(saved: SavedGate) -> bool:
+    """Whether a saved gate reads misspelled words. Of another dictionary than this machine's is warned.
+
+    Raises:
+        ValueError: if a field is damaged.
+    """
+    saved.fields.setdefault("spelling", False)  # gates that were saved before there was any
+    saved.fields.setdefault("dictionary_sha256", None)  # and those saved before it was noted
+    saved.check(
+        {
+            "spelling": (lambda value: isinstance(value, bool), "true or false"),
+            "dictionary_sha256": (lambda value: value is None or isinstance(value, str), "text, or null"),
+        }
+    )
+    spelling, expected = saved.fields["spelling"], saved.fields["dictionary_sha256"]
+    if spelling and expected not in (None, found := dictionary_digest()):
+        logger.warning(
+            "%s reads misspelled words by a dictionary whose SHA-256 is %s; that of pyspellchecker %s here is %s. The "
+            "gate may flag other texts than it did, and its report and evaluations are of the other dictionary. "
+            "Install the version that it was saved with; or measure it again and save it.",
+            saved.path,
+            expected,
+            version("pyspellchecker"),
+            found,
+        )
+    return spelling
+
+
+@cache
+def dictionary_digest() -> str:
+    """Digest of the English dictionary."""
+    return digest(sorted(english_words()))
 
 
 @cache

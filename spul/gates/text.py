@@ -8,28 +8,21 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix, hstack
+from scipy.sparse import hstack
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
 from ..data.checks import checked_texts
 from ..records.fields import is_count
-from .disguises import compatible
 from .files import SavedGate, is_texts
 from .gate import Gate
-from .spelling import SPELLING_CHECK, Spelling, check_spelling
+from .ngrams import N_GRAMS, TFIDF, KnownNGrams
+from .spelling import Spelling, check_spelling, read_spelling, spelling_settings
 from .thresholds import GateReport, checked_fit_texts, folds, report_of, threshold_for
-from .windows import highest_scores, is_window_sizes, window_sizes
+from .windows import SHORTEST, highest_scores, is_window_sizes, window_sizes
 
 logger = logging.getLogger(__name__)
 
-# Character n-grams within words (with a space at either end), and words with pairs of words.
-N_GRAMS: dict[str, dict[str, Any]] = {
-    "chars": {"analyzer": "char_wb", "ngram_range": (2, 4)},
-    "words": {"analyzer": "word", "ngram_range": (1, 2), "token_pattern": r"(?u)\b\w+\b"},
-}
-# Shared by all vectorizers. Lower case and compatible characters, so that full-width letters are no way around.
-TFIDF: dict[str, Any] = {"preprocessor": compatible, "sublinear_tf": True, "dtype": np.float64}
 # Weak regularization: n-grams are many and each is rare.
 STRENGTH = 10.0
 
@@ -65,13 +58,7 @@ class TextGate(Gate):
     ) -> None:
         self.vocabulary, self.idf, self.weights, self.bias = vocabulary, idf, weights, bias
         self.threshold, self.windows, self.spelling = threshold, list(windows), spelling
-        self._vectorizers = []
-        start = 0
-        for name, terms in vocabulary.items():
-            vectorizer = TfidfVectorizer(**N_GRAMS[name], **TFIDF, vocabulary=terms)
-            vectorizer.idf_ = idf[start : start + len(terms)]
-            self._vectorizers.append(vectorizer)
-            start += len(terms)
+        self._n_grams = KnownNGrams(vocabulary, idf)
 
     @classmethod
     def fit(
@@ -137,7 +124,7 @@ class TextGate(Gate):
 
     def settings(self) -> dict[str, Any]:
         """The vocabulary, the sizes of windows, and whether spelling is corrected."""
-        return {"windows": self.windows, "spelling": self.spelling, "vocabulary": self.vocabulary}
+        return {"windows": self.windows, **spelling_settings(self.spelling), "vocabulary": self.vocabulary}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Inverse document frequencies, weights and bias."""
@@ -151,11 +138,13 @@ class TextGate(Gate):
             FileNotFoundError: if the arrays are missing.
             ValueError: if a field or an array is damaged.
         """
-        saved.fields.setdefault("spelling", False)  # gates that were saved before there was any
+        spelling = read_spelling(saved)
         saved.check(
             {
-                "windows": (is_window_sizes, "numbers of characters, the largest first"),
-                **SPELLING_CHECK,
+                "windows": (
+                    is_window_sizes,
+                    f"a number of characters, its half, a quarter and an eighth from {SHORTEST} on",
+                ),
                 "vocabulary": (_is_vocabulary, 'different texts as "chars" and as "words", in this order'),
             }
         )
@@ -163,7 +152,7 @@ class TextGate(Gate):
         num = sum(map(len, vocabulary.values()))
         arrays = saved.arrays({"idf": (num,), "weights": (num,), "bias": (1,)})
         bias = float(arrays["bias"][0])
-        threshold, windows, spelling = (saved.fields[name] for name in ("threshold", "windows", "spelling"))
+        threshold, windows = saved.fields["threshold"], saved.fields["windows"]
         gate = cls(vocabulary, arrays["idf"], arrays["weights"], bias, threshold, windows, spelling)
         gate.report = report
         return gate
@@ -205,8 +194,7 @@ class TextGate(Gate):
         return Spelling({word: each for word, each in zip(words, counts, strict=True) if " " not in word})
 
     def _log_odds(self, texts: list[str]) -> np.ndarray:
-        features: csr_matrix = hstack([each.transform(texts) for each in self._vectorizers], format="csr")
-        return features @ self.weights + self.bias
+        return self._n_grams.weighted(texts, self.weights) + self.bias
 
     def __repr__(self) -> str:
         num = sum(map(len, self.vocabulary.values()))

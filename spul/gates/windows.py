@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -18,6 +20,7 @@ COVERED = 0.95
 SCALES = (2, 4, 8)
 # A window begins and ends between words, unless a word is longer than this many characters.
 LONGEST_WORD = 32
+SPACE = re.compile(r"\s")
 
 
 def window_size(forget_texts: Sequence[str]) -> int:
@@ -27,8 +30,7 @@ def window_size(forget_texts: Sequence[str]) -> int:
 
 def window_sizes(forget_texts: Sequence[str]) -> list[int]:
     """The sizes of windows, in characters, the largest first, into which nearly all forget texts fit."""
-    largest = window_size(forget_texts)
-    return [largest, *(largest // scale for scale in SCALES if largest // scale >= SHORTEST)]
+    return _scaled(window_size(forget_texts))
 
 
 def is_window_size(value: object) -> bool:
@@ -38,12 +40,11 @@ def is_window_size(value: object) -> bool:
 
 def is_window_sizes(value: object) -> bool:
     """Whether a value is a list of sizes that `window_sizes` can return."""
-    return (
-        isinstance(value, list)
-        and value != []
-        and all(map(is_window_size, value))
-        and value == sorted(set(value), reverse=True)
-    )
+    return isinstance(value, list) and value != [] and all(map(is_window_size, value)) and value == _scaled(value[0])
+
+
+def _scaled(largest: int) -> list[int]:
+    return [largest, *(largest // scale for scale in SCALES if largest // scale >= SHORTEST)]
 
 
 def with_windows(text: str, size: int) -> list[str]:
@@ -60,7 +61,8 @@ def with_windows(text: str, size: int) -> list[str]:
         return [text]
     last = len(text) - size
     starts = [*range(0, last, max(1, size // 2)), last]
-    windows = (_whole_words(text, start, start + size) for start in starts)
+    spaces = [-1, *(found.start() for found in SPACE.finditer(text)), len(text)]
+    windows = (text[slice(*_whole_words(spaces, start, start + size))] for start in starts)
     return [text, *(window for window in windows if not window.isspace())]
 
 
@@ -99,10 +101,7 @@ def highest_of(scores: np.ndarray, pieces: Sequence[Sequence[str]]) -> np.ndarra
     return np.maximum.reduceat(scores, starts) if len(starts) else np.zeros(0)
 
 
-def _whole_words(text: str, start: int, end: int) -> str:
-    for _ in range(LONGEST_WORD):
-        if start > 0 and not text[start - 1].isspace():
-            start -= 1
-        if end < len(text) and not text[end].isspace():
-            end += 1
-    return text[start:end]
+def _whole_words(spaces: Sequence[int], start: int, end: int) -> tuple[int, int]:
+    """Start and end widened to whole words, by the places of spaces and of both ends of the text."""
+    before, after = spaces[bisect_left(spaces, start) - 1] + 1, spaces[bisect_left(spaces, end)]
+    return max(before, start - LONGEST_WORD), min(after, end + LONGEST_WORD)

@@ -1,0 +1,39 @@
+"""Unicode's normal forms, against those of `unicodedata`."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+import unicodedata
+
+import pytest
+
+from spul.data.characters import MOST_SIGNS, normal_form
+
+ASSIGNED = [each for each in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(each) not in ("Cn", "Co")]
+SIGNS = [each for each in ASSIGNED if unicodedata.category(each)[0] == "M"]
+DECOMPOSED = [each for each in ASSIGNED if unicodedata.normalize("NFKD", each) != each]
+# Signs that are several signs, that are so in one form alone, or whose order counts.
+SEVERAL = [*"\u0344\u0f73\u0f75\u0f81\uff9e\uff9f\u0323\u0301\u0300\u093c", "e\u0323"]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+def test_normal_forms_are_those_of_the_standard_library(form):
+    draws = random.Random(0)
+    many = 0
+    for _ in range(1500):
+        pools = draws.choices([ASSIGNED, SIGNS, SIGNS, DECOMPOSED, SEVERAL, list("ae ")], k=draws.randint(1, 3))
+        text = "".join(draws.choice(draws.choice(pools)) for _ in range(draws.randint(0, 4 * MOST_SIGNS)))
+        many += pools[0] is SIGNS and len(text) > MOST_SIGNS
+        assert normal_form(form, text) == unicodedata.normalize(form, text)
+    assert many > 50
+
+
+def test_many_signs_on_one_letter_take_no_time_to_speak_of():
+    text = "a" + "".join(random.Random(0).choices("\u0336\u0323\u0301", k=300_000))  # two minutes by unicodedata
+    begun = time.process_time()
+    found = normal_form("NFKC", text)
+    assert time.process_time() - begun < 20
+    assert found[:2] == "\u1ea1\u0336"
+    assert found.count("\u0336") == text.count("\u0336")
