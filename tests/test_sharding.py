@@ -10,28 +10,23 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from helpers import (
     CONFIGS,
-    arguments,
     assert_same,
     build,
     longrope_unlearner,
-    make_answers,
-    make_collator,
     make_trainer,
     make_unlearner,
     prompt_state,
     rows,
     scored,
-    trainable_model,
 )
 from processes import finish, launched, start_one_of_two
-from sharded_steps import FSDP, SGD, assert_steps, refused, steps
+from sharded_steps import FSDP, assert_steps, evaluation, lora, refused, steps, uneven_steps
 from small_evaluations import learned, make_model, measured
 
 import spul.training.reference
 import spul.training.sharding
-from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul import SoftPromptUnlearner, UnlearningLoss
 from spul.models import shard_layers
-from spul.models.causal_lm import zero_dropout
 from spul.models.compat_checkpointing import is_checkpointing, switch_checkpointing
 from spul.prompts import row_prompts
 from spul.prompts.row_prompts import RowPrompts
@@ -47,22 +42,6 @@ WAYS |= {kind: [CONCATENATED, CONCATENATED] for kind in ("not earned", "lost whe
 
 
 # ---- the work, the same in one process and in each of two ----
-
-
-def uneven_steps(trainable, folder, processes, **options):
-    """Steps with a live reference on forget rows and retain rows, in order: of two processes one has no retain row."""
-    model = make_unlearner() if trainable == "prompt" else lora()
-    in_order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 8 // processes}
-    trainer = UnlearningTrainer(
-        model,
-        arguments(folder, **in_order, **SGD | {"save_strategy": "no"}, **options),
-        make_collator(),
-        make_answers(4, 4),
-        reference="live",
-        loss=None if trainable == "prompt" else UnlearningLoss(),
-    )
-    trainer.train()
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def checkpointed(prompt_type, folder):
@@ -113,20 +92,6 @@ def sharded_step(process, kind):
         if kind in lost:
             patch.setattr(row_prompts, lost[kind], lambda *args, **kwargs: False)
         return step_of(unlearner, process)
-
-
-def lora():
-    model = trainable_model("lora", dtype=torch.float32)
-    zero_dropout(model)
-    return model
-
-
-def evaluation(model, folder):
-    given = {"output_dir": folder, "unrelated_texts": ["the film is good .", "jane doe ."]}
-    found = measured(model, "utility", "kl", "membership", "unrelated text", "sampling", "soft suffix", **given)
-    keys = ("measure", "rows", "model", "attack", "level", "name")
-    values = {tuple(getattr(one, key) for key in keys): one.value for one in found.metrics}
-    return {"metrics": values, "skipped": found.skipped}
 
 
 def sharded_otherwise():
