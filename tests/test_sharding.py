@@ -242,12 +242,16 @@ def test_settings_of_fsdp_that_cannot_be_honored_are_refused(tmp_path, plugin):
 
 
 @pytest.mark.parametrize(
-    ("name", "processes", "machines"), [("one-gpu", 1, 1), ("eight-gpus", 8, 1), ("two-nodes", 16, 2)]
+    ("name", "processes", "machines"),
+    [("one-gpu", 1, 1), ("eight-gpus", 8, 1), ("eight-gpus-zero3", 8, 1), ("two-nodes", 16, 2)],
 )
 def test_a_config_of_accelerate_loads(name, processes, machines):
     config = load_config_from_file(str(CONFIGS_OF_ACCELERATE / f"{name}.yaml"))
     assert (config.num_processes, config.num_machines) == (processes, machines)
-    if processes > 1:
+    if name.endswith("zero3"):
+        assert config.distributed_type == DistributedType.DEEPSPEED
+        assert config.deepspeed_config["zero_stage"] == 3
+    elif processes > 1:
         assert config.distributed_type == DistributedType.FSDP
         assert config.fsdp_config["fsdp_version"] == 2
     else:

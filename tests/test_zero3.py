@@ -1,7 +1,7 @@
 """A base that DeepSpeed's ZeRO-3 shards over two processes trains, saves, resumes and evaluates as in one.
 
-DeepSpeed is in a folder of its own, which `SPUL_DEEPSPEED` names: installed beside transformers and accelerate, it would
-be imported by all other tests. Without one these tests are skipped. See `.ci/run`.
+DeepSpeed is in a folder of its own, which `SPUL_DEEPSPEED` names: installed beside transformers and accelerate, it
+would be imported by all other tests. Without one these tests are skipped. See `.ci/run`.
 """
 
 import os
@@ -32,6 +32,10 @@ def zero3(**more):
     """Options of a training with ZeRO-3."""
     sizes = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
     return {"deepspeed": {"zero_optimization": ZERO, "gradient_clipping": "auto", **sizes, **more}}
+
+
+# As `accelerate launch` says it to its processes.
+LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
 def offloaded():
@@ -74,6 +78,12 @@ def main(folder):
         results[f"loaded {prompt_type}"] = steps(model, folder / f"loaded-{prompt_type}", 2, **zero3())
         del _args
     results["offloaded"] = steps(make_unlearner(), folder / "offloaded", 2, **offloaded())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in LAUNCHED.items():
+            patch.setenv(name, value)
+        model = make_unlearner()
+        results["launched"] = steps(model, folder / "launched", 2)
+        results["held launched"] = held(model)
     accumulated = {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 3}
     results["accumulated"] = steps(make_unlearner(), folder / "accumulated", 2, **accumulated, **zero3())
     results["lora"] = steps(lora(), folder / "lora", 2, loss=UnlearningLoss(), **zero3())
@@ -134,6 +144,13 @@ def test_a_base_that_transformers_loads_in_shards_makes_the_steps_of_a_whole_one
     for results in found:
         assert results[f"in shards {prompt_type}"]
         assert_steps(one, results[f"loaded {prompt_type}"])
+
+
+def test_a_config_of_accelerate_launch_makes_the_steps_of_one(launch, tmp_path):
+    one = steps(make_unlearner(), tmp_path, 1)
+    for results in launch[1]:
+        assert_steps(one, results["launched"])
+        assert results["held launched"]
 
 
 @pytest.mark.parametrize("kind", ["offloaded", "accumulated"])

@@ -1,4 +1,4 @@
-"""Private and fast-moving APIs of torch, accelerate and DeepSpeed about shards and memory; the others are in `compat`."""
+"""Private and fast-moving APIs of torch, accelerate and DeepSpeed about shards and memory; others are in `compat`."""
 
 from __future__ import annotations
 

@@ -70,8 +70,7 @@ def partition_layers(
 
     As `shard_layers` does by torch: a layer's weights are gathered where they are used, all else is whole in every
     process, and every process must run the same forwards, in the same order. A base that was loaded in shards, as
-    transformers does while `TrainingArguments` with ZeRO-3 are at hand, gets its embeddings, final norm and output head
-    back whole.
+    transformers does while `TrainingArguments` with ZeRO-3 are at hand, gets all but its layers back whole.
 
     Args:
         model: a causal LM of transformers, or one under a prompt or LoRA.

@@ -17,9 +17,8 @@ from ..models.sharding import check_layers_alone, partition_layers, shard_layers
 from ..models.unlearner import Unlearner
 from ..records.digests import fingerprint
 
-
 # Sections of a config of DeepSpeed that are about an optimizer's states, and what to do in their place.
-NOT_OF_A_PROMPT = ("optimizer", "scheduler", "zero_optimization.offload_optimizer", "activation_checkpointing")
+NOT_OF_A_PROMPT = ("optimizer", "scheduler", "zero_optimization.offload_optimizer.device", "activation_checkpointing")
 
 
 def check_zero3(config: Any, is_frozen: bool) -> None:
@@ -34,17 +33,17 @@ def check_zero3(config: Any, is_frozen: bool) -> None:
     """
     if not is_frozen:
         raise ValueError(
-            "deepspeed with ZeRO stage 3 is for a frozen base, under a prompt or LoRA; for weights that train use stage "
-            "1 or 2, or FSDP (version 2)."
+            "deepspeed with ZeRO stage 3 is for a frozen base, under a prompt or LoRA; for weights that train use "
+            "stage 1 or 2, or FSDP (version 2)."
         )
-    if found := [name for name in NOT_OF_A_PROMPT if config.get_value(name) not in (None, {}, False)]:
+    if found := [name for name in NOT_OF_A_PROMPT if config.get_value(name) not in (None, {}, "none")]:
         raise ValueError(
             f"deepspeed's {', '.join(found)}: a prompt or LoRA trains beside the base that ZeRO-3 shards, by the "
             "optimizer, schedule and gradient_checkpointing of TrainingArguments; leave these sections out."
         )
     if config.mismatches:
         raise ValueError(
-            f"the config of DeepSpeed and TrainingArguments differ: {'; '.join(config.mismatches)}. Write 'auto' there."
+            f"DeepSpeed's config and TrainingArguments differ: {'; '.join(config.mismatches)}. Write 'auto' there."
         )
 
 
