@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from helpers import (
     CONFIGS,
     assert_same,
@@ -31,6 +32,7 @@ from spul.models.compat_checkpointing import is_checkpointing, switch_checkpoint
 from spul.prompts import row_prompts
 from spul.prompts.row_prompts import RowPrompts
 from spul.prompts.shared_prefix import shares_states
+from spul.training.sharding import check_zero3
 
 CONFIGS_OF_ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
 
@@ -239,6 +241,27 @@ def test_settings_of_fsdp_that_cannot_be_honored_are_refused(tmp_path, plugin):
     plugin.fsdp_version = 1
     with pytest.raises(ValueError, match="fsdp_version: 2"):
         make_trainer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "is_frozen", "message"),
+    [
+        ({}, False, "for a frozen base"),
+        ({"optimizer": {"type": "AdamW"}}, True, "optimizer: .* leave these sections out"),
+        ({"scheduler": {"type": "WarmupLR"}}, True, "scheduler: .* leave these sections out"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, True, "offload_optimizer"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, True, None),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, True, "activation_checkpointing"),
+    ],
+)
+def test_what_a_config_of_deepspeed_says_of_an_optimizer_is_refused(content, is_frozen, message):
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}} | content)
+    config.mismatches = []
+    if message is None:
+        check_zero3(config, is_frozen)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_zero3(config, is_frozen)
 
 
 @pytest.mark.parametrize(
