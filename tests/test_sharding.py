@@ -252,9 +252,18 @@ def test_settings_of_fsdp_that_cannot_be_honored_are_refused(tmp_path, plugin):
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, True, "offload_optimizer"),
         ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, True, None),
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, True, "activation_checkpointing"),
+        ({"flops_profiler": {"enabled": True}}, True, "flops_profiler"),
+        (
+            {"wall_clock_breakdown": True, "data_types": {"grad_accum_dtype": "fp32"}},
+            True,
+            "wall_clock_.*, data_types",
+        ),
+        ({"wall_clock_breakdown": False, "flops_profiler": {"enabled": False, "detailed": True}}, True, None),
+        ({"fp16": {"enabled": "auto", "loss_scale": 128}}, True, "fp16.loss_scale"),
+        ({"fp16": {"enabled": "auto", "loss_scale": 0, "hysteresis": 2}, "steps_per_print": 2000}, True, None),
     ],
 )
-def test_what_a_config_of_deepspeed_says_of_an_optimizer_is_refused(content, is_frozen, message):
+def test_what_a_config_of_deepspeed_says_of_its_engine_is_refused(content, is_frozen, message):
     config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}} | content)
     config.mismatches = []
     if message is None:

@@ -10,13 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIGS, arguments, assert_same, build, make_unlearner, prompt_state, rows, scored, trainable_model
+from helpers import (
+    CONFIGS,
+    arguments,
+    assert_same,
+    build,
+    make_answers,
+    make_collator,
+    make_unlearner,
+    prompt_state,
+    rows,
+    scored,
+    trainable_model,
+)
 from processes import finish, launched, start_one_of_two
-from sharded_steps import assert_steps, evaluation, lora, refused, steps, uneven_steps
+from sharded_steps import SGD, assert_steps, evaluation, lora, refused, steps, uneven_steps
 from small_evaluations import make_model
 from transformers import AutoModelForCausalLM
 
-from spul import SoftPromptUnlearner, UnlearningLoss
+from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.models import partition_layers
 from spul.models.compat import gathers_weights
 
@@ -38,6 +50,13 @@ def zero3(**more):
 LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 
 
+# What its engine would carry out, and what DeepSpeed does not know.
+IGNORED = {
+    "quantized": {"zero_optimization": ZERO | {"zero_quantized_weights": True}},
+    "misspelled": {"zero_optimization": ZERO | {"stage3_max_live_parameter": 0}},
+}
+
+
 def offloaded():
     return zero3(zero_optimization=ZERO | {"offload_param": {"device": "cpu"}, "stage3_max_live_parameters": 10**9})
 
@@ -54,6 +73,27 @@ def loaded_unlearner(folder, prompt_type, **options):
 def held(model):
     """The numbers of the decoder layers that this process holds, between passes."""
     return sum(p.ds_tensor.numel() for p in model.parameters() if hasattr(p, "ds_tensor"))
+
+
+def gathered(model):
+    """The numbers of the decoder layers that are whole in this process."""
+    return sum(p.numel() for p in model.parameters() if hasattr(p, "ds_tensor"))
+
+
+def gathered_after_live_steps(folder):
+    """Those after steps whose reference is a pass of the base between a forward and its backward pass."""
+    model, size = make_unlearner(), {"per_device_train_batch_size": 4}
+    args = arguments(folder, **size, **SGD | {"save_strategy": "no"}, **zero3())
+    UnlearningTrainer(model, args, make_collator(), make_answers(4, 4), reference="live").train()
+    return gathered(model)
+
+
+def unpartitioned(folder):
+    """The errors of `generate`, and of a trainer without a config, on a base that was loaded in shards."""
+    model, args = loaded_unlearner(folder, "prompt_tuning", **zero3())
+    generates = refused(lambda: model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=1))
+    del args
+    return generates, refused(lambda: steps(model, folder / "refused", 2))
 
 
 def main(folder):
@@ -89,6 +129,7 @@ def main(folder):
     results["lora"] = steps(lora(), folder / "lora", 2, loss=UnlearningLoss(), **zero3())
     for trainable in ("prompt", "lora"):
         results[f"uneven {trainable}"] = uneven_steps(trainable, folder / "uneven", 2, **zero3())
+    results["gathered live"] = gathered_after_live_steps(folder / "live")
     in_bf16 = zero3(bf16={"enabled": "auto"})
     results["bf16"] = steps(make_unlearner(), folder / "bf16", 2, bf16=True, **in_bf16)
     model = make_model("prompt_tuning")
@@ -102,6 +143,14 @@ def main(folder):
     results["optimizer"] = refused(lambda: steps(make_unlearner(), folder / "refused", 2, **optimizer))
     clipped = zero3(gradient_clipping=7.0)
     results["differs"] = refused(lambda: steps(make_unlearner(), folder / "refused", 2, **clipped))
+    for name, values in IGNORED.items():
+        results[name] = refused(
+            lambda values=values: steps(make_unlearner(), folder / "refused", 2, **zero3(**values))
+        )
+    results["stage"] = refused(lambda: partition_layers(make_unlearner(), {"stage": 2}))
+    unused = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
+    results["offloaded optimizer"] = refused(lambda: partition_layers(make_unlearner(), unused))
+    results["generate"], results["unpartitioned"] = unpartitioned(folder)
     finish(state, results, folder)
 
 
@@ -173,6 +222,11 @@ def test_a_process_without_retain_rows_gathers_layers_for_the_other(launch, tmp_
         assert_same(one, results[f"uneven {trainable}"], rtol=0, atol=1e-5)
 
 
+def test_a_live_reference_leaves_no_layer_gathered(launch):
+    for results in launch[1]:
+        assert results["gathered live"] == 0
+
+
 def test_mixed_precision_is_that_of_the_arguments(launch, tmp_path):
     one = steps(make_unlearner(), tmp_path, 1, bf16=True)
     in_float32 = steps(make_unlearner(), tmp_path / "float32", 1)
@@ -198,6 +252,12 @@ def test_a_model_under_zero3_is_evaluated_as_a_whole_one(launch, tmp_path):
         ("trains", "for a frozen base"),
         ("optimizer", "leave these sections out"),
         ("differs", "gradient_clipping=7.0"),
+        ("offloaded optimizer", "zero_optimization's offload_optimizer"),
+        ("quantized", "zero_optimization's zero_quantized_weights"),
+        ("misspelled", "stage3_max_live_parameter"),
+        ("stage", "stage=2: expected stage 3"),
+        ("generate", "call spul.models.partition_layers"),
+        ("unpartitioned", "call spul.models.partition_layers"),
     ],
 )
 def test_what_zero3_cannot_do_is_refused(launch, kind, message):

@@ -102,26 +102,61 @@ def replicated(model: nn.Module, base: nn.Module) -> nn.parallel.DistributedData
 # ---- DeepSpeed: what its engine does for a module without an optimizer, apart from the engine ----
 
 
+# Settings of `zero_optimization` that change what is computed, gathered or kept, and are not carried out.
+NOT_OF_FROZEN_LAYERS = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights")
+NOT_OF_FROZEN_LAYERS += ("zero_quantized_gradients", "module_granularity_threshold", "leaf_module", "zenflow")
+
+
+def zero_settings(zero: Mapping[str, Any]) -> Any:
+    """DeepSpeed's settings by the section `zero_optimization` of a config; what is "auto" is its own default.
+
+    Raises:
+        ValueError: for another stage than 3, for what `partition` does not carry out, and for names or values that
+            DeepSpeed does not know.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    found = DeepSpeedConfig(_config_of(zero)).zero_config
+    if found.stage != 3:
+        raise ValueError(f"zero_optimization's stage={int(found.stage)}: expected stage 3, which shards weights.")
+    fields = type(found).model_fields
+    ignored = [
+        name
+        for name in NOT_OF_FROZEN_LAYERS
+        if name in fields and getattr(found, name) != fields[name].get_default(call_default_factory=True)
+    ]
+    if found.offload_optimizer is not None and found.offload_optimizer.device != "none":
+        ignored.append("offload_optimizer")
+    if ignored:
+        raise ValueError(
+            f"zero_optimization's {', '.join(ignored)}: not for the frozen layers that spul shards, beside which a "
+            "prompt or LoRA trains by an optimizer of its own; leave these settings out."
+        )
+    return found
+
+
+def _config_of(zero: Mapping[str, Any]) -> dict[str, Any]:
+    section = {name: value for name, value in zero.items() if value != "auto"}
+    return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section}
+
+
 def partition(module: nn.Module, zero: Mapping[str, Any]) -> None:
     """Partition all parameters of a module by ZeRO-3, gathered by hooks of its submodules in each pass.
 
     Args:
         module: its modules hold each parameter once. Each call of it begins a pass.
-        zero: the section `zero_optimization` of a config; what is "auto" is DeepSpeed's own default.
+        zero: the section `zero_optimization` of a config, as `zero_settings` takes it.
     """
     import deepspeed
-    from deepspeed.runtime.config import DeepSpeedConfig
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.utils.timer import NoopTimer
 
-    section = {name: value for name, value in zero.items() if value != "auto"}
-    config = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section}
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False)  # over the processes that are there
-    found = DeepSpeedConfig(config).zero_config
+    found = zero_settings(zero)
     DeepSpeedZeRoOffload(
         module,
         NoopTimer(),
-        config,
+        _config_of(zero),
         overlap_comm=found.overlap_comm,
         prefetch_bucket_size=found.prefetch_bucket_size,
         max_reuse_distance=found.max_reuse_distance,
@@ -131,6 +166,28 @@ def partition(module: nn.Module, zero: Mapping[str, Any]) -> None:
         offload_param_config=found.offload_param,
         log_trace_cache_warnings=found.log_trace_cache_warnings,
     )
+    for one in module.modules():
+        _keep_awaited(one)
+
+
+def _keep_awaited(module: Any) -> None:
+    """Keep the number of gradients that DeepSpeed awaits before it releases a module, in a pass without gradients.
+
+    It begins at 0 in each pass. One between a forward and its backward pass, as of a live reference, would leave the
+    module's weights gathered from then on.
+    """
+    awaited = 0
+
+    def read(*_: Any) -> None:
+        nonlocal awaited
+        awaited = getattr(module, "ds_grads_remaining", 0)
+
+    def put_back(*_: Any) -> None:
+        if not torch.is_grad_enabled():
+            module.ds_grads_remaining = awaited
+
+    module.register_forward_pre_hook(read, prepend=True)
+    module.register_forward_pre_hook(put_back)
 
 
 # ---- devices ----

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 
 from .causal_lm import bare_model, decoder_layers
 from .compat import gathers_weights, is_partitioned, is_quantized, is_sharded, whole
-from .compat_devices import TORCH_THAT_SHARDS_BYTES, layers_in_4bit, partition, prepare_4bit_for_shards, shards_bytes
+from .compat_devices import (
+    TORCH_THAT_SHARDS_BYTES,
+    layers_in_4bit,
+    partition,
+    prepare_4bit_for_shards,
+    shards_bytes,
+    zero_settings,
+)
 
 
 def shard_layers(
@@ -81,10 +88,12 @@ def partition_layers(
     Raises:
         RuntimeError: if no process group was started, as `accelerate launch`, `deepspeed` and `torchrun` do.
         ValueError: if the base trains, is sharded in another way, has weights that are not in memory, is quantized, or
-            has a module that holds weights beside modules with weights of their own.
+            has a module that holds weights beside modules with weights of their own; for settings of another stage, or
+            that are not carried out, such as `offload_optimizer`.
     """
     base: Any = bare_model(model)
     _check_processes("partition_layers")
+    zero_settings(zero_optimization)
     if is_quantized(base):
         raise ValueError(
             f"{type(base).__name__} is quantized, which ZeRO-3 does not partition; use FSDP (version 2) for a base in "
@@ -199,13 +208,27 @@ def _place(module: nn.Module, device: torch.device, base: Any, but: frozenset | 
             dist.broadcast(tensor.data, src=0)
 
 
-def check_layers_alone(model: nn.Module, name: str = "the base") -> None:
-    """Raise if a model is sharded otherwise than by `shard_layers`, so that its embeddings or head are not whole.
+def check_gathered(base: nn.Module, name: str = "the base") -> None:
+    """Raise if a base was loaded in shards by ZeRO-3, and nothing gathers its layers yet.
 
     Raises:
-        ValueError: if it is.
+        ValueError: if so.
+    """
+    if any(map(is_partitioned, base.parameters())) and not gathers_weights(base):
+        raise ValueError(
+            f"{name} was loaded in shards by ZeRO-3, which nothing gathers yet; train it with the "
+            "TrainingArguments(deepspeed=...), or call spul.models.partition_layers(model, zero_optimization) first."
+        )
+
+
+def check_layers_alone(model: nn.Module, name: str = "the base") -> None:
+    """Raise if a model is sharded otherwise than by `shard_layers` or `partition_layers`.
+
+    Raises:
+        ValueError: if its embeddings or output head are not whole, or nothing gathers its layers.
     """
     base: Any = bare_model(model)
+    check_gathered(base, name)
     within = {id(parameter) for layer in decoder_layers(base) for parameter in layer.parameters()}
     others = nn.ParameterList(parameter for parameter in base.parameters() if id(parameter) not in within)
     if is_sharded(others):

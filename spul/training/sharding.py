@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -17,8 +18,11 @@ from ..models.sharding import check_layers_alone, partition_layers, shard_layers
 from ..models.unlearner import Unlearner
 from ..records.digests import fingerprint
 
-# Sections of a config of DeepSpeed that are about an optimizer's states, and what to do in their place.
-NOT_OF_A_PROMPT = ("optimizer", "scheduler", "zero_optimization.offload_optimizer.device", "activation_checkpointing")
+# Sections of a config of DeepSpeed that are carried out, or compared with the arguments; and those of its engine that
+# say nothing of what is computed or written.
+HONORED_BY_ZERO3 = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu")
+HONORED_BY_ZERO3 += ("gradient_accumulation_steps", "gradient_clipping", "fp16", "bf16")
+WITHOUT_EFFECT = ("steps_per_print", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "checkpoint")
 
 
 def check_zero3(config: Any, is_frozen: bool) -> None:
@@ -36,15 +40,25 @@ def check_zero3(config: Any, is_frozen: bool) -> None:
             "deepspeed with ZeRO stage 3 is for a frozen base, under a prompt or LoRA; for weights that train use "
             "stage 1 or 2, or FSDP (version 2)."
         )
-    if found := [name for name in NOT_OF_A_PROMPT if config.get_value(name) not in (None, {}, "none")]:
+    others = {name: value for name, value in config.config.items() if name not in HONORED_BY_ZERO3 + WITHOUT_EFFECT}
+    others["fp16.loss_scale"] = config.get_value("fp16.loss_scale")  # 0: that of torch's scaler, which adapts it
+    others["offload_optimizer"] = config.get_value("zero_optimization.offload_optimizer.device")
+    if found := [name for name, value in others.items() if not _is_off(value)]:
         raise ValueError(
-            f"deepspeed's {', '.join(found)}: a prompt or LoRA trains beside the base that ZeRO-3 shards, by the "
-            "optimizer, schedule and gradient_checkpointing of TrainingArguments; leave these sections out."
+            f"deepspeed's {', '.join(found)}: a prompt or LoRA trains beside the base that ZeRO-3 shards, without "
+            "DeepSpeed's engine, by the optimizer, schedule, precision and gradient_checkpointing of "
+            "TrainingArguments; leave these sections out."
         )
     if config.mismatches:
         raise ValueError(
             f"DeepSpeed's config and TrainingArguments differ: {'; '.join(config.mismatches)}. Write 'auto' there."
         )
+
+
+def _is_off(section: Any) -> bool:
+    if isinstance(section, Mapping) and "enabled" in section:
+        section = section["enabled"]
+    return section in (None, False, 0, "none", {})
 
 
 class ShardingTrainer(Trainer):
