@@ -4,10 +4,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from helpers import arguments, assert_same, make_answers, make_collator, rows
+from helpers import arguments, assert_same, make_answers, make_collator, make_unlearner, rows, trainable_model
+from small_evaluations import measured
 
 import spul.training.reference
-from spul import UnlearningTrainer
+from spul import UnlearningLoss, UnlearningTrainer
+from spul.models.causal_lm import zero_dropout
 from spul.models.compat import is_sharded
 from spul.records.digests import fingerprint
 
@@ -47,6 +49,36 @@ def steps(model, folder, processes, resume=None, loss=None, as_on_gpus=False, **
         "sharded": is_sharded(model),
         "fingerprint": fingerprint(trainer.unlearner.get_base_model()),
     }
+
+
+def uneven_steps(trainable, folder, processes, **options):
+    """Steps with a live reference on forget rows and retain rows, in order: of two processes one has no retain row."""
+    model = make_unlearner() if trainable == "prompt" else lora()
+    in_order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 8 // processes}
+    trainer = UnlearningTrainer(
+        model,
+        arguments(folder, **in_order, **SGD | {"save_strategy": "no"}, **options),
+        make_collator(),
+        make_answers(4, 4),
+        reference="live",
+        loss=None if trainable == "prompt" else UnlearningLoss(),
+    )
+    trainer.train()
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def lora():
+    model = trainable_model("lora", dtype=torch.float32)
+    zero_dropout(model)
+    return model
+
+
+def evaluation(model, folder):
+    given = {"output_dir": folder, "unrelated_texts": ["the film is good .", "jane doe ."]}
+    found = measured(model, "utility", "kl", "membership", "unrelated text", "sampling", "soft suffix", **given)
+    keys = ("measure", "rows", "model", "attack", "level", "name")
+    values = {tuple(getattr(one, key) for key in keys): one.value for one in found.metrics}
+    return {"metrics": values, "skipped": found.skipped}
 
 
 def refused(call):

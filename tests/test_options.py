@@ -76,13 +76,6 @@ def test_a_refused_option_is_named_with_its_value_and_the_reason(tmp_path, name)
     assert str(error.value) == f"{name}={VALUES[name]!r} {REFUSED[name].reason}"
 
 
-def test_zero_3_is_refused(tmp_path):
-    args = arguments(tmp_path)
-    args.hf_deepspeed_config = type("Config", (), {"is_zero3": lambda self: True})()
-    with pytest.raises(ValueError, match=r"ZeRO stage 3 .* use stage 1 or 2"):
-        UnlearningTrainer(make_unlearner(), args, make_collator(), make_dataset())
-
-
 # ---- auto_find_batch_size ----
 
 

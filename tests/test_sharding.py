@@ -8,34 +8,31 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from helpers import (
     CONFIGS,
-    arguments,
     assert_same,
     build,
     longrope_unlearner,
-    make_answers,
-    make_collator,
     make_trainer,
     make_unlearner,
     prompt_state,
     rows,
     scored,
-    trainable_model,
 )
 from processes import finish, launched, start_one_of_two
-from sharded_steps import FSDP, SGD, assert_steps, refused, steps
+from sharded_steps import FSDP, assert_steps, evaluation, lora, refused, steps, uneven_steps
 from small_evaluations import learned, make_model, measured
 
 import spul.training.reference
 import spul.training.sharding
-from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul import SoftPromptUnlearner, UnlearningLoss
 from spul.models import shard_layers
-from spul.models.causal_lm import zero_dropout
 from spul.models.compat_checkpointing import is_checkpointing, switch_checkpointing
 from spul.prompts import row_prompts
 from spul.prompts.row_prompts import RowPrompts
 from spul.prompts.shared_prefix import shares_states
+from spul.training.sharding import check_zero3
 
 CONFIGS_OF_ACCELERATE = Path(__file__).parents[1] / "examples" / "accelerate"
 
@@ -47,22 +44,6 @@ WAYS |= {kind: [CONCATENATED, CONCATENATED] for kind in ("not earned", "lost whe
 
 
 # ---- the work, the same in one process and in each of two ----
-
-
-def uneven_steps(trainable, folder, processes, **options):
-    """Steps with a live reference on forget rows and retain rows, in order: of two processes one has no retain row."""
-    model = make_unlearner() if trainable == "prompt" else lora()
-    in_order = {"train_sampling_strategy": "sequential", "per_device_train_batch_size": 8 // processes}
-    trainer = UnlearningTrainer(
-        model,
-        arguments(folder, **in_order, **SGD | {"save_strategy": "no"}, **options),
-        make_collator(),
-        make_answers(4, 4),
-        reference="live",
-        loss=None if trainable == "prompt" else UnlearningLoss(),
-    )
-    trainer.train()
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def checkpointed(prompt_type, folder):
@@ -113,20 +94,6 @@ def sharded_step(process, kind):
         if kind in lost:
             patch.setattr(row_prompts, lost[kind], lambda *args, **kwargs: False)
         return step_of(unlearner, process)
-
-
-def lora():
-    model = trainable_model("lora", dtype=torch.float32)
-    zero_dropout(model)
-    return model
-
-
-def evaluation(model, folder):
-    given = {"output_dir": folder, "unrelated_texts": ["the film is good .", "jane doe ."]}
-    found = measured(model, "utility", "kl", "membership", "unrelated text", "sampling", "soft suffix", **given)
-    keys = ("measure", "rows", "model", "attack", "level", "name")
-    values = {tuple(getattr(one, key) for key in keys): one.value for one in found.metrics}
-    return {"metrics": values, "skipped": found.skipped}
 
 
 def sharded_otherwise():
@@ -277,12 +244,46 @@ def test_settings_of_fsdp_that_cannot_be_honored_are_refused(tmp_path, plugin):
 
 
 @pytest.mark.parametrize(
-    ("name", "processes", "machines"), [("one-gpu", 1, 1), ("eight-gpus", 8, 1), ("two-nodes", 16, 2)]
+    ("content", "is_frozen", "message"),
+    [
+        ({}, False, "for a frozen base"),
+        ({"optimizer": {"type": "AdamW"}}, True, "optimizer: .* leave these sections out"),
+        ({"scheduler": {"type": "WarmupLR"}}, True, "scheduler: .* leave these sections out"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, True, "offload_optimizer"),
+        ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, True, None),
+        ({"activation_checkpointing": {"cpu_checkpointing": True}}, True, "activation_checkpointing"),
+        ({"flops_profiler": {"enabled": True}}, True, "flops_profiler"),
+        (
+            {"wall_clock_breakdown": True, "data_types": {"grad_accum_dtype": "fp32"}},
+            True,
+            "wall_clock_.*, data_types",
+        ),
+        ({"wall_clock_breakdown": False, "flops_profiler": {"enabled": False, "detailed": True}}, True, None),
+        ({"fp16": {"enabled": "auto", "loss_scale": 128}}, True, "fp16.loss_scale"),
+        ({"fp16": {"enabled": "auto", "loss_scale": 0, "hysteresis": 2}, "steps_per_print": 2000}, True, None),
+    ],
+)
+def test_what_a_config_of_deepspeed_says_of_its_engine_is_refused(content, is_frozen, message):
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}} | content)
+    config.mismatches = []
+    if message is None:
+        check_zero3(config, is_frozen)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_zero3(config, is_frozen)
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "machines"),
+    [("one-gpu", 1, 1), ("eight-gpus", 8, 1), ("eight-gpus-zero3", 8, 1), ("two-nodes", 16, 2)],
 )
 def test_a_config_of_accelerate_loads(name, processes, machines):
     config = load_config_from_file(str(CONFIGS_OF_ACCELERATE / f"{name}.yaml"))
     assert (config.num_processes, config.num_machines) == (processes, machines)
-    if processes > 1:
+    if name.endswith("zero3"):
+        assert config.distributed_type == DistributedType.DEEPSPEED
+        assert config.deepspeed_config["zero_stage"] == 3
+    elif processes > 1:
         assert config.distributed_type == DistributedType.FSDP
         assert config.fsdp_config["fsdp_version"] == 2
     else:

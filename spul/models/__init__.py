@@ -3,7 +3,7 @@
 from .causal_lm import bare_model, evaluation_mode, logits_at, max_positions, unwrapped
 from .compat import keep_4bit_differentiable
 from .output_head import OutputHead, final_states
-from .sharding import shard_layers
+from .sharding import partition_layers, shard_layers
 from .unlearner import Unlearner, detached_base, unlearner_of
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "keep_4bit_differentiable",
     "logits_at",
     "max_positions",
+    "partition_layers",
     "shard_layers",
     "unlearner_of",
     "unwrapped",

@@ -75,16 +75,30 @@ def is_dropout(module: nn.Module) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether processes hold shards of the parameters: FSDP, which gathers them for a while, DTensor, or `ds_id`, by
-    which ZeRO-3 marks its own."""
+    """Whether processes hold shards of the parameters: FSDP, which gathers them for a while, DTensor, or ZeRO-3."""
     fsdp = sys.modules.get("torch.distributed.fsdp")  # not loaded before a model is sharded
     if fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in model.modules()):
         return True
-    return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(isinstance(parameter, DTensor) or is_partitioned(parameter) for parameter in model.parameters())
+
+
+def is_partitioned(parameter: Tensor) -> bool:
+    """Whether ZeRO-3 partitions a parameter; gathered or not, it marks its own."""
+    return hasattr(parameter, "ds_id")
+
+
+def gathers_weights(model: nn.Module) -> bool:
+    """Whether hooks of ZeRO-3 gather a model's weights where they are used; it marks modules that have them."""
+    return any("ds_id" in vars(module) for module in model.modules())
 
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor that processes hold shards of, gathered by all of them together; any other as it is."""
+    if is_partitioned(tensor):
+        import deepspeed  # which has partitioned it
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 

@@ -25,6 +25,7 @@ from ..models.compat_cache import LayerStates, prefix_states
 from ..models.compat_checkpointing import switching
 from ..models.compat_devices import device_of
 from ..models.compat_modules import settings_of
+from ..models.sharding import check_gathered
 from .one_pass import joint_logits
 from .states import MixedStates, PromptStates, autocast_dtype, compute_states, in_front
 
@@ -280,6 +281,7 @@ def _verdict(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str
     settings = settings_of(base)
     if before == settings:
         return verdict
+    check_gathered(base)
     was_told = not verdict
     try:
         with torch.no_grad(), evaluation_mode(base) if in_evaluation else nullcontext():

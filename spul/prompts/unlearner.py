@@ -18,6 +18,7 @@ from ..models.causal_lm import keep_in_evaluation, logits_at, unchanged_on_error
 from ..models.compat import is_sharded, keep_4bit_differentiable
 from ..models.compat_checkpointing import switching, unswitched
 from ..models.disabling import disabled_here, is_disabled_here
+from ..models.sharding import keep_rest_whole
 from . import checkpoint
 from .adapters import PromptAdapters
 from .arguments import METHODS_OF_THE_BASE
@@ -96,6 +97,7 @@ class SoftPromptUnlearner(PromptAdapters):
         if not isinstance(loss, UnlearningLoss):
             raise TypeError(f"loss={loss!r}: expected an UnlearningLoss, such as UnlearningLoss(alpha=1.0, beta=0.5).")
         check_promptable(model, peft_config)
+        keep_rest_whole(model)
         peft_config = filled(model, peft_config)
         peft_config.task_type = TaskType.CAUSAL_LM
         with unchanged_on_error(model):

@@ -137,8 +137,8 @@ def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]], samples
     for name, parameter in sorted(parameters, key=lambda item: item[0]):
         if parameter.device.type == "meta":
             return None
-        stored = packed_bytes(parameter).detach()
-        flat = whole(stored).reshape(-1)
+        stored = whole(packed_bytes(parameter)).detach()
+        flat = stored.reshape(-1)
         indices = torch.linspace(0, flat.numel() - 1, min(samples_per_tensor, flat.numel()), dtype=torch.float64)
         values = flat[indices.round().long().to(flat.device)]
         if values.is_floating_point():

@@ -47,7 +47,7 @@ HONORED = {
     "average_tokens_across_devices": "no effect: the loss is divided by rows, averaged over processes",
     "compute_metrics": "called with logits and labels at the response positions, which need no shift",
     "data_collator": "a ForgetRetainCollator",
-    "deepspeed": "stages below 3, untested; reference='live'; not for unlearning layers",
+    "deepspeed": "stage 3 shards the base under a prompt or LoRA; others untested, and reference='live' alone",
     "eval_accumulation_steps": "no effect: predictions leave the device after every batch",
     "eval_dataset": "a datasets.Dataset or a dict of them",
     "eval_use_gather_object": "no effect: predictions are gathered as objects",
@@ -127,12 +127,6 @@ def refuse_options(args: TrainingArguments, arguments: Mapping[str, Any]) -> Non
         raise ValueError(
             f"label_names={args.label_names!r}: a collated batch has no {', '.join(unknown)}; expected some of "
             f"{', '.join(BATCH_ENTRIES)}. Labels are made of the column completion: rename yours."
-        )
-    deepspeed = getattr(args, "hf_deepspeed_config", None)
-    if deepspeed is not None and deepspeed.is_zero3():
-        raise ValueError(
-            "deepspeed with ZeRO stage 3 shards the base, of which the loss and the saved record need whole weights; "
-            "use stage 1 or 2, or FSDP (version 2)."
         )
     rows = arguments.get("eval_dataset")
     for name, split in (rows if isinstance(rows, dict) else {"eval_dataset": rows}).items():
