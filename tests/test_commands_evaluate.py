@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -144,6 +145,40 @@ def test_results_report_and_card_are_written_and_conditions_decide(files, tmp_pa
     values["fail_if"] = [f"test_forget.accuracy.value >= {one.value}", *conditions]
     assert run(parsed("evaluate", values)) == 1
     assert f"failed: test_forget.accuracy.value >= {one.value:g}" in capsys.readouterr().out
+
+
+@pytest.fixture
+def recorded(files, tmp_path):
+    """Folders of a prompt, and of it behind a gate, whose record has generic completions."""
+    for name, inner in (("adapter", "."), ("gated", ".")):
+        shutil.copytree(files[name], tmp_path / name)
+        record = read_spul_config(tmp_path / name / inner)
+        record.generic_completions = GENERIC
+        record.save(tmp_path / name / inner)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["adapter", "gated"])
+def test_generic_answers_are_those_of_the_record_unless_others_are_given_which_is_warned_of(
+    files, recorded, caplog, few_resamples, name
+):
+    for given, expected, warned in ((None, GENERIC, 0), (GENERIC[::-1], GENERIC[::-1], 0), ([" good"], [" good"], 1)):
+        caplog.clear()
+        out = recorded / f"out-{name}-{given}"
+        values = options_for(files, str(recorded / name), out, base=files["model"])
+        values = {**values, "generic": given} if given else {k: v for k, v in values.items() if k != "generic"}
+        assert run(parsed("evaluate", values)) is None
+        assert Evaluation.load(out).settings["generic_completions"] == expected
+        said = [record.getMessage() for record in caplog.records if "the record says" in record.getMessage()]
+        assert len(said) == warned
+
+
+@pytest.mark.parametrize("name", ["adapter", "gated", "lora", "model", "refusal"])
+def test_generic_answers_are_required_of_what_has_no_record_of_them(files, tmp_path, name):
+    values = options_for(files, files[name], tmp_path / "out", **({} if name == "model" else {"base": files["model"]}))
+    del values["generic"]
+    with pytest.raises(ValueError, match=r"has no record of the answers .*: --generic ' neutral' ' unknown'"):
+        run(parsed("evaluate", values))
 
 
 def test_the_base_may_be_named_model_and_what_is_on_it_adapter_as_in_other_commands(files, tmp_path, few_resamples):

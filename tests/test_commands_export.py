@@ -115,6 +115,17 @@ def test_a_folder_that_is_no_prompt_is_refused_before_the_base_is_loaded(kind, s
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", FILES)
+def test_a_prefix_is_refused_by_its_folder_and_type_before_the_base_is_loaded(kind, saved, tmp_path):
+    base = type(build("llama")).from_pretrained(saved / "base")
+    SoftPromptUnlearner(base, CONFIGS["prefix_tuning"]()).save_pretrained(str(tmp_path / "adapter"))
+    with pytest.raises(
+        ValueError, match=r"adapter holds a prompt of prefix_tuning: .* prompt_tuning or p_tuning alone"
+    ):
+        run(kind, tmp_path, tmp_path / "out")  # there is no base beside it
+    assert not (tmp_path / "out").exists()
+
+
 def test_gates_and_other_prompts_that_are_not_exported_are_named(saved, tmp_path, capsys):
     gated = make_gated("other")
     gated.unlearner.float()

@@ -11,7 +11,8 @@ from command_files import parsed, write_base, write_prompt, write_rows
 from helpers import build, build_unlearner, lora, make_tokenizer
 from transformers import AutoTokenizer
 
-from spul.commands.gate import check, fit
+from spul.commands.gate import COMMANDS, check, fit
+from spul.commands.options import parse
 from spul.gates import GatedUnlearner, NameGate, StateGate, TextGate, load
 from spul.gates.gate import request_texts
 from spul.gates.gated_files import attach_gate
@@ -84,6 +85,15 @@ def test_misspelled_words_are_read_as_the_gate_in_code_reads_them_or_as_told(fol
         assert gate.spelling is ((kind == "text") if spelling is None else spelling)
 
 
+def test_spelling_alone_is_true_as_other_flags_are():
+    words, fixed = ["spul", "gate", "fit"], ["--adapter", "a", "--kind", "names"]
+    found = {
+        more: parse(COMMANDS["fit"], words, [*fixed, *more.split()]).spelling
+        for more in ("", "--spelling", "--spelling true", "--spelling false", "--spelling --seed 1")
+    }
+    assert list(found.values()) == [None, True, True, False, True]
+
+
 def test_conversations_are_read_as_the_gate_will_see_them(folder, capsys):
     for name, texts in (("forget", FORGET), ("retain", RETAIN)):
         answer = {"role": "assistant", "content": "a"}
@@ -104,6 +114,30 @@ def test_conversations_are_read_as_the_gate_will_see_them(folder, capsys):
     values = {"adapter": folder / "adapter", "file": folder / "forget.jsonl", "model": folder / "base"}
     check(parsed("gate", values, "check"))
     assert len(capsys.readouterr().out.splitlines()) == len(FORGET)
+
+
+@pytest.mark.parametrize("command", ["fit", "check"])
+def test_conversations_without_a_base_are_refused_with_the_option_that_names_it(folder, command):
+    chats = [
+        {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "a"}]} for text in FORGET
+    ]
+    values = {"adapter": folder / "adapter"}
+    write_rows(folder / "chats.jsonl", chats)
+    own = {"fit": {"kind": "text", "forget": folder / "chats.jsonl", "retain": folder / "retain.jsonl"}}
+    values |= own.get(command, {"file": folder / "chats.jsonl"})
+    with pytest.raises(ValueError, match=r"expected the base, by name or folder.*: --model BASE\. Conversations"):
+        {"fit": fit, "check": check}[command](parsed("gate", values, command))
+
+
+def test_a_gate_that_is_replaced_is_said(folder, capsys):
+    said = []
+    for more in ({"kind": "text"}, {"kind": "names", "names": ["Jane Doe"]}, {"kind": "text"}, {"kind": "text"}):
+        fit(parsed("gate", options_for(folder, **more), "fit"))
+        said.append([line for line in capsys.readouterr().out.splitlines() if line.startswith("replaced")])
+        if more["kind"] == "text" and len(said) == 3:
+            (folder / "adapter" / "gate" / "gate.json").write_text("{")
+    assert said[:3] == [[], ["replaced: text gate"], ["replaced: names gate"]]
+    assert said[3][0].startswith("replaced: a gate that could not be read (")
 
 
 def test_lines_of_text_are_requests(folder, capsys):

@@ -19,6 +19,8 @@ from spul.records import Ledger, LedgerEvent, SpulConfig, make_digest_key, summa
 from spul.records.ledger_events import EVENTS
 from spul.records.ledger_lines import next_line
 
+AGAIN = "the base answers about this request again"
+
 ROWS = [{"prompt": "Jane Doe?", "completion": " an actor"}, {"prompt": "And now?", "completion": " still"}]
 
 
@@ -134,13 +136,15 @@ def test_entries_by_hand_take_rows_key_adapter_and_evaluation(path, tmp_path, ca
         *(f"  digest: {Ledger(path).head()}", f"  now: {state.now}"),
     ]
     run("add", "--ledger", path, "--event", "revoked", "--request", "17")
-    capsys.readouterr()
+    now = capsys.readouterr().out.splitlines()[-1]
+    assert now.startswith("  now: revoked since ")
+    assert now.endswith(f": {AGAIN}")
     run("show", "--ledger", path)
     out = capsys.readouterr().out
     assert out.startswith("17\n  rows: 2, HMAC-SHA256 ")
     times = [entry.at for entry in Ledger(path).entries()]
     for line in (f"{times[0]} received", f"{times[1]} served", "2026-03-01T09:30:00Z evaluated: by hand",
-                 f"{times[3]} revoked", f"now: revoked since {times[3]}"):  # fmt: skip
+                 f"{times[3]} revoked", f"now: revoked since {times[3]}: {AGAIN}"):  # fmt: skip
         assert f"\n  {line}\n" in out
     assert "Jane" not in path.read_text()
 

@@ -126,6 +126,12 @@ def test_help_of_evaluate_names_every_measure_and_every_attack_that_it_takes(cap
         assert (shlex.quote(name) in attacks) is (name not in ("paraphrase", "reworded"))
 
 
+def test_help_shows_a_default_that_is_a_text_as_it_is_typed(capsys):
+    said = shown(capsys, "train")
+    assert "(default: ' {answer}')" in said
+    assert "(default: SPUL)" in said
+
+
 def test_help_of_train_names_the_methods_that_train_a_prompt(capsys):
     said = shown(capsys, "train").split("--method ")[1].split(" --")[0]
     names = said.split("published method: ")[1].split(" (default: SPUL)")[0].split(", ")

@@ -6,7 +6,7 @@ import pytest
 from command_files import parsed, write_files, write_prompt, write_rows
 from helpers import rows
 
-from spul.commands import combine, evaluate, train
+from spul.commands import combine, evaluate, gate, train
 from spul.commands.shared import LoadOptions
 from spul.data import RowEncoder
 
@@ -34,6 +34,32 @@ def no_base(monkeypatch):
 def ran(run, name, values, generic, folder):
     with pytest.raises(RuntimeError, match="the base is loaded"):
         run(parsed(name, {**values, "generic": generic, "output_dir": folder / "out"}))
+
+
+@pytest.mark.parametrize(
+    ("command", "name"),
+    [
+        *((command, name) for command in ("train", "combine", "evaluate", "gate") for name in ("forget", "retain")),
+        *((command, name) for command in ("train", "evaluate") for name in ("test_forget", "test_retain")),
+    ],
+)
+def test_rows_that_say_they_are_of_the_other_set_are_refused_by_every_command(files, tmp_path, no_base, command, name):
+    flag, folder = name.endswith("forget"), write_prompt(tmp_path / "adapter")
+    mixed = [{**row, "is_forget": flag == (i > 1)} for i, row in enumerate(rows("mixed", 5))]
+    sets = {**files, name: write_rows(tmp_path / "mixed.jsonl", mixed)}
+    values = {"generic": [" unknown"], "output_dir": tmp_path / "out", **sets}
+    run, sub, own = {
+        "train": (train.run, "", {}),
+        "combine": (combine.run, "", {"prompts": [folder, folder]}),
+        "evaluate": (evaluate.run, "", {"adapter": folder}),
+        "gate": (gate.fit, "fit", {"adapter": folder, "kind": "text"}),
+    }[command]
+    if command == "gate":
+        values = {one: path for one, path in sets.items() if one in ("forget", "retain")}
+    if command == "combine":
+        values = {one: path for one, path in values.items() if not one.startswith("test_")}
+    with pytest.raises(ValueError, match=rf"^2 row\(s\) of .*mixed\.jsonl have is_forget={not flag}; expected {flag}"):
+        run(parsed(command, {**values, **own}, sub))
 
 
 def test_train_warns_of_each_generic_answer_without_its_space_before_the_base_is_loaded(

@@ -133,6 +133,49 @@ def test_missing_columns_are_named_with_those_that_are_there(name):
 
 
 @pytest.mark.parametrize("name", ["forget", "retain"])
+def test_conversations_in_messages_are_refused_with_what_makes_rows_of_them(name):
+    messages = [*message("user", "who is jane?"), *message("assistant", "an actor")]
+    talks = Dataset.from_list([{"messages": messages}])
+    sets = {"forget": rows("a"), "retain": rows("b"), name: talks}
+    with pytest.raises(ValueError, match="Split the conversations: ") as error:
+        forget_retain_dataset(**sets)
+    recipe = re.search(r"rows(\.map\(.*\)); spul", str(error.value))[1]
+    made = eval(f"talks{recipe}")
+    joined = forget_retain_dataset(
+        made,
+        Dataset.from_list([{"prompt": messages[:1], "completion": messages[1:]}]).map(
+            lambda row: {"prompt": message("user", "b")}
+        ),
+    )
+    assert joined[0]["prompt"] == messages[:1]
+    assert joined[0]["completion"] == messages[1:]
+
+
+@pytest.mark.parametrize(("name", "flag"), [("forget", True), ("retain", False)])
+def test_rows_that_say_they_are_of_the_other_set_are_refused_with_their_number_and_what_splits_them(name, flag):
+    mixed = rows("c", "d", "e").add_column("is_forget", [flag, not flag, not flag])
+    sets = {"forget": rows("a"), "retain": rows("b"), name: mixed}
+    with pytest.raises(
+        ValueError, match=rf"^2 row\(s\) of {name} have is_forget={not flag}; expected {flag} "
+    ) as error:
+        forget_retain_dataset(**sets)
+    recipe = re.search(r"column: (forget = rows.*), (retain = rows.*)\.$", str(error.value))
+    parts: dict[str, Dataset] = {}
+    for line in recipe.groups():
+        exec(line, {"rows": mixed}, parts)
+    assert {side: part["is_forget"][:] for side, part in parts.items()} == {
+        "forget": [True] * (1 if flag else 2),
+        "retain": [False] * (2 if flag else 1),
+    }
+    assert len(forget_retain_dataset(**parts)) == 3
+
+
+def test_a_flag_of_a_set_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="row 0 of retain has is_forget='no'; expected True or False"):
+        forget_retain_dataset(rows("a"), rows("b").add_column("is_forget", ["no"]))
+
+
+@pytest.mark.parametrize("name", ["forget", "retain"])
 def test_an_empty_set_is_refused(name):
     empty = Dataset.from_dict({"prompt": [], "completion": []})
     with pytest.raises(ValueError, match=f"{name} is empty; expected at least one row"):

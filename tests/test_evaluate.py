@@ -177,6 +177,11 @@ def test_seeds_on_the_same_rows_are_joined_over_rows_and_seeds():
             r"test_forget lacks the column\(s\) \['completion'\]",
             {"splits": make_splits(test_forget=rows("doe", 2).remove_columns("completion"))},
         ),
+        (
+            ValueError,
+            r"2 row\(s\) of test_forget have is_forget=False; expected True",
+            {"splits": make_splits(test_forget=rows("doe", 2).add_column("is_forget", [False] * 2))},
+        ),
         (ValueError, "unseen is empty", {"unseen": rows("doe", 2).select([])}),
         (ValueError, "no generic_completions", {"collator": make_collator(generic_completions=None)}),
         (

@@ -10,6 +10,7 @@ from spul.records.ledger_states import entry_in_words
 
 SHA = "ab" * 32
 ROWS = DataSummary(12, "cd" * 32)
+AGAIN = "the base answers about this request again"
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_the_state_of_a_request_says_since_when_it_is_served_and_whether_it_was_
         *(f"{stopped.time} stopped", "2027-01-01T00:00:00Z served"),
         f"{answers[0].at} to {answers[-1].at} answered 3 times: by hand",
         "2027-02-01T00:00:00Z revoked: at their wish",
-        *("answers under it: 3", "now: revoked since 2027-02-01T00:00:00Z"),
+        *("answers under it: 3", f"now: revoked since 2027-02-01T00:00:00Z: {AGAIN}"),
     ]
     ledger.append(LedgerEvent("served", "1"))
     assert ledger.states()["1"].in_words()[-1] == "SERVED AFTER IT WAS REVOKED"
@@ -137,7 +138,7 @@ def test_a_request_is_served_while_any_server_that_noted_a_start_has_noted_no_st
     noted("served", "a")
     assert len(ledger.states()["1"].served) == 2
     until, state = noted("revoked", "a")  # the stop of b, which comes later, changes nothing
-    assert (state.now, state.served[-1], state.servers) == (f"revoked since {until}", (since, until), {})
+    assert (state.now, state.served[-1], state.servers) == (f"revoked since {until}: {AGAIN}", (since, until), {})
     noted("received")
     since, state = noted("served", "a")
     assert noted("stopped", "b")[1].now == f"served since {since} by a"

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 from datasets import Dataset
 
-from spul.data.formats import QUESTION_ANSWER
+from spul.data.formats import QUESTION_ANSWER, PromptFormat
 from spul.data.prompt_files import read_prompts, read_texts
 
 ROWS = [
@@ -108,6 +109,19 @@ def test_columns_that_are_missing_are_an_error(tmp_path):
         read_prompts(write(tmp_path / "more.jsonl", ROWS), text_field="text")
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl does not exist"):
         read_prompts(tmp_path / "none.jsonl")
+
+
+def test_files_whose_rows_say_they_are_of_the_other_set_are_errors_with_the_file(tmp_path):
+    path = write(tmp_path / "mixed.jsonl", [{**row, "is_forget": i > 0} for i, row in enumerate(ROWS)])
+    as_is = PromptFormat("{prompt}", "{completion}", text_field="prompt")
+    for flag in (True, False):
+        message = rf"^1 row\(s\) of .*mixed\.jsonl have is_forget={not flag}; expected {flag} .*filter"
+        for read in (read_prompts, read_texts, partial(read_prompts, prompt_format=as_is)):
+            with pytest.raises(ValueError, match=message):
+                read(path, is_forget=flag)
+    assert len(read_prompts(path)) == len(read_texts(path)) == 2
+    one = write(tmp_path / "forget.jsonl", [{**row, "is_forget": True} for row in ROWS])
+    assert len(read_prompts(one, is_forget=True)) == len(read_texts(one, is_forget=True)) == 2
 
 
 def test_texts_are_lines_or_a_column(tmp_path):

@@ -67,6 +67,23 @@ def test_a_data_set_is_read_as_a_stream_and_other_columns_stay():
     assert {(row["source"], row["is_forget"]) for row in found} == {("a", True), ("b", False)}
 
 
+@pytest.mark.parametrize("name", ["forget", "retain"])
+@pytest.mark.parametrize("as_stream", [False, True])
+def test_a_row_that_says_it_is_of_the_other_stream_is_refused_when_it_is_read(name, as_stream):
+    flag = name == "forget"
+    mixed = rows("doe", 4).add_column("is_forget", [flag, flag, not flag, flag])
+    mixed = mixed.to_iterable_dataset() if as_stream else mixed
+    made = forget_retain_stream(
+        **{"forget": rows("jane", 4), "retain": rows("film", 4), name: mixed}, forget_fraction=0.5
+    )
+    with pytest.raises(ValueError, match=f"a row of {name} has is_forget={not flag}; expected {flag}"):
+        list(made)
+    agreeing = rows("doe", 4).add_column("is_forget", [flag] * 4)
+    sets = {"forget": rows("jane", 4), "retain": rows("film", 4), name: agreeing}
+    found = list(forget_retain_stream(**sets, forget_fraction=0.5))
+    assert {row["is_forget"] for row in found} == {True, False}
+
+
 def test_a_run_on_a_stream_resumes_to_the_same_prompt(tmp_path):
     settings = {"reference": "live", "dataset": stream(0.5), **STEPS}
     whole = make_trainer(tmp_path, **settings)

@@ -24,6 +24,21 @@ def test_the_training_set_is_the_two_train_splits_forget_first():
     assert rows["row_id"][:] == [0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_split_whose_rows_say_that_they_are_of_the_other_side_is_refused(split):
+    is_forget = split.endswith("forget")
+    for flag in (is_forget, not is_forget):
+        rows = small().splits[split]
+        data = small(**{split: rows.add_column("is_forget", [flag] * len(rows))})
+        if flag == is_forget:
+            data.check()
+            assert len(data.rows(split)) == len(rows)
+            continue
+        for use in (data.check, lambda data=data: data.rows(split)):
+            with pytest.raises(ValueError, match=rf"^2 row\(s\) of {split} of .* have is_forget={flag}; expected"):
+                use()
+
+
 def test_limited_draws_retain_rows_and_leaves_forget_rows():
     data = small(
         train_retain=reviews(*(f"r{i}" for i in range(50))), test_retain=reviews(*(f"t{i}" for i in range(40)))

@@ -59,7 +59,7 @@ def run(options: CombineOptions) -> int | None:
     own: dict[str, Any] = {}
     ways = None
     if options.forget and options.retain:
-        forget, retain = options.rows(options.forget), options.rows(options.retain)
+        forget, retain = options.rows(options.forget, True), options.rows(options.retain, False)
         answered, alone = {"forget": forget}, {"retain": retain}
         rows = forget_retain_dataset(forget, retain)
         ways = ways_of(options, rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from .command import Command, Naming
 from .shared import LoadOptions, RowOptions, option
 from .wording import in_options, messages_in_options
+
+logger = logging.getLogger(__name__)
 
 FAILED = 1
 INPUT_ATTACK = "input attack"
@@ -22,6 +25,10 @@ class EvaluateOptions(LoadOptions, RowOptions):
     model: str = option("the base, with --adapter; or the unlearned model itself, with --base where it has one", ...)
     adapter: str | None = option(
         "the unlearned model: folder of a prompt, gated or not, a method without training, layers, LoRA, or weights"
+    )
+    generic: list[str] | None = option(
+        "answers that count as generic, leading space included; by default those that the adapter was trained to, by "
+        "its record"
     )
     base: str | None = option("the model before, where --model is the unlearned one")
     retrained: str | None = option("a model that never saw the forget rows, the yardstick")
@@ -96,16 +103,15 @@ def run(options: EvaluateOptions) -> int | None:
         )
     if absent := [str(one) for one in conditions if one.measure not in measures]:
         raise ValueError(f"the condition {absent[0]!r} is of a measure that is not taken: add it to measures.")
-    if options.generic is None:
-        raise ValueError("give the answers that count as generic: --generic ' neutral' ' unknown'.")
     _check_evidence(options)
     check_can_hold(options.output_dir)
     require_matplotlib()  # for the report, before hours of measuring
+    options.generic = _generic(options)
     splits = {
-        "train_forget": options.rows(options.forget),
-        "train_retain": options.rows(options.retain),
-        "test_forget": options.rows(options.test_forget),
-        "test_retain": options.rows(options.test_retain),
+        "train_forget": options.rows(options.forget, True),
+        "train_retain": options.rows(options.retain, False),
+        "test_forget": options.rows(options.test_forget, True),
+        "test_retain": options.rows(options.test_retain, False),
     }
     unseen = None if options.unseen is None else options.rows(options.unseen)
     texts = _lines(options.unrelated_texts)
@@ -144,6 +150,41 @@ def run(options: EvaluateOptions) -> int | None:
         if conditions and not failed:
             print(f"passed: {len(conditions)} condition(s)")
     return FAILED if failed else None
+
+
+def _generic(options: EvaluateOptions) -> list[str]:
+    """The answers that count as generic: those given, or those of the record; warns where these differ."""
+    from ..data.rows import normalized
+
+    recorded = _recorded(options.model)
+    if options.generic is None:
+        if recorded is None:
+            raise ValueError(
+                f"{options.model} has no record of the answers that it was trained to; give those that count as "
+                "generic: --generic ' neutral' ' unknown'."
+            )
+        return recorded
+    if recorded is not None and set(map(normalized, options.generic)) != set(map(normalized, recorded)):
+        logger.warning(
+            "--generic %s: the record says that the model was trained to %s; only those given count as generic.",
+            options.generic,
+            recorded,
+        )
+    return options.generic
+
+
+def _recorded(folder: str) -> list[str] | None:
+    """The generic completions in an adapter's record, or in those of its prompts, if all have the same; else None."""
+    from ..evaluation.loading import kind_of
+    from ..gates.gated_files import folder_of, read_routing
+    from ..records.spul_config import read_spul_config
+
+    kind = kind_of(folder)
+    if kind in ("model", "rival"):
+        return None
+    names = read_routing(folder)[1]["prompts"] if kind == "gated" else ["default"]
+    found = [read_spul_config(folder, subfolder=folder_of(name)).generic_completions for name in names]
+    return found[0] if found and all(one == found[0] for one in found) else None
 
 
 def _measures() -> list[str]:
@@ -227,7 +268,7 @@ COMMANDS = {
         EvaluateOptions,
         run,
         "spul evaluate --model facebook/opt-1.3b --adapter out --forget f.jsonl --retain r.jsonl "
-        "--test-forget tf.jsonl --test-retain tr.jsonl --generic ' neutral' ' unknown' --output-dir evaluation "
+        "--test-forget tf.jsonl --test-retain tr.jsonl --output-dir evaluation "
         "--fail-if 'test_forget.accuracy.high > 0.05'",
         "Measure an unlearned model, attack it, and exit with status 1 where a condition holds.",
     )

@@ -63,16 +63,26 @@ def run_checkpoint(options: ExportOptions) -> None:
 
 def _loaded(options: ExportOptions) -> tuple[Any, Any]:
     """The base with the prompt on it, and the base's tokenizer."""
+    from peft import PeftType
     from transformers import AutoTokenizer
 
     from ..models.causal_lm import load_base
+    from ..prompts.configs import holds_states
     from ..prompts.unlearner import SoftPromptUnlearner
     from ..records.digests import fingerprint
     from ..serving.exports import check_new_folder
     from ..serving.loading import check_fits
 
     check_new_folder(options.output_dir)  # before minutes of loading
-    record = saved_prompt(options.adapter).spul_config
+    saved = saved_prompt(options.adapter)
+    if holds_states(saved.config):
+        kind = PeftType(saved.config.peft_type).value.lower()
+        raise ValueError(
+            f"{options.adapter} holds a prompt of {kind}: keys and values for every layer, which other engines take "
+            "from nobody. An export takes prompt_tuning or p_tuning alone: train such a prompt by spul train "
+            "--prompt-type prompt_tuning, which forgets less without a gate, or serve this one by spul serve."
+        )
+    record = saved.spul_config
     if left_out := _left_out(options.adapter):
         print(f"Not in the export: {left_out}")
     base = load_base(options.model, {"dtype": options.dtype})

@@ -65,7 +65,8 @@ def fit(options: FitOptions) -> int | None:
         raise ValueError("spelling is read by a gate of names or of wording; one of states sees the base's tokens.")
     source = _Source(options, options.column)
     forget, retain, paraphrases = (
-        source.texts(path) for path in (options.forget, options.retain, options.paraphrases)
+        source.texts(path, is_forget)
+        for path, is_forget in ((options.forget, True), (options.retain, False), (options.paraphrases, True))
     )
     gate: Any
     if options.kind == "names":
@@ -77,9 +78,12 @@ def fit(options: FitOptions) -> int | None:
     else:
         settings = {"recall": options.recall, "seed": options.seed, "paraphrases": paraphrases}
         gate = _fitted(options, source, forget, retain, settings)
+    replaced = _kind_there(options)
     attach_gate(gate, options.adapter, options.adapter_name)
     print(gate.report or "no report: give forget and retain requests to measure it on")
     print(f"saved: {os.path.join(options.adapter, 'gate')}" if options.adapter_name == "default" else "saved")
+    if replaced is not None:
+        print(f"replaced: {replaced}")
     return None
 
 
@@ -92,13 +96,12 @@ def check(options: CheckOptions) -> int | None:
     """
     from ..gates.any_gate import load
     from ..gates.files import read_gate
-    from ..gates.gated_files import GATE_FOLDER, folder_of
 
     source = _Source(options, options.column)
     texts = [*(options.texts or ()), *(source.texts(options.file) or ())]
     if not texts:
         raise ValueError("there is nothing to check; give texts, or a file of them.")
-    where = "/".join(part for part in (folder_of(options.adapter_name), GATE_FOLDER) if part)
+    where = _gate_folder(options.adapter_name)
     needs_base = read_gate(options.adapter, subfolder=where).kind not in ("names", "text")
     own = (source.base(), source.tokenizer()) if needs_base else ()
     gate = load(options.adapter, *own, subfolder=where)
@@ -109,6 +112,25 @@ def check(options: CheckOptions) -> int | None:
     return None
 
 
+def _gate_folder(adapter_name: str) -> str:
+    """The folder of a prompt's gate, within the one that holds the prompts."""
+    from ..gates.gated_files import GATE_FOLDER, folder_of
+
+    return "/".join(part for part in (folder_of(adapter_name), GATE_FOLDER) if part)
+
+
+def _kind_there(options: FitOptions) -> str | None:
+    """The gate that a new one replaces, in words; None if there is none."""
+    from ..gates.files import read_gate
+
+    try:
+        return f"{read_gate(options.adapter, subfolder=_gate_folder(options.adapter_name)).kind} gate"
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        return f"a gate that could not be read ({error})"
+
+
 class _Source:
     """Requests of files as the gate will see them, and the base and tokenizer where these are needed."""
 
@@ -117,7 +139,7 @@ class _Source:
         self._tokenizer: Any = None
         self._base: Any = None
 
-    def texts(self, path: str | None) -> list[str] | None:
+    def texts(self, path: str | None, is_forget: bool | None = None) -> list[str] | None:
         """The requests of a file; conversations as the chat template renders them, without special tokens."""
         if path is None:
             return None
@@ -125,17 +147,25 @@ class _Source:
         from ..data.prompt_files import read_texts
         from ..gates.gate import prompt_texts
 
-        found = read_texts(path, self.column)
+        found = read_texts(path, self.column, is_forget)
         if all(isinstance(one, str) for one in found):
             return found
         return prompt_texts([{"prompt": one} for one in found], RowEncoder(self.tokenizer(), sys.maxsize))
 
     def name(self) -> str:
-        """The base's name or folder."""
+        """The base's name or folder.
+
+        Raises:
+            ValueError: if it is not given.
+        """
         from ..evaluation.loading import no_base_error
 
         if self.options.model is None:
-            raise no_base_error(self.options.adapter)
+            why = str(no_base_error(self.options.adapter)).rstrip(".")
+            raise ValueError(
+                f"{why}: --model BASE. Conversations are read as its chat template renders them, and a gate of states "
+                "reads its states."
+            )
         return self.options.model
 
     def tokenizer(self) -> Any:

@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, NoReturn, cast
 import transformers
 import yaml
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from .command import Command, Naming
 
@@ -29,8 +31,11 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         text = action.help.in_full() if isinstance(action.help, Naming) else str(action.help)
         if action.required:
             return f"{text} (required)"
-        has_default = action.default not in (None, [], argparse.SUPPRESS)
-        return f"{text} (default: %(default)s)" if has_default else text
+        if action.default in (None, [], argparse.SUPPRESS):
+            return text
+        if type(action.default) is str:  # as it is typed: one may begin with a space
+            return f"{text} (default: {shlex.quote(action.default).replace('%', '%%')})"
+        return f"{text} (default: %(default)s)"
 
 
 class OptionsParser(HfArgumentParser):
@@ -58,6 +63,9 @@ class OptionsParser(HfArgumentParser):
             formatter_class=_HelpFormatter,
             allow_abbrev=False,
         )
+        for action in self._actions:
+            if action.type is string_to_bool and action.nargs is None:  # of a bool that may be None
+                action.nargs, action.const = "?", True
         self.by_name = {action.dest: action for action in reversed(self._actions)}  # first of --x and --no_x
         if not shows_all:
             for action in self._actions:

@@ -86,7 +86,9 @@ def run(options: ServeOptions) -> None:
     try:
         import uvicorn
     except ImportError as error:
-        raise ValueError('spul serve needs further libraries: pip install "spul[serve]".') from error
+        raise ValueError(
+            'spul serve needs further libraries; in a clone of its repository: pip install ".[serve]".'
+        ) from error
 
     _say("checking options and prompts")
     app, limits = build(options)

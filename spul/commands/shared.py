@@ -57,11 +57,11 @@ class RowOptions:
             )
         return PromptFormat(template, self.completion_template, tuple(self.generic or [" unknown"]), self.text_field)
 
-    def rows(self, paths: str | Sequence[str]) -> Dataset:
-        """The rows of files, checked."""
+    def rows(self, paths: str | Sequence[str], is_forget: bool | None = None) -> Dataset:
+        """The rows of files, checked; with `is_forget`, also that they do not say that they are of the other set."""
         from ..data.prompt_files import read_prompts
 
-        return read_prompts(paths, self.prompt_format, self.text_field)
+        return read_prompts(paths, self.prompt_format, self.text_field, is_forget)
 
     def warn_of_boundaries(
         self, tokenizer: Any, answered: Mapping[str, Any], others: Mapping[str, Any] | None = None

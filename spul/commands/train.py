@@ -116,11 +116,11 @@ def run(options: TrainOptions) -> int | None:
     check_can_hold(options.output_dir)
     _check_no_prompt(options)
     tests = {
-        name: options.rows(files)
+        name: options.rows(files, name == "test_forget")
         for name, files in (("test_forget", options.test_forget), ("test_retain", options.test_retain))
         if files
     }
-    forget, retain = options.rows(options.forget), options.rows(options.retain)
+    forget, retain = options.rows(options.forget, True), options.rows(options.retain, False)
     dataset = forget_retain_dataset(forget, retain)
     held_out = None if options.hold_out is None else hold_out(dataset, options.hold_out, options.seed)
     train_rows = dataset if held_out is None else held_out.train

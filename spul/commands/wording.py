@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..data.unlearning_data import SPLITS
-
 # What to give, as messages say it: an argument of `evaluate`, or one of its `AttackSettings`.
 TO_GIVE = re.compile(r"give (AttackSettings\((\w+)=.*?\)|(\w+)=)")
 # An argument, of the collator or of `evaluate`, alone or with its value; not within a path or in quotes.
@@ -29,6 +27,8 @@ def in_options(text: str, options: type) -> str:
         text: the message.
         options: the command's dataclass of options, whose fields have the names of the library's arguments.
     """
+    from ..data.unlearning_data import SPLITS  # datasets and PEFT, which are slow to import
+
     names = {field.name for field in dataclasses.fields(options)} - set(SPLITS)
 
     def give(found: re.Match[str]) -> str:

@@ -15,6 +15,7 @@ from datasets import Dataset
 from .rows import column_batches, column_values, normalized
 
 TEXT_TYPES = ("string", "large_string")
+SPLIT = "forget = rows.filter(lambda row: row['is_forget']), retain = rows.filter(lambda row: not row['is_forget'])"
 
 
 def check_rows(
@@ -49,6 +50,11 @@ def check_rows(
 
 def _remedy(rows: Dataset, argument: str | None) -> str:
     """The remedy for a missing column."""
+    if argument is None and "messages" in rows.column_names:
+        return (
+            "Split the conversations: rows.map(lambda row: {'prompt': row['messages'][:-1], 'completion': "
+            "row['messages'][-1:]}); spul.data.read_prompts(path) does it for a file."
+        )
     if argument is None:
         return "Rename or map your columns, or name others where an argument names them."
     texts = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in TEXT_TYPES]
@@ -92,6 +98,26 @@ def forget_flags(rows: Any, name: str = "train_dataset") -> list[bool]:
         check_is_forget(row, f"row {i} of {name}")
         flags.append(checked_flag(row["is_forget"], f"row {i} of {name}"))
     return flags
+
+
+def check_side(rows: Any, is_forget: bool, name: str) -> None:
+    """Check that the rows of a set, where they have the column `is_forget`, say which set they are given as.
+
+    Args:
+        rows: a data set or a stream's rows, such as those of `forget_retain_dataset`.
+        is_forget: whether they are given as rows to forget.
+        name: the set's name, or its file's, in the message.
+
+    Raises:
+        ValueError: if some say the opposite, or a flag is not a bool, 0 or 1.
+    """
+    if "is_forget" not in rows.column_names:
+        return
+    if other := sum(flag != is_forget for flag in forget_flags(rows, name)):
+        raise ValueError(
+            f"{other} row(s) of {name} have is_forget={not is_forget}; expected {is_forget} in rows that are given as "
+            f"those to {'forget' if is_forget else 'retain'}, or no such column. Split one set by its column: {SPLIT}."
+        )
 
 
 def checked_flag(flag: Any, name: str) -> bool:

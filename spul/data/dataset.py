@@ -11,7 +11,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from ..models.compat import flattened
-from .checks import check_rows, forget_flags
+from .checks import check_rows, check_side, forget_flags
 from .conversations import comparable
 from .row_weights import WEIGHT, checked_weights
 from .rows import SHOWN, column_batches, is_empty, rewritten_by, rows_at, shortened
@@ -37,7 +37,8 @@ def forget_retain_dataset(
     Raises:
         TypeError: if one is not a `datasets.Dataset`.
         ValueError: if a set is empty or lacks a column, a prompt is missing, a completion is empty, a prompt is in
-            both sets, or weights are not one for each row, finite and above 0.
+            both sets, a column `is_forget` says that a row belongs to the other set, or weights are not one for each
+            row, finite and above 0.
 
     Example:
         ```python
@@ -47,6 +48,7 @@ def forget_retain_dataset(
     hashes = []
     for name, rows in (("forget", forget), ("retain", retain)):
         check_rows(rows, name=name)
+        check_side(rows, name == "forget", name)
         hashes.append(_checked_prompts(name, rows))
     _check_disjoint(forget, retain, *hashes)
     weights = [_weights(forget, None, "forget"), _weights(retain, retain_weight, "retain")]

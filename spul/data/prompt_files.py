@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from .checks import check_side
 from .conversations import with_whole_text
 from .formats import PromptFormat
 from .row_checks import check_is_row, check_texts
@@ -22,6 +23,7 @@ def read_prompts(
     paths: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     prompt_format: PromptFormat | None = None,
     text_field: str | None = None,
+    is_forget: bool | None = None,
 ) -> Dataset:
     """Read files of rows in any of three forms, each row checked.
 
@@ -32,40 +34,43 @@ def read_prompts(
         paths: one file that `read_file` reads, or several, whose rows are joined; all of one form.
         prompt_format: templates of prompt and completion for files with other columns.
         text_field: column whose text stands in the prompt; it must be there. That of `prompt_format` unless given.
+        is_forget: whether the rows are to be forgotten (True) or retained (False), which a column `is_forget` of the
+            files must not contradict; None where they are neither.
 
     Returns:
         `prompt`, `completion` and the text field; with `prompt_format` no other columns, else all others of the files.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a file cannot be read, lacks the columns, or a row cannot be used; the message names file and
-            row, counted from 1.
+        ValueError: if a file cannot be read, lacks the columns, a row cannot be used, or rows are of the other set;
+            the message names the file and a row's number, counted from 1.
     """
     if isinstance(paths, (str, os.PathLike)):
         paths = [paths]
     if not paths:
         raise ValueError("there are no files to read; expected at least one.")
     field = text_field or (None if prompt_format is None else prompt_format.text_field)
-    parts = [_read(path, prompt_format, field) for path in paths]
+    parts = [_read(path, prompt_format, field, is_forget) for path in paths]
     if any(part.column_names != parts[0].column_names or part.features != parts[0].features for part in parts):
         found = "; ".join(f"{path}: {part.features}" for path, part in zip(paths, parts, strict=True))
         raise ValueError(f"the files have different columns or types: {found}. Give files of one form.")
     return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
 
 
-def read_texts(path: str | os.PathLike[str], column: str = "prompt") -> list[Any]:
+def read_texts(path: str | os.PathLike[str], column: str = "prompt", is_forget: bool | None = None) -> list[Any]:
     """The texts of a file: the lines of a `.txt`, or a column of rows; of rows with `messages`, what is asked.
 
     Args:
         path: the file.
         column: the column with the texts.
+        is_forget: as of `read_prompts`.
 
     Returns:
         Strings, or lists of messages where the column holds conversations. Blank lines are left out.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file lacks the column, or has no texts, or a row has no text in it.
+        ValueError: if the file lacks the column, has no texts or rows of the other set, or a row has no text in it.
     """
     if os.fspath(path).endswith(TEXT_SUFFIX):
         if not os.path.isfile(path):
@@ -76,6 +81,8 @@ def read_texts(path: str | os.PathLike[str], column: str = "prompt") -> list[Any
             raise ValueError(f"{path} has no texts; expected one a line.")
         return texts
     rows = read_file(path)
+    if is_forget is not None:
+        check_side(rows, is_forget, os.fspath(path))
     if column == "prompt" and "prompt" not in rows.column_names and MESSAGES in rows.column_names:
         rows = _split_messages(rows, path)
     if column not in rows.column_names:
@@ -87,8 +94,12 @@ def read_texts(path: str | os.PathLike[str], column: str = "prompt") -> list[Any
     return found
 
 
-def _read(path: str | os.PathLike[str], prompt_format: PromptFormat | None, text_field: str | None) -> Dataset:
+def _read(
+    path: str | os.PathLike[str], prompt_format: PromptFormat | None, text_field: str | None, is_forget: bool | None
+) -> Dataset:
     rows = read_file(path)
+    if is_forget is not None:
+        check_side(rows, is_forget, os.fspath(path))
     if prompt_format is not None:
         made = []
         for number, row in enumerate(read_rows(rows), start=1):

@@ -6,6 +6,8 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value, interleave_datasets
 
+from .checks import SPLIT, checked_flag
+
 COLUMNS = ({"prompt", "completion"}, {"input_ids", "completion_mask"})
 
 
@@ -31,7 +33,8 @@ def forget_retain_stream(
 
     Raises:
         TypeError: if one is not of `datasets`.
-        ValueError: if `forget_fraction` is out of range, or a stream is known to lack a column.
+        ValueError: if `forget_fraction` is out of range, or a stream is known to lack a column; while it is read, at
+            a row whose `is_forget` says that it belongs to the other stream.
 
     Example:
         ```python
@@ -62,14 +65,19 @@ def _flagged(rows: Any, name: str, flag: bool) -> IterableDataset:
     features = None
     if stream.features is not None:  # kept: without them, datasets reads a first row to know the columns
         features = Features({**stream.features, "is_forget": Value("bool")})
-    return stream.map(_Flag(flag), features=features)
+    return stream.map(_Flag(flag, name), features=features)
 
 
 class _Flag:
-    """Adds `is_forget` to a row; a class, so that worker processes can take it along."""
+    """Adds `is_forget` to a row unless it says the opposite; a class, so that worker processes can take it along."""
 
-    def __init__(self, flag: bool) -> None:
-        self.flag = flag
+    def __init__(self, flag: bool, name: str) -> None:
+        self.flag, self.name = flag, name
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        if "is_forget" in row and checked_flag(row["is_forget"], f"a row of {self.name}") != self.flag:
+            raise ValueError(
+                f"a row of {self.name} has is_forget={not self.flag}; expected {self.flag}, or no such column. Split "
+                f"one stream by its column: {SPLIT}."
+            )
         return {**row, "is_forget": self.flag}

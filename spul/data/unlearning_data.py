@@ -12,6 +12,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from .checks import check_side
 from .dataset import forget_retain_dataset
 from .formats import PromptFormat
 from .rows import SHOWN, column_values, normalized, shortened
@@ -45,10 +46,11 @@ class UnlearningData:
         """The rows of a split in prompt-completion form: `prompt`, `completion` and the text field.
 
         Raises:
-            ValueError: if there is no such split.
+            ValueError: if there is no such split, or it has a column `is_forget` that contradicts its name.
         """
         if split not in self.splits:
             raise ValueError(f"split={split!r}; expected one of {', '.join(self.splits)}.")
+        check_side(self.splits[split], split.endswith("_forget"), f"{split} of {self.name}")
         return self.format.apply(self.splits[split])
 
     def training_set(self) -> Dataset:
@@ -119,8 +121,8 @@ class UnlearningData:
 
         Raises:
             TypeError: if `splits` is no dict.
-            ValueError: if a split is missing or empty, a text is missing, a row is in two splits, or the completion
-                of a row is one of the format's generic ones.
+            ValueError: if a split is missing or empty, a text is missing, a row is in two splits, a column `is_forget`
+                contradicts a split's name, or the completion of a row is one of the format's generic ones.
         """
         if not isinstance(self.splits, Mapping):
             raise TypeError(
@@ -132,6 +134,7 @@ class UnlearningData:
         for split, rows in self.splits.items():
             if len(rows) == 0:
                 raise ValueError(f"{split} of {self.name} is empty; expected at least one row.")
+            check_side(rows, split.endswith("_forget"), f"{split} of {self.name}")
             self._check_completions(split, rows)
             texts[split] = set(row_keys(rows, self.format))
         for one, other in itertools.combinations(SPLITS, 2):

@@ -13,7 +13,7 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.checks import check_rows
+from ..data.checks import check_rows, check_side
 from ..data.collator import ForgetRetainCollator
 from ..data.formats import QUESTION_ANSWER, PromptFormat
 from ..data.unlearning_data import SPLITS, UnlearningData
@@ -109,9 +109,9 @@ def evaluate(
     Raises:
         FileNotFoundError: if `digest_key` is the path of no file.
         ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
-            missing, a measure or set of questions is unknown, two of the models share a base, a model is sharded
-            otherwise than by `shard_layers`, or `output_dir` holds another evaluation, files that are not an
-            evaluation's, or damaged ones.
+            missing, a split's column `is_forget` contradicts its name, a measure or set of questions is unknown, two
+            of the models share a base, a model is sharded otherwise than by `shard_layers`, or `output_dir` holds
+            another evaluation, files that are not an evaluation's, or damaged ones.
         TypeError: if a model is given by the name of its folder, `splits`, `collator` or rows are of another type, or
             a model has a plain PEFT prompt whose type is unknown to spul, or any plain PEFT prompt where the soft
             suffix is measured.
@@ -140,6 +140,8 @@ def evaluate(
     others = {**(neighbors or {}), **({} if unseen is None else {"unseen": unseen})}
     for name, rows in {**sets, **others}.items():
         check_rows(rows, name=name)
+        if name in sets:
+            check_side(rows, name.endswith("_forget"), name)
     if not collator.generic_completions:
         raise ValueError("the collator has no generic_completions; give it those that count as a generic answer.")
     given = {"model": model, "base": base, "retrained": retrained, "reference": reference}

@@ -159,7 +159,7 @@ class RequestState:
             names = sorted(name for name in self.servers if name is not None)
             return f"served since {self.served[-1][0]}" + (f" by {', '.join(names)}" if names else "")
         if self.revoked is not None:
-            return f"revoked since {self.revoked}"
+            return f"revoked since {self.revoked}: the base answers about this request again"
         return "no longer served" if self.served else "never served"
 
 

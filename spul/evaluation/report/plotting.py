@@ -49,7 +49,7 @@ def require_matplotlib() -> type[Figure]:
     try:
         import matplotlib.figure
     except ImportError as error:
-        raise ImportError('the report\'s figures need matplotlib: pip install "spul[evaluation]"') from error
+        raise ImportError("the report's figures need matplotlib: pip install matplotlib") from error
     return matplotlib.figure.Figure
 
 
