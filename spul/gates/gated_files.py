@@ -190,8 +190,8 @@ def read_gated(
     """Prompts, gates, precedence and combined prompts of a saved folder; see `GatedUnlearner.from_pretrained`."""
     if not isinstance(folder, (str, os.PathLike)):
         raise TypeError(
-            f"folder is a {type(folder).__name__}; expected one folder or Hub name. Of prompts in folders of their own, "
-            "load the first with adapter_name=..., the others by load_adapter(folder, name)."
+            f"folder is a {type(folder).__name__}; expected one folder or Hub name. Of prompts in folders of their "
+            "own, load the first with adapter_name=..., the others by load_adapter(folder, name)."
         )
     path, routing = read_routing(folder, **hub)
     prompts: list[str] = routing["prompts"]

@@ -95,8 +95,8 @@ def estimate_memory(
         processes: among which the layers are sharded (FSDP); 1 for a whole base.
 
     Raises:
-        ValueError: for a number out of range, a `dtype` that is no floating-point type, rows that do not fit the model's positions, a prompt that does not fit
-            the base, or shards of a base in 8 bit.
+        ValueError: for a number out of range, a `dtype` that is no floating-point type, rows that do not fit the
+            model's positions, a prompt that does not fit the base, or shards of a base in 8 bit.
         TypeError: if `config` is none of transformers, or `prompt_config` none of the four prompts.
 
     Example:
