@@ -21,6 +21,7 @@ from spul.evaluation.evidence import evaluation_digest, verify_evidence
 from spul.evaluation.harness import Requests
 from spul.evaluation.loading import KINDS, kind_of, load_unlearned
 from spul.evaluation.report.terminal import attacks_as_text, splits_as_text
+from spul.evaluation.report.verdict import verdict
 from spul.evaluation.results import Evaluation
 from spul.gates import GatedUnlearner, NameGate
 from spul.records import Ledger, LedgerEvent
@@ -132,7 +133,10 @@ def test_results_report_and_card_are_written_and_conditions_decide(files, tmp_pa
     said = capsys.readouterr().out
     assert "passed: 2 condition(s)" in said
     found = Evaluation.load(tmp_path)
-    assert "\n".join([*splits_as_text(found), f"report: {tmp_path / 'report.html'}", "written: "]) in said
+    assert (
+        "\n".join([*splits_as_text(found), str(verdict(found)), f"report: {tmp_path / 'report.html'}", "written: "])
+        in said
+    )
     assert found.models == ["unlearned", "detached"]
     assert (tmp_path / "report.html").is_file()
     assert set(read_spul_config(files["adapter"]).metrics) >= {"test_forget", "test_retain"}

@@ -33,6 +33,31 @@ def test_prompts_and_gates_are_saved_and_loaded_together(tmp_path):
     assert (tmp_path / "README.md").read_text().count("## Gate\n") == 1
 
 
+def test_prompts_in_folders_of_their_own_are_loaded_one_by_one_under_names(tmp_path):
+    for name in ("jane", "max"):
+        GatedUnlearner(prompts(), make_tokenizer(), {"default": NameGate([name])}).save_pretrained(tmp_path / name)
+    loaded = GatedUnlearner.from_pretrained(learned(), tmp_path / "jane", make_tokenizer(), adapter_name="jane")
+    loaded.load_adapter(tmp_path / "max", "max")
+    texts = ["who is jane", "who is max", "the plot"]
+    assert loaded.route(texts) == ["jane", "max", "__base__"]
+    loaded.save_pretrained(tmp_path / "both")
+    again = GatedUnlearner.from_pretrained(learned(), tmp_path / "both", make_tokenizer())
+    assert again.route(texts) == ["jane", "max", "__base__"]
+
+
+def test_a_name_for_a_folder_of_several_prompts_is_refused(tmp_path):
+    saved(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"adapter_name='jane', but .* has the prompts \['default', .*leave adapter_na"
+    ):
+        GatedUnlearner.from_pretrained(learned(), tmp_path, make_tokenizer(), adapter_name="jane")
+
+
+def test_a_dict_of_folders_is_refused_with_what_to_do():
+    with pytest.raises(TypeError, match=r"folder is a dict; expected one folder .*by load_adapter\(folder, name\)"):
+        GatedUnlearner.from_pretrained(learned(), {"jane": "out/jane"}, make_tokenizer())
+
+
 def test_the_card_says_what_the_gate_flags(tmp_path):
     model = gated()
     model.gates["default"] = text_gate()

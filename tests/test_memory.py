@@ -120,6 +120,21 @@ def test_the_prompt_is_counted_with_its_gradient_and_moments(prompt_type):
     assert config.token_dim is None  # the caller's config is left alone
 
 
+def test_a_type_may_be_given_by_its_name():
+    assert estimate(dtype="bfloat16") == estimate(dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "int8", "Tensor", torch.int8, None])
+def test_what_is_no_floating_point_type_is_refused(dtype):
+    with pytest.raises(ValueError, match=r"^dtype=.*; expected torch.bfloat16, .* or such a name"):
+        estimate(dtype=dtype)
+
+
+def test_the_step_in_words_names_response_and_prompt():
+    step = estimate(response_tokens=20, prompt_config=CONFIGS["prefix_tuning"](7)).step
+    assert step == "8 rows of 100 tokens, 20 of them the response's, prefix_tuning of 7 virtual tokens, float32"
+
+
 def test_the_text_names_the_parts_and_the_step():
     text = str(MemoryEstimate(2**30, 2**31, 0, 0, 2**29, "8 rows"))
     assert text.splitlines()[0] == "Memory of a step, 8 rows:"

@@ -100,6 +100,9 @@ FIRST_SCREEN = """\
 
 ## Is it forgotten?
 
+Partly forgotten: 2 of 8 test forget rows that the base knew are still answered right. With so few rows, 7 to 59 % is \
+possible (95 % interval).
+
 Test forget accuracy: 20.0 % [...] (2 of 10 rows); before: 80.0 % [...] (8 of 10 rows); a model retrained without the \
 forget rows: 40.0 % [...] (4 of 10 rows).
 
@@ -139,6 +142,15 @@ def test_an_attack_that_raises_nothing_is_not_said_to_bring_anything_back():
     found = [*utility(rows), *attacked, dataclasses.replace(attacked[0], attack="capitals")]
     text = evaluation_markdown(Evaluation({}, found, {}))
     assert "No attack raised what is answered. Tried: attacks on the input." in text
+
+
+def test_where_nothing_is_forgotten_an_attack_that_raises_nothing_is_not_said_to_show_anything():
+    attacked = [one for one in input_attacks() if (one.attack, one.model) == ("none", "unlearned")]
+    found = [*utility({"unlearned": {"test_forget": 8}, "detached": {"test_forget": 8}}), *attacked]
+    text = evaluation_markdown(Evaluation({}, [*found, dataclasses.replace(attacked[0], attack="capitals")], {}))
+    assert "## Is it forgotten?\n\nNot forgotten: 8 of 8 test forget rows" in text
+    assert "No attack raised" not in text
+    assert "The rows are not forgotten without an attack; that no attack raised more says nothing. Tried: " in text
 
 
 @pytest.mark.parametrize(("right", "is_said"), [(4, True), (6, False)])

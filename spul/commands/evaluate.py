@@ -241,10 +241,13 @@ def _write(found: Any, options: EvaluateOptions) -> None:
     from ..evaluation.report.card import add_to_card
     from ..evaluation.report.report import write_report
     from ..evaluation.report.terminal import attacks_as_text, splits_as_text
+    from ..evaluation.report.verdict import verdict
     from ..records.card import CARD_NAME
     from ..records.spul_config import SPUL_CONFIG_NAME
 
     print("\n".join(splits_as_text(found)))
+    if (said := verdict(found)) is not None:
+        print(said)
     if attacks := attacks_as_text(found):
         print("\n".join(["", *attacks]))
     worded = dataclasses.replace(

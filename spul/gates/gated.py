@@ -356,6 +356,7 @@ class GatedUnlearner(nn.Module, Unlearner):
         model: nn.Module | str | os.PathLike,
         folder: str | os.PathLike,
         tokenizer: PreTrainedTokenizerBase,
+        adapter_name: str | None = None,
         **hub: Any,
     ) -> GatedUnlearner:
         """Load prompts and their gates onto the base.
@@ -364,13 +365,16 @@ class GatedUnlearner(nn.Module, Unlearner):
             model: the base, or its name or folder.
             folder: folder or Hub name, which `save_pretrained` wrote.
             tokenizer: the base's tokenizer.
+            adapter_name: name of the prompt in this model, of a folder with one prompt; the saved one unless given.
             hub: Hub arguments, such as `revision`, `token`, `cache_dir`.
 
         Raises:
+            TypeError: if `folder` is no folder or name, such as a dict of several.
             FileNotFoundError: if the folder has no gates, or one of them lacks a file.
-            ValueError: if a file is damaged, or prompt or gate does not fit the base or the tokenizer.
+            ValueError: if a file is damaged, or prompt or gate does not fit the base or the tokenizer; also if
+                `adapter_name` is given for a folder of several prompts.
         """
-        unlearner, gates, precedence, combined = read_gated(model, folder, tokenizer, **hub)
+        unlearner, gates, precedence, combined = read_gated(model, folder, tokenizer, adapter_name, **hub)
         return cls(unlearner, tokenizer, gates, precedence, combined).eval()
 
 

@@ -181,16 +181,31 @@ def read_routing(folder: str | os.PathLike, **hub: Any) -> tuple[Path, dict[str,
 
 
 def read_gated(
-    model: Any, folder: str | os.PathLike, tokenizer: PreTrainedTokenizerBase, **hub: Any
+    model: Any,
+    folder: str | os.PathLike,
+    tokenizer: PreTrainedTokenizerBase,
+    adapter_name: str | None = None,
+    **hub: Any,
 ) -> tuple[SoftPromptUnlearner, dict[str, Gate], list[str], dict[tuple[str, ...], str]]:
     """Prompts, gates, precedence and combined prompts of a saved folder; see `GatedUnlearner.from_pretrained`."""
+    if not isinstance(folder, (str, os.PathLike)):
+        raise TypeError(
+            f"folder is a {type(folder).__name__}; expected one folder or Hub name. Of prompts in folders of their "
+            "own, load the first with adapter_name=..., the others by load_adapter(folder, name)."
+        )
     path, routing = read_routing(folder, **hub)
     prompts: list[str] = routing["prompts"]
+    if adapter_name is not None and len(prompts) != 1:
+        raise ValueError(
+            f"adapter_name={adapter_name!r}, but {str(folder)!r} has the prompts {prompts}, each with its name; leave "
+            "adapter_name out."
+        )
+    named = {name: name if adapter_name is None else adapter_name for name in prompts}
     unlearner: Any = None
     for name in prompts:
         where = {**hub, "subfolder": _joined(hub, folder_of(name))}
         if unlearner is None:
-            unlearner = SoftPromptUnlearner.from_pretrained(model, folder, adapter_name=name, **where)
+            unlearner = SoftPromptUnlearner.from_pretrained(model, folder, adapter_name=named[name], **where)
         else:
             unlearner.load_adapter(folder, name, **where)
     for name in prompts:
@@ -200,11 +215,11 @@ def read_gated(
                 "save, or one of the prompt alone. Save the GatedUnlearner again."
             )
     gates = {
-        name: gate_of(folder, unlearner, tokenizer, **{**hub, "subfolder": _joined(hub, folder_of(name))})
+        named[name]: gate_of(folder, unlearner, tokenizer, **{**hub, "subfolder": _joined(hub, folder_of(name))})
         for name in routing["gates"]
     }
     combined = {tuple(one["flagged"]): one["prompt"] for one in routing["combined"]}
-    return unlearner, gates, routing["precedence"], combined
+    return unlearner, gates, [named[name] for name in routing["precedence"]], combined
 
 
 def _joined(hub: dict[str, Any], *parts: str) -> str:

@@ -69,7 +69,7 @@ def estimate_memory(
     prompt_config: PeftConfig | None = None,
     response_tokens: int = 1,
     retain_rows: int | None = None,
-    dtype: torch.dtype = torch.bfloat16,
+    dtype: torch.dtype | str = torch.bfloat16,
     bits: Literal[4, 8] | None = None,
     gradient_checkpointing: bool = False,
     reference: bool = True,
@@ -88,15 +88,15 @@ def estimate_memory(
         prompt_config: PEFT's config of the prompt; `PromptTuningConfig` with 30 virtual tokens unless given.
         response_tokens: tokens of the longest response.
         retain_rows: rows of the batch that are compared with the base; all unless given.
-        dtype: of the weights and of computation.
+        dtype: of the weights and of computation; a name such as `"bfloat16"` will do.
         bits: 8 or 4 for a base quantized by bitsandbytes; None for one in `dtype`.
         gradient_checkpointing: whether layers are computed again in the backward pass.
         reference: whether the loss compares with the base (the KL term), cached or live.
         processes: among which the layers are sharded (FSDP); 1 for a whole base.
 
     Raises:
-        ValueError: for a number out of range, rows that do not fit the model's positions, a prompt that does not fit
-            the base, or shards of a base in 8 bit.
+        ValueError: for a number out of range, a `dtype` that is no floating-point type, rows that do not fit the
+            model's positions, a prompt that does not fit the base, or shards of a base in 8 bit.
         TypeError: if `config` is none of transformers, or `prompt_config` none of the four prompts.
 
     Example:
@@ -110,6 +110,7 @@ def estimate_memory(
     for name, value in {**given, "processes": processes}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
+    dtype = _floating(dtype)
     if bits not in (None, 4, 8):
         raise ValueError(f"bits={bits!r}; expected 4, 8, or None for weights in {dtype}.")
     if bits == 8 and processes > 1:
@@ -138,7 +139,9 @@ def estimate_memory(
     vocab = base.get_output_embeddings().weight.shape[0]
     reference_bytes = rows * response_tokens * vocab * dtype.itemsize if reference else 0
     shapes = encoder_shapes(prompt).values() if has_encoder(prompt) else [prompt_shape(prompt)]
-    words = f"{batch_size} rows of {max_length} tokens, {prompt.num_virtual_tokens} virtual tokens, "
+    kind = prompt.peft_type.value.lower()
+    words = f"{batch_size} rows of {max_length} tokens, {response_tokens} of them the response's, "
+    words += f"{kind} of {prompt.num_virtual_tokens} virtual tokens, "
     words += str(dtype).removeprefix("torch.") if bits is None else f"{bits} bit"
     words += ", gradient checkpointing" if gradient_checkpointing else ""
     words += f", layers sharded over {processes} processes" if processes > 1 else ""
@@ -150,6 +153,14 @@ def estimate_memory(
         prompt=BYTES_PER_TRAINED * sum(math.prod(one) for one in shapes),
         step=words,
     )
+
+
+def _floating(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point type of torch, by itself or by its name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r}; expected torch.bfloat16, torch.float16, torch.float32, or such a name.")
+    return found
 
 
 def _weights(base: Any, dtype: torch.dtype, bits: int | None, processes: int) -> int:

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ..aggregation import MEMBERS, MetricValue
 from ..attacks.inputs import WITHOUT
 from ..measures import MEASURES, is_attacked, variant_in_words
@@ -15,6 +13,7 @@ from ..metrics.table import metric_of
 from ..results import Evaluation
 from .document import Section
 from .summary import what_comes_back
+from .verdict import NOT, right, verdict
 from .wording import counted, first, knowledge_name, points, spaced, value_in_words, where
 
 FORGOTTEN, COST, BACK = "Is it forgotten?", "What did it cost?", "What brings it back?"
@@ -39,9 +38,11 @@ def answers(evaluation: Evaluation) -> list[Section]:
 
 
 def forgotten(evaluation: Evaluation) -> list[str]:
-    """Forget rows that are still answered, and how many of them the base itself did not know."""
+    """The verdict, what is still answered of the forget rows, and how many of them the base itself did not know."""
+    said = verdict(evaluation)
     texts = [_before_and_after(evaluation, rows) for rows in ("test_forget", "train_forget")]
     found = [text for text in texts if text] or ["Not measured: the four splits are the measure 'utility'."]
+    found = found if said is None else [str(said), *found]
     return found + [text for rows in ("test_forget", "train_forget") if (text := known_to_base(evaluation, rows))]
 
 
@@ -82,6 +83,9 @@ def back(evaluation: Evaluation) -> list[str]:
     if all(one.value == plain.value == 1.0 for one, plain in pairs):
         return [f"Everything is answered as it is, so there was nothing to bring back. {tried}"]
     if most.value <= plain.value:
+        said = verdict(evaluation)
+        if said is not None and said.word == NOT:
+            return [f"The rows are not forgotten without an attack; that no attack raised more says nothing. {tried}"]
         return [f"No attack raised what is answered. {tried}", *_lost_on_the_model_itself(evaluation)]
     text = (
         f"Most is brought back by {MEASURES[most.measure].title.lower()} ({variant_in_words(most)}): "
@@ -118,8 +122,7 @@ def known_to_base(evaluation: Evaluation, rows: str) -> str:
     """
     if knowledge_name(evaluation) != "accuracy":
         return ""
-    of = {model: _right(evaluation, rows, model) for model in ("detached", "unlearned")}
-    before, after = of["detached"], of["unlearned"]
+    before, after = (right(evaluation, rows, model) for model in ("detached", "unlearned"))
     if before is None or after is None or len(before) != len(after):
         return ""
     num, wrong, still = len(before), int((~before).sum()), int((before & after).sum())
@@ -130,16 +133,6 @@ def known_to_base(evaluation: Evaluation, rows: str) -> str:
         text += "; what it did not know cannot be forgotten"
     are = "is" if still == 1 else "are"
     return f"{text}. Of the {num - wrong:,} that it knew, {still:,} {are} still answered right."
-
-
-def _right(evaluation: Evaluation, rows: str, model: str) -> np.ndarray | None:
-    """Which rows a model answers right, those of all seeds in a row; None if not measured."""
-    found = [
-        np.asarray(one.per_row["accuracy"]) > 0.5
-        for one in evaluation.measurements
-        if (one.measure, one.rows, one.model) == ("utility", rows, model) and "accuracy" in one.per_row
-    ]
-    return np.concatenate(found) if found else None
 
 
 def _before_and_after(evaluation: Evaluation, rows: str) -> str:
