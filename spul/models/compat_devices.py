@@ -103,8 +103,15 @@ def replicated(model: nn.Module, base: nn.Module) -> nn.parallel.DistributedData
 
 
 # Settings of `zero_optimization` that change what is computed, gathered or kept, and are not carried out.
-NOT_OF_FROZEN_LAYERS = ("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_nontrainable_weights")
-NOT_OF_FROZEN_LAYERS += ("zero_quantized_gradients", "module_granularity_threshold", "leaf_module", "zenflow")
+NOT_OF_FROZEN_LAYERS = (
+    "zero_hpz_partition_size",
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+    "module_granularity_threshold",
+    "leaf_module",
+    "zenflow",
+)
 
 
 def zero_settings(zero: Mapping[str, Any]) -> Any:

@@ -20,8 +20,15 @@ from ..records.digests import fingerprint
 
 # Sections of a config of DeepSpeed that are carried out, or compared with the arguments; and those of its engine that
 # say nothing of what is computed or written.
-HONORED_BY_ZERO3 = ("zero_optimization", "train_batch_size", "train_micro_batch_size_per_gpu")
-HONORED_BY_ZERO3 += ("gradient_accumulation_steps", "gradient_clipping", "fp16", "bf16")
+HONORED_BY_ZERO3 = (
+    "zero_optimization",
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "fp16",
+    "bf16",
+)
 WITHOUT_EFFECT = ("steps_per_print", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer", "checkpoint")
 
 
