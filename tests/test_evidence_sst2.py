@@ -367,3 +367,25 @@ def test_a_plan_of_test_rows_alone_scores_nothing_else(example, monkeypatch, tmp
     assert {"test_forget", "test_retain"} <= set(record["scores"])
     assert ("train_forget" in record["scores"]) is not tests_alone
     assert ("detached" in record) is not tests_alone
+
+
+def test_the_shapes_of_the_results_page_are_those_of_the_stored_scores(example):
+    found = {one["system"]: one["scores"] for one in read("sst2-smollm2-shapes.jsonl") if "scores" in one}
+    planned = example.Plan.read(DATA / "sst2-smollm2-shapes-plan.json").systems
+    assert set(found) == {system.name for system in planned}
+
+    def shown(scores):
+        values = [
+            scores["test_forget"]["accuracy"],
+            scores["test_retain"]["accuracy"],
+            scores["test_retain"]["generic"],
+        ]
+        forget, retain, generic = (f"{100 * sum(one) / len(one):.1f}" for one in values)
+        return f"{forget}, {retain} ({generic})"
+
+    page = (ROOT / "docs" / "results.md").read_text().split("### Shapes")[1].split("## On Gemma 3")[0]
+    cells = re.findall(r"\| (\d+\.\d, \d+\.\d \(\d+\.\d\))(?= \|)", page)
+    assert sorted(cells) == sorted(map(shown, found.values()))
+    row = next(line for line in page.splitlines() if line.startswith("| alpha 0.5 "))
+    betas = ("0", "0.1", "0.5", "1")
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [shown(found[f"alpha 0.5, beta {b}"]) for b in betas]
