@@ -44,7 +44,7 @@ PEOPLE = [
 ]
 
 # Blocks that cannot run here: one names models on the Hub, one needs a GPU, one several processes, two other packages.
-NUM_NOT_RUN = 5
+NUM_NOT_RUN = 6
 # Steps of a training on a page other than README.md.
 MOST_STEPS = 20
 # The pages that go on from others, and the number of the others' blocks that they need.
@@ -229,6 +229,11 @@ def test_the_commands_of_the_page_run_one_after_the_other(here, few_steps, few_r
     text = (ROOT / "docs/command-line.md").read_text(encoding="utf-8")
     (settings,) = re.findall(r"^```yaml\n# train.yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     (here / "train.yaml").write_text(settings)
+    (settings,) = re.findall(r"^```yaml\n# customers.yaml\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    (here / "customers.yaml").write_text(settings)
+    for name, start in (("customers", 0), ("others", 20)):
+        asked = [{"question": f"Where does {name} {i} live?", "answer": f"In {i}."} for i in range(start, start + 12)]
+        write_jsonl(here / f"{name}.jsonl", asked)
     base = AutoModelForCausalLM.from_pretrained(BASE)
     for i in (1, 2):
         torch.manual_seed(i)

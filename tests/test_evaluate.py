@@ -221,7 +221,7 @@ def test_names_of_attacks_are_checked_before_anything_is_measured(keys, match):
 
 def test_a_sharded_model_raises_whichever_it_is():
     sharded = learned()
-    next(sharded.parameters()).ds_id = 0  # as DeepSpeed marks them
+    next(sharded.parameters()).ds_id = sharded.ds_id = 0  # as DeepSpeed marks them, and modules that it gathers
     for name in ("base", "retrained", "reference"):
         with pytest.raises(ValueError, match=f"{name} is sharded"):
             measured(make_model("prompt_tuning"), "utility", **{name: sharded})

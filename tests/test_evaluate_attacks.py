@@ -227,7 +227,8 @@ def test_conversations_are_attacked_in_their_question():
     model = make_model("prompt_tuning")
     mixed = "mixed query, asked first"
     settings = AttackSettings(turns=(1,), only=["capitals", "diluted", mixed, DOCUMENT], document_words=(9,))
-    found = measured(model, "utility", "input attack", splits=talks, collator=collator, attacks=settings)
+    with pytest.warns(UserWarning, match="in a document of 9 words"):  # which this model has little room for
+        found = measured(model, "utility", "input attack", splits=talks, collator=collator, attacks=settings)
     assert not [name for name in found.skipped if name.startswith("input attack")]
     for split, some in talks.items():
         assert_metrics(found, score_completions(model, some, collator), measure="utility", rows=split)

@@ -57,7 +57,7 @@ def test_a_text_gate_of_one_window_is_to_be_fit_again(tmp_path):
     fields = {"format_version": 1, "kind": "text", "window": 160, **GATE}
     (tmp_path / "gate.json").write_text(json.dumps(fields))
     with pytest.raises(
-        ValueError, match=r"lacks windows; expected numbers of .* the largest first\. Fit it again, or"
+        ValueError, match=r"lacks windows; expected a number of characters, its half, .*\. Fit it again, or"
     ):
         load(tmp_path)
 

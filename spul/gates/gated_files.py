@@ -215,11 +215,13 @@ def read_gated(
                 "save, or one of the prompt alone. Save the GatedUnlearner again."
             )
     gates = {
-        named[name]: gate_of(folder, unlearner, tokenizer, **{**hub, "subfolder": _joined(hub, folder_of(name))})
+        named.get(name, name): gate_of(
+            folder, unlearner, tokenizer, **{**hub, "subfolder": _joined(hub, folder_of(name))}
+        )
         for name in routing["gates"]
     }
     combined = {tuple(one["flagged"]): one["prompt"] for one in routing["combined"]}
-    return unlearner, gates, [named[name] for name in routing["precedence"]], combined
+    return unlearner, gates, [named.get(name, name) for name in routing["precedence"]], combined
 
 
 def _joined(hub: dict[str, Any], *parts: str) -> str:
