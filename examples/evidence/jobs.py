@@ -83,9 +83,7 @@ def scores(
     rows_of = tests if tests_alone else tests | few
     record: Record = {"settings": settings, "training": cost}
     record["scores"] = {name: row_scores(model, rows, experiment, position) for name, rows in rows_of.items()}
-    if tests_alone:
-        return record
-    if system.kind in ("prompt", "gated"):
+    if system.kind in ("prompt", "gated") and not tests_alone:
         with model.disable_adapter():
             record["detached"] = {
                 name: means(row_scores(model, rows, experiment, position)) for name, rows in tests.items()

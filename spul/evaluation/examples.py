@@ -1,4 +1,4 @@
-"""What each attack on the input asks, by the example of a row made up for it: reports show no rows of the data."""
+"""Examples of the attacks on the input, each on a row made up for it: reports show no rows of the data."""
 
 from __future__ import annotations
 

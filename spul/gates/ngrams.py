@@ -67,14 +67,14 @@ class KnownNGrams:
         return hstack([tfidf.transform(counts[name], copy=False) for name, tfidf in self._tfidf.items()], format="csr")
 
     def _counts(self, name: str, texts: Sequence[str]) -> csr_matrix:
-        """How often each text has each n-gram: (texts, n-grams)."""
+        """Counts of each n-gram in each text: (texts, n-grams)."""
         index, analyze = self._index[name], self._analyze[name]
         found = [[index[each] for each in analyze(text) if each in index] for text in texts]
         return _rows(found, len(index))
 
 
 def _rows(columns: Sequence[Sequence[int]], width: int) -> csr_matrix:
-    """How often each row has each column: (rows, width), float64."""
+    """Counts of each column in each row: (rows, width), float64."""
     starts = [0, *accumulate(map(len, columns))]
     flat = np.fromiter(chain.from_iterable(columns), dtype=np.int32, count=starts[-1])
     found = csr_matrix((np.ones(len(flat)), flat, starts), shape=(len(columns), width))

@@ -147,31 +147,31 @@ def _config_of(zero: Mapping[str, Any]) -> dict[str, Any]:
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section}
 
 
-def partition(module: nn.Module, zero: Mapping[str, Any]) -> None:
+def partition(module: nn.Module, zero: Mapping[str, Any], settings: Any) -> None:
     """Partition all parameters of a module by ZeRO-3, gathered by hooks of its submodules in each pass.
 
     Args:
         module: its modules hold each parameter once. Each call of it begins a pass.
-        zero: the section `zero_optimization` of a config, as `zero_settings` takes it.
+        zero: the section `zero_optimization` of a config.
+        settings: what `zero_settings` has of it.
     """
     import deepspeed
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.utils.timer import NoopTimer
 
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False)  # over the processes that are there
-    found = zero_settings(zero)
     DeepSpeedZeRoOffload(
         module,
         NoopTimer(),
         _config_of(zero),
-        overlap_comm=found.overlap_comm,
-        prefetch_bucket_size=found.prefetch_bucket_size,
-        max_reuse_distance=found.max_reuse_distance,
-        max_live_parameters=found.max_live_parameters,
-        param_persistence_threshold=found.param_persistence_threshold,
-        model_persistence_threshold=found.model_persistence_threshold,
-        offload_param_config=found.offload_param,
-        log_trace_cache_warnings=found.log_trace_cache_warnings,
+        overlap_comm=settings.overlap_comm,
+        prefetch_bucket_size=settings.prefetch_bucket_size,
+        max_reuse_distance=settings.max_reuse_distance,
+        max_live_parameters=settings.max_live_parameters,
+        param_persistence_threshold=settings.param_persistence_threshold,
+        model_persistence_threshold=settings.model_persistence_threshold,
+        offload_param_config=settings.offload_param,
+        log_trace_cache_warnings=settings.log_trace_cache_warnings,
     )
     for one in module.modules():
         _keep_awaited(one)

@@ -93,7 +93,7 @@ def partition_layers(
     """
     base: Any = bare_model(model)
     _check_processes("partition_layers")
-    zero_settings(zero_optimization)
+    settings = zero_settings(zero_optimization)
     if is_quantized(base):
         raise ValueError(
             f"{type(base).__name__} is quantized, which ZeRO-3 does not partition; use FSDP (version 2) for a base in "
@@ -108,7 +108,7 @@ def partition_layers(
         own = set(module.parameters(recurse=False))
         if not own - trained:
             continue
-        if own & trained or len({*module.parameters()} - own) > 0:
+        if own & trained or set(module.parameters()) - own:
             raise ValueError(
                 f"{type(module).__name__} of {type(base).__name__} holds weights beside others that train or that its "
                 "modules hold; ZeRO-3 gathers them by modules. Use FSDP (version 2)."
@@ -116,7 +116,7 @@ def partition_layers(
         owners.append(module)
     _place(base, _device(device), base, but=sharded)
     passes = _Passes(owners)
-    partition(passes, zero_optimization)
+    partition(passes, zero_optimization, settings)
     base.base_model.register_forward_pre_hook(lambda *_: passes())
 
 

@@ -160,7 +160,7 @@ def _measure(evaluation: Evaluation, name: str) -> list[Section]:
 
 
 def _attack_texts(evaluation: Evaluation) -> list[Section]:
-    """What attacks on the input ask, by the example of a row made up for it."""
+    """Examples of the attacks on the input, each on a row made up for it."""
     facts = [one for _, one in by_seed(evaluation.facts)]
     examples = {name: text for one in facts for name, text in (one.get("attack_examples") or {}).items()}
     if not examples:
