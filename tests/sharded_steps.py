@@ -4,11 +4,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from helpers import arguments, assert_same, make_answers, make_collator, make_unlearner, rows, trainable_model
+from helpers import (
+    arguments,
+    assert_same,
+    make_answers,
+    make_collator,
+    make_unlearner,
+    prompt_state,
+    rows,
+    scored,
+    trainable_model,
+)
 from small_evaluations import measured
 
 import spul.training.reference
-from spul import UnlearningLoss, UnlearningTrainer
+from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.models.causal_lm import zero_dropout
 from spul.models.compat import is_sharded
 from spul.records.digests import fingerprint
@@ -99,3 +109,20 @@ def assert_steps(one, two):
         assert here == pytest.approx(there, abs=1e-5)
     assert one["metrics"] == pytest.approx(two["metrics"], abs=1e-5)
     torch.testing.assert_close(one["predicted"], two["predicted"], rtol=0, atol=1e-5)
+
+
+def assert_loads(base, saved, found):
+    """A prompt saved by `steps` loads onto a base with what it was trained to, and scores as in its training."""
+    loaded = SoftPromptUnlearner.from_pretrained(base, saved, is_trainable=True)
+    trained = {name.split("prompt_encoder.")[1]: p for name, p in found["state"].items()}
+    assert_same(prompt_state(loaded), trained)
+    scores = scored(loaded, rows("jane", 7))
+    assert scores == pytest.approx({k: found["metrics"][f"eval_jane_{k}"] for k in scores}, abs=1e-5)
+
+
+def assert_evaluation(one, two):
+    """A sharded model is evaluated as a whole one, but for what needs whole weights."""
+    assert "sharded" in two["skipped"]["membership by gradient norm"]
+    assert two["metrics"] == pytest.approx({key: one["metrics"][key] for key in two["metrics"]}, abs=1e-4)
+    assert {key[3] for key in one["metrics"].keys() - two["metrics"].keys()} == {"gradient_norm"}
+    assert len(two["metrics"]) > 50
