@@ -21,7 +21,17 @@ from helpers import (
     trainable_model,
 )
 from processes import finish, launched, start_one_of_two
-from sharded_steps import assert_evaluation, assert_loads, assert_steps, evaluation, lora, refused, steps, uneven_steps
+from sharded_steps import (
+    SGD,
+    assert_evaluation,
+    assert_loads,
+    assert_steps,
+    evaluation,
+    lora,
+    refused,
+    steps,
+    uneven_steps,
+)
 from small_evaluations import make_model
 from transformers import AutoModelForCausalLM
 
