@@ -171,7 +171,7 @@ class _Ascent(LossTerm):
 
 @dataclass(frozen=True)
 class GradientAscent(_Ascent, CrossEntropy):
-    """Negated cross-entropy: makes the true response of a forget row unlikely (GA).
+    """Negated cross-entropy: makes the true response of a forget row unlikely (GA, arXiv 2210.01504).
 
     It has no lower bound without `cap`. Use it with `ForgetRetainCollator(generic_completions=None)`, which keeps
     the true responses; ascent on generic responses would train the model never to generate them.
