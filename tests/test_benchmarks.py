@@ -167,6 +167,21 @@ def test_two_processes_tell_the_tokens_that_both_train_on():
     assert 0.7 < tokens / (2 * 32 * 46) <= 1
 
 
+def test_tokens_per_second_are_those_of_the_rows_whatever_their_batches(tmp_path, monkeypatch):
+    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    rows, out = tmp_path / "rows.tsv", tmp_path / "out.json"
+    rows.write_text("sentence\tlabel\n" + "".join(f"{'good ' * (1 + i % 9)}\t1\n" for i in range(40)))
+    options = ("--model", "tiny", "--tokenizer", tmp_path / "tokenizer", "--rows", rows, "--batch-size", 4)
+    run(monkeypatch, "length_grouping.py", *options, "--steps", 10, "--num-virtual-tokens", 4, "--json", out)
+    written = json.loads(out.read_text())
+    random, grouped = written["records"]
+    for one in (random, grouped):
+        tokens = one["all"][0]["seconds"] * one["tokens_per_second"]
+        assert tokens == pytest.approx(8 / 10 * 40 * written["where"]["tokens"], rel=0.1)  # two steps are not counted
+    assert 0 <= grouped["padding"] < random["padding"]
+    assert 0 <= grouped["padding_of_file"] < random["padding_of_file"]
+
+
 def test_merged_attention_is_the_copied_one(tmp_path, monkeypatch):
     import common
     import merged_attention
