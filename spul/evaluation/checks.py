@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from datasets import Dataset
@@ -20,7 +20,7 @@ from .metrics.scoring import with_adapter_names
 QUESTIONS = ("forget", "retain", "real_authors", "world_facts")  # TOFU's perturbed files
 
 
-def check_names(measures: Sequence[str], questions: Mapping[str, Dataset]) -> None:
+def check_names(measures: Sequence[str], questions: Iterable[str] = ()) -> None:
     """Raise unless measures and sets of questions are known.
 
     Raises:

@@ -17,6 +17,7 @@ from ..data.unlearning_data import UnlearningData
 from ..models.compat import PartialState, broadcast, gathered
 from ..records.digests import DigestKey, read_digest_key
 from .aggregation import Key, Measurement
+from .attack_settings import AttackSettings
 from .checks import check_names, checked_models, checked_splits, named_sets
 from .examples import attack_examples
 from .measures import MEASURES, Measure, key_in_words
@@ -25,7 +26,7 @@ from .metrics.scoring import DivergedError
 from .results import Evaluation, append_measurements
 from .resuming import PROGRESS_NAME, remove_progress, resumed
 from .settings import facts_of, published, settings_of
-from .suite import AttackSettings, Suite, Task
+from .suite import Suite, Task
 
 
 def evaluate(
@@ -110,7 +111,7 @@ def evaluate(
         ```
     """
     key = None if digest_key is None else read_digest_key(digest_key)
-    check_names(measures, questions or {})
+    check_names(measures, questions or ())
     if not isinstance(collator, ForgetRetainCollator):
         raise TypeError(f"collator is a {type(collator).__name__}; expected ForgetRetainCollator(tokenizer, [...]).")
     others = {**(neighbors or {}), **({} if unseen is None else {"unseen": unseen})}
