@@ -44,7 +44,7 @@ from spul.evaluation.results import (
     read_measurements,
     write_measurements,
 )
-from spul.evaluation.run import SETTINGS_NAME
+from spul.evaluation.resuming import SETTINGS_NAME
 from spul.models.causal_lm import bare_model
 from spul.records.digests import digest, digest_of_rows, fingerprint
 from spul.training.augmentation import augmented, rewritings

@@ -17,7 +17,7 @@ from helpers import (
 )
 from small_evaluations import measured
 
-import spul.training.reference
+import spul.training.reference_parts
 from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.models.causal_lm import zero_dropout
 from spul.models.compat import is_sharded
@@ -38,7 +38,7 @@ def steps(model, folder, processes, resume=None, loss=None, as_on_gpus=False, **
         state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
         state.distributed_type = DistributedType.FSDP
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spul.training.reference, "MIN_ROWS_PER_PART", 3)
+        patch.setattr(spul.training.reference_parts, "MIN_ROWS_PER_PART", 3)
         trainer = UnlearningTrainer(
             model,
             args,

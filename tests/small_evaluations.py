@@ -18,10 +18,10 @@ import spul.evaluation.suite as suite
 from spul import SoftPromptUnlearner
 from spul.data import SPLITS
 from spul.evaluation.aggregation import Key
+from spul.evaluation.attack_settings import AttackSettings
 from spul.evaluation.attacks import letter_case, with_prefix
 from spul.evaluation.measures import key_in_words
 from spul.evaluation.results import Evaluation
-from spul.evaluation.suite import AttackSettings
 
 SEED = 5
 

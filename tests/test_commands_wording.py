@@ -13,8 +13,8 @@ from small_evaluations import measured
 from spul.commands.evaluate import EvaluateOptions, run
 from spul.commands.wording import in_options, messages_in_options
 from spul.data.unlearning_data import SPLITS
+from spul.evaluation.attack_settings import AttackSettings
 from spul.evaluation.results import Evaluation
-from spul.evaluation.suite import AttackSettings
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 

@@ -1,4 +1,4 @@
-"""Private and fast-moving APIs of other libraries are read in spul/models/compat.py only; none is deprecated."""
+"""Private and fast-moving APIs of other libraries are read in spul/models/compat*.py only; none is deprecated."""
 
 import ast
 import logging
@@ -36,8 +36,7 @@ from spul.models.compat import adapter_enabled, flattened, is_sharded, uncompile
 from spul.models.compat_cache import CACHE_NAME, cache_argument, expanded_cache, layer_states, returned_cache
 
 ROOT = Path(spul.models.__file__).parents[1]
-COMPAT = ("compat", "compat_attention", "compat_cache", "compat_checkpointing", "compat_devices", "compat_modules")
-PRIVATE = [ROOT / "models" / f"{name}.py" for name in COMPAT]
+PRIVATE = sorted((ROOT / "models").glob("compat*.py"))
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path not in PRIVATE]
 # Modules whose names change between versions.
 MODULES = (

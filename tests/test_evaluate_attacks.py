@@ -27,6 +27,7 @@ from small_evaluations import (
 )
 
 from spul import SoftPromptUnlearner
+from spul.evaluation.attack_settings import AttackSettings
 from spul.evaluation.attacks import (
     diluted,
     in_document,
@@ -42,7 +43,6 @@ from spul.evaluation.attacks import (
     with_prefix,
 )
 from spul.evaluation.metrics.scoring import score_completions
-from spul.evaluation.suite import AttackSettings
 
 pytestmark = pytest.mark.usefixtures("few_resamples")
 

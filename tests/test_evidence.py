@@ -16,12 +16,13 @@ from small_evaluations import ATTACKS, learned, make_model, make_splits, measure
 
 from spul.data.conversations import texts_of
 from spul.evaluation.aggregation import in_words
+from spul.evaluation.attack_settings import AttackSettings
 from spul.evaluation.attacks.usual import JAILBREAKS, STAND_IN, TURN_UNIT, checked_attacks, usual_attacks
 from spul.evaluation.evidence import evaluation_digest, verify_evidence, write_evidence
 from spul.evaluation.examples import attack_examples
 from spul.evaluation.report import hub_results
 from spul.evaluation.results import Evaluation, join
-from spul.evaluation.suite import AttackSettings, Suite
+from spul.evaluation.suite import Suite
 from spul.gates import GatedUnlearner, NameGate
 from spul.records import DataSummary, Ledger, LedgerEvent, fingerprint
 

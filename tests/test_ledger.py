@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from spul.records import DataSummary, Ledger, LedgerEvent
+from spul.records import DataSummary, Ledger, LedgerEvent, ledger_file
 from spul.records import ledger as module
 
 SHA = "ab" * 32
@@ -225,13 +225,14 @@ def test_only_the_end_of_a_long_file_is_read_to_append(path, monkeypatch):
     for i in range(5):
         ledger.append(LedgerEvent("note", "x", note="y" * (3000 + i)))  # lines of about a block
     read = []
-    really = module._read
-    monkeypatch.setattr(module, "_read", lambda file, size: read.append(size) or really(file, size))
+    really = ledger_file._read
+    monkeypatch.setattr(ledger_file, "_read", lambda file, size: read.append(size) or really(file, size))
     ledger.append(LedgerEvent("note", "x"))
-    assert sum(read) <= 2 * module.BLOCK < path.stat().st_size
+    assert sum(read) <= 2 * ledger_file.BLOCK < path.stat().st_size
     assert ledger.verify() == []
     read.clear()
-    path.write_bytes(b"x" * 1000 * module.BLOCK)  # no ledger: one line, which is not read anew for each of its blocks
+    # No ledger: one line, which is not read anew for each of its blocks.
+    path.write_bytes(b"x" * 1000 * ledger_file.BLOCK)
     with pytest.warns(UserWarning, match="half-written"):
         ledger.append(LedgerEvent("note", "x"))
     assert len(read) <= 11

@@ -319,5 +319,5 @@ def test_models_and_configs_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="config is a PromptTuningConfig, which does not fit trainable='layers'"):
         unlearning_method("EUL").prepare(build("llama"), prompt)
     under = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
-    with pytest.raises(TypeError, match="Merge a model under an adapter first"):
+    with pytest.raises(TypeError, match="adapter of PEFT is merged first"):
         unlearning_method("GA").prepare(under)

@@ -22,7 +22,7 @@ from helpers import (
 from references import CHECKED, batches, stored_parts, wrap
 from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, GraniteForCausalLM
 
-import spul.training.reference
+import spul.training.reference_parts
 from spul import ReferenceCache, UnlearningLoss
 from spul.data.dataset import forget_retain_dataset
 from spul.losses.terms import CrossEntropy, KLDivergence
@@ -168,10 +168,10 @@ def test_without_a_folder_every_base_and_data_set_has_its_own(cache_home, tmp_pa
 
 
 def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypatch):
-    monkeypatch.setattr(spul.training.reference, "MIN_ROWS_PER_PART", 3)
+    monkeypatch.setattr(spul.training.reference_parts, "MIN_ROWS_PER_PART", 3)
     dataset, collator, folder = make_answers(), make_collator(), tmp_path / "reference"
     base = build("llama")
-    write, written = spul.training.reference.write_part, []
+    write, written = spul.training.reference_parts.write_part, []
 
     def write_two(path, *args):
         if len(written) == 2:
@@ -179,10 +179,10 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(tmp_path, monkeypat
         written.append(path)
         write(path, *args)
 
-    monkeypatch.setattr(spul.training.reference, "write_part", write_two)
+    monkeypatch.setattr(spul.training.reference_parts, "write_part", write_two)
     with pytest.raises(KeyboardInterrupt):
         ReferenceCache.build(wrap(base), dataset, collator, folder)
-    monkeypatch.setattr(spul.training.reference, "write_part", write)
+    monkeypatch.setattr(spul.training.reference_parts, "write_part", write)
     assert sorted(p.name for p in folder.iterdir()) == [
         "part-00000.safetensors",
         "part-00001.safetensors",

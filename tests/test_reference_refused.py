@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import spul.training.reference
+import spul.training.reference_parts
 from spul import ReferenceCache, UnlearningLoss
 from spul.data.dataset import forget_retain_dataset
 from spul.records.files import SCRATCH
@@ -158,7 +159,7 @@ def test_a_folder_that_does_not_keep_what_is_written_is_refused(tmp_path, monkey
         write_part(path, states, rows)
         path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
 
-    monkeypatch.setattr(spul.training.reference, "write_part", write_other)
+    monkeypatch.setattr(spul.training.reference_parts, "write_part", write_other)
     with pytest.raises(OSError, match="is not what was just written to it; name another folder"):
         ReferenceCache.build(wrap(build("llama")), make_answers(), make_collator(), tmp_path)
 

@@ -10,9 +10,9 @@ from helpers import make_tokenizer
 from small_evaluations import learned, make_model, measured
 from small_rivals import KINDS, rival
 
+from spul.evaluation.attack_settings import AttackSettings
 from spul.evaluation.report import evaluation_markdown
 from spul.evaluation.results import Evaluation, join
-from spul.evaluation.suite import AttackSettings
 from spul.gates import GatedUnlearner, NameGate
 
 pytestmark = pytest.mark.usefixtures("few_resamples")

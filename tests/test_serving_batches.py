@@ -15,8 +15,9 @@ from spul import SoftPromptUnlearner
 from spul.gates import GatedUnlearner
 from spul.serving.encoding import RequestEncoder
 from spul.serving.engine import Job
+from spul.serving.errors import ApiError
 from spul.serving.loading import always
-from spul.serving.requests import ApiError, ChatRequest, Sampling
+from spul.serving.requests import ChatRequest, Sampling
 
 GREEDY = Sampling(temperature=0)
 

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from spul.serving.requests import ApiError, Limits, Sampling, read_body
+from spul.serving.errors import ApiError
+from spul.serving.requests import Limits, Sampling, read_body
 
 LIMITS = Limits(max_new_tokens=32)
 MESSAGES = [{"role": "user", "content": "good"}]

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 
-from spul.serving.requests import ApiError
+from spul.serving.errors import ApiError
 from spul.serving.responses import while_connected
 
 

@@ -12,8 +12,8 @@ from servers import make_gated, two_prompts
 
 from spul.gates import GatedUnlearner
 from spul.records.spul_config import read_spul_config
+from spul.serving.errors import ApiError
 from spul.serving.loading import load_prompts
-from spul.serving.requests import ApiError
 from spul.serving.served import ServedPrompts
 
 

@@ -31,6 +31,7 @@ from small_evaluations import (
 import spul
 import spul.evaluation.aggregation as aggregation
 from spul import SoftPromptUnlearner, UnlearningLayers
+from spul.evaluation.attack_settings import AttackSettings
 from spul.evaluation.attacks import (
     attack_inputs,
     linear_probe,
@@ -53,7 +54,6 @@ from spul.evaluation.metrics import (
 from spul.evaluation.metrics.scoring import score_completions
 from spul.evaluation.metrics.table import METRICS
 from spul.evaluation.results import Evaluation
-from spul.evaluation.suite import AttackSettings
 
 TRAINABLES = ("prompt_tuning", "prefix_tuning", "layers", "lora", "whole")
 ASKED = ("prompt_tuning", "whole")  # TOFU's questions, which take their time

@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 
 import spul.evaluation.aggregation
 import spul.training.reference
+import spul.training.reference_parts
 from spul import UnlearningLoss, UnlearningTrainer
 from spul.losses import GradientAscent
 from spul.models.causal_lm import zero_dropout
@@ -143,7 +144,7 @@ def cached_step(folder, processes):
             counted.append(counting.rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spul.training.reference, "MIN_ROWS_PER_PART", 3)
+        patch.setattr(spul.training.reference_parts, "MIN_ROWS_PER_PART", 3)
         make_trainer(
             folder,
             unlearner=unlearner,

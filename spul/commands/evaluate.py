@@ -77,19 +77,19 @@ def run(options: EvaluateOptions) -> int | None:
         ValueError: if rows, options or conditions cannot be used.
     """
     from ..data.collator import ForgetRetainCollator
+    from ..evaluation.attack_settings import AttackSettings
+    from ..evaluation.checks import check_names
     from ..evaluation.conditions import Condition, failures
     from ..evaluation.loading import load_unlearned
     from ..evaluation.measures import MEASURES
     from ..evaluation.report.plotting import require_matplotlib
     from ..evaluation.run import evaluate
-    from ..evaluation.suite import AttackSettings
     from ..models.compat import PartialState
     from ..records.files import check_can_hold
 
     conditions = [Condition.parse(text) for text in options.fail_if or ()]
     measures = [_measure(name) for name in options.measures or MEASURES]
-    if unknown := [name for name in measures if name not in MEASURES]:
-        raise ValueError(f"measures {unknown} are not known; expected some of {', '.join(MEASURES)}.")
+    check_names(measures)
     attacks = AttackSettings(
         names=options.names or (),
         only=tuple(options.attacks or ()),

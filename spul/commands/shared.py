@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LEAST_TOKENS = 2  # of a row: one of prompt, one of completion
-NO_LIMIT = 1 << 30
 
 
 def option(help: str, default: Any = None) -> Any:
@@ -78,7 +77,7 @@ class RowOptions:
         Returns:
             The starts of the completions that were said, for the encoder's `said_completions`.
         """
-        from ..data.encoder import BOUNDARY_WIDTH, MAX_BOUNDARIES, RowEncoder, boundary_of
+        from ..data.encoder import BOUNDARY_WIDTH, MAX_BOUNDARIES, NO_LIMIT, RowEncoder, boundary_of
         from ..data.rows import column_values
 
         encoder, known = RowEncoder(tokenizer, NO_LIMIT), dict[tuple[str, str], str | None]()

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 # Text before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
 ANCHOR = ":"
+NO_LIMIT = 1 << 30  # a `max_length` that cuts no row
 # Characters on each side of a boundary of prompt and completion by which it counts as seen, and boundaries checked.
 BOUNDARY_WIDTH, MAX_BOUNDARIES = 16, 256
 # Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion,

@@ -1,13 +1,13 @@
 """Evaluation of unlearning: forgetting, utility, privacy, and attacks that bring the knowledge back."""
 
 from .aggregation import Measurement, MetricValue
+from .attack_settings import AttackSettings
 from .conditions import Condition, failures
 from .loading import load_unlearned
 from .measures import MEASURES
 from .neighbors import cluster_neighbors, name_neighbors, topic_neighbors
 from .results import Evaluation, join
 from .run import evaluate
-from .suite import AttackSettings
 
 __all__ = [
     "MEASURES",

@@ -34,7 +34,7 @@ from .attacks.quantization import quantized as in_few_bits
 from .attacks.relearning import relearn
 from .attacks.sampling import sampled_answers, sampled_success
 from .attacks.suffix import soft_suffix
-from .attacks.usual import DILUTED, TURN_UNIT, InputAttacks, checked_attacks, chosen_attacks, usual_attacks
+from .attacks.usual import DILUTED, TURN_UNIT, InputAttacks, checked_attacks, chosen_attacks
 from .metrics.free_form import rouge_l
 from .suite import Suite, Task, joined
 
@@ -96,11 +96,8 @@ def _input_attacks(suite: Suite, split: str) -> InputAttacks:
     if settings.inputs is not None:
         return settings.inputs
     filler = suite.attacked(suite.splits["test_retain"])
-    attacks = usual_attacks(
-        *(text_field, filler, suite.seed, settings.paraphrase, settings.wording, settings.turns, settings.names),
-        other_rows=filler if split == "test_forget" else suite.attacked(suite.splits["test_forget"]),
-        document_words=settings.document_words,
-    )
+    others = filler if split == "test_forget" else suite.attacked(suite.splits["test_forget"])
+    attacks = settings.usual_attacks(text_field, filler, others, suite.seed)
     for num in settings.turns:
         if (DILUTED, num) not in attacks and DILUTED in (settings.only or (DILUTED,)):
             suite.skipped[f"input attack {in_words(DILUTED, num, TURN_UNIT)!r}"] = (

@@ -11,7 +11,7 @@ from ..data.conversations import content_of, texts_of
 from ..data.rows import column_values
 from .aggregation import in_words
 from .attacks.changes import InapplicableError, is_conversation, with_prompts_changed
-from .attacks.usual import STAND_IN, TURN_UNIT, checked_attacks, usual_attacks
+from .attacks.usual import STAND_IN, TURN_UNIT, checked_attacks
 from .suite import Suite
 
 OTHERS = tuple(f"Play number {i} has a fine cast and a poor script." for i in range(1, 65))
@@ -37,11 +37,7 @@ def attack_examples(suite: Suite) -> dict[str, str]:
     attacks = settings.inputs
     if attacks is None:
         others = _rows(OTHERS, text_field, as_messages)
-        attacks = usual_attacks(
-            *(text_field, others, suite.seed, settings.paraphrase, settings.wording, settings.turns, settings.names),
-            other_rows=others,
-            document_words=settings.document_words,
-        )
+        attacks = settings.usual_attacks(text_field, others, others, suite.seed)
     found = {}
     for (attack, level), change in checked_attacks(attacks).items():
         name = in_words(attack, level, TURN_UNIT)

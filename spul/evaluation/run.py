@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,34 +11,22 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.checks import check_rows, check_side
 from ..data.collator import ForgetRetainCollator
 from ..data.formats import QUESTION_ANSWER, PromptFormat
-from ..data.unlearning_data import SPLITS, UnlearningData
-from ..models.causal_lm import bare_model, check_model, unwrapped
-from ..models.compat import PartialState, broadcast, gathered, is_sharded
-from ..models.sharding import check_layers_alone
-from ..models.unlearner import unlearner_of
+from ..data.unlearning_data import UnlearningData
+from ..models.compat import PartialState, broadcast, gathered
 from ..records.digests import DigestKey, read_digest_key
-from ..records.files import write_text
 from .aggregation import Key, Measurement
+from .attack_settings import AttackSettings
+from .checks import check_names, checked_models, checked_splits, named_sets
 from .examples import attack_examples
-from .measures import MEASURES, key_in_words
+from .measures import MEASURES, Measure, key_in_words
 from .metrics.free_form import rouge_l
-from .metrics.scoring import DivergedError, with_adapter_names
-from .results import (
-    EVALUATION_NAME,
-    MEASUREMENTS_NAME,
-    Evaluation,
-    append_measurements,
-    read_measurements,
-    write_measurements,
-)
+from .metrics.scoring import DivergedError
+from .results import Evaluation, append_measurements
+from .resuming import PROGRESS_NAME, remove_progress, resumed
 from .settings import facts_of, published, settings_of
-from .suite import AttackSettings, Suite, Task
-
-SETTINGS_NAME = "settings.json"
-PROGRESS_NAME = "progress-{}.jsonl"
+from .suite import Suite, Task
 
 
 def evaluate(
@@ -125,43 +111,17 @@ def evaluate(
         ```
     """
     key = None if digest_key is None else read_digest_key(digest_key)
-    if isinstance(measures, str):
-        raise TypeError(f"measures={measures!r} is one name; expected a list: [{measures!r}].")
-    if unknown := [name for name in measures if name not in MEASURES]:
-        raise ValueError(f"measures {unknown} are not known; expected some of {', '.join(MEASURES)}.")
+    check_names(measures, questions or ())
     if not isinstance(collator, ForgetRetainCollator):
         raise TypeError(f"collator is a {type(collator).__name__}; expected ForgetRetainCollator(tokenizer, [...]).")
-    if not isinstance(splits, (UnlearningData, Mapping)):
-        raise TypeError(f"splits is a {type(splits).__name__}; expected UnlearningData, or a dict of {list(SPLITS)}.")
-    sets = {name: splits.rows(name) for name in SPLITS} if isinstance(splits, UnlearningData) else dict(splits)
-    if missing := [name for name in SPLITS if name not in sets]:
-        raise ValueError(f"splits lack {missing}; they have {list(sets)}.")
-    sets = {name: sets[name] for name in SPLITS}
     others = {**(neighbors or {}), **({} if unseen is None else {"unseen": unseen})}
-    for name, rows in {**sets, **others}.items():
-        check_rows(rows, name=name)
-        if name in sets:
-            check_side(rows, name.endswith("_forget"), name)
+    sets = checked_splits(splits, others)
     if not collator.generic_completions:
         raise ValueError("the collator has no generic_completions; give it those that count as a generic answer.")
     given = {"model": model, "base": base, "retrained": retrained, "reference": reference}
-    for name, one in given.items():
-        if one is not None or name == "model":
-            check_model(one, name)
-    models = {name: unwrapped(one) for name, one in given.items() if one is not None}
-    for name, one in models.items():
-        if is_sharded(one):
-            check_layers_alone(one, name)
-        _check_prompt(name, one, measures)
-    bare = [bare_model(one) for one in models.values()]
-    if len({id(one) for one in bare}) < len(bare):
-        raise ValueError(
-            f"{', '.join(models)} share a base; load each of them for itself, and leave base= out of them."
-        )
-    if other := sorted(set(questions or ()) - {"forget", "retain", "real_authors", "world_facts"}):
-        raise ValueError(f"questions {other}: expected forget, retain, real_authors and world_facts.")
+    models = checked_models(given, measures)
     if adapter_names is not None:
-        named = _named(models["model"], {**sets, **others}, adapter_names)
+        named = named_sets(models["model"], {**sets, **others}, adapter_names)
         sets, unseen = {name: named[name] for name in sets}, named.get("unseen")
         neighbors = {name: named[name] for name in neighbors or {}}
     suite = Suite(
@@ -191,13 +151,33 @@ def evaluate(
     if PartialState().is_main_process:
         for name, rows in {**sets, **others}.items():
             collator.warn_of_cut_rows(rows, name)
+    measured = [measure for name, measure in MEASURES.items() if name in measures]
+    tasks = _tasks(suite, measured)
+    settings = settings_of(suite, models, [measure.name for measure in measured])
+    is_attacked = any(task.keys[0].measure == "input attack" for task in tasks)
+    facts = facts_of(suite, key, attack_examples(suite) if is_attacked else None)
+    folder = None if output_dir is None else Path(output_dir)
+    found, failed = _measured(tasks, folder, settings, progress, together=suite.is_sharded)
+    evaluation = Evaluation(published(settings), found, suite.skipped | failed, facts=facts)
+    if folder is not None and PartialState().is_main_process:
+        evaluation.save(folder)
+        remove_progress(folder)
+    PartialState().wait_for_everyone()
+    return evaluation
+
+
+def _tasks(suite: Suite, measures: Sequence[Measure]) -> list[Task]:
+    """The tasks of measures, in their order; those that cannot be taken are noted in `suite.skipped`.
+
+    Raises:
+        ImportError: if texts are to be compared, and `rouge-score` is missing.
+    """
     if "detached" not in suite.models:
         suite.skipped["detached"] = "give base=, since a fully fine-tuned model cannot be restored"
-    if retrained is None:
+    if suite.retrained is None:
         suite.skipped["retrained"] = "give retrained=, a model trained without the forget rows, as the yardstick"
-    measured = [measure for name, measure in MEASURES.items() if name in measures]
     tasks: list[Task] = []
-    for measure in measured:
+    for measure in measures:
         if suite.by_row and not measure.by_row:
             suite.skipped[measure.name] = "it runs under one prompt, and adapter_names gives rows prompts of their own"
         elif why := measure.why_skipped(suite):
@@ -207,50 +187,7 @@ def evaluate(
     generating = ["always", "free-form"] if suite.is_free_form else ["always"]
     if any(MEASURES[task.keys[0].measure].generates in generating for task in tasks):
         rouge_l([], [])  # raises now, if rouge-score is missing
-    settings = settings_of(suite, models, [measure.name for measure in measured])
-    is_attacked = any(task.keys[0].measure == "input attack" for task in tasks)
-    facts = facts_of(suite, key, attack_examples(suite) if is_attacked else None)
-    folder = None if output_dir is None else Path(output_dir)
-    found, failed = _measured(tasks, folder, settings, progress, together=suite.is_sharded)
-    evaluation = Evaluation(published(settings), found, suite.skipped | failed, facts=facts)
-    if output_dir is not None and PartialState().is_main_process:
-        evaluation.save(output_dir)
-        for path in Path(output_dir).glob(PROGRESS_NAME.format("*")):
-            path.unlink()
-    PartialState().wait_for_everyone()
-    return evaluation
-
-
-def _named(
-    model: nn.Module, sets: Mapping[str, Dataset], adapter_names: Mapping[str, Sequence[str] | str]
-) -> dict[str, Dataset]:
-    """The sets of rows with a column that names each row's prompt."""
-    if not isinstance(adapter_names, Mapping) or set(adapter_names) != set(sets):
-        found = (
-            f"for {sorted(adapter_names)}"
-            if isinstance(adapter_names, Mapping)
-            else f"a {type(adapter_names).__name__}"
-        )
-        raise ValueError(f"adapter_names is {found}; expected a dict with names for each set of rows: {sorted(sets)}.")
-    return {name: with_adapter_names(model, rows, adapter_names[name], name) for name, rows in sets.items()}
-
-
-def _check_prompt(name: str, model: nn.Module, measures: Sequence[str]) -> None:
-    """Raise if a model is under a prompt of PEFT that the measures do not support."""
-    unlearner = unlearner_of(model)
-    try:
-        unlearner.check_measurable()
-    except TypeError as error:
-        raise TypeError(f"{name}: {error}") from error
-    if (
-        "soft suffix" in measures
-        and name in ("model", "retrained")
-        and not (unlearner.follows_embeddings or unlearner.reads_tokens)
-    ):
-        raise TypeError(
-            f"{name} is under a prompt of PEFT, which the soft suffix cannot follow; load it by "
-            "SoftPromptUnlearner.from_pretrained, or leave 'soft suffix' out of measures."
-        )
+    return tasks
 
 
 def _measured(
@@ -264,7 +201,7 @@ def _measured(
     found: list[Measurement] = []
     if folder is not None:
         if state.is_main_process:
-            found = _resumed(folder, settings)
+            found = resumed(folder, settings)
         found = broadcast(found)
     done = {one.key for one in found}
     todo = [part for task in tasks for part in _missing(task, done)]
@@ -306,67 +243,3 @@ def _run(task: Task) -> tuple[list[Measurement], list[tuple[str, str]]]:
             return [], [(key_in_words(key), str(error)) for key in task.keys]
     found = [_run(part) for part in task.parts]
     return [one for some, _ in found for one in some], [one for _, some in found for one in some]
-
-
-def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Raise if a folder holds another evaluation, or one that is not of the settings beside it.
-
-    It would be written over.
-    """
-    if (folder / EVALUATION_NAME).exists() and not (folder / SETTINGS_NAME).exists():
-        raise ValueError(
-            f"{str(folder)!r} holds {EVALUATION_NAME} without the {SETTINGS_NAME} that spul.evaluate writes first: "
-            "not an evaluation that can be resumed, and not one to write over. Give another output_dir, or move it."
-        )
-    if not (folder / SETTINGS_NAME).exists():
-        return
-    theirs = _record(folder / SETTINGS_NAME)
-    if other := sorted(name for name in settings | theirs if settings.get(name) != theirs.get(name)):
-        raise ValueError(
-            f"{str(folder)!r} holds an evaluation that differs in {', '.join(other)}; give another output_dir, or "
-            "remove that one."
-        )
-    evaluation = folder / EVALUATION_NAME
-    if evaluation.exists() and _record(evaluation).get("settings") != published(settings):
-        raise ValueError(
-            f"{EVALUATION_NAME} in {str(folder)!r} is not that of the {SETTINGS_NAME} beside it, and would be written "
-            "over. Give another output_dir, or move it."
-        )
-
-
-def _record(path: Path) -> dict[str, Any]:
-    """The dict in a JSON file."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of JSON or UTF-8
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({error}): it is damaged, or no file of spul. Remove it with the other "
-            "files of that evaluation, or give another output_dir."
-        ) from None
-    if not isinstance(found, dict):
-        raise ValueError(
-            f"{str(path)!r} holds a {type(found).__name__}; expected the fields of an evaluation. It is no file of "
-            "spul: give another output_dir."
-        )
-    return found
-
-
-def _resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
-    """The measurements of an interrupted run of the same evaluation in a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / SETTINGS_NAME
-    _check_folder(folder, settings)
-    unknown = [name for name, model in settings["models"].items() if model["weights"] is None]
-    if unknown and path.exists():
-        warnings.warn(
-            f"weights of {', '.join(unknown)} are not in memory and cannot be compared with those of the results in "
-            f"{str(folder)!r}, which are taken for the same model's. If they are not, give another output_dir.",
-            stacklevel=4,
-        )
-    write_text(path, json.dumps(settings, indent=1) + "\n")
-    parts = sorted(folder.glob(PROGRESS_NAME.format("*")))
-    found = [one for file in (folder / MEASUREMENTS_NAME, *parts) for one in read_measurements(file)]
-    write_measurements(folder / MEASUREMENTS_NAME, found)  # without an incomplete last line
-    for part in parts:
-        part.unlink()
-    return found

@@ -53,7 +53,7 @@ def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwar
     for name, gate in gated.gates.items():
         folder = Path(save_directory, folder_of(name))
         gate.save(folder / GATE_FOLDER)
-        write_gate_section(folder, gate.kind, None if gate.report is None else str(gate.report).split("\n"))
+        write_gate_section(folder, gate.kind, gate.report)
     routing = {
         "format_version": FORMAT_VERSION,
         "prompts": list(gated.unlearner.peft_config),
@@ -82,7 +82,7 @@ def attach_gate(gate: Gate, save_directory: str | os.PathLike, name: str = "defa
     folder, routing = check_takes_gate(save_directory, name)
     gate.save(folder / GATE_FOLDER)
     if (folder / CARD_NAME).is_file():  # a prompt of plain PEFT may have none
-        write_gate_section(folder, gate.kind, None if gate.report is None else str(gate.report).split("\n"))
+        write_gate_section(folder, gate.kind, gate.report)
     for field in ("gates", "precedence"):
         routing[field] = list(dict.fromkeys([*routing[field], name]))
     routing["sha256"][name] = _digests(save_directory, name, True)

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from ..records.card import CARD_NAME, layers_card
 from ..records.fields import is_count, read_object
-from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
+from ..records.files import atomic_folder, check_hub_arguments, find_file
 from ..records.spul_config import SpulConfig, read_spul_config
 from ..records.weights import Shapes, read_weights
 
@@ -90,8 +90,7 @@ def read(folder: str | os.PathLike, stacklevel: int = 2, **hub: Any) -> SavedLay
             or config, record and weights do not belong together.
         TypeError: if an argument is not one of the Hub's.
     """
-    if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
-        raise TypeError(f"unknown arguments {unknown}; expected the Hub's: {', '.join(HUB_ARGUMENTS)}.")
+    check_hub_arguments(hub)
     config_path, weights_path = find_file(folder, CONFIG_NAME, **hub), find_file(folder, WEIGHTS_NAME, **hub)
     if config_path is None or weights_path is None:
         raise ValueError(

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..models.causal_lm import (
-    check_no_adapter,
+    check_bare,
     has_layers,
     keep_in_evaluation,
     load_base,
@@ -70,13 +69,7 @@ class UnlearningLayers(nn.Module, Unlearner):
 
     def __init__(self, model: PreTrainedModel, config: UnlearningLayersConfig | None = None) -> None:
         super().__init__()
-        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
-            raise TypeError(
-                f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
-                "gives it. A PEFT adapter is merged first (model.merge_and_unload()), unlearning layers are "
-                "removed (layers.remove())."
-            )
-        check_no_adapter(model)
+        check_bare(model)
         config = UnlearningLayersConfig() if config is None else config
         if not isinstance(config, UnlearningLayersConfig):
             raise TypeError(f"config is a {type(config).__name__}; expected an UnlearningLayersConfig.")

@@ -11,8 +11,9 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .compat import is_dropout, peft_layers, remove_peft_layers, takes_positions, uncompiled
@@ -192,12 +193,22 @@ def bare_on_error(model: nn.Module) -> Iterator[None]:
         raise
 
 
-def check_no_adapter(model: nn.Module) -> None:
-    """Raise if PEFT's layers are inside a model that is to be a base.
+def check_bare(model: Any, kind: type[nn.Module] = PreTrainedModel) -> None:
+    """Raise unless a model that is to be a base is a causal LM without an adapter around it or inside.
+
+    Args:
+        model: any object.
+        kind: the class of models that are accepted.
 
     Raises:
-        TypeError: if they are.
+        TypeError: if it is another object, or has an adapter.
     """
+    if isinstance(model, PeftModel) or not isinstance(model, kind):
+        raise TypeError(
+            f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained gives "
+            "it. An adapter of PEFT is merged first (model.merge_and_unload()), unlearning layers are removed "
+            "(layers.remove())."
+        )
     if found := peft_layers(model):
         raise TypeError(
             f"{type(model).__name__} has an adapter's layers inside, such as {found[0]!r}; expected a base without "

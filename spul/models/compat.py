@@ -1,9 +1,9 @@
 """All private or fast-moving APIs of torch, transformers, PEFT, accelerate, bitsandbytes and datasets that spul uses.
 
 Those of gradient checkpointing stand in `compat_checkpointing`, those of attention in `compat_attention`, those of a
-module's insides in `compat_modules`, those of shards and memory in `compat_devices`, and caches in `compat_cache`. No
-other module of spul may import or read them, the hooks of `Trainer` that `UnlearningTrainer` overrides aside. When a
-new version of one of these libraries breaks spul, look here.
+module's insides in `compat_modules`, those of devices and memory in `compat_devices`, those of shards in
+`compat_shards`, and caches in `compat_cache`. No other module of spul may import or read them, the hooks of `Trainer`
+that `UnlearningTrainer` overrides aside. When a new version of one of these libraries breaks spul, look here.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .causal_lm import bare_model, decoder_layers
 from .compat import gathers_weights, is_partitioned, is_quantized, is_sharded, whole
-from .compat_devices import (
+from .compat_shards import (
     TORCH_THAT_SHARDS_BYTES,
     layers_in_4bit,
     partition,

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..models.compat_checkpointing import without_checkpointing
 from ..models.compat_devices import device_of, is_offloaded
 from ..models.unlearner import Unlearner
+from ..records.files import check_hub_arguments
 from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .configs import check_peft_config, check_promptable, filled
@@ -130,8 +131,7 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         Warns:
             UserWarning: if the base's weights are not those that the prompt was trained on.
         """
-        if unknown := sorted(set(hub) - set(checkpoint.HUB_ARGUMENTS)):
-            raise TypeError(f"unknown arguments {unknown}; expected the Hub's: {', '.join(checkpoint.HUB_ARGUMENTS)}.")
+        check_hub_arguments(hub)
         if is_trainable and adapter_name not in self.peft_config:
             raise ValueError(
                 f"is_trainable=True, and {adapter_name!r} is not in this model; to train a saved prompt further, load "

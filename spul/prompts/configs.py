@@ -9,7 +9,6 @@ import torch
 from peft import (
     CartridgeConfig,
     PeftConfig,
-    PeftModel,
     PeftType,
     PrefixEncoder,
     PrefixTuningConfig,
@@ -22,7 +21,7 @@ from peft import (
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..models.causal_lm import check_no_adapter, check_no_layers
+from ..models.causal_lm import check_bare, check_no_layers
 from ..models.compat_devices import device_of
 from ..models.unlearner import PREFIX_TYPES, PROMPT_TYPES
 from ..records.fields import is_count
@@ -59,7 +58,7 @@ def check_peft_config(peft_config: Any) -> None:
             f"{', '.join(c.__name__ for c in PROMPT_CONFIGS)}."
         )
     num = peft_config.num_virtual_tokens
-    if not isinstance(num, int) or isinstance(num, bool) or num < 1:
+    if not is_count(num, least=1):
         raise ValueError(
             f"peft_config.num_virtual_tokens={num!r}; expected a whole number of at least 1, such as 30: without "
             "virtual tokens there is nothing to train."
@@ -90,12 +89,7 @@ def check_causal_lm(model: Any) -> None:
     Raises:
         TypeError: if it is not a module, has an adapter, or unlearning layers are attached to it.
     """
-    if isinstance(model, PeftModel) or not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
-            "gives it. A model under LoRA or another adapter is merged first: model.merge_and_unload()."
-        )
-    check_no_adapter(model)
+    check_bare(model, nn.Module)
     check_no_layers(model)
 
 

@@ -118,16 +118,17 @@ def write_metrics(
     write_text(folder / CARD_NAME, card.rstrip("\n") + "\n")
 
 
-def write_gate_section(folder: str | os.PathLike, kind: str, report: Sequence[str] | None) -> None:
+def write_gate_section(folder: str | os.PathLike, kind: str, report: Any) -> None:
     """Write the section "Gate" of a saved prompt's card, in place of an earlier one.
 
     Args:
         folder: a folder that `save_pretrained` of a prompt wrote.
         kind: kind of the gate.
-        report: lines of its report; None where nothing was measured.
+        report: its report, whose text stands in the section; None where nothing was measured.
     """
     path = Path(folder, CARD_NAME)
-    section = render(TEMPLATE, block="gate", gate=kind, report=report)
+    lines = None if report is None else str(report).split("\n")
+    section = render(TEMPLATE, block="gate", gate=kind, report=lines)
     card = GATE_SECTION.sub("", path.read_text(encoding="utf-8"))
     before, heading, after = card.partition("## How to load it")
     write_text(path, (before + section + heading + after).rstrip("\n") + "\n")

@@ -7,7 +7,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -123,6 +123,16 @@ def _ordinary_mode(path: Path) -> int:
 
 def _scratch_in(folder: Path) -> Path:
     return folder / f"{SCRATCH}{uuid.uuid4().hex}"
+
+
+def check_hub_arguments(hub: Mapping[str, Any]) -> None:
+    """Raise unless all arguments are the Hub's.
+
+    Raises:
+        TypeError: if one is not.
+    """
+    if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
+        raise TypeError(f"unknown arguments {unknown}; expected the Hub's: {', '.join(HUB_ARGUMENTS)}.")
 
 
 def find_file(folder: str | os.PathLike, name: str, **hub: Any) -> Path | None:

@@ -9,7 +9,6 @@ import shlex
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,10 @@ from filelock import BaseFileLock, FileLock
 
 from .fields import is_sha256
 from .ledger_events import FOLLOWING, RECOVERED, REOPENING, LedgerEntry, LedgerEvent, name_fault
+from .ledger_file import append_bytes, last_line, sync_folder
 from .ledger_lines import LedgerFault, chain, entry_of, next_line, remarks
 from .ledger_states import RequestState
 
-BLOCK = 4096  # bytes read at a time, from the end, to find the last line
 SECONDS = 60  # that a writer waits for another
 
 
@@ -94,7 +93,7 @@ class Ledger:
                     "entries; put it back."
                 )
             with self.path.open("a+b", buffering=0) as file:
-                last, torn = _end(file)
+                last, torn = last_line(file)
                 previous = self._last_entry(last)
                 text, end = b"", file.seek(0, os.SEEK_END)
                 if torn and (whole := entry_of(torn)) is not None:  # only its line break is missing
@@ -105,9 +104,9 @@ class Ledger:
                     file.truncate(end)
                     previous, text = next_line(previous, note)
                 entry, line = next_line(previous, fields)
-                _write(file, text + line, end)
+                append_bytes(file, text + line, end)
             if is_new:
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
         return entry
 
     def check_goes_on(self) -> None:
@@ -121,7 +120,7 @@ class Ledger:
         with self._lock():
             if self.path.exists():
                 with self.path.open("r+b", buffering=0) as file:
-                    self._last_entry(_end(file)[0])
+                    self._last_entry(last_line(file)[0])
 
     def entries(self) -> list[LedgerEntry]:
         """The entries, in order, without a half-written last line.
@@ -160,8 +159,7 @@ class Ledger:
             f"the ledger {str(self.path)!r} knows no request {request!r}"
             + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ".")
             + " Give the name of the request, which is also that of its prompt where it is served. A new request is "
-            f"noted first: spul ledger add --ledger {shlex.quote(str(self.path))} --event received --request "
-            f"{shlex.quote(request)}"
+            f"noted first: {self._command('received', request)}"
         )
 
     def check_name(self, request: str) -> None:
@@ -210,25 +208,9 @@ class Ledger:
         states = self.states() if self.path.exists() else {}
         own = states.get(request)
         if own is not None and own.is_replaced(prompt_sha256) and (prompt_sha256 or own.retrained or own.withdrawn):
-            note = (
-                f"spul ledger add --ledger {shlex.quote(str(self.path))} --event trained --request "
-                f"{shlex.quote(request)} --adapter FOLDER"
-            )
-            what = f"with weights of SHA-256 {own.retrained}; this prompt has {prompt_sha256}. Serve the new one."
-            if prompt_sha256 is None:
-                what = (
-                    "and this prompt's weights may be those from before: its record lacks their SHA-256 "
-                    "(weights_sha256). Serve the new one; if this is the new one, save it again, by save_pretrained, "
-                    f"which records it, and note that: {note}"
-                )
-            elif own.retrained is None:
-                what = (
-                    f"by an entry without the SHA-256 of its weights; this prompt has {prompt_sha256}, as the request "
-                    f"had before. Serve the new one; if this is the new one, note that first: {note}"
-                )
             raise ValueError(
                 f"the request {request!r} was revoked on {own.revocations[-1]} by the ledger {str(self.path)!r} and "
-                f"trained anew since, {what}"
+                f"trained anew since, {self._of_new_weights(own, prompt_sha256)}"
             )
         if own is not None and own.revoked is not None:
             withdrawn, which = own, ""
@@ -241,8 +223,29 @@ class Ledger:
         raise ValueError(
             f"the request {withdrawn.request!r} was revoked on {withdrawn.revoked} by the ledger "
             f"{str(self.path)!r}{which}: its prompt is not served. Leave it out; if it is to be served again, note "
-            f"that first: spul ledger add --ledger {shlex.quote(str(self.path))} --event received --request "
-            f"{shlex.quote(withdrawn.request)}"
+            f"that first: {self._command('received', withdrawn.request)}"
+        )
+
+    def _of_new_weights(self, state: RequestState, prompt_sha256: str | None) -> str:
+        """As which prompt a request was trained anew, and what to do with one of these weights, in words."""
+        note = f"{self._command('trained', state.request)} --adapter FOLDER"
+        if prompt_sha256 is None:
+            return (
+                "and this prompt's weights may be those from before: its record lacks their SHA-256 "
+                "(weights_sha256). Serve the new one; if this is the new one, save it again, by save_pretrained, "
+                f"which records it, and note that: {note}"
+            )
+        if state.retrained is None:
+            return (
+                f"by an entry without the SHA-256 of its weights; this prompt has {prompt_sha256}, as the request "
+                f"had before. Serve the new one; if this is the new one, note that first: {note}"
+            )
+        return f"with weights of SHA-256 {state.retrained}; this prompt has {prompt_sha256}. Serve the new one."
+
+    def _command(self, event: str, request: str) -> str:
+        """The command that notes an event of a request."""
+        return (
+            f"spul ledger add --ledger {shlex.quote(str(self.path))} --event {event} --request {shlex.quote(request)}"
         )
 
     def head(self) -> str:
@@ -335,54 +338,10 @@ class Ledger:
             file.write(torn)
             file.flush()
             os.fsync(file.fileno())
-        _sync_folder(aside.parent)
+        sync_folder(aside.parent)
         warnings.warn(
             f"the last line of {str(self.path)!r} was half-written, as by a killed process; its {len(torn)} bytes are "
             f"now in {aside.name!r}.",
             stacklevel=3,
         )
         return {"event": RECOVERED, "torn_bytes": len(torn), "torn_sha256": digest, "torn_file": aside.name}
-
-
-# ---- file ----
-
-
-def _end(file: FileIO) -> tuple[bytes | None, bytes]:
-    """The last whole line of a file, None without one, and what follows it; only the end is read."""
-    position, size, tail = file.seek(0, os.SEEK_END), BLOCK, b""
-    while position > 0 and tail.count(b"\n") < 2:
-        start = max(0, position - size)
-        file.seek(start)
-        tail = _read(file, position - start) + tail
-        position, size = start, 2 * size  # a file that is no ledger may have a line of gigabytes
-    *lines, torn = tail.split(b"\n")
-    return (lines[-1] if lines else None), torn
-
-
-def _read(file: FileIO, size: int) -> bytes:
-    found = b""
-    while len(found) < size and (part := file.read(size - len(found))):
-        found += part
-    return found
-
-
-def _write(file: FileIO, text: bytes, end: int) -> None:
-    """Write at the end and onto the disk; what cannot be written whole is taken back."""
-    try:
-        rest = memoryview(text)
-        while rest:
-            rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
-    except OSError:  # as of a full disk
-        file.truncate(end)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring a new file's name onto the disk, where folders can be opened (not on Windows)."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from .fields import Checks, check_format, check_values, read_object
-from .files import HUB_ARGUMENTS, find_file
+from .files import check_hub_arguments, find_file
 
 S = TypeVar("S", bound="Saved")
 
@@ -51,8 +51,7 @@ class Saved:
             TypeError: if an argument is not one of the Hub's.
             ValueError: if it is not JSON, of a later format, or names no kind.
         """
-        if unknown := sorted(set(hub) - set(HUB_ARGUMENTS)):
-            raise TypeError(f"unknown arguments {unknown}; expected the Hub's: {', '.join(HUB_ARGUMENTS)}.")
+        check_hub_arguments(hub)
         path = find_file(folder, name, **hub)
         if path is None:
             raise FileNotFoundError(f"{str(folder)!r} has no {name}; expected a folder that {writer} wrote.")

@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.checks import check_rows
-from ..data.encoder import RowEncoder
+from ..data.encoder import NO_LIMIT, RowEncoder
 from ..data.row_checks import check_texts
 from ..data.rows import completion_text, read_rows, rows_at
 from ..gates.gate import request_texts
@@ -21,8 +21,6 @@ from .chat import ChatForm, starts_with
 from .rewriting import Edit, RewritingRival
 from .rival import Rival
 
-# The encoder of examples shortens nothing.
-NO_LIMIT = 1 << 30
 # Ends an example of plain text.
 SEPARATOR = "\n"
 # Rows with more different completions than this are no classes, which labels could be flipped among.

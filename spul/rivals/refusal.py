@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.encoder import RowEncoder
+from ..data.encoder import NO_LIMIT, RowEncoder
 from ..gates.gate import Gate, as_gate, request_texts
 from ..prompts.arguments import OF_THE_BATCH
 from ..prompts.row_prompts import NO_PROMPT
@@ -17,9 +17,6 @@ from ..records.fields import Checks
 from .chat import USER, ChatForm, ends_with
 from .files import GATE_CHECK
 from .rival import Rival
-
-# The encoder of a refusal shortens nothing.
-NO_LIMIT = 1 << 30
 
 
 class FixedRefusal(Rival):

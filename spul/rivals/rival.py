@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
@@ -18,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from ..data.encoded import left_padded_ids
 from ..losses.positions import pack_right
 from ..losses.terms import IGNORE_INDEX
-from ..models.causal_lm import check_no_adapter, check_no_layers, logits_at
+from ..models.causal_lm import check_bare, check_no_layers, logits_at
 from ..models.compat_devices import device_of
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.unlearner import Unlearner, drop_adapter_names
@@ -68,12 +67,7 @@ class Rival(nn.Module, Unlearner):
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__()
-        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
-            raise TypeError(
-                f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
-                "gives it, a PEFT adapter merged (merge_and_unload())."
-            )
-        check_no_adapter(model)
+        check_bare(model)
         check_no_layers(model)
         self.base_model, self.tokenizer = model, tokenizer
 

@@ -3,9 +3,10 @@
 from .batches import TransformersEngine
 from .checkpoint import export_checkpoint
 from .engine import Engine, Job
+from .errors import ApiError
 from .loading import load_gated, load_prompts
 from .proxy import EmbeddingPayload, Payload, VllmEngine
-from .requests import ApiError, Limits, Sampling
+from .requests import Limits, Sampling
 from .served import ServedPrompts
 from .vllm import export_vllm
 

@@ -21,7 +21,8 @@ from ..prompts.arguments import generation_settings
 from ..prompts.row_prompts import NO_PROMPT
 from .answers import AnswerText, Piece
 from .engine import Job, choose_prompts
-from .requests import ApiError, Limits, too_long
+from .errors import ApiError, prompts_changed, stopping, too_long, too_many
+from .requests import Limits
 from .sampling import RowChooser
 from .served import ServedPrompts
 
@@ -152,9 +153,9 @@ class TransformersEngine:
         row = _Row(job, self._tokenizer)
         with self._wake:
             if not self.is_alive:
-                raise ApiError(503, "the server is stopping.")
+                raise stopping()
             if len(self._waiting) >= self.limits.max_waiting:
-                raise ApiError(429, "too many requests wait; try later.", code="rate_limit_exceeded")
+                raise too_many()
             self._waiting.append(row)
             self._wake.notify()
         try:
@@ -187,7 +188,7 @@ class TransformersEngine:
 
         with self._wake:
             if not self.is_alive:
-                raise ApiError(503, "the server is stopping.")
+                raise stopping()
             self._changes.append(call)
             self._wake.notify()
         return await future
@@ -278,7 +279,7 @@ class TransformersEngine:
         positions = [row.job.prompt_position for row in rows]
         if self.served.stands_inside:
             if None in positions:
-                raise ApiError(503, "the prompts have changed; send the request again.")
+                raise prompts_changed()
             inside = {"prompt_position": torch.tensor(positions, device=unlearner.device)}
         else:
             inside = {}

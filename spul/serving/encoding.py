@@ -9,7 +9,8 @@ from typing import Any
 from ..data.conversations import conversation_prompt_ids, message_start
 from ..models.causal_lm import max_positions
 from .engine import Job
-from .requests import ApiError, ChatRequest, Limits, too_long
+from .errors import ApiError, too_long
+from .requests import ChatRequest, Limits
 from .served import ServedPrompts
 
 

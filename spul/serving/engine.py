@@ -9,7 +9,8 @@ from typing import Any, Protocol, TypeVar
 from ..gates.routes import Routes
 from ..prompts.row_prompts import NO_PROMPT
 from .answers import Piece
-from .requests import ApiError, Sampling, prompt_revoked
+from .errors import ApiError, prompts_changed
+from .requests import Sampling
 from .served import ServedPrompts
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ def choose_prompts(served: ServedPrompts, jobs: Sequence[Job]) -> list[str | Api
     names = served.choose([job.token_ids for job in jobs], [job.routes for job in jobs])
     for job, name in zip(jobs, names, strict=True):
         job.prompt = None if name is None else {} if name == NO_PROMPT else served.served[name]
-    return [prompt_revoked() if name is None else name for name in names]
+    return [prompts_changed() if name is None else name for name in names]
 
 
 class Engine(Protocol):

@@ -17,7 +17,8 @@ from ..models.compat_devices import device_of
 from ..prompts.row_prompts import NO_PROMPT, under
 from .answers import Piece
 from .engine import Job, choose_prompts
-from .requests import ApiError, Limits, check_header_text
+from .errors import ApiError, prompts_changed, stopping, too_many
+from .requests import Limits, check_header_text
 from .served import ServedPrompts
 from .vllm_client import encoded
 
@@ -139,9 +140,9 @@ class VllmEngine:
         """
         client = self._client
         if client is None:
-            raise ApiError(503, "the server is stopping.")
+            raise stopping()
         if self._num >= self.limits.max_batch + self.limits.max_waiting:
-            raise ApiError(429, "too many requests wait; try later.", code="rate_limit_exceeded")
+            raise too_many()
         import httpx
 
         self._num += 1
@@ -168,7 +169,7 @@ class VllmEngine:
         if name != NO_PROMPT:
             inside = self.served.gated.unlearner.spul_configs[name].prompt_position == "message"
             if inside and job.prompt_position is None:
-                raise ApiError(503, "the prompts have changed; send the request again.")
+                raise prompts_changed()
             fields = self.payload(job.token_ids, name, job.prompt_position or 0 if inside else 0)
         return {
             "model": self.model,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..records.ledger_states import RequestState
 from .answers import Answer, Piece
 from .engine import Job
-from .requests import ApiError
+from .errors import ApiError
 from .served import ServedPrompts
 
 logger = logging.getLogger(__name__)

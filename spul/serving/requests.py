@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..records.fields import is_count
+from .errors import ApiError, other_model
+
 MOST_STOPS, LONGEST_STOP = 4, 200  # four, as in OpenAI's API; characters
 LARGEST = 2**31 - 1  # of a limit: more seconds than an event loop can wait are as wrong as infinitely many
 # A completion without max_tokens has 16, as in OpenAI's API; a chat answer as many as the server allows.
@@ -36,50 +39,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "metadata": ({},),
 }
 _ROLES = ("system", "developer", "user", "assistant")
-
-
-class ApiError(Exception):
-    """A refused or failed request, in OpenAI's shape of an error.
-
-    Args:
-        status: the HTTP status.
-        message: for the client; it has no text of the request and no name of a prompt.
-        param: the field at fault.
-        code: OpenAI's code, for programs.
-    """
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    def body(self) -> dict[str, Any]:
-        """The response's JSON."""
-        kinds = {401: "authentication_error", 429: "rate_limit_error"}
-        kind = kinds.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-
-def too_long(room: int, num_tokens: int, max_tokens: int) -> ApiError:
-    """The error of a request that leaves its answer no room.
-
-    Args:
-        room: tokens that the model has positions for.
-        num_tokens: of the request.
-        max_tokens: of the answer.
-    """
-    return ApiError(
-        400,
-        f"the maximum context length is {room} tokens; the request has {num_tokens}, and {max_tokens} are asked for. "
-        "Shorten it, or ask for fewer.",
-        code="context_length_exceeded",
-    )
-
-
-def prompt_revoked() -> ApiError:
-    """The error of a request that waited, and whose prompt was revoked meanwhile: it is not answered without it."""
-    return ApiError(
-        503, "the prompts changed while the request waited; send the request again.", code="prompts_changed"
-    )
 
 
 @dataclass(frozen=True)
@@ -191,7 +150,7 @@ def read_body(kind: str, body: bytes, model: str, limits: Limits) -> ChatRequest
     if not isinstance(data.get("model"), str):
         raise ApiError(400, f"model is missing; expected {model!r}.", "model")
     if data["model"] != model:
-        raise ApiError(404, f"there is no model of this name; expected {model!r}.", "model", "model_not_found")
+        raise other_model(model)
     content = _messages(data.get("messages")) if kind == "chat" else _prompt(data.get("prompt"))
     stream = _flag(data, "stream")
     options = data.get("stream_options") or {}
@@ -234,24 +193,21 @@ def _flag(data: Mapping[str, Any], name: str) -> bool:
     return bool(value)
 
 
-def _number(data: Mapping[str, Any], name: str, default: float, low: float, high: float) -> float:
+def _number(data: Mapping[str, Any], name: str, high: float) -> float:
+    """A number from 0; 1 where none is given."""
     value = data.get(name)
     if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-        raise ApiError(400, f"{name} is no number from {low:g} to {high:g}.", name)
+        return 1.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
+        raise ApiError(400, f"{name} is no number from 0 to {high:g}.", name)
     return float(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _sampling(data: Mapping[str, Any]) -> Sampling:
     seed = data.get("seed")
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63):
         raise ApiError(400, "seed is no integer of 64 bits.", "seed")
-    top_p = _number(data, "top_p", 1.0, 0.0, 1.0)
+    top_p = _number(data, "top_p", 1.0)
     if not top_p:
         raise ApiError(400, "top_p is 0; expected a number above 0, at most 1.", "top_p")
     stop = data.get("stop")
@@ -259,7 +215,7 @@ def _sampling(data: Mapping[str, Any]) -> Sampling:
     is_stops = isinstance(stop, list) and len(stop) <= MOST_STOPS
     if not is_stops or not all(isinstance(one, str) and 0 < len(one) <= LONGEST_STOP for one in stop):
         raise ApiError(400, f"stop is no text, or up to {MOST_STOPS}, of 1 to {LONGEST_STOP} characters.", "stop")
-    return Sampling(_number(data, "temperature", 1.0, 0.0, 2.0), top_p, seed, tuple(stop))
+    return Sampling(_number(data, "temperature", 2.0), top_p, seed, tuple(stop))
 
 
 def _max_tokens(kind: str, data: Mapping[str, Any], limits: Limits) -> int | None:
@@ -269,7 +225,7 @@ def _max_tokens(kind: str, data: Mapping[str, Any], limits: Limits) -> int | Non
     if len(names) > 1 and data[names[0]] != data[names[1]]:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one of them.", names[0])
     value = data[names[-1]]
-    if not _is_count(value) or value > limits.max_new_tokens:
+    if not is_count(value, 1) or value > limits.max_new_tokens:
         raise ApiError(400, f"{names[-1]} is no integer from 1 to {limits.max_new_tokens}.", names[-1])
     return value
 

@@ -13,7 +13,8 @@ from fastapi import Request
 from fastapi.responses import JSONResponse
 
 from .answers import Answer, Piece
-from .requests import ApiError, ChatRequest
+from .errors import ApiError
+from .requests import ChatRequest
 
 POLL_SECONDS = 0.2  # how often a request that waits looks whether its client is still there
 

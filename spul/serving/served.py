@@ -15,8 +15,8 @@ from ..gates.routes import Routes
 from ..models.unlearner import PREFIX_TYPES
 from ..records.digests import fingerprint
 from ..records.spul_config import read_spul_config
+from .errors import ApiError
 from .loading import ALWAYS, always, check_fits, check_gate, check_name
-from .requests import ApiError
 
 NO_TEXT = "the prompt was not added: name or folder is no text, or always no boolean."
 

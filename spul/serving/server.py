@@ -22,8 +22,9 @@ from ..records.ledger_events import check_server
 from .answers import Answer, Piece
 from .encoding import RequestEncoder
 from .engine import Engine, Job
+from .errors import ApiError, other_model, too_many
 from .recorder import Record, Recorder, States
-from .requests import ApiError, ChatRequest, Limits, check_header_text, read_body, read_json
+from .requests import ChatRequest, Limits, check_header_text, read_body, read_json
 from .responses import api_error, http_error, in_time, stream, unexpected, while_connected, whole
 from .served import ServedPrompts
 
@@ -138,9 +139,7 @@ class _Server:
     async def model_card(self, name: str) -> dict[str, Any]:
         """`GET /v1/models/{name}`."""
         if name != self.model:
-            raise ApiError(
-                404, f"there is no model of this name; expected {self.model!r}.", "model", "model_not_found"
-            )
+            raise other_model(self.model)
         return self._card()
 
     def _card(self) -> dict[str, Any]:
@@ -195,7 +194,7 @@ class _Server:
     async def _encoded(self, request: ChatRequest, deadline: float) -> Job:
         """The request as the engine takes it; no more wait to be encoded than may wait for the engine."""
         if self._num_encoding >= self.limits.max_batch + self.limits.max_waiting:
-            raise ApiError(429, "too many requests wait; try later.", code="rate_limit_exceeded")
+            raise too_many()
         self._num_encoding += 1
         try:
             loop = asyncio.get_running_loop()

@@ -20,6 +20,7 @@ from ..data.rows import completion_text, normalized, shortened
 from ..models.causal_lm import max_positions
 from ..models.compat_devices import device_of
 from ..models.unlearner import detached_base
+from ..records.fields import is_count
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ def add_alternates(
     if "{prompt}" not in template or "{completion}" not in template:
         raise ValueError(f"template={template!r}: expected a text with {{prompt}} and {{completion}}.")
     for name, value in (("num", num), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_count(value, 1):
             raise ValueError(f"{name}={value!r}: expected a whole number above 0.")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature!r}: expected a number above 0.")

@@ -23,6 +23,7 @@ from ..models.compat_checkpointing import switch_checkpointing
 from ..models.compat_devices import TensorMemory, fake_tensors
 from ..prompts.configs import check_peft_config, encoder_shapes, filled, has_encoder, holds_states, prompt_shape
 from ..prompts.states import PromptStates, compute_states, in_front
+from ..records.fields import is_count
 
 # Of a prompt's parameters: weights, gradients and AdamW's two moments, in float32.
 BYTES_PER_TRAINED = 16
@@ -108,7 +109,7 @@ def estimate_memory(
         raise TypeError(f"config is a {type(config).__name__}; expected AutoConfig.from_pretrained(...) of the base.")
     given = {"batch_size": batch_size, "max_length": max_length, "response_tokens": response_tokens}
     for name, value in {**given, "processes": processes}.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if not is_count(value, 1):
             raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
     dtype = _floating(dtype)
     if bits not in (None, 4, 8):

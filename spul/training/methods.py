@@ -32,7 +32,7 @@ from ..losses.terms import CrossEntropy, GradientAscent, KLAscent, KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import (
     bare_on_error,
-    check_no_adapter,
+    check_bare,
     feed_forward_ends,
     not_linear,
     stop_sampling,
@@ -163,12 +163,7 @@ class Method:
                 `trainable`, or it puts LoRA on a module that is no linear map, such as PhiMoE's router.
             TypeError: if `model` is no causal LM, or has an adapter already.
         """
-        if isinstance(model, PeftModel) or not isinstance(model, PreTrainedModel):
-            raise TypeError(
-                f"model is a {type(model).__name__}; expected a causal LM, as AutoModelForCausalLM.from_pretrained "
-                "returns it. Merge a model under an adapter first: model.merge_and_unload()."
-            )
-        check_no_adapter(model)
+        check_bare(model)
         layers_config = config if isinstance(config, UnlearningLayersConfig) else None
         peft_config = config if isinstance(config, PeftConfig) else None
         if config is not None and (layers_config if self.trainable == "layers" else peft_config) is None:

@@ -24,18 +24,17 @@ from tqdm.auto import tqdm
 from ..data.checks import forget_flags
 from ..data.collator import ForgetRetainCollator
 from ..data.rows import rows_at
-from ..losses.positions import response_positions, token_positions
 from ..losses.terms import IGNORE_INDEX
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import bare_model, logits_at, states_at
-from ..models.compat import broadcast, is_sharded
+from ..models.causal_lm import bare_model, logits_at
+from ..models.compat import is_sharded
 from ..models.compat_devices import device_of
-from ..models.output_head import NoHead, OutputHead, final_states
+from ..models.output_head import NoHead, OutputHead
 from ..models.unlearner import detached_base
 from ..records.digests import digest
-from .reference_files import claim_folder, describe, read_part, write_part
+from .reference_files import claim_folder, describe
+from .reference_parts import ReferenceParts, ReferenceRows, rows_per_part, slots_of, states_of
 
-MAX_PARTS, MIN_ROWS_PER_PART = 256, 256
 ROWS_READ_AT_ONCE, ROWS_CHECKED = 256, 6
 REMEDY = (
     "the reference is looked up by row_id, a different whole number for each row. Make the data set with "
@@ -59,14 +58,14 @@ class ReferenceCache:
         loss: UnlearningLoss,
         head: OutputHead | NoHead,
         folder: Path,
-        rows: Sequence[Tensor],
+        rows: ReferenceRows,
         parts: Sequence[Tensor],
     ) -> None:
         self.loss, self.head, self.folder, self._parts = loss, head, folder, parts
-        ids, _, self._checksums, self._counts, _ = rows
-        self._ids = ids
+        ids = self._ids = rows.ids
+        self._checksums, self._counts = rows.checksums, rows.counts
         self._keys, self._slots = _keys(ids, self._checksums).sort()
-        self._rows_per_part = _rows_per_part(len(ids))
+        self._rows_per_part = rows_per_part(len(ids))
         starts = self._counts.cumsum(0) - self._counts
         self._starts = starts - starts[torch.arange(len(ids)) // self._rows_per_part * self._rows_per_part]
 
@@ -112,69 +111,23 @@ class ReferenceCache:
             raise ValueError(
                 f"loss={loss!r}: a {type(model).__name__} has no loss of its own; pass loss=UnlearningLoss(...)."
             )
-        rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
+        rank = 0 if accelerator is None else accelerator.process_index
         progress = progress and rank == 0
         rows = _read_rows(loss, dataset, collator, progress)
-        ids, positions, checksums, counts, numbers = rows
-        index = describe(base, checksums, loss.reads_layer)
+        index = describe(base, rows.checksums, loss.reads_layer)
         path = Path(folder) if folder is not None else Path(HF_HOME, "spul", "reference", digest(index)[:32])
         claim_folder(path, index, accelerator)
-
-        parts = torch.arange(len(ids)).split(_rows_per_part(len(ids)))
-        files = [path / f"part-{i:05d}.safetensors" for i in range(len(parts))]
-        if progress:
-            done = "read from" if all(file.exists() for file in files) else "computed once and stored in"
-            what = "logits" if loss.reads_layer is None else "states"
-            tqdm.write(f"Reference {what} of {len(ids)} rows are {done} {path}", file=sys.stderr)
         with detached_base(model):
             head = OutputHead(base) if loss.reads_layer is None else NoHead()
-
-            def batch_of(some: Tensor) -> dict[str, Tensor]:
-                found = rows_at(dataset, positions[some].tolist())
-                each = zip(found, numbers[some].tolist(), strict=True)
-                return collator.encoder.pad(found, [collator.every(row, number)[0] for row, number in each])
-
-            def read(i: int) -> Tensor | None:
-                return read_part(files[i], checksums[parts[i]], int(counts[parts[i]].sum()))
-
-            def compute(i: int, num_batches: int = 0, writes: bool = True) -> None:
-                """Compute and write a part, by at least as many forwards, the last one repeated."""
-                batches, computed = list(parts[i].split(batch_size)), []
-                for some in tqdm(batches, files[i].stem, disable=not progress, leave=False):
-                    found = _states(base, batch_of(some), loss.reads_layer)
-                    computed.append(found.to(head.dtype or found.dtype).cpu())
-                for _ in range(num_batches - len(batches)):
-                    _states(base, batch_of(batches[-1]), loss.reads_layer)
-                if writes:
-                    write_part(files[i], torch.cat(computed), checksums[parts[i]])
-
-            opened: dict[int, Tensor | None] = {}  # each part is read once, since its checksum reads all of it
-            together = is_sharded(base)
-            if together:  # all processes run each forward: they take a part each, or go along with the last one
-                missing = broadcast([] if rank else [i for i in range(len(parts)) if read(i) is None])
-                for turn in (missing[i : i + world] for i in range(0, len(missing), world)):
-                    most = max(-(-len(parts[i]) // batch_size) for i in turn)
-                    compute(turn[min(rank, len(turn) - 1)], most, writes=rank < len(turn))
-            else:
-                for i in tqdm(range(rank, len(parts), world), "reference", disable=not progress, leave=False):
-                    if (there := read(i)) is None:
-                        compute(i)
-                    opened[i] = there if there is not None else read(i)  # memory-mapped, in place of those in memory
-            if accelerator is not None:
-                accelerator.wait_for_everyone()
-            states = []
-            for i, file in enumerate(files):
-                found = opened[i] if i in opened else read(i)
-                if found is None and i not in opened and not together:  # another process's, damaged or not seen yet
-                    compute(i)
-                    found = read(i)
-                if found is None:
-                    raise OSError(f"{file} is not what was just written to it; name another folder (reference_dir).")
-                states.append(found)
-            reference = cls(loss, head, path, rows, states)
-            spread = torch.linspace(0, len(ids) - 1, min(ROWS_CHECKED, len(ids))).round().long()
+            parts = ReferenceParts(path, rows, base, loss.reads_layer, head.dtype, dataset, collator, batch_size)
+            if progress:
+                done = "read from" if parts.are_there else "computed once and stored in"
+                what = "logits" if loss.reads_layer is None else "states"
+                tqdm.write(f"Reference {what} of {len(rows.ids)} rows are {done} {path}", file=sys.stderr)
+            reference = cls(loss, head, path, rows, parts.opened(accelerator, progress))
+            spread = torch.linspace(0, len(reference) - 1, min(ROWS_CHECKED, len(reference))).round().long()
             for one in spread.split(1):  # one by one, since the longest is among them
-                reference._check_base(base, batch_of(one), batch_size)
+                reference._check_base(base, parts.batch(one), batch_size)
         return reference
 
     def __repr__(self) -> str:
@@ -214,7 +167,7 @@ class ReferenceCache:
             )
         counts = self._counts[slots]
         spans = torch.stack([slots // self._rows_per_part, self._starts[slots], counts], dim=1).tolist()
-        width = _slots_of(batch, self.loss.reads_layer)[1].shape[1]  # also of rows that need no reference
+        width = slots_of(batch, self.loss.reads_layer)[1].shape[1]  # also of rows that need no reference
         used = torch.arange(width) < counts[:, None]
         states = self._parts[0].new_zeros(len(ids), width, self._parts[0].shape[1])
         states[used] = torch.cat([self._parts[part][start : start + count] for part, start, count in spans])
@@ -224,8 +177,8 @@ class ReferenceCache:
     def _check_base(self, base: Any, batch: Mapping[str, Tensor], batch_size: int) -> None:
         """Compute rows anew: a fingerprint sees samples of the weights, this sees the whole model at work."""
         layer = self.loss.reads_layer
-        positions, targets = _slots_of(batch, layer)
-        used, states = targets != IGNORE_INDEX, _states(base, batch, layer)
+        positions, targets = slots_of(batch, layer)
+        used, states = targets != IGNORE_INDEX, states_of(base, batch, layer)
         expected = states
         if layer is None:
             inputs = {name: batch[name].to(device_of(base)) for name in ("input_ids", "attention_mask")}
@@ -264,13 +217,8 @@ def row_checksums(batch: Mapping[str, Tensor]) -> Tensor:
     return mixed.masked_fill(~mask, 0).sum(dim=1)  # integers wrap
 
 
-def _rows_per_part(num_rows: int) -> int:
-    return max(MIN_ROWS_PER_PART, -(-num_rows // MAX_PARTS))
-
-
-def _read_rows(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollator, progress: bool) -> list[Tensor]:
-    """The rows that are compared, longest first: ids, indices, checksums, numbers of slots, and which of a row's
-    encodings each is, (rows,)."""
+def _read_rows(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollator, progress: bool) -> ReferenceRows:
+    """The rows that are compared, longest first."""
     flags = torch.tensor(forget_flags(dataset), dtype=torch.bool)
     compared = loss.rows_needing_reference(flags).nonzero().flatten()
     if not len(compared):
@@ -285,7 +233,7 @@ def _read_rows(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollato
         batch = collator.encoder.pad(repeated_rows, [one for encoded in each for one in encoded])
         if "row_id" not in batch:
             raise ValueError(f"the rows have no row_id; {REMEDY}")
-        counts = (_slots_of(batch, loss.reads_layer)[1] != IGNORE_INDEX).sum(dim=1)
+        counts = (slots_of(batch, loss.reads_layer)[1] != IGNORE_INDEX).sum(dim=1)
         lengths = batch["attention_mask"].sum(dim=1)
         found.append(torch.stack([lengths, batch["row_id"], indices, row_checksums(batch), counts, numbers]))
     lengths, *columns = torch.cat(found, dim=1)
@@ -293,30 +241,12 @@ def _read_rows(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollato
     if repeated := ids[times > 1].tolist():
         raise ValueError(f"{len(repeated)} row_id(s), such as {repeated[0]}, stand at more than one row; {REMEDY}")
     order = np.lexsort((columns[2], -lengths))  # by content: the numbering of the rows changes no file
-    return [column[order] for column in columns]
+    return ReferenceRows(*(column[order] for column in columns))
 
 
 def _keys(ids: Tensor, checksums: Tensor) -> Tensor:
     """One number for a row and its content, (rows,): several completions of a row have an entry each."""
     return ids * 0x5851F42D4C957F2D + checksums  # wraps
-
-
-def _slots_of(batch: Mapping[str, Tensor], layer: int | None) -> tuple[Tensor, Tensor]:
-    """Positions and tokens (B, K) that a loss reads, -100 in unused slots: the response's, or all for states."""
-    if layer is None:
-        return response_positions(batch["labels"])
-    return token_positions(batch["input_ids"], batch["attention_mask"])
-
-
-@torch.no_grad()
-def _states(base: Any, batch: Mapping[str, Tensor], layer: int | None) -> Tensor:
-    """Hidden states (slots, d) of a batch, row after row: final ones at responses, or a layer's at all tokens."""
-    positions, targets = _slots_of(batch, layer)
-    inputs = {name: batch[name].to(device_of(base)) for name in ("input_ids", "attention_mask")}
-    positions = positions.to(device_of(base))
-    if layer is None:
-        return final_states(base, positions, **inputs)[targets != IGNORE_INDEX]
-    return states_at(base, layer, positions, **inputs, use_cache=False)[targets != IGNORE_INDEX]
 
 
 def _rounding(states: Tensor, base: Any, batch: Mapping[str, Tensor], layer: int | None, copies: int) -> float:
@@ -327,7 +257,7 @@ def _rounding(states: Tensor, base: Any, batch: Mapping[str, Tensor], layer: int
     """
     several = {name: batch[name].repeat(copies, 1) for name in ("input_ids", "attention_mask", "labels")}
     several["attention_mask"][1:, -1] = 0  # not a column more, for which learned positions may have no room
-    among, alone = _states(base, several, layer)[: len(states)].double(), states.double()
+    among, alone = states_of(base, several, layer)[: len(states)].double(), states.double()
     return float((among - alone).abs().max() / alone.abs().max().clamp(min=torch.finfo(alone.dtype).tiny))
 
 

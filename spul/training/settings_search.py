@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from ..evaluation.metrics.scoring import DivergedError
 from ..losses.unlearning_loss import UnlearningLoss
+from ..records.fields import is_count
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ def search(
         raise ValueError(
             f"min_retain={min_retain!r}, num_trials={num_trials!r}; expected an accuracy in 0..1 and at least 1 trial."
         )
-    if bad := [p for p in num_virtual_tokens if isinstance(p, bool) or not isinstance(p, int) or p < 1]:
+    if bad := [p for p in num_virtual_tokens if not is_count(p, 1)]:
         raise ValueError(
             f"num_virtual_tokens={list(num_virtual_tokens)}: expected whole numbers from 1, got {bad[0]!r}."
         )

@@ -13,7 +13,7 @@ from transformers import Trainer
 from ..data.collator import ForgetRetainCollator
 from ..models.compat import gathers_weights, is_sharded
 from ..models.compat_checkpointing import is_reentrant
-from ..models.compat_devices import fsdp_plugin, replicated, use_data_parallel, without_deepspeed, zero3_config
+from ..models.compat_shards import fsdp_plugin, replicated, use_data_parallel, without_deepspeed, zero3_config
 from ..models.sharding import check_layers_alone, partition_layers, shard_layers
 from ..models.unlearner import Unlearner
 from ..records.digests import fingerprint

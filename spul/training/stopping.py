@@ -14,6 +14,7 @@ from ..data.rows import column_batches
 from ..data.samplers import RowCopies
 from ..models.compat import CHECKPOINT_PREFIX
 from ..models.unlearner import detached_base
+from ..records.fields import is_count
 from .evaluation import EvaluatingTrainer
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class StopWhenForgotten(TrainerCallback):
             check_rows(rows, name=name)
             _check_not_trained_on(rows, trainer.train_dataset, name)
         for name, number, least in (("every", every, 1), ("patience", patience, 0)):
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+            if not is_count(number, least):
                 raise ValueError(f"{name}={number!r}; expected a whole number from {least}.")
         for name, points in (("margin", margin), ("target", target)):
             if isinstance(points, bool) or not isinstance(points, (int, float)) or not 0 <= points < 100:

@@ -10,6 +10,7 @@ from datasets import Dataset
 
 from ...data.conversations import comparable
 from ...data.rows import column_values
+from ...records.fields import is_count
 from ..aggregation import in_words
 from .changes import is_conversation
 from .disguises import letters_apart, look_alikes, misspelt
@@ -48,7 +49,7 @@ def checked_attacks(attacks: InputAttacks) -> dict[tuple[str, int | None], Input
     found: dict[tuple[str, int | None], InputAttack] = {}
     for key, attack in attacks.items():
         name, level = key if isinstance(key, tuple) and len(key) == 2 else (key, None)
-        is_level = level is None or (isinstance(level, int) and not isinstance(level, bool) and level >= 0)
+        is_level = level is None or is_count(level)
         if not isinstance(name, str) or not name.strip() or not is_level:
             raise ValueError(f"inputs has the key {key!r}; expected a name, or (name, level) with a whole number.")
         if name == WITHOUT:

@@ -1,0 +1,129 @@
+"""Checks of what `evaluate` is given, before anything is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from datasets import Dataset
+from torch import nn
+
+from ..data.checks import check_rows, check_side
+from ..data.unlearning_data import SPLITS, UnlearningData
+from ..models.causal_lm import bare_model, check_model, unwrapped
+from ..models.compat import is_sharded
+from ..models.sharding import check_layers_alone
+from ..models.unlearner import unlearner_of
+from .measures import MEASURES
+from .metrics.scoring import with_adapter_names
+
+QUESTIONS = ("forget", "retain", "real_authors", "world_facts")  # TOFU's perturbed files
+
+
+def check_names(measures: Sequence[str], questions: Iterable[str] = ()) -> None:
+    """Raise unless measures and sets of questions are known.
+
+    Raises:
+        TypeError: if `measures` is one name.
+        ValueError: if a name is unknown.
+    """
+    if isinstance(measures, str):
+        raise TypeError(f"measures={measures!r} is one name; expected a list: [{measures!r}].")
+    if unknown := [name for name in measures if name not in MEASURES]:
+        raise ValueError(f"measures {unknown} are not known; expected some of {', '.join(MEASURES)}.")
+    if other := sorted(set(questions) - set(QUESTIONS)):
+        raise ValueError(f"questions {other}: expected {', '.join(QUESTIONS[:-1])} and {QUESTIONS[-1]}.")
+
+
+def checked_splits(
+    splits: UnlearningData | Mapping[str, Dataset], others: Mapping[str, Dataset]
+) -> dict[str, Dataset]:
+    """The four splits in their order, once they and all other sets of rows are checked.
+
+    Args:
+        splits: as in `evaluate`.
+        others: the neighbors, and `unseen`.
+
+    Raises:
+        TypeError: if the splits, or rows, are of another type.
+        ValueError: if a split is missing, a set has no rows, or a column `is_forget` contradicts a split's name.
+    """
+    if not isinstance(splits, (UnlearningData, Mapping)):
+        raise TypeError(f"splits is a {type(splits).__name__}; expected UnlearningData, or a dict of {list(SPLITS)}.")
+    sets = {name: splits.rows(name) for name in SPLITS} if isinstance(splits, UnlearningData) else dict(splits)
+    if missing := [name for name in SPLITS if name not in sets]:
+        raise ValueError(f"splits lack {missing}; they have {list(sets)}.")
+    sets = {name: sets[name] for name in SPLITS}
+    for name, rows in {**sets, **others}.items():
+        check_rows(rows, name=name)
+        if name in sets:
+            check_side(rows, name.endswith("_forget"), name)
+    return sets
+
+
+def checked_models(given: Mapping[str, Any], measures: Sequence[str]) -> dict[str, nn.Module]:
+    """The models that are given, by the arguments' names, without wrappers.
+
+    Args:
+        given: `model`, and the others or None.
+        measures: the names of the measures.
+
+    Raises:
+        TypeError: if one is no model in memory, or is under a prompt of PEFT that the measures do not support.
+        ValueError: if one is sharded otherwise than by `shard_layers`, or two share a base.
+    """
+    for name, one in given.items():
+        if one is not None or name == "model":
+            check_model(one, name)
+    models = {name: unwrapped(one) for name, one in given.items() if one is not None}
+    for name, one in models.items():
+        if is_sharded(one):
+            check_layers_alone(one, name)
+        _check_prompt(name, one, measures)
+    bare = [bare_model(one) for one in models.values()]
+    if len({id(one) for one in bare}) < len(bare):
+        raise ValueError(
+            f"{', '.join(models)} share a base; load each of them for itself, and leave base= out of them."
+        )
+    return models
+
+
+def _check_prompt(name: str, model: nn.Module, measures: Sequence[str]) -> None:
+    """Raise if a model is under a prompt of PEFT that the measures do not support."""
+    unlearner = unlearner_of(model)
+    try:
+        unlearner.check_measurable()
+    except TypeError as error:
+        raise TypeError(f"{name}: {error}") from error
+    if (
+        "soft suffix" in measures
+        and name in ("model", "retrained")
+        and not (unlearner.follows_embeddings or unlearner.reads_tokens)
+    ):
+        raise TypeError(
+            f"{name} is under a prompt of PEFT, which the soft suffix cannot follow; load it by "
+            "SoftPromptUnlearner.from_pretrained, or leave 'soft suffix' out of measures."
+        )
+
+
+def named_sets(
+    model: nn.Module, sets: Mapping[str, Dataset], adapter_names: Mapping[str, Sequence[str] | str]
+) -> dict[str, Dataset]:
+    """The sets of rows with a column that names each row's prompt.
+
+    Args:
+        model: the unlearned model, without wrappers.
+        sets: all sets of rows, by name.
+        adapter_names: as in `evaluate`.
+
+    Raises:
+        ValueError: if names are not given for all sets, or do not fit their rows or the model's prompts.
+    """
+    if not isinstance(adapter_names, Mapping) or set(adapter_names) != set(sets):
+        found = (
+            f"for {sorted(adapter_names)}"
+            if isinstance(adapter_names, Mapping)
+            else f"a {type(adapter_names).__name__}"
+        )
+        raise ValueError(f"adapter_names is {found}; expected a dict with names for each set of rows: {sorted(sets)}.")
+    return {name: with_adapter_names(model, rows, adapter_names[name], name) for name, rows in sets.items()}
