@@ -89,7 +89,9 @@ def mixed_query(
         completion = next(completions)
         candidates = [(other, answer) for other, answer in others if text not in other]
         if not candidates:
-            raise InapplicableError("every text of the other rows has the row's own in it; expected rows of the other side.")
+            raise InapplicableError(
+                "every text of the other rows has the row's own in it; expected rows of the other side."
+            )
         other, _ = draws.choice([one for one in candidates if one[1] != completion] or candidates)
         if asked == "first":
             return [f"{before}(1) ", text, f" (2) {other} Answer for (1) only.{after}"]
