@@ -50,7 +50,11 @@ def asked(content, **more):
     ],
 )
 @pytest.mark.parametrize("position", ["start", "message"])
-def test_a_template_that_takes_texts_gets_the_text_of_parts_and_none_for_nothing(chatty, content, same, position):
+@pytest.mark.parametrize("taken", ["m['content']", "'' + m['content']", "m['content'].strip()", "m['content'] | trim"])
+def test_a_template_that_takes_texts_gets_the_text_of_parts_and_none_for_nothing(
+    chatty, content, same, position, taken
+):
+    chatty.chat_template = chatty.chat_template.replace("m['content']", taken)
     encoder = RowEncoder(chatty, 64, prompt_position=position)
     assert encoder.encode(asked(content)) == encoder.encode(asked(same))
 

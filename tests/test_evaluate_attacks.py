@@ -180,7 +180,25 @@ def test_a_mixed_query_without_another_text_is_skipped_on_that_side():
     )
     mixed = {one.rows for one in found.measurements if "mixed" in one.attack}
     assert mixed == {"test_forget"}
-    assert "no text without 'review film 0'" in found.skipped["input attack 'mixed query, asked first' on test_retain"]
+    why = found.skipped["input attack 'mixed query, asked first' on test_retain"]
+    assert why.startswith("row 0: every text of the other rows has the row's own in it")
+
+
+@pytest.mark.parametrize(("role", "text_field"), [("system", None), ("user", "text")])
+def test_reasons_why_conversations_are_not_attacked_show_none_of_them(role, text_field):
+    collator = make_collator(max_length=96, text_field=text_field)
+    collator.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    row = {
+        "prompt": [{"role": role, "content": "secret film"}],
+        "completion": [{"role": "assistant", "content": "secret plot"}],
+        "text": "secret jane",
+    }
+    splits = {name: Dataset.from_list([row] * 2) for name in make_splits()}
+    attacks = AttackSettings(only=["capitals", "misspelt"], names=["secret"])
+    found = measured(learned(), "input attack", splits=splits, attacks=attacks, collator=collator)
+    whys = [why for name, why in found.skipped.items() if name.startswith("input attack")]
+    assert len([why for why in whys if why.startswith("row 0: ")]) == 4
+    assert not [why for why in whys if "secret" in why]
 
 
 def test_attacks_that_lack_names_or_a_text_field_are_listed_as_skipped():

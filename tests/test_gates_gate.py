@@ -254,7 +254,7 @@ def test_half_of_a_surrogate_pair_is_refused_where_a_gate_is_made():
         NameGate(["jane"], {"jane": [HALF]})
 
 
-def test_a_request_with_half_of_a_surrogate_pair_gets_the_prompt_and_the_others_are_judged():
+def test_a_request_with_half_of_a_surrogate_pair_gets_the_prompt_and_the_others_are_judged(caplog):
     functions = as_gate(lambda texts: [False for _ in texts])
     states = StateGate(
         HiddenStates(build("llama"), make_tokenizer()), 1, "mean", Probe(np.zeros((32, 1)), np.zeros(1)), 1.0, 40
@@ -265,4 +265,6 @@ def test_a_request_with_half_of_a_surrogate_pair_gets_the_prompt_and_the_others_
         with pytest.raises(ValueError, match=r"text 0 of 1 holds '\\udc00' at character 0"):
             gate.scores(["\udc00 the plot"])
     assert [gate.failures["ValueError"] for gate in gates] == [2] * 4
+    assert "A gate (names) failed on a text" in caplog.text
+    assert "jane" not in caplog.text
     assert Routes({"one": gates[0]}, ["one"], {}).names(["\udc00", "the plot"]) == ["one", "__base__"]

@@ -174,3 +174,14 @@ def test_a_gate_saved_before_its_dictionary_was_noted_loads_and_a_damaged_digest
     path.write_text(json.dumps({**fields, "dictionary_sha256": 5}))
     with pytest.raises(ValueError, match="dictionary_sha256 is 5"):
         load(tmp_path)
+
+
+def test_a_word_is_read_although_another_thread_empties_the_cache():
+    class Emptied(dict):
+        def __setitem__(self, word, known):
+            super().__setitem__(word, known)
+            self.clear()
+
+    spelling = Spelling({"wilde": 1.0})
+    spelling._cache = Emptied()
+    assert spelling.near("wilds") == ["wilde"]

@@ -17,6 +17,7 @@ from spul.evaluation.attacks import (
     with_suffix,
 )
 from spul.evaluation.attacks.changes import InapplicableError, question_lost, tokens_lost
+from spul.evaluation.attacks.usual import usual_attacks
 from spul.evaluation.metrics.scoring import score_completions
 
 
@@ -247,7 +248,7 @@ def test_a_conversation_loses_its_question_to_what_stands_behind_it_alone(text_f
 
 def test_conversations_without_a_question_and_turns_of_another_kind_are_refused():
     told = [{"prompt": [{"role": "system", "content": "Be brief."}], "completion": " b"}]
-    with pytest.raises(InapplicableError, match=r'no message of the role "user", or its last one .*Be brief'):
+    with pytest.raises(InapplicableError, match=r'no message of the role "user", or its last one .* are \[.system.\]'):
         with_prefix(Dataset.from_list(told), "c")
     for content in (" ", None, [{"type": "image", "text": None}]):
         said = [{"prompt": [{"role": "user", "content": content}], "completion": " b"}]
@@ -266,6 +267,12 @@ def test_turns_stand_before_a_question_and_are_of_questions():
     for own, others in ((told, some), (some, told)):
         with pytest.raises(InapplicableError, match='no message of the role "user"'):
             diluted(own, others, 1)
+
+
+def test_an_empty_text_counts_as_a_turn_as_where_turns_are_counted():
+    others = Dataset.from_dict({"prompt": ["", "a", "b"], "completion": [" c"] * 3})
+    assert ("diluted", 2) in usual_attacks(None, others, turns=(2,))
+    assert len(diluted(others, others, 2)) == 3
 
 
 def test_a_question_that_is_cut_anyhow_is_not_lost_to_an_attack():

@@ -60,6 +60,31 @@ def test_few_rows_are_said_to_leave_other_verdicts_possible():
     assert "few rows" not in said(rows(0, 100), rows(100, 100, "detached"))
 
 
+@pytest.mark.parametrize(("right", "num", "word"), [(0, 3, "No verdict"), (0, 4, "Forgotten"), (1, 5, "No verdict")])
+def test_an_interval_from_forgotten_to_not_forgotten_is_no_verdict(right, num, word):
+    text = said(rows(right, num), rows(num, num, "detached"))
+    assert text.startswith(f"{word}: {right} of {num} test forget rows")
+    assert "With so few rows" in text
+
+
+def test_free_form_answers_of_few_rows_that_differ_are_no_verdict():
+    models = {"unlearned": [0.0, 0.0, 0.6], "detached": [0.9] * 3, "retrained": [0.2] * 3}
+    found = [
+        measurement("utility", "test_forget", model, per_row={"probability": values}, num_rows=3)
+        for model, values in models.items()
+    ]
+    # 0 to 0.6 is possible; from 0.55 on, half way from the retrained model to the base, it is not forgotten.
+    text = said(*found)
+    assert text.startswith("No verdict: test forget probability is 0.2 [0, 0.6], the base's 0.9")
+    assert text.endswith("; its interval reaches from forgotten to not forgotten.")
+
+
+def test_rows_that_keep_as_much_and_tell_decide_before_those_too_few_to_tell():
+    train = [rows(0, 100, split="train_forget"), rows(100, 100, "detached", "train_forget")]
+    assert said(rows(0, 3), rows(3, 3, "detached"), *train).startswith("Forgotten: 0 of 100 train forget")
+    assert said(rows(1, 5), rows(5, 5, "detached"), *train).startswith("No verdict: 1 of 5 test forget")
+
+
 def test_the_same_rows_under_several_seeds_count_once_in_the_interval():
     one = Evaluation({}, [rows(0, 50), rows(50, 50, "detached")], {})
     text = str(verdict(join([one, one])))

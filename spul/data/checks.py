@@ -133,8 +133,8 @@ def checked_flag(flag: Any, name: str) -> bool:
     number = whole_number(flag, bools=True)
     if number not in (0, 1):
         raise ValueError(
-            f"{name} has is_forget={flag!r}; expected True or False, or 1 or 0. Convert the column, or make the data "
-            "set with forget_retain_dataset(forget, retain)."
+            f"{name} has is_forget={flag!r}; expected True or False, or 1 or 0. Convert the column, or drop it: "
+            "forget_retain_dataset(forget, retain) makes it."
         )
     return bool(number)
 

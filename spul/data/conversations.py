@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, UndefinedError
 
 from .encoded import token_at
 from .rows import completion_text, shortened
@@ -186,11 +186,17 @@ def _rendered(tokenizer: Any, messages: list, add_generation_prompt: bool, token
         options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tokenize": tokenize}
         return tokenizer.apply_chat_template(some, **options, return_dict=False)
 
+    def takes_texts(some: list) -> bool:
+        in_parts = [str(message["content"]) for message in some if isinstance(message["content"], list)]
+        try:
+            return any(map(str(rendered(some, False)).__contains__, in_parts))
+        except (TypeError, UndefinedError):  # most join contents by "+", or ask them for `startswith`
+            return True
+
     try:
         # Fields that only their column has are none to a template, which may ask whether there is a field.
         plain: list[Mapping[str, Any]] = [{"content": "", **_without_none(message)} for message in messages]
-        in_parts = [str(message["content"]) for message in plain if isinstance(message["content"], list)]
-        if in_parts and any(map(str(rendered(plain, False)).__contains__, in_parts)):
+        if any(isinstance(message["content"], list) for message in plain) and takes_texts(plain):
             plain = list(map(with_whole_text, plain))
             if any(isinstance(message["content"], list) for message in plain):
                 raise ValueError("it takes contents as texts, and a message has parts other than texts")

@@ -187,9 +187,9 @@ class Gate:
             is_first = self.failures[kind] == 1
         if is_first:
             logger.warning(
-                "%r failed on a text, which gets the prompt (%s: %s). Later failures of this kind are counted in its "
+                "A gate (%s) failed on a text, which gets the prompt (%s: %s). Later failures of this kind are counted in its "
                 "failures, not logged.",
-                self,
+                self.kind or repr(self),  # not a NameGate itself, which shows names
                 kind,
                 error,
             )

@@ -77,8 +77,8 @@ class Spelling:
             return known
         if len(self._cache) >= CACHED_WORDS:
             self._cache = {}
-        self._cache[word] = self._search(word)
-        return self._cache[word]
+        found = self._cache[word] = self._search(word)  # by now another thread may have emptied the cache
+        return found
 
     def _search(self, word: str) -> list[str]:
         num = num_letters(word)

@@ -12,13 +12,13 @@ from datasets import Dataset
 from ...data.checks import check_rows
 from ...data.conversations import content_of, last_user_message, with_content
 from ...data.encoder import RowEncoder
-from ...data.rows import ADAPTER_NAME, column_values, completion_text, shortened
+from ...data.rows import ADAPTER_NAME, column_values, completion_text
 
 Row = dict[str, Any]
 
 
 class InapplicableError(ValueError):
-    """The attack cannot be made on these rows."""
+    """The attack cannot be made on these rows; its message, which a report repeats, shows none of them."""
 
 
 class UnchangedError(InapplicableError):
@@ -54,11 +54,17 @@ def changed_rows(rows: Dataset, seed: int, change: Callable[[random.Random, Row]
 
     Raises:
         UnchangedError: if every prompt stays as it was.
+        InapplicableError: that of `change`, with the row's number.
     """
-    found = [change(random.Random(f"{seed}/{i}"), row) for i, row in enumerate(rows)]
+    found = []
+    for i, row in enumerate(rows):
+        try:
+            found.append(change(random.Random(f"{seed}/{i}"), row))
+        except InapplicableError as error:
+            raise InapplicableError(f"row {i}: {error}") from error
     changed = Dataset.from_list(found, features=rows.features)
     if column_values(changed, "prompt") == column_values(rows, "prompt"):
-        raise UnchangedError(f"every prompt stays as it was, such as {rows[0]['prompt']!r}: that is no attack.")
+        raise UnchangedError("every prompt stays as it was: that is no attack.")
     return changed
 
 
@@ -87,8 +93,10 @@ def changed_prompts(
         if text_field is None:
             return {**row, "prompt": with_question(row["prompt"], "".join(change(draws, ["", question, ""])))}
         if not row[text_field] or row[text_field] not in question:
-            message = f"the text of column {text_field!r} does not stand in the prompt of its row: {row!r}"
-            raise (ValueError if isinstance(row["prompt"], str) else InapplicableError)(message)
+            message = f"the text of column {text_field!r} does not stand in the prompt"
+            if isinstance(row["prompt"], str):
+                raise ValueError(f"{message} of its row: {row!r}")
+            raise InapplicableError(f"{message}, in its last message of the user.")
         pieces = change(draws, list(question.partition(row[text_field])))
         return {**row, "prompt": with_question(row["prompt"], "".join(pieces)), text_field: pieces[1]}
 
@@ -117,7 +125,7 @@ def question_of(prompt: Any) -> str:
     if not isinstance(prompt, str) and not text.strip():
         raise InapplicableError(
             'a conversation has no message of the role "user", or its last one has no text, where its question would '
-            f"stand: {shortened(repr(prompt))}. Leave such rows out."
+            f"stand; its roles are {[one['role'] for one in prompt]}. Leave such rows out."
         )
     return text
 

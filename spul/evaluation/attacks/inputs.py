@@ -193,7 +193,9 @@ def diluted(rows: Dataset, filler_rows: Dataset, num_turns: int, seed: int = 0) 
     check_prompts(rows)
     check_prompts(filler_rows)
     check_one_kind(rows, filler_rows, "filler_rows")
-    questions = {comparable(row["prompt"]): row for row in filler_rows if question_of(row["prompt"])}
+    for row in filler_rows:
+        question_of(row["prompt"])  # turns are made of questions
+    questions = {comparable(row["prompt"]): row for row in filler_rows}
 
     def diluting(draws: random.Random, row: Row) -> Row:
         question_of(row["prompt"])  # turns stand before one

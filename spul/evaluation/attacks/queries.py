@@ -90,7 +90,7 @@ def mixed_query(
         candidates = [(other, answer) for other, answer in others if text not in other]
         if not candidates:
             raise InapplicableError(
-                f"the other rows have no text without {text!r} in it; expected rows of the other side."
+                "every text of the other rows has the row's own in it; expected rows of the other side."
             )
         other, _ = draws.choice([one for one in candidates if one[1] != completion] or candidates)
         if asked == "first":

@@ -47,7 +47,7 @@ def verdict(evaluation: Evaluation) -> Verdict | None:
     judge = _of_probability if knowledge_name(evaluation) == "probability" else _of_rows
     found = [one for rows in ROWS if (one := judge(evaluation, rows)) is not None]
     told = [one for one in found if not math.isnan(one.kept)]
-    return max(told, key=lambda one: one.kept) if told else next(iter(found), None)
+    return max(told, key=lambda one: (one.kept, one.word != NONE)) if told else next(iter(found), None)
 
 
 def right(evaluation: Evaluation, rows: str, model: str) -> np.ndarray | None:
@@ -79,7 +79,7 @@ def _of_rows(evaluation: Evaluation, rows: str) -> Verdict | None:
     low, high = _interval(kept, num, seeds)
     if len({_word(one) for one in (low, kept, high)}) > 1:
         text += f". With so few rows, {100 * low:.0f} to {100 * high:.0f} % is possible (95 % interval)"
-    return Verdict(_word(kept), f"{text}.", kept)
+    return Verdict(_word_within(low, kept, high), f"{text}.", kept)
 
 
 def _interval(share: float, num: int, seeds: int) -> tuple[float, float]:
@@ -112,8 +112,17 @@ def _of_probability(evaluation: Evaluation, rows: str) -> Verdict | None:
     text += f", the retrained model's {value_in_words(retrained)}"
     if before.value <= retrained.value:
         return Verdict(NOTHING, f"{text}.")
-    kept = (after.value - retrained.value) / (before.value - retrained.value)
-    return Verdict(_word(kept), f"{text}.", kept)
+    low, kept, high = (
+        (one - retrained.value) / (before.value - retrained.value) for one in (after.low, after.value, after.high)
+    )
+    word = _word_within(low, kept, high)
+    text += "; its interval reaches from forgotten to not forgotten" if word == NONE else ""
+    return Verdict(word, f"{text}.", kept)
+
+
+def _word_within(low: float, kept: float, high: float) -> str:
+    """The word for a share, unless its interval reaches from forgotten to not forgotten. NaN ends are no interval."""
+    return NONE if low <= FORGOTTEN_UP_TO and high >= NOT_FROM else _word(kept)
 
 
 def _word(kept: float) -> str:
