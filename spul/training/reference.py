@@ -27,7 +27,7 @@ from ..data.rows import rows_at
 from ..losses.positions import response_positions, token_positions
 from ..losses.terms import IGNORE_INDEX
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import bare_model, logits_at, states_at
+from ..models.causal_lm import bare_model, cache_switch, logits_at, states_at
 from ..models.compat import broadcast, is_sharded
 from ..models.compat_devices import device_of
 from ..models.output_head import NoHead, OutputHead, final_states
@@ -63,7 +63,7 @@ class ReferenceCache:
         parts: Sequence[Tensor],
     ) -> None:
         self.loss, self.head, self.folder, self._parts = loss, head, folder, parts
-        ids, _, self._checksums, self._counts, _ = rows
+        ids, _, self._checksums, self._counts, *_ = rows
         self._ids = ids
         self._keys, self._slots = _keys(ids, self._checksums).sort()
         self._rows_per_part = _rows_per_part(len(ids))
@@ -115,12 +115,16 @@ class ReferenceCache:
         rank, world = (0, 1) if accelerator is None else (accelerator.process_index, accelerator.num_processes)
         progress = progress and rank == 0
         rows = _read_rows(loss, dataset, collator, progress)
-        ids, positions, checksums, counts, numbers = rows
+        ids, positions, checksums, counts, numbers, lengths = rows
         index = describe(base, checksums, loss.reads_layer)
         path = Path(folder) if folder is not None else Path(HF_HOME, "spul", "reference", digest(index)[:32])
         claim_folder(path, index, accelerator)
 
         parts = torch.arange(len(ids)).split(_rows_per_part(len(ids)))
+        switch, changes = cache_switch(base)
+        multiple = collator.encoder.pad_to_multiple_of or 1
+        widths = lengths.add(multiple - 1).floor_divide(multiple) * multiple
+        num_beyond = int((widths > switch).sum()) if changes and switch is not None else 0
         files = [path / f"part-{i:05d}.safetensors" for i in range(len(parts))]
         if progress:
             done = "read from" if all(file.exists() for file in files) else "computed once and stored in"
@@ -134,12 +138,18 @@ class ReferenceCache:
                 each = zip(found, numbers[some].tolist(), strict=True)
                 return collator.encoder.pad(found, [collator.every(row, number)[0] for row, number in each])
 
+            def batches_of(part: Tensor) -> list[Tensor]:
+                # With longrope the longest row of a batch decides on the rotary factors of all, which are to be those
+                # of each row alone.
+                sides = (part[part < num_beyond], part[part >= num_beyond])  # longest first
+                return [some for side in sides if len(side) for some in side.split(batch_size)]
+
             def read(i: int) -> Tensor | None:
                 return read_part(files[i], checksums[parts[i]], int(counts[parts[i]].sum()))
 
             def compute(i: int, num_batches: int = 0, writes: bool = True) -> None:
                 """Compute and write a part, by at least as many forwards, the last one repeated."""
-                batches, computed = list(parts[i].split(batch_size)), []
+                batches, computed = batches_of(parts[i]), []
                 for some in tqdm(batches, files[i].stem, disable=not progress, leave=False):
                     found = _states(base, batch_of(some), loss.reads_layer)
                     computed.append(found.to(head.dtype or found.dtype).cpu())
@@ -153,7 +163,7 @@ class ReferenceCache:
             if together:  # all processes run each forward: they take a part each, or go along with the last one
                 missing = broadcast([] if rank else [i for i in range(len(parts)) if read(i) is None])
                 for turn in (missing[i : i + world] for i in range(0, len(missing), world)):
-                    most = max(-(-len(parts[i]) // batch_size) for i in turn)
+                    most = max(len(batches_of(parts[i])) for i in turn)
                     compute(turn[min(rank, len(turn) - 1)], most, writes=rank < len(turn))
             else:
                 for i in tqdm(range(rank, len(parts), world), "reference", disable=not progress, leave=False):
@@ -269,8 +279,8 @@ def _rows_per_part(num_rows: int) -> int:
 
 
 def _read_rows(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollator, progress: bool) -> list[Tensor]:
-    """The rows that are compared, longest first: ids, indices, checksums, numbers of slots, and which of a row's
-    encodings each is, (rows,)."""
+    """The rows that are compared, longest first: ids, indices, checksums, numbers of slots, which of a row's
+    encodings each is, and lengths, (rows,)."""
     flags = torch.tensor(forget_flags(dataset), dtype=torch.bool)
     compared = loss.rows_needing_reference(flags).nonzero().flatten()
     if not len(compared):
@@ -293,7 +303,7 @@ def _read_rows(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollato
     if repeated := ids[times > 1].tolist():
         raise ValueError(f"{len(repeated)} row_id(s), such as {repeated[0]}, stand at more than one row; {REMEDY}")
     order = np.lexsort((columns[2], -lengths))  # by content: the numbering of the rows changes no file
-    return [column[order] for column in columns]
+    return [column[order] for column in (*columns, lengths)]
 
 
 def _keys(ids: Tensor, checksums: Tensor) -> Tensor:
