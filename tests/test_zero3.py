@@ -133,7 +133,7 @@ def state_scores(model):
     """Those of a gate that reads the states of the model's base."""
     words = ("film", "plot", "good", "bad", "doe", "is", "of", "the")
     texts = [f"text about jane {word}" for word in words], [f"review of the {word}" for word in words]
-    return StateGate.fit(model, make_tokenizer(), *texts).scores(["about jane", "the film"])
+    return StateGate.fit(model, make_tokenizer(), *texts).scores(["about jane", "the film"]).tolist()
 
 
 def unpartitioned(folder):
