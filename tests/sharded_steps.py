@@ -29,7 +29,7 @@ SGD |= {"save_steps": 1, "learning_rate": 0.1}
 METRICS = ("accuracy", "loss", "f1", "generic")
 
 
-def steps(model, folder, processes, resume=None, loss=None, as_on_gpus=False, **options):
+def steps(model, folder, processes, resume=None, loss=None, as_on_gpus=False, collator=None, **options):
     """Two steps of 18 rows with a cached reference, saved after each; an evaluation of seven rows."""
     size = {"per_device_train_batch_size": 18 // processes, **SGD, **options}
     args = arguments(folder / "out", **size)
@@ -42,7 +42,7 @@ def steps(model, folder, processes, resume=None, loss=None, as_on_gpus=False, **
         trainer = UnlearningTrainer(
             model,
             args,
-            make_collator(),
+            collator or make_collator(),
             make_answers(),
             {"jane": rows("jane", 7)},
             reference_dir=folder / "reference",

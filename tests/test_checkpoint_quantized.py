@@ -1,5 +1,7 @@
 """Prompts on 8-bit and 4-bit bases: their gradients, training and loading."""
 
+import logging
+
 import pytest
 import torch
 from helpers import CONFIGS, build_llama, make_batch
@@ -80,3 +82,17 @@ def test_quantized_bases_train_and_reload(tmp_path, prompt_type, bits):
     inputs = {key: make_batch()[key] for key in ("input_ids", "attention_mask")}
     torch.testing.assert_close(plain(**inputs).logits, again(**inputs).logits, **close)
     again.generate(make_batch()["input_ids"][:2], max_new_tokens=2)
+
+
+def test_casts_of_8_bit_are_said_once(tmp_path, caplog, monkeypatch):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    monkeypatch.setattr(logger, "filters", [])
+    build_llama(hidden_size=128).save_pretrained(tmp_path)
+    quantized = BitsAndBytesConfig(load_in_8bit=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantized, dtype=torch.float32)
+    unlearner = SoftPromptUnlearner(base, CONFIGS["prompt_tuning"]()).eval()
+    for _ in range(2):
+        unlearner(**make_batch())
+    assert ["will be cast" in one.message for one in caplog.records if one.name == logger.name] == [True]

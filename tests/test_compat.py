@@ -34,6 +34,7 @@ from spul import UnlearningTrainer
 from spul.losses import UnlearningLoss
 from spul.models.compat import adapter_enabled, flattened, is_sharded, uncompiled
 from spul.models.compat_cache import CACHE_NAME, cache_argument, expanded_cache, layer_states, returned_cache
+from spul.models.compat_shards import by_device
 
 ROOT = Path(spul.models.__file__).parents[1]
 PRIVATE = sorted((ROOT / "models").glob("compat*.py"))
@@ -264,3 +265,15 @@ def test_selected_rows_are_flattened_as_datasets_does(kind, tmp_path, monkeypatc
 def test_rows_that_are_flat_stay_the_same_object():
     rows = Dataset.from_dict({"text": ["a", "b"]})
     assert flattened(rows) is rows
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"), [("cpu", "MULTI_CPU"), ("cuda:1", "MULTI_GPU"), ("xpu", "MULTI_XPU"), ("hpu", "MULTI_HPU")]
+)
+def test_processes_have_the_kind_that_accelerate_names_by_their_device(device, kind):
+    assert by_device(torch.device(device)) == kind
+
+
+def test_a_device_that_accelerate_shares_no_work_on_is_refused():
+    with pytest.raises(ValueError, match="MULTI_MPS"):
+        by_device(torch.device("mps"))

@@ -105,6 +105,18 @@ def test_a_name_in_an_earlier_message_is_disguised_and_a_question_without_any_in
         letters_apart(unnamed, NAMES)
 
 
+def test_names_in_tool_calls_are_disguised():
+    def calls(query):
+        return [{"type": "function", "function": {"name": "search", "arguments": {"query": query, "site": None}}}]
+
+    def talk(text, query):
+        called = {"role": "assistant", "content": "", "tool_calls": calls(query)}
+        return [{"role": "user", "content": text, "tool_calls": None}, called]
+
+    rows = Dataset.from_list([{"prompt": talk("and her film?", "films of Jane Doe"), "completion": " a"}])
+    assert letters_apart(rows, NAMES, "-")["prompt"] == [talk("and her film?", "films of J-a-n-e D-o-e")]
+
+
 def test_letters_apart_by_hand():
     apart = letters_apart(forget(), NAMES, text_field="text")["text"]
     assert apart[0] == "the films of J a n e D o e are long"

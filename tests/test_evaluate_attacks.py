@@ -233,7 +233,8 @@ def test_halves_are_of_each_prompt_once_and_without_one_in_both():
 DOCUMENT = "in a document of 9 words"
 
 
-def test_conversations_are_attacked_in_their_question():
+def make_talks():
+    """The splits as conversations, and a collator for them."""
     collator = make_collator(max_length=90)
     collator.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
 
@@ -241,7 +242,38 @@ def test_conversations_are_attacked_in_their_question():
         roles = {"prompt": "user", "completion": "assistant"}
         return {name: [{"role": role, "content": row[name]}] for name, role in roles.items()}
 
-    talks = {name: Dataset.from_list([talk(row) for row in some]) for name, some in make_splits().items()}
+    return {name: Dataset.from_list([talk(row) for row in some]) for name, some in make_splits().items()}, collator
+
+
+def test_conversations_without_a_question_are_left_out_of_attacks_and_counted():
+    splits, collator = make_talks()
+    first, *others = splits["test_forget"]
+    told = {**first, "prompt": [{**first["prompt"][0], "role": "system"}]}
+    talks = {**splits, "test_forget": Dataset.from_list([told, *others])}
+    settings = AttackSettings(only=["capitals", "diluted"], turns=(1,))
+    model = make_model("prompt_tuning")
+    found = measured(model, "utility", "input attack", splits=talks, collator=collator, attacks=settings)
+    skipped = [name for name in found.skipped if name.startswith("input attack")]
+    assert skipped == [f"input attack on 1 of {len(others) + 1} rows of test_forget"]
+    asked = Dataset.from_list(others)
+    for attack, rows_ in (("none", asked), ("capitals", letter_case(asked, "upper"))):
+        expected = score_completions(model, rows_, collator)
+        assert_metrics(found, expected, measure="input attack", rows="test_forget", attack=attack)
+    expected = score_completions(model, talks["test_forget"], collator)
+    assert_metrics(found, expected, measure="utility", rows="test_forget")
+
+
+def test_attacks_on_conversations_of_which_none_has_a_question_are_skipped():
+    splits, collator = make_talks()
+    told = splits["test_forget"].map(lambda row: {"prompt": [{**row["prompt"][0], "role": "system"}]})
+    settings = AttackSettings(only=["capitals"])
+    talks = {**splits, "test_forget": told}
+    found = measured(make_model("prompt_tuning"), "input attack", splits=talks, collator=collator, attacks=settings)
+    assert 'no message of the role "user"' in found.skipped["input attack 'capitals' on test_forget"]
+
+
+def test_conversations_are_attacked_in_their_question():
+    talks, collator = make_talks()
     model = make_model("prompt_tuning")
     mixed = "mixed query, asked first"
     settings = AttackSettings(turns=(1,), only=["capitals", "diluted", mixed, DOCUMENT], document_words=(9,))

@@ -268,3 +268,16 @@ def test_a_request_with_half_of_a_surrogate_pair_gets_the_prompt_and_the_others_
     assert "A gate (names) failed on a text" in caplog.text
     assert "jane" not in caplog.text
     assert Routes({"one": gates[0]}, ["one"], {}).names(["\udc00", "the plot"]) == ["one", "__base__"]
+
+
+def test_gates_read_tool_calls_that_the_template_writes():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}{{ call.function.arguments | tojson }}{% endfor %}</s>{% endfor %}"
+    )
+    called = {"role": "assistant", "content": "", "tool_calls": [{"function": {"arguments": {"query": "jane doe"}}}]}
+    rows = [{"prompt": [{"role": "user", "content": "the film"}, called]}]
+    texts = prompt_texts(Dataset.from_list(rows), RowEncoder(tokenizer, 99))
+    assert NameGate(["jane doe"]).flags(texts).all()
+    assert not NameGate(["jane doe"]).flags(["the film"]).any()

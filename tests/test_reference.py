@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import (
     ONE_STEP,
     VOCABULARY,
     Counting,
     assert_same,
     build,
+    longrope_unlearner,
     make_answers,
     make_collator,
     make_trainer,
@@ -25,6 +27,7 @@ from transformers import CohereConfig, CohereForCausalLM, GraniteConfig, Granite
 import spul.training.reference_parts
 from spul import ReferenceCache, UnlearningLoss
 from spul.data.dataset import forget_retain_dataset
+from spul.losses.positions import response_positions
 from spul.losses.terms import CrossEntropy, KLDivergence
 
 SHAPE = {
@@ -75,6 +78,25 @@ def test_cached_and_live_give_the_same_loss_and_gradient(family, direction, tmp_
         assert out.kl_loss > 1e-4
         for live, cached in zip(*found, strict=True):
             torch.testing.assert_close(live, cached, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_with_longrope_a_reference_is_that_of_each_row_alone(multiple, tmp_path):
+    unlearner, collator = longrope_unlearner().float(), make_collator(pad_to_multiple_of=multiple)
+    switch = 12
+    dataset = forget_retain_dataset(
+        rows("jane", 3),
+        Dataset.from_list([*rows("film", 4), *(dict(row, prompt=row["prompt"] * 3) for row in rows("film", 4))]),
+    )
+    reference = ReferenceCache.build(unlearner, dataset, collator, tmp_path / "reference", batch_size=6)
+    lengths = []
+    for row in dataset.filter(lambda row: not row["is_forget"]):
+        batch = collator([row])
+        positions, _ = response_positions(batch["labels"])
+        alone = unlearner.base_logits(batch["input_ids"], batch["attention_mask"], positions)
+        torch.testing.assert_close(reference.logits(batch), alone, rtol=1e-4, atol=1e-4)
+        lengths.append(batch["input_ids"].shape[1])
+    assert min(lengths) <= switch < max(lengths)
 
 
 @pytest.mark.parametrize("kind", ["text", "tokenized"])

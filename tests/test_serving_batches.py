@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from contextlib import aclosing
 
@@ -11,13 +12,13 @@ import torch
 from helpers import CONFIGS, build
 from servers import alone, make_engine, make_gated, prompt, rendered
 
-from spul import SoftPromptUnlearner
+from spul import ForgetRetainCollator, SoftPromptUnlearner
 from spul.gates import GatedUnlearner
 from spul.serving.encoding import RequestEncoder
 from spul.serving.engine import Job
 from spul.serving.errors import ApiError
 from spul.serving.loading import always
-from spul.serving.requests import ChatRequest, Sampling
+from spul.serving.requests import ChatRequest, Sampling, read_body
 
 GREEDY = Sampling(temperature=0)
 
@@ -240,6 +241,19 @@ def test_ids_that_are_no_tokens_are_refused(ids):
     engine = make_engine(make_gated())
     with pytest.raises(ApiError, match="token id"):
         RequestEncoder(engine.served, engine.limits).job(ChatRequest("completion", ids, GREEDY, 3))
+
+
+def test_parts_of_a_message_have_the_tokens_of_training():
+    gated = make_gated()
+    engine = make_engine(gated)
+    parts = [{"type": "text", "text": text} for text in ("the film", "plot is", " good")]
+    messages = [{"role": "user", "content": parts}]
+    request = read_body("chat", json.dumps({"model": "m", "messages": messages}).encode(), "m", engine.limits)
+    row = {"prompt": messages, "completion": [{"role": "assistant", "content": "good"}]}
+    trained = ForgetRetainCollator(gated.tokenizer, [" good"]).encoder.encode(row)
+    found = RequestEncoder(engine.served, engine.limits).job(request).token_ids
+    assert found == trained.prompt_ids
+    assert found == rendered(gated, [{"role": "user", "content": "the filmplot is good"}])
 
 
 def test_a_conversation_that_the_template_does_not_take_is_refused():

@@ -46,7 +46,7 @@ def test_messages_are_texts_and_parts_of_text():
     parts = {"role": "user", "content": [{"type": "text", "text": "b"}, {"type": "text", "text": "c"}]}
     assert read("chat", messages=[said, parts]).content == [
         {"role": "assistant", "content": "a"},
-        {"role": "user", "content": "b\nc"},
+        parts,
     ]
 
 

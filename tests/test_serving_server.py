@@ -83,11 +83,11 @@ def test_the_prompts_of_these_requests_differ(gated):
 
 
 def test_the_gate_sees_the_whole_conversation(gated, ask):
-    parts = [{"type": "text", "text": "the film"}, {"type": "text", "text": "plot"}]
+    parts = [{"type": "text", "text": "the film"}, {"type": "text", "text": " plot"}]
     said = [{"role": "user", "content": "about jane"}, {"role": "assistant", "content": "good"}]
     said.append({"role": "user", "content": parts})
     found = ask.chat.completions.create(messages=said, **GREEDY)
-    text = [*said[:2], {"role": "user", "content": "the film\nplot"}]
+    text = [*said[:2], {"role": "user", "content": "the film plot"}]
     assert found.choices[0].message.content == alone(gated, rendered(gated, text), "default")[0]
 
 

@@ -17,6 +17,7 @@ from helpers import (
     build,
     make_answers,
     make_collator,
+    make_tokenizer,
     make_unlearner,
     trainable_model,
 )
@@ -36,11 +37,17 @@ from small_evaluations import make_model
 from transformers import AutoModelForCausalLM
 
 from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul.gates import StateGate
 from spul.models import partition_layers
 from spul.models.compat import gathers_weights
+from spul.models.compat_shards import precision_settings
+from spul.training.methods import unlearning_method
 
 FOLDER = os.environ.get("SPUL_DEEPSPEED")
 pytestmark = pytest.mark.skipif(not FOLDER, reason="SPUL_DEEPSPEED names no folder with DeepSpeed")
+
+# What is put on a base that is loaded in shards.
+LOADED = ("prompt_tuning", "p_tuning", "lora")
 
 # Nothing is kept whole, or longer than a module needs it.
 ZERO = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
@@ -61,6 +68,7 @@ LAUNCHED = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE
 IGNORED = {
     "quantized": {"zero_optimization": ZERO | {"zero_quantized_weights": True}},
     "misspelled": {"zero_optimization": ZERO | {"stage3_max_live_parameter": 0}},
+    "scaler": {"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}},
 }
 
 
@@ -68,13 +76,15 @@ def offloaded():
     return zero3(zero_optimization=ZERO | {"offload_param": {"device": "cpu"}, "stage3_max_live_parameters": 10**9})
 
 
-def loaded_unlearner(folder, prompt_type, **options):
-    """A prompt on the base that the folder holds, read while training arguments are at hand, whose base transformers
-    then loads in shards; with them."""
+def loaded(folder, prompt_type, **options):
+    """A prompt, LoRA, or nothing (None) on the base that the folder holds, read while training arguments are at hand,
+    whose base transformers then loads in shards; with them."""
     args = arguments(folder / "arguments", **options)
     base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
     torch.manual_seed(3)
-    return SoftPromptUnlearner(base, CONFIGS[prompt_type](4)), args
+    if prompt_type == "lora":
+        return unlearning_method("GA+GD", trainable="lora").prepare(base), args
+    return (base if prompt_type is None else SoftPromptUnlearner(base, CONFIGS[prompt_type](4))), args
 
 
 def held(model):
@@ -95,12 +105,52 @@ def gathered_after_live_steps(folder):
     return gathered(model)
 
 
+def after_two_passes():
+    """The numbers of the decoder layers that are whole after two passes and one backward pass, and the gradients."""
+    model = make_unlearner()
+    partition_layers(model, ZERO)
+    return gradients_of_two_passes(model), gathered(model)
+
+
+def gradients_of_two_passes(model):
+    batches = [make_collator()([dict(row) for row in make_answers(*sizes)]) for sizes in ((2, 3), (3, 1))]
+    sum(model(**batch).loss for batch in batches).backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+
+
+def at_message():
+    torch.manual_seed(3)
+    return SoftPromptUnlearner(build("llama").float(), CONFIGS["p_tuning"](4), prompt_position="message").float()
+
+
+def message_steps(folder, processes, **options):
+    """Steps of a prompt inside the rows."""
+    collator = make_collator(prompt_position="message", text_field="prompt")
+    return steps(at_message(), folder, processes, collator=collator, **options)
+
+
+def state_scores(model):
+    """Those of a gate that reads the states of the model's base."""
+    words = ("film", "plot", "good", "bad", "doe", "is", "of", "the")
+    texts = [f"text about jane {word}" for word in words], [f"review of the {word}" for word in words]
+    return StateGate.fit(model, make_tokenizer(), *texts).scores(["about jane", "the film"]).tolist()
+
+
 def unpartitioned(folder):
-    """The errors of `generate`, and of a trainer without a config, on a base that was loaded in shards."""
-    model, args = loaded_unlearner(folder, "prompt_tuning", **zero3())
-    generates = refused(lambda: model.generate(torch.ones(1, 3, dtype=torch.long), max_new_tokens=1))
+    """The errors of what runs a base that was loaded in shards before anything gathers it."""
+    ids, found = torch.ones(1, 3, dtype=torch.long), {}
+    prompt, args = loaded(folder, "prompt_tuning", **zero3())
+    found["generate"] = refused(lambda: prompt.generate(ids, max_new_tokens=1))
+    found["forward"] = refused(lambda: prompt(ids))
+    with prompt.disable_adapter():
+        found["forward of the base"] = refused(lambda: prompt(ids))
+    lora, args = loaded(folder, "lora", **zero3())
+    found["forward of LoRA"] = refused(lambda: lora(ids))
+    base, args = loaded(folder, None, **zero3())
+    found["states"] = refused(lambda: state_scores(base))
     del args
-    return generates, refused(lambda: steps(model, folder / "refused", 2))
+    found["unpartitioned"] = refused(lambda: steps(prompt, folder / "refused", 2))
+    return found
 
 
 def main(folder):
@@ -119,10 +169,11 @@ def main(folder):
         path = folder / f"checkpointed-{prompt_type}"
         checkpointed = {"gradient_checkpointing": True, **zero3()}
         results[f"checkpointed {prompt_type}"] = steps(make_unlearner(prompt_type), path, 2, **checkpointed)
-    for prompt_type in ("prompt_tuning", "p_tuning"):
-        model, _args = loaded_unlearner(folder, prompt_type, **zero3())
+    for prompt_type in LOADED:
+        model, _args = loaded(folder, prompt_type, **zero3())
         results[f"in shards {prompt_type}"] = not gathers_weights(model) and held(model)
-        results[f"loaded {prompt_type}"] = steps(model, folder / f"loaded-{prompt_type}", 2, **zero3())
+        loss = UnlearningLoss() if prompt_type == "lora" else None
+        results[f"loaded {prompt_type}"] = steps(model, folder / f"loaded-{prompt_type}", 2, loss=loss, **zero3())
         del _args
     results["offloaded"] = steps(make_unlearner(), folder / "offloaded", 2, **offloaded())
     with pytest.MonkeyPatch.context() as patch:
@@ -136,12 +187,15 @@ def main(folder):
     results["lora"] = steps(lora(), folder / "lora", 2, loss=UnlearningLoss(), **zero3())
     for trainable in ("prompt", "lora"):
         results[f"uneven {trainable}"] = uneven_steps(trainable, folder / "uneven", 2, **zero3())
+    results["message"] = message_steps(folder / "message", 2, **zero3())
+    results["two passes"] = after_two_passes()
     results["gathered live"] = gathered_after_live_steps(folder / "live")
     in_bf16 = zero3(bf16={"enabled": "auto"})
     results["bf16"] = steps(make_unlearner(), folder / "bf16", 2, bf16=True, **in_bf16)
     model = make_model("prompt_tuning")
     partition_layers(model, ZERO)
     results["evaluation"] = evaluation(model, folder / "evaluation")
+    results["states of a gate"] = state_scores(model)
     results["twice"] = refused(lambda: partition_layers(model, ZERO))
     results["trains"] = refused(
         lambda: steps(trainable_model("full", dtype=torch.float32), folder, 2, loss=UnlearningLoss(), **zero3())
@@ -157,7 +211,11 @@ def main(folder):
     results["stage"] = refused(lambda: partition_layers(make_unlearner(), {"stage": 2}))
     unused = {"stage": 3, "offload_optimizer": {"device": "cpu"}}
     results["offloaded optimizer"] = refused(lambda: partition_layers(make_unlearner(), unused))
-    results["generate"], results["unpartitioned"] = unpartitioned(folder)
+    results |= unpartitioned(folder)
+    scaler = {"loss_scale": 0, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 4, "misspelled": 1}
+    results["precision"] = precision_settings(
+        {"fp16": {"enabled": True, **scaler}, "bf16": {"enabled": False, "x": 1}}
+    )
     finish(state, results, folder)
 
 
@@ -187,12 +245,11 @@ def test_a_prompt_trained_under_zero3_loads_onto_a_whole_base(launch, prompt_typ
     assert_loads(build("llama"), saved, results[0][prompt_type])
 
 
-@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "p_tuning"])
+@pytest.mark.parametrize("prompt_type", LOADED)
 def test_a_base_that_transformers_loads_in_shards_makes_the_steps_of_a_whole_one(launch, tmp_path, prompt_type):
     folder, found = launch
-    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
-    torch.manual_seed(3)
-    one = steps(SoftPromptUnlearner(base, CONFIGS[prompt_type](4)), tmp_path, 1)
+    model, _ = loaded(folder, prompt_type)
+    one = steps(model, tmp_path, 1, loss=UnlearningLoss() if prompt_type == "lora" else None)
     for results in found:
         assert results[f"in shards {prompt_type}"]
         assert_steps(one, results[f"loaded {prompt_type}"])
@@ -223,6 +280,26 @@ def test_a_process_without_retain_rows_gathers_layers_for_the_other(launch, tmp_
     one = uneven_steps(trainable, tmp_path, 1)
     for results in launch[1]:
         assert_same(one, results[f"uneven {trainable}"], rtol=0, atol=1e-5)
+
+
+def test_a_prompt_inside_the_rows_makes_the_steps_of_one(launch, tmp_path):
+    one = message_steps(tmp_path, 1)
+    for results in launch[1]:
+        assert_steps(one, results["message"])
+
+
+def test_two_passes_before_a_backward_pass_have_the_gradients_of_one_process_and_leave_no_layer_gathered(launch):
+    one = gradients_of_two_passes(make_unlearner())
+    for results in launch[1]:
+        gradients, whole = results["two passes"]
+        assert_same(one, gradients, rtol=0, atol=1e-5)
+        assert whole == 0
+
+
+def test_a_gate_reads_the_states_of_a_base_under_zero3(launch):
+    one = state_scores(make_model("prompt_tuning"))
+    for results in launch[1]:
+        assert results["states of a gate"] == pytest.approx(one, abs=1e-4)
 
 
 def test_a_live_reference_leaves_no_layer_gathered(launch):
@@ -256,13 +333,22 @@ def test_a_model_under_zero3_is_evaluated_as_a_whole_one(launch, tmp_path):
         ("quantized", "zero_optimization's zero_quantized_weights"),
         ("misspelled", "stage3_max_live_parameter"),
         ("stage", "stage=2: expected stage 3"),
+        ("scaler", "bf16.bf16_master_weights_and_grads"),
         ("generate", "call spul.models.partition_layers"),
+        ("forward", "call spul.models.partition_layers"),
+        ("forward of the base", "call spul.models.partition_layers"),
+        ("forward of LoRA", "call spul.models.partition_layers"),
+        ("states", "call spul.models.partition_layers"),
         ("unpartitioned", "call spul.models.partition_layers"),
     ],
 )
 def test_what_zero3_cannot_do_is_refused(launch, kind, message):
     for results in launch[1]:
         assert message in results[kind]
+
+
+def test_settings_of_half_precision_are_refused_by_name_but_for_their_defaults(launch):
+    assert launch[1][0]["precision"] == ["fp16.hysteresis", "fp16.misspelled"]
 
 
 if __name__ == "__main__":

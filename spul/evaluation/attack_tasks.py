@@ -27,6 +27,7 @@ from .attacks.changes import (
     question_lost,
     tokens_lost,
     with_prompts_changed,
+    with_questions,
 )
 from .attacks.inputs import WITHOUT
 from .attacks.probe import linear_probe
@@ -43,7 +44,7 @@ def inputs(suite: Suite) -> Iterator[Task]:
     """Scores of the same rows asked otherwise; the first as they are."""
     encoder = suite.collator.encoder
     for split in ("test_forget", "test_retain"):
-        rows, attacks = suite.attacked(suite.splits[split]), _input_attacks(suite, split)
+        rows, attacks = _attackable(suite, split), _input_attacks(suite, split)
         if attacks and encoder.text_field is None and not is_conversation(rows):
             suite.skipped["input attack on the text alone"] = (
                 "give the collator a text_field, the column whose text stands in the prompt; without it attacks "
@@ -84,6 +85,18 @@ def inputs(suite: Suite) -> Iterator[Task]:
                 yield suite.task(rows, scores, Key("input attack", split, model, attack, level))
 
 
+def _attackable(suite: Suite, split: str) -> Dataset:
+    """Rows of a split that input attacks can change, of which no other conversation keeps an attack."""
+    every = suite.splits[split]
+    rows = with_questions(every, suite.collator.encoder.text_field)
+    if num := len(every) - len(rows):
+        suite.skipped[f"input attack on {num} of {len(every)} rows of {split}"] = (
+            'the conversation has no message of the role "user" with a text, or not that of the text_field, where its '
+            "question would stand; as asked and under each attack the others are scored"
+        )
+    return suite.attacked(rows)
+
+
 def _are_changed(rows: Dataset, attacked: Dataset) -> list[float]:
     """1 for each row whose prompt an attack changes, 0 for others."""
     pairs = zip(column_values(rows, "prompt"), column_values(attacked, "prompt"), strict=True)
@@ -95,8 +108,8 @@ def _input_attacks(suite: Suite, split: str) -> InputAttacks:
     settings, text_field = suite.attacks, suite.collator.encoder.text_field
     if settings.inputs is not None:
         return settings.inputs
-    filler = suite.attacked(suite.splits["test_retain"])
-    others = filler if split == "test_forget" else suite.attacked(suite.splits["test_forget"])
+    filler = _attackable(suite, "test_retain")
+    others = filler if split == "test_forget" else _attackable(suite, "test_forget")
     attacks = settings.usual_attacks(text_field, filler, others, suite.seed)
     for num in settings.turns:
         if (DILUTED, num) not in attacks and DILUTED in (settings.only or (DILUTED,)):

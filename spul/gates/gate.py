@@ -187,8 +187,8 @@ class Gate:
             is_first = self.failures[kind] == 1
         if is_first:
             logger.warning(
-                "A gate (%s) failed on a text, which gets the prompt (%s: %s). Later failures of this kind are counted in its "
-                "failures, not logged.",
+                "A gate (%s) failed on a text, which gets the prompt (%s: %s). Later failures of this kind are "
+                "counted in its failures, not logged.",
                 self.kind or repr(self),  # not a NameGate itself, which shows names
                 kind,
                 error,

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.causal_lm import bare_model, check_model, max_positions
 from ..models.compat_devices import device_of
+from ..models.sharding import check_gathered
 from ..models.unlearner import detached_base
 
 # Tokens, pads included, of one forward pass, unless one text alone has more: states of all layers are in memory.
@@ -41,12 +42,14 @@ class HiddenStates:
 
     Raises:
         TypeError: if they are no model and no tokenizer.
+        ValueError: if the base was loaded in shards that nothing gathers yet.
     """
 
     def __init__(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch_size: int = 32) -> None:
         check_model(model)
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"tokenizer is a {type(tokenizer).__name__}; expected the base's tokenizer.")
+        check_gathered(bare_model(model))
         self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
 
     @property

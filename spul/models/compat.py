@@ -244,8 +244,30 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
         layer.support_avx512bf16_for_cpu = False
 
 
-def say_of_4bit_kernel(model: nn.Module) -> None:
-    """Print what `spul` holds back of bitsandbytes' 4-bit kernel, once a model has 4-bit layers."""
+class _Once(logging.Filter):
+    """Lets each text through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        is_new = text not in self.said
+        self.said.add(text)
+        return is_new
+
+
+def say_kernels_once(model: Any) -> None:
+    """Print once what bitsandbytes says of its kernels, for a model that it has quantized.
+
+    Of 4 bit it is what `spul` holds back; in 8 bit each layer says in each pass that it casts its input.
+    """
+    if not is_quantized(model):
+        return
+    casts = logging.getLogger("bitsandbytes.autograd._functions")
+    if not any(isinstance(one, _Once) for one in casts.filters):
+        casts.addFilter(_Once())
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     holders = [one for one in logger.handlers if isinstance(one, MemoryHandler)]
     if holders and any(hasattr(module, "support_avx512bf16_for_cpu") for module in model.modules()):

@@ -14,15 +14,28 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
 
 from .compat import keep_4bit_differentiable, packed_bytes
 
 # ---- processes ----
 
-# Kinds of processes that DDP averages gradients of, by their device.
-BY_DEVICE = {"cuda": DistributedType.MULTI_GPU, "cpu": DistributedType.MULTI_CPU, "xpu": DistributedType.MULTI_XPU}
+
+def by_device(device: torch.device) -> DistributedType:
+    """The kind of processes that DDP averages gradients of, on a device; accelerate names most by the device's type.
+
+    Raises:
+        ValueError: if accelerate has none for it.
+    """
+    name = "MULTI_GPU" if device.type == "cuda" else f"MULTI_{device.type.upper()}"
+    kinds = DistributedType.__members__
+    if name not in kinds:
+        raise ValueError(
+            f"this accelerate has no {name}, the kind of processes that share work on a device of the type "
+            f"{device.type!r}, so that a base is not sharded there; use a device of another type, or one process."
+        )
+    return kinds[name]
 
 
 def fsdp_plugin(args: TrainingArguments, accelerator: Accelerator) -> Any:
@@ -46,7 +59,7 @@ def use_data_parallel(accelerator: Accelerator, replaces_fsdp: bool) -> None:
     state: Any = accelerator.state
     if getattr(state, "fsdp_plugin", None) is None:
         return
-    state.distributed_type = BY_DEVICE[accelerator.device.type] if replaces_fsdp else DistributedType.FSDP
+    state.distributed_type = by_device(accelerator.device) if replaces_fsdp else DistributedType.FSDP
 
 
 def zero3_config(args: TrainingArguments) -> Any:
@@ -73,7 +86,7 @@ def without_deepspeed(args: TrainingArguments) -> Iterator[None]:
     Whether DeepSpeed is used is a kind of processes to accelerate, whose state has no public setter.
     """
     state: Any = PartialState()
-    state.distributed_type = BY_DEVICE[state.device.type]
+    state.distributed_type = by_device(state.device)
     plugin, args.deepspeed_plugin = args.deepspeed_plugin, None
     launched = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
     try:
@@ -140,6 +153,23 @@ def zero_settings(zero: Mapping[str, Any]) -> Any:
     return found
 
 
+def precision_settings(config: Mapping[str, Any]) -> list[str]:
+    """The names of settings of half precision in a config of DeepSpeed that are on and not its own defaults.
+
+    Transformers' examples write the defaults out: they are those of any loss scaler, or nearly.
+    """
+    from deepspeed.runtime import precision_config
+
+    kinds = {"fp16": precision_config.DeepSpeedFP16Config, "bf16": precision_config.DeepSpeedBF16Config}
+    found = []
+    for section, kind in kinds.items():
+        given = dict(config.get(section) or {})
+        if given.pop("enabled", False):
+            plain = kind().model_dump()
+            found += [f"{section}.{name}" for name, value in given.items() if value != plain.get(name, ...)]
+    return found
+
+
 def _config_of(zero: Mapping[str, Any]) -> dict[str, Any]:
     section = {name: value for name, value in zero.items() if value != "auto"}
     return {"train_micro_batch_size_per_gpu": 1, "zero_optimization": section}
@@ -158,7 +188,7 @@ def partition(module: nn.Module, zero: Mapping[str, Any], settings: Any) -> None
     from deepspeed.utils.timer import NoopTimer
 
     deepspeed.init_distributed(dist.get_backend(), auto_mpi_discovery=False)  # over the processes that are there
-    DeepSpeedZeRoOffload(
+    offload = DeepSpeedZeRoOffload(
         module,
         NoopTimer(),
         _config_of(zero),
@@ -172,27 +202,37 @@ def partition(module: nn.Module, zero: Mapping[str, Any], settings: Any) -> None
         log_trace_cache_warnings=settings.log_trace_cache_warnings,
     )
     for one in module.modules():
-        _keep_awaited(one)
+        _release_by_pass(one, offload)
 
 
-def _keep_awaited(module: Any) -> None:
-    """Keep the number of gradients that DeepSpeed awaits before it releases a module, in a pass without gradients.
+def _release_by_pass(module: Any, offload: Any) -> None:
+    """Release a module's weights once the gradients of all inputs of one pass have come, in the backward pass of it.
 
-    It begins at 0 in each pass. One between a forward and its backward pass, as of a live reference, would leave the
-    module's weights gathered from then on.
+    DeepSpeed counts the gradients to come on the module, from 0 in each pass: with two passes before a backward pass,
+    or one without gradients between, as of a live reference, it would keep the weights gathered from then on.
     """
-    awaited = 0
 
-    def read(*_: Any) -> None:
-        nonlocal awaited
-        awaited = getattr(module, "ds_grads_remaining", 0)
+    class Inputs(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, given: Tensor) -> Tensor:
+            ctx.awaited = awaited[0]
+            ctx.awaited[0] += given.requires_grad
+            return given.detach()
 
-    def put_back(*_: Any) -> None:
-        if not torch.is_grad_enabled():
-            module.ds_grads_remaining = awaited
+        @staticmethod
+        def backward(ctx: Any, *gradients: Any) -> Any:
+            ctx.awaited[0] -= 1
+            if not ctx.awaited[0]:
+                offload.post_sub_module_backward_function(module)
+            return gradients
 
-    module.register_forward_pre_hook(read, prepend=True)
-    module.register_forward_pre_hook(put_back)
+    awaited: list[list[int]] = [[0]]
+
+    def begin(*_: Any) -> None:
+        awaited[0] = [0]
+
+    module.post_bwd_fn = Inputs  # called by a hook of DeepSpeed, which makes one unless it is there
+    module.register_forward_pre_hook(begin, prepend=True)
 
 
 # ---- weights in 4 bit: bitsandbytes is loaded with the first such base ----

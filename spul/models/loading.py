@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from .compat import PartialState, say_of_4bit_kernel
+from .compat import PartialState, say_kernels_once
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 BITS = (8, 4)
@@ -53,5 +53,5 @@ def load_causal_lm(
     model: Any = AutoModelForCausalLM.from_pretrained(
         name, dtype=wanted, trust_remote_code=trust_remote_code, **own
     ).eval()
-    say_of_4bit_kernel(model)
+    say_kernels_once(model)
     return model if bits is not None else model.to(device)

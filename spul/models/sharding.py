@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,9 @@ from .compat_shards import (
     shards_bytes,
     zero_settings,
 )
+
+# Of each decoder whose layers nothing gathers yet, the hook that refuses its forwards.
+_refused: weakref.WeakKeyDictionary[nn.Module, Any] = weakref.WeakKeyDictionary()
 
 
 def shard_layers(
@@ -117,6 +121,8 @@ def partition_layers(
     _place(base, _device(device), base, but=sharded)
     passes = _Passes(owners)
     partition(passes, zero_optimization, settings)
+    if (refusal := _refused.pop(base.base_model, None)) is not None:
+        refusal.remove()
     base.base_model.register_forward_pre_hook(lambda *_: passes())
 
 
@@ -133,7 +139,10 @@ class _Passes(nn.Module):
 
 @torch.no_grad()
 def keep_rest_whole(model: nn.Module) -> None:
-    """Give a base that ZeRO-3 has partitioned its weights outside the decoder layers back, whole in every process."""
+    """Give a base that ZeRO-3 has partitioned its weights outside the decoder layers back, whole in every process.
+
+    Its forwards are refused, with what to do, until `partition_layers` has its layers gathered.
+    """
     base: Any = bare_model(model)
     if not any(map(is_partitioned, base.parameters())):
         return
@@ -145,6 +154,8 @@ def keep_rest_whole(model: nn.Module) -> None:
                 if parameter not in found:
                     found[parameter] = nn.Parameter(whole(parameter), requires_grad=parameter.requires_grad)
                 setattr(module, name, found[parameter])
+    if not gathers_weights(base) and base.base_model not in _refused:
+        _refused[base.base_model] = base.base_model.register_forward_pre_hook(lambda *_: check_gathered(base))
 
 
 def _check_processes(name: str) -> None:

@@ -15,7 +15,7 @@ from ..losses.batch import batch_loss
 from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import keep_in_evaluation, logits_at, unchanged_on_error, zero_dropout
-from ..models.compat import is_sharded, keep_4bit_differentiable
+from ..models.compat import is_sharded, keep_4bit_differentiable, say_kernels_once
 from ..models.compat_checkpointing import switching, unswitched
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.sharding import keep_rest_whole
@@ -105,6 +105,7 @@ class SoftPromptUnlearner(PromptAdapters):
             super().__init__(model, peft_config, adapter_name, **kwargs)
             self.spul_config.prompt_position = prompt_position
             keep_4bit_differentiable(model)  # before a forward, in which layers would repack their weights
+            say_kernels_once(model)
             if is_prefix(self) and not is_sharded(model):
                 check_prefix(self)
             self.loss = loss

@@ -112,7 +112,7 @@ class ChatRequest:
 
     Args:
         kind: `"chat"` or `"completion"`.
-        content: messages with a role and a text each; or a text; or token ids.
+        content: messages with a role and a text, or parts of text, each; or a text; or token ids.
         sampling: how tokens are chosen.
         max_tokens: of the answer; None for as many as the server allows.
         stream: whether the answer is sent as it comes.
@@ -230,13 +230,13 @@ def _max_tokens(kind: str, data: Mapping[str, Any], limits: Limits) -> int | Non
     return value
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
+def _messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
         raise ApiError(400, "messages is no list of messages.", "messages")
     return [_message(one, f"messages[{i}]") for i, one in enumerate(value)]
 
 
-def _message(value: Any, param: str) -> dict[str, str]:
+def _message(value: Any, param: str) -> dict[str, Any]:
     if not isinstance(value, dict) or value.get("role") not in _ROLES:
         raise ApiError(400, f"{param} is no message with a role of {', '.join(_ROLES)}.", param)
     if unknown := [name for name, one in value.items() if name not in ("role", "content") and one not in (None, [])]:
@@ -244,15 +244,17 @@ def _message(value: Any, param: str) -> dict[str, str]:
     return {"role": value["role"], "content": _content(value.get("content"), param)}
 
 
-def _content(value: Any, param: str) -> str:
-    """A message's text; parts are joined by line breaks."""
-    parts = [{"type": "text", "text": value}] if isinstance(value, str) else value
-    if not isinstance(parts, list) or not parts:
+def _content(value: Any, param: str) -> str | list[dict[str, str]]:
+    """A message's text or its parts, which the chat template joins as in training."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not value:
         raise ApiError(400, f"{param} has no content; expected a text, or parts of text.", param)
-    for part in parts:
+    for part in value:
         if not isinstance(part, dict) or set(part) != {"type", "text"} or part["type"] != "text":
             raise ApiError(400, f"{param} has a part that is no text; others are not supported.", param)
-    return "\n".join(_text(part["text"], param) for part in parts)
+        _text(part["text"], param)
+    return value
 
 
 def _text(value: Any, param: str) -> str:

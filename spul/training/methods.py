@@ -40,6 +40,7 @@ from ..models.causal_lm import (
     zero_dropout,
 )
 from ..models.compat import is_quantized, keep_4bit_differentiable
+from ..models.sharding import keep_rest_whole
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 
@@ -185,6 +186,8 @@ class Method:
                 "trainable='full' trains the weights themselves: load the model unquantized and pass no config, or "
                 "use trainable='lora'."
             )
+        if self.trainable == "lora":
+            keep_rest_whole(model)
         with unchanged_on_error(model), bare_on_error(model):
             return self._with_lora(model, peft_config) if self.trainable == "lora" else self._with_all_weights(model)
 

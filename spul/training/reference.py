@@ -241,7 +241,7 @@ def _read_rows(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollato
     if repeated := ids[times > 1].tolist():
         raise ValueError(f"{len(repeated)} row_id(s), such as {repeated[0]}, stand at more than one row; {REMEDY}")
     order = np.lexsort((columns[2], -lengths))  # by content: the numbering of the rows changes no file
-    return ReferenceRows(*(column[order] for column in columns))
+    return ReferenceRows(*(column[order] for column in (*columns, lengths)))
 
 
 def _keys(ids: Tensor, checksums: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from ..data.collator import ForgetRetainCollator
 from ..data.rows import rows_at
 from ..losses.positions import response_positions, token_positions
 from ..losses.terms import IGNORE_INDEX
-from ..models.causal_lm import states_at
+from ..models.causal_lm import cache_switch, states_at
 from ..models.compat import broadcast, is_sharded
 from ..models.compat_devices import device_of
 from ..models.output_head import final_states
@@ -35,6 +35,7 @@ class ReferenceRows(NamedTuple):
         checksums: as of `row_checksums`.
         counts: numbers of tokens whose states are stored.
         numbers: which of a row's encodings each is.
+        lengths: numbers of tokens.
     """
 
     ids: Tensor
@@ -42,6 +43,7 @@ class ReferenceRows(NamedTuple):
     checksums: Tensor
     counts: Tensor
     numbers: Tensor
+    lengths: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,14 @@ class ReferenceParts:
         """The rows of each part, as indices of `rows`."""
         num = len(self.rows.ids)
         return torch.arange(num).split(rows_per_part(num))
+
+    @cached_property
+    def num_beyond(self) -> int:
+        """How many rows, the first ones, are so long, padding included, that the base computes them otherwise."""
+        switch, changes = cache_switch(self.base)
+        multiple = self.collator.encoder.pad_to_multiple_of or 1
+        widths = self.rows.lengths.add(multiple - 1).floor_divide(multiple) * multiple
+        return int((widths > switch).sum()) if changes and switch is not None else 0
 
     @cached_property
     def files(self) -> list[Path]:
@@ -123,27 +133,32 @@ class ReferenceParts:
         part = self.parts[i]
         return read_part(self.files[i], self.rows.checksums[part], int(self.rows.counts[part].sum()))
 
+    def _batches(self, i: int) -> list[Tensor]:
+        # With longrope the longest row of a batch decides on the rotary factors of all, which are to be those of each
+        # row alone.
+        part = self.parts[i]
+        sides = (part[part < self.num_beyond], part[part >= self.num_beyond])  # longest first
+        return [some for side in sides if len(side) for some in side.split(self.batch_size)]
+
     def _compute(self, i: int, progress: bool, num_batches: int = 0, writes: bool = True) -> None:
         """Compute and write a part, by at least as many forwards, the last one repeated."""
-        part, file = self.parts[i], self.files[i]
-        batches, computed = list(part.split(self.batch_size)), []
+        file, batches, computed = self.files[i], self._batches(i), []
         for some in tqdm(batches, file.stem, disable=not progress, leave=False):
             found = states_of(self.base, self.batch(some), self.layer)
             computed.append(found.to(self.dtype or found.dtype).cpu())
         for _ in range(num_batches - len(batches)):
             states_of(self.base, self.batch(batches[-1]), self.layer)
         if writes:
-            write_part(file, torch.cat(computed), self.rows.checksums[part])
+            write_part(file, torch.cat(computed), self.rows.checksums[self.parts[i]])
 
     def _compute_together(self, rank: int, world: int, progress: bool) -> None:
         """Compute missing parts of a sharded base, whose processes run each forward together.
 
         They take a part each, or go along with the last one.
         """
-        parts = self.parts
-        missing = broadcast([] if rank else [i for i in range(len(parts)) if self._read(i) is None])
+        missing = broadcast([] if rank else [i for i in range(len(self.parts)) if self._read(i) is None])
         for turn in (missing[i : i + world] for i in range(0, len(missing), world)):
-            most = max(-(-len(parts[i]) // self.batch_size) for i in turn)
+            most = max(len(self._batches(i)) for i in turn)
             self._compute(turn[min(rank, len(turn) - 1)], progress, most, writes=rank < len(turn))
 
 

@@ -13,7 +13,14 @@ from transformers import Trainer
 from ..data.collator import ForgetRetainCollator
 from ..models.compat import gathers_weights, is_sharded
 from ..models.compat_checkpointing import is_reentrant
-from ..models.compat_shards import fsdp_plugin, replicated, use_data_parallel, without_deepspeed, zero3_config
+from ..models.compat_shards import (
+    fsdp_plugin,
+    precision_settings,
+    replicated,
+    use_data_parallel,
+    without_deepspeed,
+    zero3_config,
+)
 from ..models.sharding import check_layers_alone, partition_layers, shard_layers
 from ..models.unlearner import Unlearner
 from ..records.digests import fingerprint
@@ -48,7 +55,7 @@ def check_zero3(config: Any, is_frozen: bool) -> None:
             "stage 1 or 2, or FSDP (version 2)."
         )
     others = {name: value for name, value in config.config.items() if name not in HONORED_BY_ZERO3 + WITHOUT_EFFECT}
-    others["fp16.loss_scale"] = config.get_value("fp16.loss_scale")  # 0: that of torch's scaler, which adapts it
+    others |= dict.fromkeys(precision_settings(config.config), True)
     others["offload_optimizer"] = config.get_value("zero_optimization.offload_optimizer.device")
     if found := [name for name, value in others.items() if not _is_off(value)]:
         raise ValueError(

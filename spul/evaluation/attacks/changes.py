@@ -137,6 +137,21 @@ def _asked(prompt: Any) -> str:
     return "" if last is None else content_of(prompt[last]) or ""
 
 
+def with_questions(rows: Dataset, text_field: str | None) -> Dataset:
+    """The rows that attacks can change: conversations with a question in which the text stands; all if none is one.
+
+    Args:
+        rows: `prompt`, a text or messages.
+        text_field: as in `changed_prompts`.
+    """
+    if not is_conversation(rows):
+        return rows
+    texts = column_values(rows, text_field) if text_field in rows.column_names else None
+    asked = list(map(_asked, column_values(rows, "prompt")))
+    kept = [i for i, text in enumerate(asked) if text.strip() and (texts is None or (texts[i] and texts[i] in text))]
+    return rows.select(kept) if 0 < len(kept) < len(rows) else rows
+
+
 def with_question(prompt: Any, text: str) -> Any:
     """A prompt with another question, where `question_of` finds it."""
     if isinstance(prompt, str):

@@ -9,6 +9,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from datasets import Dataset
 
@@ -121,8 +122,8 @@ def _disguised(
 ) -> Dataset:
     """Rows with the names in their texts changed, each by itself; the longest words where no name is.
 
-    Of conversations without a text field names are changed in all messages behind the system's, since a filter that
-    reads the whole would find them there.
+    Of conversations without a text field names are changed in all messages behind the system's, tool calls included,
+    since a filter that reads the whole would find them there.
     """
     pattern = _pattern_of(checked_names("names", names)) if names else None
 
@@ -135,18 +136,39 @@ def _disguised(
         return "".join([*pieces, text[end:]])
 
     def disguise_messages(draws: random.Random, row: Row) -> Row:
-        prompt, start = row["prompt"], num_system_messages(row["prompt"])
-        texts = [content_of(message) or "" for message in prompt]
-        named = [i for i, text in enumerate(texts) if i >= start and pattern and pattern.search(text)]
+        prompt, start, named = row["prompt"], num_system_messages(row["prompt"]), []
+
+        def disguise_name(text: str) -> str:
+            if not pattern or not pattern.search(text):
+                return text
+            named.append(text)
+            return disguise(draws, text)
+
+        changed = [*prompt[:start], *(_with_texts(message, disguise_name) for message in prompt[start:])]
         if not named:
-            return {**row, "prompt": with_question(prompt, disguise(draws, question_of(prompt)))}
-        changed = {i: with_content(prompt[i], disguise(draws, texts[i])) for i in named}
-        return {**row, "prompt": [changed.get(i, message) for i, message in enumerate(prompt)]}
+            changed = with_question(prompt, disguise(draws, question_of(prompt)))
+        return {**row, "prompt": changed}
 
     check_prompts(rows)
     if text_field is None and is_conversation(rows):
         return changed_rows(rows, seed, disguise_messages)
     return changed_texts(rows, text_field, seed, disguise)
+
+
+def _with_texts(message: Row, change: Callable[[str], str]) -> Row:
+    """A message with its text changed, and every text of its tool calls."""
+    text, calls = content_of(message) or "", message.get("tool_calls")
+    if (changed := change(text)) != text:
+        message = with_content(message, changed)
+    return {**message, "tool_calls": _with_strings(calls, change)} if calls else message
+
+
+def _with_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, dict):
+        return {name: _with_strings(one, change) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_strings(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _pattern_of(names: Sequence[str]) -> re.Pattern[str]:

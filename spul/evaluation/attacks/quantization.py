@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from ...models.compat import keep_4bit_differentiable, say_of_4bit_kernel
+from ...models.compat import keep_4bit_differentiable, say_kernels_once
 
 
 def quantized(
@@ -44,5 +44,5 @@ def quantized(
     )
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, quantization_config=config, **kwargs)
     keep_4bit_differentiable(loaded)
-    say_of_4bit_kernel(loaded)
+    say_kernels_once(loaded)
     return loaded.eval()
