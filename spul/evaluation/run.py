@@ -16,8 +16,9 @@ from tqdm.auto import tqdm
 from ..data.checks import check_rows, check_side
 from ..data.collator import ForgetRetainCollator
 from ..data.formats import QUESTION_ANSWER, PromptFormat
+from ..data.row_checks import check_token_ids
 from ..data.unlearning_data import SPLITS, UnlearningData
-from ..models.causal_lm import bare_model, check_model, unwrapped
+from ..models.causal_lm import bare_model, check_model, num_embeddings, unwrapped
 from ..models.compat import PartialState, broadcast, gathered, is_sharded
 from ..models.sharding import check_layers_alone
 from ..models.unlearner import unlearner_of
@@ -108,10 +109,10 @@ def evaluate(
 
     Raises:
         FileNotFoundError: if `digest_key` is the path of no file.
-        ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
-            missing, a split's column `is_forget` contradicts its name, a measure or set of questions is unknown, two
-            of the models share a base, a model is sharded otherwise than by `shard_layers`, or `output_dir` holds
-            another evaluation, files that are not an evaluation's, or damaged ones.
+        ValueError: if rows of the collator's `max_length` or tokenizer do not fit the model, a split or
+            `generic_completions` is missing, a split's column `is_forget` contradicts its name, a measure or set of
+            questions is unknown, two of the models share a base, a model is sharded otherwise than by `shard_layers`,
+            or `output_dir` holds another evaluation, files that are not an evaluation's, or damaged ones.
         TypeError: if a model is given by the name of its folder, `splits`, `collator` or rows are of another type, or
             a model has a plain PEFT prompt whose type is unknown to spul, or any plain PEFT prompt where the soft
             suffix is measured.
@@ -153,6 +154,8 @@ def evaluate(
         if is_sharded(one):
             check_layers_alone(one, name)
         _check_prompt(name, one, measures)
+        for rows in sets.values():
+            check_token_ids(collator.encoder, rows, num_embeddings(one))
     bare = [bare_model(one) for one in models.values()]
     if len({id(one) for one in bare}) < len(bare):
         raise ValueError(
