@@ -292,7 +292,8 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 def num_embeddings(model: nn.Module) -> int | None:
     """Number of the base's input embeddings; None where they are of an unknown kind."""
-    return getattr(bare_model(model).get_input_embeddings(), "num_embeddings", None)
+    base: Any = bare_model(model)
+    return getattr(base.get_input_embeddings(), "num_embeddings", None)
 
 
 def selects_positions(model: nn.Module) -> bool:
