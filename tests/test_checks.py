@@ -36,6 +36,12 @@ def test_rows_with_the_columns_required_pass():
             "films is a list; expected a datasets.Dataset: Dataset.from_list([{'prompt': ..., 'completion': ...}, "
             "...]), or one split of a DatasetDict.",
         ),
+        (
+            ROWS.to_iterable_dataset(),
+            TypeError,
+            "films is a stream (IterableDataset); expected a datasets.Dataset. Training takes the stream of two: "
+            "spul.data.forget_retain_stream(forget, retain, forget_fraction=0.5).",
+        ),
         (DatasetDict(train=ROWS), TypeError, "films is a DatasetDict; expected a datasets.Dataset: "),
         (Dataset.from_list([]), ValueError, "films is empty; expected at least one row."),
         (

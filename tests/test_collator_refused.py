@@ -20,6 +20,25 @@ def test_one_string_of_generic_completions_is_refused(words):
         ForgetRetainCollator(words, " neutral")
 
 
+@pytest.mark.parametrize("other", [None, 3, [{"role": "assistant", "content": "no"}]])
+def test_generic_completions_other_than_texts_are_refused_and_not_spelled_out(words, other):
+    with pytest.raises(TypeError, match=r"generic_completions has .*; expected texts"):
+        ForgetRetainCollator(words, [" neutral", other])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"tokenizer": "facebook/opt-1.3b"}, "tokenizer is a str; expected one of transformers, as AutoTokenizer"),
+        ({"max_length": "128"}, "max_length='128'; expected a whole number of tokens"),
+        ({"max_length": 64.0}, "max_length=64.0; expected a whole number of tokens"),
+    ],
+)
+def test_a_tokenizer_or_a_length_of_another_type_is_refused_by_its_name(words, changed, message):
+    with pytest.raises(TypeError, match=message):
+        ForgetRetainCollator(**{"tokenizer": words, "generic_completions": GENERIC, **changed})
+
+
 @pytest.mark.parametrize("generic", [[], [""], [" n", "  "], [" n", " n"], [" n", "N "], ()])
 def test_empty_or_repeated_generic_completions_are_refused(words, generic):
     with pytest.raises(ValueError, match=r"generic_completions=\[.*expected one or more different, non-empty texts"):

@@ -328,12 +328,13 @@ def test_whole_weights_are_measured_beside_their_base(files, tmp_path, few_resam
     [
         ({"fail_if": ["accuracy"]}, "cannot be read"),
         ({"fail_if": ["kl: test_retain.reverse_kl.high > 1"]}, "of a measure that is not taken"),
-        ({"fail_if": ["test_forget.acuracy.high > 1"]}, "it has .*test_forget.accuracy"),
+        ({"fail_if": ["test_forget.acuracy.high > 1"]}, "no metric 'acuracy'; expected such as accuracy"),
+        ({"fail_if": ["tests_forget.accuracy.high > 1"]}, "of no set of rows; expected one of .*test_forget"),
     ],
 )
-def test_conditions_and_measures_that_are_none_are_errors(files, tmp_path, more, message, few_resamples):
+def test_conditions_and_measures_that_are_none_are_errors_before_the_base_is_loaded(files, tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
-        run(parsed("evaluate", options_for(files, files["model"], tmp_path, **more)))
+        run(parsed("evaluate", options_for({**files, "model": "no-base"}, files["model"], tmp_path, **more)))
 
 
 def test_the_whole_program_exits_with_the_condition(files, tmp_path, capsys, few_resamples):

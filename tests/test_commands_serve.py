@@ -43,7 +43,7 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         ([], ValueError, r"no prompt to serve.*--prompts NAME=FOLDER"),
         (["--prompts", "a=@nothing"], FileNotFoundError, "is no folder"),
         (["--prompts", "a=@no-gate"], FileNotFoundError, "has no gate"),
-        (["--prompts", "@no-gate"], FileNotFoundError, "spul_gates.json"),
+        (["--prompts", "@no-gate"], FileNotFoundError, r"spul_gates.json\). Fit the gate .*spul gate fit --adapter"),
         (["--prompts", "@prompts", "a=@no-gate"], ValueError, "expected NAME=FOLDER"),
         (["--prompts", "a=@no-gate", "a=@no-gate"], ValueError, "each name once"),
         (["--prompts", "a/b=@no-gate", "--always", "a/b"], ValueError, "no prompt can be served by this name: 'a/b'"),

@@ -161,3 +161,11 @@ def test_answers_that_fit_and_conversations_are_not_warned_of(files, tmp_path, n
     chats = {name: write_rows(tmp_path / f"{name}.jsonl", [talk(f"about {name}")]) for name in ("forget", "retain")}
     ran(train.run, "train", {"model": files["model"], **chats}, ["neutral"], tmp_path)
     assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["no-such-base", "./no/such/base"])
+def test_a_base_that_is_not_there_is_named_and_said_to_be_no_folder(files, tmp_path, name):
+    with pytest.raises(OSError, match=f"'{name}' is no folder here, and the Hub gave no tokenizer of this name: "):
+        train.run(parsed("train", {**files, "model": name, "generic": [" unknown"], "output_dir": tmp_path / "out"}))
+    with pytest.raises(OSError, match=f"'{name}' is no folder here, and the Hub gave no model of this name: "):
+        LoadOptions().load(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -162,6 +163,21 @@ def test_the_base_may_be_quantized(files, tmp_path, bits, capsys):
     assert record.metrics
     with pytest.raises(ValueError, match="bits=3; expected 8 or 4"):
         trained(files, tmp_path / "other", bits=3)
+
+
+def test_a_resumed_training_fits_no_keys_and_ends_as_if_it_were_never_interrupted(files, tmp_path, monkeypatch):
+    more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
+    trained(files, tmp_path, **more)
+    whole = (tmp_path / "adapter_model.safetensors").read_bytes()
+    for step in (2, 3):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}")
+
+    def fit(*args):
+        raise AssertionError("keys are fitted")
+
+    monkeypatch.setattr(DiscriminativeStart, "keys_and_values", fit)
+    trained(files, tmp_path, resume="true", **more)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == whole
 
 
 def test_a_resumed_training_goes_on_from_its_checkpoint(files, tmp_path):

@@ -55,6 +55,7 @@ def test_a_condition_is_read_in_parts_and_written_as_it_was():
         ("test_forget.accuracy.high > much", "ends in no number"),
         ("test_forget.accuracy.high > nan", "expected a finite number"),
         ("test_forget.accuracy.highest > 0", "'highest' is no end of an interval; expected one of low, value, high"),
+        ("test_forget.accurcy.high > 0", "there is no metric 'accurcy'; expected such as accuracy"),
         ("usefulness: test_forget.accuracy.high > 0", "there is no measure 'usefulness'"),
     ],
 )
@@ -132,8 +133,8 @@ def test_no_failures_where_no_condition_is_met(evaluation):
 
 
 def test_a_metric_that_is_not_there_is_an_error_that_lists_those_that_are(evaluation):
-    with pytest.raises(ValueError, match=r"no test_forget.accurcy of 'utility'; it has .*test_forget\.accuracy"):
-        Condition.parse("test_forget.accurcy.high > 0").met_by(evaluation)
+    with pytest.raises(ValueError, match=r"no test_forget.perplexity of 'utility'; it has .*test_forget\.accuracy"):
+        Condition.parse("test_forget.perplexity.high > 0").met_by(evaluation)
     with pytest.raises(ValueError, match=r"nothing of it \(no time\)"):
         Condition.parse("relearning: train_forget.accuracy.high > 0").met_by(evaluation)
 

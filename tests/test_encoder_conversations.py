@@ -162,3 +162,9 @@ def test_an_answer_in_a_conversation_has_no_end_of_turn(chatty):
     messages = talk("is the film good", "unknown")
     ids = RowEncoder(chatty, 64, append_eos=True).answer_ids("jane", messages)
     assert chatty.decode(ids) == "jane"
+
+
+def test_a_conversation_without_a_chat_template_is_refused_with_what_can_be_done(tokenizer):
+    talk = {"prompt": [{"role": "user", "content": "a"}], "completion": [{"role": "assistant", "content": "b"}]}
+    with pytest.raises(ValueError, match=r"the tokenizer has no chat template, .* pass prompts .* as texts"):
+        RowEncoder(tokenizer, 32).encode(talk)

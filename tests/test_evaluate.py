@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from helpers import CONFIGS, make_collator, rows
+from helpers import CONFIGS, build, make_collator, rows
 from peft import CPTConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
 from small_evaluations import ATTACKS, INPUTS, assert_metrics, learned, make_model, make_splits, measured, questions
 
@@ -301,6 +301,13 @@ def test_what_is_no_model_no_splits_and_no_collator_is_refused():
     for name, value in (("model", None), ("splits", "folder"), ("collator", make_collator().tokenizer)):
         with pytest.raises(TypeError, match=f"{name} is a {type(value).__name__}"):
             spul.evaluate(**{**given, name: value})
+
+
+def test_another_models_tokenizer_is_refused_before_anything_is_measured():
+    base = build("llama")
+    base.resize_token_embeddings(40)
+    with pytest.raises(ValueError, match="the base has 40 input embeddings; expected the base's own tokenizer"):
+        spul.evaluate(base, make_splits(), make_collator())
 
 
 @pytest.mark.parametrize("score", [score_completions, lambda m, r, c: response_likelihoods(m, r, c.encoder)])

@@ -159,7 +159,7 @@ def test_missing_files_and_what_is_no_json_are_refused(saved, model, kind):
         with pytest.raises(ValueError, match=r"gate\.json (is no JSON|holds a JSON)"):
             load(folder, model, make_tokenizer())
     (folder / SETTINGS).unlink()
-    with pytest.raises(FileNotFoundError, match=r"has no gate\.json; expected a folder that Gate\.save wrote"):
+    with pytest.raises(FileNotFoundError, match=r"no gate\.json; .* that `spul gate fit` or Gate\.save wrote"):
         load(folder, model, make_tokenizer())
     (folder / SETTINGS).write_text(settings)
     if kind in ("text", "states"):
@@ -168,7 +168,7 @@ def test_missing_files_and_what_is_no_json_are_refused(saved, model, kind):
             load(folder, model, make_tokenizer())
     if kind == "any":
         (folder / "1" / SETTINGS).unlink()
-        with pytest.raises(FileNotFoundError, match=r"has no gate\.json"):
+        with pytest.raises(FileNotFoundError, match=r"has no 1/gate\.json"):
             load(folder, model, make_tokenizer())
 
 

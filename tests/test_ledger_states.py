@@ -87,6 +87,17 @@ def test_a_revoked_request_is_one_again_once_it_is_received_or_trained_anew(path
         ledger.check_not_revoked("2")
 
 
+def test_a_prompt_that_is_another_than_the_evaluated_one_is_said_until_it_is_evaluated(path):
+    ledger, other = Ledger(path), "cd" * 32
+    ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
+    ledger.append(LedgerEvent("evaluated", "1", prompt_sha256=SHA, evaluation=SHA))
+    assert not any("another prompt" in line for line in ledger.states()["1"].in_words())
+    ledger.append(LedgerEvent("served", "1", prompt_sha256=other))
+    assert f"the evaluation is of another prompt, SHA-256 {SHA}" in ledger.states()["1"].in_words()
+    ledger.append(LedgerEvent("evaluated", "1", prompt_sha256=other, evaluation=other))
+    assert not any("another prompt" in line for line in ledger.states()["1"].in_words())
+
+
 def test_answers_are_counted_by_request_and_those_without_a_prompt_are_of_none(path):
     ledger = Ledger(path)
     ledger.append(LedgerEvent("trained", "1", adapter="out"))

@@ -8,7 +8,8 @@ import torch
 from helpers import GENERIC, make_collator, make_tokenizer
 
 from spul import ForgetRetainCollator
-from spul.data.row_checks import ending_of, generic_ids_of, row_name, split_tokenized
+from spul.data import RowEncoder
+from spul.data.row_checks import check_token_ids, ending_of, generic_ids_of, row_name, split_tokenized
 
 TEXT = {"prompt": "review jane :", "completion": " positive", "is_forget": True}
 USER, ANSWER = {"role": "user", "content": "jane"}, {"role": "assistant", "content": "good"}
@@ -111,3 +112,13 @@ def test_a_row_is_named_by_its_id_or_its_number():
     assert row_name({"row_id": 7}, 2) == "the row with row_id=7"
     assert row_name({}, 2) == "row 2 of the batch"
     assert row_name({}) == "a row"
+
+
+def test_a_tokenizer_of_more_tokens_than_embeddings_passes_where_no_row_has_one(tokenizer):
+    encoder, rows = RowEncoder(tokenizer, 32), [{"prompt": "a", "completion": " b"}]
+    largest = max(max(one.prompt_ids + one.completion_ids) for one in map(encoder.encode, rows))
+    assert largest + 1 < len(tokenizer)
+    check_token_ids(encoder, rows, largest + 1)
+    check_token_ids(encoder, rows, None)
+    with pytest.raises(ValueError, match=f"a row the token id {largest}, and the base has {largest} input embeddings"):
+        check_token_ids(encoder, rows, largest)

@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from helpers import (
+    CONFIGS,
     arguments,
     build,
     make_collator,
@@ -38,6 +39,14 @@ def test_bad_arguments_say_what_is_wrong(tmp_path, change, error, message):
     }
     with pytest.raises(error, match=message):
         UnlearningTrainer(**{**given, **change})
+
+
+def test_another_models_tokenizer_is_refused_by_the_first_token_without_an_embedding(tmp_path):
+    base = build("llama")
+    base.resize_token_embeddings(40)
+    unlearner = SoftPromptUnlearner(base, CONFIGS["prompt_tuning"](4))
+    with pytest.raises(ValueError, match=r"the token id 1?[0-9]{2}, and the base has 40 input embeddings; expected"):
+        make_trainer(tmp_path, unlearner=unlearner)
 
 
 def test_options_that_contradict_the_loss_raise(tmp_path):

@@ -77,9 +77,10 @@ def run(options: EvaluateOptions) -> int | None:
         ValueError: if rows, options or conditions cannot be used.
     """
     from ..data.collator import ForgetRetainCollator
+    from ..data.unlearning_data import SPLITS
     from ..evaluation.attack_settings import AttackSettings
     from ..evaluation.checks import check_names
-    from ..evaluation.conditions import Condition, failures
+    from ..evaluation.conditions import DEFAULT_MEASURE, Condition, failures
     from ..evaluation.loading import load_unlearned
     from ..evaluation.measures import MEASURES
     from ..evaluation.report.plotting import require_matplotlib
@@ -103,6 +104,9 @@ def run(options: EvaluateOptions) -> int | None:
         )
     if absent := [str(one) for one in conditions if one.measure not in measures]:
         raise ValueError(f"the condition {absent[0]!r} is of a measure that is not taken: add it to measures.")
+    for one in conditions:  # before hours of measuring
+        if one.measure == DEFAULT_MEASURE and one.rows not in SPLITS:
+            raise ValueError(f"the condition {str(one)!r} is of no set of rows; expected one of {', '.join(SPLITS)}.")
     _check_evidence(options)
     check_can_hold(options.output_dir)
     require_matplotlib()  # for the report, before hours of measuring

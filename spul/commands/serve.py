@@ -213,7 +213,7 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
         )
     import torch
 
-    from ..gates.gated_files import folder_of, read_routing
+    from ..gates.gated_files import folder_of
     from ..records.spul_config import read_spul_config
     from ..serving.loading import check_folders, load_gated, load_prompts
 
@@ -224,7 +224,7 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used ({error}); expected such as cpu or cuda:0.") from error
-    names = list(folders if isinstance(folders, dict) else read_routing(folders)[1]["prompts"])
+    names = list(folders if isinstance(folders, dict) else _gated_names(folders))
     if isinstance(folders, dict):
         check_folders(folders, options.always)
         for name, folder in folders.items():
@@ -246,6 +246,18 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
     if isinstance(folders, dict):
         return load_prompts(model, tokenizer, folders, options.always, options.allow_other_base)
     return load_gated(model, tokenizer, folders, options.allow_other_base)
+
+
+def _gated_names(folder: str) -> list[str]:
+    """Names of the prompts behind gates in a folder."""
+    from ..gates.gated_files import ROUTING_NAME, read_routing
+
+    if Path(folder).is_dir() and not Path(folder, ROUTING_NAME).is_file():
+        raise FileNotFoundError(
+            f"{folder} has no prompts behind gates ({ROUTING_NAME}). Fit the gate of its prompt, spul gate fit "
+            f"--adapter {folder}, or have the prompt on for every request, --prompts NAME={folder} --always NAME."
+        )
+    return read_routing(folder)[1]["prompts"]
 
 
 def _folders(prompts: Sequence[str]) -> dict[str, str] | str:

@@ -196,6 +196,6 @@ class LoadOptions:
 
     def load_tokenizer(self, name: str) -> Any:
         """The tokenizer of a base, unless another is named."""
-        from transformers import AutoTokenizer
+        from ..models.loading import load_tokenizer
 
-        return AutoTokenizer.from_pretrained(self.tokenizer or name, trust_remote_code=self.trust_remote_code)
+        return load_tokenizer(self.tokenizer or name, self.trust_remote_code)

@@ -136,7 +136,11 @@ def run(options: TrainOptions) -> int | None:
         train_rows = rewritten_rows(options, train_rows, ways, collator, held_out, tests.values())
     set_seed(options.seed)  # of the draws of the start
     start = _start(options, collator, train_rows)
-    unlearner = SoftPromptUnlearner(base, config, method.loss, prompt_position=options.prompt_position, start=start)
+    unlearner = SoftPromptUnlearner(
+        *(base, config, method.loss),
+        prompt_position=options.prompt_position,
+        start=None if _resumes(options) else start,  # the checkpoint's prompt takes its place
+    )
     if options.learning_rate is None:
         options.learning_rate = default_learning_rate(unlearner, start)
     trainer = UnlearningTrainer(
@@ -191,12 +195,16 @@ def _check_no_prompt(options: TrainOptions) -> None:
     """Raise if the folder holds a saved prompt, which a run that is not resumed would replace, gate or no gate."""
     from ..prompts.checkpoint import CONFIG_NAME
 
-    if options.resume or options.resume_from_checkpoint is not None:
+    if _resumes(options):
         return
     if Path(options.output_dir, CONFIG_NAME).exists():
         raise FileExistsError(
             f"{options.output_dir!r} holds a saved prompt, which may be served; name another folder, or move that one."
         )
+
+
+def _resumes(options: TrainOptions) -> bool:
+    return options.resume or options.resume_from_checkpoint is not None
 
 
 def _prompt_config(options: TrainOptions) -> Any:

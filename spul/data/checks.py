@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, IterableDataset
 
 from .rows import column_batches, column_values, normalized
 
@@ -33,6 +33,11 @@ def check_rows(
         TypeError: if `rows` is not a `datasets.Dataset`.
         ValueError: if a column is missing, or there are no rows.
     """
+    if isinstance(rows, IterableDataset):
+        raise TypeError(
+            f"{name} is a stream (IterableDataset); expected a datasets.Dataset. Training takes the stream of two: "
+            "spul.data.forget_retain_stream(forget, retain, forget_fraction=0.5)."
+        )
     if not isinstance(rows, Dataset):
         example = "".join(f"{column!r}: ..., " for column in columns).rstrip(", ") or "..."
         raise TypeError(

@@ -69,7 +69,8 @@ class ForgetRetainCollator:
             text field of a text prompt: batches then have `prompt_position`. `"start"` (default) for all else.
 
     Raises:
-        TypeError: if `generic_completions` is a string.
+        TypeError: if `generic_completions` is a string or has other entries than strings, or another argument is of
+            another type.
         ValueError: if `generic_completions` has no, empty or repeated entries, is given beside `alternates`, or
             neither is given with `pairs`.
 
@@ -99,7 +100,12 @@ class ForgetRetainCollator:
         if isinstance(generic_completions, str):
             raise TypeError(f"generic_completions={generic_completions!r} is one string; pass a list of completions.")
         if generic_completions is not None:
-            texts = [str(text) for text in generic_completions]
+            texts = list(generic_completions)
+            if others := [text for text in texts if not isinstance(text, str)]:
+                raise TypeError(
+                    f"generic_completions has {shortened(repr(others[0]))}; expected texts. In a conversation a text "
+                    "becomes the content of the answer."
+                )
             different = {normalized(text) for text in texts}
             if not texts or "" in different or len(different) < len(texts):
                 raise ValueError(

@@ -202,6 +202,11 @@ def _rendered(tokenizer: Any, messages: list, add_generation_prompt: bool, token
                 raise ValueError("it takes contents as texts, and a message has parts other than texts")
         found = rendered(plain, tokenize)
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        if getattr(tokenizer, "chat_template", None) is None:
+            raise ValueError(
+                f"the tokenizer has no chat template, and a row is a conversation, {shortened(repr(messages))}. Take "
+                "the tokenizer of a chat model, set its chat_template, or pass prompts and completions as texts."
+            ) from error
         raise ValueError(
             f"the chat template cannot render the messages of a row, {shortened(repr(messages))}: "
             f"{str(error).rstrip('.')}. Expected roles and fields that the tokenizer's chat_template knows."

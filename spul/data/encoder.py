@@ -69,6 +69,7 @@ class RowEncoder:
             made the encoder said already that they do not fit their prompts.
 
     Raises:
+        TypeError: if `tokenizer` is none of transformers, or `max_length` no whole number.
         ValueError: if `max_length` is below 2, `text_field` is given with a slow tokenizer, or `append_eos` with a
             tokenizer without an end-of-sequence token, or `prompt_position` is neither of the two.
     """
@@ -83,6 +84,13 @@ class RowEncoder:
         prompt_position: str = "start",
     ) -> None:
         check_prompt_position(prompt_position)
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(
+                f"tokenizer is a {type(tokenizer).__name__}; expected one of transformers, as "
+                "AutoTokenizer.from_pretrained(name) gives it."
+            )
+        if isinstance(max_length, bool) or not isinstance(max_length, int):
+            raise TypeError(f"max_length={max_length!r}; expected a whole number of tokens.")
         if max_length < 2:
             raise ValueError(f"max_length={max_length}; expected at least 2: one token of prompt, one of completion.")
         if text_field is not None and not tokenizer.is_fast:

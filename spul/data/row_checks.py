@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from .checks import checked_flag, fault_of_text, whole_number
 from .rows import completion_text, is_empty, normalized, shortened
 
+if TYPE_CHECKING:
+    from .encoder import RowEncoder
+
+# Rows that are tokenized where a tokenizer has more tokens than the base has embeddings, as for images in texts.
+LOOKED_AT = 1_000
 REMEDY = "If a Trainer pruned them, set TrainingArguments(remove_unused_columns=False)."
 
 
@@ -42,6 +48,29 @@ def check_is_row(row: Any, number: int | None = None) -> None:
     if not isinstance(row, Mapping):
         name = "a row" if number is None else f"row {number} of the batch"
         raise TypeError(f"{name} is a {type(row).__name__}; expected a mapping of columns: {{'prompt': ..., ...}}.")
+
+
+def check_token_ids(encoder: RowEncoder, rows: Iterable[Mapping[str, Any]], num_embeddings: int | None) -> None:
+    """Check that a base has an embedding for each token of the first rows; on a GPU one without stops the process.
+
+    Args:
+        encoder: of the rows.
+        rows: as in `RowEncoder.encode`.
+        num_embeddings: number of the base's input embeddings; None, if unknown, checks nothing.
+
+    Raises:
+        ValueError: if it has not.
+    """
+    if num_embeddings is None or len(encoder.tokenizer) <= num_embeddings:
+        return
+    for row in itertools.islice(rows, LOOKED_AT):
+        encoded = encoder.encode(row)
+        largest = max(encoded.prompt_ids + encoded.completion_ids)
+        if largest >= num_embeddings:
+            raise ValueError(
+                f"the tokenizer gives {row_name(row)} the token id {largest}, and the base has {num_embeddings} input "
+                "embeddings; expected the base's own tokenizer."
+            )
 
 
 def check_texts(row: Mapping[str, Any], text_field: str | None = None) -> None:

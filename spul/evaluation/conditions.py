@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import operator
 import re
@@ -15,6 +16,7 @@ from ..data.rows import SHOWN, listed
 from ..records.digests import digest
 from .aggregation import Key, Measurement, MetricValue, aggregate
 from .measures import MEASURES, is_attacked, key_in_words, variant_in_words
+from .metrics.table import METRICS
 from .results import Evaluation
 
 ENDS = ("low", "value", "high")
@@ -49,7 +51,7 @@ class Condition:
         number: what it is compared with.
 
     Raises:
-        ValueError: if measure, end or comparison is another, or the number is not finite.
+        ValueError: if measure, metric, end or comparison is another, or the number is not finite.
     """
 
     measure: str
@@ -62,6 +64,9 @@ class Condition:
     def __post_init__(self) -> None:
         if self.measure not in MEASURES:
             raise ValueError(f"{self}: there is no measure {self.measure!r}; expected one of {', '.join(MEASURES)}.")
+        if self.metric not in METRICS:
+            near = difflib.get_close_matches(self.metric, METRICS, cutoff=0.5) or list(METRICS)
+            raise ValueError(f"{self}: there is no metric {self.metric!r}; expected such as {', '.join(near)}.")
         if self.end not in ENDS:
             raise ValueError(f"{self}: {self.end!r} is no end of an interval; expected one of {', '.join(ENDS)}.")
         if self.comparison not in COMPARISONS:

@@ -13,7 +13,6 @@ from typing import Any
 
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
 from ..data.batching import by_length
 from ..data.encoded import Encoded
@@ -21,7 +20,7 @@ from ..data.encoder import RowEncoder
 from ..models.causal_lm import bare_model, max_positions
 from ..models.compat import PartialState
 from ..models.compat_devices import device_of
-from ..models.loading import load_causal_lm
+from ..models.loading import load_causal_lm, load_tokenizer
 from ..models.unlearner import unlearner_of
 from .loading import load_unlearned
 from .metrics.free_form import answering
@@ -93,7 +92,7 @@ class Requests:
             if adapter is not None:
                 self.model, self.tokenizer, _ = load_unlearned(adapter, pretrained, tokenizer, load, trust_remote_code)
             else:
-                self.tokenizer = AutoTokenizer.from_pretrained(self._name, trust_remote_code=trust_remote_code)
+                self.tokenizer = load_tokenizer(self._name, trust_remote_code)
                 self.model = load(pretrained)
         unlearner = unlearner_of(self.model)
         check_has_likelihoods(self.model)

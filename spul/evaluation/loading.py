@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from peft import PeftModel
-from transformers import AutoTokenizer
 
 from ..gates.gated import GatedUnlearner
 from ..gates.gated_files import ROUTING_NAME
 from ..layers.checkpoint import CONFIG_NAME as LAYERS_NAME
 from ..layers.unlearning_layers import UnlearningLayers
-from ..models.loading import load_causal_lm
+from ..models.loading import load_causal_lm, load_tokenizer
 from ..prompts.checkpoint import CONFIG_NAME as ADAPTER_NAME
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.fields import read_object
@@ -109,7 +108,7 @@ def load_unlearned(
     if name is None:
         raise no_base_error(folder)
     rival = _rival_class(folder) if kind == "rival" else None
-    words = AutoTokenizer.from_pretrained(tokenizer or name, trust_remote_code=trust_remote_code)
+    words = load_tokenizer(tokenizer or name, trust_remote_code)
     model = load(name)
     if kind == "gated":
         model = GatedUnlearner.from_pretrained(model, folder, words)

@@ -13,7 +13,9 @@ from tqdm.auto import tqdm
 
 from ..data.collator import ForgetRetainCollator
 from ..data.formats import QUESTION_ANSWER, PromptFormat
+from ..data.row_checks import check_token_ids
 from ..data.unlearning_data import UnlearningData
+from ..models.causal_lm import num_embeddings
 from ..models.compat import PartialState, broadcast, gathered
 from ..records.digests import DigestKey, read_digest_key
 from .aggregation import Key, Measurement
@@ -94,10 +96,10 @@ def evaluate(
 
     Raises:
         FileNotFoundError: if `digest_key` is the path of no file.
-        ValueError: if rows of the collator's `max_length` do not fit the model, a split or `generic_completions` is
-            missing, a split's column `is_forget` contradicts its name, a measure or set of questions is unknown, two
-            of the models share a base, a model is sharded otherwise than by `shard_layers`, or `output_dir` holds
-            another evaluation, files that are not an evaluation's, or damaged ones.
+        ValueError: if rows of the collator's `max_length` or tokenizer do not fit the model, a split or
+            `generic_completions` is missing, a split's column `is_forget` contradicts its name, a measure or set of
+            questions is unknown, two of the models share a base, a model is sharded otherwise than by `shard_layers`,
+            or `output_dir` holds another evaluation, files that are not an evaluation's, or damaged ones.
         TypeError: if a model is given by the name of its folder, `splits`, `collator` or rows are of another type, or
             a model has a plain PEFT prompt whose type is unknown to spul, or any plain PEFT prompt where the soft
             suffix is measured.
@@ -120,6 +122,9 @@ def evaluate(
         raise ValueError("the collator has no generic_completions; give it those that count as a generic answer.")
     given = {"model": model, "base": base, "retrained": retrained, "reference": reference}
     models = checked_models(given, measures)
+    for one in models.values():
+        for rows in sets.values():
+            check_token_ids(collator.encoder, rows, num_embeddings(one))
     if adapter_names is not None:
         named = named_sets(models["model"], {**sets, **others}, adapter_names)
         sets, unseen = {name: named[name] for name in sets}, named.get("unseen")

@@ -86,7 +86,7 @@ def read_gate(folder: str | os.PathLike, **hub: Any) -> SavedGate:
         TypeError: if an argument is not one of the Hub's.
         ValueError: if it is not JSON, of a later format, or a field has another type.
     """
-    saved = SavedGate.read(folder, SETTINGS_NAME, FORMAT_VERSION, "Gate.save", hub)
+    saved = SavedGate.read(folder, SETTINGS_NAME, FORMAT_VERSION, "`spul gate fit` or Gate.save", hub)
     saved.check(
         {
             "threshold": (is_number, "a finite number"),

@@ -301,6 +301,12 @@ def bare_model(model: nn.Module) -> nn.Module:
     return unwrapped(cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
 
 
+def num_embeddings(model: nn.Module) -> int | None:
+    """Number of the base's input embeddings; None where they are of an unknown kind."""
+    base: Any = bare_model(model)
+    return getattr(base.get_input_embeddings(), "num_embeddings", None)
+
+
 def selects_positions(model: nn.Module) -> bool:
     """Whether the model can compute logits at given (B, K) positions only."""
     return takes_positions(type(bare_model(model)))  # type: ignore[arg-type]

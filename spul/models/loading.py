@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from huggingface_hub.errors import HFValidationError
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from .compat import PartialState, say_kernels_once
 
@@ -50,8 +54,34 @@ def load_causal_lm(
             "device_map": {"": device},
         }
     wanted = "auto" if dtype == "auto" else getattr(torch, dtype)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        name, dtype=wanted, trust_remote_code=trust_remote_code, **own
-    ).eval()
+    with _named(name, "model"):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            name, dtype=wanted, trust_remote_code=trust_remote_code, **own
+        ).eval()
     say_kernels_once(model)
     return model if bits is not None else model.to(device)
+
+
+def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer.
+
+    Args:
+        name: folder or Hub name.
+        trust_remote_code: whether code in the repository may run.
+
+    Raises:
+        OSError: if there is no such tokenizer.
+    """
+    with _named(name, "tokenizer"):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _named(name: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Context manager: errors of a name that is no folder say so, where those of the Hub do not."""
+    try:
+        yield
+    except (HFValidationError, OSError) as error:
+        if Path(name).is_dir():
+            raise
+        raise OSError(f"{str(name)!r} is no folder here, and the Hub gave no {what} of this name: {error}") from error

@@ -64,6 +64,7 @@ class RequestState:
         weights: SHA-256 of each prompt that entries gave.
         withdrawn: those that they had given when it was last withdrawn.
         served_again: whether it was served while it was withdrawn.
+        evaluated: SHA-256 of the prompt that was evaluated last; None if that entry gives none.
     """
 
     request: str
@@ -85,6 +86,7 @@ class RequestState:
     weights: set[str] = field(default_factory=set)
     withdrawn: set[str] = field(default_factory=set)
     served_again: bool = False
+    evaluated: str | None = None
 
     def add(self, entry: LedgerEntry) -> None:
         """Take an entry of this request into account."""
@@ -111,6 +113,8 @@ class RequestState:
             self.withdrawn = set(self.weights)
         elif entry.event in REOPENING:
             self.revoked = None
+        if entry.event == "evaluated":
+            self.evaluated = entry.fields.get("prompt_sha256")
         if entry.event == "trained":
             self.is_retrained, self.retrained = True, entry.fields.get("prompt_sha256")
 
@@ -143,6 +147,8 @@ class RequestState:
     def in_words(self) -> list[str]:
         """The state as lines of text: what is known, each event with its time, and how it is now."""
         lines = _known(self.rows, {name: getattr(self, name) for name in WORDS})
+        if self.evaluated is not None and self.evaluated != self.prompt_sha256:
+            lines.append(f"the evaluation is of another prompt, SHA-256 {self.evaluated}")
         lines += map(str, self.history)
         if self.answered:
             after = f", {self.answered_after:,} of them after it was revoked" if self.answered_after else ""

@@ -54,7 +54,8 @@ class Saved:
         check_hub_arguments(hub)
         path = find_file(folder, name, **hub)
         if path is None:
-            raise FileNotFoundError(f"{str(folder)!r} has no {name}; expected a folder that {writer} wrote.")
+            inside = "/".join(filter(None, (hub.get("subfolder"), name)))
+            raise FileNotFoundError(f"{str(folder)!r} has no {inside}; expected a folder that {writer} wrote.")
         saved = cls(str(folder), hub, path, read_object(path))
         check_format(saved.fields.get("format_version"), latest, path)
         saved.check({"kind": (lambda value: isinstance(value, str), "the name of a kind")})

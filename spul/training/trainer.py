@@ -17,10 +17,12 @@ from transformers import PreTrainedModel, TrainingArguments, enable_full_determi
 
 from ..data.checks import check_not_generic, forget_flags
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
+from ..data.row_checks import check_token_ids
 from ..data.rows import column_batches, completion_text, read_rows, rewritten_by
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
+from ..models.causal_lm import num_embeddings
 from ..models.compat import keep_4bit_differentiable, save_training_args
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
@@ -73,8 +75,8 @@ class UnlearningTrainer(SteppingTrainer):
         TypeError: if model, collator or evaluation rows are of another type.
         FileNotFoundError: if `digest_key` is the path of no file.
         ValueError: for options of `Trainer` that contradict this loss, rows without `is_forget`, rows that share a
-            `row_id`, forget rows that `max_length` cuts a name from, labels that are generic completions too, or a
-            `digest_key` that is none.
+            `row_id`, forget rows that `max_length` cuts a name from, labels that are generic completions too, another
+            model's tokenizer, or a `digest_key` that is none.
     """
 
     def __init__(
@@ -121,6 +123,7 @@ class UnlearningTrainer(SteppingTrainer):
         if train_dataset is not None and not is_stream(train_dataset):
             self._flags = forget_flags(train_dataset)
             self._check_rows(train_dataset, self._loss)
+            check_token_ids(data_collator.encoder, train_dataset, num_embeddings(self._learner))
             data_collator.warn_of_cut_rows(train_dataset)
             if "completion" in getattr(train_dataset, "column_names", ()):
                 completions = itertools.chain.from_iterable(column_batches(train_dataset, "completion"))

@@ -131,6 +131,8 @@ def known_to_base(evaluation: Evaluation, rows: str) -> str:
     text += f"the base itself got {wrong:,} wrong" if wrong else "the base itself got all right"
     if wrong:
         text += "; what it did not know cannot be forgotten"
+    if wrong == num:
+        return f"{text}."
     are = "is" if still == 1 else "are"
     return f"{text}. Of the {num - wrong:,} that it knew, {still:,} {are} still answered right."
 
