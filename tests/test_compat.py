@@ -32,7 +32,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 import spul.models
 from spul import UnlearningTrainer
 from spul.losses import UnlearningLoss
-from spul.models.compat import adapter_enabled, flattened, is_sharded, uncompiled
+from spul.models.compat import adapter_enabled, flattened, is_sharded, uncompiled, without_cast_messages
 from spul.models.compat_cache import CACHE_NAME, cache_argument, expanded_cache, layer_states, returned_cache
 
 ROOT = Path(spul.models.__file__).parents[1]
@@ -265,3 +265,14 @@ def test_selected_rows_are_flattened_as_datasets_does(kind, tmp_path, monkeypatc
 def test_rows_that_are_flat_stay_the_same_object():
     rows = Dataset.from_dict({"text": ["a", "b"]})
     assert flattened(rows) is rows
+
+
+def test_what_bitsandbytes_says_of_casts_is_left_out_and_what_else_it_says_is_not(caplog):
+    logger = logging.getLogger("bitsandbytes.autograd._functions")
+    with without_cast_messages(), warnings.catch_warnings(record=True) as warned:
+        for text in ("MatMul8bitLt: inputs will be cast from %s to float16 during quantization", "other %s"):
+            logger.warning(text, torch.float32)
+            warnings.warn(text, stacklevel=1)
+    logger.warning("MatMul8bitLt: inputs will be cast")
+    assert [one.getMessage() for one in caplog.records] == ["other torch.float32", "MatMul8bitLt: inputs will be cast"]
+    assert [str(one.message) for one in warned] == ["other %s"]

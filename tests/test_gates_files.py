@@ -168,7 +168,7 @@ def test_missing_files_and_what_is_no_json_are_refused(saved, model, kind):
             load(folder, model, make_tokenizer())
     if kind == "any":
         (folder / "1" / SETTINGS).unlink()
-        with pytest.raises(FileNotFoundError, match=r"has no gate\.json"):
+        with pytest.raises(FileNotFoundError, match=r"has no 1/gate\.json"):
             load(folder, model, make_tokenizer())
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data.rows import column_values, completion_text
 from ..models.causal_lm import bare_model, unwrapped
-from ..models.compat import is_quantized
+from ..models.compat import is_quantized, without_cast_messages
 from ..models.compat_devices import device_of
 from ..models.unlearner import unlearner_of
 from .aggregation import Key, Measurement, in_words
@@ -162,8 +162,7 @@ def quantized(suite: Suite) -> Iterator[Task]:
                 if not copies:
                     with tempfile.TemporaryDirectory() as folder:
                         copies.append(_quantized_copy(model, cast(int, key.level), Path(folder)))
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")  # once per call
+                with without_cast_messages():
                     return [Measurement(*key, per_row=suite.answers(copies[0], rows))]
 
             parts = []

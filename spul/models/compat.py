@@ -14,7 +14,9 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from typing import Any
 
@@ -219,6 +221,8 @@ def broadcast(value: Any) -> Any:
 
 # ---- bitsandbytes ----
 
+_CAST = "MatMul8bitLt: inputs will be cast"
+
 
 def is_quantized(model: Any) -> bool:
     """Whether a model was loaded in 8 or 4 bit; of transformers' two marks, either may be the only one."""
@@ -254,6 +258,23 @@ def say_of_4bit_kernel(model: nn.Module) -> None:
             logger.removeHandler(holder)
             for record in holder.buffer:
                 logger.handle(record)
+
+
+@contextmanager
+def without_cast_messages() -> Iterator[None]:
+    """Context manager: bitsandbytes does not say at every call of an 8-bit layer that it casts its inputs."""
+
+    def is_kept(record: logging.LogRecord) -> bool:
+        return not str(record.msg).startswith(_CAST)
+
+    logger = logging.getLogger("bitsandbytes.autograd._functions")  # a warning in earlier versions
+    logger.addFilter(is_kept)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_CAST)
+            yield
+    finally:
+        logger.removeFilter(is_kept)
 
 
 def packed_bytes(parameter: Tensor) -> Tensor:

@@ -55,7 +55,8 @@ class Saved:
             raise TypeError(f"unknown arguments {unknown}; expected the Hub's: {', '.join(HUB_ARGUMENTS)}.")
         path = find_file(folder, name, **hub)
         if path is None:
-            raise FileNotFoundError(f"{str(folder)!r} has no {name}; expected a folder that {writer} wrote.")
+            where = "/".join(filter(None, (hub.get("subfolder"), name)))
+            raise FileNotFoundError(f"{str(folder)!r} has no {where}; expected a folder that {writer} wrote.")
         saved = cls(str(folder), hub, path, read_object(path))
         check_format(saved.fields.get("format_version"), latest, path)
         saved.check({"kind": (lambda value: isinstance(value, str), "the name of a kind")})
