@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -50,6 +51,14 @@ def test_perplexity_is_of_all_tokens_together_and_not_a_mean_over_rows():
     one = evaluate(rows).metric("unrelated text", "news", "perplexity")
     assert one.value == pytest.approx(math.exp(36 / 15))
     assert one.low < one.value < one.high
+
+
+def test_a_perplexity_beyond_what_floats_hold_is_infinite_and_not_warned_of():
+    rows = of("unrelated text", "news", per_row={"nats": [2.0, 3e5], "tokens": [1, 2]})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one = evaluate(rows).metric("unrelated text", "news", "perplexity")
+    assert one.value == math.inf
 
 
 def test_a_share_that_exists_once_has_wilsons_interval_and_other_numbers_none():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 import time
 import unicodedata
 
 import pytest
 
-from spul.data.characters import MOST_SIGNS, normal_form
+from spul.data.characters import MOST_SIGNS, normal_form, whole_words
 
 ASSIGNED = [each for each in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(each) not in ("Cn", "Co")]
 SIGNS = [each for each in ASSIGNED if unicodedata.category(each)[0] == "M"]
@@ -37,3 +38,18 @@ def test_many_signs_on_one_letter_take_no_time_to_speak_of():
     assert time.process_time() - begun < 20
     assert found[:2] == "\u1ea1\u0336"
     assert found.count("\u0336") == text.count("\u0336")
+
+
+@pytest.mark.parametrize(
+    ("name", "found", "not_found"),
+    [
+        ("Jane  Doe", ["jane doe", "请问JANE\nDOE是", "アジjane doeア"], ["janes doe", "jane does", "jane_doe"]),
+        ("李明", ["李明", "请问李明是谁", "a李明b"], ["李 明"]),
+        ("アン", ["アンは", "はアン", "xアンx"], ["アンテナ", "ジアン"]),
+        ("C++", ["c++", "アC++是"], ["C++x", "xC++", "C++ア"]),
+    ],
+)
+def test_whole_words_in_scripts_with_and_without_spaces(name, found, not_found):
+    pattern = re.compile(whole_words(["zoe", name]), re.IGNORECASE)
+    assert all(map(pattern.search, found))
+    assert not any(map(pattern.search, not_found))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
+import warnings
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from spul.evaluation.loading import KINDS, kind_of, load_unlearned
 from spul.evaluation.report.terminal import attacks_as_text, splits_as_text
 from spul.evaluation.report.verdict import verdict
 from spul.evaluation.results import Evaluation
-from spul.gates import GatedUnlearner, NameGate
+from spul.gates import GatedUnlearner, NameGate, attach_gate
 from spul.records import Ledger, LedgerEvent
 from spul.records.spul_config import read_spul_config
 from spul.rivals import EmbeddingCorruption, FixedRefusal, GuardrailPrompt, InContextUnlearning
@@ -101,6 +102,18 @@ def test_a_folder_without_a_model_and_a_base_that_is_not_given_or_not_there_are_
     record.save(tmp_path)
     with pytest.raises(ValueError, match=r"expected the base, by name or folder\.$"):
         load_unlearned(tmp_path)
+
+
+def test_a_gate_that_nothing_puts_in_front_of_its_prompt_is_warned_of(files, tmp_path):
+    write_prompt(tmp_path)
+    NameGate(["Jane Doe"]).save(tmp_path / "gate")
+    with pytest.warns(UserWarning, match=r"has a gate in gate/, and no spul_gates\.json"):
+        loaded = load_unlearned(tmp_path, files["model"])
+    assert loaded.kind == "adapter"
+    attach_gate(NameGate(["Jane Doe"]), tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has a gate in")
+        assert load_unlearned(tmp_path, files["model"]).kind == "gated"
 
 
 def test_a_tokenizer_with_code_of_its_own_runs_it_only_if_that_is_allowed(files, tmp_path, monkeypatch):

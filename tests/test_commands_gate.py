@@ -34,7 +34,8 @@ def folder(tmp_path):
 
 def options_for(folder, **more):
     sets = {name: folder / f"{name}.jsonl" for name in ("forget", "retain")}
-    return {"adapter": folder / "adapter", **sets, "model": folder / "base", "recall": 0.9, **more}
+    own = {} if more.get("kind") == "names" else {"recall": 0.9}  # a gate of names is not fit
+    return {"adapter": folder / "adapter", **sets, "model": folder / "base", **own, **more}
 
 
 def flagged(folder, texts, capsys):
@@ -155,7 +156,9 @@ def test_lines_of_text_are_requests(folder, capsys):
         ({"kind": "text", "names": ["Jane"]}, "names are for a gate of names"),
         ({"kind": "text", "recall": 2}, "recall"),
         ({"kind": "text", "layers": [1]}, "layers are of a gate of states"),
-        ({"kind": "names", "names": ["Jane"], "paraphrases": "p.txt"}, "paraphrases are of a gate that is fit"),
+        ({"kind": "names", "names": ["Jane"], "paraphrases": "p.txt"}, "paraphrases is of a gate that is fit"),
+        ({"kind": "names", "names": ["Jane"], "recall": 0.9}, "recall is of a gate that is fit on requests"),
+        ({"kind": "names", "names": ["Jane"], "seed": 1}, "seed is of a gate that is fit on requests"),
         ({"kind": "text", "column": "text"}, "has no column 'text'"),
         ({"kind": "states", "spelling": True}, "spelling is read by a gate of names or of wording"),
     ],
@@ -171,8 +174,12 @@ def test_requests_of_one_side_are_refused(folder):
     del values["retain"]
     with pytest.raises(ValueError, match="a file of each"):
         fit(parsed("gate", values, "fit"))
+    del values["recall"]
     with pytest.raises(ValueError, match="go together"):
         fit(parsed("gate", {**values, "kind": "names", "names": ["Jane"]}, "fit"))
+    values = {"adapter": values["adapter"], "kind": "names", "names": ["Jane"], "column": "text"}
+    with pytest.raises(ValueError, match="column='text' is given without a file of requests"):
+        fit(parsed("gate", values, "fit"))
     with pytest.raises(ValueError, match="nothing to check"):
         check(parsed("gate", {"adapter": folder / "adapter"}, "check"))
 
@@ -262,7 +269,7 @@ def test_control_characters_of_requests_are_shown_escaped(folder, capsys):
 def test_half_of_a_surrogate_pair_is_refused_before_a_gate_is_fit_and_flagged_where_one_is_asked(folder, capsys):
     before = sorted(path.name for path in (folder / "adapter").iterdir())
     with pytest.raises(ValueError, match=r"names has the name 'J\\udcffo', which holds '\\udcff' at character 1"):
-        fit(parsed("gate", {**options_for(folder), "kind": "names", "names": ["J\udcffo"]}, "fit"))
+        fit(parsed("gate", options_for(folder, kind="names", names=["J\udcffo"]), "fit"))
     rows = [{"prompt": text, "completion": " a"} for text in [*FORGET, "who \ud83d"]]
     (folder / "forget.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(ValueError, match=r"forget\.jsonl: the text 'who .*' holds '\\ud83d' at character 4"):

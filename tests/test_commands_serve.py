@@ -49,6 +49,8 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "a/b=@no-gate", "--always", "a/b"], ValueError, "no prompt can be served by this name: 'a/b'"),
         (["--prompts", "@prompts", "--always", "other"], ValueError, "always goes with"),
         (["--prompts", "@prompts", "--engine", "other"], ValueError, "transformers"),
+        (["--prompts", "@prompts", "--vllm_url", "http://127.0.0.1:1"], ValueError, "give --engine vllm as well"),
+        (["--prompts", "@prompts", "--vllm_model", "m"], ValueError, "vllm_model is given, and the engine is transf"),
         (["--prompts", "@prompts", "--max_batch", "0"], ValueError, "max_batch=0"),
         (["--prompts", "@prompts", "--prompts_dir", "@prompts"], ValueError, "needs admin_token_file"),
         (["--prompts", "@prompts", "--record", "nothing:here"], ValueError, "is not found"),
@@ -77,7 +79,11 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "@prompts", "--device", ""], ValueError, "device='' cannot be used"),
         (["--prompts", "@prompts", "--admin_token_file", "@empty"], ValueError, "has 0 characters"),
         (["--prompts", "@prompts", "--admin_token_file", "@utf-16"], ValueError, "utf-16 is no text in UTF-8"),
-        (["--prompts", "@prompts", "--vllm_key_file", "@two-lines"], ValueError, "two-lines has white space in it"),
+        (
+            ["--prompts", "@prompts", "--engine", "vllm", "--vllm_key_file", "@two-lines"],
+            ValueError,
+            "two-lines has white space in it",
+        ),
     ],
 )
 def test_what_is_unclear_does_not_start_and_loads_no_base(folder, arguments, error, says, tmp_path):

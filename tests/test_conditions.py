@@ -127,6 +127,21 @@ def test_attacks_that_change_no_row_or_noted_no_changes_are_errors_and_not_passe
         condition.met_by(evaluation())
 
 
+def test_an_attack_under_which_the_model_has_diverged_is_an_error_and_not_passed(evaluation):
+    skipped = {"input attack test_forget unlearned diluted, 4 turns": "it has diverged"}
+    diverged = dataclasses.replace(evaluation, skipped=skipped)
+    with pytest.raises(ValueError, match=r"unlearned diluted, 4 turns has no value \(it has diverged\)"):
+        Condition.parse("input attack: test_forget.accuracy.value > 0.7").met_by(diverged)
+    assert Condition.parse("input attack: test_forget.accuracy.value > 0.55").met_by(diverged)  # it fails anyhow
+    for other in (
+        "input attack test_forget detached diluted, 4 turns",  # of a control
+        "input attack 'capitals' on test_forget",  # changes no prompt
+        "input attack test_retain unlearned capitals",
+    ):
+        skipped = dataclasses.replace(evaluation, skipped={other: "why"})
+        assert not Condition.parse("input attack: test_forget.accuracy.value > 0.7").met_by(skipped)
+
+
 def test_no_failures_where_no_condition_is_met(evaluation):
     assert failures(evaluation, [Condition.parse("test_retain.accuracy.value < 0.5")]) == []
     assert failures(evaluation, []) == []

@@ -191,6 +191,11 @@ def test_a_name_is_found_in_either_encoding_of_its_accents_and_the_longer_of_two
     assert look_alikes(rows("Jane Doe"), ["Jane", "Jane Doe"], "text")["text"] == ["Jane Doe".translate(LOOK_ALIKES)]
 
 
+def test_names_in_scripts_without_spaces_are_disguised_and_not_the_longest_words():
+    assert letters_apart(rows("请问李明是谁"), ["李明"], "-", "text")["text"] == ["请问李-明是谁"]
+    assert letters_apart(rows("请问Zoe是谁"), ["Zoe"], "-", "text")["text"] == ["请问Z-o-e是谁"]
+
+
 def test_bad_names_and_texts_without_letters_are_refused():
     with pytest.raises(TypeError, match="names is 'Jane'"):
         misspelt(forget(), "Jane")

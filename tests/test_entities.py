@@ -30,6 +30,15 @@ def test_names_are_found_as_whole_words_after_the_first_word():
     assert entity_rows(quoted, ["doe", "jane doe"]).to_list() == [{"prompt": "a film (", "completion": "jane doe"}]
 
 
+def test_names_are_found_in_scripts_without_spaces_and_an_empty_one_is_refused():
+    found = entity_rows(Dataset.from_list([{"prompt": "请问李明是谁", "completion": " 好"}]), ["李明"]).to_list()
+    assert found == [{"prompt": "请问", "completion": "李明"}]
+    with pytest.raises(ValueError, match="entities holds ''"):
+        entity_rows(ROWS, ["", "doe"])
+    with pytest.raises(TypeError, match="entities is 'doe'"):
+        entity_rows(ROWS, "doe")
+
+
 def test_the_loss_is_the_mean_over_rows_of_the_names_tokens():
     model, tokenizer = build("llama", torch.float64), make_tokenizer()
     collator = ForgetRetainCollator(tokenizer, None, max_length=64)

@@ -70,6 +70,32 @@ def test_a_name_given_in_compatible_characters_is_found_in_plain_ones():
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "people"),
+    [
+        ("李明是谁?", ["李明"]),
+        ("李 明", []),
+        ("请问Jane Doe是谁?", ["Jane Doe"]),
+        ("请问Jane Does是谁?", []),
+        ("김철수는 누구인가요?", ["김철수"]),
+        ("田中さんはどこ", ["田中"]),
+        ("ジョン・スミスさんはどこ", ["ジョン・スミス"]),
+        ("アンは誰", ["アン"]),
+        ("アンテナが壊れた", []),  # katakana is read as words
+        ("คุณสมชายเกิดที่ไหน", ["สมชาย"]),
+        ("สมชายี", []),  # another last syllable
+    ],
+)
+@pytest.mark.parametrize("spelling", [False, True])
+def test_names_are_found_in_scripts_without_spaces_and_latin_ones_among_them(text, people, spelling):
+    gate = NameGate(["李明", "Jane Doe", "김철수", "田中", "ジョン・スミス", "アン", "สมชาย"], spelling=spelling)
+    assert gate.names_in([text]) == [people]
+
+
+def test_a_misspelled_latin_name_is_found_in_a_script_without_spaces():
+    assert NameGate(["Jane Smith"], spelling=True).flags(["请问Jnae Smith是谁?"]).all()
+
+
 def test_scores_count_people_not_spellings():
     gate = NameGate(["Jane Doe", "Bob"], aliases={"Jane Doe": ["J. Doe", "Janie"]})
     texts = ["Janie, that is J. Doe, Jane Doe", "bob and janie", "bobby", "j. doe"]

@@ -83,6 +83,10 @@ def test_folds_share_both_groups_evenly_and_like_texts_never():
     assert sorted(folds(few, seed=0)[:3]) in ([0, 0, 1], [0, 1, 1])
 
 
+def test_a_recall_of_nearly_nothing_flags_one_text_and_not_all():
+    assert threshold_for(FORGET, RETAIN, 1e-12) == FORGET.max()
+
+
 REPORT = GateReport(Rate(9, 10), Rate(0, 7), None, "by hand", 0.9)
 
 

@@ -144,6 +144,26 @@ def test_an_attack_that_raises_nothing_is_not_said_to_bring_anything_back():
     assert "No attack raised what is answered. Tried: attacks on the input." in text
 
 
+def test_an_attack_without_anything_to_compare_it_with_is_not_said_not_to_be_measured():
+    per_row = {"accuracy": [1.0] * 3 + [0.0] * 7}
+    found = [measurement("quantized", "test_forget", "unlearned", level=4, per_row=per_row)]
+    text = evaluation_markdown(Evaluation({}, found, {}))
+    assert "Under a quantized base (4 bit): test forget accuracy 30.0 % [" in text
+    assert "(3 of 10 rows); what is answered without it was not measured." in text
+    assert "No attack was measured." not in text
+    both = evaluation_markdown(Evaluation({}, [*found, *input_attacks()], {}))
+    assert "Most is brought back by attacks on the input" in both
+    assert "Under a quantized base (4 bit): test forget accuracy 30.0 % [" in both
+
+
+def test_of_rows_of_which_the_base_knew_none_no_answers_are_counted():
+    text = evaluation_markdown(
+        Evaluation({}, utility({"unlearned": {"test_forget": 0}, "detached": {"test_forget": 0}}), {})
+    )
+    assert "the base itself got 10 wrong; what it did not know cannot be forgotten.\n" in text
+    assert "that it knew" not in text
+
+
 def test_where_nothing_is_forgotten_an_attack_that_raises_nothing_is_not_said_to_show_anything():
     attacked = [one for one in input_attacks() if (one.attack, one.model) == ("none", "unlearned")]
     found = [*utility({"unlearned": {"test_forget": 8}, "detached": {"test_forget": 8}}), *attacked]

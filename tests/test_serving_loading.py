@@ -9,6 +9,7 @@ import torch
 from helpers import build, make_tokenizer
 from servers import make_gated, two_prompts
 
+from spul.gates import NameGate, attach_gate
 from spul.records.digests import fingerprint
 from spul.serving import loading
 from spul.serving.loading import always, load_gated, load_prompts
@@ -47,6 +48,18 @@ def test_without_prompt_or_gate_nothing_is_served(folder):
     gated.delete_adapter("default")
     with pytest.raises(ValueError, match="no prompt to serve"):
         ServedPrompts(gated)
+
+
+def test_a_gate_that_was_not_saved_with_its_prompt_is_refused(folder):
+    NameGate(["nobody"]).save(folder / "jane" / "gate")  # nothing says which gate the prompt had
+    assert load_prompts(base(), make_tokenizer(), {"a": folder / "jane"}).route(["jane"]) == ["__base__"]
+    NameGate(["nobody"]).save(folder / "gate")
+    with pytest.raises(ValueError, match="'default' are not those that were saved together"):
+        load_prompts(base(), make_tokenizer(), {"a": folder})
+    found = load_prompts(base(), make_tokenizer(), {"a": folder}, always_on=["a"])  # no gate is asked
+    assert found.route(["any"]) == ["a"]
+    attach_gate(NameGate(["film"]), folder)
+    assert load_prompts(base(), make_tokenizer(), {"a": folder}).route(["film"]) == ["a"]
 
 
 def test_a_prompt_of_another_base_is_refused_unless_allowed(folder):

@@ -70,7 +70,8 @@ def test_what_asks_for_nothing_is_taken(fields):
     ("top_p", 1.1), ("seed", 1.5), ("seed", 2**64), ("max_tokens", 0), ("max_tokens", 33), ("max_tokens", 1.0),
     ("stop", ""), ("stop", ["a"] * 5), ("stop", 3), ("stream", "yes"), ("stream", 1), ("prompt", ""), ("prompt", []),
     ("prompt", ["a", "b"]), ("prompt", [True]), ("prompt", [[1], [2]]), ("prompt", {"a": 1}),
-    ("stream_options", {"include_usage": True}), ("model", None), ("messages", MESSAGES),
+    ("stream_options", {"include_usage": True}), ("stream_options", []), ("stream_options", False),
+    ("model", None), ("messages", MESSAGES),
 ])  # fmt: skip
 def test_what_is_malformed_or_not_supported_is_refused_with_its_name(param, value):
     assert refusal(**{param: value}) == (400, param)

@@ -22,13 +22,13 @@ class FitOptions(LoadOptions):
     forget: str | None = option("file of requests to flag: rows with the column, or a .txt with one a line")
     retain: str | None = option("file of requests not to flag")
     paraphrases: str | None = option("file of rewordings of forget requests, which are reported on")
-    column: str = option("column with the requests", "prompt")
-    recall: float = option("share of forget requests to flag", 0.99)
+    column: str | None = option("column with the requests; prompt by default")
+    recall: float | None = option("share of forget requests to flag, of a gate that is fit on them; 0.99 by default")
     spelling: bool | None = option(
         "whether misspelled words are read as the nearest known ones: in a gate of wording unless told false, in one "
         "of names if told true"
     )
-    seed: int = option("seed of the folds", 0)
+    seed: int | None = option("seed of the folds, of a gate that is fit on requests; 0 by default")
     layers: list[int] | None = option("layers that a gate of states tries; 8 by default")
     model: str | None = option("the base, for a gate of states and for conversations")
 
@@ -59,11 +59,17 @@ def fit(options: FitOptions) -> int | None:
     check_takes_gate(options.adapter, options.adapter_name)  # before minutes of fitting
     if options.layers and options.kind != "states":
         raise ValueError(f"layers are of a gate of states; a gate of {options.kind} reads none.")
-    if options.paraphrases is not None and options.kind == "names":
-        raise ValueError("paraphrases are of a gate that is fit on requests; one of names takes forget and retain.")
+    if options.kind == "names":
+        of_fits = ("paraphrases", "recall", "seed")
+        if given := [name for name in of_fits if getattr(options, name) is not None]:
+            raise ValueError(
+                f"{given[0]} is of a gate that is fit on requests; one of names takes forget and retain alone."
+            )
+    if options.column is not None and not (options.forget or options.retain or options.paraphrases):
+        raise ValueError(f"column={options.column!r} is given without a file of requests; give forget and retain.")
     if options.spelling is not None and options.kind == "states":
         raise ValueError("spelling is read by a gate of names or of wording; one of states sees the base's tokens.")
-    source = _Source(options, options.column)
+    source = _Source(options, "prompt" if options.column is None else options.column)
     forget, retain, paraphrases = (
         source.texts(path, is_forget)
         for path, is_forget in ((options.forget, True), (options.retain, False), (options.paraphrases, True))
@@ -76,7 +82,8 @@ def fit(options: FitOptions) -> int | None:
     elif forget is None or retain is None:
         raise ValueError(f"a gate of {options.kind} is fit on requests; give forget and retain, a file of each.")
     else:
-        settings = {"recall": options.recall, "seed": options.seed, "paraphrases": paraphrases}
+        given = {"recall": options.recall, "seed": options.seed, "paraphrases": paraphrases}
+        settings = {name: value for name, value in given.items() if value is not None}
         gate = _fitted(options, source, forget, retain, settings)
     replaced = _kind_there(options)
     attach_gate(gate, options.adapter, options.adapter_name)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 LAST_PORT = 65535
+VLLM_URL = "http://127.0.0.1:8000"
 
 
 def _option(text: str, default: Any = None) -> Any:
@@ -49,7 +50,7 @@ class ServeOptions(LoadOptions):
     engine: str = _option(
         '"transformers", which answers in this process, or "vllm", in front of a running vLLM.', "transformers"
     )
-    vllm_url: str = _option("Where vLLM runs.", "http://127.0.0.1:8000")
+    vllm_url: str | None = _option(f"Where vLLM runs; {VLLM_URL} unless given.")
     vllm_model: str | None = _option("The model's name at vLLM; `model` unless given.")
     vllm_key_file: str | None = _option("File with vLLM's API key.")
     host: str = _option("Address to bind to.", "127.0.0.1")
@@ -117,6 +118,9 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
     if options.engine not in ("transformers", "vllm"):
         raise ValueError(f'engine={options.engine!r}; expected "transformers" or "vllm".')
     _check_names(options)
+    of_vllm = [name for name in ("vllm_url", "vllm_model", "vllm_key_file") if getattr(options, name) is not None]
+    if of_vllm and options.engine != "vllm":
+        raise ValueError(f"{of_vllm[0]} is given, and the engine is {options.engine}; give --engine vllm as well.")
     names = ("max_body_bytes", "max_prompt_tokens", "max_new_tokens", "max_batch", "max_waiting", "timeout")
     limits = Limits(**{name: getattr(options, name) for name in names})
     if not 0 <= options.port <= LAST_PORT:
@@ -282,7 +286,8 @@ def _engine(options: ServeOptions, served: Any, limits: Any, key: str | None) ->
         return TransformersEngine(served, limits)
     from ..serving.proxy import VllmEngine
 
-    return VllmEngine(served, limits, options.vllm_url, options.vllm_model or options.model, key)
+    url = VLLM_URL if options.vllm_url is None else options.vllm_url
+    return VllmEngine(served, limits, url, options.vllm_model or options.model, key)
 
 
 def _secret(path: str) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import unicodedata
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
-from .characters import normal_form
+from . import characters
+from .characters import begins_after, ends_before, normal_form
 from .checks import checked_texts
 
 if TYPE_CHECKING:
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-WORD = re.compile(r"\w+")
+WORD = re.compile(characters.WORD)
 # Words and signs, each with the space before it, which together make up a text whose white space is single spaces.
-PIECE = re.compile(r" ?(?:\w+|[^\w\s])")
+PIECE = re.compile(rf" ?(?:{characters.WORD}|[^\w\s])")
 SIGNS_AS_SPACES = bytes(code if WORD.match(chr(code)) and code < 128 else ord(" ") for code in range(256))
 # The first character of a word, but not of an ending such as 's, n't or 'll, which the recognizers know in lower case.
 FIRST_OF_WORD = re.compile(r"(?<!\w)(?!(?<=['\u2019])(?:s|t|d|m|re|ve|ll)\b)(?!n['\u2019]t\b)\w", re.IGNORECASE)
@@ -213,6 +213,9 @@ def recognize(recognizer: Callable[[Sequence[str]], list[list[str]]], texts: lis
 class NameFinder:
     """Search for certain names in texts: whole words, in any letter case and with any white space.
 
+    Where a script writes no spaces between words, as Chinese, or none before endings, as Korean, each character is a
+    word: a name is found wherever its characters stand, also within a longer one.
+
     The names make one automaton over words and signs, read once along a text: the time of a search grows with the
     text, not with the number of names or with what they have in common.
 
@@ -257,13 +260,14 @@ class NameFinder:
         for i, piece in enumerate(pieces):
             state = self._step(state, piece)
             ended = self._completed[state]
-            if ended in exhausted or (i + 1 < len(pieces) and _in_word(pieces[i + 1][0])):
+            if ended in exhausted or (i + 1 < len(pieces) and not ends_before(piece[-1], pieces[i + 1][0])):
                 continue
             passed, all_found = [], True
             while ended not in exhausted:
                 name, length = self._ended[ended]
                 start = i - length + 1
-                if start == 0 or pieces[start][0] == " " or not _in_word(pieces[start - 1][-1]):
+                first = pieces[start][0]
+                if start == 0 or first == " " or begins_after(pieces[start - 1][-1], first):
                     found.add(name)
                 all_found = all_found and name in found
                 passed.append(ended)
@@ -307,11 +311,6 @@ def normalized_name(text: str) -> str:
     return " ".join(text.split())
 
 
-def _in_word(character: str) -> bool:
-    # Vowel signs, as in Hindi, are parts of words, but not \w in regular expressions.
-    return character.isalnum() or character == "_" or (character != "" and unicodedata.category(character)[0] == "M")
-
-
 def _checked_labels(labels: Sequence[str], known: set[str] | None) -> tuple[str, ...]:
     if isinstance(labels, str) or not labels:
         raise ValueError(f"labels={labels!r}; expected a list of entity labels, such as ('PERSON',).")
@@ -321,8 +320,8 @@ def _checked_labels(labels: Sequence[str], known: set[str] | None) -> tuple[str,
 
 
 def _whole_words(text: str, start: int, end: int) -> str:
-    while start > 0 and re.fullmatch(r"\w\w", text[start - 1 : start + 1]):
+    while start > 0 and re.fullmatch(WORD, text[start - 1 : start + 1]):
         start -= 1
-    while end < len(text) and re.fullmatch(r"\w\w", text[end - 1 : end + 1]):
+    while end < len(text) and re.fullmatch(WORD, text[end - 1 : end + 1]):
         end += 1
     return text[start:end]

@@ -13,6 +13,7 @@ from scipy.stats import binomtest
 from .metrics.intervals import Interval, bootstrap_interval, joined_interval, seeds_interval
 from .metrics.leakage import auc, auc_interval, compare_with_retrained, true_positive_rate
 from .metrics.likelihood import truth_ratio_on_forget, truth_ratio_on_retain
+from .metrics.running_text import perplexity
 from .metrics.table import SHARE, metric_of
 from .metrics.tofu import forget_quality, model_utility
 
@@ -239,7 +240,7 @@ def _f1(true: np.ndarray, predicted: np.ndarray) -> float:
 
 
 def _perplexity(nats: np.ndarray, tokens: np.ndarray) -> float:
-    return float(np.exp(nats.sum() / tokens.sum()))
+    return perplexity({"nats": nats, "tokens": tokens})
 
 
 # ---- membership ----

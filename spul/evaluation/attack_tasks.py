@@ -172,9 +172,7 @@ def quantized(suite: Suite) -> Iterator[Task]:
                 if not copies:
                     with tempfile.TemporaryDirectory() as folder:
                         copies.append(_quantized_copy(model, cast(int, key.level), Path(folder)))
-                with warnings.catch_warnings():
-                    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")  # once per call
-                    return [Measurement(*key, per_row=suite.answers(copies[0], rows))]
+                return [Measurement(*key, per_row=suite.answers(copies[0], rows))]
 
             parts = []
             for split in ("test_forget", "test_retain"):

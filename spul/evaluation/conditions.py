@@ -104,9 +104,10 @@ class Condition:
         """The values of an evaluation that meet the condition; none if it is not met.
 
         Raises:
-            ValueError: if the evaluation has no such metric, or one without the end that is asked for: what was not
-                measured, or has diverged, is not good. Also if an earlier version of spul measured attacks on the
-                input, which did not note the rows that they change.
+            ValueError: if the evaluation has no such metric, or one without the end that is asked for, or lacks it
+                for one of several attacks under which the model has diverged, and the others do not meet the
+                condition: what was not measured, or has diverged, is not good. Also if an earlier version of spul
+                measured attacks on the input, which did not note the rows that they change.
         """
         counted = _counted(evaluation, self.measure)
         found = [one for one in counted if (one.rows, one.name) == (self.rows, self.metric)]
@@ -122,7 +123,15 @@ class Condition:
             raise ValueError(
                 f"{self}: {_named(unknown[0])} has no {self.end}, only the value {unknown[0].value:g}; compare that."
             )
-        return [one for one in found if COMPARISONS[self.comparison](getattr(one, self.end), self.number)]
+        met = [one for one in found if COMPARISONS[self.comparison](getattr(one, self.end), self.number)]
+        start = f"{self.measure} {self.rows} unlearned"
+        missing = {
+            name: why for name, why in evaluation.skipped.items() if name == start or name.startswith(f"{start} ")
+        }
+        if missing and not met:
+            name, why = next(iter(missing.items()))
+            raise ValueError(f"{self}: {name} has no value ({why}), so it is not known whether the condition holds.")
+        return met
 
 
 def failures(evaluation: Evaluation, conditions: Sequence[Condition]) -> list[str]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from peft import PeftModel
 
+from ..gates.files import SETTINGS_NAME
 from ..gates.gated import GatedUnlearner
-from ..gates.gated_files import ROUTING_NAME
+from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME
 from ..layers.checkpoint import CONFIG_NAME as LAYERS_NAME
 from ..layers.unlearning_layers import UnlearningLayers
 from ..models.loading import load_causal_lm, load_tokenizer
@@ -118,6 +121,13 @@ def load_unlearned(
         model = UnlearningLayers.from_pretrained(model, folder)
     elif kind == "adapter":
         model = _with_adapter(model, folder)
+        if Path(folder, GATE_FOLDER, SETTINGS_NAME).is_file():
+            warnings.warn(
+                f"{str(folder)!r} has a gate in {GATE_FOLDER}/, and no {ROUTING_NAME} that puts it in front of the "
+                "prompt, which is evaluated always on: spul serve asks the gate. To evaluate both, attach the gate "
+                "(spul gate fit, or attach_gate in Python).",
+                stacklevel=2,
+            )
     return Loaded(model.eval(), words, kind)
 
 

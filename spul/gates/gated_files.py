@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -209,11 +210,7 @@ def read_gated(
         else:
             unlearner.load_adapter(folder, name, **where)
     for name in prompts:
-        if _digests(folder, name, name in routing["gates"], **hub) != routing["sha256"].get(name):
-            raise ValueError(
-                f"{path}: prompt and gate of {name!r} are not those that were saved together, as after an interrupted "
-                "save, or one of the prompt alone. Save the GatedUnlearner again."
-            )
+        _check_together(folder, path, routing, name, **hub)
     gates = {
         named.get(name, name): gate_of(
             folder, unlearner, tokenizer, **{**hub, "subfolder": _joined(hub, folder_of(name))}
@@ -222,6 +219,29 @@ def read_gated(
     }
     combined = {tuple(one["flagged"]): one["prompt"] for one in routing["combined"]}
     return unlearner, gates, [named.get(name, name) for name in routing["precedence"]], combined
+
+
+def check_saved_together(folder: str | os.PathLike) -> None:
+    """Raise if a folder's prompt and gate are not those that its `spul_gates.json` names, where it has one.
+
+    Args:
+        folder: a local folder.
+
+    Raises:
+        ValueError: if not, or the file is damaged.
+    """
+    path = Path(folder, ROUTING_NAME)
+    if path.is_file() and "default" in (routing := _checked(read_object(path), path))["prompts"]:
+        _check_together(folder, path, routing, "default")
+
+
+def _check_together(folder: str | os.PathLike, path: Path, routing: dict[str, Any], name: str, **hub: Any) -> None:
+    if _digests(folder, name, name in routing["gates"], **hub) != routing["sha256"].get(name):
+        raise ValueError(
+            f"{path}: prompt and gate of {name!r} are not those that were saved together, as after an interrupted "
+            "save, or one of the prompt alone. Save the GatedUnlearner again, or fit the gate to this prompt again "
+            f"(spul gate fit --adapter {shlex.quote(str(folder))})."
+        )
 
 
 def _joined(hub: dict[str, Any], *parts: str) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from ..data.checks import checked_names, checked_texts
+from ..data.recognizers import WORD as SPELLED
 from ..data.recognizers import NameFinder, normalized_name
 from ..data.rows import listed
 from .disguises import WORD, compatible, without_disguises
 from .files import SavedGate, is_texts
 from .gate import Gate
-from .spelling import WORD as SPELLED
 from .spelling import Spelling, check_spelling, english_words, num_letters, read_spelling, spelling_settings
 from .thresholds import GateReport
 
@@ -37,9 +37,10 @@ class NameGate(Gate):
     """A gate that flags texts which name one of certain people.
 
     A name matches as `split_by_entity` matches it: as whole words, in any letter case and with any white space between
-    its words. It also matches in compatible characters, such as full-width letters, and with invisible ones inside
-    (Unicode NFKC), in look-alike letters of other alphabets, and with its letters apart. Misspellings match if
-    `spelling` is asked for; else give them as aliases, or join the gate with another one by `AnyGate`.
+    its words; wherever its characters stand in scripts without spaces, such as Chinese. It also matches in compatible
+    characters, such as full-width letters, and with invisible ones inside (Unicode NFKC), in look-alike letters of
+    other alphabets, and with its letters apart. Misspellings match if `spelling` is asked for; else give them as
+    aliases, or join the gate with another one by `AnyGate`.
 
     A text's score is the number of different people whom it names. No window is needed: a name is found wherever it
     stands.
@@ -99,7 +100,8 @@ class NameGate(Gate):
         # Names that also match misspelled, between their first word and their last, and their words.
         self._misspelled: dict[str, tuple[str, list[str]]] = {}
         for one in self._owners:
-            if spelling and (" " in one or num_letters(one) >= LEAST_ALONE) and (words := SPELLED.findall(one)):
+            words = SPELLED.findall(one) if spelling and (" " in one or num_letters(one) >= LEAST_ALONE) else []
+            if any(num_letters(word) >= ONE_EDIT for word in words):  # in some scripts a character is a word
                 core = one[one.index(words[0]) : one.rindex(words[-1]) + len(words[-1])]
                 self._misspelled[one] = core.translate(SIGNS), words
         known = dict.fromkeys((word for _, words in self._misspelled.values() for word in words), 0.0)

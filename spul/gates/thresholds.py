@@ -190,7 +190,7 @@ def folds(given: FitTexts, seed: int) -> np.ndarray:
 def lowest_flagged(forget_scores: np.ndarray, recall: float) -> float:
     """The highest threshold that a share of at least `recall` of the scores reaches."""
     descending = np.sort(forget_scores)[::-1]
-    return float(descending[math.ceil(recall * len(descending) - 1e-9) - 1])
+    return float(descending[max(1, math.ceil(recall * len(descending) - 1e-9)) - 1])
 
 
 def threshold_for(forget_scores: np.ndarray, retain_scores: np.ndarray, recall: float) -> float:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..data.characters import whole_words
 from ..data.checks import checked_names
 from ..gates.files import is_number, is_texts
 from ..gates.gate import Gate, as_gate, request_texts
@@ -160,8 +161,7 @@ class EmbeddingCorruption(Rival):
             raise ValueError(f"seed={seed}; expected 0 or more.")
         self.gate, self.corruption, self.seed = as_gate(gate), corruption, seed
         self.names = None if names is None else checked_names("names", names)
-        spelled = "|".join(r"\s+".join(map(re.escape, name.split())) for name in self.names or ())
-        self._pattern = re.compile(rf"(?<!\w)(?:{spelled})(?!\w)", re.IGNORECASE) if spelled else None
+        self._pattern = None if self.names is None else re.compile(whole_words(self.names), re.IGNORECASE)
 
     def flags(self, requests: Sequence[Sequence[int]]) -> list[bool]:
         """Whether each request, as token ids, is corrupted."""

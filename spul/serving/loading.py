@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from ..gates.files import SETTINGS_NAME
 from ..gates.gate import Gate, as_gate
 from ..gates.gated import GatedUnlearner
-from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME, gate_of
+from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME, check_saved_together, gate_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import fingerprint
 from ..records.ledger_events import name_fault
@@ -104,10 +104,11 @@ def check_name(name: Any) -> None:
 
 
 def check_gate(folder: str | os.PathLike) -> None:
-    """Raise unless a prompt's folder has a gate.
+    """Raise unless a prompt's folder has a gate, the one that was saved with the prompt as far as is noted there.
 
     Raises:
-        FileNotFoundError: if not.
+        FileNotFoundError: if it has none.
+        ValueError: if prompt and gate are not those that were saved together.
     """
     if not Path(folder, GATE_FOLDER, SETTINGS_NAME).is_file():
         is_gated = Path(folder, ROUTING_NAME).is_file()
@@ -117,6 +118,7 @@ def check_gate(folder: str | os.PathLike) -> None:
             + f" Fit a gate (spul gate fit --adapter FOLDER, or gate.save({GATE_FOLDER!r}) within the folder), or "
             "have the prompt always on (--always NAME)."
         )
+    check_saved_together(folder)
 
 
 def check_fits(record: SpulConfig, base: str | None, allow_other_base: bool, where: str) -> None:

@@ -153,7 +153,7 @@ def read_body(kind: str, body: bytes, model: str, limits: Limits) -> ChatRequest
         raise other_model(model)
     content = _messages(data.get("messages")) if kind == "chat" else _prompt(data.get("prompt"))
     stream = _flag(data, "stream")
-    options = data.get("stream_options") or {}
+    options = {} if data.get("stream_options") is None else data["stream_options"]
     if not isinstance(options, dict) or set(options) - {"include_usage"} or (options and not stream):
         raise ApiError(400, 'stream_options goes with stream and has "include_usage" alone.', "stream_options")
     return ChatRequest(

@@ -13,6 +13,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ...data.characters import whole_words
 from ...data.checks import checked_names
 from ...data.conversations import content_of, with_content
 from .changes import (
@@ -175,8 +176,7 @@ def _pattern_of(names: Sequence[str]) -> re.Pattern[str]:
     """Finds names as whole words in any letter case, white space and encoding of accents; of two, the longer."""
     encoded = {unicodedata.normalize(form, name) for name in names for form in ("NFC", "NFD")}
     in_order = sorted(encoded, key=lambda name: (-len(name), name))
-    ways = "|".join(r"\s+".join(map(re.escape, name.split())) for name in in_order)
-    return re.compile(rf"(?<!\w)(?:{ways})(?!\w)", re.IGNORECASE)
+    return re.compile(whole_words(in_order), re.IGNORECASE)
 
 
 def _longest_words(text: str) -> list[tuple[int, int]]:

@@ -9,6 +9,8 @@ import numpy as np
 from datasets import Dataset
 from torch import nn
 
+from ...data.characters import whole_words
+from ...data.checks import checked_names
 from ...data.encoder import RowEncoder
 from ...data.rows import column_values
 from .likelihood import response_likelihoods
@@ -22,12 +24,10 @@ def entity_rows(rows: Dataset, entities: Sequence[str]) -> Dataset:
         entities: names as whole words, in any letter case.
 
     Raises:
+        TypeError: if the entities are a single text.
         ValueError: if there are no entities, or no prompt names any of them after its first word.
     """
-    if not entities:
-        raise ValueError("entities is empty; pass the names that the rows are to be forgotten for.")
-    spelled = "|".join(r"\s+".join(map(re.escape, name.split())) for name in entities)
-    pattern = re.compile(rf"(?<!\w)(?:{spelled})(?!\w)", re.IGNORECASE)
+    pattern = re.compile(whole_words(checked_names("entities", entities)), re.IGNORECASE)
     found = []
     for prompt in column_values(rows, "prompt"):
         for match in pattern.finditer(prompt):

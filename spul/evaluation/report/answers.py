@@ -70,14 +70,27 @@ def cost(evaluation: Evaluation) -> list[str]:
 
 def back(evaluation: Evaluation) -> list[str]:
     """The attack that raises most what is answered on the forget rows."""
-    pairs = []
+    pairs: list[tuple[MetricValue, MetricValue]] = []
+    alone: list[MetricValue] = []
     for measure in ATTACKS:
         attacked = strongest(evaluation, measure)
         plain = None if attacked is None else unattacked(evaluation, attacked)
         if attacked is not None and plain is not None:
             pairs.append((attacked, plain))
+        elif attacked is not None:
+            alone.append(attacked)
+    without = [
+        f"Under {MEASURES[one.measure].title.lower()} ({variant_in_words(one)}): {spaced(one.rows)} "
+        f"{metric_of(one.name).label} {_value(one)}; what is answered without it was not measured."
+        for one in alone
+    ]
     if not pairs:
-        return ["No attack was measured."]
+        return without or ["No attack was measured."]
+    return [*_most(evaluation, pairs), *without]
+
+
+def _most(evaluation: Evaluation, pairs: Sequence[tuple[MetricValue, MetricValue]]) -> list[str]:
+    """The attack that raises most, of pairs of a value under an attack and without it."""
     tried = f"Tried: {', '.join(MEASURES[one.measure].title.lower() for one, _ in pairs)}."
     most, plain = max(pairs, key=lambda pair: pair[0].value - pair[1].value)
     if all(one.value == plain.value == 1.0 for one, plain in pairs):
