@@ -9,6 +9,7 @@ from typing import Any
 from .checks import checked_flag, fault_of_text, whole_number
 from .rows import completion_text, is_empty, normalized, shortened
 
+NO_ANSWER = ("system", "user", "tool")  # roles that answer nothing
 REMEDY = "If a Trainer pruned them, set TrainingArguments(remove_unused_columns=False)."
 
 
@@ -240,6 +241,12 @@ def _check_messages(row: Mapping[str, Any], column: str) -> None:
             for key, value in part.items() if isinstance(part, Mapping) else ():
                 if isinstance(value, str):
                     _check_text(row, f"{key} of a message of {column}", value)
+    if column == "completion" and (other := [one["role"] for one in messages if one["role"] in NO_ANSWER]):
+        raise ValueError(
+            f"{row_name(row)}: completion has a message of the role {other[0]!r}, which would be trained and scored "
+            "as an answer; expected the answer alone, of the role 'assistant'. Put messages before it into prompt, "
+            "and leave out those after it."
+        )
     if column == "completion" and not isinstance(messages[-1].get("content"), (str, type(None))):
         _check_text(row, "content of the last message of completion", messages[-1]["content"])
 
