@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..losses.terms import IGNORE_INDEX
 from ..records.fields import check_prompt_position
 from .boundary import boundary_fault
-from .checks import checked_flag, checked_row_id
+from .checks import checked_flag, checked_row_id, whole_number
 from .conversations import conversation_ids, conversation_prompt_ids, message_start
 from .encoded import Encoded, EncodedPrompt, left_padded, position_column, token_at
 from .row_checks import check_is_row, check_texts, ending_of, position_of, row_name, split_tokenized
@@ -68,8 +68,10 @@ class RowEncoder:
             made the encoder said already that they do not fit their prompts.
 
     Raises:
-        ValueError: if `max_length` is below 2, `text_field` is given with a slow tokenizer, or `append_eos` with a
-            tokenizer without an end-of-sequence token, or `prompt_position` is neither of the two.
+        TypeError: if `tokenizer` is none.
+        ValueError: if `max_length` is below 2, or `pad_to_multiple_of` below 1; `text_field` is given with a slow
+            tokenizer, `append_eos` with one without an end-of-sequence token, or `prompt_position` is neither of the
+            two.
     """
 
     def __init__(
@@ -82,8 +84,17 @@ class RowEncoder:
         prompt_position: str = "start",
     ) -> None:
         check_prompt_position(prompt_position)
-        if max_length < 2:
-            raise ValueError(f"max_length={max_length}; expected at least 2: one token of prompt, one of completion.")
+        if not hasattr(tokenizer, "eos_token_id"):
+            raise TypeError(
+                f"tokenizer is a {type(tokenizer).__name__}; expected a tokenizer of transformers, such as "
+                "AutoTokenizer.from_pretrained(name), or a processor's own, processor.tokenizer."
+            )
+        if (whole_number(max_length, bools=False) or 0) < 2:
+            raise ValueError(
+                f"max_length={max_length!r}; expected at least 2: one token of prompt, one of completion."
+            )
+        if pad_to_multiple_of is not None and (whole_number(pad_to_multiple_of, bools=False) or 0) < 1:
+            raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r}; expected a whole number from 1, or None.")
         if text_field is not None and not tokenizer.is_fast:
             raise ValueError(
                 f"text_field={text_field!r} needs a fast tokenizer; {type(tokenizer).__name__} is not one."

@@ -146,6 +146,22 @@ def ending_of(row: Mapping[str, Any], num_completion: int) -> int:
     return number
 
 
+def check_ends_alike(row: Mapping[str, Any], append_eos: bool) -> None:
+    """Check that the completion of a tokenized row ends as a generic one does that is encoded in its place.
+
+    Raises:
+        ValueError: if it was tokenized by a collator with another `append_eos`, or from a conversation without
+            `generic_completions`.
+    """
+    found = row.get("num_ending")
+    if "input_ids" in row and found is not None and found != int(append_eos):
+        raise ValueError(
+            f"{row_name(row)}, a tokenized one, has {_short(found)} token(s) after its answer (num_ending), and a "
+            f"generic completion in its place would have {int(append_eos)} (append_eos={append_eos}). Tokenize the "
+            "data set anew with this collator."
+        )
+
+
 def position_of(row: Mapping[str, Any], num_prompt: int) -> int:
     """The checked `prompt_position` of a tokenized row: how many of its tokens stand before a soft prompt.
 
