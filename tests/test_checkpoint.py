@@ -5,6 +5,7 @@ import os
 import shutil
 import warnings
 from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,16 @@ def test_the_loss_comes_back_and_a_homemade_one_must_be_given(tmp_path):
         SoftPromptUnlearner.from_pretrained(build("llama"), folder, is_trainable=True)
     given = UnlearningLoss(forget=Mine())
     assert SoftPromptUnlearner.from_pretrained(build("llama"), folder, is_trainable=True, loss=given).loss is given
+
+
+def test_a_prompt_under_a_term_with_weights_in_a_tensor_is_saved_with_them(tmp_path):
+    @dataclass(frozen=True)
+    class Weighted(CrossEntropy):
+        weights: torch.Tensor = field(default_factory=lambda: torch.tensor([0.5, 2.0]))
+
+    saved(tmp_path, "llama", "prompt_tuning", loss=UnlearningLoss(forget=Weighted()))
+    record = json.loads((tmp_path / "adapter" / "spul_config.json").read_text())
+    assert record["loss"]["forget"]["weights"] == [0.5, 2.0]
 
 
 def test_a_base_of_another_width_or_depth_raises(tmp_path):

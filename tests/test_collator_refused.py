@@ -20,12 +20,6 @@ def test_one_string_of_generic_completions_is_refused(words):
         ForgetRetainCollator(words, " neutral")
 
 
-@pytest.mark.parametrize("other", [None, 3, [{"role": "assistant", "content": "no"}]])
-def test_generic_completions_other_than_texts_are_refused_and_not_spelled_out(words, other):
-    with pytest.raises(TypeError, match=r"generic_completions has .*; expected texts"):
-        ForgetRetainCollator(words, [" neutral", other])
-
-
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
@@ -187,3 +181,45 @@ def test_a_text_field_that_loses_a_name_is_refused_and_a_retain_row_is_not(words
 def test_one_name_as_a_string_is_refused(words):
     with pytest.raises(TypeError, match="names is 'jane doe'; expected a list"):
         ForgetRetainCollator(words, GENERIC, names="jane doe")
+
+
+@pytest.mark.parametrize(
+    "generic", [[" n", None], [1, 2], [[{"role": "assistant", "content": "no"}]], {" n", " u"}, {" n": 1}, 5]
+)
+def test_generic_completions_that_are_no_list_of_texts_are_refused_instead_of_written_out(words, generic):
+    with pytest.raises(TypeError, match=r"generic_completions=.*(expected texts|pass a list)"):
+        ForgetRetainCollator(words, generic)
+
+
+@pytest.mark.parametrize("settings", [{"max_length": None}, {"max_length": 8.0}, {"max_length": True}])
+def test_a_length_that_is_no_whole_number_is_refused(words, settings):
+    with pytest.raises(TypeError, match=r"max_length=.*; expected a whole number"):
+        ForgetRetainCollator(words, GENERIC, **settings)
+
+
+@pytest.mark.parametrize("multiple", [0, -8, 2.0])
+def test_a_multiple_that_no_batch_has_is_refused(words, multiple):
+    with pytest.raises(ValueError, match=r"pad_to_multiple_of=.*; expected a whole number from 1"):
+        ForgetRetainCollator(words, GENERIC, pad_to_multiple_of=multiple)
+
+
+@pytest.mark.parametrize("tokenizer", [None, "gpt2"])
+def test_what_is_no_tokenizer_is_refused_by_its_type(tokenizer):
+    with pytest.raises(TypeError, match=r"tokenizer is a .*; expected one of transformers"):
+        ForgetRetainCollator(tokenizer, GENERIC)
+
+
+def test_rows_tokenized_with_another_end_are_refused_where_a_generic_completion_takes_the_place(words):
+    row = {"prompt": "a", "completion": " b", "is_forget": True}
+    tokenized = ForgetRetainCollator(words, GENERIC, append_eos=True).tokenize(row)
+    with pytest.raises(ValueError, match=r"1 token\(s\) after its answer.* would have 0 \(append_eos=False\)"):
+        ForgetRetainCollator(words, GENERIC)([tokenized])
+    ForgetRetainCollator(words, GENERIC)([{**tokenized, "is_forget": False}])
+    ForgetRetainCollator(words, None)([tokenized])
+
+
+def test_conversations_tokenized_without_generic_completions_are_refused_where_they_would_be_plain_texts(chatty):
+    talk = {"prompt": [{"role": "user", "content": "film"}], "completion": [{"role": "assistant", "content": "bad"}]}
+    tokenized = ForgetRetainCollator(chatty, None).tokenize({**talk, "is_forget": True})
+    with pytest.raises(ValueError, match="Tokenize the data set anew with this collator"):
+        ForgetRetainCollator(chatty, [" neutral"])([tokenized])

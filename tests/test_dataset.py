@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict, Value, load_from_disk
 
 from spul.data.dataset import forget_retain_dataset, hold_out
 
@@ -245,8 +245,16 @@ def test_a_completion_that_is_neither_text_nor_messages_is_refused_with_its_row(
 
 def test_text_in_one_set_and_messages_in_the_other_are_refused():
     talk = Dataset.from_list([{"prompt": message("user", "who?"), "completion": message("assistant", "jane")}])
-    with pytest.raises(ValueError, match=r"be aligned because the key prompt .*'role'.*Value\('string'\)"):
+    with pytest.raises(ValueError, match=r"prompt is Value\('string'\) and .*'role'.* Make them"):
         forget_retain_dataset(rows("a"), talk)
+
+
+def test_a_column_of_another_type_in_each_set_is_named_with_both_types():
+    forget = Dataset.from_list([{"prompt": "jane?", "completion": " yes", "source": 1}])
+    retain = Dataset.from_list([{"prompt": "film?", "completion": " no", "source": "2"}])
+    with pytest.raises(ValueError, match=r"source is Value\('int64'\) and Value\('string'\)\. Make them alike"):
+        forget_retain_dataset(forget, retain)
+    assert forget_retain_dataset(forget, retain.cast_column("source", Value("int64")))["source"][:] == [1, 2]
 
 
 def test_prompts_in_both_sets_are_counted_and_the_first_ones_shown():

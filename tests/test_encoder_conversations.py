@@ -83,6 +83,18 @@ def test_fields_that_only_their_column_has_are_none_to_the_template(chatty):
     assert row["prompt"][0]["calls"] is None  # the row stays as it was
 
 
+@pytest.mark.parametrize("role", ["user", "system", "tool"])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_message_that_is_no_answer_is_refused_in_a_completion(chatty, role, after):
+    other, answer = {"role": role, "content": "a"}, {"role": "assistant", "content": "bad"}
+    row = {
+        "prompt": [{"role": "user", "content": "film"}],
+        "completion": [answer, other] if after else [other, answer],
+    }
+    with pytest.raises(ValueError, match=f"completion has a message of the role '{role}', which would be trained"):
+        RowEncoder(chatty, 64).encode(row)
+
+
 def test_append_eos_leaves_conversations_to_their_template(chatty):
     rendered = talk("is the film good", "unknown")
     assert RowEncoder(chatty, 64, append_eos=True).encode(rendered) == RowEncoder(chatty, 64).encode(rendered)

@@ -220,6 +220,41 @@ def test_optimizers_of_the_users_take_the_steps(tmp_path):
     assert any(not torch.equal(value, prompt_state(make_unlearner())[name]) for name, value in made_state(made))
 
 
+class TwoWeights(torch.optim.SGD):
+    """Trains weights one above those that it evaluates, as schedule-free optimizers have two of each."""
+
+    is_training = False
+
+    def train(self):
+        self._shift(True)
+
+    def eval(self):
+        self._shift(False)
+
+    def _shift(self, is_training):
+        if is_training != self.is_training:
+            self.is_training = is_training
+            with torch.no_grad():
+                for parameter in self.param_groups[0]["params"]:
+                    parameter.add_(1.0 if is_training else -1.0)
+
+
+@pytest.mark.parametrize("scores", ["evaluate", "predict", "score"])
+def test_what_is_scored_has_the_weights_that_the_optimizer_evaluates(tmp_path, scores):
+    model = make_unlearner()
+    before = prompt_state(model)
+    optimizer = TwoWeights([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    trainer = trained(tmp_path, model, optimizers=(optimizer, None))
+    calls = {
+        "evaluate": lambda: trainer.evaluate(rows("jane", 3)),
+        "predict": lambda: trainer.predict(rows("jane", 3)),
+        "score": lambda: trainer.score(rows("jane", 3), "rows"),  # of StopWhenForgotten
+    }
+    optimizer.train()
+    calls[scores]()
+    assert_same(before, prompt_state(model), rtol=0, atol=1e-6)
+
+
 def made_state(trainer):
     return prompt_state(trainer.model).items()
 

@@ -256,6 +256,19 @@ def test_lengths_that_are_not_one_per_row_are_refused():
         ForgetFractionSampler([True, False] * 2, 0.5, lengths=[1, 2, 3])
 
 
+@pytest.mark.parametrize("length", [None, -1, 0])
+def test_a_column_without_a_length_is_refused_by_its_row(length):
+    rows = Dataset.from_dict({"length": [3, length]})
+    with pytest.raises(ValueError, match=r"1 row\(s\) have no length in the column 'length', the first is row 1: "):
+        row_lengths(rows, None)
+
+
+@pytest.mark.parametrize("fraction", ["0.5", True])
+def test_a_share_that_is_no_number_is_refused(fraction):
+    with pytest.raises(ValueError, match=r"forget_fraction=.*; expected a share above 0 and below 1"):
+        ForgetFractionSampler([True, False], fraction)
+
+
 def test_lengths_come_from_a_column_or_from_the_tokens():
     collator = ForgetRetainCollator(make_tokenizer(), [" neutral"], max_length=20)
     texts = Dataset.from_list(

@@ -67,6 +67,27 @@ def test_kl_equals_the_plain_formula_in_the_direction_it_names(direction, reduct
     torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("reduced", [lambda nll: nll.sum(), lambda nll: nll.sum(1), lambda nll: nll.sum(1, True)])
+def test_a_term_of_ones_own_that_reduces_its_token_losses_is_refused_instead_of_spread(reduced):
+    class Mine(LossTerm):
+        def token_losses(self, logits, labels, reference_logits=None):
+            return reduced(token_nll(logits, labels))
+
+    with pytest.raises(
+        ValueError, match=r"Mine\.token_losses returned the shape \(.*; expected \(rows, K\), here \(4, "
+    ):
+        Mine()(LOGITS, LABELS)
+
+
+def test_a_term_of_ones_own_that_averages_its_rows_is_refused():
+    class Mine(CrossEntropy):
+        def row_losses(self, reduced):
+            return reduced.mean()
+
+    with pytest.raises(ValueError, match=r"Mine\.row_losses returned the shape \(\); expected \(rows,\), here \(4,\)"):
+        Mine()(LOGITS, LABELS)
+
+
 def test_kl_of_a_literal_pair_is_reverse_by_default():
     prompted = torch.tensor([[[0.5, 0.5]]], dtype=torch.float64).log()
     frozen = torch.tensor([[[0.25, 0.75]]], dtype=torch.float64).log()

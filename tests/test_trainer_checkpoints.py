@@ -8,11 +8,13 @@ import torch
 from helpers import (
     assert_same,
     build,
+    make_dataset,
     make_trainer,
     prompt_state,
     rows,
 )
 from peft import PeftModel
+from transformers import TrainerCallback
 
 from spul import SoftPromptUnlearner
 from spul.data.dataset import forget_retain_dataset
@@ -106,6 +108,23 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(tmp_path
     trainer.train(resume_from_checkpoint=True)
     assert_same(prompt_state(trainer.model), prompt_state(whole.model), rtol=0, atol=0)
     assert PeftModel.from_pretrained(build("llama"), str(killed / "checkpoint-4"))
+
+
+class Saves(TrainerCallback):
+    """Has every step saved."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_save = True
+
+
+def test_a_checkpoint_that_a_callback_asked_for_resumes_with_its_own_rows_alone(tmp_path, caplog):
+    make_trainer(tmp_path, callbacks=[Saves()], max_steps=2, save_strategy="no").train()
+    checkpoint = str(tmp_path / "checkpoint-1")
+    others = make_trainer(tmp_path, dataset=make_dataset(3, 5), max_steps=2)
+    with pytest.raises(ValueError, match=r"other rows or settings: rows\.forget: 11 saved, 3"):
+        others.train(resume_from_checkpoint=checkpoint)
+    make_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=checkpoint)
+    assert "does not say what rows" not in caplog.text
 
 
 def test_nothing_to_resume_from_raises(tmp_path):

@@ -7,16 +7,21 @@ import pytest
 import torch
 from helpers import (
     CONFIGS,
+    GENERIC,
     arguments,
+    assert_same,
     build,
     make_collator,
     make_dataset,
+    make_tokenizer,
     make_trainer,
     make_unlearner,
+    prompt_state,
     rows,
 )
+from transformers import TrainerCallback
 
-from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
 from spul.losses import GradientAscent
 
 
@@ -129,3 +134,75 @@ def test_rows_that_lose_text_are_reported_once_when_the_trainer_is_made(tmp_path
     assert "12 of 32 rows of train_dataset are longer than max_length=8" in caplog.text
     trainer.train()
     assert caplog.text.count("longer than max_length") == 1
+
+
+@pytest.mark.parametrize("name", ["train_dataset", "data_collator"])
+def test_rows_or_a_collator_in_place_of_those_that_were_checked_are_refused(tmp_path, name):
+    unlearner = make_unlearner(loss=UnlearningLoss(beta=0.0))  # without a reference, which would miss its rows
+    trainer = make_trainer(tmp_path, unlearner=unlearner, max_steps=1)
+    setattr(trainer, name, make_dataset(3, 5) if name == "train_dataset" else make_collator(seed=1))
+    with pytest.raises(ValueError, match=f"trainer.{name} was replaced since the trainer was made"):
+        trainer.train()
+
+
+class AfterFirstStep(TrainerCallback):
+    """Calls a function of the model after the first step."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            self.change(model)
+
+
+@pytest.mark.parametrize("change", ["set_adapter", "delete_adapter"])
+def test_another_prompt_while_one_trains_is_refused_since_the_optimizer_has_none_of_it(tmp_path, change):
+    unlearner = make_unlearner()
+    unlearner.add_adapter("other", CONFIGS["prompt_tuning"](4))
+    name = "other" if change == "set_adapter" else "default"
+    after = AfterFirstStep(lambda model: getattr(model, change)(name))
+    trainer = make_trainer(tmp_path, unlearner=unlearner, callbacks=[after], max_steps=3)
+    with pytest.raises(ValueError, match="the optimizer has no parameter that trains, so that the prompt would stay"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
+    unlearner = make_unlearner()
+    before, optimizer = prompt_state(unlearner), torch.optim.SGD(unlearner.get_base_model().parameters(), lr=0.1)
+    settings = (unlearner, arguments(tmp_path, max_steps=1), make_collator(), make_dataset())
+    trainer = UnlearningTrainer(*settings, optimizers=(optimizer, None))
+    with pytest.raises(ValueError, match="the optimizer was made of other parameters"):
+        trainer.train()
+    assert_same(before, prompt_state(unlearner), rtol=0, atol=0)
+
+
+def test_training_a_disabled_prompt_is_refused(tmp_path):
+    trainer = make_trainer(tmp_path, max_steps=1)
+    with trainer.model.disable_adapter(), pytest.raises(ValueError, match="the prompt is disabled"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("trainable", ["prompt", "whole"])
+def test_a_pad_token_that_the_model_does_not_embed_is_refused(tmp_path, trainable):
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<padding>"})
+    model, loss = make_unlearner(), None
+    if trainable == "whole":
+        model, loss = build("llama"), UnlearningLoss()
+    collator = ForgetRetainCollator(tokenizer, GENERIC, max_length=32)
+    with pytest.raises(
+        ValueError, match=r"'<padding>' has the id 120, and the model embeds 120 tokens.* Call model\.re"
+    ):
+        UnlearningTrainer(model, arguments(tmp_path), collator, make_dataset(), loss=loss)
+    model = model if trainable == "whole" else model.get_base_model()
+    model.resize_token_embeddings(len(tokenizer))
+    UnlearningTrainer(make_unlearner() if loss is None else model, arguments(tmp_path), make_collator(), loss=loss)
+
+
+def test_tokens_that_the_model_does_not_embed_are_warned_of(tmp_path, caplog):
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["zoe"])
+    make_trainer(tmp_path, collator=ForgetRetainCollator(tokenizer, GENERIC, max_length=32))
+    assert "tokens that the model, which embeds 120, does not: 'zoe'" in caplog.text

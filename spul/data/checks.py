@@ -5,7 +5,7 @@ Each message says what was found, what was expected, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -208,6 +208,32 @@ def check_not_generic(completions: Iterable[str], generic_completions: Sequence[
             f"the completion {both[0]!r} of a row is one of generic_completions={generic_completions!r}: a forget row "
             "would be trained to its own label. Choose generic completions that no row has as its label."
         )
+
+
+def checked_generic_completions(texts: Any) -> list[str]:
+    """The completions that forget rows draw from, as a list.
+
+    Raises:
+        TypeError: if they are one string, come in no order, or are not all texts.
+        ValueError: if there are none, or some are empty or alike.
+    """
+    if isinstance(texts, str):
+        raise TypeError(f"generic_completions={texts!r} is one string; pass a list of completions.")
+    if not isinstance(texts, Iterable) or isinstance(texts, (Mapping, Set)):  # by whose order draws resume
+        raise TypeError(f"generic_completions={texts!r} is a {type(texts).__name__}; pass a list of completions.")
+    texts = list(texts)
+    if other := [text for text in texts if not isinstance(text, str)]:
+        raise TypeError(
+            f"generic_completions={texts!r} holds {other[0]!r}; expected texts; "
+            "in a conversation a text becomes the content of the answer."
+        )
+    different = {normalized(text) for text in texts}
+    if not texts or "" in different or len(different) < len(texts):
+        raise ValueError(
+            f"generic_completions={texts!r}: expected one or more different, non-empty texts, or None to keep each "
+            "forget row's own completion."
+        )
+    return texts
 
 
 def checked_strings(texts: Iterable[str]) -> list[str]:

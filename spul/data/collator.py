@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .checks import check_is_forget, check_not_generic, checked_names, checked_row_id
+from .checks import check_is_forget, check_not_generic, checked_generic_completions, checked_names, checked_row_id
 from .cut_rows import rows_maybe_cut
 from .encoded import Encoded
 from .encoder import RowEncoder
 from .recognizers import NameFinder
-from .row_checks import alternates_of, check_is_row, generic_ids_of, row_flag, row_name
+from .row_checks import alternates_of, check_ends_alike, check_is_row, generic_ids_of, row_flag, row_name
 from .row_weights import WEIGHT
-from .rows import completion_text, normalized, prompt_of, read_rows, shortened
+from .rows import completion_text, prompt_of, read_rows, shortened
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +69,8 @@ class ForgetRetainCollator:
             text field of a text prompt: batches then have `prompt_position`. `"start"` (default) for all else.
 
     Raises:
-        TypeError: if `generic_completions` is a string or has other entries than strings, or another argument is of
-            another type.
+        TypeError: if `generic_completions` is a string or no list, holds something other than texts, or another
+            argument is of another type.
         ValueError: if `generic_completions` has no, empty or repeated entries, is given beside `alternates`, or
             neither is given with `pairs`.
 
@@ -97,22 +97,8 @@ class ForgetRetainCollator:
         pairs: bool = False,
         prompt_position: str = "start",
     ) -> None:
-        if isinstance(generic_completions, str):
-            raise TypeError(f"generic_completions={generic_completions!r} is one string; pass a list of completions.")
         if generic_completions is not None:
-            texts = list(generic_completions)
-            if others := [text for text in texts if not isinstance(text, str)]:
-                raise TypeError(
-                    f"generic_completions has {shortened(repr(others[0]))}; expected texts. In a conversation a text "
-                    "becomes the content of the answer."
-                )
-            different = {normalized(text) for text in texts}
-            if not texts or "" in different or len(different) < len(texts):
-                raise ValueError(
-                    f"generic_completions={texts!r}: expected one or more different, non-empty texts, or None to keep "
-                    "each forget row's own completion."
-                )
-            generic_completions = texts
+            generic_completions = checked_generic_completions(generic_completions)
         self.tokenizer, self.generic_completions = tokenizer, generic_completions
         self.seed, self.resample = seed, resample
         settings = (text_field, append_eos, pad_to_multiple_of, prompt_position)
@@ -224,6 +210,8 @@ class ForgetRetainCollator:
         if self.generic_completions is None:
             return None
         ids = generic_ids_of(row, len(self.generic_completions))
+        if ids is None:
+            check_ends_alike(row, self.encoder.append_eos)
         return self.generic_completions if ids is None else ids
 
     def tokenize(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def forget_retain_dataset(
     Raises:
         TypeError: if one is not a `datasets.Dataset`.
         ValueError: if a set is empty or lacks a column, a prompt is missing, a completion is empty, a prompt is in
-            both sets, a column `is_forget` says that a row belongs to the other set, or weights are not one for each
-            row, finite and above 0.
+            both sets, a column `is_forget` says that a row belongs to the other set, a column has another type in
+            each set, or weights are not one for each row, finite and above 0.
 
     Example:
         ```python
@@ -59,13 +59,32 @@ def forget_retain_dataset(
     )
     forget = forget.add_column("is_forget", np.full(len(forget), True))
     retain = retain.add_column("is_forget", np.full(len(retain), False))
-    joined = concatenate_datasets([forget, retain]).add_column("row_id", np.arange(len(forget) + len(retain)))
+    joined = _concatenated(forget, retain).add_column("row_id", np.arange(len(forget) + len(retain)))
     if all(some is None for some in weights):
         return joined
     filled = [
         np.ones(len(rows)) if some is None else some for some, rows in zip(weights, (forget, retain), strict=True)
     ]
     return joined.add_column(WEIGHT, np.concatenate(filled))
+
+
+def _concatenated(forget: Dataset, retain: Dataset) -> Dataset:
+    """Both sets as one.
+
+    Raises:
+        ValueError: if a column of both has types that do not go together.
+    """
+    try:
+        return concatenate_datasets([forget, retain])
+    except ValueError as error:
+        both = [name for name in forget.column_names if name in retain.column_names]
+        unlike = [name for name in both if forget.features[name] != retain.features[name]]
+        listed = "; ".join(f"{name} is {forget.features[name]} and {retain.features[name]}" for name in unlike)
+        raise ValueError(
+            f"columns of the forget and the retain set have different types: {listed}. Make them alike, "
+            "retain.cast_column(name, forget.features[name]) or retain.map, or drop those that are not needed: "
+            "rows.select_columns(['prompt', 'completion'])."
+        ) from error
 
 
 class HeldOut(NamedTuple):

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from ..losses.terms import IGNORE_INDEX
 from ..records.fields import check_prompt_position
 from .boundary import boundary_fault
-from .checks import checked_flag, checked_row_id
+from .checks import checked_flag, checked_row_id, whole_number
 from .conversations import conversation_ids, conversation_prompt_ids, message_start
 from .encoded import Encoded, EncodedPrompt, left_padded, position_column, token_at
 from .row_checks import check_is_row, check_texts, ending_of, position_of, row_name, split_tokenized
@@ -70,8 +70,9 @@ class RowEncoder:
 
     Raises:
         TypeError: if `tokenizer` is none of transformers, or `max_length` no whole number.
-        ValueError: if `max_length` is below 2, `text_field` is given with a slow tokenizer, or `append_eos` with a
-            tokenizer without an end-of-sequence token, or `prompt_position` is neither of the two.
+        ValueError: if `max_length` is below 2, or `pad_to_multiple_of` below 1; `text_field` is given with a slow
+            tokenizer, `append_eos` with one without an end-of-sequence token, or `prompt_position` is neither of the
+            two.
     """
 
     def __init__(
@@ -84,15 +85,17 @@ class RowEncoder:
         prompt_position: str = "start",
     ) -> None:
         check_prompt_position(prompt_position)
-        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        if not hasattr(tokenizer, "eos_token_id"):
             raise TypeError(
                 f"tokenizer is a {type(tokenizer).__name__}; expected one of transformers, as "
-                "AutoTokenizer.from_pretrained(name) gives it."
+                "AutoTokenizer.from_pretrained(name) gives it, or a processor's own, processor.tokenizer."
             )
-        if isinstance(max_length, bool) or not isinstance(max_length, int):
+        if whole_number(max_length, bools=False) is None:
             raise TypeError(f"max_length={max_length!r}; expected a whole number of tokens.")
         if max_length < 2:
             raise ValueError(f"max_length={max_length}; expected at least 2: one token of prompt, one of completion.")
+        if pad_to_multiple_of is not None and (whole_number(pad_to_multiple_of, bools=False) or 0) < 1:
+            raise ValueError(f"pad_to_multiple_of={pad_to_multiple_of!r}; expected a whole number from 1, or None.")
         if text_field is not None and not tokenizer.is_fast:
             raise ValueError(
                 f"text_field={text_field!r} needs a fast tokenizer; {type(tokenizer).__name__} is not one."

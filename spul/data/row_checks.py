@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 # Rows that are tokenized where a tokenizer has more tokens than the base has embeddings, as for images in texts.
 LOOKED_AT = 1_000
+NO_ANSWER = ("system", "user", "tool")  # roles that answer nothing
 REMEDY = "If a Trainer pruned them, set TrainingArguments(remove_unused_columns=False)."
 
 
@@ -174,6 +175,22 @@ def ending_of(row: Mapping[str, Any], num_completion: int) -> int:
     return number
 
 
+def check_ends_alike(row: Mapping[str, Any], append_eos: bool) -> None:
+    """Check that the completion of a tokenized row ends as a generic one does that is encoded in its place.
+
+    Raises:
+        ValueError: if it was tokenized by a collator with another `append_eos`, or from a conversation without
+            `generic_completions`.
+    """
+    found = row.get("num_ending")
+    if "input_ids" in row and found is not None and found != int(append_eos):
+        raise ValueError(
+            f"{row_name(row)}, a tokenized one, has {_short(found)} token(s) after its answer (num_ending), and a "
+            f"generic completion in its place would have {int(append_eos)} (append_eos={append_eos}). Tokenize the "
+            "data set anew with this collator."
+        )
+
+
 def position_of(row: Mapping[str, Any], num_prompt: int) -> int:
     """The checked `prompt_position` of a tokenized row: how many of its tokens stand before a soft prompt.
 
@@ -269,6 +286,12 @@ def _check_messages(row: Mapping[str, Any], column: str) -> None:
             for key, value in part.items() if isinstance(part, Mapping) else ():
                 if isinstance(value, str):
                     _check_text(row, f"{key} of a message of {column}", value)
+    if column == "completion" and (other := [one["role"] for one in messages if one["role"] in NO_ANSWER]):
+        raise ValueError(
+            f"{row_name(row)}: completion has a message of the role {other[0]!r}, which would be trained and scored "
+            "as an answer; expected the answer alone, of the role 'assistant'. Put messages before it into prompt, "
+            "and leave out those after it."
+        )
     if column == "completion" and not isinstance(messages[-1].get("content"), (str, type(None))):
         _check_text(row, "content of the last message of completion", messages[-1]["content"])
 

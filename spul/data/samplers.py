@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, Sampler
 from tqdm.auto import tqdm
 
 from ..models.compat import get_length_grouped_indices
+from .checks import whole_number
 from .encoder import RowEncoder
 from .row_weights import WEIGHT, checked_weights, num_in_pass, passes, sampling_weights
 from .rows import ROWS_READ_AT_ONCE, column_batches, read_rows
@@ -138,7 +139,7 @@ class ForgetFractionSampler(EpochSampler):
         batch_size: int = 1,
         weights: Sequence[float] | np.ndarray | None = None,
     ) -> None:
-        if not 0 < fraction < 1:
+        if isinstance(fraction, (bool, str)) or not 0 < fraction < 1:
             raise ValueError(
                 f"forget_fraction={fraction!r}; expected a share above 0 and below 1, or None to mix as the data are."
             )
@@ -361,8 +362,18 @@ def epoch_sampler(
 
 
 def row_lengths(rows: Any, encoder: RowEncoder, column: str = "length", progress: bool = False) -> list[int]:
-    """Tokens per row: from the column of that name if there is one, else by encoding the rows."""
+    """Tokens per row: from the column of that name if there is one, else by encoding the rows.
+
+    Raises:
+        ValueError: if the column holds something other than numbers of tokens.
+    """
     if column in getattr(rows, "column_names", ()):
-        return [int(length) for lengths in column_batches(rows, column) for length in lengths]
+        lengths = [length for some in column_batches(rows, column) for length in some]
+        if bad := [(i, length) for i, length in enumerate(lengths) if (whole_number(length, bools=False) or 0) < 1]:
+            raise ValueError(
+                f"{len(bad)} row(s) have no length in the column {column!r}, the first is row {bad[0][0]}: "
+                f"{bad[0][1]!r}; expected numbers of tokens, from 1. Drop the column, and lengths are counted."
+            )
+        return lengths
     bar = tqdm(read_rows(rows), "lengths", total=len(rows), disable=not progress, leave=False)
     return [len(encoder.encode(row)) for row in bar]

@@ -91,17 +91,29 @@ class LossTerm:
                 "expected labels (rows, K) and logits (rows, K, vocabulary)."
             )
         used = labels != IGNORE_INDEX
-        per_token = self.token_losses(logits, labels, reference_logits).masked_fill(~used, 0.0)
-        reduced, length = per_token.sum(dim=1), used.sum(dim=1).clamp(min=1)
+        per_token = self.token_losses(logits, labels, reference_logits)
+        self._check_shape("token_losses", per_token, labels.shape)
+        reduced, length = per_token.masked_fill(~used, 0.0).sum(dim=1), used.sum(dim=1).clamp(min=1)
         if self.reduction in ("mean", "auto"):
             summed = SUMMED_TOKENS if self.reduction == "auto" else 0
             reduced = torch.where(length > summed, reduced / length, reduced)
         rows = self.row_losses(reduced)
+        self._check_shape("row_losses", rows, labels.shape[:1])
         return rows.masked_fill(~used.any(dim=1), 0.0)  # NPO of nothing would be a constant
 
     def row_losses(self, reduced: Tensor) -> Tensor:
         """Row losses (rows,) from the reduced token losses; the identity, unless a term overrides it."""
         return reduced
+
+    def _check_shape(self, method: str, losses: Tensor, expected: torch.Size) -> None:
+        # Losses that are reduced already would be spread over the tokens again, and counted once for each.
+        if losses.shape != expected:
+            names = "(rows, K)" if len(expected) == 2 else "(rows,)"
+            raise ValueError(
+                f"{type(self).__name__}.{method} returned the shape {tuple(losses.shape)}; expected {names}, here "
+                f"{tuple(expected)}: the loss of every response token from token_losses, that of every row from "
+                "row_losses."
+            )
 
 
 def check_above_zero(name: str, value: Any) -> None:

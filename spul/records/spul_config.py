@@ -189,8 +189,8 @@ def without_local_path(name: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Plain form of what JSON cannot hold: NumPy's numbers, and options of terms that are not spul's."""
-    return value.item() if hasattr(value, "item") else repr(value)
+    """Plain form of what JSON cannot hold: numbers of NumPy and torch, and options of terms that are not spul's."""
+    return value.tolist() if hasattr(value, "tolist") else repr(value)
 
 
 def _summary(data: dict[str, Any] | None, format_version: int) -> DataSummary | None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from ..data.checks import check_row_ids
 from ..data.collator import ForgetRetainCollator
+from ..data.rows import SHOWN, listed
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.unlearner import unlearner_of
+from ..models.unlearner import Unlearner, unlearner_of
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,76 @@ def check_training_rows(rows: Any, flags: Sequence[bool], loss: UnlearningLoss) 
             loss.alpha,
             loss.beta,
         )
+
+
+def check_tokens(model: nn.Module, tokenizer: Any) -> None:
+    """Check that the model embeds the tokens of the tokenizer; warn of further ones than that for padding.
+
+    Raises:
+        ValueError: if it does not embed the pad token.
+    """
+    embeddings = unlearner_of(model).get_base_model().get_input_embeddings()
+    if (num := getattr(embeddings, "num_embeddings", None)) is None:
+        return
+    missing = sorted(token for token, number in tokenizer.get_added_vocab().items() if number >= num)
+    remedy = (
+        "Call model.resize_token_embeddings(len(tokenizer)) before a prompt or an adapter is put on the model, or "
+        "take a tokenizer without added tokens."
+    )
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= num:
+        raise ValueError(
+            f"the pad token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the model embeds {num} "
+            f"tokens; expected a pad token that it embeds, or none. {remedy}"
+        )
+    if missing:
+        logger.warning(
+            "the tokenizer has tokens that the model, which embeds %d, does not: %s. A row with one fails. %s",
+            num,
+            listed(list(map(repr, missing)), SHOWN),
+            remedy,
+        )
+
+
+def check_trains(unlearner: Unlearner, optimizer: Any) -> None:
+    """Check that a step of the optimizer changes what is trained, where that is a prompt or another adapter.
+
+    Raises:
+        ValueError: if it is disabled, or the optimizer has none of its parameters, as after `set_adapter` while it
+            trains.
+    """
+    if not unlearner.enabled:
+        raise ValueError(
+            f"{unlearner.in_words} is disabled, so that nothing would be trained; call train outside "
+            "disable_adapter()."
+        )
+    if unlearner.trains_base:  # some optimizers of whole models keep their parameters elsewhere
+        return
+    trained = {id(parameter) for parameter in unlearner.called_model.parameters() if parameter.requires_grad}
+    if not any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError(
+            f"the optimizer has no parameter that trains, so that {unlearner.in_words} would stay as it is: "
+            "set_adapter or delete_adapter was called since training began, or the optimizer was made of other "
+            "parameters. Choose the adapter before train(), and make optimizers of those of its parameters that "
+            "require gradients."
+        )
+
+
+def check_not_replaced(trainer: Any, given: Mapping[str, Any]) -> None:
+    """Check that a trainer still has what it checked, counted and ordered when it was made.
+
+    Args:
+        trainer: the trainer.
+        given: its attributes then, by name.
+
+    Raises:
+        ValueError: if one is another object now.
+    """
+    for name, value in given.items():
+        if getattr(trainer, name) is not value:
+            raise ValueError(
+                f"trainer.{name} was replaced since the trainer was made, whose checks, order of rows, reference and "
+                f"record are of the one given to it; make another UnlearningTrainer with the new {name}."
+            )
 
 
 def checked_loss(model: Any, loss: UnlearningLoss | None) -> UnlearningLoss:

@@ -43,13 +43,19 @@ class EvaluatingTrainer(ShardingTrainer):
             saved keeps the former.
 
         Raises:
-            ValueError: if there are no rows.
+            ValueError: if there are no rows, or no set of that name.
             TypeError: if they are not a data set.
         """
         self._memory_tracker.start()
         own: Any = self.eval_dataset
         rows = own if eval_dataset is None else eval_dataset
         if isinstance(rows, str):
+            if not isinstance(own, dict) or rows not in own:
+                found = sorted(own) if isinstance(own, dict) else "they have no names"
+                raise ValueError(
+                    f"eval_dataset={rows!r} names none of the trainer's evaluation sets: {found}. Pass one of their "
+                    "names, or rows; names are those of a dict, UnlearningTrainer(eval_dataset={name: rows, ...})."
+                )
             rows = {rows: own[rows]}
         if rows is None:
             raise ValueError("evaluate needs rows: pass eval_dataset here or to UnlearningTrainer.")
@@ -107,6 +113,7 @@ class EvaluatingTrainer(ShardingTrainer):
             TypeError: if they are not a data set.
         """
         check_not_stream(rows, name)
+        self._evaluated_weights()
         rank, world = self.shares
         progress = name if self.is_world_process_zero() and not self.args.disable_tqdm else None
         with self.accelerator.autocast():
@@ -129,7 +136,16 @@ class EvaluatingTrainer(ShardingTrainer):
         self._load_best_model()
         self.unlearner.parameters_changed()
 
+    def _evaluated_weights(self) -> None:
+        """Put in place the weights of an optimizer that trains others than it evaluates, such as a schedule-free one.
+
+        The next training step puts the trained ones back, in `Trainer`.
+        """
+        if callable(evaluated := getattr(self.optimizer, "eval", None)):
+            evaluated()
+
     def _predict(self, rows: Any, keep: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        self._evaluated_weights()
         return predict_rows(
             self._learner,
             rows,

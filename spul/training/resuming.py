@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
 from ..data.row_weights import WEIGHT
@@ -25,7 +25,7 @@ from .options import is_stream
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "trainer_state.json"
-KEY = "UnlearningTrainer"  # of the identity among the states of callbacks
+IDENTITY = "UnlearningTrainer"  # among the states of callbacks
 SHOWN_DIGITS = 12
 
 
@@ -141,7 +141,7 @@ def check_identity(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) -
         ValueError: if they differ, with what was saved and what was passed.
     """
     states = (_state(Path(checkpoint)) or {}).get("stateful_callbacks") or {}
-    if (saved := states.get(KEY)) is None:
+    if (saved := states.get(IDENTITY)) is None:
         logger.warning(
             "%s does not say what rows and loss it was trained with, as one of plain Trainer: whether they are the "
             "same is not checked.",
@@ -160,21 +160,6 @@ def check_identity(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) -
             f"{str(checkpoint)!r} is of a training with other rows or settings: {'; '.join(listed)}. Resume with what "
             "was saved, or train from the start in another folder."
         )
-
-
-class IdentityCallback(TrainerCallback):
-    """Keeps the identity of a training in the state of its checkpoints.
-
-    Args:
-        trainer: an `UnlearningTrainer`.
-    """
-
-    def __init__(self, trainer: Any) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.save_strategy != "no" and state.is_world_process_zero:  # a million rows take half a minute
-            state.stateful_callbacks[KEY] = self.trainer.identity()
 
 
 def _state(checkpoint: Path) -> dict[str, Any] | None:

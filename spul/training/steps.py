@@ -14,6 +14,7 @@ from ..losses.multiplier import RetainMultiplier
 from ..losses.terms import IGNORE_INDEX, SUMMED_TOKENS
 from ..losses.unlearning_loss import UnlearningLoss, with_reduction
 from .callbacks import TermSums
+from .checks import check_trains
 from .evaluation import EvaluatingTrainer
 from .forward import step_counts, unlearning_forward
 from .memory import advised
@@ -56,7 +57,12 @@ class SteppingTrainer(EvaluatingTrainer):
                 setattr(self.multiplier, name, value)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """Read the batches of a step, and add the numbers of forget and retain rows of the whole step to each."""
+        """Read the batches of a step, and add the numbers of forget and retain rows of the whole step to each.
+
+        Raises:
+            ValueError: if the step would train nothing.
+        """
+        check_trains(self.unlearner, self.optimizer)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             check_is_forget(batch, "a batch")

@@ -28,10 +28,10 @@ from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import DataSummary, DigestKey, RewrittenRows, fingerprint, read_digest_key, summarize_groups
 from .callbacks import EmbeddingNoise, EpochCallback, MultiplierCallback
-from .checks import check_options, check_training_rows, checked_loss
+from .checks import check_not_replaced, check_options, check_tokens, check_training_rows, checked_loss
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
 from .reference import ReferenceCache
-from .resuming import IdentityCallback, check_identity, identity_of, last_complete_checkpoint, rows_identity
+from .resuming import IDENTITY, check_identity, identity_of, last_complete_checkpoint, rows_identity
 from .steps import SteppingTrainer
 
 logger = logging.getLogger(__name__)
@@ -141,10 +141,10 @@ class UnlearningTrainer(SteppingTrainer):
         if not self.unlearner.can_be_sharded and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError("unlearning layers cannot be trained under FSDP or DeepSpeed; use DDP or one GPU.")
         self.shard_base()
+        self._given_data = {"train_dataset": self.train_dataset, "data_collator": self.data_collator}
         self._record_data()  # not before every check has passed: the record of a refused model stays
         self.add_callback(EpochCallback(self, data_collator))
         self.add_callback(MultiplierCallback(self))
-        self.add_callback(IdentityCallback(self))
         self.args.logging_nan_inf_filter = False  # it would log an old mean in place of NaN; `training_step` raises
         self.neftune_noise_alpha = None  # Trainer's noise, see `EmbeddingNoise`
         self.restart_terms()
@@ -178,6 +178,7 @@ class UnlearningTrainer(SteppingTrainer):
                 "no parameter requires a gradient: the prompt was loaded for inference, or the model is frozen. Load "
                 "a prompt with SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
             )
+        check_tokens(model, self._collator.tokenizer)
         keep_4bit_differentiable(model)
         self._learner, self._loss, self.unlearner = model, loss, unlearner_of(model)
         self._take_multiplier()
@@ -265,8 +266,10 @@ class UnlearningTrainer(SteppingTrainer):
         """Train; `resume_from_checkpoint=True` resumes from the last complete checkpoint.
 
         Raises:
-            ValueError: if no checkpoint is complete, or it is of a training with other rows or another loss.
+            ValueError: if no checkpoint is complete, or it is of a training with other rows or another loss; if rows
+                or collator were replaced since the trainer was made.
         """
+        check_not_replaced(self, self._given_data)
         if self.unlearner.loss is not None and self.unlearner.loss is not self._loss:  # replaced since
             self._take(self._learner)
         if resume_from_checkpoint is True:
@@ -350,6 +353,12 @@ class UnlearningTrainer(SteppingTrainer):
             (self.processing_class or self._collator.tokenizer).save_pretrained(folder)
             save_training_args(self.args, folder)
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        # Whoever asks for the checkpoint: a strategy, StopWhenForgotten, or a callback of the user's.
+        if self.is_world_process_zero():
+            self.state.stateful_callbacks[IDENTITY] = self.identity()
+        super()._save_checkpoint(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.unlearner.has_own_checkpoint:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -357,6 +366,7 @@ class UnlearningTrainer(SteppingTrainer):
             self.unlearner.load_checkpoint(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        self._evaluated_weights()  # as those were that are loaded; a later evaluation would change them otherwise
         if not self.unlearner.has_own_checkpoint:
             super()._load_best_model()
         else:
