@@ -82,8 +82,8 @@ def fit(options: FitOptions) -> int | None:
     elif forget is None or retain is None:
         raise ValueError(f"a gate of {options.kind} is fit on requests; give forget and retain, a file of each.")
     else:
-        given = {"recall": options.recall, "seed": options.seed, "paraphrases": paraphrases}
-        settings = {name: value for name, value in given.items() if value is not None}
+        chosen = {"recall": options.recall, "seed": options.seed, "paraphrases": paraphrases}
+        settings = {name: value for name, value in chosen.items() if value is not None}
         gate = _fitted(options, source, forget, retain, settings)
     replaced = _kind_there(options)
     attach_gate(gate, options.adapter, options.adapter_name)
