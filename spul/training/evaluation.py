@@ -51,9 +51,9 @@ class EvaluatingTrainer(ShardingTrainer):
         rows = own if eval_dataset is None else eval_dataset
         if isinstance(rows, str):
             if not isinstance(own, dict) or rows not in own:
-                found = sorted(own) if isinstance(own, dict) else "they have no names"
+                names = sorted(own) if isinstance(own, dict) else "they have no names"
                 raise ValueError(
-                    f"eval_dataset={rows!r} names none of the trainer's evaluation sets: {found}. Pass one of their "
+                    f"eval_dataset={rows!r} names none of the trainer's evaluation sets: {names}. Pass one of their "
                     "names, or rows; names are those of a dict, UnlearningTrainer(eval_dataset={name: rows, ...})."
                 )
             rows = {rows: own[rows]}

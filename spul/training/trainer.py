@@ -356,7 +356,8 @@ class UnlearningTrainer(SteppingTrainer):
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         # Whoever asks for the checkpoint: a strategy, StopWhenForgotten, or a callback of the user's.
         if self.is_world_process_zero():
-            self.state.stateful_callbacks[IDENTITY] = self.identity()
+            states: Any = self.state.stateful_callbacks
+            states[IDENTITY] = self.identity()
         super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
