@@ -146,7 +146,9 @@ def with_questions(rows: Dataset, text_field: str | None) -> Dataset:
     """
     if not is_conversation(rows):
         return rows
-    texts = column_values(rows, text_field) if text_field in rows.column_names else None
+    texts = None
+    if text_field is not None and text_field in rows.column_names:
+        texts = column_values(rows, text_field)
     asked = list(map(_asked, column_values(rows, "prompt")))
     kept = [i for i, text in enumerate(asked) if text.strip() and (texts is None or (texts[i] and texts[i] in text))]
     return rows.select(kept) if 0 < len(kept) < len(rows) else rows
