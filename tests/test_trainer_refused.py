@@ -178,6 +178,40 @@ def test_an_optimizer_of_other_parameters_is_refused(tmp_path):
     assert_same(before, prompt_state(unlearner), rtol=0, atol=0)
 
 
+class OnCopies(torch.optim.SGD):
+    """Trains copies of parameters, as DeepSpeed's optimizers do, and those that step on the CPU."""
+
+    def __init__(self, parameters):
+        self.originals = [one for one in parameters if one.requires_grad]
+        super().__init__([torch.nn.Parameter(one.detach().clone()) for one in self.originals], lr=0.1)
+
+    def step(self, closure=None):
+        copies = self.param_groups[0]["params"]
+        for one, copied in zip(self.originals, copies, strict=True):
+            copied.grad = one.grad
+        super().step(closure)
+        with torch.no_grad():
+            for one, copied in zip(self.originals, copies, strict=True):
+                one.copy_(copied)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_an_optimizer_of_copies_trains_until_another_prompt_takes_the_place(tmp_path, changes):
+    unlearner = make_unlearner()
+    before, optimizer = prompt_state(unlearner), OnCopies(unlearner.parameters())
+    unlearner.add_adapter("other", CONFIGS["prompt_tuning"](4))
+    after = [AfterFirstStep(lambda model: model.set_adapter("other"))] if changes else []
+    settings = (unlearner, arguments(tmp_path, max_steps=2), make_collator(), make_dataset())
+    trainer = UnlearningTrainer(*settings, optimizers=(optimizer, None), callbacks=after)
+    if changes:
+        with pytest.raises(ValueError, match="the optimizer has no parameter that trains"):
+            trainer.train()
+    else:
+        trainer.train()
+        assert any(not torch.equal(before[name], value) for name, value in prompt_state(unlearner).items())
+    assert trainer.state.global_step == 2 - changes
+
+
 def test_training_a_disabled_prompt_is_refused(tmp_path):
     trainer = make_trainer(tmp_path, max_steps=1)
     with trainer.model.disable_adapter(), pytest.raises(ValueError, match="the prompt is disabled"):
@@ -193,12 +227,13 @@ def test_a_pad_token_that_the_model_does_not_embed_is_refused(tmp_path, trainabl
         model, loss = build("llama"), UnlearningLoss()
     collator = ForgetRetainCollator(tokenizer, GENERIC, max_length=32)
     with pytest.raises(
-        ValueError, match=r"'<padding>' has the id 120, and the model embeds 120 tokens.* Call model\.re"
+        ValueError, match=r"'<padding>' has the id 120, and the model embeds 120 tokens.* call model\.re"
     ):
         UnlearningTrainer(model, arguments(tmp_path), collator, make_dataset(), loss=loss)
-    model = model if trainable == "whole" else model.get_base_model()
+    model = build("llama")
     model.resize_token_embeddings(len(tokenizer))
-    UnlearningTrainer(make_unlearner() if loss is None else model, arguments(tmp_path), make_collator(), loss=loss)
+    model = model if trainable == "whole" else SoftPromptUnlearner(model, CONFIGS["prompt_tuning"](4))
+    UnlearningTrainer(model, arguments(tmp_path, max_steps=1), collator, make_dataset(), loss=loss).train()
 
 
 def test_tokens_that_the_model_does_not_embed_are_warned_of(tmp_path, caplog):

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .checks import checked_flag, fault_of_text, whole_number
-from .rows import completion_text, is_empty, normalized, shortened
+from .rows import completion_text, is_empty, normalized, read_rows, shortened
 
 if TYPE_CHECKING:
     from .encoder import RowEncoder
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # Rows that are tokenized where a tokenizer has more tokens than the base has embeddings, as for images in texts.
 LOOKED_AT = 1_000
 NO_ANSWER = ("system", "user", "tool")  # roles that answer nothing
+RESIZE = "call model.resize_token_embeddings(len(tokenizer)) before a prompt or an adapter is put on the model"
 REMEDY = "If a Trainer pruned them, set TrainingArguments(remove_unused_columns=False)."
 
 
@@ -64,13 +65,13 @@ def check_token_ids(encoder: RowEncoder, rows: Iterable[Mapping[str, Any]], num_
     """
     if num_embeddings is None or len(encoder.tokenizer) <= num_embeddings:
         return
-    for row in itertools.islice(rows, LOOKED_AT):
+    for row in itertools.islice(read_rows(rows), LOOKED_AT):
         encoded = encoder.encode(row)
         largest = max(encoded.prompt_ids + encoded.completion_ids)
         if largest >= num_embeddings:
             raise ValueError(
                 f"the tokenizer gives {row_name(row)} the token id {largest}, and the base has {num_embeddings} input "
-                "embeddings; expected the base's own tokenizer."
+                f"embeddings; expected the base's own tokenizer. If tokens were added to it, {RESIZE}."
             )
 
 

@@ -11,8 +11,10 @@ from torch import nn
 
 from ..data.checks import check_row_ids
 from ..data.collator import ForgetRetainCollator
+from ..data.row_checks import RESIZE
 from ..data.rows import SHOWN, listed
 from ..losses.unlearning_loss import UnlearningLoss
+from ..models.causal_lm import num_embeddings
 from ..models.unlearner import Unlearner, unlearner_of
 
 logger = logging.getLogger(__name__)
@@ -100,25 +102,21 @@ def check_training_rows(rows: Any, flags: Sequence[bool], loss: UnlearningLoss) 
 
 
 def check_tokens(model: nn.Module, tokenizer: Any) -> None:
-    """Check that the model embeds the tokens of the tokenizer; warn of further ones than that for padding.
+    """Check that the model embeds the pad token; warn of further tokens of the tokenizer that it does not.
 
     Raises:
         ValueError: if it does not embed the pad token.
     """
-    embeddings = unlearner_of(model).get_base_model().get_input_embeddings()
-    if (num := getattr(embeddings, "num_embeddings", None)) is None:
+    if (num := num_embeddings(model)) is None:
         return
-    missing = sorted(token for token, number in tokenizer.get_added_vocab().items() if number >= num)
-    remedy = (
-        "Call model.resize_token_embeddings(len(tokenizer)) before a prompt or an adapter is put on the model, or "
-        "take a tokenizer without added tokens."
-    )
+    remedy = f"Take the base's own tokenizer, or {RESIZE}."
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= num:
         raise ValueError(
             f"the pad token {tokenizer.pad_token!r} has the id {tokenizer.pad_token_id}, and the model embeds {num} "
             f"tokens; expected a pad token that it embeds, or none. {remedy}"
         )
-    if missing:
+    if len(tokenizer) > num:
+        missing = sorted(token for token, number in tokenizer.get_vocab().items() if number >= num)
         logger.warning(
             "the tokenizer has tokens that the model, which embeds %d, does not: %s. A row with one fails. %s",
             num,
@@ -127,22 +125,37 @@ def check_tokens(model: nn.Module, tokenizer: Any) -> None:
         )
 
 
-def check_trains(unlearner: Unlearner, optimizer: Any) -> None:
+def trained_parameters(unlearner: Unlearner) -> list[nn.Parameter]:
+    """The parameters that train now."""
+    return [parameter for parameter in unlearner.called_model.parameters() if parameter.requires_grad]
+
+
+def check_trains(unlearner: Unlearner, optimizer: Any, before: Sequence[nn.Parameter]) -> None:
     """Check that a step of the optimizer changes what is trained, where that is a prompt or another adapter.
 
+    An optimizer that holds no parameter of the model is not judged: DeepSpeed's, and those that step on the CPU, train
+    copies.
+
+    Args:
+        unlearner: of the model that trains.
+        optimizer: its optimizer.
+        before: what trained at the first step of this optimizer.
+
     Raises:
-        ValueError: if it is disabled, or the optimizer has none of its parameters, as after `set_adapter` while it
-            trains.
+        ValueError: if it is disabled, or the optimizer has others of the model's parameters, as after `set_adapter`
+            while it trains.
     """
     if not unlearner.enabled:
         raise ValueError(
             f"{unlearner.in_words} is disabled, so that nothing would be trained; call train outside "
             "disable_adapter()."
         )
-    if unlearner.trains_base:  # some optimizers of whole models keep their parameters elsewhere
+    if unlearner.trains_base:
         return
-    trained = {id(parameter) for parameter in unlearner.called_model.parameters() if parameter.requires_grad}
-    if not any(id(parameter) in trained for group in optimizer.param_groups for parameter in group["params"]):
+    trained = set(map(id, trained_parameters(unlearner)))
+    own = set(map(id, unlearner.called_model.parameters()))
+    held = own.intersection(id(parameter) for group in optimizer.param_groups for parameter in group["params"])
+    if trained.isdisjoint(map(id, before)) or (held and trained.isdisjoint(held)):
         raise ValueError(
             f"the optimizer has no parameter that trains, so that {unlearner.in_words} would stay as it is: "
             "set_adapter or delete_adapter was called since training began, or the optimizer was made of other "

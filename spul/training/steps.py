@@ -14,7 +14,7 @@ from ..losses.multiplier import RetainMultiplier
 from ..losses.terms import IGNORE_INDEX, SUMMED_TOKENS
 from ..losses.unlearning_loss import UnlearningLoss, with_reduction
 from .callbacks import TermSums
-from .checks import check_trains
+from .checks import check_trains, trained_parameters
 from .evaluation import EvaluatingTrainer
 from .forward import step_counts, unlearning_forward
 from .memory import advised
@@ -42,6 +42,7 @@ class SteppingTrainer(EvaluatingTrainer):
     multiplier: RetainMultiplier | None = None
     _settings_taken: dict[str, float] | None = None  # of the multiplier, before anyone set others
     _noted = False
+    _trained: tuple[Any, list[nn.Parameter]] | None = None  # an optimizer, and what trained at its first step
 
     def _take_multiplier(self) -> None:
         """Take the multiplier of the model's loss, with the settings that were set on the one before."""
@@ -62,7 +63,9 @@ class SteppingTrainer(EvaluatingTrainer):
         Raises:
             ValueError: if the step would train nothing.
         """
-        check_trains(self.unlearner, self.optimizer)
+        if self._trained is None or self._trained[0] is not self.optimizer:
+            self._trained = (self.optimizer, trained_parameters(self.unlearner))
+        check_trains(self.unlearner, *self._trained)
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         for batch in batches:
             check_is_forget(batch, "a batch")
