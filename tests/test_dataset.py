@@ -257,6 +257,14 @@ def test_a_column_of_another_type_in_each_set_is_named_with_both_types():
     assert forget_retain_dataset(forget, retain.cast_column("source", Value("int64")))["source"][:] == [1, 2]
 
 
+@pytest.mark.parametrize("source", [None, "a text", [1]])
+def test_a_column_of_structs_in_one_set_alone_is_named_with_both_types(source):
+    forget = Dataset.from_list([{"prompt": "jane?", "completion": " yes", "source": source}])
+    retain = Dataset.from_list([{"prompt": "film?", "completion": " no", "source": {"page": 1}}])
+    with pytest.raises(ValueError, match=r"source is .* and \{'page': Value\('int64'\)\}\. Make them alike"):
+        forget_retain_dataset(forget, retain)
+
+
 def test_prompts_in_both_sets_are_counted_and_the_first_ones_shown():
     forget, retain = rows("a", "b", "c", "d", "e"), rows("x", "e", "d", "c", "b", "b")
     with pytest.raises(ValueError, match=r"^4 prompt\(s\) are in both sets") as error:

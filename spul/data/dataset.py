@@ -76,9 +76,11 @@ def _concatenated(forget: Dataset, retain: Dataset) -> Dataset:
     """
     try:
         return concatenate_datasets([forget, retain])
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError) as error:  # the last where a struct meets another type
         both = [name for name in forget.column_names if name in retain.column_names]
         unlike = [name for name in both if forget.features[name] != retain.features[name]]
+        if not unlike:
+            raise
         listed = "; ".join(f"{name} is {forget.features[name]} and {retain.features[name]}" for name in unlike)
         raise ValueError(
             f"columns of the forget and the retain set have different types: {listed}. Make them alike, "
