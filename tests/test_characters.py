@@ -53,3 +53,10 @@ def test_whole_words_in_scripts_with_and_without_spaces(name, found, not_found):
     pattern = re.compile(whole_words(["zoe", name]), re.IGNORECASE)
     assert all(map(pattern.search, found))
     assert not any(map(pattern.search, not_found))
+
+
+def test_names_of_one_script_share_what_may_not_stand_around_them():
+    pattern = whole_words([*(f"jane doe{i}" for i in range(300)), "李明", "jane roe"])
+    assert pattern.count("(?<!") == pattern.count("(?!") == 2
+    found = re.compile(pattern, re.IGNORECASE).findall("Jane Doe299李明, jane doe2990, JANE  ROE")
+    assert found == ["Jane Doe299", "李明", "JANE  ROE"]

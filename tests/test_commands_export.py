@@ -78,15 +78,23 @@ def test_the_embeddings_of_the_base_can_be_left_out(saved, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == FILES["vllm"] - {"embeddings.safetensors"}
 
 
-def test_wrong_options_are_refused_before_anything_is_loaded(tmp_path):
+def test_wrong_options_are_refused_before_anything_is_loaded(tmp_path, capsys):
     (tmp_path / "note.txt").write_text("mine")
     with pytest.raises(FileExistsError, match="new or empty"):
         run("vllm", tmp_path / "nowhere", tmp_path)
     for folder in ("note.txt", "note.txt/new", "note.txt/deep/new"):
         with pytest.raises(FileExistsError, match=r"note\.txt' is a file"):
             run("vllm", tmp_path / "nowhere", tmp_path / folder)
-    with pytest.raises(ValueError, match=r"dtype='int8'; expected one of auto"):
+    with pytest.raises(SystemExit, match="2"):
         run("vllm", tmp_path / "nowhere", tmp_path, "--dtype", "int8")
+    assert "invalid choice: 'int8'" in capsys.readouterr().err
+
+
+def test_a_base_that_is_nowhere_is_named(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "saved")
+    shutil.rmtree(tmp_path / "saved" / "base")
+    with pytest.raises(OSError, match=r"base' is no folder here, and the Hub gave no model of this name"):
+        run("vllm", tmp_path / "saved", tmp_path / "out")
 
 
 def damaged(folder, kind):

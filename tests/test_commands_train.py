@@ -278,7 +278,7 @@ def test_a_prefix_begins_as_keys_fitted_to_the_rows(files, tmp_path):
         ),
         ({"prompt_type": "p_tuning", "encoder_hidden_size": 0}, "encoder_hidden_size=0; expected a whole number"),
         ({"output_dir": "{}/note.txt", "model": "no-base"}, "note.txt' is a file"),
-        ({"hold_out": 2}, "share=2.0"),
+        ({"hold_out": 2}, "hold_out=2.0"),
         ({"prompt_position": "message"}, "text_field"),
     ],
 )

@@ -6,11 +6,12 @@ import dataclasses
 import warnings
 
 import pytest
-from command_files import parsed, write_files, write_prompt
+from command_files import flags, parsed, write_files, write_prompt
 from helpers import GENERIC, build, make_collator
 from small_evaluations import measured
 
 from spul.commands.evaluate import EvaluateOptions, run
+from spul.commands.main import commands_of, main
 from spul.commands.wording import in_options, messages_in_options
 from spul.data.unlearning_data import SPLITS
 from spul.evaluation.attack_settings import AttackSettings
@@ -24,7 +25,8 @@ def evaluated(tmp_path, **more):
     sets = {name: files[name] for name in ("forget", "retain", "test_forget", "test_retain")}
     values = {"model": write_prompt(tmp_path / "prompt"), "base": files["model"], **sets, "generic": GENERIC, **more}
     given = {name: value for name, value in values.items() if value is not None}
-    assert run(parsed("evaluate", {**given, "output_dir": tmp_path / "out"})) is None
+    with messages_in_options(EvaluateOptions):
+        assert run(parsed("evaluate", {**given, "output_dir": tmp_path / "out"})) is None
 
 
 def test_an_attack_that_is_cut_off_names_the_option_and_in_python_the_collator(tmp_path):
@@ -60,6 +62,31 @@ def test_the_report_names_options_and_the_files_that_python_reads_arguments(tmp_
         assert option in report
         assert any(argument in why for why in skipped.values())
         assert argument not in report
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("hold_out", 1.5, "--hold-out 1.5; expected a number above 0 and below 1."),
+        (
+            "forget_fraction",
+            1.5,
+            "--forget-fraction 1.5; expected a share above 0 and below 1, or 0 to mix as the data are.",
+        ),
+        ("resume", True, "--resume true, but '{}' holds no complete checkpoint; leave it out to start anew."),
+    ],
+)
+def test_errors_of_a_training_name_its_options(tmp_path, capsys, option, value, message):
+    files = {name: path for name, path in write_files(tmp_path).items() if name in ("model", "forget", "retain")}
+    given = {**files, "generic": GENERIC, "output_dir": tmp_path / "out", "num_virtual_tokens": 2, "use_cpu": True}
+    given |= {"start": "random", option: value}
+    assert main(["train", *flags(given)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == f"spul train: {message.format(tmp_path / 'out')}"
+
+
+def test_what_only_an_evaluation_takes_is_not_named_by_other_commands():
+    text = "give base=, or AttackSettings(names=...); expected the base, by name or folder."
+    assert in_options(text, commands_of("train")[""].options) == text
 
 
 def test_other_messages_and_errors_are_left_as_they_are():
@@ -100,6 +127,7 @@ def test_every_option_is_named_where_a_message_names_its_argument(name):
         ("generic=[' a', ' b']: expected one", "--generic [' a', ' b']: expected one"),
         ("the collator has generic=[]; give some", "the collator has --generic []; give some"),
         ("give another output_dir", "give another --output-dir"),
+        ("such as evaluate(batch_size=8, seed=1)", "such as evaluate(batch_size=8, seed=1)"),
         ("give neighbors=, sets of rows", "call spul.evaluate in Python with neighbors=, sets of rows"),
         (
             "give AttackSettings(gradient_norm=True); it takes long",

@@ -13,6 +13,7 @@ from sklearn.pipeline import make_pipeline, make_union
 
 from spul.gates import TextGate, load
 from spul.gates.thresholds import checked_fit_texts, folds
+from spul.gates.windows import SHORTEST
 
 FORGET, RETAIN = forget_texts(), retain_texts()
 LONG = " ".join(retain_texts(40, seed=7))
@@ -146,6 +147,14 @@ def test_the_same_seed_gives_the_same_gate():
 
 def test_full_width_letters_are_no_way_around(gate):
     assert np.array_equal(gate.scores([ODD[3]]), gate.scores(["jane doe"]))
+
+
+@pytest.mark.parametrize("windows", [[], [SHORTEST - 1], [100], [100, 60], [50, 100]])
+def test_windows_that_a_saved_gate_could_not_have_are_refused(gate, windows):
+    made = TextGate(gate.vocabulary, gate.idf, gate.weights, gate.bias, gate.threshold, tuple(gate.windows))
+    assert np.array_equal(made.scores(ODD), gate.scores(ODD))
+    with pytest.raises(ValueError, match="its half, a quarter and an eighth from 32 on"):
+        TextGate(gate.vocabulary, gate.idf, gate.weights, gate.bias, gate.threshold, windows)
 
 
 def test_a_saved_gate_scores_the_same_to_the_last_bit(gate, tmp_path):

@@ -195,14 +195,6 @@ def test_rows_that_the_base_did_not_know_are_counted_over_joined_seeds_and_not_f
     one = Evaluation({}, utility(), {})
     text = evaluation_markdown(join([one, one]))
     assert "Of the 20 test forget rows of 2 seeds the base itself got 4 wrong" in text
-
-
-def test_where_the_base_knew_no_row_nothing_is_said_of_those_that_it_knew():
-    nothing = {name: {"test_forget": 0} for name in ("unlearned", "detached")}
-    text = evaluation_markdown(Evaluation({}, utility(nothing), {}))
-    assert (
-        "Of the 10 test forget rows the base itself got 10 wrong; what it did not know cannot be forgotten.\n" in text
-    )
     assert "(2 of 10 rows)" not in text
     free = [dataclasses.replace(m, per_row={**m.per_row, "probability": m.per_row["accuracy"]}) for m in utility()]
     assert "the base itself" not in evaluation_markdown(Evaluation({}, free, {}))

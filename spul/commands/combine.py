@@ -63,7 +63,7 @@ def run(options: CombineOptions) -> int | None:
         answered, alone = {"forget": forget}, {"retain": retain}
         rows = forget_retain_dataset(forget, retain)
         ways = ways_of(options, rows)
-        own = {"forget_fraction": options.forget_fraction, "loss": UnlearningLoss(options.alpha, options.beta)}
+        own = {"forget_fraction": options.forget_fraction or None, "loss": UnlearningLoss(options.alpha, options.beta)}
         own |= {"reference": options.reference, "reference_dir": options.reference_dir}
         own |= {"digest_key": options.digest_key}
     else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .command import Command, Naming
 from .shared import LoadOptions, RowOptions, option
-from .wording import in_options, messages_in_options
+from .wording import in_options
 
 logger = logging.getLogger(__name__)
 
@@ -119,32 +119,31 @@ def run(options: EvaluateOptions) -> int | None:
     }
     unseen = None if options.unseen is None else options.rows(options.unseen)
     texts = _lines(options.unrelated_texts)
-    with messages_in_options(EvaluateOptions):
-        loaded = load_unlearned(
-            options.model, options.base, options.tokenizer, options.loader(), options.trust_remote_code
-        )
-        others = {"retrained": options.retrained, "reference": options.reference}
-        others |= {"base": options.base} if loaded.kind == "model" else {}
-        named = {name.removeprefix("train_"): rows for name, rows in splits.items()}
-        said = options.warn_of_boundaries(loaded.tokenizer, named, {} if unseen is None else {"unseen": unseen})
-        collator = ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model))
-        collator.encoder.said_completions = said
-        found = evaluate(
-            loaded.model,
-            splits,
-            collator,
-            **{name: options.load(folder) for name, folder in others.items() if folder is not None},
-            unseen=unseen,
-            unrelated_texts=texts,
-            measures=measures,
-            attacks=attacks,
-            output_dir=options.output_dir,
-            batch_size=options.batch_size,
-            max_new_tokens=options.max_new_tokens,
-            free_form=options.free_form,
-            seed=options.seed,
-            digest_key=options.digest_key,
-        )
+    loaded = load_unlearned(
+        options.model, options.base, options.tokenizer, options.loader(), options.trust_remote_code
+    )
+    others = {"retrained": options.retrained, "reference": options.reference}
+    others |= {"base": options.base} if loaded.kind == "model" else {}
+    named = {name.removeprefix("train_"): rows for name, rows in splits.items()}
+    said = options.warn_of_boundaries(loaded.tokenizer, named, {} if unseen is None else {"unseen": unseen})
+    collator = ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model))
+    collator.encoder.said_completions = said
+    found = evaluate(
+        loaded.model,
+        splits,
+        collator,
+        **{name: options.load(folder) for name, folder in others.items() if folder is not None},
+        unseen=unseen,
+        unrelated_texts=texts,
+        measures=measures,
+        attacks=attacks,
+        output_dir=options.output_dir,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens,
+        free_form=options.free_form,
+        seed=options.seed,
+        digest_key=options.digest_key,
+    )
     if PartialState().is_main_process:
         _write(found, options)
     failed = failures(found, conditions)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .command import Command
 from .shared import prompts_left_out, saved_prompt
@@ -17,20 +17,12 @@ class ExportOptions:
     model: str = field(metadata={"help": "the base that the prompt was trained on: folder or Hub name"})
     adapter: str = field(metadata={"help": "the trained prompt: folder or Hub name"})
     output_dir: str = field(metadata={"help": "a new or empty folder"})
-    dtype: str = field(
-        default="auto", metadata={"help": "type of the base's weights: auto (as saved), float32, bfloat16 or float16"}
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "type of the base's weights, auto for as saved"}
     )
-
     allow_other_base: bool = field(
         default=False, metadata={"help": "export although the prompt's record does not name this base's weights"}
     )
-
-    def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype={self.dtype!r}; expected one of {', '.join(DTYPES)}.")
-
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 @dataclass
@@ -64,9 +56,8 @@ def run_checkpoint(options: ExportOptions) -> None:
 def _loaded(options: ExportOptions) -> tuple[Any, Any]:
     """The base with the prompt on it, and the base's tokenizer."""
     from peft import PeftType
-    from transformers import AutoTokenizer
 
-    from ..models.causal_lm import load_base
+    from ..models.loading import load_causal_lm, load_tokenizer
     from ..prompts.configs import holds_states
     from ..prompts.unlearner import SoftPromptUnlearner
     from ..records.digests import fingerprint
@@ -85,10 +76,10 @@ def _loaded(options: ExportOptions) -> tuple[Any, Any]:
     record = saved.spul_config
     if left_out := _left_out(options.adapter):
         print(f"Not in the export: {left_out}")
-    base = load_base(options.model, {"dtype": options.dtype})
+    base = load_causal_lm(options.model, options.dtype, device="cpu")  # only its weights are read
     check_fits(record, fingerprint(base), options.allow_other_base, options.adapter)
     unlearner = SoftPromptUnlearner.from_pretrained(base, options.adapter)
-    return unlearner, AutoTokenizer.from_pretrained(options.model)
+    return unlearner, load_tokenizer(options.model)
 
 
 def _left_out(folder: str) -> str:

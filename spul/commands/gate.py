@@ -39,8 +39,8 @@ class CheckOptions(LoadOptions):
 
     adapter: str = option("folder of the prompt with its gate", ...)
     adapter_name: str = option("name of the prompt, in a folder of several", "default")
-    texts: list[str] | None = option("requests")
-    file: str | None = option("file of requests: rows with the column, or a .txt with one a line")
+    texts: list[str] | None = option("requests, read as they are: without a chat template's words around them")
+    file: str | None = option("file of requests: rows with the column, conversations too, or a .txt with one a line")
     column: str = option("column with the requests", "prompt")
     model: str | None = option("the base, for a gate of states and for conversations")
 

@@ -14,6 +14,7 @@ from logging.handlers import MemoryHandler
 from typing import Any
 
 from .command import Command, printable
+from .wording import messages_in_options
 
 # A command's module is loaded when it is asked for: the list of commands needs none of them, nor torch.
 TABLE = {
@@ -96,7 +97,9 @@ def _run(given: list[str]) -> int:
         return command.run(rest) or 0
     from .options import parse  # transformers, which is slow to import
 
-    return command.run(parse(command, words, rest)) or 0
+    options = parse(command, words, rest)
+    with messages_in_options(command.options):
+        return command.run(options) or 0
 
 
 def commands_of(name: str) -> dict[str, Command]:

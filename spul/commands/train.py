@@ -67,7 +67,7 @@ class TrainOptions(TrainingOptions):
     method: str = option(Naming("the loss, by the name of a published method", lambda: _methods()), "SPUL")
     alpha: float | None = option("weight of the retain term; the method's by default, and 4 with fitted keys and SPUL")
     beta: float | None = option("weight of the KL term; the method's by default")
-    retain_budget: float | None = option("nats per token that retaining may cost, in place of alpha")
+    retain_budget: float | None = option("nats per token that retaining may cost; alpha moves by it, from --alpha on")
     hold_out: float | None = option("share of the rows to hold out, to stop when they are forgotten")
     per_device_train_batch_size: int = option("rows of a batch", 32)
     forget_fraction: float | None = option(
@@ -89,7 +89,7 @@ def run(options: TrainOptions) -> int | None:
         FileNotFoundError: if a file is missing.
         ValueError: if rows or options cannot be used.
     """
-    from ..data.dataset import forget_retain_dataset, hold_out
+    from ..data.dataset import forget_retain_dataset
     from ..prompts.unlearner import SoftPromptUnlearner
     from ..records.files import check_can_hold
     from ..records.ledger import Ledger
@@ -122,7 +122,7 @@ def run(options: TrainOptions) -> int | None:
     }
     forget, retain = options.rows(options.forget, True), options.rows(options.retain, False)
     dataset = forget_retain_dataset(forget, retain)
-    held_out = None if options.hold_out is None else hold_out(dataset, options.hold_out, options.seed)
+    held_out = None if options.hold_out is None else _held_out(dataset, options.hold_out, options.seed)
     train_rows = dataset if held_out is None else held_out.train
     ways = ways_of(options, train_rows)
     tokenizer = options.load_tokenizer(options.model)
@@ -205,6 +205,16 @@ def _check_no_prompt(options: TrainOptions) -> None:
 
 def _resumes(options: TrainOptions) -> bool:
     return options.resume or options.resume_from_checkpoint is not None
+
+
+def _held_out(dataset: Any, share: float, seed: int) -> Any:
+    """Rows held out; errors name the option."""
+    from ..data.dataset import hold_out
+
+    try:
+        return hold_out(dataset, share, seed)
+    except ValueError as error:
+        raise ValueError(str(error).replace("share=", "hold_out=")) from error
 
 
 def _prompt_config(options: TrainOptions) -> Any:

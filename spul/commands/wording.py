@@ -11,13 +11,18 @@ from typing import Any
 
 # What to give, as messages say it: an argument of `evaluate`, or one of its `AttackSettings`.
 TO_GIVE = re.compile(r"give (AttackSettings\((\w+)=.*?\)|(\w+)=)")
-# An argument, of the collator or of `evaluate`, alone or with its value; not within a path or in quotes.
+# An argument, of the collator or of `evaluate`, alone or with its value; not within a call, a path or in quotes.
 ARGUMENT = re.compile(
-    r"""(?:the\ collator(?:'s|\ a(?P<smaller>\ smaller)?)\ )?
+    r"""\w[\w.]*\([^()]*\) | (?:the\ collator(?:'s|\ a(?P<smaller>\ smaller)?)\ )?
     (?<![\w/.'"-]) (?P<name>[a-z]\w*) (?P<is>=(?P<value>-?\w(?:[\w.]*\w)?)?)? (?![\w/'"])""",
     re.VERBOSE,
 )
 BASE = ("expected the base, by name or folder", "expected --model BASE --adapter FOLDER")
+PHRASES = {
+    "--resume-from-checkpoint True": "--resume true",
+    "pass None to start anew": "leave it out to start anew",
+    "or None to mix as the data are": "or 0 to mix as the data are",
+}
 
 
 def in_options(text: str, options: type) -> str:
@@ -30,10 +35,13 @@ def in_options(text: str, options: type) -> str:
     from ..data.unlearning_data import SPLITS  # datasets and PEFT, which are slow to import
 
     names = {field.name for field in dataclasses.fields(options)} - set(SPLITS)
+    is_evaluation = "measures" in names
 
     def give(found: re.Match[str]) -> str:
         name = found[2] or found[3]
-        return f"give {name}=" if name in names else f"call spul.evaluate in Python with {found[1]}"
+        if name in names:
+            return f"give {name}="
+        return f"call spul.evaluate in Python with {found[1]}" if is_evaluation else found[0]
 
     def option(found: re.Match[str]) -> str:
         name = found["name"]
@@ -44,7 +52,10 @@ def in_options(text: str, options: type) -> str:
         is_list = found["is"] and not found["value"] and found.string[found.end() :].startswith("[")
         return f"{worded} " if is_list else worded
 
-    return ARGUMENT.sub(option, TO_GIVE.sub(give, text)).replace(*BASE)
+    worded = ARGUMENT.sub(option, TO_GIVE.sub(give, text))
+    for phrase, other in PHRASES.items():
+        worded = worded.replace(phrase, other)
+    return worded.replace(*BASE) if is_evaluation else worded
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from .windows import SHORTEST, highest_scores, is_window_sizes, window_sizes
 
 logger = logging.getLogger(__name__)
 
+WINDOWS = f"a number of characters, its half, a quarter and an eighth from {SHORTEST} on"
 # Weak regularization: n-grams are many and each is rare.
 STRENGTH = 10.0
 
@@ -40,8 +41,11 @@ class TextGate(Gate):
         weights: (n-grams,), of the regression.
         bias: of the regression.
         threshold: the lowest score that is flagged.
-        windows: characters of a window, of each scale, the largest first.
+        windows: characters of a window, of each scale, as `window_sizes` gives them.
         spelling: whether texts are also read with misspelled words corrected.
+
+    Raises:
+        ValueError: if `windows` are others.
     """
 
     kind = "text"
@@ -58,6 +62,8 @@ class TextGate(Gate):
     ) -> None:
         self.vocabulary, self.idf, self.weights, self.bias = vocabulary, idf, weights, bias
         self.threshold, self.windows, self.spelling = threshold, list(windows), spelling
+        if not is_window_sizes(self.windows):  # a saved gate's are checked by the same
+            raise ValueError(f"windows={windows!r}; expected {WINDOWS}, as window_sizes gives them.")
         self._n_grams = KnownNGrams(vocabulary, idf)
 
     @classmethod
@@ -141,10 +147,7 @@ class TextGate(Gate):
         spelling = read_spelling(saved)
         saved.check(
             {
-                "windows": (
-                    is_window_sizes,
-                    f"a number of characters, its half, a quarter and an eighth from {SHORTEST} on",
-                ),
+                "windows": (is_window_sizes, WINDOWS),
                 "vocabulary": (_is_vocabulary, 'different texts as "chars" and as "words", in this order'),
             }
         )
