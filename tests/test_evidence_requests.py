@@ -81,6 +81,10 @@ LINES = {
     "prompts, 5": ("prompts behind gates", "5 added"),
     "prompts, 10": ("prompts behind gates", "10 added"),
     "prompts, 10, of which 3 withdrawn": ("prompts behind gates", "3 withdrawn"),
+    "refusals behind the same gates, 1 request": ("refusals behind gates", "1 added"),
+    "refusals, 5": ("refusals behind gates", "5 added"),
+    "refusals, 10": ("refusals behind gates", "10 added"),
+    "refusals, 10, of which 3 withdrawn": ("refusals behind gates", "3 withdrawn"),
     "one prompt and gate for all 10": ("one prompt for all", "10 added"),
     "the loss on LoRA, merged each time, 1 request": ("LoRA, merged each time", "1 added"),
     "LoRA, 5": ("LoRA, merged each time", "5 added"),
@@ -94,14 +98,18 @@ def test_the_table_on_smollm2_has_the_numbers_of_its_lines():
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     table = {name: values for name, *values in cells}
     text = (DOCS / "data" / "evidence" / "requests-smollm2.jsonl").read_text()
-    found = {(one["system"], one["after"]): one for one in map(json.loads, text.splitlines())}
+    found = {(one["seed"], one["system"], one["after"]): one for one in map(json.loads, text.splitlines())}
     for name, key in LINES.items():
-        one, percent = found[key], [f"{100 * value:.1f}" if value != "" else "" for value in values_of(found[key])]
+        each = [found[(seed, *key)] for seed in (1, 2) if (seed, *key) in found]
+        assert len(each) == (1 if "LoRA" in name else 2)
+        seeds = [[f"{100 * value:.1f}" if value != "" else "" for value in values_of(one)] for one in each]
+        expected = [", ".join(filter(None, values)) for values in zip(*seeds, strict=True)]
         if key[0] == "base":  # no request is in force: its worst row says nothing
-            percent[1] = ""
-        assert table[name] == percent, (name, one)
-    for after in ("1 added", "5 added", "10 added", "3 withdrawn"):
-        assert values_of(found["refusals behind gates", after]) == values_of(found["prompts behind gates", after])
+            expected[1] = ""
+        assert table[name] == expected, name
+    base = {one["seed"]: one["retain"] for one in found.values() if one["system"] == "base"}
+    alike = [one for one in found.values() if "LoRA" not in one["system"]]
+    assert all(one["retain"] == base[one["seed"]] for one in alike)
 
 
 def test_the_table_of_three_seeds_has_the_means_of_its_lines_and_each():
