@@ -158,14 +158,13 @@ def precision_settings(config: Mapping[str, Any]) -> list[str]:
 
     Transformers' examples write the defaults out: they are those of any loss scaler, or nearly.
     """
-    from deepspeed.runtime import precision_config
-
-    kinds = {"fp16": precision_config.DeepSpeedFP16Config, "bf16": precision_config.DeepSpeedBF16Config}
     found = []
-    for section, kind in kinds.items():
+    for section, kind in {"fp16": "DeepSpeedFP16Config", "bf16": "DeepSpeedBF16Config"}.items():
         given = dict(config.get(section) or {})
         if given.pop("enabled", False):
-            plain = kind().model_dump()
+            from deepspeed.runtime import precision_config
+
+            plain = getattr(precision_config, kind)().model_dump()
             found += [f"{section}.{name}" for name, value in given.items() if value != plain.get(name, ...)]
     return found
 
