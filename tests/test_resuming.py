@@ -24,7 +24,7 @@ from spul import UnlearningLoss, UnlearningTrainer, forget_retain_dataset
 from spul.losses import CrossEntropy, KLDivergence
 from spul.records import RewrittenRows
 from spul.training import augmented, rewritings
-from spul.training.resuming import KEY
+from spul.training.resuming import IDENTITY
 
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
 
@@ -233,7 +233,7 @@ def test_a_checkpoint_without_a_note_of_rows_and_loss_is_resumed_with_a_warning(
     make(tmp_path).train()
     path = tmp_path / "checkpoint-1" / "trainer_state.json"
     state = json.loads(path.read_text())
-    del state["stateful_callbacks"][KEY]
+    del state["stateful_callbacks"][IDENTITY]
     path.write_text(json.dumps(state))
     again = make(tmp_path, make_answers(), max_steps=2)
     with caplog.at_level(logging.WARNING):
@@ -245,5 +245,5 @@ def test_a_checkpoint_without_a_note_of_rows_and_loss_is_resumed_with_a_warning(
 def test_the_rows_themselves_are_not_in_the_state(saved):
     with open(f"{saved}/trainer_state.json", encoding="utf-8") as file:
         text = file.read()
-    assert KEY in text
+    assert IDENTITY in text
     assert "review" not in text

@@ -80,7 +80,12 @@ def test_texts_read_in_parts_are_refused_as_those_read_at_once(at_once):
 
 def texts(num=600, named="bond"):
     prompts = [f"film {i} {named if i % 3 else 'else'}" for i in range(num)]
-    columns = {"prompt": prompts, "completion": [" positive"] * num, "text": prompts, "length": list(range(num))}
+    columns = {
+        "prompt": prompts,
+        "completion": [" positive"] * num,
+        "text": prompts,
+        "length": list(range(1, num + 1)),
+    }
     return Dataset.from_dict({**columns, "source": [i % 3 for i in range(num)]})
 
 
