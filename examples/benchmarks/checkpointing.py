@@ -36,6 +36,7 @@ def main() -> None:
     common.add_clock(parser)
     parser.add_argument("--reentrant", action="store_true", help="use_reentrant=True")
     parser.add_argument("--memory-only", action="store_true", help="no timing; last line of output is JSON")
+    parser.add_argument("--memory-steps", type=int, default=3, help="steps whose peak memory is measured")
     parser.add_argument("--time-only", action="store_true", help="no memory")
     args = parser.parse_args()
     if args.prompt == "prefix-tuning":
@@ -89,11 +90,11 @@ def make_steps(args: Any, base: Any, shape: str, names: list[str]) -> dict[str, 
 
 
 def peak_memory(args: Any, shape: str, step: str) -> int:
-    """Peak bytes of three steps over the loaded model in this process, their setup included."""
+    """Peak bytes of some steps over the loaded model in this process, their setup included."""
     base = common.build_model(args.model, args.device, common.dtype_of(args))
     with PeakMemory(args.device) as peak:
         call = make_steps(args, base, shape, [step])[step]
-        for _ in range(3):
+        for _ in range(args.memory_steps):
             call()
     if peak.bytes is None:
         raise RuntimeError(f"peak memory on {args.device} is measured on Linux only.")
@@ -105,6 +106,7 @@ def in_process(args: Any, shape: str, step: str) -> int:
     options = ["--memory-only", "--model", args.model, "--device", args.device, "--shapes", shape, "--steps", step]
     options += ["--prompt", args.prompt, "--num-virtual-tokens", str(args.num_virtual_tokens)]
     options += ["--dtype", args.dtype] if args.dtype else []
+    options += ["--memory-steps", str(args.memory_steps)]
     options += ["--reentrant"] if args.reentrant else []
     heap = {"MALLOC_MMAP_THRESHOLD_": str(2**20)} if args.device == "cpu" else {}
     return common.in_fresh_process(__file__, options, **heap)[shape][step]
