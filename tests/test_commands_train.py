@@ -1,4 +1,4 @@
-"""`spul train` and `spul combine`: from files to a saved prompt with its card."""
+"""`spul train`: from files to a saved prompt with its card."""
 
 from __future__ import annotations
 
@@ -11,17 +11,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers.integrations.integration_utils as integrations
-from command_files import flags, parsed, write_base, write_files, write_prompt, write_rows
+from command_files import flags, parsed, write_base, write_files, write_rows
 from helpers import CHAT_TEMPLATE, GENERIC, build, make_collator, make_tokenizer, rows
 from peft import PeftModel
 from processes import run_by_two
 from safetensors.torch import load_file
-from servers import make_gated
 from transformers import TrainerCallback, set_seed
 
 import spul
 from spul import SoftPromptUnlearner, forget_retain_dataset
-from spul.commands import combine, train
+from spul.commands import train
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
 from spul.models.compat import is_quantized
@@ -302,80 +301,6 @@ def test_a_bad_row_is_one_line_with_file_and_row_and_status_2(files, tmp_path, c
         == 2
     )
     assert "--generic ' neutral' ' unknown'" in capsys.readouterr().err
-
-
-# ---- combine ----
-
-
-@pytest.fixture(scope="module")
-def prompts(files, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("prompts")
-    for name, seed in (("one", 1), ("two", 2)):
-        write_prompt(folder / name)
-        path = folder / name
-        torch.manual_seed(seed)
-        loaded = SoftPromptUnlearner.from_pretrained(files["model"], path)
-        with torch.no_grad():
-            loaded.prompt_encoder["default"].embedding.weight.normal_()
-        loaded.save_pretrained(str(path))
-    return [str(folder / name) for name in ("one", "two")]
-
-
-def combined(files, prompts, folder, **more):
-    values = {"model": files["model"], "prompts": prompts, "output_dir": folder, **SHORT, "generic": GENERIC, **more}
-    assert combine.run(parsed("combine", values)) is None
-    return SoftPromptUnlearner.from_pretrained(files["model"], folder)
-
-
-def test_prompts_are_combined_on_the_rows_of_their_requests(files, prompts, tmp_path):
-    sets = {"forget": [files["forget"], files["test_forget"]], "retain": files["retain"]}
-    found = combined(files, prompts, tmp_path, **sets, num_virtual_tokens=6)
-    assert found.active_peft_config.num_virtual_tokens == 6
-    assert found.spul_config.forget.rows == 9
-    assert len(found.spul_config.combined_from) == 2
-
-
-def test_combining_is_not_resumed_and_says_so(files, prompts, tmp_path):
-    with pytest.raises(ValueError, match="resume_from_checkpoint='checkpoint-1': combining is not resumed"):
-        combined(files, prompts, tmp_path, inputs=files["test_forget"], resume_from_checkpoint="checkpoint-1")
-
-
-def test_prompts_are_combined_on_other_inputs(files, prompts, tmp_path):
-    found = combined(files, prompts, tmp_path, inputs=files["test_forget"])
-    assert found.spul_config.forget is None
-    assert len(found.spul_config.combined_from) == 2
-
-
-@pytest.mark.parametrize("more", [{"forget_fraction": 0.5}, {"reference_dir": "x"}, {"digest_key": "key"}])
-def test_options_that_have_no_effect_on_inputs_are_refused(files, prompts, tmp_path, more):
-    with pytest.raises(ValueError, match=f"{next(iter(more))}: of no effect on inputs"):
-        combined(files, prompts, tmp_path, inputs=files["test_forget"], **more)
-
-
-def test_prompts_beside_the_one_of_a_folder_are_not_left_out(files, prompts, tmp_path):
-    gated = make_gated("other")
-    gated.unlearner.float()
-    gated.save_pretrained(tmp_path / "several")
-    folders = [str(tmp_path / "several"), str(tmp_path / "several" / "other")]
-    with pytest.raises(ValueError, match=r"several also holds the prompts \['other'\], which would be left out"):
-        combined(files, [*prompts, folders[0]], tmp_path / "out", inputs=files["test_forget"])
-    found = combined(files, folders, tmp_path / "out", inputs=files["test_forget"])
-    assert len(found.spul_config.combined_from) == 2
-
-
-@pytest.mark.parametrize("sets", [(), ("forget",), ("retain",), ("forget", "retain", "inputs")])
-def test_other_sets_of_rows_are_refused(files, prompts, tmp_path, sets):
-    given = dict.fromkeys(sets, files["forget"])
-    with pytest.raises(ValueError, match="or inputs alone"):
-        combined(files, prompts, tmp_path, **given)
-
-
-def test_a_folder_that_is_no_prompt_is_refused_before_the_base_is_loaded(files, prompts, tmp_path):
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8, "task_type": "CAUSAL_LM"}')
-    others = {**files, "model": str(tmp_path / "no-base")}
-    with pytest.raises(ValueError, match="lora"):
-        combined(others, [*prompts, str(tmp_path / "lora")], tmp_path / "out", inputs=files["test_forget"])
 
 
 @pytest.mark.parametrize(
