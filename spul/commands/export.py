@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .command import Command
-from .shared import prompts_left_out, saved_prompt
+from .shared import DType, prompts_left_out, saved_prompt
 
 
 @dataclass
@@ -17,9 +17,7 @@ class ExportOptions:
     model: str = field(metadata={"help": "the base that the prompt was trained on: folder or Hub name"})
     adapter: str = field(metadata={"help": "the trained prompt: folder or Hub name"})
     output_dir: str = field(metadata={"help": "a new or empty folder"})
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
-        default="auto", metadata={"help": "type of the base's weights, auto for as saved"}
-    )
+    dtype: DType = field(default="auto", metadata={"help": "type of the base's weights, auto for as saved"})
     allow_other_base: bool = field(
         default=False, metadata={"help": "export although the prompt's record does not name this base's weights"}
     )

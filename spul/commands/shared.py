@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DType = Literal["auto", "float32", "bfloat16", "float16"]  # as `spul.models.loading`'s, which imports torch
 LEAST_TOKENS = 2  # of a row: one of prompt, one of completion
 
 
@@ -179,7 +180,7 @@ def prompts_left_out(folders: Collection[str]) -> dict[str, list[str]]:
 class LoadOptions:
     """Options for loading models."""
 
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("type of the base's weights", "auto")
+    dtype: DType = option("type of the base's weights", "auto")
     bits: int | None = option("quantize the base to 8 or 4 bits")
     tokenizer: str | None = option("tokenizer, by name or folder; the base's by default")
     trust_remote_code: bool = option("run code of the model's repository", False)

@@ -84,13 +84,13 @@ def _spelled(name: str) -> str:
 
 
 def _limits(name: str) -> tuple[str, str]:
-    """What may not stand before and after a name, as regular expressions, which are the same for most names."""
+    """Limits before and after a name, as regular expressions, which are the same for most names."""
     first, last = _of_same_word(name.strip()[0]), _of_same_word(name.strip()[-1])
     return (f"(?<!{first})" if first else ""), (f"(?!{last})" if last else "")
 
 
 def _of_same_word(character: str) -> str:
-    """What goes on a word that begins or ends in a character, as a regular expression; "" for none."""
+    """Characters that go on a word which begins or ends in one, as a regular expression; "" for none."""
     if not is_in_word(character):
         return rf"(?-i:[^\W{UNSPACED}])"  # letter case aside, since classes so large take 30 ms to compile with it
     return (rf"(?-i:[^\W{UNSPACED}{KATAKANA}])", "", f"(?-i:[{KATAKANA}])")[_kind(character)]

@@ -122,9 +122,9 @@ def evaluate(
         raise ValueError("the collator has no generic_completions; give it those that count as a generic answer.")
     given = {"model": model, "base": base, "retrained": retrained, "reference": reference}
     models = checked_models(given, measures)
-    for one in models.values():
-        for rows in sets.values():
-            check_token_ids(collator.encoder, rows, num_embeddings(one))
+    sizes = [num for one in models.values() if (num := num_embeddings(one)) is not None]
+    for rows in sets.values():
+        check_token_ids(collator.encoder, rows, min(sizes, default=None))
     if adapter_names is not None:
         named = named_sets(models["model"], {**sets, **others}, adapter_names)
         sets, unseen = {name: named[name] for name in sets}, named.get("unseen")

@@ -78,7 +78,7 @@ class ReferenceParts:
 
     @cached_property
     def num_beyond(self) -> int:
-        """How many rows, the first ones, are so long, padding included, that the base computes them otherwise."""
+        """Number of rows, the first ones, so long, padding included, that the base computes them otherwise."""
         switch, changes = cache_switch(self.base)
         multiple = self.collator.encoder.pad_to_multiple_of or 1
         widths = self.rows.lengths.add(multiple - 1).floor_divide(multiple) * multiple
@@ -163,7 +163,7 @@ class ReferenceParts:
 
 
 def rows_per_part(num_rows: int) -> int:
-    """How many rows a part of a reference holds."""
+    """Number of rows of a part of a reference."""
     return max(MIN_ROWS_PER_PART, -(-num_rows // MAX_PARTS))
 
 
