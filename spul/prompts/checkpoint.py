@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import load_base, unchanged_on_error
+from ..models.causal_lm import unchanged_on_error
 from ..models.compat import prefix_shape
+from ..models.loading import load_base
 from ..records.card import CARD_NAME, model_card
 from ..records.fields import is_count, read_object
 from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..losses.batch import batch_loss
 from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import keep_in_evaluation, logits_at, unchanged_on_error, zero_dropout
+from ..models.causal_lm import logits_at, unchanged_on_error
 from ..models.compat import is_sharded, keep_4bit_differentiable, say_kernels_once
 from ..models.compat_checkpointing import switching, unswitched
 from ..models.disabling import disabled_here, is_disabled_here
+from ..models.noise import keep_in_evaluation, zero_dropout
 from ..models.sharding import keep_rest_whole
 from . import checkpoint
 from .adapters import PromptAdapters
