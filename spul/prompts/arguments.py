@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -83,6 +84,19 @@ def _refused(kwargs: dict[str, Any], names: tuple[str, ...]) -> list[str]:
         if name in kwargs and kwargs[name] is None:
             del kwargs[name]
     return [name for name in names if name in kwargs]
+
+
+def drop_token_types(kwargs: dict[str, Any], stacklevel: int) -> None:
+    """Drop `token_type_ids`, which a prompt has none of, with a warning as PEFT's.
+
+    Args:
+        kwargs: arguments of a call.
+        stacklevel: as in `warnings.warn`, counted from this function's caller.
+    """
+    if kwargs.pop("token_type_ids", None) is not None:
+        warnings.warn(
+            "a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=stacklevel + 1
+        )
 
 
 def named_arguments(generate: Callable[..., Any], args: tuple) -> dict[str, Any]:

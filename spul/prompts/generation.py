@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from .arguments import (
     check_generate_arguments,
     check_no_empty_row,
     check_rows,
+    drop_token_types,
     generation_settings,
     mask_from_pads,
     named_arguments,
@@ -43,8 +43,7 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     check_generate_arguments(kwargs)
     settings = generation_settings(base, kwargs)
     kwargs = changed_settings(kwargs, use_cache=True)  # a default of False would drop the prompt
-    if kwargs.pop("token_type_ids", None) is not None:
-        warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=3)
+    drop_token_types(kwargs, stacklevel=3)
     given_mask = kwargs.pop("attention_mask", None)
     ids = (settings.pad_token_id, settings.eos_token_id)
     attention_mask = mask_from_pads(input_ids, *ids) if given_mask is None else given_mask
