@@ -43,9 +43,8 @@ class RowEncoder:
     The completion is tokenized as the continuation of the prompt, so a leading space belongs to it (`" positive"`). In
     conversations it ends with the chat template's end of turn; what the template adds after that, such as a newline,
     is dropped. A text prompt that begins with the beginning-of-sequence token, as rendered conversations do, gets no
-    second one. A
-    row that is too long loses tokens from the end of its text field, if one is named, and then from the start of the
-    prompt, after the beginning-of-sequence token; never from the completion.
+    second one. A row that is too long loses tokens from the end of its text field, if one is named, and then from the
+    start of the prompt, after the beginning-of-sequence token; never from the completion.
 
     With `prompt_position="message"` each row also has the number of its tokens before a soft prompt that stands just
     before what is asked: before the content of the last user message of a conversation, or before the text field of a

@@ -118,9 +118,10 @@ def split_by_entity(
         matches = (finder.find(text) for texts in checked_text_batches(rows, text_field) for text in texts)
     else:
         found = recognize(recognizer, checked_texts(column_values(rows, text_field)))
-        which = f"one of {len(names or ())} names"
         if names is None:
             names, which = _found_names(found, num_names, seed)
+        else:
+            which = f"one of {len(names)} names"
         name_of_recognizer = recognizer.__name__ if hasattr(recognizer, "__name__") else repr(recognizer)
         rule = f"rows in whose column {text_field!r} {name_of_recognizer} found {which}"
         finder = NameFinder(names)

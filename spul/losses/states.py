@@ -45,8 +45,8 @@ class RMU(StateTerm):
     """Representation misdirection: squared distance of a forget row's states to a fixed random vector.
 
     |h - c u|^2 at each token, u a random vector of length 1, its entries uniform in [0, 1) before that (arXiv
-    2403.03218). The authors' program averages over the d entries of a state where the paper sums, here
-    and in `StateDistance`, which scales the whole loss alone.
+    2403.03218). The authors' program averages over the d entries of a state where the paper sums, here and in
+    `StateDistance`, which scales the whole loss alone.
 
     Args:
         coefficient: c, above 0; 6.5 as published for Zephyr-7B. States of other models have other lengths.

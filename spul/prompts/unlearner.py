@@ -55,9 +55,8 @@ class SoftPromptUnlearner(PromptAdapters):
             the others; PEFT's own options (`prompt_tuning_init`, `init_weights`) are honored where it is not given.
 
     Raises:
-        TypeError: if `peft_config` is none of the four, `loss` is not an `UnlearningLoss`, or `model` is not a module
-            or has an adapter.
-            It is also raised for encoder-decoders and models without a language modeling head.
+        TypeError: if `peft_config` is none of the four, `loss` is not an `UnlearningLoss`, or `model` is not a module,
+            has an adapter, is an encoder-decoder, or has no language modeling head.
         ValueError: if its task type is not `CAUSAL_LM`, it has no virtual tokens, weights of `model` are on the meta
             device, the family cannot be put under this kind of prompt, or it cannot stand at `prompt_position`.
 
