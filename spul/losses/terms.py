@@ -137,12 +137,7 @@ def check_not_negative(name: str, value: Any) -> None:
 
 
 def check_whole(name: str, value: Any, expected: str) -> None:
-    """Raise unless a setting of a term is a whole number of at least 0.
-
-    Args:
-        name: the setting.
-        value: its value.
-        expected: what it should be, for the message.
+    """Raise unless a setting of a term is a whole number of at least 0; the message says what is `expected`.
 
     Raises:
         ValueError: if it is not.
