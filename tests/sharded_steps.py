@@ -19,8 +19,8 @@ from small_evaluations import measured
 
 import spul.training.reference_parts
 from spul import SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
-from spul.models.causal_lm import zero_dropout
 from spul.models.compat import is_sharded
+from spul.models.noise import zero_dropout
 from spul.records.digests import fingerprint
 
 FSDP = {"fsdp": True, "fsdp_config": {"version": 2}}

@@ -17,7 +17,7 @@ from transformers import LlamaConfig
 
 import spul
 from spul import forget_retain_dataset
-from spul.models.causal_lm import zero_dropout
+from spul.models.noise import zero_dropout
 
 FOLDER = Path(__file__).parents[1] / "examples" / "benchmarks"
 

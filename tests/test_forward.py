@@ -28,7 +28,7 @@ from spul import (
 from spul.data.dataset import forget_retain_dataset
 from spul.evaluation.metrics.scoring import score_completions
 from spul.losses import NPO, CrossEntropy, GradientAscent, KLAscent, KLDivergence, SimNPO
-from spul.models.causal_lm import zero_dropout
+from spul.models.noise import zero_dropout
 from spul.models.unlearner import detached_base
 
 FORWARD = KLDivergence(direction="forward")

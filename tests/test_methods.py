@@ -25,8 +25,8 @@ from spul.losses import (
     SimNPO,
     StateDistance,
 )
-from spul.models.causal_lm import dropout_of
 from spul.models.compat_modules import forward_hooks
+from spul.models.noise import dropout_of
 from spul.models.unlearner import unlearner_of
 from spul.training import methods
 from spul.training.forward import unlearning_forward

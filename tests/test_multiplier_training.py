@@ -23,7 +23,7 @@ from plain import row_logits
 
 from spul import UnlearningLoss, UnlearningTrainer
 from spul.losses import GradientAscent
-from spul.models.causal_lm import zero_dropout
+from spul.models.noise import zero_dropout
 
 TRAINABLES = ("prompt", "layers", "lora", "full")
 

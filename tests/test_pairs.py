@@ -23,7 +23,7 @@ from plain import row_logits
 
 from spul import ForgetRetainCollator, ReferenceCache, UnlearningLoss, UnlearningTrainer, unlearning_forward
 from spul.losses import DPO, CrossEntropy
-from spul.models.causal_lm import zero_dropout
+from spul.models.noise import zero_dropout
 from spul.training import step_counts
 from spul.training.options import check_dispatch
 

@@ -213,9 +213,9 @@ def test_where_no_way_of_generating_keeps_the_prompt_it_is_refused(base_class):
 
 
 def test_a_base_that_changes_at_every_call_is_not_probed_for_ever(monkeypatch, caplog):
-    import spul.prompts.probe
+    import spul.prompts.verdicts
 
-    monkeypatch.setattr(spul.prompts.probe, "MOST_PROBES", 3)
+    monkeypatch.setattr(spul.prompts.verdicts, "MOST_PROBES", 3)
     base, passes = build("llama"), []
     base.register_forward_pre_hook(lambda *args: passes.append(1))
     nums = []

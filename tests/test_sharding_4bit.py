@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 import spul.models.sharding
 from spul import SoftPromptUnlearner, UnlearningLoss
 from spul.models import shard_layers
-from spul.models.causal_lm import zero_dropout
 from spul.models.compat_shards import layers_in_4bit
+from spul.models.noise import zero_dropout
 from spul.records.digests import fingerprint
 
 # The types that bitsandbytes stores weights as, one of them with scales that are quantized, too.

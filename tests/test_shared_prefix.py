@@ -31,7 +31,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from spul import SoftPromptUnlearner, UnlearningLoss
 from spul.models import compat_cache
-from spul.models.compat_cache import expanded_cache, layer_states, left_padded, prefix_states
+from spul.models.compat_cache import expanded_cache, layer_states, padded_prompts, prefix_states
 from spul.models.compat_checkpointing import switch_checkpointing
 from spul.prompts import shared_prefix
 
@@ -209,7 +209,7 @@ def test_a_batch_has_the_cache_that_transformers_fills(family, p, mixed):
     model, index = prefixed(family, "prefix_tuning", p), None
     layers = prefix_states(model)
     if mixed:
-        layers, index = left_padded([layers, None], p), torch.tensor([1, 0, 0])
+        layers, index = padded_prompts([layers, None], p), torch.tensor([1, 0, 0])
     base = model.get_base_model()
     found, expected = expanded_cache(layers, base, 3, index), copied_cache(layers, base, 3, index)
     assert found.get_seq_length() == expected.get_seq_length() == p

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 from spul import UnlearningLoss, UnlearningTrainer
 from spul.data import forget_retain_dataset, hold_out
 from spul.losses import GradientAscent
-from spul.models.causal_lm import zero_dropout
+from spul.models.noise import zero_dropout
 from spul.training import HeldOutScore, StopWhenForgotten
 
 BASE = 90.0

@@ -32,7 +32,7 @@ import spul.training.reference
 import spul.training.reference_parts
 from spul import UnlearningLoss, UnlearningTrainer
 from spul.losses import GradientAscent
-from spul.models.causal_lm import zero_dropout
+from spul.models.noise import zero_dropout
 from spul.training import StopWhenForgotten
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

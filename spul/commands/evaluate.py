@@ -77,6 +77,7 @@ def run(options: EvaluateOptions) -> int | None:
         ValueError: if rows, options or conditions cannot be used.
     """
     from ..data.collator import ForgetRetainCollator
+    from ..data.prompt_files import read_texts
     from ..data.unlearning_data import SPLITS
     from ..evaluation.attack_settings import AttackSettings
     from ..evaluation.checks import check_names
@@ -89,7 +90,7 @@ def run(options: EvaluateOptions) -> int | None:
     from ..records.files import check_can_hold
 
     conditions = [Condition.parse(text) for text in options.fail_if or ()]
-    measures = [_measure(name) for name in options.measures or MEASURES]
+    measures = [name.replace("-", " ") for name in options.measures or MEASURES]
     check_names(measures)
     attacks = AttackSettings(
         names=options.names or (),
@@ -118,7 +119,7 @@ def run(options: EvaluateOptions) -> int | None:
         "test_retain": options.rows(options.test_retain, False),
     }
     unseen = None if options.unseen is None else options.rows(options.unseen)
-    texts = _lines(options.unrelated_texts)
+    texts = [] if options.unrelated_texts is None else read_texts(options.unrelated_texts)
     loaded = load_unlearned(
         options.model, options.base, options.tokenizer, options.loader(), options.trust_remote_code
     )
@@ -203,11 +204,6 @@ def _attacks() -> list[str]:
     return usual_names(of_caller=False)
 
 
-def _measure(name: str) -> str:
-    """A measure's name, as it is or with hyphens for spaces."""
-    return name.replace("-", " ")
-
-
 def _check_evidence(options: EvaluateOptions) -> None:
     """Raise, before anything is measured, if the evidence pack cannot be written."""
     from ..evaluation.evidence import check_new
@@ -230,12 +226,6 @@ def _check_evidence(options: EvaluateOptions) -> None:
             Ledger(options.ledger).check_known(options.request)  # a slip of the pen would begin another request
         else:
             Ledger(options.ledger).check_name(options.request)
-
-
-def _lines(path: str | None) -> list[str]:
-    from ..data.prompt_files import read_texts
-
-    return [] if path is None else read_texts(path)
 
 
 def _write(found: Any, options: EvaluateOptions) -> None:

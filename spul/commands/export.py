@@ -2,34 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from .command import Command
-from .shared import DType, prompts_left_out, saved_prompt
+from .shared import DType, option, prompts_left_out, saved_prompt
 
 
 @dataclass
 class ExportOptions:
     """Options of both kinds of export."""
 
-    model: str = field(metadata={"help": "the base that the prompt was trained on: folder or Hub name"})
-    adapter: str = field(metadata={"help": "the trained prompt: folder or Hub name"})
-    output_dir: str = field(metadata={"help": "a new or empty folder"})
-    dtype: DType = field(default="auto", metadata={"help": "type of the base's weights, auto for as saved"})
-    allow_other_base: bool = field(
-        default=False, metadata={"help": "export although the prompt's record does not name this base's weights"}
-    )
+    model: str = option("the base that the prompt was trained on: folder or Hub name", ...)
+    adapter: str = option("the trained prompt: folder or Hub name", ...)
+    output_dir: str = option("a new or empty folder", ...)
+    dtype: DType = option("type of the base's weights, auto for as saved", "auto")
+    allow_other_base: bool = option("export although the prompt's record does not name this base's weights", False)
 
 
 @dataclass
 class VllmOptions(ExportOptions):
     """Options of `spul export vllm`."""
 
-    with_embeddings: bool = field(
-        default=True,
-        metadata={"help": "write the base's input embeddings, which completions over HTTP need, and nothing else"},
+    with_embeddings: bool = option(
+        "write the base's input embeddings, which completions over HTTP need, and nothing else", True
     )
 
 

@@ -144,7 +144,6 @@ class _Source:
     def __init__(self, options: FitOptions | CheckOptions, column: str) -> None:
         self.options, self.column = options, column
         self._tokenizer: Any = None
-        self._base: Any = None
 
     def texts(self, path: str | None, is_forget: bool | None = None) -> list[str] | None:
         """The requests of a file; conversations as the chat template renders them, without special tokens."""
@@ -183,9 +182,7 @@ class _Source:
 
     def base(self) -> Any:
         """The base."""
-        if self._base is None:
-            self._base = self.options.load(self.name())
-        return self._base
+        return self.options.load(self.name())
 
 
 def _by_name(options: FitOptions, forget: list[str] | None, retain: list[str] | None) -> Any:

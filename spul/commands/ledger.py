@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..records.ledger_events import EVENTS
 from .command import Command, printable
+from .shared import option
 
 if TYPE_CHECKING:
     from ..records.ledger import Ledger
@@ -19,53 +20,40 @@ if TYPE_CHECKING:
 class LedgerOptions:
     """Options of `spul ledger show` and `spul ledger head`."""
 
-    ledger: str = field(metadata={"help": "the ledger's file, JSON lines"})
+    ledger: str = option("the ledger's file, JSON lines", ...)
 
 
 @dataclass
 class VerifyOptions(LedgerOptions):
     """Options of `spul ledger verify`."""
 
-    head: str | None = field(
-        default=None,
-        metadata={"help": "a head noted earlier (spul ledger head): without it a missing end cannot be seen"},
-    )
+    head: str | None = option("a head noted earlier (spul ledger head): without it a missing end cannot be seen")
 
 
 @dataclass
 class AddOptions(LedgerOptions):
     """Options of `spul ledger add`."""
 
-    event: str = field(metadata={"help": f"one of {', '.join(EVENTS)}"})
-    request: str = field(
-        metadata={
-            "help": "name of the request, a number rather than a person's name; its prompt is served by the same name"
-        }
+    event: str = option(f"one of {', '.join(EVENTS)}", ...)
+    request: str = option(
+        "name of the request, a number rather than a person's name; its prompt is served by the same name", ...
     )
-    adapter: str | None = field(
-        default=None, metadata={"help": "folder of the saved prompt, whose record gives what is not given here"}
-    )
-    rows: str | None = field(
-        default=None, metadata={"help": "file of the request's rows, as of train; their number and digest are kept"}
-    )
-    digest_key: str | None = field(default=None, metadata={"help": "file with the owner's key, for the rows' digest"})
-    evaluation: str | None = field(default=None, metadata={"help": "folder of an evidence pack or of an evaluation"})
-    gate: str | None = field(default=None, metadata={"help": "kind of the gate"})
-    server: str | None = field(
-        default=None, metadata={"help": "name of the server that began or ended to serve the prompt, as show has it"}
-    )
-    at: str | None = field(
-        default=None, metadata={"help": "time of the event, if it is not now, such as 2026-03-01T09:30:00Z"}
-    )
-    note: str | None = field(default=None, metadata={"help": "a remark"})
+    adapter: str | None = option("folder of the saved prompt, whose record gives what is not given here")
+    rows: str | None = option("file of the request's rows, as of train; their number and digest are kept")
+    digest_key: str | None = option("file with the owner's key, for the rows' digest")
+    evaluation: str | None = option("folder of an evidence pack or of an evaluation")
+    gate: str | None = option("kind of the gate")
+    server: str | None = option("name of the server that began or ended to serve the prompt, as show has it")
+    at: str | None = option("time of the event, if it is not now, such as 2026-03-01T09:30:00Z")
+    note: str | None = option("a remark")
 
 
 @dataclass
 class EvidenceOptions:
     """Options of `spul ledger evidence`."""
 
-    folder: str = field(metadata={"help": "the evidence pack"})
-    ledger: str | None = field(default=None, metadata={"help": "the ledger that its entry was added to"})
+    folder: str = option("the evidence pack", ...)
+    ledger: str | None = option("the ledger that its entry was added to")
 
 
 def verify(options: VerifyOptions) -> int:

@@ -78,7 +78,8 @@ class RowOptions:
         Returns:
             The starts of the completions that were said, for the encoder's `said_completions`.
         """
-        from ..data.encoder import BOUNDARY_WIDTH, MAX_BOUNDARIES, NO_LIMIT, RowEncoder, boundary_of
+        from ..data.boundary import BOUNDARY_WIDTH, MAX_BOUNDARIES, boundary_of
+        from ..data.encoder import NO_LIMIT, RowEncoder
         from ..data.rows import column_values
 
         encoder, known = RowEncoder(tokenizer, NO_LIMIT), dict[tuple[str, str], str | None]()

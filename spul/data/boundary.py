@@ -8,10 +8,17 @@ from typing import Any
 
 from .rows import shortened
 
+# Characters on each side of a boundary of prompt and completion by which it counts as seen, and boundaries checked.
+BOUNDARY_WIDTH, MAX_BOUNDARIES = 16, 256
 # Characters after which a word follows without a space.
 OPENING = "([{<\"'`“‘«„¿¡-–—/\\_#@$="  # noqa: RUF001
 # Scripts without spaces between words that are not of East Asian width.
 WITHOUT_SPACES = ("THAI", "LAO", "KHMER", "MYANMAR", "TIBETAN", "JAVANESE")
+
+
+def boundary_of(prompt: str, text: str) -> tuple[str, str]:
+    """The end of a prompt and the start of its completion, by which their boundary counts as seen."""
+    return prompt[-BOUNDARY_WIDTH:], text[:BOUNDARY_WIDTH]
 
 
 def boundary_fault(

@@ -214,6 +214,11 @@ class ForgetRetainCollator:
             check_ends_alike(row, self.encoder.append_eos)
         return self.generic_completions if ids is None else ids
 
+    def _choice_ids(self, row: Mapping[str, Any]) -> list[list[int]]:
+        """`_choices` as token ids; none if the row keeps its own completion."""
+        choices = self._choices(row) or []
+        return [self.encoder.completion_ids(one, row) if isinstance(one, str) else one for one in choices]
+
     def tokenize(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """A row as `input_ids` and `completion_mask`, for `dataset.map(collator.tokenize)`.
 
@@ -242,11 +247,8 @@ class ForgetRetainCollator:
             texts = self.generic_completions if is_forget else []
             columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]
         if self.alternates is not None:
-            # As token ids: of a conversation the tokenized row does not show what the template puts around answers.
-            choices = (self._choices(row) or []) if is_forget else []
-            columns[self.alternates] = [
-                self.encoder.completion_ids(one, row) if isinstance(one, str) else one for one in choices
-            ]
+            # Of a conversation the tokenized row does not show what the template puts around answers.
+            columns[self.alternates] = self._choice_ids(row) if is_forget else []
         return {"input_ids": encoded.prompt_ids + encoded.completion_ids, "completion_mask": mask, **columns}
 
     def warn_of_cut_rows(self, rows: Any, name: str = "train_dataset") -> int:
@@ -331,10 +333,7 @@ class ForgetRetainCollator:
 
     def _reserve(self, row: Mapping[str, Any], own: Encoded) -> int:
         """Tokens of the longest completion that a forget row can get, so that every draw has the same prompt."""
-        choices = [
-            self.encoder.completion_ids(one, row) if isinstance(one, str) else one for one in self._choices(row) or []
-        ]
-        return max(len(ids) for ids in [own.completion_ids, *choices])
+        return max(len(ids) for ids in [own.completion_ids, *self._choice_ids(row)])
 
     def _check_completion(self, row: Mapping[str, Any], completion_ids: list[int]) -> None:
         """Raise if the row's own completion is a generic one."""

@@ -14,7 +14,7 @@ from ..models.compat import flattened
 from .checks import check_rows, check_side, forget_flags
 from .conversations import comparable
 from .row_weights import WEIGHT, checked_weights
-from .rows import SHOWN, column_batches, is_empty, rewritten_by, rows_at, shortened
+from .rows import SHOWN, column_batches, column_values, is_empty, rewritten_by, rows_at, shortened
 
 
 def forget_retain_dataset(
@@ -152,7 +152,7 @@ def _weights(rows: Dataset, given: Sequence[float] | None, name: str) -> np.ndar
     if given is None:
         if WEIGHT not in rows.column_names:
             return None
-        given = [value for values in column_batches(rows, WEIGHT) for value in values]
+        given = column_values(rows, WEIGHT)
     if isinstance(given, str) or not hasattr(given, "__len__") or len(given) != len(rows):
         found = f"{len(given)} values" if hasattr(given, "__len__") and not isinstance(given, str) else repr(given)
         raise ValueError(f"{name}_weight is {found}; expected {len(rows)} numbers above 0, one for each {name} row.")
@@ -175,18 +175,17 @@ def _checked_prompts(name: str, rows: Dataset) -> np.ndarray:
                 bad_completions.append(i)
         hashes.append(np.fromiter((hash(comparable(prompt)) for prompt in prompts), np.int64, len(prompts)))
         number += len(prompts)
-    if bad_completions:
-        raise ValueError(
-            f"{len(bad_completions)} row(s) of the {name} set have an empty completion: "
-            + "; ".join(f"row {i}: {shortened(repr(rows[i]))}" for i in bad_completions[:SHOWN])
-            + ". Expected the answer, as text or messages."
-        )
-    if bad_prompts:
-        raise ValueError(
-            f"{len(bad_prompts)} row(s) of the {name} set have a prompt that cannot be used: "
-            + "; ".join(f"row {i}: {shortened(repr(rows[i]))}" for i in bad_prompts[:SHOWN])
-            + ". Expected prompt and completion to be strings, or both lists of {'role', 'content'} messages."
-        )
+    for bad, fault, expected in (
+        (bad_completions, "an empty completion", "the answer, as text or messages."),
+        (
+            bad_prompts,
+            "a prompt that cannot be used",
+            "prompt and completion to be strings, or both lists of {'role', 'content'} messages.",
+        ),
+    ):
+        if bad:
+            shown = "; ".join(f"row {i}: {shortened(repr(rows[i]))}" for i in bad[:SHOWN])
+            raise ValueError(f"{len(bad)} row(s) of the {name} set have {fault}: {shown}. Expected {expected}")
     return np.concatenate(hashes)
 
 

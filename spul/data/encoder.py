@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..losses.terms import IGNORE_INDEX
 from ..records.fields import check_prompt_position
-from .boundary import boundary_fault
+from .boundary import MAX_BOUNDARIES, boundary_fault, boundary_of
 from .checks import checked_flag, checked_row_id, whole_number
 from .conversations import conversation_ids, conversation_prompt_ids, message_start
 from .encoded import Encoded, EncodedPrompt, left_padded, position_column, token_at
@@ -25,16 +25,9 @@ logger = logging.getLogger(__name__)
 # Text before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
 ANCHOR = ":"
 NO_LIMIT = 1 << 30  # a `max_length` that cuts no row
-# Characters on each side of a boundary of prompt and completion by which it counts as seen, and boundaries checked.
-BOUNDARY_WIDTH, MAX_BOUNDARIES = 16, 256
 # Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion,
 # one for each generic completion, and one for the position of its last message.
 CACHE_SIZE = 32_768
-
-
-def boundary_of(prompt: str, text: str) -> tuple[str, str]:
-    """The end of a prompt and the start of its completion, by which their boundary counts as seen."""
-    return prompt[-BOUNDARY_WIDTH:], text[:BOUNDARY_WIDTH]
 
 
 class RowEncoder:
@@ -43,9 +36,8 @@ class RowEncoder:
     The completion is tokenized as the continuation of the prompt, so a leading space belongs to it (`" positive"`). In
     conversations it ends with the chat template's end of turn; what the template adds after that, such as a newline,
     is dropped. A text prompt that begins with the beginning-of-sequence token, as rendered conversations do, gets no
-    second one. A
-    row that is too long loses tokens from the end of its text field, if one is named, and then from the start of the
-    prompt, after the beginning-of-sequence token; never from the completion.
+    second one. A row that is too long loses tokens from the end of its text field, if one is named, and then from the
+    start of the prompt, after the beginning-of-sequence token; never from the completion.
 
     With `prompt_position="message"` each row also has the number of its tokens before a soft prompt that stands just
     before what is asked: before the content of the last user message of a conversation, or before the text field of a

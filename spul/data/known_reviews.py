@@ -182,7 +182,7 @@ def load_yelp(
     for part, most in (("train", limit_train), ("test", limit_test)):
         if most < len(parts[part]):
             notes.append(f"{part}: a random {most:,} of {len(parts[part]):,} rows (seed {seed})")
-            parts[part] = _drawn(parts[part], most, seed)
+            parts[part] = parts[part].select(random.Random(seed).sample(range(len(parts[part])), most))
     parts = {part: _reviews(rows, "text", _unescaped) for part, rows in parts.items()}
     parts, repeats = without_repeats(parts, SENTIMENT)
     clustering = TextClustering.fit(parts["train"]["text"][:], num_clusters, embedder=embedder, seed=seed)
@@ -282,10 +282,6 @@ def _without_markup(text: str) -> str:
 
 def _unescaped(text: str) -> str:
     return text.replace("\\n", "\n").replace('\\"', '"')
-
-
-def _drawn(rows: Dataset, num: int, seed: int) -> Dataset:
-    return rows.select(random.Random(seed).sample(range(len(rows)), num))
 
 
 def _draw_clusters(sizes: Sequence[int], fraction: float, seed: int) -> list[int]:

@@ -122,7 +122,7 @@ def split_tokenized(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:
             f"{row_name(row)}, a tokenized one, has the columns {_columns(row)}; expected input_ids and a "
             f"completion_mask of the same length (0 for prompt tokens, 1 for completion tokens). {REMEDY}"
         )
-    ids, mask = token_ids(row, "input_ids", row["input_ids"]), _listed(row["completion_mask"])
+    ids, mask = token_ids(row, "input_ids", row["input_ids"]), _as_list(row["completion_mask"])
     if mask is None or any(type(value) not in (bool, int) or value not in (0, 1) for value in mask):
         raise ValueError(
             f"{row_name(row)}: completion_mask is {_short(row['completion_mask'])}; expected a list of 0 for prompt "
@@ -148,7 +148,7 @@ def token_ids(row: Mapping[str, Any], column: str, values: Any) -> list[int]:
     Raises:
         ValueError: if they are not.
     """
-    listed = _listed(values)
+    listed = _as_list(values)
     try:
         ids = array("q", listed or []).tolist()
     except (TypeError, OverflowError):
@@ -218,7 +218,7 @@ def generic_ids_of(row: Mapping[str, Any], num: int) -> list[list[int]] | None:
     values = row.get("generic_ids")
     if values is None:
         return None
-    listed = _listed(values)
+    listed = _as_list(values)
     if listed is None or len(listed) != num:
         raise ValueError(
             f"{row_name(row)}: generic_ids is {_short(values)}; expected {num} lists of token ids, one for each of "
@@ -236,7 +236,7 @@ def alternates_of(row: Mapping[str, Any], column: str) -> list[str | list[int]]:
     Raises:
         ValueError: if the row has none, one is empty, or one is the row's own completion.
     """
-    values = _listed(row.get(column))
+    values = _as_list(row.get(column))
     if not values:
         raise ValueError(
             f"{row_name(row)}: {column} is {_short(row.get(column))}; expected a list of one or more texts for each "
@@ -258,7 +258,7 @@ def alternates_of(row: Mapping[str, Any], column: str) -> list[str | list[int]]:
     return values
 
 
-def _listed(values: Any) -> list[Any] | None:
+def _as_list(values: Any) -> list[Any] | None:
     """A list, tuple, array or tensor as a list; None for anything else."""
     if hasattr(values, "tolist"):
         values = values.tolist()

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .rows import column_batches
+from .rows import column_values
 
 WEIGHT = "sampling_weight"  # their column
 # Draws of a weighted pass, which are in memory together.
@@ -49,7 +49,7 @@ def sampling_weights(rows: Any, name: str = "train_dataset") -> np.ndarray | Non
     if hasattr(rows, "column_names"):
         if WEIGHT not in rows.column_names:
             return None
-        values: Iterable[Any] = (value for values in column_batches(rows, WEIGHT) for value in values)
+        values = column_values(rows, WEIGHT)
     else:
         values = [row.get(WEIGHT) for row in rows]
         if all(value is None for value in values):

@@ -16,7 +16,7 @@ from ..models.compat import get_length_grouped_indices
 from .checks import whole_number
 from .encoder import RowEncoder
 from .row_weights import WEIGHT, checked_weights, num_in_pass, passes, sampling_weights
-from .rows import ROWS_READ_AT_ONCE, column_batches, read_rows
+from .rows import ROWS_READ_AT_ONCE, column_values, read_rows
 
 
 class RowCopies(Dataset):
@@ -368,7 +368,7 @@ def row_lengths(rows: Any, encoder: RowEncoder, column: str = "length", progress
         ValueError: if the column holds something other than numbers of tokens.
     """
     if column in getattr(rows, "column_names", ()):
-        lengths = [length for some in column_batches(rows, column) for length in some]
+        lengths = column_values(rows, column)
         if bad := [(i, length) for i, length in enumerate(lengths) if (whole_number(length, bools=False) or 0) < 1]:
             raise ValueError(
                 f"{len(bad)} row(s) have no length in the column {column!r}, the first is row {bad[0][0]}: "

@@ -110,34 +110,35 @@ def split_by_entity(
         )
     if names is not None:
         names = checked_names("names", names)
+    matches: Iterable[set[str]]
     if recognizer is None:
         assert names is not None
         rule = f"rows whose column {text_field!r} names one of {len(names)} names"
+        finder = NameFinder(names)
+        matches = (finder.find(text) for texts in checked_text_batches(rows, text_field) for text in texts)
     else:
-        found_names = recognize(recognizer, checked_texts(column_values(rows, text_field)))
-        name_of_recognizer = recognizer.__name__ if hasattr(recognizer, "__name__") else repr(recognizer)
-        rule = f"rows in whose column {text_field!r} {name_of_recognizer} found"
+        found = recognize(recognizer, checked_texts(column_values(rows, text_field)))
         if names is None:
-            found = sorted({normalized_name(name): name for spans in reversed(found_names) for name in spans}.items())
-            names = [name for _, name in found]
-            if num_names is None:
-                rule += f" a name, of {len(names)} in all"
-            elif num_names > len(names):
-                raise ValueError(
-                    f"num_names={num_names}, but the recognizer found {len(names)} different names; lower it."
-                )
-            else:
-                rule += f" one of {num_names} names, drawn from the {len(names)} it found (seed {seed})"
-                names = random.Random(seed).sample(names, num_names)
+            names, which = _found_names(found, num_names, seed)
         else:
-            rule += f" one of {len(names)} names"
-    matcher = NameFinder(names)
-    matches: Iterable[set[str]]
-    if recognizer is None:
-        matches = (matcher.find(text) for texts in checked_text_batches(rows, text_field) for text in texts)
-    else:
-        matches = (set().union(*map(matcher.find, spans)) for spans in found_names)
-    return _split(rows, matches, list(matcher.spelled.values()), rule, text_field, "names")
+            which = f"one of {len(names)} names"
+        name_of_recognizer = recognizer.__name__ if hasattr(recognizer, "__name__") else repr(recognizer)
+        rule = f"rows in whose column {text_field!r} {name_of_recognizer} found {which}"
+        finder = NameFinder(names)
+        matches = (set().union(*map(finder.find, spans)) for spans in found)
+    return _split(rows, matches, list(finder.spelled.values()), rule, text_field, "names")
+
+
+def _found_names(found: Sequence[Sequence[str]], num: int | None, seed: int) -> tuple[list[str], str]:
+    """The different names of all texts, or some that are drawn from them, and what a rule says of them."""
+    different = sorted({normalized_name(name): name for spans in reversed(found) for name in spans}.items())
+    names = [name for _, name in different]
+    if num is None:
+        return names, f"a name, of {len(names)} in all"
+    if num > len(names):
+        raise ValueError(f"num_names={num}, but the recognizer found {len(names)} different names; lower it.")
+    drawn = random.Random(seed).sample(names, num)
+    return drawn, f"one of {num} names, drawn from the {len(names)} it found (seed {seed})"
 
 
 def split_by_cluster(

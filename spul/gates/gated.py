@@ -9,11 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.checks import checked_strings
-from ..losses.terms import IGNORE_INDEX
+from ..losses.positions import ends_before_labels, ends_before_responses, own_tokens
 from ..models.unlearner import Unlearner
 from ..prompts.arguments import check_rows
 from ..prompts.position import check_any_row
@@ -124,10 +125,8 @@ class GatedUnlearner(nn.Module, Unlearner):
         """`route` of requests as token ids."""
         return self.route(request_texts(self.tokenizer, prompts))
 
-    def _names_of_rows(self, input_ids: Tensor, attention_mask: Tensor | None, ends: Sequence[int]) -> list[str]:
-        """Names for the rows of a batch; a row's request is its first `end` tokens, all of them for an end of 0."""
-        mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
-        rows = [ids[own.bool()].tolist() for ids, own in zip(input_ids, mask, strict=True)]
+    def _names_of_rows(self, rows: Sequence[list[int]], ends: Sequence[int]) -> list[str]:
+        """`names_of` rows without pads; a row's request is its first `end` tokens, all of them for an end of 0."""
         return self.names_of([row[:end] if end else row for row, end in zip(rows, ends, strict=True)])
 
     # ---- prompts that come and go ----
@@ -169,11 +168,8 @@ class GatedUnlearner(nn.Module, Unlearner):
         with _routing:
             parts = {name for names, name in self.combined.items() if adapter_name in names and name not in self.gates}
             gone = {adapter_name, *parts}
-            self.gates = {name: gate for name, gate in self.gates.items() if name not in gone}
-            self.precedence = [name for name in self.precedence if name not in gone]
-            self.combined = {
-                names: name for names, name in self.combined.items() if adapter_name not in names and name not in gone
-            }
+            left = Routes(self.gates, self.precedence, self.combined).without(gone)
+            self.gates, self.precedence, self.combined = dict(left.gates), list(left.precedence), dict(left.combined)
             for name in gone:
                 self.unlearner.delete_adapter(name)
 
@@ -204,13 +200,10 @@ class GatedUnlearner(nn.Module, Unlearner):
         """
         if kwargs.get("is_forget") is not None:
             raise TypeError("forward through gates takes no is_forget; train the prompts first: gated.unlearner.")
-        _check_not_named(kwargs)
-        if input_ids is None:
-            raise ValueError("forward through gates needs input_ids, which the gates read.")
-        check_rows(input_ids, attention_mask)
-        check_any_row(self.unlearner, kwargs.get("prompt_position"))
-        starts = _starts(input_ids, attention_mask, labels)
-        kwargs["adapter_names"] = self._names_of_rows(input_ids, attention_mask, starts)
+        ids = self._checked_ids("forward", input_ids, attention_mask, kwargs)
+        mask = torch.ones_like(ids) if attention_mask is None else attention_mask
+        ends = [0] * len(ids) if labels is None else ends_before_labels(labels, mask)
+        kwargs["adapter_names"] = self._names_of_rows(own_tokens(ids, mask), ends)
         return self.unlearner(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -225,15 +218,22 @@ class GatedUnlearner(nn.Module, Unlearner):
             ValueError: for arguments that do not go with a prompt, also where no gate flags a row.
             TypeError: for `adapter_names`, which `unlearner` takes, without gates.
         """
-        _check_not_named(kwargs)
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        given, mask = kwargs.pop("input_ids", None) if inputs is None else inputs, kwargs.get("attention_mask")
+        ids = self._checked_ids("generate", given, mask, kwargs)
+        kwargs["adapter_names"] = self.names_of(ids.tolist() if mask is None else own_tokens(ids, mask))
+        return self.unlearner.generate(ids, *args, **kwargs)
+
+    def _checked_ids(
+        self, call: str, input_ids: Tensor | None, attention_mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The token ids of a call, checked before gates read them; prompts that it names would go around the gates."""
+        if kwargs.pop("adapter_names", None) is not None:
+            raise TypeError("adapter_names would go around the gates; leave it out, or use gated.unlearner.")
         if input_ids is None:
-            raise ValueError("generate through gates needs input_ids, which the gates read.")
-        check_rows(input_ids, kwargs.get("attention_mask"))
+            raise ValueError(f"{call} through gates needs input_ids, which the gates read.")
+        check_rows(input_ids, attention_mask)
         check_any_row(self.unlearner, kwargs.get("prompt_position"))
-        mask, whole = kwargs.get("attention_mask"), [0] * len(input_ids)
-        kwargs["adapter_names"] = self._names_of_rows(input_ids, mask, whole)
-        return self.unlearner.generate(input_ids, *args, **kwargs)
+        return input_ids
 
     def response_logits(
         self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, prompt_position: Tensor | None = None
@@ -243,8 +243,7 @@ class GatedUnlearner(nn.Module, Unlearner):
         A row's request ends at the first of its positions; a row of text without a request is one as a whole.
         """
         check_any_row(self.unlearner, prompt_position)
-        ends = [first + 1 if first else 0 for first in positions[:, 0].tolist()]
-        names = self._names_of_rows(input_ids, attention_mask, ends)
+        names = self._names_of_rows(own_tokens(input_ids, attention_mask), ends_before_responses(positions))
         return self.unlearner.response_logits(input_ids, attention_mask, positions, names, prompt_position)
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -376,22 +375,3 @@ class GatedUnlearner(nn.Module, Unlearner):
         """
         unlearner, gates, precedence, combined = read_gated(model, folder, tokenizer, adapter_name, **hub)
         return cls(unlearner, tokenizer, gates, precedence, combined).eval()
-
-
-def _check_not_named(kwargs: dict[str, Any]) -> None:
-    """Raise if the caller names prompts, which would go around the gates.
-
-    Raises:
-        TypeError: if `adapter_names` is given.
-    """
-    if kwargs.pop("adapter_names", None) is not None:
-        raise TypeError("adapter_names would go around the gates; leave it out, or use gated.unlearner.")
-
-
-def _starts(input_ids: Tensor, attention_mask: Tensor | None, labels: Tensor | None) -> list[int]:
-    """For each row the number of its own tokens before its first label; 0 without labels."""
-    if labels is None:
-        return [0] * len(input_ids)
-    mask = input_ids.new_ones(input_ids.shape) if attention_mask is None else attention_mask
-    own = [row[is_own.bool()] != IGNORE_INDEX for row, is_own in zip(labels, mask, strict=True)]
-    return [int(row.long().argmax()) if bool(row.any()) else 0 for row in own]

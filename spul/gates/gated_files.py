@@ -63,6 +63,10 @@ def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwar
         "combined": [{"flagged": sorted(names), "prompt": name} for names, name in gated.combined.items()],
         "sha256": {name: _digests(save_directory, name, name in gated.gates) for name in gated.unlearner.peft_config},
     }
+    _write_routing(save_directory, routing)
+
+
+def _write_routing(save_directory: str | os.PathLike, routing: dict[str, Any]) -> None:
     write_text(Path(save_directory, ROUTING_NAME), json.dumps(routing, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -87,7 +91,7 @@ def attach_gate(gate: Gate, save_directory: str | os.PathLike, name: str = "defa
     for field in ("gates", "precedence"):
         routing[field] = list(dict.fromkeys([*routing[field], name]))
     routing["sha256"][name] = _digests(save_directory, name, True)
-    write_text(Path(save_directory, ROUTING_NAME), json.dumps(routing, indent=2, ensure_ascii=False) + "\n")
+    _write_routing(save_directory, routing)
 
 
 def check_takes_gate(save_directory: str | os.PathLike, name: str = "default") -> tuple[Path, dict[str, Any]]:
@@ -117,7 +121,7 @@ def check_takes_gate(save_directory: str | os.PathLike, name: str = "default") -
             "save all of them by GatedUnlearner.save_pretrained, or each in a folder of its own."
         )
     empty: dict[str, Any] = {"prompts": [name], "gates": [], "precedence": [], "combined": [], "sha256": {}}
-    routing = _checked(read_object(path), path) if path.is_file() else {"format_version": FORMAT_VERSION, **empty}
+    routing = _read_routing(path) if path.is_file() else {"format_version": FORMAT_VERSION, **empty}
     if name not in routing["prompts"]:
         raise ValueError(f"{path} knows no prompt {name!r}, only {routing['prompts']}; save it with the others.")
     return folder, routing
@@ -136,11 +140,10 @@ def _other_prompts(save_directory: Path, own: Path) -> list[str]:
 
 def _digests(folder: str | os.PathLike, name: str, has_gate: bool, **hub: Any) -> dict[str, str | None]:
     """SHA-256 of a prompt's weights and of its gate's settings, which hold that of the gate's arrays."""
-    own = {**hub, "subfolder": _joined(hub, folder_of(name))}
-    gate = {**own, "subfolder": _joined(own, GATE_FOLDER)}
+    own = _within(hub, folder_of(name))
     paths = {
         "weights": find_file(folder, WEIGHTS_NAME, **own),
-        "gate": find_file(folder, SETTINGS_NAME, **gate) if has_gate else None,
+        "gate": find_file(folder, SETTINGS_NAME, **_within(own, GATE_FOLDER)) if has_gate else None,
     }
     return {what: None if path is None else file_digest(path) for what, path in paths.items()}
 
@@ -148,7 +151,7 @@ def _digests(folder: str | os.PathLike, name: str, has_gate: bool, **hub: Any) -
 def _prompts_in(folder: Path) -> list[str]:
     """The prompts that an earlier save wrote to a folder."""
     path = folder / ROUTING_NAME
-    return _checked(read_object(path), path)["prompts"] if path.is_file() else []
+    return _read_routing(path)["prompts"] if path.is_file() else []
 
 
 def _remove_prompt(folder: Path) -> None:
@@ -162,7 +165,7 @@ def _remove_prompt(folder: Path) -> None:
 
 def gate_of(folder: str | os.PathLike, model: Any, tokenizer: PreTrainedTokenizerBase, **hub: Any) -> Gate:
     """The gate beside a prompt, or beside a refusal, in a folder."""
-    return load(folder, model, tokenizer, **{**hub, "subfolder": _joined(hub, GATE_FOLDER)})
+    return load(folder, model, tokenizer, **_within(hub, GATE_FOLDER))
 
 
 def read_routing(folder: str | os.PathLike, **hub: Any) -> tuple[Path, dict[str, Any]]:
@@ -178,7 +181,7 @@ def read_routing(folder: str | os.PathLike, **hub: Any) -> tuple[Path, dict[str,
             f"{str(folder)!r} has no {ROUTING_NAME}; expected a folder that GatedUnlearner.save_pretrained wrote. A "
             "prompt without a gate is loaded by SoftPromptUnlearner.from_pretrained."
         )
-    return path, _checked(read_object(path), path)
+    return path, _read_routing(path)
 
 
 def read_gated(
@@ -204,7 +207,7 @@ def read_gated(
     named = {name: name if adapter_name is None else adapter_name for name in prompts}
     unlearner: Any = None
     for name in prompts:
-        where = {**hub, "subfolder": _joined(hub, folder_of(name))}
+        where = _within(hub, folder_of(name))
         if unlearner is None:
             unlearner = SoftPromptUnlearner.from_pretrained(model, folder, adapter_name=named[name], **where)
         else:
@@ -212,9 +215,7 @@ def read_gated(
     for name in prompts:
         _check_together(folder, path, routing, name, **hub)
     gates = {
-        named.get(name, name): gate_of(
-            folder, unlearner, tokenizer, **{**hub, "subfolder": _joined(hub, folder_of(name))}
-        )
+        named.get(name, name): gate_of(folder, unlearner, tokenizer, **_within(hub, folder_of(name)))
         for name in routing["gates"]
     }
     combined = {tuple(one["flagged"]): one["prompt"] for one in routing["combined"]}
@@ -231,7 +232,7 @@ def check_saved_together(folder: str | os.PathLike) -> None:
         ValueError: if not, or the file is damaged.
     """
     path = Path(folder, ROUTING_NAME)
-    if path.is_file() and "default" in (routing := _checked(read_object(path), path))["prompts"]:
+    if path.is_file() and "default" in (routing := _read_routing(path))["prompts"]:
         _check_together(folder, path, routing, "default")
 
 
@@ -244,16 +245,14 @@ def _check_together(folder: str | os.PathLike, path: Path, routing: dict[str, An
         )
 
 
-def _joined(hub: dict[str, Any], *parts: str) -> str:
-    return "/".join(part for part in (hub.get("subfolder") or "", *parts) if part)
+def _within(hub: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Arguments of `find_file` for a folder within the one that they name."""
+    return {**hub, "subfolder": "/".join(part for part in (hub.get("subfolder"), folder) if part)}
 
 
-def _checked(routing: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of `spul_gates.json`.
-
-    Raises:
-        ValueError: if it is of a later format, or a field is missing or of another type.
-    """
+def _read_routing(path: Path) -> dict[str, Any]:
+    """The fields of `spul_gates.json`, checked; see `read_routing`."""
+    routing = read_object(path)
     check_format(routing.get("format_version"), FORMAT_VERSION, path)
     for name in ("prompts", "gates", "precedence"):
         if not is_texts(routing.get(name)) or any(_is_path(each) for each in routing[name]):

@@ -112,15 +112,8 @@ def read(folder: str | os.PathLike, stacklevel: int = 2, **hub: Any) -> SavedLay
                 f"{grams_path}: {name!r} has the shape {tuple(gram.shape)}, by the layers' weights {(side, side)} "
                 "(None: no such projection). Copy or download the whole folder again, or gather the matrices anew."
             )
-    return SavedLayers(
-        num_requests=config.get("num_requests", 1),
-        config={
-            name: config[name] for name in CONFIG_FIELDS if name in config
-        },  # later versions may write more fields
-        state=state,
-        gram_matrices=grams,
-        spul_config=record,
-    )
+    fields = {name: config[name] for name in CONFIG_FIELDS if name in config}  # later versions may write more
+    return SavedLayers(fields, state, grams, config.get("num_requests", 1), record)
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:

@@ -17,38 +17,12 @@ from ..data.batching import by_length
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
 from ..losses.terms import check_not_negative, is_finite_number
-from ..models.causal_lm import evaluation_mode, load_base
+from ..models.causal_lm import evaluation_mode
+from ..models.loading import load_base
 from ..records.spul_config import SpulConfig, requests_of
 from . import checkpoint as files
 from .bottleneck import UnlearningLayersConfig
 from .unlearning_layers import UnlearningLayers
-
-
-@contextmanager
-def _recording(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Tensor]) -> Iterator[None]:
-    """Context manager: Gram matrices of the projections' inputs at the masked tokens are added to `grams`."""
-    is_token = token_mask.flatten()
-
-    def recorder(name: str) -> Any:
-        def record(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            # Some families flatten (B, n, d) before their feed-forward block.
-            rows = inputs[0].detach().flatten(0, -2)[is_token.to(inputs[0].device)].double()
-            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)  # the bias, as an input of one
-            gram = rows.T @ rows
-            grams[name] = gram if name not in grams else grams[name] + gram
-
-        return record
-
-    handles = [
-        getattr(layer, projection).register_forward_pre_hook(recorder(f"{name}.{projection}"))
-        for name, layer in zip(layers.block_names, layers.layers, strict=True)
-        for projection in _projections(layers)
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @torch.no_grad()
@@ -122,6 +96,33 @@ def gather_inputs(
     layers.gram_matrices = grams
 
 
+@contextmanager
+def _recording(layers: UnlearningLayers, token_mask: Tensor, grams: dict[str, Tensor]) -> Iterator[None]:
+    """Context manager: Gram matrices of the projections' inputs at the masked tokens are added to `grams`."""
+    is_token = token_mask.flatten()
+
+    def recorder(name: str) -> Any:
+        def record(module: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            # Some families flatten (B, n, d) before their feed-forward block.
+            rows = inputs[0].detach().flatten(0, -2)[is_token.to(inputs[0].device)].double()
+            rows = torch.cat([rows, rows.new_ones(len(rows), 1)], dim=1)  # the bias, as an input of one
+            gram = rows.T @ rows
+            grams[name] = gram if name not in grams else grams[name] + gram
+
+        return record
+
+    handles = [
+        getattr(layer, projection).register_forward_pre_hook(recorder(f"{name}.{projection}"))
+        for name, layer in zip(layers.block_names, layers.layers, strict=True)
+        for projection in _projections(layers)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _projections(layers: UnlearningLayers) -> tuple[str, ...]:
     """The trained projections, which differ between requests."""
     return ("down", "up") if layers.layers_config.train_down else ("up",)
@@ -177,12 +178,30 @@ def fuse(
         if model is None:
             raise ValueError("layers are folders only; pass the model that they are for.")
     parts = [_saved(one) for one in layers]
+    _check_fusable(parts)
+    base = load_base(model, {})
+    for i, part in enumerate(parts):
+        files.check_base(base, part.spul_config, f"layers[{i}]")
+    fused = files.SavedLayers(
+        config=parts[0].config,
+        state=_fused_state(parts, ridge),
+        gram_matrices={
+            name: torch.stack([part.gram_matrices[name].cpu() for part in parts]).sum(0)
+            for name in parts[0].gram_matrices
+        },
+        num_requests=sum(part.num_requests for part in parts),
+        spul_config=SpulConfig(
+            loss=parts[0].spul_config.loss, combined_from=requests_of(part.spul_config for part in parts)
+        ),
+    )
+    return UnlearningLayers.from_saved(base, fused).requires_grad_(False).eval()
+
+
+def _check_fusable(parts: Sequence[files.SavedLayers]) -> None:
+    """Raise unless sets of layers are of one shape and start, different, and have their Gram matrices."""
     configs = [UnlearningLayersConfig(**part.config) for part in parts]
-    fixed = [
-        name
-        for name in parts[0].state
-        if name.rpartition(".")[0] not in parts[0].gram_matrices and parts[0].gram_matrices
-    ]
+    trained = parts[0].gram_matrices
+    fixed = [name for name in parts[0].state if trained and name.rpartition(".")[0] not in trained]
     for i, part in enumerate(parts):
         if configs[i] != configs[0] or part.state.keys() != parts[0].state.keys():
             raise ValueError(
@@ -202,22 +221,6 @@ def fuse(
                 f"layers[{i}] have no Gram matrices; call gather_inputs(layers, forget, collator) after training, "
                 "before they are saved."
             )
-    base = load_base(model, {})
-    for i, part in enumerate(parts):
-        files.check_base(base, part.spul_config, f"layers[{i}]")
-    fused = files.SavedLayers(
-        config=parts[0].config,
-        state=_fused_state(parts, ridge),
-        gram_matrices={
-            name: torch.stack([part.gram_matrices[name].cpu() for part in parts]).sum(0)
-            for name in parts[0].gram_matrices
-        },
-        num_requests=sum(part.num_requests for part in parts),
-        spul_config=SpulConfig(
-            loss=parts[0].spul_config.loss, combined_from=requests_of(part.spul_config for part in parts)
-        ),
-    )
-    return UnlearningLayers.from_saved(base, fused).requires_grad_(False).eval()
 
 
 def _saved(layers: UnlearningLayers | str | os.PathLike) -> files.SavedLayers:

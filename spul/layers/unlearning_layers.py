@@ -13,21 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..models.causal_lm import (
-    check_bare,
-    has_layers,
-    keep_in_evaluation,
-    load_base,
-    logits_at,
-    restore_dropout,
-    set_samplers,
-    unchanged_on_error,
-    zero_dropout,
-)
+from ..models.causal_lm import check_bare, has_layers, logits_at, unchanged_on_error
 from ..models.compat import keep_4bit_differentiable, reset_compiled
 from ..models.compat_checkpointing import switch_checkpointing
 from ..models.compat_devices import device_of
 from ..models.disabling import disabled_here, is_disabled_here
+from ..models.loading import load_base
+from ..models.noise import keep_in_evaluation, restore_dropout, set_samplers, zero_dropout
 from ..models.unlearner import Unlearner, drop_adapter_names
 from ..records.spul_config import SpulConfig
 from . import checkpoint as files

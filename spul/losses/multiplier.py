@@ -66,9 +66,9 @@ class RetainMultiplier:
     def __init__(self, loss: UnlearningLoss, step_size: float = 0.01, decay: float = 0.9) -> None:
         if loss.retain_budget is None:
             raise ValueError(f"loss={loss!r} has no budget; pass UnlearningLoss(retain_budget=...), such as 0.02.")
-        if isinstance(step_size, bool) or not isinstance(step_size, (int, float)) or not 0 < step_size < math.inf:
+        if not is_finite_number(step_size) or step_size <= 0:
             raise ValueError(f"step_size={step_size!r}: expected a finite number above 0, such as 0.01.")
-        if isinstance(decay, bool) or not isinstance(decay, (int, float)) or not 0 <= decay < 1:
+        if not is_finite_number(decay) or not 0 <= decay < 1:
             raise ValueError(f"decay={decay!r}: expected a number of at least 0 and below 1, such as 0.9.")
         self.loss, self.budget, self.step_size, self.decay = loss, float(loss.retain_budget), step_size, decay
         self.reset()

@@ -1,4 +1,4 @@
-"""Response positions: right-packed rows, and the positions at which response tokens are predicted."""
+"""Positions in rows: right-packed rows, those at which response tokens are predicted, and where requests end."""
 
 from __future__ import annotations
 
@@ -66,3 +66,19 @@ def token_positions(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, 
     """
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     return positions, input_ids.masked_fill(attention_mask == 0, IGNORE_INDEX)
+
+
+def own_tokens(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
+    """Token ids of each row (B, n) without its pads."""
+    return [ids[own.bool()].tolist() for ids, own in zip(input_ids, attention_mask, strict=True)]
+
+
+def ends_before_labels(labels: Tensor, attention_mask: Tensor) -> list[int]:
+    """For each row (B, n) the number of its own tokens before its first label: its request; 0 without labels."""
+    are_labels = [row[own.bool()] != IGNORE_INDEX for row, own in zip(labels, attention_mask, strict=True)]
+    return [int(row.long().argmax()) if bool(row.any()) else 0 for row in are_labels]
+
+
+def ends_before_responses(positions: Tensor) -> list[int]:
+    """For each row the number of tokens up to the first of its `positions` (B, K): its request; 0 for a text alone."""
+    return [first + 1 if first else 0 for first in positions[:, 0].tolist()]

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .terms import LossTerm, Reduction, as_float, check_above_zero
+from .terms import LossTerm, Reduction, as_float, check_above_zero, check_whole
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class StateTerm(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise ValueError(f"layer={self.layer!r}: expected the number of a decoder layer, from 0.")
+        check_whole("layer", self.layer, "the number of a decoder layer, from 0")
 
     @property
     def reads_layer(self) -> int:
@@ -45,8 +44,8 @@ class RMU(StateTerm):
     """Representation misdirection: squared distance of a forget row's states to a fixed random vector.
 
     |h - c u|^2 at each token, u a random vector of length 1, its entries uniform in [0, 1) before that (arXiv
-    2403.03218). The authors' program averages over the d entries of a state where the paper sums, here
-    and in `StateDistance`, which scales the whole loss alone.
+    2403.03218). The authors' program averages over the d entries of a state where the paper sums, here and in
+    `StateDistance`, which scales the whole loss alone.
 
     Args:
         coefficient: c, above 0; 6.5 as published for Zephyr-7B. States of other models have other lengths.
@@ -64,8 +63,7 @@ class RMU(StateTerm):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_above_zero("coefficient", self.coefficient)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed={self.seed!r}: expected a whole number of at least 0.")
+        check_whole("seed", self.seed, "a whole number of at least 0")
 
     def control_vector(self, width: int) -> Tensor:
         """The vector c u (d,) that forget rows are steered to, float32 on the CPU."""

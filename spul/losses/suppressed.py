@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import IGNORE_INDEX, LossTerm, Reduction, as_float, check_above_zero, token_kl
+from .terms import IGNORE_INDEX, LossTerm, Reduction, as_float, check_above_zero, check_whole, token_kl
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class CEU(LossTerm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.skip, bool) or not isinstance(self.skip, int) or self.skip < 0:
-            raise ValueError(f"skip={self.skip!r}: expected a whole number of tokens of at least 0.")
+        check_whole("skip", self.skip, "a whole number of tokens of at least 0")
 
     def trained(self, labels: Tensor) -> Tensor:
         """The labels (rows, K) that are trained, -100 in place of the others."""

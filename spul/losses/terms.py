@@ -136,6 +136,16 @@ def check_not_negative(name: str, value: Any) -> None:
         raise ValueError(f"{name}={value!r}: expected a finite number of at least 0.")
 
 
+def check_whole(name: str, value: Any, expected: str) -> None:
+    """Raise unless a setting of a term is a whole number of at least 0; the message says what is `expected`.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{name}={value!r}: expected {expected}.")
+
+
 def is_finite_number(value: Any) -> TypeGuard[float]:
     """Whether a value is a finite number; booleans are none."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

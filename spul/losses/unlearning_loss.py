@@ -219,12 +219,13 @@ class UnlearningLoss:
                 f"reference_logits have {len(reference_logits)} rows, and {int(needed.sum())} of {len(is_forget)} "
                 "rows have a term that compares with the base model; pass those of these rows only, in their order."
             )
-
         if self.gamma > 0 and (text_logits is None or text_labels is None or len(text_logits) != int(is_forget.sum())):
             raise ValueError(
                 f"gamma={self.gamma} needs the prompt texts of {int(is_forget.sum())} forget rows; pass their "
                 "text_logits and text_labels, in their order."
             )
+
+        zero = as_float(logits).new_zeros(())
 
         def rows_of(group: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
             found = None
@@ -239,7 +240,6 @@ class UnlearningLoss:
                 return zero
             return term(some_logits, some_labels, reference if term.needs_reference else None).sum() / count
 
-        zero = as_float(logits).new_zeros(())
         retain = rows_of((~is_forget).nonzero().flatten()) if self.uses_retain_rows else (logits[:0], labels[:0], None)
         forget_loss = mean(self.forget, rows_of(forget_rows), num_forget)
         retain_loss = mean(self.retain, retain, num_retain) if self.alpha > 0 else zero

@@ -1,8 +1,7 @@
-"""A causal LM of transformers: its logits at given positions, its base under adapters, dropout, limits, loading."""
+"""A causal LM of transformers: its logits at given positions, its base under adapters, modes, limits, checks."""
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import os
@@ -13,12 +12,13 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .compat import is_dropout, peft_layers, remove_peft_layers, takes_positions, uncompiled
+from .compat import peft_layers, remove_peft_layers, takes_positions, uncompiled
 from .compat_checkpointing import switching
-from .compat_modules import forward_hooks, remove_hooks
+from .compat_modules import forward_hooks, modules_of_class, remove_hooks
+from .noise import configs_of, dropout_of, restore_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -29,74 +29,6 @@ LINEAR = (nn.Linear, Conv1D)
 _modes_before: list[dict[nn.Module, bool]] = []
 
 
-def zero_dropout(model: nn.Module) -> list[tuple[Any, str, float]]:
-    """Set every dropout probability of a frozen model, and the noise of its routers, to 0.
-
-    Else the two passes of one step would differ by noise. What has no such setting, see `keep_in_evaluation`. A config
-    with dropout is the model's own afterwards: the one that it was built from may be the caller's, or another model's.
-
-    Returns:
-        (module or config, attribute, value) of each before, for `restore_dropout`.
-    """
-    _own_configs(model)
-    before = dropout_of(model)
-    restore_dropout([(module, name, 0.0) for module, name, _ in before])
-    return before
-
-
-def dropout_of(model: nn.Module) -> list[tuple[Any, str, float]]:
-    """(module or config, attribute, value) of each dropout of a model, and of its routers' noise."""
-    found: list[tuple[Any, str, float]] = []
-    for module in model.modules():
-        if is_dropout(module):
-            found.append((module, "p", cast(Any, module).p))
-        # Functional: OPT's `dropout` and `layerdrop`, Llama's `attention_dropout`, Mixtral's `jitter_noise`, ...
-        found += [(module, name, p) for name, p in vars(module).items() if _is_noise(name) and isinstance(p, float)]
-    for config in {id(one): one for _, one in _configs(model)}.values():  # read there in every forward, as by Falcon
-        found += [(config, name, p) for name, p in vars(config).items() if "drop" in name and isinstance(p, float)]
-    return found
-
-
-def _configs(model: nn.Module) -> list[tuple[nn.Module, PreTrainedConfig]]:
-    """Each module that holds a config, and the config, which many of them share."""
-    found = ((module, vars(module).get("config")) for module in model.modules())
-    return [(module, config) for module, config in found if isinstance(config, PreTrainedConfig)]
-
-
-def _own_configs(model: nn.Module) -> None:
-    """Put copies in the place of a model's configs, if any has dropout; modules that shared one share its copy."""
-    if not any(isinstance(holder, PreTrainedConfig) and p for holder, _, p in dropout_of(model)):
-        return
-    copies: dict[int, Any] = {}
-    for module, config in _configs(model):
-        cast(Any, module).config = copy.deepcopy(config, copies)
-
-
-def _is_noise(name: str) -> bool:
-    return "drop" in name or ("jitter" in name and name != "router_jitter_noise")  # PhiMoE's: of evaluation, too
-
-
-def restore_dropout(values: list[tuple[Any, str, float]]) -> None:
-    """Set dropout probabilities back to those returned by `zero_dropout` or `dropout_of`."""
-    for holder, name, p in values:
-        setattr(holder, name, p)
-
-
-# Modules that draw in training mode whatever their settings: PhiMoE samples the experts of each token.
-_SAMPLERS = ("PhimoeTopKRouter",)
-
-
-def keep_in_evaluation(model: nn.Module) -> None:
-    """Put the modules of a frozen model that sample in training mode into evaluation mode, whatever the others' is."""
-    set_samplers(model, False)
-
-
-def set_samplers(model: nn.Module, mode: bool) -> None:
-    """Set the mode of the modules of a model that sample in training mode."""
-    for module in _of_class(model, _SAMPLERS).values():
-        module.train(mode)
-
-
 # Linear layers by their class alone: these return more than a tensor, or of another shape, so that PEFT's LoRA, which
 # takes them for linear, fails.
 _NOT_LINEAR = ("PhimoeTopKRouter", "Llama4Router", "DeepseekV4GroupedLinear")
@@ -104,26 +36,7 @@ _NOT_LINEAR = ("PhimoeTopKRouter", "Llama4Router", "DeepseekV4GroupedLinear")
 
 def not_linear(model: nn.Module) -> list[str]:
     """Names of the modules of a model that are linear layers by their class, and compute something else."""
-    return [*_of_class(model, _NOT_LINEAR)]
-
-
-def _of_class(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules of a model whose class, or one that it is derived from, has one of these names, by their own."""
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if any(kind.__name__ in names for kind in type(module).__mro__)
-    }
-
-
-def stop_sampling(model: nn.Module) -> None:
-    """Have the modules of a model that sample in training mode run in evaluation mode, whatever mode is set later."""
-    for module in _of_class(model, _SAMPLERS).values():
-        module.register_forward_pre_hook(_to_evaluation)
-
-
-def _to_evaluation(module: nn.Module, inputs: Any) -> None:
-    module.eval()
+    return [*modules_of_class(model, _NOT_LINEAR)]
 
 
 @contextmanager
@@ -163,7 +76,7 @@ def unchanged_on_error(model: nn.Module) -> Iterator[None]:
 
     Of parameters: `requires_grad`, and types of fewer bits, which PEFT's preparation of quantized models widens.
     """
-    configs, dropout = _configs(model), dropout_of(model)
+    configs, dropout = configs_of(model), dropout_of(model)
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.dtype) for parameter in model.parameters()]
     try:
@@ -385,16 +298,3 @@ def warn_once(message: str) -> None:
 def needs_gradient(model: nn.Module) -> bool:
     """Whether a forward would record a graph: gradients are enabled, and some parameter requires one."""
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
-
-
-def load_base(model: Any, model_kwargs: dict[str, Any]) -> Any:
-    """Return the base model, loaded with `AutoModelForCausalLM` if it is given by name or folder.
-
-    Raises:
-        ValueError: if `model_kwargs` are given for a model that is loaded already.
-    """
-    if isinstance(model, (str, os.PathLike)):
-        return AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
-    if model_kwargs:
-        raise ValueError("model_kwargs are for loading a base by name, but model is a model already.")
-    return model

@@ -70,7 +70,7 @@ def empty_cache(base_model: Any) -> DynamicCache:
     return DynamicCache(config=base_model.config.get_text_config())
 
 
-def left_padded(prompts: Sequence[list[LayerStates] | None], seen: int) -> list[LayerStates]:
+def padded_prompts(prompts: Sequence[list[LayerStates] | None], seen: int) -> list[LayerStates]:
     """Layers of several prompts with a batch of one row each, shorter ones and None padded with zeros on the left.
 
     Args:
@@ -108,7 +108,7 @@ def expanded_cache(
     them once more, of each layer.
 
     Args:
-        layers: of one prompt, or of several, see `left_padded`.
+        layers: of one prompt, or of several, see `padded_prompts`.
         base_model: the base.
         batch_size: number of rows.
         index: (B,), for each row its prompt; needed where there are several.

@@ -7,7 +7,7 @@ dictionaries read here are private to torch.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from torch import nn
@@ -28,6 +28,15 @@ def all_modules(model: nn.Module) -> list[nn.Module]:
 def modules_with(model: nn.Module, name: str) -> list[Any]:
     """The modules of a model that have an attribute of this name, of their own or of their class."""
     return [module for module in all_modules(model) if name in vars(module) or hasattr(type(module), name)]
+
+
+def modules_of_class(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
+    """The modules of a model whose class, or one that it is derived from, has one of these names, by their own."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(kind.__name__ in names for kind in type(module).__mro__)
+    }
 
 
 def forward_hooks(model: nn.Module) -> Iterator[tuple[int, Any]]:

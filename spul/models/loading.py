@@ -62,6 +62,19 @@ def load_causal_lm(
     return model if bits is not None else model.to(device)
 
 
+def load_base(model: Any, model_kwargs: dict[str, Any]) -> Any:
+    """Return the base model, loaded with `AutoModelForCausalLM` if it is given by name or folder.
+
+    Raises:
+        ValueError: if `model_kwargs` are given for a model that is loaded already.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        return AutoModelForCausalLM.from_pretrained(model, **model_kwargs)
+    if model_kwargs:
+        raise ValueError("model_kwargs are for loading a base by name, but model is a model already.")
+    return model
+
+
 def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False) -> Any:
     """Load a tokenizer.
 

@@ -151,8 +151,8 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         A prompt at `"message"` has a `peft_type` of its own in `adapter_config.json`, which plain PEFT refuses.
 
         Files of an earlier save are replaced one by one, each in one move: an interrupted save leaves no half-written
-        file. P-tuning (and prefix tuning with a projection) also writes
-        `prompt_encoder.safetensors`, which only further training needs.
+        file. P-tuning (and prefix tuning with a projection) also writes `prompt_encoder.safetensors`, which only
+        further training needs.
 
         Args:
             save_directory: the folder.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -42,7 +43,7 @@ def check_forward_arguments(kwargs: dict[str, Any]) -> None:
     Raises:
         ValueError: for a cache, positions, and what PEFT takes and ignores.
     """
-    for name in _refused(kwargs, _OF_FORWARD):
+    for name in _given(kwargs, _OF_FORWARD):
         if name in CACHES:
             raise ValueError(
                 f"forward under a soft prompt takes no {name}: it would put the prompt in again. Pass all tokens so "
@@ -72,17 +73,31 @@ def check_generate_arguments(kwargs: dict[str, Any]) -> None:
                 f"generate under a soft prompt takes no {name}: it decodes by greedy search, sampling or beams; leave "
                 "it out."
             )
-    for name in _refused(kwargs, _OF_GENERATE):
+    for name in _given(kwargs, _OF_GENERATE):
         raise ValueError(f"generate under a soft prompt takes no {name}: pass input_ids and attention_mask.")
     if kwargs.get("use_cache") is False:
         raise ValueError("generate under a soft prompt reads it from the cache; leave out use_cache=False.")
 
 
-def _refused(kwargs: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+def _given(kwargs: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Those of some arguments that are given; the others are dropped if they are None."""
     for name in names:
         if name in kwargs and kwargs[name] is None:
             del kwargs[name]
     return [name for name in names if name in kwargs]
+
+
+def drop_token_types(kwargs: dict[str, Any], stacklevel: int) -> None:
+    """Drop `token_type_ids`, which a prompt has none of, with a warning as PEFT's.
+
+    Args:
+        kwargs: arguments of a call.
+        stacklevel: as in `warnings.warn`, counted from this function's caller.
+    """
+    if kwargs.pop("token_type_ids", None) is not None:
+        warnings.warn(
+            "a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=stacklevel + 1
+        )
 
 
 def named_arguments(generate: Callable[..., Any], args: tuple) -> dict[str, Any]:

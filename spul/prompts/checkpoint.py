@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import load_base, unchanged_on_error
+from ..models.causal_lm import unchanged_on_error
 from ..models.compat import prefix_shape
+from ..models.loading import load_base
 from ..records.card import CARD_NAME, model_card
 from ..records.fields import is_count, read_object
 from ..records.files import HUB_ARGUMENTS, atomic_folder, find_file
@@ -50,8 +51,8 @@ WEIGHTS_KEY = "prompt_embeddings"  # the one tensor in it
 ENCODER_NAME = "prompt_encoder.safetensors"
 
 
-def _has_encoder(model: PeftModelForCausalLM, adapter_name: str) -> bool:
-    """Whether the prompt is computed by an encoder, without which it cannot be trained further."""
+def _trains_encoder(model: PeftModelForCausalLM, adapter_name: str) -> bool:
+    """Whether a prompt of the model is computed by an encoder, without which it cannot be trained further."""
     config: Any = model.peft_config[adapter_name]
     return has_encoder(config) and not config.inference_mode
 
@@ -86,11 +87,11 @@ def save(
             _finish_config(folder / CONFIG_NAME, model.spul_configs[name].prompt_position)
             write_model_card(model, folder, name)  # PEFT writes one for all of them
             model.spul_configs[name].save_with_weights(folder, target / part, WEIGHTS_NAME)
-            if _has_encoder(model, name):
+            if _trains_encoder(model, name):
                 state = {key: value.detach().cpu() for key, value in model.prompt_encoder[name].state_dict().items()}
                 save_file(state, folder / ENCODER_NAME, metadata={"format": "pt"})
     for name in names:
-        if not _has_encoder(model, name):  # that of an earlier save would not belong to this prompt
+        if not _trains_encoder(model, name):  # that of an earlier save would not belong to this prompt
             (target if name == "default" else target / name).joinpath(ENCODER_NAME).unlink(missing_ok=True)
 
 
@@ -271,7 +272,7 @@ def put(model: PromptAdapters, saved: SavedPrompt, adapter_name: str) -> None:
     if frozen is not None:  # a cartridge keeps its frozen virtual tokens apart
         state = {"frozen_embedding": saved.weights[:frozen], "trainable_embedding": saved.weights[frozen:]}
         state = {name: rows for name, rows in state.items() if len(rows)}
-    elif _has_encoder(model, adapter_name):
+    elif _trains_encoder(model, adapter_name):
         assert saved.encoder is not None
         state = saved.encoder
     expected = {key: tuple(value.shape) for key, value in encoder.state_dict().items()}
@@ -284,7 +285,7 @@ def put(model: PromptAdapters, saved: SavedPrompt, adapter_name: str) -> None:
     before = {key: value.detach().clone() for key, value in encoder.state_dict().items()}
     try:
         encoder.load_state_dict(state, strict=True)
-        if saved.encoder is not None and _has_encoder(model, adapter_name):
+        if saved.encoder is not None and _trains_encoder(model, adapter_name):
             output = model.get_prompt_embedding_to_save(adapter_name).float()
             if not torch.allclose(output, saved.weights.float(), rtol=1e-3, atol=1e-4):
                 raise ValueError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from .arguments import (
     check_generate_arguments,
     check_no_empty_row,
     check_rows,
+    drop_token_types,
     generation_settings,
     mask_from_pads,
     named_arguments,
@@ -43,26 +44,77 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     check_generate_arguments(kwargs)
     settings = generation_settings(base, kwargs)
     kwargs = changed_settings(kwargs, use_cache=True)  # a default of False would drop the prompt
-    if kwargs.pop("token_type_ids", None) is not None:
-        warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=3)
+    drop_token_types(kwargs, stacklevel=3)
     given_mask = kwargs.pop("attention_mask", None)
     ids = (settings.pad_token_id, settings.eos_token_id)
     attention_mask = mask_from_pads(input_ids, *ids) if given_mask is None else given_mask
     check_no_empty_row(attention_mask)
 
+    call = _Call(prompts, settings, input_ids, attention_mask, kwargs)
     # Gradient checkpointing, in training mode, would drop the cache and the prompt with it.
     with unswitched(base), evaluation_mode(base), torch.no_grad():
         if not prompts.names_a_prompt:  # checked all the same: what is refused does not depend on the rows
-            return _generate_without(prompts, settings, input_ids, attention_mask, kwargs)
-        return _generate_in_evaluation_mode(prompts, settings, input_ids, attention_mask, kwargs)
+            return _without_prompt(call)
+        return _prompted(call)
 
 
-def _generate_in_evaluation_mode(
-    prompts: RowPrompts, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
-) -> Any:
+@dataclass(frozen=True)
+class _Call:
+    """A checked call of `generate`: rows (B, n) and their mask, their prompts, settings, and the call's arguments."""
+
+    prompts: RowPrompts
+    settings: GenerationConfig
+    input_ids: Tensor
+    attention_mask: Tensor
+    kwargs: dict[str, Any]
+
+    @property
+    def base(self) -> Any:
+        """The base."""
+        return self.prompts.model.get_base_model()
+
+    @property
+    def num_returned(self) -> int:
+        """Sequences returned for each row."""
+        return self.settings.num_return_sequences or 1
+
+    def left_padded(self) -> tuple[Tensor, Tensor]:
+        """The rows and their mask, pads first."""
+        order = self.attention_mask.ne(0).long().argsort(dim=1, stable=True)
+        return self.input_ids.gather(1, order), self.attention_mask.gather(1, order)
+
+    def as_given(self, out: Any) -> Any:
+        """The output of left-padded rows, the inputs in it padded as the caller padded them."""
+        inputs = self.input_ids.repeat_interleave(self.num_returned, dim=0)
+        if isinstance(out, Tensor):
+            return torch.cat([inputs, out[:, inputs.shape[1] :]], dim=1)
+        out.sequences = torch.cat([inputs, out.sequences[:, inputs.shape[1] :]], dim=1)
+        return out
+
+    def in_new_tokens(self) -> dict[str, Any]:
+        """The arguments with limits in new tokens in place of lengths, which count the columns of the whole batch.
+
+        Raises:
+            ValueError: if `max_length` leaves no room.
+        """
+        changes: dict[str, Any] = {}
+        settings, width = self.settings, self.input_ids.shape[1]
+        if settings.max_new_tokens is None and settings.max_length is not None:
+            if settings.max_length <= width:
+                raise ValueError(
+                    f"max_length={settings.max_length} leaves nothing to generate after {width} tokens; raise it, or "
+                    "pass max_new_tokens."
+                )
+            changes |= {"max_new_tokens": settings.max_length - width, "max_length": None}
+        if settings.min_new_tokens is None and settings.min_length:
+            changes |= {"min_new_tokens": max(0, settings.min_length - width), "min_length": None}
+        return changed_settings(self.kwargs, **changes)
+
+
+def _prompted(call: _Call) -> Any:
     """Generate behind the shared prefix where the base has earned it, else from concatenated embeddings."""
-    base: Any = prompts.model.get_base_model()
-    num_virtual, width, limit = prompts.num_virtual_tokens, input_ids.shape[1], max_positions(base)
+    base, prompts, attention_mask = call.base, call.prompts, call.attention_mask
+    num_virtual, width, limit = prompts.num_virtual_tokens, call.input_ids.shape[1], max_positions(base)
     if limit is not None and num_virtual + width >= limit:
         raise ValueError(
             f"{num_virtual} virtual tokens and {width} tokens leave no room in the model's {limit} positions to "
@@ -70,75 +122,47 @@ def _generate_in_evaluation_mode(
         )
     lengths = attention_mask.ne(0).sum(dim=1)
     unequal = len(lengths.unique()) > 1
-    num_new = _max_new_tokens(settings, width)
+    longest = num_virtual + width + _max_new_tokens(call.settings, width)
     totals = lengths + prompts.row_lengths(lengths.device)
-    _check_switch(prompts, int(totals.min()), num_virtual + width + num_new)
+    _check_switch(prompts, int(totals.min()), longest)
     states, several = prompts.states(), len(prompts.named) > 1
     uneven = len(totals.unique()) > 1 or not bool(attention_mask.all())
-    if states is not None and (prompts.is_prefix or not outgrows_cache(prompts.model, num_virtual + width + num_new)):
+    if states is not None and (prompts.is_prefix or not outgrows_cache(prompts.model, longest)):
         if continues_prefix(base, states, unequal=False):
-            crosses = unequal and _crosses_window(base, num_virtual + width + num_new)
+            crosses = unequal and _crosses_window(base, longest)
             if not unequal or (not crosses and continues_prefix(base, states, unequal=True)):
-                return _generate(base, states, settings, input_ids, attention_mask, kwargs)
+                return _behind_cache(call, states)
         elif prompts.is_prefix and not several:
             raise ValueError(
                 f"{type(base).__name__} does not generate behind a prefix as its forward computes; use "
                 "PromptTuningConfig or PromptEncoderConfig, whose virtual tokens are input embeddings."
             )
     if not prompts.is_prefix and continues_embeddings(base, uneven):
-        return _generate_concatenated(prompts, settings, input_ids, attention_mask, kwargs)
+        return _concatenated(call)
     if uneven or several:
-        return _generate_by_group(prompts, settings, input_ids, attention_mask, kwargs)
+        return _by_group(call)
     raise ValueError(
         f"{type(base).__name__} shares no prompt between rows, and its generate takes no embeddings, or does not "
         "continue them as its forward computes, so generate cannot put a prompt in; forward and scoring can."
     )
 
 
-def _generate_without(
-    prompts: RowPrompts, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
-) -> Any:
+def _without_prompt(call: _Call) -> Any:
     """Generate rows that have no prompt, padded on either side as those that have one."""
-    base: Any = prompts.model.get_base_model()
-    if not bool(attention_mask.all()) and not continues_embeddings(base, unequal=True):
-        return _generate_by_group(prompts, settings, input_ids, attention_mask, kwargs)
-    left_ids, left_mask = _pads_first(attention_mask, input_ids)
-    out = base.generate(left_ids, attention_mask=left_mask, **kwargs)
-    return _as_padded(out, input_ids, settings.num_return_sequences or 1)
+    if not bool(call.attention_mask.all()) and not continues_embeddings(call.base, unequal=True):
+        return _by_group(call)
+    ids, mask = call.left_padded()
+    return call.as_given(call.base.generate(ids, attention_mask=mask, **call.kwargs))
 
 
-def _pads_first(attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-    order = attention_mask.ne(0).long().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), attention_mask.gather(1, order)
+def _behind_cache(call: _Call, states: PromptStates | MixedStates) -> Any:
+    """Generate behind a cache that holds the prompts' keys and values."""
+    ids, mask = call.left_padded()
+    rows = len(ids) * max(call.settings.num_beams or 1, call.num_returned)
+    return call.as_given(call.base.generate(ids, **states.prefix_inputs(call.base, mask, rows), **call.kwargs))
 
 
-def _as_padded(out: Any, input_ids: Tensor, returned: int) -> Any:
-    """The output with the inputs padded as the caller padded them."""
-    inputs = input_ids.repeat_interleave(returned, dim=0)
-    if isinstance(out, Tensor):
-        return torch.cat([inputs, out[:, inputs.shape[1] :]], dim=1)
-    out.sequences = torch.cat([inputs, out.sequences[:, inputs.shape[1] :]], dim=1)
-    return out
-
-
-def _generate(
-    base: Any,
-    states: PromptStates | MixedStates,
-    settings: GenerationConfig,
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    kwargs: dict,
-) -> Any:
-    left_ids, left_mask = _pads_first(attention_mask, input_ids)
-    returned = settings.num_return_sequences or 1
-    rows = len(left_ids) * max(settings.num_beams or 1, returned)
-    out = base.generate(left_ids, **states.prefix_inputs(base, left_mask, rows), **kwargs)
-    return _as_padded(out, input_ids, returned)
-
-
-def _generate_concatenated(
-    prompts: RowPrompts, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
-) -> Any:
+def _concatenated(call: _Call) -> Any:
     """Generate from the prompt's embeddings and those of every row, pads in front of both.
 
     The base fills a cache of its own, and no pads stand between prompt and tokens, which would use up a window.
@@ -146,23 +170,18 @@ def _generate_concatenated(
     Raises:
         ValueError: for `prefill_chunk_size`: transformers cuts chunks of ids, never of embeddings.
     """
-    if settings.prefill_chunk_size is not None:
+    if call.settings.prefill_chunk_size is not None:
         raise ValueError(
-            f"prefill_chunk_size={settings.prefill_chunk_size}: here the prompt stands as embeddings in every row, "
-            "which are not taken in chunks; leave it out."
+            f"prefill_chunk_size={call.settings.prefill_chunk_size}: here the prompt stands as embeddings in every "
+            "row, which are not taken in chunks; leave it out."
         )
-    left_ids, left_mask = _pads_first(attention_mask, input_ids)
-    model = prompts.model
-    embeds, mask = prompts.concatenated(model.word_embeddings(left_ids), left_mask, pads_first=True)
-    base: Any = model.get_base_model()
-    kwargs = _in_new_tokens(settings, left_ids.shape[1], kwargs)
-    out = base.generate(left_ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
-    return _as_padded(out, input_ids, settings.num_return_sequences or 1)
+    ids, mask = call.left_padded()
+    rows = call.prompts.model.word_embeddings(ids)
+    embeds, mask = call.prompts.concatenated(rows, mask, pads_first=True)
+    return call.as_given(call.base.generate(ids, inputs_embeds=embeds, attention_mask=mask, **call.in_new_tokens()))
 
 
-def _generate_by_group(
-    prompts: RowPrompts, settings: GenerationConfig, input_ids: Tensor, attention_mask: Tensor, kwargs: dict
-) -> Tensor:
+def _by_group(call: _Call) -> Tensor:
     """Generate rows of one length under one prompt at a time, where a family takes no others together.
 
     Under a prefix, pads between prompt and tokens would use up a sliding window; some families generate otherwise from
@@ -171,34 +190,32 @@ def _generate_by_group(
     Raises:
         ValueError: for arguments that see the batch as a whole, or outputs that cannot be joined.
     """
-    base: Any = prompts.model.get_base_model()
-    whole = [name for name in OF_THE_BATCH if kwargs.get(name) is not None]
-    if settings.return_dict_in_generate:
+    whole = [name for name in OF_THE_BATCH if call.kwargs.get(name) is not None]
+    if call.settings.return_dict_in_generate:
         whole.append("return_dict_in_generate=True")
     if whole:
         raise ValueError(
-            f"{type(base).__name__} generates rows of different lengths, or under different prompts, in groups here, "
-            f"which {', '.join(whole)} cannot follow; pass rows of one length under one prompt, or leave that out."
+            f"{type(call.base).__name__} generates rows of different lengths, or under different prompts, in groups "
+            f"here, which {', '.join(whole)} cannot follow; pass rows of one length under one prompt, or leave that "
+            "out."
         )
-    width, lengths = input_ids.shape[1], attention_mask.ne(0).sum(dim=1).tolist()
-    kwargs = _in_new_tokens(settings, width, kwargs)
-    settings = generation_settings(base, kwargs)
-    keys = list(zip(prompts.index, lengths, strict=True))
+    input_ids, attention_mask, kwargs = call.input_ids, call.attention_mask, call.in_new_tokens()
+    settings = generation_settings(call.base, kwargs)
+    keys = list(zip(call.prompts.index, attention_mask.ne(0).sum(dim=1).tolist(), strict=True))
     found: list[tuple[list[int], Tensor]] = []
     for key in sorted(set(keys)):
-        rows = [row for row, own in enumerate(keys) if own == key]
-        ids = input_ids[rows][attention_mask[rows].ne(0)].view(len(rows), key[1])
-        group, mask = prompts.of_rows(rows), torch.ones_like(ids)
-        if group.names_a_prompt:
-            out = _generate_in_evaluation_mode(group, settings, ids, mask, kwargs)
+        rows, length = [row for row, own in enumerate(keys) if own == key], key[1]
+        ids = input_ids[rows][attention_mask[rows].ne(0)].view(len(rows), length)
+        group = _Call(call.prompts.of_rows(rows), settings, ids, torch.ones_like(ids), kwargs)
+        if group.prompts.names_a_prompt:
+            out = _prompted(group)
         else:
-            out = base.generate(ids, attention_mask=mask, **kwargs)
-        found.append((rows, out[:, key[1] :].view(len(rows), -1, out.shape[1] - key[1])))
+            out = call.base.generate(ids, attention_mask=group.attention_mask, **kwargs)
+        found.append((rows, out[:, length:].view(len(rows), -1, out.shape[1] - length)))
     pad = next((x for x in (settings.pad_token_id, settings.eos_token_id) if x is not None), 0)
     pad = pad[0] if isinstance(pad, (list, tuple)) else pad
     longest = max(new.shape[2] for _, new in found)
-    padded = [(rows, F.pad(new, (0, longest - new.shape[2]), value=int(pad))) for rows, new in found]
-    new = in_order(padded)
+    new = in_order([(rows, F.pad(new, (0, longest - new.shape[2]), value=int(pad))) for rows, new in found])
     return torch.cat([input_ids[:, None].expand(-1, new.shape[1], -1), new], dim=2).flatten(0, 1)
 
 
@@ -207,25 +224,6 @@ def _max_new_tokens(settings: GenerationConfig, width: int) -> int:
     if settings.max_new_tokens is not None:
         return settings.max_new_tokens
     return 20 if settings.max_length is None else settings.max_length - width  # 20 is transformers' own default
-
-
-def _in_new_tokens(settings: GenerationConfig, width: int, kwargs: dict) -> dict:
-    """Arguments with limits in new tokens in place of lengths, which count the columns of the whole batch.
-
-    Raises:
-        ValueError: if `max_length` leaves no room.
-    """
-    changes: dict[str, Any] = {}
-    if settings.max_new_tokens is None and settings.max_length is not None:
-        if settings.max_length <= width:
-            raise ValueError(
-                f"max_length={settings.max_length} leaves nothing to generate after {width} tokens; raise it, or pass "
-                "max_new_tokens."
-            )
-        changes |= {"max_new_tokens": settings.max_length - width, "max_length": None}
-    if settings.min_new_tokens is None and settings.min_length:
-        changes |= {"min_new_tokens": max(0, settings.min_length - width), "min_length": None}
-    return changed_settings(kwargs, **changes)
 
 
 def _check_switch(prompts: RowPrompts, shortest: int, longest: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..losses.positions import has_left_padding, pack_right
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import needs_gradient
-from .arguments import CACHES, check_forward_arguments, check_rows
+from .arguments import CACHES, check_forward_arguments, check_rows, drop_token_types
 from .row_prompts import RowPrompts, in_order
 from .shared_prefix import is_prefix, prompt_states, shares_states
 from .states import in_front
@@ -86,18 +85,13 @@ def _behind_prefix(
     shares_states(model, model.active_peft_config.num_virtual_tokens, rows.shape[1])  # raises where it does not
     states = prompt_states(model)
     assert states is not None  # a prefix has states, or raises
-    _drop_token_types(kwargs)
+    drop_token_types(kwargs, stacklevel=4)
     if attention_mask is None:
         attention_mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
     with in_front(base, states, attention_mask) as prefix:
         if prefix["use_cache"]:
             del prefix["use_cache"]  # as the base's config says
         return base(input_ids=input_ids, labels=labels, **(prefix | kwargs))
-
-
-def _drop_token_types(kwargs: dict[str, Any]) -> None:
-    if kwargs.pop("token_type_ids", None) is not None:
-        warnings.warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=5)
 
 
 def _can_use_cached_prompt(model: Any, input_ids: Tensor | None, labels: Tensor | None, **kwargs: Any) -> bool:
@@ -125,8 +119,8 @@ def _from_cached_prompt(
     if states is None:
         return None
     rows = len(input_ids)
-    _drop_token_types(kwargs)
-    loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+    drop_token_types(kwargs, stacklevel=4)
+    num_items = kwargs.pop("num_items_in_batch", None)
     returns_cache = kwargs.pop("use_cache", None)
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     with in_front(base, states, attention_mask) as prefix:
@@ -137,13 +131,16 @@ def _from_cached_prompt(
     if states.logits is not None and not kwargs.get("logits_to_keep"):
         fields["logits"] = torch.cat([states.logits.expand(rows, -1, -1), out.logits], dim=1)
     if labels is not None:
-        fields["loss"] = base.loss_function(
-            logits=fields["logits"],
-            labels=torch.cat([labels.new_full((rows, states.num_virtual_tokens), IGNORE_INDEX), labels], dim=1),
-            vocab_size=base.config.get_text_config().vocab_size,
-            **loss_options,
-        )
+        own = torch.cat([labels.new_full((rows, states.num_virtual_tokens), IGNORE_INDEX), labels], dim=1)
+        fields["loss"] = _loss(base, fields["logits"], own, num_items)
     return type(out)(**fields)
+
+
+def _loss(base: Any, logits: Tensor, labels: Tensor, num_items: Any) -> Tensor:
+    """The base's own loss, a sum over `num_items` where they are given."""
+    given = {} if num_items is None else {"num_items_in_batch": num_items}
+    size = base.config.get_text_config().vocab_size
+    return base.loss_function(logits=logits, labels=labels, vocab_size=size, **given)
 
 
 def _by_prompt(base: Any, prompts: RowPrompts, input_ids: Tensor, attention_mask: Tensor, kwargs: dict) -> Any:
@@ -195,9 +192,9 @@ def named_forward(
     check_rows(input_ids, attention_mask)
     if not input_ids.shape[1]:
         raise ValueError("input_ids has rows of no tokens; such a forward returns logits at the tokens.")
-    _drop_token_types(kwargs)
+    drop_token_types(kwargs, stacklevel=4)
     kwargs.pop("use_cache", None)
-    loss_options = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
+    num_items = kwargs.pop("num_items_in_batch", None)
     prompts = RowPrompts(model, len(input_ids), adapter_names, prompt_position)
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
@@ -220,7 +217,5 @@ def named_forward(
     if labels is not None:
         # Pads in front of a row would put a label next to the wrong logits.
         packed_labels, packed = labels.gather(1, origin), out.logits.take_along_dim(origin[..., None], dim=1)
-        fields["loss"] = base.loss_function(
-            logits=packed, labels=packed_labels, vocab_size=base.config.get_text_config().vocab_size, **loss_options
-        )
+        fields["loss"] = _loss(base, packed, packed_labels, num_items)
     return type(out)(**fields)

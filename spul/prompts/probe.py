@@ -1,42 +1,29 @@
 """Probes of a base: what it computes behind a shared prompt is compared with what it computes without sharing.
 
-A base earns the shared prefix at first use, by a few random tokens; the verdict holds until a hook or setting of the
-base changes.
-Families change their forward and their cache from version to version, and remote code does as it likes: a base that
-drops a given cache would answer without the prompt, and nothing would tell.
+A base earns the shared prefix at first use, by a few random tokens (`verdicts`). Families change their forward and
+their cache from version to version, and remote code does as it likes: a base that drops a given cache would answer
+without the prompt, and nothing would tell.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
-import weakref
-from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig
 
 from ..models.causal_lm import evaluation_mode, max_positions
-from ..models.compat import is_compiled, is_quantized
+from ..models.compat import is_compiled
 from ..models.compat_cache import LayerStates, prefix_states
 from ..models.compat_checkpointing import switching
 from ..models.compat_devices import device_of
-from ..models.compat_modules import settings_of
-from ..models.sharding import check_gathered
 from .one_pass import joint_logits
-from .states import MixedStates, PromptStates, autocast_dtype, compute_states, in_front
-
-logger = logging.getLogger(__name__)
+from .states import MixedStates, PromptStates, compute_states, in_front
+from .verdicts import ERRORS, close, earned
 
 NUM_TOKENS, NUM_PADS, NUM_NEW = 8, 3, 3
-MOST_PROBES = 100  # of a kind: a base that keeps changing would be probed at every call
-# What a family raises that takes no cache, no embeddings, or keys of another shape.
-_ERRORS = (RuntimeError, AttributeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError)
-# Settings, verdict and number of probes, by base and kind.
-_verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple[Any, bool, int]]] = weakref.WeakKeyDictionary()
 
 
 def shares_prefix(base: Any, num_virtual: int) -> bool:
@@ -50,7 +37,7 @@ def shares_prefix(base: Any, num_virtual: int) -> bool:
         found = base(input_ids=ids, use_cache=True, **states.prefix_inputs(base, mask)).logits
         return _rows_agree(base, found, *_concatenated_and_alone(base, prompt, ids))
 
-    return _earned(
+    return earned(
         base,
         ("prefix", num_virtual),
         compare,
@@ -72,7 +59,7 @@ def joins_prompt(base: Any, num_virtual: int) -> bool:
         found = _all_joint_logits(base, base.get_input_embeddings()(ids), mask, prompt)
         return _rows_agree(base, found, *_concatenated_and_alone(base, prompt, ids))
 
-    return _earned(base, ("joint", num_virtual), compare)
+    return earned(base, ("joint", num_virtual), compare)
 
 
 def shares_mixed_prefixes(base: Any, states: MixedStates) -> bool:
@@ -95,11 +82,11 @@ def shares_mixed_prefixes(base: Any, states: MixedStates) -> bool:
             expected = base(input_ids=ids[:1], **_prefix(base, one, mask[:1])).logits
             # A row without a prompt is as far from the longest one's as it can be.
             against = alone if one is not None else found[:1]
-            if not _close(base, row, expected, against):
+            if not close(base, row, expected, against):
                 return False
         return True
 
-    return _earned(
+    return earned(
         base,
         ("mixed", states.num_virtual_tokens),
         compare,
@@ -154,7 +141,7 @@ def checkpoints_prefix(
                 with evaluation_mode(base):  # in which nothing is checkpointed
                     expected = passes(prompt, rows, mask)
         without = alone, torch.zeros_like(expected[1])
-        return all(_close(base, *one) for one in zip(found, expected, without, strict=True))
+        return all(close(base, *one) for one in zip(found, expected, without, strict=True))
 
     otherwise = (
         f"{type(base).__name__} loses or changes a shared prompt under gradient checkpointing, computes otherwise in "
@@ -162,7 +149,7 @@ def checkpoints_prefix(
     )
     kind = ("checkpointing", num_virtual, prefix is not None, joint)
     # Under a prefix, the caller raises; a joint pass has another one to fall back on.
-    return _earned(base, kind, compare, "" if joint or prefix is not None else otherwise, in_evaluation=False)
+    return earned(base, kind, compare, "" if joint or prefix is not None else otherwise, in_evaluation=False)
 
 
 def continues_prefix(base: Any, states: PromptStates | MixedStates, unequal: bool) -> bool:
@@ -188,13 +175,13 @@ def continues_prefix(base: Any, states: PromptStates | MixedStates, unequal: boo
                 base(input_ids=own, **_prefix(base, one, own)).logits[:, -NUM_NEW - 1 : -1]
                 for one in (prompt, None if prompt is not None else longest)
             )
-            if not _close(base, found[row : row + 1], expected, without):
+            if not close(base, found[row : row + 1], expected, without):
                 return False
         return True
 
     rows = "rows of unequal length" if unequal else "rows"
     rows += ", some with another prompt," if is_mixed else ""
-    return _earned(
+    return earned(
         base,
         ("generate", states.num_virtual_tokens, unequal, is_mixed),
         compare,
@@ -215,11 +202,11 @@ def continues_embeddings(base: Any, unequal: bool) -> bool:
             expected = base(input_ids=own, use_cache=False).logits[:, -NUM_NEW - 1 : -1]
             # A shift by a position, or the loss of a token, would make as much of a difference as this.
             other = base(input_ids=own[:, 1:], use_cache=False).logits[:, -NUM_NEW - 1 : -1]
-            if not _close(base, found[row : row + 1], expected, other):
+            if not close(base, found[row : row + 1], expected, other):
                 return False
         return True
 
-    return _earned(base, ("embeddings", unequal), compare)
+    return earned(base, ("embeddings", unequal), compare)
 
 
 @torch.no_grad()
@@ -243,7 +230,7 @@ def check_prefix(model: Any) -> None:
                     return
     except torch.OutOfMemoryError:
         raise
-    except _ERRORS as error:
+    except ERRORS as error:
         cause = error
     heads, width = model.active_peft_config.num_attention_heads, model.active_peft_config.token_dim
     raise ValueError(
@@ -254,54 +241,7 @@ def check_prefix(model: Any) -> None:
     ) from cause
 
 
-# ---- how a probe is made and judged ----
-
-
-@torch.compiler.disable
-def _earned(
-    base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str = "", in_evaluation: bool = True
-) -> bool:
-    """The verdict on a base, by the comparison the first time; `otherwise` is logged if it is lost.
-
-    The comparison runs without gradients, and in evaluation mode unless `in_evaluation` is False. No other thread
-    changes the base's mode meanwhile, or asks: it would find the base changed, or a verdict on something else.
-    """
-    with switching:
-        return _verdict(base, kind, compare, otherwise, in_evaluation)
-
-
-def _verdict(base: Any, kind: tuple, compare: Callable[[], bool], otherwise: str, in_evaluation: bool) -> bool:
-    embeddings = base.get_input_embeddings()
-    device_type = device_of(embeddings).type
-    key = (*kind, embeddings.weight.dtype, device_type, autocast_dtype(device_type))
-    verdicts = _verdicts.setdefault(base, {})
-    before, verdict, num_probes = verdicts.get(key, (None, True, 0))
-    if num_probes == MOST_PROBES:
-        return verdict
-    settings = settings_of(base)
-    if before == settings:
-        return verdict
-    check_gathered(base)
-    was_told = not verdict
-    try:
-        with torch.no_grad(), evaluation_mode(base) if in_evaluation else nullcontext():
-            verdict = compare()
-    except torch.OutOfMemoryError:
-        raise
-    except _ERRORS as error:
-        verdict = False
-        otherwise = otherwise and f"{otherwise} It raised {type(error).__name__}: {error}"
-    if not verdict and otherwise and not was_told:
-        logger.warning(otherwise)
-    verdicts[key] = settings, verdict, num_probes + 1
-    if num_probes + 1 == MOST_PROBES:
-        logger.warning(
-            "Settings or hooks of %s changed before %d calls; whether it may share a prompt is not asked again, and "
-            "the last verdict stands.",
-            type(base).__name__,
-            MOST_PROBES,
-        )
-    return verdict
+# ---- how a probe is made ----
 
 
 def _probe(base: Any, num_virtual: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -370,24 +310,6 @@ def _forced_logits(base: Any, ids: Tensor, **inputs: Any) -> Tensor:
 def _rows_agree(base: Any, found: Tensor, expected: Tensor, alone: Tensor) -> bool:
     """Whether both rows of a right-padded probe have the logits of the first, as far as they go."""
     shorter = max(1, found.shape[1] - NUM_PADS)
-    return _close(base, found[:1], expected, alone) and _close(
+    return close(base, found[:1], expected, alone) and close(
         base, found[1:, :shorter], expected[:, :shorter], alone[:, :shorter]
     )
-
-
-def _close(base: Any, found: Tensor, expected: Tensor, without: Tensor) -> bool:
-    """Whether logits differ by rounding, which is little beside the difference that a lost prompt would make."""
-    eps = max(torch.finfo(dtype).eps for dtype in _dtypes(base, found))
-    found, expected, without = (t.double() for t in (found, expected, without))
-    error, effect = ((t - expected).square().mean().sqrt() for t in (found, without))
-    return bool(error <= eps**0.5 * effect + 8 * eps * expected.abs().max())
-
-
-def _dtypes(base: Any, logits: Tensor) -> set[torch.dtype]:
-    """The floating types that the base may compute in."""
-    dtypes = {logits.dtype} | {p.dtype for p in base.parameters() if p.is_floating_point()}
-    if (autocast := autocast_dtype(logits.device.type)) is not None:
-        dtypes.add(autocast)
-    if is_quantized(base) or (logits.is_cuda and torch.backends.cuda.matmul.allow_tf32):
-        dtypes.add(torch.bfloat16)
-    return dtypes

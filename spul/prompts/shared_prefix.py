@@ -3,9 +3,8 @@
 A prompt stands in front of a causal model's input, so its keys and values do not depend on the input. Prompt tuning
 and P-tuning therefore pass through the model once per step with batch size 1, gradient included, or as a row of the
 batch (see `one_pass`); prefix tuning *is* keys and values and needs no pass. Inside `cached_prompts` the states serve
-all calls.
-Gradient checkpointing changes none of this: each layer gets the prompt's keys and values as inputs of its checkpoint.
-Where a base has not earned it (see `probe`), the prompt is concatenated to every row instead.
+all calls. Gradient checkpointing changes none of this: each layer gets the prompt's keys and values as inputs of its
+checkpoint. Where a base has not earned it (see `probe`), the prompt is concatenated to every row instead.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from ..models.compat_cache import (
     empty_cache,
     expanded_cache,
     layer_states,
-    left_padded,
+    padded_prompts,
     returned_cache,
 )
 from ..models.compat_checkpointing import is_checkpointing, keeps_cache, kept_cache
@@ -108,7 +108,7 @@ class MixedStates:
         padded = [None if one is None else one.layers for one in self.states]
         inputs = {
             "attention_mask": mask,
-            cache_argument(base_model): expanded_cache(left_padded(padded, longest), base_model, len(index), index),
+            cache_argument(base_model): expanded_cache(padded_prompts(padded, longest), base_model, len(index), index),
         }
         if num_sequences is None and takes_position_ids(base_model):
             inputs["position_ids"] = (mask.ne(0).cumsum(dim=1) - 1).clamp(min=0)[:, longest:]

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..losses.batch import batch_loss
 from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import keep_in_evaluation, logits_at, unchanged_on_error, zero_dropout
+from ..models.causal_lm import logits_at, unchanged_on_error
 from ..models.compat import is_sharded, keep_4bit_differentiable, say_kernels_once
 from ..models.compat_checkpointing import switching, unswitched
 from ..models.disabling import disabled_here, is_disabled_here
+from ..models.noise import keep_in_evaluation, zero_dropout
 from ..models.sharding import keep_rest_whole
 from . import checkpoint
 from .adapters import PromptAdapters
@@ -54,9 +55,8 @@ class SoftPromptUnlearner(PromptAdapters):
             the others; PEFT's own options (`prompt_tuning_init`, `init_weights`) are honored where it is not given.
 
     Raises:
-        TypeError: if `peft_config` is none of the four, `loss` is not an `UnlearningLoss`, or `model` is not a module
-            or has an adapter.
-            It is also raised for encoder-decoders and models without a language modeling head.
+        TypeError: if `peft_config` is none of the four, `loss` is not an `UnlearningLoss`, or `model` is not a module,
+            has an adapter, is an encoder-decoder, or has no language modeling head.
         ValueError: if its task type is not `CAUSAL_LM`, it has no virtual tokens, weights of `model` are on the meta
             device, the family cannot be put under this kind of prompt, or it cannot stand at `prompt_position`.
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..data.encoded import left_padded_ids
-from ..losses.positions import pack_right
+from ..losses.positions import ends_before_labels, ends_before_responses, own_tokens, pack_right
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import check_bare, check_no_layers, logits_at
 from ..models.compat_devices import device_of
@@ -202,10 +202,8 @@ class Rival(nn.Module, Unlearner):
             return self.base_model(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-        given = torch.full_like(input_ids, IGNORE_INDEX) if labels is None else labels
-        packed, ids, own, order = pack_right(mask, input_ids, given, columns)
-        is_label = (own != IGNORE_INDEX) & packed.bool()
-        ends = [int(row.long().argmax()) if bool(row.any()) else 0 for row in is_label]
+        ends = [0] * len(input_ids) if labels is None else ends_before_labels(labels, mask)
+        packed, ids, order = pack_right(mask, input_ids, columns)
         logits = self._logits(ids, packed, columns, ends)
         logits = logits.take_along_dim(order.argsort(dim=1)[..., None], dim=1)
         loss = None
@@ -242,7 +240,7 @@ class Rival(nn.Module, Unlearner):
         if mask is None:  # as the base itself would take it
             mask = mask_from_pads(input_ids, *(self.setting(f"{name}_token_id", kwargs) for name in ("pad", "eos")))
         check_no_empty_row(mask)
-        new = self.changed_answers(_own_tokens(input_ids, mask), **kwargs)
+        new = self.changed_answers(own_tokens(input_ids, mask), **kwargs)
         return torch.cat([input_ids.repeat_interleave(len(new) // len(input_ids), dim=0), new], dim=1)
 
     def _check_generation(self, kwargs: dict[str, Any]) -> None:
@@ -287,8 +285,7 @@ class Rival(nn.Module, Unlearner):
         """
         if not self.enabled:
             return self.base_logits(input_ids, attention_mask, positions)
-        ends = [first + 1 if first else 0 for first in positions[:, 0].tolist()]
-        return self._logits(input_ids, attention_mask, positions, ends)
+        return self._logits(input_ids, attention_mask, positions, ends_before_responses(positions))
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) of the base there."""
@@ -296,7 +293,7 @@ class Rival(nn.Module, Unlearner):
         return logits_at(self.base_model, positions, **inputs)
 
     def _logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, ends: Sequence[int]) -> Tensor:
-        rows = _own_tokens(input_ids, attention_mask)
+        rows = own_tokens(input_ids, attention_mask)
         positions = positions.to(self.device).clamp(max=max(map(len, rows)) - 1)  # columns of pads alone are gone
         return self.changed_logits(rows, [end or len(row) for end, row in zip(ends, rows, strict=True)], positions)
 
@@ -366,7 +363,3 @@ class Rival(nn.Module, Unlearner):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
-
-
-def _own_tokens(input_ids: Tensor, attention_mask: Tensor) -> list[list[int]]:
-    return [ids[own.bool()].tolist() for ids, own in zip(input_ids, attention_mask, strict=True)]

@@ -18,8 +18,9 @@ from ..data.collator import ForgetRetainCollator
 from ..losses.positions import response_positions
 from ..losses.terms import KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import load_base, logits_at, unchanged_on_error
+from ..models.causal_lm import logits_at, unchanged_on_error
 from ..models.compat_devices import device_of
+from ..models.loading import load_base
 from ..prompts.configs import check_causal_lm
 from ..prompts.shared_prefix import is_prefix
 from ..prompts.unlearner import SoftPromptUnlearner

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from ..losses.terms import token_kl, token_nll
-from ..models.causal_lm import LINEAR, decoder_layers, selects_positions, zero_dropout
+from ..models.causal_lm import LINEAR, decoder_layers, selects_positions
 from ..models.compat import prefix_shape
 from ..models.compat_cache import LayerStates
 from ..models.compat_checkpointing import switch_checkpointing
 from ..models.compat_devices import TensorMemory, fake_tensors
+from ..models.noise import zero_dropout
 from ..prompts.configs import check_peft_config, encoder_shapes, filled, has_encoder, holds_states, prompt_shape
 from ..prompts.states import PromptStates, compute_states, in_front
 from ..records.fields import is_count

@@ -30,16 +30,9 @@ from ..losses.states import RMU, StateDistance, StateTerm
 from ..losses.suppressed import CEU, UNDIAL
 from ..losses.terms import CrossEntropy, GradientAscent, KLAscent, KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
-from ..models.causal_lm import (
-    bare_on_error,
-    check_bare,
-    feed_forward_ends,
-    not_linear,
-    stop_sampling,
-    unchanged_on_error,
-    zero_dropout,
-)
+from ..models.causal_lm import bare_on_error, check_bare, feed_forward_ends, not_linear, unchanged_on_error
 from ..models.compat import is_quantized, keep_4bit_differentiable
+from ..models.noise import stop_sampling, zero_dropout
 from ..models.sharding import keep_rest_whole
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
