@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.checks import checked_strings
+from ..losses.positions import request_ends
 from ..losses.terms import IGNORE_INDEX
 from ..models.unlearner import Unlearner
 from ..prompts.arguments import check_rows
@@ -236,15 +237,20 @@ class GatedUnlearner(nn.Module, Unlearner):
         return self.unlearner.generate(input_ids, *args, **kwargs)
 
     def response_logits(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, prompt_position: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        prompt_position: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, K, V) at `positions` (B, K) of a right-padded batch, each row under the prompt of its request.
 
-        A row's request ends at the first of its positions; a row of text without a request is one as a whole.
+        A row's request ends at the first of its positions; a text without a request, whose first token has one of the
+        `labels` (B, n), is one as a whole.
         """
         check_any_row(self.unlearner, prompt_position)
-        ends = [first + 1 if first else 0 for first in positions[:, 0].tolist()]
-        names = self._names_of_rows(input_ids, attention_mask, ends)
+        names = self._names_of_rows(input_ids, attention_mask, request_ends(positions, labels))
         return self.unlearner.response_logits(input_ids, attention_mask, positions, names, prompt_position)
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:

@@ -54,6 +54,18 @@ def response_positions(labels: Tensor) -> tuple[Tensor, Tensor]:
     return positions, targets
 
 
+def request_ends(positions: Tensor, labels: Tensor | None = None) -> list[int]:
+    """Number of tokens of each row's request, which ends at the first of its positions.
+
+    Args:
+        positions: (B, K), as of `response_positions`.
+        labels: (B, n). A row with a label in the first column is a text without a request, whose number is 0: by its
+            positions it is like a request of one token.
+    """
+    ends = positions[:, 0] + 1
+    return (ends if labels is None else ends.where(labels[:, 0] == IGNORE_INDEX, 0)).tolist()
+
+
 def token_positions(input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """All tokens of right-packed rows, for terms that read hidden states.
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..data.encoded import left_padded_ids
-from ..losses.positions import pack_right
+from ..losses.positions import pack_right, request_ends
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import check_bare, check_no_layers, logits_at
 from ..models.compat_devices import device_of
@@ -280,15 +280,17 @@ class Rival(nn.Module, Unlearner):
 
     # ---- the protocol of an unlearner ----
 
-    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    def response_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, K, V) at `positions` (B, K) of a right-padded batch.
 
-        A row's request ends at the first of its positions; a row of text without a request is one as a whole.
+        A row's request ends at the first of its positions; a text without a request, whose first token has one of the
+        `labels` (B, n), is one as a whole.
         """
         if not self.enabled:
             return self.base_logits(input_ids, attention_mask, positions)
-        ends = [first + 1 if first else 0 for first in positions[:, 0].tolist()]
-        return self._logits(input_ids, attention_mask, positions, ends)
+        return self._logits(input_ids, attention_mask, positions, request_ends(positions, labels))
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) of the base there."""
