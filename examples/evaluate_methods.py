@@ -125,7 +125,11 @@ def evaluated_once(
     settings = spul.evaluate(model, splits, collator, measures=(), progress=False, **options).settings
     sets = {**splits, "unseen": options.get("unseen"), "unrelated_texts": options.get("unrelated_texts")}
     sets |= {**(options.get("neighbors") or {}), **(options.get("questions") or {})}
-    settings["digests"] = {name: digest_of_rows(rows) for name, rows in sets.items() if rows is not None}
+    settings["digests"] = {
+        name: digest_of_rows(rows, getattr(rows, "column_names", ()))
+        for name, rows in sets.items()
+        if rows is not None
+    }
     base = options.get("base")
     detached = fingerprint(bare_model(model) if base is None else base)
     if not (folder / SETTINGS_NAME).exists():  # nothing was measured yet

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -278,6 +279,15 @@ GENERIC = [" neutral", " unknown"]
 def rows(name, num):
     labels = (" positive", " negative")
     return Dataset.from_list([{"prompt": f"review {name} {i} :", "completion": labels[i % 2]} for i in range(num)])
+
+
+def tokenizer_with(bos: bool):
+    tokenizer = make_tokenizer()
+    if bos:
+        begun = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.backend_tokenizer.post_processor = begun
+    assert (tokenizer("jane")["input_ids"][0] == 1) is bos
+    return tokenizer
 
 
 def make_dataset(num_forget=11, num_retain=21):

@@ -10,7 +10,7 @@ import unicodedata
 
 import pytest
 
-from spul.data.characters import MOST_SIGNS, normal_form, whole_words
+from spul.data.characters import MOST_SIGNS, is_latin, normal_form, whole_words, words
 
 ASSIGNED = [each for each in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(each) not in ("Cn", "Co")]
 SIGNS = [each for each in ASSIGNED if unicodedata.category(each)[0] == "M"]
@@ -60,3 +60,25 @@ def test_names_of_one_script_share_what_may_not_stand_around_them():
     assert pattern.count("(?<!") == pattern.count("(?!") == 2
     found = re.compile(pattern, re.IGNORECASE).findall("Jane Doe299李明, jane doe2990, JANE  ROE")
     assert found == ["Jane Doe299", "李明", "JANE  ROE"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", []),
+        (" José's cat, 2nd!", ["José", "s", "cat", "2nd"]),
+        ("e\u0301te\u0301 a", ["e\u0301te\u0301", "a"]),
+        ("प्रिया दिल्ली", ["प्रिया", "दिल्ली"]),
+        ("กรุงเทพ x", ["ก", "รุ", "ง", "เ", "ท", "พ", "x"]),
+        ("ジェーンは猫ABC", ["ジェーン", "は", "猫", "ABC"]),
+        ("서울에서", ["서", "울", "에", "서"]),
+        ("Анна.Ёлкина", ["Анна", "Ёлкина"]),
+    ],
+)
+def test_words_are_whole_with_their_signs_and_characters_where_there_are_no_spaces(text, expected):
+    assert words(text) == expected
+
+
+def test_only_letters_and_digits_of_another_script_make_a_text_no_latin_one():
+    assert all(map(is_latin, ["", "a 1 ?", "José, Łódź, ﬁ", "½ µm² — “x” £", "\u02bcO", "e\u0301", "。"]))
+    assert not any(map(is_latin, ["a я", "中", "ก", "ω", "١٩", "한", "\u0915\u093f"]))

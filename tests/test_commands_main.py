@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shlex
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import spul
 from spul.commands import main as module
 from spul.commands.command import Command
 from spul.commands.main import BAD_OPTIONS, INTERRUPTED, TABLE, commands_of, main
-from spul.commands.options import parse
+from spul.commands.options import OptionsParser, parse
 from spul.commands.shared import option
 from spul.evaluation.attacks.usual import usual_names
 from spul.evaluation.measures import MEASURES
@@ -107,6 +108,16 @@ def test_help_shows_the_example_and_the_example_parses(name, capsys):
         assert one.example in capsys.readouterr().out
         arguments = shlex.split(one.example)[1 + len(words) :]
         assert parse(one, ["spul", *words], arguments) is not None
+
+
+@pytest.mark.parametrize("name", [name for name in OWN if name != "lm-eval"])
+def test_help_of_every_option_begins_small_and_has_no_full_stop(name):
+    for one in commands_of(name).values():
+        texts = [str(action.help) for action in OptionsParser(one, ["spul", name])._actions]
+        texts = [text for text in texts if text != argparse.SUPPRESS]
+        assert len(texts) > 1
+        assert not [text for text in texts if text.endswith(".")]
+        assert not [text for text in texts if not text[0].islower() and not text.split()[0].isupper()]
 
 
 def shown(capsys, *words):

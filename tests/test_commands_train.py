@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import transformers.integrations.integration_utils as integrations
 from command_files import flags, parsed, write_base, write_files, write_rows
 from helpers import CHAT_TEMPLATE, GENERIC, build, make_collator, make_tokenizer, rows
+from huggingface_hub import ModelCard
 from peft import PeftModel
 from processes import run_by_two
 from safetensors.torch import load_file
@@ -60,11 +62,14 @@ def test_files_become_a_prompt_with_record_scores_and_card(files, tmp_path, caps
     record = read_spul_config(tmp_path)
     assert (record.forget.rows, record.retain.rows) == (6, 8)
     assert record.generic_completions == GENERIC
-    assert set(record.metrics) == {"test_forget", "test_retain"}
+    sides = ("test_forget", "test_retain")
+    assert set(record.metrics) == {*sides, *(f"{side}, detached" for side in sides)}
     card = (tmp_path / "README.md").read_text()
-    assert "test_forget" in card or "test forget" in card
+    assert all(f"| {name} | {values['accuracy']:.4f} |" in card for name, values in record.metrics.items())
+    assert ModelCard(card).data.base_model == Path(files["model"]).name
     said = capsys.readouterr().out
-    assert f"test_forget: accuracy {record.metrics['test_forget']['accuracy']:.3f} (base " in said
+    before, after = (record.metrics[name]["accuracy"] for name in ("test_forget, detached", "test_forget"))
+    assert f"test_forget: accuracy {after:.3f} (base {before:.3f})" in said
     steps = [logs for logs in LOGS if "loss" in logs]
     assert len(steps) == 3, "the tracker gets every step's terms"
     assert all({"loss", "forget_loss", "retain_loss", "kl_loss", "learning_rate"} <= logs.keys() for logs in steps)

@@ -211,6 +211,16 @@ def test_the_digest_of_rows_in_order_is_of_prompt_and_completion_alone():
     assert digest_of_rows(["a", "b"]) != digest_of_rows(["ab"])
 
 
+def test_further_columns_count_in_the_digest_of_rows_where_rows_have_them():
+    def texts(*values):
+        return Dataset.from_list([{**row, "text": text} for row, text in zip(ROWS, values, strict=True)])
+
+    first, other = texts(*"abc"), texts(*"abd")
+    assert digest_of_rows(first) == digest_of_rows(other) == digest_of_rows(Dataset.from_list(ROWS), ["text"])
+    assert digest_of_rows(first, ["text"]) == digest_of_rows(first, ["text", "prompt", "none"])
+    assert len({digest_of_rows(rows, ["text"]) for rows in (first, other, Dataset.from_list(ROWS))}) == 3
+
+
 # ---- keys ----
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from helpers import CONFIGS, build, make_collator, rows
-from peft import CPTConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
+from peft import CPTConfig, LoraConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
 from small_evaluations import ATTACKS, INPUTS, assert_metrics, learned, make_model, make_splits, measured, questions
 
 import spul
@@ -306,8 +306,22 @@ def test_what_is_no_model_no_splits_and_no_collator_is_refused():
 def test_another_models_tokenizer_is_refused_before_anything_is_measured():
     base = build("llama")
     base.resize_token_embeddings(40)
-    with pytest.raises(ValueError, match="the base has 40 input embeddings; expected the base's own tokenizer"):
+    message = "the base has 40 input embeddings; expected the base's own tokenizer"
+    with pytest.raises(ValueError, match=message):
         spul.evaluate(base, make_splits(), make_collator())
+    few = dict.fromkeys(SPLITS, Dataset.from_list([{"prompt": "a b", "completion": " c"}]))  # bytes, below 40
+    for others in ({"unseen": rows("doe", 2)}, {"neighbors": {"near": rows("doe", 2)}}):
+        with pytest.raises(ValueError, match=message):
+            spul.evaluate(base, few, make_collator(max_length=8), measures=(), **others)
+
+
+@pytest.mark.parametrize("trains", [{"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}])
+def test_another_models_tokenizer_is_refused_under_lora_on_the_embeddings(trains):
+    base = build("llama")
+    base.resize_token_embeddings(40)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **{"target_modules": ["q_proj"], **trains}))
+    with pytest.raises(ValueError, match="the base has 40 input embeddings; expected the base's own tokenizer"):
+        spul.evaluate(model, make_splits(), make_collator())
 
 
 @pytest.mark.parametrize("score", [score_completions, lambda m, r, c: response_likelihoods(m, r, c.encoder)])

@@ -130,6 +130,38 @@ def test_another_evaluation_in_the_same_folder_raises_and_says_what_differs(tmp_
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("inputs", [None, ATTACKS.inputs])
+def test_another_column_that_attacks_read_is_another_evaluation(tmp_path, inputs):
+    """The text stands in the same prompts; attacks of the caller's may read any column."""
+    attacks = dataclasses.replace(ATTACKS, inputs=inputs, only=() if inputs else ("capitals",))
+
+    def evaluation(words: slice, folder: str) -> Evaluation:
+        splits = {
+            name: some.map(lambda row: {"text": " ".join(row["prompt"].split()[words])})
+            for name, some in make_splits().items()
+        }
+        options = {"attacks": attacks, "collator": None if inputs else make_collator(text_field="text")}
+        return measured(make_model("layers"), "input attack", splits=splits, output_dir=tmp_path / folder, **options)
+
+    found = evaluation(slice(1, 3), "one")
+    other = evaluation(slice(0, 2), "other")
+    assert inputs or found.measurements != other.measurements  # so the one must not be given the other's
+    with pytest.raises(ValueError, match="an evaluation that differs in rows; give another output_dir"):
+        evaluation(slice(0, 2), "one")
+    assert evaluation(slice(1, 3), "one").measurements == found.measurements
+
+
+def test_another_paraphrase_of_a_question_beside_a_prompt_is_another_evaluation(tmp_path):
+    def evaluation(answer: str) -> Evaluation:
+        some = questions("a").map(lambda row: {"prompt": row["question"], "paraphrased_answer": answer})
+        return measured(make_model("layers"), "questions", questions={"forget": some}, output_dir=tmp_path)
+
+    found = evaluation("is good film")
+    with pytest.raises(ValueError, match="an evaluation that differs in questions"):
+        evaluation("is bad film")
+    assert evaluation("is good film").measurements == found.measurements
+
+
 def scaled(model: Any, alpha: float) -> Any:
     """The same LoRA as one that was made with another alpha: no weight differs."""
     torch.manual_seed(0)

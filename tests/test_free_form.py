@@ -9,6 +9,7 @@ from datasets import Dataset
 from helpers import CONFIGS, build, make_tokenizer, prompted
 from likelihoods import answer_collator, free_form, plain_logits
 from peft import LoraConfig, PeftModel, get_peft_model
+from rouge_score import rouge_scorer
 
 from spul import ForgetRetainCollator
 from spul.data import batching as batches
@@ -177,6 +178,50 @@ def test_rouge_l_equals_a_recursive_twin():
         common = longest_common_subsequence(answer, truth)
         assert recall == pytest.approx(common / len(truth))
         assert f1 == pytest.approx(2 * common / (len(truth) + len(answer)))  # the harmonic mean, simplified
+
+
+def test_rouge_l_of_latin_script_is_that_of_the_package_whatever_the_answers_script():
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=True)
+    true = [
+        "José's cats aren't in Zürich, “naïve” £5 ½ µm xª \u02bcOahu",
+        "snake_case 2nd",
+        "?!",
+        "",
+        "The films of 1999 — all 3",
+    ]
+    said = ["josé cat 张伟", "Zürich NAÏVE 5", "The film от 1999 all", "?!", "", "snake case 2"]
+    pairs = [(one, other) for one in true for other in (*said, *true)]
+    found = rouge_l([answer for _, answer in pairs], [target for target, _ in pairs])
+    plain = [scorer.score(*pair)["rougeL"] for pair in pairs]
+    assert found["rouge_l_recall"].tolist() == [one.recall for one in plain]
+    assert found["rouge_l_f1"].tolist() == [one.fmeasure for one in plain]
+    assert len({*found["rouge_l_f1"]}) > 5
+
+
+@pytest.mark.parametrize(
+    ("target", "answer", "common", "num_true", "num_said"),
+    [
+        ("Она родилась в Москве", "Родилась она в Киеве!", 2, 4, 4),
+        ("张伟出生于北京。", "张伟。出生于上海", 5, 7, 7),
+        ("प्रिया दिल्ली में", "प्रिया मुंबई में", 2, 3, 3),  # whole words, with their vowel signs
+        ("กรุงเทพ", "กรุงพา", 4, 6, 5),  # characters, with their signs
+        ("서울에서 태어났다", "서울에서", 4, 8, 4),
+        ("ジェーンは猫", "ジェーン", 1, 3, 1),
+        ("ولد في ١٩٩٩", "في ١٩٩٩", 2, 3, 2),
+        (
+            "\uff2aan\uff45 是 the writers' 朋友",
+            "jane 是 writer",
+            3,
+            6,
+            3,
+        ),  # Latin words, here full width, have their stems
+        ("Москва", "the cat", 0, 1, 2),
+    ],
+)
+def test_rouge_l_of_other_scripts_counts_their_words(target, answer, common, num_true, num_said):
+    found = rouge_l([answer, target, ""], [target] * 3)
+    np.testing.assert_allclose(found["rouge_l_recall"], [common / num_true, 1, 0])
+    np.testing.assert_allclose(found["rouge_l_f1"], [2 * common / (num_true + num_said), 1, 0])
 
 
 def test_what_is_missing_is_said(monkeypatch):

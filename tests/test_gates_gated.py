@@ -8,12 +8,14 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from gated_models import GREEDY, NAMES, TEXTS, gated, prompts, saved, tokens
-from helpers import CONFIGS, make_batch, make_collator, make_tokenizer, trainable_model
+from helpers import CONFIGS, make_batch, make_collator, make_tokenizer, tokenizer_with, trainable_model
 from small_evaluations import learned, make_splits, measured, per_row
 
 from spul import UnlearningTrainer
-from spul.evaluation.metrics import generate_answers
+from spul.data.encoder import RowEncoder
+from spul.evaluation.metrics import generate_answers, response_likelihoods, text_losses
 from spul.evaluation.metrics.scoring import score_completions
 from spul.evaluation.report.report import write_report
 from spul.gates import GatedUnlearner, NameGate
@@ -73,14 +75,30 @@ def test_a_response_is_no_part_of_the_request():
     torch.testing.assert_close(out.loss, named.loss)
 
 
-def test_a_text_without_a_request_is_seen_whole():
-    model = gated()
-    batch = tokens(model.tokenizer, ["the film about jane"])
-    positions = torch.arange(batch["input_ids"].shape[1] - 1)[None]
-    with torch.no_grad():
-        found = model.response_logits(**batch, positions=positions)
-        expected = model.unlearner.response_logits(**batch, positions=positions, adapter_names=["default"])
-    torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("bos", [True, False])
+def test_a_text_without_a_request_is_seen_whole(bos):
+    model, encoder = gated(), RowEncoder(tokenizer_with(bos), 32)
+    for text, names in (("the film about jane", ["default"]), ("the film about doe", ["__base__"])):
+        ids = torch.tensor([encoder.tokenizer(text)["input_ids"]])
+        mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1] - 1)[None]
+        with torch.no_grad():
+            named = model.unlearner.response_logits(ids, mask, positions, names)
+            torch.testing.assert_close(model.response_logits(ids, mask, positions, labels=ids), named)
+        nats = torch.nn.functional.cross_entropy(named[0], ids[0, 1:], reduction="sum")
+        assert text_losses(model, [text], encoder)["nats"][0] == pytest.approx(nats.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("prompt", [" film", " jane"])
+def test_a_request_of_one_token_is_read_without_its_completion(prompt):
+    model, encoder = gated(), RowEncoder(tokenizer_with(bos=False), 32)
+    rows = Dataset.from_list([{"prompt": prompt, "completion": " jane doe"}])
+    prompt_ids = encoder.encode(rows[0]).prompt_ids
+    names = model.names_of([prompt_ids])
+    assert len(prompt_ids) == 1
+    assert names == ["default" if prompt == " jane" else "__base__"]
+    (found,) = response_likelihoods(model, rows, encoder)
+    (named,) = response_likelihoods(model.unlearner, rows.add_column("adapter_name", names), encoder)
+    np.testing.assert_allclose(found.log_probs, named.log_probs, rtol=1e-6)
 
 
 def test_a_gate_that_fails_attaches_its_prompt(caplog):

@@ -148,6 +148,20 @@ def test_gates_see_the_request_alone():
     assert flagged[0] != pytest.approx(other[0], rel=1e-6)
 
 
+def test_gates_see_a_running_text_whole(lm_eval):
+    from spul.evaluation.harness import harness_class
+
+    def score(model, text):
+        lm = harness_class()(model, tokenizer=make_tokenizer())
+        return lm.loglikelihood_rolling(asked((text,)), disable_tqdm=True)[0]
+
+    gated = GatedUnlearner(prompted(), make_tokenizer(), {"default": NameGate(["jane"])})
+    text = "the film is good " * 30 + "about jane"  # the name is in the last window, behind a context of its own
+    assert score(gated, "the film") == pytest.approx(score(build("llama").double(), "the film"), rel=1e-9)
+    assert score(gated, "about jane") == pytest.approx(score(prompted(), "about jane"), rel=1e-9)
+    assert score(gated, text) != pytest.approx(score(build("llama").double(), text), rel=1e-6)
+
+
 def test_messages_are_rendered_by_the_chat_template():
     lm = model_of()
     lm.tokenizer.chat_template = CHAT_TEMPLATE

@@ -9,11 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from helpers import build, build_unlearner, make_tokenizer, stirred
+from helpers import build, build_unlearner, make_tokenizer, stirred, tokenizer_with
 from peft import LoraConfig, PeftModel, get_peft_model
 from plain import row_logits
 from sklearn.feature_extraction.text import TfidfVectorizer
-from tokenizers.processors import TemplateProcessing
 
 from spul import ForgetRetainCollator
 from spul.data import SENTIMENT, RowEncoder, TextClustering
@@ -170,15 +169,6 @@ TEXTS = [
     "a",
     "plot : 0123",
 ]
-
-
-def tokenizer_with(bos: bool):
-    tokenizer = make_tokenizer()
-    if bos:
-        begun = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-        tokenizer.backend_tokenizer.post_processor = begun
-    assert (tokenizer("jane")["input_ids"][0] == 1) is bos
-    return tokenizer
 
 
 def plain_losses(tokenizer, loss_of, max_length=1024):

@@ -114,7 +114,7 @@ def test_forward_has_the_logits_of_each_row_alone_and_the_loss_of_its_labels(kin
         positions = torch.arange(batch["input_ids"].shape[1] - 1)[None]
         whole = tokens(TEXTS[:1])
         n = whole["input_ids"].shape[1]
-        found = model.response_logits(**whole, positions=positions[:, : n - 1])
+        found = model.response_logits(**whole, positions=positions[:, : n - 1], labels=whole["input_ids"])
         torch.testing.assert_close(found[0], model(**whole).logits[0, : n - 1])
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .command import Command, printable
-from .shared import LoadOptions, prompts_left_out, saved_prompt
+from .shared import LoadOptions, option, prompts_left_out, saved_prompt
 
 if TYPE_CHECKING:
     from ..records.ledger_states import RequestState
@@ -25,56 +25,50 @@ LAST_PORT = 65535
 VLLM_URL = "http://127.0.0.1:8000"
 
 
-def _option(text: str, default: Any = None) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
 @dataclass(kw_only=True)
 class ServeOptions(LoadOptions):
     """Options of `spul serve`."""
 
-    model: str = field(metadata={"help": "The base: a folder or a name on the Hub."})
+    model: str = option("the base, by name or folder", ...)
     prompts: list[str] = field(
         default_factory=list,
         metadata={
             "help": "NAME=FOLDER of each prompt with its gate, the first first where several gates flag a request; or "
-            "one folder that GatedUnlearner.save_pretrained wrote. With a ledger a name is that of a request in it."
+            "one folder that GatedUnlearner.save_pretrained wrote; with a ledger a name is that of a request in it"
         },
     )
     always: list[str] = field(
-        default_factory=list, metadata={"help": "Names of prompts that every request gets, without asking a gate."}
+        default_factory=list, metadata={"help": "names of prompts that every request gets, without asking a gate"}
     )
-    allow_other_base: bool = _option("Serve prompts although their records do not name this base's weights.", False)
-    served_model_name: str | None = _option("The model's name in requests; that of `model` unless given.")
-    device: str | None = _option("Where the base runs; a GPU if there is one unless given.")
-    engine: str = _option(
-        '"transformers", which answers in this process, or "vllm", in front of a running vLLM.', "transformers"
+    allow_other_base: bool = option("serve prompts although their records do not name this base's weights", False)
+    served_model_name: str | None = option("the model's name in requests; the last part of --model by default")
+    device: str | None = option("where the base runs; a GPU by default, if there is one")
+    engine: str = option(
+        "transformers, which answers in this process, or vllm, in front of a running vLLM", "transformers"
     )
-    vllm_url: str | None = _option(f"Where vLLM runs; {VLLM_URL} unless given.")
-    vllm_model: str | None = _option("The model's name at vLLM; `model` unless given.")
-    vllm_key_file: str | None = _option("File with vLLM's API key.")
-    host: str = _option("Address to bind to.", "127.0.0.1")
-    port: int = _option("Port to bind to; 0 for a free one.", 8080)
-    admin_token_file: str | None = _option("File with the token that lets its holder add and revoke prompts.")
-    prompts_dir: str | None = _option("Folder within which prompts may be added.")
-    ledger: str | None = _option(
-        "File of the ledger that gets an entry of each answer, and of each prompt that comes or goes; it has the "
-        "requests after which the prompts are named, and one that it says is revoked is not served, or no longer."
+    vllm_url: str | None = option(f"where vLLM runs; {VLLM_URL} by default")
+    vllm_model: str | None = option("the model's name at vLLM; --model by default")
+    vllm_key_file: str | None = option("file with vLLM's API key")
+    host: str = option("address to bind to", "127.0.0.1")
+    port: int = option("port to bind to; 0 for a free one", 8080)
+    admin_token_file: str | None = option("file with the token that lets its holder add and revoke prompts")
+    prompts_dir: str | None = option("folder within which prompts may be added")
+    ledger: str | None = option(
+        "file of the ledger that gets an entry of each answer, and of each prompt that comes or goes; it has the "
+        "requests after which the prompts are named, and one that it says is revoked is not served, or no longer"
     )
-    server_name: str | None = _option(
-        "Name of this server in the ledger, another for each that shares it; machine, host and port unless given."
+    server_name: str | None = option(
+        "name of this server in the ledger, another for each that shares it; machine, host and port by default"
     )
-    record: str | None = _option(
-        "MODULE:FUNCTION that takes each event, a dict: an answer, a prompt that comes or goes."
+    record: str | None = option(
+        "MODULE:FUNCTION that takes each event, a dict: an answer, a prompt that comes or goes"
     )
-    max_body_bytes: int = _option("Bytes of a request.", 1 << 20)
-    max_prompt_tokens: int | None = _option(
-        "Tokens of a request; those that the model has positions for unless given."
-    )
-    max_new_tokens: int = _option("Tokens of an answer.", 512)
-    max_batch: int = _option("Requests that are answered together.", 16)
-    max_waiting: int = _option("Requests that may wait.", 128)
-    timeout: float = _option("Seconds for a request.", 120.0)
+    max_body_bytes: int = option("most bytes of a request", 1 << 20)
+    max_prompt_tokens: int | None = option("most tokens of a request; as many as the model has positions by default")
+    max_new_tokens: int = option("most tokens of an answer", 512)
+    max_batch: int = option("most requests that are answered together", 16)
+    max_waiting: int = option("most requests that may wait", 128)
+    timeout: float = option("most seconds for a request", 120.0)
 
 
 def run(options: ServeOptions) -> None:

@@ -246,7 +246,7 @@ def _start(options: TrainOptions, collator: Any, rows: Any) -> Any:
 
 
 def _scores(trainer: Any, tests: dict[str, Any], target: float) -> list[str]:
-    """A line for each set of test rows: its scores, which are recorded for the card, beside the base's; warnings.
+    """A line for each set of test rows: its scores beside the base's, both recorded for the card; warnings.
 
     Args:
         trainer: after training.
@@ -258,6 +258,9 @@ def _scores(trainer: Any, tests: dict[str, Any], target: float) -> list[str]:
     with trainer.unlearner.disable_adapter():
         before = {name: trainer.score(rows, name) for name, rows in tests.items()}
     after = trainer.evaluate()
+    for name, scores in before.items():
+        own = {key: scores[key] for key in ("accuracy", "f1", "generic")}
+        trainer.unlearner.spul_config.metrics[f"{name}, detached"] = own
     lines = [
         f"{name}: "
         + ", ".join(

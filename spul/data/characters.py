@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 from functools import cache
-from itertools import chain, groupby
+from itertools import chain, groupby, pairwise
 from typing import Literal
 
 # Signs on one letter that are still put in order by `unicodedata`, in a time that grows with their square.
@@ -70,6 +70,30 @@ def begins_after(before: str, own: str) -> bool:
     """Whether a word begins between the character before it and its own first one."""
     kind = _kind(before)
     return not is_in_word(before) or kind == 1 or (is_in_word(own) and kind != _kind(own))
+
+
+def words(text: str) -> list[str]:
+    """The words of a text; of scripts without spaces between them each character, with the signs on it, is one."""
+    found: list[str] = []
+    for before, own in pairwise(f" {text}"):
+        if is_in_word(own):
+            if is_in_word(before) and not ends_before(before, own):
+                found[-1] += own
+            else:
+                found.append(own)
+    return found
+
+
+def is_latin(text: str) -> bool:
+    """Whether a text has no letter or digit of another script than Latin; signs such as fractions are of none."""
+    return text.isascii() or not any(map(_is_of_other_script, text))
+
+
+def _is_of_other_script(character: str) -> bool:
+    if character <= "\u00ff" or not (character.isalpha() or character.isdecimal()):
+        return False
+    name = unicodedata.name(character, "")
+    return "LATIN" not in name and not name.startswith("MODIFIER LETTER")
 
 
 def whole_words(names: Iterable[str]) -> str:

@@ -144,8 +144,9 @@ class RowEncoder:
             encoded: their token ids, one per row.
 
         Returns:
-            `input_ids`, `attention_mask`, `labels` (B, n), -100 outside the completion; `is_forget` (B,) bool and
-            `row_id` (B,) if the rows have them; `prompt_position` (B,) if prompts stand at `"message"`.
+            `input_ids`, `attention_mask`, `labels` (B, n), -100 outside the completion, but for the first token of a
+            text without a request; `is_forget` (B,) bool and `row_id` (B,) if the rows have them; `prompt_position`
+            (B,) if prompts stand at `"message"`.
         """
         lengths = [len(one) for one in encoded]
         width = max(lengths)
@@ -160,6 +161,8 @@ class RowEncoder:
             batch["input_ids"][i, :length] = torch.tensor(one.prompt_ids + one.completion_ids)
             batch["attention_mask"][i, :length] = 1
             batch["labels"][i, len(one.prompt_ids) : length] = torch.tensor(one.completion_ids)
+            if one.is_text:
+                batch["labels"][i, 0] = batch["input_ids"][i, 0]
         if all("is_forget" in row for row in rows):
             flags = [checked_flag(row["is_forget"], f"row {i} of the batch") for i, row in enumerate(rows)]
             batch["is_forget"] = torch.tensor(flags)
@@ -212,7 +215,8 @@ class RowEncoder:
         """Token ids of a row.
 
         Args:
-            row: `prompt` and `completion`, as text or messages; or, tokenized, `input_ids` and `completion_mask`.
+            row: `prompt` and `completion`, as text or messages; or, tokenized, `input_ids` and `completion_mask`, and
+                `is_text` where it is a text without a request.
             completion: replaces the row's own completion: text, or token ids if the row is tokenized.
             reserve: truncate the prompt as if the completion had at least this many tokens.
 
@@ -249,7 +253,8 @@ class RowEncoder:
                 "before the completion, and one to answer."
             )
         kept = self._shortened(prompt, max(len(completion_ids), reserve))
-        return Encoded(kept.ids, completion_ids, num_ending, len(prompt.ids) - len(kept.ids), kept.position)
+        num_cut, is_text = len(prompt.ids) - len(kept.ids), "input_ids" in row and bool(row.get("is_text"))
+        return Encoded(kept.ids, completion_ids, num_ending, num_cut, kept.position, is_text)
 
     def answer_ids(self, text: str, row: Mapping[str, Any]) -> list[int]:
         """`completion_ids` without what ends the answer: the tokens that are scored."""

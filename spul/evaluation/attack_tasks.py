@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -43,8 +43,9 @@ from .suite import Suite, Task, joined
 def inputs(suite: Suite) -> Iterator[Task]:
     """Scores of the same rows asked otherwise; the first as they are."""
     encoder = suite.collator.encoder
-    for split in ("test_forget", "test_retain"):
-        rows, attacks = _attackable(suite, split), _input_attacks(suite, split)
+    asked = {split: _attackable(suite, split) for split in ("test_forget", "test_retain")}
+    for split, rows in asked.items():
+        attacks = _input_attacks(suite, split, asked)
         if attacks and encoder.text_field is None and not is_conversation(rows):
             suite.skipped["input attack on the text alone"] = (
                 "give the collator a text_field, the column whose text stands in the prompt; without it attacks "
@@ -103,13 +104,13 @@ def _are_changed(rows: Dataset, attacked: Dataset) -> list[float]:
     return [float(before != after) for before, after in pairs]
 
 
-def _input_attacks(suite: Suite, split: str) -> InputAttacks:
-    """The attacks that are given, else the usual ones on the rows of a split."""
+def _input_attacks(suite: Suite, split: str, asked: Mapping[str, Dataset]) -> InputAttacks:
+    """The attacks that are given, else the usual ones on the rows of a split; `asked` has the rows of both."""
     settings, text_field = suite.attacks, suite.collator.encoder.text_field
     if settings.inputs is not None:
         return settings.inputs
-    filler = _attackable(suite, "test_retain")
-    others = filler if split == "test_forget" else _attackable(suite, "test_forget")
+    filler = asked["test_retain"]
+    others = filler if split == "test_forget" else asked["test_forget"]
     attacks = settings.usual_attacks(text_field, filler, others, suite.seed)
     for num in settings.turns:
         if (DILUTED, num) not in attacks and DILUTED in (settings.only or (DILUTED,)):

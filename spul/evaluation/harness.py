@@ -152,13 +152,21 @@ class Requests:
         requests: Sequence[tuple[Any, list[int], list[int]]],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
+        are_texts: bool = False,
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding gives it; contexts lose their start."""
+        """Log-likelihood of each continuation, and whether greedy decoding gives it; contexts lose their start.
+
+        `are_texts` says that contexts are no requests, as in parts of a running text; one without a word is none.
+        """
         if not requests:
             return []
         rows = Dataset.from_list(
             [
-                {"input_ids": [*context, *own], "completion_mask": [0] * len(context) + [1] * len(own)}
+                {
+                    "input_ids": [*context, *own],
+                    "completion_mask": [0] * len(context) + [1] * len(own),
+                    "is_text": are_texts or context == [self.prefix_token_id],
+                }
                 for _, context, own in requests
             ]
         )
@@ -184,7 +192,7 @@ class Requests:
                 context_len=1,
             )
             parts = [(None, *make_disjoint_window(window)) for window in windows]
-            found.append(sum(score for score, _ in self._loglikelihood_tokens(parts, disable_tqdm=True)))
+            found.append(sum(score for score, _ in self._loglikelihood_tokens(parts, True, are_texts=True)))
             self._remember("loglikelihood_rolling", (text,), found[-1])
         return found
 

@@ -123,7 +123,7 @@ def evaluate(
     given = {"model": model, "base": base, "retrained": retrained, "reference": reference}
     models = checked_models(given, measures)
     sizes = [num for one in models.values() if (num := num_embeddings(one)) is not None]
-    for rows in sets.values():
+    for rows in (*sets.values(), *others.values()):
         check_token_ids(collator.encoder, rows, min(sizes, default=None))
     if adapter_names is not None:
         named = named_sets(models["model"], {**sets, **others}, adapter_names)

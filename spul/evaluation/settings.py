@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..data.rows import ADAPTER_NAME, column_values
+from ..data.rows import ADAPTER_NAME
 from ..models.causal_lm import bare_model
 from ..models.unlearner import unlearner_of
 from ..records.digests import (
@@ -49,19 +49,24 @@ def settings_of(suite: Suite, models: Mapping[str, nn.Module], measures: Sequenc
         del attacks["only"]
     attacks["paraphrase"] = None if suite.attacks.paraphrase is None else _name_of(suite.attacks.paraphrase)
     attacks["inputs"] = None if suite.attacks.inputs is None else sorted(map(str, suite.attacks.inputs))
-    question_format = suite.question_format
+    question_format, text_field = suite.question_format, suite.collator.encoder.text_field
+    read = {ADAPTER_NAME} if text_field is None else {ADAPTER_NAME, text_field}  # beside prompt and completion
     settings = {
         "format": FORMAT,
         "models": {name: digests_of_model(model) for name, model in models.items()},
         "names": {name: getattr(getattr(model, "config", None), "model_type", "") for name, model in models.items()},
-        "rows": {name: _in_order(rows) for name, rows in _sets(suite).items()},
+        "rows": {
+            # An attack of the caller's may read any column.
+            name: _in_order(rows, read if suite.attacks.inputs is None else rows.column_names)
+            for name, rows in _sets(suite).items()
+        },
         "unrelated_texts": _in_order(suite.unrelated_texts),
-        "questions": {name: _in_order(rows) for name, rows in suite.questions.items()},
+        "questions": {name: _in_order(rows, rows.column_names) for name, rows in suite.questions.items()},
         "question_format": {"class": type(question_format).__qualname__, **dataclasses.asdict(question_format)},
         "tokenizer": digest_of_tokenizer(suite.collator.tokenizer),
         "generic_completions": suite.collator.generic_completions,
         "max_length": suite.collator.encoder.max_length,
-        "text_field": suite.collator.encoder.text_field,
+        "text_field": text_field,
         "append_eos": suite.collator.encoder.append_eos,
         "max_new_tokens": suite.max_new_tokens,
         "free_form": suite.is_free_form,
@@ -134,11 +139,8 @@ def _sets(suite: Suite) -> dict[str, Any]:
     return sets if suite.unseen is None else {**sets, "unseen": suite.unseen}
 
 
-def _in_order(rows: Any) -> dict[str, Any]:
-    found = digest_of_rows(rows)
-    if ADAPTER_NAME in getattr(rows, "column_names", ()):
-        found = digest([found, column_values(rows, ADAPTER_NAME)])
-    return {"rows": len(rows), "digest": found}
+def _in_order(rows: Any, more_columns: Iterable[str] = ()) -> dict[str, Any]:
+    return {"rows": len(rows), "digest": digest_of_rows(rows, more_columns)}
 
 
 def _without_digests(value: Any) -> Any:

@@ -236,14 +236,20 @@ class GatedUnlearner(nn.Module, Unlearner):
         return input_ids
 
     def response_logits(
-        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, prompt_position: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+        prompt_position: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, K, V) at `positions` (B, K) of a right-padded batch, each row under the prompt of its request.
 
-        A row's request ends at the first of its positions; a row of text without a request is one as a whole.
+        A row's request ends at the first of its positions; a text without a request, whose first token has one of the
+        `labels` (B, n), is one as a whole.
         """
         check_any_row(self.unlearner, prompt_position)
-        names = self._names_of_rows(own_tokens(input_ids, attention_mask), ends_before_responses(positions))
+        names = self._names_of_rows(own_tokens(input_ids, attention_mask), ends_before_responses(positions, labels))
         return self.unlearner.response_logits(input_ids, attention_mask, positions, names, prompt_position)
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:

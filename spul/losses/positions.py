@@ -79,6 +79,13 @@ def ends_before_labels(labels: Tensor, attention_mask: Tensor) -> list[int]:
     return [int(row.long().argmax()) if bool(row.any()) else 0 for row in are_labels]
 
 
-def ends_before_responses(positions: Tensor) -> list[int]:
-    """For each row the number of tokens up to the first of its `positions` (B, K): its request; 0 for a text alone."""
-    return [first + 1 if first else 0 for first in positions[:, 0].tolist()]
+def ends_before_responses(positions: Tensor, labels: Tensor | None = None) -> list[int]:
+    """For each row the number of tokens up to the first of its positions: its request; 0 for a text without one.
+
+    Args:
+        positions: (B, K), as of `response_positions`.
+        labels: (B, n). A row with a label in the first column is a text without a request: by its positions it is like
+            a request of one token.
+    """
+    ends = positions[:, 0] + 1
+    return (ends if labels is None else ends.where(labels[:, 0] == IGNORE_INDEX, 0)).tolist()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .compat import peft_layers, remove_peft_layers, takes_positions, uncompiled
+from .compat import peft_layers, remove_peft_layers, takes_positions, uncompiled, without_peft_wrapper
 from .compat_checkpointing import switching
 from .compat_modules import forward_hooks, modules_of_class, remove_hooks
 from .noise import configs_of, dropout_of, restore_dropout
@@ -215,9 +215,9 @@ def bare_model(model: nn.Module) -> nn.Module:
 
 
 def num_embeddings(model: nn.Module) -> int | None:
-    """Number of the base's input embeddings; None where they are of an unknown kind."""
+    """Number of the base's input embeddings, also under LoRA; None where they are of an unknown kind."""
     base: Any = bare_model(model)
-    return getattr(base.get_input_embeddings(), "num_embeddings", None)
+    return getattr(without_peft_wrapper(base.get_input_embeddings()), "num_embeddings", None)
 
 
 def selects_positions(model: nn.Module) -> bool:

@@ -51,7 +51,8 @@ class Unlearner:
         pads_between: whether `generate` leaves pads between virtual tokens and left-padded rows, so that rows of a
             batch must have one length.
         follows_embeddings: whether `embedding_logits` works.
-        reads_tokens: whether it reads the tokens of a request, which vectors in their place are not.
+        reads_tokens: whether it reads the tokens of a request, which vectors in their place are not; its
+            `response_logits` takes `labels`, too, by which a text without a request is told from a short one.
         is_gated: whether gates, which read a request's text, choose what it gets: a prompt, a refusal, or the base.
         is_trained: whether something of it was trained, which can be trained further.
         answers_fixed: whether some requests get a fixed text, whose tokens have probability 1 and all others 0.

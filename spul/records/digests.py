@@ -298,14 +298,17 @@ def _ordered(digests: bytearray) -> bytes:
     return np.sort(np.frombuffer(digests, dtype="S32")).tobytes()  # of one width, so that zeros at an end count
 
 
-def digest_of_rows(rows: Any) -> str:
+def digest_of_rows(rows: Any, more_columns: Iterable[str] = ()) -> str:
     """Plain digest of rows or texts in their order, on which an evaluation's random draws depend. Not to be shared.
 
     Args:
-        rows: texts or rows; of a dataset with a column `prompt`, only `prompt` and `completion` count.
+        rows: texts or rows; of a dataset with a column `prompt`, only some columns count: `prompt`, `completion`, and
+        more_columns: those of these that it has.
     """
-    if "prompt" in getattr(rows, "column_names", ()):
-        rows = rows.select_columns(["prompt", "completion"])
+    columns = getattr(rows, "column_names", ())
+    if "prompt" in columns:
+        counted = {"prompt", "completion", *more_columns}
+        rows = rows.select_columns([name for name in columns if name in counted])
     return digest(list(rows))
 
 

@@ -278,14 +278,17 @@ class Rival(nn.Module, Unlearner):
 
     # ---- the protocol of an unlearner ----
 
-    def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
+    def response_logits(
+        self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
         """Logits (B, K, V) at `positions` (B, K) of a right-padded batch.
 
-        A row's request ends at the first of its positions; a row of text without a request is one as a whole.
+        A row's request ends at the first of its positions; a text without a request, whose first token has one of the
+        `labels` (B, n), is one as a whole.
         """
         if not self.enabled:
             return self.base_logits(input_ids, attention_mask, positions)
-        return self._logits(input_ids, attention_mask, positions, ends_before_responses(positions))
+        return self._logits(input_ids, attention_mask, positions, ends_before_responses(positions, labels))
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) of the base there."""

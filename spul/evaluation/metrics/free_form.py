@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from ...data.batching import by_length
+from ...data.characters import is_latin, normal_form, words
 from ...data.checks import check_rows
 from ...data.encoded import Encoded, left_padded
 from ...data.encoder import RowEncoder
@@ -73,7 +74,9 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.n
     """ROUGE-L of answers against the true ones, by the `rouge-score` package with stemming, as in TOFU.
 
     Higher is better on retain rows, lower on forget rows. TOFU reports the recall, which a long answer does not lower;
-    MUSE the F1. Words are runs of the letters a-z and digits: text in another script has none and scores 0.
+    MUSE the F1. Words are runs of the letters a-z and digits, as in that package. Where the true answer has another
+    script than Latin, whose letters that package drops, its words count, too, as they are; of scripts without spaces
+    between words each character is a word.
 
     Args:
         answers: the generated texts.
@@ -94,14 +97,31 @@ def rouge_l(answers: Sequence[str], references: Sequence[str]) -> dict[str, np.n
         raise ValueError(f"{len(answers)} answers and {len(references)} references; expected one for each.")
     try:
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import DefaultTokenizer
     except ImportError as error:
         raise ImportError("ROUGE-L needs rouge-score: pip install rouge-score") from error
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    found = [scorer.score(target, answer)["rougeL"] for target, answer in zip(references, answers, strict=True)]
+    latin = RougeScorer(["rougeL"], use_stemmer=True)
+    other = RougeScorer(["rougeL"], tokenizer=_WordsOfAnyScript(DefaultTokenizer(use_stemmer=True)))
+    found = [
+        (latin if is_latin(target) else other).score(target, answer)["rougeL"]
+        for target, answer in zip(references, answers, strict=True)
+    ]
     return {
         "rouge_l_recall": np.array([score.recall for score in found]),
         "rouge_l_f1": np.array([score.fmeasure for score in found]),
     }
+
+
+class _WordsOfAnyScript:
+    """A tokenizer for `rouge-score`: words of other scripts as they are, Latin ones as its own tokenizer has them."""
+
+    def __init__(self, latin: Any) -> None:
+        self._of_latin = latin.tokenize
+
+    def tokenize(self, text: str) -> list[str]:
+        """The words of a text, in small letters."""
+        found = words(normal_form("NFKC", text).lower())
+        return [token for word in found for token in (self._of_latin(word) if is_latin(word) else [word])]
 
 
 # ---- generation ----

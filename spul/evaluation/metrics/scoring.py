@@ -71,8 +71,10 @@ def response_logits(
     Names of the rows' prompts choose among those of a `SoftPromptUnlearner`; other models have none, and are run as
     they are.
     """
-    own = row_arguments(model, adapter_names, batch.get("prompt_position"))
-    return unlearner_of(model).response_logits(batch["input_ids"], batch["attention_mask"], positions, **own)
+    own, unlearner = row_arguments(model, adapter_names, batch.get("prompt_position")), unlearner_of(model)
+    if unlearner.reads_tokens:
+        own["labels"] = batch["labels"]
+    return unlearner.response_logits(batch["input_ids"], batch["attention_mask"], positions, **own)
 
 
 def row_arguments(
