@@ -164,6 +164,7 @@ def test_seeds_on_the_same_rows_are_joined_over_rows_and_seeds():
 @pytest.mark.parametrize(
     ("error", "match", "change"),
     [
+        (TypeError, r"questions is a Dataset; expected a dict of some of forget", {"questions": questions("a")}),
         (ValueError, r"measures \['magic'\] are not known; expected some of utility, kl", {"measures": ["magic"]}),
         (
             ValueError,

@@ -149,7 +149,7 @@ def test_the_text_names_the_parts_and_the_step():
     [
         ({"batch_size": 0}, ValueError, "batch_size=0"),
         ({"max_length": True}, ValueError, "max_length=True"),
-        ({"max_length": 250}, ValueError, "256 positions"),
+        ({"max_length": 250}, ValueError, "256 positions; expected max_length of at most 226"),
         ({"bits": 3}, ValueError, "bits=3"),
         ({"response_tokens": 100}, ValueError, "fewer than max_length"),
         ({"retain_rows": 9}, ValueError, "retain_rows=9"),

@@ -266,6 +266,12 @@ def test_rows_of_one_content_each_have_their_reference_and_other_forget_rows_the
     assert torch.equal(logits[0], logits[1])
 
 
+def test_a_loss_that_compares_no_row_needs_no_reference(tmp_path):
+    loss = UnlearningLoss(beta=0.0)
+    with pytest.raises(ValueError, match=r"no reference is needed\. Leave reference_logits out"):
+        ReferenceCache.build(wrap(build("llama")), make_answers(), make_collator(), tmp_path, loss=loss)
+
+
 def test_a_folder_of_other_things_is_not_written_to(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds other files and no reference"):

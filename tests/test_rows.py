@@ -78,6 +78,12 @@ def test_texts_read_in_parts_are_refused_as_those_read_at_once(at_once):
     assert str(in_parts.value) == str(at_one_time.value)
 
 
+def test_conversations_in_the_place_of_texts_are_told_how_to_become_texts():
+    rows = Dataset.from_dict({"prompt": [[{"role": "user", "content": "Who is Jane Doe?"}]]})
+    with pytest.raises(TypeError, match=r"1 of 1 texts are not strings; .*prompt_texts\(rows, collator\.encoder\)"):
+        checked_column(rows, "prompt")
+
+
 def texts(num=600, named="bond"):
     prompts = [f"film {i} {named if i % 3 else 'else'}" for i in range(num)]
     columns = {

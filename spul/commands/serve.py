@@ -175,11 +175,19 @@ def _check(options: ServeOptions) -> Callable[[str, str | None], None]:
         return lambda name, prompt_sha256: None
     from ..records.ledger import Ledger
 
-    ledger = Ledger(options.ledger)
+    ledger, folder = Ledger(options.ledger), _folders(options.prompts)
 
     def check(name: str, prompt_sha256: str | None) -> None:
         ledger.check_not_revoked(name, prompt_sha256)
-        ledger.check_known(name)
+        try:
+            ledger.check_known(name)
+        except ValueError:
+            if name != "default" or not isinstance(folder, str):
+                raise
+            raise ValueError(
+                f"the ledger {options.ledger!r} knows no request {name!r}, which is what a prompt is called that was "
+                f"given no name. Give it that of its request: --prompts REQUEST={folder}."
+            ) from None
 
     return check
 

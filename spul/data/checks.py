@@ -296,9 +296,14 @@ def checked_text_batches(rows: Any, column: str) -> Iterator[list[str]]:
 
 
 def _not_texts(bad: Sequence[tuple[int, Any]], num: int) -> TypeError:
+    remedy = "Fill or drop them; of a data set pass a column: rows['prompt'][:]."
+    if isinstance(bad[0][1], list):
+        remedy = (
+            "Make texts of conversations: spul.gates.prompt_texts(rows, collator.encoder) for a gate, to look for "
+            "names a column of texts: rows.map(lambda row: {'text': ...})."
+        )
     return TypeError(
-        f"{len(bad)} of {num} texts are not strings; the first is text {bad[0][0]}: {bad[0][1]!r:.80}. Fill or drop "
-        "them; of a data set pass a column: rows['prompt'][:]."
+        f"{len(bad)} of {num} texts are not strings; the first is text {bad[0][0]}: {bad[0][1]!r:.80}. {remedy}"
     )
 
 

@@ -24,9 +24,13 @@ def check_names(measures: Sequence[str], questions: Iterable[str] = ()) -> None:
     """Raise unless measures and sets of questions are known.
 
     Raises:
-        TypeError: if `measures` is one name.
+        TypeError: if `measures` is one name, or `questions` are rows without the name of their set.
         ValueError: if a name is unknown.
     """
+    if isinstance(questions, Dataset):
+        raise TypeError(
+            f"questions is a Dataset; expected a dict of some of {', '.join(QUESTIONS)}: questions={{'forget': rows}}."
+        )
     if isinstance(measures, str):
         raise TypeError(f"measures={measures!r} is one name; expected a list: [{measures!r}].")
     if unknown := [name for name in measures if name not in MEASURES]:

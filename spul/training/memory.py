@@ -128,7 +128,7 @@ def estimate_memory(
     if limit is not None and 0 < limit < max_length + prompt.num_virtual_tokens:
         raise ValueError(
             f"max_length={max_length} and {prompt.num_virtual_tokens} virtual tokens exceed the model's {limit} "
-            "positions."
+            f"positions; expected max_length of at most {limit - prompt.num_virtual_tokens}."
         )
     with fake_tensors():
         base: Any = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).requires_grad_(False)

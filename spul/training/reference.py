@@ -222,7 +222,10 @@ def _read_rows(loss: UnlearningLoss, dataset: Any, collator: ForgetRetainCollato
     flags = torch.tensor(forget_flags(dataset), dtype=torch.bool)
     compared = loss.rows_needing_reference(flags).nonzero().flatten()
     if not len(compared):
-        raise ValueError("no row's loss compares with the base model (beta=0, or no retain rows).")
+        raise ValueError(
+            "the loss compares no row with the model before training, or no retain row is there to be compared: no "
+            "reference is needed. Leave reference_logits out."
+        )
     found = []
     for some in tqdm(compared.split(ROWS_READ_AT_ONCE), "reading rows", disable=not progress, leave=False):
         rows = rows_at(dataset, some.tolist())
