@@ -55,6 +55,11 @@ def uncompiled(model: nn.Module) -> Any:
     return model._modules.get("_orig_mod", model)  # its own: PEFT models hand out their base's attributes, too
 
 
+def is_without_batches(error: ValueError) -> bool:
+    """Whether an error is that of accelerate's loader of a stream that gave no batch."""
+    return str(error).startswith("Batch does not contain any data")
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether a model, or a part of it, runs compiled: `torch.compile` wraps a module, `compile` marks one."""
     return any(uncompiled(m) is not m or getattr(m, "_compiled_call_impl", None) is not None for m in model.modules())
