@@ -17,6 +17,7 @@ from spul.data.checks import (
     checked_names,
     checked_texts,
     forget_flags,
+    whole_number,
 )
 
 ROWS = Dataset.from_dict({"prompt": ["a"], "text": ["b"]})
@@ -84,7 +85,8 @@ def test_a_list_in_which_a_row_has_no_flag_is_refused():
 
 
 FLAGS = [True, False, 1, 0, np.bool_(True), np.int64(0), torch.tensor(True), torch.tensor(1), np.array(0)]
-OTHERS = ["False", "True", "", 2, -1, 0.0, 1.0, None, float("nan"), [], [True], torch.tensor([1]), np.float32(1)]
+FLAGS += [0.0, 1.0, np.float32(1), torch.tensor(1.0)]  # of a column that pandas widened
+OTHERS = ["False", "True", "1", "", 2, -1, 0.5, 2.0, None, float("nan"), float("inf"), [], [True], torch.tensor([1])]
 
 
 @pytest.mark.parametrize("flag", FLAGS, ids=repr)
@@ -101,9 +103,9 @@ def test_any_other_flag_is_refused_with_its_row_and_value(flag):
         forget_flags([{"is_forget": True}, {"is_forget": flag}, {"is_forget": flag}])
 
 
-@pytest.mark.parametrize("column", [[True, None], ["False", "False"], [0, 2], [0.0, 1.0]])
+@pytest.mark.parametrize("column", [[True, None], ["False", "False"], [0, 2], [0.0, 0.5]])
 def test_a_column_of_other_flags_is_refused_with_its_first_row(column):
-    number = next(i for i, value in enumerate(column) if not isinstance(value, int) or value == 2)
+    number = next(i for i, value in enumerate(column) if value not in (False, True))
     with pytest.raises(ValueError, match=rf"row {number} of train_dataset has is_forget={column[number]!r}"):
         forget_flags(Dataset.from_dict({"is_forget": column}))
 
@@ -136,3 +138,18 @@ def test_half_of_a_surrogate_pair_in_a_text_or_a_name_is_refused_with_its_place(
         checked_texts(["a", "is \ud83d\ude00"])
     with pytest.raises(ValueError, match=r"^names has the name 'J\\udcffo', which holds '\\udcff' at character 1"):
         checked_names("names", ["Jane", "J\udcffo"])
+
+
+def test_flags_as_texts_are_refused_with_their_conversion():
+    texts = Dataset.from_dict({"is_forget": ["1", "False", "True", "0"]})
+    with pytest.raises(ValueError, match="Convert the texts") as error:
+        forget_flags(texts)
+    code = str(error.value).split("rows.map(")[1].split("), or drop")[0]
+    assert forget_flags(texts.map(eval(code))) == [True, False, True, False]
+
+
+def test_whole_numbers_that_pandas_widened_are_numbers_of_columns():
+    check_row_ids(Dataset.from_dict({"row_id": [3.0, 4.0]}))
+    with pytest.raises(ValueError, match="share row_id=3"):
+        check_row_ids([{"row_id": 3.0}, {"row_id": 3}])
+    assert whole_number(3.0, bools=False) is None  # not of settings

@@ -1,6 +1,7 @@
 """Private and fast-moving APIs of other libraries are read in spul/models/compat*.py only; none is deprecated."""
 
 import ast
+import copy
 import logging
 import warnings
 from contextlib import contextmanager
@@ -224,7 +225,10 @@ def test_compiled_sharded_and_disabled_models_are_recognized():
     assert not is_sharded(linear)
     linear.weight.ds_id = 0
     assert is_sharded(linear)
-    model = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+    on_compiled = get_peft_model(torch.compile(build("llama"), backend="eager"), copy.deepcopy(config))
+    assert uncompiled(on_compiled) is on_compiled  # although PEFT hands out its base's attributes
+    model = get_peft_model(build("llama"), config)
     assert adapter_enabled(model)
     with model.disable_adapter():
         assert not adapter_enabled(model)

@@ -11,6 +11,8 @@ from helpers import (
     make_trainer,
     prompt_gradients,
     prompt_state,
+    rows,
+    scored,
 )
 from plain import losses as plain_losses
 from torch._dynamo.backends.common import aot_autograd
@@ -100,3 +102,21 @@ def test_a_compiled_unlearner_shares_its_prompt_under_gradient_checkpointing(kin
         found.append({"loss": out.loss.detach(), **gradients})
         assert (graphs.num > 0) == compiled
     assert_same(*found)
+
+
+def test_a_compiled_base_is_trained_and_scored_under_its_prompt(tmp_path, graphs):
+    """The base's wrapper, whose attributes PEFT hands out, is not taken for one around the prompt."""
+    found = []
+    for compiled in (False, True):
+        base = build("llama")
+        torch.manual_seed(1)
+        base = torch.compile(base, backend=graphs.backend) if compiled else base
+        unlearner = SoftPromptUnlearner(base, CONFIGS["prompt_tuning"](5))
+        trainer = make_trainer(tmp_path, unlearner=unlearner, max_steps=2, optim="sgd")
+        trainer.train()
+        found.append(prompt_state(unlearner))
+        found[-1]["loss"] = torch.tensor(scored(unlearner, rows("jane", 4))["loss"])
+        with unlearner.disable_adapter():
+            assert scored(unlearner, rows("jane", 4))["loss"] != found[-1]["loss"].item()
+    assert graphs.num > 0
+    assert_same(*found, rtol=0, atol=1e-5)

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import itertools
 import logging
+import re
 
 import pytest
 import torch
@@ -74,6 +75,26 @@ def test_a_refused_option_is_named_with_its_value_and_the_reason(tmp_path, name)
     with pytest.raises(ValueError, match=f"^{name}=") as error:
         UnlearningTrainer(make_unlearner(), args, make_collator(), make_dataset(), **given)
     assert str(error.value) == f"{name}={VALUES[name]!r} {REFUSED[name].reason}"
+
+
+IGNORED = {
+    "train_sampling_strategy": ("by_length", "'by_length' is unknown; expected random, sequential, group_by_length"),
+    "include_for_metrics": (["inputs", "losses"], "'losses' is unknown; expected inputs, loss"),
+    "per_device_train_batch_size": (0, "expected a whole number from 1"),
+    "per_device_eval_batch_size": (0, "expected a whole number from 1"),
+    "gradient_accumulation_steps": (0, "expected a whole number from 1"),
+    "neftune_noise_alpha": (-5.0, "expected a finite number from 0"),
+    "optim_target_modules": (["q_proj"], "optim='adamw_torch' does not read it"),
+}
+
+
+@pytest.mark.parametrize("name", IGNORED)
+def test_values_that_trainer_ignores_or_fails_at_later_are_refused_with_those_expected(tmp_path, name):
+    value, message = IGNORED[name]
+    args = arguments(tmp_path, optim="adamw_torch")
+    setattr(args, name, value)
+    with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}") + f".*{message}"):
+        UnlearningTrainer(make_unlearner(), args, make_collator(), make_dataset())
 
 
 # ---- auto_find_batch_size ----
@@ -208,6 +229,13 @@ def test_lengths_to_rebalance_by_are_asked_for(tmp_path):
         trained(tmp_path, train_sampling_strategy="batch_rebalance")
     tokenized = make_dataset().map(make_collator().tokenize)
     assert len(logged(trained(tmp_path, dataset=tokenized, train_sampling_strategy="batch_rebalance"))) == 2
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_a_column_of_lengths_that_is_not_there_is_refused(tmp_path, strategy):
+    tokenized = make_dataset().map(make_collator().tokenize)
+    with pytest.raises(ValueError, match=r"length_column_name='num' names no column of train_dataset, which has \["):
+        trained(tmp_path, dataset=tokenized, train_sampling_strategy=strategy, length_column_name="num")
 
 
 def test_optimizers_of_the_users_take_the_steps(tmp_path):

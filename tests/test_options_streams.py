@@ -106,3 +106,41 @@ def test_batches_from_the_first_process_are_refused_where_there_are_others():
 def test_the_rows_of_a_stream_are_not_digested(tmp_path):
     with pytest.raises(ValueError, match="the rows of a stream are not digested"):
         make_trainer(tmp_path, dataset=make_dataset().to_iterable_dataset(), reference="live", digest_key=bytes(32))
+
+
+def no_rows():
+    return iter(())
+
+
+def torch_stream(rows_of_pass):
+    class Rows(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return rows_of_pass()
+
+    return Rows()
+
+
+@pytest.mark.parametrize("dispatches", [True, False])
+def test_a_stream_without_rows_is_refused_in_the_pass_that_has_none(tmp_path, dispatches):
+    once = iter(list(make_dataset()))
+    config = {"accelerator_config": {"dispatch_batches": dispatches}, "reference": "live"}
+    for given in (IterableDataset.from_generator(no_rows), torch_stream(no_rows), torch_stream(lambda: once)):
+        with pytest.raises(ValueError, match=r"train_dataset, a stream .* gave no rows in a pass over it; expected"):
+            trained(tmp_path, dataset=given, max_steps=9, **config)
+
+
+def test_a_resumed_stream_goes_on_where_the_skipped_pass_has_no_rows_left(tmp_path):
+    settings = {"reference": "live", "save_strategy": "steps", "save_steps": 6}
+    make_trainer(tmp_path, dataset=stream(), max_steps=6, **settings).train()
+    resumed = make_trainer(tmp_path, dataset=stream(), max_steps=8, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 8
+
+
+@pytest.mark.parametrize(("flag", "message"), [(False, "nothing is forgotten"), (True, "nothing is retained")])
+def test_a_stream_of_one_side_is_warned_of_once_after_a_pass(tmp_path, caplog, flag, message):
+    some = make_dataset().filter(lambda row: row["is_forget"] == flag)
+    trained(tmp_path, dataset=stream(some), reference="live", max_steps=9)
+    assert caplog.text.count(message) == 1
+    trained(tmp_path, dataset=stream(), reference="live", max_steps=9)
+    assert caplog.text.count("nothing is") == 1

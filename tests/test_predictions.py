@@ -212,3 +212,11 @@ def test_weights_of_whole_numbers_and_tied_ones_keep_what_they_are():
     assert (model.one.weight.dtype, model.one.weight.data_ptr()) == (torch.float32, before)
     with in_precision(model, None, torch.device("cpu")):
         assert model.one.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("returned", [None, 3.0])
+def test_metrics_that_are_no_dict_are_refused(tmp_path, returned):
+    trainer = make_trainer(tmp_path, eval_dataset=rows("jane", 3))
+    trainer.compute_metrics = lambda prediction: returned
+    with pytest.raises(TypeError, match=f"compute_metrics returned {returned}, a .*; expected a dict of names"):
+        trainer.evaluate()

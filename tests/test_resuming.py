@@ -16,6 +16,7 @@ from helpers import (
     make_collator,
     make_dataset,
     make_tokenizer,
+    make_trainer,
     make_unlearner,
     rows,
 )
@@ -247,3 +248,13 @@ def test_the_rows_themselves_are_not_in_the_state(saved):
         text = file.read()
     assert IDENTITY in text
     assert "review" not in text
+
+
+def test_states_of_callbacks_are_restored_without_a_word_of_what_this_library_keeps_there(tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 1, "restore_callback_states_from_checkpoint": True}
+    loss = UnlearningLoss(retain_budget=0.1)
+    make_trainer(tmp_path, unlearner=make_unlearner(loss=loss), max_steps=1, **settings).train()
+    resumed = make_trainer(tmp_path, unlearner=make_unlearner(loss=loss), max_steps=2, **settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert "Ignoring" not in caplog.text
+    assert {IDENTITY, "RetainMultiplier"} <= set(resumed.state.stateful_callbacks)

@@ -256,7 +256,13 @@ def test_lengths_that_are_not_one_per_row_are_refused():
         ForgetFractionSampler([True, False] * 2, 0.5, lengths=[1, 2, 3])
 
 
-@pytest.mark.parametrize("length", [None, -1, 0])
+def test_lengths_as_whole_floats_are_lengths():
+    found = row_lengths(Dataset.from_dict({"length": [3.0, 12.0]}), None)
+    assert found == [3, 12]
+    assert set(map(type, found)) == {int}
+
+
+@pytest.mark.parametrize("length", [None, -1, 0, 0.5, float("nan")])
 def test_a_column_without_a_length_is_refused_by_its_row(length):
     rows = Dataset.from_dict({"length": [3, length]})
     with pytest.raises(ValueError, match=r"1 row\(s\) have no length in the column 'length', the first is row 1: "):

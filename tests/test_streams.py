@@ -105,12 +105,21 @@ def test_tokenized_streams_make_the_steps_of_text(tmp_path):
     assert_same(prompt_state(text.model), prompt_state(tokens.model), rtol=0, atol=1e-6)
 
 
+def no_rows():
+    return iter(())
+
+
 def test_what_cannot_be_a_stream_is_refused():
     film = rows("film", 3)
     with pytest.raises(TypeError, match="forget is a list"):
         forget_retain_stream(list(film), film, 0.5)
     with pytest.raises(ValueError, match="retain has the columns"):
         forget_retain_stream(film, Dataset.from_list([{"text": "a"}]), 0.5)
+    for empty in (film.select([]), IterableDataset.from_generator(no_rows)):
+        with pytest.raises(ValueError, match="forget has no rows; expected at least one"):
+            forget_retain_stream(empty, film, 0.5)
+        with pytest.raises(ValueError, match="retain has no rows; expected at least one"):
+            forget_retain_stream(IterableDataset.from_generator(film.__iter__), empty, 0.5)
     for share in (0, 1, True, -0.1):
         with pytest.raises(ValueError, match="forget_fraction"):
             forget_retain_stream(film, film, share)

@@ -144,6 +144,12 @@ def test_a_batch_without_rows_that_matter_still_goes_backward(prompt_type):
     assert all(grad is not None and grad.abs().max() == 0 for grad in grads)
 
 
+@pytest.mark.parametrize("counts", [[2.0, 3.0], torch.tensor(5.0), torch.ones(3)], ids=repr)
+def test_group_counts_that_are_not_two_numbers_are_refused(counts):
+    with pytest.raises(ValueError, match=r"group_counts=.*; expected a tensor of two numbers, of the forget and"):
+        build_unlearner()(**make_batch(), group_counts=counts)
+
+
 def test_accumulated_batches_with_group_counts_equal_the_whole_batch():
     unlearner, batch = build_unlearner(), make_batch()
     whole = prompt_gradients(unlearner, unlearner(**batch).loss)

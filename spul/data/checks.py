@@ -129,16 +129,19 @@ def checked_flag(flag: Any, name: str) -> bool:
     """The flag `is_forget` of a row as a bool.
 
     Args:
-        flag: a bool, 0 or 1, of Python, numpy or torch.
+        flag: a bool, 0 or 1, of Python, numpy or torch; 0.0 and 1.0, as pandas makes of a column, too.
         name: the row's name in the message.
 
     Raises:
         ValueError: if it is anything else: the text "False", a missing value, 2.
     """
-    number = whole_number(flag, bools=True)
+    number = whole_number(flag, bools=True, floats=True)
     if number not in (0, 1):
+        remedy = "Convert the column"
+        if isinstance(flag, str):  # of which each is true to Python, "0" and "False" among them
+            remedy = "Convert the texts, rows.map(lambda row: {'is_forget': row['is_forget'] in ('1', 'True')})"
         raise ValueError(
-            f"{name} has is_forget={flag!r}; expected True or False, or 1 or 0. Convert the column, or drop it: "
+            f"{name} has is_forget={flag!r}; expected True or False, or 1 or 0. {remedy}, or drop the column: "
             "forget_retain_dataset(forget, retain) makes it."
         )
     return bool(number)
@@ -174,7 +177,7 @@ def checked_row_id(value: Any, name: str) -> int:
     Raises:
         ValueError: if it is not a whole number.
     """
-    number = whole_number(value, bools=False)
+    number = whole_number(value, bools=False, floats=True)
     if number is None or not _is_int64(number):
         raise ValueError(
             f"{name} has row_id={value!r}; expected a whole number of 64 bits, such as "
@@ -187,12 +190,20 @@ def _is_int64(*numbers: int) -> bool:
     return all(-(2**63) <= number < 2**63 for number in numbers)
 
 
-def whole_number(value: Any, bools: bool) -> int | None:
-    """Whole number of Python, numpy or torch as an int, bools among them where allowed; None for all else."""
+def whole_number(value: Any, bools: bool, floats: bool = False) -> int | None:
+    """Whole number of Python, numpy or torch as an int, bools among them where allowed; None for all else.
+
+    Args:
+        value: any object.
+        bools: whether True and False count, as 1 and 0.
+        floats: whether 3.0 does, as of a column that pandas widened.
+    """
     if isinstance(value, (np.ndarray, torch.Tensor)) and value.ndim == 0:
         value = value.item()
     if isinstance(value, (bool, np.bool_)):
         return int(value) if bools else None
+    if floats and isinstance(value, (float, np.floating)) and float(value).is_integer():
+        return int(value)
     return int(value) if isinstance(value, (int, np.integer)) else None
 
 

@@ -369,11 +369,12 @@ def row_lengths(rows: Any, encoder: RowEncoder, column: str = "length", progress
     """
     if column in getattr(rows, "column_names", ()):
         lengths = column_values(rows, column)
-        if bad := [(i, length) for i, length in enumerate(lengths) if (whole_number(length, bools=False) or 0) < 1]:
+        numbers = [whole_number(length, bools=False, floats=True) or 0 for length in lengths]
+        if bad := [(i, length) for i, length in enumerate(lengths) if numbers[i] < 1]:
             raise ValueError(
                 f"{len(bad)} row(s) have no length in the column {column!r}, the first is row {bad[0][0]}: "
                 f"{bad[0][1]!r}; expected numbers of tokens, from 1. Drop the column, and lengths are counted."
             )
-        return lengths
+        return numbers
     bar = tqdm(read_rows(rows), "lengths", total=len(rows), disable=not progress, leave=False)
     return [len(encoder.encode(row)) for row in bar]

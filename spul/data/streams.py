@@ -33,8 +33,8 @@ def forget_retain_stream(
 
     Raises:
         TypeError: if one is not of `datasets`.
-        ValueError: if `forget_fraction` is out of range, or a stream is known to lack a column; while it is read, at
-            a row whose `is_forget` says that it belongs to the other stream.
+        ValueError: if `forget_fraction` is out of range, or a stream is known to lack a column or rows; while it is
+            read, at a row whose `is_forget` says that it belongs to the other stream.
 
     Example:
         ```python
@@ -46,7 +46,15 @@ def forget_retain_stream(
         raise ValueError(f"forget_fraction={forget_fraction!r}: expected a share above 0 and below 1.")
     flagged = [_flagged(forget, "forget", True), _flagged(retain, "retain", False)]
     shares = [forget_fraction, 1 - forget_fraction]
-    return interleave_datasets(flagged, shares, seed=seed, stopping_strategy="all_exhausted")
+    try:
+        return interleave_datasets(flagged, shares, seed=seed, stopping_strategy="all_exhausted")
+    except StopIteration as error:  # of datasets, which reads the first row of a stream without features
+        name = next(name for name, rows in (("forget", forget), ("retain", retain)) if next(iter(rows), None) is None)
+        raise ValueError(_empty_in_words(name)) from error
+
+
+def _empty_in_words(name: str) -> str:
+    return f"{name} has no rows; expected at least one. Check its files and filters."
 
 
 def _flagged(rows: Any, name: str, flag: bool) -> IterableDataset:
@@ -56,6 +64,8 @@ def _flagged(rows: Any, name: str, flag: bool) -> IterableDataset:
             f"{name} is a {type(rows).__name__}; expected a Dataset or an IterableDataset of datasets, such as "
             "IterableDataset.from_generator(function)."
         )
+    if isinstance(rows, Dataset) and not len(rows):
+        raise ValueError(_empty_in_words(name))
     stream = rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows
     columns = stream.column_names
     if columns is not None and not any(needed <= set(columns) for needed in COLUMNS):

@@ -160,6 +160,11 @@ def _divisors(
 ) -> tuple[Tensor, Tensor]:
     """The divisors of the sums over forget rows and over retain rows: those given, or by their `counts` here."""
     if group_counts is not None:
+        if not isinstance(group_counts, Tensor) or group_counts.shape != counts.shape:
+            raise ValueError(
+                f"group_counts={group_counts!r}; expected a tensor of two numbers, of the forget and of the retain "
+                "rows of the whole step, as spul.training.step_counts(batches) returns."
+            )
         counts = group_counts
     elif num_items is not None:
         counts = counts * num_items / labels[:, 1:].ne(IGNORE_INDEX).sum()

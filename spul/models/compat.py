@@ -52,7 +52,12 @@ ROWS_TAKEN = 65_536
 
 def uncompiled(model: nn.Module) -> Any:
     """The module inside the wrapper of `torch.compile`, whose attribute `_orig_mod` is private; else the model."""
-    return getattr(model, "_orig_mod", model)
+    return model._modules.get("_orig_mod", model)  # its own: PEFT models hand out their base's attributes, too
+
+
+def is_without_batches(error: ValueError) -> bool:
+    """Whether an error is that of accelerate's loader of a stream that gave no batch."""
+    return str(error).startswith("Batch does not contain any data")
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -115,6 +115,10 @@ class Unlearner:
         """Whether weights of the base itself train, so that disabling the adapter does not restore the base."""
         return any(parameter.requires_grad for _, parameter in own_parameters(self.get_base_model()))
 
+    def unsaved_parameters(self) -> list[str]:
+        """Names of the base's parameters that require gradients, although what is saved leaves them out."""
+        return [name for name, parameter in own_parameters(self.get_base_model()) if parameter.requires_grad]
+
     # ---- logits ----
 
     def response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -253,6 +257,9 @@ class FullModel(_Wrapped):
                 "it, or a causal LM of transformers, bare or under LoRA."
             )
 
+    def unsaved_parameters(self) -> list[str]:
+        return []
+
     def adapter_parameters(self) -> list[nn.Parameter]:
         return list(self.inner.parameters())
 
@@ -290,6 +297,10 @@ class PeftAdapter(_Wrapped):
                 f"the adapter is on {found[0]!r}, which is no linear map, so that PEFT's forward fails there; leave "
                 f"it out of the adapter's config: exclude_modules=[{last!r}]."
             )
+
+    def unsaved_parameters(self) -> list[str]:
+        saves_biases = getattr(self.inner.active_peft_config, "bias", "none") != "none"
+        return [name for name in super().unsaved_parameters() if not (saves_biases and name.endswith("bias"))]
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         base = {id(parameter) for _, parameter in own_parameters(self.get_base_model())}

@@ -105,9 +105,12 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         self._train_active_prompt_only()
 
     @property
-    def spul_config(self) -> SpulConfig:
-        """The record of the active prompt, saved as `spul_config.json`; its `metrics` appear on the model card."""
-        return self.spul_configs[self.active_adapter]
+    def spul_config(self) -> Any:
+        """The record of the active prompt, saved as `spul_config.json`; its `metrics` appear on the model card.
+
+        None where all prompts are deleted.
+        """
+        return self.spul_configs[self.active_adapter] if self.active_adapter else None
 
     def load_adapter(  # type: ignore[override]
         self, model_id: str | os.PathLike, adapter_name: str, is_trainable: bool = False, **hub: Any

@@ -136,10 +136,10 @@ class EpochCallback(TrainerCallback):
     """
 
     def __init__(self, trainer: Any, collator: ForgetRetainCollator) -> None:
-        self.trainer, self.collator, self.epoch = trainer, collator, 0
+        self.trainer, self.collator, self.epoch, self.resumed = trainer, collator, 0, False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.epoch = int(state.epoch or 0)
+        self.epoch, self.resumed = int(state.epoch or 0), state.global_step > 0
         self.trainer.restart_terms()  # also when auto_find_batch_size tries again
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -150,3 +150,8 @@ class EpochCallback(TrainerCallback):
         if self.trainer.sampler is not None:
             self.trainer.sampler.set_epoch(self.epoch)
         self.epoch += 1
+        self.trainer.begin_pass(may_be_empty=self.resumed)
+        self.resumed = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.end_pass()

@@ -7,15 +7,19 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
+from transformers import TrainingArguments
 
 from ..data.checks import check_row_ids
 from ..data.collator import ForgetRetainCollator
 from ..data.row_checks import RESIZE
 from ..data.rows import SHOWN, listed
+from ..data.samplers import EpochSampler
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import num_embeddings
 from ..models.unlearner import Unlearner, unlearner_of
+from .options import is_stream
 
 logger = logging.getLogger(__name__)
 
@@ -86,18 +90,72 @@ def check_training_rows(rows: Any, flags: Sequence[bool], loss: UnlearningLoss) 
         loss: the objective. One that gives retain rows no weight is for forget rows alone.
 
     Raises:
-        ValueError: if two rows share a `row_id`.
+        ValueError: if there are no rows, or two share a `row_id`.
     """
+    if not len(rows):
+        raise ValueError(no_rows_in_words(rows))
     check_row_ids(rows)
-    if not any(flags):
-        logger.warning("none of the %d training rows has is_forget=True: nothing is forgotten.", len(flags))
-    elif all(flags) and loss.uses_retain_rows:
+    num_forget = sum(flags)
+    warn_of_one_side(num_forget, len(flags) - num_forget, loss)
+
+
+def warn_of_one_side(num_forget: int, num_retain: int, loss: UnlearningLoss) -> None:
+    """Warn where all rows to train on, so many of each side, are of one side that the loss cannot do with alone."""
+    if not num_forget:
+        logger.warning("none of the %d training rows has is_forget=True: nothing is forgotten.", num_retain)
+    elif not num_retain and loss.uses_retain_rows:
         logger.warning(
             "all %d training rows have is_forget=True, and the loss weighs retain rows (alpha=%s, beta=%s): nothing "
             "is retained. Join both sets with forget_retain_dataset(forget, retain).",
-            len(flags),
+            num_forget,
             loss.alpha,
             loss.beta,
+        )
+
+
+def no_rows_in_words(rows: Any) -> str:
+    """The message for training rows of which there are none."""
+    if is_stream(rows):
+        return (
+            f"train_dataset, a stream ({type(rows).__name__}), gave no rows in a pass over it; expected at least one "
+            "batch in every pass. Check its files and filters; a stream that can be read once alone, such as one "
+            "around an open generator, must open it anew in __iter__, or have rows for all of max_steps."
+        )
+    return "train_dataset has no rows; expected those of forget_retain_dataset(forget, retain)."
+
+
+def check_takes_steps(args: TrainingArguments, rows: Any, sampler: EpochSampler | None, num_processes: int) -> None:
+    """Check that a training takes steps with gradients; one of no steps `Trainer` would end without a word.
+
+    Args:
+        args: the training arguments.
+        rows: the training rows; None without any.
+        sampler: of the training; None draws each row once an epoch.
+        num_processes: that divide an epoch's rows.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    if not torch.is_grad_enabled():
+        raise ValueError(
+            "gradients are turned off where train is called, by torch.no_grad() or torch.inference_mode(), so that "
+            "nothing would be trained; call it outside."
+        )
+    if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
+        raise ValueError(
+            f"max_steps={args.max_steps} with num_train_epochs={args.num_train_epochs:g} trains nothing; expected a "
+            "number of steps from 1, or max_steps=-1 and a number of epochs above 0."
+        )
+    if rows is None or is_stream(rows) or not args.dataloader_drop_last:
+        return
+    num_draws = len(rows if sampler is None else sampler)
+    config: Any = args.accelerator_config
+    needed = args.per_device_train_batch_size * (1 if config.split_batches else num_processes)
+    if num_draws < needed:
+        raise ValueError(
+            f"dataloader_drop_last=True drops every batch: an epoch has {num_draws} rows, and the processes' batches "
+            f"need {needed}, so that nothing would be trained. Leave it out, or lower per_device_train_batch_size="
+            f"{args.per_device_train_batch_size}."
         )
 
 
@@ -130,6 +188,20 @@ def trained_parameters(unlearner: Unlearner) -> list[nn.Parameter]:
     return [parameter for parameter in unlearner.called_model.parameters() if parameter.requires_grad]
 
 
+def check_base_is_frozen(unlearner: Unlearner) -> None:
+    """Check that no weight trains that is left out of what is saved.
+
+    Raises:
+        ValueError: if the base under a prompt, layers or LoRA has some that require gradients.
+    """
+    if names := unlearner.unsaved_parameters():
+        raise ValueError(
+            f"{len(names)} parameter(s) of the base require gradients, the first is {names[0]!r}: they would train, "
+            f"and be missing in what is saved of {unlearner.in_words}; expected a frozen base. Call "
+            "requires_grad_(False) on them, or train the whole model, or name modules in LoRA's modules_to_save."
+        )
+
+
 def check_trains(unlearner: Unlearner, optimizer: Any, before: Sequence[nn.Parameter]) -> None:
     """Check that a step of the optimizer changes what is trained, where that is a prompt or another adapter.
 
@@ -142,14 +214,15 @@ def check_trains(unlearner: Unlearner, optimizer: Any, before: Sequence[nn.Param
         before: what trained at the first step of this optimizer.
 
     Raises:
-        ValueError: if it is disabled, or the optimizer has others of the model's parameters, as after `set_adapter`
-            while it trains.
+        ValueError: if it is disabled or deleted, the base beneath it would train, or the optimizer has others of the
+            model's parameters, as after `set_adapter` while it trains.
     """
     if not unlearner.enabled:
         raise ValueError(
-            f"{unlearner.in_words} is disabled, so that nothing would be trained; call train outside "
-            "disable_adapter()."
+            f"{unlearner.in_words} is disabled, or was deleted, so that nothing would be trained; call train outside "
+            "disable_adapter(), and delete_adapter of the prompt that trains after it."
         )
+    check_base_is_frozen(unlearner)
     if unlearner.trains_base:
         return
     trained = set(map(id, trained_parameters(unlearner)))

@@ -5,6 +5,7 @@ Every option of the supported transformers versions stands in one of three table
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 import torch
 from datasets import IterableDataset
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 
-from ..data.checks import check_is_forget
+from ..data.checks import check_is_forget, whole_number
 from ..losses.unlearning_loss import UnlearningLoss
 
 AS_IN_TRAINER = {
     "optimizer": "adam_beta1 adam_beta2 adam_epsilon learning_rate lr_scheduler_kwargs lr_scheduler_type "
-    "max_grad_norm optim optim_args optim_target_modules optimizer_cls_and_kwargs optimizers warmup_steps "
+    "max_grad_norm optim optim_args optimizer_cls_and_kwargs optimizers warmup_steps "
     "weight_decay",
     "steps": "max_steps num_train_epochs per_device_train_batch_size gradient_accumulation_steps "
     "seed data_seed full_determinism",
@@ -62,6 +64,7 @@ HONORED = {
     "model": "a prompt, layers, LoRA or a causal LM",
     "model_init": "returns what `model` may be; also for hyperparameter_search",
     "neftune_noise_alpha": "noise in the trained pass alone, not in the reference; on any base, also under layers",
+    "optim_target_modules": "with GaLore and APOLLO, which read it, alone",
     "prediction_loss_only": "compute_metrics is not called",
     "remove_unused_columns": "columns that the collator reads stay",
     "resume_from_checkpoint": "for scripts; train(resume_from_checkpoint=True) takes the last complete one",
@@ -108,6 +111,11 @@ REFUSED = {
 BATCH_ENTRIES = ("labels", "is_forget", "row_id", "is_rejected", "prompt_position", "input_ids", "attention_mask")
 
 
+STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")
+METRIC_INPUTS = ("inputs", "loss")
+LENGTH = "length"  # the default of length_column_name
+
+
 def refuse_options(args: TrainingArguments, arguments: Mapping[str, Any]) -> None:
     """Refuse options of `REFUSED`, and values that no evaluation could honor.
 
@@ -123,6 +131,7 @@ def refuse_options(args: TrainingArguments, arguments: Mapping[str, Any]) -> Non
         value = arguments[name] if name in arguments else getattr(args, name, None)
         if value is not None and value != refused.only:
             raise ValueError(f"{name}={value!r} {refused.reason}")
+    _check_values(args)
     if unknown := sorted(set(args.label_names or ()) - set(BATCH_ENTRIES)):
         raise ValueError(
             f"label_names={args.label_names!r}: a collated batch has no {', '.join(unknown)}; expected some of "
@@ -131,6 +140,35 @@ def refuse_options(args: TrainingArguments, arguments: Mapping[str, Any]) -> Non
     rows = arguments.get("eval_dataset")
     for name, split in (rows if isinstance(rows, dict) else {"eval_dataset": rows}).items():
         check_not_stream(split, name)
+
+
+def _check_values(args: TrainingArguments) -> None:
+    """Refuse values that `Trainer` takes and then ignores, or fails at in the midst of training.
+
+    Raises:
+        ValueError: for one.
+    """
+    known = {
+        "train_sampling_strategy": ([args.train_sampling_strategy], STRATEGIES),
+        "include_for_metrics": (args.include_for_metrics, METRIC_INPUTS),
+    }
+    for name, (values, allowed) in known.items():
+        if unknown := [value for value in values if value not in allowed]:
+            raise ValueError(
+                f"{name}={getattr(args, name)!r}: {unknown[0]!r} is unknown; expected {', '.join(allowed)}."
+            )
+    for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if (whole_number(value := getattr(args, name), bools=False) or 0) < 1:
+            raise ValueError(f"{name}={value!r}; expected a whole number from 1.")
+    alpha = args.neftune_noise_alpha
+    if alpha is not None and not (isinstance(alpha, (int, float)) and 0 <= alpha < math.inf):
+        raise ValueError(f"neftune_noise_alpha={alpha!r}; expected a finite number from 0, or None for no noise.")
+    optimizer = OptimizerNames(args.optim).value
+    if args.optim_target_modules is not None and not optimizer.startswith(("galore", "apollo")):
+        raise ValueError(
+            f"optim_target_modules={args.optim_target_modules!r} is of GaLore and APOLLO, and optim={optimizer!r} "
+            "does not read it; leave it out. What trains is what requires a gradient."
+        )
 
 
 def is_stream(rows: Any) -> bool:
@@ -163,11 +201,18 @@ def check_training_order(
 
     Raises:
         ValueError: for a stream of rows with an option that needs rows by their numbers; for `batch_rebalance` on
-            rows without lengths; for a stream that is known to lack `is_forget`.
+            rows without lengths; for a column of lengths that is not there; for a stream that is known to lack
+            `is_forget`.
     """
     strategy = args.train_sampling_strategy
     if not is_stream(rows):
         columns = getattr(rows, "column_names", ())
+        named = args.length_column_name
+        if strategy in ("group_by_length", "batch_rebalance") and named != LENGTH and named not in columns:
+            raise ValueError(
+                f"length_column_name={named!r} names no column of train_dataset, which has {list(columns)}; expected "
+                "a column of numbers of tokens. Leave it out, and lengths are counted."
+            )
         if strategy == "batch_rebalance" and not {args.length_column_name, "input_ids"} & set(columns):
             raise ValueError(
                 "train_sampling_strategy='batch_rebalance' needs the rows' lengths: tokenize them, "

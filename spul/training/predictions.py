@@ -54,6 +54,7 @@ def predict_rows(
         (rows, n) as arrays, padded by -100; then the metrics. `predictions[i, k]` predicts `label_ids[i, k]`.
 
     Raises:
+        TypeError: if `compute_metrics` returns no mapping.
         ValueError: if the logits are NaN, or `label_names` has an entry that the batches lack.
     """
     check_rows(rows)
@@ -84,6 +85,11 @@ def predict_rows(
     arrays = {name: container.get_arrays() for name, container in containers.items()}
     if compute_metrics is not None and not by_batch:
         metrics = compute_metrics(prediction(arrays))
+    if not isinstance(metrics, Mapping):
+        raise TypeError(
+            f"compute_metrics returned {metrics!r:.80}, a {type(metrics).__name__}; expected a dict of names and "
+            "numbers" + (", at the latest where compute_result is True." if by_batch else ".")
+        )
     return arrays, denumpify_detensorize(metrics)
 
 

@@ -13,12 +13,16 @@ from ..data.checks import check_is_forget
 from ..losses.multiplier import RetainMultiplier
 from ..losses.terms import IGNORE_INDEX, SUMMED_TOKENS
 from ..losses.unlearning_loss import UnlearningLoss, with_reduction
-from .callbacks import TermSums
-from .checks import check_trains, trained_parameters
+from ..models.compat import is_without_batches
+from .callbacks import MultiplierCallback, TermSums
+from .checks import check_trains, no_rows_in_words, trained_parameters, warn_of_one_side
 from .evaluation import EvaluatingTrainer
 from .forward import step_counts, unlearning_forward
 from .memory import advised
+from .options import is_stream
 from .reference import ReferenceCache
+from .resuming import IDENTITY
+from .stopping import ENTRY
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +47,11 @@ class SteppingTrainer(EvaluatingTrainer):
     _settings_taken: dict[str, float] | None = None  # of the multiplier, before anyone set others
     _noted = False
     _trained: tuple[Any, list[nn.Parameter]] | None = None  # an optimizer, and what trained at its first step
+    _is_checked = False  # whether this step trains something, since its batches were read
+    _rows: Any
+    _may_be_empty = False  # a pass, whose rows were all trained on before training was resumed
+    _rows_read: Tensor | None = None  # of each side, by this process; None before the first of a pass
+    _passes_checked = False
 
     def _take_multiplier(self) -> None:
         """Take the multiplier of the model's loss, with the settings that were set on the one before."""
@@ -61,18 +70,27 @@ class SteppingTrainer(EvaluatingTrainer):
         """Read the batches of a step, and add the numbers of forget and retain rows of the whole step to each.
 
         Raises:
-            ValueError: if the step would train nothing.
+            ValueError: if a pass over a stream has no rows.
         """
         if self._trained is None or self._trained[0] is not self.optimizer:
             self._trained = (self.optimizer, trained_parameters(self.unlearner))
-        check_trains(self.unlearner, *self._trained)
-        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._is_checked = False
+        may_be_empty = self._may_be_empty or self._rows_read is not None
+        try:
+            batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        except ValueError as error:
+            if may_be_empty or not is_without_batches(error):
+                raise
+            raise ValueError(no_rows_in_words(self._rows)) from error
         for batch in batches:
             check_is_forget(batch, "a batch")
+        if not batches and is_stream(self._rows) and not may_be_empty:
+            raise ValueError(no_rows_in_words(self._rows))
         if not batches:
             return batches, num_items
         self._note_long_rows(batches)
         counts = step_counts(batches).to(device)
+        self._rows_read = counts if self._rows_read is None else self._rows_read + counts
         # DDP averages gradients over processes, so the counts are averages too.
         counts = self.accelerator.reduce(counts, reduction="mean") if self.accelerator.num_processes > 1 else counts
         for batch in batches:
@@ -147,9 +165,14 @@ class SteppingTrainer(EvaluatingTrainer):
         (off here) would.
 
         Raises:
+            ValueError: if the step would train nothing; the first batch of a step is late enough for it, and after
+                every callback that could delete or choose a prompt.
             FloatingPointError: if a term of the loss is NaN or infinite; the optimizer has not stepped.
             RuntimeError: if memory runs out, with what to lower; on a GPU it is a `torch.OutOfMemoryError`.
         """
+        if not self._is_checked and self._trained is not None:
+            self._is_checked = True
+            check_trains(self.unlearner, *self._trained)
         with advised(inputs):
             loss = super().training_step(model, inputs, *args, **kwargs)
         self._terms.check_finite(self.state.global_step + 1)
@@ -165,6 +188,30 @@ class SteppingTrainer(EvaluatingTrainer):
             if self.multiplier is not None:
                 logs.update(self.multiplier.logs())
         super().log(logs, start_time)
+
+    def begin_pass(self, may_be_empty: bool) -> None:
+        """Begin a pass over the rows; `EpochCallback` calls it.
+
+        Args:
+            may_be_empty: whether all of its rows were trained on before training was resumed.
+        """
+        self._may_be_empty, self._rows_read = may_be_empty, None
+
+    def end_pass(self) -> None:
+        """Warn, after the first pass over a stream, where all of its rows were of one side."""
+        if self._passes_checked or self._rows_read is None or not is_stream(self._rows):
+            return
+        self._passes_checked = True
+        num_forget, num_retain = map(int, self._rows_read.tolist())
+        if self.is_world_process_zero():
+            warn_of_one_side(num_forget, num_retain, self._loss)
+
+    def _load_callback_state(self) -> None:
+        # Trainer takes every entry for a callback's, and would say of these that they are ignored.
+        states: Any = self.state.stateful_callbacks
+        own = {name: states.pop(name) for name in (IDENTITY, ENTRY, MultiplierCallback.KEY) if name in states}
+        super()._load_callback_state()
+        states.update(own)
 
     def restart_terms(self) -> None:
         """Forget the terms of batches that are not logged; `EpochCallback` calls it when training begins."""

@@ -28,7 +28,15 @@ from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import DataSummary, DigestKey, RewrittenRows, fingerprint, read_digest_key, summarize_groups
 from .callbacks import EmbeddingNoise, EpochCallback, MultiplierCallback
-from .checks import check_not_replaced, check_options, check_tokens, check_training_rows, checked_loss
+from .checks import (
+    check_base_is_frozen,
+    check_not_replaced,
+    check_options,
+    check_takes_steps,
+    check_tokens,
+    check_training_rows,
+    checked_loss,
+)
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
 from .reference import ReferenceCache
 from .resuming import IDENTITY, check_identity, identity_of, last_complete_checkpoint, rows_identity
@@ -175,9 +183,12 @@ class UnlearningTrainer(SteppingTrainer):
         )
         if self._rows is not None and not any(p.requires_grad for p in model.parameters()):
             raise ValueError(
-                "no parameter requires a gradient: the prompt was loaded for inference, or the model is frozen. Load "
-                "a prompt with SoftPromptUnlearner.from_pretrained(..., is_trainable=True)."
+                "no parameter requires a gradient: the prompt was loaded for inference, the last one was deleted, or "
+                "the model is frozen. Load a prompt with SoftPromptUnlearner.from_pretrained(..., is_trainable=True), "
+                "or add one with add_adapter."
             )
+        if self._rows is not None:
+            check_base_is_frozen(unlearner_of(model))
         check_tokens(model, self._collator.tokenizer)
         keep_4bit_differentiable(model)
         self._learner, self._loss, self.unlearner = model, loss, unlearner_of(model)
@@ -267,9 +278,10 @@ class UnlearningTrainer(SteppingTrainer):
 
         Raises:
             ValueError: if no checkpoint is complete, or it is of a training with other rows or another loss; if rows
-                or collator were replaced since the trainer was made.
+                or collator were replaced since the trainer was made; if no step would be taken, or gradients are off.
         """
         check_not_replaced(self, self._given_data)
+        check_takes_steps(self.args, self._rows, self.sampler, self.accelerator.num_processes)
         if self.unlearner.loss is not None and self.unlearner.loss is not self._loss:  # replaced since
             self._take(self._learner)
         if resume_from_checkpoint is True:
