@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModelForCausalLM
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers import RepetitionPenaltyLogitsProcessor as RepetitionPenalty
 
 from ..models.causal_lm import cache_switch, evaluation_mode, max_positions
 from ..models.compat_checkpointing import unswitched
@@ -79,6 +80,7 @@ def _generate_in_evaluation_mode(
         if continues_prefix(base, states, unequal=False):
             crosses = unequal and _crosses_window(base, num_virtual + width + num_new)
             if not unequal or (not crosses and continues_prefix(base, states, unequal=True)):
+                kwargs = _with_penalty(prompts, settings, kwargs)
                 return _generate(base, states, settings, input_ids, attention_mask, kwargs)
         elif prompts.is_prefix and not several:
             raise ValueError(
@@ -108,8 +110,24 @@ def _generate_without(
 
 
 def _pads_first(attention_mask: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows padded on the left, each by its own first token, since a repetition penalty may count pads."""
     order = attention_mask.ne(0).long().argsort(dim=1, stable=True)
-    return input_ids.gather(1, order), attention_mask.gather(1, order)
+    ids, mask = input_ids.gather(1, order), attention_mask.gather(1, order)
+    return ids.where(mask.ne(0), ids.gather(1, mask.ne(0).long().argmax(dim=1, keepdim=True))), mask
+
+
+def _with_penalty(prompts: RowPrompts, settings: GenerationConfig, kwargs: dict) -> dict:
+    """Arguments under which a repetition penalty counts all tokens of rows whose prompts differ in length.
+
+    From transformers 5.23 on it leaves out as many columns of the tokens as the mask begins with zeros, which are
+    those of a shorter prompt, too.
+    """
+    lengths = {prompts.lengths[i] for i in prompts.index}
+    given = kwargs.get("logits_processor") or []
+    penalty = settings.repetition_penalty
+    if len(lengths) == 1 or penalty in (None, 1.0) or any(type(one) is RepetitionPenalty for one in given):
+        return kwargs
+    return {**kwargs, "logits_processor": LogitsProcessorList([RepetitionPenalty(penalty), *given])}  # in its place
 
 
 def _as_padded(out: Any, input_ids: Tensor, returned: int) -> Any:
@@ -155,7 +173,7 @@ def _generate_concatenated(
     model = prompts.model
     embeds, mask = prompts.concatenated(model.word_embeddings(left_ids), left_mask, pads_first=True)
     base: Any = model.get_base_model()
-    kwargs = _in_new_tokens(settings, left_ids.shape[1], kwargs)
+    kwargs = _with_penalty(prompts, settings, _in_new_tokens(settings, left_ids.shape[1], kwargs))
     out = base.generate(left_ids, inputs_embeds=embeds, attention_mask=mask, **kwargs)
     return _as_padded(out, input_ids, settings.num_return_sequences or 1)
 
