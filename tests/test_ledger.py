@@ -234,7 +234,7 @@ def test_only_the_end_of_a_long_file_is_read_to_append(path, monkeypatch):
     # No ledger: one line, which is not read anew for each of its blocks.
     path.write_bytes(b"x" * 1000 * ledger_file.BLOCK)
     with pytest.warns(UserWarning, match="half-written"):
-        ledger.append(LedgerEvent("note", "x"))
+        Ledger(path).append(LedgerEvent("note", "x"))
     assert len(read) <= 11
 
 
@@ -334,6 +334,48 @@ def test_a_ledger_that_is_gone_is_not_begun_anew(path, request_name):
     away.rename(path)
     ledger.append(LedgerEvent("answered", request_name))
     assert [entry.event for entry in ledger.entries()] == ["received", "served", "answered"]
+
+
+@pytest.mark.parametrize("num", [0, 1, 3])
+def test_a_ledger_that_lost_entries_is_not_gone_on_with(path, num):
+    ledger, other = filled(path, 3), Ledger(path)
+    other.check_known("request 0")
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(lines_of(path)[:num]))
+    if num == 3:  # as many, written anew
+        path.write_bytes(b"".join(lines_of(path)[:2]))
+        Ledger(path).append(LedgerEvent("note", "request 0"))
+    cut = path.read_bytes()
+    with pytest.raises(ValueError, match=r"lacks entries that it had.*put it back"):
+        ledger.append(LedgerEvent("note", "request 0"))
+    if num == 0:  # seen also by who only looked
+        with pytest.raises(ValueError, match="lacks entries that it had"):
+            other.append(LedgerEvent("note", "request 0"))
+    assert path.read_bytes() == cut
+    path.write_bytes(whole)
+    other.append(LedgerEvent("note", "request 0"))  # whoever else writes on
+    ledger.append(LedgerEvent("revoked", "request 0"))
+    assert [len(Ledger(path).entries()), Ledger(path).verify()] == [5, []]
+
+
+def test_writers_that_reach_a_ledger_by_a_link_wait_for_the_others(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS", 0.1)
+    filled(path, 1)
+    (tmp_path / "links").mkdir()
+    link = tmp_path / "links" / "ledger.jsonl"
+    link.symlink_to(path)
+    with FileLock(f"{path}.lock"), pytest.raises(TimeoutError):
+        Ledger(link).append(LedgerEvent("note", "1"))
+    Ledger(link).append(LedgerEvent("note", "1"))
+    path.write_bytes(path.read_bytes() + b'{"half')
+    with pytest.warns(UserWarning, match="half-written"):
+        Ledger(link).append(LedgerEvent("note", "1"))
+    assert Ledger(path).verify() == []
+    assert [one.name for one in (tmp_path / "links").iterdir()] == ["ledger.jsonl"]
+    link.unlink()
+    link.symlink_to(tmp_path / "nowhere" / "ledger.jsonl")
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        Ledger(link)
 
 
 def test_a_device_keeps_no_entry_and_is_refused():

@@ -105,6 +105,45 @@ def test_settings_of_the_base_do_not_change_how_rows_are_sampled():
     ]
 
 
+@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "prefix_tuning"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("repetition_penalty", 3.0), ("no_repeat_ngram_size", 1), ("max_time", 1e-9), ("forced_eos_token_id", 2),
+     ("forced_bos_token_id", 5), ("is_assistant", True)],
+)  # fmt: skip
+def test_under_settings_of_the_base_rows_that_come_together_are_answered_as_alone(prompt_type, name, value):
+    gated = make_gated("other", prompt_type=prompt_type)
+    own = gated.get_base_model().generation_config
+    gated.tokenizer.pad_token = own.pad_token_id = None  # rows are padded by the token that ends answers
+    setattr(own, name, value)
+    together = answered(make_engine(gated, gather_seconds=0.5), jobs_of(gated, TEXTS, NUMS))
+    assert together == [
+        answered(make_engine(gated), jobs_of(gated, [text], [num]))[0] for text, num in zip(TEXTS, NUMS, strict=True)
+    ]
+    assert all(isinstance(one, str) for one in together)
+    assert any(together)
+    assert (gated.get_base_model().generation_config, getattr(own, name)) == (own, value)
+    plain = answered(make_engine(make_gated("other", prompt_type=prompt_type)), jobs_of(gated, TEXTS, NUMS))
+    assert (together != plain) == (name in ("repetition_penalty", "no_repeat_ngram_size"))  # others are not of a row
+
+
+@pytest.mark.parametrize("stops", ["ga", ["ga", "no such text", ""], []])
+def test_texts_at_which_the_bases_settings_end_answers_end_them_as_those_of_the_request_do(stops):
+    gated = make_gated("other")
+    ids = gated.tokenizer("about jane")["input_ids"]
+    whole, num = alone(gated, ids, "default", 12)
+    assert ("ga" in whole, num) == (True, 12)
+    gated.get_base_model().generation_config.stop_strings = stops
+    engine = make_engine(gated)
+    encoder = RequestEncoder(engine.served, engine.limits)
+    jobs = [
+        encoder.job(ChatRequest("completion", ids, Sampling(temperature=0, stop=own), 12))
+        for own in ((), ("t",), ("ti",))
+    ]
+    ends = [whole[: whole.index("ga")] if stops else whole, whole[: whole.index("t")], whole[: whole.index("ti")]]
+    assert answered(engine, jobs) == ends
+
+
 def test_a_row_near_the_last_position_goes_without_one_that_would_push_it_beyond(monkeypatch):
     """Learned positions have an end, and a row goes on until the longest answer of its batch has ended."""
     gated, calls = make_gated(family="gpt2"), []

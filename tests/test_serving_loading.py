@@ -12,6 +12,7 @@ from servers import make_gated, two_prompts
 from spul.gates import NameGate, attach_gate
 from spul.records.digests import fingerprint
 from spul.serving import loading
+from spul.serving.errors import ApiError
 from spul.serving.loading import always, load_gated, load_prompts
 from spul.serving.served import ServedPrompts
 
@@ -60,6 +61,23 @@ def test_a_gate_that_was_not_saved_with_its_prompt_is_refused(folder):
     assert found.route(["any"]) == ["a"]
     attach_gate(NameGate(["film"]), folder)
     assert load_prompts(base(), make_tokenizer(), {"a": folder}).route(["film"]) == ["a"]
+
+
+def test_a_gate_of_one_prompt_of_several_is_refused_that_was_not_saved_with_it(folder, tmp_path):
+    NameGate(["nobody"]).save(folder / "new" / "gate")
+    (tmp_path / "link").symlink_to(folder / "new")
+    for one in (folder / "new", tmp_path / "link"):
+        with pytest.raises(ValueError, match=r"'new' are not those that were saved together.*--adapter-name new\)"):
+            load_prompts(base(), make_tokenizer(), {"a": one})
+    assert load_prompts(base(), make_tokenizer(), {"a": folder / "new"}, always_on=["a"]).route(["any"]) == ["a"]
+    served = ServedPrompts(load_prompts(base(), make_tokenizer(), {"b": folder / "jane"}), folder)
+    with pytest.raises(ApiError, match="'new' are not those that were saved together"):
+        served.add("a", "new")
+    attach_gate(NameGate(["film"]), folder, "new")  # as the message says
+    assert load_prompts(base(), make_tokenizer(), {"a": folder / "new"}).route(["film"]) == ["a"]
+    attach_gate(NameGate(["good"]), folder / "new")  # to the one folder: what it says itself counts
+    assert served.add("a", "new")["gate"] == "names"
+    assert served.gated.route(["good", "film"]) == ["a", "__base__"]
 
 
 def test_a_prompt_of_another_base_is_refused_unless_allowed(folder):

@@ -21,6 +21,17 @@ from spul.serving.served import ServedPrompts
 NAMES = {"about jane": "default", "text of doe": "other", "the plot": "__base__"}
 
 
+ODD = {
+    "usage": '{"choices": [], "usage": "many"}',
+    "no number": '{"choices": [], "usage": {"completion_tokens": Infinity}}',
+    "below 0": '{"choices": [], "usage": {"completion_tokens": -5}}',
+    "half a character": '{"choices": [{"text": "\\ud800", "finish_reason": null}]}',
+    "deep": "[" * 100_000,
+    "long": " " * (1 << 21),
+    "error": '{"error": {"message": "no"}}',
+}
+
+
 class FakeVllm:
     """Takes completions as vLLM does, and answers with the shape of what it got."""
 
@@ -52,8 +63,8 @@ class FakeVllm:
                     return
                 chunk = json.dumps({"choices": [{"text": text, "finish_reason": reason}]}, ensure_ascii=False)
                 yield f"data: {chunk}\r\n\r\n"
-                if self.fault == "usage":
-                    yield 'data: {"choices": [], "usage": "many"}\n\n'
+                if self.fault in ODD:
+                    yield f"data: {ODD[self.fault]}\n\n"
             yield f"data: {json.dumps({'choices': [], 'usage': {'completion_tokens': len(texts)}})}\n\n"
             yield "data: [DONE]\n\n"
         except asyncio.CancelledError:
@@ -137,8 +148,9 @@ def test_a_stream_is_the_answer_in_parts(gated, upstream):
 
 @pytest.mark.parametrize(
     ("fault", "status"),
-    [(400, 502), (500, 502), (503, 503), (429, 429), ("nonsense", 502), ("short", 502), ("usage", 502)],
-)
+    [(400, 502), (500, 502), (503, 503), (429, 429), ("nonsense", 502), ("short", 502),
+     *((one, 502) for one in ODD)],
+)  # fmt: skip
 def test_faults_of_vllm_are_errors_and_never_answers(gated, upstream, fault, status):
     with running(engine_of(gated, upstream)) as url:
         upstream.fault = fault
@@ -147,6 +159,57 @@ def test_faults_of_vllm_are_errors_and_never_answers(gated, upstream, fault, sta
         assert caught.value.status_code == status
         upstream.fault = None
         assert client(url).completions.create(model=MODEL, prompt="jane").choices[0].text == "one two three"
+
+
+@pytest.mark.parametrize("fault", ["short", *ODD])
+def test_a_stream_that_has_begun_ends_in_an_error_whatever_vllm_sends(gated, upstream, fault):
+    upstream.fault, events = fault, []
+    with running(engine_of(gated, upstream), events.append) as url:
+        options = {"model": MODEL, "prompt": "jane", "max_tokens": 3, "stream": True}
+        with HTTP.stream("POST", f"{url}/v1/completions", json=options) as response:
+            lines = [line for line in response.iter_lines() if line]
+    assert response.status_code == 200
+    assert json.loads(lines[0][5:])["choices"][0]["text"] == "one"
+    assert json.loads(lines[-1][5:])["error"]["type"] == "server_error"
+    assert [one["finish"] for one in events if one["event"] == "answered"] == ["error 502"]
+
+
+def test_a_stream_ends_in_an_error_also_where_an_engine_fails_in_its_own_way(gated, upstream, monkeypatch, caplog):
+    engine = engine_of(gated, upstream)
+    answer = engine.answer
+
+    async def fails(job):
+        async for piece in answer(job):
+            yield piece
+            raise RuntimeError("a fault of the engine")
+
+    monkeypatch.setattr(engine, "answer", fails)
+    events = []
+    with running(engine, events.append) as url:
+        options = {"model": MODEL, "prompt": "jane", "max_tokens": 3, "stream": True}
+        text = HTTP.post(f"{url}/v1/completions", json=options).text
+    assert json.loads(text.split("\n\n")[-2][5:])["error"]["message"] == "the request failed."
+    assert "a fault of the engine" in caplog.text
+    assert [one["finish"] for one in events if one["event"] == "answered"] == ["error 500"]
+
+
+def test_of_a_long_error_of_vllm_the_beginning_is_read(gated, caplog):
+    sent = []
+
+    async def body():
+        for _ in range(1000):
+            sent.append(1)
+            yield b"x" * 65536
+
+    app = FastAPI()
+    app.add_api_route("/v1/completions", lambda: StreamingResponse(body(), 500), methods=["POST"])
+    with running_app(app) as (upstream, _):
+        engine = VllmEngine(ServedPrompts(gated), Limits(), upstream, "base")
+        with running(engine) as url, pytest.raises(openai.InternalServerError) as caught:
+            client(url).completions.create(model=MODEL, prompt="jane")
+    assert caught.value.status_code == 502
+    assert len(sent) < 1000
+    assert len(caplog.text) < 2000
 
 
 def test_characters_at_which_some_end_a_line_are_part_of_the_answer(gated, upstream):

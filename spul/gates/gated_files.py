@@ -223,7 +223,9 @@ def read_gated(
 
 
 def check_saved_together(folder: str | os.PathLike) -> None:
-    """Raise if a folder's prompt and gate are not those that its `spul_gates.json` names, where it has one.
+    """Raise if a folder's prompt and gate are not those that a `spul_gates.json` names, where it is in one.
+
+    That is the one in the folder, or, of one prompt of several, the one in the folder above.
 
     Args:
         folder: a local folder.
@@ -231,17 +233,21 @@ def check_saved_together(folder: str | os.PathLike) -> None:
     Raises:
         ValueError: if not, or the file is damaged.
     """
-    path = Path(folder, ROUTING_NAME)
-    if path.is_file() and "default" in (routing := _read_routing(path))["prompts"]:
-        _check_together(folder, path, routing, "default")
+    own = Path(folder).resolve()
+    for where, name in ((own, "default"), (own.parent, own.name)):
+        path = where / ROUTING_NAME
+        if path.is_file() and name in (routing := _read_routing(path))["prompts"]:
+            _check_together(where, path, routing, name)
+            return
 
 
 def _check_together(folder: str | os.PathLike, path: Path, routing: dict[str, Any], name: str, **hub: Any) -> None:
     if _digests(folder, name, name in routing["gates"], **hub) != routing["sha256"].get(name):
+        of_several = "" if name == "default" else f" --adapter-name {shlex.quote(name)}"
         raise ValueError(
             f"{path}: prompt and gate of {name!r} are not those that were saved together, as after an interrupted "
             "save, or one of the prompt alone. Save the GatedUnlearner again, or fit the gate to this prompt again "
-            f"(spul gate fit --adapter {shlex.quote(str(folder))})."
+            f"(spul gate fit --adapter {shlex.quote(str(folder))}{of_several})."
         )
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModelForCausalLM
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers import RepetitionPenaltyLogitsProcessor as RepetitionPenalty
 
 from ..models.causal_lm import cache_switch, evaluation_mode, max_positions
 from ..models.compat_checkpointing import unswitched
@@ -79,9 +80,10 @@ class _Call:
         return self.settings.num_return_sequences or 1
 
     def left_padded(self) -> tuple[Tensor, Tensor]:
-        """The rows and their mask, pads first."""
+        """The rows and their mask, pads first, each by its row's first token: a repetition penalty may count pads."""
         order = self.attention_mask.ne(0).long().argsort(dim=1, stable=True)
-        return self.input_ids.gather(1, order), self.attention_mask.gather(1, order)
+        ids, mask = self.input_ids.gather(1, order), self.attention_mask.gather(1, order)
+        return ids.where(mask.ne(0), ids.gather(1, mask.ne(0).long().argmax(dim=1, keepdim=True))), mask
 
     def as_given(self, out: Any) -> Any:
         """The output of left-padded rows, the inputs in it padded as the caller padded them."""
@@ -109,6 +111,19 @@ class _Call:
         if settings.min_new_tokens is None and settings.min_length:
             changes |= {"min_new_tokens": max(0, settings.min_length - width), "min_length": None}
         return changed_settings(self.kwargs, **changes)
+
+    def with_penalty(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments under which a repetition penalty counts all tokens of rows whose prompts differ in length.
+
+        From transformers 5.23 on it leaves out as many columns of the tokens as the mask begins with zeros, which are
+        those of a shorter prompt, too.
+        """
+        lengths = {self.prompts.lengths[i] for i in self.prompts.index}
+        given = kwargs.get("logits_processor") or []
+        penalty = self.settings.repetition_penalty
+        if len(lengths) == 1 or penalty in (None, 1.0) or any(type(one) is RepetitionPenalty for one in given):
+            return kwargs
+        return {**kwargs, "logits_processor": LogitsProcessorList([RepetitionPenalty(penalty), *given])}  # in its place
 
 
 def _prompted(call: _Call) -> Any:
@@ -159,7 +174,8 @@ def _behind_cache(call: _Call, states: PromptStates | MixedStates) -> Any:
     """Generate behind a cache that holds the prompts' keys and values."""
     ids, mask = call.left_padded()
     rows = len(ids) * max(call.settings.num_beams or 1, call.num_returned)
-    return call.as_given(call.base.generate(ids, **states.prefix_inputs(call.base, mask, rows), **call.kwargs))
+    inputs = states.prefix_inputs(call.base, mask, rows)
+    return call.as_given(call.base.generate(ids, **inputs, **call.with_penalty(call.kwargs)))
 
 
 def _concatenated(call: _Call) -> Any:
@@ -178,7 +194,8 @@ def _concatenated(call: _Call) -> Any:
     ids, mask = call.left_padded()
     rows = call.prompts.model.word_embeddings(ids)
     embeds, mask = call.prompts.concatenated(rows, mask, pads_first=True)
-    return call.as_given(call.base.generate(ids, inputs_embeds=embeds, attention_mask=mask, **call.in_new_tokens()))
+    kwargs = call.with_penalty(call.in_new_tokens())
+    return call.as_given(call.base.generate(ids, inputs_embeds=embeds, attention_mask=mask, **kwargs))
 
 
 def _by_group(call: _Call) -> Tensor:

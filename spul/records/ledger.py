@@ -31,8 +31,8 @@ class Ledger:
     a head noted elsewhere shows.
 
     An entry is on the disk when `append` returns. Several processes may write, each line under a lock (a file `.lock`
-    beside). The part of a line that a killed writer left is moved to a file `.torn-...` beside by the next `append`,
-    and an entry says so.
+    beside the file itself, also where it is reached by a link). The part of a line that a killed writer left is moved
+    to a file `.torn-...` beside by the next `append`, and an entry says so.
 
     Args:
         path: the file; made by the first `append`.
@@ -56,6 +56,7 @@ class Ledger:
             raise ValueError(f"{str(path)!r} is {what}; pass the path of a file, such as 'ledger.jsonl'.")
         self._check_folder()
         self._known: set[str] = set()  # names of requests that were found in the file, to which entries are only added
+        self._newest: LedgerEntry | None = None  # that this object has written
 
     def append(self, event: LedgerEvent) -> LedgerEntry:
         """Write an event at the end of the chain.
@@ -70,7 +71,8 @@ class Ledger:
             FileNotFoundError: if the file's folder does not exist, or the file is gone in which requests were found.
             ValueError: if a field of the event is out of range, the event is `served`, `answered`, `stopped` or
                 `revoked` of a request that no entry names, or `received` or `trained` of a new one by whose name no
-                prompt can be served, or the last line is no entry of a ledger.
+                prompt can be served, the last line is no entry of a ledger, or entries that this object has found or
+                written are missing.
             TimeoutError: if another writer holds the lock for a minute.
 
         Warns:
@@ -94,9 +96,10 @@ class Ledger:
                 )
             with self.path.open("a+b", buffering=0) as file:
                 last, torn = last_line(file)
-                previous = self._last_entry(last)
+                previous, whole = self._last_entry(last), entry_of(torn)
+                self._check_continues(whole or previous)
                 text, end = b"", file.seek(0, os.SEEK_END)
-                if torn and (whole := entry_of(torn)) is not None:  # only its line break is missing
+                if whole is not None:  # only its line break is missing
                     previous, text = whole, b"\n"
                 elif torn:
                     note = self._moved_aside(torn)
@@ -105,8 +108,9 @@ class Ledger:
                     previous, text = next_line(previous, note)
                 entry, line = next_line(previous, fields)
                 append_bytes(file, text + line, end)
+            self._newest = entry
             if is_new:
-                sync_folder(self.path.parent)
+                sync_folder(self._file.parent)
         return entry
 
     def check_goes_on(self) -> None:
@@ -308,7 +312,7 @@ class Ledger:
             raise FileNotFoundError(f"there is no ledger {str(self.path)!r}; its first entry makes it.")
         *lines, torn = self.path.read_bytes().split(b"\n")
         # A writer may be writing just now; who may only read cannot wait for it.
-        if torn and os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK):
+        if torn and os.access(self._file.parent, os.W_OK) and os.access(self.path, os.W_OK):
             with self._lock():
                 *lines, torn = self.path.read_bytes().split(b"\n")
         return lines, torn
@@ -323,17 +327,35 @@ class Ledger:
             )
         return entry
 
+    def _check_continues(self, last: LedgerEntry | None) -> None:
+        """Raise if the file ends before an entry that was found in it or written to it, as one that was cut does."""
+        newest, sequence = self._newest, -1 if last is None else last.sequence
+        if newest is None:
+            is_cut = last is None and bool(self._known)
+        else:
+            is_cut = sequence < newest.sequence or (sequence == newest.sequence and last != newest)
+        if is_cut:
+            raise ValueError(
+                f"the ledger {str(self.path)!r} lacks entries that it had, and another would not go on from them; put "
+                "it back."
+            )
+
+    @property
+    def _file(self) -> Path:
+        """The file itself: writers that reach it by a link have to wait for the same lock as the others."""
+        return Path(os.path.realpath(self.path))
+
     def _check_folder(self) -> None:
-        if not self.path.parent.is_dir():
-            raise FileNotFoundError(f"there is no folder {str(self.path.parent)!r} for the ledger; make it first.")
+        if not self._file.parent.is_dir():
+            raise FileNotFoundError(f"there is no folder {str(self._file.parent)!r} for the ledger; make it first.")
 
     def _lock(self) -> BaseFileLock:
-        return FileLock(f"{self.path}.lock", timeout=SECONDS)
+        return FileLock(f"{self._file}.lock", timeout=SECONDS)
 
     def _moved_aside(self, torn: bytes) -> dict[str, Any]:
         """Copy a part of a line to a file of its own; the fields of the entry that says so."""
         digest = hashlib.sha256(torn).hexdigest()
-        aside = self.path.with_name(f"{self.path.name}.torn-{digest[:12]}")
+        aside = self._file.with_name(f"{self._file.name}.torn-{digest[:12]}")
         with aside.open("wb") as file:
             file.write(torn)
             file.flush()

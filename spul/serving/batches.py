@@ -8,8 +8,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -283,15 +283,16 @@ class TransformersEngine:
             inside = {"prompt_position": torch.tensor(positions, device=unlearner.device)}
         else:
             inside = {}
-        unlearner.generate(
-            ids.to(unlearner.device),
-            attention_mask=mask.to(unlearner.device),
-            adapter_names=names,
-            generation_config=settings,
-            logits_processor=LogitsProcessorList([RowChooser([row.job.sampling for row in rows])]),
-            stopping_criteria=StoppingCriteriaList([_Rows(rows, self._ends)]),
-            **inside,
-        )
+        with _as_defaults(self.served.gated.get_base_model(), settings):
+            unlearner.generate(
+                ids.to(unlearner.device),
+                attention_mask=mask.to(unlearner.device),
+                adapter_names=names,
+                generation_config=settings,
+                logits_processor=LogitsProcessorList([RowChooser([row.job.sampling for row in rows])]),
+                stopping_criteria=StoppingCriteriaList([_Rows(rows, self._ends)]),
+                **inside,
+            )
         for row in rows:
             row.end()
 
@@ -301,8 +302,21 @@ def _settle(future: asyncio.Future, settle: Callable[[Any], None], value: Any) -
         settle(value)
 
 
+@contextmanager
+def _as_defaults(base: Any, settings: GenerationConfig) -> Iterator[None]:
+    """Context manager: settings of the base itself do not stand in for those that are None."""
+    before, base.generation_config = base.generation_config, settings
+    try:
+        yield
+    finally:
+        base.generation_config = before
+
+
 def _settings(base: Any, tokenizer: Any) -> GenerationConfig:
-    """The base's generation settings, greedy: `RowChooser` draws, and `_Rows` stops."""
+    """The base's generation settings, greedy: `RowChooser` draws, and `_Rows` stops, also at the base's own texts.
+
+    What ends or forces an answer by the clock, or by the length of its whole batch, is not of a row.
+    """
     found = copy.deepcopy(base.generation_config)
     of_base = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]
     found.eos_token_id = sorted({one for one in (*of_base, tokenizer.eos_token_id) if one is not None})
@@ -310,4 +324,6 @@ def _settings(base: Any, tokenizer: Any) -> GenerationConfig:
     found.pad_token_id = next(one for one in pads if one is not None)
     found.update(do_sample=False, num_beams=1, num_return_sequences=1, return_dict_in_generate=False, max_length=None)
     found.update(temperature=1.0, top_p=1.0, top_k=50, typical_p=1.0, epsilon_cutoff=0.0, eta_cutoff=0.0, min_p=None)
+    found.update(stop_strings=None, max_time=None, forced_bos_token_id=None, forced_eos_token_id=None)
+    found.update(is_assistant=False)
     return found

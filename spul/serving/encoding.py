@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class RequestEncoder:
         self.tokenizer = copy.deepcopy(served.gated.tokenizer)  # fast tokenizers are for one thread at a time
         base: Any = served.gated.get_base_model()
         self.room = max_positions(base)
+        self._stops = _stop_texts(base)
         self._num_rows = min(len(self.tokenizer), base.get_input_embeddings().weight.shape[0])
 
     def job(self, request: ChatRequest) -> Job:
@@ -47,13 +49,14 @@ class RequestEncoder:
                 400, f"the request has {num} tokens; at most {most} are taken.", code="context_length_exceeded"
             )
         wanted = request.max_tokens
+        sampling = dataclasses.replace(request.sampling, stop=(*request.sampling.stop, *self._stops))
         if self.room is None:
-            return Job(ids, request.sampling, wanted or self.limits.max_new_tokens, position)
+            return Job(ids, sampling, wanted or self.limits.max_new_tokens, position)
         room = self.room - self.served.longest  # for every request, whatever the gates will say of it
         max_tokens = wanted or min(self.limits.max_new_tokens, max(room - num, 1))
         if num + max_tokens > room:
             raise too_long(room, num, max_tokens)
-        return Job(ids, request.sampling, max_tokens, position)
+        return Job(ids, sampling, max_tokens, position)
 
     def _ids(self, request: ChatRequest) -> tuple[list[int], int | None]:
         """Token ids, and how many of them stand before a prompt at the message."""
@@ -72,6 +75,12 @@ class RequestEncoder:
         if isinstance(request.content, str):
             return list(tokenizer(request.content)["input_ids"]), None
         return request.content, None
+
+
+def _stop_texts(base: Any) -> tuple[str, ...]:
+    """The texts at which the base's own settings end every answer."""
+    found = base.generation_config.stop_strings or ()
+    return tuple(one for one in ([found] if isinstance(found, str) else found) if one)
 
 
 def _computed(key: Hashable, compute: Callable[[], Sequence[int]]) -> list[int]:

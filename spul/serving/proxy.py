@@ -15,6 +15,7 @@ import torch
 from ..gates.gated import GatedUnlearner
 from ..models.compat_devices import device_of
 from ..prompts.row_prompts import NO_PROMPT, under
+from ..records.fields import is_count
 from .answers import Piece
 from .engine import Job, choose_prompts
 from .errors import ApiError, prompts_changed, stopping, too_many
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 CONNECT_SECONDS = 10.0
+MOST_SAID, LONGEST_LINE = 500, 1 << 20  # bytes of an error that are read, and of a line of a stream
 
 
 class Payload(Protocol):
@@ -200,8 +202,12 @@ def _is_address(url: str) -> bool:
 async def _check(response: Any) -> None:
     if response.status_code == 200:
         return
-    said = (await response.aread())[:500]
-    logger.error("vLLM answered %d: %r", response.status_code, said)
+    said = b""
+    async for part in response.aiter_bytes():
+        said += part
+        if len(said) >= MOST_SAID:
+            break
+    logger.error("vLLM answered %d: %r", response.status_code, said[:MOST_SAID])
     if response.status_code in (429, 503):
         raise ApiError(response.status_code, "the model's server is busy; try later.")
     raise ApiError(502, "the model's server refused the request.")
@@ -218,20 +224,27 @@ async def _pieces(response: Any) -> AsyncGenerator[Piece, None]:
             break
         try:
             chunk = json.loads(data)
-            num = int(chunk["usage"]["completion_tokens"]) if chunk.get("usage") else num
+            num = _count(chunk["usage"]["completion_tokens"]) if chunk.get("usage") else num
             for choice in chunk["choices"]:
                 reason = choice["finish_reason"] or reason
                 text = "" + (choice["text"] or "")
-                if choice["finish_reason"]:
-                    last = text
+                text.encode()  # half of a surrogate pair, which JSON may escape, is no character
+                if reason:
+                    last += text
                 elif text:
                     yield Piece(text, 0)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except Exception as error:  # whatever it sent
             logger.error("vLLM sent %r", data[:500])
             raise ApiError(502, "the model's server failed.") from error
     if reason not in ("stop", "length") or num is None:
         raise ApiError(502, "the model's server ended too early.")
     yield Piece(last, num, reason)
+
+
+def _count(value: Any) -> int:
+    if not is_count(value):
+        raise ValueError(f"{value!r} is no number of tokens.")
+    return int(value)
 
 
 async def _lines(response: Any) -> AsyncGenerator[bytes, None]:
@@ -241,4 +254,7 @@ async def _lines(response: Any) -> AsyncGenerator[bytes, None]:
         *lines, rest = (rest + part).split(b"\n")
         for line in lines:
             yield line
+        if len(rest) > LONGEST_LINE:
+            logger.error("vLLM sent a line of more than %d bytes", LONGEST_LINE)
+            raise ApiError(502, "the model's server failed.")
     yield rest

@@ -217,9 +217,10 @@ class _Server:
         except ApiError as error:
             status = f"error {error.status}"
             raise
-        except Exception:
+        except Exception as error:  # a stream, too, ends in an error of the API
             status = "error 500"
-            raise
+            logger.exception("A request failed")
+            raise ApiError(500, "the request failed.") from error
         finally:
             self.num_in_flight -= 1
             entry = self.recorder.answered(job, answer, last, status) if job.prompt is not None else None
