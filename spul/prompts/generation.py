@@ -123,7 +123,8 @@ class _Call:
         penalty = self.settings.repetition_penalty
         if len(lengths) == 1 or penalty in (None, 1.0) or any(type(one) is RepetitionPenalty for one in given):
             return kwargs
-        return {**kwargs, "logits_processor": LogitsProcessorList([RepetitionPenalty(penalty), *given])}  # in its place
+        own = RepetitionPenalty(penalty)  # takes the place of transformers' own
+        return {**kwargs, "logits_processor": LogitsProcessorList([own, *given])}
 
 
 def _prompted(call: _Call) -> Any:

@@ -148,7 +148,8 @@ def check_takes_steps(args: TrainingArguments, rows: Any, sampler: EpochSampler 
         )
     if rows is None or is_stream(rows) or not args.dataloader_drop_last:
         return
-    num_draws = len(rows if sampler is None else sampler)
+    drawn: Any = rows if sampler is None else sampler
+    num_draws = len(drawn)
     config: Any = args.accelerator_config
     needed = args.per_device_train_batch_size * (1 if config.split_batches else num_processes)
     if num_draws < needed:
