@@ -68,7 +68,8 @@ def test_a_further_row_takes_a_few_numbers(measure, monkeypatch):
                 gc.unfreeze()
 
     peaks(100)  # what the first call imports
-    (few, of_batch), (most, of_its_batch) = peaks(200), peaks(1000)
+    # The least of two, since threads that other tests left allocate as well.
+    (few, of_batch), (most, of_its_batch) = (min(peaks(num), peaks(num)) for num in (200, 1000))
     assert (most - few) / 800 < 1000
     assert of_its_batch < 1.2 * of_batch
 

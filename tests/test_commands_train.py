@@ -330,10 +330,12 @@ def test_defaults_that_depend_on_other_options_leave_those_that_are_given(given,
 
 @pytest.mark.parametrize(("base", "after", "warned"), [(1.0, 0.5, True), (1.0, 0.04, False), (0.0, 0.0, False)])
 def test_forget_rows_that_are_still_answered_are_warned_of(base, after, warned):
-    found = {"accuracy": base, "generic": 0.0}
+    found = {"accuracy": base, "f1": base, "generic": 0.0}
     scored = {f"eval_test_forget_{name}": value for name, value in (("accuracy", after), ("generic", 0.0))}
-    unlearner = SimpleNamespace(disable_adapter=nullcontext)
+    record = SimpleNamespace(metrics={})
+    unlearner = SimpleNamespace(disable_adapter=nullcontext, spul_config=record)
     trainer = SimpleNamespace(unlearner=unlearner, score=lambda rows, name: found, evaluate=lambda: scored)
     lines = train._scores(trainer, {"test_forget": []}, 5.0)
     assert lines[0] == f"test_forget: accuracy {after:.3f} (base {base:.3f}), generic 0.000 (base 0.000)"
+    assert record.metrics == {"test_forget, detached": found}
     assert any("50.0 % of these rows are still answered as before" in line for line in lines) is warned

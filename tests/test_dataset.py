@@ -171,7 +171,9 @@ def test_rows_that_say_they_are_of_the_other_set_are_refused_with_their_number_a
 
 
 def test_a_flag_of_a_set_that_is_none_is_refused():
-    with pytest.raises(ValueError, match=r"row 0 of retain has is_forget='no'; expected True or False.* or drop it"):
+    with pytest.raises(
+        ValueError, match=r"row 0 of retain has is_forget='no'; expected True or False.* or drop the column"
+    ):
         forget_retain_dataset(rows("a"), rows("b").add_column("is_forget", ["no"]))
 
 

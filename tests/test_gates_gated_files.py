@@ -14,6 +14,7 @@ from small_evaluations import learned
 
 from spul import SoftPromptUnlearner
 from spul.gates import AnyGate, GatedUnlearner, NameGate, StateGate
+from spul.gates.gated_files import check_saved_together
 
 
 def test_prompts_and_gates_are_saved_and_loaded_together(tmp_path):
@@ -43,6 +44,19 @@ def test_prompts_in_folders_of_their_own_are_loaded_one_by_one_under_names(tmp_p
     loaded.save_pretrained(tmp_path / "both")
     again = GatedUnlearner.from_pretrained(learned(), tmp_path / "both", make_tokenizer())
     assert again.route(texts) == ["jane", "max", "__base__"]
+
+
+def test_a_prompt_is_held_to_the_gates_file_above_it_that_names_its_folder(tmp_path):
+    saved(tmp_path)
+    alone = tmp_path / "default"  # a folder of this name: the file means the prompt beside itself
+    alone.mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        shutil.copy(tmp_path / "other" / name, alone / name)
+    for folder in (tmp_path, tmp_path / "other", alone):
+        check_saved_together(folder)
+    shutil.copy(tmp_path / "adapter_model.safetensors", tmp_path / "other" / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="prompt and gate of 'other' are not those that were saved together"):
+        check_saved_together(tmp_path / "other")
 
 
 def test_a_name_for_a_folder_of_several_prompts_is_refused(tmp_path):

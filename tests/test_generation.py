@@ -33,6 +33,21 @@ def test_each_row_is_continued_as_alone(prompt_type, side, window):
         assert out[WIDTH:].tolist() == unlearner.generate(row[None], **new)[0, len(row) :].tolist()
 
 
+@pytest.mark.parametrize("prompted", [True, False])
+@pytest.mark.parametrize("prompt_type", ["prompt_tuning", "prefix_tuning"])
+def test_pads_are_no_tokens_that_may_not_repeat(prompt_type, prompted):
+    unlearner = build_unlearner("llama", prompt_type)
+    batch = {
+        "input_ids": torch.tensor([[0] * 7 + [7, 9], list(range(11, 20))]),
+        "attention_mask": torch.tensor([[0] * 7 + [1, 1], [1] * 9]),
+        "adapter_names": ["default" if prompted else "__base__"] * 2,
+    }
+    new = {"max_new_tokens": 5, "no_repeat_ngram_size": 2, "sequence_bias": {(7,): 1e4}, **GREEDY}
+    alone = unlearner.generate(batch["input_ids"][:1, 7:], adapter_names=batch["adapter_names"][:1], **new)[0, 2:]
+    assert alone[:2].tolist() == [7, 7]
+    assert torch.equal(unlearner.generate(**batch, **new)[0, 9:], alone)
+
+
 @pytest.mark.parametrize("prompt_type", CONFIGS)
 def test_in_chunked_attention_each_row_is_continued_as_alone(prompt_type):
     shape = {**SHAPE, "intermediate_size": 48, "num_key_value_heads": 2, "head_dim": 8, "intermediate_size_mlp": 48}

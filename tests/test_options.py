@@ -84,7 +84,7 @@ IGNORED = {
     "per_device_eval_batch_size": (0, "expected a whole number from 1"),
     "gradient_accumulation_steps": (0, "expected a whole number from 1"),
     "neftune_noise_alpha": (-5.0, "expected a finite number from 0"),
-    "optim_target_modules": (["q_proj"], "optim='adamw_torch' does not read it"),
+    "optim_target_modules": (["q_proj"], "is read by GaLore and APOLLO only, and not by optim='adamw_torch'"),
 }
 
 
@@ -95,6 +95,24 @@ def test_values_that_trainer_ignores_or_fails_at_later_are_refused_with_those_ex
     setattr(args, name, value)
     with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}") + f".*{message}"):
         UnlearningTrainer(make_unlearner(), args, make_collator(), make_dataset())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"include_for_metrics": ["loss"]},
+        {"include_for_metrics": "inputs"},
+        {"include_for_metrics": None},
+        {"neftune_noise_alpha": 0},
+        {"optim": "galore_adamw", "optim_target_modules": ["q_proj"]},
+        {"train_sampling_strategy": "group_by_length"},
+    ],
+)
+def test_values_that_trainer_takes_are_taken(tmp_path, given):
+    args = arguments(tmp_path)
+    for name, value in given.items():
+        setattr(args, name, value)
+    UnlearningTrainer(make_unlearner(), args, make_collator(), make_dataset())
 
 
 # ---- auto_find_batch_size ----

@@ -121,12 +121,22 @@ def torch_stream(rows_of_pass):
 
 
 @pytest.mark.parametrize("dispatches", [True, False])
-def test_a_stream_without_rows_is_refused_in_the_pass_that_has_none(tmp_path, dispatches):
-    once = iter(list(make_dataset()))
+def test_a_stream_without_rows_is_refused(tmp_path, dispatches):
     config = {"accelerator_config": {"dispatch_batches": dispatches}, "reference": "live"}
-    for given in (IterableDataset.from_generator(no_rows), torch_stream(no_rows), torch_stream(lambda: once)):
+    for given in (IterableDataset.from_generator(no_rows), torch_stream(no_rows)):
         with pytest.raises(ValueError, match=r"train_dataset, a stream .* gave no rows in a pass over it; expected"):
             trained(tmp_path, dataset=given, max_steps=9, **config)
+
+
+def test_training_ends_with_a_warning_where_a_stream_that_is_read_once_has_no_more_rows(tmp_path, caplog):
+    once = iter(list(make_dataset()))
+    config = {"accelerator_config": {"dispatch_batches": False}, "reference": "live"}
+    trainer = make_trainer(tmp_path, dataset=torch_stream(lambda: once), max_steps=99, **config)
+    trainer.train()
+    num_steps = len(make_dataset()) // trainer.args.per_device_train_batch_size
+    assert trainer.state.global_step == num_steps
+    assert "gave no rows in a pass over it; expected" in caplog.text
+    assert f"Training ends after step {num_steps}." in caplog.text
 
 
 def test_a_resumed_stream_goes_on_where_the_skipped_pass_has_no_rows_left(tmp_path):

@@ -200,6 +200,7 @@ def test_of_a_long_error_of_vllm_the_beginning_is_read(gated, caplog):
         for _ in range(1000):
             sent.append(1)
             yield b"x" * 65536
+            await asyncio.sleep(0.001)  # where the upstream is told that nobody reads any more
 
     app = FastAPI()
     app.add_api_route("/v1/completions", lambda: StreamingResponse(body(), 500), methods=["POST"])

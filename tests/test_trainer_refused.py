@@ -171,6 +171,14 @@ def test_another_prompt_while_one_trains_is_refused_since_the_optimizer_has_none
     assert trainer.state.global_step == 1
 
 
+def test_biases_that_lora_does_not_save_may_not_train(tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", bias="lora_only")
+    model = get_peft_model(build("opt"), config)
+    model.get_base_model().model.decoder.final_layer_norm.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 parameter\(s\) of the base require .*final_layer_norm\.bias"):
+        UnlearningTrainer(model, arguments(tmp_path), make_collator(), make_dataset(), loss=UnlearningLoss())
+
+
 def delete_all(model):
     for name in list(model.peft_config):
         model.delete_adapter(name)
@@ -194,6 +202,9 @@ def test_a_model_without_prompts_is_not_trained_and_is_scored_as_its_base(tmp_pa
     model = make_unlearner()
     delete_all(model)
     assert model.spul_config is None
+    for save in (model.save_pretrained, model.push_to_hub, model.create_or_update_model_card):
+        with pytest.raises(ValueError, match="there is no prompt to save: all were deleted"):
+            save(str(tmp_path / "saved"))
     with pytest.raises(ValueError, match=r"the last one was deleted, .* or add one with add_adapter"):
         make_trainer(tmp_path, unlearner=model)
     sets = {"forget": rows("jane", 3)}
@@ -213,7 +224,7 @@ def test_weights_of_the_base_that_would_train_and_not_be_saved_are_refused(tmp_p
         UnlearningTrainer(*given, **settings) if when == "before" else trainer.train()
 
 
-@pytest.mark.parametrize("saved", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}])
+@pytest.mark.parametrize("saved", [{"bias": "all"}, {"bias": "lora_only"}, {"modules_to_save": ["lm_head"]}])
 def test_weights_of_the_base_that_lora_saves_may_train(tmp_path, saved):
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear", **saved)
     model = get_peft_model(build("opt"), config)

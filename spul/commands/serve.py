@@ -186,7 +186,8 @@ def _check(options: ServeOptions) -> Callable[[str, str | None], None]:
                 raise
             raise ValueError(
                 f"the ledger {options.ledger!r} knows no request {name!r}, which is what a prompt is called that was "
-                f"given no name. Give it that of its request: --prompts REQUEST={folder}."
+                f"given no name. Give it that of its request: --prompts REQUEST={folder}, and one for each further "
+                "prompt of the folder."
             ) from None
 
     return check

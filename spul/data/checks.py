@@ -139,7 +139,10 @@ def checked_flag(flag: Any, name: str) -> bool:
     if number not in (0, 1):
         remedy = "Convert the column"
         if isinstance(flag, str):  # of which each is true to Python, "0" and "False" among them
-            remedy = "Convert the texts, rows.map(lambda row: {'is_forget': row['is_forget'] in ('1', 'True')})"
+            remedy = (
+                "Convert the texts, rows.map(lambda row: {'is_forget': row['is_forget'].strip().lower() in "
+                "('1', 'true')}) if those two mean True"
+            )
         raise ValueError(
             f"{name} has is_forget={flag!r}; expected True or False, or 1 or 0. {remedy}, or drop the column: "
             "forget_retain_dataset(forget, retain) makes it."
@@ -202,8 +205,9 @@ def whole_number(value: Any, bools: bool, floats: bool = False) -> int | None:
         value = value.item()
     if isinstance(value, (bool, np.bool_)):
         return int(value) if bools else None
-    if floats and isinstance(value, (float, np.floating)) and float(value).is_integer():
-        return int(value)
+    if floats and isinstance(value, (float, np.floating)):
+        number = float(value)
+        return int(number) if number.is_integer() and abs(number) < 2**53 else None  # beyond, digits were lost
     return int(value) if isinstance(value, (int, np.integer)) else None
 
 
@@ -310,8 +314,8 @@ def _not_texts(bad: Sequence[tuple[int, Any]], num: int) -> TypeError:
     remedy = "Fill or drop them; of a data set pass a column: rows['prompt'][:]."
     if isinstance(bad[0][1], list):
         remedy = (
-            "Make texts of conversations: spul.gates.prompt_texts(rows, collator.encoder) for a gate, to look for "
-            "names a column of texts: rows.map(lambda row: {'text': ...})."
+            "Conversations are no texts. For a gate, pass spul.gates.prompt_texts(rows, collator.encoder); to look "
+            "for names, pass a column of texts, made by rows.map(lambda row: {'text': ...})."
         )
     return TypeError(
         f"{len(bad)} of {num} texts are not strings; the first is text {bad[0][0]}: {bad[0][1]!r:.80}. {remedy}"

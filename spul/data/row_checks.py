@@ -167,7 +167,7 @@ def ending_of(row: Mapping[str, Any], num_completion: int) -> int:
     value = row.get("num_ending")
     if value is None:
         return 0
-    number = whole_number(value, bools=False)
+    number = whole_number(value, bools=False, floats=True)
     if number is None or not 0 <= number <= num_completion:
         raise ValueError(
             f"{row_name(row)}: num_ending is {_short(value)}; expected a whole number from 0 to {num_completion}, the "
@@ -199,7 +199,7 @@ def position_of(row: Mapping[str, Any], num_prompt: int) -> int:
         ValueError: if it is missing, or not a whole number of at most `num_prompt`.
     """
     value = row.get("prompt_position")
-    number = whole_number(value, bools=False)
+    number = whole_number(value, bools=False, floats=True)
     if number is None or not 0 <= number <= num_prompt:
         raise ValueError(
             f"{row_name(row)}, a tokenized one: prompt_position is {_short(value)}; expected a whole number from 0 to "

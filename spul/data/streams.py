@@ -33,8 +33,9 @@ def forget_retain_stream(
 
     Raises:
         TypeError: if one is not of `datasets`.
-        ValueError: if `forget_fraction` is out of range, or a stream is known to lack a column or rows; while it is
-            read, at a row whose `is_forget` says that it belongs to the other stream.
+        ValueError: if `forget_fraction` is out of range, or a stream is known to lack a column or, where its first
+            row is read to know its columns, rows; while it is read, at a row whose `is_forget` says that it belongs to
+            the other stream.
 
     Example:
         ```python
@@ -49,7 +50,8 @@ def forget_retain_stream(
     try:
         return interleave_datasets(flagged, shares, seed=seed, stopping_strategy="all_exhausted")
     except StopIteration as error:  # of datasets, which reads the first row of a stream without features
-        name = next(name for name, rows in (("forget", forget), ("retain", retain)) if next(iter(rows), None) is None)
+        given = (("forget", forget), ("retain", retain))
+        name = next((name for name, rows in given if next(iter(rows), None) is None), "forget or retain")
         raise ValueError(_empty_in_words(name)) from error
 
 

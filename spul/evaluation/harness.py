@@ -156,7 +156,7 @@ class Requests:
     ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding gives it; contexts lose their start.
 
-        `are_texts` says that contexts are no requests, as in parts of a running text; one without a word is none.
+        With `are_texts` contexts are no requests, but parts of running texts; an empty context never is a request.
         """
         if not requests:
             return []

@@ -113,7 +113,9 @@ def read(folder: str | os.PathLike, stacklevel: int = 2, **hub: Any) -> SavedLay
                 "(None: no such projection). Copy or download the whole folder again, or gather the matrices anew."
             )
     fields = {name: config[name] for name in CONFIG_FIELDS if name in config}  # later versions may write more
-    return SavedLayers(fields, state, grams, config.get("num_requests", 1), record)
+    return SavedLayers(
+        config=fields, state=state, gram_matrices=grams, num_requests=config.get("num_requests", 1), spul_config=record
+    )
 
 
 def _check_config(config: dict[str, Any], path: Path) -> None:

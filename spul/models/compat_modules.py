@@ -31,7 +31,7 @@ def modules_with(model: nn.Module, name: str) -> list[Any]:
 
 
 def modules_of_class(model: nn.Module, names: Sequence[str]) -> dict[str, nn.Module]:
-    """The modules of a model whose class, or one that it is derived from, has one of these names, by their own."""
+    """Modules of a model, by name, whose class or one of its base classes has one of these names."""
     return {
         name: module
         for name, module in model.named_modules()

@@ -299,8 +299,13 @@ class PeftAdapter(_Wrapped):
             )
 
     def unsaved_parameters(self) -> list[str]:
-        saves_biases = getattr(self.inner.active_peft_config, "bias", "none") != "none"
-        return [name for name in super().unsaved_parameters() if not (saves_biases and name.endswith("bias"))]
+        saved = getattr(self.inner.active_peft_config, "bias", "none")
+        beside = {f"{name}.bias" for name in peft_layers(self.get_base_model())}  # "lora_only": of wrapped layers
+        return [
+            name
+            for name in super().unsaved_parameters()
+            if not (name.endswith("bias") if saved == "all" else saved != "none" and name in beside)
+        ]
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         base = {id(parameter) for _, parameter in own_parameters(self.get_base_model())}

@@ -165,22 +165,40 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
                 nothing.
 
         Raises:
-            ValueError: for `safe_serialization=False`.
+            ValueError: for `safe_serialization=False`, or if all prompts were deleted.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would pickle the prompt; spul saves safetensors only.")
+        self._check_has_prompt()
         checkpoint.save(self, super().save_pretrained, save_directory, selected_adapters, **kwargs)
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        """Upload what `save_pretrained` writes; see `PeftModel.push_to_hub`."""
+        """Upload what `save_pretrained` writes; see `PeftModel.push_to_hub`.
+
+        Raises:
+            ValueError: if all prompts were deleted.
+        """
+        self._check_has_prompt()
         pushed = super().push_to_hub(repo_id, *args, **kwargs)
         for name, record in self.spul_configs.items():  # not the scratch folder's
             record.name = repo_id if name == "default" else f"{repo_id}/{name}"
         return pushed
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """Write the model card of the active prompt (`README.md`); `save_pretrained` writes one for each prompt."""
+        """Write the model card of the active prompt (`README.md`); `save_pretrained` writes one for each prompt.
+
+        Raises:
+            ValueError: if all prompts were deleted.
+        """
+        self._check_has_prompt()
         checkpoint.write_model_card(self, output_dir, self.active_adapter)
+
+    def _check_has_prompt(self) -> None:
+        if not self.peft_config:
+            raise ValueError(
+                "there is no prompt to save: all were deleted. Add one with add_adapter, or load one with "
+                "load_adapter."
+            )
 
     def _train_active_prompt_only(self) -> None:
         # PEFT leaves every prompt trainable; an unused one breaks DDP on its second step.

@@ -71,8 +71,14 @@ class _Call:
 
     @property
     def base(self) -> Any:
-        """The base."""
+        """The model under the prompts."""
         return self.prompts.model.get_base_model()
+
+    @property
+    def pads_count(self) -> bool:
+        """Whether pads count as tokens of their rows: n-grams that may not repeat are sought in them, too."""
+        sizes = (self.settings.no_repeat_ngram_size, self.settings.encoder_no_repeat_ngram_size)
+        return any((size or 0) > 1 for size in sizes) and not bool(self.attention_mask.all())
 
     @property
     def num_returned(self) -> int:
@@ -141,6 +147,8 @@ def _prompted(call: _Call) -> Any:
     longest = num_virtual + width + _max_new_tokens(call.settings, width)
     totals = lengths + prompts.row_lengths(lengths.device)
     _check_switch(prompts, int(totals.min()), longest)
+    if call.pads_count:
+        return _by_group(call)
     states, several = prompts.states(), len(prompts.named) > 1
     uneven = len(totals.unique()) > 1 or not bool(attention_mask.all())
     if states is not None and (prompts.is_prefix or not outgrows_cache(prompts.model, longest)):
@@ -165,7 +173,8 @@ def _prompted(call: _Call) -> Any:
 
 def _without_prompt(call: _Call) -> Any:
     """Generate rows that have no prompt, padded on either side as those that have one."""
-    if not bool(call.attention_mask.all()) and not continues_embeddings(call.base, unequal=True):
+    is_padded = not bool(call.attention_mask.all())
+    if call.pads_count or (is_padded and not continues_embeddings(call.base, unequal=True)):
         return _by_group(call)
     ids, mask = call.left_padded()
     return call.as_given(call.base.generate(ids, attention_mask=mask, **call.kwargs))

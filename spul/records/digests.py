@@ -302,8 +302,8 @@ def digest_of_rows(rows: Any, more_columns: Iterable[str] = ()) -> str:
     """Plain digest of rows or texts in their order, on which an evaluation's random draws depend. Not to be shared.
 
     Args:
-        rows: texts or rows; of a dataset with a column `prompt`, only some columns count: `prompt`, `completion`, and
-        more_columns: those of these that it has.
+        rows: texts or rows; of a dataset with a column `prompt`, only `prompt`, `completion` and `more_columns` count.
+        more_columns: names of further columns; those that it lacks are left out.
     """
     columns = getattr(rows, "column_names", ())
     if "prompt" in columns:

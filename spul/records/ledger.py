@@ -56,7 +56,7 @@ class Ledger:
             raise ValueError(f"{str(path)!r} is {what}; pass the path of a file, such as 'ledger.jsonl'.")
         self._check_folder()
         self._known: set[str] = set()  # names of requests that were found in the file, to which entries are only added
-        self._newest: LedgerEntry | None = None  # that this object has written
+        self._newest: LedgerEntry | None = None  # the last that this object has found or written
 
     def append(self, event: LedgerEvent) -> LedgerEntry:
         """Write an event at the end of the chain.
@@ -88,12 +88,8 @@ class Ledger:
             elif event.event in REOPENING:
                 self.check_name(event.request)
         with self._lock():
+            self._check_not_gone()
             is_new = not self.path.exists()
-            if is_new and self._known:
-                raise FileNotFoundError(
-                    f"the ledger {str(self.path)!r} is gone, and another in its place would not go on from its "
-                    "entries; put it back."
-                )
             with self.path.open("a+b", buffering=0) as file:
                 last, torn = last_line(file)
                 previous, whole = self._last_entry(last), entry_of(torn)
@@ -122,9 +118,12 @@ class Ledger:
         """
         self._check_folder()
         with self._lock():
+            self._check_not_gone()
             if self.path.exists():
                 with self.path.open("r+b", buffering=0) as file:
-                    self._last_entry(last_line(file)[0])
+                    last, torn = last_line(file)
+                    previous = self._last_entry(last)
+                    self._check_continues(entry_of(torn) or previous)
 
     def entries(self) -> list[LedgerEntry]:
         """The entries, in order, without a half-written last line.
@@ -194,7 +193,10 @@ class Ledger:
         if not self.path.exists():
             return set()
         lines, torn = self._lines()
-        return {entry.request for entry in map(entry_of, [*lines, torn]) if entry is not None and entry.request}
+        found = [entry for entry in map(entry_of, [*lines, torn]) if entry is not None]
+        if found and (self._newest is None or found[-1].sequence > self._newest.sequence):
+            self._newest = found[-1]
+        return {entry.request for entry in found if entry.request}
 
     def check_not_revoked(self, request: str, prompt_sha256: str | None = None) -> None:
         """Raise if a request was revoked, or its prompt has the weights of one that was.
@@ -327,14 +329,18 @@ class Ledger:
             )
         return entry
 
+    def _check_not_gone(self) -> None:
+        """Raise if the file is gone in which this object has found or written entries."""
+        if self._newest is not None and not self.path.exists():
+            raise FileNotFoundError(
+                f"the ledger {str(self.path)!r} is gone, and another in its place would not go on from its entries; "
+                "put it back."
+            )
+
     def _check_continues(self, last: LedgerEntry | None) -> None:
         """Raise if the file ends before an entry that was found in it or written to it, as one that was cut does."""
         newest, sequence = self._newest, -1 if last is None else last.sequence
-        if newest is None:
-            is_cut = last is None and bool(self._known)
-        else:
-            is_cut = sequence < newest.sequence or (sequence == newest.sequence and last != newest)
-        if is_cut:
+        if newest is not None and (sequence < newest.sequence or (sequence == newest.sequence and last != newest)):
             raise ValueError(
                 f"the ledger {str(self.path)!r} lacks entries that it had, and another would not go on from them; put "
                 "it back."

@@ -82,7 +82,7 @@ def check_options(
 
 
 def check_training_rows(rows: Any, flags: Sequence[bool], loss: UnlearningLoss) -> None:
-    """Check the `row_id`s of a training set, and warn where all of its rows are of one side.
+    """Check that a training set has rows, each with a `row_id` of its own, and warn where all are of one side.
 
     Args:
         rows: the training set.
@@ -118,14 +118,14 @@ def no_rows_in_words(rows: Any) -> str:
     if is_stream(rows):
         return (
             f"train_dataset, a stream ({type(rows).__name__}), gave no rows in a pass over it; expected at least one "
-            "batch in every pass. Check its files and filters; a stream that can be read once alone, such as one "
-            "around an open generator, must open it anew in __iter__, or have rows for all of max_steps."
+            "batch in every pass. Check its files and filters. A stream that can be read only once must open its "
+            "source anew in __iter__, or have rows for all of max_steps."
         )
     return "train_dataset has no rows; expected those of forget_retain_dataset(forget, retain)."
 
 
 def check_takes_steps(args: TrainingArguments, rows: Any, sampler: EpochSampler | None, num_processes: int) -> None:
-    """Check that a training takes steps with gradients; one of no steps `Trainer` would end without a word.
+    """Check that a training takes steps with gradients; `Trainer` would end one without steps in silence.
 
     Args:
         args: the training arguments.
@@ -138,8 +138,8 @@ def check_takes_steps(args: TrainingArguments, rows: Any, sampler: EpochSampler 
     """
     if not torch.is_grad_enabled():
         raise ValueError(
-            "gradients are turned off where train is called, by torch.no_grad() or torch.inference_mode(), so that "
-            "nothing would be trained; call it outside."
+            "gradients are turned off where train is called, by torch.no_grad(), torch.inference_mode() or "
+            "torch.set_grad_enabled(False), so that nothing would be trained; turn them on for it."
         )
     if args.max_steps == 0 or (args.max_steps < 0 and args.num_train_epochs <= 0):
         raise ValueError(
@@ -221,9 +221,8 @@ def check_trains(unlearner: Unlearner, optimizer: Any, before: Sequence[nn.Param
     if not unlearner.enabled:
         raise ValueError(
             f"{unlearner.in_words} is disabled, or was deleted, so that nothing would be trained; call train outside "
-            "disable_adapter(), and delete_adapter of the prompt that trains after it."
+            "disable_adapter(), and delete the prompt after training."
         )
-    check_base_is_frozen(unlearner)
     if unlearner.trains_base:
         return
     trained = set(map(id, trained_parameters(unlearner)))

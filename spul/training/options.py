@@ -110,10 +110,10 @@ REFUSED = {
 # What a collated batch may have; see `label_names`.
 BATCH_ENTRIES = ("labels", "is_forget", "row_id", "is_rejected", "prompt_position", "input_ids", "attention_mask")
 
-
+# Of `train_sampling_strategy` and `include_for_metrics`, and the default of `length_column_name`.
 STRATEGIES = ("random", "sequential", "group_by_length", "batch_rebalance")
 METRIC_INPUTS = ("inputs", "loss")
-LENGTH = "length"  # the default of length_column_name
+LENGTH = TrainingArguments.__dataclass_fields__["length_column_name"].default
 
 
 def refuse_options(args: TrainingArguments, arguments: Mapping[str, Any]) -> None:
@@ -148,9 +148,10 @@ def _check_values(args: TrainingArguments) -> None:
     Raises:
         ValueError: for one.
     """
+    asked = args.include_for_metrics or ()
     known = {
         "train_sampling_strategy": ([args.train_sampling_strategy], STRATEGIES),
-        "include_for_metrics": (args.include_for_metrics, METRIC_INPUTS),
+        "include_for_metrics": ([asked] if isinstance(asked, str) else asked, METRIC_INPUTS),
     }
     for name, (values, allowed) in known.items():
         if unknown := [value for value in values if value not in allowed]:
@@ -166,8 +167,8 @@ def _check_values(args: TrainingArguments) -> None:
     optimizer = OptimizerNames(args.optim).value
     if args.optim_target_modules is not None and not optimizer.startswith(("galore", "apollo")):
         raise ValueError(
-            f"optim_target_modules={args.optim_target_modules!r} is of GaLore and APOLLO, and optim={optimizer!r} "
-            "does not read it; leave it out. What trains is what requires a gradient."
+            f"optim_target_modules={args.optim_target_modules!r} is read by GaLore and APOLLO only, and not by "
+            f"optim={optimizer!r}; leave it out. The parameters that train are those that require gradients."
         )
 
 
@@ -210,8 +211,9 @@ def check_training_order(
         named = args.length_column_name
         if strategy in ("group_by_length", "batch_rebalance") and named != LENGTH and named not in columns:
             raise ValueError(
-                f"length_column_name={named!r} names no column of train_dataset, which has {list(columns)}; expected "
-                "a column of numbers of tokens. Leave it out, and lengths are counted."
+                f"length_column_name={named!r} names no column of train_dataset, which has "
+                f"{list(columns) or 'none, as it is no datasets.Dataset'}; expected a column of numbers of tokens. "
+                "Leave it out, and lengths are counted."
             )
         if strategy == "batch_rebalance" and not {args.length_column_name, "input_ids"} & set(columns):
             raise ValueError(

@@ -62,9 +62,10 @@ def predict_rows(
     containers = {name: EvalLoopContainer(args.eval_do_concat_batches, padding_index=IGNORE_INDEX) for name in PARTS}
     by_batch = compute_metrics is not None and args.batch_eval_metrics
     metrics: Any = {}
+    include = args.include_for_metrics or ()
 
     def prediction(found: Mapping[str, Any]) -> EvalPrediction:
-        asked = {"losses": "loss" in args.include_for_metrics, "inputs": "inputs" in args.include_for_metrics}
+        asked = {"losses": "loss" in include, "inputs": "inputs" in include}
         some: dict[str, Any] = {name: found[name] if asked.get(name, True) else None for name in PARTS}
         return EvalPrediction(**some)
 

@@ -15,7 +15,7 @@ from ..losses.terms import IGNORE_INDEX, SUMMED_TOKENS
 from ..losses.unlearning_loss import UnlearningLoss, with_reduction
 from ..models.compat import is_without_batches
 from .callbacks import MultiplierCallback, TermSums
-from .checks import check_trains, no_rows_in_words, trained_parameters, warn_of_one_side
+from .checks import check_base_is_frozen, check_trains, no_rows_in_words, trained_parameters, warn_of_one_side
 from .evaluation import EvaluatingTrainer
 from .forward import step_counts, unlearning_forward
 from .memory import advised
@@ -50,7 +50,7 @@ class SteppingTrainer(EvaluatingTrainer):
     _is_checked = False  # whether this step trains something, since its batches were read
     _rows: Any
     _may_be_empty = False  # a pass, whose rows were all trained on before training was resumed
-    _rows_read: Tensor | None = None  # of each side, by this process; None before the first of a pass
+    _rows_read: Tensor | None = None  # of each side, by all processes; None before the first of a pass
     _passes_checked = False
 
     def _take_multiplier(self) -> None:
@@ -70,10 +70,14 @@ class SteppingTrainer(EvaluatingTrainer):
         """Read the batches of a step, and add the numbers of forget and retain rows of the whole step to each.
 
         Raises:
-            ValueError: if a pass over a stream has no rows.
+            ValueError: if the first pass over a stream has no rows, or the base would train.
+
+        Warns:
+            of a later pass without rows, with which training ends.
         """
         if self._trained is None or self._trained[0] is not self.optimizer:
             self._trained = (self.optimizer, trained_parameters(self.unlearner))
+            check_base_is_frozen(self.unlearner)
         self._is_checked = False
         may_be_empty = self._may_be_empty or self._rows_read is not None
         try:
@@ -81,18 +85,22 @@ class SteppingTrainer(EvaluatingTrainer):
         except ValueError as error:
             if may_be_empty or not is_without_batches(error):
                 raise
-            raise ValueError(no_rows_in_words(self._rows)) from error
+            batches, num_items = [], None
         for batch in batches:
             check_is_forget(batch, "a batch")
         if not batches and is_stream(self._rows) and not may_be_empty:
-            raise ValueError(no_rows_in_words(self._rows))
+            if not self.state.global_step:
+                raise ValueError(no_rows_in_words(self._rows))
+            # Trainer ends there, as at max_steps: what was trained is saved.
+            logger.warning("%s Training ends after step %d.", no_rows_in_words(self._rows), self.state.global_step)
         if not batches:
             return batches, num_items
         self._note_long_rows(batches)
         counts = step_counts(batches).to(device)
-        self._rows_read = counts if self._rows_read is None else self._rows_read + counts
         # DDP averages gradients over processes, so the counts are averages too.
         counts = self.accelerator.reduce(counts, reduction="mean") if self.accelerator.num_processes > 1 else counts
+        read = counts * self.accelerator.num_processes
+        self._rows_read = read if self._rows_read is None else self._rows_read + read
         for batch in batches:
             batch["group_counts"] = counts
             if self.multiplier is not None:
@@ -202,7 +210,7 @@ class SteppingTrainer(EvaluatingTrainer):
         if self._passes_checked or self._rows_read is None or not is_stream(self._rows):
             return
         self._passes_checked = True
-        num_forget, num_retain = map(int, self._rows_read.tolist())
+        num_forget, num_retain = map(round, self._rows_read.tolist())
         if self.is_world_process_zero():
             warn_of_one_side(num_forget, num_retain, self._loss)
 
