@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 MOST_PROBES = 100  # of a kind: a base that keeps changing would be probed at every call
 # What a family raises that takes no cache, no embeddings, or keys of another shape.
-ERRORS = (RuntimeError, AttributeError, ValueError, TypeError, IndexError, KeyError, NotImplementedError)
+ERRORS = (RuntimeError, AttributeError, ValueError, TypeError, IndexError, KeyError)
 # Settings, verdict and number of probes, by base and kind.
 _verdicts: weakref.WeakKeyDictionary[nn.Module, dict[tuple, tuple[Any, bool, int]]] = weakref.WeakKeyDictionary()
 

@@ -225,17 +225,20 @@ async def _pieces(response: Any) -> AsyncGenerator[Piece, None]:
         try:
             chunk = json.loads(data)
             num = _count(chunk["usage"]["completion_tokens"]) if chunk.get("usage") else num
+            texts = []
             for choice in chunk["choices"]:
                 reason = choice["finish_reason"] or reason
                 text = "" + (choice["text"] or "")
                 text.encode()  # half of a surrogate pair, which JSON may escape, is no character
                 if reason:
                     last += text
-                elif text:
-                    yield Piece(text, 0)
+                else:
+                    texts.append(text)
         except Exception as error:  # whatever it sent
             logger.error("vLLM sent %r", data[:500])
             raise ApiError(502, "the model's server failed.") from error
+        for text in filter(None, texts):
+            yield Piece(text, 0)
     if reason not in ("stop", "length") or num is None:
         raise ApiError(502, "the model's server ended too early.")
     yield Piece(last, num, reason)
