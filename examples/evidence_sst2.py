@@ -8,9 +8,9 @@
 `chosen.json`. `score` scores the chosen ones on test rows, three seeds, and attacks the best four. `all` does both,
 and scores a system as soon as its own trials have ended. Every trial is a line of `trials.jsonl`, all else a line of
 `scores.jsonl`; a repeated command resumes, and a choice, once made, holds. `--workers` processes share the device.
-`table` writes `table.md` and a figure of `scores.jsonl`, `scales` a figure of several models' `--lines`. The plan is
-`docs/data/evidence/sst2-plan.json` unless given: with that of multiple choice, whose splits `choice_rows.py` writes,
-and which leaves nothing to choose:
+`table` writes `table.md`, attacks included, and a figure of `scores.jsonl`, `scales` a figure of several models'
+`--lines`. The plan is `docs/data/evidence/sst2-plan.json` unless given: with that of multiple choice, whose splits
+`choice_rows.py` writes, and which leaves nothing to choose:
 
     python examples/evidence_sst2.py score --plan docs/data/evidence/choices-smollm2-plan.json --model SMOLLM2 \
         --data-dir out/choices --attacked 0 --output-dir out/evidence-choices
@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from evidence import tables
+from evidence.jobs import ATTACKS
 from evidence.plan import Plan
 from evidence.schedule import STAGES, Job, Schedule
 from evidence.workers import prepare, work
@@ -148,6 +149,12 @@ def write_tables(args: argparse.Namespace, plan: Plan) -> None:
     text = tables.table(records, systems)
     if all("train_forget" in one["scores"] for one in records):
         text += "\n\nTraining rows, at most 500 of a side:\n\n" + tables.table(records, systems, "train")
+    lines = [one for each in reversed(paths) for one in read_runs(each)]
+    attacks = list({one["job"]: one for one in lines if set(one) & set(ATTACKS)}.values())
+    for side in tables.SIDES if any("inputs" in one for one in attacks) else ():
+        text += f"\n\n{side.capitalize()} rows under attack:\n\n" + tables.attacked(attacks, systems, side)
+    if any("four_bit" in one for one in attacks):
+        text += "\n\nIn 4 bit, and relearned:\n\n" + tables.undone(attacks, systems)
     (folder / "table.md").write_text(text + "\n")
     shown = args.systems or [name for name in systems if name not in ("vanilla", tables.BASE)]
     model = records[0]["model"]

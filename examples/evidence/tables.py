@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from spul.evaluation.metrics.intervals import Interval, bootstrap_interval, seeds_interval
 
 BASE = "base"
+SIDES = ("forget", "retain")
 # Models by their names in lines of data: name, and millions of parameters.
 SIZES = {
     "small-lm": ("small-lm", 5.7),
@@ -100,6 +101,121 @@ def refusals(lines: Sequence[Record], records: Sequence[Record]) -> list[Record]
             right = np.multiply(base[line["seed"]][f"test_{side}"]["accuracy"], np.subtract(1, flags))
             scores[f"test_{side}"] = {"accuracy": right.tolist(), "generic": flags}
         found.append({"system": f"refusal behind {line['gate']}", "seed": line["seed"], "scores": scores})
+    return found
+
+
+# A column of attacks on the input: its name, and groups that stand side by side; of several attacks a range.
+Column = tuple[str, list[list[str]]]
+AFTER, BEFORE = ([f"jailbreak {i} {where}" for i in range(1, 7)] for where in ("after", "before"))
+AROUND: list[Column] = [
+    ("jailbreaks after, six", [AFTER]),
+    ("jailbreaks before, six", [BEFORE]),
+    ("all of these before", [["all jailbreaks before"]]),
+]
+TURNS: list[Column] = [
+    ("one turn before", [["diluted, 1 turns"]]),
+    ("four turns", [["diluted, 4 turns"]]),
+    ("jailbreaks and a turn", [["jailbreaks and a turn before"]]),
+    ("in a document of 300 words", [["in a document of 300 words"]]),
+]
+DISGUISES: list[Column] = [
+    ("capitals, random case", [["capitals"], ["random case"]]),
+    ("misspelled", [["misspelt"]]),
+    ("look-alike letters, apart, hyphenated", [["look-alike letters"], ["letters apart"], ["letters hyphenated"]]),
+]
+AS_ASKED: Column = ("as asked", [["none"]])
+MIXED = [["mixed query, asked first"], ["mixed query, asked second"]]
+COLUMNS: dict[str, list[Column]] = {
+    "forget": [
+        AS_ASKED,
+        ("spaces", [["spaces"]]),
+        *AROUND,
+        *DISGUISES,
+        *TURNS,
+        ("beside another question, asked first, second", MIXED),
+    ],
+    "retain": [AS_ASKED, *AROUND, *TURNS, ("beside a forget question, asked first, second", MIXED)],
+}
+
+
+def percent(value: float) -> str:
+    """A share in %: whole, with a digit where it is below 1."""
+    value *= 100
+    return f"{value:.1f}" if 0.05 <= value < 0.95 else f"{value:.0f}"
+
+
+def attacked(records: Sequence[Record], systems: Sequence[str], side: str) -> str:
+    """A Markdown table of right answers under each attack on the input, in %: means over the seeds of a line.
+
+    Args:
+        records: lines with `inputs`.
+        systems: rows, those without lines left out.
+        side: `forget` or `retain`.
+    """
+    names = [name for name, _ in COLUMNS[side]]
+    lines = [f"| | seeds | {' | '.join(names)} |", "|---|" + "---:|" * (len(names) + 1)]
+    for system in systems:
+        own = [
+            {one["attack"]: np.mean(one["accuracy"]) for one in record["inputs"] if one["side"] == side}
+            for record in records
+            if record["system"] == system and "inputs" in record
+        ]
+        if not own:
+            continue
+        cells = [system, str(len(own))]
+        for _, groups in COLUMNS[side]:
+            shown = []
+            for group in groups:
+                found = [float(np.mean([one[name] for one in own])) for name in group]
+                ends = dict.fromkeys((percent(min(found)), percent(max(found))))
+                shown.append(" to ".join(ends))
+            cells.append(", ".join(shown))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def undone(records: Sequence[Record], systems: Sequence[str]) -> str:
+    """A Markdown table of right answers in 4 bit, and of other forget rows while some are learned again, in %.
+
+    Means over the seeds of a line; of relearning after each number of steps, a column for a rate.
+    """
+    rates = sorted({one["lr"] for record in records for one in record.get("relearning", ())})
+    head = ["4 bit: seeds", "forget", "retain", "relearning: seeds", *(f"at a rate of {rate:g}" for rate in rates)]
+    lines = [f"| | {' | '.join(head)} |", "|---|" + "---:|" * len(head)]
+    for system in systems:
+        own = [record for record in records if record["system"] == system]
+        bits = [record["four_bit"] for record in own if "four_bit" in record]
+        again = [record["relearning"] for record in own if "relearning" in record]
+        if not (bits or again):
+            continue
+        cells = [system, str(len(bits) or "")]
+        cells += [percent(np.mean([one[side]["accuracy"] for one in bits])) if bits else "" for side in SIDES]
+        cells.append(str(len(again) or ""))
+        for rate in rates:
+            by_step: dict[int, list[float]] = {}
+            for one in (one for each in again for one in each if one["lr"] == rate and one["step"]):
+                by_step.setdefault(one["step"], []).append(one["accuracy"])
+            cells.append(", ".join(percent(float(np.mean(by_step[step]))) for step in sorted(by_step)))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def refusals_attacked(gates: Sequence[Record], base: Sequence[Record]) -> list[Record]:
+    """Right answers under attack of a fixed refusal behind each gate, which answers what passes as the base does.
+
+    Args:
+        gates: lines of `evidence_gates.py`, with flags under each attack.
+        base: lines of the base's answers, each of a seed, a side and an attack; gates of other seeds are left out.
+    """
+    rows = {(one["seed"], one["side"], one["attack"]): one["accuracy"] for one in base}
+    found = []
+    for gate in (gate for gate in gates if any(seed == gate["seed"] for seed, *_ in rows)):
+        inputs = []
+        for one in gate["inputs"]:
+            answers = rows[gate["seed"], one["side"], one["attack"]]
+            right = np.multiply(answers, np.subtract(1, one["flagged"])).tolist()
+            inputs.append({"side": one["side"], "attack": one["attack"], "accuracy": right})
+        found.append({"system": f"refusal behind {gate['gate']}", "seed": gate["seed"], "inputs": inputs})
     return found
 
 
