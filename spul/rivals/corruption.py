@@ -17,11 +17,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.characters import whole_words
 from ..data.checks import checked_names
-from ..gates.files import is_number, is_texts
+from ..gates.files import is_texts
 from ..gates.gate import Gate, as_gate, request_texts
 from ..models.causal_lm import logits_at
 from ..prompts.row_prompts import NO_PROMPT
-from ..records.fields import Checks, is_count
+from ..records.fields import Checks, is_count, is_finite_number
 from .files import GATE_CHECK
 from .rival import Rival
 
@@ -52,7 +52,8 @@ class Corruption:
     dims: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or self.dims < 1 or not 0 < self.strength < float("inf"):
+        is_strength = is_finite_number(self.strength) and self.strength > 0
+        if self.kind not in KINDS or not is_strength or not is_count(self.dims, least=1):
             raise ValueError(f"{self!r}; expected a kind of {KINDS}, a finite strength above 0, and dims from 1 on.")
 
     def of(self, embeddings: Tensor, seed: Sequence[int]) -> Tensor:
@@ -81,8 +82,6 @@ class Corruption:
 
 def _is_corruption(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) != {"kind", "strength", "dims"}:
-        return False
-    if not (is_number(value["strength"]) and is_count(value["dims"])):
         return False
     try:
         Corruption(**value)
