@@ -138,8 +138,8 @@ def batch_loss(
         all_logits = response_logits(input_ids, attention_mask, every_position, **at)
         logits = all_logits.take_along_dim(positions[..., None], dim=1)
         text_logits = all_logits[is_forget]
-        is_text = (attention_mask != 0) & (labels == IGNORE_INDEX)
-        text_labels = input_ids.masked_fill(~is_text, IGNORE_INDEX)[is_forget, 1:]
+        in_request = (attention_mask != 0) & (labels == IGNORE_INDEX)
+        text_labels = input_ids.masked_fill(~in_request, IGNORE_INDEX)[is_forget, 1:]
     else:
         logits = response_logits(input_ids, attention_mask, positions, **at)
         if loss.gamma > 0:
