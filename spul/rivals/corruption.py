@@ -18,12 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..data.characters import whole_words
 from ..data.checks import checked_names
 from ..gates.files import is_texts
-from ..gates.gate import Gate, as_gate, request_texts
+from ..gates.gate import Gate
 from ..models.causal_lm import logits_at
-from ..prompts.row_prompts import NO_PROMPT
 from ..records.fields import Checks, is_count, is_finite_number
 from .files import GATE_CHECK
-from .rival import Rival
+from .gated import GatedRival
 
 KINDS = ("noise", "zero", "flip")
 
@@ -104,7 +103,7 @@ class _Plan:
 _plan: ContextVar[_Plan | None] = ContextVar("spul_corruption", default=None)
 
 
-class EmbeddingCorruption(Rival):
+class EmbeddingCorruption(GatedRival):
     """A gate, and corrupted token embeddings for the requests that it flags (ECO).
 
     For a flagged request x the base reads `corrupt(E(x_i))` in place of `E(x_i)` at the chosen tokens: all but the
@@ -135,8 +134,6 @@ class EmbeddingCorruption(Rival):
 
     kind = "embedding corruption"
     in_words = "the gate and its corruption"
-    is_gated = True
-    gate: Gate
     fields_saved: ClassVar[Checks] = {
         **GATE_CHECK,
         "corruption": (_is_corruption, f"an object of kind (one of {KINDS}), strength above 0 and dims from 1 on"),
@@ -153,22 +150,14 @@ class EmbeddingCorruption(Rival):
         names: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, gate)
         if not isinstance(corruption, Corruption):
             raise TypeError(f"corruption is a {type(corruption).__name__}; expected a Corruption.")
         if seed < 0:
             raise ValueError(f"seed={seed}; expected 0 or more.")
-        self.gate, self.corruption, self.seed = as_gate(gate), corruption, seed
+        self.corruption, self.seed = corruption, seed
         self.names = None if names is None else checked_names("names", names)
         self._pattern = None if self.names is None else re.compile(whole_words(self.names), re.IGNORECASE)
-
-    def flags(self, requests: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether each request, as token ids, is corrupted."""
-        return self.gate.flags(request_texts(self.tokenizer, requests)).tolist()
-
-    def names_of(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """`"embedding corruption"` for flagged requests, `"__base__"` for others."""
-        return [self.kind if flagged else NO_PROMPT for flagged in self.flags(prompts)]
 
     def chosen(self, request: list[int]) -> list[int]:
         """Indices of the tokens of a flagged request that are corrupted."""
@@ -247,14 +236,10 @@ class EmbeddingCorruption(Rival):
                 changed[row, columns] = self.corruption.of(embeddings[row, columns], plan.seeds[i])
         return changed
 
-    def settings(self) -> dict[str, Any]:
-        """Gate, change of embeddings, names and seed."""
-        corruption = {"kind": self.corruption.kind, "strength": self.corruption.strength, "dims": self.corruption.dims}
-        return {"gate": self.gate.identity(), "corruption": corruption, "names": self.names, "seed": self.seed}
-
     def saved_fields(self) -> dict[str, Any]:
         """Change of embeddings, names and seed."""
-        return {name: value for name, value in self.settings().items() if name != "gate"}
+        corruption = {"kind": self.corruption.kind, "strength": self.corruption.strength, "dims": self.corruption.dims}
+        return {"corruption": corruption, "names": self.names, "seed": self.seed}
 
     @classmethod
     def restored(
