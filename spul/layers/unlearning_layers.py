@@ -20,7 +20,7 @@ from ..models.compat_devices import device_of
 from ..models.disabling import disabled_here, is_disabled_here
 from ..models.loading import load_base
 from ..models.noise import keep_in_evaluation, restore_dropout, set_samplers, zero_dropout
-from ..models.unlearner import Unlearner, drop_adapter_names
+from ..models.protocol import Unlearner, drop_adapter_names
 from ..records.spul_config import SpulConfig
 from . import checkpoint as files
 from .bottleneck import Bottleneck, LayerHook, UnlearningLayersConfig, feed_forward_blocks, layer_shapes, widths

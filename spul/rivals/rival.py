@@ -20,7 +20,7 @@ from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import check_bare, check_no_layers, logits_at
 from ..models.compat_devices import device_of
 from ..models.disabling import disabled_here, is_disabled_here
-from ..models.unlearner import Unlearner, drop_adapter_names
+from ..models.protocol import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
 from ..records.fields import Checks
 from .files import GATE_DIGEST, read_rival, write_rival
