@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from ..losses.batch import LogitsFunction
 from .causal_lm import evaluation_mode, logits_at, unwrapped
 from .compat import own_parameters
+from .disabling import disabled_here
 
 
 def drop_adapter_names(kwargs: dict[str, Any]) -> None:
@@ -89,8 +90,8 @@ class Unlearner:
         raise NotImplementedError
 
     def disable_adapter(self) -> AbstractContextManager[Any]:
-        """Context manager: the model is the base."""
-        raise NotImplementedError
+        """Context manager: for the calling thread or asyncio task the model is the base; named as in PEFT."""
+        return disabled_here(self)
 
     @contextmanager
     def detached_base(self) -> Iterator[Any]:
