@@ -47,7 +47,7 @@ def check_format(version: Any, latest: int, where: str | os.PathLike) -> None:
     Raises:
         ValueError: if it is not.
     """
-    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= latest:
+    if not is_count(version, least=1) or version > latest:
         raise ValueError(f"{where}: format_version is {version!r}; expected 1 to {latest}; update spul.")
 
 
