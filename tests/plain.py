@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from helpers import make_batch
+from peft import PeftModelForCausalLM
 from transformers import DynamicCache
 
 
@@ -33,6 +34,23 @@ def row_logits(unlearner, ids, prompted: bool = True, before: int = 0):
         return logits[config.num_virtual_tokens :]
     # The last token before the prompt predicts a virtual token; the last virtual token predicts the row's next one.
     return torch.cat([logits[: before - 1], logits[before + config.num_virtual_tokens - 1 :]])
+
+
+def labeled_batch(side="right"):
+    """Five rows of different lengths, with labels."""
+    return {name: column for name, column in make_batch(side).items() if name != "is_forget"}
+
+
+def peft_forward(unlearner, **kwargs):
+    """PEFT's own, which puts the prompt before every row."""
+    return PeftModelForCausalLM.forward(unlearner, **kwargs)
+
+
+def assert_as_peft(unlearner, batch, **tolerance):
+    """The next forward gives the logits that concatenation gives now."""
+    with torch.no_grad():
+        out, expected = unlearner(**batch), peft_forward(unlearner, **batch)
+    torch.testing.assert_close(out.logits, expected.logits, **tolerance)
 
 
 def plain_batch(side="right"):

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 
 from spul import SpulConfig, UnlearningLoss
+from spul.losses import terms
 from spul.records.card import write_metrics
-from spul.records.fields import FIELDS, check_fields, is_count, read_object
+from spul.records.fields import FIELDS, check_fields, is_count, is_finite_number, read_object
 
 LOSS = UnlearningLoss(gamma=0.5).to_dict()
 WRONG = {
     "loss": [
         *(5, [], "CrossEntropy", {}),
-        *({**LOSS, "alpha": "1"}, {**LOSS, "beta": -1}, {**LOSS, "gamma": float("nan")}),
+        *({**LOSS, "alpha": "1"}, {**LOSS, "beta": -1}, {**LOSS, "gamma": float("nan")}, {**LOSS, "beta": 10**400}),
         *({**LOSS, "kl": None}, {**LOSS, "forget": {"reduction": "sum"}}, {**LOSS, "lm": 3}),
     ],
     "generic_completions": [5, "neutral", [5], {"a": 1}],
@@ -82,3 +83,15 @@ def test_metrics_that_are_no_numbers_are_not_written(tmp_path):
 
 def test_counts_are_whole_and_no_bool():
     assert [is_count(value, 1) for value in (1, 0, True, 1.0, "1", None)] == [True] + [False] * 5
+
+
+FINITE = [0, -3, 0.5, -1e308, 10**308, np.float64(2.0)]
+NOT_FINITE = [float("nan"), float("inf"), -float("inf"), 10**400, -(10**400), np.float64("nan")]
+NO_NUMBERS = [True, False, np.True_, np.float32(1.0), np.int64(1), 1j, "1", None, [1.0]]  # JSON has none of NumPy's
+
+
+@pytest.mark.parametrize("of_losses", [False, True])  # which import nothing of spul
+def test_finite_numbers_are_ints_and_floats_within_the_range_of_floats(of_losses):
+    accepts = terms.is_finite_number if of_losses else is_finite_number
+    assert [value for value in FINITE if not accepts(value)] == []
+    assert [value for value in NOT_FINITE + NO_NUMBERS if accepts(value)] == []

@@ -103,6 +103,7 @@ def test_a_state_goes_through_json_to_the_bit():
         {},
         {"alpha": -1.0},
         {"alpha": float("nan")},
+        {"alpha": 10**400},
         {"alpha": 1.0, "excess": "x"},
         {"alpha": True},
         {"alpha": 1.0, "excess": False},

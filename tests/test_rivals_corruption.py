@@ -167,7 +167,10 @@ def test_noise_beyond_the_range_of_the_embeddings_is_refused():
     assert Corruption("noise", 1e6).of(torch.zeros(9, 4, dtype=torch.bfloat16), [0]).isfinite().all()
 
 
-@pytest.mark.parametrize("fields", [{"kind": "blur"}, {"strength": 0.0}, {"strength": float("nan")}, {"dims": 0}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"kind": "blur"}, *({"strength": bad} for bad in (0.0, float("nan"), 10**400)), {"dims": 0}, {"dims": 1.5}],
+)
 def test_a_corruption_is_of_a_kind_with_a_strength_and_dims(fields):
     with pytest.raises(ValueError, match="expected a kind"):
         Corruption(**fields)

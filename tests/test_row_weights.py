@@ -259,6 +259,11 @@ def test_a_bad_weight_of_the_column_is_refused_by_its_row(bad):
         WeightedSampler(values)
 
 
+def test_a_weight_beyond_all_floats_is_refused():
+    with pytest.raises(ValueError, match="row 1 of the training set has the weight 10"):
+        WeightedSampler([1.0, 10**400])
+
+
 def test_rows_of_which_only_some_have_a_weight_are_refused():
     rows = [{"is_forget": True, "sampling_weight": 2.0}, {"is_forget": False}]
     with pytest.raises(ValueError, match="row 1 of train_dataset has the weight None"):

@@ -198,7 +198,7 @@ def test_a_term_of_the_users_own_gets_the_reference_of_its_rows():
 
 
 @pytest.mark.parametrize("name", ["alpha", "beta", "gamma"])
-@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), "1", None, True, False])
+@pytest.mark.parametrize("weight", [-0.1, float("nan"), float("inf"), 10**400, "1", None, True, False])
 def test_weights_must_be_finite_and_not_negative(name, weight):
     with pytest.raises(ValueError, match=f"{name}={weight!r}: expected a finite number of at least 0"):
         UnlearningLoss(**{name: weight})

@@ -20,7 +20,6 @@ ARGUMENT = re.compile(
 BASE = ("expected the base, by name or folder", "expected --model BASE --adapter FOLDER")
 PHRASES = {
     "--resume-from-checkpoint True": "--resume true",
-    "pass None to start anew": "leave it out to start anew",
     "or None to mix as the data are": "or 0 to mix as the data are",
 }
 

@@ -239,10 +239,10 @@ class ForgetRetainCollator:
         columns = {name: row[name] for name in ("is_forget", "row_id", WEIGHT) if name in row}
         if encoded.prompt_position is not None:
             columns["prompt_position"] = encoded.prompt_position
-        is_text = "input_ids" in row or isinstance(row["completion"], str)
-        if "input_ids" not in row and (self.encoder.append_eos or not is_text):
+        is_conversation = "input_ids" not in row and not isinstance(row["completion"], str)
+        if is_conversation or ("input_ids" not in row and self.encoder.append_eos):
             columns["num_ending"] = encoded.num_ending  # which a tokenized row does not show by itself
-        if not is_text and self.generic_completions is not None:
+        if is_conversation and self.generic_completions is not None:
             # A chat template puts tokens of its own around answers, too.
             texts = self.generic_completions if is_forget else []
             columns["generic_ids"] = [self.encoder.completion_ids(text, row) for text in texts]

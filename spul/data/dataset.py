@@ -11,6 +11,7 @@ import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 from ..models.compat import flattened
+from ..records.fields import is_finite_number
 from .checks import check_rows, check_side, forget_flags
 from .conversations import comparable
 from .row_weights import WEIGHT, checked_weights
@@ -123,7 +124,7 @@ def hold_out(dataset: Dataset, share: float = 0.1, seed: int = 0) -> HeldOut:
     """
     check_rows(dataset, name="dataset")
     flags = forget_flags(dataset, "dataset")
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share < 1:
+    if not is_finite_number(share) or not 0 < share < 1:
         raise ValueError(f"share={share!r}; expected a number above 0 and below 1.")
     if num := sum(by is not None for by in rewritten_by(dataset)):
         raise ValueError(

@@ -20,7 +20,7 @@ class Encoded:
             chat template, or the end-of-sequence token of `append_eos`.
         num_cut: how many tokens the prompt lost.
         prompt_position: how many of the row's tokens stand before a soft prompt at `"message"`; None for `"start"`.
-        is_text: whether the row is a text without a request: its first token has a label, too, which says so.
+        is_running_text: whether the row is a text without a request: its first token has a label, too, which says so.
     """
 
     prompt_ids: list[int]
@@ -28,7 +28,7 @@ class Encoded:
     num_ending: int = field(default=0, compare=False)
     num_cut: int = field(default=0, compare=False)
     prompt_position: int | None = field(default=None, compare=False)
-    is_text: bool = field(default=False, compare=False)
+    is_running_text: bool = field(default=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.completion_ids)
@@ -41,7 +41,7 @@ class Encoded:
             self.completion_ids[:num_own],
             num_cut=self.num_cut,
             prompt_position=self.prompt_position,
-            is_text=self.is_text,
+            is_running_text=self.is_running_text,
         )
 
 

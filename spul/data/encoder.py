@@ -161,7 +161,7 @@ class RowEncoder:
             batch["input_ids"][i, :length] = torch.tensor(one.prompt_ids + one.completion_ids)
             batch["attention_mask"][i, :length] = 1
             batch["labels"][i, len(one.prompt_ids) : length] = torch.tensor(one.completion_ids)
-            if one.is_text:
+            if one.is_running_text:
                 batch["labels"][i, 0] = batch["input_ids"][i, 0]
         if all("is_forget" in row for row in rows):
             flags = [checked_flag(row["is_forget"], f"row {i} of the batch") for i, row in enumerate(rows)]
@@ -216,7 +216,7 @@ class RowEncoder:
 
         Args:
             row: `prompt` and `completion`, as text or messages; or, tokenized, `input_ids` and `completion_mask`, and
-                `is_text` where it is a text without a request.
+                `is_running_text` where it is a text without a request.
             completion: replaces the row's own completion: text, or token ids if the row is tokenized.
             reserve: truncate the prompt as if the completion had at least this many tokens.
 
@@ -253,8 +253,9 @@ class RowEncoder:
                 "before the completion, and one to answer."
             )
         kept = self._shortened(prompt, max(len(completion_ids), reserve))
-        num_cut, is_text = len(prompt.ids) - len(kept.ids), "input_ids" in row and bool(row.get("is_text"))
-        return Encoded(kept.ids, completion_ids, num_ending, num_cut, kept.position, is_text)
+        is_running_text = "input_ids" in row and bool(row.get("is_running_text"))
+        num_cut = len(prompt.ids) - len(kept.ids)
+        return Encoded(kept.ids, completion_ids, num_ending, num_cut, kept.position, is_running_text)
 
     def answer_ids(self, text: str, row: Mapping[str, Any]) -> list[int]:
         """`completion_ids` without what ends the answer: the tokens that are scored."""

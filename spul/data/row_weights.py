@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..records.fields import is_finite_number
 from .rows import column_values
 
 WEIGHT = "sampling_weight"  # their column
@@ -31,7 +32,7 @@ def checked_weights(values: Iterable[Any], name: str) -> np.ndarray:
     for i, value in enumerate(values):
         if isinstance(value, (np.ndarray, np.generic, torch.Tensor)) and value.ndim == 0:
             value = value.item()
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        if not is_finite_number(value) or value <= 0:
             raise ValueError(
                 f"row {i} of {name} has the weight {value!r}; expected a number above 0: how often the row is drawn, "
                 "where others are drawn once."

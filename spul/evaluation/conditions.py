@@ -14,6 +14,7 @@ import numpy as np
 
 from ..data.rows import SHOWN, listed
 from ..records.digests import digest
+from ..records.fields import is_finite_number
 from .aggregation import Key, Measurement, MetricValue, aggregate
 from .measures import MEASURES, is_attacked, key_in_words, variant_in_words
 from .metrics.table import METRICS
@@ -71,7 +72,7 @@ class Condition:
             raise ValueError(f"{self}: {self.end!r} is no end of an interval; expected one of {', '.join(ENDS)}.")
         if self.comparison not in COMPARISONS:
             raise ValueError(f"{self}: expected one of {', '.join(COMPARISONS)}, not {self.comparison!r}.")
-        if not math.isfinite(self.number):
+        if not is_finite_number(self.number):
             raise ValueError(f"{self}: expected a finite number.")
 
     @classmethod

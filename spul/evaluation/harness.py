@@ -165,7 +165,7 @@ class Requests:
                 {
                     "input_ids": [*context, *own],
                     "completion_mask": [0] * len(context) + [1] * len(own),
-                    "is_text": are_texts or context == [self.prefix_token_id],
+                    "is_running_text": are_texts or context == [self.prefix_token_id],
                 }
                 for _, context, own in requests
             ]

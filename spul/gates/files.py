@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from ..data.checks import fault_of_text
+from ..records.fields import is_finite_number
 from ..records.files import find_file, write_text
 from ..records.saved import Saved
 from ..records.weights import Shapes, file_digest, read_weights, weight_shapes
@@ -89,18 +89,12 @@ def read_gate(folder: str | os.PathLike, **hub: Any) -> SavedGate:
     saved = SavedGate.read(folder, SETTINGS_NAME, FORMAT_VERSION, "`spul gate fit` or Gate.save", hub)
     saved.check(
         {
-            "threshold": (is_number, "a finite number"),
+            "threshold": (is_finite_number, "a finite number"),
             "report": (lambda value: value is None or isinstance(value, dict), "an object, or null"),
             "arrays_sha256": (lambda value: value is None or isinstance(value, str), "text, or null"),
         }
     )
     return saved
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number; a bool is none."""
-    is_float = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_float and abs(value) <= sys.float_info.max  # also of an int that no float holds
 
 
 def is_texts(value: Any) -> bool:

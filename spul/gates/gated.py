@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.checks import checked_strings
 from ..losses.positions import ends_before_labels, ends_before_responses, own_tokens
-from ..models.unlearner import Unlearner
+from ..models.protocol import Unlearner
 from ..prompts.arguments import check_rows
 from ..prompts.position import check_any_row
 from ..prompts.unlearner import SoftPromptUnlearner

@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from ..data.checks import checked_texts
-from ..records.fields import is_count
+from ..records.fields import is_count, is_finite_number
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class GateReport:
 
 def is_recall(value: Any) -> bool:
     """Whether a value is a number above 0 and at most 1."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
+    return is_finite_number(value) and 0 < value <= 1
 
 
 @dataclass(frozen=True)

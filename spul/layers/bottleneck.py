@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from ..records.fields import is_finite_number
 from ..records.weights import Shapes
 
 # Names of a feed-forward block, or of its last module where the block has no module of its own (OPT).
@@ -47,8 +47,7 @@ class UnlearningLayersConfig:
     train_down: bool = True
 
     def __post_init__(self) -> None:
-        is_number = isinstance(self.reduction, (int, float)) and not isinstance(self.reduction, bool)
-        if not is_number or not math.isfinite(self.reduction) or self.reduction <= 0:
+        if not is_finite_number(self.reduction) or self.reduction <= 0:
             raise ValueError(f"reduction={self.reduction!r}: expected a number above 0, such as 32.")
         if self.activation not in ACT2FN:
             raise ValueError(f"activation={self.activation!r} is not known; expected one of {', '.join(ACT2FN)}.")

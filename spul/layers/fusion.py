@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from ..data.batching import by_length
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
-from ..losses.terms import check_not_negative, is_finite_number
+from ..losses.terms import check_not_negative
 from ..models.causal_lm import evaluation_mode
 from ..models.loading import load_base
+from ..records.fields import is_finite_number
 from ..records.spul_config import SpulConfig, requests_of
 from . import checkpoint as files
 from .bottleneck import UnlearningLayersConfig

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +16,10 @@ from ..models.causal_lm import check_bare, has_layers, logits_at, unchanged_on_e
 from ..models.compat import keep_4bit_differentiable, reset_compiled
 from ..models.compat_checkpointing import switch_checkpointing
 from ..models.compat_devices import device_of
-from ..models.disabling import disabled_here, is_disabled_here
+from ..models.disabling import is_disabled_here
 from ..models.loading import load_base
 from ..models.noise import keep_in_evaluation, restore_dropout, set_samplers, zero_dropout
-from ..models.unlearner import Unlearner, drop_adapter_names
+from ..models.protocol import Unlearner, drop_adapter_names
 from ..records.spul_config import SpulConfig
 from . import checkpoint as files
 from .bottleneck import Bottleneck, LayerHook, UnlearningLayersConfig, feed_forward_blocks, layer_shapes, widths
@@ -134,12 +133,6 @@ class UnlearningLayers(nn.Module, Unlearner):
         self._dropout, self._trained = [], []
         reset_compiled()
         return self.base_model
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Context manager: for the calling thread or asyncio task the model is the base; named as in PEFT."""
-        with disabled_here(self):
-            yield
 
     @property
     def enabled(self) -> bool:

@@ -84,33 +84,23 @@ def batch_loss(
         ValueError: if shapes do not match, `is_forget` holds other numbers than 0 and 1, or `alpha` is missing under a
             budget or given without one.
     """
+    _check_batch(input_ids, labels, is_forget)
     if alpha is None and loss.retain_budget is not None:
         raise ValueError(
             f"the loss has retain_budget={loss.retain_budget}, under which alpha moves from step to step: pass "
             "alpha=multiplier.alpha, of a multiplier = RetainMultiplier(loss), and call multiplier.update(out) after "
             "each step."
         )
-    if labels.shape != input_ids.shape or is_forget.shape != input_ids.shape[:1]:
-        raise ValueError(
-            f"shapes do not match: input_ids {tuple(input_ids.shape)}, labels {tuple(labels.shape)}, is_forget "
-            f"{tuple(is_forget.shape)}; expected (B, n), (B, n) and (B,)."
-        )
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     attention_mask, input_ids, labels = pack_right(attention_mask, input_ids, labels)
     positions, targets = response_positions(labels)
     if loss.reads_layer is not None:
         positions, targets = token_positions(input_ids, attention_mask)
-    if is_forget.dtype != torch.bool and not bool(((is_forget == 0) | (is_forget == 1)).all()):
-        raise ValueError(f"is_forget={is_forget.tolist()}; expected (B,) of bools, or of 0 and 1.")
     is_forget = is_forget.bool()
     is_rejected = None if is_rejected is None else is_rejected.bool()
     needed = loss.rows_needing_reference(is_forget)
-    if reference_logits is not None and reference_logits.shape[:2] != (int(needed.sum()), targets.shape[1]):
-        raise ValueError(
-            f"reference_logits have the shape {tuple(reference_logits.shape)}; expected "
-            f"({int(needed.sum())}, {targets.shape[1]}, vocabulary): the rows whose loss compares with the base "
-            "model, and a slot for each response token, as ReferenceCache.logits(batch) returns them."
-        )
+    if reference_logits is not None:
+        _check_reference(reference_logits, int(needed.sum()), targets.shape[1])
     rows_of_groups = torch.stack([num_forget_rows(is_forget, is_rejected), (~is_forget).sum()]).float()
     counts = _divisors(rows_of_groups, labels, group_counts, num_items_in_batch)
     at = {} if prompt_position is None else {"prompt_position": prompt_position}
@@ -138,8 +128,8 @@ def batch_loss(
         all_logits = response_logits(input_ids, attention_mask, every_position, **at)
         logits = all_logits.take_along_dim(positions[..., None], dim=1)
         text_logits = all_logits[is_forget]
-        is_text = (attention_mask != 0) & (labels == IGNORE_INDEX)
-        text_labels = input_ids.masked_fill(~is_text, IGNORE_INDEX)[is_forget, 1:]
+        in_request = (attention_mask != 0) & (labels == IGNORE_INDEX)
+        text_labels = input_ids.masked_fill(~in_request, IGNORE_INDEX)[is_forget, 1:]
     else:
         logits = response_logits(input_ids, attention_mask, positions, **at)
         if loss.gamma > 0:
@@ -153,6 +143,25 @@ def batch_loss(
         found.retain_excess = loss.retain_excess(logits, targets, is_forget, reference_logits, counts[1])
         found.retain_share = ((~is_forget).sum() / counts[1]).to(found.retain_excess)
     return found
+
+
+def _check_batch(input_ids: Tensor, labels: Tensor, is_forget: Tensor) -> None:
+    if labels.shape != input_ids.shape or is_forget.shape != input_ids.shape[:1]:
+        raise ValueError(
+            f"shapes do not match: input_ids {tuple(input_ids.shape)}, labels {tuple(labels.shape)}, is_forget "
+            f"{tuple(is_forget.shape)}; expected (B, n), (B, n) and (B,)."
+        )
+    if is_forget.dtype != torch.bool and not bool(((is_forget == 0) | (is_forget == 1)).all()):
+        raise ValueError(f"is_forget={is_forget.tolist()}; expected (B,) of bools, or of 0 and 1.")
+
+
+def _check_reference(reference_logits: Tensor, num_rows: int, num_slots: int) -> None:
+    if reference_logits.shape[:2] != (num_rows, num_slots):
+        raise ValueError(
+            f"reference_logits have the shape {tuple(reference_logits.shape)}; expected ({num_rows}, {num_slots}, "
+            "vocabulary): the rows whose loss compares with the base model, and a slot for each response token, as "
+            "ReferenceCache.logits(batch) returns them."
+        )
 
 
 def _divisors(

@@ -3,8 +3,9 @@
 from .causal_lm import bare_model, evaluation_mode, logits_at, max_positions, unwrapped
 from .compat import keep_4bit_differentiable
 from .output_head import OutputHead, final_states
+from .protocol import Unlearner
 from .sharding import partition_layers, shard_layers
-from .unlearner import Unlearner, detached_base, unlearner_of
+from .unlearner import detached_base, unlearner_of
 
 __all__ = [
     "OutputHead",

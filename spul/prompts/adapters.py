@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from ..models.compat_checkpointing import without_checkpointing
 from ..models.compat_devices import device_of, is_offloaded
-from ..models.unlearner import Unlearner
+from ..models.protocol import Unlearner
 from ..records.files import check_hub_arguments
 from ..records.spul_config import SpulConfig
 from . import checkpoint

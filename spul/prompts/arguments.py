@@ -38,12 +38,12 @@ _PLAIN_MODES = (
 
 
 def check_forward_arguments(kwargs: dict[str, Any]) -> None:
-    """Raise for arguments under which the prompt would be missing or doubled; drop those that are None.
+    """Raise for arguments under which the prompt would be missing or doubled; remove those that are None.
 
     Raises:
         ValueError: for a cache, positions, and what PEFT takes and ignores.
     """
-    for name in _given(kwargs, _OF_FORWARD):
+    for name in _pop_given(kwargs, _OF_FORWARD):
         if name in CACHES:
             raise ValueError(
                 f"forward under a soft prompt takes no {name}: it would put the prompt in again. Pass all tokens so "
@@ -53,7 +53,7 @@ def check_forward_arguments(kwargs: dict[str, Any]) -> None:
 
 
 def check_generate_arguments(kwargs: dict[str, Any]) -> None:
-    """Raise for arguments of `generate` that do not go with a prompt; drop those that are None.
+    """Raise for arguments of `generate` that do not go with a prompt; remove those that are None.
 
     Raises:
         ValueError: for a cache, embeddings, positions, decoding by a function of the caller's own or with an
@@ -73,18 +73,15 @@ def check_generate_arguments(kwargs: dict[str, Any]) -> None:
                 f"generate under a soft prompt takes no {name}: it decodes by greedy search, sampling or beams; leave "
                 "it out."
             )
-    for name in _given(kwargs, _OF_GENERATE):
+    for name in _pop_given(kwargs, _OF_GENERATE):
         raise ValueError(f"generate under a soft prompt takes no {name}: pass input_ids and attention_mask.")
     if kwargs.get("use_cache") is False:
         raise ValueError("generate under a soft prompt reads it from the cache; leave out use_cache=False.")
 
 
-def _given(kwargs: dict[str, Any], names: tuple[str, ...]) -> list[str]:
-    """Those of some arguments that are given; the others are dropped if they are None."""
-    for name in names:
-        if name in kwargs and kwargs[name] is None:
-            del kwargs[name]
-    return [name for name in names if name in kwargs]
+def _pop_given(kwargs: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    """Remove arguments of these names from a call, and name those that were given: that are not None."""
+    return [name for name in names if kwargs.pop(name, None) is not None]
 
 
 def drop_token_types(kwargs: dict[str, Any], stacklevel: int) -> None:

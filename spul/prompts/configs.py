@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ..models.causal_lm import check_bare, check_no_layers
 from ..models.compat_devices import device_of
 from ..models.unlearner import PREFIX_TYPES, PROMPT_TYPES
-from ..records.fields import is_count
+from ..records.fields import is_count, is_finite_number
 from ..records.weights import Shapes
 
 PROMPT_CONFIGS = (PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig, CartridgeConfig)
@@ -121,7 +121,7 @@ def check_sizes(config: Any, where: str) -> None:
     if not is_count(frozen, least=0):
         raise ValueError(f"{where}: num_frozen_tokens is {frozen!r}; expected an integer of at least 0.")
     dropout = getattr(config, "encoder_dropout", 0.0)
-    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+    if not is_finite_number(dropout) or not 0 <= dropout <= 1:
         raise ValueError(f"{where}: encoder_dropout is {dropout!r}; expected a number from 0 to 1.")
     if config.num_transformer_submodules not in (None, 1):
         raise ValueError(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 Checks = Mapping[str, tuple[Callable[[Any], bool], str]]
 """For each field, a check and the words for what is expected."""
@@ -47,7 +47,7 @@ def check_format(version: Any, latest: int, where: str | os.PathLike) -> None:
     Raises:
         ValueError: if it is not.
     """
-    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= latest:
+    if not is_count(version, least=1) or version > latest:
         raise ValueError(f"{where}: format_version is {version!r}; expected 1 to {latest}; update spul.")
 
 
@@ -105,6 +105,11 @@ def is_count(value: Any, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
+def is_finite_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a float, or an int that a float holds, and is finite; a bool is none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -115,7 +120,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_weight(value: Any) -> bool:
-    return _is_number(value) and math.isfinite(value) and value >= 0
+    return is_finite_number(value) and value >= 0
 
 
 def _is_term(value: Any) -> bool:

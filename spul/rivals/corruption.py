@@ -17,13 +17,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.characters import whole_words
 from ..data.checks import checked_names
-from ..gates.files import is_number, is_texts
-from ..gates.gate import Gate, as_gate, request_texts
+from ..gates.files import is_texts
+from ..gates.gate import Gate
 from ..models.causal_lm import logits_at
-from ..prompts.row_prompts import NO_PROMPT
-from ..records.fields import Checks, is_count
+from ..records.fields import Checks, is_count, is_finite_number
 from .files import GATE_CHECK
-from .rival import Rival
+from .gated import GatedRival
 
 KINDS = ("noise", "zero", "flip")
 
@@ -52,7 +51,8 @@ class Corruption:
     dims: int = 1
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS or self.dims < 1 or not 0 < self.strength < float("inf"):
+        is_strength = is_finite_number(self.strength) and self.strength > 0
+        if self.kind not in KINDS or not is_strength or not is_count(self.dims, least=1):
             raise ValueError(f"{self!r}; expected a kind of {KINDS}, a finite strength above 0, and dims from 1 on.")
 
     def of(self, embeddings: Tensor, seed: Sequence[int]) -> Tensor:
@@ -82,8 +82,6 @@ class Corruption:
 def _is_corruption(value: Any) -> bool:
     if not isinstance(value, dict) or set(value) != {"kind", "strength", "dims"}:
         return False
-    if not (is_number(value["strength"]) and is_count(value["dims"])):
-        return False
     try:
         Corruption(**value)
     except ValueError:
@@ -105,7 +103,7 @@ class _Plan:
 _plan: ContextVar[_Plan | None] = ContextVar("spul_corruption", default=None)
 
 
-class EmbeddingCorruption(Rival):
+class EmbeddingCorruption(GatedRival):
     """A gate, and corrupted token embeddings for the requests that it flags (ECO).
 
     For a flagged request x the base reads `corrupt(E(x_i))` in place of `E(x_i)` at the chosen tokens: all but the
@@ -136,8 +134,6 @@ class EmbeddingCorruption(Rival):
 
     kind = "embedding corruption"
     in_words = "the gate and its corruption"
-    is_gated = True
-    gate: Gate
     fields_saved: ClassVar[Checks] = {
         **GATE_CHECK,
         "corruption": (_is_corruption, f"an object of kind (one of {KINDS}), strength above 0 and dims from 1 on"),
@@ -154,22 +150,14 @@ class EmbeddingCorruption(Rival):
         names: Sequence[str] | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__(model, tokenizer)
+        super().__init__(model, tokenizer, gate)
         if not isinstance(corruption, Corruption):
             raise TypeError(f"corruption is a {type(corruption).__name__}; expected a Corruption.")
         if seed < 0:
             raise ValueError(f"seed={seed}; expected 0 or more.")
-        self.gate, self.corruption, self.seed = as_gate(gate), corruption, seed
+        self.corruption, self.seed = corruption, seed
         self.names = None if names is None else checked_names("names", names)
         self._pattern = None if self.names is None else re.compile(whole_words(self.names), re.IGNORECASE)
-
-    def flags(self, requests: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether each request, as token ids, is corrupted."""
-        return self.gate.flags(request_texts(self.tokenizer, requests)).tolist()
-
-    def names_of(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """`"embedding corruption"` for flagged requests, `"__base__"` for others."""
-        return [self.kind if flagged else NO_PROMPT for flagged in self.flags(prompts)]
 
     def chosen(self, request: list[int]) -> list[int]:
         """Indices of the tokens of a flagged request that are corrupted."""
@@ -248,14 +236,10 @@ class EmbeddingCorruption(Rival):
                 changed[row, columns] = self.corruption.of(embeddings[row, columns], plan.seeds[i])
         return changed
 
-    def settings(self) -> dict[str, Any]:
-        """Gate, change of embeddings, names and seed."""
-        corruption = {"kind": self.corruption.kind, "strength": self.corruption.strength, "dims": self.corruption.dims}
-        return {"gate": self.gate.identity(), "corruption": corruption, "names": self.names, "seed": self.seed}
-
     def saved_fields(self) -> dict[str, Any]:
         """Change of embeddings, names and seed."""
-        return {name: value for name, value in self.settings().items() if name != "gate"}
+        corruption = {"kind": self.corruption.kind, "strength": self.corruption.strength, "dims": self.corruption.dims}
+        return {"corruption": corruption, "names": self.names, "seed": self.seed}
 
     @classmethod
     def restored(

@@ -10,16 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.encoder import NO_LIMIT, RowEncoder
-from ..gates.gate import Gate, as_gate, request_texts
+from ..gates.gate import Gate
 from ..prompts.arguments import OF_THE_BATCH
-from ..prompts.row_prompts import NO_PROMPT
 from ..records.fields import Checks
 from .chat import USER, ChatForm, ends_with
 from .files import GATE_CHECK
-from .rival import Rival
+from .gated import GatedRival
 
 
-class FixedRefusal(Rival):
+class FixedRefusal(GatedRival):
     """A gate in front of the base: requests that it flags get a fixed text, all others the base.
 
     A request on which the gate fails gets the text, too. `generate` does not run the base for flagged requests.
@@ -56,9 +55,7 @@ class FixedRefusal(Rival):
 
     kind = "fixed refusal"
     in_words = "the gate and its refusal"
-    is_gated = True
     answers_fixed = True
-    gate: Gate
     fields_saved: ClassVar[Checks] = {**GATE_CHECK, "refusal": (lambda value: isinstance(value, str), "a text")}
 
     def __init__(
@@ -68,8 +65,7 @@ class FixedRefusal(Rival):
         gate: Gate | Callable[[list[str]], Any],
         refusal: str,
     ) -> None:
-        super().__init__(model, tokenizer)
-        self.gate = as_gate(gate)
+        super().__init__(model, tokenizer, gate)
         if not isinstance(refusal, str):
             raise TypeError(f"refusal is a {type(refusal).__name__}; expected a text, such as ' unknown'.")
         if tokenizer.eos_token_id is None:
@@ -89,14 +85,6 @@ class FixedRefusal(Rival):
     def refusal_ids(self, request: list[int]) -> list[int]:
         """Token ids of the refusal behind a request, its end token included; in a conversation as a turn of it."""
         return self._chat_ids if ends_with(request, self._chat.after_user) else self._text_ids
-
-    def flags(self, requests: Sequence[Sequence[int]]) -> list[bool]:
-        """Whether each request, as token ids, gets the refusal."""
-        return self.gate.flags(request_texts(self.tokenizer, requests)).tolist()
-
-    def names_of(self, prompts: Sequence[Sequence[int]]) -> list[str]:
-        """`"fixed refusal"` for flagged requests, `"__base__"` for others."""
-        return [self.kind if flagged else NO_PROMPT for flagged in self.flags(prompts)]
 
     def changed_logits(self, rows: Sequence[list[int]], ends: Sequence[int], positions: Tensor) -> Tensor:
         """The base's logits; the text's behind flagged requests."""
@@ -127,10 +115,6 @@ class FixedRefusal(Rival):
                 found.append(self.refusal_ids(request)[:limit] if flagged else next(answers))
         width = max(map(len, found))
         return torch.tensor([row + [pad] * (width - len(row)) for row in found], device=self.device)
-
-    def settings(self) -> dict[str, Any]:
-        """Gate and text."""
-        return {"gate": self.gate.identity(), "refusal": self.refusal}
 
     def saved_fields(self) -> dict[str, Any]:
         """The text."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -19,8 +18,8 @@ from ..losses.positions import ends_before_labels, ends_before_responses, own_to
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import check_bare, check_no_layers, logits_at
 from ..models.compat_devices import device_of
-from ..models.disabling import disabled_here, is_disabled_here
-from ..models.unlearner import Unlearner, drop_adapter_names
+from ..models.disabling import is_disabled_here
+from ..models.protocol import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
 from ..records.fields import Checks
 from .files import GATE_DIGEST, read_rival, write_rival
@@ -321,12 +320,6 @@ class Rival(nn.Module, Unlearner):
     def get_base_model(self) -> PreTrainedModel:
         """The causal LM behind the method."""
         return self.base_model
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Context manager: for the calling thread or asyncio task the model is the base."""
-        with disabled_here(self):
-            yield
 
     @property
     def device(self) -> torch.device:

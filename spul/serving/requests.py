@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..records.fields import is_count
+from ..records.fields import is_count, is_finite_number
 from .errors import ApiError, other_model
 
 MOST_STOPS, LONGEST_STOP = 4, 200  # four, as in OpenAI's API; characters
@@ -198,7 +198,7 @@ def _number(data: Mapping[str, Any], name: str, high: float) -> float:
     value = data.get(name)
     if value is None:
         return 1.0
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= high:
+    if not is_finite_number(value) or not 0 <= value <= high:
         raise ApiError(400, f"{name} is no number from 0 to {high:g}.", name)
     return float(value)
 

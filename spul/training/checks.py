@@ -18,7 +18,8 @@ from ..data.rows import SHOWN, listed
 from ..data.samplers import EpochSampler
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import num_embeddings
-from ..models.unlearner import Unlearner, unlearner_of
+from ..models.protocol import Unlearner
+from ..models.unlearner import unlearner_of
 from .options import is_stream
 
 logger = logging.getLogger(__name__)

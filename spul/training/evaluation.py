@@ -13,7 +13,7 @@ import torch
 from ..data.collator import ForgetRetainCollator
 from ..evaluation.metrics.scoring import Answers, collect_answers, summarize
 from ..models.compat import PredictionOutput, gathered, speed_metrics
-from ..models.unlearner import Unlearner
+from ..models.protocol import Unlearner
 from .options import check_not_stream
 from .predictions import in_precision, predict_rows
 from .sharding import ShardingTrainer

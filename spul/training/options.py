@@ -5,7 +5,6 @@ Every option of the supported transformers versions stands in one of three table
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from ..data.checks import check_is_forget, whole_number
 from ..losses.unlearning_loss import UnlearningLoss
+from ..records.fields import is_finite_number
 
 AS_IN_TRAINER = {
     "optimizer": "adam_beta1 adam_beta2 adam_epsilon learning_rate lr_scheduler_kwargs lr_scheduler_type "
@@ -162,7 +162,7 @@ def _check_values(args: TrainingArguments) -> None:
         if (whole_number(value := getattr(args, name), bools=False) or 0) < 1:
             raise ValueError(f"{name}={value!r}; expected a whole number from 1.")
     alpha = args.neftune_noise_alpha
-    if alpha is not None and not (isinstance(alpha, (int, float)) and 0 <= alpha < math.inf):
+    if alpha is not None and (not is_finite_number(alpha) or alpha < 0):
         raise ValueError(f"neftune_noise_alpha={alpha!r}; expected a finite number from 0, or None for no noise.")
     optimizer = OptimizerNames(args.optim).value
     if args.optim_target_modules is not None and not optimizer.startswith(("galore", "apollo")):

@@ -45,7 +45,8 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
             continue
         return str(path)
     raise ValueError(
-        f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint; pass None to start anew."
+        f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint; leave it out to start "
+        "anew."
     )
 
 

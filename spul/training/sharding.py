@@ -21,8 +21,8 @@ from ..models.compat_shards import (
     without_deepspeed,
     zero3_config,
 )
+from ..models.protocol import Unlearner
 from ..models.sharding import check_layers_alone, partition_layers, shard_layers
-from ..models.unlearner import Unlearner
 from ..records.digests import fingerprint
 
 # Sections of a config of DeepSpeed that are carried out, or compared with the arguments; and those of its engine that

@@ -14,7 +14,7 @@ from ..data.rows import column_batches
 from ..data.samplers import RowCopies
 from ..models.compat import CHECKPOINT_PREFIX
 from ..models.unlearner import detached_base
-from ..records.fields import is_count
+from ..records.fields import is_count, is_finite_number
 from .evaluation import EvaluatingTrainer
 
 logger = logging.getLogger(__name__)
@@ -108,7 +108,7 @@ class StopWhenForgotten(TrainerCallback):
             if not is_count(number, least):
                 raise ValueError(f"{name}={number!r}; expected a whole number from {least}.")
         for name, points in (("margin", margin), ("target", target)):
-            if isinstance(points, bool) or not isinstance(points, (int, float)) or not 0 <= points < 100:
+            if not is_finite_number(points) or not 0 <= points < 100:
                 raise ValueError(f"{name}={points!r}; expected points of accuracy, from 0 to below 100.")
         args = trainer.args
         if args.load_best_model_at_end or args.metric_for_best_model is not None:

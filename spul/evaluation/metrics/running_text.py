@@ -68,7 +68,7 @@ def text_losses(
         {
             "input_ids": cut[i],
             "completion_mask": [0] + [1] * int(tokens[i]),
-            "is_text": True,
+            "is_running_text": True,
             "prompt_position": int(cut[i][0] == bos),  # of a prompt at "message": before the text
         }
         for i in indices

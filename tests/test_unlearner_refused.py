@@ -1,0 +1,68 @@
+"""SoftPromptUnlearner: models, configs and batches that it refuses, and what it says."""
+
+import pytest
+import torch
+from helpers import CONFIGS, build, build_unlearner, make_batch
+from peft import LoraConfig, MultitaskPromptTuningConfig, PromptTuningConfig, get_peft_model
+
+from spul import SoftPromptUnlearner
+from spul.losses import GradientAscent
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(task_type="CAUSAL_LM"),
+        MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2),
+    ],
+)
+def test_other_configs_are_refused_and_the_three_are_named(config):
+    with pytest.raises(TypeError, match=r"PromptTuningConfig, PromptEncoderConfig, PrefixTuningConfig"):
+        SoftPromptUnlearner(build("llama"), config)
+
+
+def test_other_task_types_and_losses_are_refused():
+    with pytest.raises(ValueError, match="expected 'CAUSAL_LM'"):
+        SoftPromptUnlearner(build("llama"), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3))
+    with pytest.raises(TypeError, match="expected an UnlearningLoss"):
+        SoftPromptUnlearner(build("llama"), CONFIGS["prompt_tuning"](), loss=GradientAscent())
+
+
+def test_models_with_an_adapter_and_names_are_refused():
+    tuned = get_peft_model(build("llama"), LoraConfig(task_type="CAUSAL_LM"))
+    for model in (tuned, "facebook/opt-1.3b"):
+        with pytest.raises(TypeError, match=r"expected a causal LM.*merge_and_unload"):
+            SoftPromptUnlearner(model, CONFIGS["prompt_tuning"]())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"labels": None}, ValueError, "needs input_ids and labels"),
+        ({"is_forget": torch.ones(3)}, ValueError, "shapes do not match"),
+        ({"is_forget": torch.tensor([0, 1, 2, 1, 0])}, ValueError, r"is_forget=\[0, 1, 2, 1, 0\]; expected \(B,\) of"),
+        ({"labels": torch.full((5, 12), -100)}, ValueError, "no response token to predict"),
+        ({"output_attentions": True}, TypeError, "takes no output_attentions"),
+    ],
+)
+def test_bad_batches_say_what_is_wrong(change, error, message):
+    with pytest.raises(error, match=message):
+        build_unlearner()(**{**make_batch(), **change})
+
+
+@pytest.mark.parametrize("counts", [[2.0, 3.0], torch.tensor(5.0), torch.ones(3)], ids=repr)
+def test_group_counts_that_are_not_two_numbers_are_refused(counts):
+    with pytest.raises(ValueError, match=r"group_counts=.*; expected a tensor of two numbers, of the forget and"):
+        build_unlearner()(**make_batch(), group_counts=counts)
+
+
+def test_rows_beyond_the_models_positions_raise():
+    unlearner = build_unlearner(p=90)
+    with pytest.raises(ValueError, match=r"exceed the model's 96 positions; collate with max_length of at most 6"):
+        unlearner(**make_batch())
+
+
+def test_left_padded_plain_forward_refuses_what_it_would_misplace():
+    batch = make_batch("left")
+    with pytest.raises(ValueError, match="take no logits_to_keep; pad on the right"):
+        build_unlearner()(batch["input_ids"], batch["attention_mask"], logits_to_keep=1)
