@@ -43,10 +43,14 @@ def read(name):
 
 def test_the_table_has_the_numbers_of_its_lines(example):
     page = (ROOT / "docs" / "results.md").read_text().split("## TOFU on SmolLM2")[1].split("\n## ")[0]
-    lines = [one for one in read("tofu-smollm2-400-rows.jsonl") if one["system"] != "gate and refusal"]
-    lines += [one | {"system": f"gate of {one['recall']}"} for one in read("tofu-smollm2-gates.jsonl")]
+    runs = [*read("tofu-smollm2-400-rows.jsonl"), *read("tofu-smollm2-400-rows-mean.jsonl")]
+    runs = [one for one in runs if one["system"] != "gate and refusal"]
+    runs += [one | {"system": f"gate of {one['recall']}"} for one in read("tofu-smollm2-gates.jsonl")]
+    first = {(one["system"], one["seed"], one["forget_set"]): one for one in reversed(runs)}
+    lines = list(first.values())
     order = [3, 5, 1, 2, 4, 7, 8, 6, 10, 11, 12]  # of the page's columns in the summary's
-    shown = {"base": "base", "retrained": "retrained", "SPUL": "SPUL, prefix with fitted keys"}
+    shown = {"base": "base", "retrained": "retrained", "**SPUL": "SPUL, prefix, mean forget loss"}
+    shown |= {"the same": "SPUL, prefix with fitted keys", "SPUL behind a text gate of recall 99 %": "SPUL behind a gate"}
     shown |= {"text gate of recall 99 % and fixed refusal": "gate of 0.99", "**the same": "gate of 0.95"}
     shown["SPUL's loss on LoRA (IDK)"] = "IDK, LoRA"
     for forget_set in ("forget01", "forget05"):
@@ -61,7 +65,8 @@ def test_the_table_has_the_numbers_of_its_lines(example):
         for row, system in shown.items():
             seeds, *values = (value.split("(")[0].strip() for value in table[row])
             assert int(seeds) == len(by_system[system])
-            expected = np.mean(by_system[system], axis=0)
+            known = np.ma.masked_invalid(by_system[system])  # the retrained model of forget05 has one seed
+            expected = known.mean(axis=0).filled(np.nan)
             assert [float(value or "nan") for value in values] == pytest.approx(expected, abs=0.011, nan_ok=True), row
 
 
