@@ -175,6 +175,10 @@ def test_it_is_an_unlearner_that_cannot_be_trained(kind, tmp_path):
         model.embedding_logits(torch.zeros(1, 2, 32), torch.ones(1, 2), torch.tensor([[0]]))
 
 
+def test_it_shows_its_gate(kind):
+    assert ("\n  gate: NameGate(jane)\n" in repr(rival(kind))) == (kind in GATED)
+
+
 def test_a_copy_and_the_same_method_on_another_base_do_the_same(kind, tmp_path):
     model, batch = rival(kind), tokens(TEXTS)
     expected = model.generate(**batch, **GREEDY)

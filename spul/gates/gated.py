@@ -96,6 +96,12 @@ class GatedUnlearner(nn.Module, Unlearner):
                 "(delete_adapter). A function that returns True for every text keeps a prompt on."
             )
 
+    def extra_repr(self) -> str:
+        """The gates by their prompts' names, first first, and which sets of them have a prompt of their own."""
+        lines = [f"{name}: {self.gates[name]!r}" for name in self.precedence]
+        lines += [f"{name}: where just {', '.join(sorted(names))} flag" for names, name in self.combined.items()]
+        return "\n".join(lines)
+
     # ---- routing ----
 
     def route(self, texts: Sequence[str]) -> list[str]:

@@ -101,6 +101,10 @@ class Rival(nn.Module, Unlearner):
         """The same method around another base."""
         raise NotImplementedError
 
+    def extra_repr(self) -> str:
+        """Its gate, if it has one."""
+        return "" if self.gate is None else f"gate: {self.gate!r}"
+
     # ---- files ----
 
     def saved_fields(self) -> dict[str, Any]:
