@@ -227,6 +227,7 @@ class GatedUnlearner(nn.Module, Unlearner):
         given, mask = kwargs.pop("input_ids", None) if inputs is None else inputs, kwargs.get("attention_mask")
         ids = self._checked_ids("generate", given, mask, kwargs)
         kwargs["adapter_names"] = self.names_of(ids.tolist() if mask is None else own_tokens(ids, mask))
+        kwargs.setdefault("tokenizer", self.tokenizer)  # by which stop texts are found, also those of the base
         return self.unlearner.generate(ids, *args, **kwargs)
 
     def _checked_ids(
