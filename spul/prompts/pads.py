@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
-from torch import Tensor
+from torch import FloatTensor, LongTensor, Tensor
 from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
     LogitsProcessor,
@@ -54,14 +54,15 @@ class OwnNGrams(LogitsProcessor):
     """
 
     def __init__(self, size: int, encoder_size: int, input_ids: Tensor, attention_mask: Tensor) -> None:
-        pads = attention_mask.eq(0).sum(dim=1).tolist()
+        pads: list[int] = attention_mask.eq(0).sum(dim=1).tolist()
         self.num_rows = len(pads)
         self._groups: list[tuple[int, list[int], LogitsProcessorList]] = []
         for num in sorted(set(pads)):
-            rows = [row for row, own in enumerate(pads) if own == num]
+            rows = [row for row, pad in enumerate(pads) if pad == num]
             processors = LogitsProcessorList([NoRepeatNGramLogitsProcessor(size)] if size else [])
             if encoder_size:
-                processors.append(EncoderNoRepeatNGramLogitsProcessor(encoder_size, input_ids[rows, num:]))
+                own = cast(LongTensor, input_ids[rows, num:])
+                processors.append(EncoderNoRepeatNGramLogitsProcessor(encoder_size, own))
             self._groups.append((num, rows, processors))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -72,5 +73,6 @@ class OwnNGrams(LogitsProcessor):
         times, found = len(input_ids) // self.num_rows, scores.clone()
         for num, own, processors in self._groups:
             rows = [row * times + k for row in own for k in range(times)]
-            found[rows] = processors(input_ids[rows, num:], scores[rows])
+            seen, before = cast(LongTensor, input_ids[rows, num:]), cast(FloatTensor, scores[rows])
+            found[rows] = processors(seen, before)
         return scores.where(found.isneginf().all(dim=1, keepdim=True), found)

@@ -274,8 +274,8 @@ class Rival(nn.Module, Unlearner):
         batch = {name: tensor.to(self.device) for name, tensor in left_padded_ids(requests, pad).items()}
         if self.setting("pad_token_id", settings) is None:
             settings["pad_token_id"] = pad
-        sizes = (self.setting(name, settings) for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"))
-        settings = with_own_ngrams(settings, *sizes, **batch)
+        sizes = [self.setting(name, settings) for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size")]
+        settings = with_own_ngrams(settings, sizes[0], sizes[1], batch["input_ids"], batch["attention_mask"])
         batch["input_ids"] = filled_pads(**batch)
         out = cast(Any, self.base_model).generate(**batch, **settings)
         return (out if isinstance(out, Tensor) else out.sequences)[:, batch["input_ids"].shape[1] :]
