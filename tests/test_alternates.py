@@ -45,6 +45,20 @@ def test_the_base_writes_also_under_a_prompt():
     assert prompted["alternates"] == add_alternates(build("llama"), tokenizer, dataset, **SETTINGS)["alternates"]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("stop_strings", ["a"]), ("num_beams", 2), ("repetition_penalty", 9.0), ("return_dict_in_generate", True)],
+)
+def test_generation_settings_of_the_base_change_no_answer(name, value):
+    dataset, tokenizer, base = make_answers(2, 1), make_tokenizer(), build("llama")
+    expected = add_alternates(base, tokenizer, dataset, **SETTINGS)["alternates"]
+    own = base.generation_config
+    setattr(own, name, value)
+    assert add_alternates(base, tokenizer, dataset, **SETTINGS)["alternates"] == expected
+    assert base.generation_config is own
+    assert getattr(own, name) == value
+
+
 def test_answers_end_at_the_first_line_and_keep_the_leading_space():
     found: list[str] = []
     _keep(found, [" in Rome\nQuestion: why", "\n\nin rome", "in Oslo", "", " In Paris Answer: x"], " in Oslo", 5)

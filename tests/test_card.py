@@ -82,8 +82,18 @@ def test_the_sets_are_named_by_count_and_digest(card):
 
 
 def test_sets_without_a_digest_are_named_by_count():
-    lines = section(make(SpulConfig(forget=summarize_rows(FORGET))), "What it forgets").splitlines()
-    assert lines[0] == "- forget set: 1 rows"
+    text = section(make(SpulConfig(forget=summarize_rows(FORGET))), "What it forgets")
+    assert text.splitlines()[0] == "- forget set: 1 rows"
+    assert text.endswith("\n\nThe rows are not part of this card.")
+
+
+@pytest.mark.parametrize("keyed", ["forget", "retain", "combined_from"])
+def test_a_digest_is_explained_where_one_is_written(keyed):
+    summary = summarize_rows(FORGET, KEY)
+    config = SpulConfig(**{keyed: [None, summary] if keyed == "combined_from" else summary})
+    layers = layers_card(config, {"reduction": 8, "activation": "relu", "num_requests": 1}, 1)
+    for text in (section(make(config), "What it forgets"), section(layers, "What they forget")):
+        assert text.endswith("this card. A digest is keyed: only who has the key can compare rows with it.")
 
 
 def test_rewritten_rows_are_named_apart_from_the_sets():

@@ -36,6 +36,16 @@ def test_what_several_gates_flag_goes_by_precedence_or_to_the_prompt_for_the_set
     assert gated("other", more=["joint"], combined=combined).route(both) == ["joint", "other"]
 
 
+def test_its_gates_are_shown_by_the_names_of_their_prompts():
+    both = {"default": NameGate(["jane"]), "other": lambda texts: [False for _ in texts]}
+    model = GatedUnlearner(prompts("other", "joint"), make_tokenizer(), both, combined={("other", "default"): "joint"})
+    shown = str(model).splitlines()
+    assert shown[1] == "  default: NameGate(jane)"
+    assert shown[2].startswith("  other: FunctionGate(")
+    assert shown[3] == "  joint: where just default, other flag"
+    assert shown[4].startswith("  (unlearner): SoftPromptUnlearner(")
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_generate_and_forward_give_each_row_what_its_prompt_gives(side):
     model = gated("other")

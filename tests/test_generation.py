@@ -33,19 +33,32 @@ def test_each_row_is_continued_as_alone(prompt_type, side, window):
         assert out[WIDTH:].tolist() == unlearner.generate(row[None], **new)[0, len(row) :].tolist()
 
 
+@pytest.mark.parametrize("size", ["no_repeat_ngram_size", "encoder_no_repeat_ngram_size"])
+@pytest.mark.parametrize("num", [1, 2])
 @pytest.mark.parametrize("prompted", [True, False])
 @pytest.mark.parametrize("prompt_type", ["prompt_tuning", "prefix_tuning"])
-def test_pads_are_no_tokens_that_may_not_repeat(prompt_type, prompted):
-    unlearner = build_unlearner("llama", prompt_type)
+def test_pads_are_no_tokens_that_may_not_repeat(prompt_type, prompted, num, size):
+    unlearner, steps = build_unlearner("llama", prompt_type), []
     batch = {
         "input_ids": torch.tensor([[0] * 7 + [7, 9], list(range(11, 20))]),
         "attention_mask": torch.tensor([[0] * 7 + [1, 1], [1] * 9]),
         "adapter_names": ["default" if prompted else "__base__"] * 2,
     }
-    new = {"max_new_tokens": 5, "no_repeat_ngram_size": 2, "sequence_bias": {(7,): 1e4}, **GREEDY}
-    alone = unlearner.generate(batch["input_ids"][:1, 7:], adapter_names=batch["adapter_names"][:1], **new)[0, 2:]
-    assert alone[:2].tolist() == [7, 7]
-    assert torch.equal(unlearner.generate(**batch, **new)[0, 9:], alone)
+    # A batch is generated as one, so that processors of the caller's own see it.
+    new = {"max_new_tokens": 5, size: 2, "sequence_bias": {(7,): 1e4}, "num_beams": num, **GREEDY}
+    new |= {"num_return_sequences": num, "logits_processor": [lambda ids, scores: steps.append(len(ids)) or scores]}
+    alone = unlearner.generate(batch["input_ids"][:1, 7:], adapter_names=batch["adapter_names"][:1], **new)[:, 2:]
+    assert alone[0, :2].tolist() == [7, 7]
+    steps.clear()
+    assert torch.equal(unlearner.generate(**batch, **new)[:num, 9:], alone)
+    assert set(steps) == {2 * num}
+
+
+def test_a_token_that_is_forced_may_repeat_an_ngram():
+    _, batch = unequal_rows()
+    batch["input_ids"][1, -3:] = torch.tensor([9, 2, 7])
+    new = {"max_new_tokens": 2, "no_repeat_ngram_size": 2, "forced_eos_token_id": 2, "sequence_bias": {(9,): 1e4}}
+    assert build_unlearner("llama").generate(**batch, **new, **GREEDY)[1, WIDTH:].tolist() == [9, 2]
 
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)

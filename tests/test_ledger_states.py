@@ -98,6 +98,20 @@ def test_a_prompt_that_is_another_than_the_evaluated_one_is_said_until_it_is_eva
     assert not any("another prompt" in line for line in ledger.states()["1"].in_words())
 
 
+def test_a_request_that_was_served_says_that_no_entry_gives_an_evaluation_until_one_does(path):
+    ledger, said = Ledger(path), "it was served, and no entry gives an evaluation"
+    ledger.append(LedgerEvent("trained", "1", prompt_sha256=SHA))
+    ledger.append(LedgerEvent("trained", "2"))
+    assert said not in ledger.states()["1"].in_words()  # nobody was answered under it
+    for event in ("served", "stopped", "revoked"):
+        ledger.append(LedgerEvent(event, "1"))
+        assert said in ledger.states()["1"].in_words()
+    ledger.append(LedgerEvent("answered", "2"))
+    assert said in ledger.states()["2"].in_words()
+    ledger.append(LedgerEvent("evaluated", "1", prompt_sha256=SHA, evaluation=SHA))
+    assert said not in ledger.states()["1"].in_words()
+
+
 def test_answers_are_counted_by_request_and_those_without_a_prompt_are_of_none(path):
     ledger = Ledger(path)
     ledger.append(LedgerEvent("trained", "1", adapter="out"))

@@ -72,6 +72,46 @@ def test_pad_tokens_of_rows_without_a_mask_are_no_part_of_a_request(kind, side):
     assert torch.equal(model.generate(batch["input_ids"], **ends), expected)
 
 
+PADS = {"pad_token_id": 117, "sequence_bias": {(117,): 100.0, (118,): 60.0}}  # with answers of what pads rows
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("repetition_penalty", 3.0), ("no_repeat_ngram_size", 1), ("no_repeat_ngram_size", 2),
+     ("encoder_no_repeat_ngram_size", 1)],
+)  # fmt: skip
+def test_pads_are_no_tokens_that_may_not_repeat(kind, name, value, beams):
+    model, batch = rival(kind), tokens(TEXTS)
+    width, own = batch["input_ids"].shape[1], model.get_base_model().generation_config
+    setattr(own, name, value)  # also of the base's own settings
+    batch["input_ids"][batch["attention_mask"] == 0] = 117
+    settings = {**GREEDY, **PADS, "num_beams": beams, "num_return_sequences": beams}
+    found = model.generate(**batch, **settings)[:, width:].tolist()
+    assert len(found) == len(TEXTS) * beams
+    for i, text in enumerate(TEXTS):
+        alone = tokens([text])
+        expected = model.generate(**alone, **settings)[:, alone["input_ids"].shape[1] :].tolist()
+        for together, one in zip(found[i * beams :], expected, strict=False):
+            assert together[: len(one)] == one
+    assert getattr(own, name) == value
+
+
+def test_texts_at_which_the_bases_settings_end_answers_end_them(kind):
+    model, batch, tokenizer = rival(kind), tokens(TEXTS), make_tokenizer()
+    width, num = batch["input_ids"].shape[1], GREEDY["max_new_tokens"]
+    whole = model.generate(**batch, **GREEDY)[1, width:].tolist()
+    base = model.get_base_model()
+    base.generation_config.stop_strings = tokenizer.decode(whole[1:2])
+    end = whole.index(whole[1]) + 1
+    assert 2 not in whole
+    found = model.generate(**batch, **GREEDY)[1, width:].tolist()
+    assert found[:end] == whole[:end]
+    assert set(found[end:]) <= {0}
+    with model.disable_adapter():
+        assert model.generate(**batch, **GREEDY).shape[1] <= width + num
+
+
 def test_the_base_is_asked_for_no_position_beyond_the_longest_row(kind, monkeypatch):
     """Such as that of columns that are pads in every row; out of range they are an error on a GPU alone."""
     model, batch = rival(kind), tokens(TEXTS, "right")
@@ -173,6 +213,10 @@ def test_it_is_an_unlearner_that_cannot_be_trained(kind, tmp_path):
         UnlearningTrainer(model, train_dataset=rows("jane", 2), data_collator=make_collator())
     with pytest.raises(TypeError, match="reads token ids"):
         model.embedding_logits(torch.zeros(1, 2, 32), torch.ones(1, 2), torch.tensor([[0]]))
+
+
+def test_it_shows_its_gate(kind):
+    assert ("\n  gate: NameGate(jane)\n" in repr(rival(kind))) == (kind in GATED)
 
 
 def test_a_copy_and_the_same_method_on_another_base_do_the_same(kind, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -24,10 +25,14 @@ from servers import (
     until,
 )
 
+from spul.serving import responses
+from spul.serving.answers import Piece
 from spul.serving.encoding import RequestEncoder
 from spul.serving.server import make_app
 
 GREEDY = {"model": MODEL, "temperature": 0, "max_tokens": 8}
+SCOPE = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "root_path": "",
+         "scheme": "http", "query_string": b"", "headers": [], "http_version": "1.1"}  # fmt: skip
 TEXTS = {"default": "about jane : the film is", "other": "text of doe", "__base__": "the plot is good"}
 
 
@@ -247,6 +252,38 @@ def test_a_client_that_goes_stops_the_generation():
         assert ask.completions.create(prompt="good", **GREEDY).usage.completion_tokens == 8
 
 
+def test_a_stream_whose_reader_takes_nothing_ends_with_the_time_of_its_request(monkeypatch):
+    monkeypatch.setattr(responses, "READ_SECONDS", 0.1)
+    engine, events, sent = make_engine(make_gated(), timeout=2.0), [], []
+    app = make_app(engine, MODEL, engine.limits, events.append)
+    request = GREEDY | {"prompt": "good", "stream": True}
+
+    async def pieces(job):
+        job.prompt = {}
+        yield Piece("the", 1)
+        await asyncio.sleep(3600)
+
+    async def receive():
+        if sent:
+            await asyncio.sleep(3600)
+        sent.append("request")
+        return {"type": "http.request", "body": json.dumps(request).encode(), "more_body": False}
+
+    async def send(event):
+        sent.append(event["type"])
+        if event["type"] == "http.response.body":
+            await asyncio.sleep(3600)
+
+    async def run():
+        async with app.router.lifespan_context(app):
+            monkeypatch.setattr(engine, "answer", pieces)
+            await asyncio.wait_for(app(SCOPE, receive, send), 20)
+
+    asyncio.run(run())
+    assert sent == ["request", "http.response.start", "http.response.body"]
+    assert [one.get("finish") for one in events if one["event"] == "answered"] == ["abandoned"]
+
+
 def test_a_graceful_stop_answers_what_is_under_way():
     gate, events = SlowGate(), []
     engine = make_engine(make_gated(default=gate), max_batch=1)
@@ -329,7 +366,5 @@ def test_a_client_that_goes_before_its_body_is_whole_is_no_failure():
     async def send(event):
         sent.append(event)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions",
-             "root_path": "", "scheme": "http", "query_string": b"", "headers": [], "http_version": "1.1"}  # fmt: skip
-    asyncio.run(app(scope, receive, send))
+    asyncio.run(app(SCOPE, receive, send))
     assert sent[0]["status"] == 499

@@ -143,6 +143,24 @@ def test_rows_with_prompts_of_their_own_are_right_where_another_thread_begins_to
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("call", ["generate", "forward"])
+@pytest.mark.parametrize("names", [None, ["default", "other", "__base__"]])
+def test_a_call_keeps_its_prompt_where_another_thread_sets_another(prompt_type, names, call):
+    @torch.no_grad()
+    def answered(unlearner):
+        return unlearner.generate(**inputs, **GREEDY) if call == "generate" else unlearner(**inputs).logits
+
+    unlearner = build_unlearner("mistral", prompt_type, sliding_window=6).eval()  # groups of rows under a prefix
+    unlearner.add_adapter("other", CONFIGS[prompt_type](7))
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6, [0, 1, 1, 1, 1, 1]])
+    inputs = {"input_ids": make_batch()["input_ids"][:3, :6], "attention_mask": mask, "adapter_names": names}
+    expected, num = answered(unlearner), number_of_runs(unlearner, answered)
+    for at in range(0, num, num // 6 + 1):
+        unlearner.set_adapter("default")
+        with interrupted(unlearner, at, lambda: unlearner.set_adapter("other")):
+            torch.testing.assert_close(answered(unlearner), expected)
+
+
 @pytest.mark.parametrize("first_left", [0, 1])
 def test_blocks_of_evaluation_mode_that_overlap_leave_the_mode_before_them(first_left):
     model = build("llama").train()

@@ -96,6 +96,12 @@ class GatedUnlearner(nn.Module, Unlearner):
                 "(delete_adapter). A function that returns True for every text keeps a prompt on."
             )
 
+    def extra_repr(self) -> str:
+        """The gates by their prompts' names, first first, and which sets of them have a prompt of their own."""
+        lines = [f"{name}: {self.gates[name]!r}" for name in self.precedence]
+        lines += [f"{name}: where just {', '.join(sorted(names))} flag" for names, name in self.combined.items()]
+        return "\n".join(lines)
+
     # ---- routing ----
 
     def route(self, texts: Sequence[str]) -> list[str]:
@@ -221,6 +227,7 @@ class GatedUnlearner(nn.Module, Unlearner):
         given, mask = kwargs.pop("input_ids", None) if inputs is None else inputs, kwargs.get("attention_mask")
         ids = self._checked_ids("generate", given, mask, kwargs)
         kwargs["adapter_names"] = self.names_of(ids.tolist() if mask is None else own_tokens(ids, mask))
+        kwargs.setdefault("tokenizer", self.tokenizer)  # by which stop texts are found, also those of the base
         return self.unlearner.generate(ids, *args, **kwargs)
 
     def _checked_ids(

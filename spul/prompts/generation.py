@@ -25,6 +25,7 @@ from .arguments import (
     mask_from_pads,
     named_arguments,
 )
+from .pads import filled_pads, with_own_ngrams
 from .probe import continues_embeddings, continues_prefix
 from .row_prompts import RowPrompts, in_order
 from .shared_prefix import outgrows_cache
@@ -75,21 +76,15 @@ class _Call:
         return self.prompts.model.get_base_model()
 
     @property
-    def pads_count(self) -> bool:
-        """Whether pads count as tokens of their rows: n-grams that may not repeat are sought in them, too."""
-        sizes = (self.settings.no_repeat_ngram_size, self.settings.encoder_no_repeat_ngram_size)
-        return any((size or 0) > 1 for size in sizes) and not bool(self.attention_mask.all())
-
-    @property
     def num_returned(self) -> int:
         """Sequences returned for each row."""
         return self.settings.num_return_sequences or 1
 
     def left_padded(self) -> tuple[Tensor, Tensor]:
-        """The rows and their mask, pads first, each by its row's first token: a repetition penalty may count pads."""
+        """The rows and their mask, pads first, filled."""
         order = self.attention_mask.ne(0).long().argsort(dim=1, stable=True)
-        ids, mask = self.input_ids.gather(1, order), self.attention_mask.gather(1, order)
-        return ids.where(mask.ne(0), ids.gather(1, mask.ne(0).long().argmax(dim=1, keepdim=True))), mask
+        mask = self.attention_mask.gather(1, order)
+        return filled_pads(self.input_ids.gather(1, order), mask), mask
 
     def as_given(self, out: Any) -> Any:
         """The output of left-padded rows, the inputs in it padded as the caller padded them."""
@@ -118,12 +113,14 @@ class _Call:
             changes |= {"min_new_tokens": max(0, settings.min_length - width), "min_length": None}
         return changed_settings(self.kwargs, **changes)
 
-    def with_penalty(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments under which a repetition penalty counts all tokens of rows whose prompts differ in length.
+    def with_processors(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments under which rows of a batch are kept from repeating what they are kept from alone.
 
-        From transformers 5.23 on it leaves out as many columns of the tokens as the mask begins with zeros, which are
-        those of a shorter prompt, too.
+        From transformers 5.23 on a repetition penalty leaves out as many columns of the tokens as the mask begins with
+        zeros, which are those of a prompt that is shorter than another row's, too.
         """
+        sizes = (self.settings.no_repeat_ngram_size, self.settings.encoder_no_repeat_ngram_size)
+        kwargs = with_own_ngrams(kwargs, *sizes, *self.left_padded())
         lengths = {self.prompts.lengths[i] for i in self.prompts.index}
         given = kwargs.get("logits_processor") or []
         penalty = self.settings.repetition_penalty
@@ -147,8 +144,6 @@ def _prompted(call: _Call) -> Any:
     longest = num_virtual + width + _max_new_tokens(call.settings, width)
     totals = lengths + prompts.row_lengths(lengths.device)
     _check_switch(prompts, int(totals.min()), longest)
-    if call.pads_count:
-        return _by_group(call)
     states, several = prompts.states(), len(prompts.named) > 1
     uneven = len(totals.unique()) > 1 or not bool(attention_mask.all())
     if states is not None and (prompts.is_prefix or not outgrows_cache(prompts.model, longest)):
@@ -173,11 +168,10 @@ def _prompted(call: _Call) -> Any:
 
 def _without_prompt(call: _Call) -> Any:
     """Generate rows that have no prompt, padded on either side as those that have one."""
-    is_padded = not bool(call.attention_mask.all())
-    if call.pads_count or (is_padded and not continues_embeddings(call.base, unequal=True)):
+    if not bool(call.attention_mask.all()) and not continues_embeddings(call.base, unequal=True):
         return _by_group(call)
     ids, mask = call.left_padded()
-    return call.as_given(call.base.generate(ids, attention_mask=mask, **call.kwargs))
+    return call.as_given(call.base.generate(ids, attention_mask=mask, **call.with_processors(call.kwargs)))
 
 
 def _behind_cache(call: _Call, states: PromptStates | MixedStates) -> Any:
@@ -185,7 +179,7 @@ def _behind_cache(call: _Call, states: PromptStates | MixedStates) -> Any:
     ids, mask = call.left_padded()
     rows = len(ids) * max(call.settings.num_beams or 1, call.num_returned)
     inputs = states.prefix_inputs(call.base, mask, rows)
-    return call.as_given(call.base.generate(ids, **inputs, **call.with_penalty(call.kwargs)))
+    return call.as_given(call.base.generate(ids, **inputs, **call.with_processors(call.kwargs)))
 
 
 def _concatenated(call: _Call) -> Any:
@@ -204,7 +198,7 @@ def _concatenated(call: _Call) -> Any:
     ids, mask = call.left_padded()
     rows = call.prompts.model.word_embeddings(ids)
     embeds, mask = call.prompts.concatenated(rows, mask, pads_first=True)
-    kwargs = call.with_penalty(call.in_new_tokens())
+    kwargs = call.with_processors(call.in_new_tokens())
     return call.as_given(call.base.generate(ids, inputs_embeds=embeds, attention_mask=mask, **kwargs))
 
 

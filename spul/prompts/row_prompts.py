@@ -47,7 +47,7 @@ class RowPrompts:
     ) -> None:
         self.model, self.num_rows, self.prompt_position = model, num_rows, prompt_position
         if adapter_names is None:
-            self.named: list[Any] = [model]
+            self.named: list[Any] = [under(model, model.active_adapter)]
             self.index = [0] * num_rows
         else:
             check_adapter_names(model, adapter_names, num_rows)
@@ -192,7 +192,7 @@ class RowPrompts:
         sharded = is_sharded(base)
         if not sharded and not waits_for_launches(device_of(self.model.word_embeddings)):
             return None
-        if self.is_inside or self.is_prefix or self.named != [self.model] or not needs_gradient(self.model):
+        if self.is_inside or self.is_prefix or len(self.named) > 1 or not needs_gradient(self.model):
             return None
         if sharded and cache_switch(base)[0] is not None:  # behind a long batch a process asks for verdicts again
             return self.concatenated_logits
@@ -227,7 +227,7 @@ class RowPrompts:
 
     def joint_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """`response_logits` from the rows' embeddings (B, n, d), their one prompt a row of the batch."""
-        base, prompt = self.model.get_base_model(), self.model.get_prompt(batch_size=1)
+        base, prompt = self.model.get_base_model(), self.named[0].get_prompt(batch_size=1)
         return joint_logits(base, embeds, attention_mask, positions, prompt)
 
     def embedding_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
@@ -298,9 +298,7 @@ def check_adapter_names(model: Any, adapter_names: Sequence[str], num_rows: int)
 
 
 def under(model: Any, adapter_name: str) -> Any:
-    """The model with another active prompt: a view that shares all else, so that other threads keep theirs."""
-    if adapter_name == model.active_adapter:
-        return model
+    """The model with an active prompt of its own: a view that shares all else, so that other threads keep theirs."""
     view = copy.copy(model)
     view.active_adapter = adapter_name
     return view

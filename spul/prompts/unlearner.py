@@ -28,7 +28,7 @@ from .generation import generate_prompted
 from .inference import named_forward, ordinary_forward
 from .position import check_position, stands_inside
 from .probe import check_prefix
-from .row_prompts import RowPrompts, check_adapter_names
+from .row_prompts import RowPrompts, check_adapter_names, under
 from .shared_prefix import cached_prompts, is_prefix
 from .starts import Start, check_start, start_prompt
 
@@ -238,9 +238,11 @@ class SoftPromptUnlearner(PromptAdapters):
                 _check_names(self, names, input_ids)
                 return base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
             with unswitched(self.get_base_model()):
-                if names is not None or stands_inside(self):
-                    return named_forward(self, names, input_ids, attention_mask, labels, prompt_position, **kwargs)
-                return ordinary_forward(self, super().forward, input_ids, attention_mask, labels, **kwargs)
+                own = under(self, self.active_adapter)  # whichever is set meanwhile
+                if names is not None or stands_inside(own):
+                    return named_forward(own, names, input_ids, attention_mask, labels, prompt_position, **kwargs)
+                concatenated = super(SoftPromptUnlearner, own).forward
+                return ordinary_forward(own, concatenated, input_ids, attention_mask, labels, **kwargs)
         if names is not None:
             kwargs["adapter_names"] = names  # refused: a batch that trains is under the active prompt
         if unknown := sorted(name for name, value in kwargs.items() if value is not None and name != "return_dict"):

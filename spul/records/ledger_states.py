@@ -149,6 +149,8 @@ class RequestState:
         lines = _known(self.rows, {name: getattr(self, name) for name in WORDS})
         if self.evaluated is not None and self.evaluated != self.prompt_sha256:
             lines.append(f"the evaluation is of another prompt, SHA-256 {self.evaluated}")
+        if self.evaluation is None and (self.served or self.answered):
+            lines.append("it was served, and no entry gives an evaluation")
         lines += map(str, self.history)
         if self.answered:
             after = f", {self.answered_after:,} of them after it was revoked" if self.answered_after else ""

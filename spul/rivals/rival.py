@@ -21,6 +21,7 @@ from ..models.compat_devices import device_of
 from ..models.disabling import is_disabled_here
 from ..models.protocol import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
+from ..prompts.pads import filled_pads, with_own_ngrams
 from ..records.fields import Checks
 from .files import GATE_DIGEST, read_rival, write_rival
 
@@ -99,6 +100,10 @@ class Rival(nn.Module, Unlearner):
     def on(self, base: PreTrainedModel) -> Rival:
         """The same method around another base."""
         raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        """Its gate, if it has one."""
+        return "" if self.gate is None else f"gate: {self.gate!r}"
 
     # ---- files ----
 
@@ -232,6 +237,7 @@ class Rival(nn.Module, Unlearner):
         kwargs |= named_arguments(cast(Any, self.base_model).generate, args)
         input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
         mask = kwargs.pop("attention_mask", None)
+        kwargs.setdefault("tokenizer", self.tokenizer)  # by which stop texts are found, also those of the base
         check_rows(input_ids, mask)
         if not self.enabled:
             return cast(Any, self.base_model).generate(input_ids, attention_mask=mask, **kwargs)
@@ -267,6 +273,9 @@ class Rival(nn.Module, Unlearner):
         batch = {name: tensor.to(self.device) for name, tensor in left_padded_ids(requests, pad).items()}
         if self.setting("pad_token_id", settings) is None:
             settings["pad_token_id"] = pad
+        sizes = [self.setting(name, settings) for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size")]
+        settings = with_own_ngrams(settings, sizes[0], sizes[1], batch["input_ids"], batch["attention_mask"])
+        batch["input_ids"] = filled_pads(**batch)
         out = cast(Any, self.base_model).generate(**batch, **settings)
         return (out if isinstance(out, Tensor) else out.sequences)[:, batch["input_ids"].shape[1] :]
 

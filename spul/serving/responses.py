@@ -5,18 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from .answers import Answer, Piece
 from .errors import ApiError
 from .requests import ChatRequest
 
 POLL_SECONDS = 0.2  # how often a request that waits looks whether its client is still there
+READ_SECONDS = 5.0  # how long after its deadline a stream may still be read, with the error that ends it
 
 
 async def in_time(awaitable: Any, deadline: float) -> Any:
@@ -50,7 +51,7 @@ async def whole(answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None
 
 async def stream(
     request: ChatRequest, answer: Answer, first: Piece, pieces: AsyncGenerator[Piece, None]
-) -> AsyncIterator[str]:
+) -> AsyncGenerator[str, None]:
     """Server-sent events; an answer that fails ends in an error."""
     piece, is_first = first, True
     async with aclosing(pieces):
@@ -66,6 +67,27 @@ async def stream(
     if request.include_usage:
         yield _event(answer.usage_chunk(piece))
     yield "data: [DONE]\n\n"
+
+
+class TimedStream(StreamingResponse):
+    """Server-sent events that end at a deadline also where their reader takes nothing, who would keep its place.
+
+    Args:
+        events: the events, an async generator, which itself ends at the deadline.
+        deadline: of the request, by the monotonic clock.
+    """
+
+    def __init__(self, events: AsyncGenerator[str, None], deadline: float) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self.events, self.deadline = events, deadline
+
+    async def stream_response(self, send: Any) -> None:
+        """Send the events; the connection is closed where they are not read in time."""
+        left = max(self.deadline - time.monotonic(), 0.0) + READ_SECONDS
+        try:
+            await asyncio.wait_for(super().stream_response(send), left)
+        except asyncio.TimeoutError:
+            await self.events.aclose()
 
 
 def _event(body: dict[str, Any]) -> str:

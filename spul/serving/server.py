@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -25,7 +25,7 @@ from .engine import Engine, Job
 from .errors import ApiError, other_model, too_many
 from .recorder import Record, Recorder, States
 from .requests import ChatRequest, Limits, check_header_text, read_body, read_json
-from .responses import api_error, http_error, in_time, stream, unexpected, while_connected, whole
+from .responses import TimedStream, api_error, http_error, in_time, stream, unexpected, while_connected, whole
 from .served import ServedPrompts
 
 logger = logging.getLogger(__name__)
@@ -177,8 +177,7 @@ class _Server:
         first = await while_connected(http, anext(pieces))  # a refusal has its own status also in a stream
         if not request.stream:
             return await while_connected(http, whole(answer, first, pieces))
-        events = stream(request, answer, first, pieces)
-        return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        return TimedStream(stream(request, answer, first, pieces), deadline)
 
     async def _body(self, http: Request) -> bytes:
         most, found = self.limits.max_body_bytes, bytearray()

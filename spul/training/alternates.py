@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.checks import forget_flags
 from ..data.conversations import content_of, last_user_message
-from ..data.encoded import left_padded_ids
+from ..data.encoded import Encoded
 from ..data.rows import completion_text, normalized, shortened
+from ..evaluation.metrics.free_form import answering
 from ..models.causal_lm import max_positions
-from ..models.compat_devices import device_of
 from ..models.unlearner import detached_base
 from ..records.fields import is_count
 
@@ -50,8 +50,9 @@ def add_alternates(
     """A data set with alternate answers to its forget rows, sampled from the model: the preferred responses of AltPO.
 
     As in arXiv 2409.13474 the model that is to forget is asked for other plausible answers, given the question and
-    its answer, five times at temperature 1. An answer ends at the first line break. One that is empty, the row's own,
-    or there already is sampled anew, up to four times. Base models write few that are worth training to: read some.
+    its answer, five times at temperature 1, whatever the model's own generation settings. An answer ends at the first
+    line break. One that is empty, the row's own, or there already is sampled anew, up to four times. Base models write
+    few that are worth training to: read some.
 
     Args:
         model: the model before training; adapters are disabled.
@@ -88,17 +89,19 @@ def add_alternates(
     indices = [i for i, is_forget in enumerate(flags) if is_forget]
     rows = {i: dataset[i] for i in indices}
     found: dict[int, list[str]] = {i: [] for i in indices}
-    with detached_base(model) as base, torch.random.fork_rng(), torch.no_grad():
+    settings = {"do_sample": True, "temperature": temperature, "top_k": 0, "num_return_sequences": num}
+    with detached_base(model) as base, answering(base, tokenizer) as answers_to, torch.random.fork_rng():
         torch.manual_seed(seed)
         for _ in range(MAX_ROUNDS):
             missing = [i for i in indices if len(found[i]) < num]
             starts = range(0, len(missing), batch_size)
             for start in tqdm(starts, "alternates", disable=not progress, leave=False):
                 some = missing[start : start + batch_size]
-                requests = [_request(rows[i], template, tokenizer) for i in some]
-                answers = _sampled(base, tokenizer, requests, num, max_new_tokens, temperature)
-                for i, texts in zip(some, answers, strict=True):
-                    _keep(found[i], texts, completion_text(rows[i]["completion"]), num)
+                requests = [Encoded(_request(rows[i], template, tokenizer), []) for i in some]
+                _check_room(base, requests, max_new_tokens)
+                answers = iter(answers_to(requests, max_new_tokens, **settings))
+                for i in some:
+                    _keep(found[i], [next(answers) for _ in range(num)], completion_text(rows[i]["completion"]), num)
     if empty := [i for i in indices if not found[i]]:
         raise ValueError(
             f"{len(empty)} rows, such as {shortened(repr(rows[empty[0]]))}, got no answer other than their own in "
@@ -132,34 +135,13 @@ def _last_question(prompt: Sequence[Mapping[str, Any]]) -> str:
     return content_of(prompt[-1 if last is None else last]) or ""
 
 
-def _sampled(
-    base: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[list[int]],
-    num: int,
-    max_new_tokens: int,
-    temperature: float,
-) -> list[list[str]]:
-    """`num` answers to each request."""
-    width, most = max(map(len, requests)), max_positions(base)
+def _check_room(base: Any, requests: Sequence[Encoded], max_new_tokens: int) -> None:
+    width, most = max(len(one.prompt_ids) for one in requests), max_positions(base)
     if most is not None and width + max_new_tokens > most:
         raise ValueError(
             f"a request of {width} tokens and an answer of {max_new_tokens} exceed the model's {most} positions; "
             "lower max_new_tokens, or shorten the template or the rows."
         )
-    pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
-    out = base.generate(
-        **{name: tensor.to(device_of(base)) for name, tensor in left_padded_ids(requests, pad).items()},
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        num_return_sequences=num,
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-    )
-    texts = tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
-    return [texts[i : i + num] for i in range(0, len(texts), num)]
 
 
 def _keep(found: list[str], texts: Sequence[str], own: str, num: int) -> None:
