@@ -50,7 +50,8 @@ def test_the_table_has_the_numbers_of_its_lines(example):
     lines = list(first.values())
     order = [3, 5, 1, 2, 4, 7, 8, 6, 10, 11, 12]  # of the page's columns in the summary's
     shown = {"base": "base", "retrained": "retrained", "**SPUL": "SPUL, prefix, mean forget loss"}
-    shown |= {"the same": "SPUL, prefix with fitted keys", "SPUL behind a text gate of recall 99 %": "SPUL behind a gate"}
+    shown |= {"the same": "SPUL, prefix with fitted keys"}
+    shown |= {"SPUL behind a text gate of recall 99 %": "SPUL behind a gate"}
     shown |= {"text gate of recall 99 % and fixed refusal": "gate of 0.99", "**the same": "gate of 0.95"}
     shown["SPUL's loss on LoRA (IDK)"] = "IDK, LoRA"
     for forget_set in ("forget01", "forget05"):
