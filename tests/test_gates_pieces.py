@@ -42,6 +42,8 @@ def test_one_may_stand_for_either_letter():
     "text",
     [
         "c h a n g i n g",  # undisguised as a whole, and no chan
+        "g e n r e t he film",  # "the" has three letters, and would begin within letters apart
+        "m o v i e c han",
         "in the 1840s, the 100th of 70m at 1999 and 19 99",
         "ch-an, ch'an, ch/an",
         "xqzhanks",  # a part of which is no word
@@ -60,10 +62,14 @@ def test_words_of_english_side_by_side_are_joined_only_if_one_is_short():
     assert Spelling(known).corrected(["a new man, an other"]) == ["a new man, another"]
 
 
-def without_pieces_slowly(text, words):
+def without_pieces_slowly(text, words, start=0):
     """Every run of words from the left, the longest first."""
     found = list(re.finditer(r"\w+", text))
+    lengths = "".join("1" if len(one.group()) == 1 else "2" for one in found)
+    apart = {k for some in re.finditer("111+", lengths) for k in range(*some.span())}
     for i in range(len(found)):
+        if found[i].start() < start or {i - 1, i} <= apart:
+            continue
         for j in range(len(found) - 1, i, -1):
             run = [one.group() for one in found[i : j + 1]]
             gaps = [text[one.end() : other.start()] for one, other in pairwise(found[i : j + 1])]
@@ -76,9 +82,11 @@ def without_pieces_slowly(text, words):
                 and len(word) > 3
                 and word in words
                 and not word.isdecimal()
+                and not {j, j + 1} <= apart
             ):
                 end = found[j].end()
-                return text[: found[i].start()] + word + without_pieces_slowly(text[end:], words)
+                rest = without_pieces_slowly(text, words, end)
+                return text[: found[i].start()] + word + rest[end:]
     return text
 
 

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,8 @@ NUMBER = re.compile(r"\d+\D{0,2}")
 # Characters of the shortest word that is joined of pieces, of the longest piece that may be a word of English, and of
 # the shortest and longest words that are parted.
 LEAST_IN_PIECES, SHORT_PIECE, LEAST_PARTED, MOST_PARTED = 4, 2, 6, 64
+# Single letters side by side that are taken for a word's, as where disguises are undone.
+LEAST_APART = 3
 HAS_UNSPACED = re.compile(f"[{UNSPACED}]")
 # Groups of characters, by which most known words are told to be far from a word before edits are counted.
 GROUPS = 128
@@ -105,15 +108,21 @@ class Spelling:
         """A text with known words that stand in pieces joined; the longest, if several begin at one place."""
         pieces, read, end = list(WORD.finditer(text)), [], 0
         words = [piece.group() for piece in pieces]
+        apart: list[bool] = []
+        for is_single, group in groupby(words, lambda word: len(word) == 1):
+            num = len(list(group))
+            apart += [is_single and num >= LEAST_APART] * num
+        # No word begins or ends within letters apart: no "sand" in "g e n r e s and".
         for i, first in enumerate(pieces):
-            if first.start() < end:
+            if first.start() < end or (i > 0 and apart[i - 1] and apart[i]):
                 continue
             run, joined, last = words[i], "", i
             for j in range(i + 1, len(words)):
                 run += words[j]
                 if len(run) > self._longest or not text[pieces[j - 1].end() : pieces[j].start()].isspace():
                     break
-                if run in self.words and self._is_in_pieces(words[i : j + 1]):
+                is_within = j + 1 < len(words) and apart[j] and apart[j + 1]
+                if run in self.words and not is_within and self._is_in_pieces(words[i : j + 1]):
                     joined, last = run, j
             if joined:
                 read += [text[end : first.start()], joined]
