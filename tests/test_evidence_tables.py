@@ -59,6 +59,27 @@ def test_the_table_of_the_results_page_is_that_of_the_stored_scores(example, pla
         assert match, line
 
 
+def test_the_table_of_the_gates_page_is_that_of_the_stored_flags():
+    flagged = {}
+    for line in read("sst2-smollm2-gates.jsonl"):
+        for side, rows in line["test"].items():
+            flagged.setdefault((line["gate"], side), []).extend(rows)
+    for line in map(json.loads, (DATA.parent / "results" / "gated-sst2.jsonl").read_text().splitlines()):
+        if line["system"] == "states gate, refusal" and line["attack"] == "none":
+            num = round(line["flagged"] * line["rows"])
+            flagged.setdefault(("states", line["side"]), []).extend([1] * num + [0] * (line["rows"] - num))
+    made = [
+        (f"{100 * sum(forget) / len(forget):.1f} %", f"{100 * sum(retain) / len(retain):.1f} % of {len(retain):,}")
+        for gate, side in flagged
+        if side == "forget"
+        for forget, retain in [(flagged[gate, "forget"], flagged[gate, "retain"])]
+    ]
+    page = (ROOT / "docs" / "gates.md").read_text().split("## Measured")[1]
+    shown = [line.split(" | ")[2:] for line in page.splitlines() if line.startswith("| `")]
+    assert [(recall, alarms.removesuffix(" |")) for recall, alarms in shown] == made
+    assert {len(rows) for (_, side), rows in flagged.items() if side == "forget"} == {1095}
+
+
 def test_the_attacks_of_the_results_page_are_those_of_the_stored_rows(example):
     from evidence import tables
 

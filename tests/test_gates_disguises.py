@@ -42,6 +42,7 @@ def test_letters_apart_are_joined(separator):
 @pytest.mark.parametrize(
     ("text", "read"),
     [
+        ("\u8c01\u662fJ a n e D o e\u7684\u7535\u5f71", "\u8c01\u662fJaneDoe\u7684\u7535\u5f71"),  # within Chinese
         ("E-a s.t_w o-o d", "Eastwood"),  # one sign and another
         ("J a n e  D o e", "Jane  Doe"),
         ("his name is s\u0336a\u0336r\u0336a", "his name is sara"),  # struck out
@@ -68,7 +69,7 @@ def test_mixed_disguises_are_undone(text, read):
         "caf\u00e9, na\u00efve, \u0153uvre, Zoe\u0308 plays",  # composed or not
         "\u0441\u043e\u0441\u043d\u0430 \u0438 \u0435\u043b\u044c",  # Russian alone
         *("हिन्दी भाषा में लिखा हुआ", "தமிழ் மொழி", "বাংলা ভাষা", "नमस्ते दुनिया", "မြန်မာ ဘာသာ"),  # whose vowels are marks
-        *("שלום עולם", "日本語のテスト", "กรุงเทพ"),
+        *("שלום עולם", "日本語のテスト", "กรุงเทพ", "我 爱 你们", "我们 爱 你"),
     ],
 )
 def test_other_texts_are_read_as_they_stand(text):
@@ -101,7 +102,13 @@ class TestOfGates:
 
 
 @pytest.mark.parametrize(
-    "text", ["tell me of a J a n e D o e", "W h o i s J a n e D o e", "J a\u200b\u200b n e D o e"]
+    "text",
+    [
+        "tell me of a J a n e D o e",
+        "W h o i s J a n e D o e",
+        "J a\u200b\u200b n e D o e",
+        "\u8c01\u662fJ a n e D o e\u7684",
+    ],
 )
 def test_a_name_is_found_with_its_letters_apart_and_one_letter_words_beside_it(text):
     assert NameGate(["Jane Doe", "Kim Ono"]).names_in([text]) == [["Jane Doe"]]

@@ -10,14 +10,18 @@ from functools import cache, partial
 
 from confusable_homoglyphs import confusables
 
-from ..data.characters import normal_form
+from ..data.characters import UNSPACED, normal_form
 
 ASCII = string.ascii_letters + string.digits
 LETTER = r"[^\W\d_]"
 WORD = re.compile(f"{LETTER}+")
-# Three or more letters, each a word of its own, with the same separator or with single signs between them.
+# Three or more letters, each a word of its own, with the same separator or with single signs between them. Characters
+# of a script without spaces may stand beside letters of other scripts.
+SPACED = rf"[^\W\d_{UNSPACED}]"
+FIRST = rf"(?:(?<!\w){LETTER}|(?<=[{UNSPACED}]){SPACED})"
+END = rf"(?:(?!\w)|(?<={SPACED})(?=[{UNSPACED}]))"
 APART = tuple(
-    re.compile(rf"(?<!\w){LETTER}{rest}(?!\w)")
+    re.compile(f"{FIRST}{rest}{END}")
     for rest in (
         rf"(?P<separator>\W{{1,5}}|_){LETTER}(?:(?P=separator){LETTER})+",
         rf"(?:(?:_|\s|[ ]?[^\w\s][ ]?){LETTER}){{2,}}",

@@ -1,4 +1,4 @@
-"""Misspelled words, read as the nearest of the words that a gate knows."""
+"""Misspelled words, read as those that a gate knows: the nearest, or what their pieces, parts or digits spell."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.metadata import version
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,9 @@ from rapidfuzz.distance import OSA
 from rapidfuzz.process import extract
 from spellchecker import SpellChecker
 
+from ..data.characters import UNSPACED
 from ..records.digests import digest
+from ..records.fields import is_count
 from .disguises import compatible
 from .files import SavedGate
 
@@ -23,6 +26,18 @@ logger = logging.getLogger(__name__)
 WORD = re.compile(r"\w+")
 # Letters of the shortest known words that may have an edit, and two, unless asked otherwise.
 ONE_EDIT, TWO_EDITS = 3, 7
+# Rules of reading: 1, of gates that were saved before there were others, has edits alone; 2 all that `Spelling` has.
+RULES = 2
+# Digits as the letters that they stand for, and "1" as the other one. A number with a letter or two behind it, such as
+# "100th", is one.
+DIGITS = tuple(str.maketrans("0134578", letters) for letters in ("oieastb", "oleastb"))
+NUMBER = re.compile(r"\d+\D{0,2}")
+# Characters of the shortest word that is joined of pieces, of the longest piece that may be a word of English, and of
+# the shortest and longest words that are parted.
+LEAST_IN_PIECES, SHORT_PIECE, LEAST_PARTED, MOST_PARTED = 4, 2, 6, 64
+# Single letters side by side that are taken for a word's, as where disguises are undone.
+LEAST_APART = 3
+HAS_UNSPACED = re.compile(f"[{UNSPACED}]")
 # Groups of characters, by which most known words are told to be far from a word before edits are counted.
 GROUPS = 128
 # Words whose near ones are kept between calls.
@@ -33,19 +48,24 @@ class Spelling:
     """Known words, of which a misspelled one is read as the nearest.
 
     An edit drops, adds or changes a character, or swaps two neighbors. Known words, numbers and words of an English
-    dictionary are read as they are.
+    dictionary are read as they are. Before edits are tried, pieces with white space between them are joined where that
+    gives a known word, and digits among letters are read as letters; after them, words that were joined are parted.
 
     Args:
         words: known words in lower case, and what each counts: of equally near ones that which counts most is taken.
         one_edit: letters of the shortest known words that a word with an edit is read as.
         two_edits: letters of the shortest known words that a word with two edits is read as.
+        rules: `RULES`, or 1 for edits alone.
 
     Source: edits as in Damerau, *A Technique for Computer Detection and Correction of Spelling Errors*, Communications
         of the ACM 7(3), 1964, of which none is within another (optimal string alignment).
     """
 
-    def __init__(self, words: Mapping[str, float], one_edit: int = ONE_EDIT, two_edits: int = TWO_EDITS) -> None:
-        self.words, self.one_edit, self.two_edits = words, one_edit, two_edits
+    def __init__(
+        self, words: Mapping[str, float], one_edit: int = ONE_EDIT, two_edits: int = TWO_EDITS, rules: int = RULES
+    ) -> None:
+        self.words, self.one_edit, self.two_edits, self.rules = words, one_edit, two_edits, rules
+        self._longest = max(map(len, words), default=0)
         self._candidates = [word for word in words if num_letters(word) >= one_edit]
         self._has = np.zeros((GROUPS, len(self._candidates)), dtype=np.int16)
         for i, word in enumerate(self._candidates):
@@ -54,22 +74,94 @@ class Spelling:
         self._cache: dict[str, list[str]] = {}
 
     def corrected(self, texts: Sequence[str]) -> list[str]:
-        """Texts with each unknown word as the nearest known one; a text without such words as it was given."""
+        """Texts with each unknown word as known ones; a text without such words as it was given."""
         found: dict[str, str] = {}
 
         def read(match: re.Match[str]) -> str:
             word = match.group()
             if word not in found:
-                is_right = word in self.words or word in english_words()
-                found[word] = next(iter([] if is_right else self.near(word)), word)
+                found[word] = self._read(word)
             return found[word]
 
         corrected = []
         for text in texts:
             plain = compatible(text)
-            other = WORD.sub(read, plain)
+            other = WORD.sub(read, plain if self.rules == 1 else self._without_pieces(plain))
             corrected.append(text if other == plain else other)
         return corrected
+
+    def _read(self, word: str) -> str:
+        """A word as it is if it is right; else with letters for digits, as the nearest known one, or parted."""
+        if self._is_right(word):
+            return word
+        spellings = [] if self.rules == 1 else with_letters(word)
+        if right := next(filter(self._is_right, spellings), None):
+            return right
+        if near := next(filter(None, map(self.near, [*spellings, word])), None):
+            return near[0]
+        return word if self.rules == 1 else self._parted(word)
+
+    def _is_right(self, word: str) -> bool:
+        return word in self.words or word in english_words()
+
+    def _without_pieces(self, text: str) -> str:
+        """A text with known words that stand in pieces joined; the longest, if several begin at one place."""
+        pieces, read, end = list(WORD.finditer(text)), [], 0
+        words = [piece.group() for piece in pieces]
+        apart: list[bool] = []
+        for is_single, group in groupby(words, lambda word: len(word) == 1):
+            num = len(list(group))
+            apart += [is_single and num >= LEAST_APART] * num
+        # No word begins or ends within letters apart: no "sand" in "g e n r e s and".
+        for i, first in enumerate(pieces):
+            if first.start() < end or (i > 0 and apart[i - 1] and apart[i]):
+                continue
+            run, joined, last = words[i], "", i
+            for j in range(i + 1, len(words)):
+                run += words[j]
+                if len(run) > self._longest or not text[pieces[j - 1].end() : pieces[j].start()].isspace():
+                    break
+                is_within = j + 1 < len(words) and apart[j] and apart[j + 1]
+                if run in self.words and not is_within and self._is_in_pieces(words[i : j + 1]):
+                    joined, last = run, j
+            if joined:
+                read += [text[end : first.start()], joined]
+                end = pieces[last].end()
+        return "".join([*read, text[end:]])
+
+    def _is_in_pieces(self, pieces: Sequence[str]) -> bool:
+        """Whether words side by side may be one: some is short or not right, and some has more than a letter.
+
+        Single letters are joined where disguises are undone, as many as stand apart: no *chan* of *c h a n g e*.
+        """
+        word = "".join(pieces)
+        if len(word) < LEAST_IN_PIECES or word.isdecimal() or len(word) == len(pieces):
+            return False
+        return any(len(piece) <= SHORT_PIECE or not self._is_right(piece) for piece in pieces)
+
+    def _parted(self, word: str) -> str:
+        """A word as the fewest right ones that it is made of, of equally few those that count most; or as it is.
+
+        A part is a known word of two characters and more, or another one of English of three; one of three is known.
+        """
+        num = len(word)
+        if not LEAST_PARTED <= num <= MOST_PARTED or not word.isalpha() or HAS_UNSPACED.search(word):
+            return word
+        # Of the best parts up to each character: their number, what they count, and where the last of them starts.
+        best: list[tuple[int, float, int] | None] = [(0, 0.0, 0), *[None] * num]
+        for end in range(2, num + 1):
+            ways = []
+            for start in range(end - 1):
+                part, before = word[start:end], best[start]
+                if before and (part in self.words or (end - start > 2 and part in english_words())):
+                    ways.append((before[0] + 1, before[1] - self.words.get(part, 0.0), start))
+            best[end] = min(ways, default=None)
+        parts, end = [], num
+        while end and (found := best[end]):
+            parts.append(word[found[2] : end])
+            end = found[2]
+        is_known = any(len(part) > 2 and part in self.words for part in parts)
+        return " ".join(reversed(parts)) if is_known and not end else word
 
     def near(self, word: str) -> list[str]:
         """Known words that a word in lower case may be misspelled from, the nearest first."""
@@ -106,9 +198,25 @@ def check_spelling(spelling: Any) -> None:
         raise TypeError(f"spelling={spelling!r}; expected True or False.")
 
 
-def spelling_settings(spelling: bool) -> dict[str, Any]:
-    """The fields of a saved gate that say whether it reads misspelled words, and by which dictionary."""
-    return {"spelling": spelling, "dictionary_sha256": dictionary_digest()} if spelling else {"spelling": spelling}
+def spelling_settings(spelling: bool, rules: int = 1) -> dict[str, Any]:
+    """The fields of a saved gate that say whether it reads misspelled words, by which dictionary and which rules."""
+    if not spelling:
+        return {"spelling": spelling}
+    later = {"spelling_rules": rules} if rules > 1 else {}
+    return {"spelling": spelling, "dictionary_sha256": dictionary_digest(), **later}
+
+
+def read_rules(saved: SavedGate) -> int:
+    """The rules of spelling of a saved gate: 1 of those that were saved before there were others.
+
+    Raises:
+        ValueError: if they are none of this version.
+    """
+    saved.fields.setdefault("spelling_rules", 1)
+    saved.check(
+        {"spelling_rules": (lambda value: is_count(value, least=1) and value <= RULES, f"a number from 1 to {RULES}")}
+    )
+    return saved.fields["spelling_rules"]
 
 
 def read_spelling(saved: SavedGate) -> bool:
@@ -149,6 +257,13 @@ def dictionary_digest() -> str:
 def english_words() -> frozenset[str]:
     """Words of English, names among them, which are not misspelled from others: *wide* from *Wilde*."""
     return frozenset(SpellChecker(language="en").word_frequency.keys())
+
+
+def with_letters(word: str) -> list[str]:
+    """A word that has digits among its letters with letters in their place, in each way; none of any other word."""
+    if word.isalpha() or word.isdecimal() or NUMBER.fullmatch(word):
+        return []
+    return [other for other in dict.fromkeys(map(word.translate, DIGITS)) if other.isalpha()]
 
 
 def num_letters(word: str) -> int:

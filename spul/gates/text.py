@@ -17,7 +17,7 @@ from ..records.fields import is_count
 from .files import SavedGate, is_texts
 from .gate import Gate
 from .ngrams import N_GRAMS, TFIDF, KnownNGrams
-from .spelling import Spelling, check_spelling, read_spelling, spelling_settings
+from .spelling import RULES, Spelling, check_spelling, read_rules, read_spelling, spelling_settings
 from .thresholds import GateReport, checked_fit_texts, folds, report_of, threshold_for
 from .windows import SHORTEST, highest_scores, is_window_sizes, window_sizes
 
@@ -43,6 +43,7 @@ class TextGate(Gate):
         threshold: the lowest score that is flagged.
         windows: characters of a window, of each scale, as `window_sizes` gives them.
         spelling: whether texts are also read with misspelled words corrected.
+        spelling_rules: the rules of `Spelling`.
 
     Raises:
         ValueError: if `windows` are others.
@@ -59,9 +60,11 @@ class TextGate(Gate):
         threshold: float,
         windows: Sequence[int],
         spelling: bool = True,
+        spelling_rules: int = RULES,
     ) -> None:
         self.vocabulary, self.idf, self.weights, self.bias = vocabulary, idf, weights, bias
-        self.threshold, self.windows, self.spelling = threshold, list(windows), spelling
+        self.threshold, self.windows = threshold, list(windows)
+        self.spelling, self.spelling_rules = spelling, spelling_rules
         if not is_window_sizes(self.windows):  # a saved gate's are checked by the same
             raise ValueError(f"windows={windows!r}; expected {WINDOWS}, as window_sizes gives them.")
         self._n_grams = KnownNGrams(vocabulary, idf)
@@ -130,7 +133,8 @@ class TextGate(Gate):
 
     def settings(self) -> dict[str, Any]:
         """The vocabulary, the sizes of windows, and whether spelling is corrected."""
-        return {"windows": self.windows, **spelling_settings(self.spelling), "vocabulary": self.vocabulary}
+        spelling = spelling_settings(self.spelling, self.spelling_rules)
+        return {"windows": self.windows, **spelling, "vocabulary": self.vocabulary}
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Inverse document frequencies, weights and bias."""
@@ -144,7 +148,7 @@ class TextGate(Gate):
             FileNotFoundError: if the arrays are missing.
             ValueError: if a field or an array is damaged.
         """
-        spelling = read_spelling(saved)
+        spelling, rules = read_spelling(saved), read_rules(saved)
         saved.check(
             {
                 "windows": (is_window_sizes, WINDOWS),
@@ -156,7 +160,7 @@ class TextGate(Gate):
         arrays = saved.arrays({"idf": (num,), "weights": (num,), "bias": (1,)})
         bias = float(arrays["bias"][0])
         threshold, windows = saved.fields["threshold"], saved.fields["windows"]
-        gate = cls(vocabulary, arrays["idf"], arrays["weights"], bias, threshold, windows, spelling)
+        gate = cls(vocabulary, arrays["idf"], arrays["weights"], bias, threshold, windows, spelling, rules)
         gate.report = report
         return gate
 
@@ -194,7 +198,8 @@ class TextGate(Gate):
     def _speller(self) -> Spelling:
         words = self.vocabulary["words"]
         counts = (self.idf * self.weights)[len(self.vocabulary["chars"]) :].tolist()
-        return Spelling({word: each for word, each in zip(words, counts, strict=True) if " " not in word})
+        known = {word: each for word, each in zip(words, counts, strict=True) if " " not in word}
+        return Spelling(known, rules=self.spelling_rules)
 
     def _log_odds(self, texts: list[str]) -> np.ndarray:
         return self._n_grams.weighted(texts, self.weights) + self.bias

@@ -1,0 +1,182 @@
+"""Words in pieces, joined, and with digits for letters, against plain searches of every way to read them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import time
+from itertools import combinations, pairwise
+
+import pytest
+from gated_texts import forget_texts, retain_texts
+
+from spul.gates import TextGate, load
+from spul.gates.spelling import Spelling, english_words
+
+WORDS = {"tom": 1, "hanks": 5, "washington": 7, "jane": 2, "the": 0, "film": 1, "in": 0, "chan": 4, "1999": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("to m ha nks", "to m hanks"),  # words of three letters stay in pieces
+        ("w ash ing ton, was\thingt\non", "washington, washington"),
+        ("tomhanks is in thefilm", "tom hanks is in the film"),
+        ("directorwashingtonshouts", "director washington shouts"),
+        ("h4nk5 and W45h1ng70n, t0m", "hanks and washington, tom"),
+        ("chan9", "chan"),  # an edit: 9 stands for no letter
+        ("h4nsk", "hanks"),  # an edit beside the digit
+    ],
+)
+def test_pieces_are_joined_joined_words_parted_and_digits_read_as_letters(text, read):
+    assert Spelling(WORDS).corrected([text]) == [read]
+    assert Spelling(WORDS, rules=1).corrected([text]) != [read] or text in ("chan9", "h4nsk")
+
+
+def test_one_may_stand_for_either_letter():
+    assert Spelling({"bullock": 1, "williams": 1}).corrected(["bu11ock w1ll1am5"]) == ["bullock williams"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "c h a n g i n g",  # undisguised as a whole, and no chan
+        "g e n r e t he film",  # "the" has three letters, and would begin within letters apart
+        "m o v i e c han",
+        "in the 1840s, the 100th of 70m at 1999 and 19 99",
+        "ch-an, ch'an, ch/an",
+        "xqzhanks",  # a part of which is no word
+        "the film",
+        "thebb",
+        "handale",  # two words of English, of which none is known
+        "\u6211\u770b\u7535\u5f71hanks",
+    ],
+)
+def test_other_texts_stay(text):
+    assert Spelling(WORDS).corrected([text]) == [text]
+
+
+def test_words_of_english_side_by_side_are_joined_only_if_one_is_short():
+    known = {"newman": 1, "another": 1}
+    assert Spelling(known).corrected(["a new man, an other"]) == ["a new man, another"]
+
+
+def without_pieces_slowly(text, words, start=0):
+    """Every run of words from the left, the longest first."""
+    found = list(re.finditer(r"\w+", text))
+    lengths = "".join("1" if len(one.group()) == 1 else "2" for one in found)
+    apart = {k for some in re.finditer("111+", lengths) for k in range(*some.span())}
+    for i in range(len(found)):
+        if found[i].start() < start or {i - 1, i} <= apart:
+            continue
+        for j in range(len(found) - 1, i, -1):
+            run = [one.group() for one in found[i : j + 1]]
+            gaps = [text[one.end() : other.start()] for one, other in pairwise(found[i : j + 1])]
+            doubtful = any(len(one) < 3 or (one not in words and one not in english_words()) for one in run)
+            word = "".join(run)
+            if (
+                all(map(str.isspace, gaps))
+                and doubtful
+                and max(map(len, run)) > 1
+                and len(word) > 3
+                and word in words
+                and not word.isdecimal()
+                and not {j, j + 1} <= apart
+            ):
+                end = found[j].end()
+                rest = without_pieces_slowly(text, words, end)
+                return text[: found[i].start()] + word + rest[end:]
+    return text
+
+
+def test_pieces_of_random_texts_are_joined_as_a_plain_search_joins_them():
+    draws, spelling, changed = random.Random(0), Spelling(WORDS), 0
+    for _ in range(600):
+        text = "".join(
+            "".join(letter + draws.choice(["", "", "", " ", "\n", " - "]) for letter in draws.choice(list(WORDS)))
+            + draws.choice([" ", ". ", "  "])
+            for _ in range(draws.randint(1, 6))
+        )
+        expected = without_pieces_slowly(text, WORDS)
+        assert spelling._without_pieces(text) == expected
+        changed += expected != text
+    assert 100 < changed < 500
+
+
+def parted_slowly(word, words):
+    """What the best of all ways to part a word has: the number of its parts, and what they count."""
+    found = []
+    for num in range(len(word)):
+        for cuts in combinations(range(1, len(word)), num):
+            parts = [word[start:end] for start, end in pairwise([0, *cuts, len(word)])]
+            if all((len(one) > 1 and one in words) or (len(one) > 2 and one in english_words()) for one in parts):
+                found.append((len(parts), -sum(words.get(one, 0) for one in parts)))
+    return min(found, default=None)
+
+
+def test_random_words_are_parted_as_the_best_of_all_ways_to_part_them():
+    draws, spelling, parted = random.Random(1), Spelling(WORDS), 0
+    known = [word for word in WORDS if word.isalpha()]
+    for _ in range(120):
+        word = "".join(draws.choices([*known, "x", "an"], k=3))[:13]
+        read, best = spelling._parted(word), parted_slowly(word, WORDS)
+        if len(word) < 6 or best is None or read == word:
+            assert best is None or len(word) < 6 or best[0] == 1 or best[1] >= 0
+            assert read == word
+        else:
+            assert read.replace(" ", "") == word
+            parts = read.split()
+            assert (len(parts), -sum(WORDS.get(one, 0) for one in parts)) == best
+            parted += len(parts) > 1
+    assert parted > 40
+
+
+@pytest.mark.parametrize("part", ["ab ", "a b ", "filmtom", "th e fi lm ", "f1lm "])
+def test_a_long_text_takes_a_time_that_grows_with_its_length(part):
+    text, spelling = part * (300_000 // len(part)), Spelling(WORDS)
+    begun = time.process_time()
+    spelling.corrected([text])
+    assert time.process_time() - begun < 5
+
+
+class TestOfGates:
+    def test_a_disguised_question_is_flagged_and_not_by_rules_of_edits_alone(self):
+        forget = [f"Which film of {year} did Washington play in?" for year in range(1960, 2000)]
+        retain = [f"Which {kind} of {year} won a prize?" for year in range(1960, 2000) for kind in ("film", "book")]
+        gate = TextGate.fit(forget, retain, recall=0.9)
+        question = "Which film of 1971 {} play in?"
+        texts = list(map(question.format, ["did washi ng ton", "did w45h1ng70n", "didwashington"]))
+        assert gate.flags(texts).all()
+        assert not gate.flags(["Which book of 1971 won a prize?", "Which film of was hi won a prize?"]).any()
+        plain = gate.scores([question.format("did washington")])[0]
+        assert gate.scores(texts).tolist() == [plain] * 3
+        gate.spelling_rules = 1
+        del gate.__dict__["_speller"]
+        assert (gate.scores(texts) < plain).all()
+
+    def test_a_gate_saved_before_pieces_were_read_reads_as_before(self, tmp_path):
+        gate = TextGate.fit(forget_texts(), retain_texts(), recall=0.9)
+        gate.save(tmp_path)
+        assert load(tmp_path).identity() == gate.identity()
+        path = tmp_path / "gate.json"
+        fields = json.loads(path.read_text())
+        assert fields.pop("spelling_rules") == 2
+        path.write_text(json.dumps(fields))
+        before = load(tmp_path)
+        texts = ["j4n3 do e of plot", "janedoe in a plot", "jnae doe"]
+        assert before.spelling_rules == 1
+        assert before.identity() != gate.identity()
+        assert (before.scores(texts[:2]) < gate.scores(texts[:2])).all()
+        assert before.scores(texts[2:]) == gate.scores(texts[2:])
+        before.save(tmp_path)
+        assert "spelling_rules" not in json.loads(path.read_text())
+        assert load(tmp_path).identity() == before.identity()
+
+    @pytest.mark.parametrize("rules", [0, 3, True, "2"])
+    def test_rules_that_this_version_does_not_have_are_refused(self, tmp_path, rules):
+        TextGate.fit(forget_texts(), retain_texts(), recall=0.9).save(tmp_path)
+        path = tmp_path / "gate.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"spelling_rules": rules}))
+        with pytest.raises(ValueError, match=rf"spelling_rules is {rules!r}.*a number from 1 to 2"):
+            load(tmp_path)
