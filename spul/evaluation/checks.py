@@ -9,8 +9,10 @@ from datasets import Dataset
 from torch import nn
 
 from ..data.checks import check_rows, check_side
+from ..data.encoder import RowEncoder
+from ..data.row_checks import check_all_texts, check_token_ids
 from ..data.unlearning_data import SPLITS, UnlearningData
-from ..models.causal_lm import bare_model, check_model, unwrapped
+from ..models.causal_lm import bare_model, check_model, num_embeddings, unwrapped
 from ..models.compat import is_sharded
 from ..models.sharding import check_layers_alone
 from ..models.unlearner import unlearner_of
@@ -63,6 +65,26 @@ def checked_splits(
         if name in sets:
             check_side(rows, name.endswith("_forget"), name)
     return sets
+
+
+def check_can_be_scored(encoder: RowEncoder, sets: Mapping[str, Any], models: Iterable[nn.Module]) -> None:
+    """Check that all rows can be encoded, and that all models embed the tokens of the first ones.
+
+    Args:
+        encoder: of the rows.
+        sets: all sets of rows, by name: data sets or lists.
+        models: without wrappers.
+
+    Raises:
+        ValueError: if a row cannot be used, or a token has no embedding.
+    """
+    sizes = [num for one in models if (num := num_embeddings(one)) is not None]
+    for name, rows in sets.items():
+        try:
+            check_all_texts(encoder, rows)
+            check_token_ids(encoder, rows, min(sizes, default=None))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def checked_models(given: Mapping[str, Any], measures: Sequence[str]) -> dict[str, nn.Module]:
