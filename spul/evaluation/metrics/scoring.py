@@ -262,7 +262,8 @@ def collect_answers(
     picked = rows if some == range(len(rows)) else rows.select(some)
     answers = Answers([""] * len(picked), [""] * len(picked), [0.0] * len(picked))
     with evaluation_mode(model), unlearner_of(model).cached_prompts():
-        for indices in length_batches(picked, collator.encoder.encode, batch_size, progress):
+        encoder = collator.encoder
+        for indices in length_batches(model, picked, encoder.encode, batch_size, encoder.pad_to_multiple_of, progress):
             found = greedy_completions(model, rows_at(picked, indices), collator, classes)
             for j, i in enumerate(indices):
                 answers.true[i], answers.predicted[i] = found.true[j], found.predicted[j]
