@@ -120,7 +120,8 @@ def check_texts(row: Mapping[str, Any], text_field: str | None = None) -> None:
         for column, text in texts.items():
             _check_text(row, column, text)
     else:
-        for column in ("prompt", "completion"):
+        # Of a text beside something else, that is at fault: a label that is a number, say.
+        for column in sorted(("prompt", "completion"), key=lambda name: isinstance(row[name], str)):
             _check_messages(row, column)
     if is_empty(completion):
         raise ValueError(f"{row_name(row)} has an empty completion: {_shown(row)}. Drop it, or fill it in.")
