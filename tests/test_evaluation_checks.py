@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from helpers import make_collator, make_tokenizer
+from helpers import make_collator, make_tokenizer, rows
 from small_evaluations import QUESTIONS, counted, make_model, make_splits, measured, questions
 
 NEW = "unheard"  # a token that the models do not embed
@@ -81,6 +81,42 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_measured(monkeypatc
     with pytest.raises(kind, match=message):
         measured(make_model("prompt_tuning"), "utility", "unrelated text", "questions", **options)
     assert done == []
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "neighbors without names": (
+        {"neighbors": rows("near", 3)},
+        TypeError,
+        "neighbors is a Dataset; expected a dict",
+    ),
+    "a list of neighbors": ({"neighbors": [rows("near", 3)]}, TypeError, "neighbors is a list"),
+    "neighbors named as a split": (
+        {"neighbors": {"test_forget": rows("near", 3)}},
+        ValueError,
+        r"neighbors \['test_forget'\] have the name of another set",
+    ),
+    "neighbors named as unseen rows": (
+        {"neighbors": {"unseen": rows("near", 3)}, "unseen": rows("other", 3)},
+        ValueError,
+        r"neighbors \['unseen'\] have the name",
+    ),
+    "names of questions alone": ({"questions": ["forget"]}, TypeError, "questions is a list; expected a dict"),
+    "a format as text": ({"question_format": "{question}"}, TypeError, "question_format is a str"),
+    "attacks as a dict": ({"attacks": {"num_rows": 3}}, TypeError, "attacks is a dict"),
+    "a seed as text": ({"seed": "1"}, TypeError, "seed is a str, '1'; expected a whole number"),
+    "a broken seed": ({"seed": 1.5}, TypeError, "seed is a float"),
+    "a flag as seed": ({"seed": True}, TypeError, "seed is a bool"),
+    "an empty path": ({"output_dir": ""}, ValueError, "output_dir is empty"),
+    "a file as folder": ({"output_dir": __file__}, FileExistsError, "is a file; expected a folder"),
+    "a folder in a file": ({"output_dir": f"{__file__}/out"}, FileExistsError, "is a file; expected a folder"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_arguments_of_other_types_are_refused_by_name(name):
+    options, kind, message = WRONG[name]
+    with pytest.raises(kind, match=message):
+        measured(make_model("prompt_tuning"), "utility", **options)
 
 
 def test_questions_that_are_cut_are_warned_of_before_they_are_asked(caplog):

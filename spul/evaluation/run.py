@@ -18,7 +18,7 @@ from ..models.compat import PartialState, broadcast, gathered
 from ..records.digests import DigestKey, read_digest_key
 from .aggregation import Key, Measurement
 from .attack_settings import AttackSettings
-from .checks import check_can_be_scored, check_names, checked_models, checked_splits, named_sets
+from .checks import check_arguments, check_can_be_scored, check_names, checked_models, checked_splits, named_sets
 from .examples import attack_examples
 from .measures import MEASURES, Measure, key_in_words
 from .metrics.free_form import rouge_l
@@ -115,6 +115,16 @@ def evaluate(
     """
     key = None if digest_key is None else read_digest_key(digest_key)
     check_names(measures, questions or ())
+    check_arguments(
+        {
+            "neighbors": neighbors,
+            "questions": questions,
+            "question_format": question_format,
+            "attacks": attacks,
+            "seed": seed,
+            "output_dir": output_dir,
+        }
+    )
     if not isinstance(collator, ForgetRetainCollator):
         raise TypeError(f"collator is a {type(collator).__name__}; expected ForgetRetainCollator(tokenizer, [...]).")
     others = {**(neighbors or {}), **({} if unseen is None else {"unseen": unseen})}

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...data.encoded import Encoded
+from ...data.row_checks import check_all_texts
 from ...data.rows import ADAPTER_NAME, adapter_names_of, column_batches, completion_text, rows_at
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
@@ -258,6 +259,7 @@ def collect_answers(
 ) -> Answers:
     """Answers to some rows of a set, by their indices; see `score_completions`."""
     check_rows(rows)
+    check_all_texts(collator.encoder, rows)
     classes = task_classes(rows)
     picked = rows if some == range(len(rows)) else rows.select(some)
     answers = Answers([""] * len(picked), [""] * len(picked), [0.0] * len(picked))
