@@ -5,7 +5,7 @@ import tracemalloc
 
 import pytest
 from datasets import Dataset
-from helpers import VOCABULARY, build, make_collator, prompted
+from helpers import VOCABULARY, build, longrope_unlearner, make_collator, prompted
 
 from spul.data.encoded import Encoded
 from spul.evaluation.metrics.batches import length_batches, map_responses
@@ -29,10 +29,29 @@ def encoded_now():
 
 def test_every_row_is_in_one_batch_and_the_longest_come_first():
     rows, encoder = many(2500), make_collator().encoder  # more than are read at once
-    batches = list(length_batches(rows, encoder.encode, 64))
+    batches = list(length_batches(build("llama"), rows, encoder.encode, 64))
     assert sorted(i for batch in batches for i in batch) == list(range(2500))
     assert {i % 2 for i in batches[0]} == {1}
     assert {i % 2 for i in batches[-1]} == {0}
+
+
+@pytest.mark.parametrize("multiple", [None, 4])
+def test_with_longrope_scores_of_a_row_do_not_depend_on_the_others(multiple):
+    """Behind the 4 virtual tokens and without them, on both sides of a switch at 12."""
+    unlearner, collator = longrope_unlearner(), make_collator(pad_to_multiple_of=multiple, max_length=40)
+    given = [{"prompt": "film " * num + ":", "completion": " positive"} for num in (3, 4, 5, 6, 7, 8, 9, 12, 15, 20)]
+    rows = Dataset.from_list(given)
+    lengths = [len(collator.encoder.encode(row)) for row in rows]
+    assert min(lengths) <= 8
+    assert any(8 < length <= 12 for length in lengths)
+    assert max(lengths) > 12
+    together = kl_to(unlearner, rows, collator.encoder, batch_size=len(rows))
+    alone = [kl_to(unlearner, rows.select([i]), collator.encoder) for i in range(len(rows))]
+    for name, values in together.items():
+        assert values == pytest.approx([float(one[name][0]) for one in alone], rel=1e-6)
+    answers = collect_answers(unlearner, rows, collator, len(rows), range(len(rows)))
+    one_by_one = collect_answers(unlearner, rows, collator, 1, range(len(rows)))
+    assert answers.nll == pytest.approx(one_by_one.nll, rel=1e-6)
 
 
 def test_tokens_of_one_batch_are_in_memory():

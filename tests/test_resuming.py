@@ -62,11 +62,11 @@ CHANGED = {  # what is passed in place of what was saved, and what the error say
     ),
     "a row replaced": (
         {"dataset": forget_retain_dataset(rows("jane", 11), rows("filn", 21))},
-        [r"rows.content: \w{12} saved, \w{12} passed"],
+        [r"rows.values: \w{12} saved, \w{12} passed"],
     ),
     "rows in another order": (
         {"dataset": make_dataset().select(range(31, -1, -1))},
-        [r"rows.content: \w{12} saved, \w{12} passed"],
+        [r"rows.values: \w{12} saved, \w{12} passed"],
     ),
     "sides swapped": (
         {"dataset": forget_retain_dataset(rows("film", 21), rows("jane", 11))},
@@ -74,7 +74,7 @@ CHANGED = {  # what is passed in place of what was saved, and what the error say
     ),
     "weights of rows": (
         {"dataset": forget_retain_dataset(rows("jane", 11), rows("film", 21), retain_weight=[2.0] + [1.0] * 20)},
-        ["rows.content"],
+        ["rows.values"],
     ),
     "alpha": ({"loss": UnlearningLoss(alpha=0.25)}, ["loss.alpha: 1.0 saved, 0.25 passed"]),
     "a reduction": (
@@ -216,8 +216,8 @@ def test_rows_that_a_transform_draws_anew_resume_and_their_numbers_are_compared(
     again = make(tmp_path, drawn(make_dataset()), own=own, max_steps=2)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 2
-    fewer = drawn(make_dataset().select(range(len(make_dataset()) - 1)))
-    with pytest.raises(ValueError, match=r"rows\.(forget|retain): \d+ saved"):
+    fewer = drawn(make_dataset(10, 20))
+    with pytest.raises(ValueError, match=r"rows\.forget: 11 saved, 10 passed; rows\.retain: 21 saved, 20 passed"):
         make(tmp_path, fewer, own=own, max_steps=3).train(resume_from_checkpoint=True)
 
 
@@ -240,6 +240,22 @@ def test_a_checkpoint_without_a_note_of_rows_and_loss_is_resumed_with_a_warning(
     with caplog.at_level(logging.WARNING):
         again.train(resume_from_checkpoint=True)
     assert "does not say what rows and loss it was trained with" in caplog.text
+    assert again.state.global_step == 2
+
+
+def test_a_checkpoint_with_a_digest_of_an_earlier_version_resumes_with_a_warning(tmp_path, caplog):
+    make(tmp_path).train()
+    path = tmp_path / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    saved_rows = state["stateful_callbacks"][IDENTITY]["rows"]
+    saved_rows["content"] = saved_rows.pop("values")
+    path.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"settings: rows\.retain: 21 saved, 20 passed\. Resume"):
+        make(tmp_path, make_dataset(11, 20), max_steps=2).train(resume_from_checkpoint=True)
+    again = make(tmp_path, max_steps=2)
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=True)
+    assert "a digest of its rows by an earlier version" in caplog.text
     assert again.state.global_step == 2
 
 

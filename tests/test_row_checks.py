@@ -22,7 +22,7 @@ IDS = {"input_ids": [4, 5, 6], "completion_mask": [0, 0, 1], "is_forget": False}
     [
         ({**TEXT, "prompt": 5}, r"a row: prompt is 5; expected prompt and completion to be texts, or both lists"),
         ({**TEXT, "prompt": None, "row_id": 3}, r"the row with row_id=3: prompt is None; expected"),
-        ({**TEXT, "completion": 5}, r"prompt is 'review jane :'; expected .* both lists of \{'role', 'content'\}"),
+        ({**TEXT, "completion": 5}, r"a row: completion is 5; expected .* both lists of \{'role', 'content'\}"),
         ({**TEXT, "completion": [ANSWER]}, r"prompt is 'review jane :'; expected .* or both lists"),
         ({**TEXT, "completion": None}, r"a row has an empty completion: \{'prompt'"),
         ({**TEXT, "completion": " \n"}, r"a row has an empty completion"),

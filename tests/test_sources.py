@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from known_data import write_jsonl, write_tsv
 
@@ -17,6 +19,25 @@ def test_a_missing_file_is_an_error_that_lists_what_is_there(tmp_path):
     write_tsv(tmp_path / "dev.tsv", ("sentence", "label"), [("a film", 1)])
     with pytest.raises(FileNotFoundError, match=r"train\.tsv does not exist; its folder has dev\.tsv"):
         load_sst2(tmp_path)
+
+
+def test_a_folder_in_place_of_a_file_is_an_error_that_lists_what_is_in_it(tmp_path):
+    write_tsv(tmp_path / "dev.tsv", ("sentence", "label"), [("a film", 1)])
+    with pytest.raises(FileNotFoundError, match=r"is a folder; expected a file: it has dev\.tsv"):
+        read_file(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x.tsv", "x.csv", "x.parquet"])
+def test_columns_of_one_name_are_an_error(tmp_path, name):
+    path = tmp_path / name
+    if name == "x.parquet":
+        columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
+        pq.write_table(pa.Table.from_arrays(columns, names=["prompt", "prompt", "completion"]), path)
+    else:
+        lines = "prompt,prompt,completion\na,b,c\n"
+        path.write_text(lines.replace(",", "\t") if name == "x.tsv" else lines, encoding="utf-8")
+    with pytest.raises(ValueError, match=rf"{name} has more than one column 'prompt'; expected a name for each"):
+        read_file(path)
 
 
 @pytest.mark.parametrize("name", ["sst2", "imdb", "yelp", "wmdp", "tofu"])

@@ -115,7 +115,8 @@ def test_what_cannot_be_a_stream_is_refused():
         forget_retain_stream(list(film), film, 0.5)
     with pytest.raises(ValueError, match="retain has the columns"):
         forget_retain_stream(film, Dataset.from_list([{"text": "a"}]), 0.5)
-    for empty in (film.select([]), IterableDataset.from_generator(no_rows)):
+    typed = IterableDataset.from_generator(no_rows, features=film.features)
+    for empty in (film.select([]), IterableDataset.from_generator(no_rows), typed):
         with pytest.raises(ValueError, match="forget has no rows; expected at least one"):
             forget_retain_stream(empty, film, 0.5)
         with pytest.raises(ValueError, match="retain has no rows; expected at least one"):

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import (
     CONFIGS,
     GENERIC,
@@ -130,6 +131,30 @@ def test_rows_that_share_a_row_id_are_refused_whatever_the_reference(tmp_path, r
     rows = rows.add_column("row_id", [i // 2 for i in range(len(rows))])
     with pytest.raises(ValueError, match=r"rows 0 and 1 of train_dataset share row_id=0"):
         make_trainer(tmp_path, dataset=rows, reference=reference)
+
+
+NOT_SCORED = {
+    "a missing completion": (
+        Dataset.from_list([{"prompt": "y :", "completion": None}]),
+        ValueError,
+        "empty completion",
+    ),
+    "an empty completion": (Dataset.from_list([{"prompt": "y :", "completion": ""}]), ValueError, "empty completion"),
+    "an empty prompt": (Dataset.from_list([{"prompt": "", "completion": "a"}]), ValueError, "prompt .* has no tokens"),
+    "no column": (Dataset.from_list([{"text": "y :"}]), ValueError, "lacks the column"),
+    "no rows": (rows("a", 3).select([]), ValueError, "is empty; expected at least one row"),
+    "a list": ([{"prompt": "y :", "completion": " good"}], TypeError, "is a list; expected a datasets.Dataset"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_SCORED)
+def test_rows_that_cannot_be_scored_are_refused_before_they_are_evaluated_in_a_training(tmp_path, name):
+    given, error, message = NOT_SCORED[name]
+    for sets, label in ((given, "eval_dataset"), ({"held_out": given}, "held_out")):
+        with pytest.raises(error, match=f"{label}.* {message}"):
+            make_trainer(tmp_path, eval_dataset=sets)
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path).evaluate(given)
 
 
 def test_rows_that_lose_text_are_reported_once_when_the_trainer_is_made(tmp_path, caplog):

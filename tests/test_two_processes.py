@@ -1,11 +1,14 @@
 """Two processes do what one does: training steps, the cached reference, an evaluation. One launch for all of them."""
 
+import logging
+import re
 import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from helpers import (
     CONFIGS,
     ONE_STEP,
@@ -123,6 +126,29 @@ def streamed_step(folder, processes):
     return {"state": prompt_state(trainer.model), "error": error}
 
 
+def sides_of_streams(folder, processes):
+    """What is said of streams of one side, and of one whose second process has no forget row, and the rows counted."""
+    logger, said, read = logging.getLogger("spul.training.checks"), [], []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    config = {"accelerator_config": {"dispatch_batches": False}, "reference": "live", "max_steps": 2}
+    for num_forget, num_retain in ((8, 0), (0, 8), (4, 4)):
+        given = [*make_dataset(8, 8)][8 - num_forget : 8 + num_retain]
+        dataset = Dataset.from_list(given).to_iterable_dataset()
+        trainer = make_trainer(folder, dataset=dataset, per_device_train_batch_size=8 // processes, **config)
+        end_pass = trainer.end_pass
+
+        def ending(trainer=trainer, end_pass=end_pass):
+            read.append(trainer._rows_read.tolist())
+            end_pass()
+
+        trainer.end_pass = ending
+        logger.addHandler(handler)
+        trainer.train()
+        logger.removeHandler(handler)
+    return {"said": said, "read": read}
+
+
 def memorizing_step(folder, processes):
     from paper.memorization import CompletionTrainer
 
@@ -207,6 +233,7 @@ def main(folder):
         results[f"constrained {trainable}"] = constrained_steps(trainable, folder / "out", 2)
     results["predictions"] = predictions(folder / "out")
     results["streamed"] = streamed_step(folder / "out", 2)
+    results["sides of streams"] = sides_of_streams(folder / "out", 2)
     results["memorizing"] = memorizing_step(folder / "out", 2)
     results["cached"] = cached_step(folder, 2)
     results["stopped"] = stopped(folder / "stopped", 2)
@@ -270,6 +297,18 @@ def test_2_processes_read_a_stream_as_one(launch, tmp_path):
     found = launch[1][0]["streamed"]
     assert_same(streamed_step(tmp_path, 1)["state"], found["state"], rtol=0, atol=1e-6)
     assert "'dispatch_batches': False" in found["error"]
+
+
+def test_2_processes_count_the_sides_of_a_stream_together_and_one_of_them_speaks(launch, tmp_path):
+    one, (first, second) = sides_of_streams(tmp_path, 1), [results["sides of streams"] for results in launch[1]]
+    assert one["read"] == [[8, 0], [8, 0], [0, 8], [0, 8], [4, 4], [4, 4]]
+    assert first["read"] == second["read"] == one["read"]
+    assert first["said"] == one["said"]
+    assert [re.search("nothing is (forgotten|retained)", message)[1] for message in one["said"]] == [
+        "retained",
+        "forgotten",
+    ]
+    assert second["said"] == []
 
 
 def test_2_processes_memorize_as_one(launch, tmp_path):

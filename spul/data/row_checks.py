@@ -75,6 +75,24 @@ def check_token_ids(encoder: RowEncoder, rows: Iterable[Mapping[str, Any]], num_
             )
 
 
+def check_all_texts(encoder: RowEncoder, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Check all rows that are not tokenized by `check_texts`; of blank prompts, that the tokenizer gives them tokens.
+
+    Args:
+        encoder: of the rows.
+        rows: as in `RowEncoder.encode`.
+
+    Raises:
+        ValueError: if one cannot be encoded.
+    """
+    for row in read_rows(rows, ("input_ids", "prompt", "completion", encoder.text_field or "prompt")):
+        if "input_ids" in row:
+            continue
+        check_texts(row, encoder.text_field)
+        if isinstance(row["prompt"], str) and not row["prompt"].strip():
+            encoder.encode(row)
+
+
 def check_texts(row: Mapping[str, Any], text_field: str | None = None) -> None:
     """Check the prompt and the completion of a row: both texts, or both lists of messages, and not empty.
 
@@ -102,7 +120,8 @@ def check_texts(row: Mapping[str, Any], text_field: str | None = None) -> None:
         for column, text in texts.items():
             _check_text(row, column, text)
     else:
-        for column in ("prompt", "completion"):
+        # Of a text beside something else, that is at fault: a label that is a number, say.
+        for column in sorted(("prompt", "completion"), key=lambda name: isinstance(row[name], str)):
             _check_messages(row, column)
     if is_empty(completion):
         raise ValueError(f"{row_name(row)} has an empty completion: {_shown(row)}. Drop it, or fill it in.")

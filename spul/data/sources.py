@@ -50,10 +50,12 @@ def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Data
 
     Raises:
         FileNotFoundError: if there is no such file; the message lists its folder.
-        ValueError: if the ending is another one, the file has no rows, a row has other columns than the first, or a
-            column is missing.
+        ValueError: if the ending is another one, the file has no rows, a row has other columns than the first, a
+            column is missing, or two have one name.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; expected a file: it has {_listing(path)}.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; its folder has {_listing(path.parent)}.")
     if not path.name.endswith(FILE_TYPES):
@@ -66,6 +68,7 @@ def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Data
         elif path.suffix == ".csv":
             rows = Dataset(_csv_table(path))
         else:
+            _check_different(pyarrow.parquet.read_schema(path).names, path)
             rows = Dataset(pyarrow.parquet.read_table(path))
     return _with_columns(rows, columns, str(path))
 
@@ -112,11 +115,17 @@ def _listing(folder: Path, shown: int = 20) -> str:
     return listed(names, shown) or "nothing in it"
 
 
+def _check_different(names: Sequence[str], path: Path) -> None:
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{path} has more than one column {', '.join(map(repr, twice))}; expected a name for each.")
+
+
 def _tsv_rows(path: Path) -> Iterator[dict[str, str]]:
     # Only "\n" ends a line: texts hold other characters that Python takes for line breaks by default.
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding=ENCODING, newline="\n") as lines:
         header = next(lines, "").rstrip("\r\n").split("\t")
+        _check_different(header, path)
         for number, line in enumerate(lines, start=2):
             values = line.rstrip("\r\n").split("\t")
             if len(values) != len(header):
@@ -129,6 +138,7 @@ def _tsv_rows(path: Path) -> Iterator[dict[str, str]]:
 
 def _csv_table(path: Path) -> pyarrow.Table:
     table = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+    _check_different(table.column_names, path)
     if bad := [field.name for field in table.schema if pyarrow.types.is_binary(field.type)]:  # as Arrow reads others
         raise ValueError(f"{path} is not UTF-8 (the column {bad[0]!r}); save it in that encoding.")
     return table

@@ -33,9 +33,9 @@ def forget_retain_stream(
 
     Raises:
         TypeError: if one is not of `datasets`.
-        ValueError: if `forget_fraction` is out of range, or a stream is known to lack a column or, where its first
-            row is read to know its columns, rows; while it is read, at a row whose `is_forget` says that it belongs to
-            the other stream.
+        ValueError: if `forget_fraction` is out of range, or a stream has no rows, of which the first one is read, or
+            is known to lack a column; while it is read, at a row whose `is_forget` says that it belongs to the other
+            stream.
 
     Example:
         ```python
@@ -47,16 +47,7 @@ def forget_retain_stream(
         raise ValueError(f"forget_fraction={forget_fraction!r}: expected a share above 0 and below 1.")
     flagged = [_flagged(forget, "forget", True), _flagged(retain, "retain", False)]
     shares = [forget_fraction, 1 - forget_fraction]
-    try:
-        return interleave_datasets(flagged, shares, seed=seed, stopping_strategy="all_exhausted")
-    except StopIteration as error:  # of datasets, which reads the first row of a stream without features
-        given = (("forget", forget), ("retain", retain))
-        name = next((name for name, rows in given if next(iter(rows), None) is None), "forget or retain")
-        raise ValueError(_empty_in_words(name)) from error
-
-
-def _empty_in_words(name: str) -> str:
-    return f"{name} has no rows; expected at least one. Check its files and filters."
+    return interleave_datasets(flagged, shares, seed=seed, stopping_strategy="all_exhausted")
 
 
 def _flagged(rows: Any, name: str, flag: bool) -> IterableDataset:
@@ -66,8 +57,8 @@ def _flagged(rows: Any, name: str, flag: bool) -> IterableDataset:
             f"{name} is a {type(rows).__name__}; expected a Dataset or an IterableDataset of datasets, such as "
             "IterableDataset.from_generator(function)."
         )
-    if isinstance(rows, Dataset) and not len(rows):
-        raise ValueError(_empty_in_words(name))
+    if next(iter(rows), None) is None:  # datasets would interleave nothing with the rows of the other side
+        raise ValueError(f"{name} has no rows; expected at least one. Check its files and filters.")
     stream = rows.to_iterable_dataset() if isinstance(rows, Dataset) else rows
     columns = stream.column_names
     if columns is not None and not any(needed <= set(columns) for needed in COLUMNS):

@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 from datasets import Dataset
 from torch import nn
 
 from ..data.checks import check_rows, check_side
+from ..data.encoder import RowEncoder
+from ..data.formats import PromptFormat
+from ..data.row_checks import check_all_texts, check_token_ids
 from ..data.unlearning_data import SPLITS, UnlearningData
-from ..models.causal_lm import bare_model, check_model, unwrapped
+from ..models.causal_lm import bare_model, check_model, num_embeddings, unwrapped
 from ..models.compat import is_sharded
 from ..models.sharding import check_layers_alone
 from ..models.unlearner import unlearner_of
+from ..records.files import check_can_hold
+from .attack_settings import AttackSettings
 from .measures import MEASURES
 from .metrics.scoring import with_adapter_names
 
+KINDS: dict[str, tuple[Any, str]] = {
+    "neighbors": (Mapping, "a dict of data sets: neighbors={'same names': rows}"),
+    "questions": (Mapping, "a dict of TOFU's perturbed files: questions={'forget': rows}"),
+    "question_format": (PromptFormat, "a PromptFormat"),
+    "attacks": (AttackSettings, "AttackSettings(...)"),
+    "seed": (Integral, "a whole number"),
+    "output_dir": ((str, os.PathLike), "the path of a folder"),
+}
 QUESTIONS = ("forget", "retain", "real_authors", "world_facts")  # TOFU's perturbed files
 
 
@@ -37,6 +52,32 @@ def check_names(measures: Sequence[str], questions: Iterable[str] = ()) -> None:
         raise ValueError(f"measures {unknown} are not known; expected some of {', '.join(MEASURES)}.")
     if other := sorted(set(questions) - set(QUESTIONS)):
         raise ValueError(f"questions {other}: expected {', '.join(QUESTIONS[:-1])} and {QUESTIONS[-1]}.")
+
+
+def check_arguments(arguments: Mapping[str, Any]) -> None:
+    """Check the types of arguments of `evaluate`, and that no set of neighbors has the name of another set.
+
+    Args:
+        arguments: some of them, by name; None is none.
+
+    Raises:
+        FileExistsError: if `output_dir` is a file, or in one.
+        PermissionError: if it may not be written to.
+        TypeError: if one is of another type.
+        ValueError: if neighbors have the name of a split, or `"unseen"`.
+    """
+    for name, (kind, expected) in KINDS.items():
+        value = arguments.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            shown = f", {value!r:.80}" if isinstance(value, (str, bool, float)) else ""
+            raise TypeError(f"{name} is a {type(value).__name__}{shown}; expected {expected}.")
+    if taken := sorted({*SPLITS, "unseen"} & set(arguments.get("neighbors") or ())):
+        raise ValueError(f"neighbors {taken} have the name of another set of rows; give them one of their own.")
+    folder = arguments.get("output_dir")
+    if folder == "":
+        raise ValueError("output_dir is empty; expected the path of a folder, or None to write nothing.")
+    if folder is not None:
+        check_can_hold(folder)
 
 
 def checked_splits(
@@ -63,6 +104,26 @@ def checked_splits(
         if name in sets:
             check_side(rows, name.endswith("_forget"), name)
     return sets
+
+
+def check_can_be_scored(encoder: RowEncoder, sets: Mapping[str, Any], models: Iterable[nn.Module]) -> None:
+    """Check that all rows can be encoded, and that all models embed the tokens of the first ones.
+
+    Args:
+        encoder: of the rows.
+        sets: all sets of rows, by name: data sets or lists.
+        models: without wrappers.
+
+    Raises:
+        ValueError: if a row cannot be used, or a token has no embedding.
+    """
+    sizes = [num for one in models if (num := num_embeddings(one)) is not None]
+    for name, rows in sets.items():
+        try:
+            check_all_texts(encoder, rows)
+            check_token_ids(encoder, rows, min(sizes, default=None))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def checked_models(given: Mapping[str, Any], measures: Sequence[str]) -> dict[str, nn.Module]:

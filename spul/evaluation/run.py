@@ -13,18 +13,18 @@ from tqdm.auto import tqdm
 
 from ..data.collator import ForgetRetainCollator
 from ..data.formats import QUESTION_ANSWER, PromptFormat
-from ..data.row_checks import check_token_ids
 from ..data.unlearning_data import UnlearningData
-from ..models.causal_lm import num_embeddings
 from ..models.compat import PartialState, broadcast, gathered
 from ..records.digests import DigestKey, read_digest_key
 from .aggregation import Key, Measurement
 from .attack_settings import AttackSettings
-from .checks import check_names, checked_models, checked_splits, named_sets
+from .checks import check_arguments, check_can_be_scored, check_names, checked_models, checked_splits, named_sets
 from .examples import attack_examples
 from .measures import MEASURES, Measure, key_in_words
 from .metrics.free_form import rouge_l
+from .metrics.running_text import text_rows
 from .metrics.scoring import DivergedError
+from .metrics.tofu import question_rows
 from .results import Evaluation, append_measurements
 from .resuming import PROGRESS_NAME, remove_progress, resumed
 from .settings import facts_of, published, settings_of
@@ -96,7 +96,8 @@ def evaluate(
 
     Raises:
         FileNotFoundError: if `digest_key` is the path of no file.
-        ValueError: if rows of the collator's `max_length` or tokenizer do not fit the model, a split or
+        ValueError: if rows of the collator's `max_length` or tokenizer do not fit the model, a row, a question or all
+            texts together have nothing to score, a split or
             `generic_completions` is missing, a split's column `is_forget` contradicts its name, a measure or set of
             questions is unknown, two of the models share a base, a model is sharded otherwise than by `shard_layers`,
             or `output_dir` holds another evaluation, files that are not an evaluation's, or damaged ones.
@@ -114,6 +115,16 @@ def evaluate(
     """
     key = None if digest_key is None else read_digest_key(digest_key)
     check_names(measures, questions or ())
+    check_arguments(
+        {
+            "neighbors": neighbors,
+            "questions": questions,
+            "question_format": question_format,
+            "attacks": attacks,
+            "seed": seed,
+            "output_dir": output_dir,
+        }
+    )
     if not isinstance(collator, ForgetRetainCollator):
         raise TypeError(f"collator is a {type(collator).__name__}; expected ForgetRetainCollator(tokenizer, [...]).")
     others = {**(neighbors or {}), **({} if unseen is None else {"unseen": unseen})}
@@ -122,9 +133,13 @@ def evaluate(
         raise ValueError("the collator has no generic_completions; give it those that count as a generic answer.")
     given = {"model": model, "base": base, "retrained": retrained, "reference": reference}
     models = checked_models(given, measures)
-    sizes = [num for one in models.values() if (num := num_embeddings(one)) is not None]
-    for rows in (*sets.values(), *others.values()):
-        check_token_ids(collator.encoder, rows, min(sizes, default=None))
+    asked = {
+        f"questions {name}": question_rows(rows, question_format, f"questions {name}")[0]
+        for name, rows in (questions or {}).items()
+    }
+    read = {**sets, **others, **asked}
+    texts = {"unrelated_texts": text_rows(unrelated_texts, collator.encoder)} if len(unrelated_texts) else {}
+    check_can_be_scored(collator.encoder, {**read, **texts}, models.values())
     if adapter_names is not None:
         named = named_sets(models["model"], {**sets, **others}, adapter_names)
         sets, unseen = {name: named[name] for name in sets}, named.get("unseen")
@@ -154,7 +169,7 @@ def evaluate(
             f"{suite.room}."
         )
     if PartialState().is_main_process:
-        for name, rows in {**sets, **others}.items():
+        for name, rows in read.items():
             collator.warn_of_cut_rows(rows, name)
     measured = [measure for name, measure in MEASURES.items() if name in measures]
     tasks = _tasks(suite, measured)

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
-from ..data.checks import check_row_ids
+from ..data.checks import check_row_ids, check_rows
 from ..data.collator import ForgetRetainCollator
-from ..data.row_checks import RESIZE
+from ..data.encoder import RowEncoder
+from ..data.row_checks import RESIZE, check_all_texts, check_token_ids
 from ..data.rows import SHOWN, listed
 from ..data.samplers import EpochSampler
 from ..losses.unlearning_loss import UnlearningLoss
@@ -112,6 +113,27 @@ def warn_of_one_side(num_forget: int, num_retain: int, loss: UnlearningLoss) -> 
             loss.alpha,
             loss.beta,
         )
+
+
+def check_evaluation_rows(rows: Any, encoder: RowEncoder, num_embedded: int | None) -> None:
+    """Check the rows that are evaluated within a training, before hours of it.
+
+    Args:
+        rows: `eval_dataset` of `UnlearningTrainer`.
+        encoder: of the rows.
+        num_embedded: number of tokens that the base has an embedding for; None if unknown.
+
+    Raises:
+        TypeError: if a set is no data set.
+        ValueError: if it has no rows or lacks a column, or a row cannot be scored.
+    """
+    for name, some in (rows if isinstance(rows, Mapping) else {"eval_dataset": rows}).items():
+        check_rows(some, name=name)
+        try:
+            check_all_texts(encoder, some)
+            check_token_ids(encoder, some, num_embedded)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
 
 
 def no_rows_in_words(rows: Any) -> str:

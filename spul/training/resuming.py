@@ -15,17 +15,18 @@ from transformers import TrainingArguments
 
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
 from ..data.row_weights import WEIGHT
-from ..data.rows import read_rows
 from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import CHECKPOINT_PREFIX
 from ..records.digests import RewrittenRows, digest_of_tokenizer
 from .options import is_stream
+from .row_digest import plain, plain_digest
 
 logger = logging.getLogger(__name__)
 
 STATE_NAME = "trainer_state.json"
 IDENTITY = "UnlearningTrainer"  # among the states of callbacks
+CONTENT, OLD_CONTENT = "values", "content"  # names of the digest of rows, and of another one of earlier versions
 SHOWN_DIGITS = 12
 
 
@@ -64,18 +65,14 @@ def rows_identity(
         collator: of the training; it names further columns.
     """
     if is_stream(rows):
-        return {"forget": "a stream", "retain": "a stream", "rewritten": None, "content": None}
+        return {"forget": "a stream", "retain": "a stream", "rewritten": None, CONTENT: None}
     columns = (*ROW_COLUMNS, WEIGHT, *filter(None, (collator.encoder.text_field, collator.alternates)))
     is_transformed = isinstance(rows, Dataset) and rows.format["type"] == "custom"
-    found = hashlib.sha256()
-    for row in () if is_transformed else read_rows(rows, columns):
-        content = {name: row[name] for name in columns if name in row}
-        found.update(json.dumps(content, sort_keys=True, default=_plain).encode() + b"\n")
     return {
         "forget": sum(flags),
         "retain": len(flags) - sum(flags),
         "rewritten": None if rewritten is None else rewritten.in_words(),
-        "content": None if is_transformed else found.hexdigest(),
+        CONTENT: None if is_transformed else plain_digest(rows, columns),
     }
 
 
@@ -128,7 +125,7 @@ def identity_of(
         "rows_of_a_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes,
         "neftune_noise_alpha": args.neftune_noise_alpha,
     }
-    return json.loads(json.dumps(found, default=_plain))
+    return json.loads(json.dumps(found, default=plain))
 
 
 def check_identity(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) -> None:
@@ -153,8 +150,16 @@ def check_identity(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) -
     names = [name for name in before | now if before.get(name) != now.get(name)]
     if None in (before.get("base"), now.get("base")):  # not known on one side
         names = [name for name in names if name != "base"]
-    if len([name for name in names if name.startswith("rows.")]) > 1:
-        names.remove("rows.content")  # of another number of rows it says nothing
+    digests = [f"rows.{OLD_CONTENT}", f"rows.{CONTENT}"]
+    if before.get(digests[0]) is not None:
+        logger.warning(
+            "%s has a digest of its rows by an earlier version of spul, which is another: whether rows of the same "
+            "number are the same is not checked.",
+            checkpoint,
+        )
+        names = [name for name in names if name not in digests]
+    if any(name.startswith("rows.") and name not in digests for name in names):
+        names = [name for name in names if name not in digests]  # of another number of rows they say nothing
     if names:
         listed = [f"{name}: {_in_words(before.get(name))} saved, {_in_words(now.get(name))} passed" for name in names]
         raise ValueError(
@@ -183,8 +188,3 @@ def _entries(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str,
 def _in_words(value: Any) -> str:
     is_digest = isinstance(value, str) and len(value) == hashlib.sha256().digest_size * 2
     return "none" if value is None else value[:SHOWN_DIGITS] if is_digest else str(value)
-
-
-def _plain(value: Any) -> Any:
-    """Plain form of what JSON cannot hold: tensors, NumPy's values; of an object its kind, not its address."""
-    return value.tolist() if hasattr(value, "tolist") else f"a {type(value).__qualname__}"

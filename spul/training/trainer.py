@@ -30,6 +30,7 @@ from ..records.digests import DataSummary, DigestKey, RewrittenRows, fingerprint
 from .callbacks import EmbeddingNoise, EpochCallback, MultiplierCallback
 from .checks import (
     check_base_is_frozen,
+    check_evaluation_rows,
     check_not_replaced,
     check_options,
     check_takes_steps,
@@ -139,6 +140,8 @@ class UnlearningTrainer(SteppingTrainer):
             self.sampler = self._new_sampler()
             if self.sampler is not None and self.sampler.draws_copies:
                 train_dataset = RowCopies(train_dataset)
+        if eval_dataset is not None:
+            check_evaluation_rows(eval_dataset, data_collator.encoder, num_embeddings(self._learner))
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(

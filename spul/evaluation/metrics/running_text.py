@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
@@ -45,38 +46,62 @@ def text_losses(
         TypeError: if the texts are not strings.
         ValueError: if there are no texts, none has a token to predict, or the model's logits are NaN.
     """
-    texts = checked_texts(texts)
-    if not texts:
-        raise ValueError("texts is empty; expected at least one text.")
-    whole = encoder.tokenizer(texts, verbose=False)["input_ids"]  # a warning of over-long texts follows below
-    whole = [ids[encoder.has_second_bos(text, ids) :] for text, ids in zip(texts, whole, strict=True)]
+    whole = _whole_ids(texts, encoder)
     tokens_lost = np.array([max(0, len(ids) - encoder.max_length) for ids in whole])
     if tokens_lost.any():
         message = "max_length=%d cuts %d of %d texts: %d of their tokens are not scored."
-        logger.warning(message, encoder.max_length, np.count_nonzero(tokens_lost), len(texts), tokens_lost.sum())
-    cut = [ids[: encoder.max_length] for ids in whole]
-    tokens = np.array([max(0, len(ids) - 1) for ids in cut])
+        logger.warning(message, encoder.max_length, np.count_nonzero(tokens_lost), len(whole), tokens_lost.sum())
+    tokens = np.array([max(0, min(len(ids), encoder.max_length) - 1) for ids in whole])
     indices = np.flatnonzero(tokens)
-    if not len(indices):
-        raise ValueError(
-            f"none of {len(texts)} texts has a token to predict; expected texts of at least two tokens, such as "
-            "paragraphs."
-        )
-    # The first token is the prompt, the others are the completion.
+    rows = _rows(whole, encoder)
+    found = response_likelihoods(model, Dataset.from_list(rows), encoder, batch_size, progress)
+    nats = np.zeros(len(whole))
+    nats[indices] = [-likelihood.log_probs.sum(dtype=np.float64) for likelihood in found]
+    return {"nats": nats, "tokens": tokens, "tokens_lost": tokens_lost}
+
+
+def text_rows(texts: Sequence[str], encoder: RowEncoder) -> list[dict[str, Any]]:
+    """The texts that have a token to predict as the tokenized rows that `text_losses` scores.
+
+    Args:
+        texts: as in `text_losses`.
+        encoder: likewise.
+
+    Raises:
+        TypeError: if the texts are not strings.
+        ValueError: if there are no texts, or none has a token to predict.
+    """
+    return _rows(_whole_ids(texts, encoder), encoder)
+
+
+def _whole_ids(texts: Sequence[str], encoder: RowEncoder) -> list[list[int]]:
+    """The token ids of texts, before they are cut."""
+    texts = checked_texts(texts)
+    if not texts:
+        raise ValueError("texts is empty; expected at least one text.")
+    whole = encoder.tokenizer(texts, verbose=False)["input_ids"]  # `text_losses` warns of texts that are too long
+    return [ids[encoder.has_second_bos(text, ids) :] for text, ids in zip(texts, whole, strict=True)]
+
+
+def _rows(whole: Sequence[list[int]], encoder: RowEncoder) -> list[dict[str, Any]]:
+    """Rows of those with a token to predict: the first token is the prompt, the others are the completion."""
     bos = encoder.tokenizer.bos_token_id
     rows = [
         {
-            "input_ids": cut[i],
-            "completion_mask": [0] + [1] * int(tokens[i]),
+            "input_ids": cut,
+            "completion_mask": [0] + [1] * (len(cut) - 1),
             "is_running_text": True,
-            "prompt_position": int(cut[i][0] == bos),  # of a prompt at "message": before the text
+            "prompt_position": int(cut[0] == bos),  # of a prompt at "message": before the text
         }
-        for i in indices
+        for ids in whole
+        if len(cut := ids[: encoder.max_length]) > 1
     ]
-    found = response_likelihoods(model, Dataset.from_list(rows), encoder, batch_size, progress)
-    nats = np.zeros(len(texts))
-    nats[indices] = [-likelihood.log_probs.sum(dtype=np.float64) for likelihood in found]
-    return {"nats": nats, "tokens": tokens, "tokens_lost": tokens_lost}
+    if not rows:
+        raise ValueError(
+            f"none of {len(whole)} texts has a token to predict; expected texts of at least two tokens, such as "
+            "paragraphs."
+        )
+    return rows
 
 
 def perplexity(losses: Mapping[str, np.ndarray]) -> float:

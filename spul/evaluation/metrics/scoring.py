@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ...data.checks import check_rows
 from ...data.collator import ForgetRetainCollator
 from ...data.encoded import Encoded
+from ...data.row_checks import check_all_texts
 from ...data.rows import ADAPTER_NAME, adapter_names_of, column_batches, completion_text, rows_at
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
@@ -258,11 +259,13 @@ def collect_answers(
 ) -> Answers:
     """Answers to some rows of a set, by their indices; see `score_completions`."""
     check_rows(rows)
+    check_all_texts(collator.encoder, rows)
     classes = task_classes(rows)
     picked = rows if some == range(len(rows)) else rows.select(some)
     answers = Answers([""] * len(picked), [""] * len(picked), [0.0] * len(picked))
     with evaluation_mode(model), unlearner_of(model).cached_prompts():
-        for indices in length_batches(picked, collator.encoder.encode, batch_size, progress):
+        encoder = collator.encoder
+        for indices in length_batches(model, picked, encoder.encode, batch_size, encoder.pad_to_multiple_of, progress):
             found = greedy_completions(model, rows_at(picked, indices), collator, classes)
             for j, i in enumerate(indices):
                 answers.true[i], answers.predicted[i] = found.true[j], found.predicted[j]

@@ -16,6 +16,43 @@ from .free_form import generate_answers, rouge_l
 from .likelihood import check_has_likelihoods, probability, response_likelihoods, truth_ratio, truth_ratio_on_retain
 
 
+def question_rows(
+    questions: Dataset, prompt_format: PromptFormat = QUESTION_ANSWER, name: str = "questions"
+) -> tuple[list[dict[str, str]], list[range]]:
+    """The rows that `score_questions` scores: each question with its answer, its paraphrased one and the wrong ones.
+
+    Args:
+        questions: as in `score_questions`.
+        prompt_format: likewise.
+        name: their name in messages.
+
+    Returns:
+        The rows, and of each question the range of its own.
+
+    Raises:
+        TypeError: if `questions` is not a `datasets.Dataset`.
+        ValueError: if columns are missing, an answer is no text, or a question has no perturbed answer.
+    """
+    check_rows(questions, ("question", "answer", "perturbed_answer"), name)
+    rows: list[dict[str, str]] = []
+    blocks: list[range] = []
+    for question in questions:
+        others = question["perturbed_answer"]
+        if not isinstance(others, list) or not others:
+            raise ValueError(
+                f"{name}: perturbed_answer={others!r}; expected a list of one or more texts: {dict(question)!r}"
+            )
+        answers = [question["answer"], question.get("paraphrased_answer", question["answer"]), *others]
+        if bad := [answer for answer in answers if not isinstance(answer, str)]:
+            raise ValueError(
+                f"{name}: {bad[0]!r} is among the answers of a question, {dict(question)!r}; expected texts. Drop it, "
+                "or fill it in."
+            )
+        blocks.append(range(len(rows), len(rows) + len(answers)))
+        rows += [prompt_format.row({**question, "answer": answer}) for answer in answers]
+    return rows, blocks
+
+
 def score_questions(
     model: nn.Module,
     questions: Dataset,
@@ -46,22 +83,13 @@ def score_questions(
     Raises:
         ImportError: if `rouge-score` is not installed.
         TypeError: if the model answers with a fixed text, which has no truth ratio.
-        ValueError: if columns are missing, or a question has no perturbed answer.
+        ValueError: if columns are missing, an answer is no text, or a question has no perturbed answer.
 
     Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2. `choice_probability` uses
     length-normalized probabilities, as in TOFU's program; as printed it uses whole answers, which favors short ones.
     """
-    check_rows(questions, ("question", "answer", "perturbed_answer"), "questions")
+    rows, blocks = question_rows(questions, prompt_format)
     check_has_likelihoods(model)
-    rows: list[dict[str, str]] = []
-    blocks: list[range] = []
-    for question in questions:
-        others = question["perturbed_answer"]
-        if isinstance(others, str) or not others:
-            raise ValueError(f"perturbed_answer={others!r}; expected a list of one or more texts: {dict(question)!r}")
-        answers = [question["answer"], question.get("paraphrased_answer", question["answer"]), *others]
-        blocks.append(range(len(rows), len(rows) + len(answers)))
-        rows += [prompt_format.row({**question, "answer": answer}) for answer in answers]
     likelihoods = response_likelihoods(model, Dataset.from_list(rows), encoder, batch_size, progress)
     each = probability(likelihoods)
     right = np.array([each[block[0]] for block in blocks])
