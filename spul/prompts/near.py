@@ -48,7 +48,7 @@ class NearStart:
 
     dataset: Dataset = field(repr=False)
     collator: ForgetRetainCollator = field(repr=False)
-    within: float = 0.4
+    within: float = 0.3
     num_draws: int = 8
     num_rows: int = 16
 
@@ -63,7 +63,7 @@ class NearStart:
             if number < 1:
                 raise ValueError(f"{name}={number}: expected at least 1.")
         if not self.within >= 0:
-            raise ValueError(f"within={self.within}: expected nats, such as 0.4; 0 takes the nearest of all draws.")
+            raise ValueError(f"within={self.within}: expected nats, such as 0.3; 0 takes the nearest of all draws.")
 
     @torch.no_grad()
     def draw(self, model: Any, adapter_name: str, draw_once: Callable[[], None]) -> None:
