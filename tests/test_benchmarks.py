@@ -203,16 +203,20 @@ def test_distances_of_starts_are_those_of_their_prompts(tmp_path, monkeypatch):
     build("llama").save_pretrained(tmp_path / "base")
     make_tokenizer().save_pretrained(tmp_path / "base")
     rows, out = tmp_path / "rows.tsv", tmp_path / "out.json"
-    rows.write_text("sentence\tlabel\ngood film\t1\na bad plot\t0\n")
+    rows.write_text("sentence\tlabel\ngood film\t1\na bad plot\t0\na film\t1\n")
     options = ("--base", tmp_path / "base", "--rows", rows, "--num-rows", 2, "--num-virtual-tokens", 4, "--json", out)
-    starts = ("random", "instruction", "peft")
+    starts = ("near", "random", "instruction", "peft")
     run(monkeypatch, "starts.py", *options, "--kinds", "prompt tuning", "prefix tuning", "--starts", *starts)
     found = {
         (one["kind"], one["start"]): one["KL(prompted || base)"] for one in json.loads(out.read_text())["records"]
     }
-    assert len(found) == 6
+    assert len(found) == 8
     # An instruction is the same prompt in both kinds.
     assert found["prompt tuning", "instruction"] == pytest.approx(found["prefix tuning", "instruction"], rel=1e-3)
+    run(monkeypatch, "starts.py", *options, "--kinds", "P-tuning", "--starts", "near", "--positions", "message")
+    (at_message,) = json.loads(out.read_text())["records"]
+    assert (at_message["kind"], at_message["position"]) == ("P-tuning", "message")
+    found["message"] = at_message["KL(prompted || base)"]
     assert all(distance > 0 for distance in found.values())
 
 

@@ -26,7 +26,7 @@ from spul.commands import train
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
 from spul.models.compat import is_quantized
-from spul.prompts import DiscriminativeStart
+from spul.prompts import DiscriminativeStart, NearStart
 from spul.prompts.configs import prompt_config
 from spul.records import Ledger, fingerprint, make_digest_key
 from spul.records.spul_config import read_spul_config
@@ -264,6 +264,17 @@ def test_a_prefix_begins_as_keys_fitted_to_the_rows(files, tmp_path):
     assert not torch.allclose(states["random"], states["discriminative"], atol=0.01)
 
 
+def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_path):
+    trained(files, tmp_path, prompt_type="prompt_tuning", learning_rate=1e-8)
+    found = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
+    dataset = forget_retain_dataset(*(read_prompts(files[name]) for name in ("forget", "retain")))
+    base = build("llama")
+    set_seed(42)
+    start = NearStart(dataset, make_collator(max_length=92))
+    expected = SoftPromptUnlearner(base, prompt_config("prompt_tuning", 4), start=start)
+    torch.testing.assert_close(found, expected.prompt_encoder["default"].embedding.weight.detach())
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -312,13 +323,14 @@ def test_a_bad_row_is_one_line_with_file_and_row_and_status_2(files, tmp_path, c
     ("given", "found"),
     [
         ({}, ("prefix_tuning", "discriminative", 4.0, 0.5)),
-        ({"prompt_position": "message"}, ("prompt_tuning", None, None, 0.5)),
+        ({"prompt_position": "message"}, ("prompt_tuning", "near", None, 0.5)),
         ({"instruction": "Decline."}, ("prefix_tuning", None, None, 0.5)),
         ({"start": "random"}, ("prefix_tuning", "random", None, 0.5)),
         ({"alpha": 1.0, "forget_fraction": 0}, ("prefix_tuning", "discriminative", 1.0, 0.0)),
         ({"retain_budget": 0.02}, ("prefix_tuning", "discriminative", None, 0.5)),
         ({"method": "NPO+GD"}, ("prefix_tuning", "discriminative", None, 0.5)),
-        ({"prompt_type": "cartridge"}, ("cartridge", None, None, 0.5)),
+        ({"prompt_type": "cartridge"}, ("cartridge", "near", None, 0.5)),
+        ({"prompt_type": "p_tuning"}, ("p_tuning", "near", None, 0.5)),
         ({"train_sampling_strategy": "sequential"}, ("prefix_tuning", "discriminative", 4.0, None)),
     ],
 )

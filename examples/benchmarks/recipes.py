@@ -13,11 +13,11 @@ from peft import PeftConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuni
 from transformers import TrainingArguments
 
 from spul import ForgetRetainCollator, UnlearningLoss
-from spul.prompts import DiscriminativeStart, InstructionStart
+from spul.prompts import DiscriminativeStart, InstructionStart, NearStart
 from spul.prompts.starts import Start
 
 PROMPT_TYPES = ("prefix_tuning", "prompt_tuning", "p_tuning")
-DECLINED_ROWS, DISCRIMINATIVE = "declined rows", "discriminative"
+DECLINED_ROWS, DISCRIMINATIVE, NEAR = "declined rows", "discriminative", "near"
 NUM_DECLINED = 3
 
 
@@ -34,7 +34,8 @@ class Recipe:
         warmup: steps of warm-up, or a share of all steps if below 1.
         batch_size: rows of a step.
         start: `start` of `SoftPromptUnlearner` by name, `"declined rows"`: forget rows that are answered with
-            generic responses, or `"discriminative"`: keys fitted to the training rows.
+            generic responses, `"near"`: the draw of several that changes answers least, or `"discriminative"`: keys
+            fitted to the training rows.
         max_grad_norm: norm to which gradients are clipped.
         weight_decay: of AdamW.
         num_virtual_tokens: length of the prompt.
@@ -82,6 +83,8 @@ class Recipe:
         """
         if self.start == DISCRIMINATIVE:
             return DiscriminativeStart(train, collator, progress=False)
+        if self.start == NEAR:
+            return NearStart(train, collator)
         if self.start != DECLINED_ROWS:
             return cast(Start, self.start)
         prompts = [row["prompt"] for row in train.select_columns(["prompt", "is_forget"]) if row["is_forget"]]

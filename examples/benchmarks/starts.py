@@ -3,7 +3,7 @@
     python examples/benchmarks/starts.py --base SmolLM2-135M-Instruct --rows sst2/dev.tsv --json starts.json
 
 The rows are a tab-separated file of the columns sentence and label (0 or 1), named in its first line, such as GLUE's
-SST-2.
+SST-2. The start "near" is chosen on the rows that follow the measured ones.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from spul import ForgetRetainCollator, SoftPromptUnlearner
 from spul.data.formats import SENTIMENT
 from spul.losses.positions import response_positions
-from spul.prompts import InstructionStart
+from spul.prompts import InstructionStart, NearStart
 
 KINDS: dict[str, Callable[[int], PeftConfig]] = {
     "prompt tuning": lambda p: PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=p),
@@ -35,40 +35,61 @@ KINDS: dict[str, Callable[[int], PeftConfig]] = {
     ),
 }
 INSTRUCTION = "Decline to answer about the people named in the review; answer everything else as usual."
-COLUMNS = ("kind", "start", "seed", "KL(prompted || base)", "KL(base || prompted)", "loss")
+COLUMNS = ("kind", "position", "start", "seed", "KL(prompted || base)", "KL(base || prompted)", "loss")
 
 
 def main() -> None:
     args = parse_args()
     tokenizer = AutoTokenizer.from_pretrained(args.base)
-    batches = make_batches(args.rows, args.num_rows, args.batch_size, tokenizer)
-    table, reference = [], None
-    for kind in args.kinds:
-        for start in args.starts:
-            for seed in range(args.seeds):
-                # Loaded anew, since a prompt stays on its base.
-                base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).to(args.device)
-                set_seed(seed)
-                given = InstructionStart(INSTRUCTION, tokenizer) if start == "instruction" else start
-                unlearner = SoftPromptUnlearner(base, KINDS[kind](args.num_virtual_tokens), start=given).eval()
-                reference = reference or predictions(unlearner, batches, prompted=False)
-                table.append((kind, start, seed, *distances(predictions(unlearner, batches), reference)))
-                print(*table[-1], flush=True)
+    rows = make_rows(args.rows, args.num_rows + args.start_rows)
+    measured, others = rows.select(range(args.num_rows)), rows.select(range(args.num_rows, len(rows)))
+    base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).to(args.device)
+    table: list[tuple[Any, ...]] = []
+    for position in args.positions:
+        collator = make_collator(tokenizer, position)
+        batches, reference = make_batches(measured, args.batch_size, collator), None
+        starts = {
+            "instruction": InstructionStart(INSTRUCTION, tokenizer),
+            "near": NearStart(others, collator, num_rows=args.start_rows),
+        }
+        for kind in args.kinds:
+            for start in args.starts:
+                for seed in range(args.seeds):
+                    set_seed(seed)
+                    given = starts.get(start, start)
+                    config = KINDS[kind](args.num_virtual_tokens)
+                    unlearner = SoftPromptUnlearner(base, config, prompt_position=position, start=given).eval()
+                    reference = reference or predictions(unlearner, batches, prompted=False)
+                    found = distances(predictions(unlearner, batches), reference)
+                    table.append((kind, position, start, seed, *found))
+                    print(*table[-1], flush=True)
     where = {"model": args.base.name, "rows": args.num_rows, "virtual tokens": args.num_virtual_tokens}
+    where["rows of the start"] = args.start_rows
     report("Fresh prompts and the base, nats per response token", where, COLUMNS, table)
     write_json(args.json, {"where": where, "records": [dict(zip(COLUMNS, row, strict=True)) for row in table]})
 
 
-def make_batches(path: Path, num_rows: int, batch_size: int, tokenizer: Any) -> list[dict[str, Tensor]]:
-    """Batches of the file's first rows in the format of the sentiment task, rows of like length together."""
+def make_rows(path: Path, num_rows: int) -> Dataset:
+    """The file's first rows in the format of the sentiment task."""
     with path.open(encoding="utf-8", newline="") as file:
         lines = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))[:num_rows]
     labels = ("negative", "positive")
     texts = [{"text": line["sentence"].strip(), "label_text": labels[int(line["label"])]} for line in lines]
-    rows = SENTIMENT.apply(Dataset.from_list(sorted(texts, key=lambda row: len(row["text"]))))
-    collator = ForgetRetainCollator(tokenizer, SENTIMENT.generic_completions, text_field=SENTIMENT.text_field)
-    flagged = [{**row, "is_forget": False} for row in rows]
-    return [collator(flagged[i : i + batch_size]) for i in range(0, len(flagged), batch_size)]
+    rows = SENTIMENT.apply(Dataset.from_list(texts))
+    return rows.add_column("is_forget", [False] * len(rows))
+
+
+def make_collator(tokenizer: Any, position: str) -> ForgetRetainCollator:
+    """The collator of the sentiment task for prompts at a position."""
+    return ForgetRetainCollator(
+        tokenizer, SENTIMENT.generic_completions, text_field=SENTIMENT.text_field, prompt_position=position
+    )
+
+
+def make_batches(rows: Dataset, batch_size: int, collator: ForgetRetainCollator) -> list[dict[str, Tensor]]:
+    """Batches of the rows, those of like length together."""
+    by_length = sorted(rows, key=lambda row: len(row["text"]))
+    return [collator(by_length[i : i + batch_size]) for i in range(0, len(by_length), batch_size)]
 
 
 @torch.no_grad()
@@ -78,9 +99,12 @@ def predictions(unlearner: SoftPromptUnlearner, batches: list[dict[str, Tensor]]
     for batch in batches:
         ids, mask, labels = (batch[name].to(unlearner.device) for name in ("input_ids", "attention_mask", "labels"))
         positions, targets = response_positions(labels)
-        logits_of = unlearner.response_logits if prompted else unlearner.base_logits
         used = targets != -100
-        found.append((logits_of(ids, mask, positions)[used].float().log_softmax(-1).cpu(), targets[used].cpu()))
+        if prompted:
+            logits = unlearner.response_logits(ids, mask, positions, prompt_position=batch.get("prompt_position"))
+        else:
+            logits = unlearner.base_logits(ids, mask, positions)
+        found.append((logits[used].float().log_softmax(-1).cpu(), targets[used].cpu()))
     return found
 
 
@@ -98,10 +122,12 @@ def parse_args() -> argparse.Namespace:
     add("--base", type=Path, required=True, help="folder of a causal LM")
     add("--rows", type=Path, required=True, help="tab-separated file of the columns sentence and label")
     add("--num-rows", type=int, default=64)
+    add("--start-rows", type=int, default=16, help="rows on which the start near is chosen")
     add("--batch-size", type=int, default=16)
     add("--num-virtual-tokens", type=int, default=30)
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")
-    starts = ("random", "vocabulary", "instruction", "peft")
+    add("--positions", nargs="+", choices=("start", "message"), default=["start"], metavar="POSITION")
+    starts = ("near", "random", "vocabulary", "instruction", "peft")
     add("--starts", nargs="+", choices=starts, default=list(starts), metavar="START")
     add("--seeds", type=int, default=1)
     add("--device", default="cpu")

@@ -60,8 +60,9 @@ class TrainOptions(TrainingOptions):
     prompt_position: Literal["start", "message"] = option(
         "where the prompt stands: in front, or before what is asked", "start"
     )
-    start: Literal["random", "vocabulary", "peft", "discriminative"] | None = option(
-        "how the prompt begins; by its kind by default: discriminative, keys fitted to the rows, for prefix_tuning"
+    start: Literal["near", "random", "vocabulary", "peft", "discriminative"] | None = option(
+        "how the prompt begins; by its kind by default: discriminative, keys fitted to the rows, for prefix_tuning, "
+        "and near, the draw of several that changes answers least, for the others"
     )
     instruction: str | None = option("a written instruction that the prompt begins as, in place of --start")
     method: str = option(Naming("the loss, by the name of a published method", lambda: _methods()), "SPUL")
@@ -185,8 +186,8 @@ def _fill(options: TrainOptions) -> None:
         options.forget_fraction = 0.5
     if options.prompt_type is None:
         options.prompt_type = "prompt_tuning" if options.prompt_position == "message" else "prefix_tuning"
-    if options.start is None and options.instruction is None and options.prompt_type == "prefix_tuning":
-        options.start = "discriminative"
+    if options.start is None and options.instruction is None:
+        options.start = "discriminative" if options.prompt_type == "prefix_tuning" else "near"
     if options.start == "discriminative" and options.method == "SPUL" and options.retain_budget is None:
         options.alpha = ALPHA_OF_FITTED_KEYS if options.alpha is None else options.alpha
 
@@ -236,12 +237,15 @@ def _prompt_config(options: TrainOptions) -> Any:
 def _start(options: TrainOptions, collator: Any, rows: Any) -> Any:
     """The start of the prompt."""
     from ..prompts.discriminative import DiscriminativeStart
+    from ..prompts.near import NearStart
     from ..prompts.starts import InstructionStart
 
     if options.instruction is not None:
         return InstructionStart(options.instruction, collator.tokenizer)
     if options.start == "discriminative":
         return DiscriminativeStart(rows, collator, progress=not options.disable_tqdm)
+    if options.start == "near":
+        return NearStart(rows, collator)
     return options.start
 
 

@@ -2,6 +2,7 @@
 
 from .configs import PROMPT_CONFIGS
 from .discriminative import DiscriminativeStart
+from .near import NearStart
 from .starts import InstructionStart
 from .unlearner import SoftPromptUnlearner
 
@@ -9,5 +10,6 @@ __all__ = [
     "PROMPT_CONFIGS",
     "DiscriminativeStart",
     "InstructionStart",
+    "NearStart",
     "SoftPromptUnlearner",
 ]

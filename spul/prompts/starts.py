@@ -15,6 +15,7 @@ from ..models.compat_checkpointing import unswitched
 from ..models.compat_devices import device_of
 from .configs import holds_states
 from .discriminative import DiscriminativeStart
+from .near import NearStart
 from .states import compute_states, packed_states
 
 StartName = Literal["random", "vocabulary", "peft"]
@@ -73,14 +74,14 @@ class InstructionStart:
         return ids[:num_virtual_tokens]
 
 
-Start = StartName | InstructionStart | DiscriminativeStart
+Start = StartName | InstructionStart | NearStart | DiscriminativeStart
 
 
 def check_start(start: Any, peft_config: Any) -> None:
     """Raise unless a start can be given to a prompt.
 
     Args:
-        start: None, a name, an `InstructionStart`, or a `DiscriminativeStart`.
+        start: None, a name, an `InstructionStart`, a `NearStart`, or a `DiscriminativeStart`.
         peft_config: the prompt's config.
 
     Raises:
@@ -89,8 +90,8 @@ def check_start(start: Any, peft_config: Any) -> None:
     """
     if start is None:
         return
-    others = "an InstructionStart(text, tokenizer), or a DiscriminativeStart(dataset, collator)"
-    if not isinstance(start, str | InstructionStart | DiscriminativeStart):
+    others = "an InstructionStart(text, tokenizer), a NearStart or a DiscriminativeStart(dataset, collator)"
+    if not isinstance(start, str | InstructionStart | NearStart | DiscriminativeStart):
         raise TypeError(f"start is a {type(start).__name__}; expected one of {STARTS}, {others}.")
     if isinstance(start, str) and start not in STARTS:
         raise ValueError(f"start={start!r}; expected one of {STARTS}, {others}.")
@@ -131,6 +132,11 @@ def start_prompt(model: Any, adapter_name: str, start: Start | None) -> None:
     if start == "peft" or (start is None and as_peft):
         return
     base, encoder, num = model.get_base_model(), model.prompt_encoder[adapter_name], config.num_virtual_tokens
+    if isinstance(start, NearStart):
+        if is_sharded(base):
+            raise ValueError(f"start={start!r}: the base is sharded, and answers no rows yet; leave it out.")
+        start.draw(model, adapter_name, lambda: _draw_default(model, adapter_name))
+        return
     if holds_states(config) and is_sharded(base):
         if start is not None:
             raise ValueError(f"start={start!r}: the base is sharded, and computes no keys and values; leave it out.")
@@ -143,6 +149,16 @@ def start_prompt(model: Any, adapter_name: str, start: Start | None) -> None:
     _put(encoder, rows, is_exact=isinstance(start, InstructionStart | DiscriminativeStart))
     if isinstance(start, DiscriminativeStart):  # rows are read behind a prefix near the base
         _put(encoder, start.keys_and_values(model, adapter_name), is_exact=True)
+
+
+def _draw_default(model: Any, adapter_name: str) -> None:
+    """Draw the default start of a prompt's kind anew."""
+    if model.peft_config[adapter_name].peft_type != PeftType.P_TUNING:
+        start_prompt(model, adapter_name, "random")
+        return
+    for module in model.prompt_encoder[adapter_name].modules():
+        if isinstance(module, nn.Embedding | nn.Linear | nn.LSTM):
+            module.reset_parameters()  # as PyTorch initializes them, which PEFT leaves as it is
 
 
 def _token_ids(model: Any, num: int, start: Start | None, by_token: bool) -> Tensor | None:

@@ -51,7 +51,8 @@ class SoftPromptUnlearner(PromptAdapters):
             the scale of the vocabulary's; "vocabulary": as embeddings of drawn tokens; "peft": as PEFT initializes
             it; `InstructionStart(text, tokenizer)`: as the embeddings of a written instruction. Prefix tuning begins
             as the keys and values that the base computes for these, or, by `DiscriminativeStart(dataset, collator)`,
-            with keys fitted to tell forget rows from others. The default is "peft" for P-tuning, "random" for
+            with keys fitted to tell forget rows from others. `NearStart(dataset, collator)` draws the default again
+            until it is near the base on rows. The default is "peft" for P-tuning, "random" for
             the others; PEFT's own options (`prompt_tuning_init`, `init_weights`) are honored where it is not given.
 
     Raises:
