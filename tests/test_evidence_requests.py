@@ -117,7 +117,8 @@ def test_the_table_of_three_seeds_has_the_means_of_its_lines_and_each():
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("|")]
     text = (DOCS / "data" / "evidence" / "requests-smollm2-60-steps.jsonl").read_text()
     lines = list(map(json.loads, text.splitlines()))
-    systems = {"refusals": "refusals behind gates", "LoRA merged": "LoRA, merged each time"}
+    systems = {"refusals": "refusals behind gates", "prompts": "prompts behind gates"}
+    systems |= {"LoRA merged": "LoRA, merged each time"}
     systems |= {"LoRA, merged each time": "LoRA, merged each time", "LoRA": "LoRA, trained anew each time"}
     for name, *values in cells[2:]:
         after = "3 withdrawn" if "withdrawn" in name else "5 added" if ", 5" in name else "10 added"
@@ -133,7 +134,7 @@ def test_the_table_of_three_seeds_has_the_means_of_its_lines_and_each():
             if seeds:
                 assert seeds.rstrip(")") == ", ".join(f"{100 * number:.1f}" for number in each), (name, column)
     base = {line["seed"]: line["retain"] for line in lines if line["system"] == "base"}
-    assert all(line["retain"] == base[line["seed"]] for line in lines if line["system"] == "refusals behind gates")
+    assert all(line["retain"] == base[line["seed"]] for line in lines if line["system"].endswith("behind gates"))
 
 
 def values_of(line):
