@@ -193,7 +193,9 @@ def _fill(options: TrainOptions) -> None:
     if options.prompt_type is None:
         options.prompt_type = "prompt_tuning" if options.prompt_position == "message" else "prefix_tuning"
     if options.start is None and options.instruction is None:
-        start = "discriminative" if options.prompt_type == "prefix_tuning" else "near"
+        start: Literal["discriminative", "near"] = (
+            "discriminative" if options.prompt_type == "prefix_tuning" else "near"
+        )
         if zero3_config(options) is None:
             options.start = start
         elif not _resumes(options) and PartialState().is_main_process:
