@@ -4,6 +4,7 @@ import gc
 import tracemalloc
 
 import pytest
+import torch
 from datasets import Dataset
 from helpers import VOCABULARY, build, longrope_unlearner, make_collator, prompted
 
@@ -33,6 +34,10 @@ def test_every_row_is_in_one_batch_and_the_longest_come_first():
     assert sorted(i for batch in batches for i in batch) == list(range(2500))
     assert {i % 2 for i in batches[0]} == {1}
     assert {i % 2 for i in batches[-1]} == {0}
+
+
+def test_rows_of_a_module_without_a_config_are_batched_by_length_alone():
+    assert list(length_batches(torch.nn.Linear(1, 1), many(4), make_collator().encoder.encode, 2)) == [[1, 3], [0, 2]]
 
 
 @pytest.mark.parametrize("multiple", [None, 4])

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers.integrations.integration_utils as integrations
+from accelerate.utils.deepspeed import HfDeepSpeedConfig
 from command_files import flags, parsed, write_base, write_files, write_rows
 from helpers import CHAT_TEMPLATE, GENERIC, build, make_collator, make_tokenizer, rows
 from huggingface_hub import ModelCard
@@ -26,7 +27,7 @@ from spul.commands import train
 from spul.commands.main import main
 from spul.data.prompt_files import read_prompts
 from spul.models.compat import is_quantized
-from spul.prompts import DiscriminativeStart, NearStart
+from spul.prompts import DiscriminativeStart, NearStart, starts
 from spul.prompts.configs import prompt_config
 from spul.records import Ledger, fingerprint, make_digest_key
 from spul.records.spul_config import read_spul_config
@@ -338,6 +339,23 @@ def test_defaults_that_depend_on_other_options_leave_those_that_are_given(given,
     options = parsed("train", {**files, "generic": GENERIC, "output_dir": "out", **SHORT, **given})
     train._fill(options)
     assert (options.prompt_type, options.start, options.alpha, options.forget_fraction) == found
+
+
+@pytest.mark.parametrize("kind", ["prefix_tuning", "prompt_tuning", "p_tuning", "cartridge"])
+def test_no_start_is_chosen_that_reads_rows_where_zero3_loads_the_base_in_shards(kind, files, monkeypatch, caplog):
+    options = parsed("train", {**files, "generic": GENERIC, "output_dir": "out", **SHORT, "prompt_type": kind})
+    config = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
+    options.deepspeed_plugin, options.hf_deepspeed_config = SimpleNamespace(hf_ds_config=config), config
+    train._fill(options)
+    assert (options.start, options.alpha) == (None, None)
+    assert len(caplog.messages) == 1
+    assert "not by --start" in caplog.text
+    monkeypatch.setattr(starts, "is_sharded", lambda base: True)
+    unlearner = SoftPromptUnlearner(build("llama"), prompt_config(kind, 4), start=train._start(options, None, None))
+    assert unlearner.get_prompt_embedding_to_save("default").isfinite().all()
+    options.start = "near"
+    train._fill(options)
+    assert options.start == "near"  # asked for, and then refused by the base
 
 
 @pytest.mark.parametrize(("base", "after", "warned"), [(1.0, 0.5, True), (1.0, 0.04, False), (0.0, 0.0, False)])

@@ -105,7 +105,7 @@ def test_pieces_of_random_texts_are_joined_as_a_plain_search_joins_them():
 
 
 def parted_slowly(word, words):
-    """What the best of all ways to part a word has: the number of its parts, and what they count."""
+    """The number of parts of the best of all ways to part a word, and the sum of their counts, negated."""
     found = []
     for num in range(len(word)):
         for cuts in combinations(range(1, len(word)), num):

@@ -1,10 +1,12 @@
 """A start near the base: its distance is the KL of its answers, in every kind and at each position."""
 
+import math
 import warnings
 
 import pytest
 import torch
 from helpers import CONFIGS, build, make_collator, make_dataset
+from peft import PromptEncoderConfig
 
 from spul import SoftPromptUnlearner
 from spul.losses.positions import response_positions
@@ -68,6 +70,35 @@ def test_the_first_draw_within_the_bound_is_taken(monkeypatch):
     assert found == [0.1]
 
 
+def test_a_draw_without_a_finite_distance_gives_way_to_others(monkeypatch):
+    found, drawn = [math.nan, 0.5, math.nan, 0.4, 0.6], []
+
+    def distance(rows):
+        drawn.append(rows.view.prompt_encoder["default"].embedding.weight.clone())
+        return found[len(drawn) - 1]
+
+    monkeypatch.setattr(near._Rows, "distance", distance)
+    unlearner = unlearner_of("prompt_tuning", near_start(num_draws=5))
+    assert torch.equal(unlearner.prompt_encoder["default"].embedding.weight, drawn[3])
+
+
+def test_dropout_of_the_prompts_encoder_is_off_while_it_is_measured():
+    torch.manual_seed(0)
+    config = PromptEncoderConfig(
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=P,
+        encoder_hidden_size=8,
+        encoder_reparameterization_type="LSTM",
+        encoder_dropout=0.9,
+    )
+    unlearner = SoftPromptUnlearner(build("llama", torch.float64), config)
+    unlearner.train()
+    with torch.no_grad():
+        rows = near._Rows(unlearner, "default", near_start())
+        assert rows.distance() == rows.distance()
+    assert unlearner.prompt_encoder["default"].training
+
+
 @pytest.mark.parametrize("kind", ["prompt_tuning", "p_tuning"])
 def test_at_the_message_the_distance_is_of_prompts_inside_the_rows(kind, monkeypatch):
     collator = make_collator(prompt_position="message", text_field="text")
@@ -105,7 +136,7 @@ def test_draws_of_p_tuning_are_spread_as_pefts_are():
     assert ours.std(dim=0).mean().item() == pytest.approx(theirs.std(dim=0).mean().item(), rel=0.1)
 
 
-def test_the_base_keeps_its_mode_and_a_seed_gives_one_prompt(kind):
+def test_a_seed_gives_one_prompt(kind):
     one, again, other = (
         unlearner_of(kind, near_start(num_draws=2), seed).get_prompt_embedding_to_save("default") for seed in (1, 1, 2)
     )

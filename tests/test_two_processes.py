@@ -127,7 +127,7 @@ def streamed_step(folder, processes):
 
 
 def sides_of_streams(folder, processes):
-    """What is said of streams of one side, and of one whose second process has no forget row, and the rows counted."""
+    """Warnings of streams of one side, and of one whose second process has no forget row, and the rows counted."""
     logger, said, read = logging.getLogger("spul.training.checks"), [], []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from transformers import TrainingArguments, set_seed
 from .command import Command, Naming
 from .rewriting import check_rewritten, rewritten_rows, ways_of
 from .shared import LoadOptions, RowOptions, option
+
+logger = logging.getLogger(__name__)
 
 ALPHA_OF_FITTED_KEYS = 4.0
 
@@ -182,12 +185,25 @@ def _methods() -> list[str]:
 
 def _fill(options: TrainOptions) -> None:
     """Fill in the defaults that depend on other options: those that forgot on pretrained models without a gate."""
+    from ..models.compat import PartialState
+    from ..models.compat_shards import zero3_config
+
     if options.forget_fraction is None and options.train_sampling_strategy in ("random", "group_by_length"):
         options.forget_fraction = 0.5
     if options.prompt_type is None:
         options.prompt_type = "prompt_tuning" if options.prompt_position == "message" else "prefix_tuning"
     if options.start is None and options.instruction is None:
-        options.start = "discriminative" if options.prompt_type == "prefix_tuning" else "near"
+        start: Literal["discriminative", "near"] = (
+            "discriminative" if options.prompt_type == "prefix_tuning" else "near"
+        )
+        if zero3_config(options) is None:
+            options.start = start
+        elif not _resumes(options) and PartialState().is_main_process:
+            logger.warning(
+                "ZeRO-3 loads the base in shards, by which no start is compared or fitted yet: the prompt begins as "
+                "one draw, not by --start %s.",
+                start,
+            )
     if options.start == "discriminative" and options.method == "SPUL" and options.retain_budget is None:
         options.alpha = ALPHA_OF_FITTED_KEYS if options.alpha is None else options.alpha
 

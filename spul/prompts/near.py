@@ -82,7 +82,7 @@ class NearStart:
         for _ in range(self.num_draws):
             draw_once()
             distance = rows.distance()
-            if nearest is None or distance < least:
+            if nearest is None or distance < least or math.isnan(least):
                 least, nearest = distance, {name: t.clone() for name, t in encoder.state_dict().items()}
             if least <= self.within:
                 break
@@ -121,16 +121,17 @@ class _Rows:
             with unswitched(self.base), evaluation_mode(self.base):
                 logits = logits_at(self.base, positions, **tokens, use_cache=False)
             inputs = tokens | {"positions": positions}
-            self.batches.append((inputs, batch.get("prompt_position"), used, _log_probabilities(logits, used)))
+            of_base = _log_probabilities(logits, used).cpu()  # of all rows: they may be more than a step has
+            self.batches.append((inputs, batch.get("prompt_position"), used, of_base))
 
     def distance(self) -> float:
         """KL(prompted || base) in nats, the mean over response tokens."""
         total, count = 0.0, 0
         for inputs, prompt_position, used, of_base in self.batches:
             prompts = RowPrompts(self.view, len(used), prompt_position=prompt_position)
-            with unswitched(self.base), evaluation_mode(self.base):
+            with unswitched(self.base), evaluation_mode(self.view):
                 prompted = _log_probabilities(prompts.response_logits(**inputs), used)
-            total += (prompted.exp() * (prompted - of_base)).sum().item()
+            total += (prompted.exp() * (prompted - of_base.to(prompted.device))).sum().item()
             count += len(prompted)
         return total / count
 

@@ -156,9 +156,13 @@ def _draw_default(model: Any, adapter_name: str) -> None:
     if model.peft_config[adapter_name].peft_type != PeftType.P_TUNING:
         start_prompt(model, adapter_name, "random")
         return
-    for module in model.prompt_encoder[adapter_name].modules():
+    encoder = model.prompt_encoder[adapter_name]
+    device = device_of(encoder)
+    encoder.cpu()  # drawn there: a seed gives the same on every device
+    for module in encoder.modules():
         if isinstance(module, nn.Embedding | nn.Linear | nn.LSTM):
             module.reset_parameters()  # as PyTorch initializes them, which PEFT leaves as it is
+    encoder.to(device)
 
 
 def _token_ids(model: Any, num: int, start: Start | None, by_token: bool) -> Tensor | None:

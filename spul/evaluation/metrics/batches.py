@@ -85,7 +85,10 @@ def length_batches(
 
 def _switches(model: nn.Module) -> set[int]:
     """Numbers of tokens beyond which a base computes a row by other rotary factors, without and behind the prompt."""
-    switch, changes = cache_switch(bare_model(model))
+    base = bare_model(model)
+    if getattr(base, "config", None) is None:  # a module that is called as a causal LM is, and no more
+        return set()
+    switch, changes = cache_switch(base)
     return {switch, switch - unlearner_of(model).virtual_tokens_in_use} if changes and switch is not None else set()
 
 
