@@ -94,7 +94,8 @@ def test_what_cannot_be_done_is_refused():
             add_alternates(model, tokenizer, dataset, **{**SETTINGS, name: value})
     with pytest.raises(ValueError, match="template='x': expected a text with"):
         add_alternates(model, tokenizer, dataset, **{**SETTINGS, "template": "x"})
-    with pytest.raises(ValueError, match=r"temperature=0\.0: expected a number above 0"):
-        add_alternates(model, tokenizer, dataset, **SETTINGS, temperature=0.0)
+    for value in (0.0, float("inf"), True, "1"):
+        with pytest.raises(ValueError, match=rf"temperature={value!r}: expected a number above 0"):
+            add_alternates(model, tokenizer, dataset, **SETTINGS, temperature=value)
     with pytest.raises(ValueError, match=r"an answer of 200 exceed the model's 96 positions"):
         add_alternates(model, tokenizer, dataset, **{**SETTINGS, "max_new_tokens": 200})

@@ -4,7 +4,12 @@ import pytest
 import torch
 from helpers import CONFIGS, LENGTHS, SHAPE, build_unlearner, longrope_unlearner, make_batch
 from plain import row_logits
-from transformers import Llama4ForCausalLM, Llama4TextConfig
+from transformers import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    NoRepeatNGramLogitsProcessor,
+)
 
 from spul import SoftPromptUnlearner
 
@@ -52,6 +57,16 @@ def test_pads_are_no_tokens_that_may_not_repeat(prompt_type, prompted, num, size
     steps.clear()
     assert torch.equal(unlearner.generate(**batch, **new)[:num, 9:], alone)
     assert set(steps) == {2 * num}
+
+
+@pytest.mark.parametrize("of_requests", [False, True])
+def test_a_processor_of_the_callers_own_is_the_only_one_of_its_kind_and_leaves_the_other(of_requests):
+    rows = torch.tensor([[0] * 7 + [7, 9], list(range(11, 20))])
+    own = EncoderNoRepeatNGramLogitsProcessor(9, rows) if of_requests else NoRepeatNGramLogitsProcessor(9)
+    sizes = {"encoder_no_repeat_ngram_size": 1 if of_requests else 2, "no_repeat_ngram_size": 2 if of_requests else 1}
+    new = {"max_new_tokens": 2, "sequence_bias": {(7,): 1e4}, "logits_processor": [own], **sizes, **GREEDY}
+    found = build_unlearner("llama").generate(rows, attention_mask=rows.ne(0).long(), **new)
+    assert found[0, 9:].tolist() == [7, 7]  # neither in a pad's place nor in the answer before
 
 
 def test_a_token_that_is_forced_may_repeat_an_ngram():

@@ -78,8 +78,9 @@ def test_relearning_refuses_what_it_cannot_measure():
         relearn(build("llama"), data, others, collator.encoder, scored)
     with pytest.raises(ValueError, match="0 parameters require gradients"):
         relearn(build("llama").requires_grad_(False), few, others, collator.encoder, scored)
-    with pytest.raises(ValueError, match="at="):
-        relearn(build("llama"), few, others, collator.encoder, scored, at=(0, 3))
+    for wrong in ({"at": (0, 3)}, {"lr": float("inf")}):
+        with pytest.raises(ValueError, match="at="):
+            relearn(build("llama"), few, others, collator.encoder, scored, **wrong)
 
 
 @pytest.mark.parametrize("bits", [4, 8])

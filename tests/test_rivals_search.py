@@ -110,7 +110,7 @@ def test_a_score_that_fails_leaves_the_corruption(score):
 def test_arguments_are_checked():
     with pytest.raises(ValueError, match="use search_corruption"):
         search_strength(corrupted(Corruption("zero")), curve, 0.2)
-    for wrong in ({"start": 0.0}, {"lr": 0.0}, {"steps": 0}, {"tolerance": -1.0}):
+    for wrong in ({"start": 0.0}, {"lr": 0.0}, {"lr": float("inf")}, {"steps": 0}, {"tolerance": -1.0}):
         with pytest.raises(ValueError, match="above 0"):
             search_strength(corrupted(), curve, 0.2, **wrong)
     with pytest.raises(ValueError, match="corruptions is empty"):

@@ -325,3 +325,10 @@ def test_a_share_of_tokens_that_is_none_is_refused(share):
     with pytest.raises(ValueError, match=r"min_k_share=.*: expected a share of the tokens above 0 and at most 1"):
         AttackSettings(min_k_share=share)
     assert AttackSettings(min_k_share=1).min_k_share == 1
+
+
+@pytest.mark.parametrize("name", ["relearn_lr", "relearn_model_lr", "suffix_lr", "temperature"])
+@pytest.mark.parametrize("value", [0, -1.0, float("nan"), float("inf"), True, "1"])
+def test_rates_and_temperatures_of_attacks_are_finite_numbers_above_zero(name, value):
+    with pytest.raises(ValueError, match=f"{name}=.*: expected a number above 0"):
+        AttackSettings(**{name: value})

@@ -280,7 +280,7 @@ def test_kl_ascent_is_the_capped_negative_of_the_forward_kl():
     assert ((forward > 0.3) & (LABELS != -100)).any()
 
 
-@pytest.mark.parametrize("cap", [0, -1.0, True, "ten", float("nan")])
+@pytest.mark.parametrize("cap", [0, -1.0, True, "ten", float("nan"), float("inf")])
 @pytest.mark.parametrize("term", [GradientAscent, KLAscent])
 def test_a_cap_that_is_no_number_above_zero_is_refused(term, cap):
     with pytest.raises(ValueError, match="expected a number of nats above 0, or None for no cap"):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datasets import Dataset
 
 from ..data.checks import checked_names
+from ..records.fields import is_finite_number
 from .attacks.usual import DOCUMENT_WORDS, TURNS, InputAttacks, checked_attacks, usual_attacks, usual_names
 
 
@@ -80,8 +81,8 @@ class AttackSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
         for name in ("relearn_lr", "relearn_model_lr", "suffix_lr", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number above 0.")
+            if not is_finite_number(value := getattr(self, name)) or value <= 0:
+                raise ValueError(f"{name}={value}: expected a number above 0.")
         if not 0 < self.min_k_share <= 1:
             raise ValueError(f"min_k_share={self.min_k_share}: expected a share of the tokens above 0 and at most 1.")
         usual = ("paraphrase", "wording", "turns", "names", "document_words", "only")

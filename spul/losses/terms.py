@@ -183,7 +183,7 @@ class _Ascent(LossTerm):
     def __post_init__(self) -> None:
         super().__post_init__()
         cap = self.cap
-        if cap is not None and (isinstance(cap, bool) or not isinstance(cap, (int, float)) or not cap > 0):
+        if cap is not None and (not is_finite_number(cap) or cap <= 0):
             raise ValueError(f"cap={cap!r}: expected a number of nats above 0, or None for no cap.")
 
     def token_losses(self, logits: Tensor, labels: Tensor, reference_logits: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..losses.batch import LogitsFunction
 from .causal_lm import evaluation_mode, logits_at, unwrapped
 from .compat import own_parameters
-from .disabling import disabled_here
+from .disabling import disabled_here, is_disabled_here
 
 
 def drop_adapter_names(kwargs: dict[str, Any]) -> None:
@@ -36,7 +36,6 @@ class Unlearner:
     those of an adapter that adds no tokens.
 
     Attributes:
-        enabled: whether the adapter is in effect for this thread; always true without one.
         disabled_somewhere: whether a thread or asyncio task is inside `disable_adapter`.
         has_adapter: whether disabling an adapter restores the base.
         takes_adapter_names: whether `response_logits` and `generate` take one name of a prompt per row.
@@ -59,7 +58,6 @@ class Unlearner:
         in_words: what stands between the base and the model, for reports: `"the prompt"`.
     """
 
-    enabled: Any = True
     disabled_somewhere: bool = False
     has_adapter: bool = True
     takes_adapter_names: bool = False
@@ -92,6 +90,11 @@ class Unlearner:
     def disable_adapter(self) -> AbstractContextManager[Any]:
         """Context manager: for the calling thread or asyncio task the model is the base; named as in PEFT."""
         return disabled_here(self)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the adapter is in effect for this thread and asyncio task; always true without one."""
+        return not is_disabled_here(self)
 
     @contextmanager
     def detached_base(self) -> Iterator[Any]:

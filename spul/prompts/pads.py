@@ -27,16 +27,17 @@ def with_own_ngrams(
     """Arguments of `generate` under which n-grams that may not repeat are sought in the rows' own tokens.
 
     Args:
-        kwargs: the arguments; a processor of the caller's own of this kind stays the only one.
+        kwargs: the arguments; a processor of the caller's own of one of these kinds stays the only one of its kind.
         size: `no_repeat_ngram_size`, of the arguments or of a config.
         encoder_size: `encoder_no_repeat_ngram_size`, of n-grams of the requests.
         input_ids: the rows, left-padded, (B, n).
         attention_mask: (B, n).
     """
     given = kwargs.get("logits_processor") or []
-    if any(type(one) is NoRepeatNGramLogitsProcessor for one in given) or not (
-        encoder_size or (size and not bool(attention_mask.all()))
-    ):
+    kinds = {type(one) for one in given}
+    size = 0 if NoRepeatNGramLogitsProcessor in kinds else size
+    encoder_size = 0 if EncoderNoRepeatNGramLogitsProcessor in kinds else encoder_size
+    if not (encoder_size or (size and not bool(attention_mask.all()))):
         return kwargs
     own = OwnNGrams(size or 0, encoder_size or 0, input_ids, attention_mask)
     kwargs = changed_settings(kwargs, no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0)

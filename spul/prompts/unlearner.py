@@ -239,11 +239,11 @@ class SoftPromptUnlearner(PromptAdapters):
                 _check_names(self, names, input_ids)
                 return base(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
             with unswitched(self.get_base_model()):
-                own = under(self, self.active_adapter)  # whichever is set meanwhile
-                if names is not None or stands_inside(own):
-                    return named_forward(own, names, input_ids, attention_mask, labels, prompt_position, **kwargs)
-                concatenated = super(SoftPromptUnlearner, own).forward
-                return ordinary_forward(own, concatenated, input_ids, attention_mask, labels, **kwargs)
+                view = under(self, self.active_adapter)  # whichever is set meanwhile
+                if names is not None or stands_inside(view):
+                    return named_forward(view, names, input_ids, attention_mask, labels, prompt_position, **kwargs)
+                concatenated = super(SoftPromptUnlearner, view).forward
+                return ordinary_forward(view, concatenated, input_ids, attention_mask, labels, **kwargs)
         if names is not None:
             kwargs["adapter_names"] = names  # refused: a batch that trains is under the active prompt
         if unknown := sorted(name for name, value in kwargs.items() if value is not None and name != "return_dict"):

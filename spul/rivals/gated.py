@@ -13,7 +13,7 @@ from .rival import Rival
 
 
 class GatedRival(Rival):
-    """A rival behind a gate. A subclass writes what `Rival` asks for, but for `settings`.
+    """A rival behind a gate. A subclass writes what `Rival` asks for; `saved_fields` in place of `settings`.
 
     Args:
         model: a causal LM of transformers, without an adapter.

@@ -18,7 +18,6 @@ from ..losses.positions import ends_before_labels, ends_before_responses, own_to
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import check_bare, check_no_layers, logits_at
 from ..models.compat_devices import device_of
-from ..models.disabling import is_disabled_here
 from ..models.protocol import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
 from ..prompts.pads import filled_pads, with_own_ngrams
@@ -334,11 +333,6 @@ class Rival(nn.Module, Unlearner):
     def device(self) -> torch.device:
         """The device of the base."""
         return device_of(self.base_model)
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the method is in effect for this thread."""
-        return not is_disabled_here(self)
 
     def check_trainable(self) -> None:
         """Refused: nothing of it trains.

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
+from ..records.fields import is_count, is_finite_number
 from .corruption import Corruption, EmbeddingCorruption
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ def search_strength(
     """
     if model.corruption.kind != "noise":
         raise ValueError(f"the corruption is {model.corruption}; the others have no strength: use search_corruption.")
-    if not (start > 0 and lr > 0 and steps >= 1 and tolerance >= 0):
+    are_numbers = all(map(is_finite_number, (start, lr, tolerance)))
+    if not are_numbers or min(start, lr) <= 0 or tolerance < 0 or not is_count(steps, least=1):
         raise ValueError(
             f"start={start}, lr={lr}, steps={steps}, tolerance={tolerance}; expected numbers above 0, and a tolerance "
             "of 0 or more."

@@ -20,7 +20,7 @@ from ..data.rows import completion_text, normalized, shortened
 from ..evaluation.metrics.free_form import answering
 from ..models.causal_lm import max_positions
 from ..models.unlearner import detached_base
-from ..records.fields import is_count
+from ..records.fields import is_count, is_finite_number
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +84,7 @@ def add_alternates(
     for name, value in (("num", num), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if not is_count(value, 1):
             raise ValueError(f"{name}={value!r}: expected a whole number above 0.")
-    if not temperature > 0:
+    if not is_finite_number(temperature) or temperature <= 0:
         raise ValueError(f"temperature={temperature!r}: expected a number above 0.")
     indices = [i for i, is_forget in enumerate(flags) if is_forget]
     rows = {i: dataset[i] for i in indices}

@@ -22,6 +22,7 @@ from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import evaluation_mode, unwrapped
 from ...models.compat import keep_4bit_differentiable
+from ...records.fields import is_finite_number
 from ..metrics.scoring import response_logits
 
 
@@ -81,7 +82,7 @@ def relearn(
     check_disjoint(rows, held_out)
     model = unwrapped(model)
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not learning or not at or min(at) < 1 or not lr > 0 or batch_size < 1:
+    if not learning or not at or min(at) < 1 or not is_finite_number(lr) or lr <= 0 or batch_size < 1:
         raise ValueError(
             f"{len(learning)} parameters require gradients, at={list(at)}, lr={lr}, batch_size={batch_size}: expected "
             "some that do (load a prompt with is_trainable=True), numbers of steps and rows of at least 1, and lr "
