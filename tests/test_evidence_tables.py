@@ -102,6 +102,26 @@ def test_the_attacks_of_the_results_page_are_those_of_the_stored_rows(example):
     assert list(map(without_names, shown)) == list(map(without_names, made))
 
 
+@pytest.mark.parametrize(
+    ("name", "page", "heading"),
+    [
+        ("sst2-gemma3-scores.jsonl", "results.md", "## On Gemma 3"),
+        ("sst2-small-lm-scores.jsonl", "evidence.md", "On small-lm, whose base"),
+    ],
+)
+def test_accuracies_of_other_models_are_those_of_the_stored_scores(name, page, heading):
+    text = (ROOT / "docs" / page).read_text().split(heading)[1]
+    rows = [line.split("|")[2:-1] for line in text.split("|---|")[1].split("\n\n")[0].splitlines()[1:]]
+    shown = [[cell.strip() for cell in row] for row in rows]
+    for record in read(name):
+        values = (record["scores"][f"test_{side}"]["accuracy"] for side in ("forget", "retain"))
+        forget, retain = (f"{100 * sum(one) / len(one):.1f}" for one in values)
+        if record["system"] != "vanilla":
+            assert any([row[0], row[2]] == [forget, retain] or row[2:] == [forget, retain] for row in shown), record[
+                "job"
+            ]
+
+
 def test_a_refusal_behind_a_gate_is_right_where_the_base_is_and_nothing_is_flagged(example):
     from evidence import tables
 
