@@ -75,7 +75,7 @@ def prompt_type(request) -> str:
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What the Hub has: (name, configuration, split) -> rows; anything else is an error."""
+    """The contents of the Hub: (name, configuration, split) -> rows; anything else is an error."""
     sets: dict[tuple[str, str | None, str], list[dict]] = {}
     monkeypatch.setattr(
         spul.data.sources, "load_dataset", lambda name, config, *, split: Dataset.from_list(sets[name, config, split])

@@ -1,4 +1,4 @@
-"""What tests are made of: tiny random models of real families, a tokenizer, rows, collators, prompts and trainers."""
+"""Parts of tests: tiny random models of real families, a tokenizer, rows, collators, prompts and trainers."""
 
 from __future__ import annotations
 

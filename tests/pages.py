@@ -51,7 +51,7 @@ def blocks(page: str) -> list[Block]:
 
 
 def printed(page: str) -> list[str]:
-    """What a page says that its blocks print: blocks of text right after one, and values in comments."""
+    """The output that a page gives of its blocks: blocks of text right after one, and values in comments."""
     text = (ROOT / page).read_text(encoding="utf-8")
     found = re.findall(r"^```python\n[^`]*?^```\n\n```text\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     for block in blocks(page):

@@ -155,7 +155,7 @@ def measured(model: Any, *measures: str, splits: Any = None, **options: Any) -> 
 
 
 def counted(monkeypatch, stop_after: int | None = None) -> list[str]:
-    """What is measured from now on, task by task; a task after so many raises."""
+    """A list of the tasks that are measured from now on; a task after so many raises."""
     done: list[str] = []
     really = suite.Suite.task
 

@@ -45,7 +45,7 @@ def under(model, name, measure):
 
 
 def assert_by_row(model, rows, measure, **tolerance):
-    """What `measure` gives for rows under names is, row by row, what it gives under that row's prompt."""
+    """Measures of rows under names are, row by row, those under that row's prompt."""
     names = names_for(len(rows))
     found = measure(with_adapter_names(model, rows, names))
     alone = {name: under(model, name, lambda: measure(rows)) for name in set(names)}

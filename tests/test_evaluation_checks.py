@@ -1,4 +1,4 @@
-"""What cannot be scored is refused before anything is measured: rows, TOFU's questions, running text."""
+"""Rows that cannot be scored are refused before anything is measured: TOFU's questions and running text, too."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def trained(seed: int, family: str = "llama", gather: bool = True, **kwargs) -> 
 
 
 def stacked_inputs(layers: UnlearningLayers, rows: Dataset) -> dict[str, np.ndarray]:
-    """What the projections see, row by row without padding, all kept."""
+    """The inputs of the projections, row by row without padding, all kept."""
     layers.attach()
     seen: dict[str, list] = {}
     handles = []

@@ -89,7 +89,7 @@ BOUNDED = settings(
 
 
 def made(make):
-    """What it makes; None if it refuses by a message that names a row or a column."""
+    """The batch that it makes; None if it refuses by a message that names a row or a column."""
     try:
         return make()
     except (ValueError, TypeError) as found:

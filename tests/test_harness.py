@@ -35,7 +35,7 @@ def asked(*pairs):
 
 
 def scored(lm, some):
-    """What the harness makes of rows: pairs of token ids, scored."""
+    """The harness's requests of rows: pairs of token ids, scored."""
     pairs = [lm._encode_pair(row["prompt"], row["completion"]) for row in some]
     return lm._loglikelihood_tokens([(None, *pair) for pair in pairs], disable_tqdm=True)
 

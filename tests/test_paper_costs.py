@@ -1,4 +1,4 @@
-"""What a run costs is what it did."""
+"""The cost of a run is that of the work it did."""
 
 from pathlib import Path
 

@@ -20,7 +20,7 @@ def some_rows():
 
 
 def given_to(trainer, rows, **kwargs):
-    """What compute_metrics is given in an evaluation, and the evaluation's metrics."""
+    """The arguments of compute_metrics in an evaluation, and the evaluation's metrics."""
     seen = []
 
     def compute_metrics(prediction, **called):

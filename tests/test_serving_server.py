@@ -82,7 +82,7 @@ def test_chat_and_completion_are_answered_under_the_prompt_of_the_request(gated,
 
 
 def test_the_prompts_of_these_requests_differ(gated):
-    """What the other tests compare would else prove nothing."""
+    """The other tests' comparisons would else prove nothing."""
     ids = gated.tokenizer("the plot is good")["input_ids"]
     assert len({alone(gated, ids, name)[0] for name in TEXTS}) == 3
 
@@ -356,7 +356,7 @@ def test_a_server_of_an_empty_name_is_refused():
 
 
 def test_a_client_that_goes_before_its_body_is_whole_is_no_failure():
-    """What the app raises, the server logs with a traceback."""
+    """An exception of the app is logged by the server with its traceback."""
     app, sent = make_app(make_engine(make_gated()), MODEL), []
     events = iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
 

@@ -46,7 +46,7 @@ CHATS = [chat_row(*one) for one in (*FORGET, *RETAIN)]
 
 @dataclass
 class Served:
-    """What spul generates, and what vLLM did, by kind: new token ids up to the end of text. vLLM goes on at `url`."""
+    """Answers of spul and of vLLM, by kind: new token ids up to the end of text. vLLM goes on at `url`."""
 
     folder: Path
     url: str

@@ -1,4 +1,4 @@
-"""How a fresh prompt begins: near the vocabulary or an instruction, the same in every kind, and as a seed says."""
+"""The start of a fresh prompt: near the vocabulary or an instruction, the same in every kind, and as a seed says."""
 
 import pytest
 import torch
