@@ -155,7 +155,7 @@ def loaded_into(model, folder, name, **options):
 
 
 def attempt(load, folder):
-    """The prompt that it loads; None if its error names what is wrong. Nothing is fetched, nor much memory asked for."""
+    """Its prompt; None if its error names what is wrong. Nothing is fetched, nor much memory asked for."""
     tracemalloc.start()
     try:
         with (

@@ -99,7 +99,7 @@ def constrained_steps(trainable, folder, processes):
 
 
 def predictions(folder):
-    """The arguments of compute_metrics on seven rows, at once and by batches: the second process ends a batch earlier."""
+    """Arguments of compute_metrics on seven rows, at once and by batches: the second process ends a batch earlier."""
     given = []
 
     def compute_metrics(prediction, compute_result=True):
