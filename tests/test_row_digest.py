@@ -145,6 +145,13 @@ def test_lists_are_told_apart_as_by_the_plain_twin(one, other):
     assert (plain_digest(LISTS[one], COLUMNS) == plain_digest(LISTS[other], COLUMNS)) == expected
 
 
+def test_a_column_named_twice_counts_once():
+    # as a text field that is the prompt
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "completion": ["c", "d"]})
+    twice = ("prompt", "completion", "prompt")
+    assert plain_digest(rows, twice) == plain_digest(rows, twice[:2]) == plain_digest(rows.to_list(), twice)
+
+
 def test_every_part_counts(monkeypatch):
     monkeypatch.setattr(row_digest, "ROWS_OF_A_PART", 3)
     rows = Dataset.from_dict({"prompt": [str(i) for i in range(8)], "row_id": list(range(8))})

@@ -22,7 +22,7 @@ def plain_digest(rows: Any, columns: Sequence[str]) -> str:
 
     Args:
         rows: a `datasets.Dataset`, or any sequence of rows.
-        columns: names of the columns; those that there are count.
+        columns: names of the columns, of which one may come twice; those that there are count.
     """
     found = hashlib.sha256()
     for part in _parts(rows, columns):
@@ -40,7 +40,8 @@ def plain(value: Any) -> Any:
 def _parts(rows: Any, columns: Sequence[str]) -> Iterator[Mapping[str, Any]]:
     """Some thousand rows at a time, by column: Arrow's arrays, or lists of values that have no type in common."""
     if hasattr(rows, "select_columns"):
-        table = rows.select_columns([name for name in columns if name in rows.column_names]).with_format("arrow")
+        known = [name for name in dict.fromkeys(columns) if name in rows.column_names]
+        table = rows.select_columns(known).with_format("arrow")
         for start in range(0, len(table), ROWS_OF_A_PART):
             some = slice(start, start + ROWS_OF_A_PART)
             part = table[some].combine_chunks()
