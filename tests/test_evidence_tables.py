@@ -61,7 +61,7 @@ def test_the_table_of_the_results_page_is_that_of_the_stored_scores(example, pla
 
 def test_the_table_of_the_gates_page_is_that_of_the_stored_flags():
     flagged = {}
-    for line in read("sst2-smollm2-gates.jsonl"):
+    for line in read("sst2-smollm2-gates-pieces.jsonl"):
         for side, rows in line["test"].items():
             flagged.setdefault((line["gate"], side), []).extend(rows)
     for line in map(json.loads, (DATA.parent / "results" / "gated-sst2.jsonl").read_text().splitlines()):
