@@ -93,6 +93,27 @@ def check_all_texts(encoder: RowEncoder, rows: Iterable[Mapping[str, Any]]) -> N
             encoder.encode(row)
 
 
+def check_can_be_scored(
+    encoder: RowEncoder, name: str, rows: Iterable[Mapping[str, Any]], num_embeddings: int | None
+) -> None:
+    """Check that all rows of a set can be encoded, and that a base embeds the tokens of the first ones.
+
+    Args:
+        encoder: of the rows.
+        name: of the set, in messages.
+        rows: as in `RowEncoder.encode`.
+        num_embeddings: number of the base's input embeddings; None if unknown.
+
+    Raises:
+        ValueError: if a row cannot be used, or a token has no embedding.
+    """
+    try:
+        check_all_texts(encoder, rows)
+        check_token_ids(encoder, rows, num_embeddings)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
 def check_texts(row: Mapping[str, Any], text_field: str | None = None) -> None:
     """Check the prompt and the completion of a row: both texts, or both lists of messages, and not empty.
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..data.checks import check_rows, check_side
 from ..data.encoder import RowEncoder
 from ..data.formats import PromptFormat
-from ..data.row_checks import check_all_texts, check_token_ids
+from ..data.row_checks import check_can_be_scored
 from ..data.unlearning_data import SPLITS, UnlearningData
 from ..models.causal_lm import bare_model, check_model, num_embeddings, unwrapped
 from ..models.compat import is_sharded
@@ -106,7 +106,7 @@ def checked_splits(
     return sets
 
 
-def check_can_be_scored(encoder: RowEncoder, sets: Mapping[str, Any], models: Iterable[nn.Module]) -> None:
+def check_sets_can_be_scored(encoder: RowEncoder, sets: Mapping[str, Any], models: Iterable[nn.Module]) -> None:
     """Check that all rows can be encoded, and that all models embed the tokens of the first ones.
 
     Args:
@@ -119,11 +119,7 @@ def check_can_be_scored(encoder: RowEncoder, sets: Mapping[str, Any], models: It
     """
     sizes = [num for one in models if (num := num_embeddings(one)) is not None]
     for name, rows in sets.items():
-        try:
-            check_all_texts(encoder, rows)
-            check_token_ids(encoder, rows, min(sizes, default=None))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        check_can_be_scored(encoder, name, rows, min(sizes, default=None))
 
 
 def checked_models(given: Mapping[str, Any], measures: Sequence[str]) -> dict[str, nn.Module]:

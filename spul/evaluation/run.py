@@ -18,7 +18,7 @@ from ..models.compat import PartialState, broadcast, gathered
 from ..records.digests import DigestKey, read_digest_key
 from .aggregation import Key, Measurement
 from .attack_settings import AttackSettings
-from .checks import check_arguments, check_can_be_scored, check_names, checked_models, checked_splits, named_sets
+from .checks import check_arguments, check_names, check_sets_can_be_scored, checked_models, checked_splits, named_sets
 from .examples import attack_examples
 from .measures import MEASURES, Measure, key_in_words
 from .metrics.free_form import rouge_l
@@ -139,7 +139,7 @@ def evaluate(
     }
     read = {**sets, **others, **asked}
     texts = {"unrelated_texts": text_rows(unrelated_texts, collator.encoder)} if len(unrelated_texts) else {}
-    check_can_be_scored(collator.encoder, {**read, **texts}, models.values())
+    check_sets_can_be_scored(collator.encoder, {**read, **texts}, models.values())
     if adapter_names is not None:
         named = named_sets(models["model"], {**sets, **others}, adapter_names)
         sets, unseen = {name: named[name] for name in sets}, named.get("unseen")

@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from ..data.checks import check_row_ids, check_rows
 from ..data.collator import ForgetRetainCollator
 from ..data.encoder import RowEncoder
-from ..data.row_checks import RESIZE, check_all_texts, check_token_ids
+from ..data.row_checks import RESIZE, check_can_be_scored
 from ..data.rows import SHOWN, listed
 from ..data.samplers import EpochSampler
 from ..losses.unlearning_loss import UnlearningLoss
@@ -129,11 +129,7 @@ def check_evaluation_rows(rows: Any, encoder: RowEncoder, num_embedded: int | No
     """
     for name, some in (rows if isinstance(rows, Mapping) else {"eval_dataset": rows}).items():
         check_rows(some, name=name)
-        try:
-            check_all_texts(encoder, some)
-            check_token_ids(encoder, some, num_embedded)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
+        check_can_be_scored(encoder, name, some, num_embedded)
 
 
 def no_rows_in_words(rows: Any) -> str:
