@@ -233,21 +233,22 @@ def test_what_takes_too_long_is_504_and_recorded():
 
 
 def test_a_client_that_goes_stops_the_generation():
+    endless = 1_000_000  # tokens: no machine is so slow to see the client gone
     events = []
-    engine = make_engine(make_gated(), max_new_tokens=4000)
+    engine = make_engine(make_gated(), max_new_tokens=endless)
     base = engine.served.gated.get_base_model()
-    base.config.max_position_embeddings, engine.room = 10_000, None
+    base.config.max_position_embeddings, engine.room = 2 * endless, None
     base.generation_config.eos_token_id = engine._settings.eos_token_id = None
     engine._ends = frozenset()
     with running(engine, events.append) as url:
         ask = client(url)
-        stream = ask.completions.create(prompt="good", stream=True, **{**GREEDY, "max_tokens": 4000})
+        stream = ask.completions.create(prompt="good", stream=True, **{**GREEDY, "max_tokens": endless})
         next(iter(stream))
         stream.close()
         until(lambda: events[-1]["event"] == "answered")
         assert events[-1]["finish"] == "abandoned"
         with pytest.raises(openai.APITimeoutError):
-            client(url, timeout=0.3).completions.create(prompt="good", **{**GREEDY, "max_tokens": 4000})
+            client(url, timeout=0.3).completions.create(prompt="good", **{**GREEDY, "max_tokens": endless})
         until(lambda: HTTP.get(f"{url}/health").json()["in_flight"] == 0)
         assert ask.completions.create(prompt="good", **GREEDY).usage.completion_tokens == 8
 
