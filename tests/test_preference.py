@@ -6,10 +6,12 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from terms import IS_FORGET, LABELS, LOGITS, REFERENCE, plain_nll
 
 from spul import UnlearningLoss
 from spul.losses import DPO, NPO, CrossEntropy, GradientAscent, SimNPO
+from spul.training.methods import unlearning_method
 
 # Rows 0 and 1 are chosen, rows 2 and 3 their rejected partners.
 PAIRS = ((0, 2), (1, 3))
@@ -39,6 +41,24 @@ def test_the_gradient_of_dpo_goes_to_ascent_on_the_rejected_and_descent_on_the_c
     DPO(inverse_temperature=1e-6)(logits, LABELS, REFERENCE).sum().backward()
     (CrossEntropy()(other[:2], LABELS[:2]).sum() + GradientAscent()(other[2:], LABELS[2:]).sum()).backward()
     torch.testing.assert_close(logits.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_npo_with_either_retain_term_is_the_sum_of_the_plain_terms_of_its_program():
+    rows, retained, slots = [0, 2], torch.tensor([False, True]), LABELS[2] != -100  # two response tokens to retain
+    forget = 2 / 0.1 * math.log(1 + math.exp(0.1 * log_ratio(0)))
+    current, base = LOGITS[2, slots].log_softmax(-1), REFERENCE[2, slots].log_softmax(-1)
+    kl = float(F.kl_div(current, base, reduction="sum", log_target=True))  # the program's: of the base to the trained
+    mean = sum(plain_nll(LOGITS, LABELS, 2)) / 2
+
+    program = UnlearningLoss(alpha=1.0, beta=0.0, forget=NPO(), retain=CrossEntropy(reduction="mean"))
+    for loss, retain in (
+        (unlearning_method("NPO+KL").loss, kl),
+        (unlearning_method("NPO+GD").loss, 2 * mean),
+        (program, mean),
+    ):
+        needed = loss.rows_needing_reference(~retained)
+        found = loss(LOGITS[rows], LABELS[rows], ~retained, REFERENCE[rows][needed])
+        assert float(found.loss) == pytest.approx(forget + retain)
 
 
 def test_an_odd_number_of_rows_is_no_pairs():

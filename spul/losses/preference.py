@@ -90,9 +90,9 @@ class DPO(_LogRatio):
     """Direct preference optimization: a chosen response is preferred to the row's own, the rejected one.
 
     -(2 / b) log sigmoid(b (log(pi / pi_ref)(chosen) - log(pi / pi_ref)(rejected))): the loss of arXiv 2305.18290
-    (eq. 7), times the factor 2 / b by which the programs of TOFU (IdkDPO, arXiv 2401.06121), of NPO (2404.05868) and
-    of AltPO (2409.13474) scale it. With a chosen response whose ratio stays 1 it is `NPO`. Ratios are those of whole
-    responses, so `reduction` is `"sum"` in the published losses.
+    (eq. 7), which TOFU's program (2401.06121) has as it is, times the factor 2 / b of the programs of NPO (2404.05868,
+    whose eq. 2 prints 1 / b), of AltPO (2409.13474) and of open-unlearning (IdkDPO). With a chosen response whose
+    ratio stays 1 it is `NPO`. Ratios are those of whole responses, so `reduction` is `"sum"` in the published losses.
 
     The rows are the chosen ones, then the rejected ones in the same order: `UnlearningLoss` puts them so. The loss of
     a pair is that of its chosen row; a rejected row's is 0.

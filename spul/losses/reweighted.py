@@ -19,8 +19,9 @@ class SatImp(LossTerm):
     weights have no gradient. At importance 0 it is `WGA`, at 0 and 0 `GradientAscent`.
 
     Args:
-        saturation: beta 1, at least 0; 5 as published.
-        importance: beta 2, at least 0; 1 as published. The README of the authors' program recommends 0.1.
+        saturation: beta 1, at least 0; 5 as in the authors' program.
+        importance: beta 2, at least 0; 1 as in the authors' contribution to open-unlearning, which calls it the
+            paper's. The README of their own program recommends 0.1.
         reduction: `"mean"` (default), as in the authors' program, though that averages over the tokens of a batch and
             so weighs long rows more.
 

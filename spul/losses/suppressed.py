@@ -16,8 +16,9 @@ from .terms import IGNORE_INDEX, LossTerm, Reduction, as_float, check_above_zero
 class CEU(LossTerm):
     """Cross-entropy unlearning: toward the model's own distribution without the label (CE-U, arXiv 2503.01224).
 
-    The target is softmax of the current logits, the label's set to minus infinity; it has no gradient. Unlike ascent,
-    the gradient stays bounded as the label becomes unlikely. It needs neither a reference nor retain rows.
+    The target is softmax of the current logits, the label's set to minus infinity; it has no gradient, as in the
+    author's contribution to open-unlearning. Unlike ascent, the gradient stays bounded as the label becomes unlikely.
+    It needs neither a reference nor retain rows.
 
     Args:
         skip: leading tokens of a response that are not trained, at least 0; 1 (default) as in the published training.
@@ -57,13 +58,14 @@ class CEU(LossTerm):
 class UNDIAL(LossTerm):
     """Self-distillation from adjusted logits: toward the base's distribution, the label's logit lowered.
 
-    The target is softmax(base logits - strength * one-hot(label)), fixed throughout training (arXiv 2402.10052). With
-    strength 0 the base is the optimum. open-unlearning's version of the program averages over the tokens of the
-    prompt and of padding as well, with their own logits as targets; this one takes response tokens only.
+    The target is softmax(base logits - strength * one-hot(label)), fixed throughout training (arXiv 2402.10052, as in
+    its program). With strength 0 the base is the optimum. The authors' program averages over all tokens of a text,
+    which is to be forgotten as a whole; so does their contribution to open-unlearning, over prompt and padding too.
+    This one takes response tokens only.
 
     Args:
-        strength: in logits, above 0; 10 (default) of the published 3, 10 and 30.
-        reduction: `"mean"` (default) over a row's tokens, as published.
+        strength: in logits, above 0; 10 (default) of the 3, 10 and 30 that the authors name in open-unlearning.
+        reduction: `"mean"` (default) over a row's tokens; the authors' program averages over those of a batch.
 
     Raises:
         ValueError: if `strength` is not above 0.

@@ -193,7 +193,7 @@ class _Ascent(LossTerm):
 
 @dataclass(frozen=True)
 class GradientAscent(_Ascent, CrossEntropy):
-    """Negated cross-entropy: makes the true response of a forget row unlikely (GA, arXiv 2210.01504).
+    """Negated cross-entropy: makes the true response of a forget row unlikely (GA, arXiv 2210.01504, eq. 1).
 
     It has no lower bound without `cap`. Use it with `ForgetRetainCollator(generic_completions=None)`, which keeps
     the true responses; ascent on generic responses would train the model never to generate them.
@@ -240,13 +240,14 @@ class KLDivergence(LossTerm):
 
 @dataclass(frozen=True)
 class KLAscent(_Ascent, KLDivergence):
-    """Negated KL: drives the answers on forget rows away from the base model's (EUL, arXiv 2310.20150).
+    """Negated KL: drives the answers on forget rows away from the base model's (EUL, arXiv 2310.20150, eq. 2).
 
     As with `GradientAscent`, forget rows keep their own completions; only the positions of these tokens matter. The
     published term has no bound.
 
     Args:
-        direction: `"forward"` (default), KL(base || trained), as published; or `"reverse"`.
+        direction: `"forward"` (default), KL(base || trained), as we read the paper, which has no program; or
+            `"reverse"`.
         reduction: see `LossTerm`.
         cap: in nats per token, above 0; None (default) for none, as published. A token with a larger KL counts as the
             cap and has no gradient: the loss is -min(KL, cap).

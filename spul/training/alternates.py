@@ -50,9 +50,9 @@ def add_alternates(
     """A data set with alternate answers to its forget rows, sampled from the model: the preferred responses of AltPO.
 
     As in arXiv 2409.13474 the model that is to forget is asked for other plausible answers, given the question and
-    its answer, five times at temperature 1, whatever the model's own generation settings. An answer ends at the first
-    line break. One that is empty, the row's own, or there already is sampled anew, up to four times. Base models write
-    few that are worth training to: read some.
+    its answer, five times at temperature 1, whatever the model's own generation settings, of which the authors'
+    program keeps top-k and top-p. An answer ends at the first line break. One that is empty, the row's own, or there
+    already is sampled anew, up to four times. Base models write few that are worth training to: read some.
 
     Args:
         model: the model before training; adapters are disabled.

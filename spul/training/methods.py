@@ -43,10 +43,10 @@ logger = logging.getLogger(__name__)
 Trainable = Literal["prompt", "full", "lora", "layers"]
 TRAINABLES: tuple[Trainable, ...] = ("prompt", "full", "lora", "layers")
 
-# As in their papers, the KL terms of the other methods are KL(base || trained); log-likelihoods of whole responses.
+# The KL terms of the other methods are KL(base || trained), as in their programs; NPO's paper prints the reverse one.
 _FORWARD_KL = KLDivergence(direction="forward", reduction="sum")
 _SUMMED = CrossEntropy(reduction="sum")
-# The programs of the methods that have it average retain rows over tokens.
+# Papers sum over a response; the programs of the methods that have this average retain rows over tokens.
 _TOKEN_MEAN = CrossEntropy(reduction="mean")
 _LOSSES = {
     "SPUL": UnlearningLoss(alpha=1.0, beta=0.5),
@@ -268,9 +268,10 @@ def unlearning_method(
     | SPUL | cross-entropy to a generic completion | cross-entropy, reverse KL | arXiv 2406.12038 |
     | GA | gradient ascent | not used | arXiv 2210.01504 |
     | RL | cross-entropy to a generic completion | not used | as in arXiv 2406.12038 |
-    | GA+KL, GA+GD | gradient ascent | forward KL; cross-entropy | arXiv 2310.10683, 2401.06121 |
+    | GA+KL | gradient ascent | forward KL | arXiv 2310.10683, 2401.06121, 2402.15159 |
+    | GA+GD | gradient ascent | cross-entropy | arXiv 2402.15159, 2401.06121 |
     | NPO, NPO+KL, NPO+GD | negative preference optimization | not used; forward KL; cross-entropy | arXiv 2404.05868 |
-    | SimNPO, SimNPO+KL, SimNPO+GD | the same without a reference | the same | arXiv 2410.07163 |
+    | SimNPO, SimNPO+KL, SimNPO+GD | the same without a reference | the same | arXiv 2410.07163; +KL is ours |
     | EUL | KL ascent, and ascent on the prompt text | forward KL and cross-entropy | arXiv 2310.20150 |
     | IDK | cross-entropy to a generic completion | cross-entropy | arXiv 2401.06121 |
     | IDK-DPO | DPO: a generic completion rather than their own | cross-entropy | arXiv 2401.06121, 2404.05868 |

@@ -227,7 +227,7 @@ def probability(likelihoods: Sequence[Likelihood]) -> np.ndarray:
 
     Higher is better on retain rows; on forget rows low, as low as the retrained model's and not lower.
 
-    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2.1
+    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2
     """
     return np.exp(mean_log_probs(likelihoods))
 
@@ -251,12 +251,14 @@ def truth_ratio(
     Args:
         paraphrased: one per question.
         perturbed: the wrong answers of each question, one or more.
-        mean: over the wrong answers; `"geometric"` is that of TOFU's program, which averages their losses.
+        mean: over the wrong answers; `"geometric"` is that of TOFU's program, which averages their losses (for its
+            model utility, in one of two places).
 
     Raises:
         ValueError: if `mean` is neither, the numbers of questions differ, or one has no wrong answer.
 
-    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2.1
+    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, eq. 1; for the difference between paper and program
+    https://github.com/locuslab/open-unlearning/issues/26
     """
     if len(paraphrased) != len(perturbed) or not all(len(wrong) for wrong in perturbed):
         raise ValueError(
@@ -283,7 +285,7 @@ def truth_ratio_on_forget(ratios: np.ndarray) -> float:
 def truth_ratio_on_retain(ratios: np.ndarray) -> float:
     """TOFU's truth ratio of a retain set: mean of `max(0, 1 - R)`, in 0..1; higher is better.
 
-    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2.1
+    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2
     """
     return float(np.maximum(0.0, 1 - np.asarray(ratios, dtype=np.float64)).mean())
 
@@ -294,9 +296,9 @@ def extraction_strength(likelihoods: Sequence[Likelihood]) -> np.ndarray:
     `1 - k/|y|`, with k the smallest number of leading response tokens after which every further token is the most
     likely one. It is 1 if the prompt alone suffices, and 0 if even the last token must be given (k = |y|).
 
-    Source: Wang et al., *Towards Effective Evaluations and Comparisons for LLM Unlearning Methods*,
-    https://arxiv.org/abs/2406.09179; open-unlearning, https://arxiv.org/abs/2506.12618, whose program stops at
-    k = |y| - 1 and so never returns less than 1/|y|
+    Source: the program of open-unlearning, https://arxiv.org/abs/2506.12618, which stops at k = |y| - 1 and so never
+    returns less than 1/|y|; the metric is that of Wang et al., *Towards Effective Evaluations and Comparisons for LLM
+    Unlearning Methods*, https://arxiv.org/abs/2406.09179, whose formula was not compared
     """
 
     def strength(agrees: np.ndarray) -> float:

@@ -120,7 +120,7 @@ def model_utility(
     Returns:
         The nine metrics by name, such as `retain_probability`, and `model_utility`.
 
-    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2.1
+    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2
     """
     metrics = {}
     for name, scores in (("retain", retain), ("real_authors", real_authors), ("world_facts", world_facts)):
@@ -144,7 +144,7 @@ def forget_quality(ratios: np.ndarray, retrained_ratios: np.ndarray) -> float:
     Raises:
         ValueError: if one of them is empty or has NaN.
 
-    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2.2
+    Source: Maini et al., *TOFU*, https://arxiv.org/abs/2401.06121, section 2.2
     """
     both = [np.asarray(some, dtype=np.float64) for some in (ratios, retrained_ratios)]
     if any(some.ndim != 1 or len(some) == 0 or np.isnan(some).any() for some in both):
