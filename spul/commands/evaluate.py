@@ -15,7 +15,6 @@ from .wording import in_options
 logger = logging.getLogger(__name__)
 
 FAILED = 1
-INPUT_ATTACK = "input attack"
 
 
 @dataclass(kw_only=True)
@@ -78,10 +77,9 @@ def run(options: EvaluateOptions) -> int | None:
     """
     from ..data.collator import ForgetRetainCollator
     from ..data.prompt_files import read_texts
-    from ..data.unlearning_data import SPLITS
     from ..evaluation.attack_settings import AttackSettings
     from ..evaluation.checks import check_names
-    from ..evaluation.conditions import DEFAULT_MEASURE, Condition, failures
+    from ..evaluation.conditions import failures
     from ..evaluation.loading import load_unlearned
     from ..evaluation.measures import MEASURES
     from ..evaluation.report.plotting import require_matplotlib
@@ -89,7 +87,6 @@ def run(options: EvaluateOptions) -> int | None:
     from ..models.compat import PartialState
     from ..records.files import check_can_hold
 
-    conditions = [Condition.parse(text) for text in options.fail_if or ()]
     measures = [name.replace("-", " ") for name in options.measures or MEASURES]
     check_names(measures)
     attacks = AttackSettings(
@@ -99,15 +96,7 @@ def run(options: EvaluateOptions) -> int | None:
         relearn_lr=options.relearn_lr,
         relearn_model_lr=options.relearn_model_lr,
     )
-    if options.attacks and INPUT_ATTACK not in measures:
-        raise ValueError(
-            f"attacks are given, and {INPUT_ATTACK!r} is none of the measures: add it, or leave them out."
-        )
-    if absent := [str(one) for one in conditions if one.measure not in measures]:
-        raise ValueError(f"the condition {absent[0]!r} is of a measure that is not taken: add it to measures.")
-    for one in conditions:  # before hours of measuring
-        if one.measure == DEFAULT_MEASURE and one.rows not in SPLITS:
-            raise ValueError(f"the condition {str(one)!r} is of no set of rows; expected one of {', '.join(SPLITS)}.")
+    conditions = _conditions(options, measures)
     _check_evidence(options)
     check_can_hold(options.output_dir)
     require_matplotlib()  # for the report, before hours of measuring
@@ -154,6 +143,24 @@ def run(options: EvaluateOptions) -> int | None:
         if conditions and not failed:
             print(f"passed: {len(conditions)} condition(s)")
     return FAILED if failed else None
+
+
+def _conditions(options: EvaluateOptions, measures: list[str]) -> list[Any]:
+    """The conditions, checked before hours of measuring: they and the attacks are of measures that are taken."""
+    from ..data.unlearning_data import SPLITS
+    from ..evaluation.conditions import DEFAULT_MEASURE, INPUT_ATTACK, Condition
+
+    found = [Condition.parse(text) for text in options.fail_if or ()]
+    if options.attacks and INPUT_ATTACK not in measures:
+        raise ValueError(
+            f"attacks are given, and {INPUT_ATTACK!r} is none of the measures: add it, or leave them out."
+        )
+    for one in found:
+        if one.measure not in measures:
+            raise ValueError(f"the condition {str(one)!r} is of a measure that is not taken: add it to measures.")
+        if one.measure == DEFAULT_MEASURE and one.rows not in SPLITS:
+            raise ValueError(f"the condition {str(one)!r} is of no set of rows; expected one of {', '.join(SPLITS)}.")
+    return found
 
 
 def _generic(options: EvaluateOptions) -> list[str]:
