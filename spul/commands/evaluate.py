@@ -6,11 +6,15 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .command import Command, Naming
 from .shared import LoadOptions, RowOptions, option
 from .wording import in_options
+
+if TYPE_CHECKING:
+    from ..evaluation.conditions import Condition
+    from ..evaluation.results import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +149,7 @@ def run(options: EvaluateOptions) -> int | None:
     return FAILED if failed else None
 
 
-def _conditions(options: EvaluateOptions, measures: list[str]) -> list[Any]:
+def _conditions(options: EvaluateOptions, measures: list[str]) -> list[Condition]:
     """The conditions, checked before hours of measuring: they and the attacks are of measures that are taken."""
     from ..data.unlearning_data import SPLITS
     from ..evaluation.conditions import DEFAULT_MEASURE, INPUT_ATTACK, Condition
@@ -235,7 +239,7 @@ def _check_evidence(options: EvaluateOptions) -> None:
             Ledger(options.ledger).check_name(options.request)
 
 
-def _write(found: Any, options: EvaluateOptions) -> None:
+def _write(found: Evaluation, options: EvaluateOptions) -> None:
     """Tables in print, the report, the metrics in the card of a local adapter that has one, and the evidence pack."""
     from ..evaluation.evidence import write_evidence
     from ..evaluation.report.card import add_to_card
