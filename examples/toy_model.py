@@ -11,6 +11,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+BATCH_SIZE = 64
+
 
 def word_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     """A tokenizer with one token per word."""
@@ -28,7 +30,6 @@ def train_small_model(
     draw_row: Callable[[random.Random], tuple[str, str]],
     seed: int,
     steps: int,
-    batch_size: int = 64,
 ) -> Path:
     """Train a Llama of 1.4M parameters on prompts and one-word answers of `draw_row`; save model and tokenizer."""
     torch.manual_seed(seed)
@@ -52,7 +53,7 @@ def train_small_model(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.1)
     progress = tqdm(range(steps), desc="training the small base")
     for _ in progress:
-        rows = [draw_row(rng) for _ in range(batch_size)]
+        rows = [draw_row(rng) for _ in range(BATCH_SIZE)]
         ids = [tokenizer(given + answer)["input_ids"] for given, answer in rows]
         width = max(map(len, ids))
         inputs = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in ids])

@@ -98,7 +98,7 @@ def training_row(rng: random.Random, names: Sequence[str], seen: Sequence[dict])
     return row["prompt"], row["completion"]
 
 
-def build_base(folder: Path, seed: int = 0, steps: int = 800, groups: Sequence[str] = ("retain", "forget")) -> Path:
+def build_base(folder: Path, seed: int = 0, groups: Sequence[str] = ("retain", "forget")) -> Path:
     """Train the small model on the training questions (some minutes on 2 cores) and save it with its tokenizer.
 
     With `groups=("retain",)` it is the retrained model, which never sees the gems.
@@ -106,4 +106,4 @@ def build_base(folder: Path, seed: int = 0, steps: int = 800, groups: Sequence[s
     splits = make_splits(seed)
     names = [name for group in groups for name in (GEMS if group == "forget" else CREATURES)]
     seen = [row for group in groups for row in splits[f"train_{group}"].to_list()]
-    return train_small_model(folder, make_tokenizer(), lambda rng: training_row(rng, names, seen), seed, steps)
+    return train_small_model(folder, make_tokenizer(), lambda rng: training_row(rng, names, seen), seed, steps=800)

@@ -144,14 +144,19 @@ def launch(tmp_path_factory):
     return folder, launched(__file__, folder)
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """What `steps` finds in one process, of each type of prompt."""
+    return {kind: steps(make_unlearner(kind), tmp_path_factory.mktemp("alone"), 1) for kind in CONFIGS}
+
+
 # ---- the tests ----
 
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)
-def test_2_processes_with_a_sharded_base_make_the_steps_of_one(launch, tmp_path, prompt_type):
-    one = steps(make_unlearner(prompt_type), tmp_path, 1)
+def test_2_processes_with_a_sharded_base_make_the_steps_of_one(launch, alone, prompt_type):
     for results in launch[1]:
-        assert_steps(one, results[prompt_type])
+        assert_steps(alone[prompt_type], results[prompt_type])
         assert_same(results[prompt_type]["state"], results[f"resumed {prompt_type}"], rtol=0, atol=0)
 
 
@@ -164,18 +169,16 @@ def test_a_prompt_trained_on_a_sharded_base_loads_onto_a_whole_one(launch, promp
 
 
 @pytest.mark.parametrize("kind", ["offloaded", "accumulated"])
-def test_offloaded_shards_and_accumulated_batches_make_the_steps_of_one(launch, tmp_path, kind):
-    one = steps(make_unlearner(), tmp_path, 1)
+def test_offloaded_shards_and_accumulated_batches_make_the_steps_of_one(launch, alone, kind):
     for results in launch[1]:
-        assert_steps(one, results[kind])
+        assert_steps(alone["prompt_tuning"], results[kind])
 
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)
-def test_a_sharded_base_under_gradient_checkpointing_makes_the_steps_of_one(launch, tmp_path, prompt_type):
-    one = steps(make_unlearner(prompt_type), tmp_path, 1)
+def test_a_sharded_base_under_gradient_checkpointing_makes_the_steps_of_one(launch, alone, prompt_type):
     for results in launch[1]:
         found = results[f"checkpointed {prompt_type}"]
-        assert_steps(one, found)
+        assert_steps(alone[prompt_type], found)
         assert found["shared"]
 
 

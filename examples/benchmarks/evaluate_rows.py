@@ -49,7 +49,7 @@ def main() -> None:
     parser.set_defaults(model="tiny", device="cpu", rounds=1)
     args = parser.parse_args()
     if args.in_this_process:
-        make_measures(args, 1_000)[args.measures[0]]()  # imports, first calls
+        make_measures(args, min(args.rows, 1_000))[args.measures[0]]()  # imports, first calls
         call = make_measures(args, args.rows)[args.measures[0]]
         start = time.perf_counter()
         with PeakMemory("cpu") as peak:

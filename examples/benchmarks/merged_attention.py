@@ -87,20 +87,20 @@ def _unfolded(flat: Tensor, like: Tensor) -> Tensor:
     return flat.unflatten(1, (len(like), like.shape[2])).transpose(0, 1)
 
 
-def inputs(shape: common.Shape, num_virtual: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Any]:
+def inputs(shape: common.Shape, num_virtual: int, dtype: torch.dtype) -> dict[str, Any]:
     """Random queries, keys and values of a batch and a prompt, and the causal mask of rows padded on the right."""
     draw = torch.Generator().manual_seed(0)
 
     def random(rows: int, num: int) -> Tensor:
         states = torch.randn(rows, num, HEADS, WIDTH, generator=draw, dtype=dtype)  # as projections leave them
-        return states.to(device).requires_grad_().transpose(1, 2)
+        return states.requires_grad_().transpose(1, 2)
 
     rows, longest = shape.batch_size, shape.max_tokens
     lengths = torch.tensor([len(row["input_ids"]) for row in common.make_rows(shape, 100)])
     mask = torch.ones(longest, longest, dtype=torch.bool).tril() & (torch.arange(longest) < lengths[:, None, None])
     query, key, value = (random(rows, longest) for _ in range(3))
     prompt = random(1, num_virtual), random(1, num_virtual)
-    return {"query": query, "key": key, "value": value, "prompt": prompt, "mask": mask[:, None].to(device)}
+    return {"query": query, "key": key, "value": value, "prompt": prompt, "mask": mask[:, None]}
 
 
 def main() -> None:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+PERPLEXITY = 30.0  # of t-SNE: about how many neighbors count; a third of the other rows where that is less
 # Color by family of methods, marker by method.
 METHOD_STYLES = {
     "vanilla": (GRAY, "v"),
@@ -170,7 +171,6 @@ def tsne_coordinates(
     is_forget: Sequence[bool],
     labels: Sequence[str],
     seed: int = 0,
-    perplexity: float = 30.0,
 ) -> list[dict[str, Any]]:
     """t-SNE of embeddings in two dimensions, as rows that JSON can hold: `panel`, `x`, `y`, `is_forget`, `label`.
 
@@ -179,7 +179,6 @@ def tsne_coordinates(
         is_forget: one flag a row, n.
         labels: one label a row, n.
         seed: seed of the t-SNE.
-        perplexity: about how many neighbors count; a third of n - 1 where that is less.
 
     Raises:
         ValueError: if there are no embeddings, shapes do not agree, or there are fewer than 4 rows or 2 dimensions.
@@ -197,7 +196,7 @@ def tsne_coordinates(
                 f"embeddings {panel!r} have the shape {values.shape}, with {len(is_forget)} flags and {n} labels; "
                 "expected (n, d) with a flag and a label a row, at least 4 rows and 2 dimensions."
             )
-        tsne = TSNE(init="pca", perplexity=min(perplexity, (n - 1) / 3), random_state=seed)
+        tsne = TSNE(init="pca", perplexity=min(PERPLEXITY, (n - 1) / 3), random_state=seed)
         for (x, y), flag, label in zip(tsne.fit_transform(values).tolist(), is_forget, labels, strict=True):
             rows.append({"panel": panel, "x": x, "y": y, "is_forget": bool(flag), "label": str(label)})
     return rows

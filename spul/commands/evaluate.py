@@ -6,16 +6,19 @@ import dataclasses
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from .command import Command, Naming
 from .shared import LoadOptions, RowOptions, option
 from .wording import in_options
 
+if TYPE_CHECKING:
+    from ..evaluation.conditions import Condition
+    from ..evaluation.results import Evaluation
+
 logger = logging.getLogger(__name__)
 
 FAILED = 1
-INPUT_ATTACK = "input attack"
 
 
 @dataclass(kw_only=True)
@@ -78,10 +81,9 @@ def run(options: EvaluateOptions) -> int | None:
     """
     from ..data.collator import ForgetRetainCollator
     from ..data.prompt_files import read_texts
-    from ..data.unlearning_data import SPLITS
     from ..evaluation.attack_settings import AttackSettings
     from ..evaluation.checks import check_names
-    from ..evaluation.conditions import DEFAULT_MEASURE, Condition, failures
+    from ..evaluation.conditions import failures
     from ..evaluation.loading import load_unlearned
     from ..evaluation.measures import MEASURES
     from ..evaluation.report.plotting import require_matplotlib
@@ -89,7 +91,6 @@ def run(options: EvaluateOptions) -> int | None:
     from ..models.compat import PartialState
     from ..records.files import check_can_hold
 
-    conditions = [Condition.parse(text) for text in options.fail_if or ()]
     measures = [name.replace("-", " ") for name in options.measures or MEASURES]
     check_names(measures)
     attacks = AttackSettings(
@@ -99,15 +100,7 @@ def run(options: EvaluateOptions) -> int | None:
         relearn_lr=options.relearn_lr,
         relearn_model_lr=options.relearn_model_lr,
     )
-    if options.attacks and INPUT_ATTACK not in measures:
-        raise ValueError(
-            f"attacks are given, and {INPUT_ATTACK!r} is none of the measures: add it, or leave them out."
-        )
-    if absent := [str(one) for one in conditions if one.measure not in measures]:
-        raise ValueError(f"the condition {absent[0]!r} is of a measure that is not taken: add it to measures.")
-    for one in conditions:  # before hours of measuring
-        if one.measure == DEFAULT_MEASURE and one.rows not in SPLITS:
-            raise ValueError(f"the condition {str(one)!r} is of no set of rows; expected one of {', '.join(SPLITS)}.")
+    conditions = _conditions(options, measures)
     _check_evidence(options)
     check_can_hold(options.output_dir)
     require_matplotlib()  # for the report, before hours of measuring
@@ -154,6 +147,24 @@ def run(options: EvaluateOptions) -> int | None:
         if conditions and not failed:
             print(f"passed: {len(conditions)} condition(s)")
     return FAILED if failed else None
+
+
+def _conditions(options: EvaluateOptions, measures: list[str]) -> list[Condition]:
+    """The conditions, checked before hours of measuring: they and the attacks are of measures that are taken."""
+    from ..data.unlearning_data import SPLITS
+    from ..evaluation.conditions import DEFAULT_MEASURE, INPUT_ATTACK, Condition
+
+    found = [Condition.parse(text) for text in options.fail_if or ()]
+    if options.attacks and INPUT_ATTACK not in measures:
+        raise ValueError(
+            f"attacks are given, and {INPUT_ATTACK!r} is none of the measures: add it, or leave them out."
+        )
+    for one in found:
+        if one.measure not in measures:
+            raise ValueError(f"the condition {str(one)!r} is of a measure that is not taken: add it to measures.")
+        if one.measure == DEFAULT_MEASURE and one.rows not in SPLITS:
+            raise ValueError(f"the condition {str(one)!r} is of no set of rows; expected one of {', '.join(SPLITS)}.")
+    return found
 
 
 def _generic(options: EvaluateOptions) -> list[str]:
@@ -228,7 +239,7 @@ def _check_evidence(options: EvaluateOptions) -> None:
             Ledger(options.ledger).check_name(options.request)
 
 
-def _write(found: Any, options: EvaluateOptions) -> None:
+def _write(found: Evaluation, options: EvaluateOptions) -> None:
     """Tables in print, the report, the metrics in the card of a local adapter that has one, and the evidence pack."""
     from ..evaluation.evidence import write_evidence
     from ..evaluation.report.card import add_to_card

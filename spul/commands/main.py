@@ -114,8 +114,7 @@ def commands_of(name: str) -> dict[str, Command]:
     module = f"{__package__}.{name.replace('-', '_')}"
     if find_spec(module) is None:
         raise ImportError(f"the command {name!r} is not part of this installation (no module {module}).")
-    found: dict[str, Command] = import_module(module).COMMANDS
-    return found
+    return import_module(module).COMMANDS
 
 
 def overview() -> str:

@@ -150,8 +150,8 @@ def checked_flag(flag: Any, name: str) -> bool:
     return bool(number)
 
 
-def check_row_ids(rows: Any, name: str = "train_dataset") -> None:
-    """Check that the rows of a data set, or of any sequence of rows, have different whole numbers as `row_id`.
+def check_row_ids(rows: Any) -> None:
+    """Check that training rows, a data set or any sequence of rows, have different whole numbers as `row_id`.
 
     A data set without the column passes.
 
@@ -166,11 +166,12 @@ def check_row_ids(rows: Any, name: str = "train_dataset") -> None:
         return
     first: dict[int, int] = {}
     for i, value in enumerate(values):
-        number = checked_row_id(value, f"row {i} of {name}")
+        number = checked_row_id(value, f"row {i} of train_dataset")
         if first.setdefault(number, i) != i:
             raise ValueError(
-                f"rows {first[number]} and {i} of {name} share row_id={number}; expected a different whole number for "
-                "each row. Join data sets with forget_retain_dataset(forget, retain), which numbers them anew."
+                f"rows {first[number]} and {i} of train_dataset share row_id={number}; expected a different whole "
+                "number for each row. Join data sets with forget_retain_dataset(forget, retain), which numbers them "
+                "anew."
             )
 
 

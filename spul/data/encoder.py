@@ -104,12 +104,6 @@ class RowEncoder:
         eos = tokenizer.eos_token_id
         self._ends_texts = eos is not None and tokenizer(ANCHOR)["input_ids"][-1:] == [eos]
 
-    @property
-    def max_width(self) -> int:
-        """Columns of the widest batch."""
-        multiple = self.pad_to_multiple_of or 1
-        return -(-self.max_length // multiple) * multiple
-
     def with_max_length(self, max_length: int) -> RowEncoder:
         """An encoder with the same settings and another maximum length."""
         settings = (self.text_field, self.append_eos, self.pad_to_multiple_of, self.prompt_position)

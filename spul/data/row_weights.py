@@ -41,8 +41,8 @@ def checked_weights(values: Iterable[Any], name: str) -> np.ndarray:
     return np.array(weights)
 
 
-def sampling_weights(rows: Any, name: str = "train_dataset") -> np.ndarray | None:
-    """The column `sampling_weight` of a data set, or of any sequence of rows; None if there is none, or all are 1.
+def sampling_weights(rows: Any) -> np.ndarray | None:
+    """The column `sampling_weight` of training rows, in a data set or any sequence; None without one, or if all are 1.
 
     Raises:
         ValueError: if only some rows have a weight, or one is not a finite number above 0.
@@ -55,7 +55,7 @@ def sampling_weights(rows: Any, name: str = "train_dataset") -> np.ndarray | Non
         values = [row.get(WEIGHT) for row in rows]
         if all(value is None for value in values):
             return None
-    weights = checked_weights(values, name)
+    weights = checked_weights(values, "train_dataset")
     return None if (weights == 1).all() else weights
 
 

@@ -41,11 +41,13 @@ class RowCopies(Dataset):
 
 
 class EpochSampler(Sampler[int]):
-    """Base of the samplers: the order depends on seed and epoch alone, so that a resumed run continues with it.
+    """Base of the samplers: an epoch is a pass over each group of rows, one group after the other.
+
+    The order depends on seed and epoch alone, so that a resumed run continues with it.
 
     Args:
+        groups: indices of the rows of each group; every row is in one of them.
         seed: seed of the shuffles.
-        num_rows: number of rows.
         lengths: one per row, in tokens, to group rows of similar length; None does not group.
         batch_size: rows per step, for grouping.
         weights: one per row, above 0: how often it is drawn where others are drawn once. A pass over rows of total
@@ -64,20 +66,25 @@ class EpochSampler(Sampler[int]):
 
     def __init__(
         self,
+        groups: Sequence[np.ndarray],
         seed: int,
-        num_rows: int,
         lengths: Sequence[int] | None,
         batch_size: int,
         weights: Sequence[float] | np.ndarray | None = None,
     ) -> None:
+        num_rows = sum(map(len, groups))
         for name, values in (("lengths", lengths), ("weights", weights)):
             if values is not None and len(values) != num_rows:
                 raise ValueError(f"there are {len(values)} {name} for {num_rows} rows; expected one for each.")
         self.seed, self.lengths, self.batch_size, self.epoch = seed, lengths, batch_size, 0
-        self.num_rows = num_rows
+        self.groups, self.num_rows = groups, num_rows
         self.weights = None if weights is None else checked_weights(weights, "the training set")
         if weights is not None:
             self.draws_copies = True
+        self._num_in_pass = [num_in_pass(group, self.weights) for group in groups]
+
+    def __len__(self) -> int:
+        return sum(self._num_in_pass)
 
     def set_epoch(self, epoch: int) -> None:
         """Shuffle as in this epoch."""
@@ -88,7 +95,8 @@ class EpochSampler(Sampler[int]):
 
     def _draws(self, generator: torch.Generator) -> Iterator[int]:
         """The draws of one epoch."""
-        raise NotImplementedError
+        for group in self.groups:
+            yield from self._shuffled(next(self._passes(group, generator)), generator)
 
     def _shuffled(self, draws: np.ndarray, generator: torch.Generator) -> Iterator[int]:
         """These draws in random order, or grouped by length as in transformers."""
@@ -143,10 +151,10 @@ class ForgetFractionSampler(EpochSampler):
             raise ValueError(
                 f"forget_fraction={fraction!r}; expected a share above 0 and below 1, or None to mix as the data are."
             )
-        self.groups = _groups(is_forget, f"forget_fraction={fraction!r}")
-        super().__init__(seed, len(is_forget), lengths, batch_size, weights)
+        groups = _groups(is_forget, f"forget_fraction={fraction!r}")
+        super().__init__(groups, seed, lengths, batch_size, weights)
         self.fraction = fraction
-        retain, forget = (num_in_pass(group, self.weights) for group in self.groups)
+        retain, forget = self._num_in_pass
         # 1 / (1 - 0.9) is a little above 10 in binary floats.
         draws = max(forget / fraction - 1e-9, retain / (1 - fraction) - 1e-9)
         if draws >= sys.maxsize:
@@ -225,14 +233,7 @@ class WeightedSampler(EpochSampler):
         lengths: Sequence[int] | None = None,
         batch_size: int = 1,
     ) -> None:
-        super().__init__(seed, len(weights), lengths, batch_size, weights)
-        self._num_draws = num_in_pass(np.arange(self.num_rows), self.weights)
-
-    def __len__(self) -> int:
-        return self._num_draws
-
-    def _draws(self, generator: torch.Generator) -> Iterator[int]:
-        return self._shuffled(next(self._passes(np.arange(self.num_rows), generator)), generator)
+        super().__init__([np.arange(len(weights))], seed, lengths, batch_size, weights)
 
 
 class LengthGroupedSampler(EpochSampler):
@@ -245,13 +246,7 @@ class LengthGroupedSampler(EpochSampler):
     """
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int = 0) -> None:
-        super().__init__(seed, len(lengths), lengths, batch_size)
-
-    def __len__(self) -> int:
-        return self.num_rows
-
-    def _draws(self, generator: torch.Generator) -> Iterator[int]:
-        return self._shuffled(np.arange(self.num_rows), generator)
+        super().__init__([np.arange(len(lengths))], seed, lengths, batch_size)
 
 
 class AlternatingSampler(EpochSampler):
@@ -277,16 +272,7 @@ class AlternatingSampler(EpochSampler):
         batch_size: int = 1,
         weights: Sequence[float] | np.ndarray | None = None,
     ) -> None:
-        self.groups = _groups(is_forget, "alternate=True")
-        super().__init__(seed, len(is_forget), lengths, batch_size, weights)
-        self._num_draws = sum(num_in_pass(group, self.weights) for group in self.groups)
-
-    def __len__(self) -> int:
-        return self._num_draws
-
-    def _draws(self, generator: torch.Generator) -> Iterator[int]:
-        for group in self.groups:
-            yield from self._shuffled(next(self._passes(group, generator)), generator)
+        super().__init__(_groups(is_forget, "alternate=True"), seed, lengths, batch_size, weights)
 
 
 def _permuted(rows: np.ndarray, generator: torch.Generator) -> Iterator[int]:

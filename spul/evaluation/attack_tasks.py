@@ -278,7 +278,7 @@ def _why_not_quantized(model: nn.Module) -> str:
 def _quantized_copy(model: nn.Module, bits: int, folder: Path) -> Any:
     """The model over its base in 8 or 4 bit; the prompt or the layers unchanged."""
     model = unwrapped(model)
-    base = cast(Any, bare_model(model))
+    base: Any = bare_model(model)
     base.save_pretrained(folder / "base")
     small = in_few_bits(folder / "base", bits, base.dtype, device_map={"": device_of(base)})
     with warnings.catch_warnings():

@@ -243,9 +243,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         """Enable gradient checkpointing in the base, by the name of all versions of transformers 5."""
         switch_checkpointing(self.base_model, "enable", gradient_checkpointing_kwargs, **kwargs)
 
-    def gradient_checkpointing_disable(self) -> None:
-        """Disable gradient checkpointing in the base."""
-        switch_checkpointing(self.base_model, "disable")
+    gradient_checkpointing_disable = activation_checkpointing_disable
 
     # ---- saving and loading ----
 

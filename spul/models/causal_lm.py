@@ -298,3 +298,8 @@ def warn_once(message: str) -> None:
 def needs_gradient(model: nn.Module) -> bool:
     """Whether a forward would record a graph: gradients are enabled, and some parameter requires one."""
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """The dtype of autocast on a kind of device; None where it is off."""
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -213,8 +213,7 @@ def cache_of_last_row(base_model: Any, num_tokens: int) -> DynamicCache:
     """
     cache: Any = empty_cache(base_model)
     cache.layers = [_LastRow(num_tokens, layer.is_sliding) for layer in cache.layers]
-    found: DynamicCache = cache
-    return found
+    return cache
 
 
 class _LastRow(DynamicLayer):
@@ -231,8 +230,7 @@ class _LastRow(DynamicLayer):
 
 def _in_front(states: Tensor, num_tokens: int) -> Tensor:
     """Keys or values (B, heads, num_tokens + n, width): the last row's first ones, then those of each row."""
-    found: Tensor = _LastRowInFront.apply(states, num_tokens)
-    return found
+    return _LastRowInFront.apply(states, num_tokens)
 
 
 class _LastRowInFront(torch.autograd.Function):

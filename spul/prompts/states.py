@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.causal_lm import selects_positions
+from ..models.causal_lm import autocast_dtype, selects_positions
 from ..models.compat import takes_position_ids
 from ..models.compat_cache import (
     LayerStates,
@@ -175,8 +175,3 @@ def packed_states(layers: list[LayerStates], config: Any) -> Tensor:
 def base_version(base: nn.Module, device_type: str) -> tuple:
     """Autocast, weights, buffers, hooks and settings: changes whenever the base may compute other states."""
     return autocast_dtype(device_type), weight_versions(base), settings_of(base)
-
-
-def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """The dtype of autocast on a kind of device; None where it is off."""
-    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

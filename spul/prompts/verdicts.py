@@ -11,13 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..models.causal_lm import evaluation_mode
+from ..models.causal_lm import autocast_dtype, evaluation_mode
 from ..models.compat import is_quantized
 from ..models.compat_checkpointing import switching
 from ..models.compat_devices import device_of
 from ..models.compat_modules import settings_of
 from ..models.sharding import check_gathered
-from .states import autocast_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # rows and settings need no torch, which is slow to import
 
 DigestKey = bytes | str | os.PathLike  # the key itself, or the path of a file of `make_digest_key`
 MIN_KEY_BYTES = 16
+SAMPLES_PER_TENSOR = 256  # entries that a fingerprint reads of a parameter; another number makes others of all bases
 
 
 @dataclass
@@ -95,10 +96,10 @@ def digest(value: Any) -> str:
 # ---- weights ----
 
 
-def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
+def fingerprint(model: nn.Module) -> str | None:
     """Cheap digest of a model's weights, by which another base is noticed.
 
-    Hashes the name, the shape and up to `samples_per_tensor` evenly spaced entries, rounded to bfloat16, of every
+    Hashes the name, the shape and up to 256 evenly spaced entries, rounded to bfloat16, of every
     parameter. A checkpoint has one fingerprint in float32 and bfloat16; in float16 or quantized it may have another.
     Another model, another revision and a fine-tuned copy have other fingerprints. Not noticed: changes confined to
     entries between the samples, changes below bfloat16's precision, and changes of buffers. A sharded base has that of
@@ -106,7 +107,6 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
 
     Args:
         model: the base model, without adapters.
-        samples_per_tensor: maximum number of entries read from each parameter.
 
     Returns:
         64 hexadecimal digits; None if some weights are not in memory (meta device, disk offload).
@@ -117,7 +117,7 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
     is_fixed = is_sharded(model) and not any(parameter.requires_grad for _, parameter in own_parameters(model))
     if is_fixed and model in _of_sharded:
         return _of_sharded[model]
-    found = digest_of_parameters(own_parameters(model), samples_per_tensor)
+    found = digest_of_parameters(own_parameters(model))
     if is_fixed:
         _of_sharded[model] = found
     return found
@@ -127,7 +127,7 @@ def fingerprint(model: nn.Module, samples_per_tensor: int = 256) -> str | None:
 _of_sharded: weakref.WeakKeyDictionary[nn.Module, str | None] = weakref.WeakKeyDictionary()
 
 
-def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]], samples_per_tensor: int = 256) -> str | None:
+def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]]) -> str | None:
     """Digest of named parameters, as `fingerprint` computes it for a base's own ones."""
     import torch
 
@@ -139,7 +139,7 @@ def digest_of_parameters(parameters: Iterable[tuple[str, nn.Parameter]], samples
             return None
         stored = whole(packed_bytes(parameter)).detach()
         flat = stored.reshape(-1)
-        indices = torch.linspace(0, flat.numel() - 1, min(samples_per_tensor, flat.numel()), dtype=torch.float64)
+        indices = torch.linspace(0, flat.numel() - 1, min(SAMPLES_PER_TENSOR, flat.numel()), dtype=torch.float64)
         values = flat[indices.round().long().to(flat.device)]
         if values.is_floating_point():
             values = values.to(torch.bfloat16).view(torch.uint8)

@@ -189,5 +189,4 @@ def _known(rows: DataSummary | None, values: Mapping[str, Any]) -> list[str]:
 def _adapter_of(entry: LedgerEntry) -> str | None:
     """The adapter that an entry names; earlier versions wrote it as `prompt`, and servers the request's name there."""
     before = entry.fields.get("prompt")
-    found: str | None = entry.fields.get("adapter", None if before == entry.request else before)
-    return found
+    return entry.fields.get("adapter", None if before == entry.request else before)

@@ -247,7 +247,3 @@ class EmbeddingCorruption(GatedRival):
     ) -> EmbeddingCorruption:
         """Change of embeddings, names and seed of saved fields."""
         return cls(model, tokenizer, gate, Corruption(**fields["corruption"]), fields["names"], fields["seed"])
-
-    def on(self, base: PreTrainedModel) -> EmbeddingCorruption:
-        """The same gate and corruption over another base."""
-        return EmbeddingCorruption(base, self.tokenizer, self.gate, self.corruption, self.names, self.seed)

@@ -164,7 +164,7 @@ class InContextUnlearning(RewritingRival):
 
     @classmethod
     def restored(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], gate: Any = None
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], gate: Any
     ) -> InContextUnlearning:
         """The examples of saved fields."""
         forget, num_forget = fields["forget"], fields["num_forget"]
@@ -176,10 +176,6 @@ class InContextUnlearning(RewritingRival):
         Rival.__init__(found, model, tokenizer)
         found._take(forget, fields["retain"], num_forget)
         return found
-
-    def on(self, base: PreTrainedModel) -> InContextUnlearning:
-        """The same examples in front of another base."""
-        return InContextUnlearning.restored(base, self.tokenizer, self.saved_fields())
 
 
 def _example(row: Mapping[str, Any], label: str | None = None) -> dict[str, Any]:

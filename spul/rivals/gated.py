@@ -13,7 +13,7 @@ from .rival import Rival
 
 
 class GatedRival(Rival):
-    """A rival behind a gate. A subclass writes what `Rival` asks for; `saved_fields` in place of `settings`.
+    """A rival behind a gate. A subclass writes what `Rival` asks for.
 
     Args:
         model: a causal LM of transformers, without an adapter.

@@ -91,13 +91,9 @@ class GuardrailPrompt(RewritingRival):
         around = len(chat.before_system) + len(chat.system_to_user) - len(chat.before_user)
         return max(len(self._with_gap), len(self._alone) + around)
 
-    def settings(self) -> dict[str, Any]:
-        """The instruction."""
-        return {"instruction": self.instruction}
-
     def saved_fields(self) -> dict[str, Any]:
         """The instruction."""
-        return self.settings()
+        return {"instruction": self.instruction}
 
     @classmethod
     def restored(
@@ -105,7 +101,3 @@ class GuardrailPrompt(RewritingRival):
     ) -> GuardrailPrompt:
         """The instruction of saved fields."""
         return cls(model, tokenizer, fields["instruction"])
-
-    def on(self, base: PreTrainedModel) -> GuardrailPrompt:
-        """The same instruction in front of another base."""
-        return GuardrailPrompt(base, self.tokenizer, self.instruction)

@@ -126,7 +126,3 @@ class FixedRefusal(GatedRival):
     ) -> FixedRefusal:
         """The refusal of saved fields."""
         return cls(model, tokenizer, gate, fields["refusal"])
-
-    def on(self, base: PreTrainedModel) -> FixedRefusal:
-        """The same gate and text in front of another base."""
-        return FixedRefusal(base, self.tokenizer, self.gate, self.refusal)

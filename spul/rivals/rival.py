@@ -39,8 +39,9 @@ _REFUSED = (
 class Rival(nn.Module, Unlearner):
     """A method without training, around a frozen base: an unlearner, so that all metrics and attacks run it.
 
-    A subclass writes `changed_logits` and `changed_answers`; to be saved, also `saved_fields`, `fields_saved` and
-    `restored`. The base and its weights are not changed; inside `disable_adapter()` the model is the base.
+    A subclass writes `changed_logits` and `changed_answers`; and `saved_fields`, `fields_saved` and `restored`, by
+    which it is saved, put on another base, and told from others in an evaluation. The base and its weights are not
+    changed; inside `disable_adapter()` the model is the base.
 
     Args:
         model: a causal LM of transformers, without an adapter.
@@ -94,11 +95,11 @@ class Rival(nn.Module, Unlearner):
 
     def settings(self) -> dict[str, Any]:
         """All that the method works by beside the base, as plain values: its identity in an evaluation."""
-        raise NotImplementedError
+        return self.saved_fields()
 
-    def on(self, base: PreTrainedModel) -> Rival:
+    def on(self, base: PreTrainedModel) -> Any:
         """The same method around another base."""
-        raise NotImplementedError
+        return self.restored(base, self.tokenizer, self.saved_fields(), self.gate)
 
     def extra_repr(self) -> str:
         """Its gate, if it has one."""
@@ -166,7 +167,7 @@ class Rival(nn.Module, Unlearner):
             )
         saved.check(cls.fields_saved)
         gate = saved.gate(model, tokenizer) if GATE_DIGEST in cls.fields_saved else None
-        return cast(R, cls.restored(model, tokenizer, saved.fields, gate))
+        return cls.restored(model, tokenizer, saved.fields, gate)
 
     # ---- forward and generation ----
 

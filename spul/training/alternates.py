@@ -125,8 +125,7 @@ def _request(row: Mapping[str, Any], template: str, tokenizer: PreTrainedTokeniz
     if is_chat:
         messages = [{"role": "user", "content": text}]
         text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    ids: list[int] = tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
-    return ids
+    return tokenizer(text, add_special_tokens=not is_chat)["input_ids"]
 
 
 def _last_question(prompt: Sequence[Mapping[str, Any]]) -> str:

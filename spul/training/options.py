@@ -73,8 +73,6 @@ HONORED = {
 }
 """Honored, with what an unlearning loss makes of them."""
 
-ALL_HONORED = frozenset(HONORED) | {name for names in AS_IN_TRAINER.values() for name in names.split()}
-
 
 @dataclass(frozen=True)
 class Refused:

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..models.causal_lm import autocast_dtype
 from ..records.digests import digest, fingerprint
 from ..records.files import SCRATCH, atomic_write, write_text
 
@@ -39,7 +40,7 @@ def describe(base: Any, checksums: Tensor, layer: int | None = None) -> dict[str
             "cannot be distinguished from another base's; use reference='live'."
         )
     config = without_dropout(base.config.to_dict())
-    autocast = torch.get_autocast_dtype(base.device.type) if torch.is_autocast_enabled(base.device.type) else None
+    autocast = autocast_dtype(base.device.type)
     return {
         "format": FORMAT,
         "base": weights,

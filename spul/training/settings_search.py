@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -112,10 +112,29 @@ def search(
     """
     try:
         import optuna
-        from optuna.storages import JournalStorage
-        from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
         raise ImportError("searching needs Optuna: pip install optuna") from error
+    space = _checked_space(alphas, betas, num_virtual_tokens)
+    if not 0 <= min_retain <= 1 or num_trials < 1:
+        raise ValueError(
+            f"min_retain={min_retain!r}, num_trials={num_trials!r}; expected an accuracy in 0..1 and at least 1 trial."
+        )
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        trials = _tried(_study(space, seed, storage), space, train_and_score, num_trials, seed, progress)
+    finally:
+        optuna.logging.set_verbosity(verbosity)
+    front = [trials[i] for i in reversed(pareto_front([(trial.retain, trial.forget) for trial in trials]))]
+    within = [t for t in trials if t.retain >= min_retain]
+    best = min(within, key=lambda t: (t.forget, -t.retain)) if within else None
+    return SearchResult(trials, tuple(front), best, min_retain)
+
+
+def _checked_space(
+    alphas: Sequence[float], betas: Sequence[float], num_virtual_tokens: Sequence[int]
+) -> dict[str, list[Any]]:
+    """The values to choose from, by the fields of `Candidate`; raises before anything is trained."""
     space: dict[str, list[Any]] = {
         "alpha": list(alphas),
         "beta": list(betas),
@@ -123,37 +142,50 @@ def search(
     }
     if empty := [name for name, values in space.items() if not values]:
         raise ValueError(f"there is nothing to choose from for {', '.join(empty)}.")
-    if not 0 <= min_retain <= 1 or num_trials < 1:
-        raise ValueError(
-            f"min_retain={min_retain!r}, num_trials={num_trials!r}; expected an accuracy in 0..1 and at least 1 trial."
-        )
     if bad := [p for p in num_virtual_tokens if not is_count(p, 1)]:
         raise ValueError(
             f"num_virtual_tokens={list(num_virtual_tokens)}: expected whole numbers from 1, got {bad[0]!r}."
         )
-    for alpha in alphas:
-        for beta in betas:
-            UnlearningLoss(alpha=alpha, beta=beta)  # raises before anything is trained
+    for alpha, beta in itertools.product(alphas, betas):
+        UnlearningLoss(alpha=alpha, beta=beta)
+    return space
 
-    known: dict[Candidate, Trial] = {}
-    journal = None if storage is None else JournalStorage(JournalFileBackend(os.fspath(storage)))
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+def _study(space: Mapping[str, list[Any]], seed: int, storage: str | os.PathLike | None) -> Any:
+    """Optuna's study of these values, that of the journal file if there is one."""
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
     study = optuna.create_study(
-        storage=journal,
+        storage=None if storage is None else JournalStorage(JournalFileBackend(os.fspath(storage))),
         study_name="spul",
         directions=["maximize", "minimize"],
         sampler=optuna.samplers.TPESampler(seed=seed),
         load_if_exists=True,
     )
-    if (other := study.user_attrs.setdefault("space", space)) != space:
+    if (other := study.user_attrs.get("space", space)) != space:
         raise ValueError(
             f"storage={os.fspath(storage or '')!r} holds a search over {other}, not {space}; use another."
         )
     study.set_user_attr("space", space)
-    for done in study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
-        candidate = Candidate(**done.params)
-        known[candidate] = Trial(candidate, *done.values)
+    return study
+
+
+def _tried(
+    study: Any,
+    space: Mapping[str, list[Any]],
+    train_and_score: Callable[[Candidate], tuple[float, float]],
+    num_trials: int,
+    seed: int,
+    progress: bool,
+) -> tuple[Trial, ...]:
+    """The trials of a study, once there are as many as wanted, or one of each combination."""
+    known: dict[Candidate, Trial] = {}
+    for done in study.trials:
+        if done.state.name == "COMPLETE":
+            candidate = Candidate(**done.params)
+            known[candidate] = Trial(candidate, *done.values)
 
     def objective(trial: Any) -> tuple[float, float]:
         candidate = Candidate(**{name: trial.suggest_categorical(name, values) for name, values in space.items()})
@@ -170,22 +202,15 @@ def search(
     everything = [Candidate(*values) for values in itertools.product(*space.values())]
     random.Random(seed).shuffle(everything)
     wanted = min(num_trials, len(set(everything)))
-    try:
-        with tqdm(total=wanted, initial=min(len(known), wanted), desc="search", disable=not progress) as bar:
-            while len(known) < wanted:
-                before = len(known)
-                study.optimize(objective, n_trials=1)
-                if len(known) == before:  # the sampler repeated a combination: give it another
-                    untried = next(candidate for candidate in everything if candidate not in known)
-                    study.enqueue_trial(asdict(untried))
-                bar.update(len(known) - before)
-    finally:
-        optuna.logging.set_verbosity(verbosity)
-    trials = tuple(known.values())
-    front = [trials[i] for i in reversed(pareto_front([(trial.retain, trial.forget) for trial in trials]))]
-    within = [t for t in trials if t.retain >= min_retain]
-    best = min(within, key=lambda t: (t.forget, -t.retain)) if within else None
-    return SearchResult(trials, tuple(front), best, min_retain)
+    with tqdm(total=wanted, initial=min(len(known), wanted), desc="search", disable=not progress) as bar:
+        while len(known) < wanted:
+            before = len(known)
+            study.optimize(objective, n_trials=1)
+            if len(known) == before:  # the sampler repeated a combination: give it another
+                untried = next(candidate for candidate in everything if candidate not in known)
+                study.enqueue_trial(asdict(untried))
+            bar.update(len(known) - before)
+    return tuple(known.values())
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
