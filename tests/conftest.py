@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
@@ -34,6 +35,14 @@ def cache_home(tmp_path_factory):
         patch.setenv("HF_HOME", home)
         patch.setattr(spul.training.reference, "HF_HOME", home)
         yield home
+
+
+@pytest.fixture
+def examples(monkeypatch) -> Path:
+    """The folder of the examples, whose programs and packages can then be imported."""
+    folder = Path(__file__).parents[1] / "examples"
+    monkeypatch.syspath_prepend(str(folder))
+    return folder
 
 
 @pytest.fixture(params=FAMILIES)

@@ -1,21 +1,18 @@
 """The example of multiple choice with a topic to forget: whose rows are whose, and its plan."""
 
 import json
-from pathlib import Path
 
 import pytest
 from datasets import concatenate_datasets
+from stored_evidence import DATA
 
 from spul.data import MULTIPLE_CHOICE
 
-ROOT = Path(__file__).parents[1]
-DATA = ROOT / "docs" / "data" / "evidence"
 WORDS = ["moon", "solar system"]
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def example(examples):
     import choice_rows
 
     return choice_rows

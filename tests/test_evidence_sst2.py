@@ -4,18 +4,14 @@ import argparse
 import contextlib
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from datasets import Dataset
-
-ROOT = Path(__file__).parents[1]
-DATA = ROOT / "docs" / "data" / "evidence"
+from stored_evidence import DATA, read
 
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def example(examples):
     import evidence_sst2
 
     return evidence_sst2
@@ -30,10 +26,6 @@ def choose(plan, trials):
 @pytest.fixture
 def plan(example):
     return example.Plan.read(example.PLAN)
-
-
-def read(name):
-    return [json.loads(line) for line in (DATA / name).read_text().splitlines()]
 
 
 def test_every_system_of_the_plan_can_be_built_and_has_as_many_candidates(example, plan):

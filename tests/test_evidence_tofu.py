@@ -1,21 +1,16 @@
-"""The example of TOFU on a chat model: its format, and the page beside the stored lines."""
+"""The example of TOFU on a chat model: its format, its summary, and its memorized models."""
 
 import json
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 from chats import TEMPLATES, chatty
 
 from spul.data.formats import REFUSALS
 
-ROOT = Path(__file__).parents[1]
-
 
 @pytest.fixture
-def example(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+def example(examples):
     import evidence_tofu
 
     return evidence_tofu
@@ -34,41 +29,6 @@ def test_a_question_stands_where_the_chat_template_puts_it(tofu):
     turn = [{"role": "user", "content": "who is {jane} ?"}]
     assert row["prompt"] == tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
     assert row["completion"] == "a poet ."
-
-
-def read(name):
-    text = (ROOT / "docs" / "data" / "evidence" / name).read_text()
-    return list(map(json.loads, text.splitlines()))
-
-
-def test_the_table_has_the_numbers_of_its_lines(example):
-    page = (ROOT / "docs" / "results.md").read_text().split("## TOFU on SmolLM2")[1].split("\n## ")[0]
-    runs = [*read("tofu-smollm2-400-rows.jsonl"), *read("tofu-smollm2-400-rows-mean.jsonl")]
-    runs = [one for one in runs if one["system"] != "gate and refusal"]
-    runs += [one | {"system": f"gate of {one['recall']}"} for one in read("tofu-smollm2-gates.jsonl")]
-    first = {(one["system"], one["seed"], one["forget_set"]): one for one in reversed(runs)}
-    lines = list(first.values())
-    order = [3, 5, 1, 2, 4, 7, 8, 6, 10, 11, 12]  # of the page's columns in the summary's
-    shown = {"base": "base", "retrained": "retrained", "**SPUL": "SPUL, prefix, mean forget loss"}
-    shown |= {"the same": "SPUL, prefix with fitted keys"}
-    shown |= {"SPUL behind a text gate of recall 99 %": "SPUL behind a gate"}
-    shown |= {"text gate of recall 99 % and fixed refusal": "gate of 0.99", "**the same": "gate of 0.95"}
-    shown["SPUL's loss on LoRA (IDK)"] = "IDK, LoRA"
-    for forget_set in ("forget01", "forget05"):
-        part = page.split(f"| {forget_set} |")[1].split("\n\n")[0].splitlines()[2:]
-        table = {name.split(",")[0].strip(): values for _, name, *values, _ in (line.split("|") for line in part)}
-        of_set = [line for line in lines if line["forget_set"] == forget_set]
-        by_system = {system: [] for system in shown.values()}
-        for seed in sorted({line["seed"] for line in of_set}):
-            for line in example.summary([one for one in of_set if one["seed"] == seed]).splitlines()[2:]:
-                system, *cells = [cell.strip() for cell in line.split("|")[1:-1]]
-                by_system[system].append([float(cells[i - 1] or "nan") for i in order])
-        for row, system in shown.items():
-            seeds, *values = (value.split("(")[0].strip() for value in table[row])
-            assert int(seeds) == len(by_system[system])
-            known = np.ma.masked_invalid(by_system[system])  # the retrained model of forget05 has one seed
-            expected = known.mean(axis=0).filled(np.nan)
-            assert [float(value or "nan") for value in values] == pytest.approx(expected, abs=0.011, nan_ok=True), row
 
 
 def test_answers_that_are_trained_refusals_count_as_declined(example):
