@@ -1,10 +1,11 @@
 """The pages of the evidence: each table has the numbers of its stored lines."""
 
 import re
+from collections import Counter
 
 import numpy as np
 import pytest
-from stored_evidence import DATA, cells_of, read, tables_of
+from stored_evidence import DATA, DOCS, cells_of, read, tables_of
 
 PREFIX, GATED, LORA, REFUSAL = "SPUL, prefix with fitted keys", "SPUL behind a gate", "IDK, LoRA", "gate and refusal"
 REWRITTEN = ", rewritten rows"
@@ -254,3 +255,20 @@ def test_the_tables_of_tofu_have_the_numbers_of_their_lines(examples, page, head
         expected = known.mean(axis=0).filled(np.nan)
         numbers = [float(value.split("(")[0] or "nan") for value in values]
         assert numbers == pytest.approx(expected, abs=0.011, nan_ok=True), name
+
+
+def test_the_answers_that_were_read_are_those_of_their_lines_and_counted_as_they_were_read():
+    lines = read("tofu-smollm2-400-rows-mean.jsonl")
+    answers = {
+        (one["forget_set"], one["seed"]): one["answers"]["forget"]
+        for one in lines
+        if one["system"] == "SPUL, prefix, mean forget loss"
+    }
+    found = read("tofu-smollm2-read.jsonl")
+    for one in found:
+        assert one["answer"] == answers[one["forget_set"], one["seed"]][one["question"]]
+    assert Counter(one["forget_set"] for one in found) == {"forget01": 25, "forget05": 25}
+    assert Counter(one["read"] for one in found) == {"declines": 43, "declines oddly": 1, "answers": 6}
+    assert {one["forget_set"] for one in found if one["read"] == "answers"} == {"forget05"}
+    page = (DOCS / "results.md").read_text()
+    assert re.search(r"of 50 answers .{0,200}, 43 decline .{0,200}and six, all of forget05, answer", page, re.DOTALL)
