@@ -49,6 +49,7 @@ class Rival(nn.Module, Unlearner):
     Attributes:
         kind: name of the method in reports, in the identity of an evaluation and in its file.
         gate: its gate; None if it has none.
+        streams: whether `generate` takes a `streamer`.
         fields_saved: checks of the fields in its file, the digest of a gate among them where there is one.
 
     Raises:
@@ -58,6 +59,7 @@ class Rival(nn.Module, Unlearner):
     kind = ""
     in_words = "the method"
     gate: Gate | None = None
+    streams = False
     fields_saved: ClassVar[Checks] = {}
     follows_embeddings = False
     reads_tokens = True
@@ -249,8 +251,9 @@ class Rival(nn.Module, Unlearner):
 
     def _check_generation(self, kwargs: dict[str, Any]) -> None:
         for name in _REFUSED:
-            value = kwargs.pop(name, None)
-            if value is not None and value is not False:
+            if (value := kwargs.get(name)) is None or value is False:
+                kwargs.pop(name, None)
+            elif name != "streamer" or not self.streams:
                 raise ValueError(
                     f"generate of a {type(self).__name__} takes no {name}: pass input_ids, attention_mask, "
                     "max_new_tokens and how to decode; token ids are returned."
