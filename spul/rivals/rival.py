@@ -22,6 +22,7 @@ from ..models.protocol import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
 from ..prompts.pads import filled_pads, with_own_ngrams
 from ..records.fields import Checks
+from ..records.spul_config import without_local_path
 from .files import GATE_DIGEST, read_rival, write_rival
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Rival(nn.Module, Unlearner):
     Attributes:
         kind: name of the method in reports, in the identity of an evaluation and in its file.
         gate: its gate; None if it has none.
+        name: folder (its last part) or Hub name that it was loaded from; None if it was made here.
         streams: whether `generate` takes a `streamer`.
         fields_saved: checks of the fields in its file, the digest of a gate among them where there is one.
 
@@ -59,6 +61,7 @@ class Rival(nn.Module, Unlearner):
     kind = ""
     in_words = "the method"
     gate: Gate | None = None
+    name: str | None = None
     streams = False
     fields_saved: ClassVar[Checks] = {}
     follows_embeddings = False
@@ -168,7 +171,9 @@ class Rival(nn.Module, Unlearner):
             )
         saved.check(cls.fields_saved)
         gate = saved.gate(model, tokenizer) if GATE_DIGEST in cls.fields_saved else None
-        return cast(R, cls.restored(model, tokenizer, saved.fields, gate))
+        found = cast(R, cls.restored(model, tokenizer, saved.fields, gate))
+        found.name = without_local_path(os.fspath(folder))
+        return found
 
     # ---- forward and generation ----
 
