@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 
 import httpx
 import openai
@@ -15,8 +16,10 @@ from helpers import CHAT_TEMPLATE, CONFIGS, build, make_tokenizer
 
 from spul import SoftPromptUnlearner
 from spul.gates import GatedUnlearner, NameGate
+from spul.rivals import FixedRefusal
 from spul.serving.batches import TransformersEngine
-from spul.serving.requests import Limits
+from spul.serving.engine import Job
+from spul.serving.requests import Limits, Sampling
 from spul.serving.served import ServedPrompts
 from spul.serving.server import make_app
 
@@ -75,8 +78,45 @@ def alone(gated, ids, name, num=8):
     return gated.tokenizer.decode(new, skip_special_tokens=True), len(new)
 
 
-def make_engine(gated, allowed=None, **limits):
-    return TransformersEngine(ServedPrompts(gated, allowed), Limits(**limits))
+def refusal_of(gated, gate="plot", text=" unknown film good"):
+    """A fixed refusal on the base of prompts, behind a gate, or a word by which it flags."""
+    gate = NameGate([gate]) if isinstance(gate, str) else gate
+    return FixedRefusal(gated.get_base_model(), gated.tokenizer, gate, text)
+
+
+def by_itself(refusal, ids, num=8, **options):
+    """What `generate` of a fixed refusal answers to a request by itself: text, and number of tokens."""
+    ids = torch.tensor([ids])
+    out = refusal.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num, do_sample=False, **options)
+    new = out[0, ids.shape[1] :]
+    return refusal.tokenizer.decode(new, skip_special_tokens=True), len(new)
+
+
+def make_engine(gated, allowed=None, refusals=None, **limits):
+    return TransformersEngine(ServedPrompts(gated, allowed, refusals=refusals), Limits(**limits))
+
+
+async def joined(engine, job):
+    async with aclosing(engine.answer(job)) as pieces:
+        return "".join([piece.text async for piece in pieces])
+
+
+def answered(engine, jobs):
+    """The answers to jobs that come at once; an error in place of one that fails."""
+
+    async def run():
+        engine.start()
+        try:
+            return await asyncio.gather(*(joined(engine, job) for job in jobs), return_exceptions=True)
+        finally:
+            await engine.stop()
+
+    return asyncio.run(run())
+
+
+def jobs_of(gated, texts, nums):
+    ids = [gated.tokenizer(text)["input_ids"] for text in texts]
+    return [Job(one, Sampling(temperature=0), num) for one, num in zip(ids, nums, strict=True)]
 
 
 @contextmanager

@@ -44,6 +44,8 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "a=@nothing"], FileNotFoundError, "is no folder"),
         (["--prompts", "a=@no-gate"], FileNotFoundError, "has no gate"),
         (["--prompts", "@no-gate"], FileNotFoundError, r"spul_gates.json\). Fit the gate .*spul gate fit --adapter"),
+        (["--prompts", "@no"], ValueError, "no holds no prompt, and has no name here; give it one: --prompts NAME="),
+        (["--prompts", "a=@no", "b=@prompts", "--always", "a"], ValueError, "'a' is always on"),
         (["--prompts", "@prompts", "a=@no-gate"], ValueError, "expected NAME=FOLDER"),
         (["--prompts", "a=@no-gate", "a=@no-gate"], ValueError, "each name once"),
         (["--prompts", "a/b=@no-gate", "--always", "a/b"], ValueError, "no prompt can be served by this name: 'a/b'"),
@@ -107,6 +109,18 @@ def test_a_prompt_without_a_gate_is_served_if_it_is_to_be_always_on(folder):
     assert said.choices[0].text == alone(gated, gated.tokenizer("good")["input_ids"], "other", 6)[0]
 
 
+@pytest.mark.parametrize("always", [(), ("--always", "no")])
+def test_a_refusal_is_served_as_a_prompt_is_by_the_folder_that_it_was_saved_to(folder, always):
+    app, _ = server_of(options(folder, "--prompts", "no=@no", "--device", "cpu", *always))
+    gated = make_gated()
+    base = alone(gated, gated.tokenizer("the plot")["input_ids"], "__base__", 6)[0]
+    with running_app(app) as (url, _):
+        ask = client(url).completions.create
+        said = [ask(model="tiny", prompt=text, temperature=0, max_tokens=6) for text in ("a film", "the plot")]
+    refusal = " unknown film good"
+    assert [one.choices[0].text for one in said] == [refusal, refusal if always else base]
+
+
 def test_a_prompt_of_a_quantized_base_is_served_over_one(folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     build("llama").save_pretrained(tmp_path / "tiny")  # bitsandbytes takes no float64
@@ -136,23 +150,26 @@ def test_what_is_served_is_said_before_the_server_starts(folder, tmp_path, monke
     said = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **given: said.extend(capsys.readouterr().out.splitlines()))
     ledger = Ledger(tmp_path / "ledger.jsonl")
-    for event, name in (("received", "17"), ("trained", "18"), ("served", "18"), ("stopped", "18")):
+    events = {"17": ["received"], "19": ["received"], "18": ["trained", "served", "stopped"]}
+    for event, name in ((event, name) for name, some in events.items() for event in some):
         ledger.append(LedgerEvent(event, name))
-    named = ("--prompts", "17=@prompts/other", "18=@no-gate", "--always", "18")
+    named = ("--prompts", "17=@prompts/other", "19=@no", "18=@no-gate", "--always", "18")
     COMMANDS[""].run(options(folder, *named, "--ledger", ledger.path, "--device", "cpu"))
     COMMANDS[""].run(options(folder, "--prompts", "@prompts", "--device", "cpu"))
     progress = [line for line in said if line.startswith(("checking ", "loading ", "the base "))]
+    what = "2 prompts and 1 refusal"
     assert progress[:2] == [
-        *("checking options and prompts", f"loading the base {folder}/tiny on cpu, for 2 prompts: 17, 18"),
+        *("checking options and prompts", f"loading the base {folder}/tiny on cpu, for {what}: 17, 19, 18"),
     ]
-    assert re.fullmatch(r"the base is loaded, after \d+ s; loading 2 prompts and what turns them on", progress[2])
+    assert re.fullmatch(rf"the base is loaded, after \d+ s; loading {what}, and what turns them on", progress[2])
     assert progress[4] == f"loading the base {folder}/tiny on cpu, for 2 prompts: default, other"
-    assert (len(progress), said[:3], said[5:8]) == (6, progress[:3], progress[3:])  # each before what is served
+    assert (len(progress), said[:3], said[6:9]) == (6, progress[:3], progress[3:])  # each before what is served
     assert [line for line in said if line not in progress] == [
-        f"17: {folder}/prompts/other, prompt_tuning of 6 virtual tokens, gate names, in the ledger never served",
-        f"18: {folder}/no-gate, prompt_tuning of 6 virtual tokens, always on, in the ledger no longer served",
-        f"default: {folder}/prompts, prompt_tuning of 5 virtual tokens, gate names, no ledger",
-        f"other: {folder}/prompts/other, prompt_tuning of 6 virtual tokens, gate names, no ledger",
+        f"17: {folder}/prompts/other, prompt_tuning of 6 virtual tokens; gate: names; ledger: never served",
+        f"19: {folder}/no, fixed refusal; gate: names; ledger: never served",
+        f"18: {folder}/no-gate, prompt_tuning of 6 virtual tokens; always on; ledger: no longer served",
+        f"default: {folder}/prompts, prompt_tuning of 5 virtual tokens; gate: names; no ledger",
+        f"other: {folder}/prompts/other, prompt_tuning of 6 virtual tokens; gate: names; no ledger",
     ]
 
 

@@ -14,6 +14,7 @@ from spul.commands.main import main as spul_main
 from spul.commands.serve import build as server_of
 from spul.records import Ledger, LedgerEvent
 from spul.records.spul_config import read_spul_config
+from spul.records.weights import file_digest
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +247,40 @@ def test_a_server_has_a_name_in_the_ledger_which_is_the_same_after_a_restart(fol
     found = {entry.fields.get("server") for entry in ledger.entries()[1:]}
     assert len(found) == 1
     assert ledger.states()["1"].now == "no longer served"
+
+
+def test_a_refusal_is_noted_revoked_and_put_back_as_a_prompt_is_and_no_entry_has_a_digest_of_its_texts(
+    folder, tmp_path, caplog
+):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.append(LedgerEvent("received", "1"))
+    given = ("--prompts", "1=@no", "--ledger", ledger.path, "--device", "cpu")
+    app, _ = server_of(options(folder, *given, "--admin_token_file", "@token", "--prompts_dir", folder))
+    admin = {"Authorization": "Bearer a-token-of-the-administrator"}
+    with running_app(app) as (url, _):
+
+        def ask():
+            said = client(url).completions.create(model="tiny", prompt="a film", max_tokens=6, temperature=0)
+            return said.choices[0].text
+
+        assert ask() == " unknown film good"
+        ledger.append(LedgerEvent("revoked", "1"))
+        assert ask() != " unknown film good"
+        assert "No longer served: '1'" in caplog.text
+        added = HTTP.post(f"{url}/admin/prompts", headers=admin, json={"name": "1", "folder": "no"})
+        assert (added.status_code, "was revoked on" in added.json()["error"]["message"]) == (400, True)
+        ledger.append(LedgerEvent.of_adapter("trained", "1", folder / "prompts" / "other"))  # a request again
+        assert ask() == " unknown film good"
+    assert "was trained anew" not in caplog.text
+    entries = [entry for entry in ledger.entries() if entry.event in ("served", "answered") and entry.request]
+    assert [(entry.event, entry.fields["adapter"], entry.fields["gate"]) for entry in entries] == [
+        (event, "no", "names") for event in ("served", "answered", "served", "answered")
+    ]
+    assert not any("prompt_sha256" in entry.fields for entry in entries)
+    text = ledger.path.read_text()
+    digests = [file_digest(folder / "no" / name) for name in ("spul_rival.json", "gate/gate.json")]
+    assert not any(one in text for one in ("unknown", "film", *digests))
+    server_of(options(folder, *given))  # no weights, so none from before
+    ledger.append(LedgerEvent("revoked", "1"))
+    with pytest.raises(ValueError, match=r"'1' was revoked on .* its prompt is not served"):
+        server_of(options(folder, *given))

@@ -206,9 +206,13 @@ def test_weights_that_are_not_known_count_as_earlier_ones_of_a_request_that_was_
     says = r"'1' was revoked on 2.* lacks their SHA-256 .*--ledger \S+ --event trained --request 1 --adapter FOLDER$"
     with pytest.raises(ValueError, match=says):
         ledger.check_not_revoked("1")
+    ledger.check_not_revoked("1", has_weights=False)
     ledger.append(LedgerEvent("trained", "3"))
     for name in ("2", "3", "new"):  # never replaced; trained anew, and no entry has weights to tell by; not there
         ledger.check_not_revoked(name)
+    ledger.append(LedgerEvent("revoked", "1"))
+    with pytest.raises(ValueError, match="'1' was revoked on 2"):
+        ledger.check_not_revoked("1", has_weights=False)
 
 
 def test_where_an_entry_does_not_say_what_was_trained_anew_earlier_weights_are_not_served(path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from chats import TEMPLATES, chatty, conversation
 from datasets import Dataset
 from helpers import build, make_tokenizer, rows
 from small_evaluations import learned, measured
+from transformers import GenerationConfig, TextIteratorStreamer, TextStreamer
+from transformers.generation.streamers import BaseStreamer
 
 from spul import ForgetRetainCollator
 from spul.data.encoder import RowEncoder
@@ -99,6 +102,94 @@ def test_the_base_does_not_run_for_flagged_requests_alone():
     assert found[0, ids.shape[1] :].tolist() == [*text, 2]
     assert not seen
     assert model.generate(ids, max_new_tokens=1)[0, ids.shape[1] :].tolist() == text[:1]
+
+
+class Told(BaseStreamer):
+    """A streamer that keeps what it gets, with its shape."""
+
+    def __init__(self):
+        self.events = []
+
+    def put(self, value):
+        self.events.append(value.tolist())
+
+    def end(self):
+        self.events.append("end")
+
+
+def request(text):
+    return torch.tensor([make_tokenizer()(text)["input_ids"]])
+
+
+@pytest.mark.parametrize("num", [1, 2, 50])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("text", ["about jane", "about film"])
+def test_a_stream_is_the_request_then_each_token_of_what_is_returned_then_the_end(text, padded, num):
+    model, ids, told = refusing(" unknown plot"), request(text), Told()
+    whole = model.generate(ids, max_new_tokens=num, do_sample=False)[0, ids.shape[1] :].tolist()
+    given = {"attention_mask": torch.tensor([[0] * 3 + [1] * ids.shape[1]])} if padded else {}
+    inputs = torch.cat([torch.zeros_like(ids[:, :1]).expand(1, 3), ids], dim=1) if padded else ids
+    out = model.generate(inputs, streamer=told, max_new_tokens=num, do_sample=False, **given)
+    assert out[0, inputs.shape[1] :].tolist() == whole
+    assert told.events == [ids.tolist(), *([token] for token in whole), "end"]
+    if "film" in text:
+        plain = Told()
+        model.get_base_model().generate(ids, streamer=plain, max_new_tokens=num, do_sample=False)
+        assert told.events == plain.events
+
+
+def test_streamers_of_transformers_take_the_text_also_from_a_thread(capsys):
+    model, tokenizer = refusing(" unknown plot"), make_tokenizer()
+    model.generate(request("about jane"), streamer=TextStreamer(tokenizer, skip_prompt=True), max_new_tokens=9)
+    assert capsys.readouterr().out.replace("</s>", "").strip() == "unknown plot"
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=60)
+    config = GenerationConfig(max_new_tokens=9)
+    given = {"input_ids": request("about jane"), "streamer": streamer, "generation_config": config}
+    thread = Thread(target=model.generate, kwargs=given)
+    thread.start()
+    assert "".join(streamer) == " unknown plot"
+    thread.join()
+
+
+@pytest.mark.parametrize("text", ["about jane", "about film"])
+@pytest.mark.parametrize(
+    ("num_rows", "options", "found"),
+    [(2, {}, "requests: 2"), (1, {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences: 2"),
+     (1, {"num_beams": 2}, "num_beams: 2")],
+)  # fmt: skip
+def test_several_answers_are_not_streamed_whatever_the_gate_says(text, num_rows, options, found):
+    told = Told()
+    with pytest.raises(ValueError, match=f"one answer as it comes; found .*{found}.*leave the streamer out"):
+        refusing().generate(request(text).expand(num_rows, -1), streamer=told, max_new_tokens=3, **options)
+    assert told.events == []
+
+
+def test_without_the_method_the_base_streams_and_no_streamer_is_none():
+    model, ids, told = refusing(), request("about jane"), Told()
+    with model.disable_adapter():
+        out = model.generate(ids, streamer=told, max_new_tokens=3, do_sample=False)
+    assert [token for [token] in told.events[1:-1]] == out[0, ids.shape[1] :].tolist()
+    for none in (None, False):
+        assert model.generate(ids, streamer=none, max_new_tokens=1).shape[1] == ids.shape[1] + 1
+
+
+def test_a_stop_text_and_an_end_token_end_the_text_as_they_end_an_answer_of_the_base():
+    model, ids, tokenizer = refusing(" unknown plot"), request("about jane"), make_tokenizer()
+    text = tokenizer(" unknown plot", add_special_tokens=False)["input_ids"]
+
+    def said(**options):
+        told = Told()
+        out = model.generate(ids, streamer=told, max_new_tokens=20, **options)[0, ids.shape[1] :].tolist()
+        assert [token for [token] in told.events[1:-1]] == out
+        return out
+
+    assert said() == [*text, 2]
+    assert said(stop_strings="no such text") == [*text, 2]
+    assert tokenizer.decode(text[:1]) == " unknown"
+    assert said(stop_strings=["no such text", "know"]) == text[:1]
+    assert said(eos_token_id=[text[0], 2]) == text[:1]
+    model.get_base_model().generation_config.stop_strings = "unknown"
+    assert said() == text[:1]
 
 
 def test_probabilities_are_those_of_a_model_that_says_the_text():

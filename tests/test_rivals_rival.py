@@ -238,6 +238,12 @@ def test_several_samples_and_beams_follow_their_request(kind):
     assert torch.equal(found[::2, :width], one[:, :width])
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "refusal"])
+def test_those_that_do_not_stream_take_no_streamer(kind):
+    with pytest.raises(ValueError, match="takes no streamer"):
+        rival(kind).generate(**tokens(TEXTS[:1]), streamer=object(), **GREEDY)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,7 +7,7 @@ import random
 import pytest
 from helpers import make_tokenizer
 
-from spul.serving.answers import Answer, AnswerText, Piece
+from spul.serving.answers import Answer, AnswerParts, AnswerText, Piece
 
 STOPS = [(), ("film",), ("lm is", "is good"), ("zz",), ("the film is good",), ("\u00e9",)]
 
@@ -56,6 +56,22 @@ def test_parts_are_sent_as_they_come_and_hold_back_what_may_be_a_stop():
     sent = "".join(text.push(one) for one in tokenizer("bad film", add_special_tokens=False)["input_ids"])
     assert sent == "bad "
     assert text.finish() == "film"
+
+
+@pytest.mark.parametrize(
+    ("num", "stop", "ends", "expected"),
+    [(9, (), {2}, [(" good", 1, None), (" film", 2, None), ("", 3, "stop")]),
+     (2, (), {2}, [(" good", 1, None), (" film", 2, "length")]),
+     (9, ("ilm",), {2}, [(" good", 1, None), (" f", 2, "stop")]),
+     (9, (), {7}, [(" good", 1, None), (" film", 2, None), ("", 3, "length")])],
+)  # fmt: skip
+def test_parts_end_at_an_end_token_a_stop_text_or_the_most_tokens_and_count_them(num, stop, ends, expected):
+    tokenizer = make_tokenizer()
+    ids = [*tokenizer(" good film", add_special_tokens=False)["input_ids"], 2]
+    parts = AnswerParts(tokenizer, [], stop, num, ends)
+    found = [parts.push(one) for one in ids if not parts.is_done] + [parts.end()]
+    assert [(one.text, one.num_tokens, one.finish_reason) for one in found if one is not None] == expected
+    assert parts.is_done
 
 
 def test_bodies_of_chats_and_completions_have_the_shape_of_openai():

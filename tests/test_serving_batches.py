@@ -10,7 +10,7 @@ from contextlib import aclosing
 import pytest
 import torch
 from helpers import CONFIGS, build
-from servers import alone, make_engine, make_gated, prompt, rendered
+from servers import alone, answered, jobs_of, joined, make_engine, make_gated, prompt, rendered
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner
 from spul.gates import GatedUnlearner
@@ -21,24 +21,6 @@ from spul.serving.loading import always
 from spul.serving.requests import ChatRequest, Sampling, read_body
 
 GREEDY = Sampling(temperature=0)
-
-
-async def joined(engine, job):
-    async with aclosing(engine.answer(job)) as pieces:
-        return "".join([piece.text async for piece in pieces])
-
-
-def answered(engine, jobs):
-    """The answers to jobs that come at once; an error in place of one that fails."""
-
-    async def run():
-        engine.start()
-        try:
-            return await asyncio.gather(*(joined(engine, job) for job in jobs), return_exceptions=True)
-        finally:
-            await engine.stop()
-
-    return asyncio.run(run())
 
 
 def test_a_prompt_that_is_not_among_those_served_fails_its_batch_alone():
@@ -60,11 +42,6 @@ def test_a_prompt_that_is_not_among_those_served_fails_its_batch_alone():
 
     expected, _ = alone(gated, gated.tokenizer("about jane")["input_ids"], "default", 3)
     assert asyncio.run(run()) == (500, True, expected)
-
-
-def jobs_of(gated, texts, nums):
-    ids = [gated.tokenizer(text)["input_ids"] for text in texts]
-    return [Job(one, GREEDY, num) for one, num in zip(ids, nums, strict=True)]
 
 
 TEXTS = ["about jane is the film good", "the film is", "text of doe", "jane", "doe is good " * 3]

@@ -7,13 +7,14 @@ import shutil
 import pytest
 import torch
 from helpers import build, make_tokenizer
-from servers import make_gated, two_prompts
+from servers import make_gated, refusal_of, two_prompts
+from small_rivals import rival
 
 from spul.gates import NameGate, attach_gate
 from spul.records.digests import fingerprint
 from spul.serving import loading
 from spul.serving.errors import ApiError
-from spul.serving.loading import always, load_gated, load_prompts
+from spul.serving.loading import always, check_folders, load_gated, load_prompts, load_refusal
 from spul.serving.served import ServedPrompts
 
 
@@ -106,3 +107,47 @@ def test_the_base_is_digested_once_for_all_prompts(folder, monkeypatch):
 
 def test_the_gate_that_is_always_on_flags_every_text():
     assert always(["a", ""]) == [True, True]
+
+
+# ---- fixed refusals ----
+
+
+@pytest.fixture
+def refusing(folder):
+    """The folder of a refusal of "film" beside the prompts."""
+    refusal_of(make_gated(), "film").save_pretrained(folder / "no")
+    return folder / "no"
+
+
+def test_a_refusal_is_loaded_behind_its_gate_or_is_always_on_whatever_gate_it_has(refusing):
+    found = load_refusal(base(), make_tokenizer(), refusing)
+    assert (found.refusal, found.name) == (" unknown film good", "no")
+    assert found.gate.flags(["a film", "good"]).tolist() == [True, False]
+    shutil.rmtree(refusing / "gate")
+    found = load_refusal(base(), make_tokenizer(), refusing, is_always=True)
+    assert (found.name, found.gate.flags(["good"]).tolist()) == ("no", [True])
+
+
+def test_a_refusal_without_its_gate_or_with_another_is_refused_before_the_base_is_loaded(refusing):
+    NameGate(["nobody"]).save(refusing / "gate")
+    for load in (lambda: check_folders({"a": refusing}), lambda: load_refusal(base(), make_tokenizer(), refusing)):
+        with pytest.raises(ValueError, match=r"not the one that was saved with spul_rival.json; save both again"):
+            load()
+    shutil.rmtree(refusing / "gate")
+    with pytest.raises(FileNotFoundError, match=r"has no gate/gate.json, the gate of its fixed refusal"):
+        check_folders({"a": refusing})
+    check_folders({"a": refusing}, ["a"])
+
+
+def test_another_method_than_a_refusal_and_a_prompt_beside_one_are_refused(folder, refusing, tmp_path):
+    rival("guardrail").save_pretrained(tmp_path / "instruction")
+    with pytest.raises(ValueError, match=r"the method 'guardrail prompt', which is not served; expected .* refusal"):
+        check_folders({"a": tmp_path / "instruction"})
+    shutil.copy(folder / "adapter_config.json", refusing)
+    with pytest.raises(ValueError, match=r"holds a prompt .* and the method 'fixed refusal' .*Save each"):
+        check_folders({"a": refusing})
+
+
+def test_load_prompts_takes_no_refusal_and_says_what_does(folder, refusing):
+    with pytest.raises(ValueError, match=r"\['b'\] are fixed refusals; expected prompts. ServedPrompts.from_folders"):
+        load_prompts(base(), make_tokenizer(), {"a": folder / "jane", "b": refusing})

@@ -12,7 +12,18 @@ import pytest
 import torch
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
-from servers import HTTP, MODEL, TOKEN, client, make_gated, rendered, running, running_app
+from servers import (
+    HTTP,
+    MODEL,
+    TOKEN,
+    by_itself,
+    client,
+    make_gated,
+    refusal_of,
+    rendered,
+    running,
+    running_app,
+)
 
 from spul.serving.proxy import VllmEngine
 from spul.serving.requests import Limits
@@ -292,3 +303,42 @@ def test_another_payload_may_be_given(gated, upstream):
 def test_prefixes_are_refused():
     with pytest.raises(ValueError, match="embeddings alone"):
         VllmEngine(ServedPrompts(make_gated(prompt_type="prefix_tuning")), Limits(), "http://127.0.0.1:9", "base")
+
+
+def test_a_refusal_is_answered_without_vllm_also_where_there_is_none(gated, upstream):
+    """As `generate` of the refusal by itself answers: whole, in parts, and in a conversation."""
+    refusal, events = refusal_of(gated), []
+    served = ServedPrompts(gated, refusals={"no": refusal})
+    chat = [{"role": "user", "content": "the plot"}]
+    text, num = by_itself(refusal, gated.tokenizer("the plot")["input_ids"])
+    said, num_said = by_itself(refusal, rendered(gated, chat))
+    with running(VllmEngine(served, Limits(), upstream.url, "base"), events.append) as url:
+        options = {"model": MODEL, "prompt": "the plot", "max_tokens": 8}
+        found = client(url).completions.create(**options)
+        assert (found.choices[0].text, found.choices[0].finish_reason) == (text, "stop")
+        assert found.usage.completion_tokens == num
+        chunks = list(client(url).completions.create(stream=True, **options))
+        assert [one.choices[0].text for one in chunks] == [" unknown", " film", " good", ""]
+        answer = client(url).chat.completions.create(model=MODEL, messages=chat)
+        assert (answer.choices[0].message.content, answer.usage.completion_tokens) == (said, num_said)
+        stopped = client(url).completions.create(**options, stop=["film"])
+        assert (stopped.choices[0].text, stopped.choices[0].finish_reason) == (" unknown ", "stop")
+        assert upstream.bodies == []
+        client(url).completions.create(**options | {"prompt": "jane and the plot"})  # the prompt's gate is first
+        assert list({"prompt", "prompt_embeds"} & set(upstream.bodies[0])) == ["prompt_embeds"]
+    answered = [one for one in events if one["event"] == "answered"]
+    assert [one["request"] for one in answered] == ["no"] * 4 + ["default"]
+    with running(VllmEngine(served, Limits(), "http://127.0.0.1:9", "base")) as url:
+        assert client(url).completions.create(**options).choices[0].text == text
+
+
+def test_a_prefix_is_refused_beside_a_refusal_too_and_a_refusal_alone_is_served():
+    gated = make_gated(prompt_type="prefix_tuning")
+    with pytest.raises(ValueError, match="embeddings alone"):
+        VllmEngine(ServedPrompts(gated, refusals={"no": refusal_of(gated)}), Limits(), "http://127.0.0.1:9", "base")
+    refusals = {"no": refusal_of(gated)}
+    gated.delete_adapter("default")
+    engine = VllmEngine(ServedPrompts(gated, refusals=refusals), Limits(), "http://127.0.0.1:9", "base")
+    with running(engine) as url:
+        found = client(url).completions.create(model=MODEL, prompt="the plot")
+    assert found.choices[0].text == " unknown film good"

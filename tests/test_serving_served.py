@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import build, make_tokenizer, state_of
 from safetensors.torch import load_file, save_file
-from servers import make_gated, two_prompts
+from servers import make_gated, refusal_of, two_prompts
 
 from spul.gates import GatedUnlearner
 from spul.records.spul_config import read_spul_config
@@ -230,3 +230,112 @@ def test_an_engine_that_takes_embeddings_refuses_a_prefix():
     served = ServedPrompts(make_gated(prompt_type="prefix_tuning"))
     with pytest.raises(ValueError, match="keys and values"):
         served.take_embeddings_only()
+
+
+# ---- fixed refusals ----
+
+
+@pytest.fixture
+def refusing(folder):
+    """The folder of prompts, with a refusal of "film" in `no`."""
+    refusal_of(make_gated(), "film").save_pretrained(folder / "no")
+    return folder
+
+
+def test_the_first_of_prompts_and_refusals_that_flag_a_request_counts(refusing):
+    folders = {"a": refusing / "jane", "no": refusing / "no", "b": refusing / "new"}
+    texts = ["jane", "a film", "the plot", "film of jane", "plot of a film", "good"]
+    for order, expected in (
+        (["a", "no", "b"], ["a", "no", "b", "a", "no", "__base__"]),
+        (["b", "no", "a"], ["a", "no", "b", "no", "b", "__base__"]),
+    ):
+        served = ServedPrompts.from_folders(base(), make_tokenizer(), {name: folders[name] for name in order})
+        assert served.route(served.gated.tokenizer(texts)["input_ids"]) == expected
+        assert list(served.served) == order
+    assert {name: one["kind"] for name, one in served.served.items()} == {
+        **dict.fromkeys("ab", "prompt"),
+        "no": "fixed refusal",
+    }
+    entry = {key: value for key, value in served.served["no"].items() if key != "since"}
+    assert entry == {
+        **{"name": "no", "kind": "fixed refusal", "adapter": "no", "prompt_sha256": None, "gate": "names"},
+        "base_fingerprint": served.base_fingerprint,
+    }
+
+
+def test_a_combined_prompt_is_for_just_its_parts_so_not_where_a_refusal_flags_too():
+    plain = make_gated("other", "both")
+    gates = {name: plain.gates[name] for name in ("default", "other")}
+    gated = GatedUnlearner(plain.unlearner, plain.tokenizer, gates, combined={("default", "other"): "both"})
+    ids = plain.tokenizer(["jane doe", "film of jane doe", "film"])["input_ids"]
+    refusals = {"no": refusal_of(gated, "film")}
+    assert ServedPrompts(gated, refusals=refusals).route(ids) == ["both", "default", "no"]
+    first = ["no", "default", "other"]
+    assert ServedPrompts(gated, refusals=refusals, precedence=first).route(ids) == ["both", "no", "no"]
+
+
+def test_a_refusal_is_added_revoked_withheld_and_restored_as_a_prompt_is(refusing):
+    served = ServedPrompts(make_gated(), refusing)
+    ids = served.gated.tokenizer(["jane", "a film", "film of jane"])["input_ids"]
+    added = served.add("no", "no")
+    assert (added["kind"], added["gate"], served.longest) == ("fixed refusal", "names", 5)
+    assert served.route(ids) == ["default", "no", "default"]
+    with pytest.raises(ApiError, match="there is a prompt of this name"):
+        served.add("no", "new")
+    before = served.routes
+    [gone] = served.withhold("no")
+    assert (served.route(ids), list(served.withheld), gone["name"]) == (
+        ["default", "__base__", "default"],
+        ["no"],
+        "no",
+    )
+    assert served.choose(ids, [before] * 3) == ["default", None, "default"]
+    served.restore("no")
+    assert served.route(ids) == ["default", "no", "default"]
+    [gone] = served.revoke("no")
+    assert gone["until"] >= gone["since"]
+    assert (served.route(ids), served.refusals) == (["default", "__base__", "default"], {})
+    served.add("all", "no", True)
+    assert served.route(ids) == ["default", "all", "default"]
+    with pytest.raises(ApiError, match="a prompt is always on"):
+        served.add("new", "new")
+
+
+def test_a_refusal_takes_the_place_of_a_withheld_prompt_and_a_prompt_that_of_a_withheld_refusal(refusing):
+    served = ServedPrompts(make_gated(), refusing)
+    ids = served.gated.tokenizer(["jane", "a film", "the plot"])["input_ids"]
+    served.withhold("default")
+    served.add("default", "no")
+    assert (served.route(ids), served.withheld) == (["__base__", "default", "__base__"], {})
+    assert list(served.gated.unlearner.peft_config) == []
+    served.withhold("default")
+    served.add("default", "new")
+    assert (served.route(ids), served.withheld, served.refusals) == (["__base__", "__base__", "default"], {}, {})
+
+
+@pytest.mark.parametrize("kind", ["no gate", "gate", "file", "another method"])
+def test_a_refusal_that_does_not_load_is_refused_and_changes_nothing(refusing, kind):
+    served = ServedPrompts(make_gated(), refusing)
+    damaged(refusing / "no", kind)
+    if kind == "file":
+        (refusing / "no" / "spul_rival.json").write_text("{")
+    if kind == "another method":
+        (refusing / "no" / "spul_rival.json").write_text('{"format_version": 1, "kind": "guardrail prompt"}')
+    served.withhold("default")
+    for name in ("no", "default"):
+        with pytest.raises(ApiError, match="was not added") as caught:
+            served.add(name, "no")
+        assert caught.value.status == 400
+    assert (list(served.served), list(served.withheld), served.refusals) == ([], ["default"], {})
+    served.restore("default")
+    assert list(served.served) == ["default"]
+
+
+def test_names_and_kinds_of_refusals_are_checked():
+    gated = make_gated()
+    with pytest.raises(ValueError, match=r"refusals has \['default'\], which are names of prompts"):
+        ServedPrompts(gated, refusals={"default": refusal_of(gated)})
+    with pytest.raises(TypeError, match="expected a FixedRefusal"):
+        ServedPrompts(gated, refusals={"no": " unknown"})
+    with pytest.raises(ValueError, match=r"precedence is \['no'\]; expected the names \['default', 'no'\]"):
+        ServedPrompts(gated, refusals={"no": refusal_of(gated)}, precedence=["no"])

@@ -1,4 +1,4 @@
-"""`spul serve`: an OpenAI-compatible server of a base with prompts behind gates."""
+"""`spul serve`: an OpenAI-compatible server of a base with prompts, or fixed refusals, behind gates."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ class ServeOptions(LoadOptions):
     prompts: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "NAME=FOLDER of each prompt with its gate, the first first where several gates flag a request; or "
-            "one folder that GatedUnlearner.save_pretrained wrote; with a ledger a name is that of a request in it"
+            "help": "NAME=FOLDER of each prompt, or fixed refusal, with its gate, the first first where several gates "
+            "flag a request; or one folder that GatedUnlearner.save_pretrained wrote; with a ledger a name is that of "
+            "a request in it"
         },
     )
     always: list[str] = field(
@@ -106,7 +107,6 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
         FileNotFoundError, ValueError: as `run`.
     """
     from ..serving.requests import Limits
-    from ..serving.served import ServedPrompts
     from ..serving.server import make_app
 
     if options.engine not in ("transformers", "vllm"):
@@ -125,9 +125,9 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
     if options.prompts_dir is not None and token is None:
         raise ValueError("prompts_dir is for adding prompts, which needs admin_token_file.")
     check = _check(options)
-    served = ServedPrompts(_loaded(options, check), options.prompts_dir, options.allow_other_base)
+    served = _loaded(options, check)
     for name, one in served.served.items():
-        check(name, one["prompt_sha256"])
+        check(name, one["prompt_sha256"], name not in served.refusals)
     engine = _engine(options, served, limits, key)
     model = options.served_model_name or Path(options.model).resolve().name  # of ".", too
     return make_app(engine, model, limits, record, token, check, _states(options), _name(options)), limits
@@ -149,7 +149,7 @@ def _check_names(options: ServeOptions) -> None:
 
 
 def what_is_served(options: ServeOptions, served: ServedPrompts) -> list[str]:
-    """A line for each request: its name, its prompt's folder, type and length, its gate, and how the ledger has it."""
+    """A line for each request: name, folder, type and length of its prompt, its gate, and how the ledger has it."""
     from peft import PeftType
 
     from ..records.ledger import Ledger
@@ -162,23 +162,26 @@ def what_is_served(options: ServeOptions, served: ServedPrompts) -> list[str]:
     for name, one in served.served.items():
         in_folder = folders if name == "default" else f"{folders}/{name}"
         folder = folders[name] if isinstance(folders, dict) else in_folder
-        kind, num = PeftType(configs[name].peft_type).value.lower(), configs[name].num_virtual_tokens
-        gate = "always on" if one["gate"] == ALWAYS else f"gate {one['gate']}"
-        noted = "no ledger" if options.ledger is None else f"in the ledger {states[name].now}"
-        lines.append(f"{name}: {folder}, {kind} of {num} virtual tokens, {gate}, {noted}")
+        kind = one["kind"]
+        if name not in served.refusals:
+            num = configs[name].num_virtual_tokens
+            kind = f"{PeftType(configs[name].peft_type).value.lower()} of {num} virtual tokens"
+        gate = "always on" if one["gate"] == ALWAYS else f"gate: {one['gate']}"
+        noted = "no ledger" if options.ledger is None else f"ledger: {states[name].now}"
+        lines.append(f"{name}: {folder}, {kind}; {gate}; {noted}")
     return lines
 
 
-def _check(options: ServeOptions) -> Callable[[str, str | None], None]:
+def _check(options: ServeOptions) -> Callable[[str, str | None, bool], None]:
     """Raises for a prompt, by name and SHA-256, that the ledger says was revoked, or whose name it does not know."""
     if options.ledger is None:
-        return lambda name, prompt_sha256: None
+        return lambda name, prompt_sha256, has_weights: None
     from ..records.ledger import Ledger
 
     ledger, folder = Ledger(options.ledger), _folders(options.prompts)
 
-    def check(name: str, prompt_sha256: str | None) -> None:
-        ledger.check_not_revoked(name, prompt_sha256)
+    def check(name: str, prompt_sha256: str | None, has_weights: bool) -> None:
+        ledger.check_not_revoked(name, prompt_sha256, has_weights)
         try:
             ledger.check_known(name)
         except ValueError:
@@ -210,19 +213,21 @@ def _states(options: ServeOptions) -> Callable[[], Mapping[str, RequestState]] |
     return found
 
 
-def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> Any:
-    """The prompts on their base, behind their gates."""
+def _loaded(options: ServeOptions, check: Callable[[str, str | None, bool], None]) -> ServedPrompts:
+    """Prompts and refusals on their base, behind their gates."""
     folders = _folders(options.prompts)
     if not folders:
         raise ValueError(
             "there is no prompt to serve, and the base alone is not served. Name one with its gate: --prompts "
-            "NAME=FOLDER, where FOLDER has the prompt and its gate in gate/; --always NAME has it on without a gate."
+            "NAME=FOLDER, where FOLDER has the prompt, or a fixed refusal, and its gate in gate/; --always NAME has "
+            "it on without a gate."
         )
     import torch
 
     from ..gates.gated_files import folder_of
     from ..records.spul_config import read_spul_config
-    from ..serving.loading import check_folders, load_gated, load_prompts
+    from ..serving.loading import check_folders, is_rival, load_gated
+    from ..serving.served import ServedPrompts
 
     best = "cuda" if torch.cuda.is_available() and options.engine == "transformers" else "cpu"
     device = best if options.device is None else options.device
@@ -231,11 +236,15 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used ({error}); expected such as cpu or cuda:0.") from error
-    names = list(folders if isinstance(folders, dict) else _gated_names(folders))
+    names, num_refusals = list(folders if isinstance(folders, dict) else _gated_names(folders)), 0
     if isinstance(folders, dict):
         check_folders(folders, options.always)
         for name, folder in folders.items():
-            check(name, saved_prompt(folder).spul_config.weights_sha256)
+            if is_rival(folder):
+                check(name, None, False)
+                num_refusals += 1
+            else:
+                check(name, saved_prompt(folder).spul_config.weights_sha256, True)
         for folder, others in prompts_left_out(folders.values()).items():
             logger.warning(
                 "%s also holds the prompts %s, which are not served; pass it alone, or each.", folder, others
@@ -244,21 +253,26 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None], None]) -> 
         raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
     else:
         for name in names:
-            check(name, read_spul_config(folders, subfolder=folder_of(name)).weights_sha256)
-    prompts = "1 prompt" if len(names) == 1 else f"{len(names)} prompts"
+            check(name, read_spul_config(folders, subfolder=folder_of(name)).weights_sha256, True)
+    counts = {"prompt": len(names) - num_refusals, "refusal": num_refusals}
+    prompts = " and ".join(f"{num} {what}{'s' * (num > 1)}" for what, num in counts.items() if num)
     _say(f"loading the base {options.model} on {device}, for {prompts}: {', '.join(names)}")
     start = time.monotonic()
     model, tokenizer = options.loader()(options.model, device=device), options.load_tokenizer(options.model)
-    _say(f"the base is loaded, after {time.monotonic() - start:.0f} s; loading {prompts} and what turns them on")
+    _say(f"the base is loaded, after {time.monotonic() - start:.0f} s; loading {prompts}, and what turns them on")
+    allowed, allow_other_base = options.prompts_dir, options.allow_other_base
     if isinstance(folders, dict):
-        return load_prompts(model, tokenizer, folders, options.always, options.allow_other_base)
-    return load_gated(model, tokenizer, folders, options.allow_other_base)
+        return ServedPrompts.from_folders(model, tokenizer, folders, options.always, allow_other_base, allowed)
+    return ServedPrompts(load_gated(model, tokenizer, folders, allow_other_base), allowed, allow_other_base)
 
 
 def _gated_names(folder: str) -> list[str]:
     """Names of the prompts behind gates in a folder."""
     from ..gates.gated_files import ROUTING_NAME, read_routing
+    from ..serving.loading import is_rival
 
+    if is_rival(folder):
+        raise ValueError(f"{folder} holds no prompt, and has no name here; give it one: --prompts NAME={folder}.")
     if Path(folder).is_dir() and not Path(folder, ROUTING_NAME).is_file():
         raise FileNotFoundError(
             f"{folder} has no prompts behind gates ({ROUTING_NAME}). Fit the gate of its prompt, spul gate fit "
@@ -342,6 +356,6 @@ COMMANDS = {
         options=ServeOptions,
         run=run,
         example="spul serve --model facebook/opt-1.3b --prompts jane-doe=out/jane-doe --port 8080",
-        purpose="Serve a base with prompts behind gates, by OpenAI's API.",
+        purpose="Serve a base with prompts, or fixed refusals, behind gates, by OpenAI's API.",
     )
 }

@@ -198,7 +198,7 @@ class Ledger:
             self._newest = found[-1]
         return {entry.request for entry in found if entry.request}
 
-    def check_not_revoked(self, request: str, prompt_sha256: str | None = None) -> None:
+    def check_not_revoked(self, request: str, prompt_sha256: str | None = None, has_weights: bool = True) -> None:
         """Raise if a request was revoked, or its prompt has the weights of one that was.
 
         The same weights may stand for several requests, each of which the ledger then knows by them.
@@ -207,13 +207,15 @@ class Ledger:
             request: its name.
             prompt_sha256: SHA-256 of the prompt's weights; None if not known, which counts as earlier weights of a
                 request that was revoked and trained anew, where entries name weights of it.
+            has_weights: whether it has weights. A fixed refusal has none, so that there are no earlier ones of it.
 
         Raises:
             ValueError: if it was, or the chain is broken.
         """
         states = self.states() if self.path.exists() else {}
         own = states.get(request)
-        if own is not None and own.is_replaced(prompt_sha256) and (prompt_sha256 or own.retrained or own.withdrawn):
+        is_replaced = has_weights and own is not None and own.is_replaced(prompt_sha256)
+        if own is not None and is_replaced and (prompt_sha256 or own.retrained or own.withdrawn):
             raise ValueError(
                 f"the request {request!r} was revoked on {own.revocations[-1]} by the ledger {str(self.path)!r} and "
                 f"trained anew since, {self._of_new_weights(own, prompt_sha256)}"

@@ -62,12 +62,25 @@ class SavedRival(Saved):
             ValueError: if it is damaged, or another one.
         """
         gate = gate_of(self.folder, model, tokenizer, **self.hub)
+        self.check_gate()
+        return gate
+
+    def check_gate(self) -> None:
+        """Raise unless its gate is the one that was saved with it, as far as is seen without the base.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            ValueError: if it is another one.
+        """
         found = find_file(self.folder, f"{GATE_FOLDER}/{GATE_NAME}", **self.hub)
-        if found is None or file_digest(found) != self.fields[GATE_DIGEST]:
+        if found is None:
+            raise FileNotFoundError(
+                f"{self.folder!r} has no {GATE_FOLDER}/{GATE_NAME}, the gate of its {self.kind}; save both again."
+            )
+        if file_digest(found) != self.fields[GATE_DIGEST]:
             raise ValueError(
                 f"the gate in {self.folder!r} is not the one that was saved with {RIVAL_NAME}; save both again."
             )
-        return gate
 
 
 def read_rival(folder: str | os.PathLike, **hub: Any) -> SavedRival:

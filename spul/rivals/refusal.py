@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 
 from ..data.encoder import NO_LIMIT, RowEncoder
 from ..gates.gate import Gate
@@ -21,7 +21,9 @@ from .gated import GatedRival
 class FixedRefusal(GatedRival):
     """A gate in front of the base: requests that it flags get a fixed text, all others the base.
 
-    A request on which the gate fails gets the text, too. `generate` does not run the base for flagged requests.
+    A request on which the gate fails gets the text, too. `generate` does not run the base for flagged requests, and
+    gives their text to a `streamer` token by token, as the base gives its own. `max_new_tokens`, end tokens and stop
+    texts end the text as they end an answer of the base.
 
     **As probabilities.** Behind a flagged request the tokens of the text, then its end token for ever, have
     probability 1, in this order and whatever tokens of an answer stand before; all others have 0 (logits 0 and minus
@@ -56,6 +58,7 @@ class FixedRefusal(GatedRival):
     kind = "fixed refusal"
     in_words = "the gate and its refusal"
     answers_fixed = True
+    streams = True
     fields_saved: ClassVar[Checks] = {**GATE_CHECK, "refusal": (lambda value: isinstance(value, str), "a text")}
 
     def __init__(
@@ -99,22 +102,51 @@ class FixedRefusal(GatedRival):
 
     def changed_answers(self, requests: Sequence[list[int]], **settings: Any) -> Tensor:
         """The text for flagged requests, the base's answers to the others."""
-        if whole := [name for name in OF_THE_BATCH if settings.get(name) is not None]:
+        if whole := [name for name in OF_THE_BATCH if name != "streamer" and settings.get(name) is not None]:
             raise ValueError(
                 f"generate of a {type(self).__name__} takes no {', '.join(whole)}: flagged requests get a fixed "
                 "text, which does not follow it, and the others are another batch than the one given."
             )
         times = max(self.setting("num_return_sequences", settings) or 1, 1)
-        limit, pad = self.setting("max_new_tokens", settings), self.pad_token(settings)
+        streamer, pad = settings.get("streamer"), self.pad_token(settings)
+        if streamer is not None:
+            self._check_stream(len(requests), times, settings)
         flags = self.flags(requests)
         others = [request for request, flagged in zip(requests, flags, strict=True) if not flagged]
         answers = iter(self.base_answers(others, **settings).tolist() if others else [])
         found: list[list[int]] = []
         for request, flagged in zip(requests, flags, strict=True):
-            for _ in range(times):
-                found.append(self.refusal_ids(request)[:limit] if flagged else next(answers))
+            said = self._said(request, settings) if flagged else []
+            found += [said if flagged else next(answers) for _ in range(times)]
+        if streamer is not None and not others:
+            streamer.put(torch.tensor(requests))  # first, as the base does
+            for token in found[0]:
+                streamer.put(torch.tensor([token]))
+            streamer.end()
         width = max(map(len, found))
         return torch.tensor([row + [pad] * (width - len(row)) for row in found], device=self.device)
+
+    def _check_stream(self, num_requests: int, times: int, settings: dict[str, Any]) -> None:
+        """Raise unless there is one answer to stream, whatever the gate will say of the request."""
+        beams = self.setting("num_beams", settings) or 1
+        if (num_requests, times, beams) != (1, 1, 1):
+            raise ValueError(
+                f"a streamer takes one answer as it comes; found requests: {num_requests}, num_return_sequences: "
+                f"{times}, num_beams: {beams}. Call generate for each request, without beams, or leave the streamer "
+                "out."
+            )
+
+    def _said(self, request: list[int], settings: dict[str, Any]) -> list[int]:
+        """The refusal behind a request up to where an answer of the base would end."""
+        ids = self.refusal_ids(request)[: self.setting("max_new_tokens", settings)]
+        ends, stops = self.setting("eos_token_id", settings), self.setting("stop_strings", settings)
+        ends = set(ends if isinstance(ends, (list, tuple)) else [ends])
+        is_stop = StopStringCriteria(settings["tokenizer"], stops) if stops else None
+        row = torch.tensor([request + ids])
+        for num, token in enumerate(ids, start=1):
+            if token in ends or (is_stop and bool(is_stop(row[:, : len(request) + num], cast(Any, None)))):
+                return ids[:num]
+        return ids
 
     def saved_fields(self) -> dict[str, Any]:
         """The text."""

@@ -22,6 +22,7 @@ from ..models.protocol import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
 from ..prompts.pads import filled_pads, with_own_ngrams
 from ..records.fields import Checks
+from ..records.spul_config import without_local_path
 from .files import GATE_DIGEST, read_rival, write_rival
 
 if TYPE_CHECKING:
@@ -50,6 +51,8 @@ class Rival(nn.Module, Unlearner):
     Attributes:
         kind: name of the method in reports, in the identity of an evaluation and in its file.
         gate: its gate; None if it has none.
+        name: folder (its last part) or Hub name that it was loaded from; None if it was made here.
+        streams: whether `generate` takes a `streamer`.
         fields_saved: checks of the fields in its file, the digest of a gate among them where there is one.
 
     Raises:
@@ -59,6 +62,8 @@ class Rival(nn.Module, Unlearner):
     kind = ""
     in_words = "the method"
     gate: Gate | None = None
+    name: str | None = None
+    streams = False
     fields_saved: ClassVar[Checks] = {}
     follows_embeddings = False
     reads_tokens = True
@@ -167,7 +172,9 @@ class Rival(nn.Module, Unlearner):
             )
         saved.check(cls.fields_saved)
         gate = saved.gate(model, tokenizer) if GATE_DIGEST in cls.fields_saved else None
-        return cls.restored(model, tokenizer, saved.fields, gate)
+        found: R = cls.restored(model, tokenizer, saved.fields, gate)
+        found.name = without_local_path(os.fspath(folder))
+        return found
 
     # ---- forward and generation ----
 
@@ -250,8 +257,9 @@ class Rival(nn.Module, Unlearner):
 
     def _check_generation(self, kwargs: dict[str, Any]) -> None:
         for name in _REFUSED:
-            value = kwargs.pop(name, None)
-            if value is not None and value is not False:
+            if (value := kwargs.get(name)) is None or value is False:
+                kwargs.pop(name, None)
+            elif name != "streamer" or not self.streams:
                 raise ValueError(
                     f"generate of a {type(self).__name__} takes no {name}: pass input_ids, attention_mask, "
                     "max_new_tokens and how to decode; token ids are returned."

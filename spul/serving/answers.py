@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,44 @@ class AnswerText:
 def _overlap(text: str, stop: str) -> int:
     """Characters at the end of a text that may be the start of a stop text."""
     return next((num for num in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-num:])), 0)
+
+
+class AnswerParts:
+    """The parts of an answer as its tokens come, up to an end token, a stop text or the most tokens.
+
+    Args:
+        tokenizer: the model's.
+        request: token ids of the request.
+        stop: texts before which the answer ends.
+        max_tokens: of the answer.
+        ends: tokens that end it.
+    """
+
+    def __init__(
+        self, tokenizer: Any, request: Sequence[int], stop: Sequence[str], max_tokens: int, ends: Collection[int]
+    ) -> None:
+        self.max_tokens, self.ends, self.num_tokens, self.is_done = max_tokens, ends, 0, False
+        self._text = AnswerText(tokenizer, request, stop)
+
+    def push(self, token: int) -> Piece | None:
+        """Take one more token; what can be sent by now."""
+        self.num_tokens += 1
+        text = "" if token in self.ends else self._text.push(token)
+        reason = "stop" if token in self.ends or self._text.stopped else None
+        if reason is None and self.num_tokens >= self.max_tokens:
+            reason = "length"
+        return self._piece(text, reason)
+
+    def end(self) -> Piece | None:
+        """The last part of an answer that has no more tokens; None if it had ended."""
+        return None if self.is_done else self._piece("", "length")
+
+    def _piece(self, text: str, reason: str | None) -> Piece | None:
+        if reason is not None:
+            self.is_done = True
+            text += self._text.finish()
+            reason = "stop" if self._text.stopped else reason
+        return Piece(text, self.num_tokens, reason) if text or reason else None
 
 
 class Answer:

@@ -19,8 +19,9 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from ..models.causal_lm import max_positions
 from ..prompts.arguments import generation_settings
 from ..prompts.row_prompts import NO_PROMPT
-from .answers import AnswerText, Piece
-from .engine import Job, choose_prompts
+from ..rivals.refusal import FixedRefusal
+from .answers import Piece
+from .engine import Job, choose_prompts, end_tokens, refused
 from .errors import ApiError, prompts_changed, stopping, too_long, too_many
 from .requests import Limits
 from .sampling import RowChooser
@@ -34,9 +35,9 @@ T = TypeVar("T")
 class _Row:
     """A job in the worker's hands; what it sends is read in the event loop that the job came from."""
 
-    def __init__(self, job: Job, tokenizer: Any) -> None:
-        self.job, self.is_gone, self.is_done, self.num_tokens = job, False, False, 0
-        self.text = AnswerText(tokenizer, job.token_ids, job.sampling.stop)
+    def __init__(self, job: Job, tokenizer: Any, ends: frozenset[int]) -> None:
+        self.job, self.is_gone, self.is_done = job, False, False
+        self.parts = job.parts(tokenizer, ends)
         self._loop, self._sent = asyncio.get_running_loop(), asyncio.Queue[Piece | ApiError]()
 
     def send(self, event: Piece | ApiError) -> None:
@@ -53,40 +54,33 @@ class _Row:
         self.is_done = True
         self.send(error)
 
-    def push(self, token: int, ends: frozenset[int]) -> None:
+    def take(self, piece: Piece | None) -> None:
+        """Send a part of the answer, if there is one."""
+        self.is_done |= self.parts.is_done
+        if piece is not None:
+            self.send(piece)
+
+    def push(self, token: int) -> None:
         """Take one more token, and send what can be sent."""
-        self.num_tokens += 1
-        text = "" if token in ends else self.text.push(token)
-        reason = "stop" if token in ends or self.text.stopped else None
-        if reason is None and self.num_tokens >= self.job.max_tokens:
-            reason = "length"
-        self._say(text, reason)
+        self.take(self.parts.push(token))
 
     def end(self) -> None:
         """End an answer that generation has left."""
         if not self.is_done:
-            self._say("", "length")
-
-    def _say(self, text: str, reason: str | None) -> None:
-        if reason is not None:
-            self.is_done = True
-            text += self.text.finish()
-            reason = "stop" if self.text.stopped else reason
-        if text or reason:
-            self.send(Piece(text, self.num_tokens, reason))
+            self.take(self.parts.end())
 
 
 class _Rows(StoppingCriteria):
     """Hands each new token to its row; a row stops where its answer ends, or nobody waits for it."""
 
-    def __init__(self, rows: Sequence[_Row], ends: frozenset[int]) -> None:
-        self.rows, self.ends = rows, ends
+    def __init__(self, rows: Sequence[_Row]) -> None:
+        self.rows = rows
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         for row, token in zip(self.rows, input_ids[:, -1].tolist(), strict=True):
             row.is_done |= row.is_gone
             if not row.is_done:
-                row.push(token, self.ends)
+                row.push(token)
         return torch.tensor([row.is_done for row in self.rows], device=input_ids.device)
 
 
@@ -111,9 +105,9 @@ class TransformersEngine:
         base = served.gated.get_base_model()
         self.room = max_positions(base)
         self._tokenizer = copy.deepcopy(served.gated.tokenizer)  # fast tokenizers are for one thread at a time
-        self._settings = _settings(base, self._tokenizer)
+        self._ends = end_tokens(base, self._tokenizer)
+        self._settings = _settings(base, self._tokenizer, self._ends)
         generation_settings(base, {"generation_config": self._settings})
-        self._ends = frozenset(self._settings.eos_token_id)
         self._waiting: deque[_Row] = deque()
         self._changes: deque[Callable[[], None]] = deque()
         self._stopping = False
@@ -150,7 +144,7 @@ class TransformersEngine:
         Raises:
             ApiError: 429 if too many wait, 503 if the engine has stopped.
         """
-        row = _Row(job, self._tokenizer)
+        row = _Row(job, self._tokenizer, self._ends)
         with self._wake:
             if not self.is_alive:
                 raise stopping()
@@ -240,10 +234,20 @@ class TransformersEngine:
         for row, name in zip(rows, names, strict=True):
             if isinstance(name, ApiError):
                 row.fail(name)
+            elif name in self.served.refusals:
+                self._refuse(row, self.served.refusals[name])
             else:
                 chosen[row] = name
         if chosen:
             self._generate_or_part(list(chosen), list(chosen.values()))
+
+    def _refuse(self, row: _Row, refusal: FixedRefusal) -> None:
+        """Answer a row at once, without the model."""
+        try:
+            for piece in refused(refusal, row.parts, row.job):
+                row.take(piece)
+        except Exception as error:
+            self._failed(row, error)
 
     def _generate_or_part(self, rows: list[_Row], names: list[str]) -> None:
         """Generate rows together, or each alone where that fails: one row must not decide for the others."""
@@ -253,7 +257,7 @@ class TransformersEngine:
             for row in rows:
                 if row.is_done:
                     continue
-                if len(rows) == 1 or row.num_tokens:
+                if len(rows) == 1 or row.parts.num_tokens:
                     self._failed(row, error)
                 else:
                     self._answer([row])  # whose prompt may be revoked by now
@@ -290,7 +294,7 @@ class TransformersEngine:
                 adapter_names=names,
                 generation_config=settings,
                 logits_processor=LogitsProcessorList([RowChooser([row.job.sampling for row in rows])]),
-                stopping_criteria=StoppingCriteriaList([_Rows(rows, self._ends)]),
+                stopping_criteria=StoppingCriteriaList([_Rows(rows)]),
                 **inside,
             )
         for row in rows:
@@ -312,14 +316,13 @@ def _as_defaults(base: Any, settings: GenerationConfig) -> Iterator[None]:
         base.generation_config = before
 
 
-def _settings(base: Any, tokenizer: Any) -> GenerationConfig:
+def _settings(base: Any, tokenizer: Any, ends: frozenset[int]) -> GenerationConfig:
     """The base's generation settings, greedy: `RowChooser` draws, and `_Rows` stops, also at the base's own texts.
 
     What ends or forces an answer by the clock, or by the length of its whole batch, is not of a row.
     """
     found = copy.deepcopy(base.generation_config)
-    of_base = found.eos_token_id if isinstance(found.eos_token_id, list) else [found.eos_token_id]
-    found.eos_token_id = sorted({one for one in (*of_base, tokenizer.eos_token_id) if one is not None})
+    found.eos_token_id = sorted(ends)
     pads = (found.pad_token_id, tokenizer.pad_token_id, *found.eos_token_id, 0)
     found.pad_token_id = next(one for one in pads if one is not None)
     found.update(do_sample=False, num_beams=1, num_return_sequences=1, return_dict_in_generate=False, max_length=None)

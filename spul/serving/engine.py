@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
 from ..gates.routes import Routes
 from ..prompts.row_prompts import NO_PROMPT
-from .answers import Piece
+from ..rivals.refusal import FixedRefusal
+from .answers import AnswerParts, Piece
 from .errors import ApiError, prompts_changed
 from .requests import Sampling
 from .served import ServedPrompts
@@ -36,6 +37,15 @@ class Job:
     prompt: dict[str, Any] | None = field(default=None, init=False)
     """Its prompt's entry in `ServedPrompts.served`; empty for the base, None before routing."""
 
+    def parts(self, tokenizer: Any, ends: Collection[int]) -> AnswerParts:
+        """The parts of its answer, to which tokens are given.
+
+        Args:
+            tokenizer: the model's.
+            ends: tokens that end an answer.
+        """
+        return AnswerParts(tokenizer, self.token_ids, self.sampling.stop, self.max_tokens, ends)
+
 
 def choose_prompts(served: ServedPrompts, jobs: Sequence[Job]) -> list[str | ApiError]:
     """The name of each job's prompt, as the gates say now, `"__base__"` for none.
@@ -50,6 +60,33 @@ def choose_prompts(served: ServedPrompts, jobs: Sequence[Job]) -> list[str | Api
     for job, name in zip(jobs, names, strict=True):
         job.prompt = None if name is None else {} if name == NO_PROMPT else served.served[name]
     return [prompts_changed() if name is None else name for name in names]
+
+
+def refused(refusal: FixedRefusal, parts: AnswerParts, job: Job) -> Iterator[Piece]:
+    """The parts of a job's answer that is a fixed refusal; the model is not asked.
+
+    Args:
+        refusal: the one whose gate flags the job.
+        parts: of the answer, as yet without a token.
+        job: the request.
+    """
+    for token in refusal.refusal_ids(job.token_ids):
+        if not parts.is_done and (piece := parts.push(token)) is not None:
+            yield piece
+    if (piece := parts.end()) is not None:  # its tokenizer may have another end token than the one that is served
+        yield piece
+
+
+def end_tokens(base: Any, tokenizer: Any) -> frozenset[int]:
+    """The tokens that end an answer: those of the base's settings, and the tokenizer's.
+
+    Args:
+        base: the model.
+        tokenizer: its tokenizer.
+    """
+    found = base.generation_config.eos_token_id
+    of_base = found if isinstance(found, list) else [found]
+    return frozenset(one for one in (*of_base, tokenizer.eos_token_id) if one is not None)
 
 
 class Engine(Protocol):

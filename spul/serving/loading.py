@@ -1,4 +1,4 @@
-"""Prompts loaded behind their gates, and checks of names, gates and bases, by which what is unclear is refused."""
+"""Prompts and refusals loaded behind their gates; checks of names, gates and bases refuse what is unclear."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from peft import PromptTuningConfig
 from transformers import PreTrainedTokenizerBase
 
 from ..gates.files import SETTINGS_NAME
 from ..gates.gate import Gate, as_gate
 from ..gates.gated import GatedUnlearner
 from ..gates.gated_files import GATE_FOLDER, ROUTING_NAME, check_saved_together, gate_of
+from ..prompts.checkpoint import CONFIG_NAME
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import fingerprint
 from ..records.ledger_events import name_fault
-from ..records.spul_config import SpulConfig, read_spul_config
+from ..records.spul_config import SpulConfig, read_spul_config, without_local_path
+from ..rivals.files import RIVAL_NAME, SavedRival, read_rival
+from ..rivals.refusal import FixedRefusal
 
 ALWAYS = "always"  # the kind of the gate that flags every request
 
@@ -47,6 +51,10 @@ def load_prompts(
         ValueError: if there is no prompt, or one does not fit the base.
     """
     check_folders(folders, always_on)
+    if refusing := [name for name, folder in folders.items() if is_rival(folder)]:
+        raise ValueError(
+            f"{refusing} are fixed refusals; expected prompts. ServedPrompts.from_folders takes both, in any order."
+        )
     base = fingerprint(model)
     for folder in folders.values():
         check_fits(read_spul_config(folder), base, allow_other_base, str(folder))
@@ -75,16 +83,76 @@ def load_gated(
     return gated
 
 
+def without_prompts(model: Any, tokenizer: PreTrainedTokenizerBase) -> GatedUnlearner:
+    """A base without a prompt, onto which prompts can be loaded; arguments as in `load_prompts`."""
+    unlearner = SoftPromptUnlearner(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1))
+    unlearner.delete_adapter(unlearner.active_adapter)
+    return GatedUnlearner(unlearner, tokenizer, {}).eval()
+
+
+def is_rival(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a method that trains nothing, such as a fixed refusal, in place of a prompt."""
+    return Path(folder, RIVAL_NAME).is_file()
+
+
+def read_refusal(folder: str | os.PathLike) -> SavedRival:
+    """The file of a saved fixed refusal, checked.
+
+    Args:
+        folder: a local folder that `FixedRefusal.save_pretrained` wrote.
+
+    Raises:
+        ValueError: if it is of another method, or damaged, or the folder also holds a prompt.
+    """
+    saved = read_rival(folder)
+    if found := [name for name in (CONFIG_NAME, ROUTING_NAME) if Path(folder, name).is_file()]:
+        raise ValueError(
+            f"{str(folder)!r} holds a prompt ({found[0]}) and the method {saved.kind!r} ({RIVAL_NAME}); expected one "
+            "of them. Save each to a folder of its own."
+        )
+    if saved.kind != FixedRefusal.kind:
+        raise ValueError(
+            f"{str(folder)!r} holds the method {saved.kind!r}, which is not served; expected a prompt or a "
+            f"{FixedRefusal.kind}. Run this one in a program of your own, by spul.rivals."
+        )
+    saved.check(FixedRefusal.fields_saved)
+    return saved
+
+
+def load_refusal(
+    model: Any, tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike, is_always: bool = False
+) -> FixedRefusal:
+    """A saved fixed refusal behind its gate.
+
+    Args:
+        model: the base.
+        tokenizer: its tokenizer.
+        folder: a local folder that `FixedRefusal.save_pretrained` wrote.
+        is_always: whether every request is refused, whatever gate is in the folder.
+
+    Raises:
+        FileNotFoundError: if its gate is missing.
+        ValueError: as `read_refusal`; also if the gate is damaged, another one, or does not fit the base.
+    """
+    saved = read_refusal(folder)
+    if not is_always:
+        return FixedRefusal.from_pretrained(model, folder, tokenizer)
+    found = FixedRefusal.restored(model, tokenizer, saved.fields, always)
+    found.name = without_local_path(os.fspath(folder))
+    return found
+
+
 def check_folders(folders: Mapping[str, str | os.PathLike], always_on: Sequence[str] = ()) -> None:
-    """Raise unless each prompt has a name and a gate, as far as is seen without the base; as `load_prompts`."""
+    """Raise unless each prompt or refusal has name and gate, as far as is seen without the base; as `load_prompts`."""
     if not folders:
         raise ValueError("there is no prompt to serve, and the base alone is not served; name a prompt's folder.")
     if unknown := sorted(set(always_on) - set(folders)):
         raise ValueError(f"{unknown} are to be always on and are no prompts; the prompts are {list(folders)}.")
     for name, folder in folders.items():
         check_name(name)
+        saved = read_refusal(folder) if is_rival(folder) else None
         if name not in always_on:
-            check_gate(folder)
+            check_gate(folder) if saved is None else saved.check_gate()
     names = list(folders)
     first = next((i for i, name in enumerate(names) if name in always_on), len(names))
     if behind := names[first + 1 :]:

@@ -17,7 +17,7 @@ from ..models.compat_devices import device_of
 from ..prompts.row_prompts import NO_PROMPT, under
 from ..records.fields import is_count
 from .answers import Piece
-from .engine import Job, choose_prompts
+from .engine import Job, choose_prompts, end_tokens, refused
 from .errors import ApiError, prompts_changed, stopping, too_many
 from .requests import Limits, check_header_text
 from .served import ServedPrompts
@@ -150,6 +150,10 @@ class VllmEngine:
         self._num += 1
         try:
             body = await self._in_thread(lambda: self._body(job))
+            if isinstance(body, list):
+                for piece in body:
+                    yield piece
+                return
             async with client.stream("POST", self.url, json=body, headers=self.headers) as response:
                 await _check(response)
                 async for piece in _pieces(response):
@@ -161,11 +165,15 @@ class VllmEngine:
             self._num -= 1
             self._idle.set()
 
-    def _body(self, job: Job) -> dict[str, Any]:
-        """Ask the gates, choose the prompt, and make the payload."""
+    def _body(self, job: Job) -> dict[str, Any] | list[Piece]:
+        """Ask the gates, choose the prompt, and make the payload; of a fixed refusal the parts of the answer."""
         [name] = choose_prompts(self.served, [job])
         if isinstance(name, ApiError):
             raise name
+        if (refusal := self.served.refusals.get(name)) is not None:
+            tokenizer = self.served.gated.tokenizer
+            ends = end_tokens(self.served.gated.get_base_model(), tokenizer)
+            return list(refused(refusal, job.parts(tokenizer, ends), job))
         sampling = job.sampling
         fields: dict[str, Any] = {"prompt": job.token_ids}
         if name != NO_PROMPT:

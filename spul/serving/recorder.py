@@ -12,7 +12,7 @@ from ..records.ledger_states import RequestState
 from .answers import Answer, Piece
 from .engine import Job
 from .errors import ApiError
-from .served import ServedPrompts
+from .served import REFUSAL, ServedPrompts
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,9 @@ class Recorder:
         }
         again = {name: one for name, one in self.served.withheld.items() if name in known and not known[name].revoked}
         replaced = {
-            name: known[name].retrained for name, one in again.items() if known[name].is_replaced(one["prompt_sha256"])
+            name: known[name].retrained
+            for name, one in again.items()
+            if one["kind"] != REFUSAL and known[name].is_replaced(one["prompt_sha256"])  # a refusal has no weights
         }
         return Standing(revoked, [name for name in again if name not in replaced], replaced)
 

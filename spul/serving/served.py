@@ -1,13 +1,15 @@
-"""Prompts that are served: added, revoked, withheld and restored. What is unclear is refused."""
+"""Prompts and refusals that are served: added, revoked, withheld and restored. What is unclear is refused."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..gates.gate import Gate, request_texts
 from ..gates.gated import GatedUnlearner
@@ -15,23 +17,43 @@ from ..gates.routes import Routes
 from ..models.unlearner import PREFIX_TYPES
 from ..records.digests import fingerprint
 from ..records.spul_config import read_spul_config
+from ..rivals.refusal import FixedRefusal
 from .errors import ApiError
-from .loading import ALWAYS, always, check_fits, check_gate, check_name
+from .loading import (
+    ALWAYS,
+    always,
+    check_fits,
+    check_folders,
+    check_gate,
+    check_name,
+    is_rival,
+    load_prompts,
+    load_refusal,
+    without_prompts,
+)
 
+PROMPT, REFUSAL = "prompt", FixedRefusal.kind  # kinds of what is served
 NO_TEXT = "the prompt was not added: name or folder is no text, or always no boolean."
 
 
 class ServedPrompts:
-    """Prompts behind gates, as a server uses them. One thread routes, adds, revokes, withholds and restores.
+    """Prompts and fixed refusals behind gates, as a server uses them.
+
+    A refusal is a prompt here in all but what it answers with: a text, in place of the base under virtual tokens. One
+    thread routes, adds, revokes, withholds and restores.
 
     Args:
         gated: the prompts.
         allowed: the folder within which `add` reads; None to refuse every addition.
         allow_other_base: as in `load_prompts`.
+        refusals: fixed refusals on the same base, by their names; of their models only the gates and texts are used.
+        precedence: names of prompts and refusals with gates, the first first: a request that several gates flag gets
+            the first. Prompts in their own order, then refusals, unless given.
 
     Attributes:
-        served: what is served: of each prompt, by its name, its adapter (the folder's last part, or the Hub name), its
-            digest, the base's, its gate, and since when.
+        served: what is served: of each prompt or refusal, by its name, its kind, its adapter (the folder's last part,
+            or the Hub name), its digest (a refusal has none: a text could be guessed by it), the base's, its gate, and
+            since when.
         revoked: what was revoked or withheld, in order, with `until`.
         withheld: prompts that no request gets until they are restored, by name, as they were in `served`.
         idle: names of combined prompts that no request gets until a part of them is restored.
@@ -41,14 +63,26 @@ class ServedPrompts:
         stands_inside: whether a prompt stands at the message.
 
     Raises:
-        ValueError: if there is no prompt, `allowed` is no folder, or a prompt has no gate.
+        TypeError: if a refusal is another object.
+        ValueError: if there is no prompt and no refusal, `allowed` is no folder, a prompt has no gate, or `precedence`
+            or `refusals` have names that they may not.
     """
 
     def __init__(
-        self, gated: GatedUnlearner, allowed: str | os.PathLike | None = None, allow_other_base: bool = False
+        self,
+        gated: GatedUnlearner,
+        allowed: str | os.PathLike | None = None,
+        allow_other_base: bool = False,
+        refusals: Mapping[str, FixedRefusal] | None = None,
+        precedence: Sequence[str] | None = None,
     ) -> None:
         gated.route([])  # raises where a prompt has no gate
-        if not gated.gates:
+        self.refusals = dict(refusals or {})
+        if wrong := [name for name, one in self.refusals.items() if not isinstance(one, FixedRefusal)]:
+            raise TypeError(f"refusals has {wrong}, which are none; expected a FixedRefusal by each name.")
+        if both := sorted({*self.refusals} & {*gated.unlearner.peft_config}):
+            raise ValueError(f"refusals has {both}, which are names of prompts; expected other names.")
+        if not (gated.gates or self.refusals):
             raise ValueError("there is no prompt to serve, and the base alone is not served; load one.")
         if allowed is not None and not Path(allowed).is_dir():
             raise ValueError(f"{str(allowed)!r}, from which prompts are to be added, is no folder.")
@@ -56,13 +90,55 @@ class ServedPrompts:
         self.allowed = None if allowed is None else Path(allowed).resolve()
         self.base_fingerprint = fingerprint(gated.get_base_model())
         self._embeddings_only = False
-        self._since = dict.fromkeys(gated.unlearner.peft_config, time.time())
+        default = [*gated.precedence, *self.refusals]
+        self._order = list(default if precedence is None else precedence)
+        if sorted(self._order) != sorted(default):
+            raise ValueError(f"precedence is {self._order}; expected the names {default}, each once.")
+        self._since = dict.fromkeys(self._names(), time.time())
         self.revoked: list[dict[str, Any]] = []
         self.served: dict[str, dict[str, Any]] = {}
         self.withheld: dict[str, dict[str, Any]] = {}
         self.idle: list[str] = []
         self.withdrawn: Callable[[], Collection[str]] = tuple
         self._refresh()
+
+    @classmethod
+    def from_folders(
+        cls,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        folders: Mapping[str, str | os.PathLike],
+        always_on: Sequence[str] = (),
+        allow_other_base: bool = False,
+        allowed: str | os.PathLike | None = None,
+    ) -> ServedPrompts:
+        """Prompts and fixed refusals of one base, each behind the gate in its folder; all of them, or an error.
+
+        Args:
+            model: the base.
+            tokenizer: its tokenizer.
+            folders: of each prompt or refusal, by its name; the first is first where several gates flag a request.
+            always_on: names of those that every request gets, whatever gate is in their folders.
+            allow_other_base: as in `load_prompts`.
+            allowed: as in the class.
+
+        Raises:
+            FileNotFoundError: if a folder or a gate is missing.
+            ValueError: if there is none, or one does not fit the base.
+        """
+        check_folders(folders, always_on)
+        prompts = {name: folder for name, folder in folders.items() if not is_rival(folder)}
+        if prompts:
+            on = [name for name in always_on if name in prompts]
+            gated = load_prompts(model, tokenizer, prompts, on, allow_other_base)
+        else:
+            gated = without_prompts(model, tokenizer)
+        refusals = {
+            name: load_refusal(gated.get_base_model(), tokenizer, folder, name in always_on)
+            for name, folder in folders.items()
+            if name not in prompts
+        }
+        return cls(gated, allowed, allow_other_base, refusals, list(folders))
 
     def route(self, requests: Sequence[Sequence[int]]) -> list[str]:
         """The name of the prompt of each request, as token ids; `"__base__"` for none."""
@@ -88,10 +164,18 @@ class ServedPrompts:
 
     def _routes(self, gone: Collection[str] = ()) -> Routes:
         """The routes of now, without what is withheld, and without others that are gone."""
-        return self.gated.routes.without({*self.withheld, *gone})
+        own = self.gated.routes
+        gates = {**own.gates, **{name: one.gate for name, one in self.refusals.items()}}
+        order = [name for name in self._names() if name in gates]
+        return Routes(gates, order, own.combined).without({*self.withheld, *gone})
+
+    def _names(self) -> list[str]:
+        """All that there is, by name, in order of precedence; also what no request gets, and combined prompts."""
+        there = {**dict.fromkeys(self.gated.unlearner.spul_configs), **dict.fromkeys(self.refusals)}
+        return [*(name for name in self._order if name in there), *(name for name in there if name not in self._order)]
 
     def add(self, name: Any, folder: Any, is_always: Any = False) -> dict[str, Any]:
-        """Load a prompt and its gate; requests that are routed from now on get it. On an error what is served stays.
+        """Load a prompt or refusal and its gate, for requests from now on. On an error what is served stays.
 
         Args:
             name: its name; one that is withheld by the same name goes.
@@ -113,22 +197,12 @@ class ServedPrompts:
         path = self._within(folder)
         try:
             check_name(name)
-            if not is_always:
-                check_gate(path)
-            check_fits(read_spul_config(path), self.base_fingerprint, self.allow_other_base, folder)
-            gate = always if is_always else None
-            if name in self.withheld:  # its place is taken, by a prompt that is known to load
-                trial = next(one for one in map("trial-{}".format, itertools.count()) if not self._has(one))
-                try:
-                    self.gated.load_adapter(path, trial, gate=gate)
-                    self._check_kind(trial)
-                finally:
-                    if self._has(trial):
-                        self.gated.delete_adapter(trial)
-                self.withheld = {key: one for key, one in self.withheld.items() if key != name}
-                self.gated.delete_adapter(name)
-            self.gated.load_adapter(path, name, gate=gate)
-            self._check_kind(name)
+            if is_rival(path):
+                refusal = load_refusal(self.gated.get_base_model(), self.gated.tokenizer, path, is_always)
+                self._make_room(name)
+                self.refusals = {**self.refusals, name: refusal}
+            else:
+                self._load(name, path, folder, is_always)
         except Exception as error:  # whatever a strange folder holds: nothing was changed
             self._refresh()
             raise ApiError(400, f"the prompt was not added: {error}", "folder") from error
@@ -136,11 +210,44 @@ class ServedPrompts:
         self._refresh()
         return self.served[name]
 
-    def _has(self, name: str) -> bool:
-        return name in self.gated.unlearner.peft_config
+    def _load(self, name: str, path: Path, folder: str, is_always: bool) -> None:
+        """Load a prompt and its gate."""
+        if not is_always:
+            check_gate(path)
+        check_fits(read_spul_config(path), self.base_fingerprint, self.allow_other_base, folder)
+        gate = always if is_always else None
+        if name in self.withheld:  # its place is taken, by a prompt that is known to load
+            trial = next(one for one in map("trial-{}".format, itertools.count()) if not self._has(one))
+            try:
+                self.gated.load_adapter(path, trial, gate=gate)
+                self._check_kind(trial)
+            finally:
+                if self._has(trial):
+                    self.gated.delete_adapter(trial)
+        self._make_room(name)
+        self.gated.load_adapter(path, name, gate=gate)
+        self._check_kind(name)
 
-    def weights_of(self, name: Any, folder: Any) -> str | None:
-        """SHA-256 of the weights of a prompt that `add` would load, as its record says; None if it does not.
+    def _make_room(self, name: str) -> None:
+        """Remove what is withheld by a name; what takes it stands last."""
+        if name in self.withheld:
+            self.withheld = {key: one for key, one in self.withheld.items() if key != name}
+            self._delete(name)
+            self._order = [one for one in self._order if one != name]
+
+    def _delete(self, name: str) -> None:
+        if name in self.refusals:
+            self.refusals = {key: one for key, one in self.refusals.items() if key != name}
+        else:
+            self.gated.delete_adapter(name)
+
+    def _has(self, name: str) -> bool:
+        return name in self.gated.unlearner.peft_config or name in self.refusals
+
+    def weights_of(self, name: Any, folder: Any) -> tuple[str | None, bool]:
+        """SHA-256 of the weights of a prompt that `add` would load, and whether it has any: a refusal has none.
+
+        The SHA-256 is that of its record; None if that has none.
 
         Raises:
             ApiError: 400 if name or folder is no text, the folder is no safe one, or its record is damaged.
@@ -148,12 +255,13 @@ class ServedPrompts:
         if not (isinstance(name, str) and isinstance(folder, str)):
             raise ApiError(400, NO_TEXT)
         try:
-            return read_spul_config(self._within(folder)).weights_sha256
+            path = self._within(folder)
+            return (None, False) if is_rival(path) else (read_spul_config(path).weights_sha256, True)
         except (OSError, ValueError) as error:
             raise ApiError(400, f"the prompt was not added: {error}", "folder") from error
 
     def revoke(self, name: str) -> list[dict[str, Any]]:
-        """Remove a prompt and its gate, and combined prompts of which it is a part; all that were removed.
+        """Remove a prompt or refusal and its gate, and combined prompts of which it is a part; all that were removed.
 
         Of one that no request got any more, `until` is the time since when none did.
 
@@ -163,7 +271,7 @@ class ServedPrompts:
         if not self._has(name):
             raise ApiError(404, "there is no prompt of this name.", "name")
         off = [*self.withheld, *self.idle]
-        self.gated.delete_adapter(name)
+        self._delete(name)
         return [*self._without_gone(), *(self._last(key) for key in off if not self._has(key))]
 
     def withhold(self, name: str) -> list[dict[str, Any]]:
@@ -188,8 +296,8 @@ class ServedPrompts:
         before, own = self.served, self.withheld[name]
         self.withheld = {key: one for key, one in self.withheld.items() if key != name}
         if own["gate"] == ALWAYS:
-            self.gated.precedence = [*(one for one in self.gated.precedence if one != name), name]
-        self._since |= {key: time.time() for key in self.gated.unlearner.peft_config if key not in before}
+            self._order = [*(one for one in self._order if one != name), name]
+        self._since |= {key: time.time() for key in self._names() if key not in before}
         self._refresh()
         return [one for key, one in self.served.items() if key not in before]
 
@@ -203,8 +311,9 @@ class ServedPrompts:
 
     @property
     def gate_failures(self) -> int:
-        """Number of texts that got a prompt because a gate failed on them."""
-        return sum(sum(gate.failures.values()) for gate in list(self.gated.gates.values()))
+        """Number of texts that got a prompt, or a refusal, because a gate failed on them."""
+        gates = [*list(self.gated.gates.values()), *(one.gate for one in list(self.refusals.values()))]
+        return sum(sum(gate.failures.values()) for gate in gates)
 
     def take_embeddings_only(self) -> None:
         """Refuse, from now on, prompts that are keys and values, as an engine does that takes embeddings.
@@ -214,7 +323,8 @@ class ServedPrompts:
         """
         self._embeddings_only = True
         for name in self.served:
-            self._check_kind(name)
+            if name not in self.refusals:
+                self._check_kind(name)
 
     def _check_kind(self, name: str) -> None:
         configs: Any = self.gated.unlearner.peft_config
@@ -242,26 +352,28 @@ class ServedPrompts:
 
     def _refresh(self) -> None:
         """Replace the prompts that are served, by name, as a whole, so that other threads may read them."""
-        unlearner, found = self.gated.unlearner, {}
-        self.withheld = {name: one for name, one in self.withheld.items() if name in unlearner.spul_configs}
+        unlearner, self._order = self.gated.unlearner, self._names()
+        self.withheld = {name: one for name, one in self.withheld.items() if name in self._order}
         self.routes = self._routes()
         there = {*self.routes.gates, *self.routes.combined.values()}
-        for name, record in unlearner.spul_configs.items():
-            if name not in there:
-                continue
-            gate = self.gated.gates.get(name)
-            found[name] = self.served.get(name) or {
-                "name": name,
-                "adapter": record.name,
-                "prompt_sha256": record.weights_sha256,
-                "base_fingerprint": self.base_fingerprint,
-                "gate": _kind(gate),
-                "since": self._since[name],
-            }
-        self.idle = [name for name in unlearner.spul_configs if name not in {*found, *self.withheld}]
+        found = {name: self.served.get(name) or self._entry(name) for name in self._order if name in there}
+        self.idle = [name for name in self._order if name not in {*found, *self.withheld}]
         self.longest = unlearner.longest_prompt
         self.stands_inside = any(one.prompt_position == "message" for one in unlearner.spul_configs.values())
         self.served = found
+
+    def _entry(self, name: str) -> dict[str, Any]:
+        """What `served` says of a prompt or a refusal."""
+        refusal, record = self.refusals.get(name), self.gated.unlearner.spul_configs.get(name)
+        return {
+            "name": name,
+            "kind": PROMPT if refusal is None else REFUSAL,
+            "adapter": getattr(record if refusal is None else refusal, "name", None),
+            "prompt_sha256": None if record is None else record.weights_sha256,
+            "base_fingerprint": self.base_fingerprint,
+            "gate": _kind(self.gated.gates.get(name) if refusal is None else refusal.gate),
+            "since": self._since[name],
+        }
 
 
 def _kind(gate: Gate | None) -> str:

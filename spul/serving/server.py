@@ -30,8 +30,9 @@ from .served import ServedPrompts
 
 logger = logging.getLogger(__name__)
 
-Check = Callable[[str, str | None], Any]
-"""Takes name and SHA-256 of a prompt that is to be added, and raises ValueError if it must not be served."""
+Check = Callable[[str, str | None, bool], Any]
+"""Takes name and SHA-256 of a prompt that is to be added, and whether it has weights, which a fixed refusal has not;
+raises ValueError if it must not be served."""
 SHORTEST_TOKEN = 16  # characters of the administrator's token
 
 
@@ -329,8 +330,8 @@ class _Server:
 
 
 def _checked(check: Check, served: ServedPrompts, name: Any, folder: Any) -> None:
-    prompt_sha256 = served.weights_of(name, folder)
+    prompt_sha256, has_weights = served.weights_of(name, folder)
     try:
-        check(name, prompt_sha256)
+        check(name, prompt_sha256, has_weights)
     except ValueError as error:
         raise ApiError(400, f"the prompt was not added: {error}", "name") from error
