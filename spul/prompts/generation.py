@@ -143,7 +143,8 @@ def _prompted(call: _Call) -> Any:
     unequal = len(lengths.unique()) > 1
     longest = num_virtual + width + _max_new_tokens(call.settings, width)
     totals = lengths + prompts.row_lengths(lengths.device)
-    _check_switch(prompts, int(totals.min()), longest)
+    if _parts_at_switch(call, lengths):
+        return _by_group(call)
     states, several = prompts.states(), len(prompts.named) > 1
     uneven = len(totals.unique()) > 1 or not bool(attention_mask.all())
     if states is not None and (prompts.is_prefix or not outgrows_cache(prompts.model, longest)):
@@ -168,7 +169,8 @@ def _prompted(call: _Call) -> Any:
 
 def _without_prompt(call: _Call) -> Any:
     """Generate rows that have no prompt, padded on either side as those that have one."""
-    if not bool(call.attention_mask.all()) and not continues_embeddings(call.base, unequal=True):
+    padded, lengths = not bool(call.attention_mask.all()), call.attention_mask.ne(0).sum(dim=1)
+    if _parts_at_switch(call, lengths) or (padded and not continues_embeddings(call.base, unequal=True)):
         return _by_group(call)
     ids, mask = call.left_padded()
     return call.as_given(call.base.generate(ids, attention_mask=mask, **call.with_processors(call.kwargs)))
@@ -247,27 +249,42 @@ def _max_new_tokens(settings: GenerationConfig, width: int) -> int:
     return 20 if settings.max_length is None else settings.max_length - width  # 20 is transformers' own default
 
 
-def _check_switch(prompts: RowPrompts, shortest: int, longest: int) -> None:
-    """Raise where a base would drop its cache, and the prompt with it, while it generates.
+def _parts_at_switch(call: _Call, lengths: Tensor) -> bool:
+    """Whether rows of some lengths (B,) are generated in groups, their base changing beyond a number of positions.
+
+    With longrope the longest row decides on the rotary factors of all, and pads count as positions of a cache.
 
     Raises:
-        ValueError: under prefix tuning, and if a row begins before the switch of longrope.
+        ValueError: if a row drops its cache, and its prompt with it, on the way.
     """
-    base: Any = prompts.model.get_base_model()
+    prompts, base, width = call.prompts, call.base, call.input_ids.shape[1]
     switch, changes_factors = cache_switch(base)
-    if switch is None or longest <= switch:
-        return
-    if prompts.is_prefix:
-        raise ValueError(
-            f"{type(base).__name__} drops its cache beyond {switch} positions, and a prefix with it; prompt, input "
-            f"and new tokens are up to {longest}: generate fewer, or use PromptTuningConfig or PromptEncoderConfig."
-        )
-    if changes_factors and shortest <= switch:
+    num_new = _max_new_tokens(call.settings, width)
+    if switch is None or prompts.num_virtual_tokens + width + num_new <= switch:
+        return False
+    if not (prompts.is_prefix or changes_factors):
+        return False  # nothing changes where the prompt stands as embeddings
+    virtual = prompts.row_lengths(lengths.device)
+    totals = lengths + virtual
+    crosses = virtual.ne(0) & (totals + num_new > switch)
+    if not prompts.is_prefix:
+        crosses &= totals <= switch
+    if bool(crosses.any()):
+        row = int(crosses.long().argmax())
+        found = f"prompt and input of row {row} are {int(totals[row])} tokens, with new tokens up to "
+        found += f"{int(totals[row]) + num_new}"
+        if prompts.is_prefix:
+            raise ValueError(
+                f"{type(base).__name__} drops its cache beyond {switch} positions, and a prefix with it; {found}: "
+                "generate fewer, or use PromptTuningConfig or PromptEncoderConfig."
+            )
         raise ValueError(
             f"{type(base).__name__} changes its rotary factors beyond {switch} positions and drops its cache, and the "
-            f"prompt with it, on the way there; prompt and input are {shortest} tokens or more, with new tokens up to "
-            f"{longest}: generate fewer, or pass only rows that are beyond from the start."
+            f"prompt with it, on the way there; {found}: generate fewer, or pass only rows that are beyond from the "
+            "start."
         )
+    is_one_group = len(set(call.prompts.index)) == 1 and bool(call.attention_mask.all())
+    return not is_one_group and not bool((totals > switch).all())
 
 
 def _crosses_window(base: Any, num_tokens: int) -> bool:
