@@ -73,6 +73,7 @@ class SoftPromptUnlearner(PromptAdapters):
     computes_loss = True
     takes_adapter_names = True
     takes_prompt_position = True
+    hides_pads = True
 
     # Set by PEFT; declared here since nn.Module types every attribute as a tensor or a module.
     config: Any

@@ -61,6 +61,7 @@ class Rival(nn.Module, Unlearner):
     fields_saved: ClassVar[Checks] = {}
     follows_embeddings = False
     reads_tokens = True
+    hides_pads = True
     is_trained = False
     trains_base = False
 
