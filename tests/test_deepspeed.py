@@ -31,7 +31,7 @@ def stage(number):
 
 
 def trained(kind, folder, processes, reference="live", loss=None, **options):
-    """What trains after two steps of eight rows in order, of two processes one has no retain row; the logged losses."""
+    """What trains after two steps of eight rows in order (of two processes one has no retain row), and the losses."""
     if kind == "full":
         model = trainable_model("full").float()
         zero_dropout(model)

@@ -15,12 +15,17 @@ from transformers import (
     Llama4TextConfig,
     MambaConfig,
     MambaForCausalLM,
+    MptConfig,
+    MptForCausalLM,
 )
 
 from spul import SoftPromptUnlearner
 from spul.gates import GatedUnlearner
 from spul.prompts import row_prompts
+from spul.prompts.probe import continues_prefix
 from spul.prompts.row_prompts import under
+from spul.prompts.shared_prefix import prompt_states
+from spul.prompts.states import MixedStates
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "eos_token_id": 2, "pad_token_id": 0}
 NAMES = ["short", "__base__", "default", "long", "short"]
@@ -289,6 +294,22 @@ def test_a_sharded_base_refuses_rows_on_both_sides_of_the_switch_of_longrope_and
     with torch.no_grad():  # 8 positions, and pads up to the 22nd
         found = unlearner.response_logits(**given, positions=positions)
         torch.testing.assert_close(found[0], plain_row(unlearner, "default", rows[2])[-1:])
+
+
+@pytest.mark.parametrize("prompt_type", CONFIGS)
+def test_where_pads_behind_a_prompt_count_as_distance_rows_beside_one_without_a_prompt_are_continued_as_alone(
+    prompt_type,
+):
+    torch.manual_seed(0)
+    config = {"d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 96, "expansion_ratio": 2, "vocab_size": 120}
+    base = MptForCausalLM(MptConfig(**config)).eval()
+    unlearner, batch = several(base, prompt_type), plain_batch("left")
+    prefix = prompt_states(under(unlearner, "long"))
+    assert not continues_prefix(base, MixedStates([prefix, None], [0, 1]), unequal=True)
+    found = unlearner.generate(**batch, adapter_names=NAMES, **GREEDY)
+    for name, ids, out in zip(NAMES, real_rows(batch), found, strict=True):
+        alone = unlearner.generate(ids[None], adapter_names=[name], **GREEDY)
+        assert out[batch["input_ids"].shape[1] :].tolist() == alone[0, len(ids) :].tolist()
 
 
 @pytest.mark.parametrize("prompt_type", CONFIGS)

@@ -25,7 +25,7 @@ from .arguments import (
     mask_from_pads,
     named_arguments,
 )
-from .pads import filled_pads, with_own_ngrams
+from .pads import filled_pads, with_own_tokens
 from .probe import continues_embeddings, continues_prefix
 from .row_prompts import RowPrompts, in_order
 from .shared_prefix import outgrows_cache
@@ -119,15 +119,16 @@ class _Call:
         From transformers 5.23 on a repetition penalty leaves out as many columns of the tokens as the mask begins with
         zeros, which are those of a prompt that is shorter than another row's, too.
         """
-        sizes = (self.settings.no_repeat_ngram_size, self.settings.encoder_no_repeat_ngram_size)
-        kwargs = with_own_ngrams(kwargs, *sizes, *self.left_padded())
+        own = self.settings
+        sizes = (own.no_repeat_ngram_size, own.encoder_no_repeat_ngram_size, own.encoder_repetition_penalty)
+        kwargs = with_own_tokens(kwargs, *sizes, *self.left_padded())
         lengths = {self.prompts.lengths[i] for i in self.prompts.index}
         given = kwargs.get("logits_processor") or []
         penalty = self.settings.repetition_penalty
         if len(lengths) == 1 or penalty in (None, 1.0) or any(type(one) is RepetitionPenalty for one in given):
             return kwargs
-        own = RepetitionPenalty(penalty)  # takes the place of transformers' own
-        return {**kwargs, "logits_processor": LogitsProcessorList([own, *given])}
+        first = RepetitionPenalty(penalty)  # takes the place of transformers' own
+        return {**kwargs, "logits_processor": LogitsProcessorList([first, *given])}
 
 
 def _prompted(call: _Call) -> Any:
@@ -230,10 +231,7 @@ def _by_group(call: _Call) -> Tensor:
         rows, length = [row for row, own in enumerate(keys) if own == key], key[1]
         ids = input_ids[rows][attention_mask[rows].ne(0)].view(len(rows), length)
         group = _Call(call.prompts.of_rows(rows), settings, ids, torch.ones_like(ids), kwargs)
-        if group.prompts.names_a_prompt:
-            out = _prompted(group)
-        else:
-            out = call.base.generate(ids, attention_mask=group.attention_mask, **kwargs)
+        out = _prompted(group) if group.prompts.names_a_prompt else _without_prompt(group)
         found.append((rows, out[:, length:].view(len(rows), -1, out.shape[1] - length)))
     pad = next((x for x in (settings.pad_token_id, settings.eos_token_id) if x is not None), 0)
     pad = pad[0] if isinstance(pad, (list, tuple)) else pad

@@ -165,7 +165,9 @@ def continues_prefix(base: Any, states: PromptStates | MixedStates, unequal: boo
     def compare() -> bool:
         longest = next(one for one in states.each() if one.num_virtual_tokens == states.num_virtual_tokens)
         _, ids, mask = _left_padded_probe(base, states.num_virtual_tokens, unequal)
-        prompts = [longest, None] if is_mixed else [longest, longest]
+        prompts: list[PromptStates | None] = [longest, longest]
+        if is_mixed:  # without a prompt, a row has no pads between prompt and tokens
+            prompts, ids, mask = [*prompts, None], ids[[0, 1, 1]], mask[[0, 1, 1]]
         batch = MixedStates(prompts, range(len(ids))) if is_mixed else longest
         found = _forced_logits(base, ids, **batch.prefix_inputs(base, mask, len(ids)))
         for row, prompt in enumerate(prompts):

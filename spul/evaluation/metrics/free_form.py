@@ -22,7 +22,7 @@ from ...data.rows import adapter_names_of
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
 from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
-from ...prompts.pads import filled_pads, with_own_ngrams
+from ...prompts.pads import filled_pads, with_own_tokens
 from .scoring import row_arguments
 
 
@@ -169,7 +169,8 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
         own["generation_config"] = config
         unlearner = unlearner_of(model)
         if not (unlearner.hides_pads and unlearner.enabled):
-            own = with_own_ngrams(own, config.no_repeat_ngram_size, config.encoder_no_repeat_ngram_size, **batch)
+            sizes = (config.no_repeat_ngram_size, config.encoder_no_repeat_ngram_size)
+            own = with_own_tokens(own, *sizes, config.encoder_repetition_penalty, **batch)
             batch["input_ids"] = filled_pads(**batch)
         out = generate(**batch, **own)
         tokens = [before_end(row) for row in out[:, width:].tolist()]
