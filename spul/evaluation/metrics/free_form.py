@@ -169,9 +169,10 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
         own["generation_config"] = config
         unlearner = unlearner_of(model)
         if not (unlearner.hides_pads and unlearner.enabled):
-            sizes = (config.no_repeat_ngram_size, config.encoder_no_repeat_ngram_size)
-            own = with_own_tokens(own, *sizes, config.encoder_repetition_penalty, **batch)
-            batch["input_ids"] = filled_pads(**batch)
+            size, encoder_size = config.no_repeat_ngram_size, config.encoder_no_repeat_ngram_size
+            penalty, rows = config.encoder_repetition_penalty, (batch["input_ids"], batch["attention_mask"])
+            own = with_own_tokens(own, size, encoder_size, penalty, *rows)
+            batch["input_ids"] = filled_pads(*rows)
         out = generate(**batch, **own)
         tokens = [before_end(row) for row in out[:, width:].tolist()]
         return [str(tokenizer.decode(some, skip_special_tokens=True)) for some in tokens]
