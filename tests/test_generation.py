@@ -3,7 +3,7 @@
 import pytest
 import torch
 from helpers import CONFIGS, LENGTHS, SHAPE, build_unlearner, longrope_unlearner, make_batch
-from plain import row_logits
+from plain import continued, row_logits
 from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
     Llama4ForCausalLM,
@@ -12,6 +12,7 @@ from transformers import (
 )
 
 from spul import SoftPromptUnlearner
+from spul.prompts.pads import RequestPenalty
 
 UNEQUAL, WIDTH = (7, 4, 5), 7
 GREEDY = {"do_sample": False, "pad_token_id": 0}
@@ -57,6 +58,35 @@ def test_pads_are_no_tokens_that_may_not_repeat(prompt_type, prompted, num, size
     steps.clear()
     assert torch.equal(unlearner.generate(**batch, **new)[:num, 9:], alone)
     assert set(steps) == {2 * num}
+
+
+@pytest.mark.parametrize("window", [6, 40])
+@pytest.mark.parametrize("named", [False, True])
+def test_tokens_of_a_request_are_favored_in_the_rows_own_also_where_prompts_stand_as_embeddings(window, named):
+    """Rows that may outgrow a window of 6 are generated from embeddings, which name no tokens."""
+    unlearner = build_unlearner("mistral", sliding_window=window).eval()
+    rows, batch = unequal_rows()
+    new = {"max_new_tokens": 6, "min_new_tokens": 6, "encoder_repetition_penalty": 4.0, "eos_token_id": 2, **GREEDY}
+    names = ["default", "__base__", "default"] if named else ["default"] * 3
+    found = unlearner.generate(**batch, **new, **({"adapter_names": names} if named else {}))[:, WIDTH:].tolist()
+    beams = unlearner.generate(**batch, **new, adapter_names=names, num_beams=3, num_return_sequences=3)[:, WIDTH:]
+    for row, name, out, own in zip(rows, names, found, beams.split(3), strict=True):
+
+        def favored(ids, row=row, prompted=name == "default"):
+            logits = row_logits(unlearner, ids, prompted=prompted)
+            of_request = logits[:, row]
+            logits[:, row] = torch.where(of_request < 0, of_request / 4, of_request * 4)
+            return logits
+
+        assert out == continued(favored, row)
+        one = unlearner.generate(row[None], **new, adapter_names=[name], num_beams=3, num_return_sequences=3)
+        assert torch.equal(own, one[:, len(row) :])
+
+
+def test_every_beam_favors_the_tokens_of_its_own_request():
+    penalty = RequestPenalty(2.0, torch.tensor([[3, 3], [4, 5]]))
+    found = penalty(torch.zeros(4, 1, dtype=torch.long), torch.tensor([[1.0] * 6] * 4))
+    assert found.tolist() == [[1, 1, 1, 2, 1, 1]] * 2 + [[1, 1, 1, 1, 2, 2]] * 2
 
 
 @pytest.mark.parametrize("of_requests", [False, True])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from command_files import write_base, write_prompt
 from datasets import Dataset
-from helpers import CHAT_TEMPLATE, CONFIGS, GENERIC, build, make_tokenizer, prompted, rows
+from helpers import CHAT_TEMPLATE, CONFIGS, GENERIC, build, layers_on, lora, make_tokenizer, prompted, rows
 from likelihoods import free_form
 
 import spul
@@ -102,6 +103,35 @@ def test_answers_are_those_of_spul_up_to_the_first_stop_text(family, size):
     cut = lm.generate_until(asked(*((p, {**wanted, "until": stop}) for p in some["prompt"])), disable_tqdm=True)
     assert cut == [text.split(stop)[0] for text in plain]
     assert cut != plain
+
+
+PENALTIES = [("repetition_penalty", 3.0), ("no_repeat_ngram_size", 1), ("no_repeat_ngram_size", 2)]
+PENALTIES += [("encoder_no_repeat_ngram_size", 1), ("encoder_repetition_penalty", 3.0)]
+PENALIZED = [("base", *one) for one in PENALTIES]
+PENALIZED += [(kind, *PENALTIES[i]) for i in (0, 2) for kind in ("lora", "layers", "prompt", "disabled")]
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), PENALIZED)
+def test_a_penalty_does_not_count_the_pads_of_rows_beside_longer_ones(kind, name, value):
+    """The pad token is one that the model would say, and that some requests begin with."""
+    kinds = {"base": lambda: build("llama"), "lora": lambda: lora(build("llama"))}
+    kinds |= {"layers": lambda: layers_on(build("llama")), "prompt": prompted, "disabled": prompted}
+    model, tokenizer, settings = kinds[kind]().eval(), make_tokenizer(), {"max_gen_toks": 12, "do_sample": False}
+    texts = ["the film", "good plot of the review", "jane", "the film is good . the plot is bad . of the review"]
+
+    def answers(size, **more):
+        lm = Requests(model, tokenizer=tokenizer, batch_size=size)
+        given = asked(*((text, {**settings, **more}) for text in texts))
+        with model.disable_adapter() if kind == "disabled" else nullcontext():
+            return lm.generate_until(given, disable_tqdm=True)
+
+    free = answers(1)
+    said = [token for text in free for token in tokenizer(text, add_special_tokens=False)["input_ids"]]
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(max(set(said), key=said.count))
+    alone, together = answers(1, **{name: value}), answers(4, **{name: value})
+    assert together == alone
+    # No request has a token that is said: only a pad would be one.
+    assert (alone == free) == (name == "encoder_no_repeat_ngram_size")
 
 
 def test_requests_of_different_settings_keep_their_order():

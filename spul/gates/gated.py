@@ -57,6 +57,7 @@ class GatedUnlearner(nn.Module, Unlearner):
     follows_embeddings = False
     reads_tokens = True
     takes_prompt_position = True
+    hides_pads = True
     is_gated = True
     in_words = "the prompt behind its gate"
 

@@ -46,6 +46,7 @@ class Unlearner:
         can_be_sharded: whether it trains under FSDP and DeepSpeed.
         pads_between: whether `generate` leaves pads between virtual tokens and left-padded rows, so that rows of a
             batch must have one length.
+        hides_pads: whether `generate` keeps pads of left-padded rows from what penalizes or forbids tokens.
         follows_embeddings: whether `embedding_logits` works.
         reads_tokens: whether it reads the tokens of a request, which vectors in their place are not; its
             `response_logits` takes `labels`, too, by which a text without a request is told from a short one.
@@ -66,6 +67,7 @@ class Unlearner:
     has_own_checkpoint: bool = False
     can_be_sharded: bool = True
     pads_between: bool = False
+    hides_pads: bool = False
     follows_embeddings: bool = True
     reads_tokens: bool = False
     is_gated: bool = False

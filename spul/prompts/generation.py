@@ -25,7 +25,7 @@ from .arguments import (
     mask_from_pads,
     named_arguments,
 )
-from .pads import filled_pads, with_own_ngrams
+from .pads import filled_pads, with_own_tokens
 from .probe import continues_embeddings, continues_prefix
 from .row_prompts import RowPrompts, in_order
 from .shared_prefix import outgrows_cache
@@ -119,15 +119,16 @@ class _Call:
         From transformers 5.23 on a repetition penalty leaves out as many columns of the tokens as the mask begins with
         zeros, which are those of a prompt that is shorter than another row's, too.
         """
-        sizes = (self.settings.no_repeat_ngram_size, self.settings.encoder_no_repeat_ngram_size)
-        kwargs = with_own_ngrams(kwargs, *sizes, *self.left_padded())
+        own = self.settings
+        sizes = (own.no_repeat_ngram_size, own.encoder_no_repeat_ngram_size, own.encoder_repetition_penalty)
+        kwargs = with_own_tokens(kwargs, *sizes, *self.left_padded())
         lengths = {self.prompts.lengths[i] for i in self.prompts.index}
         given = kwargs.get("logits_processor") or []
         penalty = self.settings.repetition_penalty
         if len(lengths) == 1 or penalty in (None, 1.0) or any(type(one) is RepetitionPenalty for one in given):
             return kwargs
-        own = RepetitionPenalty(penalty)  # takes the place of transformers' own
-        return {**kwargs, "logits_processor": LogitsProcessorList([own, *given])}
+        first = RepetitionPenalty(penalty)  # takes the place of transformers' own
+        return {**kwargs, "logits_processor": LogitsProcessorList([first, *given])}
 
 
 def _prompted(call: _Call) -> Any:
@@ -143,7 +144,8 @@ def _prompted(call: _Call) -> Any:
     unequal = len(lengths.unique()) > 1
     longest = num_virtual + width + _max_new_tokens(call.settings, width)
     totals = lengths + prompts.row_lengths(lengths.device)
-    _check_switch(prompts, int(totals.min()), longest)
+    if _parts_at_switch(call, lengths):
+        return _by_group(call)
     states, several = prompts.states(), len(prompts.named) > 1
     uneven = len(totals.unique()) > 1 or not bool(attention_mask.all())
     if states is not None and (prompts.is_prefix or not outgrows_cache(prompts.model, longest)):
@@ -168,7 +170,8 @@ def _prompted(call: _Call) -> Any:
 
 def _without_prompt(call: _Call) -> Any:
     """Generate rows that have no prompt, padded on either side as those that have one."""
-    if not bool(call.attention_mask.all()) and not continues_embeddings(call.base, unequal=True):
+    padded, lengths = not bool(call.attention_mask.all()), call.attention_mask.ne(0).sum(dim=1)
+    if _parts_at_switch(call, lengths) or (padded and not continues_embeddings(call.base, unequal=True)):
         return _by_group(call)
     ids, mask = call.left_padded()
     return call.as_given(call.base.generate(ids, attention_mask=mask, **call.with_processors(call.kwargs)))
@@ -228,10 +231,7 @@ def _by_group(call: _Call) -> Tensor:
         rows, length = [row for row, own in enumerate(keys) if own == key], key[1]
         ids = input_ids[rows][attention_mask[rows].ne(0)].view(len(rows), length)
         group = _Call(call.prompts.of_rows(rows), settings, ids, torch.ones_like(ids), kwargs)
-        if group.prompts.names_a_prompt:
-            out = _prompted(group)
-        else:
-            out = call.base.generate(ids, attention_mask=group.attention_mask, **kwargs)
+        out = _prompted(group) if group.prompts.names_a_prompt else _without_prompt(group)
         found.append((rows, out[:, length:].view(len(rows), -1, out.shape[1] - length)))
     pad = next((x for x in (settings.pad_token_id, settings.eos_token_id) if x is not None), 0)
     pad = pad[0] if isinstance(pad, (list, tuple)) else pad
@@ -247,27 +247,42 @@ def _max_new_tokens(settings: GenerationConfig, width: int) -> int:
     return 20 if settings.max_length is None else settings.max_length - width  # 20 is transformers' own default
 
 
-def _check_switch(prompts: RowPrompts, shortest: int, longest: int) -> None:
-    """Raise where a base would drop its cache, and the prompt with it, while it generates.
+def _parts_at_switch(call: _Call, lengths: Tensor) -> bool:
+    """Whether rows of some lengths (B,) are generated in groups, their base changing beyond a number of positions.
+
+    With longrope the longest row decides on the rotary factors of all, and pads count as positions of a cache.
 
     Raises:
-        ValueError: under prefix tuning, and if a row begins before the switch of longrope.
+        ValueError: if a row drops its cache, and its prompt with it, on the way.
     """
-    base: Any = prompts.model.get_base_model()
+    prompts, base, width = call.prompts, call.base, call.input_ids.shape[1]
     switch, changes_factors = cache_switch(base)
-    if switch is None or longest <= switch:
-        return
-    if prompts.is_prefix:
-        raise ValueError(
-            f"{type(base).__name__} drops its cache beyond {switch} positions, and a prefix with it; prompt, input "
-            f"and new tokens are up to {longest}: generate fewer, or use PromptTuningConfig or PromptEncoderConfig."
-        )
-    if changes_factors and shortest <= switch:
+    num_new = _max_new_tokens(call.settings, width)
+    if switch is None or prompts.num_virtual_tokens + width + num_new <= switch:
+        return False
+    if not (prompts.is_prefix or changes_factors):
+        return False  # nothing changes where the prompt stands as embeddings
+    virtual = prompts.row_lengths(lengths.device)
+    totals = lengths + virtual
+    crosses = virtual.ne(0) & (totals + num_new > switch)
+    if not prompts.is_prefix:
+        crosses &= totals <= switch
+    if bool(crosses.any()):
+        row = int(crosses.long().argmax())
+        found = f"prompt and input of row {row} are {int(totals[row])} tokens, with new tokens up to "
+        found += f"{int(totals[row]) + num_new}"
+        if prompts.is_prefix:
+            raise ValueError(
+                f"{type(base).__name__} drops its cache beyond {switch} positions, and a prefix with it; {found}: "
+                "generate fewer, or use PromptTuningConfig or PromptEncoderConfig."
+            )
         raise ValueError(
             f"{type(base).__name__} changes its rotary factors beyond {switch} positions and drops its cache, and the "
-            f"prompt with it, on the way there; prompt and input are {shortest} tokens or more, with new tokens up to "
-            f"{longest}: generate fewer, or pass only rows that are beyond from the start."
+            f"prompt with it, on the way there; {found}: generate fewer, or pass only rows that are beyond from the "
+            "start."
         )
+    is_one_group = len(set(call.prompts.index)) == 1 and bool(call.attention_mask.all())
+    return not is_one_group and not bool((totals > switch).all())
 
 
 def _crosses_window(base: Any, num_tokens: int) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..losses.positions import has_left_padding, pack_right
@@ -199,18 +200,14 @@ def named_forward(
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     columns = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     mask, ids, origin = pack_right(mask, input_ids, columns)
-    states = prompts.shared_states(ids.shape[1]) if prompts.names_a_prompt else None
-    if not prompts.names_a_prompt:
-        out = base(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
-    elif states is None and prompts.is_prefix:
-        out = _by_prompt(base, prompts, ids, mask, kwargs)
-    elif states is None:
-        embeds, full = prompts.concatenated(model.word_embeddings(ids), mask, pads_first=False)
-        out = base(inputs_embeds=embeds, attention_mask=full, use_cache=False, **kwargs)
-        out.logits = out.logits.take_along_dim(prompts.moved(columns, mask)[..., None], dim=1)
+    if groups := prompts.apart(mask):
+        logits = []
+        for rows, width in groups:
+            out = _packed_forward(prompts.of_rows(rows), ids[rows, :width], mask[rows, :width], kwargs)
+            logits.append((rows, F.pad(out.logits, (0, 0, 0, ids.shape[1] - width))))
+        out = type(out)(logits=in_order(logits))
     else:
-        with in_front(base, states, mask) as prefix:
-            out = base(input_ids=ids, **prefix, **kwargs)
+        out = _packed_forward(prompts, ids, mask, kwargs)
     out.logits = out.logits.take_along_dim(origin.argsort(dim=1)[..., None], dim=1)
     fields = {"loss": None, **out}
     fields |= {name: None for name in CACHES if name in fields}  # `in out` would count old names, too
@@ -219,3 +216,22 @@ def named_forward(
         packed_labels, packed = labels.gather(1, origin), out.logits.take_along_dim(origin[..., None], dim=1)
         fields["loss"] = _loss(base, packed, packed_labels, num_items)
     return type(out)(**fields)
+
+
+def _packed_forward(prompts: RowPrompts, ids: Tensor, mask: Tensor, kwargs: dict[str, Any]) -> Any:
+    """The base's output for right-padded rows (B, n), each under its prompt; logits (B, n, V) at its own tokens."""
+    base: Any = prompts.model.get_base_model()
+    states = prompts.shared_states(ids.shape[1]) if prompts.names_a_prompt else None
+    if not prompts.names_a_prompt:
+        out = base(input_ids=ids, attention_mask=mask, use_cache=False, **kwargs)
+    elif states is None and prompts.is_prefix:
+        out = _by_prompt(base, prompts, ids, mask, kwargs)
+    elif states is None:
+        columns = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        embeds, full = prompts.concatenated(prompts.model.word_embeddings(ids), mask, pads_first=False)
+        out = base(inputs_embeds=embeds, attention_mask=full, use_cache=False, **kwargs)
+        out.logits = out.logits.take_along_dim(prompts.moved(columns, mask)[..., None], dim=1)
+    else:
+        with in_front(base, states, mask) as prefix:
+            out = base(input_ids=ids, **prefix, **kwargs)
+    return out

@@ -7,6 +7,7 @@ from typing import Any, cast
 from torch import FloatTensor, LongTensor, Tensor
 from transformers import (
     EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
     LogitsProcessor,
     LogitsProcessorList,
     NoRepeatNGramLogitsProcessor,
@@ -21,15 +22,22 @@ def filled_pads(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
     return input_ids.where(is_own, input_ids.gather(1, is_own.long().argmax(dim=1, keepdim=True)))
 
 
-def with_own_ngrams(
-    kwargs: dict[str, Any], size: int | None, encoder_size: int | None, input_ids: Tensor, attention_mask: Tensor
+def with_own_tokens(
+    kwargs: dict[str, Any],
+    size: int | None,
+    encoder_size: int | None,
+    encoder_penalty: float | None,
+    input_ids: Tensor,
+    attention_mask: Tensor,
 ) -> dict[str, Any]:
-    """Arguments of `generate` under which n-grams that may not repeat are sought in the rows' own tokens.
+    """Arguments of `generate` under which n-grams, and tokens of requests, are sought in the rows' own tokens.
 
     Args:
         kwargs: the arguments; a processor of the caller's own of one of these kinds stays the only one of its kind.
         size: `no_repeat_ngram_size`, of the arguments or of a config.
         encoder_size: `encoder_no_repeat_ngram_size`, of n-grams of the requests.
+        encoder_penalty: `encoder_repetition_penalty`, of tokens that are not of the requests. transformers drops it
+            where the requests are embeddings, and penalizes some beams alone.
         input_ids: the rows, left-padded, (B, n).
         attention_mask: (B, n).
     """
@@ -37,6 +45,10 @@ def with_own_ngrams(
     kinds = {type(one) for one in given}
     size = 0 if NoRepeatNGramLogitsProcessor in kinds else size
     encoder_size = 0 if EncoderNoRepeatNGramLogitsProcessor in kinds else encoder_size
+    if encoder_penalty not in (None, 1.0) and EncoderRepetitionPenaltyLogitsProcessor not in kinds:
+        given = [RequestPenalty(encoder_penalty, filled_pads(input_ids, attention_mask)), *given]
+        kwargs = changed_settings(kwargs, encoder_repetition_penalty=1.0)
+        kwargs = {**kwargs, "logits_processor": LogitsProcessorList(given)}
     if not (encoder_size or (size and not bool(attention_mask.all()))):
         return kwargs
     own = OwnNGrams(size or 0, encoder_size or 0, input_ids, attention_mask)
@@ -77,3 +89,21 @@ class OwnNGrams(LogitsProcessor):
             seen, before = cast(LongTensor, input_ids[rows, num:]), cast(FloatTensor, scores[rows])
             found[rows] = processors(seen, before)
         return scores.where(found.isneginf().all(dim=1, keepdim=True), found)
+
+
+class RequestPenalty(LogitsProcessor):
+    """A logits processor that favors, above a penalty of 1, the tokens of each row's request, in all of its beams.
+
+    Args:
+        penalty: `encoder_repetition_penalty`.
+        input_ids: the requests, their pads filled, (B, n).
+    """
+
+    def __init__(self, penalty: float, input_ids: Tensor) -> None:
+        self.penalty, self.input_ids = penalty, input_ids
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores (B * times, V) of rows that follow each other as beams or samples of a request."""
+        own = self.input_ids.repeat_interleave(len(scores) // len(self.input_ids), dim=0)
+        of_rows = EncoderRepetitionPenaltyLogitsProcessor(self.penalty, cast(LongTensor, own))
+        return of_rows(cast(LongTensor, input_ids), cast(FloatTensor, scores))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from ..models.causal_lm import evaluation_mode, max_positions
+from ..models.causal_lm import cache_switch, evaluation_mode, max_positions
 from ..models.compat import is_compiled
 from ..models.compat_cache import LayerStates, prefix_states
 from ..models.compat_checkpointing import switching
@@ -165,7 +165,9 @@ def continues_prefix(base: Any, states: PromptStates | MixedStates, unequal: boo
     def compare() -> bool:
         longest = next(one for one in states.each() if one.num_virtual_tokens == states.num_virtual_tokens)
         _, ids, mask = _left_padded_probe(base, states.num_virtual_tokens, unequal)
-        prompts = [longest, None] if is_mixed else [longest, longest]
+        prompts: list[PromptStates | None] = [longest, longest]
+        if is_mixed:  # without a prompt, a row has no pads between prompt and tokens
+            prompts, ids, mask = [*prompts, None], ids[[0, 1, 1]], mask[[0, 1, 1]]
         batch = MixedStates(prompts, range(len(ids))) if is_mixed else longest
         found = _forced_logits(base, ids, **batch.prefix_inputs(base, mask, len(ids)))
         for row, prompt in enumerate(prompts):
@@ -246,8 +248,10 @@ def check_prefix(model: Any) -> None:
 
 def _probe(base: Any, num_virtual: int) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings of random tokens as a prompt (1, p, d), and two rows (2, n) with their mask, the second padded."""
-    embedding, limit = base.get_input_embeddings(), max_positions(base)
-    room = NUM_TOKENS if limit is None else max(1, min(NUM_TOKENS, limit - num_virtual - NUM_NEW))
+    embedding = base.get_input_embeddings()
+    # Beyond the switch of longrope nothing is shared, and no verdict sought.
+    limits = [limit for limit in (max_positions(base), cache_switch(base)[0]) if limit is not None]
+    room = max(1, min([NUM_TOKENS, *(limit - num_virtual - NUM_NEW for limit in limits)]))
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(embedding.weight.shape[0], (1, num_virtual + room), generator=generator)
     ids = ids.to(device_of(embedding))

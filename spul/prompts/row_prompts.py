@@ -115,6 +115,37 @@ class RowPrompts:
         some.num_rows, some.index = len(rows), [used.index(self.index[i]) for i in rows]
         return some
 
+    def apart(self, attention_mask: Tensor) -> list[tuple[list[int], int]]:
+        """Groups of rows that a base with longrope computes apart, and their widths; none where all go together.
+
+        The longest row of a pass, its prompt and pads included, decides on the rotary factors of all. A group has one
+        prompt, no column of pads alone, and rows on one side of the switch, so that each has those of it alone.
+
+        Args:
+            attention_mask: of right-padded rows, (B, n).
+
+        Raises:
+            ValueError: for several groups on a sharded base, whose processes pass it equally often.
+        """
+        base: Any = self.model.get_base_model()
+        switch, changes_factors = cache_switch(base)
+        if switch is None or not changes_factors or self.num_virtual_tokens + attention_mask.shape[1] <= switch:
+            return []
+        lengths = attention_mask.ne(0).sum(dim=1)
+        beyond = (lengths + self.row_lengths(lengths.device) > switch).tolist()
+        if all(beyond):
+            return []
+        keys = list(zip(self.index, beyond, strict=True))
+        groups = [[row for row, own in enumerate(keys) if own == key] for key in dict.fromkeys(keys)]
+        if len(groups) > 1 and is_sharded(base):
+            raise ValueError(
+                f"{type(base).__name__} changes its rotary factors beyond {switch} positions, and this batch has rows "
+                f"on both sides, or of several prompts; a sharded base takes rows of one side under one prompt, since "
+                "all of its processes run the same passes. Take batches of one row, or rows that stay on one side "
+                "(max_length)."
+            )
+        return [(rows, max(1, max(lengths[rows].tolist()))) for rows in groups]
+
     def states(self) -> PromptStates | MixedStates | None:
         """Keys and values of the prompts; None inside the rows, and if the base has not earned to share them."""
         if self.is_inside:
@@ -174,10 +205,14 @@ class RowPrompts:
             ValueError: if prompt and rows exceed the model's positions, and for prefix tuning under gradient
                 checkpointing, where the base drops the prefix under it.
         """
-        base: Any = self.model.get_base_model()
+        if self.names_a_prompt:
+            self.check_room(input_ids.shape[1])
+        return self._each_apart(RowPrompts._response_logits, input_ids, attention_mask, positions)
+
+    def _response_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         if not self.names_a_prompt:
+            base: Any = self.model.get_base_model()
             return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        self.check_room(input_ids.shape[1])
         if (in_one_pass := self.single_pass(input_ids.shape[1])) is not None:
             return in_one_pass(self.model.word_embeddings(input_ids), attention_mask, positions)
         return self.shared_logits(input_ids, attention_mask, positions)
@@ -232,12 +267,32 @@ class RowPrompts:
 
     def embedding_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """`response_logits` from the rows' embeddings (B, n, d), of rows that have a prompt."""
+        return self._each_apart(RowPrompts._embedding_logits, embeds, attention_mask, positions)
+
+    def _embedding_logits(self, embeds: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         states = self.shared_states(embeds.shape[1])
         if states is None:
             return self.concatenated_logits(embeds, attention_mask, positions)
         base: Any = self.model.get_base_model()
         with in_front(base, states, attention_mask) as prefix:
             return logits_at(base, positions, inputs_embeds=embeds, **prefix)
+
+    def _each_apart(
+        self,
+        logits_of: Callable[[RowPrompts, Tensor, Tensor, Tensor], Tensor],
+        tokens: Tensor,
+        attention_mask: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        """Logits (B, K, V) by a function of prompts, tokens or their embeddings, mask and positions, see `apart`."""
+        if not (groups := self.apart(attention_mask)):
+            return logits_of(self, tokens, attention_mask, positions)
+        found = []
+        for rows, width in groups:
+            at = positions[rows].clamp(max=width - 1)  # slots that are not used may lie behind the row
+            own = logits_of(self.of_rows(rows), tokens[rows, :width], attention_mask[rows, :width], at)
+            found.append((rows, own))
+        return in_order(found)
 
     def check_room(self, num_tokens: int) -> None:
         """Raise unless the longest prompt and rows of `num_tokens` fit into the model's positions.

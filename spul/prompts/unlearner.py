@@ -28,7 +28,7 @@ from .generation import generate_prompted
 from .inference import named_forward, ordinary_forward
 from .position import check_position, stands_inside
 from .probe import check_prefix
-from .row_prompts import RowPrompts, check_adapter_names, under
+from .row_prompts import NO_PROMPT, RowPrompts, check_adapter_names, under
 from .shared_prefix import cached_prompts, is_prefix
 from .starts import Start, check_start, start_prompt
 
@@ -73,6 +73,7 @@ class SoftPromptUnlearner(PromptAdapters):
     computes_loss = True
     takes_adapter_names = True
     takes_prompt_position = True
+    hides_pads = True
 
     # Set by PEFT; declared here since nn.Module types every attribute as a tensor or a module.
     config: Any
@@ -299,8 +300,9 @@ class SoftPromptUnlearner(PromptAdapters):
 
     def base_logits(self, input_ids: Tensor, attention_mask: Tensor, positions: Tensor) -> Tensor:
         """Logits (B, K, V) of the base, without the prompt; arguments as in `response_logits`."""
-        base: Any = self.get_base_model()
-        return logits_at(base, positions, input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return RowPrompts(self, len(input_ids), [NO_PROMPT] * len(input_ids)).response_logits(
+            input_ids, attention_mask, positions
+        )
 
     def embedding_logits(
         self,

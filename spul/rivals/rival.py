@@ -20,7 +20,7 @@ from ..models.causal_lm import check_bare, check_no_layers, logits_at
 from ..models.compat_devices import device_of
 from ..models.protocol import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
-from ..prompts.pads import filled_pads, with_own_ngrams
+from ..prompts.pads import filled_pads, with_own_tokens
 from ..records.fields import Checks
 from ..records.spul_config import without_local_path
 from .files import GATE_DIGEST, read_rival, write_rival
@@ -67,6 +67,7 @@ class Rival(nn.Module, Unlearner):
     fields_saved: ClassVar[Checks] = {}
     follows_embeddings = False
     reads_tokens = True
+    hides_pads = True
     is_trained = False
     trains_base = False
 
@@ -281,8 +282,9 @@ class Rival(nn.Module, Unlearner):
         batch = {name: tensor.to(self.device) for name, tensor in left_padded_ids(requests, pad).items()}
         if self.setting("pad_token_id", settings) is None:
             settings["pad_token_id"] = pad
-        sizes = [self.setting(name, settings) for name in ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size")]
-        settings = with_own_ngrams(settings, sizes[0], sizes[1], batch["input_ids"], batch["attention_mask"])
+        names = ("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "encoder_repetition_penalty")
+        size, encoder_size, penalty = (self.setting(name, settings) for name in names)
+        settings = with_own_tokens(settings, size, encoder_size, penalty, **batch)
         batch["input_ids"] = filled_pads(**batch)
         out = cast(Any, self.base_model).generate(**batch, **settings)
         return (out if isinstance(out, Tensor) else out.sequences)[:, batch["input_ids"].shape[1] :]

@@ -49,7 +49,7 @@ HONORED = {
     "average_tokens_across_devices": "no effect: the loss is divided by rows, averaged over processes",
     "compute_metrics": "called with logits and labels at the response positions, which need no shift",
     "data_collator": "a ForgetRetainCollator",
-    "deepspeed": "stage 3 shards the base under a prompt or LoRA; others untested, and reference='live' alone",
+    "deepspeed": "stage 3 shards the base under a prompt or LoRA; 1 and 2 with reference='live' alone, LoRA without",
     "eval_accumulation_steps": "no effect: predictions leave the device after every batch",
     "eval_dataset": "a datasets.Dataset or a dict of them",
     "eval_use_gather_object": "no effect: predictions are gathered as objects",

@@ -22,6 +22,7 @@ from ...data.rows import adapter_names_of
 from ...models.causal_lm import bare_model, evaluation_mode, max_positions, unwrapped
 from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
+from ...prompts.pads import filled_pads, with_own_tokens
 from .scoring import row_arguments
 
 
@@ -165,7 +166,14 @@ def answering(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Iterator[
             **settings,
         )
         own = row_arguments(model, adapter_names, batch.pop("prompt_position", None))
-        out = generate(**batch, **own, generation_config=config)
+        own["generation_config"] = config
+        unlearner = unlearner_of(model)
+        if not (unlearner.hides_pads and unlearner.enabled):
+            size, encoder_size = config.no_repeat_ngram_size, config.encoder_no_repeat_ngram_size
+            penalty, rows = config.encoder_repetition_penalty, (batch["input_ids"], batch["attention_mask"])
+            own = with_own_tokens(own, size, encoder_size, penalty, *rows)
+            batch["input_ids"] = filled_pads(*rows)
+        out = generate(**batch, **own)
         tokens = [before_end(row) for row in out[:, width:].tolist()]
         return [str(tokenizer.decode(some, skip_special_tokens=True)) for some in tokens]
 
