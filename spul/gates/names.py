@@ -184,10 +184,9 @@ class NameGate(Gate):
             found |= self._finder.find(compatible(read))
         readings = {text.translate(SIGNS), read.translate(SIGNS)}
         if self._pieces is not None:
-            others = set(self._pieces.corrected(list(readings)))
-            others.update(list(chain.from_iterable(map(without_signs_within, others))))
-            found = found.union(*map(self._finder.find, map(compatible, others - readings)))
-            readings |= others
+            others = [without_signs_within(one) for one in readings.union(self._pieces.corrected(list(readings)))]
+            found = found.union(*map(self._finder.find, map(compatible, {*chain.from_iterable(others)} - readings)))
+            readings = {spaced for spaced, *_ in others}
         if self._misspelled:
             found = found.union(*map(self._misspelled_in, readings))
         owners = {self._owners[one] for one in found}
