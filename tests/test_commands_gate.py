@@ -83,7 +83,7 @@ def test_misspelled_words_are_read_as_the_gate_in_code_reads_them_or_as_told(fol
         options = options_for(folder, kind=kind, **({} if spelling is None else {"spelling": spelling}))
         fit(parsed("gate", {**options, **({"names": ["Jane Doe"]} if kind == "names" else {})}, "fit"))
         gate = load(folder / "adapter" / "gate")
-        assert gate.spelling is ((kind == "text") if spelling is None else spelling)
+        assert gate.spelling is (spelling is not False)
 
 
 def test_spelling_alone_is_true_as_other_flags_are():

@@ -91,7 +91,7 @@ def many_words(signs, num):
 def test_among_many_words_the_nearest_is_the_one_of_a_plain_search(signs):
     known = many_words(signs, 300)
     words = list(misspelled_words(100, known, signs))
-    assert Spelling(known).corrected(words) == [nearest(word, words=known) for word in words]
+    assert Spelling(known, rules=1).corrected(words) == [nearest(word, words=known) for word in words]
 
 
 def test_few_of_many_words_are_compared_letter_by_letter():
@@ -135,7 +135,7 @@ def other_dictionary(monkeypatch):
 def test_a_gate_that_reads_spelling_is_another_one_by_another_dictionary_and_says_so(tmp_path, caplog, request, kind):
     def make(spelling):
         if kind == "names":
-            return NameGate(["Jane Doe"], spelling=spelling)
+            return NameGate(["Jane Doe"], spelling=spelling, spelling_rules=3 if spelling else 1)
         return TextGate.fit(forget_texts(), retain_texts(), recall=0.9, spelling=spelling)
 
     spelled, as_it_is = make(True), make(False)

@@ -25,8 +25,8 @@ class FitOptions(LoadOptions):
     column: str | None = option("column with the requests; prompt by default")
     recall: float | None = option("share of forget requests to flag, of a gate that is fit on them; 0.99 by default")
     spelling: bool | None = option(
-        "whether misspelled words are read as the nearest known ones: in a gate of wording unless told false, in one "
-        "of names if told true"
+        "whether misspelled words are read as the nearest known ones, in a gate of wording or of names, which is so "
+        "unless told false"
     )
     seed: int | None = option("seed of the folds, of a gate that is fit on requests; 0 by default")
     layers: list[int] | None = option("layers that a gate of states tries; 8 by default")
@@ -190,7 +190,7 @@ def _by_name(options: FitOptions, forget: list[str] | None, retain: list[str] | 
 
     if not options.names:
         raise ValueError("a gate of names needs names: --names 'Jane Doe' 'John Roe'.")
-    gate = NameGate(options.names, spelling=bool(options.spelling))
+    gate = NameGate(options.names, spelling=options.spelling is not False)
     if (forget is None) != (retain is None):
         raise ValueError("forget and retain go together: give both, to measure the gate on, or neither.")
     if forget is not None and retain is not None:

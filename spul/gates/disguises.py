@@ -27,11 +27,18 @@ APART = tuple(
         rf"(?:(?:_|\s|[ ]?[^\w\s][ ]?){LETTER}){{2,}}",
     )
 )
+# Signs between letters or digits, but for apostrophes.
+WITHIN = re.compile(r"(?<=[^\W_])(?:[^\w\s'\u2019]|_)+(?=[^\W_])")
 
 
 def compatible(text: str) -> str:
     """A text in compatible characters (Unicode NFKC, letter case folded), without invisible ones (class Cf)."""
     return _visible(normal_form("NFKC", text).casefold())
+
+
+def without_signs_within(text: str) -> list[str]:
+    """A text with a space for signs between letters or digits, as in `"jane-doe"`, and with nothing in their place."""
+    return [WITHIN.sub(" ", text), WITHIN.sub("", text)] if WITHIN.search(text) else [text]
 
 
 def undisguised(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from itertools import chain, pairwise
 from typing import Any
@@ -13,10 +14,19 @@ from ..data.checks import checked_names, checked_texts
 from ..data.recognizers import WORD as SPELLED
 from ..data.recognizers import NameFinder, normalized_name
 from ..data.rows import listed
-from .disguises import WORD, compatible, without_disguises
+from .disguises import WORD, compatible, without_disguises, without_signs_within
 from .files import SavedGate, is_texts
 from .gate import Gate
-from .spelling import Spelling, check_spelling, english_words, num_letters, read_spelling, spelling_settings
+from .spelling import (
+    RULES,
+    Spelling,
+    check_spelling,
+    english_words,
+    num_letters,
+    read_rules,
+    read_spelling,
+    spelling_settings,
+)
 from .thresholds import GateReport
 
 # Names that the gate's repr shows.
@@ -27,6 +37,8 @@ LEAST_JOINED, LEAST_IN_JOINED = 4, 6
 # Letters of the shortest words of a name that may have an edit, and two, and of a name of one word: "Jane does" is no
 # "Jane Doe".
 ONE_EDIT, TWO_EDITS, LEAST_ALONE = 4, 9, 5
+# Letters of the shortest word that may have an edit where none may.
+NO_EDIT = sys.maxsize
 # What phones and typesetters write for an apostrophe and a hyphen.
 SIGNS = str.maketrans(
     {**dict.fromkeys("\u2019\u2018\u02bc\u00b4`", "'"), **dict.fromkeys("\u2010\u2011\u2012\u2013", "-")}
@@ -39,8 +51,7 @@ class NameGate(Gate):
     A name matches as `split_by_entity` matches it: as whole words, in any letter case and with any white space between
     its words; wherever its characters stand in scripts without spaces, such as Chinese. It also matches in compatible
     characters, such as full-width letters, and with invisible ones inside (Unicode NFKC), in look-alike letters of
-    other alphabets, and with its letters apart. Misspellings match if `spelling` is asked for; else give them as
-    aliases, or join the gate with another one by `AnyGate`.
+    other alphabets, with its letters apart, in pieces, joined, with digits for letters, and misspelled.
 
     A text's score is the number of different people whom it names. No window is needed: a name is found wherever it
     stands.
@@ -53,6 +64,8 @@ class NameGate(Gate):
             more, two in words of nine. A name of one word does if it has five letters, and what stands there is not in
             an English dictionary. Other people's names that are as near, such as *Jane Dolle* to *Jane Doyle*, are
             then flagged, too.
+        spelling_rules: the rules of `Spelling`; before 3, names are read as they stand, with letters apart, and
+            misspelled.
 
     Raises:
         TypeError: if `names` or the aliases of one are a single string, or `spelling` is no bool.
@@ -64,10 +77,14 @@ class NameGate(Gate):
     threshold = 1.0
 
     def __init__(
-        self, names: Sequence[str], aliases: Mapping[str, Sequence[str]] | None = None, spelling: bool = False
+        self,
+        names: Sequence[str],
+        aliases: Mapping[str, Sequence[str]] | None = None,
+        spelling: bool = True,
+        spelling_rules: int = RULES,
     ) -> None:
         check_spelling(spelling)
-        self.spelling = spelling
+        self.spelling, self.spelling_rules = spelling, spelling_rules
         by_key: dict[str, str] = {}
         for name in checked_names("names", names):
             by_key.setdefault(_key(name), name)
@@ -90,13 +107,22 @@ class NameGate(Gate):
         self._owners = {**owners, **{normalized_name(one): name for one, name in spellings}}
         for one, name in spellings:  # "O\u2019Neill" is also found where a text has "O'Neill"
             self._owners.setdefault(_key(one.translate(SIGNS)), name)
-        self._finder = NameFinder(list(self._owners))
         # "J a n e D o e" is read as one word; initials and names with digits are none that were joined.
         self._joined = []
         for one, name in self._owners.items():
             words = WORD.findall(one)
             if len("".join(words)) >= LEAST_JOINED and max(map(len, words)) > 1 and not re.search(r"\d", one):
                 self._joined.append(("".join(words), name))
+        self._pieces: Spelling | None = None
+        if spelling_rules > 2:  # "Jane Doe" is also "janedoe", "Anne-Marie" also "anne marie"
+            for one, name in list(self._owners.items()):
+                words = SPELLED.findall(one)
+                self._owners.setdefault(normalized_name(without_signs_within(one)[0]), name)
+                if len(words) > 1 and len(whole := "".join(words)) >= LEAST_IN_JOINED and whole not in english_words():
+                    self._owners.setdefault(whole, name)
+            in_names = dict.fromkeys(chain.from_iterable(map(SPELLED.findall, self._owners)), 0.0)
+            self._pieces = Spelling(in_names, NO_EDIT, NO_EDIT, spelling_rules)
+        self._finder = NameFinder(list(self._owners))
         # Names that also match misspelled, between their first word and their last, and their words.
         self._misspelled: dict[str, tuple[str, list[str]]] = {}
         for one in self._owners:
@@ -120,8 +146,9 @@ class NameGate(Gate):
         return np.array([len(found) for found in self.names_in(texts)], dtype=np.float64)
 
     def settings(self) -> dict[str, Any]:
-        """The names, their aliases, and whether misspelled ones match."""
-        return {"names": self.names, "aliases": self.aliases, **spelling_settings(self.spelling)}
+        """The names, their aliases, and how they are read."""
+        read = spelling_settings(self.spelling or self._pieces is not None, self.spelling_rules)
+        return {"names": self.names, "aliases": self.aliases, **read, "spelling": self.spelling}
 
     @classmethod
     def restored(cls, saved: SavedGate, report: GateReport | None, model: Any, tokenizer: Any) -> NameGate:
@@ -130,7 +157,7 @@ class NameGate(Gate):
         Raises:
             ValueError: if a field is damaged.
         """
-        spelling = read_spelling(saved)
+        spelling, rules = read_spelling(saved), read_rules(saved)
         saved.check(
             {
                 "names": (is_texts, "a list of texts"),
@@ -142,7 +169,7 @@ class NameGate(Gate):
             }
         )
         try:
-            gate = cls(saved.fields["names"], saved.fields["aliases"], spelling)
+            gate = cls(saved.fields["names"], saved.fields["aliases"], spelling, rules)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{saved.path}: {error}") from error
         gate.report = report
@@ -155,8 +182,13 @@ class NameGate(Gate):
         read, words = without_disguises(text)
         if read != text:
             found |= self._finder.find(compatible(read))
+        readings = {text.translate(SIGNS), read.translate(SIGNS)}
+        if self._pieces is not None:
+            others = [without_signs_within(one) for one in readings.union(self._pieces.corrected(list(readings)))]
+            found = found.union(*map(self._finder.find, map(compatible, {*chain.from_iterable(others)} - readings)))
+            readings = {spaced for spaced, *_ in others}
         if self._misspelled:
-            found = found.union(*map(self._misspelled_in, {text.translate(SIGNS), read.translate(SIGNS)}))
+            found = found.union(*map(self._misspelled_in, readings))
         owners = {self._owners[one] for one in found}
         owners |= {owner for word in map(compatible, words) for owner in self._in_joined(word)}
         return [name for name in self.names if name in owners] if owners else []

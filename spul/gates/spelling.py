@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 WORD = re.compile(r"\w+")
 # Letters of the shortest known words that may have an edit, and two, unless asked otherwise.
 ONE_EDIT, TWO_EDITS = 3, 7
-# Rules of reading: 1, of gates that were saved before there were others, has edits alone; 2 all that `Spelling` has.
-RULES = 2
+# Rules of reading: 1, of gates that were saved before there were others, has edits alone; 2 pieces with white space
+# between them, joined words and digits as well; 3 all that `Spelling` has.
+RULES = 3
 # Digits as the letters that they stand for, and "1" as the other one. A number with a letter or two behind it, such as
 # "100th", is one.
 DIGITS = tuple(str.maketrans("0134578", letters) for letters in ("oieastb", "oleastb"))
@@ -37,6 +38,12 @@ NUMBER = re.compile(r"\d+\D{0,2}")
 LEAST_IN_PIECES, SHORT_PIECE, LEAST_PARTED, MOST_PARTED = 4, 2, 6, 64
 # Single letters side by side that are taken for a word's, as where disguises are undone.
 LEAST_APART = 3
+# Letters of the shortest rest of a parted word that may be misspelled.
+LEAST_NEAR = 5
+# What may stand between pieces beside white space alone: a few signs, but no apostrophe, as in "we're".
+GAP = re.compile(r"\s?[^\w\s'\u2019]{1,3}\s?")
+# Words of English of two letters; the dictionary also has others.
+OF_TWO_LETTERS = frozenset(re.findall("..", "amanasatbebydogoheifinisitmemynoofonorsotoupuswe"))
 HAS_UNSPACED = re.compile(f"[{UNSPACED}]")
 # Groups of characters, by which most known words are told to be far from a word before edits are counted.
 GROUPS = 128
@@ -48,14 +55,15 @@ class Spelling:
     """Known words, of which a misspelled one is read as the nearest.
 
     An edit drops, adds or changes a character, or swaps two neighbors. Known words, numbers and words of an English
-    dictionary are read as they are. Before edits are tried, pieces with white space between them are joined where that
-    gives a known word, and digits among letters are read as letters; after them, words that were joined are parted.
+    dictionary are read as they are. Before edits are tried, pieces with white space or a few signs between them are
+    joined where that gives a known word, and digits among letters are read as letters; after them, words that were
+    joined are parted, of which one may be misspelled.
 
     Args:
         words: known words in lower case, and what each counts: of equally near ones that which counts most is taken.
         one_edit: letters of the shortest known words that a word with an edit is read as.
         two_edits: letters of the shortest known words that a word with two edits is read as.
-        rules: `RULES`, or 1 for edits alone.
+        rules: from 1, of edits alone, to `RULES`.
 
     Source: edits as in Damerau, *A Technique for Computer Detection and Correction of Spelling Errors*, Communications
         of the ACM 7(3), 1964, of which none is within another (optimal string alignment).
@@ -86,7 +94,8 @@ class Spelling:
         corrected = []
         for text in texts:
             plain = compatible(text)
-            other = WORD.sub(read, plain if self.rules == 1 else self._without_pieces(plain))
+            parted = plain if self.rules < 3 else plain.replace("_", " ")
+            other = WORD.sub(read, plain if self.rules == 1 else self._without_pieces(parted))
             corrected.append(text if other == plain else other)
         return corrected
 
@@ -119,7 +128,7 @@ class Spelling:
             run, joined, last = words[i], "", i
             for j in range(i + 1, len(words)):
                 run += words[j]
-                if len(run) > self._longest or not text[pieces[j - 1].end() : pieces[j].start()].isspace():
+                if len(run) > self._longest or not self._is_gap(text[pieces[j - 1].end() : pieces[j].start()]):
                     break
                 is_within = j + 1 < len(words) and apart[j] and apart[j + 1]
                 if run in self.words and not is_within and self._is_in_pieces(words[i : j + 1]):
@@ -128,6 +137,10 @@ class Spelling:
                 read += [text[end : first.start()], joined]
                 end = pieces[last].end()
         return "".join([*read, text[end:]])
+
+    def _is_gap(self, between: str) -> bool:
+        """Whether what stands between two words may stand between pieces of one."""
+        return between.isspace() or (self.rules > 2 and GAP.fullmatch(between) is not None)
 
     def _is_in_pieces(self, pieces: Sequence[str]) -> bool:
         """Whether words side by side may be one: some is short or not right, and some has more than a letter.
@@ -138,6 +151,11 @@ class Spelling:
         if len(word) < LEAST_IN_PIECES or word.isdecimal() or len(word) == len(pieces):
             return False
         return any(len(piece) <= SHORT_PIECE or not self._is_right(piece) for piece in pieces)
+
+    def _is_part(self, word: str) -> bool:
+        """Whether a word of two characters and more may be a part of a joined one."""
+        is_english = word in english_words() if len(word) > 2 else self.rules > 2 and word in OF_TWO_LETTERS
+        return word in self.words or is_english
 
     def _parted(self, word: str) -> str:
         """A word as the fewest right ones that it is made of, of equally few those that count most; or as it is.
@@ -153,7 +171,7 @@ class Spelling:
             ways = []
             for start in range(end - 1):
                 part, before = word[start:end], best[start]
-                if before and (part in self.words or (end - start > 2 and part in english_words())):
+                if before and self._is_part(part):
                     ways.append((before[0] + 1, before[1] - self.words.get(part, 0.0), start))
             best[end] = min(ways, default=None)
         parts, end = [], num
@@ -161,7 +179,18 @@ class Spelling:
             parts.append(word[found[2] : end])
             end = found[2]
         is_known = any(len(part) > 2 and part in self.words for part in parts)
-        return " ".join(reversed(parts)) if is_known and not end else word
+        if is_known and not end:
+            return " ".join(reversed(parts))
+        return word if self.rules < 3 else self._parted_near(word)
+
+    def _parted_near(self, word: str) -> str:
+        """A word as a right one and the nearest known one of the rest, that which counts most; or as it is."""
+        found = []
+        for i in range(2, len(word) - 1):
+            for is_first, right, rest in ((True, word[:i], word[i:]), (False, word[i:], word[:i])):
+                if len(rest) >= LEAST_NEAR and self._is_part(right) and (near := self.near(rest)):
+                    found.append((-self.words[near[0]], f"{right} {near[0]}" if is_first else f"{near[0]} {right}"))
+        return min(found)[1] if found else word
 
     def near(self, word: str) -> list[str]:
         """Known words that a word in lower case may be misspelled from, the nearest first."""
@@ -234,7 +263,7 @@ def read_spelling(saved: SavedGate) -> bool:
         }
     )
     spelling, expected = saved.fields["spelling"], saved.fields["dictionary_sha256"]
-    if spelling and expected not in (None, found := dictionary_digest()):
+    if expected is not None and expected != (found := dictionary_digest()):
         logger.warning(
             "%s reads misspelled words by a dictionary whose SHA-256 is %s; that of pyspellchecker %s here is %s. The "
             "gate may flag other texts than it did, and its report and evaluations are of the other dictionary. "
