@@ -71,6 +71,7 @@ def test_files_become_a_prompt_with_record_scores_and_card(files, tmp_path, caps
     said = capsys.readouterr().out
     before, after = (record.metrics[name]["accuracy"] for name in ("test_forget, detached", "test_forget"))
     assert f"test_forget: accuracy {after:.3f} (base {before:.3f})" in said
+    assert "start: discriminative, keys fitted to the rows\n" in said
     steps = [logs for logs in LOGS if "loss" in logs]
     assert len(steps) == 3, "the tracker gets every step's terms"
     assert all({"loss", "forget_loss", "retain_loss", "kl_loss", "learning_rate"} <= logs.keys() for logs in steps)
@@ -170,7 +171,9 @@ def test_the_base_may_be_quantized(files, tmp_path, bits, capsys):
         trained(files, tmp_path / "other", bits=3)
 
 
-def test_a_resumed_training_fits_no_keys_and_ends_as_if_it_were_never_interrupted(files, tmp_path, monkeypatch):
+def test_a_resumed_training_fits_no_keys_and_ends_as_if_it_were_never_interrupted(
+    files, tmp_path, monkeypatch, capsys
+):
     more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     trained(files, tmp_path, **more)
     whole = (tmp_path / "adapter_model.safetensors").read_bytes()
@@ -181,7 +184,9 @@ def test_a_resumed_training_fits_no_keys_and_ends_as_if_it_were_never_interrupte
         raise AssertionError("keys are fitted")
 
     monkeypatch.setattr(DiscriminativeStart, "keys_and_values", fit)
+    capsys.readouterr()
     trained(files, tmp_path, resume="true", **more)
+    assert capsys.readouterr().out.startswith("start: the prompt of the checkpoint\n")
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == whole
 
 
@@ -265,7 +270,7 @@ def test_a_prefix_begins_as_keys_fitted_to_the_rows(files, tmp_path):
     assert not torch.allclose(states["random"], states["discriminative"], atol=0.01)
 
 
-def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_path):
+def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_path, capsys):
     trained(files, tmp_path, prompt_type="prompt_tuning", learning_rate=1e-8)
     found = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
     dataset = forget_retain_dataset(*(read_prompts(files[name]) for name in ("forget", "retain")))
@@ -273,6 +278,8 @@ def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_
     set_seed(42)
     start = NearStart(dataset, make_collator(max_length=92))
     expected = SoftPromptUnlearner(base, prompt_config("prompt_tuning", 4), start=start)
+    said = capsys.readouterr().out
+    assert said.startswith(f"start: near, {start.distance:.2f} nats per response token from the base\n")
     torch.testing.assert_close(found, expected.prompt_encoder["default"].embedding.weight.detach())
 
 

@@ -106,7 +106,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a seed as text": ({"seed": "1"}, TypeError, "seed is a str, '1'; expected a whole number"),
     "a broken seed": ({"seed": 1.5}, TypeError, "seed is a float"),
     "a flag as seed": ({"seed": True}, TypeError, "seed is a bool"),
-    "an empty path": ({"output_dir": ""}, ValueError, "output_dir is empty"),
+    "an empty path": ({"output_dir": ""}, ValueError, "output folder is empty"),
+    "no list of texts": ({"unrelated_texts": None}, TypeError, "unrelated_texts is a NoneType; expected a list"),
     "a file as folder": ({"output_dir": __file__}, FileExistsError, "is a file; expected a folder"),
     "a folder in a file": ({"output_dir": f"{__file__}/out"}, FileExistsError, "is a file; expected a folder"),
 }

@@ -94,6 +94,7 @@ def run(options: TrainOptions) -> int | None:
         ValueError: if rows or options cannot be used.
     """
     from ..data.dataset import forget_retain_dataset
+    from ..models.compat import PartialState
     from ..prompts.unlearner import SoftPromptUnlearner
     from ..records.files import check_can_hold
     from ..records.ledger import Ledger
@@ -145,6 +146,8 @@ def run(options: TrainOptions) -> int | None:
         prompt_position=options.prompt_position,
         start=None if _resumes(options) else start,  # the checkpoint's prompt takes its place
     )
+    if PartialState().is_main_process:
+        print(f"start: {_start_in_words(options, start)}", flush=True)
     if options.learning_rate is None:
         options.learning_rate = default_learning_rate(unlearner, start)
     trainer = UnlearningTrainer(
@@ -263,6 +266,19 @@ def _start(options: TrainOptions, collator: Any, rows: Any) -> Any:
     if options.start == "near":
         return NearStart(rows, collator)
     return options.start
+
+
+def _start_in_words(options: TrainOptions, start: Any) -> str:
+    """How the prompt begins, once it was made."""
+    if _resumes(options):
+        return "the prompt of the checkpoint"
+    if options.instruction is not None:
+        return f"the instruction {options.instruction!r}"
+    if options.start == "near":
+        return f"near, {start.distance:.2f} nats per response token from the base"
+    if options.start == "discriminative":
+        return "discriminative, keys fitted to the rows"
+    return options.start or "one draw"
 
 
 def _scores(trainer: Any, tests: dict[str, Any], target: float) -> list[str]:

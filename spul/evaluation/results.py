@@ -182,8 +182,12 @@ def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """Measurements from a JSON Lines file; [] if it is missing. An incomplete last line is skipped."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    """Measurements from a JSON Lines file; [] if it is missing. An incomplete last line is skipped.
+
+    Raises:
+        ValueError: if another line is no JSON, or one is no measurement.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     found = []
     for i, line in enumerate(lines):
         try:
@@ -192,9 +196,15 @@ def read_measurements(path: Path) -> list[Measurement]:
             if i + 1 < len(lines):
                 raise ValueError(f"line {i + 1} of {path} is no JSON, and not the last; remove the file.") from None
             break
-        per_row = {name: [_from_json(value) for value in values] for name, values in record["per_row"].items()}
-        overall = {name: _from_json(value) for name, value in record["overall"].items()}
-        found.append(Measurement(**record | {"per_row": per_row, "overall": overall}))
+        try:
+            per_row = {name: [_from_json(value) for value in values] for name, values in record["per_row"].items()}
+            overall = {name: _from_json(value) for name, value in record["overall"].items()}
+            found.append(Measurement(**record | {"per_row": per_row, "overall": overall}))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"line {i + 1} of {path} is no measurement of spul.evaluate ({type(error).__name__}: {error}): the "
+                "file is damaged, or another program's. Remove it, or give another folder."
+            ) from error
     return found
 
 
