@@ -157,6 +157,22 @@ def test_a_folder_with_a_saved_prompt_is_refused_unless_the_run_goes_on_in_it(fi
     trained(files, tmp_path, resume=True)
 
 
+def test_a_folder_with_a_model_is_refused_into_which_the_prompt_would_be_loaded(files, tmp_path):
+    shutil.copytree(files["model"], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(FileExistsError, match="holds a model, into which transformers would load the prompt"):
+        trained(files, tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_a_folder_with_a_checkpoint_is_refused_unless_the_run_goes_on_from_it(files, tmp_path):
+    trained(files, tmp_path, save_strategy="steps", save_steps=3)
+    (tmp_path / "adapter_config.json").unlink()  # killed before the end
+    with pytest.raises(FileExistsError, match=r"checkpoint-3' is of a run that has not ended; .* --resume true"):
+        trained(files, tmp_path, model="no-base")
+    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()  # killed while it saved: nothing to go on from
+    trained(files, tmp_path)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_base_may_be_quantized(files, tmp_path, bits, capsys):
     pytest.importorskip("bitsandbytes")

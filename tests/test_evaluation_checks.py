@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from datasets import Dataset
 from helpers import make_collator, make_tokenizer, rows
 from small_evaluations import QUESTIONS, counted, make_model, make_splits, measured, questions
+
+from spul.evaluation import AttackSettings
 
 NEW = "unheard"  # a token that the models do not embed
 
@@ -118,6 +121,17 @@ def test_arguments_of_other_types_are_refused_by_name(name):
     options, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
         measured(make_model("prompt_tuning"), "utility", **options)
+
+
+def test_an_evaluation_without_measures_is_refused():
+    with pytest.raises(ValueError, match="measures is empty; expected some of utility"):
+        measured(make_model("prompt_tuning"))
+
+
+@pytest.mark.parametrize("number", [0, 1.5, True, "3", math.nan])
+def test_numbers_of_attacks_are_whole(number):
+    with pytest.raises(ValueError, match=rf"num_rows={number!r}: expected a whole number of at least 1"):
+        AttackSettings(num_rows=number)
 
 
 def test_questions_that_are_cut_are_warned_of_before_they_are_asked(caplog):

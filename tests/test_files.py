@@ -134,6 +134,8 @@ def test_a_folder_that_cannot_be_made_is_refused_before_it_is_needed(tmp_path):
         check_can_hold(tmp_path / "link" / "out")
     with pytest.raises(ValueError, match="path of the output folder is empty"):
         check_can_hold("")
+    with pytest.raises(ValueError, match="path of the folder to save into is empty"), atomic_folder(""):
+        pass
     (tmp_path / "nowhere").mkdir()
     check_can_hold(tmp_path / "link" / "out")
 

@@ -139,6 +139,8 @@ def test_numbers_of_few_seeds_have_students_interval_as_far_as_they_can_reach():
 def test_evaluations_that_measured_different_things_are_not_joined():
     with pytest.raises(ValueError, match="no measurement is in all evaluations"):
         join([evaluate(of(per_row={"accuracy": VALUES})), evaluate(of(rows="test_retain", overall={"loss": 1.0}))])
+    with pytest.raises(TypeError, match=r"evaluations holds 'out/1'; expected .* Evaluation\.load\(folder\)"):
+        join(["out/1", "out/2"])
     with pytest.raises(ValueError, match="evaluations is empty"):
         join([])
 

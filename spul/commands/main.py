@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, ImportError, SafetensorError) as error:  # the last of a full disk
+    except (ValueError, OSError, ImportError, SafetensorError, FloatingPointError) as error:
+        # The last two: a full disk, and a training that has diverged.
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         words = given[:1] if given and given[0] in TABLE else []

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments, set_seed
 
 from .command import Command, Naming
 from .rewriting import check_rewritten, rewritten_rows, ways_of
-from .shared import LoadOptions, RowOptions, option
+from .shared import LoadOptions, RowOptions, check_new_prompt, option
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +118,7 @@ def run(options: TrainOptions) -> int | None:
         ledger.check_goes_on()
         ledger.check_name(options.request)
     check_can_hold(options.output_dir)
-    _check_no_prompt(options)
+    _check_no_run(options)
     tests = {
         name: options.rows(files, name == "test_forget")
         for name, files in (("test_forget", options.test_forget), ("test_retain", options.test_retain))
@@ -211,16 +210,23 @@ def _fill(options: TrainOptions) -> None:
         options.alpha = ALPHA_OF_FITTED_KEYS if options.alpha is None else options.alpha
 
 
-def _check_no_prompt(options: TrainOptions) -> None:
-    """Raise if the folder holds a saved prompt, which a run that is not resumed would replace, gate or no gate."""
-    from ..prompts.checkpoint import CONFIG_NAME
+def _check_no_run(options: TrainOptions) -> None:
+    """Raise if a run that is not resumed would write over another.
+
+    With checkpoints of two runs in a folder, one would be resumed from the newest of either.
+    """
+    from ..training.resuming import last_complete_checkpoint
 
     if _resumes(options):
         return
-    if Path(options.output_dir, CONFIG_NAME).exists():
-        raise FileExistsError(
-            f"{options.output_dir!r} holds a saved prompt, which may be served; name another folder, or move that one."
-        )
+    check_new_prompt(options.output_dir)
+    try:
+        newest = last_complete_checkpoint(options.output_dir)
+    except ValueError:
+        return
+    raise FileExistsError(
+        f"{newest!r} is of a run that has not ended; go on from it by --resume true, or name another folder."
+    )
 
 
 def _resumes(options: TrainOptions) -> bool:

@@ -141,10 +141,15 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
             earlier version saved it, is not compared.
 
     Raises:
+        TypeError: if one is no `Evaluation`.
         ValueError: if there are none, they have no measurement in common, or their settings differ.
     """
     if not evaluations:
         raise ValueError("evaluations is empty; pass at least one.")
+    if strange := [one for one in evaluations if not isinstance(one, Evaluation)]:
+        raise TypeError(
+            f"evaluations holds {strange[0]!r:.80}; expected what spul.evaluate returns, or Evaluation.load(folder)."
+        )
     keys = [{one.key for one in evaluation.measurements} for evaluation in evaluations]
     in_all = set.intersection(*keys)
     if not in_all:

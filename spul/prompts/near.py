@@ -46,7 +46,7 @@ class NearStart:
     Raises:
         TypeError: if the data set is no `datasets.Dataset`, the collator no `ForgetRetainCollator`, or a number no
             integer.
-        ValueError: if a number of draws or rows is below 1, or `within` below 0.
+        ValueError: if rows have no `is_forget`, a number of draws or rows is below 1, or `within` below 0.
     """
 
     dataset: Dataset = field(repr=False)

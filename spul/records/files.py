@@ -65,8 +65,10 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
         The folder to write to, inside `target`.
 
     Raises:
-        ValueError: if `target` is a file.
+        ValueError: if `target` is a file, or an empty path.
     """
+    if not os.fspath(target):  # the current folder, to `Path`
+        raise ValueError("the path of the folder to save into is empty; expected one, such as 'out'.")
     target = Path(target)
     if target.is_file():
         raise ValueError(f"{str(target)!r} is a file; pass a folder.")

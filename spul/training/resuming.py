@@ -203,7 +203,7 @@ def _fault(checkpoint: Path) -> str | None:
     if _state(checkpoint) is None:  # written last, so missing where a process was killed while it saved
         return f"it has no {STATE_NAME} that can be read"
     of_engine = any(checkpoint.glob("global_step*"))  # DeepSpeed's, which has the optimizer and its schedule
-    for pattern, name in (("optimizer*", "the optimizer"), ("scheduler.pt", "the schedule")):
+    for pattern, name in (("*optimizer*", "the optimizer"), ("scheduler.pt", "the schedule")):
         if not of_engine and not any(checkpoint.glob(pattern)):
             return f"it has no state of {name}, as one that was saved with save_only_model=True"
     for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
