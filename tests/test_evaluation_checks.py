@@ -123,11 +123,6 @@ def test_arguments_of_other_types_are_refused_by_name(name):
         measured(make_model("prompt_tuning"), "utility", **options)
 
 
-def test_an_evaluation_without_measures_is_refused():
-    with pytest.raises(ValueError, match="measures is empty; expected some of utility"):
-        measured(make_model("prompt_tuning"))
-
-
 @pytest.mark.parametrize("number", [0, 1.5, True, "3", math.nan])
 def test_numbers_of_attacks_are_whole(number):
     with pytest.raises(ValueError, match=rf"num_rows={number!r}: expected a whole number of at least 1"):

@@ -40,7 +40,7 @@ def check_names(measures: Sequence[str], questions: Iterable[str] = ()) -> None:
 
     Raises:
         TypeError: if `measures` is one name, or `questions` are rows without the name of their set.
-        ValueError: if there is no measure, or a name is unknown.
+        ValueError: if a name is unknown.
     """
     if isinstance(questions, Dataset):
         raise TypeError(
@@ -48,8 +48,6 @@ def check_names(measures: Sequence[str], questions: Iterable[str] = ()) -> None:
         )
     if isinstance(measures, str):
         raise TypeError(f"measures={measures!r} is one name; expected a list: [{measures!r}].")
-    if not len(measures):
-        raise ValueError(f"measures is empty; expected some of {', '.join(MEASURES)}.")
     if unknown := [name for name in measures if name not in MEASURES]:
         raise ValueError(f"measures {unknown} are not known; expected some of {', '.join(MEASURES)}.")
     if other := sorted(set(questions) - set(QUESTIONS)):
