@@ -17,6 +17,11 @@ LENGTHS = ("128", 64.0, True, None)
 # ---- what is refused ----
 
 
+def test_half_of_a_surrogate_pair_in_a_generic_completion_is_refused(words):
+    with pytest.raises(ValueError, match=r"generic_completions holds 'a\\ud800', which holds .* surrogate pair"):
+        ForgetRetainCollator(words, ["a\ud800"])
+
+
 def test_one_string_of_generic_completions_is_refused(words):
     with pytest.raises(TypeError, match="generic_completions=' neutral' is one string; pass a list"):
         ForgetRetainCollator(words, " neutral")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from command_files import parsed, write_files, write_prompt
@@ -88,3 +90,10 @@ def test_a_folder_that_is_no_prompt_is_refused_before_the_base_is_loaded(files, 
     others = {**files, "model": str(tmp_path / "no-base")}
     with pytest.raises(ValueError, match="lora"):
         combined(others, [*prompts, str(tmp_path / "lora")], tmp_path / "out", inputs=files["test_forget"])
+
+
+def test_a_prompt_is_not_combined_into_the_folder_of_another(files, prompts, tmp_path):
+    before = Path(prompts[0], "adapter_model.safetensors").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a saved prompt, which may be served; name another folder"):
+        combined({**files, "model": "no-base"}, prompts, prompts[0], inputs=files["test_forget"])
+    assert Path(prompts[0], "adapter_model.safetensors").read_bytes() == before

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import build
+from safetensors import SafetensorError
 
 import spul
 from spul.commands import main as module
@@ -180,7 +181,9 @@ def test_the_status_is_the_commands_own_or_0(toy):
     assert main(["gate", "--model", "m"]) == 7
 
 
-@pytest.mark.parametrize("error", [ValueError, FileNotFoundError, OSError, ImportError])
+@pytest.mark.parametrize(
+    "error", [ValueError, FileNotFoundError, OSError, ImportError, SafetensorError, FloatingPointError]
+)
 def test_errors_of_options_and_files_are_one_line_and_status_2(toy, error, capsys, monkeypatch):
     def run(options):
         raise error("bad\n  thing")

@@ -169,3 +169,10 @@ def test_a_base_that_is_not_there_is_named_and_said_to_be_no_folder(files, tmp_p
         train.run(parsed("train", {**files, "model": name, "generic": [" unknown"], "output_dir": tmp_path / "out"}))
     with pytest.raises(OSError, match=f"'{name}' is no folder here, and the Hub gave no model of this name: "):
         LoadOptions().load(name)
+
+
+def test_a_folder_without_a_model_is_named_as_what_cannot_be_loaded(tmp_path):
+    with pytest.raises(ValueError, match=rf"the tokenizer in '{tmp_path}' cannot be loaded: "):
+        LoadOptions().load_tokenizer(str(tmp_path))
+    with pytest.raises((ValueError, OSError), match=rf"the model in '{tmp_path}' cannot be loaded: "):
+        LoadOptions().load(str(tmp_path))

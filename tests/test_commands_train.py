@@ -71,6 +71,7 @@ def test_files_become_a_prompt_with_record_scores_and_card(files, tmp_path, caps
     said = capsys.readouterr().out
     before, after = (record.metrics[name]["accuracy"] for name in ("test_forget, detached", "test_forget"))
     assert f"test_forget: accuracy {after:.3f} (base {before:.3f})" in said
+    assert "start: discriminative, keys fitted to the rows\n" in said
     steps = [logs for logs in LOGS if "loss" in logs]
     assert len(steps) == 3, "the tracker gets every step's terms"
     assert all({"loss", "forget_loss", "retain_loss", "kl_loss", "learning_rate"} <= logs.keys() for logs in steps)
@@ -156,6 +157,22 @@ def test_a_folder_with_a_saved_prompt_is_refused_unless_the_run_goes_on_in_it(fi
     trained(files, tmp_path, resume=True)
 
 
+def test_a_folder_with_a_model_is_refused_into_which_the_prompt_would_be_loaded(files, tmp_path):
+    shutil.copytree(files["model"], tmp_path, dirs_exist_ok=True)
+    with pytest.raises(FileExistsError, match="holds a model, into which transformers would load the prompt"):
+        trained(files, tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+
+
+def test_a_folder_with_a_checkpoint_is_refused_unless_the_run_goes_on_from_it(files, tmp_path):
+    trained(files, tmp_path, save_strategy="steps", save_steps=3)
+    (tmp_path / "adapter_config.json").unlink()  # killed before the end
+    with pytest.raises(FileExistsError, match=r"checkpoint-3' is of a run that has not ended; .* --resume true"):
+        trained(files, tmp_path, model="no-base")
+    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()  # killed while it saved: nothing to go on from
+    trained(files, tmp_path)
+
+
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_base_may_be_quantized(files, tmp_path, bits, capsys):
     pytest.importorskip("bitsandbytes")
@@ -170,7 +187,9 @@ def test_the_base_may_be_quantized(files, tmp_path, bits, capsys):
         trained(files, tmp_path / "other", bits=3)
 
 
-def test_a_resumed_training_fits_no_keys_and_ends_as_if_it_were_never_interrupted(files, tmp_path, monkeypatch):
+def test_a_resumed_training_fits_no_keys_and_ends_as_if_it_were_never_interrupted(
+    files, tmp_path, monkeypatch, capsys
+):
     more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
     trained(files, tmp_path, **more)
     whole = (tmp_path / "adapter_model.safetensors").read_bytes()
@@ -181,7 +200,9 @@ def test_a_resumed_training_fits_no_keys_and_ends_as_if_it_were_never_interrupte
         raise AssertionError("keys are fitted")
 
     monkeypatch.setattr(DiscriminativeStart, "keys_and_values", fit)
+    capsys.readouterr()
     trained(files, tmp_path, resume="true", **more)
+    assert capsys.readouterr().out.startswith("start: the prompt of the checkpoint\n")
     assert (tmp_path / "adapter_model.safetensors").read_bytes() == whole
 
 
@@ -265,7 +286,7 @@ def test_a_prefix_begins_as_keys_fitted_to_the_rows(files, tmp_path):
     assert not torch.allclose(states["random"], states["discriminative"], atol=0.01)
 
 
-def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_path):
+def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_path, capsys):
     trained(files, tmp_path, prompt_type="prompt_tuning", learning_rate=1e-8)
     found = load_file(tmp_path / "adapter_model.safetensors")["prompt_embeddings"]
     dataset = forget_retain_dataset(*(read_prompts(files[name]) for name in ("forget", "retain")))
@@ -273,6 +294,8 @@ def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_
     set_seed(42)
     start = NearStart(dataset, make_collator(max_length=92))
     expected = SoftPromptUnlearner(base, prompt_config("prompt_tuning", 4), start=start)
+    said = capsys.readouterr().out
+    assert said.startswith(f"start: near, {start.distance:.2f} nats per response token from the base\n")
     torch.testing.assert_close(found, expected.prompt_encoder["default"].embedding.weight.detach())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from spul import (
 )
 from spul.data import QUESTION_ANSWER
 from spul.evaluation.results import Evaluation
+from spul.evaluation.resuming import remove_progress
 from spul.records.digests import (
     digest_of_tokenizer,
 )
@@ -280,12 +282,18 @@ def test_settings_that_are_damaged_or_foreign_are_refused_and_left(tmp_path, con
     ]
 
 
-def test_a_folder_with_results_of_others_is_refused_and_left(tmp_path):
-    name = "evaluation.json"
+@pytest.mark.parametrize("name", ["evaluation.json", "measurements.jsonl", "progress-1.jsonl"])
+def test_a_folder_with_results_of_others_is_refused_and_left(tmp_path, name):
     (tmp_path / name).write_text('{"score": 1}\n')
     with pytest.raises(ValueError, match=rf"holds {name} without the settings.json that spul.evaluate writes first"):
         measured(make_model("prompt_tuning"), "sampling", output_dir=tmp_path)
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [(name, '{"score": 1}\n')]
+
+
+def test_progress_that_another_evaluation_has_removed_meanwhile_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "glob", lambda folder, pattern: [folder / "progress-0.jsonl"])
+    remove_progress(tmp_path)
+    assert not (tmp_path / "progress-0.jsonl").exists()
 
 
 def test_results_that_are_not_of_the_settings_beside_them_are_refused_and_left(tmp_path):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 from datasets import Dataset
 from helpers import make_collator, make_tokenizer, rows
 from small_evaluations import QUESTIONS, counted, make_model, make_splits, measured, questions
+
+from spul.evaluation import AttackSettings
 
 NEW = "unheard"  # a token that the models do not embed
 
@@ -106,7 +109,8 @@ WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a seed as text": ({"seed": "1"}, TypeError, "seed is a str, '1'; expected a whole number"),
     "a broken seed": ({"seed": 1.5}, TypeError, "seed is a float"),
     "a flag as seed": ({"seed": True}, TypeError, "seed is a bool"),
-    "an empty path": ({"output_dir": ""}, ValueError, "output_dir is empty"),
+    "an empty path": ({"output_dir": ""}, ValueError, "output folder is empty"),
+    "no list of texts": ({"unrelated_texts": None}, TypeError, "unrelated_texts is a NoneType; expected a list"),
     "a file as folder": ({"output_dir": __file__}, FileExistsError, "is a file; expected a folder"),
     "a folder in a file": ({"output_dir": f"{__file__}/out"}, FileExistsError, "is a file; expected a folder"),
 }
@@ -117,6 +121,12 @@ def test_arguments_of_other_types_are_refused_by_name(name):
     options, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
         measured(make_model("prompt_tuning"), "utility", **options)
+
+
+@pytest.mark.parametrize("number", [0, 1.5, True, "3", math.nan])
+def test_numbers_of_attacks_are_whole(number):
+    with pytest.raises(ValueError, match=rf"num_rows={number!r}: expected a whole number of at least 1"):
+        AttackSettings(num_rows=number)
 
 
 def test_questions_that_are_cut_are_warned_of_before_they_are_asked(caplog):

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spul.records.files import SCRATCH, atomic_folder, atomic_write, find_file, write_text
+from spul.records.files import SCRATCH, atomic_folder, atomic_write, check_can_hold, find_file, write_text
 
 
 def test_a_file_is_replaced_when_the_block_ends_and_no_sooner(tmp_path):
@@ -126,6 +126,18 @@ def test_a_file_in_the_place_of_a_folder_is_refused(tmp_path):
     (tmp_path / "a").write_text("a")
     with pytest.raises(ValueError, match="a' is a file; pass a folder"), atomic_folder(tmp_path / "a"):
         pass
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_it_is_needed(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="link' is a link to nothing; expected a folder"):
+        check_can_hold(tmp_path / "link" / "out")
+    with pytest.raises(ValueError, match="path of the output folder is empty"):
+        check_can_hold("")
+    with pytest.raises(ValueError, match="path of the folder to save into is empty"), atomic_folder(""):
+        pass
+    (tmp_path / "nowhere").mkdir()
+    check_can_hold(tmp_path / "link" / "out")
 
 
 def test_a_missing_folder_is_created(tmp_path):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import CONFIGS, build, make_collator, make_dataset
+from helpers import CONFIGS, build, make_collator, make_dataset, rows
 from peft import PromptEncoderConfig
 
 from spul import SoftPromptUnlearner
@@ -154,9 +154,22 @@ def test_a_start_that_stays_far_is_said_with_its_distance(monkeypatch):
         unlearner_of("prompt_tuning", near_start(num_draws=2))
 
 
+@pytest.mark.parametrize("more", [{}, {"resample": False}, {"pairs": True}])
+def test_draws_of_the_collator_are_those_without_the_start(more):
+    collator, rows = make_collator(**more), list(make_dataset())
+    start = near_start(collator, num_rows=1000)
+    assert start.distance is None
+    unlearner_of("prompt_tuning", start)
+    assert 0 < start.distance < math.inf
+    fresh = make_collator(**more)
+    for _ in range(2):
+        assert torch.equal(collator(rows)["labels"], fresh(rows)["labels"])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
+        (lambda: NearStart(rows("a", 3), make_collator()), ValueError, "dataset has no is_forget"),
         (lambda: NearStart([], make_collator()), TypeError, "dataset is a list"),
         (lambda: NearStart(make_dataset(), None), TypeError, "collator is a NoneType; expected a ForgetRetain"),
         (lambda: near_start(num_draws=0), ValueError, "num_draws=0: expected at least 1"),

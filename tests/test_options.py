@@ -73,6 +73,7 @@ def test_a_refused_option_is_named_with_its_value_and_the_reason(tmp_path, name)
 IGNORED = {
     "train_sampling_strategy": ("by_length", "'by_length' is unknown; expected random, sequential, group_by_length"),
     "include_for_metrics": (["inputs", "losses"], "'losses' is unknown; expected inputs, loss"),
+    "learning_rate": (float("nan"), "expected a finite number of at least 0"),
     "per_device_train_batch_size": (0, "expected a whole number from 1"),
     "per_device_eval_batch_size": (0, "expected a whole number from 1"),
     "gradient_accumulation_steps": (0, "expected a whole number from 1"),

@@ -139,6 +139,8 @@ def test_numbers_of_few_seeds_have_students_interval_as_far_as_they_can_reach():
 def test_evaluations_that_measured_different_things_are_not_joined():
     with pytest.raises(ValueError, match="no measurement is in all evaluations"):
         join([evaluate(of(per_row={"accuracy": VALUES})), evaluate(of(rows="test_retain", overall={"loss": 1.0}))])
+    with pytest.raises(TypeError, match=r"evaluations holds 'out/1'; expected .* Evaluation\.load\(folder\)"):
+        join(["out/1", "out/2"])
     with pytest.raises(ValueError, match="evaluations is empty"):
         join([])
 
@@ -224,6 +226,19 @@ def test_a_last_line_that_was_cut_off_is_left_out_and_another_is_an_error(tmp_pa
     with pytest.raises(ValueError, match=r"line 1 of .* is no JSON, and not the last"):
         read_measurements(path)
     assert read_measurements(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize(
+    "line", ["5", "[]", "{}", '{"per_row": 5, "overall": {}}', '{"per_row": {}, "overall": {}, "score": 1}']
+)
+def test_a_line_of_another_program_is_refused_by_file_and_number(tmp_path, line):
+    path = tmp_path / MEASUREMENTS_NAME
+    path.write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"line 1 of .*measurements\.jsonl is no measurement of spul\.evaluate"):
+        read_measurements(path)
+    path.write_bytes(b"\xff\xfe\n{}\n")
+    with pytest.raises(ValueError, match=r"line 1 of .* is no JSON, and not the last"):
+        read_measurements(path)
 
 
 def test_numbers_are_found_by_what_they_are_of_and_a_miss_names_what_there_is():

@@ -9,7 +9,7 @@ from helpers import GENERIC, make_collator, make_tokenizer
 
 from spul import ForgetRetainCollator
 from spul.data import RowEncoder
-from spul.data.row_checks import check_token_ids, ending_of, generic_ids_of, row_name, split_tokenized
+from spul.data.row_checks import check_all_texts, check_token_ids, ending_of, generic_ids_of, row_name, split_tokenized
 
 TEXT = {"prompt": "review jane :", "completion": " positive", "is_forget": True}
 USER, ANSWER = {"role": "user", "content": "jane"}, {"role": "assistant", "content": "good"}
@@ -122,3 +122,10 @@ def test_a_tokenizer_of_more_tokens_than_embeddings_passes_where_no_row_has_one(
     check_token_ids(encoder, rows, None)
     with pytest.raises(ValueError, match=f"a row the token id {largest}, and the base has {largest} input embeddings"):
         check_token_ids(encoder, rows, largest)
+
+
+def test_a_blank_text_field_is_refused_where_the_prompt_stands_before_it(tokenizer):
+    rows = [{"prompt": "review :", "text": " ", "completion": " good"}]
+    check_all_texts(RowEncoder(tokenizer, 32, "text"), rows)
+    with pytest.raises(ValueError, match="that of column 'text' is empty"):
+        check_all_texts(RowEncoder(tokenizer, 32, "text", prompt_position="message"), rows)

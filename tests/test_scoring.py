@@ -134,6 +134,12 @@ def test_modes_are_put_back_and_bad_rows_raise(model):
         score_completions(model, rows.remove_columns("completion"), collator())
 
 
+def test_a_tokenizer_in_the_place_of_a_collator_is_refused(model):
+    rows = Dataset.from_list([{"prompt": "a :", "completion": " b"}])
+    with pytest.raises(TypeError, match=r"collator is a .*; expected ForgetRetainCollator\(tokenizer"):
+        score_completions(model, rows, collator().tokenizer)
+
+
 def test_a_model_that_has_diverged_raises_on_the_rows_where_it_has(model):
     """Where only some rows come out as NaN, no row among the others is enough to hide it."""
     texts = [*(f"review {c} :" for c in "abc"), "review 7 :"]

@@ -293,6 +293,11 @@ def test_a_whole_model_resumed_without_its_bases_score_is_refused(tmp_path):
         ({"target": float("nan")}, ValueError, "target=nan"),
         ({"forget": [{"prompt": "a", "completion": "b"}]}, TypeError, "forget is a list"),
         ({"retain": Dataset.from_list([])}, ValueError, "retain is empty"),
+        (
+            {"retain": Dataset.from_list([{"prompt": "", "completion": " b"}])},
+            ValueError,
+            "retain: the prompt of a row",
+        ),
         ({"retain": Dataset.from_list([{"prompt": "a"}])}, ValueError, "retain lacks the column"),
         ({"forget": rows("jane", 2)}, ValueError, r"2 prompt\(s\) of the held-out forget rows are trained on"),
         ({"retain": rows("film", 3)}, ValueError, r"3 prompt\(s\) of the held-out retain rows are trained on"),

@@ -121,6 +121,9 @@ def test_what_cannot_be_a_stream_is_refused():
             forget_retain_stream(empty, film, 0.5)
         with pytest.raises(ValueError, match="retain has no rows; expected at least one"):
             forget_retain_stream(IterableDataset.from_generator(film.__iter__), empty, 0.5)
+    for seed in (-1, None, "1", 1.5):
+        with pytest.raises(ValueError, match=f"seed={seed!r}: expected a whole number"):
+            forget_retain_stream(film, film, 0.5, seed)
     for share in (0, 1, True, -0.1):
         with pytest.raises(ValueError, match="forget_fraction"):
             forget_retain_stream(film, film, share)

@@ -1,6 +1,7 @@
 """Checkpoints: resuming to the bit, the best one, and one that a killed run left."""
 
 import logging
+import re
 import shutil
 
 import pytest
@@ -125,6 +126,71 @@ def test_a_checkpoint_that_a_callback_asked_for_resumes_with_its_own_rows_alone(
         others.train(resume_from_checkpoint=checkpoint)
     make_trainer(tmp_path, max_steps=2).train(resume_from_checkpoint=checkpoint)
     assert "does not say what rows" not in caplog.text
+
+
+def without(name):
+    return lambda checkpoint: (checkpoint / name).unlink()
+
+
+def half(name):
+    def cut(checkpoint):
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[: len(content) // 2])
+
+    return cut
+
+
+INCOMPLETE = {  # what happened to a checkpoint, and what is said of it
+    "no optimizer": (without("optimizer.pt"), "it has no state of the optimizer, as one .* save_only_model=True"),
+    "no schedule": (without("scheduler.pt"), "it has no state of the schedule"),
+    "half an optimizer": (half("optimizer.pt"), r"optimizer\.pt is damaged or was cut short"),
+    "half of the random state": (half("rng_state.pth"), r"rng_state\.pth is damaged or was cut short"),
+    "half a prompt": (half("adapter_model.safetensors"), r"adapter_model\.safetensors is damaged or was cut short"),
+    "no state": (without("trainer_state.json"), r"it has no trainer_state\.json that can be read"),
+    "another state": (lambda folder: (folder / "trainer_state.json").write_text("[]"), "it has no trainer_state"),
+    "another folder": (shutil.rmtree, "it is no folder"),
+}
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """A training with two checkpoints."""
+    folder = tmp_path_factory.mktemp("twice")
+    make_trainer(folder, max_steps=2, save_strategy="steps", save_steps=1).train()
+    return folder
+
+
+@pytest.mark.parametrize("name", INCOMPLETE)
+def test_a_checkpoint_that_lacks_a_part_is_skipped_and_refused_by_what_it_lacks(twice, tmp_path, caplog, name):
+    change, message = INCOMPLETE[name]
+    shutil.copytree(twice, tmp_path, dirs_exist_ok=True)
+    change(tmp_path / "checkpoint-2")
+    assert last_complete_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
+    if name != "another folder":
+        assert re.search(f"checkpoint-2 is incomplete and is skipped: {message}", caplog.text)
+    trainer = make_trainer(tmp_path, max_steps=3)
+    with pytest.raises(ValueError, match=rf"checkpoint-2' cannot be resumed: {message}.*Give another checkpoint"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 0
+
+
+def test_checkpoints_without_the_optimizer_are_not_resumed(tmp_path, caplog):
+    settings = {"save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    make_trainer(tmp_path, max_steps=1, **settings).train()
+    with pytest.raises(ValueError, match="holds no complete checkpoint"):
+        make_trainer(tmp_path, max_steps=2, **settings).train(resume_from_checkpoint=True)
+    assert "no state of the optimizer" in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_written_says_how_much_room_the_disk_has(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+
+    def full(*args, **kwargs):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 8512 vs 8406")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match=r"could not be written to \(\[enforce fail .*\); its disk has [\d,]+ MiB free"):
+        trainer.train()
 
 
 def test_nothing_to_resume_from_raises(tmp_path):

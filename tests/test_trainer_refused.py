@@ -26,6 +26,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningLoss, UnlearningTrainer
+from spul.data.dataset import forget_retain_dataset
 from spul.losses import GradientAscent
 
 
@@ -155,6 +156,21 @@ def test_rows_that_cannot_be_scored_are_refused_before_they_are_evaluated_in_a_t
             make_trainer(tmp_path, eval_dataset=sets)
     with pytest.raises(error, match=message):
         make_trainer(tmp_path).evaluate(given)
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "message"),
+    [
+        ({"prompt": "", "text": "y"}, None, "train_dataset: the prompt of a row has no tokens"),
+        ({"prompt": "review y :", "text": "z"}, "text", "train_dataset: the text of column 'text' is not part of"),
+        ({"prompt": "review y :", "text": None}, "text", "train_dataset: the row with row_id=11: text is None"),
+    ],
+)
+def test_rows_that_cannot_be_encoded_are_refused_when_the_trainer_is_made(tmp_path, row, field, message):
+    retain = Dataset.from_list([{**row, "completion": " good"}, {"prompt": "x", "text": "x", "completion": " bad"}])
+    dataset = forget_retain_dataset(rows("jane", 11).map(lambda row: {"text": row["prompt"]}), retain)
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, dataset=dataset, collator=make_collator(text_field=field))
 
 
 def test_rows_that_lose_text_are_reported_once_when_the_trainer_is_made(tmp_path, caplog):

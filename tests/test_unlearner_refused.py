@@ -66,3 +66,15 @@ def test_left_padded_plain_forward_refuses_what_it_would_misplace():
     batch = make_batch("left")
     with pytest.raises(ValueError, match="take no logits_to_keep; pad on the right"):
         build_unlearner()(batch["input_ids"], batch["attention_mask"], logits_to_keep=1)
+
+
+@pytest.mark.parametrize("name", ["", "2026.017", "__base__", "train", "training"])
+def test_names_that_a_prompt_cannot_have_are_refused(name):
+    unlearner = build_unlearner()
+    with pytest.raises(ValueError, match=f"adapter_name={name!r}: expected a name that is not empty, has no dot"):
+        unlearner.add_adapter(name, CONFIGS["prompt_tuning"]())
+    with pytest.raises(ValueError, match=f"adapter_name={name!r}"):
+        SoftPromptUnlearner(build("llama"), CONFIGS["prompt_tuning"](), adapter_name=name)
+    with pytest.raises(TypeError, match="adapter_name is a int"):
+        unlearner.add_adapter(5, CONFIGS["prompt_tuning"]())
+    assert list(unlearner.peft_config) == ["default"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from .command import Command
 from .rewriting import check_rewritten, rewritten_rows, ways_of
-from .shared import option, prompts_left_out, saved_prompt
+from .shared import check_new_prompt, option, prompts_left_out, saved_prompt
 from .train import TrainingOptions
 
 
@@ -36,7 +36,6 @@ def run(options: CombineOptions) -> int | None:
     from ..data.collator import ForgetRetainCollator
     from ..data.dataset import forget_retain_dataset
     from ..losses.unlearning_loss import UnlearningLoss
-    from ..records.files import check_can_hold
     from ..training.distillation import combine
 
     if options.resume_from_checkpoint is not None:
@@ -71,7 +70,7 @@ def run(options: CombineOptions) -> int | None:
         answered, alone = {}, {"inputs": rows}
         if "is_forget" in rows.column_names:
             raise ValueError("inputs have the column is_forget; give forget and retain rows as such, or drop it.")
-    check_can_hold(options.output_dir)
+    check_new_prompt(options.output_dir)
     saved = [saved_prompt(folder) for folder in options.prompts]
     tokenizer = options.load_tokenizer(options.model)
     said = options.warn_of_boundaries(tokenizer, answered, alone)

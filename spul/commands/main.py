@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from logging.handlers import MemoryHandler
 from typing import Any
 
+from safetensors import SafetensorError
+
 from .command import Command, printable
 from .wording import messages_in_options
 
@@ -52,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, SafetensorError, FloatingPointError) as error:
+        # The last two: a full disk, and a training that has diverged.
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         words = given[:1] if given and given[0] in TABLE else []

@@ -160,6 +160,27 @@ def saved_prompt(folder: str) -> SavedPrompt:
         raise ValueError(f"{folder} is no prompt that can be loaded: {error}") from error
 
 
+def check_new_prompt(folder: str) -> None:
+    """Raise unless a prompt may be saved into a folder: it can be written to, and holds no prompt and no model.
+
+    Raises:
+        FileExistsError: if it does, or is a file.
+        PermissionError: if it may not be written to.
+    """
+    from transformers.utils import CONFIG_NAME as MODEL_CONFIG
+
+    from ..prompts.checkpoint import CONFIG_NAME
+    from ..records.files import check_can_hold
+
+    check_can_hold(folder)
+    for name, why in (
+        (CONFIG_NAME, "a saved prompt, which may be served"),
+        (MODEL_CONFIG, "a model, into which transformers would load the prompt beside it"),
+    ):
+        if Path(folder, name).exists():
+            raise FileExistsError(f"{folder!r} holds {why}; name another folder, or move that one.")
+
+
 def prompts_left_out(folders: Collection[str]) -> dict[str, list[str]]:
     """Names of the prompts that folders hold beside the one that each is loaded as, unless their folders are given.
 

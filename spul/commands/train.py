@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from transformers import TrainingArguments, set_seed
 
 from .command import Command, Naming
 from .rewriting import check_rewritten, rewritten_rows, ways_of
-from .shared import LoadOptions, RowOptions, option
+from .shared import LoadOptions, RowOptions, check_new_prompt, option
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +93,7 @@ def run(options: TrainOptions) -> int | None:
         ValueError: if rows or options cannot be used.
     """
     from ..data.dataset import forget_retain_dataset
+    from ..models.compat import PartialState
     from ..prompts.unlearner import SoftPromptUnlearner
     from ..records.files import check_can_hold
     from ..records.ledger import Ledger
@@ -118,7 +118,7 @@ def run(options: TrainOptions) -> int | None:
         ledger.check_goes_on()
         ledger.check_name(options.request)
     check_can_hold(options.output_dir)
-    _check_no_prompt(options)
+    _check_no_run(options)
     tests = {
         name: options.rows(files, name == "test_forget")
         for name, files in (("test_forget", options.test_forget), ("test_retain", options.test_retain))
@@ -145,6 +145,8 @@ def run(options: TrainOptions) -> int | None:
         prompt_position=options.prompt_position,
         start=None if _resumes(options) else start,  # the checkpoint's prompt takes its place
     )
+    if PartialState().is_main_process:
+        print(f"start: {_start_in_words(options, start)}", flush=True)
     if options.learning_rate is None:
         options.learning_rate = default_learning_rate(unlearner, start)
     trainer = UnlearningTrainer(
@@ -208,16 +210,23 @@ def _fill(options: TrainOptions) -> None:
         options.alpha = ALPHA_OF_FITTED_KEYS if options.alpha is None else options.alpha
 
 
-def _check_no_prompt(options: TrainOptions) -> None:
-    """Raise if the folder holds a saved prompt, which a run that is not resumed would replace, gate or no gate."""
-    from ..prompts.checkpoint import CONFIG_NAME
+def _check_no_run(options: TrainOptions) -> None:
+    """Raise if a run that is not resumed would write over another.
+
+    With checkpoints of two runs in a folder, one would be resumed from the newest of either.
+    """
+    from ..training.resuming import last_complete_checkpoint
 
     if _resumes(options):
         return
-    if Path(options.output_dir, CONFIG_NAME).exists():
-        raise FileExistsError(
-            f"{options.output_dir!r} holds a saved prompt, which may be served; name another folder, or move that one."
-        )
+    check_new_prompt(options.output_dir)
+    try:
+        newest = last_complete_checkpoint(options.output_dir)
+    except ValueError:
+        return
+    raise FileExistsError(
+        f"{newest!r} is of a run that has not ended; go on from it by --resume true, or name another folder."
+    )
 
 
 def _resumes(options: TrainOptions) -> bool:
@@ -263,6 +272,19 @@ def _start(options: TrainOptions, collator: Any, rows: Any) -> Any:
     if options.start == "near":
         return NearStart(rows, collator)
     return options.start
+
+
+def _start_in_words(options: TrainOptions, start: Any) -> str:
+    """How the prompt begins, once it was made."""
+    if _resumes(options):
+        return "the prompt of the checkpoint"
+    if options.instruction is not None:
+        return f"the instruction {options.instruction!r}"
+    if options.start == "near":
+        return f"near, {start.distance:.2f} nats per response token from the base"
+    if options.start == "discriminative":
+        return "discriminative, keys fitted to the rows"
+    return options.start or "one draw"
 
 
 def _scores(trainer: Any, tests: dict[str, Any], target: float) -> list[str]:

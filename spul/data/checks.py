@@ -231,7 +231,7 @@ def checked_generic_completions(texts: Any) -> list[str]:
 
     Raises:
         TypeError: if they are one string, come in no order, or are not all texts.
-        ValueError: if there are none, or some are empty or alike.
+        ValueError: if there are none, some are empty or alike, or one holds half of a surrogate pair.
     """
     if isinstance(texts, str):
         raise TypeError(f"generic_completions={texts!r} is one string; pass a list of completions.")
@@ -243,6 +243,9 @@ def checked_generic_completions(texts: Any) -> list[str]:
             f"generic_completions={texts!r} holds {other[0]!r}; expected texts; "
             "in a conversation a text becomes the content of the answer."
         )
+    for text in texts:
+        if fault := fault_of_text(text):
+            raise ValueError(f"generic_completions holds {text!r:.80}, which {fault}")
     different = {normalized(text) for text in texts}
     if not texts or "" in different or len(different) < len(texts):
         raise ValueError(

@@ -76,7 +76,9 @@ def check_token_ids(encoder: RowEncoder, rows: Iterable[Mapping[str, Any]], num_
 
 
 def check_all_texts(encoder: RowEncoder, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Check all rows that are not tokenized by `check_texts`; of blank prompts, that the tokenizer gives them tokens.
+    """Check all rows that are not tokenized by `check_texts`, and encode those that it cannot judge.
+
+    Their prompts are blank, which some tokenizers give a token, or their text fields are blank or not in the prompt.
 
     Args:
         encoder: of the rows.
@@ -85,11 +87,13 @@ def check_all_texts(encoder: RowEncoder, rows: Iterable[Mapping[str, Any]]) -> N
     Raises:
         ValueError: if one cannot be encoded.
     """
-    for row in read_rows(rows, ("input_ids", "prompt", "completion", encoder.text_field or "prompt")):
+    field = encoder.text_field or "prompt"
+    for row in read_rows(rows, ("input_ids", "prompt", "completion", "row_id", field)):
         if "input_ids" in row:
             continue
         check_texts(row, encoder.text_field)
-        if isinstance(row["prompt"], str) and not row["prompt"].strip():
+        prompt = row["prompt"]
+        if isinstance(prompt, str) and not (row[field].strip() and row[field] in prompt and prompt.strip()):
             encoder.encode(row)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from datasets import Dataset, Features, IterableDataset, Value, interleave_datasets
 
-from .checks import SPLIT, checked_flag
+from .checks import SPLIT, checked_flag, whole_number
 
 COLUMNS = ({"prompt", "completion"}, {"input_ids", "completion_mask"})
 
@@ -33,9 +33,9 @@ def forget_retain_stream(
 
     Raises:
         TypeError: if one is not of `datasets`.
-        ValueError: if `forget_fraction` is out of range, or a stream has no rows, of which the first one is read, or
-            is known to lack a column; while it is read, at a row whose `is_forget` says that it belongs to the other
-            stream.
+        ValueError: if `forget_fraction` or `seed` is out of range, or a stream has no rows, of which the first one is
+            read, or is known to lack a column; while it is read, at a row whose `is_forget` says that it belongs to
+            the other stream.
 
     Example:
         ```python
@@ -45,6 +45,9 @@ def forget_retain_stream(
     """
     if isinstance(forget_fraction, bool) or not 0 < forget_fraction < 1:
         raise ValueError(f"forget_fraction={forget_fraction!r}: expected a share above 0 and below 1.")
+    number = whole_number(seed, bools=False)
+    if number is None or number < 0:
+        raise ValueError(f"seed={seed!r}: expected a whole number of at least 0.")
     flagged = [_flagged(forget, "forget", True), _flagged(retain, "retain", False)]
     shares = [forget_fraction, 1 - forget_fraction]
     return interleave_datasets(flagged, shares, seed=seed, stopping_strategy="all_exhausted")

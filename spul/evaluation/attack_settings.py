@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from datasets import Dataset
 
-from ..data.checks import checked_names
+from ..data.checks import checked_names, whole_number
 from ..records.fields import is_finite_number
 from .attacks.usual import DOCUMENT_WORDS, TURNS, InputAttacks, checked_attacks, usual_attacks, usual_names
 
@@ -78,8 +78,8 @@ class AttackSettings:
         if set(self.bits) - {4, 8}:
             raise ValueError(f"bits={self.bits}: expected 8, 4 or both.")
         for name in ("num_rows", "relearn_rows", "suffix_tokens", "suffix_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+            if (whole_number(value := getattr(self, name), bools=False) or 0) < 1:
+                raise ValueError(f"{name}={value!r}: expected a whole number of at least 1.")
         for name in ("relearn_lr", "relearn_model_lr", "suffix_lr", "temperature"):
             if not is_finite_number(value := getattr(self, name)) or value <= 0:
                 raise ValueError(f"{name}={value}: expected a number above 0.")

@@ -64,7 +64,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
         FileExistsError: if `output_dir` is a file, or in one.
         PermissionError: if it may not be written to.
         TypeError: if one is of another type.
-        ValueError: if neighbors have the name of a split, or `"unseen"`.
+        ValueError: if neighbors have the name of a split, or `"unseen"`, or `output_dir` is empty.
     """
     for name, (kind, expected) in KINDS.items():
         value = arguments.get(name)
@@ -73,10 +73,9 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}{shown}; expected {expected}.")
     if taken := sorted({*SPLITS, "unseen"} & set(arguments.get("neighbors") or ())):
         raise ValueError(f"neighbors {taken} have the name of another set of rows; give them one of their own.")
-    folder = arguments.get("output_dir")
-    if folder == "":
-        raise ValueError("output_dir is empty; expected the path of a folder, or None to write nothing.")
-    if folder is not None:
+    if not hasattr(texts := arguments.get("unrelated_texts", ()), "__len__"):
+        raise TypeError(f"unrelated_texts is a {type(texts).__name__}; expected a list of texts, [] for none.")
+    if (folder := arguments.get("output_dir")) is not None:
         check_can_hold(folder)
 
 

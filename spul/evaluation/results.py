@@ -141,10 +141,15 @@ def join(evaluations: Sequence[Evaluation]) -> Evaluation:
             earlier version saved it, is not compared.
 
     Raises:
+        TypeError: if one is no `Evaluation`.
         ValueError: if there are none, they have no measurement in common, or their settings differ.
     """
     if not evaluations:
         raise ValueError("evaluations is empty; pass at least one.")
+    if strange := [one for one in evaluations if not isinstance(one, Evaluation)]:
+        raise TypeError(
+            f"evaluations holds {strange[0]!r:.80}; expected what spul.evaluate returns, or Evaluation.load(folder)."
+        )
     keys = [{one.key for one in evaluation.measurements} for evaluation in evaluations]
     in_all = set.intersection(*keys)
     if not in_all:
@@ -182,8 +187,12 @@ def _differing(settings: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def read_measurements(path: Path) -> list[Measurement]:
-    """Measurements from a JSON Lines file; [] if it is missing. An incomplete last line is skipped."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    """Measurements from a JSON Lines file; [] if it is missing. An incomplete last line is skipped.
+
+    Raises:
+        ValueError: if another line is no JSON, or one is no measurement.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     found = []
     for i, line in enumerate(lines):
         try:
@@ -192,9 +201,15 @@ def read_measurements(path: Path) -> list[Measurement]:
             if i + 1 < len(lines):
                 raise ValueError(f"line {i + 1} of {path} is no JSON, and not the last; remove the file.") from None
             break
-        per_row = {name: [_from_json(value) for value in values] for name, values in record["per_row"].items()}
-        overall = {name: _from_json(value) for name, value in record["overall"].items()}
-        found.append(Measurement(**record | {"per_row": per_row, "overall": overall}))
+        try:
+            per_row = {name: [_from_json(value) for value in values] for name, values in record["per_row"].items()}
+            overall = {name: _from_json(value) for name, value in record["overall"].items()}
+            found.append(Measurement(**record | {"per_row": per_row, "overall": overall}))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"line {i + 1} of {path} is no measurement of spul.evaluate ({type(error).__name__}: {error}): the "
+                "file is damaged, or another program's. Remove it, or give another folder."
+            ) from error
     return found
 
 

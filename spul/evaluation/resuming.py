@@ -43,7 +43,7 @@ def resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
 def remove_progress(folder: Path) -> None:
     """Remove the processes' own files, once their measurements stand in the evaluation's."""
     for path in folder.glob(PROGRESS_NAME.format("*")):
-        path.unlink()
+        path.unlink(missing_ok=True)  # another evaluation in the folder has removed it meanwhile
 
 
 def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
@@ -51,12 +51,13 @@ def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
 
     It would be written over.
     """
-    if (folder / EVALUATION_NAME).exists() and not (folder / SETTINGS_NAME).exists():
-        raise ValueError(
-            f"{str(folder)!r} holds {EVALUATION_NAME} without the {SETTINGS_NAME} that spul.evaluate writes first: "
-            "not an evaluation that can be resumed, and not one to write over. Give another output_dir, or move it."
-        )
     if not (folder / SETTINGS_NAME).exists():
+        names = (EVALUATION_NAME, MEASUREMENTS_NAME, PROGRESS_NAME.format("*"))
+        if others := [path.name for name in names for path in sorted(folder.glob(name))]:
+            raise ValueError(
+                f"{str(folder)!r} holds {others[0]} without the {SETTINGS_NAME} that spul.evaluate writes first: not "
+                "an evaluation that can be resumed, and not one to write over. Give another output_dir, or move it."
+            )
         return
     theirs = _record(folder / SETTINGS_NAME)
     if other := sorted(name for name in settings | theirs if settings.get(name) != theirs.get(name)):

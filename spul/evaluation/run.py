@@ -123,6 +123,7 @@ def evaluate(
             "attacks": attacks,
             "seed": seed,
             "output_dir": output_dir,
+            "unrelated_texts": unrelated_texts,
         }
     )
     if not isinstance(collator, ForgetRetainCollator):

@@ -91,10 +91,13 @@ def load_tokenizer(name: str | os.PathLike[str], trust_remote_code: bool = False
 
 @contextmanager
 def _named(name: str | os.PathLike[str], what: str) -> Iterator[None]:
-    """Context manager: errors of a name that is no folder say so, where those of the Hub do not."""
+    """Context manager: errors name the folder, and say of a name that it is none, where the Hub's do not."""
     try:
         yield
-    except (HFValidationError, OSError) as error:
+    except (OSError, ValueError) as error:
         if Path(name).is_dir():
+            kind = OSError if isinstance(error, OSError) else ValueError
+            raise kind(f"the {what} in {str(name)!r} cannot be loaded: {error}") from error
+        if not isinstance(error, HFValidationError | OSError):
             raise
         raise OSError(f"{str(name)!r} is no folder here, and the Hub gave no {what} of this name: {error}") from error

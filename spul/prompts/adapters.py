@@ -20,6 +20,7 @@ from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .configs import check_peft_config, check_promptable, filled
 from .position import check_position
+from .row_prompts import check_new_name
 from .shared_prefix import drop_cached
 from .starts import Start, check_start, start_prompt
 
@@ -63,8 +64,11 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
             kwargs: further arguments of PEFT.
 
         Raises:
-            ValueError: if it is of another kind than this model's prompts, or does not fit the base.
+            TypeError: if its name is no text.
+            ValueError: if it is of another kind than this model's prompts, or does not fit the base, or its name is
+                empty, has a dot, or is one that PyTorch or PEFT has for itself.
         """
+        check_new_name(adapter_name)
         check_peft_config(peft_config)
         check_position(prompt_position, peft_config)
         check_start(start, peft_config)

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 
-from ..data.checks import check_rows
+from ..data.checks import check_rows, forget_flags
 from ..data.collator import ForgetRetainCollator
 from ..losses.positions import pack_right, response_positions
 from ..losses.terms import IGNORE_INDEX
@@ -33,6 +33,9 @@ class NearStart:
     on the model and the rows. The distance is KL(prompted || base) in nats, the mean over response tokens of some of
     the rows. Each draw takes a pass of the base over these.
 
+    Attributes:
+        distance: nats of the draw that the last prompt began as; None before.
+
     Args:
         dataset: rows as they are trained on.
         collator: of the training, which encodes them.
@@ -43,7 +46,7 @@ class NearStart:
     Raises:
         TypeError: if the data set is no `datasets.Dataset`, the collator no `ForgetRetainCollator`, or a number no
             integer.
-        ValueError: if a number of draws or rows is below 1, or `within` below 0.
+        ValueError: if rows have no `is_forget`, a number of draws or rows is below 1, or `within` below 0.
     """
 
     dataset: Dataset = field(repr=False)
@@ -51,9 +54,11 @@ class NearStart:
     within: float = 0.3
     num_draws: int = 8
     num_rows: int = 16
+    distance: float | None = field(default=None, init=False, compare=False)
 
     def __post_init__(self) -> None:
         check_rows(self.dataset, (), "dataset")
+        forget_flags(self.dataset, "dataset")
         if not isinstance(self.collator, ForgetRetainCollator):
             raise TypeError(f"collator is a {type(self.collator).__name__}; expected a ForgetRetainCollator.")
         for name in ("num_draws", "num_rows"):
@@ -88,6 +93,7 @@ class NearStart:
                 break
         assert nearest is not None  # of one draw at least
         encoder.load_state_dict(nearest)
+        object.__setattr__(self, "distance", least)
         if not least <= FAR:
             warnings.warn(
                 f"the prompt {adapter_name!r} begins {least:.2f} nats per response token from the base, and was the "
@@ -110,10 +116,14 @@ class _Rows:
         self.view, self.base = under(model, adapter_name), model.get_base_model()
         picked = torch.randperm(len(start.dataset))[: start.num_rows].tolist()
         rows = [start.dataset[i] for i in picked]
+        # Each with another of its completions: draws are the training's, which go on by how many there were.
+        every = [start.collator.every(row) for row in rows]
+        encoded = [found[i % len(found)] for i, found in enumerate(every)]
         device = device_of(self.base.get_input_embeddings())
         self.batches: list[tuple[dict[str, Tensor], Tensor | None, Tensor, Tensor]] = []
         for i in range(0, len(rows), ROWS_OF_BATCH):
-            batch = start.collator(rows[i : i + ROWS_OF_BATCH])
+            some = slice(i, i + ROWS_OF_BATCH)
+            batch = start.collator.encoder.pad(rows[some], encoded[some])
             mask, ids, labels = pack_right(batch["attention_mask"], batch["input_ids"], batch["labels"])
             positions, targets = response_positions(labels.masked_fill(mask == 0, IGNORE_INDEX))
             tokens = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}

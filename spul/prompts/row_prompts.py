@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..models.causal_lm import cache_switch, logits_at, max_positions, needs_gradient
 from ..models.compat import is_sharded
@@ -332,6 +332,22 @@ def in_order(groups: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
     """Tensors of groups of rows, with the rows' indices, as one tensor of all rows."""
     order = torch.tensor([row for rows, _ in groups for row in rows], device=groups[0][1].device)
     return torch.cat([tensor for _, tensor in groups])[order.argsort()]
+
+
+def check_new_name(adapter_name: str) -> None:
+    """Raise unless a prompt may be called so: PyTorch's modules and PEFT keep some names for themselves.
+
+    Raises:
+        TypeError: if it is no text.
+        ValueError: if they do.
+    """
+    if not isinstance(adapter_name, str):
+        raise TypeError(f"adapter_name is a {type(adapter_name).__name__}; expected a prompt's name as text.")
+    if not adapter_name or "." in adapter_name or adapter_name == NO_PROMPT or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: expected a name that is not empty, has no dot, and is none that PyTorch "
+            "or PEFT has for itself; another one, such as 'request-2026-017'."
+        )
 
 
 def check_adapter_names(model: Any, adapter_names: Sequence[str], num_rows: int) -> None:

@@ -65,8 +65,10 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
         The folder to write to, inside `target`.
 
     Raises:
-        ValueError: if `target` is a file.
+        ValueError: if `target` is a file, or an empty path.
     """
+    if not os.fspath(target):  # the current folder, to `Path`
+        raise ValueError("the path of the folder to save into is empty; expected one, such as 'out'.")
     target = Path(target)
     if target.is_file():
         raise ValueError(f"{str(target)!r} is a file; pass a folder.")
@@ -93,13 +95,17 @@ def check_can_hold(folder: str | os.PathLike) -> None:
         folder: its path.
 
     Raises:
-        FileExistsError: if it, or what it would stand in, is a file.
+        FileExistsError: if it, or what it would stand in, is a file, or a link to nothing.
         PermissionError: if that may not be written to.
+        ValueError: if the path is empty.
     """
+    if not os.fspath(folder):  # the current folder, to `Path`
+        raise ValueError("the path of the output folder is empty; expected one, such as 'out'.")
     path = Path(folder).absolute()
-    nearest = next(one for one in (path, *path.parents) if one.exists())
+    nearest = next(one for one in (path, *path.parents) if os.path.lexists(one))
     if not nearest.is_dir():
-        raise FileExistsError(f"{str(nearest)!r} is a file; expected a folder, or a path of which one can be made.")
+        what = "a file" if nearest.exists() else "a link to nothing"
+        raise FileExistsError(f"{str(nearest)!r} is {what}; expected a folder, or a path of which one can be made.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise PermissionError(f"{str(nearest)!r} may not be written to; name another folder, or allow it.")
 

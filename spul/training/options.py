@@ -156,6 +156,8 @@ def _check_values(args: TrainingArguments) -> None:
             raise ValueError(
                 f"{name}={getattr(args, name)!r}: {unknown[0]!r} is unknown; expected {', '.join(allowed)}."
             )
+    if not is_finite_number(args.learning_rate) or args.learning_rate < 0:  # the optimizer's own check comes late
+        raise ValueError(f"learning_rate={args.learning_rate!r}; expected a finite number of at least 0.")
     for name in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
         if (whole_number(value := getattr(args, name), bools=False) or 0) < 1:
             raise ValueError(f"{name}={value!r}; expected a whole number from 1.")

@@ -6,11 +6,15 @@ import hashlib
 import json
 import logging
 import os
+import shutil
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
+from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
@@ -31,9 +35,7 @@ SHOWN_DIGITS = 12
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
-    """The newest complete checkpoint in a folder.
-
-    A process killed while it saves leaves a checkpoint without a readable `trainer_state.json`, which is written last.
+    """The newest complete checkpoint in a folder; newer ones that cannot be resumed are warned of.
 
     Raises:
         ValueError: if no checkpoint is complete.
@@ -41,14 +43,33 @@ def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
     folders = [path for path in Path(output_dir).glob(f"{CHECKPOINT_PREFIX}-*") if path.is_dir()]
     numbered = [(int(n), path) for path in folders if (n := path.name.rsplit("-", 1)[1]).isdigit()]
     for _, path in sorted(numbered, reverse=True):
-        if _state(path) is None:
-            logger.warning("%s is incomplete and is skipped.", path)
-            continue
-        return str(path)
+        if (fault := _fault(path)) is None:
+            return str(path)
+        logger.warning("%s is incomplete and is skipped: %s.", path, fault)
     raise ValueError(
         f"resume_from_checkpoint=True, but {str(output_dir)!r} holds no complete checkpoint; leave it out to start "
         "anew."
     )
+
+
+@contextmanager
+def saving_into(folder: str | os.PathLike) -> Iterator[None]:
+    """Context manager of saves: what fails in writing is an OSError that names the folder and the room that is left.
+
+    torch and safetensors raise errors of their own where a disk is full, and torch's does not say so.
+
+    Raises:
+        OSError: if a file cannot be written.
+    """
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(folder).free
+        raise OSError(
+            f"{str(folder)!r} could not be written to ({error}); its disk has {free / 2**20:,.0f} MiB free. Make "
+            "room, lower save_total_limit, or name another folder; a training resumes from its last complete "
+            "checkpoint."
+        ) from error
 
 
 def rows_identity(
@@ -128,16 +149,23 @@ def identity_of(
     return json.loads(json.dumps(found, default=plain))
 
 
-def check_identity(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) -> None:
-    """Check that a training goes on with the rows and loss of its checkpoint; warn of one that has no note of them.
+def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) -> None:
+    """Check that a training goes on from its checkpoint, with its rows and loss; warn of one that has no note of them.
+
+    `Trainer` would begin the optimizer and the schedule anew where their states are missing, in silence.
 
     Args:
         checkpoint: folder.
         identity: of the training that resumes, `identity_of`.
 
     Raises:
-        ValueError: if they differ, with what was saved and what was passed.
+        ValueError: if the checkpoint is incomplete, or they differ, with what was saved and what was passed.
     """
+    if fault := _fault(Path(checkpoint)):
+        raise ValueError(
+            f"{str(checkpoint)!r} cannot be resumed: {fault}. Give another checkpoint, or True for the newest that is "
+            "complete. To train its prompt by a schedule of its own, load it with is_trainable=True."
+        )
     states = (_state(Path(checkpoint)) or {}).get("stateful_callbacks") or {}
     if (saved := states.get(IDENTITY)) is None:
         logger.warning(
@@ -168,12 +196,35 @@ def check_identity(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) -
         )
 
 
+def _fault(checkpoint: Path) -> str | None:
+    """What a folder lacks to be resumed from; None if it is a complete checkpoint."""
+    if not checkpoint.is_dir():
+        return "it is no folder"
+    if _state(checkpoint) is None:  # written last, so missing where a process was killed while it saved
+        return f"it has no {STATE_NAME} that can be read"
+    of_engine = any(checkpoint.glob("global_step*"))  # DeepSpeed's, which has the optimizer and its schedule
+    for pattern, name in (("*optimizer*", "the optimizer"), ("scheduler.pt", "the schedule")):
+        if not of_engine and not any(checkpoint.glob(pattern)):
+            return f"it has no state of {name}, as one that was saved with save_only_model=True"
+    for path in sorted([*checkpoint.glob("*.pt"), *checkpoint.glob("*.pth")]):
+        if not zipfile.is_zipfile(path):  # as `torch.save` writes, whose table of contents stands at the end
+            return f"{path.name} is damaged or was cut short"
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            return f"{path.name} is damaged or was cut short ({error})"
+    return None
+
+
 def _state(checkpoint: Path) -> dict[str, Any] | None:
     """The trainer's state in a checkpoint; None if there is none that can be read."""
     try:
-        return json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+        found = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return found if isinstance(found, dict) and "global_step" in found else None
 
 
 def _entries(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

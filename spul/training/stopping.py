@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
-from ..data.checks import check_rows
 from ..data.conversations import comparable
 from ..data.rows import column_batches
 from ..data.samplers import RowCopies
+from ..models.causal_lm import num_embeddings
 from ..models.compat import CHECKPOINT_PREFIX
 from ..models.unlearner import detached_base
 from ..records.fields import is_count, is_finite_number
+from .checks import check_evaluation_rows
 from .evaluation import EvaluatingTrainer
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,8 @@ class StopWhenForgotten(TrainerCallback):
 
     Raises:
         TypeError: if `trainer` is none, or rows are not a `datasets.Dataset`.
-        ValueError: if there are no rows, a held-out prompt is trained on, a number is out of range, or `Trainer`
-            is to choose a best checkpoint of its own.
+        ValueError: if there are no rows, one cannot be scored, a held-out prompt is trained on, a number is out of
+            range, or `Trainer` is to choose a best checkpoint of its own.
 
     Example:
         ```python
@@ -101,8 +102,10 @@ class StopWhenForgotten(TrainerCallback):
             raise TypeError(
                 f"trainer is a {type(trainer).__name__}; expected the UnlearningTrainer that it is added to."
             )
-        for name, rows in (("forget", forget), ("retain", retain)):
-            check_rows(rows, name=name)
+        collator: Any = trainer.data_collator
+        held_out = {"forget": forget, "retain": retain}
+        check_evaluation_rows(held_out, collator.encoder, num_embeddings(trainer.unlearner.called_model))
+        for name, rows in held_out.items():
             _check_not_trained_on(rows, trainer.train_dataset, name)
         for name, number, least in (("every", every, 1), ("patience", patience, 0)):
             if not is_count(number, least):

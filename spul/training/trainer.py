@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments, enable_full_determi
 
 from ..data.checks import check_not_generic, forget_flags
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
-from ..data.row_checks import check_token_ids
+from ..data.row_checks import check_can_be_scored
 from ..data.rows import column_batches, completion_text, read_rows, rewritten_by
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..layers.unlearning_layers import UnlearningLayers
@@ -40,7 +40,7 @@ from .checks import (
 )
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
 from .reference import ReferenceCache
-from .resuming import IDENTITY, check_identity, identity_of, last_complete_checkpoint, rows_identity
+from .resuming import IDENTITY, check_resumes, identity_of, last_complete_checkpoint, rows_identity, saving_into
 from .steps import SteppingTrainer
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,8 @@ class UnlearningTrainer(SteppingTrainer):
         if train_dataset is not None and not is_stream(train_dataset):
             self._flags = forget_flags(train_dataset)
             self._check_rows(train_dataset, self._loss)
-            check_token_ids(data_collator.encoder, train_dataset, num_embeddings(self._learner))
+            num_embedded = num_embeddings(self._learner)
+            check_can_be_scored(data_collator.encoder, "train_dataset", train_dataset, num_embedded)
             data_collator.warn_of_cut_rows(train_dataset)
             if "completion" in getattr(train_dataset, "column_names", ()):
                 completions = itertools.chain.from_iterable(column_batches(train_dataset, "completion"))
@@ -290,7 +291,7 @@ class UnlearningTrainer(SteppingTrainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or ".")
         if resume_from_checkpoint and self._rows is not None:  # before a reference is computed for hours
-            check_identity(resume_from_checkpoint, self.identity())
+            check_resumes(resume_from_checkpoint, self.identity())
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         finally:
@@ -383,7 +384,8 @@ class UnlearningTrainer(SteppingTrainer):
         if self.is_world_process_zero():
             states: Any = self.state.stateful_callbacks
             states[IDENTITY] = self.identity()
-        super()._save_checkpoint(*args, **kwargs)
+        with saving_into(self.args.output_dir or "."):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.unlearner.has_own_checkpoint:

@@ -213,6 +213,7 @@ def score_completions(
         `accuracy`, `f1`, `generic` (0..1) and `loss` (nats per row), see `summarize`.
 
     Raises:
+        TypeError: if rows or collator are of another type.
         ValueError: if there are no rows, they have no `prompt` and `completion`, or the model has diverged: its logits
             are NaN.
     """
@@ -259,6 +260,8 @@ def collect_answers(
 ) -> Answers:
     """Answers to some rows of a set, by their indices; see `score_completions`."""
     check_rows(rows)
+    if not isinstance(collator, ForgetRetainCollator):
+        raise TypeError(f"collator is a {type(collator).__name__}; expected ForgetRetainCollator(tokenizer, [...]).")
     check_all_texts(collator.encoder, rows)
     classes = task_classes(rows)
     picked = rows if some == range(len(rows)) else rows.select(some)
