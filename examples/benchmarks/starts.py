@@ -122,7 +122,7 @@ def parse_args() -> argparse.Namespace:
     add("--base", type=Path, required=True, help="folder of a causal LM")
     add("--rows", type=Path, required=True, help="tab-separated file of the columns sentence and label")
     add("--num-rows", type=int, default=64)
-    add("--start-rows", type=int, default=16, help="rows on which the start near is chosen")
+    add("--start-rows", type=int, default=32, help="rows on which the start near is chosen")
     add("--batch-size", type=int, default=16)
     add("--num-virtual-tokens", type=int, default=30)
     add("--kinds", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND")

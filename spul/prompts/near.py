@@ -53,7 +53,7 @@ class NearStart:
     collator: ForgetRetainCollator = field(repr=False)
     within: float = 0.3
     num_draws: int = 8
-    num_rows: int = 16
+    num_rows: int = 32
     distance: float | None = field(default=None, init=False, compare=False)
 
     def __post_init__(self) -> None:
