@@ -28,6 +28,7 @@ from spul.gates import GatedUnlearner, NameGate, attach_gate
 from spul.records import Ledger, LedgerEvent
 from spul.records.spul_config import read_spul_config
 from spul.rivals import EmbeddingCorruption, FixedRefusal, GuardrailPrompt, InContextUnlearning
+from spul.rivals.refusal import write_refusal
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +191,48 @@ def test_generic_answers_are_those_of_the_record_unless_others_are_given_which_i
         assert len(said) == warned
 
 
-@pytest.mark.parametrize("name", ["adapter", "gated", "lora", "model", "refusal"])
+@pytest.mark.parametrize("name", ["adapter", "gated", "lora", "model", "guardrail"])
 def test_generic_answers_are_required_of_what_has_no_record_of_them(files, tmp_path, name):
     values = options_for(files, files[name], tmp_path / "out", **({} if name == "model" else {"base": files["model"]}))
     del values["generic"]
     with pytest.raises(ValueError, match=r"has no record of the answers .*: --generic ' neutral' ' unknown'"):
         run(parsed("evaluate", values))
+
+
+@pytest.mark.parametrize(
+    ("given", "expected", "warned"),
+    [
+        (None, [" unknown"], 0),
+        ([" neutral", "unknown "], [" neutral", "unknown "], 0),
+        ([" neutral"], [" neutral"], 1),
+    ],
+)
+def test_the_text_of_a_fixed_refusal_is_generic_unless_told_otherwise(
+    files, tmp_path, few_resamples, caplog, given, expected, warned
+):
+    values = options_for(files, files["refusal"], tmp_path, base=files["model"], generic=given)
+    values = {name: value for name, value in values.items() if value is not None}
+    assert run(parsed("evaluate", values)) is None
+    assert Evaluation.load(tmp_path).settings["generic_completions"] == expected
+    said = [record.getMessage() for record in caplog.records if "the fixed refusal" in record.getMessage()]
+    assert said == ["--generic [' neutral']: the fixed refusal ' unknown' is none of these."] * warned
+
+
+def test_a_refusal_that_does_not_fit_where_prompts_end_is_warned_of_by_its_folder(
+    files, tmp_path, few_resamples, caplog
+):
+    write_refusal(tmp_path / "refusal", NameGate(["jane"]), "unknown")
+    values = options_for(files, tmp_path / "refusal", tmp_path / "out", base=files["model"])
+    del values["generic"]
+    assert run(parsed("evaluate", values)) is None
+    assert f"{tmp_path / 'refusal'}, its answer 'unknown': the completion 'unknown' has no space before" in caplog.text
+    assert "--generic" not in caplog.text
+
+
+@pytest.mark.parametrize("kind", RIVALS)
+def test_a_method_without_training_needs_its_base_and_has_no_record_that_names_one(files, kind):
+    with pytest.raises(ValueError, match=r"holds no base, and none is given; expected the base, by name or folder\.$"):
+        load_unlearned(files[kind])
 
 
 def test_the_base_may_be_named_model_and_what_is_on_it_adapter_as_in_other_commands(files, tmp_path, few_resamples):

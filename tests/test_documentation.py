@@ -249,6 +249,7 @@ def test_the_commands_of_the_page_run_one_after_the_other(here, few_steps, few_r
         # Some conditions hold on the tiny base: 1, and no error.
         assert main(words) in ((0, 1) if words[0] == "evaluate" else (0,)), (words, capsys.readouterr().err)
     assert "\n  rows: 12\n" in capsys.readouterr().out
-    assert len(apps) == 1
-    assert {"out", "evaluation", "requests-1-2", "for-vllm", "baked"} <= {path.name for path in here.iterdir()}
+    assert [list(app.state.served.refusals) for app in apps] == [["2026-018"], []]
+    made = {"out", "evaluation", "refusal", "requests-1-2", "for-vllm", "baked"}
+    assert made <= {path.name for path in here.iterdir()}
     assert (here / "out" / "gate" / "gate.json").is_file()

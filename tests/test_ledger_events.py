@@ -8,10 +8,12 @@ import pytest
 import torch
 from helpers import CONFIGS, prompted
 
+from spul.gates import NameGate
 from spul.prompts.row_prompts import NO_PROMPT
 from spul.records import DataSummary, Ledger, LedgerEvent, SpulConfig
 from spul.records.ledger_events import EVENTS
 from spul.records.ledger_lines import next_line
+from spul.rivals.refusal import write_refusal
 from spul.serving.loading import check_name
 
 SHA = "ab" * 32
@@ -84,6 +86,18 @@ def test_an_event_takes_what_an_adapters_record_says(tmp_path, path):
         (folder / "gate" / "gate.json").write_text(damaged)
         with pytest.raises(ValueError, match=r"gate\.json: kind is .*; expected the name of a kind"):
             LedgerEvent.of_adapter("served", "7", folder)
+
+
+def test_an_event_of_a_fixed_refusal_has_the_kind_of_its_gate_and_no_digest(tmp_path):
+    folder = tmp_path / "refusal"
+    write_refusal(folder, NameGate(["Jane Doe"]), " unknown")
+    found = LedgerEvent.of_adapter("trained", "7", folder)
+    assert found == LedgerEvent("trained", "7", adapter="refusal", gate="names", note="fixed refusal")
+    found = LedgerEvent.of_adapter("served", "7", folder, note="mine", rows=ROWS)
+    assert (found.note, found.rows, found.adapter) == ("mine", ROWS, "refusal")
+    (folder / "spul_rival.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"spul_rival\.json: kind is None; expected the name of a method without tr"):
+        LedgerEvent.of_adapter("trained", "7", folder)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from spul.evaluation.loading import kind_of
 from spul.evaluation.metrics import generate_answers
 from spul.gates import NameGate, TextGate
 from spul.rivals import Corruption, EmbeddingCorruption, FixedRefusal, InContextUnlearning, Rival
+from spul.rivals.refusal import write_refusal
 
 NAME = "spul_rival.json"
 
@@ -47,6 +48,34 @@ def test_each_is_saved_as_plain_files_and_answers_as_before(kind, tmp_path):
     ids = torch.tensor([encoder.encode(rows("jane", 1)[0]).prompt_ids])
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_a_refusal_is_written_without_its_base_as_it_is_saved_with_it(tmp_path):
+    model = rival("refusal")
+    model.save_pretrained(tmp_path / "saved")
+    write_refusal(tmp_path / "written", model.gate, model.refusal)
+    found = [
+        {path.relative_to(tmp_path / name).as_posix(): path.read_bytes() for path in (tmp_path / name).rglob("*.json")}
+        for name in ("saved", "written")
+    ]
+    assert set(found[0]) == {NAME, "gate/gate.json"}
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (["no"], TypeError, "refusal is a list; expected a text"),
+        (" \n", ValueError, "is blank; expected a text that answers a request"),
+        ("no\ud83d", ValueError, r"holds '\\ud83d' at character 2, which is half of a surrogate pair"),
+    ],
+)
+def test_a_text_that_answers_no_request_is_no_refusal(text, error, message, tmp_path):
+    with pytest.raises(error, match=message):
+        write_refusal(tmp_path / "new", NameGate(["jane"]), text)
+    with pytest.raises(error, match=message):
+        FixedRefusal(learned(), make_tokenizer(), NameGate(["jane"]), text)
+    assert not (tmp_path / "new").exists()
 
 
 def test_numbers_names_and_a_gate_with_arrays_are_saved(tmp_path):

@@ -27,11 +27,12 @@ class EvaluateOptions(LoadOptions, RowOptions):
 
     model: str = option("the base, with --adapter; or the unlearned model itself, with --base where it has one", ...)
     adapter: str | None = option(
-        "the unlearned model: folder of a prompt, gated or not, a method without training, layers, LoRA, or weights"
+        "the unlearned model: folder of a prompt, gated or not, a fixed refusal or another method without training, "
+        "layers, LoRA, or weights"
     )
     generic: list[str] | None = option(
         "answers that count as generic, leading space included; by default those that the adapter was trained to, by "
-        "its record"
+        "its record, or the text of a fixed refusal"
     )
     base: str | None = option("the model before, where --model is the unlearned one")
     retrained: str | None = option("a model that never saw the forget rows, the yardstick")
@@ -104,6 +105,7 @@ def run(options: EvaluateOptions) -> int | None:
     _check_evidence(options)
     check_can_hold(options.output_dir)
     require_matplotlib()  # for the report, before hours of measuring
+    source_of_generic = "--generic" if options.generic is not None else f"{options.model}, its answer"
     options.generic = _generic(options)
     splits = {
         "train_forget": options.rows(options.forget, True),
@@ -119,7 +121,9 @@ def run(options: EvaluateOptions) -> int | None:
     others = {"retrained": options.retrained, "reference": options.reference}
     others |= {"base": options.base} if loaded.kind == "model" else {}
     named = {name.removeprefix("train_"): rows for name, rows in splits.items()}
-    said = options.warn_of_boundaries(loaded.tokenizer, named, {} if unseen is None else {"unseen": unseen})
+    said = options.warn_of_boundaries(
+        loaded.tokenizer, named, {} if unseen is None else {"unseen": unseen}, source_of_generic
+    )
     collator = ForgetRetainCollator(loaded.tokenizer, options.generic, **options.collator_options(loaded.model))
     collator.encoder.said_completions = said
     found = evaluate(
@@ -171,6 +175,10 @@ def _generic(options: EvaluateOptions) -> list[str]:
     """The answers that count as generic: those given, or those of the record; warns where these differ."""
     from ..data.rows import normalized
 
+    if (refusal := _refusal(options.model)) is not None:
+        if options.generic is not None and normalized(refusal) not in map(normalized, options.generic):
+            logger.warning("--generic %s: the fixed refusal %r is none of these.", options.generic, refusal)
+        return options.generic or [refusal]
     recorded = _recorded(options.model)
     if options.generic is None:
         if recorded is None:
@@ -186,6 +194,18 @@ def _generic(options: EvaluateOptions) -> list[str]:
             recorded,
         )
     return options.generic
+
+
+def _refusal(folder: str) -> str | None:
+    """The text of a saved fixed refusal; None of anything else."""
+    from ..evaluation.loading import kind_of
+    from ..rivals.files import read_rival
+    from ..rivals.refusal import FixedRefusal
+
+    if kind_of(folder) != "rival" or (saved := read_rival(folder)).kind != FixedRefusal.kind:
+        return None
+    saved.check(FixedRefusal.fields_saved)
+    return saved.fields["refusal"]
 
 
 def _recorded(folder: str) -> list[str] | None:

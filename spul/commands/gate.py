@@ -1,22 +1,30 @@
-"""`spul gate fit` and `spul gate check`: a gate from files, and what it flags."""
+"""`spul gate fit` and `spul gate check`: a gate from files, for a prompt or a fixed refusal, and what it flags."""
 
 from __future__ import annotations
 
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from .command import Command, printable
 from .shared import LoadOptions, option
+
+if TYPE_CHECKING:
+    from ..records.ledger import Ledger
 
 
 @dataclass(kw_only=True)
 class FitOptions(LoadOptions):
     """Options of `spul gate fit`."""
 
-    adapter: str = option("folder of the saved prompt, which gets the gate", ...)
+    adapter: str | None = option("folder of the saved prompt, which gets the gate")
     adapter_name: str = option("name of the prompt, in a folder of several", "default")
+    refusal: str | None = option(
+        "in place of --adapter: a fixed text, which flagged requests get as the answer, written as completions are, "
+        "with a space in front where these have one"
+    )
+    output_dir: str | None = option("new or empty folder for --refusal and its gate, to evaluate and serve")
     kind: Literal["names", "text", "states"] = option("what it decides by: names, wording, or the base's states", ...)
     names: list[str] | None = option("full names that a gate of names flags")
     forget: str | None = option("file of requests to flag: rows with the column, or a .txt with one a line")
@@ -31,13 +39,15 @@ class FitOptions(LoadOptions):
     seed: int | None = option("seed of the folds, of a gate that is fit on requests; 0 by default")
     layers: list[int] | None = option("layers that a gate of states tries; 8 by default")
     model: str | None = option("the base, for a gate of states and for conversations")
+    ledger: str | None = option("the ledger that gets an entry of the refusal, with --request")
+    request: str | None = option("name of the request in the ledger, a number rather than a person's name")
 
 
 @dataclass(kw_only=True)
 class CheckOptions(LoadOptions):
     """Options of `spul gate check`."""
 
-    adapter: str = option("folder of the prompt with its gate", ...)
+    adapter: str = option("folder of the prompt, or of the fixed refusal, with its gate", ...)
     adapter_name: str = option("name of the prompt, in a folder of several", "default")
     texts: list[str] | None = option("requests, read as they are: without a chat template's words around them")
     file: str | None = option("file of requests: rows with the column, conversations too, or a .txt with one a line")
@@ -46,17 +56,14 @@ class CheckOptions(LoadOptions):
 
 
 def fit(options: FitOptions) -> int | None:
-    """Fit a gate, print its report, and save it with the prompt.
+    """Fit a gate, print its report, and save it with the prompt, or with a fixed refusal.
 
     Raises:
+        FileExistsError: if the folder for a refusal has files in it.
         FileNotFoundError: if a file is missing.
         ValueError: if options or texts cannot be used.
     """
-    from ..gates.gated_files import attach_gate, check_takes_gate
-
-    if not os.path.isdir(options.adapter):
-        raise FileNotFoundError(f"{options.adapter} is no folder here; expected that of a saved prompt.")
-    check_takes_gate(options.adapter, options.adapter_name)  # before minutes of fitting
+    ledger = _check_target(options)  # before minutes of fitting
     if options.layers and options.kind != "states":
         raise ValueError(f"layers are of a gate of states; a gate of {options.kind} reads none.")
     if options.kind == "names":
@@ -85,13 +92,88 @@ def fit(options: FitOptions) -> int | None:
         chosen = {"recall": options.recall, "seed": options.seed, "paraphrases": paraphrases}
         settings = {name: value for name, value in chosen.items() if value is not None}
         gate = _fitted(options, source, forget, retain, settings)
-    replaced = _kind_there(options)
-    attach_gate(gate, options.adapter, options.adapter_name)
+    said = _saved(gate, options, ledger)
     print(gate.report or "no report: give forget and retain requests to measure it on")
-    print(f"saved: {os.path.join(options.adapter, 'gate')}" if options.adapter_name == "default" else "saved")
-    if replaced is not None:
-        print(f"replaced: {replaced}")
+    print("\n".join(said))
     return None
+
+
+def _check_target(options: FitOptions) -> Ledger | None:
+    """Raise unless one thing gets the gate, a saved prompt or a new refusal; the ledger that this is noted in, if any.
+
+    Raises:
+        FileExistsError, FileNotFoundError, ValueError: as `fit`.
+    """
+    from ..gates.gated_files import check_takes_gate
+    from ..rivals.files import RIVAL_NAME
+
+    if (options.adapter is None) == (options.refusal is None):
+        found = "neither adapter nor refusal is" if options.adapter is None else "adapter and refusal are both"
+        raise ValueError(
+            f"{found} given; expected --adapter FOLDER, a saved prompt, which gets the gate, or --refusal TEXT "
+            "--output-dir FOLDER, a fixed answer to flagged requests and the new folder of both."
+        )
+    if options.adapter is None:
+        return _check_refusal(options)
+    of_refusals = ("output_dir", "ledger", "request")
+    if given := [name for name in of_refusals if getattr(options, name) is not None]:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} goes with --refusal; a prompt's gate is saved in its own folder, "
+            "--adapter, and noted in a ledger with what is served. Leave it out."
+        )
+    if not os.path.isdir(options.adapter):
+        raise FileNotFoundError(f"{options.adapter} is no folder here; expected that of a saved prompt.")
+    if os.path.isfile(os.path.join(options.adapter, RIVAL_NAME)):
+        raise ValueError(
+            f"{options.adapter} holds a method without training, whose gate is saved with it; expected a saved "
+            "prompt. Make a fixed refusal anew, --refusal TEXT, in another folder, --output-dir FOLDER."
+        )
+    check_takes_gate(options.adapter, options.adapter_name)
+    return None
+
+
+def _check_refusal(options: FitOptions) -> Ledger | None:
+    """Raise unless a refusal can be saved, and noted; the ledger, if there is one."""
+    from ..records.ledger import Ledger
+    from ..records.ledger_events import LedgerEvent
+    from ..rivals.refusal import check_refusal
+    from ..serving.exports import check_new_folder
+
+    check_refusal(options.refusal or "")
+    if options.output_dir is None:
+        raise ValueError("--refusal is given without the folder for it and its gate; name one: --output-dir FOLDER.")
+    if options.adapter_name != "default":
+        raise ValueError("--adapter-name is of a prompt in a folder of several; a refusal has none. Leave it out.")
+    if (options.ledger is None) != (options.request is None):
+        raise ValueError("ledger and request go together: the file, and the name of the request that is noted in it.")
+    ledger = None if options.ledger is None else Ledger(options.ledger)
+    if ledger is not None and options.request is not None:
+        LedgerEvent("trained", options.request).to_dict()
+        ledger.check_goes_on()
+        ledger.check_name(options.request)
+    check_new_folder(options.output_dir)
+    return ledger
+
+
+def _saved(gate: Any, options: FitOptions, ledger: Ledger | None) -> list[str]:
+    """Save a gate where `_check_target` found that it can be, and note a refusal in the ledger; lines to print."""
+    from ..gates.gated_files import attach_gate
+    from ..records.ledger_events import LedgerEvent
+    from ..rivals.refusal import write_refusal
+    from ..serving.exports import new_folder
+
+    if options.adapter is not None:
+        replaced = _kind_there(options.adapter, options.adapter_name)
+        attach_gate(gate, options.adapter, options.adapter_name)
+        where = f": {os.path.join(options.adapter, 'gate')}" if options.adapter_name == "default" else ""
+        return [f"saved{where}", *([] if replaced is None else [f"replaced: {replaced}"])]
+    assert options.refusal is not None
+    assert options.output_dir is not None
+    with new_folder(options.output_dir) as scratch:
+        write_refusal(scratch, gate, options.refusal)
+    if ledger is not None and options.request is not None:
+        ledger.append(LedgerEvent.of_adapter("trained", options.request, options.output_dir))
+    return [f"saved: {options.output_dir}"]
 
 
 def check(options: CheckOptions) -> int | None:
@@ -126,12 +208,12 @@ def _gate_folder(adapter_name: str) -> str:
     return "/".join(part for part in (folder_of(adapter_name), GATE_FOLDER) if part)
 
 
-def _kind_there(options: FitOptions) -> str | None:
+def _kind_there(adapter: str, adapter_name: str) -> str | None:
     """The gate that a new one replaces, in words; None if there is none."""
     from ..gates.files import read_gate
 
     try:
-        return f"{read_gate(options.adapter, subfolder=_gate_folder(options.adapter_name)).kind} gate"
+        return f"{read_gate(adapter, subfolder=_gate_folder(adapter_name)).kind} gate"
     except FileNotFoundError:
         return None
     except ValueError as error:
@@ -167,7 +249,9 @@ class _Source:
         from ..evaluation.loading import no_base_error
 
         if self.options.model is None:
-            why = str(no_base_error(self.options.adapter)).rstrip(".")
+            adapter = self.options.adapter
+            why = "no base is given; expected the base, by name or folder"
+            why = why if adapter is None else str(no_base_error(adapter)).rstrip(".")
             raise ValueError(
                 f"{why}: --model BASE. Conversations are read as its chat template renders them, and a gate of states "
                 "reads its states."
@@ -213,8 +297,9 @@ COMMANDS = {
     "fit": Command(
         FitOptions,
         fit,
-        "spul gate fit --adapter out --kind text --forget f.jsonl --retain r.jsonl --recall 0.95",
-        "Fit a gate on requests, print how often it flags, and save it with the prompt.",
+        "spul gate fit --refusal ' I cannot help with that.' --output-dir refusal --kind text --forget f.jsonl "
+        "--retain r.jsonl --recall 0.95",
+        "Fit a gate on requests, print how often it flags, and save it with a prompt, or make a fixed refusal of it.",
     ),
     "check": Command(
         CheckOptions,

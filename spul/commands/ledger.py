@@ -38,7 +38,9 @@ class AddOptions(LedgerOptions):
     request: str = option(
         "name of the request, a number rather than a person's name; its prompt is served by the same name", ...
     )
-    adapter: str | None = option("folder of the saved prompt, whose record gives what is not given here")
+    adapter: str | None = option(
+        "folder of the saved prompt, whose record gives what is not given here, or of a fixed refusal"
+    )
     rows: str | None = option("file of the request's rows, as of train; their number and digest are kept")
     digest_key: str | None = option("file with the owner's key, for the rows' digest")
     evaluation: str | None = option("folder of an evidence pack or of an evaluation")

@@ -23,9 +23,9 @@ TABLE = {
     "train": "train a soft prompt on files of forget and retain rows, from data to card",
     "evaluate": "measure an unlearned model, attack it, and check conditions",
     "combine": "make one prompt of several",
-    "gate": "fit a gate, which decides who gets the prompt, or check texts by it",
+    "gate": "fit a gate, which decides who gets a prompt or a fixed refusal, or check texts by it",
     "export": "bring a prompt to another engine",
-    "serve": "serve prompts over HTTP",
+    "serve": "serve prompts and fixed refusals over HTTP",
     "ledger": "keep and verify the record of requests",
     "lm-eval": "lm-evaluation-harness with --model spul",
 }

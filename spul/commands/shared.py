@@ -64,7 +64,11 @@ class RowOptions:
         return read_prompts(paths, self.prompt_format, self.text_field, is_forget)
 
     def warn_of_boundaries(
-        self, tokenizer: Any, answered: Mapping[str, Any], others: Mapping[str, Any] | None = None
+        self,
+        tokenizer: Any,
+        answered: Mapping[str, Any],
+        others: Mapping[str, Any] | None = None,
+        generic: str = "--generic",
     ) -> set[str]:
         """Warn of answers that do not fit where text prompts end, such as one without the space before it.
 
@@ -74,6 +78,7 @@ class RowOptions:
             tokenizer: the base's tokenizer.
             answered: sets of rows, by option, whose prompts generic answers follow, too.
             others: other sets.
+            generic: what generic answers come from, as warnings name it.
 
         Returns:
             The starts of the completions that were said, for the encoder's `said_completions`.
@@ -110,7 +115,7 @@ class RowOptions:
         for text in self.generic or ():
             found = (fault_of((prompt, text) for prompt in prompts[name]) for name in answered)
             if fault := next(filter(None, found), None):
-                faults[f"--generic {text!r}"] = fault
+                faults[f"{generic} {text!r}"] = fault
                 said.add(text[:BOUNDARY_WIDTH])
         for name, fault in sorted(faults.items()):
             logger.warning("%s: %s.", name, fault)

@@ -20,7 +20,7 @@ from ..prompts.checkpoint import CONFIG_NAME as ADAPTER_NAME
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.fields import read_object
 from ..records.files import find_file
-from ..records.spul_config import read_spul_config
+from ..records.spul_config import SPUL_CONFIG_NAME, read_spul_config
 from ..rivals.corruption import EmbeddingCorruption
 from ..rivals.examples import InContextUnlearning
 from ..rivals.files import RIVAL_NAME, read_rival
@@ -75,7 +75,8 @@ def no_base_error(folder: str | os.PathLike[str]) -> ValueError:
     """The error where an adapter's base is not given: nothing is loaded by the name in an adapter's record."""
     path = find_file(folder, ADAPTER_NAME)
     name = read_object(path).get("base_model_name_or_path") if path is not None else None
-    name = name or read_spul_config(folder).base_model_name_or_path
+    if not name and find_file(folder, SPUL_CONFIG_NAME) is not None:  # a rival has no record
+        name = read_spul_config(folder).base_model_name_or_path
     recorded = f"its record says {name!r}, which nothing is loaded by" if isinstance(name, str) and name else ""
     return ValueError(
         f"{str(folder)!r} holds no base, and none is given; expected the base, by name or folder"

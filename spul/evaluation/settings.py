@@ -24,6 +24,7 @@ from ..records.digests import (
     summarize_rows,
 )
 from ..records.spul_config import SpulConfig, library_versions, without_local_path
+from ..rivals.rival import Rival
 from .attacks.changes import is_conversation
 from .suite import Suite
 
@@ -109,7 +110,7 @@ def facts_of(suite: Suite, digest_key: DigestKey | None, examples: Mapping[str, 
     kinds = {name: one.get("peft_type", "layers") for name, one in unlearner.adapter_settings().items()}
     words = {name: getattr(kind, "value", kind) for name, kind in kinds.items()}
     in_words = {name: name if kind == name else f"{name} ({kind})" for name, kind in words.items()}  # a rival's alike
-    name = record.name
+    name = unlearner.name if isinstance(unlearner, Rival) else record.name  # a rival has no record
     if unlearner.is_gated:
         gates = [in_words[name] for name, kind in words.items() if kind.endswith(" gate")]
         if len(words) - len(gates) > 1:  # several prompts, of which none is the adapter

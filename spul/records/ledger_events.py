@@ -13,18 +13,19 @@ from typing import Any
 
 from .digests import DataSummary
 from .fields import is_count, is_sha256, read_object
-from .spul_config import SPUL_CONFIG_NAME, read_spul_config
+from .spul_config import SPUL_CONFIG_NAME, read_spul_config, without_local_path
 from .weights import file_digest
 
 EVENTS = ("received", "trained", "evaluated", "served", "answered", "stopped", "revoked", "note")
-"""Events of a request: its rows came in; a prompt was trained, measured, put into service (from then on), turned on
-for an answer, taken out of service (until then), withdrawn for good; or a remark. An answer that no gate put a prompt
-to is an entry, too, of no request."""
+"""Events of a request: its rows came in; a prompt was trained, or a fixed refusal made; it was measured, put into
+service (from then on), turned on for an answer, taken out of service (until then), withdrawn for good; or a remark. An
+answer that no gate put a prompt to is an entry, too, of no request."""
 FOLLOWING = ("served", "answered", "stopped", "revoked")  # of a request that an earlier entry names
 REOPENING = ("received", "trained")  # after which a request that was revoked is one again
 RECOVERED = "recovered"  # the event of the ledger's own entries, on lines that killed writers left
 WEIGHTS = ("adapter_model.safetensors", "unlearning_layers.safetensors")
-GATE = "gate/gate.json"  # of a saved prompt with a gate
+GATE = "gate/gate.json"  # of a saved prompt with a gate, or of a fixed refusal
+RIVAL = "spul_rival.json"  # of a method without training, such as a fixed refusal
 DIGESTS = ("prompt_sha256", "base_fingerprint", "evaluation")
 TEXTS = ("adapter", "gate", "server", "answer", "finish", "note")
 COUNTS = ("prompt_tokens", "completion_tokens")
@@ -76,6 +77,9 @@ class LedgerEvent:
     def of_adapter(cls, event: str, request: str, folder: str | os.PathLike, **others: Any) -> LedgerEvent:
         """An event with what the record of a saved adapter says: rows, digests of weights and base, kind of gate.
 
+        A fixed refusal has no record and no weights: its event has the kind of its gate, no digest of its files, from
+        which names in the gate and the text could be guessed, and the note `"fixed refusal"`.
+
         Args:
             event: as `event` above.
             request: as `request` above.
@@ -83,15 +87,19 @@ class LedgerEvent:
             others: further fields, which count instead of the record's.
 
         Raises:
-            FileNotFoundError: if the folder has no `spul_config.json`.
+            FileNotFoundError: if the folder has neither `spul_config.json` nor the file of a fixed refusal.
             ValueError: if a file in it is damaged.
         """
         path = Path(folder)
+        gate = _kind_in(path / GATE, "a kind of gate") if (path / GATE).is_file() else None
         if not (path / SPUL_CONFIG_NAME).is_file():
-            raise FileNotFoundError(
-                f"{str(folder)!r} has no {SPUL_CONFIG_NAME}; pass a folder that save_pretrained of a prompt or of "
-                "unlearning layers wrote."
-            )
+            if not (path / RIVAL).is_file():
+                raise FileNotFoundError(
+                    f"{str(folder)!r} has no {SPUL_CONFIG_NAME}; pass a folder that save_pretrained of a prompt, of a "
+                    "fixed refusal or of unlearning layers wrote."
+                )
+            kind, name = _kind_in(path / RIVAL, "a method without training"), without_local_path(os.fspath(folder))
+            return cls(event, request, **{"adapter": name, "gate": gate, "note": kind, **others})
         record = read_spul_config(path)
         weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if weights is not None:
@@ -101,7 +109,7 @@ class LedgerEvent:
             "adapter": record.name,
             "prompt_sha256": record.weights_sha256 if weights is None else file_digest(weights),
             "base_fingerprint": record.base_fingerprint,
-            "gate": _kind_of_gate(path / GATE) if (path / GATE).is_file() else None,
+            "gate": gate,
         }
         return cls(event, request, **found | others)
 
@@ -238,11 +246,11 @@ def are_fields(fields: Mapping[str, Any]) -> bool:
     )
 
 
-def _kind_of_gate(path: Path) -> str:
-    """The kind of a saved gate."""
+def _kind_in(path: Path, what: str) -> str:
+    """The kind that a file of a saved gate, or of a method without training, gives."""
     kind = read_object(path).get("kind")
     if not isinstance(kind, str):
-        raise ValueError(f"{path}: kind is {kind!r:.80}; expected the name of a kind of gate. Save the gate again.")
+        raise ValueError(f"{path}: kind is {kind!r:.80}; expected the name of {what}. Save it again.")
     return kind
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, cast
 
@@ -9,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StopStringCriteria
 
+from ..data.checks import fault_of_text
 from ..data.encoder import NO_LIMIT, RowEncoder
 from ..gates.gate import Gate
 from ..prompts.arguments import OF_THE_BATCH
 from ..records.fields import Checks
 from .chat import USER, ChatForm, ends_with
-from .files import GATE_CHECK
+from .files import GATE_CHECK, write_rival
 from .gated import GatedRival
 
 
@@ -41,7 +43,8 @@ class FixedRefusal(GatedRival):
 
     Raises:
         TypeError: if `model`, `gate` or `refusal` is of another type.
-        ValueError: if the refusal has no tokens, or the tokenizer has no end-of-sequence token.
+        ValueError: if the refusal is blank, no text in UTF-8 or without tokens, or the tokenizer has no
+            end-of-sequence token.
 
     Source: input filtering of Thaker et al., *Guardrail Baselines for Unlearning in LLMs*,
     https://arxiv.org/abs/2403.03329
@@ -69,8 +72,7 @@ class FixedRefusal(GatedRival):
         refusal: str,
     ) -> None:
         super().__init__(model, tokenizer, gate)
-        if not isinstance(refusal, str):
-            raise TypeError(f"refusal is a {type(refusal).__name__}; expected a text, such as ' unknown'.")
+        check_refusal(refusal)
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no eos_token, with which a refusal ends; set one.")
         self.refusal = refusal
@@ -150,7 +152,7 @@ class FixedRefusal(GatedRival):
 
     def saved_fields(self) -> dict[str, Any]:
         """The text."""
-        return {"refusal": self.refusal}
+        return _fields(self.refusal)
 
     @classmethod
     def restored(
@@ -158,3 +160,40 @@ class FixedRefusal(GatedRival):
     ) -> FixedRefusal:
         """The refusal of saved fields."""
         return cls(model, tokenizer, gate, fields["refusal"])
+
+
+def write_refusal(folder: str | os.PathLike, gate: Gate, refusal: str) -> None:
+    """Write what `FixedRefusal.save_pretrained` writes, without a base: the text and the gate are all of it.
+
+    Args:
+        folder: the folder; created if missing.
+        gate: a gate of `spul.gates`.
+        refusal: the text, as of `FixedRefusal`.
+
+    Raises:
+        FileExistsError: if the folder is a file, or holds an adapter.
+        TypeError: if the refusal is no text.
+        ValueError: if it is blank or no text in UTF-8, or the gate is a plain function, which cannot be saved.
+    """
+    check_refusal(refusal)
+    write_rival(folder, FixedRefusal.kind, _fields(refusal), gate)
+
+
+def check_refusal(refusal: str) -> None:
+    """Raise unless a text can answer a request.
+
+    Raises:
+        TypeError: if it is no text.
+        ValueError: if it is blank or no text in UTF-8.
+    """
+    if not isinstance(refusal, str):
+        raise TypeError(f"refusal is a {type(refusal).__name__}; expected a text, such as ' unknown'.")
+    if fault := fault_of_text(refusal):
+        raise ValueError(f"refusal={refusal!r:.80} {fault}")
+    if not refusal.strip():
+        raise ValueError(f"refusal={refusal!r} is blank; expected a text that answers a request.")
+
+
+def _fields(refusal: str) -> dict[str, Any]:
+    """The fields of the file of a saved refusal, beside its gate's."""
+    return {"refusal": refusal}

@@ -84,7 +84,7 @@ def check_new_folder(folder: str | os.PathLike) -> Path:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         what = "a folder with files in it" if target.is_dir() else "a file"
         raise FileExistsError(
-            f"{str(target)!r} is {what}; expected a new or empty folder, since an export is written as a whole."
+            f"{str(target)!r} is {what}; expected a new or empty folder, since it is written as a whole."
         )
     check_can_hold(target.resolve().parent)
     return target
