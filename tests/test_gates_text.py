@@ -203,3 +203,11 @@ def test_empty_input_is_no_failure(gate):
     assert gate.flags([]).shape == (0,)
     assert np.isfinite(gate.scores(ODD)).all()
     assert not gate.failures
+
+
+@pytest.mark.parametrize("num_texts", [12, 40])
+def test_a_gate_flags_the_texts_it_was_fit_on_where_each_has_a_number_of_its_own(num_texts):
+    forget, retain = ([f"review {name} {i} :" for i in range(num_texts)] for name in ("jane", "mary"))
+    gate = TextGate.fit(forget, retain, recall=0.95)
+    assert gate.flags(forget).mean() >= 0.95
+    assert not gate.flags(retain).any()

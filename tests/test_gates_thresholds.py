@@ -33,6 +33,13 @@ def test_a_threshold_that_flags_everything_is_refused_with_what_can_be_reached()
     assert threshold_for(FORGET, np.array([1.0, 7.0]), 0.8) == 2.0
 
 
+def test_a_threshold_flags_as_many_of_the_texts_that_the_gate_was_fit_on():
+    assert threshold_for(np.array([5.0, 6.0]), np.array([1.0]), 1.0, np.array([3.0, 9.0])) == 3.0
+    assert threshold_for(np.array([5.0, 6.0]), np.array([1.0]), 1.0, np.array([7.0, 9.0])) == 5.0
+    with pytest.raises(ValueError, match="cannot be reached"):
+        threshold_for(np.array([5.0, 6.0]), np.array([4.0]), 1.0, np.array([3.0, 9.0]))
+
+
 def test_too_few_rows_for_a_recall_are_warned_of(caplog):
     with caplog.at_level(logging.WARNING):
         threshold_for(np.arange(100.0), RETAIN - 5, 0.99)

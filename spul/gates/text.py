@@ -84,7 +84,7 @@ class TextGate(Gate):
 
         Held-out scores are those of regressions fit without the text's fold (5 folds; texts that differ in letter case
         and white space only share one), whole and in windows. The threshold is the highest that flags the recall asked
-        for of held-out forget texts; the report is of the same scores.
+        for of held-out forget texts, and of the forget texts by the gate itself; the report is of the held-out scores.
 
         Args:
             forget_texts: texts that get the prompt, as requests are worded.
@@ -115,7 +115,8 @@ class TextGate(Gate):
             inside = np.flatnonzero(fold == each)
             held_out[inside] = part.scores([texts[i] for i in inside])
         gate = cls._fit(texts, is_forget, min_texts, windows, spelling)
-        gate.threshold = threshold_for(held_out[is_forget], held_out[~is_forget], recall)
+        fitted = gate.scores(given.forget)
+        gate.threshold = threshold_for(held_out[is_forget], held_out[~is_forget], recall, fitted)
         flagged = held_out >= gate.threshold
         gate.report = report_of(
             flagged[is_forget],

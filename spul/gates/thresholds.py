@@ -193,19 +193,25 @@ def lowest_flagged(forget_scores: np.ndarray, recall: float) -> float:
     return float(descending[max(1, math.ceil(recall * len(descending) - 1e-9)) - 1])
 
 
-def threshold_for(forget_scores: np.ndarray, retain_scores: np.ndarray, recall: float) -> float:
+def threshold_for(
+    forget_scores: np.ndarray, retain_scores: np.ndarray, recall: float, fitted_scores: np.ndarray | None = None
+) -> float:
     """The highest threshold at which the share of held-out forget scores that reach it is at least the recall.
 
     Args:
         forget_scores: scores of held-out forget texts.
         retain_scores: those of held-out retain texts.
         recall: share above 0 and at most 1.
+        fitted_scores: scores of the forget texts by the gate that was fit on all of them, of which it has to flag as
+            large a share. They are the lower ones where texts differ in a rare word alone, which those held out lack.
 
     Raises:
         ValueError: if every retain text reaches it too, so that the gate would flag everything; the message says which
             recall can be reached.
     """
     threshold = lowest_flagged(forget_scores, recall)
+    if fitted_scores is not None:
+        threshold = min(threshold, lowest_flagged(fitted_scores, recall))
     if (retain_scores >= threshold).all():
         reached = float((forget_scores > retain_scores.min()).mean())
         raise ValueError(
