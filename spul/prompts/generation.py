@@ -121,11 +121,11 @@ class _Call:
         zeros, which are those of a prompt that is shorter than another row's, too.
         """
         own = self.settings
-        sizes = (own.no_repeat_ngram_size, own.encoder_no_repeat_ngram_size, own.encoder_repetition_penalty)
-        kwargs = with_own_tokens(kwargs, *sizes, *self.left_padded())
+        size, encoder_size = own.no_repeat_ngram_size, own.encoder_no_repeat_ngram_size
+        kwargs = with_own_tokens(kwargs, size, encoder_size, own.encoder_repetition_penalty, *self.left_padded())
         lengths = {self.prompts.lengths[i] for i in self.prompts.index}
         given = kwargs.get("logits_processor") or []
-        penalty = self.settings.repetition_penalty
+        penalty = own.repetition_penalty
         if len(lengths) == 1 or penalty in (None, 1.0) or any(type(one) is RepetitionPenalty for one in given):
             return kwargs
         first = RepetitionPenalty(penalty)  # takes the place of transformers' own
