@@ -200,6 +200,23 @@ def test_generation_that_would_cross_the_switch_is_refused():
         longrope_unlearner("prefix_tuning").generate(ids.repeat(1, 4), max_new_tokens=8, **GREEDY)
 
 
+@pytest.mark.parametrize("name", ["default", "__base__"])
+def test_rows_that_stay_on_one_side_of_the_switch_are_one_batch_whatever_their_lengths(monkeypatch, name):
+    unlearner, calls = longrope_unlearner(), []
+    base, new = unlearner.get_base_model(), {"max_new_tokens": 3, "min_new_tokens": 3, "eos_token_id": 2, **GREEDY}
+    rows = [torch.randint(5, 120, (length,)) for length in (3, 14, 5, 4, 13)]
+    ids = torch.stack([torch.nn.functional.pad(row, (14 - len(row), 0)) for row in rows])
+    batch = {"input_ids": ids, "attention_mask": ids.ne(0).long()}
+    alone = [unlearner.generate(row[None], adapter_names=[name], **new)[0, len(row) :] for row in rows]
+    generate = base.generate
+    monkeypatch.setattr(base, "generate", lambda ids, **k: calls.append(ids.shape) or generate(ids, **k))
+    unlearner.generate(**batch, adapter_names=[name] * 5, **new)  # probes the base
+    calls.clear()
+    found = unlearner.generate(**batch, adapter_names=[name] * 5, **new)
+    assert torch.equal(found, torch.cat([ids, torch.stack(alone)], dim=1))
+    assert calls == [(3, 5), (2, 14)]
+
+
 @pytest.mark.parametrize("gradient", [True, False])
 @pytest.mark.parametrize("length", [13, 6])
 def test_losses_and_logits_on_either_side_of_the_switch_are_those_of_concatenation(length, gradient):

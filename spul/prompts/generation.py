@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,11 +121,11 @@ class _Call:
         zeros, which are those of a prompt that is shorter than another row's, too.
         """
         own = self.settings
-        sizes = (own.no_repeat_ngram_size, own.encoder_no_repeat_ngram_size, own.encoder_repetition_penalty)
-        kwargs = with_own_tokens(kwargs, *sizes, *self.left_padded())
+        size, encoder_size = own.no_repeat_ngram_size, own.encoder_no_repeat_ngram_size
+        kwargs = with_own_tokens(kwargs, size, encoder_size, own.encoder_repetition_penalty, *self.left_padded())
         lengths = {self.prompts.lengths[i] for i in self.prompts.index}
         given = kwargs.get("logits_processor") or []
-        penalty = self.settings.repetition_penalty
+        penalty = own.repetition_penalty
         if len(lengths) == 1 or penalty in (None, 1.0) or any(type(one) is RepetitionPenalty for one in given):
             return kwargs
         first = RepetitionPenalty(penalty)  # takes the place of transformers' own
@@ -144,8 +145,8 @@ def _prompted(call: _Call) -> Any:
     unequal = len(lengths.unique()) > 1
     longest = num_virtual + width + _max_new_tokens(call.settings, width)
     totals = lengths + prompts.row_lengths(lengths.device)
-    if _parts_at_switch(call, lengths):
-        return _by_group(call)
+    if groups := _groups_at_switch(call, lengths):
+        return _by_group(call, groups)
     states, several = prompts.states(), len(prompts.named) > 1
     uneven = len(totals.unique()) > 1 or not bool(attention_mask.all())
     if states is not None and (prompts.is_prefix or not outgrows_cache(prompts.model, longest)):
@@ -161,7 +162,7 @@ def _prompted(call: _Call) -> Any:
     if not prompts.is_prefix and continues_embeddings(base, uneven):
         return _concatenated(call)
     if uneven or several:
-        return _by_group(call)
+        return _by_group(call, _of_one_length(call, lengths))
     raise ValueError(
         f"{type(base).__name__} shares no prompt between rows, and its generate takes no embeddings, or does not "
         "continue them as its forward computes, so generate cannot put a prompt in; forward and scoring can."
@@ -171,8 +172,10 @@ def _prompted(call: _Call) -> Any:
 def _without_prompt(call: _Call) -> Any:
     """Generate rows that have no prompt, padded on either side as those that have one."""
     padded, lengths = not bool(call.attention_mask.all()), call.attention_mask.ne(0).sum(dim=1)
-    if _parts_at_switch(call, lengths) or (padded and not continues_embeddings(call.base, unequal=True)):
-        return _by_group(call)
+    if groups := _groups_at_switch(call, lengths):
+        return _by_group(call, groups)
+    if padded and not continues_embeddings(call.base, unequal=True):
+        return _by_group(call, _of_one_length(call, lengths))
     ids, mask = call.left_padded()
     return call.as_given(call.base.generate(ids, attention_mask=mask, **call.with_processors(call.kwargs)))
 
@@ -205,11 +208,17 @@ def _concatenated(call: _Call) -> Any:
     return call.as_given(call.base.generate(ids, inputs_embeds=embeds, attention_mask=mask, **kwargs))
 
 
-def _by_group(call: _Call) -> Tensor:
-    """Generate rows of one length under one prompt at a time, where a family takes no others together.
+def _of_one_length(call: _Call, lengths: Tensor) -> list[Hashable]:
+    """For each row the group of its prompt and length (B,), for families that take no others together.
 
     Under a prefix, pads between prompt and tokens would use up a sliding window; some families generate otherwise from
     left-padded rows, or have no cache that prompts of different lengths could share.
+    """
+    return list(zip(call.prompts.index, lengths.tolist(), strict=True))
+
+
+def _by_group(call: _Call, groups: Sequence[Hashable]) -> Tensor:
+    """Generate rows in groups, named for each row, without the columns that are pads of a whole group.
 
     Raises:
         ValueError: for arguments that see the batch as a whole, or outputs that cannot be joined.
@@ -223,21 +232,21 @@ def _by_group(call: _Call) -> Tensor:
             f"here, which {', '.join(whole)} cannot follow; pass rows of one length under one prompt, or leave that "
             "out."
         )
-    input_ids, attention_mask, kwargs = call.input_ids, call.attention_mask, call.in_new_tokens()
+    kwargs = call.in_new_tokens()
     settings = generation_settings(call.base, kwargs)
-    keys = list(zip(call.prompts.index, attention_mask.ne(0).sum(dim=1).tolist(), strict=True))
+    ids, mask = call.left_padded()
     found: list[tuple[list[int], Tensor]] = []
-    for key in sorted(set(keys)):
-        rows, length = [row for row, own in enumerate(keys) if own == key], key[1]
-        ids = input_ids[rows][attention_mask[rows].ne(0)].view(len(rows), length)
-        group = _Call(call.prompts.of_rows(rows), settings, ids, torch.ones_like(ids), kwargs)
+    for one in dict.fromkeys(groups):
+        rows = [row for row, own in enumerate(groups) if own == one]
+        width = int(mask[rows].ne(0).sum(dim=1).max())
+        group = _Call(call.prompts.of_rows(rows), settings, ids[rows, -width:], mask[rows, -width:], kwargs)
         out = _prompted(group) if group.prompts.names_a_prompt else _without_prompt(group)
-        found.append((rows, out[:, length:].view(len(rows), -1, out.shape[1] - length)))
+        found.append((rows, out[:, width:].view(len(rows), -1, out.shape[1] - width)))
     pad = next((x for x in (settings.pad_token_id, settings.eos_token_id) if x is not None), 0)
     pad = pad[0] if isinstance(pad, (list, tuple)) else pad
     longest = max(new.shape[2] for _, new in found)
     new = in_order([(rows, F.pad(new, (0, longest - new.shape[2]), value=int(pad))) for rows, new in found])
-    return torch.cat([input_ids[:, None].expand(-1, new.shape[1], -1), new], dim=2).flatten(0, 1)
+    return torch.cat([call.input_ids[:, None].expand(-1, new.shape[1], -1), new], dim=2).flatten(0, 1)
 
 
 def _max_new_tokens(settings: GenerationConfig, width: int) -> int:
@@ -247,10 +256,11 @@ def _max_new_tokens(settings: GenerationConfig, width: int) -> int:
     return 20 if settings.max_length is None else settings.max_length - width  # 20 is transformers' own default
 
 
-def _parts_at_switch(call: _Call, lengths: Tensor) -> bool:
-    """Whether rows of some lengths (B,) are generated in groups, their base changing beyond a number of positions.
+def _groups_at_switch(call: _Call, lengths: Tensor) -> list[Hashable]:
+    """For each row, of some length (B,), its group where the base changes beyond a number of positions; else none.
 
-    With longrope the longest row decides on the rotary factors of all, and pads count as positions of a cache.
+    With longrope the longest row decides on the rotary factors of all, and pads count as positions of a cache. Rows
+    under one prompt that stay on one side go together, as do rows of one length that cross without a prompt.
 
     Raises:
         ValueError: if a row drops its cache, and its prompt with it, on the way.
@@ -259,9 +269,9 @@ def _parts_at_switch(call: _Call, lengths: Tensor) -> bool:
     switch, changes_factors = cache_switch(base)
     num_new = _max_new_tokens(call.settings, width)
     if switch is None or prompts.num_virtual_tokens + width + num_new <= switch:
-        return False
+        return []
     if not (prompts.is_prefix or changes_factors):
-        return False  # nothing changes where the prompt stands as embeddings
+        return []  # nothing changes where the prompt stands as embeddings
     virtual = prompts.row_lengths(lengths.device)
     totals = lengths + virtual
     crosses = virtual.ne(0) & (totals + num_new > switch)
@@ -281,8 +291,14 @@ def _parts_at_switch(call: _Call, lengths: Tensor) -> bool:
             f"prompt with it, on the way there; {found}: generate fewer, or pass only rows that are beyond from the "
             "start."
         )
-    is_one_group = len(set(call.prompts.index)) == 1 and bool(call.attention_mask.all())
-    return not is_one_group and not bool((totals > switch).all())
+    is_one_group = len(set(prompts.index)) == 1 and bool(call.attention_mask.all())
+    if is_one_group or bool((totals > switch).all()):
+        return []
+    sides = [
+        "beyond" if total > switch else "below" if total + num_new <= switch else f"crosses from {total}"
+        for total in totals.tolist()
+    ]
+    return list(zip(prompts.index, sides, strict=True))
 
 
 def _crosses_window(base: Any, num_tokens: int) -> bool:

@@ -172,7 +172,7 @@ class ServedPrompts:
     def _names(self) -> list[str]:
         """All that there is, by name, in order of precedence; also what no request gets, and combined prompts."""
         there = {**dict.fromkeys(self.gated.unlearner.spul_configs), **dict.fromkeys(self.refusals)}
-        return [*(name for name in self._order if name in there), *(name for name in there if name not in self._order)]
+        return list({**{name: None for name in self._order if name in there}, **there})
 
     def add(self, name: Any, folder: Any, is_always: Any = False) -> dict[str, Any]:
         """Load a prompt or refusal and its gate, for requests from now on. On an error what is served stays.
@@ -357,7 +357,8 @@ class ServedPrompts:
         self.routes = self._routes()
         there = {*self.routes.gates, *self.routes.combined.values()}
         found = {name: self.served.get(name) or self._entry(name) for name in self._order if name in there}
-        self.idle = [name for name in self._order if name not in {*found, *self.withheld}]
+        others = {*found, *self.withheld}
+        self.idle = [name for name in self._order if name not in others]
         self.longest = unlearner.longest_prompt
         self.stands_inside = any(one.prompt_position == "message" for one in unlearner.spul_configs.values())
         self.served = found

@@ -319,19 +319,15 @@ class UnlearningTrainer(SteppingTrainer):
             return  # of the model before the first train(); it has other weights now
         self._reference = None
         asks = self._loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
-        in_shards = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if (
-            self.is_deepspeed_enabled
-            and asks.any()
-            and not (self.unlearner.trains_base or self.unlearner.computes_loss)
-        ):
+        is_lora = not (self.unlearner.trains_base or self.unlearner.computes_loss)
+        if self.is_deepspeed_enabled and is_lora and asks.any():
             # PEFT disables LoRA by disabling its gradients, of which the engine then misses some, and waits for ever.
             raise ValueError(
                 "under DeepSpeed's stages 1 and 2 LoRA needs a loss without a reference, such as "
                 "UnlearningLoss(beta=0.0): leave deepspeed out, for DDP, or use stage 3, which shards the base."
             )
         if self._reference_mode == "cached" and asks.any():
-            if in_shards:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 raise ValueError(
                     "reference='cached' is not computed where FSDP or DeepSpeed shard weights that train: the full "
                     "model needs a loss without a reference. Under DeepSpeed use reference='live' for a prompt."
