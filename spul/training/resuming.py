@@ -8,23 +8,20 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 
-from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
-from ..data.row_weights import WEIGHT
+from ..data.collator import ForgetRetainCollator
 from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import CHECKPOINT_PREFIX
-from ..records.digests import RewrittenRows, digest_of_tokenizer
-from .options import is_stream
-from .row_digest import plain, plain_digest
+from ..records.digests import digest_of_tokenizer
+from .row_digest import plain
 
 logger = logging.getLogger(__name__)
 
@@ -72,31 +69,6 @@ def saving_into(folder: str | os.PathLike) -> Iterator[None]:
         ) from error
 
 
-def rows_identity(
-    rows: Any, flags: Sequence[bool], rewritten: RewrittenRows | None, collator: ForgetRetainCollator
-) -> dict[str, Any]:
-    """Numbers of training rows, and a plain digest of all that a training reads of them, in their order.
-
-    Rows behind a transform of the caller's, which may draw them anew each time, have no digest.
-
-    Args:
-        rows: the training set.
-        flags: its `is_forget`.
-        rewritten: its rewritten rows.
-        collator: of the training; it names further columns.
-    """
-    if is_stream(rows):
-        return {"forget": "a stream", "retain": "a stream", "rewritten": None, CONTENT: None}
-    columns = (*ROW_COLUMNS, WEIGHT, *filter(None, (collator.encoder.text_field, collator.alternates)))
-    is_transformed = isinstance(rows, Dataset) and rows.format["type"] == "custom"
-    return {
-        "forget": sum(flags),
-        "retain": len(flags) - sum(flags),
-        "rewritten": None if rewritten is None else rewritten.in_words(),
-        CONTENT: None if is_transformed else plain_digest(rows, columns),
-    }
-
-
 def identity_of(
     rows: Mapping[str, Any],
     base: str | None,
@@ -113,7 +85,7 @@ def identity_of(
     The digest of the rows is plain and confirms a guess of them: it stays in the checkpoints, by which work resumes.
 
     Args:
-        rows: of `rows_identity`.
+        rows: of `TrainingRows.identity`.
         base: fingerprint of the frozen base; None if it trains or is not in memory.
         loss: the objective.
         multiplier: of its retain budget, if it has one.
