@@ -29,6 +29,7 @@ STATE_NAME = "trainer_state.json"
 IDENTITY = "UnlearningTrainer"  # among the states of callbacks
 CONTENT, OLD_CONTENT = "values", "content"  # names of the digest of rows, and of another one of earlier versions
 SHOWN_DIGITS = 12
+WRITERS = ("inline_container", "PytorchStreamWriter")  # parts of torch that write, as its errors name them
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
@@ -61,6 +62,8 @@ def saving_into(folder: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in WRITERS):
+            raise  # such as memory that is out, or another process that is gone
         free = shutil.disk_usage(folder).free
         raise OSError(
             f"{str(folder)!r} could not be written to ({error}); its disk has {free / 2**20:,.0f} MiB free. Make "
