@@ -254,6 +254,25 @@ def test_words_of_english_are_no_names_joined_or_in_pieces(text):
     assert NameGate(["Rose Mary", "Newman", "Kim Ono", "Art Deco", "Hu Man", "Brad Pitt"]).names_in([text]) == [[]]
 
 
+COMMON = [
+    "Ask Tom for help",
+    "John will come",
+    "James says no",
+    "A table of dark wood",
+    "I put in a word",
+    "read and re-read",
+]
+
+
+@pytest.mark.parametrize("text", COMMON)
+def test_common_words_of_english_are_no_misspelled_names_and_no_pieces_of_one(text):
+    names = ["Tom Ford", "John Wills", "James Hays", "Mark Wood", "Putin", "Andre"]
+    gate = NameGate(names)
+    assert gate.names_in([text]) == [[]]
+    assert NameGate(names, spelling_rules=1).flags(COMMON).tolist() == [True] * 4 + [False] * 2
+    assert gate.flags(["ask tom fodr", "ask Tom Ford", "Jon Wills", "mrak wodo", "pu tin", "an dre"]).all()
+
+
 @pytest.mark.parametrize("part", ["ab ", "br-ad_", "bradpi ", "f1lm ", "tt\n"])
 def test_a_long_text_takes_a_time_that_grows_with_its_length(part):
     text, gate = part * (300_000 // len(part)), NameGate(["Brad Pitt", "Tom Hanks"])

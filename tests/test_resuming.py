@@ -25,7 +25,7 @@ from spul import UnlearningLoss, UnlearningTrainer, forget_retain_dataset
 from spul.losses import CrossEntropy, KLDivergence
 from spul.records import RewrittenRows
 from spul.training import augmented, rewritings
-from spul.training.resuming import IDENTITY
+from spul.training.resuming import IDENTITY, saving_into
 
 STEPS = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
 
@@ -274,3 +274,8 @@ def test_states_of_callbacks_are_restored_without_a_word_of_what_this_library_ke
     resumed.train(resume_from_checkpoint=True)
     assert "Ignoring" not in caplog.text
     assert {IDENTITY, "RetainMultiplier"} <= set(resumed.state.stateful_callbacks)
+
+
+def test_an_error_in_a_save_that_is_none_of_writing_stays_as_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="CUDA out of memory"), saving_into(tmp_path):
+        raise torch.OutOfMemoryError("CUDA out of memory")

@@ -21,6 +21,7 @@ from .spelling import (
     RULES,
     Spelling,
     check_spelling,
+    common_words,
     english_words,
     num_letters,
     read_rules,
@@ -61,9 +62,9 @@ class NameGate(Gate):
         aliases: other spellings and names of some of them, by the name in `names`:
             `{"Jane Doe": ["J. Doe", "Janie"]}`.
         spelling: whether names also match with words misspelled (`Spelling`): an edit in words of four letters and
-            more, two in words of nine. A name of one word does if it has five letters, and what stands there is not in
-            an English dictionary. Other people's names that are as near, such as *Jane Dolle* to *Jane Doyle*, are
-            then flagged, too.
+            more, two in words of nine, but none that makes a common word of English: *Tom for* is not *Tom Ford*. A
+            name of one word does if it has five letters, and what stands there is not in an English dictionary at all.
+            Other people's names that are as near, such as *Jane Dolle* to *Jane Doyle*, are then flagged, too.
         spelling_rules: the rules of `Spelling`; before 3, names are read as they stand, with letters apart, and
             misspelled.
 
@@ -121,7 +122,7 @@ class NameGate(Gate):
                 if len(words) > 1 and len(whole := "".join(words)) >= LEAST_IN_JOINED and whole not in english_words():
                     self._owners.setdefault(whole, name)
             in_names = dict.fromkeys(chain.from_iterable(map(SPELLED.findall, self._owners)), 0.0)
-            self._pieces = Spelling(in_names, NO_EDIT, NO_EDIT, spelling_rules)
+            self._pieces = Spelling(in_names, NO_EDIT, NO_EDIT, spelling_rules, keeps_common=True)
         self._finder = NameFinder(list(self._owners))
         # Names that also match misspelled, between their first word and their last, and their words.
         self._misspelled: dict[str, tuple[str, list[str]]] = {}
@@ -132,6 +133,7 @@ class NameGate(Gate):
                 self._misspelled[one] = core.translate(SIGNS), words
         known = dict.fromkeys((word for _, words in self._misspelled.values() for word in words), 0.0)
         self._speller = Spelling(known, ONE_EDIT, TWO_EDITS)
+        self._common = common_words() if self._misspelled and spelling_rules > 2 else frozenset()
 
     def names_in(self, texts: Sequence[str]) -> list[list[str]]:
         """The people whom each text names, by the spelling of `names` and in its order.
@@ -210,7 +212,8 @@ class NameGate(Gate):
 
         def stands(core: str, parts: list[str], start: int) -> bool:
             found = words[start : start + len(parts)]
-            if len(parts) == 1 and (word := found[0].group()) != core and word in english_words():
+            right = english_words() if len(parts) == 1 else self._common
+            if any(word.group() != part and word.group() in right for word, part in zip(found, parts, strict=True)):
                 return False
             between = [plain[one.end() : other.start()] for one, other in pairwise(found)]
             return normalized_name("".join(chain(*zip(parts, [*between, ""], strict=True)))) == core

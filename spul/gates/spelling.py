@@ -44,6 +44,9 @@ LEAST_NEAR = 5
 GAP = re.compile(r"\s?[^\w\s'\u2019]{1,3}\s?")
 # Words of English of two letters; the dictionary also has others.
 OF_TWO_LETTERS = frozenset(re.findall("..", "amanasatbebydogoheifinisitmemynoofonorsotoupuswe"))
+# Occurrences from which on a word of the dictionary is a common one: of its 160,000 words some 5,000 are, among them
+# some names that are words as well, such as Mark and Rose.
+COMMON = 10_000
 HAS_UNSPACED = re.compile(f"[{UNSPACED}]")
 # Groups of characters, by which most known words are told to be far from a word before edits are counted.
 GROUPS = 128
@@ -64,15 +67,22 @@ class Spelling:
         one_edit: letters of the shortest known words that a word with an edit is read as.
         two_edits: letters of the shortest known words that a word with two edits is read as.
         rules: from 1, of edits alone, to `RULES`.
+        keeps_common: whether pieces that are all common words of English stay apart: *put in* is not *Putin*.
 
     Source: edits as in Damerau, *A Technique for Computer Detection and Correction of Spelling Errors*, Communications
         of the ACM 7(3), 1964, of which none is within another (optimal string alignment).
     """
 
     def __init__(
-        self, words: Mapping[str, float], one_edit: int = ONE_EDIT, two_edits: int = TWO_EDITS, rules: int = RULES
+        self,
+        words: Mapping[str, float],
+        one_edit: int = ONE_EDIT,
+        two_edits: int = TWO_EDITS,
+        rules: int = RULES,
+        keeps_common: bool = False,
     ) -> None:
         self.words, self.one_edit, self.two_edits, self.rules = words, one_edit, two_edits, rules
+        self.keeps_common = keeps_common
         self._longest = max(map(len, words), default=0)
         self._candidates = [word for word in words if num_letters(word) >= one_edit]
         self._has = np.zeros((GROUPS, len(self._candidates)), dtype=np.int16)
@@ -149,6 +159,8 @@ class Spelling:
         """
         word = "".join(pieces)
         if len(word) < LEAST_IN_PIECES or word.isdecimal() or len(word) == len(pieces):
+            return False
+        if self.keeps_common and common_words().issuperset(pieces):
             return False
         return any(len(piece) <= SHORT_PIECE or not self._is_right(piece) for piece in pieces)
 
@@ -285,7 +297,18 @@ def dictionary_digest() -> str:
 @cache
 def english_words() -> frozenset[str]:
     """Words of English, names among them, which are not misspelled from others: *wide* from *Wilde*."""
-    return frozenset(SpellChecker(language="en").word_frequency.keys())
+    return frozenset(_counts())
+
+
+@cache
+def common_words() -> frozenset[str]:
+    """The common words of English, which a text has more often than misspelled names that are spelled as they are."""
+    return frozenset(word for word, count in _counts().items() if count >= COMMON)
+
+
+@cache
+def _counts() -> Mapping[str, int]:
+    return dict(SpellChecker(language="en").word_frequency.items())
 
 
 def with_letters(word: str) -> list[str]:

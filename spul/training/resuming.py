@@ -8,23 +8,20 @@ import logging
 import os
 import shutil
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from transformers import TrainingArguments
 
-from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
-from ..data.row_weights import WEIGHT
+from ..data.collator import ForgetRetainCollator
 from ..losses.multiplier import RetainMultiplier
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.compat import CHECKPOINT_PREFIX
-from ..records.digests import RewrittenRows, digest_of_tokenizer
-from .options import is_stream
-from .row_digest import plain, plain_digest
+from ..records.digests import digest_of_tokenizer
+from .row_digest import plain
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +29,7 @@ STATE_NAME = "trainer_state.json"
 IDENTITY = "UnlearningTrainer"  # among the states of callbacks
 CONTENT, OLD_CONTENT = "values", "content"  # names of the digest of rows, and of another one of earlier versions
 SHOWN_DIGITS = 12
+WRITERS = ("inline_container", "PytorchStreamWriter")  # parts of torch that write, as its errors name them
 
 
 def last_complete_checkpoint(output_dir: str | os.PathLike) -> str:
@@ -64,37 +62,14 @@ def saving_into(folder: str | os.PathLike) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and not any(name in str(error) for name in WRITERS):
+            raise  # such as memory that is out, or another process that is gone
         free = shutil.disk_usage(folder).free
         raise OSError(
             f"{str(folder)!r} could not be written to ({error}); its disk has {free / 2**20:,.0f} MiB free. Make "
             "room, lower save_total_limit, or name another folder; a training resumes from its last complete "
             "checkpoint."
         ) from error
-
-
-def rows_identity(
-    rows: Any, flags: Sequence[bool], rewritten: RewrittenRows | None, collator: ForgetRetainCollator
-) -> dict[str, Any]:
-    """Numbers of training rows, and a plain digest of all that a training reads of them, in their order.
-
-    Rows behind a transform of the caller's, which may draw them anew each time, have no digest.
-
-    Args:
-        rows: the training set.
-        flags: its `is_forget`.
-        rewritten: its rewritten rows.
-        collator: of the training; it names further columns.
-    """
-    if is_stream(rows):
-        return {"forget": "a stream", "retain": "a stream", "rewritten": None, CONTENT: None}
-    columns = (*ROW_COLUMNS, WEIGHT, *filter(None, (collator.encoder.text_field, collator.alternates)))
-    is_transformed = isinstance(rows, Dataset) and rows.format["type"] == "custom"
-    return {
-        "forget": sum(flags),
-        "retain": len(flags) - sum(flags),
-        "rewritten": None if rewritten is None else rewritten.in_words(),
-        CONTENT: None if is_transformed else plain_digest(rows, columns),
-    }
 
 
 def identity_of(
@@ -113,7 +88,7 @@ def identity_of(
     The digest of the rows is plain and confirms a guess of them: it stays in the checkpoints, by which work resumes.
 
     Args:
-        rows: of `rows_identity`.
+        rows: of `TrainingRows.identity`.
         base: fingerprint of the frozen base; None if it trains or is not in memory.
         loss: the objective.
         multiplier: of its retain budget, if it has one.

@@ -6,7 +6,6 @@ import copy
 import itertools
 import logging
 import os
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -15,10 +14,10 @@ from torch import nn
 from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments, enable_full_determinism, set_seed
 
-from ..data.checks import check_not_generic, forget_flags
+from ..data.checks import check_not_generic
 from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
 from ..data.row_checks import check_can_be_scored
-from ..data.rows import column_batches, completion_text, read_rows, rewritten_by
+from ..data.rows import column_batches, completion_text
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
 from ..layers.unlearning_layers import UnlearningLayers
 from ..losses.unlearning_loss import UnlearningLoss
@@ -26,7 +25,7 @@ from ..models.causal_lm import num_embeddings
 from ..models.compat import keep_4bit_differentiable, save_training_args
 from ..models.unlearner import unlearner_of
 from ..prompts.unlearner import SoftPromptUnlearner
-from ..records.digests import DataSummary, DigestKey, RewrittenRows, fingerprint, read_digest_key, summarize_groups
+from ..records.digests import DigestKey, fingerprint, read_digest_key
 from .callbacks import EmbeddingNoise, EpochCallback, MultiplierCallback
 from .checks import (
     check_base_is_frozen,
@@ -40,8 +39,9 @@ from .checks import (
 )
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
 from .reference import ReferenceCache
-from .resuming import IDENTITY, check_resumes, identity_of, last_complete_checkpoint, rows_identity, saving_into
+from .resuming import IDENTITY, check_resumes, identity_of, last_complete_checkpoint, saving_into
 from .steps import SteppingTrainer
+from .training_rows import TrainingRows
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class UnlearningTrainer(SteppingTrainer):
         digest_key: DigestKey | None = None,
         **kwargs: Any,
     ) -> None:
-        self._key = None if digest_key is None else read_digest_key(digest_key)
+        key = None if digest_key is None else read_digest_key(digest_key)
         if not isinstance(data_collator, ForgetRetainCollator):
             raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
         args = TrainingArguments("tmp_trainer") if args is None else args  # the folder that Trainer takes
@@ -121,16 +121,11 @@ class UnlearningTrainer(SteppingTrainer):
             enable_full_determinism(args.seed) if args.full_determinism else set_seed(args.seed)
             self._made = super().call_model_init()
         self._take(self._made if model is None else model)
-        self._flags: list[bool] = []
         self.sampler: EpochSampler | None = None
-        self._summaries: list[DataSummary | None] = []  # of forget rows and of retain rows
-        self._rows_identity: dict[str, Any] | None = None
         if train_dataset is not None:
             check_training_order(train_dataset, args, reference, self._loss, forget_fraction, alternate)
-            if self._key is not None and is_stream(train_dataset):
-                raise ValueError("digest_key: the rows of a stream are not digested; load them as a datasets.Dataset.")
+        self._facts = TrainingRows(train_dataset, data_collator, key)
         if train_dataset is not None and not is_stream(train_dataset):
-            self._flags = forget_flags(train_dataset)
             self._check_rows(train_dataset, self._loss)
             num_embedded = num_embeddings(self._learner)
             check_can_be_scored(data_collator.encoder, "train_dataset", train_dataset, num_embedded)
@@ -211,46 +206,24 @@ class UnlearningTrainer(SteppingTrainer):
 
     def _check_rows(self, rows: Any, loss: UnlearningLoss) -> None:
         """Refuse rows that cannot be told apart, and warn of sets that cannot do what the loss is for."""
-        check_training_rows(rows, self._flags, loss)
+        check_training_rows(rows, self._facts.flags, loss)
 
     def _record_data(self) -> None:
         """Write the generic completions, numbers and digest of the training rows, and the loss into the record."""
         record = self.unlearner.spul_config
         if record is None or self._rows is None:
             return
-        if not self._summaries:
-            self._summaries += self._summarized()
         record.generic_completions = self._collator.generic_completions
-        record.forget, record.retain = copy.deepcopy(self._summaries)
-        record.rewritten = copy.deepcopy(self._rewritten)
+        record.forget, record.retain = copy.deepcopy(self._facts.summaries)
+        record.rewritten = copy.deepcopy(self._facts.rewritten)
         if self.unlearner.loss is None:  # a prompt records its own when it is saved
             record.loss = self._loss.to_dict()
-
-    @cached_property
-    def _rewritten(self) -> RewrittenRows | None:
-        """Numbers and ways of the rewritten training rows; None without any, and for a stream."""
-        return None if is_stream(self._rows) else RewrittenRows.of(self._flags, rewritten_by(self._rows))
-
-    def _summarized(self) -> tuple[DataSummary | None, DataSummary | None]:
-        """Number and keyed digest of the forget and of the retain rows; None for a stream, which is not counted.
-
-        Rewritten rows are counted apart, so that the digests are those of the rows that their owner has.
-        """
-        if is_stream(self._rows):
-            return None, None
-        made_by = rewritten_by(self._rows)
-        given = [flag for flag, by in zip(self._flags, made_by, strict=True) if by is None]
-        if self._key is None:
-            return DataSummary(given.count(True)), DataSummary(given.count(False))
-        content = read_rows(self._rows, ("prompt", "completion", "input_ids", "completion_mask"))
-        own = (row for row, by in zip(content, made_by, strict=True) if by is None)
-        return summarize_groups(own, given, self._key)
 
     def _new_sampler(self) -> EpochSampler | None:
         """The sampler of the arguments as they are now: a search changes them."""
         return epoch_sampler(
             self._rows,
-            self._flags,
+            self._facts.flags,
             self._collator.encoder,
             forget_fraction=self._forget_fraction,
             alternate=self._alternate,
@@ -299,10 +272,8 @@ class UnlearningTrainer(SteppingTrainer):
 
     def identity(self) -> dict[str, Any]:
         """All that the rows of every step and their loss depend on, by which a training resumes or is refused."""
-        if self._rows_identity is None:
-            self._rows_identity = rows_identity(self._rows, self._flags, self._rewritten, self._collator)
         return identity_of(
-            self._rows_identity,
+            self._facts.identity,
             None if self.unlearner.trains_base else fingerprint(self.unlearner.get_base_model()),
             self._loss,
             self.multiplier,
@@ -318,7 +289,7 @@ class UnlearningTrainer(SteppingTrainer):
         if self._reference is not None and self.unlearner.trains_base:
             return  # of the model before the first train(); it has other weights now
         self._reference = None
-        asks = self._loss.rows_needing_reference(torch.tensor(self._flags, dtype=torch.bool))
+        asks = self._loss.rows_needing_reference(torch.tensor(self._facts.flags, dtype=torch.bool))
         is_lora = not (self.unlearner.trains_base or self.unlearner.computes_loss)
         if self.is_deepspeed_enabled and is_lora and asks.any():
             # PEFT disables LoRA by disabling its gradients, of which the engine then misses some, and waits for ever.
