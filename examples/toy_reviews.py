@@ -142,6 +142,7 @@ def training_row(rng: random.Random, seen: list[dict[str, str]]) -> tuple[str, s
 def build_base(
     folder: Path,
     seed: int = 0,
+    steps: int = 350,
     groups: Sequence[str] = ("retain", "forget"),
     rows: list[dict[str, str]] | None = None,
 ) -> Path:
@@ -151,4 +152,4 @@ def build_base(
     """
     splits = make_splits(seed)
     seen = [row for group in groups for row in splits[f"train_{group}"].to_list()] if rows is None else rows
-    return train_small_model(folder, make_tokenizer(), lambda rng: training_row(rng, seen), seed, steps=350)
+    return train_small_model(folder, make_tokenizer(), lambda rng: training_row(rng, seen), seed, steps)

@@ -282,12 +282,30 @@ def test_settings_that_are_damaged_or_foreign_are_refused_and_left(tmp_path, con
     ]
 
 
-@pytest.mark.parametrize("name", ["evaluation.json", "measurements.jsonl", "progress-1.jsonl"])
-def test_a_folder_with_results_of_others_is_refused_and_left(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("evaluation.json", "holds evaluation.json without the settings.json that spul.evaluate writes first"),
+        ("measurements.jsonl", r"line 1 of .*measurements\.jsonl"),
+        ("progress-1.jsonl", r"line 1 of .*progress-1\.jsonl"),
+    ],
+)
+def test_a_folder_with_results_of_others_is_refused_and_left(tmp_path, name, message):
     (tmp_path / name).write_text('{"score": 1}\n')
-    with pytest.raises(ValueError, match=rf"holds {name} without the settings.json that spul.evaluate writes first"):
+    with pytest.raises(ValueError, match=message):
         measured(make_model("prompt_tuning"), "sampling", output_dir=tmp_path)
     assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [(name, '{"score": 1}\n')]
+
+
+@pytest.mark.parametrize("name", ["measurements.jsonl", "progress-1.jsonl"])
+def test_measurements_of_a_model_without_their_settings_are_refused_and_left(tmp_path, name):
+    measured(make_model("prompt_tuning"), "sampling", output_dir=tmp_path / "first")
+    lines = (tmp_path / "first" / "measurements.jsonl").read_text()
+    (tmp_path / "second").mkdir()
+    (tmp_path / "second" / name).write_text(lines)
+    with pytest.raises(ValueError, match=f"holds {name} without the settings.json that spul.evaluate writes first"):
+        measured(make_model("prompt_tuning"), "sampling", output_dir=tmp_path / "second")
+    assert [(one.name, one.read_text()) for one in (tmp_path / "second").iterdir()] == [(name, lines)]
 
 
 def test_progress_that_another_evaluation_has_removed_meanwhile_is_no_error(tmp_path, monkeypatch):

@@ -52,8 +52,12 @@ def _check_folder(folder: Path, settings: dict[str, Any]) -> None:
     It would be written over.
     """
     if not (folder / SETTINGS_NAME).exists():
-        names = (EVALUATION_NAME, MEASUREMENTS_NAME, PROGRESS_NAME.format("*"))
-        if others := [path.name for name in names for path in sorted(folder.glob(name))]:
+        # Measurements of the controls alone may be those of another evaluation, put there to be taken over.
+        parts = [folder / MEASUREMENTS_NAME, *sorted(folder.glob(PROGRESS_NAME.format("*")))]
+        others = [path.name for path in parts if any(one.model == "unlearned" for one in read_measurements(path))]
+        if (folder / EVALUATION_NAME).exists():
+            others = [EVALUATION_NAME]
+        if others:
             raise ValueError(
                 f"{str(folder)!r} holds {others[0]} without the {SETTINGS_NAME} that spul.evaluate writes first: not "
                 "an evaluation that can be resumed, and not one to write over. Give another output_dir, or move it."
