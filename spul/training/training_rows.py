@@ -18,7 +18,7 @@ from .row_digest import plain_digest
 
 
 class TrainingRows:
-    """Facts of the rows that a training is given; of a stream, which is read as it trains, and of none they are few.
+    """Facts of a training's rows; few of a stream, which is read as it trains, and of no rows.
 
     Args:
         rows: the training set; None if nothing is trained.
