@@ -114,6 +114,12 @@ def test_a_base_without_bos_starts_as_random_rows_alone():
     assert torch.cdist(rows[:1], unlearner.word_embeddings.weight).min() > 0.1
 
 
+def test_a_random_prompt_inside_the_rows_has_no_bos():
+    unlearner = SoftPromptUnlearner(build("llama"), CONFIGS["prompt_tuning"](), prompt_position="message")
+    rows = unlearner.prompt_encoder["default"].embedding.weight
+    assert torch.cdist(rows, unlearner.word_embeddings.weight).min() > 0.1
+
+
 def test_a_vocabulary_start_is_made_of_the_vocabularys_rows():
     unlearner = started("prompt_tuning", start="vocabulary", dtype=torch.float32)
     rows = unlearner.prompt_encoder["default"].embedding.weight

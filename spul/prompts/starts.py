@@ -118,7 +118,7 @@ def start_prompt(model: Any, adapter_name: str, start: Start | None) -> None:
     """Put a start into a fresh prompt.
 
     Args:
-        model: a prompt-learning PEFT model.
+        model: a `SoftPromptUnlearner`.
         adapter_name: the prompt.
         start: None for what the config's own option says, else "peft" for P-tuning, whose network begins near the base
             by itself, and "random" for the other kinds.
@@ -143,7 +143,8 @@ def start_prompt(model: Any, adapter_name: str, start: Start | None) -> None:
         _scale(encoder, SHARDED_SCALE)
         return
     ids = _token_ids(model, num, start, by_token=_looks_up_tokens(base) and holds_states(config))
-    rows = _random_rows(model, num) if ids is None else model.word_embeddings(ids)
+    inside = model.spul_configs[adapter_name].prompt_position == "message"
+    rows = _random_rows(model, num, begins=not inside) if ids is None else model.word_embeddings(ids)
     if holds_states(config):
         rows = _keys_and_values(base, rows, ids, config)
     _put(encoder, rows, is_exact=isinstance(start, InstructionStart | DiscriminativeStart))
@@ -188,12 +189,17 @@ def _token_ids(model: Any, num: int, start: Start | None, by_token: bool) -> Ten
     return None
 
 
-def _random_rows(model: Any, num: int) -> Tensor:
-    """Rows (p, d): the embedding of BOS, then rows at the mean and standard deviation of the vocabulary's embeddings.
+def _random_rows(model: Any, num: int, begins: bool) -> Tensor:
+    """Rows (p, d) at the mean and standard deviation of the vocabulary's embeddings, behind that of BOS at the start.
 
     PEFT draws them with a standard deviation of 1. Many models rest their attention on the first position, if it holds
-    a token that they know. Rows that share a direction, as those of an untrained P-tuning network do, disturb the base
-    less than unlike ones.
+    a token that they know; inside a row, another BOS turns it from the row's first. Rows that share a direction, as
+    those of an untrained P-tuning network do, disturb the base less than unlike ones.
+
+    Args:
+        model: the PEFT model.
+        num: rows.
+        begins: whether the prompt stands in front of every row.
     """
     size = _vocabulary_size(model)
     some = torch.arange(0, size, max(1, size // 4096), device=device_of(model.word_embeddings))
@@ -202,7 +208,7 @@ def _random_rows(model: Any, num: int) -> Tensor:
     rows = (SHARED * shared + (1 - SHARED**2) ** 0.5 * own).to(looked_up.device)
     rows = rows * looked_up.std().clamp(max=WIDEST) + looked_up.mean()
     bos = getattr(model.get_base_model().config.get_text_config(), "bos_token_id", None)
-    if isinstance(bos, int) and 0 <= bos < size:
+    if begins and isinstance(bos, int) and 0 <= bos < size:
         rows[0] = model.word_embeddings(some.new_tensor([bos]))[0]
     return rows
 
