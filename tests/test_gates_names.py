@@ -273,6 +273,18 @@ def test_common_words_of_english_are_no_misspelled_names_and_no_pieces_of_one(te
     assert gate.flags(["ask tom fodr", "ask Tom Ford", "Jon Wills", "mrak wodo", "pu tin", "an dre"]).all()
 
 
+@pytest.mark.parametrize("text", ["bachmann", "goldstein's", "a wildean play", "the summerlee case", "chanels"])
+def test_short_names_of_one_word_are_not_found_within_longer_words(text):
+    gate = NameGate(["Bach", "Stein", "Wilde", "Lee", "Chan", "Bruce Willis"])
+    assert gate.names_in([text]) == [[]]
+    assert gate.flags(["ba-ch", "B4ch", "bach_mann", "brucewillisfilms"]).all()
+
+
+def test_full_names_of_short_words_are_found_joined_with_others():
+    assert NameGate(["Brad Pitt", "Al Gore"]).flags(["whoisbradpitt", "algorefilms", "a bradpittfilm"]).all()
+    assert NameGate(["Pitt"]).names_in(["bradpitt"]) == [[]]
+
+
 @pytest.mark.parametrize("part", ["ab ", "br-ad_", "bradpi ", "f1lm ", "tt\n"])
 def test_a_long_text_takes_a_time_that_grows_with_its_length(part):
     text, gate = part * (300_000 // len(part)), NameGate(["Brad Pitt", "Tom Hanks"])

@@ -33,7 +33,8 @@ from .thresholds import GateReport
 # Names that the gate's repr shows.
 SHOWN_NAMES = 3
 # A name of so many letters is looked for in words that were joined of letters apart: in a list of a few letters a
-# shorter one is chance. One of more letters is found inside of such a word, too.
+# shorter one is chance. One of more letters is found inside of such a word, too, and names of as many in all inside of
+# unknown words: "Bachmann" is no "Bach".
 LEAST_JOINED, LEAST_IN_JOINED = 4, 6
 # Letters of the shortest words of a name that may have an edit, and two, and of a name of one word: "Jane does" is no
 # "Jane Doe".
@@ -122,7 +123,7 @@ class NameGate(Gate):
                 if len(words) > 1 and len(whole := "".join(words)) >= LEAST_IN_JOINED and whole not in english_words():
                     self._owners.setdefault(whole, name)
             in_names = dict.fromkeys(chain.from_iterable(map(SPELLED.findall, self._owners)), 0.0)
-            self._pieces = Spelling(in_names, NO_EDIT, NO_EDIT, spelling_rules, keeps_common=True)
+            self._pieces = Spelling(in_names, NO_EDIT, NO_EDIT, spelling_rules, True, LEAST_IN_JOINED)
         self._finder = NameFinder(list(self._owners))
         # Names that also match misspelled, between their first word and their last, and their words.
         self._misspelled: dict[str, tuple[str, list[str]]] = {}

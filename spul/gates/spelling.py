@@ -68,6 +68,8 @@ class Spelling:
         two_edits: letters of the shortest known words that a word with two edits is read as.
         rules: from 1, of edits alone, to `RULES`.
         keeps_common: whether pieces that are all common words of English stay apart: *put in* is not *Putin*.
+        least_joined: letters that the known words in a joined one have in all, at least: with 6 *bachmann* is not
+            *bach mann* where *bach* alone is known.
 
     Source: edits as in Damerau, *A Technique for Computer Detection and Correction of Spelling Errors*, Communications
         of the ACM 7(3), 1964, of which none is within another (optimal string alignment).
@@ -80,9 +82,10 @@ class Spelling:
         two_edits: int = TWO_EDITS,
         rules: int = RULES,
         keeps_common: bool = False,
+        least_joined: int = 0,
     ) -> None:
         self.words, self.one_edit, self.two_edits, self.rules = words, one_edit, two_edits, rules
-        self.keeps_common = keeps_common
+        self.keeps_common, self.least_joined = keeps_common, least_joined
         self._longest = max(map(len, words), default=0)
         self._candidates = [word for word in words if num_letters(word) >= one_edit]
         self._has = np.zeros((GROUPS, len(self._candidates)), dtype=np.int16)
@@ -190,7 +193,8 @@ class Spelling:
         while end and (found := best[end]):
             parts.append(word[found[2] : end])
             end = found[2]
-        is_known = any(len(part) > 2 and part in self.words for part in parts)
+        known = [part for part in parts if part in self.words]
+        is_known = max(map(len, known), default=0) > 2 and len("".join(known)) >= self.least_joined
         if is_known and not end:
             return " ".join(reversed(parts))
         return word if self.rules < 3 else self._parted_near(word)
