@@ -242,7 +242,13 @@ def test_in_a_conversation_the_refusal_is_a_turn_as_the_encoder_writes_it(templa
 
 @pytest.mark.parametrize(
     ("refusal", "error", "message"),
-    [("", ValueError, "no tokens"), (None, TypeError, "expected a text"), (["no"], TypeError, "expected a text")],
+    [
+        ("", ValueError, "is blank"),
+        (" Sorry !", ValueError, "words that the tokenizer does not know: it would be read as ' <unk>"),
+        (" unknown ?!", ValueError, "words that the tokenizer does not know"),
+        (None, TypeError, "expected a text"),
+        (["no"], TypeError, "expected a text"),
+    ],
 )
 def test_a_refusal_is_a_text(refusal, error, message):
     with pytest.raises(error, match=message):

@@ -43,8 +43,8 @@ class FixedRefusal(GatedRival):
 
     Raises:
         TypeError: if `model`, `gate` or `refusal` is of another type.
-        ValueError: if the refusal is blank, no text in UTF-8 or without tokens, or the tokenizer has no
-            end-of-sequence token.
+        ValueError: if the refusal is blank, no text in UTF-8, without tokens or in words that the tokenizer does not
+            know, or the tokenizer has no end-of-sequence token.
 
     Source: input filtering of Thaker et al., *Guardrail Baselines for Unlearning in LLMs*,
     https://arxiv.org/abs/2403.03329
@@ -79,6 +79,11 @@ class FixedRefusal(GatedRival):
         encoder, eos = RowEncoder(tokenizer, NO_LIMIT), tokenizer.eos_token_id
         if not (text := encoder.completion_ids(refusal)):
             raise ValueError(f"refusal={refusal!r} has no tokens; expected a text that answers a request.")
+        if tokenizer.unk_token_id in text or not tokenizer.decode(text, skip_special_tokens=True).strip():
+            raise ValueError(
+                f"refusal={refusal!r} has words that the tokenizer does not know: it would be read as "
+                f"{tokenizer.decode(text)!r}. Expected a text in words of this tokenizer's vocabulary."
+            )
         self._text_ids = [*text, eos]
         self._chat_ids: list[int] = []
         self._chat = ChatForm.of(tokenizer)
