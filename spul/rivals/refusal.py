@@ -79,7 +79,8 @@ class FixedRefusal(GatedRival):
         encoder, eos = RowEncoder(tokenizer, NO_LIMIT), tokenizer.eos_token_id
         if not (text := encoder.completion_ids(refusal)):
             raise ValueError(f"refusal={refusal!r} has no tokens; expected a text that answers a request.")
-        if tokenizer.unk_token_id in text or not tokenizer.decode(text, skip_special_tokens=True).strip():
+        read = str(tokenizer.decode(text, skip_special_tokens=True))
+        if tokenizer.unk_token_id in text or not read.strip():
             raise ValueError(
                 f"refusal={refusal!r} has words that the tokenizer does not know: it would be read as "
                 f"{tokenizer.decode(text)!r}. Expected a text in words of this tokenizer's vocabulary."
