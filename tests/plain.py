@@ -114,3 +114,20 @@ def losses(unlearner, batch, alpha=1.0, beta=0.5, direction="reverse", reduction
             groups["kl"].append(reduced(divergences, reduction))
     forget, retain, kl = (sum(g) / len(g) if g else torch.zeros(()) for g in groups.values())
     return forget + alpha * retain + beta * kl, forget, retain, kl
+
+
+def plain_row(unlearner, name, ids):
+    """Logits (n, V) of a row alone, by the plain twin."""
+    if name == "__base__":
+        return row_logits(unlearner, ids, prompted=False)
+    before = unlearner.active_adapter
+    unlearner.set_adapter(name)
+    try:
+        return row_logits(unlearner, ids)
+    finally:
+        unlearner.set_adapter(before)
+
+
+def by_hand(unlearner, name, ids):
+    """The greedy continuation of a row alone, by the plain twin."""
+    return continued(lambda ids: plain_row(unlearner, name, ids), ids)

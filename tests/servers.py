@@ -85,7 +85,7 @@ def refusal_of(gated, gate="plot", text=" unknown film good"):
 
 
 def by_itself(refusal, ids, num=8, **options):
-    """What `generate` of a fixed refusal answers to a request by itself: text, and number of tokens."""
+    """The answer of `generate` of a fixed refusal to a request by itself: text, and number of tokens."""
     ids = torch.tensor([ids])
     out = refusal.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=num, do_sample=False, **options)
     new = out[0, ids.shape[1] :]

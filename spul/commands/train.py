@@ -275,7 +275,7 @@ def _start(options: TrainOptions, collator: Any, rows: Any) -> Any:
 
 
 def _start_in_words(options: TrainOptions, start: Any) -> str:
-    """How the prompt begins, once it was made."""
+    """The prompt's start in words, once it was made."""
     if _resumes(options):
         return "the prompt of the checkpoint"
     if options.instruction is not None:

@@ -364,7 +364,7 @@ class ServedPrompts:
         self.served = found
 
     def _entry(self, name: str) -> dict[str, Any]:
-        """What `served` says of a prompt or a refusal."""
+        """The entry of a prompt or a refusal in `served`."""
         refusal, record = self.refusals.get(name), self.gated.unlearner.spul_configs.get(name)
         return {
             "name": name,

@@ -172,7 +172,7 @@ def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) ->
 
 
 def _fault(checkpoint: Path) -> str | None:
-    """What a folder lacks to be resumed from; None if it is a complete checkpoint."""
+    """The part that a folder lacks to be resumed from; None if it is a complete checkpoint."""
     if not checkpoint.is_dir():
         return "it is no folder"
     if _state(checkpoint) is None:  # written last, so missing where a process was killed while it saved

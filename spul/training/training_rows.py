@@ -1,4 +1,4 @@
-"""What a trainer knows of its training rows: groups, counts and digests, each read once."""
+"""Facts of a training's rows: groups, counts and digests, each read once."""
 
 from __future__ import annotations
 
