@@ -7,10 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from helpers import CHAT_TEMPLATE, build, make_tokenizer, prompted, rows
+from helpers import CHAT_TEMPLATE, GENERIC, build, layers_on, lora, make_tokenizer, prompted, rows
+from small_rivals import KINDS as RIVALS
+from small_rivals import rival
 
 from spul.commands.main import commands_of
 from spul.commands.options import parse
+from spul.gates import GatedUnlearner, NameGate
 
 SETS = {"forget": ("jane", 6), "retain": ("film", 8), "test_forget": ("doe", 3), "test_retain": ("good", 4)}
 
@@ -52,3 +55,24 @@ def flags(values: dict[str, Any]) -> list[str]:
 def parsed(name: str, values: dict[str, Any], sub: str = "") -> Any:
     """A command's options of flags."""
     return parse(commands_of(name)[sub], ["spul", name], flags(values))
+
+
+def write_models(folder):
+    """The files, and folders of an unlearned model of every kind, by name."""
+    found = write_files(folder)
+    write_prompt(folder / "adapter")
+    GatedUnlearner(prompted(dtype=torch.float32), make_tokenizer(), {"default": NameGate(["jane"])}).save_pretrained(
+        folder / "gated"
+    )
+    for kind in RIVALS:
+        rival(kind, build("llama")).save_pretrained(folder / kind)
+    layers_on(build("llama")).save_pretrained(folder / "layers")
+    lora(build("llama")).save_pretrained(folder / "lora")
+    return {**found, **{kind: str(folder / kind) for kind in ("adapter", "gated", *RIVALS, "layers", "lora")}}
+
+
+def options_for(files, model, folder, **more):
+    """Options of a quick `spul evaluate`."""
+    sets = {name: files[name] for name in ("forget", "retain", "test_forget", "test_retain")}
+    quick = {"measures": ["utility"], "generic": GENERIC, "max_length": 64, **more}
+    return {"model": model, **sets, "output_dir": folder, **quick}

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 import warnings
 
 import pytest
 import torch
-from command_files import parsed, write_base, write_files, write_prompt, write_rows
-from helpers import GENERIC, build, layers_on, lora, make_tokenizer, prompted
+from command_files import options_for, parsed, write_base, write_models, write_prompt, write_rows
+from helpers import GENERIC, build, make_tokenizer
 from small_rivals import KINDS as RIVALS
 from small_rivals import rival
 
@@ -28,28 +27,11 @@ from spul.gates import GatedUnlearner, NameGate, attach_gate
 from spul.records import Ledger, LedgerEvent
 from spul.records.spul_config import read_spul_config
 from spul.rivals import EmbeddingCorruption, FixedRefusal, GuardrailPrompt, InContextUnlearning
-from spul.rivals.refusal import write_refusal
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("files")
-    found = write_files(folder)
-    write_prompt(folder / "adapter")
-    GatedUnlearner(prompted(dtype=torch.float32), make_tokenizer(), {"default": NameGate(["jane"])}).save_pretrained(
-        folder / "gated"
-    )
-    for kind in RIVALS:
-        rival(kind, build("llama")).save_pretrained(folder / kind)
-    layers_on(build("llama")).save_pretrained(folder / "layers")
-    lora(build("llama")).save_pretrained(folder / "lora")
-    return {**found, **{kind: str(folder / kind) for kind in ("adapter", "gated", *RIVALS, "layers", "lora")}}
-
-
-def options_for(files, model, folder, **more):
-    sets = {name: files[name] for name in ("forget", "retain", "test_forget", "test_retain")}
-    quick = {"measures": ["utility"], "generic": GENERIC, "max_length": 64, **more}
-    return {"model": model, **sets, "output_dir": folder, **quick}
+    return write_models(tmp_path_factory.mktemp("files"))
 
 
 # ---- loading ----
@@ -163,70 +145,6 @@ def test_results_report_and_card_are_written_and_conditions_decide(files, tmp_pa
     values["fail_if"] = [f"test_forget.accuracy.value >= {one.value}", *conditions]
     assert run(parsed("evaluate", values)) == 1
     assert f"failed: test_forget.accuracy.value >= {one.value:g}" in capsys.readouterr().out
-
-
-@pytest.fixture
-def recorded(files, tmp_path):
-    """Folders of a prompt, and of it behind a gate, whose record has generic completions."""
-    for name, inner in (("adapter", "."), ("gated", ".")):
-        shutil.copytree(files[name], tmp_path / name)
-        record = read_spul_config(tmp_path / name / inner)
-        record.generic_completions = GENERIC
-        record.save(tmp_path / name / inner)
-    return tmp_path
-
-
-@pytest.mark.parametrize("name", ["adapter", "gated"])
-def test_generic_answers_are_those_of_the_record_unless_others_are_given_which_is_warned_of(
-    files, recorded, caplog, few_resamples, name
-):
-    for given, expected, warned in ((None, GENERIC, 0), (GENERIC[::-1], GENERIC[::-1], 0), ([" good"], [" good"], 1)):
-        caplog.clear()
-        out = recorded / f"out-{name}-{given}"
-        values = options_for(files, str(recorded / name), out, base=files["model"])
-        values = {**values, "generic": given} if given else {k: v for k, v in values.items() if k != "generic"}
-        assert run(parsed("evaluate", values)) is None
-        assert Evaluation.load(out).settings["generic_completions"] == expected
-        said = [record.getMessage() for record in caplog.records if "the record says" in record.getMessage()]
-        assert len(said) == warned
-
-
-@pytest.mark.parametrize("name", ["adapter", "gated", "lora", "model", "guardrail"])
-def test_generic_answers_are_required_of_what_has_no_record_of_them(files, tmp_path, name):
-    values = options_for(files, files[name], tmp_path / "out", **({} if name == "model" else {"base": files["model"]}))
-    del values["generic"]
-    with pytest.raises(ValueError, match=r"has no record of the answers .*: --generic ' neutral' ' unknown'"):
-        run(parsed("evaluate", values))
-
-
-@pytest.mark.parametrize(
-    ("given", "expected", "warned"),
-    [
-        (None, [" unknown"], 0),
-        ([" neutral", "unknown "], [" neutral", "unknown "], 0),
-        ([" neutral"], [" neutral"], 1),
-    ],
-)
-def test_the_text_of_a_fixed_refusal_is_generic_unless_told_otherwise(
-    files, tmp_path, few_resamples, caplog, given, expected, warned
-):
-    values = options_for(files, files["refusal"], tmp_path, base=files["model"], generic=given)
-    values = {name: value for name, value in values.items() if value is not None}
-    assert run(parsed("evaluate", values)) is None
-    assert Evaluation.load(tmp_path).settings["generic_completions"] == expected
-    said = [record.getMessage() for record in caplog.records if "the fixed refusal" in record.getMessage()]
-    assert said == ["--generic [' neutral']: the fixed refusal ' unknown' is none of these."] * warned
-
-
-def test_a_refusal_that_does_not_fit_where_prompts_end_is_warned_of_by_its_folder(
-    files, tmp_path, few_resamples, caplog
-):
-    write_refusal(tmp_path / "refusal", NameGate(["jane"]), "unknown")
-    values = options_for(files, tmp_path / "refusal", tmp_path / "out", base=files["model"])
-    del values["generic"]
-    assert run(parsed("evaluate", values)) is None
-    assert f"{tmp_path / 'refusal'}, its answer 'unknown': the completion 'unknown' has no space before" in caplog.text
-    assert "--generic" not in caplog.text
 
 
 @pytest.mark.parametrize("kind", RIVALS)
