@@ -241,6 +241,7 @@ def test_a_base_that_has_diverged_fails_and_attaches(gate):
         ({"model": "folder"}, TypeError, r"model is a str"),
         ({"tokenizer": None}, TypeError, r"tokenizer is a NoneType"),
         ({"model": build("llama").to("meta")}, ValueError, r"not in memory"),
+        ({"batch_size": 0}, ValueError, r"batch_size=0; expected at least 1"),
     ],
 )
 def test_what_no_gate_can_be_fit_on_is_refused(model, change, error, message):

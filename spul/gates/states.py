@@ -9,13 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from ..data.batching import by_length
 from ..models.causal_lm import bare_model, check_model, max_positions
 from ..models.compat_devices import device_of
 from ..models.sharding import check_gathered
 from ..models.unlearner import detached_base
-
-# Tokens, pads included, of one forward pass, unless one text alone has more: states of all layers are in memory.
-TOKENS_AT_ONCE = 8192
 
 
 class Batch(NamedTuple):
@@ -38,7 +36,7 @@ class HiddenStates:
     Args:
         model: the base, or any unlearner on it.
         tokenizer: its tokenizer.
-        batch_size: texts per forward pass, at most.
+        batch_size: texts per forward pass, at most; of long ones fewer, as `by_length` says.
 
     Raises:
         TypeError: if they are no model and no tokenizer.
@@ -97,10 +95,11 @@ class HiddenStates:
             layers: layers to read, 0 to `num_layers`.
 
         Raises:
-            ValueError: if a text is too long or has no token, or the base has diverged: its states are not finite.
+            ValueError: if a text is too long or has no token, `batch_size` is below 1, or the base has diverged: its
+                states are not finite.
         """
         ids = self.token_ids(texts)
-        for rows in self._grouped([len(each) for each in ids]):
+        for rows in by_length([len(each) for each in ids], self.batch_size):
             lengths = torch.tensor([len(ids[row]) for row in rows])
             mask = torch.arange(int(lengths.max())) < lengths[:, None]
             padded = torch.zeros(mask.shape, dtype=torch.long)
@@ -117,11 +116,3 @@ class HiddenStates:
                 if not state[mask.to(state.device)].isfinite().all():
                     raise ValueError(f"hidden states of layer {layer} are not finite; the base has diverged.")
             yield Batch(rows, states, mask)
-
-    def _grouped(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices in descending order of length, in groups of one batch each."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        while order:
-            num = max(1, min(self.batch_size, TOKENS_AT_ONCE // lengths[order[0]]))
-            yield order[:num]
-            order = order[num:]
