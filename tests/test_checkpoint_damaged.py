@@ -152,9 +152,9 @@ def test_every_flipped_bit_of_the_weights_is_noticed(folder):
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
         with pytest.raises(ValueError, match=r"SHA-256|whole safetensors|does not fit|floating"):
-            checkpoint.read(folder, with_encoder=False, stacklevel=1)
+            checkpoint.read(folder, with_encoder=False)
     path.write_bytes(whole)
-    checkpoint.read(folder, with_encoder=False, stacklevel=1)
+    checkpoint.read(folder, with_encoder=False)
 
 
 def test_another_prompts_weights_under_a_record_are_refused_and_older_records_accepted(tmp_path, folder):

@@ -8,6 +8,7 @@ import random
 
 import numpy as np
 import pytest
+import small_evaluations
 import torch
 from datasets import Dataset
 from helpers import CONFIGS, make_collator, rows, scored
@@ -92,8 +93,9 @@ def test_attacks_take_the_same_drawn_rows_for_every_model():
 
 def test_the_usual_input_attacks_are_made_unless_others_are_given():
     attacks = dataclasses.replace(ATTACKS, inputs=None)
-    with pytest.warns(UserWarning, match="'jailbreak 5 before' makes rows of test_forget lose"):
+    with pytest.warns(UserWarning, match="'jailbreak 5 before' makes rows of test_forget lose") as warned:
         found = measured(learned(), "input attack", attacks=attacks, collator=make_collator(max_length=96))
+    assert {each.filename for each in warned} == {small_evaluations.__file__}
     attacks = list(dict.fromkeys((one.attack, one.level) for one in found.measurements))
     assert attacks[:4] == [(name, None) for name in ("none", "capitals", "random case", "spaces")]
     assert {("jailbreak 6 before", None), ("jailbreak 6 after", None), ("diluted", 1), ("diluted", 4)} < set(attacks)

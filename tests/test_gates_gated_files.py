@@ -97,10 +97,11 @@ def test_a_state_gate_is_loaded_with_its_base_and_refused_on_another(tmp_path):
         [*forget, *retain]
     )
     with (
-        pytest.warns(UserWarning, match="other weights"),
+        pytest.warns(UserWarning, match="other weights") as found,
         pytest.raises(ValueError, match=r"fingerprint|another base"),
     ):
         GatedUnlearner.from_pretrained(learned(0.05), tmp_path, tokenizer)
+    assert found[0].filename == __file__
 
 
 def test_a_plain_function_is_not_saved_and_nothing_is_written(tmp_path):

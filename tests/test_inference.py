@@ -41,8 +41,9 @@ def test_token_types_are_ignored_with_a_warning_as_in_peft(gradient, prompt_type
     types = torch.ones_like(batch["input_ids"])
     with torch.set_grad_enabled(gradient):
         expected = unlearner(**batch).logits
-        with pytest.warns(UserWarning, match=r"(?i)token.types?.*ignor"):
+        with pytest.warns(UserWarning, match=r"(?i)token.types?.*ignor") as found:
             torch.testing.assert_close(unlearner(**batch, token_type_ids=types).logits, expected)
+        assert gradient or found.pop(UserWarning).filename == __file__  # with a gradient it is PEFT's own
     inputs = {"input_ids": batch["input_ids"][:1, :7], "max_new_tokens": 2, "do_sample": False}
     with pytest.warns(UserWarning, match=r"(?i)token.types?.*ignor"):
         generated = unlearner.generate(**inputs, token_type_ids=types[:1, :7])

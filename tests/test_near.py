@@ -146,8 +146,11 @@ def test_a_seed_gives_one_prompt(kind):
 
 def test_a_start_that_stays_far_is_said_with_its_distance(monkeypatch):
     monkeypatch.setattr(near, "FAR", -1.0)
-    with pytest.warns(UserWarning, match=r"'default' begins \d+\.\d\d nats .* nearest of 2; .* raise num_draws"):
+    with pytest.warns(
+        UserWarning, match=r"'default' begins \d+\.\d\d nats .* nearest of 2; .* raise num_draws"
+    ) as found:
         unlearner_of("prompt_tuning", near_start(within=0, num_draws=2))
+    assert found.pop(UserWarning).filename == __file__
     monkeypatch.setattr(near, "FAR", 1e9)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -125,14 +125,14 @@ def test_requests_of_combined_records_are_those_they_were_combined_from():
 
 def test_a_base_of_other_weights_is_warned_of():
     base, record = build("llama"), SpulConfig()
-    record.warn_if_base_differs(base, "the prompt was", "Look.", stacklevel=1)  # nothing is known
+    record.warn_if_base_differs(base, "the prompt was", "Look.")  # nothing is known
     record.set_base(base)
     assert record.base_fingerprint == fingerprint(base)
-    record.warn_if_base_differs(base, "the prompt was", "Look.", stacklevel=1)
+    record.warn_if_base_differs(base, "the prompt was", "Look.")
     record.base_fingerprint = "ab" * 32
     expected = f"the prompt was trained on other weights .*abababababab, this base's {fingerprint(base)[:12]}.* Look. "
     with pytest.warns(UserWarning, match=expected) as found:
-        record.warn_if_base_differs(base, "the prompt was", "Look.", stacklevel=1)
+        record.warn_if_base_differs(base, "the prompt was", "Look.")
     assert found[0].filename == __file__
     record.set_base(base)  # one that is known stays
     assert record.base_fingerprint == "ab" * 32

@@ -158,7 +158,7 @@ def saved_prompt(folder: str) -> SavedPrompt:
     from ..prompts.checkpoint import read
 
     try:
-        return read(folder, with_encoder=False, stacklevel=2)
+        return read(folder, with_encoder=False)
     except OSError:
         raise
     except (TypeError, ValueError) as error:  # a TypeError in code is, here, a folder of another kind

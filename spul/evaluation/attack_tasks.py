@@ -19,6 +19,7 @@ from ..models.causal_lm import bare_model, unwrapped
 from ..models.compat import is_quantized
 from ..models.compat_devices import device_of
 from ..models.unlearner import unlearner_of
+from ..records.warn import warn
 from .aggregation import Key, Measurement, in_words
 from .attacks.changes import (
     InapplicableError,
@@ -67,11 +68,10 @@ def inputs(suite: Suite) -> Iterator[Task]:
                 suite.skipped[f"input attack {name!r} on {split}"] = why
                 continue
             if lost > lost_anyhow:
-                warnings.warn(
+                warn(
                     f"the input attack {name!r} makes rows of {split} lose {lost:.1f} tokens each, without it "
                     f"{lost_anyhow:.1f}: part of the text or of the attack is cut off. Raise the collator's "
                     "max_length.",
-                    stacklevel=2,
                 )
 
             def scores(

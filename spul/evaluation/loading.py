@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.fields import read_object
 from ..records.files import find_file
 from ..records.spul_config import SPUL_CONFIG_NAME, read_spul_config
+from ..records.warn import warn
 from ..rivals.corruption import EmbeddingCorruption
 from ..rivals.examples import InContextUnlearning
 from ..rivals.files import RIVAL_NAME, read_rival
@@ -123,11 +123,10 @@ def load_unlearned(
     elif kind == "adapter":
         model = _with_adapter(model, folder)
         if Path(folder, GATE_FOLDER, SETTINGS_NAME).is_file():
-            warnings.warn(
+            warn(
                 f"{str(folder)!r} has a gate in {GATE_FOLDER}/, and no {ROUTING_NAME} that puts it in front of the "
                 "prompt, which is evaluated always on: spul serve asks the gate. To evaluate both, attach the gate "
                 "(spul gate fit, or attach_gate in Python).",
-                stacklevel=2,
             )
     return Loaded(model.eval(), words, kind)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 from ..records.files import write_text
+from ..records.warn import warn
 from .aggregation import Measurement
 from .results import EVALUATION_NAME, MEASUREMENTS_NAME, read_measurements, write_measurements
 from .settings import published
@@ -27,10 +27,9 @@ def resumed(folder: Path, settings: dict[str, Any]) -> list[Measurement]:
     _check_folder(folder, settings)
     unknown = [name for name, model in settings["models"].items() if model["weights"] is None]
     if unknown and path.exists():
-        warnings.warn(
+        warn(
             f"weights of {', '.join(unknown)} are not in memory and cannot be compared with those of the results in "
             f"{str(folder)!r}, which are taken for the same model's. If they are not, give another output_dir.",
-            stacklevel=4,
         )
     write_text(path, json.dumps(settings, indent=1) + "\n")
     parts = sorted(folder.glob(PROGRESS_NAME.format("*")))

@@ -111,7 +111,7 @@ def check_takes_gate(save_directory: str | os.PathLike, name: str = "default") -
     if missing := [each for each in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / each).is_file()]:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; expected the folder of a saved prompt.")
     try:
-        read(folder, with_encoder=False, stacklevel=3)
+        read(folder, with_encoder=False)
     except TypeError as error:  # LoRA, say
         raise ValueError(f"{folder} is no prompt that a gate can turn on: {error}") from error
     path = Path(save_directory, ROUTING_NAME)

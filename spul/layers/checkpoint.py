@@ -77,12 +77,11 @@ def push(
         return str(api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload unlearning layers"))
 
 
-def read(folder: str | os.PathLike, stacklevel: int = 2, **hub: Any) -> SavedLayers:
+def read(folder: str | os.PathLike, **hub: Any) -> SavedLayers:
     """Read the files that `save` writes, from a folder or the Hub.
 
     Args:
         folder: a local folder or a Hub repository's name.
-        stacklevel: as in `warnings.warn`, counted from this function.
         hub: arguments of `find_file`.
 
     Raises:
@@ -100,7 +99,7 @@ def read(folder: str | os.PathLike, stacklevel: int = 2, **hub: Any) -> SavedLay
     config = read_object(config_path)
     _check_config(config, config_path)
     record = read_spul_config(folder, **hub)
-    record.check_weights(weights_path, stacklevel)
+    record.check_weights(weights_path)
     state = read_weights(weights_path)
     grams_path = find_file(folder, GRAM_MATRICES_NAME, **hub)
     grams = {} if grams_path is None else read_weights(grams_path)
@@ -150,4 +149,4 @@ def check_base(base: PreTrainedModel, record: SpulConfig, folder: str | os.PathL
     """Warn if the base's weights differ from those that the layers were trained on."""
     trained_on = record.base_model_name_or_path or "another model"
     advice = f"Load them on the model they were trained for ({trained_on})."
-    record.warn_if_base_differs(base, f"the layers in {str(folder)!r} were", advice, stacklevel=3)
+    record.warn_if_base_differs(base, f"the layers in {str(folder)!r} were", advice)

@@ -353,7 +353,7 @@ class UnlearningLayers(nn.Module, Unlearner):
         Warns:
             UserWarning: if the base's weights differ from those that the layers were trained on.
         """
-        saved = files.read(folder, 3, **hub)
+        saved = files.read(folder, **hub)
         base = load_base(model, model_kwargs or {})
         layers = cls.from_saved(base, saved)
         files.check_base(base, saved.spul_config, folder)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from ..models.compat_cache import CHUNKS_FOLLOW_CACHE
+from ..records.warn import warn
 
 CACHES = ("past_key_values", "cache", "cache_params")
 _POSITIONS = ("position_ids", "cache_position")
@@ -84,17 +84,10 @@ def _pop_given(kwargs: dict[str, Any], names: tuple[str, ...]) -> list[str]:
     return [name for name in names if kwargs.pop(name, None) is not None]
 
 
-def drop_token_types(kwargs: dict[str, Any], stacklevel: int) -> None:
-    """Drop `token_type_ids`, which a prompt has none of, with a warning as PEFT's.
-
-    Args:
-        kwargs: arguments of a call.
-        stacklevel: as in `warnings.warn`, counted from this function's caller.
-    """
+def drop_token_types(kwargs: dict[str, Any]) -> None:
+    """Drop the `token_type_ids` of a call, which a prompt has none of, with a warning as PEFT's."""
     if kwargs.pop("token_type_ids", None) is not None:
-        warnings.warn(
-            "a prompt has no token types: token_type_ids are ignored, as in PEFT.", stacklevel=stacklevel + 1
-        )
+        warn("a prompt has no token types: token_type_ids are ignored, as in PEFT.")
 
 
 def named_arguments(generate: Callable[..., Any], args: tuple) -> dict[str, Any]:

@@ -137,7 +137,7 @@ def load(
 ) -> SoftPromptUnlearner:
     """Load a prompt onto its base; see `SoftPromptUnlearner.from_pretrained`."""
     hub = {key: kwargs.pop(key) for key in HUB_ARGUMENTS if key in kwargs}
-    saved = read(adapter, with_encoder=is_trainable, stacklevel=3, **hub)
+    saved = read(adapter, with_encoder=is_trainable, **hub)
     config, spul_config = saved.config, saved.spul_config
     config.inference_mode = not is_trainable
     if loss is None and spul_config.loss is not None:
@@ -174,13 +174,12 @@ class SavedPrompt:
     encoder: dict[str, torch.Tensor] | None
 
 
-def read(adapter: str | os.PathLike, with_encoder: bool, stacklevel: int, **hub: Any) -> SavedPrompt:
+def read(adapter: str | os.PathLike, with_encoder: bool, **hub: Any) -> SavedPrompt:
     """Read an adapter folder; every size in its config is compared with the weights' file before it is believed.
 
     Args:
         adapter: a local folder or a Hub repository's name.
         with_encoder: whether the prompt is to be trained further, for which P-tuning needs its encoder.
-        stacklevel: as in `warnings.warn`, counted from this function's caller.
         hub: arguments of `find_file`.
 
     Raises:
@@ -201,7 +200,7 @@ def read(adapter: str | os.PathLike, with_encoder: bool, stacklevel: int, **hub:
             f"{where}: the prompt stands at {position!r} by its {CONFIG_NAME}, and at {spul_config.prompt_position!r} "
             f"by its {SPUL_CONFIG_NAME}; expected two files of one save. Copy or download the whole folder again."
         )
-    spul_config.check_weights(path, stacklevel + 1)
+    spul_config.check_weights(path)
     weights, encoder = read_weights(path)[WEIGHTS_KEY], None
     if with_encoder and has_encoder(config):
         path = find_file(adapter, ENCODER_NAME, **hub)
@@ -301,7 +300,7 @@ def load_into(model: PromptAdapters, adapter: str | os.PathLike, adapter_name: s
     """Load a prompt into a model, as a new one or into one that is there; see `SoftPromptUnlearner.load_adapter`."""
     present = model.peft_config.get(adapter_name)
     live = present is not None and not present.inference_mode
-    saved = read(adapter, with_encoder=live, stacklevel=3, **hub)
+    saved = read(adapter, with_encoder=live, **hub)
     if present is not None and present.peft_type != saved.config.peft_type:
         raise ValueError(
             f"{saved.where} holds a {PeftType(saved.config.peft_type).value} prompt, and {adapter_name!r} in this "
@@ -368,4 +367,4 @@ def check_base(base: Any, config: Any, spul_config: SpulConfig, adapter: str | o
             f"the prompt in {str(adapter)!r} does not fit this base: it has {what} {found}, the base {expected}. "
             + advice
         )
-    spul_config.warn_if_base_differs(base, f"the prompt in {str(adapter)!r} was", advice, stacklevel=4)
+    spul_config.warn_if_base_differs(base, f"the prompt in {str(adapter)!r} was", advice)

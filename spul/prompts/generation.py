@@ -47,7 +47,7 @@ def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *ar
     check_generate_arguments(kwargs)
     settings = generation_settings(base, kwargs)
     kwargs = changed_settings(kwargs, use_cache=True)  # a default of False would drop the prompt
-    drop_token_types(kwargs, stacklevel=3)
+    drop_token_types(kwargs)
     given_mask = kwargs.pop("attention_mask", None)
     ids = (settings.pad_token_id, settings.eos_token_id)
     attention_mask = mask_from_pads(input_ids, *ids) if given_mask is None else given_mask

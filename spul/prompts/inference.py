@@ -86,7 +86,7 @@ def _behind_prefix(
     shares_states(model, model.active_peft_config.num_virtual_tokens, rows.shape[1])  # raises where it does not
     states = prompt_states(model)
     assert states is not None  # a prefix has states, or raises
-    drop_token_types(kwargs, stacklevel=4)
+    drop_token_types(kwargs)
     if attention_mask is None:
         attention_mask = torch.ones(rows.shape[:2], dtype=torch.long, device=rows.device)
     with in_front(base, states, attention_mask) as prefix:
@@ -120,7 +120,7 @@ def _from_cached_prompt(
     if states is None:
         return None
     rows = len(input_ids)
-    drop_token_types(kwargs, stacklevel=4)
+    drop_token_types(kwargs)
     num_items = kwargs.pop("num_items_in_batch", None)
     returns_cache = kwargs.pop("use_cache", None)
     attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -193,7 +193,7 @@ def named_forward(
     check_rows(input_ids, attention_mask)
     if not input_ids.shape[1]:
         raise ValueError("input_ids has rows of no tokens; such a forward returns logits at the tokens.")
-    drop_token_types(kwargs, stacklevel=4)
+    drop_token_types(kwargs)
     kwargs.pop("use_cache", None)
     num_items = kwargs.pop("num_items_in_batch", None)
     prompts = RowPrompts(model, len(input_ids), adapter_names, prompt_position)

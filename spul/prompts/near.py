@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +18,7 @@ from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import evaluation_mode, logits_at
 from ..models.compat_checkpointing import unswitched
 from ..models.compat_devices import device_of
+from ..records.warn import warn
 from .row_prompts import RowPrompts, under
 
 FAR = 0.5  # nats per response token, beyond which the start is said to be far
@@ -95,11 +95,10 @@ class NearStart:
         encoder.load_state_dict(nearest)
         object.__setattr__(self, "distance", least)
         if not least <= FAR:
-            warnings.warn(
+            warn(
                 f"the prompt {adapter_name!r} begins {least:.2f} nats per response token from the base, and was the "
                 f"nearest of {self.num_draws}; up to {FAR} is usual. Expect the first steps to repair that, or raise "
                 "num_draws.",
-                stacklevel=2,
             )
 
 

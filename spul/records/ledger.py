@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import os
 import shlex
-import warnings
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from .ledger_events import FOLLOWING, RECOVERED, REOPENING, LedgerEntry, LedgerE
 from .ledger_file import append_bytes, last_line, sync_folder
 from .ledger_lines import LedgerFault, chain, entry_of, next_line, remarks
 from .ledger_states import RequestState
+from .warn import warn
 
 SECONDS = 60  # that a writer waits for another
 
@@ -369,9 +369,8 @@ class Ledger:
             file.flush()
             os.fsync(file.fileno())
         sync_folder(aside.parent)
-        warnings.warn(
+        warn(
             f"the last line of {str(self.path)!r} was half-written, as by a killed process; its {len(torn)} bytes are "
             f"now in {aside.name!r}.",
-            stacklevel=3,
         )
         return {"event": RECOVERED, "torn_bytes": len(torn), "torn_sha256": digest, "torn_file": aside.name}

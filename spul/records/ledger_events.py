@@ -103,7 +103,7 @@ class LedgerEvent:
         record = read_spul_config(path)
         weights = next((path / name for name in WEIGHTS if (path / name).is_file()), None)
         if weights is not None:
-            record.check_weights(weights, stacklevel=2)
+            record.check_weights(weights)
         found: dict[str, Any] = {
             "rows": record.forget,
             "adapter": record.name,

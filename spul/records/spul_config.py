@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .digests import DataSummary, RewrittenRows, fingerprint
 from .fields import check_fields, check_format, read_object
 from .files import find_file, write_text
+from .warn import warn
 from .weights import file_digest
 
 if TYPE_CHECKING:
@@ -124,12 +124,11 @@ class SpulConfig:
         if (target / SPUL_CONFIG_NAME).is_file() and (target / weights).is_file():
             dataclasses.replace(self, replaced_weights_sha256=file_digest(target / weights)).save(target)
 
-    def check_weights(self, path: str | os.PathLike, stacklevel: int) -> None:
+    def check_weights(self, path: str | os.PathLike) -> None:
         """Raise if a weights' file is not the one that this record describes.
 
         Args:
             path: the file; records without a digest are accepted.
-            stacklevel: as in `warnings.warn`, counted from this method's caller.
 
         Raises:
             ValueError: if its SHA-256 is another.
@@ -141,10 +140,9 @@ class SpulConfig:
             return
         found = file_digest(path)
         if found == self.replaced_weights_sha256 != self.weights_sha256:
-            warnings.warn(
+            warn(
                 f"{path} is older than the {SPUL_CONFIG_NAME} beside it, as after an interrupted save: data and "
                 "metrics there may not be those of these weights. Save again, or take another checkpoint.",
-                stacklevel=stacklevel + 1,
             )
         elif found != self.weights_sha256:
             raise ValueError(
@@ -160,24 +158,22 @@ class SpulConfig:
         if self.base_fingerprint is None:
             self.base_fingerprint = fingerprint(base)
 
-    def warn_if_base_differs(self, base: nn.Module, loaded: str, advice: str, stacklevel: int) -> None:
+    def warn_if_base_differs(self, base: nn.Module, loaded: str, advice: str) -> None:
         """Warn if the base's weights are not the ones trained on, as far as fingerprints show.
 
         Args:
             base: the base to run on.
             loaded: subject and verb of the message, such as `"the prompt in 'folder' was"`.
             advice: a sentence on what to do.
-            stacklevel: as in `warnings.warn`, counted from this method's caller.
         """
         if self.base_fingerprint is None:
             return
         found = fingerprint(base)
         if found is not None and found != self.base_fingerprint:
-            warnings.warn(
+            warn(
                 f"{loaded} trained on other weights than this base has (fingerprint {self.base_fingerprint[:12]}, "
                 f"this base's {found[:12]}) and may neither forget nor retain here. {advice} If it is the same "
                 "checkpoint in float16 or quantized, evaluate before you rely on it.",
-                stacklevel=stacklevel + 1,
             )
 
 

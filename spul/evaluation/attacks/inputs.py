@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import random
 import re
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from torch import nn
 
 from ...data.collator import ForgetRetainCollator
 from ...data.conversations import comparable
+from ...records.warn import warn
 from ..metrics.scoring import score_completions
 from .changes import (
     Row,
@@ -256,11 +256,10 @@ def attack_inputs(
     sets = {WITHOUT: rows, **{name: with_prompts_changed(rows, attack, name) for name, attack in attacks.items()}}
     lost = {name: tokens_lost(some, collator.encoder) for name, some in sets.items()}
     if cut := {name: round(num, 1) for name, num in lost.items() if num > lost[WITHOUT]}:
-        warnings.warn(
+        warn(
             f"attacked rows exceed max_length={collator.encoder.max_length} and lose tokens, per row {cut} "
             f"({round(lost[WITHOUT], 1)} without attack): part of the text or of the attack is gone. Raise the "
             "collator's max_length.",
-            stacklevel=2,
         )
     records: list[dict[str, Any]] = []
     for attack, some in sets.items():
