@@ -20,13 +20,13 @@ from datasets import Dataset
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..data.checks import check_rows, forget_flags
 from ..data.collator import ForgetRetainCollator
 from ..models.causal_lm import evaluation_mode, selects_positions
 from ..models.compat_attention import Attention, observed_attention
 from ..models.compat_cache import prefix_states
 from ..models.compat_checkpointing import unswitched
 from ..models.compat_devices import device_of
+from .near import checked_flags
 from .row_prompts import RowPrompts, under
 from .states import PromptStates, in_front, packed_states
 
@@ -67,14 +67,7 @@ class DiscriminativeStart:
     _flags: Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_rows(self.dataset, (), "dataset")
-        if not isinstance(self.collator, ForgetRetainCollator):
-            raise TypeError(f"collator is a {type(self.collator).__name__}; expected a ForgetRetainCollator.")
-        if isinstance(self.num_tokens, bool) or not isinstance(self.num_tokens, int):
-            raise TypeError(f"num_tokens={self.num_tokens!r}: expected an integer.")
-        if self.num_tokens < 1:
-            raise ValueError(f"num_tokens={self.num_tokens}: expected at least 1.")
-        flags = forget_flags(self.dataset, "dataset")
+        flags = checked_flags(self.dataset, self.collator, num_tokens=self.num_tokens)
         for flag, name in ((True, "forget"), (False, "retain")):
             if flag not in flags:
                 raise ValueError(

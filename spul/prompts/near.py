@@ -57,16 +57,7 @@ class NearStart:
     distance: float | None = field(default=None, init=False, compare=False)
 
     def __post_init__(self) -> None:
-        check_rows(self.dataset, (), "dataset")
-        forget_flags(self.dataset, "dataset")
-        if not isinstance(self.collator, ForgetRetainCollator):
-            raise TypeError(f"collator is a {type(self.collator).__name__}; expected a ForgetRetainCollator.")
-        for name in ("num_draws", "num_rows"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise TypeError(f"{name}={number!r}: expected an integer.")
-            if number < 1:
-                raise ValueError(f"{name}={number}: expected at least 1.")
+        checked_flags(self.dataset, self.collator, num_draws=self.num_draws, num_rows=self.num_rows)
         if not self.within >= 0:
             raise ValueError(f"within={self.within}: expected nats, such as 0.3; 0 takes the nearest of all draws.")
 
@@ -100,6 +91,25 @@ class NearStart:
                 f"nearest of {self.num_draws}; up to {FAR} is usual. Expect the first steps to repair that, or raise "
                 "num_draws.",
             )
+
+
+def checked_flags(dataset: Any, collator: Any, **counts: Any) -> list[bool]:
+    """The `is_forget` flags of rows that a start is measured on, checked with their collator and counts, by name.
+
+    Raises:
+        TypeError: if the data set is no `datasets.Dataset`, the collator no `ForgetRetainCollator`, or a count no
+            integer.
+        ValueError: if rows have no `is_forget`, or a count is below 1.
+    """
+    check_rows(dataset, (), "dataset")
+    if not isinstance(collator, ForgetRetainCollator):
+        raise TypeError(f"collator is a {type(collator).__name__}; expected a ForgetRetainCollator.")
+    for name, number in counts.items():
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"{name}={number!r}: expected an integer.")
+        if number < 1:
+            raise ValueError(f"{name}={number}: expected at least 1.")
+    return forget_flags(dataset, "dataset")
 
 
 class _Rows:
