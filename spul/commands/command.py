@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -21,6 +22,14 @@ def printable(text: str) -> str:
 def _is_obeyed(character: str) -> bool:
     """Whether a character is a control, half of a pair, a line break, or turns the direction of writing."""
     return unicodedata.category(character) in OBEYED or unicodedata.bidirectional(character) in TURNING
+
+
+def near(given: str, known: Iterable[str], otherwise: str = "") -> str:
+    """The end of a message on an unknown name: known ones that are near, else what to do, or all that are known."""
+    found = difflib.get_close_matches(given, list(known), n=3)
+    if found:
+        return f"; did you mean {' or '.join(found)}?"
+    return f"; {otherwise or 'expected one of ' + ', '.join(known)}."
 
 
 class Naming(str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import sys
@@ -11,11 +10,10 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from logging.handlers import MemoryHandler
-from typing import Any
 
 from safetensors import SafetensorError
 
-from .command import Command, printable
+from .command import Command, near, printable
 from .wording import messages_in_options
 
 # A command's module is loaded when it is asked for: the list of commands needs none of them, nor torch.
@@ -93,7 +91,7 @@ def _run(given: list[str]) -> int:
             print(_listing(f"usage: spul {name} NAME [options]", {sub: commands[sub].purpose for sub in commands}))
             return 0
         if rest[0] not in commands:
-            raise UsageError(f"there is no {rest[0]!r} of {name}{_near(rest[0], commands)}")
+            raise UsageError(f"there is no {rest[0]!r} of {name}{near(rest[0], commands)}")
         words.append(rest[0])
         command, rest = commands[rest[0]], rest[1:]
     if command.options is None:
@@ -113,7 +111,7 @@ def commands_of(name: str) -> dict[str, Command]:
         ImportError: if this installation lacks its module.
     """
     if name not in TABLE:
-        raise UsageError(f"there is no command {name!r}{_near(name, TABLE)}")
+        raise UsageError(f"there is no command {name!r}{near(name, TABLE)}")
     module = f"{__package__}.{name.replace('-', '_')}"
     if find_spec(module) is None:
         raise ImportError(f"the command {name!r} is not part of this installation (no module {module}).")
@@ -129,8 +127,3 @@ def overview() -> str:
 def _listing(usage: str, purposes: dict[str, str]) -> str:
     width = max(map(len, purposes))
     return "\n".join([usage, "", *(f"  {name:<{width}}  {purpose}" for name, purpose in purposes.items())])
-
-
-def _near(given: str, known: Any) -> str:
-    near = difflib.get_close_matches(given, list(known), n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; expected one of {', '.join(known)}."

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import inspect
 import json
 import shlex
@@ -18,7 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from .command import Command, Naming
+from .command import Command, Naming, near
 
 CONFIG, HELP_ALL = "config", "help-all"
 NULL = "tag:yaml.org,2002:null"
@@ -113,7 +112,7 @@ def parse(command: Command, words: Sequence[str], arguments: Sequence[str]) -> A
         rest, return_remaining_strings=True, look_for_args_file=False
     )
     if unknown:
-        raise ValueError(f"unknown option or value {unknown[0]!r}{_near(parser, unknown[0])}")
+        raise ValueError(f"unknown option or value {unknown[0]!r}{_near_options(parser, unknown[0])}")
     return options
 
 
@@ -127,7 +126,7 @@ def _check_flags(parser: OptionsParser, arguments: Sequence[str]) -> None:
     given: dict[str, str] = {}
     for flag in (one.split("=", 1)[0] for one in arguments):
         if flag.startswith("--") and flag != "--" and flag not in names:
-            raise ValueError(f"unknown option or value {flag!r}{_near(parser, flag)}")
+            raise ValueError(f"unknown option or value {flag!r}{_near_options(parser, flag)}")
         if flag in names and names[flag] in given:
             both = (
                 f"{flag} is given twice" if given[names[flag]] == flag else f"{given[names[flag]]} and {flag} are one"
@@ -153,7 +152,7 @@ def _take(parser: OptionsParser, path: str) -> None:
         name = str(key.value).replace("-", "_")
         action = parser.by_name.get(name)
         if action is None or name == "help":
-            raise ValueError(f"{path}: unknown option {key.value!r}{_near(parser, name)}")
+            raise ValueError(f"{path}: unknown option {key.value!r}{_near_options(parser, name)}")
         if name in seen:
             raise ValueError(f"{path}: {key.value} is given twice; expected it once, several values as a list.")
         seen.add(name)
@@ -198,10 +197,9 @@ def _written(node: yaml.Node) -> str:
     return repr(node.value) if isinstance(node, yaml.ScalarNode) else f"a {node.id}"
 
 
-def _near(parser: OptionsParser, given: str) -> str:
+def _near_options(parser: OptionsParser, given: str) -> str:
     names = [name for name in parser.by_name if name != "help"]
-    near = difflib.get_close_matches(given.lstrip("-").split("=")[0].replace("-", "_"), names, n=3, cutoff=0.6)
-    return f"; did you mean {' or '.join(near)}?" if near else f"; {parser.prog} --help lists the options."
+    return near(given.lstrip("-").split("=")[0].replace("-", "_"), names, f"{parser.prog} --help lists the options")
 
 
 def _inherited(options: type) -> set[str]:
