@@ -98,6 +98,8 @@ class UnlearningData:
     def with_forget_fraction(self, fraction: float, seed: int = 0) -> UnlearningData:
         """The data with a random share of `train_forget`; the other rows are in no split.
 
+        Unlike `subsample_forget`, which draws before a split is divided, it leaves `test_forget` whole.
+
         Args:
             fraction: share of the rows, above 0 and at most 1.
             seed: seed of the draw.
