@@ -116,3 +116,12 @@ def test_an_interval_that_ends_below_5_percent_takes_the_rows_that_are_said():
     (rows,) = map(int, said(r"An interval that ends below 5 % takes (\d+) rows or more"))
     least, fewer = (binomtest(0, num).proportion_ci(method="wilson").high for num in (rows, rows - 1))
     assert least <= 0.05 < fewer
+
+
+def test_the_time_of_an_evaluation_is_that_which_was_measured():
+    utility, attacked, rest = (one["cpu_seconds"] for one in records("evaluate-small-lm.json"))
+    made = [f"{seconds:.0f}" for seconds in (utility, attacked - utility, rest)]
+    shown = r"took (\d+) seconds of one CPU core, .*? (\d+)[^.]*? measures (\d+) "
+    assert list(said(shown)) == made
+    page = " ".join((DOCS / "evaluation.md").read_text().split())
+    assert re.findall(shown, page) == [tuple(made)]
