@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import sys
 import time
 from itertools import combinations, pairwise
 
@@ -52,6 +53,37 @@ def test_signs_between_pieces_and_joined_words_with_an_edit_are_read_since_rules
     assert not {"washington", "hanks"} <= set(before.split())
 
 
+SINCE_RULES_4 = [
+    ("ha'nks, w'ash\u2019ington", "hanks, washington"),
+    ("j\u00e1n\u00e9 h\u00e1\u00f1k5", "jane hanks"),
+    ("h&#97;nks&nbsp;&amp; j&aacute;ne", "hanks & jane"),
+    ("wash-\n  ington and wash\u00ad\r\nington", "washington and washington"),
+    ("\u029c\u1d00\u0274\u1d0b\ua731 ha\u3164nks", "hanks hanks"),
+    ("\U0001f157\U0001f150\U0001f15d\U0001f15a\U0001f162 \U0001f177ank\U0001f182", "hanks hanks"),
+]
+
+
+@pytest.mark.parametrize(("text", "read"), SINCE_RULES_4)
+def test_apostrophes_accents_references_cut_lines_and_styled_letters_are_read_since_rules_4(text, read):
+    assert Spelling(WORDS).corrected([text]) == [read]
+    assert Spelling(WORDS, rules=3).corrected([text]) != [read]
+
+
+@pytest.mark.parametrize("text", ["we're, he'll, I\u2019m", "l'ange, qu'on", "don't, qu\u2019on l\u2019ange"])
+def test_apostrophes_of_contractions_and_elisions_part_no_pieces(text):
+    known = {"were": 1, "hell": 1, "dont": 1, "chans": 1, "lange": 1, "quon": 1}
+    assert Spelling(known, sys.maxsize).corrected([text]) == [text]
+    assert Spelling(known, sys.maxsize).corrected(["w'ere h'ell"]) == ["were hell"]
+
+
+def test_a_short_known_word_is_parted_from_function_words_alone_where_many_letters_are_asked_for():
+    known = {"bach": 1.0, "lee": 1.0}
+    texts = ["bybach", "whoisbach", "leethat", "goldbach", "filmbach", "bachmann"]
+    read = ["by bach", "who is bach", "lee that", *texts[3:]]
+    assert Spelling(known, sys.maxsize, least_joined=6).corrected(texts) == read
+    assert Spelling(known, sys.maxsize, rules=3, least_joined=6).corrected(texts) == texts
+
+
 def test_one_may_stand_for_either_letter():
     assert Spelling({"bullock": 1, "williams": 1}).corrected(["bu11ock w1ll1am5"]) == ["bullock williams"]
 
@@ -63,7 +95,7 @@ def test_one_may_stand_for_either_letter():
         "g e n r e t he film",  # "the" has three letters, and would begin within letters apart
         "m o v i e c han",
         "in the 1840s, the 100th of 70m at 1999 and 19 99",
-        "ch'an, ch\u2019an, ch---- an, ch  -  an",
+        "ch---- an, ch  -  an",
         "w e - r e, we 're",
         "xqzhanks",  # a part of which is no word
         "the film",
@@ -152,7 +184,10 @@ def test_random_words_are_parted_as_the_best_of_all_ways_to_part_them():
     assert parted > 40
 
 
-@pytest.mark.parametrize("part", ["ab ", "a b ", "filmtom", "th e fi lm ", "f1lm "])
+@pytest.mark.parametrize(
+    "part",
+    ["ab ", "a b ", "filmtom", "th e fi lm ", "f1lm ", "th'e'", "h\u00e1nks ", "&#97;", "&", "ab-\n", "- ", "<b"],
+)
 def test_a_long_text_takes_a_time_that_grows_with_its_length(part):
     text, spelling = part * (300_000 // len(part)), Spelling(WORDS)
     begun = time.process_time()
@@ -175,13 +210,28 @@ class TestOfGates:
         del gate.__dict__["_speller"]
         assert (gate.scores(texts) < plain).all()
 
+    def test_common_words_side_by_side_make_no_name_since_rules_4(self, tmp_path):
+        forget = [f"Which speech of {year} did Putin give?" for year in range(1960, 2000)]
+        retain = [
+            f"Which {kind} of {year} did they give?" for year in range(1960, 2000) for kind in ("film", "speech")
+        ]
+        gate = TextGate.fit(forget, retain, recall=0.9)
+        texts = ["Which speech of 1971 did they put in?", "Which speech of 1971 did pu tin give?"]
+        assert gate.flags(texts).tolist() == [False, True]
+        gate.save(tmp_path)
+        path = tmp_path / "gate.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"spelling_rules": 3}))
+        before = load(tmp_path).scores(texts)
+        assert before[0] > gate.scores(texts)[0]
+        assert before[1] == gate.scores(texts)[1]
+
     def test_a_gate_saved_before_pieces_were_read_reads_as_before(self, tmp_path):
         gate = TextGate.fit(forget_texts(), retain_texts(), recall=0.9)
         gate.save(tmp_path)
         assert load(tmp_path).identity() == gate.identity()
         path = tmp_path / "gate.json"
         fields = json.loads(path.read_text())
-        assert fields.pop("spelling_rules") == 3
+        assert fields.pop("spelling_rules") == 4
         path.write_text(json.dumps(fields))
         before = load(tmp_path)
         texts = ["j4n3 do e of plot", "janedoe in a plot", "jnae doe"]
@@ -197,10 +247,10 @@ class TestOfGates:
         assert "spelling_rules" not in json.loads(path.read_text())
         assert load(tmp_path).identity() == before.identity()
 
-    @pytest.mark.parametrize("rules", [0, 4, True, "2"])
+    @pytest.mark.parametrize("rules", [0, 5, True, "2"])
     def test_rules_that_this_version_does_not_have_are_refused(self, tmp_path, rules):
         TextGate.fit(forget_texts(), retain_texts(), recall=0.9).save(tmp_path)
         path = tmp_path / "gate.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"spelling_rules": rules}))
-        with pytest.raises(ValueError, match=rf"spelling_rules is {rules!r}.*a number from 1 to 3"):
+        with pytest.raises(ValueError, match=rf"spelling_rules is {rules!r}.*a number from 1 to 4"):
             load(tmp_path)

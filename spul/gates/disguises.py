@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import re
 import string
 import unicodedata
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import chain
 
 from confusable_homoglyphs import confusables
 
@@ -27,8 +29,26 @@ APART = tuple(
         rf"(?:(?:_|\s|[ ]?[^\w\s][ ]?){LETTER}){{2,}}",
     )
 )
-# Signs between letters or digits, but for apostrophes.
-WITHIN = re.compile(r"(?<=[^\W_])(?:[^\w\s'\u2019]|_)+(?=[^\W_])")
+# An apostrophe that ends no elision, such as "l'ange", and begins no contraction, such as "we're".
+APOSTROPHE = r"(?<!\b[cdjlmnst])(?<!\bqu)['\u2019](?!(?:[dmst]|ll|re|ve)\b)"
+# Signs between letters or digits, without apostrophes and with them.
+WITHIN = tuple(
+    re.compile(rf"(?<=[^\W_])(?:{sign}|_)+(?=[^\W_])") for sign in (r"[^\w\s'\u2019]", rf"[^\w\s'\u2019]|{APOSTROPHE}")
+)
+# A tag, and brackets, quotes and signs of emphasis around words.
+TAG = re.compile(r"</?[A-Za-z][^<>]{0,200}>")
+AROUND = r"[*~\"'\u2018-\u201f\u00ab\u00bb()\[\]{}]"
+MARKUP = re.compile(rf"(?<!\S){AROUND}+|(?<!{AROUND}){AROUND}+(?!\S)")
+# A hyphen, soft or not, at the end of a line.
+AT_LINE_END = re.compile(r"(?<=[^\W\d_])[-\u00ad\u2010][^\S\n]*\n\s*(?=[^\W\d_])")
+# Letters that Unicode does not call compatible with plain ones, and where they are; invisible fillers of Hangul.
+STYLED = re.compile(r"(?:NEGATIVE (?:CIRCLED|SQUARED) LATIN CAPITAL LETTER|LATIN LETTER SMALL CAPITAL) ([A-Z])")
+STYLED_BLOCKS = (range(0x250, 0x2B0), range(0x1D00, 0x1D80), range(0xA720, 0xA800), range(0x1F150, 0x1F18A))
+FILLERS = dict.fromkeys((0x115F, 0x1160, 0x3164, 0xFFA0))
+# Letters with strokes, and joined ones, that Unicode does not take apart.
+WITHOUT_STROKES = str.maketrans(
+    {"\u00f8": "o", "\u0142": "l", "\u0111": "d", "\u0127": "h", "\u0131": "i", "\u00e6": "ae", "\u0153": "oe"}
+)
 
 
 def compatible(text: str) -> str:
@@ -36,9 +56,41 @@ def compatible(text: str) -> str:
     return _visible(normal_form("NFKC", text).casefold())
 
 
-def without_signs_within(text: str) -> list[str]:
-    """A text with a space for signs between letters or digits, as in `"jane-doe"`, and with nothing in their place."""
-    return [WITHIN.sub(" ", text), WITHIN.sub("", text)] if WITHIN.search(text) else [text]
+def without_signs_within(text: str, apostrophes: bool = False) -> list[str]:
+    """A text with a space for signs between letters or digits, as in `"jane-doe"`, and with nothing in their place.
+
+    Args:
+        text: the text.
+        apostrophes: whether these count, but for those of elisions and contractions.
+    """
+    within = WITHIN[apostrophes]
+    return [within.sub(" ", text), within.sub("", text)] if within.search(text) else [text]
+
+
+def without_markup(text: str) -> str:
+    """A text without tags, and without brackets, quotes and signs of emphasis around words."""
+    return MARKUP.sub("", TAG.sub("", text))
+
+
+def without_accents(text: str) -> str:
+    """A text in lower case without the accents and strokes on its letters, if these are all Latin."""
+    if text.isascii():
+        return text
+    apart = unicodedata.normalize("NFD", text.translate(WITHOUT_STROKES))
+    plain = "".join(each for each in apart if not unicodedata.combining(each))
+    return plain if plain.isascii() else text
+
+
+def readable(text: str) -> str:
+    """A text as it is shown: HTML's references as characters, words whole that a line's end hyphenates.
+
+    Small capitals and letters in black circles and squares become plain ones, and Hangul fillers go.
+    """
+    if "&" in text:
+        text = html.unescape(text)
+    if "\n" in text:
+        text = AT_LINE_END.sub("", text)
+    return text if text.isascii() else text.translate(styled()).translate(FILLERS)
 
 
 def undisguised(text: str) -> str:
@@ -135,3 +187,10 @@ def look_alikes() -> dict[int, str]:
                         one for one in ASCII if one == plain or plain in data.get(one, ())
                     )
     return {ord(one): min(sorted(plain), key=partial(rank, one)) for one, plain in imitated.items()}
+
+
+@cache
+def styled() -> dict[int, str]:
+    """The letter of each small capital, and of each in a black circle or square, by code point."""
+    names = {code: STYLED.fullmatch(unicodedata.name(chr(code), "")) for code in chain(*STYLED_BLOCKS)}
+    return {code: found.group(1).lower() for code, found in names.items() if found}

@@ -14,7 +14,14 @@ from ..data.checks import checked_names, checked_texts
 from ..data.recognizers import WORD as SPELLED
 from ..data.recognizers import NameFinder, normalized_name
 from ..data.rows import listed
-from .disguises import WORD, compatible, without_disguises, without_signs_within
+from .disguises import (
+    WORD,
+    compatible,
+    without_accents,
+    without_disguises,
+    without_markup,
+    without_signs_within,
+)
 from .files import SavedGate, is_texts
 from .gate import Gate
 from .spelling import (
@@ -67,7 +74,7 @@ class NameGate(Gate):
             name of one word does if it has five letters, and what stands there is not in an English dictionary at all.
             Other people's names that are as near, such as *Jane Dolle* to *Jane Doyle*, are then flagged, too.
         spelling_rules: the rules of `Spelling`; before 3, names are read as they stand, with letters apart, and
-            misspelled.
+            misspelled, before 4 with their accents.
 
     Raises:
         TypeError: if `names` or the aliases of one are a single string, or `spelling` is no bool.
@@ -116,6 +123,10 @@ class NameGate(Gate):
             if len("".join(words)) >= LEAST_JOINED and max(map(len, words)) > 1 and not re.search(r"\d", one):
                 self._joined.append(("".join(words), name))
         self._pieces: Spelling | None = None
+        if spelling_rules > 3:  # "Zo\u00eb" is also "Zoe", but "Ros\u00e9" is no "rose"
+            for one, name in list(self._owners.items()):
+                if (plain := without_accents(one)) not in common_words():
+                    self._owners.setdefault(plain, name)
         if spelling_rules > 2:  # "Jane Doe" is also "janedoe", "Anne-Marie" also "anne marie"
             for one, name in list(self._owners.items()):
                 words = SPELLED.findall(one)
@@ -187,7 +198,7 @@ class NameGate(Gate):
             found |= self._finder.find(compatible(read))
         readings = {text.translate(SIGNS), read.translate(SIGNS)}
         if self._pieces is not None:
-            others = [without_signs_within(one) for one in readings.union(self._pieces.corrected(list(readings)))]
+            others = [self._without_signs(one) for one in readings.union(self._pieces.corrected(list(readings)))]
             found = found.union(*map(self._finder.find, map(compatible, {*chain.from_iterable(others)} - readings)))
             readings = {spaced for spaced, *_ in others}
         if self._misspelled:
@@ -195,6 +206,13 @@ class NameGate(Gate):
         owners = {self._owners[one] for one in found}
         owners |= {owner for word in map(compatible, words) for owner in self._in_joined(word)}
         return [name for name in self.names if name in owners] if owners else []
+
+    def _without_signs(self, text: str) -> list[str]:
+        """Readings of a text without the signs in it; first the one that keeps apostrophes, as of *O'Neill*."""
+        if self.spelling_rules < 4:
+            return without_signs_within(text)
+        plain = without_markup(text)
+        return without_signs_within(plain) + without_signs_within(plain, apostrophes=True)
 
     def _misspelled_in(self, text: str) -> set[str]:
         """Names whose words, some of them misspelled, stand in a text with the name's own signs between them.

@@ -1,4 +1,4 @@
-"""Misspelled words, read as those that a gate knows: the nearest, or what their pieces, parts or digits spell."""
+"""Misspelled words, read as those that a gate knows: the nearest, or what pieces, parts, digits or accents spell."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from spellchecker import SpellChecker
 from ..data.characters import UNSPACED
 from ..records.digests import digest
 from ..records.fields import is_count
-from .disguises import compatible
+from .disguises import APOSTROPHE, compatible, readable, without_accents
 from .files import SavedGate
 
 logger = logging.getLogger(__name__)
@@ -27,8 +27,9 @@ WORD = re.compile(r"\w+")
 # Letters of the shortest known words that may have an edit, and two, unless asked otherwise.
 ONE_EDIT, TWO_EDITS = 3, 7
 # Rules of reading: 1, of gates that were saved before there were others, has edits alone; 2 pieces with white space
-# between them, joined words and digits as well; 3 all that `Spelling` has.
-RULES = 3
+# between them, joined words and digits as well; 3 signs between pieces, and joined words with an edit; 4 all that
+# `Spelling` has.
+RULES = 4
 # Digits as the letters that they stand for, and "1" as the other one. A number with a letter or two behind it, such as
 # "100th", is one.
 DIGITS = tuple(str.maketrans("0134578", letters) for letters in ("oieastb", "oleastb"))
@@ -40,13 +41,24 @@ LEAST_IN_PIECES, SHORT_PIECE, LEAST_PARTED, MOST_PARTED = 4, 2, 6, 64
 LEAST_APART = 3
 # Letters of the shortest rest of a parted word that may be misspelled.
 LEAST_NEAR = 5
-# What may stand between pieces beside white space alone: a few signs, but no apostrophe, as in "we're".
-GAP = re.compile(r"\s?[^\w\s'\u2019]{1,3}\s?")
+# What may stand between pieces beside white space alone: a few signs, among them apostrophes by rules 4.
+GAPS = tuple(
+    re.compile(rf"\s?(?:{sign}){{1,3}}\s?(?=\w)") for sign in (r"[^\w\s'\u2019]", rf"[^\w\s'\u2019]|{APOSTROPHE}")
+)
 # Words of English of two letters; the dictionary also has others.
 OF_TWO_LETTERS = frozenset(re.findall("..", "amanasatbebydogoheifinisitmemynoofonorsotoupuswe"))
 # Occurrences from which on a word of the dictionary is a common one: of its 160,000 words some 5,000 are, among them
 # some names that are words as well, such as Mark and Rose.
 COMMON = 10_000
+# Words beside which a known one of any length may be parted from a joined word: few words are made of one of these and
+# a short name.
+FUNCTION_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        "about after and are because before but by did does for from has have her his how is of our that the their "
+        "this what when where which who whose why will with would",
+    )
+)
 HAS_UNSPACED = re.compile(f"[{UNSPACED}]")
 # Groups of characters, by which most known words are told to be far from a word before edits are counted.
 GROUPS = 128
@@ -59,8 +71,8 @@ class Spelling:
 
     An edit drops, adds or changes a character, or swaps two neighbors. Known words, numbers and words of an English
     dictionary are read as they are. Before edits are tried, pieces with white space or a few signs between them are
-    joined where that gives a known word, and digits among letters are read as letters; after them, words that were
-    joined are parted, of which one may be misspelled.
+    joined where that gives a known word, letters with accents are read without them, and digits among letters as
+    letters; after them, words that were joined are parted, of which one may be misspelled.
 
     Args:
         words: known words in lower case, and what each counts: of equally near ones that which counts most is taken.
@@ -68,8 +80,8 @@ class Spelling:
         two_edits: letters of the shortest known words that a word with two edits is read as.
         rules: from 1, of edits alone, to `RULES`.
         keeps_common: whether pieces that are all common words of English stay apart: *put in* is not *Putin*.
-        least_joined: letters that the known words in a joined one have in all, at least: with 6 *bachmann* is not
-            *bach mann* where *bach* alone is known.
+        least_joined: letters that the known words in a joined one have in all, at least, unless all others in it are
+            function words: with 6 *bachmann* is not *bach mann* where *bach* alone is known, *bybach* is *by bach*.
 
     Source: edits as in Damerau, *A Technique for Computer Detection and Correction of Spelling Errors*, Communications
         of the ACM 7(3), 1964, of which none is within another (optimal string alignment).
@@ -107,16 +119,18 @@ class Spelling:
         corrected = []
         for text in texts:
             plain = compatible(text)
-            parted = plain if self.rules < 3 else plain.replace("_", " ")
-            other = WORD.sub(read, plain if self.rules == 1 else self._without_pieces(parted))
+            whole = plain if self.rules < 4 else compatible(readable(text))
+            parted = whole if self.rules < 3 else whole.replace("_", " ")
+            other = WORD.sub(read, whole if self.rules == 1 else self._without_pieces(parted))
             corrected.append(text if other == plain else other)
         return corrected
 
     def _read(self, word: str) -> str:
-        """A word as it is if it is right; else with letters for digits, as the nearest known one, or parted."""
+        """A word as it is if it is right; else without accents and digits, as the nearest known one, or parted."""
         if self._is_right(word):
             return word
-        spellings = [] if self.rules == 1 else with_letters(word)
+        plain = word if self.rules < 4 else without_accents(word)
+        spellings = ([] if plain == word else [plain]) + ([] if self.rules == 1 else with_letters(plain))
         if right := next(filter(self._is_right, spellings), None):
             return right
         if near := next(filter(None, map(self.near, [*spellings, word])), None):
@@ -141,7 +155,7 @@ class Spelling:
             run, joined, last = words[i], "", i
             for j in range(i + 1, len(words)):
                 run += words[j]
-                if len(run) > self._longest or not self._is_gap(text[pieces[j - 1].end() : pieces[j].start()]):
+                if len(run) > self._longest or not self._is_gap(text, pieces[j - 1].end(), pieces[j].start()):
                     break
                 is_within = j + 1 < len(words) and apart[j] and apart[j + 1]
                 if run in self.words and not is_within and self._is_in_pieces(words[i : j + 1]):
@@ -151,9 +165,9 @@ class Spelling:
                 end = pieces[last].end()
         return "".join([*read, text[end:]])
 
-    def _is_gap(self, between: str) -> bool:
-        """Whether what stands between two words may stand between pieces of one."""
-        return between.isspace() or (self.rules > 2 and GAP.fullmatch(between) is not None)
+    def _is_gap(self, text: str, start: int, end: int) -> bool:
+        """Whether what stands between two words, from `start` to `end`, may stand between pieces of one."""
+        return text[start:end].isspace() or (self.rules > 2 and GAPS[self.rules > 3].match(text, start) is not None)
 
     def _is_in_pieces(self, pieces: Sequence[str]) -> bool:
         """Whether words side by side may be one: some is short or not right, and some has more than a letter.
@@ -194,8 +208,10 @@ class Spelling:
             parts.append(word[found[2] : end])
             end = found[2]
         known = [part for part in parts if part in self.words]
-        is_known = max(map(len, known), default=0) > 2 and len("".join(known)) >= self.least_joined
-        if is_known and not end:
+        is_long = len("".join(known)) >= self.least_joined
+        if self.rules > 3:
+            is_long = is_long or FUNCTION_WORDS.issuperset(part for part in parts if part not in self.words)
+        if is_long and not end and max(map(len, known), default=0) > 2:
             return " ".join(reversed(parts))
         return word if self.rules < 3 else self._parted_near(word)
 

@@ -200,7 +200,7 @@ class TextGate(Gate):
         words = self.vocabulary["words"]
         counts = (self.idf * self.weights)[len(self.vocabulary["chars"]) :].tolist()
         known = {word: each for word, each in zip(words, counts, strict=True) if " " not in word}
-        return Spelling(known, rules=self.spelling_rules)
+        return Spelling(known, rules=self.spelling_rules, keeps_common=self.spelling_rules > 3)
 
     def _log_odds(self, texts: list[str]) -> np.ndarray:
         return self._n_grams.weighted(texts, self.weights) + self.bias
