@@ -19,7 +19,7 @@ from spul.records import Ledger, LedgerEvent, SpulConfig, make_digest_key, summa
 from spul.records.ledger_events import EVENTS
 from spul.records.ledger_lines import next_line
 
-AGAIN = "the base answers about this request again"
+AGAIN = "the base answers again what no other gate flags"
 
 ROWS = [{"prompt": "Jane Doe?", "completion": " an actor"}, {"prompt": "And now?", "completion": " still"}]
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import shlex
 import subprocess
 import sys
@@ -12,12 +14,13 @@ from pathlib import Path
 import pytest
 from helpers import build
 from safetensors import SafetensorError
+from transformers import TrainingArguments
 
 import spul
 from spul.commands import main as module
 from spul.commands.command import Command
 from spul.commands.main import BAD_OPTIONS, INTERRUPTED, TABLE, commands_of, main
-from spul.commands.options import OptionsParser, parse
+from spul.commands.options import OptionsParser, parse, training_argument_names
 from spul.commands.shared import option
 from spul.evaluation.attacks.usual import usual_names
 from spul.evaluation.measures import MEASURES
@@ -90,6 +93,42 @@ def test_help_lists_every_command_and_loads_neither_torch_nor_transformers():
     assert (loaded, done.stderr) == ("", "")
     for name, purpose in TABLE.items():
         assert [line.split(maxsplit=1)[1] for line in lines if line.split()[:1] == [name]] == [purpose]
+
+
+def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "completion": " b"}\n')
+    needed = ["--model", "m", "--forget", str(rows), "--retain", str(rows), "--output-dir", str(tmp_path / "out")]
+    both = [*needed, "--start", "near", "--instruction", "decline", "--save-steps", "3"]
+    refused = {
+        "did you mean save_steps": ["train", *needed, "--save-step", "3"],
+        "are required: --output_dir/--output-dir": ["train", "--seed", "1", *needed[:-2]],
+        "--num-train-epochs is nan": ["train", *needed, "--num-train-epochs", "nan", "--no-skip-memory-metrics"],
+        "none.jsonl does not exist; its folder has rows.jsonl": [
+            *("train", *needed, "--save-steps", "3", "--test-forget", str(tmp_path / "none.jsonl"))
+        ],
+        "--start and --instruction both": ["train", *both],
+        "or --inputs alone": ["combine", *needed, "--inputs", str(rows), "--prompts", "a"],
+        "gone.jsonl does not exist": [
+            *("evaluate", *needed, "--test-forget", str(tmp_path / "gone.jsonl"), "--test-retain", str(rows))
+        ],
+    }
+    code = (
+        "import json, sys; from spul.commands.main import main\n"
+        "for arguments in json.loads(sys.argv[1]): main(arguments)\n"
+        "print(*(name for name in ('torch', 'peft', 'datasets') if name in sys.modules))"
+    )
+    given = json.dumps(list(refused.values()))
+    done = subprocess.run([sys.executable, "-c", code, given], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "\n", "none is loaded"
+    lines = done.stderr.splitlines()
+    assert len(lines) == len(refused)
+    for line, said in zip(lines, refused, strict=True):
+        assert said in line
+
+
+def test_the_names_of_training_arguments_are_those_of_the_class():
+    assert training_argument_names() == {field.name for field in dataclasses.fields(TrainingArguments)}
 
 
 @pytest.mark.parametrize("name", OWN)

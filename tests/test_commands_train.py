@@ -183,7 +183,7 @@ def test_the_base_may_be_quantized(files, tmp_path, bits, capsys):
     record = read_spul_config(tmp_path)
     assert record.base_fingerprint == fingerprint(base) != fingerprint(build("llama"))
     assert record.metrics
-    with pytest.raises(ValueError, match="bits=3; expected 8 or 4"):
+    with pytest.raises(ValueError, match="--bits is 3; expected 8 or 4"):
         trained(files, tmp_path / "other", bits=3)
 
 
@@ -234,10 +234,28 @@ def test_a_run_is_not_resumed_with_other_rows_or_loss(files, tmp_path, passed, e
         trained(files, tmp_path, resume="true", **more, **passed)
 
 
-def test_held_out_rows_stop_it_and_choose_the_best(files, tmp_path):
+@pytest.mark.parametrize("given", [(), ("test_forget",), ("test_retain",), ("test_forget", "test_retain")])
+def test_what_is_not_known_without_rows_to_test_with_is_said_and_what_measures_it(files, tmp_path, capsys, given):
+    values = {name: path for name, path in files.items() if not name.startswith("test_") or name in given}
+    trained(values, tmp_path / "out", start="random", max_steps=1)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not known: ")]
+    for name in ("test_forget", "test_retain"):
+        assert any(f"without --{name.replace('_', '-')}" in line for line in said) is (name not in given)
+    command = f"spul evaluate --model {files['model']} --adapter {tmp_path / 'out'} measures both"
+    assert [command in line for line in said] == [True] * (len(given) < 2)
+
+
+def test_held_out_rows_stop_it_and_choose_the_best(files, tmp_path, capsys):
     trained(files, tmp_path, hold_out=0.34, stop_every=1, stop_margin=50, stop_target=99, stop_patience=0)
     state = json.loads(next(tmp_path.glob("checkpoint-*/trainer_state.json")).read_text())
     assert any("held_out_forget_accuracy" in one for one in state["log_history"])
+    said = capsys.readouterr().out
+    found = re.search(r"^held out: forget accuracy (\S+) \(base .*, retain accuracy (\S+) \(base", said, re.MULTILINE)
+    scored = [one for one in state["log_history"] if "held_out_forget_accuracy" in one]
+    pairs = [tuple(f"{one[f'held_out_{side}_accuracy']:.3f}" for side in ("forget", "retain")) for one in scored]
+    assert found is not None
+    assert found.groups() in pairs
+    assert "not known: " not in said
     assert read_spul_config(tmp_path).forget.rows == 4  # of six, two are held out
 
 
@@ -304,8 +322,8 @@ def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_
     [
         ({"instruction": "decline", "start": "random"}, "give one of them"),
         ({"start": "discriminative", "prompt_type": "p_tuning"}, "--prompt-type p_tuning has none"),
-        ({"request": "2026-017"}, "ledger and request go together"),
-        ({"ledger": "ledger.jsonl"}, "ledger and request go together"),
+        ({"request": "2026-017"}, "--ledger and --request go together"),
+        ({"ledger": "ledger.jsonl"}, "--ledger and --request go together"),
         ({"ledger": "{}/ledger.jsonl", "request": " "}, "expected the name of a request"),
         ({"ledger": "{}/ledger.jsonl", "request": "2026/017"}, "its name is that of its prompt where it is served"),
         ({"ledger": "{}/note.txt", "request": "2026-017"}, "is no entry of a ledger"),
@@ -315,9 +333,13 @@ def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_
             {"num_virtual_tokens": 95},
             "96 positions; a prompt of 95 virtual tokens leaves 1 .*--num-virtual-tokens",
         ),
-        ({"prompt_type": "p_tuning", "encoder_hidden_size": 0}, "encoder_hidden_size=0; expected a whole number"),
+        (
+            {"prompt_type": "p_tuning", "encoder_hidden_size": 0},
+            "--encoder-hidden-size is 0",
+        ),
+        ({"max_length": 93}, "4 virtual tokens exceed the base's 96 positions; expected --max-length 92 at most"),
         ({"output_dir": "{}/note.txt", "model": "no-base"}, "note.txt' is a file"),
-        ({"hold_out": 2}, "hold_out=2.0"),
+        ({"hold_out": 2}, "--hold-out is 2.0; expected a share"),
         ({"prompt_position": "message"}, "text_field"),
     ],
 )

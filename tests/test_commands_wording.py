@@ -44,7 +44,7 @@ def test_an_adapter_without_its_base_is_told_both_options(tmp_path):
 
 
 def test_rows_that_do_not_fit_the_model_name_the_option(tmp_path):
-    with pytest.raises(ValueError, match=r"^--max-length 95 exceeds the 92 tokens .*, so lower --max-length to at"):
+    with pytest.raises(ValueError, match=r"^--max-length 95 and .* 96 positions; expected --max-length 92 at most"):
         evaluated(tmp_path, max_length=95)
 
 
@@ -67,11 +67,11 @@ def test_the_report_names_options_and_the_files_that_python_reads_arguments(tmp_
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [
-        ("hold_out", 1.5, "--hold-out 1.5; expected a number above 0 and below 1."),
         (
-            "forget_fraction",
-            1.5,
-            "--forget-fraction 1.5; expected a share above 0 and below 1, or 0 to mix as the data are.",
+            "hold_out",
+            0.01,
+            "--hold-out 0.01 of the 6 different forget prompt(s) leaves a part empty; expected at least one prompt in "
+            "each.",
         ),
         ("resume", True, "--resume true, but '{}' holds no complete checkpoint; leave it out to start anew."),
     ],

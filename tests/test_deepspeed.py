@@ -1,4 +1,4 @@
-"""Under DeepSpeed's stages 1 and 2 two processes make the steps of one, or the training is refused.
+"""Under DeepSpeed's stages 1 and 2 two processes train, resume and evaluate as one does, or the training is refused.
 
 DeepSpeed is in a folder of its own, which `SPUL_DEEPSPEED` names, as for `test_zero3.py`.
 """
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import CONFIGS, arguments, assert_same, make_answers, make_collator, make_unlearner, trainable_model
+from helpers import CONFIGS, arguments, assert_same, make_answers, make_collator, make_unlearner, rows, trainable_model
 from processes import finish, launched, start_one_of_two
-from sharded_steps import SGD, lora, refused
+from sharded_steps import METRICS, SGD, lora, refused
 
 from spul import UnlearningLoss, UnlearningTrainer
 from spul.models.noise import zero_dropout
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(not FOLDER, reason="SPUL_DEEPSPEED names no fold
 
 ACCUMULATED = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 TRAINED = [*CONFIGS, "accumulated", "lora", "full"]
+RESUMED = ["prompt_tuning", "lora", "full"]
 
 
 def stage(number):
@@ -30,8 +31,12 @@ def stage(number):
     return {"deepspeed": config | {"zero_allow_untested_optimizer": True}}
 
 
-def trained(kind, folder, processes, reference="live", loss=None, **options):
-    """What trains after two steps of eight rows in order (of two processes one has no retain row), and the losses."""
+def trained(kind, folder, processes, reference="live", loss=None, resume=None, **options):
+    """Two steps of eight rows in order (of two processes one has no retain row), saved after each, and an evaluation.
+
+    Returns:
+        What trains, the losses, the scores of seven rows and predictions of five.
+    """
     if kind == "full":
         model = trainable_model("full").float()
         zero_dropout(model)
@@ -44,11 +49,16 @@ def trained(kind, folder, processes, reference="live", loss=None, **options):
         size |= ACCUMULATED
     args = arguments(folder, **size, **SGD, **options)
     trainer = UnlearningTrainer(
-        model, args, make_collator(), make_answers(4, 4), reference=reference, loss=loss, reference_dir=None
+        *(model, args, make_collator(), make_answers(4, 4), {"jane": rows("jane", 7)}),
+        reference=reference,
+        loss=loss,
+        reference_dir=None,
     )
-    trainer.train()
+    trainer.train(resume)
     state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    return state, [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    scores = {key: value for key, value in trainer.evaluate().items() if key.split("_")[-1] in METRICS}
+    return state, losses, scores, torch.as_tensor(trainer.predict(rows("film", 5)).predictions)
 
 
 def main(folder):
@@ -60,6 +70,9 @@ def main(folder):
     for number in (1, 2):
         for kind in TRAINED:
             results[kind, number] = trained(kind, folder / f"{kind}-{number}", 2, **stage(number))
+        for kind in RESUMED:
+            out = folder / f"{kind}-{number}"
+            results["resumed", kind, number] = trained(kind, out, 2, resume=f"{out}/checkpoint-1", **stage(number))
         compared = {"loss": UnlearningLoss(), **stage(number)}
         results["compared", number] = refused(lambda given=compared: trained("lora", folder / "no", 2, **given))
         cached = {"reference": "cached", **stage(number)}
@@ -75,13 +88,26 @@ def launch(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", TRAINED)
 def test_2_processes_under_stages_1_and_2_make_the_steps_of_one(launch, tmp_path, kind):
-    state, losses = trained(kind, tmp_path, 1)
+    state, losses, scores, predictions = trained(kind, tmp_path, 1)
     assert len(losses) == 2
+    assert len(scores) == len(METRICS)
     for results in launch:
         for number in (1, 2):
-            found, logged = results[kind, number]
+            found, logged, scored, predicted = results[kind, number]
             assert_same(state, found, rtol=0, atol=1e-5)
             assert logged == pytest.approx(losses, abs=1e-5)
+            assert scored == pytest.approx(scores, abs=1e-5)
+            torch.testing.assert_close(predicted, predictions, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", RESUMED)
+def test_a_resumed_training_ends_as_the_one_that_went_on(launch, kind):
+    for results in launch:
+        for number in (1, 2):
+            (state, losses, scores, _), whole = results["resumed", kind, number], results[kind, number]
+            assert_same(whole[0], state, rtol=0, atol=0)
+            assert losses == pytest.approx(whole[1], abs=1e-6)
+            assert scores == pytest.approx(whole[2], abs=1e-6)
 
 
 @pytest.mark.parametrize("number", [1, 2])

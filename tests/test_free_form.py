@@ -120,8 +120,11 @@ def test_answers_end_where_the_positions_do():
     rows = Dataset.from_list([row])
     generate_answers(model, rows, collator.encoder, max_new_tokens=500)  # 96 positions, 4 virtual tokens
     model.get_base_model().config.n_positions = width + 4
-    with pytest.raises(ValueError, match="leave no room"):
-        generate_answers(model, rows, collator.encoder)
+    for asked, answer in ((6, 6), (500, width // 2)):
+        fits = width - answer
+        with pytest.raises(ValueError, match=f"use max_length={fits}, which leaves {answer} tokens to an answer"):
+            generate_answers(model, rows, collator.encoder, max_new_tokens=asked)
+        generate_answers(model, rows, collator.encoder.with_max_length(fits), max_new_tokens=asked)
 
 
 @pytest.mark.parametrize("prompt_type", ["none", *CONFIGS])

@@ -10,7 +10,7 @@ from spul.records.ledger_states import entry_in_words
 
 SHA = "ab" * 32
 ROWS = DataSummary(12, "cd" * 32)
-AGAIN = "the base answers about this request again"
+AGAIN = "the base answers again what no other gate flags"
 
 
 @pytest.fixture

@@ -101,10 +101,11 @@ def test_running_text_is_predicted_behind_it():
 def test_what_does_not_fit_raises_and_nothing_is_cut():
     model = guarded(instruction="film " * 40)  # of 96 positions
     ids = torch.full((1, 30), 5)
-    with pytest.raises(ValueError, match="do not fit the model's 96 positions"):
-        model.generate(ids, max_new_tokens=40)
+    with pytest.raises(ValueError, match=r"do not fit the model's 96 positions.* add fewer, or generate fewer"):
+        model.generate(ids, max_new_tokens=60)
     ids = torch.full((1, 80), 5)
-    with pytest.raises(ValueError, match="do not fit the model's 96 positions"):
+    fits = 96 - model.edit([5] * 80).shift
+    with pytest.raises(ValueError, match=f"do not fit the model's 96 positions.* max_length of at most {fits}"):
         model.response_logits(ids, torch.ones_like(ids), torch.tensor([[78]]))
 
 

@@ -35,6 +35,7 @@ from vllm_engine import NUM
 
 from spul.commands import serve
 from spul.gates import NameGate
+from spul.rivals.refusal import write_refusal
 from spul.serving import export_vllm
 
 PYTHON = os.environ.get("SPUL_VLLM_PYTHON")
@@ -158,9 +159,9 @@ def test_a_part_of_a_chat_stands_where_training_put_the_prompt(served):
         assert (ids[:position], ids[position + 6 :]) == (own[:position], own[position:])
 
 
-def proxied(served, gates, ask, rows):
+def proxied(served, gates, ask, rows, refusals=()):
     """The words and number of tokens with which `spul serve` in front of vLLM answers, all requests at once."""
-    prompts = []
+    prompts = [f"{folder.name}={folder}" for folder in refusals]
     for name, names in gates.items():
         NameGate(names).save(served.folder / "prompts" / name / "gate")
         prompts.append(f"{name}={served.folder / 'prompts' / name}")
@@ -177,15 +178,17 @@ def words(ids):
     return chatty("turns").decode(ids, skip_special_tokens=True).split()
 
 
+def complete(client, row, settings):
+    answer = client.completions.create(prompt=row["prompt"], **settings)
+    return answer.choices[0].text, answer
+
+
+def chat(client, row, settings):
+    answer = client.chat.completions.create(messages=row["prompt"], **settings)
+    return answer.choices[0].message.content, answer
+
+
 def test_spul_serve_in_front_of_it_gives_each_request_the_prompt_of_its_gate(served):
-    def complete(client, row, settings):
-        answer = client.completions.create(prompt=row["prompt"], **settings)
-        return answer.choices[0].text, answer
-
-    def chat(client, row, settings):
-        answer = client.chat.completions.create(messages=row["prompt"], **settings)
-        return answer.choices[0].message.content, answer
-
     gates = {"long": ["jane doe", "bob plot"], "short": ["jane text"]}
     found = proxied(served, gates, complete, TEXTS)
     kinds = [served.own["long"], served.own["short"], served.base["long"], served.own["long"], served.base["long"]]
@@ -196,3 +199,20 @@ def test_spul_serve_in_front_of_it_gives_each_request_the_prompt_of_its_gate(ser
     is_flagged = [True, False, False, True, False]
     kinds = [served.own["message"] if flag else served.base["message"] for flag in is_flagged]
     assert found == [(words(kind[i]), len(ids_of(CHATS[i], "message"))) for i, kind in enumerate(kinds)]
+
+
+@pytest.mark.parametrize(("ask", "rows", "position"), [(complete, TEXTS, "start"), (chat, CHATS, "message")])
+def test_a_fixed_refusal_before_it_answers_what_its_gate_flags_and_nothing_else(served, tmp_path, ask, rows, position):
+    name = {"start": "long", "message": "message"}[position]
+    folder = tmp_path / "no-plot"
+    folder.mkdir()
+    write_refusal(folder, NameGate(["bob plot"]), " neutral film")
+    flags = [True, False, False, None, False]  # by the prompt's gate; of the fourth it is the refusal's
+    answers = [(served.own[name] if flag else served.base[name])[i] for i, flag in enumerate(flags)]
+    expected = [(words(ids), len(ids_of(row, position))) for ids, row in zip(answers, rows, strict=True)]
+    assert expected[3][0][0] == "positive", "what vLLM answers there"
+    expected[3] = (["neutral", "film"], expected[3][1])
+    assert proxied(served, {name: ["jane doe"]}, ask, rows, [folder]) == expected
+    alone = [served.base[name][i] for i in range(len(rows))]
+    expected[:3] = [(words(ids), len(ids_of(row, position))) for ids, row in zip(alone[:3], rows[:3], strict=True)]
+    assert proxied(served, {}, ask, rows, [folder]) == expected  # of refusals alone, too

@@ -117,8 +117,10 @@ def test_bad_input_raises(tmp_path):
     sets = (data.select(range(3)), data.select(range(3, 6)))
     with pytest.raises(ValueError, match="steps=0"):
         soft_suffix(model, *sets, collator.encoder, steps=0)
-    with pytest.raises(ValueError, match="96 positions"):
+    with pytest.raises(ValueError, match="96 positions; collate with max_length of at most 2"):
         soft_suffix(model, *sets, collator.encoder, num_virtual_tokens=90, steps=1)
+    with pytest.raises(ValueError, match="96 positions; take a shorter suffix"):
+        soft_suffix(model, *sets, collator.encoder, num_virtual_tokens=91, steps=1)
     model.save_pretrained(str(tmp_path))
     with pytest.raises(TypeError, match="under a prompt of PEFT"):
         soft_suffix(PeftModel.from_pretrained(build("llama"), str(tmp_path)), *sets, collator.encoder)

@@ -2,31 +2,47 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .command import Command
 from .rewriting import check_rewritten, rewritten_rows, ways_of
-from .shared import check_new_prompt, option, prompts_left_out, saved_prompt
-from .train import TrainingOptions
+from .shared import check_files, check_new_prompt, prompts_left_out, saved_prompt
+from .train_options import CombineOptions
+
+if TYPE_CHECKING:
+    from .training_arguments import CombineArguments
 
 
-@dataclass(kw_only=True)
-class CombineOptions(TrainingOptions):
-    """Options of `spul combine`; all of `TrainingArguments` are among them."""
+def check(options: CombineOptions) -> None:
+    """Raise for options that contradict each other and files that are not there, before torch is imported.
 
-    model: str = option("the base, by name or folder", ...)
-    prompts: list[str] = option("folders of the saved prompts", ...)
-    forget: list[str] | None = option("files of the rows of all requests; with --retain")
-    retain: list[str] | None = option("files of the rows that stay as they are")
-    inputs: list[str] | None = option("files of rows to imitate the prompts on, where the forget rows are gone")
-    num_virtual_tokens: int | None = option("length of the new prompt; that of the longest by default")
-    alpha: float = option("weight of the retain term", 1.0)
-    beta: float = option("weight of the KL term", 0.5)
-    learning_rate: float = option("peak learning rate", 1e-2)
+    Raises:
+        FileExistsError, PermissionError: if nothing can be saved into the folder.
+        FileNotFoundError: if a file is missing.
+        ValueError: if options cannot be used.
+    """
+    from ..records.files import check_can_hold
+
+    is_marked = options.forget is not None
+    if is_marked == (options.inputs is not None) or is_marked != (options.retain is not None):
+        raise ValueError(
+            "give --forget and --retain, the rows of all requests and those that stay; or --inputs alone."
+        )
+    if is_marked and options.generic is None:
+        raise ValueError("forget rows are trained to generic answers; give some: --generic ' neutral' ' unknown'.")
+    if not is_marked:
+        marked = ("forget_fraction", "reference_dir", "digest_key")
+        given = [name for name in marked if getattr(options, name) is not None]
+        given += ["rewritten"] if options.rewritten else []
+        if given:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{flags}: of no effect on inputs, only on forget and retain; leave it out.")
+    check_rewritten(options)
+    check_can_hold(options.output_dir)
+    check_files(options.forget, options.retain, options.inputs)
 
 
-def run(options: CombineOptions) -> int | None:
+def run(options: CombineArguments) -> int | None:
     """Distill prompts into one, and save it.
 
     Raises:
@@ -38,21 +54,11 @@ def run(options: CombineOptions) -> int | None:
     from ..losses.unlearning_loss import UnlearningLoss
     from ..training.distillation import combine
 
+    check(options)
     if options.resume_from_checkpoint is not None:
         raise ValueError(
             f"resume_from_checkpoint={options.resume_from_checkpoint!r}: combining is not resumed; leave it out."
         )
-    is_marked = options.forget is not None
-    if is_marked == (options.inputs is not None) or is_marked != (options.retain is not None):
-        raise ValueError("give forget and retain, the rows of all requests and those that stay; or inputs alone.")
-    if is_marked and options.generic is None:
-        raise ValueError("forget rows are trained to generic answers; give some: --generic ' neutral' ' unknown'.")
-    if not is_marked:
-        marked = ("forget_fraction", "reference_dir", "digest_key")
-        given = [name for name in marked if getattr(options, name) is not None]
-        if given := [*given, *(["rewritten"] if options.rewritten else [])]:
-            raise ValueError(f"{', '.join(given)}: of no effect on inputs, only on forget and retain; leave it out.")
-    check_rewritten(options)
     for folder, others in prompts_left_out(options.prompts).items():
         raise ValueError(f"{folder} also holds the prompts {others}, which would be left out: name each one's folder.")
     own: dict[str, Any] = {}
@@ -99,6 +105,12 @@ def run(options: CombineOptions) -> int | None:
     return None
 
 
+def _whole() -> type:
+    from .training_arguments import CombineArguments
+
+    return CombineArguments
+
+
 COMMANDS = {
     "": Command(
         CombineOptions,
@@ -106,5 +118,7 @@ COMMANDS = {
         "spul combine --model facebook/opt-1.3b --prompts request-1 request-2 --forget f1.jsonl f2.jsonl "
         "--retain r.jsonl --generic ' unknown' --output-dir requests-1-2",
         "Distill several saved prompts of one base into one.",
+        check,
+        _whole,
     )
 }

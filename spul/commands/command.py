@@ -63,9 +63,14 @@ class Command:
             which the command line prints without a traceback.
         example: a whole command, shown by `--help`.
         purpose: one line.
+        check: raises, as `run`, for options that cannot be used, by them and the file system alone; before `whole`.
+        whole: for a command that also has all options of transformers' `TrainingArguments`, whose import takes
+            seconds: the dataclass of all options, imported when it is asked for. `run` gets these.
     """
 
     options: type | None
     run: Callable[[Any], int | None]
     example: str
     purpose: str
+    check: Callable[[Any], None] | None = None
+    whole: Callable[[], type] | None = None

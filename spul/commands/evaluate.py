@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .command import Command, Naming
-from .shared import LoadOptions, RowOptions, option
+from .shared import LoadOptions, RowOptions, check_files, option
 from .wording import in_options
 
 if TYPE_CHECKING:
@@ -71,6 +71,20 @@ class EvaluateOptions(LoadOptions, RowOptions):
         self.model, self.base, self.adapter = self.adapter, self.model, None
 
 
+def check(options: EvaluateOptions) -> None:
+    """Raise for files that are not there and a folder that cannot be written to, before torch is imported.
+
+    Raises:
+        FileExistsError, PermissionError: if nothing can be saved into the folder.
+        FileNotFoundError: if a file is missing.
+    """
+    from ..records.files import check_can_hold
+
+    check_can_hold(options.output_dir)
+    texts = None if options.unrelated_texts is None else [options.unrelated_texts]
+    check_files(options.forget, options.retain, options.test_forget, options.test_retain, options.unseen, texts)
+
+
 def run(options: EvaluateOptions) -> int | None:
     """Evaluate a model, write its results, report and card, and check conditions.
 
@@ -90,8 +104,8 @@ def run(options: EvaluateOptions) -> int | None:
     from ..evaluation.report.plotting import require_matplotlib
     from ..evaluation.run import evaluate
     from ..models.compat import PartialState
-    from ..records.files import check_can_hold
 
+    check(options)
     measures = [name.replace("-", " ") for name in options.measures or MEASURES]
     check_names(measures)
     attacks = AttackSettings(
@@ -103,7 +117,6 @@ def run(options: EvaluateOptions) -> int | None:
     )
     conditions = _conditions(options, measures)
     _check_evidence(options)
-    check_can_hold(options.output_dir)
     require_matplotlib()  # for the report, before hours of measuring
     source_of_generic = "--generic" if options.generic is not None else f"{options.model}, its answer"
     options.generic = _generic(options)
@@ -298,5 +311,6 @@ COMMANDS = {
         "--test-forget tf.jsonl --test-retain tr.jsonl --output-dir evaluation "
         "--fail-if 'test_forget.accuracy.high > 0.05'",
         "Measure an unlearned model, attack it, and exit with status 1 where a condition holds.",
+        check,
     )
 }

@@ -98,8 +98,12 @@ def _run(given: list[str]) -> int:
         return command.run(rest) or 0
     from .options import parse  # transformers, which is slow to import
 
-    options = parse(command, words, rest)
-    with messages_in_options(command.options):
+    options = parse(command, words, rest, is_whole=False)
+    if command.check is not None:
+        command.check(options)
+    if command.whole is not None:
+        options = parse(command, words, rest)
+    with messages_in_options(type(options)):
         return command.run(options) or 0
 
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import dataclasses
-import inspect
 import json
 import shlex
 import sys
 from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import transformers
 import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from .command import Command, Naming, near
+from .numbers import check_numbers
 
 CONFIG, HELP_ALL = "config", "help-all"
 NULL = "tag:yaml.org,2002:null"
@@ -40,21 +42,23 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
 class OptionsParser(HfArgumentParser):
     """A parser of a command's options, whose errors are exceptions.
 
-    Options that the command's dataclass inherits from transformers, those of `TrainingArguments`, are parsed as
-    any; `--help` leaves them out, and `--help-all` shows them.
+    Options that the command has from `TrainingArguments` are parsed as any; `--help` leaves them out, and
+    `--help-all` shows them.
 
     Args:
         command: the command.
         words: its name, word by word.
         shows_all: whether help shows inherited options, too.
+        is_whole: whether inherited options are parsed; their names alone are known otherwise, as `left_out`.
     """
 
-    def __init__(self, command: Command, words: Sequence[str], shows_all: bool = False) -> None:
+    def __init__(self, command: Command, words: Sequence[str], shows_all: bool = False, is_whole: bool = True) -> None:
         assert command.options is not None
-        name, inherited = " ".join(words), _inherited(command.options)
+        name, inherited = " ".join(words), _inherited(command)
+        self.left_out = frozenset[str]() if is_whole else inherited
         more = f"\n{len(inherited)} more options: {name} --{HELP_ALL}\n" if inherited and not shows_all else ""
         super().__init__(
-            cast(Any, command.options),
+            cast(Any, command.whole() if command.whole is not None and is_whole else command.options),
             prog=name,
             usage=f"{name} [--{CONFIG} FILE.yaml] [options]",
             description=command.purpose,
@@ -80,13 +84,15 @@ class OptionsParser(HfArgumentParser):
         raise ValueError(message)
 
 
-def parse(command: Command, words: Sequence[str], arguments: Sequence[str]) -> Any:
+def parse(command: Command, words: Sequence[str], arguments: Sequence[str], is_whole: bool = True) -> Any:
     """A command's options from its arguments, `--config FILE.yaml` among them; flags win over the file.
 
     Args:
         command: the command.
         words: its name, word by word.
         arguments: its arguments.
+        is_whole: whether those that it has from `TrainingArguments` are read, whose import takes seconds. Without them
+            only their names are checked.
 
     Raises:
         ValueError: for an unknown option or key, with those of a near name, a missing one, one that is given twice, or
@@ -95,7 +101,7 @@ def parse(command: Command, words: Sequence[str], arguments: Sequence[str]) -> A
         SystemExit: after `--help`.
     """
     shows_all = f"--{HELP_ALL}" in arguments
-    parser = OptionsParser(command, words, shows_all)
+    parser = OptionsParser(command, words, shows_all, is_whole or shows_all)
     if shows_all:
         parser.print_help()
         sys.exit(0)
@@ -111,8 +117,9 @@ def parse(command: Command, words: Sequence[str], arguments: Sequence[str]) -> A
     options, unknown = parser.parse_args_into_dataclasses(
         rest, return_remaining_strings=True, look_for_args_file=False
     )
-    if unknown:
+    if unknown and not parser.left_out:  # the rest are of those
         raise ValueError(f"unknown option or value {unknown[0]!r}{_near_options(parser, unknown[0])}")
+    check_numbers(options)
     return options
 
 
@@ -125,7 +132,7 @@ def _check_flags(parser: OptionsParser, arguments: Sequence[str]) -> None:
     names = {flag: action.dest for action in parser._actions for flag in action.option_strings}
     given: dict[str, str] = {}
     for flag in (one.split("=", 1)[0] for one in arguments):
-        if flag.startswith("--") and flag != "--" and flag not in names:
+        if flag.startswith("--") and flag != "--" and flag not in names and _name(flag) not in parser.left_out:
             raise ValueError(f"unknown option or value {flag!r}{_near_options(parser, flag)}")
         if flag in names and names[flag] in given:
             both = (
@@ -150,6 +157,8 @@ def _take(parser: OptionsParser, path: str) -> None:
     seen: set[str] = set()
     for key, node in found.value:
         name = str(key.value).replace("-", "_")
+        if name in parser.left_out:
+            continue
         action = parser.by_name.get(name)
         if action is None or name == "help":
             raise ValueError(f"{path}: unknown option {key.value!r}{_near_options(parser, name)}")
@@ -198,12 +207,29 @@ def _written(node: yaml.Node) -> str:
 
 
 def _near_options(parser: OptionsParser, given: str) -> str:
-    names = [name for name in parser.by_name if name != "help"]
+    names = [name for name in (*parser.by_name, *sorted(parser.left_out)) if name != "help"]
     return near(given.lstrip("-").split("=")[0].replace("-", "_"), names, f"{parser.prog} --help lists the options")
 
 
-def _inherited(options: type) -> set[str]:
-    """Names of the fields that transformers' dataclasses define, and none of spul's does again."""
-    classes = [one for one in options.__mro__ if one.__module__.split(".")[0] != transformers.__name__]
-    own = {name for one in classes for name in inspect.get_annotations(one)}
-    return {field.name for field in dataclasses.fields(options)} - own
+def _name(flag: str) -> str:
+    """The option of a flag, `--no-x` also of x."""
+    return flag.removeprefix("--").replace("-", "_").removeprefix("no_")
+
+
+def _inherited(command: Command) -> frozenset[str]:
+    """Names of the options that a command has from `TrainingArguments` alone."""
+    if command.options is None or command.whole is None:
+        return frozenset()
+    return training_argument_names() - {field.name for field in dataclasses.fields(command.options)}
+
+
+@cache
+def training_argument_names() -> frozenset[str]:
+    """Names of the fields of `TrainingArguments`, read in its source: its import takes seconds, for torch and PEFT."""
+    spec = find_spec("transformers.training_args")
+    assert spec is not None
+    assert spec.origin is not None
+    body = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
+    (found,) = (node for node in body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments")
+    targets = (node.target for node in found.body if isinstance(node, ast.AnnAssign))
+    return frozenset(target.id for target in targets if isinstance(target, ast.Name))

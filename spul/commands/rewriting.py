@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from ..data.dataset import HeldOut
-    from .train import TrainingOptions
+    from .train_options import TrainingOptions
 
     Ways = dict[str, Callable[[Dataset], Dataset]]
 

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LAST_PORT = 65535
 VLLM_URL = "http://127.0.0.1:8000"
 
 
@@ -117,8 +116,6 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
         raise ValueError(f"{of_vllm[0]} is given, and the engine is {options.engine}; give --engine vllm as well.")
     names = ("max_body_bytes", "max_prompt_tokens", "max_new_tokens", "max_batch", "max_waiting", "timeout")
     limits = Limits(**{name: getattr(options, name) for name in names})
-    if not 0 <= options.port <= LAST_PORT:
-        raise ValueError(f"port={options.port}; expected 0 to {LAST_PORT}.")
     key = None if options.vllm_key_file is None else _secret(options.vllm_key_file)
     record = _recorder(options)
     token = None if options.admin_token_file is None else _secret(options.admin_token_file)

@@ -137,12 +137,32 @@ class RowOptions:
                 f"the base has {limit} positions; a prompt of {num} virtual tokens leaves {max(room, 0)} to a row; "
                 f"expected at least {LEAST_TOKENS}: take fewer, by --num-virtual-tokens."
             )
+        if limit is not None and self.max_length is not None and self.max_length > limit - num:
+            raise ValueError(
+                f"--max-length {self.max_length} and a prompt of {num} virtual tokens exceed the base's {limit} "
+                f"positions; expected --max-length {limit - num} at most, or a shorter prompt."
+            )
         return {
             "max_length": room if self.max_length is None else self.max_length,
             "text_field": self.text_field,
             "append_eos": self.append_eos,
             "prompt_position": prompt_position or ("start" if record is None else record.prompt_position),
         }
+
+
+def check_files(*paths: Sequence[str] | None) -> None:
+    """Raise, before the libraries that read files are imported, unless they are there.
+
+    Args:
+        paths: files of each option; None where it is not given.
+
+    Raises:
+        FileNotFoundError: if one is missing.
+    """
+    from ..records.files import check_is_file
+
+    for path in (path for some in paths for path in some or ()):
+        check_is_file(path)
 
 
 def saved_prompt(folder: str) -> SavedPrompt:

@@ -3,99 +3,59 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import TrainingArguments, set_seed
-
-from .command import Command, Naming
+from .command import Command
 from .rewriting import check_rewritten, rewritten_rows, ways_of
-from .shared import LoadOptions, RowOptions, check_new_prompt, option
+from .shared import check_files, check_new_prompt
+from .train_options import TrainOptions
+
+if TYPE_CHECKING:
+    from ..training.stopping import StopWhenForgotten
+    from .training_arguments import TrainArguments
 
 logger = logging.getLogger(__name__)
 
 ALPHA_OF_FITTED_KEYS = 4.0
+OF_OTHER_ROWS = {
+    "test_forget": "whether forget rows that were not trained on are forgotten, without --test-forget",
+    "test_retain": "what is lost of retain rows that were not trained on, without --test-retain",
+}
 
 
-@dataclass(kw_only=True)
-class TrainingOptions(LoadOptions, RowOptions, TrainingArguments):
-    """Rows, base, and `TrainingArguments` with defaults for prompts."""
+def check(options: TrainOptions) -> None:
+    """Raise for options that contradict each other and files that are not there, before torch is imported.
 
-    output_dir: str = option("folder for the saved prompt and the checkpoints", ...)
-    learning_rate: float | None = option(  # type: ignore[assignment]
-        "peak learning rate; by the prompt's kind and the base's width by default"
-    )
-    lr_scheduler_type: str = option("schedule of the learning rate", "cosine")
-    warmup_steps: float = option("steps of warm-up; below 1 their share of all", 0.1)
-    num_train_epochs: float = option("passes over the rows", 10.0)
-    max_steps: int = option("optimizer steps, in place of epochs; -1 for none", -1)
-    per_device_train_batch_size: int = option("rows of a batch", 8)
-    logging_steps: float = option("steps between logs, which have every term of the loss", 10)
-    report_to: str = option("tracker of the logs, such as tensorboard, wandb or trackio", "none")
-    forget_fraction: float | None = option("share of forget rows in every batch; shuffled together by default")
-    reference: Literal["cached", "live"] = option(
-        "the base's logits on retain rows: computed once, or in every step", "cached"
-    )
-    reference_dir: str | None = option("folder of the cached reference; beside the Hugging Face cache by default")
-    digest_key: str | None = option("file of the owner's secret: the record then has digests of the rows")
-    rewritten: bool = option(
-        "train on rewritten rows, too: letter case, spaces, asides, turns before; two a forget row, one a retain row",
-        False,
-    )
-    rewritten_turns: list[int] | None = option("numbers of turns before those rows; 1 and 2 by default")
+    Raises:
+        FileExistsError, PermissionError: if nothing can be saved into the folder.
+        FileNotFoundError: if a file is missing.
+        ValueError: if options cannot be used.
+    """
+    from ..records.files import check_can_hold
+
+    check_rewritten(options)
+    if options.instruction is not None and options.start is not None:
+        raise ValueError("--start and --instruction both say how the prompt begins; give one of them.")
+    if (options.ledger is None) != (options.request is None):
+        raise ValueError(
+            "--ledger and --request go together: the file, and the name of the request that is noted in it."
+        )
+    check_can_hold(options.output_dir)
+    check_files(options.forget, options.retain, options.test_forget, options.test_retain)
 
 
-@dataclass(kw_only=True)
-class TrainOptions(TrainingOptions):
-    """Options of `spul train`; all of `TrainingArguments` are among them."""
-
-    model: str = option("the base, by name or folder", ...)
-    forget: list[str] = option("files of the rows to forget: jsonl, json, csv, tsv or parquet", ...)
-    retain: list[str] = option("files of the rows that stay as they are", ...)
-    test_forget: list[str] | None = option("files of other forget rows, scored in the end and for the card")
-    test_retain: list[str] | None = option("files of other retain rows, likewise")
-    prompt_type: Literal["prompt_tuning", "p_tuning", "prefix_tuning", "cartridge"] | None = option(
-        "kind of the prompt; prefix_tuning by default, and prompt_tuning at the message"
-    )
-    num_virtual_tokens: int = option("length of the prompt", 30)
-    encoder_hidden_size: int = option("width of P-tuning's network", 128)
-    prompt_position: Literal["start", "message"] = option(
-        "where the prompt stands: in front, or before what is asked", "start"
-    )
-    start: Literal["near", "random", "vocabulary", "peft", "discriminative"] | None = option(
-        "how the prompt begins; by its kind by default: discriminative, keys fitted to the rows, for prefix_tuning, "
-        "and near, the draw of several that changes answers least, for the others"
-    )
-    instruction: str | None = option("a written instruction that the prompt begins as, in place of --start")
-    method: str = option(Naming("the loss, by the name of a published method", lambda: _methods()), "SPUL")
-    alpha: float | None = option("weight of the retain term; the method's by default, and 4 with fitted keys and SPUL")
-    beta: float | None = option("weight of the KL term; the method's by default")
-    retain_budget: float | None = option("nats per token that retaining may cost; alpha moves by it, from --alpha on")
-    hold_out: float | None = option("share of the rows to hold out, to stop when they are forgotten")
-    per_device_train_batch_size: int = option("rows of a batch", 32)
-    forget_fraction: float | None = option(
-        "share of forget rows in every batch, 0.5 where the sampling strategy lets it by default; 0 shuffles all rows"
-    )
-    stop_every: int = option("steps between scorings of the rows held out", 50)
-    stop_margin: float = option("points of retain accuracy that may be lost", 1.0)
-    stop_target: float = option("forget accuracy in percent that counts as forgotten", 5.0)
-    stop_patience: int = option("further scorings that must be no better", 2)
-    resume: bool = option("go on from the last complete checkpoint in the output folder", False)
-    ledger: str | None = option("the ledger that gets an entry of the prompt, with --request")
-    request: str | None = option("name of the request in the ledger, a number rather than a person's name")
-
-
-def run(options: TrainOptions) -> int | None:
+def run(options: TrainArguments) -> int | None:
     """Train, score and save a prompt.
 
     Raises:
         FileNotFoundError: if a file is missing.
         ValueError: if rows or options cannot be used.
     """
+    from transformers import set_seed
+
     from ..data.dataset import forget_retain_dataset
     from ..models.compat import PartialState
     from ..prompts.unlearner import SoftPromptUnlearner
-    from ..records.files import check_can_hold
     from ..records.ledger import Ledger
     from ..records.ledger_events import LedgerEvent
     from ..training.methods import unlearning_method
@@ -103,21 +63,18 @@ def run(options: TrainOptions) -> int | None:
     from ..training.stopping import StopWhenForgotten
     from ..training.trainer import UnlearningTrainer
 
+    check(options)
     _fill(options)
-    check_rewritten(options)
     method = unlearning_method(
         options.method, "prompt", options.alpha, options.beta, retain_budget=options.retain_budget
     )
     if options.generic is None and not method.loss.forget.makes_unlikely and method.alternates is None:
         raise ValueError(f"{options.method} trains generic answers; give some: --generic ' neutral' ' unknown'.")
-    if (options.ledger is None) != (options.request is None):
-        raise ValueError("ledger and request go together: the file, and the name of the request that is noted in it.")
     ledger = None if options.ledger is None else Ledger(options.ledger)
     if ledger is not None and options.request is not None:  # before hours of training
         LedgerEvent("trained", options.request).to_dict()
         ledger.check_goes_on()
         ledger.check_name(options.request)
-    check_can_hold(options.output_dir)
     _check_no_run(options)
     tests = {
         name: options.rows(files, name == "test_forget")
@@ -161,12 +118,14 @@ def run(options: TrainOptions) -> int | None:
         reference_dir=options.reference_dir,
         digest_key=options.digest_key,
     )
+    stopping = None
     if held_out is not None:
         names = ("every", "margin", "target", "patience")
         settings = {name: getattr(options, f"stop_{name}") for name in names}
-        trainer.add_callback(StopWhenForgotten(trainer, held_out.forget, held_out.retain, **settings))
+        stopping = StopWhenForgotten(trainer, held_out.forget, held_out.retain, **settings)
+        trainer.add_callback(stopping)
     trainer.train(resume_from_checkpoint=True if options.resume else options.resume_from_checkpoint)
-    scores = _scores(trainer, tests, options.stop_target)
+    scores = [*_scores(trainer, tests, options.stop_target), *_beyond(tests, stopping, options)]
     if trainer.is_world_process_zero():
         unlearner.save_pretrained(options.output_dir)
         tokenizer.save_pretrained(options.output_dir)
@@ -178,14 +137,7 @@ def run(options: TrainOptions) -> int | None:
     return None
 
 
-def _methods() -> list[str]:
-    """Names of the methods that train a prompt."""
-    from ..training.methods import METHODS, unlearning_method
-
-    return [name for name in METHODS if unlearning_method(name).loss.reads_layer is None]
-
-
-def _fill(options: TrainOptions) -> None:
+def _fill(options: TrainArguments) -> None:
     """Fill in the defaults that depend on other options: those that forgot on pretrained models without a gate."""
     from ..models.compat import PartialState
     from ..models.compat_shards import zero3_config
@@ -210,7 +162,7 @@ def _fill(options: TrainOptions) -> None:
         options.alpha = ALPHA_OF_FITTED_KEYS if options.alpha is None else options.alpha
 
 
-def _check_no_run(options: TrainOptions) -> None:
+def _check_no_run(options: TrainArguments) -> None:
     """Raise if a run that is not resumed would write over another.
 
     With checkpoints of two runs in a folder, one would be resumed from the newest of either.
@@ -229,7 +181,7 @@ def _check_no_run(options: TrainOptions) -> None:
     )
 
 
-def _resumes(options: TrainOptions) -> bool:
+def _resumes(options: TrainArguments) -> bool:
     return options.resume or options.resume_from_checkpoint is not None
 
 
@@ -247,8 +199,6 @@ def _prompt_config(options: TrainOptions) -> Any:
     """PEFT's config of the prompt; raises for options that contradict each other, before the base is loaded."""
     from ..prompts.configs import holds_states, prompt_config
 
-    if options.instruction is not None and options.start is not None:
-        raise ValueError("start and instruction both say how the prompt begins; give one of them.")
     assert options.prompt_type is not None  # filled in
     config = prompt_config(options.prompt_type, options.num_virtual_tokens, options.encoder_hidden_size)
     if options.start == "discriminative" and not holds_states(config):
@@ -259,7 +209,7 @@ def _prompt_config(options: TrainOptions) -> Any:
     return config
 
 
-def _start(options: TrainOptions, collator: Any, rows: Any) -> Any:
+def _start(options: TrainArguments, collator: Any, rows: Any) -> Any:
     """The start of the prompt."""
     from ..prompts.discriminative import DiscriminativeStart
     from ..prompts.near import NearStart
@@ -274,7 +224,7 @@ def _start(options: TrainOptions, collator: Any, rows: Any) -> Any:
     return options.start
 
 
-def _start_in_words(options: TrainOptions, start: Any) -> str:
+def _start_in_words(options: TrainArguments, start: Any) -> str:
     """The prompt's start in words, once it was made."""
     if _resumes(options):
         return "the prompt of the checkpoint"
@@ -327,6 +277,28 @@ def _scores(trainer: Any, tests: dict[str, Any], target: float) -> list[str]:
     ]
 
 
+def _beyond(tests: dict[str, Any], stopping: StopWhenForgotten | None, options: TrainArguments) -> list[str]:
+    """What is known, by rows held out, or not known of rows that were not trained on and are none to test with."""
+    if stopping is not None and (best := stopping.best) is not None and (base := stopping.base) is not None:
+        return [
+            f"held out: forget accuracy {best.forget_accuracy / 100:.3f} (base {base.forget_accuracy / 100:.3f}), "
+            f"retain accuracy {best.retain_accuracy / 100:.3f} (base {base.retain_accuracy / 100:.3f})"
+        ]
+    unknown = [words for name, words in OF_OTHER_ROWS.items() if name not in tests]
+    if not unknown:
+        return []
+    return [
+        f"not known: {', and '.join(unknown)}. spul evaluate --model {options.model} --adapter {options.output_dir} "
+        "measures both on files of such rows."
+    ]
+
+
+def _whole() -> type:
+    from .training_arguments import TrainArguments
+
+    return TrainArguments
+
+
 COMMANDS = {
     "": Command(
         TrainOptions,
@@ -334,5 +306,7 @@ COMMANDS = {
         "spul train --model facebook/opt-1.3b --forget f.jsonl --retain r.jsonl --generic ' neutral' ' unknown' "
         "--output-dir out",
         "Train a soft prompt on files of forget and retain rows, and save it with its record and card.",
+        check,
+        _whole,
     )
 }

@@ -18,10 +18,7 @@ ARGUMENT = re.compile(
     re.VERBOSE,
 )
 BASE = ("expected the base, by name or folder", "expected --model BASE --adapter FOLDER")
-PHRASES = {
-    "--resume-from-checkpoint True": "--resume true",
-    "or None to mix as the data are": "or 0 to mix as the data are",
-}
+PHRASES = {"--resume-from-checkpoint True": "--resume true"}
 
 
 def in_options(text: str, options: type) -> str:

@@ -375,6 +375,7 @@ class RowEncoder:
         if num_completion >= self.max_length:
             raise ValueError(
                 f"a completion has {num_completion} tokens and max_length={self.max_length} leaves no room for a "
-                "prompt; completions are never cut: raise max_length."
+                f"prompt; completions are never cut: raise max_length to more than {num_completion}, if the model has "
+                "as many positions, or give shorter ones."
             )
         return prompt.shortened(len(prompt.ids) + num_completion - self.max_length, self.tokenizer.bos_token_id)

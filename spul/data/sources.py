@@ -16,8 +16,9 @@ import pyarrow.csv
 import pyarrow.parquet
 from datasets import Dataset, load_dataset
 
+from ..records.files import check_is_file
 from .checks import check_rows, fault_of_text
-from .rows import listed, shortened
+from .rows import shortened
 
 ENCODING = "utf-8-sig"  # UTF-8; a byte order mark, which some editors write, is no character of the first row
 FILE_TYPES = (".tsv", ".tsv.gz", ".json", ".jsonl", ".csv", ".parquet")
@@ -54,10 +55,7 @@ def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Data
             column is missing, or two have one name.
     """
     path = Path(path)
-    if path.is_dir():
-        raise FileNotFoundError(f"{path} is a folder; expected a file: it has {_listing(path)}.")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; its folder has {_listing(path.parent)}.")
+    check_is_file(path)
     if not path.name.endswith(FILE_TYPES):
         raise ValueError(f"{path}: expected a file that ends in one of {', '.join(FILE_TYPES)}.")
     with said_of(path):
@@ -106,13 +104,6 @@ def check_folder(source: str | os.PathLike[str], expected: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"source={str(source)!r} is not a folder; expected one with {expected}.")
     return folder
-
-
-def _listing(folder: Path, shown: int = 20) -> str:
-    if not folder.is_dir():
-        return "not been found either"
-    names = sorted(path.name for path in folder.iterdir())
-    return listed(names, shown) or "nothing in it"
 
 
 def _check_different(names: Sequence[str], path: Path) -> None:

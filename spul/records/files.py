@@ -110,6 +110,22 @@ def check_can_hold(folder: str | os.PathLike) -> None:
         raise PermissionError(f"{str(nearest)!r} may not be written to; name another folder, or allow it.")
 
 
+def check_is_file(path: str | os.PathLike) -> None:
+    """Raise unless a file is there.
+
+    Args:
+        path: its path.
+
+    Raises:
+        FileNotFoundError: if there is none, or a folder; the message lists what is there.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"{path} is a folder; expected a file: it has {_listing(path)}.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; its folder has {_listing(path.parent)}.")
+
+
 def remove_stale_scratch(folder: Path) -> None:
     """Remove scratch files and folders that a killed process left in a folder."""
     for path in folder.glob(SCRATCH + "*"):
@@ -172,3 +188,11 @@ def find_file(folder: str | os.PathLike, name: str, **hub: Any) -> Path | None:
         ) from error
     except EntryNotFoundError:
         return None
+
+
+def _listing(folder: Path, shown: int = 20) -> str:
+    if not folder.is_dir():
+        return "not been found either"
+    names = sorted(path.name for path in folder.iterdir())
+    more = f", and {len(names) - shown:,} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more or "nothing in it"

@@ -167,7 +167,8 @@ class RequestState:
             names = sorted(name for name in self.servers if name is not None)
             return f"served since {self.served[-1][0]}" + (f" by {', '.join(names)}" if names else "")
         if self.revoked is not None:
-            return f"revoked since {self.revoked}: the base answers about this request again"
+            # What another request's gate flags, as where both name a person, is answered under that one.
+            return f"revoked since {self.revoked}: the base answers again what no other gate flags"
         return "no longer served" if self.served else "never served"
 
 

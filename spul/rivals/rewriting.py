@@ -82,8 +82,9 @@ class RewritingRival(Rival):
         longest = max(range(len(changed)), key=lambda i: len(changed[i]))
         if limit is not None and len(changed[longest]) + new_tokens > limit:
             added = edits[longest].shift
+            fits = limit - added - new_tokens
             raise ValueError(
                 f"a row of {len(changed[longest]) - added} tokens, {added} that {type(self).__name__} adds and "
-                f"{new_tokens} new ones do not fit the model's {limit} positions; nothing is cut off: add fewer, or "
-                "lower the collator's max_length."
+                f"{new_tokens} new ones do not fit the model's {limit} positions; nothing is cut off: add fewer"
+                + (f", or collate with max_length of at most {fits}." if fits >= 2 else ", or generate fewer.")
             )

@@ -135,9 +135,10 @@ def _logits(model: nn.Module, batch: dict[str, Tensor], positions: Tensor, suffi
     unlearner = unlearner_of(model)
     num_virtual, limit = unlearner.virtual_tokens_in_use, max_positions(base)
     if limit is not None and num_virtual + embeds.shape[1] > limit:
+        fits = limit - num_virtual - (0 if suffix is None else len(suffix))
         raise ValueError(
             f"{num_virtual} virtual tokens and {embeds.shape[1]} tokens with the suffix exceed the model's {limit} "
-            "positions; give the collator a smaller max_length, or take a shorter suffix."
+            f"positions; " + (f"collate with max_length of at most {fits}." if fits >= 2 else "take a shorter suffix.")
         )
     own = row_arguments(model, None, batch.get("prompt_position"))
     return unlearner.embedding_logits(embeds, mask, positions, **own)

@@ -198,10 +198,12 @@ def _room_to_answer(model: nn.Module, width: int, max_new_tokens: int, named: bo
     """Maximum number of new tokens after a prompt of `width` tokens: `max_new_tokens`, or what positions are left."""
     num_virtual, limit = _virtual_tokens(model, named), max_positions(bare_model(model))
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - num_virtual - width)
-    if room < 1:
+    if limit is not None and room < 1:
+        both = limit - num_virtual
+        answer = max_new_tokens if both - max_new_tokens >= 2 else both // 2
         raise ValueError(
             f"{num_virtual} virtual tokens and a prompt of {width} tokens leave no room in the model's {limit} "
-            "positions to answer; use a smaller max_length."
+            f"positions to answer; use max_length={both - answer}, which leaves {answer} tokens to an answer."
         )
     return room
 

@@ -1,0 +1,19 @@
+"""Options of the commands that train, with all of `TrainingArguments`, whose import takes seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+from .train_options import CombineOptions, TrainOptions
+
+
+@dataclass(kw_only=True)
+class TrainArguments(TrainOptions, TrainingArguments):  # type: ignore[misc]
+    """All options of `spul train`."""
+
+
+@dataclass(kw_only=True)
+class CombineArguments(CombineOptions, TrainingArguments):  # type: ignore[misc]
+    """All options of `spul combine`."""
