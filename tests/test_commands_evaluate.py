@@ -318,7 +318,7 @@ def test_the_whole_program_exits_with_the_condition(files, tmp_path, capsys, few
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("batch_size", -3), ("max_new_tokens", 0)])
 def test_sizes_below_1_are_refused_before_anything_is_written(files, tmp_path, name, value):
-    with pytest.raises(ValueError, match=f"{name}={value}"):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} is {value}; expected a number of at least 1"):
         run(
             parsed(
                 "evaluate",

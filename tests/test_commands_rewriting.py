@@ -301,7 +301,7 @@ def test_inputs_alone_are_not_rewritten(files, prompts, tmp_path):
         "output_dir": tmp_path / "out",
     }
     with pytest.raises(
-        ValueError, match=r"^rewritten: of no effect on inputs, only on forget and retain; leave it out"
+        ValueError, match=r"^--rewritten: of no effect on inputs, only on forget and retain; leave it out"
     ):
         combine.run(parsed("combine", {**values, **SHORT, "rewritten": "true"}))
 
