@@ -267,7 +267,20 @@ def test_names_with_apostrophes_accents_and_markup_are_found(text, spelling):
     assert NameGate(names, spelling=False, spelling_rules=3).names_in([text]) == [[]]
 
 
-@pytest.mark.parametrize("text", ["a rose", "the roses we're, l'ange", "5 * 3 (a) 'b'"])
+def test_names_without_their_accents_are_found_with_letters_apart():
+    gate = NameGate(["Zo\u00eb Li", "Ros\u00e9"], spelling=False)
+    assert gate.names_in(["Z o e L i", "z.o.\u00eb l.i", "r o s e"]) == [["Zo\u00eb Li"], ["Zo\u00eb Li"], []]
+
+
+@pytest.mark.parametrize("spelling", [False, True])
+@pytest.mark.parametrize("text", ["<jane_doe@example.com>", "<a href='/jane-doe'>", "1<j-ane doe>", "<j&#97;ne_doe>"])
+def test_names_in_what_looks_like_a_tag_are_found(text, spelling):
+    assert NameGate(["Jane Doe"], spelling=spelling).names_in([text]) == [["Jane Doe"]]
+    assert NameGate(["Jane Doe"]).names_in([text.replace("doe", "deo")]) == [[]]
+    assert NameGate(["Jane Doyle"]).names_in([text.replace("doe", "doile")]) == [["Jane Doyle"]]
+
+
+@pytest.mark.parametrize("text", ["a rose", "the roses we're, l'ange", "WE'RE, L'Ange", "5 * 3 (a) 'b'"])
 def test_apostrophes_accents_and_markup_make_no_other_names(text):
     names = ["Rosalyn Ros\u00e9", "Ros\u00e9", "Lange", "Were", "Zo\u00eb O'Connell"]
     assert NameGate(names, spelling=False).names_in([text]) == [[]]

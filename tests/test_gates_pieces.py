@@ -69,6 +69,12 @@ def test_apostrophes_accents_references_cut_lines_and_styled_letters_are_read_si
     assert Spelling(WORDS, rules=3).corrected([text]) != [read]
 
 
+def test_references_of_any_length_are_read():
+    zeros = "0" * 10_000
+    texts = [f"h&#{zeros}97;nks", f"j&#x{zeros}61;ne", f"j&#97;ne &#{'9' * 10_000};"]
+    assert Spelling(WORDS).corrected(texts) == ["hanks", "jane", "jane &#;"]
+
+
 @pytest.mark.parametrize("text", ["we're, he'll, I\u2019m", "l'ange, qu'on", "don't, qu\u2019on l\u2019ange"])
 def test_apostrophes_of_contractions_and_elisions_part_no_pieces(text):
     known = {"were": 1, "hell": 1, "dont": 1, "chans": 1, "lange": 1, "quon": 1}

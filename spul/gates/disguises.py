@@ -30,7 +30,7 @@ APART = tuple(
     )
 )
 # An apostrophe that ends no elision, such as "l'ange", and begins no contraction, such as "we're".
-APOSTROPHE = r"(?<!\b[cdjlmnst])(?<!\bqu)['\u2019](?!(?:[dmst]|ll|re|ve)\b)"
+APOSTROPHE = r"(?i:(?<!\b[cdjlmnst])(?<!\bqu)['\u2019](?!(?:[dmst]|ll|re|ve)\b))"
 # Signs between letters or digits, without apostrophes and with them.
 WITHIN = tuple(
     re.compile(rf"(?<=[^\W_])(?:{sign}|_)+(?=[^\W_])") for sign in (r"[^\w\s'\u2019]", rf"[^\w\s'\u2019]|{APOSTROPHE}")
@@ -41,6 +41,8 @@ AROUND = r"[*~\"'\u2018-\u201f\u00ab\u00bb()\[\]{}]"
 MARKUP = re.compile(rf"(?<!\S){AROUND}+|(?<!{AROUND}){AROUND}+(?!\S)")
 # A hyphen, soft or not, at the end of a line.
 AT_LINE_END = re.compile(r"(?<=[^\W\d_])[-\u00ad\u2010][^\S\n]*\n\s*(?=[^\W\d_])")
+# Zeros in front of the number of an HTML reference, or a number beyond all characters: Python refuses long ones.
+NO_NUMBER = re.compile(r"&#0*(?:[1-9][0-9]{7,})?")
 # Letters that Unicode does not call compatible with plain ones, and where they are; invisible fillers of Hangul.
 STYLED = re.compile(r"(?:NEGATIVE (?:CIRCLED|SQUARED) LATIN CAPITAL LETTER|LATIN LETTER SMALL CAPITAL) ([A-Z])")
 STYLED_BLOCKS = (range(0x250, 0x2B0), range(0x1D00, 0x1D80), range(0xA720, 0xA800), range(0x1F150, 0x1F18A))
@@ -87,7 +89,7 @@ def readable(text: str) -> str:
     Small capitals and letters in black circles and squares become plain ones, and Hangul fillers go.
     """
     if "&" in text:
-        text = html.unescape(text)
+        text = html.unescape(NO_NUMBER.sub("&#", text))
     if "\n" in text:
         text = AT_LINE_END.sub("", text)
     return text if text.isascii() else text.translate(styled()).translate(FILLERS)

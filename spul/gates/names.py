@@ -116,6 +116,10 @@ class NameGate(Gate):
         self._owners = {**owners, **{normalized_name(one): name for one, name in spellings}}
         for one, name in spellings:  # "O\u2019Neill" is also found where a text has "O'Neill"
             self._owners.setdefault(_key(one.translate(SIGNS)), name)
+        if spelling_rules > 3:  # "Zo\u00eb" is also "Zoe", but "Ros\u00e9" is no "rose"
+            for one, name in list(self._owners.items()):
+                if (plain := without_accents(one)) not in common_words():
+                    self._owners.setdefault(plain, name)
         # "J a n e D o e" is read as one word; initials and names with digits are none that were joined.
         self._joined = []
         for one, name in self._owners.items():
@@ -123,10 +127,6 @@ class NameGate(Gate):
             if len("".join(words)) >= LEAST_JOINED and max(map(len, words)) > 1 and not re.search(r"\d", one):
                 self._joined.append(("".join(words), name))
         self._pieces: Spelling | None = None
-        if spelling_rules > 3:  # "Zo\u00eb" is also "Zoe", but "Ros\u00e9" is no "rose"
-            for one, name in list(self._owners.items()):
-                if (plain := without_accents(one)) not in common_words():
-                    self._owners.setdefault(plain, name)
         if spelling_rules > 2:  # "Jane Doe" is also "janedoe", "Anne-Marie" also "anne marie"
             for one, name in list(self._owners.items()):
                 words = SPELLED.findall(one)
@@ -198,7 +198,10 @@ class NameGate(Gate):
             found |= self._finder.find(compatible(read))
         readings = {text.translate(SIGNS), read.translate(SIGNS)}
         if self._pieces is not None:
-            others = [self._without_signs(one) for one in readings.union(self._pieces.corrected(list(readings)))]
+            corrected = readings.union(self._pieces.corrected(list(readings)))
+            if self.spelling_rules > 3:  # and with their markup: "<jane-doe@example.com>" looks like a tag
+                corrected = corrected.union(map(without_markup, corrected))
+            others = list(map(self._without_signs, corrected))
             found = found.union(*map(self._finder.find, map(compatible, {*chain.from_iterable(others)} - readings)))
             readings = {spaced for spaced, *_ in others}
         if self._misspelled:
@@ -209,10 +212,8 @@ class NameGate(Gate):
 
     def _without_signs(self, text: str) -> list[str]:
         """Readings of a text without the signs in it; first the one that keeps apostrophes, as of *O'Neill*."""
-        if self.spelling_rules < 4:
-            return without_signs_within(text)
-        plain = without_markup(text)
-        return without_signs_within(plain) + without_signs_within(plain, apostrophes=True)
+        spaced = without_signs_within(text)
+        return spaced if self.spelling_rules < 4 else spaced + without_signs_within(text, apostrophes=True)
 
     def _misspelled_in(self, text: str) -> set[str]:
         """Names whose words, some of them misspelled, stand in a text with the name's own signs between them.
