@@ -191,7 +191,9 @@ def test_each_process_passes_a_sharded_base_once_whatever_the_shape_of_its_batch
         expected, whole, _ = step_of(unlearner_of(kind), process)
         assert whole is None
         assert passes == 1
-        assert_same(expected, found, rtol=1e-5, atol=1e-5)
+        for name, each in expected.items():  # gradients of hundreds: small entries are as exact as the largest
+            largest = each.abs().max()
+            assert_same(each / largest, found[name] / largest, rtol=0, atol=1e-5)
         ways.append(way)
     assert ways == WAYS[kind]
 
