@@ -193,7 +193,7 @@ def test_each_process_passes_a_sharded_base_once_whatever_the_shape_of_its_batch
         assert passes == 1
         for name, each in expected.items():  # gradients of hundreds: small entries are as exact as the largest
             largest = each.abs().max()
-            assert_same(each / largest, found[name] / largest, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found[name] / largest, each / largest, rtol=0, atol=1e-5)
         ways.append(way)
     assert ways == WAYS[kind]
 
