@@ -278,7 +278,7 @@ def _scores(trainer: Any, tests: dict[str, Any], target: float) -> list[str]:
 
 
 def _beyond(tests: dict[str, Any], stopping: StopWhenForgotten | None, options: TrainArguments) -> list[str]:
-    """What is known, by rows held out, or not known of rows that were not trained on and are none to test with."""
+    """A line of the scores of rows held out, or else of what stays unknown without rows to test with."""
     if stopping is not None and (best := stopping.best) is not None and (base := stopping.base) is not None:
         return [
             f"held out: forget accuracy {best.forget_accuracy / 100:.3f} (base {base.forget_accuracy / 100:.3f}), "

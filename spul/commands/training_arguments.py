@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from .train_options import CombineOptions, TrainOptions
 
 
+# Some options have narrower types than those of `TrainingArguments` that they take the place of, or None as well.
 @dataclass(kw_only=True)
 class TrainArguments(TrainOptions, TrainingArguments):  # type: ignore[misc]
     """All options of `spul train`."""

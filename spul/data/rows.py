@@ -108,9 +108,3 @@ def prompt_of(row: Mapping[str, Any]) -> Any:
 def shortened(text: str, width: int = 160) -> str:
     """A text of at most `width` characters, with an ellipsis where it was cut."""
     return text if len(text) <= width else text[: width - 3] + "..."
-
-
-def listed(values: Sequence[str], most: int) -> str:
-    """The first values, separated by commas, and the number of the others."""
-    more = f", and {len(values) - most:,} more" if len(values) > most else ""
-    return ", ".join(values[:most]) + more

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from ..records.messages import listed
 from .checks import check_rows, checked_column, checked_list, checked_names, checked_text_batches, checked_texts
 from .clusters import TextClustering
 from .recognizers import NameFinder, normalized_name, recognize
-from .rows import SHOWN, column_values, listed, shortened
+from .rows import SHOWN, column_values, shortened
 
 logger = logging.getLogger(__name__)
 

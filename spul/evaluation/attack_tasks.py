@@ -19,7 +19,7 @@ from ..models.causal_lm import bare_model, unwrapped
 from ..models.compat import is_quantized
 from ..models.compat_devices import device_of
 from ..models.unlearner import unlearner_of
-from ..records.warn import warn
+from ..records.messages import warn
 from .aggregation import Key, Measurement, in_words
 from .attacks.changes import (
     InapplicableError,

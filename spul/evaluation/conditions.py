@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..data.rows import SHOWN, listed
+from ..data.rows import SHOWN
 from ..records.digests import digest
 from ..records.fields import is_finite_number
+from ..records.messages import listed
 from .aggregation import Key, Measurement, MetricValue, aggregate
 from .measures import MEASURES, is_attacked, key_in_words, variant_in_words
 from .metrics.table import METRICS

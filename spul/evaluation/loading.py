@@ -19,8 +19,8 @@ from ..prompts.checkpoint import CONFIG_NAME as ADAPTER_NAME
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.fields import read_object
 from ..records.files import find_file
+from ..records.messages import warn
 from ..records.spul_config import SPUL_CONFIG_NAME, read_spul_config
-from ..records.warn import warn
 from ..rivals.corruption import EmbeddingCorruption
 from ..rivals.examples import InContextUnlearning
 from ..rivals.files import RIVAL_NAME, read_rival

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..records.files import write_text
-from ..records.warn import warn
+from ..records.messages import warn
 from .aggregation import Measurement
 from .results import EVALUATION_NAME, MEASUREMENTS_NAME, read_measurements, write_measurements
 from .settings import published

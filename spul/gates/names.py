@@ -13,7 +13,7 @@ import numpy as np
 from ..data.checks import checked_names, checked_texts
 from ..data.recognizers import WORD as SPELLED
 from ..data.recognizers import NameFinder, normalized_name
-from ..data.rows import listed
+from ..records.messages import listed
 from .disguises import (
     WORD,
     compatible,

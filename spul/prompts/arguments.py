@@ -13,7 +13,7 @@ from transformers import GenerationConfig
 from transformers.generation import GenerationMode
 
 from ..models.compat_cache import CHUNKS_FOLLOW_CACHE
-from ..records.warn import warn
+from ..records.messages import warn
 
 CACHES = ("past_key_values", "cache", "cache_params")
 _POSITIONS = ("position_ids", "cache_position")

@@ -18,7 +18,7 @@ from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import evaluation_mode, logits_at
 from ..models.compat_checkpointing import unswitched
 from ..models.compat_devices import device_of
-from ..records.warn import warn
+from ..records.messages import warn
 from .row_prompts import RowPrompts, under
 
 FAR = 0.5  # nats per response token, beyond which the start is said to be far

@@ -15,6 +15,8 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
+from .messages import listed
+
 HUB_ARGUMENTS = ("subfolder", "revision", "cache_dir", "token", "local_files_only", "force_download", "repo_type")
 SCRATCH = ".spul-scratch-"  # prefix of files and folders that are still being written
 STALE_SECONDS = 600  # a scratch file untouched for longer belongs to a process that was killed
@@ -194,5 +196,4 @@ def _listing(folder: Path, shown: int = 20) -> str:
     if not folder.is_dir():
         return "not been found either"
     names = sorted(path.name for path in folder.iterdir())
-    more = f", and {len(names) - shown:,} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more or "nothing in it"
+    return listed(names, shown) or "nothing in it"

@@ -18,7 +18,7 @@ from .ledger_events import FOLLOWING, RECOVERED, REOPENING, LedgerEntry, LedgerE
 from .ledger_file import append_bytes, last_line, sync_folder
 from .ledger_lines import LedgerFault, chain, entry_of, next_line, remarks
 from .ledger_states import RequestState
-from .warn import warn
+from .messages import warn
 
 SECONDS = 60  # that a writer waits for another
 

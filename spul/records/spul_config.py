@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from .digests import DataSummary, RewrittenRows, fingerprint
 from .fields import check_fields, check_format, read_object
 from .files import find_file, write_text
-from .warn import warn
+from .messages import warn
 from .weights import file_digest
 
 if TYPE_CHECKING:

@@ -15,12 +15,13 @@ from ..data.checks import check_row_ids, check_rows
 from ..data.collator import ForgetRetainCollator
 from ..data.encoder import RowEncoder
 from ..data.row_checks import RESIZE, check_can_be_scored
-from ..data.rows import SHOWN, listed
+from ..data.rows import SHOWN
 from ..data.samplers import EpochSampler
 from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import num_embeddings
 from ..models.protocol import Unlearner
 from ..models.unlearner import unlearner_of
+from ..records.messages import listed
 from .options import is_stream
 
 logger = logging.getLogger(__name__)

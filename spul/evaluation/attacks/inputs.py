@@ -17,7 +17,7 @@ from torch import nn
 
 from ...data.collator import ForgetRetainCollator
 from ...data.conversations import comparable
-from ...records.warn import warn
+from ...records.messages import warn
 from ..metrics.scoring import score_completions
 from .changes import (
     Row,
