@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from evidence.plan import Plan
+from evidence.requests import CHECKPOINTS, Order, folder_bytes, gated_stages, model_bytes
 from evidence.systems import build, row_scores
 from paper.experiment import Experiment
 from transformers import set_seed
@@ -41,8 +41,6 @@ from spul.data.recognizers import NameFinder
 from spul.gates import AnyGate, GatedUnlearner, load
 from spul.rivals import FixedRefusal
 from spul.training.methods import unlearning_method
-
-WITHDRAWN, CHECKPOINTS = 3, (1, 5, 10)
 
 
 def parse_args() -> argparse.Namespace:
@@ -82,20 +80,7 @@ class Requests:
         self.test = by_person(experiment.rows["test_forget"], self.people)
         self.retain, test_retain = experiment.rows["train_retain"], experiment.scored["test_retain"]
         self.test_retain = test_retain.select(range(min(len(test_retain), settings["retain_rows"])))
-        rng = random.Random(args.seed)
-        self.order = rng.sample(self.people, len(self.people))
-        self.withdrawn = rng.sample(self.people, WITHDRAWN)
-
-    @property
-    def left(self) -> list[str]:
-        """The people whose requests are in force in the end."""
-        return [name for name in self.order if name not in self.withdrawn]
-
-    @property
-    def stages(self) -> dict[str, list[str]]:
-        """The people whose requests are in force at each stage that is scored, by its name."""
-        added = {f"{count} added": self.order[:count] for count in CHECKPOINTS}
-        return added | {f"{WITHDRAWN} withdrawn": self.left}
+        self.order = Order(self.people, args.seed)
 
     def rows_for(self, names: Sequence[str]) -> dict[str, Dataset]:
         """Rows to train requests on: the other people's are retain rows."""
@@ -118,10 +103,6 @@ class Requests:
         }
 
 
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-
-
 def train_prompt(requests: Requests, name: str, rows: dict[str, Dataset], settings: dict[str, Any]) -> Path:
     """The folder of a prompt and its gate, trained unless it is there."""
     folder = requests.args.output_dir / f"prompts-{requests.args.seed}" / name.replace(" ", "-")
@@ -139,33 +120,17 @@ def position_of(requests: Requests) -> str:
 
 def measured_prompts(requests: Requests) -> list[dict[str, Any]]:
     """The lines of prompts that come and go on one base."""
-    experiment, found, gated, active = requests.experiment, [], None, []
+    experiment, order, found = requests.experiment, requests.order, []
     base, position = experiment.load("base"), position_of(requests)
-    seconds, size, added, removed = 0.0, 0, [], []
-    for i, name in enumerate(requests.order, start=1):
-        folder = train_prompt(requests, name, requests.rows_for([name]), requests.settings["prompt"])
-        seconds += json.loads((folder / "cost.json").read_text())["seconds"]
-        size += folder_bytes(folder / "prompt") + folder_bytes(folder / "gate")
-        begun = time.perf_counter()
-        gate = load(folder / "gate", base, experiment.tokenizer)
-        if gated is None:
-            unlearner = SoftPromptUnlearner.from_pretrained(base, folder / "prompt", adapter_name=name)
-            gated = GatedUnlearner(unlearner, experiment.tokenizer, {name: gate}).eval()
-        else:
-            gated.load_adapter(folder / "prompt", name, gate=gate)
-        added.append(1000 * (time.perf_counter() - begun))
-        active.append(name)
-        if i in CHECKPOINTS:
-            found.append({"after": f"{i} added", **requests.scores(gated, position, active)})
-            found[-1] |= {"train_seconds": seconds, "bytes": size, "add_ms": float(np.median(added))}
-    assert gated is not None
-    for name in requests.withdrawn:
-        begun = time.perf_counter()
-        gated.delete_adapter(name)
-        removed.append(1000 * (time.perf_counter() - begun))
-        active.remove(name)
-    found.append({"after": f"{len(removed)} withdrawn", **requests.scores(gated, position, active)})
-    found[-1]["withdraw_ms"] = float(np.median(removed))
+    folders = {
+        name: train_prompt(requests, name, requests.rows_for([name]), requests.settings["prompt"])
+        for name in order.added
+    }
+    seconds = {name: json.loads((folder / "cost.json").read_text())["seconds"] for name, folder in folders.items()}
+    for after, gated, active, times in gated_stages(order, base, experiment.tokenizer, folders):
+        size = sum(folder_bytes(folders[name] / part) for name in active for part in ("prompt", "gate"))
+        costs = {"train_seconds": sum(seconds[name] for name in active), "bytes": size}
+        found.append({"after": after, **requests.scores(gated, position, active), **costs, **times})
     return found
 
 
@@ -175,9 +140,9 @@ def measured_refusals(requests: Requests) -> list[dict[str, Any]]:
     base, refusal = experiment.load("base"), experiment.data.format.generic_completions[0]
     folders = {
         name: train_prompt(requests, name, requests.rows_for([name]), requests.settings["prompt"]) / "gate"
-        for name in requests.order
+        for name in requests.order.added
     }
-    for after, active in requests.stages.items():
+    for after, active in requests.order.stages.items():
         gate = AnyGate([load(folders[name], base, experiment.tokenizer) for name in active])
         model = FixedRefusal(base, experiment.tokenizer, gate, refusal)
         found.append({"after": after, **requests.scores(model, "start", active)})
@@ -203,15 +168,11 @@ def merged(requests: Requests, model: Any, rows: dict[str, Dataset], settings: d
     return trainer.accelerator.unwrap_model(learning, keep_fp32_wrapper=False).merge_and_unload().eval()
 
 
-def model_bytes(model: Any) -> int:
-    return sum(one.nbytes for one in model.parameters())
-
-
 def measured_merged(requests: Requests) -> list[dict[str, Any]]:
     """The lines of LoRA that is merged request by request; the rows of earlier requests are in neither set."""
     found, seconds, model = [], 0.0, requests.experiment.load("base")
-    for i, name in enumerate(requests.order, start=1):
-        begun, asked = time.perf_counter(), requests.order[:i]
+    for i, name in enumerate(requests.order.added, start=1):
+        begun, asked = time.perf_counter(), requests.order.added[:i]
         rows = requests.rows_for(asked) | {"forget": requests.train[name]}
         model = merged(requests, model, rows, requests.settings["lora"])
         seconds += time.perf_counter() - begun
@@ -219,13 +180,14 @@ def measured_merged(requests: Requests) -> list[dict[str, Any]]:
             found.append({"after": f"{i} added", **requests.scores(model, "start", asked), "train_seconds": seconds})
             found[-1]["bytes"] = model_bytes(model)
         gc.collect()
-    return [*found, {"after": f"{WITHDRAWN} withdrawn", **requests.scores(model, "start", requests.left)}]
+    *_, (after, left) = requests.order.stages.items()
+    return [*found, {"after": after, **requests.scores(model, "start", left)}]
 
 
 def measured_anew(requests: Requests) -> list[dict[str, Any]]:
     """The lines of LoRA that is trained from the base on all requests in force; seconds are of the last training."""
     found = []
-    for after, active in requests.stages.items():
+    for after, active in requests.order.stages.items():
         begun = time.perf_counter()
         model = merged(
             requests, requests.experiment.load("base"), requests.rows_for(active), requests.settings["anew"]
@@ -249,13 +211,13 @@ def measured_together(requests: Requests) -> list[dict[str, Any]]:
     model = GatedUnlearner(unlearner, experiment.tokenizer, {"default": gate}).eval()
     cost = json.loads((folder / "cost.json").read_text())
     size = folder_bytes(folder / "prompt") + folder_bytes(folder / "gate")
-    scores = requests.scores(model, settings.get("position", "start"), requests.order)
+    scores = requests.scores(model, settings.get("position", "start"), requests.order.added)
     return [{"after": "10 added", **scores, "train_seconds": cost["seconds"], "bytes": size}]
 
 
 def measured_base(requests: Requests) -> list[dict[str, Any]]:
     """The line of the base."""
-    return [{"after": "none", **requests.scores(requests.experiment.load("base"), "start", requests.order)}]
+    return [{"after": "none", **requests.scores(requests.experiment.load("base"), "start", requests.order.added)}]
 
 
 SYSTEMS = {

@@ -49,11 +49,18 @@ def test_requests_trained_together_are_forget_rows_all(requests):
     assert sorted(rows["retain"]["text"]) == sorted(["spielberg and sandler", "murphy talks", "a film", "another"])
 
 
-def test_the_order_is_of_all_people_and_the_withdrawn_are_among_them(example, requests):
-    assert sorted(requests.order) == sorted(requests.people)
-    assert len(set(requests.withdrawn)) == example.WITHDRAWN
-    assert set(requests.withdrawn) < set(requests.people)
-    assert requests.left == [name for name in requests.order if name not in requests.withdrawn]
+def test_the_order_is_of_all_people_and_the_withdrawn_are_among_them(requests):
+    order = requests.order
+    assert sorted(order.added) == sorted(requests.people)
+    assert len(set(order.withdrawn)) == 3
+    assert set(order.withdrawn) < set(requests.people)
+    assert order.left == [name for name in order.added if name not in order.withdrawn]
+    assert order.stages == {
+        "1 added": order.added[:1],
+        "5 added": order.added[:5],
+        "10 added": order.added,
+        "3 withdrawn": order.left,
+    }
 
 
 def test_scores_tell_requests_in_force_from_the_others(example, requests, monkeypatch):

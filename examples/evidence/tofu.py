@@ -83,12 +83,12 @@ class Tofu:
         columns = ["prompt", "completion", "question"]
         return forget_retain_dataset(self.forget.select_columns(columns), self.retain.select_columns(columns))
 
-    def training_arguments(self, **own: Any) -> TrainingArguments:
+    def training_arguments(self, batch_size: int | None = None, **own: Any) -> TrainingArguments:
         args = self.args
         return TrainingArguments(
             str(args.output_dir / "trainer"),
             seed=args.seed,
-            per_device_train_batch_size=args.batch_size,
+            per_device_train_batch_size=batch_size or args.batch_size,
             max_grad_norm=1.0,
             save_strategy="no",
             report_to="none",
@@ -166,9 +166,23 @@ class Tofu:
             raise ValueError(f"{folder} was made with {known}, not with {settings}; take another --output-dir.")
         return folder
 
-    def train(self, learning: Any, loss: UnlearningLoss, dataset: Dataset, rate: float, fraction: float) -> Any:
+    def train(
+        self,
+        learning: Any,
+        loss: UnlearningLoss,
+        dataset: Dataset,
+        rate: float,
+        fraction: float,
+        steps: int | None = None,
+        batch_size: int | None = None,
+    ) -> Any:
+        """The model, trained; steps and rows of a step are those of the arguments unless given."""
         arguments = self.training_arguments(
-            learning_rate=rate, max_steps=self.args.steps, lr_scheduler_type="cosine", warmup_steps=0.1
+            learning_rate=rate,
+            max_steps=steps or self.args.steps,
+            batch_size=batch_size,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
         )
         trainer = UnlearningTrainer(
             learning, arguments, self.collator, dataset, loss=loss, forget_fraction=fraction, reference="cached"
