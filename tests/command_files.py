@@ -11,11 +11,13 @@ from helpers import CHAT_TEMPLATE, GENERIC, build, layers_on, lora, make_tokeniz
 from small_rivals import KINDS as RIVALS
 from small_rivals import rival
 
+from spul.commands import train
 from spul.commands.main import commands_of
 from spul.commands.options import parse
 from spul.gates import GatedUnlearner, NameGate
 
 SETS = {"forget": ("jane", 6), "retain": ("film", 8), "test_forget": ("doe", 3), "test_retain": ("good", 4)}
+SHORT = {"max_steps": 3, "num_virtual_tokens": 4, "use_cpu": "true", "disable_tqdm": "true", "save_strategy": "no"}
 
 
 def write_rows(path: Path, some: Any) -> str:
@@ -76,3 +78,10 @@ def options_for(files, model, folder, **more):
     sets = {name: files[name] for name in ("forget", "retain", "test_forget", "test_retain")}
     quick = {"measures": ["utility"], "generic": GENERIC, "max_length": 64, **more}
     return {"model": model, **sets, "output_dir": folder, **quick}
+
+
+def trained(values, folder, **more):
+    """Options of a short `spul train`, after it ran."""
+    options = parsed("train", {**values, "generic": GENERIC, "output_dir": folder, **SHORT, **more})
+    assert train.run(options) is None
+    return options

@@ -234,7 +234,7 @@ def test_a_conversation_is_rendered_once_for_each_generic_completion(tokenizer, 
 
 
 def test_a_full_cache_changes_no_batch(tokenizer, counted, monkeypatch):
-    monkeypatch.setattr("spul.data.encoder.CACHE_SIZE", 5)
+    monkeypatch.setattr("spul.data.text_encoder.CACHE_SIZE", 5)
     talk = {"prompt": [{"role": "user", "content": "who"}], "completion": [{"role": "assistant", "content": "jane"}]}
     rows = [{**talk, "is_forget": True, "row_id": 0}]
     small, large = (ForgetRetainCollator(tokenizer, REFUSALS) for _ in range(2))

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers.integrations.integration_utils as integrations
 from accelerate.utils.deepspeed import HfDeepSpeedConfig
-from command_files import flags, parsed, write_base, write_files, write_rows
+from command_files import SHORT, flags, parsed, trained, write_base, write_files, write_rows
 from helpers import CHAT_TEMPLATE, GENERIC, build, make_collator, make_tokenizer, rows
 from huggingface_hub import ModelCard
 from peft import PeftModel
@@ -32,7 +32,6 @@ from spul.prompts.configs import prompt_config
 from spul.records import Ledger, fingerprint, make_digest_key
 from spul.records.spul_config import read_spul_config
 
-SHORT = {"max_steps": 3, "num_virtual_tokens": 4, "use_cpu": "true", "disable_tqdm": "true", "save_strategy": "no"}
 LOGS: list[dict[str, float]] = []
 
 
@@ -46,12 +45,6 @@ class Tracker(TrainerCallback):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     return write_files(tmp_path_factory.mktemp("files"))
-
-
-def trained(values, folder, **more):
-    options = parsed("train", {**values, "generic": GENERIC, "output_dir": folder, **SHORT, **more})
-    assert train.run(options) is None
-    return options
 
 
 def test_files_become_a_prompt_with_record_scores_and_card(files, tmp_path, capsys, monkeypatch):
@@ -148,29 +141,11 @@ def test_two_processes_train_and_note_what_one_does(files, tmp_path):
     assert Ledger(tmp_path / "two.jsonl").states()["17"].prompt_sha256 == two.weights_sha256
 
 
-def test_a_folder_with_a_saved_prompt_is_refused_unless_the_run_goes_on_in_it(files, tmp_path):
-    trained(files, tmp_path, save_strategy="steps", save_steps=1)
-    before = (tmp_path / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match="holds a saved prompt, which may be served; name another folder"):
-        trained(files, tmp_path, model="no-base")
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
-    trained(files, tmp_path, resume=True)
-
-
 def test_a_folder_with_a_model_is_refused_into_which_the_prompt_would_be_loaded(files, tmp_path):
     shutil.copytree(files["model"], tmp_path, dirs_exist_ok=True)
     with pytest.raises(FileExistsError, match="holds a model, into which transformers would load the prompt"):
         trained(files, tmp_path)
     assert not (tmp_path / "adapter_config.json").exists()
-
-
-def test_a_folder_with_a_checkpoint_is_refused_unless_the_run_goes_on_from_it(files, tmp_path):
-    trained(files, tmp_path, save_strategy="steps", save_steps=3)
-    (tmp_path / "adapter_config.json").unlink()  # killed before the end
-    with pytest.raises(FileExistsError, match=r"checkpoint-3' is of a run that has not ended; .* --resume true"):
-        trained(files, tmp_path, model="no-base")
-    (tmp_path / "checkpoint-3" / "trainer_state.json").unlink()  # killed while it saved: nothing to go on from
-    trained(files, tmp_path)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -185,53 +160,6 @@ def test_the_base_may_be_quantized(files, tmp_path, bits, capsys):
     assert record.metrics
     with pytest.raises(ValueError, match="--bits is 3; expected 8 or 4"):
         trained(files, tmp_path / "other", bits=3)
-
-
-def test_a_resumed_training_fits_no_keys_and_ends_as_if_it_were_never_interrupted(
-    files, tmp_path, monkeypatch, capsys
-):
-    more = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
-    trained(files, tmp_path, **more)
-    whole = (tmp_path / "adapter_model.safetensors").read_bytes()
-    for step in (2, 3):
-        shutil.rmtree(tmp_path / f"checkpoint-{step}")
-
-    def fit(*args):
-        raise AssertionError("keys are fitted")
-
-    monkeypatch.setattr(DiscriminativeStart, "keys_and_values", fit)
-    capsys.readouterr()
-    trained(files, tmp_path, resume="true", **more)
-    assert capsys.readouterr().out.startswith("start: the prompt of the checkpoint\n")
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == whole
-
-
-def test_a_resumed_training_goes_on_from_its_checkpoint(files, tmp_path):
-    more = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "logging_steps": 1}
-    trained(files, tmp_path / "whole", **more)
-    trained(files, tmp_path / "parts", **{**more, "max_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0})
-    with pytest.raises(ValueError, match="no complete checkpoint"):
-        trained(files, tmp_path / "empty", resume="true", **more)
-    trained(files, tmp_path / "parts", resume="true", **more)
-    state = json.loads((tmp_path / "parts" / "checkpoint-4" / "trainer_state.json").read_text())
-    assert [one["step"] for one in state["log_history"] if "loss" in one] == [1, 2, 3, 4]
-
-
-@pytest.mark.parametrize(
-    ("passed", "expected"),
-    [
-        ({"alpha": 0.5}, "loss.alpha: 4.0 saved, 0.5 passed"),
-        ({"method": "GA+GD", "generic": None}, "loss.forget.type: CrossEntropy saved, GradientAscent passed"),
-        ({"hold_out": 0.34}, "rows.forget: 6 saved, 4 passed; rows.retain: 8 saved, 5 passed"),
-        ({"max_length": 64}, "max_length: 92 saved, 64 passed"),
-        ({"forget_fraction": 0}, "forget_fraction: 0.5 saved, none passed"),
-    ],
-)
-def test_a_run_is_not_resumed_with_other_rows_or_loss(files, tmp_path, passed, expected):
-    more = {"save_strategy": "steps", "save_steps": 3}
-    trained(files, tmp_path, **more)
-    with pytest.raises(ValueError, match=re.escape(expected)):
-        trained(files, tmp_path, resume="true", **more, **passed)
 
 
 @pytest.mark.parametrize("given", [(), ("test_forget",), ("test_retain",), ("test_forget", "test_retain")])

@@ -56,7 +56,7 @@ def _loaded(options: ExportOptions) -> tuple[Any, Any]:
     from ..prompts.configs import holds_states
     from ..prompts.unlearner import SoftPromptUnlearner
     from ..records.digests import fingerprint
-    from ..serving.exports import check_new_folder
+    from ..records.files import check_new_folder
     from ..serving.loading import check_fits
 
     check_new_folder(options.output_dir)  # before minutes of loading

@@ -134,10 +134,10 @@ def _check_target(options: FitOptions) -> Ledger | None:
 
 def _check_refusal(options: FitOptions) -> Ledger | None:
     """Raise unless a refusal can be saved, and noted; the ledger, if there is one."""
+    from ..records.files import check_new_folder
     from ..records.ledger import Ledger
     from ..records.ledger_events import LedgerEvent
     from ..rivals.refusal import check_refusal
-    from ..serving.exports import check_new_folder
 
     check_refusal(options.refusal or "")
     if options.output_dir is None:
@@ -158,9 +158,9 @@ def _check_refusal(options: FitOptions) -> Ledger | None:
 def _saved(gate: Any, options: FitOptions, ledger: Ledger | None) -> list[str]:
     """Save a gate where `_check_target` found that it can be, and note a refusal in the ledger; lines to print."""
     from ..gates.gated_files import attach_gate
+    from ..records.files import new_folder
     from ..records.ledger_events import LedgerEvent
     from ..rivals.refusal import write_refusal
-    from ..serving.exports import new_folder
 
     if options.adapter is not None:
         replaced = _kind_there(options.adapter, options.adapter_name)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from array import array
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,24 +11,17 @@ from transformers import PreTrainedTokenizerBase
 
 from ..losses.terms import IGNORE_INDEX
 from ..records.fields import check_prompt_position
-from .boundary import MAX_BOUNDARIES, boundary_fault, boundary_of
 from .checks import checked_flag, checked_row_id, whole_number
 from .conversations import conversation_ids, conversation_prompt_ids, message_start
 from .encoded import Encoded, EncodedPrompt, left_padded, position_column, token_at
 from .row_checks import check_is_row, check_texts, ending_of, position_of, row_name, split_tokenized
 from .rows import shortened
+from .text_encoder import TextEncoder
 
-logger = logging.getLogger(__name__)
-
-# Text before a completion while it is tokenized alone, so that SentencePiece adds no leading space of its own to it.
-ANCHOR = ":"
 NO_LIMIT = 1 << 30  # a `max_length` that cuts no row
-# Entries of an encoder's cache. A forget row of a conversation takes one for its prompt, one for its own completion,
-# one for each generic completion, and one for the position of its last message.
-CACHE_SIZE = 32_768
 
 
-class RowEncoder:
+class RowEncoder(TextEncoder):
     """Encoder of prompt-completion rows as token ids, at most `max_length` a row.
 
     The completion is tokenized as the continuation of the prompt, so a leading space belongs to it (`" positive"`). In
@@ -76,12 +67,8 @@ class RowEncoder:
         pad_to_multiple_of: int | None = None,
         prompt_position: str = "start",
     ) -> None:
+        super().__init__(tokenizer, append_eos)
         check_prompt_position(prompt_position)
-        if not hasattr(tokenizer, "eos_token_id"):
-            raise TypeError(
-                f"tokenizer is a {type(tokenizer).__name__}; expected one of transformers, as "
-                "AutoTokenizer.from_pretrained(name) gives it, or a processor's own, processor.tokenizer."
-            )
         if whole_number(max_length, bools=False) is None:
             raise TypeError(f"max_length={max_length!r}; expected a whole number of tokens.")
         if max_length < 2:
@@ -92,17 +79,8 @@ class RowEncoder:
             raise ValueError(
                 f"text_field={text_field!r} needs a fast tokenizer; {type(tokenizer).__name__} is not one."
             )
-        if append_eos and tokenizer.eos_token_id is None:
-            raise ValueError("append_eos=True, but the tokenizer has no eos_token; set one, or pass append_eos=False.")
-        self.tokenizer, self.max_length = tokenizer, max_length
-        self.text_field, self.append_eos, self.pad_to_multiple_of = text_field, append_eos, pad_to_multiple_of
+        self.max_length, self.text_field, self.pad_to_multiple_of = max_length, text_field, pad_to_multiple_of
         self.prompt_position, self.num_cut = prompt_position, 0
-        self.said_completions: set[str] = set()  # their starts
-        self._boundaries: set[tuple[str, str]] = set()  # ends of prompts and starts of completions that were checked
-        self._cache: dict[Hashable, array[int]] = {}
-        # Some tokenizers end every text with this token; a prompt must not end yet.
-        eos = tokenizer.eos_token_id
-        self._ends_texts = eos is not None and tokenizer(ANCHOR)["input_ids"][-1:] == [eos]
 
     def with_max_length(self, max_length: int) -> RowEncoder:
         """An encoder with the same settings and another maximum length."""
@@ -113,8 +91,7 @@ class RowEncoder:
         return encoder
 
     def __getstate__(self) -> dict[str, Any]:
-        # What was encoded is no part of the fingerprint of dataset.map(collator.tokenize), nor sent to workers.
-        return {**self.__dict__, "_cache": {}, "_boundaries": set(), "num_cut": 0}
+        return {**super().__getstate__(), "num_cut": 0}
 
     def batch(self, rows: Sequence[Mapping[str, Any]], completions: Sequence[str] | None = None) -> dict[str, Tensor]:
         """One right-padded batch of rows, forget rows too, with their own completions or with those given.
@@ -267,65 +244,8 @@ class RowEncoder:
                 around the text.
         """
         if row is None or "input_ids" in row or isinstance(row["prompt"], str):
-            return self._cached(text, lambda: self._text_ids(text))
+            return super().completion_ids(text)
         return self._conversation_ids(row, text)[1]
-
-    def boundary_fault(self, prompt: str, text: str) -> str | None:
-        """A sentence on a completion that merges with its text prompt, or lacks the space before it; None if neither.
-
-        Args:
-            prompt: the prompt.
-            text: the completion.
-        """
-        prompt_ids, own = self._prompt_ids(prompt), self.completion_ids(text)
-        together = self._whole_ids(prompt + text, self.tokenizer(prompt + text)["input_ids"])
-        apart = [*prompt_ids, *(own[:-1] if self.append_eos else own)]
-        return boundary_fault(self.tokenizer, prompt, text, apart, together, prompt_ids[-1] if prompt_ids else -1)
-
-    def _check_boundary(self, prompt: str, text: str) -> None:
-        """Warn, once, of a completion that does not fit its prompt.
-
-        Checked once for each of the first ends of prompts with each start of a completion.
-        """
-        boundary = boundary_of(prompt, text)
-        if boundary in self._boundaries or len(self._boundaries) >= MAX_BOUNDARIES:
-            return
-        if boundary[1] in self.said_completions:
-            return
-        self._boundaries.add(boundary)
-        if fault := self.boundary_fault(prompt, text):
-            logger.warning("%s. Further rows are not checked.", fault)
-            self._boundaries.update((str(i), "") for i in range(MAX_BOUNDARIES))
-
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        """Token ids of a text prompt, before it is shortened."""
-        return self._whole_ids(prompt, self.tokenizer(prompt)["input_ids"])
-
-    def _whole_ids(self, text: str, ids: Sequence[int]) -> list[int]:
-        """The token ids of a text with one beginning-of-sequence token at most, and no end added."""
-        ids = list(ids[:-1] if self._ends_texts else ids)
-        return ids[self.has_second_bos(text, ids) :]
-
-    def _cached(self, key: Hashable, encode: Callable[[], Sequence[int]]) -> list[int]:
-        """Token ids by key, encoded unless they are cached. A full cache drops its oldest entries."""
-        key = (len(self.tokenizer), self.append_eos, key)  # both may be changed after entries were cached
-        if key not in self._cache:
-            ids = array("i", encode())
-            while len(self._cache) >= CACHE_SIZE:
-                del self._cache[next(iter(self._cache))]
-            self._cache[key] = ids
-        return self._cache[key].tolist()
-
-    def _text_ids(self, text: str) -> list[int]:
-        """Token ids of a completion as the continuation of a text."""
-        anchor = self.tokenizer(ANCHOR, add_special_tokens=False)["input_ids"]
-        ids = self.tokenizer(ANCHOR + text, add_special_tokens=False)["input_ids"]
-        # An unknown anchor would merge with the text after it.
-        if anchor and self.tokenizer.unk_token_id not in anchor and ids[: len(anchor)] == anchor:
-            ids = ids[len(anchor) :]
-        else:
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, self.tokenizer.eos_token_id] if self.append_eos else ids
 
     def _prompt(self, row: Mapping[str, Any]) -> EncodedPrompt:
         """The prompt of a row of texts or messages, before it is shortened."""
@@ -363,11 +283,6 @@ class RowEncoder:
 
     def _conversation_ids(self, row: Mapping[str, Any], text: str | None) -> tuple[list[int], list[int], int]:
         return conversation_ids(self.tokenizer, row["prompt"], row["completion"], text, self._cached)
-
-    def has_second_bos(self, text: str, ids: Sequence[int]) -> bool:
-        """Whether the tokenizer put a beginning-of-sequence token before a text that begins with one itself."""
-        token, bos = self.tokenizer.bos_token, self.tokenizer.bos_token_id
-        return token is not None and text.startswith(token) and list(ids[:2]) == [bos, bos]
 
     def _shortened(self, prompt: EncodedPrompt, num_completion: int) -> EncodedPrompt:
         if len(prompt.ids) + num_completion <= self.max_length:

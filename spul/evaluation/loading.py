@@ -28,12 +28,13 @@ from ..rivals.guardrail import GuardrailPrompt
 from ..rivals.refusal import FixedRefusal
 from ..rivals.rival import Rival
 
+# Of each kind of saved model the file by which it is told, and its name in words.
 KINDS = {
-    "gated": f"prompts behind gates ({ROUTING_NAME})",
-    "rival": f"a method without training, such as a fixed refusal behind a gate ({RIVAL_NAME})",
-    "layers": f"unlearning layers ({LAYERS_NAME})",
-    "adapter": f"a prompt or another adapter of PEFT ({ADAPTER_NAME})",
-    "model": "a whole model (config.json)",
+    "gated": (ROUTING_NAME, "prompts behind gates"),
+    "rival": (RIVAL_NAME, "a method without training, such as a fixed refusal behind a gate"),
+    "layers": (LAYERS_NAME, "unlearning layers"),
+    "adapter": (ADAPTER_NAME, "a prompt or another adapter of PEFT"),
+    "model": ("config.json", "a whole model"),
 }
 RIVALS: dict[str, type[Rival]] = {
     one.kind: one for one in (FixedRefusal, GuardrailPrompt, InContextUnlearning, EmbeddingCorruption)
@@ -58,17 +59,16 @@ def kind_of(folder: str | os.PathLike[str]) -> str:
         FileNotFoundError: if it has none of the files of `KINDS`.
         ValueError: if it has those of a rival and of another model.
     """
-    files = {"gated": ROUTING_NAME, "rival": RIVAL_NAME, "layers": LAYERS_NAME}
-    files |= {"adapter": ADAPTER_NAME, "model": "config.json"}
-    found = {kind: name for kind, name in files.items() if find_file(folder, name) is not None}
+    found = {kind: name for kind, (name, _) in KINDS.items() if find_file(folder, name) is not None}
     if "rival" in found and len(found) > 1:
         raise ValueError(
             f"{str(folder)!r} holds {' and '.join(found.values())}, of different models; save each into a folder of "
             "its own."
         )
-    for kind in found:
-        return kind
-    raise FileNotFoundError(f"{str(folder)!r} holds no model; expected one of: {'; '.join(KINDS.values())}.")
+    if not found:
+        expected = "; ".join(f"{words} ({name})" for name, words in KINDS.values())
+        raise FileNotFoundError(f"{str(folder)!r} holds no model; expected one of: {expected}.")
+    return next(iter(found))
 
 
 def no_base_error(folder: str | os.PathLike[str]) -> ValueError:

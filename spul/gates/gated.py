@@ -78,24 +78,7 @@ class GatedUnlearner(nn.Module, Unlearner):
         self.gates = {name: as_gate(gate) for name, gate in gates.items()}
         self.precedence = list(self.gates if precedence is None else precedence)
         self.combined = {frozenset(names): name for names, name in (combined or {}).items()}
-        self._check_names()
-
-    def _check_names(self) -> None:
-        known, gated = list(self.unlearner.peft_config), list(self.gates)
-        if unknown := sorted(({*gated, *self.combined.values()}) - set(known)):
-            raise ValueError(
-                f"gates and combined name {unknown}, which the model does not have; it has {known}. A prompt is "
-                "removed by delete_adapter of the GatedUnlearner, which drops its gate as well."
-            )
-        if sorted(self.precedence) != sorted(gated):
-            raise ValueError(f"precedence is {self.precedence}; expected the names of the gates, {gated}, each once.")
-        if bad := [sorted(names) for names in self.combined if len(names) < 2 or not names <= set(gated)]:
-            raise ValueError(f"combined has the set {bad[0]}; expected two or more of the gates, {gated}.")
-        if off := sorted(set(known) - set(gated) - set(self.combined.values())):
-            raise ValueError(
-                f"{off} have no gate, so nothing would turn them on; give each a gate, or delete it "
-                "(delete_adapter). A function that returns True for every text keeps a prompt on."
-            )
+        Routes(self.gates, self.precedence, self.combined).check(unlearner.peft_config)
 
     def extra_repr(self) -> str:
         """The gates by their prompts' names, first first, and which sets of them have a prompt of their own."""
@@ -125,8 +108,9 @@ class GatedUnlearner(nn.Module, Unlearner):
             ValueError: if prompts were added or deleted since, and gates are not the prompts' any more.
         """
         with _routing:
-            self._check_names()
-            return Routes(dict(self.gates), list(self.precedence), dict(self.combined))
+            routes = Routes(dict(self.gates), list(self.precedence), dict(self.combined))
+            routes.check(self.unlearner.peft_config)
+            return routes
 
     def names_of(self, prompts: Sequence[Sequence[int]]) -> list[str]:
         """`route` of requests as token ids."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import PreTrainedTokenizerBase
 
 from ..models.compat import CHECKPOINT_PREFIX
-from ..prompts.checkpoint import CONFIG_NAME, ENCODER_NAME, WEIGHTS_NAME, read
+from ..prompts.checkpoint import CONFIG_NAME, ENCODER_NAME, WEIGHTS_NAME, folder_of, read
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.card import CARD_NAME, write_gate_section
 from ..records.fields import check_format, read_object
@@ -29,11 +29,6 @@ if TYPE_CHECKING:
     from .gated import GatedUnlearner
 
 ROUTING_NAME, GATE_FOLDER, FORMAT_VERSION = "spul_gates.json", "gate", 1
-
-
-def folder_of(name: str) -> str:
-    """PEFT's folder of an adapter, within the one that is saved to."""
-    return "" if name == "default" else name
 
 
 def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwargs: Any) -> None:

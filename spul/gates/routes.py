@@ -25,6 +25,31 @@ class Routes:
     precedence: Sequence[str]
     combined: Mapping[frozenset[str], str]
 
+    def check(self, prompts: Collection[str]) -> None:
+        """Raise unless every prompt has a route, and every route a prompt.
+
+        Args:
+            prompts: names of the prompts that there are.
+
+        Raises:
+            ValueError: if not.
+        """
+        gated = list(self.gates)
+        if unknown := sorted(({*gated, *self.combined.values()}) - set(prompts)):
+            raise ValueError(
+                f"gates and combined name {unknown}, which the model does not have; it has {list(prompts)}. A prompt "
+                "is removed by delete_adapter of the GatedUnlearner, which drops its gate as well."
+            )
+        if sorted(self.precedence) != sorted(gated):
+            raise ValueError(f"precedence is {self.precedence}; expected the names of the gates, {gated}, each once.")
+        if bad := [sorted(names) for names in self.combined if len(names) < 2 or not names <= set(gated)]:
+            raise ValueError(f"combined has the set {bad[0]}; expected two or more of the gates, {gated}.")
+        if off := sorted(set(prompts) - set(gated) - set(self.combined.values())):
+            raise ValueError(
+                f"{off} have no gate, so nothing would turn them on; give each a gate, or delete it "
+                "(delete_adapter). A function that returns True for every text keeps a prompt on."
+            )
+
     def names(self, texts: list[str]) -> list[str]:
         """The name of the prompt that each text gets, `"__base__"` for none."""
         flags = {name: gate.flags(texts) for name, gate in self.gates.items()}

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from ..models.causal_lm import check_bare, has_layers, logits_at, unchanged_on_error
 from ..models.compat import keep_4bit_differentiable, reset_compiled
 from ..models.compat_checkpointing import switch_checkpointing
-from ..models.compat_devices import device_of
 from ..models.disabling import is_disabled_here
 from ..models.loading import load_base
 from ..models.noise import keep_in_evaluation, restore_dropout, set_samplers, zero_dropout
@@ -221,11 +220,6 @@ class UnlearningLayers(nn.Module, Unlearner):
     def config(self) -> Any:
         """The base's config; that of the layers is `layers_config`."""
         return self.base_model.config
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the base."""
-        return device_of(self.base_model)
 
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any

@@ -7,12 +7,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..losses.batch import LogitsFunction
 from .causal_lm import evaluation_mode, logits_at, unwrapped
 from .compat import own_parameters
+from .compat_devices import device_of
 from .disabling import disabled_here, is_disabled_here
 
 
@@ -88,6 +90,11 @@ class Unlearner:
     def get_base_model(self) -> Any:
         """The causal LM without wrappers and adapters."""
         raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the base, where inputs belong."""
+        return device_of(self.get_base_model())
 
     def disable_adapter(self) -> AbstractContextManager[Any]:
         """Context manager: for the calling thread or asyncio task the model is the base; named as in PEFT."""

@@ -1,26 +1,28 @@
-"""Prompts of one model: added, loaded, chosen, saved and deleted; only the active one trains."""
+"""Prompts of one model: added, loaded, chosen, disabled, saved and deleted; only the active one trains."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftConfig, PeftModelForCausalLM, PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..models.compat_checkpointing import without_checkpointing
-from ..models.compat_devices import device_of, is_offloaded
+from ..models.compat_devices import is_offloaded
+from ..models.disabling import disabled_here, is_disabled_here
 from ..models.protocol import Unlearner
 from ..records.files import check_hub_arguments
 from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .configs import check_peft_config, check_promptable, filled
 from .position import check_position
-from .row_prompts import check_new_name
+from .row_prompts import check_adapter_names, check_new_name
 from .shared_prefix import drop_cached
 from .starts import Start, check_start, start_prompt
 
@@ -29,11 +31,6 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
     """A PEFT model whose adapters are soft prompts, each with a record; see `SoftPromptUnlearner`."""
 
     prompt_encoder: Any  # set by PEFT
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the base, where inputs and prompts belong."""
-        return device_of(self.get_base_model())
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move base and prompts, as of every module; prompts alone where the base's weights are offloaded."""
@@ -211,6 +208,33 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
             if getattr(encoder, "frozen_embedding", None) is not None:  # a cartridge's first virtual tokens
                 encoder.frozen_embedding.requires_grad_(False)
 
+    def get_base_model(self) -> Any:
+        """The causal LM under the prompts, also once all of them are deleted."""
+        return self.base_model
+
+    def check_adapter_names(self, adapter_names: Sequence[str], num_rows: int) -> None:
+        """Raise unless there is one name for each of `num_rows` rows, of a prompt of this model or `"__base__"`."""
+        check_adapter_names(self, adapter_names, num_rows)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Context manager: `forward` and `generate` are those of the base, without the prompt.
+
+        It holds for the calling thread, or its asyncio task: others keep the prompt.
+        """
+        with disabled_here(self):
+            yield
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """PEFT's name of `enabled`."""
+        return bool(self.active_adapter) and super().has_active_enabled_adapter and not is_disabled_here(self)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the prompt takes part in `forward` and `generate` of this thread; see `disable_adapter`."""
+        return self.has_active_enabled_adapter
+
     @property
     def virtual_tokens_in_use(self) -> int:
         """Virtual tokens that every row has; 0 where the prompt is disabled."""
@@ -243,7 +267,7 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         self.save_pretrained(str(folder), selected_adapters=names)
         self.spul_configs |= records  # they were not saved where they are kept
         first, *others = sorted(names, key=lambda name: name != self.active_adapter)
-        own = {name: folder if name == "default" else folder / name for name in names}
+        own = {name: folder / checkpoint.folder_of(name) for name in names}
         moved: Any = type(self).from_pretrained(base, own[first], adapter_name=first)
         for name in others:
             moved.load_adapter(own[name], name)

@@ -51,6 +51,11 @@ WEIGHTS_KEY = "prompt_embeddings"  # the one tensor in it
 ENCODER_NAME = "prompt_encoder.safetensors"
 
 
+def folder_of(adapter_name: str) -> str:
+    """PEFT's folder of an adapter, within the one that is saved to."""
+    return "" if adapter_name == "default" else adapter_name
+
+
 def _trains_encoder(model: PeftModelForCausalLM, adapter_name: str) -> bool:
     """Whether a prompt of the model is computed by an encoder, without which it cannot be trained further."""
     config: Any = model.peft_config[adapter_name]
@@ -82,17 +87,16 @@ def save(
     with atomic_folder(target) as scratch:
         peft_save(str(scratch), selected_adapters=selected_adapters, **kwargs)
         for name in names:
-            part = "" if name == "default" else name
-            folder = scratch / part
+            folder = scratch / folder_of(name)
             _finish_config(folder / CONFIG_NAME, model.spul_configs[name].prompt_position)
             write_model_card(model, folder, name)  # PEFT writes one for all of them
-            model.spul_configs[name].save_with_weights(folder, target / part, WEIGHTS_NAME)
+            model.spul_configs[name].save_with_weights(folder, target / folder_of(name), WEIGHTS_NAME)
             if _trains_encoder(model, name):
                 state = {key: value.detach().cpu() for key, value in model.prompt_encoder[name].state_dict().items()}
                 save_file(state, folder / ENCODER_NAME, metadata={"format": "pt"})
     for name in names:
         if not _trains_encoder(model, name):  # that of an earlier save would not belong to this prompt
-            (target if name == "default" else target / name).joinpath(ENCODER_NAME).unlink(missing_ok=True)
+            (target / folder_of(name) / ENCODER_NAME).unlink(missing_ok=True)
 
 
 def _finish_config(path: Path, prompt_position: str) -> None:

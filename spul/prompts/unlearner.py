@@ -17,7 +17,6 @@ from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import logits_at, unchanged_on_error
 from ..models.compat import is_sharded, keep_4bit_differentiable, say_kernels_once
 from ..models.compat_checkpointing import switching, unswitched
-from ..models.disabling import disabled_here, is_disabled_here
 from ..models.noise import keep_in_evaluation, zero_dropout
 from ..models.sharding import keep_rest_whole
 from . import checkpoint
@@ -118,23 +117,6 @@ class SoftPromptUnlearner(PromptAdapters):
 
     # ---- the protocol of an unlearner ----
 
-    def get_base_model(self) -> Any:
-        """The causal LM under the prompts, also once all of them are deleted."""
-        return self.base_model
-
-    def check_adapter_names(self, adapter_names: Sequence[str], num_rows: int) -> None:
-        """Raise unless there is one name for each of `num_rows` rows, of a prompt of this model or `"__base__"`."""
-        check_adapter_names(self, adapter_names, num_rows)
-
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Context manager: `forward` and `generate` are those of the base, without the prompt.
-
-        It holds for the calling thread, or its asyncio task: others keep the prompt.
-        """
-        with disabled_here(self):
-            yield
-
     @contextmanager
     def cached_prompts(self) -> Iterator[None]:
         """Context manager: the prompts pass through the base once for all calls inside, not once for each.
@@ -157,16 +139,6 @@ class SoftPromptUnlearner(PromptAdapters):
         if self._multiplier is None or self._multiplier.loss is not self.loss:
             self._multiplier = RetainMultiplier(self.loss)
         return self._multiplier
-
-    @property
-    def has_active_enabled_adapter(self) -> bool:
-        """PEFT's name of `enabled`."""
-        return bool(self.active_adapter) and super().has_active_enabled_adapter and not is_disabled_here(self)
-
-    @property
-    def enabled(self) -> bool:
-        """Whether the prompt takes part in `forward` and `generate` of this thread; see `disable_adapter`."""
-        return self.has_active_enabled_adapter
 
     # ---- forward ----
 

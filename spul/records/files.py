@@ -90,6 +90,57 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_new_folder(folder: str | os.PathLike) -> Path:
+    """Raise unless a folder can be written as a whole.
+
+    Args:
+        folder: its path.
+
+    Raises:
+        FileExistsError: if it is a file, or a folder with files in it, or would stand in a file.
+        PermissionError: if the folder that it stands in may not be written to.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        what = "a folder with files in it" if target.is_dir() else "a file"
+        raise FileExistsError(
+            f"{str(target)!r} is {what}; expected a new or empty folder, since it is written as a whole."
+        )
+    check_can_hold(target.resolve().parent)
+    return target
+
+
+@contextmanager
+def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
+    """Context manager: a scratch folder beside `folder` that becomes it in one move when the block ends.
+
+    If the block raises or the process is killed, `folder` is as before.
+
+    Args:
+        folder: a path that is not there, or an empty folder.
+
+    Yields:
+        The folder to write to.
+
+    Raises:
+        FileExistsError: as `check_new_folder`.
+    """
+    target = check_new_folder(folder).resolve()  # a link, and ".", cannot be moved onto
+    target.parent.mkdir(parents=True, exist_ok=True)
+    remove_stale_scratch(target.parent)
+    scratch = _scratch_in(target.parent)
+    scratch.mkdir()
+    try:
+        mode = _ordinary_mode(scratch / "mode")
+        yield scratch
+        for path in scratch.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)  # safetensors writes files that only their owner may read
+        os.replace(scratch, target)  # onto an empty folder, or none
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def check_can_hold(folder: str | os.PathLike) -> None:
     """Raise unless a folder, which need not be there, may be made and written to.
 

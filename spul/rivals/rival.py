@@ -17,7 +17,6 @@ from ..data.encoded import left_padded_ids
 from ..losses.positions import ends_before_labels, ends_before_responses, own_tokens, pack_right
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import check_bare, check_no_layers, logits_at
-from ..models.compat_devices import device_of
 from ..models.protocol import Unlearner, drop_adapter_names
 from ..prompts.arguments import CACHES, check_no_empty_row, check_rows, mask_from_pads, named_arguments
 from ..prompts.pads import filled_pads, with_own_tokens
@@ -339,11 +338,6 @@ class Rival(nn.Module, Unlearner):
     def get_base_model(self) -> PreTrainedModel:
         """The causal LM behind the method."""
         return self.base_model
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the base."""
-        return device_of(self.base_model)
 
     def check_trainable(self) -> None:
         """Refused: nothing of it trains.

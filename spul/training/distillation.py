@@ -220,7 +220,8 @@ class _DistillationTrainer(UnlearningTrainer):
         args: TrainingArguments,
         **kwargs: Any,
     ) -> None:
-        inputs = inputs.remove_columns([name for name in ("row_id",) if name in inputs.column_names])
+        if "row_id" in inputs.column_names:
+            inputs = inputs.remove_columns("row_id")
         inputs = inputs.add_column("row_id", list(range(len(inputs))))
         flags = (False,) if collator.generic_completions is None else (False, True)
         rows = concatenate_datasets([inputs.add_column("is_forget", [flag] * len(inputs)) for flag in flags])
@@ -229,7 +230,7 @@ class _DistillationTrainer(UnlearningTrainer):
         super().__init__(student, args, collator, rows, **kwargs)
         self._teachers, self._inputs = teachers, inputs
 
-    def _check_rows(self, rows: Any, loss: UnlearningLoss) -> None:
+    def _check_rows(self) -> None:
         """Nothing to check: each input comes once or twice under one number, whatever its side."""
 
     def _open_reference(self) -> None:

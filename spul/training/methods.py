@@ -168,13 +168,12 @@ class Method:
             )
         if self.trainable == "layers":
             return UnlearningLayers(model, layers_config)
-        quantized = is_quantized(model)
         if self.trainable == "prompt":
             prompt = peft_config or PromptEncoderConfig(
                 task_type="CAUSAL_LM", num_virtual_tokens=30, encoder_hidden_size=128
             )
             return SoftPromptUnlearner(model, prompt, loss=self.loss)
-        if self.trainable == "full" and (quantized or peft_config is not None):
+        if self.trainable == "full" and (is_quantized(model) or peft_config is not None):
             raise ValueError(
                 "trainable='full' trains the weights themselves: load the model unquantized and pass no config, or "
                 "use trainable='lora'."

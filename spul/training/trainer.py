@@ -126,7 +126,7 @@ class UnlearningTrainer(SteppingTrainer):
             check_training_order(train_dataset, args, reference, self._loss, forget_fraction, alternate)
         self._facts = TrainingRows(train_dataset, data_collator, key)
         if train_dataset is not None and not is_stream(train_dataset):
-            self._check_rows(train_dataset, self._loss)
+            self._check_rows()
             num_embedded = num_embeddings(self._learner)
             check_can_be_scored(data_collator.encoder, "train_dataset", train_dataset, num_embedded)
             data_collator.warn_of_cut_rows(train_dataset)
@@ -204,9 +204,9 @@ class UnlearningTrainer(SteppingTrainer):
 
     # ---- data ----
 
-    def _check_rows(self, rows: Any, loss: UnlearningLoss) -> None:
+    def _check_rows(self) -> None:
         """Refuse rows that cannot be told apart, and warn of sets that cannot do what the loss is for."""
-        check_training_rows(rows, self._facts.flags, loss)
+        check_training_rows(self._rows, self._facts.flags, self._loss)
 
     def _record_data(self) -> None:
         """Write the generic completions, numbers and digest of the training rows, and the loss into the record."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
-from ...losses.terms import KLDivergence
+from ...losses.terms import KLDivergence, as_float
 from ...models.causal_lm import evaluation_mode, unwrapped
 from ...models.compat_devices import device_of
 from ...models.unlearner import unlearner_of
@@ -95,7 +95,7 @@ def response_likelihoods(
 def _log_softmax(logits: Tensor) -> Tensor:
     """Log-probabilities in at least float32."""
     check_not_nan(logits)
-    return (logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits).log_softmax(dim=-1)
+    return as_float(logits).log_softmax(dim=-1)
 
 
 def _likelihood(logits: Tensor, targets: Tensor) -> Likelihood:
