@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from ..models.causal_lm import evaluation_mode
 from ..models.compat_devices import device_of
 from ..prompts.unlearner import SoftPromptUnlearner
-from .exports import check_new_folder, facts_of, new_folder, prompt_embeddings, write_facts
+from ..records.files import check_new_folder, new_folder
+from .exports import facts_of, prompt_embeddings, write_facts
 
 FACTS = "spul_export.json"
 TOKEN = "<|soft_prompt_{}|>"

@@ -1,13 +1,8 @@
-"""Parts of every export: the prompt as input embeddings, facts about it, a folder that is whole or not there."""
+"""Parts of every export: the prompt as input embeddings, and facts about it."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +11,6 @@ from torch import Tensor
 from ..prompts.configs import holds_states
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.digests import fingerprint
-from ..records.files import SCRATCH, check_can_hold, remove_stale_scratch
 from ..records.spul_config import library_versions, without_local_path
 
 
@@ -68,54 +62,3 @@ def facts_of(unlearner: SoftPromptUnlearner, kind: str) -> dict[str, Any]:
 def write_facts(path: Path, facts: dict[str, Any]) -> None:
     """Write facts as JSON."""
     path.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def check_new_folder(folder: str | os.PathLike) -> Path:
-    """Raise unless a folder can be written as a whole.
-
-    Args:
-        folder: its path.
-
-    Raises:
-        FileExistsError: if it is a file, or a folder with files in it, or would stand in a file.
-        PermissionError: if the folder that it stands in may not be written to.
-    """
-    target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        what = "a folder with files in it" if target.is_dir() else "a file"
-        raise FileExistsError(
-            f"{str(target)!r} is {what}; expected a new or empty folder, since it is written as a whole."
-        )
-    check_can_hold(target.resolve().parent)
-    return target
-
-
-@contextmanager
-def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Context manager: a scratch folder beside `folder` that becomes it in one move when the block ends.
-
-    If the block raises or the process is killed, `folder` is as before.
-
-    Args:
-        folder: a path that is not there, or an empty folder.
-
-    Yields:
-        The folder to write to.
-
-    Raises:
-        FileExistsError: as `check_new_folder`.
-    """
-    target = check_new_folder(folder).resolve()  # a link, and ".", cannot be moved onto
-    target.parent.mkdir(parents=True, exist_ok=True)
-    remove_stale_scratch(target.parent)
-    scratch = target.parent / f"{SCRATCH}{uuid.uuid4().hex}"
-    scratch.mkdir()
-    mode = scratch.stat().st_mode & 0o666  # the umask's
-    try:
-        yield scratch
-        for path in scratch.rglob("*"):
-            if path.is_file():
-                path.chmod(mode)  # safetensors writes files that only their owner may read
-        os.replace(scratch, target)  # onto an empty folder, or none
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)

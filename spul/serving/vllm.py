@@ -17,9 +17,10 @@ from transformers import PreTrainedTokenizerBase
 from ..data.encoder import RowEncoder
 from ..models.compat_devices import device_of
 from ..prompts.unlearner import SoftPromptUnlearner
+from ..records.files import check_new_folder, new_folder
 from ..records.weights import file_digest
 from . import vllm_client
-from .exports import check_new_folder, facts_of, new_folder, prompt_embeddings, write_facts
+from .exports import facts_of, prompt_embeddings, write_facts
 from .vllm_client import EMBEDDINGS, FACTS, KEY, PROMPT, TEMPLATE
 
 CLIENT = "soft_prompt.py"
