@@ -80,6 +80,7 @@ def check(options: EvaluateOptions) -> None:
     """
     from ..records.files import check_can_hold
 
+    options.check_template()
     check_can_hold(options.output_dir)
     texts = None if options.unrelated_texts is None else [options.unrelated_texts]
     check_files(options.forget, options.retain, options.test_forget, options.test_retain, options.unseen, texts)
