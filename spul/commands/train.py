@@ -19,14 +19,10 @@ logger = logging.getLogger(__name__)
 
 ALPHA_OF_FITTED_KEYS = 4.0
 # Options that others make count: whether they do, and which do.
-_HELD_OUT: tuple[Callable[[TrainOptions], bool], str] = (
-    lambda options: options.hold_out is not None,
-    "--hold-out 0.1",
-)
-OF_NO_EFFECT = {
-    **dict.fromkeys(("stop_every", "stop_margin", "stop_patience"), _HELD_OUT),
-    "encoder_hidden_size": (lambda options: options.prompt_type == "p_tuning", "--prompt-type p_tuning"),
-}
+OF_NO_EFFECT: dict[str, tuple[Callable[[TrainOptions], bool], str]] = {
+    name: (lambda options: options.hold_out is not None, "--hold-out 0.1")
+    for name in ("stop_every", "stop_margin", "stop_patience")
+} | {"encoder_hidden_size": (lambda options: options.prompt_type == "p_tuning", "--prompt-type p_tuning")}
 OF_OTHER_ROWS = {
     "test_forget": "whether forget rows that were not trained on are forgotten, without --test-forget",
     "test_retain": "what is lost of retain rows that were not trained on, without --test-retain",
