@@ -158,6 +158,8 @@ def fit(options: FitOptions) -> int | None:
     if options.kind == "names":
         gate = _by_name(options, forget, retain)
     else:
+        assert forget is not None
+        assert retain is not None
         chosen = {"recall": options.recall, "seed": options.seed, "paraphrases": paraphrases}
         settings = {name: value for name, value in chosen.items() if value is not None}
         gate = _fitted(options, source, forget, retain, settings)
@@ -336,8 +338,8 @@ def _by_name(options: FitOptions, forget: list[str] | None, retain: list[str] | 
 def _fitted(
     options: FitOptions,
     source: _Source,
-    forget: list[str] | None,
-    retain: list[str] | None,
+    forget: list[str],
+    retain: list[str],
     settings: dict[str, Any],
 ) -> Any:
     from ..gates.state import StateGate
