@@ -182,6 +182,8 @@ def test_requests_of_one_side_are_refused(folder):
         fit(parsed("gate", values, "fit"))
     with pytest.raises(ValueError, match="nothing to check"):
         check(parsed("gate", {"adapter": folder / "adapter"}, "check"))
+    with pytest.raises(ValueError, match="column='completion' is given without a file of requests"):
+        check(parsed("gate", {"adapter": folder / "adapter", "texts": ["a"], "column": "completion"}, "check"))
 
 
 # ---- a gate beside a prompt ----
@@ -224,8 +226,8 @@ def test_an_adapter_that_no_gate_can_turn_on_gets_none(folder, tmp_path):
     lora(build("llama")).save_pretrained(tmp_path / "lora")
     with pytest.raises(ValueError, match=r"lora is no prompt that a gate can turn on: .* LoraConfig"):
         attach_gate(NameGate(["Jane Doe"]), tmp_path / "lora")
-    # And before the work: there is no such file of requests.
-    values = options_for(folder, kind="text") | {"adapter": tmp_path / "lora", "forget": tmp_path / "nothing.txt"}
+    (tmp_path / "empty.txt").touch()  # before the work: nothing is read of it
+    values = options_for(folder, kind="text") | {"adapter": tmp_path / "lora", "forget": tmp_path / "empty.txt"}
     with pytest.raises(ValueError, match="is no prompt that a gate can turn on"):
         fit(parsed("gate", values, "fit"))
     assert not list(tmp_path.rglob("gate*.json"))
@@ -282,3 +284,19 @@ def test_half_of_a_surrogate_pair_is_refused_before_a_gate_is_fit_and_flagged_wh
     assert said.startswith("passed\tthe plot\nflagged\tthe ")
     assert "the gate failed on 1 of them, which are flagged: ValueError" in said
     said.encode()
+
+
+def test_check_asks_no_gate_that_would_not_be_served(folder, capsys):
+    fit(parsed("gate", {"adapter": folder / "adapter", "kind": "names", "names": ["Jane Doe"]}, "fit"))
+    with pytest.raises(ValueError, match=r"'\.\./adapter' leads out of the folder"):
+        check(parsed("gate", {"adapter": folder / "base", "adapter_name": "../adapter", "texts": ["a"]}, "check"))
+    NameGate(["John Roe"]).save(folder / "adapter" / "gate")
+    with pytest.raises(ValueError, match="are not those that were saved together"):
+        flagged(folder, ["a"], capsys)
+
+
+def test_a_damaged_prompt_gets_no_gate_and_is_named(folder):
+    config = folder / "adapter" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_virtual_tokens": "four"}))
+    with pytest.raises(ValueError, match=r"adapter is no prompt that a gate can turn on: .*num_virtual_tokens='four'"):
+        fit(parsed("gate", options_for(folder, kind="text"), "fit"))

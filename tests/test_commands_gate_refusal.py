@@ -72,6 +72,9 @@ def test_its_gate_is_asked_as_that_of_a_prompt(folder, capsys):
     capsys.readouterr()
     check(parsed("gate", {"adapter": folder / "refusal", "texts": [FORGET[3], RETAIN[3]]}, "check"))
     assert capsys.readouterr().out == f"flagged\t{FORGET[3]}\npassed\t{RETAIN[3]}\n"
+    NameGate(["John Roe"]).save(folder / "refusal" / "gate")
+    with pytest.raises(ValueError, match="is not the one that was saved with"):
+        check(parsed("gate", {"adapter": folder / "refusal", "texts": FORGET}, "check"))
 
 
 @pytest.mark.parametrize(
@@ -113,10 +116,11 @@ def test_what_does_not_go_together_is_refused_before_files_are_read_and_nothing_
 ):
     write_prompt(folder / "prompt")
     fit(options_for(folder, output_dir=folder / "saved"))
+    (folder / "empty.jsonl").touch()
     before = files_in(folder)
     more = {name: value.format(folder) if isinstance(value, str) else value for name, value in more.items()}
     with pytest.raises(error, match=message):
-        fit(options_for(folder, **{"forget": folder / "nothing.jsonl", **more}))
+        fit(options_for(folder, **{"forget": folder / "empty.jsonl", **more}))
     assert {name: content for name, content in files_in(folder).items() if not name.endswith(".lock")} == before
 
 

@@ -99,6 +99,8 @@ def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_pat
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"prompt": "a", "completion": " b"}\n')
     needed = ["--model", "m", "--forget", str(rows), "--retain", str(rows), "--output-dir", str(tmp_path / "out")]
+    fit = ["gate", "fit", "--kind", "text", "--retain", str(rows)]
+    serve = ["serve", "--model", "m", "--prompts"]
     both = [*needed, "--start", "near", "--instruction", "decline", "--save-steps", "3"]
     refused = {
         "did you mean save_steps": ["train", *needed, "--save-step", "3"],
@@ -111,6 +113,17 @@ def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_pat
         "or --inputs alone": ["combine", *needed, "--inputs", str(rows), "--prompts", "a"],
         "gone.jsonl does not exist": [
             *("evaluate", *needed, "--test-forget", str(tmp_path / "gone.jsonl"), "--test-retain", str(rows))
+        ],
+        "--refusal is given without the folder": [*fit, "--refusal", "no", "--forget", str(rows)],
+        "give forget and retain, a file of each": [*fit, "--adapter", str(tmp_path)],
+        "lost.jsonl does not exist": [*fit, "--adapter", str(tmp_path), "--forget", str(tmp_path / "lost.jsonl")],
+        "there is nothing to check": ["gate", "check", "--adapter", "a"],
+        "there is no prompt to serve": serve[:-1],
+        "of the prompt '2026-017', is no folder": [*serve, f"2026-017={tmp_path / 'gone'}"],
+        "is no entry of a ledger": [*serve, str(tmp_path), "--ledger", str(rows)],
+        "token does not exist; its folder has": [*serve, str(tmp_path), "--admin-token-file", str(tmp_path / "token")],
+        "is a folder with files in it": [
+            *("export", "vllm", "--model", "m", "--adapter", "a", "--output-dir", str(tmp_path))
         ],
     }
     code = (
@@ -351,8 +364,10 @@ def test_keys_and_values_of_a_file_that_are_none_are_errors(tmp_path, text, mess
 
 
 def test_a_file_of_options_that_is_missing_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="expected a YAML file"):
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist; its folder has nothing in it"):
         read("--config", str(tmp_path / "none.yaml"))
+    with pytest.raises(FileNotFoundError, match="is a folder; expected a file"):
+        read("--config", str(tmp_path))
 
 
 def test_options_of_training_arguments_are_read_and_left_out_of_help(tmp_path, capsys):

@@ -145,6 +145,8 @@ def test_a_folder_with_a_model_is_refused_into_which_the_prompt_would_be_loaded(
     shutil.copytree(files["model"], tmp_path, dirs_exist_ok=True)
     with pytest.raises(FileExistsError, match="holds a model, into which transformers would load the prompt"):
         trained(files, tmp_path)
+    with pytest.raises(FileExistsError, match="holds a model"):
+        trained(files, tmp_path / "new" / "..")
     assert not (tmp_path / "adapter_config.json").exists()
 
 
@@ -250,6 +252,10 @@ def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_
     [
         ({"instruction": "decline", "start": "random"}, "give one of them"),
         ({"start": "discriminative", "prompt_type": "p_tuning"}, "--prompt-type p_tuning has none"),
+        ({"completion_template": "{{completion}}"}, "completion_template goes with prompt_template, .* give both"),
+        ({"stop_every": 5}, "--stop-every is 5, of no effect without --hold-out 0.1"),
+        ({"stop_margin": 2}, "--stop-margin is 2.0, of no effect without --hold-out 0.1"),
+        ({"encoder_hidden_size": 64}, "--encoder-hidden-size is 64, of no effect without --prompt-type p_tuning"),
         ({"request": "2026-017"}, "--ledger and --request go together"),
         ({"ledger": "ledger.jsonl"}, "--ledger and --request go together"),
         ({"ledger": "{}/ledger.jsonl", "request": " "}, "expected the name of a request"),

@@ -41,7 +41,7 @@ def test_a_resumed_training_goes_on_from_its_checkpoint(files, tmp_path):
     trained(files, tmp_path / "whole", **more)
     trained(files, tmp_path / "parts", **{**more, "max_steps": 2, "lr_scheduler_type": "constant", "warmup_steps": 0})
     with pytest.raises(ValueError, match="no complete checkpoint"):
-        trained(files, tmp_path / "empty", resume="true", **more)
+        trained(files, tmp_path / "empty", resume="true", model="no-base", **more)
     trained(files, tmp_path / "parts", resume="true", **more)
     state = json.loads((tmp_path / "parts" / "checkpoint-4" / "trainer_state.json").read_text())
     assert [one["step"] for one in state["log_history"] if "loss" in one] == [1, 2, 3, 4]

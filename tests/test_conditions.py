@@ -54,6 +54,9 @@ def test_a_condition_is_read_in_parts_and_written_as_it_was():
         ("test_forget.accuracy.high > __import__('os')", "ends in no number"),
         ("test_forget.accuracy.high > much", "ends in no number"),
         ("test_forget.accuracy.high > nan", "expected a finite number"),
+        ("test_forget.accuracy.high > 5", "> 5: accuracy is a number from 0 to 1, and 5 % is 0.05"),
+        ("test_retain.accuracy.low < -0.1", "accuracy is a number from 0 to 1"),
+        ("test_retain.loss.high < -1", "< -1: loss is a number from 0 to inf"),
         ("test_forget.accuracy.highest > 0", "'highest' is no end of an interval; expected one of low, value, high"),
         ("test_forget.accurcy.high > 0", "there is no metric 'accurcy'; expected such as accuracy"),
         ("usefulness: test_forget.accuracy.high > 0", "there is no measure 'usefulness'"),
@@ -120,7 +123,7 @@ def test_attacks_that_change_no_row_or_noted_no_changes_are_errors_and_not_passe
         per_row = {"accuracy": [1.0] * 4, **scores}
         return Evaluation({}, [measurement("input attack", "test_forget", "unlearned", "noise", per_row=per_row)], {})
 
-    condition = Condition.parse("input attack: test_forget.accuracy.value > 2")
+    condition = Condition.parse("input attack: test_forget.accuracy.value > 0.5")
     with pytest.raises(ValueError, match="it has nothing of it"):
         condition.met_by(evaluation(changed=[0.0] * 4))
     with pytest.raises(ValueError, match="was measured by an earlier version of spul"):

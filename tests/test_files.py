@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from spul.records.files import SCRATCH, atomic_folder, atomic_write, check_can_hold, find_file, write_text
+from spul.records.files import (
+    SCRATCH,
+    atomic_folder,
+    atomic_write,
+    check_can_hold,
+    check_new_folder,
+    find_file,
+    write_text,
+)
 
 
 def test_a_file_is_replaced_when_the_block_ends_and_no_sooner(tmp_path):
@@ -134,8 +142,10 @@ def test_a_folder_that_cannot_be_made_is_refused_before_it_is_needed(tmp_path):
         check_can_hold(tmp_path / "link" / "out")
     with pytest.raises(ValueError, match="path of the output folder is empty"):
         check_can_hold("")
-    with pytest.raises(ValueError, match="path of the folder to save into is empty"), atomic_folder(""):
+    with pytest.raises(ValueError, match="path of the output folder is empty"), atomic_folder(""):
         pass
+    with pytest.raises(ValueError, match="path of the output folder is empty"):
+        check_new_folder("")
     (tmp_path / "nowhere").mkdir()
     check_can_hold(tmp_path / "link" / "out")
 

@@ -160,5 +160,5 @@ def test_texts_with_a_byte_order_mark_are_the_same_and_other_encodings_are_error
 def test_messages_that_are_no_list_are_an_error_with_their_row(tmp_path, messages):
     path = write(tmp_path / "x.jsonl", [{"messages": messages}])
     for read in (read_prompts, read_texts):
-        with pytest.raises(ValueError, match=r"x\.jsonl, row 1: messages .* expected at least two"):
+        with pytest.raises(ValueError, match=r"x\.jsonl, row 1: messages is .*; expected at least two, in a list"):
             read(path)

@@ -182,7 +182,7 @@ def test_rewritten_rows_are_counted_once_for_record_and_identity(tmp_path, monke
     assert len(calls) == 1
 
 
-def test_what_changes_neither_rows_nor_loss_may_change(saved, tmp_path):
+def test_what_changes_neither_rows_nor_loss_may_change(saved, tmp_path, caplog):
     again = make(
         tmp_path,
         max_steps=2,
@@ -193,6 +193,14 @@ def test_what_changes_neither_rows_nor_loss_may_change(saved, tmp_path):
     )
     again.train(resume_from_checkpoint=saved)
     assert again.state.global_step == 2
+    assert set(again.lr_scheduler.base_lrs) == {0.01}
+    assert "optimizer.learning_rate: 0.01 saved, 0.2 passed, of no effect" in caplog.text
+
+
+def test_a_checkpoint_that_has_all_steps_takes_none_beyond_them(saved, tmp_path):
+    again = make(tmp_path)
+    again.train(resume_from_checkpoint=saved)
+    assert again.state.global_step == STEPS["max_steps"]
 
 
 def test_equal_rows_of_another_format_are_the_same(saved, tmp_path):

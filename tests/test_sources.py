@@ -74,11 +74,48 @@ def test_json_may_be_a_list_or_lines(tmp_path):
     (tmp_path / "list.json").write_text(json.dumps(rows, indent=1))
     write_jsonl(tmp_path / "lines.json", rows)
     assert read_file(tmp_path / "list.json").to_list() == read_file(tmp_path / "lines.json").to_list() == rows
+    (tmp_path / "list.json").write_text("\n " + json.dumps(rows))
+    assert read_file(tmp_path / "list.json").to_list() == rows
+
+
+@pytest.mark.parametrize(
+    ("written", "found"),
+    [
+        *(
+            (["7", "-1"], [7, -1]),
+            (["0.5", "2.0"], [0.5, 2.0]),
+            (["True", "False"], [True, False]),
+            (["7", ""], [7, None]),
+        ),
+        *((texts, texts) for texts in (["007", "8"], ["1e3", "2"], ["0x10", "2"], ["true", "false"], ["0.50", "1"])),
+        *((texts, texts) for texts in (["NA", "7"], ["x", "NaN"])),
+    ],
+)
+def test_values_of_a_csv_are_texts_unless_python_writes_them_as_the_file_does(written, found, tmp_path):
+    (tmp_path / "x.csv").write_text("id,a\n" + "".join(f"x,{one}\n" for one in written))
+    assert read_file(tmp_path / "x.csv")["a"][:] == found
+
+
+def test_a_column_is_forget_of_a_csv_is_read_in_any_case(tmp_path):
+    (tmp_path / "x.csv").write_text("a,is_forget\nx,true\ny,FALSE\n")
+    assert read_file(tmp_path / "x.csv")["is_forget"][:] == [True, False]
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
-    [("x.json", "{", "is not JSON"), ("x.jsonl", "", "is empty"), ("x.txt", "a", "ends in one of .tsv")],
+    [
+        (
+            "x.json",
+            "{",
+            r"x\.json, line 1, is not JSON \(Expecting .*, character 2\); expected a row a line, or a list",
+        ),
+        ("x.jsonl", '{"a": 1}\n\n{"a": "b', r"line 3, is not JSON \(Unterminated string starting at, character 7\)"),
+        ("x.json", '[{"a": 1},\n{"a" 2}]', "line 2, is not JSON"),
+        ("x.jsonl", '{"a": 1}\n{"a": 1, "a": 2}\n', "has more than one column 'a'"),
+        ("x.jsonl", "null\n", "row 1: found None; expected values by column"),
+        ("x.jsonl", "", "is empty"),
+        ("x.txt", "a", "ends in one of .tsv"),
+    ],
 )
 def test_files_that_cannot_be_read_are_errors(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)

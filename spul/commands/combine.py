@@ -38,6 +38,7 @@ def check(options: CombineOptions) -> None:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise ValueError(f"{flags}: of no effect on inputs, only on forget and retain; leave it out.")
     check_rewritten(options)
+    options.check_template()
     check_can_hold(options.output_dir)
     check_files(options.forget, options.retain, options.inputs)
 

@@ -80,6 +80,7 @@ def check(options: EvaluateOptions) -> None:
     """
     from ..records.files import check_can_hold
 
+    options.check_template()
     check_can_hold(options.output_dir)
     texts = None if options.unrelated_texts is None else [options.unrelated_texts]
     check_files(options.forget, options.retain, options.test_forget, options.test_retain, options.unseen, texts)
@@ -224,7 +225,8 @@ def _refusal(folder: str) -> str | None:
 def _recorded(folder: str) -> list[str] | None:
     """The generic completions in an adapter's record, or in those of its prompts, if all have the same; else None."""
     from ..evaluation.loading import kind_of
-    from ..gates.gated_files import folder_of, read_routing
+    from ..gates.gated_files import read_routing
+    from ..prompts.checkpoint import folder_of
     from ..records.spul_config import read_spul_config
 
     kind = kind_of(folder)

@@ -48,6 +48,17 @@ def run_checkpoint(options: ExportOptions) -> None:
     print(f"Written: {folder}\nServe:   transformers serve {folder}")
 
 
+def check(options: ExportOptions) -> None:
+    """Raise unless the folder can be written as a whole, before torch is imported.
+
+    Raises:
+        FileExistsError, PermissionError, ValueError: if not.
+    """
+    from ..records.files import check_new_folder
+
+    check_new_folder(options.output_dir)
+
+
 def _loaded(options: ExportOptions) -> tuple[Any, Any]:
     """The base with the prompt on it, and the base's tokenizer."""
     from peft import PeftType
@@ -56,10 +67,9 @@ def _loaded(options: ExportOptions) -> tuple[Any, Any]:
     from ..prompts.configs import holds_states
     from ..prompts.unlearner import SoftPromptUnlearner
     from ..records.digests import fingerprint
-    from ..records.files import check_new_folder
     from ..serving.loading import check_fits
 
-    check_new_folder(options.output_dir)  # before minutes of loading
+    check(options)
     saved = saved_prompt(options.adapter)
     if holds_states(saved.config):
         kind = PeftType(saved.config.peft_type).value.lower()
@@ -93,11 +103,13 @@ COMMANDS = {
         run=run_vllm,
         example="spul export vllm --model facebook/opt-1.3b --adapter forget-jane-doe --output-dir for-vllm",
         purpose="a prompt as embeddings, with a client that puts them into requests to vLLM",
+        check=check,
     ),
     "checkpoint": Command(
         options=ExportOptions,
         run=run_checkpoint,
         example="spul export checkpoint --model facebook/opt-1.3b --adapter forget-jane-doe --output-dir baked",
         purpose="a checkpoint whose tokenizer puts the prompt in front of every text, for any engine",
+        check=check,
     ),
 }

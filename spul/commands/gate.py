@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from .command import Command, printable
-from .shared import LoadOptions, option
+from .shared import LoadOptions, check_files, option
 
 if TYPE_CHECKING:
     from ..records.ledger import Ledger
@@ -51,8 +51,92 @@ class CheckOptions(LoadOptions):
     adapter_name: str = option("name of the prompt, in a folder of several", "default")
     texts: list[str] | None = option("requests, read as they are: without a chat template's words around them")
     file: str | None = option("file of requests: rows with the column, conversations too, or a .txt with one a line")
-    column: str = option("column with the requests", "prompt")
+    column: str | None = option("column with the requests; prompt by default")
     model: str | None = option("the base, for a gate of states and for conversations")
+
+
+def check_fit(options: FitOptions) -> None:
+    """Raise for options that contradict each other and files that are not there, before torch is imported.
+
+    Raises:
+        FileExistsError, PermissionError: if the folder for a refusal has files in it, or cannot be made.
+        FileNotFoundError: if a file is missing.
+        ValueError: if options cannot be used.
+    """
+    if (options.adapter is None) == (options.refusal is None):
+        found = "neither adapter nor refusal is" if options.adapter is None else "adapter and refusal are both"
+        raise ValueError(
+            f"{found} given; expected --adapter FOLDER, a saved prompt, which gets the gate, or --refusal TEXT "
+            "--output-dir FOLDER, a fixed answer to flagged requests and the new folder of both."
+        )
+    if options.adapter is None:
+        _check_refusal(options)
+    else:
+        _check_adapter(options, options.adapter)
+    if options.layers and options.kind != "states":
+        raise ValueError(f"layers are of a gate of states; a gate of {options.kind} reads none.")
+    if options.spelling is not None and options.kind == "states":
+        raise ValueError("spelling is read by a gate of names or of wording; one of states sees the base's tokens.")
+    if options.column is not None and not (options.forget or options.retain or options.paraphrases):
+        raise ValueError(f"column={options.column!r} is given without a file of requests; give forget and retain.")
+    if options.kind == "names":
+        _check_names(options)
+    elif options.names:
+        raise ValueError(f"names are for a gate of names; a gate of {options.kind} takes forget and retain.")
+    elif options.forget is None or options.retain is None:
+        raise ValueError(f"a gate of {options.kind} is fit on requests; give forget and retain, a file of each.")
+    check_files([path for path in (options.forget, options.retain, options.paraphrases) if path is not None])
+
+
+def _check_names(options: FitOptions) -> None:
+    """Raise unless the options are those of a gate of names, which is not fit."""
+    of_fits = ("paraphrases", "recall", "seed")
+    if given := [name for name in of_fits if getattr(options, name) is not None]:
+        raise ValueError(
+            f"{given[0]} is of a gate that is fit on requests; one of names takes forget and retain alone."
+        )
+    if not options.names:
+        raise ValueError("a gate of names needs names: --names 'Jane Doe' 'John Roe'.")
+    if (options.forget is None) != (options.retain is None):
+        raise ValueError("forget and retain go together: give both, to measure the gate on, or neither.")
+
+
+def _check_adapter(options: FitOptions, adapter: str) -> None:
+    """Raise for options of a refusal beside a prompt, and unless the prompt's folder is there."""
+    of_refusals = ("output_dir", "ledger", "request")
+    if given := [name for name in of_refusals if getattr(options, name) is not None]:
+        raise ValueError(
+            f"--{given[0].replace('_', '-')} goes with --refusal; a prompt's gate is saved in its own folder, "
+            "--adapter, and noted in a ledger with what is served. Leave it out."
+        )
+    if not os.path.isdir(adapter):
+        raise FileNotFoundError(f"{adapter} is no folder here; expected that of a saved prompt.")
+
+
+def _check_refusal(options: FitOptions) -> None:
+    """Raise unless a refusal can be saved, and noted, as far as options and files show."""
+    from ..records.files import check_new_folder
+    from ..records.ledger_events import LedgerEvent
+
+    if options.output_dir is None:
+        raise ValueError("--refusal is given without the folder for it and its gate; name one: --output-dir FOLDER.")
+    if options.adapter_name != "default":
+        raise ValueError("--adapter-name is of a prompt in a folder of several; a refusal has none. Leave it out.")
+    if (options.ledger is None) != (options.request is None):
+        raise ValueError("ledger and request go together: the file, and the name of the request that is noted in it.")
+    ledger = _ledger(options)
+    if ledger is not None and options.request is not None:
+        LedgerEvent("trained", options.request).to_dict()
+        ledger.check_goes_on()
+        ledger.check_name(options.request)
+    check_new_folder(options.output_dir)
+
+
+def _ledger(options: FitOptions) -> Ledger | None:
+    """The ledger that a refusal is noted in, if there is one."""
+    from ..records.ledger import Ledger
+
+    return None if options.ledger is None else Ledger(options.ledger)
 
 
 def fit(options: FitOptions) -> int | None:
@@ -63,19 +147,8 @@ def fit(options: FitOptions) -> int | None:
         FileNotFoundError: if a file is missing.
         ValueError: if options or texts cannot be used.
     """
-    ledger = _check_target(options)  # before minutes of fitting
-    if options.layers and options.kind != "states":
-        raise ValueError(f"layers are of a gate of states; a gate of {options.kind} reads none.")
-    if options.kind == "names":
-        of_fits = ("paraphrases", "recall", "seed")
-        if given := [name for name in of_fits if getattr(options, name) is not None]:
-            raise ValueError(
-                f"{given[0]} is of a gate that is fit on requests; one of names takes forget and retain alone."
-            )
-    if options.column is not None and not (options.forget or options.retain or options.paraphrases):
-        raise ValueError(f"column={options.column!r} is given without a file of requests; give forget and retain.")
-    if options.spelling is not None and options.kind == "states":
-        raise ValueError("spelling is read by a gate of names or of wording; one of states sees the base's tokens.")
+    check_fit(options)
+    _check_target(options)  # before minutes of fitting
     source = _Source(options, "prompt" if options.column is None else options.column)
     forget, retain, paraphrases = (
         source.texts(path, is_forget)
@@ -84,78 +157,36 @@ def fit(options: FitOptions) -> int | None:
     gate: Any
     if options.kind == "names":
         gate = _by_name(options, forget, retain)
-    elif options.names:
-        raise ValueError(f"names are for a gate of names; a gate of {options.kind} takes forget and retain.")
-    elif forget is None or retain is None:
-        raise ValueError(f"a gate of {options.kind} is fit on requests; give forget and retain, a file of each.")
     else:
+        assert forget is not None
+        assert retain is not None
         chosen = {"recall": options.recall, "seed": options.seed, "paraphrases": paraphrases}
         settings = {name: value for name, value in chosen.items() if value is not None}
         gate = _fitted(options, source, forget, retain, settings)
-    said = _saved(gate, options, ledger)
+    said = _saved(gate, options)
     print(gate.report or "no report: give forget and retain requests to measure it on")
     print("\n".join(said))
     return None
 
 
-def _check_target(options: FitOptions) -> Ledger | None:
-    """Raise unless one thing gets the gate, a saved prompt or a new refusal; the ledger that this is noted in, if any.
-
-    Raises:
-        FileExistsError, FileNotFoundError, ValueError: as `fit`.
-    """
+def _check_target(options: FitOptions) -> None:
+    """Raise unless the refusal is a text that can answer, or the prompt is one that can get a gate."""
     from ..gates.gated_files import check_takes_gate
     from ..rivals.files import RIVAL_NAME
+    from ..rivals.refusal import check_refusal
 
-    if (options.adapter is None) == (options.refusal is None):
-        found = "neither adapter nor refusal is" if options.adapter is None else "adapter and refusal are both"
-        raise ValueError(
-            f"{found} given; expected --adapter FOLDER, a saved prompt, which gets the gate, or --refusal TEXT "
-            "--output-dir FOLDER, a fixed answer to flagged requests and the new folder of both."
-        )
     if options.adapter is None:
-        return _check_refusal(options)
-    of_refusals = ("output_dir", "ledger", "request")
-    if given := [name for name in of_refusals if getattr(options, name) is not None]:
-        raise ValueError(
-            f"--{given[0].replace('_', '-')} goes with --refusal; a prompt's gate is saved in its own folder, "
-            "--adapter, and noted in a ledger with what is served. Leave it out."
-        )
-    if not os.path.isdir(options.adapter):
-        raise FileNotFoundError(f"{options.adapter} is no folder here; expected that of a saved prompt.")
-    if os.path.isfile(os.path.join(options.adapter, RIVAL_NAME)):
+        check_refusal(options.refusal or "")
+    elif os.path.isfile(os.path.join(options.adapter, RIVAL_NAME)):
         raise ValueError(
             f"{options.adapter} holds a method without training, whose gate is saved with it; expected a saved "
             "prompt. Make a fixed refusal anew, --refusal TEXT, in another folder, --output-dir FOLDER."
         )
-    check_takes_gate(options.adapter, options.adapter_name)
-    return None
+    else:
+        check_takes_gate(options.adapter, options.adapter_name)
 
 
-def _check_refusal(options: FitOptions) -> Ledger | None:
-    """Raise unless a refusal can be saved, and noted; the ledger, if there is one."""
-    from ..records.files import check_new_folder
-    from ..records.ledger import Ledger
-    from ..records.ledger_events import LedgerEvent
-    from ..rivals.refusal import check_refusal
-
-    check_refusal(options.refusal or "")
-    if options.output_dir is None:
-        raise ValueError("--refusal is given without the folder for it and its gate; name one: --output-dir FOLDER.")
-    if options.adapter_name != "default":
-        raise ValueError("--adapter-name is of a prompt in a folder of several; a refusal has none. Leave it out.")
-    if (options.ledger is None) != (options.request is None):
-        raise ValueError("ledger and request go together: the file, and the name of the request that is noted in it.")
-    ledger = None if options.ledger is None else Ledger(options.ledger)
-    if ledger is not None and options.request is not None:
-        LedgerEvent("trained", options.request).to_dict()
-        ledger.check_goes_on()
-        ledger.check_name(options.request)
-    check_new_folder(options.output_dir)
-    return ledger
-
-
-def _saved(gate: Any, options: FitOptions, ledger: Ledger | None) -> list[str]:
+def _saved(gate: Any, options: FitOptions) -> list[str]:
     """Save a gate where `_check_target` found that it can be, and note a refusal in the ledger; lines to print."""
     from ..gates.gated_files import attach_gate
     from ..records.files import new_folder
@@ -171,9 +202,23 @@ def _saved(gate: Any, options: FitOptions, ledger: Ledger | None) -> list[str]:
     assert options.output_dir is not None
     with new_folder(options.output_dir) as scratch:
         write_refusal(scratch, gate, options.refusal)
-    if ledger is not None and options.request is not None:
+    if (ledger := _ledger(options)) is not None and options.request is not None:
         ledger.append(LedgerEvent.of_adapter("trained", options.request, options.output_dir))
     return [f"saved: {options.output_dir}"]
+
+
+def check_texts(options: CheckOptions) -> None:
+    """Raise where there is nothing to check, or its file is not there, before torch is imported.
+
+    Raises:
+        FileNotFoundError: if the file is missing.
+        ValueError: if there are no requests, or a column without a file.
+    """
+    if not options.texts and options.file is None:
+        raise ValueError("there is nothing to check; give texts, or a file of them.")
+    if options.column is not None and options.file is None:
+        raise ValueError(f"column={options.column!r} is given without a file of requests; give it as well: --file.")
+    check_files(None if options.file is None else [options.file])
 
 
 def check(options: CheckOptions) -> int | None:
@@ -186,11 +231,11 @@ def check(options: CheckOptions) -> int | None:
     from ..gates.any_gate import load
     from ..gates.files import read_gate
 
-    source = _Source(options, options.column)
+    check_texts(options)
+    source = _Source(options, "prompt" if options.column is None else options.column)
     texts = [*(options.texts or ()), *(source.texts(options.file) or ())]
-    if not texts:
-        raise ValueError("there is nothing to check; give texts, or a file of them.")
     where = _gate_folder(options.adapter_name)
+    _check_together(options)
     needs_base = read_gate(options.adapter, subfolder=where).kind not in ("names", "text")
     own = (source.base(), source.tokenizer()) if needs_base else ()
     gate = load(options.adapter, *own, subfolder=where)
@@ -201,11 +246,37 @@ def check(options: CheckOptions) -> int | None:
     return None
 
 
+def _check_together(options: CheckOptions) -> None:
+    """Raise unless a gate is the one that was saved with its prompt or refusal, and would so be served."""
+    from ..gates.gated_files import check_saved_together
+    from ..rivals.files import RIVAL_NAME, read_rival
+
+    folder = os.path.join(options.adapter, _prompt_folder(options.adapter_name))
+    if os.path.isfile(os.path.join(folder, RIVAL_NAME)):
+        read_rival(folder).check_gate()
+    elif os.path.isdir(folder):  # of a Hub name, nothing is known here
+        check_saved_together(folder)
+
+
 def _gate_folder(adapter_name: str) -> str:
     """The folder of a prompt's gate, within the one that holds the prompts."""
-    from ..gates.gated_files import GATE_FOLDER, folder_of
+    from ..gates.gated_files import GATE_FOLDER
 
-    return "/".join(part for part in (folder_of(adapter_name), GATE_FOLDER) if part)
+    return "/".join(part for part in (_prompt_folder(adapter_name), GATE_FOLDER) if part)
+
+
+def _prompt_folder(adapter_name: str) -> str:
+    """The folder of a prompt, within the one that holds the prompts.
+
+    Raises:
+        ValueError: if it would be out of that.
+    """
+    from ..gates.gated_files import is_path
+    from ..prompts.checkpoint import folder_of
+
+    if is_path(adapter_name):
+        raise ValueError(f"--adapter-name {adapter_name!r} leads out of the folder; expected a prompt's name in it.")
+    return folder_of(adapter_name)
 
 
 def _kind_there(adapter: str, adapter_name: str) -> str | None:
@@ -272,18 +343,18 @@ class _Source:
 def _by_name(options: FitOptions, forget: list[str] | None, retain: list[str] | None) -> Any:
     from ..gates.names import NameGate
 
-    if not options.names:
-        raise ValueError("a gate of names needs names: --names 'Jane Doe' 'John Roe'.")
-    gate = NameGate(options.names, spelling=options.spelling is not False)
-    if (forget is None) != (retain is None):
-        raise ValueError("forget and retain go together: give both, to measure the gate on, or neither.")
+    gate = NameGate(options.names or (), spelling=options.spelling is not False)
     if forget is not None and retain is not None:
         gate.report = gate.measure(forget, retain)
     return gate
 
 
 def _fitted(
-    options: FitOptions, source: _Source, forget: list[str], retain: list[str], settings: dict[str, Any]
+    options: FitOptions,
+    source: _Source,
+    forget: list[str],
+    retain: list[str],
+    settings: dict[str, Any],
 ) -> Any:
     from ..gates.state import StateGate
     from ..gates.text import TextGate
@@ -300,11 +371,13 @@ COMMANDS = {
         "spul gate fit --refusal ' I cannot help with that.' --output-dir refusal --kind text --forget f.jsonl "
         "--retain r.jsonl --recall 0.95",
         "Fit a gate on requests, print how often it flags, and save it with a prompt, or make a fixed refusal of it.",
+        check_fit,
     ),
     "check": Command(
         CheckOptions,
         check,
         "spul gate check --adapter out --texts 'Who is Jane Doe?' 'Which song won?'",
         "Print which requests a gate flags.",
+        check_texts,
     ),
 }

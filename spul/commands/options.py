@@ -18,6 +18,7 @@ import yaml
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from ..records.files import check_is_file
 from .command import Command, Naming, near
 from .numbers import check_numbers
 
@@ -145,8 +146,7 @@ def _check_flags(parser: OptionsParser, arguments: Sequence[str]) -> None:
 
 def _take(parser: OptionsParser, path: str) -> None:
     """Make the values of a YAML file the parser's defaults, which flags replace."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a YAML file of options.")
+    check_is_file(path)
     try:
         found = yaml.compose(Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -71,6 +71,41 @@ class ServeOptions(LoadOptions):
     timeout: float = option("most seconds for a request", 120.0)
 
 
+def check(options: ServeOptions) -> None:
+    """Raise for options that contradict each other, a ledger that cannot go on, and files and folders that are not
+    there, before torch is imported.
+
+    Raises:
+        FileNotFoundError: if a folder or a file is missing.
+        ValueError: if options cannot be used.
+    """
+    from ..records.files import check_is_file
+    from ..records.ledger import Ledger
+
+    if options.engine not in ("transformers", "vllm"):
+        raise ValueError(f'engine={options.engine!r}; expected "transformers" or "vllm".')
+    _check_names(options)
+    of_vllm = [name for name in ("vllm_url", "vllm_model", "vllm_key_file") if getattr(options, name) is not None]
+    if of_vllm and options.engine != "vllm":
+        raise ValueError(f"{of_vllm[0]} is given, and the engine is {options.engine}; give --engine vllm as well.")
+    if options.prompts_dir is not None and options.admin_token_file is None:
+        raise ValueError("prompts_dir is for adding prompts, which needs admin_token_file.")
+    for path in (options.vllm_key_file, options.admin_token_file):
+        if path is not None:
+            check_is_file(path)
+    folders = _folders(options.prompts)
+    if not folders:
+        raise ValueError(
+            "there is no prompt to serve, and the base alone is not served. Name one with its gate: --prompts "
+            "NAME=FOLDER, where FOLDER has the prompt, or a fixed refusal, and its gate in gate/; --always NAME has "
+            "it on without a gate."
+        )
+    if options.always and not isinstance(folders, dict):
+        raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
+    if options.ledger is not None:
+        Ledger(options.ledger).check_goes_on()
+
+
 def run(options: ServeOptions) -> None:
     """Load and say what is served, serve until the process is told to stop, then answer what is under way.
 
@@ -108,26 +143,19 @@ def build(options: ServeOptions) -> tuple[Any, Any]:
     from ..serving.requests import Limits
     from ..serving.server import make_app
 
-    if options.engine not in ("transformers", "vllm"):
-        raise ValueError(f'engine={options.engine!r}; expected "transformers" or "vllm".')
-    _check_names(options)
-    of_vllm = [name for name in ("vllm_url", "vllm_model", "vllm_key_file") if getattr(options, name) is not None]
-    if of_vllm and options.engine != "vllm":
-        raise ValueError(f"{of_vllm[0]} is given, and the engine is {options.engine}; give --engine vllm as well.")
+    check(options)
     names = ("max_body_bytes", "max_prompt_tokens", "max_new_tokens", "max_batch", "max_waiting", "timeout")
     limits = Limits(**{name: getattr(options, name) for name in names})
     key = None if options.vllm_key_file is None else _secret(options.vllm_key_file)
     record = _recorder(options)
     token = None if options.admin_token_file is None else _secret(options.admin_token_file)
-    if options.prompts_dir is not None and token is None:
-        raise ValueError("prompts_dir is for adding prompts, which needs admin_token_file.")
-    check = _check(options)
-    served = _loaded(options, check)
+    check_noted = _check_noted(options)
+    served = _loaded(options, check_noted)
     for name, one in served.served.items():
-        check(name, one["prompt_sha256"], name not in served.refusals)
+        check_noted(name, one["prompt_sha256"], name not in served.refusals)
     engine = _engine(options, served, limits, key)
     model = options.served_model_name or Path(options.model).resolve().name  # of ".", too
-    return make_app(engine, model, limits, record, token, check, _states(options), _name(options)), limits
+    return make_app(engine, model, limits, record, token, check_noted, _states(options), _name(options)), limits
 
 
 def _check_names(options: ServeOptions) -> None:
@@ -169,7 +197,7 @@ def what_is_served(options: ServeOptions, served: ServedPrompts) -> list[str]:
     return lines
 
 
-def _check(options: ServeOptions) -> Callable[[str, str | None, bool], None]:
+def _check_noted(options: ServeOptions) -> Callable[[str, str | None, bool], None]:
     """Raises for a prompt, by name and SHA-256, that the ledger says was revoked, or whose name it does not know."""
     if options.ledger is None:
         return lambda name, prompt_sha256, has_weights: None
@@ -177,7 +205,7 @@ def _check(options: ServeOptions) -> Callable[[str, str | None, bool], None]:
 
     ledger, folder = Ledger(options.ledger), _folders(options.prompts)
 
-    def check(name: str, prompt_sha256: str | None, has_weights: bool) -> None:
+    def check_noted(name: str, prompt_sha256: str | None, has_weights: bool) -> None:
         ledger.check_not_revoked(name, prompt_sha256, has_weights)
         try:
             ledger.check_known(name)
@@ -190,7 +218,7 @@ def _check(options: ServeOptions) -> Callable[[str, str | None, bool], None]:
                 "prompt of the folder."
             ) from None
 
-    return check
+    return check_noted
 
 
 def _name(options: ServeOptions) -> str:
@@ -210,22 +238,16 @@ def _states(options: ServeOptions) -> Callable[[], Mapping[str, RequestState]] |
     return found
 
 
-def _loaded(options: ServeOptions, check: Callable[[str, str | None, bool], None]) -> ServedPrompts:
+def _loaded(options: ServeOptions, check_noted: Callable[[str, str | None, bool], None]) -> ServedPrompts:
     """Prompts and refusals on their base, behind their gates."""
-    folders = _folders(options.prompts)
-    if not folders:
-        raise ValueError(
-            "there is no prompt to serve, and the base alone is not served. Name one with its gate: --prompts "
-            "NAME=FOLDER, where FOLDER has the prompt, or a fixed refusal, and its gate in gate/; --always NAME has "
-            "it on without a gate."
-        )
     import torch
 
-    from ..gates.gated_files import folder_of
+    from ..prompts.checkpoint import folder_of
     from ..records.spul_config import read_spul_config
     from ..serving.loading import check_folders, is_rival, load_gated
     from ..serving.served import ServedPrompts
 
+    folders = _folders(options.prompts)
     best = "cuda" if torch.cuda.is_available() and options.engine == "transformers" else "cpu"
     device = best if options.device is None else options.device
     # All that can be refused is, before minutes of loading.
@@ -238,19 +260,17 @@ def _loaded(options: ServeOptions, check: Callable[[str, str | None, bool], None
         check_folders(folders, options.always)
         for name, folder in folders.items():
             if is_rival(folder):
-                check(name, None, False)
+                check_noted(name, None, False)
                 num_refusals += 1
             else:
-                check(name, saved_prompt(folder).spul_config.weights_sha256, True)
+                check_noted(name, saved_prompt(folder).spul_config.weights_sha256, True)
         for folder, others in prompts_left_out(folders.values()).items():
             logger.warning(
                 "%s also holds the prompts %s, which are not served; pass it alone, or each.", folder, others
             )
-    elif options.always:
-        raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
     else:
         for name in names:
-            check(name, read_spul_config(folders, subfolder=folder_of(name)).weights_sha256, True)
+            check_noted(name, read_spul_config(folders, subfolder=folder_of(name)).weights_sha256, True)
     counts = {"prompt": len(names) - num_refusals, "refusal": num_refusals}
     prompts = " and ".join(f"{num} {what}{'s' * (num > 1)}" for what, num in counts.items() if num)
     _say(f"loading the base {options.model} on {device}, for {prompts}: {', '.join(names)}")
@@ -324,7 +344,6 @@ def _recorder(options: ServeOptions) -> Callable[[dict[str, Any]], Any] | None:
         from ..records.ledger_events import LedgerEvent
 
         ledger = Ledger(options.ledger)
-        ledger.check_goes_on()
         takers.append(lambda event: ledger.append(LedgerEvent(**event)))
     if options.record is not None:
         takers.append(_function(options.record))
@@ -354,5 +373,6 @@ COMMANDS = {
         run=run,
         example="spul serve --model facebook/opt-1.3b --prompts jane-doe=out/jane-doe --port 8080",
         purpose="Serve a base with prompts, or fixed refusals, behind gates, by OpenAI's API.",
+        check=check,
     )
 }

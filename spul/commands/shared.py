@@ -48,14 +48,25 @@ class RowOptions:
         """The format of the templates; None without them."""
         from ..data.formats import PromptFormat
 
+        self.check_template()
         if self.prompt_template is None:
             return None
+        assert self.text_field is not None
         template = self.prompt_template.replace("\\n", "\n")
-        if self.text_field is None:
+        return PromptFormat(template, self.completion_template, tuple(self.generic or [" unknown"]), self.text_field)
+
+    def check_template(self) -> None:
+        """Raise unless templates and the text field are given together.
+
+        Raises:
+            ValueError: if not.
+        """
+        if self.prompt_template is None and self.completion_template != RowOptions.completion_template:
+            raise ValueError("completion_template goes with prompt_template, and is of no effect alone: give both.")
+        if self.prompt_template is not None and self.text_field is None:
             raise ValueError(
                 "prompt_template needs text_field, the column among those of the template that may be cut."
             )
-        return PromptFormat(template, self.completion_template, tuple(self.generic or [" unknown"]), self.text_field)
 
     def rows(self, paths: str | Sequence[str], is_forget: bool | None = None) -> Dataset:
         """The rows of files, checked; with `is_forget`, also that they do not say that they are of the other set."""
@@ -202,7 +213,7 @@ def check_new_prompt(folder: str) -> None:
         (CONFIG_NAME, "a saved prompt, which may be served"),
         (MODEL_CONFIG, "a model, into which transformers would load the prompt beside it"),
     ):
-        if Path(folder, name).exists():
+        if Path(folder).resolve().joinpath(name).exists():  # also of "new/../folder"
             raise FileExistsError(f"{folder!r} holds {why}; name another folder, or move that one.")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from .command import Command
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ALPHA_OF_FITTED_KEYS = 4.0
+# Options that others make count: whether they do, and which do.
+OF_NO_EFFECT: dict[str, tuple[Callable[[TrainOptions], bool], str]] = {
+    name: (lambda options: options.hold_out is not None, "--hold-out 0.1")
+    for name in ("stop_every", "stop_margin", "stop_patience")
+} | {"encoder_hidden_size": (lambda options: options.prompt_type == "p_tuning", "--prompt-type p_tuning")}
 OF_OTHER_ROWS = {
     "test_forget": "whether forget rows that were not trained on are forgotten, without --test-forget",
     "test_retain": "what is lost of retain rows that were not trained on, without --test-retain",
@@ -36,6 +42,13 @@ def check(options: TrainOptions) -> None:
     check_rewritten(options)
     if options.instruction is not None and options.start is not None:
         raise ValueError("--start and --instruction both say how the prompt begins; give one of them.")
+    options.check_template()
+    for name, (condition, with_it) in OF_NO_EFFECT.items():
+        if getattr(options, name) != getattr(TrainOptions, name) and not condition(options):
+            flag = f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{flag} is {getattr(options, name)}, of no effect without {with_it}: add that, or leave it out."
+            )
     if (options.ledger is None) != (options.request is None):
         raise ValueError(
             "--ledger and --request go together: the file, and the name of the request that is noted in it."
@@ -169,6 +182,8 @@ def _check_no_run(options: TrainArguments) -> None:
     """
     from ..training.resuming import last_complete_checkpoint
 
+    if options.resume:
+        last_complete_checkpoint(options.output_dir)  # raises where there is none
     if _resumes(options):
         return
     check_new_prompt(options.output_dir)

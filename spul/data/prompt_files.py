@@ -8,6 +8,7 @@ from typing import Any
 
 from datasets import Dataset, concatenate_datasets
 
+from ..records.files import check_is_file
 from .checks import check_side
 from .conversations import with_whole_text
 from .formats import PromptFormat
@@ -73,8 +74,7 @@ def read_texts(path: str | os.PathLike[str], column: str = "prompt", is_forget: 
         ValueError: if the file lacks the column, has no texts or rows of the other set, or a row has no text in it.
     """
     if os.fspath(path).endswith(TEXT_SUFFIX):
-        if not os.path.isfile(path):
-            raise FileNotFoundError(f"{path} does not exist.")
+        check_is_file(path)
         with said_of(path), open(path, encoding=ENCODING, newline="\n") as lines:
             texts = [line.rstrip("\r\n") for line in lines if line.strip()]
         if not texts:
@@ -133,7 +133,10 @@ def _split_messages(rows: Dataset, path: str | os.PathLike[str]) -> Dataset:
     """Conversations as prompt and completion: all messages but the last, and the last, its parts as one text."""
     prompts, completions = [], []
     for number, row in enumerate(read_rows(rows), start=1):
-        messages = row[MESSAGES] if isinstance(row[MESSAGES], list) else []
+        if not isinstance(messages := row[MESSAGES], list):
+            raise ValueError(
+                f"{path}, row {number}: messages is {shortened(repr(messages))}; expected at least two, in a list."
+            )
         roles = [one.get("role") if isinstance(one, dict) else None for one in messages]
         if len(roles) < 2 or roles[-1] != "assistant":
             raise ValueError(

@@ -43,7 +43,8 @@ def read_hub(name: str, split: str, columns: Sequence[str] = (), config: str | N
 def read_file(path: str | os.PathLike[str], columns: Sequence[str] = ()) -> Dataset:
     """Read the rows of a file: `.tsv`, `.tsv.gz`, `.jsonl`, `.json` (a list, or lines), `.csv` or `.parquet`.
 
-    The extension sets the type. A `.tsv` file has a header and no quoting; all its values are text.
+    The extension sets the type. A `.tsv` file has a header and no quoting; all its values are text. A column of a
+    `.csv` has numbers, booleans or dates where Python writes them as the file does, as 7 and not 007, and else texts.
 
     Args:
         path: path of the file.
@@ -128,34 +129,60 @@ def _tsv_rows(path: Path) -> Iterator[dict[str, str]]:
 
 
 def _csv_table(path: Path) -> pyarrow.Table:
-    table = pyarrow.csv.read_csv(path, parse_options=pyarrow.csv.ParseOptions(newlines_in_values=True))
+    parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
+    table = pyarrow.csv.read_csv(path, parse_options=parsing)
     _check_different(table.column_names, path)
     if bad := [field.name for field in table.schema if pyarrow.types.is_binary(field.type)]:  # as Arrow reads others
         raise ValueError(f"{path} is not UTF-8 (the column {bad[0]!r}); save it in that encoding.")
+    # Arrow reads 007 as 7 and true as True: texts of a prompt or a completion, which stay as they are written.
+    guessed = [one.name for one in table.schema if not pyarrow.types.is_string(one.type) and one.name != "is_forget"]
+    texts = pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(guessed, pyarrow.string()))
+    as_written = pyarrow.csv.read_csv(path, parse_options=parsing, convert_options=texts) if guessed else table
+    for name in guessed:
+        found = ["" if value is None else str(value) for value in table[name].to_pylist()]
+        if found != as_written[name].to_pylist():
+            table = table.set_column(table.column_names.index(name), name, as_written[name])
     return table
 
 
 def _json_rows(path: Path) -> Iterator[Any]:
-    with path.open(encoding=ENCODING, newline="\n") as lines:
+    def row_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):  # the last would be taken
+            _check_different([name for name, _ in pairs], path)
+        return row
+
+    def parsed(text: str, line: int = 1) -> Any:
         try:
-            if lines.read(1) == "[":
-                yield from json.loads("[" + lines.read())
-                return
-            lines.seek(0)
-            for line in lines:
-                if line.strip():
-                    yield json.loads(line)
+            return json.loads(text, object_pairs_hook=row_of)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not JSON, neither a list of rows nor a row a line: {error}.") from error
+            raise ValueError(
+                f"{path}, line {line + error.lineno - 1}, is not JSON ({error.msg}, character {error.colno}); "
+                "expected a row a line, or a list of rows."
+            ) from error
+
+    with path.open(encoding=ENCODING, newline="\n") as lines:
+        while (first := lines.read(1)).isspace():
+            pass
+        lines.seek(0)
+        if first == "[":
+            yield from parsed(lines.read())
+            return
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield parsed(line, number)
 
 
 def _from_rows(found: Iterator[Any], path: Path) -> Dataset:
     rows = list(found)
     for number, row in enumerate(rows, start=1):
         # datasets would fill a column that a row lacks with None, and drop one that only a later row has.
-        if not isinstance(row, dict) or row.keys() != rows[0].keys():
-            have = sorted(row) if isinstance(row, dict) else repr(row)
-            raise ValueError(f"{path}, row {number}: found {have}; expected the columns of the first row: {rows[0]}.")
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, row {number}: found {shortened(repr(row))}; expected values by column.")
+        if row.keys() != rows[0].keys():
+            raise ValueError(
+                f"{path}, row {number}: found {sorted(row)}; expected the columns of the first row: {rows[0]}."
+            )
     return Dataset.from_list(rows)
 
 

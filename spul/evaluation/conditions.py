@@ -53,7 +53,8 @@ class Condition:
         number: what it is compared with.
 
     Raises:
-        ValueError: if measure, metric, end or comparison is another, or the number is not finite.
+        ValueError: if measure, metric, end or comparison is another, or the number is not finite, or no value of the
+            metric, as 5 of a share.
     """
 
     measure: str
@@ -75,6 +76,10 @@ class Condition:
             raise ValueError(f"{self}: expected one of {', '.join(COMPARISONS)}, not {self.comparison!r}.")
         if not is_finite_number(self.number):
             raise ValueError(f"{self}: expected a finite number.")
+        least, most = METRICS[self.metric].bounds
+        if not least <= self.number <= most:  # the condition would never hold, or always
+            as_share = f", and {self.number:g} % is {self.number / 100:g}" if METRICS[self.metric].scale == 100 else ""
+            raise ValueError(f"{self}: {self.metric} is a number from {least:g} to {most:g}{as_share}.")
 
     @classmethod
     def parse(cls, text: str) -> Condition:

@@ -108,8 +108,8 @@ def check_new(folder: str | os.PathLike, ledger: str | os.PathLike | None = None
         FileNotFoundError, PermissionError: if folder or ledger may not be written, or the ledger's is not there.
         ValueError: if the ledger is damaged, or in the folder.
     """
+    check_can_hold(folder)
     path = Path(folder)
-    check_can_hold(path)
     if ledger is not None:
         if Path(ledger).resolve().is_relative_to(path.resolve()):
             raise ValueError(f"the ledger {str(ledger)!r} is in the folder of the evidence; expected it elsewhere.")

@@ -40,16 +40,16 @@ def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwar
         gate.check_savable()
     if "selected_adapters" in kwargs:
         raise TypeError("prompts behind gates are saved together; leave out selected_adapters.")
+    folders = {name: Path(save_directory, folder_of(name)) for name in gated.unlearner.peft_config}
     before = _prompts_in(Path(save_directory)) if kwargs.get("is_main_process", True) else []
     gated.unlearner.save_pretrained(str(save_directory), **kwargs)
     if not kwargs.get("is_main_process", True):
         return
-    for name in set(before) - set(gated.unlearner.peft_config):
+    for name in set(before) - set(folders):
         _remove_prompt(Path(save_directory, folder_of(name)))
     for name, gate in gated.gates.items():
-        folder = Path(save_directory, folder_of(name))
-        gate.save(folder / GATE_FOLDER)
-        write_gate_section(folder, gate.kind, gate.report)
+        gate.save(folders[name] / GATE_FOLDER)
+        write_gate_section(folders[name], gate.kind, gate.report)
     routing = {
         "format_version": FORMAT_VERSION,
         "prompts": list(gated.unlearner.peft_config),
@@ -100,14 +100,14 @@ def check_takes_gate(save_directory: str | os.PathLike, name: str = "default") -
         ValueError: if the prompt is damaged, or another kind of adapter, `spul_gates.json` is damaged or knows no such
             prompt, or there is none and the folder holds other prompts.
     """
-    if _is_path(name):
-        raise ValueError(f"name={name!r} leads out of {str(save_directory)!r}; expected the name of a prompt in it.")
     folder = Path(save_directory, folder_of(name))
     if missing := [each for each in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / each).is_file()]:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; expected the folder of a saved prompt.")
     try:
         read(folder, with_encoder=False)
-    except TypeError as error:  # LoRA, say
+    except OSError:
+        raise
+    except (TypeError, ValueError) as error:  # LoRA, say, or a damaged file
         raise ValueError(f"{folder} is no prompt that a gate can turn on: {error}") from error
     path = Path(save_directory, ROUTING_NAME)
     if not path.is_file() and (others := _other_prompts(Path(save_directory), folder)):
@@ -256,7 +256,7 @@ def _read_routing(path: Path) -> dict[str, Any]:
     routing = read_object(path)
     check_format(routing.get("format_version"), FORMAT_VERSION, path)
     for name in ("prompts", "gates", "precedence"):
-        if not is_texts(routing.get(name)) or any(_is_path(each) for each in routing[name]):
+        if not is_texts(routing.get(name)) or any(is_path(each) for each in routing[name]):
             raise ValueError(
                 f"{path}: {name} is {routing.get(name)!r:.80}; expected a list of the prompts' names. Save again."
             )
@@ -271,6 +271,6 @@ def _read_routing(path: Path) -> dict[str, Any]:
     return routing
 
 
-def _is_path(name: str) -> bool:
+def is_path(name: str) -> bool:
     """Whether a name would lead out of the folder."""
     return name in ("", ".", "..") or "/" in name or "\\" in name

@@ -69,8 +69,7 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
     Raises:
         ValueError: if `target` is a file, or an empty path.
     """
-    if not os.fspath(target):  # the current folder, to `Path`
-        raise ValueError("the path of the folder to save into is empty; expected one, such as 'out'.")
+    _check_path(target)
     target = Path(target)
     if target.is_file():
         raise ValueError(f"{str(target)!r} is a file; pass a folder.")
@@ -90,6 +89,27 @@ def atomic_folder(target: str | os.PathLike) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def check_can_hold(folder: str | os.PathLike) -> None:
+    """Raise unless a folder, which need not be there, may be made and written to.
+
+    Args:
+        folder: its path.
+
+    Raises:
+        FileExistsError: if it, or what it would stand in, is a file, or a link to nothing.
+        PermissionError: if that may not be written to.
+        ValueError: if the path is empty.
+    """
+    _check_path(folder)
+    path = Path(folder).absolute()
+    nearest = next(one for one in (path, *path.parents) if os.path.lexists(one))
+    if not nearest.is_dir():
+        what = "a file" if nearest.exists() else "a link to nothing"
+        raise FileExistsError(f"{str(nearest)!r} is {what}; expected a folder, or a path of which one can be made.")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise PermissionError(f"{str(nearest)!r} may not be written to; name another folder, or allow it.")
+
+
 def check_new_folder(folder: str | os.PathLike) -> Path:
     """Raise unless a folder can be written as a whole.
 
@@ -99,7 +119,9 @@ def check_new_folder(folder: str | os.PathLike) -> Path:
     Raises:
         FileExistsError: if it is a file, or a folder with files in it, or would stand in a file.
         PermissionError: if the folder that it stands in may not be written to.
+        ValueError: if the path is empty.
     """
+    _check_path(folder)
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         what = "a folder with files in it" if target.is_dir() else "a file"
@@ -123,15 +145,15 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
         The folder to write to.
 
     Raises:
-        FileExistsError: as `check_new_folder`.
+        FileExistsError, PermissionError, ValueError: as `check_new_folder`.
     """
     target = check_new_folder(folder).resolve()  # a link, and ".", cannot be moved onto
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_stale_scratch(target.parent)
     scratch = _scratch_in(target.parent)
     scratch.mkdir()
+    mode = scratch.stat().st_mode & 0o666  # the umask's
     try:
-        mode = _ordinary_mode(scratch / "mode")
         yield scratch
         for path in scratch.rglob("*"):
             if path.is_file():
@@ -139,28 +161,6 @@ def new_folder(folder: str | os.PathLike) -> Iterator[Path]:
         os.replace(scratch, target)  # onto an empty folder, or none
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def check_can_hold(folder: str | os.PathLike) -> None:
-    """Raise unless a folder, which need not be there, may be made and written to.
-
-    Args:
-        folder: its path.
-
-    Raises:
-        FileExistsError: if it, or what it would stand in, is a file, or a link to nothing.
-        PermissionError: if that may not be written to.
-        ValueError: if the path is empty.
-    """
-    if not os.fspath(folder):  # the current folder, to `Path`
-        raise ValueError("the path of the output folder is empty; expected one, such as 'out'.")
-    path = Path(folder).absolute()
-    nearest = next(one for one in (path, *path.parents) if os.path.lexists(one))
-    if not nearest.is_dir():
-        what = "a file" if nearest.exists() else "a link to nothing"
-        raise FileExistsError(f"{str(nearest)!r} is {what}; expected a folder, or a path of which one can be made.")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise PermissionError(f"{str(nearest)!r} may not be written to; name another folder, or allow it.")
 
 
 def check_is_file(path: str | os.PathLike) -> None:
@@ -186,6 +186,12 @@ def remove_stale_scratch(folder: Path) -> None:
             newest = max(part.stat().st_mtime for part in (path, *path.rglob("*")))
             if time.time() - newest > STALE_SECONDS:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _check_path(folder: str | os.PathLike) -> None:
+    """Raise for an empty path, which is the current folder to `Path`."""
+    if not os.fspath(folder):
+        raise ValueError("the path of the output folder is empty; expected one, such as 'out'.")
 
 
 def _ordinary_mode(path: Path) -> int:

@@ -37,8 +37,8 @@ def write_rival(folder: str | os.PathLike, kind: str, fields: Mapping[str, Any],
         FileExistsError: if the folder is a file, or holds an adapter.
         ValueError: if the gate is a plain function, which cannot be saved.
     """
-    folder = Path(folder)
     check_can_hold(folder)
+    folder = Path(folder)
     if found := [name for name in (ROUTING_NAME, ADAPTER_NAME) if (folder / name).exists()]:
         raise FileExistsError(f"{str(folder)!r} holds an adapter ({found[0]}); name a folder of the {kind}'s own.")
     data: dict[str, Any] = {"format_version": FORMAT_VERSION, "kind": kind, **fields}

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 STATE_NAME = "trainer_state.json"
 IDENTITY = "UnlearningTrainer"  # among the states of callbacks
 CONTENT, OLD_CONTENT = "values", "content"  # names of the digest of rows, and of another one of earlier versions
+OPTIMIZER, ADAM = "optimizer", ("adam_beta1", "adam_beta2", "adam_epsilon")
 SHOWN_DIGITS = 12
 WRITERS = ("inline_container", "PytorchStreamWriter")  # parts of torch that write, as its errors name them
 
@@ -83,7 +84,7 @@ def identity_of(
     forget_fraction: float | None,
     alternate: bool,
 ) -> dict[str, Any]:
-    """All that the rows of every step and their loss depend on, as JSON.
+    """All that the rows of every step and their loss depend on, and settings of the optimizer, as JSON.
 
     The digest of the rows is plain and confirms a guess of them: it stays in the checkpoints, by which work resumes.
 
@@ -120,6 +121,7 @@ def identity_of(
         "seed_of_order": args.seed if args.data_seed is None else args.data_seed,
         "rows_of_a_step": args.per_device_train_batch_size * args.gradient_accumulation_steps * num_processes,
         "neftune_noise_alpha": args.neftune_noise_alpha,
+        OPTIMIZER: {name: getattr(args, name) for name in ("learning_rate", "weight_decay", *ADAM)},
     }
     return json.loads(json.dumps(found, default=plain))
 
@@ -161,13 +163,24 @@ def check_resumes(checkpoint: str | os.PathLike, identity: Mapping[str, Any]) ->
             checkpoint,
         )
         names = [name for name in names if name not in digests]
+    # Transformers takes these from the optimizer's state, whatever is passed; earlier versions of spul noted none.
+    ignored = [name for name in names if name.startswith(f"{OPTIMIZER}.")]
+    names = [name for name in names if name not in ignored]
     if any(name.startswith("rows.") and name not in digests for name in names):
         names = [name for name in names if name not in digests]  # of another number of rows they say nothing
+
+    def listed(names: list[str]) -> str:
+        found = (f"{name}: {_in_words(before.get(name))} saved, {_in_words(now.get(name))} passed" for name in names)
+        return "; ".join(found)
+
     if names:
-        listed = [f"{name}: {_in_words(before.get(name))} saved, {_in_words(now.get(name))} passed" for name in names]
         raise ValueError(
-            f"{str(checkpoint)!r} is of a training with other rows or settings: {'; '.join(listed)}. Resume with what "
+            f"{str(checkpoint)!r} is of a training with other rows or settings: {listed(names)}. Resume with what "
             "was saved, or train from the start in another folder."
+        )
+    if any(name in before for name in ignored):
+        logger.warning(
+            "%s goes on with the optimizer that it has saved: %s, of no effect.", checkpoint, listed(ignored)
         )
 
 

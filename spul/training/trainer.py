@@ -354,6 +354,11 @@ class UnlearningTrainer(SteppingTrainer):
         with saving_into(self.args.output_dir or "."):
             super()._save_checkpoint(*args, **kwargs)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer would take one step more of a checkpoint that has them all, within an epoch, beyond the schedule.
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not self.unlearner.has_own_checkpoint:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
