@@ -225,15 +225,14 @@ def _refusal(folder: str) -> str | None:
 def _recorded(folder: str) -> list[str] | None:
     """The generic completions in an adapter's record, or in those of its prompts, if all have the same; else None."""
     from ..evaluation.loading import kind_of
-    from ..gates.gated_files import read_routing
-    from ..prompts.checkpoint import folder_of
+    from ..gates.gated_files import prompt_folder, read_routing
     from ..records.spul_config import read_spul_config
 
     kind = kind_of(folder)
     if kind in ("model", "rival"):
         return None
     names = read_routing(folder)[1]["prompts"] if kind == "gated" else ["default"]
-    found = [read_spul_config(folder, subfolder=folder_of(name)).generic_completions for name in names]
+    found = [read_spul_config(folder, subfolder=prompt_folder(name)).generic_completions for name in names]
     return found[0] if found and all(one == found[0] for one in found) else None
 
 

@@ -248,10 +248,10 @@ def check(options: CheckOptions) -> int | None:
 
 def _check_together(options: CheckOptions) -> None:
     """Raise unless a gate is the one that was saved with its prompt or refusal, and would so be served."""
-    from ..gates.gated_files import check_saved_together
+    from ..gates.gated_files import check_saved_together, prompt_folder
     from ..rivals.files import RIVAL_NAME, read_rival
 
-    folder = os.path.join(options.adapter, _prompt_folder(options.adapter_name))
+    folder = os.path.join(options.adapter, prompt_folder(options.adapter_name))
     if os.path.isfile(os.path.join(folder, RIVAL_NAME)):
         read_rival(folder).check_gate()
     elif os.path.isdir(folder):  # of a Hub name, nothing is known here
@@ -260,23 +260,9 @@ def _check_together(options: CheckOptions) -> None:
 
 def _gate_folder(adapter_name: str) -> str:
     """The folder of a prompt's gate, within the one that holds the prompts."""
-    from ..gates.gated_files import GATE_FOLDER
+    from ..gates.gated_files import GATE_FOLDER, prompt_folder
 
-    return "/".join(part for part in (_prompt_folder(adapter_name), GATE_FOLDER) if part)
-
-
-def _prompt_folder(adapter_name: str) -> str:
-    """The folder of a prompt, within the one that holds the prompts.
-
-    Raises:
-        ValueError: if it would be out of that.
-    """
-    from ..gates.gated_files import is_path
-    from ..prompts.checkpoint import folder_of
-
-    if is_path(adapter_name):
-        raise ValueError(f"--adapter-name {adapter_name!r} leads out of the folder; expected a prompt's name in it.")
-    return folder_of(adapter_name)
+    return "/".join(part for part in (prompt_folder(adapter_name), GATE_FOLDER) if part)
 
 
 def _kind_there(adapter: str, adapter_name: str) -> str | None:

@@ -242,7 +242,7 @@ def _loaded(options: ServeOptions, check_noted: Callable[[str, str | None, bool]
     """Prompts and refusals on their base, behind their gates."""
     import torch
 
-    from ..prompts.checkpoint import folder_of
+    from ..gates.gated_files import prompt_folder
     from ..records.spul_config import read_spul_config
     from ..serving.loading import check_folders, is_rival, load_gated
     from ..serving.served import ServedPrompts
@@ -270,7 +270,7 @@ def _loaded(options: ServeOptions, check_noted: Callable[[str, str | None, bool]
             )
     else:
         for name in names:
-            check_noted(name, read_spul_config(folders, subfolder=folder_of(name)).weights_sha256, True)
+            check_noted(name, read_spul_config(folders, subfolder=prompt_folder(name)).weights_sha256, True)
     counts = {"prompt": len(names) - num_refusals, "refusal": num_refusals}
     prompts = " and ".join(f"{num} {what}{'s' * (num > 1)}" for what, num in counts.items() if num)
     _say(f"loading the base {options.model} on {device}, for {prompts}: {', '.join(names)}")

@@ -31,6 +31,21 @@ if TYPE_CHECKING:
 ROUTING_NAME, GATE_FOLDER, FORMAT_VERSION = "spul_gates.json", "gate", 1
 
 
+def prompt_folder(name: str) -> str:
+    """PEFT's folder of a prompt, within the one that gated prompts are saved to.
+
+    Raises:
+        ValueError: if its name leads out of that.
+    """
+    if _is_path(name):
+        raise ValueError(f"name={name!r} leads out of the folder; expected the name of a prompt in it.")
+    return folder_of(name)
+
+
+def _is_path(name: str) -> bool:
+    return name in ("", ".", "..") or "/" in name or "\\" in name
+
+
 def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwargs: Any) -> None:
     """Write prompts, gates and routing; see `GatedUnlearner.save_pretrained`."""
     gated.route([])  # raises, before anything is written, if gates are not the prompts'
@@ -40,13 +55,13 @@ def write_gated(gated: GatedUnlearner, save_directory: str | os.PathLike, **kwar
         gate.check_savable()
     if "selected_adapters" in kwargs:
         raise TypeError("prompts behind gates are saved together; leave out selected_adapters.")
-    folders = {name: Path(save_directory, folder_of(name)) for name in gated.unlearner.peft_config}
+    folders = {name: Path(save_directory, prompt_folder(name)) for name in gated.unlearner.peft_config}
     before = _prompts_in(Path(save_directory)) if kwargs.get("is_main_process", True) else []
     gated.unlearner.save_pretrained(str(save_directory), **kwargs)
     if not kwargs.get("is_main_process", True):
         return
     for name in set(before) - set(folders):
-        _remove_prompt(Path(save_directory, folder_of(name)))
+        _remove_prompt(Path(save_directory, prompt_folder(name)))
     for name, gate in gated.gates.items():
         gate.save(folders[name] / GATE_FOLDER)
         write_gate_section(folders[name], gate.kind, gate.report)
@@ -100,7 +115,7 @@ def check_takes_gate(save_directory: str | os.PathLike, name: str = "default") -
         ValueError: if the prompt is damaged, or another kind of adapter, `spul_gates.json` is damaged or knows no such
             prompt, or there is none and the folder holds other prompts.
     """
-    folder = Path(save_directory, folder_of(name))
+    folder = Path(save_directory, prompt_folder(name))
     if missing := [each for each in (CONFIG_NAME, WEIGHTS_NAME) if not (folder / each).is_file()]:
         raise FileNotFoundError(f"{folder} has no {' and no '.join(missing)}; expected the folder of a saved prompt.")
     try:
@@ -135,7 +150,7 @@ def _other_prompts(save_directory: Path, own: Path) -> list[str]:
 
 def _digests(folder: str | os.PathLike, name: str, has_gate: bool, **hub: Any) -> dict[str, str | None]:
     """SHA-256 of a prompt's weights and of its gate's settings, which hold that of the gate's arrays."""
-    own = _within(hub, folder_of(name))
+    own = _within(hub, prompt_folder(name))
     paths = {
         "weights": find_file(folder, WEIGHTS_NAME, **own),
         "gate": find_file(folder, SETTINGS_NAME, **_within(own, GATE_FOLDER)) if has_gate else None,
@@ -202,7 +217,7 @@ def read_gated(
     named = {name: name if adapter_name is None else adapter_name for name in prompts}
     unlearner: Any = None
     for name in prompts:
-        where = _within(hub, folder_of(name))
+        where = _within(hub, prompt_folder(name))
         if unlearner is None:
             unlearner = SoftPromptUnlearner.from_pretrained(model, folder, adapter_name=named[name], **where)
         else:
@@ -210,7 +225,7 @@ def read_gated(
     for name in prompts:
         _check_together(folder, path, routing, name, **hub)
     gates = {
-        named.get(name, name): gate_of(folder, unlearner, tokenizer, **_within(hub, folder_of(name)))
+        named.get(name, name): gate_of(folder, unlearner, tokenizer, **_within(hub, prompt_folder(name)))
         for name in routing["gates"]
     }
     combined = {tuple(one["flagged"]): one["prompt"] for one in routing["combined"]}
@@ -231,7 +246,11 @@ def check_saved_together(folder: str | os.PathLike) -> None:
     own = Path(folder).resolve()
     for where, name in ((own, "default"), (own.parent, own.name)):
         path = where / ROUTING_NAME
-        if where / folder_of(name) == own and path.is_file() and name in (routing := _read_routing(path))["prompts"]:
+        if (
+            where / prompt_folder(name) == own
+            and path.is_file()
+            and name in (routing := _read_routing(path))["prompts"]
+        ):
             _check_together(where, path, routing, name)
             return
 
@@ -256,7 +275,7 @@ def _read_routing(path: Path) -> dict[str, Any]:
     routing = read_object(path)
     check_format(routing.get("format_version"), FORMAT_VERSION, path)
     for name in ("prompts", "gates", "precedence"):
-        if not is_texts(routing.get(name)) or any(is_path(each) for each in routing[name]):
+        if not is_texts(routing.get(name)) or any(_is_path(each) for each in routing[name]):
             raise ValueError(
                 f"{path}: {name} is {routing.get(name)!r:.80}; expected a list of the prompts' names. Save again."
             )
@@ -269,8 +288,3 @@ def _read_routing(path: Path) -> dict[str, Any]:
     ):
         raise ValueError(f"{path}: combined is {combined!r:.80}; expected sets of names with a prompt. Save again.")
     return routing
-
-
-def is_path(name: str) -> bool:
-    """Whether a name would lead out of the folder."""
-    return name in ("", ".", "..") or "/" in name or "\\" in name
