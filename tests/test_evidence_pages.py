@@ -218,6 +218,31 @@ def test_the_table_of_ten_requests_has_the_means_of_its_lines_and_each():
     assert all(line["retain"] == base[line["seed"]] for line in lines if line["system"].endswith("behind gates"))
 
 
+def test_the_table_of_ten_authors_has_the_numbers_of_its_lines(examples):
+    from evidence_authors import AUTHORS, summary
+
+    lines = read("authors-smollm2.jsonl")
+    found = {(name, after): numbers for name, after, *numbers in cells_of(summary(lines))[1:]}
+    stages = {"5": "5 added", "10": "10 added", "10, of which 3 withdrawn": "3 withdrawn"}
+    rows = tables_of("results.md", "Ten authors")[0][1:]
+    for name, *values in rows:
+        full, _, stage = name.replace(" requests", "").partition(", ")
+        full = "refusals behind gates" if full == "refusals" else full
+        *numbers, _, as_base = found[full, stages.get(stage, "none")]  # nobody else is declined
+        assert values == [*numbers, as_base], name
+    assert len(rows) == 5
+
+    (ten,) = (one for one in lines if one["system"] == "refusals behind gates" and one["after"] == "10 added")
+    passed = [
+        (name, answer)
+        for name in AUTHORS
+        for answer, declined in zip(ten["answers"][name], ten["scores"][name]["declined"], strict=True)
+        if not declined
+    ]
+    assert len(passed) == 10
+    assert sum(name in answer for name, answer in passed) == 5
+
+
 # ---- TOFU ----
 
 # Columns of the summary, by those of the pages behind the seeds.
