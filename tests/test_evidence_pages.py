@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from stored_evidence import DATA, DOCS, cells_of, read, tables_of
 
+from spul.gates import NameGate
+
 PREFIX, GATED, LORA, REFUSAL = "SPUL, prefix with fitted keys", "SPUL behind a gate", "IDK, LoRA", "gate and refusal"
 REWRITTEN = ", rewritten rows"
 
@@ -241,6 +243,7 @@ def test_the_table_of_ten_authors_has_the_numbers_of_its_lines(examples):
     ]
     assert len(passed) == 10
     assert sum(name in answer for name, answer in passed) == 5
+    assert NameGate(AUTHORS).flags([answer for _, answer in passed]).sum() == 6
 
 
 # ---- TOFU ----
