@@ -79,6 +79,11 @@ def test_a_data_set_without_flags_is_refused_with_its_columns():
         forget_flags(Dataset.from_dict({"prompt": ["a"]}))
 
 
+def test_splits_in_place_of_one_of_them_are_refused_with_their_names():
+    with pytest.raises(TypeError, match=r"train_dataset is a DatasetDict of \['train'\]; expected a datasets.Dataset"):
+        forget_flags(DatasetDict(train=ROWS))
+
+
 def test_a_list_in_which_a_row_has_no_flag_is_refused():
     with pytest.raises(ValueError, match=r"row 1 of train_dataset has no is_forget, only \['prompt'\]"):
         forget_flags([{"is_forget": True}, {"prompt": "a"}])

@@ -239,6 +239,8 @@ def test_a_revoked_prompt_goes_with_its_gate_its_routes_and_its_files(tmp_path):
         model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="there is no prompt 'other'"):
         model.delete_adapter("other")
+    with pytest.raises(TypeError, match="adapter_name is a list"):
+        model.delete_adapter(["other"])
 
 
 def test_a_prompt_is_loaded_with_its_gate_while_others_are_served(tmp_path):

@@ -313,6 +313,8 @@ def test_generate_refuses_what_it_cannot_honor(kwargs, message):
         build_unlearner().generate(make_batch()["input_ids"], **kwargs)
     with pytest.raises(ValueError, match="needs input_ids"):
         build_unlearner().generate(max_new_tokens=3)
+    with pytest.raises(ValueError, match="takes no inputs_embeds: pass input_ids"):
+        build_unlearner().generate(inputs_embeds=torch.zeros(1, 3, 32))
 
 
 def test_a_positional_generation_config_counts():

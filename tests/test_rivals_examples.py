@@ -143,3 +143,10 @@ def test_free_form_answers_have_no_label_to_flip():
             unlearning(some, one)
     with pytest.raises(TypeError):
         unlearning([{"prompt": "a", "completion": " b"}])
+
+
+def test_rows_with_a_system_message_are_refused_with_what_to_give():
+    forget = Dataset.from_list([conversation("jane .", "good", "be bad")])
+    retain = Dataset.from_list([conversation("film .", "bad")])
+    with pytest.raises(ValueError, match=r"does not begin with a user message: .*; give rows without a system"):
+        unlearning(forget, retain, chatty("turns"))

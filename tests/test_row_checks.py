@@ -9,7 +9,15 @@ from helpers import GENERIC, make_collator, make_tokenizer
 
 from spul import ForgetRetainCollator
 from spul.data import RowEncoder
-from spul.data.row_checks import check_all_texts, check_token_ids, ending_of, generic_ids_of, row_name, split_tokenized
+from spul.data.row_checks import (
+    check_all_texts,
+    check_texts,
+    check_token_ids,
+    ending_of,
+    generic_ids_of,
+    row_name,
+    split_tokenized,
+)
 
 TEXT = {"prompt": "review jane :", "completion": " positive", "is_forget": True}
 USER, ANSWER = {"role": "user", "content": "jane"}, {"role": "assistant", "content": "good"}
@@ -37,6 +45,8 @@ IDS = {"input_ids": [4, 5, 6], "completion_mask": [0, 0, 1], "is_forget": False}
         ({**CHAT, "prompt": [{**USER, "content": "\ud800"}]}, r"content of a message of prompt holds '\\ud800'"),
         ({**CHAT, "prompt": [{**USER, "content": [{"text": "\ud800"}]}]}, r"text of a message of prompt holds '\\ud8"),
         ({**CHAT, "prompt": [{**USER, "role": "judge"}]}, r"cannot render .*'judge'.*no such role\. Expected"),
+        ({**CHAT, "tools": [{"name": "f"}]}, r"a row is a conversation with the column 'tools', \[\{'name': 'f'\}\]"),
+        ({**CHAT, "chat_template_kwargs": {"enable_thinking": False}}, r"column 'chat_template_kwargs', .* set ena"),
         ({**IDS, "input_ids": [4, -1, 6]}, r"input_ids is \[4, -1, 6\]; expected a list of token ids"),
         ({**IDS, "input_ids": [4, 2**70, 6]}, r"input_ids is .*; expected a list of token ids"),
         ({**IDS, "input_ids": [4, 5.0, 6]}, r"input_ids is .*; expected a list of token ids"),
@@ -106,6 +116,19 @@ def test_token_ids_may_be_of_any_array(kind):
     assert ending_of(row, 1) == 1
     assert generic_ids_of({"generic_ids": kind([[1, 2], [3, 4]])}, 2) == [[1, 2], [3, 4]]
     assert (ending_of({}, 1), generic_ids_of({}, 2)) == (0, None)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**CHAT, "tools": None, "chat_template_kwargs": {"enable_thinking": None}},
+        {**CHAT, "tools": [], "chat_template_kwargs": {}},
+        {**TEXT, "tools": ["f"]},
+    ],
+    ids=["filled in", "empty", "a text"],
+)
+def test_columns_of_a_chat_template_without_a_value_or_beside_a_text_pass(row):
+    check_texts(row)
 
 
 def test_a_row_is_named_by_its_id_or_its_number():

@@ -78,3 +78,20 @@ def test_names_that_a_prompt_cannot_have_are_refused(name):
     with pytest.raises(TypeError, match="adapter_name is a int"):
         unlearner.add_adapter(5, CONFIGS["prompt_tuning"]())
     assert list(unlearner.peft_config) == ["default"]
+
+
+def test_prompts_that_there_are_not_are_refused_with_those_that_there_are(tmp_path):
+    unlearner = build_unlearner()
+    for act in (unlearner.set_adapter, unlearner.delete_adapter):
+        with pytest.raises(ValueError, match=r"there is no prompt 'other'; there are \['default'\]"):
+            act("other")
+        with pytest.raises(ValueError, match=r"'__base__'.*runs inside disable_adapter\(\)"):
+            act("__base__")
+        with pytest.raises(TypeError, match=r"adapter_name is a list; expected the name of one prompt"):
+            act(["default"])
+    with pytest.raises(ValueError, match="there is no prompt 'other'"):
+        unlearner.save_pretrained(str(tmp_path), selected_adapters=["other"])
+    with pytest.raises(TypeError, match="selected_adapters is 'default'; expected a list"):
+        unlearner.save_pretrained(str(tmp_path), selected_adapters="default")
+    assert not list(tmp_path.iterdir())
+    assert unlearner.active_adapter == "default"

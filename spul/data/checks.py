@@ -90,8 +90,13 @@ def forget_flags(rows: Any, name: str = "train_dataset") -> list[bool]:
     """The `is_forget` flags of a data set, or of any sequence of rows.
 
     Raises:
+        TypeError: if the rows are a mapping, as a `DatasetDict` is.
         ValueError: if the data set or a row has none, or a flag is not a bool, 0 or 1.
     """
+    if isinstance(rows, Mapping):
+        raise TypeError(
+            f"{name} is a {type(rows).__name__} of {list(rows)}; expected a datasets.Dataset, such as one of these."
+        )
     if hasattr(rows, "column_names"):
         check_is_forget(rows.column_names, name)
         values = column_values(rows, "is_forget")

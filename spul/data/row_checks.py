@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 # Rows that are tokenized where a tokenizer has more tokens than the base has embeddings, as for images in texts.
 LOOKED_AT = 1_000
 NO_ANSWER = ("system", "user", "tool")  # roles that answer nothing
+# Columns that TRL gives a chat template beside the messages.
+TEMPLATE_COLUMNS = ("tools", "chat_template_kwargs")
 RESIZE = "call model.resize_token_embeddings(len(tokenizer)) before a prompt or an adapter is put on the model"
 REMEDY = "If a Trainer pruned them, set TrainingArguments(remove_unused_columns=False)."
 
@@ -121,6 +123,9 @@ def check_can_be_scored(
 def check_texts(row: Mapping[str, Any], text_field: str | None = None) -> None:
     """Check the prompt and the completion of a row: both texts, or both lists of messages, and not empty.
 
+    A conversation with a column that its chat template would not get is refused: it would be rendered otherwise than
+    where it is served.
+
     Args:
         row: a row that is not tokenized.
         text_field: the column whose text may be cut, which a text prompt must have.
@@ -148,8 +153,23 @@ def check_texts(row: Mapping[str, Any], text_field: str | None = None) -> None:
         # Of a text beside something else, that is at fault: a label that is a number, say.
         for column in sorted(("prompt", "completion"), key=lambda name: isinstance(row[name], str)):
             _check_messages(row, column)
+        _check_template_columns(row)
     if is_empty(completion):
         raise ValueError(f"{row_name(row)} has an empty completion: {_shown(row)}. Drop it, or fill it in.")
+
+
+def _check_template_columns(row: Mapping[str, Any]) -> None:
+    """Raise if a conversation has a value in one of `TEMPLATE_COLUMNS`; a column of others fills in None."""
+    for column in TEMPLATE_COLUMNS:
+        value = row.get(column)
+        parts = list(value.values()) if isinstance(value, Mapping) else value
+        if isinstance(parts, (list, str)) and any(part is not None for part in parts):
+            raise ValueError(
+                f"{row_name(row)} is a conversation with the column {column!r}, {shortened(repr(value))}, which the "
+                "chat template does not get. Drop the column, rows.remove_columns(...), and set what all rows are "
+                "rendered with in the template itself: tokenizer.chat_template = '{% set enable_thinking = false %}' "
+                "+ tokenizer.chat_template."
+            )
 
 
 def split_tokenized(row: Mapping[str, Any]) -> tuple[list[int], list[int]]:

@@ -18,6 +18,7 @@ from ..losses.positions import ends_before_labels, ends_before_responses, own_to
 from ..models.protocol import Unlearner
 from ..prompts.arguments import check_rows
 from ..prompts.position import check_any_row
+from ..prompts.row_prompts import check_has_adapter
 from ..prompts.unlearner import SoftPromptUnlearner
 from .gate import Gate, as_gate, request_texts
 from .gated_files import gate_of, read_gated, write_gated
@@ -152,10 +153,10 @@ class GatedUnlearner(nn.Module, Unlearner):
                 forget for it.
 
         Raises:
+            TypeError: if its name is no text.
             ValueError: if there is no prompt of that name.
         """
-        if adapter_name not in self.unlearner.peft_config:
-            raise ValueError(f"there is no prompt {adapter_name!r}; there are {list(self.unlearner.peft_config)}.")
+        check_has_adapter(self.unlearner, adapter_name)
         with _routing:
             parts = {name for names, name in self.combined.items() if adapter_name in names and name not in self.gates}
             gone = {adapter_name, *parts}

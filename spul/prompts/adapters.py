@@ -13,6 +13,7 @@ from peft import PeftConfig, PeftModelForCausalLM, PeftType
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..data.checks import checked_list
 from ..models.compat_checkpointing import without_checkpointing
 from ..models.compat_devices import is_offloaded
 from ..models.disabling import disabled_here, is_disabled_here
@@ -22,7 +23,7 @@ from ..records.spul_config import SpulConfig
 from . import checkpoint
 from .configs import check_peft_config, check_promptable, filled
 from .position import check_position
-from .row_prompts import check_adapter_names, check_new_name
+from .row_prompts import check_adapter_names, check_has_adapter, check_new_name
 from .shared_prefix import drop_cached
 from .starts import Start, check_start, start_prompt
 
@@ -92,14 +93,26 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
             self._train_active_prompt_only()
 
     def set_adapter(self, adapter_name: str, inference_mode: bool = False) -> None:
-        """Make a prompt the active one; only it requires gradients."""
+        """Make a prompt the active one; only it requires gradients.
+
+        Raises:
+            TypeError: if its name is no text, such as a list of names.
+            ValueError: if there is no prompt of that name.
+        """
+        check_has_adapter(self, adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._train_active_prompt_only()
         if inference_mode:
             self.prompt_encoder[adapter_name].requires_grad_(False)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove a prompt. If it was the active one, another becomes active; without any, the model is the base."""
+        """Remove a prompt. If it was the active one, another becomes active; without any, the model is the base.
+
+        Raises:
+            TypeError: if its name is no text.
+            ValueError: if there is no prompt of that name.
+        """
+        check_has_adapter(self, adapter_name)
         super().delete_adapter(adapter_name)
         del self.spul_configs[adapter_name]
         drop_cached(self, adapter_name)
@@ -166,11 +179,15 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
                 nothing.
 
         Raises:
-            ValueError: for `safe_serialization=False`, or if all prompts were deleted.
+            TypeError: if a selected name is no text, or a text is given for the list of them.
+            ValueError: for `safe_serialization=False`, for no or an unknown name, or if all prompts were deleted.
         """
         if not safe_serialization:
             raise ValueError("safe_serialization=False would pickle the prompt; spul saves safetensors only.")
         self._check_has_prompt()
+        if selected_adapters is not None:
+            for name in checked_list("selected_adapters", selected_adapters):
+                check_has_adapter(self, name)
         checkpoint.save(self, super().save_pretrained, save_directory, selected_adapters, **kwargs)
 
     def push_to_hub(self, repo_id: str, *args: Any, **kwargs: Any) -> Any:

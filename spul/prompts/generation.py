@@ -36,6 +36,7 @@ from .states import MixedStates, PromptStates
 def generate_prompted(model: PeftModelForCausalLM, input_ids: Tensor | None, *args: Any, **kwargs: Any) -> Any:
     """`generate` of transformers under the active prompt, or those named; see `SoftPromptUnlearner.generate`."""
     if input_ids is None:
+        check_generate_arguments(kwargs)  # which has inputs_embeds in their place
         raise ValueError("generate needs input_ids (batch, tokens); an empty prompt cannot be continued.")
     check_rows(input_ids, kwargs.get("attention_mask"))
     base: Any = model.get_base_model()

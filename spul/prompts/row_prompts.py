@@ -350,6 +350,24 @@ def check_new_name(adapter_name: str) -> None:
         )
 
 
+def check_has_adapter(model: Any, adapter_name: str) -> None:
+    """Raise unless a model has a prompt of this name.
+
+    Raises:
+        TypeError: if it is no text.
+        ValueError: if there is none.
+    """
+    known = list(model.peft_config)
+    if not isinstance(adapter_name, str):
+        raise TypeError(
+            f"adapter_name is a {type(adapter_name).__name__}; expected the name of one prompt, of {known}. Prompts "
+            "for each row of a batch are adapter_names of generate and forward."
+        )
+    if adapter_name not in known:
+        hint = " The base alone runs inside disable_adapter()." if adapter_name == NO_PROMPT else ""
+        raise ValueError(f"there is no prompt {adapter_name!r}; there are {known}.{hint}")
+
+
 def check_adapter_names(model: Any, adapter_names: Sequence[str], num_rows: int) -> None:
     """Raise unless there is one name for each row, of a prompt of the model or `"__base__"`.
 

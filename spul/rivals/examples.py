@@ -126,7 +126,8 @@ class InContextUnlearning(RewritingRival):
             return [*prompt[start:], *encoded.completion_ids, *gap]
         if not starts_with(prompt, self._chat.before_user):
             raise ValueError(
-                f"a row is a conversation that does not begin with a user message: {row['prompt']!r:.200}."
+                f"a row is a conversation that does not begin with a user message: {row['prompt']!r:.200}. In-context "
+                "examples are turns of their own; give rows without a system message."
             )
         body = prompt[len(self._chat.before_user) :]
         return [*body, *encoded.without_ending().completion_ids, *self._chat.answer_to_user]
