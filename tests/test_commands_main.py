@@ -110,6 +110,7 @@ def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_pat
             *("train", *needed, "--save-steps", "3", "--test-forget", str(tmp_path / "none.jsonl"))
         ],
         "--start and --instruction both": ["train", *both],
+        "--completion-template goes with --prompt-template": ["train", *needed, "--completion-template", "{a}"],
         "or --inputs alone": ["combine", *needed, "--inputs", str(rows), "--prompts", "a"],
         "gone.jsonl does not exist": [
             *("evaluate", *needed, "--test-forget", str(tmp_path / "gone.jsonl"), "--test-retain", str(rows))
@@ -121,6 +122,7 @@ def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_pat
         "there is no prompt to serve": serve[:-1],
         "of the prompt '2026-017', is no folder": [*serve, f"2026-017={tmp_path / 'gone'}"],
         "is no entry of a ledger": [*serve, str(tmp_path), "--ledger", str(rows)],
+        "--prompts-dir is for adding prompts, which needs --admin-token-file": [*serve, "a", "--prompts-dir", "b"],
         "token does not exist; its folder has": [*serve, str(tmp_path), "--admin-token-file", str(tmp_path / "token")],
         "is a folder with files in it": [
             *("export", "vllm", "--model", "m", "--adapter", "a", "--output-dir", str(tmp_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
@@ -89,6 +90,15 @@ def test_a_server_is_made_of_options(folder, prompts, name):
 def test_what_is_unclear_does_not_start_and_loads_no_base(folder, arguments, error, says, tmp_path):
     with pytest.raises(error, match=says):
         server_of(options(folder, "--model", tmp_path / "no-base", *arguments))
+
+
+def test_a_token_may_come_through_a_pipe_as_shells_pass_the_output_of_a_program(folder):
+    end, other = os.pipe()
+    os.write(other, b"a-token-of-more-than-32-characters\n")
+    os.close(other)
+    server_of(options(folder, "--prompts", "@prompts", "--admin_token_file", f"/dev/fd/{end}"))
+    assert os.read(end, 1) == b""
+    os.close(end)
 
 
 def test_prompts_that_lie_in_the_folder_of_one_that_is_served_are_warned_of(folder, caplog):

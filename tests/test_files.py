@@ -146,6 +146,8 @@ def test_a_folder_that_cannot_be_made_is_refused_before_it_is_needed(tmp_path):
         pass
     with pytest.raises(ValueError, match="path of the output folder is empty"):
         check_new_folder("")
+    with pytest.raises(FileExistsError, match="is a folder with files in it"):
+        check_new_folder(tmp_path / "new" / "..")
     (tmp_path / "nowhere").mkdir()
     check_can_hold(tmp_path / "link" / "out")
 

@@ -52,7 +52,8 @@ def test_a_prompt_is_held_to_the_gates_file_above_it_that_names_its_folder(tmp_p
     alone.mkdir()
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(tmp_path / "other" / name, alone / name)
-    for folder in (tmp_path, tmp_path / "other", alone):
+    odd = shutil.copytree(alone, tmp_path / "of\\its own")  # no name of a prompt
+    for folder in (tmp_path, tmp_path / "other", alone, odd):
         check_saved_together(folder)
     shutil.copy(tmp_path / "adapter_model.safetensors", tmp_path / "other" / "adapter_model.safetensors")
     with pytest.raises(ValueError, match="prompt and gate of 'other' are not those that were saved together"):

@@ -195,6 +195,9 @@ def test_what_changes_neither_rows_nor_loss_may_change(saved, tmp_path, caplog):
     assert again.state.global_step == 2
     assert set(again.lr_scheduler.base_lrs) == {0.01}
     assert "optimizer.learning_rate: 0.01 saved, 0.2 passed, of no effect" in caplog.text
+    caplog.clear()
+    make(tmp_path, max_steps=2).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))  # with what it began
+    assert "of no effect" not in caplog.text
 
 
 def test_a_checkpoint_that_has_all_steps_takes_none_beyond_them(saved, tmp_path):

@@ -72,11 +72,12 @@ class EvaluateOptions(LoadOptions, RowOptions):
 
 
 def check(options: EvaluateOptions) -> None:
-    """Raise for files that are not there and a folder that cannot be written to, before torch is imported.
+    """Raise for options that contradict each other and files that are not there, before torch is imported.
 
     Raises:
         FileExistsError, PermissionError: if nothing can be saved into the folder.
         FileNotFoundError: if a file is missing.
+        ValueError: if options cannot be used.
     """
     from ..records.files import check_can_hold
 

@@ -100,7 +100,8 @@ def _run(given: list[str]) -> int:
 
     options = parse(command, words, rest, is_whole=False)
     if command.check is not None:
-        command.check(options)
+        with messages_in_options(type(options)):
+            command.check(options)
     if command.whole is not None:
         options = parse(command, words, rest)
     with messages_in_options(type(options)):

@@ -91,7 +91,7 @@ def check(options: ServeOptions) -> None:
     if options.prompts_dir is not None and options.admin_token_file is None:
         raise ValueError("prompts_dir is for adding prompts, which needs admin_token_file.")
     for path in (options.vllm_key_file, options.admin_token_file):
-        if path is not None:
+        if path is not None and not Path(path).is_fifo():  # a pipe, as a shell makes it of <(pass show token)
             check_is_file(path)
     folders = _folders(options.prompts)
     if not folders:

@@ -18,6 +18,7 @@ ARGUMENT = re.compile(
     re.VERBOSE,
 )
 BASE = ("expected the base, by name or folder", "expected --model BASE --adapter FOLDER")
+SETS = {"test_forget", "test_retain"}  # options, but in messages the names of sets of rows
 PHRASES = {"--resume-from-checkpoint True": "--resume true"}
 
 
@@ -28,9 +29,7 @@ def in_options(text: str, options: type) -> str:
         text: the message.
         options: the command's dataclass of options, whose fields have the names of the library's arguments.
     """
-    from ..data.unlearning_data import SPLITS  # datasets and PEFT, which are slow to import
-
-    names = {field.name for field in dataclasses.fields(options)} - set(SPLITS)
+    names = {field.name for field in dataclasses.fields(options)} - SETS
     is_evaluation = "measures" in names
 
     def give(found: re.Match[str]) -> str:

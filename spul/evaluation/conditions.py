@@ -78,7 +78,8 @@ class Condition:
             raise ValueError(f"{self}: expected a finite number.")
         least, most = METRICS[self.metric].bounds
         if not least <= self.number <= most:  # the condition would never hold, or always
-            as_share = f", and {self.number:g} % is {self.number / 100:g}" if METRICS[self.metric].scale == 100 else ""
+            is_percent = METRICS[self.metric].scale == 100 and 0 < self.number <= 100
+            as_share = f", and {self.number:g} % is {self.number / 100:g}" if is_percent else ""
             raise ValueError(f"{self}: {self.metric} is a number from {least:g} to {most:g}{as_share}.")
 
     @classmethod

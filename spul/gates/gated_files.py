@@ -246,11 +246,7 @@ def check_saved_together(folder: str | os.PathLike) -> None:
     own = Path(folder).resolve()
     for where, name in ((own, "default"), (own.parent, own.name)):
         path = where / ROUTING_NAME
-        if (
-            where / prompt_folder(name) == own
-            and path.is_file()
-            and name in (routing := _read_routing(path))["prompts"]
-        ):
+        if where / folder_of(name) == own and path.is_file() and name in (routing := _read_routing(path))["prompts"]:
             _check_together(where, path, routing, name)
             return
 

@@ -122,14 +122,14 @@ def check_new_folder(folder: str | os.PathLike) -> Path:
         ValueError: if the path is empty.
     """
     _check_path(folder)
-    target = Path(folder)
+    target = Path(folder).resolve()  # also of "new/../folder"
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         what = "a folder with files in it" if target.is_dir() else "a file"
         raise FileExistsError(
-            f"{str(target)!r} is {what}; expected a new or empty folder, since it is written as a whole."
+            f"{str(folder)!r} is {what}; expected a new or empty folder, since it is written as a whole."
         )
-    check_can_hold(target.resolve().parent)
-    return target
+    check_can_hold(target.parent)
+    return Path(folder)
 
 
 @contextmanager

@@ -350,7 +350,7 @@ class UnlearningTrainer(SteppingTrainer):
         # Whoever asks for the checkpoint: a strategy, StopWhenForgotten, or a callback of the user's.
         if self.is_world_process_zero():
             states: Any = self.state.stateful_callbacks
-            states[IDENTITY] = self.identity()
+            states.setdefault(IDENTITY, self.identity())  # a resumed training keeps that of its beginning
         with saving_into(self.args.output_dir or "."):
             super()._save_checkpoint(*args, **kwargs)
 
