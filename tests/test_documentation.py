@@ -215,6 +215,7 @@ def test_every_command_has_a_section_on_the_page_with_an_example():
         assert re.search(rf"^spul {name} ", sections[name], re.MULTILINE), name
 
 
+@pytest.mark.filterwarnings("ignore:the prompt 'default' begins:UserWarning")  # far from a base of random weights
 def test_the_commands_of_the_page_run_one_after_the_other(here, few_steps, few_resamples, capsys, monkeypatch):
     def some_of(name, num, start=0):
         labels = (" positive", " negative")
