@@ -38,6 +38,7 @@ from spul.data.formats import REFUSALS
 from spul.evaluation.metrics import generate_answers, rouge_l
 from spul.gates import AnyGate, Gate, NameGate, TextGate, hard_negatives, prompt_texts
 from spul.prompts.configs import prompt_config
+from spul.records.files import write_text
 from spul.training.methods import unlearning_method
 from spul.training.rates import default_learning_rate
 
@@ -127,7 +128,7 @@ class Requests:
         """The base's answers, kept in a file."""
         path = self.args.output_dir / f"base-answers-{self.args.seed}.json"
         if not path.exists():
-            path.write_text(json.dumps(self.answers(self.tofu.load())))
+            write_text(path, json.dumps(self.answers(self.tofu.load())))
         found: dict[str, list[str]] = json.loads(path.read_text())
         return found
 
@@ -168,7 +169,7 @@ def train_prompt(requests: Requests, name: str) -> Path:
         learned = tofu.train(model, loss, dataset, rate, settings["forget_fraction"], *steps)
         learned.save_pretrained(folder / "prompt")
         gate.save(folder / "gate")
-        record.write_text(json.dumps({"settings": settings, "seconds": time.perf_counter() - begun}))
+        write_text(record, json.dumps({"settings": settings, "seconds": time.perf_counter() - begun}))
     if (made := json.loads(record.read_text())["settings"]) != settings:
         raise ValueError(f"{folder} was made with {made}, not with {settings}; take another --output-dir.")
     return folder
