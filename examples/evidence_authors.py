@@ -87,6 +87,7 @@ class Requests:
         self.train = self.by_author(tofu.forget)
         self.asked = self.by_author(tofu.in_other_words)
         self.others = {name: tofu.format.apply(tofu.questions[name]) for name in OTHERS}
+        self.questions = self.asked | self.others
 
     @staticmethod
     def by_author(rows: Dataset) -> dict[str, Dataset]:
@@ -118,10 +119,9 @@ class Requests:
     def answers(self, model: Any) -> dict[str, list[str]]:
         """A model's answers, by author and by kind of other questions."""
         encoder = self.tofu.collator.encoder
-        rows = self.asked | self.others
-        together = concatenate_datasets([one.select_columns(COLUMNS) for one in rows.values()])
+        together = concatenate_datasets([one.select_columns(COLUMNS) for one in self.questions.values()])
         taken = iter(generate_answers(model, together, encoder, max_new_tokens=TOKENS, progress="answers"))
-        return {name: [next(taken) for _ in range(len(one))] for name, one in rows.items()}
+        return {name: [next(taken) for _ in range(len(one))] for name, one in self.questions.items()}
 
     @cached_property
     def of_base(self) -> dict[str, list[str]]:
@@ -135,10 +135,9 @@ class Requests:
     def line(self, after: str, active: list[str], answers: dict[str, list[str]]) -> dict[str, Any]:
         """Scores by question, and the answers to the authors' questions."""
         refusals = {text.strip() for text in REFUSALS}
-        rows = self.asked | self.others
         scores = {
             name: {
-                "rouge": np.round(rouge_l(given, rows[name]["completion"])["rouge_l_recall"], 4).tolist(),
+                "rouge": np.round(rouge_l(given, self.questions[name]["completion"])["rouge_l_recall"], 4).tolist(),
                 "declined": [text.strip() in refusals for text in given],
                 "as_base": [text == other for text, other in zip(given, self.of_base[name], strict=True)],
             }
@@ -197,7 +196,7 @@ def refusals(requests: Requests, gates: dict[str, Gate]) -> Iterator[dict[str, A
     for after, active in requests.order.stages.items():
         gate = AnyGate([gates[name] for name in active])
         answers = {}
-        for name, rows in (requests.asked | requests.others).items():
+        for name, rows in requests.questions.items():
             flags = gate.flags(prompt_texts(rows, encoder))
             answers[name] = [
                 text if flag else other for flag, other in zip(flags, requests.of_base[name], strict=True)
