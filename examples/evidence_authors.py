@@ -12,7 +12,7 @@ on all requests in force, trained from the base as often as they change.
 Answers are to questions that nobody trained on: the authors' in other words, unseen retain ones, real authors and
 world facts. After 1, 5 and 10 requests, and after the withdrawals, a line of `authors.jsonl` has each system's answers
 to the authors' questions, and for every question ROUGE-L recall, whether it was declined, and whether the answer is
-the base's to the letter. Trained prompts are kept; a repeated command resumes.
+the base's to the letter. Trained prompts and each line are kept; a repeated command resumes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import argparse
 import gc
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,7 @@ class Requests:
         return {"after": after, "active": active, "scores": scores, "answers": kept}
 
 
-# ---- systems ----
+# ---- systems: the lines of their stages, without those that are done ----
 
 
 def train_prompt(requests: Requests, name: str) -> Path:
@@ -174,26 +174,31 @@ def train_prompt(requests: Requests, name: str) -> Path:
     return folder
 
 
-def base(requests: Requests) -> Iterator[dict[str, Any]]:
+def base(requests: Requests, done: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """The line of the base."""
-    yield requests.line("none", [], requests.of_base)
+    if "none" not in done:
+        yield requests.line("none", [], requests.of_base)
 
 
-def prompts(requests: Requests) -> Iterator[dict[str, Any]]:
+def prompts(requests: Requests, done: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """The lines of prompts that come and go on one base."""
     folders = {name: train_prompt(requests, name) for name in requests.order.added}
     model = requests.tofu.load()
     for after, gated, active, times in gated_stages(requests.order, model, requests.tofu.tokenizer, folders):
+        if after in done:
+            continue
         seconds = sum(json.loads((folders[name] / "made_with.json").read_text())["seconds"] for name in active)
         size = sum(folder_bytes(folders[name] / part) for name in active for part in ("prompt", "gate"))
         costs = {"train_seconds": seconds, "bytes": size}
         yield requests.line(after, active, requests.answers(gated)) | costs | times
 
 
-def refusals(requests: Requests, gates: dict[str, Gate]) -> Iterator[dict[str, Any]]:
+def refusals(requests: Requests, gates: dict[str, Gate], done: Collection[str]) -> Iterator[dict[str, Any]]:
     """The lines of a fixed refusal behind gates: where none flags, the answer is the base's."""
     text, encoder = REFUSALS[0].strip(), requests.tofu.collator.encoder
     for after, active in requests.order.stages.items():
+        if after in done:
+            continue
         gate = AnyGate([gates[name] for name in active])
         answers = {}
         for name, rows in requests.questions.items():
@@ -204,10 +209,12 @@ def refusals(requests: Requests, gates: dict[str, Gate]) -> Iterator[dict[str, A
         yield requests.line(after, active, answers)
 
 
-def lora(requests: Requests) -> Iterator[dict[str, Any]]:
+def lora(requests: Requests, done: Collection[str] = ()) -> Iterator[dict[str, Any]]:
     """The lines of LoRA that is trained from the base on all requests in force; seconds are of the last training."""
     tofu, settings = requests.tofu, requests.settings["lora"]
     for after, active in reversed(requests.order.stages.items()):
+        if after in done:
+            continue
         begun = time.perf_counter()
         set_seed(requests.args.seed)
         method = unlearning_method("IDK", trainable="lora")
@@ -232,8 +239,8 @@ def lora(requests: Requests) -> Iterator[dict[str, Any]]:
 
 SYSTEMS = {
     "base": base,
-    "refusals behind gates": lambda requests: refusals(requests, requests.gates),
-    "refusals behind text gates alone": lambda requests: refusals(requests, requests.text_gates),
+    "refusals behind gates": lambda requests, done=(): refusals(requests, requests.gates, done),
+    "refusals behind text gates alone": lambda requests, done=(): refusals(requests, requests.text_gates, done),
     "prompts behind gates": prompts,
     "LoRA, trained anew each time": lora,
 }
@@ -271,16 +278,16 @@ def main() -> None:
     path = args.output_dir / "authors.jsonl"
     facts = {"seed": args.seed, "learned_from": requests.tofu.learned_from, "settings": requests.settings}
     facts |= {"unseen_retain": args.unseen_retain, "other_questions": args.other_questions}
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = [line for line in found if {**line, **facts} == line]
     for name in args.systems:
-        if any({**one, **facts, "system": name} == one for one in done):
-            continue
-        for line in list(SYSTEMS[name](requests)):  # all stages, or none
-            done.append(facts | {"system": name} | line)
+        done = {line["after"] for line in lines if line["system"] == name}
+        for line in SYSTEMS[name](requests, done):
+            lines.append(facts | {"system": name} | line)
             with path.open("a") as file:
-                file.write(json.dumps(done[-1]) + "\n")
+                file.write(json.dumps(lines[-1]) + "\n")
         gc.collect()
-    print(summary([line for line in done if {**line, **facts} == line]))
+    print(summary(lines))
 
 
 if __name__ == "__main__":

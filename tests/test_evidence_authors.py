@@ -81,6 +81,9 @@ def test_systems_answer_every_question_at_every_stage(example, requests, monkeyp
             flagged = refused["scores"][name]["declined"]
             found = zip(flagged, line["scores"][name]["as_base"], strict=True)
             assert all(as_base for flag, as_base in found if not flag), name
+    for name, system in example.SYSTEMS.items():  # what is done is not done again
+        *done, left = (line["after"] for line in lines[name])
+        assert [line["after"] for line in system(requests, done)] == [left], name
     named = [line | {"system": name} for name, found in lines.items() for line in found]
     assert len(example.summary(named).splitlines()) == 2 + len(named)
 
