@@ -309,6 +309,7 @@ def arguments(folder, **kwargs):
 
 def make_trainer(folder, prompt_type="prompt_tuning", unlearner=None, dataset=None, collator=None, **kwargs):
     names = ("forget_fraction", "eval_dataset", "callbacks", "reference", "reference_dir", "digest_key")
+    names += ("processing_class",)
     own = {key: kwargs.pop(key) for key in names if key in kwargs}
     unlearner = make_unlearner(prompt_type) if unlearner is None else unlearner
     dataset = make_dataset() if dataset is None else dataset

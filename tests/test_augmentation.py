@@ -103,11 +103,18 @@ def test_more_turns_than_other_questions_are_refused():
 def test_bad_shares_and_ways_are_refused():
     some, collator = rows("jane", 4), make_collator()
     ways = {"upper": lambda part: letter_case(part, "upper", "text")}
-    for share in (0, -1, 1.5, 0.1):
+    for share in (0, -1, 1.5, 0.1, float("nan"), "1", None):
         with pytest.raises(ValueError, match="share="):
             augmented(some, ways, collator, share)
     with pytest.raises(ValueError, match="share="):
         augmented(some, {}, collator, 1.0)
+    for bad in (None, [ways["upper"]], {"upper": "upper"}):
+        with pytest.raises(TypeError, match=r"ways is .*; expected functions by name"):
+            augmented(some, bad, collator, 1.0)
+    with pytest.raises(TypeError, match=r"'listed' makes a list of rows; expected a datasets.Dataset"):
+        augmented(some, {"listed": list}, collator, 1.0)
+    with pytest.raises(TypeError, match="data_collator is a NoneType"):
+        augmented(some, ways, None, 1.0)
     with pytest.raises(ValueError, match="'lost' changes completions"):
         augmented(some, {"lost": lambda part: part.select([0])}, collator, 1.0)
     with pytest.raises(ValueError, match=r"'upper' rewrites nothing: every prompt .* Leave it out"):

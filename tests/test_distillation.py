@@ -145,8 +145,14 @@ def test_no_prompt_and_one_twice_are_refused(tmp_path):
         combine(build("llama"), [], **given)
     with pytest.raises(TypeError, match="expected a list"):
         combine(build("llama"), str(one), **given)
+    with pytest.raises(TypeError, match="prompts=None; expected a list of folders"):
+        combine(build("llama"), None, **given)
+    with pytest.raises(ValueError, match="prompts is empty"):
+        combine(build("llama"), iter([]), **given)
+    with pytest.raises(TypeError, match="the saved prompt is a NoneType; expected the folder"):
+        combine(build("llama"), [one, None], **given)
     copy = save(tmp_path / "copy", CONFIGS["prompt_tuning"]())
-    for twice in ([one, one], [one, copy]):
+    for twice in ([one, one], [one, copy], iter([one, one])):
         with pytest.raises(ValueError, match="hold the same prompt; give each once"):
             combine(build("llama"), twice, **given)
 
@@ -155,8 +161,10 @@ def test_data_length_and_loss_are_checked(tmp_path):
     given, folders = training(tmp_path), save_three(tmp_path)
     with pytest.raises(TypeError, match="is a list; expected"):
         combine(build("llama"), folders, **{**given, "train_dataset": list(rows("jane", 4))})
-    for num in (0, 10):
-        with pytest.raises(ValueError, match=f"num_virtual_tokens={num}: the prompts together have 9"):
+    with pytest.raises(TypeError, match="data_collator is a NoneType; expected a ForgetRetainCollator"):
+        combine(build("llama"), folders, **{**given, "data_collator": None})
+    for num in (0, 10, 2.5, "3", True):
+        with pytest.raises(ValueError, match=f"num_virtual_tokens={num!r}: the prompts together have 9"):
             combine(build("llama"), folders, num_virtual_tokens=num, **given)
     long = [save(tmp_path / str(i), CONFIGS["prompt_tuning"](48), seed=i, **LOUD) for i in range(2)]
     with pytest.raises(ValueError, match=r"96 virtual tokens and \d+ tokens exceed the model's 96 positions"):

@@ -1,5 +1,7 @@
 """Rows read column by column are the rows read one by one, with few reads."""
 
+from functools import partial
+
 import pytest
 from datasets import Dataset
 from helpers import build, make_tokenizer
@@ -8,11 +10,13 @@ from transformers import TrainingArguments
 
 import spul.data.rows
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningTrainer, forget_retain_dataset
-from spul.data.checks import checked_column, checked_text_batches, forget_flags
-from spul.data.rows import column_batches, column_values, read_rows, rows_at
+from spul.data.checks import check_row_ids, checked_column, checked_text_batches, forget_flags
+from spul.data.rows import column_batches, column_values, concatenated, read_rows, rows_at
 from spul.data.samplers import row_lengths
 from spul.data.splits import split_by_entity, split_by_source
+from spul.evaluation.attacks import letter_case
 from spul.evaluation.metrics.scoring import task_classes
+from spul.training import augmented
 
 
 def make(num=10):
@@ -61,6 +65,34 @@ def test_a_function_that_makes_the_values_is_heeded(at_once):
     rows = make().with_transform(upper)
     assert column_values(rows, "prompt") == [f"FILM {i}" for i in range(10)]
     assert list(read_rows(rows, ("prompt",)))[9]["prompt"] == rows_at(rows, [9])[0]["prompt"] == "FILM 9"
+
+
+def test_a_column_that_a_function_leaves_out_is_named_with_those_that_it_returns():
+    left_out = make().remove_columns("input_ids").with_transform(upper)
+    with pytest.raises(
+        ValueError, match=r"returns the columns \['prompt', 'is_forget'\]; expected 'completion' among"
+    ):
+        column_values(left_out, "completion")
+    with pytest.raises(ValueError, match=r"returns the columns \['prompt', 'is_forget'\]; expected 'row_id' among"):
+        check_row_ids(make().add_column("row_id", range(10)).with_transform(upper))
+    with pytest.raises(KeyError, match="other"):  # the function's own
+        column_values(make().with_transform(lambda batch: batch["other"]), "prompt")
+
+
+def test_a_function_that_would_be_lost_where_rows_are_joined_is_refused():
+    forget, retain = texts(4).with_transform(dict), texts(4, "hunt").filter(lambda row: "hunt" in row["prompt"])
+    for some, others in ((forget, retain), (retain, forget), (forget, retain.with_transform(upper))):
+        with pytest.raises(ValueError, match=r"have a transform .* it would be lost. Apply it before, rows\."):
+            concatenated([some, others])
+    with pytest.raises(ValueError, match="it would be lost"):
+        forget_retain_dataset(forget, retain)
+    with pytest.raises(ValueError, match="it would be lost"):
+        augmented(
+            forget, {"capitals": partial(letter_case, how="upper")}, ForgetRetainCollator(make_tokenizer(), None)
+        )
+    same = concatenated([forget, forget])
+    assert same.format["type"] == "custom"
+    assert len(concatenated([retain.with_format("torch"), retain])) == 2 * len(retain)
 
 
 def test_other_sequences_of_rows_are_read_as_they_are():

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ from spul.losses import GradientAscent
     [
         ({"model": torch.nn.Linear(1, 1)}, TypeError, "expected a SoftPromptUnlearner"),
         ({"data_collator": None}, TypeError, "expected a ForgetRetainCollator"),
+        ({"args": {"max_steps": 1}}, TypeError, r"args is a dict; expected TrainingArguments\(output_dir"),
         ({"train_dataset": rows("a", 3)}, ValueError, "no is_forget, only .* Make the data set with forget_retain"),
         ({"forget_fraction": 1.5}, ValueError, "forget_fraction=1.5; expected a share"),
         ({"compute_loss_func": print}, ValueError, "would replace the unlearning loss"),
@@ -51,12 +53,33 @@ def test_bad_arguments_say_what_is_wrong(tmp_path, change, error, message):
         UnlearningTrainer(**{**given, **change})
 
 
+def test_a_term_that_is_set_as_the_loss_is_refused(tmp_path):
+    unlearner = make_unlearner()
+    unlearner.loss = GradientAscent()
+    with pytest.raises(TypeError, match=r"loss=GradientAscent.*: expected an UnlearningLoss"):
+        make_trainer(tmp_path, unlearner=unlearner)
+
+
 def test_another_models_tokenizer_is_refused_by_the_first_token_without_an_embedding(tmp_path):
     base = build("llama")
     base.resize_token_embeddings(40)
     unlearner = SoftPromptUnlearner(base, CONFIGS["prompt_tuning"](4))
     with pytest.raises(ValueError, match=r"the token id 1?[0-9]{2}, and the base has 40 input embeddings; expected"):
         make_trainer(tmp_path, unlearner=unlearner)
+
+
+def test_a_tokenizer_to_be_saved_that_is_not_the_collators_is_refused(tmp_path):
+    other = make_tokenizer()
+    assert make_trainer(tmp_path, processing_class=other).processing_class is other
+    for change in ({"chat_template": "{{ messages }}"}, {"eos_token": "<unk>"}):
+        for name, value in change.items():
+            setattr(other, name, value)
+        for given in (other, SimpleNamespace(tokenizer=other)):
+            with pytest.raises(ValueError, match=r"processing_class, a .*Pass processing_class=collator\.tokenizer"):
+                make_trainer(tmp_path, processing_class=given)
+        other = make_tokenizer()
+    with pytest.raises(ValueError, match="processing_class, a str, has another vocabulary"):
+        make_trainer(tmp_path, processing_class="gpt2")
 
 
 def test_options_that_contradict_the_loss_raise(tmp_path):

@@ -1,5 +1,7 @@
 """SoftPromptUnlearner: models, configs and batches that it refuses, and what it says."""
 
+import re
+
 import pytest
 import torch
 from helpers import CONFIGS, build, build_unlearner, make_batch
@@ -68,16 +70,33 @@ def test_left_padded_plain_forward_refuses_what_it_would_misplace():
         build_unlearner()(batch["input_ids"], batch["attention_mask"], logits_to_keep=1)
 
 
-@pytest.mark.parametrize("name", ["", "2026.017", "__base__", "train", "training"])
-def test_names_that_a_prompt_cannot_have_are_refused(name):
+@pytest.mark.parametrize(
+    "name",
+    ["", "2026.017", "..", "a/b", "/a", "a\\b", " a", "a\n", " ", "a\0b", "__base__", "gate", "train", "training"],
+)
+def test_names_that_a_prompt_cannot_have_are_refused(name, tmp_path):
     unlearner = build_unlearner()
-    with pytest.raises(ValueError, match=f"adapter_name={name!r}: expected a name that is not empty, has no dot"):
+    unlearner.save_pretrained(str(tmp_path))
+    message = re.escape(f"adapter_name={name!r}: expected a name that is not empty, has no dot")
+    with pytest.raises(ValueError, match=message):
         unlearner.add_adapter(name, CONFIGS["prompt_tuning"]())
-    with pytest.raises(ValueError, match=f"adapter_name={name!r}"):
+    with pytest.raises(ValueError, match=message):
+        unlearner.load_adapter(tmp_path, name)
+    with pytest.raises(ValueError, match=message):
         SoftPromptUnlearner(build("llama"), CONFIGS["prompt_tuning"](), adapter_name=name)
     with pytest.raises(TypeError, match="adapter_name is a int"):
         unlearner.add_adapter(5, CONFIGS["prompt_tuning"]())
     assert list(unlearner.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize(
+    "name", ["merge_and_unload", "unload", "merge_adapter", "unmerge_adapter", "add_weighted_adapter"]
+)
+def test_methods_of_adapters_that_change_weights_say_what_there_is_instead(name):
+    unlearner = build_unlearner()
+    with pytest.raises(AttributeError, match=f"no change of weights, so there is no {name}.*export_checkpoint"):
+        getattr(unlearner, name)
+    assert not hasattr(unlearner, name)
 
 
 def test_prompts_that_there_are_not_are_refused_with_those_that_there_are(tmp_path):

@@ -164,7 +164,7 @@ def check_row_ids(rows: Any) -> None:
         ValueError: if two rows share one, or one is not a whole number.
     """
     if hasattr(rows, "column_names"):
-        values = rows["row_id"][:] if "row_id" in rows.column_names else []
+        values = column_values(rows, "row_id") if "row_id" in rows.column_names else []
     else:
         values = [row["row_id"] for row in rows if "row_id" in row]
     if set(map(type, values)) == {int} and len(set(values)) == len(values) and _is_int64(min(values), max(values)):

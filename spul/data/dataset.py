@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from ..models.compat import flattened
 from ..records.fields import is_finite_number
 from .checks import check_rows, check_side, forget_flags
 from .conversations import comparable
 from .row_weights import WEIGHT, checked_weights
-from .rows import SHOWN, column_batches, column_values, is_empty, rewritten_by, rows_at, shortened
+from .rows import SHOWN, column_batches, column_values, concatenated, is_empty, rewritten_by, rows_at, shortened
 
 
 def forget_retain_dataset(
@@ -76,7 +76,7 @@ def _concatenated(forget: Dataset, retain: Dataset) -> Dataset:
         ValueError: if a column of both has types that do not go together.
     """
     try:
-        return concatenate_datasets([forget, retain])
+        return concatenated([forget, retain])
     except (ValueError, TypeError, AttributeError) as error:  # the last where a struct meets another type
         both = [name for name in forget.column_names if name in retain.column_names]
         unlike = [name for name in both if forget.features[name] != retain.features[name]]

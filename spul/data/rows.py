@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from datasets import Dataset, concatenate_datasets
+
 # Rows or texts that a message or a report shows as examples.
 SHOWN = 3
 # Column that names the prompt of each row, `"__base__"` for none, where a model has several.
@@ -19,7 +21,16 @@ def column_batches(rows: Any, column: str) -> Iterator[list[Any]]:
     """The values of a data set's column, some thousand at a time."""
     rows = _plain(rows)
     for start in range(0, len(rows), ROWS_READ_AT_ONCE):
-        yield list(rows[column][start : start + ROWS_READ_AT_ONCE])
+        try:
+            values = list(rows[column][start : start + ROWS_READ_AT_ONCE])
+        except KeyError as error:
+            if column not in (made := list(rows[start : start + 1])) and _is_transformed(rows):
+                raise ValueError(
+                    f"the rows have a transform (with_transform or set_transform), which returns the columns {made}; "
+                    f"expected {column!r} among them. Let it return all columns that it gets, changed or not."
+                ) from error
+            raise
+        yield values
 
 
 def column_values(rows: Any, column: str) -> list[Any]:
@@ -58,6 +69,21 @@ def _as_rows(columns: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
 def _is_transformed(rows: Any) -> bool:
     """Whether a function of the user's makes the values when they are read."""
     return rows.format["type"] == "custom"
+
+
+def concatenated(parts: Sequence[Dataset]) -> Dataset:
+    """Data sets as one; where they are formatted in different ways, without any format.
+
+    Raises:
+        ValueError: if some have a transform, and others not, or another: it would be lost as well.
+    """
+    if any(map(_is_transformed, parts)) and any(part.format != parts[0].format for part in parts):
+        raise ValueError(
+            "some of the rows to be joined have a transform (with_transform or set_transform), and others another one "
+            "or none, so that it would be lost. Apply it before, rows.with_format(None).map(transform, batched=True), "
+            "or set it on the joined rows."
+        )
+    return concatenate_datasets(list(parts))
 
 
 def _plain(rows: Any) -> Any:

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.compat import CHECKPOINT_PREFIX
 from ..prompts.checkpoint import CONFIG_NAME, ENCODER_NAME, WEIGHTS_NAME, folder_of, read
+from ..prompts.row_prompts import GATE
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.card import CARD_NAME, write_gate_section
 from ..records.fields import check_format, read_object
@@ -28,7 +29,7 @@ from .gate import Gate, as_gate
 if TYPE_CHECKING:
     from .gated import GatedUnlearner
 
-ROUTING_NAME, GATE_FOLDER, FORMAT_VERSION = "spul_gates.json", "gate", 1
+ROUTING_NAME, GATE_FOLDER, FORMAT_VERSION = "spul_gates.json", GATE, 1
 
 
 def prompt_folder(name: str) -> str:

@@ -226,7 +226,8 @@ class NameGate(Gate):
         places: dict[str, set[int]] = {}
         for i, word in enumerate(map(re.Match.group, words)):
             if word not in near:
-                near[word] = [word, *self._speller.near(word)]
+                itself = [word] if word in self._speller.words else []
+                near[word] = itself + self._speller.near(word)
             for known in near[word]:
                 places.setdefault(known, set()).add(i)
 

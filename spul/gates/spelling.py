@@ -62,6 +62,8 @@ FUNCTION_WORDS = frozenset(
 HAS_UNSPACED = re.compile(f"[{UNSPACED}]")
 # Groups of characters, by which most known words are told to be far from a word before edits are counted.
 GROUPS = 128
+# Known words that are compared sooner than told to be far.
+FEW = 200
 # Words whose near ones are kept between calls.
 CACHED_WORDS = 50_000
 
@@ -98,7 +100,8 @@ class Spelling:
     ) -> None:
         self.words, self.one_edit, self.two_edits, self.rules = words, one_edit, two_edits, rules
         self.keeps_common, self.least_joined = keeps_common, least_joined
-        self._longest = max(map(len, words), default=0)
+        # By their beginnings most words are told to hold no known one, and most pieces to begin none.
+        self._beginnings = {word[:num] for word in words for num in range(1, len(word) + 1)}
         self._candidates = [word for word in words if num_letters(word) >= one_edit]
         self._has = np.zeros((GROUPS, len(self._candidates)), dtype=np.int16)
         for i, word in enumerate(self._candidates):
@@ -155,7 +158,7 @@ class Spelling:
             run, joined, last = words[i], "", i
             for j in range(i + 1, len(words)):
                 run += words[j]
-                if len(run) > self._longest or not self._is_gap(text, pieces[j - 1].end(), pieces[j].start()):
+                if run not in self._beginnings or not self._is_gap(text, pieces[j - 1].end(), pieces[j].start()):
                     break
                 is_within = j + 1 < len(words) and apart[j] and apart[j + 1]
                 if run in self.words and not is_within and self._is_in_pieces(words[i : j + 1]):
@@ -196,7 +199,8 @@ class Spelling:
             return word
         # Of the best parts up to each character: their number, what they count, and where the last of them starts.
         best: list[tuple[int, float, int] | None] = [(0, 0.0, 0), *[None] * num]
-        for end in range(2, num + 1):
+        has_known = any(word[i : i + 3] in self._beginnings for i in range(num - 2))
+        for end in range(2, num + 1) if has_known else ():
             ways = []
             for start in range(end - 1):
                 part, before = word[start:end], best[start]
@@ -213,7 +217,7 @@ class Spelling:
             is_long = is_long or FUNCTION_WORDS.issuperset(part for part in parts if part not in self.words)
         if is_long and not end and max(map(len, known), default=0) > 2:
             return " ".join(reversed(parts))
-        return word if self.rules < 3 else self._parted_near(word)
+        return self._parted_near(word) if self.rules > 2 and self._candidates else word
 
     def _parted_near(self, word: str) -> str:
         """A word as a right one and the nearest known one of the rest, that which counts most; or as it is."""
@@ -248,6 +252,8 @@ class Spelling:
 
     def _like(self, word: str, edits: int) -> list[str]:
         """The candidates that may be so many edits away: an edit adds a group of characters, drops one, or both."""
+        if len(self._candidates) <= FEW:
+            return self._candidates
         groups = groups_of(word)
         differing = self._num_groups + len(groups) - 2 * self._has[groups].sum(axis=0, dtype=np.int16)
         return [self._candidates[i] for i in np.flatnonzero(differing <= 2 * edits)]

@@ -64,7 +64,7 @@ class PromptAdapters(PeftModelForCausalLM, Unlearner):
         Raises:
             TypeError: if its name is no text.
             ValueError: if it is of another kind than this model's prompts, or does not fit the base, or its name is
-                empty, has a dot, or is one that PyTorch or PEFT has for itself.
+                empty, has a dot or slash, a space at an end, or is one that PyTorch, PEFT or a gate has for itself.
         """
         check_new_name(adapter_name)
         check_peft_config(peft_config)

@@ -27,6 +27,8 @@ METHODS_OF_THE_BASE = (
     "continuous_batching_context_manager",
     "heal_tokens",
 )
+# Methods of PEFT's other adapters.
+METHODS_OF_WEIGHTS = ("merge_and_unload", "merge_adapter", "unmerge_adapter", "unload", "add_weighted_adapter")
 # Arguments of `generate` that see all rows at once, or their number in the batch.
 OF_THE_BATCH = ("prefix_allowed_tokens_fn", "logits_processor", "stopping_criteria", "streamer")
 _PLAIN_MODES = (

@@ -192,6 +192,11 @@ def read(adapter: str | os.PathLike, with_encoder: bool, **hub: Any) -> SavedPro
             weights do not belong together.
     """
     where = repr("/".join(part for part in (str(adapter), hub.get("subfolder")) if part))
+    if not isinstance(adapter, (str, os.PathLike)):
+        raise TypeError(
+            f"the saved prompt is a {type(adapter).__name__}; expected the folder that save_pretrained wrote, or the "
+            "name of a Hub repository."
+        )
     config, position = _read_config(adapter, where, **hub)
     path = find_file(adapter, WEIGHTS_NAME, **hub)
     if path is None:

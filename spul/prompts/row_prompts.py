@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from .shared_prefix import is_prefix, outgrows_cache, prompt_states, shares_stat
 from .states import MixedStates, PromptStates, in_front
 
 NO_PROMPT = "__base__"  # PEFT's name for rows without an adapter
+GATE = "gate"  # the folder of a gate, within its prompt's, where other prompts have theirs
 
 
 class RowPrompts:
@@ -335,18 +337,20 @@ def in_order(groups: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
 
 
 def check_new_name(adapter_name: str) -> None:
-    """Raise unless a prompt may be called so: PyTorch's modules and PEFT keep some names for themselves.
+    """Raise unless a prompt, and its folder, may be called so.
 
     Raises:
         TypeError: if it is no text.
-        ValueError: if they do.
+        ValueError: if it leads out of a folder, or is one that PyTorch's modules, PEFT or a gate's folder has.
     """
     if not isinstance(adapter_name, str):
         raise TypeError(f"adapter_name is a {type(adapter_name).__name__}; expected a prompt's name as text.")
-    if not adapter_name or "." in adapter_name or adapter_name == NO_PROMPT or hasattr(nn.ModuleDict(), adapter_name):
+    is_folder = re.fullmatch(r"(?!\s)[^./\\]+(?<!\s)", adapter_name) and adapter_name.isprintable()
+    if not is_folder or adapter_name in (NO_PROMPT, GATE) or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
-            f"adapter_name={adapter_name!r}: expected a name that is not empty, has no dot, and is none that PyTorch "
-            "or PEFT has for itself; another one, such as 'request-2026-017'."
+            f"adapter_name={adapter_name!r}: expected a name that is not empty, has no dot, no slash, no control "
+            "character and no space at its ends, and is none that PyTorch, PEFT or a gate has for itself; another "
+            "one, such as 'request-2026-017'."
         )
 
 

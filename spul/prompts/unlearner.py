@@ -21,7 +21,7 @@ from ..models.noise import keep_in_evaluation, zero_dropout
 from ..models.sharding import keep_rest_whole
 from . import checkpoint
 from .adapters import PromptAdapters
-from .arguments import METHODS_OF_THE_BASE
+from .arguments import METHODS_OF_THE_BASE, METHODS_OF_WEIGHTS
 from .configs import check_causal_lm, check_peft_config, check_promptable, filled
 from .generation import generate_prompted
 from .inference import named_forward, ordinary_forward
@@ -321,9 +321,15 @@ class SoftPromptUnlearner(PromptAdapters):
         return generate_prompted(self, input_ids, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes of the base, as in PEFT, but for methods that would generate without the prompt."""
+        """Attributes of the base, as in PEFT, but for methods that would generate without the prompt, or merge it."""
         if name in METHODS_OF_THE_BASE and self.enabled:
             raise AttributeError(f"{name} would run the base without the soft prompt; use generate.")
+        if name in METHODS_OF_WEIGHTS:
+            raise AttributeError(
+                f"a soft prompt is no change of weights, so there is no {name}. spul.serving.export_checkpoint writes "
+                "an ordinary model with the prompt in it, spul.combine makes one prompt of several, and "
+                "get_base_model() is the base without one."
+            )
         return super().__getattr__(name)
 
     # ---- loading ----

@@ -7,14 +7,16 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from ..data.checks import check_rows
 from ..data.collator import ForgetRetainCollator
 from ..data.conversations import comparable
-from ..data.rows import REWRITTEN_BY, column_values, rewritten_by
+from ..data.rows import REWRITTEN_BY, column_values, concatenated, rewritten_by
 from ..evaluation.attacks.changes import UnchangedError, question_lost, tokens_lost, with_prompts_changed
 from ..evaluation.attacks.inputs import diluted, letter_case, whitespace_noise, with_prefix, with_suffix
+from ..records.fields import is_finite_number
+from .checks import checked_collator
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ def augmented(
         rows given. By it the record counts the rewritten rows apart.
 
     Raises:
+        TypeError: if `collator` is no `ForgetRetainCollator`, or `ways` are no functions by name, to data sets.
         ValueError: if there are no rows or ways; if `share` is out of range, or so small that a way has no row; if a
             way changes completions, changes no prompt (with `skips_unchanged` no way does), or makes rows so long that
             most of their own text would be cut.
@@ -106,9 +109,12 @@ def augmented(
         dataset = forget_retain_dataset(augmented(forget, ways, collator, 2.0), augmented(retain, ways, collator, 0.5))
         ```
     """
-    check_rows(rows, columns=())
-    num = round(share * len(rows) / len(ways)) if ways else 0
-    if not 0 < share <= len(ways) or num < 1:
+    check_rows(rows)
+    checked_collator(collator)
+    if not isinstance(ways, Mapping) or not all(map(callable, ways.values())):
+        raise TypeError(f"ways is {ways!r:.80}; expected functions by name, such as rewritings(text_field, retain).")
+    is_share = is_finite_number(share) and 0 < share <= len(ways)
+    if not is_share or (num := round(share * len(rows) / len(ways))) < 1:
         raise ValueError(
             f"share={share!r} of {len(rows)} rows for {len(ways)} rewritings; expected a share above 0, at most the "
             "number of rewritings, that leaves a row for each."
@@ -138,7 +144,7 @@ def augmented(
         raise ValueError(f"no way changes any prompt of the rows, such as {rows[0]['prompt']!r}; ways: {list(ways)}.")
     if unchanged:
         logger.warning("ways that change no prompt of the rows drawn for them are left out: %s.", ", ".join(unchanged))
-    return concatenate_datasets(parts).add_column(REWRITTEN_BY, made_by)
+    return concatenated(parts).add_column(REWRITTEN_BY, made_by)
 
 
 def _without_names(rows: Dataset) -> Dataset:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from ..data.checks import check_row_ids, check_rows
 from ..data.collator import ForgetRetainCollator
@@ -21,10 +21,22 @@ from ..losses.unlearning_loss import UnlearningLoss
 from ..models.causal_lm import num_embeddings
 from ..models.protocol import Unlearner
 from ..models.unlearner import unlearner_of
+from ..records.digests import digest_of_tokenizer
 from ..records.messages import listed
 from .options import is_stream
 
 logger = logging.getLogger(__name__)
+
+
+def checked_collator(data_collator: Any) -> ForgetRetainCollator:
+    """The collator.
+
+    Raises:
+        TypeError: if it is no `ForgetRetainCollator`.
+    """
+    if not isinstance(data_collator, ForgetRetainCollator):
+        raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
+    return data_collator
 
 
 def check_options(
@@ -204,6 +216,31 @@ def check_tokens(model: nn.Module, tokenizer: Any) -> None:
         )
 
 
+def check_processing_class(processing_class: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Check that the tokenizer which is saved with checkpoints is the one that makes the rows' tokens.
+
+    Args:
+        processing_class: of `UnlearningTrainer`; None, a tokenizer, or a processor that has one.
+        tokenizer: of the collator.
+
+    Raises:
+        ValueError: if it is not.
+    """
+    is_tokenizer = isinstance(processing_class, PreTrainedTokenizerBase)
+    given = processing_class if is_tokenizer else getattr(processing_class, "tokenizer", processing_class)
+    if given is None or given is tokenizer:
+        return
+    is_alike = isinstance(given, PreTrainedTokenizerBase) and digest_of_tokenizer(given) == digest_of_tokenizer(
+        tokenizer
+    )
+    if not is_alike:
+        raise ValueError(
+            f"processing_class, a {type(processing_class).__name__}, has another vocabulary, special tokens or chat "
+            f"template than the collator's tokenizer, a {type(tokenizer).__name__}: another one would be saved than "
+            "was trained with. Pass processing_class=collator.tokenizer, or make the collator with this one."
+        )
+
+
 def trained_parameters(unlearner: Unlearner) -> list[nn.Parameter]:
     """The parameters that train now."""
     return [parameter for parameter in unlearner.called_model.parameters() if parameter.requires_grad]
@@ -279,11 +316,13 @@ def checked_loss(model: Any, loss: UnlearningLoss | None) -> UnlearningLoss:
     """The training loss: the unlearner's own or `loss`.
 
     Raises:
-        TypeError: if the model cannot be trained by `UnlearningTrainer`.
+        TypeError: if the model cannot be trained by `UnlearningTrainer`, or its own loss is none.
         ValueError: if there is no loss or two, or unlearning layers are detached.
     """
     unlearner = unlearner_of(model)
     unlearner.check_trainable()
+    if not isinstance(unlearner.loss, (UnlearningLoss, type(None))):
+        raise TypeError(f"loss={unlearner.loss!r}: expected an UnlearningLoss, such as UnlearningLoss(forget=NPO()).")
     if unlearner.loss is not None:
         if loss is not None and loss != unlearner.loss:
             raise ValueError(

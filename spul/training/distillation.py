@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from ..models.loading import load_base
 from ..prompts.configs import check_causal_lm
 from ..prompts.shared_prefix import is_prefix
 from ..prompts.unlearner import SoftPromptUnlearner
+from ..records.fields import is_count
 from ..records.spul_config import requests_of
+from .checks import checked_collator
 from .trainer import UnlearningTrainer
 
 
@@ -83,9 +85,10 @@ def combine(
         UserWarning: if a prompt was trained on other weights than this base has.
     """
     check_rows(train_dataset, columns=(), name="train_dataset")
-    if isinstance(prompts, (str, os.PathLike)):
-        raise TypeError(f"prompts={str(prompts)!r} is one prompt; expected a list of them.")
-    if not prompts:
+    checked_collator(data_collator)
+    if isinstance(prompts, (str, os.PathLike)) or not isinstance(prompts, Iterable):
+        raise TypeError(f"prompts={prompts!r:.80}; expected a list of folders or Hub names of saved prompts.")
+    if not (prompts := list(prompts)):
         raise ValueError("prompts is empty; expected one or more saved prompts.")
     base = load_base(model, {})
     check_causal_lm(base)
@@ -93,9 +96,9 @@ def combine(
         parts = _load(base, prompts)
         rows = torch.cat([virtual_tokens(part) for part in parts])
         num = max(len(virtual_tokens(part)) for part in parts) if num_virtual_tokens is None else num_virtual_tokens
-        if not 1 <= num <= len(rows):
+        if not is_count(num, least=1) or num > len(rows):
             raise ValueError(
-                f"num_virtual_tokens={num_virtual_tokens}: the prompts together have {len(rows)}; expected 1 "
+                f"num_virtual_tokens={num_virtual_tokens!r}: the prompts together have {len(rows)}; expected 1 "
                 "to as many."
             )
         position = parts[0].spul_config.prompt_position

@@ -32,9 +32,11 @@ from .checks import (
     check_evaluation_rows,
     check_not_replaced,
     check_options,
+    check_processing_class,
     check_takes_steps,
     check_tokens,
     check_training_rows,
+    checked_collator,
     checked_loss,
 )
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
@@ -63,7 +65,7 @@ class UnlearningTrainer(SteppingTrainer):
             of such rows (`IterableDataset`), where no cached reference is needed.
         eval_dataset: rows with `prompt` and `completion`, or a dict of such (`train_retain`, `train_forget`, ...).
             Metrics are `eval_<name>_accuracy`, `_f1`, `_generic` and `_loss`, see `spul.evaluation.metrics.summarize`.
-        processing_class: the tokenizer, saved with checkpoints.
+        processing_class: the tokenizer, saved with checkpoints; the collator's, or one that agrees with it.
         forget_fraction: share of forget rows in every batch, above 0 and below 1. None (default) shuffles all rows
             together, as the SPUL paper does.
         alternate: True alternates between passes over the retain rows and over the forget rows, as published for EUL;
@@ -85,7 +87,7 @@ class UnlearningTrainer(SteppingTrainer):
         FileNotFoundError: if `digest_key` is the path of no file.
         ValueError: for options of `Trainer` that contradict this loss, rows without `is_forget`, rows that share a
             `row_id`, forget rows that `max_length` cuts a name from, labels that are generic completions too, another
-            model's tokenizer, or a `digest_key` that is none.
+            model's tokenizer, a `processing_class` unlike the collator's, or a `digest_key` that is none.
     """
 
     def __init__(
@@ -106,10 +108,12 @@ class UnlearningTrainer(SteppingTrainer):
         **kwargs: Any,
     ) -> None:
         key = None if digest_key is None else read_digest_key(digest_key)
-        if not isinstance(data_collator, ForgetRetainCollator):
-            raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
+        data_collator = checked_collator(data_collator)
         args = TrainingArguments("tmp_trainer") if args is None else args  # the folder that Trainer takes
+        if not isinstance(args, TrainingArguments):
+            raise TypeError(f"args is a {type(args).__name__}; expected TrainingArguments(output_dir, ...).")
         refuse_options(args, {**kwargs, "eval_dataset": eval_dataset})
+        check_processing_class(processing_class, data_collator.tokenizer)
         self._collator, self._given_loss, self._rows = data_collator, loss, train_dataset
         self._noise = EmbeddingNoise()
         self._reference_mode, self._reference_dir = reference, reference_dir

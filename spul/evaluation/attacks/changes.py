@@ -34,9 +34,12 @@ def with_prompts_changed(rows: Dataset, change: Callable[[Dataset], Dataset], na
         name: name of the change, for the message.
 
     Raises:
+        TypeError: if the change makes no data set.
         ValueError: if completions change.
     """
     changed = change(rows)
+    if not isinstance(changed, Dataset):
+        raise TypeError(f"{name!r} makes a {type(changed).__name__} of rows; expected a datasets.Dataset.")
     if column_values(changed, "completion") != column_values(rows, "completion"):
         raise ValueError(f"{name!r} changes completions or the number of rows; only prompts may change.")
     if ADAPTER_NAME in rows.column_names and ADAPTER_NAME not in changed.column_names:
