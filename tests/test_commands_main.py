@@ -101,6 +101,7 @@ def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_pat
     needed = ["--model", "m", "--forget", str(rows), "--retain", str(rows), "--output-dir", str(tmp_path / "out")]
     fit = ["gate", "fit", "--kind", "text", "--retain", str(rows)]
     serve = ["serve", "--model", "m", "--prompts"]
+    evaluate = ["evaluate", *needed, "--test-forget", str(rows), "--test-retain", str(rows)]
     both = [*needed, "--start", "near", "--instruction", "decline", "--save-steps", "3"]
     refused = {
         "did you mean save_steps": ["train", *needed, "--save-step", "3"],
@@ -110,11 +111,15 @@ def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_pat
             *("train", *needed, "--save-steps", "3", "--test-forget", str(tmp_path / "none.jsonl"))
         ],
         "--start and --instruction both": ["train", *both],
+        "and the name of the request that is noted": ["train", *needed, "--ledger", str(rows)],
+        "rows.jsonl' is no entry": ["train", *needed, "--ledger", str(rows), "--request", "1"],
         "--completion-template goes with --prompt-template": ["train", *needed, "--completion-template", "{a}"],
         "or --inputs alone": ["combine", *needed, "--inputs", str(rows), "--prompts", "a"],
         "gone.jsonl does not exist": [
             *("evaluate", *needed, "--test-forget", str(tmp_path / "gone.jsonl"), "--test-retain", str(rows))
         ],
+        "of an evidence pack; name its folder: --evidence DIR": [*evaluate, "--request", "1"],
+        "knows no request '1'": [*evaluate, "--evidence", "pack", "--ledger", str(rows), "--request", "1"],
         "--refusal is given without the folder": [*fit, "--refusal", "no", "--forget", str(rows)],
         "give forget and retain, a file of each": [*fit, "--adapter", str(tmp_path)],
         "lost.jsonl does not exist": [*fit, "--adapter", str(tmp_path), "--forget", str(tmp_path / "lost.jsonl")],

@@ -85,6 +85,7 @@ def check(options: EvaluateOptions) -> None:
     check_can_hold(options.output_dir)
     texts = None if options.unrelated_texts is None else [options.unrelated_texts]
     check_files(options.forget, options.retain, options.test_forget, options.test_retain, options.unseen, texts)
+    _check_noted(options)
 
 
 def run(options: EvaluateOptions) -> int | None:
@@ -101,6 +102,7 @@ def run(options: EvaluateOptions) -> int | None:
     from ..evaluation.attack_settings import AttackSettings
     from ..evaluation.checks import check_names
     from ..evaluation.conditions import failures
+    from ..evaluation.evidence import check_new
     from ..evaluation.loading import load_unlearned
     from ..evaluation.measures import MEASURES
     from ..evaluation.report.plotting import require_matplotlib
@@ -118,7 +120,8 @@ def run(options: EvaluateOptions) -> int | None:
         relearn_model_lr=options.relearn_model_lr,
     )
     conditions = _conditions(options, measures)
-    _check_evidence(options)
+    if options.evidence is not None:
+        check_new(options.evidence, options.ledger)
     require_matplotlib()  # for the report, before hours of measuring
     source_of_generic = "--generic" if options.generic is not None else f"{options.model}, its answer"
     options.generic = _generic(options)
@@ -250,9 +253,8 @@ def _attacks() -> list[str]:
     return usual_names(of_caller=False)
 
 
-def _check_evidence(options: EvaluateOptions) -> None:
-    """Raise, before anything is measured, if the evidence pack cannot be written."""
-    from ..evaluation.evidence import check_new
+def _check_noted(options: EvaluateOptions) -> None:
+    """Raise for options of an evidence pack that contradict each other, and a request that cannot be noted."""
     from ..records.ledger import Ledger
     from ..records.ledger_events import LedgerEvent
 
@@ -264,7 +266,6 @@ def _check_evidence(options: EvaluateOptions) -> None:
         raise ValueError("ledger is given without the request that the entry is of; name it: --request NAME.")
     if Path(options.output_dir).resolve().is_relative_to(Path(options.evidence).resolve()):
         raise ValueError("output_dir is the folder of the evidence, or in it; an evidence pack has one of its own.")
-    check_new(options.evidence, options.ledger)
     if options.request is not None:
         LedgerEvent("evaluated", options.request).to_dict()
     if options.ledger is not None and options.request is not None:
