@@ -242,6 +242,14 @@ def test_evidence_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["model", "base", "retrained", "reference"])
+def test_results_have_a_folder_of_their_own_that_is_no_models(files, tmp_path, name):
+    values = {**options_for(files, "no-model", tmp_path / "new" / ".." / "out"), name: tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"out is the folder of a model, .* such as .*out-evaluation"):
+        run(parsed("evaluate", values))
+    assert not (tmp_path / "out").exists()
+
+
 def test_attacks_are_chosen_by_name_and_stand_in_a_table_at_the_end(files, tmp_path, capsys, few_resamples):
     more = {"measures": ["input-attack"], "attacks": ["capitals", "diluted"], "attack_rows": 2}
     values = options_for(files, files["model"], tmp_path, **more)

@@ -96,18 +96,19 @@ def test_help_lists_every_command_and_loads_neither_torch_nor_transformers():
 
 
 def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"prompt": "a", "completion": " b"}\n')
-    needed = ["--model", "m", "--forget", str(rows), "--retain", str(rows), "--output-dir", str(tmp_path / "out")]
-    fit = ["gate", "fit", "--kind", "text", "--retain", str(rows)]
+    rows, others = tmp_path / "rows.jsonl", tmp_path / "retain.jsonl"
+    for path in (rows, others):
+        path.write_text('{"prompt": "a", "completion": " b"}\n')
+    needed = ["--model", "m", "--forget", str(rows), "--retain", str(others), "--output-dir", str(tmp_path / "out")]
+    fit = ["gate", "fit", "--kind", "text", "--retain", str(others)]
     serve = ["serve", "--model", "m", "--prompts"]
-    evaluate = ["evaluate", *needed, "--test-forget", str(rows), "--test-retain", str(rows)]
+    evaluate = ["evaluate", *needed, "--test-forget", str(rows), "--test-retain", str(others)]
     both = [*needed, "--start", "near", "--instruction", "decline", "--save-steps", "3"]
     refused = {
         "did you mean save_steps": ["train", *needed, "--save-step", "3"],
         "are required: --output_dir/--output-dir": ["train", "--seed", "1", *needed[:-2]],
         "--num-train-epochs is nan": ["train", *needed, "--num-train-epochs", "nan", "--no-skip-memory-metrics"],
-        "none.jsonl does not exist; its folder has rows.jsonl": [
+        "none.jsonl does not exist; its folder has retain.jsonl, rows.jsonl": [
             *("train", *needed, "--save-steps", "3", "--test-forget", str(tmp_path / "none.jsonl"))
         ],
         "--start and --instruction both": ["train", *both],
@@ -123,6 +124,10 @@ def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_pat
         "--refusal is given without the folder": [*fit, "--refusal", "no", "--forget", str(rows)],
         "give forget and retain, a file of each": [*fit, "--adapter", str(tmp_path)],
         "lost.jsonl does not exist": [*fit, "--adapter", str(tmp_path), "--forget", str(tmp_path / "lost.jsonl")],
+        "rows.jsonl is given to --forget and to --test-retain": [*evaluate[:-1], str(rows)],
+        "expected the base, by name or folder: --model BASE": [
+            *("gate", "fit", "--adapter", str(tmp_path), "--kind", "states", *needed[2:6])
+        ],
         "there is nothing to check": ["gate", "check", "--adapter", "a"],
         "there is no prompt to serve": serve[:-1],
         "of the prompt '2026-017', is no folder": [*serve, f"2026-017={tmp_path / 'gone'}"],

@@ -54,6 +54,11 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "@prompts", "--engine", "other"], ValueError, "transformers"),
         (["--prompts", "@prompts", "--vllm_url", "http://127.0.0.1:1"], ValueError, "give --engine vllm as well"),
         (["--prompts", "@prompts", "--vllm_model", "m"], ValueError, "vllm_model is given, and the engine is transf"),
+        (
+            ["--prompts", "@prompts", "--engine", "vllm", "--vllm_url", "127.0.0.1:1"],
+            ValueError,
+            "vllm_url='127.0.0.1:1'; expected vLLM's address",
+        ),
         (["--prompts", "@prompts", "--max_batch", "0"], ValueError, "max_batch=0"),
         (["--prompts", "@prompts", "--prompts_dir", "@prompts"], ValueError, "needs admin_token_file"),
         (["--prompts", "@prompts", "--record", "nothing:here"], ValueError, "is not found"),

@@ -251,6 +251,7 @@ def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_
     ("more", "message"),
     [
         ({"instruction": "decline", "start": "random"}, "give one of them"),
+        ({"instruction": " ", "model": "no-base"}, "--instruction is blank"),
         ({"start": "discriminative", "prompt_type": "p_tuning"}, "--prompt-type p_tuning has none"),
         ({"completion_template": "{{completion}}"}, "completion_template goes with prompt_template, .* give both"),
         ({"stop_every": 5}, "--stop-every is 5, of no effect without --hold-out 0.1"),

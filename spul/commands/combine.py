@@ -40,7 +40,7 @@ def check(options: CombineOptions) -> None:
     check_rewritten(options)
     options.check_template()
     check_can_hold(options.output_dir)
-    check_files(options.forget, options.retain, options.inputs)
+    check_files(options, "forget", "retain", "inputs")
 
 
 def run(options: CombineArguments) -> int | None:

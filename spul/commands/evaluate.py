@@ -83,8 +83,13 @@ def check(options: EvaluateOptions) -> None:
 
     options.check_template()
     check_can_hold(options.output_dir)
-    texts = None if options.unrelated_texts is None else [options.unrelated_texts]
-    check_files(options.forget, options.retain, options.test_forget, options.test_retain, options.unseen, texts)
+    models = (options.model, options.base, options.retrained, options.reference)
+    if Path(options.output_dir).resolve() in [Path(one).resolve() for one in models if one is not None]:
+        raise ValueError(
+            f"--output-dir {options.output_dir} is the folder of a model, with which the results would be served and "
+            f"uploaded; expected one of their own, such as {options.output_dir}-evaluation."
+        )
+    check_files(options, "forget", "retain", "test_forget", "test_retain", "unseen", "unrelated_texts")
     _check_noted(options)
 
 

@@ -82,7 +82,11 @@ def check_fit(options: FitOptions) -> None:
         raise ValueError(f"names are for a gate of names; a gate of {options.kind} takes forget and retain.")
     elif options.forget is None or options.retain is None:
         raise ValueError(f"a gate of {options.kind} is fit on requests; give forget and retain, a file of each.")
-    check_files([path for path in (options.forget, options.retain, options.paraphrases) if path is not None])
+    if options.kind == "states" and options.model is None:
+        raise ValueError(
+            "no base is given; expected the base, by name or folder: --model BASE. A gate of states reads its states."
+        )
+    check_files(options, "forget", "retain", "paraphrases")
 
 
 def _check_names(options: FitOptions) -> None:
@@ -201,7 +205,7 @@ def check_texts(options: CheckOptions) -> None:
         raise ValueError("there is nothing to check; give texts, or a file of them.")
     if options.column is not None and options.file is None:
         raise ValueError(f"column={options.column!r} is given without a file of requests; give it as well: --file.")
-    check_files(None if options.file is None else [options.file])
+    check_files(options, "file")
 
 
 def check(options: CheckOptions) -> int | None:

@@ -245,6 +245,7 @@ def _loaded(options: ServeOptions, check_noted: Callable[[str, str | None, bool]
     from ..gates.gated_files import prompt_folder
     from ..records.spul_config import read_spul_config
     from ..serving.loading import check_folders, is_rival, load_gated
+    from ..serving.proxy import check_address
     from ..serving.served import ServedPrompts
 
     folders = _folders(options.prompts)
@@ -255,6 +256,8 @@ def _loaded(options: ServeOptions, check_noted: Callable[[str, str | None, bool]
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used ({error}); expected such as cpu or cuda:0.") from error
+    if options.vllm_url is not None:
+        check_address(options.vllm_url, "vllm_url")
     names, num_refusals = list(folders if isinstance(folders, dict) else _gated_names(folders)), 0
     if isinstance(folders, dict):
         check_folders(folders, options.always)

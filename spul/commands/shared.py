@@ -162,19 +162,34 @@ class RowOptions:
         }
 
 
-def check_files(*paths: Sequence[str] | None) -> None:
-    """Raise, before the libraries that read files are imported, unless they are there.
+def check_files(options: Any, *names: str) -> None:
+    """Raise, before the libraries that read files are imported, unless they are there, none twice or of both sides.
 
     Args:
-        paths: files of each option; None where it is not given.
+        options: the command's.
+        names: of options, each a file, several, or None where it is not given.
 
     Raises:
         FileNotFoundError: if one is missing.
+        ValueError: if one is given twice to an option, or as rows to forget and as rows that stay.
     """
     from ..records.files import check_is_file
 
-    for path in (path for some in paths for path in some or ()):
-        check_is_file(path)
+    before: list[tuple[str, str, Path]] = []
+    for name in names:
+        given, flag, side = getattr(options, name), f"--{name.replace('_', '-')}", name.removeprefix("test_")
+        for path in [given] if isinstance(given, str) else given or ():
+            check_is_file(path)
+            file = Path(path).resolve()
+            for other, others_side in ((flag, side) for flag, side, one in before if one == file):
+                if other == flag:
+                    raise ValueError(f"{flag} has {path} twice, whose rows would count twice; expected it once.")
+                if {side, others_side} == {"forget", "retain"}:
+                    raise ValueError(
+                        f"{path} is given to {other} and to {flag}; expected rows to forget and rows that stay, each "
+                        "in files of their own."
+                    )
+            before.append((flag, side, file))
 
 
 def ledger_for(path: str | None, request: str | None) -> Ledger | None:

@@ -43,6 +43,8 @@ def check(options: TrainOptions) -> None:
     check_rewritten(options)
     if options.instruction is not None and options.start is not None:
         raise ValueError("--start and --instruction both say how the prompt begins; give one of them.")
+    if options.instruction is not None and not options.instruction.strip():
+        raise ValueError("--instruction is blank; expected what the prompt begins as, such as 'Decline to answer.'")
     options.check_template()
     for name, (condition, with_it) in OF_NO_EFFECT.items():
         if getattr(options, name) != getattr(TrainOptions, name) and not condition(options):
@@ -51,7 +53,7 @@ def check(options: TrainOptions) -> None:
                 f"{flag} is {getattr(options, name)}, of no effect without {with_it}: add that, or leave it out."
             )
     check_can_hold(options.output_dir)
-    check_files(options.forget, options.retain, options.test_forget, options.test_retain)
+    check_files(options, "forget", "retain", "test_forget", "test_retain")
     ledger_for(options.ledger, options.request)
 
 
