@@ -262,17 +262,17 @@ def test_attacks_are_chosen_by_name_and_stand_in_a_table_at_the_end(files, tmp_p
     assert said[1 : 2 + len(table)] == ["", *table]
     assert [line.split("  ")[0] for line in table] == ["attack", "capitals", "diluted, 1 turn"]
     values = options_for(files, files["model"], tmp_path / "other", **{**more, "attacks": ["paraphrase"]})
-    with pytest.raises(ValueError, match=r"no input attack 'paraphrase' on these rows; expected some of capitals"):
+    with pytest.raises(ValueError, match=r"--attacks: 'paraphrase' is not known; expected one of capitals"):
         run(parsed("evaluate", values))
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"attacks": ["nope"]}, "there is no input attack 'nope'; expected some of capitals"),
-        ({"attacks": ["nope"], "measures": ["input attack"]}, "there is no input attack 'nope'"),
+        ({"attacks": ["nope"]}, "--attacks: 'nope' is not known; expected one of capitals"),
+        ({"attacks": ["capital"]}, r"--attacks: 'capital' is not known; did you mean capitals\?"),
         ({"attacks": ["capitals"]}, "attacks are given, and 'input attack' is none of the measures"),
-        ({"measures": ["usefulness"]}, r"measures \['usefulness'\] are not known"),
+        ({"measures": ["usefulness"]}, "--measures: 'usefulness' is not known"),
     ],
 )
 def test_names_of_attacks_and_measures_are_checked_before_anything_is_loaded(files, tmp_path, more, message):

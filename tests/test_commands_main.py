@@ -18,6 +18,7 @@ from transformers import TrainingArguments
 
 import spul
 from spul.commands import main as module
+from spul.commands import names
 from spul.commands.command import Command
 from spul.commands.main import BAD_OPTIONS, INTERRUPTED, TABLE, commands_of, main
 from spul.commands.options import OptionsParser, parse, training_argument_names
@@ -107,6 +108,7 @@ def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_pat
     refused = {
         "did you mean save_steps": ["train", *needed, "--save-step", "3"],
         "are required: --output_dir/--output-dir": ["train", "--seed", "1", *needed[:-2]],
+        "did you mean NPO": ["train", *needed, "--method", "NPOO"],
         "--num-train-epochs is nan": ["train", *needed, "--num-train-epochs", "nan", "--no-skip-memory-metrics"],
         "none.jsonl does not exist; its folder has retain.jsonl, rows.jsonl": [
             *("train", *needed, "--save-steps", "3", "--test-forget", str(tmp_path / "none.jsonl"))
@@ -175,6 +177,17 @@ def test_help_shows_the_example_and_the_example_parses(name, capsys):
         assert parse(one, ["spul", *words], arguments) is not None
 
 
+def test_help_of_a_command_loads_no_torch():
+    code = (
+        "import contextlib, sys; from spul.commands.main import main\n"
+        "for words in ('train', 'combine', 'evaluate', 'gate fit', 'gate check', 'serve', 'ledger add'):\n"
+        "    with contextlib.suppress(SystemExit): main([*words.split(), '--help'])\n"
+        "print(*(name for name in ('torch', 'peft', 'datasets') if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.stdout.splitlines()[-1], done.stderr) == ("", "")
+
+
 @pytest.mark.parametrize("name", [name for name in OWN if name != "lm-eval"])
 def test_help_of_every_option_begins_small_and_has_no_full_stop(name):
     for one in commands_of(name).values():
@@ -191,28 +204,25 @@ def shown(capsys, *words):
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_help_of_evaluate_names_every_measure_and_every_attack_that_it_takes(capsys):
-    said = shown(capsys, "evaluate")
-    measures, attacks = (
-        said.split(f"{text}, all by default: ")[1].split(" --")[0] for text in ("to take", "on the input")
-    )
-    for name in MEASURES:
-        assert shlex.quote(name) in measures
-    for name in usual_names():
-        assert (shlex.quote(name) in attacks) is (name not in ("paraphrase", "reworded"))
+def test_names_that_options_take_are_those_of_the_registries():
+    assert [*names.MEASURES] == [*MEASURES]
+    assert [*names.ATTACKS] == usual_names(of_caller=False)
+    assert {*METHODS} - {*names.METHODS} == {"RMU"}
+    assert all(unlearning_method(name, "prompt") for name in names.METHODS)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"), [("train", "method"), ("evaluate", "measures"), ("evaluate", "attacks")]
+)
+def test_help_names_all_that_an_option_takes_as_it_is_typed(command, option, capsys):
+    said = shown(capsys, command)
+    assert ", ".join(map(shlex.quote, names.NAMES[option])) in said
 
 
 def test_help_shows_a_default_that_is_a_text_as_it_is_typed(capsys):
     said = shown(capsys, "train")
     assert "(default: ' {answer}')" in said
     assert "(default: SPUL)" in said
-
-
-def test_help_of_train_names_the_methods_that_train_a_prompt(capsys):
-    said = shown(capsys, "train").split("--method ")[1].split(" --")[0]
-    names = said.split("published method: ")[1].split(" (default: SPUL)")[0].split(", ")
-    assert set(METHODS) - set(names) == {"RMU"}
-    assert all(unlearning_method(name, "prompt") for name in names)
 
 
 def test_python_m_spul_is_the_same_program():

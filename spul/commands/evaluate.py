@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Command, Naming
+from .command import Command
+from .names import ATTACKS, MEASURES, quoted
 from .shared import LoadOptions, RowOptions, check_files, option
 from .wording import in_options
 
@@ -43,8 +44,8 @@ class EvaluateOptions(LoadOptions, RowOptions):
     test_retain: list[str] = option("files of other retain rows", ...)
     unseen: list[str] | None = option("files of rows like the forget rows that no model was trained on")
     unrelated_texts: str | None = option("a text file with a running text on each line")
-    measures: list[str] | None = option(Naming("measures to take, all by default", lambda: _measures()))
-    attacks: list[str] | None = option(Naming("attacks on the input, all by default", lambda: _attacks()))
+    measures: list[str] | None = option(f"measures to take, all by default: {quoted(MEASURES)}")
+    attacks: list[str] | None = option(f"attacks on the input, all by default: {quoted(ATTACKS)}")
     attack_rows: int = option("most rows of a set that are attacked", 200)
     names: list[str] | None = option("full names of those forgotten, which some attacks disguise")
     relearn_lr: float = option("learning rate of relearning a prompt, layers or LoRA", 1e-2)
@@ -63,7 +64,8 @@ class EvaluateOptions(LoadOptions, RowOptions):
     )
 
     def __post_init__(self) -> None:
-        """Make of `--model BASE --adapter FOLDER` what `--model FOLDER --base BASE` is."""
+        """Make of `--model BASE --adapter FOLDER` what `--model FOLDER --base BASE` is, and of hyphens spaces."""
+        self.measures = self.measures and [name.replace("-", " ") for name in self.measures]
         if self.adapter is None:
             return
         if self.base is not None:
@@ -105,18 +107,15 @@ def run(options: EvaluateOptions) -> int | None:
     from ..data.collator import ForgetRetainCollator
     from ..data.prompt_files import read_texts
     from ..evaluation.attack_settings import AttackSettings
-    from ..evaluation.checks import check_names
     from ..evaluation.conditions import failures
     from ..evaluation.evidence import check_new
     from ..evaluation.loading import load_unlearned
-    from ..evaluation.measures import MEASURES
     from ..evaluation.report.plotting import require_matplotlib
     from ..evaluation.run import evaluate
     from ..models.compat import PartialState
 
     check(options)
-    measures = [name.replace("-", " ") for name in options.measures or MEASURES]
-    check_names(measures)
+    measures = options.measures or list(MEASURES)
     attacks = AttackSettings(
         names=options.names or (),
         only=tuple(options.attacks or ()),
@@ -243,19 +242,6 @@ def _recorded(folder: str) -> list[str] | None:
     names = read_routing(folder)[1]["prompts"] if kind == "gated" else ["default"]
     found = [read_spul_config(folder, subfolder=prompt_folder(name)).generic_completions for name in names]
     return found[0] if found and all(one == found[0] for one in found) else None
-
-
-def _measures() -> list[str]:
-    from ..evaluation.measures import MEASURES
-
-    return list(MEASURES)
-
-
-def _attacks() -> list[str]:
-    """Names of the attacks on the input, without those that are functions or texts of the caller's in Python."""
-    from ..evaluation.attacks.usual import usual_names
-
-    return usual_names(of_caller=False)
 
 
 def _check_noted(options: EvaluateOptions) -> None:
