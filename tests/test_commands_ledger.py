@@ -163,7 +163,7 @@ def test_bad_options_are_refused(path, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"--digest_key is given without --rows"):
         run("add", "--ledger", path, "--event", "note", "--request", "1", "--digest_key", "key")
     assert main([*map(str, ("ledger", "add", "--ledger", path)), *late]) == 2
-    assert "--at 2999-01-01T00:00:00Z is in the future" in capsys.readouterr().err
+    assert "--at '2999-01-01T00:00:00Z' is in the future" in capsys.readouterr().err
     with pytest.raises(ValueError, match="event='forgotten' is not known"):
         run("add", "--ledger", path, "--event", "forgotten", "--request", "1")
     with pytest.raises(ValueError, match=r"knows no request '117'; did you mean '17'\?"):
