@@ -93,6 +93,7 @@ def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_pat
     fit = ["gate", "fit", "--kind", "text", "--retain", str(others)]
     serve = ["serve", "--model", "m", "--prompts"]
     evaluate = ["evaluate", *needed, "--test-forget", str(rows), "--test-retain", str(others)]
+    key = ["--digest-key", str(rows)]
     both = [*needed, "--start", "near", "--instruction", "decline", "--save-steps", "3"]
     refused = {
         "did you mean save_steps": ["train", *needed, "--save-step", "3"],
@@ -105,6 +106,9 @@ def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_pat
         "--start and --instruction both": ["train", *both],
         "and the name of the request that is noted": ["train", *needed, "--ledger", str(rows)],
         "rows.jsonl' is no entry": ["train", *needed, "--ledger", str(rows), "--request", "1"],
+        "there is no file 'no.key' with a digest_key": ["train", *needed, "--digest-key", "no.key"],
+        "rows.jsonl' holds no --digest-key": ["combine", *needed, "--generic", "a", "--prompts", "a", "b", *key],
+        "retain.jsonl' is a file; expected a folder": ["train", *needed, "--reference-dir", str(others)],
         "--completion-template goes with --prompt-template": ["train", *needed, "--completion-template", "{a}"],
         "or --inputs alone": ["combine", *needed, "--inputs", str(rows), "--prompts", "a"],
         "gone.jsonl does not exist": [

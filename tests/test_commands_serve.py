@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 
 import pytest
 import torch
@@ -95,6 +96,16 @@ def test_a_server_is_made_of_options(folder, prompts, name):
 def test_what_is_unclear_does_not_start_and_loads_no_base(folder, arguments, error, says, tmp_path):
     with pytest.raises(error, match=says):
         server_of(options(folder, "--model", tmp_path / "no-base", *arguments))
+
+
+def test_an_address_that_is_taken_or_another_machines_is_said_before_anything_is_loaded(folder, tmp_path):
+    given = ("--prompts", "@prompts", "--model", tmp_path / "no-base")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"cannot listen at --host 127\.0\.0\.1 --port {port} \(.*in use"):
+            server_of(options(folder, *given, "--port", port))
+    with pytest.raises(OSError, match=r"cannot listen at --host 192\.0\.2\.1 --port 0 "):
+        server_of(options(folder, *given, "--host", "192.0.2.1", "--port", 0))
 
 
 def test_a_token_may_come_through_a_pipe_as_shells_pass_the_output_of_a_program(folder):

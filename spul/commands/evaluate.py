@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .command import Command
 from .names import ATTACKS, MEASURES, quoted
-from .shared import LoadOptions, RowOptions, check_files, option
+from .shared import LoadOptions, RowOptions, check_files, check_places, option
 from .wording import in_options
 
 if TYPE_CHECKING:
@@ -81,10 +81,8 @@ def check(options: EvaluateOptions) -> None:
         FileNotFoundError: if a file is missing.
         ValueError: if options cannot be used.
     """
-    from ..records.files import check_can_hold
-
     options.check_template()
-    check_can_hold(options.output_dir)
+    check_places(options)
     models = (options.model, options.base, options.retrained, options.reference)
     if Path(options.output_dir).resolve() in [Path(one).resolve() for one in models if one is not None]:
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -72,11 +73,12 @@ class ServeOptions(LoadOptions):
 
 
 def check(options: ServeOptions) -> None:
-    """Raise for options that contradict each other, a ledger that cannot go on, and files and folders that are not
-    there, before torch is imported.
+    """Raise for options that contradict each other, a ledger that cannot go on, files and folders that are not there,
+    and an address that is taken, before torch is imported.
 
     Raises:
         FileNotFoundError: if a folder or a file is missing.
+        OSError: if the server cannot listen where it is told to.
         ValueError: if options cannot be used.
     """
     from ..records.files import check_is_file
@@ -104,6 +106,20 @@ def check(options: ServeOptions) -> None:
         raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
     if options.ledger is not None:
         Ledger(options.ledger).check_goes_on()
+    _check_listens(options.host, options.port)
+
+
+def _check_listens(host: str, port: int) -> None:
+    """Raise, before minutes of loading, if another program listens at an address, or it is none of this machine."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn, which may follow a server that ended
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"the server cannot listen at --host {host} --port {port} ({error}); name another, or --port 0 for a "
+                "free one."
+            ) from error
 
 
 def run(options: ServeOptions) -> None:

@@ -192,6 +192,27 @@ def check_files(options: Any, *names: str) -> None:
             before.append((flag, side, file))
 
 
+def check_places(options: Any) -> None:
+    """Raise unless what a training or an evaluation writes can be written, and its key be read.
+
+    Args:
+        options: the command's, with `output_dir`, `digest_key` and, of a training, `reference_dir`.
+
+    Raises:
+        FileExistsError, PermissionError: if a folder is a file, or may not be written to.
+        FileNotFoundError: if there is no key.
+        ValueError: if the file holds none, or a path is empty.
+    """
+    from ..records.digests import read_digest_key
+    from ..records.files import check_can_hold
+
+    for folder in (options.output_dir, getattr(options, "reference_dir", None)):
+        if folder is not None:
+            check_can_hold(folder)
+    if options.digest_key is not None:
+        read_digest_key(options.digest_key)
+
+
 def ledger_for(path: str | None, request: str | None) -> Ledger | None:
     """The ledger that gets an entry of what is made for a request; None without one.
 

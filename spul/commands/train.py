@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .command import Command
 from .rewriting import check_rewritten, rewritten_rows, ways_of
-from .shared import check_files, check_new_prompt, ledger_for
+from .shared import check_files, check_new_prompt, check_places, ledger_for
 from .train_options import TrainOptions
 
 if TYPE_CHECKING:
@@ -38,8 +38,6 @@ def check(options: TrainOptions) -> None:
         FileNotFoundError: if a file is missing.
         ValueError: if options cannot be used, or the ledger is damaged.
     """
-    from ..records.files import check_can_hold
-
     check_rewritten(options)
     if options.instruction is not None and options.start is not None:
         raise ValueError("--start and --instruction both say how the prompt begins; give one of them.")
@@ -52,7 +50,7 @@ def check(options: TrainOptions) -> None:
             raise ValueError(
                 f"{flag} is {getattr(options, name)}, of no effect without {with_it}: add that, or leave it out."
             )
-    check_can_hold(options.output_dir)
+    check_places(options)
     check_files(options, "forget", "retain", "test_forget", "test_retain")
     ledger_for(options.ledger, options.request)
 
