@@ -73,12 +73,11 @@ class ServeOptions(LoadOptions):
 
 
 def check(options: ServeOptions) -> None:
-    """Raise for options that contradict each other, a ledger that cannot go on, files and folders that are not there,
-    and an address that is taken, before torch is imported.
+    """Raise for options that contradict each other, a ledger that cannot go on, and files and folders that are not
+    there, before torch is imported.
 
     Raises:
         FileNotFoundError: if a folder or a file is missing.
-        OSError: if the server cannot listen where it is told to.
         ValueError: if options cannot be used.
     """
     from ..records.files import check_is_file
@@ -106,7 +105,6 @@ def check(options: ServeOptions) -> None:
         raise ValueError("always goes with prompts that are named: --prompts NAME=FOLDER.")
     if options.ledger is not None:
         Ledger(options.ledger).check_goes_on()
-    _check_listens(options.host, options.port)
 
 
 def _check_listens(host: str, port: int) -> None:
@@ -127,6 +125,7 @@ def run(options: ServeOptions) -> None:
 
     Raises:
         FileNotFoundError: if a folder, a gate or a file is missing.
+        OSError: if the server cannot listen where it is told to.
         ValueError: if there is no prompt, one does not fit the base, or an option is out of range.
     """
     try:
@@ -136,6 +135,7 @@ def run(options: ServeOptions) -> None:
             'spul serve needs further libraries; in a clone of its repository: pip install ".[serve]".'
         ) from error
 
+    _check_listens(options.host, options.port)
     _say("checking options and prompts")
     app, limits = build(options)
     for line in what_is_served(options, app.state.served):
