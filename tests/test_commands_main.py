@@ -115,7 +115,7 @@ def test_what_options_and_files_show_is_refused_before_torch_is_imported(tmp_pat
             *("evaluate", *needed, "--test-forget", str(tmp_path / "gone.jsonl"), "--test-retain", str(rows))
         ],
         "of an evidence pack; name its folder: --evidence DIR": [*evaluate, "--request", "1"],
-        "knows no request '1'": [*evaluate, "--evidence", "pack", "--ledger", str(rows), "--request", "1"],
+        "retain.jsonl' is no entry": [*evaluate, "--evidence", "pack", "--ledger", str(others), "--request", "1"],
         "--refusal is given without the folder": [*fit, "--refusal", "no", "--forget", str(rows)],
         "give forget and retain, a file of each": [*fit, "--adapter", str(tmp_path)],
         "lost.jsonl does not exist": [*fit, "--adapter", str(tmp_path), "--forget", str(tmp_path / "lost.jsonl")],

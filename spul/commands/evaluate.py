@@ -253,15 +253,19 @@ def _check_noted(options: EvaluateOptions) -> None:
         return
     if options.ledger is not None and options.request is None:
         raise ValueError("ledger is given without the request that the entry is of; name it: --request NAME.")
-    if Path(options.output_dir).resolve().is_relative_to(Path(options.evidence).resolve()):
+    evidence = Path(options.evidence).resolve()
+    if Path(options.output_dir).resolve().is_relative_to(evidence):
         raise ValueError("output_dir is the folder of the evidence, or in it; an evidence pack has one of its own.")
     if options.request is not None:
         LedgerEvent("evaluated", options.request).to_dict()
-    if options.ledger is not None and options.request is not None:
-        if Path(options.ledger).exists():
-            Ledger(options.ledger).check_known(options.request)  # a slip of the pen would begin another request
-        else:
-            Ledger(options.ledger).check_name(options.request)
+    if options.ledger is None or options.request is None or Path(options.ledger).resolve().is_relative_to(evidence):
+        return  # of the last, `check_new` says that it is none
+    ledger = Ledger(options.ledger)
+    ledger.check_goes_on()
+    if ledger.path.exists():
+        ledger.check_known(options.request)  # a slip of the pen would begin another request
+    else:
+        ledger.check_name(options.request)
 
 
 def _write(found: Evaluation, options: EvaluateOptions) -> None:
