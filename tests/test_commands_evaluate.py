@@ -242,6 +242,14 @@ def test_evidence_that_cannot_be_written_is_refused_before_anything_is_measured(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["model", "base", "retrained", "reference"])
+def test_results_have_a_folder_of_their_own_that_is_no_models(files, tmp_path, name):
+    values = {**options_for(files, "no-model", tmp_path / "new" / ".." / "out"), name: tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"out is the folder of a model, .* such as .*out-evaluation"):
+        run(parsed("evaluate", values))
+    assert not (tmp_path / "out").exists()
+
+
 def test_attacks_are_chosen_by_name_and_stand_in_a_table_at_the_end(files, tmp_path, capsys, few_resamples):
     more = {"measures": ["input-attack"], "attacks": ["capitals", "diluted"], "attack_rows": 2}
     values = options_for(files, files["model"], tmp_path, **more)
@@ -254,17 +262,17 @@ def test_attacks_are_chosen_by_name_and_stand_in_a_table_at_the_end(files, tmp_p
     assert said[1 : 2 + len(table)] == ["", *table]
     assert [line.split("  ")[0] for line in table] == ["attack", "capitals", "diluted, 1 turn"]
     values = options_for(files, files["model"], tmp_path / "other", **{**more, "attacks": ["paraphrase"]})
-    with pytest.raises(ValueError, match=r"no input attack 'paraphrase' on these rows; expected some of capitals"):
+    with pytest.raises(ValueError, match=r"--attacks: 'paraphrase' is not known; expected one of capitals"):
         run(parsed("evaluate", values))
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"attacks": ["nope"]}, "there is no input attack 'nope'; expected some of capitals"),
-        ({"attacks": ["nope"], "measures": ["input attack"]}, "there is no input attack 'nope'"),
+        ({"attacks": ["nope"]}, "--attacks: 'nope' is not known; expected one of capitals"),
+        ({"attacks": ["capital"]}, r"--attacks: 'capital' is not known; did you mean capitals\?"),
         ({"attacks": ["capitals"]}, "attacks are given, and 'input attack' is none of the measures"),
-        ({"measures": ["usefulness"]}, r"measures \['usefulness'\] are not known"),
+        ({"measures": ["usefulness"]}, "--measures: 'usefulness' is not known"),
     ],
 )
 def test_names_of_attacks_and_measures_are_checked_before_anything_is_loaded(files, tmp_path, more, message):

@@ -119,17 +119,17 @@ def test_entries_by_hand_take_rows_key_adapter_and_evaluation(path, tmp_path, ca
     (folder / "adapter_model.safetensors").write_bytes(b"weights")
     SpulConfig(base_fingerprint="ab" * 32).save(folder)
     whole().save(tmp_path / "evaluation")
-    options = ("--ledger", path, "--event", "evaluated", "--request", "17", "--at", "2026-03-01T09:30:00Z")
+    options = ("--ledger", path, "--event", "evaluated", "--request", "17", "--at", "2025-03-01T09:30:00Z")
     run("add", *options, "--rows", rows, "--digest_key", key, "--adapter", folder, "--note", "by hand",
         "--evaluation", tmp_path / "evaluation")  # fmt: skip
     state, entry = Ledger(path).states()["17"], Ledger(path).entries()[-1]
     assert state.rows == summarize_rows(ROWS, key)
     assert (state.adapter, state.prompt_sha256) == ("forget-17", hashlib.sha256(b"weights").hexdigest())
     assert state.evaluation == hashlib.sha256((tmp_path / "evaluation" / "evaluation.json").read_bytes()).hexdigest()
-    assert (entry.at, entry.fields["note"]) == ("2026-03-01T09:30:00Z", "by hand")
+    assert (entry.at, entry.fields["note"]) == ("2025-03-01T09:30:00Z", "by hand")
     assert capsys.readouterr().out.splitlines() == [
         f"{path}, entry 2:",
-        *("  request: 17", "  2026-03-01T09:30:00Z evaluated: by hand"),
+        *("  request: 17", "  2025-03-01T09:30:00Z evaluated: by hand"),
         f"  rows: 2, HMAC-SHA256 {state.rows.digest}",
         *("  adapter: forget-17", f"  SHA-256 of the prompt: {state.prompt_sha256}"),
         *(f"  fingerprint of the base: {'ab' * 32}", f"  SHA-256 of the evaluation: {state.evaluation}"),
@@ -143,7 +143,7 @@ def test_entries_by_hand_take_rows_key_adapter_and_evaluation(path, tmp_path, ca
     out = capsys.readouterr().out
     assert out.startswith("17\n  rows: 2, HMAC-SHA256 ")
     times = [entry.at for entry in Ledger(path).entries()]
-    for line in (f"{times[0]} received", f"{times[1]} served", "2026-03-01T09:30:00Z evaluated: by hand",
+    for line in (f"{times[0]} received", f"{times[1]} served", "2025-03-01T09:30:00Z evaluated: by hand",
                  f"{times[3]} revoked", f"now: revoked since {times[3]}: {AGAIN}"):  # fmt: skip
         assert f"\n  {line}\n" in out
     assert "Jane" not in path.read_text()
@@ -158,9 +158,12 @@ def test_help_names_every_event_and_no_empty_default(command, words, capsys):
     assert "default: []" not in said
 
 
-def test_bad_options_are_refused(path, tmp_path):
+def test_bad_options_are_refused(path, tmp_path, capsys):
+    late = ("--event", "revoked", "--request", "17", "--at", "2999-01-01T00:00:00Z")
     with pytest.raises(ValueError, match=r"--digest_key is given without --rows"):
         run("add", "--ledger", path, "--event", "note", "--request", "1", "--digest_key", "key")
+    assert main([*map(str, ("ledger", "add", "--ledger", path)), *late]) == 2
+    assert "--at '2999-01-01T00:00:00Z' is in the future" in capsys.readouterr().err
     with pytest.raises(ValueError, match="event='forgotten' is not known"):
         run("add", "--ledger", path, "--event", "forgotten", "--request", "1")
     with pytest.raises(ValueError, match=r"knows no request '117'; did you mean '17'\?"):

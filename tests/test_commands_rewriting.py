@@ -90,7 +90,8 @@ def test_rows_are_rewritten_in_their_text_field_alone(files, tmp_path, runs):
         name: write_rows(tmp_path / f"{name}.jsonl", texts(who, num))
         for name, who, num in (("forget", "jane", 9), ("retain", "joe", 9))
     }
-    trained({"model": files["model"], **sets, "text_field": "text"}, tmp_path / "out", test_forget=sets["retain"])
+    tests = write_rows(tmp_path / "tests.jsonl", texts("joe", 9))
+    trained({"model": files["model"], **sets, "text_field": "text"}, tmp_path / "out", test_forget=tests)
     made = {row["rewritten_by"]: row for row in runs[0][0]._rows if row["is_forget"]}
     assert made["capitals"]["prompt"] == f"text: {made['capitals']['text']}\nsentiment:"
     assert made["capitals"]["text"].startswith("THE FILM ")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from serve_folder import EVENTS, options, write_served
 from servers import alone, client, make_gated, running_app
 
 from spul import SoftPromptUnlearner
+from spul.commands import serve
 from spul.commands.serve import COMMANDS
 from spul.commands.serve import build as server_of
 from spul.models.loading import load_causal_lm
@@ -54,6 +56,11 @@ def test_a_server_is_made_of_options(folder, prompts, name):
         (["--prompts", "@prompts", "--engine", "other"], ValueError, "transformers"),
         (["--prompts", "@prompts", "--vllm_url", "http://127.0.0.1:1"], ValueError, "give --engine vllm as well"),
         (["--prompts", "@prompts", "--vllm_model", "m"], ValueError, "vllm_model is given, and the engine is transf"),
+        (
+            ["--prompts", "@prompts", "--engine", "vllm", "--vllm_url", "127.0.0.1:1"],
+            ValueError,
+            "vllm_url='127.0.0.1:1'; expected vLLM's address",
+        ),
         (["--prompts", "@prompts", "--max_batch", "0"], ValueError, "max_batch=0"),
         (["--prompts", "@prompts", "--prompts_dir", "@prompts"], ValueError, "needs admin_token_file"),
         (["--prompts", "@prompts", "--record", "nothing:here"], ValueError, "is not found"),
@@ -90,6 +97,16 @@ def test_a_server_is_made_of_options(folder, prompts, name):
 def test_what_is_unclear_does_not_start_and_loads_no_base(folder, arguments, error, says, tmp_path):
     with pytest.raises(error, match=says):
         server_of(options(folder, "--model", tmp_path / "no-base", *arguments))
+
+
+def test_an_address_that_is_taken_or_another_machines_is_said_before_anything_is_loaded(folder, tmp_path):
+    given = ("--prompts", "@prompts", "--model", tmp_path / "no-base")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"cannot listen at --host 127\.0\.0\.1 --port {port} \(.*in use"):
+            COMMANDS[""].run(options(folder, *given, "--port", port))
+    with pytest.raises(OSError, match=r"cannot listen at --host 192\.0\.2\.1 --port 0 "):
+        COMMANDS[""].run(options(folder, *given, "--host", "192.0.2.1", "--port", 0))
 
 
 def test_a_token_may_come_through_a_pipe_as_shells_pass_the_output_of_a_program(folder):
@@ -157,6 +174,7 @@ def test_vllm_is_chosen_by_an_option(folder):
 def test_what_is_served_is_said_before_the_server_starts(folder, tmp_path, monkeypatch, capsys):
     said = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **given: said.extend(capsys.readouterr().out.splitlines()))
+    monkeypatch.setattr(serve, "_check_listens", lambda host, port: None)
     ledger = Ledger(tmp_path / "ledger.jsonl")
     events = {"17": ["received"], "19": ["received"], "18": ["trained", "served", "stopped"]}
     for event, name in ((event, name) for name, some in events.items() for event in some):
@@ -191,6 +209,7 @@ def test_which_base_is_loaded_is_said_before_it_is(folder, tmp_path, capsys):
 def test_it_binds_to_this_machine_unless_told_and_warns_otherwise(folder, monkeypatch, caplog):
     calls = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **given: calls.append(given))
+    monkeypatch.setattr(serve, "_check_listens", lambda host, port: None)
     COMMANDS[""].run(options(folder, "--prompts", "@prompts"))
     assert (calls[0]["host"], calls[0]["port"], caplog.text) == ("127.0.0.1", 8080, "")
     COMMANDS[""].run(options(folder, "--prompts", "@prompts", "--host", "0.0.0.0"))

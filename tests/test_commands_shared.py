@@ -21,6 +21,29 @@ def files(tmp_path):
     return write_files(tmp_path)
 
 
+@pytest.mark.parametrize("command", ["train", "combine", "evaluate", "gate"])
+def test_a_file_of_rows_to_forget_is_none_of_rows_that_stay_and_is_given_once(files, tmp_path, command):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(files["forget"])
+    values = {**files, "generic": [" unknown"], "output_dir": tmp_path / "out"}
+    run, sub, own, few = {
+        "train": (train.run, "", {}, ()),
+        "combine": (combine.run, "", {"prompts": ["a", "b"]}, ("test_forget", "test_retain")),
+        "evaluate": (evaluate.run, "", {}, ()),
+        "gate": (gate.fit, "fit", {"adapter": tmp_path, "kind": "text"}, (*list(files)[2:], "generic", "output_dir")),
+    }[command]
+    values = {name: value for name, value in {**values, **own}.items() if name not in few}
+    with pytest.raises(ValueError, match=r"link\.jsonl is given to --forget and to --retain; expected rows to forget"):
+        run(parsed(command, {**values, "retain": link}, sub))
+    if command != "gate":
+        with pytest.raises(ValueError, match=r"--forget has .*link\.jsonl twice, whose rows would count twice"):
+            run(parsed(command, {**values, "forget": [files["forget"], link]}, sub))
+    for name in {"test_forget", "test_retain"} & values.keys():
+        other, opposite = ("--retain", files["retain"]) if name == "test_forget" else ("--forget", files["forget"])
+        with pytest.raises(ValueError, match=f"is given to {other} and to --{name.replace('_', '-')}"):
+            run(parsed(command, {**values, name: opposite}, sub))
+
+
 @pytest.fixture
 def no_base(monkeypatch):
     """A base that cannot be loaded."""

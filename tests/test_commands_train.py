@@ -251,6 +251,7 @@ def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_
     ("more", "message"),
     [
         ({"instruction": "decline", "start": "random"}, "give one of them"),
+        ({"instruction": " ", "model": "no-base"}, "--instruction is blank"),
         ({"start": "discriminative", "prompt_type": "p_tuning"}, "--prompt-type p_tuning has none"),
         ({"completion_template": "{{completion}}"}, "completion_template goes with prompt_template, .* give both"),
         ({"stop_every": 5}, "--stop-every is 5, of no effect without --hold-out 0.1"),
@@ -261,8 +262,8 @@ def test_a_prompt_begins_as_the_draw_nearest_to_the_base_on_the_rows(files, tmp_
         ({"ledger": "{}/ledger.jsonl", "request": " "}, "expected the name of a request"),
         ({"ledger": "{}/ledger.jsonl", "request": "2026/017"}, "its name is that of its prompt where it is served"),
         ({"ledger": "{}/note.txt", "request": "2026-017"}, "is no entry of a ledger"),
-        ({"method": "NOPE"}, "method 'NOPE' is not known"),
-        ({"method": "RMU"}, "RMU"),
+        ({"method": "NOPE"}, "--method: 'NOPE' is not known; expected one of SPUL, GA"),
+        ({"method": "RMU"}, "--method: 'RMU' is not known"),
         (
             {"num_virtual_tokens": 95},
             "96 positions; a prompt of 95 virtual tokens leaves 1 .*--num-virtual-tokens",

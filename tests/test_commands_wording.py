@@ -113,6 +113,7 @@ def test_every_option_is_named_where_a_message_names_its_argument(name):
         (f"leave out {name}=", f"leave out {flag}"),
         (f"{name}=-3: expected 1", f"{flag} -3: expected 1"),
         (f"the collator's {name}=0.5.", f"{flag} 0.5."),
+        (f"{name}='a b'; expected another, or {name}=\"'\".", f"{flag} 'a b'; expected another, or {flag} \"'\"."),
         (f"give AttackSettings({name}=...); without", f"give {flag}; without"),
     ):
         assert in_options(text, EvaluateOptions) == worded

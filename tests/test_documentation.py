@@ -20,6 +20,7 @@ from peft import PromptTuningConfig
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from spul import SoftPromptUnlearner, score_completions
+from spul.commands import serve
 from spul.commands.main import TABLE, commands_of, main
 from spul.commands.options import OptionsParser, parse
 
@@ -244,6 +245,7 @@ def test_the_commands_of_the_page_run_one_after_the_other(here, few_steps, few_r
         base = AutoModelForCausalLM.from_pretrained(BASE)
     apps = []
     monkeypatch.setattr(uvicorn, "run", lambda app, **given: apps.append(app))
+    monkeypatch.setattr(serve, "_check_listens", lambda host, port: None)
     for words in commands_on("docs/command-line.md"):
         if words[0] not in TABLE or words[0] == "lm-eval":  # the harness fetches its tasks
             continue

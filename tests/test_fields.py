@@ -75,6 +75,12 @@ def test_what_is_no_json_object_is_refused(tmp_path, content):
         read_object(tmp_path / "a.json")
 
 
+def test_a_key_that_stands_twice_is_refused_by_its_name(tmp_path):
+    (tmp_path / "a.json").write_text('{"kind": "names", "gate": {"kind": "text", "kind": "names"}}')
+    with pytest.raises(ValueError, match=r"a\.json is no JSON \(the key 'kind' is given twice; expected it once\)"):
+        read_object(tmp_path / "a.json")
+
+
 def test_metrics_that_are_no_numbers_are_not_written(tmp_path):
     SpulConfig().save(tmp_path)
     with pytest.raises(ValueError, match="write_metrics: metrics is 5"):

@@ -36,11 +36,11 @@ def lines_of(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
 
 
-def resealed(line: bytes, **changes) -> bytes:
-    """A line with other fields and the digest that fits them."""
+def resealed(line: bytes, first: str = "", **changes) -> bytes:
+    """A line with other fields, after the text `first`, and the digest that fits them."""
     record = json.loads(line) | changes
     del record["digest"]
-    content = json.dumps(record)
+    content = f"{{{first}{json.dumps(record)[1:]}"
     return f'{content[:-1]}, "digest": "{hashlib.sha256(content.encode()).hexdigest()}"}}\n'.encode()
 
 
@@ -93,6 +93,7 @@ def test_an_edit_of_any_byte_is_found_on_its_line(path):
         (lambda lines: [*lines[:2], b"{}\n", *lines[3:]], 3, "it is no entry of a ledger"),
         (lambda lines: [*lines[:2], resealed(lines[2], rows=7), *lines[3:]], 3, "it is no entry of a ledger"),
         (lambda lines: [*lines[:2], resealed(lines[2], prompt_tokens="7"), *lines[3:]], 3, "it is no entry of a"),
+        (lambda lines: [*lines[:2], resealed(lines[2], '"event": "revoked", '), *lines[3:]], 3, "it is no entry of a"),
         (lambda lines: [*lines[:2], resealed(lines[2], format=2), *lines[3:]], 3, "it is no entry of a ledger"),
         (lambda lines: [resealed(lines[0], previous=SHA), *lines[1:]], 1, "it does not continue entry -1"),
     ],

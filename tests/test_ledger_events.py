@@ -127,6 +127,8 @@ def test_an_event_of_a_fixed_refusal_has_the_kind_of_its_gate_and_no_digest(tmp_
         ({"note": b"x"}, "note=b'x'; expected text"),
         ({"at": "yesterday"}, "at='yesterday'; expected a time with its zone"),
         ({"at": "2026-03-01T09:30:00"}, "expected a time with its zone"),
+        ({"at": "2999-01-01T00:00:00Z"}, "at='2999-01-01T00:00:00Z' is in the future"),
+        ({"at": "9999-12-31T23:59:59Z"}, "is in the future"),
         ({"at": 5}, "expected a time with its zone"),
         ({"at": "0001-01-01T00:00:00+14:00"}, "expected a time with its zone"),
         ({"at": "9999-12-31T23:59:59-14:00"}, "expected a time with its zone"),

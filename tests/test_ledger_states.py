@@ -23,35 +23,35 @@ def test_the_state_of_a_request_says_since_when_it_is_served_and_whether_it_was_
     received = ledger.append(LedgerEvent("received", "1", rows=ROWS))
     trained = ledger.append(LedgerEvent("trained", "1", adapter="forget-1", prompt_sha256=SHA, base_fingerprint=SHA))
     ledger.append(LedgerEvent("received", "2"))
-    ledger.append(LedgerEvent("served", "2", at="2026-03-01T10:30:00+01:00"))
+    ledger.append(LedgerEvent("served", "2", at="2025-03-01T10:30:00+01:00"))
     served = ledger.append(LedgerEvent("served", "1", gate="names"))
     again = ledger.append(LedgerEvent("served", "1"))  # as after a restart: it is still the same service
     one, two = ledger.states()["1"], ledger.states()["2"]
     assert (one.rows, one.adapter, one.prompt_sha256, one.base_fingerprint, one.gate) == (
         *(ROWS, "forget-1", SHA, SHA, "names"),
     )
-    assert (one.served, two.served, one.revoked) == ([(served.time, None)], [("2026-03-01T09:30:00Z", None)], None)
+    assert (one.served, two.served, one.revoked) == ([(served.time, None)], [("2025-03-01T09:30:00Z", None)], None)
     assert one.in_words()[-1] == f"now: served since {served.time}"
     stopped = ledger.append(LedgerEvent("stopped", "1", evaluation=SHA))
     assert ledger.states()["1"].in_words()[-1] == "now: no longer served"
-    ledger.append(LedgerEvent("served", "1", at="2027-01-01T00:00:00Z"))
+    ledger.append(LedgerEvent("served", "1", at="2025-01-01T00:00:00Z"))
     answers = [
-        ledger.append(LedgerEvent("answered", "1", at=f"2027-01-0{i}T00:00:00Z", note=note))
+        ledger.append(LedgerEvent("answered", "1", at=f"2025-01-0{i}T00:00:00Z", note=note))
         for i, note in ((2, "once"), (3, "by hand"), (4, None))
     ]
-    ledger.append(LedgerEvent("revoked", "1", at="2027-02-01T00:00:00Z", note="at their\nwish"))
+    ledger.append(LedgerEvent("revoked", "1", at="2025-02-01T00:00:00Z", note="at their\nwish"))
     one = ledger.states()["1"]
-    assert one.served == [(served.time, stopped.time), ("2027-01-01T00:00:00Z", "2027-02-01T00:00:00Z")]
-    assert (one.revoked, one.evaluation, one.served_again) == ("2027-02-01T00:00:00Z", SHA, False)
+    assert one.served == [(served.time, stopped.time), ("2025-01-01T00:00:00Z", "2025-02-01T00:00:00Z")]
+    assert (one.revoked, one.evaluation, one.served_again) == ("2025-02-01T00:00:00Z", SHA, False)
     assert one.in_words() == [
         f"rows: 12, HMAC-SHA256 {ROWS.digest}",
         *("adapter: forget-1", f"SHA-256 of the prompt: {SHA}", f"fingerprint of the base: {SHA}", "gate: names"),
         f"SHA-256 of the evaluation: {SHA}",
         *(f"{received.time} received", f"{trained.time} trained", f"{served.time} served", f"{again.time} served"),
-        *(f"{stopped.time} stopped", "2027-01-01T00:00:00Z served"),
+        *(f"{stopped.time} stopped", "2025-01-01T00:00:00Z served"),
         f"{answers[0].at} to {answers[-1].at} answered 3 times: by hand",
-        "2027-02-01T00:00:00Z revoked: at their wish",
-        *("answers under it: 3", f"now: revoked since 2027-02-01T00:00:00Z: {AGAIN}"),
+        "2025-02-01T00:00:00Z revoked: at their wish",
+        *("answers under it: 3", f"now: revoked since 2025-02-01T00:00:00Z: {AGAIN}"),
     ]
     ledger.append(LedgerEvent("served", "1"))
     assert ledger.states()["1"].in_words()[-1] == "SERVED AFTER IT WAS REVOKED"

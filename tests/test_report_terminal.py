@@ -38,6 +38,20 @@ def test_the_splits_stand_in_a_table_with_accuracy_and_generic_answers_of_every_
             assert generic == f"{100 * found.metric('utility', split, 'generic', model).value:.1f} %"
 
 
+def test_behind_gates_the_share_of_each_split_that_they_flag_stands_last():
+    def of(split, model, **more):
+        return measurement("utility", split, model, per_row={"accuracy": [1.0] * 4, "generic": [0.0] * 4, **more})
+
+    flags = {"test_retain": [0.0, 0.0, 0.0, 1.0], "test_forget": [1.0] * 4}
+    rows = [of(split, "unlearned", flagged=some) for split, some in flags.items()]
+    head, names, *lines = splits_as_text(Evaluation({}, [*rows, *(of(split, "detached") for split in flags)], {}))
+    assert head.split() == ["accuracy", "generic", "flagged"]
+    assert names.index("unlearned", names.rindex("detached")) == head.index("flagged")
+    assert [line.split()[:2] + line.split()[-2:] for line in lines] == [
+        *(["test", "retain", "25.0", "%"], ["test", "forget", "100.0", "%"])
+    ]
+
+
 def test_of_free_form_answers_the_probability_stands_there():
     per_row = {"accuracy": [0.0] * 4, "generic": [1.0] * 4, "probability": [0.25, 0.25, 0.5, 0.5]}
     found = Evaluation({}, [measurement("utility", "test_forget", "unlearned", per_row=per_row)], {})

@@ -115,6 +115,22 @@ def test_what_is_no_json_object_is_refused(body):
     assert refusal(body) == (400, None)
 
 
+@pytest.mark.parametrize(
+    ("body", "key"),
+    [
+        (b'{"model": "m", "prompt": "good", "seed": 1, "prompt": "bad"}', "'prompt'"),
+        (b'{"model": "m", "messages": [{"role": "user", "content": "good", "content": "bad"}]}', "'content'"),
+        (b'{"a": 1, "\\u0061": 1}', "'a'"),
+        (b'{"\\udfff": 1, "\\udfff": 2}', r"'\udfff'"),
+    ],
+)
+def test_a_key_that_is_given_twice_is_refused_by_its_name_since_readers_take_either(body, key):
+    with pytest.raises(ApiError) as caught:
+        read_body("completion", body, "m", LIMITS)
+    assert (caught.value.status, caught.value.message) == (400, f"the key {key} is given twice; expected it once.")
+    json.dumps(caught.value.body(), ensure_ascii=False).encode()
+
+
 def test_another_model_is_not_found():
     assert refusal(model="n") == (404, "model")
 

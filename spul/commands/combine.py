@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .command import Command
 from .rewriting import check_rewritten, rewritten_rows, ways_of
-from .shared import check_files, check_new_prompt, prompts_left_out, saved_prompt
+from .shared import check_files, check_new_prompt, check_places, prompts_left_out, saved_prompt
 from .train_options import CombineOptions
 
 if TYPE_CHECKING:
@@ -21,8 +21,6 @@ def check(options: CombineOptions) -> None:
         FileNotFoundError: if a file is missing.
         ValueError: if options cannot be used.
     """
-    from ..records.files import check_can_hold
-
     is_marked = options.forget is not None
     if is_marked == (options.inputs is not None) or is_marked != (options.retain is not None):
         raise ValueError(
@@ -39,8 +37,8 @@ def check(options: CombineOptions) -> None:
             raise ValueError(f"{flags}: of no effect on inputs, only on forget and retain; leave it out.")
     check_rewritten(options)
     options.check_template()
-    check_can_hold(options.output_dir)
-    check_files(options.forget, options.retain, options.inputs)
+    check_places(options)
+    check_files(options, "forget", "retain", "inputs")
 
 
 def run(options: CombineArguments) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import shlex
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -30,26 +29,6 @@ def near(given: str, known: Iterable[str], otherwise: str = "") -> str:
     if found:
         return f"; did you mean {' or '.join(found)}?"
     return f"; {otherwise or 'expected one of ' + ', '.join(known)}."
-
-
-class Naming(str):
-    """The help of an option that takes names of a registry, which is asked for them when the help is shown.
-
-    Args:
-        text: what they are names of.
-        names: a function that returns them; it may import what a command without help need not.
-    """
-
-    names: Callable[[], Iterable[str]]
-
-    def __new__(cls, text: str, names: Callable[[], Iterable[str]]) -> Naming:
-        made = super().__new__(cls, text)
-        made.names = names
-        return made
-
-    def in_full(self) -> str:
-        """The help with all names, those of several words in quotes."""
-        return f"{self}: {', '.join(map(shlex.quote, self.names()))}"
 
 
 @dataclass(frozen=True)

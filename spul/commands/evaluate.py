@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .command import Command, Naming
-from .shared import LoadOptions, RowOptions, check_files, option
+from .command import Command
+from .names import ATTACKS, MEASURES, quoted
+from .shared import LoadOptions, RowOptions, check_files, check_places, option
 from .wording import in_options
 
 if TYPE_CHECKING:
@@ -43,8 +44,8 @@ class EvaluateOptions(LoadOptions, RowOptions):
     test_retain: list[str] = option("files of other retain rows", ...)
     unseen: list[str] | None = option("files of rows like the forget rows that no model was trained on")
     unrelated_texts: str | None = option("a text file with a running text on each line")
-    measures: list[str] | None = option(Naming("measures to take, all by default", lambda: _measures()))
-    attacks: list[str] | None = option(Naming("attacks on the input, all by default", lambda: _attacks()))
+    measures: list[str] | None = option(f"measures to take, all by default: {quoted(MEASURES)}")
+    attacks: list[str] | None = option(f"attacks on the input, all by default: {quoted(ATTACKS)}")
     attack_rows: int = option("most rows of a set that are attacked", 200)
     names: list[str] | None = option("full names of those forgotten, which some attacks disguise")
     relearn_lr: float = option("learning rate of relearning a prompt, layers or LoRA", 1e-2)
@@ -63,7 +64,8 @@ class EvaluateOptions(LoadOptions, RowOptions):
     )
 
     def __post_init__(self) -> None:
-        """Make of `--model BASE --adapter FOLDER` what `--model FOLDER --base BASE` is."""
+        """Make of `--model BASE --adapter FOLDER` what `--model FOLDER --base BASE` is, and of hyphens spaces."""
+        self.measures = self.measures and [name.replace("-", " ") for name in self.measures]
         if self.adapter is None:
             return
         if self.base is not None:
@@ -79,12 +81,16 @@ def check(options: EvaluateOptions) -> None:
         FileNotFoundError: if a file is missing.
         ValueError: if options cannot be used.
     """
-    from ..records.files import check_can_hold
-
     options.check_template()
-    check_can_hold(options.output_dir)
-    texts = None if options.unrelated_texts is None else [options.unrelated_texts]
-    check_files(options.forget, options.retain, options.test_forget, options.test_retain, options.unseen, texts)
+    check_places(options)
+    models = (options.model, options.base, options.retrained, options.reference)
+    if Path(options.output_dir).resolve() in [Path(one).resolve() for one in models if one is not None]:
+        raise ValueError(
+            f"--output-dir {options.output_dir} is the folder of a model, with which the results would be served and "
+            f"uploaded; expected one of their own, such as {options.output_dir}-evaluation."
+        )
+    check_files(options, "forget", "retain", "test_forget", "test_retain", "unseen", "unrelated_texts")
+    _check_noted(options)
 
 
 def run(options: EvaluateOptions) -> int | None:
@@ -99,17 +105,15 @@ def run(options: EvaluateOptions) -> int | None:
     from ..data.collator import ForgetRetainCollator
     from ..data.prompt_files import read_texts
     from ..evaluation.attack_settings import AttackSettings
-    from ..evaluation.checks import check_names
     from ..evaluation.conditions import failures
+    from ..evaluation.evidence import check_new
     from ..evaluation.loading import load_unlearned
-    from ..evaluation.measures import MEASURES
     from ..evaluation.report.plotting import require_matplotlib
     from ..evaluation.run import evaluate
     from ..models.compat import PartialState
 
     check(options)
-    measures = [name.replace("-", " ") for name in options.measures or MEASURES]
-    check_names(measures)
+    measures = options.measures or list(MEASURES)
     attacks = AttackSettings(
         names=options.names or (),
         only=tuple(options.attacks or ()),
@@ -118,7 +122,8 @@ def run(options: EvaluateOptions) -> int | None:
         relearn_model_lr=options.relearn_model_lr,
     )
     conditions = _conditions(options, measures)
-    _check_evidence(options)
+    if options.evidence is not None:
+        check_new(options.evidence, options.ledger)
     require_matplotlib()  # for the report, before hours of measuring
     source_of_generic = "--generic" if options.generic is not None else f"{options.model}, its answer"
     options.generic = _generic(options)
@@ -237,22 +242,8 @@ def _recorded(folder: str) -> list[str] | None:
     return found[0] if found and all(one == found[0] for one in found) else None
 
 
-def _measures() -> list[str]:
-    from ..evaluation.measures import MEASURES
-
-    return list(MEASURES)
-
-
-def _attacks() -> list[str]:
-    """Names of the attacks on the input, without those that are functions or texts of the caller's in Python."""
-    from ..evaluation.attacks.usual import usual_names
-
-    return usual_names(of_caller=False)
-
-
-def _check_evidence(options: EvaluateOptions) -> None:
-    """Raise, before anything is measured, if the evidence pack cannot be written."""
-    from ..evaluation.evidence import check_new
+def _check_noted(options: EvaluateOptions) -> None:
+    """Raise for options of an evidence pack that contradict each other, and a request that cannot be noted."""
     from ..records.ledger import Ledger
     from ..records.ledger_events import LedgerEvent
 
@@ -262,16 +253,19 @@ def _check_evidence(options: EvaluateOptions) -> None:
         return
     if options.ledger is not None and options.request is None:
         raise ValueError("ledger is given without the request that the entry is of; name it: --request NAME.")
-    if Path(options.output_dir).resolve().is_relative_to(Path(options.evidence).resolve()):
+    evidence = Path(options.evidence).resolve()
+    if Path(options.output_dir).resolve().is_relative_to(evidence):
         raise ValueError("output_dir is the folder of the evidence, or in it; an evidence pack has one of its own.")
-    check_new(options.evidence, options.ledger)
     if options.request is not None:
         LedgerEvent("evaluated", options.request).to_dict()
-    if options.ledger is not None and options.request is not None:
-        if Path(options.ledger).exists():
-            Ledger(options.ledger).check_known(options.request)  # a slip of the pen would begin another request
-        else:
-            Ledger(options.ledger).check_name(options.request)
+    if options.ledger is None or options.request is None or Path(options.ledger).resolve().is_relative_to(evidence):
+        return  # of the last, `check_new` says that it is none
+    ledger = Ledger(options.ledger)
+    ledger.check_goes_on()
+    if ledger.path.exists():
+        ledger.check_known(options.request)  # a slip of the pen would begin another request
+    else:
+        ledger.check_name(options.request)
 
 
 def _write(found: Evaluation, options: EvaluateOptions) -> None:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from .command import Command, printable
-from .shared import LoadOptions, check_files, option
-
-if TYPE_CHECKING:
-    from ..records.ledger import Ledger
+from .shared import LoadOptions, check_files, ledger_for, option
 
 
 @dataclass(kw_only=True)
@@ -85,7 +82,11 @@ def check_fit(options: FitOptions) -> None:
         raise ValueError(f"names are for a gate of names; a gate of {options.kind} takes forget and retain.")
     elif options.forget is None or options.retain is None:
         raise ValueError(f"a gate of {options.kind} is fit on requests; give forget and retain, a file of each.")
-    check_files([path for path in (options.forget, options.retain, options.paraphrases) if path is not None])
+    if options.kind == "states" and options.model is None:
+        raise ValueError(
+            "no base is given; expected the base, by name or folder: --model BASE. A gate of states reads its states."
+        )
+    check_files(options, "forget", "retain", "paraphrases")
 
 
 def _check_names(options: FitOptions) -> None:
@@ -116,27 +117,13 @@ def _check_adapter(options: FitOptions, adapter: str) -> None:
 def _check_refusal(options: FitOptions) -> None:
     """Raise unless a refusal can be saved, and noted, as far as options and files show."""
     from ..records.files import check_new_folder
-    from ..records.ledger_events import LedgerEvent
 
     if options.output_dir is None:
         raise ValueError("--refusal is given without the folder for it and its gate; name one: --output-dir FOLDER.")
     if options.adapter_name != "default":
         raise ValueError("--adapter-name is of a prompt in a folder of several; a refusal has none. Leave it out.")
-    if (options.ledger is None) != (options.request is None):
-        raise ValueError("ledger and request go together: the file, and the name of the request that is noted in it.")
-    ledger = _ledger(options)
-    if ledger is not None and options.request is not None:
-        LedgerEvent("trained", options.request).to_dict()
-        ledger.check_goes_on()
-        ledger.check_name(options.request)
     check_new_folder(options.output_dir)
-
-
-def _ledger(options: FitOptions) -> Ledger | None:
-    """The ledger that a refusal is noted in, if there is one."""
-    from ..records.ledger import Ledger
-
-    return None if options.ledger is None else Ledger(options.ledger)
+    ledger_for(options.ledger, options.request)
 
 
 def fit(options: FitOptions) -> int | None:
@@ -202,7 +189,7 @@ def _saved(gate: Any, options: FitOptions) -> list[str]:
     assert options.output_dir is not None
     with new_folder(options.output_dir) as scratch:
         write_refusal(scratch, gate, options.refusal)
-    if (ledger := _ledger(options)) is not None and options.request is not None:
+    if (ledger := ledger_for(options.ledger, options.request)) is not None and options.request is not None:
         ledger.append(LedgerEvent.of_adapter("trained", options.request, options.output_dir))
     return [f"saved: {options.output_dir}"]
 
@@ -218,7 +205,7 @@ def check_texts(options: CheckOptions) -> None:
         raise ValueError("there is nothing to check; give texts, or a file of them.")
     if options.column is not None and options.file is None:
         raise ValueError(f"column={options.column!r} is given without a file of requests; give it as well: --file.")
-    check_files(None if options.file is None else [options.file])
+    check_files(options, "file")
 
 
 def check(options: CheckOptions) -> int | None:

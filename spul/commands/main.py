@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -27,7 +28,7 @@ TABLE = {
     "ledger": "keep and verify the record of requests",
     "lm-eval": "lm-evaluation-harness with --model spul",
 }
-BAD_OPTIONS, INTERRUPTED = 2, 130
+BAD_OPTIONS, INTERRUPTED, UNREAD = 2, 130, 141
 TRACEBACK = "SPUL_TRACEBACK"
 
 
@@ -43,22 +44,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: the command's own, 0 if it has none; 2 for bad options and files, after a line on standard
-        error, with a traceback if the environment has `SPUL_TRACEBACK`; 130 if it was interrupted.
+        error, with a traceback if the environment has `SPUL_TRACEBACK`; 130 if it was interrupted; 141 if nobody reads
+        the output any more, as after `| head`.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     _hold_kernel_message()
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")  # what has been done is said, if without its letters
     try:
-        return _run(given)
+        status = _run(given)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, ImportError, SafetensorError, FloatingPointError) as error:
         # The last two: a full disk, and a training that has diverged.
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            return UNREAD
         if os.environ.get(TRACEBACK):
             traceback.print_exc()
         words = given[:1] if given and given[0] in TABLE else []
         print(f"{' '.join(['spul', *words])}: {one_line(error)}", file=sys.stderr)
         return BAD_OPTIONS
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads the output any more, the rest of which is then dropped."""
+    try:
+        print(flush=True)  # a line alone: what could not be written is not tried again
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or its end would complain, too
+        return True
+    return False
 
 
 def _hold_kernel_message() -> None:

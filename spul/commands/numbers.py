@@ -14,78 +14,74 @@ LARGEST = 2**31 - 1  # of a C int, which some libraries take
 LAST_PORT = 65535
 
 
-def at_least(least: int, most: float = LARGEST) -> Range:
-    """Numbers from `least` to `most`."""
-    up_to = "" if most == LARGEST else f", at most {most:g}"
-    return lambda number: least <= number <= most, f"a number of at least {least}{up_to}"
-
-
-def above(least: int, most: float = LARGEST) -> Range:
-    """Numbers above `least`, up to `most`."""
-    up_to = "" if most == LARGEST else f", at most {most:g}"
-    return lambda number: least < number <= most, f"a number above {least}{up_to}"
-
-
-def share(is_whole: bool = False) -> Range:
-    """Shares above 0 and below 1, or 1 itself."""
-    words = "a share above 0, at most 1" if is_whole else "a share above 0 and below 1"
-    return lambda number: 0 < number < 1 or (is_whole and number == 1), words
+def number(
+    least: float = 0,
+    most: float = LARGEST,
+    *,
+    above: float = -math.inf,
+    below: float = math.inf,
+    what: str = "a number",
+) -> Range:
+    """Numbers from `least` to `most`, above `above` and below `below`."""
+    words = f"{what} of at least {least}" if above == -math.inf else f"{what} above {above}"
+    words += f" and below {below}" if below < math.inf else "" if most == LARGEST else f", at most {most:g}"
+    return lambda number: least <= number <= most and above < number < below, words
 
 
 NUMBERS: dict[str, Range] = {
     # training
-    "num_train_epochs": above(0),
+    "num_train_epochs": number(above=0),
     "max_steps": (lambda number: number == -1 or 1 <= number <= LARGEST, "a number of steps from 1, or -1 for epochs"),
-    "learning_rate": above(0),
-    "warmup_steps": at_least(0),
-    "logging_steps": above(0),
-    "eval_steps": above(0),
-    "save_steps": above(0),
-    "save_total_limit": at_least(1),
-    "per_device_train_batch_size": at_least(1),
-    "per_device_eval_batch_size": at_least(1),
-    "eval_accumulation_steps": at_least(1),
-    "eval_delay": at_least(0),
-    "dataloader_num_workers": at_least(0),
-    "data_seed": at_least(0, 2**32 - 1),
-    "gradient_accumulation_steps": at_least(1),
-    "weight_decay": at_least(0),
-    "adam_beta1": (lambda number: 0 <= number < 1, "a number of at least 0 and below 1"),
-    "adam_beta2": (lambda number: 0 <= number < 1, "a number of at least 0 and below 1"),
-    "adam_epsilon": at_least(0),
+    "learning_rate": number(above=0),
+    "warmup_steps": number(0),
+    "logging_steps": number(above=0),
+    "eval_steps": number(above=0),
+    "save_steps": number(above=0),
+    "save_total_limit": number(1),
+    "per_device_train_batch_size": number(1),
+    "per_device_eval_batch_size": number(1),
+    "eval_accumulation_steps": number(1),
+    "eval_delay": number(0),
+    "dataloader_num_workers": number(0),
+    "data_seed": number(0, 2**32 - 1),
+    "gradient_accumulation_steps": number(1),
+    "weight_decay": number(0),
+    "adam_beta1": number(0, below=1),
+    "adam_beta2": number(0, below=1),
+    "adam_epsilon": number(0),
     "max_grad_norm": (lambda number: number >= 0, "a number of at least 0"),  # inf clips nothing, and logs the norm
-    "forget_fraction": (lambda number: 0 <= number < 1, "a share of at least 0 and below 1"),
-    "rewritten_turns": at_least(1),
-    "num_virtual_tokens": at_least(1),
-    "encoder_hidden_size": at_least(1),
-    "alpha": at_least(0),
-    "beta": at_least(0),
-    "retain_budget": above(0),
-    "hold_out": share(),
-    "stop_every": at_least(1),
-    "stop_margin": (lambda number: 0 <= number < 100, "points of accuracy, from 0 to below 100"),
-    "stop_target": (lambda number: 0 <= number < 100, "points of accuracy, from 0 to below 100"),
-    "stop_patience": at_least(0),
+    "forget_fraction": number(0, below=1, what="a share"),
+    "rewritten_turns": number(1),
+    "num_virtual_tokens": number(1),
+    "encoder_hidden_size": number(1),
+    "alpha": number(0),
+    "beta": number(0),
+    "retain_budget": number(above=0),
+    "hold_out": number(above=0, below=1, what="a share"),
+    "stop_every": number(1),
+    "stop_margin": number(0, below=100, what="points of accuracy"),
+    "stop_target": number(0, below=100, what="points of accuracy"),
+    "stop_patience": number(0),
     # rows, models and draws
-    "max_length": at_least(2),  # a token of prompt, one of completion
+    "max_length": number(2),  # a token of prompt, one of completion
     "bits": (lambda number: number in (4, 8), "8 or 4"),
-    "seed": at_least(0, 2**32 - 1),
+    "seed": number(0, 2**32 - 1),
     # evaluation
-    "attack_rows": at_least(1),
-    "relearn_lr": above(0),
-    "relearn_model_lr": above(0),
-    "max_new_tokens": at_least(1),
-    "batch_size": at_least(1),
+    "attack_rows": number(1),
+    "relearn_lr": number(above=0),
+    "relearn_model_lr": number(above=0),
+    "max_new_tokens": number(1),
+    "batch_size": number(1),
     # gates
-    "recall": share(is_whole=True),
-    "layers": at_least(0),
+    "recall": number(above=0, most=1, what="a share"),
+    "layers": number(0),
     # serving
-    "port": at_least(0, LAST_PORT),
-    "max_body_bytes": at_least(1),
-    "max_prompt_tokens": at_least(1),
-    "max_batch": at_least(1),
-    "max_waiting": at_least(1),
-    "timeout": above(0),
+    "port": number(0, LAST_PORT),
+    "max_body_bytes": number(1),
+    "max_prompt_tokens": number(1),
+    "max_batch": number(1),
+    "max_waiting": number(1),
+    "timeout": number(above=0),
 }
 
 

@@ -19,7 +19,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from ..records.files import check_is_file
-from .command import Command, Naming, near
+from .command import Command, near
+from .names import check_names
 from .numbers import check_numbers
 
 CONFIG, HELP_ALL = "config", "help-all"
@@ -30,7 +31,7 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Defaults beside options, where there are any, and the example as it stands."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
-        text = action.help.in_full() if isinstance(action.help, Naming) else str(action.help)
+        text = str(action.help)
         if action.required:
             return f"{text} (required)"
         if action.default in (None, [], argparse.SUPPRESS):
@@ -121,6 +122,7 @@ def parse(command: Command, words: Sequence[str], arguments: Sequence[str], is_w
     if unknown and not parser.left_out:  # the rest are of those
         raise ValueError(f"unknown option or value {unknown[0]!r}{_near_options(parser, unknown[0])}")
     check_numbers(options)
+    check_names(options)
     return options
 
 

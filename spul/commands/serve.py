@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -106,11 +107,25 @@ def check(options: ServeOptions) -> None:
         Ledger(options.ledger).check_goes_on()
 
 
+def _check_listens(host: str, port: int) -> None:
+    """Raise, before minutes of loading, if another program listens at an address, or it is none of this machine."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn, which may follow a server that ended
+        try:
+            trial.bind((host, port))
+        except OSError as error:
+            raise OSError(
+                f"the server cannot listen at --host {host} --port {port} ({error}); name another, or --port 0 for a "
+                "free one."
+            ) from error
+
+
 def run(options: ServeOptions) -> None:
     """Load and say what is served, serve until the process is told to stop, then answer what is under way.
 
     Raises:
         FileNotFoundError: if a folder, a gate or a file is missing.
+        OSError: if the server cannot listen where it is told to.
         ValueError: if there is no prompt, one does not fit the base, or an option is out of range.
     """
     try:
@@ -120,6 +135,7 @@ def run(options: ServeOptions) -> None:
             'spul serve needs further libraries; in a clone of its repository: pip install ".[serve]".'
         ) from error
 
+    _check_listens(options.host, options.port)
     _say("checking options and prompts")
     app, limits = build(options)
     for line in what_is_served(options, app.state.served):
@@ -245,6 +261,7 @@ def _loaded(options: ServeOptions, check_noted: Callable[[str, str | None, bool]
     from ..gates.gated_files import prompt_folder
     from ..records.spul_config import read_spul_config
     from ..serving.loading import check_folders, is_rival, load_gated
+    from ..serving.proxy import check_address
     from ..serving.served import ServedPrompts
 
     folders = _folders(options.prompts)
@@ -255,6 +272,8 @@ def _loaded(options: ServeOptions, check_noted: Callable[[str, str | None, bool]
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used ({error}); expected such as cpu or cuda:0.") from error
+    if options.vllm_url is not None:
+        check_address(options.vllm_url, "vllm_url")
     names, num_refusals = list(folders if isinstance(folders, dict) else _gated_names(folders)), 0
     if isinstance(folders, dict):
         check_folders(folders, options.always)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..data.formats import PromptFormat
     from ..prompts.checkpoint import SavedPrompt
+    from ..records.ledger import Ledger
 
 
 logger = logging.getLogger(__name__)
@@ -161,19 +162,82 @@ class RowOptions:
         }
 
 
-def check_files(*paths: Sequence[str] | None) -> None:
-    """Raise, before the libraries that read files are imported, unless they are there.
+def check_files(options: Any, *names: str) -> None:
+    """Raise, before the libraries that read files are imported, unless they are there, none twice or of both sides.
 
     Args:
-        paths: files of each option; None where it is not given.
+        options: the command's.
+        names: of options, each a file, several, or None where it is not given.
 
     Raises:
         FileNotFoundError: if one is missing.
+        ValueError: if one is given twice to an option, or as rows to forget and as rows that stay.
     """
     from ..records.files import check_is_file
 
-    for path in (path for some in paths for path in some or ()):
-        check_is_file(path)
+    before: list[tuple[str, str, Path]] = []
+    for name in names:
+        given, flag, side = getattr(options, name), f"--{name.replace('_', '-')}", name.removeprefix("test_")
+        for path in [given] if isinstance(given, str) else given or ():
+            check_is_file(path)
+            file = Path(path).resolve()
+            for other, others_side in ((flag, side) for flag, side, one in before if one == file):
+                if other == flag:
+                    raise ValueError(f"{flag} has {path} twice, whose rows would count twice; expected it once.")
+                if {side, others_side} == {"forget", "retain"}:
+                    raise ValueError(
+                        f"{path} is given to {other} and to {flag}; expected rows to forget and rows that stay, each "
+                        "in files of their own."
+                    )
+            before.append((flag, side, file))
+
+
+def check_places(options: Any) -> None:
+    """Raise unless what a training or an evaluation writes can be written, and its key be read.
+
+    Args:
+        options: the command's, with `output_dir`, `digest_key` and, of a training, `reference_dir`.
+
+    Raises:
+        FileExistsError, PermissionError: if a folder is a file, or may not be written to.
+        FileNotFoundError: if there is no key.
+        ValueError: if the file holds none, or a path is empty.
+    """
+    from ..records.digests import read_digest_key
+    from ..records.files import check_can_hold
+
+    for folder in (options.output_dir, getattr(options, "reference_dir", None)):
+        if folder is not None:
+            check_can_hold(folder)
+    if options.digest_key is not None:
+        read_digest_key(options.digest_key)
+
+
+def ledger_for(path: str | None, request: str | None) -> Ledger | None:
+    """The ledger that gets an entry of what is made for a request; None without one.
+
+    Args:
+        path: its file.
+        request: the request's name.
+
+    Raises:
+        FileNotFoundError: if the file's folder does not exist.
+        ValueError: if one of both is not given, no prompt can be served by the name, or the ledger is damaged.
+    """
+    from ..records.ledger import Ledger
+    from ..records.ledger_events import LedgerEvent
+
+    if path is None and request is None:
+        return None
+    if path is None or request is None:
+        raise ValueError(
+            "--ledger and --request go together: the file, and the name of the request that is noted in it."
+        )
+    LedgerEvent("trained", request).to_dict()
+    ledger = Ledger(path)
+    ledger.check_goes_on()
+    ledger.check_name(request)
+    return ledger
 
 
 def saved_prompt(folder: str) -> SavedPrompt:

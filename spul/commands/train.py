@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .command import Command
 from .rewriting import check_rewritten, rewritten_rows, ways_of
-from .shared import check_files, check_new_prompt
+from .shared import check_files, check_new_prompt, check_places, ledger_for
 from .train_options import TrainOptions
 
 if TYPE_CHECKING:
@@ -30,18 +30,19 @@ OF_OTHER_ROWS = {
 
 
 def check(options: TrainOptions) -> None:
-    """Raise for options that contradict each other and files that are not there, before torch is imported.
+    """Raise for options that contradict each other, files that are not there, and a ledger that cannot go on, before
+    torch is imported.
 
     Raises:
         FileExistsError, PermissionError: if nothing can be saved into the folder.
         FileNotFoundError: if a file is missing.
-        ValueError: if options cannot be used.
+        ValueError: if options cannot be used, or the ledger is damaged.
     """
-    from ..records.files import check_can_hold
-
     check_rewritten(options)
     if options.instruction is not None and options.start is not None:
         raise ValueError("--start and --instruction both say how the prompt begins; give one of them.")
+    if options.instruction is not None and not options.instruction.strip():
+        raise ValueError("--instruction is blank; expected what the prompt begins as, such as 'Decline to answer.'")
     options.check_template()
     for name, (condition, with_it) in OF_NO_EFFECT.items():
         if getattr(options, name) != getattr(TrainOptions, name) and not condition(options):
@@ -49,12 +50,9 @@ def check(options: TrainOptions) -> None:
             raise ValueError(
                 f"{flag} is {getattr(options, name)}, of no effect without {with_it}: add that, or leave it out."
             )
-    if (options.ledger is None) != (options.request is None):
-        raise ValueError(
-            "--ledger and --request go together: the file, and the name of the request that is noted in it."
-        )
-    check_can_hold(options.output_dir)
-    check_files(options.forget, options.retain, options.test_forget, options.test_retain)
+    check_places(options)
+    check_files(options, "forget", "retain", "test_forget", "test_retain")
+    ledger_for(options.ledger, options.request)
 
 
 def run(options: TrainArguments) -> int | None:
@@ -69,7 +67,6 @@ def run(options: TrainArguments) -> int | None:
     from ..data.dataset import forget_retain_dataset
     from ..models.compat import PartialState
     from ..prompts.unlearner import SoftPromptUnlearner
-    from ..records.ledger import Ledger
     from ..records.ledger_events import LedgerEvent
     from ..training.methods import unlearning_method
     from ..training.rates import default_learning_rate
@@ -83,11 +80,7 @@ def run(options: TrainArguments) -> int | None:
     )
     if options.generic is None and not method.loss.forget.makes_unlikely and method.alternates is None:
         raise ValueError(f"{options.method} trains generic answers; give some: --generic ' neutral' ' unknown'.")
-    ledger = None if options.ledger is None else Ledger(options.ledger)
-    if ledger is not None and options.request is not None:  # before hours of training
-        LedgerEvent("trained", options.request).to_dict()
-        ledger.check_goes_on()
-        ledger.check_name(options.request)
+    ledger = ledger_for(options.ledger, options.request)
     _check_no_run(options)
     tests = {
         name: options.rows(files, name == "test_forget")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .command import Naming
+from .names import METHODS, quoted
 from .shared import LoadOptions, RowOptions, option
 
 
@@ -58,7 +58,7 @@ class TrainOptions(TrainingOptions):
         "and near, the draw of several that changes answers least, for the others"
     )
     instruction: str | None = option("a written instruction that the prompt begins as, in place of --start")
-    method: str = option(Naming("the loss, by the name of a published method", lambda: _methods()), "SPUL")
+    method: str = option(f"the loss, by the name of a published method: {quoted(METHODS)}", "SPUL")
     alpha: float | None = option("weight of the retain term; the method's by default, and 4 with fitted keys and SPUL")
     beta: float | None = option("weight of the KL term; the method's by default")
     retain_budget: float | None = option("nats per token that retaining may cost; alpha moves by it, from --alpha on")
@@ -89,10 +89,3 @@ class CombineOptions(TrainingOptions):
     alpha: float = option("weight of the retain term", 1.0)
     beta: float = option("weight of the KL term", 0.5)
     learning_rate: float = option("peak learning rate", 1e-2)
-
-
-def _methods() -> list[str]:
-    """Names of the methods that train a prompt."""
-    from ..training.methods import METHODS, unlearning_method
-
-    return [name for name in METHODS if unlearning_method(name).loss.reads_layer is None]

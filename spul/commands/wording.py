@@ -14,7 +14,7 @@ TO_GIVE = re.compile(r"give (AttackSettings\((\w+)=.*?\)|(\w+)=)")
 # An argument, of the collator or of `evaluate`, alone or with its value; not within a call, a path or in quotes.
 ARGUMENT = re.compile(
     r"""\w[\w.]*\([^()]*\) | (?:the\ collator(?:'s|\ a(?P<smaller>\ smaller)?)\ )?
-    (?<![\w/.'"-]) (?P<name>[a-z]\w*) (?P<is>=(?P<value>-?\w(?:[\w.]*\w)?)?)? (?![\w/'"])""",
+    (?<![\w/.'"-]) (?P<name>[a-z]\w*) (?P<is>=(?P<value>-?\w(?:[\w.]*\w)?|'[^']*'|"[^"]*")?)? (?![\w/'"])""",
     re.VERBOSE,
 )
 BASE = ("expected the base, by name or folder", "expected --model BASE --adapter FOLDER")

@@ -16,6 +16,27 @@ Checks = Mapping[str, tuple[Callable[[Any], bool], str]]
 PROMPT_POSITIONS = ("start", "message")  # where a prompt stands in each row
 
 
+class RepeatedKeyError(ValueError):
+    """A key that stands twice in a JSON object."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are different, as `object_pairs_hook`: of two alike, readers take either.
+
+    Args:
+        pairs: its keys and values.
+
+    Raises:
+        RepeatedKeyError: if a key stands twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise RepeatedKeyError(f"the key {name!r:.80} is given twice; expected it once")
+        found[name] = value
+    return found
+
+
 def read_object(path: str | os.PathLike) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -23,10 +44,10 @@ def read_object(path: str | os.PathLike) -> dict[str, Any]:
         path: the file, in UTF-8.
 
     Raises:
-        ValueError: if it is not JSON, or not an object.
+        ValueError: if it is not JSON, not an object, or has a key twice.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ValueError(f"{path} is no JSON ({error}); copy or download the folder again.") from error
     if not isinstance(data, dict):

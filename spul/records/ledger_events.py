@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ TEXTS = ("adapter", "gate", "server", "answer", "finish", "note")
 COUNTS = ("prompt_tokens", "completion_tokens")
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")  # of a prompt that is served, and so of its request
 BASE = "__base__"  # in PEFT, the name of no adapter
+AHEAD = timedelta(minutes=5)  # by which machines' clocks may differ
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class LedgerEvent:
         gate: kind of the gate in front of the prompt; None without one, or if not known.
         server: name of the server that began or ended to serve it, as each of several has one; None if not known.
         evaluation: SHA-256 of the evaluation: of the manifest of an evidence pack, or of `evaluation.json`.
-        at: time of the event, ISO 8601 with its zone, where it is not that of the entry.
+        at: time of the event, ISO 8601 with its zone, where it is not that of the entry; no more than minutes ahead.
         note: a remark.
         answer: of an answer: its id, which the client got.
         finish: how it ended: `"stop"`, `"length"`, `"abandoned"` by its client, or `"error"` with a status.
@@ -255,10 +256,14 @@ def _kind_in(path: Path, what: str) -> str:
 
 
 def _in_utc(at: str) -> str:
-    """A time in ISO 8601 with its zone, in UTC."""
+    """A time that has been, in ISO 8601 with its zone, in UTC."""
     known = moment(at)
     if known is None:
         raise ValueError(f"at={at!r}; expected a time with its zone, such as '2026-03-01T09:30:00Z'.")
+    if known > datetime.now(timezone.utc) + AHEAD:
+        raise ValueError(
+            f"at={at!r} is in the future, and the event would count from now on; note it when it has been."
+        )
     return utc(known, "seconds")
 
 

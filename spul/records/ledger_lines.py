@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from .fields import is_count
+from .fields import is_count, unique_keys
 from .ledger_events import RECOVERED, LedgerEntry, are_fields, moment, utc
 
 FORMAT = 1  # of a line; higher once a field's meaning changes
@@ -50,7 +50,7 @@ def _parsed(line: bytes) -> LedgerEntry | None:
     """The entry that a line says it is; None if it is none."""
     match = LINE.fullmatch(line)
     try:
-        record = json.loads(line) if match else None
+        record = json.loads(line, object_pairs_hook=unique_keys) if match else None
     except (ValueError, RecursionError):
         return None
     if not isinstance(record, dict) or record.get("format") != FORMAT or not is_count(record.get("sequence")):

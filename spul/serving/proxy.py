@@ -90,8 +90,7 @@ class VllmEngine:
         api_key: str | None = None,
         payload: Payload | None = None,
     ) -> None:
-        if not _is_address(url):
-            raise ValueError(f"url={url!r}; expected vLLM's address without /v1, such as http://127.0.0.1:8000.")
+        check_address(url)
         if api_key is not None:
             check_header_text(api_key, "vLLM's key")
         served.take_embeddings_only()
@@ -197,14 +196,23 @@ class VllmEngine:
         return await asyncio.get_running_loop().run_in_executor(self._routing, function)
 
 
-def _is_address(url: str) -> bool:
-    """Whether it is an address to which the path of an endpoint can be added."""
+def check_address(url: str, argument: str = "url") -> None:
+    """Raise unless a path of vLLM's can be added to an address.
+
+    Args:
+        url: the address.
+        argument: the argument's name, for the message.
+
+    Raises:
+        ValueError: if none can.
+    """
     try:
         parts = urlsplit(url)
         is_whole = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # a port that is no number
-        return False
-    return is_whole and not (parts.query or parts.fragment or parts.path.rstrip("/").endswith("/v1"))
+        is_whole = False
+    if not is_whole or parts.query or parts.fragment or parts.path.rstrip("/").endswith("/v1"):
+        raise ValueError(f"{argument}={url!r}; expected vLLM's address without /v1, such as http://127.0.0.1:8000.")
 
 
 async def _check(response: Any) -> None:

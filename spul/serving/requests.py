@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..records.fields import is_count, is_finite_number
+from ..records.fields import RepeatedKeyError, is_count, is_finite_number, unique_keys
 from .errors import ApiError, other_model
 
 MOST_STOPS, LONGEST_STOP = 4, 200  # four, as in OpenAI's API; characters
@@ -165,11 +165,13 @@ def read_json(body: bytes) -> dict[str, Any]:
     """A body's JSON object.
 
     Raises:
-        ApiError: 400 if it is none.
+        ApiError: 400 if it is none, or an object in it has a key twice.
     """
     try:
-        data = json.loads(body, parse_constant=_no_constant)
+        data = json.loads(body, parse_constant=_no_constant, object_pairs_hook=unique_keys)
         json.dumps(data, ensure_ascii=False).encode()  # half of a surrogate pair is no character, and nothing takes it
+    except RepeatedKeyError as error:
+        raise ApiError(400, f"{error}.") from error
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "the body is no valid JSON (UTF-8).") from error
     if not isinstance(data, dict):

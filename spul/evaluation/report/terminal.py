@@ -17,21 +17,22 @@ MOST_INPUT_ATTACKS = 5
 
 
 def splits_as_text(evaluation: Evaluation) -> list[str]:
-    """A table for a terminal: knowledge of each split with its interval, and the share of generic answers."""
+    """A table for a terminal: knowledge of each split with its interval, and the shares of generic answers and, behind
+    gates, of rows that they flag."""
     name = knowledge_name(evaluation)
     models = [model for model in ("unlearned", "detached", "retrained") if model in evaluation.models]
-    table = [["", metric_of(name).label, *[""] * (len(models) - 1), "generic"], ["rows", *models, *models]]
+    columns = [(metric, model) for metric in (name, "generic") for model in models]
+    if first(evaluation, measure="utility", name="flagged", model="unlearned") is not None:
+        columns.append(("flagged", "unlearned"))
+    heads = [metric_of(name).label, *[""] * (len(models) - 1), "generic", *[""] * (len(models) - 1), "flagged"]
+    table = [["", *heads[: len(columns)]], ["rows", *(model for _, model in columns)]]
     for split in SPLITS:
         found = [
-            first(evaluation, measure="utility", rows=split, name=metric, model=model)
-            for metric in (name, "generic")
-            for model in models
+            first(evaluation, measure="utility", rows=split, name=metric, model=model) for metric, model in columns
         ]
         if any(found):
             cells = ["" if one is None else value_in_words(one) for one in found]
-            table.append(
-                [spaced(split), *cells[: len(models)], *(cell.split(" [")[0] for cell in cells[len(models) :])]
-            )
+            table.append([spaced(split), *cells[: len(models)], *(one.split(" [")[0] for one in cells[len(models) :])])
     if len(table) == 2:
         return [f"The four splits: {NOT_MEASURED}."]
     return _aligned(table)
