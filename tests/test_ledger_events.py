@@ -40,6 +40,7 @@ def test_a_request_that_an_earlier_version_named_oddly_can_be_revoked(path):
         ("é", "no name of 1 to 64 letters"),
         ("x" * 65, "no name of 1 to 64 letters"),
         (NO_PROMPT, "the name of no prompt at all"),
+        ("gate", "the folder of a prompt's gate; lengthen it, such as 'request-gate'"),
         *((name, "taken by PyTorch") for name in ("keys", "training", "type", "pop", "_modules", "__class__")),
     ],
 )

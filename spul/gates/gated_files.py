@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..models.compat import CHECKPOINT_PREFIX
 from ..prompts.checkpoint import CONFIG_NAME, ENCODER_NAME, WEIGHTS_NAME, folder_of, read
-from ..prompts.row_prompts import GATE
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.card import CARD_NAME, write_gate_section
 from ..records.fields import check_format, read_object
 from ..records.files import find_file, write_text
+from ..records.ledger_events import GATE_FOLDER
 from ..records.spul_config import SPUL_CONFIG_NAME
 from ..records.weights import file_digest
 from .any_gate import load
@@ -29,7 +29,7 @@ from .gate import Gate, as_gate
 if TYPE_CHECKING:
     from .gated import GatedUnlearner
 
-ROUTING_NAME, GATE_FOLDER, FORMAT_VERSION = "spul_gates.json", GATE, 1
+ROUTING_NAME, FORMAT_VERSION = "spul_gates.json", 1
 
 
 def prompt_folder(name: str) -> str:

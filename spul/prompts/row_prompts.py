@@ -14,6 +14,7 @@ from ..models.causal_lm import cache_switch, logits_at, max_positions, needs_gra
 from ..models.compat import is_sharded
 from ..models.compat_checkpointing import is_checkpointing
 from ..models.compat_devices import device_of
+from ..records.ledger_events import GATE_FOLDER
 from .one_pass import MOST_ADDED_TOKENS, joint_logits, tokens_of_prompts_row, waits_for_launches
 from .position import check_column, stands_inside
 from .probe import checkpoints_prefix, joins_prompt, shares_mixed_prefixes
@@ -21,7 +22,6 @@ from .shared_prefix import is_prefix, outgrows_cache, prompt_states, shares_stat
 from .states import MixedStates, PromptStates, in_front
 
 NO_PROMPT = "__base__"  # PEFT's name for rows without an adapter
-GATE = "gate"  # the folder of a gate, within its prompt's, where other prompts have theirs
 
 
 class RowPrompts:
@@ -346,7 +346,7 @@ def check_new_name(adapter_name: str) -> None:
     if not isinstance(adapter_name, str):
         raise TypeError(f"adapter_name is a {type(adapter_name).__name__}; expected a prompt's name as text.")
     is_folder = re.fullmatch(r"(?!\s)[^./\\]+(?<!\s)", adapter_name) and adapter_name.isprintable()
-    if not is_folder or adapter_name in (NO_PROMPT, GATE) or hasattr(nn.ModuleDict(), adapter_name):
+    if not is_folder or adapter_name in (NO_PROMPT, GATE_FOLDER) or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"adapter_name={adapter_name!r}: expected a name that is not empty, has no dot, no slash, no control "
             "character and no space at its ends, and is none that PyTorch, PEFT or a gate has for itself; another "

@@ -24,7 +24,8 @@ FOLLOWING = ("served", "answered", "stopped", "revoked")  # of a request that an
 REOPENING = ("received", "trained")  # after which a request that was revoked is one again
 RECOVERED = "recovered"  # the event of the ledger's own entries, on lines that killed writers left
 WEIGHTS = ("adapter_model.safetensors", "unlearning_layers.safetensors")
-GATE = "gate/gate.json"  # of a saved prompt with a gate, or of a fixed refusal
+GATE_FOLDER = "gate"  # of a saved prompt's gate, or of a fixed refusal's, beside the folders of other prompts
+GATE = f"{GATE_FOLDER}/gate.json"
 RIVAL = "spul_rival.json"  # of a method without training, such as a fixed refusal
 DIGESTS = ("prompt_sha256", "base_fingerprint", "evaluation")
 TEXTS = ("adapter", "gate", "server", "answer", "finish", "note")
@@ -200,6 +201,8 @@ def name_fault(name: Any) -> str | None:
         return f"{name!r:.80} is no name of 1 to 64 letters, digits, hyphens, underscores"
     if name == BASE:
         return f"{name!r} is the name of no prompt at all"
+    if name == GATE_FOLDER:
+        return f"{name!r} is the folder of a prompt's gate; lengthen it, such as 'request-{name}'"
     if name.isidentifier() and _is_taken_by_torch(name):
         return f"{name!r} is taken by PyTorch in the module that holds prompts; lengthen it, such as 'request-{name}'"
     return None
