@@ -229,10 +229,10 @@ def test_the_table_of_ten_authors_has_the_numbers_of_its_lines(examples):
     rows = tables_of("results.md", "Ten authors")[0][1:]
     for name, *values in rows:
         full, _, stage = name.replace(" requests", "").partition(", ")
-        full = "refusals behind gates" if full == "refusals" else full
+        full = f"{full} behind gates" if full in ("refusals", "prompts") else full
         *numbers, _, as_base = found[full, stages.get(stage, "none")]  # nobody else is declined
         assert values == [*numbers, as_base], name
-    assert len(rows) == 5
+    assert len(rows) == 8
 
     (ten,) = (one for one in lines if one["system"] == "refusals behind gates" and one["after"] == "10 added")
     passed = [
