@@ -109,6 +109,18 @@ def test_an_address_that_is_taken_or_another_machines_is_said_before_anything_is
         COMMANDS[""].run(options(folder, *given, "--host", "192.0.2.1", "--port", 0))
 
 
+def test_a_host_of_several_addresses_listens_at_all_of_them(monkeypatch):
+    def found(host, port, *args, **kwargs):
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, port)) for one in ("127.0.0.1", "127.0.0.2")]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match=rf"cannot listen at --host localhost --port {port} \(.*in use"):
+            serve._check_listens("localhost", port)
+    serve._check_listens("localhost", port)
+
+
 def test_a_token_may_come_through_a_pipe_as_shells_pass_the_output_of_a_program(folder):
     end, other = os.pipe()
     os.write(other, b"a-token-of-more-than-32-characters\n")

@@ -81,7 +81,8 @@ def test_a_column_that_a_function_leaves_out_is_named_with_those_that_it_returns
 
 def test_a_function_that_would_be_lost_where_rows_are_joined_is_refused():
     forget, retain = texts(4).with_transform(dict), texts(4, "hunt").filter(lambda row: "hunt" in row["prompt"])
-    for some, others in ((forget, retain), (retain, forget), (forget, retain.with_transform(upper))):
+    wider = forget.add_column("row_id", range(len(forget)))
+    for some, others in ((forget, retain), (retain, forget), (forget, retain.with_transform(upper)), (forget, wider)):
         with pytest.raises(ValueError, match=r"have a transform .* it would be lost. Apply it before, rows\."):
             concatenated([some, others])
     with pytest.raises(ValueError, match="it would be lost"):

@@ -72,7 +72,10 @@ def test_left_padded_plain_forward_refuses_what_it_would_misplace():
 
 @pytest.mark.parametrize(
     "name",
-    ["", "2026.017", "..", "a/b", "/a", "a\\b", " a", "a\n", " ", "a\0b", "__base__", "gate", "train", "training"],
+    [
+        *("", "2026.017", "..", "a/b", "/a", "a\\b", " a", "a\n", " ", "a\0b", "a\x85b", "a\udcffb"),
+        *("__base__", "gate", "train", "training"),
+    ],
 )
 def test_names_that_a_prompt_cannot_have_are_refused(name, tmp_path):
     unlearner = build_unlearner()
@@ -87,6 +90,12 @@ def test_names_that_a_prompt_cannot_have_are_refused(name, tmp_path):
     with pytest.raises(TypeError, match="adapter_name is a int"):
         unlearner.add_adapter(5, CONFIGS["prompt_tuning"]())
     assert list(unlearner.peft_config) == ["default"]
+
+
+@pytest.mark.parametrize("name", ["Zo\xeb", "\u738b \u5c0f\u660e", "\u0645\u06cc\u200c\u062e", "a\xa0b", "a:b"])
+def test_a_name_of_other_letters_is_that_of_a_folder_too(name, tmp_path):
+    SoftPromptUnlearner(build("llama"), CONFIGS["prompt_tuning"](), adapter_name=name).save_pretrained(str(tmp_path))
+    assert SoftPromptUnlearner.from_pretrained(build("llama"), str(tmp_path / name), adapter_name=name).peft_config
 
 
 @pytest.mark.parametrize(

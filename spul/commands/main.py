@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # what has been done is said, if without its letters
     try:
         status = _run(given)
-        sys.stdout.flush()
+        print(end="", flush=True)  # also where the output is closed, and there is none to flush
         return status
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import platform
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,15 +109,18 @@ def check(options: ServeOptions) -> None:
 
 def _check_listens(host: str, port: int) -> None:
     """Raise, before minutes of loading, if another program listens at an address, or it is none of this machine."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as trial:
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as uvicorn, which may follow a server that ended
-        try:
-            trial.bind((host, port))
-        except OSError as error:
-            raise OSError(
-                f"the server cannot listen at --host {host} --port {port} ({error}); name another, or --port 0 for a "
-                "free one."
-            ) from error
+
+    async def bind() -> None:  # as uvicorn does, at each address of the host
+        loop = asyncio.get_running_loop()
+        (await loop.create_server(asyncio.Protocol, host, port, start_serving=False)).close()
+
+    try:
+        asyncio.run(bind())
+    except OSError as error:
+        raise OSError(
+            f"the server cannot listen at --host {host} --port {port} ({error}); name another, or --port 0 for a "
+            "free one."
+        ) from error
 
 
 def run(options: ServeOptions) -> None:

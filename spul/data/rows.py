@@ -75,13 +75,13 @@ def concatenated(parts: Sequence[Dataset]) -> Dataset:
     """Data sets as one; where they are formatted in different ways, without any format.
 
     Raises:
-        ValueError: if some have a transform, and others not, or another: it would be lost as well.
+        ValueError: if some have a transform, and others another one, none or other columns: it would be lost as well.
     """
     if any(map(_is_transformed, parts)) and any(part.format != parts[0].format for part in parts):
         raise ValueError(
-            "some of the rows to be joined have a transform (with_transform or set_transform), and others another one "
-            "or none, so that it would be lost. Apply it before, rows.with_format(None).map(transform, batched=True), "
-            "or set it on the joined rows."
+            "some of the rows to be joined have a transform (with_transform or set_transform), and others another "
+            "one, none or other columns, so that it would be lost. Apply it before, "
+            "rows.with_format(None).map(transform, batched=True), or set it on the joined rows."
         )
     return concatenate_datasets(list(parts))
 

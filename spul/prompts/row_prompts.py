@@ -345,7 +345,7 @@ def check_new_name(adapter_name: str) -> None:
     """
     if not isinstance(adapter_name, str):
         raise TypeError(f"adapter_name is a {type(adapter_name).__name__}; expected a prompt's name as text.")
-    is_folder = re.fullmatch(r"(?!\s)[^./\\]+(?<!\s)", adapter_name) and adapter_name.isprintable()
+    is_folder = re.fullmatch(r"(?!\s)[^./\\\x00-\x1f\x7f-\x9f\ud800-\udfff]+(?<!\s)", adapter_name)
     if not is_folder or adapter_name in (NO_PROMPT, GATE_FOLDER) or hasattr(nn.ModuleDict(), adapter_name):
         raise ValueError(
             f"adapter_name={adapter_name!r}: expected a name that is not empty, has no dot, no slash, no control "

@@ -52,7 +52,7 @@ class LedgerEvent:
         gate: kind of the gate in front of the prompt; None without one, or if not known.
         server: name of the server that began or ended to serve it, as each of several has one; None if not known.
         evaluation: SHA-256 of the evaluation: of the manifest of an evidence pack, or of `evaluation.json`.
-        at: time of the event, ISO 8601 with its zone, where it is not that of the entry; no more than minutes ahead.
+        at: time of the event, ISO 8601 with its zone, where it is not that of the entry; at most five minutes ahead.
         note: a remark.
         answer: of an answer: its id, which the client got.
         finish: how it ended: `"stop"`, `"length"`, `"abandoned"` by its client, or `"error"` with a status.
