@@ -57,6 +57,20 @@ def test_the_state_of_a_request_says_since_when_it_is_served_and_whether_it_was_
     assert ledger.states()["1"].in_words()[-1] == "SERVED AFTER IT WAS REVOKED"
 
 
+@pytest.mark.parametrize("event", ["trained", "evaluated"])
+def test_rows_counted_without_the_owners_key_leave_the_digest_of_the_rows_that_were_received(path, event):
+    ledger = Ledger(path)
+    ledger.append(LedgerEvent("received", "1", rows=ROWS))
+    ledger.append(LedgerEvent(event, "1", rows=DataSummary(10, None)))
+    assert ledger.states()["1"].rows == ROWS
+    keyed = DataSummary(10, "ef" * 32)
+    ledger.append(LedgerEvent(event, "1", rows=keyed))
+    assert ledger.states()["1"].rows == keyed
+    anew = DataSummary(12, None)
+    ledger.append(LedgerEvent("received", "1", rows=anew))
+    assert ledger.states()["1"].rows == anew
+
+
 @pytest.mark.parametrize("event", ["received", "trained"])
 def test_a_revoked_request_is_one_again_once_it_is_received_or_trained_anew(path, event):
     ledger, other = Ledger(path), "ef" * 32

@@ -342,7 +342,7 @@ COMMANDS = {
         FitOptions,
         fit,
         "spul gate fit --refusal ' I cannot help with that.' --output-dir refusal --kind text --forget f.jsonl "
-        "--retain r.jsonl --recall 0.95",
+        "--retain r.jsonl",
         "Fit a gate on requests, print how often it flags, and save it with a prompt, or make a fixed refusal of it.",
         check_fit,
     ),

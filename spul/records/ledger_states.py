@@ -50,7 +50,8 @@ class RequestState:
 
     Attributes:
         request: its name.
-        rows, adapter, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
+        rows: the last that an entry gave; a number without a digest takes the place of a digest by `received` alone.
+        adapter, prompt_sha256, base_fingerprint, gate, evaluation: last values that an entry gave.
         history: its events, in the order of the entries, with their times.
         served: times from and until which some server served it; None at the end of the last if one still does.
         servers: since when each server serves it, by its name: those that noted a start, and no stop since. Entries
@@ -94,7 +95,10 @@ class RequestState:
         for name in ("prompt_sha256", "base_fingerprint", "gate", "evaluation"):
             setattr(self, name, entry.fields.get(name, getattr(self, name)))
         if (rows := entry.fields.get("rows")) is not None:
-            self.rows = DataSummary(rows["rows"], rows.get("digest"))
+            found = DataSummary(rows["rows"], rows.get("digest"))
+            # A training or evaluation without the owner's key only counts the rows that were received by a digest.
+            if entry.event == "received" or found.digest is not None or self.rows is None or self.rows.digest is None:
+                self.rows = found
         if "prompt_sha256" in entry.fields:
             self.weights.add(entry.fields["prompt_sha256"])
         last = self.history[-1] if self.history else None
