@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import sys
 from pathlib import Path
 
 import pytest
+from absl import logging as absl_logging
 from datasets import Dataset
 from encoded import word_level
 from helpers import CHAT_TEMPLATE, CONFIGS, FAMILIES, make_tokenizer
@@ -15,6 +17,9 @@ from transformers import PreTrainedTokenizerFast
 import spul.data.sources
 import spul.evaluation.aggregation
 import spul.training.reference
+
+# rouge-score imports absl, which closes the stream that it took for stderr, pytest's, when uvicorn configures logging.
+absl_logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 
 @pytest.fixture(autouse=True, scope="module")
