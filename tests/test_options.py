@@ -15,6 +15,7 @@ from helpers import (
     assert_same,
     make_collator,
     make_dataset,
+    make_trainer,
     make_unlearner,
     prompt_state,
     rows,
@@ -274,10 +275,15 @@ def test_tokens_and_memory_are_counted(tmp_path):
 
 
 def test_a_tokenizer_of_the_trainers_is_saved_and_leaves_the_prompt_as_it_was(tmp_path):
-    tokenizer = make_collator().tokenizer
-    tokenizer.eos_token = "<unk>"  # so that Trainer changes the model's config
-    trainer = trained(tmp_path, processing_class=tokenizer)
-    assert_same(prompt_state(trainer.model), prompt_state(trained(tmp_path).model), rtol=0, atol=0)
+    collator = make_collator()
+    collator.tokenizer.eos_token = "<unk>"  # so that Trainer changes the model's config
+    trainer, other = (
+        make_trainer(tmp_path, collator=collator, max_steps=2, processing_class=given)
+        for given in (collator.tokenizer, None)
+    )
+    trainer.train()
+    other.train()
+    assert_same(prompt_state(trainer.model), prompt_state(other.model), rtol=0, atol=0)
     trainer.save_model(str(tmp_path / "prompt"))
     assert (tmp_path / "prompt" / "tokenizer.json").exists()
 
