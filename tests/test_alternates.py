@@ -39,6 +39,14 @@ def test_the_seed_decides_and_the_global_generator_does_not_move():
     assert add_alternates(model, tokenizer, dataset, **SETTINGS, seed=1)["alternates"] != first
 
 
+def test_a_transform_that_would_lose_the_column_is_refused_before_an_answer_is_sampled(monkeypatch):
+    base, dataset = build("llama"), make_answers(2, 1)
+    monkeypatch.setattr(base, "generate", lambda *args, **kwargs: pytest.fail("sampled"))
+    rows = dataset.with_transform(lambda batch: {name: batch[name] for name in dataset.column_names})
+    with pytest.raises(ValueError, match="expected 'alternates' among them"):
+        add_alternates(base, make_tokenizer(), rows, **SETTINGS)
+
+
 def test_the_base_writes_also_under_a_prompt():
     dataset, tokenizer = make_answers(2, 1), make_tokenizer()
     prompted = add_alternates(make_unlearner(), tokenizer, dataset, **SETTINGS)

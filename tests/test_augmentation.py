@@ -113,7 +113,7 @@ def test_bad_shares_and_ways_are_refused():
             augmented(some, bad, collator, 1.0)
     with pytest.raises(TypeError, match=r"'listed' makes a list of rows; expected a datasets.Dataset"):
         augmented(some, {"listed": list}, collator, 1.0)
-    with pytest.raises(TypeError, match="data_collator is a NoneType"):
+    with pytest.raises(TypeError, match="collator is a NoneType"):
         augmented(some, ways, None, 1.0)
     with pytest.raises(ValueError, match="'lost' changes completions"):
         augmented(some, {"lost": lambda part: part.select([0])}, collator, 1.0)

@@ -92,6 +92,31 @@ def test_scores_of_a_set_are_the_mean_over_rows_under_their_prompts():
     assert score_completions(model, named, collator, batch_size=5, adapter_names=names) == found
 
 
+def test_a_transform_that_leaves_the_names_out_is_refused():
+    """The rows would run under the active prompt."""
+    model, rows, collator = several(), make_splits()["test_retain"], make_collator()
+    names = names_for(len(rows))
+
+    def of_two_columns(batch):
+        return {name: batch[name] for name in ("prompt", "completion")}
+
+    with pytest.raises(ValueError, match="expected 'adapter_name' among them"):
+        score_completions(model, rows.with_transform(of_two_columns), collator, adapter_names=names)
+    named = rows.add_column(ADAPTER_NAME, names)
+    for measure in (
+        lambda some: score_completions(model, some, collator),
+        lambda some: response_likelihoods(model, some, collator.encoder),
+        lambda some: response_embeddings(model, some, collator.encoder),
+        lambda some: generate_answers(model, some, collator.encoder, 4),
+    ):
+        with pytest.raises(ValueError, match="expected 'adapter_name' among them"):
+            measure(named.with_transform(of_two_columns))
+    expected = score_completions(model, named, collator)
+    of_others = named.with_transform(of_two_columns, columns=["prompt", "completion"], output_all_columns=True)
+    for transformed in (named.with_transform(dict), of_others):
+        assert score_completions(model, transformed, collator) == expected
+
+
 def test_an_evaluation_runs_rows_under_their_prompts_and_skips_what_has_one_prompt_for_all():
     model, splits = several(), make_splits()
     names = {split: names_for(len(rows)) for split, rows in splits.items()} | {"test_forget": "other"}

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 import spul.data.rows
 from spul import ForgetRetainCollator, SoftPromptUnlearner, UnlearningTrainer, forget_retain_dataset
 from spul.data.checks import check_row_ids, checked_column, checked_text_batches, forget_flags
-from spul.data.rows import column_batches, column_values, concatenated, read_rows, rows_at
+from spul.data.rows import column_batches, column_values, concatenated, read_rows, rows_at, with_column
 from spul.data.samplers import row_lengths
 from spul.data.splits import split_by_entity, split_by_source
 from spul.evaluation.attacks import letter_case
@@ -94,6 +94,23 @@ def test_a_function_that_would_be_lost_where_rows_are_joined_is_refused():
     same = concatenated([forget, forget])
     assert same.format["type"] == "custom"
     assert len(concatenated([retain.with_format("torch"), retain])) == 2 * len(retain)
+
+
+def test_a_new_column_takes_the_place_of_the_old_and_is_refused_where_a_function_leaves_it_out():
+    rows = make(3)
+    assert with_column(rows, "row_id", [4, 5, 6])[:] == {**rows[:], "row_id": [4, 5, 6]}
+    assert with_column(rows, "prompt", ["a", "b", "c"])["prompt"] == ["a", "b", "c"]
+    assert rows_at(with_column(rows.with_transform(dict), "row_id", [4, 5, 6]), [1])[0]["row_id"] == 5
+    with pytest.raises(ValueError, match="expected 'row_id' among them"):
+        with_column(rows.with_transform(upper), "row_id", [4, 5, 6])
+
+
+def test_labels_of_sets_are_those_of_all_as_their_functions_make_them():
+    def switched(batch):
+        return batch | {"completion": [" negative"] * len(batch["prompt"])}
+
+    assert task_classes(texts(4), texts(2).with_transform(switched)) == [" negative", " positive"]
+    assert task_classes(Dataset.from_dict({"completion": [f" {i}" for i in range(40)]}), texts(4)) == []
 
 
 def test_other_sequences_of_rows_are_read_as_they_are():

@@ -136,7 +136,7 @@ def test_modes_are_put_back_and_bad_rows_raise(model):
 
 def test_a_tokenizer_in_the_place_of_a_collator_is_refused(model):
     rows = Dataset.from_list([{"prompt": "a :", "completion": " b"}])
-    with pytest.raises(TypeError, match=r"collator is a .*; expected ForgetRetainCollator\(tokenizer"):
+    with pytest.raises(TypeError, match=r"collator is a .*, such as ForgetRetainCollator\(tokenizer"):
         score_completions(model, rows, collator().tokenizer)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from datasets import Dataset, IterableDataset
 
-from .rows import column_batches, column_values, normalized
+from .rows import ADAPTER_NAME, check_returned, column_batches, column_values, normalized
 
 TEXT_TYPES = ("string", "large_string")
 SPLIT = "forget = rows.filter(lambda row: row['is_forget']), retain = rows.filter(lambda row: not row['is_forget'])"
@@ -31,7 +31,7 @@ def check_rows(
 
     Raises:
         TypeError: if `rows` is not a `datasets.Dataset`.
-        ValueError: if a column is missing, or there are no rows.
+        ValueError: if a column is missing, there are no rows, or a transform of theirs leaves `adapter_name` out.
     """
     if isinstance(rows, IterableDataset):
         raise TypeError(
@@ -51,6 +51,8 @@ def check_rows(
             f"{name} lacks the column(s) {missing}; it has {rows.column_names}, expected {list(columns)}. "
             + _remedy(rows, argument)
         )
+    if ADAPTER_NAME in rows.column_names:
+        check_returned(rows, ADAPTER_NAME)  # a row without it would run under the active prompt
 
 
 def _remedy(rows: Dataset, argument: str | None) -> str:

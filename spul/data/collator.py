@@ -362,3 +362,17 @@ class ForgetRetainCollator:
             self._draws[copy] += 1
         number = int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "big")
         return number % num
+
+
+def checked_collator(collator: Any, name: str = "collator") -> ForgetRetainCollator:
+    """The collator, given as the argument `name`.
+
+    Raises:
+        TypeError: if it is no `ForgetRetainCollator`.
+    """
+    if not isinstance(collator, ForgetRetainCollator):
+        raise TypeError(
+            f"{name} is a {type(collator).__name__}; expected a ForgetRetainCollator, such as "
+            "ForgetRetainCollator(tokenizer, generic_completions)."
+        )
+    return collator

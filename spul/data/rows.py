@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from datasets import Dataset, concatenate_datasets
 
 # Rows or texts that a message or a report shows as examples.
@@ -23,14 +24,36 @@ def column_batches(rows: Any, column: str) -> Iterator[list[Any]]:
     for start in range(0, len(rows), ROWS_READ_AT_ONCE):
         try:
             values = list(rows[column][start : start + ROWS_READ_AT_ONCE])
-        except KeyError as error:
-            if column not in (made := list(rows[start : start + 1])) and _is_transformed(rows):
-                raise ValueError(
-                    f"the rows have a transform (with_transform or set_transform), which returns the columns {made}; "
-                    f"expected {column!r} among them. Let it return all columns that it gets, changed or not."
-                ) from error
+        except KeyError:
+            check_returned(rows, column)
             raise
         yield values
+
+
+def check_returned(rows: Dataset, column: str) -> None:
+    """Check that a transform of the rows, where they have one, does not leave out a column.
+
+    Raises:
+        ValueError: if it does.
+    """
+    if _is_transformed(rows) and column not in (made := list(rows[:1])):
+        raise ValueError(
+            f"the rows have a transform (with_transform or set_transform), which returns the columns {made}; "
+            f"expected {column!r} among them. Let it return all columns that it gets, changed or not."
+        )
+
+
+def with_column(rows: Dataset, name: str, values: Sequence[Any] | np.ndarray) -> Dataset:
+    """Rows with a column of these values, in place of the one that they may have.
+
+    Raises:
+        ValueError: if the rows have a transform that leaves it out.
+    """
+    if name in rows.column_names:
+        rows = rows.remove_columns(name)
+    rows = rows.add_column(name, values)
+    check_returned(rows, name)
+    return rows
 
 
 def column_values(rows: Any, column: str) -> list[Any]:

@@ -11,7 +11,7 @@ from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..data.collator import ForgetRetainCollator
+from ..data.collator import ForgetRetainCollator, checked_collator
 from ..data.formats import QUESTION_ANSWER, PromptFormat
 from ..data.unlearning_data import UnlearningData
 from ..models.compat import PartialState, broadcast, gathered
@@ -126,8 +126,7 @@ def evaluate(
             "unrelated_texts": unrelated_texts,
         }
     )
-    if not isinstance(collator, ForgetRetainCollator):
-        raise TypeError(f"collator is a {type(collator).__name__}; expected ForgetRetainCollator(tokenizer, [...]).")
+    checked_collator(collator)
     others = {**(neighbors or {}), **({} if unseen is None else {"unseen": unseen})}
     sets = checked_splits(splits, others)
     if not collator.generic_completions:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from torch import nn
 
 from ..data.collator import ForgetRetainCollator
@@ -80,7 +80,7 @@ class Suite:
         """The labels of all splits together; empty for free-form answers, which too many labels count as."""
         if self.free_form:
             return []
-        return task_classes(concatenate_datasets([rows.select_columns("completion") for rows in self.splits.values()]))
+        return task_classes(*self.splits.values())
 
     @property
     def is_free_form(self) -> bool:

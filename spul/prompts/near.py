@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 
 from ..data.checks import check_rows, forget_flags
-from ..data.collator import ForgetRetainCollator
+from ..data.collator import ForgetRetainCollator, checked_collator
 from ..losses.positions import pack_right, response_positions
 from ..losses.terms import IGNORE_INDEX
 from ..models.causal_lm import evaluation_mode, logits_at
@@ -102,8 +102,7 @@ def checked_flags(dataset: Any, collator: Any, **counts: Any) -> list[bool]:
         ValueError: if rows have no `is_forget`, or a count is below 1.
     """
     check_rows(dataset, (), "dataset")
-    if not isinstance(collator, ForgetRetainCollator):
-        raise TypeError(f"collator is a {type(collator).__name__}; expected a ForgetRetainCollator.")
+    checked_collator(collator)
     for name, number in counts.items():
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"{name}={number!r}: expected an integer.")

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from ..data.checks import forget_flags
 from ..data.conversations import content_of, last_user_message
 from ..data.encoded import Encoded
-from ..data.rows import completion_text, normalized, shortened
+from ..data.rows import completion_text, normalized, shortened, with_column
 from ..evaluation.metrics.free_form import answering
 from ..models.causal_lm import max_positions
 from ..models.unlearner import detached_base
@@ -73,12 +73,14 @@ def add_alternates(
 
     Raises:
         ValueError: if there are no forget rows, the column exists, the template lacks a field, a number is out of
-            range, a request is longer than the model's positions, or a row gets no alternate.
+            range, a request is longer than the model's positions, a row gets no alternate, or a transform of the rows
+            leaves the column out.
     """
     flags = forget_flags(dataset, "dataset")
     if column in dataset.column_names or not any(flags):
         reason = f"has a column {column!r} already" if column in dataset.column_names else "has no forget rows"
         raise ValueError(f"dataset {reason}; expected forget rows without one.")
+    with_column(dataset.select([0]), column, [[""]])  # raises where a transform would lose it, before hours of work
     if "{prompt}" not in template or "{completion}" not in template:
         raise ValueError(f"template={template!r}: expected a text with {{prompt}} and {{completion}}.")
     for name, value in (("num", num), ("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
@@ -110,7 +112,7 @@ def add_alternates(
         )
     if fewer := sum(len(texts) < num for texts in found.values()):
         logger.warning("%d of %d forget rows have fewer than %d alternates.", fewer, len(indices), num)
-    return dataset.add_column(column, [found.get(i, []) for i in range(len(dataset))])
+    return with_column(dataset, column, [found.get(i, []) for i in range(len(dataset))])
 
 
 def _request(row: Mapping[str, Any], template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -10,13 +10,12 @@ from functools import partial
 from datasets import Dataset
 
 from ..data.checks import check_rows
-from ..data.collator import ForgetRetainCollator
+from ..data.collator import ForgetRetainCollator, checked_collator
 from ..data.conversations import comparable
-from ..data.rows import REWRITTEN_BY, column_values, concatenated, rewritten_by
+from ..data.rows import REWRITTEN_BY, column_values, concatenated, rewritten_by, with_column
 from ..evaluation.attacks.changes import UnchangedError, question_lost, tokens_lost, with_prompts_changed
 from ..evaluation.attacks.inputs import diluted, letter_case, whitespace_noise, with_prefix, with_suffix
 from ..records.fields import is_finite_number
-from .checks import checked_collator
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ def augmented(
         raise ValueError(f"no way changes any prompt of the rows, such as {rows[0]['prompt']!r}; ways: {list(ways)}.")
     if unchanged:
         logger.warning("ways that change no prompt of the rows drawn for them are left out: %s.", ", ".join(unchanged))
-    return concatenated(parts).add_column(REWRITTEN_BY, made_by)
+    return with_column(concatenated(parts), REWRITTEN_BY, made_by)
 
 
 def _without_names(rows: Dataset) -> Dataset:

@@ -28,17 +28,6 @@ from .options import is_stream
 logger = logging.getLogger(__name__)
 
 
-def checked_collator(data_collator: Any) -> ForgetRetainCollator:
-    """The collator.
-
-    Raises:
-        TypeError: if it is no `ForgetRetainCollator`.
-    """
-    if not isinstance(data_collator, ForgetRetainCollator):
-        raise TypeError(f"data_collator is a {type(data_collator).__name__}; expected a ForgetRetainCollator.")
-    return data_collator
-
-
 def check_options(
     model: nn.Module,
     loss: UnlearningLoss,

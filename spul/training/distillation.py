@@ -7,14 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from peft import PeftConfig, PeftType, PrefixTuningConfig, PromptTuningConfig
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import TrainingArguments
 
 from ..data.checks import check_rows
-from ..data.collator import ForgetRetainCollator
+from ..data.collator import ForgetRetainCollator, checked_collator
+from ..data.rows import concatenated, with_column
 from ..losses.positions import response_positions
 from ..losses.terms import KLDivergence
 from ..losses.unlearning_loss import UnlearningLoss
@@ -26,7 +27,6 @@ from ..prompts.shared_prefix import is_prefix
 from ..prompts.unlearner import SoftPromptUnlearner
 from ..records.fields import is_count
 from ..records.spul_config import requests_of
-from .checks import checked_collator
 from .trainer import UnlearningTrainer
 
 
@@ -85,7 +85,7 @@ def combine(
         UserWarning: if a prompt was trained on other weights than this base has.
     """
     check_rows(train_dataset, columns=(), name="train_dataset")
-    checked_collator(data_collator)
+    checked_collator(data_collator, "data_collator")
     if isinstance(prompts, (str, os.PathLike)) or not isinstance(prompts, Iterable):
         raise TypeError(f"prompts={prompts!r:.80}; expected a list of folders or Hub names of saved prompts.")
     if not (prompts := list(prompts)):
@@ -223,11 +223,9 @@ class _DistillationTrainer(UnlearningTrainer):
         args: TrainingArguments,
         **kwargs: Any,
     ) -> None:
-        if "row_id" in inputs.column_names:
-            inputs = inputs.remove_columns("row_id")
-        inputs = inputs.add_column("row_id", list(range(len(inputs))))
+        inputs = with_column(inputs, "row_id", list(range(len(inputs))))
         flags = (False,) if collator.generic_completions is None else (False, True)
-        rows = concatenate_datasets([inputs.add_column("is_forget", [flag] * len(inputs)) for flag in flags])
+        rows = concatenated([with_column(inputs, "is_forget", [flag] * len(inputs)) for flag in flags])
         divergence = KLDivergence(direction="forward", reduction="sum")  # the same on both sides
         student.loss = UnlearningLoss(alpha=0.0, beta=1.0, forget=divergence, kl=divergence)
         super().__init__(student, args, collator, rows, **kwargs)

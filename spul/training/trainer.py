@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedModel, TrainingArguments, enable_full_determinism, set_seed
 
 from ..data.checks import check_not_generic
-from ..data.collator import ROW_COLUMNS, ForgetRetainCollator
+from ..data.collator import ROW_COLUMNS, ForgetRetainCollator, checked_collator
 from ..data.row_checks import check_can_be_scored
 from ..data.rows import column_batches, completion_text
 from ..data.samplers import EpochSampler, RowCopies, epoch_sampler
@@ -36,7 +36,6 @@ from .checks import (
     check_takes_steps,
     check_tokens,
     check_training_rows,
-    checked_collator,
     checked_loss,
 )
 from .options import check_dispatch, check_training_order, is_stream, refuse_options
@@ -108,7 +107,7 @@ class UnlearningTrainer(SteppingTrainer):
         **kwargs: Any,
     ) -> None:
         key = None if digest_key is None else read_digest_key(digest_key)
-        data_collator = checked_collator(data_collator)
+        data_collator = checked_collator(data_collator, "data_collator")
         args = TrainingArguments("tmp_trainer") if args is None else args  # the folder that Trainer takes
         if not isinstance(args, TrainingArguments):
             raise TypeError(f"args is a {type(args).__name__}; expected TrainingArguments(output_dir, ...).")

@@ -12,7 +12,7 @@ from datasets import Dataset
 from ...data.checks import check_rows
 from ...data.conversations import content_of, last_user_message, with_content
 from ...data.encoder import RowEncoder
-from ...data.rows import ADAPTER_NAME, column_values, completion_text
+from ...data.rows import ADAPTER_NAME, column_values, completion_text, with_column
 
 Row = dict[str, Any]
 
@@ -43,7 +43,7 @@ def with_prompts_changed(rows: Dataset, change: Callable[[Dataset], Dataset], na
     if column_values(changed, "completion") != column_values(rows, "completion"):
         raise ValueError(f"{name!r} changes completions or the number of rows; only prompts may change.")
     if ADAPTER_NAME in rows.column_names and ADAPTER_NAME not in changed.column_names:
-        changed = changed.add_column(ADAPTER_NAME, column_values(rows, ADAPTER_NAME))
+        changed = with_column(changed, ADAPTER_NAME, column_values(rows, ADAPTER_NAME))
     return changed
 
 

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from ...data.checks import check_rows
 from ...data.encoder import RowEncoder
 from ...models.causal_lm import bare_model
 from ...models.unlearner import unlearner_of
@@ -33,13 +34,15 @@ def response_embeddings(
         (rows, d), float32.
 
     Raises:
+        TypeError: if the rows are no `datasets.Dataset`.
         ValueError: if there are no rows, the model has no output embeddings, or it has diverged: its hidden states are
             NaN; for prompts by row on a family that concatenates them and computes logits at every position.
     """
-    head: Any = bare_model(model)
-    head = head.get_output_embeddings()
-    if head is None or len(rows) == 0:
-        raise ValueError(f"{len(rows)} rows, output embeddings {head}: expected at least one row, and a causal LM.")
+    check_rows(rows, columns=())
+    base: Any = bare_model(model)
+    head = base.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"{type(base).__name__} has no output embeddings; expected a causal LM.")
     inputs: list[Tensor] = []
 
     def measure(batch: ResponseBatch) -> Tensor:

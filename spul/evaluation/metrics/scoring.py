@@ -20,10 +20,10 @@ from sklearn.metrics import f1_score
 from torch import Tensor, nn
 
 from ...data.checks import check_rows
-from ...data.collator import ForgetRetainCollator
+from ...data.collator import ForgetRetainCollator, checked_collator
 from ...data.encoded import Encoded
 from ...data.row_checks import check_all_texts
-from ...data.rows import ADAPTER_NAME, adapter_names_of, column_batches, completion_text, rows_at
+from ...data.rows import ADAPTER_NAME, adapter_names_of, column_batches, completion_text, rows_at, with_column
 from ...losses.positions import response_positions
 from ...losses.terms import IGNORE_INDEX, token_nll
 from ...models.causal_lm import evaluation_mode
@@ -184,9 +184,10 @@ def answer_scores(answers: Answers, generic_completions: Sequence[str] | None) -
     }
 
 
-def task_classes(rows: Any) -> list[str]:
-    """The labels of a set of rows; none if it has more than `MAX_CLASSES`, which makes it free-form."""
-    texts = set(map(completion_text, itertools.chain.from_iterable(column_batches(rows, "completion"))))
+def task_classes(*sets: Any) -> list[str]:
+    """The labels of sets of rows; none if there are more than `MAX_CLASSES`, which makes them free-form."""
+    batches = itertools.chain.from_iterable(column_batches(rows, "completion") for rows in sets)
+    texts = set(map(completion_text, itertools.chain.from_iterable(batches)))
     return sorted(texts) if len(texts) <= MAX_CLASSES else []
 
 
@@ -245,9 +246,7 @@ def with_adapter_names(model: nn.Module, rows: Any, adapter_names: Sequence[str]
             "whose prompts they name."
         )
     unlearner.check_adapter_names(names, len(rows))
-    if ADAPTER_NAME in rows.column_names:
-        rows = rows.remove_columns(ADAPTER_NAME)
-    return rows.add_column(ADAPTER_NAME, list(names))
+    return with_column(rows, ADAPTER_NAME, list(names))
 
 
 def collect_answers(
@@ -260,8 +259,7 @@ def collect_answers(
 ) -> Answers:
     """Answers to some rows of a set, by their indices; see `score_completions`."""
     check_rows(rows)
-    if not isinstance(collator, ForgetRetainCollator):
-        raise TypeError(f"collator is a {type(collator).__name__}; expected ForgetRetainCollator(tokenizer, [...]).")
+    checked_collator(collator)
     check_all_texts(collator.encoder, rows)
     classes = task_classes(rows)
     picked = rows if some == range(len(rows)) else rows.select(some)
